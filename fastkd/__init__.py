@@ -1,0 +1,1 @@
+"""fastkd: distil large transformers into small ones by matching what happens inside."""

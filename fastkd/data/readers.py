@@ -1,0 +1,190 @@
+"""Documents from text, JSON lines and Python's own help topics, each a `Source`.
+
+These are read here rather than by the builders of `datasets`, which report a bad byte or row
+without its place, split documents at chunk borders of CRLF files, and leave files in the user's
+home folder. Parquet, saved folders and the hub go through `datasets` (tables.py).
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fastkd.errors import UserError
+
+DOCUMENT_LIMIT = 1 << 26
+"""Bytes of the longest line or document of a text file; more would not be tokenised in memory."""
+QUICK_BYTES = 1 << 16
+"""Bytes at each end of a file that a quick digest reads."""
+
+
+class Source(ABC):
+    """Documents in a fixed order; every call of `documents` starts from the first one."""
+
+    @abstractmethod
+    def documents(self) -> Iterator[str]:
+        """The documents that are not blank."""
+
+    @abstractmethod
+    def digest(self, *, quick: bool) -> str:
+        """Key of the content and of how it is read; `quick` reads sizes, heads and tails only."""
+
+
+@dataclass(frozen=True)
+class TextFile(Source):
+    """UTF-8 text, plain or gzipped; line ends may be LF, CRLF or CR."""
+
+    path: Path
+    unit: Literal["paragraph", "line"]
+
+    def documents(self) -> Iterator[str]:
+        if self.unit == "line":
+            return (line for line in _lines(self.path) if line.strip())
+        return self._paragraphs()
+
+    def _paragraphs(self) -> Iterator[str]:
+        held: list[str] = []
+        length = 0
+        for line in _lines(self.path):
+            if line.strip():
+                held.append(line)
+                length += len(line)
+            elif held:
+                yield "\n".join(held)
+                held, length = [], 0
+            if length > DOCUMENT_LIMIT:
+                raise UserError(
+                    f"{self.path}: more than {DOCUMENT_LIMIT >> 20} MiB without an empty line, "
+                    "which ends a document; set data.documents to line"
+                )
+        if held:
+            yield "\n".join(held)
+
+    def digest(self, *, quick: bool) -> str:
+        return f"text {self.unit} {file_digest(self.path, quick=quick)}"
+
+
+@dataclass(frozen=True)
+class JsonLines(Source):
+    """One JSON object a line, plain or gzipped."""
+
+    path: Path
+    column: str
+
+    def documents(self) -> Iterator[str]:
+        for number, line in enumerate(_lines(self.path), start=1):
+            if not line.strip():
+                continue
+            where = f"{self.path}, line {number}"
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise UserError(f"{where}: not a JSON object: {error}") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: expected a JSON object, not {type(row).__name__}")
+            require_column(self.column, list(row), where)
+            text = checked_text(row[self.column], self.column, where)
+            if text.strip():
+                yield text
+
+    def digest(self, *, quick: bool) -> str:
+        return f"jsonl {self.column} {file_digest(self.path, quick=quick)}"
+
+
+@dataclass(frozen=True)
+class PythonDocs(Source):
+    """The help topics inside every Python, one topic a document."""
+
+    def documents(self) -> Iterator[str]:
+        return (text for text in _python_topics().values() if text.strip())
+
+    def digest(self, *, quick: bool) -> str:
+        content = json.dumps(_python_topics()).encode()
+        return f"python-docs {hashlib.sha256(content).hexdigest()}"
+
+
+def file_digest(path: Path, *, quick: bool) -> str:
+    """sha256 of a file's bytes, or of its size and two ends."""
+    try:
+        with path.open("rb") as file:
+            if not quick:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            size = path.stat().st_size
+            head = file.read(QUICK_BYTES)
+            file.seek(max(0, size - QUICK_BYTES))
+            return hashlib.sha256(f"{size} ".encode() + head + file.read()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def require_column(column: str, names: Sequence[str], where: str) -> None:
+    """Raise unless the text column is there."""
+    if column not in names:
+        raise UserError(
+            f"{where}: no column {column!r}; it has {', '.join(map(repr, names)) or 'none'}: "
+            "set data.text_column to one of them"
+        )
+
+
+def checked_text(value: object, column: str, where: str) -> str:
+    """The value, if it is text that UTF-8 can hold."""
+    if not isinstance(value, str):
+        given = "null" if value is None else type(value).__name__
+        raise UserError(
+            f"{where}: column {column!r} holds {given}, expected text; remove or fill such rows"
+        )
+    # json accepts half of a surrogate pair, no tokenizer does
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: column {column!r} holds half a surrogate pair, which is no text; "
+            "repair or remove such rows"
+        ) from error
+    return value
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines without their ends, decoded one by one so that a bad byte has a known offset."""
+    offset = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            while raw := file.readline(DOCUMENT_LIMIT):
+                if len(raw) == DOCUMENT_LIMIT:
+                    raise UserError(
+                        f"{path}: a line of more than {DOCUMENT_LIMIT >> 20} MiB after byte "
+                        f"{offset}; expected text with line ends, so split it first"
+                    )
+                try:
+                    line = raw.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{path}: byte {offset + error.start} is not UTF-8 "
+                        f"(0x{raw[error.start]:02x}); convert the file to UTF-8 first"
+                    ) from error
+                if offset == 0:
+                    line = line.removeprefix("\ufeff")
+                offset += len(raw)
+                yield from line.removesuffix("\n").removesuffix("\r").split("\r")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a complete gzip file ({error}); fetch it again") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _python_topics() -> dict[str, str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise UserError(
+            "data: python-docs is not in this Python (module pydoc_data is missing); name a text "
+            "file or install the full standard library"
+        ) from error
+    return topics

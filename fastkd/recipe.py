@@ -18,7 +18,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fastkd.errors import UserError
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
-Reduction = Literal["valid", "tinybert"]
 
 
 def _one_or_many(value: object) -> object:
@@ -81,40 +80,23 @@ class AttentionLoss(Section):
     """Squared difference of the scores before the softmax."""
     weight: float = Field(default=1.0, ge=0)
     """Factor in the total loss."""
-    reduction: Reduction = "valid"
-    """Mean over valid query-key pairs, or over all as the official TinyBERT code takes it."""
 
 
-class StateLoss(Section):
-    """What losses on hidden states share."""
+class HiddenLoss(Section):
+    """Hidden states of the mapped layers (TinyBERT, arXiv 1909.10351, eq. 8)."""
 
     kind: Literal["mse"] = "mse"
     """Squared difference after the projection."""
     weight: float = Field(default=1.0, ge=0)
     """Factor in the total loss."""
-    reduction: Reduction = "valid"
-    """Mean over valid tokens, or over all as the official TinyBERT code takes it."""
-    bias: bool = True
-    """Whether the projection from student to teacher width has a bias."""
 
 
-class HiddenLoss(StateLoss):
-    """Hidden states of the mapped layers (TinyBERT, arXiv 1909.10351, eq. 8)."""
-
-    projection: Literal["auto", "none", "shared", "per_pair"] = "auto"
-    """One for all pairs, one a pair, or none; auto is none where the widths agree, else shared."""
-
-
-class EmbeddingLoss(StateLoss):
+class EmbeddingLoss(HiddenLoss):
     """Embeddings, layer 0 of both models (TinyBERT, arXiv 1909.10351, eq. 9)."""
-
-    projection: Literal["auto", "none", "own", "hidden"] = "auto"
-    """One of its own, the hidden term's shared one, or none; auto is none where the widths agree,
-    else the hidden term's where that is shared, else its own."""
 
 
 class Losses(Section):
-    """The terms of the objective; a term that is absent is off."""
+    """The terms of the objective, and what they share; a term that is absent is off."""
 
     attention: AttentionLoss | None = None
     """Attention of the mapped blocks."""
@@ -122,6 +104,13 @@ class Losses(Section):
     """Hidden states of the mapped layers."""
     embedding: EmbeddingLoss | None = None
     """Embedding outputs."""
+    reduction: Literal["valid", "tinybert"] = "valid"
+    """Means over valid tokens and query-key pairs, or over all as the official TinyBERT code."""
+    projection: Literal["auto", "none", "shared", "per_pair"] = "auto"
+    """From student to teacher width: one for hidden states and embeddings of all pairs (TinyBERT),
+    one a pair, or none; auto is none where the widths agree, else shared."""
+    projection_bias: bool = True
+    """Whether projections have a bias."""
 
     @model_validator(mode="after")
     def _at_least_one(self) -> Self:

@@ -1,0 +1,114 @@
+"""Put a recipe's parts together: corpus, teacher, student, mapping, objective.
+
+Everything that can be wrong with a recipe on this machine is found here, before the first step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastkd.capture import check_capturable, is_causal
+from fastkd.data import Corpus, prepare_corpus
+from fastkd.deepspeed_config import BatchPlan, plan_batches
+from fastkd.engine import DistilledStudent, Ranks, TeacherRunner, make_engine
+from fastkd.errors import UserError
+from fastkd.layer_map import LayerMap, make_layer_map
+from fastkd.models import Initialisation, build_student, load_teacher, load_tokenizer
+from fastkd.objective import Objective
+from fastkd.recipe import Recipe
+
+
+@dataclass
+class Assembly:
+    """The parts of one run, on one rank."""
+
+    recipe: Recipe
+    ranks: Ranks
+    plan: BatchPlan
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerBase
+    layers: LayerMap
+    initialisation: Initialisation
+    module: DistilledStudent
+    teacher: TeacherRunner
+    engine: Any
+
+    @property
+    def objective(self) -> Objective:
+        """The losses."""
+        return self.module.objective
+
+    @property
+    def teacher_parameters(self) -> int:
+        """Numbers in the teacher, its pooler left out."""
+        # a sharded parameter keeps its real size in ds_numel
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.teacher.model.parameters())
+
+
+def assemble(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> Assembly:
+    """Load, build and check everything that a run needs; collective over the ranks.
+
+    Args:
+        recipe: what to build.
+        ranks: from `start_ranks`.
+        progress: whether tokenising shows a bar.
+
+    Raises:
+        UserError: anything about the recipe that does not work on this machine.
+    """
+    plan = plan_batches(recipe, ranks.world_size)
+    torch.manual_seed(recipe.train.seed)
+    teacher = load_teacher(recipe.teacher)
+    check_capturable(teacher, recipe.data.block_size)
+    tokenizer = load_tokenizer(recipe.teacher, teacher.get_input_embeddings().num_embeddings)
+    layers = make_layer_map(
+        recipe.layer_map, recipe.student.layers, teacher.config.num_hidden_layers
+    )
+    student, initialisation = build_student(teacher, recipe.student, layers)
+    check_capturable(student, recipe.data.block_size)
+    objective = make_objective(recipe, layers, student, teacher)
+    corpus = _prepare_corpus(recipe, tokenizer, ranks, progress)
+    module = DistilledStudent(student, objective)
+    runner = TeacherRunner(teacher, recipe, objective, ranks)
+    engine = make_engine(module, recipe, plan, ranks)
+    # dropout must differ between ranks; everything before must not
+    torch.manual_seed(recipe.train.seed + 1 + ranks.rank)
+    return Assembly(
+        recipe, ranks, plan, corpus, tokenizer, layers, initialisation, module, runner, engine
+    )
+
+
+def make_objective(
+    recipe: Recipe, layers: LayerMap, student: PreTrainedModel, teacher: PreTrainedModel
+) -> Objective:
+    """The objective of a recipe for two models.
+
+    Raises:
+        UserError: the models don't fit together.
+    """
+    heads = student.config.num_attention_heads, teacher.config.num_attention_heads
+    if recipe.losses.attention and heads[0] != heads[1]:
+        raise UserError(
+            f"losses.attention compares heads one by one, but the student has {heads[0]} and the "
+            f"teacher {heads[1]}; set student.heads={heads[1]}, or leave the term out"
+        )
+    widths = student.config.hidden_size, teacher.config.hidden_size
+    return Objective(recipe.losses, layers, widths, is_causal(teacher))
+
+
+def _prepare_corpus(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, progress: bool
+) -> Corpus:
+    built: list[Corpus] = []
+
+    def build() -> None:
+        built.append(prepare_corpus(recipe.data, tokenizer, build=True, progress=progress))
+
+    ranks.from_main(build)
+    if not ranks.is_main:
+        built.append(prepare_corpus(recipe.data, tokenizer, build=False, progress=False))
+    return built[0]

@@ -1,0 +1,208 @@
+"""Take what the losses need from a model's forward pass, without ever asking for attention maps.
+
+transformers looks its attention function up by name in a public registry. fastkd registers one
+function per implementation (`fastkd-sdpa`, `fastkd-flash_attention_2`, ...) that notes the query,
+key and value of the blocks that someone listens to and then calls the implementation itself: both
+models stay on their fast path, and outputs are bit for bit those without fastkd. Hidden states
+come from forward hooks on the blocks. Nothing global knows who is listening: a listener is an
+attribute of the attention module for the time of one `with capture(...)`, so recomputation under
+gradient checkpointing, which runs after it, is never recorded.
+
+The road not taken: `output_attentions=True` forces eager attention in all layers and stores
+[batch, heads, tokens, tokens] for each.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fastkd_kernels import AttentionState
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from fastkd.errors import UserError
+
+_PREFIX = "fastkd-"
+_LISTENER = "_fastkd_listener"
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What one forward pass left, by layer number (`fastkd.layer_map` has the convention).
+
+    `attention[i]` holds query [batch, heads, tokens, head_dim], key and value
+    [batch, kv_heads, tokens, head_dim] and the scale of block i, after rotary embeddings and before
+    grouped heads are repeated; `hidden[i]` is [batch, tokens, width].
+    """
+
+    attention: dict[int, AttentionState] = field(default_factory=dict)
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+
+def route_attention(model: PreTrainedModel, implementation: str) -> None:
+    """Let `model` run `implementation` through fastkd's listener.
+
+    Raises:
+        UserError: transformers refuses the implementation for this model or this machine.
+    """
+    name = _PREFIX + implementation
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(name, _listening(implementation))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    try:
+        # transformers checks support by the plain name only
+        model.set_attn_implementation(implementation)
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"{type(model).__name__} can't run attention {implementation!r} here "
+            f"({' '.join(str(error).split())}); try attention: sdpa"
+        ) from error
+
+
+def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The transformer blocks of a model, in order.
+
+    Raises:
+        UserError: no list, or more than one list, has as many modules as the config has layers.
+    """
+    depth = model.config.num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if len(lists) != 1:
+        raise UserError(
+            f"{type(model).__name__}: found {len(lists)} stacks of {depth} blocks, expected one; "
+            "fastkd distils encoders and decoders with a single stack"
+        )
+    return lists[0]
+
+
+@contextmanager
+def capture(
+    model: PreTrainedModel, *, attention: Collection[int] = (), hidden: Collection[int] = ()
+) -> Iterator[Capture]:
+    """Record attention and hidden states of the named layers while the context is open.
+
+    Hooks are attached on entry and removed on exit: ZeRO-3 needs them younger than its own.
+
+    Args:
+        model: routed by `route_attention`, possibly wrapped and sharded since.
+        attention: block numbers from 1.
+        hidden: layer numbers from 0, the embeddings.
+    """
+    blocks = find_blocks(model)
+    states = Capture()
+    with ExitStack() as stack:
+        for layer in attention:
+            for module in blocks[layer - 1].modules():
+                module.__dict__[_LISTENER] = _attention_listener(states, layer)
+                stack.callback(module.__dict__.pop, _LISTENER)
+        for layer in hidden:
+            if layer:
+                handle = blocks[layer - 1].register_forward_hook(_output_hook(states, layer))
+            else:
+                handle = blocks[0].register_forward_pre_hook(_input_hook(states), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield states
+
+
+def check_capturable(model: PreTrainedModel, tokens: int = 8) -> None:
+    """Run a model once and see that every block can be captured.
+
+    Args:
+        model: routed by `route_attention`, on one device.
+        tokens: length of the sequence that it is tried on.
+
+    Raises:
+        UserError: a block's attention does not go through transformers' attention interface, or the
+            model has no positions for so many tokens.
+    """
+    layers = range(1, len(find_blocks(model)) + 1)
+    # any id but the padding, whose positions some models don't count
+    token = 1 + (getattr(model.config, "pad_token_id", None) or 0)
+    ids = torch.full((1, tokens), token, device=model.device)
+    with torch.no_grad(), capture(model, attention=layers, hidden=(0, *layers)) as states:
+        try:
+            model(input_ids=ids, **no_cache(model))
+        except IndexError as error:
+            raise UserError(
+                f"{type(model).__name__} has no positions for {tokens} tokens; "
+                "give a smaller data.block_size"
+            ) from error
+    missing = [layer for layer in layers if layer not in states.attention]
+    if missing:
+        raise UserError(
+            f"{type(model).__name__}: the attention of layers {missing} does not go through "
+            "transformers' attention interface, so it can't be captured; give a model whose "
+            "attention does"
+        )
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether the self-attention of a model sees only earlier tokens."""
+    flags = [
+        bool(module.is_causal)
+        for module in find_blocks(model)[0].modules()
+        if hasattr(module, "is_causal")
+    ]
+    return any(flags)
+
+
+def no_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """The keyword that keeps a decoder from building a key-value cache."""
+    return {"use_cache": False} if getattr(model.config, "use_cache", None) else {}
+
+
+def _listening(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        listener = module.__dict__.get(_LISTENER)
+        if listener is not None:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            listener(AttentionState(query, key, value, scale))
+        # a model's eager function lives in its own module, not in the registry
+        if implementation == "eager":
+            function = sys.modules[type(module).__module__].eager_attention_forward
+        else:
+            function = ALL_ATTENTION_FUNCTIONS[implementation]
+        result: tuple[Tensor, Tensor | None] = function(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return result
+
+    return attend
+
+
+def _attention_listener(states: Capture, layer: int) -> Callable[[AttentionState], None]:
+    def listen(state: AttentionState) -> None:
+        assert layer not in states.attention, f"block {layer} attends twice in one forward pass"
+        states.attention[layer] = state
+
+    return listen
+
+
+def _output_hook(states: Capture, layer: int) -> Callable[..., None]:
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        states.hidden[layer] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def _input_hook(states: Capture) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states.hidden[0] = args[0] if args else kwargs["hidden_states"]
+
+    return hook

@@ -1,0 +1,95 @@
+"""The command line: `fastkd distill | evaluate | doctor`.
+
+A mistake that the user can mend is one line on stderr and exit code 2; an interrupted run is 130.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastkd.errors import UserError
+from fastkd.recipe import load_recipe
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distil a large transformer into a small one by matching what happens inside.",
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="Recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Values to replace: dotted.key=value, as in train.steps=100."),
+]
+
+
+@app.callback()
+def _launched(
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+) -> None:
+    # the deepspeed launcher passes its rank as an option as well as in the environment
+    if local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+
+
+@app.command()
+def distill(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in run.output, if there is one.")
+    ] = False,
+) -> None:
+    """Distil a student as a recipe says."""
+    chosen = load_recipe(recipe, overrides or [])
+    _quieten()
+    from fastkd.console import Reporter
+    from fastkd.engine import start_ranks, stop_ranks
+    from fastkd.report import print_summary, write_report
+    from fastkd.run_folder import RunFolder
+    from fastkd.train import distill as run
+
+    ranks = start_ranks()
+    reporter = Reporter(silent=not ranks.is_main)
+    try:
+        summary = run(chosen, ranks, resume=resume, reporter=reporter)
+        if ranks.is_main:
+            write_report(RunFolder(chosen.run.output))
+            print_summary(summary, reporter)
+    finally:
+        stop_ranks()
+
+
+def main() -> None:
+    """Entry point of the `fastkd` command."""
+    try:
+        app(prog_name="fastkd")
+    except UserError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; continue with --resume", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    # with several ranks all fail alike, one speaks
+    if os.environ.get("RANK", "0") == "0":
+        print(f"fastkd: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _quieten() -> None:
+    """Libraries' own bars and notices would tear the run's output apart."""
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")

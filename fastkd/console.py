@@ -1,0 +1,80 @@
+"""What a run says while it works: a live bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+
+class Reporter:
+    """Speaks for rank 0; the other ranks hold one that is silent."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        # a log has no width: lines must not be folded at 80 columns
+        width = None if sys.stdout.isatty() else 120
+        self.console = Console(quiet=silent, highlight=False, width=width, soft_wrap=True)
+        self._bar: tuple[Progress, TaskID] | None = None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether someone is watching."""
+        return self.console.is_terminal and not self.console.quiet
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table; the first column is text, the others are numbers."""
+        table = Table(title=title, title_justify="left")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="right" if index else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    @contextmanager
+    def steps(self, done: int, total: int) -> Iterator[None]:
+        """Show progress from step `done` to step `total` while the context is open."""
+        if not self.is_live:
+            yield
+            return
+        columns = (
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            self._bar = progress, progress.add_task("", total=total, completed=done)
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    def advance(self, step: int) -> None:
+        """A step is done."""
+        if self._bar:
+            progress, task = self._bar
+            progress.update(task, completed=step)
+
+    def metrics(self, step: int, total: int, text: str) -> None:
+        """What `train.log_every` steps gave: beside the bar, or as a line of a log."""
+        if self._bar:
+            progress, task = self._bar
+            progress.update(task, description=text)
+        else:
+            self.say(f"step {step}/{total}  {text}")

@@ -1,0 +1,143 @@
+"""DeepSpeed's configuration, derived from a recipe by pure functions.
+
+Every key that the recipe decides is written out, also where DeepSpeed has a default: defaults of
+the gradient clipping and of the bf16 accumulation have changed between its releases.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from fastkd.errors import UserError
+from fastkd.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the blocks of an optimiser step are cut."""
+
+    micro_batch_size: int
+    accumulation: int
+    world_size: int
+
+    def rows(self, rank: int, micro_batch: int) -> slice:
+        """The rows of the global batch that a rank reads in one of its micro-batches."""
+        start = (rank * self.accumulation + micro_batch) * self.micro_batch_size
+        return slice(start, start + self.micro_batch_size)
+
+
+def plan_batches(recipe: Recipe, world_size: int) -> BatchPlan:
+    """Cut `train.batch_size` into ranks and micro-batches.
+
+    Raises:
+        UserError: it doesn't divide.
+    """
+    batch, micro = recipe.train.batch_size, recipe.train.micro_batch_size
+    share, rest = divmod(batch, world_size)
+    if rest or not share:
+        raise UserError(
+            f"train.batch_size is {batch}, expected a multiple of the {world_size} ranks; "
+            f"try {max(1, round(batch / world_size)) * world_size}"
+        )
+    micro = micro or share
+    if share % micro:
+        raise UserError(
+            f"train.micro_batch_size is {micro}, expected a divisor of the {share} blocks that "
+            f"each of {world_size} ranks has of train.batch_size {batch}"
+        )
+    return BatchPlan(micro, share // micro, world_size)
+
+
+def student_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
+    """Configuration of the engine that trains.
+
+    Args:
+        recipe: its `deepspeed` section is merged in.
+        plan: from `plan_batches`.
+
+    Raises:
+        UserError: the `deepspeed` section sets a key that the recipe decides.
+    """
+    train = recipe.train
+    zero: dict[str, Any] = {"stage": train.zero_stage}
+    if train.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": train.max_grad_norm,
+        "zero_optimization": zero,
+        # the optimiser is torch's own, so that no extension has to be compiled
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": train.precision == "bf16"},
+    }
+    if train.precision == "bf16":
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if recipe.run.monitor == "tensorboard":
+        config["tensorboard"] = {
+            "enabled": True,
+            "output_path": recipe.run.output,
+            "job_name": "tensorboard",
+        }
+    if recipe.run.monitor == "wandb":
+        config["wandb"] = {"enabled": True, "project": "fastkd"}
+    free = {"wandb.project", "wandb.group", "wandb.team"}
+    free |= {"zero_optimization.stage3_gather_16bit_weights_on_model_save"}
+    merged = _merge(config, recipe.deepspeed, free)
+    # a run prints its own progress
+    merged.setdefault("steps_per_print", 2**31)
+    return merged
+
+
+def teacher_config(recipe: Recipe) -> dict[str, Any]:
+    """Configuration of the second engine, which holds a sharded teacher and never trains."""
+    dtype = recipe.teacher.dtype
+    zero: dict[str, Any] = {
+        "stage": 3,
+        # the replacement of torch's linear would change the numbers of every model in the process
+        "memory_efficient_linear": False,
+    }
+    if recipe.teacher.placement == "offload":
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 2**31,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+        "zero_optimization": zero,
+    }
+
+
+def _merge(
+    ours: dict[str, Any], users: dict[str, Any], free: set[str], path: str = ""
+) -> dict[str, Any]:
+    merged = copy.deepcopy(ours)
+    for key, value in users.items():
+        where = f"{path}{key}"
+        if isinstance(value, dict) and isinstance(ours.get(key, {}), dict):
+            merged[key] = _merge(ours.get(key, {}), value, free, where + ".")
+        elif (key in ours and where not in free) or where in _RECIPE_DECIDES:
+            field = _RECIPE_DECIDES.get(where, "its other sections")
+            raise UserError(
+                f"deepspeed.{where} is given, but the recipe decides it by {field}; "
+                "set it there and leave it out of the deepspeed section"
+            )
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+_RECIPE_DECIDES = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size and train.micro_batch_size",
+    "gradient_clipping": "train.max_grad_norm",
+    "zero_optimization.stage": "train.zero_stage",
+    "bf16.enabled": "train.precision",
+    "fp16.enabled": "train.precision",
+    "optimizer.type": "train.learning_rate and its neighbours",
+    "scheduler.type": "train.schedule",
+}

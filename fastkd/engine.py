@@ -1,0 +1,210 @@
+"""One process group, one DeepSpeed engine for everything that trains, the teacher apart from it.
+
+The engine's module holds the student and the projections; its `forward` captures, computes the
+losses and returns them, which is the only form that is right under ZeRO-3 (parameters are whole
+only inside the forward of the module that owns them). The teacher is a plain frozen module on every
+rank, or a second ZeRO-3 engine without an optimiser.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel, get_scheduler
+
+from fastkd.capture import Capture, capture, no_cache
+from fastkd.deepspeed_config import BatchPlan, student_config, teacher_config
+from fastkd.errors import UserError
+from fastkd.models import at_depth
+from fastkd.objective import Inputs, Objective
+from fastkd.recipe import Recipe, Train
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of them."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        dist.barrier()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """Run a function on rank 0 and give every rank its result, or its `UserError`."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except UserError as error:
+                outcome[1] = str(error)
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise UserError(outcome[1])
+        result: T = outcome[0]
+        return result
+
+
+def start_ranks() -> Ranks:
+    """Join the process group of the launcher, or make one of a single process.
+
+    `torchrun` and `deepspeed` set RANK; without a launcher an in-memory store needs no port.
+    """
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if gpu else "gloo"
+        if "RANK" in os.environ:
+            # the others wait while rank 0 tokenises a corpus
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop_ranks() -> None:
+    """Leave the process group; gloo may abort the process at exit otherwise."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class DistilledStudent(nn.Module):
+    """Everything that trains: the student and the projections of its objective."""
+
+    def __init__(self, student: PreTrainedModel, objective: Objective) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+
+    def forward(
+        self, inputs: Inputs, teacher: Capture | None = None, shares: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the student on a micro-batch and, given what the teacher left, compare the two.
+
+        Args:
+            inputs: `input_ids` and perhaps `attention_mask`, both [batch, tokens].
+            teacher: what the teacher left on the same inputs.
+            shares: fp32 [2], see `Objective.forward`.
+
+        Returns:
+            The total, a scalar, and the raw losses [labels], detached. Without a teacher the last
+            hidden state [batch, tokens, width] and an empty tensor: under ZeRO-3 the student
+            can't be run from outside.
+        """
+        if teacher is None or shares is None:
+            state = self.student(**inputs, **no_cache(self.student)).last_hidden_state
+            return state, state.new_empty(0)
+        with capture(self.student, **self.objective.layers("student")) as states:
+            self.student(**inputs, **no_cache(self.student))
+        mask = inputs.get("attention_mask")
+        return self.objective(states, teacher, None if mask is None else mask.bool(), shares)
+
+
+class TeacherRunner:
+    """A frozen teacher that runs where the recipe places it."""
+
+    def __init__(
+        self, model: PreTrainedModel, recipe: Recipe, objective: Objective, ranks: Ranks
+    ) -> None:
+        self.model = model
+        self.layers = objective.layers("teacher")
+        self.depth = max((0, *self.layers["attention"], *self.layers["hidden"]))
+        if recipe.teacher.placement == "replicate":
+            model.to(ranks.device)
+            self._run: nn.Module = model
+        else:
+            self._run = _deepspeed().initialize(model=model, config=teacher_config(recipe))[0]
+        self._run.eval()
+
+    def capture(self, inputs: Inputs) -> Capture:
+        """Run as deep as the last mapped layer and return what the objective needs."""
+        with torch.no_grad(), self._cut(), capture(self.model, **self.layers) as states:
+            self._run(**inputs, **no_cache(self.model))
+        return states
+
+    def embed(self, inputs: Inputs) -> Tensor:
+        """The teacher's last hidden state [batch, tokens, width], at full depth."""
+        with torch.no_grad():
+            state: Tensor = self._run(**inputs, **no_cache(self.model)).last_hidden_state
+        return state
+
+    def _cut(self) -> AbstractContextManager[None]:
+        full = self.model.config.num_hidden_layers
+        return at_depth(self.model, max(self.depth, 1)) if self.depth < full else nullcontext()
+
+
+def make_engine(module: DistilledStudent, recipe: Recipe, plan: BatchPlan, ranks: Ranks) -> Any:
+    """The DeepSpeed engine around the module, with AdamW and its schedule.
+
+    Raises:
+        UserError: the recipe's `deepspeed` section conflicts with the recipe.
+    """
+    config = student_config(recipe, plan)
+    train = recipe.train
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module, train), lr=train.learning_rate, betas=train.betas, fused=True
+    )
+    schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+    scheduler = get_scheduler(
+        schedule, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=train.steps
+    )
+    module.to(ranks.device)
+    engine, *_ = _deepspeed().initialize(
+        model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config
+    )
+    return engine
+
+
+def parameter_groups(module: nn.Module, train: Train) -> list[dict[str, Any]]:
+    """Matrices with weight decay, biases and normalisation weights without."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _deepspeed() -> Any:
+    """Import DeepSpeed so that it compiles nothing and logs to stderr."""
+    import deepspeed
+    import deepspeed.ops
+
+    # its shared-memory collective would be compiled at the first start of every machine
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logger = logging.getLogger("DeepSpeed")
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+    return deepspeed

@@ -1,0 +1,128 @@
+"""Held-out numbers: every loss of every layer pair, and how close sentence embeddings are."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.assemble import Assembly
+from fastkd.engine import Ranks, TeacherRunner
+from fastkd.objective import Inputs, Objective
+
+# a step's forward: (inputs) or (inputs, teacher's capture, shares)
+Forward = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over the held-out blocks."""
+
+    losses: dict[str, float]
+    """Raw loss by `term/student layer-teacher layer`."""
+    total: float
+    """Weighted sum of the losses."""
+    sentence_cosine: float | None
+    """Cosine of mean-pooled last hidden states; `None` where the widths differ."""
+    blocks: int
+    tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def evaluate(
+    student: Forward,
+    teacher: TeacherRunner,
+    objective: Objective,
+    heldout: Tensor,
+    micro_batch_size: int,
+    ranks: Ranks,
+) -> Evaluation:
+    """Evaluate on held-out blocks, split over the ranks.
+
+    Args:
+        student: a `DistilledStudent` or the engine around one, in eval mode.
+        teacher: on the same device.
+        objective: whose losses are reported.
+        heldout: [blocks, tokens] int64, the same on every rank.
+        micro_batch_size: blocks in one forward pass.
+        ranks: a forward pass may be collective, so every rank makes equally many.
+    """
+    starts = list(range(0, len(heldout), micro_batch_size))
+    rounds = -(-len(starts) // ranks.world_size)
+    whole = objective.divisors({"input_ids": heldout}).to(ranks.device)
+    losses = torch.zeros(len(objective.labels), dtype=torch.float64, device=ranks.device)
+    cosine = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    comparable = True
+    for number in range(rounds):
+        index = number * ranks.world_size + ranks.rank
+        # a rank without a batch of its own repeats one that doesn't count
+        start = starts[min(index, len(starts) - 1)]
+        counts = float(index < len(starts))
+        rows = heldout[start : start + micro_batch_size].to(ranks.device)
+        inputs = {"input_ids": rows}
+        with torch.no_grad():
+            shares = (objective.divisors(inputs) / whole).float()
+            losses += counts * student(inputs, teacher.capture(inputs), shares)[1]
+            mine, theirs = student(inputs)[0], teacher.embed(inputs)
+            comparable = mine.shape[-1] == theirs.shape[-1]
+            if comparable:
+                cosine += counts * _cosines(mine, theirs).sum()
+    results = ranks.sum(torch.cat([losses, cosine.reshape(1)])).tolist()
+    by_label = dict(zip(objective.labels, results[:-1], strict=True))
+    total = sum(match.weight * by_label[match.label] for match in objective.matches)
+    mean_cosine = results[-1] / len(heldout) if comparable else None
+    return Evaluation(by_label, total, mean_cosine, len(heldout), heldout.numel())
+
+
+def evaluate_assembly(assembly: Assembly) -> Evaluation:
+    """Evaluate a run's student on its held-out blocks."""
+    assembly.engine.eval()
+    result = evaluate(
+        assembly.engine,
+        assembly.teacher,
+        assembly.objective,
+        assembly.corpus.heldout,
+        assembly.plan.micro_batch_size,
+        assembly.ranks,
+    )
+    assembly.engine.train()
+    return result
+
+
+def tokens_per_second(run: Callable[[Inputs], object], inputs: Inputs, ranks: Ranks) -> float:
+    """Forward throughput of one rank: the median of five passes after a warm-up."""
+    times = []
+    with torch.no_grad():
+        for _ in range(6):
+            _synchronise(ranks)
+            start = time.perf_counter()
+            run(inputs)
+            _synchronise(ranks)
+            times.append(time.perf_counter() - start)
+    return inputs["input_ids"].numel() / sorted(times[1:])[2]
+
+
+def peak_memory(ranks: Ranks) -> int:
+    """Peak bytes of this rank so far: of the GPU where there is one, else of the process."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(ranks.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of the mean over tokens, [batch] fp64."""
+    means = a.double().mean(dim=1), b.double().mean(dim=1)
+    return torch.nn.functional.cosine_similarity(*means, dim=-1)
+
+
+def _synchronise(ranks: Ranks) -> None:
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize(ranks.device)

@@ -1,0 +1,110 @@
+"""Write the student as others expect to find it: Hugging Face format, projections apart.
+
+Where the teacher is a sentence-transformers model, so is the student: pooling and normalisation
+have no weights and carry over. Everything is written beside its place and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from fastkd.engine import DistilledStudent, Ranks
+from fastkd.models import dropout_rates, resolve_model
+from fastkd.objective import Objective
+from fastkd.recipe import Teacher
+from fastkd.run_folder import RunFolder, disk_errors
+
+_WEIGHTLESS = ("Transformer", "Pooling", "Normalize")
+
+
+def export_student(
+    engine: Any,
+    teacher: Teacher,
+    teacher_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    run: RunFolder,
+    ranks: Ranks,
+) -> None:
+    """Write `student/` and `projections.safetensors` of a run; called by all ranks.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    module: DistilledStudent = engine.module
+    with _whole_weights(engine, module), disk_errors(run.student):
+        if ranks.is_main:
+            folder = run.path / ".student"
+            shutil.rmtree(folder, ignore_errors=True)
+            # whoever trains on from here expects the usual rates
+            for name, rate in dropout_rates(teacher_config).items():
+                setattr(module.student.config, name, rate)
+            module.student.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            _write_sentence_modules(folder, teacher, module.student.config.hidden_size)
+            shutil.rmtree(run.student, ignore_errors=True)
+            folder.rename(run.student)
+            weights = {k: v.contiguous() for k, v in module.objective.state_dict().items()}
+            save_file(weights, run.projections)
+    ranks.barrier()
+
+
+def load_projections(objective: Objective, run: RunFolder) -> None:
+    """Give an objective the projections that a run was trained with."""
+    objective.load_state_dict(load_file(run.projections))
+
+
+def _whole_weights(engine: Any, module: DistilledStudent) -> AbstractContextManager[Any]:
+    if engine.zero_optimization_stage() < 3:
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+        list(module.parameters())
+    )
+    return gathered
+
+
+def _write_sentence_modules(folder: Path, teacher: Teacher, width: int) -> None:
+    """Copy the pooling and normalisation of a sentence-transformers teacher, at `width`."""
+    listing = _teacher_file(teacher, "modules.json")
+    if listing is None:
+        return
+    modules = json.loads(listing.read_text(encoding="utf-8"))
+    if any(module["type"].rsplit(".", 1)[-1] not in _WEIGHTLESS for module in modules):
+        return
+    for module in modules:
+        if not module["path"]:
+            continue
+        (folder / module["path"]).mkdir()
+        source = _teacher_file(teacher, f"{module['path']}/config.json")
+        if source is not None:
+            config = json.loads(source.read_text(encoding="utf-8"))
+            for key in ("word_embedding_dimension", "embedding_dimension"):
+                if key in config:
+                    config[key] = width
+            target = folder / module["path"] / "config.json"
+            target.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
+        source = _teacher_file(teacher, name)
+        if source is not None:
+            shutil.copyfile(source, folder / name)
+    shutil.copyfile(listing, folder / "modules.json")
+
+
+def _teacher_file(teacher: Teacher, name: str) -> Path | None:
+    found = cached_file(
+        resolve_model(teacher),
+        name,
+        revision=teacher.revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)

@@ -1,0 +1,207 @@
+"""The folder that a run is written to: what is in it, and how files get there whole.
+
+recipe.yaml, environment.json, metrics.jsonl, checkpoints/, student/ (Hugging Face format),
+projections.safetensors, summary.json, report.html. A run never writes into a folder that it did
+not make, and a reader never sees half of a file.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd.errors import UserError
+from fastkd.recipe import Recipe, dump_recipe, load_recipe
+
+_PACKAGES = ("fastkd", "torch", "triton", "transformers", "datasets", "deepspeed", "numpy")
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+# what may differ between a run and its continuation: nothing here changes a weight
+_FREE = frozenset(
+    {
+        "data.cache",
+        "data.workers",
+        "train.log_every",
+        "train.evaluate_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "run.output",
+        "run.monitor",
+    }
+)
+
+
+class RunFolder:
+    """Paths and files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.student = self.path / "student"
+        self.projections = self.path / "projections.safetensors"
+        self.summary = self.path / "summary.json"
+        self.report = self.path / "report.html"
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.recipe.is_file()
+
+    def create(self, recipe: Recipe) -> None:
+        """Start a run here.
+
+        Raises:
+            UserError: the folder holds something already, or can't be written.
+        """
+        if self.holds_run:
+            raise UserError(
+                f"{self.path} already holds a run; continue it with --resume, "
+                "or give another folder with run.output=..."
+            )
+        try:
+            if self.path.exists() and any(self.path.iterdir()):
+                raise UserError(
+                    f"{self.path} is not empty and holds no run; give another run.output"
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"run.output {self.path} can't be made ({error.strerror}); give a folder that you "
+                "may write to"
+            ) from error
+        with disk_errors(self.path):
+            write_whole(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            # last, because it is what makes the folder a run
+            write_whole(self.recipe, dump_recipe(recipe))
+
+    def check_continues(self, recipe: Recipe) -> None:
+        """Refuse to continue a run under a recipe that would change its result.
+
+        Raises:
+            UserError: naming the first field that differs.
+        """
+        before, now = (
+            dict(_flat(load_recipe(self.recipe).model_dump(mode="json"))),
+            dict(_flat(recipe.model_dump(mode="json"))),
+        )
+        for key in sorted(before.keys() | now.keys()):
+            if key not in _FREE and before.get(key) != now.get(key):
+                raise UserError(
+                    f"{self.path} was started with {key}={before.get(key)!r}, now {now.get(key)!r} "
+                    "is given; continue with the same value, or give another run.output"
+                )
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        with disk_errors(self.path), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All whole lines of metrics.jsonl."""
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop the lines of steps after `step`, which will be run again."""
+        kept = [record for record in self.read_metrics() if record["step"] <= step]
+        write_whole(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json."""
+        with disk_errors(self.path):
+            write_whole(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run, else `None`."""
+        if not self.summary.is_file():
+            return None
+        summary: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
+        return summary
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware that a result depends on."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "packages": found,
+        "gpu": gpu,
+        "cuda": torch.version.cuda,
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+    }
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file in one step: readers see the old one or the new one, also after a crash."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames inside a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk into a `UserError` that says what is safe.
+
+    torch's own writer reports a failed write as a bare RuntimeError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise _disk_full(path, str(error.strerror)) from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "file write failed" not in str(error):
+            raise
+        raise _disk_full(path, "the file could not be written") from error
+
+
+def _disk_full(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"{path}: writing failed ({reason}); earlier checkpoints are whole: free some space and "
+        "continue with --resume"
+    )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

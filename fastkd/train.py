@@ -1,0 +1,312 @@
+"""The run: steps, evaluations, checkpoints, and what is left when it ends."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.assemble import Assembly, assemble
+from fastkd.checkpoint import Checkpoints
+from fastkd.console import Reporter
+from fastkd.data import BlockStream
+from fastkd.engine import Ranks
+from fastkd.errors import UserError
+from fastkd.evaluate import evaluate_assembly, peak_memory, tokens_per_second
+from fastkd.export import export_student
+from fastkd.layer_map import CONVENTION
+from fastkd.recipe import Recipe
+from fastkd.run_folder import RunFolder
+
+
+class Interrupted(Exception):
+    """The user or the scheduler asked a run to stop; a checkpoint was written."""
+
+
+def distill(recipe: Recipe, ranks: Ranks, *, resume: bool, reporter: Reporter) -> dict[str, Any]:
+    """Run a recipe from start to end, or continue it, and return its summary.
+
+    Args:
+        recipe: what to do.
+        ranks: from `start_ranks`; every rank calls this.
+        resume: continue the run in `run.output` where there is one; a finished one is left alone.
+        reporter: what the user sees; silent on ranks other than 0.
+
+    Raises:
+        UserError: anything that the user can mend.
+        Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
+    """
+    run = RunFolder(recipe.run.output)
+    finished = ranks.from_main(lambda: _open(run, recipe, resume))
+    if finished is not None:
+        reporter.say(f"{run.path} is finished; remove it to run again")
+        return finished
+    started = time.perf_counter()
+    assembly = assemble(recipe, ranks, progress=not reporter.console.quiet)
+    _introduce(assembly, reporter)
+    checkpoints = Checkpoints(run.checkpoints, ranks, recipe.train.keep_checkpoints)
+    stream = assembly.corpus.stream(recipe.train.batch_size, recipe.train.seed)
+    step = _restore(assembly, checkpoints, stream, run, reporter)
+    if step == 0:
+        _evaluate(assembly, run, 0, reporter)
+    with _signals() as stop, reporter.steps(step, recipe.train.steps):
+        _train(assembly, stream, checkpoints, run, step, reporter, stop)
+    summary = _summarise(assembly, run, time.perf_counter() - started)
+    export_student(
+        assembly.engine,
+        recipe.teacher,
+        assembly.teacher.model.config,
+        assembly.tokenizer,
+        run,
+        ranks,
+    )
+    if ranks.is_main:
+        # last, because it is what makes the run finished
+        run.write_summary(summary)
+    return summary
+
+
+def train_step(assembly: Assembly, stream: BlockStream) -> Tensor:
+    """One optimiser step over all micro-batches of this rank.
+
+    Returns:
+        fp32 [labels] on the device: this rank's part of the step's raw losses; the sum over ranks
+        is the mean over the global batch.
+    """
+    plan, ranks, engine = assembly.plan, assembly.ranks, assembly.engine
+    batch = stream.next_batch()
+    micro_batches = [
+        {"input_ids": batch[plan.rows(ranks.rank, number)].to(ranks.device, non_blocking=True)}
+        for number in range(plan.accumulation)
+    ]
+    counts = torch.stack([assembly.objective.divisors(inputs) for inputs in micro_batches])
+    shares = counts / ranks.sum(counts.sum(dim=0)).clamp(min=1)
+    # the engine averages over ranks and micro-batches, where the parts should add up
+    parts = plan.world_size * plan.accumulation
+    losses = torch.zeros(len(assembly.objective.labels), device=ranks.device)
+    for inputs, share in zip(micro_batches, (shares * parts).float(), strict=True):
+        states = assembly.teacher.capture(inputs)
+        total, raw = engine(inputs, states, share)
+        engine.backward(total)
+        engine.step()
+        losses += raw / parts
+    return losses
+
+
+def _train(
+    assembly: Assembly,
+    stream: BlockStream,
+    checkpoints: Checkpoints,
+    run: RunFolder,
+    step: int,
+    reporter: Reporter,
+    stop: list[int],
+) -> None:
+    train, ranks = assembly.recipe.train, assembly.ranks
+    window = _Window(assembly, step)
+    while step < train.steps:
+        window.add(train_step(assembly, stream))
+        step += 1
+        reporter.advance(step)
+        last = step == train.steps
+        due = last or bool(train.checkpoint_every and step % train.checkpoint_every == 0)
+        logged = step % train.log_every == 0 or due
+        if logged:
+            record, stopping = window.close(step, bool(stop))
+            if ranks.is_main:
+                run.append_metrics(record)
+                _write_events(assembly, record)
+            reporter.metrics(step, train.steps, _line(record))
+        else:
+            # ranks can only agree on a stop where they talk anyway
+            stopping = bool(stop) and ranks.world_size == 1
+        if due or stopping:
+            position = {"step": step, "stream": stream.state_dict()}
+            checkpoints.save(assembly.engine, step, position)
+        if stopping and not last:
+            raise Interrupted(f"stopped after step {step}; continue with --resume")
+        if last or (train.evaluate_every and step % train.evaluate_every == 0):
+            _evaluate(assembly, run, step, reporter)
+
+
+class _Window:
+    """Losses since the last line of metrics, kept on the device."""
+
+    def __init__(self, assembly: Assembly, step: int) -> None:
+        self.assembly = assembly
+        self._restart(step)
+
+    def _restart(self, step: int) -> None:
+        labels, device = self.assembly.objective.labels, self.assembly.ranks.device
+        self.sum = torch.zeros(len(labels), device=device)
+        self.start = step
+        self.time = time.perf_counter()
+
+    def add(self, losses: Tensor) -> None:
+        """Add one step's losses."""
+        self.sum += losses
+
+    def close(self, step: int, stop: bool) -> tuple[dict[str, Any], bool]:
+        """Means since the last call, over all ranks, and whether any rank wants to stop.
+
+        Raises:
+            UserError: a loss is not finite.
+        """
+        assembly, steps = self.assembly, step - self.start
+        flag = self.sum.new_tensor([float(stop)])
+        *sums, stops = assembly.ranks.sum(torch.cat([self.sum, flag])).tolist()
+        losses = {
+            label: value / steps
+            for label, value in zip(assembly.objective.labels, sums, strict=True)
+        }
+        total = sum(m.weight * losses[m.label] for m in assembly.objective.matches)
+        broken = [label for label, value in losses.items() if value != value or abs(value) > 1e30]
+        if broken:
+            raise UserError(
+                f"{', '.join(broken)} not finite between steps {self.start + 1} and {step}; "
+                "continue from the last checkpoint with a smaller train.learning_rate, in "
+                "another run.output"
+            )
+        train, data = assembly.recipe.train, assembly.recipe.data
+        seconds = time.perf_counter() - self.time
+        norm = assembly.engine.get_global_grad_norm()
+        record = {
+            "kind": "train",
+            "step": step,
+            "loss": total,
+            "losses": losses,
+            "learning_rate": assembly.engine.get_lr()[0],
+            "gradient_norm": None if norm is None else float(norm),
+            "tokens_per_second": steps * train.batch_size * data.block_size / seconds,
+        }
+        self._restart(step)
+        return record, stops > 0
+
+
+def _open(run: RunFolder, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
+    """Make the folder, or check that this recipe continues it; the summary if it is finished."""
+    if not (resume and run.holds_run):
+        run.create(recipe)
+        return None
+    run.check_continues(recipe)
+    return run.read_summary()
+
+
+def _restore(
+    assembly: Assembly,
+    checkpoints: Checkpoints,
+    stream: BlockStream,
+    run: RunFolder,
+    reporter: Reporter,
+) -> int:
+    """Load the newest whole checkpoint, if there is one; return the step it stands at."""
+    step = 0
+    tag = checkpoints.newest()
+    if tag is not None:
+        state = checkpoints.load(assembly.engine, tag)
+        stream.load_state_dict(state["stream"])
+        step = state["step"]
+        reporter.say(f"continuing from {run.checkpoints / tag}")
+    if assembly.ranks.is_main:
+        if step:
+            run.rewind_metrics(step)
+        else:
+            run.metrics.unlink(missing_ok=True)
+    return step
+
+
+def _evaluate(assembly: Assembly, run: RunFolder, step: int, reporter: Reporter) -> None:
+    result = evaluate_assembly(assembly)
+    if assembly.ranks.is_main:
+        run.append_metrics({"kind": "heldout", "step": step, **result.as_dict()})
+    cosine = "" if result.sentence_cosine is None else f"  cosine {result.sentence_cosine:.4f}"
+    reporter.say(f"held out at step {step}  loss {result.total:.4g}{cosine}")
+
+
+def _summarise(assembly: Assembly, run: RunFolder, seconds: float) -> dict[str, Any]:
+    recipe, ranks, corpus = assembly.recipe, assembly.ranks, assembly.corpus
+    rows = corpus.heldout[: assembly.plan.micro_batch_size].to(ranks.device)
+    inputs = {"input_ids": rows}
+    assembly.engine.eval()
+    teacher_speed = tokens_per_second(assembly.teacher.embed, inputs, ranks)
+    student_speed = tokens_per_second(assembly.engine, inputs, ranks)
+    heldout = [r for r in run.read_metrics() if r["kind"] == "heldout"] if ranks.is_main else []
+    kept = ("losses", "total", "sentence_cosine", "blocks", "tokens")
+    before, after = ({key: heldout[at][key] for key in kept} if heldout else None for at in (0, -1))
+    return {
+        "run": str(run.path),
+        "steps": recipe.train.steps,
+        "train_tokens": recipe.train.steps * recipe.train.batch_size * recipe.data.block_size,
+        "corpus_tokens": corpus.train_tokens,
+        "layer_map": assembly.layers.rows(),
+        "before": before,
+        "after": after,
+        "parameters": {
+            "teacher": assembly.teacher_parameters,
+            "student": assembly.initialisation.total,
+        },
+        "forward_tokens_per_second": {"teacher": teacher_speed, "student": student_speed},
+        "peak_memory_bytes": peak_memory(ranks),
+        "peak_memory_of": "GPU" if ranks.device.type == "cuda" else "process",
+        "world_size": ranks.world_size,
+        "seconds": seconds,
+    }
+
+
+def _introduce(assembly: Assembly, reporter: Reporter) -> None:
+    recipe, plan, corpus = assembly.recipe, assembly.plan, assembly.corpus
+    share = assembly.initialisation.copied / assembly.initialisation.total
+    reporter.say(
+        f"student: {recipe.student.layers} layers, {assembly.initialisation.total / 1e6:.1f} M "
+        f"parameters, {share:.0%} of them copied from the teacher"
+    )
+    tokens = "streamed" if corpus.train_tokens is None else f"{corpus.train_tokens:,} tokens"
+    reporter.say(f"text: {tokens} to train on, {len(corpus.heldout)} blocks held out")
+    reporter.say(
+        f"batch: {recipe.train.batch_size} blocks of {recipe.data.block_size} tokens = "
+        f"{plan.world_size} ranks x {plan.accumulation} micro-batches x {plan.micro_batch_size}"
+    )
+    rows = [(str(s), "-" if t is None else str(t)) for s, t in assembly.layers.rows()]
+    reporter.table("layer map", ("student layer", "teacher layer"), [("0", "0"), *rows])
+    reporter.say(CONVENTION)
+
+
+def _line(record: dict[str, Any]) -> str:
+    terms: dict[str, float] = {}
+    for label, value in record["losses"].items():
+        term = label.split("/")[0]
+        terms[term] = terms.get(term, 0.0) + value
+    parts = [f"loss {record['loss']:.4g}"]
+    parts += [f"{term} {value:.4g}" for term, value in terms.items()]
+    return "  ".join([*parts, f"{record['tokens_per_second']:,.0f} tokens/s"])
+
+
+def _write_events(assembly: Assembly, record: dict[str, Any]) -> None:
+    step = record["step"]
+    events = [("train/loss", record["loss"], step), ("train/lr", record["learning_rate"], step)]
+    events += [(f"train/{label}", value, step) for label, value in record["losses"].items()]
+    assembly.engine.monitor.write_events(events)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM while the context is open; a second SIGINT ends at once."""
+    received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,23 @@
+"""Names shared by every op: what a layer hands over, and the named modes."""
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Reduction = Literal["valid", "tinybert"]
+Backend = Literal["auto", "torch", "triton"]
+Algorithm = Literal["auto", "tiles", "gram"]
+
+
+class AttentionState(NamedTuple):
+    """Queries, keys and values of one attention layer, before the softmax and before GQA's repeat.
+
+    query: `[batch, heads, tokens, head_dim]`; key and value: `[batch, kv_heads, tokens, head_dim]`,
+    where `kv_heads` divides `heads`. `value` may be None for an op that does not read it. `scale`
+    is the factor that the model puts on `query @ key^T`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor | None
+    scale: float

@@ -123,14 +123,16 @@ class Data(Section):
     """Text, cut into documents, tokenised once and packed into blocks without padding."""
 
     train: Sources
-    """Files or globs (.txt, .txt.gz, .jsonl, .parquet), a `datasets` folder, a hub name
-    (`NAME`, `NAME:SUBSET`), or `python-docs`, the help texts inside every Python."""
+    """Files, folders or globs (.txt, .txt.gz, .jsonl, .jsonl.gz, .parquet), a saved `datasets`
+    folder, a hub name (`NAME`, `NAME:SUBSET`), or `python-docs`, the help texts inside every
+    Python."""
     heldout: Sources | None = None
     """Text that is never trained on, in the same forms; else a part of `train` is held out."""
     heldout_fraction: float = Field(default=0.02, gt=0, lt=1)
     """Share of the documents that is held out where `heldout` is not given."""
     heldout_blocks: int = Field(default=256, gt=0)
-    """Held-out blocks that an evaluation uses, at most."""
+    """Held-out blocks that an evaluation uses, at most: spread over the held-out text, or the
+    first of them when streaming."""
     split: str = "train"
     """Split of a hub data set or folder."""
     text_column: str = "text"

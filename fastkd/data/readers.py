@@ -19,8 +19,8 @@ from typing import Literal
 
 from fastkd.errors import UserError
 
-DOCUMENT_LIMIT = 1 << 26
-"""Bytes of the longest line or document of a text file; more would not be tokenised in memory."""
+DOCUMENT_LIMIT = 1 << 24
+"""Bytes of the longest line or document of a text file; tokenising takes about 140 times that."""
 QUICK_BYTES = 1 << 16
 """Bytes at each end of a file that a quick digest reads."""
 

@@ -71,7 +71,7 @@ def assemble(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> Assembly
     student, initialisation = build_student(teacher, recipe.student, layers)
     check_capturable(student, recipe.data.block_size)
     objective = make_objective(recipe, layers, student, teacher)
-    corpus = _prepare_corpus(recipe, tokenizer, ranks, progress)
+    corpus = share_corpus(recipe, tokenizer, ranks, progress=progress)
     module = DistilledStudent(student, objective)
     runner = TeacherRunner(teacher, recipe, objective, ranks)
     engine = make_engine(module, recipe, plan, ranks)
@@ -100,9 +100,10 @@ def make_objective(
     return Objective(recipe.losses, layers, widths, is_causal(teacher))
 
 
-def _prepare_corpus(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, progress: bool
+def share_corpus(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, *, progress: bool
 ) -> Corpus:
+    """The corpus of a recipe: rank 0 builds its cache, then the others open it."""
     built: list[Corpus] = []
 
     def build() -> None:

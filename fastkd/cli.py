@@ -5,6 +5,7 @@ A mistake that the user can mend is one line on stderr and exit code 2; an inter
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -64,6 +65,57 @@ def distill(
             print_summary(summary, reporter)
     finally:
         stop_ranks()
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Also write the numbers to this JSON file.")
+    ] = None,
+) -> None:
+    """Evaluate the student of a finished run on held-out text."""
+    if output is not None and output.exists():
+        raise UserError(f"--output {output} exists already; give another file")
+    _quieten()
+    from fastkd.console import Reporter
+    from fastkd.engine import start_ranks, stop_ranks
+    from fastkd.evaluate import evaluate_run
+    from fastkd.report import print_evaluation
+    from fastkd.run_folder import RunFolder, write_whole
+
+    ranks = start_ranks()
+    try:
+        result = evaluate_run(RunFolder(run), overrides or [], ranks)
+        print_evaluation(result.as_dict(), Reporter(silent=not ranks.is_main))
+        if output is not None and ranks.is_main:
+            write_whole(output, json.dumps(result.as_dict(), indent=2) + "\n")
+    finally:
+        stop_ranks()
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe to try, a YAML file.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Say what this machine has and, given a recipe, what its run will need."""
+    chosen = None if recipe is None else load_recipe(recipe, overrides or [])
+    _quieten()
+    from fastkd.console import Reporter
+    from fastkd.doctor import describe_machine, estimate_run
+    from fastkd.engine import start_ranks, stop_ranks
+
+    rank = int(os.environ.get("RANK", "0"))
+    reporter = Reporter(silent=rank != 0)
+    describe_machine(reporter)
+    if chosen is not None:
+        ranks = start_ranks()
+        try:
+            estimate_run(chosen, ranks, reporter)
+        finally:
+            stop_ranks()
 
 
 def main() -> None:

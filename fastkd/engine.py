@@ -89,7 +89,8 @@ def start_ranks() -> Ranks:
             # the others wait while rank 0 tokenises a corpus
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -128,7 +129,10 @@ class DistilledStudent(nn.Module):
         with capture(self.student, **self.objective.layers("student")) as states:
             self.student(**inputs, **no_cache(self.student))
         mask = inputs.get("attention_mask")
-        return self.objective(states, teacher, None if mask is None else mask.bool(), shares)
+        result: tuple[Tensor, Tensor] = self.objective(
+            states, teacher, None if mask is None else mask.bool(), shares
+        )
+        return result
 
 
 class TeacherRunner:

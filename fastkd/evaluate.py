@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd.assemble import Assembly
-from fastkd.engine import Ranks, TeacherRunner
+from fastkd.assemble import Assembly, make_objective, share_corpus
+from fastkd.deepspeed_config import plan_batches
+from fastkd.engine import DistilledStudent, Ranks, TeacherRunner
+from fastkd.errors import UserError
+from fastkd.export import load_projections
+from fastkd.layer_map import make_layer_map
+from fastkd.models import load_student, load_teacher, load_tokenizer
 from fastkd.objective import Inputs, Objective
+from fastkd.recipe import load_recipe
+from fastkd.run_folder import RunFolder
 
 # a step's forward: (inputs) or (inputs, teacher's capture, shares)
 Forward = Callable[..., tuple[Tensor, Tensor]]
@@ -95,6 +102,42 @@ def evaluate_assembly(assembly: Assembly) -> Evaluation:
     )
     assembly.engine.train()
     return result
+
+
+def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Evaluation:
+    """Evaluate the student that a run exported, on its own held-out text or on another.
+
+    Args:
+        run: a finished run.
+        overrides: dotted keys of `data`, `teacher` or `train` that replace the run's.
+        ranks: from `start_ranks`.
+
+    Raises:
+        UserError: the run is not finished, or an override does not fit.
+    """
+    if not run.student.is_dir():
+        raise UserError(
+            f"{run.path} holds no finished run; give the folder of one, or finish it with "
+            "fastkd distill --resume"
+        )
+    recipe = load_recipe(run.recipe, overrides)
+    if overrides:
+        # a stream reads no more of the text than it needs
+        data = recipe.data.model_copy(update={"streaming": True})
+        recipe = recipe.model_copy(update={"data": data})
+    teacher = load_teacher(recipe.teacher)
+    tokenizer = load_tokenizer(recipe.teacher, teacher.get_input_embeddings().num_embeddings)
+    student = load_student(run.student, recipe.student)
+    layers = make_layer_map(
+        recipe.layer_map, recipe.student.layers, teacher.config.num_hidden_layers
+    )
+    objective = make_objective(recipe, layers, student, teacher)
+    load_projections(objective, run)
+    corpus = share_corpus(recipe, tokenizer, ranks, progress=False)
+    module = DistilledStudent(student, objective).to(ranks.device).eval()
+    runner = TeacherRunner(teacher, recipe, objective, ranks)
+    plan = plan_batches(recipe, ranks.world_size)
+    return evaluate(module, runner, objective, corpus.heldout, plan.micro_batch_size, ranks)
 
 
 def tokens_per_second(run: Callable[[Inputs], object], inputs: Inputs, ranks: Ranks) -> float:

@@ -82,19 +82,25 @@ def load_teacher(teacher: Teacher) -> PreTrainedModel:
     Raises:
         UserError: it can't be found, read or run with the attention that the recipe names.
     """
-    name = resolve_model(teacher)
-    try:
-        model: PreTrainedModel = AutoModel.from_pretrained(
-            name,
-            revision=teacher.revision,
-            dtype=getattr(torch, teacher.dtype),
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(_not_loadable("teacher.model", teacher.model, error)) from error
-    _drop_pooler(model)
+    model = _load(
+        resolve_model(teacher),
+        f"teacher.model {teacher.model}",
+        getattr(torch, teacher.dtype),
+        teacher.revision,
+    )
     route_attention(model, teacher.attention)
     return model.eval().requires_grad_(False)
+
+
+def load_student(folder: Path, student: Student) -> PreTrainedModel:
+    """A student that a run exported, in fp32 on the CPU, in eval mode.
+
+    Raises:
+        UserError: the folder holds no model.
+    """
+    model = _load(str(folder), f"student {folder}", torch.float32, None)
+    route_attention(model, student.attention)
+    return model.eval()
 
 
 def load_tokenizer(teacher: Teacher, vocabulary: int) -> PreTrainedTokenizerBase:
@@ -112,7 +118,7 @@ def load_tokenizer(teacher: Teacher, vocabulary: int) -> PreTrainedTokenizerBase
             resolve_model(teacher), revision=teacher.revision, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(_not_loadable("tokenizer of", teacher.model, error)) from error
+        raise UserError(_not_loadable(f"tokenizer of {teacher.model}", error)) from error
     if len(tokenizer) > vocabulary:
         raise UserError(
             f"{teacher.model}: the tokenizer has {len(tokenizer)} tokens, but the model embeds "
@@ -260,15 +266,26 @@ def _copy_matching(target: nn.Module, source: nn.Module, outside: str | None = N
     return copied
 
 
+def _load(name: str, given: str, dtype: torch.dtype, revision: str | None) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = AutoModel.from_pretrained(
+            name, revision=revision, dtype=dtype, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_not_loadable(given, error)) from error
+    _drop_pooler(model)
+    return model
+
+
 def _drop_pooler(model: PreTrainedModel) -> None:
     # an unused parameter would still be decayed by the optimiser, in every ZeRO stage
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
 
 
-def _not_loadable(field: str, model: str, error: Exception) -> str:
+def _not_loadable(given: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:200]
     return (
-        f"{field} {model}: not loadable ({reason}); give a folder that holds a transformers model, "
+        f"{given}: not loadable ({reason}); give a folder that holds a transformers model, "
         "or a hub name and a connection"
     )

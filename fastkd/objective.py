@@ -112,9 +112,8 @@ class StateTerm(nn.Module):
         self.reduction = reduction
         for index in range(projections):
             linear = nn.Linear(*widths, bias=bias)
-            self.register_parameter(f"weight_{index}", linear.weight)
-            if bias:
-                self.register_parameter(f"bias_{index}", linear.bias)
+            for kind, parameter in linear.named_parameters():
+                self.register_parameter(f"{kind}_{index}", parameter)
 
     def forward(self, student: Capture, teacher: Capture, mask: Tensor | None) -> Tensor:
         """Losses [pairs], fp32."""
@@ -128,7 +127,9 @@ class StateTerm(nn.Module):
         )
 
     def _parameters_of(self, kind: str) -> Tensor | list[Tensor] | None:
-        found = [self.get_parameter(f"{kind}_{index}") for index in range(self.projections)]
+        found: list[Tensor] = [
+            self.get_parameter(f"{kind}_{index}") for index in range(self.projections)
+        ]
         return found[0] if len(found) == 1 else found or None
 
 

@@ -34,6 +34,13 @@ def print_summary(summary: dict[str, Any], reporter: Reporter) -> None:
         reporter.say(f"{name}: {value}")
 
 
+def print_evaluation(result: dict[str, Any], reporter: Reporter) -> None:
+    """Print the table of one evaluation."""
+    rows = [(row[0], row[2]) for row in _losses({"before": result, "after": result})]
+    reporter.table("held-out loss", ("term/student-teacher", "value"), rows)
+    reporter.say(f"held out: {result['tokens']:,} tokens in {result['blocks']} blocks")
+
+
 def write_report(run: RunFolder) -> None:
     """Write report.html of a finished run."""
     summary, metrics = run.read_summary(), run.read_metrics()

@@ -71,8 +71,14 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The transformer blocks of a model, in order.
 
     Raises:
-        UserError: no list, or more than one list, has as many modules as the config has layers.
+        UserError: no list, or more than one list, has as many modules as the config has layers, or
+            the model is an encoder-decoder.
     """
+    if model.config.is_encoder_decoder:
+        raise UserError(
+            f"{type(model).__name__} is an encoder-decoder; fastkd distils encoders and decoders "
+            "with a single stack, so give one of those"
+        )
     depth = model.config.num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if len(lists) != 1:
@@ -124,16 +130,23 @@ def check_capturable(model: PreTrainedModel, tokens: int = 8) -> None:
             model has no positions for so many tokens.
     """
     layers = range(1, len(find_blocks(model)) + 1)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    # rotary models would run on, where they were never trained
+    if positions is not None and tokens > positions:
+        raise UserError(
+            f"{type(model).__name__} has {positions} positions, but data.block_size is {tokens}; "
+            "give a smaller one"
+        )
     # any id but the padding, whose positions some models don't count
-    token = 1 + (getattr(model.config, "pad_token_id", None) or 0)
+    token = 0 if getattr(model.config, "pad_token_id", None) else 1
     ids = torch.full((1, tokens), token, device=model.device)
     with torch.no_grad(), capture(model, attention=layers, hidden=(0, *layers)) as states:
         try:
             model(input_ids=ids, **no_cache(model))
-        except IndexError as error:
+        except (IndexError, RuntimeError) as error:
             raise UserError(
-                f"{type(model).__name__} has no positions for {tokens} tokens; "
-                "give a smaller data.block_size"
+                f"{type(model).__name__} can't read {tokens} tokens "
+                f"({' '.join(str(error).split())[:200]}); give a smaller data.block_size"
             ) from error
     missing = [layer for layer in layers if layer not in states.attention]
     if missing:

@@ -83,9 +83,7 @@ def student_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
         }
     if recipe.run.monitor == "wandb":
         config["wandb"] = {"enabled": True, "project": "fastkd"}
-    free = {"wandb.project", "wandb.group", "wandb.team"}
-    free |= {"zero_optimization.stage3_gather_16bit_weights_on_model_save"}
-    merged = _merge(config, recipe.deepspeed, free)
+    merged = _merge(config, recipe.deepspeed)
     # a run prints its own progress
     merged.setdefault("steps_per_print", 2**31)
     return merged
@@ -111,23 +109,29 @@ def teacher_config(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _merge(
-    ours: dict[str, Any], users: dict[str, Any], free: set[str], path: str = ""
-) -> dict[str, Any]:
+def _merge(ours: dict[str, Any], users: dict[str, Any], path: str = "") -> dict[str, Any]:
     merged = copy.deepcopy(ours)
     for key, value in users.items():
         where = f"{path}{key}"
-        if isinstance(value, dict) and isinstance(ours.get(key, {}), dict):
-            merged[key] = _merge(ours.get(key, {}), value, free, where + ".")
-        elif (key in ours and where not in free) or where in _RECIPE_DECIDES:
-            field = _RECIPE_DECIDES.get(where, "its other sections")
+        field = _decided_by(where, is_section=isinstance(value, dict))
+        if field is not None:
             raise UserError(
                 f"deepspeed.{where} is given, but the recipe decides it by {field}; "
                 "set it there and leave it out of the deepspeed section"
             )
+        if isinstance(value, dict):
+            merged[key] = _merge(ours.get(key, {}), value, where + ".")
         else:
             merged[key] = copy.deepcopy(value)
     return merged
+
+
+def _decided_by(where: str, *, is_section: bool) -> str | None:
+    if where in _RECIPE_DECIDES:
+        return _RECIPE_DECIDES[where]
+    # one value in place of a section would take the recipe's keys with it
+    inside = [key for key in _RECIPE_DECIDES if key.startswith(where + ".")]
+    return _RECIPE_DECIDES[inside[0]] if inside and not is_section else None
 
 
 _RECIPE_DECIDES = {
@@ -138,6 +142,10 @@ _RECIPE_DECIDES = {
     "zero_optimization.stage": "train.zero_stage",
     "bf16.enabled": "train.precision",
     "fp16.enabled": "train.precision",
-    "optimizer.type": "train.learning_rate and its neighbours",
-    "scheduler.type": "train.schedule",
+    "data_types.grad_accum_dtype": "train.precision",
+    "optimizer": "train.learning_rate and its neighbours",
+    "zero_force_ds_cpu_optimizer": "train.learning_rate and its neighbours",
+    "scheduler": "train.schedule",
+    "tensorboard": "run.monitor and run.output",
+    "wandb.enabled": "run.monitor",
 }

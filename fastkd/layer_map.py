@@ -53,7 +53,8 @@ def make_layer_map(
     section 3). A sequence names one teacher layer for each student layer, 0 for none.
 
     Raises:
-        UserError: a student deeper than its teacher, or a layer that the teacher doesn't have.
+        UserError: a student deeper than its teacher, a sequence of another length than the student,
+            or a layer that the teacher doesn't have.
     """
     if student_layers > teacher_layers:
         raise UserError(
@@ -61,6 +62,11 @@ def make_layer_map(
             "give a student that is not deeper"
         )
     targets = _targets(kind, student_layers, teacher_layers)
+    if len(targets) != student_layers:
+        raise UserError(
+            f"layer_map names {len(targets)} teacher layers, but student.layers is "
+            f"{student_layers}; give one for each student layer, 0 for none"
+        )
     for student, teacher in enumerate(targets, start=1):
         if not 0 <= teacher <= teacher_layers:
             raise UserError(

@@ -1,0 +1,19 @@
+"""Run several variants of a recipe one after another in one process: imports are most of a test.
+
+Used as `python run_recipes.py recipe.yaml '[["train.steps=1", ...], ...]'`, also under torchrun.
+"""
+
+import json
+import sys
+
+from fastkd.console import Reporter
+from fastkd.engine import start_ranks, stop_ranks
+from fastkd.recipe import load_recipe
+from fastkd.train import distill
+
+if __name__ == "__main__":
+    ranks = start_ranks()
+    for overrides in json.loads(sys.argv[2]):
+        recipe = load_recipe(sys.argv[1], overrides)
+        distill(recipe, ranks, resume=False, reporter=Reporter(silent=True))
+    stop_ranks()

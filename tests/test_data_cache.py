@@ -107,9 +107,13 @@ def test_moving_renaming_and_touching_keep_the_cache(
     moved = shutil.move(data.train[0], tmp_path / "elsewhere" / "b.txt")
     data = changed(data, train=str(moved))
     assert prepare_corpus(data, tokenizer, progress=False).fingerprint == first.fingerprint
-    # what another caller did with the tokenizer does not count either
+
+
+def test_what_another_caller_did_with_the_tokenizer_does_not_count() -> None:
+    tokenizer = load_tokenizer()
+    before = cache.tokenizer_digest(tokenizer)
     tokenizer("a", truncation=True, max_length=16, padding="max_length")
-    assert prepare_corpus(data, tokenizer, progress=False).fingerprint == first.fingerprint
+    assert cache.tokenizer_digest(tokenizer) == before
 
 
 @pytest.mark.parametrize(
@@ -257,6 +261,14 @@ def test_damaged_cache(data: Data, tokenizer: PreTrainedTokenizerBase, keep: flo
     path = Path(data.cache) / corpus.fingerprint / "train.arrow"
     os.truncate(path, int(path.stat().st_size * keep))
     with pytest.raises(UserError, match=r"is damaged; delete it and run again"):
+        prepare_corpus(data, tokenizer)
+
+
+def test_cache_with_blocks_lost(data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
+    corpus = prepare_corpus(data, tokenizer, progress=False)
+    folder = Path(data.cache) / corpus.fingerprint
+    os.replace(folder / "heldout.arrow", folder / "train.arrow")
+    with pytest.raises(UserError, match=r"train\.arrow has \d+ blocks, expected \d+"):
         prepare_corpus(data, tokenizer)
 
 

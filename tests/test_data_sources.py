@@ -161,8 +161,8 @@ MISTAKES = [
     ),
     pytest.param(content("a.txt.gz", b"plain text"), r"not a complete gzip file", id="no gzip"),
     pytest.param(
-        content("a.txt.gz", gzip.compress(os.urandom(999))[:500] + b"\0" * 600),
-        r"a\.txt\.gz: (not a complete gzip file|byte \d+ is not UTF-8)",
+        content("a.txt.gz", gzip.compress(b"")[:10] + b"\xff" * 99),
+        r"not a complete gzip file .*invalid block type",
         id="corrupt gzip",
     ),
     pytest.param(content("a.jsonl", '{"text": "a"}\n{text'), r"line 2: not a JSON", id="json"),

@@ -10,12 +10,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fastkd.errors import UserError
+from fastkd.layer_map import MapKind
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
@@ -24,19 +34,43 @@ def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _known_map(value: object) -> object:
+    layers = isinstance(value, list | tuple) and all(type(v) is int and v >= 0 for v in value)
+    if not layers and value not in get_args(MapKind):
+        raise ValueError(
+            f"expected {', '.join(get_args(MapKind))} or a list with one teacher layer for each "
+            f"student layer, 0 for none (given {value!r})"
+        )
+    return value
+
+
 Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+Layers = Annotated[MapKind | tuple[int, ...], BeforeValidator(_known_map)]
+Name = Annotated[str, Field(min_length=1)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """What all sections share: immutable, strict about keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: object, info: ValidationInfo) -> object:
+        # pydantic would read true as 1
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError(f"expected a value, not a switch (given {value})")
+        return value
 
 
 class Teacher(Section):
     """The large model. It is never trained and always runs in eval mode."""
 
-    model: str
+    model: Name
     """Hub name, folder, or `package:NAME/FOLDER` for a model carried by an installed package."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -165,7 +199,7 @@ class Train(Section):
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay, not applied to biases and normalisation weights."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     """AdamW's decay rates."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
@@ -192,7 +226,7 @@ class Train(Section):
 class Run(Section):
     """Where a run is written and who is told."""
 
-    output: str
+    output: Name
     """Folder of the run; it must not hold another run."""
     monitor: Literal["none", "tensorboard", "wandb"] = "none"
     """Tracker that DeepSpeed's monitor writes to."""
@@ -205,7 +239,7 @@ class Recipe(Section):
     """The model to learn from."""
     student: Student
     """The model to make."""
-    layer_map: Literal["uniform", "last", "first", "skip"] | tuple[int, ...] = "uniform"
+    layer_map: Layers = "uniform"
     """Which teacher layer each student layer learns from; a list names one teacher layer for each
     student layer, 0 for none."""
     losses: Losses
@@ -287,9 +321,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     node: Any = tree
     for parent in parents:
-        node = node.setdefault(parent, {}) if isinstance(node, dict) else None
-        if node is None:
+        if not isinstance(node, dict):
             break
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
     if not isinstance(node, dict):
         raise UserError(f"override {override!r}: {'.'.join(parents)} is not a section")
     try:
@@ -308,6 +344,9 @@ def _complaint(error: ValidationError) -> str:
         text = f"{field}: unknown key; {hint}expected one of {', '.join(allowed)}"
     elif first["type"] == "missing":
         text = f"{field}: missing; it has no default, so give a value"
+    elif first["type"] == "model_type":
+        keys = ", ".join(_section(first["loc"]).model_fields)
+        text = f"{field}: expected a section with keys {keys} (given {first['input']!r})"
     else:
         where = f"{field}: " if field else ""
         message = first["msg"].removeprefix("Value error, ")

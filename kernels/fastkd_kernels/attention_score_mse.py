@@ -24,8 +24,9 @@ from .launch import triton_interprets
 from .types import Algorithm, AttentionState, Backend, Reduction
 from .unit_gradient import by_shape, inverse, scaled, value_of
 
-# from this many tokens on, per head_dim of student plus teacher, "gram" is the faster one
-GRAM_TOKENS_PER_WIDTH = {"torch": 1.0, "triton": 2.0}
+# from this many tokens per column of student plus teacher on, "gram" is the faster one
+GRAM_TOKENS_PER_COLUMN = {"torch": 1.3, "triton": 2.0}
+CAUSAL_GRAM_TOKENS_PER_COLUMN = 8.0
 
 
 def choose_algorithm(
@@ -34,8 +35,8 @@ def choose_algorithm(
     """ "tiles" or "gram" for one shape; `backend` is "torch" or "triton"."""
     if causal and backend == "triton":
         return "tiles"
-    threshold = GRAM_TOKENS_PER_WIDTH[backend] * (student_dim + teacher_dim)
-    return "gram" if tokens >= (2 * threshold if causal else threshold) else "tiles"
+    per_column = CAUSAL_GRAM_TOKENS_PER_COLUMN if causal else GRAM_TOKENS_PER_COLUMN[backend]
+    return "gram" if tokens >= per_column * (student_dim + teacher_dim) else "tiles"
 
 
 def attention_score_mse(
@@ -162,6 +163,15 @@ def _pairs(
     return [on_torch.Pair(*row) for row in zip(*columns, strict=True)]
 
 
+def _path(backend: str) -> Any:
+    """The module that computes; Triton is imported by the first call that needs it."""
+    if backend == "torch":
+        return on_torch
+    from . import attention_score_mse_triton
+
+    return attention_score_mse_triton
+
+
 def _student_only(query_grad: Tensor, key_grad: Tensor, others: int) -> tuple[Any, ...]:
     """Gradients in the order of an op's inputs: none for the teacher's two lists and the rest."""
     nothing = [None] * len(query_grad)
@@ -190,7 +200,7 @@ def _gram(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses `[pairs]` and the factors that the backward applies (see `gram.py`)."""
     pairs = _pairs(query, key, target_query, target_key, scale, target_scale)
-    squares, to_query, to_key = on_torch.gram_forward(pairs, key_mask, query_mask, need_grad)
+    squares, to_query, to_key = _path(backend).gram_forward(pairs, key_mask, query_mask, need_grad)
     return value_of(squares, inverse_count), to_query, to_key
 
 
@@ -236,7 +246,10 @@ def _gram_backward(
 ) -> tuple[Tensor, Tensor]:
     """Stacked gradients of the student's queries and keys for `factor` `[pairs]`."""
     pairs = _pairs(query, key, target_query, target_key, scale, target_scale)
-    return on_torch.gram_backward(factor, to_query, to_key, pairs, key_mask, query_mask)
+    query_grad, key_grad = _path(backend).gram_backward(
+        factor, to_query, to_key, pairs, key_mask, query_mask
+    )
+    return query_grad, key_grad
 
 
 @_gram_backward.register_fake
@@ -310,7 +323,7 @@ def _one_pass(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses `[pairs]` and stacked unit gradients of the student's queries and keys."""
     pairs = _pairs(query, key, target_query, target_key, scale, target_scale)
-    squares, query_unit, key_unit = on_torch.one_pass(
+    squares, query_unit, key_unit = _path(backend).one_pass(
         pairs, key_mask, query_mask, causal, algorithm, need_grad
     )
     return value_of(squares, inverse_count), query_unit, key_unit

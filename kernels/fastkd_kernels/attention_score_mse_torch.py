@@ -28,6 +28,10 @@ class Pair(NamedTuple):
     target_scale: float
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.target_query, self.target_key
+
+    @property
     def groups(self) -> int:
         return math.lcm(self.key.shape[1], self.target_key.shape[1])
 
@@ -68,7 +72,7 @@ def gram_forward(
     Factors are `[pairs, batch, groups, dim_s + dim_t, dim_s]`, or empty without `need_grad`.
     """
     first = pairs[0]
-    dtype = accumulator(*first[:4])
+    dtype = accumulator(*first.tensors)
     dim = first.query.shape[-1]
     width = dim + first.target_query.shape[-1]
     shape = (len(pairs), first.query.shape[0], first.groups, width, dim) if need_grad else (0,)
@@ -128,7 +132,7 @@ def one_pass(
 
     "tiles" forms `D` in blocks; "gram" is chunked linear attention, for causal scores.
     """
-    dtype = accumulator(*pairs[0][:4])
+    dtype = accumulator(*pairs[0].tensors)
     squares = torch.zeros(len(pairs), dtype=dtype)
     query_grad, key_grad = torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype)
     if need_grad:

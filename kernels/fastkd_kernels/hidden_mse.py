@@ -189,7 +189,12 @@ def _hidden(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses `[pairs]` and stacked unit gradients of student, weight and bias."""
-    squares, *grads = on_torch.hidden_forward(
+    if backend == "torch":
+        forward = on_torch.hidden_forward
+    else:
+        # imported by the first call that needs Triton
+        from .hidden_mse_triton import hidden_forward as forward
+    squares, *grads = forward(
         student,
         teacher,
         weight,

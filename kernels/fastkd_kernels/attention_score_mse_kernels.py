@@ -1,0 +1,237 @@
+# mypy: ignore-errors
+"""Triton kernels of attention-score MSE in tiles.
+
+Sizes: `tokens`, `heads`, `kv_heads` (student), `target_kv_heads` (teacher), `dim` and `target_dim`
+(head sizes). Prefixes: `o_` offsets, `m_` mask, `b_` block of values.
+
+Row `pair` of `table` `[pairs, 16]` int64 holds, for the student's query and key and the teacher's
+query and key: address, then strides of batch, head and token. `scales` is `[pairs, 2]`, student
+and teacher. `valid` is uint8 `[2, batch, tokens]`: query rows, keys.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(base, o_row, m_row, stride, dim, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+    """Rows `[rows, BLOCK]` at `base`, 0 beyond `dim` and where `m_row` is False."""
+    o_dim = tl.arange(0, BLOCK)
+    base = tl.multiple_of(base, 16 if ALIGN > 1 else 1)
+    step = tl.multiple_of(stride, ALIGN)
+    where = base + o_row[:, None].to(tl.int64) * step + o_dim[None, :]
+    return tl.load(where, mask=m_row[:, None] & (o_dim < dim)[None, :], other=0.0)
+
+
+@triton.jit
+def head_base(row, slot: tl.constexpr, item, head, TYPE: tl.constexpr):
+    """Address of one head of tensor `slot`, and its stride between tokens."""
+    entry = row + slot * 4
+    address = tl.load(entry).to(tl.pointer_type(TYPE))
+    return address + item * tl.load(entry + 1) + head * tl.load(entry + 2), tl.load(entry + 3)
+
+
+@triton.jit
+def valid_rows(valid, side: tl.constexpr, item, batch, tokens, o_row, HAS_MASK: tl.constexpr):
+    """Which of `o_row` exist and are valid; `side` 0 is queries, 1 keys."""
+    m_row = o_row < tokens
+    if HAS_MASK:
+        base = valid + (side * batch + item) * tokens
+        m_row = m_row & (tl.load(base + o_row, mask=m_row, other=0) != 0)
+    return m_row
+
+
+@triton.jit
+def score_difference(
+    b_query, b_key, b_target_query, b_target_key, scale, target_scale, PRECISION: tl.constexpr
+):
+    """`c_s Q_s K_s^T - c_t Q_t K_t^T` of one tile, `[queries, keys]`."""
+    own = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
+    target = tl.dot(b_target_query, tl.trans(b_target_key), input_precision=PRECISION)
+    return own * scale - target * target_scale
+
+
+@triton.jit
+def tiles_by_key(
+    table,
+    scales,
+    valid,
+    query_grad,
+    key_grad,
+    partials,
+    batch,
+    heads,
+    kv_heads,
+    target_kv_heads,
+    tokens,
+    dim,
+    target_dim,
+    TYPE: tl.constexpr,
+    TARGET_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_QUERY: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_TARGET_DIM: tl.constexpr,
+    SCORE_PRECISION: tl.constexpr,
+    GRAD_PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TARGET_ALIGN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WRITE_QUERY: tl.constexpr,
+    WRITE_KEY: tl.constexpr,
+):
+    """One program: one block of keys of one student key head, against all its query rows.
+
+    Writes `partials` `[pairs, programs]` and, with WRITE_KEY, `key_grad`
+    `[pairs, batch, kv_heads, tokens, dim]`. WRITE_QUERY also writes `query_grad`
+    `[pairs, batch, heads, tokens, dim]`, complete only where one block holds every key.
+    """
+    pair = tl.program_id(1).to(tl.int64)
+    key_blocks = tl.cdiv(tokens, BLOCK_KEY)
+    block = tl.program_id(0) % key_blocks
+    item = (tl.program_id(0) // key_blocks // kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(0) // key_blocks % kv_heads).to(tl.int64)
+    row = table + pair * 16
+    scale = tl.load(scales + pair * 2)
+    target_scale = tl.load(scales + pair * 2 + 1)
+    o_dim = tl.arange(0, BLOCK_DIM)
+    o_key = block * BLOCK_KEY + tl.arange(0, BLOCK_KEY)
+    m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
+    base, stride = head_base(row, 1, item, kv_head, TYPE)
+    b_key = load_rows(base, o_key, m_key, stride, dim, BLOCK_DIM, ALIGN)
+    repeat = heads // kv_heads
+    target_repeat = heads // target_kv_heads
+    b_key_grad = tl.zeros([BLOCK_KEY, BLOCK_DIM], dtype=SUM_TYPE)
+    squares = tl.zeros([BLOCK_QUERY], dtype=SUM_TYPE)
+    first = 0
+    if CAUSAL:
+        # query blocks that end before this key block see none of it
+        first = block * BLOCK_KEY // BLOCK_QUERY * BLOCK_QUERY
+    for turn in range(0, repeat):
+        head = kv_head * repeat + turn
+        base, stride = head_base(row, 3, item, head // target_repeat, TARGET_TYPE)
+        b_target_key = load_rows(
+            base, o_key, m_key, stride, target_dim, BLOCK_TARGET_DIM, TARGET_ALIGN
+        )
+        query_base, query_stride = head_base(row, 0, item, head, TYPE)
+        target_base, target_stride = head_base(row, 2, item, head, TARGET_TYPE)
+        for start in range(first, tokens, BLOCK_QUERY):
+            o_query = start + tl.arange(0, BLOCK_QUERY)
+            m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
+            b_query = load_rows(query_base, o_query, m_query, query_stride, dim, BLOCK_DIM, ALIGN)
+            b_target_query = load_rows(
+                target_base,
+                o_query,
+                m_query,
+                target_stride,
+                target_dim,
+                BLOCK_TARGET_DIM,
+                TARGET_ALIGN,
+            )
+            tile = score_difference(
+                b_query, b_key, b_target_query, b_target_key, scale, target_scale, SCORE_PRECISION
+            )
+            if CAUSAL:
+                tile = tl.where(o_query[:, None] >= o_key[None, :], tile, 0.0)
+            squares += tl.sum(tile * tile, 1)
+            b_tile = tile.to(GRAD_TYPE)
+            if WRITE_KEY:
+                # dK_s = D^T Q_s
+                b_key_grad += tl.dot(
+                    tl.trans(b_tile), b_query.to(GRAD_TYPE), input_precision=GRAD_PRECISION
+                )
+            if WRITE_QUERY:
+                # dQ_s = D K_s
+                b_out = tl.dot(b_tile, b_key.to(GRAD_TYPE), input_precision=GRAD_PRECISION) * scale
+                out = query_grad + ((pair * batch + item) * heads + head) * tokens * dim
+                o_out = o_query[:, None].to(tl.int64) * dim + o_dim[None, :]
+                m_out = (o_query < tokens)[:, None] & (o_dim < dim)[None, :]
+                tl.store(out + o_out, b_out, mask=m_out)
+    if WRITE_KEY:
+        out = key_grad + ((pair * batch + item) * kv_heads + kv_head) * tokens * dim
+        o_out = o_key[:, None].to(tl.int64) * dim + o_dim[None, :]
+        m_out = (o_key < tokens)[:, None] & (o_dim < dim)[None, :]
+        tl.store(out + o_out, b_key_grad * scale, mask=m_out)
+    tl.store(partials + pair * tl.num_programs(0) + tl.program_id(0), tl.sum(squares, 0))
+
+
+@triton.jit
+def tiles_by_query(
+    table,
+    scales,
+    valid,
+    query_grad,
+    batch,
+    heads,
+    kv_heads,
+    target_kv_heads,
+    tokens,
+    dim,
+    target_dim,
+    TYPE: tl.constexpr,
+    TARGET_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_QUERY: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_TARGET_DIM: tl.constexpr,
+    SCORE_PRECISION: tl.constexpr,
+    GRAD_PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TARGET_ALIGN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """One program: one block of query rows of one head, against all keys that it sees.
+
+    Writes `query_grad` `[pairs, batch, heads, tokens, dim]`.
+    """
+    pair = tl.program_id(1).to(tl.int64)
+    query_blocks = tl.cdiv(tokens, BLOCK_QUERY)
+    block = tl.program_id(0) % query_blocks
+    item = (tl.program_id(0) // query_blocks // heads).to(tl.int64)
+    head = (tl.program_id(0) // query_blocks % heads).to(tl.int64)
+    row = table + pair * 16
+    scale = tl.load(scales + pair * 2)
+    target_scale = tl.load(scales + pair * 2 + 1)
+    o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
+    m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
+    base, stride = head_base(row, 0, item, head, TYPE)
+    b_query = load_rows(base, o_query, m_query, stride, dim, BLOCK_DIM, ALIGN)
+    base, stride = head_base(row, 2, item, head, TARGET_TYPE)
+    b_target_query = load_rows(
+        base, o_query, m_query, stride, target_dim, BLOCK_TARGET_DIM, TARGET_ALIGN
+    )
+    key_base, key_stride = head_base(row, 1, item, head // (heads // kv_heads), TYPE)
+    target_base, target_stride = head_base(
+        row, 3, item, head // (heads // target_kv_heads), TARGET_TYPE
+    )
+    b_query_grad = tl.zeros([BLOCK_QUERY, BLOCK_DIM], dtype=SUM_TYPE)
+    end = tokens
+    if CAUSAL:
+        end = min(tokens, (block + 1) * BLOCK_QUERY)
+    for start in range(0, end, BLOCK_KEY):
+        o_key = start + tl.arange(0, BLOCK_KEY)
+        m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
+        b_key = load_rows(key_base, o_key, m_key, key_stride, dim, BLOCK_DIM, ALIGN)
+        b_target_key = load_rows(
+            target_base, o_key, m_key, target_stride, target_dim, BLOCK_TARGET_DIM, TARGET_ALIGN
+        )
+        tile = score_difference(
+            b_query, b_key, b_target_query, b_target_key, scale, target_scale, SCORE_PRECISION
+        )
+        if CAUSAL:
+            tile = tl.where(o_query[:, None] >= o_key[None, :], tile, 0.0)
+        # dQ_s = D K_s
+        b_query_grad += tl.dot(
+            tile.to(GRAD_TYPE), b_key.to(GRAD_TYPE), input_precision=GRAD_PRECISION
+        )
+    o_dim = tl.arange(0, BLOCK_DIM)
+    out = query_grad + ((pair * batch + item) * heads + head) * tokens * dim
+    o_out = o_query[:, None].to(tl.int64) * dim + o_dim[None, :]
+    m_out = (o_query < tokens)[:, None] & (o_dim < dim)[None, :]
+    tl.store(out + o_out, b_query_grad * scale, mask=m_out)

@@ -1,0 +1,229 @@
+"""Attention-score MSE on Triton: what CUDA tensors run. Same results as the PyTorch path.
+
+Every launch covers all layer pairs through a table of addresses.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .attention_score_mse_kernels import tiles_by_key, tiles_by_query
+from .attention_score_mse_torch import Pair, accumulator
+from .gram import Blocks, key_factors, query_factors, squared_norm, stack_factors
+from .gram_kernels import apply_factors, gram_matrices
+from .launch import aligned, gram_launch, platform, product_dtype, tile_launch
+from .pointers import pointer_table, to_device, unit_stride
+from .tl_types import TYPES
+
+
+class Call:
+    """One op call: pairs with unit strides, their tables, and the sizes all kernels take."""
+
+    def __init__(self, pairs: list[Pair], key_mask: Tensor | None, query_mask: Tensor | None):
+        # kept alive until the kernels are launched: a row of another stride is a copy
+        self.tensors = [[unit_stride(tensor) for tensor in pair.tensors] for pair in pairs]
+        first = pairs[0]
+        self.first = first
+        self.dtype = accumulator(*first.tensors)
+        self.table = pointer_table([list(column) for column in zip(*self.tensors, strict=True)])
+        scales = [[pair.scale, pair.target_scale] for pair in pairs]
+        self.scales = to_device(scales, self.dtype, first.query)
+        self.valid = _stacked_masks(first.query, key_mask, query_mask)
+        batch, heads, tokens, dim = first.query.shape
+        self.sizes = {
+            "batch": batch,
+            "heads": heads,
+            "kv_heads": first.key.shape[1],
+            "target_kv_heads": first.target_key.shape[1],
+            "tokens": tokens,
+            "dim": dim,
+            "target_dim": first.target_query.shape[-1],
+        }
+        self.dims = (dim, first.target_query.shape[-1])
+        self.dtypes = (first.query.dtype, first.target_query.dtype)
+        self.constants = {
+            **type_constants(*self.dtypes),
+            "ALIGN": self._alignment(0, 1),
+            "TARGET_ALIGN": self._alignment(2, 3),
+            "HAS_MASK": key_mask is not None or query_mask is not None,
+        }
+
+    def _alignment(self, *slots: int) -> int:
+        """Elements that every row starts at a multiple of: 16 bytes, or 1 if not aligned."""
+        tensors = [row[slot] for row in self.tensors for slot in slots]
+        return 16 // tensors[0].element_size() if aligned(tensors) else 1
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.first.query.device)
+
+
+def type_constants(dtype: torch.dtype, target_dtype: torch.dtype) -> dict[str, Any]:
+    """The `tl.constexpr` types of a student and a teacher dtype."""
+    wide = torch.float64 in (dtype, target_dtype)
+    return {
+        "TYPE": TYPES[dtype],
+        "TARGET_TYPE": TYPES[target_dtype],
+        "SUM_TYPE": TYPES[torch.float64 if wide else torch.float32],
+    }
+
+
+def tile_types(dtype: torch.dtype, target_dtype: torch.dtype) -> dict[str, Any]:
+    """The type in which the difference of scores enters its second product."""
+    made = type_constants(dtype, target_dtype)
+    return made | {"GRAD_TYPE": TYPES[product_dtype(dtype)]}
+
+
+def gram_types(dtype: torch.dtype, target_dtype: torch.dtype, difference: bool) -> dict[str, Any]:
+    """Rows enter the Gram products as they are, or wide where they are made or mixed."""
+    made = type_constants(dtype, target_dtype)
+    plain = not difference and dtype == target_dtype
+    return made | {"OPERAND": TYPES[dtype] if plain else made["SUM_TYPE"], "DIFFERENCE": difference}
+
+
+def one_pass(
+    pairs: list[Pair],
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    causal: bool,
+    algorithm: str,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squares `[pairs]`, `c_s D K_s` and `c_s D^T Q_s`; one launch, two for long sequences."""
+    assert algorithm == "tiles", "the public function refuses causal Grams on Triton"
+    call = Call(pairs, key_mask, query_mask)
+    sizes, count = call.sizes, len(pairs)
+    launch = tile_launch(sizes["tokens"], call.dims, call.dtypes, platform())
+    blocks = {name: size for name, size in launch.constants.items() if isinstance(size, int)}
+    key_blocks = triton.cdiv(sizes["tokens"], blocks["BLOCK_KEY"])
+    programs = key_blocks * sizes["batch"] * sizes["kv_heads"]
+    query_grad = call.new(*((count, *call.first.query.shape) if need_grad else (0,)))
+    key_grad = call.new(*((count, *call.first.key.shape) if need_grad else (0,)))
+    partials = call.new(count, programs)
+    constants = {
+        **call.constants,
+        **tile_types(*call.dtypes),
+        **launch.constants,
+        "CAUSAL": causal,
+    }
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    whole = key_blocks == 1
+    tiles_by_key[(programs, count)](
+        call.table,
+        call.scales,
+        call.valid,
+        query_grad,
+        key_grad,
+        partials,
+        **sizes,
+        **constants,
+        WRITE_QUERY=need_grad and whole,
+        WRITE_KEY=need_grad,
+        **options,
+    )
+    if need_grad and not whole:
+        query_blocks = triton.cdiv(sizes["tokens"], blocks["BLOCK_QUERY"])
+        tiles_by_query[(query_blocks * sizes["batch"] * sizes["heads"], count)](
+            call.table, call.scales, call.valid, query_grad, **sizes, **constants, **options
+        )
+    return partials.sum(1), query_grad, key_grad
+
+
+def gram_forward(
+    pairs: list[Pair], key_mask: Tensor | None, query_mask: Tensor | None, need_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squares `[pairs]` and the factors `[pairs, batch, groups, dim_s + dim_t, dim_s]`."""
+    call = Call(pairs, key_mask, query_mask)
+    sizes, groups, count = call.sizes, call.first.groups, len(pairs)
+    dim, width = call.dims[0], sum(call.dims)
+    constants, options = _gram_constants(call, "BLOCK_PRECISION")
+    tiles = sum(triton.cdiv(size, constants["BLOCK_COLUMN"]) for size in call.dims)
+    sides = []
+    for side in (0, 1):
+        grams = call.new(count, sizes["batch"], groups, width, width)
+        gram_matrices[(tiles * tiles * sizes["batch"] * groups, count)](
+            call.table,
+            call.scales,
+            call.valid,
+            grams,
+            groups=groups,
+            SIDE=side,
+            **sizes,
+            **constants,
+            **options,
+        )
+        own, other = slice(0, dim), slice(dim, width)
+        sides.append(Blocks(grams[..., own, own], grams[..., own, other], grams[..., other, other]))
+    query, key = sides
+    scale, target_scale = (column.view(-1, 1, 1) for column in call.scales.unbind(1))
+    difference = call.first.difference
+    squares = squared_norm(query, key, scale, target_scale, difference).sum((1, 2))
+    if not need_grad:
+        return squares, call.new(0), call.new(0)
+    scales = (scale[..., None, None], target_scale[..., None, None], difference)
+    to_query = stack_factors(query_factors(key, *scales))
+    return squares, to_query, stack_factors(key_factors(query, *scales))
+
+
+def gram_backward(
+    factor: Tensor,
+    to_query: Tensor,
+    to_key: Tensor,
+    pairs: list[Pair],
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients `[pairs, batch, heads | kv_heads, tokens, dim_s]` for `factor` `[pairs]`."""
+    call = Call(pairs, key_mask, query_mask)
+    sizes, count = call.sizes, len(pairs)
+    constants, options = _gram_constants(call, "APPLY_PRECISION")
+    row_blocks = triton.cdiv(sizes["tokens"], constants["BLOCK_ROW"])
+    columns = triton.cdiv(sizes["dim"], constants["BLOCK_COLUMN"])
+    made = []
+    for side, factors in enumerate((to_query, to_key)):
+        shape = call.first.tensors[side].shape
+        gradient = call.new(count, *shape, dtype=call.dtypes[0])
+        apply_factors[(columns * row_blocks * shape[0] * shape[1], count)](
+            call.table,
+            call.scales,
+            call.valid,
+            factors,
+            factor.contiguous(),
+            gradient,
+            groups=call.first.groups,
+            SIDE=side,
+            **sizes,
+            **constants,
+            **options,
+        )
+        made.append(gradient)
+    return made[0], made[1]
+
+
+def _gram_constants(call: Call, precision: str) -> tuple[dict[str, Any], dict[str, int]]:
+    launch = gram_launch(call.dims, call.dtypes, platform())
+    constants = {
+        **call.constants,
+        **gram_types(*call.dtypes, call.first.difference),
+        **gram_constants(launch.constants, precision),
+    }
+    return constants, {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+
+
+def gram_constants(constants: Mapping[str, int | str], precision: str) -> dict[str, Any]:
+    """The launch's blocks with the precision of one of the two kernels."""
+    blocks = {name: size for name, size in constants.items() if name.startswith("BLOCK_")}
+    blocks.pop("BLOCK_PRECISION")
+    return {**blocks, "PRECISION": constants[precision]}
+
+
+def _stacked_masks(query: Tensor, key_mask: Tensor | None, query_mask: Tensor | None) -> Tensor:
+    """uint8 `[2, batch, tokens]`: query rows, keys. A placeholder where nothing is masked."""
+    if key_mask is None and query_mask is None:
+        return torch.empty(0, dtype=torch.uint8, device=query.device)
+    batch, _, tokens, _ = query.shape
+    every = torch.ones(batch, tokens, dtype=torch.uint8, device=query.device)
+    sides = (query_mask, key_mask)
+    return torch.stack([every if mask is None else mask.to(torch.uint8) for mask in sides])

@@ -1,0 +1,228 @@
+# mypy: ignore-errors
+"""Triton kernels of hidden-state MSE.
+
+Sizes: `tokens`, `rows` (batch times tokens), `width` (student), `target_width` (teacher). One chunk
+of rows is `[first, last)`; its residual `R = H_s W^T + b - H_t` is `[pairs, chunk, target_width]`.
+Prefixes: `o_` offsets, `m_` mask, `b_` block of values.
+
+Row `pair` of `table` `[pairs, 9]` int64 holds the address and strides of batch and token of the
+student and of the teacher, address and row stride of the weight, and the address of the bias.
+`valid` is uint8 `[rows]`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def token_rows(
+    entry, o_row, m_row, tokens, o_column, columns, TYPE: tl.constexpr, ALIGN: tl.constexpr
+):
+    """Values `[rows, columns]` of a `[batch, tokens, width]` tensor, 0 where masked."""
+    base = tl.multiple_of(tl.load(entry).to(tl.pointer_type(TYPE)), 16 if ALIGN > 1 else 1)
+    batch_step = tl.multiple_of(tl.load(entry + 1), ALIGN)
+    token_step = tl.multiple_of(tl.load(entry + 2), ALIGN)
+    o_wide = o_row.to(tl.int64)
+    where = base + (o_wide // tokens * batch_step + o_wide % tokens * token_step)[:, None]
+    mask = m_row[:, None] & (o_column < columns)[None, :]
+    return tl.load(where + o_column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def weight_tile(row, o_out, target_width, o_in, width, TYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """Values `[out, in]` of the pair's weight."""
+    base = tl.multiple_of(tl.load(row + 6).to(tl.pointer_type(TYPE)), 16 if ALIGN > 1 else 1)
+    step = tl.multiple_of(tl.load(row + 7), ALIGN)
+    where = base + o_out[:, None].to(tl.int64) * step + o_in[None, :]
+    return tl.load(where, mask=(o_out < target_width)[:, None] & (o_in < width)[None, :], other=0.0)
+
+
+@triton.jit
+def valid_rows(valid, o_row, last, HAS_MASK: tl.constexpr):
+    """Which of `o_row` lie in the chunk and are valid."""
+    m_row = o_row < last
+    if HAS_MASK:
+        m_row = m_row & (tl.load(valid + o_row, mask=m_row, other=0) != 0)
+    return m_row
+
+
+@triton.jit
+def residuals(
+    table,
+    valid,
+    residual,
+    partials,
+    first,
+    last,
+    chunk,
+    rows,
+    tokens,
+    width,
+    target_width,
+    TYPE: tl.constexpr,
+    TARGET_TYPE: tl.constexpr,
+    WEIGHT_TYPE: tl.constexpr,
+    BIAS_TYPE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+    BLOCK_COLUMN: tl.constexpr,
+    BLOCK_SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TARGET_ALIGN: tl.constexpr,
+    WEIGHT_ALIGN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE: tl.constexpr,
+):
+    """One program: a block of the chunk's rows and of the teacher's columns.
+
+    Writes `partials` `[pairs, row blocks, column blocks]` and, with STORE, `residual`
+    `[pairs, chunk, target_width]`, where masked rows are 0.
+    """
+    pair = tl.program_id(1).to(tl.int64)
+    column_blocks = tl.cdiv(target_width, BLOCK_COLUMN)
+    row_block = tl.program_id(0) // column_blocks
+    column_block = tl.program_id(0) % column_blocks
+    row = table + pair * 9
+    o_row = first + row_block * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
+    o_column = column_block * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
+    m_row = valid_rows(valid, o_row, last, HAS_MASK)
+    m_tile = m_row[:, None] & (o_column < target_width)[None, :]
+    if HAS_WEIGHT:
+        total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
+        for start in range(0, width, BLOCK_SUM):
+            o_in = start + tl.arange(0, BLOCK_SUM)
+            b_rows = token_rows(row, o_row, m_row, tokens, o_in, width, TYPE, ALIGN)
+            b_weight = weight_tile(
+                row, o_column, target_width, o_in, width, WEIGHT_TYPE, WEIGHT_ALIGN
+            )
+            total += tl.dot(
+                b_rows.to(OPERAND), tl.trans(b_weight.to(OPERAND)), input_precision=PRECISION
+            )
+    else:
+        total = token_rows(row, o_row, m_row, tokens, o_column, width, TYPE, ALIGN).to(SUM_TYPE)
+    if HAS_BIAS:
+        bias = tl.load(row + 8).to(tl.pointer_type(BIAS_TYPE))
+        b_bias = tl.load(bias + o_column, mask=o_column < target_width, other=0.0)
+        total += b_bias.to(SUM_TYPE)[None, :]
+    b_target = token_rows(
+        row + 3, o_row, m_row, tokens, o_column, target_width, TARGET_TYPE, TARGET_ALIGN
+    )
+    # R = H_s W^T + b - H_t
+    total = tl.where(m_tile, total - b_target.to(SUM_TYPE), 0.0)
+    all_blocks = tl.cdiv(rows, BLOCK_ROW)
+    index = (pair * all_blocks + first // BLOCK_ROW + row_block) * column_blocks + column_block
+    tl.store(partials + index, tl.sum(tl.sum(total * total, 1), 0))
+    if STORE:
+        o_out = (pair * chunk + o_row - first)[:, None] * target_width + o_column[None, :]
+        m_out = (o_row < last)[:, None] & (o_column < target_width)[None, :]
+        tl.store(residual + o_out, total, mask=m_out)
+
+
+@triton.jit
+def input_gradient(
+    table,
+    residual,
+    gradient,
+    first,
+    last,
+    chunk,
+    rows,
+    width,
+    target_width,
+    WEIGHT_TYPE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+    BLOCK_COLUMN: tl.constexpr,
+    BLOCK_SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WEIGHT_ALIGN: tl.constexpr,
+):
+    """One program: a block of the chunk's rows and of the student's columns.
+
+    Reads `residual` `[pairs, chunk, target_width]`, writes `gradient` `[pairs, rows, width]`.
+    """
+    pair = tl.program_id(1).to(tl.int64)
+    column_blocks = tl.cdiv(width, BLOCK_COLUMN)
+    o_row = first + tl.program_id(0) // column_blocks * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
+    o_column = tl.program_id(0) % column_blocks * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
+    m_row = o_row < last
+    row = table + pair * 9
+    b_base = residual + (pair * chunk + o_row - first)[:, None] * target_width
+    total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
+    for start in range(0, target_width, BLOCK_SUM):
+        o_out = start + tl.arange(0, BLOCK_SUM)
+        m_residual = m_row[:, None] & (o_out < target_width)[None, :]
+        b_residual = tl.load(b_base + o_out[None, :], mask=m_residual, other=0.0)
+        b_weight = weight_tile(row, o_out, target_width, o_column, width, WEIGHT_TYPE, WEIGHT_ALIGN)
+        # dH_s = R W
+        total += tl.dot(b_residual.to(OPERAND), b_weight.to(OPERAND), input_precision=PRECISION)
+    where = gradient + (pair * rows + o_row)[:, None] * width + o_column[None, :]
+    tl.store(where, total, mask=m_row[:, None] & (o_column < width)[None, :])
+
+
+@triton.jit
+def weight_gradient(
+    table,
+    valid,
+    residual,
+    gradient,
+    bias_gradient,
+    first,
+    last,
+    chunk,
+    tokens,
+    width,
+    target_width,
+    TYPE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+    BLOCK_COLUMN: tl.constexpr,
+    BLOCK_SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """One program: a tile of `gradient` `[pairs, target_width, width]` over the chunk's rows.
+
+    Adds to what earlier chunks wrote. The programs of the first columns also sum `bias_gradient`
+    `[pairs, target_width]`.
+    """
+    pair = tl.program_id(1).to(tl.int64)
+    column_blocks = tl.cdiv(width, BLOCK_COLUMN)
+    column_block = tl.program_id(0) % column_blocks
+    o_out = tl.program_id(0) // column_blocks * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
+    o_column = column_block * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
+    m_out = o_out < target_width
+    row = table + pair * 9
+    total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
+    sums = tl.zeros([BLOCK_ROW], dtype=SUM_TYPE)
+    for start in range(first, last, BLOCK_SUM):
+        o_row = start + tl.arange(0, BLOCK_SUM)
+        m_row = valid_rows(valid, o_row, last, HAS_MASK)
+        where = residual + (pair * chunk + o_row - first)[:, None] * target_width + o_out[None, :]
+        b_residual = tl.load(where, mask=m_row[:, None] & m_out[None, :], other=0.0)
+        b_rows = token_rows(row, o_row, m_row, tokens, o_column, width, TYPE, ALIGN)
+        # dW = R^T H_s, db = R^T 1
+        total += tl.dot(
+            tl.trans(b_residual.to(OPERAND)), b_rows.to(OPERAND), input_precision=PRECISION
+        )
+        if HAS_BIAS:
+            sums += tl.sum(b_residual.to(SUM_TYPE), 0)
+    where = gradient + (pair * target_width + o_out)[:, None] * width + o_column[None, :]
+    mask = m_out[:, None] & (o_column < width)[None, :]
+    if first > 0:
+        total += tl.load(where, mask=mask, other=0.0)
+    tl.store(where, total, mask=mask)
+    if HAS_BIAS:  # noqa: SIM102 - a compile-time and a run-time condition
+        if column_block == 0:
+            bias = bias_gradient + pair * target_width + o_out
+            if first > 0:
+                sums += tl.load(bias, mask=m_out, other=0.0)
+            tl.store(bias, sums, mask=m_out)

@@ -1,0 +1,169 @@
+"""Hidden-state MSE on Triton: what CUDA tensors run. Same results as the PyTorch path.
+
+The residual of one chunk of tokens is written to a workspace of bounded size and multiplied twice.
+The road not taken: recomputing the residual in the kernels of both gradients, which multiplies its
+cost by the number of column blocks.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .hidden_mse_kernels import input_gradient, residuals, weight_gradient
+from .launch import aligned, hidden_chunk, hidden_launch, platform, product_dtype
+from .pointers import pointer_table, unit_stride
+from .tl_types import TYPES
+
+
+def hidden_types(
+    dtype: torch.dtype, target_dtype: torch.dtype, weight_dtype: torch.dtype | None
+) -> tuple[dict[str, Any], torch.dtype]:
+    """`tl.constexpr` types of the products, and the dtype of the residual's workspace."""
+    wide = torch.float64 in (dtype, target_dtype, weight_dtype)
+    total = torch.float64 if wide else torch.float32
+    operand = dtype if weight_dtype in (None, dtype) and not wide else total
+    kept = total if wide else product_dtype(operand)
+    types = {
+        "TYPE": TYPES[dtype],
+        "TARGET_TYPE": TYPES[target_dtype],
+        "WEIGHT_TYPE": TYPES[weight_dtype or dtype],
+        "OPERAND": TYPES[operand],
+        "GRAD_OPERAND": TYPES[kept],
+        "SUM_TYPE": TYPES[total],
+    }
+    return types, kept
+
+
+def hidden_forward(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    mask: Tensor | None,
+    need_input_grad: bool,
+    need_weight_grad: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Squares `[pairs]` and the unit gradients of student, weight and bias, stacked over pairs.
+
+    Three launches a chunk of tokens, whatever the number of pairs.
+    """
+    pairs = len(student)
+    batch, tokens, width = student[0].shape
+    target_width, rows = teacher[0].shape[-1], batch * tokens
+    columns = _columns(student, teacher, weight, bias)
+    table = pointer_table(columns)
+    types, kept = hidden_types(
+        student[0].dtype, teacher[0].dtype, weight[0].dtype if weight else None
+    )
+    grad_operand = types.pop("GRAD_OPERAND")
+    launch = hidden_launch((width, target_width), (student[0].dtype, kept), platform())
+    blocks = {name: size for name, size in launch.constants.items() if isinstance(size, int)}
+    block_row, block_column = blocks["BLOCK_ROW"], blocks["BLOCK_COLUMN"]
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+
+    def new(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=of, device=student[0].device)
+
+    wants_weight = need_weight_grad and bool(weight)
+    input_grad = new(*((pairs, batch, tokens, width) if need_input_grad else (0,)))
+    weight_grad = new(*((pairs, target_width, width) if wants_weight else (0,)))
+    bias_grad = new(*((pairs, target_width) if wants_weight and bias else (0,)))
+    target_blocks = triton.cdiv(target_width, block_column)
+    partials = new(pairs, triton.cdiv(rows, block_row) * target_blocks)
+    store = need_input_grad or wants_weight
+    if not weight or not store:
+        # nothing to multiply: the residual is the gradient, or only its squares are wanted
+        chunk, residual = rows, input_grad
+    else:
+        chunk = hidden_chunk(rows, pairs * target_width * kept.itemsize, block_row)
+        residual = new(pairs, chunk, target_width, of=kept)
+    valid = new(0, of=torch.uint8) if mask is None else mask.to(torch.uint8).contiguous()
+    aligns = {
+        name: 16 // column[0].element_size() if aligned(column) else 1
+        for name, column in zip(("ALIGN", "TARGET_ALIGN", "WEIGHT_ALIGN"), columns, strict=False)
+    }
+    exact = {**blocks, "PRECISION": launch.constants["PRECISION"]}
+    made = {**blocks, "PRECISION": launch.constants["GRAD_PRECISION"]}
+    for first in range(0, rows, chunk):
+        last = min(first + chunk, rows)
+        span = {"first": first, "last": last, "chunk": chunk}
+        row_blocks = triton.cdiv(last - first, block_row)
+        residuals[(row_blocks * target_blocks, pairs)](
+            table,
+            valid,
+            residual,
+            partials,
+            **span,
+            rows=rows,
+            tokens=tokens,
+            width=width,
+            target_width=target_width,
+            **types,
+            **exact,
+            **aligns,
+            BIAS_TYPE=TYPES[bias[0].dtype] if bias else types["TYPE"],
+            HAS_MASK=mask is not None,
+            HAS_WEIGHT=bool(weight),
+            HAS_BIAS=bool(bias),
+            STORE=store,
+            **options,
+        )
+        if need_input_grad and weight:
+            input_gradient[(row_blocks * triton.cdiv(width, block_column), pairs)](
+                table,
+                residual,
+                input_grad,
+                **span,
+                rows=rows,
+                width=width,
+                target_width=target_width,
+                WEIGHT_TYPE=types["WEIGHT_TYPE"],
+                OPERAND=grad_operand,
+                SUM_TYPE=types["SUM_TYPE"],
+                **made,
+                WEIGHT_ALIGN=aligns["WEIGHT_ALIGN"],
+                **options,
+            )
+        if wants_weight:
+            tiles = triton.cdiv(target_width, block_row) * triton.cdiv(width, block_column)
+            weight_gradient[(tiles, pairs)](
+                table,
+                valid,
+                residual,
+                weight_grad,
+                bias_grad,
+                **span,
+                tokens=tokens,
+                width=width,
+                target_width=target_width,
+                TYPE=types["TYPE"],
+                OPERAND=grad_operand,
+                SUM_TYPE=types["SUM_TYPE"],
+                **made,
+                ALIGN=aligns["ALIGN"],
+                HAS_MASK=mask is not None,
+                HAS_BIAS=bool(bias),
+                **options,
+            )
+    return partials.sum(1), input_grad, weight_grad, bias_grad
+
+
+def _columns(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+) -> list[list[Tensor]]:
+    """Student, teacher, weight and bias, one a pair; the student stands in for what is missing."""
+    own = [unit_stride(tensor) for tensor in student]
+    target = [unit_stride(tensor) for tensor in teacher]
+    pairs = range(len(own))
+    matrices = [
+        unit_stride(weight[pair % len(weight)]) if weight else own[pair][0] for pair in pairs
+    ]
+    offsets = [unit_stride(bias[pair % len(bias)]) if bias else own[pair][0, 0] for pair in pairs]
+    return [own, target, matrices, offsets]

@@ -1,0 +1,343 @@
+"""The objective equals its definition with full attention maps, however a step is cut."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from tiny_models import LAYERS, WIDTH, tiny_batch, tiny_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastkd.capture import Capture, capture, is_causal, no_cache, route_attention
+from fastkd.errors import UserError
+from fastkd.layer_map import LayerMap, make_layer_map
+from fastkd.models import build_student
+from fastkd.objective import Inputs, Objective, StateTerm, count_divisors
+from fastkd.recipe import Losses, Student
+
+Reduction = Literal["valid", "tinybert"]
+REDUCTIONS: tuple[Reduction, ...] = ("valid", "tinybert")
+BATCH = tiny_batch((12, 7, 3, 9))
+NARROW = 24
+ALL_TERMS = {"attention": {"weight": 1.0}, "hidden": {"weight": 10.0}, "embedding": {"weight": 3.0}}
+
+
+def uniform() -> LayerMap:
+    return make_layer_map("uniform", 2, LAYERS)
+
+
+def make_objective(
+    *, widths: tuple[int, int] = (NARROW, WIDTH), causal: bool = False, **losses: Any
+) -> Objective:
+    torch.manual_seed(5)
+    return Objective(Losses.model_validate(ALL_TERMS | losses), uniform(), widths, causal)
+
+
+class Pair(nn.Module):
+    """A tiny teacher, a student of it in fp64, and the objective between them."""
+
+    def __init__(self, name: str, **losses: Any) -> None:
+        super().__init__()
+        self.teacher = tiny_model(name).requires_grad_(False)
+        settings = Student(layers=2, hidden_size=NARROW)
+        self.student = build_student(self.teacher, settings, uniform())[0]
+        self.objective = make_objective(causal=is_causal(self.teacher), **losses)
+        self.double()
+        for model in (self.teacher, self.student):
+            route_attention(model, "sdpa")
+
+    def captured(self, inputs: Inputs) -> tuple[Capture, Capture]:
+        def run(model: PreTrainedModel, side: Literal["student", "teacher"]) -> Capture:
+            with capture(model, **self.objective.layers(side)) as states:
+                model(**inputs, **no_cache(model))
+            return states
+
+        return run(self.student, "student"), run(self.teacher, "teacher")
+
+    def forward(self, inputs: Inputs, shares: Tensor) -> tuple[Tensor, Tensor]:
+        student, teacher = self.captured(inputs)
+        mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+        result: tuple[Tensor, Tensor] = self.objective(student, teacher, mask, shares)
+        return result
+
+    def gradients(self) -> dict[str, Tensor]:
+        found = {n: p.grad.clone() for n, p in self.named_parameters() if p.grad is not None}
+        self.zero_grad()
+        return found
+
+
+def micro_batches(inputs: Inputs, sizes: tuple[int, ...]) -> list[Inputs]:
+    parts = {name: tensor.split(sizes) for name, tensor in inputs.items()}
+    return [
+        {name: tensors[number] for name, tensors in parts.items()} for number in range(len(sizes))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("causal", "reduction", "masked", "expected"),
+    [
+        # lengths 3 and 1 of 3: 9 + 1 pairs, under the causal mask 6 + 1
+        (False, "valid", True, [10, 4]),
+        (True, "valid", True, [7, 4]),
+        (False, "valid", False, [18, 6]),
+        (True, "valid", False, [12, 6]),
+        # as the official code: batch * tokens^2 and batch * tokens
+        (False, "tinybert", True, [18, 6]),
+        (True, "tinybert", True, [18, 6]),
+        (False, "tinybert", False, [18, 6]),
+    ],
+)
+def test_divisors_count_pairs_and_tokens(
+    causal: bool, reduction: Reduction, masked: bool, expected: list[int]
+) -> None:
+    inputs = tiny_batch((3, 1))
+    if not masked:
+        del inputs["attention_mask"]
+    divisors = count_divisors(inputs, causal, reduction)
+    assert divisors.dtype == torch.float64
+    assert divisors.tolist() == expected
+
+
+def test_divisors_count_padding_on_the_left_as_well() -> None:
+    inputs = {
+        "input_ids": torch.ones(1, 4, dtype=torch.long),
+        "attention_mask": torch.tensor([[0, 1, 1, 1]]),
+    }
+    assert count_divisors(inputs, True, "valid").tolist() == [6, 3]
+    assert count_divisors(inputs, False, "valid").tolist() == [9, 3]
+
+
+def test_labels_name_term_and_layers_in_the_order_of_the_losses() -> None:
+    assert make_objective().labels == (
+        "attention/1-2",
+        "attention/2-4",
+        "hidden/1-2",
+        "hidden/2-4",
+        "embedding/0-0",
+    )
+
+
+@pytest.mark.parametrize(
+    ("off", "student", "teacher"),
+    [
+        (
+            [],
+            {"attention": {1, 2}, "hidden": {0, 1, 2}},
+            {"attention": {2, 4}, "hidden": {0, 2, 4}},
+        ),
+        (
+            ["hidden", "embedding"],
+            {"attention": {1, 2}, "hidden": set()},
+            {"attention": {2, 4}, "hidden": set()},
+        ),
+        (
+            ["attention", "hidden"],
+            {"attention": set(), "hidden": {0}},
+            {"attention": set(), "hidden": {0}},
+        ),
+    ],
+    ids=["all", "attention", "embedding"],
+)
+def test_only_the_layers_of_the_terms_are_captured(
+    off: list[str], student: dict[str, set[int]], teacher: dict[str, set[int]]
+) -> None:
+    objective = make_objective(**dict.fromkeys(off))
+    assert objective.layers("student") == student
+    assert objective.layers("teacher") == teacher
+
+
+def maps(state: Any) -> Tensor:
+    """Scores before the softmax, with grouped keys repeated."""
+    key = state.key.repeat_interleave(state.query.shape[1] // state.key.shape[1], dim=1)
+    scores: Tensor = torch.einsum("bhqd,bhkd->bhqk", state.query, key) * state.scale
+    return scores
+
+
+def defined(pair: Pair, reduction: Reduction) -> Tensor:
+    """Every loss of a whole batch from its definition, with full maps."""
+    student, teacher = pair.captured(BATCH)
+    valid = BATCH["attention_mask"].bool()
+    whole = torch.ones_like(valid)
+    rows = valid if reduction == "valid" else whole
+    tokens = valid.shape[1]
+    entries = rows[:, None, :, None] & valid[:, None, None, :]
+    if pair.objective.causal:
+        entries = entries & torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    losses = []
+    for match in pair.objective.matches:
+        if match.term == "attention":
+            own, target = student.attention[match.student], teacher.attention[match.teacher]
+            squares = (maps(own) - maps(target)).square() * entries
+            count = entries.sum() * 4 if reduction == "valid" else squares.numel()
+        else:
+            term = pair.objective.terms[1]
+            projected = student.hidden[match.student] @ term.weight_0.mT + term.bias_0
+            squares = (projected - teacher.hidden[match.teacher]).square() * rows[..., None]
+            count = rows.sum() * WIDTH
+        losses.append(squares.sum() / count)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", ["bert", "gpt2", "qwen2", "modernbert"])
+def test_losses_and_gradients_equal_their_definition(name: str, reduction: Reduction) -> None:
+    pair = Pair(name, reduction=reduction)
+    expected = defined(pair, reduction)
+    weights = torch.tensor([match.weight for match in pair.objective.matches], dtype=torch.float64)
+    (weights * expected).sum().backward()
+    gradients = pair.gradients()
+
+    total, raw = pair(BATCH, torch.ones(2))
+    total.backward()
+    torch.testing.assert_close(raw, expected.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(total, (weights * raw).sum(), rtol=1e-9, atol=1e-12)
+    found = pair.gradients()
+    assert found.keys() == gradients.keys()
+    for parameter, gradient in found.items():
+        torch.testing.assert_close(gradient, gradients[parameter], rtol=1e-7, atol=1e-10)
+
+
+def test_logged_losses_carry_no_gradient() -> None:
+    total, raw = Pair("bert")(BATCH, torch.ones(2))
+    assert total.requires_grad
+    assert total.shape == ()
+    assert not raw.requires_grad
+
+
+def test_a_weight_scales_its_own_term_only() -> None:
+    raw = Pair("bert")(BATCH, torch.ones(2))[1]
+    total, again = Pair("bert", attention={"weight": 0.0}, embedding={"weight": 0.5})(
+        BATCH, torch.ones(2)
+    )
+    assert torch.equal(raw, again)
+    torch.testing.assert_close(total.detach(), 10 * (raw[2] + raw[3]) + 0.5 * raw[4])
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 3), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_step_is_the_same_however_it_is_cut(
+    name: str, reduction: Reduction, sizes: tuple[int, ...]
+) -> None:
+    pair = Pair(name, reduction=reduction)
+    divisors = pair.objective.divisors(BATCH)
+    whole, raw = pair(BATCH, torch.ones(2))
+    whole.backward()
+    expected = pair.gradients()
+
+    parts = micro_batches(BATCH, sizes)
+    shares = [pair.objective.divisors(part) / divisors for part in parts]
+    torch.testing.assert_close(sum(shares), torch.ones(2, dtype=torch.float64))
+    total, losses = torch.zeros(()), torch.zeros(len(raw))
+    for part, share in zip(parts, shares, strict=True):
+        part_total, part_losses = pair(part, share)
+        part_total.backward()
+        total, losses = total + part_total.detach(), losses + part_losses
+    torch.testing.assert_close(total.double(), whole.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(losses.double(), raw, rtol=1e-9, atol=1e-12)
+    found = pair.gradients()
+    assert found.keys() == expected.keys()
+    for parameter, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[parameter], rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_padding_changes_no_loss(name: str) -> None:
+    pair = Pair(name)
+    padded = {key: nn.functional.pad(tensor, (0, 5)) for key, tensor in BATCH.items()}
+    assert torch.equal(pair.objective.divisors(padded), pair.objective.divisors(BATCH))
+    torch.testing.assert_close(
+        pair(padded, torch.ones(2))[1], pair(BATCH, torch.ones(2))[1], rtol=1e-6, atol=1e-9
+    )
+
+
+def test_no_mask_is_a_mask_of_ones() -> None:
+    pair = Pair("bert")
+    unmasked = {"input_ids": BATCH["input_ids"]}
+    masked = {**unmasked, "attention_mask": torch.ones_like(BATCH["input_ids"])}
+    expected = pair(masked, torch.ones(2))[1]
+    torch.testing.assert_close(pair(unmasked, torch.ones(2))[1], expected, rtol=1e-9, atol=1e-12)
+
+
+def state_term(objective: Objective) -> StateTerm:
+    term = objective.terms[-1]
+    assert isinstance(term, StateTerm)
+    return term
+
+
+@pytest.mark.parametrize(
+    ("projection", "widths", "count"),
+    [
+        ("auto", (NARROW, WIDTH), 1),
+        ("auto", (WIDTH, WIDTH), 0),
+        ("none", (WIDTH, WIDTH), 0),
+        ("shared", (NARROW, WIDTH), 1),
+        ("shared", (WIDTH, WIDTH), 1),
+        # two hidden pairs and the embeddings
+        ("per_pair", (NARROW, WIDTH), 3),
+        ("per_pair", (WIDTH, WIDTH), 3),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_projections_go_from_student_to_teacher_width(
+    projection: str, widths: tuple[int, int], count: int, bias: bool
+) -> None:
+    objective = make_objective(widths=widths, projection=projection, projection_bias=bias)
+    shapes = {name: tuple(p.shape) for name, p in state_term(objective).named_parameters()}
+    student, teacher = widths
+    expected: dict[str, tuple[int, ...]] = {f"weight_{i}": (teacher, student) for i in range(count)}
+    if bias:
+        expected |= {f"bias_{i}": (teacher,) for i in range(count)}
+    assert shapes == expected
+
+
+def test_a_shared_projection_serves_hidden_states_and_embeddings() -> None:
+    pair = Pair("bert", hidden=None, attention=None)
+    total, _ = pair(BATCH, torch.ones(2))
+    total.backward()
+    alone = pair.gradients()["objective.terms.0.weight_0"]
+    both = Pair("bert", attention=None)
+    both(BATCH, torch.ones(2))[0].backward()
+    assert alone.abs().sum() > 0
+    assert not torch.equal(both.gradients()["objective.terms.0.weight_0"], alone)
+
+
+def test_each_pair_has_a_projection_of_its_own() -> None:
+    pair = Pair("bert", attention=None, projection="per_pair")
+    pair(BATCH, torch.ones(2))[0].backward()
+    student, teacher = pair.captured(BATCH)
+    valid = BATCH["attention_mask"].bool()
+    term = state_term(pair.objective)
+    for number, match in enumerate(pair.objective.matches):
+        own, target = student.hidden[match.student][valid], teacher.hidden[match.teacher][valid]
+        weight, bias = (term.get_parameter(f"{kind}_{number}") for kind in ("weight", "bias"))
+        difference = own @ weight.mT + bias - target
+        expected = 2 * match.weight * difference.mT @ own / difference.numel()
+        torch.testing.assert_close(weight.grad, expected.detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("projection", ["auto", "none"])
+def test_equal_widths_are_compared_as_they_are(projection: str) -> None:
+    objective = make_objective(widths=(WIDTH, WIDTH), projection=projection, attention=None)
+    states = Capture(hidden={layer: torch.randn(2, 5, WIDTH) for layer in range(LAYERS + 1)})
+    same = Capture(hidden={0: states.hidden[0], 1: states.hidden[2], 2: states.hidden[4]})
+    _, raw = objective(same, states, None, torch.ones(2))
+    assert raw.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_attention_alone_has_no_parameters() -> None:
+    objective = make_objective(hidden=None, embedding=None)
+    assert not list(objective.parameters())
+    assert len(objective.terms) == 1
+
+
+def test_no_projection_between_different_widths_is_refused() -> None:
+    expected = (
+        f"losses.projection is none, but the student is {NARROW} wide and the teacher {WIDTH}"
+    )
+    with pytest.raises(UserError, match=f"{expected}; set it to shared or per_pair"):
+        make_objective(projection="none")
+    # nothing is projected for attention
+    make_objective(projection="none", hidden=None, embedding=None)

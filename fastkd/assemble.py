@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.capture import check_capturable, is_causal
 from fastkd.data import Corpus, prepare_corpus
-from fastkd.deepspeed_config import BatchPlan, plan_batches
+from fastkd.deepspeed_config import BatchPlan, plan_batches, student_config
 from fastkd.engine import DistilledStudent, Ranks, TeacherRunner, make_engine
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, make_layer_map
@@ -61,6 +61,7 @@ def assemble(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> Assembly
         UserError: anything about the recipe that does not work on this machine.
     """
     plan = plan_batches(recipe, ranks.world_size)
+    config = student_config(recipe, plan)
     torch.manual_seed(recipe.train.seed)
     teacher = load_teacher(recipe.teacher)
     check_capturable(teacher, recipe.data.block_size)
@@ -74,7 +75,7 @@ def assemble(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> Assembly
     corpus = share_corpus(recipe, tokenizer, ranks, progress=progress)
     module = DistilledStudent(student, objective)
     runner = TeacherRunner(teacher, recipe, objective, ranks)
-    engine = make_engine(module, recipe, plan, ranks)
+    engine = make_engine(module, recipe.train, config, ranks)
     # dropout must differ between ranks; everything before must not
     torch.manual_seed(recipe.train.seed + 1 + ranks.rank)
     return Assembly(

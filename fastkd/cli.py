@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from fastkd.errors import UserError
+from fastkd.errors import Interrupted, UserError
 from fastkd.recipe import load_recipe
 
 app = typer.Typer(
@@ -124,8 +124,8 @@ def main() -> None:
         app(prog_name="fastkd")
     except UserError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; continue with --resume", 130)
+    except Interrupted as error:
+        _fail(str(error), 130)
 
 
 def _fail(message: str, code: int) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
 from fastkd.capture import Capture, capture, no_cache
-from fastkd.deepspeed_config import BatchPlan, student_config, teacher_config
+from fastkd.deepspeed_config import teacher_config
 from fastkd.errors import UserError
 from fastkd.models import at_depth
 from fastkd.objective import Inputs, Objective
@@ -168,14 +168,17 @@ class TeacherRunner:
         return at_depth(self.model, max(self.depth, 1)) if self.depth < full else nullcontext()
 
 
-def make_engine(module: DistilledStudent, recipe: Recipe, plan: BatchPlan, ranks: Ranks) -> Any:
+def make_engine(
+    module: DistilledStudent, train: Train, config: dict[str, Any], ranks: Ranks
+) -> Any:
     """The DeepSpeed engine around the module, with AdamW and its schedule.
 
-    Raises:
-        UserError: the recipe's `deepspeed` section conflicts with the recipe.
+    Args:
+        module: what trains.
+        train: section of the recipe.
+        config: from `fastkd.deepspeed_config.student_config`.
+        ranks: this process among all.
     """
-    config = student_config(recipe, plan)
-    train = recipe.train
     optimizer = torch.optim.AdamW(
         parameter_groups(module, train), lr=train.learning_rate, betas=train.betas, fused=True
     )

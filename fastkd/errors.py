@@ -1,5 +1,9 @@
-"""The one exception for mistakes that a user can fix: the command line prints it, exit code 2."""
+"""What the command line turns into one line and an exit code."""
 
 
 class UserError(ValueError):
-    """Bad input. The message says what was given, what was expected and what to do, in one line."""
+    """Bad input, exit code 2. The message says what was given, what was expected, what to do."""
+
+
+class Interrupted(Exception):
+    """A run was asked to stop and wrote a checkpoint first, exit code 130."""

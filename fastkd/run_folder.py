@@ -58,32 +58,45 @@ class RunFolder:
         """Whether a run was started here."""
         return self.recipe.is_file()
 
-    def create(self, recipe: Recipe) -> None:
-        """Start a run here.
+    def check_free(self) -> None:
+        """See that a run could start here.
 
         Raises:
-            UserError: the folder holds something already, or can't be written.
+            UserError: the folder holds something already, or can't be looked at.
         """
         if self.holds_run:
             raise UserError(
                 f"{self.path} already holds a run; continue it with --resume, "
                 "or give another folder with run.output=..."
             )
-        try:
-            if self.path.exists() and any(self.path.iterdir()):
-                raise UserError(
-                    f"{self.path} is not empty and holds no run; give another run.output"
-                )
+        with self._folder_errors():
+            taken = self.path.exists() and any(self.path.iterdir())
+        if taken:
+            raise UserError(f"{self.path} is not empty and holds no run; give another run.output")
+
+    def create(self, recipe: Recipe) -> None:
+        """Start a run here.
+
+        Raises:
+            UserError: the folder can't be made or written to.
+        """
+        with disk_errors(self.path), self._folder_errors():
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"run.output {self.path} can't be made ({error.strerror}); give a folder that you "
-                "may write to"
-            ) from error
-        with disk_errors(self.path):
             write_whole(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
             # last, because it is what makes the folder a run
             write_whole(self.recipe, dump_recipe(recipe))
+
+    @contextmanager
+    def _folder_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _DISK:
+                raise
+            raise UserError(
+                f"run.output {self.path} can't be used ({error.strerror}); give a folder that you "
+                "may write to"
+            ) from error
 
     def check_continues(self, recipe: Recipe) -> None:
         """Refuse to continue a run under a recipe that would change its result.
@@ -187,7 +200,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise
         raise _disk_full(path, str(error.strerror)) from error
     except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error) and "file write failed" not in str(error):
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
         raise _disk_full(path, "the file could not be written") from error
 

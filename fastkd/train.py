@@ -17,16 +17,12 @@ from fastkd.checkpoint import Checkpoints
 from fastkd.console import Reporter
 from fastkd.data import BlockStream
 from fastkd.engine import Ranks
-from fastkd.errors import UserError
+from fastkd.errors import Interrupted, UserError
 from fastkd.evaluate import evaluate_assembly, peak_memory, tokens_per_second
 from fastkd.export import export_student
 from fastkd.layer_map import CONVENTION
 from fastkd.recipe import Recipe
 from fastkd.run_folder import RunFolder
-
-
-class Interrupted(Exception):
-    """The user or the scheduler asked a run to stop; a checkpoint was written."""
 
 
 def distill(recipe: Recipe, ranks: Ranks, *, resume: bool, reporter: Reporter) -> dict[str, Any]:
@@ -43,12 +39,13 @@ def distill(recipe: Recipe, ranks: Ranks, *, resume: bool, reporter: Reporter) -
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
     """
     run = RunFolder(recipe.run.output)
-    finished = ranks.from_main(lambda: _open(run, recipe, resume))
+    finished = ranks.from_main(lambda: _look(run, recipe, resume))
     if finished is not None:
         reporter.say(f"{run.path} is finished; remove it to run again")
         return finished
     started = time.perf_counter()
     assembly = assemble(recipe, ranks, progress=not reporter.console.quiet)
+    ranks.from_main(lambda: None if run.holds_run else run.create(recipe))
     _introduce(assembly, reporter)
     checkpoints = Checkpoints(run.checkpoints, ranks, recipe.train.keep_checkpoints)
     stream = assembly.corpus.stream(recipe.train.batch_size, recipe.train.seed)
@@ -189,10 +186,10 @@ class _Window:
         return record, stops > 0
 
 
-def _open(run: RunFolder, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
-    """Make the folder, or check that this recipe continues it; the summary if it is finished."""
+def _look(run: RunFolder, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
+    """Check that this recipe starts or continues the run; the summary if it is finished."""
     if not (resume and run.holds_run):
-        run.create(recipe)
+        run.check_free()
         return None
     run.check_continues(recipe)
     return run.read_summary()

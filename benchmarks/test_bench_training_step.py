@@ -1,0 +1,145 @@
+"""What the losses cost in a whole training step.
+
+Three steps of the same teacher and student, timed in turn so that a busy machine slows all alike:
+fastkd's; one with a trivial loss and no capture, the floor; and the usual one, which asks both
+models for their attention maps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertModel
+
+from fastkd.capture import capture, route_attention
+from fastkd.engine import DistilledStudent
+from fastkd.layer_map import make_layer_map
+from fastkd.objective import Objective
+from fastkd.recipe import Losses
+
+LAYERS = make_layer_map("uniform", 4, 12)
+ROUNDS = int(os.environ.get("FASTKD_BENCH_ROUNDS", "7"))
+RESULT = Path(__file__).parent / "results" / "training-step-cpu.json"
+
+Step = Callable[[], Tensor]
+
+
+def _bert(layers: int, width: int, inner: int, attention: str) -> BertModel:
+    config = BertConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=12,
+        intermediate_size=inner,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation="eager" if attention == "eager" else "sdpa",
+    )
+    model = BertModel(config, add_pooling_layer=False)
+    if attention == "captured":
+        route_attention(model, "sdpa")
+    return model
+
+
+def _models(attention: str) -> tuple[BertModel, BertModel, Objective]:
+    torch.manual_seed(0)
+    teacher = _bert(12, 768, 3072, attention).eval().requires_grad_(False)
+    student = _bert(4, 312, 1200, attention)
+    losses = Losses.model_validate({"attention": {}, "hidden": {}, "embedding": {}})
+    return teacher, student, Objective(losses, LAYERS, (312, 768), causal=False)
+
+
+def _fastkd(ids: Tensor) -> Step:
+    teacher, student, objective = _models("captured")
+    module = DistilledStudent(student, objective)
+    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+
+    def step() -> Tensor:
+        with torch.no_grad(), capture(teacher, **objective.layers("teacher")) as states:
+            teacher(input_ids=ids)
+        total, _ = module({"input_ids": ids}, states, torch.ones(2))
+        return _update(total, optimizer)
+
+    return step
+
+
+def _trivial(ids: Tensor) -> Step:
+    teacher, student, _ = _models("plain")
+    optimizer = torch.optim.AdamW(student.parameters(), fused=True)
+
+    def step() -> Tensor:
+        with torch.no_grad():
+            teacher(input_ids=ids)
+        return _update(student(input_ids=ids).last_hidden_state.square().mean(), optimizer)
+
+    return step
+
+
+def _attention_maps(ids: Tensor) -> Step:
+    teacher, student, objective = _models("eager")
+    projection = torch.nn.Linear(312, 768)
+    optimizer = torch.optim.AdamW([*student.parameters(), *projection.parameters()], fused=True)
+    asked = {"output_attentions": True, "output_hidden_states": True}
+
+    def step() -> Tensor:
+        with torch.no_grad():
+            theirs = teacher(input_ids=ids, **asked)
+        mine = student(input_ids=ids, **asked)
+        total = ids.new_zeros((), dtype=torch.float32)
+        for s, t in LAYERS.pairs:
+            total = total + (mine.attentions[s - 1] - theirs.attentions[t - 1]).square().mean()
+        for s, t in (*LAYERS.pairs, (0, 0)):
+            difference = projection(mine.hidden_states[s]) - theirs.hidden_states[t]
+            total = total + difference.square().mean()
+        return _update(total, optimizer)
+
+    return step
+
+
+def _update(total: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    total.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return total.detach()
+
+
+def test_losses_are_almost_free() -> None:
+    ids = torch.randint(1000, 30000, (8, 128), generator=torch.Generator().manual_seed(0))
+    steps = {
+        "fastkd": _fastkd(ids),
+        "trivial loss": _trivial(ids),
+        "output_attentions": _attention_maps(ids),
+    }
+    for step in steps.values():
+        assert torch.isfinite(step())
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - start)
+    ratios = {
+        name: statistics.median(
+            own / base for own, base in zip(times[name], times["trivial loss"], strict=True)
+        )
+        for name in steps
+    }
+    result = {
+        "what": "one training step, BERT-base-shaped teacher, 4 x 312 student, batch 8 x 128, fp32",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "rounds": ROUNDS,
+        "seconds": {name: statistics.median(values) for name, values in times.items()},
+        "times the trivial step, median of paired rounds": ratios,
+    }
+    if os.environ.get("FASTKD_BENCH_WRITE"):
+        RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+    assert ratios["fastkd"] <= 1.15, ratios
+    assert ratios["fastkd"] < ratios["output_attentions"], ratios

@@ -1,0 +1,228 @@
+"""The command line: what a user sees when all is well, and one line when it is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+from tiny_runs import make_recipe, run_command, run_script
+from transformers import BertTokenizer
+
+from fastkd.cli import main
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return make_recipe(tmp_path)
+
+
+def _fastkd(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["fastkd", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    code = stopped.value.code
+    return code if isinstance(code, int) else 1
+
+
+def _empty_corpus(recipe: Path) -> list[str]:
+    (recipe.parent / "corpus.txt").write_text("\n\n")
+    return []
+
+
+def _another_tokenizer(recipe: Path) -> list[str]:
+    teacher = recipe.parent / "teacher"
+    vocabulary = (teacher / "vocab.txt").read_text() + "more\nwords\n"
+    (teacher / "vocab.txt").write_text(vocabulary)
+    BertTokenizer(vocab=str(teacher / "vocab.txt")).save_pretrained(teacher)
+    return []
+
+
+def _not_a_model(recipe: Path) -> list[str]:
+    (recipe.parent / "empty").mkdir()
+    return [f"teacher.model={recipe.parent / 'empty'}"]
+
+
+def _outside_the_interface(recipe: Path) -> list[str]:
+    # XLNet computes its attention itself
+    config = {"model_type": "xlnet", "vocab_size": 29, "d_model": 32, "n_layer": 4, "n_head": 4}
+    teacher = recipe.parent / "teacher"
+    from transformers import AutoModel, XLNetConfig
+
+    options = {k: v for k, v in config.items() if k != "model_type"}
+    AutoModel.from_config(XLNetConfig(**options, d_inner=64)).save_pretrained(teacher)
+    return []
+
+
+def _damaged_weights(recipe: Path) -> list[str]:
+    return [f"teacher.sha256={'a' * 64}"]
+
+
+def _taken_folder(recipe: Path) -> list[str]:
+    run = recipe.parent / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("precious: true\n")
+    return []
+
+
+def _foreign_folder(recipe: Path) -> list[str]:
+    run = recipe.parent / "run"
+    run.mkdir()
+    (run / "thesis.txt").write_text("precious\n")
+    return []
+
+
+BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "unknown key": (lambda _: ["train.stepz=3"], "did you mean 'steps'?"),
+    "unknown section": (lambda _: ["trian.steps=3"], "did you mean 'train'?"),
+    "wrong type": (lambda _: ["train.steps=many"], "train.steps: input should be a valid integer"),
+    "missing corpus": (lambda _: ["data.train=nowhere.txt"], "nowhere.txt"),
+    "empty corpus": (_empty_corpus, "corpus.txt"),
+    "other head count": (
+        lambda _: ["student.heads=2", "student.hidden_size=24"],
+        "the student has 2 and the teacher 4; set student.heads=4",
+    ),
+    "map beyond the last layer": (
+        lambda _: ["layer_map=[2,5]"],
+        "sends student layer 2 to teacher layer 5, but the teacher's layers are 1 to 4",
+    ),
+    "deeper than the teacher": (lambda _: ["student.layers=5"], "the teacher has 4 layers"),
+    "heads that don't divide": (lambda _: ["student.hidden_size=25"], "not a multiple of its 4"),
+    "no projection": (lambda _: ["losses.projection=none"], "24 wide and the teacher 32"),
+    "blocks beyond the positions": (lambda _: ["data.block_size=100"], "data.block_size"),
+    "batch that doesn't divide": (lambda _: ["train.micro_batch_size=3"], "expected a divisor"),
+    "DeepSpeed conflict": (
+        lambda _: ["deepspeed.gradient_clipping=3"],
+        "the recipe decides it by train.max_grad_norm",
+    ),
+    "attention not installed": (
+        lambda _: ["teacher.attention=flash_attention_2"],
+        "can't run attention 'flash_attention_2' here",
+    ),
+    "no model": (_not_a_model, "empty: not loadable"),
+    "missing package": (lambda _: ["teacher.model=package:nothing/model"], "not installed"),
+    "tokenizer of another model": (_another_tokenizer, "31 tokens, but the model embeds 29"),
+    "model outside the interface": (_outside_the_interface, "XLNetModel"),
+    "damaged weights": (_damaged_weights, "expected aaaaaa"),
+    "folder of another run": (_taken_folder, "already holds a run; continue it with --resume"),
+    "folder of something else": (_foreign_folder, "not empty and holds no run"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(
+    name: str,
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    spoil, expected = BAD[name]
+    overrides = spoil(recipe)
+    before = _contents(recipe.parent)
+    capfd.readouterr()
+    assert _fastkd("distill", str(recipe), *overrides, monkeypatch=monkeypatch) == 2
+    errors = capfd.readouterr().err.strip().splitlines()
+    # the bar of a corpus that was read to its end before the mistake showed
+    lines = [line for line in errors if not line.startswith("tokenising")]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("fastkd: ")
+    assert expected in lines[0]
+    after = _contents(recipe.parent)
+    assert {path: after.get(path) for path in before} == before
+
+
+def _contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("text", [None, "a: [", "- a list\n", "\xff"])
+def test_unreadable_recipe(
+    text: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    if text is not None:
+        path.write_bytes(text.encode("latin-1"))
+    assert _fastkd("distill", str(path), monkeypatch=monkeypatch) == 2
+    assert str(path) in capfd.readouterr().err
+
+
+def test_a_failed_start_does_not_take_the_folder(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The mended recipe runs into the same folder, without --resume."""
+    assert _fastkd("distill", str(recipe), "layer_map=[2,9]", monkeypatch=monkeypatch) == 2
+    assert not (recipe.parent / "run").exists()
+
+
+def test_full_disk_leaves_earlier_checkpoints_whole(recipe: Path) -> None:
+    """No file may grow beyond a limit, which the operating system enforces on every writer."""
+    run = recipe.parent / "run"
+    first = run_command("distill", str(recipe), "train.steps=2", "train.warmup_steps=1")
+    assert first.returncode == 0, first.stderr
+    # the second checkpoint of a longer run is the one that fails
+    shutil.rmtree(run)
+    limit = max(p.stat().st_size for p in recipe.parent.rglob("*.arrow")) + 2048
+    done = run_script("full_disk_run.py", str(limit), str(recipe), "train.checkpoint_every=2")
+    assert done.returncode == 2, done.stderr[-3000:]
+    lines = done.stderr.strip().splitlines()
+    assert "writing failed" in lines[-1]
+    assert "continue with --resume" in lines[-1]
+    resumed = run_command("distill", str(recipe), "train.checkpoint_every=2", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "step-00000002" in resumed.stdout
+
+
+def test_a_run_leaves_what_it_promises(recipe: Path) -> None:
+    run = recipe.parent / "run"
+    done = run_command("distill", str(recipe), "train.evaluate_every=3", "run.monitor=tensorboard")
+    assert done.returncode == 0, done.stderr
+    assert "layer 0: embeddings" in done.stdout
+    assert str(run) in done.stdout
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["after"]["total"] < summary["before"]["total"]
+    assert summary["parameters"]["student"] < summary["parameters"]["teacher"]
+    assert summary["peak_memory_bytes"] > 2**20
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["train"]["evaluate_every"] == 3
+    heldout = [
+        record["step"]
+        for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if record["kind"] == "heldout"
+    ]
+    assert heldout == [0, 3, 6]
+    assert (run / "report.html").read_text().count("<svg") == 2
+    assert list(run.glob("tensorboard/events*"))
+
+    evaluated = run_command("evaluate", str(run), "--output", str(recipe.parent / "numbers.json"))
+    assert evaluated.returncode == 0, evaluated.stderr
+    numbers = json.loads((recipe.parent / "numbers.json").read_text())
+    assert numbers["losses"] == pytest.approx(summary["after"]["losses"], rel=1e-5)
+    again = run_command("evaluate", str(run), "--output", str(recipe.parent / "numbers.json"))
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+
+
+def test_doctor_estimates_a_recipe_and_writes_no_run(recipe: Path) -> None:
+    done = run_command("doctor", str(recipe), "student.heads=4")
+    assert done.returncode == 0, done.stderr
+    for expected in ("deepspeed", "teacher parameters", "optimiser", "tokens in the corpus"):
+        assert expected in done.stdout
+    assert not (recipe.parent / "run").exists()
+
+
+def test_not_finite_loss_stops_the_run(recipe: Path) -> None:
+    teacher = recipe.parent / "teacher" / "model.safetensors"
+    weights = load_file(teacher)
+    weights["encoder.layer.3.output.dense.weight"] *= float("inf")
+    save_file(weights, teacher, metadata={"format": "pt"})
+    done = run_command("distill", str(recipe))
+    assert done.returncode == 2
+    assert "hidden/2-4" in done.stderr
+    assert "not finite" in done.stderr

@@ -1,0 +1,115 @@
+"""A run that is killed at any moment ends, once resumed, where an uninterrupted one does: bit for
+bit."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from tiny_runs import keys, make_recipe, read_losses, read_weights, run_command, run_script
+
+MOMENTS = (
+    "before the first checkpoint",
+    "between two checkpoints",
+    "in the middle of a file",
+    "before the manifest",
+    "after the manifest, before latest",
+    "in the export",
+)
+SETTINGS = {"train.checkpoint_every": 2, "train.keep_checkpoints": 1}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # dropout makes the random numbers matter
+    return make_recipe(
+        tmp_path_factory.mktemp("resume"),
+        student={"layers": 2, "hidden_size": 24, "intermediate_size": 48, "dropout": 0.1},
+    )
+
+
+def _overrides(run: Path, **more: object) -> list[str]:
+    return keys({"run.output": str(run), **SETTINGS, **more})
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path) -> Path:
+    """One rank, never interrupted."""
+    run = recipe.parent / "whole"
+    assert run_command("distill", str(recipe), *_overrides(run)).returncode == 0
+    return run
+
+
+def _assert_identical(run: Path, other: Path) -> None:
+    mine, theirs = read_weights(run), read_weights(other)
+    assert mine.keys() == theirs.keys()
+    for name, weight in mine.items():
+        assert weight.equal(theirs[name]), name
+    assert read_losses(run) == read_losses(other)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed_is_bit_identical(recipe: Path, whole: Path, moment: str) -> None:
+    run = recipe.parent / moment.replace(" ", "-").replace(",", "")
+    killed = run_script("killed_run.py", moment, "0", str(recipe), *_overrides(run))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert not (run / "summary.json").exists()
+    resumed = run_command("distill", str(recipe), *_overrides(run), "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert ("continuing from" in resumed.stdout) == (moment != "before the first checkpoint")
+    _assert_identical(run, whole)
+
+
+def test_a_rank_that_dies_while_writing_costs_one_checkpoint(recipe: Path) -> None:
+    """Rank 1 dies half-way through its own file, which DeepSpeed's `latest` would not notice."""
+    whole, run = recipe.parent / "whole-2", recipe.parent / "killed-2"
+    assert run_command("distill", str(recipe), *_overrides(whole), ranks=2).returncode == 0
+    # rank 1 writes two files a checkpoint
+    killed = run_script(
+        "killed_run.py", "in the middle of a file", "1", str(recipe), *_overrides(run), ranks=2
+    )
+    assert killed.returncode != 0
+    resumed = run_command("distill", str(recipe), *_overrides(run), "--resume", ranks=2)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert "continuing from" in resumed.stdout
+    _assert_identical(run, whole)
+
+
+def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(recipe: Path, whole: Path) -> None:
+    run = recipe.parent / "interrupted"
+    arguments = [*_overrides(run), "train.checkpoint_every=0"]
+    stopped = run_script("interrupted_run.py", str(recipe), *arguments)
+    assert stopped.returncode == 130, stopped.stderr[-2000:]
+    assert "continue with --resume" in stopped.stderr.strip().splitlines()[-1]
+    assert [p.name for p in (run / "checkpoints").glob("step-*")] == ["step-00000003"]
+    resumed = run_command("distill", str(recipe), *arguments, "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    _assert_identical(run, whole)
+
+
+def test_finished_run_is_left_alone(recipe: Path, whole: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.name != "report.html"}
+    done = run_command("distill", str(recipe), *_overrides(whole), "--resume")
+    assert done.returncode == 0
+    assert "is finished" in done.stdout
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.name != "report.html"} == before
+
+
+def test_resume_refuses_another_recipe(recipe: Path, whole: Path) -> None:
+    done = run_command(
+        "distill", str(recipe), *_overrides(whole), "train.learning_rate=0.5", "--resume"
+    )
+    assert done.returncode == 2
+    assert "train.learning_rate=0.001" in done.stderr
+
+
+def test_resume_refuses_another_number_of_ranks(recipe: Path) -> None:
+    run = recipe.parent / "ranks"
+    killed = run_script(
+        "killed_run.py", "between two checkpoints", "0", str(recipe), *_overrides(run)
+    )
+    assert killed.returncode == -signal.SIGKILL
+    done = run_command("distill", str(recipe), *_overrides(run), "--resume", ranks=2)
+    assert done.returncode != 0
+    assert "was written by 1 ranks, this is a run of 2" in done.stderr

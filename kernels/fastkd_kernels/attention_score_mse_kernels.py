@@ -52,6 +52,40 @@ def score_difference(
 
 
 @triton.jit
+def chunked_product(
+    left_base,
+    o_left,
+    m_left,
+    left_stride,
+    right_base,
+    o_right,
+    m_right,
+    right_stride,
+    dim,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`left @ right^T` of one tile, `CHUNK` columns of the head at a time.
+
+    Wide operands do not fit the registers whole: `tl.dot` holds all of its summed dimension.
+    """
+    total = tl.zeros([ROWS, COLUMNS], dtype=SUM_TYPE)
+    for first in range(0, dim, CHUNK):
+        b_left = load_rows(
+            left_base + first, o_left, m_left, left_stride, dim - first, CHUNK, ALIGN
+        )
+        b_right = load_rows(
+            right_base + first, o_right, m_right, right_stride, dim - first, CHUNK, ALIGN
+        )
+        total += tl.dot(b_left, tl.trans(b_right), input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def tiles_by_key(
     table,
     scales,
@@ -78,6 +112,7 @@ def tiles_by_key(
     GRAD_PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
     TARGET_ALIGN: tl.constexpr,
+    CHUNK: tl.constexpr,
     HAS_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
     WRITE_QUERY: tl.constexpr,
@@ -100,8 +135,9 @@ def tiles_by_key(
     o_dim = tl.arange(0, BLOCK_DIM)
     o_key = block * BLOCK_KEY + tl.arange(0, BLOCK_KEY)
     m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
-    base, stride = head_base(row, 1, item, kv_head, TYPE)
-    b_key = load_rows(base, o_key, m_key, stride, dim, BLOCK_DIM, ALIGN)
+    key_base, key_stride = head_base(row, 1, item, kv_head, TYPE)
+    if CHUNK == 0:
+        b_key = load_rows(key_base, o_key, m_key, key_stride, dim, BLOCK_DIM, ALIGN)
     repeat = heads // kv_heads
     target_repeat = heads // target_kv_heads
     b_key_grad = tl.zeros([BLOCK_KEY, BLOCK_DIM], dtype=SUM_TYPE)
@@ -112,38 +148,90 @@ def tiles_by_key(
         first = block * BLOCK_KEY // BLOCK_QUERY * BLOCK_QUERY
     for turn in range(0, repeat):
         head = kv_head * repeat + turn
-        base, stride = head_base(row, 3, item, head // target_repeat, TARGET_TYPE)
-        b_target_key = load_rows(
-            base, o_key, m_key, stride, target_dim, BLOCK_TARGET_DIM, TARGET_ALIGN
-        )
+        other_base, other_stride = head_base(row, 3, item, head // target_repeat, TARGET_TYPE)
+        if CHUNK == 0:
+            b_target_key = load_rows(
+                other_base, o_key, m_key, other_stride, target_dim, BLOCK_TARGET_DIM, TARGET_ALIGN
+            )
         query_base, query_stride = head_base(row, 0, item, head, TYPE)
         target_base, target_stride = head_base(row, 2, item, head, TARGET_TYPE)
         for start in range(first, tokens, BLOCK_QUERY):
             o_query = start + tl.arange(0, BLOCK_QUERY)
             m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
-            b_query = load_rows(query_base, o_query, m_query, query_stride, dim, BLOCK_DIM, ALIGN)
-            b_target_query = load_rows(
-                target_base,
-                o_query,
-                m_query,
-                target_stride,
-                target_dim,
-                BLOCK_TARGET_DIM,
-                TARGET_ALIGN,
-            )
-            tile = score_difference(
-                b_query, b_key, b_target_query, b_target_key, scale, target_scale, SCORE_PRECISION
-            )
+            if CHUNK > 0:
+                own = chunked_product(
+                    query_base,
+                    o_query,
+                    m_query,
+                    query_stride,
+                    key_base,
+                    o_key,
+                    m_key,
+                    key_stride,
+                    dim,
+                    BLOCK_QUERY,
+                    BLOCK_KEY,
+                    CHUNK,
+                    SUM_TYPE,
+                    ALIGN,
+                    SCORE_PRECISION,
+                )
+                target = chunked_product(
+                    target_base,
+                    o_query,
+                    m_query,
+                    target_stride,
+                    other_base,
+                    o_key,
+                    m_key,
+                    other_stride,
+                    target_dim,
+                    BLOCK_QUERY,
+                    BLOCK_KEY,
+                    CHUNK,
+                    SUM_TYPE,
+                    TARGET_ALIGN,
+                    SCORE_PRECISION,
+                )
+                tile = own * scale - target * target_scale
+            else:
+                b_query = load_rows(
+                    query_base, o_query, m_query, query_stride, dim, BLOCK_DIM, ALIGN
+                )
+                b_target_query = load_rows(
+                    target_base,
+                    o_query,
+                    m_query,
+                    target_stride,
+                    target_dim,
+                    BLOCK_TARGET_DIM,
+                    TARGET_ALIGN,
+                )
+                tile = score_difference(
+                    b_query,
+                    b_key,
+                    b_target_query,
+                    b_target_key,
+                    scale,
+                    target_scale,
+                    SCORE_PRECISION,
+                )
             if CAUSAL:
                 tile = tl.where(o_query[:, None] >= o_key[None, :], tile, 0.0)
             squares += tl.sum(tile * tile, 1)
             b_tile = tile.to(GRAD_TYPE)
             if WRITE_KEY:
+                if CHUNK > 0:
+                    b_query = load_rows(
+                        query_base, o_query, m_query, query_stride, dim, BLOCK_DIM, ALIGN
+                    )
                 # dK_s = D^T Q_s
                 b_key_grad += tl.dot(
                     tl.trans(b_tile), b_query.to(GRAD_TYPE), input_precision=GRAD_PRECISION
                 )
             if WRITE_QUERY:
+                if CHUNK > 0:
+                    b_key = load_rows(key_base, o_key, m_key, key_stride, dim, BLOCK_DIM, ALIGN)
                 # dQ_s = D K_s
                 b_out = tl.dot(b_tile, b_key.to(GRAD_TYPE), input_precision=GRAD_PRECISION) * scale
                 out = query_grad + ((pair * batch + item) * heads + head) * tokens * dim
@@ -183,6 +271,7 @@ def tiles_by_query(
     GRAD_PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
     TARGET_ALIGN: tl.constexpr,
+    CHUNK: tl.constexpr,
     HAS_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
@@ -200,12 +289,13 @@ def tiles_by_query(
     target_scale = tl.load(scales + pair * 2 + 1)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
     m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
-    base, stride = head_base(row, 0, item, head, TYPE)
-    b_query = load_rows(base, o_query, m_query, stride, dim, BLOCK_DIM, ALIGN)
-    base, stride = head_base(row, 2, item, head, TARGET_TYPE)
-    b_target_query = load_rows(
-        base, o_query, m_query, stride, target_dim, BLOCK_TARGET_DIM, TARGET_ALIGN
-    )
+    query_base, query_stride = head_base(row, 0, item, head, TYPE)
+    other_base, other_stride = head_base(row, 2, item, head, TARGET_TYPE)
+    if CHUNK == 0:
+        b_query = load_rows(query_base, o_query, m_query, query_stride, dim, BLOCK_DIM, ALIGN)
+        b_target_query = load_rows(
+            other_base, o_query, m_query, other_stride, target_dim, BLOCK_TARGET_DIM, TARGET_ALIGN
+        )
     key_base, key_stride = head_base(row, 1, item, head // (heads // kv_heads), TYPE)
     target_base, target_stride = head_base(
         row, 3, item, head // (heads // target_kv_heads), TARGET_TYPE
@@ -218,12 +308,49 @@ def tiles_by_query(
         o_key = start + tl.arange(0, BLOCK_KEY)
         m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
         b_key = load_rows(key_base, o_key, m_key, key_stride, dim, BLOCK_DIM, ALIGN)
-        b_target_key = load_rows(
-            target_base, o_key, m_key, target_stride, target_dim, BLOCK_TARGET_DIM, TARGET_ALIGN
-        )
-        tile = score_difference(
-            b_query, b_key, b_target_query, b_target_key, scale, target_scale, SCORE_PRECISION
-        )
+        if CHUNK > 0:
+            own = chunked_product(
+                query_base,
+                o_query,
+                m_query,
+                query_stride,
+                key_base,
+                o_key,
+                m_key,
+                key_stride,
+                dim,
+                BLOCK_QUERY,
+                BLOCK_KEY,
+                CHUNK,
+                SUM_TYPE,
+                ALIGN,
+                SCORE_PRECISION,
+            )
+            target = chunked_product(
+                other_base,
+                o_query,
+                m_query,
+                other_stride,
+                target_base,
+                o_key,
+                m_key,
+                target_stride,
+                target_dim,
+                BLOCK_QUERY,
+                BLOCK_KEY,
+                CHUNK,
+                SUM_TYPE,
+                TARGET_ALIGN,
+                SCORE_PRECISION,
+            )
+            tile = own * scale - target * target_scale
+        else:
+            b_target_key = load_rows(
+                target_base, o_key, m_key, target_stride, target_dim, BLOCK_TARGET_DIM, TARGET_ALIGN
+            )
+            tile = score_difference(
+                b_query, b_key, b_target_query, b_target_key, scale, target_scale, SCORE_PRECISION
+            )
         if CAUSAL:
             tile = tl.where(o_query[:, None] >= o_key[None, :], tile, 0.0)
         # dQ_s = D K_s

@@ -60,7 +60,7 @@ def hidden_forward(
         student[0].dtype, teacher[0].dtype, weight[0].dtype if weight else None
     )
     grad_operand = types.pop("GRAD_OPERAND")
-    launch = hidden_launch((width, target_width), (student[0].dtype, kept), platform())
+    launch = hidden_launch((student[0].dtype, kept), platform())
     blocks = {name: size for name, size in launch.constants.items() if isinstance(size, int)}
     block_row, block_column = blocks["BLOCK_ROW"], blocks["BLOCK_COLUMN"]
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}

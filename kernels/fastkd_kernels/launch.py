@@ -72,24 +72,20 @@ def tile_launch(
     """Blocks of the tile kernels. One key block covers short sequences, so one pass does all."""
     block_dim, block_target = (power_of_two(dim) for dim in dims)
     width = max(block_dim, block_target)
-    half = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
-    if width <= 64:
-        block_query, block_key = (32, 128) if tokens > 64 and half else (32, 64)
-    elif width <= 128:
-        block_query, block_key = (32, 64) if half else (32, 32)
-    else:
-        block_query, block_key = (16, 32) if half else (16, 16)
-    block_key = min(block_key, power_of_two(tokens))
-    block_query = min(block_query, power_of_two(tokens))
+    narrow = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
+    block = 64 if narrow and width <= 64 else 32 if width <= 128 else 16
+    block = min(block, power_of_two(tokens))
     constants: dict[str, int | str] = {
-        "BLOCK_QUERY": block_query,
-        "BLOCK_KEY": block_key,
+        "BLOCK_QUERY": block,
+        "BLOCK_KEY": block,
         "BLOCK_DIM": block_dim,
         "BLOCK_TARGET_DIM": block_target,
+        # columns of one product of scores; 0 takes the whole head
+        "CHUNK": 0 if narrow and width <= 128 else 16,
         "SCORE_PRECISION": dot_precision(True, on),
         "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
     }
-    return Launch(constants, num_warps=4 if half else 8, num_stages=1 if not half else 2)
+    return Launch(constants, num_warps=8, num_stages=1)
 
 
 def gram_launch(
@@ -104,22 +100,20 @@ def gram_launch(
         "BLOCK_PRECISION": dot_precision(not half, on),
         "APPLY_PRECISION": dot_precision(not half or dims[0] != dims[1], on),
     }
-    return Launch(constants, num_warps=4, num_stages=2)
+    return Launch(constants, num_warps=8, num_stages=1)
 
 
-def hidden_launch(
-    widths: tuple[int, int], dtypes: Sequence[torch.dtype], on: str = "cuda"
-) -> Launch:
+def hidden_launch(dtypes: Sequence[torch.dtype], on: str = "cuda") -> Launch:
     """Blocks of the three hidden-state products: rows, columns, and the summed dimension."""
     half = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
     constants: dict[str, int | str] = {
         "BLOCK_ROW": 64,
-        "BLOCK_COLUMN": 128 if half and min(widths) >= 128 else 64,
+        "BLOCK_COLUMN": 128 if half else 64,
         "BLOCK_SUM": 32,
         "PRECISION": dot_precision(True, on),
         "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
     }
-    return Launch(constants, num_warps=4, num_stages=3 if half else 2)
+    return Launch(constants, num_warps=8, num_stages=3 if half else 2)
 
 
 def hidden_chunk(rows: int, row_bytes: int, block_row: int) -> int:

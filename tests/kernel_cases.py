@@ -1,0 +1,117 @@
+"""Inputs, errors and memory readings shared by the kernel tests."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from fastkd_kernels import AttentionState
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+
+def attention_states(
+    pairs: int,
+    batch: int,
+    heads: int,
+    tokens: int,
+    dims: tuple[int, int],
+    *,
+    kv_heads: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    device: str = "cpu",
+) -> tuple[list[AttentionState], list[AttentionState]]:
+    """Random student (requires grad) and teacher states."""
+    generator = torch.Generator().manual_seed(seed)
+    sides = []
+    for dim, kv in zip(dims, kv_heads or (heads, heads), strict=True):
+        sides.append(
+            [
+                AttentionState(
+                    torch.randn(batch, heads, tokens, dim, generator=generator).to(device, dtype),
+                    torch.randn(batch, kv, tokens, dim, generator=generator).to(device, dtype),
+                    None,
+                    dim**-0.5,
+                )
+                for _ in range(pairs)
+            ]
+        )
+    return trained(sides[0]), sides[1]
+
+
+def trained(states: Sequence[AttentionState]) -> list[AttentionState]:
+    """The same values as leaves that require grad."""
+    return [
+        state._replace(
+            query=state.query.detach().requires_grad_(), key=state.key.detach().requires_grad_()
+        )
+        for state in states
+    ]
+
+
+def cast(states: Sequence[AttentionState], dtype: torch.dtype) -> list[AttentionState]:
+    return [
+        state._replace(query=state.query.detach().to(dtype), key=state.key.detach().to(dtype))
+        for state in states
+    ]
+
+
+def near(teacher: Sequence[AttentionState], distance: float, seed: int = 1) -> list[AttentionState]:
+    """Students at a relative `distance` of the teacher."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def moved(value: Tensor) -> Tensor:
+        noise = torch.randn(value.shape, generator=generator).to(value)
+        return value + distance * noise
+
+    return [t._replace(query=moved(t.query), key=moved(t.key)) for t in teacher]
+
+
+def leaves_of(states: Sequence[AttentionState]) -> list[Tensor]:
+    return [tensor for state in states for tensor in (state.query, state.key)]
+
+
+def masks(batch: int, tokens: int, seed: int = 2) -> Tensor:
+    """Right padding of different lengths, the last item without any valid token."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, tokens + 1, (batch,), generator=generator)
+    lengths[0] = tokens
+    if batch > 2:
+        lengths[-1] = 0
+    return torch.arange(tokens)[None, :] < lengths[:, None]
+
+
+def loss_and_gradients(
+    op: Callable[..., Tensor], leaves: Sequence[Tensor], *args: Any, seed: int = 3, **options: Any
+) -> list[Tensor]:
+    """The losses, then the gradients of `leaves` for a random upstream gradient."""
+    loss = op(*args, **options)
+    generator = torch.Generator().manual_seed(seed)
+    upstream = torch.randn(loss.shape, generator=generator, dtype=torch.float64).to(loss)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream)]
+
+
+def relative_error(given: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of `expected` (absolute where that is 0)."""
+    exact = expected.double()
+    scale = exact.norm().item()
+    return (given.double() - exact).norm().item() / (scale or 1.0)
+
+
+def errors(given: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    return [relative_error(a, b) for a, b in zip(given, expected, strict=True)]
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """Most bytes that torch held on the CPU at once, beyond what it held before `function`."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        kept = function()
+    del kept
+    held = peak = 0
+    events = recorded.profiler.kineto_results.events()
+    for event in sorted(
+        (event for event in events if event.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

@@ -1,0 +1,312 @@
+"""attention_score_mse against its definition: values, gradients, memory, time."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fastkd_kernels import AttentionState, attention_score_mse, reference
+from fastkd_kernels.attention_score_mse import choose_algorithm
+from kernel_cases import (
+    attention_states,
+    cast,
+    errors,
+    leaves_of,
+    loss_and_gradients,
+    masks,
+    near,
+    peak_bytes,
+    trained,
+)
+from torch import Tensor
+
+BOTH = pytest.mark.parametrize("algorithm", ["tiles", "gram"])
+# (kv_heads, dims) of student, teacher with 6 heads
+HEADS = [
+    ((6, 6), (8, 8)),
+    ((6, 6), (5, 8)),
+    ((2, 3), (8, 8)),
+    ((3, 6), (5, 8)),
+    ((1, 2), (4, 4)),
+]
+
+
+def both(states: Any, **options: Any) -> tuple[list[Tensor], ...]:
+    """Losses and gradients of the op and of its definition on fp64 copies."""
+    student, teacher = states
+    exact = trained(cast(student, torch.float64)), cast(teacher, torch.float64)
+    defined = {k: v for k, v in options.items() if k not in ("algorithm", "backend")}
+    given = loss_and_gradients(attention_score_mse, leaves_of(student), *states, **options)
+    expected = loss_and_gradients(
+        reference.attention_score_mse, leaves_of(exact[0]), *exact, **defined
+    )
+    return given, expected
+
+
+@BOTH
+@pytest.mark.parametrize("reduction", ["valid", "tinybert"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tokens", [1, 37, 150])
+@pytest.mark.parametrize(("kv_heads", "dims"), HEADS)
+def test_equals_its_definition_in_fp64(
+    kv_heads: Any, dims: Any, tokens: int, causal: bool, reduction: str, algorithm: str
+) -> None:
+    states = attention_states(2, 3, 6, tokens, dims, kv_heads=kv_heads)
+    valid = masks(3, tokens)
+    options = {"causal": causal, "reduction": reduction, "algorithm": algorithm}
+    for key_mask, query_mask in ((None, None), (valid, None), (None, valid), (valid, valid)):
+        given, expected = both(states, key_mask=key_mask, query_mask=query_mask, **options)
+        assert max(errors(given, expected)) < 1e-12
+
+
+@pytest.mark.parametrize("tokens", [37, 128, 512, 2048])
+@pytest.mark.parametrize("reduction", ["valid", "tinybert"])
+def test_equals_its_definition_in_fp32_at_bert_sizes(tokens: int, reduction: str) -> None:
+    batch = 2 if tokens < 2048 else 1
+    states = attention_states(1, batch, 2, tokens, (26, 64), dtype=torch.float32)
+    valid = masks(batch, tokens) if batch > 1 else torch.arange(tokens)[None] < tokens - 300
+    for algorithm in ("tiles", "gram"):
+        given, expected = both(
+            states, key_mask=valid, query_mask=valid, reduction=reduction, algorithm=algorithm
+        )
+        assert max(errors(given, expected)) <= 1e-5
+
+
+@BOTH
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dims", [(16, 16), (8, 16)])
+@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_stays_near_plain_pytorch(
+    dtype: torch.dtype, distance: float, dims: tuple[int, int], causal: bool, algorithm: str
+) -> None:
+    """At most twice the error of plain PyTorch. The one exception is the plain Gram form (head
+    sizes that differ), whose terms cancel: gradients 20 times, and the loss to a few roundings of
+    the mean squared score instead of its own size."""
+    teacher = attention_states(1, 2, 2, 96, dims)[1]
+    if dims[0] == dims[1]:
+        student = near(teacher, distance)
+    else:
+        # the same scores from fewer columns: half of the teacher's are zero
+        for state in teacher:
+            state.query[..., dims[0] :] = 0
+            state.key[..., dims[0] :] = 0
+        student = [
+            t._replace(query=t.query[..., : dims[0]], key=t.key[..., : dims[0]]) for t in teacher
+        ]
+        student = near(student, distance)
+    states = trained(cast(student, dtype)), cast(teacher, dtype)
+    given, expected = both(states, causal=causal, algorithm=algorithm)
+    plain = loss_and_gradients(
+        reference.attention_score_mse, leaves_of(states[0]), *states, causal=causal
+    )
+    own_errors, plain_errors = errors(given, expected), errors(plain, expected)
+    cancels = dims[0] != dims[1] and algorithm == "gram"
+    single = torch.finfo(torch.float32).eps
+    if cancels:
+        mean_square = reference.attention_scores(teacher[0]).square().mean()
+        assert (given[0].double() - expected[0]).abs().max() <= 4 * single * mean_square
+    else:
+        # one number can be right by luck in plain PyTorch: allow a few roundings
+        assert own_errors[0] <= max(2 * plain_errors[0], 8 * single)
+    for own, theirs in zip(own_errors[1:], plain_errors[1:], strict=True):
+        assert own <= max((20 if cancels else 2) * theirs, torch.finfo(dtype).eps)
+
+
+def test_student_and_teacher_dtypes_may_differ() -> None:
+    student, teacher = attention_states(2, 2, 4, 40, (8, 12), dtype=torch.float32)
+    teacher = cast(teacher, torch.bfloat16)
+    given, expected = both((student, teacher), algorithm="tiles")
+    assert max(errors(given, expected)) < 1e-5
+    assert given[0].dtype == torch.float32
+    assert both((student, teacher), algorithm="gram")[0][1].dtype == torch.float32
+
+
+@BOTH
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dims", [(16, 16), (8, 16)])
+def test_identical_models_have_no_loss(dims: Any, causal: bool, algorithm: str) -> None:
+    """Loss near 0 and gradients below 1e-6 of what a distant student gets."""
+    distant, teacher = attention_states(1, 2, 3, 200, dims, dtype=torch.float32)
+    same = [
+        t._replace(query=t.query[..., : dims[0]].clone(), key=t.key[..., : dims[0]].clone())
+        for t in teacher
+    ]
+    for state in teacher:
+        state.query[..., dims[0] :] = 0
+        state.key[..., dims[0] :] = 0
+    same = [t._replace(scale=teacher[0].scale) for t in trained(same)]
+    options = {"causal": causal, "algorithm": algorithm}
+    near_zero = loss_and_gradients(attention_score_mse, leaves_of(same), same, teacher, **options)
+    far = loss_and_gradients(attention_score_mse, leaves_of(distant), distant, teacher, **options)
+    for own, scale in zip(near_zero, far, strict=True):
+        assert own.norm() <= 1e-6 * scale.norm()
+    assert near_zero[0].item() >= 0.0
+
+
+@BOTH
+@pytest.mark.parametrize("reduction", ["valid", "tinybert"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_nothing_valid_gives_zero(causal: bool, reduction: str, algorithm: str) -> None:
+    student, teacher = attention_states(2, 2, 3, 9, (4, 4), dtype=torch.float32)
+    nothing = torch.zeros(2, 9, dtype=torch.bool)
+    options = {"causal": causal, "reduction": reduction, "algorithm": algorithm}
+    for value in loss_and_gradients(
+        attention_score_mse, leaves_of(student), student, teacher, key_mask=nothing, **options
+    ):
+        assert torch.equal(value, torch.zeros_like(value))
+
+
+@BOTH
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_may_hold_anything(causal: bool, algorithm: str) -> None:
+    """NaN at padded tokens reaches neither the loss nor a gradient."""
+    student, teacher = attention_states(1, 3, 4, 50, (6, 6), kv_heads=(2, 4))
+    valid = masks(3, 50)
+    options = {"key_mask": valid, "query_mask": valid, "causal": causal, "algorithm": algorithm}
+    clean = loss_and_gradients(attention_score_mse, leaves_of(student), student, teacher, **options)
+    for state in (*student, *teacher):
+        for tensor in (state.query, state.key):
+            tensor.data.masked_fill_(~valid[:, None, :, None], float("nan"))
+    dirty = loss_and_gradients(attention_score_mse, leaves_of(student), student, teacher, **options)
+    assert max(errors(dirty, clean)) < 1e-14
+
+
+@BOTH
+@pytest.mark.parametrize("causal", [False, True])
+def test_does_not_depend_on_padding_or_on_the_cut(causal: bool, algorithm: str) -> None:
+    student, teacher = attention_states(1, 4, 3, 60, (6, 6))
+    valid = masks(4, 60)
+    options: dict[str, Any] = {"causal": causal, "algorithm": algorithm}
+
+    def sums(rows: slice, tokens: int) -> Tensor:
+        """Loss times what it divides by, for a part of the batch padded to `tokens`."""
+        mask = valid[rows, :tokens]
+        part = [
+            [s._replace(query=s.query[rows, :, :tokens], key=s.key[rows, :, :tokens]) for s in side]
+            for side in (student, teacher)
+        ]
+        count = mask.long().cumsum(1) * mask if causal else mask.sum(1, keepdim=True) * mask
+        loss = attention_score_mse(*part, key_mask=mask, query_mask=mask, **options)
+        return loss * count.sum() * 3
+
+    whole = sums(slice(0, 4), 60)
+    longest = int(valid[1:].sum(1).max())
+    cut = sums(slice(0, 1), 60) + sums(slice(1, 4), longest)
+    torch.testing.assert_close(cut, whole, rtol=1e-12, atol=0)
+
+
+@BOTH
+def test_reads_any_strides(algorithm: str) -> None:
+    student, teacher = attention_states(2, 2, 4, 33, (6, 6))
+    expected = both((student, teacher), algorithm=algorithm)[1]
+    spread = [s._replace(query=_spread(s.query), key=_spread(s.key)) for s in student]
+    target = [s._replace(query=_spread(s.query), key=s.key.mT.contiguous().mT) for s in teacher]
+    given = loss_and_gradients(
+        attention_score_mse, leaves_of(spread), spread, target, algorithm=algorithm
+    )
+    assert max(errors(given, expected)) < 1e-12
+
+
+def _spread(value: Tensor) -> Tensor:
+    """The same values laid out `[batch, tokens, heads, dim]`, as models hand them over."""
+    laid = value.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    return laid.requires_grad_(value.requires_grad)
+
+
+@BOTH
+def test_reads_expanded_key_heads(algorithm: str) -> None:
+    """Keys expanded over heads (stride 0) give what separate GQA keys give."""
+    student, teacher = attention_states(1, 2, 4, 20, (6, 6), kv_heads=(1, 1))
+    wide = [s._replace(key=s.key.expand(-1, 4, -1, -1)) for s in student]
+    target = [s._replace(key=s.key.expand(-1, 4, -1, -1)) for s in teacher]
+    expected = both((student, teacher), algorithm=algorithm)[1]
+    given = loss_and_gradients(
+        attention_score_mse, leaves_of(student), wide, target, algorithm=algorithm
+    )
+    assert max(errors(given, expected)) < 1e-12
+
+
+def test_pairs_may_differ_in_shape() -> None:
+    first = attention_states(2, 2, 4, 20, (6, 6))
+    second = attention_states(1, 2, 4, 20, (3, 8), seed=7)
+    student = [first[0][0], second[0][0], first[0][1]]
+    teacher = [first[1][0], second[1][0], first[1][1]]
+    given, expected = both((student, teacher))
+    assert max(errors(given, expected)) < 1e-12
+
+
+@BOTH
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradcheck(causal: bool, algorithm: str) -> None:
+    student, teacher = attention_states(2, 2, 2, 5, (3, 3), kv_heads=(1, 2))
+    valid = masks(2, 5)
+
+    def loss(*tensors: Tensor) -> Tensor:
+        pairs = zip(tensors[::2], tensors[1::2], strict=True)
+        own = [AttentionState(query, key, None, 0.7) for query, key in pairs]
+        return attention_score_mse(
+            own, teacher, key_mask=valid, query_mask=valid, causal=causal, algorithm=algorithm
+        )
+
+    assert torch.autograd.gradcheck(loss, leaves_of(student))
+
+
+@BOTH
+def test_inputs_stay_as_they_are_and_teacher_gets_nothing(algorithm: str) -> None:
+    student, teacher = attention_states(1, 1, 2, 20, (4, 4))
+    before = [tensor.clone() for state in (*student, *teacher) for tensor in state[:2]]
+    attention_score_mse(student, teacher, algorithm=algorithm).sum().backward()
+    after = [tensor for state in (*student, *teacher) for tensor in state[:2]]
+    assert all(map(torch.equal, before, after))
+    assert student[0].query.grad is not None
+    assert teacher[0].query.grad is None
+
+
+def test_official_tinybert_loss() -> None:
+    """The lines of the official code: an additive -10000 mask, then entries <= -100 set to 0."""
+    student, teacher = attention_states(1, 3, 4, 24, (6, 8), dtype=torch.float32)
+    valid = masks(3, 24)
+    additive = (1.0 - valid[:, None, None, :].float()) * -10000.0
+    maps = [reference.attention_scores(side[0]) + additive for side in (student, teacher)]
+    own, target = (torch.where(m <= -1e2, torch.zeros_like(m), m) for m in maps)
+    expected = torch.nn.functional.mse_loss(own, target)
+    given = attention_score_mse(
+        student, teacher, key_mask=valid, query_mask=valid, reduction="tinybert"
+    )
+    torch.testing.assert_close(given[0], expected, rtol=1e-5, atol=0)
+
+
+def test_choice_of_algorithm() -> None:
+    choose: Callable[..., str] = choose_algorithm
+    assert choose(128, 26, 64, causal=False, backend="torch") == "gram"
+    assert choose(128, 64, 64, causal=False, backend="torch") == "tiles"
+    assert choose(2048, 64, 64, causal=False, backend="torch") == "gram"
+    assert choose(512, 64, 64, causal=True, backend="torch") == "tiles"
+    assert choose(8192, 128, 128, causal=True, backend="triton") == "tiles"
+
+
+@pytest.mark.parametrize("dims", [(26, 64), (64, 64)])
+def test_linear_time_and_memory_at_2048_tokens(dims: tuple[int, int]) -> None:
+    """At least 20 times faster than the definition in paired runs, and under 16 MB of memory,
+    gradients included, where the definition takes over 600 MB."""
+    student, teacher = attention_states(1, 1, 12, 2048, dims, dtype=torch.float32)
+    leaves = leaves_of(student)
+
+    def step(op: Callable[..., Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(op(student, teacher).sum(), leaves)
+
+    def seconds(function: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    fast, direct = step(attention_score_mse), step(reference.attention_score_mse)
+    assert peak_bytes(fast) < 16e6
+    assert peak_bytes(direct) > 600e6
+    ratios = []
+    for _ in range(3):
+        ratios.append(seconds(direct) / statistics.median(seconds(fast) for _ in range(3)))
+    assert statistics.median(ratios) >= 20.0

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
+from tiny_models import VOCABULARY, tiny_tokenizer
 from tiny_runs import make_recipe, run_command, run_script
-from transformers import BertTokenizer
+from transformers import AutoModel, XLNetConfig
 
 from fastkd.cli import main
 
@@ -36,10 +37,7 @@ def _empty_corpus(recipe: Path) -> list[str]:
 
 
 def _another_tokenizer(recipe: Path) -> list[str]:
-    teacher = recipe.parent / "teacher"
-    vocabulary = (teacher / "vocab.txt").read_text() + "more\nwords\n"
-    (teacher / "vocab.txt").write_text(vocabulary)
-    BertTokenizer(vocab=str(teacher / "vocab.txt")).save_pretrained(teacher)
+    tiny_tokenizer(VOCABULARY + 2).save_pretrained(recipe.parent / "teacher")
     return []
 
 
@@ -50,12 +48,8 @@ def _not_a_model(recipe: Path) -> list[str]:
 
 def _outside_the_interface(recipe: Path) -> list[str]:
     # XLNet computes its attention itself
-    config = {"model_type": "xlnet", "vocab_size": 29, "d_model": 32, "n_layer": 4, "n_head": 4}
-    teacher = recipe.parent / "teacher"
-    from transformers import AutoModel, XLNetConfig
-
-    options = {k: v for k, v in config.items() if k != "model_type"}
-    AutoModel.from_config(XLNetConfig(**options, d_inner=64)).save_pretrained(teacher)
+    config = XLNetConfig(vocab_size=VOCABULARY, d_model=32, n_layer=4, n_head=4, d_inner=64)
+    AutoModel.from_config(config).save_pretrained(recipe.parent / "teacher")
     return []
 
 
@@ -106,7 +100,7 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "no model": (_not_a_model, "empty: not loadable"),
     "missing package": (lambda _: ["teacher.model=package:nothing/model"], "not installed"),
-    "tokenizer of another model": (_another_tokenizer, "31 tokens, but the model embeds 29"),
+    "tokenizer of another model": (_another_tokenizer, "66 tokens, but the model embeds 64"),
     "model outside the interface": (_outside_the_interface, "XLNetModel"),
     "damaged weights": (_damaged_weights, "expected aaaaaa"),
     "folder of another run": (_taken_folder, "already holds a run; continue it with --resume"),
@@ -207,6 +201,18 @@ def test_a_run_leaves_what_it_promises(recipe: Path) -> None:
     again = run_command("evaluate", str(run), "--output", str(recipe.parent / "numbers.json"))
     assert again.returncode == 2
     assert "exists already" in again.stderr
+
+
+@pytest.mark.parametrize("architecture", ["llama", "modernbert", "distilbert"])
+def test_other_architectures_end_to_end(tmp_path: Path, architecture: str) -> None:
+    """Causal with grouped heads; rotary with local layers; other names for the same numbers."""
+    recipe = make_recipe(tmp_path, architecture)
+    done = run_command("distill", str(recipe), "train.steps=20", "train.learning_rate=0.01")
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["after"]["total"] < 0.8 * summary["before"]["total"]
+    model = AutoModel.from_pretrained(tmp_path / "run" / "student")
+    assert model.config.hidden_size == 24
 
 
 def test_doctor_estimates_a_recipe_and_writes_no_run(recipe: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from tiny_runs import make_corpus, run_script
+from tiny_models import write_text
+from tiny_runs import run_script
 from transformers import AutoModel, AutoTokenizer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
@@ -19,7 +20,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two steps from the packaged MiniLM: a student as wide as its teacher, and a narrow one."""
     folder = tmp_path_factory.mktemp("export")
-    corpus = make_corpus(folder / "corpus.txt")
+    corpus = write_text(folder / "corpus.txt")
     found = {name: folder / name for name in ("wide", "narrow")}
     common = [
         f"data.train={corpus}",
@@ -27,6 +28,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "data.block_size=16",
         "data.heldout_blocks=4",
         "data.workers=1",
+        "data.heldout_fraction=0.3",
         "train.steps=2",
         "train.batch_size=2",
         "train.warmup_steps=0",

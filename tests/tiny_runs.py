@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,44 +12,13 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel, BertTokenizer
-
-WORDS = [a + b for a in ("ka", "lo", "mi", "ne", "su", "ta") for b in ("ra", "ven", "dol", "pit")]
+from tiny_models import save_teacher, write_text
 
 
-def make_teacher(folder: Path) -> Path:
-    """A random 4-layer BERT of width 32 with a word-level vocabulary, in Hugging Face format."""
-    folder.mkdir(parents=True)
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(7)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        # spread out, so that attention is not uniform and losses are not tiny
-        initializer_range=0.3,
-    )
-    BertModel(config).eval().save_pretrained(folder)
-    return folder
-
-
-def make_corpus(path: Path, documents: int = 60) -> Path:
-    """Documents of random words, one empty line between them."""
-    draw = random.Random(3)
-    texts = [" ".join(draw.choices(WORDS, k=draw.randint(40, 90))) for _ in range(documents)]
-    path.write_text("\n\n".join(texts) + "\n")
-    return path
-
-
-def make_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
+def make_recipe(folder: Path, architecture: str = "bert", **sections: dict[str, Any]) -> Path:
     """Write a recipe, its teacher and its corpus into a folder; sections update the defaults."""
     tree: dict[str, Any] = {
-        "teacher": {"model": str(make_teacher(folder / "teacher"))},
+        "teacher": {"model": str(save_teacher(folder / "teacher", architecture))},
         "student": {"layers": 2, "hidden_size": 24, "intermediate_size": 48},
         "losses": {
             "attention": {"weight": 1.0},
@@ -58,7 +26,7 @@ def make_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
             "embedding": {"weight": 0.5},
         },
         "data": {
-            "train": str(make_corpus(folder / "corpus.txt")),
+            "train": str(write_text(folder / "corpus.txt", documents=60, words=60)),
             "heldout_fraction": 0.2,
             "block_size": 16,
             "workers": 1,

@@ -125,8 +125,11 @@ def _curves(records: list[dict[str, Any]], title: str) -> str:
         for axes, term in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms, strict=True):
             for label in (label for label in labels if label.startswith(term + "/")):
                 values = [record["losses"][label] for record in records]
-                axes.plot(steps, values, marker="." if len(steps) < 30 else "", label=label)
-            axes.set(title=f"{term}: {title}", xlabel="step", yscale="log")
+                layers = label.removeprefix(term + "/")
+                axes.plot(steps, values, marker="." if len(steps) < 30 else "", label=layers)
+            axes.set(title=f"{term}: {title}", xlabel="step")
+            # a student that starts from its teacher has losses of exactly zero
+            axes.set_yscale("log", nonpositive="mask")
             axes.title.set_fontsize(9)
             axes.grid(alpha=0.3, which="both")
             axes.legend(fontsize=8, title="student-teacher layer", title_fontsize=8)

@@ -1,6 +1,7 @@
 """Inputs, errors and memory readings shared by the kernel tests."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -115,3 +116,88 @@ def peak_bytes(function: Callable[[], Any]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+@dataclass
+class HiddenCase:
+    """Hidden states of both models and what projects them."""
+
+    student: list[Tensor]
+    teacher: list[Tensor]
+    weights: str
+    trained: dict[str, Any]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        found = list(self.student)
+        for value in self.trained.values():
+            found += [value] if isinstance(value, Tensor) else value
+        return found
+
+    def with_leaves(self, leaves: Sequence[Tensor]) -> "HiddenCase":
+        """The same case around other tensors, in the order of `leaves`."""
+        rest = list(leaves[len(self.student) :])
+        made: dict[str, Any] = {}
+        for name, value in self.trained.items():
+            count = 1 if isinstance(value, Tensor) else len(value)
+            taken, rest = rest[:count], rest[count:]
+            made[name] = taken[0] if isinstance(value, Tensor) else taken
+        return HiddenCase(list(leaves[: len(self.student)]), self.teacher, self.weights, made)
+
+    def cast(self, dtype: torch.dtype) -> "HiddenCase":
+        made = self.with_leaves([leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves])
+        made.teacher = [tensor.to(dtype) for tensor in self.teacher]
+        return made
+
+    def on(self, device: str) -> "HiddenCase":
+        made = self.with_leaves([leaf.detach().to(device).requires_grad_() for leaf in self.leaves])
+        made.teacher = [tensor.to(device) for tensor in self.teacher]
+        return made
+
+    def exact(self) -> "HiddenCase":
+        return self.cast(torch.float64)
+
+    def near(self, distance: float) -> "HiddenCase":
+        """Teachers at a relative `distance` of the projected students."""
+        made = self.with_leaves(self.leaves)
+        with torch.no_grad():
+            noise = [torch.randn_like(tensor) for tensor in self.teacher]
+            made.teacher = []
+            for pair, own in enumerate(self.student):
+                value = own
+                for name in self.trained:
+                    given = self.trained[name]
+                    tensor = given if isinstance(given, Tensor) else given[pair]
+                    value = value @ tensor.mT if name == "weight" else value + tensor
+                made.teacher.append(value + distance * noise[pair])
+        return made
+
+
+def hidden_case(
+    pairs: int,
+    batch: int,
+    tokens: int,
+    widths: tuple[int, int],
+    weights: str,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> HiddenCase:
+    """Random hidden states; `weights` is "none", "shared" or "each", with "+bias" if wanted."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    def trained(*shape: int) -> Any:
+        if weights.startswith("shared"):
+            return made(*shape).requires_grad_()
+        return [made(*shape).requires_grad_() for _ in range(pairs)]
+
+    arguments = {}
+    if weights != "none":
+        arguments["weight"] = trained(widths[1], widths[0])
+    if weights.endswith("+bias"):
+        arguments["bias"] = trained(widths[1])
+    student = [made(batch, tokens, widths[0]).requires_grad_() for _ in range(pairs)]
+    teacher = [made(batch, tokens, widths[1]) for _ in range(pairs)]
+    return HiddenCase(student, teacher, weights, arguments)

@@ -18,9 +18,10 @@ from .checks import (
     check_mask,
     check_reduction,
     check_states,
+    check_triton_limits,
     resolve_backend,
 )
-from .launch import triton_interprets
+from .launch import MAX_HEAD_DIM
 from .types import Algorithm, AttentionState, Backend, Reduction
 from .unit_gradient import by_shape, inverse, scaled, value_of
 
@@ -83,12 +84,7 @@ def attention_score_mse(
     check_mask("query_mask", query_mask, batch, tokens, device)
     check_reduction(reduction)
     check_choice("algorithm", algorithm, get_args(Algorithm))
-    chosen_backend = resolve_backend(backend, device, triton_interprets())
-    if algorithm == "gram" and causal and chosen_backend == "triton":
-        raise ValueError(
-            "algorithm='gram' with causal=True runs on backend='torch' only; "
-            "use algorithm='auto' or 'tiles'"
-        )
+    chosen_backend = resolve_backend(backend, device)
     if reduction == "tinybert":
         query_mask = None
 
@@ -98,6 +94,8 @@ def attention_score_mse(
         chosen: str = algorithm
         if chosen == "auto":
             chosen = choose_algorithm(tokens, *dims, causal=causal, backend=chosen_backend)
+        if chosen_backend == "triton":
+            check_triton_limits(chosen, causal, dims, MAX_HEAD_DIM)
         count = _entry_count(own[0].query, key_mask, query_mask, causal, reduction)
         dtype = on_torch.accumulator(own[0].query, target[0].query)
         need_grad = torch.is_grad_enabled() and any(

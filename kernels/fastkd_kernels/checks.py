@@ -7,6 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from .launch import triton_interprets
 from .types import AttentionState, Backend, Reduction
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -84,7 +85,7 @@ def check_reduction(reduction: str) -> None:
     check_choice("reduction", reduction, get_args(Reduction))
 
 
-def resolve_backend(backend: str, device: torch.device, triton_interprets: bool) -> str:
+def resolve_backend(backend: str, device: torch.device) -> str:
     """ "auto" by device: CUDA runs Triton, the CPU runs PyTorch. Never a silent fallback."""
     check_choice("backend", backend, get_args(Backend))
     if backend == "auto":
@@ -93,12 +94,28 @@ def resolve_backend(backend: str, device: torch.device, triton_interprets: bool)
                 f"backend='auto' knows cuda and cpu, not {device.type}; pass backend='torch'"
             )
         return "triton" if device.type == "cuda" else "torch"
-    if backend == "triton" and device.type != "cuda" and not triton_interprets:
+    if backend == "triton" and device.type != "cuda" and not triton_interprets():
         raise ValueError(
             f"backend='triton' needs CUDA tensors, got {device.type}; use backend='auto', or set "
             "TRITON_INTERPRET=1 before triton is imported to run the kernels in the interpreter"
         )
     return backend
+
+
+def check_triton_limits(
+    algorithm: str, causal: bool, dims: tuple[int, int], max_head_dim: int
+) -> None:
+    """What the Triton kernels of attention scores do not do."""
+    if algorithm == "gram" and causal:
+        raise ValueError(
+            "algorithm='gram' with causal=True runs on backend='torch' only; "
+            "use algorithm='auto' or 'tiles'"
+        )
+    if algorithm == "tiles" and max(dims) > max_head_dim:
+        raise ValueError(
+            f"head size {max(dims)} is too wide for the Triton tiles, which take up to "
+            f"{max_head_dim}; use algorithm='gram' (not causal) or backend='torch'"
+        )
 
 
 def check_states(student: Sequence[AttentionState], teacher: Sequence[AttentionState]) -> None:

@@ -21,7 +21,6 @@ from .checks import (
     check_tensor,
     resolve_backend,
 )
-from .launch import triton_interprets
 from .types import Backend, Reduction
 from .unit_gradient import by_shape, inverse, scaled, value_of
 
@@ -64,7 +63,7 @@ def hidden_mse(
     device = student[0].device
     check_mask("mask", mask, batch, tokens, device)
     check_reduction(reduction)
-    chosen = resolve_backend(backend, device, triton_interprets())
+    chosen = resolve_backend(backend, device)
     if reduction == "tinybert":
         mask = None
 

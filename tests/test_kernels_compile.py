@@ -1,0 +1,87 @@
+"""Kernels become machine code without a GPU, without spills, within shared memory.
+
+And the launch functions, which are data. Limits are those of `launch.SHARED_MEMORY`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fastkd_kernels import launch
+
+ROOT = Path(__file__).parents[1]
+# the tightest of both vendors; `kernel_compile.py --all` takes the others too
+FLOAT32_TARGETS = [("cuda", 80), ("hip", "gfx942")]
+
+
+def test_every_kernel_compiles_for_every_target(tmp_path: Path) -> None:
+    environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "TRITON_CACHE_DIR": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "kernel_compile.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    made = {(*row["target"], row["dtype"], row["kernel"]) for row in rows}
+    for target in launch.SHARED_MEMORY:
+        for dtype in ("bfloat16", "float32") if target in FLOAT32_TARGETS else ("bfloat16",):
+            for kernel in ("by_key", "by_query", "gram", "apply", "residuals"):
+                assert (*target, dtype, kernel) in made
+    for row in rows:
+        assert row["registers"] > 0, row
+        assert row["spills"] == 0, row
+        assert row["shared"] <= launch.SHARED_MEMORY[tuple(row["target"])], row
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dims", [(1, 1), (26, 64), (128, 128), (256, 256)])
+@pytest.mark.parametrize("tokens", [1, 37, 128, 4096])
+def test_tile_launch(tokens: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    made = launch.tile_launch(tokens, dims, (dtype, dtype))
+    assert made.constants["BLOCK_DIM"] >= max(16, dims[0])
+    assert made.constants["BLOCK_TARGET_DIM"] >= max(16, dims[1])
+    assert made.constants["BLOCK_KEY"] == made.constants["BLOCK_QUERY"]
+    for name in ("BLOCK_KEY", "BLOCK_DIM", "BLOCK_TARGET_DIM"):
+        size = made.constants[name]
+        assert isinstance(size, int)
+        assert size >= 16
+        assert size & (size - 1) == 0
+
+
+def test_precision_of_products() -> None:
+    """What would lose the gradient goes through three tf32 products, or plain fp32 on AMD."""
+    single, half = (torch.float32,) * 2, (torch.bfloat16,) * 2
+    assert launch.gram_launch((64, 64), single).constants["APPLY_PRECISION"] == "tf32x3"
+    assert launch.gram_launch((26, 64), half).constants["APPLY_PRECISION"] == "tf32x3"
+    assert launch.gram_launch((64, 64), half).constants["APPLY_PRECISION"] == "tf32"
+    assert launch.tile_launch(128, (64, 64), single).constants["GRAD_PRECISION"] == "tf32x3"
+    assert launch.hidden_launch(single).constants["GRAD_PRECISION"] == "tf32x3"
+    assert launch.tile_launch(9, (64, 64), single, "hip").constants["SCORE_PRECISION"] == "ieee"
+    assert launch.product_dtype(torch.float16) == torch.float32
+    assert launch.product_dtype(torch.bfloat16) == torch.bfloat16
+
+
+def test_workspace_is_bounded() -> None:
+    assert launch.hidden_chunk(100, 4, 64) == 100
+    rows = launch.hidden_chunk(1 << 20, 4 * 4096, 64)
+    assert rows % 64 == 0
+    assert 0 < rows * 4 * 4096 <= launch.WORKSPACE_BYTES
+    assert launch.hidden_chunk(1 << 20, 1 << 30, 64) == 64
+
+
+def test_alignment() -> None:
+    value = torch.zeros(4, 8, 24)
+    assert launch.aligned([value, value.transpose(0, 1), value[..., 8:]])
+    assert not launch.aligned([value[..., 1:]])
+    assert not launch.aligned([torch.zeros(4, 26, dtype=torch.bfloat16)])

@@ -1,0 +1,163 @@
+"""Every message for a wrong argument: what was given, what was expected, what to do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fastkd_kernels import AttentionState, attention_score_mse, checks, hidden_mse
+from fastkd_kernels.launch import MAX_HEAD_DIM
+from kernel_cases import attention_states, hidden_case
+
+
+def states() -> tuple[list[AttentionState], list[AttentionState]]:
+    return attention_states(1, 2, 4, 6, (3, 5), dtype=torch.float32)
+
+
+def _replace(side: int, **changes: Any) -> Callable[[], Any]:
+    def call() -> Any:
+        sides = states()
+        sides[side][0] = sides[side][0]._replace(**changes)
+        return attention_score_mse(*sides)
+
+    return call
+
+
+def _options(**options: Any) -> Callable[[], Any]:
+    return lambda: attention_score_mse(*states(), **options)
+
+
+ATTENTION = [
+    (lambda: attention_score_mse(states()[0][0], states()[1]), TypeError, "student must be a list"),
+    (lambda: attention_score_mse(states()[0] * 2, states()[1]), ValueError, "2 layers.* has 1"),
+    (lambda: attention_score_mse([], []), ValueError, "give at least one layer pair"),
+    (lambda: attention_score_mse([(1, 2)], [(1, 2)]), TypeError, "AttentionState, got tuple"),
+    (_replace(0, query=None), TypeError, "must be a tensor .* got NoneType"),
+    (_replace(0, query=torch.ones(2, 4, 6)), ValueError, r"must be \[batch, heads, tokens"),
+    (_replace(0, query=torch.ones(2, 4, 6, 3).int()), TypeError, "is torch.int32; .*cast it"),
+    (_replace(0, query=torch.ones(2, 4, 6, 0)), ValueError, "empty dimension"),
+    (_replace(1, key=torch.ones(2, 4, 6, 5).half()), TypeError, "its key torch.float16; cast"),
+    (_replace(0, key=torch.ones(2, 4, 6, 4)), ValueError, "does not fit its query"),
+    (_replace(0, key=torch.ones(2, 3, 6, 3)), ValueError, "4 query heads and 3 key heads"),
+    (_replace(0, scale="1"), TypeError, "scale must be a float, got str"),
+    (_replace(0, scale=0.0), ValueError, "scale is 0.0; .*head_dim"),
+    (_replace(0, scale=float("nan")), ValueError, "scale is nan"),
+    (_replace(1, query=torch.ones(2, 4, 6, 5, requires_grad=True)), ValueError, "detach"),
+    (_replace(1, key=torch.ones(2, 4, 6, 5, requires_grad=True)), ValueError, "key requires grad"),
+    (
+        _replace(1, query=torch.ones(2, 6, 6, 5), key=torch.ones(2, 6, 6, 5)),
+        ValueError,
+        "student has 4 heads and the teacher has 6; .*relation heads",
+    ),
+    (
+        _replace(1, query=torch.ones(2, 4, 7, 5), key=torch.ones(2, 4, 7, 5)),
+        ValueError,
+        r"batch and tokens \(2, 7\); .*same batch",
+    ),
+    (
+        _replace(1, query=torch.ones(2, 4, 6, 5, device="meta")),
+        ValueError,
+        "is on meta and the student is on cpu; move it",
+    ),
+    (_options(key_mask=torch.ones(2, 6)), TypeError, "key_mask is torch.float32; .*bool"),
+    (_options(query_mask=[1]), TypeError, "query_mask is list"),
+    (_options(key_mask=torch.ones(6, 2).bool()), ValueError, r"\(6, 2\); expected .*\(2, 6\)"),
+    (
+        _options(key_mask=torch.ones(2, 6, device="meta").bool()),
+        ValueError,
+        "key_mask is on meta",
+    ),
+    (_options(reduction="mean"), ValueError, "reduction='mean' is not known; choose one of valid"),
+    (_options(algorithm="fast"), ValueError, "algorithm='fast' is not known"),
+    (_options(backend="cuda"), ValueError, "backend='cuda' is not known"),
+]
+
+HIDDEN = [
+    (lambda c: hidden_mse(c.student[0], c.teacher), TypeError, "student must be a list"),
+    (lambda c: hidden_mse(c.student, c.teacher * 2), ValueError, "1 layers and teacher has 2"),
+    (
+        lambda c: hidden_mse(c.student, c.teacher),
+        ValueError,
+        r"3 wide .* a weight \[5, 3\]",
+    ),
+    (lambda c: hidden_mse(c.student, c.teacher, bias=torch.ones(5)), ValueError, "without weight"),
+    (lambda c: hidden_mse(c.student, c.teacher, weight=3), TypeError, "weight must be a tensor, a"),
+    (
+        lambda c: hidden_mse(c.student, c.teacher, weight=[torch.ones(5, 3)] * 2),
+        ValueError,
+        "weight has 2 tensors for 1 pairs",
+    ),
+    (
+        lambda c: hidden_mse(c.student, c.teacher, weight=torch.ones(3, 5)),
+        ValueError,
+        r"weight has shape \(3, 5\); expected .*\[5, 3\]",
+    ),
+    (
+        lambda c: hidden_mse(c.student * 2, c.teacher * 2, weight=_two_dtypes()),
+        TypeError,
+        r"weight\[1\] is torch.float16 and weight\[0\] is torch.float32",
+    ),
+    (
+        lambda c: hidden_mse(c.student, c.teacher, **c.trained, bias=torch.ones(3)),
+        ValueError,
+        r"bias has shape \(3,\)",
+    ),
+    (
+        lambda c: hidden_mse(c.student, [t[:, :2] for t in c.teacher], **c.trained),
+        ValueError,
+        r"batch and tokens \(2, 2\)",
+    ),
+    (
+        lambda c: hidden_mse(c.student, [t.requires_grad_() for t in c.teacher], **c.trained),
+        ValueError,
+        "teacher.0. requires grad",
+    ),
+    (
+        lambda c: hidden_mse(c.student, c.teacher, mask=torch.ones(2, 6).long(), **c.trained),
+        TypeError,
+        "mask is torch.int64",
+    ),
+    (
+        lambda c: hidden_mse(c.student, c.teacher, reduction="sum", **c.trained),
+        ValueError,
+        "reduction='sum' is not known",
+    ),
+]
+
+
+def _two_dtypes() -> list[torch.Tensor]:
+    return [torch.ones(5, 3), torch.ones(5, 3, dtype=torch.float16)]
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), ATTENTION)
+def test_attention_score_mse(call: Callable[[], Any], kind: Any, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        call()
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), HIDDEN)
+def test_hidden_mse(call: Callable[[Any], Any], kind: Any, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        call(hidden_case(1, 2, 6, (3, 5), "shared", torch.float32))
+
+
+def test_triton_needs_cuda_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(checks, "triton_interprets", lambda: False)
+    with pytest.raises(ValueError, match=r"needs CUDA tensors, got cpu; .*TRITON_INTERPRET=1"):
+        checks.resolve_backend("triton", cpu)
+    monkeypatch.setattr(checks, "triton_interprets", lambda: True)
+    assert checks.resolve_backend("triton", cpu) == "triton"
+    assert checks.resolve_backend("auto", cpu) == "torch"
+    assert checks.resolve_backend("auto", torch.device("cuda")) == "triton"
+    with pytest.raises(ValueError, match="knows cuda and cpu, not mps"):
+        checks.resolve_backend("auto", torch.device("mps"))
+
+
+def test_triton_limits() -> None:
+    student, teacher = attention_states(1, 1, 1, 2, (4, 4), dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"algorithm='gram' with causal=True .* use .*'tiles'"):
+        checks.check_triton_limits("gram", True, (4, 4), MAX_HEAD_DIM)
+    with pytest.raises(ValueError, match=r"head size 300 .* up to 256; .*'gram'"):
+        checks.check_triton_limits("tiles", False, (4, 300), MAX_HEAD_DIM)
+    assert attention_score_mse(student, teacher, algorithm="gram", causal=True).shape == (1,)

@@ -1,0 +1,118 @@
+"""The registered ops under `torch.library.opcheck`, `torch.compile` and deterministic mode."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from fastkd_kernels import AttentionState, attention_score_mse, hidden_mse
+from fastkd_kernels import attention_score_mse as attention_function
+from fastkd_kernels.unit_gradient import inverse
+from kernel_cases import attention_states, errors, hidden_case, leaves_of, masks
+from torch import Tensor
+
+BACKENDS = ["torch", "triton"] if not torch.cuda.is_available() else ["torch"]
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _attention_arguments() -> tuple[Any, ...]:
+    student, teacher = attention_states(2, 2, 4, 6, (3, 5), kv_heads=(2, 4), dtype=torch.float32)
+    lists = [[s.query for s in student], [s.key for s in student]]
+    lists += [[t.query for t in teacher], [t.key for t in teacher]]
+    mask = masks(2, 6)
+    count = inverse(mask.sum(), torch.float32, mask.device)
+    return (*lists, [0.5, 0.6], [0.7, 0.8], mask, None, count)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("need_grad", [True, False])
+def test_opcheck(backend: str, need_grad: bool) -> None:
+    ops = torch.ops.fastkd_kernels
+    arguments = _attention_arguments()
+    if not need_grad:
+        frozen = [[tensor.detach() for tensor in tensors] for tensors in arguments[:2]]
+        arguments = (*frozen, *arguments[2:])
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if backend == "torch":
+        tests += ("test_aot_dispatch_static",)
+    gram = (*arguments, need_grad, backend)
+    torch.library.opcheck(ops.attention_score_mse_gram.default, gram, test_utils=tests)
+    one_pass = (*arguments, True, "tiles", need_grad, backend)
+    torch.library.opcheck(ops.attention_score_mse_one_pass.default, one_pass, test_utils=tests)
+    case = hidden_case(2, 2, 6, (3, 5), "shared+bias", torch.float32)
+    student = case.student if need_grad else [tensor.detach() for tensor in case.student]
+    weight, bias = (tensor if need_grad else tensor.detach() for tensor in case.leaves[2:])
+    lists = (student, case.teacher, [weight], [bias])
+    hidden = (*lists, arguments[6], arguments[8], need_grad, need_grad, backend)
+    torch.library.opcheck(ops.hidden_mse.default, hidden, test_utils=tests)
+
+
+def test_opcheck_of_the_backward() -> None:
+    ops = torch.ops.fastkd_kernels
+    arguments = _attention_arguments()
+    detached = [[tensor.detach() for tensor in tensors] for tensors in arguments[:4]]
+    _, to_query, to_key = ops.attention_score_mse_gram(*detached, *arguments[4:], True, "torch")
+    backward = (torch.ones(2), to_query, to_key, *detached, *arguments[4:8], "torch")
+    torch.library.opcheck(ops.attention_score_mse_gram_backward.default, backward)
+
+
+def _losses(
+    query: Tensor,
+    key: Tensor,
+    states: list[AttentionState],
+    hidden: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    algorithm: Any,
+) -> Tensor:
+    own = [AttentionState(query * 2, key, None, 0.5)]
+    options: dict[str, Any] = {"key_mask": mask, "query_mask": mask, "algorithm": algorithm}
+    first = attention_score_mse(own, states, **options)
+    return 3 * first.sum() + hidden_mse([hidden], [target], weight=weight, mask=mask).sum()
+
+
+@pytest.mark.parametrize("algorithm", ["tiles", "gram"])
+def test_compiles_as_one_graph(algorithm: str) -> None:
+    student, teacher = attention_states(1, 2, 4, 10, (3, 5), dtype=torch.float32)
+    case = hidden_case(1, 2, 10, (4, 6), "shared", torch.float32)
+    leaves = [*leaves_of(student), *case.leaves]
+    tail = (case.student[0], case.teacher[0], case.leaves[1], masks(2, 10), algorithm)
+    results = []
+    compiled = torch.compile(_losses, fullgraph=True, backend="aot_eager")
+    for function in (_losses, compiled):
+        loss = function(*student[0][:2], teacher, *tail)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    assert max(errors(results[1], results[0])) < 1e-6
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("algorithm", ["tiles", "gram"])
+def test_everything_is_written_and_repeats_bit_for_bit(algorithm: Any, causal: bool) -> None:
+    states = attention_states(2, 2, 4, 140, (3, 5), kv_heads=(2, 4), dtype=torch.float32)
+    mask = masks(2, 140)
+    case = hidden_case(2, 2, 140, (4, 6), "each+bias", torch.float32)
+    runs = []
+    for _ in range(2):
+        options: dict[str, Any] = {"key_mask": mask, "causal": causal, "algorithm": algorithm}
+        loss = attention_score_mse(*states, **options).sum()
+        loss = loss + hidden_mse(case.student, case.teacher, mask=mask, **case.trained).sum()
+        leaves = [*leaves_of(states[0]), *case.leaves]
+        runs.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    assert all(torch.isfinite(value).all() for value in runs[0])
+    assert all(map(torch.equal, *runs))
+
+
+def test_public_names() -> None:
+    import fastkd_kernels
+
+    assert fastkd_kernels.__all__ == ["AttentionState", "attention_score_mse", "hidden_mse"]
+    assert attention_function is fastkd_kernels.attention_score_mse

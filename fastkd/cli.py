@@ -5,6 +5,7 @@ A mistake that the user can mend is one line on stderr and exit code 2; an inter
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import sys
@@ -30,9 +31,18 @@ Overrides = Annotated[
 ]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fastkd {importlib.metadata.version('fastkd')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _launched(
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version.")
+    ] = False,
 ) -> None:
     # the deepspeed launcher passes its rank as an option as well as in the environment
     if local_rank is not None:

@@ -62,6 +62,8 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "before the first checkpoint": lambda: _die_at_call(train, "train_step", 2),
     "between two checkpoints": lambda: _die_at_call(train, "train_step", 4),
     "in the middle of a file": lambda: _half_written(5),
+    # the other ranks write two files a checkpoint
+    "in the middle of a file of rank 1": lambda: _half_written(3),
     "before the manifest": lambda: _die_at_call(checkpoint.Checkpoints, "_finish", 2),
     "after the manifest, before latest": lambda: _die_at_call(
         checkpoint, "write_whole", 3, after=True

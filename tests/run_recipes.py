@@ -1,4 +1,4 @@
-"""Run several variants of a recipe one after another in one process: imports are most of a test.
+"""Run or resume variants of a recipe one after another in one process: imports are most of a test.
 
 Used as `python run_recipes.py recipe.yaml '[["train.steps=1", ...], ...]'`, also under torchrun.
 """
@@ -15,5 +15,5 @@ if __name__ == "__main__":
     ranks = start_ranks()
     for overrides in json.loads(sys.argv[2]):
         recipe = load_recipe(sys.argv[1], overrides)
-        distill(recipe, ranks, resume=False, reporter=Reporter(silent=True))
+        distill(recipe, ranks, resume=True, reporter=Reporter(silent=not ranks.is_main))
     stop_ranks()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_runs import assert_same_run, keys, make_recipe, read_losses, read_weights, run_script
+from tiny_runs import assert_same_run, keys, make_recipe, read_losses, read_weights, run_variants
 from transformers import get_scheduler
 
 from fastkd.data import prepare_corpus
@@ -80,8 +79,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for name, values in variants.items():
             found[name] = folder / name.replace(" ", "-").replace(",", "")
             batches.append(keys({"run.output": str(found[name]), **values}))
-        done = run_script("run_recipes.py", str(recipe), json.dumps(batches), ranks=ranks)
-        assert done.returncode == 0, (list(variants), done.stdout[-2000:], done.stderr[-4000:])
+        run_variants(recipe, batches, ranks=ranks)
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from tiny_models import write_text
-from tiny_runs import run_script
+from tiny_runs import run_variants
 from transformers import AutoModel, AutoTokenizer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
@@ -38,8 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         [*common, f"run.output={found['wide']}"],
         [*common, *narrow, f"run.output={found['narrow']}"],
     ]
-    done = run_script("run_recipes.py", str(RECIPE), json.dumps(variants))
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_variants(RECIPE, variants)
     return found
 
 

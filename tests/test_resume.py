@@ -7,7 +7,15 @@ import signal
 from pathlib import Path
 
 import pytest
-from tiny_runs import keys, make_recipe, read_losses, read_weights, run_command, run_script
+from tiny_runs import (
+    keys,
+    make_recipe,
+    read_losses,
+    read_weights,
+    run_command,
+    run_script,
+    run_variants,
+)
 
 MOMENTS = (
     "before the first checkpoint",
@@ -23,22 +31,34 @@ SETTINGS = {"train.checkpoint_every": 2, "train.keep_checkpoints": 1}
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # dropout makes the random numbers matter
-    return make_recipe(
-        tmp_path_factory.mktemp("resume"),
-        student={"layers": 2, "hidden_size": 24, "intermediate_size": 48, "dropout": 0.1},
-    )
+    student = {"layers": 2, "hidden_size": 24, "intermediate_size": 48, "dropout": 0.1}
+    return make_recipe(tmp_path_factory.mktemp("resume"), student=student)
 
 
 def _overrides(run: Path, **more: object) -> list[str]:
     return keys({"run.output": str(run), **SETTINGS, **more})
 
 
+def _run_of(recipe: Path, moment: str) -> Path:
+    return recipe.parent / moment.replace(" ", "-").replace(",", "")
+
+
 @pytest.fixture(scope="module")
-def whole(recipe: Path) -> Path:
-    """One rank, never interrupted."""
-    run = recipe.parent / "whole"
-    assert run_command("distill", str(recipe), *_overrides(run)).returncode == 0
-    return run
+def resumed(recipe: Path) -> str:
+    """Kill a run at every moment, then run one that is never killed and resume the others."""
+    for moment in MOMENTS:
+        overrides = _overrides(_run_of(recipe, moment))
+        killed = run_script("killed_run.py", moment, "0", str(recipe), *overrides)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+        assert not (_run_of(recipe, moment) / "summary.json").exists()
+    runs = [recipe.parent / "whole", *(_run_of(recipe, moment) for moment in MOMENTS)]
+    return run_variants(recipe, [_overrides(run) for run in runs])
+
+
+@pytest.fixture
+def whole(recipe: Path, resumed: str) -> Path:
+    """The run that was never interrupted."""
+    return recipe.parent / "whole"
 
 
 def _assert_identical(run: Path, other: Path) -> None:
@@ -50,29 +70,24 @@ def _assert_identical(run: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_and_resumed_is_bit_identical(recipe: Path, whole: Path, moment: str) -> None:
-    run = recipe.parent / moment.replace(" ", "-").replace(",", "")
-    killed = run_script("killed_run.py", moment, "0", str(recipe), *_overrides(run))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    assert not (run / "summary.json").exists()
-    resumed = run_command("distill", str(recipe), *_overrides(run), "--resume")
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
-    assert ("continuing from" in resumed.stdout) == (moment != "before the first checkpoint")
+def test_killed_and_resumed_is_bit_identical(
+    recipe: Path, whole: Path, resumed: str, moment: str
+) -> None:
+    run = _run_of(recipe, moment)
+    continued = f"continuing from {run}" in resumed
+    assert continued == (moment != "before the first checkpoint")
     _assert_identical(run, whole)
 
 
 def test_a_rank_that_dies_while_writing_costs_one_checkpoint(recipe: Path) -> None:
     """Rank 1 dies half-way through its own file, which DeepSpeed's `latest` would not notice."""
     whole, run = recipe.parent / "whole-2", recipe.parent / "killed-2"
-    assert run_command("distill", str(recipe), *_overrides(whole), ranks=2).returncode == 0
-    # rank 1 writes two files a checkpoint
-    killed = run_script(
-        "killed_run.py", "in the middle of a file", "1", str(recipe), *_overrides(run), ranks=2
-    )
+    moment = "in the middle of a file of rank 1"
+    killed = run_script("killed_run.py", moment, "1", str(recipe), *_overrides(run), ranks=2)
     assert killed.returncode != 0
-    resumed = run_command("distill", str(recipe), *_overrides(run), "--resume", ranks=2)
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
-    assert "continuing from" in resumed.stdout
+    assert (run / "checkpoints" / "step-00000004").is_dir()
+    output = run_variants(recipe, [_overrides(whole), _overrides(run)], ranks=2)
+    assert f"continuing from {run / 'checkpoints' / 'step-00000002'}" in output
     _assert_identical(run, whole)
 
 

@@ -60,6 +60,13 @@ def run_script(name: str, *arguments: str, ranks: int = 1) -> subprocess.Complet
     return _run([str(Path(__file__).parent / name), *arguments], ranks)
 
 
+def run_variants(recipe: Path, variants: list[list[str]], *, ranks: int = 1) -> str:
+    """Run or resume a recipe under several lists of overrides in one process; its output."""
+    done = run_script("run_recipes.py", str(recipe), json.dumps(variants), ranks=ranks)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
 def _run(target: list[str], ranks: int) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *(launcher if ranks > 1 else []), *target]

@@ -53,7 +53,7 @@ class Reporter:
             return
         columns = (
             TextColumn("step"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
@@ -71,10 +71,10 @@ class Reporter:
             progress, task = self._bar
             progress.update(task, completed=step)
 
-    def metrics(self, step: int, total: int, text: str) -> None:
-        """What `train.log_every` steps gave: beside the bar, or as a line of a log."""
+    def metrics(self, step: int, total: int, parts: Sequence[str]) -> None:
+        """What `train.log_every` steps gave: first and last part beside the bar, all in a log."""
         if self._bar:
             progress, task = self._bar
-            progress.update(task, description=text)
+            progress.update(task, description=f"{parts[0]}  {parts[-1]}")
         else:
-            self.say(f"step {step}/{total}  {text}")
+            self.say("  ".join([f"step {step}/{total}", *parts]))

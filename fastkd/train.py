@@ -119,7 +119,7 @@ def _train(
             if ranks.is_main:
                 run.append_metrics(record)
                 _write_events(assembly, record)
-            reporter.metrics(step, train.steps, _line(record))
+            reporter.metrics(step, train.steps, _parts(record))
         else:
             # ranks can only agree on a stop where they talk anyway
             stopping = bool(stop) and ranks.world_size == 1
@@ -274,14 +274,14 @@ def _introduce(assembly: Assembly, reporter: Reporter) -> None:
     reporter.say(CONVENTION)
 
 
-def _line(record: dict[str, Any]) -> str:
+def _parts(record: dict[str, Any]) -> list[str]:
     terms: dict[str, float] = {}
     for label, value in record["losses"].items():
         term = label.split("/")[0]
         terms[term] = terms.get(term, 0.0) + value
     parts = [f"loss {record['loss']:.4g}"]
     parts += [f"{term} {value:.4g}" for term, value in terms.items()]
-    return "  ".join([*parts, f"{record['tokens_per_second']:,.0f} tokens/s"])
+    return [*parts, f"{record['tokens_per_second']:,.0f} tokens/s"]
 
 
 def _write_events(assembly: Assembly, record: dict[str, Any]) -> None:

@@ -147,6 +147,16 @@ def test_unreadable_recipe(
     assert str(path) in capfd.readouterr().err
 
 
+def test_deepspeed_launcher_option_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It stands before the command, where the launcher puts it."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    missing = str(tmp_path / "missing.yaml")
+    assert _fastkd("--local_rank=0", "distill", missing, monkeypatch=monkeypatch) == 2
+    assert "missing.yaml: not a readable recipe" in capfd.readouterr().err
+
+
 def test_a_failed_start_does_not_take_the_folder(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

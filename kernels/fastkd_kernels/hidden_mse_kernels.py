@@ -115,7 +115,7 @@ def residuals(
     total = tl.where(m_tile, total - b_target.to(SUM_TYPE), 0.0)
     all_blocks = tl.cdiv(rows, BLOCK_ROW)
     index = (pair * all_blocks + first // BLOCK_ROW + row_block) * column_blocks + column_block
-    tl.store(partials + index, tl.sum(tl.sum(total * total, 1), 0))
+    tl.store(partials + index, tl.sum(total * total))
     if STORE:
         o_out = (pair * chunk + o_row - first)[:, None] * target_width + o_column[None, :]
         m_out = (o_row < last)[:, None] & (o_column < target_width)[None, :]

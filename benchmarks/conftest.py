@@ -20,14 +20,19 @@ Functions = dict[str, Callable[[], Any]]
 
 
 def _paired_seconds(functions: Functions, rounds: int = 5) -> dict[str, list[float]]:
-    """Seconds of each function in rounds that run all of them in turn, after one warm-up."""
+    """Seconds of each function in rounds that run all of them in turn.
+
+    Each is run twice untimed before it is timed: the one before it leaves cold caches behind, and a
+    heap that the definition has just grown or shrunk by hundreds of megabytes.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds + 1):
+    for _turn in range(rounds):
         for name, function in functions.items():
+            for _ in range(1 if name == "definition" else 2):
+                function()
             start = time.perf_counter()
             function()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .gram import Blocks, gram_blocks, key_factors, query_factors, squared_norm, stack_factors
+from .unit_gradient import squared_sum
 
 GROUP_BYTES = 1 << 20
 CAUSAL_CHUNK = 128
@@ -176,7 +177,7 @@ def _tile_sweep(
         tile.baddbmm_(target, target_key[:, :seen].mT, beta=pair.scale, alpha=-pair.target_scale)
         if causal:
             tile.view(count, repeat, stop - start, seen).tril_(start)
-        squares += torch.linalg.vector_norm(tile).square()
+        squares += squared_sum(tile)
         if outs is not None:
             part = torch.bmm(tile, key[:, :seen]).mul_(pair.scale)
             outs[0][:, :, start:stop] = part.view(count, repeat, stop - start, dim)

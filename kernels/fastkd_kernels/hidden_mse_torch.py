@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .unit_gradient import squared_sum
+
 CHUNK_BYTES = 1 << 22
 
 
@@ -29,7 +31,9 @@ def hidden_forward(
     pairs = len(student)
     squares = torch.zeros(pairs, dtype=dtype)
     input_shape = (pairs, *student[0].shape) if need_input_grad else (0,)
-    input_grad = torch.zeros(input_shape, dtype=dtype)
+    input_grad = torch.empty(input_shape, dtype=dtype)
+    if mask is not None:
+        input_grad.zero_()
     weight_shape = (pairs, *weight[0].shape) if need_weight_grad and weight else (0,)
     weight_grad = torch.zeros(weight_shape, dtype=dtype)
     bias_shape = (pairs, *bias[0].shape) if need_weight_grad and bias else (0,)
@@ -41,11 +45,14 @@ def hidden_forward(
             valid = None if mask is None else mask[chunk]
             rows = _rows(own[chunk], valid).to(dtype)
             # R = H_s W^T + b - H_t
-            residual = rows.clone() if matrix is None else rows @ matrix.mT
-            if offset is not None:
-                residual += offset
-            residual -= _rows(target[chunk], valid)
-            squares[pair] += torch.linalg.vector_norm(residual).square()
+            if matrix is None:
+                residual = rows - _rows(target[chunk], valid)
+            else:
+                residual = rows @ matrix.mT
+                if offset is not None:
+                    residual += offset
+                residual -= _rows(target[chunk], valid)
+            squares[pair] += squared_sum(residual)
             if need_input_grad:
                 made = residual if matrix is None else residual @ matrix
                 slot = input_grad[pair][chunk]

@@ -167,9 +167,8 @@ def test_a_failed_start_does_not_take_the_folder(
 
 def test_full_disk_leaves_earlier_checkpoints_whole(recipe: Path) -> None:
     """No file may grow beyond a limit, which the operating system enforces on every writer."""
-    # more than metrics take, less than the weights of the student
-    limit = 20_000
-    done = run_script("full_disk_run.py", str(limit), str(recipe), "train.checkpoint_every=2")
+    settings = (str(recipe), "train.checkpoint_every=2")
+    done = run_script("disturbed_run.py", "disk full from step 3", "0", *settings)
     assert done.returncode == 2, done.stderr[-3000:]
     lines = done.stderr.strip().splitlines()
     assert "step-00000004: writing failed" in lines[-1]

@@ -48,7 +48,7 @@ def resumed(recipe: Path) -> str:
     """Kill a run at every moment, then run one that is never killed and resume the others."""
     for moment in MOMENTS:
         overrides = _overrides(_run_of(recipe, moment))
-        killed = run_script("killed_run.py", moment, "0", str(recipe), *overrides)
+        killed = run_script("disturbed_run.py", moment, "0", str(recipe), *overrides)
         assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
         assert not (_run_of(recipe, moment) / "summary.json").exists()
     runs = [recipe.parent / "whole", *(_run_of(recipe, moment) for moment in MOMENTS)]
@@ -83,7 +83,7 @@ def test_a_rank_that_dies_while_writing_costs_one_checkpoint(recipe: Path) -> No
     """Rank 1 dies half-way through its own file, which DeepSpeed's `latest` would not notice."""
     whole, run = recipe.parent / "whole-2", recipe.parent / "killed-2"
     moment = "in the middle of a file of rank 1"
-    killed = run_script("killed_run.py", moment, "1", str(recipe), *_overrides(run), ranks=2)
+    killed = run_script("disturbed_run.py", moment, "1", str(recipe), *_overrides(run), ranks=2)
     assert killed.returncode != 0
     assert (run / "checkpoints" / "step-00000004").is_dir()
     output = run_variants(recipe, [_overrides(whole), _overrides(run)], ranks=2)
@@ -94,7 +94,7 @@ def test_a_rank_that_dies_while_writing_costs_one_checkpoint(recipe: Path) -> No
 def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(recipe: Path, whole: Path) -> None:
     run = recipe.parent / "interrupted"
     arguments = [*_overrides(run), "train.checkpoint_every=0"]
-    stopped = run_script("interrupted_run.py", str(recipe), *arguments)
+    stopped = run_script("disturbed_run.py", "Ctrl-C in step 3", "0", str(recipe), *arguments)
     assert stopped.returncode == 130, stopped.stderr[-2000:]
     assert "continue with --resume" in stopped.stderr.strip().splitlines()[-1]
     assert [p.name for p in (run / "checkpoints").glob("step-*")] == ["step-00000003"]
@@ -122,7 +122,7 @@ def test_resume_refuses_another_recipe(recipe: Path, whole: Path) -> None:
 def test_resume_refuses_another_number_of_ranks(recipe: Path) -> None:
     run = recipe.parent / "ranks"
     killed = run_script(
-        "killed_run.py", "between two checkpoints", "0", str(recipe), *_overrides(run)
+        "disturbed_run.py", "between two checkpoints", "0", str(recipe), *_overrides(run)
     )
     assert killed.returncode == -signal.SIGKILL
     done = run_command("distill", str(recipe), *_overrides(run), "--resume", ranks=2)

@@ -1,11 +1,12 @@
-"""Run a recipe and die, as `kill -9` would do it, at one named moment of step 4's checkpoint.
+"""Run a recipe and disturb one rank at one named moment: `kill -9`, Ctrl-C, a full disk.
 
-Used as `python killed_run.py MOMENT recipe.yaml overrides...`, also under torchrun.
+Used as `python disturbed_run.py MOMENT RANK recipe.yaml overrides...`, also under torchrun.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -17,13 +18,27 @@ import torch
 from fastkd import checkpoint, train
 from fastkd.cli import main
 
+# more bytes than metrics take, fewer than the weights of a tiny student
+FILE_LIMIT = 20_000
+
 
 def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _die_at_call(holder: Any, name: str, number: int, *, after: bool = False) -> None:
-    """Die at the given call of a function, before it does anything or after it did its work."""
+def _press_ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _fill_disk() -> None:
+    # the operating system then fails every writer, whatever library it is in
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, FILE_LIMIT))
+
+
+def _at_call(
+    number: int, holder: Any, name: str, act: Callable[[], None], *, after: bool = False
+) -> None:
+    """Act at the given call of a function, before it does anything or after it did its work."""
     original: Callable[..., Any] = getattr(holder, name)
     calls = 0
 
@@ -31,10 +46,10 @@ def _die_at_call(holder: Any, name: str, number: int, *, after: bool = False) ->
         nonlocal calls
         calls += 1
         if calls == number and not after:
-            _die()
+            act()
         result = original(*arguments, **keywords)
-        if calls == number:
-            _die()
+        if calls == number and after:
+            act()
         return result
 
     setattr(holder, name, counted)
@@ -59,19 +74,18 @@ def _half_written(number: int) -> None:
 
 # with a checkpoint every second step, step 4's is the second one; each has three files at stage 1
 MOMENTS: dict[str, Callable[[], None]] = {
-    "before the first checkpoint": lambda: _die_at_call(train, "train_step", 2),
-    "between two checkpoints": lambda: _die_at_call(train, "train_step", 4),
+    "before the first checkpoint": lambda: _at_call(2, train, "train_step", _die),
+    "between two checkpoints": lambda: _at_call(4, train, "train_step", _die),
     "in the middle of a file": lambda: _half_written(5),
     # the other ranks write two files a checkpoint
     "in the middle of a file of rank 1": lambda: _half_written(3),
-    "before the manifest": lambda: _die_at_call(checkpoint.Checkpoints, "_finish", 2),
-    "after the manifest, before latest": lambda: _die_at_call(
-        checkpoint, "write_whole", 3, after=True
+    "before the manifest": lambda: _at_call(2, checkpoint.Checkpoints, "_finish", _die),
+    "after the manifest, before latest": lambda: _at_call(
+        3, checkpoint, "write_whole", _die, after=True
     ),
-    "before old checkpoints are dropped": lambda: _die_at_call(
-        checkpoint, "write_whole", 4, after=True
-    ),
-    "in the export": lambda: _die_at_call(train, "export_student", 1),
+    "in the export": lambda: _at_call(1, train, "export_student", _die),
+    "Ctrl-C in step 3": lambda: _at_call(3, train, "train_step", _press_ctrl_c),
+    "disk full from step 3": lambda: _at_call(3, train, "train_step", _fill_disk),
 }
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from .unit_gradient import by_shape, inverse, scaled, value_of
 
 # from this many tokens per column of student plus teacher on, "gram" is the faster one
 GRAM_TOKENS_PER_COLUMN = {"torch": 1.3, "triton": 2.0}
-CAUSAL_GRAM_TOKENS_PER_COLUMN = 8.0
+CAUSAL_GRAM_TOKENS_PER_COLUMN = 6.0
 
 
 def choose_algorithm(

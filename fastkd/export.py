@@ -66,6 +66,8 @@ def _whole_weights(engine: Any, module: DistilledStudent) -> AbstractContextMana
         return nullcontext()
     import deepspeed
 
+    # a parameter that a last prefetch left in flight would be skipped below, and read half-filled
+    engine.empty_partition_cache()
     gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
         list(module.parameters())
     )

@@ -41,19 +41,22 @@ def hidden_forward(
     for pair, (own, target) in enumerate(zip(student, teacher, strict=True)):
         matrix = weight[pair % len(weight)].to(dtype) if weight else None
         offset = bias[pair % len(bias)].to(dtype) if bias else None
+        # without a projection the residual is the gradient, and is made where that goes
+        in_place = matrix is None and mask is None and need_input_grad
         for chunk in _chunks(target, dtype):
             valid = None if mask is None else mask[chunk]
             rows = _rows(own[chunk], valid).to(dtype)
             # R = H_s W^T + b - H_t
             if matrix is None:
-                residual = rows - _rows(target[chunk], valid)
+                place = input_grad[pair][chunk].view(rows.shape) if in_place else None
+                residual = torch.sub(rows, _rows(target[chunk], valid), out=place)
             else:
                 residual = rows @ matrix.mT
                 if offset is not None:
                     residual += offset
                 residual -= _rows(target[chunk], valid)
             squares[pair] += squared_sum(residual)
-            if need_input_grad:
+            if need_input_grad and not in_place:
                 made = residual if matrix is None else residual @ matrix
                 slot = input_grad[pair][chunk]
                 if valid is None:

@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	HF_HUB_OFFLINE=1 $(BIN)/fastkd distill recipes/demo.yaml
+	HF_HUB_OFFLINE=1 $(BIN)/fastkd distill recipes/demo.yaml --resume
 
 test: setup lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -123,6 +123,7 @@ def _train(
         else:
             # ranks can only agree on a stop where they talk anyway
             stopping = bool(stop) and ranks.world_size == 1
+        paused = time.perf_counter()
         if due or stopping:
             position = {"step": step, "stream": stream.state_dict()}
             checkpoints.save(assembly.engine, step, position)
@@ -130,6 +131,7 @@ def _train(
             raise Interrupted(f"stopped after step {step}; continue with --resume")
         if last or (train.evaluate_every and step % train.evaluate_every == 0):
             _evaluate(assembly, run, step, reporter)
+        window.exclude(time.perf_counter() - paused)
 
 
 class _Window:
@@ -148,6 +150,10 @@ class _Window:
     def add(self, losses: Tensor) -> None:
         """Add one step's losses."""
         self.sum += losses
+
+    def exclude(self, seconds: float) -> None:
+        """Leave time that was not spent on steps out of the throughput."""
+        self.time += seconds
 
     def close(self, step: int, stop: bool) -> tuple[dict[str, Any], bool]:
         """Means since the last call, over all ranks, and whether any rank wants to stop.

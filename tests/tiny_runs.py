@@ -70,8 +70,8 @@ def run_variants(recipe: Path, variants: list[list[str]], *, ranks: int = 1) -> 
 def _run(target: list[str], ranks: int) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *(launcher if ranks > 1 else []), *target]
-    # two cores and tiny tensors: threads would only wait for each other
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # tiny tensors: threads would only wait for each other; no PATH: no compiler is needed
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": "/nonexistent"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 

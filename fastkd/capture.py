@@ -52,19 +52,21 @@ def route_attention(model: PreTrainedModel, implementation: str) -> None:
     Raises:
         UserError: transformers refuses the implementation for this model or this machine.
     """
-    name = _PREFIX + implementation
-    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        AttentionInterface.register(name, _listening(implementation))
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
     try:
-        # transformers checks support by the plain name only
         model.set_attn_implementation(implementation)
-        model.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
         raise UserError(
             f"{type(model).__name__} can't run attention {implementation!r} here "
             f"({' '.join(str(error).split())}); try attention: sdpa"
         ) from error
+    # where flash attention is not installed transformers may choose a kernel of the same kind
+    running = model.config._attn_implementation
+    name = _PREFIX + running
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(name, _listening(running))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[running])
+    # the setter above would try to load a flash kernel of this name
+    model.config._attn_implementation = name
 
 
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -140,7 +142,8 @@ def check_capturable(model: PreTrainedModel, tokens: int = 8) -> None:
     # any id but the padding, whose positions some models don't count
     token = 0 if getattr(model.config, "pad_token_id", None) else 1
     ids = torch.full((1, tokens), token, device=model.device)
-    with torch.no_grad(), capture(model, attention=layers, hidden=(0, *layers)) as states:
+    recording = capture(model, attention=layers, hidden=(0, *layers))
+    with torch.no_grad(), _runnable(model), recording as states:
         try:
             model(input_ids=ids, **no_cache(model))
         except (IndexError, RuntimeError) as error:
@@ -155,6 +158,20 @@ def check_capturable(model: PreTrainedModel, tokens: int = 8) -> None:
             "transformers' attention interface, so it can't be captured; give a model whose "
             "attention does"
         )
+
+
+@contextmanager
+def _runnable(model: PreTrainedModel) -> Iterator[None]:
+    """Models are tried before they move to their GPU, and flash attention runs nowhere else."""
+    name = model.config._attn_implementation
+    if model.device.type != "cpu" or "flash" not in name:
+        yield
+        return
+    route_attention(model, "sdpa")
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = name
 
 
 def is_causal(model: PreTrainedModel) -> bool:
@@ -191,12 +208,27 @@ def _listening(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None
             function = sys.modules[type(module).__module__].eager_attention_forward
         else:
             function = ALL_ATTENTION_FUNCTIONS[implementation]
-        result: tuple[Tensor, Tensor | None] = function(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+        with _plain_name(module, implementation):
+            result: tuple[Tensor, Tensor | None] = function(
+                module, query, key, value, attention_mask, scaling=scaling, **kwargs
+            )
         return result
 
     return attend
+
+
+@contextmanager
+def _plain_name(module: nn.Module, implementation: str) -> Iterator[None]:
+    """Flash attention looks up in the configuration which of its kernels to load."""
+    if "flash" not in implementation:
+        yield
+        return
+    config: Any = module.config
+    config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = _PREFIX + implementation
 
 
 def _attention_listener(states: Capture, layer: int) -> Callable[[AttentionState], None]:

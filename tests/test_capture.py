@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -21,13 +22,13 @@ from tiny_models import (
     tiny_model,
 )
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel, modeling_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastkd.capture import (
     Capture,
     capture,
+    check_capturable,
     find_blocks,
     no_cache,
     route_attention,
@@ -290,3 +291,47 @@ def test_checkpointing_recomputes_blocks() -> None:
     find_blocks(model)[1].attention.register_forward_pre_hook(count)
     trained(model)
     assert calls == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flash_attention_finds_its_own_name_in_the_configuration(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It chooses its kernel by that name; what stands in for it here computes as sdpa does."""
+    seen: list[str] = []
+
+    def stand_in(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        seen.append(module.config._attn_implementation)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *arguments, **keywords)
+
+    model = _routed_to_flash(tiny_model(name), stand_in, monkeypatch)
+    model(input_ids=tiny_batch()["input_ids"])
+    assert seen == ["flash_attention_2"] * LAYERS
+    assert model.config._attn_implementation == "fastkd-flash_attention_2"
+
+
+def _routed_to_flash(
+    model: PreTrainedModel, function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> PreTrainedModel:
+    """Let a model believe that flash attention is installed and is `function`."""
+    mapping = type(ALL_ATTENTION_FUNCTIONS)._global_mapping
+    monkeypatch.setitem(mapping, "flash_attention_2", function)
+    monkeypatch.setattr(model, "_flash_attn_can_dispatch", lambda *_, **__: True)
+    loaded: list[str] = []
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", loaded.append)
+    route_attention(model, "flash_attention_2")
+    assert loaded == ["flash_attention_2"]
+    return model
+
+
+def test_flash_attention_is_tried_as_sdpa_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is checked before it moves to its GPU; afterwards it is routed as before."""
+
+    def on_gpu_only(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("FlashAttention only supports CUDA tensors")
+
+    model = _routed_to_flash(tiny_model("bert"), on_gpu_only, monkeypatch)
+    check_capturable(model)
+    assert model.config._attn_implementation == "fastkd-flash_attention_2"
+    with pytest.raises(RuntimeError, match="only supports CUDA"):
+        model(**tiny_batch())

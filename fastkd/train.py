@@ -124,13 +124,14 @@ def _train(
             # ranks can only agree on a stop where they talk anyway
             stopping = bool(stop) and ranks.world_size == 1
         paused = time.perf_counter()
+        # before the checkpoint: a run that is resumed from it has this evaluation behind it
+        if last or (train.evaluate_every and step % train.evaluate_every == 0):
+            _evaluate(assembly, run, step, reporter)
         if due or stopping:
             position = {"step": step, "stream": stream.state_dict()}
             checkpoints.save(assembly.engine, step, position)
         if stopping and not last:
             raise Interrupted(f"stopped after step {step}; continue with --resume")
-        if last or (train.evaluate_every and step % train.evaluate_every == 0):
-            _evaluate(assembly, run, step, reporter)
         window.exclude(time.perf_counter() - paused)
 
 

@@ -83,6 +83,8 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "after the manifest, before latest": lambda: _at_call(
         3, checkpoint, "write_whole", _die, after=True
     ),
+    # the first one comes before step 1
+    "in the last evaluation": lambda: _at_call(2, train, "evaluate_assembly", _die, after=True),
     "in the export": lambda: _at_call(1, train, "export_student", _die),
     "Ctrl-C in step 3": lambda: _at_call(3, train, "train_step", _press_ctrl_c),
     "disk full from step 3": lambda: _at_call(3, train, "train_step", _fill_disk),

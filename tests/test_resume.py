@@ -3,6 +3,7 @@ bit."""
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -23,6 +24,7 @@ MOMENTS = (
     "in the middle of a file",
     "before the manifest",
     "after the manifest, before latest",
+    "in the last evaluation",
     "in the export",
 )
 SETTINGS = {"train.checkpoint_every": 2, "train.keep_checkpoints": 1}
@@ -67,6 +69,8 @@ def _assert_identical(run: Path, other: Path) -> None:
     for name, weight in mine.items():
         assert weight.equal(theirs[name]), name
     assert read_losses(run) == read_losses(other)
+    first, second = (json.loads((path / "summary.json").read_text()) for path in (run, other))
+    assert (first["before"], first["after"]) == (second["before"], second["after"])
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

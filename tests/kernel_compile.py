@@ -15,9 +15,10 @@ import torch
 import triton
 from fastkd_kernels import attention_score_mse_kernels, gram_kernels, hidden_mse_kernels
 from fastkd_kernels.attention_score_mse import choose_algorithm
+from fastkd_kernels.attention_score_mse_launch import gram_launch, tile_launch
 from fastkd_kernels.attention_score_mse_triton import gram_constants, gram_types, tile_types
+from fastkd_kernels.hidden_launch import hidden_launch
 from fastkd_kernels.hidden_mse_triton import hidden_types
-from fastkd_kernels.launch import gram_launch, hidden_launch, tile_launch
 from fastkd_kernels.tl_types import TYPES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastkd_kernels import launch
+from fastkd_kernels import hidden_launch, launch
+from fastkd_kernels.attention_score_mse_launch import gram_launch, tile_launch
 
 ROOT = Path(__file__).parents[1]
 # the tightest of both vendors; `kernel_compile.py --all` takes the others too
@@ -48,7 +49,7 @@ def test_every_kernel_compiles_for_every_target(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dims", [(1, 1), (26, 64), (128, 128), (256, 256)])
 @pytest.mark.parametrize("tokens", [1, 37, 128, 4096])
 def test_tile_launch(tokens: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
-    made = launch.tile_launch(tokens, dims, (dtype, dtype))
+    made = tile_launch(tokens, dims, (dtype, dtype))
     assert made.constants["BLOCK_DIM"] >= max(16, dims[0])
     assert made.constants["BLOCK_TARGET_DIM"] >= max(16, dims[1])
     assert made.constants["BLOCK_KEY"] == made.constants["BLOCK_QUERY"]
@@ -62,22 +63,22 @@ def test_tile_launch(tokens: int, dims: tuple[int, int], dtype: torch.dtype) -> 
 def test_precision_of_products() -> None:
     """What would lose the gradient goes through three tf32 products, or plain fp32 on AMD."""
     single, half = (torch.float32,) * 2, (torch.bfloat16,) * 2
-    assert launch.gram_launch((64, 64), single).constants["APPLY_PRECISION"] == "tf32x3"
-    assert launch.gram_launch((26, 64), half).constants["APPLY_PRECISION"] == "tf32x3"
-    assert launch.gram_launch((64, 64), half).constants["APPLY_PRECISION"] == "tf32"
-    assert launch.tile_launch(128, (64, 64), single).constants["GRAD_PRECISION"] == "tf32x3"
-    assert launch.hidden_launch(single).constants["GRAD_PRECISION"] == "tf32x3"
-    assert launch.tile_launch(9, (64, 64), single, "hip").constants["SCORE_PRECISION"] == "ieee"
+    assert gram_launch((64, 64), single).constants["APPLY_PRECISION"] == "tf32x3"
+    assert gram_launch((26, 64), half).constants["APPLY_PRECISION"] == "tf32x3"
+    assert gram_launch((64, 64), half).constants["APPLY_PRECISION"] == "tf32"
+    assert tile_launch(128, (64, 64), single).constants["GRAD_PRECISION"] == "tf32x3"
+    assert hidden_launch.hidden_launch(single).constants["GRAD_PRECISION"] == "tf32x3"
+    assert tile_launch(9, (64, 64), single, "hip").constants["SCORE_PRECISION"] == "ieee"
     assert launch.product_dtype(torch.float16) == torch.float32
     assert launch.product_dtype(torch.bfloat16) == torch.bfloat16
 
 
 def test_workspace_is_bounded() -> None:
-    assert launch.hidden_chunk(100, 4, 64) == 100
-    rows = launch.hidden_chunk(1 << 20, 4 * 4096, 64)
+    assert hidden_launch.hidden_chunk(100, 4, 64) == 100
+    rows = hidden_launch.hidden_chunk(1 << 20, 4 * 4096, 64)
     assert rows % 64 == 0
-    assert 0 < rows * 4 * 4096 <= launch.WORKSPACE_BYTES
-    assert launch.hidden_chunk(1 << 20, 1 << 30, 64) == 64
+    assert 0 < rows * 4 * 4096 <= hidden_launch.WORKSPACE_BYTES
+    assert hidden_launch.hidden_chunk(1 << 20, 1 << 30, 64) == 64
 
 
 def test_alignment() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from fastkd_kernels import AttentionState, attention_score_mse, checks, hidden_mse
-from fastkd_kernels.launch import MAX_HEAD_DIM
+from fastkd_kernels.attention_score_mse_launch import MAX_HEAD_DIM
 from kernel_cases import attention_states, hidden_case
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import attention_score_mse_torch as on_torch
+from .attention_score_mse_launch import MAX_HEAD_DIM
 from .checks import (
     check_choice,
     check_mask,
@@ -21,7 +22,6 @@ from .checks import (
     check_triton_limits,
     resolve_backend,
 )
-from .launch import MAX_HEAD_DIM
 from .types import Algorithm, AttentionState, Backend, Reduction
 from .unit_gradient import by_shape, inverse, scaled, value_of
 

@@ -11,10 +11,11 @@ import triton
 from torch import Tensor
 
 from .attention_score_mse_kernels import tiles_by_key, tiles_by_query
+from .attention_score_mse_launch import gram_launch, tile_launch
 from .attention_score_mse_torch import Pair, accumulator
 from .gram import Blocks, key_factors, query_factors, squared_norm, stack_factors
 from .gram_kernels import apply_factors, gram_matrices
-from .launch import aligned, gram_launch, platform, product_dtype, tile_launch
+from .launch import aligned, platform, product_dtype
 from .pointers import pointer_table, to_device, unit_stride
 from .tl_types import TYPES
 

@@ -1,0 +1,47 @@
+"""Launch parameters of attention_score_mse: blocks of the tile and the Gram kernels."""
+
+import torch
+
+from .launch import Launch, dot_precision, power_of_two
+
+MAX_HEAD_DIM = 256
+
+
+def tile_launch(
+    tokens: int,
+    dims: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    on: str = "cuda",
+) -> Launch:
+    """Blocks of the tile kernels. One key block covers short sequences, so one pass does all."""
+    block_dim, block_target = (power_of_two(dim) for dim in dims)
+    width = max(block_dim, block_target)
+    narrow = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
+    block = 64 if narrow and width <= 64 else 32 if width <= 128 else 16
+    block = min(block, power_of_two(tokens))
+    constants: dict[str, int | str] = {
+        "BLOCK_QUERY": block,
+        "BLOCK_KEY": block,
+        "BLOCK_DIM": block_dim,
+        "BLOCK_TARGET_DIM": block_target,
+        # columns of one product of scores; 0 takes the whole head
+        "CHUNK": 0 if narrow and width <= 128 else 16,
+        "SCORE_PRECISION": dot_precision(True, on),
+        "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
+    }
+    return Launch(constants, num_warps=8, num_stages=1)
+
+
+def gram_launch(
+    dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
+) -> Launch:
+    """Blocks of the Gram kernels: tokens and columns of one tile."""
+    half = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
+    constants: dict[str, int | str] = {
+        "BLOCK_ROW": 64 if half else 32,
+        "BLOCK_COLUMN": min(64, max(power_of_two(dim) for dim in dims)),
+        # half inputs are exact in tf32, and in the difference form every product is small
+        "BLOCK_PRECISION": dot_precision(not half, on),
+        "APPLY_PRECISION": dot_precision(not half or dims[0] != dims[1], on),
+    }
+    return Launch(constants, num_warps=8, num_stages=1)

@@ -5,15 +5,14 @@ tokens; "tiles" forms the difference of scores in blocks and is better for short
 road not taken: one autograd graph of matmuls, which would keep `[tokens, tokens]` maps alive.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from . import attention_score_mse_torch as on_torch
 from .attention_score_mse_launch import MAX_HEAD_DIM
+from .attention_score_mse_ops import gram, one_pass
 from .checks import (
     check_choice,
     check_mask,
@@ -22,8 +21,9 @@ from .checks import (
     check_triton_limits,
     resolve_backend,
 )
+from .head_groups import accumulator
 from .types import Algorithm, AttentionState, Backend, Reduction
-from .unit_gradient import by_shape, inverse, scaled, value_of
+from .unit_gradient import by_shape, inverse
 
 # from this many tokens per column of student plus teacher on, "gram" is the faster one
 GRAM_TOKENS_PER_COLUMN = {"torch": 1.3, "triton": 2.0}
@@ -97,7 +97,7 @@ def attention_score_mse(
         if chosen_backend == "triton":
             check_triton_limits(chosen, causal, dims, MAX_HEAD_DIM)
         count = _entry_count(own[0].query, key_mask, query_mask, causal, reduction)
-        dtype = on_torch.accumulator(own[0].query, target[0].query)
+        dtype = accumulator(own[0].query, target[0].query)
         need_grad = torch.is_grad_enabled() and any(
             state.query.requires_grad or state.key.requires_grad for state in own
         )
@@ -113,9 +113,9 @@ def attention_score_mse(
             inverse(count, dtype, device),
         )
         if chosen == "gram" and not causal:
-            made = _gram(*tensors, need_grad, chosen_backend)
+            made = gram(*tensors, need_grad, chosen_backend)
         else:
-            made = _one_pass(*tensors, causal, chosen, need_grad, chosen_backend)
+            made = one_pass(*tensors, causal, chosen, need_grad, chosen_backend)
         losses: Tensor = made[0]
         return losses
 
@@ -147,232 +147,3 @@ def _entry_count(
     keys = every if key_mask is None else key_mask.long()
     seen = keys.cumsum(1) if causal else keys.sum(1, keepdim=True)
     return heads * (rows * seen).sum()
-
-
-def _pairs(
-    query: Sequence[Tensor],
-    key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
-    scale: Sequence[float],
-    target_scale: Sequence[float],
-) -> list[on_torch.Pair]:
-    columns = (query, key, target_query, target_key, scale, target_scale)
-    return [on_torch.Pair(*row) for row in zip(*columns, strict=True)]
-
-
-def _path(backend: str) -> Any:
-    """The module that computes; Triton is imported by the first call that needs it."""
-    if backend == "torch":
-        return on_torch
-    from . import attention_score_mse_triton
-
-    return attention_score_mse_triton
-
-
-def _student_only(query_grad: Tensor, key_grad: Tensor, others: int) -> tuple[Any, ...]:
-    """Gradients in the order of an op's inputs: none for the teacher's two lists and the rest."""
-    nothing = [None] * len(query_grad)
-    return (
-        list(query_grad.unbind()),
-        list(key_grad.unbind()),
-        nothing,
-        nothing,
-        *(None,) * others,
-    )
-
-
-def _no_gradient(pairs: int, others: int) -> tuple[Any, ...]:
-    nothing = [None] * pairs
-    return (nothing, nothing, nothing, nothing, *(None,) * others)
-
-
-@torch.library.custom_op("fastkd_kernels::attention_score_mse_gram", mutates_args=())
-def _gram(
-    query: Sequence[Tensor],
-    key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
-    scale: Sequence[float],
-    target_scale: Sequence[float],
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-    inverse_count: Tensor,
-    need_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses `[pairs]` and the factors that the backward applies (see `gram.py`)."""
-    pairs = _pairs(query, key, target_query, target_key, scale, target_scale)
-    squares, to_query, to_key = _path(backend).gram_forward(pairs, key_mask, query_mask, need_grad)
-    return value_of(squares, inverse_count), to_query, to_key
-
-
-@_gram.register_fake
-def _gram_fake(
-    query: Sequence[Tensor],
-    key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
-    scale: Sequence[float],
-    target_scale: Sequence[float],
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-    inverse_count: Tensor,
-    need_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, _, _, dim = query[0].shape
-    groups = math.lcm(key[0].shape[1], target_key[0].shape[1])
-    shape = (len(query), batch, groups, dim + target_query[0].shape[-1], dim)
-    made = shape if need_grad else (0,)
-    return (
-        inverse_count.new_empty(len(query)),
-        inverse_count.new_empty(made),
-        inverse_count.new_empty(made),
-    )
-
-
-@torch.library.custom_op("fastkd_kernels::attention_score_mse_gram_backward", mutates_args=())
-def _gram_backward(
-    factor: Tensor,
-    to_query: Tensor,
-    to_key: Tensor,
-    query: Sequence[Tensor],
-    key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
-    scale: Sequence[float],
-    target_scale: Sequence[float],
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Stacked gradients of the student's queries and keys for `factor` `[pairs]`."""
-    pairs = _pairs(query, key, target_query, target_key, scale, target_scale)
-    query_grad, key_grad = _path(backend).gram_backward(
-        factor, to_query, to_key, pairs, key_mask, query_mask
-    )
-    return query_grad, key_grad
-
-
-@_gram_backward.register_fake
-def _gram_backward_fake(
-    factor: Tensor,
-    to_query: Tensor,
-    to_key: Tensor,
-    query: Sequence[Tensor],
-    key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
-    scale: Sequence[float],
-    target_scale: Sequence[float],
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    pairs = len(query)
-    return (
-        torch.empty((pairs, *query[0].shape), dtype=query[0].dtype, device=query[0].device),
-        torch.empty((pairs, *key[0].shape), dtype=key[0].dtype, device=key[0].device),
-    )
-
-
-def _gram_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, target_query, target_key, ctx.scale, ctx.target_scale = inputs[:6]
-    key_mask, query_mask, inverse_count, _, ctx.backend = inputs[6:]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        *output[1:], inverse_count, key_mask, query_mask, *query, *key, *target_query, *target_key
-    )
-
-
-def _gram_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    if upstream is None:
-        return _no_gradient(len(ctx.scale), 7)
-    to_query, to_key, inverse_count, key_mask, query_mask, *tensors = ctx.saved_tensors
-    pairs = len(tensors) // 4
-    lists = [tensors[start : start + pairs] for start in range(0, 4 * pairs, pairs)]
-    query_grad, key_grad = _gram_backward(
-        2.0 * inverse_count * upstream,
-        to_query,
-        to_key,
-        *lists,
-        ctx.scale,
-        ctx.target_scale,
-        key_mask,
-        query_mask,
-        ctx.backend,
-    )
-    return _student_only(query_grad, key_grad, 7)
-
-
-_gram.register_autograd(_gram_gradient, setup_context=_gram_save)
-
-
-@torch.library.custom_op("fastkd_kernels::attention_score_mse_one_pass", mutates_args=())
-def _one_pass(
-    query: Sequence[Tensor],
-    key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
-    scale: Sequence[float],
-    target_scale: Sequence[float],
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-    inverse_count: Tensor,
-    causal: bool,
-    algorithm: str,
-    need_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses `[pairs]` and stacked unit gradients of the student's queries and keys."""
-    pairs = _pairs(query, key, target_query, target_key, scale, target_scale)
-    squares, query_unit, key_unit = _path(backend).one_pass(
-        pairs, key_mask, query_mask, causal, algorithm, need_grad
-    )
-    return value_of(squares, inverse_count), query_unit, key_unit
-
-
-@_one_pass.register_fake
-def _one_pass_fake(
-    query: Sequence[Tensor],
-    key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
-    scale: Sequence[float],
-    target_scale: Sequence[float],
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-    inverse_count: Tensor,
-    causal: bool,
-    algorithm: str,
-    need_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    pairs = len(query)
-    return (
-        inverse_count.new_empty(pairs),
-        inverse_count.new_empty((pairs, *query[0].shape) if need_grad else (0,)),
-        inverse_count.new_empty((pairs, *key[0].shape) if need_grad else (0,)),
-    )
-
-
-def _one_pass_save(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    ctx.dtype, ctx.pairs = inputs[0][0].dtype, len(inputs[0])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], inputs[8])
-
-
-def _one_pass_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    if upstream is None:
-        return _no_gradient(ctx.pairs, 9)
-    query_unit, key_unit, inverse_count = ctx.saved_tensors
-    factor = 2.0 * inverse_count * upstream
-    query_grad = scaled(query_unit, factor, ctx.dtype)
-    key_grad = scaled(key_unit, factor, ctx.dtype)
-    return _student_only(query_grad, key_grad, 9)
-
-
-_one_pass.register_autograd(_one_pass_gradient, setup_context=_one_pass_save)

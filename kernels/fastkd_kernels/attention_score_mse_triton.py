@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .attention_score_mse_kernels import tiles_by_key, tiles_by_query
 from .attention_score_mse_launch import gram_launch, tile_launch
-from .attention_score_mse_torch import Pair, accumulator
 from .gram import Blocks, key_factors, query_factors, squared_norm, stack_factors
 from .gram_kernels import apply_factors, gram_matrices
+from .head_groups import Pair, accumulator
 from .launch import aligned, platform, product_dtype
 from .pointers import pointer_table, to_device, unit_stride
 from .tl_types import TYPES

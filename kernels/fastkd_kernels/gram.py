@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .head_groups import Pair
+
 
 class Blocks(NamedTuple):
     """`own^T own`, `own^T other`, `other^T other` of two column blocks with the same rows."""
@@ -22,6 +24,18 @@ class Blocks(NamedTuple):
     own: Tensor
     cross: Tensor
     other: Tensor
+
+
+def query_form(query: Tensor, target: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
+    """`(P_0, P_1)`."""
+    if not pair.difference:
+        return query, target
+    return (query * pair.scale).sub_(target, alpha=pair.target_scale), target
+
+
+def key_form(key: Tensor, target: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
+    """`(R_0, R_1)`."""
+    return key, (key - target).mul_(pair.target_scale) if pair.difference else target
 
 
 def gram_blocks(own: Tensor, other: Tensor) -> Blocks:

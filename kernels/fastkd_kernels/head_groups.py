@@ -1,0 +1,141 @@
+"""Heads worked on at once by the CPU paths: small groups whose temporaries stay in the caches.
+
+A key group is a run of query heads that share one student and one teacher key head (GQA), so their
+rows are stacked and no key head is repeated in memory.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# one temporary of a group takes about this much
+GROUP_BYTES = 1 << 20
+
+
+class Pair(NamedTuple):
+    """One layer pair: `[batch, heads | kv_heads, tokens, dim]`, and both scales."""
+
+    query: Tensor
+    key: Tensor
+    target_query: Tensor
+    target_key: Tensor
+    scale: float
+    target_scale: float
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.target_query, self.target_key
+
+    @property
+    def groups(self) -> int:
+        return math.lcm(self.key.shape[1], self.target_key.shape[1])
+
+    @property
+    def difference(self) -> bool:
+        """Whether the difference form of the Gram algebra applies."""
+        return self.query.shape[-1] == self.target_query.shape[-1]
+
+
+class Group(NamedTuple):
+    """Heads worked on at once: a slice of the batch and one of the key groups."""
+
+    batch: slice
+    heads: slice
+
+
+def accumulator(*tensors: Tensor) -> torch.dtype:
+    """fp64 where an input is fp64, fp32 otherwise."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def head_groups(pair: Pair, dtype: torch.dtype) -> Iterator[Group]:
+    """Cut the batch, or one batch item's heads, so that one temporary takes `GROUP_BYTES`."""
+    batch, heads, tokens, dim = pair.query.shape
+    groups = pair.groups
+    row = max(dim, pair.target_query.shape[-1]) * torch.finfo(dtype).bits // 8
+    fits = max(1, GROUP_BYTES // (heads // groups * tokens * row))
+    # groups that add into one student key head stay together
+    if fits >= groups or groups != pair.key.shape[1]:
+        step = max(1, fits // groups)
+        for start in range(0, batch, step):
+            yield Group(slice(start, min(start + step, batch)), slice(0, groups))
+        return
+    for item in range(batch):
+        for start in range(0, groups, fits):
+            yield Group(slice(item, item + 1), slice(start, min(start + fits, groups)))
+
+
+def query_rows(tensor: Tensor, group: Group, pair: Pair, dtype: torch.dtype) -> Tensor:
+    """`[n, repeat, tokens, dim]`, a view where the strides allow one."""
+    repeat = tensor.shape[1] // pair.groups
+    heads = slice(group.heads.start * repeat, group.heads.stop * repeat)
+    part = tensor[group.batch, heads]
+    return part.reshape(-1, repeat, *part.shape[2:]).to(dtype)
+
+
+def key_rows(tensor: Tensor, group: Group, pair: Pair, dtype: torch.dtype) -> Tensor:
+    """`[n, tokens, dim]`, a view where the strides allow one."""
+    repeat = pair.groups // tensor.shape[1]
+    if repeat == 1:
+        part = tensor[group.batch, group.heads]
+    else:
+        heads = [head // repeat for head in range(group.heads.start, group.heads.stop)]
+        part = tensor[group.batch, heads]
+    return part.reshape(-1, *part.shape[2:]).to(dtype)
+
+
+def query_slot(out: Tensor, group: Group, pair: Pair) -> Tensor:
+    """The group's part of a contiguous `[batch, heads, tokens, dim]` as `query_rows` lays it."""
+    repeat = out.shape[1] // pair.groups
+    part = out[group.batch, group.heads.start * repeat : group.heads.stop * repeat]
+    return part.view(-1, repeat, *part.shape[2:])
+
+
+def invalid_rows(mask: Tensor | None, group: Group, pair: Pair) -> Tensor | None:
+    """Invalid query rows `[n, repeat * tokens, 1]`."""
+    if mask is None:
+        return None
+    invalid = ~mask[group.batch]
+    repeat = pair.query.shape[1] // pair.groups
+    shape = (-1, group.heads.stop - group.heads.start, repeat, -1)
+    return invalid[:, None, None, :].expand(shape).flatten(0, 1).flatten(1, 2)[..., None]
+
+
+def invalid_keys(mask: Tensor | None, group: Group) -> Tensor | None:
+    """Invalid keys `[n, tokens, 1]`."""
+    if mask is None:
+        return None
+    invalid = ~mask[group.batch]
+    heads = group.heads.stop - group.heads.start
+    return invalid[:, None, :].expand(-1, heads, -1).flatten(0, 1)[..., None]
+
+
+def zeroed(rows: Tensor, invalid: Tensor | None) -> Tensor:
+    return rows if invalid is None else rows.masked_fill(invalid, 0.0)
+
+
+def store_groups(out: Tensor, group: Group, value: Tensor) -> None:
+    slot = out[group.batch, group.heads]
+    slot.copy_(value.view(slot.shape))
+
+
+def fold_keys(out: Tensor, group: Group, value: Tensor) -> None:
+    """Sum key groups `[n, tokens, dim]` into the student's `[batch, kv_heads, tokens, dim]`."""
+    groups = group.heads.stop - group.heads.start
+    if groups == 0:
+        return
+    parts = value.view(-1, groups, *value.shape[1:])
+    kv_heads = out.shape[1]
+    if groups > kv_heads:
+        parts = parts.view(parts.shape[0], kv_heads, -1, *parts.shape[2:]).sum(2)
+        out[group.batch].copy_(parts)
+    else:
+        out[group.batch, group.heads].copy_(parts)
+
+
+def stacked_like(pairs: list[Pair], like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty((len(pairs), *like.shape), dtype=dtype)

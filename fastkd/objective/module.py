@@ -1,48 +1,21 @@
-"""The objective: which tensors are matched, by which op, and how the terms add up.
-
-A loss here is a mean over valid query-key pairs or over valid tokens of the *whole* optimiser step.
-One micro-batch of one rank holds a part of those, so its means are scaled by that part: the sum
-over micro-batches and ranks is then the same however the step is cut, and padding changes nothing.
-"""
+"""All terms of a recipe, and how they add up."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from fastkd_kernels import attention_score_mse, hidden_mse
 from torch import Tensor, nn
 
 from fastkd.capture import Capture
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap
+from fastkd.objective.attention import AttentionTerm, Layers
+from fastkd.objective.divisors import Inputs, Reduction, count_divisors
+from fastkd.objective.states import StateTerm
 from fastkd.recipe import Losses
-
-Inputs = Mapping[str, Tensor]
-Layers = tuple[tuple[int, int], ...]
-Reduction = Literal["valid", "tinybert"]
-
-
-def count_divisors(inputs: Inputs, causal: bool, reduction: Reduction) -> Tensor:
-    """What a micro-batch contributes to the two divisors of a step.
-
-    Args:
-        inputs: `input_ids` [batch, tokens] and, if padded, `attention_mask` of the same shape.
-        causal: whether queries see earlier keys only.
-        reduction: whether padding counts.
-
-    Returns:
-        fp64 [2] on the inputs' device: query-key pairs and tokens.
-    """
-    ids = inputs["input_ids"]
-    mask = inputs.get("attention_mask") if reduction == "valid" else None
-    valid = torch.ones_like(ids, dtype=torch.float64) if mask is None else mask.to(torch.float64)
-    visible = causal and reduction == "valid"
-    keys = valid.cumsum(dim=1) if visible else valid.sum(dim=1, keepdim=True)
-    return torch.stack([(valid * keys).sum(), valid.sum()])
 
 
 @dataclass(frozen=True)
@@ -58,79 +31,6 @@ class Match:
     def label(self) -> str:
         """Name in metrics and tables."""
         return f"{self.term}/{self.student}-{self.teacher}"
-
-
-class AttentionTerm(nn.Module):
-    """Score MSE of all mapped blocks in one call."""
-
-    def __init__(self, pairs: Layers, reduction: Reduction, causal: bool) -> None:
-        super().__init__()
-        self.pairs = pairs
-        self.reduction = reduction
-        self.causal = causal
-
-    def forward(self, student: Capture, teacher: Capture, mask: Tensor | None) -> Tensor:
-        """Losses [pairs], fp32."""
-        return attention_score_mse(
-            [student.attention[s] for s, _ in self.pairs],
-            [teacher.attention[t] for _, t in self.pairs],
-            key_mask=mask,
-            query_mask=mask if self.reduction == "valid" else None,
-            causal=self.causal,
-            reduction=self.reduction,
-        )
-
-
-class StateTerm(nn.Module):
-    """MSE of hidden states and embeddings of all mapped layers in one call.
-
-    The projections are parameters of this module itself, so that ZeRO-3 gathers them for its
-    `forward`: `weight_0`, or `weight_0`, `weight_1`, ... with one a pair; [teacher, student] width.
-    """
-
-    def __init__(
-        self,
-        pairs: Layers,
-        projections: int,
-        widths: tuple[int, int],
-        bias: bool,
-        reduction: Reduction,
-    ) -> None:
-        """Make the projections.
-
-        Args:
-            pairs: (student layer, teacher layer).
-            projections: 0 for identity, 1 for a shared one, or as many as pairs.
-            widths: of student and teacher.
-            bias: whether the projections have one.
-            reduction: what the mean is over.
-        """
-        super().__init__()
-        self.pairs = pairs
-        self.projections = projections
-        self.bias = bias and projections > 0
-        self.reduction = reduction
-        for index in range(projections):
-            linear = nn.Linear(*widths, bias=bias)
-            for kind, parameter in linear.named_parameters():
-                self.register_parameter(f"{kind}_{index}", parameter)
-
-    def forward(self, student: Capture, teacher: Capture, mask: Tensor | None) -> Tensor:
-        """Losses [pairs], fp32."""
-        return hidden_mse(
-            [student.hidden[s] for s, _ in self.pairs],
-            [teacher.hidden[t] for _, t in self.pairs],
-            weight=self._parameters_of("weight"),
-            bias=self._parameters_of("bias") if self.bias else None,
-            mask=mask,
-            reduction=self.reduction,
-        )
-
-    def _parameters_of(self, kind: str) -> Tensor | list[Tensor] | None:
-        found: list[Tensor] = [
-            self.get_parameter(f"{kind}_{index}") for index in range(self.projections)
-        ]
-        return found[0] if len(found) == 1 else found or None
 
 
 class Objective(nn.Module):

@@ -1,0 +1,28 @@
+"""A recipe: one YAML file that says everything about a run, read into frozen models.
+
+Every field refuses unknown keys and wrong types where it is read, so that a run never starts on a
+misread setting.
+"""
+
+from fastkd.recipe.data import Data
+from fastkd.recipe.losses import AttentionLoss, EmbeddingLoss, HiddenLoss, Losses
+from fastkd.recipe.models import Student, Teacher
+from fastkd.recipe.reading import dump_recipe, load_recipe, parse_recipe
+from fastkd.recipe.train import Run, Train
+from fastkd.recipe.whole import Recipe
+
+__all__ = [
+    "AttentionLoss",
+    "Data",
+    "EmbeddingLoss",
+    "HiddenLoss",
+    "Losses",
+    "Recipe",
+    "Run",
+    "Student",
+    "Teacher",
+    "Train",
+    "dump_recipe",
+    "load_recipe",
+    "parse_recipe",
+]

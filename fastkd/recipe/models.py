@@ -1,0 +1,51 @@
+"""The sections of the two models."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fastkd.recipe.section import Name, Section
+
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+
+
+class Teacher(Section):
+    """The large model. It is never trained and always runs in eval mode."""
+
+    model: Name
+    """Hub name, folder, or `package:NAME/FOLDER` for a model carried by an installed package."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Expected digest of `model.safetensors`, checked before use."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the teacher's weights and activations."""
+    attention: Attention = "sdpa"
+    """Attention implementation that the teacher runs."""
+    placement: Literal["replicate", "shard", "offload"] = "replicate"
+    """A copy on every rank, ZeRO-3 shards, or ZeRO-3 shards in CPU memory."""
+
+
+class Student(Section):
+    """The small model: the teacher's architecture with these numbers in place of the teacher's."""
+
+    layers: int = Field(gt=0)
+    """Transformer blocks."""
+    hidden_size: int | None = Field(default=None, gt=0)
+    """Width; the teacher's where not given."""
+    heads: int | None = Field(default=None, gt=0)
+    """Attention heads; the teacher's where not given."""
+    kv_heads: int | None = Field(default=None, gt=0)
+    """Key and value heads of grouped-query attention; scaled with `heads` where not given."""
+    intermediate_size: int | None = Field(default=None, gt=0)
+    """Width of the feed-forward layer; the teacher's where not given."""
+    init: Literal["teacher", "random"] = "teacher"
+    """Copy the mapped teacher layers where shapes agree, or draw everything."""
+    dropout: float | None = Field(default=0.0, ge=0, lt=1)
+    """Every dropout rate of the student; `null` keeps the teacher's rates."""
+    attention: Attention = "sdpa"
+    """Attention implementation that the student runs."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks in the backward pass (non-reentrant)."""

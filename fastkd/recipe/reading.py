@@ -1,0 +1,109 @@
+"""Read a recipe from YAML, and say in one line what is wrong with it.
+
+Dotted overrides (`train.steps=1000`) are applied to the YAML before validation: the command line
+can say nothing that a file could not.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fastkd.errors import UserError
+from fastkd.recipe.whole import Recipe
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        path: YAML file.
+        overrides: `dotted.key=value` strings; the value is read as YAML.
+
+    Raises:
+        UserError: the file is missing or not YAML, or a key or value is not what a recipe takes.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable recipe ({error}); give a YAML file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_recipe(tree, str(path))
+
+
+def parse_recipe(tree: Mapping[str, Any], name: str = "recipe") -> Recipe:
+    """Validate a mapping as a recipe; `name` stands before every complaint.
+
+    Raises:
+        UserError: with the field, what was given and what was expected.
+    """
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{name}: {_complaint(error)}") from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: expected dotted.key=value, as in train.steps=1000")
+    *parents, leaf = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        if not isinstance(node, dict):
+            break
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+    if not isinstance(node, dict):
+        raise UserError(f"override {override!r}: {'.'.join(parents)} is not a section")
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from error
+
+
+def _complaint(error: ValidationError) -> str:
+    first, *rest = error.errors(include_url=False)
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        allowed = list(_section(first["loc"][:-1]).model_fields)
+        close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        text = f"{field}: unknown key; {hint}expected one of {', '.join(allowed)}"
+    elif first["type"] == "missing":
+        text = f"{field}: missing; it has no default, so give a value"
+    elif first["type"] == "model_type":
+        keys = ", ".join(_section(first["loc"]).model_fields)
+        text = f"{field}: expected a section with keys {keys} (given {first['input']!r})"
+    else:
+        where = f"{field}: " if field else ""
+        message = first["msg"].removeprefix("Value error, ")
+        given = "" if first["type"] == "value_error" else f" (given {first['input']!r})"
+        text = f"{where}{message[:1].lower()}{message[1:]}{given}"
+    return text + (f" (and {len(rest)} more)" if rest else "")
+
+
+def _section(location: Sequence[int | str]) -> type[BaseModel]:
+    model: type[BaseModel] = Recipe
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        candidates = getattr(annotation, "__args__", (annotation,))
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return model

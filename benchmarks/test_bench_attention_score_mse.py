@@ -11,10 +11,11 @@ import torch
 from fastkd_kernels import attention_score_mse, reference
 from fastkd_kernels.attention_score_mse import choose_algorithm
 from kernel_cases import attention_states, errors, leaves_of
-from workloads import ATTENTION, AttentionWorkload
+
+from benchmarks.workloads import ATTENTION, AttentionWorkload, on_cpu
 
 
-@pytest.mark.parametrize("work", ATTENTION.values(), ids=lambda work: work.name)
+@pytest.mark.parametrize("work", on_cpu(ATTENTION.values()), ids=lambda work: work.name)
 def test_attention_score_mse(work: AttentionWorkload, compare: Callable[..., Any]) -> None:
     student, teacher = attention_states(
         1,

@@ -7,10 +7,11 @@ import pytest
 import torch
 from fastkd_kernels import hidden_mse, reference
 from kernel_cases import errors, hidden_case
-from workloads import HIDDEN, HiddenWorkload
+
+from benchmarks.workloads import HIDDEN, HiddenWorkload, on_cpu
 
 
-@pytest.mark.parametrize("work", HIDDEN.values(), ids=lambda work: work.name)
+@pytest.mark.parametrize("work", on_cpu(HIDDEN.values()), ids=lambda work: work.name)
 def test_hidden_mse(work: HiddenWorkload, compare: Callable[..., Any]) -> None:
     weights = "none" if work.widths[0] == work.widths[1] else "shared+bias"
     case = hidden_case(1, work.batch, work.tokens, work.widths, weights, torch.float32)

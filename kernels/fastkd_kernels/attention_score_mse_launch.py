@@ -17,7 +17,8 @@ def tile_launch(
     block_dim, block_target = (power_of_two(dim) for dim in dims)
     width = max(block_dim, block_target)
     narrow = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
-    block = 64 if narrow and width <= 64 else 32 if width <= 128 else 16
+    # 64 rows or more make Hopper's and Blackwell's tensor cores take a product
+    block = 64 if narrow and width <= 128 else 32 if width <= 128 else 16
     block = min(block, power_of_two(tokens))
     constants: dict[str, int | str] = {
         "BLOCK_QUERY": block,
@@ -25,7 +26,7 @@ def tile_launch(
         "BLOCK_DIM": block_dim,
         "BLOCK_TARGET_DIM": block_target,
         # columns of one product of scores; 0 takes the whole head
-        "CHUNK": 0 if narrow and width <= 128 else 16,
+        "CHUNK": 0 if narrow and width <= 64 else 16,
         "SCORE_PRECISION": dot_precision(True, on),
         "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
     }
@@ -39,7 +40,8 @@ def gram_launch(
     half = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
     constants: dict[str, int | str] = {
         "BLOCK_ROW": 64 if half else 32,
-        "BLOCK_COLUMN": min(64, max(power_of_two(dim) for dim in dims)),
+        # a whole block of 64 for half precision, whatever the heads: see the tiles
+        "BLOCK_COLUMN": 64 if half else min(64, max(power_of_two(dim) for dim in dims)),
         # half inputs are exact in tf32, and in the difference form every product is small
         "BLOCK_PRECISION": dot_precision(not half, on),
         "APPLY_PRECISION": dot_precision(not half or dims[0] != dims[1], on),

@@ -1,0 +1,215 @@
+"""Compile kernels to machine code without a GPU and print what each takes, as JSON lines.
+
+`python -m benchmarks.machine_code [--all]`, in a process without TRITON_INTERPRET. Every
+configuration is one that the launch functions return for a named workload.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+Target = tuple[str, int | str]
+# backend and architecture -> threads of a warp
+TARGETS: dict[Target, int] = {
+    ("cuda", 80): 32,
+    ("cuda", 90): 32,
+    ("cuda", 100): 32,
+    ("hip", "gfx942"): 64,
+}
+DTYPES = (torch.bfloat16, torch.float32)
+# what the quick run makes in fp32: the tightest of both vendors
+QUICK_FLOAT32: tuple[Target, ...] = (("cuda", 80), ("hip", "gfx942"))
+# Triton's names of pointers
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+}
+# arguments that are the same in every kernel
+COMMON = {"table": "*i64", "valid": "*u8"}
+# the tensor-core instruction that a product of bf16 blocks should become
+EXPECTED = {
+    ("cuda", 80): "mma.sync",
+    ("cuda", 90): "wgmma.mma_async",
+    ("cuda", 100): "tcgen05.mma",
+    ("hip", "gfx942"): "v_mfma",
+}
+
+
+class Job(NamedTuple):
+    """One kernel and all that its machine code depends on.
+
+    `constants` are its `tl.constexpr` arguments, all of them. `pointers` has the type of every
+    other argument that is not an int32 and not in `COMMON`: `{"partials": "*fp32"}`.
+    """
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    pointers: dict[str, str]
+    num_warps: int
+    num_stages: int
+
+    def key(self) -> str:
+        """Equal for jobs that give the same machine code."""
+        return repr((self.kernel.__name__, sorted(self.constants.items()), self[3:]))
+
+
+def compiled(job: Job, target: Target) -> dict[str, Any]:
+    """Registers, bytes of spills and shared memory, products, and tensor-core instructions.
+
+    `products` counts `tt.dot` in Triton's own code and `instructions` the tensor-core
+    instructions by kind in the machine's.
+    """
+    signature, attributes = {}, {}
+    types = {**COMMON, **job.pointers}
+    for index, name in enumerate(job.kernel.arg_names):
+        signature[name] = "constexpr" if name in job.constants else types.get(name, "i32")
+        if signature[name].startswith("*"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(job.kernel, signature, job.constants, attributes)
+    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
+    made = triton.compile(source, target=GPUTarget(*target, TARGETS[target]), options=options)
+    return {
+        "shared": made.metadata.shared,
+        **resources(made, target[0]),
+        "products": len(re.findall(r"\btt\.dot\b", made.asm["ttir"])),
+        "instructions": instructions(made.asm["amdgcn" if target[0] == "hip" else "ptx"]),
+    }
+
+
+def instructions(assembly: str) -> dict[str, int]:
+    """Tensor-core instructions of PTX or of AMD's assembly, by kind."""
+    found: dict[str, int] = {}
+    for kind in EXPECTED.values():
+        count = len(re.findall(rf"^\s*(?:@\S+\s+)?{re.escape(kind)}[.\w]", assembly, re.MULTILINE))
+        if count:
+            found[kind] = count
+    return found
+
+
+def resources(made: Any, backend: str) -> dict[str, int]:
+    if backend == "hip":
+        text = made.asm["amdgcn"]
+        # spilled scalar registers go to lanes of vector registers, not to memory
+        spills = re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)
+        counts = re.findall(r"\.vgpr_count:\s*(\d+)", text)
+        return {"registers": int(counts[0]), "spills": sum(map(int, spills))}
+    return cubin_resources(made.asm["cubin"])
+
+
+def cubin_resources(cubin: bytes) -> dict[str, int]:
+    """Registers and stack bytes of the kernel, from the ELF sections that ptxas writes.
+
+    EIATTR_REGCOUNT (0x2f) and EIATTR_FRAME_SIZE (0x11) of `.nv.info`; a kernel without arrays of
+    its own has a stack only where registers spill.
+    """
+    found = {"registers": 0, "spills": 0}
+    section = elf_section(cubin, ".nv.info")
+    offset = 0
+    while offset + 4 <= len(section):
+        form, attribute = section[offset], section[offset + 1]
+        size = int.from_bytes(section[offset + 2 : offset + 4], "little")
+        if form == 4:
+            value = int.from_bytes(section[offset + 8 : offset + 12], "little")
+            if attribute == 0x2F:
+                found["registers"] = value
+            if attribute == 0x11:
+                found["spills"] = value
+            offset += 4 + size
+        else:
+            offset += 4
+    return found
+
+
+def elf_section(data: bytes, wanted: str) -> bytes:
+    """One section of a 64-bit little-endian ELF file."""
+
+    def number(start: int, size: int) -> int:
+        return int.from_bytes(data[start : start + size], "little")
+
+    table, size, count, names = number(40, 8), number(58, 2), number(60, 2), number(62, 2)
+    headers = [table + index * size for index in range(count)]
+    strings = number(headers[names] + 24, 8)
+    for header in headers:
+        start = strings + number(header, 4)
+        if data[start : data.index(b"\0", start)].decode() == wanted:
+            at = number(header + 24, 8)
+            return data[at : at + number(header + 32, 8)]
+    raise ValueError(f"the cubin has no section {wanted}")
+
+
+def wanted_jobs(
+    ops: list[str], *, everything: bool
+) -> Iterator[tuple[dict[str, Any], Job, Target]]:
+    """Label, job and target of everything to compile; jobs of equal machine code come once."""
+    from benchmarks.launches import OPS
+
+    seen: set[tuple[Target, str]] = set()
+    for target, dtype, op in itertools.product(TARGETS, DTYPES, ops):
+        if not (everything or dtype == torch.bfloat16 or target in QUICK_FLOAT32):
+            continue
+        for work in OPS[op].WORKLOADS:
+            if not (everything or work.name in OPS[op].QUICK):
+                continue
+            for job in OPS[op].jobs(work, dtype, target[0]):
+                if (target, job.key()) in seen:
+                    continue
+                seen.add((target, job.key()))
+                module = job.kernel.fn.__module__.rpartition(".")[2]
+                label = {
+                    "target": target,
+                    "op": op,
+                    "workload": work.name,
+                    "kernel": job.name,
+                    "function": f"{module}.{job.kernel.__name__}",
+                    "dtype": str(dtype).removeprefix("torch."),
+                }
+                yield label, job, target
+
+
+def compile_all(ops: list[str], *, everything: bool, processes: int) -> Iterator[dict[str, Any]]:
+    """Rows of `wanted_jobs` with what `compiled` found, in order, on so many processes."""
+    global _wanted
+    _wanted = list(wanted_jobs(ops, everything=everything))
+    # forked, because kernels cannot be pickled
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        yield from pool.imap(_row, range(len(_wanted)))
+
+
+_wanted: list[tuple[dict[str, Any], Job, Target]] = []
+
+
+def _row(index: int) -> dict[str, Any]:
+    label, job, target = _wanted[index]
+    return {**label, **compiled(job, target)}
+
+
+def main() -> None:
+    from benchmarks.launches import OPS
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every workload on every target")
+    parser.add_argument("--op", action="append", choices=sorted(OPS), help="only this op")
+    parser.add_argument("--processes", type=int, default=2, help="2 unless given")
+    given = parser.parse_args()
+    if knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: nothing would be compiled; unset it")
+    ops = given.op or list(OPS)
+    for row in compile_all(ops, everything=given.all, processes=given.processes):
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,8 @@ from torch import Tensor
 Reduction = Literal["valid", "tinybert"]
 Backend = Literal["auto", "torch", "triton"]
 Algorithm = Literal["auto", "tiles", "gram"]
+DivergenceKind = Literal["kl", "reverse_kl", "js", "mse", "cross_entropy", "cosine"]
+Relation = Literal["qq", "kk", "vv", "qk"]
 
 
 class AttentionState(NamedTuple):

@@ -236,7 +236,7 @@ def test_an_override_can_switch_a_term_off(file: Path) -> None:
     [
         ("train.steps", "override 'train.steps': expected dotted.key=value"),
         ("=3", "override '=3': expected dotted.key=value"),
-        ("teacher.model.name=x", "override 'teacher.model.name=x': teacher.model is not a section"),
+        ("teacher.model.name=x", "override 'teacher.model.name': teacher.model is not a section"),
         ("train.steps=[1", r"override 'train.steps=\[1': '\[1' is not a YAML value"),
         ("train.step=3", r"train.step: unknown key; did you mean 'steps'\?"),
         ("train.steps=x", "train.steps: input should be a valid integer"),

@@ -7,7 +7,15 @@ misread setting.
 from fastkd.recipe.data import Data
 from fastkd.recipe.losses import AttentionLoss, EmbeddingLoss, HiddenLoss, Losses
 from fastkd.recipe.models import Student, Teacher
-from fastkd.recipe.reading import dump_recipe, load_recipe, parse_recipe
+from fastkd.recipe.reading import (
+    complain,
+    dump_recipe,
+    load_recipe,
+    parse_recipe,
+    read_tree,
+    replace_value,
+)
+from fastkd.recipe.section import Section
 from fastkd.recipe.train import Run, Train
 from fastkd.recipe.whole import Recipe
 
@@ -19,10 +27,14 @@ __all__ = [
     "Losses",
     "Recipe",
     "Run",
+    "Section",
     "Student",
     "Teacher",
     "Train",
+    "complain",
     "dump_recipe",
     "load_recipe",
     "parse_recipe",
+    "read_tree",
+    "replace_value",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -28,18 +28,28 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: the file is missing or not YAML, or a key or value is not what a recipe takes.
     """
+    tree = read_tree(path)
+    for override in overrides:
+        _apply(tree, override)
+    return parse_recipe(tree, str(path))
+
+
+def read_tree(path: str | Path, what: str = "recipe") -> dict[str, Any]:
+    """Read a YAML file of sections; `what` is what the user thinks it is.
+
+    Raises:
+        UserError: the file is missing, not YAML, or not a mapping.
+    """
     path = Path(path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable recipe ({error}); give a YAML file") from error
+        raise UserError(f"{path}: not a readable {what} ({error}); give a YAML file") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
-    for override in overrides:
-        _apply(tree, override)
-    return parse_recipe(tree, str(path))
+    return tree
 
 
 def parse_recipe(tree: Mapping[str, Any], name: str = "recipe") -> Recipe:
@@ -51,7 +61,7 @@ def parse_recipe(tree: Mapping[str, Any], name: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{name}: {_complaint(error)}") from error
+        raise UserError(f"{name}: {complain(error, Recipe)}") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -63,6 +73,19 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r}: expected dotted.key=value, as in train.steps=1000")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from error
+    replace_value(tree, key, value)
+
+
+def replace_value(tree: dict[str, Any], key: str, value: object) -> None:
+    """Set a dotted key, in place; sections on the way are made where there are none.
+
+    Raises:
+        UserError: a part of the key that is no section.
+    """
     *parents, leaf = key.split(".")
     node: Any = tree
     for parent in parents:
@@ -72,25 +95,23 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             node[parent] = {}
         node = node[parent]
     if not isinstance(node, dict):
-        raise UserError(f"override {override!r}: {'.'.join(parents)} is not a section")
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from error
+        raise UserError(f"override {key!r}: {'.'.join(parents)} is not a section")
+    node[leaf] = value
 
 
-def _complaint(error: ValidationError) -> str:
+def complain(error: ValidationError, root: type[BaseModel]) -> str:
+    """What was given and what was expected, in one line, for a file that is read into `root`."""
     first, *rest = error.errors(include_url=False)
     field = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        allowed = list(_section(first["loc"][:-1]).model_fields)
+        allowed = list(_section(root, first["loc"][:-1]).model_fields)
         close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         text = f"{field}: unknown key; {hint}expected one of {', '.join(allowed)}"
     elif first["type"] == "missing":
         text = f"{field}: missing; it has no default, so give a value"
     elif first["type"] == "model_type":
-        keys = ", ".join(_section(first["loc"]).model_fields)
+        keys = ", ".join(_section(root, first["loc"]).model_fields)
         text = f"{field}: expected a section with keys {keys} (given {first['input']!r})"
     else:
         where = f"{field}: " if field else ""
@@ -100,10 +121,13 @@ def _complaint(error: ValidationError) -> str:
     return text + (f" (and {len(rest)} more)" if rest else "")
 
 
-def _section(location: Sequence[int | str]) -> type[BaseModel]:
-    model: type[BaseModel] = Recipe
-    for part in location:
+def _section(root: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel]:
+    model, parts = root, iter(location)
+    for part in parts:
         annotation = model.model_fields[str(part)].annotation
         candidates = getattr(annotation, "__args__", (annotation,))
         model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        if get_origin(annotation) is dict:
+            # the key under which the section stands
+            next(parts, None)
     return model

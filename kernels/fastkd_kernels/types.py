@@ -9,6 +9,7 @@ Backend = Literal["auto", "torch", "triton"]
 Algorithm = Literal["auto", "tiles", "gram"]
 DivergenceKind = Literal["kl", "reverse_kl", "js", "mse", "cross_entropy", "cosine"]
 Relation = Literal["qq", "kk", "vv", "qk"]
+LogitsKind = Literal["kl", "reverse_kl", "js", "skew_kl", "mse", "soft_ce"]
 
 
 class AttentionState(NamedTuple):
@@ -23,3 +24,15 @@ class AttentionState(NamedTuple):
     key: Tensor
     value: Tensor | None
     scale: float
+
+
+class LogitsHead(NamedTuple):
+    """What a model's logits are made of: `hidden @ weight^T + bias`, which is never stored.
+
+    hidden: `[batch, tokens, width]` or `[rows, width]`; weight: `[vocab, width]` as in `nn.Linear`;
+    bias: `[vocab]` or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None

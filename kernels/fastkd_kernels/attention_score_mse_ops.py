@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import attention_score_mse_torch as on_torch
 from .head_groups import Pair
+from .types import NAMESPACE
 from .unit_gradient import scaled, value_of
 
 
@@ -54,7 +55,7 @@ def _no_gradient(pairs: int, others: int) -> tuple[Any, ...]:
     return (nothing, nothing, nothing, nothing, *(None,) * others)
 
 
-@torch.library.custom_op("fastkd_kernels::attention_score_mse_gram", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_score_mse_gram", mutates_args=())
 def gram(
     query: Sequence[Tensor],
     key: Sequence[Tensor],
@@ -99,7 +100,7 @@ def _gram_fake(
     )
 
 
-@torch.library.custom_op("fastkd_kernels::attention_score_mse_gram_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_score_mse_gram_backward", mutates_args=())
 def _gram_backward(
     factor: Tensor,
     to_query: Tensor,
@@ -176,7 +177,7 @@ def _gram_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tupl
 gram.register_autograd(_gram_gradient, setup_context=_gram_save)
 
 
-@torch.library.custom_op("fastkd_kernels::attention_score_mse_one_pass", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_score_mse_one_pass", mutates_args=())
 def one_pass(
     query: Sequence[Tensor],
     key: Sequence[Tensor],

@@ -21,7 +21,7 @@ from .checks import (
     check_tensor,
     resolve_backend,
 )
-from .types import Backend, Reduction
+from .types import NAMESPACE, Backend, Reduction
 from .unit_gradient import by_shape, inverse, scaled, value_of
 
 
@@ -175,7 +175,7 @@ def _check_trained(
         raise TypeError(f"{label} is {values[index].dtype} and {name}[0] is {values[0].dtype}")
 
 
-@torch.library.custom_op("fastkd_kernels::hidden_mse", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::hidden_mse", mutates_args=())
 def _hidden(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],

@@ -1,4 +1,4 @@
-"""Names shared by every op: what a layer hands over, and the named modes."""
+"""Names shared by every op: what a layer hands over, the named modes, the ops' namespace."""
 
 from typing import Literal, NamedTuple
 
@@ -10,6 +10,10 @@ Algorithm = Literal["auto", "tiles", "gram"]
 DivergenceKind = Literal["kl", "reverse_kl", "js", "mse", "cross_entropy", "cosine"]
 Relation = Literal["qq", "kk", "vv", "qk"]
 LogitsKind = Literal["kl", "reverse_kl", "js", "skew_kl", "mse", "soft_ce"]
+
+# our ops' place in torch.ops: the package's name, so that a copy loaded under another (as Hugging
+# Face's kernels does) brings its own
+NAMESPACE = str(__package__).replace(".", "_")
 
 
 class AttentionState(NamedTuple):

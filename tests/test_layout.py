@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS: tuple[set[str], ...] = (
     {"fastkd_kernels"},
-    {"errors", "layer_map", "recipe", "run_folder", "console"},
-    {"capture", "models", "data", "objective", "deepspeed_config"},
+    {"errors", "layer_map", "recipe", "run_folder", "console", "metrics"},
+    {"capture", "models", "data", "objective", "deepspeed_config", "tasks"},
     {"engine", "checkpoint", "export"},
     {"assemble", "evaluate", "train"},
     {"report", "study", "doctor"},
@@ -25,14 +25,14 @@ LEVELS: tuple[set[str], ...] = (
 # what a level may import besides the standard library
 PACKAGES: tuple[set[str], ...] = (
     {"torch", "triton"},
-    {"torch", "pydantic", "yaml", "rich"},
-    {"torch", "numpy", "transformers", "datasets", "safetensors", "rich"},
+    {"torch", "numpy", "pydantic", "yaml", "rich", "scipy", "sklearn"},
+    {"torch", "numpy", "transformers", "datasets", "safetensors", "rich", "sklearn"},
     {"torch", "transformers", "safetensors", "deepspeed"},
     {"torch", "transformers"},
     {"torch", "matplotlib", "psutil", "optuna"},
     {"typer", "transformers"},
 )
-DISTRIBUTIONS = {"yaml": "pyyaml"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
 LINES = 400
 
 

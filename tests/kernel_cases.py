@@ -1,6 +1,7 @@
 """Inputs, errors and memory readings shared by the kernel tests."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +117,26 @@ def peak_bytes(function: Callable[[], Any]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+@contextmanager
+def fresh_tensors_are_nan() -> Iterator[None]:
+    """Deterministic mode, in which an output that nobody writes shows as NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel: Any, counts: dict[str, int], name: str) -> None:
+        self.kernel, self.counts, self.name = kernel, counts, name
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.counts[self.name] = self.counts.get(self.name, 0) + 1
+        return self.kernel[grid]
 
 
 @dataclass

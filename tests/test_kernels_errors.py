@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from fastkd_kernels import AttentionState, attention_score_mse, checks, hidden_mse
+from fastkd_kernels import AttentionState, attention_score_mse, checks
 from fastkd_kernels.attention_score_mse_launch import MAX_HEAD_DIM
-from kernel_cases import attention_states, hidden_case
+from kernel_cases import attention_states
 
 
 def states() -> tuple[list[AttentionState], list[AttentionState]]:
@@ -72,73 +72,11 @@ ATTENTION = [
     (_options(backend="cuda"), ValueError, "backend='cuda' is not known"),
 ]
 
-HIDDEN = [
-    (lambda c: hidden_mse(c.student[0], c.teacher), TypeError, "student must be a list"),
-    (lambda c: hidden_mse(c.student, c.teacher * 2), ValueError, "1 layers and teacher has 2"),
-    (
-        lambda c: hidden_mse(c.student, c.teacher),
-        ValueError,
-        r"3 wide .* a weight \[5, 3\]",
-    ),
-    (lambda c: hidden_mse(c.student, c.teacher, bias=torch.ones(5)), ValueError, "without weight"),
-    (lambda c: hidden_mse(c.student, c.teacher, weight=3), TypeError, "weight must be a tensor, a"),
-    (
-        lambda c: hidden_mse(c.student, c.teacher, weight=[torch.ones(5, 3)] * 2),
-        ValueError,
-        "weight has 2 tensors for 1 pairs",
-    ),
-    (
-        lambda c: hidden_mse(c.student, c.teacher, weight=torch.ones(3, 5)),
-        ValueError,
-        r"weight has shape \(3, 5\); expected .*\[5, 3\]",
-    ),
-    (
-        lambda c: hidden_mse(c.student * 2, c.teacher * 2, weight=_two_dtypes()),
-        TypeError,
-        r"weight\[1\] is torch.float16 and weight\[0\] is torch.float32",
-    ),
-    (
-        lambda c: hidden_mse(c.student, c.teacher, **c.trained, bias=torch.ones(3)),
-        ValueError,
-        r"bias has shape \(3,\)",
-    ),
-    (
-        lambda c: hidden_mse(c.student, [t[:, :2] for t in c.teacher], **c.trained),
-        ValueError,
-        r"batch and tokens \(2, 2\)",
-    ),
-    (
-        lambda c: hidden_mse(c.student, [t.requires_grad_() for t in c.teacher], **c.trained),
-        ValueError,
-        "teacher.0. requires grad",
-    ),
-    (
-        lambda c: hidden_mse(c.student, c.teacher, mask=torch.ones(2, 6).long(), **c.trained),
-        TypeError,
-        "mask is torch.int64",
-    ),
-    (
-        lambda c: hidden_mse(c.student, c.teacher, reduction="sum", **c.trained),
-        ValueError,
-        "reduction='sum' is not known",
-    ),
-]
-
-
-def _two_dtypes() -> list[torch.Tensor]:
-    return [torch.ones(5, 3), torch.ones(5, 3, dtype=torch.float16)]
-
 
 @pytest.mark.parametrize(("call", "kind", "message"), ATTENTION)
 def test_attention_score_mse(call: Callable[[], Any], kind: Any, message: str) -> None:
     with pytest.raises(kind, match=message):
         call()
-
-
-@pytest.mark.parametrize(("call", "kind", "message"), HIDDEN)
-def test_hidden_mse(call: Callable[[Any], Any], kind: Any, message: str) -> None:
-    with pytest.raises(kind, match=message):
-        call(hidden_case(1, 2, 6, (3, 5), "shared", torch.float32))
 
 
 def test_triton_needs_cuda_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from fastkd_kernels import AttentionState, attention_score_mse, hidden_mse
+from fastkd_kernels import AttentionState, attention_score_mse
 from fastkd_kernels import attention_score_mse as attention_function
 from fastkd_kernels.unit_gradient import inverse
-from kernel_cases import attention_states, errors, hidden_case, leaves_of, masks
+from kernel_cases import attention_states, errors, leaves_of, masks
 from torch import Tensor
 
 BACKENDS = ["torch", "triton"] if not torch.cuda.is_available() else ["torch"]
@@ -46,12 +46,6 @@ def test_opcheck(backend: str, need_grad: bool) -> None:
     torch.library.opcheck(ops.attention_score_mse_gram.default, gram, test_utils=tests)
     one_pass = (*arguments, True, "tiles", need_grad, backend)
     torch.library.opcheck(ops.attention_score_mse_one_pass.default, one_pass, test_utils=tests)
-    case = hidden_case(2, 2, 6, (3, 5), "shared+bias", torch.float32)
-    student = case.student if need_grad else [tensor.detach() for tensor in case.student]
-    weight, bias = (tensor if need_grad else tensor.detach() for tensor in case.leaves[2:])
-    lists = (student, case.teacher, [weight], [bias])
-    hidden = (*lists, arguments[6], arguments[8], need_grad, need_grad, backend)
-    torch.library.opcheck(ops.hidden_mse.default, hidden, test_utils=tests)
 
 
 def test_opcheck_of_the_backward() -> None:
@@ -67,28 +61,22 @@ def _losses(
     query: Tensor,
     key: Tensor,
     states: list[AttentionState],
-    hidden: Tensor,
-    target: Tensor,
-    weight: Tensor,
     mask: Tensor,
     algorithm: Any,
 ) -> Tensor:
     own = [AttentionState(query * 2, key, None, 0.5)]
     options: dict[str, Any] = {"key_mask": mask, "query_mask": mask, "algorithm": algorithm}
-    first = attention_score_mse(own, states, **options)
-    return 3 * first.sum() + hidden_mse([hidden], [target], weight=weight, mask=mask).sum()
+    return 3 * attention_score_mse(own, states, **options).sum()
 
 
 @pytest.mark.parametrize("algorithm", ["tiles", "gram"])
 def test_compiles_as_one_graph(algorithm: str) -> None:
     student, teacher = attention_states(1, 2, 4, 10, (3, 5), dtype=torch.float32)
-    case = hidden_case(1, 2, 10, (4, 6), "shared", torch.float32)
-    leaves = [*leaves_of(student), *case.leaves]
-    tail = (case.student[0], case.teacher[0], case.leaves[1], masks(2, 10), algorithm)
+    leaves = leaves_of(student)
     results = []
     compiled = torch.compile(_losses, fullgraph=True, backend="aot_eager")
     for function in (_losses, compiled):
-        loss = function(*student[0][:2], teacher, *tail)
+        loss = function(*student[0][:2], teacher, masks(2, 10), algorithm)
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     assert max(errors(results[1], results[0])) < 1e-6
 
@@ -99,14 +87,11 @@ def test_compiles_as_one_graph(algorithm: str) -> None:
 def test_everything_is_written_and_repeats_bit_for_bit(algorithm: Any, causal: bool) -> None:
     states = attention_states(2, 2, 4, 140, (3, 5), kv_heads=(2, 4), dtype=torch.float32)
     mask = masks(2, 140)
-    case = hidden_case(2, 2, 140, (4, 6), "each+bias", torch.float32)
     runs = []
     for _ in range(2):
         options: dict[str, Any] = {"key_mask": mask, "causal": causal, "algorithm": algorithm}
         loss = attention_score_mse(*states, **options).sum()
-        loss = loss + hidden_mse(case.student, case.teacher, mask=mask, **case.trained).sum()
-        leaves = [*leaves_of(states[0]), *case.leaves]
-        runs.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+        runs.append([loss.detach(), *torch.autograd.grad(loss, leaves_of(states[0]))])
     assert all(torch.isfinite(value).all() for value in runs[0])
     assert all(map(torch.equal, *runs))
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from fastkd_kernels import AttentionState, attention_score_mse, hidden_mse, launch, reference
+from fastkd_kernels import AttentionState, attention_score_mse, reference
 from kernel_cases import (
+    Counted,
     attention_states,
     cast,
     errors,
-    hidden_case,
+    fresh_tensors_are_nan,
     leaves_of,
     loss_and_gradients,
     masks,
@@ -42,11 +43,8 @@ ATTENTION = [
 
 @pytest.fixture(autouse=True)
 def unwritten_is_nan() -> Iterator[None]:
-    """Fill every fresh tensor with NaN, so that an output that no program writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+    with fresh_tensors_are_nan():
+        yield
 
 
 def attention_both(states: Any, **options: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -156,69 +154,6 @@ def test_attention_reads_any_strides_and_no_padding(algorithm: str) -> None:
     assert max(errors(dirty, clean)) < 1e-6
 
 
-@interpreted
-@pytest.mark.parametrize("weights", ["none", "shared", "each+bias"])
-def test_hidden_equals_its_definition_in_fp64(
-    weights: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # a workspace of one block, so that rows come in several chunks
-    monkeypatch.setattr(launch, "WORKSPACE_BYTES", 1)
-    case = hidden_case(2, 2, 70, (20, 20) if weights == "none" else (7, 70), weights)
-    for reduction, mask in (("valid", masks(2, 70)), ("tinybert", masks(2, 70)), ("valid", None)):
-        options: dict[str, Any] = {"mask": mask, "reduction": reduction, **case.trained}
-        arguments = (case.leaves, case.student, case.teacher)
-        given = loss_and_gradients(hidden_mse, *arguments, **options, backend="triton")
-        expected = loss_and_gradients(reference.hidden_mse, *arguments, **options)
-        assert max(errors(given, expected)) < 1e-12
-
-
-@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-4])
-@pytest.mark.parametrize("weights", ["none", "shared+bias"])
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu)]
-)
-def test_hidden_low_precision_stays_near_plain_pytorch(
-    dtype: torch.dtype, weights: str, distance: float
-) -> None:
-    case = hidden_case(1, 1, 50, (32, 32), weights).near(distance).cast(dtype).on(DEVICE)
-    exact = case.exact()
-    given = loss_and_gradients(
-        hidden_mse, case.leaves, case.student, case.teacher, **case.trained, backend="triton"
-    )
-    made = [
-        loss_and_gradients(reference.hidden_mse, c.leaves, c.student, c.teacher, **c.trained)
-        for c in (case, exact)
-    ]
-    floors = [8 * torch.finfo(torch.float32).eps, *[torch.finfo(dtype).eps] * len(case.leaves)]
-    for own, theirs, floor in zip(
-        errors(given, made[1]), errors(made[0], made[1]), floors, strict=True
-    ):
-        assert own <= max(2 * theirs, floor)
-
-
-@interpreted
-@pytest.mark.parametrize("weights", ["none", "shared+bias"])
-def test_hidden_gradcheck(weights: str) -> None:
-    case = hidden_case(1, 1, 3, (2, 2), weights)
-
-    def loss(*leaves: Tensor) -> Tensor:
-        made = case.with_leaves(leaves)
-        return hidden_mse(made.student, made.teacher, **made.trained, backend="triton")
-
-    assert torch.autograd.gradcheck(loss, case.leaves)
-
-
-def test_hidden_padding_may_hold_anything() -> None:
-    case = hidden_case(1, 2, 20, (6, 9), "shared+bias", torch.float32).on(DEVICE)
-    mask = masks(2, 20).to(DEVICE)
-    arguments = (hidden_mse, case.leaves, case.student, case.teacher)
-    clean = loss_and_gradients(*arguments, mask=mask, **case.trained, backend="triton")
-    for tensor in (*case.student, *case.teacher):
-        tensor.data.masked_fill_(~mask[..., None], float("nan"))
-    dirty = loss_and_gradients(*arguments, mask=mask, **case.trained, backend="triton")
-    assert max(errors(dirty, clean)) < 1e-6
-
-
 def test_nothing_valid_gives_zero() -> None:
     nothing = torch.zeros(1, 9, dtype=torch.bool, device=DEVICE)
     student, teacher = attention_states(1, 1, 2, 9, (4, 4), dtype=torch.float32, device=DEVICE)
@@ -228,41 +163,18 @@ def test_nothing_valid_gives_zero() -> None:
             attention_score_mse, leaves_of(student), student, teacher, **options
         ):
             assert not value.any()
-    case = hidden_case(1, 1, 9, (4, 6), "shared+bias", torch.float32).on(DEVICE)
-    for value in loss_and_gradients(
-        hidden_mse,
-        case.leaves,
-        case.student,
-        case.teacher,
-        mask=nothing,
-        **case.trained,
-        backend="triton",
-    ):
-        assert not value.any()
-
-
-class _Counted:
-    """A kernel that counts its launches."""
-
-    def __init__(self, kernel: Any, counts: dict[str, int], name: str) -> None:
-        self.kernel, self.counts, self.name = kernel, counts, name
-
-    def __getitem__(self, grid: Any) -> Any:
-        self.counts[self.name] = self.counts.get(self.name, 0) + 1
-        return self.kernel[grid]
 
 
 def test_launches_do_not_grow_with_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastkd_kernels import attention_score_mse_triton, hidden_mse_triton
+    from fastkd_kernels import attention_score_mse_triton
 
     seen: dict[str, int] = {}
     for module, names in (
         (attention_score_mse_triton, ["tiles_by_key", "tiles_by_query", "gram_matrices"]),
         (attention_score_mse_triton, ["apply_factors"]),
-        (hidden_mse_triton, ["residuals", "input_gradient", "weight_gradient"]),
     ):
         for name in names:
-            monkeypatch.setattr(module, name, _Counted(getattr(module, name), seen, name))
+            monkeypatch.setattr(module, name, Counted(getattr(module, name), seen, name))
     counts = []
     for pairs in (1, 3):
         seen.clear()
@@ -270,8 +182,6 @@ def test_launches_do_not_grow_with_pairs(monkeypatch: pytest.MonkeyPatch) -> Non
         for algorithm in ("tiles", "gram"):
             loss = attention_score_mse(*states, algorithm=algorithm, backend="triton")
             loss.sum().backward()
-        case = hidden_case(pairs, 1, 9, (4, 6), "shared", torch.float32).on(DEVICE)
-        hidden_mse(case.student, case.teacher, **case.trained, backend="triton").sum().backward()
         counts.append(dict(seen))
     assert counts[0] == counts[1]
     assert set(counts[0].values()) <= {1, 2}
@@ -293,12 +203,10 @@ def test_attention_on_a_gpu_at_bert_sizes(dtype: torch.dtype, dims: Any) -> None
 @needs_gpu
 def test_no_host_synchronisation() -> None:
     states = attention_states(2, 2, 4, 64, (16, 16), dtype=torch.float32, device="cuda")
-    case = hidden_case(2, 2, 64, (16, 32), "shared", torch.float32).on("cuda")
     for mode in ("default", "error"):  # the first round compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
             for algorithm in ("tiles", "gram"):
                 attention_score_mse(*states, algorithm=algorithm).sum().backward()
-            hidden_mse(case.student, case.teacher, **case.trained).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")

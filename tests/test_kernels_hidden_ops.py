@@ -1,0 +1,118 @@
+"""The registered op of hidden states: opcheck, `torch.compile`, deterministic mode, messages."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fastkd_kernels import hidden_mse
+from fastkd_kernels.unit_gradient import inverse
+from kernel_cases import errors, fresh_tensors_are_nan, hidden_case, masks
+from torch import Tensor
+
+BACKENDS = ["torch", "triton"] if not torch.cuda.is_available() else ["torch"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("need_grad", [True, False])
+def test_opcheck(backend: str, need_grad: bool) -> None:
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if backend == "torch":
+        tests += ("test_aot_dispatch_static",)
+    case = hidden_case(2, 2, 6, (3, 5), "shared+bias", torch.float32)
+    student = case.student if need_grad else [tensor.detach() for tensor in case.student]
+    weight, bias = (tensor if need_grad else tensor.detach() for tensor in case.leaves[2:])
+    mask = masks(2, 6)
+    count = inverse(mask.sum(), torch.float32, mask.device)
+    lists = (student, case.teacher, [weight], [bias])
+    hidden = (*lists, mask, count, need_grad, need_grad, backend)
+    op = torch.ops.fastkd_kernels.hidden_mse.default
+    torch.library.opcheck(op, hidden, test_utils=tests)
+
+
+def _losses(hidden: Tensor, target: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    return 3 * hidden_mse([hidden * 2], [target], weight=weight, mask=mask).sum()
+
+
+def test_compiles_as_one_graph() -> None:
+    case = hidden_case(1, 2, 10, (4, 6), "shared", torch.float32)
+    results = []
+    compiled = torch.compile(_losses, fullgraph=True, backend="aot_eager")
+    for function in (_losses, compiled):
+        loss = function(case.student[0], case.teacher[0], case.leaves[1], masks(2, 10))
+        results.append([loss.detach(), *torch.autograd.grad(loss, case.leaves)])
+    assert max(errors(results[1], results[0])) < 1e-6
+
+
+def test_everything_is_written_and_repeats_bit_for_bit() -> None:
+    case = hidden_case(2, 2, 140, (4, 6), "each+bias", torch.float32)
+    runs = []
+    with fresh_tensors_are_nan():
+        for _ in range(2):
+            loss = hidden_mse(case.student, case.teacher, mask=masks(2, 140), **case.trained).sum()
+            runs.append([loss.detach(), *torch.autograd.grad(loss, case.leaves)])
+    assert all(torch.isfinite(value).all() for value in runs[0])
+    assert all(map(torch.equal, *runs))
+
+
+MESSAGES = [
+    (lambda c: hidden_mse(c.student[0], c.teacher), TypeError, "student must be a list"),
+    (lambda c: hidden_mse(c.student, c.teacher * 2), ValueError, "1 layers and teacher has 2"),
+    (
+        lambda c: hidden_mse(c.student, c.teacher),
+        ValueError,
+        r"3 wide .* a weight \[5, 3\]",
+    ),
+    (lambda c: hidden_mse(c.student, c.teacher, bias=torch.ones(5)), ValueError, "without weight"),
+    (lambda c: hidden_mse(c.student, c.teacher, weight=3), TypeError, "weight must be a tensor, a"),
+    (
+        lambda c: hidden_mse(c.student, c.teacher, weight=[torch.ones(5, 3)] * 2),
+        ValueError,
+        "weight has 2 tensors for 1 pairs",
+    ),
+    (
+        lambda c: hidden_mse(c.student, c.teacher, weight=torch.ones(3, 5)),
+        ValueError,
+        r"weight has shape \(3, 5\); expected .*\[5, 3\]",
+    ),
+    (
+        lambda c: hidden_mse(c.student * 2, c.teacher * 2, weight=_two_dtypes()),
+        TypeError,
+        r"weight\[1\] is torch.float16 and weight\[0\] is torch.float32",
+    ),
+    (
+        lambda c: hidden_mse(c.student, c.teacher, **c.trained, bias=torch.ones(3)),
+        ValueError,
+        r"bias has shape \(3,\)",
+    ),
+    (
+        lambda c: hidden_mse(c.student, [t[:, :2] for t in c.teacher], **c.trained),
+        ValueError,
+        r"batch and tokens \(2, 2\)",
+    ),
+    (
+        lambda c: hidden_mse(c.student, [t.requires_grad_() for t in c.teacher], **c.trained),
+        ValueError,
+        "teacher.0. requires grad",
+    ),
+    (
+        lambda c: hidden_mse(c.student, c.teacher, mask=torch.ones(2, 6).long(), **c.trained),
+        TypeError,
+        "mask is torch.int64",
+    ),
+    (
+        lambda c: hidden_mse(c.student, c.teacher, reduction="sum", **c.trained),
+        ValueError,
+        "reduction='sum' is not known",
+    ),
+]
+
+
+def _two_dtypes() -> list[torch.Tensor]:
+    return [torch.ones(5, 3), torch.ones(5, 3, dtype=torch.float16)]
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), MESSAGES)
+def test_messages(call: Callable[[Any], Any], kind: Any, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        call(hidden_case(1, 2, 6, (3, 5), "shared", torch.float32))

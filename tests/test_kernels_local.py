@@ -1,0 +1,179 @@
+"""Hugging Face's `kernels` loads the package from a folder, beside another copy or without fastkd.
+
+Layout and metadata are those of its "kernel requirements" page: `build/<variant>/` holds the
+package's files and `metadata.json`, whose id is also the name of the module and of its ops.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from base64 import b64encode
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    find_spec("kernels") is None or find_spec("kernels").origin is None,  # type: ignore[union-attr]
+    reason="needs the PyPI package kernels",
+)
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "kernels" / "fastkd_kernels"
+IDENTIFIER = "_fastkd_kernels_0123abc"
+# what a child process runs before its own lines
+LOAD = f"""
+import json, sys
+from pathlib import Path
+import torch
+from kernels import get_local_kernel
+
+def ops(namespace):
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(name.split("::")[1] for name in names if name.startswith(namespace + "::"))
+
+def result(package):
+    torch.manual_seed(0)
+    query = torch.randn(1, 2, 5, 4, requires_grad=True)
+    key = torch.randn(1, 2, 5, 4, requires_grad=True)
+    student = package.AttentionState(query, key, None, 0.5)
+    teacher = package.AttentionState(torch.randn(1, 2, 5, 6), torch.randn(1, 2, 5, 6), None, 0.4)
+    hidden = torch.randn(1, 5, 3, requires_grad=True)
+    loss = package.attention_score_mse([student], [teacher])
+    loss = loss + package.hidden_mse([hidden], [torch.randn(1, 5, 3)])
+    loss.sum().backward()
+    return [loss.item(), *(leaf.grad.norm().item() for leaf in (query, key, hidden))]
+
+def load():
+    return get_local_kernel(Path(sys.argv[1]), backend="cpu")
+
+IDENTIFIER = {IDENTIFIER!r}
+"""
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A kernel repository with one variant, as `kernel-builder` would lay it out."""
+    root = tmp_path_factory.mktemp("repository")
+    variant = root / "build" / "torch-cpu"
+    shutil.copytree(PACKAGE, variant, ignore=shutil.ignore_patterns("__pycache__"))
+    metadata = {
+        "name": "fastkd-kernels",
+        "id": IDENTIFIER,
+        "version": 1,
+        "license": "Apache-2.0",
+        "python-depends": [],
+        "backend": {"type": "cpu"},
+        "digest": {
+            "algorithm": "sha256",
+            "files": {
+                str(path.relative_to(variant)): b64encode(
+                    sha256(path.read_bytes()).digest()
+                ).decode()
+                for path in sorted(variant.rglob("*"))
+                if path.is_file()
+            },
+        },
+    }
+    (variant / "metadata.json").write_text(json.dumps(metadata))
+    return root
+
+
+def child(repository: Path, lines: str, *, paths: tuple[Path, ...] = ()) -> dict[str, object]:
+    """What a fresh process prints as JSON; it sees `paths` but not this checkout's packages."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    # no site hooks: an editable install would bring both packages back
+    hidden = (
+        "import sys\n"
+        "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]\n"
+        f"sys.path = [path for path in sys.path if not path.startswith({str(ROOT)!r})"
+        " or 'site-packages' in path]\n"
+        f"sys.path[:0] = {[str(path) for path in paths]!r}\n"
+    )
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-c", hidden + LOAD + lines, str(repository)],
+        cwd=repository,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_loads_and_runs_without_fastkd(repository: Path) -> None:
+    found = child(
+        repository,
+        """
+from importlib.util import find_spec
+package = load()
+print(json.dumps({
+    "result": result(package),
+    "all": sorted(package.__all__),
+    "missing": [name for name in package.__all__ if not hasattr(package, name)],
+    "name": package.__name__,
+    "installed": [name for name in ("fastkd", "fastkd_kernels") if find_spec(name)],
+    "ours": ops(IDENTIFIER),
+    "plain": ops("fastkd_kernels"),
+}))
+""",
+    )
+    import fastkd_kernels
+
+    assert found["name"] == IDENTIFIER
+    assert found["installed"] == []
+    assert found["all"] == sorted(fastkd_kernels.__all__)
+    assert found["missing"] == []
+    # every op under the copy's own name, as the requirements ask, and none under another
+    assert "hidden_mse" in str(found["ours"])
+    assert found["plain"] == []
+    assert all(value > 0 for value in found["result"])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("first", ["plain", "loaded"])
+def test_two_copies_in_one_process(repository: Path, first: str) -> None:
+    order = ("import fastkd_kernels as plain", "package = load()")
+    lines = order if first == "plain" else order[::-1]
+    found = child(
+        repository,
+        "\n".join(lines)
+        + """
+assert plain is not package
+print(json.dumps({
+    "results": [result(plain), result(package), result(plain)],
+    "ops": [ops("fastkd_kernels"), ops(IDENTIFIER)],
+}))
+""",
+        paths=(PACKAGE.parent,),
+    )
+    plain, package, again = found["results"]  # type: ignore[misc]
+    assert plain == package == again
+    own, other = found["ops"]  # type: ignore[misc]
+    assert own == other
+    assert own
+
+
+def test_imports_are_relative() -> None:
+    """`import fastkd_kernels` inside the package would find another copy, or none."""
+    absolute = [
+        f"{path.name}: {name}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [str(node.module)]
+            if isinstance(node, ast.ImportFrom) and not node.level
+            else []
+        )
+        if name.split(".")[0] in ("fastkd", "fastkd_kernels", "kernels")
+    ]
+    assert not absolute

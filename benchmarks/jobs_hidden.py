@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import torch
-from fastkd_kernels import hidden_mse_kernels
+from fastkd_kernels import hidden_kernels
 from fastkd_kernels.hidden_launch import hidden_launch
-from fastkd_kernels.hidden_mse_triton import hidden_types
+from fastkd_kernels.hidden_triton import hidden_types
 
 from benchmarks.machine_code import POINTERS, Job
 from benchmarks.workloads import HIDDEN, HiddenWorkload
@@ -28,9 +28,9 @@ def jobs(work: HiddenWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
     types = {"residual": POINTERS[kept]}
     types |= {name: "*fp32" for name in ("partials", "gradient", "bias_gradient")}
     for kernel, constants in (
-        (hidden_mse_kernels.residuals, exact),
-        (hidden_mse_kernels.input_gradient, made),
-        (hidden_mse_kernels.weight_gradient, made),
+        (hidden_kernels.residuals, exact),
+        (hidden_kernels.input_gradient, made),
+        (hidden_kernels.weight_gradient, made),
     ):
         wanted = {name: constants[name] for name in constants if name in kernel.arg_names}
         pointers = {name: types[name] for name in types if name in kernel.arg_names}

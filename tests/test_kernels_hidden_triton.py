@@ -98,12 +98,12 @@ def test_nothing_valid_gives_zero() -> None:
 
 
 def test_launches_do_not_grow_with_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastkd_kernels import hidden_mse_triton
+    from fastkd_kernels import hidden_triton
 
     seen: dict[str, int] = {}
     for name in ("residuals", "input_gradient", "weight_gradient"):
-        kernel = getattr(hidden_mse_triton, name)
-        monkeypatch.setattr(hidden_mse_triton, name, Counted(kernel, seen, name))
+        kernel = getattr(hidden_triton, name)
+        monkeypatch.setattr(hidden_triton, name, Counted(kernel, seen, name))
     for pairs in (1, 3):
         seen.clear()
         case = hidden_case(pairs, 1, 9, (4, 6), "shared", torch.float32).on(DEVICE)

@@ -12,8 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .hidden_kernels import input_gradient, residuals, weight_gradient
 from .hidden_launch import hidden_chunk, hidden_launch
-from .hidden_mse_kernels import input_gradient, residuals, weight_gradient
 from .launch import aligned, platform, product_dtype
 from .pointers import pointer_table, unit_stride
 from .tl_types import TYPES

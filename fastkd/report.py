@@ -16,7 +16,7 @@ from fastkd.run_folder import RunFolder, write_whole
 
 Rows = list[tuple[str, ...]]
 
-_STYLE = """
+STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0 }
 th, td { padding: .2rem .9rem; text-align: right; border-bottom: 1px solid #ddd }
@@ -50,12 +50,12 @@ def write_report(run: RunFolder) -> None:
     heldout = [record for record in metrics if record["kind"] == "heldout"]
     page = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
-        f"<title>{html.escape(run.path.name)}</title><style>{_STYLE}</style>",
+        f"<title>{html.escape(run.path.name)}</title><style>{STYLE}</style>",
         f"<h1>{html.escape(run.path.name)}</h1>",
         f"<p>{html.escape(recipe.teacher.model)} to {recipe.student.layers} layers</p>",
-        _table(("term/student-teacher", "before", "after"), _losses(summary)),
-        _table(("", "teacher", "student"), _models(summary)),
-        _table(("", ""), _facts(summary)),
+        html_table(("term/student-teacher", "before", "after"), _losses(summary)),
+        html_table(("", "teacher", "student"), _models(summary)),
+        html_table(("", ""), _facts(summary)),
         "<h2>Training</h2>",
         _curves(training, "loss, mean over log_every steps"),
         "<h2>Held out</h2>",
@@ -104,7 +104,8 @@ def _facts(summary: dict[str, Any]) -> Rows:
     ]
 
 
-def _table(columns: Sequence[str], rows: Rows) -> str:
+def html_table(columns: Sequence[str], rows: Rows) -> str:
+    """A table of text cells; the first column is left, the others are right."""
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows

@@ -99,5 +99,13 @@ def test_everything_is_written_and_repeats_bit_for_bit(algorithm: Any, causal: b
 def test_public_names() -> None:
     import fastkd_kernels
 
-    assert fastkd_kernels.__all__ == ["AttentionState", "attention_score_mse", "hidden_mse"]
+    assert fastkd_kernels.__all__ == [
+        "AttentionState",
+        "LogitsHead",
+        "attention_divergence",
+        "attention_score_mse",
+        "hidden_mse",
+        "logits_divergence",
+        "relation_divergence",
+    ]
     assert attention_function is fastkd_kernels.attention_score_mse

@@ -1,0 +1,156 @@
+"""Divergence of logits in plain PyTorch, chunked over tokens: what CPU tensors run.
+
+Both sides' logits exist for one chunk of tokens at a time, over the whole vocabulary, so that one
+product a side serves loss and gradients. Padded tokens are left out by indexing. The road not
+taken: chunks of the vocabulary, which know no softmax until they have seen all of it and so make
+every logit twice.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .logits_rows import divergence_rows
+
+CHUNK_BYTES = 1 << 23
+# the logits of one chunk may also take this part of the gradient of the student's weight
+CHUNK_PART = 8
+
+
+class Divergence(NamedTuple):
+    """What is computed of each row.
+
+    `share` is the teacher's part of the mixture; `scale` multiplies the value, not the
+    cross-entropy; `shared` columns are compared.
+    """
+
+    kind: str
+    temperature: float
+    share: float
+    scale: float
+    shared: int
+
+
+class Gradients(NamedTuple):
+    """Gradients of the student's hidden states (or logits), weight and bias; empty if not made."""
+
+    states: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def sweep(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    mask: Tensor | None,
+    labels: Tensor | None,
+    factors: Tensor,
+    how: Divergence,
+    need_states: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Gradients]:
+    """Sums over valid rows and the gradients of `factors` times these sums.
+
+    A side is `[logits]`, `[hidden, weight]` or `[hidden, weight, bias]`, with three dimensions of
+    logits or hidden states. Sums and `factors`: the divergence and, with `labels`, the
+    cross-entropy.
+    """
+    dtype = factors.dtype
+    states, tokens = student[0], student[0].shape[1]
+    columns = read_columns(student, labels, how)
+    # a row or column that no chunk reaches has a gradient of 0
+    made = Gradients(
+        torch.zeros(states.shape if need_states else (0,), dtype=dtype),
+        torch.zeros(student[1].shape if need_weight and student[1:] else (0,), dtype=dtype),
+        torch.zeros(student[2].shape if need_weight and student[2:] else (0,), dtype=dtype),
+    )
+    own, target = _cast(student, columns, dtype), _cast(teacher, how.shared, dtype)
+    sums = torch.zeros(factors.shape, dtype=dtype)
+    for rows in _chunks(student, mask, columns * dtype.itemsize):
+        place = (rows // tokens, rows % tokens)
+        values, gradient = _chunk(own, target, place, labels, factors, how)
+        sums += values
+        if len(student) == 1:
+            if need_states:
+                made.states[..., :columns].index_put_(place, gradient)
+            continue
+        if need_states:
+            made.states.index_put_(place, gradient @ own[1])
+        if need_weight:
+            made.weight[:columns].addmm_(gradient.mT, states[place].to(dtype))
+        if made.bias.numel():
+            made.bias[:columns] += gradient.sum(0)
+    return sums, made
+
+
+def read_columns(student: Sequence[Tensor], labels: Tensor | None, how: Divergence) -> int:
+    """Columns of the student's vocabulary that are read: labels need all of them."""
+    if labels is None:
+        return how.shared
+    return student[1].shape[0] if student[1:] else student[0].shape[-1]
+
+
+def _cast(side: Sequence[Tensor], columns: int, dtype: torch.dtype) -> list[Tensor]:
+    """`side` cut to its first columns, weight and bias in `dtype`."""
+    if len(side) == 1:
+        return [side[0][..., :columns]]
+    return [side[0], *(tensor[:columns].to(dtype) for tensor in side[1:])]
+
+
+def _logits(side: list[Tensor], place: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """Logits `[rows, columns]` at `place`, in memory of their own."""
+    rows = side[0][place].to(dtype)
+    if len(side) == 1:
+        return rows
+    return torch.addmm(side[2], rows, side[1].mT) if side[2:] else rows @ side[1].mT
+
+
+def _chunk(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    place: tuple[Tensor, Tensor],
+    labels: Tensor | None,
+    factors: Tensor,
+    how: Divergence,
+) -> tuple[Tensor, Tensor]:
+    """Sums of one chunk, and the gradient of the student's logits."""
+    logits = _logits(student, place, factors.dtype)
+    target = _logits(teacher, place, factors.dtype)
+    own = logits if labels is None else logits[:, : how.shared].clone()
+    if how.temperature != 1.0:
+        own /= how.temperature
+        target /= how.temperature
+    values, gradient = divergence_rows(own, target, how.kind, how.share)
+    gradient *= factors[0] * (how.scale / how.temperature)
+    value = values.sum() * how.scale
+    if labels is None:
+        return value[None], gradient
+    hard, total = _cross_entropy(logits, labels[place], factors[1])
+    total[:, : how.shared] += gradient
+    return torch.stack([value, hard]), total
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of cross-entropies and its gradient times `factor`; a label outside gives NaN."""
+    counted = labels != -100
+    inside = (labels >= 0) & (labels < logits.shape[-1])
+    picked = torch.where(inside, labels, 0)[:, None]
+    log_p = logits.log_softmax(-1)
+    values = torch.where(inside, -log_p.gather(1, picked)[:, 0], torch.nan)
+    gradient = log_p.exp_()
+    gradient.scatter_add_(1, picked, torch.full_like(gradient[:, :1], -1.0))
+    factors = torch.where(counted, torch.where(inside, factor, torch.nan), 0.0)
+    return values.masked_fill(~counted, 0.0).sum(), gradient.mul_(factors[:, None])
+
+
+def _chunks(student: Sequence[Tensor], mask: Tensor | None, row_bytes: int) -> Iterator[Tensor]:
+    """Numbers of the valid rows, in chunks whose logits take about `CHUNK_BYTES` a side."""
+    rows = torch.arange(student[0][..., 0].numel())
+    if mask is not None:
+        rows = rows[mask.flatten()]
+    size = max(1, CHUNK_BYTES // row_bytes)
+    if student[1:]:
+        size = max(size, student[0].shape[-1] // CHUNK_PART)
+    yield from torch.split(rows, size)

@@ -3,8 +3,8 @@
 from .attention_divergence import attention_divergence
 from .attention_score_mse import attention_score_mse
 from .hidden_mse import hidden_mse
-from .relation_divergence import relation_divergence
 from .logits_divergence import logits_divergence
+from .relation_divergence import relation_divergence
 from .types import AttentionState, LogitsHead
 
 __all__ = [

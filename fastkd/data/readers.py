@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastkd.errors import UserError
 
@@ -46,13 +46,13 @@ class TextFile(Source):
 
     def documents(self) -> Iterator[str]:
         if self.unit == "line":
-            return (line for line in _lines(self.path) if line.strip())
+            return (line for line in text_lines(self.path) if line.strip())
         return self._paragraphs()
 
     def _paragraphs(self) -> Iterator[str]:
         held: list[str] = []
         length = 0
-        for line in _lines(self.path):
+        for line in text_lines(self.path):
             if line.strip():
                 held.append(line)
                 length += len(line)
@@ -79,16 +79,7 @@ class JsonLines(Source):
     column: str
 
     def documents(self) -> Iterator[str]:
-        for number, line in enumerate(_lines(self.path), start=1):
-            if not line.strip():
-                continue
-            where = f"{self.path}, line {number}"
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise UserError(f"{where}: not a JSON object: {error}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: expected a JSON object, not {type(row).__name__}")
+        for where, row in json_objects(self.path):
             require_column(self.column, list(row), where)
             text = checked_text(row[self.column], self.column, where)
             if text.strip():
@@ -151,9 +142,32 @@ def checked_text(value: object, column: str, where: str) -> str:
     return value
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Lines without their ends, decoded one by one so that a bad byte has a known offset."""
-    offset = 0
+def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Objects of a file with one a line, each with its place; blank lines are passed over.
+
+    Raises:
+        UserError: the file can't be read, or a line is no JSON object.
+    """
+    for number, line in enumerate(text_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{where}: not a JSON object: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected a JSON object, not {type(row).__name__}")
+        yield where, row
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file, plain or gzipped, without their ends: LF, CRLF or CR.
+
+    Raises:
+        UserError: the file can't be read, or a byte, named with its place, is not UTF-8.
+    """
+    offset = passed = 0
     try:
         with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
             while raw := file.readline(DOCUMENT_LIMIT):
@@ -165,14 +179,17 @@ def _lines(path: Path) -> Iterator[str]:
                 try:
                     line = raw.decode("utf-8")
                 except UnicodeDecodeError as error:
+                    number = passed + 1 + raw.count(b"\r", 0, error.start)
                     raise UserError(
-                        f"{path}: byte {offset + error.start} is not UTF-8 "
+                        f"{path}, line {number}: byte {offset + error.start} is not UTF-8 "
                         f"(0x{raw[error.start]:02x}); convert the file to UTF-8 first"
                     ) from error
                 if offset == 0:
                     line = line.removeprefix("\ufeff")
                 offset += len(raw)
-                yield from line.removesuffix("\n").removesuffix("\r").split("\r")
+                lines = line.removesuffix("\n").removesuffix("\r").split("\r")
+                passed += len(lines)
+                yield from lines
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a complete gzip file ({error}); fetch it again") from error
     except OSError as error:

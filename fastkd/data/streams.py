@@ -67,11 +67,11 @@ class ShuffledBlocks:
         return {**self._identity, "blocks": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        _require_same(state, self._identity)
+        require_same(state, self._identity)
         self._position = state["blocks"]
 
     def _shuffle(self, epoch: int) -> None:
-        generator = torch.Generator().manual_seed(_epoch_seed(self._seed, epoch))
+        generator = torch.Generator().manual_seed(epoch_seed(self._seed, epoch))
         self._order = torch.randperm(
             len(self._blocks), generator=generator, dtype=torch.int32, device="cpu"
         )
@@ -137,7 +137,7 @@ class StreamedDocuments:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        _require_same(state, self._identity)
+        require_same(state, self._identity)
         self._epoch = state["epoch"]
         self._taken = state["documents"]
         self._documents = islice(self._read_epoch(), self._taken, None)
@@ -156,7 +156,7 @@ class StreamedDocuments:
 
     def _read_epoch(self) -> Iterator[str]:
         self._split.dropped = 0
-        generator = random.Random(_epoch_seed(self._seed, self._epoch))
+        generator = random.Random(epoch_seed(self._seed, self._epoch))
         sources = generator.sample(self._split.train_sources, len(self._split.train_sources))
         texts = (text for part, text in self._split.labelled(sources) if part == "train")
         return shuffled(texts, self._buffer_size, generator)
@@ -176,12 +176,13 @@ def shuffled(texts: Iterable[str], buffer_size: int, generator: random.Random) -
     yield from buffer
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
+def epoch_seed(seed: int, epoch: int) -> int:
     """Unrelated for every pair, where seed + epoch would repeat orders across seeds."""
     return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:8]) >> 1
 
 
-def _require_same(state: dict[str, Any], identity: dict[str, Any]) -> None:
+def require_same(state: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raise `UserError` where the position in a checkpoint is that of another order."""
     for name, now in identity.items():
         if state.get(name) != now:
             raise UserError(

@@ -1,0 +1,116 @@
+"""Scores of predictions: the official metrics of GLUE, by scikit-learn and SciPy.
+
+A score that its formula leaves undefined, because all predictions or all labels are the same, is 0:
+a model that says one thing only has learnt nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from statistics import fmean
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import scipy.stats
+import sklearn.metrics
+
+from fastkd.errors import UserError
+
+Metric = Literal["matthews", "accuracy", "f1", "pearson", "spearman"]
+Scores = dict[str, float]
+_Array = npt.NDArray[np.float64]
+
+
+def predictions_of(outputs: npt.ArrayLike, *, regression: bool) -> npt.NDArray[np.generic]:
+    """What a model's outputs predict.
+
+    Args:
+        outputs: [examples, classes] logits, or [examples, 1] scores of a regression.
+        regression: whether the outputs are scores.
+
+    Returns:
+        [examples]: the class with the largest logit, int64, or the score, fp64.
+
+    Raises:
+        UserError: an output is not finite.
+    """
+    values = np.asarray(outputs, dtype=np.float64)
+    broken = int((~np.isfinite(values)).any(axis=1).sum())
+    if broken:
+        raise UserError(
+            f"outputs for {broken} of {len(values)} examples are not finite, so nothing is "
+            "predicted; continue from an earlier checkpoint with a smaller train.learning_rate"
+        )
+    return values[:, 0] if regression else values.argmax(axis=1)
+
+
+def measure(metrics: Iterable[Metric], predictions: npt.ArrayLike, labels: npt.ArrayLike) -> Scores:
+    """Every metric of one evaluation set, between -1 or 0 and 1.
+
+    Args:
+        metrics: by name; `f1` is that of class 1 against the others.
+        predictions: [examples] classes or scores.
+        labels: [examples] of the same kind.
+
+    Raises:
+        ValueError: no examples, or predictions and labels of different lengths.
+    """
+    found = np.asarray(predictions, dtype=np.float64)
+    right = np.asarray(labels, dtype=np.float64)
+    if found.shape != right.shape or found.ndim != 1 or not found.size:
+        raise ValueError(
+            f"predictions are {list(found.shape)} and labels {list(right.shape)}, expected the "
+            "same number of examples, at least one"
+        )
+    return {name: _METRICS[name](found, right) for name in metrics}
+
+
+def task_score(results: Mapping[str, Mapping[str, float]]) -> float:
+    """One number for a task: the mean over its evaluation sets of the mean of their metrics.
+
+    GLUE (arXiv 1804.07461, section 3) averages the metrics of a task that has two, and
+    MNLI's matched and mismatched sets count as one task.
+    """
+    return fmean(fmean(scores.values()) for scores in results.values())
+
+
+def _constant(values: _Array) -> bool:
+    return bool((values == values[0]).all())
+
+
+def _matthews(predictions: _Array, labels: _Array) -> float:
+    if _constant(predictions) or _constant(labels):
+        return 0.0
+    return float(sklearn.metrics.matthews_corrcoef(labels, predictions))
+
+
+def _accuracy(predictions: _Array, labels: _Array) -> float:
+    return float(sklearn.metrics.accuracy_score(labels, predictions))
+
+
+def _f1(predictions: _Array, labels: _Array) -> float:
+    hits, positive = (predictions == 1).astype(int), (labels == 1).astype(int)
+    return float(sklearn.metrics.f1_score(positive, hits, zero_division=0.0))
+
+
+def _correlation(function: Callable[..., tuple[float, float]]) -> Callable[..., float]:
+    def correlate(predictions: _Array, labels: _Array) -> float:
+        if _constant(predictions) or _constant(labels):
+            return 0.0
+        with warnings.catch_warnings():
+            # scores that hardly differ are what an untrained model gives
+            warnings.simplefilter("ignore", scipy.stats.NearConstantInputWarning)
+            return float(function(predictions, labels)[0])
+
+    return correlate
+
+
+_METRICS: dict[Metric, Callable[[_Array, _Array], float]] = {
+    "matthews": _matthews,
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "pearson": _correlation(scipy.stats.pearsonr),
+    "spearman": _correlation(scipy.stats.spearmanr),
+}

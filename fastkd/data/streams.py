@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 class BlockStream(Protocol):
     """Batches without end; `state_dict` holds plain values and tensors only."""
 
+    @property
+    def epoch(self) -> int:
+        """Passes over the data that are done."""
+
     def next_batch(self) -> Tensor:
         """The next global batch, [batch_size, block_size] int64 on the CPU."""
 
@@ -51,6 +55,10 @@ class ShuffledBlocks:
         self._position = 0
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int32)
+
+    @property
+    def epoch(self) -> int:
+        return self._position // len(self._blocks)
 
     def next_batch(self) -> Tensor:
         rows: list[int] = []
@@ -106,6 +114,10 @@ class StreamedDocuments:
         self._epoch = 0
         self._taken = 0
         self._documents = self._read_epoch()
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
 
     def next_batch(self) -> Tensor:
         while self._packer.available() < self._batch_size:

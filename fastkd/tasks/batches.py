@@ -57,6 +57,11 @@ class ExampleStream:
         self._epoch = -1
         self._order: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
+    @property
+    def epoch(self) -> int:
+        """Passes over the examples that are done."""
+        return self._position // len(self._examples)
+
     def next_rows(self) -> list[int]:
         """Numbers of the examples of the next batch, sorted by length."""
         rows: list[int] = []

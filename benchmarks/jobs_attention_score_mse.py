@@ -32,16 +32,18 @@ def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
     if chosen == "gram":
         launch = gram_launch(work.dims, dtypes, on)
         types = gram_types(*dtypes, work.dims[0] == work.dims[1])
-        for side in (0, 1):
+        for side, of in enumerate(("queries", "keys")):
             blocks = gram_constants(launch.constants, "BLOCK_PRECISION")
             constants = {**shared, **types, **blocks, "SIDE": side}
             pointers = {"scales": "*fp32", "grams": "*fp32"}
-            yield Job("gram", gram_kernels.gram_matrices, constants, pointers, *launch[1:])
+            yield Job(f"gram of {of}", gram_kernels.gram_matrices, constants, pointers, *launch[1:])
             blocks = gram_constants(launch.constants, "APPLY_PRECISION")
             constants = {**shared, **types, **blocks, "SIDE": side}
             pointers = {name: "*fp32" for name in ("scales", "factors", "upstream")}
             pointers["gradient"] = POINTERS[dtype]
-            yield Job("apply", gram_kernels.apply_factors, constants, pointers, *launch[1:])
+            yield Job(
+                f"apply to {of}", gram_kernels.apply_factors, constants, pointers, *launch[1:]
+            )
         return
     launch = tile_launch(work.tokens, work.dims, dtypes, on)
     constants = {**shared, **tile_types(*dtypes), **launch.constants, "CAUSAL": work.causal}

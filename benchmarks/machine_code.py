@@ -5,11 +5,12 @@ configuration is one that the launch functions return for a named workload.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import multiprocessing
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +64,12 @@ class Job(NamedTuple):
 
     def key(self) -> str:
         """Equal for jobs that give the same machine code."""
-        return repr((self.kernel.__name__, sorted(self.constants.items()), self[3:]))
+        constants = sorted((name, str(value)) for name, value in self.constants.items())
+        return repr((self.kernel.__name__, constants, *self[3:]))
+
+    def digest(self) -> str:
+        """Short form of `key`."""
+        return hashlib.sha256(self.key().encode()).hexdigest()[:12]
 
 
 def compiled(job: Job, target: Target) -> dict[str, Any]:
@@ -150,50 +156,69 @@ def elf_section(data: bytes, wanted: str) -> bytes:
     raise ValueError(f"the cubin has no section {wanted}")
 
 
-def wanted_jobs(
-    ops: list[str], *, everything: bool
-) -> Iterator[tuple[dict[str, Any], Job, Target]]:
-    """Label, job and target of everything to compile; jobs of equal machine code come once."""
+class Wanted(NamedTuple):
+    """One job on one target, for one workload and dtype of an op."""
+
+    op: str
+    workload: str
+    dtype: torch.dtype
+    target: Target
+    job: Job
+
+    def key(self) -> tuple[Target, str]:
+        """Equal where the machine code is."""
+        return self.target, self.job.key()
+
+    def label(self) -> dict[str, Any]:
+        kernel = self.job.kernel
+        module = kernel.fn.__module__.rpartition(".")[2]
+        return {
+            "op": self.op,
+            "workload": self.workload,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "target": list(self.target),
+            "kernel": self.job.name,
+            "function": f"{module}.{kernel.__name__}",
+            "launch": self.job.digest(),
+        }
+
+
+def wanted(ops: Iterable[str], *, everything: bool) -> Iterator[Wanted]:
+    """All jobs of the ops' workloads; without `everything`, those that CI compiles."""
     from benchmarks.launches import OPS
 
-    seen: set[tuple[Target, str]] = set()
     for target, dtype, op in itertools.product(TARGETS, DTYPES, ops):
         if not (everything or dtype == torch.bfloat16 or target in QUICK_FLOAT32):
             continue
         for work in OPS[op].WORKLOADS:
-            if not (everything or work.name in OPS[op].QUICK):
-                continue
-            for job in OPS[op].jobs(work, dtype, target[0]):
-                if (target, job.key()) in seen:
-                    continue
-                seen.add((target, job.key()))
-                module = job.kernel.fn.__module__.rpartition(".")[2]
-                label = {
-                    "target": target,
-                    "op": op,
-                    "workload": work.name,
-                    "kernel": job.name,
-                    "function": f"{module}.{job.kernel.__name__}",
-                    "dtype": str(dtype).removeprefix("torch."),
-                }
-                yield label, job, target
+            if everything or work.name in OPS[op].QUICK:
+                for job in OPS[op].jobs(work, dtype, target[0]):
+                    yield Wanted(op, work.name, dtype, target, job)
 
 
-def compile_all(ops: list[str], *, everything: bool, processes: int) -> Iterator[dict[str, Any]]:
-    """Rows of `wanted_jobs` with what `compiled` found, in order, on so many processes."""
-    global _wanted
-    _wanted = list(wanted_jobs(ops, everything=everything))
+def compile_all(
+    ops: Iterable[str], *, everything: bool, processes: int
+) -> Iterator[dict[str, Any]]:
+    """A row for every wanted job, in order; jobs of equal machine code are compiled once."""
+    global _unique
+    every = list(wanted(ops, everything=everything))
+    _unique = list({one.key(): one for one in every}.values())
+    found: dict[tuple[Target, str], dict[str, Any]] = {}
     # forked, because kernels cannot be pickled
     with multiprocessing.get_context("fork").Pool(processes) as pool:
-        yield from pool.imap(_row, range(len(_wanted)))
+        made = zip(_unique, pool.imap(_compile, range(len(_unique))), strict=True)
+        for one in every:
+            while one.key() not in found:
+                other, row = next(made)
+                found[other.key()] = row
+            yield {**one.label(), **found[one.key()]}
 
 
-_wanted: list[tuple[dict[str, Any], Job, Target]] = []
+_unique: list[Wanted] = []
 
 
-def _row(index: int) -> dict[str, Any]:
-    label, job, target = _wanted[index]
-    return {**label, **compiled(job, target)}
+def _compile(index: int) -> dict[str, Any]:
+    return compiled(_unique[index].job, _unique[index].target)
 
 
 def main() -> None:

@@ -1,0 +1,100 @@
+"""What each op has to do at least: bytes to move and matrix products to make. Pure functions.
+
+Bytes are compulsory: every input read once, every gradient written once, forward and backward
+together; masks, tables and partial sums are left out. Operations are those of the matrix products
+of the algorithm that Triton runs, two a multiply-add, recomputed products included, blocks beyond a
+causal diagonal not. One call covers `pairs` layer pairs.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from fastkd_kernels.attention_score_mse import choose_algorithm
+from fastkd_kernels.attention_score_mse_launch import tile_launch
+
+from benchmarks.workloads import AttentionWorkload, HiddenWorkload, LogitsWorkload
+
+
+class Cost(NamedTuple):
+    """Compulsory bytes, and operations of the matrix products."""
+
+    bytes: int
+    flops: int
+
+    def times(self, count: int) -> "Cost":
+        return Cost(self.bytes * count, self.flops * count)
+
+
+def entries(work: AttentionWorkload) -> int:
+    """Scores of one layer that are looked at."""
+    of_head = work.tokens * (work.tokens + 1) // 2 if work.causal else work.tokens**2
+    return work.batch * work.heads * of_head
+
+
+def attention_bytes(work: AttentionWorkload, dtype: torch.dtype) -> int:
+    """Queries and keys of both models read, gradients of the student's written."""
+    rows = work.batch * work.tokens
+    own, target = (
+        (work.heads + kv) * dim for kv, dim in zip(work.kv_heads, work.dims, strict=True)
+    )
+    return rows * (2 * own + target) * dtype.itemsize
+
+
+def attention_score_mse(work: AttentionWorkload, pairs: int, dtype: torch.dtype) -> Cost:
+    chosen = choose_algorithm(work.tokens, *work.dims, causal=work.causal, backend="triton")
+    flops = score_mse_gram(work) if chosen == "gram" else score_mse_tiles(work, dtype)
+    return Cost(attention_bytes(work, dtype), flops).times(pairs)
+
+
+def score_mse_tiles(work: AttentionWorkload, dtype: torch.dtype) -> int:
+    """Both score matrices, `D K_s` and `D^T Q_s`; the scores twice where one block is too small."""
+    block = tile_launch(work.tokens, work.dims, (dtype, dtype)).constants["BLOCK_KEY"]
+    sweeps = 1 if work.tokens <= int(block) else 2
+    return 2 * entries(work) * (sweeps * sum(work.dims) + 2 * work.dims[0])
+
+
+def score_mse_gram(work: AttentionWorkload) -> int:
+    """Three blocks of either side's Gram, then two products of `dim_s + dim_t` by `dim_s`."""
+    own, target = work.dims
+    # query heads that share both key heads; the finer of two nested groupings
+    groups = max(work.kv_heads)
+    rows = work.batch * work.tokens * (work.heads + groups)
+    return 2 * rows * (own**2 + own * target + target**2 + (own + target) * own)
+
+
+def attention_divergence(work: AttentionWorkload, pairs: int, dtype: torch.dtype) -> Cost:
+    """Both scores forward; again for queries' and for keys' gradients, and a product for each."""
+    own, target = work.dims
+    flops = 2 * entries(work) * (3 * (own + target) + 2 * own)
+    return Cost(attention_bytes(work, dtype), flops).times(pairs)
+
+
+def hidden(work: HiddenWorkload, pairs: int, dtype: torch.dtype) -> Cost:
+    """Projection, and the residual times the weight and times the states; none without a weight.
+
+    One weight and bias for all pairs.
+    """
+    own, target = work.widths
+    rows = work.batch * work.tokens
+    states = Cost(rows * (2 * own + target) * dtype.itemsize, 6 * rows * own * target)
+    weights = 2 * (own + 1) * target * dtype.itemsize
+    if own == target:
+        return states._replace(flops=0).times(pairs)
+    moved, flops = states.times(pairs)
+    return Cost(moved + weights, flops)
+
+
+def logits_divergence(work: LogitsWorkload, pairs: int, dtype: torch.dtype) -> Cost:
+    """Both logits, and the student's gradients of states and head, in one pass."""
+    own, target = work.widths
+    rows = work.batch * work.tokens
+    moved = (rows + work.vocabulary) * (2 * own + target)
+    flops = 2 * rows * work.vocabulary * (own + target + 2 * own)
+    return Cost(moved * dtype.itemsize, flops).times(pairs)
+
+
+COSTS: dict[str, Callable[..., Cost]] = {
+    "attention_score_mse": attention_score_mse,
+    "hidden": hidden,
+}

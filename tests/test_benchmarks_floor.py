@@ -1,0 +1,159 @@
+"""Costs by hand, and the committed floor against the code that makes it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import costs, floor, workloads
+from benchmarks.launches import OPS
+from benchmarks.machine_code import DTYPES, TARGETS, wanted
+from benchmarks.workloads import AttentionWorkload, HiddenWorkload, LogitsWorkload
+
+BF16 = torch.bfloat16
+
+
+def attention(tokens: int, dims: tuple[int, int], **other: Any) -> AttentionWorkload:
+    """Two items and three heads, unless `other` says otherwise."""
+    shape = {"batch": 2, "heads": 3, "kv_heads": (3, 3), **other}
+    return AttentionWorkload("small", device_batch=0, tokens=tokens, dims=dims, **shape)
+
+
+def test_bytes_of_attention() -> None:
+    work = attention(5, (4, 8))
+    # queries and keys of 2 x 3 x 5 rows; the student's read and their gradients written
+    assert costs.attention_bytes(work, BF16) == 2 * (2 * 30 * 4 * 2 + 2 * 30 * 8)
+    assert costs.attention_bytes(work, torch.float32) == 2 * costs.attention_bytes(work, BF16)
+    # one key head of the student, three of the teacher: 10 rows instead of 30
+    shared = attention(5, (4, 8), kv_heads=(1, 3))
+    assert costs.attention_bytes(shared, BF16) == 2 * ((30 + 10) * 4 * 2 + 2 * 30 * 8)
+
+
+def test_operations_of_score_mse() -> None:
+    # one block holds 16 tokens: two score matrices and two products, once, 2 x 3 heads
+    one = 2 * 16 * 16 * 6
+    assert costs.attention_score_mse(attention(16, (64, 64)), 1, BF16).flops == one * 4 * 64
+    # 128 tokens take two sweeps, and scores are made in both
+    two = 2 * 128 * 128 * 6
+    assert costs.attention_score_mse(attention(128, (64, 64)), 1, BF16).flops == two * 6 * 64
+    # causal: 128 * 129 / 2 of the scores
+    causal = costs.attention_score_mse(attention(128, (64, 64), causal=True), 1, BF16)
+    assert causal.flops == 2 * (128 * 129 // 2) * 6 * 6 * 64
+    # 256 tokens take Grams: X^T X and Y^T Y in three blocks, and [rows, 30] x [30, 10] twice
+    gram = costs.attention_score_mse(attention(256, (10, 20)), 1, BF16)
+    rows = 2 * 256 * 3
+    assert gram.flops == 2 * (2 * rows) * (100 + 200 + 400) + 2 * (2 * rows) * 30 * 10
+
+
+def test_costs_of_divergence() -> None:
+    cost = costs.attention_divergence(attention(8, (4, 6)), 2, BF16)
+    one_score, one_product = 2 * 8 * 8 * 6 * (4 + 6), 2 * 8 * 8 * 6 * 4
+    assert cost.flops == 2 * (3 * one_score + 2 * one_product)
+    assert cost.bytes == 2 * costs.attention_bytes(attention(8, (4, 6)), BF16)
+
+
+def test_costs_of_hidden_states() -> None:
+    work = HiddenWorkload("small", 2, 0, 5, (3, 7))
+    # 10 rows read on both sides, the student's gradient written; weight and bias read and written
+    assert costs.hidden(work, 1, BF16) == (2 * (10 * (3 + 3 + 7) + 2 * (21 + 7)), 3 * 2 * 10 * 21)
+    # the weight is shared
+    assert costs.hidden(work, 4, BF16) == (2 * (40 * 13 + 2 * 28), 4 * 3 * 2 * 10 * 21)
+    same = HiddenWorkload("same", 2, 0, 5, (7, 7))
+    assert costs.hidden(same, 1, BF16) == (2 * 10 * 21, 0)
+
+
+def test_costs_of_logits() -> None:
+    work = LogitsWorkload("small", 1, 1, 5, (3, 7), 11)
+    moved = 5 * (3 + 3 + 7) + 11 * (3 + 3 + 7)
+    products = 5 * 11 * 3 + 5 * 11 * 7 + 2 * 5 * 11 * 3
+    assert costs.logits_divergence(work, 1, BF16) == (2 * moved, 2 * products)
+
+
+def test_floor_is_the_larger_of_two_times() -> None:
+    chip = floor.Chip("toy", ("cuda", 80), bandwidth=100.0, rate=1000.0, source="none")
+    assert floor.floor_seconds(costs.Cost(200, 1000), chip) == (2.0, "memory")
+    assert floor.floor_seconds(costs.Cost(200, 4000), chip) == (4.0, "products")
+
+
+def test_every_chip_has_a_compiled_target() -> None:
+    assert {chip.target for chip in floor.CHIPS} == set(TARGETS)
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[str, Any]:
+    found = json.loads((floor.RESULTS / "floor.json").read_text(encoding="utf-8"))
+    assert set(found) == {"floors", "machine_code"}
+    return dict(found)
+
+
+AGAIN = "out of date: run `python -m benchmarks.floor --write`"
+
+
+def test_committed_floors_are_those_of_the_code(committed: dict[str, Any]) -> None:
+    assert set(costs.COSTS) == set(OPS)
+    assert committed["floors"] == floor.floors(), AGAIN
+
+
+def test_committed_machine_code_is_of_the_launches(committed: dict[str, Any]) -> None:
+    """Same kernels, constants, warps and stages; the kernels' source is not compared."""
+    labels = [one.label() for one in wanted(OPS, everything=True)]
+    assert [
+        {name: row[name] for name in labels[0]} for row in committed["machine_code"]
+    ] == labels, AGAIN
+
+
+def test_committed_page_is_that_of_the_numbers(committed: dict[str, Any]) -> None:
+    page = (floor.RESULTS / "floor.md").read_text(encoding="utf-8")
+    assert page == floor.markdown(committed), AGAIN
+
+
+def test_every_committed_kernel_fits_its_chip(committed: dict[str, Any]) -> None:
+    """What CI does not compile anew: every workload in both dtypes on every target."""
+    from fastkd_kernels.launch import SHARED_MEMORY
+
+    seen = set()
+    for row in committed["machine_code"]:
+        seen.add((*row["target"], row["dtype"]))
+        assert row["spills"] == 0, row
+        assert row["registers"] > 0, row
+        assert row["shared"] <= SHARED_MEMORY[tuple(row["target"])], row
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    assert seen == {(*target, name) for target in TARGETS for name in names}
+
+
+def test_jobs_are_told_apart() -> None:
+    """A workload's kernels have names of their own, and CI's workloads exist."""
+    every = [
+        (one.op, one.workload, one.dtype, one.target, one.job.name)
+        for one in wanted(OPS, everything=True)
+    ]
+    assert len(every) == len(set(every))
+    for op, module in OPS.items():
+        names = {work.name for work in module.WORKLOADS}
+        assert module.QUICK, op
+        assert set(module.QUICK) <= names, op
+
+
+def test_workloads_are_those_asked_for() -> None:
+    bert = workloads.ATTENTION["bert-base-to-tinybert-4-512"]
+    assert (bert.device_batch, bert.heads, bert.dims) == (16, 12, (26, 64))
+    assert workloads.ATTENTION["bert-base-to-tinybert-4-128"].device_batch == 64
+    for tokens in (2048, 8192):
+        llama = workloads.ATTENTION[f"llama-like-{tokens}"]
+        assert (llama.device_batch, llama.heads, llama.kv_heads[0], llama.causal) == (
+            1,
+            32,
+            8,
+            True,
+        )
+    logits = workloads.LOGITS.values()
+    assert {work.vocabulary for work in logits} == {8192, 32000, 128256}
+    assert {work.tokens for work in logits} == {256, 1024, 2048, 8192}
+    for named in (workloads.ATTENTION, workloads.HIDDEN, workloads.LOGITS):
+        assert all(work.batch for work in workloads.on_cpu(named.values()))
+        assert all(name == work.name for name, work in named.items())
+        for work in workloads.on_device(named.values()):
+            assert work.batch == named[work.name].device_batch > 0

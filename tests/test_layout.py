@@ -29,7 +29,7 @@ PACKAGES: tuple[set[str], ...] = (
     {"torch", "numpy", "transformers", "datasets", "safetensors", "rich", "sklearn"},
     {"torch", "transformers", "safetensors", "deepspeed"},
     {"torch", "transformers"},
-    {"torch", "matplotlib", "psutil", "optuna"},
+    {"torch", "numpy", "pydantic", "rich", "scipy", "matplotlib", "psutil", "optuna"},
     {"typer", "transformers"},
 )
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}

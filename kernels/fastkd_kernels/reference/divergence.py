@@ -91,7 +91,7 @@ def relation_divergence(
     causal: bool = False,
     window: int | None = None,
 ) -> Tensor:
-    """Divergence of self-attention relations (arXiv 2012.15828, eq. 5-7), one value a pair."""
+    """Divergence of self-attention relations (arXiv 2012.15828, section 3.1), one value a pair."""
     return attention_divergence(
         [relation_state(state, relation, relation_heads) for state in student],
         [relation_state(state, relation, relation_heads) for state in teacher],
@@ -112,8 +112,6 @@ def relation_state(state: AttentionState, relation: str, heads: int) -> Attentio
         raise ValueError(f"relation={relation!r} needs a state with values")
     if relation == "qk":
         right = right.repeat_interleave(left.shape[1] // right.shape[1], dim=1)
-    left, right = (
-        torch.cat(list(part.unbind(1)), dim=-1).unflatten(-1, (heads, -1)).transpose(1, 2)
-        for part in (left, right)
-    )
+    joined = (torch.cat(list(part.unbind(1)), dim=-1) for part in (left, right))
+    left, right = (torch.stack(part.chunk(heads, dim=-1), dim=1) for part in joined)
     return AttentionState(left, right, None, left.shape[-1] ** -0.5)

@@ -1,0 +1,167 @@
+"""Divergences of attention probabilities in linear memory: KL, reverse KL, JS, MSE, cosine, CE.
+
+Rows are reduced while they stream past, as in flash attention (arXiv 2205.14135), so no map of
+`[tokens, tokens]` is ever stored. The CPU makes loss and gradients in one sweep; Triton keeps a few
+floats a row and forms the tiles again in the backward. The road not taken: keeping the gradients of
+the forward on the GPU too, which would cost more memory traffic than the products.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from .attention_divergence_launch import MAX_HEAD_DIM
+from .attention_divergence_ops import one_sweep, stream
+from .checks import check_choice, check_mask, check_states, resolve_backend
+from .head_groups import accumulator
+from .types import AttentionState, Backend, DivergenceKind
+from .unit_gradient import by_shape, inverse
+
+
+def attention_divergence(
+    student: Sequence[AttentionState],
+    teacher: Sequence[AttentionState],
+    *,
+    kind: DivergenceKind = "kl",
+    temperature: float = 1.0,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Mean divergence of the attention probabilities of each layer pair.
+
+    `p_s` and `p_t` are `softmax(scale * query @ key^T / temperature)` over the keys that a query
+    row sees. "kl" is the attention transfer of MiniLM (arXiv 2002.10957, section 3.1). A row:
+
+    * "kl": `sum p_t (log p_t - log p_s)`; "reverse_kl": `sum p_s (log p_s - log p_t)`
+    * "js": half of both KL divergences from the even mixture of `p_s` and `p_t`
+    * "mse": `sum (p_s - p_t)^2`; "cosine": `1 - cos(p_s, p_t)`
+    * "cross_entropy": `-sum p_t log p_s`
+
+    There is no factor of `temperature ** 2`; multiply the loss by it where gradients should not
+    shrink with the temperature.
+
+    Args:
+        student, teacher: One `AttentionState` a pair, on one device. Queries are
+            `[batch, heads, tokens, head_dim]` and keys `[batch, kv_heads, tokens, head_dim]` in
+            bf16, fp16, fp32 or fp64, with any strides. Head counts of a pair agree; head sizes,
+            key heads and dtypes may differ. Values are not read.
+        kind: The divergence.
+        temperature: Divides the scores of both sides.
+        key_mask: Bool `[batch, tokens]`, True at keys that rows can see; None is all of them.
+        query_mask: Bool `[batch, tokens]`, True at query rows that count; None is all of them, also
+            where `key_mask` is given.
+        causal: Rows see keys at or before themselves only.
+        window: Rows see keys with `|query - key| < window` only, together with `causal` where both
+            are given. This is the `sliding_window` that transformers hands to attention functions:
+            with `causal` the keys above `query - window`, and for ModernBERT half of
+            `local_attention`, plus one. None is no window.
+        backend: "auto" runs Triton on CUDA and PyTorch on the CPU.
+
+    Returns:
+        `[pairs]` in fp32 (fp64 where a student is fp64): the mean over batch, heads and the counted
+        rows that see at least one key. Gradients reach the student's queries and keys only. Without
+        any such row the loss and its gradients are 0.
+
+    Raises:
+        ValueError: shapes, devices, modes that do not fit, or a teacher that requires grad.
+        TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
+    """
+    check_states(student, teacher)
+    batch, _, tokens, _ = student[0].query.shape
+    device = student[0].query.device
+    check_choice("kind", kind, get_args(DivergenceKind))
+    _check_temperature(temperature)
+    _check_window(window)
+    check_mask("key_mask", key_mask, batch, tokens, device)
+    check_mask("query_mask", query_mask, batch, tokens, device)
+    chosen = resolve_backend(backend, device)
+    reach = min(window or 0, tokens)
+    rows = counted_rows(key_mask, query_mask, causal, reach)
+
+    def loss_of(members: list[int]) -> Tensor:
+        own, target = [student[i] for i in members], [teacher[i] for i in members]
+        query, other = own[0].query, target[0].query
+        if chosen == "triton":
+            _check_head_size(max(query.shape[-1], other.shape[-1]))
+        every = batch * query.shape[1]
+        count = every * tokens if rows is None else query.shape[1] * rows.sum()
+        need_grad = torch.is_grad_enabled() and any(
+            state.query.requires_grad or state.key.requires_grad for state in own
+        )
+        op = one_sweep if chosen == "torch" else stream
+        made = op(
+            [state.query for state in own],
+            [state.key for state in own],
+            [state.query for state in target],
+            [state.key for state in target],
+            [state.scale / temperature for state in own],
+            [state.scale / temperature for state in target],
+            key_mask,
+            rows,
+            inverse(count, accumulator(query, other), device),
+            kind,
+            causal,
+            reach,
+            need_grad,
+        )
+        losses: Tensor = made[0]
+        return losses
+
+    keys = [_shape_key(*pair) for pair in zip(student, teacher, strict=True)]
+    loss = by_shape(keys, loss_of)
+    return loss if student[0].query.dtype == torch.float64 else loss.float()
+
+
+def counted_rows(
+    key_mask: Tensor | None, query_mask: Tensor | None, causal: bool, window: int
+) -> Tensor | None:
+    """Query rows that count and see a key, bool `[batch, tokens]`; None is every row."""
+    if key_mask is None:
+        # every row sees itself
+        return query_mask
+    tokens = key_mask.shape[1]
+    position = torch.arange(tokens, device=key_mask.device)
+    before = torch.nn.functional.pad(key_mask.long().cumsum(1), (1, 0))
+    reach = window or tokens
+    first = (position - reach + 1).clamp(min=0)
+    end = position + 1 if causal else (position + reach).clamp(max=tokens)
+    rows = before[:, end] > before[:, first]
+    return rows if query_mask is None else rows & query_mask
+
+
+def _shape_key(own: AttentionState, target: AttentionState) -> tuple[object, ...]:
+    tensors = (own.query, own.key, target.query, target.key)
+    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a float, got {type(temperature).__name__}")
+    if not (math.isfinite(temperature) and temperature > 0.0):
+        raise ValueError(f"temperature is {temperature}; expected a finite number above 0")
+
+
+def _check_window(window: int | None) -> None:
+    if window is None:
+        return
+    if not isinstance(window, int) or isinstance(window, bool):
+        raise TypeError(
+            f"window must be a number of tokens or None, got {type(window).__name__}; "
+            "rows see the keys with |query - key| < window"
+        )
+    if window < 1:
+        raise ValueError(f"window is {window}; expected 1 or more, or None for no window")
+
+
+def _check_head_size(widest: int) -> None:
+    if widest > MAX_HEAD_DIM:
+        raise ValueError(
+            f"head size {widest} is too wide for the Triton kernels, which take up to "
+            f"{MAX_HEAD_DIM}; use backend='torch', or relation_divergence with more heads"
+        )

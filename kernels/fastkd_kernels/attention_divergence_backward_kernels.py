@@ -1,0 +1,277 @@
+# mypy: ignore-errors
+"""Triton kernels of the backward of attention divergences: every tile once more, from `stats`.
+
+Arguments are those of `attention_divergence_kernels.py`. `upstream` `[pairs]` is the gradient of
+each pair's sum over rows.
+"""
+
+import triton
+import triton.language as tl
+
+from .attention_divergence_formulas import row_slopes
+from .attention_divergence_tiles import (
+    both_tiles,
+    keys_seen,
+    load_stats,
+    queries_seeing,
+    rows_at,
+    visible,
+)
+from .attention_score_mse_kernels import head_base, load_rows, valid_rows
+
+
+@triton.jit
+def query_slopes(
+    table,
+    scales,
+    valid,
+    stats,
+    upstream,
+    gradient,
+    batch,
+    heads,
+    kv_heads,
+    target_kv_heads,
+    tokens,
+    dim,
+    target_dim,
+    window,
+    TYPE: tl.constexpr,
+    TARGET_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    KIND: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK_QUERY: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_TARGET_DIM: tl.constexpr,
+    SCORE_PRECISION: tl.constexpr,
+    GRAD_PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TARGET_ALIGN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):
+    """One program: one block of query rows of one head, against all keys that it sees.
+
+    Writes `gradient` `[pairs, batch, heads, tokens, dim]`.
+    """
+    pair = tl.program_id(1).to(tl.int64)
+    query_blocks = tl.cdiv(tokens, BLOCK_QUERY)
+    block = tl.program_id(0) % query_blocks
+    item = (tl.program_id(0) // query_blocks // heads).to(tl.int64)
+    head = (tl.program_id(0) // query_blocks % heads).to(tl.int64)
+    row = table + pair * 16
+    scale = tl.load(scales + pair * 2)
+    target_scale = tl.load(scales + pair * 2 + 1)
+    sizes = ((dim, scale), (target_dim, target_scale))
+    o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
+    m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
+    query_at = (o_query, m_query)
+    query_base, query_stride = head_base(row, 0, item, head, TYPE)
+    key_base, key_stride = head_base(row, 1, item, head // (heads // kv_heads), TYPE)
+    other_base, other_stride = head_base(row, 2, item, head, TARGET_TYPE)
+    target_base, target_stride = head_base(
+        row, 3, item, head // (heads // target_kv_heads), TARGET_TYPE
+    )
+    held_sides = ((query_base, query_stride), (other_base, other_stride))
+    moving_sides = ((key_base, key_stride), (target_base, target_stride))
+    held = (
+        rows_at(query_base, query_stride, query_at, dim, BLOCK_DIM, ALIGN, CHUNK),
+        rows_at(
+            other_base, other_stride, query_at, target_dim, BLOCK_TARGET_DIM, TARGET_ALIGN, CHUNK
+        ),
+    )
+    block_start = block * BLOCK_QUERY
+    first, end = keys_seen(
+        block_start,
+        block_start + BLOCK_QUERY - 1,
+        tokens,
+        window,
+        BLOCK_KEY,
+        CAUSAL,
+        WINDOWED,
+    )
+    own_total, target_total, constant = load_stats(
+        stats, pair, item, head, batch, heads, tokens, o_query, STATS
+    )
+    b_gradient = tl.zeros([BLOCK_QUERY, BLOCK_DIM], SUM_TYPE)
+    for start in range(first, end, BLOCK_KEY):
+        o_key = start + tl.arange(0, BLOCK_KEY)
+        m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
+        seen = visible(o_query[:, None], o_key[None, :], m_key[None, :], window, CAUSAL, WINDOWED)
+        own, target, b_key = both_tiles(
+            held,
+            held_sides,
+            moving_sides,
+            query_at,
+            (o_key, m_key),
+            sizes,
+            BLOCK_QUERY,
+            BLOCK_KEY,
+            BLOCK_DIM,
+            BLOCK_TARGET_DIM,
+            CHUNK,
+            SUM_TYPE,
+            ALIGN,
+            TARGET_ALIGN,
+            SCORE_PRECISION,
+        )
+        slopes = row_slopes(
+            own - own_total[:, None],
+            target - target_total[:, None],
+            constant[:, None],
+            seen,
+            KIND,
+        )
+        if CHUNK > 0:
+            b_key = load_rows(key_base, o_key, m_key, key_stride, dim, BLOCK_DIM, ALIGN)
+        # dQ_s = c_s (dL/dA) K_s
+        b_gradient += tl.dot(
+            slopes.to(GRAD_TYPE), b_key.to(GRAD_TYPE), input_precision=GRAD_PRECISION
+        )
+    factor = scale * tl.load(upstream + pair)
+    b_gradient = tl.where(m_query[:, None], b_gradient * factor, 0.0)
+    o_dim = tl.arange(0, BLOCK_DIM)
+    out = gradient + ((pair * batch + item) * heads + head) * tokens * dim
+    o_out = o_query[:, None].to(tl.int64) * dim + o_dim[None, :]
+    m_out = (o_query < tokens)[:, None] & (o_dim < dim)[None, :]
+    tl.store(out + o_out, b_gradient.to(TYPE), mask=m_out)
+
+
+@triton.jit
+def key_slopes(
+    table,
+    scales,
+    valid,
+    stats,
+    upstream,
+    gradient,
+    batch,
+    heads,
+    kv_heads,
+    target_kv_heads,
+    tokens,
+    dim,
+    target_dim,
+    window,
+    TYPE: tl.constexpr,
+    TARGET_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    KIND: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK_QUERY: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_TARGET_DIM: tl.constexpr,
+    SCORE_PRECISION: tl.constexpr,
+    GRAD_PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TARGET_ALIGN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):
+    """One program: one block of keys of one student key head, against all rows that see it.
+
+    Tiles are `[keys, queries]`. Writes `gradient` `[pairs, batch, kv_heads, tokens, dim]`, summed
+    over the query heads that share the key head.
+    """
+    pair = tl.program_id(1).to(tl.int64)
+    key_blocks = tl.cdiv(tokens, BLOCK_KEY)
+    block = tl.program_id(0) % key_blocks
+    item = (tl.program_id(0) // key_blocks // kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(0) // key_blocks % kv_heads).to(tl.int64)
+    row = table + pair * 16
+    scale = tl.load(scales + pair * 2)
+    target_scale = tl.load(scales + pair * 2 + 1)
+    sizes = ((dim, scale), (target_dim, target_scale))
+    o_key = block * BLOCK_KEY + tl.arange(0, BLOCK_KEY)
+    m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
+    key_at = (o_key, m_key)
+    key_base, key_stride = head_base(row, 1, item, kv_head, TYPE)
+    b_key = rows_at(key_base, key_stride, key_at, dim, BLOCK_DIM, ALIGN, CHUNK)
+    block_start = block * BLOCK_KEY
+    first, end = queries_seeing(
+        block_start,
+        block_start + BLOCK_KEY - 1,
+        tokens,
+        window,
+        BLOCK_QUERY,
+        CAUSAL,
+        WINDOWED,
+    )
+    repeat = heads // kv_heads
+    target_repeat = heads // target_kv_heads
+    b_gradient = tl.zeros([BLOCK_KEY, BLOCK_DIM], SUM_TYPE)
+    for turn in range(0, repeat):
+        head = kv_head * repeat + turn
+        target_base, target_stride = head_base(row, 3, item, head // target_repeat, TARGET_TYPE)
+        query_base, query_stride = head_base(row, 0, item, head, TYPE)
+        other_base, other_stride = head_base(row, 2, item, head, TARGET_TYPE)
+        held_sides = ((key_base, key_stride), (target_base, target_stride))
+        moving_sides = ((query_base, query_stride), (other_base, other_stride))
+        held = (
+            b_key,
+            rows_at(
+                target_base,
+                target_stride,
+                key_at,
+                target_dim,
+                BLOCK_TARGET_DIM,
+                TARGET_ALIGN,
+                CHUNK,
+            ),
+        )
+        for start in range(first, end, BLOCK_QUERY):
+            o_query = start + tl.arange(0, BLOCK_QUERY)
+            m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
+            seen = visible(
+                o_query[None, :], o_key[:, None], m_key[:, None], window, CAUSAL, WINDOWED
+            )
+            own, target, b_query = both_tiles(
+                held,
+                held_sides,
+                moving_sides,
+                key_at,
+                (o_query, m_query),
+                sizes,
+                BLOCK_KEY,
+                BLOCK_QUERY,
+                BLOCK_DIM,
+                BLOCK_TARGET_DIM,
+                CHUNK,
+                SUM_TYPE,
+                ALIGN,
+                TARGET_ALIGN,
+                SCORE_PRECISION,
+            )
+            own_total, target_total, constant = load_stats(
+                stats, pair, item, head, batch, heads, tokens, o_query, STATS
+            )
+            slopes = row_slopes(
+                own - own_total[None, :],
+                target - target_total[None, :],
+                constant[None, :],
+                seen,
+                KIND,
+            )
+            if CHUNK > 0:
+                b_query = load_rows(
+                    query_base, o_query, m_query, query_stride, dim, BLOCK_DIM, ALIGN
+                )
+            # dK_s = c_s (dL/dA)^T Q_s; rows that are not counted have queries of 0
+            b_gradient += tl.dot(
+                slopes.to(GRAD_TYPE), b_query.to(GRAD_TYPE), input_precision=GRAD_PRECISION
+            )
+    factor = scale * tl.load(upstream + pair)
+    o_dim = tl.arange(0, BLOCK_DIM)
+    out = gradient + ((pair * batch + item) * kv_heads + kv_head) * tokens * dim
+    o_out = o_key[:, None].to(tl.int64) * dim + o_dim[None, :]
+    m_out = (o_key < tokens)[:, None] & (o_dim < dim)[None, :]
+    tl.store(out + o_out, (b_gradient * factor).to(TYPE), mask=m_out)

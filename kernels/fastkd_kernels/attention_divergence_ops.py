@@ -1,0 +1,221 @@
+"""The registered ops of attention_divergence: schemas, fake functions and autograd.
+
+"one_sweep" (PyTorch) makes unit gradients in the forward; "stream" (Triton) keeps two or three
+floats a query row, and a backward of its own makes the tiles once more. Both take lists over layer
+pairs of one shape. `window` 0 is none.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import attention_divergence_torch as on_torch
+from .attention_divergence_launch import row_stats
+from .head_groups import Pair
+from .unit_gradient import scaled, value_of
+
+
+def _pairs(*columns: Sequence[Any]) -> list[Pair]:
+    return [Pair(*row) for row in zip(*columns, strict=True)]
+
+
+def _gradients(made: tuple[Tensor, Tensor] | None, pairs: int, others: int) -> tuple[Any, ...]:
+    """Gradients in the order of an op's inputs: the student's two lists, then none."""
+    nothing = [None] * pairs
+    student = (nothing, nothing) if made is None else tuple(list(part.unbind()) for part in made)
+    return (*student, nothing, nothing, *(None,) * others)
+
+
+@torch.library.custom_op("fastkd_kernels::attention_divergence_one_sweep", mutates_args=())
+def one_sweep(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    target_query: Sequence[Tensor],
+    target_key: Sequence[Tensor],
+    scale: Sequence[float],
+    target_scale: Sequence[float],
+    key_mask: Tensor | None,
+    rows: Tensor | None,
+    inverse_count: Tensor,
+    kind: str,
+    causal: bool,
+    window: int,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses `[pairs]` and stacked unit gradients of the student's queries and keys."""
+    pairs = _pairs(query, key, target_query, target_key, scale, target_scale)
+    sums, query_unit, key_unit = on_torch.one_sweep(
+        pairs, key_mask, rows, kind, causal, window, need_grad
+    )
+    return value_of(sums, inverse_count), query_unit, key_unit
+
+
+@one_sweep.register_fake
+def _one_sweep_fake(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    target_query: Sequence[Tensor],
+    target_key: Sequence[Tensor],
+    scale: Sequence[float],
+    target_scale: Sequence[float],
+    key_mask: Tensor | None,
+    rows: Tensor | None,
+    inverse_count: Tensor,
+    kind: str,
+    causal: bool,
+    window: int,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = len(query)
+    return (
+        inverse_count.new_empty(pairs),
+        inverse_count.new_empty((pairs, *query[0].shape) if need_grad else (0,)),
+        inverse_count.new_empty((pairs, *key[0].shape) if need_grad else (0,)),
+    )
+
+
+def _one_sweep_save(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    ctx.dtype, ctx.pairs = inputs[0][0].dtype, len(inputs[0])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:], inputs[8])
+
+
+def _one_sweep_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if upstream is None:
+        return _gradients(None, ctx.pairs, 9)
+    query_unit, key_unit, inverse_count = ctx.saved_tensors
+    factor = inverse_count * upstream
+    made = (scaled(query_unit, factor, ctx.dtype), scaled(key_unit, factor, ctx.dtype))
+    return _gradients(made, ctx.pairs, 9)
+
+
+one_sweep.register_autograd(_one_sweep_gradient, setup_context=_one_sweep_save)
+
+
+@torch.library.custom_op("fastkd_kernels::attention_divergence_stream", mutates_args=())
+def stream(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    target_query: Sequence[Tensor],
+    target_key: Sequence[Tensor],
+    scale: Sequence[float],
+    target_scale: Sequence[float],
+    key_mask: Tensor | None,
+    rows: Tensor | None,
+    inverse_count: Tensor,
+    kind: str,
+    causal: bool,
+    window: int,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Losses `[pairs]` and what the backward keeps of each query row."""
+    from . import attention_divergence_triton as on_triton
+
+    pairs = _pairs(query, key, target_query, target_key, scale, target_scale)
+    sums, stats = on_triton.stream(pairs, key_mask, rows, kind, causal, window, need_grad)
+    return value_of(sums, inverse_count), stats
+
+
+@stream.register_fake
+def _stream_fake(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    target_query: Sequence[Tensor],
+    target_key: Sequence[Tensor],
+    scale: Sequence[float],
+    target_scale: Sequence[float],
+    key_mask: Tensor | None,
+    rows: Tensor | None,
+    inverse_count: Tensor,
+    kind: str,
+    causal: bool,
+    window: int,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (len(query), row_stats(kind), *query[0].shape[:3])
+    return (
+        inverse_count.new_empty(len(query)),
+        inverse_count.new_empty(shape if need_grad else (0,)),
+    )
+
+
+@torch.library.custom_op("fastkd_kernels::attention_divergence_stream_backward", mutates_args=())
+def _stream_backward(
+    factor: Tensor,
+    stats: Tensor,
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    target_query: Sequence[Tensor],
+    target_key: Sequence[Tensor],
+    scale: Sequence[float],
+    target_scale: Sequence[float],
+    key_mask: Tensor | None,
+    rows: Tensor | None,
+    kind: str,
+    causal: bool,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """Stacked gradients of the student's queries and keys for `factor` `[pairs]`."""
+    from . import attention_divergence_triton as on_triton
+
+    pairs = _pairs(query, key, target_query, target_key, scale, target_scale)
+    return on_triton.stream_backward(factor, stats, pairs, key_mask, rows, kind, causal, window)
+
+
+@_stream_backward.register_fake
+def _stream_backward_fake(
+    factor: Tensor,
+    stats: Tensor,
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    target_query: Sequence[Tensor],
+    target_key: Sequence[Tensor],
+    scale: Sequence[float],
+    target_scale: Sequence[float],
+    key_mask: Tensor | None,
+    rows: Tensor | None,
+    kind: str,
+    causal: bool,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    pairs = len(query)
+    return (
+        query[0].new_empty((pairs, *query[0].shape)),
+        key[0].new_empty((pairs, *key[0].shape)),
+    )
+
+
+def _stream_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, target_query, target_key, ctx.scale, ctx.target_scale = inputs[:6]
+    key_mask, rows, inverse_count, ctx.kind, ctx.causal, ctx.window, _ = inputs[6:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        output[1], inverse_count, key_mask, rows, *query, *key, *target_query, *target_key
+    )
+
+
+def _stream_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    pairs = len(ctx.scale)
+    if upstream is None:
+        return _gradients(None, pairs, 9)
+    stats, inverse_count, key_mask, rows, *tensors = ctx.saved_tensors
+    made = _stream_backward(
+        inverse_count * upstream,
+        stats,
+        *(tensors[start : start + pairs] for start in range(0, 4 * pairs, pairs)),
+        ctx.scale,
+        ctx.target_scale,
+        key_mask,
+        rows,
+        ctx.kind,
+        ctx.causal,
+        ctx.window,
+    )
+    return _gradients(made, pairs, 9)
+
+
+stream.register_autograd(_stream_gradient, setup_context=_stream_save)

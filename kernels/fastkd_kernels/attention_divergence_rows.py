@@ -1,0 +1,94 @@
+"""Divergences of two softmax rows from their scores, and the slopes, in plain PyTorch.
+
+With `p` and `t` the student's and the teacher's probabilities of one row, every slope is
+`dL/da_j = p_j (g_j - sum_k p_k g_k)` with `g = dL/dp`. Where student and teacher are close, values
+are sums of differences, never differences of sums.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Rows = tuple[Tensor, Tensor]
+
+
+def row_divergence(scores: Tensor, target: Tensor, kind: str) -> Rows:
+    """Values `[..., rows]` and `dL/dscores` `[..., rows, keys]`.
+
+    Both score tensors are overwritten. A hidden key has the same, very low score in both.
+    """
+    return _FORMULAS[kind](scores, target)
+
+
+def _logs(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`p`, `t` in place of the scores, and `x = log p - log t`."""
+    log_p, log_t = scores.log_softmax(-1), target.log_softmax(-1)
+    torch.exp(log_p, out=scores)
+    torch.exp(log_t, out=target)
+    return scores, target, log_p.sub_(log_t)
+
+
+def _kl(scores: Tensor, target: Tensor) -> Rows:
+    p, t, x = _logs(scores, target)
+    slope = p.sub_(t)
+    # sum t (log t - log p) + sum (p - t): the second is 0 but for the roundings of the first
+    return slope.sum(-1) - x.mul_(t).sum(-1), slope
+
+
+def _reverse_kl(scores: Tensor, target: Tensor) -> Rows:
+    p, t, x = _logs(scores, target)
+    excess = t.sub_(p).sum(-1)
+    slope = x.mul_(p)
+    mean = slope.sum(-1)
+    # sum p (log p - log t) + sum (t - p), as in `_kl`
+    return mean + excess, slope.addcmul_(p, mean[..., None], value=-1)
+
+
+def _js(scores: Tensor, target: Tensor) -> Rows:
+    p, t, x = _logs(scores, target)
+    # log of the larger probability over the mixture, 1 + tanh(|x| / 2)
+    larger = x.abs().mul_(0.5).tanh_().log1p_()
+    log_p = larger.add_(x.clamp(max=0))
+    log_t = torch.sub(log_p, x, out=x)
+    slope = log_p.mul_(p)
+    mean = slope.sum(-1)
+    value = (mean + log_t.mul_(t).sum(-1)) / 2
+    return value, slope.addcmul_(p, mean[..., None], value=-1).mul_(0.5)
+
+
+def _mse(scores: Tensor, target: Tensor) -> Rows:
+    p, t = scores.softmax(-1), target.softmax(-1)
+    difference = torch.sub(p, t, out=scores)
+    value = torch.mul(difference, difference, out=t).sum(-1)
+    slope = difference.mul_(p)
+    mean = torch.sum(slope, -1, keepdim=True)
+    return value, slope.addcmul_(p, mean, value=-1).mul_(2.0)
+
+
+def _cross_entropy(scores: Tensor, target: Tensor) -> Rows:
+    log_p, t = scores.log_softmax(-1), target.softmax(-1)
+    slope = torch.exp(log_p, out=scores).sub_(t)
+    return -log_p.mul_(t).sum(-1), slope
+
+
+def _cosine(scores: Tensor, target: Tensor) -> Rows:
+    # the softmax's own divisor drops out of p / |p|
+    p, t = (
+        torch.nn.functional.normalize(side.softmax(-1), dim=-1, eps=0.0)
+        for side in (scores, target)
+    )
+    difference = torch.sub(p, t, out=scores)
+    # 1 - cos = |p / |p| - t / |t||^2 / 2
+    value = torch.mul(difference, difference, out=t).sum(-1).mul_(0.5)
+    return value, difference.addcmul_(p, value[..., None], value=-1).mul_(p)
+
+
+_FORMULAS: dict[str, Callable[[Tensor, Tensor], Rows]] = {
+    "kl": _kl,
+    "reverse_kl": _reverse_kl,
+    "js": _js,
+    "mse": _mse,
+    "cross_entropy": _cross_entropy,
+    "cosine": _cosine,
+}

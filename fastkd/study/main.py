@@ -1,0 +1,136 @@
+"""A study from its file to its report."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastkd.console import Reporter
+from fastkd.errors import Interrupted, UserError
+from fastkd.run_folder import write_whole
+from fastkd.study.child import Children
+from fastkd.study.page import write_page
+from fastkd.study.plan import Plan
+from fastkd.study.plots import make_plots
+from fastkd.study.progress import Watcher
+from fastkd.study.runner import Runner, environments
+from fastkd.study.search import importances
+from fastkd.study.spec import load_study
+from fastkd.study.store import Record, Store
+from fastkd.study.tables import Results, make_tables
+
+PROGRAM = (sys.executable, "-m", "fastkd")
+"""The command that makes a run."""
+
+
+def run_study(
+    path: str | Path,
+    *,
+    workers: int = 1,
+    report_only: bool = False,
+    retry_failed: bool = False,
+    program: Sequence[str] = PROGRAM,
+    reporter: Reporter | None = None,
+) -> Path:
+    """Run or continue a study and write its report.
+
+    Several processes may run the same study at once, and each continues what another one left.
+
+    Args:
+        path: study file.
+        workers: runs at a time in this process; the GPUs are shared out among them.
+        report_only: run nothing, write the report of what is there.
+        retry_failed: also try again what failed before.
+        program: the `fastkd` command; a run is `*program distill RECIPE --resume`.
+        reporter: what the user sees.
+
+    Returns:
+        The report, an HTML file.
+
+    Raises:
+        UserError: a mistake in the study file, found before anything is run; another study's
+            storage; a shared step that failed; or runs that failed, after the report is written.
+        Interrupted: after SIGINT or SIGTERM; the next call continues.
+    """
+    if workers < 1:
+        raise UserError(f"--workers is {workers}, expected at least 1")
+    reporter = reporter or Reporter()
+    plan = Plan(load_study(path), Path(path))
+    if report_only and not (plan.output / "study.db").is_file():
+        raise UserError(f"{plan.output} holds no study yet; run it without --report-only")
+    store = _open(plan)
+    if not report_only:
+        _work(plan, store, workers, retry_failed, program, reporter)
+    records = store.records()
+    page = _report(plan, store, records, reporter)
+    _complain_of_failures(plan, records)
+    return page
+
+
+def _open(plan: Plan) -> Store:
+    try:
+        plan.output.mkdir(parents=True, exist_ok=True)
+        return Store(plan)
+    except OSError as error:
+        raise UserError(
+            f"output {plan.output} can't be used ({error.strerror}); give a folder that you may "
+            "write to"
+        ) from error
+
+
+def _work(
+    plan: Plan,
+    store: Store,
+    workers: int,
+    retry_failed: bool,
+    program: Sequence[str],
+    reporter: Reporter,
+) -> None:
+    write_whole(plan.output / "study.yaml", plan.path.read_text(encoding="utf-8"))
+    store.add_work(retry_failed=retry_failed)
+    done, total = store.counts()
+    what = "runs" if plan.spec.search is None else "runs and candidates"
+    reporter.say(f"{plan.spec.name}: {total} {what}, {done} of them done; in {plan.output}")
+    children = Children(program, environments(workers))
+    runner = Runner(plan, store, children, workers)
+    watcher = Watcher(store, runner.said, reporter)
+    try:
+        with watcher.watching():
+            runner.run(watcher.look)
+    except Interrupted as error:
+        done, total = store.counts()
+        raise Interrupted(f"{error} ({done} of {total} {what} are done)") from error
+
+
+def _report(plan: Plan, store: Store, records: Sequence[Record], reporter: Reporter) -> Path:
+    results = Results(plan, records)
+    shares = {} if store.search is None else importances(store.search)
+    tables = make_tables(results, shares)
+    page = write_page(plan, tables, make_plots(results, shares))
+    for table in tables:
+        # all conditions of a grid are for the report
+        if table.rows and not (table.name == "conditions" and store.search is None):
+            columns = [table.columns[index] for index in table.brief]
+            reporter.table(
+                table.title,
+                columns,
+                # intervals and tests are for the report
+                [
+                    [row[0], *(re.split(r" [\[(]", row[index])[0] for index in table.brief[1:])]
+                    for row in table.rows
+                ],
+            )
+    reporter.say(f"report: {os.path.relpath(page)}")
+    return page
+
+
+def _complain_of_failures(plan: Plan, records: Sequence[Record]) -> None:
+    failed = [record for record in records if record.state == "failed"]
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(records)} runs failed, the first is {failed[0].run.key}: "
+            f"{failed[0].message}; mend it and run again with --retry-failed"
+        )

@@ -1,0 +1,126 @@
+"""What a study leaves behind: CSV files, pictures, and a report in Markdown and in HTML."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from fastkd.report import STYLE, html_table
+from fastkd.run_folder import write_whole
+from fastkd.study.plan import Plan
+from fastkd.study.tables import Table
+
+
+def write_page(plan: Plan, tables: Iterable[Table], figures: Mapping[str, Figure]) -> Path:
+    """Write everything into the `report` folder of a study; return the HTML file.
+
+    The HTML file needs nothing beside it; the Markdown file shows the pictures beside it.
+    """
+    folder = plan.output / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = list(tables)
+    for table in tables:
+        write_whole(folder / f"{table.name}.csv", _csv(table))
+    pictures = {name: _png(figure) for name, figure in figures.items()}
+    for name, picture in pictures.items():
+        (folder / f"{name}.png").write_bytes(picture)
+    write_whole(folder / "report.md", _markdown(plan, tables, pictures))
+    page = folder / "report.html"
+    write_whole(page, _html(plan, tables, pictures))
+    return page
+
+
+def describe(plan: Plan) -> list[str]:
+    """What the study is, in lines for people."""
+    spec = plan.spec
+    tasks = [task for task in plan.tasks if task is not None]
+    lines = [
+        f"seeds: {', '.join(map(str, spec.seeds))}",
+        f"metric: {spec.metric.path} ({spec.metric.direction})",
+    ]
+    if tasks:
+        lines.insert(0, f"tasks: {', '.join(tasks)}")
+    for axis, levels in plan.axes.items():
+        lines.append(f"axis {axis}: {', '.join(map(str, levels))}")
+    if spec.search is None:
+        lines.append(f"grid: {spec.grid or 'full'}")
+        return lines
+    for name, space in spec.spaces.items():
+        values = (
+            ", ".join(map(str, space.values))
+            if space.values
+            else f"{space.low:g} to {space.high:g}" + (", logarithmic" if space.log else "")
+        )
+        lines.append(f"space {name}: {space.field}, {values}")
+    lines.append(f"search: {spec.search.sampler}, pruner {spec.search.pruner}")
+    return lines
+
+
+def _csv(table: Table) -> str:
+    columns = list(dict.fromkeys(key for row in table.numbers for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table.numbers)
+    return text.getvalue()
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _markdown(plan: Plan, tables: Iterable[Table], pictures: Mapping[str, bytes]) -> str:
+    lines = [f"# {plan.spec.name}", ""]
+    lines += [f"- {line}" for line in describe(plan)]
+    for table in tables:
+        lines += ["", f"## {table.title}", ""]
+        if table.rows:
+            ruler = [":--", *("--:" for _ in table.columns[1:])]
+            for cells in (table.columns, ruler, *table.rows):
+                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines += [line for note in table.notes for line in ("", note)]
+        if table.name in pictures:
+            lines += ["", f"![{table.title}]({table.name}.png)"]
+    for name in _left_over(tables, pictures):
+        lines += ["", f"![{name}]({name}.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def _html(plan: Plan, tables: Iterable[Table], pictures: Mapping[str, bytes]) -> str:
+    title = html.escape(plan.spec.name)
+    page = [
+        "<!doctype html><html lang='en'><meta charset='utf-8'>",
+        f"<title>{title}</title><style>{STYLE} img {{ max-width: 100% }}</style>",
+        f"<h1>{title}</h1><ul>",
+        *(f"<li>{html.escape(line)}</li>" for line in describe(plan)),
+        "</ul>",
+    ]
+    for table in tables:
+        page.append(f"<h2>{html.escape(table.title)}</h2>")
+        if table.rows:
+            page.append(html_table(table.columns, table.rows))
+        page += [f"<p>{html.escape(note)}</p>" for note in table.notes]
+        if table.name in pictures:
+            page.append(_image(table.title, pictures[table.name]))
+    page += [_image(name, pictures[name]) for name in _left_over(tables, pictures)]
+    source = html.escape(plan.path.read_text(encoding="utf-8"))
+    page.append(f"<h2>Study file</h2><pre>{source}</pre></html>")
+    return "\n".join(page)
+
+
+def _image(text: str, picture: bytes) -> str:
+    data = base64.b64encode(picture).decode()
+    return f"<p><img alt='{html.escape(text)}' src='data:image/png;base64,{data}'></p>"
+
+
+def _left_over(tables: Iterable[Table], pictures: Mapping[str, bytes]) -> list[str]:
+    names = {table.name for table in tables}
+    return [name for name in pictures if name not in names]

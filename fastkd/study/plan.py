@@ -1,0 +1,362 @@
+"""What a study runs: its conditions, the runs of each, and the recipe of every run."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastkd.errors import UserError
+from fastkd.recipe import Recipe, parse_recipe, read_tree, replace_value
+from fastkd.study.spec import OUTPUT, SEED, Command, Step, StudySpec
+
+NO_DISTILLATION = "no_distillation"
+BASELINE = "baseline"
+
+Level = str | int | float
+_PLACEHOLDER = re.compile(r"\{shared\.([^{}]*)\}")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is compared: a combination of levels, and the overrides that make it."""
+
+    name: str
+    levels: Mapping[str, Level]
+    """Level of each axis; none where a condition stands outside the axes."""
+    sources: tuple[tuple[str, Mapping[str, Any]], ...]
+    """Overrides by the axis that they come from."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One condition on one task with one seed."""
+
+    condition: Condition
+    task: str | None
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Name of the run, also its folder."""
+        task = "" if self.task is None else f"{self.task}/"
+        return f"{task}{self.condition.name}/seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one child process works."""
+
+    folder: Path
+
+    @property
+    def recipe(self) -> Path:
+        """What it is given."""
+        return self.folder / "recipe.yaml"
+
+    @property
+    def run(self) -> Path:
+        """The run folder that it writes."""
+        return self.folder / "run"
+
+    @property
+    def log(self) -> Path:
+        """What it says."""
+        return self.folder / "log.txt"
+
+
+@dataclass(frozen=True)
+class SharedRun:
+    """A shared step, on one task where it is done once a task."""
+
+    name: str
+    step: Step
+    task: str | None
+    place: Place
+    needs: tuple[Place, ...]
+    """What must be finished before it."""
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"shared.{self.name}" + ("" if self.task is None else f" ({self.task})")
+
+
+class Plan:
+    """A study file, worked out.
+
+    Args:
+        spec: the study.
+        path: its file; recipes are named from its folder.
+
+    Raises:
+        UserError: a recipe that can't be read, or any combination that is not a recipe.
+    """
+
+    def __init__(self, spec: StudySpec, path: Path) -> None:
+        self.spec = spec
+        self.path = path
+        self.output = Path(spec.output)
+        self.tasks: tuple[str | None, ...] = tuple(spec.tasks) or (None,)
+        self._base = self._tree(spec.recipe)
+        self.axes = self._axes()
+        self.baseline_levels = self._baseline_levels()
+        self.conditions = tuple(self._conditions())
+        self.baseline = self._baseline()
+        self.shared = tuple(self._shared())
+        self._check()
+
+    def runs(self, condition: Condition) -> list[Run]:
+        """The runs of a condition: every task with every seed."""
+        return [Run(condition, task, seed) for task in self.tasks for seed in self.spec.seeds]
+
+    def place(self, run: Run) -> Place:
+        """Where a run works."""
+        return Place(self.output / "runs" / run.key)
+
+    def candidate(self, name: str, params: Mapping[str, Level]) -> Condition:
+        """The condition of a search's trial."""
+        return Condition(name, dict(params), self._sources(params))
+
+    def recipe(self, run: Run) -> Recipe:
+        """The recipe of a run.
+
+        Raises:
+            UserError: naming the condition, if its overrides make no recipe.
+        """
+        return self._parse(self.spec.command, self._run_tree(run), self._place_name(run))
+
+    def shared_recipe(self, run: SharedRun) -> Recipe:
+        """The recipe of a shared step, likewise."""
+        sources = [("task", self._task(run.task)), ("overrides", run.step.overrides)]
+        where = f"{self.path}: {run.label}"
+        tree = self._apply(self._tree(run.step.recipe), sources, run.task, where)
+        replace_value(tree, OUTPUT, str(run.place.run))
+        return self._parse(run.step.command, tree, where)
+
+    def digest(self, run: Run) -> str:
+        """Digest of what the study file says about a run; where its folders lie is left out."""
+        said = [
+            self.spec.command,
+            self._base,
+            self.spec.overrides,
+            self._task(run.task),
+            run.condition.sources,
+            run.seed,
+        ]
+        return digest(said)
+
+    def _tree(self, recipe: str | dict[str, Any]) -> dict[str, Any]:
+        return read_tree(self.path.parent / recipe) if isinstance(recipe, str) else recipe
+
+    def _task(self, task: str | None) -> Mapping[str, Any]:
+        return {} if task is None else self.spec.tasks[task]
+
+    def _axes(self) -> dict[str, dict[Level, Mapping[str, Any]]]:
+        axes: dict[str, dict[Level, Mapping[str, Any]]] = {
+            name: {level: overrides for level, overrides in levels.items()}
+            for name, levels in self.spec.axes.items()
+        }
+        if self.spec.search is None:
+            for name, space in self.spec.spaces.items():
+                axes[name] = {shown(value): {space.field: value} for value in space.grid()}
+        return axes
+
+    def _baseline_levels(self) -> dict[str, Level]:
+        given = self.spec.baseline
+        levels: dict[str, Level] = {}
+        for axis, known in self.axes.items():
+            level = given.get(axis, next(iter(known)))
+            level = level if axis in self.spec.axes else shown(level)
+            if level not in known:
+                raise UserError(
+                    f"{self.path}: baseline.{axis}: no value {level!r}; expected one of "
+                    + ", ".join(map(str, known))
+                )
+            levels[axis] = level
+        return levels | {axis: level for axis, level in given.items() if axis not in levels}
+
+    def _conditions(self) -> Iterator[Condition]:
+        """The conditions known beforehand: a grid's, or what a search is compared with."""
+        if self.spec.no_distillation is not None:
+            sources = ((NO_DISTILLATION, self.spec.no_distillation),)
+            yield Condition(NO_DISTILLATION, {}, sources)
+        if self.spec.search is not None:
+            yield Condition(BASELINE, {}, self._sources(self.baseline_levels))
+            return
+        skipped = [{a: shown(v) for a, v in levels.items()} for levels in self.spec.skip]
+        for levels in self._combinations():
+            named = {axis: shown(level) for axis, level in levels.items()}
+            if any(skip.items() <= named.items() for skip in skipped):
+                continue
+            name = ",".join(f"{axis}={level}" for axis, level in levels.items())
+            yield Condition(name, levels, self._sources(levels))
+
+    def _baseline(self) -> Condition:
+        for condition in self.conditions:
+            if condition.name == BASELINE or dict(condition.levels) == self.baseline_levels:
+                return condition
+        raise UserError(
+            f"{self.path}: skip leaves out the baseline ({self.baseline_levels}); name another "
+            "baseline"
+        )
+
+    def combinations(self) -> list[dict[str, Level]]:
+        """Every combination of levels, the last axis fastest; with a search also of its spaces."""
+        levels: dict[str, Sequence[Level]] = {
+            axis: list(known) for axis, known in self.axes.items()
+        }
+        for name, space in self.spec.spaces.items():
+            levels.setdefault(name, space.grid())
+        return [
+            dict(zip(levels, combination, strict=True))
+            for combination in itertools.product(*levels.values())
+        ]
+
+    def _combinations(self) -> list[dict[str, Level]]:
+        if self.spec.grid in (None, "full"):
+            return self.combinations()
+        found = [self.baseline_levels]
+        for axis, known in self.axes.items():
+            levels = list(known)
+            chosen = levels if self.spec.grid == "one_axis_at_a_time" else [levels[0], levels[-1]]
+            found += [{**self.baseline_levels, axis: level} for level in chosen]
+        return list({tuple(levels.values()): levels for levels in found}.values())
+
+    def _sources(self, levels: Mapping[str, Level]) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+        def overrides(axis: str, level: Level) -> Mapping[str, Any]:
+            if axis in self.axes:
+                return self.axes[axis][level]
+            return {self.spec.spaces[axis].field: level}
+
+        return tuple((axis, overrides(axis, level)) for axis, level in levels.items())
+
+    def _shared(self) -> Iterator[SharedRun]:
+        for name, step in self.spec.shared.items():
+            if step.per_task and not self.spec.tasks:
+                raise UserError(f"{self.path}: shared.{name}: per_task, but the study has no tasks")
+            for task in self.tasks if step.per_task else (None,):
+                sets = [step.overrides, self._task(task)]
+                found = {n for values in sets for n in _PLACEHOLDER.findall(json.dumps(values))}
+                where = f"{self.path}: shared.{name}"
+                needs = tuple(self._shared_place(other, task, where, name) for other in found)
+                yield SharedRun(name, step, task, self._step_place(name, task), needs)
+
+    def _step_place(self, name: str, task: str | None) -> Place:
+        folder = self.output / "shared" / name
+        return Place(folder if task is None else folder / task)
+
+    def _shared_place(
+        self, name: str, task: str | None, where: str, before: str | None = None
+    ) -> Place:
+        names = list(self.spec.shared)
+        known = names if before is None else names[: names.index(before)]
+        if name not in known:
+            expected = f"one of {', '.join(known)}" if known else "none, for there are none before"
+            raise UserError(f"{where}: no shared step {name!r}; expected {expected}")
+        per_task = self.spec.shared[name].per_task
+        if per_task and task is None:
+            raise UserError(
+                f"{where}: {{shared.{name}}} is one a task; set per_task to true here as well"
+            )
+        return self._step_place(name, task if per_task else None)
+
+    def _place_name(self, run: Run) -> str:
+        return f"{self.path}: {run.key}"
+
+    def _run_tree(self, run: Run) -> dict[str, Any]:
+        sources = [("overrides", self.spec.overrides), ("task", self._task(run.task))]
+        sources += run.condition.sources
+        _check_apart(sources[1:], self._place_name(run))
+        tree = self._apply(self._base, sources, run.task, self._place_name(run))
+        replace_value(tree, SEED, run.seed)
+        replace_value(tree, OUTPUT, str(self.place(run).run))
+        return tree
+
+    def _apply(
+        self,
+        base: dict[str, Any],
+        sources: Sequence[tuple[str, Mapping[str, Any]]],
+        task: str | None,
+        where: str,
+    ) -> dict[str, Any]:
+        tree = copy.deepcopy(base)
+        for source, overrides in sources:
+            for key, value in overrides.items():
+                try:
+                    replace_value(tree, key, self._fill(value, task, f"{where}: {source}"))
+                except UserError as error:
+                    if str(error).startswith(where):
+                        raise
+                    raise UserError(f"{where}: {source}: {error}") from error
+        return tree
+
+    def _fill(self, value: Any, task: str | None, where: str) -> Any:
+        """Put the folders of shared steps into a value."""
+        if isinstance(value, dict):
+            return {key: self._fill(inner, task, where) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self._fill(inner, task, where) for inner in value]
+        if not isinstance(value, str):
+            return value
+        return _PLACEHOLDER.sub(
+            lambda match: str(self._shared_place(match[1], task, where).run), value
+        )
+
+    def _parse(self, command: Command, tree: Mapping[str, Any], where: str) -> Recipe:
+        return parse_recipe(tree, where)
+
+    def _check(self) -> None:
+        """See that everything the study may run is a recipe, before anything is run."""
+        keys: set[str] = set()
+        for shared in self.shared:
+            self.shared_recipe(shared)
+        for condition in [*self.conditions, *self._corners()]:
+            for task in self.tasks:
+                # seeds differ in nothing that could be wrong
+                run = Run(condition, task, self.spec.seeds[0])
+                self.recipe(run)
+                if run.key in keys:
+                    raise UserError(f"{self.path}: two conditions share the name {condition.name}")
+                keys.add(run.key)
+
+    def _corners(self) -> Iterator[Condition]:
+        """Every level of a search's axes and both ends of its spaces, the rest at the baseline."""
+        if self.spec.search is None:
+            return
+        ends: dict[str, list[Level]] = {axis: list(levels) for axis, levels in self.axes.items()}
+        for name, space in self.spec.spaces.items():
+            if name not in ends:
+                bounds = (space.low or 0.0, space.high or 0.0)
+                whole: list[Level] = [round(b) if space.integer else b for b in bounds]
+                ends[name] = list(space.values) if space.values else whole
+        for axis, levels in ends.items():
+            for level in levels:
+                yield self.candidate(f"{axis}={level}", {**self.baseline_levels, axis: level})
+
+
+def digest(said: object) -> str:
+    """sha256 of a value made of JSON's types and tuples."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def shown(value: Level) -> str:
+    """A level as its name."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _check_apart(sources: Sequence[tuple[str, Mapping[str, Any]]], where: str) -> None:
+    """Refuse two sources that set the same key, or one inside a section that the other sets."""
+    for (one, left), (two, right) in itertools.combinations(sources, 2):
+        for a, b in itertools.product(left, right):
+            if f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}."):
+                raise UserError(
+                    f"{where}: {one} sets {a} and {two} sets {b}; let only one of them do it, or "
+                    "leave the combination out with skip"
+                )

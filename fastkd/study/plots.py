@@ -1,0 +1,234 @@
+"""The pictures of a study: an axis with its errors, two axes as a map, a search's candidates."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from fastkd.study.compare import Score, mean_over_seeds, seed_means
+from fastkd.study.tables import Results
+
+_POINT, _DOTS, _REFERENCE = "#1f5fa8", "#9db8d6", "#b3403a"
+
+
+def make_plots(
+    results: Results, importances: Mapping[str, Mapping[str, float]]
+) -> dict[str, Figure]:
+    """The figures of a study by file name, without the ending."""
+    figures: dict[str, Figure] = {}
+    if results.plan.spec.search is not None:
+        figures["search"] = _search_plot(results)
+        if importances:
+            figures["importance"] = _importance_plot(importances)
+        return figures
+    for axis in results.plan.axes:
+        figures[f"axis-{axis}"] = _axis_plot(results, axis)
+    if results.full:
+        for one, two in itertools.combinations(results.plan.axes, 2):
+            figures[f"map-{one}-{two}"] = _map_plot(results, one, two)
+    return figures
+
+
+def _axis_plot(results: Results, axis: str) -> Figure:
+    """One panel a task: mean and deviation of each level, its seeds as dots."""
+    rows = results.axis(axis)
+    tasks = results.plan.tasks
+    panels = [(task or "", [_of_task(row.scores, task) for row in rows]) for task in tasks]
+    references = [_of_task(results.reference, task) for task in tasks]
+    if len(tasks) > 1:
+        panels.append(("all tasks", [row.scores for row in rows]))
+        references.append(results.reference)
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    width = max(3.6, 0.62 * len(rows) + 1.4)
+    figure = Figure(figsize=(width * columns, 3.5 * lines + 0.3), layout="constrained")
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, cells), reference in zip(grid, panels, references, strict=False):
+        _draw_levels(axes, [row.level for row in rows], cells)
+        mean = mean_over_seeds(reference).mean
+        if mean is not None:
+            axes.axhline(mean, color=_REFERENCE, ls="--", lw=1.2, label="no distillation")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(axis)
+        if axes in grid[::columns]:
+            axes.set_ylabel(results.plan.spec.metric.path)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    return figure
+
+
+def _draw_levels(axes: Axes, levels: Sequence[str], cells: Sequence[Sequence[Score]]) -> None:
+    """Points with errors; numbers stand by their logarithm with a line, other levels beside."""
+    places, numbers = _places(levels)
+    for place, scores in zip(places, cells, strict=True):
+        dots = list(seed_means(scores).values())
+        label = "seeds" if place == places[0] else None
+        axes.plot([place] * len(dots), dots, ".", color=_DOTS, ms=8, label=label)
+    means = [mean_over_seeds(scores) for scores in cells]
+    known = [(p, m) for p, m in zip(places, means, strict=True) if m.mean is not None]
+    axes.errorbar(
+        [p for p, _ in known],
+        _numbers(m.mean for _, m in known),
+        yerr=_numbers(m.deviation for _, m in known),
+        fmt="o",
+        color=_POINT,
+        capsize=4,
+        ms=5,
+        label="mean ± standard deviation",
+    )
+    line = sorted((p, m.mean or 0.0) for p, m in known if p in numbers)
+    axes.plot([p for p, _ in line], [m for _, m in line], color=_POINT, lw=1)
+    axes.set_xticks(places, levels, rotation=30, ha="right", rotation_mode="anchor")
+    axes.margins(x=0.1)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _places(levels: Sequence[str]) -> tuple[list[float], set[float]]:
+    """Where levels stand on the x axis, and which of these are on a logarithmic scale."""
+    numbers = {level: math.log10(number) for level in levels if (number := _positive(level))}
+    if len(numbers) < 3:
+        return [float(index) for index in range(len(levels))], set()
+    ordered = sorted(numbers.values())
+    gap = statistics.median(b - a for a, b in itertools.pairwise(ordered))
+    places, beside = [], ordered[-1]
+    for level in levels:
+        if level not in numbers:
+            beside += gap
+        places.append(numbers.get(level, beside))
+    return places, set(ordered)
+
+
+def _positive(level: str) -> float | None:
+    try:
+        number = float(level)
+    except ValueError:
+        return None
+    return number if 0 < number < math.inf else None
+
+
+def _map_plot(results: Results, one: str, two: str) -> Figure:
+    """One panel a task: the mean of each combination of two axes' levels, written in its field."""
+    rows, columns = results.levels(one), results.levels(two)
+    tasks = results.plan.tasks
+    size = (1.0 * len(columns) + 2.4, 0.55 * len(rows) + 1.6)
+    across = min(len(tasks), 2)
+    down = -(-len(tasks) // across)
+    figure = Figure(figsize=(size[0] * across, size[1] * down + 0.3), layout="constrained")
+    grid = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes in grid[len(tasks) :]:
+        axes.set_axis_off()
+    for axes, task in zip(grid, tasks, strict=False):
+        found = results.cells(one, two, task)
+        means = [mean_over_seeds(found.get((r, c), [])).mean for r in rows for c in columns]
+        values = _numbers(means).reshape(len(rows), len(columns))
+        draw_map(axes, values, rows, columns, "{:.3f}")
+        axes.set(xlabel=two, ylabel=one)
+        axes.set_title(task or "", fontsize=10)
+        figure.colorbar(axes.images[0], ax=axes, label=results.plan.spec.metric.path)
+    figure.suptitle("mean over seeds", fontsize=11)
+    return figure
+
+
+def draw_map(
+    axes: Axes, values: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], text: str
+) -> None:
+    """A heat map with every value written in its field; a field without one stays empty.
+
+    Args:
+        axes: to draw on.
+        values: [rows, columns], NaN where there is none.
+        rows: names from top to bottom.
+        columns: names from left to right.
+        text: format of a value.
+    """
+    axes.imshow(values, aspect="auto", cmap="viridis")
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2 if np.isfinite(values).any() else 0.0
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), rows)
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            axes.text(
+                column,
+                row,
+                text.format(value),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if value < middle else "black",
+            )
+
+
+def _search_plot(results: Results) -> Figure:
+    """One panel an axis or space: the candidates' means and deviations over its values."""
+    names = [*results.plan.axes, *results.plan.spec.spaces]
+    spaces = results.plan.spec.spaces
+    points = [
+        (row, mean)
+        for row in results.candidates()
+        if (mean := mean_over_seeds(row.scores)).mean is not None
+    ]
+    columns = min(len(names), 3)
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * lines + 0.3), layout="constrained")
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in grid[len(names) :]:
+        axes.set_axis_off()
+    for axes, name in zip(grid, names, strict=False):
+        axes.errorbar(
+            [row.levels[name] for row, _ in points],
+            _numbers(mean.mean for _, mean in points),
+            yerr=_numbers(mean.deviation for _, mean in points),
+            fmt="o",
+            color=_POINT,
+            ecolor=_DOTS,
+            ms=5,
+            label="candidates, mean ± standard deviation over seeds",
+        )
+        reference = mean_over_seeds(results.reference).mean
+        if reference is not None:
+            axes.axhline(reference, color=_REFERENCE, ls="--", lw=1.2, label="no distillation")
+        if name in spaces and spaces[name].log:
+            axes.set_xscale("log")
+        axes.set_xlabel(name)
+        if axes in grid[::columns]:
+            axes.set_ylabel(results.plan.spec.metric.path)
+        axes.grid(alpha=0.3)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    return figure
+
+
+def _importance_plot(importances: Mapping[str, Mapping[str, float]]) -> Figure:
+    names = list(dict.fromkeys(name for values in importances.values() for name in values))
+    figure = Figure(figsize=(6.4, 0.5 * len(names) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(importances)
+    for index, (evaluator, values) in enumerate(importances.items()):
+        places = [
+            number + (index - (len(importances) - 1) / 2) * height for number in range(len(names))
+        ]
+        axes.barh(places, [values.get(n, 0.0) for n in names], height * 0.9, label=evaluator)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set(xlabel="importance", xlim=(0, 1))
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=len(importances), frameon=False)
+    return figure
+
+
+def _of_task(scores: Sequence[Score], task: str | None) -> list[Score]:
+    return [score for score in scores if score.task == task]
+
+
+def _numbers(values: Iterable[float | None]) -> NDArray[np.float64]:
+    """NaN where there is none."""
+    return np.array([math.nan if value is None else value for value in values])

@@ -1,0 +1,251 @@
+"""Work through a study: shared steps first, then every run, on one or several workers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkd.errors import Interrupted, UserError
+from fastkd.run_folder import RunFolder
+from fastkd.study.child import Children
+from fastkd.study.claims import Claim
+from fastkd.study.plan import Plan, Run, SharedRun
+from fastkd.study.store import Store, Work
+
+# how often an idle worker looks for work that another process left
+_IDLE_SECONDS = 1.0
+# how often the user sees where we are
+_LOOK_SECONDS = 0.2
+
+
+class Runner:
+    """The workers of this process.
+
+    Args:
+        plan: the study.
+        store: its storage.
+        children: starts the runs.
+        workers: runs at a time.
+    """
+
+    def __init__(self, plan: Plan, store: Store, children: Children, workers: int) -> None:
+        self.plan = plan
+        self.store = store
+        self.children = children
+        self.workers = workers
+        self.said: queue.Queue[str] = queue.Queue()
+        """Lines for the user."""
+
+    def run(self, look: Callable[[], None]) -> None:
+        """Work until nothing is left, here or in other processes.
+
+        Args:
+            look: called without arguments a few times a second, to show progress.
+
+        Raises:
+            UserError: a shared step that failed, or a folder that can't be written to.
+            Interrupted: after SIGINT or SIGTERM.
+        """
+        stopping = self.children.stopping
+        with ThreadPoolExecutor(self.workers) as pool, _signals(self.children) as received:
+            futures = [pool.submit(self._work, number) for number in range(self.workers)]
+            while wait(futures, _LOOK_SECONDS).not_done:
+                look()
+                if any(future.done() and future.exception() for future in futures):
+                    stopping.set()
+            look()
+        for future in futures:
+            # raises what ended a worker
+            future.result()
+        if received:
+            raise Interrupted("stopped; run the same command again to continue")
+
+    def _work(self, number: int) -> None:
+        self._share(number)
+        self._try_all(number)
+
+    def _share(self, number: int) -> None:
+        """Do the shared steps, each in one process at most, none before those it needs."""
+        stopping = self.children.stopping
+        while not stopping.is_set():
+            open_steps = [step for step in self.plan.shared if not _is_done(step.place.run)]
+            if not open_steps:
+                return
+            ready = [step for step in open_steps if all(_is_done(n.run) for n in step.needs)]
+            if not any(self._share_one(step, number) for step in ready):
+                stopping.wait(_IDLE_SECONDS)
+
+    def _share_one(self, step: SharedRun, number: int) -> bool:
+        claim = Claim.take(
+            self.plan.output / "claims" / "shared" / step.name / (step.task or "all")
+        )
+        if claim is None:
+            return False
+        try:
+            if _is_done(step.place.run):
+                return True
+            self.said.put(f"{step.label}: started")
+            recipe = self.plan.shared_recipe(step)
+            ending = self.children.run(step.step.command, recipe, step.place, claim, number)
+        finally:
+            claim.release()
+        if ending.kind == "failed":
+            raise UserError(f"{step.label} failed: {ending.message} (log: {step.place.log})")
+        if ending.kind == "finished":
+            self.said.put(f"{step.label}: finished in {ending.seconds:.0f} s")
+        return True
+
+    def _try_all(self, number: int) -> None:
+        stopping = self.children.stopping
+        while not stopping.is_set():
+            work = self.store.take()
+            if work is not None:
+                self._try(work, number)
+            elif self.store.is_done():
+                return
+            else:
+                stopping.wait(_IDLE_SECONDS)
+
+    def _try(self, work: Work, number: int) -> None:
+        """Run what a trial has left to run; a trial that is stopped is left as it is."""
+        try:
+            for run in work.runs:
+                if not self._try_run(work, run, number):
+                    return
+            self.store.finish(work)
+        finally:
+            work.claim.release()
+
+    def _try_run(self, work: Work, run: Run, number: int) -> bool:
+        plan, store = self.plan, self.store
+        if self.children.stopping.is_set():
+            return False
+        if store.has_score(work, run):
+            return True
+        place, recipe = plan.place(run), plan.recipe(run)
+        watch = _Watch(work, run, store, RunFolder(place.run), recipe.train.steps)
+        ending = self.children.run(plan.spec.command, recipe, place, work.claim, number, watch)
+        if ending.kind == "stopped":
+            return False
+        if ending.kind == "pruned":
+            store.prune(work)
+            _tidy(RunFolder(place.run), plan.spec.keep)
+            self.said.put(f"{run.key}: pruned after {ending.seconds:.0f} s")
+            return False
+        message = ending.message
+        if ending.kind == "finished":
+            value = read_metric(place.run, plan.spec.metric.path)
+            if isinstance(value, float):
+                store.score(work, run, value, ending.seconds)
+                self.said.put(f"{run.key}: {value:.5g} in {ending.seconds:.0f} s")
+                _tidy(RunFolder(place.run), plan.spec.keep)
+                return True
+            message = value
+        store.fail(work, message)
+        self.said.put(f"{run.key}: failed: {message} (log: {place.log})")
+        return False
+
+
+class _Watch:
+    """Reads the held-out values of a running child and asks the pruner about them."""
+
+    def __init__(self, work: Work, run: Run, store: Store, folder: RunFolder, steps: int) -> None:
+        self.work, self.run, self.store, self.folder, self.steps = work, run, store, folder, steps
+        self.path = store.plan.spec.metric.heldout
+        search = store.plan.spec.search
+        self.active = search is not None and search.pruner != "none" and work.study is store.search
+        self.seen: float | None = None
+
+    def __call__(self) -> bool:
+        if not self.active or self.path is None or not self.folder.metrics.is_file():
+            return False
+        changed = self.folder.metrics.stat().st_mtime_ns
+        if changed == self.seen:
+            return False
+        self.seen = changed
+        values = {}
+        for record in self.folder.read_metrics():
+            # before the first step all candidates are the same student
+            if record["kind"] == "heldout" and record["step"] > 0:
+                value = _follow(record, self.path)
+                if isinstance(value, int | float) and math.isfinite(value):
+                    values[record["step"]] = float(value)
+        return bool(values) and self.store.report(self.work, self.run, self.steps, values)
+
+
+def read_metric(run: Path, path: str) -> float | str:
+    """A number in the summary of a finished run, or what is wrong with it."""
+    summary = RunFolder(run).read_summary()
+    value = _follow(summary, path)
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if value is None:
+        known = ", ".join(_numbers(summary))
+        return f"metric.path: summary.json has no number {path}; it has {known}"
+    return f"metric.path: {path} is {json.dumps(value)[:80]}, expected a finite number"
+
+
+def _follow(tree: Any, path: str) -> Any:
+    for part in path.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _numbers(tree: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and "/" not in key:
+            yield prefix + key
+
+
+def _is_done(run: Path) -> bool:
+    return RunFolder(run).summary.is_file()
+
+
+def _tidy(run: RunFolder, keep: str) -> None:
+    if keep != "all":
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+    if keep == "scores":
+        shutil.rmtree(run.student, ignore_errors=True)
+
+
+def environments(workers: int) -> list[dict[str, str]]:
+    """Environment variables that share this machine's GPUs and cores out among the workers."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if devices == [""]:
+        devices = [str(index) for index in range(torch.cuda.device_count())]
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    common = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+    return [
+        {**common, **({"CUDA_VISIBLE_DEVICES": devices[n % len(devices)]} if devices else {})}
+        for n in range(workers)
+    ]
+
+
+@contextmanager
+def _signals(children: Children) -> Iterator[list[int]]:
+    """The first SIGINT or SIGTERM stops the children, the next one kills them."""
+    received: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        (children.killing if received else children.stopping).set()
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,268 @@
+"""A study: one YAML file that says which recipes are run and compared, read into frozen models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, model_validator
+
+from fastkd.errors import UserError
+from fastkd.recipe import Section, complain, read_tree
+
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
+Overrides = dict[str, Any]
+Conditions = Annotated[dict[FileName, Overrides], Field(min_length=2)]
+Command = Literal["distill", "finetune"]
+Levels = dict[str, str | int | float]
+
+SEED = "train.seed"
+OUTPUT = "run.output"
+
+
+def _count_to_seeds(value: object) -> object:
+    seeds = list(range(value)) if type(value) is int else value
+    if isinstance(seeds, list) and len(seeds) < 2:
+        raise ValueError(f"expected at least 2, because one run is no result (given {value})")
+    return seeds
+
+
+Seeds = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...],
+    BeforeValidator(_count_to_seeds),
+]
+
+
+class Space(Section):
+    """One field of the recipe and the values that it may take."""
+
+    field: Annotated[str, Field(min_length=1)]
+    """Dotted key, as in `losses.attention.weight`."""
+    low: float | None = None
+    """Smallest value."""
+    high: float | None = None
+    """Largest value, itself included."""
+    log: bool = False
+    """Even in the logarithm."""
+    integer: bool = False
+    """Whole numbers only."""
+    points: int | None = Field(default=None, ge=2)
+    """How many values a grid takes from `low` to `high`."""
+    values: tuple[str | int | float, ...] | None = Field(default=None, min_length=2)
+    """The values themselves, in place of `low` and `high`."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        bounds = self.low is not None, self.high is not None
+        if self.values is not None:
+            if any(bounds) or self.points or self.log or self.integer:
+                raise ValueError("give either values or low and high, not both")
+            if len(set(self.values)) < len(self.values):
+                raise ValueError(f"values holds a value twice (given {list(self.values)})")
+            return self
+        if self.low is None or self.high is None:
+            raise ValueError("expected low and high, or values")
+        if not self.low < self.high:
+            raise ValueError(f"low is {self.low:g}, expected less than high ({self.high:g})")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low is {self.low:g}, expected more than 0 where log is true")
+        if self.integer and not (self.low.is_integer() and self.high.is_integer()):
+            raise ValueError("expected whole numbers for low and high where integer is true")
+        return self
+
+    def grid(self) -> tuple[str | int | float, ...]:
+        """The values of a grid.
+
+        Raises:
+            UserError: neither `values` nor `points` is given.
+        """
+        if self.values is not None:
+            return self.values
+        assert self.low is not None and self.high is not None
+        if self.points is None:
+            raise UserError(f"{self.field}: a grid needs values, or points beside low and high")
+        steps = [index / (self.points - 1) for index in range(self.points)]
+        if self.log:
+            numbers = [self.low * (self.high / self.low) ** step for step in steps]
+        else:
+            numbers = [self.low + (self.high - self.low) * step for step in steps]
+        # what a name shows is what is run
+        shown = [min(max(float(f"{n:.6g}"), self.low), self.high) for n in numbers]
+        return tuple(dict.fromkeys(round(n) if self.integer else n for n in shown))
+
+
+class Metric(Section):
+    """The number by which runs are compared."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """Dotted path in a run's summary.json, as in `after.sentence_cosine`."""
+    direction: Literal["maximize", "minimize"]
+    """Which way is better."""
+    heldout: str | None = None
+    """The same number's dotted path in the held-out lines of metrics.jsonl, for a pruner."""
+
+
+class Search(Section):
+    """A search in place of a grid."""
+
+    sampler: Literal["tpe", "random", "cmaes", "grid"] = "tpe"
+    """Optuna's samplers; `grid` tries every combination once."""
+    trials: int | None = Field(default=None, ge=2)
+    """Candidates in all; each is run on every task with every seed. None with `grid`."""
+    pruner: Literal["none", "median"] = "none"
+    """Stop a candidate whose best held-out value so far is below the median of the others at the
+    same step of the same task and seed."""
+    startup_trials: int = Field(default=5, ge=1)
+    """Finished candidates before the pruner starts."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the sampler."""
+
+    @model_validator(mode="after")
+    def _counted(self) -> Self:
+        if (self.sampler == "grid") == (self.trials is not None):
+            raise ValueError("give trials with tpe, random and cmaes, and none with grid")
+        return self
+
+
+class Step(Section):
+    """A run that the others build on, done once: a fine-tuned teacher, a general student."""
+
+    command: Command
+    """`distill` or `finetune`."""
+    recipe: str | dict[str, Any]
+    """Path of the recipe, from the study file's folder, or the recipe itself."""
+    overrides: Overrides = Field(default_factory=dict)
+    """Dotted keys and values that replace the recipe's."""
+    per_task: bool = False
+    """One a task, with the task's overrides in force."""
+
+
+class StudySpec(Section):
+    """Everything about a study."""
+
+    name: FileName
+    """Name of the study, kept in its storage."""
+    output: Annotated[str, Field(min_length=1)]
+    """Folder of the study, with its storage, its runs and its report."""
+    command: Command = "distill"
+    """What a run is."""
+    recipe: str | dict[str, Any]
+    """Path of the recipe that all runs start from, from the study file's folder, or the recipe."""
+    overrides: Overrides = Field(default_factory=dict)
+    """Dotted keys and values that all runs share."""
+    tasks: dict[FileName, Overrides] = Field(default_factory=dict)
+    """Named sets of overrides over which conditions are compared and averaged."""
+    axes: dict[FileName, Conditions] = Field(default_factory=dict)
+    """What is compared: named axes, each of named conditions, each a set of overrides."""
+    spaces: dict[FileName, Space] = Field(default_factory=dict)
+    """Axes of one field each: numbers to search, or points of a grid."""
+    baseline: Levels = Field(default_factory=dict)
+    """The condition of each axis that others are compared with; its first where not given. With a
+    search, a space that is not named keeps the recipe's value."""
+    no_distillation: Overrides | None = None
+    """Overrides that switch distillation off; run as a condition of its own."""
+    skip: tuple[Levels, ...] = ()
+    """Combinations that make no sense and are left out, as in `{loss: none, weight: 10}`."""
+    seeds: Seeds = (0, 1, 2)
+    """Values of `train.seed`, or how many: at least 2, because one run is no result."""
+    grid: Literal["full", "one_axis_at_a_time", "ends"] | None = None
+    """All combinations (the default), the baseline and every other condition alone, or the
+    baseline and the first and last condition of every axis."""
+    search: Search | None = None
+    """A search, in place of a grid."""
+    metric: Metric
+    """What is measured."""
+    shared: dict[FileName, Step] = Field(default_factory=dict)
+    """Runs done once before the others; `{shared.NAME}` in an override is the run's folder."""
+    keep: Literal["scores", "students", "all"] = "students"
+    """What stays of a finished run besides its numbers: nothing, the student, or the checkpoints
+    as well."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.grid and self.search:
+            raise ValueError("give grid or search, not both")
+        if not self.axes and not self.spaces:
+            raise ValueError("nothing to compare; give axes or spaces")
+        if twice := self.axes.keys() & self.spaces.keys() or {"task", "seed"} & (
+            self.axes.keys() | self.spaces.keys()
+        ):
+            raise ValueError(f"{sorted(twice)[0]}: the name is taken; give the axis another")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds holds a seed twice (given {list(self.seeds)})")
+        self._check_fields()
+        self._check_levels()
+        self._check_search()
+        return self
+
+    def _check_fields(self) -> None:
+        for where, overrides in self._sets():
+            for key, instead in ((SEED, "seeds"), (OUTPUT, "output")):
+                if key in overrides:
+                    raise ValueError(f"{where}: {key} is set by {instead}; leave it out")
+        varied = {key for axis in self.axes.values() for level in axis.values() for key in level}
+        varied |= {space.field for space in self.spaces.values()}
+        if self.metric.path.split(".")[-1] == "total" and any(
+            key.startswith("losses") for key in varied
+        ):
+            raise ValueError(
+                f"metric.path: {self.metric.path} is the weighted sum of the losses that the "
+                "study varies, so it can't compare them; give one that means the same in all runs"
+            )
+
+    def _sets(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        yield "overrides", self.overrides
+        yield "no_distillation", self.no_distillation or {}
+        for task, overrides in self.tasks.items():
+            yield f"tasks.{task}", overrides
+        for axis, levels in self.axes.items():
+            for level, overrides in levels.items():
+                yield f"axes.{axis}.{level}", overrides
+        for name, space in self.spaces.items():
+            yield f"spaces.{name}", {space.field: None}
+        for name, step in self.shared.items():
+            yield f"shared.{name}", {k: v for k, v in step.overrides.items() if k == OUTPUT}
+
+    def _check_levels(self) -> None:
+        names = [("baseline", self.baseline), *((f"skip.{i}", s) for i, s in enumerate(self.skip))]
+        for where, levels in names:
+            for axis, level in levels.items():
+                if axis not in self.axes and axis not in self.spaces:
+                    known = ", ".join([*self.axes, *self.spaces])
+                    raise ValueError(f"{where}: no axis {axis!r}; expected one of {known}")
+                if axis in self.axes and level not in self.axes[axis]:
+                    known = ", ".join(self.axes[axis])
+                    raise ValueError(
+                        f"{where}.{axis}: no condition {level!r}; expected one of {known}"
+                    )
+        if self.search and self.skip:
+            raise ValueError("skip: a search takes any combination; leave skip out")
+
+    def _check_search(self) -> None:
+        search = self.search
+        if search is None:
+            return
+        if search.pruner != "none" and self.metric.heldout is None:
+            raise ValueError(
+                "search.pruner needs metric.heldout, the metric's path in metrics.jsonl"
+            )
+        chosen = self.axes or any(space.values is not None for space in self.spaces.values())
+        if search.sampler == "cmaes" and (chosen or len(self.spaces) < 2):
+            raise ValueError(
+                "search.sampler: cmaes searches two or more spaces with low and high and no axes; "
+                "use tpe"
+            )
+
+
+def load_study(path: str | Path) -> StudySpec:
+    """Read a study file.
+
+    Raises:
+        UserError: the file is missing or not YAML, or a key or value is not what a study takes.
+    """
+    tree = read_tree(path, "study")
+    try:
+        return StudySpec.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {complain(error, StudySpec)}") from error

@@ -1,0 +1,85 @@
+"""Stands in for `fastkd` in the tests of a study: same arguments and files, no model.
+
+    fake_run.py distill RECIPE --resume
+
+FAKE_JOURNAL: file that gets a line whenever a run starts, continues or ends.
+FAKE_STEP: seconds a step takes. FAKE_FAIL: part of the names of runs that fail with exit code 2.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+STEPS = 5
+
+
+def score(recipe: dict, step: int) -> float:
+    """What a run reaches: by mapping, weight, task and seed, growing with its steps."""
+    hidden, mapping = recipe["losses"]["hidden"], recipe["layer_map"]
+    who = f"{mapping} {hidden} {recipe['train']['seed']} {recipe['data']['train']}"
+    noise = random.Random(who).uniform(-0.01, 0.01)
+    # best at 10, worse by the square of the distance in decades
+    distance = math.log10(max(hidden["weight"], 1e-2)) - 1 if hidden else 3
+    reached = 0.8 - 0.02 * distance**2 + 0.05 * (mapping == "uniform")
+    if recipe["data"]["train"] == ["hard"]:
+        reached -= 0.3
+    return (reached + noise) * (0.5 + 0.5 * step / STEPS)
+
+
+def journal(word: str, run: Path) -> None:
+    """One whole line, also with several writers."""
+    with open(os.environ["FAKE_JOURNAL"], "a") as file:
+        file.write(f"{word} {run} {os.getpid()} {time.time()}\n")
+
+
+def main() -> int:
+    command, path, resume = sys.argv[1:]
+    assert command in ("distill", "finetune") and resume == "--resume"
+    recipe = yaml.safe_load(Path(path).read_text())
+    run = Path(recipe["run"]["output"])
+    run.mkdir(parents=True, exist_ok=True)
+    lock = open(run / "lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        journal("TWICE", run)
+        return 1
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    fail = os.environ.get("FAKE_FAIL")
+    if fail and fail in str(run):
+        print("fastkd: data.train: no such column", file=sys.stderr)
+        return 2
+    checkpoint = run / "step"
+    step = int(checkpoint.read_text()) if checkpoint.exists() else 0
+    journal(f"start@{step}", run)
+    while step < STEPS:
+        time.sleep(float(os.environ.get("FAKE_STEP", "0")))
+        step += 1
+        with (run / "metrics.jsonl").open("a") as file:
+            record = {"kind": "heldout", "step": step, "score": score(recipe, step)}
+            file.write(json.dumps(record) + "\n")
+        checkpoint.write_text(str(step))
+        if stop and step < STEPS:
+            journal(f"stop@{step}", run)
+            return 130
+    for part in ("student", "checkpoints"):
+        (run / part).mkdir()
+    summary = {"after": {"score": score(recipe, step), "label": "x"}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    journal("end", run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

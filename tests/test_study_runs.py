@@ -1,0 +1,360 @@
+"""Running a study: once each, whatever happens in between; and its report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from study_files import MAPPINGS, RECIPE, journal, run, write_study
+
+from fastkd.errors import Interrupted, UserError
+from fastkd.study.claims import Claim
+
+RUNS = {f"mapping={m}/seed-{s}" for m in MAPPINGS for s in (0, 1)}
+
+
+@pytest.fixture
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "journal"
+    monkeypatch.setenv("FAKE_JOURNAL", str(path))
+    return path
+
+
+def _ended_once(notes: Path, names: set[str]) -> None:
+    found = Counter(name for word, name in journal(notes) if word == "end")
+    assert found == dict.fromkeys(names, 1)
+    assert "TWICE" not in [word for word, _ in journal(notes)]
+
+
+def _rows(folder: Path, name: str) -> list[dict[str, str]]:
+    with (folder / "out" / "report" / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def _wait(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+
+
+def test_every_run_once_and_a_report(tmp_path: Path, notes: Path) -> None:
+    path = write_study(tmp_path, no_distillation={"losses.hidden": None, "losses.embedding": {}})
+    page = run(path)
+    names = RUNS | {f"no_distillation/seed-{s}" for s in (0, 1)}
+    _ended_once(notes, names)
+    rows = _rows(tmp_path, "runs")
+    assert {row["state"] for row in rows} == {"finished"}
+    assert len(rows) == 6
+    for row in rows:
+        summary = json.loads((Path(row["folder"]) / "run" / "summary.json").read_text())
+        assert float(row["value"]) == summary["after"]["score"]
+    uniform, last = _rows(tmp_path, "axis-mapping")
+    values = [float(row["value"]) for row in rows if row["mapping"] == "last"]
+    assert float(last["all mean"]) == pytest.approx(sum(values) / 2)
+    assert uniform["baseline pairs"] == "" and last["baseline pairs"] == "2"
+    difference = float(last["all mean"]) - float(uniform["all mean"])
+    assert float(last["baseline difference"]) == pytest.approx(difference) and difference < 0
+    assert float(last["no_distillation difference"]) > 0
+    text = page.read_text()
+    assert "data:image/png;base64," in text and "src='http" not in text
+    assert "axis-mapping.png" in (page.parent / "report.md").read_text()
+    # again: nothing is run, the report is the same
+    page.unlink()
+    assert run(path).read_text() == text
+    _ended_once(notes, names)
+    assert run(path, report_only=True).read_text() == text
+
+
+def test_a_failure_is_reported_kept_and_tried_again_when_asked(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_study(tmp_path)
+    monkeypatch.setenv("FAKE_FAIL", "mapping=last/seed-1")
+    with pytest.raises(UserError) as caught:
+        run(path)
+    assert "1 of 4 runs failed, the first is mapping=last/seed-1: data.train: no such column; " in (
+        str(caught.value)
+    )
+    bad = [row for row in _rows(tmp_path, "runs") if row["state"] == "failed"]
+    assert [row["message"] for row in bad] == ["data.train: no such column"]
+    last = _rows(tmp_path, "axis-mapping")[1]
+    assert (last["runs"], last["planned"], last["all seeds"], last["all mean"]) == (
+        "1",
+        "2",
+        "1",
+        "",
+    )
+    report = (tmp_path / "out" / "report" / "report.md").read_text()
+    assert "last (1 of 2 runs) | 1 seed |" in report
+    assert "| mapping=last/seed-1 | failed | data.train: no such column |" in report
+    monkeypatch.delenv("FAKE_FAIL")
+    with pytest.raises(UserError, match="1 of 4 runs failed"):
+        run(path)
+    run(path, retry_failed=True)
+    _ended_once(notes, RUNS)
+    assert {row["state"] for row in _rows(tmp_path, "runs")} == {"finished"}
+
+
+def test_a_child_that_crashes_or_says_nothing_of_the_metric(tmp_path: Path, notes: Path) -> None:
+    crash = (sys.executable, "-c", "import os; print('hm', flush=True); os.kill(os.getpid(), 11)")
+    with pytest.raises(UserError, match=r"ended by signal 11 \(SIGSEGV\); hm"):
+        run(write_study(tmp_path), program=crash)
+    for metric, said in (
+        ("after.scores", "summary.json has no number after.scores; it has after.score"),
+        ("after.label", 'after.label is "x", expected a finite number'),
+    ):
+        folder = tmp_path / metric
+        folder.mkdir()
+        path = write_study(folder, metric={"path": metric, "direction": "minimize"})
+        with pytest.raises(UserError) as caught:
+            run(path)
+        assert said in str(caught.value)
+
+
+def test_ctrl_c_stops_cleanly_and_the_next_call_continues(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_study(tmp_path)
+    monkeypatch.setenv("FAKE_STEP", "0.2")
+
+    def interrupt() -> None:
+        _wait(lambda: any((tmp_path / "out").rglob("metrics.jsonl")))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(Interrupted, match=r"run the same command again to continue \(0 of 4 runs"):
+        run(path)
+    thread.join()
+    stopped = [(word, name) for word, name in journal(notes) if word.startswith("stop@")]
+    assert len(stopped) == 1
+    step = stopped[0][0].removeprefix("stop@")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setenv("FAKE_STEP", "0")
+    run(path)
+    _ended_once(notes, RUNS)
+    # it went on where it stopped, and before anything new was begun
+    started = [(word, name) for word, name in journal(notes) if word.startswith("start@")]
+    assert started[1] == (f"start@{step}", stopped[0][1])
+    assert int(step) > 0
+
+
+def _process(path: Path, workers: int = 1) -> ForkProcess:
+    """A study in a process of its own, forked to spare it the imports."""
+    process = multiprocessing.get_context("fork").Process(
+        target=run, args=(path,), kwargs={"workers": workers}
+    )
+    process.start()
+    return process
+
+
+def test_processes_share_a_study_and_survive_a_kill(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = {"mapping": MAPPINGS, "rate": {str(n): {"train.batch_size": n} for n in (1, 2)}}
+    path = write_study(tmp_path, axes=axes)
+    monkeypatch.setenv("FAKE_STEP", "0.1")
+    killed = _process(path)
+    _wait(lambda: len(journal(notes)) > 0)
+    first = journal(notes)[0][1]
+    # the child of a killed worker works on, and nobody else takes its run
+    killed.kill()
+    killed.join()
+    others = [_process(path, workers=2), _process(path)]
+    for process in others:
+        process.join(120)
+    assert [process.exitcode for process in others] == [0, 0]
+    names = {
+        f"mapping={m},rate={r}/seed-{s}" for m in MAPPINGS for r in axes["rate"] for s in (0, 1)
+    }
+    _ended_once(notes, names)
+    assert [name for word, name in journal(notes) if word == "start@0"].count(first) == 1
+    assert {row["state"] for row in _rows(tmp_path, "runs")} == {"finished"}
+
+
+def test_a_run_whose_worker_and_child_were_killed_is_continued(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_study(tmp_path)
+    monkeypatch.setenv("FAKE_STEP", "0.3")
+    process = _process(path)
+    _wait(lambda: any((tmp_path / "out").rglob("metrics.jsonl")))
+    process.kill()
+    child = int(notes.read_text().split()[2])
+    os.kill(child, signal.SIGKILL)
+    process.join()
+    monkeypatch.setenv("FAKE_STEP", "0")
+    run(path)
+    _ended_once(notes, RUNS)
+    words = [word for word, name in journal(notes) if name == journal(notes)[0][1]]
+    assert words[0] == "start@0" and words[1] in ("start@1", "start@2")
+
+
+def test_shared_steps_are_done_once_before_what_needs_them(tmp_path: Path, notes: Path) -> None:
+    step = {"command": "finetune", "recipe": RECIPE}
+    needs = {"teacher.model": "{shared.general}/student"}
+    path = write_study(
+        tmp_path,
+        tasks={"easy": {"data.train": "easy"}, "hard": {"data.train": "hard"}},
+        shared={
+            "general": {**step, "command": "distill"},
+            "teacher": {**step, "per_task": True, "overrides": needs},
+        },
+        overrides={"teacher.model": "{shared.teacher}/student"},
+    )
+    run(path, workers=3)
+    runs = {f"{task}/{name}" for task in ("easy", "hard") for name in RUNS}
+    teachers = {"shared/teacher/easy", "shared/teacher/hard"}
+    _ended_once(notes, runs | teachers | {"shared/general"})
+    words = journal(notes)
+    assert words[:2] == [("start@0", "shared/general"), ("end", "shared/general")]
+    assert max(words.index(("end", t)) for t in teachers) < min(
+        words.index(("start@0", name)) for name in runs
+    )
+    # pairs are of task and seed
+    assert _rows(tmp_path, "axis-mapping")[1]["baseline pairs"] == "4"
+
+
+def test_a_shared_step_that_fails_ends_the_study(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_study(tmp_path, shared={"teacher": {"command": "finetune", "recipe": RECIPE}})
+    monkeypatch.setenv("FAKE_FAIL", "shared/teacher")
+    with pytest.raises(UserError, match=r"shared\.teacher failed: data\.train: no such column"):
+        run(path)
+    assert journal(notes) == []
+
+
+def test_a_study_grows_and_keeps_what_it_has(tmp_path: Path, notes: Path) -> None:
+    run(write_study(tmp_path))
+    mappings = {**MAPPINGS, "first": {"layer_map": "first"}}
+    run(write_study(tmp_path, axes={"mapping": mappings}, seeds=3))
+    _ended_once(notes, {f"mapping={m}/seed-{s}" for m in mappings for s in range(3)})
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "another name": ({"name": "another"}, "holds the study 'tried', not 'another'"),
+    "another metric": (
+        {"metric": {"path": "after.score", "direction": "minimize"}},
+        "made by a study file whose metric was another",
+    ),
+    "another command": ({"command": "finetune"}, "whose command was another"),
+    "another recipe": (
+        {"overrides": {"train.steps": 6}},
+        "mapping=uniform/seed-0 was run with another recipe before",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_storage_of_another_study_is_refused_and_kept(
+    name: str, tmp_path: Path, notes: Path
+) -> None:
+    run(write_study(tmp_path))
+    trials = _trials(tmp_path / "out" / "study.db")
+    changes, expected = OTHERS[name]
+    path = write_study(tmp_path, **changes)
+    with pytest.raises(UserError) as caught:
+        run(path)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+    assert _trials(tmp_path / "out" / "study.db") == trials
+    _ended_once(notes, RUNS)
+
+
+def _trials(path: Path) -> list[Any]:
+    connection = sqlite3.connect(path)
+    tables = ("studies", "trials", "trial_user_attributes", "study_user_attributes")
+    rows = [connection.execute(f"select * from {table}").fetchall() for table in tables]
+    connection.close()
+    return rows
+
+
+def _no_database(path: Path) -> None:
+    path.write_text("precious")
+
+
+def _database_of_something_else(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute("create table diary (day text)")
+    connection.commit()
+    connection.close()
+
+
+def _study_of_somebody_else(path: Path) -> None:
+    optuna.create_study(study_name="theirs", storage=f"sqlite:///{path}")
+
+
+def _folder_of_something_else(path: Path) -> None:
+    path.with_name("thesis.txt").write_text("precious")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (_no_database, "can't be read as a storage"),
+        (_database_of_something_else, "is a database of something else"),
+        (_study_of_somebody_else, "holds the study 'theirs', not 'tried'"),
+        (_folder_of_something_else, "is not empty and holds no study (thesis.txt)"),
+    ],
+)
+def test_what_is_not_ours_is_left_alone(
+    spoil: Callable[[Path], None], expected: str, tmp_path: Path, notes: Path
+) -> None:
+    path = write_study(tmp_path)
+    (tmp_path / "out").mkdir()
+    spoil(tmp_path / "out" / "study.db")
+    before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    with pytest.raises(UserError) as caught:
+        run(path)
+    assert expected in str(caught.value)
+    assert {p: p.read_bytes() for p in before} == before
+    assert journal(notes) == []
+
+
+def test_report_only_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no study yet"):
+        run(write_study(tmp_path), report_only=True)
+    with pytest.raises(UserError, match="--workers is 0"):
+        run(write_study(tmp_path), workers=0)
+
+
+def test_finished_runs_keep_what_was_asked_for(tmp_path: Path, notes: Path) -> None:
+    def kept(keep: str) -> set[str]:
+        folder = tmp_path / keep
+        folder.mkdir()
+        run(write_study(folder, keep=keep))
+        return {path.name for path in folder.rglob("run/*") if path.is_dir()}
+
+    assert kept("scores") == set()
+    assert kept("students") == {"student"}
+    assert kept("all") == {"student", "checkpoints"}
+
+
+def test_a_claim_is_held_by_one_and_outlives_its_worker_in_a_child(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "claim"
+    claim = Claim.take(path)
+    assert claim is not None and Claim.take(path) is None
+    assert path.read_text() == f"{os.getpid()}\n"
+    with subprocess.Popen(["sleep", "60"], pass_fds=(claim.handle,)) as child:
+        claim.release()
+        assert Claim.take(path) is None
+        child.kill()
+    again = Claim.take(path)
+    assert again is not None
+    again.release()

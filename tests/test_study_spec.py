@@ -1,0 +1,274 @@
+"""A study file: what it works out to, and what it refuses before anything is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from study_files import MAPPINGS, RECIPE, WEIGHTS, run, study_tree, write_study
+
+from fastkd.errors import UserError
+from fastkd.study import load_study
+from fastkd.study.plan import Plan, Run
+from fastkd.study.spec import Space
+
+
+def _plan(folder: Path, **changes: Any) -> Plan:
+    path = write_study(folder, **changes)
+    return Plan(load_study(path), path)
+
+
+def _axes(**axes: Any) -> dict[str, Any]:
+    return {"axes": {"mapping": MAPPINGS, **axes}}
+
+
+SEARCH = {"trials": 4}
+STEP = {"command": "finetune", "recipe": RECIPE}
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": ({"metrics": {}}, "metrics: unknown key; did you mean 'metric'?"),
+    "unknown key inside": (
+        {"metric": {"path": "a", "direction": "maximize", "held_out": "b"}},
+        "metric.held_out: unknown key; did you mean 'heldout'?",
+    ),
+    "unknown key of a space": (
+        {"spaces": {"weight": {**WEIGHTS, "point": 3}}},
+        "spaces.weight.point: unknown key; did you mean 'points'?",
+    ),
+    "unknown field of the recipe": (
+        _axes(loss={"one": {"losses.hidden.wieght": 1}, "two": {}}),
+        "mapping=uniform,loss=one/seed-0: losses.hidden.wieght: unknown key; did you mean 'weight'",
+    ),
+    "a value that the recipe refuses": (
+        _axes(size={"small": {"student.layers": 2}, "none": {"student.layers": 0}}),
+        "mapping=uniform,size=none/seed-0: student.layers: input should be greater than 0",
+    ),
+    "unknown field in a search's corner": (
+        {"search": SEARCH, "spaces": {"x": {**WEIGHTS, "field": "losses.hidden.w"}}},
+        "losses.hidden.w: unknown key",
+    ),
+    "a search's end that the recipe refuses": (
+        {
+            "search": SEARCH,
+            "spaces": {"x": {"field": "student.layers", "low": 0, "high": 2, "integer": True}},
+        },
+        "student.layers: input should be greater than 0",
+    ),
+    "unknown field in a task": ({"tasks": {"a": {"date.train": "x"}}}, "did you mean 'data'?"),
+    "unknown field without distillation": ({"no_distillation": {"loses": 1}}, "no_distillation/"),
+    "unknown field of a shared step": (
+        {"shared": {"teacher": {**STEP, "overrides": {"train.stepz": 1}}}},
+        "shared.teacher: train.stepz: unknown key",
+    ),
+    "one seed": (
+        {"seeds": 1},
+        "seeds: expected at least 2, because one run is no result (given 1)",
+    ),
+    "the same seed": ({"seeds": [3, 4, 3]}, "seeds holds a seed twice"),
+    "nothing to compare": ({"axes": {}}, "nothing to compare; give axes or spaces"),
+    "one condition": ({"axes": {"mapping": {"a": {}}}}, "at least 2 items"),
+    "a name that is no file name": (_axes(loss={"a/b": {}, "c": {}}), "string should match"),
+    "an axis named as a space": ({"spaces": {"mapping": WEIGHTS}}, "mapping: the name is taken"),
+    "an axis named seed": (_axes(seed={"a": {}, "b": {}}), "seed: the name is taken"),
+    "a grid and a search": ({"grid": "full", "search": SEARCH}, "give grid or search, not both"),
+    "unknown baseline": ({"baseline": {"mapping": "top"}}, "baseline.mapping: no condition 'top'"),
+    "baseline of no axis": ({"baseline": {"map": "last"}}, "baseline: no axis 'map'"),
+    "baseline off the grid": (
+        {"spaces": {"weight": {**WEIGHTS, "points": 4}}, "baseline": {"weight": 3}},
+        "baseline.weight: no value '3'; expected one of 0.1, 1, 10, 100",
+    ),
+    "baseline skipped": ({"skip": [{"mapping": "uniform"}]}, "skip leaves out the baseline"),
+    "seeds in an override": ({"overrides": {"train.seed": 3}}, "train.seed is set by seeds"),
+    "output in an axis": (_axes(x={"a": {"run.output": "r"}, "b": {}}), "run.output is set by"),
+    "space without ends": ({"spaces": {"w": {"field": "a"}}}, "expected low and high, or values"),
+    "space with both": ({"spaces": {"w": {**WEIGHTS, "values": [1, 2]}}}, "not both"),
+    "space upside down": (
+        {"spaces": {"w": {"field": "a", "low": 2, "high": 1}}},
+        "low is 2, expected less than high (1)",
+    ),
+    "log of nothing": (
+        {"spaces": {"w": {"field": "a", "low": 0, "high": 1, "log": True}}},
+        "low is 0, expected more than 0",
+    ),
+    "space without points": ({"spaces": {"w": WEIGHTS}}, "a grid needs values, or points"),
+    "search without trials": ({"search": {"sampler": "tpe"}}, "give trials with tpe"),
+    "grid sampler with trials": ({"search": {"sampler": "grid", "trials": 3}}, "none with grid"),
+    "pruner without its values": (
+        {
+            "search": {**SEARCH, "pruner": "median"},
+            "metric": {"path": "after.score", "direction": "maximize"},
+        },
+        "search.pruner needs metric.heldout",
+    ),
+    "cmaes of choices": ({"search": {**SEARCH, "sampler": "cmaes"}}, "use tpe"),
+    "metric that the study changes": (
+        {
+            "spaces": {"w": {**WEIGHTS, "points": 3}},
+            "metric": {"path": "after.total", "direction": "minimize"},
+        },
+        "after.total is the weighted sum of the losses that the study varies",
+    ),
+    "two axes on one field": (
+        _axes(again={"a": {"layer_map": "first"}, "b": {"layer_map": "skip"}}),
+        "mapping sets layer_map and again sets layer_map",
+    ),
+    "a weight of a term that is off": (
+        {
+            **_axes(loss={"none": {"losses.hidden": None}, "mse": {}}),
+            "spaces": {"w": {**WEIGHTS, "points": 2}},
+        },
+        "loss sets losses.hidden and w sets losses.hidden.weight; let only one of them do it",
+    ),
+    "unknown shared step": (
+        {"overrides": {"teacher.model": "{shared.techer}"}, "shared": {"teacher": STEP}},
+        "overrides: no shared step 'techer'; expected one of teacher",
+    ),
+    "a shared step before its own": (
+        {"shared": {"a": {**STEP, "overrides": {"teacher.model": "{shared.b}"}}, "b": STEP}},
+        "shared.a: no shared step 'b'; expected none",
+    ),
+    "one a task without tasks": (
+        {"shared": {"teacher": {**STEP, "per_task": True}}},
+        "shared.teacher: per_task, but the study has no tasks",
+    ),
+    "missing recipe": ({"recipe": "nowhere.yaml"}, "nowhere.yaml: not a readable recipe"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_study_is_refused_in_one_line_before_anything_is_run(name: str, tmp_path: Path) -> None:
+    changes, expected = BAD[name]
+    path = write_study(tmp_path, **changes)
+    with pytest.raises(UserError) as caught:
+        run(path)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", [None, "a: [", "- list\n"])
+def test_unreadable_study(text: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=r"study\.yaml"):
+        load_study(path)
+
+
+LOSSES = {"one": {"losses.hidden.weight": 1}, "two": {"losses.hidden.weight": 2}, "three": {}}
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [
+        (
+            "full",
+            [("uniform", n) for n in LOSSES] + [("last", n) for n in LOSSES],
+        ),
+        (
+            "one_axis_at_a_time",
+            [("uniform", "two"), ("last", "two"), ("uniform", "one"), ("uniform", "three")],
+        ),
+        ("ends", [("uniform", "two"), ("last", "two"), ("uniform", "one"), ("uniform", "three")]),
+    ],
+)
+def test_conditions_of_a_grid(grid: str, expected: list[tuple[str, str]], tmp_path: Path) -> None:
+    plan = _plan(tmp_path, **_axes(loss=LOSSES), grid=grid, baseline={"loss": "two"})
+    assert [tuple(c.levels.values()) for c in plan.conditions] == expected
+    assert plan.baseline.name == "mapping=uniform,loss=two"
+
+
+def test_ends_leave_out_the_middle(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, **_axes(loss=LOSSES), grid="ends")
+    assert [c.levels["loss"] for c in plan.conditions] == ["one", "one", "three"]
+
+
+def test_combinations_can_be_skipped(tmp_path: Path) -> None:
+    changes = {**_axes(loss=LOSSES), "skip": [{"mapping": "last", "loss": "one"}]}
+    names = [c.name for c in _plan(tmp_path, **changes).conditions]
+    assert len(names) == 5
+    assert "mapping=last,loss=one" not in names
+
+
+def test_a_run_is_the_recipe_with_everything_laid_over_it(tmp_path: Path) -> None:
+    plan = _plan(
+        tmp_path,
+        overrides={"train.steps": 7, "train.batch_size": 4},
+        tasks={"a": {"data.train": "x"}, "b": {"data.train": "y", "train.steps": 8}},
+        no_distillation={"losses.hidden.weight": 0},
+        seeds=[5, 9],
+    )
+    off, _, last = plan.conditions
+    recipe = plan.recipe(Run(last, "b", 9))
+    assert (recipe.layer_map, recipe.data.train, recipe.train.steps) == ("last", ("y",), 8)
+    assert (recipe.train.batch_size, recipe.train.seed) == (4, 9)
+    assert recipe.run.output == str(tmp_path / "out" / "runs" / "b" / "mapping=last" / "seed-9/run")
+    assert recipe.losses.hidden is not None and recipe.losses.hidden.weight == 1
+    without = plan.recipe(Run(off, "a", 5))
+    assert without.losses.hidden is not None and without.losses.hidden.weight == 0
+    assert [run.key for run in plan.runs(off)] == [
+        f"{task}/no_distillation/seed-{seed}" for task in "ab" for seed in (5, 9)
+    ]
+    # the base is not touched on the way
+    assert plan.spec.recipe == RECIPE
+
+
+def test_shared_steps_are_named_by_their_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out" / "shared"
+    plan = _plan(
+        tmp_path,
+        tasks={"a": {"data.train": "x"}, "b": {"data.train": "y"}},
+        shared={
+            "general": {"command": "distill", "recipe": RECIPE},
+            "teacher": {
+                **STEP,
+                "per_task": True,
+                "overrides": {"teacher.model": "{shared.general}/student"},
+            },
+        },
+        overrides={"teacher.model": "{shared.teacher}/student"},
+    )
+    general, on_a, on_b = plan.shared
+    assert general.needs == ()
+    assert [place.run for place in on_b.needs] == [general.place.run] == [out / "general" / "run"]
+    recipe = plan.shared_recipe(on_b)
+    assert recipe.teacher.model == str(out / "general" / "run" / "student")
+    assert recipe.data.train == ("y",)
+    assert recipe.run.output == str(on_b.place.run) == str(out / "teacher" / "b" / "run")
+    found = plan.recipe(Run(plan.conditions[0], "a", 0))
+    assert found.teacher.model == str(on_a.place.run / "student")
+
+
+def test_recipe_paths_start_at_the_study_file(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(RECIPE))
+    plan = _plan(tmp_path, recipe="base.yaml")
+    assert plan.recipe(Run(plan.baseline, None, 1)).train.seed == 1
+
+
+def test_digest_knows_what_decides_a_run_and_nothing_else(tmp_path: Path) -> None:
+    def of(**changes: Any) -> str:
+        plan = _plan(tmp_path, **changes)
+        return plan.digest(Run(plan.baseline, None, 0))
+
+    first = of()
+    assert of(output=str(tmp_path / "elsewhere"), seeds=5) == first
+    assert of(overrides={"train.steps": 6}) != first
+    assert of(recipe={**RECIPE, "data": {"train": "hard"}}) != first
+
+
+def test_points_of_a_space() -> None:
+    def points(**values: Any) -> list[Any]:
+        return list(Space(field="a", **values).grid())
+
+    assert points(low=0.1, high=10, log=True, points=3) == [0.1, 1, 10]
+    assert points(low=0, high=1, points=3) == [0, 0.5, 1]
+    assert points(low=1, high=4, points=9, integer=True) == [1, 2, 3, 4]
+    assert points(values=["a", 2]) == ["a", 2]
+    # rounded to what a name shows, and never beyond the ends
+    assert points(low=1 / 3, high=2 / 3, points=2) == [1 / 3, 2 / 3]
+
+
+def test_study_tree_is_a_study(tmp_path: Path) -> None:
+    path = write_study(tmp_path)
+    assert load_study(path).model_dump(mode="json")["axes"] == study_tree(tmp_path)["axes"]

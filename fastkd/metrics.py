@@ -76,12 +76,12 @@ def task_score(results: Mapping[str, Mapping[str, float]]) -> float:
     return fmean(fmean(scores.values()) for scores in results.values())
 
 
-def _constant(values: _Array) -> bool:
-    return bool((values == values[0]).all())
+def _undefined(predictions: _Array, labels: _Array) -> bool:
+    return any((values == values[0]).all() for values in (predictions, labels))
 
 
 def _matthews(predictions: _Array, labels: _Array) -> float:
-    if _constant(predictions) or _constant(labels):
+    if _undefined(predictions, labels):
         return 0.0
     return float(sklearn.metrics.matthews_corrcoef(labels, predictions))
 
@@ -97,7 +97,7 @@ def _f1(predictions: _Array, labels: _Array) -> float:
 
 def _correlation(function: Callable[..., tuple[float, float]]) -> Callable[..., float]:
     def correlate(predictions: _Array, labels: _Array) -> float:
-        if _constant(predictions) or _constant(labels):
+        if _undefined(predictions, labels):
             return 0.0
         with warnings.catch_warnings():
             # scores that hardly differ are what an untrained model gives

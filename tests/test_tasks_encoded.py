@@ -1,0 +1,165 @@
+"""Tokenised examples are what the tokenizer makes of them, and are made once."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_config
+from tiny_tasks import SENTENCES, WORDS, word_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from fastkd.errors import UserError
+from fastkd.tasks import EncodedExamples, Examples, encode_examples, encoded, uses_token_types
+
+SINGLE = Examples("single", [(text,) for text in SENTENCES], np.arange(5, dtype=np.int64))
+PAIRS = Examples(
+    "pairs", list(zip(SENTENCES, reversed(SENTENCES), strict=True)), np.ones(5, dtype=np.int64)
+)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return word_tokenizer()
+
+
+def encode(
+    examples: Examples, tokenizer: PreTrainedTokenizerFast, cache: Path, **changes: Any
+) -> EncodedExamples:
+    options = {"max_length": 64, "token_types": False, "cache": cache, "progress": False}
+    return encode_examples(examples, tokenizer, **{**options, **changes})
+
+
+@pytest.mark.parametrize("examples", [SINGLE, PAIRS], ids=["single", "pairs"])
+@pytest.mark.parametrize("chunk", [2, 2048])
+def test_a_batch_is_what_the_tokenizer_makes(
+    examples: Examples,
+    chunk: int,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(encoded, "_CHUNK", chunk)
+    made = encode(examples, tokenizer, tmp_path, token_types=True)
+    assert len(made) == 5
+    batch = made.batch(range(5), multiple=1)
+    texts = [list(column) for column in zip(*examples.texts, strict=True)]
+    expected = tokenizer(*texts, padding=True, return_tensors="pt", return_token_type_ids=True)
+    assert batch.keys() == {*expected, "labels"}
+    for name, value in expected.items():
+        assert torch.equal(batch[name], value), name
+    assert (batch["token_type_ids"].sum() > 0) == (examples is PAIRS)
+    assert batch["labels"].tolist() == examples.labels.tolist()
+    assert made.lengths.tolist() == expected["attention_mask"].sum(1).tolist()
+
+
+def test_scores_keep_their_fractions(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    scores = np.asarray([0, 1.25, 2.75, 3.8, 5], dtype=np.float32)
+    batch = encode(replace(SINGLE, labels=scores), tokenizer, tmp_path).batch([3, 1])
+    assert batch["labels"].dtype == torch.float32
+    assert batch["labels"].tolist() == scores[[3, 1]].tolist()
+
+
+def test_long_examples_are_cut_and_counted(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = max(encode(PAIRS, tokenizer, tmp_path).lengths)
+    with caplog.at_level(logging.WARNING):
+        made = encode(PAIRS, tokenizer, tmp_path, max_length=int(long) - 1)
+    count = int((encode(PAIRS, tokenizer, tmp_path).lengths > long - 1).sum())
+    assert f"{count} of 5 examples are longer than {long - 1} tokens and were cut" in caplog.text
+    assert made.lengths.max() == long - 1
+    assert made.batch([int(made.lengths.argmax())], 8)["input_ids"].shape == (1, long - 1)
+    texts = [list(column) for column in zip(*PAIRS.texts, strict=True)]
+    expected = tokenizer(*texts, truncation=True, max_length=int(long) - 1)["input_ids"]
+    for row in range(5):
+        assert made.batch([row], 1)["input_ids"][0].tolist() == expected[row]
+    # a tokenizer that is saved later shall not cut
+    encode(PAIRS, tokenizer, tmp_path / "other", max_length=int(long) - 1)
+    assert tokenizer.backend_tokenizer.truncation is None
+
+
+def test_second_run_reads_the_cache(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = encode(PAIRS, tokenizer, tmp_path, token_types=True)
+
+    def never(*_: object) -> None:
+        raise AssertionError("examples were tokenised again")
+
+    monkeypatch.setattr(encoded, "_tokenise", never)
+    again = encode(PAIRS, tokenizer, tmp_path, token_types=True, build=False)
+    assert again.fingerprint == first.fingerprint
+    for name, value in first.batch(range(5)).items():
+        assert torch.equal(again.batch(range(5))[name], value)
+    assert isinstance(again.tokens, np.memmap)
+
+
+def test_whatever_changes_the_tokens_makes_a_new_cache(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    def key(examples: Examples = PAIRS, **changes: Any) -> str:
+        return encode(
+            examples, changes.pop("tokenizer", tokenizer), tmp_path, **changes
+        ).fingerprint
+
+    other_text = replace(PAIRS, texts=[*PAIRS.texts[:-1], ("the dog", "the cat")])
+    keys = [
+        key(),
+        key(max_length=63),
+        key(token_types=True),
+        key(tokenizer=word_tokenizer(WORDS[1:])),
+        key(other_text),
+        key(replace(PAIRS, labels=np.zeros(5, dtype=np.int64))),
+        key(replace(PAIRS, labels=np.ones(5, dtype=np.float32))),
+        key(SINGLE),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key(replace(PAIRS, name="another name")) == keys[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(keys)
+
+
+def test_missing_and_damaged_caches(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is missing; rank 0 builds it first"):
+        encode(SINGLE, tokenizer, tmp_path, build=False)
+    assert not list(tmp_path.iterdir())
+    folder = tmp_path / encode(SINGLE, tokenizer, tmp_path).fingerprint
+    stored = (folder / "tokens.bin").read_bytes()
+    (folder / "tokens.bin").write_bytes(stored[:-2])
+    with pytest.raises(UserError, match=r"damaged; delete it .* \(tokens.bin has \d+ numbers, exp"):
+        encode(SINGLE, tokenizer, tmp_path)
+    (folder / "tokens.bin").unlink()
+    with pytest.raises(UserError, match="is damaged; delete it and run again"):
+        encode(SINGLE, tokenizer, tmp_path)
+    shutil.rmtree(folder)
+    assert len(encode(SINGLE, tokenizer, tmp_path)) == 5
+
+
+@pytest.mark.parametrize(("examples", "size"), [(SINGLE, 2), (PAIRS, 4)], ids=["single", "pairs"])
+def test_no_room_for_text(
+    examples: Examples, size: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"max_length: {size} given, but special tokens take"):
+        encode(examples, tokenizer, tmp_path, max_length=size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_want_token_types() -> None:
+    wanted = {"bert": True, "roberta": False, "distilbert": False, "gpt2": False, "modernbert": 0}
+    assert {name: uses_token_types(tiny_config(name)) for name in wanted} == wanted
+
+
+def test_padding_of_a_tokenizer_without_a_token_for_it(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    tokenizer.pad_token = None
+    made = encode(SINGLE, tokenizer, tmp_path)
+    assert made.pad_id == 0
+    tokenizer.eos_token = "dog"
+    assert encode(SINGLE, tokenizer, tmp_path / "b").pad_id == tokenizer.eos_token_id > 0

@@ -14,20 +14,25 @@ BACKENDS = ["torch", "triton"] if not torch.cuda.is_available() else ["torch"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("need_grad", [True, False])
-def test_opcheck(backend: str, need_grad: bool) -> None:
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    if backend == "torch":
-        tests += ("test_aot_dispatch_static",)
-    case = hidden_case(2, 2, 6, (3, 5), "shared+bias", torch.float32)
-    student = case.student if need_grad else [tensor.detach() for tensor in case.student]
-    weight, bias = (tensor if need_grad else tensor.detach() for tensor in case.leaves[2:])
-    mask = masks(2, 6)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_opcheck(tokens: int, normalize: bool, backend: str) -> None:
+    """With 2 tokens the CPU keeps row gradients, with 12 their products."""
+    ops = torch.ops.fastkd_kernels
+    case = hidden_case(2, 2, tokens, (3, 5), "shared+bias", torch.float32)
+    mask = masks(2, tokens)
+    student, weight, bias = case.student, *case.leaves[2:]
+    student, (weight, bias) = [t.detach() for t in student], (weight.detach(), bias.detach())
     count = inverse(mask.sum(), torch.float32, mask.device)
-    lists = (student, case.teacher, [weight], [bias])
-    hidden = (*lists, mask, count, need_grad, need_grad, backend)
-    op = torch.ops.fastkd_kernels.hidden_mse.default
-    torch.library.opcheck(op, hidden, test_utils=tests)
+    for need_grad in (True, False):
+        flags = (normalize, need_grad, need_grad, backend)
+        arguments = (student, case.teacher, [weight], [bias], mask, count, *flags)
+        torch.library.opcheck(ops.hidden_rows.default, arguments)
+        *_, row_grad = ops.hidden_rows(*arguments)
+        assert bool(row_grad.numel()) == (need_grad and backend == "torch" and tokens == 1)
+        if row_grad.numel():
+            backward = (row_grad, student, [weight], 1, mask, torch.ones(2), True)
+            torch.library.opcheck(ops.hidden_rows_backward.default, backward)
 
 
 def _losses(hidden: Tensor, target: Tensor, weight: Tensor, mask: Tensor) -> Tensor:

@@ -1,33 +1,57 @@
 """Checks of what the ops on hidden states are given."""
 
 from collections.abc import Sequence
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .checks import check_device, check_frozen, check_pairs, check_tensor
+from .checks import (
+    check_choice,
+    check_device,
+    check_frozen,
+    check_mask,
+    check_pairs,
+    check_tensor,
+    resolve_backend,
+)
+from .types import Tokens
 
 
-def _as_list(name: str, value: Tensor | Sequence[Tensor] | None, pairs: int) -> list[Tensor]:
-    """No tensor, one for all pairs, or one a pair."""
-    if value is None:
-        return []
-    if isinstance(value, Tensor):
-        return [value]
-    if not isinstance(value, (list, tuple)):
-        raise TypeError(
-            f"{name} must be a tensor, a list with one tensor a pair, or None, "
-            f"got {type(value).__name__}"
-        )
-    if len(value) != pairs:
-        raise ValueError(
-            f"{name} has {len(value)} tensors for {pairs} pairs; give one a pair, "
-            "or a single tensor for all"
-        )
-    return list(value)
+class Checked(NamedTuple):
+    """Arguments that fit together: the tokens to compare, weight and bias as lists, a back end."""
+
+    student: list[Tensor]
+    teacher: list[Tensor]
+    weights: list[Tensor]
+    biases: list[Tensor]
+    mask: Tensor | None
+    backend: str
 
 
 def check_hidden(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor] | None,
+    bias: Tensor | Sequence[Tensor] | None,
+    mask: Tensor | None,
+    tokens: str,
+    backend: str,
+) -> Checked:
+    """Everything fits, or an error says what does not."""
+    weights, biases = _check_pairs(student, teacher, weight, bias)
+    batch, length, _ = student[0].shape
+    device = student[0].device
+    check_mask("mask", mask, batch, length, device)
+    check_choice("tokens", tokens, get_args(Tokens))
+    chosen = resolve_backend(backend, device)
+    if tokens == "cls":
+        student, teacher = ([state[:, :1] for state in side] for side in (student, teacher))
+        mask = None if mask is None else mask[:, :1]
+    return Checked(list(student), list(teacher), weights, biases, mask, chosen)
+
+
+def _check_pairs(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     weight: Tensor | Sequence[Tensor] | None,
@@ -61,6 +85,25 @@ def check_hidden(
         _check_trained("weight", weights, pair, widths, student[0].device)
         _check_trained("bias", biases, pair, widths[:1], student[0].device)
     return weights, biases
+
+
+def _as_list(name: str, value: Tensor | Sequence[Tensor] | None, pairs: int) -> list[Tensor]:
+    """No tensor, one for all pairs, or one a pair."""
+    if value is None:
+        return []
+    if isinstance(value, Tensor):
+        return [value]
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(
+            f"{name} must be a tensor, a list with one tensor a pair, or None, "
+            f"got {type(value).__name__}"
+        )
+    if len(value) != pairs:
+        raise ValueError(
+            f"{name} has {len(value)} tensors for {pairs} pairs; give one a pair, "
+            "or a single tensor for all"
+        )
+    return list(value)
 
 
 def _check_trained(

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Triton kernels of hidden-state MSE.
+"""Triton kernels of the losses on hidden states: projection and residual, and both products.
 
 Sizes: `tokens`, `rows` (batch times tokens), `width` (student), `target_width` (teacher). One chunk
 of rows is `[first, last)`; its residual `R = H_s W^T + b - H_t` is `[pairs, chunk, target_width]`.
@@ -75,12 +75,14 @@ def residuals(
     HAS_MASK: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
     STORE: tl.constexpr,
 ):
     """One program: a block of the chunk's rows and of the teacher's columns.
 
     Writes `partials` `[pairs, row blocks, column blocks]` and, with STORE, `residual`
-    `[pairs, chunk, target_width]`, where masked rows are 0.
+    `[pairs, chunk, target_width]`, where masked rows are 0. Without HAS_TARGET, `residual` gets the
+    projected rows and `partials` nothing.
     """
     pair = tl.program_id(1).to(tl.int64)
     column_blocks = tl.cdiv(target_width, BLOCK_COLUMN)
@@ -90,7 +92,6 @@ def residuals(
     o_row = first + row_block * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
     o_column = column_block * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
     m_row = valid_rows(valid, o_row, last, HAS_MASK)
-    m_tile = m_row[:, None] & (o_column < target_width)[None, :]
     if HAS_WEIGHT:
         total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
         for start in range(0, width, BLOCK_SUM):
@@ -108,14 +109,16 @@ def residuals(
         bias = tl.load(row + 8).to(tl.pointer_type(BIAS_TYPE))
         b_bias = tl.load(bias + o_column, mask=o_column < target_width, other=0.0)
         total += b_bias.to(SUM_TYPE)[None, :]
-    b_target = token_rows(
-        row + 3, o_row, m_row, tokens, o_column, target_width, TARGET_TYPE, TARGET_ALIGN
-    )
-    # R = H_s W^T + b - H_t
-    total = tl.where(m_tile, total - b_target.to(SUM_TYPE), 0.0)
-    all_blocks = tl.cdiv(rows, BLOCK_ROW)
-    index = (pair * all_blocks + first // BLOCK_ROW + row_block) * column_blocks + column_block
-    tl.store(partials + index, tl.sum(total * total))
+    if HAS_TARGET:
+        b_target = token_rows(
+            row + 3, o_row, m_row, tokens, o_column, target_width, TARGET_TYPE, TARGET_ALIGN
+        )
+        # R = H_s W^T + b - H_t
+        m_tile = m_row[:, None] & (o_column < target_width)[None, :]
+        total = tl.where(m_tile, total - b_target.to(SUM_TYPE), 0.0)
+        all_blocks = tl.cdiv(rows, BLOCK_ROW)
+        index = (pair * all_blocks + first // BLOCK_ROW + row_block) * column_blocks + column_block
+        tl.store(partials + index, tl.sum(total * total))
     if STORE:
         o_out = (pair * chunk + o_row - first)[:, None] * target_width + o_column[None, :]
         m_out = (o_row < last)[:, None] & (o_column < target_width)[None, :]

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .checks import check_mask, check_reduction, resolve_backend
+from .checks import check_reduction
 from .hidden_checks import check_hidden
 from .hidden_rows import row_losses
-from .types import Backend, Reduction
+from .types import Backend, Reduction, Tokens
 
 
 def hidden_mse(
@@ -22,6 +22,7 @@ def hidden_mse(
     weight: Tensor | Sequence[Tensor] | None = None,
     bias: Tensor | Sequence[Tensor] | None = None,
     mask: Tensor | None = None,
+    tokens: Tokens = "all",
     reduction: Reduction = "valid",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -36,6 +37,7 @@ def hidden_mse(
             sequence with one a pair. None compares hidden states as they are.
         bias: `[teacher_width]`, one for all pairs or a sequence with one a pair; needs `weight`.
         mask: Bool `[batch, tokens]`, True at valid tokens; None counts all. Not read by "tinybert".
+        tokens: "all", or "cls" for the first token of every batch item alone.
         reduction: "valid" divides by valid tokens times `teacher_width`, and masked tokens add
             nothing. "tinybert" averages over all tokens, padding included, as the official code.
         backend: "auto" runs Triton on CUDA and PyTorch on the CPU.
@@ -48,12 +50,8 @@ def hidden_mse(
         ValueError: shapes, devices, modes that do not fit, or a teacher that requires grad.
         TypeError: something that is no float tensor or no bool mask.
     """
-    weights, biases = check_hidden(student, teacher, weight, bias)
-    batch, tokens, _ = student[0].shape
-    device = student[0].device
-    check_mask("mask", mask, batch, tokens, device)
     check_reduction(reduction)
-    chosen = resolve_backend(backend, device)
+    checked = check_hidden(student, teacher, weight, bias, mask, tokens, backend)
     if reduction == "tinybert":
-        mask = None
-    return row_losses(student, teacher, weights, biases, mask, chosen)
+        checked = checked._replace(mask=None)
+    return row_losses("mse", *checked)

@@ -1,52 +1,74 @@
-"""The registered op of hidden states and what its public functions share."""
+"""The registered ops of hidden states, their autograd, and what the public functions share.
+
+Autograd is a function of our own around the op: that of `register_autograd` takes lists of tensors
+apart in Python, which cost more than the whole loss at a thousand tokens.
+"""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import hidden_torch as on_torch
 from .types import NAMESPACE
-from .unit_gradient import by_shape, inverse, scaled, value_of
+from .unit_gradient import by_shape, inverse, scaled
+
+# pairs in one node of the CPU's autograd graph: one each costs time, all of them memory
+SAVED_TOGETHER = 2
+
+Kind = Literal["mse", "normalized_mse", "cosine"]
 
 
 def row_losses(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
+    kind: Kind,
+    student: list[Tensor],
+    teacher: list[Tensor],
     weights: list[Tensor],
     biases: list[Tensor],
     mask: Tensor | None,
     backend: str,
 ) -> Tensor:
     """Losses `[pairs]` of checked arguments."""
-    batch, tokens, _ = student[0].shape
+    pairs, (batch, tokens, _) = len(student), student[0].shape
     device = student[0].device
+    rows = batch * tokens if mask is None else mask.sum()
+    grad = torch.is_grad_enabled()
+    divisors: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def divisor(width: int, dtype: torch.dtype) -> Tensor:
+        """One over the count; the squared distance of unit rows is twice the cosine distance."""
+        share = {"mse": width, "normalized_mse": 1, "cosine": 2}[kind]
+        if (share, dtype) not in divisors:
+            divisors[share, dtype] = inverse(rows * share, dtype, device)
+        return divisors[share, dtype]
 
     def loss_of(members: list[int]) -> Tensor:
         own, target = [student[i] for i in members], [teacher[i] for i in members]
         matrices = [weights[i] for i in members] if len(weights) > 1 else weights
         offsets = [biases[i] for i in members] if len(biases) > 1 else biases
         trained = [*matrices, *offsets]
-        grad = torch.is_grad_enabled()
-        width = target[0].shape[-1]
-        count = batch * tokens * width if mask is None else mask.sum() * width
-        losses: Tensor = _hidden(
-            own,
-            target,
-            matrices,
-            offsets,
+        losses: Tensor = _Rows.apply(  # type: ignore[no-untyped-call]
+            len(matrices),
+            len(offsets),
             mask,
-            inverse(count, _accumulator([*own, *target, *trained]), device),
+            divisor(target[0].shape[-1], _accumulator([*own, *target, *trained])),
+            kind != "mse",
             grad and any(tensor.requires_grad for tensor in own),
             grad and any(tensor.requires_grad for tensor in trained),
             backend,
-        )[0]
+            *own,
+            *target,
+            *trained,
+        )
         return losses
 
+    # where nothing is shared, what few pairs keep is freed while the backward goes through the rest
+    few = SAVED_TOGETHER if backend == "torch" and len(weights) != 1 else pairs
     keys = [
-        (tuple(own.shape), own.dtype, tuple(target.shape), target.dtype)
-        for own, target in zip(student, teacher, strict=True)
+        (pair // few, tuple(own.shape), own.dtype, tuple(target.shape), target.dtype)
+        for pair, (own, target) in enumerate(zip(student, teacher, strict=True))
     ]
     loss = by_shape(keys, loss_of)
     return loss if student[0].dtype == torch.float64 else loss.float()
@@ -57,19 +79,28 @@ def _accumulator(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-@torch.library.custom_op(f"{NAMESPACE}::hidden_mse", mutates_args=())
-def _hidden(
+def _keeps_rows(student: Tensor, weights: int, need_weight_grad: bool, backend: str) -> bool:
+    batch, tokens, width = student.shape
+    wants = need_weight_grad and weights > 0 and backend == "torch"
+    return wants and on_torch.keeps_rows(batch * tokens, width)
+
+
+def _forward(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
     mask: Tensor | None,
     inverse_count: Tensor,
+    normalize: bool,
     need_input_grad: bool,
     need_weight_grad: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses `[pairs]` and stacked unit gradients of student, weight and bias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Losses `[pairs]`, unit gradients of student, weight and bias, and row gradients.
+
+    `normalize` compares rows divided by their norms.
+    """
     if backend == "torch":
         forward = on_torch.hidden_forward
     else:
@@ -81,58 +112,151 @@ def _hidden(
         weight,
         bias,
         mask,
+        normalize,
         need_input_grad,
         need_weight_grad,
         inverse_count.dtype,
     )
-    return value_of(squares, inverse_count), grads[0], grads[1], grads[2]
+    return squares * inverse_count, grads[0], grads[1], grads[2], grads[3]
 
 
-@_hidden.register_fake
-def _hidden_fake(
+hidden_rows = torch.library.custom_op(f"{NAMESPACE}::hidden_rows", _forward, mutates_args=())
+
+
+@hidden_rows.register_fake
+def _hidden_rows_fake(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
     mask: Tensor | None,
     inverse_count: Tensor,
+    normalize: bool,
     need_input_grad: bool,
     need_weight_grad: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pairs = len(student)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    pairs, new = len(student), inverse_count.new_empty
+    keeps = _keeps_rows(student[0], len(weight), need_weight_grad, backend)
+    batch, tokens, target_width = teacher[0].shape
+    wants_weight = need_weight_grad and bool(weight) and not keeps
     return (
-        inverse_count.new_empty(pairs),
-        inverse_count.new_empty((pairs, *student[0].shape) if need_input_grad else (0,)),
-        inverse_count.new_empty((pairs, *weight[0].shape) if need_weight_grad and weight else (0,)),
-        inverse_count.new_empty((pairs, *bias[0].shape) if need_weight_grad and bias else (0,)),
+        new(pairs),
+        new((pairs, *student[0].shape) if need_input_grad and not keeps else (0,)),
+        new((pairs, *weight[0].shape) if wants_weight else (0,)),
+        new((pairs, *bias[0].shape) if wants_weight and bias else (0,)),
+        new((pairs, batch * tokens, target_width) if keeps else (0,)),
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, teacher, weight, bias = inputs[:4]
-    ctx.dtypes = [tensors[0].dtype if tensors else None for tensors in (student, weight, bias)]
-    ctx.counts = [len(tensors) for tensors in (student, teacher, weight, bias)]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], inputs[5])
+@torch.library.custom_op(f"{NAMESPACE}::hidden_rows_backward", mutates_args=())
+def hidden_rows_backward(
+    row_grad: Tensor,
+    student: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    biases: int,
+    mask: Tensor | None,
+    factor: Tensor,
+    need_input_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of student, weight and bias, stacked, from kept row gradients."""
+    return on_torch.hidden_backward(
+        row_grad, student, weight, biases, mask, factor, need_input_grad
+    )
 
 
-def _gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    if upstream is None:
-        return (*([None] * count for count in ctx.counts), *(None,) * 5)
-    *units, inverse_count = ctx.saved_tensors
-    factor = 2.0 * inverse_count * upstream
-    students, teachers, weights, biases = ctx.counts
-    grads: list[list[Tensor | None]] = []
-    for unit, dtype, count in zip(units, ctx.dtypes, (students, weights, biases), strict=True):
-        if unit.numel() == 0:
-            grads.append([None] * count)
-        elif count == students:
-            grads.append(list(scaled(unit, factor, dtype).unbind()))
+@hidden_rows_backward.register_fake
+def _hidden_rows_backward_fake(
+    row_grad: Tensor,
+    student: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    biases: int,
+    mask: Tensor | None,
+    factor: Tensor,
+    need_input_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        row_grad.new_empty((len(student), *student[0].shape) if need_input_grad else (0,)),
+        row_grad.new_empty(len(weight), *weight[0].shape),
+        row_grad.new_empty((biases, weight[0].shape[0]) if biases else (0,)),
+    )
+
+
+class _Rows(torch.autograd.Function):
+    """Losses `[pairs]` of students, teachers, weights and biases, given one after the other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weights: int,
+        biases: int,
+        mask: Tensor | None,
+        inverse_count: Tensor,
+        normalize: bool,
+        need_input_grad: bool,
+        need_weight_grad: bool,
+        backend: str,
+        *tensors: Tensor,
+    ) -> Tensor:
+        pairs = (len(tensors) - weights - biases) // 2
+        student = tensors[:pairs]
+        weight = tensors[2 * pairs : 2 * pairs + weights]
+        bias = tensors[2 * pairs + weights :]
+        # PyTorch needs no dispatcher, which takes a tenth of the time at a thousand tokens
+        direct = backend == "torch" and not torch.compiler.is_compiling()
+        losses, *grads = (_forward if direct else hidden_rows)(
+            student,
+            tensors[pairs : 2 * pairs],
+            weight,
+            bias,
+            mask,
+            inverse_count,
+            normalize,
+            need_input_grad,
+            need_weight_grad,
+            backend,
+        )
+        ctx.counts = (pairs, weights, biases)
+        ctx.dtypes = [group[0].dtype if group else None for group in (student, weight, bias)]
+        ctx.need_input_grad = need_input_grad
+        ctx.keeps = _keeps_rows(student[0], weights, need_weight_grad, backend)
+        needed = (grads[3], mask, *student, *weight) if ctx.keeps else grads[:3]
+        ctx.save_for_backward(inverse_count, *needed)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        pairs, _, biases = ctx.counts
+        inverse_count, *kept = ctx.saved_tensors
+        factor = 2.0 * inverse_count * upstream
+        if ctx.keeps:
+            row_grad, mask, *tensors = kept
+            stacked = hidden_rows_backward(
+                row_grad,
+                tensors[:pairs],
+                tensors[pairs:],
+                biases,
+                mask,
+                factor,
+                ctx.need_input_grad,
+            )
         else:
-            shared = torch.tensordot(factor, unit, dims=1)  # one tensor serves all pairs
-            grads.append([shared.to(dtype)])
-    return (grads[0], [None] * teachers, grads[1], grads[2], *(None,) * 5)
+            stacked = [
+                _applied(unit, factor, dtype, count)
+                for unit, dtype, count in zip(kept, ctx.dtypes, ctx.counts, strict=True)
+            ]
+        grads: list[Tensor | None] = []
+        for made, dtype, count in zip(stacked, ctx.dtypes, ctx.counts, strict=True):
+            grads += made.to(dtype).unbind() if made.numel() else [None] * count
+        return (*(None,) * 8, *grads[:pairs], *(None,) * pairs, *grads[pairs:])
 
 
-_hidden.register_autograd(_gradient, setup_context=_save)
+def _applied(unit: Tensor, factor: Tensor, dtype: torch.dtype, count: int) -> Tensor:
+    """Unit gradients by pair times `factor` `[pairs]`; their sum where `count` is 1."""
+    if unit.numel() == 0:
+        return unit
+    if count == factor.numel():
+        return scaled(unit, factor, dtype)
+    total: Tensor = torch.tensordot(factor, unit, dims=1)
+    return total.unsqueeze(0)

@@ -1,7 +1,8 @@
-"""Hidden-state MSE on Triton: what CUDA tensors run. Same results as the PyTorch path.
+"""Losses on hidden states on Triton: what CUDA tensors run. Same results as the PyTorch path.
 
-The residual of one chunk of tokens is written to a workspace of bounded size and multiplied twice.
-The road not taken: recomputing the residual in the kernels of both gradients, which multiplies its
+The residual of one chunk of tokens is written to a workspace of bounded size and multiplied twice;
+normalised rows are projected into another such workspace first, because their norms come first. The
+road not taken: recomputing the residual in the kernels of both gradients, which multiplies its
 cost by the number of column blocks.
 """
 
@@ -12,8 +13,10 @@ import torch
 import triton
 from torch import Tensor
 
+from .hidden_cosine_kernels import unit_residuals
 from .hidden_kernels import input_gradient, residuals, weight_gradient
-from .hidden_launch import hidden_chunk, hidden_launch
+from .hidden_launch import hidden_chunk, hidden_launch, unit_launch
+from .hidden_torch import ZERO_NORM
 from .launch import aligned, platform, product_dtype
 from .pointers import pointer_table, unit_stride
 from .tl_types import TYPES
@@ -44,13 +47,14 @@ def hidden_forward(
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
     mask: Tensor | None,
+    normalize: bool,
     need_input_grad: bool,
     need_weight_grad: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Squares `[pairs]` and the unit gradients of student, weight and bias, stacked over pairs.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Squares `[pairs]`, unit gradients of student, weight and bias by pair, no row gradients.
 
-    Three launches a chunk of tokens, whatever the number of pairs.
+    Up to three launches a chunk of tokens, four if normalised, whatever the number of pairs.
     """
     pairs = len(student)
     batch, tokens, width = student[0].shape
@@ -75,13 +79,18 @@ def hidden_forward(
     bias_grad = new(*((pairs, target_width) if wants_weight and bias else (0,)))
     target_blocks = triton.cdiv(target_width, block_column)
     partials = new(pairs, triton.cdiv(rows, block_row) * target_blocks)
+    unit = unit_launch(target_width)
+    unit_rows = int(unit.constants["BLOCK_ROW"])
+    if normalize:
+        partials = new(pairs, triton.cdiv(rows, unit_rows))
     store = need_input_grad or wants_weight
-    if not weight or not store:
-        # nothing to multiply: the residual is the gradient, or only its squares are wanted
-        chunk, residual = rows, input_grad
-    else:
-        chunk = hidden_chunk(rows, pairs * target_width * kept.itemsize, block_row)
-        residual = new(pairs, chunk, target_width, of=kept)
+    chunk, residual, projected = rows, input_grad, new(0)
+    if weight and (store or normalize):
+        # without a projection the residual is the student's gradient
+        value_bytes = store * kept.itemsize + normalize * dtype.itemsize
+        chunk = hidden_chunk(rows, pairs * target_width * value_bytes, block_row)
+        residual = new(*((pairs, chunk, target_width) if store else (0,)), of=kept)
+        projected = new(*((pairs, chunk, target_width) if normalize else (0,)))
     valid = new(0, of=torch.uint8) if mask is None else mask.to(torch.uint8).contiguous()
     aligns = {
         name: 16 // column[0].element_size() if aligned(column) else 1
@@ -93,26 +102,52 @@ def hidden_forward(
         last = min(first + chunk, rows)
         span = {"first": first, "last": last, "chunk": chunk}
         row_blocks = triton.cdiv(last - first, block_row)
-        residuals[(row_blocks * target_blocks, pairs)](
-            table,
-            valid,
-            residual,
-            partials,
-            **span,
-            rows=rows,
-            tokens=tokens,
-            width=width,
-            target_width=target_width,
-            **types,
-            **exact,
-            **aligns,
-            BIAS_TYPE=TYPES[bias[0].dtype] if bias else types["TYPE"],
-            HAS_MASK=mask is not None,
-            HAS_WEIGHT=bool(weight),
-            HAS_BIAS=bool(bias),
-            STORE=store,
-            **options,
-        )
+        if weight or not normalize:
+            residuals[(row_blocks * target_blocks, pairs)](
+                table,
+                valid,
+                projected if normalize else residual,
+                partials,
+                **span,
+                rows=rows,
+                tokens=tokens,
+                width=width,
+                target_width=target_width,
+                **types,
+                **exact,
+                **aligns,
+                BIAS_TYPE=TYPES[bias[0].dtype] if bias else types["TYPE"],
+                HAS_MASK=mask is not None,
+                HAS_WEIGHT=bool(weight),
+                HAS_BIAS=bool(bias),
+                HAS_TARGET=not normalize,
+                STORE=store or normalize,
+                **options,
+            )
+        if normalize:
+            unit_residuals[(triton.cdiv(last - first, unit_rows), pairs)](
+                table,
+                valid,
+                projected,
+                residual,
+                partials,
+                **span,
+                rows=rows,
+                tokens=tokens,
+                target_width=target_width,
+                TYPE=types["TYPE"],
+                TARGET_TYPE=types["TARGET_TYPE"],
+                SUM_TYPE=types["SUM_TYPE"],
+                **unit.constants,
+                ALIGN=aligns["ALIGN"],
+                TARGET_ALIGN=aligns["TARGET_ALIGN"],
+                ZERO_NORM=ZERO_NORM,
+                HAS_MASK=mask is not None,
+                HAS_WEIGHT=bool(weight),
+                STORE=store,
+                num_warps=unit.num_warps,
+                num_stages=unit.num_stages,
+            )
         if need_input_grad and weight:
             input_gradient[(row_blocks * triton.cdiv(width, block_column), pairs)](
                 table,
@@ -150,7 +185,7 @@ def hidden_forward(
                 HAS_BIAS=bool(bias),
                 **options,
             )
-    return partials.sum(1), input_grad, weight_grad, bias_grad
+    return partials.sum(1), input_grad, weight_grad, bias_grad, new(0)
 
 
 def _columns(

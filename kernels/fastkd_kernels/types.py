@@ -6,6 +6,7 @@ from torch import Tensor
 
 Reduction = Literal["valid", "tinybert"]
 Backend = Literal["auto", "torch", "triton"]
+Tokens = Literal["all", "cls"]
 Algorithm = Literal["auto", "tiles", "gram"]
 DivergenceKind = Literal["kl", "reverse_kl", "js", "mse", "cross_entropy", "cosine"]
 Relation = Literal["qq", "kk", "vv", "qk"]

@@ -5,14 +5,16 @@ Nothing here saves memory. Every function works in the precision of its inputs, 
 
 from .attention import attention_score_mse, attention_scores
 from .divergence import attention_divergence, relation_divergence
-from .hidden import hidden_mse
+from .hidden import hidden_cosine, hidden_mse, hidden_normalized_mse
 from .logits import logits_divergence
 
 __all__ = [
     "attention_divergence",
     "attention_score_mse",
     "attention_scores",
+    "hidden_cosine",
     "hidden_mse",
+    "hidden_normalized_mse",
     "logits_divergence",
     "relation_divergence",
 ]

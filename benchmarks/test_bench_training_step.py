@@ -22,7 +22,7 @@ from transformers import BertConfig, BertModel
 from fastkd.capture import capture, route_attention
 from fastkd.engine import DistilledStudent
 from fastkd.layer_map import make_layer_map
-from fastkd.objective import Objective
+from fastkd.objective import DIVISORS, ModelPair, Objective
 from fastkd.recipe import Losses
 
 LAYERS = make_layer_map("uniform", 4, 12)
@@ -53,7 +53,7 @@ def _models(attention: str) -> tuple[BertModel, BertModel, Objective]:
     teacher = _bert(12, 768, 3072, attention).eval().requires_grad_(False)
     student = _bert(4, 312, 1200, attention)
     losses = Losses.model_validate({"attention": {}, "hidden": {}, "embedding": {}})
-    return teacher, student, Objective(losses, LAYERS, (312, 768), causal=False)
+    return teacher, student, Objective(losses, LAYERS, ModelPair((312, 768)))
 
 
 def _fastkd(ids: Tensor) -> Step:
@@ -64,7 +64,7 @@ def _fastkd(ids: Tensor) -> Step:
     def step() -> Tensor:
         with torch.no_grad(), capture(teacher, **objective.layers("teacher")) as states:
             teacher(input_ids=ids)
-        total, _ = module({"input_ids": ids}, states, torch.ones(2))
+        total, _ = module({"input_ids": ids}, states, torch.ones(len(DIVISORS)))
         return _update(total, optimizer)
 
     return step

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastkd.capture import check_capturable, is_causal
+from fastkd.capture import attention_windows, check_capturable, is_causal
 from fastkd.data import Corpus, prepare_corpus
 from fastkd.deepspeed_config import BatchPlan, plan_batches, student_config
 from fastkd.engine import DistilledStudent, Ranks, TeacherRunner, make_engine
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, make_layer_map
+from fastkd.masking import Masking
 from fastkd.models import Initialisation, build_student, load_teacher, load_tokenizer
-from fastkd.objective import Objective
+from fastkd.objective import ModelPair, Objective
 from fastkd.recipe import Recipe
 
 
@@ -36,6 +37,7 @@ class Assembly:
     module: DistilledStudent
     teacher: TeacherRunner
     engine: Any
+    masking: Masking | None = None
 
     @property
     def objective(self) -> Objective:
@@ -63,7 +65,7 @@ def assemble(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> Assembly
     plan = plan_batches(recipe, ranks.world_size)
     config = student_config(recipe, plan)
     torch.manual_seed(recipe.train.seed)
-    teacher = load_teacher(recipe.teacher)
+    teacher = load_teacher(recipe.teacher, recipe.student.head)
     check_capturable(teacher, recipe.data.block_size)
     tokenizer = load_tokenizer(recipe.teacher, teacher.get_input_embeddings().num_embeddings)
     layers = make_layer_map(
@@ -72,6 +74,7 @@ def assemble(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> Assembly
     student, initialisation = build_student(teacher, recipe.student, layers)
     check_capturable(student, recipe.data.block_size)
     objective = make_objective(recipe, layers, student, teacher)
+    masking = make_masking(recipe, tokenizer)
     corpus = share_corpus(recipe, tokenizer, ranks, progress=progress)
     module = DistilledStudent(student, objective)
     runner = TeacherRunner(teacher, recipe, objective, ranks)
@@ -79,7 +82,17 @@ def assemble(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> Assembly
     # dropout must differ between ranks; everything before must not
     torch.manual_seed(recipe.train.seed + 1 + ranks.rank)
     return Assembly(
-        recipe, ranks, plan, corpus, tokenizer, layers, initialisation, module, runner, engine
+        recipe,
+        ranks,
+        plan,
+        corpus,
+        tokenizer,
+        layers,
+        initialisation,
+        module,
+        runner,
+        engine,
+        masking,
     )
 
 
@@ -91,14 +104,39 @@ def make_objective(
     Raises:
         UserError: the models don't fit together.
     """
+    losses = recipe.losses
     heads = student.config.num_attention_heads, teacher.config.num_attention_heads
-    if recipe.losses.attention and heads[0] != heads[1]:
+    if losses.attention and heads[0] != heads[1]:
         raise UserError(
             f"losses.attention compares heads one by one, but the student has {heads[0]} and the "
             f"teacher {heads[1]}; set student.heads={heads[1]}, or leave the term out"
         )
-    widths = student.config.hidden_size, teacher.config.hidden_size
-    return Objective(recipe.losses, layers, widths, is_causal(teacher))
+    compares = losses.relations or (losses.attention and losses.attention.kind != "score_mse")
+    pair = ModelPair(
+        widths=(student.config.hidden_size, teacher.config.hidden_size),
+        causal=is_causal(teacher),
+        heads=heads,
+        windows=(attention_windows(student), attention_windows(teacher)) if compares else ({}, {}),
+        head=recipe.student.head,
+        outputs=teacher.config.num_labels,
+    )
+    depths = layers.student_layers, layers.teacher_layers
+    own = {
+        name: make_layer_map(given, *depths)
+        for name, term in losses.terms.items()
+        if (given := getattr(term, "layer_map", None)) is not None
+    }
+    return Objective(losses, layers, pair, own_layers=own, steps=recipe.train.steps)
+
+
+def make_masking(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Masking | None:
+    """What masks the inputs of the `mlm` term, if it is on.
+
+    Raises:
+        UserError: the tokenizer has no mask token.
+    """
+    loss = recipe.losses.mlm
+    return None if loss is None else Masking(tokenizer, loss.probability, recipe.train.seed)
 
 
 def share_corpus(

@@ -21,29 +21,32 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fastkd_kernels import AttentionState
+from fastkd_kernels import AttentionState, LogitsHead
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from fastkd.errors import UserError
+from fastkd.heads import check_head, last_layer, recorded_head
 
 _PREFIX = "fastkd-"
 _LISTENER = "_fastkd_listener"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Capture:
     """What one forward pass left, by layer number (`fastkd.layer_map` has the convention).
 
     `attention[i]` holds query [batch, heads, tokens, head_dim], key and value
     [batch, kv_heads, tokens, head_dim] and the scale of block i, after rotary embeddings and before
-    grouped heads are repeated; `hidden[i]` is [batch, tokens, width].
+    grouped heads are repeated; `hidden[i]` is [batch, tokens, width]. `logits` is what the head
+    gave, [batch, outputs], or of a language model what its last layer would have multiplied.
     """
 
     attention: dict[int, AttentionState] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    logits: Tensor | LogitsHead | None = None
 
 
 def route_attention(model: PreTrainedModel, implementation: str) -> None:
@@ -93,16 +96,22 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 @contextmanager
 def capture(
-    model: PreTrainedModel, *, attention: Collection[int] = (), hidden: Collection[int] = ()
+    model: PreTrainedModel,
+    *,
+    attention: Collection[int] = (),
+    hidden: Collection[int] = (),
+    logits: bool = False,
 ) -> Iterator[Capture]:
     """Record attention and hidden states of the named layers while the context is open.
 
-    Hooks are attached on entry and removed on exit: ZeRO-3 needs them younger than its own.
+    Hooks are attached on entry and removed on exit: ZeRO-3 needs them younger than its own. The
+    logits of a language model, [tokens, vocabulary], are not computed meanwhile.
 
     Args:
         model: routed by `route_attention`, possibly wrapped and sharded since.
         attention: block numbers from 1.
         hidden: layer numbers from 0, the embeddings.
+        logits: whether to record what the head gives or takes.
     """
     blocks = find_blocks(model)
     states = Capture()
@@ -117,6 +126,7 @@ def capture(
             else:
                 handle = blocks[0].register_forward_pre_hook(_input_hook(states), with_kwargs=True)
             stack.callback(handle.remove)
+        stack.enter_context(recorded_head(model, states if logits else None))
         yield states
 
 
@@ -151,6 +161,9 @@ def check_capturable(model: PreTrainedModel, tokens: int = 8) -> None:
                 f"{type(model).__name__} can't read {tokens} tokens "
                 f"({' '.join(str(error).split())[:200]}); give a smaller data.block_size"
             ) from error
+    if last_layer(model) is not None:
+        with _runnable(model):
+            check_head(model)
     missing = [layer for layer in layers if layer not in states.attention]
     if missing:
         raise UserError(
@@ -182,6 +195,30 @@ def is_causal(model: PreTrainedModel) -> bool:
         if hasattr(module, "is_causal")
     ]
     return any(flags)
+
+
+def attention_windows(model: PreTrainedModel) -> dict[int, int]:
+    """Of the layers with local attention: keys fewer than so many tokens away are seen.
+
+    Raises:
+        UserError: a layer attends in chunks, which no op compares.
+    """
+    config = model.config
+    size = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if size else "full_attention"] * config.num_hidden_layers
+    if "chunked_attention" in kinds:
+        raise UserError(
+            f"{type(model).__name__} attends in chunks, whose probabilities fastkd can't compare; "
+            "give losses.attention the kind score_mse, and leave losses.relations out"
+        )
+    if not size:
+        return {}
+    # encoders of transformers count the distance itself, decoders the tokens from the query on
+    window = size if is_causal(model) else size + 1
+    local = [i for i, kind in enumerate(kinds, start=1) if kind == "sliding_attention"]
+    return dict.fromkeys(local, window)
 
 
 def no_cache(model: PreTrainedModel) -> dict[str, bool]:

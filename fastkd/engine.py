@@ -25,8 +25,9 @@ from transformers import PreTrainedModel, get_scheduler
 from fastkd.capture import Capture, capture, no_cache
 from fastkd.deepspeed_config import teacher_config
 from fastkd.errors import UserError
+from fastkd.heads import last_hidden_state, last_layer
 from fastkd.models import at_depth
-from fastkd.objective import Inputs, Objective
+from fastkd.objective import Inputs, LogitsTerm, Objective, model_inputs
 from fastkd.recipe import Recipe, Train
 
 T = TypeVar("T")
@@ -114,24 +115,23 @@ class DistilledStudent(nn.Module):
         """Run the student on a micro-batch and, given what the teacher left, compare the two.
 
         Args:
-            inputs: `input_ids` and perhaps `attention_mask`, both [batch, tokens].
+            inputs: `input_ids` and perhaps `attention_mask`, both [batch, tokens], what else the
+                models read, and perhaps `labels`.
             teacher: what the teacher left on the same inputs.
-            shares: fp32 [2], see `Objective.forward`.
+            shares: fp32 [DIVISORS], see `Objective.forward`.
 
         Returns:
-            The total, a scalar, and the raw losses [labels], detached. Without a teacher the last
-            hidden state [batch, tokens, width] and an empty tensor: under ZeRO-3 the student
-            can't be run from outside.
+            The total, a scalar, and raw and weighted losses [2, labels], detached. Without a
+            teacher the last hidden state [batch, tokens, width] and an empty tensor: under ZeRO-3
+            the student can't be run from outside.
         """
+        read = {**model_inputs(inputs), **no_cache(self.student)}
         if teacher is None or shares is None:
-            state = self.student(**inputs, **no_cache(self.student)).last_hidden_state
+            state = last_hidden_state(self.student, self.student, read)
             return state, state.new_empty(0)
         with capture(self.student, **self.objective.layers("student")) as states:
-            self.student(**inputs, **no_cache(self.student))
-        mask = inputs.get("attention_mask")
-        result: tuple[Tensor, Tensor] = self.objective(
-            states, teacher, None if mask is None else mask.bool(), shares
-        )
+            self.student(**read)
+        result: tuple[Tensor, Tensor] = self.objective(states, teacher, inputs, shares)
         return result
 
 
@@ -142,8 +142,7 @@ class TeacherRunner:
         self, model: PreTrainedModel, recipe: Recipe, objective: Objective, ranks: Ranks
     ) -> None:
         self.model = model
-        self.layers = objective.layers("teacher")
-        self.depth = max((0, *self.layers["attention"], *self.layers["hidden"]))
+        self.objective = objective
         if recipe.teacher.placement == "replicate":
             model.to(ranks.device)
             self._run: nn.Module = model
@@ -152,20 +151,23 @@ class TeacherRunner:
         self._run.eval()
 
     def capture(self, inputs: Inputs) -> Capture:
-        """Run as deep as the last mapped layer and return what the objective needs."""
-        with torch.no_grad(), self._cut(), capture(self.model, **self.layers) as states:
-            self._run(**inputs, **no_cache(self.model))
+        """Run as deep as the objective ever needs, and return what it needs now."""
+        layers = self.objective.layers("teacher")
+        with torch.no_grad(), self._cut(), capture(self.model, **layers) as states:
+            self._run(**model_inputs(inputs), **no_cache(self.model))
         return states
 
     def embed(self, inputs: Inputs) -> Tensor:
         """The teacher's last hidden state [batch, tokens, width], at full depth."""
         with torch.no_grad():
-            state: Tensor = self._run(**inputs, **no_cache(self.model)).last_hidden_state
-        return state
+            read = {**model_inputs(inputs), **no_cache(self.model)}
+            return last_hidden_state(self._run, self.model, read)
 
     def _cut(self) -> AbstractContextManager[None]:
-        full = self.model.config.num_hidden_layers
-        return at_depth(self.model, max(self.depth, 1)) if self.depth < full else nullcontext()
+        full, depth = self.model.config.num_hidden_layers, self.objective.teacher_depth
+        if depth is None or depth >= full:
+            return nullcontext()
+        return at_depth(self.model, max(depth, 1))
 
 
 def make_engine(
@@ -187,10 +189,26 @@ def make_engine(
         schedule, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=train.steps
     )
     module.to(ranks.device)
+    if train.zero_stage == 3:
+        _lend_head(module)
     engine, *_ = _deepspeed().initialize(
         model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config
     )
     return engine
+
+
+def _lend_head(module: DistilledStudent) -> None:
+    """Let ZeRO-3 gather the weight of the student's last layer for the terms that multiply it.
+
+    Its own module is not where it is used: what that module was given is handed to the objective.
+    """
+    layer = last_layer(module.student)
+    if layer is None:
+        return
+    for term in module.objective.terms:
+        if isinstance(term, LogitsTerm):
+            for parameter in layer.parameters():
+                _deepspeed().zero.register_external_parameter(term, parameter)
 
 
 def parameter_groups(module: nn.Module, train: Train) -> list[dict[str, Any]]:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.assemble import Assembly, make_objective, share_corpus
+from fastkd.assemble import Assembly, make_masking, make_objective, share_corpus
 from fastkd.deepspeed_config import plan_batches
 from fastkd.engine import DistilledStudent, Ranks, TeacherRunner
 from fastkd.errors import UserError
 from fastkd.export import load_projections
-from fastkd.layer_map import make_layer_map
+from fastkd.layer_map import Moment, make_layer_map
+from fastkd.masking import Masking
 from fastkd.models import load_student, load_teacher, load_tokenizer
 from fastkd.objective import Inputs, Objective
 from fastkd.recipe import load_recipe
@@ -31,9 +32,9 @@ class Evaluation:
     """Means over the held-out blocks."""
 
     losses: dict[str, float]
-    """Raw loss by `term/student layer-teacher layer`."""
+    """Raw loss by label: the term, or `term/student layer-teacher layer`."""
     total: float
-    """Weighted sum of the losses."""
+    """Weighted sum of the losses, see `Objective.total`."""
     sentence_cosine: float | None
     """Cosine of mean-pooled last hidden states; `None` where the widths differ."""
     blocks: int
@@ -48,7 +49,7 @@ def evaluate(
     student: Forward,
     teacher: TeacherRunner,
     objective: Objective,
-    heldout: Tensor,
+    heldout: Inputs,
     micro_batch_size: int,
     ranks: Ranks,
 ) -> Evaluation:
@@ -58,13 +59,14 @@ def evaluate(
         student: a `DistilledStudent` or the engine around one, in eval mode.
         teacher: on the same device.
         objective: whose losses are reported.
-        heldout: [blocks, tokens] int64, the same on every rank.
+        heldout: `input_ids` [blocks, tokens] int64 and what goes with them, the same on every rank.
         micro_batch_size: blocks in one forward pass.
         ranks: a forward pass may be collective, so every rank makes equally many.
     """
-    starts = list(range(0, len(heldout), micro_batch_size))
+    blocks = heldout["input_ids"]
+    starts = list(range(0, len(blocks), micro_batch_size))
     rounds = -(-len(starts) // ranks.world_size)
-    whole = objective.divisors({"input_ids": heldout}).to(ranks.device)
+    whole = objective.divisors(heldout).clamp(min=1).to(ranks.device)
     losses = torch.zeros(len(objective.labels), dtype=torch.float64, device=ranks.device)
     cosine = torch.zeros((), dtype=torch.float64, device=ranks.device)
     comparable = True
@@ -73,30 +75,37 @@ def evaluate(
         # a rank without a batch of its own repeats one that doesn't count
         start = starts[min(index, len(starts) - 1)]
         counts = float(index < len(starts))
-        rows = heldout[start : start + micro_batch_size].to(ranks.device)
-        inputs = {"input_ids": rows}
+        rows = slice(start, start + micro_batch_size)
+        inputs = {name: tensor[rows].to(ranks.device) for name, tensor in heldout.items()}
         with torch.no_grad():
             shares = (objective.divisors(inputs) / whole).float()
-            losses += counts * student(inputs, teacher.capture(inputs), shares)[1]
+            losses += counts * student(inputs, teacher.capture(inputs), shares)[1][0]
             mine, theirs = student(inputs)[0], teacher.embed(inputs)
             comparable = mine.shape[-1] == theirs.shape[-1]
             if comparable:
                 cosine += counts * _cosines(mine, theirs).sum()
     results = ranks.sum(torch.cat([losses, cosine.reshape(1)])).tolist()
     by_label = dict(zip(objective.labels, results[:-1], strict=True))
-    total = sum(match.weight * by_label[match.label] for match in objective.matches)
-    mean_cosine = results[-1] / len(heldout) if comparable else None
-    return Evaluation(by_label, total, mean_cosine, len(heldout), heldout.numel())
+    total = objective.total(by_label)
+    mean_cosine = results[-1] / len(blocks) if comparable else None
+    return Evaluation(by_label, total, mean_cosine, len(blocks), blocks.numel())
+
+
+def as_inputs(ids: Tensor, masking: Masking | None, draw: int | str) -> Inputs:
+    """What both models read of blocks [blocks, tokens], masked where a term needs that."""
+    return {"input_ids": ids} if masking is None else masking(ids, draw)
 
 
 def evaluate_assembly(assembly: Assembly) -> Evaluation:
     """Evaluate a run's student on its held-out blocks."""
     assembly.engine.eval()
+    # the same layers every time, also where a mapping is drawn anew
+    assembly.objective.at(Moment())
     result = evaluate(
         assembly.engine,
         assembly.teacher,
         assembly.objective,
-        assembly.corpus.heldout,
+        as_inputs(assembly.corpus.heldout, assembly.masking, "heldout"),
         assembly.plan.micro_batch_size,
         assembly.ranks,
     )
@@ -125,7 +134,7 @@ def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Eval
         # a stream reads no more of the text than it needs
         data = recipe.data.model_copy(update={"streaming": True})
         recipe = recipe.model_copy(update={"data": data})
-    teacher = load_teacher(recipe.teacher)
+    teacher = load_teacher(recipe.teacher, recipe.student.head)
     tokenizer = load_tokenizer(recipe.teacher, teacher.get_input_embeddings().num_embeddings)
     student = load_student(run.student, recipe.student)
     layers = make_layer_map(
@@ -137,7 +146,8 @@ def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Eval
     module = DistilledStudent(student, objective).to(ranks.device).eval()
     runner = TeacherRunner(teacher, recipe, objective, ranks)
     plan = plan_batches(recipe, ranks.world_size)
-    return evaluate(module, runner, objective, corpus.heldout, plan.micro_batch_size, ranks)
+    heldout = as_inputs(corpus.heldout, make_masking(recipe, tokenizer), "heldout")
+    return evaluate(module, runner, objective, heldout, plan.micro_batch_size, ranks)
 
 
 def tokens_per_second(run: Callable[[Inputs], object], inputs: Inputs, ranks: Ranks) -> float:

@@ -51,14 +51,16 @@ def export_student(
             _write_sentence_modules(folder, teacher, module.student.config.hidden_size)
             shutil.rmtree(run.student, ignore_errors=True)
             folder.rename(run.student)
-            weights = {k: v.contiguous() for k, v in module.objective.state_dict().items()}
+            weights = {k: v.contiguous() for k, v in module.objective.kept().items()}
             save_file(weights, run.projections)
     ranks.barrier()
 
 
 def load_projections(objective: Objective, run: RunFolder) -> None:
     """Give an objective the projections that a run was trained with."""
-    objective.load_state_dict(load_file(run.projections))
+    weights = load_file(run.projections)
+    assert weights.keys() == objective.kept().keys(), "the recipe is that of the run"
+    objective.load_state_dict(weights, strict=False)
 
 
 def _whole_weights(engine: Any, module: DistilledStudent) -> AbstractContextManager[Any]:

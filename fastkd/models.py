@@ -20,6 +20,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -30,9 +33,16 @@ from fastkd.capture import find_blocks, route_attention
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap
 from fastkd.recipe import Student, Teacher
+from fastkd.recipe.models import Head
 
 # one idea, four names
 _FEED_FORWARD = ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim")
+_AUTO = {
+    "none": AutoModel,
+    "sequence_classification": AutoModelForSequenceClassification,
+    "causal_lm": AutoModelForCausalLM,
+    "masked_lm": AutoModelForMaskedLM,
+}
 _DROPOUT = re.compile(r"dropout|_pdrop$")
 
 
@@ -87,8 +97,9 @@ def resolve_model(teacher: Teacher) -> str:
     return name
 
 
-def load_teacher(teacher: Teacher) -> PreTrainedModel:
-    """The teacher without its pooler, frozen, in eval mode, in its own dtype, on the CPU.
+def load_teacher(teacher: Teacher, head: Head = "none") -> PreTrainedModel:
+    """The teacher, frozen, in eval mode, in its own dtype, on the CPU; without a head and without
+    its pooler unless one is asked for.
 
     Raises:
         UserError: it can't be found, read or run with the attention that the recipe names.
@@ -98,6 +109,7 @@ def load_teacher(teacher: Teacher) -> PreTrainedModel:
         f"teacher.model {teacher.model}",
         getattr(torch, teacher.dtype),
         teacher.revision,
+        head,
     )
     route_attention(model, teacher.attention)
     return model.eval().requires_grad_(False)
@@ -109,7 +121,7 @@ def load_student(folder: Path, student: Student) -> PreTrainedModel:
     Raises:
         UserError: the folder holds no model.
     """
-    model = _load(str(folder), f"student {folder}", torch.float32, None)
+    model = _load(str(folder), f"student {folder}", torch.float32, None, student.head)
     route_attention(model, student.attention)
     return model.eval()
 
@@ -197,8 +209,9 @@ def build_student(
     wherever shapes agree; the rest is drawn as the architecture draws it.
     """
     config = student_config(teacher.config, student, layers)
-    model: PreTrainedModel = AutoModel.from_config(config, dtype=torch.float32)
-    _drop_pooler(model)
+    model: PreTrainedModel = _AUTO[student.head].from_config(config, dtype=torch.float32)
+    if student.head == "none":
+        _drop_pooler(model)
     copied = _copy_from_teacher(model, teacher, layers) if student.init == "teacher" else 0
     route_attention(model, student.attention)
     if student.gradient_checkpointing:
@@ -283,16 +296,19 @@ def _copy_matching(target: nn.Module, source: nn.Module, outside: str | None = N
     return copied
 
 
-def _load(name: str, given: str, dtype: torch.dtype, revision: str | None) -> PreTrainedModel:
+def _load(
+    name: str, given: str, dtype: torch.dtype, revision: str | None, head: Head
+) -> PreTrainedModel:
     model: PreTrainedModel
     try:
-        model, report = AutoModel.from_pretrained(
+        model, report = _AUTO[head].from_pretrained(
             name, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     # RuntimeError: weights of other shapes than the configuration's
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(_not_loadable(given, error)) from error
-    _drop_pooler(model)
+    if head == "none":
+        _drop_pooler(model)
     # transformers draws what it doesn't find, and goes on
     missing = sorted(report["missing_keys"] & {name for name, _ in model.named_parameters()})
     if missing:

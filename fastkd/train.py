@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -18,9 +18,10 @@ from fastkd.console import Reporter
 from fastkd.data import BlockStream
 from fastkd.engine import Ranks
 from fastkd.errors import Interrupted, UserError
-from fastkd.evaluate import evaluate_assembly, peak_memory, tokens_per_second
+from fastkd.evaluate import as_inputs, evaluate_assembly, peak_memory, tokens_per_second
 from fastkd.export import export_student
-from fastkd.layer_map import CONVENTION
+from fastkd.layer_map import CONVENTION, Moment
+from fastkd.objective import Inputs
 from fastkd.recipe import Recipe
 from fastkd.run_folder import RunFolder
 
@@ -39,7 +40,7 @@ def distill(recipe: Recipe, ranks: Ranks, *, resume: bool, reporter: Reporter) -
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
     """
     run = RunFolder(recipe.run.output)
-    finished = ranks.from_main(lambda: _look(run, recipe, resume))
+    finished = ranks.from_main(lambda: _check(run, recipe, resume))
     if finished is not None:
         reporter.say(f"{run.path} is finished; remove it to run again")
         return finished
@@ -73,27 +74,45 @@ def train_step(assembly: Assembly, stream: BlockStream) -> Tensor:
     """One optimiser step over all micro-batches of this rank.
 
     Returns:
-        fp32 [labels] on the device: this rank's part of the step's raw losses; the sum over ranks
-        is the mean over the global batch.
+        fp32 [2, labels] on the device: this rank's part of the step's raw and weighted losses; the
+        sum over ranks is the mean over the global batch.
     """
     plan, ranks, engine = assembly.plan, assembly.ranks, assembly.engine
-    batch = stream.next_batch()
-    micro_batches = [
-        {"input_ids": batch[plan.rows(ranks.rank, number)].to(ranks.device, non_blocking=True)}
+    objective = assembly.objective
+    batch = as_inputs(stream.next_batch(), assembly.masking, objective.moment.step)
+    micro_batches: list[Inputs] = [
+        {
+            name: tensor[plan.rows(ranks.rank, number)].to(ranks.device, non_blocking=True)
+            for name, tensor in batch.items()
+        }
         for number in range(plan.accumulation)
     ]
-    counts = torch.stack([assembly.objective.divisors(inputs) for inputs in micro_batches])
+    counts = torch.stack([objective.divisors(inputs) for inputs in micro_batches])
     shares = counts / ranks.sum(counts.sum(dim=0)).clamp(min=1)
     # the engine averages over ranks and micro-batches, where the parts should add up
     parts = plan.world_size * plan.accumulation
-    losses = torch.zeros(len(assembly.objective.labels), device=ranks.device)
-    for inputs, share in zip(micro_batches, (shares * parts).float(), strict=True):
+    pieces = list(zip(micro_batches, (shares * parts).float(), strict=True))
+    if objective.needs_look:
+        objective.observe(ranks.sum(_look(assembly, pieces)[0] / parts))
+    losses = torch.zeros(2, len(objective.labels), device=ranks.device)
+    for inputs, share in pieces:
         states = assembly.teacher.capture(inputs)
-        total, raw = engine(inputs, states, share)
+        total, values = engine(inputs, states, share)
         engine.backward(total)
         engine.step()
-        losses += raw / parts
+        losses += values / parts
+    if objective.adapts:
+        objective.observe(ranks.sum(losses[0].clone()))
     return losses
+
+
+def _look(assembly: Assembly, pieces: Sequence[tuple[Inputs, Tensor]]) -> Tensor:
+    """Losses of a step that is not made, [2, labels]: weights that follow losses start from it."""
+    assembly.engine.eval()
+    with torch.no_grad():
+        found = [assembly.engine(i, assembly.teacher.capture(i), share)[1] for i, share in pieces]
+    assembly.engine.train()
+    return torch.stack(found).sum(dim=0)
 
 
 def _train(
@@ -108,6 +127,7 @@ def _train(
     train, ranks = assembly.recipe.train, assembly.ranks
     window = _Window(assembly, step)
     while step < train.steps:
+        assembly.objective.at(Moment(step, stream.epoch))
         window.add(train_step(assembly, stream))
         step += 1
         reporter.advance(step)
@@ -128,7 +148,11 @@ def _train(
         if last or (train.evaluate_every and step % train.evaluate_every == 0):
             _evaluate(assembly, run, step, reporter)
         if due or stopping:
-            position = {"step": step, "stream": stream.state_dict()}
+            position = {
+                "step": step,
+                "stream": stream.state_dict(),
+                "objective": assembly.objective.feedback(),
+            }
             checkpoints.save(assembly.engine, step, position)
         if stopping and not last:
             raise Interrupted(f"stopped after step {step}; continue with --resume")
@@ -144,7 +168,7 @@ class _Window:
 
     def _restart(self, step: int) -> None:
         labels, device = self.assembly.objective.labels, self.assembly.ranks.device
-        self.sum = torch.zeros(len(labels), device=device)
+        self.sum = torch.zeros(2, len(labels), device=device)
         self.start = step
         self.time = time.perf_counter()
 
@@ -164,12 +188,11 @@ class _Window:
         """
         assembly, steps = self.assembly, step - self.start
         flag = self.sum.new_tensor([float(stop)])
-        *sums, stops = assembly.ranks.sum(torch.cat([self.sum, flag])).tolist()
-        losses = {
-            label: value / steps
-            for label, value in zip(assembly.objective.labels, sums, strict=True)
-        }
-        total = sum(m.weight * losses[m.label] for m in assembly.objective.matches)
+        *sums, stops = assembly.ranks.sum(torch.cat([self.sum.flatten(), flag])).tolist()
+        labels = assembly.objective.labels
+        means = [value / steps for value in sums]
+        losses = dict(zip(labels, means[: len(labels)], strict=True))
+        weighted = dict(zip(labels, means[len(labels) :], strict=True))
         broken = [label for label, value in losses.items() if value != value or abs(value) > 1e30]
         if broken:
             raise UserError(
@@ -183,8 +206,9 @@ class _Window:
         record = {
             "kind": "train",
             "step": step,
-            "loss": total,
+            "loss": sum(weighted.values()),
             "losses": losses,
+            "weighted": weighted,
             "learning_rate": assembly.engine.get_lr()[0],
             "gradient_norm": None if norm is None else float(norm),
             "tokens_per_second": steps * train.batch_size * data.block_size / seconds,
@@ -193,7 +217,7 @@ class _Window:
         return record, stops > 0
 
 
-def _look(run: RunFolder, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
+def _check(run: RunFolder, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     """Check that this recipe starts or continues the run; the summary if it is finished."""
     if not (resume and run.holds_run):
         run.check_free()
@@ -215,6 +239,7 @@ def _restore(
     if tag is not None:
         state = checkpoints.load(assembly.engine, tag)
         stream.load_state_dict(state["stream"])
+        assembly.objective.load_feedback(state["objective"], assembly.ranks.device)
         step = state["step"]
         reporter.say(f"continuing from {run.checkpoints / tag}")
     if assembly.ranks.is_main:

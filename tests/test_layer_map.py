@@ -91,7 +91,7 @@ def test_every_student_layer_has_a_layer_to_start_from(
 
 def test_a_map_does_not_change() -> None:
     with pytest.raises(FrozenInstanceError):
-        make_layer_map("uniform", 3, 6).pairs = ()  # type: ignore[misc]
+        make_layer_map("uniform", 3, 6).student_layers = 2  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS: tuple[set[str], ...] = (
     {"fastkd_kernels"},
     {"errors", "layer_map", "recipe", "run_folder", "console", "metrics"},
-    {"capture", "models", "data", "objective", "deepspeed_config", "tasks"},
+    {"capture", "heads", "models", "data", "objective", "masking", "deepspeed_config", "tasks"},
     {"engine", "checkpoint", "export"},
     {"assemble", "evaluate", "train"},
     {"report", "study", "doctor"},
@@ -127,10 +127,13 @@ def test_only_the_objective_calls_kernels() -> None:
         if any(module.startswith("fastkd_kernels") for module in imports(path))
     }
     assert {path for path in importers if not path.startswith("fastkd/objective/")} == {
-        "fastkd/capture.py"
+        "fastkd/capture.py",
+        "fastkd/heads.py",
     }
-    capture = (ROOT / "fastkd/capture.py").read_text(encoding="utf-8")
-    assert re.findall(r"fastkd_kernels.*", capture) == ["fastkd_kernels import AttentionState"]
+    types = {"fastkd_kernels import AttentionState, LogitsHead", "fastkd_kernels import LogitsHead"}
+    for name in ("capture.py", "heads.py"):
+        text = (ROOT / "fastkd" / name).read_text(encoding="utf-8")
+        assert set(re.findall(r"fastkd_kernels.*", text)) <= types
 
 
 def test_packages_are_where_they_belong() -> None:

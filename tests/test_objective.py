@@ -14,13 +14,23 @@ from fastkd.capture import Capture, capture, is_causal, no_cache, route_attentio
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.models import build_student
-from fastkd.objective import Inputs, Objective, StateTerm, count_divisors
+from fastkd.objective import (
+    DIVISORS,
+    Inputs,
+    Match,
+    ModelPair,
+    Objective,
+    StateTerm,
+    count_divisors,
+    model_inputs,
+)
 from fastkd.recipe import Losses, Student
 
 Reduction = Literal["valid", "tinybert"]
 REDUCTIONS: tuple[Reduction, ...] = ("valid", "tinybert")
 BATCH = tiny_batch((12, 7, 3, 9))
 NARROW = 24
+WHOLE = torch.ones(len(DIVISORS))
 ALL_TERMS = {"attention": {"weight": 1.0}, "hidden": {"weight": 10.0}, "embedding": {"weight": 3.0}}
 
 
@@ -32,7 +42,9 @@ def make_objective(
     *, widths: tuple[int, int] = (NARROW, WIDTH), causal: bool = False, **losses: Any
 ) -> Objective:
     torch.manual_seed(5)
-    return Objective(Losses.model_validate(ALL_TERMS | losses), uniform(), widths, causal)
+    return Objective(
+        Losses.model_validate(ALL_TERMS | losses), uniform(), ModelPair(widths, causal)
+    )
 
 
 class Pair(nn.Module):
@@ -51,16 +63,15 @@ class Pair(nn.Module):
     def captured(self, inputs: Inputs) -> tuple[Capture, Capture]:
         def run(model: PreTrainedModel, side: Literal["student", "teacher"]) -> Capture:
             with capture(model, **self.objective.layers(side)) as states:
-                model(**inputs, **no_cache(model))
+                model(**model_inputs(inputs), **no_cache(model))
             return states
 
         return run(self.student, "student"), run(self.teacher, "teacher")
 
     def forward(self, inputs: Inputs, shares: Tensor) -> tuple[Tensor, Tensor]:
         student, teacher = self.captured(inputs)
-        mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
-        result: tuple[Tensor, Tensor] = self.objective(student, teacher, mask, shares)
-        return result
+        total, values = self.objective(student, teacher, inputs, shares)
+        return total, values[0]
 
     def gradients(self) -> dict[str, Tensor]:
         found = {n: p.grad.clone() for n, p in self.named_parameters() if p.grad is not None}
@@ -79,17 +90,17 @@ def micro_batches(inputs: Inputs, sizes: tuple[int, ...]) -> list[Inputs]:
     ("causal", "reduction", "masked", "expected"),
     [
         # lengths 3 and 1 of 3: 9 + 1 pairs, under the causal mask 6 + 1
-        (False, "valid", True, [10, 4]),
-        (True, "valid", True, [7, 4]),
-        (False, "valid", False, [18, 6]),
-        (True, "valid", False, [12, 6]),
-        # as the official code: batch * tokens^2 and batch * tokens
-        (False, "tinybert", True, [18, 6]),
-        (True, "tinybert", True, [18, 6]),
-        (False, "tinybert", False, [18, 6]),
+        (False, "valid", True, [10, 4, 4]),
+        (True, "valid", True, [7, 4, 4]),
+        (False, "valid", False, [18, 6, 6]),
+        (True, "valid", False, [12, 6, 6]),
+        # as the official code: batch * tokens^2 and batch * tokens; rows are always valid ones
+        (False, "tinybert", True, [18, 6, 4]),
+        (True, "tinybert", True, [18, 6, 4]),
+        (False, "tinybert", False, [18, 6, 6]),
     ],
 )
-def test_divisors_count_pairs_and_tokens(
+def test_divisors_count_pairs_tokens_rows_and_examples(
     causal: bool, reduction: Reduction, masked: bool, expected: list[int]
 ) -> None:
     inputs = tiny_batch((3, 1))
@@ -97,7 +108,7 @@ def test_divisors_count_pairs_and_tokens(
         del inputs["attention_mask"]
     divisors = count_divisors(inputs, causal, reduction)
     assert divisors.dtype == torch.float64
-    assert divisors.tolist() == expected
+    assert divisors.tolist() == [*expected, 2, 0]
 
 
 def test_divisors_count_padding_on_the_left_as_well() -> None:
@@ -105,8 +116,8 @@ def test_divisors_count_padding_on_the_left_as_well() -> None:
         "input_ids": torch.ones(1, 4, dtype=torch.long),
         "attention_mask": torch.tensor([[0, 1, 1, 1]]),
     }
-    assert count_divisors(inputs, True, "valid").tolist() == [6, 3]
-    assert count_divisors(inputs, False, "valid").tolist() == [9, 3]
+    assert count_divisors(inputs, True, "valid").tolist() == [6, 3, 3, 1, 0]
+    assert count_divisors(inputs, False, "valid").tolist() == [9, 3, 3, 1, 0]
 
 
 def test_labels_name_term_and_layers_in_the_order_of_the_losses() -> None:
@@ -144,8 +155,8 @@ def test_only_the_layers_of_the_terms_are_captured(
     off: list[str], student: dict[str, set[int]], teacher: dict[str, set[int]]
 ) -> None:
     objective = make_objective(**dict.fromkeys(off))
-    assert objective.layers("student") == student
-    assert objective.layers("teacher") == teacher
+    assert objective.layers("student") == {**student, "logits": False}
+    assert objective.layers("teacher") == {**teacher, "logits": False}
 
 
 def maps(state: Any) -> Tensor:
@@ -153,6 +164,17 @@ def maps(state: Any) -> Tensor:
     key = state.key.repeat_interleave(state.query.shape[1] // state.key.shape[1], dim=1)
     scores: Tensor = torch.einsum("bhqd,bhkd->bhqk", state.query, key) * state.scale
     return scores
+
+
+def layers_of(match: Match) -> tuple[int, int]:
+    mine, theirs = match.layers.split("-")
+    return int(mine), int(theirs)
+
+
+def weights_of(objective: Objective) -> Tensor:
+    terms = objective.losses.terms
+    weights = [terms[match.term].weight for match in objective.matches]
+    return torch.tensor(weights, dtype=torch.float64)
 
 
 def defined(pair: Pair, reduction: Reduction) -> Tensor:
@@ -163,18 +185,19 @@ def defined(pair: Pair, reduction: Reduction) -> Tensor:
     rows = valid if reduction == "valid" else whole
     tokens = valid.shape[1]
     entries = rows[:, None, :, None] & valid[:, None, None, :]
-    if pair.objective.causal:
+    if pair.objective.pair.causal:
         entries = entries & torch.ones(tokens, tokens, dtype=torch.bool).tril()
     losses = []
     for match in pair.objective.matches:
+        mine, theirs = layers_of(match)
         if match.term == "attention":
-            own, target = student.attention[match.student], teacher.attention[match.teacher]
+            own, target = student.attention[mine], teacher.attention[theirs]
             squares = (maps(own) - maps(target)).square() * entries
             count = entries.sum() * 4 if reduction == "valid" else squares.numel()
         else:
             term = pair.objective.terms[1]
-            projected = student.hidden[match.student] @ term.weight_0.mT + term.bias_0
-            squares = (projected - teacher.hidden[match.teacher]).square() * rows[..., None]
+            projected = student.hidden[mine] @ term.weight_0.mT + term.bias_0
+            squares = (projected - teacher.hidden[theirs]).square() * rows[..., None]
             count = rows.sum() * WIDTH
         losses.append(squares.sum() / count)
     return torch.stack(losses)
@@ -185,11 +208,11 @@ def defined(pair: Pair, reduction: Reduction) -> Tensor:
 def test_losses_and_gradients_equal_their_definition(name: str, reduction: Reduction) -> None:
     pair = Pair(name, reduction=reduction)
     expected = defined(pair, reduction)
-    weights = torch.tensor([match.weight for match in pair.objective.matches], dtype=torch.float64)
+    weights = weights_of(pair.objective)
     (weights * expected).sum().backward()
     gradients = pair.gradients()
 
-    total, raw = pair(BATCH, torch.ones(2))
+    total, raw = pair(BATCH, WHOLE)
     total.backward()
     torch.testing.assert_close(raw, expected.detach(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(total, (weights * raw).sum(), rtol=1e-9, atol=1e-12)
@@ -200,17 +223,15 @@ def test_losses_and_gradients_equal_their_definition(name: str, reduction: Reduc
 
 
 def test_logged_losses_carry_no_gradient() -> None:
-    total, raw = Pair("bert")(BATCH, torch.ones(2))
+    total, raw = Pair("bert")(BATCH, WHOLE)
     assert total.requires_grad
     assert total.shape == ()
     assert not raw.requires_grad
 
 
 def test_a_weight_scales_its_own_term_only() -> None:
-    raw = Pair("bert")(BATCH, torch.ones(2))[1]
-    total, again = Pair("bert", attention={"weight": 0.0}, embedding={"weight": 0.5})(
-        BATCH, torch.ones(2)
-    )
+    raw = Pair("bert")(BATCH, WHOLE)[1]
+    total, again = Pair("bert", attention={"weight": 0.0}, embedding={"weight": 0.5})(BATCH, WHOLE)
     assert torch.equal(raw, again)
     torch.testing.assert_close(total.detach(), 10 * (raw[2] + raw[3]) + 0.5 * raw[4])
 
@@ -223,13 +244,14 @@ def test_a_step_is_the_same_however_it_is_cut(
 ) -> None:
     pair = Pair(name, reduction=reduction)
     divisors = pair.objective.divisors(BATCH)
-    whole, raw = pair(BATCH, torch.ones(2))
+    whole, raw = pair(BATCH, WHOLE)
     whole.backward()
     expected = pair.gradients()
 
     parts = micro_batches(BATCH, sizes)
-    shares = [pair.objective.divisors(part) / divisors for part in parts]
-    torch.testing.assert_close(sum(shares), torch.ones(2, dtype=torch.float64))
+    shares = [pair.objective.divisors(part) / divisors.clamp(min=1) for part in parts]
+    # there are no labels
+    torch.testing.assert_close(sum(shares)[:4], WHOLE[:4].double())
     total, losses = torch.zeros(()), torch.zeros(len(raw))
     for part, share in zip(parts, shares, strict=True):
         part_total, part_losses = pair(part, share)
@@ -248,17 +270,15 @@ def test_padding_changes_no_loss(name: str) -> None:
     pair = Pair(name)
     padded = {key: nn.functional.pad(tensor, (0, 5)) for key, tensor in BATCH.items()}
     assert torch.equal(pair.objective.divisors(padded), pair.objective.divisors(BATCH))
-    torch.testing.assert_close(
-        pair(padded, torch.ones(2))[1], pair(BATCH, torch.ones(2))[1], rtol=1e-6, atol=1e-9
-    )
+    torch.testing.assert_close(pair(padded, WHOLE)[1], pair(BATCH, WHOLE)[1], rtol=1e-6, atol=1e-9)
 
 
 def test_no_mask_is_a_mask_of_ones() -> None:
     pair = Pair("bert")
     unmasked = {"input_ids": BATCH["input_ids"]}
     masked = {**unmasked, "attention_mask": torch.ones_like(BATCH["input_ids"])}
-    expected = pair(masked, torch.ones(2))[1]
-    torch.testing.assert_close(pair(unmasked, torch.ones(2))[1], expected, rtol=1e-9, atol=1e-12)
+    expected = pair(masked, WHOLE)[1]
+    torch.testing.assert_close(pair(unmasked, WHOLE)[1], expected, rtol=1e-9, atol=1e-12)
 
 
 def state_term(objective: Objective) -> StateTerm:
@@ -295,26 +315,28 @@ def test_projections_go_from_student_to_teacher_width(
 
 def test_a_shared_projection_serves_hidden_states_and_embeddings() -> None:
     pair = Pair("bert", hidden=None, attention=None)
-    total, _ = pair(BATCH, torch.ones(2))
+    total, _ = pair(BATCH, WHOLE)
     total.backward()
     alone = pair.gradients()["objective.terms.0.weight_0"]
     both = Pair("bert", attention=None)
-    both(BATCH, torch.ones(2))[0].backward()
+    both(BATCH, WHOLE)[0].backward()
     assert alone.abs().sum() > 0
     assert not torch.equal(both.gradients()["objective.terms.0.weight_0"], alone)
 
 
 def test_each_pair_has_a_projection_of_its_own() -> None:
     pair = Pair("bert", attention=None, projection="per_pair")
-    pair(BATCH, torch.ones(2))[0].backward()
+    pair(BATCH, WHOLE)[0].backward()
     student, teacher = pair.captured(BATCH)
     valid = BATCH["attention_mask"].bool()
     term = state_term(pair.objective)
     for number, match in enumerate(pair.objective.matches):
-        own, target = student.hidden[match.student][valid], teacher.hidden[match.teacher][valid]
+        mine, theirs = layers_of(match)
+        own, target = student.hidden[mine][valid], teacher.hidden[theirs][valid]
         weight, bias = (term.get_parameter(f"{kind}_{number}") for kind in ("weight", "bias"))
         difference = own @ weight.mT + bias - target
-        expected = 2 * match.weight * difference.mT @ own / difference.numel()
+        factor = pair.objective.losses.terms[match.term].weight
+        expected = 2 * factor * difference.mT @ own / difference.numel()
         torch.testing.assert_close(weight.grad, expected.detach(), rtol=1e-9, atol=1e-12)
 
 
@@ -323,8 +345,8 @@ def test_equal_widths_are_compared_as_they_are(projection: str) -> None:
     objective = make_objective(widths=(WIDTH, WIDTH), projection=projection, attention=None)
     states = Capture(hidden={layer: torch.randn(2, 5, WIDTH) for layer in range(LAYERS + 1)})
     same = Capture(hidden={0: states.hidden[0], 1: states.hidden[2], 2: states.hidden[4]})
-    _, raw = objective(same, states, None, torch.ones(2))
-    assert raw.tolist() == [0.0, 0.0, 0.0]
+    _, values = objective(same, states, {"input_ids": torch.ones(2, 5)}, WHOLE)
+    assert values[0].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_attention_alone_has_no_parameters() -> None:

@@ -57,7 +57,7 @@ def file(tmp_path: Path) -> Path:
         ({"train": {"zzz": 1}}, "train.zzz: unknown key; expected one of steps, batch_size, "),
         (
             {"losses": {"attention": {"wieght": 2}}},
-            "losses.attention.wieght: unknown key; did you mean 'weight'? expected one of kind",
+            "losses.attention.wieght: unknown key; did you mean 'weight'? expected one of weight",
         ),
         ({"train": {3: 1}}, "train.3: keys should be strings (given 3)"),
     ],
@@ -82,7 +82,7 @@ def test_unknown_keys_are_refused_with_a_suggestion(changes: dict[str, Any], exp
         ({"train": {"learning_rate": float("inf")}}, "train.learning_rate: input should be a fini"),
         ({"losses": {"hidden": {"weight": float("nan")}}}, "losses.hidden.weight: input should be"),
         ({"losses": {"hidden": {"weight": -1}}}, "losses.hidden.weight: input should be greater"),
-        ({"losses": {"hidden": 3}}, "losses.hidden: expected a section with keys kind, weight"),
+        ({"losses": {"hidden": 3}}, "losses.hidden: expected a section with keys weight, schedule"),
         ({"teacher": "some/teacher"}, "teacher: expected a section with keys model, revision, "),
         ({"teacher": {"sha256": "abc"}}, "teacher.sha256: string should match pattern"),
         ({"data": {"train": []}}, "data.train: value should have at least 1 item"),
@@ -105,8 +105,10 @@ def test_wrong_values_are_refused_with_what_was_given(
 )
 def test_a_layer_map_that_is_none_says_what_one_is(given: object) -> None:
     assert refusal(tree(layer_map=given)) == (
-        "layer_map: expected uniform, last, first, skip or a list with one teacher layer for each "
-        f"student layer, 0 for none (given {given!r})"
+        "layer_map: expected uniform, last, first, skip, below_last, final, mean_target, "
+        "mean_loss, random, emd, attention or a list with one teacher layer for each student "
+        "layer, 0 for none; random, emd, attention may be a section with that kind "
+        f"(given {given!r})"
     )
 
 
@@ -138,7 +140,10 @@ def test_further_complaints_are_counted() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"losses": {"hidden": None}}, "losses: no term is given; expected attention, hidden or"),
+        (
+            {"losses": {"hidden": None}},
+            "losses: no term is given; expected attention, relations, hidden, emb",
+        ),
         (
             {"train": {"precision": "bf16", "zero_stage": 0}},
             "train.precision is bf16 and train.zero_stage 0, .*; use zero_stage 1",

@@ -1,8 +1,29 @@
 """The objective: which tensors are matched, by which op, and how the terms add up."""
 
-from fastkd.objective.attention import AttentionTerm
-from fastkd.objective.divisors import Inputs, count_divisors
-from fastkd.objective.module import Match, Objective
+from fastkd.objective.divisors import (
+    DIVISORS,
+    IGNORED,
+    Inputs,
+    count_divisors,
+    model_inputs,
+    target_labels,
+)
+from fastkd.objective.logits import LogitsTerm
+from fastkd.objective.module import Objective
 from fastkd.objective.states import StateTerm
+from fastkd.objective.term import Match, ModelPair, Term
 
-__all__ = ["AttentionTerm", "Inputs", "Match", "Objective", "StateTerm", "count_divisors"]
+__all__ = [
+    "DIVISORS",
+    "IGNORED",
+    "Inputs",
+    "LogitsTerm",
+    "Match",
+    "ModelPair",
+    "Objective",
+    "StateTerm",
+    "Term",
+    "count_divisors",
+    "model_inputs",
+    "target_labels",
+]

@@ -1,32 +1,179 @@
-"""The term that compares attention."""
+"""The terms that compare attention and relations."""
 
 from __future__ import annotations
 
-from fastkd_kernels import attention_score_mse
-from torch import Tensor, nn
+from collections.abc import Callable
+from typing import Literal
 
-from fastkd.capture import Capture
+import torch
+from fastkd_kernels import (
+    AttentionState,
+    attention_divergence,
+    attention_score_mse,
+    relation_divergence,
+)
+from torch import Tensor
+
+from fastkd.errors import UserError
+from fastkd.layer_map import AttentionMap, LayerMap, Moment
 from fastkd.objective.divisors import Reduction
+from fastkd.objective.term import AttentionMappedTerm, Batch, Match, ModelPair
+from fastkd.recipe.losses import AttentionLoss, RelationsLoss
 
-Layers = tuple[tuple[int, int], ...]
+States = list[AttentionState]
+Relation = Literal["qq", "kk", "vv", "qk"]
+DivergenceKind = Literal["kl", "reverse_kl", "js", "mse", "cross_entropy", "cosine"]
 
 
-class AttentionTerm(nn.Module):
-    """Score MSE of all mapped blocks in one call."""
+class ScoreTerm(AttentionMappedTerm):
+    """Mean squared difference of attention scores (TinyBERT, arXiv 1909.10351, eq. 7)."""
 
-    def __init__(self, pairs: Layers, reduction: Reduction, causal: bool) -> None:
-        super().__init__()
-        self.pairs = pairs
+    def __init__(self, layer_map: LayerMap, pair: ModelPair, reduction: Reduction) -> None:
+        super().__init__(layer_map)
+        _check_blend("attention", layer_map, averages=True)
+        self.causal = pair.causal
         self.reduction = reduction
-        self.causal = causal
+        self.matches = tuple(
+            Match("attention", "attention", label, "pairs") for label in layer_map.labels()
+        )
 
-    def forward(self, student: Capture, teacher: Capture, mask: Tensor | None) -> Tensor:
-        """Losses [pairs], fp32."""
+    def forward(self, batch: Batch) -> Tensor:
+        """Losses [links], fp32."""
+        states = batch.teacher.attention
+        several = any(len(link.teachers) > 1 for link in self.links)
+        shares = [[1 / len(link.teachers)] * len(link.teachers) for link in self.links]
         return attention_score_mse(
-            [student.attention[s] for s, _ in self.pairs],
-            [teacher.attention[t] for _, t in self.pairs],
-            key_mask=mask,
-            query_mask=mask if self.reduction == "valid" else None,
+            [batch.student.attention[link.student] for link in self.links],
+            [
+                [states[t] for t in link.teachers] if several else states[link.teachers[0]]
+                for link in self.links
+            ],
+            **({"teacher_weights": shares} if several else {}),
+            key_mask=batch.mask,
+            query_mask=batch.mask if self.reduction == "valid" else None,
             causal=self.causal,
             reduction=self.reduction,
         )
+
+
+class ProbabilityTerm(AttentionMappedTerm):
+    """Divergence of attention probabilities (MiniLM, arXiv 2002.10957, eq. 5)."""
+
+    def __init__(self, loss: AttentionLoss, layer_map: LayerMap, pair: ModelPair) -> None:
+        super().__init__(layer_map)
+        _check_blend("attention", layer_map, averages=False)
+        assert loss.kind != "score_mse", "scores have a term of their own"
+        self.kind: DivergenceKind = loss.kind
+        self.temperature = loss.temperature
+        self.pair = pair
+        self.matches = tuple(
+            Match("attention", "attention", label, "rows") for label in layer_map.labels()
+        )
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Losses [links], fp32."""
+
+        def divergence(student: States, teacher: States, window: int | None) -> Tensor:
+            return attention_divergence(
+                student,
+                teacher,
+                kind=self.kind,
+                temperature=self.temperature,
+                key_mask=batch.mask,
+                query_mask=batch.mask,
+                causal=self.pair.causal,
+                window=window,
+            )
+
+        return _by_window(self, self.pair, batch, divergence)
+
+
+class RelationsTerm(AttentionMappedTerm):
+    """Divergence of relations among queries, keys and values (MiniLMv2, arXiv 2012.15828)."""
+
+    def __init__(self, loss: RelationsLoss, layer_map: LayerMap, pair: ModelPair) -> None:
+        super().__init__(layer_map)
+        _check_blend("relations", layer_map, averages=False)
+        self.loss = loss
+        self.pair = pair
+        self.relation_heads = loss.relation_heads or pair.heads[1]
+        for width, side in zip(pair.widths, ("student", "teacher"), strict=True):
+            if width % self.relation_heads:
+                raise UserError(
+                    f"losses.relations cuts vectors into {self.relation_heads} relation heads, "
+                    f"but the {side} is {width} wide; set losses.relations.relation_heads to a "
+                    "divisor of both widths"
+                )
+        self.matches = tuple(
+            Match("relations", f"relations.{relation}", label, "rows")
+            for relation in loss.relations
+            for label in layer_map.labels()
+        )
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Losses [relations * links], fp32."""
+        losses = []
+        for relation in self.loss.relations:
+
+            def divergence(
+                student: States,
+                teacher: States,
+                window: int | None,
+                relation: Relation = relation,
+            ) -> Tensor:
+                return relation_divergence(
+                    student,
+                    teacher,
+                    relation=relation,
+                    relation_heads=self.relation_heads,
+                    kind=self.loss.kind,
+                    temperature=self.loss.temperature,
+                    key_mask=batch.mask,
+                    query_mask=batch.mask,
+                    causal=self.pair.causal,
+                    window=window,
+                )
+
+            losses.append(_by_window(self, self.pair, batch, divergence))
+        return torch.cat(losses)
+
+
+def _by_window(
+    term: AttentionMappedTerm,
+    pair: ModelPair,
+    batch: Batch,
+    divergence: Callable[[States, States, int | None], Tensor],
+) -> Tensor:
+    """Losses [links] of a divergence that is called once for each window of local attention."""
+    groups: dict[int | None, list[int]] = {}
+    for number, link in enumerate(term.links):
+        own, target = pair.windows[0].get(link.student), pair.windows[1].get(link.teachers[0])
+        if own != target:
+            raise UserError(
+                f"student layer {link.student} attends within {own or 'all'} tokens and teacher "
+                f"layer {link.teachers[0]} within {target or 'all'}, so their probabilities can't "
+                "be compared; give a layer_map that pairs local layers with local ones"
+            )
+        groups.setdefault(own, []).append(number)
+    losses: dict[int, Tensor] = {}
+    for window, members in groups.items():
+        links = [term.links[number] for number in members]
+        found = divergence(
+            [batch.student.attention[link.student] for link in links],
+            [batch.teacher.attention[link.teachers[0]] for link in links],
+            window,
+        )
+        losses |= dict(zip(members, found.unbind(), strict=True))
+    return torch.stack([losses[number] for number in range(len(term.links))])
+
+
+def _check_blend(term: str, layer_map: LayerMap, *, averages: bool) -> None:
+    blended = any(len(link.teachers) > 1 for link in layer_map.links(Moment()))
+    by_attention = isinstance(layer_map, AttentionMap)
+    if not blended or (averages and not by_attention):
+        return
+    name = "attention" if by_attention else "mean_target"
+    raise UserError(
+        f"layer_map {name} mixes several teacher layers into one target, which losses.{term} of "
+        "this kind can't compare with; give the term a layer_map of its own, such as mean_loss"
+    )

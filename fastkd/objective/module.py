@@ -3,140 +3,260 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastkd.capture import Capture
-from fastkd.errors import UserError
-from fastkd.layer_map import LayerMap
-from fastkd.objective.attention import AttentionTerm, Layers
-from fastkd.objective.divisors import Inputs, Reduction, count_divisors
+from fastkd.layer_map import LayerMap, Moment, TransportMap
+from fastkd.objective.attention import ProbabilityTerm, RelationsTerm, ScoreTerm
+from fastkd.objective.divisors import DIVISORS, Inputs, Reduction, count_divisors, target_labels
+from fastkd.objective.logits import LogitsTerm
 from fastkd.objective.states import StateTerm
+from fastkd.objective.term import Batch, Match, ModelPair, Side, Term
+from fastkd.objective.transports import Mapped, Transports
+from fastkd.objective.weights import Ratio, Uncertainty, factor
 from fastkd.recipe import Losses
 
 
-@dataclass(frozen=True)
-class Match:
-    """One loss of one layer pair: its term, the layers of student and teacher, its weight."""
-
-    term: Literal["attention", "hidden", "embedding"]
-    student: int
-    teacher: int
-    weight: float
-
-    @property
-    def label(self) -> str:
-        """Name in metrics and tables."""
-        return f"{self.term}/{self.student}-{self.teacher}"
-
-
 class Objective(nn.Module):
-    """All terms of a recipe, and the projections that belong to them."""
+    """All terms of a recipe, the projections that belong to them, and their weights."""
 
     def __init__(
-        self, losses: Losses, layers: LayerMap, widths: tuple[int, int], causal: bool
+        self,
+        losses: Losses,
+        layers: LayerMap,
+        pair: ModelPair,
+        *,
+        own_layers: Mapping[str, LayerMap] | None = None,
+        steps: int = 1,
     ) -> None:
         """Choose the terms.
 
         Args:
             losses: section of the recipe.
             layers: the mapping in force.
-            widths: hidden sizes of student and teacher.
-            causal: whether attention sees earlier tokens only.
+            pair: what the two models are.
+            own_layers: mappings of terms that have their own, by the term's name.
+            steps: optimiser steps of the run, which schedules are stretched over.
 
         Raises:
-            UserError: no projection is asked for, but the widths differ.
+            UserError: no projection is asked for, but the widths differ; or a mapping that a term
+                can't use.
         """
         super().__init__()
-        self.causal = causal
+        self.losses = losses
+        self.pair = pair
+        self.steps = steps
+        self.moment = Moment()
+        self.maps = {name: (own_layers or {}).get(name, layers) for name in losses.terms}
         self.reduction: Reduction = losses.reduction
-        self.matches: list[Match] = []
-        if losses.attention:
-            self._match("attention", layers.pairs, losses.attention.weight)
-        if losses.hidden:
-            self._match("hidden", layers.pairs, losses.hidden.weight)
-        if losses.embedding:
-            self._match("embedding", ((0, 0),), losses.embedding.weight)
-
-        self.terms = nn.ModuleList()
-        if losses.attention:
-            self.terms.append(AttentionTerm(layers.pairs, losses.reduction, causal))
-        states = tuple((m.student, m.teacher) for m in self.matches if m.term != "attention")
-        if states:
-            count = _projections(losses, len(states), widths)
-            self.terms.append(
-                StateTerm(states, count, widths, losses.projection_bias, losses.reduction)
-            )
+        self.terms = nn.ModuleList(self._terms())
+        self.matches: tuple[Match, ...] = tuple(m for term in self._each() for m in term.matches)
+        self.names = tuple(dict.fromkeys(match.term for match in self.matches))
+        # how many losses each name has, in order
+        self._sizes = [
+            len(list(group)) for _, group in itertools.groupby(m.term for m in self.matches)
+        ]
+        of = [DIVISORS.index(match.divisor) for match in self.matches]
+        self._divisor_of: Tensor
+        self.register_buffer("_divisor_of", torch.tensor(of), persistent=False)
+        self._transports = Transports(self._transported())
+        balance = losses.balance
+        self.ratio = (
+            Ratio(self.names, balance.reference, balance.decay) if balance.kind == "ratio" else None
+        )
+        self.uncertainty = (
+            Uncertainty(len(self.names), balance.limit) if balance.kind == "uncertainty" else None
+        )
+        self._factors = torch.empty(0)
+        self._factors_of: list[float] = []
 
     @property
     def labels(self) -> tuple[str, ...]:
         """One name a loss, in the order of `forward`."""
         return tuple(match.label for match in self.matches)
 
-    def layers(self, side: Literal["student", "teacher"]) -> dict[str, set[int]]:
-        """The layers of one model that `capture` must record, as its keyword arguments."""
-        wanted: dict[str, set[int]] = {"attention": set(), "hidden": set()}
-        for match in self.matches:
-            kind = "attention" if match.term == "attention" else "hidden"
-            wanted[kind].add(match.student if side == "student" else match.teacher)
+    @property
+    def teacher_depth(self) -> int | None:
+        """The deepest teacher layer that is ever matched; `None` where outputs are."""
+        if any(term.wants_logits for term in self._each()):
+            return None
+        mapped = [self.maps[m.term].teacher_depth for m in self.matches if m.mapped]
+        return max((0, *mapped))
+
+    def at(self, moment: Moment) -> None:
+        """Move to a moment of the run: random mappings and schedules follow it."""
+        self.moment = moment
+        for term in self._each():
+            term.at(moment)
+
+    def layers(self, side: Side) -> dict[str, Any]:
+        """What `capture` must record of one model now, as its keyword arguments."""
+        wanted: dict[str, Any] = {"attention": set(), "hidden": set(), "logits": False}
+        for term in self._each():
+            for kind, found in term.layers(side).items():
+                wanted[kind] |= found
+            wanted["logits"] |= term.wants_logits
         return wanted
 
     def divisors(self, inputs: Inputs) -> Tensor:
-        """What a micro-batch contributes to the divisors of a step: fp64 [2]."""
-        return count_divisors(inputs, self.causal, self.reduction)
+        """What a micro-batch contributes to the divisors of a step: fp64 [DIVISORS]."""
+        labels = target_labels(inputs, self.pair.head)
+        return count_divisors(inputs, self.pair.causal, self.reduction, labels)
 
     def forward(
-        self, student: Capture, teacher: Capture, mask: Tensor | None, shares: Tensor
+        self, student: Capture, teacher: Capture, inputs: Inputs, shares: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Add the terms up.
 
         Args:
             student: captured tensors with gradient.
             teacher: captured tensors without.
-            mask: bool [batch, tokens], or `None` where nothing is padded.
-            shares: fp32 [2], this micro-batch's part of the step's query-key pairs and tokens.
+            inputs: what both models read; of it the mask and the labels.
+            shares: [DIVISORS], this micro-batch's part of the step's divisors.
 
         Returns:
-            The weighted total, a scalar, and the raw losses [labels], detached; both fp32 and
-            scaled by the shares.
+            The weighted total, a scalar, and [2, labels], detached: the raw losses, then what each
+            adds to the total. All are scaled by the shares. The total of `uncertainty` holds the
+            log-variances whole: an engine averages over micro-batches and ranks.
         """
-        raw = torch.cat(
-            [
-                term(student, teacher, mask) * share
-                for term, share in zip(self.terms, self._shares(shares), strict=True)
-            ]
+        mask = inputs.get("attention_mask")
+        labels = target_labels(inputs, self.pair.head)
+        batch = Batch(student, teacher, None if mask is None else mask.bool(), labels)
+        losses = torch.cat([term(batch) for term in self.terms])
+        raw = losses * shares[self._divisor_of]
+        weighted = raw * self._weights(raw)
+        if self.uncertainty is not None:
+            total, scales = self.uncertainty(self._by_term(weighted))
+            weighted = weighted.detach() * self._spread(scales)
+        else:
+            total = weighted.sum()
+        return total, torch.stack([raw.detach(), weighted.detach()])
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the losses of a step change the weights of the next: see `observe`."""
+        return self.ratio is not None or bool(self._transports.groups)
+
+    @property
+    def needs_look(self) -> bool:
+        """Whether losses must be observed before the first step."""
+        unknown = self.ratio is not None and self.ratio.means is None
+        return unknown or not self._transports.observed
+
+    def observe(self, losses: Tensor) -> None:
+        """Adapt the weights of the next step.
+
+        Args:
+            losses: raw losses [labels] of a whole step, summed over micro-batches and ranks.
+        """
+        if self._transports.groups:
+            # an exact linear program runs on the host: see `transports.py`
+            self._transports.observe(losses.tolist())
+        if self.ratio is not None:
+            values = losses.double()
+            links = torch.tensor(self._link_weights(), dtype=values.dtype).to(values.device)
+            self.ratio.observe(self._by_term(values * links))
+
+    def feedback(self) -> dict[str, Any]:
+        """What `observe` has made, for a checkpoint; plain values."""
+        ratio = None if self.ratio is None else self.ratio.state()
+        return {"ratio": ratio, "transports": self._transports.state()}
+
+    def load_feedback(self, state: dict[str, Any], device: torch.device) -> None:
+        """Continue from what `feedback` gave."""
+        if self.ratio is not None:
+            self.ratio.load(state["ratio"], device)
+        self._transports.load(state["transports"])
+
+    def total(self, losses: Mapping[str, float]) -> float:
+        """One number for held-out losses that can be compared over a run and between runs.
+
+        The recipe's weights, without schedules and balance; a many-to-many mapping counts with the
+        transport that these losses have between equal layers.
+
+        Args:
+            losses: raw loss by label.
+        """
+        values = [losses[label] for label in self.labels]
+        even = Transports(self._transported())
+        if even.groups:
+            even.observe(values)
+        links = even.weigh(self._own_weights())
+        terms = self.losses.terms
+        return sum(
+            terms[match.term].weight * link * value
+            for match, link, value in zip(self.matches, links, values, strict=True)
         )
-        # Python numbers, so that no weight is copied to the device in a step
-        total = sum(weight * raw[start:stop].sum() for start, stop, weight in self._groups())
-        assert isinstance(total, Tensor)
-        return total, raw.detach()
 
-    def _shares(self, shares: Tensor) -> list[Tensor]:
-        return [shares[0 if isinstance(term, AttentionTerm) else 1] for term in self.terms]
+    def kept(self) -> dict[str, Tensor]:
+        """The weights that an evaluation needs later: projections, no log-variances."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("uncertainty.")}
 
-    def _groups(self) -> list[tuple[int, int, float]]:
-        groups: list[tuple[int, int, float]] = []
-        for _, matches in itertools.groupby(self.matches, key=lambda match: match.term):
-            same = list(matches)
-            start = groups[-1][1] if groups else 0
-            groups.append((start, start + len(same), same[0].weight))
+    def _terms(self) -> list[Term]:
+        losses, pair, maps = self.losses, self.pair, self.maps
+        terms: list[Term] = []
+        if losses.attention is not None:
+            own = maps["attention"]
+            if losses.attention.kind == "score_mse":
+                terms.append(ScoreTerm(own, pair, losses.reduction))
+            else:
+                terms.append(ProbabilityTerm(losses.attention, own, pair))
+        if losses.relations is not None:
+            terms.append(RelationsTerm(losses.relations, maps["relations"], pair))
+        if losses.hidden is not None or losses.embedding is not None:
+            terms.append(StateTerm(losses, maps.get("hidden", next(iter(maps.values()))), pair))
+        if losses.logits is not None or losses.labels is not None:
+            terms.append(LogitsTerm(losses, pair))
+        return terms
+
+    def _each(self) -> list[Term]:
+        return [term for term in self.terms if isinstance(term, Term)]
+
+    def _transported(self) -> list[Mapped]:
+        groups: list[Mapped] = []
+        start = 0
+        for group, members in itertools.groupby(self.matches, key=lambda match: match.group):
+            same = list(members)
+            stop = start + len(same)
+            layer_map = self.maps[same[0].term]
+            if same[0].mapped and isinstance(layer_map, TransportMap):
+                groups.append(Mapped(group, layer_map, start, stop))
+            start = stop
         return groups
 
-    def _match(
-        self, term: Literal["attention", "hidden", "embedding"], pairs: Layers, weight: float
-    ) -> None:
-        self.matches.extend(Match(term, s, t, weight) for s, t in pairs)
+    def _own_weights(self) -> list[float]:
+        """Of the links in force, one a loss."""
+        weights: list[float] = []
+        for _, members in itertools.groupby(self.matches, key=lambda match: match.group):
+            first, *rest = members
+            links = self.maps[first.term].links(self.moment) if first.mapped else ()
+            weights += [link.weight for link in links] or [1.0] * (1 + len(rest))
+        return weights
 
+    def _link_weights(self) -> list[float]:
+        return self._transports.weigh(self._own_weights())
 
-def _projections(losses: Losses, pairs: int, widths: tuple[int, int]) -> int:
-    student, teacher = widths
-    if losses.projection == "none" and student != teacher:
-        raise UserError(
-            f"losses.projection is none, but the student is {student} wide and the teacher "
-            f"{teacher}; set it to shared or per_pair"
-        )
-    identity = losses.projection == "none" or (losses.projection == "auto" and student == teacher)
-    return 0 if identity else pairs if losses.projection == "per_pair" else 1
+    def _weights(self, like: Tensor) -> Tensor:
+        """Weight, schedule, link and ratio of every loss, [labels]; copied where they changed."""
+        terms, progress = self.losses.terms, self.moment.step / self.steps
+        of = {name: terms[name].weight * factor(terms[name].schedule, progress) for name in terms}
+        links = self._link_weights()
+        found = [of[m.term] * link for m, link in zip(self.matches, links, strict=True)]
+        kept = self._factors
+        if found != self._factors_of or (kept.dtype, kept.device) != (like.dtype, like.device):
+            self._factors = torch.tensor(found, dtype=like.dtype).to(like.device, non_blocking=True)
+            self._factors_of = found
+        scales = None if self.ratio is None else self.ratio.scales()
+        return self._factors if scales is None else self._factors * self._spread(scales).to(like)
+
+    def _by_term(self, values: Tensor) -> Tensor:
+        return torch.stack([part.sum() for part in torch.split(values, self._sizes)])
+
+    def _spread(self, scales: Tensor) -> Tensor:
+        """One value a term to one a loss."""
+        parts = zip(scales.unbind(), self._sizes, strict=True)
+        return torch.cat([scale.expand(size) for scale, size in parts])

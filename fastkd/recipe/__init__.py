@@ -5,7 +5,17 @@ misread setting.
 """
 
 from fastkd.recipe.data import Data
-from fastkd.recipe.losses import AttentionLoss, EmbeddingLoss, HiddenLoss, Losses
+from fastkd.recipe.losses import (
+    AttentionLoss,
+    EmbeddingLoss,
+    HiddenLoss,
+    LabelsLoss,
+    LogitsLoss,
+    Losses,
+    MlmLoss,
+    RelationsLoss,
+    Term,
+)
 from fastkd.recipe.models import Student, Teacher
 from fastkd.recipe.reading import (
     complain,
@@ -17,19 +27,27 @@ from fastkd.recipe.reading import (
 )
 from fastkd.recipe.section import Section
 from fastkd.recipe.train import Run, Train
+from fastkd.recipe.weights import Balance, Schedule
 from fastkd.recipe.whole import Recipe
 
 __all__ = [
     "AttentionLoss",
+    "Balance",
     "Data",
     "EmbeddingLoss",
     "HiddenLoss",
+    "LabelsLoss",
+    "LogitsLoss",
     "Losses",
+    "MlmLoss",
     "Recipe",
+    "RelationsLoss",
     "Run",
+    "Schedule",
     "Section",
     "Student",
     "Teacher",
+    "Term",
     "Train",
     "complain",
     "dump_recipe",

@@ -1,22 +1,87 @@
-"""The section of the layer map."""
+"""The layer map: a word, a list of layers, or a section where a mapping has options."""
 
 from __future__ import annotations
 
-from typing import Annotated, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from fastkd.layer_map import MapKind
+from fastkd.recipe.section import Section
+
+MapKind = Literal[
+    "uniform", "last", "first", "skip", "below_last", "final", "mean_target", "mean_loss"
+]
+
+
+class RandomMap(Section):
+    """Sorted distinct teacher layers, drawn anew (RAIL-KD, arXiv 2109.10164, section 3.1)."""
+
+    kind: Literal["random"] = "random"
+    """Name of the mapping."""
+    redraw: Literal["run", "epoch", "step"] = "epoch"
+    """When other layers are drawn; `run` keeps the first draw."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the draws."""
+
+
+class TransportMap(Section):
+    """All pairs, weighted by an exact transport (BERT-EMD, arXiv 2010.06133, section 3.2)."""
+
+    kind: Literal["emd"] = "emd"
+    """Name of the mapping."""
+    temperature: float | None = Field(default=1.0, gt=0)
+    """Of the cost attention that moves the weights of the layers; `null` keeps them equal."""
+
+
+class AttentionMap(Section):
+    """A softmax over teacher layers mixes their states (ALP-KD, arXiv 2012.14022, eq. 5 and 6)."""
+
+    kind: Literal["attention"] = "attention"
+    """Name of the mapping."""
+    temperature: float = Field(default=1.0, gt=0)
+    """What the dot products are divided by before the softmax."""
+
+
+MAP_SECTIONS: dict[str, type[Section]] = {
+    "random": RandomMap,
+    "emd": TransportMap,
+    "attention": AttentionMap,
+}
+_NAMES = (*get_args(MapKind), *MAP_SECTIONS)
 
 
 def _known_map(value: object) -> object:
+    if isinstance(value, Section):
+        return value
+    if isinstance(value, str) and value in MAP_SECTIONS:
+        return {"kind": value}
+    if isinstance(value, dict) and value.get("kind") in MAP_SECTIONS:
+        return value
     layers = isinstance(value, list | tuple) and all(type(v) is int and v >= 0 for v in value)
     if not layers and value not in get_args(MapKind):
         raise ValueError(
-            f"expected {', '.join(get_args(MapKind))} or a list with one teacher layer for each "
-            f"student layer, 0 for none (given {value!r})"
+            f"expected {', '.join(_NAMES)} or a list with one teacher layer for each student "
+            f"layer, 0 for none; {', '.join(MAP_SECTIONS)} may be a section with that kind "
+            f"(given {value!r})"
         )
     return value
 
 
-Layers = Annotated[MapKind | tuple[int, ...], BeforeValidator(_known_map)]
+def _form(value: Any) -> str:
+    if isinstance(value, str):
+        return "name"
+    if isinstance(value, list | tuple):
+        return "list"
+    kind: str = value["kind"] if isinstance(value, dict) else value.kind
+    return kind
+
+
+Layers = Annotated[
+    Annotated[MapKind, Tag("name")]
+    | Annotated[tuple[int, ...], Tag("list")]
+    | Annotated[RandomMap, Tag("random")]
+    | Annotated[TransportMap, Tag("emd")]
+    | Annotated[AttentionMap, Tag("attention")],
+    Discriminator(_form),
+    BeforeValidator(_known_map),
+]

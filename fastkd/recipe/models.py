@@ -9,6 +9,7 @@ from pydantic import Field
 from fastkd.recipe.section import Name, Section
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+Head = Literal["none", "sequence_classification", "causal_lm", "masked_lm"]
 
 
 class Teacher(Section):
@@ -45,6 +46,8 @@ class Student(Section):
     """Copy the mapped teacher layers where shapes agree, or draw everything."""
     dropout: float | None = Field(default=0.0, ge=0, lt=1)
     """Every dropout rate of the student; `null` keeps the teacher's rates."""
+    head: Head = "none"
+    """What stands on the blocks of both models; `logits`, `labels` and `mlm` need one."""
     attention: Attention = "sdpa"
     """Attention implementation that the student runs."""
     gradient_checkpointing: bool = False

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fastkd.errors import UserError
+from fastkd.recipe.layers import MAP_SECTIONS
 from fastkd.recipe.whole import Recipe
 
 
@@ -102,7 +103,8 @@ def replace_value(tree: dict[str, Any], key: str, value: object) -> None:
 def complain(error: ValidationError, root: type[BaseModel]) -> str:
     """What was given and what was expected, in one line, for a file that is read into `root`."""
     first, *rest = error.errors(include_url=False)
-    field = ".".join(str(part) for part in first["loc"])
+    # pydantic adds which of its forms a layer map was read as
+    field = ".".join(str(p) for i, p in enumerate(first["loc"]) if not _is_form(first["loc"], i))
     if first["type"] == "extra_forbidden":
         allowed = list(_section(root, first["loc"][:-1]).model_fields)
         close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
@@ -124,6 +126,8 @@ def complain(error: ValidationError, root: type[BaseModel]) -> str:
 def _section(root: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel]:
     model, parts = root, iter(location)
     for part in parts:
+        if part == "layer_map":
+            return MAP_SECTIONS[str(next(parts))]
         annotation = model.model_fields[str(part)].annotation
         candidates = getattr(annotation, "__args__", (annotation,))
         model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
@@ -131,3 +135,7 @@ def _section(root: type[BaseModel], location: Sequence[int | str]) -> type[BaseM
             # the key under which the section stands
             next(parts, None)
     return model
+
+
+def _is_form(location: Sequence[int | str], index: int) -> bool:
+    return index > 0 and location[index - 1] == "layer_map"

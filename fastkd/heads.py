@@ -1,0 +1,124 @@
+"""What stands on a model's blocks: record what its logits are made of, without making them.
+
+The last layer of a language model multiplies every token with the whole vocabulary. While someone
+listens, that layer notes its input and hands on a tensor without columns; divergence and
+cross-entropy are computed from the input and the layer's weight by an op that never stores
+[tokens, vocabulary]. A classification head is small and simply runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from fastkd_kernels import LogitsHead
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastkd.errors import UserError
+
+
+class Listener(Protocol):
+    """Where the logits go."""
+
+    logits: Tensor | LogitsHead | None
+
+
+def last_layer(model: PreTrainedModel) -> nn.Linear | None:
+    """The layer that makes a language model's logits, `None` for other models."""
+    layer: nn.Linear | None = model.get_output_embeddings()
+    return layer
+
+
+@contextmanager
+def recorded_head(model: PreTrainedModel, listener: Listener | None) -> Iterator[None]:
+    """Skip a language model's logits while the context is open; give `listener` what they are
+    made of, or the logits of a model with another head."""
+    layer = last_layer(model)
+    if layer is None:
+        handle = model.register_forward_hook(_output_hook(listener))
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+
+    def skip(hidden: Tensor) -> Tensor:
+        if listener is not None:
+            bias = None if layer.bias is None else _whole(layer.bias)
+            listener.logits = LogitsHead(hidden, _whole(layer.weight), bias)
+        return hidden[..., :0]
+
+    # an engine may have put a forward of its own on the layer
+    held = {k: v for k, v in layer.__dict__.items() if k == "forward"}
+    layer.__dict__["forward"] = skip
+    try:
+        yield
+    finally:
+        del layer.__dict__["forward"]
+        layer.__dict__.update(held)
+
+
+def check_head(model: PreTrainedModel, tokens: int = 8) -> None:
+    """Run a language model once and see that its logits are its last layer's output.
+
+    Raises:
+        UserError: they are changed afterwards, so that they can't be computed in parts.
+    """
+    ids = torch.arange(5, 5 + tokens, device=model.device)[None] % model.config.vocab_size
+    listener = _Recorded()
+    with torch.no_grad():
+        given = model(input_ids=ids).logits
+        with recorded_head(model, listener):
+            model(input_ids=ids)
+        head = listener.logits
+        assert isinstance(head, LogitsHead)
+        made = nn.functional.linear(head.hidden, head.weight, head.bias)
+    if made.shape != given.shape or not torch.allclose(made, given, atol=1e-3, rtol=1e-3):
+        raise UserError(
+            f"{type(model).__name__} changes its logits after the last layer (a soft cap, or a "
+            "scale), which fastkd can't compute in parts; leave losses.logits and student.head out"
+        )
+
+
+def last_hidden_state(run: nn.Module, model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """The state that a head would read, [batch, tokens, width].
+
+    Args:
+        run: the model, or an engine around it.
+        model: the model itself.
+        inputs: its keyword arguments.
+    """
+    found: list[Tensor] = []
+
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        found.append(output.last_hidden_state)
+
+    handle = model.base_model.register_forward_hook(hook)
+    try:
+        with recorded_head(model, None):
+            run(**inputs)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+class _Recorded:
+    logits: Tensor | LogitsHead | None = None
+
+
+def _output_hook(listener: Listener | None) -> Any:
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if listener is not None:
+            listener.logits = output.logits
+
+    return hook
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    # a sharded teacher's weight is gone once its layer has run
+    if not parameter.requires_grad and hasattr(parameter, "ds_id"):
+        return parameter.detach().clone()
+    return parameter

@@ -1,0 +1,85 @@
+"""What the losses are multiplied with: schedules, running ratios, learned variances."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.recipe.weights import Schedule
+
+
+def factor(schedule: Schedule | None, progress: float) -> float:
+    """What a schedule puts on a weight.
+
+    Args:
+        schedule: section of a term; 1 throughout where there is none.
+        progress: share of the run that is done, in [0, 1].
+    """
+    if schedule is None:
+        return 1.0
+    first, last = schedule.first, schedule.last
+    if schedule.kind == "step":
+        return first if progress < schedule.begin else last
+    moved = (progress - schedule.begin) / (schedule.end - schedule.begin)
+    moved = min(max(moved, 0.0), 1.0)
+    if schedule.kind == "cosine":
+        moved = (1 - math.cos(math.pi * moved)) / 2
+    return first + (last - first) * moved
+
+
+class Ratio:
+    """Every term scaled to the running size of a reference term, by detached values.
+
+    The means live outside the module's parameters and buffers: an engine in bf16 would round them.
+    """
+
+    def __init__(self, terms: tuple[str, ...], reference: str | None, decay: float) -> None:
+        self.reference = terms.index(reference) if reference else 0
+        self.decay = decay
+        self.means: Tensor | None = None
+
+    def observe(self, sizes: Tensor) -> None:
+        """Take in the terms [terms] of a step, over all ranks; the first ones count whole."""
+        old = self.means
+        self.means = sizes if old is None else self.decay * old + (1 - self.decay) * sizes
+
+    def scales(self) -> Tensor | None:
+        """Running mean of the reference over that of each term, [terms]; `None` before a step."""
+        if self.means is None:
+            return None
+        # a term that is zero has nothing to scale
+        return torch.where(self.means > 0, self.means[self.reference] / self.means, 1.0)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"means": None if self.means is None else self.means.tolist()}
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """Continue from `state`."""
+        if state["means"] is not None:
+            self.means = torch.tensor(state["means"], dtype=torch.float64, device=device)
+
+
+class Uncertainty(nn.Module):
+    """Learned log-variances s of the terms (Kendall et al., arXiv 1705.07115, eq. 7).
+
+        total = sum over terms of exp(-s) L / 2 + s / 2,    s = limit tanh(parameter / limit)
+
+    Their form for classification, exp(-s) L + s / 2, is the same with s shifted by log 2. A hard
+    clamp would leave a variance that once reaches the limit without a gradient.
+    """
+
+    def __init__(self, terms: int, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+        # one dimension, so that the optimiser puts no weight decay on them
+        self.log_variances = nn.Parameter(torch.zeros(terms))
+
+    def forward(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """The total of the weighted terms [terms], a scalar, and their scales [terms]."""
+        clamped = self.limit * torch.tanh(self.log_variances.to(sizes.dtype) / self.limit)
+        scales = (-clamped).exp() / 2
+        return (scales * sizes).sum() + clamped.sum() / 2, scales.detach()

@@ -72,7 +72,6 @@ def run_study(
 
 def _open(plan: Plan) -> Store:
     try:
-        plan.output.mkdir(parents=True, exist_ok=True)
         return Store(plan)
     except OSError as error:
         raise UserError(

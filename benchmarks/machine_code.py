@@ -187,13 +187,31 @@ def wanted(ops: Iterable[str], *, everything: bool) -> Iterator[Wanted]:
     """All jobs of the ops' workloads; without `everything`, those that CI compiles."""
     from benchmarks.launches import OPS
 
-    for target, dtype, op in itertools.product(TARGETS, DTYPES, ops):
-        if not (everything or dtype == torch.bfloat16 or target in QUICK_FLOAT32):
-            continue
-        for work in OPS[op].WORKLOADS:
-            if everything or work.name in OPS[op].QUICK:
-                for job in OPS[op].jobs(work, dtype, target[0]):
-                    yield Wanted(op, work.name, dtype, target, job)
+    for (number, target), dtype, op in itertools.product(enumerate(TARGETS), DTYPES, ops):
+        works = list(OPS[op].WORKLOADS)
+        if not everything:
+            works = quick_workloads(OPS[op], dtype, target)
+        for place, work in enumerate(works):
+            jobs = list(OPS[op].jobs(work, dtype, target[0]))
+            for job in jobs if everything else one_a_kernel(jobs, number + place):
+                yield Wanted(op, work.name, dtype, target, job)
+
+
+def quick_workloads(op: Any, dtype: torch.dtype, target: Target) -> list[Any]:
+    """The few of QUICK in bf16; in fp32 the first of them on the tightest targets."""
+    named = {work.name: work for work in op.WORKLOADS}
+    few = [named[name] for name in op.QUICK]
+    if dtype == torch.bfloat16:
+        return few
+    return few[:1] if target in QUICK_FLOAT32 else []
+
+
+def one_a_kernel(jobs: Iterable[Job], turn: int) -> list[Job]:
+    """One job for every kernel, another in every turn."""
+    by_kernel: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_kernel.setdefault(job.kernel.__name__, []).append(job)
+    return [same[turn % len(same)] for same in by_kernel.values()]
 
 
 def compile_all(

@@ -1,4 +1,4 @@
-"""Forward and backward of hidden_mse on the CPU, against its definition."""
+"""Forward and backward of hidden_mse against its definition."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,27 +8,36 @@ import torch
 from fastkd_kernels import hidden_mse, reference
 from kernel_cases import errors, hidden_case
 
-from benchmarks.workloads import HIDDEN, HiddenWorkload, on_cpu
+from benchmarks import costs
+from benchmarks.cases import Case, baselines, cases
+from benchmarks.workloads import HIDDEN
+
+MANY_PAIRS = ("bert-base-to-tinybert-4", "minilm-6-to-3")
 
 
-@pytest.mark.parametrize("work", on_cpu(HIDDEN.values()), ids=lambda work: work.name)
-def test_hidden_mse(work: HiddenWorkload, compare: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("case", cases(HIDDEN.values(), many=MANY_PAIRS))
+def test_hidden_mse(case: Case, compare: Callable[..., Any]) -> None:
+    work, on_cpu = case.work, case.device == "cpu"
     weights = "none" if work.widths[0] == work.widths[1] else "shared+bias"
-    case = hidden_case(1, work.batch, work.tokens, work.widths, weights, torch.float32)
+    inputs = hidden_case(case.pairs, work.batch, work.tokens, work.widths, weights, case.dtype)
+    inputs = inputs.on(case.device)
 
     def step(op: Callable[..., Any]) -> Callable[[], list[torch.Tensor]]:
         def run() -> list[torch.Tensor]:
-            loss = op(case.student, case.teacher, **case.trained)
-            return [loss.detach(), *torch.autograd.grad(loss.sum(), case.leaves)]
+            loss = op(inputs.student, inputs.teacher, **inputs.trained)
+            return [loss.detach(), *torch.autograd.grad(loss.sum(), inputs.leaves)]
 
         return run
 
-    functions = {"op": step(hidden_mse), "definition": step(reference.hidden_mse)}
-    assert max(errors(functions["op"](), functions["definition"]())) <= 1e-5
+    functions = {"op": step(hidden_mse)} | baselines(step, reference.hidden_mse, case.device)
+    given, expected = functions["op"](), functions["definition"]()
+    assert max(errors(given, expected)) <= (1e-5 if on_cpu else 2e-2)
     compare(
         "op",
         functions,
+        cost=costs.hidden(work, case.pairs, case.dtype),
+        device=case.device,
+        pairs=case.pairs,
         **work._asdict(),
         weights=weights,
-        input_bytes=sum(t.nbytes for t in (*case.leaves, *case.teacher)),
     )

@@ -1,37 +1,54 @@
 """The kernels of the ops on hidden states on the named workloads."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from fastkd_kernels import hidden_kernels
-from fastkd_kernels.hidden_launch import hidden_launch
+from fastkd_kernels import hidden_cosine_kernels, hidden_kernels
+from fastkd_kernels.hidden_launch import hidden_launch, unit_launch
+from fastkd_kernels.hidden_torch import ZERO_NORM
 from fastkd_kernels.hidden_triton import hidden_types
 
 from benchmarks.machine_code import POINTERS, Job
 from benchmarks.workloads import HIDDEN, HiddenWorkload
 
 WORKLOADS = tuple(HIDDEN.values())
-QUICK = ("bert-base-to-tinybert-4",)
+# with a projection and without one
+QUICK = ("bert-base-to-tinybert-4", "minilm-6-to-3")
 
 
 def jobs(work: HiddenWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
-    types, kept = hidden_types(dtype, dtype, dtype)
+    """Those of hidden_mse, then those that the normalised losses launch in their place."""
+    projected = work.widths[0] != work.widths[1]
+    types, kept = hidden_types(dtype, dtype, dtype if projected else None)
     operand = types.pop("GRAD_OPERAND")
     launch = hidden_launch((dtype, kept), on)
     blocks = {name: size for name, size in launch.constants.items() if name.startswith("BLOCK_")}
     align = 16 // dtype.itemsize
     aligns = {"ALIGN": align, "TARGET_ALIGN": align, "WEIGHT_ALIGN": align}
-    flags = {"HAS_MASK": True, "HAS_WEIGHT": True, "HAS_BIAS": True, "STORE": True}
-    exact = {**types, **blocks, **aligns, **flags, "BIAS_TYPE": types["TYPE"]}
-    exact["PRECISION"] = launch.constants["PRECISION"]
+    flags = {"HAS_MASK": True, "HAS_WEIGHT": projected, "HAS_BIAS": projected, "STORE": True}
+    common = {**types, **aligns, **flags, "BIAS_TYPE": types["TYPE"], "ZERO_NORM": ZERO_NORM}
+    exact = {**common, **blocks, "PRECISION": launch.constants["PRECISION"]}
     made = {**exact, "OPERAND": operand, "PRECISION": launch.constants["GRAD_PRECISION"]}
-    types = {"residual": POINTERS[kept]}
-    types |= {name: "*fp32" for name in ("partials", "gradient", "bias_gradient")}
-    for kernel, constants in (
-        (hidden_kernels.residuals, exact),
-        (hidden_kernels.input_gradient, made),
-        (hidden_kernels.weight_gradient, made),
-    ):
-        wanted = {name: constants[name] for name in constants if name in kernel.arg_names}
-        pointers = {name: types[name] for name in types if name in kernel.arg_names}
-        yield Job(kernel.__name__, kernel, wanted, pointers, *launch[1:])
+    # without a projection the row gradient is the student's
+    stored = POINTERS[kept if projected else torch.float32]
+    yield _job("residuals", hidden_kernels.residuals, {**exact, "HAS_TARGET": True}, stored, launch)
+    if projected:
+        for kernel in (hidden_kernels.input_gradient, hidden_kernels.weight_gradient):
+            yield _job(kernel.__name__, kernel, made, "*fp32", launch, residual=stored)
+        alone = {**exact, "HAS_TARGET": False}
+        yield _job("projected", hidden_kernels.residuals, alone, "*fp32", launch)
+    unit = unit_launch(work.widths[1])
+    kernel, constants = hidden_cosine_kernels.unit_residuals, {**common, **unit.constants}
+    yield _job("unit_residuals", kernel, constants, stored, unit)
+
+
+def _job(
+    name: str, kernel: Any, constants: dict[str, Any], stored: str, launch: Any, **pointers: str
+) -> Job:
+    """`stored` is the type of what the kernel writes, gradients or residuals."""
+    types = {"residual": stored, "gradient": stored, **pointers}
+    types |= dict.fromkeys(("projected", "partials", "bias_gradient"), "*fp32")
+    wanted = {key: constants[key] for key in constants if key in kernel.arg_names}
+    used = {key: types[key] for key in types if key in kernel.arg_names}
+    return Job(name, kernel, wanted, used, launch.num_warps, launch.num_stages)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastkd_kernels import hidden_mse
+from fastkd_kernels import hidden_cosine, hidden_mse, hidden_normalized_mse
 from fastkd_kernels.unit_gradient import inverse
 from kernel_cases import errors, fresh_tensors_are_nan, hidden_case, masks
 from torch import Tensor
@@ -36,25 +36,33 @@ def test_opcheck(tokens: int, normalize: bool, backend: str) -> None:
 
 
 def _losses(hidden: Tensor, target: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-    return 3 * hidden_mse([hidden * 2], [target], weight=weight, mask=mask).sum()
+    arguments: Any = ([hidden * 2], [target])
+    options: Any = {"weight": weight, "mask": mask}
+    first = hidden_cosine(*arguments, **options, tokens="cls")
+    return 3 * hidden_mse(*arguments, **options).sum() + first.sum()
 
 
 def test_compiles_as_one_graph() -> None:
-    case = hidden_case(1, 2, 10, (4, 6), "shared", torch.float32)
+    """The loss of all tokens keeps products, that of the first tokens row gradients."""
+    case = hidden_case(1, 3, 10, (4, 6), "shared", torch.float32)
     results = []
     compiled = torch.compile(_losses, fullgraph=True, backend="aot_eager")
     for function in (_losses, compiled):
-        loss = function(case.student[0], case.teacher[0], case.leaves[1], masks(2, 10))
+        loss = function(case.student[0], case.teacher[0], case.leaves[1], masks(3, 10))
         results.append([loss.detach(), *torch.autograd.grad(loss, case.leaves)])
     assert max(errors(results[1], results[0])) < 1e-6
 
 
-def test_everything_is_written_and_repeats_bit_for_bit() -> None:
-    case = hidden_case(2, 2, 140, (4, 6), "each+bias", torch.float32)
+@pytest.mark.parametrize("op", [hidden_mse, hidden_cosine])
+@pytest.mark.parametrize("tokens", [2, 140])
+def test_everything_is_written_and_repeats_bit_for_bit(
+    tokens: int, op: Callable[..., Tensor]
+) -> None:
+    case = hidden_case(2, 2, tokens, (5, 6), "each+bias", torch.float32)
     runs = []
     with fresh_tensors_are_nan():
         for _ in range(2):
-            loss = hidden_mse(case.student, case.teacher, mask=masks(2, 140), **case.trained).sum()
+            loss = op(case.student, case.teacher, mask=masks(2, tokens), **case.trained).sum()
             runs.append([loss.detach(), *torch.autograd.grad(loss, case.leaves)])
     assert all(torch.isfinite(value).all() for value in runs[0])
     assert all(map(torch.equal, *runs))
@@ -104,6 +112,26 @@ MESSAGES = [
         lambda c: hidden_mse(c.student, c.teacher, mask=torch.ones(2, 6).long(), **c.trained),
         TypeError,
         "mask is torch.int64",
+    ),
+    (
+        lambda c: hidden_cosine(c.student, c.teacher, tokens="first", **c.trained),
+        ValueError,
+        "tokens='first' is not known; choose one of all, cls",
+    ),
+    (
+        lambda c: hidden_normalized_mse(c.student, c.teacher, mask=torch.ones(2, 6), **c.trained),
+        TypeError,
+        "mask is torch.float32",
+    ),
+    (
+        lambda c: hidden_cosine(c.student, c.teacher),
+        ValueError,
+        r"3 wide .* a weight \[5, 3\]",
+    ),
+    (
+        lambda c: hidden_cosine(c.student, c.teacher, backend="cuda", **c.trained),
+        ValueError,
+        "backend='cuda' is not known",
     ),
     (
         lambda c: hidden_mse(c.student, c.teacher, reduction="sum", **c.trained),

@@ -1,11 +1,17 @@
 """The Triton kernels of hidden states against their definitions, as `test_kernels_triton.py`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from fastkd_kernels import hidden_launch, hidden_mse, reference
+from fastkd_kernels import (
+    hidden_cosine,
+    hidden_launch,
+    hidden_mse,
+    hidden_normalized_mse,
+    reference,
+)
 from kernel_cases import (
     Counted,
     errors,
@@ -22,6 +28,13 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 interpreted = pytest.mark.skipif(GPU, reason="fp64 runs in the interpreter, without a GPU")
 
 
+DEFINITIONS = {
+    hidden_mse: reference.hidden_mse,
+    hidden_cosine: reference.hidden_cosine,
+    hidden_normalized_mse: reference.hidden_normalized_mse,
+}
+
+
 @pytest.fixture(autouse=True)
 def unwritten_is_nan() -> Iterator[None]:
     with fresh_tensors_are_nan():
@@ -30,33 +43,39 @@ def unwritten_is_nan() -> Iterator[None]:
 
 @interpreted
 @pytest.mark.parametrize("weights", ["none", "shared", "each+bias"])
-def test_equals_its_definition_in_fp64(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("op", DEFINITIONS)
+def test_equals_its_definition_in_fp64(
+    op: Callable[..., Tensor], weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # a workspace of one block, so that rows come in several chunks
     monkeypatch.setattr(hidden_launch, "WORKSPACE_BYTES", 1)
     case = hidden_case(2, 2, 70, (20, 20) if weights == "none" else (7, 70), weights)
-    for reduction, mask in (("valid", masks(2, 70)), ("tinybert", masks(2, 70)), ("valid", None)):
-        options: dict[str, Any] = {"mask": mask, "reduction": reduction, **case.trained}
-        arguments = (case.leaves, case.student, case.teacher)
-        given = loss_and_gradients(hidden_mse, *arguments, **options, backend="triton")
-        expected = loss_and_gradients(reference.hidden_mse, *arguments, **options)
-        assert max(errors(given, expected)) < 1e-12
+    options: list[dict[str, Any]] = [{"mask": masks(2, 70)}, {}, {"tokens": "cls"}]
+    if op is hidden_mse:
+        options.append({"mask": masks(2, 70), "reduction": "tinybert"})
+    arguments = (case.leaves, case.student, case.teacher)
+    for given in options:
+        made = loss_and_gradients(op, *arguments, **case.trained, **given, backend="triton")
+        expected = loss_and_gradients(DEFINITIONS[op], *arguments, **case.trained, **given)
+        assert max(errors(made, expected)) < 1e-12
 
 
+@pytest.mark.parametrize("op", [hidden_mse, hidden_cosine])
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-4])
 @pytest.mark.parametrize("weights", ["none", "shared+bias"])
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu)]
 )
 def test_low_precision_stays_near_plain_pytorch(
-    dtype: torch.dtype, weights: str, distance: float
+    op: Callable[..., Tensor], dtype: torch.dtype, weights: str, distance: float
 ) -> None:
     case = hidden_case(1, 1, 50, (32, 32), weights).near(distance).cast(dtype).on(DEVICE)
     exact = case.exact()
     given = loss_and_gradients(
-        hidden_mse, case.leaves, case.student, case.teacher, **case.trained, backend="triton"
+        op, case.leaves, case.student, case.teacher, **case.trained, backend="triton"
     )
     made = [
-        loss_and_gradients(reference.hidden_mse, c.leaves, c.student, c.teacher, **c.trained)
+        loss_and_gradients(DEFINITIONS[op], c.leaves, c.student, c.teacher, **c.trained)
         for c in (case, exact)
     ]
     floors = [8 * torch.finfo(torch.float32).eps, *[torch.finfo(dtype).eps] * len(case.leaves)]
@@ -68,20 +87,22 @@ def test_low_precision_stays_near_plain_pytorch(
 
 @interpreted
 @pytest.mark.parametrize("weights", ["none", "shared+bias"])
-def test_gradcheck(weights: str) -> None:
+@pytest.mark.parametrize("op", [hidden_mse, hidden_cosine])
+def test_gradcheck(op: Callable[..., Tensor], weights: str) -> None:
     case = hidden_case(1, 1, 3, (2, 2), weights)
 
     def loss(*leaves: Tensor) -> Tensor:
         made = case.with_leaves(leaves)
-        return hidden_mse(made.student, made.teacher, **made.trained, backend="triton")
+        return op(made.student, made.teacher, **made.trained, backend="triton")
 
     assert torch.autograd.gradcheck(loss, case.leaves)
 
 
-def test_padding_may_hold_anything() -> None:
+@pytest.mark.parametrize("op", [hidden_mse, hidden_cosine])
+def test_padding_may_hold_anything(op: Callable[..., Tensor]) -> None:
     case = hidden_case(1, 2, 20, (6, 9), "shared+bias", torch.float32).on(DEVICE)
     mask = masks(2, 20).to(DEVICE)
-    arguments = (hidden_mse, case.leaves, case.student, case.teacher)
+    arguments = (op, case.leaves, case.student, case.teacher)
     clean = loss_and_gradients(*arguments, mask=mask, **case.trained, backend="triton")
     for tensor in (*case.student, *case.teacher):
         tensor.data.masked_fill_(~mask[..., None], float("nan"))
@@ -89,10 +110,11 @@ def test_padding_may_hold_anything() -> None:
     assert max(errors(dirty, clean)) < 1e-6
 
 
-def test_nothing_valid_gives_zero() -> None:
+@pytest.mark.parametrize("op", [hidden_mse, hidden_cosine])
+def test_nothing_valid_gives_zero(op: Callable[..., Tensor]) -> None:
     nothing = torch.zeros(1, 9, dtype=torch.bool, device=DEVICE)
     case = hidden_case(1, 1, 9, (4, 6), "shared+bias", torch.float32).on(DEVICE)
-    arguments = (hidden_mse, case.leaves, case.student, case.teacher)
+    arguments = (op, case.leaves, case.student, case.teacher)
     for value in loss_and_gradients(*arguments, mask=nothing, **case.trained, backend="triton"):
         assert not value.any()
 
@@ -101,14 +123,31 @@ def test_launches_do_not_grow_with_pairs(monkeypatch: pytest.MonkeyPatch) -> Non
     from fastkd_kernels import hidden_triton
 
     seen: dict[str, int] = {}
-    for name in ("residuals", "input_gradient", "weight_gradient"):
+    for name in ("residuals", "unit_residuals", "input_gradient", "weight_gradient"):
         kernel = getattr(hidden_triton, name)
         monkeypatch.setattr(hidden_triton, name, Counted(kernel, seen, name))
-    for pairs in (1, 3):
-        seen.clear()
-        case = hidden_case(pairs, 1, 9, (4, 6), "shared", torch.float32).on(DEVICE)
-        hidden_mse(case.student, case.teacher, **case.trained, backend="triton").sum().backward()
-        assert seen == {"residuals": 1, "input_gradient": 1, "weight_gradient": 1}
+    once = {"residuals": 1, "input_gradient": 1, "weight_gradient": 1}
+    for op, launches in ((hidden_mse, once), (hidden_cosine, {**once, "unit_residuals": 1})):
+        for pairs in (1, 3):
+            seen.clear()
+            case = hidden_case(pairs, 1, 9, (4, 6), "shared", torch.float32).on(DEVICE)
+            op(case.student, case.teacher, **case.trained, backend="triton").sum().backward()
+            assert seen == launches
+    seen.clear()
+    case = hidden_case(3, 1, 9, (6, 6), "none", torch.float32).on(DEVICE)
+    hidden_cosine(case.student, case.teacher, backend="triton").sum().backward()
+    assert seen == {"unit_residuals": 1}
+
+
+def test_identical_models_have_no_loss() -> None:
+    case = hidden_case(1, 1, 20, (16, 16), "none", torch.float32).on(DEVICE)
+    for op in (hidden_mse, hidden_cosine):
+        far, near = (
+            loss_and_gradients(op, c.leaves, c.student, c.teacher, backend="triton")
+            for c in (case, case.near(0.0))
+        )
+        for own, scale in zip(near, far, strict=True):
+            assert own.norm() <= 1e-6 * scale.norm()
 
 
 @needs_gpu
@@ -117,6 +156,7 @@ def test_no_host_synchronisation() -> None:
     for mode in ("default", "error"):  # the first round compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            hidden_mse(case.student, case.teacher, **case.trained).sum().backward()
+            for op in (hidden_mse, hidden_cosine):
+                op(case.student, case.teacher, **case.trained).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")

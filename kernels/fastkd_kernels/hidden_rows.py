@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import hidden_torch as on_torch
 from .types import NAMESPACE
 from .unit_gradient import by_shape, inverse, scaled
 
-# pairs in one node of the CPU's autograd graph: one each costs time, all of them memory
+# pairs in one node of the CPU's autograd graph, which frees what it keeps once it is through: one
+# each would cost time, all of them memory
 SAVED_TOGETHER = 2
 
 Kind = Literal["mse", "normalized_mse", "cosine"]
@@ -64,8 +64,7 @@ def row_losses(
         )
         return losses
 
-    # where nothing is shared, what few pairs keep is freed while the backward goes through the rest
-    few = SAVED_TOGETHER if backend == "torch" and len(weights) != 1 else pairs
+    few = SAVED_TOGETHER if backend == "torch" else pairs
     keys = [
         (pair // few, tuple(own.shape), own.dtype, tuple(target.shape), target.dtype)
         for pair, (own, target) in enumerate(zip(student, teacher, strict=True))
@@ -225,7 +224,6 @@ class _Rows(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         pairs, _, biases = ctx.counts
         inverse_count, *kept = ctx.saved_tensors

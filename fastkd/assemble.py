@@ -62,6 +62,7 @@ def assemble(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> Assembly
     Raises:
         UserError: anything about the recipe that does not work on this machine.
     """
+    _check_labels(recipe)
     plan = plan_batches(recipe, ranks.world_size)
     config = student_config(recipe, plan)
     torch.manual_seed(recipe.train.seed)
@@ -94,6 +95,14 @@ def assemble(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> Assembly
         engine,
         masking,
     )
+
+
+def _check_labels(recipe: Recipe) -> None:
+    if recipe.losses.labels is not None and recipe.student.head == "sequence_classification":
+        raise UserError(
+            "losses.labels learns from labelled examples, but data.train is text without labels; "
+            "leave losses.labels out"
+        )
 
 
 def make_objective(

@@ -14,6 +14,7 @@ from fastkd.console import Reporter
 from fastkd.recipe import load_recipe
 from fastkd.run_folder import RunFolder, write_whole
 
+_NAMED_LINES = 16
 Rows = list[tuple[str, ...]]
 
 STYLE = """
@@ -124,16 +125,19 @@ def _curves(records: list[dict[str, Any]], title: str) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastkd"}):
         figure = Figure(figsize=(4.2 * len(terms), 3.2), layout="constrained")
         for axes, term in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms, strict=True):
-            for label in (label for label in labels if label.startswith(term + "/")):
+            lines = [label for label in labels if label.split("/")[0] == term]
+            for label in lines:
                 values = [record["losses"][label] for record in records]
-                layers = label.removeprefix(term + "/")
+                layers = label.partition("/")[2]
                 axes.plot(steps, values, marker="." if len(steps) < 30 else "", label=layers)
             axes.set(title=f"{term}: {title}", xlabel="step")
             # a student that starts from its teacher has losses of exactly zero
             axes.set_yscale("log", nonpositive="mask")
             axes.title.set_fontsize(9)
             axes.grid(alpha=0.3, which="both")
-            axes.legend(fontsize=8, title="student-teacher layer", title_fontsize=8)
+            # a term without layers is one line; a many-to-many map has too many to name
+            if "/" in lines[0] and len(lines) <= _NAMED_LINES:
+                axes.legend(fontsize=8, title="student-teacher layer", title_fontsize=8)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()

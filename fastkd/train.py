@@ -20,7 +20,8 @@ from fastkd.engine import Ranks
 from fastkd.errors import Interrupted, UserError
 from fastkd.evaluate import as_inputs, evaluate_assembly, peak_memory, tokens_per_second
 from fastkd.export import export_student
-from fastkd.layer_map import CONVENTION, Moment
+from fastkd.introduction import introduce
+from fastkd.layer_map import Moment
 from fastkd.objective import Inputs
 from fastkd.recipe import Recipe
 from fastkd.run_folder import RunFolder
@@ -47,7 +48,7 @@ def distill(recipe: Recipe, ranks: Ranks, *, resume: bool, reporter: Reporter) -
     started = time.perf_counter()
     assembly = assemble(recipe, ranks, progress=not reporter.console.quiet)
     ranks.from_main(lambda: None if run.holds_run else run.create(recipe))
-    _introduce(assembly, reporter)
+    introduce(assembly, reporter)
     checkpoints = Checkpoints(run.checkpoints, ranks, recipe.train.keep_checkpoints)
     stream = assembly.corpus.stream(recipe.train.batch_size, recipe.train.seed)
     step = _restore(assembly, checkpoints, stream, run, reporter)
@@ -288,27 +289,10 @@ def _summarise(assembly: Assembly, run: RunFolder, seconds: float) -> dict[str, 
     }
 
 
-def _introduce(assembly: Assembly, reporter: Reporter) -> None:
-    recipe, plan, corpus = assembly.recipe, assembly.plan, assembly.corpus
-    share = assembly.initialisation.copied / assembly.initialisation.total
-    reporter.say(
-        f"student: {recipe.student.layers} layers, {assembly.initialisation.total / 1e6:.1f} M "
-        f"parameters, {share:.0%} of them copied from the teacher"
-    )
-    tokens = "streamed" if corpus.train_tokens is None else f"{corpus.train_tokens:,} tokens"
-    reporter.say(f"text: {tokens} to train on, {len(corpus.heldout)} blocks held out")
-    reporter.say(
-        f"batch: {recipe.train.batch_size} blocks of {recipe.data.block_size} tokens = "
-        f"{plan.world_size} ranks x {plan.accumulation} micro-batches x {plan.micro_batch_size}"
-    )
-    rows = [(str(s), "-" if t is None else str(t)) for s, t in assembly.layers.rows()]
-    reporter.table("layer map", ("student layer", "teacher layer"), [("0", "0"), *rows])
-    reporter.say(CONVENTION)
-
-
 def _parts(record: dict[str, Any]) -> list[str]:
+    """The loss and what each term adds to it."""
     terms: dict[str, float] = {}
-    for label, value in record["losses"].items():
+    for label, value in record["weighted"].items():
         term = label.split("/")[0]
         terms[term] = terms.get(term, 0.0) + value
     parts = [f"loss {record['loss']:.4g}"]

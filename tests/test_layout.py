@@ -18,7 +18,7 @@ LEVELS: tuple[set[str], ...] = (
     {"errors", "layer_map", "recipe", "run_folder", "console", "metrics"},
     {"capture", "heads", "models", "data", "objective", "masking", "deepspeed_config", "tasks"},
     {"engine", "checkpoint", "export"},
-    {"assemble", "evaluate", "train"},
+    {"assemble", "evaluate", "introduction", "train"},
     {"report", "study", "doctor"},
     {"cli", "__main__"},
 )
@@ -28,11 +28,11 @@ PACKAGES: tuple[set[str], ...] = (
     {"torch", "numpy", "pydantic", "yaml", "rich", "scipy", "sklearn"},
     {"torch", "numpy", "transformers", "datasets", "safetensors", "rich", "sklearn"},
     {"torch", "transformers", "safetensors", "deepspeed"},
-    {"torch", "transformers"},
+    {"torch", "transformers", "yaml"},
     {"torch", "numpy", "pydantic", "rich", "scipy", "matplotlib", "psutil", "optuna"},
     {"typer", "transformers"},
 )
-DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "ot": "pot"}
 LINES = 400
 
 

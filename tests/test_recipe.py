@@ -53,7 +53,7 @@ def file(tmp_path: Path) -> Path:
     ("changes", "expected"),
     [
         ({"student": {"layrs": 3}}, "student.layrs: unknown key; did you mean 'layers'?"),
-        ({"tran": {}}, "tran: unknown key; did you mean 'train'? expected one of teacher, "),
+        ({"tran": {}}, "tran: unknown key; did you mean 'train'? expected one of preset, "),
         ({"train": {"zzz": 1}}, "train.zzz: unknown key; expected one of steps, batch_size, "),
         (
             {"losses": {"attention": {"wieght": 2}}},

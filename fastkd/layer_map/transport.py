@@ -20,7 +20,7 @@ def exact_flow(cost: Matrix, supply: Matrix, demand: Matrix) -> Matrix:
     """The cheapest flow [students, teachers] with the given row and column sums.
 
     Solves min sum_ij f_ij c_ij under sum_j f_ij = supply_i, sum_i f_ij = demand_j, f >= 0
-    (BERT-EMD, arXiv 2010.06133, eq. 5 to 8; both margins sum to one, so all of it moves).
+    (BERT-EMD, arXiv 2010.06133; both margins sum to one, so all of it moves).
 
     Args:
         cost: fp64 [students, teachers].
@@ -61,7 +61,7 @@ class Transport:
         return exact_flow(cost, self.student, self.teacher)
 
     def attend(self, costs: list[Matrix], flows: list[Matrix], temperature: float) -> None:
-        """Give layers that are cheap to serve more weight (arXiv 2010.06133, section 3.3).
+        """Give layers that are cheap to serve more weight (BERT-EMD's cost attention).
 
         For each matrix a layer's unit cost is what its flow costs over its weight, and its new
         weight the softmax of (sum of unit costs / own unit cost) / temperature; several matrices

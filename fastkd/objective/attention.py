@@ -57,7 +57,7 @@ class ScoreTerm(AttentionMappedTerm):
 
 
 class ProbabilityTerm(AttentionMappedTerm):
-    """Divergence of attention probabilities (MiniLM, arXiv 2002.10957, eq. 5)."""
+    """Divergence of attention probabilities (MiniLM, arXiv 2002.10957)."""
 
     def __init__(self, loss: AttentionLoss, layer_map: LayerMap, pair: ModelPair) -> None:
         super().__init__(layer_map)

@@ -77,9 +77,10 @@ def _output(logits: Tensor | LogitsHead | None) -> Tensor | LogitsHead:
 
 def _hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of classes, or squared error of one number; a mean over labelled examples."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if logits.shape[-1] == 1:
-        return mse_loss(logits.squeeze(-1).float(), labels.float())
-    return cross_entropy(logits.float(), labels, ignore_index=IGNORED)
+        return mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+    return cross_entropy(logits, labels, ignore_index=IGNORED)
 
 
 def _check_regression(losses: Losses) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import fastkd_kernels
 import torch
-from fastkd_kernels import hidden_mse
+from fastkd_kernels import hidden_cosine, hidden_mse, hidden_normalized_mse
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
@@ -121,8 +119,7 @@ class StateTerm(Term):
             return hidden_mse(
                 student, teacher, weight=weight, bias=bias, mask=mask, reduction=reduction
             )
-        name = {"normalized_mse": "hidden_normalized_mse", "cosine": "hidden_cosine"}[kind]
-        op: Callable[..., Tensor] = getattr(fastkd_kernels, name)
+        op = hidden_normalized_mse if kind == "normalized_mse" else hidden_cosine
         return op(student, teacher, weight=weight, bias=bias, mask=mask)
 
     @torch.no_grad()
@@ -138,8 +135,9 @@ class StateTerm(Term):
         if isinstance(weight, Tensor):
             own = nn.functional.linear(own, weight, bias if isinstance(bias, Tensor) else None)
         # a token's own weights: softmax over layers of <student state, teacher state>; the weights
-        # are detached, so the target does not move with the student (ALP-KD, eq. 5 and 6)
-        scores = torch.stack([(own * t).sum(dim=-1, dtype=torch.float32) for t in targets])
+        # are detached, so the target does not move with the student (ALP-KD, arXiv 2012.14022)
+        dtype = torch.promote_types(own.dtype, torch.float32)
+        scores = torch.stack([(own * t).sum(dim=-1, dtype=dtype) for t in targets])
         shares = (scores / layer_map.temperature).softmax(dim=0)
         mixed = sum(
             (share.unsqueeze(-1) * t for share, t in zip(shares, targets, strict=True)),

@@ -14,7 +14,7 @@ MapKind = Literal[
 
 
 class RandomMap(Section):
-    """Sorted distinct teacher layers, drawn anew (RAIL-KD, arXiv 2109.10164, section 3.1)."""
+    """Sorted distinct teacher layers, drawn anew (RAIL-KD, arXiv 2109.10164)."""
 
     kind: Literal["random"] = "random"
     """Name of the mapping."""
@@ -25,7 +25,7 @@ class RandomMap(Section):
 
 
 class TransportMap(Section):
-    """All pairs, weighted by an exact transport (BERT-EMD, arXiv 2010.06133, section 3.2)."""
+    """All pairs, weighted by an exact transport (BERT-EMD, arXiv 2010.06133)."""
 
     kind: Literal["emd"] = "emd"
     """Name of the mapping."""
@@ -34,7 +34,7 @@ class TransportMap(Section):
 
 
 class AttentionMap(Section):
-    """A softmax over teacher layers mixes their states (ALP-KD, arXiv 2012.14022, eq. 5 and 6)."""
+    """A softmax over teacher layers mixes their states (ALP-KD, arXiv 2012.14022)."""
 
     kind: Literal["attention"] = "attention"
     """Name of the mapping."""

@@ -24,7 +24,7 @@ class Term(Section):
 
 class AttentionLoss(Term):
     """Attention of the mapped blocks: scores (TinyBERT, arXiv 1909.10351, eq. 7), or their softmax
-    (MiniLM, arXiv 2002.10957, eq. 5)."""
+    (MiniLM, arXiv 2002.10957)."""
 
     kind: Literal["score_mse", "kl", "reverse_kl", "js", "mse", "cross_entropy", "cosine"] = (
         "score_mse"
@@ -46,8 +46,8 @@ class AttentionLoss(Term):
 
 
 class RelationsLoss(Term):
-    """Relations inside queries, keys or values (MiniLM, arXiv 2002.10957, eq. 6 and 7; MiniLMv2,
-    arXiv 2012.15828, eq. 2 to 4)."""
+    """Relations inside queries, keys or values (MiniLM, arXiv 2002.10957; MiniLMv2,
+    arXiv 2012.15828, eq. 5 to 7)."""
 
     relations: tuple[Literal["qq", "kk", "vv", "qk"], ...] = Field(
         default=("qq", "kk", "vv"), min_length=1

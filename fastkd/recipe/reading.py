@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from fastkd.errors import UserError
 from fastkd.recipe.layers import MAP_SECTIONS
+from fastkd.recipe.presets import expand
 from fastkd.recipe.whole import Recipe
 
 
@@ -60,7 +61,9 @@ def parse_recipe(tree: Mapping[str, Any], name: str = "recipe") -> Recipe:
         UserError: with the field, what was given and what was expected.
     """
     try:
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate(expand(tree))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     except ValidationError as error:
         raise UserError(f"{name}: {complain(error, Recipe)}") from error
 

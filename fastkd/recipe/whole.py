@@ -10,6 +10,7 @@ from fastkd.recipe.data import Data
 from fastkd.recipe.layers import Layers
 from fastkd.recipe.losses import Losses
 from fastkd.recipe.models import Student, Teacher
+from fastkd.recipe.presets import Preset
 from fastkd.recipe.section import Section
 from fastkd.recipe.train import Run, Train
 
@@ -17,6 +18,8 @@ from fastkd.recipe.train import Run, Train
 class Recipe(Section):
     """Everything about a run."""
 
+    preset: Preset | None = None
+    """Published method whose settings stand where this recipe gives none."""
     teacher: Teacher
     """The model to learn from."""
     student: Student

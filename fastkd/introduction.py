@@ -1,0 +1,45 @@
+"""What a run is going to do, said before its first step."""
+
+from __future__ import annotations
+
+import yaml
+
+from fastkd.assemble import Assembly
+from fastkd.console import Reporter
+from fastkd.layer_map import CONVENTION, LayerMap
+from fastkd.recipe import Recipe
+
+
+def introduce(assembly: Assembly, reporter: Reporter) -> None:
+    """Print the student, the text, the batch, the terms, and every mapping in force."""
+    recipe, plan, corpus = assembly.recipe, assembly.plan, assembly.corpus
+    share = assembly.initialisation.copied / assembly.initialisation.total
+    reporter.say(
+        f"student: {recipe.student.layers} layers, {assembly.initialisation.total / 1e6:.1f} M "
+        f"parameters, {share:.0%} of them copied from the teacher"
+    )
+    tokens = "streamed" if corpus.train_tokens is None else f"{corpus.train_tokens:,} tokens"
+    reporter.say(f"text: {tokens} to train on, {len(corpus.heldout)} blocks held out")
+    reporter.say(
+        f"batch: {recipe.train.batch_size} blocks of {recipe.data.block_size} tokens = "
+        f"{plan.world_size} ranks x {plan.accumulation} micro-batches x {plan.micro_batch_size}"
+    )
+    if recipe.preset is not None:
+        reporter.say(f"preset {recipe.preset}, written out:\n{expanded(recipe)}")
+    _print_map(assembly.layers, "layer map", reporter)
+    for name, layers in assembly.objective.maps.items():
+        if layers != assembly.layers:
+            _print_map(layers, f"layer map of losses.{name}", reporter)
+    reporter.say(CONVENTION)
+
+
+def expanded(recipe: Recipe) -> str:
+    """What a preset and the user's own keys came to, as YAML, without what is off."""
+    tree = recipe.model_dump(mode="json", include={"layer_map", "losses"}, exclude_none=True)
+    tree = {"student": {"head": recipe.student.head}, **tree}
+    return str(yaml.safe_dump(tree, sort_keys=False)).rstrip()
+
+
+def _print_map(layers: LayerMap, title: str, reporter: Reporter) -> None:
+    rows = [(str(s), "-" if t is None else str(t)) for s, t in layers.rows()]
+    reporter.table(title, ("student layer", "teacher layer"), [("0", "0"), *rows])

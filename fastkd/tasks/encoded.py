@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class EncodedExamples:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
+    @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each example, [examples]."""
         return np.diff(self.offsets)
@@ -80,19 +81,20 @@ class EncodedExamples:
         chosen = np.asarray(rows)
         starts, lengths = self.offsets[chosen], self.lengths[chosen]
         width = padded_length(int(lengths.max()), multiple, self.max_length)
-        ids = torch.full((len(chosen), width), self.pad_id)
-        types = torch.zeros_like(ids)
-        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            inside = slice(start, start + length)
-            ids[row, :length] = torch.from_numpy(self.tokens[inside].astype(np.int64))
-            if self.types is not None:
-                types[row, :length] = torch.from_numpy(self.types[inside].astype(np.int64))
-        valid = torch.from_numpy(lengths)[:, None]
-        mask = (torch.arange(width) < valid).long()
-        batch = {"input_ids": ids, "attention_mask": mask}
+        places = np.arange(width)
+        mask = places < lengths[:, None]
+        stored = (starts[:, None] + places)[mask]
+        ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
+        ids[mask] = self.tokens[stored]
+        batch: dict[str, npt.NDArray[Any]] = {
+            "input_ids": ids,
+            "attention_mask": mask.astype(np.int64),
+        }
         if self.types is not None:
-            batch["token_type_ids"] = types
-        return {**batch, "labels": torch.from_numpy(self.labels[chosen])}
+            batch["token_type_ids"] = np.zeros_like(ids)
+            batch["token_type_ids"][mask] = self.types[stored]
+        batch["labels"] = self.labels[chosen]
+        return {name: torch.from_numpy(value) for name, value in batch.items()}
 
 
 def padded_length(longest: int, multiple: int, limit: int) -> int:

@@ -198,12 +198,9 @@ def _only_at(model: PreTrainedModel, places: Tensor) -> Iterator[None]:
 
 def whole_words(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Spelling of every token that is a whole word of letters, and that its spelling becomes."""
-    special = set(tokenizer.all_special_ids)
-    spelled = {
-        number: tokenizer.decode([number]).strip()
-        for number in sorted(tokenizer.get_vocab().values())
-        if number not in special
-    }
+    numbers = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    decoded = tokenizer.backend_tokenizer.decode_batch([[number] for number in numbers])
+    spelled = {number: word.strip() for number, word in zip(numbers, decoded, strict=True)}
     words = {number: word for number, word in spelled.items() if word.isalpha()}
     if not words:
         return {}

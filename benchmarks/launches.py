@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks import jobs_attention_score_mse, jobs_hidden
+from benchmarks import jobs_attention_score_mse, jobs_hidden, jobs_logits_divergence
 from benchmarks.machine_code import Job
 
 
@@ -26,4 +26,5 @@ class OpJobs(Protocol):
 OPS: dict[str, OpJobs] = {
     "attention_score_mse": jobs_attention_score_mse,
     "hidden": jobs_hidden,
+    "logits_divergence": jobs_logits_divergence,
 }

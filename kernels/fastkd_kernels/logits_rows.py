@@ -3,7 +3,8 @@
 With `r = log p - log t` (student over teacher) and `e = expm1(-|r|)`, the difference `p - t` is
 `-sign(r) max(p, t) e`, exact to a rounding of itself however close the models are. The values add
 terms whose sum is 0 (`p - t`), so that every summand is of second order in the distance. With
-`m = share t + (1 - share) p`, the logarithm of the larger probability over `m` is `-log1p(w e)`.
+`m = share t + (1 - share) p`, the larger probability over `m` is `1 / (1 + w e)`, where `w` is
+`share` if `p` is the larger one and `1 - share` if `t` is.
 """
 
 import torch
@@ -51,16 +52,20 @@ def _mixed(
 ) -> tuple[Tensor, Tensor]:
     """The divergences from the mixture `m = share t + (1 - share) p`."""
     parts = ratio.new_tensor([share, 1.0 - share])
-    larger = torch.where(ratio > 0, parts[0], parts[1]).mul_(below).log1p_().neg_()
+    # m over the larger probability is 1 + mixed
+    mixed = torch.where(ratio > 0, parts[0], parts[1]).mul_(below)
+    larger = mixed.log1p().neg_()
     # log t/m
     over_teacher = larger - ratio.clamp(min=0.0)
     if kind == "skew_kl":
+        # 1 - t/m
+        point = mixed.add_(1.0).reciprocal_().mul_(below).mul_(1.0 - share).copysign_(ratio)
         difference = _difference(below, log_p, log_t, ratio)
         values = difference.mul_(1.0 - share).addcmul_(log_t.exp_(), over_teacher).sum(-1)
-        p, excess = log_p.exp_(), over_teacher.expm1_()
-        mean = (p * excess).sum(-1, keepdim=True)
+        p = log_p.exp_()
+        mean = (p * point).sum(-1, keepdim=True)
         # (1 - share) p (sum of p t/m - t/m)
-        return values, excess.sub_(mean).mul_(p).mul_(share - 1.0)
+        return values, point.sub_(mean).mul_(p).mul_(1.0 - share)
     # log p/m
     over_student = larger.add_(ratio.clamp_(max=0.0))
     p = log_p.exp_()

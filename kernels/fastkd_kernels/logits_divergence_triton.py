@@ -1,0 +1,241 @@
+"""Divergence of logits on Triton: what CUDA tensors run. Same results as the PyTorch path.
+
+The logits of one chunk of tokens are written to a workspace of bounded size, turned into their
+gradient row by row, and multiplied twice: at most five launches a chunk, and four products in all.
+The road not taken: keeping no logits at all, which makes all of them twice more, because a row's
+gradient needs its softmax and, for most kinds, its divergence first.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .launch import Launch, aligned, platform, product_dtype
+from .logits_divergence_kernels import logits_rows, matrix_product
+from .logits_divergence_launch import inner_parts, logits_chunk, product_launch, row_launch
+from .logits_divergence_torch import Divergence, Gradients, read_columns
+from .pointers import to_device, unit_stride
+from .tl_types import TYPES
+
+
+def operand_dtype(left: torch.dtype, right: torch.dtype, total: torch.dtype) -> torch.dtype:
+    """What two matrices are multiplied in: the dtype that they share, or the accumulator's."""
+    return left if left == right and total != torch.float64 else total
+
+
+def small(dtype: torch.dtype) -> float:
+    """Up to where a series stands in for a difference that would cancel."""
+    return 0.01 if dtype == torch.float64 else 0.3
+
+
+def product_constants(launch: Launch, operand: torch.dtype, total: torch.dtype) -> dict[str, Any]:
+    """`tl.constexpr` arguments of a product but for its alignments and flags."""
+    return {**launch.constants, "OPERAND": TYPES[operand], "SUM_TYPE": TYPES[total]}
+
+
+def _align(left: Tensor, right: Tensor, out: Tensor) -> int:
+    """Elements of 16 bytes, if these divide every row's start and length; otherwise 1."""
+    unit = 16 // min(left.element_size(), right.element_size())
+    lengths = (left.shape[1], right.shape[1], out.shape[1], out.stride(0))
+    return unit if aligned([left, right]) and not any(size % unit for size in lengths) else 1
+
+
+def padded(columns: int) -> int:
+    """The length of a row of a workspace, so that every row starts at a multiple of 16 bytes."""
+    return -(-columns // 16) * 16
+
+
+def _product(
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    operand: torch.dtype,
+    *,
+    left_transposed: bool = False,
+    right_transposed: bool = False,
+    bias: Tensor | None = None,
+    valid: Tensor | None = None,
+    add: bool = False,
+) -> None:
+    """`out` `[rows, columns]` is, or grows by, `left @ right + bias` with transposed operands."""
+    rows, columns = out.shape
+    inner = right.shape[1 if right_transposed else 0]
+    align = _align(left, right, out)
+    launch = product_launch(operand, align > 1, platform())
+    blocks = {name: size for name, size in launch.constants.items() if isinstance(size, int)}
+    steps = triton.cdiv(inner, blocks["BLOCK_SUM"])
+    grid = triton.cdiv(rows, blocks["BLOCK_ROW"]) * triton.cdiv(columns, blocks["BLOCK_COLUMN"])
+    parts, part = (1, steps) if add or bias is not None else inner_parts(grid, steps)
+    made = out if parts == 1 else out.new_empty(parts, rows, columns)
+    matrix_product[(grid, parts)](
+        left,
+        right,
+        left if bias is None else bias,
+        left if valid is None else valid,
+        made,
+        rows,
+        columns,
+        inner,
+        *(left.shape[::-1] if left_transposed else left.shape),
+        right.shape[0 if right_transposed else 1],
+        part,
+        left.stride(0),
+        right.stride(0),
+        made.stride(-2),
+        **product_constants(launch, operand, out.dtype),
+        ALIGN=align,
+        LEFT_TRANSPOSED=left_transposed,
+        RIGHT_TRANSPOSED=right_transposed,
+        HAS_BIAS=bias is not None,
+        HAS_MASK=valid is not None,
+        ADD=add,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    if parts > 1:
+        torch.sum(made, 0, out=out)
+
+
+class _Side:
+    """One model's logits: the caller's own, or made chunk by chunk from its head."""
+
+    def __init__(self, side: Sequence[Tensor], columns: int, total: torch.dtype) -> None:
+        self.stored = len(side) > 1
+        self.columns, self.total = columns, total
+        states = unit_stride(side[0])
+        self.logits = states
+        if self.stored:
+            self.hidden = states.reshape(-1, states.shape[-1])
+            self.weight = unit_stride(side[1])[:columns]
+            self.bias = side[2][:columns].contiguous() if side[2:] else None
+
+    def make(self, first: int, last: int, workspace: Tensor) -> Tensor:
+        """Logits of rows `[first, last)` in `workspace`, or all of the caller's."""
+        if not self.stored:
+            return self.logits
+        rows = self.hidden[first:last]
+        operand = operand_dtype(rows.dtype, self.weight.dtype, self.total)
+        out = workspace[: last - first]
+        _product(rows, self.weight, out, operand, right_transposed=True, bias=self.bias)
+        return out
+
+
+def sweep(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    mask: Tensor | None,
+    labels: Tensor | None,
+    factors: Tensor,
+    how: Divergence,
+    need_states: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Gradients]:
+    """Sums over valid rows and the gradients of `factors` times these sums.
+
+    The arguments are those of `logits_divergence_torch.sweep`.
+    """
+    total, states = factors.dtype, student[0]
+    tokens = states.shape[1]
+    rows = states.shape[0] * tokens
+    columns = read_columns(student, labels, how)
+    own, target = _Side(student, columns, total), _Side(teacher, how.shared, total)
+
+    def new(*shape: int, of: torch.dtype = total) -> Tensor:
+        return torch.empty(shape, dtype=of, device=states.device)
+
+    wants_weight = need_weight and own.stored
+    made = Gradients(
+        new(*(states.shape if need_states else (0,))),
+        new(*(student[1].shape if wants_weight else (0,))),
+        new(*(student[2].shape if wants_weight and student[2:] else (0,))),
+    )
+    # columns that are not compared have a gradient of 0
+    if own.stored:
+        made.weight[columns:].zero_()
+        made.bias[columns:].zero_()
+    else:
+        made.states[..., columns:].zero_()
+    store = need_states or wants_weight
+    # what the gradient of the logits is multiplied in
+    kept = total
+    if own.stored:
+        kept = product_dtype(operand_dtype(states.dtype, student[1].dtype, total))
+    launch = row_launch(columns)
+    chunk = rows
+    if own.stored or target.stored:
+        row_bytes = (own.stored * columns + target.stored * how.shared) * total.itemsize
+        weight_bytes = student[1].numel() * total.itemsize if own.stored else 0
+        chunk = logits_chunk(rows, row_bytes, weight_bytes)
+    own_space = new(chunk if own.stored else 0, padded(columns))
+    target_space = new(chunk if target.stored else 0, padded(how.shared))
+    # in the accumulator's dtype the gradient takes the place of the logits
+    space = own_space if kept == total or not store else new(chunk, padded(columns), of=kept)
+    values = new(factors.numel(), rows)
+    valid = None if mask is None else mask.to(torch.uint8).flatten()
+    ids = None if labels is None else labels.flatten()
+    numbers = [1 / how.temperature, how.share, how.scale, how.scale / how.temperature]
+    scalars = to_device([numbers], total, states)
+    for first in range(0, rows, chunk):
+        last = min(first + chunk, rows)
+        gradient = space if own.stored else made.states
+        logits, target_logits = (
+            side.make(first, last, workspace)
+            for side, workspace in ((own, own_space), (target, target_space))
+        )
+        logits_rows[(last - first,)](
+            logits,
+            target_logits,
+            values if ids is None else ids,
+            values if valid is None else valid,
+            scalars,
+            factors,
+            values,
+            gradient,
+            first,
+            rows,
+            tokens,
+            columns,
+            how.shared,
+            logits.stride(0),
+            logits.stride(-2),
+            target_logits.stride(0),
+            target_logits.stride(-2),
+            first if own.stored else 0,
+            padded(columns) if own.stored else columns,
+            gradient.shape[-1],
+            SUM_TYPE=TYPES[total],
+            **launch.constants,
+            KIND=how.kind,
+            SMALL=small(total),
+            OWN_STORED=own.stored,
+            TARGET_STORED=target.stored,
+            HAS_MASK=valid is not None,
+            HAS_LABELS=ids is not None,
+            STORE=store,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+        if own.stored and store:
+            part = None if valid is None else valid[first:last]
+            _apply(space[: last - first], own, first, part, made)
+    return values.sum(1), made
+
+
+def _apply(gradient: Tensor, own: _Side, first: int, valid: Tensor | None, made: Gradients) -> None:
+    """From the gradient of a chunk's logits to that of hidden states, weight and bias."""
+    last = first + gradient.shape[0]
+    if made.states.numel():
+        out = made.states.view(-1, made.states.shape[-1])[first:last]
+        _product(gradient, own.weight, out, gradient.dtype)
+    if made.weight.numel():
+        out = made.weight[: own.columns]
+        rows = own.hidden[first:last]
+        _product(
+            gradient, rows, out, gradient.dtype, left_transposed=True, valid=valid, add=first > 0
+        )
+    if made.bias.numel():
+        part = gradient[:, : own.columns].sum(0, dtype=made.bias.dtype)
+        made.bias[: own.columns] = part if first == 0 else made.bias[: own.columns] + part

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from dataclasses import FrozenInstanceError
+from typing import Any
 
+import numpy as np
+import ot
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastkd.errors import UserError
-from fastkd.layer_map import LayerMap, MapKind, make_layer_map
+from fastkd.layer_map import LayerMap, MapKind, Moment, Transport, make_layer_map
+from fastkd.layer_map.transport import exact_flow
+from fastkd.recipe import layers as recipe
+
+NOW = Moment()
 
 
 def targets(layers: LayerMap) -> list[int]:
@@ -110,3 +121,163 @@ def test_impossible_maps_say_why(
 ) -> None:
     with pytest.raises(UserError, match=expected):
         make_layer_map(given, student, teacher)
+
+
+@pytest.mark.parametrize(
+    ("kind", "student", "teacher", "expected"),
+    [
+        ("below_last", 6, 12, [7, 8, 9, 10, 11, 0]),
+        ("below_last", 3, 7, [5, 6, 0]),
+        ("final", 3, 7, [0, 0, 7]),
+        ("final", 1, 6, [6]),
+    ],
+)
+def test_maps_that_leave_layers_free(
+    kind: MapKind, student: int, teacher: int, expected: list[int]
+) -> None:
+    assert targets(make_layer_map(kind, student, teacher)) == expected
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "blocks"),
+    [
+        (4, 12, [(1, 2, 3), (4, 5, 6), (7, 8, 9), (10, 11, 12)]),
+        (3, 7, [(1, 2), (3, 4, 5), (6, 7)]),
+        (2, 3, [(1, 2), (3,)]),
+        (1, 4, [(1, 2, 3, 4)]),
+    ],
+)
+def test_means_cut_the_teacher_into_blocks(
+    student: int, teacher: int, blocks: list[tuple[int, ...]]
+) -> None:
+    as_target = make_layer_map("mean_target", student, teacher).links(NOW)
+    assert [link.teachers for link in as_target] == blocks
+    assert {link.weight for link in as_target} == {1.0}
+    as_loss = make_layer_map("mean_loss", student, teacher).links(NOW)
+    expected = [(s, (t,), 1 / len(b)) for s, b in enumerate(blocks, start=1) for t in b]
+    assert [tuple(link) for link in as_loss] == expected
+
+
+def test_many_to_many_maps_link_every_pair() -> None:
+    links = make_layer_map(recipe.TransportMap(), 2, 3).links(NOW)
+    assert [(link.student, link.teachers) for link in links] == [
+        (s, (t,)) for s in (1, 2) for t in (1, 2, 3)
+    ]
+    assert sum(link.weight for link in links) == pytest.approx(1)
+    mixed = make_layer_map(recipe.AttentionMap(), 2, 3).links(NOW)
+    assert [tuple(link) for link in mixed] == [(1, (1, 2, 3), 1.0), (2, (1, 2, 3), 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("given", "labels", "rows"),
+    [
+        ("uniform", ["1-2", "2-4"], [2, 4]),
+        ("mean_target", ["1-1..2", "2-3..4"], ["mean of 1..2", "mean of 3..4"]),
+        (
+            "mean_loss",
+            ["1-1", "1-2", "2-3", "2-4"],
+            ["1..2, mean of losses", "3..4, mean of losses"],
+        ),
+        (recipe.RandomMap(), ["1-*", "2-*"], ["random, drawn every epoch"] * 2),
+        (recipe.AttentionMap(), ["1-1..4", "2-1..4"], ["1..4, by attention"] * 2),
+        (
+            recipe.TransportMap(),
+            [f"{s}-{t}" for s in (1, 2) for t in (1, 2, 3, 4)],
+            ["1..4, by transport"] * 2,
+        ),
+    ],
+    ids=str,
+)
+def test_every_map_names_its_links_and_says_what_it_is(
+    given: Any, labels: list[str], rows: list[object]
+) -> None:
+    layers = make_layer_map(given, 2, 4)
+    assert list(layers.labels()) == labels
+    assert [row for _, row in layers.rows()] == rows
+    assert len(layers.links(Moment(7, 3))) == len(labels)
+
+
+@pytest.mark.parametrize("given", ["mean_target", "mean_loss", "random", "emd", "attention"])
+def test_students_of_many_layers_start_from_the_uniform_ones(given: str) -> None:
+    parsed = recipe.MAP_SECTIONS[given]() if given in recipe.MAP_SECTIONS else given
+    assert make_layer_map(parsed, 3, 7).sources() == (2, 5, 7)
+
+
+@pytest.mark.parametrize("redraw", ["run", "epoch", "step"])
+def test_a_draw_is_sorted_distinct_and_changes_when_it_should(redraw: Any) -> None:
+    layers = make_layer_map(recipe.RandomMap(redraw=redraw, seed=3), 4, 12)
+    moments = [Moment(step, step // 10) for step in range(200)]
+    draws = [tuple(link.teachers[0] for link in layers.links(m)) for m in moments]
+    for draw in draws:
+        assert list(draw) == sorted(set(draw))
+        assert 1 <= draw[0] <= draw[-1] <= 12
+    changes = sum(a != b for a, b in itertools.pairwise(draws))
+    assert changes == {"run": 0}.get(redraw, changes)
+    assert redraw == "run" or changes >= {"epoch": 15, "step": 190}[redraw]
+    if redraw == "epoch":
+        assert changes <= 19
+    again = make_layer_map(recipe.RandomMap(redraw=redraw, seed=3), 4, 12)
+    assert [tuple(link.teachers[0] for link in again.links(m)) for m in moments] == draws
+    other = make_layer_map(recipe.RandomMap(redraw=redraw, seed=4), 4, 12)
+    assert [tuple(link.teachers[0] for link in other.links(m)) for m in moments] != draws
+
+
+def test_every_layer_is_drawn_equally_often() -> None:
+    layers = make_layer_map(recipe.RandomMap(redraw="step"), 3, 12)
+    drawn = Counter(link.teachers[0] for step in range(4000) for link in layers.links(Moment(step)))
+    # 1000 of each expected, with a standard deviation of 27
+    assert all(880 < drawn[layer] < 1120 for layer in range(1, 13))
+
+
+def test_a_run_without_redraws_needs_the_teacher_no_deeper_than_its_draw() -> None:
+    kept = make_layer_map(recipe.RandomMap(redraw="run", seed=1), 2, 12)
+    assert kept.teacher_depth == max(link.teachers[0] for link in kept.links(NOW))
+    assert make_layer_map(recipe.RandomMap(), 2, 12).teacher_depth == 12
+    assert kept.sources() == tuple(link.teachers[0] for link in kept.links(NOW))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 6).flatmap(
+        lambda n: st.integers(n, 12).flatmap(
+            lambda m: st.tuples(
+                st.lists(st.floats(0, 5), min_size=n * m, max_size=n * m),
+                st.lists(st.floats(0.05, 1), min_size=n, max_size=n),
+                st.lists(st.floats(0.05, 1), min_size=m, max_size=m),
+            )
+        )
+    )
+)
+def test_the_flow_is_as_cheap_as_that_of_another_exact_solver(
+    drawn: tuple[list[float], list[float], list[float]],
+) -> None:
+    entries, supply, demand = (np.array(values) for values in drawn)
+    cost = entries.reshape(len(supply), len(demand))
+    supply, demand = supply / supply.sum(), demand / demand.sum()
+    flow = exact_flow(cost, supply, demand)
+    assert (flow >= 0).all()
+    np.testing.assert_allclose(flow.sum(1), supply, atol=1e-9)
+    np.testing.assert_allclose(flow.sum(0), demand, atol=1e-9)
+    assert (flow * cost).sum() == pytest.approx(ot.emd2(supply, demand, cost), rel=1e-7, abs=1e-9)
+
+
+def test_cost_attention_favours_layers_that_are_cheap_to_serve() -> None:
+    transport = Transport.even(1, 3)
+    cost = np.array([[1.0, 2.0, 4.0]])
+    flow = transport.flow(cost)
+    np.testing.assert_allclose(flow, [[1 / 3, 1 / 3, 1 / 3]], atol=1e-12)
+    transport.attend([cost], [flow], temperature=2.0)
+    # unit costs 1, 2, 4 of 7: scores 7, 3.5, 1.75 over the temperature
+    powers = np.exp(np.array([3.5, 1.75, 0.875]))
+    np.testing.assert_allclose(transport.teacher, powers / powers.sum(), rtol=1e-9)
+    np.testing.assert_allclose(transport.student, [1.0])
+
+
+def test_cost_attention_survives_layers_that_cost_nothing() -> None:
+    transport = Transport.even(2, 2)
+    for cost in (np.zeros((2, 2)), np.array([[0.0, 1.0], [1.0, 3.0]])):
+        flow = transport.flow(cost)
+        transport.attend([cost], [flow], temperature=1.0)
+        for weights in (transport.student, transport.teacher):
+            assert np.isfinite(weights).all() and (weights > 0).all()
+            assert weights.sum() == pytest.approx(1)

@@ -91,4 +91,4 @@ def _mean(difference: Tensor, valid: Tensor | None, share: int) -> Tensor:
 def _unit(rows: Tensor) -> Tensor:
     """Rows over their norms, as torch's normalize; rows without a direction are 0."""
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return torch.where(norm > 1e-12, rows / norm.clamp(min=1e-12), 0.0)
+    return rows * torch.where(norm > 1e-12, 1.0 / norm.clamp(min=1e-12), 0.0)

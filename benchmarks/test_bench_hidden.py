@@ -1,11 +1,11 @@
-"""Forward and backward of hidden_mse against its definition."""
+"""Forward and backward of the ops on hidden states against their definitions."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from fastkd_kernels import hidden_mse, reference
+from fastkd_kernels import hidden_cosine, hidden_mse, reference
 from kernel_cases import errors, hidden_case
 
 from benchmarks import costs
@@ -17,19 +17,31 @@ MANY_PAIRS = ("bert-base-to-tinybert-4", "minilm-6-to-3")
 
 @pytest.mark.parametrize("case", cases(HIDDEN.values(), many=MANY_PAIRS))
 def test_hidden_mse(case: Case, compare: Callable[..., Any]) -> None:
+    _run(hidden_mse, reference.hidden_mse, case, compare)
+
+
+@pytest.mark.parametrize("case", cases(HIDDEN.values(), many=MANY_PAIRS))
+def test_hidden_cosine(case: Case, compare: Callable[..., Any]) -> None:
+    """And hidden_normalized_mse, which is the same op with another divisor."""
+    _run(hidden_cosine, reference.hidden_cosine, case, compare)
+
+
+def _run(
+    op: Callable[..., Any], definition: Callable[..., Any], case: Case, compare: Callable[..., Any]
+) -> None:
     work, on_cpu = case.work, case.device == "cpu"
     weights = "none" if work.widths[0] == work.widths[1] else "shared+bias"
     inputs = hidden_case(case.pairs, work.batch, work.tokens, work.widths, weights, case.dtype)
     inputs = inputs.on(case.device)
 
-    def step(op: Callable[..., Any]) -> Callable[[], list[torch.Tensor]]:
+    def step(function: Callable[..., Any]) -> Callable[[], list[torch.Tensor]]:
         def run() -> list[torch.Tensor]:
-            loss = op(inputs.student, inputs.teacher, **inputs.trained)
+            loss = function(inputs.student, inputs.teacher, **inputs.trained)
             return [loss.detach(), *torch.autograd.grad(loss.sum(), inputs.leaves)]
 
         return run
 
-    functions = {"op": step(hidden_mse)} | baselines(step, reference.hidden_mse, case.device)
+    functions = {"op": step(op)} | baselines(step, definition, case.device)
     given, expected = functions["op"](), functions["definition"]()
     assert max(errors(given, expected)) <= (1e-5 if on_cpu else 2e-2)
     compare(

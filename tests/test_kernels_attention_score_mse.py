@@ -284,14 +284,18 @@ def test_choice_of_algorithm() -> None:
     assert choose(128, 26, 64, causal=False, backend="torch") == "gram"
     assert choose(128, 64, 64, causal=False, backend="torch") == "tiles"
     assert choose(2048, 64, 64, causal=False, backend="torch") == "gram"
-    assert choose(512, 64, 64, causal=True, backend="torch") == "tiles"
-    assert choose(8192, 128, 128, causal=True, backend="triton") == "tiles"
+    assert choose(256, 64, 64, causal=True, backend="torch") == "tiles"
+    assert choose(2048, 128, 128, causal=True, backend="torch") == "gram"
+    assert choose(1024, 128, 128, causal=True, backend="triton") == "tiles"
+    assert choose(2048, 128, 128, causal=True, backend="triton") == "gram"
+    # the tiles would not take it
+    assert choose(16, 300, 64, causal=False, backend="triton") == "gram"
 
 
 @pytest.mark.parametrize("dims", [(26, 64), (64, 64)])
 def test_linear_time_and_memory_at_2048_tokens(dims: tuple[int, int]) -> None:
-    """At least 20 times faster than the definition in paired runs, and under 16 MB of memory,
-    gradients included, where the definition takes over 600 MB."""
+    """At least 20 times faster than the definition in paired runs, and under 26 MB of memory (both
+    gradients twice, undivided and divided), where the definition takes over 600 MB."""
     student, teacher = attention_states(1, 1, 12, 2048, dims, dtype=torch.float32)
     leaves = leaves_of(student)
 
@@ -304,7 +308,7 @@ def test_linear_time_and_memory_at_2048_tokens(dims: tuple[int, int]) -> None:
         return time.perf_counter() - start
 
     fast, direct = step(attention_score_mse), step(reference.attention_score_mse)
-    assert peak_bytes(fast) < 16e6
+    assert peak_bytes(fast) < 26e6
     assert peak_bytes(direct) > 600e6
     ratios = []
     for _ in range(3):

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from fastkd_kernels import AttentionState, attention_score_mse, checks
-from fastkd_kernels.attention_score_mse_launch import MAX_HEAD_DIM
 from kernel_cases import attention_states
 
 
@@ -93,9 +92,13 @@ def test_triton_needs_cuda_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_triton_limits() -> None:
-    student, teacher = attention_states(1, 1, 1, 2, (4, 4), dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"algorithm='gram' with causal=True .* use .*'tiles'"):
-        checks.check_triton_limits("gram", True, (4, 4), MAX_HEAD_DIM)
-    with pytest.raises(ValueError, match=r"head size 300 .* up to 256; .*'gram'"):
-        checks.check_triton_limits("tiles", False, (4, 300), MAX_HEAD_DIM)
-    assert attention_score_mse(student, teacher, algorithm="gram", causal=True).shape == (1,)
+    student, teacher = attention_states(1, 1, 1, 2, (300, 4), dtype=torch.float32)
+
+    def run(**options: Any) -> torch.Tensor:
+        return attention_score_mse(student, teacher, backend="triton", **options)
+
+    with pytest.raises(ValueError, match=r"head size 300 .* up to 256; use algorithm='gram' or"):
+        run(algorithm="tiles")
+    for algorithm in ("auto", "tiles", "gram"):
+        with pytest.raises(ValueError, match=r"300 .* up to 256; use backend='torch'"):
+            run(algorithm=algorithm, causal=True)

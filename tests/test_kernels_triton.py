@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from fastkd_kernels import AttentionState, attention_score_mse, reference
+from fastkd_kernels import (
+    AttentionState,
+    attention_score_mse,
+    attention_score_mse_triton,
+    reference,
+)
 from kernel_cases import (
     Counted,
     attention_states,
@@ -38,13 +43,24 @@ ATTENTION = [
     ((4, 4), (8, 8), False, "gram"),
     ((2, 4), (5, 20), False, "gram"),
     ((1, 2), (6, 6), False, "gram"),
+    ((2, 1), (8, 8), True, "gram"),
+    ((1, 2), (5, 20), True, "gram"),
 ]
+EVERY_ALGORITHM = pytest.mark.parametrize(
+    ("algorithm", "causal"), [("tiles", False), ("gram", False), ("gram", True)]
+)
 
 
 @pytest.fixture(autouse=True)
 def unwritten_is_nan() -> Iterator[None]:
     with fresh_tensors_are_nan():
         yield
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causal Grams of one row block of fp32 or fp64, so that short inputs have several chunks."""
+    monkeypatch.setattr(attention_score_mse_triton, "causal_chunk", lambda dims: 32)
 
 
 def attention_both(states: Any, **options: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -66,39 +82,42 @@ def attention_both(states: Any, **options: Any) -> tuple[list[Tensor], list[Tens
 def test_attention_equals_its_definition_in_fp64(
     kv_heads: Any, dims: Any, causal: bool, algorithm: str, tokens: int
 ) -> None:
-    batch = 2 if tokens == 1 else 1
-    states = attention_states(2, batch, 4, tokens, dims, kv_heads=kv_heads)
-    mask = masks(batch, tokens) if tokens < 70 else torch.arange(tokens)[None] % 7 != 3
-    for reduction, key_mask, query_mask in (
-        ("valid", mask, mask),
-        ("tinybert", mask, mask),
-        ("valid", None, None),
-    ):
+    few = tokens == 1
+    states = attention_states(1 + few, 1 + few, 4, tokens, dims, kv_heads=kv_heads)
+    mask = masks(2, 1) if few else torch.arange(tokens)[None] % 7 != 3
+    options: dict[str, Any] = {"causal": causal, "algorithm": algorithm}
+    for reduction, valid in (("valid", mask), ("tinybert", mask), ("valid", None))[
+        : 3 if few else 2
+    ]:
         given, expected = attention_both(
-            states,
-            key_mask=key_mask,
-            query_mask=query_mask,
-            causal=causal,
-            reduction=reduction,
-            algorithm=algorithm,
+            states, key_mask=valid, query_mask=valid, reduction=reduction, **options
         )
         assert max(errors(given, expected)) < 1e-12
 
 
-@pytest.mark.parametrize("algorithm", ["tiles", "gram"])
+@EVERY_ALGORITHM
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-4])
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu)]
 )
 def test_attention_low_precision_stays_near_plain_pytorch(
-    dtype: torch.dtype, distance: float, algorithm: str
+    dtype: torch.dtype,
+    distance: float,
+    algorithm: str,
+    causal: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    teacher = attention_states(1, 1, 2, 48, (16, 16), device=DEVICE)[1]
+    if dtype.itemsize == 2:  # whose row blocks are larger
+        monkeypatch.setattr(attention_score_mse_triton, "causal_chunk", lambda dims: 64)
+    tokens = 150 if causal else 48
+    teacher = attention_states(1, 1, 2, tokens, (16, 16), device=DEVICE)[1]
     student = near([t._replace(query=t.query.cpu(), key=t.key.cpu()) for t in teacher], distance)
     student = [s._replace(query=s.query.to(DEVICE), key=s.key.to(DEVICE)) for s in student]
     states = trained(cast(student, dtype)), cast(teacher, dtype)
-    given, expected = attention_both(states, algorithm=algorithm)
-    plain = loss_and_gradients(reference.attention_score_mse, leaves_of(states[0]), *states)
+    given, expected = attention_both(states, algorithm=algorithm, causal=causal)
+    plain = loss_and_gradients(
+        reference.attention_score_mse, leaves_of(states[0]), *states, causal=causal
+    )
     floors = [8 * torch.finfo(torch.float32).eps, *[torch.finfo(dtype).eps] * 2]
     for own, theirs, floor in zip(
         errors(given, expected), errors(plain, expected), floors, strict=True
@@ -106,19 +125,19 @@ def test_attention_low_precision_stays_near_plain_pytorch(
         assert own <= max(2 * theirs, floor)
 
 
-@pytest.mark.parametrize("algorithm", ["tiles", "gram"])
-def test_attention_dtypes_may_differ(algorithm: str) -> None:
-    student, teacher = attention_states(1, 1, 2, 33, (8, 12), dtype=torch.float32, device=DEVICE)
+@EVERY_ALGORITHM
+def test_attention_dtypes_may_differ(algorithm: str, causal: bool) -> None:
+    student, teacher = attention_states(1, 1, 2, 70, (8, 12), dtype=torch.float32, device=DEVICE)
     states = student, cast(teacher, torch.float16)
-    given, expected = attention_both(states, algorithm=algorithm)
+    given, expected = attention_both(states, algorithm=algorithm, causal=causal)
     assert max(errors(given, expected)) < 1e-5
 
 
-@pytest.mark.parametrize("algorithm", ["tiles", "gram"])
-def test_attention_of_identical_models(algorithm: str) -> None:
-    distant, teacher = attention_states(1, 1, 2, 40, (8, 8), dtype=torch.float32, device=DEVICE)
+@EVERY_ALGORITHM
+def test_attention_of_identical_models(algorithm: str, causal: bool) -> None:
+    distant, teacher = attention_states(1, 1, 2, 70, (8, 8), dtype=torch.float32, device=DEVICE)
     same = trained(cast(teacher, torch.float32))
-    options = {"algorithm": algorithm, "backend": "triton"}
+    options = {"algorithm": algorithm, "causal": causal, "backend": "triton"}
     zero = loss_and_gradients(attention_score_mse, leaves_of(same), same, teacher, **options)
     far = loss_and_gradients(attention_score_mse, leaves_of(distant), distant, teacher, **options)
     for own, scale in zip(zero, far, strict=True):
@@ -126,22 +145,27 @@ def test_attention_of_identical_models(algorithm: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("algorithm", ["tiles", "gram"])
-def test_attention_gradcheck(algorithm: str) -> None:
-    student, teacher = attention_states(1, 1, 2, 4, (2, 2), kv_heads=(1, 2))
+@EVERY_ALGORITHM
+def test_attention_gradcheck(algorithm: str, causal: bool) -> None:
+    student, teacher = attention_states(1, 1, 2, 40 if causal else 4, (2, 2), kv_heads=(1, 2))
 
     def loss(query: Tensor, key: Tensor) -> Tensor:
         own = [AttentionState(query, key, None, 0.7)]
-        return attention_score_mse(own, teacher, algorithm=algorithm, backend="triton")
+        return attention_score_mse(
+            own, teacher, algorithm=algorithm, causal=causal, backend="triton"
+        )
 
-    assert torch.autograd.gradcheck(loss, leaves_of(student))
+    # along random directions where several chunks make a number for each entry slow
+    assert torch.autograd.gradcheck(loss, leaves_of(student), fast_mode=causal)
 
 
-@pytest.mark.parametrize("algorithm", ["tiles", "gram"])
-def test_attention_reads_any_strides_and_no_padding(algorithm: str) -> None:
-    student, teacher = attention_states(2, 2, 2, 20, (6, 6), dtype=torch.float32, device=DEVICE)
-    mask = masks(2, 20).to(DEVICE)
-    options = {"key_mask": mask, "query_mask": mask, "algorithm": algorithm, "backend": "triton"}
+@EVERY_ALGORITHM
+def test_attention_reads_any_strides_and_no_padding(algorithm: str, causal: bool) -> None:
+    tokens = 70 if causal else 20
+    student, teacher = attention_states(2, 2, 2, tokens, (6, 6), dtype=torch.float32, device=DEVICE)
+    mask = masks(2, tokens).to(DEVICE)
+    options: dict[str, Any] = {"algorithm": algorithm, "causal": causal, "backend": "triton"}
+    options |= {"key_mask": mask, "query_mask": mask}
     clean = loss_and_gradients(attention_score_mse, leaves_of(student), student, teacher, **options)
     for state in (*student, *teacher):
         for tensor in state[:2]:
@@ -165,39 +189,48 @@ def test_nothing_valid_gives_zero() -> None:
             assert not value.any()
 
 
-def test_launches_do_not_grow_with_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastkd_kernels import attention_score_mse_triton
-
+@EVERY_ALGORITHM
+def test_launches_do_not_grow_with_pairs(
+    algorithm: str, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: dict[str, int] = {}
-    for module, names in (
-        (attention_score_mse_triton, ["tiles_by_key", "tiles_by_query", "gram_matrices"]),
-        (attention_score_mse_triton, ["apply_factors"]),
-    ):
-        for name in names:
-            monkeypatch.setattr(module, name, Counted(getattr(module, name), seen, name))
+    kernels = ["tiles_by_key", "tiles_by_query", "gram_matrices", "apply_factors", "scan_chunks"]
+    for name in kernels:
+        kernel = getattr(attention_score_mse_triton, name)
+        monkeypatch.setattr(attention_score_mse_triton, name, Counted(kernel, seen, name))
     counts = []
     for pairs in (1, 3):
         seen.clear()
         states = attention_states(pairs, 1, 1, 70, (4, 4), dtype=torch.float32, device=DEVICE)
-        for algorithm in ("tiles", "gram"):
-            loss = attention_score_mse(*states, algorithm=algorithm, backend="triton")
-            loss.sum().backward()
+        options: dict[str, Any] = {"algorithm": algorithm, "causal": causal}
+        attention_score_mse(*states, **options, backend="triton").sum().backward()
         counts.append(dict(seen))
-    assert counts[0] == counts[1]
-    assert set(counts[0].values()) <= {1, 2}
+    tiles = {"tiles_by_key": 1, "tiles_by_query": 1}
+    grams = {"gram_matrices": 2, "apply_factors": 2}
+    expected = tiles if algorithm == "tiles" else grams
+    if algorithm == "gram" and causal:
+        expected = {**tiles, **grams, "scan_chunks": 2}
+    assert counts == [expected, expected]
 
 
 @needs_gpu
+@EVERY_ALGORITHM
 @pytest.mark.parametrize("dims", [(26, 64), (64, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_on_a_gpu_at_bert_sizes(dtype: torch.dtype, dims: Any) -> None:
+def test_attention_on_a_gpu_at_bert_sizes(
+    dtype: torch.dtype,
+    dims: Any,
+    algorithm: str,
+    causal: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention_score_mse_triton, "causal_chunk", lambda dims: 128)
     states = attention_states(2, 2, 12, 300, dims, dtype=dtype, device="cuda")
     mask = masks(2, 300).cuda()
-    for algorithm in ("tiles", "gram"):
-        given, expected = attention_both(
-            states, key_mask=mask, query_mask=mask, algorithm=algorithm
-        )
-        assert max(errors(given, expected)) <= 4 * torch.finfo(dtype).eps
+    given, expected = attention_both(
+        states, key_mask=mask, query_mask=mask, algorithm=algorithm, causal=causal
+    )
+    assert max(errors(given, expected)) <= 4 * torch.finfo(dtype).eps
 
 
 @needs_gpu
@@ -206,7 +239,11 @@ def test_no_host_synchronisation() -> None:
     for mode in ("default", "error"):  # the first round compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            for algorithm in ("tiles", "gram"):
-                attention_score_mse(*states, algorithm=algorithm).sum().backward()
+            for options in (
+                {"algorithm": "tiles"},
+                {"algorithm": "gram"},
+                {"algorithm": "gram", "causal": True},
+            ):
+                attention_score_mse(*states, **options).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -1,5 +1,7 @@
 """Causal attention-score MSE in linear time on the CPU: chunked linear attention."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,17 @@ from .gram import (
 )
 from .head_groups import Pair
 
-CAUSAL_CHUNK = 128
+# tokens of one chunk, and of the blocks of query rows on its diagonal
+CHUNK = 128
+DIAGONAL_ROWS = 64
+
+
+class _Kept(NamedTuple):
+    """What the way back needs of one chunk: `(R_0, R_1)` and the Gram of `P`."""
+
+    chunk: slice
+    right: tuple[Tensor, Tensor]
+    left_blocks: Blocks
 
 
 def causal_gram_sweep(pair: Pair, sources: Sources, outs: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -27,39 +39,33 @@ def causal_gram_sweep(pair: Pair, sources: Sources, outs: tuple[Tensor, Tensor] 
     tokens = sources.query.shape[2]
     scales = (pair.scale, pair.target_scale, pair.difference)
     squares = sources.query.new_zeros(())
-    chunks = [
-        slice(start, min(start + CAUSAL_CHUNK, tokens)) for start in range(0, tokens, CAUSAL_CHUNK)
-    ]
+    kept: list[_Kept] = []
     prefix: Blocks | None = None
-    for chunk in chunks:
+    for start in range(0, tokens, CHUNK):
+        chunk = slice(start, min(start + CHUNK, tokens))
         part = _cut(sources, chunk)
-        key_out = None if outs is None else outs[1][:, chunk]
-        query_out = None if outs is None else torch.empty_like(part.query)
-        diagonal = None if query_out is None or key_out is None else (query_out, key_out)
-        squares += tile_sweep(pair, part, True, diagonal)
-        left, right = (
-            query_form(part.query.flatten(1, 2), part.target_query.flatten(1, 2), pair),
-            (key_form(part.key, part.target_key, pair)),
-        )
+        query_out = torch.empty_like(part.query)
+        diagonal = None if outs is None else (query_out, outs[1][:, chunk])
+        squares += tile_sweep(pair, part, True, diagonal, DIAGONAL_ROWS)
+        left = query_form(part.query.flatten(1, 2), part.target_query.flatten(1, 2), pair)
+        right = key_form(part.key, part.target_key, pair)
+        left_blocks = gram_blocks(*left)
         if prefix is not None:
-            squares += squared_norm(gram_blocks(*left), prefix, *scales).sum()
-            if query_out is not None:
+            squares += squared_norm(left_blocks, prefix, *scales).sum()
+        if outs is not None:
+            if prefix is not None:
                 first, second = query_factors(prefix, *scales)
                 query_out.flatten(1, 2).baddbmm_(left[0], first).baddbmm_(left[1], second)
-        if outs is not None and query_out is not None:
             outs[0][:, :, chunk] = query_out
-        prefix = _add(prefix, gram_blocks(*right))
-    if outs is None:
-        return squares
+            kept.append(_Kept(chunk, right, left_blocks))
+        if chunk.stop < tokens:
+            prefix = _add(prefix, gram_blocks(*right))
     suffix: Blocks | None = None
-    for chunk in reversed(chunks):
-        part = _cut(sources, chunk)
-        if suffix is not None:
+    for chunk, right, left_blocks in reversed(kept):
+        if suffix is not None and outs is not None:
             first, second = key_factors(suffix, *scales)
-            right = key_form(part.key, part.target_key, pair)
             outs[1][:, chunk].baddbmm_(right[0], first).baddbmm_(right[1], second)
-        left = query_form(part.query.flatten(1, 2), part.target_query.flatten(1, 2), pair)
-        suffix = _add(suffix, gram_blocks(*left))
+        suffix = _add(suffix, left_blocks)
     return squares
 
 

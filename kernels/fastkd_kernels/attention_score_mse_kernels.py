@@ -6,7 +6,8 @@ Sizes: `tokens`, `heads`, `kv_heads` (student), `target_kv_heads` (teacher), `di
 
 Row `pair` of `table` `[pairs, 16]` int64 holds, for the student's query and key and the teacher's
 query and key: address, then strides of batch, head and token. `scales` is `[pairs, 2]`, student
-and teacher. `valid` is uint8 `[2, batch, tokens]`: query rows, keys.
+and teacher. `valid` is uint8 `[2, batch, tokens]`: query rows, keys. With CAUSAL, a query row
+sees the keys of its own `chunk_tokens` tokens only; `gram_kernels.py` does the others.
 """
 
 import triton
@@ -100,6 +101,7 @@ def tiles_by_key(
     tokens,
     dim,
     target_dim,
+    chunk_tokens,
     TYPE: tl.constexpr,
     TARGET_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
@@ -143,9 +145,11 @@ def tiles_by_key(
     b_key_grad = tl.zeros([BLOCK_KEY, BLOCK_DIM], dtype=SUM_TYPE)
     squares = tl.zeros([BLOCK_QUERY], dtype=SUM_TYPE)
     first = 0
+    last = tokens
     if CAUSAL:
         # query blocks that end before this key block see none of it
         first = block * BLOCK_KEY // BLOCK_QUERY * BLOCK_QUERY
+        last = min(tokens, (block * BLOCK_KEY // chunk_tokens + 1) * chunk_tokens)
     for turn in range(0, repeat):
         head = kv_head * repeat + turn
         other_base, other_stride = head_base(row, 3, item, head // target_repeat, TARGET_TYPE)
@@ -155,7 +159,7 @@ def tiles_by_key(
             )
         query_base, query_stride = head_base(row, 0, item, head, TYPE)
         target_base, target_stride = head_base(row, 2, item, head, TARGET_TYPE)
-        for start in range(first, tokens, BLOCK_QUERY):
+        for start in range(first, last, BLOCK_QUERY):
             o_query = start + tl.arange(0, BLOCK_QUERY)
             m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
             if CHUNK > 0:
@@ -259,6 +263,7 @@ def tiles_by_query(
     tokens,
     dim,
     target_dim,
+    chunk_tokens,
     TYPE: tl.constexpr,
     TARGET_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
@@ -301,10 +306,12 @@ def tiles_by_query(
         row, 3, item, head // (heads // target_kv_heads), TARGET_TYPE
     )
     b_query_grad = tl.zeros([BLOCK_QUERY, BLOCK_DIM], dtype=SUM_TYPE)
-    end = tokens
+    first = 0
+    last = tokens
     if CAUSAL:
-        end = min(tokens, (block + 1) * BLOCK_QUERY)
-    for start in range(0, end, BLOCK_KEY):
+        first = block * BLOCK_QUERY // chunk_tokens * chunk_tokens
+        last = min(tokens, (block + 1) * BLOCK_QUERY)
+    for start in range(first, last, BLOCK_KEY):
         o_key = start + tl.arange(0, BLOCK_KEY)
         m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
         b_key = load_rows(key_base, o_key, m_key, key_stride, dim, BLOCK_DIM, ALIGN)

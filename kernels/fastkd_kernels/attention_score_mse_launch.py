@@ -4,6 +4,7 @@ import torch
 
 from .launch import Launch, dot_precision, power_of_two
 
+# the widest student head whose gradient the tile kernels hold
 MAX_HEAD_DIM = 256
 
 
@@ -13,12 +14,14 @@ def tile_launch(
     dtypes: tuple[torch.dtype, torch.dtype],
     on: str = "cuda",
 ) -> Launch:
-    """Blocks of the tile kernels. One key block covers short sequences, so one pass does all."""
+    """Blocks of the tile kernels. One key block covers short sequences, so one pass does all.
+
+    Wide heads are read in pieces, so that only the student's width, of its gradient, counts.
+    """
     block_dim, block_target = (power_of_two(dim) for dim in dims)
-    width = max(block_dim, block_target)
     narrow = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
     # 64 rows or more make Hopper's and Blackwell's tensor cores take a product
-    block = 64 if narrow and width <= 128 else 32 if width <= 128 else 16
+    block = 64 if narrow and block_dim <= 128 else 32 if block_dim <= 128 else 16
     block = min(block, power_of_two(tokens))
     constants: dict[str, int | str] = {
         "BLOCK_QUERY": block,
@@ -26,11 +29,25 @@ def tile_launch(
         "BLOCK_DIM": block_dim,
         "BLOCK_TARGET_DIM": block_target,
         # columns of one product of scores; 0 takes the whole head
-        "CHUNK": 0 if narrow and width <= 64 else 16,
+        "CHUNK": 0 if narrow and max(block_dim, block_target) <= 64 else 16,
         "SCORE_PRECISION": dot_precision(True, on),
         "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
     }
     return Launch(constants, num_warps=8, num_stages=1)
+
+
+def causal_chunk(dims: tuple[int, int]) -> int:
+    """Tokens that share a Gram under the causal mask: a multiple of every block.
+
+    Four times the wider head keeps all Grams of a layer near the size of its queries and keys, and
+    leaves as much arithmetic to the tiles inside chunks as to the Grams between them.
+    """
+    return max(128, 4 * power_of_two(max(dims)))
+
+
+def scan_launch() -> Launch:
+    """Entries of one program of the scan over chunks."""
+    return Launch({"BLOCK": 1024}, num_warps=4, num_stages=1)
 
 
 def gram_launch(

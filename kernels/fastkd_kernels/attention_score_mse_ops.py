@@ -1,7 +1,7 @@
 """The registered ops of attention_score_mse: schemas, fake functions and autograd.
 
-"gram" keeps small factors for a backward of its own; "one_pass" makes unit gradients in the
-forward. Both take lists over layer pairs of one shape.
+"one_pass" makes unit gradients in the forward. "gram", on Triton alone, keeps small factors for a
+backward of its own. Both take lists over layer pairs of one shape.
 """
 
 import math
@@ -67,11 +67,10 @@ def gram(
     query_mask: Tensor | None,
     inverse_count: Tensor,
     need_grad: bool,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses `[pairs]` and the factors that the backward applies (see `gram.py`)."""
     pairs = _pairs(query, key, target_query, target_key, scale, target_scale)
-    squares, to_query, to_key = _path(backend).gram_forward(pairs, key_mask, query_mask, need_grad)
+    squares, to_query, to_key = _path("triton").gram_forward(pairs, key_mask, query_mask, need_grad)
     return value_of(squares, inverse_count), to_query, to_key
 
 
@@ -87,7 +86,6 @@ def _gram_fake(
     query_mask: Tensor | None,
     inverse_count: Tensor,
     need_grad: bool,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, _, _, dim = query[0].shape
     groups = math.lcm(key[0].shape[1], target_key[0].shape[1])
@@ -113,11 +111,10 @@ def _gram_backward(
     target_scale: Sequence[float],
     key_mask: Tensor | None,
     query_mask: Tensor | None,
-    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Stacked gradients of the student's queries and keys for `factor` `[pairs]`."""
     pairs = _pairs(query, key, target_query, target_key, scale, target_scale)
-    query_grad, key_grad = _path(backend).gram_backward(
+    query_grad, key_grad = _path("triton").gram_backward(
         factor, to_query, to_key, pairs, key_mask, query_mask
     )
     return query_grad, key_grad
@@ -136,7 +133,6 @@ def _gram_backward_fake(
     target_scale: Sequence[float],
     key_mask: Tensor | None,
     query_mask: Tensor | None,
-    backend: str,
 ) -> tuple[Tensor, Tensor]:
     pairs = len(query)
     return (
@@ -147,7 +143,7 @@ def _gram_backward_fake(
 
 def _gram_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, key, target_query, target_key, ctx.scale, ctx.target_scale = inputs[:6]
-    key_mask, query_mask, inverse_count, _, ctx.backend = inputs[6:]
+    key_mask, query_mask, inverse_count, _ = inputs[6:]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         *output[1:], inverse_count, key_mask, query_mask, *query, *key, *target_query, *target_key
@@ -156,7 +152,7 @@ def _gram_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
 
 def _gram_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if upstream is None:
-        return _no_gradient(len(ctx.scale), 7)
+        return _no_gradient(len(ctx.scale), 6)
     to_query, to_key, inverse_count, key_mask, query_mask, *tensors = ctx.saved_tensors
     pairs = len(tensors) // 4
     lists = [tensors[start : start + pairs] for start in range(0, 4 * pairs, pairs)]
@@ -169,9 +165,8 @@ def _gram_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tupl
         ctx.target_scale,
         key_mask,
         query_mask,
-        ctx.backend,
     )
-    return _student_only(query_grad, key_grad, 7)
+    return _student_only(query_grad, key_grad, 6)
 
 
 gram.register_autograd(_gram_gradient, setup_context=_gram_save)

@@ -47,13 +47,19 @@ def zeroed_sources(
 
 
 def tile_sweep(
-    pair: Pair, sources: Sources, causal: bool, outs: tuple[Tensor, Tensor] | None
+    pair: Pair,
+    sources: Sources,
+    causal: bool,
+    outs: tuple[Tensor, Tensor] | None,
+    rows: int | None = None,
 ) -> Tensor:
-    """Squares of one group; fills `outs`: query `[n, repeat, tokens, dim]`, key summed into."""
+    """Squares of one group; fills `outs`: query `[n, repeat, tokens, dim]`, key summed into.
+
+    One block takes `rows` query rows, or as many as fit `GROUP_BYTES`.
+    """
     query, key, target_query, target_key = sources
     count, repeat, tokens, dim = query.shape
-    row_bytes = count * repeat * tokens * query.element_size()
-    step = max(16, GROUP_BYTES // row_bytes)
+    step = rows or max(16, GROUP_BYTES // (count * repeat * tokens * query.element_size()))
     squares = query.new_zeros(())
     for start in range(0, tokens, step):
         stop = min(start + step, tokens)

@@ -11,9 +11,9 @@ import triton
 from torch import Tensor
 
 from .attention_score_mse_kernels import tiles_by_key, tiles_by_query
-from .attention_score_mse_launch import gram_launch, tile_launch
+from .attention_score_mse_launch import causal_chunk, gram_launch, scan_launch, tile_launch
 from .gram import Blocks, key_factors, query_factors, squared_norm, stack_factors
-from .gram_kernels import apply_factors, gram_matrices
+from .gram_kernels import apply_factors, gram_matrices, scan_chunks
 from .head_groups import Pair, accumulator
 from .launch import aligned, platform, product_dtype
 from .pointers import pointer_table, to_device, unit_stride
@@ -28,6 +28,7 @@ class Call:
         self.tensors = [[unit_stride(tensor) for tensor in pair.tensors] for pair in pairs]
         first = pairs[0]
         self.first = first
+        self.count = len(pairs)
         self.dtype = accumulator(*first.tensors)
         self.table = pointer_table([list(column) for column in zip(*self.tensors, strict=True)])
         scales = [[pair.scale, pair.target_scale] for pair in pairs]
@@ -92,10 +93,23 @@ def one_pass(
     algorithm: str,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Squares `[pairs]`, `c_s D K_s` and `c_s D^T Q_s`; one launch, two for long sequences."""
-    assert algorithm == "tiles", "the public function refuses causal Grams on Triton"
+    """Squares `[pairs]`, `c_s D K_s` and `c_s D^T Q_s`.
+
+    "tiles" takes one launch, two for long sequences. "gram" is for causal scores: tiles inside
+    chunks of tokens, and Grams of the chunks for all that lies between them.
+    """
     call = Call(pairs, key_mask, query_mask)
-    sizes, count = call.sizes, len(pairs)
+    tokens = call.sizes["tokens"]
+    chunk = causal_chunk(call.dims) if algorithm == "gram" else tokens
+    squares, query_grad, key_grad = _tiles(call, causal, chunk, need_grad)
+    if chunk < tokens:
+        squares = squares + _between_chunks(call, chunk, query_grad, key_grad, need_grad)
+    return squares, query_grad, key_grad
+
+
+def _tiles(call: Call, causal: bool, chunk: int, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Squares and unit gradients of the entries inside chunks."""
+    sizes, count = call.sizes, call.count
     launch = tile_launch(sizes["tokens"], call.dims, call.dtypes, platform())
     blocks = {name: size for name, size in launch.constants.items() if isinstance(size, int)}
     key_blocks = triton.cdiv(sizes["tokens"], blocks["BLOCK_KEY"])
@@ -120,6 +134,7 @@ def one_pass(
         partials,
         **sizes,
         **constants,
+        chunk_tokens=chunk,
         WRITE_QUERY=need_grad and whole,
         WRITE_KEY=need_grad,
         **options,
@@ -127,9 +142,36 @@ def one_pass(
     if need_grad and not whole:
         query_blocks = triton.cdiv(sizes["tokens"], blocks["BLOCK_QUERY"])
         tiles_by_query[(query_blocks * sizes["batch"] * sizes["heads"], count)](
-            call.table, call.scales, call.valid, query_grad, **sizes, **constants, **options
+            call.table,
+            call.scales,
+            call.valid,
+            query_grad,
+            **sizes,
+            **constants,
+            chunk_tokens=chunk,
+            **options,
         )
     return partials.sum(1), query_grad, key_grad
+
+
+def _between_chunks(
+    call: Call, chunk: int, query_grad: Tensor, key_grad: Tensor, need_grad: bool
+) -> Tensor:
+    """Squares of the entries whose key is in an earlier chunk; adds to the unit gradients."""
+    scale, target_scale = (column.view(-1, 1, 1, 1) for column in call.scales.unbind(1))
+    difference = call.first.difference
+    prefix = _scanned(_grams(call, 1, chunk), reverse=False)
+    own = _grams(call, 0, chunk)
+    squares = squared_norm(
+        _blocks(call, own), _blocks(call, prefix), scale, target_scale, difference
+    ).sum((1, 2, 3))
+    if need_grad:
+        scales = (scale[..., None, None], target_scale[..., None, None], difference)
+        before = query_factors(_blocks(call, prefix), *scales)
+        _apply(call, 0, chunk, stack_factors(before), None, query_grad)
+        after = key_factors(_blocks(call, _scanned(own, reverse=True)), *scales)
+        _apply(call, 1, chunk, stack_factors(after), None, key_grad)
+    return squares
 
 
 def gram_forward(
@@ -137,27 +179,8 @@ def gram_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squares `[pairs]` and the factors `[pairs, batch, groups, dim_s + dim_t, dim_s]`."""
     call = Call(pairs, key_mask, query_mask)
-    sizes, groups, count = call.sizes, call.first.groups, len(pairs)
-    dim, width = call.dims[0], sum(call.dims)
-    constants, options = _gram_constants(call, "BLOCK_PRECISION")
-    tiles = sum(triton.cdiv(size, constants["BLOCK_COLUMN"]) for size in call.dims)
-    sides = []
-    for side in (0, 1):
-        grams = call.new(count, sizes["batch"], groups, width, width)
-        gram_matrices[(tiles * tiles * sizes["batch"] * groups, count)](
-            call.table,
-            call.scales,
-            call.valid,
-            grams,
-            groups=groups,
-            SIDE=side,
-            **sizes,
-            **constants,
-            **options,
-        )
-        own, other = slice(0, dim), slice(dim, width)
-        sides.append(Blocks(grams[..., own, own], grams[..., own, other], grams[..., other, other]))
-    query, key = sides
+    tokens = call.sizes["tokens"]
+    query, key = (_blocks(call, _grams(call, side, tokens).squeeze(3)) for side in (0, 1))
     scale, target_scale = (column.view(-1, 1, 1) for column in call.scales.unbind(1))
     difference = call.first.difference
     squares = squared_norm(query, key, scale, target_scale, difference).sum((1, 2))
@@ -178,29 +201,85 @@ def gram_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients `[pairs, batch, heads | kv_heads, tokens, dim_s]` for `factor` `[pairs]`."""
     call = Call(pairs, key_mask, query_mask)
-    sizes, count = call.sizes, len(pairs)
+    upstream, tokens = factor.contiguous(), call.sizes["tokens"]
+    query_grad = call.new(call.count, *call.first.query.shape, dtype=call.dtypes[0])
+    _apply(call, 0, tokens, to_query, upstream, query_grad)
+    key_grad = call.new(call.count, *call.first.key.shape, dtype=call.dtypes[0])
+    _apply(call, 1, tokens, to_key, upstream, key_grad)
+    return query_grad, key_grad
+
+
+def _grams(call: Call, side: int, chunk: int) -> Tensor:
+    """Grams `[pairs, batch, groups, chunks, width, width]` of each `chunk` tokens of one side."""
+    sizes, groups, width = call.sizes, call.first.groups, sum(call.dims)
+    constants, options = _gram_constants(call, "BLOCK_PRECISION")
+    tiles = sum(triton.cdiv(size, constants["BLOCK_COLUMN"]) for size in call.dims)
+    chunks = triton.cdiv(sizes["tokens"], chunk)
+    grams = call.new(call.count, sizes["batch"], groups, chunks, width, width)
+    gram_matrices[(tiles * tiles * chunks * sizes["batch"] * groups, call.count)](
+        call.table,
+        call.scales,
+        call.valid,
+        grams,
+        groups=groups,
+        chunk_tokens=chunk,
+        chunks=chunks,
+        SIDE=side,
+        **sizes,
+        **constants,
+        **options,
+    )
+    return grams
+
+
+def _blocks(call: Call, grams: Tensor) -> Blocks:
+    own, other = slice(0, call.dims[0]), slice(call.dims[0], sum(call.dims))
+    return Blocks(grams[..., own, own], grams[..., own, other], grams[..., other, other])
+
+
+def _scanned(grams: Tensor, *, reverse: bool) -> Tensor:
+    """`grams` in place: the sum of the chunks before each one, or after it."""
+    chunks, entries = grams.shape[3], grams.shape[4] * grams.shape[5]
+    launch = scan_launch()
+    programs = grams[:, :, :, 0, 0, 0].numel() * triton.cdiv(entries, launch.constants["BLOCK"])
+    scan_chunks[(programs,)](
+        grams,
+        chunks,
+        entries,
+        SUM_TYPE=TYPES[grams.dtype],
+        **launch.constants,
+        REVERSE=reverse,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    return grams
+
+
+def _apply(
+    call: Call, side: int, chunk: int, factors: Tensor, upstream: Tensor | None, gradient: Tensor
+) -> None:
+    """Fill `gradient` from factors times `upstream` `[pairs]`, or add to it where that is None."""
+    sizes = call.sizes
     constants, options = _gram_constants(call, "APPLY_PRECISION")
     row_blocks = triton.cdiv(sizes["tokens"], constants["BLOCK_ROW"])
     columns = triton.cdiv(sizes["dim"], constants["BLOCK_COLUMN"])
-    made = []
-    for side, factors in enumerate((to_query, to_key)):
-        shape = call.first.tensors[side].shape
-        gradient = call.new(count, *shape, dtype=call.dtypes[0])
-        apply_factors[(columns * row_blocks * shape[0] * shape[1], count)](
-            call.table,
-            call.scales,
-            call.valid,
-            factors,
-            factor.contiguous(),
-            gradient,
-            groups=call.first.groups,
-            SIDE=side,
-            **sizes,
-            **constants,
-            **options,
-        )
-        made.append(gradient)
-    return made[0], made[1]
+    heads = gradient.shape[2]
+    apply_factors[(columns * row_blocks * sizes["batch"] * heads, call.count)](
+        call.table,
+        call.scales,
+        call.valid,
+        factors,
+        factors if upstream is None else upstream,
+        gradient,
+        groups=call.first.groups,
+        chunk_tokens=chunk,
+        chunks=triton.cdiv(sizes["tokens"], chunk),
+        SIDE=side,
+        ACCUMULATE=upstream is None,
+        **sizes,
+        **constants,
+        **options,
+    )
 
 
 def _gram_constants(call: Call, precision: str) -> tuple[dict[str, Any], dict[str, int]]:

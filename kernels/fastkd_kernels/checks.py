@@ -94,28 +94,14 @@ def resolve_backend(backend: str, device: torch.device) -> str:
                 f"backend='auto' knows cuda and cpu, not {device.type}; pass backend='torch'"
             )
         return "triton" if device.type == "cuda" else "torch"
-    if backend == "triton" and device.type != "cuda" and not triton_interprets():
+    # a trace cannot read Triton's settings: there Triton itself says that it has no driver
+    traced = torch.compiler.is_compiling()
+    if backend == "triton" and device.type != "cuda" and not traced and not triton_interprets():
         raise ValueError(
             f"backend='triton' needs CUDA tensors, got {device.type}; use backend='auto', or set "
             "TRITON_INTERPRET=1 before triton is imported to run the kernels in the interpreter"
         )
     return backend
-
-
-def check_triton_limits(
-    algorithm: str, causal: bool, dims: tuple[int, int], max_head_dim: int
-) -> None:
-    """What the Triton kernels of attention scores do not do."""
-    if algorithm == "gram" and causal:
-        raise ValueError(
-            "algorithm='gram' with causal=True runs on backend='torch' only; "
-            "use algorithm='auto' or 'tiles'"
-        )
-    if algorithm == "tiles" and max(dims) > max_head_dim:
-        raise ValueError(
-            f"head size {max(dims)} is too wide for the Triton tiles, which take up to "
-            f"{max_head_dim}; use algorithm='gram' (not causal) or backend='torch'"
-        )
 
 
 def check_states(student: Sequence[AttentionState], teacher: Sequence[AttentionState]) -> None:

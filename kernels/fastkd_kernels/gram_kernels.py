@@ -4,7 +4,8 @@
 `table`, `scales`, `valid` and the prefixes are those of `attention_score_mse_kernels.py`. Columns
 of both parts stand side by side: `dim` of part 0, then `target_dim` of part 1; `width` is their
 sum. Each part starts a new column tile. SIDE 0 is queries, 1 keys. A key group is a run of query
-heads that share both key heads; `groups` of them make up the heads.
+heads that share both key heads; `groups` of them make up the heads. Each of `chunks` runs of
+`chunk_tokens` tokens has a Gram of its own; one holds every token where nothing is causal.
 """
 
 import triton
@@ -85,6 +86,8 @@ def gram_matrices(
     tokens,
     dim,
     target_dim,
+    chunk_tokens,
+    chunks,
     SIDE: tl.constexpr,
     TYPE: tl.constexpr,
     TARGET_TYPE: tl.constexpr,
@@ -98,10 +101,10 @@ def gram_matrices(
     TARGET_ALIGN: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """One program: one tile of one key group's Gram, over all rows of the group.
+    """One program: one tile of one key group's Gram, over all rows that the group has in a chunk.
 
-    Writes `grams` `[pairs, batch, groups, width, width]`; the block of part 1 by part 0 is the
-    mirror of part 0 by part 1 and stays unwritten.
+    Writes `grams` `[pairs, batch, groups, chunks, width, width]`; the block of part 1 by part 0 is
+    the mirror of part 0 by part 1 and stays unwritten.
     """
     pair = tl.program_id(1).to(tl.int64)
     own_tiles = tl.cdiv(dim, BLOCK_COLUMN)
@@ -111,14 +114,17 @@ def gram_matrices(
     left_part = (left >= own_tiles).to(tl.int32)
     right_part = (right >= own_tiles).to(tl.int32)
     if left_part <= right_part:
-        item = (tl.program_id(0) // (tiles * tiles) // groups).to(tl.int64)
-        group = (tl.program_id(0) // (tiles * tiles) % groups).to(tl.int64)
+        chunk = tl.program_id(0) // (tiles * tiles) % chunks
+        group = (tl.program_id(0) // (tiles * tiles * chunks) % groups).to(tl.int64)
+        item = (tl.program_id(0) // (tiles * tiles * chunks) // groups).to(tl.int64)
         row = table + pair * 16
         scale = tl.load(scales + pair * 2)
         target_scale = tl.load(scales + pair * 2 + 1)
         o_left = (left - left_part * own_tiles) * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
         o_right = (right - right_part * own_tiles) * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
         total = tl.zeros([BLOCK_COLUMN, BLOCK_COLUMN], dtype=SUM_TYPE)
+        first = chunk * chunk_tokens
+        last = min(first + chunk_tokens, tokens)
         repeat = 1
         if SIDE == 0:
             repeat = heads // groups
@@ -129,7 +135,7 @@ def gram_matrices(
             else:
                 head = group // (groups // kv_heads)
                 target_head = group // (groups // target_kv_heads)
-            for start in range(0, tokens, BLOCK_ROW):
+            for start in range(first, last, BLOCK_ROW):
                 o_row = start + tl.arange(0, BLOCK_ROW)
                 m_row = valid_rows(valid, SIDE, item, batch, tokens, o_row, HAS_MASK)
                 b_left = part_rows(
@@ -178,7 +184,8 @@ def gram_matrices(
         width = dim + target_dim
         left_width = tl.where(left_part == 0, dim, target_dim)
         right_width = tl.where(right_part == 0, dim, target_dim)
-        out = grams + ((pair * batch + item) * groups + group) * width * width
+        slot = ((pair * batch + item) * groups + group) * chunks + chunk
+        out = grams + slot * width * width
         o_out = (left_part * dim + o_left)[:, None] * width + (right_part * dim + o_right)[None, :]
         m_out = (o_left < left_width)[:, None] & (o_right < right_width)[None, :]
         tl.store(out + o_out, total, mask=m_out)
@@ -200,6 +207,8 @@ def apply_factors(
     tokens,
     dim,
     target_dim,
+    chunk_tokens,
+    chunks,
     SIDE: tl.constexpr,
     TYPE: tl.constexpr,
     TARGET_TYPE: tl.constexpr,
@@ -212,11 +221,13 @@ def apply_factors(
     ALIGN: tl.constexpr,
     TARGET_ALIGN: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
 ):
     """One program: a block of rows and of columns of one student head's gradient.
 
-    Reads `factors` `[pairs, batch, groups, width, dim]` and `upstream` `[pairs]`; writes `gradient`
-    `[pairs, batch, heads | kv_heads, tokens, dim]`.
+    Reads `factors` `[pairs, batch, groups, chunks, width, dim]`, of which each row takes its own
+    chunk's, and `upstream` `[pairs]`; writes `gradient` `[pairs, batch, heads | kv_heads, tokens,
+    dim]`. ACCUMULATE adds to what `gradient` holds and does not read `upstream`.
     """
     pair = tl.program_id(1).to(tl.int64)
     columns = tl.cdiv(dim, BLOCK_COLUMN)
@@ -233,12 +244,19 @@ def apply_factors(
     row = table + pair * 16
     scale = tl.load(scales + pair * 2)
     target_scale = tl.load(scales + pair * 2 + 1)
-    factor = tl.load(upstream + pair)
     o_row = block * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
     m_row = valid_rows(valid, SIDE, item, batch, tokens, o_row, HAS_MASK)
     own_tiles = tl.cdiv(dim, BLOCK_COLUMN)
     tiles = own_tiles + tl.cdiv(target_dim, BLOCK_COLUMN)
-    total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
+    out = gradient + ((pair * batch + item) * own_heads + head) * tokens * dim
+    o_where = o_row[:, None].to(tl.int64) * dim + o_out[None, :]
+    m_where = (o_row < tokens)[:, None] & (o_out < dim)[None, :]
+    if ACCUMULATE:
+        total = tl.load(out + o_where, mask=m_where, other=0.0)
+    else:
+        total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
+        factor = tl.load(upstream + pair)
+    chunk = block * BLOCK_ROW // chunk_tokens
     for turn in range(0, share):
         if SIDE == 0:
             group = head // (heads // groups)
@@ -246,7 +264,8 @@ def apply_factors(
         else:
             group = head * share + turn
             target_head = group // (groups // target_kv_heads)
-        base = factors + ((pair * batch + item) * groups + group) * (dim + target_dim) * dim
+        slot = ((pair * batch + item) * groups + group) * chunks + chunk
+        base = factors + slot * (dim + target_dim) * dim
         for tile in range(0, tiles):
             part = (tile >= own_tiles).to(tl.int32)
             o_column = (tile - part * own_tiles) * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
@@ -274,10 +293,40 @@ def apply_factors(
             m_factor = (o_column < tl.where(part == 0, dim, target_dim))[:, None]
             m_factor = m_factor & (o_out < dim)[None, :]
             o_factor = (part * dim + o_column)[:, None] * dim + o_out[None, :]
-            b_factor = tl.load(base + o_factor, mask=m_factor, other=0.0) * factor
+            b_factor = tl.load(base + o_factor, mask=m_factor, other=0.0)
+            if not ACCUMULATE:
+                b_factor = b_factor * factor
             # dQ_s = P_0 A_0 + P_1 A_1 (SIDE 0), dK_s = R_0 B_0 + R_1 B_1 (SIDE 1)
             total += tl.dot(b_rows.to(SUM_TYPE), b_factor, input_precision=PRECISION)
-    out = gradient + ((pair * batch + item) * own_heads + head) * tokens * dim
-    o_where = o_row[:, None].to(tl.int64) * dim + o_out[None, :]
-    m_where = (o_row < tokens)[:, None] & (o_out < dim)[None, :]
     tl.store(out + o_where, total, mask=m_where)
+
+
+@triton.jit
+def scan_chunks(
+    grams,
+    chunks,
+    entries,
+    SUM_TYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """One program: BLOCK entries of one key group's Grams, in every chunk.
+
+    Replaces `grams` `[programs, chunks, entries]` by the sum of the chunks before each one, or of
+    those after it with REVERSE.
+    """
+    blocks = tl.cdiv(entries, BLOCK)
+    o_entry = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    m_entry = o_entry < entries
+    slot = (tl.program_id(0) // blocks).to(tl.int64) * chunks
+    step = entries
+    if REVERSE:
+        slot += chunks - 1
+        step = -entries
+    where = grams + slot * entries + o_entry
+    total = tl.zeros([BLOCK], dtype=SUM_TYPE)
+    for _ in range(0, chunks):
+        b_gram = tl.load(where, mask=m_entry, other=0.0)
+        tl.store(where, total, mask=m_entry)
+        total += b_gram
+        where += step

@@ -52,9 +52,13 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def head_groups(pair: Pair, dtype: torch.dtype) -> Iterator[Group]:
-    """Cut the batch, or one batch item's heads, so that one temporary takes `GROUP_BYTES`."""
+def head_groups(pair: Pair, dtype: torch.dtype, rows: int | None = None) -> Iterator[Group]:
+    """Cut the batch, or one batch item's heads, so that one temporary takes `GROUP_BYTES`.
+
+    A temporary holds `rows` tokens of every head of the group; None is all of them.
+    """
     batch, heads, tokens, dim = pair.query.shape
+    tokens = min(tokens, rows or tokens)
     groups = pair.groups
     row = max(dim, pair.target_query.shape[-1]) * torch.finfo(dtype).bits // 8
     fits = max(1, GROUP_BYTES // (heads // groups * tokens * row))

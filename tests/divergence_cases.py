@@ -39,8 +39,9 @@ def holes(batch: int, tokens: int) -> Tensor:
 def near_states(
     distance: float, dtype: torch.dtype, *, heads: int, tokens: int, dim: int, device: str = "cpu"
 ) -> States:
-    """A student at a relative distance of the teacher, both in `dtype`."""
-    teacher = attention_states(1, 1, heads, tokens, (dim, dim))[1]
+    """Students at a relative distance of their teachers, in `dtype`; four pairs, so that the errors
+    of the losses are no single draw."""
+    teacher = attention_states(4, 1, heads, tokens, (dim, dim))[1]
     student = cast(near(teacher, distance), dtype)
     return trained(moved(student, device)), moved(cast(teacher, dtype), device)
 

@@ -95,7 +95,7 @@ def query_slopes(
         CAUSAL,
         WINDOWED,
     )
-    own_total, target_total, constant = load_stats(
+    max_own, log_own, max_target, log_target, constant = load_stats(
         stats, pair, item, head, batch, heads, tokens, o_query, STATS
     )
     b_gradient = tl.zeros([BLOCK_QUERY, BLOCK_DIM], SUM_TYPE)
@@ -121,8 +121,8 @@ def query_slopes(
             SCORE_PRECISION,
         )
         slopes = row_slopes(
-            own - own_total[:, None],
-            target - target_total[:, None],
+            own - max_own[:, None] - log_own[:, None],
+            target - max_target[:, None] - log_target[:, None],
             constant[:, None],
             seen,
             KIND,
@@ -251,12 +251,12 @@ def key_slopes(
                 TARGET_ALIGN,
                 SCORE_PRECISION,
             )
-            own_total, target_total, constant = load_stats(
+            max_own, log_own, max_target, log_target, constant = load_stats(
                 stats, pair, item, head, batch, heads, tokens, o_query, STATS
             )
             slopes = row_slopes(
-                own - own_total[None, :],
-                target - target_total[None, :],
+                own - max_own[None, :] - log_own[None, :],
+                target - max_target[None, :] - log_target[None, :],
                 constant[None, :],
                 seen,
                 KIND,

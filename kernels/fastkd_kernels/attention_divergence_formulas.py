@@ -65,9 +65,9 @@ def add_two_sums(f, g, seen, state):
 
 
 @triton.jit
-def log_total(maximum, total):
-    """Log-sum-exp of a row, 0 for a row that saw nothing."""
-    return tl.where(total > 0.0, shift_of(maximum) + tl.log(tl.where(total > 0.0, total, 1.0)), 0.0)
+def log_sum(total):
+    """Log of a row's sum of exponentials; 0 for a row that saw nothing."""
+    return tl.log(tl.where(total > 0.0, total, 1.0))
 
 
 @triton.jit
@@ -112,14 +112,13 @@ def add_divergence(f, g, seen, state):
 
 @triton.jit
 def divergence_of(state):
-    """KL of a finished row, log-sum-exp of f and of g."""
+    """KL of a finished row."""
     max_f, sum_f, max_g, sum_g, mean, excess = state
-    total_f = log_total(max_f, sum_f)
-    total_g = log_total(max_g, sum_g)
     v = excess / tl.where(sum_f > 0.0, sum_f, 1.0)
-    # far apart nothing cancels, and the excess may have overflowed (inf or NaN, so not below 1)
     near = log_above_one(v / (2.0 + v), v)
-    return tl.where(v < 1.0, near, total_g - total_f - mean), total_f, total_g
+    # far apart nothing cancels, and the excess may have overflowed (inf or NaN, so not below 1)
+    far = shift_of(max_g) - shift_of(max_f) - mean + (log_sum(sum_g) - log_sum(sum_f))
+    return tl.where(v < 1.0, near, far)
 
 
 @triton.jit
@@ -155,28 +154,29 @@ def mixture_logs(p, t, x):
 
 @triton.jit
 def row_terms(log_p, log_t, seen, KIND: tl.constexpr):
-    """Parts of the value and of the row constant, summed over the keys of one tile."""
+    """Parts of the value, of the row constant and of `sum p - t`, summed over one tile's keys."""
     p = tl.where(seen, tl.exp(log_p), 0.0)
     t = tl.where(seen, tl.exp(log_t), 0.0)
+    difference = p - t
+    shift = tl.sum(difference, 1)
     if KIND == "js":
         logs, share = mixture_logs(p, t, tl.where(seen, log_p - log_t, 0.0))
-        return 0.5 * tl.sum(share, 1), tl.sum(p * logs, 1)
+        return 0.5 * tl.sum(share, 1), tl.sum(p * logs, 1), shift
     else:
-        difference = p - t
         value = tl.sum(difference * difference, 1)
         if KIND == "mse":
-            return value, tl.sum(p * difference, 1)
+            return value, tl.sum(p * difference, 1), shift
         else:
             # cosine: p and t have length 1 here, and 1 - cos = |p - t|^2 / 2
-            return 0.5 * value, 0.5 * value
+            return 0.5 * value, 0.5 * value, shift
 
 
 @triton.jit
 def row_slopes(log_p, log_t, constant, seen, KIND: tl.constexpr):
-    """`dL/da = p (g - sum p g)`; `constant` is what the sum comes to (see `kernels/README.md`)."""
+    """`dL/da = p (g - sum p g)`, the sum from `constant`; cross-entropy has the slopes of KL."""
     p = tl.where(seen, tl.exp(log_p), 0.0)
     t = tl.where(seen, tl.exp(log_t), 0.0)
-    if KIND == "kl" or KIND == "cross_entropy":
+    if KIND == "kl":
         return p - t
     elif KIND == "reverse_kl":
         return p * (tl.where(seen, log_p - log_t, 0.0) - constant)

@@ -3,9 +3,10 @@
 
 Sizes, prefixes and the rows of `table`, `scales` and `valid` are those of
 `attention_score_mse_kernels.py`; here scales are divided by the temperature, and valid query rows
-are those that count. `stats` `[pairs, 2 or 3, batch, heads, tokens]` holds, for each query row, the
-log-sum-exp of the student's and of the teacher's scores (cosine: half of it, of the doubled scores)
-and, where the gradient needs one, the row's constant.
+are those that count. `stats` `[pairs, 4 or 5, batch, heads, tokens]` holds, for each query row, the
+maximum of the student's scores and the log of their sum of exponentials below it, the same of the
+teacher (cosine: half of both, of the doubled scores) and, where the gradient needs one, the row's
+constant. Maximum and log are kept apart because their sum would be rounded.
 """
 
 import triton
@@ -16,9 +17,18 @@ from .attention_divergence_formulas import (
     add_expectation,
     add_two_sums,
     divergence_of,
+    log_sum,
     row_terms,
+    shift_of,
 )
-from .attention_divergence_tiles import both_tiles, keys_seen, rows_at, stat_base, visible
+from .attention_divergence_tiles import (
+    both_tiles,
+    keys_seen,
+    rows_at,
+    stat_base,
+    stat_step,
+    visible,
+)
 from .attention_score_mse_kernels import head_base, valid_rows
 
 
@@ -133,18 +143,21 @@ def stream_rows(
             state = add_divergence(own, target, seen, state)
         else:
             state = add_expectation(target, own, seen, state)
-    value, weigher_total, other_total = divergence_of(state)
-    constant = value
     if KIND == "reverse_kl":
-        own_total, target_total = weigher_total, other_total
+        max_own, sum_own, max_target, sum_target, mean, _ = state
     else:
-        own_total, target_total = other_total / power, weigher_total / power
+        max_target, sum_target, max_own, sum_own, mean, _ = state
+    max_own, log_own = shift_of(max_own) / power, log_sum(sum_own) / power
+    max_target, log_target = shift_of(max_target) / power, log_sum(sum_target) / power
+    value = divergence_of(state)
+    constant = value
     if KIND == "cross_entropy":
         # lse(a) - E_t[a]
-        value = own_total - state[4]
+        value = max_own - mean + log_own
     if two_sweeps:
         value = nothing
         constant = nothing
+        shift = nothing
         for start in range(first, end, BLOCK_KEY):
             o_key = start + tl.arange(0, BLOCK_KEY)
             m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
@@ -168,21 +181,29 @@ def stream_rows(
                 TARGET_ALIGN,
                 SCORE_PRECISION,
             )
-            tile_value, tile_constant = row_terms(
-                own - own_total[:, None], target - target_total[:, None], seen, KIND
+            tile_value, tile_constant, tile_shift = row_terms(
+                own - max_own[:, None] - log_own[:, None],
+                target - max_target[:, None] - log_target[:, None],
+                seen,
+                KIND,
             )
             value += tile_value
             constant += tile_constant
+            shift += tile_shift
+        if KIND == "mse":
+            # the rounding of a divisor scales all of p or t, which leaves sum p - t off 0
+            value -= 2.0 * shift * constant
     tl.store(
         partials + pair * tl.num_programs(0) + tl.program_id(0),
         tl.sum(tl.where(m_query, value, 0.0), 0),
     )
     if WRITE_STATS:
         m_row = o_query < tokens
-        out = stat_base(stats, pair, 0, item, head, batch, heads, tokens, STATS)
-        tl.store(out + o_query, own_total, mask=m_row)
-        out = stat_base(stats, pair, 1, item, head, batch, heads, tokens, STATS)
-        tl.store(out + o_query, target_total, mask=m_row)
-        if STATS == 3:
-            out = stat_base(stats, pair, 2, item, head, batch, heads, tokens, STATS)
-            tl.store(out + o_query, constant, mask=m_row)
+        out = stat_base(stats, pair, item, head, batch, heads, tokens, STATS) + o_query
+        step = stat_step(batch, heads, tokens)
+        tl.store(out, max_own, mask=m_row)
+        tl.store(out + step, log_own, mask=m_row)
+        tl.store(out + 2 * step, max_target, mask=m_row)
+        tl.store(out + 3 * step, log_target, mask=m_row)
+        if STATS == 5:
+            tl.store(out + 4 * step, constant, mask=m_row)

@@ -5,34 +5,43 @@ import torch
 from .launch import Launch, dot_precision, power_of_two
 
 MAX_HEAD_DIM = 256
-# kinds whose gradient needs a constant of each query row besides both log-sum-exps
+# kinds whose gradient needs a constant of each query row besides both softmax divisors
 CONSTANT_KINDS = ("reverse_kl", "js", "mse", "cosine")
 
 
 def row_stats(kind: str) -> int:
     """Floats of each query row that the backward reads."""
-    return 3 if kind in CONSTANT_KINDS else 2
+    return 5 if kind in CONSTANT_KINDS else 4
 
 
 def divergence_launch(
+    part: str,
     dims: tuple[int, int],
     dtypes: tuple[torch.dtype, torch.dtype],
     on: str = "cuda",
 ) -> Launch:
-    """Blocks of all three kernels: rows of queries and keys, and columns of one product."""
+    """Blocks of one kernel: "rows" (forward), "query" or "key" (the gradients).
+
+    A program holds one block, of keys for "key" and of query rows otherwise, and moves along the
+    other side in narrower ones.
+    """
     block_dim, block_target = (power_of_two(dim) for dim in dims)
     width = max(block_dim, block_target)
     narrow = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
-    # 64 rows or more make Hopper's and Blackwell's tensor cores take a product
-    block = 64 if narrow and width <= 128 else 32 if width <= 128 else 16
+    # 64 rows make Hopper's and Blackwell's tensor cores take a product
+    held = (64 if narrow else 32) if width <= 128 else 16
+    moving = 32 if width <= 128 else 16
     constants: dict[str, int | str] = {
-        "BLOCK_QUERY": block,
-        "BLOCK_KEY": block,
+        "BLOCK_QUERY": moving if part == "key" else held,
+        "BLOCK_KEY": held if part == "key" else moving,
         "BLOCK_DIM": block_dim,
         "BLOCK_TARGET_DIM": block_target,
         # columns of one product of scores; 0 takes the whole head
-        "CHUNK": 0 if narrow and width <= 128 else 16,
+        "CHUNK": (0 if width <= 64 else 32) if narrow else 16,
         "SCORE_PRECISION": dot_precision(True, on),
-        "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
     }
-    return Launch(constants, num_warps=8 if narrow else 4, num_stages=1)
+    if part != "rows":
+        constants["GRAD_PRECISION"] = dot_precision(dtypes[0] != torch.float16, on)
+    # a warp of AMD's has 64 threads
+    few = on == "hip" if narrow else width <= 64
+    return Launch(constants, num_warps=4 if few else 8, num_stages=1)

@@ -1,6 +1,6 @@
 """The registered ops of attention_divergence: schemas, fake functions and autograd.
 
-"one_sweep" (PyTorch) makes unit gradients in the forward; "stream" (Triton) keeps two or three
+"one_sweep" (PyTorch) makes unit gradients in the forward; "stream" (Triton) keeps four or five
 floats a query row, and a backward of its own makes the tiles once more. Both take lists over layer
 pairs of one shape. `window` 0 is none.
 """

@@ -139,24 +139,31 @@ def both_tiles(
 
 
 @triton.jit
-def stat_base(stats, pair, slot, item, head, batch, heads, tokens, STATS: tl.constexpr):
-    """Address of one statistic of one head in `[pairs, STATS, batch, heads, tokens]`."""
-    return stats + (((pair * STATS + slot) * batch + item) * heads + head) * tokens
+def stat_base(stats, pair, item, head, batch, heads, tokens, STATS: tl.constexpr):
+    """Address of the first statistic of one head in `[pairs, STATS, batch, heads, tokens]`."""
+    return stats + ((pair * STATS * batch + item) * heads + head) * tokens
+
+
+@triton.jit
+def stat_step(batch, heads, tokens):
+    """From one statistic to the next of the same row."""
+    return tl.cast(batch, tl.int64) * heads * tokens
 
 
 @triton.jit
 def load_stats(stats, pair, item, head, batch, heads, tokens, o_query, STATS: tl.constexpr):
-    """Both log-sum-exps of rows `o_query`, and the constant (0 where none is kept)."""
+    """What the forward kept of rows `o_query`; the constant is 0 where none is kept."""
     m_row = o_query < tokens
-    own = stat_base(stats, pair, 0, item, head, batch, heads, tokens, STATS)
-    own_total = tl.load(own + o_query, mask=m_row, other=0.0)
-    target = stat_base(stats, pair, 1, item, head, batch, heads, tokens, STATS)
-    target_total = tl.load(target + o_query, mask=m_row, other=0.0)
-    constant = own_total * 0.0
-    if STATS == 3:
-        third = stat_base(stats, pair, 2, item, head, batch, heads, tokens, STATS)
-        constant = tl.load(third + o_query, mask=m_row, other=0.0)
-    return own_total, target_total, constant
+    base = stat_base(stats, pair, item, head, batch, heads, tokens, STATS) + o_query
+    step = stat_step(batch, heads, tokens)
+    max_own = tl.load(base, mask=m_row, other=0.0)
+    log_own = tl.load(base + step, mask=m_row, other=0.0)
+    max_target = tl.load(base + 2 * step, mask=m_row, other=0.0)
+    log_target = tl.load(base + 3 * step, mask=m_row, other=0.0)
+    constant = max_own * 0.0
+    if STATS == 5:
+        constant = tl.load(base + 4 * step, mask=m_row, other=0.0)
+    return max_own, log_own, max_target, log_target, constant
 
 
 @triton.jit

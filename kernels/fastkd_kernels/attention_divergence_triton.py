@@ -24,7 +24,8 @@ def forward_types(dtype: torch.dtype, target_dtype: torch.dtype, kind: str) -> d
 
 def backward_types(dtype: torch.dtype, target_dtype: torch.dtype, kind: str) -> dict[str, Any]:
     """Those of the forward, and the type in which slopes enter their product."""
-    made = forward_types(dtype, target_dtype, kind)
+    # the teacher's entropy has no gradient
+    made = forward_types(dtype, target_dtype, "kl" if kind == "cross_entropy" else kind)
     return made | {"GRAD_TYPE": TYPES[product_dtype(dtype)]}
 
 
@@ -37,14 +38,13 @@ def stream(
     window: int,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Sums over rows `[pairs]` and `stats` `[pairs, 2 or 3, batch, heads, tokens]` in one launch.
+    """Sums over rows `[pairs]` and `stats` `[pairs, 4 or 5, batch, heads, tokens]` in one launch.
 
     `rows` are the counted query rows, bool `[batch, tokens]`; `window` 0 is none.
     """
     call = Call(pairs, key_mask, rows)
     sizes, count = call.sizes, len(pairs)
-    constants, options = _constants(call, causal, window)
-    constants.pop("GRAD_PRECISION")
+    constants, options = _constants(call, "rows", causal, window)
     query_blocks = triton.cdiv(sizes["tokens"], constants["BLOCK_QUERY"])
     programs = query_blocks * sizes["batch"] * sizes["heads"]
     shape = (count, row_stats(kind), sizes["batch"], sizes["heads"], sizes["tokens"])
@@ -79,13 +79,13 @@ def stream_backward(
     """Gradients `[pairs, batch, heads | kv_heads, tokens, dim_s]` for `factor` `[pairs]`."""
     call = Call(pairs, key_mask, rows)
     sizes, count = call.sizes, len(pairs)
-    constants, options = _constants(call, causal, window)
     factor = factor.contiguous()
     made = []
-    for kernel, block, like in (
-        (query_slopes, "BLOCK_QUERY", call.first.query),
-        (key_slopes, "BLOCK_KEY", call.first.key),
+    for kernel, part, block, like in (
+        (query_slopes, "query", "BLOCK_QUERY", call.first.query),
+        (key_slopes, "key", "BLOCK_KEY", call.first.key),
     ):
+        constants, options = _constants(call, part, causal, window)
         gradient = call.new(count, *like.shape, dtype=call.dtypes[0])
         blocks = triton.cdiv(sizes["tokens"], constants[block])
         kernel[(blocks * like.shape[0] * like.shape[1], count)](
@@ -105,8 +105,10 @@ def stream_backward(
     return made[0], made[1]
 
 
-def _constants(call: Call, causal: bool, window: int) -> tuple[dict[str, Any], dict[str, int]]:
-    launch = divergence_launch(call.dims, call.dtypes, platform())
+def _constants(
+    call: Call, part: str, causal: bool, window: int
+) -> tuple[dict[str, Any], dict[str, int]]:
+    launch = divergence_launch(part, call.dims, call.dtypes, platform())
     shared = {name: call.constants[name] for name in ("ALIGN", "TARGET_ALIGN", "HAS_MASK")}
     constants = {**shared, **launch.constants, "CAUSAL": causal, "WINDOWED": window > 0}
     return constants, {"num_warps": launch.num_warps, "num_stages": launch.num_stages}

@@ -1,0 +1,220 @@
+"""The Triton kernels of attention_divergence against its definition, interpreted or on a GPU."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from divergence_cases import KINDS, defined, divergence_both, holes, near_states
+from fastkd_kernels import AttentionState, attention_divergence, attention_divergence_triton
+from kernel_cases import attention_states, cast, errors, leaves_of, loss_and_gradients, trained
+from torch import Tensor
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+interpreted = pytest.mark.skipif(GPU, reason="fp64 runs in the interpreter, without a GPU")
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True)
+def unwritten_is_nan() -> Iterator[None]:
+    """Fill every fresh tensor with NaN, so that an output that no program writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def triton_both(states: Any, **options: Any) -> tuple[list[Tensor], list[Tensor]]:
+    return divergence_both(states, backend="triton", **options)
+
+
+@interpreted
+@EVERY_KIND
+@pytest.mark.parametrize(
+    ("kv_heads", "dims", "tokens", "causal", "window", "masked"),
+    [
+        ((2, 2), (8, 8), 37, False, None, False),
+        ((1, 2), (5, 20), 37, True, None, True),
+        ((2, 1), (8, 6), 70, False, 9, True),
+        ((2, 2), (4, 4), 1, True, 1, False),
+    ],
+)
+def test_equals_its_definition_in_fp64(
+    kv_heads: Any, dims: Any, tokens: int, causal: bool, window: Any, masked: bool, kind: str
+) -> None:
+    states = attention_states(2 if tokens == 1 else 1, 1, 2, tokens, dims, kv_heads=kv_heads)
+    mask = holes(1, tokens) if masked else None
+    options = {"key_mask": mask, "query_mask": mask, "causal": causal, "window": window}
+    given, expected = triton_both(states, kind=kind, temperature=1.5, **options)
+    assert max(errors(given, expected)) < 1e-12
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-4])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu)]
+)
+def test_low_precision_stays_near_plain_pytorch(
+    dtype: torch.dtype, distance: float, kind: str
+) -> None:
+    states = near_states(distance, dtype, heads=1, tokens=40, dim=16, device=DEVICE)
+    given, expected = triton_both(states, kind=kind)
+    plain = defined(states, kind=kind)
+    floors = [8 * torch.finfo(torch.float32).eps, *[torch.finfo(dtype).eps] * 8]
+    for own, theirs, floor in zip(
+        errors(given, expected), errors(plain, expected), floors, strict=True
+    ):
+        assert own <= max(2 * theirs, floor)
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_models_far_apart(scale: float, kind: str) -> None:
+    """Scores of hundreds, where probabilities underflow and the KL's excess overflows."""
+    student, teacher = attention_states(1, 1, 1, 40, (8, 8), dtype=torch.float32, device=DEVICE)
+    states = [s._replace(scale=scale) for s in student], [t._replace(scale=30.0) for t in teacher]
+    given, expected = triton_both(states, kind=kind)
+    plain = defined(states, kind=kind)
+    for own, theirs in zip(errors(given, expected), errors(plain, expected), strict=True):
+        # a score of 600 is rounded by 3e-5
+        assert own <= max(2 * theirs, 3e-5)
+
+
+@EVERY_KIND
+def test_student_equal_to_teacher(kind: str) -> None:
+    distant, teacher = attention_states(1, 1, 1, 40, (8, 8), dtype=torch.float32, device=DEVICE)
+    same = trained(cast(teacher, torch.float32))
+    options = {"kind": kind, "backend": "triton"}
+    zero = loss_and_gradients(attention_divergence, leaves_of(same), same, teacher, **options)
+    far = loss_and_gradients(attention_divergence, leaves_of(distant), distant, teacher, **options)
+    for own, scale in zip(zero[1:], far[1:], strict=True):
+        assert own.norm() <= 1e-6 * scale.norm()
+    if kind != "cross_entropy":
+        assert 0.0 <= zero[0].item() <= 1e-6 * far[0].item()
+
+
+def test_dtypes_may_differ() -> None:
+    student, teacher = attention_states(1, 1, 1, 33, (8, 12), dtype=torch.float32, device=DEVICE)
+    given, expected = triton_both((student, cast(teacher, torch.float16)))
+    assert max(errors(given, expected)) < 1e-5
+
+
+@interpreted
+@EVERY_KIND
+def test_gradcheck(kind: str) -> None:
+    student, teacher = attention_states(1, 1, 2, 3, (2, 2), kv_heads=(1, 2))
+
+    def loss(query: Tensor, key: Tensor) -> Tensor:
+        own = [AttentionState(query, key, None, 0.7)]
+        return attention_divergence(own, teacher, kind=kind, backend="triton")
+
+    assert torch.autograd.gradcheck(loss, leaves_of(student), fast_mode=True)
+
+
+def test_reads_any_strides_and_no_padding() -> None:
+    student, teacher = attention_states(
+        2, 2, 2, 20, (6, 6), kv_heads=(1, 1), dtype=torch.float32, device=DEVICE
+    )
+    mask = (torch.arange(20)[None, :] < torch.tensor([20, 7])[:, None]).to(DEVICE)
+    options = {"key_mask": mask, "query_mask": mask, "kind": "js", "backend": "triton"}
+    clean = loss_and_gradients(
+        attention_divergence, leaves_of(student), student, teacher, **options
+    )
+    for state in (*student, *teacher):
+        for tensor in state[:2]:
+            tensor.data.masked_fill_(~mask[:, None, :, None], float("nan"))
+    spread = [
+        s._replace(
+            query=s.query.transpose(1, 2).contiguous().transpose(1, 2),
+            key=s.key.expand(-1, 2, -1, -1),
+        )
+        for s in student
+    ]
+    odd = [t._replace(key=t.key.mT.contiguous().mT) for t in teacher]
+    dirty = loss_and_gradients(attention_divergence, leaves_of(student), spread, odd, **options)
+    assert max(errors(dirty, clean)) < 1e-6
+
+
+@EVERY_KIND
+def test_nothing_valid_gives_zero(kind: str) -> None:
+    student, teacher = attention_states(1, 1, 1, 9, (4, 4), dtype=torch.float32, device=DEVICE)
+    nothing = torch.zeros(1, 9, dtype=torch.bool, device=DEVICE)
+    for value in loss_and_gradients(
+        attention_divergence,
+        leaves_of(student),
+        student,
+        teacher,
+        key_mask=nothing,
+        kind=kind,
+        backend="triton",
+    ):
+        assert not value.any()
+
+
+class _Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel: Any, seen: list[str], name: str) -> None:
+        self.kernel, self.seen, self.name = kernel, seen, name
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.seen.append(self.name)
+        return self.kernel[grid]
+
+
+def test_three_launches_whatever_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    names = ["stream_rows", "query_slopes", "key_slopes"]
+    for name in names:
+        kernel = getattr(attention_divergence_triton, name)
+        monkeypatch.setattr(attention_divergence_triton, name, _Counted(kernel, seen, name))
+    for pairs in (1, 3):
+        seen.clear()
+        states = attention_states(pairs, 1, 1, 9, (4, 4), dtype=torch.float32, device=DEVICE)
+        attention_divergence(*states, backend="triton").sum().backward()
+        assert seen == names
+
+
+@EVERY_KIND
+def test_keeps_four_or_five_floats_a_row(kind: str) -> None:
+    """Besides the inputs, which the caller holds anyway, and scalars."""
+    student, teacher = attention_states(1, 1, 2, 40, (8, 8), dtype=torch.float32, device=DEVICE)
+    inputs = {t.data_ptr() for s in (*student, *teacher) for t in s[:2]}
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in inputs:
+            kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        attention_divergence(student, teacher, kind=kind, backend="triton")
+    rows = 2 * 40
+    assert max(kept) == (4 if kind in ("kl", "cross_entropy") else 5) * rows
+    assert sum(kept) <= max(kept) + 1
+
+
+@needs_gpu
+@EVERY_KIND
+@pytest.mark.parametrize("dims", [(26, 64), (64, 64), (128, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_at_bert_sizes(dtype: torch.dtype, dims: Any, kind: str) -> None:
+    states = attention_states(2, 2, 4, 300, dims, dtype=dtype, device="cuda")
+    mask = holes(2, 300).cuda()
+    for window in (None, 64):
+        given, expected = triton_both(states, key_mask=mask, kind=kind, window=window)
+        assert max(errors(given, expected)) <= 4 * torch.finfo(dtype).eps
+
+
+@needs_gpu
+def test_no_host_synchronisation() -> None:
+    states = attention_states(2, 2, 4, 64, (16, 16), dtype=torch.float32, device="cuda")
+    mask = holes(2, 64).cuda()
+    for mode in ("default", "error"):  # the first round compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            attention_divergence(*states, key_mask=mask, window=9).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

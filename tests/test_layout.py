@@ -19,7 +19,7 @@ LEVELS: tuple[set[str], ...] = (
     {"capture", "heads", "models", "data", "objective", "masking", "deepspeed_config", "tasks"},
     {"engine", "checkpoint", "export"},
     {"assemble", "evaluate", "introduction", "train"},
-    {"report", "study", "doctor"},
+    {"report", "figures", "study", "similarity", "doctor"},
     {"cli", "__main__"},
 )
 # what a level may import besides the standard library

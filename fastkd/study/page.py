@@ -11,6 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from fastkd.figures import png
 from fastkd.report import STYLE, html_table
 from fastkd.run_folder import write_whole
 from fastkd.study.plan import Plan
@@ -27,7 +28,7 @@ def write_page(plan: Plan, tables: Iterable[Table], figures: Mapping[str, Figure
     tables = list(tables)
     for table in tables:
         write_whole(folder / f"{table.name}.csv", _csv(table))
-    pictures = {name: _png(figure) for name, figure in figures.items()}
+    pictures = {name: png(figure) for name, figure in figures.items()}
     for name, picture in pictures.items():
         (folder / f"{name}.png").write_bytes(picture)
     write_whole(folder / "report.md", _markdown(plan, tables, pictures))
@@ -69,12 +70,6 @@ def _csv(table: Table) -> str:
     writer.writeheader()
     writer.writerows(table.numbers)
     return text.getvalue()
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _markdown(plan: Plan, tables: Iterable[Table], pictures: Mapping[str, bytes]) -> str:

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from fastkd.figures import draw_map
 from fastkd.study.compare import Score, mean_over_seeds, seed_means
 from fastkd.study.tables import Results
 
@@ -130,41 +131,12 @@ def _map_plot(results: Results, one: str, two: str) -> Figure:
         found = results.cells(one, two, task)
         means = [mean_over_seeds(found.get((r, c), [])).mean for r in rows for c in columns]
         values = _numbers(means).reshape(len(rows), len(columns))
-        draw_map(axes, values, rows, columns, "{:.3f}")
+        draw_map(axes, values, rows, columns)
         axes.set(xlabel=two, ylabel=one)
         axes.set_title(task or "", fontsize=10)
         figure.colorbar(axes.images[0], ax=axes, label=results.plan.spec.metric.path)
     figure.suptitle("mean over seeds", fontsize=11)
     return figure
-
-
-def draw_map(
-    axes: Axes, values: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], text: str
-) -> None:
-    """A heat map with every value written in its field; a field without one stays empty.
-
-    Args:
-        axes: to draw on.
-        values: [rows, columns], NaN where there is none.
-        rows: names from top to bottom.
-        columns: names from left to right.
-        text: format of a value.
-    """
-    axes.imshow(values, aspect="auto", cmap="viridis")
-    middle = (np.nanmin(values) + np.nanmax(values)) / 2 if np.isfinite(values).any() else 0.0
-    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(rows)), rows)
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            axes.text(
-                column,
-                row,
-                text.format(value),
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if value < middle else "black",
-            )
 
 
 def _search_plot(results: Results) -> Figure:

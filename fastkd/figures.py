@@ -1,0 +1,60 @@
+"""Pictures that several reports draw."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+
+def draw_map(
+    axes: Axes,
+    values: NDArray[np.float64],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    text: str = "{:.3f}",
+    colours: str = "viridis",
+    slanted: bool = True,
+) -> None:
+    """A heat map with every value written in its field; a field without one stays empty.
+
+    Args:
+        axes: to draw on.
+        values: [rows, columns], NaN where there is none.
+        rows: names from top to bottom.
+        columns: names from left to right.
+        text: format of a value.
+        colours: a colour map of matplotlib that goes from dark to light.
+        slanted: whether the columns' names need the room.
+    """
+    axes.imshow(values, aspect="auto", cmap=colours)
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2 if np.isfinite(values).any() else 0.0
+    axes.set_xticks(range(len(columns)), columns)
+    if slanted:
+        axes.tick_params(axis="x", labelrotation=30)
+        for label in axes.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), rows)
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            axes.text(
+                column,
+                row,
+                text.format(value),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if value < middle else "black",
+            )
+
+
+def png(figure: Figure) -> bytes:
+    """The picture; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue()

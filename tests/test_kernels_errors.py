@@ -26,6 +26,17 @@ def _options(**options: Any) -> Callable[[], Any]:
     return lambda: attention_score_mse(*states(), **options)
 
 
+def _several(layers: list[Any], weights: Any = None) -> Callable[[], Any]:
+    """A pair with several teacher layers: changes of each, or what stands in its place."""
+
+    def call() -> Any:
+        student, teacher = states()
+        made = [teacher[0]._replace(**c) if isinstance(c, dict) else c for c in layers]
+        return attention_score_mse(student, [made], teacher_weights=weights)
+
+    return call
+
+
 ATTENTION = [
     (lambda: attention_score_mse(states()[0][0], states()[1]), TypeError, "student must be a list"),
     (lambda: attention_score_mse(states()[0] * 2, states()[1]), ValueError, "2 layers.* has 1"),
@@ -65,6 +76,32 @@ ATTENTION = [
         _options(key_mask=torch.ones(2, 6, device="meta").bool()),
         ValueError,
         "key_mask is on meta",
+    ),
+    (_several([], None), ValueError, r"teacher\[0\] is an empty list; give at least one"),
+    (_several([3], None), TypeError, r"teacher\[0\]\[0\] must be an AttentionState, got int"),
+    (_several([{}], 3), TypeError, "teacher_weights must be a list .* got int"),
+    (_several([{}], [None, None]), ValueError, "teacher_weights has 2 entries for 1 pairs"),
+    (_several([{}], [0.5]), TypeError, r"teacher_weights\[0\] must be a list .* got float"),
+    (_several([{}, {}], [[0.5]]), ValueError, r"teacher_weights\[0\] has 1 weights for 2 teacher"),
+    (_several([{}, {}], [[0.5, float("nan")]]), ValueError, r"\[0\] has nan; expected finite"),
+    (_several([{}, {}], [[0.5, "1"]]), ValueError, r"\[0\] has '1'; expected finite"),
+    (_several([{}, {}], [[0, 0.0]]), ValueError, r"teacher_weights\[0\] is all zeros; give"),
+    (
+        _several(
+            [{}, {"query": torch.ones(2, 4, 6, 5).half(), "key": torch.ones(2, 4, 6, 5).half()}]
+        ),
+        TypeError,
+        r"teacher\[0\]\[1\] is torch.float16 and teacher\[0\]\[0\] is torch.float32; cast",
+    ),
+    (
+        _several([{}, {"key": torch.ones(2, 2, 6, 5)}]),
+        ValueError,
+        r"teacher\[0\]\[1\] has 2 key heads and teacher\[0\]\[0\] has 4; .* same number",
+    ),
+    (
+        _several([{}, {"key": torch.ones(2, 4, 6, 5, requires_grad=True)}]),
+        ValueError,
+        r"teacher\[0\]\[1\].key requires grad",
     ),
     (_options(reduction="mean"), ValueError, "reduction='mean' is not known; choose one of valid"),
     (_options(algorithm="fast"), ValueError, "algorithm='fast' is not known"),

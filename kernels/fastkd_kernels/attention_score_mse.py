@@ -17,12 +17,12 @@ from .checks import (
     check_choice,
     check_mask,
     check_reduction,
-    check_states,
     resolve_backend,
 )
 from .head_groups import accumulator
-from .types import Algorithm, AttentionState, Backend, Reduction
+from .types import Algorithm, AttentionState, Backend, Reduction, TeacherLayers, TeacherWeights
 from .unit_gradient import by_shape, inverse
+from .weighted_teacher import weighted_targets
 
 # (backend, causal): from this many tokens per column of student plus teacher on, "gram" is the
 # faster one. Measured for "torch"; from counts of operations for "triton".
@@ -46,8 +46,9 @@ def choose_algorithm(
 
 def attention_score_mse(
     student: Sequence[AttentionState],
-    teacher: Sequence[AttentionState],
+    teacher: Sequence[TeacherLayers],
     *,
+    teacher_weights: TeacherWeights | None = None,
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
     causal: bool = False,
@@ -61,7 +62,11 @@ def attention_score_mse(
         student, teacher: One `AttentionState` a pair, on one device. Queries are
             `[batch, heads, tokens, head_dim]` and keys `[batch, kv_heads, tokens, head_dim]` in
             bf16, fp16, fp32 or fp64, with any strides. Head counts of a pair agree; head sizes,
-            key heads and dtypes may differ. Values are not read.
+            key heads and dtypes may differ. Values are not read. A teacher entry may be a list
+            of states, which share dtype and key heads: the target is the weighted sum of their
+            scores.
+        teacher_weights: For each pair the weights of its teacher layers, any finite numbers, or
+            None for an even average. None is an even average everywhere.
         key_mask: Bool `[batch, tokens]`, True at valid keys; None counts every key.
         query_mask: Bool `[batch, tokens]`, True at valid query rows; None counts every row, also
             where `key_mask` is given. Not read by "tinybert".
@@ -81,7 +86,7 @@ def attention_score_mse(
         ValueError: shapes, devices, modes that do not fit, or a teacher that requires grad.
         TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
     """
-    check_states(student, teacher)
+    targets = weighted_targets(student, teacher, teacher_weights)
     batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
     check_mask("key_mask", key_mask, batch, tokens, device)
@@ -93,7 +98,7 @@ def attention_score_mse(
         query_mask = None
 
     def loss_of(members: list[int]) -> Tensor:
-        own, target = [student[i] for i in members], [teacher[i] for i in members]
+        own, target = [student[i] for i in members], [targets[i] for i in members]
         dims = (own[0].query.shape[-1], target[0].query.shape[-1])
         chosen: str = algorithm
         if chosen == "auto":
@@ -123,7 +128,7 @@ def attention_score_mse(
         losses: Tensor = made[0]
         return losses
 
-    keys = [_shape_key(*pair) for pair in zip(student, teacher, strict=True)]
+    keys = [_shape_key(*pair) for pair in zip(student, targets, strict=True)]
     loss = by_shape(keys, loss_of)
     return loss if student[0].query.dtype == torch.float64 else loss.float()
 

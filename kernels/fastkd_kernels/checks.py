@@ -108,30 +108,36 @@ def check_states(student: Sequence[AttentionState], teacher: Sequence[AttentionS
     """Every pair fits together, and all pairs share batch, tokens and device."""
     check_pairs(student, teacher)
     for pair, (own, target) in enumerate(zip(student, teacher, strict=True)):
-        _check_state(f"student[{pair}]", own)
-        _check_state(f"teacher[{pair}]", target)
-        device = student[0].query.device
-        for side, state in (("student", own), ("teacher", target)):
-            check_device(f"{side}[{pair}].query", state.query, device)
-            check_device(f"{side}[{pair}].key", state.key, device)
-        check_frozen(f"teacher[{pair}].query", target.query)
-        check_frozen(f"teacher[{pair}].key", target.key)
-        heads, target_heads = own.query.shape[1], target.query.shape[1]
-        if heads != target_heads:
+        check_target(pair, own, f"teacher[{pair}]", target, first=student[0])
+
+
+def check_target(
+    pair: int, own: AttentionState, name: str, target: AttentionState, *, first: AttentionState
+) -> None:
+    """The teacher state `name` fits the student of its pair, and both fit the `first` student."""
+    sides = ((f"student[{pair}]", own), (name, target))
+    for side, state in sides:
+        _check_state(side, state)
+    for side, state in sides:
+        check_device(f"{side}.query", state.query, first.query.device)
+        check_device(f"{side}.key", state.key, first.query.device)
+    check_frozen(f"{name}.query", target.query)
+    check_frozen(f"{name}.key", target.key)
+    heads, target_heads = own.query.shape[1], target.query.shape[1]
+    if heads != target_heads:
+        raise ValueError(
+            f"pair {pair}: the student has {heads} heads and the teacher has {target_heads}; "
+            "scores are compared head by head, so re-split queries and keys into the same "
+            "number of relation heads (MiniLMv2) first"
+        )
+    expected = (first.query.shape[0], first.query.shape[2])
+    for side, state in sides:
+        given = (state.query.shape[0], state.query.shape[2])
+        if given != expected:
             raise ValueError(
-                f"pair {pair}: the student has {heads} heads and the teacher has {target_heads}; "
-                "heads are compared one by one, so use relation_divergence, which cuts both sides "
-                "into the same number of relation heads (MiniLMv2)"
+                f"{side}.query has batch and tokens {given}; expected those of "
+                f"student[0], {expected}; run both models on the same batch"
             )
-        first = student[0].query
-        for side, state in (("student", own), ("teacher", target)):
-            given = (state.query.shape[0], state.query.shape[2])
-            if given != (first.shape[0], first.shape[2]):
-                raise ValueError(
-                    f"{side}[{pair}].query has batch and tokens {given}; expected those of "
-                    f"student[0], ({first.shape[0]}, {first.shape[2]}); run both models on the "
-                    "same batch"
-                )
 
 
 def _check_state(name: str, state: object) -> None:

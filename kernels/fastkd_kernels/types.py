@@ -1,5 +1,6 @@
 """Names shared by every op: what a layer hands over, the named modes, the ops' namespace."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -29,6 +30,11 @@ class AttentionState(NamedTuple):
     key: Tensor
     value: Tensor | None
     scale: float
+
+
+# one pair's teacher, and for each pair the weights of its layers (None: an even average)
+TeacherLayers = AttentionState | Sequence[AttentionState]
+TeacherWeights = Sequence[Sequence[float] | None]
 
 
 class LogitsHead(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..types import AttentionState, Reduction
+from ..types import AttentionState, Reduction, TeacherLayers, TeacherWeights
 from .mean import mean_square
 
 
@@ -16,10 +16,19 @@ def attention_scores(state: AttentionState) -> Tensor:
     return state.scale * (state.query @ key.mT)
 
 
+def weighted_scores(layers: TeacherLayers, weights: Sequence[float] | None) -> Tensor:
+    """Weighted sum of the scores of one layer or several; None is their even average."""
+    states = [layers] if isinstance(layers, AttentionState) else list(layers)
+    factors = [1 / len(states)] * len(states) if weights is None else weights
+    scores = [attention_scores(state) * w for state, w in zip(states, factors, strict=True)]
+    return torch.stack(scores).sum(0)
+
+
 def attention_score_mse(
     student: Sequence[AttentionState],
-    teacher: Sequence[AttentionState],
+    teacher: Sequence[TeacherLayers],
     *,
+    teacher_weights: TeacherWeights | None = None,
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
     causal: bool = False,
@@ -37,7 +46,8 @@ def attention_score_mse(
         entries = entries.tril()
     count = entries.sum() if reduction == "valid" else entries.numel()
     losses = []
-    for own, target in zip(student, teacher, strict=True):
-        difference = attention_scores(own) - attention_scores(target)
+    weights = teacher_weights or [None] * len(student)
+    for own, target, given in zip(student, teacher, weights, strict=True):
+        difference = attention_scores(own) - weighted_scores(target, given)
         losses.append(mean_square(difference.masked_fill(~entries, 0.0), count))
     return torch.stack(losses)

@@ -1,0 +1,162 @@
+"""Several weighted teacher layers of one student layer, against the definition."""
+
+from typing import Any
+
+import pytest
+import torch
+from fastkd_kernels import AttentionState, attention_score_mse, reference
+from fastkd_kernels.weighted_teacher import weighted_targets
+from kernel_cases import (
+    attention_states,
+    cast,
+    errors,
+    leaves_of,
+    loss_and_gradients,
+    masks,
+    peak_bytes,
+    trained,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EVERY_ALGORITHM = pytest.mark.parametrize(
+    ("algorithm", "causal"), [("tiles", False), ("tiles", True), ("gram", False), ("gram", True)]
+)
+# of three pairs: one layer by itself, two, three
+WEIGHTS: list[Any] = [
+    None,
+    [None, None, None],
+    [[0.5], [2.0, -0.25], [0.2, 0.0, 0.8]],
+    [None, [0.0, 1.0], [1 / 3, 1 / 3, 1 / 3]],
+]
+
+
+def cases(
+    tokens: int, dims: tuple[int, ...] = (6, 6, 4, 9), **options: Any
+) -> tuple[list[AttentionState], list[Any]]:
+    """Three students with one teacher layer, a list of two and a tuple of three."""
+    student = attention_states(3, 2, 4, tokens, (dims[0],) * 2, kv_heads=(2, 4), **options)[0]
+    layers = [
+        attention_states(1, 2, 4, tokens, (1, dim), seed=seed, **options)[1][0]
+        for seed, dim in enumerate((dims[1], dims[1], dims[2], dims[1], dims[2], dims[3]), start=5)
+    ]
+    return student, [layers[0], layers[1:3], tuple(layers[3:])]
+
+
+def to(teacher: list[Any], dtype: torch.dtype) -> list[Any]:
+    return [
+        cast([entry], dtype)[0] if isinstance(entry, AttentionState) else cast(entry, dtype)
+        for entry in teacher
+    ]
+
+
+@EVERY_ALGORITHM
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_equals_its_definition_in_fp64(weights: Any, algorithm: str, causal: bool) -> None:
+    student, teacher = cases(70 if causal else 20)
+    valid = masks(2, 70 if causal else 20)
+    options: dict[str, Any] = {"causal": causal, "key_mask": valid, "query_mask": valid}
+    options["teacher_weights"] = weights
+    arguments = (leaves_of(student), student, teacher)
+    given = loss_and_gradients(attention_score_mse, *arguments, algorithm=algorithm, **options)
+    expected = loss_and_gradients(reference.attention_score_mse, *arguments, **options)
+    assert max(errors(given, expected)) < 1e-12
+
+
+@pytest.mark.parametrize("algorithm", ["tiles", "gram"])
+def test_triton_equals_its_definition(algorithm: str) -> None:
+    """Wider side by side than any head that the tiles hold whole."""
+    student, teacher = cases(18, (6, 6, 4, 280), dtype=torch.float32, device=DEVICE)
+    options: dict[str, Any] = {"teacher_weights": WEIGHTS[2]}
+    given = loss_and_gradients(
+        attention_score_mse,
+        leaves_of(student),
+        student,
+        teacher,
+        algorithm=algorithm,
+        backend="triton",
+        **options,
+    )
+    exact = trained(cast(student, torch.float64)), to(teacher, torch.float64)
+    expected = loss_and_gradients(
+        reference.attention_score_mse, leaves_of(exact[0]), *exact, **options
+    )
+    assert max(errors(given, expected)) < 1e-5
+
+
+def test_one_weighted_layer_is_a_layer_with_another_scale() -> None:
+    student, teacher = attention_states(1, 2, 4, 20, (6, 6))
+    given = attention_score_mse(student, [teacher], teacher_weights=[[0.3]])
+    scaled = [teacher[0]._replace(scale=0.3 * teacher[0].scale)]
+    assert torch.equal(given, attention_score_mse(student, scaled))
+
+
+@pytest.mark.parametrize("algorithm", ["tiles", "gram"])
+@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-4])
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.7, 0.2]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_stays_near_plain_pytorch(
+    dtype: torch.dtype, weights: list[float], distance: float, algorithm: str
+) -> None:
+    """A student near the weighted sum, with as many columns: at most twice plain PyTorch's error."""
+    teacher = cast(attention_states(2, 2, 2, 96, (8, 8))[1], dtype)
+    joined = weighted_targets(teacher[:1], [teacher], [weights])[0]
+    noise = torch.Generator().manual_seed(4)
+    student = [
+        AttentionState(
+            *(
+                (value + distance * torch.randn(value.shape, generator=noise)).to(dtype)
+                for value in (joined.query.float(), joined.key.float())
+            ),
+            None,
+            joined.scale,
+        )
+    ]
+    student = trained(student)
+    options: dict[str, Any] = {"teacher_weights": [weights]}
+    exact = trained(cast(student, torch.float64)), [cast(teacher, torch.float64)]
+    expected = loss_and_gradients(
+        reference.attention_score_mse, leaves_of(exact[0]), *exact, **options
+    )
+    arguments = (leaves_of(student), student, [teacher])
+    plain = loss_and_gradients(reference.attention_score_mse, *arguments, **options)
+    given = loss_and_gradients(attention_score_mse, *arguments, algorithm=algorithm, **options)
+    mine, theirs = errors(given, expected), errors(plain, expected)
+    assert mine[0] <= max(2 * theirs[0], 8 * torch.finfo(torch.float32).eps)
+    for own, other in zip(mine[1:], theirs[1:], strict=True):
+        assert own <= max(2 * other, torch.finfo(dtype).eps)
+
+
+def test_no_weight_is_rounded_into_a_half() -> None:
+    teacher = cast(attention_states(3, 1, 2, 8, (4, 4))[1], torch.bfloat16)
+    even = weighted_targets(teacher[:1], [teacher], None)[0]
+    assert even.query.dtype == torch.bfloat16
+    assert torch.equal(even.query, torch.cat([state.query for state in teacher], -1))
+    signs = weighted_targets(teacher[:1], [teacher], [[1, -1, 0]])[0]
+    assert torch.equal(signs.query, torch.cat([teacher[0].query, -teacher[1].query], -1))
+    uneven = weighted_targets(teacher[:1], [teacher], [[0.3, 0.5, 0.2]])[0]
+    assert uneven.query.dtype == uneven.key.dtype == torch.float32
+
+
+def test_memory_is_linear_in_the_tokens() -> None:
+    def peak(tokens: int) -> int:
+        student, teacher = attention_states(4, 1, 2, tokens, (16, 16), dtype=torch.float32)
+        own = student[:1]
+        return peak_bytes(lambda: attention_score_mse(own, [teacher]).sum().backward())
+
+    assert peak(2048) < 2.3 * peak(1024)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS[1:3])
+def test_compiles_as_one_graph(weights: Any) -> None:
+    student, teacher = cases(10, dtype=torch.float32)
+
+    def step(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        own = [state._replace(query=query, key=key) for state in student]
+        return attention_score_mse(own, teacher, teacher_weights=weights).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (step, compiled):
+        loss = function(*student[0][:2])
+        results.append([loss.detach(), *torch.autograd.grad(loss, student[0][:2])])
+    assert max(errors(results[1], results[0])) < 1e-6

@@ -127,8 +127,8 @@ def check_target(
     if heads != target_heads:
         raise ValueError(
             f"pair {pair}: the student has {heads} heads and the teacher has {target_heads}; "
-            "scores are compared head by head, so re-split queries and keys into the same "
-            "number of relation heads (MiniLMv2) first"
+            "heads are compared one by one, so use relation_divergence, which cuts both sides "
+            "into the same number of relation heads (MiniLMv2)"
         )
     expected = (first.query.shape[0], first.query.shape[2])
     for side, state in sides:

@@ -83,8 +83,8 @@ def test_which_tokens_are_words() -> None:
     assert not {"##s", "s", "##fish", ".", "5", "[MASK]", "MASK", "UNK", "ed"} & words
 
 
-def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """As RoBERTa's: a blank belongs to the word behind it."""
+def byte_level_tokenizer(trimmed: bool) -> PreTrainedTokenizerFast:
+    """Blanks belong to the word behind: as RoBERTa's, or to its offsets too, as ModernBERT's."""
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -96,7 +96,13 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     backend.train_from_iterator([" the dog runs", " a small house", " dog house"] * 9, trainer)
-    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    backend.post_processor = (
+        processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+        if trimmed
+        else processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+        )
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         cls_token="<s>",
@@ -107,8 +113,9 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def test_byte_level_tokenizers(tmp_path: Path) -> None:
-    tokenizer = byte_level_tokenizer()
+@pytest.mark.parametrize("trimmed", [True, False])
+def test_byte_level_tokenizers(trimmed: bool, tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer(trimmed)
     words = whole_words(tokenizer)
     assert {"the", "dog", "house", "small"} <= set(words.values())
     # the piece inside a word has the same letters and is another token

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 from fastkd.errors import UserError
 from fastkd.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 
-SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+RECIPES = (Path(__file__).parents[1] / "recipes").glob("*.yaml")
+SHIPPED = sorted(path for path in RECIPES if not path.name.startswith("study-"))
 SMALLEST: dict[str, Any] = {
     "teacher": {"model": "some/teacher"},
     "student": {"layers": 2},

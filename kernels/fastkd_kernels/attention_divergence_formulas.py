@@ -168,7 +168,7 @@ def row_terms(log_p, log_t, seen, KIND: tl.constexpr):
             return value, tl.sum(p * difference, 1), shift
         else:
             # cosine: p and t have length 1 here, and 1 - cos = |p - t|^2 / 2
-            return 0.5 * value, 0.5 * value, shift
+            return 0.5 * value, tl.sum(p * t, 1), shift
 
 
 @triton.jit
@@ -186,4 +186,4 @@ def row_slopes(log_p, log_t, constant, seen, KIND: tl.constexpr):
     elif KIND == "mse":
         return 2.0 * p * (p - t - constant)
     else:
-        return p * (p - t - constant * p)
+        return p * (constant * p - t)

@@ -118,7 +118,7 @@ def stream_rows(
         o_key = start + tl.arange(0, BLOCK_KEY)
         m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
         seen = visible(o_query[:, None], o_key[None, :], m_key[None, :], window, CAUSAL, WINDOWED)
-        own, target, _ = both_tiles(
+        own, target, _b_key = both_tiles(
             held,
             held_sides,
             moving_sides,
@@ -144,9 +144,9 @@ def stream_rows(
         else:
             state = add_expectation(target, own, seen, state)
     if KIND == "reverse_kl":
-        max_own, sum_own, max_target, sum_target, mean, _ = state
+        max_own, sum_own, max_target, sum_target, mean, _excess = state
     else:
-        max_target, sum_target, max_own, sum_own, mean, _ = state
+        max_target, sum_target, max_own, sum_own, mean, _excess = state
     max_own, log_own = shift_of(max_own) / power, log_sum(sum_own) / power
     max_target, log_target = shift_of(max_target) / power, log_sum(sum_target) / power
     value = divergence_of(state)
@@ -164,7 +164,7 @@ def stream_rows(
             seen = visible(
                 o_query[:, None], o_key[None, :], m_key[None, :], window, CAUSAL, WINDOWED
             )
-            own, target, _ = both_tiles(
+            own, target, _b_key = both_tiles(
                 held,
                 held_sides,
                 moving_sides,
@@ -193,6 +193,9 @@ def stream_rows(
         if KIND == "mse":
             # the rounding of a divisor scales all of p or t, which leaves sum p - t off 0
             value -= 2.0 * shift * constant
+        if KIND == "cosine":
+            # of both sums, the one that has the digits
+            constant = tl.where(value < 0.5, 1.0 - value, constant)
     tl.store(
         partials + pair * tl.num_programs(0) + tl.program_id(0),
         tl.sum(tl.where(m_query, value, 0.0), 0),

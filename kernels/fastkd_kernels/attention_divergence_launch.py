@@ -36,8 +36,8 @@ def divergence_launch(
         "BLOCK_KEY": held if part == "key" else moving,
         "BLOCK_DIM": block_dim,
         "BLOCK_TARGET_DIM": block_target,
-        # columns of one product of scores; 0 takes the whole head
-        "CHUNK": (0 if width <= 64 else 32) if narrow else 16,
+        # columns of one product of scores: whole heads, held in registers, spill
+        "CHUNK": 32 if narrow else 16,
         "SCORE_PRECISION": dot_precision(True, on),
     }
     if part != "rows":

@@ -78,10 +78,13 @@ def _cosine(scores: Tensor, target: Tensor) -> Rows:
         torch.nn.functional.normalize(side.softmax(-1), dim=-1, eps=0.0)
         for side in (scores, target)
     )
+    direct = torch.mul(p, t, out=scores).sum(-1)
     difference = torch.sub(p, t, out=scores)
     # 1 - cos = |p / |p| - t / |t||^2 / 2
-    value = torch.mul(difference, difference, out=t).sum(-1).mul_(0.5)
-    return value, difference.addcmul_(p, value[..., None], value=-1).mul_(p)
+    value = difference.mul_(difference).sum(-1).mul_(0.5)
+    # of both sums, the one that has the digits
+    cosine = torch.where(value < 0.5, 1 - value, direct)
+    return value, torch.mul(p, cosine[..., None], out=scores).sub_(t).mul_(p)
 
 
 _FORMULAS: dict[str, Callable[[Tensor, Tensor], Rows]] = {

@@ -272,3 +272,16 @@ def test_points_of_a_space() -> None:
 def test_study_tree_is_a_study(tmp_path: Path) -> None:
     path = write_study(tmp_path)
     assert load_study(path).model_dump(mode="json")["axes"] == study_tree(tmp_path)["axes"]
+
+
+SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("study-*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_studies_are_whole(path: Path) -> None:
+    plan = Plan(load_study(path), path)
+    assert plan.output == Path("runs") / path.stem
+
+
+def test_studies_are_shipped() -> None:
+    assert len(SHIPPED) >= 2

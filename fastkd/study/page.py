@@ -17,6 +17,9 @@ from fastkd.run_folder import write_whole
 from fastkd.study.plan import Plan
 from fastkd.study.tables import Table
 
+# tables of a study are wide, and a number should not be broken
+_STYLE = "body { max-width: 84rem } td { white-space: nowrap } img { max-width: min(100%, 66rem) }"
+
 
 def write_page(plan: Plan, tables: Iterable[Table], figures: Mapping[str, Figure]) -> Path:
     """Write everything into the `report` folder of a study; return the HTML file.
@@ -93,7 +96,7 @@ def _html(plan: Plan, tables: Iterable[Table], pictures: Mapping[str, bytes]) ->
     title = html.escape(plan.spec.name)
     page = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
-        f"<title>{title}</title><style>{STYLE} img {{ max-width: 100% }}</style>",
+        f"<title>{title}</title><style>{STYLE}{_STYLE}</style>",
         f"<h1>{title}</h1><ul>",
         *(f"<li>{html.escape(line)}</li>" for line in describe(plan)),
         "</ul>",

@@ -170,6 +170,8 @@ def _search_plot(results: Results) -> Figure:
             axes.axhline(reference, color=_REFERENCE, ls="--", lw=1.2, label="no distillation")
         if name in spaces and spaces[name].log:
             axes.set_xscale("log")
+        if name not in spaces:
+            axes.margins(x=0.3)
         axes.set_xlabel(name)
         if axes in grid[::columns]:
             axes.set_ylabel(results.plan.spec.metric.path)

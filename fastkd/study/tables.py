@@ -275,7 +275,10 @@ def _table(
     for other in against:
         columns += [f"less {other.replace('_', ' ')}", "p"]
     # what a terminal shows: the condition, its mean, seeds, differences
-    brief = (0, *range(len(columns) - 2 - 2 * len(against), len(columns)))
+    brief = [0, *range(len(columns) - 2 - 2 * len(against), len(columns))]
+    if results.plan.spec.search is not None:
+        # what was searched needs the room of p
+        brief = [index for index in brief if columns[index] != "p"]
     cells_of, numbers = [], []
     for row in rows:
         overall = mean_over_seeds(row.scores)
@@ -289,13 +292,17 @@ def _table(
             cells[0] += f" ({row.runs[0]} of {row.runs[1]} runs)"
         cells_of.append(tuple(cells))
         numbers.append(_numbers(first, row, overall, by_task))
-    return Table(name, title, tuple(columns), cells_of, numbers, notes, brief)
+    return Table(name, title, tuple(columns), cells_of, numbers, notes, tuple(brief))
 
 
 def _label(row: Row, baseline: str, results: Results) -> str:
     if row.levels and results.plan.spec.search is not None:
-        return " ".join([row.level, *(f"{n}={shown(v)}" for n, v in row.levels.items())])
+        return " ".join([row.level, *(f"{n}={_rounded(v)}" for n, v in row.levels.items())])
     return row.level + (" (baseline)" if row.level == baseline != BASELINE else "")
+
+
+def _rounded(level: Level) -> str:
+    return f"{level:.3g}" if isinstance(level, float) else shown(level)
 
 
 def _difference_cells(row: Row, other: str) -> list[str]:
@@ -310,7 +317,8 @@ def _difference_cells(row: Row, other: str) -> list[str]:
 
 
 def _numbers(first: str, row: Row, overall: Mean, by_task: Mapping[str, Mean]) -> dict[str, Any]:
-    found: dict[str, Any] = {first: row.level, "runs": row.runs[0], "planned": row.runs[1]}
+    found: dict[str, Any] = {first: row.level, **row.levels}
+    found |= {"runs": row.runs[0], "planned": row.runs[1]}
     for name, mean in {"all": overall, **by_task}.items():
         found[f"{name} seeds"], found[f"{name} mean"] = mean.seeds, mean.mean
         found[f"{name} deviation"] = mean.deviation

@@ -1,0 +1,184 @@
+"""What holds for every op and every input: hypothesis draws them, the same ones in every run.
+
+The Triton kernels, slow in the interpreter, see fewer and smaller problems than the PyTorch path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import fastkd_kernels
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from property_cases import ENTROPIES, FAMILIES, Problem
+from torch import Tensor
+
+# a busy machine is no failure, and every run draws the same
+ALWAYS = {
+    "derandomize": True,
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [HealthCheck.too_slow],
+}
+GARBAGE = [1e4, float("inf"), float("nan")]
+
+
+def upstream_of(problem: Problem) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(problem.count(problem).shape, generator=generator, dtype=torch.float64)
+
+
+def tolerance(problem: Problem) -> float:
+    """How far two orders of the same sums may lie apart."""
+    epsilon = torch.finfo(problem.student[0].dtype).eps
+    return 100 * max(epsilon, torch.finfo(torch.float64).eps * 10)
+
+
+def scale_of(problem: Problem) -> list[float]:
+    """What each value is judged by: the norm of the definition's, and of its largest term."""
+    exact = problem.cast(torch.float64).run(upstream_of(problem), definition=True)
+    largest = max(float(value.norm()) for value in exact)
+    return [float(value.norm()) + 0.1 * largest for value in exact]
+
+
+def close(given: list[Tensor], expected: list[Tensor], problem: Problem) -> None:
+    for one, other, scale in zip(given, expected, scale_of(problem), strict=True):
+        assert one.shape == other.shape
+        distance = float((one.double() - other.double()).norm())
+        assert distance <= tolerance(problem) * scale, (distance, scale)
+
+
+def equals_the_definition(problem: Problem, backend: str) -> None:
+    """As near to fp64 as plain PyTorch in the same precision, twice over."""
+    upstream = upstream_of(problem)
+    found = problem.run(upstream, backend=backend)
+    plain = problem.run(upstream, definition=True)
+    exact = problem.cast(torch.float64).run(upstream, definition=True)
+    # heads of different sizes leave the Gram form with terms that cancel
+    often = 20 if problem.op == "attention_score_mse" else 2
+    for own, other, true, scale in zip(found, plain, exact, scale_of(problem), strict=True):
+        assert own.shape == true.shape
+        bound = often * float((other.double() - true).norm()) + tolerance(problem) / 10 * scale
+        assert float((own.double() - true).norm()) <= bound
+
+
+def ignores_padding(problem: Problem, backend: str) -> None:
+    upstream = upstream_of(problem)
+    kept = problem.mask.shape[1]
+    expected = problem.run(upstream, backend=backend)
+    for garbage in GARBAGE:
+        loss, *grads = problem.padded(3, garbage).run(upstream, backend=backend)
+        own = len(problem.student)
+        for grad in grads[:own]:
+            assert torch.count_nonzero(grad.narrow(problem.axis, kept, 3)) == 0
+        cut = [grad.narrow(problem.axis, 0, kept) for grad in grads[:own]]
+        close([loss, *cut, *grads[own:]], expected, problem)
+
+
+def adds_up_over_micro_batches(problem: Problem, backend: str) -> None:
+    upstream = upstream_of(problem)
+    whole = problem.run(upstream, backend=backend)
+    total = problem.count(problem).clamp(min=1).to(whole[0])
+    batch, own = problem.mask.shape[0], len(problem.student)
+    parts = [problem.part(slice(item, item + 1)) for item in range(batch)]
+    shares = [part.count(part).to(total) / total for part in parts]
+    found = [
+        part.run(upstream * share.double(), backend=backend)
+        for part, share in zip(parts, shares, strict=True)
+    ]
+    loss = sum(one[0] * share for one, share in zip(found, shares, strict=True))
+    states = [torch.cat([one[1 + i] for one in found]) for i in range(own)]
+    weights = [
+        torch.stack([one[1 + i] for one in found]).sum(0) for i in range(own, len(whole) - 1)
+    ]
+    close([loss, *states, *weights], whole, problem)
+
+
+def is_zero_without_valid_tokens(problem: Problem, backend: str) -> None:
+    """Whatever the models made of padding, NaN included."""
+    empty = replace(problem, mask=torch.zeros_like(problem.mask))
+    broken = replace(
+        empty,
+        student=[torch.full_like(tensor, torch.nan) for tensor in problem.student],
+        teacher=[torch.full_like(tensor, torch.nan) for tensor in problem.teacher],
+    )
+    for case in (empty, broken):
+        for value in case.run(upstream_of(problem), backend=backend):
+            assert torch.equal(value, torch.zeros_like(value))
+
+
+def vanishes_at_the_teacher(problem: Problem, backend: str) -> None:
+    """Student equal to teacher, judged by the gradients of a teacher that differs."""
+    twin = problem.twin(problem)
+    if twin is None:
+        return
+    epsilon = torch.finfo(problem.student[0].dtype).eps
+    other = replace(problem, labels=None).cast(torch.float64)
+    upstream = upstream_of(other)
+    _, *scales = other.run(upstream, definition=True)
+    size = max(float(value.norm()) for value in scales)
+    loss, *grads = twin.run(upstream, backend=backend)
+    if problem.arguments(problem)[1].get("kind") not in ENTROPIES:
+        assert float(loss.abs().max()) <= 100 * epsilon
+    # a projected student is rounded once more to be a teacher
+    projected = problem.op.startswith("hidden") and bool(problem.trained)
+    for grad in grads:
+        assert float(grad.norm()) <= max(1e-6, epsilon * projected) * size
+
+
+def leaves_inputs_alone(problem: Problem, backend: str) -> None:
+    tensors = [*problem.leaves, *problem.teacher, *problem.frozen, problem.mask]
+    before = [(tensor.clone(), tensor._version) for tensor in tensors]
+    problem.run(upstream_of(problem), backend=backend)
+    for tensor, (value, version) in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, value)
+        assert tensor._version == version
+
+
+def repeats_bit_for_bit(problem: Problem, backend: str) -> None:
+    upstream = upstream_of(problem)
+    first = problem.run(upstream, backend=backend)
+    assert all(map(torch.equal, first, problem.run(upstream, backend=backend)))
+
+
+PROPERTIES: tuple[Callable[[Problem, str], None], ...] = (
+    equals_the_definition,
+    ignores_padding,
+    adds_up_over_micro_batches,
+    is_zero_without_valid_tokens,
+    vanishes_at_the_teacher,
+    leaves_inputs_alone,
+    repeats_bit_for_bit,
+)
+
+
+def test_every_op_has_problems() -> None:
+    ops = set(fastkd_kernels.__all__) - {"AttentionState", "LogitsHead"}
+    assert ops == set(FAMILIES)
+
+
+# numpy, which interprets, sees what is masked away
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("op", FAMILIES)
+@pytest.mark.parametrize("holds", PROPERTIES, ids=lambda holds: holds.__name__)
+@settings(max_examples=20, **ALWAYS)
+@given(data=st.data())
+def test_on_pytorch(op: str, holds: Callable[[Problem, str], None], data: st.DataObject) -> None:
+    problem = FAMILIES[op](data.draw, False)
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    holds(problem.cast(dtype), "torch")
+
+
+# numpy, which interprets, sees what is masked away
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("op", FAMILIES)
+@pytest.mark.parametrize("holds", PROPERTIES, ids=lambda holds: holds.__name__)
+@settings(max_examples=2, phases=[Phase.generate], **ALWAYS)
+@given(data=st.data())
+def test_on_triton(op: str, holds: Callable[[Problem, str], None], data: st.DataObject) -> None:
+    problem = FAMILIES[op](data.draw, True)
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.float16]))
+    holds(problem.cast(dtype), "triton")

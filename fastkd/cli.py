@@ -1,4 +1,4 @@
-"""The command line: `fastkd distill | evaluate | doctor`.
+"""The command line: `fastkd distill | evaluate | study | inspect | doctor`.
 
 A mistake that the user can mend is one line on stderr and exit code 2; an interrupted run is 130.
 """
@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -103,6 +103,52 @@ def evaluate(
             write_whole(output, json.dumps(result.as_dict(), indent=2) + "\n")
     finally:
         stop_ranks()
+
+
+@app.command()
+def study(
+    path: Annotated[Path, typer.Argument(metavar="STUDY", help="Study, a YAML file.")],
+    workers: Annotated[int, typer.Option("--workers", help="Runs at a time.")] = 1,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Run nothing, write the report of what is there.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Also try again what failed before.")
+    ] = False,
+) -> None:
+    """Run or continue a grid or a search over the fields of a recipe, and compare the results."""
+    from fastkd.study import run_study
+
+    run_study(path, workers=workers, report_only=report_only, retry_failed=retry_failed)
+
+
+@app.command()
+def inspect(
+    teacher: Annotated[str, typer.Argument(help="Hub name, folder, or package:NAME/FOLDER.")],
+    student: Annotated[str, typer.Argument(help="Likewise; a run's student folder is one.")],
+    data: Annotated[list[str], typer.Option("--data", help="Text, as in data.train of a recipe.")],
+    kind: Annotated[
+        Literal["kl", "reverse_kl", "js", "mse", "cross_entropy", "cosine"],
+        typer.Option("--kind", help="Divergence of attention probabilities."),
+    ] = "js",
+    blocks: Annotated[int, typer.Option("--blocks", min=1, help="Blocks of text to read.")] = 64,
+    block_size: Annotated[int, typer.Option("--block-size", min=8, help="Tokens of one.")] = 128,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Also write a CSV file and heat maps here.")
+    ] = None,
+) -> None:
+    """Show how alike the layers of two models are: CKA and attention divergence of all pairs."""
+    _quieten()
+    from fastkd.console import Reporter
+    from fastkd.similarity import inspect_models, print_similarity, write_similarity
+
+    found = inspect_models(
+        teacher, student, data, kind=kind, blocks=blocks, block_size=block_size
+    )
+    print_similarity(found, Reporter())
+    if output is not None:
+        write_similarity(found, output)
+        print(f"written to {output}")
 
 
 @app.command()

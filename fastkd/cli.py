@@ -142,9 +142,7 @@ def inspect(
     from fastkd.console import Reporter
     from fastkd.similarity import inspect_models, print_similarity, write_similarity
 
-    found = inspect_models(
-        teacher, student, data, kind=kind, blocks=blocks, block_size=block_size
-    )
+    found = inspect_models(teacher, student, data, kind=kind, blocks=blocks, block_size=block_size)
     print_similarity(found, Reporter())
     if output is not None:
         write_similarity(found, output)

@@ -1,0 +1,169 @@
+"""Heads are recorded without making logits, and say the same as the logits of the model itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from fastkd_kernels import LogitsHead
+from tiny_models import CAUSAL, VOCABULARY, tiny_batch, tiny_config, tiny_tokenizer
+from torch import Tensor, nn
+from transformers import Gemma2Config, PreTrainedModel
+
+from fastkd.capture import capture, check_capturable, no_cache, route_attention
+from fastkd.errors import UserError
+from fastkd.heads import last_hidden_state
+from fastkd.layer_map import make_layer_map
+from fastkd.masking import Masking
+from fastkd.models import build_student
+from fastkd.objective import DIVISORS, IGNORED, ModelPair, Objective, count_divisors, target_labels
+from fastkd.recipe import Losses, Student
+
+BATCH = tiny_batch((9, 5, 3))
+LANGUAGE_MODELS = [
+    *((name, "AutoModelForCausalLM") for name in CAUSAL),
+    *((n, "AutoModelForMaskedLM") for n in ("bert", "roberta", "distilbert", "modernbert")),
+]
+WHOLE = torch.ones(len(DIVISORS))
+
+
+def model_with(name: str, head: str, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = getattr(transformers, head).from_config(tiny_config(name, **changes))
+    route_attention(model, "sdpa")
+    return model.eval()
+
+
+@pytest.mark.parametrize(("name", "head"), LANGUAGE_MODELS)
+def test_a_language_models_logits_are_those_of_what_is_recorded(name: str, head: str) -> None:
+    model = model_with(name, head)
+    check_capturable(model)
+    with torch.no_grad():
+        given = model(**BATCH, **no_cache(model)).logits
+        with capture(model, hidden=(2,), logits=True) as states:
+            skipped = model(**BATCH, **no_cache(model)).logits
+        again = model(**BATCH, **no_cache(model)).logits
+    assert skipped.shape == (*BATCH["input_ids"].shape, 0)
+    assert isinstance(states.logits, LogitsHead)
+    assert states.logits.weight is model.get_output_embeddings().weight
+    made = nn.functional.linear(*states.logits)
+    torch.testing.assert_close(made, given, atol=1e-5, rtol=1e-5)
+    assert torch.equal(again, given)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "modernbert"])
+def test_a_classifiers_logits_are_recorded_as_they_are(name: str) -> None:
+    model = model_with(name, "AutoModelForSequenceClassification", num_labels=3)
+    with torch.no_grad():
+        given = model(**BATCH, **no_cache(model)).logits
+        with capture(model, logits=True) as states:
+            model(**BATCH, **no_cache(model))
+    assert isinstance(states.logits, Tensor)
+    assert torch.equal(states.logits, given)
+
+
+@pytest.mark.parametrize(("name", "head"), [*LANGUAGE_MODELS[:2], ("bert", "AutoModel")])
+def test_the_state_below_the_head_is_that_of_the_base_model(name: str, head: str) -> None:
+    model = model_with(name, head)
+    read = {**BATCH, **no_cache(model)}
+    with torch.no_grad():
+        expected = model.base_model(**read).last_hidden_state
+        assert torch.equal(last_hidden_state(model, model, read), expected)
+
+
+def test_logits_that_are_changed_after_the_last_layer_are_refused() -> None:
+    config = Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=0.5,
+        initializer_range=0.5,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    route_attention(model, "eager")
+    with pytest.raises(UserError, match="Gemma2ForCausalLM changes its logits after the last"):
+        check_capturable(model)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_student_has_its_teachers_head(name: str) -> None:
+    head = "masked_lm" if name == "bert" else "causal_lm"
+    teacher = model_with(name, f"AutoModelFor{'MaskedLM' if name == 'bert' else 'CausalLM'}")
+    layers = make_layer_map("uniform", 2, 4)
+    student, start = build_student(teacher, Student(layers=2, head=head), layers)
+    assert type(student) is type(teacher)
+    assert start.copied == start.total
+    assert torch.equal(
+        student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+    )
+
+
+def test_causal_labels_are_the_next_tokens_that_are_no_padding() -> None:
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    labels = target_labels({"input_ids": ids, "attention_mask": mask}, "causal_lm")
+    assert labels is not None
+    expected = [[6, 7, 8, IGNORED], [10, IGNORED, IGNORED, IGNORED]]
+    assert labels.tolist() == expected
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    assert count_divisors(inputs, True, "valid", labels)[4] == 4
+    assert target_labels({"input_ids": ids}, "masked_lm") is None
+
+
+def classified(outputs: int, **losses: Any) -> Objective:
+    pair = ModelPair((4, 4), head="sequence_classification", outputs=outputs)
+    return Objective(Losses.model_validate(losses), make_layer_map("final", 1, 1), pair)
+
+
+def test_scores_are_distilled_and_learned_by_squared_error() -> None:
+    made = classified(1, logits={"kind": "mse", "weight": 3.0}, labels={})
+    own, target = torch.randn(5, 1, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)
+    inputs = {"input_ids": torch.ones(5, 2), "labels": torch.rand(5)}
+    capture_of = [type("Seen", (), {"logits": logits})() for logits in (own, target)]
+    total, values = made(*capture_of, inputs, WHOLE.double())
+    soft = (own - target).square().mean()
+    hard = (own[:, 0] - inputs["labels"].double()).square().mean()
+    torch.testing.assert_close(values[0], torch.stack([soft, hard]))
+    torch.testing.assert_close(total, 3 * soft + hard)
+    assert made.divisors(inputs).tolist()[3:] == [5, 5]
+
+
+def test_a_regression_has_no_probabilities() -> None:
+    with pytest.raises(UserError, match="kind is kl, but the models' heads give one number"):
+        classified(1, logits={})
+
+
+def test_masking_is_berts_and_depends_on_seed_and_draw_alone() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = torch.randint(5, VOCABULARY, (200, 64), generator=torch.Generator().manual_seed(0))
+    ids[:, 0], ids[:, -1] = 2, 3
+    masking = Masking(tokenizer, 0.2, seed=1)
+    made = masking(ids, 7)
+    chosen = made["labels"] != IGNORED
+    assert not chosen[:, 0].any() and not chosen[:, -1].any()
+    assert torch.equal(made["labels"][chosen], ids[chosen])
+    assert torch.equal(made["input_ids"][~chosen], ids[~chosen])
+    count = chosen.sum().item()
+    assert 0.18 < count / (200 * 62) < 0.22
+    became = made["input_ids"][chosen]
+    masked = (became == 4).sum().item() / count
+    same = (became == ids[chosen]).sum().item() / count
+    assert 0.77 < masked < 0.83
+    assert 0.08 < same < 0.13
+    again = Masking(tokenizer, 0.2, seed=1)(ids, 7)
+    assert all(torch.equal(again[name], made[name]) for name in made)
+    for other in (masking(ids, 8), Masking(tokenizer, 0.2, seed=2)(ids, 7)):
+        assert not torch.equal(other["labels"], made["labels"])
+
+
+def test_masking_needs_a_mask_token() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.mask_token = None
+    with pytest.raises(UserError, match="the teacher's tokenizer has no mask token"):
+        Masking(tokenizer, 0.15, 0)

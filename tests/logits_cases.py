@@ -1,0 +1,147 @@
+"""Inputs of logits_divergence shared by its tests: heads or plain logits on either side."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import torch
+from fastkd_kernels import LogitsHead, logits_divergence, reference
+from fastkd_kernels.types import LogitsKind
+from kernel_cases import errors, relative_error
+from torch import Tensor
+
+KINDS: tuple[str, ...] = get_args(LogitsKind)
+# student and teacher
+FORMS = [("head", "head"), ("head", "logits"), ("logits", "head"), ("logits", "logits")]
+
+Side = LogitsHead | Tensor
+
+
+@dataclass
+class LogitsCase:
+    """Both sides' logits or heads, and options of the op."""
+
+    student: Side
+    teacher: Side
+    options: dict[str, Any]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return tensors_of(self.student)
+
+    def with_leaves(self, leaves: Sequence[Tensor]) -> "LogitsCase":
+        """The same case around another student, in the order of `leaves`."""
+        made = leaves[0] if isinstance(self.student, Tensor) else LogitsHead(*leaves)
+        return replace(self, student=made)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "LogitsCase":
+        """Every tensor of both sides changed; the student's require grad."""
+        leaves = [change(tensor.detach()).requires_grad_() for tensor in self.leaves]
+        target = [change(tensor) for tensor in tensors_of(self.teacher)]
+        made = target[0] if isinstance(self.teacher, Tensor) else LogitsHead(*target)
+        return replace(self.with_leaves(leaves), teacher=made)
+
+    def cast(self, dtype: torch.dtype) -> "LogitsCase":
+        return self.mapped(lambda tensor: tensor.to(dtype))
+
+    def on(self, device: str) -> "LogitsCase":
+        made = self.mapped(lambda tensor: tensor.to(device))
+        moved = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self.options.items()
+        }
+        return replace(made, options=moved)
+
+    def run(self, op: Callable[..., Any], **more: Any) -> list[Tensor]:
+        """The losses, then the student's gradients for fixed, different upstream gradients."""
+        made = op(self.student, self.teacher, **self.options, **more)
+        losses = made if isinstance(made, tuple) else (made,)
+        total = sum(factor * loss for factor, loss in zip((0.7, -1.3), losses, strict=False))
+        return [*(loss.detach() for loss in losses), *torch.autograd.grad(total, self.leaves)]
+
+
+def tensors_of(side: Side) -> list[Tensor]:
+    if isinstance(side, Tensor):
+        return [side]
+    return [tensor for tensor in side if tensor is not None]
+
+
+def logits_case(
+    lead: tuple[int, ...],
+    forms: tuple[str, str],
+    *,
+    vocabularies: tuple[int, int] = (13, 12),
+    widths: tuple[int, int] = (6, 4),
+    biases: tuple[bool, bool] = (True, False),
+    masked: bool = True,
+    labelled: bool = False,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    **options: Any,
+) -> LogitsCase:
+    """Random sides with leading dimensions `lead`; about a third of the rows does not count."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    def side(index: int) -> Side:
+        vocabulary, width = vocabularies[index], widths[index]
+        if forms[index] == "logits":
+            return made(*lead, vocabulary)
+        bias = made(vocabulary) if biases[index] else None
+        return LogitsHead(made(*lead, width), made(vocabulary, width) * 2 / width**0.5, bias)
+
+    student, teacher = side(0), side(1)
+    if masked:
+        options["mask"] = torch.rand(lead, generator=generator) > 0.3
+    if labelled:
+        labels = torch.randint(0, vocabularies[0], lead, generator=generator)
+        options["labels"] = labels.masked_fill(torch.rand(lead, generator=generator) < 0.3, -100)
+    return LogitsCase(student, teacher, options).mapped(lambda tensor: tensor)
+
+
+def near_case(
+    form: str, distance: float, rows: int = 40, seed: int = 1, **options: Any
+) -> LogitsCase:
+    """A student at a relative `distance` of its teacher, with 64 columns."""
+    case = logits_case(
+        (rows,),
+        (form, form),
+        vocabularies=(64, 64),
+        widths=(32, 32),
+        biases=(True, True),
+        masked=False,
+        seed=seed,
+        **options,
+    )
+    generator = torch.Generator().manual_seed(seed + 1)
+    leaves = [
+        (t + distance * torch.randn(t.shape, generator=generator, dtype=t.dtype)).requires_grad_()
+        for t in tensors_of(case.teacher)
+    ]
+    return case.with_leaves(leaves)
+
+
+def largest_error(given: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    return max(relative_error(a, b) for a, b in zip(given, expected, strict=True))
+
+
+def compared(case: LogitsCase, backend: str, device: str = "cpu") -> float:
+    """Largest relative error of losses and gradients against the definition in fp64."""
+    expected = case.cast(torch.float64).run(reference.logits_divergence)
+    given = case.on(device).run(logits_divergence, backend=backend)
+    return largest_error([value.cpu() for value in given], expected)
+
+
+def check_precision(case: LogitsCase, backend: str, device: str = "cpu") -> None:
+    """At most twice the error of plain PyTorch in the same precision, against fp64."""
+    expected = case.cast(torch.float64).run(reference.logits_divergence)
+    plain = errors(case.run(reference.logits_divergence), expected)
+    made = case.on(device).run(logits_divergence, backend=backend)
+    assert made[0].dtype == torch.float32
+    epsilon = torch.finfo(case.leaves[0].dtype).eps
+    floors = [8 * torch.finfo(torch.float32).eps, *[epsilon] * len(case.leaves)]
+    own = errors([value.cpu() for value in made], expected)
+    for given, theirs, floor in zip(own, plain, floors, strict=True):
+        assert given <= max(2 * theirs, floor)

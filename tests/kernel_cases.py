@@ -178,11 +178,12 @@ class HiddenCase:
     def exact(self) -> "HiddenCase":
         return self.cast(torch.float64)
 
-    def near(self, distance: float) -> "HiddenCase":
+    def near(self, distance: float, seed: int = 1) -> "HiddenCase":
         """Teachers at a relative `distance` of the projected students."""
+        generator = torch.Generator().manual_seed(seed)
         made = self.with_leaves(self.leaves)
         with torch.no_grad():
-            noise = [torch.randn_like(tensor) for tensor in self.teacher]
+            noise = [torch.randn(t.shape, generator=generator).to(t) for t in self.teacher]
             made.teacher = []
             for pair, own in enumerate(self.student):
                 value = own

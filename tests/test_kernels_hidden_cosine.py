@@ -90,7 +90,8 @@ def test_first_tokens_alone(weights: str, op: Callable[..., Tensor]) -> None:
 def test_low_precision_stays_near_plain_pytorch(
     dtype: torch.dtype, weights: str, distance: float
 ) -> None:
-    case = hidden_case(1, 2, 96, (32, 32), weights).near(distance).cast(dtype)
+    # several pairs: the error of a single loss may be 0 by chance
+    case = hidden_case(8, 2, 96, (32, 32), weights).near(distance).cast(dtype)
     given, expected = both(hidden_cosine, case)
     plain = loss_and_gradients(
         reference.hidden_cosine, case.leaves, case.student, case.teacher, **case.trained

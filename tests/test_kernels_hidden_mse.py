@@ -51,7 +51,8 @@ def test_equals_its_definition_in_fp32_at_bert_sizes(tokens: int) -> None:
 def test_low_precision_stays_near_plain_pytorch(
     dtype: torch.dtype, weights: str, distance: float
 ) -> None:
-    case = hidden_case(1, 2, 96, (32, 32), weights).near(distance).cast(dtype)
+    # several pairs: the error of a single loss may be 0 by chance
+    case = hidden_case(8, 2, 96, (32, 32), weights).near(distance).cast(dtype)
     given, expected = both(case)
     plain = loss_and_gradients(
         reference.hidden_mse, case.leaves, case.student, case.teacher, **case.trained

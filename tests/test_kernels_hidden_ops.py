@@ -53,6 +53,30 @@ def test_compiles_as_one_graph() -> None:
     assert max(errors(results[1], results[0])) < 1e-6
 
 
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("op", [hidden_mse, hidden_cosine])
+def test_pytorch_path_stays_on_the_device(op: Callable[..., Tensor], tokens: int) -> None:
+    case = hidden_case(2, 2, tokens, (5, 6), "shared+bias", torch.float32).on("meta")
+    loss = op(case.student, case.teacher, **case.trained, backend="torch")
+    gradients = torch.autograd.grad(loss.sum(), case.leaves)
+    for gradient, leaf in zip(gradients, case.leaves, strict=True):
+        assert (gradient.device, gradient.shape) == (leaf.device, leaf.shape)
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_autocast_and_inference_mode_change_nothing(tokens: int) -> None:
+    """Autocast would make products in bf16; tensors of inference mode can't be saved."""
+    case = hidden_case(2, 2, tokens, (5, 6), "shared+bias", torch.float32)
+    with torch.inference_mode():
+        teacher = [tensor * 1 for tensor in case.teacher]
+    runs = []
+    for enabled, targets in ((False, case.teacher), (True, teacher)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = hidden_mse(case.student, targets, mask=masks(2, tokens), **case.trained).sum()
+            runs.append([loss.detach(), *torch.autograd.grad(loss, case.leaves)])
+    assert all(map(torch.equal, *runs))
+
+
 @pytest.mark.parametrize("op", [hidden_mse, hidden_cosine])
 @pytest.mark.parametrize("tokens", [2, 140])
 def test_everything_is_written_and_repeats_bit_for_bit(

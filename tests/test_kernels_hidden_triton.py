@@ -69,7 +69,7 @@ def test_equals_its_definition_in_fp64(
 def test_low_precision_stays_near_plain_pytorch(
     op: Callable[..., Tensor], dtype: torch.dtype, weights: str, distance: float
 ) -> None:
-    case = hidden_case(1, 1, 50, (32, 32), weights).near(distance).cast(dtype).on(DEVICE)
+    case = hidden_case(4, 1, 50, (32, 32), weights).near(distance).cast(dtype).on(DEVICE)
     exact = case.exact()
     given = loss_and_gradients(
         op, case.leaves, case.student, case.teacher, **case.trained, backend="triton"
@@ -160,3 +160,21 @@ def test_no_host_synchronisation() -> None:
                 op(case.student, case.teacher, **case.trained).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@interpreted
+def test_pairs_may_differ_in_shape() -> None:
+    first = hidden_case(2, 1, 5, (4, 6), "each")
+    second = hidden_case(1, 1, 5, (3, 7), "each")
+    sides = [
+        [one[0], other[0], one[1]]
+        for one, other in (
+            (first.student, second.student),
+            (first.teacher, second.teacher),
+            (first.trained["weight"], second.trained["weight"]),
+        )
+    ]
+    arguments: Any = ([*sides[0], *sides[2]], *sides[:2])
+    given = loss_and_gradients(hidden_mse, *arguments, weight=sides[2], backend="triton")
+    expected = loss_and_gradients(reference.hidden_mse, *arguments, weight=sides[2])
+    assert max(errors(given, expected)) < 1e-12

@@ -5,6 +5,7 @@ apart in Python, which cost more than the whole loss at a thousand tokens.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -78,6 +79,14 @@ def _accumulator(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def _exact_products(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Products keep the precision of their accumulators, whatever autocast would make of them."""
+    kind = tensor.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
 def _keeps_rows(student: Tensor, weights: int, need_weight_grad: bool, backend: str) -> bool:
     batch, tokens, width = student.shape
     wants = need_weight_grad and weights > 0 and backend == "torch"
@@ -105,17 +114,18 @@ def _forward(
     else:
         # imported by the first call that needs Triton
         from .hidden_triton import hidden_forward as forward
-    squares, *grads = forward(
-        student,
-        teacher,
-        weight,
-        bias,
-        mask,
-        normalize,
-        need_input_grad,
-        need_weight_grad,
-        inverse_count.dtype,
-    )
+    with _exact_products(inverse_count):
+        squares, *grads = forward(
+            student,
+            teacher,
+            weight,
+            bias,
+            mask,
+            normalize,
+            need_input_grad,
+            need_weight_grad,
+            inverse_count.dtype,
+        )
     return squares * inverse_count, grads[0], grads[1], grads[2], grads[3]
 
 
@@ -159,9 +169,10 @@ def hidden_rows_backward(
     need_input_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of student, weight and bias, stacked, from kept row gradients."""
-    return on_torch.hidden_backward(
-        row_grad, student, weight, biases, mask, factor, need_input_grad
-    )
+    with _exact_products(row_grad):
+        return on_torch.hidden_backward(
+            row_grad, student, weight, biases, mask, factor, need_input_grad
+        )
 
 
 @hidden_rows_backward.register_fake
@@ -256,5 +267,6 @@ def _applied(unit: Tensor, factor: Tensor, dtype: torch.dtype, count: int) -> Te
         return unit
     if count == factor.numel():
         return scaled(unit, factor, dtype)
-    total: Tensor = torch.tensordot(factor, unit, dims=1)
+    with _exact_products(unit):
+        total: Tensor = torch.tensordot(factor, unit, dims=1)
     return total.unsqueeze(0)

@@ -49,13 +49,12 @@ def hidden_forward(
     wants_weight = need_weight_grad and bool(weight)
     keep = wants_weight and keeps_rows(rows, width)
     need_input_grad, wants_weight = need_input_grad and not keep, wants_weight and not keep
-    new = torch.empty if mask is None else torch.zeros
-    input_grad = new((pairs, rows, width) if need_input_grad else (0,), dtype=dtype)
-    row_grad = new((pairs, rows, target_width) if keep else (0,), dtype=dtype)
-    weight_shape = (pairs, *weight[0].shape) if wants_weight else (0,)
-    weight_grad = torch.empty(weight_shape, dtype=dtype)
-    bias_shape = (pairs, *bias[0].shape) if wants_weight and bias else (0,)
-    bias_grad = torch.zeros(bias_shape, dtype=dtype)
+    like = student[0].new_empty(0, dtype=dtype)
+    new = like.new_empty if mask is None else like.new_zeros
+    input_grad = new((pairs, rows, width) if need_input_grad else (0,))
+    row_grad = new((pairs, rows, target_width) if keep else (0,))
+    weight_grad = like.new_empty((pairs, *weight[0].shape) if wants_weight else (0,))
+    bias_grad = like.new_zeros((pairs, *bias[0].shape) if wants_weight and bias else (0,))
     squares = []
     row_loss = _unit_difference if normalize else _difference
     for pair, (own, target) in enumerate(zip(student, teacher, strict=True)):
@@ -63,7 +62,7 @@ def hidden_forward(
         offset = bias[pair % len(bias)].to(dtype) if bias else None
         # without a projection the row gradient is the student's, and is made where that goes
         in_place = need_input_grad and matrix is None and mask is None
-        total = torch.zeros((), dtype=dtype)
+        total = like.new_zeros(())
         kept = 0
         for chunk, first, last in _chunks(target, dtype):
             valid = None if mask is None else mask[chunk]
@@ -105,9 +104,8 @@ def hidden_backward(
     weights, one for all pairs or one a pair, and `biases` of the bias.
     """
     pairs, dtype, (batch, tokens, width) = len(student), row_grad.dtype, student[0].shape
-    target_width = row_grad.shape[-1]
-    weight_grad = torch.empty((len(weight), target_width, width), dtype=dtype)
-    bias_grad = torch.zeros((biases, target_width) if biases else (0,), dtype=dtype)
+    weight_grad = row_grad.new_empty(len(weight), *weight[0].shape)
+    bias_grad = row_grad.new_zeros((biases, row_grad.shape[-1]) if biases else (0,))
     valid_rows = []
     for pair, own in enumerate(student):
         source = _rows(own, mask).to(dtype)
@@ -119,9 +117,9 @@ def hidden_backward(
         if biases:
             bias_grad[pair % biases] += factor[pair] * rows.sum(0)
     if not need_input_grad:
-        return torch.empty(0, dtype=dtype), weight_grad, bias_grad
-    new = torch.empty if mask is None else torch.zeros
-    input_grad = new((pairs, batch * tokens, width), dtype=dtype)
+        return row_grad.new_empty(0), weight_grad, bias_grad
+    new = row_grad.new_empty if mask is None else row_grad.new_zeros
+    input_grad = new((pairs, batch * tokens, width))
     for pair, rows in enumerate(valid_rows):
         _write(input_grad[pair], rows, weight[pair % len(weight)].to(dtype), mask)
         input_grad[pair] *= factor[pair]

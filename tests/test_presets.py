@@ -72,12 +72,16 @@ class Case:
     objective: Objective
     inputs: Inputs
 
-    def losses(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Total, raw and weighted losses through fastkd."""
+    def losses(
+        self, inputs: Inputs | None = None, shares: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Total, raw and weighted losses through fastkd, of the whole batch or of a part."""
+        inputs = self.inputs if inputs is None else inputs
+        shares = torch.ones(len(DIVISORS)) if shares is None else shares
         module = DistilledStudent(self.student, self.objective)
         with torch.no_grad(), capture(self.teacher, **self.objective.layers("teacher")) as states:
-            self.teacher(**model_inputs(self.inputs))
-        total, values = module(self.inputs, states, torch.ones(len(DIVISORS)))
+            self.teacher(**model_inputs(inputs))
+        total, values = module(inputs, states, shares)
         return total, values[0], values[1]
 
     def look(self) -> tuple[Seen, Seen]:
@@ -261,6 +265,37 @@ def test_the_loss_is_that_of_the_paper(preset: str, width: int) -> None:
     for name, p in c.student.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(found[name], p.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_step_is_the_same_however_it_is_cut(preset: str, sizes: tuple[int, ...]) -> None:
+    c = case(preset, **CHANGES.get(preset, {}))
+    whole, raw, weighted = c.losses()
+    whole.backward()
+    expected = gradients(c)
+    divisors = c.objective.divisors(c.inputs).clamp(min=1)
+    split = {name: tensor.split(sizes) for name, tensor in c.inputs.items()}
+    sums = [torch.zeros_like(raw), torch.zeros_like(raw)]
+    for number in range(len(sizes)):
+        part = {name: tensors[number] for name, tensors in split.items()}
+        total, *values = c.losses(part, c.objective.divisors(part) / divisors)
+        total.backward()
+        sums = [a + b for a, b in zip(sums, values, strict=True)]
+    torch.testing.assert_close(sums[0], raw, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(sums[1], weighted, rtol=1e-9, atol=1e-12)
+    found = gradients(c)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9)
+
+
+def gradients(c: Case) -> dict[str, Tensor]:
+    """Of the student and the projections, which are cleared."""
+    module = torch.nn.ModuleList([c.student, c.objective])
+    found = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    return found
 
 
 def emd_costs(c: Case, s: Seen, t: Seen) -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastkd.capture import route_attention
+from fastkd.cli import main
 from fastkd.console import Reporter
 from fastkd.errors import UserError
 from fastkd.similarity import (
@@ -240,6 +242,24 @@ def test_inspect_writes_a_table_and_pictures(
     nearest = int(found.divergence[1].argmin()) + 1
     assert f"{nearest}: {found.divergence[1, nearest - 1]:.3f}" in lines[1]
     assert "few tokens for 32 features" in said
+
+
+def test_the_command(
+    folders: tuple[str, str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    teacher, student, text = folders
+    options = ["--data", text, "--kind", "kl", "--blocks", "2", "--block-size", "16"]
+    output = ["--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["fastkd", "inspect", teacher, student, *options, *output])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    assert "kl divergence of attention" in said and "measured on 32 tokens" in said
+    assert (tmp_path / "out" / "similarity.csv").read_text().split(",")[3] == "kl_divergence"
 
 
 def test_a_deeper_student_has_no_maps(tmp_path: Path) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from tiny_runs import make_recipe
 
-from fastkd.console import Reporter
+from fastkd.cli import main
 from fastkd.recipe import load_recipe
-from fastkd.study import run_study
 
 
 def test_study_of_real_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,10 +44,14 @@ def test_study_of_real_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     }
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(study))
-    page = run_study(path, workers=2, reporter=Reporter(silent=True))
+    monkeypatch.setattr(sys, "argv", ["fastkd", "study", str(path), "--workers", "2"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    report = tmp_path / "study" / "report"
     assistant = tmp_path / "study" / "shared" / "assistant" / "run"
     assert json.loads((assistant / "summary.json").read_text())["layer_map"] == [[1, 2], [2, 4]]
-    with (page.parent / "runs.csv").open() as file:
+    with (report / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 and {row["state"] for row in rows} == {"finished"}
     for row in rows:
@@ -64,4 +68,4 @@ def test_study_of_real_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert (run / "student" / "model.safetensors").is_file()
         assert not (run / "checkpoints").exists()
     assert len({row["value"] for row in rows}) == 4
-    assert "first" in page.read_text()
+    assert "first" in (report / "report.html").read_text()

@@ -80,6 +80,13 @@ def test_low_precision_stays_near_plain_pytorch(
         assert own <= max(2 * theirs, floor)
 
 
+@pytest.mark.parametrize("kind", ["kl", "reverse_kl", "js", "cosine"])
+def test_losses_near_the_teacher_keep_digits_that_plain_pytorch_loses(kind: str) -> None:
+    states = near_states(1e-3, torch.float32, heads=2, tokens=96, dim=16)
+    given, expected = divergence_both(states, kind=kind)
+    assert 4 * errors(given, expected)[0] <= errors(defined(states, kind=kind), expected)[0]
+
+
 @EVERY_KIND
 def test_student_equal_to_teacher(kind: str) -> None:
     """Loss 0 within rounding (cross-entropy: the teacher's entropy) and no gradient."""

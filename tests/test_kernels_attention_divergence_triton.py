@@ -69,6 +69,13 @@ def test_low_precision_stays_near_plain_pytorch(
         assert own <= max(2 * theirs, floor)
 
 
+@pytest.mark.parametrize("kind", ["kl", "reverse_kl", "js", "cosine"])
+def test_losses_near_the_teacher_keep_digits_that_plain_pytorch_loses(kind: str) -> None:
+    states = near_states(1e-3, torch.float32, heads=1, tokens=40, dim=16, device=DEVICE)
+    given, expected = triton_both(states, kind=kind)
+    assert 4 * errors(given, expected)[0] <= errors(defined(states, kind=kind), expected)[0]
+
+
 @EVERY_KIND
 @pytest.mark.parametrize("scale", [1.0, 20.0])
 def test_models_far_apart(scale: float, kind: str) -> None:

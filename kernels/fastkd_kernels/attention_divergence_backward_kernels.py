@@ -134,7 +134,8 @@ def query_slopes(
             slopes.to(GRAD_TYPE), b_key.to(GRAD_TYPE), input_precision=GRAD_PRECISION
         )
     factor = scale * tl.load(upstream + pair)
-    b_gradient = tl.where(m_query[:, None], b_gradient * factor, 0.0)
+    # rows that are not counted have queries of 0 on both sides, so no slope
+    b_gradient *= factor
     o_dim = tl.arange(0, BLOCK_DIM)
     out = gradient + ((pair * batch + item) * heads + head) * tokens * dim
     o_out = o_query[:, None].to(tl.int64) * dim + o_dim[None, :]
@@ -265,7 +266,7 @@ def key_slopes(
                 b_query = load_rows(
                     query_base, o_query, m_query, query_stride, dim, BLOCK_DIM, ALIGN
                 )
-            # dK_s = c_s (dL/dA)^T Q_s; rows that are not counted have queries of 0
+            # dK_s = c_s (dL/dA)^T Q_s
             b_gradient += tl.dot(
                 slopes.to(GRAD_TYPE), b_query.to(GRAD_TYPE), input_precision=GRAD_PRECISION
             )

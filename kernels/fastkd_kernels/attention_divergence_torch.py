@@ -95,10 +95,8 @@ def _group_sweep(
         if outs is None:
             continue
         part = (slope @ key[:, first:last]).mul_(pair.scale).view(count, repeat, stop - start, dim)
-        outs[0][:, :, start:stop] = (
-            part if invalid is None else part.masked_fill_(skipped[..., None], 0.0)
-        )
-        # rows that are not counted have queries of 0
+        # rows that are not counted have queries of 0 on both sides, so no divergence and no slope
+        outs[0][:, :, start:stop] = part
         outs[1][:, first:last].baddbmm_(slope.mT, own)
     return total
 

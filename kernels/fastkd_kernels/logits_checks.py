@@ -53,8 +53,10 @@ def check_logits(
             f"teacher has leading dimensions {tuple(target[0].shape[:-1])}; expected those of the "
             f"student, {tuple(lead)}; run both models on the same batch"
         )
-    _check_rows("mask", mask, torch.bool, "bool tensor, True at valid rows", lead, device)
-    _check_rows("labels", labels, torch.int64, "int64 tensor of token or class ids", lead, device)
+    _check_rows("mask", mask, torch.bool, "a bool tensor, True at valid rows", lead, device)
+    _check_rows(
+        "labels", labels, torch.int64, "an int64 tensor of token or class ids", lead, device
+    )
     shared = min(side[1].shape[0] if side[1:] else side[0].shape[-1] for side in (own, target))
     if shared == 1 and kind != "mse":
         raise ValueError(
@@ -120,7 +122,7 @@ def _check_rows(
         return
     if not isinstance(value, Tensor) or value.dtype != dtype:
         given = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} is {given}; expected a {expected}, so convert it first")
+        raise TypeError(f"{name} is {given}; expected {expected}, so convert it first")
     if value.shape != lead:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}; expected one entry a row, {tuple(lead)}"

@@ -72,16 +72,16 @@ def sweep(
         place = (rows // tokens, rows % tokens)
         values, gradient = _chunk(own, target, place, labels, factors, how)
         sums += values
-        if len(student) == 1:
-            if need_states:
-                made.states[..., :columns].index_put_(place, gradient)
-            continue
-        if need_states:
+        if need_states and not student[1:]:
+            made.states[..., :columns].index_put_(place, gradient)
+        elif need_states:
             made.states.index_put_(place, gradient @ own[1])
-        if need_weight:
+        if made.weight.numel():
             made.weight[:columns].addmm_(gradient.mT, states[place].to(dtype))
         if made.bias.numel():
             made.bias[:columns] += gradient.sum(0)
+        # before the next chunk makes its own
+        del gradient
     return sums, made
 
 
@@ -116,20 +116,25 @@ def _chunk(
     how: Divergence,
 ) -> tuple[Tensor, Tensor]:
     """Sums of one chunk, and the gradient of the student's logits."""
-    logits = _logits(student, place, factors.dtype)
-    target = _logits(teacher, place, factors.dtype)
-    own = logits if labels is None else logits[:, : how.shared].clone()
-    if how.temperature != 1.0:
-        own /= how.temperature
-        target /= how.temperature
-    values, gradient = divergence_rows(own, target, how.kind, how.share)
-    gradient *= factors[0] * (how.scale / how.temperature)
-    value = values.sum() * how.scale
+    dtype, factor = factors.dtype, factors[0] * (how.scale / how.temperature)
     if labels is None:
-        return value[None], gradient
+        values, gradient = divergence_rows(
+            _logits(student, place, dtype).div_(how.temperature),
+            _logits(teacher, place, dtype).div_(how.temperature),
+            how.kind,
+            how.share,
+        )
+        return (values.sum() * how.scale)[None], gradient.mul_(factor)
+    logits = _logits(student, place, dtype)
+    values, gradient = divergence_rows(
+        logits[:, : how.shared] / how.temperature,
+        _logits(teacher, place, dtype).div_(how.temperature),
+        how.kind,
+        how.share,
+    )
     hard, total = _cross_entropy(logits, labels[place], factors[1])
-    total[:, : how.shared] += gradient
-    return torch.stack([value, hard]), total
+    total[:, : how.shared] += gradient.mul_(factor)
+    return torch.stack([values.sum() * how.scale, hard]), total
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -217,6 +217,7 @@ def test_shared_steps_are_done_once_before_what_needs_them(tmp_path: Path, notes
             "teacher": {**step, "per_task": True, "overrides": needs},
         },
         overrides={"teacher.model": "{shared.teacher}/student"},
+        teacher="teacher",
     )
     run(path, workers=3)
     runs = {f"{task}/{name}" for task in ("easy", "hard") for name in RUNS}
@@ -227,8 +228,15 @@ def test_shared_steps_are_done_once_before_what_needs_them(tmp_path: Path, notes
     assert max(words.index(("end", t)) for t in teachers) < min(
         words.index(("start@0", name)) for name in runs
     )
+    last = _rows(tmp_path, "axis-mapping")[1]
     # pairs are of task and seed
-    assert _rows(tmp_path, "axis-mapping")[1]["baseline pairs"] == "4"
+    assert last["baseline pairs"] == "4"
+    kept = []
+    for task in ("easy", "hard"):
+        folder = tmp_path / "out" / "shared" / "teacher" / task / "run"
+        score = json.loads((folder / "summary.json").read_text())["after"]["score"]
+        kept.append(float(last[f"{task} mean"]) / score)
+    assert float(last["kept"]) == pytest.approx(sum(kept) / 2)
 
 
 def test_a_shared_step_that_fails_ends_the_study(

@@ -168,6 +168,17 @@ def test_a_failed_candidate_is_tried_again_with_its_own_values(
     assert len(_rows(tmp_path, "conditions")) == 4
 
 
+def test_values_that_do_not_go_together_fail_alone(tmp_path: Path, notes: Path) -> None:
+    spaces = {
+        "steps": {"field": "train.steps", "values": [5, 3]},
+        "warmup": {"field": "train.warmup_steps", "values": [0, 4]},
+    }
+    path = _search(tmp_path, spaces=spaces, search={"sampler": "grid"})
+    with pytest.raises(UserError, match=r"train\.warmup_steps is 4, expected fewer than"):
+        run(path)
+    assert [t.state.name for t in _optuna(tmp_path).trials] == [*["COMPLETE"] * 3, "FAIL"]
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes"])
 def test_two_processes_never_draw_the_same_candidate(sampler: str, tmp_path: Path) -> None:
     spaces = {"a": WEIGHTS, "b": {**WEIGHTS, "field": "train.learning_rate"}}

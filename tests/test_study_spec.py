@@ -132,6 +132,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"shared": {"teacher": {**STEP, "per_task": True}}},
         "shared.teacher: per_task, but the study has no tasks",
     ),
+    "a teacher that is not there": (
+        {"teacher": "t"},
+        "teacher: no shared step 't'; shared has none",
+    ),
     "missing recipe": ({"recipe": "nowhere.yaml"}, "nowhere.yaml: not a readable recipe"),
 }
 

@@ -16,11 +16,12 @@ from fastkd.study.page import write_page
 from fastkd.study.plan import Plan
 from fastkd.study.plots import make_plots
 from fastkd.study.progress import Watcher
+from fastkd.study.results import Results
 from fastkd.study.runner import Runner, environments
 from fastkd.study.search import importances
 from fastkd.study.spec import load_study
 from fastkd.study.store import Record, Store
-from fastkd.study.tables import Results, make_tables
+from fastkd.study.tables import make_tables
 
 PROGRAM = (sys.executable, "-m", "fastkd")
 """The command that makes a run."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastkd.figures import draw_map
 from fastkd.study.compare import Score, mean_over_seeds, seed_means
-from fastkd.study.tables import Results
+from fastkd.study.results import Results
 
 _POINT, _DOTS, _REFERENCE = "#1f5fa8", "#9db8d6", "#b3403a"
 

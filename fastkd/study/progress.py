@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from fastkd.console import Reporter
+from fastkd.study.results import Results
 from fastkd.study.store import Store
-from fastkd.study.tables import Results
 
 # reading the storage is cheap, drawing it ten times a second is not
 _REFRESH_SECONDS = 2.0

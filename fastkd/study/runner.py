@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import queue
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +18,7 @@ from fastkd.errors import Interrupted, UserError
 from fastkd.run_folder import RunFolder
 from fastkd.study.child import Children
 from fastkd.study.claims import Claim
+from fastkd.study.metric import follow, read_metric
 from fastkd.study.plan import Plan, Run, SharedRun
 from fastkd.study.store import Store, Work
 
@@ -133,7 +132,14 @@ class Runner:
             return False
         if store.has_score(work, run):
             return True
-        place, recipe = plan.place(run), plan.recipe(run)
+        place = plan.place(run)
+        try:
+            recipe = plan.recipe(run)
+        except UserError as error:
+            # values that are right one by one may not go together
+            store.fail(work, str(error))
+            self.said.put(f"{run.key}: failed: {error}")
+            return False
         watch = _Watch(work, run, store, RunFolder(place.run), recipe.train.steps)
         ending = self.children.run(plan.spec.command, recipe, place, work.claim, number, watch)
         if ending.kind == "stopped":
@@ -178,36 +184,10 @@ class _Watch:
         for record in self.folder.read_metrics():
             # before the first step all candidates are the same student
             if record["kind"] == "heldout" and record["step"] > 0:
-                value = _follow(record, self.path)
+                value = follow(record, self.path)
                 if isinstance(value, int | float) and math.isfinite(value):
                     values[record["step"]] = float(value)
         return bool(values) and self.store.report(self.work, self.run, self.steps, values)
-
-
-def read_metric(run: Path, path: str) -> float | str:
-    """A number in the summary of a finished run, or what is wrong with it."""
-    summary = RunFolder(run).read_summary()
-    value = _follow(summary, path)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    if value is None:
-        known = ", ".join(_numbers(summary))
-        return f"metric.path: summary.json has no number {path}; it has {known}"
-    return f"metric.path: {path} is {json.dumps(value)[:80]}, expected a finite number"
-
-
-def _follow(tree: Any, path: str) -> Any:
-    for part in path.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
-
-
-def _numbers(tree: Any, prefix: str = "") -> Iterator[str]:
-    for key, value in tree.items() if isinstance(tree, dict) else ():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and "/" not in key:
-            yield prefix + key
 
 
 def _is_done(run: Path) -> bool:

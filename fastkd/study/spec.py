@@ -175,6 +175,8 @@ class StudySpec(Section):
     """What is measured."""
     shared: dict[FileName, Step] = Field(default_factory=dict)
     """Runs done once before the others; `{shared.NAME}` in an override is the run's folder."""
+    teacher: str | None = None
+    """Shared step whose score the students are measured by: the report says how much they keep."""
     keep: Literal["scores", "students", "all"] = "students"
     """What stays of a finished run besides its numbers: nothing, the student, or the checkpoints
     as well."""
@@ -191,6 +193,9 @@ class StudySpec(Section):
             raise ValueError(f"{sorted(twice)[0]}: the name is taken; give the axis another")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds holds a seed twice (given {list(self.seeds)})")
+        if self.teacher is not None and self.teacher not in self.shared:
+            known = ", ".join(self.shared) or "none"
+            raise ValueError(f"teacher: no shared step {self.teacher!r}; shared has {known}")
         self._check_fields()
         self._check_levels()
         self._check_search()

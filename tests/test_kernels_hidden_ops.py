@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastkd_kernels import hidden_cosine, hidden_mse, hidden_normalized_mse
+from fastkd_kernels import hidden_cosine, hidden_launch, hidden_mse, hidden_normalized_mse
 from fastkd_kernels.unit_gradient import inverse
 from kernel_cases import errors, fresh_tensors_are_nan, hidden_case, masks
 from torch import Tensor
@@ -51,6 +51,17 @@ def test_compiles_as_one_graph() -> None:
         loss = function(case.student[0], case.teacher[0], case.leaves[1], masks(3, 10))
         results.append([loss.detach(), *torch.autograd.grad(loss, case.leaves)])
     assert max(errors(results[1], results[0])) < 1e-6
+
+
+@pytest.mark.parametrize("width", [1, 16, 384, 768, 4096, 16384])
+def test_rows_of_one_program(width: int) -> None:
+    """Whole rows, in blocks that divide the chunks, few enough values for the registers."""
+    made = hidden_launch.unit_launch(width)
+    rows, columns = (int(made.constants[name]) for name in ("BLOCK_ROW", "BLOCK_COLUMN"))
+    assert columns >= width
+    assert 64 % rows == 0
+    assert rows * columns <= max(4096, 2 * width)
+    assert rows * columns // (32 * made.num_warps) <= 32
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from fastkd_kernels.attention_score_mse import choose_algorithm
-from fastkd_kernels.attention_score_mse_launch import tile_launch
+from fastkd_kernels.attention_score_mse_launch import causal_chunk, tile_launch
 
 from benchmarks.workloads import AttentionWorkload, HiddenWorkload, LogitsWorkload
 
@@ -26,10 +26,17 @@ class Cost(NamedTuple):
         return Cost(self.bytes * count, self.flops * count)
 
 
-def entries(work: AttentionWorkload) -> int:
-    """Scores of one layer that are looked at."""
-    of_head = work.tokens * (work.tokens + 1) // 2 if work.causal else work.tokens**2
+def entries(work: AttentionWorkload, chunk: int | None = None) -> int:
+    """Scores of one layer that are looked at; under a causal mask those inside chunks of tokens."""
+    of_head = work.tokens**2
+    if work.causal:
+        whole, rest = divmod(work.tokens, chunk or work.tokens)
+        of_head = whole * _triangle(chunk or work.tokens) + _triangle(rest)
     return work.batch * work.heads * of_head
+
+
+def _triangle(size: int) -> int:
+    return size * (size + 1) // 2
 
 
 def attention_bytes(work: AttentionWorkload, dtype: torch.dtype) -> int:
@@ -42,16 +49,22 @@ def attention_bytes(work: AttentionWorkload, dtype: torch.dtype) -> int:
 
 
 def attention_score_mse(work: AttentionWorkload, pairs: int, dtype: torch.dtype) -> Cost:
+    """Causal Grams go from chunk to chunk, and tiles make what is inside one."""
     chosen = choose_algorithm(work.tokens, *work.dims, causal=work.causal, backend="triton")
-    flops = score_mse_gram(work) if chosen == "gram" else score_mse_tiles(work, dtype)
+    chunk = causal_chunk(work.dims) if chosen == "gram" and work.causal else work.tokens
+    flops = 0
+    if chosen == "tiles" or work.causal:
+        flops += score_mse_tiles(work, dtype, chunk)
+    if chosen == "gram" and not (work.causal and chunk >= work.tokens):
+        flops += score_mse_gram(work)
     return Cost(attention_bytes(work, dtype), flops).times(pairs)
 
 
-def score_mse_tiles(work: AttentionWorkload, dtype: torch.dtype) -> int:
+def score_mse_tiles(work: AttentionWorkload, dtype: torch.dtype, chunk: int) -> int:
     """Both score matrices, `D K_s` and `D^T Q_s`; the scores twice where one block is too small."""
     block = tile_launch(work.tokens, work.dims, (dtype, dtype)).constants["BLOCK_KEY"]
     sweeps = 1 if work.tokens <= int(block) else 2
-    return 2 * entries(work) * (sweeps * sum(work.dims) + 2 * work.dims[0])
+    return 2 * entries(work, chunk) * (sweeps * sum(work.dims) + 2 * work.dims[0])
 
 
 def score_mse_gram(work: AttentionWorkload) -> int:
@@ -96,5 +109,7 @@ def logits_divergence(work: LogitsWorkload, pairs: int, dtype: torch.dtype) -> C
 
 COSTS: dict[str, Callable[..., Cost]] = {
     "attention_score_mse": attention_score_mse,
+    "attention_divergence": attention_divergence,
     "hidden": hidden,
+    "logits_divergence": logits_divergence,
 }

@@ -10,7 +10,12 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks import jobs_attention_score_mse, jobs_hidden, jobs_logits_divergence
+from benchmarks import (
+    jobs_attention_divergence,
+    jobs_attention_score_mse,
+    jobs_hidden,
+    jobs_logits_divergence,
+)
 from benchmarks.machine_code import Job
 
 
@@ -25,6 +30,7 @@ class OpJobs(Protocol):
 
 OPS: dict[str, OpJobs] = {
     "attention_score_mse": jobs_attention_score_mse,
+    "attention_divergence": jobs_attention_divergence,
     "hidden": jobs_hidden,
     "logits_divergence": jobs_logits_divergence,
 }

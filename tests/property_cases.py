@@ -150,10 +150,10 @@ class Common:
     def values(self, *shape: int) -> Tensor:
         return laid_out(shape, self.draw(st.sampled_from(LAYOUTS)), self.generator)
 
-    def each(self, *shape: int) -> list[Tensor]:
-        """One tensor a pair, all in one layout."""
+    def each(self, *shape: int, layers: int = 1) -> list[Tensor]:
+        """So many tensors a pair, all in one layout."""
         layout = self.draw(st.sampled_from(LAYOUTS))
-        return [laid_out(shape, layout, self.generator) for _ in range(self.pairs)]
+        return [laid_out(shape, layout, self.generator) for _ in range(self.pairs * layers)]
 
     def mask(self) -> Tensor:
         share = self.draw(st.sampled_from([1.0, 0.8, 0.4, 0.0]))
@@ -176,6 +176,7 @@ def _states(tensors: Sequence[Tensor], scale: float, values: bool) -> list[Atten
 def _same_teacher(problem: Problem) -> Problem | None:
     """The student as its own teacher, where the shapes are those of the teacher."""
     own, target = problem.student, problem.teacher
+    # several teacher layers are no student's twin
     if [t.shape for t in own] != [t.shape for t in target]:
         return None
     return replace(problem, teacher=[tensor.detach() for tensor in own])
@@ -189,7 +190,9 @@ def _attention(
     *,
     tuning: dict[str, Any] | None = None,
     relation: bool = False,
+    layers: int = 1,
 ) -> Problem:
+    """`layers` teacher layers a pair, whose scores are averaged."""
     common = Common(draw, small)
     heads = draw(st.sampled_from([1, 2] if small else [1, 2, 4]))
     kv_heads = [draw(st.sampled_from([n for n in (1, 2, 4) if heads % n == 0])) for _ in range(2)]
@@ -200,23 +203,28 @@ def _attention(
         options = {**options, "relation_heads": draw(st.sampled_from([1, heads]))}
     sides = [
         _interleaved(
-            common.each(common.batch, heads, common.tokens, dim),
+            common.each(common.batch, heads, common.tokens, dim, layers=count),
             *(
-                common.each(common.batch, kv, common.tokens, dim)
+                common.each(common.batch, kv, common.tokens, dim, layers=count)
                 for _ in range(2 if relation else 1)
             ),
         )
-        for kv, dim in zip(kv_heads, dims, strict=True)
+        for kv, dim, count in zip(kv_heads, dims, (1, layers), strict=True)
     ]
     rows = torch.rand(common.batch, common.tokens, generator=common.generator) < 0.8
     causal = bool(options.get("causal", False))
 
     def arguments(problem: Problem) -> tuple[list[Any], dict[str, Any]]:
-        states = [
+        own, target = (
             _states(tensors, dim**-0.5, relation)
             for tensors, dim in zip((problem.student, problem.teacher), dims, strict=True)
-        ]
-        return states, {**options, "key_mask": problem.mask, "query_mask": queries(problem)}
+        )
+        grouped = [target[i : i + layers] for i in range(0, len(target), layers)]
+        return [own, target if layers == 1 else grouped], {
+            **options,
+            "key_mask": problem.mask,
+            "query_mask": queries(problem),
+        }
 
     def queries(problem: Problem) -> Tensor:
         """Some of the valid tokens; a drawn row belongs to a position, whatever the batch."""
@@ -245,11 +253,10 @@ def _attention(
 
 
 def score_mse(draw: Draw, small: bool) -> Problem:
-    algorithm = draw(st.sampled_from(["auto", "tiles", "gram"]))
-    # Triton has no causal Grams
-    causal = draw(st.booleans()) and algorithm != "gram"
-    tuning = {"algorithm": algorithm}
-    return _attention(draw, small, "attention_score_mse", {"causal": causal}, tuning=tuning)
+    layers = draw(st.sampled_from([1, 1, 2]))
+    options = {"causal": draw(st.booleans())}
+    tuning = {"algorithm": draw(st.sampled_from(["auto", "tiles", "gram"]))}
+    return _attention(draw, small, "attention_score_mse", options, tuning=tuning, layers=layers)
 
 
 def _divergence_options(draw: Draw) -> dict[str, Any]:

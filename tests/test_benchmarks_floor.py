@@ -45,7 +45,12 @@ def test_operations_of_score_mse() -> None:
     # 256 tokens take Grams: X^T X and Y^T Y in three blocks, and [rows, 30] x [30, 10] twice
     gram = costs.attention_score_mse(attention(256, (10, 20)), 1, BF16)
     rows = 2 * 256 * 3
-    assert gram.flops == 2 * (2 * rows) * (100 + 200 + 400) + 2 * (2 * rows) * 30 * 10
+    products = 2 * (2 * rows) * (100 + 200 + 400) + 2 * (2 * rows) * 30 * 10
+    assert gram.flops == products
+    # under a causal mask the same, and tiles in two chunks of 128 tokens and one of 44
+    long = costs.attention_score_mse(attention(300, (10, 20), causal=True), 1, BF16)
+    inside = 6 * (2 * 128 * 129 // 2 + 44 * 45 // 2)
+    assert long.flops == products * 300 // 256 + 2 * inside * (2 * 30 + 2 * 10)
 
 
 def test_costs_of_divergence() -> None:

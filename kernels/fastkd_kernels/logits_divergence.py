@@ -38,7 +38,7 @@ def logits_divergence(
     With `t` the teacher's and `p` the student's probabilities at `temperature`, one row adds
 
     * "kl": `sum t log(t/p)` (arXiv 1503.02531, section 2, up to the teacher's entropy);
-    * "reverse_kl": `sum p log(p/t)` (arXiv 2306.08543, eq. 1);
+    * "reverse_kl": `sum p log(p/t)` (MiniLLM, arXiv 2306.08543);
     * "js": `beta KL(t|m) + (1 - beta) KL(p|m)`, `m = beta t + (1 - beta) p` (GKD, arXiv 2306.13649,
       the generalised Jensen-Shannon divergence of section 2);
     * "skew_kl": `KL(t|m)`, `m = skew t + (1 - skew) p` (DistiLLM, arXiv 2402.03898, section 3.1);

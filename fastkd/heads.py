@@ -38,6 +38,9 @@ def recorded_head(model: PreTrainedModel, listener: Listener | None) -> Iterator
     made of, or the logits of a model with another head."""
     layer = last_layer(model)
     if layer is None:
+        if listener is None:
+            yield
+            return
         handle = model.register_forward_hook(_output_hook(listener))
         try:
             yield
@@ -109,10 +112,9 @@ class _Recorded:
     logits: Tensor | LogitsHead | None = None
 
 
-def _output_hook(listener: Listener | None) -> Any:
+def _output_hook(listener: Listener) -> Any:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        if listener is not None:
-            listener.logits = output.logits
+        listener.logits = output.logits
 
     return hook
 

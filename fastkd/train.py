@@ -240,7 +240,9 @@ def _restore(
     if tag is not None:
         state = checkpoints.load(assembly.engine, tag)
         stream.load_state_dict(state["stream"])
-        assembly.objective.load_feedback(state["objective"], assembly.ranks.device)
+        # checkpoints of fastkd 0.1 have none, and their recipes no weight that follows losses
+        if "objective" in state:
+            assembly.objective.load_feedback(state["objective"], assembly.ranks.device)
         step = state["step"]
         reporter.say(f"continuing from {run.checkpoints / tag}")
     if assembly.ranks.is_main:

@@ -86,6 +86,16 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "deeper than the teacher": (lambda _: ["student.layers=5"], "the teacher has 4 layers"),
     "heads that don't divide": (lambda _: ["student.hidden_size=25"], "not a multiple of its 4"),
+    "labels without examples": (
+        lambda _: ["losses.labels={}", "student.head=sequence_classification"],
+        "losses.labels learns from labelled examples, but data.train is text without labels",
+    ),
+    "logits without a head": (lambda _: ["losses.logits={}"], "student.head is none; expected"),
+    "a teacher without the head": (
+        lambda _: ["losses.logits={}", "student.head=causal_lm"],
+        "weights are missing, ",
+    ),
+    "unknown preset": (lambda _: ["preset=tinybrt"], "preset: expected one of tinybert, distilb"),
     "no projection": (lambda _: ["losses.projection=none"], "24 wide and the teacher 32"),
     "blocks beyond the positions": (lambda _: ["data.block_size=100"], "data.block_size"),
     "batch that doesn't divide": (lambda _: ["train.micro_batch_size=3"], "expected a divisor"),

@@ -48,7 +48,7 @@ class ScoreTerm(AttentionMappedTerm):
                 [states[t] for t in link.teachers] if several else states[link.teachers[0]]
                 for link in self.links
             ],
-            **({"teacher_weights": shares} if several else {}),
+            teacher_weights=shares if several else None,
             key_mask=batch.mask,
             query_mask=batch.mask if self.reduction == "valid" else None,
             causal=self.causal,

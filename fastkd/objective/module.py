@@ -208,7 +208,7 @@ class Objective(nn.Module):
         if losses.relations is not None:
             terms.append(RelationsTerm(losses.relations, maps["relations"], pair))
         if losses.hidden is not None or losses.embedding is not None:
-            terms.append(StateTerm(losses, maps.get("hidden", next(iter(maps.values()))), pair))
+            terms.append(StateTerm(losses, maps.get("hidden"), pair))
         if losses.logits is not None or losses.labels is not None:
             terms.append(LogitsTerm(losses, pair))
         return terms

@@ -41,12 +41,12 @@ class StateTerm(Term):
     `forward`: `weight_0`, or `weight_0`, `weight_1`, ... with one a pair; [teacher, student] width.
     """
 
-    def __init__(self, losses: Losses, layer_map: LayerMap, pair: ModelPair) -> None:
+    def __init__(self, losses: Losses, layer_map: LayerMap | None, pair: ModelPair) -> None:
         """Make the projections.
 
         Args:
             losses: section of the recipe.
-            layer_map: of the hidden states.
+            layer_map: of the hidden states, where they are compared.
             pair: of models.
 
         Raises:

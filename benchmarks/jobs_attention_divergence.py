@@ -30,7 +30,7 @@ def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
         "WINDOWED": False,
     }
     for kind in get_args(DivergenceKind) if work.name in EVERY_KIND else ("kl", "js"):
-        launch = divergence_launch("rows", work.dims, dtypes, on)
+        launch = divergence_launch("rows", kind, work.dims, dtypes, on)
         types = forward_types(*dtypes, kind)
         constants = {**shared, **launch.constants, **types, "WRITE_STATS": True}
         pointers = {name: "*fp32" for name in ("scales", "stats", "partials")}
@@ -38,6 +38,6 @@ def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
         pointers = {name: "*fp32" for name in ("scales", "stats", "upstream")}
         pointers["gradient"] = POINTERS[dtype]
         for part, kernel in (("query", query_slopes), ("key", key_slopes)):
-            launch = divergence_launch(part, work.dims, dtypes, on)
+            launch = divergence_launch(part, kind, work.dims, dtypes, on)
             constants = {**shared, **launch.constants, **backward_types(*dtypes, kind)}
             yield Job(f"{kind}_{part}", kernel, constants, pointers, *launch[1:])

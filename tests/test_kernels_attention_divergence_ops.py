@@ -159,7 +159,8 @@ def test_errors(run: Callable[[], Any], kind: Any, message: str) -> None:
 @pytest.mark.parametrize("dims", [(1, 1), (26, 64), (128, 128), (MAX_HEAD_DIM, 1)])
 @pytest.mark.parametrize("part", ["rows", "query", "key"])
 def test_launch(part: str, dims: tuple[int, int], dtype: torch.dtype, on: str) -> None:
-    made = divergence_launch(part, dims, (dtype, dtype), on)
+    made, other = (divergence_launch(part, kind, dims, (dtype, dtype), on) for kind in ("kl", "js"))
+    assert made.constants == other.constants
     sizes = {name: size for name, size in made.constants.items() if name.startswith("BLOCK_")}
     assert all(isinstance(s, int) and s >= 16 and s & (s - 1) == 0 for s in sizes.values())
     assert sizes["BLOCK_DIM"] >= dims[0]

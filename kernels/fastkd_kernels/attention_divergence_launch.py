@@ -16,6 +16,7 @@ def row_stats(kind: str) -> int:
 
 def divergence_launch(
     part: str,
+    kind: str,
     dims: tuple[int, int],
     dtypes: tuple[torch.dtype, torch.dtype],
     on: str = "cuda",
@@ -31,18 +32,17 @@ def divergence_launch(
     # 64 rows make Hopper's and Blackwell's tensor cores take a product
     held = (64 if narrow else 32) if width <= 128 else 16
     moving = 32 if width <= 64 or (width <= 128 and (narrow or part != "key")) else 16
-    # columns of one product of scores; 0 takes whole heads, which spill where registers hold them
-    whole = narrow and width <= 64 and part == "key" and on == "cuda"
     constants: dict[str, int | str] = {
         "BLOCK_QUERY": moving if part == "key" else held,
         "BLOCK_KEY": held if part == "key" else moving,
         "BLOCK_DIM": block_dim,
         "BLOCK_TARGET_DIM": block_target,
-        "CHUNK": 0 if whole else 32 if narrow else 16,
+        # columns of one product of scores: whole heads, held in registers, spill
+        "CHUNK": 32 if narrow else 16,
         "SCORE_PRECISION": dot_precision(True, on),
     }
     if part != "rows":
         constants["GRAD_PRECISION"] = dot_precision(dtypes[0] != torch.float16, on)
+    few = width <= 64 and (part == "key" and row_stats(kind) == 4 if narrow else True)
     # a warp of AMD's has 64 threads
-    few = on == "hip" or (width <= 64 and not narrow)
-    return Launch(constants, num_warps=4 if few else 8, num_stages=1)
+    return Launch(constants, num_warps=4 if few or on == "hip" else 8, num_stages=1)

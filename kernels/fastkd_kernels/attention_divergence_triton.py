@@ -44,7 +44,7 @@ def stream(
     """
     call = Call(pairs, key_mask, rows)
     sizes, count = call.sizes, len(pairs)
-    constants, options = _constants(call, "rows", causal, window)
+    constants, options = _constants(call, "rows", kind, causal, window)
     query_blocks = triton.cdiv(sizes["tokens"], constants["BLOCK_QUERY"])
     programs = query_blocks * sizes["batch"] * sizes["heads"]
     shape = (count, row_stats(kind), sizes["batch"], sizes["heads"], sizes["tokens"])
@@ -85,7 +85,7 @@ def stream_backward(
         (query_slopes, "query", "BLOCK_QUERY", call.first.query),
         (key_slopes, "key", "BLOCK_KEY", call.first.key),
     ):
-        constants, options = _constants(call, part, causal, window)
+        constants, options = _constants(call, part, kind, causal, window)
         gradient = call.new(count, *like.shape, dtype=call.dtypes[0])
         blocks = triton.cdiv(sizes["tokens"], constants[block])
         kernel[(blocks * like.shape[0] * like.shape[1], count)](
@@ -106,9 +106,9 @@ def stream_backward(
 
 
 def _constants(
-    call: Call, part: str, causal: bool, window: int
+    call: Call, part: str, kind: str, causal: bool, window: int
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    launch = divergence_launch(part, call.dims, call.dtypes, platform())
+    launch = divergence_launch(part, kind, call.dims, call.dtypes, platform())
     shared = {name: call.constants[name] for name in ("ALIGN", "TARGET_ALIGN", "HAS_MASK")}
     constants = {**shared, **launch.constants, "CAUSAL": causal, "WINDOWED": window > 0}
     return constants, {"num_warps": launch.num_warps, "num_stages": launch.num_stages}

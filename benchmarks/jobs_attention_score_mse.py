@@ -1,51 +1,47 @@
 """The kernels of attention_score_mse on the named workloads."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from fastkd_kernels import attention_score_mse_kernels, gram_kernels
 from fastkd_kernels.attention_score_mse import choose_algorithm
-from fastkd_kernels.attention_score_mse_launch import gram_launch, tile_launch
+from fastkd_kernels.attention_score_mse_launch import gram_launch, scan_launch, tile_launch
 from fastkd_kernels.attention_score_mse_triton import gram_constants, gram_types, tile_types
 
 from benchmarks.machine_code import POINTERS, Job
 from benchmarks.workloads import ATTENTION, AttentionWorkload
 
 WORKLOADS = tuple(ATTENTION.values())
-# a short, a long and a causal shape: every kernel, both forms of the Gram algebra
+Dtypes = tuple[torch.dtype, torch.dtype]
+# a short, a long and two causal shapes: every kernel, both forms of the Gram algebra
 QUICK = (
     "bert-base-to-tinybert-4-128",
     "bert-base-to-tinybert-4-512",
     "minilm-6-to-3-512",
     "llama-like-1024",
+    "llama-like-2048",
 )
 
 
 def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
-    kernels, dtypes = attention_score_mse_kernels, (dtype, dtype)
+    dtypes = (dtype, dtype)
     shared = {
         "ALIGN": 16 // dtype.itemsize if work.dims[0] * dtype.itemsize % 16 == 0 else 1,
         "TARGET_ALIGN": 16 // dtype.itemsize,
         "HAS_MASK": True,
     }
     chosen = choose_algorithm(work.tokens, *work.dims, causal=work.causal, backend="triton")
+    if chosen == "tiles" or work.causal:
+        yield from _tile_jobs(work, shared, dtypes, on)
     if chosen == "gram":
-        launch = gram_launch(work.dims, dtypes, on)
-        types = gram_types(*dtypes, work.dims[0] == work.dims[1])
-        for side, of in enumerate(("queries", "keys")):
-            blocks = gram_constants(launch.constants, "BLOCK_PRECISION")
-            constants = {**shared, **types, **blocks, "SIDE": side}
-            pointers = {"scales": "*fp32", "grams": "*fp32"}
-            yield Job(f"gram of {of}", gram_kernels.gram_matrices, constants, pointers, *launch[1:])
-            blocks = gram_constants(launch.constants, "APPLY_PRECISION")
-            constants = {**shared, **types, **blocks, "SIDE": side}
-            pointers = {name: "*fp32" for name in ("scales", "factors", "upstream")}
-            pointers["gradient"] = POINTERS[dtype]
-            yield Job(
-                f"apply to {of}", gram_kernels.apply_factors, constants, pointers, *launch[1:]
-            )
-        return
-    launch = tile_launch(work.tokens, work.dims, dtypes, on)
+        yield from _gram_jobs(work, shared, dtypes, on)
+
+
+def _tile_jobs(
+    work: AttentionWorkload, shared: dict[str, Any], dtypes: Dtypes, on: str
+) -> Iterator[Job]:
+    kernels, launch = attention_score_mse_kernels, tile_launch(work.tokens, work.dims, dtypes, on)
     constants = {**shared, **tile_types(*dtypes), **launch.constants, "CAUSAL": work.causal}
     whole = work.tokens <= launch.constants["BLOCK_KEY"]
     by_key = {**constants, "WRITE_QUERY": whole, "WRITE_KEY": True}
@@ -54,3 +50,25 @@ def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
     if not whole:
         pointers = {name: "*fp32" for name in ("scales", "query_grad")}
         yield Job("by_query", kernels.tiles_by_query, constants, pointers, *launch[1:])
+
+
+def _gram_jobs(
+    work: AttentionWorkload, shared: dict[str, Any], dtypes: Dtypes, on: str
+) -> Iterator[Job]:
+    launch = gram_launch(work.dims, dtypes, on)
+    types = gram_types(*dtypes, work.dims[0] == work.dims[1])
+    for side in (0, 1):
+        blocks = gram_constants(launch.constants, "BLOCK_PRECISION")
+        constants = {**shared, **types, **blocks, "SIDE": side}
+        pointers = {"scales": "*fp32", "grams": "*fp32"}
+        yield Job("gram", gram_kernels.gram_matrices, constants, pointers, *launch[1:])
+        blocks = gram_constants(launch.constants, "APPLY_PRECISION")
+        constants = {**shared, **types, **blocks, "SIDE": side, "ACCUMULATE": work.causal}
+        pointers = {name: "*fp32" for name in ("scales", "factors", "upstream")}
+        # causal gradients are sums in fp32, of tiles and of this
+        pointers["gradient"] = "*fp32" if work.causal else POINTERS[dtypes[0]]
+        yield Job("apply", gram_kernels.apply_factors, constants, pointers, *launch[1:])
+        if work.causal:
+            scan = scan_launch()
+            constants = {"SUM_TYPE": types["SUM_TYPE"], "REVERSE": side == 0, **scan.constants}
+            yield Job("scan", gram_kernels.scan_chunks, constants, {"grams": "*fp32"}, *scan[1:])

@@ -97,7 +97,7 @@ def test_one_weighted_layer_is_a_layer_with_another_scale() -> None:
 def test_low_precision_stays_near_plain_pytorch(
     dtype: torch.dtype, weights: list[float], distance: float, algorithm: str
 ) -> None:
-    """A student near the weighted sum, with as many columns: at most twice plain PyTorch's error."""
+    """A student near the weighted sum, as wide: at most twice the error of plain PyTorch."""
     teacher = cast(attention_states(2, 2, 2, 96, (8, 8))[1], dtype)
     joined = weighted_targets(teacher[:1], [teacher], [weights])[0]
     noise = torch.Generator().manual_seed(4)

@@ -143,7 +143,8 @@ def tiles_by_key(
     repeat = heads // kv_heads
     target_repeat = heads // target_kv_heads
     b_key_grad = tl.zeros([BLOCK_KEY, BLOCK_DIM], dtype=SUM_TYPE)
-    squares = tl.zeros([BLOCK_QUERY], dtype=SUM_TYPE)
+    # summed over the queries of a tile: over its keys, sm_90 would run out of registers
+    squares = tl.zeros([BLOCK_KEY], dtype=SUM_TYPE)
     first = 0
     last = tokens
     if CAUSAL:
@@ -222,7 +223,7 @@ def tiles_by_key(
                 )
             if CAUSAL:
                 tile = tl.where(o_query[:, None] >= o_key[None, :], tile, 0.0)
-            squares += tl.sum(tile * tile, 1)
+            squares += tl.sum(tile * tile, 0)
             b_tile = tile.to(GRAD_TYPE)
             if WRITE_KEY:
                 if CHUNK > 0:

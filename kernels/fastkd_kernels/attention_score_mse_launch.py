@@ -55,12 +55,13 @@ def gram_launch(
 ) -> Launch:
     """Blocks of the Gram kernels: tokens and columns of one tile."""
     half = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
+    # a whole block of 64 for half precision, whatever the heads: see the tiles
+    columns = 64 if half else min(64, max(power_of_two(dim) for dim in dims))
     constants: dict[str, int | str] = {
         "BLOCK_ROW": 64 if half else 32,
-        # a whole block of 64 for half precision, whatever the heads: see the tiles
-        "BLOCK_COLUMN": 64 if half else min(64, max(power_of_two(dim) for dim in dims)),
+        "BLOCK_COLUMN": columns,
         # half inputs are exact in tf32, and in the difference form every product is small
         "BLOCK_PRECISION": dot_precision(not half, on),
         "APPLY_PRECISION": dot_precision(not half or dims[0] != dims[1], on),
     }
-    return Launch(constants, num_warps=8, num_stages=1)
+    return Launch(constants, num_warps=8 if columns == 64 else 4, num_stages=1)

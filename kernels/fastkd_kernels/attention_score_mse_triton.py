@@ -216,14 +216,13 @@ def _grams(call: Call, side: int, chunk: int) -> Tensor:
     tiles = sum(triton.cdiv(size, constants["BLOCK_COLUMN"]) for size in call.dims)
     chunks = triton.cdiv(sizes["tokens"], chunk)
     grams = call.new(call.count, sizes["batch"], groups, chunks, width, width)
-    gram_matrices[(tiles * tiles * chunks * sizes["batch"] * groups, call.count)](
+    gram_matrices[(tiles * tiles * sizes["batch"] * groups, call.count, chunks)](
         call.table,
         call.scales,
         call.valid,
         grams,
         groups=groups,
         chunk_tokens=chunk,
-        chunks=chunks,
         SIDE=side,
         **sizes,
         **constants,

@@ -87,7 +87,6 @@ def gram_matrices(
     dim,
     target_dim,
     chunk_tokens,
-    chunks,
     SIDE: tl.constexpr,
     TYPE: tl.constexpr,
     TARGET_TYPE: tl.constexpr,
@@ -114,16 +113,15 @@ def gram_matrices(
     left_part = (left >= own_tiles).to(tl.int32)
     right_part = (right >= own_tiles).to(tl.int32)
     if left_part <= right_part:
-        chunk = tl.program_id(0) // (tiles * tiles) % chunks
-        group = (tl.program_id(0) // (tiles * tiles * chunks) % groups).to(tl.int64)
-        item = (tl.program_id(0) // (tiles * tiles * chunks) // groups).to(tl.int64)
+        item = (tl.program_id(0) // (tiles * tiles) // groups).to(tl.int64)
+        group = (tl.program_id(0) // (tiles * tiles) % groups).to(tl.int64)
         row = table + pair * 16
         scale = tl.load(scales + pair * 2)
         target_scale = tl.load(scales + pair * 2 + 1)
         o_left = (left - left_part * own_tiles) * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
         o_right = (right - right_part * own_tiles) * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
         total = tl.zeros([BLOCK_COLUMN, BLOCK_COLUMN], dtype=SUM_TYPE)
-        first = chunk * chunk_tokens
+        first = tl.program_id(2) * chunk_tokens
         last = min(first + chunk_tokens, tokens)
         repeat = 1
         if SIDE == 0:
@@ -184,7 +182,7 @@ def gram_matrices(
         width = dim + target_dim
         left_width = tl.where(left_part == 0, dim, target_dim)
         right_width = tl.where(right_part == 0, dim, target_dim)
-        slot = ((pair * batch + item) * groups + group) * chunks + chunk
+        slot = ((pair * batch + item) * groups + group) * tl.num_programs(2) + tl.program_id(2)
         out = grams + slot * width * width
         o_out = (left_part * dim + o_left)[:, None] * width + (right_part * dim + o_right)[None, :]
         m_out = (o_left < left_width)[:, None] & (o_right < right_width)[None, :]

@@ -169,13 +169,15 @@ def test_processes_share_a_study_and_survive_a_kill(
 ) -> None:
     axes = {"mapping": MAPPINGS, "rate": {str(n): {"train.batch_size": n} for n in (1, 2)}}
     path = write_study(tmp_path, axes=axes)
-    monkeypatch.setenv("FAKE_STEP", "0.1")
+    # long enough that the others meet it at work
+    monkeypatch.setenv("FAKE_STEP", "1")
     killed = _process(path)
     _wait(lambda: len(journal(notes)) > 0)
     first = journal(notes)[0][1]
     # the child of a killed worker works on, and nobody else takes its run
     killed.kill()
     killed.join()
+    monkeypatch.setenv("FAKE_STEP", "0.05")
     others = [_process(path, workers=2), _process(path)]
     for process in others:
         process.join(120)

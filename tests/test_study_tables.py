@@ -1,0 +1,189 @@
+"""Tables of a study from made-up scores: what is averaged, compared, ranked and left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from study_files import MAPPINGS, WEIGHTS, write_study
+
+from fastkd.study import load_study
+from fastkd.study.claims import Claim
+from fastkd.study.page import write_page
+from fastkd.study.plan import Condition, Plan, Run
+from fastkd.study.plots import make_plots
+from fastkd.study.results import Results
+from fastkd.study.store import Record, Store
+from fastkd.study.tables import make_tables
+
+TASKS = {"a": {"data.train": "x"}, "b": {"data.train": "y"}}
+AXES = {"mapping": MAPPINGS, "size": {"small": {}, "large": {"train.batch_size": 8}}}
+OFF = {"losses.hidden.weight": 0}
+# what each level adds
+ADDED = {"uniform": 0.0, "last": -0.1, "small": 0.0, "large": 0.4, None: -1.0, "a": 0.0, "b": 3.0}
+
+
+def _plan(folder: Path, **changes: Any) -> Plan:
+    path = write_study(folder, **{"tasks": TASKS, "axes": AXES, "no_distillation": OFF, **changes})
+    return Plan(load_study(path), path)
+
+
+def _value(run: Run) -> float:
+    """Sum of what the levels add, and a little that differs from seed to seed."""
+    levels = [str(level) for level in run.condition.levels.values()] or [None]
+    noise = (len("".join(map(str, [*levels, run.task]))) % 7 + 1) * 1e-4 * (run.seed + 1) ** 2
+    return 1 + sum(ADDED[level] for level in [*levels, run.task]) + noise
+
+
+def _records(
+    plan: Plan, missing: Callable[[Run], bool] = lambda run: False, extra: Sequence[Condition] = ()
+) -> list[Record]:
+    return [
+        Record(run, "failed", message="why")
+        if missing(run)
+        else Record(run, "finished", _value(run), 1.0)
+        for condition in [*plan.conditions, *extra]
+        for run in plan.runs(condition)
+    ]
+
+
+def _mean(plan: Plan, **levels: str) -> float:
+    values = [
+        _value(run)
+        for condition in plan.conditions
+        if condition.levels and levels.items() <= condition.levels.items()
+        for run in plan.runs(condition)
+    ]
+    return sum(values) / len(values)
+
+
+def test_a_full_grid_averages_the_other_axes(tmp_path: Path) -> None:
+    plan = _plan(tmp_path)
+    results = Results(plan, _records(plan))
+    tables = {table.name: table for table in make_tables(results, {})}
+    uniform, last = tables["axis-mapping"].numbers
+    assert last["all mean"] == pytest.approx(_mean(plan, mapping="last"))
+    expected = _mean(plan, mapping="last") - _mean(plan, mapping="uniform")
+    assert last["baseline difference"] == pytest.approx(expected)
+    assert last["baseline pairs"] == 4 and "baseline pairs" not in uniform
+    # what stands outside the axes is compared with the average over the other axes
+    without = [_value(run) for run in plan.runs(plan.conditions[0])]
+    assert last["no_distillation pairs"] == uniform["no_distillation pairs"] == 4
+    assert last["no_distillation difference"] == pytest.approx(
+        _mean(plan, mapping="last") - sum(without) / 4
+    )
+    assert last["a mean"] == pytest.approx(last["b mean"] - 3, abs=0.01)
+    names = [row["condition"] for row in tables["conditions"].numbers]
+    assert names == [condition.name for condition in plan.conditions] and len(names) == 5
+
+
+def test_other_grids_hold_the_other_axes_at_the_baseline(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, grid="one_axis_at_a_time")
+    rows = Results(plan, _records(plan)).axis("mapping")
+    # the run with the large size counts for its own axis alone, not for mapping=uniform
+    assert [len(row.scores) for row in rows] == [4, 4]
+    assert {score.others for row in rows for score in row.scores} == {("small",)}
+
+
+def test_what_failed_is_counted_and_said(tmp_path: Path) -> None:
+    plan = _plan(tmp_path)
+
+    def missing(run: Run) -> bool:
+        return run.condition.levels.get("mapping") == "last" and run.seed == 1 and run.task == "a"
+
+    results = Results(plan, _records(plan, missing))
+    tables = {table.name: table for table in make_tables(results, {})}
+    row = tables["axis-mapping"].rows[1]
+    columns = tables["axis-mapping"].columns
+    assert row[0] == "last (6 of 8 runs)"
+    assert row[columns.index("a")] == row[columns.index("all")] == "1 seed"
+    assert "±" in row[columns.index("b")]
+    # pairs that are whole are still compared
+    assert tables["axis-mapping"].numbers[1]["baseline pairs"] == 3
+    failed = tables["runs"].rows
+    assert [cells[0] for cells in failed] == [
+        f"a/mapping=last,size={size}/seed-1" for size in ("small", "large")
+    ]
+    assert {cells[1:] for cells in failed} == {("failed", "why")}
+
+
+@pytest.mark.parametrize(
+    ("direction", "best"),
+    [("maximize", "mapping=uniform,size=large"), ("minimize", "no_distillation")],
+)
+def test_best_is_the_best_of_those_that_are_finished(
+    direction: str, best: str, tmp_path: Path
+) -> None:
+    plan = _plan(tmp_path, metric={"path": "after.score", "direction": direction})
+    found = Results(plan, _records(plan)).best()
+    assert found is not None and found[0] == best
+    unfinished = Results(plan, _records(plan, lambda run: run.key.endswith(f"{best}/seed-1")))
+    second = unfinished.best()
+    assert second is not None and second[0] != best
+    assert Results(plan, _records(plan, lambda run: True)).best() is None
+
+
+def test_a_search_shows_its_best_candidates_after_what_they_are_compared_with(
+    tmp_path: Path,
+) -> None:
+    options = {"axes": {"mapping": MAPPINGS}, "spaces": {"weight": WEIGHTS}}
+    plan = _plan(tmp_path, search={"trials": 12}, **options)
+    ADDED.update({str(0.1 * n): -0.01 * n for n in range(1, 13)} | {"baseline": 0.0})
+    extra = [
+        plan.candidate(f"trial-{n:04d}", {"mapping": "last", "weight": 0.1 * n})
+        for n in range(12, 0, -1)
+    ]
+    results = Results(plan, _records(plan, lambda run: run.condition.name == "trial-0003", extra))
+    table = {t.name: t for t in make_tables(results, {})}["conditions"]
+    names = [row[0] for row in table.rows]
+    assert names[:3] == ["no_distillation", "baseline", "trial-0001 mapping=last weight=0.1"]
+    assert len(names) == 12 and not any("trial-0003" in name or "0012" in name for name in names)
+    assert "optimistic" in table.notes[0]
+
+
+def test_every_picture_is_drawn_also_of_nothing(tmp_path: Path) -> None:
+    plan = _plan(
+        tmp_path, axes={**AXES, "weight": {n: {"train.steps": 9} for n in ("1", "2", "4")}}
+    )
+    ADDED.update({"1": 0.1, "2": 0.2, "4": 0.3})
+    for records in (_records(plan), _records(plan, lambda run: True)):
+        results = Results(plan, records)
+        figures = make_plots(results, {})
+        assert figures.keys() == {
+            *(f"axis-{axis}" for axis in plan.axes),
+            "map-mapping-size",
+            "map-mapping-weight",
+            "map-size-weight",
+        }
+        page = write_page(plan, make_tables(results, {}), figures)
+        assert page.read_text().count("data:image/png") == 6
+    # a task, and both together: levels in a line where they are numbers
+    axes = make_plots(Results(plan, _records(plan)), {})["axis-weight"].axes
+    assert [a.get_title() for a in axes] == ["a", "b", "all tasks"]
+    assert list(axes[0].get_xticks()) == pytest.approx([0, 0.30103, 0.60206], abs=1e-5)
+
+
+def test_a_trial_that_ends_while_it_is_looked_at_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = _plan(tmp_path)
+    mine, theirs = Store(plan), Store(plan)
+    mine.add_work()
+    work = theirs.take()
+    assert work is not None
+    take = Claim.take
+
+    def late(path: Path) -> Claim | None:
+        if work.claim.handle >= 0:
+            theirs.score(work, work.runs[0], 1.0, 1.0)
+            theirs.finish(work)
+            work.claim.release()
+            work.claim.handle = -1
+        return take(path)
+
+    monkeypatch.setattr(Claim, "take", late)
+    other = mine.take()
+    assert other is not None and other.trial.number != work.trial.number
+    other.claim.release()

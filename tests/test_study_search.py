@@ -123,7 +123,7 @@ def test_pruning_compares_the_same_step_of_the_same_run(tmp_path: Path) -> None:
             taken = store.take()
             assert taken is not None
         pruned = [
-            store.report(taken, one, 5, values)
+            store.report(taken, one, values)
             for one, values in zip(taken.runs, reports, strict=False)
         ]
         if finish:

@@ -140,7 +140,7 @@ class Runner:
             store.fail(work, str(error))
             self.said.put(f"{run.key}: failed: {error}")
             return False
-        watch = _Watch(work, run, store, RunFolder(place.run), recipe.train.steps)
+        watch = _Watch(work, run, store, RunFolder(place.run))
         ending = self.children.run(plan.spec.command, recipe, place, work.claim, number, watch)
         if ending.kind == "stopped":
             return False
@@ -166,8 +166,8 @@ class Runner:
 class _Watch:
     """Reads the held-out values of a running child and asks the pruner about them."""
 
-    def __init__(self, work: Work, run: Run, store: Store, folder: RunFolder, steps: int) -> None:
-        self.work, self.run, self.store, self.folder, self.steps = work, run, store, folder, steps
+    def __init__(self, work: Work, run: Run, store: Store, folder: RunFolder) -> None:
+        self.work, self.run, self.store, self.folder = work, run, store, folder
         self.path = store.plan.spec.metric.heldout
         search = store.plan.spec.search
         self.active = search is not None and search.pruner != "none" and work.study is store.search
@@ -187,7 +187,7 @@ class _Watch:
                 value = follow(record, self.path)
                 if isinstance(value, int | float) and math.isfinite(value):
                     values[record["step"]] = float(value)
-        return bool(values) and self.store.report(self.work, self.run, self.steps, values)
+        return bool(values) and self.store.report(self.work, self.run, values)
 
 
 def _is_done(run: Path) -> bool:

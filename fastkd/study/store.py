@@ -32,6 +32,8 @@ STATES: dict[TrialState, State] = {
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
 }
+# more steps than a run has
+_LONGEST_RUN = 10_000_000
 # how long a writer waits for another one's transaction
 _BUSY_SECONDS = 120
 
@@ -181,17 +183,16 @@ class Store:
         """Close a trial that is not worth finishing."""
         work.study.tell(work.trial, state=TrialState.PRUNED)
 
-    def report(self, work: Work, run: Run, steps: int, values: Mapping[int, float]) -> bool:
+    def report(self, work: Work, run: Run, values: Mapping[int, float]) -> bool:
         """Note held-out values of a run by step, and whether the trial should be pruned.
 
         Args:
             work: the trial.
             run: one of its runs.
-            steps: how long a run is.
             values: held-out value by step.
         """
         # the same number means the same step of the same task and seed in every trial
-        first = work.runs.index(run) * (steps + 1)
+        first = work.runs.index(run) * _LONGEST_RUN
         known = self._frozen(work).intermediate_values
         for step, value in values.items():
             if first + step not in known:
@@ -201,7 +202,7 @@ class Store:
         frozen.intermediate_values = {
             step: value
             for step, value in frozen.intermediate_values.items()
-            if first <= step <= first + steps
+            if first <= step < first + _LONGEST_RUN
         }
         return bool(frozen.intermediate_values) and work.study.pruner.prune(work.study, frozen)
 

@@ -154,21 +154,20 @@ def mixture_logs(p, t, x):
 
 @triton.jit
 def row_terms(log_p, log_t, seen, KIND: tl.constexpr):
-    """Parts of the value, of the row constant and of `sum p - t`, summed over one tile's keys."""
+    """Parts of the value and of the row constant, summed over the keys of one tile."""
     p = tl.where(seen, tl.exp(log_p), 0.0)
     t = tl.where(seen, tl.exp(log_t), 0.0)
-    difference = p - t
-    shift = tl.sum(difference, 1)
     if KIND == "js":
         logs, share = mixture_logs(p, t, tl.where(seen, log_p - log_t, 0.0))
-        return 0.5 * tl.sum(share, 1), tl.sum(p * logs, 1), shift
+        return 0.5 * tl.sum(share, 1), tl.sum(p * logs, 1)
     else:
+        difference = p - t
         value = tl.sum(difference * difference, 1)
         if KIND == "mse":
-            return value, tl.sum(p * difference, 1), shift
+            return value, tl.sum(p * difference, 1)
         else:
             # cosine: p and t have length 1 here, and 1 - cos = |p - t|^2 / 2
-            return 0.5 * value, tl.sum(p * t, 1), shift
+            return 0.5 * value, tl.sum(p * t, 1)
 
 
 @triton.jit

@@ -157,7 +157,6 @@ def stream_rows(
     if two_sweeps:
         value = nothing
         constant = nothing
-        shift = nothing
         for start in range(first, end, BLOCK_KEY):
             o_key = start + tl.arange(0, BLOCK_KEY)
             m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
@@ -181,7 +180,7 @@ def stream_rows(
                 TARGET_ALIGN,
                 SCORE_PRECISION,
             )
-            tile_value, tile_constant, tile_shift = row_terms(
+            tile_value, tile_constant = row_terms(
                 own - max_own[:, None] - log_own[:, None],
                 target - max_target[:, None] - log_target[:, None],
                 seen,
@@ -189,10 +188,6 @@ def stream_rows(
             )
             value += tile_value
             constant += tile_constant
-            shift += tile_shift
-        if KIND == "mse":
-            # the rounding of a divisor scales all of p or t, which leaves sum p - t off 0
-            value -= 2.0 * shift * constant
         if KIND == "cosine":
             # of both sums, the one that has the digits
             constant = tl.where(value < 0.5, 1.0 - value, constant)

@@ -130,25 +130,22 @@ def capture(
         yield states
 
 
-def check_capturable(model: PreTrainedModel, tokens: int = 8) -> None:
+def check_capturable(
+    model: PreTrainedModel, tokens: int = 8, field: str = "data.block_size"
+) -> None:
     """Run a model once and see that every block can be captured.
 
     Args:
         model: routed by `route_attention`, on one device.
         tokens: length of the sequence that it is tried on.
+        field: of the recipe, which says so.
 
     Raises:
         UserError: a block's attention does not go through transformers' attention interface, or the
             model has no positions for so many tokens.
     """
     layers = range(1, len(find_blocks(model)) + 1)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    # rotary models would run on, where they were never trained
-    if positions is not None and tokens > positions:
-        raise UserError(
-            f"{type(model).__name__} has {positions} positions, but data.block_size is {tokens}; "
-            "give a smaller one"
-        )
+    check_positions(model, tokens, field)
     # any id but the padding, whose positions some models don't count
     token = 0 if getattr(model.config, "pad_token_id", None) else 1
     ids = torch.full((1, tokens), token, device=model.device)
@@ -159,7 +156,7 @@ def check_capturable(model: PreTrainedModel, tokens: int = 8) -> None:
         except (IndexError, RuntimeError) as error:
             raise UserError(
                 f"{type(model).__name__} can't read {tokens} tokens "
-                f"({' '.join(str(error).split())[:200]}); give a smaller data.block_size"
+                f"({' '.join(str(error).split())[:200]}); give a smaller {field}"
             ) from error
     if last_layer(model) is not None:
         with _runnable(model):
@@ -170,6 +167,20 @@ def check_capturable(model: PreTrainedModel, tokens: int = 8) -> None:
             f"{type(model).__name__}: the attention of layers {missing} does not go through "
             "transformers' attention interface, so it can't be captured; give a model whose "
             "attention does"
+        )
+
+
+def check_positions(model: PreTrainedModel, tokens: int, field: str) -> None:
+    """See that a model has positions for `tokens` tokens, which `field` of the recipe asks for.
+
+    Raises:
+        UserError: it has fewer; rotary models would run on, where they were never trained.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise UserError(
+            f"{type(model).__name__} has {positions} positions, but {field} is {tokens}; give a "
+            "smaller one"
         )
 
 

@@ -1,4 +1,4 @@
-"""The command line: `fastkd distill | evaluate | study | inspect | doctor`.
+"""The command line: `fastkd distill | finetune | evaluate | study | inspect | doctor`.
 
 A mistake that the user can mend is one line on stderr and exit code 2; an interrupted run is 130.
 """
@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from fastkd.errors import Interrupted, UserError
-from fastkd.recipe import load_recipe
+from fastkd.recipe import AnyRecipe, load_finetune_recipe, load_recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -58,7 +58,22 @@ def distill(
     ] = False,
 ) -> None:
     """Distil a student as a recipe says."""
-    chosen = load_recipe(recipe, overrides or [])
+    _run(load_recipe(recipe, overrides or []), resume)
+
+
+@app.command()
+def finetune(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in run.output, if there is one.")
+    ] = False,
+) -> None:
+    """Train a model on the labels of a task: a teacher for distill."""
+    _run(load_finetune_recipe(recipe, overrides or []), resume)
+
+
+def _run(recipe: AnyRecipe, resume: bool) -> None:
     _quieten()
     from fastkd.console import Reporter
     from fastkd.engine import start_ranks, stop_ranks
@@ -69,9 +84,9 @@ def distill(
     ranks = start_ranks()
     reporter = Reporter(silent=not ranks.is_main)
     try:
-        summary = run(chosen, ranks, resume=resume, reporter=reporter)
+        summary = run(recipe, ranks, resume=resume, reporter=reporter)
         if ranks.is_main:
-            write_report(RunFolder(chosen.run.output))
+            write_report(RunFolder(recipe.run.output))
             print_summary(summary, reporter)
     finally:
         stop_ranks()

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastkd.errors import UserError
-from fastkd.recipe import Recipe
+from fastkd.recipe import AnyRecipe, Recipe
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the blocks of an optimiser step are cut."""
+    """How the blocks or examples of an optimiser step are cut."""
 
     micro_batch_size: int
     accumulation: int
@@ -28,7 +28,7 @@ class BatchPlan:
         return slice(start, start + self.micro_batch_size)
 
 
-def plan_batches(recipe: Recipe, world_size: int) -> BatchPlan:
+def plan_batches(recipe: AnyRecipe, world_size: int) -> BatchPlan:
     """Cut `train.batch_size` into ranks and micro-batches.
 
     Raises:
@@ -44,13 +44,13 @@ def plan_batches(recipe: Recipe, world_size: int) -> BatchPlan:
     micro = micro or share
     if share % micro:
         raise UserError(
-            f"train.micro_batch_size is {micro}, expected a divisor of the {share} blocks that "
+            f"train.micro_batch_size is {micro}, expected a divisor of the {share} rows that "
             f"each of {world_size} ranks has of train.batch_size {batch}"
         )
     return BatchPlan(micro, share // micro, world_size)
 
 
-def student_config(recipe: Recipe, plan: BatchPlan) -> dict[str, Any]:
+def student_config(recipe: AnyRecipe, plan: BatchPlan) -> dict[str, Any]:
     """Configuration of the engine that trains.
 
     Args:

@@ -21,7 +21,7 @@ from fastkd.engine import Ranks
 from fastkd.evaluate import peak_memory
 from fastkd.recipe import Recipe
 from fastkd.run_folder import environment
-from fastkd.train import train_step
+from fastkd.train import open_feed, train_step
 
 _TIMED_STEPS = 3
 _GIB = 2**30
@@ -58,15 +58,16 @@ def estimate_run(recipe: Recipe, ranks: Ranks, reporter: Reporter) -> None:
         UserError: whatever would stop the run itself.
     """
     assembly = assemble(recipe, ranks, progress=not reporter.console.quiet)
-    stream = assembly.corpus.stream(recipe.train.batch_size, recipe.train.seed)
-    train_step(assembly, stream)
+    feed = open_feed(assembly)
+    train_step(assembly, feed)
     start = time.perf_counter()
     for _ in range(_TIMED_STEPS):
         # reading the sum waits for the device
-        train_step(assembly, stream).sum().item()
+        train_step(assembly, feed).sum().item()
     seconds = (time.perf_counter() - start) / _TIMED_STEPS
-    train, data = recipe.train, recipe.data
-    tokens = train.batch_size * data.block_size
+    train = assembly.recipe.train
+    counted, each = assembly.material.counted
+    step = train.batch_size * each
     trained = assembly.initialisation.total + _projection_numbers(assembly)
     reporter.table(
         "this recipe",
@@ -75,9 +76,9 @@ def estimate_run(recipe: Recipe, ranks: Ranks, reporter: Reporter) -> None:
             ("teacher parameters", f"{assembly.teacher_parameters:,}"),
             ("student parameters", f"{assembly.initialisation.total:,}"),
             ("projection parameters", f"{trained - assembly.initialisation.total:,}"),
-            ("tokens to train on", f"{train.steps * tokens:,}"),
-            ("tokens in the corpus", _passes(assembly)),
-            ("a step", f"{seconds:.3g} s, {tokens / seconds:,.0f} tokens/s"),
+            (f"{counted} to train on", f"{train.steps * step:,}"),
+            (f"{counted} in the data", _passes(assembly)),
+            ("a step", f"{seconds:.3g} s, {step / seconds:,.0f} {counted}/s"),
             ("training", _duration(seconds * train.steps)),
         ],
     )
@@ -117,12 +118,12 @@ def _projection_numbers(assembly: Assembly) -> int:
 
 
 def _passes(assembly: Assembly) -> str:
-    known = assembly.corpus.train_tokens
-    if known is None:
+    rows = assembly.material.rows
+    if rows is None:
         return "unknown, streamed"
     train = assembly.recipe.train
-    passes = train.steps * train.batch_size * assembly.recipe.data.block_size / known
-    return f"{known:,}, read {passes:.2f} times"
+    known = rows * assembly.material.counted[1]
+    return f"{known:,}, read {train.steps * train.batch_size / rows:.2f} times"
 
 
 def _duration(seconds: float) -> str:

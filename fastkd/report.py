@@ -11,10 +11,12 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from fastkd.console import Reporter
-from fastkd.recipe import load_recipe
+from fastkd.recipe import AnyRecipe, Recipe, load_any_recipe
 from fastkd.run_folder import RunFolder, write_whole
 
 _NAMED_LINES = 16
+# where in a summary the scores of a model stand
+_SCORED = {"teacher": "teacher", "student": "after"}
 Rows = list[tuple[str, ...]]
 
 STYLE = """
@@ -30,7 +32,7 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto }
 def print_summary(summary: dict[str, Any], reporter: Reporter) -> None:
     """Print the tables of a finished run."""
     reporter.table("held-out loss", ("term/student-teacher", "before", "after"), _losses(summary))
-    reporter.table("run", ("", "teacher", "student"), _models(summary))
+    reporter.table("run", ("", *_model_names(summary)), _models(summary))
     for name, value in _facts(summary):
         reporter.say(f"{name}: {value}")
 
@@ -39,28 +41,29 @@ def print_evaluation(result: dict[str, Any], reporter: Reporter) -> None:
     """Print the table of one evaluation."""
     rows = [(row[0], row[2]) for row in _losses({"before": result, "after": result})]
     reporter.table("held-out loss", ("term/student-teacher", "value"), rows)
-    reporter.say(f"held out: {result['tokens']:,} tokens in {result['blocks']} blocks")
+    reporter.say(f"held out: {_heldout(result)}")
 
 
 def write_report(run: RunFolder) -> None:
     """Write report.html of a finished run."""
     summary, metrics = run.read_summary(), run.read_metrics()
     assert summary is not None, "a report is written after the summary"
-    recipe = load_recipe(run.recipe)
+    recipe = load_any_recipe(run.recipe)
     training = [record for record in metrics if record["kind"] == "train"]
     heldout = [record for record in metrics if record["kind"] == "heldout"]
     page = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         f"<title>{html.escape(run.path.name)}</title><style>{STYLE}</style>",
         f"<h1>{html.escape(run.path.name)}</h1>",
-        f"<p>{html.escape(recipe.teacher.model)} to {recipe.student.layers} layers</p>",
+        f"<p>{html.escape(_subject(recipe))}</p>",
         html_table(("term/student-teacher", "before", "after"), _losses(summary)),
-        html_table(("", "teacher", "student"), _models(summary)),
+        html_table(("", *_model_names(summary)), _models(summary)),
         html_table(("", ""), _facts(summary)),
         "<h2>Training</h2>",
         _curves(training, "loss, mean over log_every steps"),
         "<h2>Held out</h2>",
-        _curves(heldout, "loss on held-out blocks"),
+        _curves(heldout, "loss on held-out data"),
+        *_score_section(heldout, summary.get("teacher")),
         f"<h2>Recipe</h2><pre>{html.escape(run.recipe.read_text(encoding='utf-8'))}</pre></html>",
     ]
     write_whole(run.report, "\n".join(page))
@@ -73,29 +76,64 @@ def _losses(summary: dict[str, Any]) -> Rows:
         for label, value in after["losses"].items()
     ]
     rows.append(("total, weighted", f"{before['total']:.4g}", f"{after['total']:.4g}"))
-    cosines = [
-        "widths differ" if e["sentence_cosine"] is None else f"{e['sentence_cosine']:.4f}"
-        for e in (before, after)
-    ]
-    rows.append(("sentence embeddings, cosine", *cosines))
+    if "sentence_cosine" in after:
+        cosines = [
+            "widths differ" if e["sentence_cosine"] is None else f"{e['sentence_cosine']:.4f}"
+            for e in (before, after)
+        ]
+        rows.append(("sentence embeddings, cosine", *cosines))
+    first, last = _scores(before), _scores(after)
+    rows += [(name, f"{first[name]:.4f}", f"{value:.4f}") for name, value in last.items()]
     return rows
 
 
-def _models(summary: dict[str, Any]) -> Rows:
-    def row(name: str, values: dict[str, float]) -> tuple[str, ...]:
-        return (name, f"{values['teacher']:,.0f}", f"{values['student']:,.0f}")
+def _scores(judged: dict[str, Any]) -> dict[str, float]:
+    """The score of a task and each metric behind it; nothing of text."""
+    if "score" not in judged:
+        return {}
+    metrics = {
+        f"{split}, {metric}": value
+        for split, scores in judged["scores"].items()
+        for metric, value in scores.items()
+    }
+    return {"score": judged["score"], **metrics}
 
-    return [
+
+def _model_names(summary: dict[str, Any]) -> list[str]:
+    return [name for name in ("teacher", "student") if name in summary["parameters"]]
+
+
+def _models(summary: dict[str, Any]) -> Rows:
+    names = _model_names(summary)
+
+    def row(title: str, values: dict[str, float]) -> tuple[str, ...]:
+        return (title, *(f"{values[name]:,.0f}" for name in names))
+
+    rows: Rows = [
         row("parameters", summary["parameters"]),
         row("forward tokens/s", summary["forward_tokens_per_second"]),
     ]
+    if "score" in summary["after"] and "teacher" in names:
+        scores = {name: _scores(summary[key]) for name, key in _SCORED.items()}
+        rows += [
+            (title, *(f"{scores[name][title]:.4f}" for name in names))
+            for title in scores["student"]
+        ]
+    return rows
 
 
 def _facts(summary: dict[str, Any]) -> Rows:
-    after = summary["after"]
+    steps = f"{summary['steps']} steps"
+    if "train_tokens" in summary:
+        trained = f"{summary['train_tokens']:,} tokens in {steps}"
+    else:
+        trained = (
+            f"{summary['train_examples']:,} examples in {steps}, "
+            f"{summary['train_examples'] / summary['task_examples']:.2f} passes"
+        )
     return [
-        ("trained on", f"{summary['train_tokens']:,} tokens in {summary['steps']} steps"),
-        ("held out", f"{after['tokens']:,} tokens in {after['blocks']} blocks"),
+        ("trained on", trained),
+        ("held out", _heldout(summary["after"])),
         (
             f"peak memory of the {summary['peak_memory_of']}",
             f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB",
@@ -103,6 +141,35 @@ def _facts(summary: dict[str, Any]) -> Rows:
         ("time", f"{summary['seconds']:.0f} s on {summary['world_size']} rank(s)"),
         ("run folder", summary["run"]),
     ]
+
+
+def _heldout(judged: dict[str, Any]) -> str:
+    if "examples" in judged:
+        return f"{judged['examples']:,} examples"
+    return f"{judged['tokens']:,} tokens in {judged['blocks']} blocks"
+
+
+def _subject(recipe: AnyRecipe) -> str:
+    if isinstance(recipe, Recipe):
+        return f"{recipe.teacher.model} to {recipe.student.layers} layers"
+    return f"{recipe.model.name}, fine-tuned on {recipe.task.name}"
+
+
+def _score_section(heldout: list[dict[str, Any]], teacher: dict[str, Any] | None) -> list[str]:
+    """The task's score over the run, beside the teacher's."""
+    if not heldout or "score" not in heldout[0]:
+        return []
+    steps = [record["step"] for record in heldout]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastkd"}):
+        figure = Figure(figsize=(6.0, 3.2), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(steps, [record["score"] for record in heldout], marker=".", label="this model")
+        if teacher is not None:
+            axes.axhline(teacher["score"], color="black", linestyle="--", label="teacher")
+        axes.set(xlabel="step", ylabel="score")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        return ["<h2>Score of the task</h2>", _svg(figure)]
 
 
 def html_table(columns: Sequence[str], rows: Rows) -> str:
@@ -138,7 +205,11 @@ def _curves(records: list[dict[str, Any]], title: str) -> str:
             # a term without layers is one line; a many-to-many map has too many to name
             if "/" in lines[0] and len(lines) <= _NAMED_LINES:
                 axes.legend(fontsize=8, title="student-teacher layer", title_fontsize=8)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]

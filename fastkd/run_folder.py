@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fastkd.errors import UserError
-from fastkd.recipe import Recipe, dump_recipe, load_recipe
+from fastkd.recipe import AnyRecipe, dump_recipe, load_any_recipe
 
 _PACKAGES = ("fastkd", "torch", "triton", "transformers", "datasets", "deepspeed", "numpy")
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -30,6 +30,7 @@ _FREE = frozenset(
     {
         "data.cache",
         "data.workers",
+        "task.cache",
         "train.log_every",
         "train.evaluate_every",
         "train.checkpoint_every",
@@ -74,7 +75,7 @@ class RunFolder:
         if taken:
             raise UserError(f"{self.path} is not empty and holds no run; give another run.output")
 
-    def create(self, recipe: Recipe) -> None:
+    def create(self, recipe: AnyRecipe) -> None:
         """Start a run here.
 
         Raises:
@@ -98,14 +99,14 @@ class RunFolder:
                 "may write to"
             ) from error
 
-    def check_continues(self, recipe: Recipe) -> None:
+    def check_continues(self, recipe: AnyRecipe) -> None:
         """Refuse to continue a run under a recipe that would change its result.
 
         Raises:
             UserError: naming the first field that differs.
         """
         before, now = (
-            dict(_flat(load_recipe(self.recipe).model_dump(mode="json"))),
+            dict(_flat(load_any_recipe(self.recipe).model_dump(mode="json"))),
             dict(_flat(recipe.model_dump(mode="json"))),
         )
         for key in sorted(before.keys() | now.keys()):

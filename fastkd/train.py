@@ -15,23 +15,24 @@ from torch import Tensor
 from fastkd.assemble import Assembly, assemble
 from fastkd.checkpoint import Checkpoints
 from fastkd.console import Reporter
-from fastkd.data import BlockStream
-from fastkd.engine import Ranks
+from fastkd.engine import NoTeacher, Ranks
 from fastkd.errors import Interrupted, UserError
-from fastkd.evaluate import as_inputs, evaluate_assembly, peak_memory, tokens_per_second
+from fastkd.evaluate import evaluate_assembly, judge_model
 from fastkd.export import export_student
 from fastkd.introduction import introduce
 from fastkd.layer_map import Moment
+from fastkd.material import Feed
 from fastkd.objective import Inputs
-from fastkd.recipe import Recipe
+from fastkd.recipe import AnyRecipe
 from fastkd.run_folder import RunFolder
+from fastkd.summary import judged_parts, summarise
 
 
-def distill(recipe: Recipe, ranks: Ranks, *, resume: bool, reporter: Reporter) -> dict[str, Any]:
+def distill(recipe: AnyRecipe, ranks: Ranks, *, resume: bool, reporter: Reporter) -> dict[str, Any]:
     """Run a recipe from start to end, or continue it, and return its summary.
 
     Args:
-        recipe: what to do.
+        recipe: what to do; with one of a fine-tuning run hard labels take the teacher's place.
         ranks: from `start_ranks`; every rank calls this.
         resume: continue the run in `run.output` where there is one; a finished one is left alone.
         reporter: what the user sees; silent on ranks other than 0.
@@ -50,28 +51,28 @@ def distill(recipe: Recipe, ranks: Ranks, *, resume: bool, reporter: Reporter) -
     ranks.from_main(lambda: None if run.holds_run else run.create(recipe))
     introduce(assembly, reporter)
     checkpoints = Checkpoints(run.checkpoints, ranks, recipe.train.keep_checkpoints)
-    stream = assembly.corpus.stream(recipe.train.batch_size, recipe.train.seed)
-    step = _restore(assembly, checkpoints, stream, run, reporter)
+    feed = open_feed(assembly)
+    step = _restore(assembly, checkpoints, feed, run, reporter)
     if step == 0:
+        _judge_teacher(assembly, run, reporter)
         _evaluate(assembly, run, 0, reporter)
-    with _signals() as stop, reporter.steps(step, recipe.train.steps):
-        _train(assembly, stream, checkpoints, run, step, reporter, stop)
-    summary = _summarise(assembly, run, time.perf_counter() - started)
-    export_student(
-        assembly.engine,
-        recipe.teacher,
-        assembly.teacher.model.config,
-        assembly.tokenizer,
-        run,
-        ranks,
-    )
+    with _signals() as stop, reporter.steps(step, assembly.recipe.train.steps):
+        _train(assembly, feed, checkpoints, run, step, reporter, stop)
+    summary = summarise(assembly, run, time.perf_counter() - started)
+    export_student(assembly.engine, assembly.source, assembly.rates, assembly.tokenizer, run, ranks)
     if ranks.is_main:
         # last, because it is what makes the run finished
         run.write_summary(summary)
     return summary
 
 
-def train_step(assembly: Assembly, stream: BlockStream) -> Tensor:
+def open_feed(assembly: Assembly) -> Feed:
+    """The micro-batches of a run on this rank, from its first step."""
+    train = assembly.recipe.train
+    return assembly.material.feed(train.batch_size, train.seed, assembly.plan, assembly.ranks.rank)
+
+
+def train_step(assembly: Assembly, feed: Feed) -> Tensor:
     """One optimiser step over all micro-batches of this rank.
 
     Returns:
@@ -80,13 +81,9 @@ def train_step(assembly: Assembly, stream: BlockStream) -> Tensor:
     """
     plan, ranks, engine = assembly.plan, assembly.ranks, assembly.engine
     objective = assembly.objective
-    batch = as_inputs(stream.next_batch(), assembly.masking, objective.moment.step)
     micro_batches: list[Inputs] = [
-        {
-            name: tensor[plan.rows(ranks.rank, number)].to(ranks.device, non_blocking=True)
-            for name, tensor in batch.items()
-        }
-        for number in range(plan.accumulation)
+        {name: tensor.to(ranks.device, non_blocking=True) for name, tensor in inputs.items()}
+        for inputs in feed.next_step(objective.moment.step)
     ]
     counts = torch.stack([objective.divisors(inputs) for inputs in micro_batches])
     shares = counts / ranks.sum(counts.sum(dim=0)).clamp(min=1)
@@ -118,7 +115,7 @@ def _look(assembly: Assembly, pieces: Sequence[tuple[Inputs, Tensor]]) -> Tensor
 
 def _train(
     assembly: Assembly,
-    stream: BlockStream,
+    feed: Feed,
     checkpoints: Checkpoints,
     run: RunFolder,
     step: int,
@@ -128,8 +125,8 @@ def _train(
     train, ranks = assembly.recipe.train, assembly.ranks
     window = _Window(assembly, step)
     while step < train.steps:
-        assembly.objective.at(Moment(step, stream.epoch))
-        window.add(train_step(assembly, stream))
+        assembly.objective.at(Moment(step, feed.epoch))
+        window.add(train_step(assembly, feed))
         step += 1
         reporter.advance(step)
         last = step == train.steps
@@ -151,7 +148,7 @@ def _train(
         if due or stopping:
             position = {
                 "step": step,
-                "stream": stream.state_dict(),
+                "stream": feed.state_dict(),
                 "objective": assembly.objective.feedback(),
             }
             checkpoints.save(assembly.engine, step, position)
@@ -201,7 +198,8 @@ class _Window:
                 "continue from the last checkpoint with a smaller train.learning_rate, in "
                 "another run.output"
             )
-        train, data = assembly.recipe.train, assembly.recipe.data
+        counted, each = assembly.material.counted
+        rows = steps * assembly.recipe.train.batch_size
         seconds = time.perf_counter() - self.time
         norm = assembly.engine.get_global_grad_norm()
         record = {
@@ -212,13 +210,13 @@ class _Window:
             "weighted": weighted,
             "learning_rate": assembly.engine.get_lr()[0],
             "gradient_norm": None if norm is None else float(norm),
-            "tokens_per_second": steps * train.batch_size * data.block_size / seconds,
+            f"{counted}_per_second": rows * each / seconds,
         }
         self._restart(step)
         return record, stops > 0
 
 
-def _check(run: RunFolder, recipe: Recipe, resume: bool) -> dict[str, Any] | None:
+def _check(run: RunFolder, recipe: AnyRecipe, resume: bool) -> dict[str, Any] | None:
     """Check that this recipe starts or continues the run; the summary if it is finished."""
     if not (resume and run.holds_run):
         run.check_free()
@@ -230,7 +228,7 @@ def _check(run: RunFolder, recipe: Recipe, resume: bool) -> dict[str, Any] | Non
 def _restore(
     assembly: Assembly,
     checkpoints: Checkpoints,
-    stream: BlockStream,
+    feed: Feed,
     run: RunFolder,
     reporter: Reporter,
 ) -> int:
@@ -239,7 +237,7 @@ def _restore(
     tag = checkpoints.newest()
     if tag is not None:
         state = checkpoints.load(assembly.engine, tag)
-        stream.load_state_dict(state["stream"])
+        feed.load_state_dict(state["stream"])
         # checkpoints of fastkd 0.1 have none, and their recipes no weight that follows losses
         if "objective" in state:
             assembly.objective.load_feedback(state["objective"], assembly.ranks.device)
@@ -257,38 +255,19 @@ def _evaluate(assembly: Assembly, run: RunFolder, step: int, reporter: Reporter)
     result = evaluate_assembly(assembly)
     if assembly.ranks.is_main:
         run.append_metrics({"kind": "heldout", "step": step, **result.as_dict()})
-    cosine = "" if result.sentence_cosine is None else f"  cosine {result.sentence_cosine:.4f}"
-    reporter.say(f"held out at step {step}  loss {result.total:.4g}{cosine}")
+    said = [f"held out at step {step}", f"loss {result.total:.4g}", *judged_parts(result.judged)]
+    reporter.say("  ".join(said))
 
 
-def _summarise(assembly: Assembly, run: RunFolder, seconds: float) -> dict[str, Any]:
-    recipe, ranks, corpus = assembly.recipe, assembly.ranks, assembly.corpus
-    rows = corpus.heldout[: assembly.plan.micro_batch_size].to(ranks.device)
-    inputs = {"input_ids": rows}
-    assembly.engine.eval()
-    teacher_speed = tokens_per_second(assembly.teacher.embed, inputs, ranks)
-    student_speed = tokens_per_second(assembly.engine, inputs, ranks)
-    heldout = [r for r in run.read_metrics() if r["kind"] == "heldout"] if ranks.is_main else []
-    kept = ("losses", "total", "sentence_cosine", "blocks", "tokens")
-    before, after = ({key: heldout[at][key] for key in kept} if heldout else None for at in (0, -1))
-    return {
-        "run": str(run.path),
-        "steps": recipe.train.steps,
-        "train_tokens": recipe.train.steps * recipe.train.batch_size * recipe.data.block_size,
-        "corpus_tokens": corpus.train_tokens,
-        "layer_map": assembly.layers.rows(),
-        "before": before,
-        "after": after,
-        "parameters": {
-            "teacher": assembly.teacher_parameters,
-            "student": assembly.initialisation.total,
-        },
-        "forward_tokens_per_second": {"teacher": teacher_speed, "student": student_speed},
-        "peak_memory_bytes": peak_memory(ranks),
-        "peak_memory_of": "GPU" if ranks.device.type == "cuda" else "process",
-        "world_size": ranks.world_size,
-        "seconds": seconds,
-    }
+def _judge_teacher(assembly: Assembly, run: RunFolder, reporter: Reporter) -> None:
+    """Measure the teacher, where its own outputs have a score."""
+    material, ranks, teacher = assembly.material, assembly.ranks, assembly.teacher
+    if not material.scores_models or isinstance(teacher, NoTeacher):
+        return
+    found = judge_model(teacher, material, assembly.plan.micro_batch_size, ranks)
+    if ranks.is_main:
+        run.append_metrics({"kind": "teacher", "step": 0, **found})
+    reporter.say("  ".join(["teacher", *judged_parts(found)]))
 
 
 def _parts(record: dict[str, Any]) -> list[str]:
@@ -299,7 +278,8 @@ def _parts(record: dict[str, Any]) -> list[str]:
         terms[term] = terms.get(term, 0.0) + value
     parts = [f"loss {record['loss']:.4g}"]
     parts += [f"{term} {value:.4g}" for term, value in terms.items()]
-    return [*parts, f"{record['tokens_per_second']:,.0f} tokens/s"]
+    speeds = [name for name in record if name.endswith("_per_second")]
+    return parts + [f"{record[name]:,.0f} {name.removesuffix('_per_second')}/s" for name in speeds]
 
 
 def _write_events(assembly: Assembly, record: dict[str, Any]) -> None:

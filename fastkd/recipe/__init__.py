@@ -5,6 +5,7 @@ misread setting.
 """
 
 from fastkd.recipe.data import Data
+from fastkd.recipe.finetune import FinetuneRecipe, TunedModel
 from fastkd.recipe.losses import (
     AttentionLoss,
     EmbeddingLoss,
@@ -18,23 +19,30 @@ from fastkd.recipe.losses import (
 )
 from fastkd.recipe.models import Student, Teacher
 from fastkd.recipe.reading import (
+    AnyRecipe,
     complain,
     dump_recipe,
+    load_any_recipe,
+    load_finetune_recipe,
     load_recipe,
+    parse_any_recipe,
     parse_recipe,
     read_tree,
     replace_value,
 )
 from fastkd.recipe.section import Section
-from fastkd.recipe.train import Run, Train
+from fastkd.recipe.task import TaskAugmentation, TaskColumns, TaskData
+from fastkd.recipe.train import Run, Train, resolve_steps
 from fastkd.recipe.weights import Balance, Schedule
 from fastkd.recipe.whole import Recipe
 
 __all__ = [
+    "AnyRecipe",
     "AttentionLoss",
     "Balance",
     "Data",
     "EmbeddingLoss",
+    "FinetuneRecipe",
     "HiddenLoss",
     "LabelsLoss",
     "LogitsLoss",
@@ -46,13 +54,21 @@ __all__ = [
     "Schedule",
     "Section",
     "Student",
+    "TaskAugmentation",
+    "TaskColumns",
+    "TaskData",
     "Teacher",
     "Term",
     "Train",
+    "TunedModel",
     "complain",
     "dump_recipe",
+    "load_any_recipe",
+    "load_finetune_recipe",
     "load_recipe",
+    "parse_any_recipe",
     "parse_recipe",
     "read_tree",
     "replace_value",
+    "resolve_steps",
 ]

@@ -15,13 +15,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fastkd.errors import UserError
+from fastkd.recipe.finetune import FinetuneRecipe
 from fastkd.recipe.layers import MAP_SECTIONS
 from fastkd.recipe.presets import expand
 from fastkd.recipe.whole import Recipe
 
+AnyRecipe = Recipe | FinetuneRecipe
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides.
+    """Read a recipe of a distillation and apply overrides.
 
     Args:
         path: YAML file.
@@ -30,10 +33,28 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: the file is missing or not YAML, or a key or value is not what a recipe takes.
     """
+    return parse_recipe(_overridden(path, overrides), str(path))
+
+
+def load_finetune_recipe(path: str | Path, overrides: Sequence[str] = ()) -> FinetuneRecipe:
+    """Read a recipe of a fine-tuning run, likewise."""
+    return parse_finetune_recipe(_overridden(path, overrides), str(path))
+
+
+def load_any_recipe(path: str | Path) -> AnyRecipe:
+    """Read a recipe of either kind: one of a fine-tuning run has a `model`.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    return parse_any_recipe(read_tree(path), str(path))
+
+
+def _overridden(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     tree = read_tree(path)
     for override in overrides:
         _apply(tree, override)
-    return parse_recipe(tree, str(path))
+    return tree
 
 
 def read_tree(path: str | Path, what: str = "recipe") -> dict[str, Any]:
@@ -68,7 +89,20 @@ def parse_recipe(tree: Mapping[str, Any], name: str = "recipe") -> Recipe:
         raise UserError(f"{name}: {complain(error, Recipe)}") from error
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def parse_finetune_recipe(tree: Mapping[str, Any], name: str = "recipe") -> FinetuneRecipe:
+    """Validate a mapping as a recipe of a fine-tuning run, likewise."""
+    try:
+        return FinetuneRecipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{name}: {complain(error, FinetuneRecipe)}") from error
+
+
+def parse_any_recipe(tree: Mapping[str, Any], name: str = "recipe") -> AnyRecipe:
+    """Validate a mapping as a recipe of either kind, likewise."""
+    return parse_finetune_recipe(tree, name) if "model" in tree else parse_recipe(tree, name)
+
+
+def dump_recipe(recipe: AnyRecipe) -> str:
     """The recipe as YAML with every default written out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 

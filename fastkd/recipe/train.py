@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fastkd.recipe.section import Name, Section
 
@@ -14,13 +14,16 @@ DecayRate = Annotated[float, Field(ge=0, lt=1)]
 class Train(Section):
     """The loop: length, batch, optimiser, precision, and what is written when."""
 
-    steps: int = Field(default=1000, gt=0)
-    """Optimiser steps."""
+    steps: int = Field(default=1000, ge=0)
+    """Optimiser steps; 0 where `epochs` says how many."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the data, in place of `steps`."""
     batch_size: int = Field(default=32, gt=0)
-    """Blocks in an optimiser step, over all ranks and micro-batches: results don't depend on
-    how it is cut."""
+    """Blocks, or examples of a task, in an optimiser step, over all ranks and micro-batches:
+    results don't depend on how it is cut."""
     micro_batch_size: int | None = Field(default=None, gt=0)
-    """Blocks in one forward pass of one rank; the whole share of the rank where not given."""
+    """Blocks or examples in one forward pass of one rank; the whole share of the rank where not
+    given."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(default=0.01, ge=0)
@@ -29,6 +32,8 @@ class Train(Section):
     """AdamW's decay rates."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
+    warmup_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of all steps, in place of `warmup_steps`."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay after the warm-up, to zero at the last step."""
     max_grad_norm: float = Field(default=1.0, ge=0)
@@ -47,6 +52,67 @@ class Train(Section):
     """Steps between checkpoints; 0 is at the end only."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """Newest checkpoints that are kept."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_steps(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("epochs") is not None and not tree.get("steps"):
+            return {**tree, "steps": 0}
+        return tree
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.epochs is not None and self.steps:
+            raise ValueError(
+                f"steps is {self.steps} and epochs {self.epochs:g}; give one of them and set the "
+                "other to null"
+            )
+        if self.epochs is None and not self.steps:
+            raise ValueError("steps is 0, expected more, or epochs in its place")
+        if self.warmup_steps and self.warmup_share:
+            raise ValueError("warmup_steps and warmup_share are both given; give one of them")
+        return self
+
+
+def check_train(train: Train) -> None:
+    """Refuse numbers of the loop that don't go together.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if train.precision == "bf16" and train.zero_stage == 0:
+        raise ValueError(
+            "train.precision is bf16 and train.zero_stage 0, where DeepSpeed takes one "
+            "spurious optimiser step; use zero_stage 1"
+        )
+    if train.steps and train.warmup_steps >= train.steps:
+        raise ValueError(
+            f"train.warmup_steps is {train.warmup_steps}, expected fewer than "
+            f"train.steps ({train.steps})"
+        )
+
+
+def resolve_steps(train: Train, rows: int | None) -> Train:
+    """The section with its numbers of steps written out.
+
+    Args:
+        train: as the recipe has it.
+        rows: blocks or examples in one pass over the data; `None` where they are not counted.
+
+    Raises:
+        ValueError: `epochs` of data that is not counted, or a warm-up as long as the run.
+    """
+    found: dict[str, int] = {}
+    if train.epochs is not None:
+        if rows is None:
+            raise ValueError("train.epochs: the data is streamed and not counted; give train.steps")
+        found["steps"] = max(1, round(train.epochs * rows / train.batch_size))
+    steps = found.get("steps", train.steps)
+    if train.warmup_share:
+        found["warmup_steps"] = int(train.warmup_share * steps)
+    resolved = train.model_copy(update=found)
+    check_train(resolved)
+    return resolved
 
 
 class Run(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -12,7 +13,8 @@ from fastkd.recipe.losses import Losses
 from fastkd.recipe.models import Student, Teacher
 from fastkd.recipe.presets import Preset
 from fastkd.recipe.section import Section
-from fastkd.recipe.train import Run, Train
+from fastkd.recipe.task import TaskData
+from fastkd.recipe.train import Run, Train, check_train
 
 
 class Recipe(Section):
@@ -29,8 +31,10 @@ class Recipe(Section):
     options, or a list that names one teacher layer for each student layer, 0 for none."""
     losses: Losses
     """What is matched."""
-    data: Data
-    """What both models read."""
+    data: Data | None = None
+    """Text that both models read."""
+    task: TaskData | None = None
+    """Examples with labels that both models read, in place of text."""
     train: Train = Train()
     """How it is trained."""
     run: Run
@@ -38,20 +42,27 @@ class Recipe(Section):
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Further keys of DeepSpeed's configuration; those that the recipe sets itself are refused."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _head_of_a_task(cls, tree: Any) -> Any:
+        if not isinstance(tree, Mapping) or tree.get("task") is None:
+            return tree
+        student = tree.get("student")
+        if not isinstance(student, Mapping) or "head" in student:
+            return tree
+        return {**tree, "student": {**student, "head": "sequence_classification"}}
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.data is None and self.task is None:
+            raise ValueError("data: missing; give data (text) or task (examples with labels)")
+        if self.data is not None and self.task is not None:
+            raise ValueError(
+                "data and task are both given; give data (text) or task (examples with labels)"
+            )
         self._check_maps()
         self._check_head()
-        if self.train.precision == "bf16" and self.train.zero_stage == 0:
-            raise ValueError(
-                "train.precision is bf16 and train.zero_stage 0, where DeepSpeed takes one "
-                "spurious optimiser step; use zero_stage 1"
-            )
-        if self.train.warmup_steps >= self.train.steps:
-            raise ValueError(
-                f"train.warmup_steps is {self.train.warmup_steps}, expected fewer than "
-                f"train.steps ({self.train.steps})"
-            )
+        check_train(self.train)
         return self
 
     def _check_maps(self) -> None:
@@ -67,6 +78,16 @@ class Recipe(Section):
 
     def _check_head(self) -> None:
         head, terms = self.student.head, self.losses.terms
+        if self.task is not None and head != "sequence_classification":
+            raise ValueError(
+                f"student.head is {head}, but a task is learned by sequence_classification; leave "
+                "student.head out"
+            )
+        if self.task is None and "labels" in terms and head == "sequence_classification":
+            raise ValueError(
+                "losses.labels learns from labelled examples, but data.train is text without "
+                "labels; give task in place of data, or leave losses.labels out"
+            )
         fitting = {
             "logits": ("sequence_classification", "causal_lm", "masked_lm"),
             "labels": ("sequence_classification", "causal_lm"),

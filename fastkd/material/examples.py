@@ -1,0 +1,122 @@
+"""Labelled examples of a task: batches of similar length, and official scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.deepspeed_config import BatchPlan
+from fastkd.engine import Ranks
+from fastkd.material.protocol import Part, Reader
+from fastkd.metrics import measure, predictions_of, task_score
+from fastkd.objective import Inputs
+from fastkd.tasks import EncodedExamples, ExampleStream, Task, cut, evaluation_batches
+from fastkd.tasks.encoded import PAD_MULTIPLE
+
+
+@dataclass(frozen=True)
+class TaskMaterial:
+    """A `Material`: examples of a task, and the sets that it is scored on."""
+
+    task: Task
+    train: EncodedExamples
+    evaluations: dict[str, EncodedExamples]
+    """By the split's name."""
+    counts_padding: bool = False
+    """Whether losses are means over padding as well: then all of a step is padded alike, so that
+    how it is cut still changes nothing."""
+    scores_models = True
+
+    @property
+    def rows(self) -> int | None:
+        return len(self.train)
+
+    @property
+    def counted(self) -> tuple[str, int]:
+        return "examples", 1
+
+    def feed(self, batch_size: int, seed: int, plan: BatchPlan, rank: int) -> ExampleFeed:
+        stream = ExampleStream(self.train, batch_size, seed)
+        return ExampleFeed(stream, plan, rank, self.counts_padding)
+
+    def heldout(self, size: int, ranks: Ranks) -> Iterator[Part]:
+        first = 0
+        for examples in self.evaluations.values():
+            multiple = examples.max_length if self.counts_padding else PAD_MULTIPLE
+            for rows, batch in evaluation_batches(
+                examples, size, rank=ranks.rank, world_size=ranks.world_size, multiple=multiple
+            ):
+                yield Part(batch, rows + first)
+            first += len(examples)
+
+    def judge(self, ranks: Ranks) -> ScoreJudge:
+        return ScoreJudge(self.task, self.evaluations, ranks.device)
+
+    def totals(self, rows: int) -> dict[str, Any]:
+        return {"train_examples": rows, "task_examples": len(self.train)}
+
+    def introduction(self, batch_size: int) -> tuple[str, str]:
+        held_out = ", ".join(
+            f"{len(found):,} in {name}" for name, found in self.evaluations.items()
+        )
+        there = f"task {self.task.name}: {len(self.train):,} examples to train on, {held_out}"
+        return there, f"{batch_size} examples"
+
+
+class ExampleFeed:
+    """A `Feed` of examples: each micro-batch is padded to its own longest example."""
+
+    def __init__(
+        self, stream: ExampleStream, plan: BatchPlan, rank: int, counts_padding: bool
+    ) -> None:
+        self._stream = stream
+        self._plan = plan
+        self._rank = rank
+        self._counts_padding = counts_padding
+
+    @property
+    def epoch(self) -> int:
+        return self._stream.epoch
+
+    def next_step(self, step: int) -> Sequence[Inputs]:
+        batch = self._stream.next_batch()
+        multiple = batch["input_ids"].shape[1] if self._counts_padding else PAD_MULTIPLE
+        return cut(batch, self._plan, self._rank, multiple)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._stream.load_state_dict(state)
+
+
+class ScoreJudge:
+    """A `Judge` of predictions: the task's metrics on each of its sets."""
+
+    def __init__(
+        self, task: Task, evaluations: dict[str, EncodedExamples], device: torch.device
+    ) -> None:
+        self._task = task
+        self._evaluations = evaluations
+        count = sum(len(examples) for examples in evaluations.values())
+        self._outputs = torch.zeros(count, task.outputs, dtype=torch.float64, device=device)
+
+    def add(self, rows: Tensor, inputs: Inputs, student: Reader, teacher: Reader | None) -> None:
+        found = student.predict(inputs)[: len(rows)]
+        self._outputs[rows.to(found.device)] = found.to(self._outputs)
+
+    def results(self, ranks: Ranks) -> dict[str, Any]:
+        """`score` of the task, `scores` of each set by metric, `examples`."""
+        # every row was written by one rank
+        outputs = ranks.sum(self._outputs).cpu().numpy()
+        scores, first = {}, 0
+        for name, examples in self._evaluations.items():
+            part = outputs[first : first + len(examples)]
+            predictions = predictions_of(part, regression=self._task.regression)
+            scores[name] = measure(self._task.metrics, predictions, examples.labels)
+            first += len(examples)
+        return {"score": task_score(scores), "scores": scores, "examples": first}

@@ -1,0 +1,153 @@
+"""From a recipe's section to what a run reads; the first rank prepares, then the others open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from fastkd.data import prepare_corpus
+from fastkd.engine import Ranks
+from fastkd.masking import Masking
+from fastkd.material.examples import TaskMaterial
+from fastkd.material.protocol import Material
+from fastkd.material.text import TextMaterial
+from fastkd.recipe import AnyRecipe, Data, Recipe, TaskData
+from fastkd.tasks import (
+    Augmentation,
+    Columns,
+    EncodedExamples,
+    Task,
+    augment,
+    encode_examples,
+    glue_task,
+    read_examples,
+    uses_token_types,
+)
+from fastkd.tasks.examples import ExampleSource
+
+T = TypeVar("T")
+
+
+def make_material(
+    recipe: AnyRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    ranks: Ranks,
+    *,
+    progress: bool,
+) -> Material:
+    """Read, tokenise and store the data of a recipe, or open what an earlier run stored.
+
+    Args:
+        recipe: of either kind.
+        tokenizer: of the models.
+        config: of the model that is read with first: whether it is told the texts of a pair apart.
+        ranks: this process among all; every rank calls this.
+        progress: whether to show bars.
+
+    Raises:
+        UserError: data that can't be read.
+    """
+    if recipe.task is not None:
+        reduction = recipe.losses.reduction if isinstance(recipe, Recipe) else "valid"
+        return _task_material(
+            recipe.task,
+            tokenizer,
+            uses_token_types(config),
+            ranks,
+            progress=progress,
+            counts_padding=reduction == "tinybert",
+        )
+    assert isinstance(recipe, Recipe) and recipe.data is not None, "a recipe has data or a task"
+    loss = recipe.losses.mlm
+    masking = None if loss is None else Masking(tokenizer, loss.probability, recipe.train.seed)
+    return _text_material(recipe.data, tokenizer, masking, ranks, progress=progress)
+
+
+def task_of(section: TaskData) -> Task:
+    """The task that a recipe names or describes.
+
+    Raises:
+        UserError: GLUE has none of this name, or the description contradicts itself.
+    """
+    if section.columns is None:
+        task = glue_task(section.name)
+    else:
+        task = Task(
+            name=section.name,
+            columns=Columns(texts=section.columns.texts, label=section.columns.label),
+            labels=section.labels or (),
+            bounds=section.bounds,
+            metrics=section.metrics or (),
+        )
+    return task
+
+
+def _text_material(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    masking: Masking | None,
+    ranks: Ranks,
+    *,
+    progress: bool,
+) -> TextMaterial:
+    corpus = _in_turn(
+        ranks,
+        lambda first: prepare_corpus(data, tokenizer, build=first, progress=first and progress),
+    )
+    return TextMaterial(corpus, data.block_size, masking)
+
+
+def _task_material(
+    section: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    token_types: bool,
+    ranks: Ranks,
+    *,
+    progress: bool,
+    counts_padding: bool,
+) -> TaskMaterial:
+    task = task_of(section)
+
+    def encode(examples: ExampleSource, first: bool) -> EncodedExamples:
+        return encode_examples(
+            examples,
+            tokenizer,
+            max_length=section.max_length,
+            token_types=token_types,
+            cache=section.cache,
+            build=first,
+            progress=first and progress,
+        )
+
+    def prepare(first: bool) -> TaskMaterial:
+        read = read_examples(task, section.source, section.train, section.cache)
+        train: ExampleSource = read
+        if section.augmentation is not None:
+            settings = Augmentation(**section.augmentation.model_dump())
+            train = augment(
+                read,
+                settings,
+                tokenizer,
+                cache=section.cache,
+                device=ranks.device,
+                progress=first and progress,
+            )
+        evaluations = {
+            split: encode(read_examples(task, section.source, split, section.cache), first)
+            for split in section.evaluate or task.evaluations
+        }
+        return TaskMaterial(task, encode(train, first), evaluations, counts_padding)
+
+    return _in_turn(ranks, prepare)
+
+
+def _in_turn(ranks: Ranks, prepare: Callable[[bool], T]) -> T:
+    """Rank 0 prepares and stores, then the others open what it stored."""
+    made: list[T] = []
+    ranks.from_main(lambda: made.append(prepare(True)))
+    if not ranks.is_main:
+        made.append(prepare(False))
+    return made[0]

@@ -1,0 +1,92 @@
+"""What the loop needs of the data, whatever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fastkd.deepspeed_config import BatchPlan
+from fastkd.engine import Ranks
+from fastkd.objective import Inputs
+
+
+class Feed(Protocol):
+    """One rank's micro-batches, step by step, without end."""
+
+    @property
+    def epoch(self) -> int:
+        """Passes over the data that are done."""
+
+    def next_step(self, step: int) -> Sequence[Inputs]:
+        """The micro-batches of the next optimiser step, on the CPU; `step` is its number."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the feed stands: plain values and tensors."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where the saved feed stood."""
+
+
+class Reader(Protocol):
+    """A model that reads inputs; every call may be collective."""
+
+    def embed(self, inputs: Inputs) -> Tensor:
+        """Its last hidden state [batch, tokens, width]."""
+
+    def predict(self, inputs: Inputs) -> Tensor:
+        """What its classification head gives, [batch, outputs]."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Held-out data of one forward pass."""
+
+    inputs: Inputs
+    """On the CPU."""
+    rows: Tensor
+    """Numbers of its blocks or examples among all, int64 [counted]; empty if it doesn't count,
+    because this rank repeats it while others work."""
+
+
+class Judge(Protocol):
+    """Gathers what an evaluation says besides the losses."""
+
+    def add(self, rows: Tensor, inputs: Inputs, student: Reader, teacher: Reader | None) -> None:
+        """Read a part, moved to the device; collective like the models."""
+
+    def results(self, ranks: Ranks) -> dict[str, Any]:
+        """Of all parts of all ranks: numbers, and sections of numbers."""
+
+
+class Material(Protocol):
+    """Data to train on and held-out data to evaluate on."""
+
+    @property
+    def rows(self) -> int | None:
+        """Blocks or examples in one pass; `None` where they are not counted."""
+
+    @property
+    def counted(self) -> tuple[str, int]:
+        """What throughput is counted in, and how many of those a row is."""
+
+    @property
+    def scores_models(self) -> bool:
+        """Whether a judge says something about a single model, so that a teacher has a score."""
+
+    def feed(self, batch_size: int, seed: int, plan: BatchPlan, rank: int) -> Feed:
+        """A rank's micro-batches from the start of the order of `seed`."""
+
+    def heldout(self, size: int, ranks: Ranks) -> Iterator[Part]:
+        """A rank's held-out parts of up to `size` rows, as many on every rank."""
+
+    def judge(self, ranks: Ranks) -> Judge:
+        """A new one."""
+
+    def totals(self, rows: int) -> dict[str, Any]:
+        """For the summary: what `rows` rows that were trained on come to, and what there is."""
+
+    def introduction(self, batch_size: int) -> tuple[str, str]:
+        """For the user: what there is, and what a step reads."""

@@ -1,0 +1,63 @@
+"""The recipe of `fastkd finetune`: one model, a task, hard labels."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from fastkd.recipe.models import Attention, Teacher
+from fastkd.recipe.section import Name, Section
+from fastkd.recipe.task import TaskData
+from fastkd.recipe.train import Run, Train, check_train
+
+
+class TunedModel(Section):
+    """The model that is trained; where it has no head for the task, one is drawn by the seed."""
+
+    name: Name
+    """Hub name, folder, or `package:NAME/FOLDER` for a model carried by an installed package."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Expected digest of `model.safetensors`, checked before use."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Every dropout rate; the model's own where not given."""
+    attention: Attention = "sdpa"
+    """Attention implementation that the model runs."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks in the backward pass (non-reentrant)."""
+
+    @property
+    def source(self) -> Teacher:
+        """Where it is loaded from, in the words of the models' loader."""
+        return Teacher(
+            model=self.name,
+            revision=self.revision,
+            sha256=self.sha256,
+            attention=self.attention,
+        )
+
+
+def _short_model(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class FinetuneRecipe(Section):
+    """Everything about a fine-tuning run."""
+
+    model: Annotated[TunedModel, BeforeValidator(_short_model)]
+    """The model that is trained: its name, or a section."""
+    task: TaskData
+    """What it learns."""
+    train: Train = Train()
+    """How it is trained."""
+    run: Run
+    """Where it is written."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Further keys of DeepSpeed's configuration; those that the recipe sets itself are refused."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        check_train(self.train)
+        return self

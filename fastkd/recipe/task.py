@@ -1,0 +1,91 @@
+"""The section of a task: examples with labels, in place of text."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from fastkd.recipe.section import Name, Section
+
+Metric = Literal["matthews", "accuracy", "f1", "pearson", "spearman"]
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[Name, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+
+
+class TaskColumns(Section):
+    """Names of the columns that are read."""
+
+    texts: Names
+    """Column of the text, or the two columns of a pair."""
+    label: Name
+    """Column of the class or score."""
+
+
+class TaskAugmentation(Section):
+    """More training examples by replaced words (TinyBERT, arXiv 1909.10351, Algorithm 1)."""
+
+    copies: int = Field(default=20, ge=1)
+    """Copies of an example, at most: N_a of the paper."""
+    probability: float = Field(default=0.4, gt=0, le=1)
+    """Chance that a word is replaced: p_t of the paper."""
+    candidates: int = Field(default=15, ge=1)
+    """Words that one is replaced from: K of the paper."""
+    source: Literal["masked_model", "neighbours"] = "masked_model"
+    """Where words that are a single token take their candidates from."""
+    masked_model: Name | None = None
+    """Folder or hub name of a masked language model."""
+    show_original: bool = False
+    """Let that model read the original text behind the masked one, as the official code does."""
+    glove: Name | None = None
+    """File of word vectors, plain or gzipped."""
+    synonyms: Name | None = None
+    """File of `word TAB paraphrase`, plain or gzipped, in place of word vectors."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of what is replaced by what."""
+    batch_size: int = Field(default=64, ge=1)
+    """Masked texts in one forward pass; decides speed and memory alone."""
+
+
+class TaskData(Section):
+    """Texts or pairs of texts with classes or scores, padded to the longest of a batch."""
+
+    name: Name
+    """Task of GLUE (CoLA, SST-2, MRPC, QQP, STS-B, MNLI, QNLI, RTE, WNLI), whose columns, labels
+    and metrics are known; with `columns` any name."""
+    source: Name
+    """Folder of the official TSV files, or of JSON lines (.tsv, .tsv.gz, .jsonl, .jsonl.gz), a
+    saved `datasets` folder, or a hub name such as `nyu-mll/glue`."""
+    columns: TaskColumns | None = None
+    """Columns of a task that GLUE doesn't have."""
+    labels: tuple[str, ...] | None = None
+    """Every label of such a task as its files spell it, class 0 first."""
+    bounds: tuple[float, float] | None = None
+    """Smallest and largest score of such a task, in place of labels: a regression."""
+    metrics: tuple[Metric, ...] | None = None
+    """Metrics of such a task; accuracy, or Pearson's and Spearman's correlation if not given."""
+    train: Name = "train"
+    """Split that is trained on: its file's name without the ending."""
+    evaluate: Names | None = None
+    """Splits that both models are scored on; those of GLUE, or `dev`, where not given."""
+    max_length: int = Field(default=128, ge=4)
+    """Tokens of an example, special tokens included; longer ones are cut."""
+    augmentation: TaskAugmentation | None = None
+    """How training examples are multiplied; not at all where not given."""
+    cache: str = "~/.cache/fastkd"
+    """Folder of tokenised examples, shared by all runs."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        own = [name for name in ("labels", "bounds", "metrics") if getattr(self, name) is not None]
+        if own and self.columns is None:
+            raise ValueError(
+                f"{own[0]} is given without columns; name the columns of a task of your own, or "
+                f"leave {own[0]} out for a task of GLUE"
+            )
+        return self

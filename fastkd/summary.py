@@ -1,0 +1,63 @@
+"""What stays of a finished run in one file, and how its held-out numbers are said in a line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastkd.assemble import Assembly
+from fastkd.engine import NoTeacher, StudentReader
+from fastkd.evaluate import move, peak_memory, tokens_per_second
+from fastkd.run_folder import RunFolder
+
+
+def summarise(assembly: Assembly, run: RunFolder, seconds: float) -> dict[str, Any]:
+    """The summary of a run that has made its last step; collective over the ranks."""
+    recipe, ranks, material = assembly.recipe, assembly.ranks, assembly.material
+    part = next(iter(material.heldout(assembly.plan.micro_batch_size, ranks)))
+    inputs = move(part.inputs, ranks)
+    assembly.engine.eval()
+    speeds = {"student": tokens_per_second(StudentReader(assembly.engine).embed, inputs, ranks)}
+    parameters = {"student": assembly.initialisation.total}
+    if not isinstance(assembly.teacher, NoTeacher):
+        speeds["teacher"] = tokens_per_second(assembly.teacher.embed, inputs, ranks)
+        parameters["teacher"] = assembly.teacher_parameters
+    records = run.read_metrics() if ranks.is_main else []
+    heldout = [_numbers(record) for record in records if record["kind"] == "heldout"]
+    teacher = [_numbers(record) for record in records if record["kind"] == "teacher"]
+    has_layers = not isinstance(assembly.teacher, NoTeacher)
+    return {
+        "run": str(run.path),
+        "steps": recipe.train.steps,
+        **material.totals(recipe.train.steps * recipe.train.batch_size),
+        "layer_map": assembly.layers.rows() if has_layers else None,
+        "before": heldout[0] if heldout else None,
+        "after": heldout[-1] if heldout else None,
+        **({"teacher": teacher[0]} if teacher else {}),
+        "parameters": parameters,
+        "forward_tokens_per_second": speeds,
+        "peak_memory_bytes": peak_memory(ranks),
+        "peak_memory_of": "GPU" if ranks.device.type == "cuda" else "process",
+        "world_size": ranks.world_size,
+        "seconds": seconds,
+    }
+
+
+def judged_parts(judged: Mapping[str, Any]) -> list[str]:
+    """What a judge said, for a line of a log."""
+    parts = []
+    if judged.get("sentence_cosine") is not None:
+        parts.append(f"cosine {judged['sentence_cosine']:.4f}")
+    if "score" in judged:
+        parts.append(f"score {judged['score']:.4f}")
+    several = len(judged.get("scores", {})) > 1
+    for name, scores in judged.get("scores", {}).items():
+        parts += [
+            f"{name} {metric} {value:.4f}" if several else f"{metric} {value:.4f}"
+            for metric, value in scores.items()
+        ]
+    return parts
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in ("kind", "step")}

@@ -16,9 +16,10 @@ def introduce(assembly: Assembly, reporter: Reporter) -> None:
     size = f"{initialisation.total / 1e6:.1f} M parameters"
     if isinstance(recipe, Recipe):
         share = initialisation.copied / initialisation.total
+        origin = "the teacher" if recipe.student.starts_from is None else recipe.student.init
         reporter.say(
-            f"student: {recipe.student.layers} layers, {size}, {share:.0%} of them copied from the "
-            "teacher"
+            f"student: {recipe.student.layers} layers, {size}, {share:.0%} of them copied from "
+            f"{origin}"
         )
     else:
         head = "drawn by train.seed" if initialisation.new_head else "its own"

@@ -42,8 +42,9 @@ class Student(Section):
     """Key and value heads of grouped-query attention; scaled with `heads` where not given."""
     intermediate_size: int | None = Field(default=None, gt=0)
     """Width of the feed-forward layer; the teacher's where not given."""
-    init: Literal["teacher", "random"] = "teacher"
-    """Copy the mapped teacher layers where shapes agree, or draw everything."""
+    init: Name = "teacher"
+    """`teacher` copies the mapped teacher layers where shapes agree, `random` draws everything;
+    or the folder, hub name or `package:NAME/FOLDER` of a student to start from."""
     dropout: float | None = Field(default=0.0, ge=0, lt=1)
     """Every dropout rate of the student; `null` keeps the teacher's rates."""
     head: Head = "none"
@@ -52,3 +53,8 @@ class Student(Section):
     """Attention implementation that the student runs."""
     gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass (non-reentrant)."""
+
+    @property
+    def starts_from(self) -> Teacher | None:
+        """The model that `init` names, in the words of the models' loader."""
+        return None if self.init in ("teacher", "random") else Teacher(model=self.init)

@@ -1,23 +1,15 @@
-"""Teacher, tokenizer and student: load, check, shrink, initialise.
-
-The student is the teacher's architecture with a recipe's numbers in its configuration, so every
-model that transformers can build from a configuration can be shrunk without code of its own.
-"""
+"""Models and tokenizers as they are found: located, read, checked."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.util
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -31,29 +23,15 @@ from transformers import (
 
 from fastkd.capture import find_blocks, route_attention
 from fastkd.errors import UserError
-from fastkd.layer_map import LayerMap
 from fastkd.recipe import Student, Teacher
 from fastkd.recipe.models import Head
 
-# one idea, four names
-_FEED_FORWARD = ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim")
-_AUTO = {
+AUTO = {
     "none": AutoModel,
     "sequence_classification": AutoModelForSequenceClassification,
     "causal_lm": AutoModelForCausalLM,
     "masked_lm": AutoModelForMaskedLM,
 }
-_DROPOUT = re.compile(r"dropout|_pdrop$")
-
-
-@dataclass(frozen=True)
-class Initialisation:
-    """How many of the student's parameters came from the teacher."""
-
-    copied: int
-    total: int
-    new_head: bool = False
-    """Whether a model to fine-tune came without a head for its task."""
 
 
 def locate_model(teacher: Teacher) -> str:
@@ -166,69 +144,6 @@ def load_tokenizer(teacher: Teacher, vocabulary: int) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def student_config(
-    teacher: PreTrainedConfig, student: Student, layers: LayerMap
-) -> PreTrainedConfig:
-    """The teacher's configuration with the student's numbers.
-
-    Raises:
-        UserError: numbers that don't divide, or a setting that this architecture doesn't have.
-    """
-    config = copy.deepcopy(teacher)
-    config.num_hidden_layers = student.layers
-    config.hidden_size = student.hidden_size or teacher.hidden_size
-    config.num_attention_heads = student.heads or teacher.num_attention_heads
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(
-            f"student.hidden_size {config.hidden_size} is not a multiple of its "
-            f"{config.num_attention_heads} heads; change student.hidden_size or student.heads"
-        )
-    _set_head_size(config, teacher)
-    _set_kv_heads(config, teacher, student)
-    if student.intermediate_size is not None:
-        names = [name for name in _FEED_FORWARD if hasattr(config, name)]
-        if not names:
-            raise UserError(
-                f"student.intermediate_size: {type(config).__name__} has no such number; "
-                "leave it out"
-            )
-        setattr(config, names[0], student.intermediate_size)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [teacher.layer_types[source - 1] for source in layers.sources()]
-    if student.dropout is not None:
-        for name in dropout_rates(teacher):
-            setattr(config, name, student.dropout)
-    return config
-
-
-def dropout_rates(config: PreTrainedConfig) -> dict[str, float]:
-    """Every dropout rate of a configuration."""
-    return {
-        name: float(value)
-        for name, value in vars(config).items()
-        if _DROPOUT.search(name) and isinstance(value, int | float) and not isinstance(value, bool)
-    }
-
-
-def build_student(
-    teacher: PreTrainedModel, student: Student, layers: LayerMap
-) -> tuple[PreTrainedModel, Initialisation]:
-    """A student in fp32 on the CPU, initialised as the recipe says.
-
-    `init: teacher` copies block by block along the map, and everything outside the blocks by name,
-    wherever shapes agree; the rest is drawn as the architecture draws it.
-    """
-    config = student_config(teacher.config, student, layers)
-    model: PreTrainedModel = _AUTO[student.head].from_config(config, dtype=torch.float32)
-    if student.head == "none":
-        _drop_pooler(model)
-    copied = _copy_from_teacher(model, teacher, layers) if student.init == "teacher" else 0
-    route_attention(model, student.attention)
-    if student.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, Initialisation(copied, sum(p.numel() for p in model.parameters()))
-
-
 @contextmanager
 def at_depth(model: PreTrainedModel, depth: int) -> Iterator[None]:
     """Let `model` stop after block `depth`: nothing above the last matched layer is computed."""
@@ -247,63 +162,6 @@ def at_depth(model: PreTrainedModel, depth: int) -> Iterator[None]:
     finally:
         setattr(parent, name, blocks)
         model.config.num_hidden_layers = full_depth
-
-
-def _set_head_size(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
-    size = config.hidden_size // config.num_attention_heads
-    resized = size != teacher.hidden_size // teacher.num_attention_heads
-    if resized and getattr(teacher, "head_dim", None):
-        config.head_dim = size
-    if size % 2 and getattr(config, "rope_parameters", None):
-        raise UserError(
-            f"student heads are {size} wide, but rotary embeddings need an even width; "
-            "change student.hidden_size or student.heads"
-        )
-
-
-def _set_kv_heads(config: PreTrainedConfig, teacher: PreTrainedConfig, student: Student) -> None:
-    grouped = getattr(teacher, "num_key_value_heads", None)
-    if grouped is None:
-        if student.kv_heads is not None:
-            raise UserError(
-                f"student.kv_heads: {type(config).__name__} has no grouped-query attention; "
-                "leave it out"
-            )
-        return
-    heads = config.num_attention_heads
-    kv_heads = student.kv_heads or max(1, heads * grouped // teacher.num_attention_heads)
-    if heads % kv_heads:
-        raise UserError(
-            f"student has {heads} heads and {kv_heads} key-value heads, expected a multiple; "
-            "set student.kv_heads"
-        )
-    config.num_key_value_heads = kv_heads
-
-
-def _copy_from_teacher(student: PreTrainedModel, teacher: PreTrainedModel, layers: LayerMap) -> int:
-    student_blocks, teacher_blocks = find_blocks(student), find_blocks(teacher)
-    pairs: list[tuple[nn.Module, nn.Module]] = [
-        (student_blocks[index], teacher_blocks[source - 1])
-        for index, source in enumerate(layers.sources())
-    ]
-    copied = sum(_copy_matching(target, source) for target, source in pairs)
-    prefix = next(name for name, module in student.named_modules() if module is student_blocks)
-    return copied + _copy_matching(student, teacher, outside=prefix + ".")
-
-
-def _copy_matching(target: nn.Module, source: nn.Module, outside: str | None = None) -> int:
-    """Copy parameters of the same name and shape; return how many numbers were copied."""
-    found = dict(source.named_parameters())
-    copied = 0
-    with torch.no_grad():
-        for name, parameter in target.named_parameters():
-            given = found.get(name)
-            if outside is not None and name.startswith(outside):
-                continue
-            if given is not None and given.shape == parameter.shape:
-                parameter.copy_(given)
-                copied += parameter.numel()
-    return copied
 
 
 def read_model(
@@ -330,7 +188,7 @@ def read_model(
     model: PreTrainedModel
     options = {} if config is None else {"config": config, "ignore_mismatched_sizes": True}
     try:
-        model, report = _AUTO[head].from_pretrained(
+        model, report = AUTO[head].from_pretrained(
             name,
             revision=revision,
             dtype=dtype,
@@ -342,7 +200,7 @@ def read_model(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(not_loadable(given, error)) from error
     if head == "none":
-        _drop_pooler(model)
+        drop_pooler(model)
     # transformers draws what it doesn't find, and goes on
     drawn = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
     missing = sorted(drawn & {name for name, _ in model.named_parameters()})
@@ -373,7 +231,8 @@ def _package_folder(package: str) -> Path | None:
     return Path(places[0]) if places else None
 
 
-def _drop_pooler(model: PreTrainedModel) -> None:
+def drop_pooler(model: PreTrainedModel) -> None:
+    """Take the pooler off, where there is one."""
     # an unused parameter would still be decayed by the optimiser, in every ZeRO stage
     if getattr(model, "pooler", None) is not None:
         model.pooler = None

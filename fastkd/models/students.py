@@ -1,0 +1,214 @@
+"""The student: the teacher's architecture with a recipe's numbers, and what it starts from.
+
+Every model that transformers can build from a configuration can be shrunk without code of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from fastkd.capture import find_blocks, route_attention
+from fastkd.errors import UserError
+from fastkd.layer_map import LayerMap
+from fastkd.models.loading import AUTO, drop_pooler, not_loadable, read_model, resolve_model
+from fastkd.recipe import Student, Teacher
+
+# one idea, four names
+_FEED_FORWARD = ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim")
+_DROPOUT = re.compile(r"dropout|_pdrop$")
+
+
+@dataclass(frozen=True)
+class Initialisation:
+    """How many of the student's parameters were not drawn."""
+
+    copied: int
+    total: int
+    new_head: bool = False
+    """Whether a model to fine-tune came without a head for its task."""
+
+
+def student_config(
+    teacher: PreTrainedConfig, student: Student, layers: LayerMap
+) -> PreTrainedConfig:
+    """The teacher's configuration with the student's numbers.
+
+    Raises:
+        UserError: numbers that don't divide, or a setting that this architecture doesn't have.
+    """
+    config = copy.deepcopy(teacher)
+    config.num_hidden_layers = student.layers
+    config.hidden_size = student.hidden_size or teacher.hidden_size
+    config.num_attention_heads = student.heads or teacher.num_attention_heads
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"student.hidden_size {config.hidden_size} is not a multiple of its "
+            f"{config.num_attention_heads} heads; change student.hidden_size or student.heads"
+        )
+    _set_head_size(config, teacher)
+    _set_kv_heads(config, teacher, student)
+    if student.intermediate_size is not None:
+        names = [name for name in _FEED_FORWARD if hasattr(config, name)]
+        if not names:
+            raise UserError(
+                f"student.intermediate_size: {type(config).__name__} has no such number; "
+                "leave it out"
+            )
+        setattr(config, names[0], student.intermediate_size)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [teacher.layer_types[source - 1] for source in layers.sources()]
+    if student.dropout is not None:
+        for name in dropout_rates(teacher):
+            setattr(config, name, student.dropout)
+    return config
+
+
+def dropout_rates(config: PreTrainedConfig) -> dict[str, float]:
+    """Every dropout rate of a configuration."""
+    return {
+        name: float(value)
+        for name, value in vars(config).items()
+        if _DROPOUT.search(name) and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def build_student(
+    teacher: PreTrainedModel, student: Student, layers: LayerMap
+) -> tuple[PreTrainedModel, Initialisation]:
+    """A student in fp32 on the CPU, initialised as the recipe says.
+
+    `init: teacher` copies block by block along the map, and everything outside the blocks by name,
+    wherever shapes agree; the rest is drawn as the architecture draws it. With the name of a model
+    all of that model's weights are taken; a head or pooler that it lacks is copied from the
+    teacher where shapes agree, else drawn.
+
+    Raises:
+        UserError: numbers that don't fit, or a model to start from of another shape.
+    """
+    config = student_config(teacher.config, student, layers)
+    if student.starts_from is None:
+        model: PreTrainedModel = AUTO[student.head].from_config(config, dtype=torch.float32)
+        if student.head == "none":
+            drop_pooler(model)
+        copied = _copy_from_teacher(model, teacher, layers) if student.init == "teacher" else 0
+    else:
+        model, copied = _continued(student.starts_from, config, student, teacher)
+    route_attention(model, student.attention)
+    if student.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, Initialisation(copied, sum(p.numel() for p in model.parameters()))
+
+
+def _continued(
+    source: Teacher, config: PreTrainedConfig, student: Student, teacher: PreTrainedModel
+) -> tuple[PreTrainedModel, int]:
+    """A student that starts from another model's weights, and how many numbers were not drawn."""
+    name, given = resolve_model(source), f"student.init {source.model}"
+    try:
+        own = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(not_loadable(given, error)) from error
+    _check_same_shape(own, config, given)
+    model, drawn = read_model(name, given, torch.float32, None, student.head, config)
+    fresh, found = 0, dict(teacher.named_parameters())
+    with torch.no_grad():
+        for weight, parameter in model.named_parameters():
+            if weight not in drawn:
+                continue
+            if weight in found and found[weight].shape == parameter.shape:
+                parameter.copy_(found[weight])
+            else:
+                fresh += parameter.numel()
+    return model, sum(p.numel() for p in model.parameters()) - fresh
+
+
+def _check_same_shape(own: PreTrainedConfig, wanted: PreTrainedConfig, given: str) -> None:
+    """See that a model to start from is what the student's section describes."""
+    if own.model_type != wanted.model_type:
+        raise UserError(
+            f"{given} is a {own.model_type} model, but the teacher is a {wanted.model_type} model; "
+            "start from a student of the same architecture"
+        )
+    feed_forward = next((name for name in _FEED_FORWARD if hasattr(wanted, name)), "")
+    numbers = {
+        "layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "intermediate_size": feed_forward,
+    }
+    for field, name in numbers.items():
+        there, here = getattr(own, name, None), getattr(wanted, name, None)
+        if there != here:
+            raise UserError(
+                f"{given} has {name} {there}, but the student is to have {here}; set "
+                f"student.{field}={there}, or start from another model"
+            )
+    if own.vocab_size != wanted.vocab_size:
+        raise UserError(
+            f"{given} embeds {own.vocab_size} tokens, but the teacher {wanted.vocab_size}; start "
+            "from a student of the same vocabulary"
+        )
+
+
+def _set_head_size(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
+    size = config.hidden_size // config.num_attention_heads
+    resized = size != teacher.hidden_size // teacher.num_attention_heads
+    if resized and getattr(teacher, "head_dim", None):
+        config.head_dim = size
+    if size % 2 and getattr(config, "rope_parameters", None):
+        raise UserError(
+            f"student heads are {size} wide, but rotary embeddings need an even width; "
+            "change student.hidden_size or student.heads"
+        )
+
+
+def _set_kv_heads(config: PreTrainedConfig, teacher: PreTrainedConfig, student: Student) -> None:
+    grouped = getattr(teacher, "num_key_value_heads", None)
+    if grouped is None:
+        if student.kv_heads is not None:
+            raise UserError(
+                f"student.kv_heads: {type(config).__name__} has no grouped-query attention; "
+                "leave it out"
+            )
+        return
+    heads = config.num_attention_heads
+    kv_heads = student.kv_heads or max(1, heads * grouped // teacher.num_attention_heads)
+    if heads % kv_heads:
+        raise UserError(
+            f"student has {heads} heads and {kv_heads} key-value heads, expected a multiple; "
+            "set student.kv_heads"
+        )
+    config.num_key_value_heads = kv_heads
+
+
+def _copy_from_teacher(student: PreTrainedModel, teacher: PreTrainedModel, layers: LayerMap) -> int:
+    student_blocks, teacher_blocks = find_blocks(student), find_blocks(teacher)
+    pairs: list[tuple[nn.Module, nn.Module]] = [
+        (student_blocks[index], teacher_blocks[source - 1])
+        for index, source in enumerate(layers.sources())
+    ]
+    copied = sum(_copy_matching(target, source) for target, source in pairs)
+    prefix = next(name for name, module in student.named_modules() if module is student_blocks)
+    return copied + _copy_matching(student, teacher, outside=prefix + ".")
+
+
+def _copy_matching(target: nn.Module, source: nn.Module, outside: str | None = None) -> int:
+    """Copy parameters of the same name and shape; return how many numbers were copied."""
+    found = dict(source.named_parameters())
+    copied = 0
+    with torch.no_grad():
+        for name, parameter in target.named_parameters():
+            given = found.get(name)
+            if outside is not None and name.startswith(outside):
+                continue
+            if given is not None and given.shape == parameter.shape:
+                parameter.copy_(given)
+                copied += parameter.numel()
+    return copied

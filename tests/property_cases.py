@@ -145,7 +145,10 @@ class Common:
         self.generator = torch.Generator().manual_seed(self.draw(st.integers(0, 2**20)))
         self.pairs = self.draw(st.integers(1, most))
         self.batch = self.draw(st.integers(1, most))
-        self.tokens = self.draw(st.integers(1, 6 if self.small else 20))
+        # 150 are several blocks or chunks
+        self.tokens = self.draw(
+            st.sampled_from(range(1, 7) if self.small else [*range(1, 21), 150])
+        )
 
     def values(self, *shape: int) -> Tensor:
         return laid_out(shape, self.draw(st.sampled_from(LAYOUTS)), self.generator)

@@ -95,8 +95,11 @@ def _group_sweep(
         if outs is None:
             continue
         part = (slope @ key[:, first:last]).mul_(pair.scale).view(count, repeat, stop - start, dim)
-        # rows that are not counted have queries of 0 on both sides, so no divergence and no slope
-        outs[0][:, :, start:stop] = part
+        # the slopes of rows that are not counted are 0 but for roundings
+        outs[0][:, :, start:stop] = (
+            part if invalid is None else part.masked_fill_(skipped[..., None], 0.0)
+        )
+        # and their queries are 0
         outs[1][:, first:last].baddbmm_(slope.mT, own)
     return total
 

@@ -25,13 +25,13 @@ STEPS = 5
 
 def score(recipe: dict, step: int) -> float:
     """What a run reaches: by mapping, weight, task and seed, growing with its steps."""
-    hidden, mapping = recipe["losses"]["hidden"], recipe["layer_map"]
-    who = f"{mapping} {hidden} {recipe['train']['seed']} {recipe['data']['train']}"
+    hidden, mapping = recipe.get("losses", {}).get("hidden"), recipe.get("layer_map")
+    who = f"{mapping} {hidden} {recipe['train']['seed']} {recipe['task']['name']}"
     noise = random.Random(who).uniform(-0.01, 0.01)
     # best at 10, worse by the square of the distance in decades
     distance = math.log10(max(hidden["weight"], 1e-2)) - 1 if hidden else 3
     reached = 0.8 - 0.02 * distance**2 + 0.05 * (mapping == "uniform")
-    if recipe["data"]["train"] == ["hard"]:
+    if recipe["task"]["name"] == "hard":
         reached -= 0.3
     return (reached + noise) * (0.5 + 0.5 * step / STEPS)
 
@@ -44,8 +44,8 @@ def journal(word: str, run: Path) -> None:
 
 def main() -> int:
     command, path, resume = sys.argv[1:]
-    assert command in ("distill", "finetune") and resume == "--resume"
     recipe = yaml.safe_load(Path(path).read_text())
+    assert command == ("finetune" if "model" in recipe else "distill") and resume == "--resume"
     run = Path(recipe["run"]["output"])
     run.mkdir(parents=True, exist_ok=True)
     lock = open(run / "lock", "w")  # noqa: SIM115

@@ -17,10 +17,13 @@ RECIPE: dict[str, Any] = {
     "teacher": {"model": "nothing"},
     "student": {"layers": 2},
     "losses": {"hidden": {"weight": 1}},
-    "data": {"train": "easy"},
+    "task": {"name": "easy", "source": "nowhere", "columns": {"texts": "a", "label": "b"}},
     "train": {"steps": 5},
     "run": {"output": "unused"},
 }
+# of a shared step
+TUNING = {"model": "nothing", "task": RECIPE["task"], "run": {"output": "unused"}}
+TASKS = {"easy": {"task.name": "easy"}, "hard": {"task.name": "hard"}}
 MAPPINGS = {"uniform": {"layer_map": "uniform"}, "last": {"layer_map": "last"}}
 WEIGHTS = {"field": "losses.hidden.weight", "low": 0.1, "high": 100.0, "log": True}
 

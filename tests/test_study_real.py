@@ -1,4 +1,4 @@
-"""A study of real runs, small: the command line in child processes, a shared step, a report."""
+"""A study of real runs, small: the command line in child processes, a tuned teacher, a report."""
 
 from __future__ import annotations
 
@@ -9,63 +9,90 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_runs import make_recipe
+from tiny_models import save_teacher
 
 from fastkd.cli import main
 from fastkd.recipe import load_recipe
 
+MAPS = {"last": 4, "first": 1}
 
-def test_study_of_real_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    make_recipe(
-        tmp_path,
-        student={"layers": 1, "hidden_size": 32, "init": "random"},
-        train={"steps": 3, "evaluate_every": 1, "learning_rate": 0.01},
-    )
+
+def _write_task(folder: Path) -> str:
+    """Sentences whose class is told by the first word."""
+    folder.mkdir()
+    for name, count in (("train", 48), ("dev", 24)):
+        rows = [{"text": f"w{5 + i % 2} w{7 + i % 13}", "label": str(i % 2)} for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def _write_study(folder: Path) -> Path:
+    task = {
+        "name": "tiny",
+        "source": _write_task(folder / "task"),
+        "columns": {"texts": "text", "label": "label"},
+        "labels": ["0", "1"],
+        "max_length": 8,
+        "cache": str(folder / "cache"),
+    }
+    train = {"steps": 8, "batch_size": 8, "learning_rate": 1e-3, "log_every": 4}
     study = {
         "name": "real",
-        "output": str(tmp_path / "study"),
-        "recipe": "recipe.yaml",
-        "overrides": {"teacher.model": "{shared.assistant}/student"},
+        "output": str(folder / "study"),
+        "recipe": {
+            "teacher": {"model": "the shared one"},
+            "student": {"layers": 1},
+            "losses": {"hidden": {"weight": 1.0}, "logits": {"weight": 1.0}},
+            "task": task,
+            "train": train,
+            "run": {"output": "the study's"},
+        },
+        "overrides": {"teacher.model": "{shared.teacher}/student"},
         "shared": {
-            "assistant": {
-                "command": "distill",
-                "recipe": "recipe.yaml",
-                "overrides": {"student.layers": 2, "student.init": "teacher"},
+            "teacher": {
+                "command": "finetune",
+                "recipe": {
+                    "model": str(save_teacher(folder / "teacher")),
+                    "task": task,
+                    "train": train,
+                    "run": {"output": "the study's"},
+                },
             }
         },
-        "axes": {"mapping": {"last": {"layer_map": "last"}, "first": {"layer_map": "first"}}},
+        "teacher": "teacher",
+        "axes": {"mapping": {name: {"layer_map": name} for name in MAPS}},
         "seeds": 2,
-        "metric": {
-            "path": "after.sentence_cosine",
-            "direction": "maximize",
-            "heldout": "sentence_cosine",
-        },
+        "metric": {"path": "after.score", "direction": "maximize", "heldout": "score"},
     }
-    path = tmp_path / "study.yaml"
+    path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(study))
+    return path
+
+
+def test_study_of_real_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _write_study(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(sys, "argv", ["fastkd", "study", str(path), "--workers", "2"])
     with pytest.raises(SystemExit) as ended:
         main()
     assert not ended.value.code
     report = tmp_path / "study" / "report"
-    assistant = tmp_path / "study" / "shared" / "assistant" / "run"
-    assert json.loads((assistant / "summary.json").read_text())["layer_map"] == [[1, 2], [2, 4]]
+    teacher = tmp_path / "study" / "shared" / "teacher" / "run"
     with (report / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 and {row["state"] for row in rows} == {"finished"}
     for row in rows:
         run = Path(row["folder"]) / "run"
-        recipe, summary = (
-            load_recipe(run / "recipe.yaml"),
-            json.loads((run / "summary.json").read_text()),
-        )
-        assert recipe.teacher.model == str(assistant / "student")
-        assert (recipe.layer_map, recipe.train.seed) == (row["mapping"], int(row["seed"]))
-        assert summary["layer_map"] == [[1, 2 if row["mapping"] == "last" else 1]]
-        assert float(row["value"]) == summary["after"]["sentence_cosine"]
+        recipe = load_recipe(run / "recipe.yaml")
+        summary = json.loads((run / "summary.json").read_text())
+        assert recipe.teacher.model == str(teacher / "student")
+        assert recipe.train.seed == int(row["seed"])
+        assert summary["layer_map"] == [[1, MAPS[row["mapping"]]]]
+        assert float(row["value"]) == summary["after"]["score"]
         # the student stays, the checkpoints don't
         assert (run / "student" / "model.safetensors").is_file()
         assert not (run / "checkpoints").exists()
-    assert len({row["value"] for row in rows}) == 4
-    assert "first" in (report / "report.html").read_text()
+    with (report / "axis-mapping.csv").open() as file:
+        last = next(row for row in csv.DictReader(file) if row["mapping"] == "last")
+    score = json.loads((teacher / "summary.json").read_text())["after"]["score"]
+    assert float(last["kept"]) == pytest.approx(float(last["all mean"]) / score)

@@ -20,7 +20,7 @@ from typing import Any
 
 import optuna
 import pytest
-from study_files import MAPPINGS, RECIPE, journal, run, write_study
+from study_files import MAPPINGS, RECIPE, TASKS, TUNING, journal, run, write_study
 
 from fastkd.errors import Interrupted, UserError
 from fastkd.study.claims import Claim
@@ -209,14 +209,18 @@ def test_a_run_whose_worker_and_child_were_killed_is_continued(
 
 
 def test_shared_steps_are_done_once_before_what_needs_them(tmp_path: Path, notes: Path) -> None:
-    step = {"command": "finetune", "recipe": RECIPE}
-    needs = {"teacher.model": "{shared.general}/student"}
+    needs = {"model.name": "{shared.general}/student"}
     path = write_study(
         tmp_path,
-        tasks={"easy": {"data.train": "easy"}, "hard": {"data.train": "hard"}},
+        tasks=TASKS,
         shared={
-            "general": {**step, "command": "distill"},
-            "teacher": {**step, "per_task": True, "overrides": needs},
+            "general": {"command": "distill", "recipe": RECIPE},
+            "teacher": {
+                "command": "finetune",
+                "recipe": {**TUNING, "model": {}},
+                "per_task": True,
+                "overrides": needs,
+            },
         },
         overrides={"teacher.model": "{shared.teacher}/student"},
         teacher="teacher",
@@ -244,7 +248,7 @@ def test_shared_steps_are_done_once_before_what_needs_them(tmp_path: Path, notes
 def test_a_shared_step_that_fails_ends_the_study(
     tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_study(tmp_path, shared={"teacher": {"command": "finetune", "recipe": RECIPE}})
+    path = write_study(tmp_path, shared={"teacher": {"command": "finetune", "recipe": TUNING}})
     monkeypatch.setenv("FAKE_FAIL", "shared/teacher")
     with pytest.raises(UserError, match=r"shared\.teacher failed: data\.train: no such column"):
         run(path)
@@ -264,7 +268,10 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
         {"metric": {"path": "after.score", "direction": "minimize"}},
         "made by a study file whose metric was another",
     ),
-    "another command": ({"command": "finetune"}, "whose command was another"),
+    "another command": (
+        {"command": "finetune", "recipe": TUNING, "axes": {"mapping": {"uniform": {}, "last": {}}}},
+        "whose command was another",
+    ),
     "another recipe": (
         {"overrides": {"train.steps": 6}},
         "mapping=uniform/seed-0 was run with another recipe before",

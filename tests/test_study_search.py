@@ -9,15 +9,13 @@ from typing import Any
 
 import optuna
 import pytest
-from study_files import WEIGHTS, journal, run, write_study
+from study_files import TASKS, WEIGHTS, journal, run, write_study
 
 from fastkd.errors import UserError
 from fastkd.study import load_study
 from fastkd.study.plan import Plan
 from fastkd.study.search import importances, make_sampler
 from fastkd.study.store import Store
-
-TASKS = {"easy": {"data.train": "easy"}, "hard": {"data.train": "hard"}}
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from study_files import MAPPINGS, RECIPE, WEIGHTS, run, study_tree, write_study
+from study_files import MAPPINGS, RECIPE, TUNING, WEIGHTS, run, study_tree, write_study
 
 from fastkd.errors import UserError
 from fastkd.study import load_study
@@ -25,7 +25,7 @@ def _axes(**axes: Any) -> dict[str, Any]:
 
 
 SEARCH = {"trials": 4}
-STEP = {"command": "finetune", "recipe": RECIPE}
+STEP = {"command": "finetune", "recipe": TUNING}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"metrics": {}}, "metrics: unknown key; did you mean 'metric'?"),
     "unknown key inside": (
@@ -55,7 +55,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         },
         "student.layers: input should be greater than 0",
     ),
-    "unknown field in a task": ({"tasks": {"a": {"date.train": "x"}}}, "did you mean 'data'?"),
+    "unknown field in a task": ({"tasks": {"a": {"tusk.name": "x"}}}, "did you mean 'task'?"),
     "unknown field without distillation": ({"no_distillation": {"loses": 1}}, "no_distillation/"),
     "unknown field of a shared step": (
         {"shared": {"teacher": {**STEP, "overrides": {"train.stepz": 1}}}},
@@ -125,7 +125,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "overrides: no shared step 'techer'; expected one of teacher",
     ),
     "a shared step before its own": (
-        {"shared": {"a": {**STEP, "overrides": {"teacher.model": "{shared.b}"}}, "b": STEP}},
+        {"shared": {"a": {**STEP, "overrides": {"model.name": "{shared.b}"}}, "b": STEP}},
         "shared.a: no shared step 'b'; expected none",
     ),
     "one a task without tasks": (
@@ -199,13 +199,13 @@ def test_a_run_is_the_recipe_with_everything_laid_over_it(tmp_path: Path) -> Non
     plan = _plan(
         tmp_path,
         overrides={"train.steps": 7, "train.batch_size": 4},
-        tasks={"a": {"data.train": "x"}, "b": {"data.train": "y", "train.steps": 8}},
+        tasks={"a": {"task.name": "x"}, "b": {"task.name": "y", "train.steps": 8}},
         no_distillation={"losses.hidden.weight": 0},
         seeds=[5, 9],
     )
     off, _, last = plan.conditions
     recipe = plan.recipe(Run(last, "b", 9))
-    assert (recipe.layer_map, recipe.data.train, recipe.train.steps) == ("last", ("y",), 8)
+    assert (recipe.layer_map, recipe.task.name, recipe.train.steps) == ("last", "y", 8)
     assert (recipe.train.batch_size, recipe.train.seed) == (4, 9)
     assert recipe.run.output == str(tmp_path / "out" / "runs" / "b" / "mapping=last" / "seed-9/run")
     assert recipe.losses.hidden is not None and recipe.losses.hidden.weight == 1
@@ -222,13 +222,14 @@ def test_shared_steps_are_named_by_their_folder(tmp_path: Path) -> None:
     out = tmp_path / "out" / "shared"
     plan = _plan(
         tmp_path,
-        tasks={"a": {"data.train": "x"}, "b": {"data.train": "y"}},
+        tasks={"a": {"task.name": "x"}, "b": {"task.name": "y"}},
         shared={
             "general": {"command": "distill", "recipe": RECIPE},
             "teacher": {
                 **STEP,
                 "per_task": True,
-                "overrides": {"teacher.model": "{shared.general}/student"},
+                "recipe": {**TUNING, "model": {}},
+                "overrides": {"model.name": "{shared.general}/student"},
             },
         },
         overrides={"teacher.model": "{shared.teacher}/student"},
@@ -237,8 +238,8 @@ def test_shared_steps_are_named_by_their_folder(tmp_path: Path) -> None:
     assert general.needs == ()
     assert [place.run for place in on_b.needs] == [general.place.run] == [out / "general" / "run"]
     recipe = plan.shared_recipe(on_b)
-    assert recipe.teacher.model == str(out / "general" / "run" / "student")
-    assert recipe.data.train == ("y",)
+    assert recipe.model.name == str(out / "general" / "run" / "student")
+    assert recipe.task.name == "y"
     assert recipe.run.output == str(on_b.place.run) == str(out / "teacher" / "b" / "run")
     found = plan.recipe(Run(plan.conditions[0], "a", 0))
     assert found.teacher.model == str(on_a.place.run / "student")
@@ -258,7 +259,7 @@ def test_digest_knows_what_decides_a_run_and_nothing_else(tmp_path: Path) -> Non
     first = of()
     assert of(output=str(tmp_path / "elsewhere"), seeds=5) == first
     assert of(overrides={"train.steps": 6}) != first
-    assert of(recipe={**RECIPE, "data": {"train": "hard"}}) != first
+    assert of(recipe={**RECIPE, "task": {**RECIPE["task"], "name": "hard"}}) != first
 
 
 def test_points_of_a_space() -> None:

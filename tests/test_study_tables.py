@@ -18,7 +18,7 @@ from fastkd.study.results import Results
 from fastkd.study.store import Record, Store
 from fastkd.study.tables import make_tables
 
-TASKS = {"a": {"data.train": "x"}, "b": {"data.train": "y"}}
+TASKS = {"a": {"task.name": "x"}, "b": {"task.name": "y"}}
 AXES = {"mapping": MAPPINGS, "size": {"small": {}, "large": {"train.batch_size": 8}}}
 OFF = {"losses.hidden.weight": 0}
 # what each level adds

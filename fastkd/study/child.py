@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastkd.errors import UserError
-from fastkd.recipe import Recipe, dump_recipe
+from fastkd.recipe import AnyRecipe, dump_recipe
 from fastkd.run_folder import RunFolder, disk_errors, write_whole
 from fastkd.study.claims import Claim
 from fastkd.study.plan import Place
@@ -55,7 +55,7 @@ class Children:
     def run(
         self,
         command: Command,
-        recipe: Recipe,
+        recipe: AnyRecipe,
         place: Place,
         claim: Claim,
         worker: int,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.errors import UserError
-from fastkd.recipe import Recipe, parse_recipe, read_tree, replace_value
+from fastkd.recipe import AnyRecipe, parse_finetune_recipe, parse_recipe, read_tree, replace_value
 from fastkd.study.spec import OUTPUT, SEED, Command, Step, StudySpec
 
 NO_DISTILLATION = "no_distillation"
@@ -124,7 +124,7 @@ class Plan:
         """The condition of a search's trial."""
         return Condition(name, dict(params), self._sources(params))
 
-    def recipe(self, run: Run) -> Recipe:
+    def recipe(self, run: Run) -> AnyRecipe:
         """The recipe of a run.
 
         Raises:
@@ -132,7 +132,7 @@ class Plan:
         """
         return self._parse(self.spec.command, self._run_tree(run), self._place_name(run))
 
-    def shared_recipe(self, run: SharedRun) -> Recipe:
+    def shared_recipe(self, run: SharedRun) -> AnyRecipe:
         """The recipe of a shared step, likewise."""
         sources = [("task", self._task(run.task)), ("overrides", run.step.overrides)]
         where = f"{self.path}: {run.label}"
@@ -309,8 +309,8 @@ class Plan:
             lambda match: str(self._shared_place(match[1], task, where).run), value
         )
 
-    def _parse(self, command: Command, tree: Mapping[str, Any], where: str) -> Recipe:
-        return parse_recipe(tree, where)
+    def _parse(self, command: Command, tree: Mapping[str, Any], where: str) -> AnyRecipe:
+        return (parse_finetune_recipe if command == "finetune" else parse_recipe)(tree, where)
 
     def _check(self) -> None:
         """See that everything the study may run is a recipe, before anything is run."""

@@ -81,6 +81,13 @@ def test_odd_sizes(rows: int, vocabulary: int, width: int) -> None:
     assert compared(case, *ON) < 1e-12
 
 
+def test_the_largest_logits_come_last() -> None:
+    """The running sum of exponentials is rescaled when a later block raises the maximum."""
+    case = logits_case((2,), FORMS[3], vocabularies=(2100, 2100), labelled=True, masked=False)
+    rising = case.mapped(lambda t: t.sort(-1).values)
+    assert compared(rising, *ON) < 1e-12
+
+
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-4])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(

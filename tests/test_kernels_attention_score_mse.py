@@ -9,6 +9,7 @@ import pytest
 import torch
 from fastkd_kernels import AttentionState, attention_score_mse, reference
 from fastkd_kernels.attention_score_mse import choose_algorithm
+from fastkd_kernels.attention_score_mse_causal import CHUNK
 from kernel_cases import (
     attention_states,
     cast,
@@ -58,6 +59,18 @@ def test_equals_its_definition_in_fp64(
     options = {"causal": causal, "reduction": reduction, "algorithm": algorithm}
     for key_mask, query_mask in ((None, None), (valid, None), (None, valid), (valid, valid)):
         given, expected = both(states, key_mask=key_mask, query_mask=query_mask, **options)
+        assert max(errors(given, expected)) < 1e-12
+
+
+@pytest.mark.parametrize(("kv_heads", "dims"), HEADS)
+def test_causal_chunks_add_up(kv_heads: Any, dims: Any) -> None:
+    """Four chunks, the last one short: what they give each other comes once."""
+    tokens = 3 * CHUNK + 20
+    states = attention_states(1, 2, 6, tokens, dims, kv_heads=kv_heads)
+    for valid in (None, masks(2, tokens)):
+        given, expected = both(
+            states, key_mask=valid, query_mask=valid, causal=True, algorithm="gram"
+        )
         assert max(errors(given, expected)) < 1e-12
 
 

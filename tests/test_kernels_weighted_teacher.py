@@ -132,6 +132,7 @@ def test_no_weight_is_rounded_into_a_half() -> None:
     assert even.query.dtype == torch.bfloat16
     assert torch.equal(even.query, torch.cat([state.query for state in teacher], -1))
     signs = weighted_targets(teacher[:1], [teacher], [[1, -1, 0]])[0]
+    assert signs.query.dtype == torch.bfloat16
     assert torch.equal(signs.query, torch.cat([teacher[0].query, -teacher[1].query], -1))
     uneven = weighted_targets(teacher[:1], [teacher], [[0.3, 0.5, 0.2]])[0]
     assert uneven.query.dtype == uneven.key.dtype == torch.float32

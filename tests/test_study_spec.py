@@ -128,6 +128,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"shared": {"a": {**STEP, "overrides": {"model.name": "{shared.b}"}}, "b": STEP}},
         "shared.a: no shared step 'b'; expected none",
     ),
+    "a task of a step that is not there": (
+        {"shared": {"teacher": {**STEP, "tasks": {"c": {}}}}, "tasks": {"a": {}}},
+        "shared.teacher.tasks: no task 'c'; expected one of a",
+    ),
     "one a task without tasks": (
         {"shared": {"teacher": {**STEP, "per_task": True}}},
         "shared.teacher: per_task, but the study has no tasks",
@@ -199,7 +203,10 @@ def test_a_run_is_the_recipe_with_everything_laid_over_it(tmp_path: Path) -> Non
     plan = _plan(
         tmp_path,
         overrides={"train.steps": 7, "train.batch_size": 4},
-        tasks={"a": {"task.name": "x"}, "b": {"task.name": "y", "train.steps": 8}},
+        tasks={
+            "a": {"task.name": "x"},
+            "b": {"task.name": "y", "train.steps": 8, "losses.hidden.weight": 5},
+        },
         no_distillation={"losses.hidden.weight": 0},
         seeds=[5, 9],
     )
@@ -208,8 +215,9 @@ def test_a_run_is_the_recipe_with_everything_laid_over_it(tmp_path: Path) -> Non
     assert (recipe.layer_map, recipe.task.name, recipe.train.steps) == ("last", "y", 8)
     assert (recipe.train.batch_size, recipe.train.seed) == (4, 9)
     assert recipe.run.output == str(tmp_path / "out" / "runs" / "b" / "mapping=last" / "seed-9/run")
-    assert recipe.losses.hidden is not None and recipe.losses.hidden.weight == 1
-    without = plan.recipe(Run(off, "a", 5))
+    assert recipe.losses.hidden is not None and recipe.losses.hidden.weight == 5
+    # also where a task says otherwise
+    without = plan.recipe(Run(off, "b", 5))
     assert without.losses.hidden is not None and without.losses.hidden.weight == 0
     assert [run.key for run in plan.runs(off)] == [
         f"{task}/no_distillation/seed-{seed}" for task in "ab" for seed in (5, 9)
@@ -222,7 +230,7 @@ def test_shared_steps_are_named_by_their_folder(tmp_path: Path) -> None:
     out = tmp_path / "out" / "shared"
     plan = _plan(
         tmp_path,
-        tasks={"a": {"task.name": "x"}, "b": {"task.name": "y"}},
+        tasks={"a": {"task.name": "x"}, "b": {"task.name": "y", "losses.hidden.weight": 5}},
         shared={
             "general": {"command": "distill", "recipe": RECIPE},
             "teacher": {
@@ -230,6 +238,7 @@ def test_shared_steps_are_named_by_their_folder(tmp_path: Path) -> None:
                 "per_task": True,
                 "recipe": {**TUNING, "model": {}},
                 "overrides": {"model.name": "{shared.general}/student"},
+                "tasks": {"b": {"train.steps": 77}},
             },
         },
         overrides={"teacher.model": "{shared.teacher}/student"},
@@ -239,7 +248,9 @@ def test_shared_steps_are_named_by_their_folder(tmp_path: Path) -> None:
     assert [place.run for place in on_b.needs] == [general.place.run] == [out / "general" / "run"]
     recipe = plan.shared_recipe(on_b)
     assert recipe.model.name == str(out / "general" / "run" / "student")
-    assert recipe.task.name == "y"
+    # what a task says of students is not for a fine-tuning run
+    assert recipe.task.name == "y" and recipe.train.steps == 77
+    assert plan.shared_recipe(on_a).train.steps != 77
     assert recipe.run.output == str(on_b.place.run) == str(out / "teacher" / "b" / "run")
     found = plan.recipe(Run(plan.conditions[0], "a", 0))
     assert found.teacher.model == str(on_a.place.run / "student")

@@ -134,7 +134,7 @@ class Plan:
 
     def shared_recipe(self, run: SharedRun) -> AnyRecipe:
         """The recipe of a shared step, likewise."""
-        sources = [("task", self._task(run.task)), ("overrides", run.step.overrides)]
+        sources = self._step_sources(run.step, run.task)
         where = f"{self.path}: {run.label}"
         tree = self._apply(self._tree(run.step.recipe), sources, run.task, where)
         replace_value(tree, OUTPUT, str(run.place.run))
@@ -157,6 +157,14 @@ class Plan:
 
     def _task(self, task: str | None) -> Mapping[str, Any]:
         return {} if task is None else self.spec.tasks[task]
+
+    def _step_sources(self, step: Step, task: str | None) -> list[tuple[str, Mapping[str, Any]]]:
+        shared = self._task(task)
+        if step.command == "finetune":
+            # the others are about students
+            shared = {key: value for key, value in shared.items() if key.split(".")[0] == "task"}
+        own = step.tasks.get(task or "", {})
+        return [("task", shared), ("overrides", step.overrides), ("tasks", own)]
 
     def _axes(self) -> dict[str, dict[Level, Mapping[str, Any]]]:
         axes: dict[str, dict[Level, Mapping[str, Any]]] = {
@@ -242,7 +250,7 @@ class Plan:
             if step.per_task and not self.spec.tasks:
                 raise UserError(f"{self.path}: shared.{name}: per_task, but the study has no tasks")
             for task in self.tasks if step.per_task else (None,):
-                sets = [step.overrides, self._task(task)]
+                sets = [overrides for _, overrides in self._step_sources(step, task)]
                 found = {n for values in sets for n in _PLACEHOLDER.findall(json.dumps(values))}
                 where = f"{self.path}: shared.{name}"
                 needs = tuple(self._shared_place(other, task, where, name) for other in found)
@@ -273,7 +281,8 @@ class Plan:
     def _run_tree(self, run: Run) -> dict[str, Any]:
         sources = [("overrides", self.spec.overrides), ("task", self._task(run.task))]
         sources += run.condition.sources
-        _check_apart(sources[1:], self._place_name(run))
+        if run.condition.levels:
+            _check_apart(sources[1:], self._place_name(run))
         tree = self._apply(self._base, sources, run.task, self._place_name(run))
         replace_value(tree, SEED, run.seed)
         replace_value(tree, OUTPUT, str(self.place(run).run))

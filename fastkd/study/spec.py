@@ -135,7 +135,10 @@ class Step(Section):
     overrides: Overrides = Field(default_factory=dict)
     """Dotted keys and values that replace the recipe's."""
     per_task: bool = False
-    """One a task, with the task's overrides in force."""
+    """One a task, with the task's overrides in force; a fine-tuning run, which has no student,
+    takes those of the section `task` alone."""
+    tasks: dict[FileName, Overrides] = Field(default_factory=dict)
+    """Further overrides of the step on some of the tasks."""
 
 
 class StudySpec(Section):
@@ -196,6 +199,12 @@ class StudySpec(Section):
         if self.teacher is not None and self.teacher not in self.shared:
             known = ", ".join(self.shared) or "none"
             raise ValueError(f"teacher: no shared step {self.teacher!r}; shared has {known}")
+        for name, step in self.shared.items():
+            if strange := step.tasks.keys() - self.tasks.keys():
+                raise ValueError(
+                    f"shared.{name}.tasks: no task {sorted(strange)[0]!r}; expected one of "
+                    f"{', '.join(self.tasks) or 'none, for there are none'}"
+                )
         self._check_fields()
         self._check_levels()
         self._check_search()

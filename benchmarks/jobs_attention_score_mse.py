@@ -6,7 +6,12 @@ from typing import Any
 import torch
 from fastkd_kernels import attention_score_mse_kernels, gram_kernels
 from fastkd_kernels.attention_score_mse import choose_algorithm
-from fastkd_kernels.attention_score_mse_launch import gram_launch, scan_launch, tile_launch
+from fastkd_kernels.attention_score_mse_launch import (
+    gram_launch,
+    one_launch,
+    scan_launch,
+    tile_launch,
+)
 from fastkd_kernels.attention_score_mse_triton import gram_constants, gram_types, tile_types
 
 from benchmarks.machine_code import POINTERS, Job
@@ -43,7 +48,7 @@ def _tile_jobs(
 ) -> Iterator[Job]:
     kernels, launch = attention_score_mse_kernels, tile_launch(work.tokens, work.dims, dtypes, on)
     constants = {**shared, **tile_types(*dtypes), **launch.constants, "CAUSAL": work.causal}
-    whole = work.tokens <= launch.constants["BLOCK_KEY"]
+    whole = one_launch(work.tokens, launch)
     by_key = {**constants, "WRITE_QUERY": whole, "WRITE_KEY": True}
     pointers = {name: "*fp32" for name in ("scales", "query_grad", "key_grad", "partials")}
     yield Job("by_key", kernels.tiles_by_key, by_key, pointers, *launch[1:])
@@ -57,18 +62,20 @@ def _gram_jobs(
 ) -> Iterator[Job]:
     launch = gram_launch(work.dims, dtypes, on)
     types = gram_types(*dtypes, work.dims[0] == work.dims[1])
-    for side in (0, 1):
+    for side, of in enumerate(("queries", "keys")):
         blocks = gram_constants(launch.constants, "BLOCK_PRECISION")
         constants = {**shared, **types, **blocks, "SIDE": side}
         pointers = {"scales": "*fp32", "grams": "*fp32"}
-        yield Job("gram", gram_kernels.gram_matrices, constants, pointers, *launch[1:])
+        yield Job(f"gram of {of}", gram_kernels.gram_matrices, constants, pointers, *launch[1:])
         blocks = gram_constants(launch.constants, "APPLY_PRECISION")
         constants = {**shared, **types, **blocks, "SIDE": side, "ACCUMULATE": work.causal}
         pointers = {name: "*fp32" for name in ("scales", "factors", "upstream")}
         # causal gradients are sums in fp32, of tiles and of this
         pointers["gradient"] = "*fp32" if work.causal else POINTERS[dtypes[0]]
-        yield Job("apply", gram_kernels.apply_factors, constants, pointers, *launch[1:])
+        yield Job(f"apply to {of}", gram_kernels.apply_factors, constants, pointers, *launch[1:])
         if work.causal:
             scan = scan_launch()
             constants = {"SUM_TYPE": types["SUM_TYPE"], "REVERSE": side == 0, **scan.constants}
-            yield Job("scan", gram_kernels.scan_chunks, constants, {"grams": "*fp32"}, *scan[1:])
+            yield Job(
+                f"scan of {of}", gram_kernels.scan_chunks, constants, {"grams": "*fp32"}, *scan[1:]
+            )

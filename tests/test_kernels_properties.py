@@ -160,8 +160,6 @@ def test_every_op_has_problems() -> None:
     assert ops == set(FAMILIES)
 
 
-# numpy, which interprets, sees what is masked away
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("op", FAMILIES)
 @pytest.mark.parametrize("holds", PROPERTIES, ids=lambda holds: holds.__name__)
 @settings(max_examples=20, **ALWAYS)
@@ -172,13 +170,28 @@ def test_on_pytorch(op: str, holds: Callable[[Problem, str], None], data: st.Dat
     holds(problem.cast(dtype), "torch")
 
 
-# numpy, which interprets, sees what is masked away
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("op", FAMILIES)
-@pytest.mark.parametrize("holds", PROPERTIES, ids=lambda holds: holds.__name__)
-@settings(max_examples=2, phases=[Phase.generate], **ALWAYS)
-@given(data=st.data())
-def test_on_triton(op: str, holds: Callable[[Problem, str], None], data: st.DataObject) -> None:
+def on_triton(op: str, holds: Callable[[Problem, str], None], data: st.DataObject) -> None:
     problem = FAMILIES[op](data.draw, True)
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.float16]))
     holds(problem.cast(dtype), "triton")
+
+
+# numpy, which interprets, sees what is masked away
+quietly = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@quietly
+@pytest.mark.parametrize("op", FAMILIES)
+@settings(max_examples=6, phases=[Phase.generate], **ALWAYS)
+@given(data=st.data())
+def test_definition_on_triton(op: str, data: st.DataObject) -> None:
+    on_triton(op, equals_the_definition, data)
+
+
+@quietly
+@pytest.mark.parametrize("op", FAMILIES)
+@pytest.mark.parametrize("holds", PROPERTIES[1:], ids=lambda holds: holds.__name__)
+@settings(max_examples=2, phases=[Phase.generate], **ALWAYS)
+@given(data=st.data())
+def test_on_triton(op: str, holds: Callable[[Problem, str], None], data: st.DataObject) -> None:
+    on_triton(op, holds, data)

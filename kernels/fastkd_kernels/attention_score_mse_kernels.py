@@ -124,7 +124,8 @@ def tiles_by_key(
 
     Writes `partials` `[pairs, programs]` and, with WRITE_KEY, `key_grad`
     `[pairs, batch, kv_heads, tokens, dim]`. WRITE_QUERY also writes `query_grad`
-    `[pairs, batch, heads, tokens, dim]`, complete only where one block holds every key.
+    `[pairs, batch, heads, tokens, dim]`, complete only where one block holds every key, and needs
+    CHUNK 0.
     """
     pair = tl.program_id(1).to(tl.int64)
     key_blocks = tl.cdiv(tokens, BLOCK_KEY)
@@ -235,8 +236,6 @@ def tiles_by_key(
                     tl.trans(b_tile), b_query.to(GRAD_TYPE), input_precision=GRAD_PRECISION
                 )
             if WRITE_QUERY:
-                if CHUNK > 0:
-                    b_key = load_rows(key_base, o_key, m_key, key_stride, dim, BLOCK_DIM, ALIGN)
                 # dQ_s = D K_s
                 b_out = tl.dot(b_tile, b_key.to(GRAD_TYPE), input_precision=GRAD_PRECISION) * scale
                 out = query_grad + ((pair * batch + item) * heads + head) * tokens * dim

@@ -36,6 +36,13 @@ def tile_launch(
     return Launch(constants, num_warps=8, num_stages=1)
 
 
+def one_launch(tokens: int, launch: Launch) -> bool:
+    """Whether one block holds every key, whole, so that one launch makes both gradients."""
+    block = launch.constants["BLOCK_KEY"]
+    assert isinstance(block, int)
+    return tokens <= block and launch.constants["CHUNK"] == 0
+
+
 def causal_chunk(dims: tuple[int, int]) -> int:
     """Tokens that share a Gram under the causal mask: a multiple of every block.
 

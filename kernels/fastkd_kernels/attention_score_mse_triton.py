@@ -11,7 +11,13 @@ import triton
 from torch import Tensor
 
 from .attention_score_mse_kernels import tiles_by_key, tiles_by_query
-from .attention_score_mse_launch import causal_chunk, gram_launch, scan_launch, tile_launch
+from .attention_score_mse_launch import (
+    causal_chunk,
+    gram_launch,
+    one_launch,
+    scan_launch,
+    tile_launch,
+)
 from .gram import Blocks, key_factors, query_factors, squared_norm, stack_factors
 from .gram_kernels import apply_factors, gram_matrices, scan_chunks
 from .head_groups import Pair, accumulator
@@ -124,7 +130,7 @@ def _tiles(call: Call, causal: bool, chunk: int, need_grad: bool) -> tuple[Tenso
         "CAUSAL": causal,
     }
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    whole = key_blocks == 1
+    whole = one_launch(sizes["tokens"], launch)
     tiles_by_key[(programs, count)](
         call.table,
         call.scales,

@@ -186,7 +186,8 @@ def _resolved(recipe: R, material: Material) -> R:
 def _engine(
     module: DistilledStudent, recipe: AnyRecipe, config: dict[str, Any], ranks: Ranks
 ) -> Any:
-    engine = make_engine(module, recipe.train, config, ranks)
+    # what transformers reads is in eval mode, and a continued run starts with a step
+    engine = make_engine(module.train(), recipe.train, config, ranks)
     # dropout must differ between ranks; everything before must not
     torch.manual_seed(recipe.train.seed + 1 + ranks.rank)
     return engine

@@ -78,15 +78,15 @@ def _run(recipe: AnyRecipe, resume: bool) -> None:
     from fastkd.console import Reporter
     from fastkd.engine import start_ranks, stop_ranks
     from fastkd.report import print_summary, write_report
-    from fastkd.run_folder import RunFolder
-    from fastkd.train import distill as run
+    from fastkd.stages import run_recipe, stage_folders
 
     ranks = start_ranks()
     reporter = Reporter(silent=not ranks.is_main)
     try:
-        summary = run(recipe, ranks, resume=resume, reporter=reporter)
+        summary = run_recipe(recipe, ranks, resume=resume, reporter=reporter)
         if ranks.is_main:
-            write_report(RunFolder(recipe.run.output))
+            for folder in stage_folders(recipe):
+                write_report(folder)
             print_summary(summary, reporter)
     finally:
         stop_ranks()

@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from fastkd.layer_map import Moment, make_layer_map
 from fastkd.material import Material, Part, Reader, make_material
 from fastkd.models import load_student, load_teacher, load_tokenizer
 from fastkd.objective import Inputs, Objective
-from fastkd.recipe import load_recipe
+from fastkd.recipe import load_recipe, stage_recipes
 from fastkd.run_folder import RunFolder
 
 # a step's forward: (inputs) or (inputs, teacher's capture, shares)
@@ -127,6 +128,9 @@ def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Eval
             "fastkd distill --resume"
         )
     recipe = load_recipe(run.recipe, overrides)
+    if recipe.stages:
+        recipe = stage_recipes(recipe)[-1]
+        run = RunFolder(run.path / Path(recipe.run.output).name)
     if overrides and recipe.data is not None:
         # a stream reads no more of the text than it needs
         data = recipe.data.model_copy(update={"streaming": True})

@@ -71,9 +71,10 @@ def write_report(run: RunFolder) -> None:
 
 def _losses(summary: dict[str, Any]) -> Rows:
     before, after = summary["before"], summary["after"]
+    # the first of several stages may have had other terms
+    first = {label: f"{value:.4g}" for label, value in before["losses"].items()}
     rows: Rows = [
-        (label, f"{before['losses'][label]:.4g}", f"{value:.4g}")
-        for label, value in after["losses"].items()
+        (label, first.get(label, "-"), f"{value:.4g}") for label, value in after["losses"].items()
     ]
     rows.append(("total, weighted", f"{before['total']:.4g}", f"{after['total']:.4g}"))
     if "sentence_cosine" in after:
@@ -82,8 +83,8 @@ def _losses(summary: dict[str, Any]) -> Rows:
             for e in (before, after)
         ]
         rows.append(("sentence embeddings, cosine", *cosines))
-    first, last = _scores(before), _scores(after)
-    rows += [(name, f"{first[name]:.4f}", f"{value:.4f}") for name, value in last.items()]
+    early, late = _scores(before), _scores(after)
+    rows += [(name, f"{early[name]:.4f}", f"{value:.4f}") for name, value in late.items()]
     return rows
 
 

@@ -99,6 +99,29 @@ class RunFolder:
                 "may write to"
             ) from error
 
+    def begin(self, recipe: AnyRecipe, *, resume: bool) -> dict[str, Any] | None:
+        """Start a run here or continue it; the summary if it is finished.
+
+        Raises:
+            UserError: the folder is taken, or holds a run of another recipe.
+        """
+        finished = self.check(recipe, resume=resume)
+        if finished is None and not self.holds_run:
+            self.create(recipe)
+        return finished
+
+    def check(self, recipe: AnyRecipe, *, resume: bool) -> dict[str, Any] | None:
+        """See that this recipe can start or continue here; the summary if it is finished.
+
+        Raises:
+            UserError: the folder is taken, or holds a run of another recipe.
+        """
+        if not (resume and self.holds_run):
+            self.check_free()
+            return None
+        self.check_continues(recipe)
+        return self.read_summary()
+
     def check_continues(self, recipe: AnyRecipe) -> None:
         """Refuse to continue a run under a recipe that would change its result.
 

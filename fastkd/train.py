@@ -42,7 +42,7 @@ def distill(recipe: AnyRecipe, ranks: Ranks, *, resume: bool, reporter: Reporter
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
     """
     run = RunFolder(recipe.run.output)
-    finished = ranks.from_main(lambda: _check(run, recipe, resume))
+    finished = ranks.from_main(lambda: run.check(recipe, resume=resume))
     if finished is not None:
         reporter.say(f"{run.path} is finished; remove it to run again")
         return finished
@@ -214,15 +214,6 @@ class _Window:
         }
         self._restart(step)
         return record, stops > 0
-
-
-def _check(run: RunFolder, recipe: AnyRecipe, resume: bool) -> dict[str, Any] | None:
-    """Check that this recipe starts or continues the run; the summary if it is finished."""
-    if not (resume and run.holds_run):
-        run.check_free()
-        return None
-    run.check_continues(recipe)
-    return run.read_summary()
 
 
 def _restore(

@@ -28,7 +28,7 @@ LEVELS: tuple[set[str], ...] = (
         "classifiers",
     },
     {"engine", "checkpoint", "export"},
-    {"material", "assemble", "evaluate", "introduction", "summary", "train"},
+    {"material", "assemble", "evaluate", "introduction", "summary", "stages", "train"},
     {"report", "figures", "study", "similarity", "doctor"},
     {"cli", "__main__"},
 )

@@ -30,6 +30,7 @@ from fastkd.recipe.reading import (
     parse_recipe,
     read_tree,
     replace_value,
+    stage_recipes,
 )
 from fastkd.recipe.section import Section
 from fastkd.recipe.task import TaskAugmentation, TaskColumns, TaskData
@@ -73,4 +74,5 @@ __all__ = [
     "read_tree",
     "replace_value",
     "resolve_steps",
+    "stage_recipes",
 ]

@@ -18,6 +18,7 @@ from fastkd.errors import UserError
 from fastkd.recipe.finetune import FinetuneRecipe
 from fastkd.recipe.layers import MAP_SECTIONS
 from fastkd.recipe.presets import expand
+from fastkd.recipe.stages import stage_trees
 from fastkd.recipe.whole import Recipe
 
 AnyRecipe = Recipe | FinetuneRecipe
@@ -82,11 +83,28 @@ def parse_recipe(tree: Mapping[str, Any], name: str = "recipe") -> Recipe:
         UserError: with the field, what was given and what was expected.
     """
     try:
-        return Recipe.model_validate(expand(tree))
+        recipe = Recipe.model_validate(expand(tree))
+        stage_recipes(recipe)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     except ValidationError as error:
         raise UserError(f"{name}: {complain(error, Recipe)}") from error
+    return recipe
+
+
+def stage_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipe of each stage, in order; none of a recipe without stages.
+
+    Raises:
+        UserError: naming the stage, its field, what was given and what was expected.
+    """
+    found = []
+    for number, tree in enumerate(stage_trees(recipe.model_dump(mode="json")), start=1):
+        try:
+            found.append(Recipe.model_validate(tree))
+        except ValidationError as error:
+            raise UserError(f"stages.{number}: {complain(error, Recipe)}") from error
+    return found
 
 
 def parse_finetune_recipe(tree: Mapping[str, Any], name: str = "recipe") -> FinetuneRecipe:

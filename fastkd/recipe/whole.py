@@ -30,7 +30,7 @@ class Recipe(Section):
     """Which teacher layer each student layer learns from: a word, a section for a mapping with
     options, or a list that names one teacher layer for each student layer, 0 for none."""
     losses: Losses
-    """What is matched."""
+    """What is matched; of the first stage where not given."""
     data: Data | None = None
     """Text that both models read."""
     task: TaskData | None = None
@@ -39,8 +39,20 @@ class Recipe(Section):
     """How it is trained."""
     run: Run
     """Where it is written."""
+    stages: tuple[dict[str, Any], ...] = ()
+    """Stages of the run, one after the other: of each what differs in `losses`, `layer_map`,
+    `train` and `task`."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Further keys of DeepSpeed's configuration; those that the recipe sets itself are refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_losses(cls, tree: Any) -> Any:
+        if not isinstance(tree, Mapping) or "losses" in tree or not tree.get("stages"):
+            return tree
+        first = tree["stages"][0]
+        given = isinstance(first, Mapping) and "losses" in first
+        return {**tree, "losses": first["losses"]} if given else tree
 
     @model_validator(mode="before")
     @classmethod

@@ -96,7 +96,7 @@ def _work(
     reporter.say(f"{plan.spec.name}: {total} {what}, {done} of them done; in {plan.output}")
     children = Children(program, environments(workers))
     runner = Runner(plan, store, children, workers)
-    watcher = Watcher(store, runner.said, reporter)
+    watcher = Watcher(store, runner, reporter)
     try:
         with watcher.watching():
             runner.run(watcher.look)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from fastkd.console import Reporter
 from fastkd.study.results import Results
+from fastkd.study.runner import Runner
 from fastkd.study.store import Store
 
 # reading the storage is cheap, drawing it ten times a second is not
@@ -20,10 +20,9 @@ _REFRESH_SECONDS = 2.0
 class Watcher:
     """Says what the workers say, how far the study is, and which condition leads."""
 
-    def __init__(self, store: Store, said: queue.Queue[str], reporter: Reporter) -> None:
-        self.store, self.said, self.reporter = store, said, reporter
+    def __init__(self, store: Store, runner: Runner, reporter: Reporter) -> None:
+        self.store, self.runner, self.reporter = store, runner, reporter
         self._bar: tuple[Progress, TaskID] | None = None
-        self._started = time.monotonic()
         self._first, _ = store.counts()
         self._next = 0.0
         self._said_best = ""
@@ -50,9 +49,9 @@ class Watcher:
 
     def look(self) -> None:
         """Pass on what was said since the last look."""
-        news = not self.said.empty()
-        while not self.said.empty():
-            text = self.said.get()
+        news = not self.runner.said.empty()
+        while not self.runner.said.empty():
+            text = self.runner.said.get()
             done, total = self.store.counts()
             self.reporter.say(text if self._bar else f"{done}/{total}  {text}")
         if not news and time.monotonic() < self._next:
@@ -70,9 +69,9 @@ class Watcher:
 
     def _remaining(self) -> str:
         done, total = self.store.counts()
-        if done == self._first:
+        if done == self._first or self.runner.began is None:
             return ""
-        seconds = (time.monotonic() - self._started) / (done - self._first) * (total - done)
+        seconds = (time.monotonic() - self.runner.began) / (done - self._first) * (total - done)
         minutes = round(seconds / 60)
         if minutes < 2:
             return f"{seconds:.0f} s left"

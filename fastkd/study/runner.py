@@ -7,6 +7,7 @@ import os
 import queue
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ class Runner:
         self.workers = workers
         self.said: queue.Queue[str] = queue.Queue()
         """Lines for the user."""
+        self.began: float | None = None
+        """When the first trial was started, by the monotonic clock: shared steps are not trials."""
 
     def run(self, look: Callable[[], None]) -> None:
         """Work until nothing is left, here or in other processes.
@@ -118,6 +121,7 @@ class Runner:
 
     def _try(self, work: Work, number: int) -> None:
         """Run what a trial has left to run; a trial that is stopped is left as it is."""
+        self.began = self.began or time.monotonic()
         try:
             for run in work.runs:
                 if not self._try_run(work, run, number):

@@ -1,6 +1,7 @@
 """Run a recipe and disturb one rank at one named moment: `kill -9`, Ctrl-C, a full disk.
 
-Used as `python disturbed_run.py MOMENT RANK recipe.yaml overrides...`, also under torchrun.
+Used as `python disturbed_run.py MOMENT RANK recipe.yaml overrides...`, also under torchrun; with
+`finetune` before the recipe that is run, and at the moment `-` nothing happens.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ MOMENTS: dict[str, Callable[[], None]] = {
 
 if __name__ == "__main__":
     moment, victim = sys.argv[1], sys.argv[2]
-    if os.environ.get("RANK", "0") == victim:
+    if moment != "-" and os.environ.get("RANK", "0") == victim:
         MOMENTS[moment]()
-    sys.argv = ["fastkd", "distill", *sys.argv[3:]]
+    given = sys.argv[3:]
+    sys.argv = ["fastkd", *([] if given[0] == "finetune" else ["distill"]), *given]
     main()

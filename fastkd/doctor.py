@@ -77,7 +77,7 @@ def estimate_run(recipe: Recipe, ranks: Ranks, reporter: Reporter) -> None:
             ("student parameters", f"{assembly.initialisation.total:,}"),
             ("projection parameters", f"{trained - assembly.initialisation.total:,}"),
             (f"{counted} to train on", f"{train.steps * step:,}"),
-            (f"{counted} in the data", _passes(assembly)),
+            (f"{counted} in the corpus", _passes(assembly)),
             ("a step", f"{seconds:.3g} s, {step / seconds:,.0f} {counted}/s"),
             ("training", _duration(seconds * train.steps)),
         ],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from random import Random
 
 import fastkd_kernels
 import pytest
@@ -163,16 +164,16 @@ def test_every_op_has_problems() -> None:
 @pytest.mark.parametrize("op", FAMILIES)
 @pytest.mark.parametrize("holds", PROPERTIES, ids=lambda holds: holds.__name__)
 @settings(max_examples=20, **ALWAYS)
-@given(data=st.data())
-def test_on_pytorch(op: str, holds: Callable[[Problem, str], None], data: st.DataObject) -> None:
-    problem = FAMILIES[op](data.draw, False)
-    dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+@given(draw=st.randoms(use_true_random=False))
+def test_on_pytorch(op: str, holds: Callable[[Problem, str], None], draw: Random) -> None:
+    problem = FAMILIES[op](draw, False)
+    dtype = draw.choice([torch.float64, torch.float32, torch.bfloat16])
     holds(problem.cast(dtype), "torch")
 
 
-def on_triton(op: str, holds: Callable[[Problem, str], None], data: st.DataObject) -> None:
-    problem = FAMILIES[op](data.draw, True)
-    dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.float16]))
+def on_triton(op: str, holds: Callable[[Problem, str], None], draw: Random) -> None:
+    problem = FAMILIES[op](draw, True)
+    dtype = draw.choice([torch.float64, torch.float32, torch.float16])
     holds(problem.cast(dtype), "triton")
 
 
@@ -183,15 +184,15 @@ quietly = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @quietly
 @pytest.mark.parametrize("op", FAMILIES)
 @settings(max_examples=6, phases=[Phase.generate], **ALWAYS)
-@given(data=st.data())
-def test_definition_on_triton(op: str, data: st.DataObject) -> None:
-    on_triton(op, equals_the_definition, data)
+@given(draw=st.randoms(use_true_random=False))
+def test_definition_on_triton(op: str, draw: Random) -> None:
+    on_triton(op, equals_the_definition, draw)
 
 
 @quietly
 @pytest.mark.parametrize("op", FAMILIES)
 @pytest.mark.parametrize("holds", PROPERTIES[1:], ids=lambda holds: holds.__name__)
 @settings(max_examples=2, phases=[Phase.generate], **ALWAYS)
-@given(data=st.data())
-def test_on_triton(op: str, holds: Callable[[Problem, str], None], data: st.DataObject) -> None:
-    on_triton(op, holds, data)
+@given(draw=st.randoms(use_true_random=False))
+def test_on_triton(op: str, holds: Callable[[Problem, str], None], draw: Random) -> None:
+    on_triton(op, holds, draw)

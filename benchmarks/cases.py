@@ -62,5 +62,7 @@ def baselines(
     """The plain definition and, on a GPU, the compiled one; `step` makes a timed step of an op."""
     made = {"definition": step(definition)}
     if device != "cpu":
+        # one shape each: after a few more, dynamo would give up and run it uncompiled
+        torch._dynamo.reset()
         made["compiled definition"] = step(torch.compile(definition))
     return made

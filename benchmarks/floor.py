@@ -8,7 +8,7 @@ of bytes over bandwidth and operations over rate.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +76,16 @@ def floors() -> list[dict[str, Any]]:
     return rows
 
 
+def grouped(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that differ in their workload alone as one, with the list of `workloads`."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        rest = {name: value for name, value in row.items() if name != "workload"}
+        merged = found.setdefault(json.dumps(rest), {**rest, "workloads": []})
+        merged["workloads"].append(row["workload"])
+    return list(found.values())
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
     """A Markdown table."""
     yield "| " + " | ".join(head) + " |"
@@ -130,15 +140,15 @@ def _kernel_cells(op: str, rows: Sequence[dict[str, Any]]) -> Iterator[list[obje
     """One line for each kernel of one launch configuration, with the workloads that share it."""
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
-        if row["op"] == op:
-            of_kernel = cells.setdefault((row["kernel"], row["dtype"], row["workload"]), {})
-            kinds = "+".join(kind.split(".")[0].removeprefix("v_") for kind in row["instructions"])
-            size = f"{row['registers']} / {row['shared'] / 1024:.0f}"
-            of_kernel[str(row["target"][1])] = f"{size} {kinds}".strip()
+        kinds = "+".join(kind.split(".")[0].removeprefix("v_") for kind in row["instructions"])
+        size = f"{row['registers']} / {row['shared'] / 1024:.0f} {kinds}".strip()
+        for workload in row["workloads"] if row["op"] == op else []:
+            of_kernel = cells.setdefault((row["kernel"], row["dtype"], workload), {})
+            of_kernel[str(row["target"][1])] = size
     groups: dict[tuple[str, ...], list[str]] = {}
     for (kernel, dtype, workload), of_targets in cells.items():
-        of_kernel_and_dtype = (kernel, dtype, *(of_targets[str(target[1])] for target in TARGETS))
-        groups.setdefault(of_kernel_and_dtype, []).append(workload)
+        line = (kernel, dtype, *(of_targets[str(target[1])] for target in TARGETS))
+        groups.setdefault(line, []).append(workload)
     for (kernel, dtype, *of_targets), workloads in sorted(groups.items()):
         yield [kernel, dtype, ", ".join(workloads), *of_targets]
 
@@ -150,7 +160,7 @@ def main() -> None:
     given = parser.parse_args()
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled; unset it")
-    rows = list(compile_all(OPS, everything=True, processes=given.processes))
+    rows = grouped(compile_all(OPS, everything=True, processes=given.processes))
     result = {"floors": floors(), "machine_code": rows}
     page = markdown(result)
     if not given.write:

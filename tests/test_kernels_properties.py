@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from property_cases import ENTROPIES, FAMILIES, Problem
+from property_cases import Problem
+from property_families import ENTROPIES, FAMILIES
 from torch import Tensor
 
 # a busy machine is no failure, and every run draws the same

@@ -18,7 +18,7 @@ demo: setup
 	HF_HUB_OFFLINE=1 $(BIN)/fastkd distill recipes/demo.yaml --resume
 
 test: setup lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,6 +8,9 @@ MAX_HEAD_DIM = 256
 # kinds whose gradient needs a constant of each query row besides both softmax divisors
 CONSTANT_KINDS = ("reverse_kl", "js", "mse", "cosine")
 
+# kinds whose forward sweeps the keys twice
+TWO_SWEEPS = ("js", "mse", "cosine")
+
 
 def row_stats(kind: str) -> int:
     """Floats of each query row that the backward reads."""
@@ -43,6 +46,9 @@ def divergence_launch(
     }
     if part != "rows":
         constants["GRAD_PRECISION"] = dot_precision(dtypes[0] != torch.float16, on)
-    few = width <= 64 and (part == "key" and row_stats(kind) == 4 if narrow else True)
+    if narrow:
+        few = part == "key" and row_stats(kind) == 4 and block_dim + block_target < 128
+    else:
+        few = width <= 64 and not (part == "rows" and kind in TWO_SWEEPS)
     # a warp of AMD's has 64 threads
     return Launch(constants, num_warps=4 if few or on == "hip" else 8, num_stages=1)

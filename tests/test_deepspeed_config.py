@@ -51,8 +51,8 @@ def test_rows_cut_the_batch_into_equal_parts(batch: int, micro: int | None, rank
     [
         (32, None, 3, "train.batch_size is 32, expected a multiple of the 3 ranks; try 33"),
         (2, None, 4, "train.batch_size is 2, expected a multiple of the 4 ranks; try 4"),
-        (32, 5, 1, "train.micro_batch_size is 5, expected a divisor of the 32 blocks"),
-        (32, 16, 4, "train.micro_batch_size is 16, expected a divisor of the 8 blocks"),
+        (32, 5, 1, "train.micro_batch_size is 5, expected a divisor of the 32 rows"),
+        (32, 16, 4, "train.micro_batch_size is 16, expected a divisor of the 8 rows"),
     ],
 )
 def test_batches_that_cannot_be_cut_say_why(

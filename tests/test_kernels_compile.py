@@ -78,25 +78,14 @@ def test_products_run_on_tensor_cores(rows: list[dict[str, Any]]) -> None:
 
 
 def kernels_of_the_package() -> set[str]:
-    """`module.name` of the kernels that the package launches: `name[grid](...)` in its source."""
-    found = set()
-    for path in (ROOT / "kernels/fastkd_kernels").glob("*.py"):
-        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-        home = {
-            alias.name: node.module
-            for node in nodes
-            if isinstance(node, ast.ImportFrom)
-            for alias in node.names
-        }
-        found |= {
-            f"{home[node.func.value.id]}.{node.func.value.id}"
-            for node in nodes
-            if isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Subscript)
-            and isinstance(node.func.value, ast.Name)
-            and str(home.get(node.func.value.id)).endswith("_kernels")
-        }
-    return found
+    """`module.name` of what the launching modules import from the modules of kernels."""
+    return {
+        f"{node.module}.{alias.name}"
+        for path in (ROOT / "kernels/fastkd_kernels").glob("*_triton.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and str(node.module).endswith("_kernels")
+        for alias in node.names
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -94,12 +94,19 @@ class Case:
         return state @ weights[0].mT + biases[0] if weights else state
 
 
+def material(preset: str) -> dict[str, Any]:
+    """What the method reads: examples with labels where it learns from them, else text."""
+    if preset in ("pkd-skip", "pkd-last", "alp-kd", "rail-kd"):
+        return {"task": {"name": "MRPC", "source": "none"}}
+    return {"data": {"train": "none"}}
+
+
 def case(preset: str, hidden_size: int = 24, **changes: Any) -> Case:
     tree = {
         "preset": preset,
         "teacher": {"model": "none"},
         "student": {"layers": STUDENT, "hidden_size": hidden_size},
-        "data": {"train": "none"},
+        **material(preset),
         "run": {"output": "none"},
         **changes,
     }
@@ -348,7 +355,7 @@ def test_a_preset_is_documented_and_expands_to_a_recipe(preset: str) -> None:
         "preset": preset,
         "teacher": {"model": "a"},
         "student": {"layers": 3},
-        "data": {"train": "b"},
+        **material(preset),
         "run": {"output": "c"},
     }
     recipe = parse_recipe(given)

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import attention_divergence_torch as on_torch
 from .attention_divergence_launch import row_stats
 from .head_groups import Pair
+from .types import NAMESPACE
 from .unit_gradient import scaled, value_of
 
 
@@ -28,7 +29,7 @@ def _gradients(made: tuple[Tensor, Tensor] | None, pairs: int, others: int) -> t
     return (*student, nothing, nothing, *(None,) * others)
 
 
-@torch.library.custom_op("fastkd_kernels::attention_divergence_one_sweep", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_divergence_one_sweep", mutates_args=())
 def one_sweep(
     query: Sequence[Tensor],
     key: Sequence[Tensor],
@@ -96,7 +97,7 @@ def _one_sweep_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) ->
 one_sweep.register_autograd(_one_sweep_gradient, setup_context=_one_sweep_save)
 
 
-@torch.library.custom_op("fastkd_kernels::attention_divergence_stream", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_divergence_stream", mutates_args=())
 def stream(
     query: Sequence[Tensor],
     key: Sequence[Tensor],
@@ -143,7 +144,7 @@ def _stream_fake(
     )
 
 
-@torch.library.custom_op("fastkd_kernels::attention_divergence_stream_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_divergence_stream_backward", mutates_args=())
 def _stream_backward(
     factor: Tensor,
     stats: Tensor,

@@ -16,7 +16,7 @@ from . import logits_divergence_torch as on_torch
 from .checks import resolve_backend
 from .logits_checks import check_logits, check_options
 from .logits_divergence_torch import Divergence, Gradients
-from .types import Backend, LogitsHead, LogitsKind
+from .types import NAMESPACE, Backend, LogitsHead, LogitsKind
 from .unit_gradient import inverse
 
 
@@ -123,7 +123,7 @@ def _sweep(backend: str, *arguments: Any) -> tuple[Tensor, Gradients]:
     return sweep(*arguments)
 
 
-@torch.library.custom_op("fastkd_kernels::logits_divergence", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::logits_divergence", mutates_args=())
 def _logits(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
@@ -176,7 +176,7 @@ def _empty(
     return Gradients(*(like.new_empty(shape) for shape in shapes))
 
 
-@torch.library.custom_op("fastkd_kernels::logits_divergence_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::logits_divergence_backward", mutates_args=())
 def _backward(
     factors: Tensor,
     student: Sequence[Tensor],

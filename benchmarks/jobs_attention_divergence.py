@@ -16,8 +16,6 @@ from benchmarks.workloads import ATTENTION, AttentionWorkload
 WORKLOADS = tuple(ATTENTION.values())
 # small heads with every kind, and wide causal heads, which need blocks of their own
 QUICK = ("minilm-6-to-3-512", "llama-like-1024")
-# elsewhere the kind of the most registers, and the default
-EVERY_KIND = ("minilm-6-to-3-512",)
 
 
 def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
@@ -29,7 +27,7 @@ def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
         "CAUSAL": work.causal,
         "WINDOWED": False,
     }
-    for kind in get_args(DivergenceKind) if work.name in EVERY_KIND else ("kl", "js"):
+    for kind in get_args(DivergenceKind):
         launch = divergence_launch("rows", kind, work.dims, dtypes, on)
         types = forward_types(*dtypes, kind)
         constants = {**shared, **launch.constants, **types, "WRITE_STATS": True}

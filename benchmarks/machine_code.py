@@ -10,7 +10,7 @@ import itertools
 import json
 import multiprocessing
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -187,31 +187,41 @@ def wanted(ops: Iterable[str], *, everything: bool) -> Iterator[Wanted]:
     """All jobs of the ops' workloads; without `everything`, those that CI compiles."""
     from benchmarks.launches import OPS
 
-    for (number, target), dtype, op in itertools.product(enumerate(TARGETS), DTYPES, ops):
-        works = list(OPS[op].WORKLOADS)
+    for (turn, target), dtype, op in itertools.product(enumerate(TARGETS), DTYPES, ops):
+        named = {work.name: work for work in OPS[op].WORKLOADS}
+        jobs = {
+            name: list(OPS[op].jobs(named[name], dtype, target[0]))
+            for name in (named if everything else OPS[op].QUICK)
+        }
         if not everything:
-            works = quick_workloads(OPS[op], dtype, target)
-        for place, work in enumerate(works):
-            jobs = list(OPS[op].jobs(work, dtype, target[0]))
-            for job in jobs if everything else one_a_kernel(jobs, number + place):
-                yield Wanted(op, work.name, dtype, target, job)
+            jobs = quick_jobs(jobs, dtype, target, turn)
+        for name, of_workload in jobs.items():
+            for job in of_workload:
+                yield Wanted(op, name, dtype, target, job)
 
 
-def quick_workloads(op: Any, dtype: torch.dtype, target: Target) -> list[Any]:
-    """The few of QUICK in bf16; in fp32 the first of them on the tightest targets."""
-    named = {work.name: work for work in op.WORKLOADS}
-    few = [named[name] for name in op.QUICK]
-    if dtype == torch.bfloat16:
-        return few
-    return few[:1] if target in QUICK_FLOAT32 else []
+def quick_jobs(
+    jobs: Mapping[str, Sequence[Job]], dtype: torch.dtype, target: Target, turn: int
+) -> dict[str, list[Job]]:
+    """One job of each workload for every kernel, another in every turn.
 
-
-def one_a_kernel(jobs: Iterable[Job], turn: int) -> list[Job]:
-    """One job for every kernel, another in every turn."""
-    by_kernel: dict[str, list[Job]] = {}
-    for job in jobs:
-        by_kernel.setdefault(job.kernel.__name__, []).append(job)
-    return [same[turn % len(same)] for same in by_kernel.values()]
+    In fp32, on the tightest targets alone, one for every kernel whatever the workload.
+    """
+    if dtype != torch.bfloat16 and target not in QUICK_FLOAT32:
+        return {}
+    made: dict[str, list[Job]] = {}
+    seen: set[str] = set()
+    for place, (name, of_workload) in enumerate(jobs.items()):
+        by_kernel: dict[str, list[Job]] = {}
+        for job in of_workload:
+            by_kernel.setdefault(job.kernel.__name__, []).append(job)
+        made[name] = [
+            same[(turn + place) % len(same)]
+            for kernel, same in by_kernel.items()
+            if dtype == torch.bfloat16 or kernel not in seen
+        ]
+        seen |= set(by_kernel)
+    return made
 
 
 def compile_all(

@@ -109,8 +109,15 @@ def test_ci_compiles_every_kernel_and_changes_the_kind() -> None:
         machine_code.Job(name, kernel, {}, {}, 4, 1)
         for name, kernel in (("a", len), ("b", len), ("c", max))
     ]
-    assert [job.name for job in machine_code.one_a_kernel(made, 0)] == ["a", "c"]
-    assert [job.name for job in machine_code.one_a_kernel(made, 3)] == ["b", "c"]
+
+    def names(dtype: torch.dtype, target: machine_code.Target, turn: int) -> dict[str, list[str]]:
+        found = machine_code.quick_jobs({"x": made[:2], "y": made}, dtype, target, turn)
+        return {name: [job.name for job in jobs] for name, jobs in found.items()}
+
+    assert names(BF16, ("cuda", 90), 0) == {"x": ["a"], "y": ["b", "c"]}
+    assert names(BF16, ("cuda", 90), 1) == {"x": ["b"], "y": ["a", "c"]}
+    assert names(torch.float32, ("cuda", 80), 0) == {"x": ["a"], "y": ["c"]}
+    assert names(torch.float32, ("cuda", 90), 0) == {}
 
 
 def test_every_chip_has_a_compiled_target() -> None:

@@ -19,14 +19,8 @@ from benchmarks.workloads import ATTENTION, AttentionWorkload
 
 WORKLOADS = tuple(ATTENTION.values())
 Dtypes = tuple[torch.dtype, torch.dtype]
-# a short, a long and two causal shapes: every kernel, both forms of the Gram algebra
-QUICK = (
-    "bert-base-to-tinybert-4-128",
-    "bert-base-to-tinybert-4-512",
-    "minilm-6-to-3-512",
-    "llama-like-1024",
-    "llama-like-2048",
-)
+# a short, a long and a causal shape: every kernel, both forms of the Gram algebra
+QUICK = ("bert-base-to-tinybert-4-128", "bert-base-to-tinybert-4-512", "llama-like-2048")
 
 
 def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:

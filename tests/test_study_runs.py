@@ -132,6 +132,8 @@ def test_ctrl_c_stops_cleanly_and_the_next_call_continues(
 ) -> None:
     path = write_study(tmp_path)
     monkeypatch.setenv("FAKE_STEP", "0.2")
+    # a shell starts its background jobs with SIGINT ignored
+    before = signal.getsignal(signal.SIGINT)
 
     def interrupt() -> None:
         _wait(lambda: any((tmp_path / "out").rglob("metrics.jsonl")))
@@ -145,7 +147,7 @@ def test_ctrl_c_stops_cleanly_and_the_next_call_continues(
     stopped = [(word, name) for word, name in journal(notes) if word.startswith("stop@")]
     assert len(stopped) == 1
     step = stopped[0][0].removeprefix("stop@")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.setenv("FAKE_STEP", "0")
     run(path)
     _ended_once(notes, RUNS)

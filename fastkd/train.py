@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from fastkd.material import Feed
 from fastkd.objective import Inputs
 from fastkd.recipe import AnyRecipe
 from fastkd.run_folder import RunFolder
+from fastkd.signals import stop_signals
 from fastkd.summary import judged_parts, summarise
 
 
@@ -285,14 +285,10 @@ def _signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM while the context is open; a second SIGINT ends at once."""
     received: list[int] = []
 
-    def note(number: int, _frame: FrameType | None) -> None:
+    def note(number: int) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with stop_signals(note):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -6,7 +6,6 @@ import math
 import os
 import queue
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -17,6 +16,7 @@ import torch
 
 from fastkd.errors import Interrupted, UserError
 from fastkd.run_folder import RunFolder
+from fastkd.signals import stop_signals
 from fastkd.study.child import Children
 from fastkd.study.claims import Claim
 from fastkd.study.metric import follow, read_metric
@@ -223,13 +223,9 @@ def _signals(children: Children) -> Iterator[list[int]]:
     """The first SIGINT or SIGTERM stops the children, the next one kills them."""
     received: list[int] = []
 
-    def note(number: int, _frame: object) -> None:
+    def note(number: int) -> None:
         (children.killing if received else children.stopping).set()
         received.append(number)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with stop_signals(note):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

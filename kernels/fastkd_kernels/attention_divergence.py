@@ -16,7 +16,7 @@ from torch import Tensor
 from .attention_divergence_launch import MAX_HEAD_DIM
 from .attention_divergence_ops import one_sweep, stream
 from .checks import check_choice, check_mask, check_states, resolve_backend
-from .head_groups import accumulator
+from .head_groups import accumulator, state_shapes
 from .types import AttentionState, Backend, DivergenceKind
 from .unit_gradient import by_shape, inverse
 
@@ -113,7 +113,7 @@ def attention_divergence(
         losses: Tensor = made[0]
         return losses
 
-    keys = [_shape_key(*pair) for pair in zip(student, teacher, strict=True)]
+    keys = [state_shapes(*pair) for pair in zip(student, teacher, strict=True)]
     loss = by_shape(keys, loss_of)
     return loss if student[0].query.dtype == torch.float64 else loss.float()
 
@@ -133,11 +133,6 @@ def counted_rows(
     end = position + 1 if causal else (position + reach).clamp(max=tokens)
     rows = before[:, end] > before[:, first]
     return rows if query_mask is None else rows & query_mask
-
-
-def _shape_key(own: AttentionState, target: AttentionState) -> tuple[object, ...]:
-    tensors = (own.query, own.key, target.query, target.key)
-    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
 
 
 def _check_temperature(temperature: float) -> None:

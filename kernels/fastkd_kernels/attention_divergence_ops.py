@@ -13,20 +13,9 @@ from torch import Tensor
 
 from . import attention_divergence_torch as on_torch
 from .attention_divergence_launch import row_stats
-from .head_groups import Pair
+from .head_groups import pairs_of, student_gradients
 from .types import NAMESPACE
 from .unit_gradient import scaled, value_of
-
-
-def _pairs(*columns: Sequence[Any]) -> list[Pair]:
-    return [Pair(*row) for row in zip(*columns, strict=True)]
-
-
-def _gradients(made: tuple[Tensor, Tensor] | None, pairs: int, others: int) -> tuple[Any, ...]:
-    """Gradients in the order of an op's inputs: the student's two lists, then none."""
-    nothing = [None] * pairs
-    student = (nothing, nothing) if made is None else tuple(list(part.unbind()) for part in made)
-    return (*student, nothing, nothing, *(None,) * others)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_divergence_one_sweep", mutates_args=())
@@ -46,7 +35,7 @@ def one_sweep(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses `[pairs]` and stacked unit gradients of the student's queries and keys."""
-    pairs = _pairs(query, key, target_query, target_key, scale, target_scale)
+    pairs = pairs_of(query, key, target_query, target_key, scale, target_scale)
     sums, query_unit, key_unit = on_torch.one_sweep(
         pairs, key_mask, rows, kind, causal, window, need_grad
     )
@@ -87,11 +76,11 @@ def _one_sweep_save(
 
 def _one_sweep_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if upstream is None:
-        return _gradients(None, ctx.pairs, 9)
+        return student_gradients(None, ctx.pairs, 9)
     query_unit, key_unit, inverse_count = ctx.saved_tensors
     factor = inverse_count * upstream
     made = (scaled(query_unit, factor, ctx.dtype), scaled(key_unit, factor, ctx.dtype))
-    return _gradients(made, ctx.pairs, 9)
+    return student_gradients(made, ctx.pairs, 9)
 
 
 one_sweep.register_autograd(_one_sweep_gradient, setup_context=_one_sweep_save)
@@ -116,7 +105,7 @@ def stream(
     """Losses `[pairs]` and what the backward keeps of each query row."""
     from . import attention_divergence_triton as on_triton
 
-    pairs = _pairs(query, key, target_query, target_key, scale, target_scale)
+    pairs = pairs_of(query, key, target_query, target_key, scale, target_scale)
     sums, stats = on_triton.stream(pairs, key_mask, rows, kind, causal, window, need_grad)
     return value_of(sums, inverse_count), stats
 
@@ -163,7 +152,7 @@ def _stream_backward(
     """Stacked gradients of the student's queries and keys for `factor` `[pairs]`."""
     from . import attention_divergence_triton as on_triton
 
-    pairs = _pairs(query, key, target_query, target_key, scale, target_scale)
+    pairs = pairs_of(query, key, target_query, target_key, scale, target_scale)
     return on_triton.stream_backward(factor, stats, pairs, key_mask, rows, kind, causal, window)
 
 
@@ -202,7 +191,7 @@ def _stream_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _stream_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     pairs = len(ctx.scale)
     if upstream is None:
-        return _gradients(None, pairs, 9)
+        return student_gradients(None, pairs, 9)
     stats, inverse_count, key_mask, rows, *tensors = ctx.saved_tensors
     made = _stream_backward(
         inverse_count * upstream,
@@ -216,7 +205,7 @@ def _stream_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tu
         ctx.causal,
         ctx.window,
     )
-    return _gradients(made, pairs, 9)
+    return student_gradients(made, pairs, 9)
 
 
 stream.register_autograd(_stream_gradient, setup_context=_stream_save)

@@ -19,7 +19,7 @@ from .checks import (
     check_reduction,
     resolve_backend,
 )
-from .head_groups import accumulator
+from .head_groups import accumulator, state_shapes
 from .types import Algorithm, AttentionState, Backend, Reduction, TeacherLayers, TeacherWeights
 from .unit_gradient import by_shape, inverse
 from .weighted_teacher import weighted_targets
@@ -128,7 +128,7 @@ def attention_score_mse(
         losses: Tensor = made[0]
         return losses
 
-    keys = [_shape_key(*pair) for pair in zip(student, targets, strict=True)]
+    keys = [state_shapes(*pair) for pair in zip(student, targets, strict=True)]
     loss = by_shape(keys, loss_of)
     return loss if student[0].query.dtype == torch.float64 else loss.float()
 
@@ -142,11 +142,6 @@ def _check_head_size(algorithm: str, causal: bool, dim: int) -> None:
         f"the student's head size {dim} is too wide for the Triton tiles, which take up to "
         f"{MAX_HEAD_DIM}; use {instead}"
     )
-
-
-def _shape_key(own: AttentionState, target: AttentionState) -> tuple[object, ...]:
-    tensors = (own.query, own.key, target.query, target.key)
-    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
 
 
 def _entry_count(

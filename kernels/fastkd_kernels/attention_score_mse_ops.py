@@ -12,21 +12,9 @@ import torch
 from torch import Tensor
 
 from . import attention_score_mse_torch as on_torch
-from .head_groups import Pair
+from .head_groups import pairs_of, student_gradients
 from .types import NAMESPACE
 from .unit_gradient import scaled, value_of
-
-
-def _pairs(
-    query: Sequence[Tensor],
-    key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
-    scale: Sequence[float],
-    target_scale: Sequence[float],
-) -> list[Pair]:
-    columns = (query, key, target_query, target_key, scale, target_scale)
-    return [Pair(*row) for row in zip(*columns, strict=True)]
 
 
 def _path(backend: str) -> Any:
@@ -36,23 +24,6 @@ def _path(backend: str) -> Any:
     from . import attention_score_mse_triton
 
     return attention_score_mse_triton
-
-
-def _student_only(query_grad: Tensor, key_grad: Tensor, others: int) -> tuple[Any, ...]:
-    """Gradients in the order of an op's inputs: none for the teacher's two lists and the rest."""
-    nothing = [None] * len(query_grad)
-    return (
-        list(query_grad.unbind()),
-        list(key_grad.unbind()),
-        nothing,
-        nothing,
-        *(None,) * others,
-    )
-
-
-def _no_gradient(pairs: int, others: int) -> tuple[Any, ...]:
-    nothing = [None] * pairs
-    return (nothing, nothing, nothing, nothing, *(None,) * others)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_score_mse_gram", mutates_args=())
@@ -69,7 +40,7 @@ def gram(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses `[pairs]` and the factors that the backward applies (see `gram.py`)."""
-    pairs = _pairs(query, key, target_query, target_key, scale, target_scale)
+    pairs = pairs_of(query, key, target_query, target_key, scale, target_scale)
     squares, to_query, to_key = _path("triton").gram_forward(pairs, key_mask, query_mask, need_grad)
     return value_of(squares, inverse_count), to_query, to_key
 
@@ -113,7 +84,7 @@ def _gram_backward(
     query_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Stacked gradients of the student's queries and keys for `factor` `[pairs]`."""
-    pairs = _pairs(query, key, target_query, target_key, scale, target_scale)
+    pairs = pairs_of(query, key, target_query, target_key, scale, target_scale)
     query_grad, key_grad = _path("triton").gram_backward(
         factor, to_query, to_key, pairs, key_mask, query_mask
     )
@@ -152,7 +123,7 @@ def _gram_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
 
 def _gram_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if upstream is None:
-        return _no_gradient(len(ctx.scale), 6)
+        return student_gradients(None, len(ctx.scale), 6)
     to_query, to_key, inverse_count, key_mask, query_mask, *tensors = ctx.saved_tensors
     pairs = len(tensors) // 4
     lists = [tensors[start : start + pairs] for start in range(0, 4 * pairs, pairs)]
@@ -166,7 +137,7 @@ def _gram_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tupl
         key_mask,
         query_mask,
     )
-    return _student_only(query_grad, key_grad, 6)
+    return student_gradients((query_grad, key_grad), len(ctx.scale), 6)
 
 
 gram.register_autograd(_gram_gradient, setup_context=_gram_save)
@@ -189,7 +160,7 @@ def one_pass(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses `[pairs]` and stacked unit gradients of the student's queries and keys."""
-    pairs = _pairs(query, key, target_query, target_key, scale, target_scale)
+    pairs = pairs_of(query, key, target_query, target_key, scale, target_scale)
     squares, query_unit, key_unit = _path(backend).one_pass(
         pairs, key_mask, query_mask, causal, algorithm, need_grad
     )
@@ -230,12 +201,12 @@ def _one_pass_save(
 
 def _one_pass_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if upstream is None:
-        return _no_gradient(ctx.pairs, 9)
+        return student_gradients(None, ctx.pairs, 9)
     query_unit, key_unit, inverse_count = ctx.saved_tensors
     factor = 2.0 * inverse_count * upstream
     query_grad = scaled(query_unit, factor, ctx.dtype)
     key_grad = scaled(key_unit, factor, ctx.dtype)
-    return _student_only(query_grad, key_grad, 9)
+    return student_gradients((query_grad, key_grad), ctx.pairs, 9)
 
 
 one_pass.register_autograd(_one_pass_gradient, setup_context=_one_pass_save)

@@ -5,11 +5,13 @@ rows are stacked and no key head is repeated in memory.
 """
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .types import AttentionState
 
 # one temporary of a group takes about this much
 GROUP_BYTES = 1 << 20
@@ -37,6 +39,26 @@ class Pair(NamedTuple):
     def difference(self) -> bool:
         """Whether the difference form of the Gram algebra applies."""
         return self.query.shape[-1] == self.target_query.shape[-1]
+
+
+def state_shapes(own: AttentionState, target: AttentionState) -> tuple[object, ...]:
+    """What pairs must share to run in one call: shapes and dtypes of queries and keys."""
+    tensors = (own.query, own.key, target.query, target.key)
+    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
+
+
+def pairs_of(*columns: Sequence[Any]) -> list[Pair]:
+    """Pairs from the lists of a registered op, in the order of `Pair`'s fields."""
+    return [Pair(*row) for row in zip(*columns, strict=True)]
+
+
+def student_gradients(
+    made: tuple[Tensor, Tensor] | None, pairs: int, others: int
+) -> tuple[Any, ...]:
+    """Gradients in the order of an op's inputs: the student's two lists, then none."""
+    nothing = [None] * pairs
+    student = (nothing, nothing) if made is None else tuple(list(part.unbind()) for part in made)
+    return (*student, nothing, nothing, *(None,) * others)
 
 
 class Group(NamedTuple):

@@ -60,21 +60,25 @@ def main() -> int:
     if fail and fail in str(run):
         print("fastkd: data.train: no such column", file=sys.stderr)
         return 2
+    stages = len(recipe.get("stages", ()))
+    last = run / f"stage-{stages}" if stages else run
+    last.mkdir(exist_ok=True)
     checkpoint = run / "step"
     step = int(checkpoint.read_text()) if checkpoint.exists() else 0
     journal(f"start@{step}", run)
     while step < STEPS:
         time.sleep(float(os.environ.get("FAKE_STEP", "0")))
         step += 1
-        with (run / "metrics.jsonl").open("a") as file:
+        with (last / "metrics.jsonl").open("a") as file:
             record = {"kind": "heldout", "step": step, "score": score(recipe, step)}
             file.write(json.dumps(record) + "\n")
         checkpoint.write_text(str(step))
         if stop and step < STEPS:
             journal(f"stop@{step}", run)
             return 130
-    for part in ("student", "checkpoints"):
-        (run / part).mkdir()
+    for folder in (run, *(run / f"stage-{n}" for n in range(1, stages + 1))):
+        for part in ("student", "checkpoints"):
+            (folder / part).mkdir(parents=True)
     summary = {"after": {"score": score(recipe, step), "label": "x"}}
     (run / "summary.json").write_text(json.dumps(summary))
     journal("end", run)

@@ -353,16 +353,23 @@ def test_report_only_of_nothing(tmp_path: Path) -> None:
         run(write_study(tmp_path), workers=0)
 
 
-def test_finished_runs_keep_what_was_asked_for(tmp_path: Path, notes: Path) -> None:
+@pytest.mark.parametrize("stages", [0, 2])
+def test_finished_runs_keep_what_was_asked_for(stages: int, tmp_path: Path, notes: Path) -> None:
+    one = {"losses": {"hidden": {"weight": 1}}}
+
     def kept(keep: str) -> set[str]:
         folder = tmp_path / keep
         folder.mkdir()
-        run(write_study(folder, keep=keep))
-        return {path.name for path in folder.rglob("run/*") if path.is_dir()}
+        recipe = {**RECIPE, "stages": [one] * stages} if stages else RECIPE
+        run(write_study(folder, keep=keep, recipe=recipe))
+        made = (p for p in folder.rglob("*") if p.name in ("student", "checkpoints"))
+        return {str(p).split("/run/")[1] for p in made}
 
+    everything = {"student", "checkpoints"}
+    everything |= {f"stage-{n}/{name}" for n in range(1, stages + 1) for name in everything}
     assert kept("scores") == set()
     assert kept("students") == {"student"}
-    assert kept("all") == {"student", "checkpoints"}
+    assert kept("all") == everything
 
 
 def test_a_claim_is_held_by_one_and_outlives_its_worker_in_a_child(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
-from study_files import TASKS, WEIGHTS, journal, run, write_study
+from study_files import RECIPE, TASKS, WEIGHTS, journal, run, write_study
 
 from fastkd.errors import UserError
 from fastkd.study import load_study
@@ -85,12 +85,16 @@ def test_a_search_whose_scores_would_mean_something_else_is_refused(
         Store(changed)
 
 
-def test_hopeless_candidates_are_pruned(tmp_path: Path, notes: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("stages", [None, [{"train": {"steps": 3}}, {"train": {"steps": 5}}]])
+def test_hopeless_candidates_are_pruned(
+    stages: Any, tmp_path: Path, notes: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setenv("FAKE_STEP", "0.25")
     # good ones first, and then two that are behind from the first step on
     spaces = {"weight": {"field": "losses.hidden.weight", "values": [10, 9, 8, 0.1, 0.11]}}
     search = {"sampler": "grid", "pruner": "median", "startup_trials": 2}
-    run(_search(tmp_path, spaces=spaces, search=search))
+    recipe = {**RECIPE, "stages": stages} if stages else RECIPE
+    run(_search(tmp_path, spaces=spaces, search=search, recipe=recipe))
     states = [trial.state.name for trial in _optuna(tmp_path).trials]
     assert states[:2] == ["COMPLETE"] * 2 and states[3:] == ["PRUNED"] * 2
     words = {name: word for word, name in journal(notes)}

@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 
 from fastkd.errors import Interrupted, UserError
+from fastkd.recipe import AnyRecipe
 from fastkd.run_folder import RunFolder
 from fastkd.signals import stop_signals
+from fastkd.stages import stage_folders
 from fastkd.study.child import Children
 from fastkd.study.claims import Claim
 from fastkd.study.metric import follow, read_metric
@@ -144,13 +146,14 @@ class Runner:
             store.fail(work, str(error))
             self.said.put(f"{run.key}: failed: {error}")
             return False
-        watch = _Watch(work, run, store, RunFolder(place.run))
+        # the last stage makes the student that is scored
+        watch = _Watch(work, run, store, stage_folders(recipe)[-1])
         ending = self.children.run(plan.spec.command, recipe, place, work.claim, number, watch)
         if ending.kind == "stopped":
             return False
         if ending.kind == "pruned":
             store.prune(work)
-            _tidy(RunFolder(place.run), plan.spec.keep)
+            _tidy(recipe, plan.spec.keep)
             self.said.put(f"{run.key}: pruned after {ending.seconds:.0f} s")
             return False
         message = ending.message
@@ -159,7 +162,7 @@ class Runner:
             if isinstance(value, float):
                 store.score(work, run, value, ending.seconds)
                 self.said.put(f"{run.key}: {value:.5g} in {ending.seconds:.0f} s")
-                _tidy(RunFolder(place.run), plan.spec.keep)
+                _tidy(recipe, plan.spec.keep)
                 return True
             message = value
         store.fail(work, message)
@@ -198,11 +201,16 @@ def _is_done(run: Path) -> bool:
     return RunFolder(run).summary.is_file()
 
 
-def _tidy(run: RunFolder, keep: str) -> None:
-    if keep != "all":
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
+def _tidy(recipe: AnyRecipe, keep: str) -> None:
+    """Remove what a study does not keep of a run, and of the stages that led to it."""
+    run = RunFolder(recipe.run.output)
+    stages = [folder for folder in stage_folders(recipe) if folder.path != run.path]
+    unwanted = [folder.checkpoints for folder in (run, *stages)]
+    unwanted += [folder.student for folder in stages]
     if keep == "scores":
-        shutil.rmtree(run.student, ignore_errors=True)
+        unwanted.append(run.student)
+    for folder in unwanted if keep != "all" else ():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def environments(workers: int) -> list[dict[str, str]]:

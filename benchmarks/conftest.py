@@ -23,6 +23,7 @@ torch.set_num_threads(int(os.environ.get("FASTKD_BENCH_THREADS", min(2, os.cpu_c
 
 Functions = dict[str, Callable[[], Any]]
 ROUNDS = {"cpu": 5, "cuda": 25}
+SLOW_SECONDS = 1.0
 # larger than any L2 cache, so that inputs come from memory
 FLUSH_BYTES = 512 << 20
 
@@ -46,17 +47,16 @@ def _paired_seconds(functions: Functions, device: str) -> dict[str, list[float]]
     """Seconds of each function in rounds that run all of them in turn.
 
     On the CPU each is run twice untimed before it is timed: the one before it leaves cold caches
-    behind, and a heap that the definition has just grown or shrunk by hundreds of megabytes.
+    behind, and a heap that the definition has just grown or shrunk by hundreds of megabytes. Once
+    is enough where a run takes seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    if device != "cpu":
-        # compiles kernels
-        for function in functions.values():
-            function()
+    # on a GPU this compiles kernels
+    first = {name: _seconds(function, device) for name, function in functions.items()}
     for _turn in range(ROUNDS[device]):
         for name, function in functions.items():
             if device == "cpu":
-                for _ in range(1 if name == "definition" else 2):
+                for _ in range(1 if name == "definition" or first[name] > SLOW_SECONDS else 2):
                     function()
             seconds[name].append(_seconds(function, device))
     return seconds
@@ -169,7 +169,8 @@ def compare(benchmark: Any) -> Callable[..., dict[str, float]]:
                 launches={name: _launches(function) for name, function in functions.items()},
                 **_against_the_chip(medians[op], cost),
             )
-        benchmark.pedantic(lambda: _seconds(functions[op], device), rounds=3, warmup_rounds=1)
+        rounds = 1 if medians[op] > SLOW_SECONDS else 3
+        benchmark.pedantic(lambda: _seconds(functions[op], device), rounds=rounds, warmup_rounds=1)
         return ratios
 
     return run

@@ -114,8 +114,6 @@ class DistilledStudent(nn.Module):
         inputs: Inputs,
         teacher: Capture | None = None,
         shares: Tensor | None = None,
-        *,
-        predict: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Run the student on a micro-batch and, given what the teacher left, compare the two.
 
@@ -124,17 +122,13 @@ class DistilledStudent(nn.Module):
                 models read, and perhaps `labels`.
             teacher: what the teacher left on the same inputs.
             shares: fp32 [DIVISORS], see `Objective.forward`.
-            predict: give what the classification head gives.
 
         Returns:
             The total, a scalar, and raw and weighted losses [2, labels], detached. Without a
-            teacher the last hidden state [batch, tokens, width], or [batch, outputs] of the head,
-            and an empty tensor: under ZeRO-3 the student can't be run from outside.
+            teacher the last hidden state [batch, tokens, width] and an empty tensor: under ZeRO-3
+            the student can't be run from outside.
         """
         read = {**model_inputs(inputs), **no_cache(self.student)}
-        if predict:
-            outputs: Tensor = self.student(**read).logits
-            return outputs, outputs.new_empty(0)
         if teacher is None or shares is None:
             state = last_hidden_state(self.student, self.student, read)
             return state, state.new_empty(0)
@@ -159,10 +153,10 @@ class TeacherRunner:
             self._run = _deepspeed().initialize(model=model, config=teacher_config(recipe))[0]
         self._run.eval()
 
-    def capture(self, inputs: Inputs) -> Capture:
-        """Run as deep as the objective ever needs, and return what it needs now."""
-        layers = self.objective.layers("teacher")
-        with torch.no_grad(), self._cut(), capture(self.model, **layers) as states:
+    def capture(self, inputs: Inputs, *, whole: bool = False) -> Capture:
+        """Run as deep as the objective ever needs, or all of it, and return what is needed now."""
+        layers, cut = self.objective.layers("teacher"), nullcontext() if whole else self._cut()
+        with torch.no_grad(), cut, capture(self.model, **layers) as states:
             self._run(**model_inputs(inputs), **no_cache(self.model))
         return states
 
@@ -171,12 +165,6 @@ class TeacherRunner:
         with torch.no_grad():
             read = {**model_inputs(inputs), **no_cache(self.model)}
             return last_hidden_state(self._run, self.model, read)
-
-    def predict(self, inputs: Inputs) -> Tensor:
-        """What the teacher's classification head gives, [batch, outputs]."""
-        with torch.no_grad():
-            outputs: Tensor = self._run(**model_inputs(inputs), **no_cache(self.model)).logits
-            return outputs
 
     def _cut(self) -> AbstractContextManager[None]:
         full, depth = self.model.config.num_hidden_layers, self.objective.teacher_depth
@@ -188,26 +176,9 @@ class TeacherRunner:
 class NoTeacher:
     """In the place of a teacher where hard labels teach."""
 
-    def capture(self, inputs: Inputs) -> Capture:
+    def capture(self, inputs: Inputs, *, whole: bool = False) -> Capture:
         """Nothing."""
         return Capture()
-
-
-class StudentReader:
-    """The student of an engine, or of a `DistilledStudent`, read without a teacher."""
-
-    def __init__(self, run: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        self._run = run
-
-    def embed(self, inputs: Inputs) -> Tensor:
-        """Its last hidden state [batch, tokens, width]."""
-        with torch.no_grad():
-            return self._run(inputs)[0]
-
-    def predict(self, inputs: Inputs) -> Tensor:
-        """What its classification head gives, [batch, outputs]."""
-        with torch.no_grad():
-            return self._run(inputs, predict=True)[0]
 
 
 def make_engine(

@@ -5,19 +5,22 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from fastkd.assemble import Assembly, make_objective
 from fastkd.deepspeed_config import plan_batches
-from fastkd.engine import DistilledStudent, NoTeacher, Ranks, StudentReader, TeacherRunner
+from fastkd.engine import DistilledStudent, NoTeacher, Ranks, TeacherRunner
 from fastkd.errors import UserError
 from fastkd.export import load_projections
+from fastkd.heads import overheard
 from fastkd.layer_map import Moment, make_layer_map
-from fastkd.material import Material, Part, Reader, make_material
+from fastkd.material import Material, Part, make_material
 from fastkd.models import load_student, load_teacher, load_tokenizer
 from fastkd.objective import Inputs, Objective
 from fastkd.recipe import load_recipe, stage_recipes
@@ -38,6 +41,8 @@ class Evaluation:
     judged: dict[str, Any]
     """Of text `sentence_cosine` (cosine of mean-pooled last hidden states, `None` where the widths
     differ), `blocks` and `tokens`; of a task `score`, `scores` by set and metric, `examples`."""
+    teacher: dict[str, Any] | None = None
+    """The same of the teacher, where it was asked for."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -46,36 +51,50 @@ class Evaluation:
 
 def evaluate(
     student: Forward,
+    model: PreTrainedModel,
     teacher: TeacherRunner | NoTeacher,
     objective: Objective,
     material: Material,
     micro_batch_size: int,
     ranks: Ranks,
+    *,
+    judge_teacher: bool = False,
 ) -> Evaluation:
-    """Evaluate on held-out data, split over the ranks.
+    """Evaluate on held-out data, split over the ranks; each model reads it once.
 
     Args:
         student: a `DistilledStudent` or the engine around one, in eval mode.
+        model: the student itself.
         teacher: on the same device.
         objective: whose losses are reported.
         material: whose held-out data is read.
         micro_batch_size: blocks or examples in one forward pass.
         ranks: a forward pass may be collective, so every rank makes equally many.
+        judge_teacher: whether to judge the teacher's outputs too, where they have a score.
     """
     parts = list(material.heldout(micro_batch_size, ranks))
     whole = ranks.sum(sum_divisors(objective, parts).to(ranks.device)).clamp(min=1)
     losses = torch.zeros(len(objective.labels), dtype=torch.float64, device=ranks.device)
-    judge = material.judge(ranks)
-    mine, theirs = StudentReader(student), teacher if isinstance(teacher, TeacherRunner) else None
-    for part in parts:
-        inputs = move(part.inputs, ranks)
-        with torch.no_grad():
+    compares = material.reads == "states"
+    judge, of_teacher = material.judge(ranks), None
+    with ExitStack() as stack:
+        mine, theirs = stack.enter_context(overheard(model, material.reads)), None
+        if isinstance(teacher, TeacherRunner) and (compares or judge_teacher):
+            theirs = stack.enter_context(overheard(teacher.model, material.reads))
+            of_teacher = None if compares else material.judge(ranks)
+        stack.enter_context(torch.no_grad())
+        for part in parts:
+            inputs = move(part.inputs, ranks)
             shares = (objective.divisors(inputs) / whole).float()
-            values = student(inputs, teacher.capture(inputs), shares)[1][0]
-            losses += float(len(part.rows) > 0) * values
-            judge.add(part.rows, inputs, mine, theirs)
+            # a teacher's outputs need all of its layers, its losses perhaps not
+            states = teacher.capture(inputs, whole=theirs is not None)
+            losses += float(len(part.rows) > 0) * student(inputs, states, shares)[1][0]
+            judge.add(part.rows, mine.output, theirs.output if theirs else None)
+            if theirs and of_teacher:
+                of_teacher.add(part.rows, theirs.output, None)
     by_label = dict(zip(objective.labels, ranks.sum(losses).tolist(), strict=True))
-    return Evaluation(by_label, objective.total(by_label), judge.results(ranks))
+    found = of_teacher.results(ranks) if of_teacher else None
+    return Evaluation(by_label, objective.total(by_label), judge.results(ranks), found)
 
 
 def sum_divisors(objective: Objective, parts: Sequence[Part]) -> torch.Tensor:
@@ -84,31 +103,23 @@ def sum_divisors(objective: Objective, parts: Sequence[Part]) -> torch.Tensor:
     return torch.stack(counts).sum(dim=0)
 
 
-def evaluate_assembly(assembly: Assembly) -> Evaluation:
-    """Evaluate a run's student on its held-out data."""
+def evaluate_assembly(assembly: Assembly, *, judge_teacher: bool = False) -> Evaluation:
+    """Evaluate a run's student on its held-out data, and its teacher if asked to."""
     assembly.engine.eval()
     # the same layers every time, also where a mapping is drawn anew
     assembly.objective.at(Moment())
     result = evaluate(
         assembly.engine,
+        assembly.module.student,
         assembly.teacher,
         assembly.objective,
         assembly.material,
         assembly.plan.micro_batch_size,
         assembly.ranks,
+        judge_teacher=judge_teacher,
     )
     assembly.engine.train()
     return result
-
-
-def judge_model(
-    model: Reader, material: Material, micro_batch_size: int, ranks: Ranks
-) -> dict[str, Any]:
-    """What the material's judge says of one model alone; collective over the ranks."""
-    judge = material.judge(ranks)
-    for part in material.heldout(micro_batch_size, ranks):
-        judge.add(part.rows, move(part.inputs, ranks), model, None)
-    return judge.results(ranks)
 
 
 def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Evaluation:
@@ -147,7 +158,8 @@ def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Eval
     module = DistilledStudent(student, objective).to(ranks.device).eval()
     runner = TeacherRunner(teacher, recipe, objective, ranks)
     plan = plan_batches(recipe, ranks.world_size)
-    return evaluate(module, runner, objective, material, plan.micro_batch_size, ranks)
+    size = plan.micro_batch_size
+    return evaluate(module, module.student, runner, objective, material, size, ranks)
 
 
 def tokens_per_second(run: Callable[[Inputs], object], inputs: Inputs, ranks: Ranks) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from fastkd_kernels import LogitsHead
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastkd.errors import UserError
+
+Reading = Literal["states", "predictions"]
+"""Last hidden states [batch, tokens, width], or [batch, outputs] of a classification head."""
 
 
 class Listener(Protocol):
@@ -94,18 +97,31 @@ def last_hidden_state(run: nn.Module, model: PreTrainedModel, inputs: dict[str, 
         model: the model itself.
         inputs: its keyword arguments.
     """
-    found: list[Tensor] = []
+    with overheard(model, "states") as heard, recorded_head(model, None):
+        run(**inputs)
+    return heard.output
+
+
+class Overheard:
+    """What a model gave in its last pass."""
+
+    output: Tensor
+
+
+@contextmanager
+def overheard(model: PreTrainedModel, reading: Reading) -> Iterator[Overheard]:
+    """Note what a model gives in every pass that is made while the context is open."""
+    heard = Overheard()
+    states = reading == "states"
 
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        found.append(output.last_hidden_state)
+        heard.output = output.last_hidden_state if states else output.logits
 
-    handle = model.base_model.register_forward_hook(hook)
+    handle = (model.base_model if states else model).register_forward_hook(hook)
     try:
-        with recorded_head(model, None):
-            run(**inputs)
+        yield heard
     finally:
         handle.remove()
-    return found[0]
 
 
 class _Recorded:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastkd.assemble import Assembly
-from fastkd.engine import NoTeacher, StudentReader
+from fastkd.engine import NoTeacher
 from fastkd.evaluate import move, peak_memory, tokens_per_second
 from fastkd.run_folder import RunFolder
 
@@ -17,7 +17,7 @@ def summarise(assembly: Assembly, run: RunFolder, seconds: float) -> dict[str, A
     part = next(iter(material.heldout(assembly.plan.micro_batch_size, ranks)))
     inputs = move(part.inputs, ranks)
     assembly.engine.eval()
-    speeds = {"student": tokens_per_second(StudentReader(assembly.engine).embed, inputs, ranks)}
+    speeds = {"student": tokens_per_second(assembly.engine, inputs, ranks)}
     parameters = {"student": assembly.initialisation.total}
     if not isinstance(assembly.teacher, NoTeacher):
         speeds["teacher"] = tokens_per_second(assembly.teacher.embed, inputs, ranks)

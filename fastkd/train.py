@@ -14,9 +14,9 @@ from torch import Tensor
 from fastkd.assemble import Assembly, assemble
 from fastkd.checkpoint import Checkpoints
 from fastkd.console import Reporter
-from fastkd.engine import NoTeacher, Ranks
+from fastkd.engine import Ranks
 from fastkd.errors import Interrupted, UserError
-from fastkd.evaluate import evaluate_assembly, judge_model
+from fastkd.evaluate import evaluate_assembly
 from fastkd.export import export_student
 from fastkd.introduction import introduce
 from fastkd.layer_map import Moment
@@ -54,7 +54,6 @@ def distill(recipe: AnyRecipe, ranks: Ranks, *, resume: bool, reporter: Reporter
     feed = open_feed(assembly)
     step = _restore(assembly, checkpoints, feed, run, reporter)
     if step == 0:
-        _judge_teacher(assembly, run, reporter)
         _evaluate(assembly, run, 0, reporter)
     with _signals() as stop, reporter.steps(step, assembly.recipe.train.steps):
         _train(assembly, feed, checkpoints, run, step, reporter, stop)
@@ -243,22 +242,15 @@ def _restore(
 
 
 def _evaluate(assembly: Assembly, run: RunFolder, step: int, reporter: Reporter) -> None:
-    result = evaluate_assembly(assembly)
+    result = evaluate_assembly(assembly, judge_teacher=step == 0)
     if assembly.ranks.is_main:
+        if result.teacher is not None:
+            run.append_metrics({"kind": "teacher", "step": step, **result.teacher})
         run.append_metrics({"kind": "heldout", "step": step, **result.as_dict()})
+    if result.teacher is not None:
+        reporter.say("  ".join(["teacher", *judged_parts(result.teacher)]))
     said = [f"held out at step {step}", f"loss {result.total:.4g}", *judged_parts(result.judged)]
     reporter.say("  ".join(said))
-
-
-def _judge_teacher(assembly: Assembly, run: RunFolder, reporter: Reporter) -> None:
-    """Measure the teacher, where its own outputs have a score."""
-    material, ranks, teacher = assembly.material, assembly.ranks, assembly.teacher
-    if not material.scores_models or isinstance(teacher, NoTeacher):
-        return
-    found = judge_model(teacher, material, assembly.plan.micro_batch_size, ranks)
-    if ranks.is_main:
-        run.append_metrics({"kind": "teacher", "step": 0, **found})
-    reporter.say("  ".join(["teacher", *judged_parts(found)]))
 
 
 def _parts(record: dict[str, Any]) -> list[str]:

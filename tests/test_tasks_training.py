@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from tiny_models import POSITIONS
 from tiny_runs import assert_same_run, read_losses, read_weights, run_script
@@ -19,7 +22,11 @@ from tiny_training import (
     write_recipe,
     write_task,
 )
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+)
 
 from fastkd.recipe import TaskAugmentation, load_recipe, stage_recipes
 from fastkd.tasks import Augmentation
@@ -44,6 +51,45 @@ def test_micro_batches_change_nothing(folder: Path, reduction: str) -> None:
     whole, cut = (summary_of(folder / name)["after"] for name in ("whole", "cut"))
     assert cut["score"] == whole["score"]
     assert cut["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+
+
+def test_each_model_reads_the_held_out_data_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: Counter[int] = Counter()
+    forward = BertForSequenceClassification.forward
+
+    def counted(model: BertForSequenceClassification, *args: Any, **kwargs: Any) -> Any:
+        passes[id(model)] += 1
+        return forward(model, *args, **kwargs)
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", counted)
+    found = []
+    # one evaluation more, of 40 examples in batches of 8
+    for name, every in (("few", 0), ("more", 1)):
+        passes.clear()
+        train = {"steps": 2, "evaluate_every": every}
+        run_whole("distill", write_recipe(folder, name, train=train))
+        found.append(passes.most_common(2))
+    assert [count for _, count in found[1]] == [count + 5 for _, count in found[0]]
+
+
+def test_scores_are_what_the_models_say(folder: Path) -> None:
+    run_whole("distill", write_recipe(folder, "run"))
+    lines = (folder / "task" / "dev.tsv").read_text().splitlines()[1:]
+    texts, labels = zip(*(line.split("\t") for line in lines), strict=True)
+    wanted = torch.tensor([label == "yes" for label in labels])
+
+    def accuracy(model: Path) -> float:
+        classifier = AutoModelForSequenceClassification.from_pretrained(model).eval()
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        with torch.no_grad():
+            found = [classifier(**tokenizer(t, return_tensors="pt")).logits for t in texts]
+        return float((torch.cat(found).argmax(dim=-1) == wanted).float().mean())
+
+    summary = summary_of(folder / "run")
+    assert summary["teacher"]["score"] == pytest.approx(accuracy(folder / "classifier"))
+    assert summary["after"]["score"] == pytest.approx(accuracy(folder / "run" / "student"))
 
 
 def test_two_ranks_change_nothing(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from fastkd.material.examples import TaskMaterial
 from fastkd.material.make import make_material, task_of
-from fastkd.material.protocol import Feed, Judge, Material, Part, Reader
+from fastkd.material.protocol import Feed, Judge, Material, Part
 from fastkd.material.text import TextMaterial
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "Judge",
     "Material",
     "Part",
-    "Reader",
     "TaskMaterial",
     "TextMaterial",
     "make_material",

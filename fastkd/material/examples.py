@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastkd.deepspeed_config import BatchPlan
 from fastkd.engine import Ranks
-from fastkd.material.protocol import Part, Reader
+from fastkd.heads import Reading
+from fastkd.material.protocol import Part
 from fastkd.metrics import measure, predictions_of, task_score
 from fastkd.objective import Inputs
 from fastkd.tasks import EncodedExamples, ExampleStream, Task, cut, evaluation_batches
@@ -29,7 +30,7 @@ class TaskMaterial:
     counts_padding: bool = False
     """Whether losses are means over padding as well: then all of a step is padded alike, so that
     how it is cut still changes nothing."""
-    scores_models = True
+    reads: Reading = field(default="predictions", init=False)
 
     @property
     def rows(self) -> int | None:
@@ -105,9 +106,8 @@ class ScoreJudge:
         count = sum(len(examples) for examples in evaluations.values())
         self._outputs = torch.zeros(count, task.outputs, dtype=torch.float64, device=device)
 
-    def add(self, rows: Tensor, inputs: Inputs, student: Reader, teacher: Reader | None) -> None:
-        found = student.predict(inputs)[: len(rows)]
-        self._outputs[rows.to(found.device)] = found.to(self._outputs)
+    def add(self, rows: Tensor, student: Tensor, teacher: Tensor | None) -> None:
+        self._outputs[rows.to(student.device)] = student[: len(rows)].to(self._outputs)
 
     def results(self, ranks: Ranks) -> dict[str, Any]:
         """`score` of the task, `scores` of each set by metric, `examples`."""

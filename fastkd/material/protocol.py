@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkd.deepspeed_config import BatchPlan
 from fastkd.engine import Ranks
+from fastkd.heads import Reading
 from fastkd.objective import Inputs
 
 
@@ -30,16 +31,6 @@ class Feed(Protocol):
         """Continue exactly where the saved feed stood."""
 
 
-class Reader(Protocol):
-    """A model that reads inputs; every call may be collective."""
-
-    def embed(self, inputs: Inputs) -> Tensor:
-        """Its last hidden state [batch, tokens, width]."""
-
-    def predict(self, inputs: Inputs) -> Tensor:
-        """What its classification head gives, [batch, outputs]."""
-
-
 @dataclass(frozen=True)
 class Part:
     """Held-out data of one forward pass."""
@@ -54,8 +45,8 @@ class Part:
 class Judge(Protocol):
     """Gathers what an evaluation says besides the losses."""
 
-    def add(self, rows: Tensor, inputs: Inputs, student: Reader, teacher: Reader | None) -> None:
-        """Read a part, moved to the device; collective like the models."""
+    def add(self, rows: Tensor, student: Tensor, teacher: Tensor | None) -> None:
+        """Take in what `Material.reads` of both models came to on a part; its rows are first."""
 
     def results(self, ranks: Ranks) -> dict[str, Any]:
         """Of all parts of all ranks: numbers, and sections of numbers."""
@@ -73,8 +64,9 @@ class Material(Protocol):
         """What throughput is counted in, and how many of those a row is."""
 
     @property
-    def scores_models(self) -> bool:
-        """Whether a judge says something about a single model, so that a teacher has a score."""
+    def reads(self) -> Reading:
+        """What a judge is given of a model. Predictions say something about a single model, so
+        that a teacher has a score; states are compared."""
 
     def feed(self, batch_size: int, seed: int, plan: BatchPlan, rank: int) -> Feed:
         """A rank's micro-batches from the start of the order of `seed`."""

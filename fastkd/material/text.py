@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 from fastkd.data import BlockStream, Corpus
 from fastkd.deepspeed_config import BatchPlan
 from fastkd.engine import Ranks
+from fastkd.heads import Reading
 from fastkd.masking import Masking
-from fastkd.material.protocol import Part, Reader
+from fastkd.material.protocol import Part
 from fastkd.objective import Inputs
 
 
@@ -24,7 +25,7 @@ class TextMaterial:
     corpus: Corpus
     block_size: int
     masking: Masking | None = None
-    scores_models = False
+    reads: Reading = field(default="states", init=False)
 
     @property
     def rows(self) -> int | None:
@@ -99,12 +100,11 @@ class CosineJudge:
         self._sum = torch.zeros((), dtype=torch.float64, device=device)
         self._comparable = True
 
-    def add(self, rows: Tensor, inputs: Inputs, student: Reader, teacher: Reader | None) -> None:
+    def add(self, rows: Tensor, student: Tensor, teacher: Tensor | None) -> None:
         assert teacher is not None, "text is read by two models"
-        mine, theirs = student.embed(inputs), teacher.embed(inputs)
-        self._comparable = mine.shape[-1] == theirs.shape[-1]
+        self._comparable = student.shape[-1] == teacher.shape[-1]
         if self._comparable:
-            means = mine.double().mean(dim=1), theirs.double().mean(dim=1)
+            means = student.double().mean(dim=1), teacher.double().mean(dim=1)
             cosines = torch.nn.functional.cosine_similarity(*means, dim=-1)
             self._sum += cosines[: len(rows)].sum()
 

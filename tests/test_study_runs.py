@@ -16,14 +16,17 @@ from collections import Counter
 from collections.abc import Callable
 from multiprocessing.context import ForkProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
 from study_files import MAPPINGS, RECIPE, TASKS, TUNING, journal, run, write_study
 
+from fastkd.console import Reporter
 from fastkd.errors import Interrupted, UserError
 from fastkd.study.claims import Claim
+from fastkd.study.progress import Watcher
 
 RUNS = {f"mapping={m}/seed-{s}" for m in MAPPINGS for s in (0, 1)}
 
@@ -351,6 +354,16 @@ def test_report_only_of_nothing(tmp_path: Path) -> None:
         run(write_study(tmp_path), report_only=True)
     with pytest.raises(UserError, match="--workers is 0"):
         run(write_study(tmp_path), workers=0)
+
+
+def test_the_forecast_counts_no_run_that_was_there_before() -> None:
+    counts = iter([(4, 10), (6, 10), (6, 10)])
+    store: Any = SimpleNamespace(counts=lambda: next(counts))
+    runner: Any = SimpleNamespace(began=time.monotonic() - 100, found=1)
+    watcher = Watcher(store, runner, Reporter(silent=True))
+    assert watcher._remaining() == "7 min left"
+    runner.found = 2
+    assert watcher._remaining() == ""
 
 
 @pytest.mark.parametrize("stages", [0, 2])

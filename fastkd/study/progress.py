@@ -69,9 +69,10 @@ class Watcher:
 
     def _remaining(self) -> str:
         done, total = self.store.counts()
-        if done == self._first or self.runner.began is None:
+        made = done - self._first - self.runner.found
+        if made <= 0 or self.runner.began is None:
             return ""
-        seconds = (time.monotonic() - self.runner.began) / (done - self._first) * (total - done)
+        seconds = (time.monotonic() - self.runner.began) / made * (total - done)
         minutes = round(seconds / 60)
         if minutes < 2:
             return f"{seconds:.0f} s left"

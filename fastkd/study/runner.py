@@ -50,6 +50,8 @@ class Runner:
         """Lines for the user."""
         self.began: float | None = None
         """When the first trial was started, by the monotonic clock: shared steps are not trials."""
+        self.found = 0
+        """Runs that were finished before, and took no time."""
 
     def run(self, look: Callable[[], None]) -> None:
         """Work until nothing is left, here or in other processes.
@@ -161,6 +163,7 @@ class Runner:
             value = read_metric(place.run, plan.spec.metric.path)
             if isinstance(value, float):
                 store.score(work, run, value, ending.seconds)
+                self.found += not ending.seconds
                 self.said.put(f"{run.key}: {value:.5g} in {ending.seconds:.0f} s")
                 _tidy(recipe, plan.spec.keep)
                 return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,44 @@ def test_other_grids_hold_the_other_axes_at_the_baseline(tmp_path: Path) -> None
     # the run with the large size counts for its own axis alone, not for mapping=uniform
     assert [len(row.scores) for row in rows] == [4, 4]
     assert {score.others for row in rows for score in row.scores} == {("small",)}
+
+
+def test_each_task_is_compared_alone_too(tmp_path: Path) -> None:
+    plan = _plan(tmp_path)
+    made = make_tables(Results(plan, _records(plan)), {})
+    tables = {table.name: table for table in made}
+    found = tables["axis-mapping-b"].numbers[1]
+    levels = {"mapping": "last"}, {"mapping": "uniform"}
+    mine, base = (
+        statistics.fmean(
+            _value(run)
+            for condition in plan.conditions
+            if condition.levels and of.items() <= condition.levels.items()
+            for run in plan.runs(condition)
+            if run.task == "b"
+        )
+        for of in levels
+    )
+    assert found["all mean"] == found["b mean"] == pytest.approx(mine)
+    assert found["baseline difference"] == pytest.approx(mine - base)
+    # two seeds, and the t-test, for one task has differences of one kind
+    assert found["baseline pairs"] == 2 and found["baseline test"] == "paired t-test"
+    assert "a mean" not in found and tables["axis-mapping-b"].columns[1] == "mean"
+    # too many for a terminal
+    assert not tables["axis-mapping-b"].brief and tables["axis-mapping"].brief
+
+
+def test_no_average_over_tasks_while_one_is_missing(tmp_path: Path) -> None:
+    plan = _plan(tmp_path)
+
+    def missing(run: Run) -> bool:
+        return run.condition.levels.get("mapping") == "last" and run.task == "a"
+
+    results = Results(plan, _records(plan, missing))
+    tables = {table.name: table for table in make_tables(results, {})}
+    row, columns = tables["axis-mapping"].rows[1], tables["axis-mapping"].columns
+    assert row[columns.index("a")] == row[columns.index("all")] == "0 seeds"
+    assert "±" in row[columns.index("b")] and "±" in tables["axis-mapping-b"].rows[1][1]
 
 
 def test_what_failed_is_counted_and_said(tmp_path: Path) -> None:

@@ -83,6 +83,11 @@ class Difference:
         return self.t_p if self.test == "paired t-test" else self.wilcoxon_p
 
 
+def of_all_tasks(scores: Sequence[Score], tasks: Iterable[str | None]) -> list[Score]:
+    """The scores, or none where a task is missing: an average over the others is another number."""
+    return list(scores) if {score.task for score in scores} >= set(tasks) else []
+
+
 def seed_means(scores: Iterable[Score]) -> dict[int, float]:
     """The average of the runs of each seed.
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from fastkd.figures import draw_map
-from fastkd.study.compare import Score, mean_over_seeds, seed_means
+from fastkd.study.compare import Score, mean_over_seeds, of_all_tasks, seed_means
 from fastkd.study.results import Results
 
 _POINT, _DOTS, _REFERENCE = "#1f5fa8", "#9db8d6", "#b3403a"
@@ -44,8 +44,8 @@ def _axis_plot(results: Results, axis: str) -> Figure:
     panels = [(task or "", [_of_task(row.scores, task) for row in rows]) for task in tasks]
     references = [_of_task(results.reference, task) for task in tasks]
     if len(tasks) > 1:
-        panels.append(("all tasks", [row.scores for row in rows]))
-        references.append(results.reference)
+        panels.append(("all tasks", [of_all_tasks(row.scores, tasks) for row in rows]))
+        references.append(of_all_tasks(results.reference, tasks))
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
     width = max(3.6, 0.62 * len(rows) + 1.4)

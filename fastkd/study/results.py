@@ -56,8 +56,8 @@ class Results:
         """The levels of an axis, in the order of the study file."""
         return [str(level) for level in self.plan.axes[axis]]
 
-    def axis(self, axis: str) -> list[Row]:
-        """One row a level of an axis of a grid.
+    def axis(self, axis: str, task: str | None = None) -> list[Row]:
+        """One row a level of an axis of a grid, of all tasks or of one.
 
         Other axes are averaged over in a full grid, and stand at the baseline in the others.
         """
@@ -69,6 +69,7 @@ class Results:
                 r
                 for r in self.records
                 if str(r.run.condition.levels.get(axis)) == level
+                and task in (None, r.run.task)
                 and (self.full or all(r.run.condition.levels[n] == base[n] for n in names))
             ]
             rows.append(self._row(level, records, names))
@@ -97,14 +98,14 @@ class Results:
                 found.setdefault((str(levels[one]), str(levels[two])), []).append(record)
         return {key: self._scores(records, "", names) for key, records in found.items()}
 
-    def kept(self, row: Row) -> float | None:
+    def kept(self, row: Row, tasks: Sequence[str | None]) -> float | None:
         """Share of the teacher's score that a row keeps, averaged over tasks."""
         shares = []
-        for task, score in self.teacher.items():
+        for task in tasks if self.teacher else ():
             mean = mean_over_seeds(s for s in row.scores if s.task == task).mean
             if mean is None:
                 return None
-            shares.append(mean / score)
+            shares.append(mean / self.teacher[task])
         return statistics.fmean(shares) if shares else None
 
     def best(self) -> tuple[str, Mean] | None:

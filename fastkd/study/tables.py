@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastkd.study.compare import Mean, Test, mean_over_seeds
+from fastkd.study.compare import Mean, Test, mean_over_seeds, of_all_tasks
 from fastkd.study.plan import BASELINE, NO_DISTILLATION, Level, shown
 from fastkd.study.results import BEST, Results, Row
 
+Tasks = Sequence[str | None]
 _SIGN: dict[Test, str] = {"paired t-test": "t", "Wilcoxon signed-rank": "W"}
 
 
@@ -37,16 +38,27 @@ def make_tables(results: Results, importances: Mapping[str, Mapping[str, float]]
         importances: of a search's axes and spaces, by evaluator; empty for a grid.
     """
     tables = []
+    tasks = results.plan.tasks
     if results.plan.spec.search is None:
         for axis in results.plan.axes:
             base = str(results.plan.baseline_levels[axis])
-            notes = (_axis_note(results, axis), *_test_notes(results))
-            tables.append(
-                _table(
-                    results, f"axis-{axis}", f"axis: {axis}", axis, results.axis(axis), base, notes
+            # differences of tasks have scales of their own, and one task's may say what all don't
+            for task in (None, *tasks) if len(tasks) > 1 else (None,):
+                alone = tasks if task is None else (task,)
+                of_task = "" if task is None else f"-{task}"
+                tables.append(
+                    _table(
+                        results,
+                        f"axis-{axis}{of_task}",
+                        f"axis: {axis}" + (f", {task} alone" if task else ""),
+                        axis,
+                        results.axis(axis, task),
+                        base,
+                        (_axis_note(results, axis, alone), *_test_notes(results, alone)),
+                        alone,
+                    )
                 )
-            )
-    notes = _test_notes(results)
+    notes = _test_notes(results, tasks)
     if results.plan.spec.search is not None:
         notes = (
             f"The best {BEST} candidates are chosen by the numbers that are shown, so these are "
@@ -63,6 +75,7 @@ def make_tables(results: Results, importances: Mapping[str, Mapping[str, float]]
             results.conditions(),
             results.baseline,
             notes,
+            tasks,
         )
     )
     if importances:
@@ -71,10 +84,11 @@ def make_tables(results: Results, importances: Mapping[str, Mapping[str, float]]
     return tables
 
 
-def _axis_note(results: Results, axis: str) -> str:
+def _axis_note(results: Results, axis: str, tasks: Tasks) -> str:
     others = [name for name in results.plan.axes if name != axis]
     if not others:
-        return "Means and standard deviations are over seeds; with several tasks, of their average."
+        average = ", of the average of the tasks" if len(tasks) > 1 else ""
+        return f"Means and standard deviations are over seeds{average}."
     how = (
         f"averaged over {', '.join(others)}"
         if results.full
@@ -83,9 +97,9 @@ def _axis_note(results: Results, axis: str) -> str:
     return f"Means and standard deviations over seeds, {how}."
 
 
-def _test_notes(results: Results) -> tuple[str, ...]:
+def _test_notes(results: Results, tasks: Tasks) -> tuple[str, ...]:
     metric = results.plan.spec.metric
-    several = len(results.plan.tasks) > 1
+    several = len(tasks) > 1
     better = "higher" if metric.direction == "maximize" else "lower"
     pairs = "task and seed" if several else "seed"
     note = (
@@ -112,13 +126,14 @@ def _table(
     rows: Sequence[Row],
     baseline: str,
     notes: tuple[str, ...],
+    tasks: Tasks,
 ) -> Table:
-    tasks = [task for task in results.plan.tasks if task is not None]
+    named = [task for task in tasks if task is not None]
     against = [n for n in (NO_DISTILLATION, BASELINE) if any(n in row.differences for row in rows)]
     columns = [
         first,
-        *(tasks if len(tasks) > 1 else ()),
-        "all" if len(tasks) > 1 else "mean",
+        *(named if len(named) > 1 else ()),
+        "all" if len(named) > 1 else "mean",
         "seeds",
     ]
     columns += ["of the teacher"] if results.teacher else []
@@ -130,14 +145,16 @@ def _table(
     if results.plan.spec.search is not None:
         # what was searched needs the room of p
         brief = [index for index in brief if columns[index] != "p"]
+    if len(tasks) < len(results.plan.tasks):
+        brief = []
     cells_of, numbers = [], []
     for row in rows:
-        overall = mean_over_seeds(row.scores)
-        by_task = {t: mean_over_seeds([s for s in row.scores if s.task == t]) for t in tasks}
+        overall = mean_over_seeds(of_all_tasks(row.scores, tasks))
+        by_task = {t: mean_over_seeds([s for s in row.scores if s.task == t]) for t in named}
         cells = [_label(row, baseline, results)]
-        cells += [str(mean) for mean in by_task.values()] if len(tasks) > 1 else []
+        cells += [str(mean) for mean in by_task.values()] if len(named) > 1 else []
         cells += [str(overall), str(overall.seeds)]
-        kept = results.kept(row)
+        kept = results.kept(row, tasks)
         cells += ["" if kept is None else f"{kept:.1%}"] if results.teacher else []
         for other in against:
             cells += _difference_cells(row, other)

@@ -53,7 +53,8 @@ def _paired_seconds(functions: Functions, device: str) -> dict[str, list[float]]
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     # on a GPU this compiles kernels
     first = {name: _seconds(function, device) for name, function in functions.items()}
-    for _turn in range(ROUNDS[device]):
+    slow = max(first.values()) > SLOW_SECONDS
+    for _turn in range(3 if slow else ROUNDS[device]):
         for name, function in functions.items():
             if device == "cpu":
                 for _ in range(1 if name == "definition" or first[name] > SLOW_SECONDS else 2):

@@ -112,7 +112,7 @@ def _report(plan: Plan, store: Store, records: Sequence[Record], reporter: Repor
     page = write_page(plan, tables, make_plots(results, shares))
     for table in tables:
         # all conditions of a grid are for the report
-        if table.rows and not (table.name == "conditions" and store.search is None):
+        if table.rows and table.brief and not (table.name == "conditions" and store.search is None):
             columns = [table.columns[index] for index in table.brief]
             reporter.table(
                 table.title,

@@ -102,9 +102,8 @@ def _distillation(
     length, field_name = _longest(recipe)
     check_capturable(teacher, length, field_name)
     tokenizer = load_tokenizer(recipe.teacher, teacher.get_input_embeddings().num_embeddings)
-    layers = make_layer_map(
-        recipe.layer_map, recipe.student.layers, teacher.config.num_hidden_layers
-    )
+    depths = recipe.student.layers, teacher.config.num_hidden_layers
+    layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
     student, initialisation = build_student(teacher, recipe.student, layers)
     if task is not None:
         name_outputs(student.config, task)
@@ -227,7 +226,7 @@ def make_objective(
     )
     depths = layers.student_layers, layers.teacher_layers
     own = {
-        name: make_layer_map(given, *depths)
+        name: make_layer_map(given, *depths, seed=recipe.train.seed)
         for name, term in losses.terms.items()
         if (given := getattr(term, "layer_map", None)) is not None
     }

@@ -149,9 +149,8 @@ def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Eval
     teacher = load_teacher(recipe.teacher, recipe.student.head)
     tokenizer = load_tokenizer(recipe.teacher, teacher.get_input_embeddings().num_embeddings)
     student = load_student(run.student, recipe.student)
-    layers = make_layer_map(
-        recipe.layer_map, recipe.student.layers, teacher.config.num_hidden_layers
-    )
+    depths = recipe.student.layers, teacher.config.num_hidden_layers
+    layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
     objective = make_objective(recipe, layers, student, teacher)
     load_projections(objective, run)
     material = make_material(recipe, tokenizer, teacher.config, ranks, progress=False)

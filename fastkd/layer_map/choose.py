@@ -36,11 +36,19 @@ _NAMED: dict[str, Callable[[int, int], LayerMap]] = {
 }
 
 
-def make_layer_map(given: Given, student_layers: int, teacher_layers: int) -> LayerMap:
+def make_layer_map(
+    given: Given, student_layers: int, teacher_layers: int, *, seed: int = 0
+) -> LayerMap:
     """Build the mapping for a student of N blocks and a teacher of M.
 
     The classes of this folder say what each kind is. A sequence names one teacher layer for each
     student layer, 0 for none.
+
+    Args:
+        given: what the recipe says.
+        student_layers: N.
+        teacher_layers: M.
+        seed: of the draws of a random map that names none, the run's.
 
     Raises:
         UserError: a student deeper than its teacher, a sequence of another length than the student,
@@ -53,7 +61,7 @@ def make_layer_map(given: Given, student_layers: int, teacher_layers: int) -> La
         )
     depths = student_layers, teacher_layers
     if isinstance(given, recipe.RandomMap):
-        return RandomMap(*depths, given.redraw, given.seed)
+        return RandomMap(*depths, given.redraw, seed if given.seed is None else given.seed)
     if isinstance(given, recipe.TransportMap):
         return TransportMap(*depths, given.temperature)
     if isinstance(given, recipe.AttentionMap):

@@ -20,8 +20,8 @@ class RandomMap(Section):
     """Name of the mapping."""
     redraw: Literal["run", "epoch", "step"] = "epoch"
     """When other layers are drawn; `run` keeps the first draw."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of the draws."""
+    seed: int | None = Field(default=None, ge=0)
+    """Seed of the draws; `train.seed` where not given."""
 
 
 class TransportMap(Section):

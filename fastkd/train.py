@@ -62,6 +62,8 @@ def distill(recipe: AnyRecipe, ranks: Ranks, *, resume: bool, reporter: Reporter
     if ranks.is_main:
         # last, because it is what makes the run finished
         run.write_summary(summary)
+    # a launcher ends all ranks when one fails at its exit, so none leaves while the first writes
+    ranks.barrier()
     return summary
 
 

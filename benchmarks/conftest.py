@@ -23,7 +23,8 @@ torch.set_num_threads(int(os.environ.get("FASTKD_BENCH_THREADS", min(2, os.cpu_c
 
 Functions = dict[str, Callable[[], Any]]
 ROUNDS = {"cpu": 5, "cuda": 25}
-SLOW_SECONDS = 1.0
+# on the CPU a run of more seconds is timed in fewer rounds
+SLOW_SECONDS, SLOW_ROUNDS = 1.0, 3
 # larger than any L2 cache, so that inputs come from memory
 FLUSH_BYTES = 512 << 20
 
@@ -53,8 +54,9 @@ def _paired_seconds(functions: Functions, device: str) -> dict[str, list[float]]
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     # on a GPU this compiles kernels
     first = {name: _seconds(function, device) for name, function in functions.items()}
-    slow = max(first.values()) > SLOW_SECONDS
-    for _turn in range(3 if slow else ROUNDS[device]):
+    # a first run on a GPU compiles, so its time says nothing
+    slow = device == "cpu" and max(first.values()) > SLOW_SECONDS
+    for _turn in range(SLOW_ROUNDS if slow else ROUNDS[device]):
         for name, function in functions.items():
             if device == "cpu":
                 for _ in range(1 if name == "definition" or first[name] > SLOW_SECONDS else 2):

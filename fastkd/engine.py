@@ -155,7 +155,8 @@ class TeacherRunner:
 
     def capture(self, inputs: Inputs, *, whole: bool = False) -> Capture:
         """Run as deep as the objective ever needs, or all of it, and return what is needed now."""
-        layers, cut = self.objective.layers("teacher"), nullcontext() if whole else self._cut()
+        layers = self.objective.layers("teacher")
+        cut = nullcontext() if whole else self._cut()
         with torch.no_grad(), cut, capture(self.model, **layers) as states:
             self._run(**model_inputs(inputs), **no_cache(self.model))
         return states

@@ -2,10 +2,11 @@
 
 import functools
 import os
+import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 torch.set_num_threads(int(os.environ.get("FASTKD_BENCH_THREADS", min(2, os.cpu_count() or 1))))
 
 Functions = dict[str, Callable[[], Any]]
-ROUNDS = {"cpu": 5, "cuda": 25}
-# on the CPU a run of more seconds is timed in fewer rounds
+DEVICE_ROUNDS = 25
+# on the CPU, as many as take about this long
+ROUNDS_SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 1.0, 5, 25
+# a run of more seconds is timed in fewer rounds
 SLOW_SECONDS, SLOW_ROUNDS = 1.0, 3
 # larger than any L2 cache, so that inputs come from memory
 FLUSH_BYTES = 512 << 20
@@ -54,15 +57,31 @@ def _paired_seconds(functions: Functions, device: str) -> dict[str, list[float]]
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     # on a GPU this compiles kernels
     first = {name: _seconds(function, device) for name, function in functions.items()}
-    # a first run on a GPU compiles, so its time says nothing
-    slow = device == "cpu" and max(first.values()) > SLOW_SECONDS
-    for _turn in range(SLOW_ROUNDS if slow else ROUNDS[device]):
+    for _turn in range(_rounds(first.values(), device)):
         for name, function in functions.items():
             if device == "cpu":
                 for _ in range(1 if name == "definition" or first[name] > SLOW_SECONDS else 2):
                     function()
             seconds[name].append(_seconds(function, device))
     return seconds
+
+
+def _rounds(first: Collection[float], device: str) -> int:
+    """Rounds for functions whose first runs took these seconds."""
+    if device != "cpu":
+        # a first run compiles, so its time says nothing
+        return DEVICE_ROUNDS
+    if max(first) > SLOW_SECONDS:
+        return SLOW_ROUNDS
+    return min(MOST_ROUNDS, max(LEAST_ROUNDS, int(ROUNDS_SECONDS / sum(first))))
+
+
+def _page_faults(function: Callable[[], Any]) -> int:
+    """Pages that one run touches anew: of memory that the heap gave back to the system."""
+    function()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    function()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def _peak_bytes(function: Callable[[], Any], device: str) -> int:
@@ -140,8 +159,9 @@ def compare(benchmark: Any) -> Callable[..., dict[str, float]]:
     """Time `functions[op]` with pytest-benchmark and all of them in paired rounds.
 
     Records median milliseconds, how often the op is faster (median of the rounds' ratios), peak
-    memory, compulsory bytes and operations, and the environment; on a GPU also launches and the
-    shares of the copy bandwidth and bf16 rate measured in the same run. Returns the ratios.
+    memory, compulsory bytes and operations, and the environment; on the CPU also page faults, on a
+    GPU launches and the shares of the copy bandwidth and bf16 rate measured in the same run.
+    Returns the ratios.
     """
 
     def run(
@@ -167,7 +187,11 @@ def compare(benchmark: Any) -> Callable[..., dict[str, float]]:
                 for name, function in functions.items()
             },
         )
-        if device != "cpu":
+        if device == "cpu":
+            benchmark.extra_info.update(
+                page_faults={name: _page_faults(function) for name, function in functions.items()}
+            )
+        else:
             benchmark.extra_info.update(
                 launches={name: _launches(function) for name, function in functions.items()},
                 **_against_the_chip(medians[op], cost),

@@ -31,6 +31,8 @@ def one_pass(
         query_grad = stacked_like(pairs, pairs[0].query, dtype)
         key_grad = stacked_like(pairs, pairs[0].key, dtype)
     rows = CHUNK if causal and algorithm == "gram" else None
+    # these sweeps add key gradients up, block by block
+    adds_up = causal or algorithm == "tiles"
     for index, pair in enumerate(pairs):
         # whether each key group is one of the student's key heads
         own_heads = pair.groups == pair.key.shape[1]
@@ -42,7 +44,9 @@ def one_pass(
                     key_out = key_grad[index][group.batch, group.heads].flatten(0, 1)
                 else:
                     key_out = sources.key.new_empty(sources.key.shape)
-                outs = (query_slot(query_grad[index], group, pair), key_out.zero_())
+                if adds_up:
+                    key_out.zero_()
+                outs = (query_slot(query_grad[index], group, pair), key_out)
             if algorithm == "tiles":
                 squares[index] += tile_sweep(pair, sources, causal, outs)
             elif causal:

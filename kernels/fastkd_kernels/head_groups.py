@@ -14,7 +14,7 @@ from torch import Tensor
 from .types import AttentionState
 
 # one temporary of a group takes about this much
-GROUP_BYTES = 1 << 20
+GROUP_BYTES = 1 << 22
 
 
 class Pair(NamedTuple):

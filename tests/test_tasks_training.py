@@ -83,12 +83,20 @@ def test_each_model_reads_the_held_out_data_once(
 
 
 def test_scores_are_what_the_models_say(folder: Path) -> None:
-    run_whole("distill", write_recipe(folder, "run"))
-    lines = (folder / "task" / "dev.tsv").read_text().splitlines()[1:]
-    texts, labels = zip(*(line.split("\t") for line in lines), strict=True)
-    wanted = torch.tensor([label == "yes" for label in labels])
+    # a second set, shorter and mostly of one class
+    header, *rows = (folder / "task" / "train.tsv").read_text().splitlines()
+    second = [row for row in rows if row.endswith("\tyes")][:9] + rows[:10:2]
+    (folder / "task" / "more.tsv").write_text("\n".join([header, *second]) + "\n")
+    sets = ("dev", "more")
+    task = {"evaluate": list(sets)}
+    # long enough for a student that says both classes
+    train = {"steps": 40, "learning_rate": 5e-3}
+    run_whole("distill", write_recipe(folder, "run", task=task, losses={"labels": {}}, train=train))
 
-    def accuracy(model: Path) -> float:
+    def accuracy(model: Path, split: str) -> float:
+        lines = (folder / "task" / f"{split}.tsv").read_text().splitlines()[1:]
+        texts, labels = zip(*(line.split("\t") for line in lines), strict=True)
+        wanted = torch.tensor([label == "yes" for label in labels])
         classifier = AutoModelForSequenceClassification.from_pretrained(model).eval()
         tokenizer = AutoTokenizer.from_pretrained(model)
         with torch.no_grad():
@@ -96,8 +104,14 @@ def test_scores_are_what_the_models_say(folder: Path) -> None:
         return float((torch.cat(found).argmax(dim=-1) == wanted).float().mean())
 
     summary = summary_of(folder / "run")
-    assert summary["teacher"]["score"] == pytest.approx(accuracy(folder / "classifier"))
-    assert summary["after"]["score"] == pytest.approx(accuracy(folder / "run" / "student"))
+    models = {"teacher": folder / "classifier", "after": folder / "run" / "student"}
+    for of, model in models.items():
+        scores = {split: accuracy(model, split) for split in sets}
+        found = {split: values["accuracy"] for split, values in summary[of]["scores"].items()}
+        assert found == pytest.approx(scores), of
+        assert summary[of]["score"] == pytest.approx(sum(scores.values()) / len(scores)), of
+        if of == "after":
+            assert min(scores.values()) > 0.8, "this student tells the classes apart"
 
 
 def test_a_random_map_follows_the_seed_of_the_run(folder: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 import yaml
 from tiny_models import POSITIONS
 from tiny_runs import assert_same_run, read_losses, read_weights, run_script
+from tiny_tasks import SENTENCES, SYNONYMS, word_tokenizer
 from tiny_training import (
     fastkd,
     run_whole,
@@ -88,30 +89,32 @@ def test_scores_are_what_the_models_say(folder: Path) -> None:
     second = [row for row in rows if row.endswith("\tyes")][:9] + rows[:10:2]
     (folder / "task" / "more.tsv").write_text("\n".join([header, *second]) + "\n")
     sets = ("dev", "more")
-    task = {"evaluate": list(sets)}
+    task = {"evaluate": list(sets), "metrics": ["accuracy", "f1"]}
     # long enough for a student that says both classes
     train = {"steps": 40, "learning_rate": 5e-3}
     run_whole("distill", write_recipe(folder, "run", task=task, losses={"labels": {}}, train=train))
 
-    def accuracy(model: Path, split: str) -> float:
+    def scores_of(model: Path, split: str) -> dict[str, float]:
         lines = (folder / "task" / f"{split}.tsv").read_text().splitlines()[1:]
         texts, labels = zip(*(line.split("\t") for line in lines), strict=True)
         wanted = torch.tensor([label == "yes" for label in labels])
         classifier = AutoModelForSequenceClassification.from_pretrained(model).eval()
         tokenizer = AutoTokenizer.from_pretrained(model)
         with torch.no_grad():
-            found = [classifier(**tokenizer(t, return_tensors="pt")).logits for t in texts]
-        return float((torch.cat(found).argmax(dim=-1) == wanted).float().mean())
+            logits = [classifier(**tokenizer(t, return_tensors="pt")).logits for t in texts]
+        said = torch.cat(logits).argmax(dim=-1) == 1
+        f1 = 2 * (said & wanted).sum() / (said.sum() + wanted.sum())
+        return {"accuracy": float((said == wanted).float().mean()), "f1": float(f1)}
 
     summary = summary_of(folder / "run")
-    models = {"teacher": folder / "classifier", "after": folder / "run" / "student"}
-    for of, model in models.items():
-        scores = {split: accuracy(model, split) for split in sets}
-        found = {split: values["accuracy"] for split, values in summary[of]["scores"].items()}
-        assert found == pytest.approx(scores), of
-        assert summary[of]["score"] == pytest.approx(sum(scores.values()) / len(scores)), of
-        if of == "after":
-            assert min(scores.values()) > 0.8, "this student tells the classes apart"
+    for of, model in (("teacher", folder / "classifier"), ("after", folder / "run" / "student")):
+        scores = {split: scores_of(model, split) for split in sets}
+        for split, found in summary[of]["scores"].items():
+            assert found == pytest.approx(scores.pop(split)), (of, split)
+        assert not scores
+        everything = [v for found in summary[of]["scores"].values() for v in found.values()]
+        assert summary[of]["score"] == pytest.approx(sum(everything) / len(everything)), of
+    assert min(everything) > 0.8, "this student tells the classes apart"
 
 
 def test_a_random_map_follows_the_seed_of_the_run(folder: Path) -> None:
@@ -203,6 +206,22 @@ def test_a_stage_replaces_losses_and_rivals_and_keeps_the_rest(folder: Path) -> 
     assert two.student.init == f"{folder / 'staged'}/stage-1/student"
 
 
+def test_augmented_examples_are_trained_on_and_not_scored(folder: Path) -> None:
+    word_tokenizer().save_pretrained(folder / "classifier")
+    for split, count in (("train", 4), ("dev", 2)):
+        rows = [f"{text}\t{('no', 'yes')[n % 2]}" for n, text in enumerate(SENTENCES)] * count
+        (folder / "task" / f"{split}.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    list_of = folder / "synonyms.tsv"
+    list_of.write_text("\n".join(SYNONYMS) + "\n")
+    augmentation = {"source": "neighbours", "synonyms": str(list_of), "copies": 3}
+    recipe = write_recipe(folder, "run", task={"augmentation": augmentation}, train={"steps": 1})
+    run_whole("distill", recipe)
+    summary = summary_of(folder / "run")
+    # three of the five sentences have a word of the list; a copy like another is left out
+    assert 20 < summary["task_examples"] <= 20 + 12 * 3
+    assert summary["after"]["examples"] == 10
+
+
 def test_the_settings_of_augmentation_are_those_of_the_task_data() -> None:
     section = {name: field.default for name, field in TaskAugmentation.model_fields.items()}
     assert section == {field.name: field.default for field in fields(Augmentation)}
@@ -236,6 +255,10 @@ REFUSED = {
         {"task": {"max_length": POSITIONS + 1}},
         "but task.max_length is 65",
     ),
+    "augmentation of words that the list doesn't have": (
+        {"task": {"augmentation": {"source": "neighbours", "synonyms": "words.tsv"}}},
+        "task.augmentation: no word of the 96 examples has a candidate in words.tsv",
+    ),
     "augmentation without a model": (
         {"task": {"augmentation": {}}},
         "augmentation.masked_model: missing",
@@ -251,6 +274,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     save_encoder(folder / "encoder")
+    (folder / "words.tsv").write_text("dog\tcat\n")
     monkeypatch.chdir(folder)
     changes, expected = REFUSED[name]
     recipe = write_recipe(folder, "run", **changes)

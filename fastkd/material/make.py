@@ -9,11 +9,12 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fastkd.data import prepare_corpus
 from fastkd.engine import Ranks
+from fastkd.errors import UserError
 from fastkd.masking import Masking
 from fastkd.material.examples import TaskMaterial
 from fastkd.material.protocol import Material
 from fastkd.material.text import TextMaterial
-from fastkd.recipe import AnyRecipe, Data, Recipe, TaskData
+from fastkd.recipe import AnyRecipe, Data, Recipe, TaskAugmentation, TaskData
 from fastkd.tasks import (
     Augmentation,
     Columns,
@@ -139,9 +140,21 @@ def _task_material(
             split: encode(read_examples(task, section.source, split, section.cache), first)
             for split in section.evaluate or task.evaluations
         }
-        return TaskMaterial(task, encode(train, first), evaluations, counts_padding)
+        encoded = encode(train, first)
+        if section.augmentation is not None and len(encoded) == len(read):
+            raise UserError(_nothing_augmented(section.augmentation, len(read)))
+        return TaskMaterial(task, encoded, evaluations, counts_padding)
 
     return _in_turn(ranks, prepare)
+
+
+def _nothing_augmented(section: TaskAugmentation, examples: int) -> str:
+    sources = (section.masked_model, section.synonyms, section.glove)
+    return (
+        f"task.augmentation: no word of the {examples:,} examples has a candidate in "
+        f"{' or '.join(filter(None, sources))}; name another source, raise "
+        "task.augmentation.probability, or leave task.augmentation out"
+    )
 
 
 def _in_turn(ranks: Ranks, prepare: Callable[[bool], T]) -> T:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastkd.capture import attention_windows, check_capturable, check_positions, is_causal
+from fastkd.capture import AttentionTraits, try_model, vocabulary_size
 from fastkd.classifiers import check_classifier, load_tuned, name_outputs, pad_alike
 from fastkd.deepspeed_config import BatchPlan, plan_batches, student_config
 from fastkd.engine import DistilledStudent, NoTeacher, Ranks, TeacherRunner, make_engine
@@ -99,17 +99,16 @@ def _distillation(
     teacher = load_teacher(recipe.teacher, recipe.student.head)
     if task is not None:
         check_classifier(teacher, task, f"teacher.model {recipe.teacher.model}")
-    length, field_name = _longest(recipe)
-    check_capturable(teacher, length, field_name)
-    tokenizer = load_tokenizer(recipe.teacher, teacher.get_input_embeddings().num_embeddings)
+    teacher_traits = try_for(teacher, recipe)
+    tokenizer = load_tokenizer(recipe.teacher, vocabulary_size(teacher))
     depths = recipe.student.layers, teacher.config.num_hidden_layers
     layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
     student, initialisation = build_student(teacher, recipe.student, layers)
     if task is not None:
         name_outputs(student.config, task)
-    check_capturable(student, length, field_name)
+    traits = try_for(student, recipe), teacher_traits
     # before the data, which takes long to read, and may tell how many steps there are
-    objective = make_objective(recipe, layers, student, teacher)
+    objective = make_objective(recipe, layers, student, teacher, traits)
     material = make_material(recipe, tokenizer, teacher.config, ranks, progress=progress)
     recipe = _resolved(recipe, material)
     objective.steps = recipe.train.steps
@@ -142,8 +141,8 @@ def _finetuning(
     source = recipe.model.source
     tuned = load_tuned(recipe.model, task)
     model = tuned.model
-    check_positions(model, recipe.task.max_length, "task.max_length")
-    tokenizer = load_tokenizer(source, model.get_input_embeddings().num_embeddings)
+    try_model(model, recipe.task.max_length, "task.max_length", attention=False, hidden=False)
+    tokenizer = load_tokenizer(source, vocabulary_size(model))
     material = make_material(recipe, tokenizer, model.config, ranks, progress=progress)
     assert isinstance(material, TaskMaterial), "a fine-tuning recipe has a task"
     recipe = _resolved(recipe, material)
@@ -192,18 +191,27 @@ def _engine(
     return engine
 
 
-def _longest(recipe: Recipe) -> tuple[int, str]:
-    """Tokens that the models must be able to read, and the field that says so."""
+def try_for(model: PreTrainedModel, recipe: Recipe) -> AttentionTraits:
+    """Try a model on the longest sequence that a recipe has, with what its losses read."""
+    losses = recipe.losses
+    needs = {
+        "attention": losses.attention is not None or losses.relations is not None,
+        "hidden": losses.hidden is not None or losses.embedding is not None,
+    }
     if recipe.task is not None:
-        return recipe.task.max_length, "task.max_length"
+        return try_model(model, recipe.task.max_length, "task.max_length", **needs)
     assert recipe.data is not None, "a recipe has data or a task"
-    return recipe.data.block_size, "data.block_size"
+    return try_model(model, recipe.data.block_size, "data.block_size", **needs)
 
 
 def make_objective(
-    recipe: Recipe, layers: LayerMap, student: PreTrainedModel, teacher: PreTrainedModel
+    recipe: Recipe,
+    layers: LayerMap,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    traits: tuple[AttentionTraits, AttentionTraits],
 ) -> Objective:
-    """The objective of a recipe for two models.
+    """The objective of a recipe for two models and what trying them showed, the student first.
 
     Raises:
         UserError: the models don't fit together.
@@ -215,12 +223,12 @@ def make_objective(
             f"losses.attention compares heads one by one, but the student has {heads[0]} and the "
             f"teacher {heads[1]}; set student.heads={heads[1]}, or leave the term out"
         )
-    compares = losses.relations or (losses.attention and losses.attention.kind != "score_mse")
+    _check_traits(losses, traits)
     pair = ModelPair(
         widths=(student.config.hidden_size, teacher.config.hidden_size),
-        causal=is_causal(teacher),
+        causal=traits[1].causal,
         heads=heads,
-        windows=(attention_windows(student), attention_windows(teacher)) if compares else ({}, {}),
+        windows=(traits[0].windows, traits[1].windows),
         head=recipe.student.head,
         outputs=teacher.config.num_labels,
     )
@@ -231,3 +239,25 @@ def make_objective(
         if (given := getattr(term, "layer_map", None)) is not None
     }
     return Objective(losses, layers, pair, own_layers=own, steps=recipe.train.steps)
+
+
+def _check_traits(losses: Losses, traits: tuple[AttentionTraits, AttentionTraits]) -> None:
+    """See that two models attend in a way that the recipe's losses can compare."""
+    compares = losses.attention is not None and losses.attention.kind != "score_mse"
+    if traits[0].causal != traits[1].causal and (losses.attention or losses.relations):
+        kinds = ["causal" if found.causal else "bidirectional" for found in traits]
+        raise UserError(
+            f"the student is {kinds[0]} and the teacher {kinds[1]}, so their attention can't be "
+            "compared; leave losses.attention and losses.relations out"
+        )
+    for found in traits:
+        if found.unknown and (compares or losses.relations):
+            raise UserError(
+                f"{found.unknown}; give losses.attention the kind score_mse, and leave "
+                "losses.relations out"
+            )
+        if found.differs and compares:
+            raise UserError(
+                f"{found.differs}, so probabilities can't be compared; give losses.attention the "
+                "kind score_mse, or take losses.relations in its place"
+            )

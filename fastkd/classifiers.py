@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from fastkd.capture import route_attention
+from fastkd.capture import set_attention
 from fastkd.errors import UserError
 from fastkd.models import dropout_rates, not_loadable, read_model, resolve_model
 from fastkd.recipe import TunedModel
@@ -46,7 +46,7 @@ def load_tuned(section: TunedModel, task: Task) -> Tuned:
     model, drawn = read_model(
         name, given, torch.float32, section.revision, "sequence_classification", config
     )
-    route_attention(model, section.attention)
+    set_attention(model, section.attention)
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Tuned(model, bool(drawn), rates)

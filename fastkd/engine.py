@@ -22,11 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
-from fastkd.capture import Capture, capture, no_cache
+from fastkd.capture import Capture, at_depth, capture, no_cache
 from fastkd.deepspeed_config import teacher_config
 from fastkd.errors import UserError
 from fastkd.heads import last_hidden_state, last_layer
-from fastkd.models import at_depth
 from fastkd.objective import Inputs, LogitsTerm, Objective, model_inputs
 from fastkd.recipe import Recipe, Train
 

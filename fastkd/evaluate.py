@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from fastkd.assemble import Assembly, make_objective
+from fastkd.assemble import Assembly, make_objective, try_for
+from fastkd.capture import vocabulary_size
 from fastkd.deepspeed_config import plan_batches
 from fastkd.engine import DistilledStudent, NoTeacher, Ranks, TeacherRunner
 from fastkd.errors import UserError
@@ -147,11 +148,12 @@ def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Eval
         data = recipe.data.model_copy(update={"streaming": True})
         recipe = recipe.model_copy(update={"data": data})
     teacher = load_teacher(recipe.teacher, recipe.student.head)
-    tokenizer = load_tokenizer(recipe.teacher, teacher.get_input_embeddings().num_embeddings)
+    tokenizer = load_tokenizer(recipe.teacher, vocabulary_size(teacher))
     student = load_student(run.student, recipe.student)
     depths = recipe.student.layers, teacher.config.num_hidden_layers
     layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
-    objective = make_objective(recipe, layers, student, teacher)
+    traits = try_for(student, recipe), try_for(teacher, recipe)
+    objective = make_objective(recipe, layers, student, teacher, traits)
     load_projections(objective, run)
     material = make_material(recipe, tokenizer, teacher.config, ranks, progress=False)
     module = DistilledStudent(student, objective).to(ranks.device).eval()

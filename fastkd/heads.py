@@ -37,8 +37,8 @@ def last_layer(model: PreTrainedModel) -> nn.Linear | None:
 
 @contextmanager
 def recorded_head(model: PreTrainedModel, listener: Listener | None) -> Iterator[None]:
-    """Skip a language model's logits while the context is open; give `listener` what they are
-    made of, or the logits of a model with another head."""
+    """Skip a language model's logits while the context is open, unless it is given labels; give
+    `listener` what they are made of, or the logits of a model with another head."""
     layer = last_layer(model)
     if layer is None:
         if listener is None:
@@ -51,18 +51,29 @@ def recorded_head(model: PreTrainedModel, listener: Listener | None) -> Iterator
             handle.remove()
         return
 
+    labelled = False
+
+    def look(_model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal labelled
+        labelled = kwargs.get("labels") is not None
+
     def skip(hidden: Tensor) -> Tensor:
         if listener is not None:
             bias = None if layer.bias is None else _whole(layer.bias)
             listener.logits = LogitsHead(hidden, _whole(layer.weight), bias)
-        return hidden[..., :0]
+        # the model makes a loss of its own from labels
+        made: Tensor = forward(hidden) if labelled else hidden[..., :0]
+        return made
 
     # an engine may have put a forward of its own on the layer
+    forward = layer.forward
     held = {k: v for k, v in layer.__dict__.items() if k == "forward"}
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
     layer.__dict__["forward"] = skip
     try:
         yield
     finally:
+        handle.remove()
         del layer.__dict__["forward"]
         layer.__dict__.update(held)
 

@@ -21,6 +21,8 @@ def introduce(assembly: Assembly, reporter: Reporter) -> None:
             f"student: {recipe.student.layers} layers, {size}, {share:.0%} of them copied from "
             f"{origin}"
         )
+        for missing in initialisation.missing:
+            reporter.say(f"student: {missing}: the architecture has none in its place")
     else:
         head = "drawn by train.seed" if initialisation.new_head else "its own"
         reporter.say(f"model: {recipe.model.name}, {size}, head {head}")

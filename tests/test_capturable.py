@@ -28,11 +28,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import is_flash_attn_2_available
 
 from fastkd.capture import (
-    check_capturable,
+    AttentionTraits,
     find_blocks,
-    is_causal,
     no_cache,
     route_attention,
+    try_model,
 )
 from fastkd.errors import UserError
 
@@ -45,24 +45,24 @@ def routed(model: PreTrainedModel, implementation: str = "sdpa") -> PreTrainedMo
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_causality_is_read_from_the_attention_modules(name: str) -> None:
-    assert is_causal(tiny_model(name)) is ARCHITECTURES[name].causal
+def test_causality_is_read_from_what_attention_is_given(name: str) -> None:
+    assert try_model(tiny_model(name)).causal is ARCHITECTURES[name].causal
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tiny_model_is_capturable(name: str) -> None:
-    check_capturable(routed(tiny_model(name)), POSITIONS)
+    try_model(routed(tiny_model(name)), POSITIONS)
 
 
 @pytest.mark.parametrize("pad", [None, 0, VOCABULARY - 1])
 def test_the_trial_reads_a_token_that_exists_and_is_no_padding(pad: int | None) -> None:
-    check_capturable(routed(tiny_model("llama", pad_token_id=pad)))
+    try_model(routed(tiny_model("llama", pad_token_id=pad)))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_longer_than_the_positions_are_refused(name: str) -> None:
     with pytest.raises(UserError, match=rf"Model.* {POSITIONS + 1}.*smaller") as refused:
-        check_capturable(routed(tiny_model(name)), POSITIONS + 1)
+        try_model(routed(tiny_model(name)), POSITIONS + 1)
     assert "data.block_size" in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -74,7 +74,7 @@ def test_an_implementation_that_is_not_installed_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=r"flash_attention_2.*try attention: sdpa"):
         route_attention(model, "flash_attention_2")
     route_attention(model, "sdpa")
-    check_capturable(model)
+    try_model(model)
 
 
 class OwnAttention(nn.Module):
@@ -91,6 +91,7 @@ class OwnAttention(nn.Module):
 
 class OwnConfig(PreTrainedConfig):
     model_type = "own"
+    hidden_size = WIDTH
 
 
 class OwnModel(PreTrainedModel):
@@ -105,7 +106,10 @@ class OwnModel(PreTrainedModel):
         self.blocks = nn.ModuleList(OwnAttention(WIDTH) for _ in range(config.num_hidden_layers))
         self.post_init()
 
-    def forward(self, input_ids: Tensor) -> BaseModelOutput:
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutput:
         hidden = self.embed(input_ids)
         for block in self.blocks:
             hidden = block(hidden)
@@ -114,9 +118,10 @@ class OwnModel(PreTrainedModel):
 
 def test_attention_outside_the_interface_is_refused_by_name() -> None:
     model = OwnModel(OwnConfig(num_hidden_layers=2))
-    with pytest.raises(UserError, match=r"OwnModel.*interface.*give a model"):
-        route_attention(model, "sdpa")
-        check_capturable(model)
+    with pytest.raises(UserError, match=r"OwnModel.*interface.*leave losses.attention"):
+        try_model(model)
+    # a run without losses of attention does not need it
+    assert try_model(model, attention=False) == AttentionTraits()
 
 
 @pytest.mark.parametrize("decoder_layers", [2, 3], ids=["equal-depths", "unequal-depths"])

@@ -28,10 +28,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fastkd.capture import (
     Capture,
     capture,
-    check_capturable,
     find_blocks,
     no_cache,
     route_attention,
+    try_model,
 )
 from fastkd.models import dropout_rates
 
@@ -331,7 +331,7 @@ def test_flash_attention_is_tried_as_sdpa_on_the_cpu(monkeypatch: pytest.MonkeyP
         raise RuntimeError("FlashAttention only supports CUDA tensors")
 
     model = _routed_to_flash(tiny_model("bert"), on_gpu_only, monkeypatch)
-    check_capturable(model)
+    try_model(model)
     assert model.config._attn_implementation == "fastkd-flash_attention_2"
     with pytest.raises(RuntimeError, match="only supports CUDA"):
         model(**tiny_batch())

@@ -12,7 +12,7 @@ from tiny_models import CAUSAL, VOCABULARY, tiny_batch, tiny_config, tiny_tokeni
 from torch import Tensor, nn
 from transformers import Gemma2Config, PreTrainedModel
 
-from fastkd.capture import capture, check_capturable, no_cache, route_attention
+from fastkd.capture import capture, no_cache, route_attention, try_model
 from fastkd.errors import UserError
 from fastkd.heads import last_hidden_state
 from fastkd.layer_map import make_layer_map
@@ -39,7 +39,7 @@ def model_with(name: str, head: str, **changes: Any) -> PreTrainedModel:
 @pytest.mark.parametrize(("name", "head"), LANGUAGE_MODELS)
 def test_a_language_models_logits_are_those_of_what_is_recorded(name: str, head: str) -> None:
     model = model_with(name, head)
-    check_capturable(model)
+    try_model(model)
     with torch.no_grad():
         given = model(**BATCH, **no_cache(model)).logits
         with capture(model, hidden=(2,), logits=True) as states:
@@ -88,7 +88,7 @@ def test_logits_that_are_changed_after_the_last_layer_are_refused() -> None:
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     route_attention(model, "eager")
     with pytest.raises(UserError, match="Gemma2ForCausalLM changes its logits after the last"):
-        check_capturable(model)
+        try_model(model)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])

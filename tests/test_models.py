@@ -22,10 +22,9 @@ from tiny_models import (
     tiny_tokenizer,
 )
 
-from fastkd.capture import capture, find_blocks, no_cache, route_attention
+from fastkd.capture import at_depth, capture, find_blocks, no_cache, route_attention
 from fastkd.errors import UserError
 from fastkd.models import (
-    at_depth,
     load_teacher,
     load_tokenizer,
     resolve_model,

@@ -10,7 +10,7 @@ from tiny_models import LAYERS, WIDTH, tiny_batch, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkd.capture import Capture, capture, is_causal, no_cache, route_attention
+from fastkd.capture import Capture, capture, no_cache, route_attention, try_model
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.models import build_student
@@ -55,10 +55,9 @@ class Pair(nn.Module):
         self.teacher = tiny_model(name).requires_grad_(False)
         settings = Student(layers=2, hidden_size=NARROW)
         self.student = build_student(self.teacher, settings, uniform())[0]
-        self.objective = make_objective(causal=is_causal(self.teacher), **losses)
+        self.objective = make_objective(causal=try_model(self.teacher).causal, **losses)
         self.double()
-        for model in (self.teacher, self.student):
-            route_attention(model, "sdpa")
+        route_attention(self.student)
 
     def captured(self, inputs: Inputs) -> tuple[Capture, Capture]:
         def run(model: PreTrainedModel, side: Literal["student", "teacher"]) -> Capture:

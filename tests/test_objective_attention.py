@@ -10,7 +10,7 @@ from tiny_models import tiny_batch, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastkd.capture import attention_windows, capture, is_causal, no_cache, route_attention
+from fastkd.capture import capture, no_cache, try_model
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.models import build_student
@@ -70,10 +70,9 @@ def compared(name: str, layer_map: Any, losses: dict[str, Any], **changes: Any) 
     layers = make_layer_map(layer_map, 2, 4)
     torch.manual_seed(1)
     student = build_student(teacher, Student(layers=2, init="random"), layers)[0].double().eval()
-    for model in (student, teacher):
-        route_attention(model, "sdpa")
-    windows = attention_windows(student), attention_windows(teacher)
-    pair = ModelPair((32, 32), is_causal(teacher), (4, 4), windows)
+    traits = [try_model(model, BATCH["input_ids"].shape[1]) for model in (student, teacher)]
+    windows = traits[0].windows, traits[1].windows
+    pair = ModelPair((32, 32), traits[1].causal, (4, 4), windows)
     objective = Objective(Losses.model_validate(losses), layers, pair)
     seen = []
     for model, side in ((student, "student"), (teacher, "teacher")):
@@ -96,13 +95,6 @@ def test_divergences_are_those_of_the_models_own_maps(name: str, changes: dict[s
         own, target = probabilities(student), probabilities(teacher)
         expected = [defined(own[s - 1], target[t - 1], kind) for s, t in ((1, 2), (2, 4))]
         assert raw.tolist() == pytest.approx(expected, rel=1e-6)
-
-
-def test_windows_are_those_of_the_configuration() -> None:
-    assert attention_windows(tiny_model("modernbert")) == {2: 3, 3: 3}
-    assert attention_windows(tiny_model("qwen2", **SLIDING)) == {3: 3, 4: 3}
-    assert attention_windows(tiny_model("qwen2")) == {}
-    assert attention_windows(tiny_model("bert")) == {}
 
 
 def test_local_attention_is_not_compared_with_global_attention() -> None:

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, log_softmax, normalize, softmax
 from transformers import PreTrainedModel
 
 from fastkd.assemble import make_objective
-from fastkd.capture import capture, route_attention
+from fastkd.capture import capture, try_model
 from fastkd.engine import DistilledStudent
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
@@ -119,11 +119,10 @@ def case(preset: str, hidden_size: int = 24, **changes: Any) -> Case:
     layers = make_layer_map(recipe.layer_map, STUDENT, LAYERS)
     torch.manual_seed(1)
     student = build_student(teacher, recipe.student, layers)[0].eval()
-    objective = make_objective(recipe, layers, student, teacher)
+    traits = try_model(student), try_model(teacher)
+    objective = make_objective(recipe, layers, student, teacher, traits)
     for model in (teacher, student, objective):
         model.double()
-    for model in (teacher, student):
-        route_attention(model, "sdpa")
     inputs = dict(BATCH)
     generator = torch.Generator().manual_seed(3)
     if head == "masked_lm":

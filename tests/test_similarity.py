@@ -7,6 +7,7 @@ import itertools
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tiny_models import LAYERS, POSITIONS, save_teacher, tiny_batch, tiny_model,
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastkd.capture import route_attention
+from fastkd.capture import route_attention, try_model
 from fastkd.cli import main
 from fastkd.console import Reporter
 from fastkd.errors import UserError
@@ -93,6 +94,11 @@ def _model(name: str, seed: int, **changes: int) -> PreTrainedModel:
     return model
 
 
+def measured(student: PreTrainedModel, teacher: PreTrainedModel, batches: Any) -> Similarity:
+    traits = try_model(student, 12), try_model(teacher, 12)
+    return measure(student, teacher, batches, traits)
+
+
 SMALL = {"num_hidden_layers": 2, "hidden_size": 24}
 
 
@@ -117,7 +123,7 @@ def _js(p: Tensor, q: Tensor) -> Tensor:
 def test_models_of_other_widths_with_padding(name: str) -> None:
     teacher, student = _model(name, 0), _model(name, 1, **SMALL)
     batches = [tiny_batch((12, 7, 3)), tiny_batch((9, 9), seed=1)]
-    found = measure(student, teacher, batches)
+    found = measured(student, teacher, batches)
     hidden: list[list[list[Tensor]]] = [[], []]
     rows: dict[tuple[int, int], list[Tensor]] = {}
     for inputs in batches:
@@ -147,7 +153,7 @@ def test_models_of_other_widths_with_padding(name: str) -> None:
 
 def test_a_model_is_like_itself() -> None:
     model = _model("bert", 0)
-    found = measure(model, model, [tiny_batch((12, 7))])
+    found = measured(model, model, [tiny_batch((12, 7))])
     assert np.diag(found.cka) == pytest.approx(1.0)
     assert np.diag(found.divergence) == pytest.approx(0.0, abs=1e-6)
     off = ~np.eye(LAYERS, dtype=bool)
@@ -162,7 +168,7 @@ def test_other_head_counts_are_cut_again_and_it_is_said(heads: int, width: int, 
     teacher = _model("bert", 0)
     student = _model("bert", 1, num_hidden_layers=2, hidden_size=width, num_attention_heads=heads)
     inputs = tiny_batch((8, 8))
-    found = measure(student, teacher, [inputs])
+    found = measured(student, teacher, [inputs])
     assert found.relation_heads == cut
     assert f"are cut into {cut} relation heads" in " ".join(notes(found))
     probabilities = []
@@ -179,7 +185,7 @@ def test_other_head_counts_are_cut_again_and_it_is_said(heads: int, width: int, 
 
 def test_layers_that_see_less_far_are_not_compared() -> None:
     model = _model("modernbert", 0)
-    found = measure(model, model, [tiny_batch((12, 12))])
+    found = measured(model, model, [tiny_batch((12, 12))])
     local = [kind == "sliding_attention" for kind in model.config.layer_types]
     assert any(local) and not all(local)
     expected = np.not_equal.outer(local, local)
@@ -190,14 +196,14 @@ def test_layers_that_see_less_far_are_not_compared() -> None:
 
 def test_an_encoder_is_not_compared_with_a_decoder() -> None:
     with pytest.raises(UserError, match="the student is causal and the teacher is not"):
-        measure(_model("llama", 0), _model("bert", 0), [tiny_batch()])
+        measured(_model("llama", 0), _model("bert", 0), [tiny_batch()])
 
 
 def test_nothing_but_padding_is_refused() -> None:
     model = _model("bert", 0)
     inputs = {name: torch.zeros_like(value) for name, value in tiny_batch().items()}
     with pytest.raises(UserError, match="no tokens to compare"):
-        measure(model, model, [inputs])
+        measured(model, model, [inputs])
 
 
 @pytest.fixture

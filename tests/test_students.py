@@ -21,7 +21,7 @@ from tiny_models import (
 )
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fastkd.capture import capture, find_blocks, no_cache
+from fastkd.capture import capture, find_blocks, no_cache, route_attention
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.models import (
@@ -66,6 +66,7 @@ def test_the_students_numbers_reach_its_modules(name: str) -> None:
     assert len(find_blocks(student)) == 3
     assert student.get_input_embeddings().embedding_dim == 24
     assert getattr(student.config, ARCHITECTURES[name].feed_forward) == 20
+    route_attention(student)
     with torch.no_grad(), capture(student, attention=[1, 3]) as states:
         assert student(**BATCH, **no_cache(student)).last_hidden_state.shape[-1] == 24
     assert {state.query.shape[1::2] for state in states.attention.values()} == {(2, 12)}

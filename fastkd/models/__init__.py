@@ -1,7 +1,6 @@
 """Teacher, tokenizer and student: load, check, shrink, initialise."""
 
 from fastkd.models.loading import (
-    at_depth,
     load_student,
     load_teacher,
     load_tokenizer,
@@ -14,7 +13,6 @@ from fastkd.models.students import Initialisation, build_student, dropout_rates,
 
 __all__ = [
     "Initialisation",
-    "at_depth",
     "build_student",
     "dropout_rates",
     "load_student",

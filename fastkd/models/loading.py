@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fastkd.capture import find_blocks, route_attention
+from fastkd.capture import set_attention
 from fastkd.errors import UserError
 from fastkd.recipe import Student, Teacher
 from fastkd.recipe.models import Head
@@ -97,7 +96,7 @@ def load_teacher(teacher: Teacher, head: Head = "none") -> PreTrainedModel:
             f"are missing, {missing[0]} among them; train it with fastkd finetune first"
         )
     _require_whole(f"teacher.model {teacher.model}", missing)
-    route_attention(model, teacher.attention)
+    set_attention(model, teacher.attention)
     return model.eval().requires_grad_(False)
 
 
@@ -110,7 +109,7 @@ def load_student(folder: Path, student: Student) -> PreTrainedModel:
     given = f"student {folder}"
     model, missing = read_model(str(folder), given, torch.float32, None, student.head)
     _require_whole(given, missing)
-    route_attention(model, student.attention)
+    set_attention(model, student.attention)
     return model.eval()
 
 
@@ -142,26 +141,6 @@ def load_tokenizer(teacher: Teacher, vocabulary: int) -> PreTrainedTokenizerBase
             f"{vocabulary}; give the folder the tokenizer that the model was trained with"
         )
     return tokenizer
-
-
-@contextmanager
-def at_depth(model: PreTrainedModel, depth: int) -> Iterator[None]:
-    """Let `model` stop after block `depth`: nothing above the last matched layer is computed."""
-    blocks = find_blocks(model)
-    parent, name = next(
-        (module, name)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if child is blocks
-    )
-    full_depth = model.config.num_hidden_layers
-    setattr(parent, name, blocks[:depth])
-    model.config.num_hidden_layers = depth
-    try:
-        yield
-    finally:
-        setattr(parent, name, blocks)
-        model.config.num_hidden_layers = full_depth
 
 
 def read_model(

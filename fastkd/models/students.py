@@ -13,15 +13,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from fastkd.capture import find_blocks, route_attention
+from fastkd.capture import find_blocks, set_attention
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap
 from fastkd.models.loading import AUTO, drop_pooler, not_loadable, read_model, resolve_model
+from fastkd.models.per_layer import check_same_blocks, cut_layers
 from fastkd.recipe import Student, Teacher
 
 # one idea, four names
 _FEED_FORWARD = ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim")
-_DROPOUT = re.compile(r"dropout|_pdrop$")
+_DROPOUT = re.compile(r"dropout|_pdrop$|drop_path")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Initialisation:
     total: int
     new_head: bool = False
     """Whether a model to fine-tune came without a head for its task."""
+    missing: tuple[str, ...] = ()
+    """What student layers do without that their teacher layers have, in words."""
 
 
 def student_config(
@@ -43,6 +46,12 @@ def student_config(
         UserError: numbers that don't divide, or a setting that this architecture doesn't have.
     """
     config = copy.deepcopy(teacher)
+    for needed in ("hidden_size", "num_attention_heads"):
+        if not isinstance(getattr(teacher, needed, None), int):
+            raise UserError(
+                f"{type(teacher).__name__} has no {needed}, so no student can be made from it; "
+                "give a transformer with attention"
+            )
     config.num_hidden_layers = student.layers
     config.hidden_size = student.hidden_size or teacher.hidden_size
     config.num_attention_heads = student.heads or teacher.num_attention_heads
@@ -61,8 +70,8 @@ def student_config(
                 "leave it out"
             )
         setattr(config, names[0], student.intermediate_size)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [teacher.layer_types[source - 1] for source in layers.sources()]
+    for name, value in cut_layers(teacher, layers.sources()).items():
+        setattr(config, name, value)
     if student.dropout is not None:
         for name in dropout_rates(teacher):
             setattr(config, name, student.dropout)
@@ -92,6 +101,10 @@ def build_student(
         UserError: numbers that don't fit, or a model to start from of another shape.
     """
     config = student_config(teacher.config, student, layers)
+    missing: list[str] = []
+    if student.init == "teacher":
+        sources = layers.sources()
+        missing = check_same_blocks(teacher, cut_layers(teacher.config, sources), sources)
     if student.starts_from is None:
         model: PreTrainedModel = AUTO[student.head].from_config(config, dtype=torch.float32)
         if student.head == "none":
@@ -99,10 +112,11 @@ def build_student(
         copied = _copy_from_teacher(model, teacher, layers) if student.init == "teacher" else 0
     else:
         model, copied = _continued(student.starts_from, config, student, teacher)
-    route_attention(model, student.attention)
+    set_attention(model, student.attention)
     if student.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, Initialisation(copied, sum(p.numel() for p in model.parameters()))
+    total = sum(p.numel() for p in model.parameters())
+    return model, Initialisation(copied, total, missing=tuple(missing))
 
 
 def _continued(
@@ -115,6 +129,10 @@ def _continued(
     except (OSError, ValueError, KeyError) as error:
         raise UserError(not_loadable(given, error)) from error
     _check_same_shape(own, config, given)
+    # its blocks are what they are, whatever teacher layers they learn from
+    for setting in cut_layers(config, range(1, student.layers + 1)):
+        if hasattr(own, setting):
+            setattr(config, setting, getattr(own, setting))
     model, drawn = read_model(name, given, torch.float32, None, student.head, config)
     fresh, found = 0, dict(teacher.named_parameters())
     with torch.no_grad():

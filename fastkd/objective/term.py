@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,7 +26,7 @@ class ModelPair:
     """Whether attention sees earlier tokens only."""
     heads: tuple[int, int] = (1, 1)
     """Attention heads."""
-    windows: tuple[dict[int, int], dict[int, int]] = field(default_factory=lambda: ({}, {}))
+    windows: tuple[Mapping[int, int], Mapping[int, int]] = field(default_factory=lambda: ({}, {}))
     """Of the layers with local attention: keys fewer than so many tokens away are seen."""
     head: Head = "none"
     """What stands on the blocks of both."""

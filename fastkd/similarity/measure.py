@@ -11,14 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.capture import (
-    Capture,
-    attention_windows,
-    capture,
-    check_capturable,
-    is_causal,
-    no_cache,
-)
+from fastkd.capture import AttentionTraits, Capture, capture, no_cache, try_model, vocabulary_size
 from fastkd.data import prepare_corpus
 from fastkd.errors import UserError
 from fastkd.layer_map import MapKind, make_layer_map
@@ -64,21 +57,23 @@ def measure(
     student: Any,
     teacher: Any,
     batches: Iterable[Mapping[str, Tensor]],
+    traits: tuple[AttentionTraits, AttentionTraits],
     *,
     kind: DivergenceKind = "js",
 ) -> Similarity:
     """Compare all layers of two models on the same tokens.
 
     Args:
-        student, teacher: in eval mode, from `load_student` and `load_teacher`, on one device.
+        student, teacher: in eval mode, tried, on one device.
         batches: `input_ids` [batch, tokens] and, if padded, `attention_mask` of the same shape.
+        traits: what trying student and teacher showed.
         kind: divergence of attention probabilities.
 
     Raises:
         UserError: one model is causal and the other isn't, or there is no valid token.
     """
     models = student, teacher
-    pair = _pair(student, teacher)
+    pair = _pair(student, teacher, traits)
     relation_heads = None
     cka, tokens, divergence = LinearCKA(), 0, torch.zeros(())
     for inputs in batches:
@@ -142,14 +137,13 @@ def inspect_models(
     section = Teacher(model=teacher)
     large = load_teacher(section)
     small = load_student(Path(locate_model(Teacher(model=student))), Student(layers=1))
-    vocabularies = [m.get_input_embeddings().num_embeddings for m in (small, large)]
+    vocabularies = [vocabulary_size(m) for m in (small, large)]
     if vocabularies[0] != vocabularies[1]:
         raise UserError(
             f"the student embeds {vocabularies[0]} tokens and the teacher {vocabularies[1]}; give "
             "two models that share a tokenizer"
         )
-    for model in (large, small):
-        check_capturable(model, block_size)
+    traits = try_model(small, block_size), try_model(large, block_size)
     tokenizer = load_tokenizer(section, vocabularies[1])
     # nothing is trained on, so nearly all of the text may be held out
     wanted = Data(
@@ -164,22 +158,24 @@ def inspect_models(
     large.to(device)
     small.to(device)
     batches = ({"input_ids": part.to(device)} for part in torch.split(rows, batch_size))
-    return measure(small, large, batches, kind=kind)
+    return measure(small, large, batches, traits, kind=kind)
 
 
-def _pair(student: Any, teacher: Any) -> ModelPair:
-    causal = [is_causal(model) for model in (student, teacher)]
-    if causal[0] != causal[1]:
+def _pair(student: Any, teacher: Any, traits: tuple[AttentionTraits, AttentionTraits]) -> ModelPair:
+    if traits[0].causal != traits[1].causal:
         raise UserError(
-            f"the student is {'causal' if causal[0] else 'bidirectional'} and the teacher is not; "
-            "give two encoders or two decoders"
+            f"the student is {'causal' if traits[0].causal else 'bidirectional'} and the teacher "
+            "is not; give two encoders or two decoders"
         )
+    for found in traits:
+        if reason := found.unknown or found.differs:
+            raise UserError(f"{reason}, so no divergence can be measured; give other models")
     own, target = student.config, teacher.config
     return ModelPair(
         widths=(own.hidden_size, target.hidden_size),
-        causal=causal[0],
+        causal=traits[0].causal,
         heads=(own.num_attention_heads, target.num_attention_heads),
-        windows=(attention_windows(student), attention_windows(teacher)),
+        windows=(traits[0].windows, traits[1].windows),
     )
 
 

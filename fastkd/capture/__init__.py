@@ -1,0 +1,23 @@
+"""Take what the losses need from a model's forward pass, without ever asking for attention maps.
+
+set_attention -> try_model (-> route_attention) -> capture
+"""
+
+from fastkd.capture.blocks import at_depth, find_blocks, no_cache
+from fastkd.capture.recording import Capture, capture
+from fastkd.capture.routing import route_attention, set_attention
+from fastkd.capture.trial import AttentionTraits, check_positions, try_model, vocabulary_size
+
+__all__ = [
+    "AttentionTraits",
+    "Capture",
+    "at_depth",
+    "capture",
+    "check_positions",
+    "find_blocks",
+    "no_cache",
+    "route_attention",
+    "set_attention",
+    "try_model",
+    "vocabulary_size",
+]

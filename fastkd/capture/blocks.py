@@ -1,0 +1,83 @@
+"""The transformer blocks of a model: found, counted, cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fastkd.errors import UserError
+
+_SINGLE_STACK = "fastkd distils encoders and decoders with a single stack of blocks"
+
+
+def check_single_stack(model: PreTrainedModel) -> int:
+    """See that a model is one stack of equal blocks, as its configuration says; their number.
+
+    Raises:
+        UserError: it is an encoder-decoder, is made of several models, or has blocks of several
+            shapes.
+    """
+    config, name = model.config, type(model).__name__
+    if config.is_encoder_decoder:
+        raise UserError(f"{name} is an encoder-decoder; {_SINGLE_STACK}, so give one of those")
+    if getattr(config, "is_heterogeneous", False):
+        raise UserError(
+            f"{name} has blocks of several shapes (per_layer_config); {_SINGLE_STACK} of one shape"
+        )
+    depth = getattr(config, "num_hidden_layers", None)
+    if not isinstance(depth, int):
+        parts = ", ".join(getattr(config, "sub_configs", None) or ())
+        made_of = f"is made of several models ({parts})" if parts else "has no num_hidden_layers"
+        raise UserError(f"{name} {made_of}; {_SINGLE_STACK}, so give one of its models")
+    return depth
+
+
+def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The transformer blocks of a model, in order.
+
+    Raises:
+        UserError: no list, or more than one list, has as many blocks as the config has layers, or
+            the model is no single stack.
+    """
+    depth = check_single_stack(model)
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    # what a block holds may be as many, and so may what stands beside the blocks
+    inner = {id(part) for blocks in found for block in blocks for part in block.modules()}
+    found = [blocks for blocks in found if id(blocks) not in inner]
+    if len(found) > 1:
+        found = [b for b in found if all(isinstance(m, GradientCheckpointingLayer) for m in b)]
+    if len(found) != 1:
+        raise UserError(
+            f"{type(model).__name__}: found {len(found)} stacks of {depth} blocks, expected one; "
+            f"{_SINGLE_STACK}"
+        )
+    return found[0]
+
+
+@contextmanager
+def at_depth(model: PreTrainedModel, depth: int) -> Iterator[None]:
+    """Let `model` stop after block `depth`: nothing above the last matched layer is computed."""
+    blocks = find_blocks(model)
+    parent, name = next(
+        (module, name)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if child is blocks
+    )
+    full_depth = model.config.num_hidden_layers
+    setattr(parent, name, blocks[:depth])
+    model.config.num_hidden_layers = depth
+    try:
+        yield
+    finally:
+        setattr(parent, name, blocks)
+        model.config.num_hidden_layers = full_depth
+
+
+def no_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """The keyword that keeps a decoder from building a key-value cache."""
+    return {"use_cache": False} if getattr(model.config, "use_cache", None) else {}

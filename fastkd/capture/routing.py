@@ -1,0 +1,196 @@
+"""Run a model's attention through a listener, or leave it alone.
+
+transformers looks its attention function up by name in a public registry. fastkd registers one
+function per implementation (`fastkd-sdpa`, `fastkd-flash_attention_2`, ...) that hands query, key
+and value of the blocks that someone listens to over and then calls the implementation itself: both
+models stay on their fast path, and outputs are bit for bit those without fastkd. Nothing global
+knows who is listening: a listener is an attribute of the attention module for the time of one
+`with`, so recomputation under gradient checkpointing, which runs after it, is never recorded.
+
+The road not taken: `output_attentions=True` forces eager attention in all layers and stores
+[batch, heads, tokens, tokens] for each.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastkd_kernels import AttentionState
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from fastkd.errors import UserError
+
+PREFIX = "fastkd-"
+_LISTENER = "_fastkd_listener"
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of an attention function: what it was given, and the function itself."""
+
+    state: AttentionState
+    mask: Tensor | None
+    """Bool, True where a query sees a key, or added to the scores; `None` where the module's flag
+    alone says whether attention is causal."""
+    causal_flag: bool
+    """What that flag says."""
+    given: dict[str, Any]
+    """Further keywords."""
+    again: Callable[[torch.dtype], Tensor]
+    """What the implementation makes of the same numbers in another precision, [batch, tokens,
+    heads, head_dim]."""
+
+
+Listener = Callable[[AttentionCall], None]
+
+
+def set_attention(model: PreTrainedModel, implementation: str) -> None:
+    """Let `model` run `implementation`, as transformers itself does.
+
+    A model that brings its own attention, outside of transformers' interface, keeps it.
+
+    Raises:
+        UserError: transformers refuses the implementation for this model or this machine.
+    """
+    try:
+        model.set_attn_implementation(implementation)
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"{type(model).__name__} can't run attention {implementation!r} here "
+            f"({' '.join(str(error).split())[:200]}); try attention: "
+            f"{_other(model, implementation)}"
+        ) from error
+
+
+def route_attention(model: PreTrainedModel, implementation: str | None = None) -> None:
+    """Let `model` run `implementation`, or the one that it runs already, through the listener.
+
+    Raises:
+        UserError: transformers refuses the implementation for this model or this machine, or the
+            model's attention does not go through transformers' attention interface.
+    """
+    if implementation is not None:
+        set_attention(model, implementation)
+    if not model._can_set_attn_implementation():
+        raise UserError(
+            f"{type(model).__name__}: its attention does not go through transformers' attention "
+            "interface, so it can't be captured; leave losses.attention and losses.relations out, "
+            "or give a model whose attention does"
+        )
+    # where flash attention is not installed transformers may choose a kernel of the same kind
+    running = model.config._attn_implementation
+    if running.startswith(PREFIX):
+        return
+    name = PREFIX + running
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(name, _listening(running))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[running])
+    # the setter above would try to load a flash kernel of this name
+    model.config._attn_implementation = name
+
+
+@contextmanager
+def listening(block: nn.Module, listener: Listener) -> Iterator[None]:
+    """Let `listener` hear every attention inside a block while the context is open."""
+    with ExitStack() as stack:
+        for module in block.modules():
+            module.__dict__[_LISTENER] = listener
+            stack.callback(module.__dict__.pop, _LISTENER)
+        yield
+
+
+@contextmanager
+def runnable(model: PreTrainedModel) -> Iterator[None]:
+    """Models are tried before they move to their GPU, and flash attention runs nowhere else."""
+    name = model.config._attn_implementation
+    if model.device.type != "cpu" or "flash" not in name:
+        yield
+        return
+    model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
+    if name.startswith(PREFIX):
+        route_attention(model)
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = name
+
+
+def _other(model: PreTrainedModel, refused: str) -> str:
+    """An implementation that a model can run everywhere, other than the one refused."""
+    return "sdpa" if refused != "sdpa" and model._supports_sdpa else "eager"
+
+
+def _listening(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        # a model's eager function lives in its own module, not in the registry
+        if implementation == "eager":
+            function = sys.modules[type(module).__module__].eager_attention_forward
+        else:
+            function = ALL_ATTENTION_FUNCTIONS[implementation]
+        tensors = query, key, value, attention_mask
+
+        def again(dtype: torch.dtype) -> Tensor:
+            cast = [_in(dtype, tensor) for tensor in tensors]
+            given = {name: _in(dtype, value) for name, value in kwargs.items()}
+            output: Tensor = function(module, *cast, scaling=scaling, **given)[0]
+            return output
+
+        listener: Listener | None = module.__dict__.get(_LISTENER)
+        if listener is not None:
+            state = _state(query, key, value, scaling, kwargs)
+            flag = kwargs.get("is_causal")
+            flag = getattr(module, "is_causal", True) if flag is None else flag
+            # an eager function without a mask hides nothing
+            causal = bool(flag) and implementation != "eager"
+            listener(AttentionCall(state, attention_mask, causal, kwargs, again))
+        with _plain_name(module, implementation):
+            result: tuple[Tensor, Tensor | None] = function(
+                module, *tensors, scaling=scaling, **kwargs
+            )
+        return result
+
+    return attend
+
+
+def _in(dtype: torch.dtype, given: Any) -> Any:
+    return given.to(dtype) if isinstance(given, Tensor) and given.is_floating_point() else given
+
+
+def _state(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, given: dict[str, Any]
+) -> AttentionState:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    sinks = given.get("s_aux")
+    # a sharded student's parameter is gone once its layer has run
+    kept = None if sinks is None else sinks.clone()
+    return AttentionState(query, key, value, scale, given.get("softcap"), kept)
+
+
+@contextmanager
+def _plain_name(module: nn.Module, implementation: str) -> Iterator[None]:
+    """Flash attention looks up in the configuration which of its kernels to load."""
+    if "flash" not in implementation:
+        yield
+        return
+    config: Any = module.config
+    config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = PREFIX + implementation

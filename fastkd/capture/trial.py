@@ -165,6 +165,7 @@ def _try(
 
 def _check_states(model: PreTrainedModel, states: Capture, inputs: Mapping[str, Tensor]) -> None:
     ids, width = inputs.get("input_ids"), model.config.hidden_size
+    mask = inputs.get("attention_mask")
     for layer, state in states.hidden.items():
         expected = (state.shape[:2] if ids is None else ids.shape) + (width,)
         if state.shape != expected:
@@ -172,6 +173,12 @@ def _check_states(model: PreTrainedModel, states: Capture, inputs: Mapping[str, 
                 f"{type(model).__name__}: the state of layer {layer} is {list(state.shape)}, "
                 f"expected {list(expected)} (batch, tokens, hidden_size); give a model whose "
                 "blocks hand on one vector a token"
+            )
+        counted = state if mask is None else state[mask.bool()]
+        if not bool(counted.isfinite().all()):
+            raise UserError(
+                f"{type(model).__name__}: the state of layer {layer} is not finite; give a model "
+                "whose weights are whole, or a precision in which they are"
             )
 
 

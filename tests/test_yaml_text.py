@@ -94,6 +94,7 @@ def test_the_command_ends_with_one_line_and_writes_nothing(
         ("a: 1:30.5", "line 1: 1:30.5 would be read as 90.5;"),
         ("a: 2024-13-45", r"not YAML \(month must be in"),
         ("a: " + "[" * 5000, r"not YAML \(maximum recursion"),
+        ("a: &a\n  b: {c: *a}\n", r"a\.b\.c holds itself, by an anchor"),
         ("a: 1\n---\nb: 2\n", r"not YAML \(expected a single document"),
     ],
 )

@@ -27,7 +27,7 @@ def read_yaml(text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        for key, first, second in _repeated(loader, node, "", set()):
+        for key, first, second in _repeated(loader, node, "", {}):
             raise YamlError(f"{key} is given twice, {_places(first, second)}; give it once")
         return loader.construct_document(node)
     # ValueError: a date or a number that only looks like one
@@ -63,13 +63,15 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
 def _repeated(
-    loader: _Loader, node: yaml.Node, path: str, seen: set[int]
+    loader: _Loader, node: yaml.Node, path: str, seen: dict[int, bool]
 ) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
     """Keys that stand twice in one mapping, by dotted name, with both nodes."""
-    # an anchor is looked at where it stands, and may hold itself
+    # an anchor is looked at where it stands; whether it is open still
     if id(node) in seen:
+        if seen[id(node)]:
+            raise YamlError(f"{path} holds itself, by an anchor; write it out")
         return
-    seen.add(id(node))
+    seen[id(node)] = True
     if isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
             yield from _repeated(loader, item, f"{path}.{number}".lstrip("."), seen)
@@ -85,6 +87,7 @@ def _repeated(
                 yield named, met[known], key
             met[known] = key
             yield from _repeated(loader, value, named, seen)
+    seen[id(node)] = False
 
 
 def _places(first: yaml.Node, second: yaml.Node) -> str:

@@ -36,7 +36,16 @@ LEVELS: tuple[set[str], ...] = (
 PACKAGES: tuple[set[str], ...] = (
     {"torch", "triton"},
     {"torch", "numpy", "pydantic", "yaml", "rich", "scipy", "sklearn"},
-    {"torch", "numpy", "transformers", "datasets", "safetensors", "rich", "sklearn"},
+    {
+        "torch",
+        "numpy",
+        "transformers",
+        "huggingface_hub",
+        "datasets",
+        "safetensors",
+        "rich",
+        "sklearn",
+    },
     {"torch", "transformers", "safetensors", "deepspeed"},
     {"torch", "transformers", "yaml"},
     {"torch", "numpy", "pydantic", "rich", "scipy", "matplotlib", "psutil", "optuna"},

@@ -1,18 +1,21 @@
 """Teacher, tokenizer and student: load, check, shrink, initialise."""
 
+from fastkd.models.checking import LOADING_ERRORS, not_loadable, optional_file
 from fastkd.models.loading import (
     at_depth,
     load_student,
     load_teacher,
     load_tokenizer,
     locate_model,
-    not_loadable,
+    locate_source,
+    read_config,
     read_model,
     resolve_model,
 )
 from fastkd.models.students import Initialisation, build_student, dropout_rates, student_config
 
 __all__ = [
+    "LOADING_ERRORS",
     "Initialisation",
     "at_depth",
     "build_student",
@@ -21,7 +24,10 @@ __all__ = [
     "load_teacher",
     "load_tokenizer",
     "locate_model",
+    "locate_source",
     "not_loadable",
+    "optional_file",
+    "read_config",
     "read_model",
     "resolve_model",
     "student_config",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -23,6 +25,15 @@ from transformers import (
 
 from fastkd.capture import find_blocks, route_attention
 from fastkd.errors import UserError
+from fastkd.models.checking import (
+    LOADING_ERRORS,
+    check_settings,
+    check_stored,
+    is_above,
+    not_loadable,
+    require_read,
+    require_whole,
+)
 from fastkd.recipe import Student, Teacher
 from fastkd.recipe.models import Head
 
@@ -36,6 +47,25 @@ AUTO = {
 
 def locate_model(teacher: Teacher) -> str:
     """The folder or hub name that transformers loads.
+
+    Of a sentence-transformers folder of the old layout that is the folder of its first module.
+
+    Raises:
+        UserError: the package that should carry the model is missing.
+    """
+    name = locate_source(teacher)
+    listing = Path(name) / "modules.json"
+    if listing.is_file() and not (Path(name) / "config.json").is_file():
+        try:
+            first = json.loads(listing.read_text(encoding="utf-8"))[0]["path"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(not_loadable(f"{listing}", error)) from error
+        return str(Path(name) / first)
+    return name
+
+
+def locate_source(teacher: Teacher) -> str:
+    """The folder or hub name that a recipe's words stand for.
 
     Raises:
         UserError: the package that should carry the model is missing.
@@ -96,7 +126,7 @@ def load_teacher(teacher: Teacher, head: Head = "none") -> PreTrainedModel:
             f"teacher.model {teacher.model}: its head was never trained, {len(missing)} weights "
             f"are missing, {missing[0]} among them; train it with fastkd finetune first"
         )
-    _require_whole(f"teacher.model {teacher.model}", missing)
+    require_whole(f"teacher.model {teacher.model}", missing)
     route_attention(model, teacher.attention)
     return model.eval().requires_grad_(False)
 
@@ -109,7 +139,7 @@ def load_student(folder: Path, student: Student) -> PreTrainedModel:
     """
     given = f"student {folder}"
     model, missing = read_model(str(folder), given, torch.float32, None, student.head)
-    _require_whole(given, missing)
+    require_whole(given, missing)
     route_attention(model, student.attention)
     return model.eval()
 
@@ -128,7 +158,7 @@ def load_tokenizer(teacher: Teacher, vocabulary: int) -> PreTrainedTokenizerBase
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             locate_model(teacher), revision=teacher.revision, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(not_loadable(f"tokenizer of {teacher.model}", error)) from error
     # transformers makes one of special tokens alone where a folder has no tokenizer
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
@@ -164,6 +194,30 @@ def at_depth(model: PreTrainedModel, depth: int) -> Iterator[None]:
         model.config.num_hidden_layers = full_depth
 
 
+def read_config(
+    name: str, given: str, revision: str | None = None, **changes: Any
+) -> PreTrainedConfig:
+    """The configuration of a folder or hub model, with `changes`.
+
+    Args:
+        name: folder or hub name.
+        given: what the user calls it.
+        revision: on the hub.
+        changes: in the configuration's own names.
+
+    Raises:
+        UserError: it can't be read, or the weights beside it are not those of a whole float model.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=False, **changes
+        )
+    except LOADING_ERRORS as error:
+        raise UserError(not_loadable(given, error)) from error
+    check_stored(name, given, revision, config)
+    return config
+
+
 def read_model(
     name: str,
     given: str,
@@ -183,9 +237,10 @@ def read_model(
         config: in place of its own; a head of another shape is then drawn.
 
     Raises:
-        UserError: it can't be read, or weights below the head are missing.
+        UserError: it can't be read, or weights below the head are missing or read by nothing.
     """
     model: PreTrainedModel
+    own = read_config(name, given, revision)
     options = {} if config is None else {"config": config, "ignore_mismatched_sizes": True}
     try:
         model, report = AUTO[head].from_pretrained(
@@ -193,33 +248,22 @@ def read_model(
             revision=revision,
             dtype=dtype,
             trust_remote_code=False,
+            # a pickle may hold tensors and nothing else
+            weights_only=True,
             output_loading_info=True,
             **options,
         )
-    # RuntimeError: weights of other shapes than the configuration's
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(not_loadable(given, error)) from error
+    check_settings(given, own, model)
+    require_read(given, model, report["unexpected_keys"])
     if head == "none":
         drop_pooler(model)
     # transformers draws what it doesn't find, and goes on
     drawn = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
     missing = sorted(drawn & {name for name, _ in model.named_parameters()})
-    _require_whole(given, [name for name in missing if not _is_above(model, name)])
+    require_whole(given, [name for name in missing if not is_above(model, name)])
     return model, missing
-
-
-def _is_above(model: PreTrainedModel, weight: str) -> bool:
-    """Whether a weight belongs to the head or the pooler."""
-    below = weight.startswith(model.base_model_prefix + ".") or model.base_model is model
-    return not below or "pooler." in weight
-
-
-def _require_whole(given: str, missing: Sequence[str]) -> None:
-    if missing:
-        raise UserError(
-            f"{given}: {len(missing)} weights are missing, {missing[0]} among them; "
-            "give a folder that holds the whole model"
-        )
 
 
 def _package_folder(package: str) -> Path | None:
@@ -236,12 +280,3 @@ def drop_pooler(model: PreTrainedModel) -> None:
     # an unused parameter would still be decayed by the optimiser, in every ZeRO stage
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
-
-
-def not_loadable(given: str, error: Exception) -> str:
-    """What to say of a model or tokenizer that transformers can't load."""
-    reason = " ".join(str(error).split())[:200]
-    return (
-        f"{given}: not loadable ({reason}); give a folder that holds a transformers model, "
-        "or a hub name and a connection"
-    )

@@ -11,17 +11,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastkd.capture import find_blocks, route_attention
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap
-from fastkd.models.loading import AUTO, drop_pooler, not_loadable, read_model, resolve_model
+from fastkd.models.loading import AUTO, drop_pooler, read_config, read_model, resolve_model
 from fastkd.recipe import Student, Teacher
 
 # one idea, four names
 _FEED_FORWARD = ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim")
 _DROPOUT = re.compile(r"dropout|_pdrop$")
+# what a model computes with its weights, by the names of transformers
+_BEHAVIOUR = re.compile(
+    r"act(ivation)?(_function)?$|eps(ilon)?$|rope|rotary|sliding|window|layer_types|local_|global_|"
+    r"_bias$|scal|softcap|norm|^is_decoder$|^position_embedding_type$|^head_dim$"
+)
 
 
 @dataclass(frozen=True)
@@ -110,11 +115,7 @@ def _continued(
 ) -> tuple[PreTrainedModel, int]:
     """A student that starts from another model's weights, and how many numbers were not drawn."""
     name, given = resolve_model(source), f"student.init {source.model}"
-    try:
-        own = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(not_loadable(given, error)) from error
-    _check_same_shape(own, config, given)
+    _check_same_shape(read_config(name, given), config, given)
     model, drawn = read_model(name, given, torch.float32, None, student.head, config)
     fresh, found = 0, dict(teacher.named_parameters())
     with torch.no_grad():
@@ -155,6 +156,18 @@ def _check_same_shape(own: PreTrainedConfig, wanted: PreTrainedConfig, given: st
             f"{given} embeds {own.vocab_size} tokens, but the teacher {wanted.vocab_size}; start "
             "from a student of the same vocabulary"
         )
+    _check_same_behaviour(own, wanted, given)
+
+
+def _check_same_behaviour(own: PreTrainedConfig, wanted: PreTrainedConfig, given: str) -> None:
+    """See that the weights would be used as they were trained: under the teacher's settings."""
+    there, here = own.to_dict(), wanted.to_dict()
+    for name in sorted(there.keys() & here.keys()):
+        if _BEHAVIOUR.search(name) and not _DROPOUT.search(name) and there[name] != here[name]:
+            raise UserError(
+                f"{given} has {name} {there[name]!r}, but the student is to have {here[name]!r}, "
+                "as the teacher and the layer map say; start from a model that agrees in that"
+            )
 
 
 def _set_head_size(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.capture import attention_windows, check_capturable, check_positions, is_causal
 from fastkd.classifiers import check_classifier, load_tuned, name_outputs, pad_alike
-from fastkd.deepspeed_config import BatchPlan, plan_batches, student_config
+from fastkd.deepspeed_config import BatchPlan, check_monitor, plan_batches, student_config
 from fastkd.engine import DistilledStudent, NoTeacher, Ranks, TeacherRunner, make_engine
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, make_layer_map
@@ -84,6 +84,7 @@ def assemble(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Assem
     Raises:
         UserError: anything about the recipe that does not work on this machine.
     """
+    check_monitor(recipe)
     plan = plan_batches(recipe, ranks.world_size)
     config = student_config(recipe, plan)
     torch.manual_seed(recipe.train.seed)

@@ -21,6 +21,7 @@ from fastkd.material import Material, TaskMaterial, make_material, task_of
 from fastkd.models import (
     Initialisation,
     build_student,
+    check_same_vocabulary,
     dropout_rates,
     load_teacher,
     load_tokenizer,
@@ -103,6 +104,9 @@ def _distillation(
     length, field_name = _longest(recipe)
     check_capturable(teacher, length, field_name)
     tokenizer = load_tokenizer(recipe.teacher, teacher.get_input_embeddings().num_embeddings)
+    start = recipe.student.starts_from
+    if start is not None:
+        check_same_vocabulary(start, f"student.init {start.model}", tokenizer)
     depths = recipe.student.layers, teacher.config.num_hidden_layers
     layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
     student, initialisation = build_student(teacher, recipe.student, layers)

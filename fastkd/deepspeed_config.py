@@ -57,7 +57,7 @@ def check_monitor(recipe: AnyRecipe) -> None:
     Raises:
         UserError: naming the package and how to install it.
     """
-    wanted = {}
+    wanted: dict[str, tuple[str, str, str]] = {}
     if recipe.run.monitor != "none":
         extra = recipe.run.monitor
         wanted[extra] = (f"run.monitor is {extra}", f"fastkd[{extra}]", "run.monitor=none")

@@ -6,19 +6,19 @@ from fastkd.models.loading import (
     load_student,
     load_teacher,
     load_tokenizer,
-    locate_model,
-    locate_source,
     read_config,
     read_model,
-    resolve_model,
 )
+from fastkd.models.locating import locate_model, locate_source, resolve_model
 from fastkd.models.students import Initialisation, build_student, dropout_rates, student_config
+from fastkd.models.vocabularies import check_same_vocabulary, vocabulary_difference
 
 __all__ = [
     "LOADING_ERRORS",
     "Initialisation",
     "at_depth",
     "build_student",
+    "check_same_vocabulary",
     "dropout_rates",
     "load_student",
     "load_teacher",
@@ -31,4 +31,5 @@ __all__ = [
     "read_model",
     "resolve_model",
     "student_config",
+    "vocabulary_difference",
 ]

@@ -170,14 +170,18 @@ def require_whole(given: str, missing: Sequence[str]) -> None:
 
 def optional_file(name: str, file: str, revision: str | None = None) -> Path | None:
     """A file of a folder or hub model, `None` where there is none or no connection."""
-    found = cached_file(
-        name,
-        file,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    try:
+        found = cached_file(
+            name,
+            file,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    # what is neither a folder nor could be a name on the hub
+    except OSError:
+        return None
     return None if found is None else Path(found)
 
 

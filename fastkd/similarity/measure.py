@@ -22,7 +22,13 @@ from fastkd.capture import (
 from fastkd.data import prepare_corpus
 from fastkd.errors import UserError
 from fastkd.layer_map import MapKind, make_layer_map
-from fastkd.models import load_student, load_teacher, load_tokenizer, locate_model
+from fastkd.models import (
+    check_same_vocabulary,
+    load_student,
+    load_teacher,
+    load_tokenizer,
+    locate_model,
+)
 from fastkd.objective import ModelPair
 from fastkd.objective.attention import DivergenceKind
 from fastkd.objective.divergences import attention_divergences
@@ -139,9 +145,9 @@ def inspect_models(
     Raises:
         UserError: a model or text that can't be read, or two models of different vocabularies.
     """
-    section = Teacher(model=teacher)
+    section, other = Teacher(model=teacher), Teacher(model=student)
     large = load_teacher(section)
-    small = load_student(Path(locate_model(Teacher(model=student))), Student(layers=1))
+    small = load_student(Path(locate_model(other)), Student(layers=1))
     vocabularies = [m.get_input_embeddings().num_embeddings for m in (small, large)]
     if vocabularies[0] != vocabularies[1]:
         raise UserError(
@@ -151,6 +157,7 @@ def inspect_models(
     for model in (large, small):
         check_capturable(model, block_size)
     tokenizer = load_tokenizer(section, vocabularies[1])
+    check_same_vocabulary(other, f"student {student}", tokenizer)
     # nothing is trained on, so nearly all of the text may be held out
     wanted = Data(
         train=tuple(data),

@@ -26,7 +26,7 @@ from fastkd.models import (
     load_teacher,
     load_tokenizer,
 )
-from fastkd.objective import ModelPair, Objective
+from fastkd.objective import ModelPair, Objective, attention_shape
 from fastkd.recipe import (
     AnyRecipe,
     FinetuneRecipe,
@@ -225,6 +225,7 @@ def make_objective(
         widths=(student.config.hidden_size, teacher.config.hidden_size),
         causal=is_causal(teacher),
         heads=heads,
+        shapes=(attention_shape(student.config), attention_shape(teacher.config)),
         windows=(attention_windows(student), attention_windows(teacher)) if compares else ({}, {}),
         head=recipe.student.head,
         outputs=teacher.config.num_labels,

@@ -31,6 +31,7 @@ from fastkd.models.checking import (
     require_whole,
 )
 from fastkd.models.locating import resolve_model
+from fastkd.models.poolers import drop_pooler
 from fastkd.models.vocabularies import read_tokenizer
 from fastkd.recipe import Student, Teacher
 from fastkd.recipe.models import Head
@@ -187,17 +188,10 @@ def read_model(
         raise UserError(not_loadable(given, error)) from error
     check_settings(given, own, model)
     require_read(given, model, report["unexpected_keys"])
-    if head == "none":
-        drop_pooler(model)
     # transformers draws what it doesn't find, and goes on
     drawn = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
+    if head == "none":
+        drop_pooler(model, trained=not any("pooler." in name for name in drawn))
     missing = sorted(drawn & {name for name, _ in model.named_parameters()})
     require_whole(given, [name for name in missing if not is_above(model, name)])
     return model, missing
-
-
-def drop_pooler(model: PreTrainedModel) -> None:
-    """Take the pooler off, where there is one."""
-    # an unused parameter would still be decayed by the optimiser, in every ZeRO stage
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None

@@ -16,8 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fastkd.capture import find_blocks, route_attention
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap
-from fastkd.models.loading import AUTO, drop_pooler, read_config, read_model
+from fastkd.models.loading import AUTO, read_config, read_model
 from fastkd.models.locating import resolve_model
+from fastkd.models.poolers import POOLER_MARK, drop_pooler, lend_pooler
 from fastkd.recipe import Student, Teacher
 
 # one idea, four names
@@ -49,6 +50,7 @@ def student_config(
         UserError: numbers that don't divide, or a setting that this architecture doesn't have.
     """
     config = copy.deepcopy(teacher)
+    vars(config).pop(POOLER_MARK, None)
     config.num_hidden_layers = student.layers
     config.hidden_size = student.hidden_size or teacher.hidden_size
     config.num_attention_heads = student.heads or teacher.num_attention_heads
@@ -105,6 +107,7 @@ def build_student(
         copied = _copy_from_teacher(model, teacher, layers) if student.init == "teacher" else 0
     else:
         model, copied = _continued(student.starts_from, config, student, teacher)
+    lend_pooler(model, teacher)
     route_attention(model, student.attention)
     if student.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -116,8 +119,12 @@ def _continued(
 ) -> tuple[PreTrainedModel, int]:
     """A student that starts from another model's weights, and how many numbers were not drawn."""
     name, given = resolve_model(source), f"student.init {source.model}"
-    _check_same_shape(read_config(name, given), config, given)
+    own = read_config(name, given)
+    _check_same_shape(own, config, given)
     model, drawn = read_model(name, given, torch.float32, None, student.head, config)
+    if hasattr(own, POOLER_MARK):
+        # written for others to load, but trained by nobody
+        drawn += [name for name, _ in model.named_parameters() if "pooler." in name]
     fresh, found = 0, dict(teacher.named_parameters())
     with torch.no_grad():
         for weight, parameter in model.named_parameters():

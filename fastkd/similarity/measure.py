@@ -148,7 +148,7 @@ def inspect_models(
     section, other = Teacher(model=teacher), Teacher(model=student)
     large = load_teacher(section)
     small = load_student(Path(locate_model(other)), Student(layers=1))
-    vocabularies = [m.get_input_embeddings().num_embeddings for m in (small, large)]
+    vocabularies = [_vocabulary(small, student), _vocabulary(large, teacher)]
     if vocabularies[0] != vocabularies[1]:
         raise UserError(
             f"the student embeds {vocabularies[0]} tokens and the teacher {vocabularies[1]}; give "
@@ -172,6 +172,27 @@ def inspect_models(
     small.to(device)
     batches = ({"input_ids": part.to(device)} for part in torch.split(rows, batch_size))
     return measure(small, large, batches, kind=kind)
+
+
+def _vocabulary(model: Any, given: str) -> int:
+    """Tokens that a model embeds.
+
+    Raises:
+        UserError: it reads something else than text, or is made of several models.
+    """
+    numbers = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    missing = [name for name in numbers if not isinstance(getattr(model.config, name, None), int)]
+    try:
+        embedded = int(model.get_input_embeddings().num_embeddings)
+    except (AttributeError, NotImplementedError):
+        missing.append("token embeddings")
+        embedded = 0
+    if missing:
+        raise UserError(
+            f"{given}: {type(model).__name__} has no {missing[0]} of its own, so its layers can't "
+            "be compared; give a text model with a single stack, such as the text part of this one"
+        )
+    return embedded
 
 
 def _pair(student: Any, teacher: Any) -> ModelPair:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.capture import AttentionTraits, try_model, vocabulary_size
 from fastkd.classifiers import check_classifier, load_tuned, name_outputs, pad_alike
-from fastkd.deepspeed_config import BatchPlan, plan_batches, student_config
+from fastkd.deepspeed_config import BatchPlan, check_monitor, plan_batches, student_config
 from fastkd.engine import DistilledStudent, NoTeacher, Ranks, TeacherRunner, make_engine
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, make_layer_map
@@ -21,11 +21,12 @@ from fastkd.material import Material, TaskMaterial, make_material, task_of
 from fastkd.models import (
     Initialisation,
     build_student,
+    check_same_vocabulary,
     dropout_rates,
     load_teacher,
     load_tokenizer,
 )
-from fastkd.objective import ModelPair, Objective
+from fastkd.objective import ModelPair, Objective, attention_shape
 from fastkd.recipe import (
     AnyRecipe,
     FinetuneRecipe,
@@ -84,6 +85,7 @@ def assemble(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Assem
     Raises:
         UserError: anything about the recipe that does not work on this machine.
     """
+    check_monitor(recipe)
     plan = plan_batches(recipe, ranks.world_size)
     config = student_config(recipe, plan)
     torch.manual_seed(recipe.train.seed)
@@ -101,6 +103,9 @@ def _distillation(
         check_classifier(teacher, task, f"teacher.model {recipe.teacher.model}")
     teacher_traits = try_for(teacher, recipe)
     tokenizer = load_tokenizer(recipe.teacher, vocabulary_size(teacher))
+    start = recipe.student.starts_from
+    if start is not None:
+        check_same_vocabulary(start, f"student.init {start.model}", tokenizer)
     depths = recipe.student.layers, teacher.config.num_hidden_layers
     layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
     student, initialisation = build_student(teacher, recipe.student, layers)
@@ -228,6 +233,7 @@ def make_objective(
         widths=(student.config.hidden_size, teacher.config.hidden_size),
         causal=traits[1].causal,
         heads=heads,
+        shapes=(attention_shape(student.config), attention_shape(teacher.config)),
         windows=(traits[0].windows, traits[1].windows),
         head=recipe.student.head,
         outputs=teacher.config.num_labels,

@@ -7,6 +7,7 @@ the gradient clipping and of the bf16 accumulation have changed between its rele
 from __future__ import annotations
 
 import copy
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,29 @@ def plan_batches(recipe: AnyRecipe, world_size: int) -> BatchPlan:
             f"each of {world_size} ranks has of train.batch_size {batch}"
         )
     return BatchPlan(micro, share // micro, world_size)
+
+
+def check_monitor(recipe: AnyRecipe) -> None:
+    """See that the trackers of a recipe are installed; DeepSpeed imports them when it starts.
+
+    Raises:
+        UserError: naming the package and how to install it.
+    """
+    wanted: dict[str, tuple[str, str, str]] = {}
+    if recipe.run.monitor != "none":
+        extra = recipe.run.monitor
+        wanted[extra] = (f"run.monitor is {extra}", f"fastkd[{extra}]", "run.monitor=none")
+    comet = recipe.deepspeed.get("comet")
+    if isinstance(comet, dict) and comet.get("enabled"):
+        wanted["comet_ml"] = ("deepspeed.comet is enabled", "comet-ml", "leave it out")
+    for package, (said, install, instead) in wanted.items():
+        spec = importlib.util.find_spec(package)
+        # the folder that wandb leaves where it runs looks like a package without code
+        if spec is None or spec.origin is None:
+            raise UserError(
+                f"{said}, but package {package} is not installed; pip install {install}, or "
+                f"{instead}"
+            )
 
 
 def student_config(recipe: AnyRecipe, plan: BatchPlan) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import yaml
 
 from fastkd.assemble import Assembly
 from fastkd.console import Reporter
+from fastkd.engine import NoTeacher
+from fastkd.export import export_notes
 from fastkd.layer_map import CONVENTION, LayerMap
 from fastkd.recipe import Recipe
 
@@ -26,6 +28,8 @@ def introduce(assembly: Assembly, reporter: Reporter) -> None:
     else:
         head = "drawn by train.seed" if initialisation.new_head else "its own"
         reporter.say(f"model: {recipe.model.name}, {size}, head {head}")
+    for note in _handed_on(assembly):
+        reporter.say(note)
     there, step = assembly.material.introduction(recipe.train.batch_size)
     reporter.say(there)
     reporter.say(
@@ -41,6 +45,15 @@ def introduce(assembly: Assembly, reporter: Reporter) -> None:
         if layers != assembly.layers:
             _print_map(layers, f"layer map of losses.{name}", reporter)
     reporter.say(CONVENTION)
+
+
+def _handed_on(assembly: Assembly) -> list[str]:
+    """What the student will be exported without."""
+    student, head = assembly.module.student, assembly.objective.pair.head
+    theirs = student.config
+    if not isinstance(assembly.teacher, NoTeacher):
+        theirs = assembly.teacher.model.config
+    return export_notes(student, theirs, assembly.source, head)
 
 
 def expanded(recipe: Recipe) -> str:

@@ -6,6 +6,7 @@ import shutil
 from typing import Any
 
 from fastkd.console import Reporter
+from fastkd.deepspeed_config import check_monitor
 from fastkd.engine import Ranks
 from fastkd.recipe import AnyRecipe, Recipe, stage_recipes
 from fastkd.run_folder import RunFolder
@@ -32,6 +33,8 @@ def run_recipe(
         UserError: anything that the user can mend.
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
     """
+    # before a run in stages makes its folder
+    check_monitor(recipe)
     stages = stage_recipes(recipe) if isinstance(recipe, Recipe) else []
     if not stages:
         return distill(recipe, ranks, resume=resume, reporter=reporter)

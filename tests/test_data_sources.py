@@ -166,6 +166,12 @@ MISTAKES = [
         id="corrupt gzip",
     ),
     pytest.param(content("a.jsonl", '{"text": "a"}\n{text'), r"line 2: not a JSON", id="json"),
+    pytest.param(
+        content("a.jsonl", '{"text": "a", "n": 1, "text": "b"}'),
+        r"line 1: not a JSON object: 'text' stands twice",
+        id="twice",
+    ),
+    pytest.param(content("a.jsonl", '{"n": ' + "9" * 5000 + "}"), r"line 1: not a JSON", id="long"),
     pytest.param(content("a.jsonl", "[1]"), r"line 1: expected a JSON object, not list", id="list"),
     pytest.param(
         content("a.jsonl", '{"id": 1, "body": ""}'),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from tiny_training import fastkd
 
-from fastkd.deepspeed_config import plan_batches, student_config, teacher_config
+from fastkd.deepspeed_config import check_monitor, plan_batches, student_config, teacher_config
 from fastkd.errors import UserError
 from fastkd.recipe import Recipe, parse_recipe
 
@@ -137,6 +141,60 @@ def test_a_key_that_the_recipe_decides_is_refused_with_its_field(
 def test_a_monitor_is_decided_by_the_recipe(given: str, monitor: str) -> None:
     with pytest.raises(UserError, match=rf"deepspeed\.{given}.* run\.monitor"):
         configure({given: {"enabled": False}}, run={"monitor": monitor})
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *at: None if name in packages else found(name)
+    )
+
+
+@pytest.mark.parametrize("monitor", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("stages", [False, True])
+def test_a_monitor_that_is_not_installed_is_refused_before_anything_is_written(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    monitor: str,
+    stages: bool,
+) -> None:
+    without(monkeypatch, monitor)
+    recipe = make_recipe(run={"output": str(tmp_path / "run"), "monitor": monitor})
+    tree = recipe.model_dump(mode="json", exclude_unset=True, exclude={"deepspeed"})
+    if stages:
+        tree["stages"] = [{"train": {"steps": 5}}, {"train": {"steps": 6}}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    assert fastkd("distill", str(tmp_path / "recipe.yaml"), monkeypatch=monkeypatch) == 2
+    assert capsys.readouterr().err == (
+        f"fastkd: run.monitor is {monitor}, but package {monitor} is not installed; "
+        f"pip install fastkd[{monitor}], or run.monitor=none\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_tracker_of_the_deepspeed_section_must_be_there_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_monitor(make_recipe({"comet": {"enabled": False}}))
+    without(monkeypatch, "comet_ml")
+    with pytest.raises(UserError, match=r"comet is enabled, but package comet_ml is not installed"):
+        check_monitor(make_recipe({"comet": {"enabled": True}}))
+
+
+def test_the_folder_that_a_tracker_leaves_is_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    if importlib.util.find_spec("wandb").origin is not None:  # type: ignore[union-attr]
+        pytest.skip("wandb is installed")
+    with pytest.raises(UserError, match=r"package wandb is not installed"):
+        check_monitor(make_recipe(run={"monitor": "wandb"}))
+
+
+def test_a_monitor_that_is_there_is_taken() -> None:
+    check_monitor(make_recipe(run={"monitor": "tensorboard"}))
 
 
 def leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -221,10 +221,6 @@ def test_overrides_reach_nested_and_absent_sections(file: Path) -> None:
     assert recipe.deepspeed == {"zero_optimization": {"overlap_comm": True}}
 
 
-def test_the_last_override_wins(file: Path) -> None:
-    assert load_recipe(file, ["train.steps=1", "train.steps=2"]).train.steps == 2
-
-
 def test_an_override_fills_a_section_that_is_written_but_empty(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree(train=None)), encoding="utf-8")
@@ -243,7 +239,7 @@ def test_an_override_can_switch_a_term_off(file: Path) -> None:
         ("train.steps", "override 'train.steps': expected dotted.key=value"),
         ("=3", "override '=3': expected dotted.key=value"),
         ("teacher.model.name=x", "override 'teacher.model.name': teacher.model is not a section"),
-        ("train.steps=[1", r"override 'train.steps=\[1': '\[1' is not a YAML value"),
+        ("train.steps=[1", r"override 'train.steps=\[1': not YAML"),
         ("train.step=3", r"train.step: unknown key; did you mean 'steps'\?"),
         ("train.steps=x", "train.steps: input should be a valid integer"),
     ],

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -159,8 +160,10 @@ def _require_blocks(meta: dict[str, int], data: Data) -> None:
     tokens = meta["train_tokens"] + meta["heldout_tokens"]
     if meta["train_blocks"] and meta["heldout_blocks"]:
         return
-    if documents == 0:
-        raise UserError(f"data.train: {', '.join(data.train)}: no text in it")
+    if documents == 0 or (data.heldout and not meta["train_documents"] + meta["dropped"]):
+        raise _no_text("data.train", data.train)
+    if data.heldout is not None and meta["heldout_documents"] == 0:
+        raise _no_text("data.heldout", data.heldout)
     if tokens < data.block_size:
         raise UserError(
             f"data.train: {tokens} tokens in all, less than one block of data.block_size "
@@ -183,6 +186,14 @@ def _require_blocks(meta: dict[str, int], data: Data) -> None:
     )
 
 
+def _has_text(sources: list[Source]) -> bool:
+    return any(True for _ in chain.from_iterable(source.documents() for source in sources))
+
+
+def _no_text(field: str, names: Sequence[str]) -> UserError:
+    return UserError(f"{field}: {', '.join(names)}: no text in it; give files that hold documents")
+
+
 def _streamed(data: Data, split: Split, encoder: Encoder, frame: Frame, key: str) -> Corpus:
     packer = Packer(frame)
     documents = 0
@@ -192,6 +203,10 @@ def _streamed(data: Data, split: Split, encoder: Encoder, frame: Frame, key: str
             documents += 1
         elif data.heldout is None:
             break
+    if documents == 0 and data.heldout is not None:
+        raise _no_text("data.heldout", data.heldout)
+    if (documents == 0 or data.heldout is not None) and not _has_text(split.train_sources):
+        raise _no_text("data.train", data.train)
     if packer.available() == 0:
         raise UserError(
             f"data: {documents} held-out documents have {packer.pending.size} tokens, less than "

@@ -146,19 +146,29 @@ def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Objects of a file with one a line, each with its place; blank lines are passed over.
 
     Raises:
-        UserError: the file can't be read, or a line is no JSON object.
+        UserError: the file can't be read, or a line is no JSON object or has a key twice.
     """
+    decoder = json.JSONDecoder(object_pairs_hook=_once)
     for number, line in enumerate(text_lines(path), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            row = decoder.decode(line)
+        # ValueError: a number too long to be read, too
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not a JSON object: {error}") from error
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected a JSON object, not {type(row).__name__}")
         yield where, row
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)!r} stands twice in one object")
+    return row
 
 
 def text_lines(path: Path) -> Iterator[str]:

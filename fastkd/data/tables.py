@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +17,17 @@ from datasets.exceptions import DatasetsError
 from fastkd.data.readers import Source, checked_text, file_digest, require_column
 from fastkd.errors import UserError
 
+# what `datasets` and Arrow raise over files that are not what they seem
+_READING_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    RuntimeError,
+    ImportError,
+    DatasetsError,
+)
+_BATCH = 256
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -36,7 +49,7 @@ class Table(Source):
             rows = rows.select_columns([self.column])
         number = 0
         try:
-            for batch in rows.iter(batch_size=256):
+            for batch in rows.iter(batch_size=_BATCH):
                 require_column(self.column, list(batch), self.name)
                 for value in batch[self.column]:
                     number += 1
@@ -45,7 +58,7 @@ class Table(Source):
                         yield text
         except UserError:
             raise
-        except (OSError, ValueError, DatasetsError) as error:
+        except _READING_ERRORS as error:
             raise UserError(f"{self.name}: cannot be read: {_reason(error)}") from error
 
     def digest(self, *, quick: bool) -> str:
@@ -55,7 +68,9 @@ class Table(Source):
 
 
 def parquet_file(path: Path, column: str, cache: Path) -> Table:
-    """Rows of a Parquet file, read in batches."""
+    """Rows of a Parquet file, read in batches; it may have none."""
+    # it logs what it raises
+    datasets.logging.set_verbosity(logging.CRITICAL)
     try:
         rows = datasets.load_dataset(
             "parquet",
@@ -63,10 +78,12 @@ def parquet_file(path: Path, column: str, cache: Path) -> Table:
             split="train",
             streaming=True,
             cache_dir=str(cache / "datasets"),
+            # else as many as the first row group has, which may be none
+            batch_size=_BATCH,
         )
         # a stream finds a damaged file only at its first row
         _ = rows.column_names or next(iter(rows), None)
-    except (OSError, ValueError, DatasetsError) as error:
+    except _READING_ERRORS as error:
         raise UserError(f"{path}: cannot be read as Parquet: {_reason(error)}") from error
     return Table(str(path), rows, column, files=(path,))
 
@@ -79,15 +96,28 @@ def is_saved(folder: Path) -> bool:
 def saved_folder(folder: Path, split: str, column: str) -> Table:
     """Rows of a folder that `datasets.save_to_disk` wrote, memory-mapped."""
     try:
-        rows = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
+        listing = folder / "dataset_dict.json"
+        if listing.is_file():
+            splits = json.loads(listing.read_text(encoding="utf-8"))["splits"]
+            if split not in splits:
+                raise UserError(f"{folder}: no split {split!r}; set data.split to one of {splits}")
+            folder = folder / split
+        rows = _load_saved(folder)
+    except UserError:
+        raise
+    except _READING_ERRORS as error:
         raise UserError(f"{folder}: not a complete saved data set: {_reason(error)}") from error
-    if isinstance(rows, datasets.DatasetDict):
-        if split not in rows:
-            raise UserError(f"{folder}: no split {split!r}; set data.split to one of {list(rows)}")
-        rows, folder = rows[split], folder / split
     files = tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
     return Table(str(folder), rows, column, files=files)
+
+
+def _load_saved(folder: Path) -> Any:
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state["_data_files"]:
+        return datasets.load_from_disk(str(folder))
+    # one without rows has no file, which `datasets` doesn't expect
+    info = datasets.DatasetInfo.from_directory(str(folder))
+    return datasets.Dataset.from_dict({name: [] for name in info.features})
 
 
 def is_hub_name(name: str) -> bool:
@@ -106,7 +136,7 @@ def hub_table(name: str, split: str, column: str, cache: Path, *, streaming: boo
             streaming=streaming,
             cache_dir=str(cache / "datasets"),
         )
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except _READING_ERRORS as error:
         raise UserError(
             f"data: {name!r} is no file or folder here, and as a hub data set it cannot be "
             f"loaded: {_reason(error)}"

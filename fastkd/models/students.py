@@ -11,18 +11,25 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastkd.capture import find_blocks, set_attention
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap
-from fastkd.models.loading import AUTO, drop_pooler, not_loadable, read_model, resolve_model
+from fastkd.models.loading import AUTO, read_config, read_model
+from fastkd.models.locating import resolve_model
 from fastkd.models.per_layer import check_same_blocks, cut_layers
+from fastkd.models.poolers import POOLER_MARK, drop_pooler, lend_pooler
 from fastkd.recipe import Student, Teacher
 
 # one idea, four names
 _FEED_FORWARD = ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim")
 _DROPOUT = re.compile(r"dropout|_pdrop$|drop_path")
+# what a model computes with its weights, by the names of transformers
+_BEHAVIOUR = re.compile(
+    r"act(ivation)?(_function)?$|eps(ilon)?$|rope|rotary|sliding|window|layer_types|local_|global_|"
+    r"_bias$|scal|softcap|norm|^is_decoder$|^position_embedding_type$|^head_dim$"
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ def student_config(
         UserError: numbers that don't divide, or a setting that this architecture doesn't have.
     """
     config = copy.deepcopy(teacher)
+    vars(config).pop(POOLER_MARK, None)
     for needed in ("hidden_size", "num_attention_heads"):
         if not isinstance(getattr(teacher, needed, None), int):
             raise UserError(
@@ -112,6 +120,7 @@ def build_student(
         copied = _copy_from_teacher(model, teacher, layers) if student.init == "teacher" else 0
     else:
         model, copied = _continued(student.starts_from, config, student, teacher)
+    lend_pooler(model, teacher)
     set_attention(model, student.attention)
     if student.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -124,16 +133,17 @@ def _continued(
 ) -> tuple[PreTrainedModel, int]:
     """A student that starts from another model's weights, and how many numbers were not drawn."""
     name, given = resolve_model(source), f"student.init {source.model}"
-    try:
-        own = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(not_loadable(given, error)) from error
+    own = read_config(name, given)
     _check_same_shape(own, config, given)
     # its blocks are what they are, whatever teacher layers they learn from
     for setting in cut_layers(config, range(1, student.layers + 1)):
         if hasattr(own, setting):
             setattr(config, setting, getattr(own, setting))
+    _check_same_behaviour(own, config, given)
     model, drawn = read_model(name, given, torch.float32, None, student.head, config)
+    if hasattr(own, POOLER_MARK):
+        # written for others to load, but trained by nobody
+        drawn += [name for name, _ in model.named_parameters() if "pooler." in name]
     fresh, found = 0, dict(teacher.named_parameters())
     with torch.no_grad():
         for weight, parameter in model.named_parameters():
@@ -173,6 +183,17 @@ def _check_same_shape(own: PreTrainedConfig, wanted: PreTrainedConfig, given: st
             f"{given} embeds {own.vocab_size} tokens, but the teacher {wanted.vocab_size}; start "
             "from a student of the same vocabulary"
         )
+
+
+def _check_same_behaviour(own: PreTrainedConfig, wanted: PreTrainedConfig, given: str) -> None:
+    """See that the weights would be used as they were trained: under the teacher's settings."""
+    there, here = own.to_dict(), wanted.to_dict()
+    for name in sorted(there.keys() & here.keys()):
+        if _BEHAVIOUR.search(name) and not _DROPOUT.search(name) and there[name] != here[name]:
+            raise UserError(
+                f"{given} has {name} {there[name]!r}, but the student is to have {here[name]!r}, "
+                "as the teacher has; start from a model that agrees in that"
+            )
 
 
 def _set_head_size(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:

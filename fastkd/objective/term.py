@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastkd.capture import Capture
 from fastkd.layer_map import LayerMap, Link, Moment
 from fastkd.objective.divisors import Divisor
+from fastkd.objective.relation_heads import AttentionShape
 from fastkd.recipe.models import Head
 
 Side = Literal["student", "teacher"]
@@ -32,6 +33,8 @@ class ModelPair:
     """What stands on the blocks of both."""
     outputs: int = 2
     """Numbers that a classification head gives; 1 is a regression."""
+    shapes: tuple[AttentionShape, AttentionShape] | None = None
+    """What attention reads, by heads and their sizes; as wide as hidden states where not given."""
 
 
 @dataclass(frozen=True)

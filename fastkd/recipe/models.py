@@ -44,7 +44,8 @@ class Student(Section):
     """Width of the feed-forward layer; the teacher's where not given."""
     init: Name = "teacher"
     """`teacher` copies the mapped teacher layers where shapes agree, `random` draws everything;
-    or the folder, hub name or `package:NAME/FOLDER` of a student to start from."""
+    or the folder, hub name or `package:NAME/FOLDER` of a student to start from, which was trained
+    with the teacher's tokenizer."""
     dropout: float | None = Field(default=0.0, ge=0, lt=1)
     """Every dropout rate of the student; `null` keeps the teacher's rates."""
     head: Head = "none"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -20,6 +21,7 @@ from fastkd.recipe.layers import MAP_SECTIONS
 from fastkd.recipe.presets import expand
 from fastkd.recipe.stages import stage_trees
 from fastkd.recipe.whole import Recipe
+from fastkd.recipe.yaml_text import YamlError, read_yaml
 
 AnyRecipe = Recipe | FinetuneRecipe
 
@@ -53,8 +55,12 @@ def load_any_recipe(path: str | Path) -> AnyRecipe:
 
 def _overridden(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     tree = read_tree(path)
+    given: dict[str, str] = {}
     for override in overrides:
-        _apply(tree, override)
+        key, text = _parted(override)
+        _check_new(given, key, text)
+        given[key] = text
+        _apply(tree, key, text)
     return tree
 
 
@@ -62,15 +68,15 @@ def read_tree(path: str | Path, what: str = "recipe") -> dict[str, Any]:
     """Read a YAML file of sections; `what` is what the user thinks it is.
 
     Raises:
-        UserError: the file is missing, not YAML, or not a mapping.
+        UserError: the file is missing, not YAML, says a thing twice, or is not a mapping.
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable {what} ({error}); give a YAML file") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    except YamlError as error:
+        raise UserError(f"{path}: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
     return tree
@@ -125,14 +131,29 @@ def dump_recipe(recipe: AnyRecipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _parted(override: str) -> tuple[str, str]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r}: expected dotted.key=value, as in train.steps=1000")
+    return key, text
+
+
+def _check_new(given: Mapping[str, str], key: str, text: str) -> None:
+    """Refuse an override that takes back what an earlier one said."""
+    for before, said in given.items():
+        if (before == key and said != text) or before.startswith(key + "."):
+            raise UserError(
+                f"override {key}={text} would undo {before}={said}, which is given too; give one "
+                "of them"
+            )
+
+
+def _apply(tree: dict[str, Any], key: str, text: str) -> None:
+    override = f"{key}={text}"
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value") from error
+        value = read_yaml(text)
+    except YamlError as error:
+        raise UserError(f"override {override!r}: {error}") from error
     replace_value(tree, key, value)
 
 
@@ -174,6 +195,8 @@ def complain(error: ValidationError, root: type[BaseModel]) -> str:
         where = f"{field}: " if field else ""
         message = first["msg"].removeprefix("Value error, ")
         given = "" if first["type"] == "value_error" else f" (given {first['input']!r})"
+        if first["type"] == "string_type" and isinstance(first["input"], bool | int | float | date):
+            message += "; put quotes around a word that YAML reads otherwise, such as 'no' or '1'"
         text = f"{where}{message[:1].lower()}{message[1:]}{given}"
     return text + (f" (and {len(rest)} more)" if rest else "")
 

@@ -22,5 +22,8 @@ class Section(BaseModel):
         # pydantic would read true as 1
         field = cls.model_fields[info.field_name or ""]
         if isinstance(value, bool) and field.annotation is not bool:
-            raise ValueError(f"expected a value, not a switch (given {value})")
+            raise ValueError(
+                f"expected a value, not a switch (given {value}); put quotes around a word such as "
+                "no or on"
+            )
         return value

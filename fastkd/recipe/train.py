@@ -121,4 +121,4 @@ class Run(Section):
     output: Name
     """Folder of the run; it must not hold another run."""
     monitor: Literal["none", "tensorboard", "wandb"] = "none"
-    """Tracker that DeepSpeed's monitor writes to."""
+    """Tracker that DeepSpeed's monitor writes to; its package is an extra of fastkd's."""

@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.capture import AttentionTraits, Capture, capture, no_cache, try_model, vocabulary_size
+from fastkd.capture import AttentionTraits, Capture, capture, no_cache, try_model
 from fastkd.data import prepare_corpus
 from fastkd.errors import UserError
 from fastkd.layer_map import MapKind, make_layer_map
-from fastkd.models import load_student, load_teacher, load_tokenizer, locate_model
+from fastkd.models import (
+    check_same_vocabulary,
+    load_student,
+    load_teacher,
+    load_tokenizer,
+    locate_model,
+)
 from fastkd.objective import ModelPair
 from fastkd.objective.attention import DivergenceKind
 from fastkd.objective.divergences import attention_divergences
@@ -134,10 +140,10 @@ def inspect_models(
     Raises:
         UserError: a model or text that can't be read, or two models of different vocabularies.
     """
-    section = Teacher(model=teacher)
+    section, other = Teacher(model=teacher), Teacher(model=student)
     large = load_teacher(section)
-    small = load_student(Path(locate_model(Teacher(model=student))), Student(layers=1))
-    vocabularies = [vocabulary_size(m) for m in (small, large)]
+    small = load_student(Path(locate_model(other)), Student(layers=1))
+    vocabularies = [_vocabulary(small, student), _vocabulary(large, teacher)]
     if vocabularies[0] != vocabularies[1]:
         raise UserError(
             f"the student embeds {vocabularies[0]} tokens and the teacher {vocabularies[1]}; give "
@@ -145,6 +151,7 @@ def inspect_models(
         )
     traits = try_model(small, block_size), try_model(large, block_size)
     tokenizer = load_tokenizer(section, vocabularies[1])
+    check_same_vocabulary(other, f"student {student}", tokenizer)
     # nothing is trained on, so nearly all of the text may be held out
     wanted = Data(
         train=tuple(data),
@@ -159,6 +166,27 @@ def inspect_models(
     small.to(device)
     batches = ({"input_ids": part.to(device)} for part in torch.split(rows, batch_size))
     return measure(small, large, batches, traits, kind=kind)
+
+
+def _vocabulary(model: Any, given: str) -> int:
+    """Tokens that a model embeds.
+
+    Raises:
+        UserError: it reads something else than text, or is made of several models.
+    """
+    numbers = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    missing = [name for name in numbers if not isinstance(getattr(model.config, name, None), int)]
+    try:
+        embedded = int(model.get_input_embeddings().num_embeddings)
+    except (AttributeError, NotImplementedError):
+        missing.append("token embeddings")
+        embedded = 0
+    if missing:
+        raise UserError(
+            f"{given}: {type(model).__name__} has no {missing[0]} of its own, so its layers can't "
+            "be compared; give a text model with a single stack, such as the text part of this one"
+        )
+    return embedded
 
 
 def _pair(student: Any, teacher: Any, traits: tuple[AttentionTraits, AttentionTraits]) -> ModelPair:

@@ -1,12 +1,13 @@
 """Write the student as others expect to find it: Hugging Face format, projections apart.
 
-Where the teacher is a sentence-transformers model, so is the student: pooling and normalisation
-have no weights and carry over. Everything is written beside its place and renamed at the end.
+Where the teacher is a sentence-transformers model, so is the student (`sentences.py`); where its
+architecture has a pooler, it has one (`poolers.py`). What can't be handed on is said before the
+first step, and stands in the student's README.md. Everything is written beside its place and
+renamed at the end.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -14,16 +15,31 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.engine import DistilledStudent, Ranks
-from fastkd.models import locate_model
+from fastkd.export.poolers import mark_pooler, pooler_note, pooler_to_add
+from fastkd.export.sentences import sentence_modules, write_modules
+from fastkd.models import locate_model, read_config
 from fastkd.objective import Objective
 from fastkd.recipe import Teacher
+from fastkd.recipe.models import Head
 from fastkd.run_folder import RunFolder, disk_errors
 
-_WEIGHTLESS = ("Transformer", "Pooling", "Normalize")
+
+def export_notes(
+    student: PreTrainedModel, theirs: PreTrainedConfig, source: Teacher, head: Head
+) -> list[str]:
+    """What a student will be handed on without, or with what is not its own, one line each.
+
+    Args:
+        student: as it is trained.
+        theirs: configuration of the model that it was made from.
+        source: that model.
+        head: what stands on the student.
+    """
+    found = sentence_modules(source, theirs, student.config, head)
+    return [*found.notes(source), *pooler_note(student)]
 
 
 def export_student(
@@ -55,15 +71,33 @@ def export_student(
             # whoever trains on from here expects the usual rates
             for name, rate in rates.items():
                 setattr(module.student.config, name, rate)
-            module.student.save_pretrained(folder)
+            _write_model(module.student, folder)
             tokenizer.save_pretrained(folder)
-            if module.objective.pair.head != "sequence_classification":
-                _write_sentence_modules(folder, source, module.student.config.hidden_size)
+            _write_around(module.student, source, module.objective.pair.head, folder)
             shutil.rmtree(run.student, ignore_errors=True)
             folder.rename(run.student)
             weights = {k: v.contiguous() for k, v in module.objective.kept().items()}
             save_file(weights, run.projections)
     ranks.barrier()
+
+
+def _write_model(student: PreTrainedModel, folder: Path) -> None:
+    origin, pooler = pooler_to_add(student)
+    mark_pooler(student, origin)
+    state = {**student.state_dict(), **pooler} if pooler else None
+    student.save_pretrained(folder, state_dict=state)
+
+
+def _write_around(student: PreTrainedModel, source: Teacher, head: Head, folder: Path) -> None:
+    """What other libraries read, and what people should."""
+    theirs = read_config(locate_model(source), f"model {source.model}", source.revision)
+    modules = sentence_modules(source, theirs, student.config, head)
+    write_modules(modules, source, folder, student.config.hidden_size)
+    notes = export_notes(student, theirs, source, head)
+    if notes:
+        lines = "".join(f"- {note}\n" for note in notes)
+        text = f"# Student\n\nMade by fastkd. What is not as in its teacher:\n\n{lines}"
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def load_projections(objective: Objective, run: RunFolder) -> None:
@@ -84,41 +118,3 @@ def _whole_weights(engine: Any, module: DistilledStudent) -> AbstractContextMana
         list(module.parameters())
     )
     return gathered
-
-
-def _write_sentence_modules(folder: Path, teacher: Teacher, width: int) -> None:
-    """Copy the pooling and normalisation of a sentence-transformers teacher, at `width`."""
-    listing = _teacher_file(teacher, "modules.json")
-    if listing is None:
-        return
-    modules = json.loads(listing.read_text(encoding="utf-8"))
-    if any(module["type"].rsplit(".", 1)[-1] not in _WEIGHTLESS for module in modules):
-        return
-    for module in modules:
-        if not module["path"]:
-            continue
-        (folder / module["path"]).mkdir()
-        source = _teacher_file(teacher, f"{module['path']}/config.json")
-        if source is not None:
-            config = json.loads(source.read_text(encoding="utf-8"))
-            for key in ("word_embedding_dimension", "embedding_dimension"):
-                if key in config:
-                    config[key] = width
-            target = folder / module["path"] / "config.json"
-            target.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
-        source = _teacher_file(teacher, name)
-        if source is not None:
-            shutil.copyfile(source, folder / name)
-    shutil.copyfile(listing, folder / "modules.json")
-
-
-def _teacher_file(teacher: Teacher, name: str) -> Path | None:
-    found = cached_file(
-        locate_model(teacher),
-        name,
-        revision=teacher.revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if found is None else Path(found)

@@ -76,15 +76,16 @@ def is_saved(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def saved_folder(folder: Path, split: str, column: str) -> Table:
-    """Rows of a folder that `datasets.save_to_disk` wrote, memory-mapped."""
+def saved_folder(folder: Path, split: str, column: str, field: str = "data.split") -> Table:
+    """Rows of a folder that `datasets.save_to_disk` wrote, memory-mapped; `field` of the recipe
+    names the split."""
     try:
         rows = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: not a complete saved data set: {_reason(error)}") from error
     if isinstance(rows, datasets.DatasetDict):
         if split not in rows:
-            raise UserError(f"{folder}: no split {split!r}; set data.split to one of {list(rows)}")
+            raise UserError(f"{folder}: no split {split!r}; set {field} to one of {list(rows)}")
         rows, folder = rows[split], folder / split
     files = tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
     return Table(str(folder), rows, column, files=files)
@@ -95,8 +96,11 @@ def is_hub_name(name: str) -> bool:
     return _HUB_NAME.fullmatch(name) is not None
 
 
-def hub_table(name: str, split: str, column: str, cache: Path, *, streaming: bool) -> Table:
-    """Rows of a data set of the hub; code that it may carry is never run."""
+def hub_table(
+    name: str, split: str, column: str, cache: Path, *, streaming: bool, field: str = "data"
+) -> Table:
+    """Rows of a data set of the hub, which `field` of the recipe names; code that it may carry is
+    never run."""
     path, _, subset = name.partition(":")
     try:
         rows = datasets.load_dataset(
@@ -108,7 +112,7 @@ def hub_table(name: str, split: str, column: str, cache: Path, *, streaming: boo
         )
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(
-            f"data: {name!r} is no file or folder here, and as a hub data set it cannot be "
+            f"{field}: {name!r} is no file or folder here, and as a hub data set it cannot be "
             f"loaded: {_reason(error)}"
         ) from error
     # the fingerprint of a loaded data set stands for its revision; a stream has only its name

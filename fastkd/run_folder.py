@@ -310,8 +310,10 @@ def _replaced(section: dict[str, Any], key: str, folder: Path) -> dict[str, Any]
 def _absolute(name: str, folder: Path) -> str:
     if name == "python-docs" or name.startswith("~"):
         return name
-    if os.path.lexists(folder / name):
-        return str(folder / name)
+    path = folder / name
+    if os.path.lexists(path):
+        # one file, one name; a link may point elsewhere tomorrow, so it keeps its own
+        return str(path.resolve() if ".." in path.parts else path)
     pattern = f"{glob.escape(str(folder))}/{name}"
     return pattern if glob.has_magic(name) and glob.glob(pattern, recursive=True) else name
 

@@ -116,7 +116,7 @@ def _distillation(
     recipe = _resolved(recipe, material)
     objective.steps = recipe.train.steps
     handed_on = dropout_rates(teacher.config)
-    if isinstance(material, TaskMaterial):
+    if recipe.student.head == "sequence_classification":
         handed_on |= pad_alike(material, tokenizer, student, teacher)
     module = DistilledStudent(student, objective)
     runner = TeacherRunner(teacher, recipe, objective, ranks)
@@ -171,17 +171,22 @@ def _finetuning(
 
 
 def pad_alike(
-    material: TaskMaterial, tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel
+    material: Material, tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel
 ) -> dict[str, Any]:
-    """Tell models which token pads: a decoder's head reads the last token before it.
+    """Tell classifiers which token pads: a decoder's head reads the last token before it.
 
     Returns:
         What the configuration of the first of them is handed on with, see `hand_on_padding`.
     """
-    pad, config = material.train.pad_id, models[0].config
+    config = models[0].config
     kept = getattr(config, "pad_token_id", None)
-    if is_causal(models[0]):
-        kept = hand_on_padding(config, tokenizer, pad, material.sets)
+    if isinstance(material, TaskMaterial):
+        pad = material.train.pad_id
+        if is_causal(models[0]):
+            kept = hand_on_padding(config, tokenizer, pad, material.sets)
+    else:
+        # blocks of text have no padding, and a decoder that knows of none reads no batch
+        pad = -1 if kept is None else kept
     for model in models:
         model.config.pad_token_id = pad
     return {"pad_token_id": kept}

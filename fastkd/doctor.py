@@ -19,7 +19,7 @@ from fastkd.assemble import Assembly, assemble
 from fastkd.console import Reporter
 from fastkd.engine import NoTeacher, Ranks
 from fastkd.evaluate import peak_memory
-from fastkd.recipe import AnyRecipe, Recipe
+from fastkd.recipe import AnyRecipe, Recipe, stage_recipes
 from fastkd.run_folder import environment
 from fastkd.train import open_feed, train_step
 
@@ -54,9 +54,20 @@ def describe_machine(reporter: Reporter) -> None:
 def estimate_run(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
     """Assemble a recipe, run a few steps of it, and print what the whole will need.
 
+    Stages are estimated one by one, each on a student as the first one starts from.
+
     Raises:
         UserError: whatever would stop the run itself.
     """
+    if not isinstance(recipe, Recipe) or not recipe.stages:
+        _estimate(recipe, ranks, reporter)
+        return
+    for number, stage in enumerate(stage_recipes(recipe), start=1):
+        reporter.say(f"stage {number} of {len(recipe.stages)}")
+        _estimate(stage.model_copy(update={"student": recipe.student}), ranks, reporter)
+
+
+def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
     assembly = assemble(recipe, ranks, progress=not reporter.console.quiet)
     feed = open_feed(assembly)
     train_step(assembly, feed)

@@ -30,8 +30,8 @@ from fastkd.run_folder import RunFolder
 # a step's forward: (inputs) or (inputs, teacher's capture, shares)
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
-# sections whose values an evaluation may replace
-_REPLACEABLE = ("data", "task", "teacher", "train", "model")
+# what an evaluation may replace
+_REPLACEABLE = ("data", "task", "teacher", "train", "student.attention", "model.attention")
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Eval
     objective.steps = steps
     load_projections(objective, run)
     material = make_material(recipe, tokenizer, teacher.config, ranks, progress=False)
-    if isinstance(material, TaskMaterial):
+    if recipe.student.head == "sequence_classification":
         pad_alike(material, tokenizer, teacher, student)
     module = DistilledStudent(student, objective).to(ranks.device).eval()
     runner = TeacherRunner(teacher, recipe, objective, ranks)
@@ -182,7 +182,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
         UserError: one that would describe another student than the run's.
     """
     for override in overrides:
-        if override.partition("=")[0].split(".")[0] not in _REPLACEABLE:
+        key = override.partition("=")[0]
+        if not any(f"{key}.".startswith(f"{allowed}.") for allowed in _REPLACEABLE):
             raise UserError(
                 f"override {override!r}: the run is made, so an evaluation takes values of "
                 f"{', '.join(_REPLACEABLE)} alone"

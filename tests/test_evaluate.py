@@ -204,9 +204,22 @@ def test_text_runs_of_epochs_are_evaluated_on_other_text_too(tmp_path: Path) -> 
     assert found.losses.keys() == summary_of(run)["after"]["losses"].keys()
 
 
+def test_doctor_estimates_every_stage(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(there)
+    stages = "[{train: {steps: 7}}, {train: {epochs: 2}, losses: {logits: {}}}]"
+    student = there / "student.yaml"
+    said = run_whole("doctor", student, f"stages={stages}", "run.output=none", "losses={hidden: }")
+    first, second = said.split("stage 2 of 2")
+    assert "stage 1 of 2" in first and "│ 56 " in first
+    # 96 examples in batches of 8, twice
+    assert "│ 192 " in second
+    assert not (there / "none").exists()
+
+
 REFUSED = {
     "another student": (["student.layers=3"], "'student.layers=3': the run is made, so"),
-    "other losses": (["losses.hidden={}"], "takes values of data, task, teacher, train, model"),
+    "other losses": (["losses.hidden={}"], "takes values of data, task, teacher, train, stu"),
+    "another model": (["model.name=encoder"], "'model.name=encoder': the run is made, so"),
     "an unknown key": (["task.evalute=test"], "did you mean 'evaluate'?"),
     "no such split": (["task.evaluate=nothing"], "no nothing.tsv of tiny"),
     "a teacher of another shape": (["task.labels=[a, b, c]"], "tiny needs 3"),
@@ -228,6 +241,7 @@ def test_a_folder_without_a_finished_run_is_refused(there: Path, tmp_path: Path)
     with pytest.raises(UserError, match="holds no finished run"):
         evaluated(tmp_path)
     check_overrides(["task.evaluate=test", "train={batch_size: 3}", "data=null"])
+    check_overrides(["model.attention=eager", "student.attention=eager", "teacher.dtype=float16"])
 
 
 def test_a_classifier_whose_outputs_are_broken_is_named(

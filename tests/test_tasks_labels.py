@@ -10,15 +10,25 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from tiny_models import NAMES, save_teacher, tiny_batch, tiny_config
+from tiny_models import NAMES, save_teacher, tiny_batch, tiny_config, tiny_tokenizer
 from tiny_tasks import PAIRS
-from tiny_training import fastkd, run_whole, save_classifier, summary_of, write_recipe, write_task
+from tiny_training import (
+    fastkd,
+    run_whole,
+    save_classifier,
+    summary_of,
+    task_section,
+    write_recipe,
+    write_task,
+)
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fastkd.classifiers import fit_classifier, load_tuned, name_outputs
+from fastkd.engine import Ranks
 from fastkd.errors import UserError
+from fastkd.material import make_material
 from fastkd.metrics import constant_score
-from fastkd.recipe import TunedModel
+from fastkd.recipe import TunedModel, parse_finetune_recipe
 from fastkd.tasks import GLUE, Task, is_generic, order_of, read_examples
 
 MNLI, SST2, QNLI = GLUE["MNLI"], GLUE["SST-2"], GLUE["QNLI"]
@@ -197,6 +207,28 @@ def test_classes_of_a_table(
             read_examples(task, folder, "train", tmp_path)
     else:
         assert read_examples(task, folder, "train", tmp_path).labels.tolist() == expected
+
+
+def test_examples_that_tell_nothing_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    header, *rows = (write_task(tmp_path / "task") / "dev.tsv").read_text().splitlines()
+    for name, kept in (("yes", [r for r in rows if r.endswith("yes")]), ("one", rows[:1])):
+        (tmp_path / "task" / f"{name}.tsv").write_text("\n".join([header, *kept]) + "\n")
+    (tmp_path / "task" / "copy.tsv").write_text((tmp_path / "task" / "yes.tsv").read_text())
+    section = {**task_section(tmp_path), "train": "yes", "evaluate": ["dev", "one", "copy", "yes"]}
+    recipe = parse_finetune_recipe({"model": "x", "task": section, "run": {"output": "x"}})
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    make_material(recipe, tiny_tokenizer(), tiny_config("bert"), ranks, progress=False)
+    said = [record.getMessage() for record in caplog.records]
+    little = "one label for all {} examples, so its scores say little"
+    assert sorted(said) == sorted(
+        [
+            "tiny yes has no example of no",
+            "tiny copy holds the same examples as tiny yes",
+            *(f"tiny {n}: {little.format(k)}" for n, k in (("one", 1), ("copy", 20), ("yes", 20))),
+        ]
+    )
 
 
 def test_meanings_must_fit_the_labels() -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from tiny_models import ARCHITECTURES, VOCABULARY, Architecture, tiny_config, tiny_tokenizer
+from tiny_runs import make_recipe
 from tiny_training import run_whole, summary_of, task_section, write_recipe, write_task
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
@@ -226,6 +228,24 @@ def test_no_id_is_left_to_pad_with(folder: Path) -> None:
     object.__setattr__(data.train, "tokens", everything)
     with pytest.raises(UserError, match="names no pad_token_id, and examples hold each of its 64"):
         padding_id(model.config, tokenizer, data.sets)
+
+
+def test_text_without_padding_is_read_by_decoders_that_know_of_none(tmp_path: Path) -> None:
+    losses = {"hidden": {}, "logits": {}}
+    recipe = make_recipe(tmp_path, "gpt2")
+    tree = yaml.safe_load(recipe.read_text())
+    tree["losses"], tree["student"]["head"] = losses, "sequence_classification"
+    tree["train"]["steps"] = 2
+    del tree["train"]["warmup_steps"]
+    recipe.write_text(yaml.safe_dump(tree))
+    torch.manual_seed(0)
+    config = tiny_config("gpt2", pad_token_id=None)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "teacher")
+    run_whole("distill", recipe)
+    stored = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "student")
+    assert stored.config.pad_token_id is None
+    found = run_whole("evaluate", tmp_path / "run")
+    assert f"{summary_of(tmp_path / 'run')['after']['total']:.4g}" in found
 
 
 def test_a_student_that_is_handed_on_answers_in_batches_as_it_was_scored(tmp_path: Path) -> None:

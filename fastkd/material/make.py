@@ -21,6 +21,7 @@ from fastkd.tasks import (
     Augmentation,
     Columns,
     EncodedExamples,
+    Examples,
     Task,
     augment,
     encode_examples,
@@ -146,9 +147,11 @@ def _task_material(
         evaluations = {}
         for split in section.evaluate or task.evaluations:
             scored = read_examples(task, section.source, split, section.cache)
-            if first and split != section.train and scored.digest == read.digest:
-                logger.warning("%s holds the same examples as %s", scored.name, read.name)
+            if first:
+                _warn_of_scores(scored, read)
             evaluations[split] = encode(scored, first)
+        if first:
+            _warn_of_classes(read, task)
         encoded = encode(train, first)
         if section.augmentation is not None and len(encoded) == len(read):
             raise UserError(_nothing_augmented(section.augmentation, len(read)))
@@ -158,6 +161,22 @@ def _task_material(
     pad = padding_id(config, tokenizer, made.sets)
     padded = {name: replace(found, pad_id=pad) for name, found in made.evaluations.items()}
     return replace(made, train=replace(made.train, pad_id=pad), evaluations=padded)
+
+
+def _warn_of_scores(scored: Examples, train: Examples) -> None:
+    if scored.name != train.name and scored.digest == train.digest:
+        logger.warning("%s holds the same examples as %s", scored.name, train.name)
+    if (scored.labels == scored.labels[0]).all():
+        logger.warning(
+            "%s: one label for all %d examples, so its scores say little", scored.name, len(scored)
+        )
+
+
+def _warn_of_classes(train: Examples, task: Task) -> None:
+    held = set(train.labels.tolist())
+    absent = [label for number, label in enumerate(task.labels) if number not in held]
+    if absent:
+        logger.warning("%s has no example of %s", train.name, ", ".join(absent))
 
 
 def _nothing_augmented(section: TaskAugmentation, examples: int) -> str:

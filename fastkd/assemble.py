@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.capture import AttentionTraits, try_model, vocabulary_size
-from fastkd.classifiers import check_classifier, load_tuned, name_outputs, pad_alike
+from fastkd.classifiers import check_start, fit_classifier, load_tuned, name_outputs
 from fastkd.deepspeed_config import BatchPlan, check_monitor, plan_batches, student_config
 from fastkd.engine import DistilledStudent, NoTeacher, Ranks, TeacherRunner, make_engine
 from fastkd.errors import UserError
@@ -36,6 +36,7 @@ from fastkd.recipe import (
     Teacher,
     resolve_steps,
 )
+from fastkd.tasks import hand_on_padding
 
 R = TypeVar("R", Recipe, FinetuneRecipe)
 
@@ -57,8 +58,8 @@ class Assembly:
     engine: Any
     source: Teacher
     """The model that the student was made from."""
-    rates: dict[str, float] = field(default_factory=dict)
-    """Dropout rates that the student is handed on with."""
+    handed_on: dict[str, Any] = field(default_factory=dict)
+    """Values of its configuration that the student is handed on with: dropout rates, padding."""
 
     @property
     def objective(self) -> Objective:
@@ -100,7 +101,8 @@ def _distillation(
     task = None if recipe.task is None else task_of(recipe.task)
     teacher = load_teacher(recipe.teacher, recipe.student.head)
     if task is not None:
-        check_classifier(teacher, task, f"teacher.model {recipe.teacher.model}")
+        fit_classifier(teacher, task, f"teacher.model {recipe.teacher.model}")
+        check_start(recipe.student, task)
     teacher_traits = try_for(teacher, recipe)
     tokenizer = load_tokenizer(recipe.teacher, vocabulary_size(teacher))
     start = recipe.student.starts_from
@@ -117,9 +119,9 @@ def _distillation(
     material = make_material(recipe, tokenizer, teacher.config, ranks, progress=progress)
     recipe = _resolved(recipe, material)
     objective.steps = recipe.train.steps
-    if isinstance(material, TaskMaterial):
-        for model in (teacher, student):
-            pad_alike(model, material.train.pad_id)
+    handed_on = dropout_rates(teacher.config)
+    if recipe.student.head == "sequence_classification":
+        handed_on |= pad_alike(material, tokenizer, student, teacher)
     module = DistilledStudent(student, objective)
     runner = TeacherRunner(teacher, recipe, objective, ranks)
     engine = _engine(module, recipe, config, ranks)
@@ -135,7 +137,7 @@ def _distillation(
         runner,
         engine,
         recipe.teacher,
-        dropout_rates(teacher.config),
+        handed_on,
     )
 
 
@@ -151,14 +153,8 @@ def _finetuning(
     material = make_material(recipe, tokenizer, model.config, ranks, progress=progress)
     assert isinstance(material, TaskMaterial), "a fine-tuning recipe has a task"
     recipe = _resolved(recipe, material)
-    pad_alike(model, material.train.pad_id)
-    depth, width = model.config.num_hidden_layers, model.config.hidden_size
-    layers = make_layer_map("uniform", depth, depth)
-    pair = ModelPair(
-        widths=(width, width), head="sequence_classification", outputs=model.config.num_labels
-    )
-    losses = Losses(labels=LabelsLoss())
-    objective = Objective(losses, layers, pair, steps=recipe.train.steps)
+    handed_on = tuned.rates | pad_alike(material, tokenizer, model)
+    objective, layers = hard_objective(model, recipe.train.steps)
     module = DistilledStudent(model, objective)
     total = sum(p.numel() for p in model.parameters())
     engine = _engine(module, recipe, config, ranks)
@@ -174,8 +170,29 @@ def _finetuning(
         NoTeacher(),
         engine,
         source,
-        tuned.rates,
+        handed_on,
     )
+
+
+def pad_alike(
+    material: Material, tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel
+) -> dict[str, Any]:
+    """Tell classifiers which token pads: a decoder's head reads the last token before it.
+
+    Returns:
+        What the configuration of the first of them is handed on with, see `hand_on_padding`.
+    """
+    config = models[0].config
+    kept = getattr(config, "pad_token_id", None)
+    if isinstance(material, TaskMaterial):
+        pad = material.train.pad_id
+        kept = hand_on_padding(config, tokenizer, pad, material.sets)
+    else:
+        # blocks of text have no padding, and a decoder that knows of none reads no batch
+        pad = -1 if kept is None else kept
+    for model in models:
+        model.config.pad_token_id = pad
+    return {"pad_token_id": kept}
 
 
 def _resolved(recipe: R, material: Material) -> R:
@@ -207,6 +224,16 @@ def try_for(model: PreTrainedModel, recipe: Recipe) -> AttentionTraits:
         return try_model(model, recipe.task.max_length, "task.max_length", **needs)
     assert recipe.data is not None, "a recipe has data or a task"
     return try_model(model, recipe.data.block_size, "data.block_size", **needs)
+
+
+def hard_objective(model: PreTrainedModel, steps: int) -> tuple[Objective, LayerMap]:
+    """The objective of a fine-tuning run, hard labels alone, and a map that it doesn't use."""
+    depth, width = model.config.num_hidden_layers, model.config.hidden_size
+    layers = make_layer_map("uniform", depth, depth)
+    pair = ModelPair(
+        widths=(width, width), head="sequence_classification", outputs=model.config.num_labels
+    )
+    return Objective(Losses(labels=LabelsLoss()), layers, pair, steps=steps), layers
 
 
 def make_objective(

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from fastkd.errors import Interrupted, UserError
-from fastkd.recipe import AnyRecipe, load_finetune_recipe, load_recipe
+from fastkd.recipe import AnyRecipe, load_any_recipe, load_finetune_recipe, load_recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -100,7 +100,7 @@ def evaluate(
         Path | None, typer.Option("--output", help="Also write the numbers to this JSON file.")
     ] = None,
 ) -> None:
-    """Evaluate the student of a finished run on held-out text."""
+    """Evaluate what a finished run made, on its held-out text or task, or on another."""
     if output is not None and output.exists():
         raise UserError(f"--output {output} exists already; give another file")
     _quieten()
@@ -170,7 +170,7 @@ def doctor(
     overrides: Overrides = None,
 ) -> None:
     """Say what this machine has and, given a recipe, what its run will need."""
-    chosen = None if recipe is None else load_recipe(recipe, overrides or [])
+    chosen = None if recipe is None else load_any_recipe(recipe, overrides or [])
     _quieten()
     from fastkd.console import Reporter
     from fastkd.doctor import describe_machine, estimate_run

@@ -17,9 +17,9 @@ import torch
 
 from fastkd.assemble import Assembly, assemble
 from fastkd.console import Reporter
-from fastkd.engine import Ranks
+from fastkd.engine import NoTeacher, Ranks
 from fastkd.evaluate import peak_memory
-from fastkd.recipe import Recipe
+from fastkd.recipe import AnyRecipe, Recipe, stage_recipes
 from fastkd.run_folder import environment
 from fastkd.train import open_feed, train_step
 
@@ -51,12 +51,23 @@ def describe_machine(reporter: Reporter) -> None:
     reporter.table("this machine", ("", "found"), rows)
 
 
-def estimate_run(recipe: Recipe, ranks: Ranks, reporter: Reporter) -> None:
+def estimate_run(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
     """Assemble a recipe, run a few steps of it, and print what the whole will need.
+
+    Stages are estimated one by one, each on a student as the first one starts from.
 
     Raises:
         UserError: whatever would stop the run itself.
     """
+    if not isinstance(recipe, Recipe) or not recipe.stages:
+        _estimate(recipe, ranks, reporter)
+        return
+    for number, stage in enumerate(stage_recipes(recipe), start=1):
+        reporter.say(f"stage {number} of {len(recipe.stages)}")
+        _estimate(stage.model_copy(update={"student": recipe.student}), ranks, reporter)
+
+
+def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
     assembly = assemble(recipe, ranks, progress=not reporter.console.quiet)
     feed = open_feed(assembly)
     train_step(assembly, feed)
@@ -73,9 +84,7 @@ def estimate_run(recipe: Recipe, ranks: Ranks, reporter: Reporter) -> None:
         "this recipe",
         ("", "needed"),
         [
-            ("teacher parameters", f"{assembly.teacher_parameters:,}"),
-            ("student parameters", f"{assembly.initialisation.total:,}"),
-            ("projection parameters", f"{trained - assembly.initialisation.total:,}"),
+            *_parameters(assembly, trained),
             (f"{counted} to train on", f"{train.steps * step:,}"),
             (f"{counted} in the corpus", _passes(assembly)),
             ("a step", f"{seconds:.3g} s, {step / seconds:,.0f} {counted}/s"),
@@ -91,23 +100,27 @@ def estimate_run(recipe: Recipe, ranks: Ranks, reporter: Reporter) -> None:
     reporter.table(f"memory of each {kind}", ("", "size"), rows)
 
 
-def memory_parts(recipe: Recipe, teacher: int, trained: int, world_size: int) -> dict[str, int]:
+def memory_parts(recipe: AnyRecipe, teacher: int, trained: int, world_size: int) -> dict[str, int]:
     """Bytes that one rank holds for weights, gradients and optimiser, by ZeRO stage.
 
     Args:
         recipe: precision, stage and placement.
-        teacher: parameters of the teacher.
+        teacher: parameters of the teacher; a fine-tuning run has none.
         trained: parameters of the student and the projections.
         world_size: ranks that shards are spread over.
     """
     bf16, stage = recipe.train.precision == "bf16", recipe.train.zero_stage
     shard = [1, world_size]
-    teacher_bytes = teacher * (4 if recipe.teacher.dtype == "float32" else 2)
+    parts = {}
+    if isinstance(recipe, Recipe):
+        size = teacher * (4 if recipe.teacher.dtype == "float32" else 2)
+        parts["teacher weights"] = size // shard[recipe.teacher.placement != "replicate"]
     # bf16 keeps fp32 master weights beside Adam's two moments
     optimiser = trained * (12 if bf16 else 8)
+    trained_weights = "student weights" if parts else "model weights"
     return {
-        "teacher weights": teacher_bytes // shard[recipe.teacher.placement != "replicate"],
-        "student weights": trained * (2 if bf16 else 4) // shard[stage >= 3],
+        **parts,
+        trained_weights: trained * (2 if bf16 else 4) // shard[stage >= 3],
         "gradients": trained * 4 // shard[stage >= 2],
         "optimiser": optimiser // shard[stage >= 1],
     }
@@ -115,6 +128,17 @@ def memory_parts(recipe: Recipe, teacher: int, trained: int, world_size: int) ->
 
 def _projection_numbers(assembly: Assembly) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in assembly.objective.parameters())
+
+
+def _parameters(assembly: Assembly, trained: int) -> list[tuple[str, str]]:
+    own = assembly.initialisation.total
+    if isinstance(assembly.teacher, NoTeacher):
+        return [("model parameters", f"{own:,}")]
+    return [
+        ("teacher parameters", f"{assembly.teacher_parameters:,}"),
+        ("student parameters", f"{own:,}"),
+        ("projection parameters", f"{trained - own:,}"),
+    ]
 
 
 def _passes(assembly: Assembly) -> str:

@@ -13,22 +13,26 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from fastkd.assemble import Assembly, make_objective, try_for
+from fastkd.assemble import Assembly, hard_objective, make_objective, pad_alike, try_for
 from fastkd.capture import vocabulary_size
+from fastkd.classifiers import fit_classifier, load_tuned
 from fastkd.deepspeed_config import plan_batches
 from fastkd.engine import DistilledStudent, NoTeacher, Ranks, TeacherRunner
 from fastkd.errors import UserError
 from fastkd.export import load_projections
 from fastkd.heads import overheard
 from fastkd.layer_map import Moment, make_layer_map
-from fastkd.material import Material, Part, make_material
+from fastkd.material import Material, Part, TaskMaterial, make_material, task_of
 from fastkd.models import load_student, load_teacher, load_tokenizer
 from fastkd.objective import Inputs, Objective
-from fastkd.recipe import load_recipe, stage_recipes
+from fastkd.recipe import FinetuneRecipe, Recipe, stage_recipes
 from fastkd.run_folder import RunFolder
 
 # a step's forward: (inputs) or (inputs, teacher's capture, shares)
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+# what an evaluation may replace
+_REPLACEABLE = ("data", "task", "teacher", "train", "student.attention", "model.attention")
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def evaluate(
         mine, theirs = stack.enter_context(overheard(model, material.reads)), None
         if isinstance(teacher, TeacherRunner) and (compares or judge_teacher):
             theirs = stack.enter_context(overheard(teacher.model, material.reads))
-            of_teacher = None if compares else material.judge(ranks)
+            of_teacher = None if compares else material.judge(ranks, "teacher")
         stack.enter_context(torch.no_grad())
         for part in parts:
             inputs = move(part.inputs, ranks)
@@ -124,25 +128,30 @@ def evaluate_assembly(assembly: Assembly, *, judge_teacher: bool = False) -> Eva
 
 
 def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Evaluation:
-    """Evaluate the student that a run exported, on its own held-out text or on another.
+    """Evaluate what a run exported, on its own held-out data or on another.
 
     Args:
-        run: a finished run.
-        overrides: dotted keys of `data`, `teacher` or `train` that replace the run's.
+        run: a finished run, of a distillation or a fine-tuning.
+        overrides: dotted keys of `data`, `task`, `teacher` or `train` that replace the run's.
         ranks: from `start_ranks`.
 
     Raises:
         UserError: the run is not finished, or an override does not fit.
     """
-    if not run.student.is_dir():
+    check_overrides(overrides)
+    summary = run.read_summary()
+    if summary is None or not run.student.is_dir():
         raise UserError(
-            f"{run.path} holds no finished run; give the folder of one, or finish it with "
-            "fastkd distill --resume"
+            f"{run.path} holds no finished run; give the folder of one, or finish it with --resume"
         )
-    recipe = load_recipe(run.recipe, overrides)
-    if recipe.stages:
+    recipe = run.read_recipe(overrides)
+    if isinstance(recipe, Recipe) and recipe.stages:
         recipe = stage_recipes(recipe)[-1]
+        summary = summary["stages"][-1]
         run = RunFolder(run.path / Path(recipe.run.output).name)
+    steps = recipe.train.steps or summary["steps"]
+    if isinstance(recipe, FinetuneRecipe):
+        return _evaluate_tuned(run, recipe, steps, ranks)
     if overrides and recipe.data is not None:
         # a stream reads no more of the text than it needs
         data = recipe.data.model_copy(update={"streaming": True})
@@ -150,17 +159,55 @@ def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Eval
     teacher = load_teacher(recipe.teacher, recipe.student.head)
     tokenizer = load_tokenizer(recipe.teacher, vocabulary_size(teacher))
     student = load_student(run.student, recipe.student)
+    if recipe.task is not None:
+        fit_classifier(teacher, task_of(recipe.task), f"teacher.model {recipe.teacher.model}")
+        fit_classifier(student, task_of(recipe.task), f"student {run.student}")
     depths = recipe.student.layers, teacher.config.num_hidden_layers
     layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
     traits = try_for(student, recipe), try_for(teacher, recipe)
     objective = make_objective(recipe, layers, student, teacher, traits)
+    objective.steps = steps
     load_projections(objective, run)
     material = make_material(recipe, tokenizer, teacher.config, ranks, progress=False)
+    if recipe.student.head == "sequence_classification":
+        pad_alike(material, tokenizer, teacher, student)
     module = DistilledStudent(student, objective).to(ranks.device).eval()
     runner = TeacherRunner(teacher, recipe, objective, ranks)
-    plan = plan_batches(recipe, ranks.world_size)
-    size = plan.micro_batch_size
+    size = plan_batches(recipe, ranks.world_size).micro_batch_size
     return evaluate(module, module.student, runner, objective, material, size, ranks)
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """See that overrides leave what a run made as it is.
+
+    Raises:
+        UserError: one that would describe another student than the run's.
+    """
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not any(f"{key}.".startswith(f"{allowed}.") for allowed in _REPLACEABLE):
+            raise UserError(
+                f"override {override!r}: the run is made, so an evaluation takes values of "
+                f"{', '.join(_REPLACEABLE)} alone"
+            )
+
+
+def _evaluate_tuned(run: RunFolder, recipe: FinetuneRecipe, steps: int, ranks: Ranks) -> Evaluation:
+    """Evaluate a fine-tuned model on its task."""
+    source = {"name": str(run.student), "revision": None, "sha256": None}
+    section = recipe.model.model_copy(update=source)
+    tuned = load_tuned(section, task_of(recipe.task))
+    if tuned.new_head:
+        raise UserError(f"{run.student} holds no head for task {recipe.task.name}; tune it again")
+    model = tuned.model
+    tokenizer = load_tokenizer(section.source, vocabulary_size(model))
+    material = make_material(recipe, tokenizer, model.config, ranks, progress=False)
+    assert isinstance(material, TaskMaterial), "a fine-tuning recipe has a task"
+    pad_alike(material, tokenizer, model)
+    objective, _ = hard_objective(model, steps)
+    module = DistilledStudent(model, objective).to(ranks.device).eval()
+    size = plan_batches(recipe, ranks.world_size).micro_batch_size
+    return evaluate(module, model, NoTeacher(), objective, material, size, ranks)
 
 
 def tokens_per_second(run: Callable[[Inputs], object], inputs: Inputs, ranks: Ranks) -> float:

@@ -7,7 +7,7 @@ a model that says one thing only has learnt nothing.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Literal
 
@@ -20,15 +20,23 @@ from fastkd.errors import UserError
 
 Metric = Literal["matthews", "accuracy", "f1", "pearson", "spearman"]
 Scores = dict[str, float]
+Judged = Literal["student", "teacher"]
+_REMEDY: dict[Judged, str] = {
+    "student": "continue from an earlier checkpoint with a smaller train.learning_rate",
+    "teacher": "give teacher.dtype float32, or a teacher whose weights are whole",
+}
 _Array = npt.NDArray[np.float64]
 
 
-def predictions_of(outputs: npt.ArrayLike, *, regression: bool) -> npt.NDArray[np.generic]:
+def predictions_of(
+    outputs: npt.ArrayLike, *, regression: bool, whose: Judged = "student"
+) -> npt.NDArray[np.generic]:
     """What a model's outputs predict.
 
     Args:
         outputs: [examples, classes] logits, or [examples, 1] scores of a regression.
         regression: whether the outputs are scores.
+        whose: outputs they are; what to do about them depends on it.
 
     Returns:
         [examples]: the class with the largest logit, int64, or the score, fp64.
@@ -40,8 +48,8 @@ def predictions_of(outputs: npt.ArrayLike, *, regression: bool) -> npt.NDArray[n
     broken = int((~np.isfinite(values)).any(axis=1).sum())
     if broken:
         raise UserError(
-            f"outputs for {broken} of {len(values)} examples are not finite, so nothing is "
-            "predicted; continue from an earlier checkpoint with a smaller train.learning_rate"
+            f"the {whose}'s outputs for {broken} of {len(values)} examples are not finite, so "
+            f"nothing is predicted; {_REMEDY[whose]}"
         )
     return values[:, 0] if regression else values.argmax(axis=1)
 
@@ -74,6 +82,25 @@ def task_score(results: Mapping[str, Mapping[str, float]]) -> float:
     MNLI's matched and mismatched sets count as one task.
     """
     return fmean(fmean(scores.values()) for scores in results.values())
+
+
+def constant_score(
+    metrics: Sequence[Metric], labels: Mapping[str, npt.ArrayLike], outputs: int
+) -> float:
+    """The best score of a task that one answer to everything gets: what knowing nothing is worth.
+
+    That is mostly the largest class; its Matthews correlation, and that of any score, is 0.
+
+    Args:
+        metrics: of the task.
+        labels: of each evaluation set, classes or scores.
+        outputs: numbers that a model gives an example: classes, or 1 of a regression.
+    """
+    sets = {name: np.asarray(right, dtype=np.float64) for name, right in labels.items()}
+    return max(
+        task_score({n: measure(metrics, np.full_like(r, answer), r) for n, r in sets.items()})
+        for answer in range(outputs)
+    )
 
 
 def _undefined(predictions: _Array, labels: _Array) -> bool:

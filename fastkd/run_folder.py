@@ -8,11 +8,12 @@ not make, and a reader never sees half of a file.
 from __future__ import annotations
 
 import errno
+import glob
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from fastkd.errors import UserError
-from fastkd.recipe import AnyRecipe, dump_recipe, load_any_recipe
+from fastkd.recipe import AnyRecipe, dump_recipe, load_any_recipe, parse_any_recipe
 
 _PACKAGES = ("fastkd", "torch", "triton", "transformers", "datasets", "deepspeed", "numpy")
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -41,12 +42,29 @@ _FREE = frozenset(
 )
 
 
+# fields that name files and folders, or something on the hub
+_PLACES = (
+    "model.name",
+    "teacher.model",
+    "student.init",
+    "data.train",
+    "data.heldout",
+    "data.cache",
+    "task.source",
+    "task.cache",
+    "task.augmentation.masked_model",
+    "task.augmentation.glove",
+    "task.augmentation.synonyms",
+)
+
+
 class RunFolder:
     """Paths and files of one run."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.recipe = self.path / "recipe.yaml"
+        self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.student = self.path / "student"
@@ -83,7 +101,8 @@ class RunFolder:
         """
         with disk_errors(self.path), self._folder_errors():
             self.path.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            found = {**environment(), "folder": str(Path.cwd())}
+            write_whole(self.environment, json.dumps(found, indent=2) + "\n")
             # last, because it is what makes the folder a run
             write_whole(self.recipe, dump_recipe(recipe))
 
@@ -128,9 +147,10 @@ class RunFolder:
         Raises:
             UserError: naming the first field that differs.
         """
+        there = self.started_in or Path.cwd()
         before, now = (
-            dict(_flat(load_any_recipe(self.recipe).model_dump(mode="json"))),
-            dict(_flat(recipe.model_dump(mode="json"))),
+            dict(_flat(_found_from(load_any_recipe(self.recipe).model_dump(mode="json"), there))),
+            dict(_flat(_found_from(recipe.model_dump(mode="json"), Path.cwd()))),
         )
         for key in sorted(before.keys() | now.keys()):
             if key not in _FREE and before.get(key) != now.get(key):
@@ -138,6 +158,31 @@ class RunFolder:
                     f"{self.path} was started with {key}={before.get(key)!r}, now {now.get(key)!r} "
                     "is given; continue with the same value, or give another run.output"
                 )
+
+    @property
+    def started_in(self) -> Path | None:
+        """The working folder that the run was started from, if it is known and still there."""
+        if not self.environment.is_file():
+            return None
+        # runs of fastkd 0.1 don't say
+        folder = json.loads(self.environment.read_text(encoding="utf-8")).get("folder")
+        return Path(folder) if folder and Path(folder).is_dir() else None
+
+    def read_recipe(self, overrides: Sequence[str] = ()) -> AnyRecipe:
+        """The recipe of the run; its relative paths are those of the folder it was started from.
+
+        Args:
+            overrides: as in `load_any_recipe`; their paths are those of this folder.
+
+        Raises:
+            UserError: as `load_any_recipe`.
+        """
+        recipe, started = load_any_recipe(self.recipe, overrides), self.started_in
+        if started is None:
+            return recipe
+        given = [override.partition("=")[0] for override in overrides]
+        tree = _found_from(recipe.model_dump(mode="json"), started, given)
+        return parse_any_recipe(tree, str(self.recipe))
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
@@ -234,6 +279,43 @@ def _disk_full(path: Path, reason: str) -> UserError:
         f"{path}: writing failed ({reason}); earlier checkpoints are whole: free some space and "
         "continue with --resume"
     )
+
+
+def _found_from(tree: Mapping[str, Any], folder: Path, given: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe whose relative paths are absolute where something is there, seen from a folder; any
+    other name is on the hub or nowhere. Keys in `given`, and what is below them, stay."""
+    found = dict(tree)
+    for place in _PLACES:
+        if not any(f"{place}.".startswith(f"{key}.") for key in given):
+            found = _replaced(found, place, folder)
+    if found.get("stages"):
+        found["stages"] = [_found_from(stage, folder) for stage in found["stages"]]
+    return found
+
+
+def _replaced(section: dict[str, Any], key: str, folder: Path) -> dict[str, Any]:
+    head, _, rest = key.partition(".")
+    value = section.get(head)
+    if rest and isinstance(value, dict):
+        return {**section, head: _replaced(value, rest, folder)}
+    if rest or not value:
+        return section
+    if isinstance(value, list):
+        return {**section, head: [_absolute(name, folder) for name in value]}
+    # words, which the recipe reads before it looks for a folder
+    word = head == "init" and value in ("teacher", "random")
+    return section if word else {**section, head: _absolute(value, folder)}
+
+
+def _absolute(name: str, folder: Path) -> str:
+    if name == "python-docs" or name.startswith("~"):
+        return name
+    path = folder / name
+    if os.path.lexists(path):
+        # one file, one name; a link may point elsewhere tomorrow, so it keeps its own
+        return str(path.resolve() if ".." in path.parts else path)
+    pattern = f"{glob.escape(str(folder))}/{name}"
+    return pattern if glob.has_magic(name) and glob.glob(pattern, recursive=True) else name
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -58,7 +58,9 @@ def distill(recipe: AnyRecipe, ranks: Ranks, *, resume: bool, reporter: Reporter
     with _signals() as stop, reporter.steps(step, assembly.recipe.train.steps):
         _train(assembly, feed, checkpoints, run, step, reporter, stop)
     summary = summarise(assembly, run, time.perf_counter() - started)
-    export_student(assembly.engine, assembly.source, assembly.rates, assembly.tokenizer, run, ranks)
+    export_student(
+        assembly.engine, assembly.source, assembly.handed_on, assembly.tokenizer, run, ranks
+    )
     if ranks.is_main:
         # last, because it is what makes the run finished
         run.write_summary(summary)
@@ -251,8 +253,20 @@ def _evaluate(assembly: Assembly, run: RunFolder, step: int, reporter: Reporter)
         run.append_metrics({"kind": "heldout", "step": step, **result.as_dict()})
     if result.teacher is not None:
         reporter.say("  ".join(["teacher", *judged_parts(result.teacher)]))
+        _doubt(result.teacher, assembly.material.constant_score(), reporter)
     said = [f"held out at step {step}", f"loss {result.total:.4g}", *judged_parts(result.judged)]
     reporter.say("  ".join(said))
+
+
+def _doubt(teacher: dict[str, Any], constant: float | None, reporter: Reporter) -> None:
+    """Say so of a teacher that knows no more than one that gives one answer to everything."""
+    score = teacher.get("score")
+    if score is not None and constant is not None and score <= constant and score < 1:
+        reporter.say(
+            f"warning: the teacher scores {score:.4f}, and one answer to everything "
+            f"{constant:.4f}; see that it was trained on this task, and that the names of its "
+            "outputs (id2label) and task.labels stand in the same order"
+        )
 
 
 def _parts(record: dict[str, Any]) -> list[str]:

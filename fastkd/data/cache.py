@@ -79,8 +79,9 @@ def is_complete(folder: Path) -> bool:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `folder` if the block ends without an error."""
+def new_folder(folder: Path, field: str = "data.cache") -> Iterator[Path]:
+    """A temporary folder that takes the name `folder` if the block ends without an error; `field`
+    of the recipe says where it is."""
     root = folder.parent
     temporary: Path | None = None
     try:
@@ -91,11 +92,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
         _rename(temporary, folder)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            streamed = ", or set data.streaming to true" if field == "data.cache" else ""
             raise UserError(
-                f"data.cache: no space left under {root} while storing tokens; free some, name "
-                "another folder, or set data.streaming to true"
+                f"{field}: no space left under {root} while storing tokens; free some or name "
+                f"another folder{streamed}"
             ) from error
-        raise UserError(f"data.cache: cannot write under {root}: {error}") from error
+        raise UserError(f"{field}: cannot write under {root}: {error}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -106,9 +108,14 @@ def write_meta(folder: Path, meta: Mapping[str, int]) -> None:
     (folder / _META).write_text(json.dumps(meta, indent=1) + "\n")
 
 
-def read_meta(folder: Path) -> dict[str, int]:
-    """The counts of a complete folder."""
-    meta: dict[str, int] = json.loads((folder / _META).read_text())
+def read_meta(folder: Path, field: str = "data.cache") -> dict[str, int]:
+    """The counts of a complete folder; `field` of the recipe says where it is."""
+    try:
+        meta: dict[str, int] = json.loads((folder / _META).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{field}: {folder} is damaged; delete it and run again ({error})"
+        ) from error
     return meta
 
 

@@ -93,14 +93,15 @@ def is_saved(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def saved_folder(folder: Path, split: str, column: str) -> Table:
-    """Rows of a folder that `datasets.save_to_disk` wrote, memory-mapped."""
+def saved_folder(folder: Path, split: str, column: str, field: str = "data.split") -> Table:
+    """Rows of a folder that `datasets.save_to_disk` wrote, memory-mapped; `field` of the recipe
+    names the split."""
     try:
         listing = folder / "dataset_dict.json"
         if listing.is_file():
             splits = json.loads(listing.read_text(encoding="utf-8"))["splits"]
             if split not in splits:
-                raise UserError(f"{folder}: no split {split!r}; set data.split to one of {splits}")
+                raise UserError(f"{folder}: no split {split!r}; set {field} to one of {splits}")
             folder = folder / split
         rows = _load_saved(folder)
     except UserError:
@@ -125,8 +126,11 @@ def is_hub_name(name: str) -> bool:
     return _HUB_NAME.fullmatch(name) is not None
 
 
-def hub_table(name: str, split: str, column: str, cache: Path, *, streaming: bool) -> Table:
-    """Rows of a data set of the hub; code that it may carry is never run."""
+def hub_table(
+    name: str, split: str, column: str, cache: Path, *, streaming: bool, field: str = "data"
+) -> Table:
+    """Rows of a data set of the hub, which `field` of the recipe names; code that it may carry is
+    never run."""
     path, _, subset = name.partition(":")
     try:
         rows = datasets.load_dataset(
@@ -138,7 +142,7 @@ def hub_table(name: str, split: str, column: str, cache: Path, *, streaming: boo
         )
     except _READING_ERRORS as error:
         raise UserError(
-            f"data: {name!r} is no file or folder here, and as a hub data set it cannot be "
+            f"{field}: {name!r} is no file or folder here, and as a hub data set it cannot be "
             f"loaded: {_reason(error)}"
         ) from error
     # the fingerprint of a loaded data set stands for its revision; a stream has only its name

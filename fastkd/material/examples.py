@@ -13,7 +13,7 @@ from fastkd.deepspeed_config import BatchPlan
 from fastkd.engine import Ranks
 from fastkd.heads import Reading
 from fastkd.material.protocol import Part
-from fastkd.metrics import measure, predictions_of, task_score
+from fastkd.metrics import Judged, constant_score, measure, predictions_of, task_score
 from fastkd.objective import Inputs
 from fastkd.tasks import EncodedExamples, ExampleStream, Task, cut, evaluation_batches
 from fastkd.tasks.encoded import PAD_MULTIPLE
@@ -31,6 +31,11 @@ class TaskMaterial:
     """Whether losses are means over padding as well: then all of a step is padded alike, so that
     how it is cut still changes nothing."""
     reads: Reading = field(default="predictions", init=False)
+
+    @property
+    def sets(self) -> list[EncodedExamples]:
+        """All examples that are read."""
+        return [self.train, *self.evaluations.values()]
 
     @property
     def rows(self) -> int | None:
@@ -54,8 +59,12 @@ class TaskMaterial:
                 yield Part(batch, rows + first)
             first += len(examples)
 
-    def judge(self, ranks: Ranks) -> ScoreJudge:
-        return ScoreJudge(self.task, self.evaluations, ranks.device)
+    def judge(self, ranks: Ranks, whose: Judged = "student") -> ScoreJudge:
+        return ScoreJudge(self.task, self.evaluations, ranks.device, whose)
+
+    def constant_score(self) -> float | None:
+        labels = {name: examples.labels for name, examples in self.evaluations.items()}
+        return constant_score(self.task.metrics, labels, self.task.outputs)
 
     def totals(self, rows: int) -> dict[str, Any]:
         return {"train_examples": rows, "task_examples": len(self.train)}
@@ -99,8 +108,13 @@ class ScoreJudge:
     """A `Judge` of predictions: the task's metrics on each of its sets."""
 
     def __init__(
-        self, task: Task, evaluations: dict[str, EncodedExamples], device: torch.device
+        self,
+        task: Task,
+        evaluations: dict[str, EncodedExamples],
+        device: torch.device,
+        whose: Judged = "student",
     ) -> None:
+        self._whose = whose
         self._task = task
         self._evaluations = evaluations
         count = sum(len(examples) for examples in evaluations.values())
@@ -116,7 +130,7 @@ class ScoreJudge:
         scores, first = {}, 0
         for name, examples in self._evaluations.items():
             part = outputs[first : first + len(examples)]
-            predictions = predictions_of(part, regression=self._task.regression)
+            predictions = predictions_of(part, regression=self._task.regression, whose=self._whose)
             scores[name] = measure(self._task.metrics, predictions, examples.labels)
             first += len(examples)
         return {"score": task_score(scores), "scores": scores, "examples": first}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -19,14 +21,18 @@ from fastkd.tasks import (
     Augmentation,
     Columns,
     EncodedExamples,
+    Examples,
     Task,
     augment,
     encode_examples,
     glue_task,
+    padding_id,
     read_examples,
     uses_token_types,
 )
 from fastkd.tasks.examples import ExampleSource
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -44,7 +50,8 @@ def make_material(
     Args:
         recipe: of either kind.
         tokenizer: of the models.
-        config: of the model that is read with first: whether it is told the texts of a pair apart.
+        config: of the model that is read with first: whether it is told the texts of a pair apart,
+            and which token pads.
         ranks: this process among all; every rank calls this.
         progress: whether to show bars.
 
@@ -56,7 +63,7 @@ def make_material(
         return _task_material(
             recipe.task,
             tokenizer,
-            uses_token_types(config),
+            config,
             ranks,
             progress=progress,
             counts_padding=reduction == "tinybert",
@@ -80,6 +87,7 @@ def task_of(section: TaskData) -> Task:
             name=section.name,
             columns=Columns(texts=section.columns.texts, label=section.columns.label),
             labels=section.labels or (),
+            meanings=tuple((meaning,) for meaning in section.meanings or ()),
             bounds=section.bounds,
             metrics=section.metrics or (),
         )
@@ -104,7 +112,7 @@ def _text_material(
 def _task_material(
     section: TaskData,
     tokenizer: PreTrainedTokenizerBase,
-    token_types: bool,
+    config: PreTrainedConfig,
     ranks: Ranks,
     *,
     progress: bool,
@@ -117,7 +125,7 @@ def _task_material(
             examples,
             tokenizer,
             max_length=section.max_length,
-            token_types=token_types,
+            token_types=uses_token_types(config),
             cache=section.cache,
             build=first,
             progress=first and progress,
@@ -136,16 +144,39 @@ def _task_material(
                 device=ranks.device,
                 progress=first and progress,
             )
-        evaluations = {
-            split: encode(read_examples(task, section.source, split, section.cache), first)
-            for split in section.evaluate or task.evaluations
-        }
+        evaluations = {}
+        for split in section.evaluate or task.evaluations:
+            scored = read_examples(task, section.source, split, section.cache)
+            if first:
+                _warn_of_scores(scored, read)
+            evaluations[split] = encode(scored, first)
+        if first:
+            _warn_of_classes(read, task)
         encoded = encode(train, first)
         if section.augmentation is not None and len(encoded) == len(read):
             raise UserError(_nothing_augmented(section.augmentation, len(read)))
         return TaskMaterial(task, encoded, evaluations, counts_padding)
 
-    return _in_turn(ranks, prepare)
+    made = _in_turn(ranks, prepare)
+    pad = padding_id(config, tokenizer, made.sets)
+    padded = {name: replace(found, pad_id=pad) for name, found in made.evaluations.items()}
+    return replace(made, train=replace(made.train, pad_id=pad), evaluations=padded)
+
+
+def _warn_of_scores(scored: Examples, train: Examples) -> None:
+    if scored.name != train.name and scored.digest == train.digest:
+        logger.warning("%s holds the same examples as %s", scored.name, train.name)
+    if (scored.labels == scored.labels[0]).all():
+        logger.warning(
+            "%s: one label for all %d examples, so its scores say little", scored.name, len(scored)
+        )
+
+
+def _warn_of_classes(train: Examples, task: Task) -> None:
+    held = set(train.labels.tolist())
+    absent = [label for number, label in enumerate(task.labels) if number not in held]
+    if absent:
+        logger.warning("%s has no example of %s", train.name, ", ".join(absent))
 
 
 def _nothing_augmented(section: TaskAugmentation, examples: int) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastkd.deepspeed_config import BatchPlan
 from fastkd.engine import Ranks
 from fastkd.heads import Reading
+from fastkd.metrics import Judged
 from fastkd.objective import Inputs
 
 
@@ -74,8 +75,11 @@ class Material(Protocol):
     def heldout(self, size: int, ranks: Ranks) -> Iterator[Part]:
         """A rank's held-out parts of up to `size` rows, as many on every rank."""
 
-    def judge(self, ranks: Ranks) -> Judge:
-        """A new one."""
+    def judge(self, ranks: Ranks, whose: Judged = "student") -> Judge:
+        """A new one, of the outputs of the student or of the teacher."""
+
+    def constant_score(self) -> float | None:
+        """What one answer to everything would score; `None` where nothing has a score."""
 
     def totals(self, rows: int) -> dict[str, Any]:
         """For the summary: what `rows` rows that were trained on come to, and what there is."""

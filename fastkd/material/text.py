@@ -15,6 +15,7 @@ from fastkd.engine import Ranks
 from fastkd.heads import Reading
 from fastkd.masking import Masking
 from fastkd.material.protocol import Part
+from fastkd.metrics import Judged
 from fastkd.objective import Inputs
 
 
@@ -50,8 +51,11 @@ class TextMaterial:
             counted = numbers[rows] if number < len(starts) else numbers[:0]
             yield Part({name: tensor[rows] for name, tensor in inputs.items()}, counted)
 
-    def judge(self, ranks: Ranks) -> CosineJudge:
+    def judge(self, ranks: Ranks, whose: Judged = "student") -> CosineJudge:
         return CosineJudge(self.corpus.heldout, ranks.device)
+
+    def constant_score(self) -> float | None:
+        return None
 
     def totals(self, rows: int) -> dict[str, Any]:
         return {

@@ -44,13 +44,13 @@ def load_finetune_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Fin
     return parse_finetune_recipe(_overridden(path, overrides), str(path))
 
 
-def load_any_recipe(path: str | Path) -> AnyRecipe:
+def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """Read a recipe of either kind: one of a fine-tuning run has a `model`.
 
     Raises:
         UserError: as `load_recipe`.
     """
-    return parse_any_recipe(read_tree(path), str(path))
+    return parse_any_recipe(_overridden(path, overrides), str(path))
 
 
 def _overridden(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:

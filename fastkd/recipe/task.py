@@ -65,6 +65,9 @@ class TaskData(Section):
     """Columns of a task that GLUE doesn't have."""
     labels: tuple[str, ...] | None = None
     """Every label of such a task as its files spell it, class 0 first."""
+    meanings: tuple[Name, ...] | None = None
+    """What each of these labels is called by the teacher or a data set, where the labels themselves
+    are not, as `[negative, positive]` for 0 and 1."""
     bounds: tuple[float, float] | None = None
     """Smallest and largest score of such a task, in place of labels: a regression."""
     metrics: tuple[Metric, ...] | None = None
@@ -82,7 +85,11 @@ class TaskData(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        own = [name for name in ("labels", "bounds", "metrics") if getattr(self, name) is not None]
+        own = [
+            name
+            for name in ("labels", "meanings", "bounds", "metrics")
+            if getattr(self, name) is not None
+        ]
         if own and self.columns is None:
             raise ValueError(
                 f"{own[0]} is given without columns; name the columns of a task of your own, or "

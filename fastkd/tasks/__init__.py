@@ -9,6 +9,8 @@ from fastkd.tasks.batches import ExampleStream, cut, evaluation_batches
 from fastkd.tasks.encoded import EncodedExamples, encode_examples, uses_token_types
 from fastkd.tasks.examples import Examples, read_examples
 from fastkd.tasks.glue import GLUE, glue_task
+from fastkd.tasks.labels import described, is_generic, order_of
+from fastkd.tasks.padding import hand_on_padding, padding_id
 from fastkd.tasks.task import Columns, Task
 
 __all__ = [
@@ -21,9 +23,14 @@ __all__ = [
     "Task",
     "augment",
     "cut",
+    "described",
     "encode_examples",
     "evaluation_batches",
     "glue_task",
+    "hand_on_padding",
+    "is_generic",
+    "order_of",
+    "padding_id",
     "read_examples",
     "uses_token_types",
 ]

@@ -98,13 +98,13 @@ def find_candidates(
     if not is_complete(folder):
         finder = _Finder(texts, masked, neighbours, count)
         with ExitStack() as stack:
-            temporary = stack.enter_context(new_folder(folder))
+            temporary = stack.enter_context(new_folder(folder, "task.cache"))
             bar = stack.enter_context(progress_bar(progress and bool(finder.jobs)))
             task = bar.add_task("masked words", total=len(finder.jobs))
             for done in finder.ask(batch_size):
                 bar.update(task, completed=done)
             finder.write(temporary)
-    meta = read_meta(folder)
+    meta = read_meta(folder, "task.cache")
     words, width = meta["words"], meta["candidates"]
     return CandidateTable(
         offsets=open_flat(folder, "offsets", np.int64, meta["texts"] + 1),
@@ -202,6 +202,6 @@ def _read_spellings(folder: Path) -> list[str]:
         spellings: list[str] = json.loads((folder / _SPELLINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"data.cache: {folder} is damaged; delete it and run again ({error})"
+            f"task.cache: {folder} is damaged; delete it and run again ({error})"
         ) from error
     return spellings

@@ -147,11 +147,11 @@ def encode_examples(
     if not is_complete(folder):
         if not build:
             raise UserError(
-                f"data.cache: {folder} is missing; rank 0 builds it first, so all ranks must see "
+                f"task.cache: {folder} is missing; rank 0 builds it first, so all ranks must see "
                 "the same files and the same cache folder"
             )
         _build(folder, examples, tokenizer, max_length, token_types, progress)
-    meta = read_meta(folder)
+    meta = read_meta(folder, "task.cache")
     if meta["truncated"]:
         logger.warning(
             "%d of %d examples are longer than %d tokens and were cut",
@@ -183,7 +183,7 @@ def _build(
     meta = {"examples": 0, "tokens": 0, "truncated": 0}
     tokens, label = _token_dtype(tokenizer), _label_dtype(examples)
     with ExitStack() as stack:
-        temporary = stack.enter_context(new_folder(folder))
+        temporary = stack.enter_context(new_folder(folder, "task.cache"))
         bar = stack.enter_context(progress_bar(progress))
         task = bar.add_task("tokenising examples", total=None)
         names = ("tokens", "offsets", "labels", *(["types"] if token_types else []))

@@ -128,8 +128,8 @@ def _rows(task: Task, source: str | Path, split: str, cache: Path) -> Iterator[R
     if folder.is_dir() and not is_saved(folder):
         folder = folder / task.name if (folder / task.name).is_dir() else folder
     if folder.is_dir() and is_saved(folder):
-        table = saved_folder(folder, stored, columns.label)
-        return table_rows(table.rows, columns, task.labels, table.name)
+        table = saved_folder(folder, stored, columns.label, "task.train or task.evaluate")
+        return table_rows(table.rows, columns, task, table.name)
     if folder.is_dir():
         path = _split_file(folder, task, split)
         if path.name.removesuffix(".gz").endswith(".jsonl"):
@@ -141,8 +141,8 @@ def _rows(task: Task, source: str | Path, split: str, cache: Path) -> Iterator[R
             f"{task.name}, or a hub data set such as nyu-mll/glue"
         )
     name = f"{source}:{task.hub_name or task.name}"
-    table = hub_table(name, stored, columns.label, cache, streaming=False)
-    return table_rows(table.rows, columns, task.labels, f"{name} {stored}")
+    table = hub_table(name, stored, columns.label, cache, streaming=False, field="task.source")
+    return table_rows(table.rows, columns, task, f"{name} {stored}")
 
 
 def _split_file(folder: Path, task: Task, split: str) -> Path:

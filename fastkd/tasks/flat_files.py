@@ -28,7 +28,7 @@ def open_flat(folder: Path, name: str, dtype: npt.DTypeLike, size: int) -> npt.N
     Raises:
         UserError: it is not there, or has another size.
     """
-    remedy = f"data.cache: {folder} is damaged; delete it and run again"
+    remedy = f"task.cache: {folder} is damaged; delete it and run again"
     path = flat_file(folder, name)
     try:
         # an empty file can't be mapped

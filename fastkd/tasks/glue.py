@@ -18,12 +18,26 @@ _SENTENCE = Columns(texts=("sentence",), label="label")
 _PAIR = Columns(texts=("sentence1", "sentence2"), label="label")
 _ENTAILMENT = ("entailment", "not_entailment")
 _BINARY = ("0", "1")
+_Meanings = tuple[tuple[str, ...], ...]
+# of 0 and 1, as the hub data set names them and as models do
+_ACCEPTABLE: _Meanings = (("unacceptable",), ("acceptable",))
+_POSITIVE: _Meanings = (("negative", "neg"), ("positive", "pos"))
+_EQUIVALENT: _Meanings = (
+    ("not_equivalent", "not_paraphrase", "non_paraphrase"),
+    ("equivalent", "paraphrase"),
+)
+_DUPLICATE: _Meanings = (
+    ("not_duplicate", "not_paraphrase", "non_duplicate"),
+    ("duplicate", "paraphrase"),
+)
+_ENTAILED: _Meanings = (("not_entailment",), ("entailment",))
 
 _TASKS = (
     Task(
         name="CoLA",
         columns=_SENTENCE,
         labels=_BINARY,
+        meanings=_ACCEPTABLE,
         metrics=("matthews",),
         header=("source", "label", "mark", "sentence"),
         hub_name="cola",
@@ -33,6 +47,7 @@ _TASKS = (
         name="SST-2",
         columns=_SENTENCE,
         labels=_BINARY,
+        meanings=_POSITIVE,
         metrics=("accuracy",),
         hub_name="sst2",
         hub_splits=_HUB_SPLITS,
@@ -41,6 +56,7 @@ _TASKS = (
         name="MRPC",
         columns=Columns(texts=("#1 String", "#2 String"), label="Quality"),
         labels=_BINARY,
+        meanings=_EQUIVALENT,
         metrics=("f1", "accuracy"),
         hub_columns=_PAIR,
         hub_name="mrpc",
@@ -50,6 +66,7 @@ _TASKS = (
         name="QQP",
         columns=Columns(texts=("question1", "question2"), label="is_duplicate"),
         labels=_BINARY,
+        meanings=_DUPLICATE,
         metrics=("f1", "accuracy"),
         hub_columns=Columns(texts=("question1", "question2"), label="label"),
         hub_name="qqp",
@@ -96,6 +113,7 @@ _TASKS = (
         name="WNLI",
         columns=_PAIR,
         labels=_BINARY,
+        meanings=_ENTAILED,
         metrics=("accuracy",),
         hub_name="wnli",
         hub_splits=_HUB_SPLITS,

@@ -14,7 +14,8 @@ from datasets import ClassLabel
 
 from fastkd.data.readers import json_objects, text_lines
 from fastkd.errors import UserError
-from fastkd.tasks.task import Columns
+from fastkd.tasks.labels import are_numbers, described, is_generic, order_of
+from fastkd.tasks.task import Columns, Task
 
 
 class Row(NamedTuple):
@@ -66,29 +67,29 @@ def json_rows(path: Path, columns: Columns) -> Iterator[Row]:
         yield Row(where, tuple(row[name] for name in columns.texts), row[columns.label])
 
 
-def table_rows(rows: Any, columns: Columns, labels: Sequence[str], name: str) -> Iterator[Row]:
+def table_rows(rows: Any, columns: Columns, task: Task, name: str) -> Iterator[Row]:
     """Rows of a `datasets.Dataset`; classes come as the task spells them.
 
     Args:
         rows: the table.
         columns: that are read.
-        labels: of the task; a class of the table is found by its name, else by its number.
+        task: that is read. A class of the table is found by its name, and by its number where the
+            task's labels are numbers without a meaning or the table's names are.
         name: of the table, in messages.
 
     Raises:
-        UserError: the table lacks a column, or has another number of classes.
+        UserError: the table lacks a column, or has other classes.
     """
     _require(columns, rows.column_names, name)
     feature = rows.features[columns.label]
     spelled: list[str] | None = None
     if isinstance(feature, ClassLabel):
-        if feature.num_classes != len(labels):
+        spelled = _spelled(feature.names, task)
+        if spelled is None:
             raise UserError(
                 f"{name}: column {columns.label!r} has the classes {', '.join(feature.names)}, "
-                f"expected {', '.join(labels) or 'scores'}"
+                f"expected {described(task) or 'scores'}"
             )
-        same = set(feature.names) == set(labels)
-        spelled = list(feature.names) if same else list(labels)
     number = 0
     for batch in rows.select_columns([*columns.texts, columns.label]).iter(batch_size=1024):
         for *texts, label in zip(
@@ -99,6 +100,19 @@ def table_rows(rows: Any, columns: Columns, labels: Sequence[str], name: str) ->
             if spelled is not None and label is not None and label >= 0:
                 label = spelled[label]
             yield Row(f"{name}, row {number}", tuple(texts), label)
+
+
+def _spelled(names: Sequence[str], task: Task) -> list[str] | None:
+    """The classes of a table as the task spells them; `None` where they are not the task's."""
+    order = order_of(names, task)
+    if order is not None:
+        return [task.labels[order.index(number)] for number in range(len(names))]
+    if len(names) != len(task.labels):
+        return None
+    if are_numbers(task) and not task.meanings:
+        # what the table stores is what the task calls them
+        return [str(number) for number in range(len(names))]
+    return list(task.labels) if is_generic(names) else None
 
 
 def _require(columns: Columns, names: Sequence[str], where: str) -> None:

@@ -36,6 +36,9 @@ class Task:
     """In files."""
     labels: tuple[str, ...] = ()
     """Every label as the files spell it, class 0 first; empty for a regression."""
+    meanings: tuple[tuple[str, ...], ...] = ()
+    """Of every label the names that models and data sets give it, where its spelling does not say;
+    empty where it does."""
     bounds: tuple[float, float] | None = None
     """Smallest and largest score of a regression; `None` for a classification."""
     metrics: tuple[Metric, ...] = ()
@@ -72,6 +75,13 @@ class Task:
         """Numbers that a model of the task gives an example: its classes, or one score."""
         return 1 if self.regression else len(self.labels)
 
+    @property
+    def spellings(self) -> tuple[tuple[str, ...], ...]:
+        """Of every label its own name and what it is called elsewhere."""
+        meanings = self.meanings or ((),) * len(self.labels)
+        pairs = zip(self.labels, meanings, strict=True)
+        return tuple((label, *meaning) for label, meaning in pairs)
+
     def _problems(self) -> list[str]:
         found = []
         if len(self.columns.texts) not in (1, 2):
@@ -82,6 +92,11 @@ class Task:
             found.append(f"labels {self.labels} given, expected two different ones at least")
         if len(set(self.labels)) < len(self.labels):
             found.append(f"labels {self.labels} hold one twice, expected each once")
+        if self.meanings and len(self.meanings) != len(self.labels):
+            found.append(
+                f"{len(self.meanings)} meanings given for {len(self.labels)} labels, expected one "
+                "for each"
+            )
         if self.bounds and not self.bounds[0] < self.bounds[1]:
             found.append(f"bounds {self.bounds} given, expected the smaller score first")
         unknown = set(self.metrics) - set(get_args(Metric))

@@ -36,7 +36,7 @@ from fastkd.recipe import (
     Teacher,
     resolve_steps,
 )
-from fastkd.tasks import hand_on_padding
+from fastkd.tasks import hand_on_padding, reads_padding
 
 R = TypeVar("R", Recipe, FinetuneRecipe)
 
@@ -186,7 +186,8 @@ def pad_alike(
     kept = getattr(config, "pad_token_id", None)
     if isinstance(material, TaskMaterial):
         pad = material.train.pad_id
-        kept = hand_on_padding(config, tokenizer, pad, material.sets)
+        if reads_padding(models[0]):
+            kept = hand_on_padding(config, tokenizer, pad, material.sets)
     else:
         # blocks of text have no padding, and a decoder that knows of none reads no batch
         pad = -1 if kept is None else kept

@@ -10,7 +10,7 @@ from fastkd.tasks.encoded import EncodedExamples, encode_examples, uses_token_ty
 from fastkd.tasks.examples import Examples, read_examples
 from fastkd.tasks.glue import GLUE, glue_task
 from fastkd.tasks.labels import described, is_generic, order_of
-from fastkd.tasks.padding import hand_on_padding, padding_id
+from fastkd.tasks.padding import hand_on_padding, padding_id, reads_padding
 from fastkd.tasks.task import Columns, Task
 
 __all__ = [
@@ -32,5 +32,6 @@ __all__ = [
     "order_of",
     "padding_id",
     "read_examples",
+    "reads_padding",
     "uses_token_types",
 ]

@@ -8,16 +8,22 @@ reads the last token; so it does with padding that no example holds.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.errors import UserError
 from fastkd.tasks.encoded import EncodedExamples
 
 _CHUNK = 1 << 22
+
+
+def reads_padding(model: PreTrainedModel) -> bool:
+    """Whether a model's head finds the token that it reads by the id that pads."""
+    return "pad_token_id" in inspect.getsource(type(model).forward)
 
 
 def own_padding(config: PreTrainedConfig) -> int | None:
@@ -60,7 +66,7 @@ def hand_on_padding(
     pad: int,
     sets: Iterable[EncodedExamples],
 ) -> int | None:
-    """Let a tokenizer pad as its model does, or not at all.
+    """Let a tokenizer pad as its decoder does, or not at all.
 
     A token that becomes special is cut out of texts first. That changes nothing where it is special
     already, or where no example holds it and no other token contains it. Where the tokenizer can't

@@ -45,7 +45,7 @@ LOADING_ERRORS = (
 # what checkpoints of older releases hold beside their weights
 _BUFFERS = re.compile(
     r"(^|\.)(position_ids|token_type_ids|(original_)?inv_freq|masked_bias|(attn|attention)\.bias|"
-    r"relative_position_index|(cos|sin)_cached|embed_positions|num_batches_tracked)$"
+    r"relative_position_index|(cos|sin)_cached|causal_mask|embed_positions|num_batches_tracked)$"
 )
 _POOLER = re.compile(r"(^|\.)pooler\.")
 _HEADS = re.compile(

@@ -104,12 +104,12 @@ def _distillation(
     length, field_name = _longest(recipe)
     check_capturable(teacher, length, field_name)
     tokenizer = load_tokenizer(recipe.teacher, teacher.get_input_embeddings().num_embeddings)
-    start = recipe.student.starts_from
-    if start is not None:
-        check_same_vocabulary(start, f"student.init {start.model}", tokenizer)
     depths = recipe.student.layers, teacher.config.num_hidden_layers
     layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
     student, initialisation = build_student(teacher, recipe.student, layers)
+    start = recipe.student.starts_from
+    if start is not None:
+        check_same_vocabulary(start, f"student.init {start.model}", tokenizer)
     if task is not None:
         name_outputs(student.config, task)
     check_capturable(student, length, field_name)

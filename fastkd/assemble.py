@@ -26,7 +26,7 @@ from fastkd.models import (
     load_teacher,
     load_tokenizer,
 )
-from fastkd.objective import ModelPair, Objective, attention_shape
+from fastkd.objective import ModelPair, Objective
 from fastkd.recipe import (
     AnyRecipe,
     FinetuneRecipe,
@@ -105,12 +105,12 @@ def _distillation(
         check_start(recipe.student, task)
     teacher_traits = try_for(teacher, recipe)
     tokenizer = load_tokenizer(recipe.teacher, vocabulary_size(teacher))
-    start = recipe.student.starts_from
-    if start is not None:
-        check_same_vocabulary(start, f"student.init {start.model}", tokenizer)
     depths = recipe.student.layers, teacher.config.num_hidden_layers
     layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
     student, initialisation = build_student(teacher, recipe.student, layers)
+    start = recipe.student.starts_from
+    if start is not None:
+        check_same_vocabulary(start, f"student.init {start.model}", tokenizer)
     if task is not None:
         name_outputs(student.config, task)
     traits = try_for(student, recipe), teacher_traits
@@ -261,7 +261,7 @@ def make_objective(
         widths=(student.config.hidden_size, teacher.config.hidden_size),
         causal=traits[1].causal,
         heads=heads,
-        shapes=(attention_shape(student.config), attention_shape(teacher.config)),
+        shapes=(traits[0].shapes, traits[1].shapes),
         windows=(traits[0].windows, traits[1].windows),
         head=recipe.student.head,
         outputs=teacher.config.num_labels,

@@ -7,3 +7,17 @@ class UserError(ValueError):
 
 class Interrupted(Exception):
     """A run was asked to stop and wrote a checkpoint first, exit code 130."""
+
+
+FOREIGN_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a model of transformers raises where it is run or built in a way that it is not made for;
+for its own calls only."""

@@ -225,7 +225,7 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path, given: str) ->
     assert refusal(folder, given).startswith("holds an adapter (adapter_config.json)")
 
 
-@pytest.mark.parametrize("given", ["teacher.model", "student", "student.init"])
+@EVERY_LOAD
 @pytest.mark.parametrize(
     ("config", "expected"),
     [

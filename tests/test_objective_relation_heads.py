@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 from fastkd_kernels import relation_divergence
-from tiny_models import HEADS, KV_HEADS, NAMES, tiny_batch, tiny_config, tiny_model
+from tiny_models import HEADS, NAMES, tiny_batch, tiny_model
 from tiny_runs import make_recipe
 from tiny_training import fastkd
 
 from fastkd.assemble import make_objective
-from fastkd.capture import capture, no_cache, route_attention
+from fastkd.capture import AttentionShape, capture, no_cache, try_model
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
-from fastkd.objective import AttentionShape, attention_shape, check_relation_heads
+from fastkd.objective import check_relation_heads
 from fastkd.recipe import parse_recipe
 
 BATCH = tiny_batch((8, 8))
@@ -29,10 +29,10 @@ def test_widths_are_those_of_the_captured_tensors(name: str, changes: dict[str, 
     if changes and name not in ("llama", "qwen3"):
         pytest.skip("no head size of its own")
     model = tiny_model(name, **changes)
-    route_attention(model, "sdpa")
+    (shape,) = try_model(model).shapes
     with torch.no_grad(), capture(model, attention=[1]) as states:
         model(**BATCH, **no_cache(model))
-    state, shape = states.attention[1], attention_shape(model.config)
+    state = states.attention[1]
     for letter, tensor in (("q", state.query), ("k", state.key), ("v", state.value)):
         assert tensor is not None
         assert shape.width(letter, letter * 2) == tensor.shape[1] * tensor.shape[3]
@@ -44,12 +44,11 @@ def test_widths_are_those_of_the_captured_tensors(name: str, changes: dict[str, 
 def test_the_check_refuses_exactly_what_the_op_refuses(relation: Any, count: int) -> None:
     models = tiny_model("qwen3", **WIDE), tiny_model("qwen3", 1, head_dim=8)
     states = []
+    shapes = try_model(models[0]).shapes, try_model(models[1]).shapes
     for model in models:
-        route_attention(model, "sdpa")
         with torch.no_grad(), capture(model, attention=[1]) as found:
             model(**BATCH, **no_cache(model))
         states.append(found.attention[1])
-    shapes = attention_shape(models[0].config), attention_shape(models[1].config)
     try:
         relation_divergence([states[0]], [states[1]], relation=relation, relation_heads=count)
     except ValueError:
@@ -60,7 +59,7 @@ def test_the_check_refuses_exactly_what_the_op_refuses(relation: Any, count: int
 
 
 def test_the_message_names_relation_model_and_width() -> None:
-    shapes = AttentionShape(4, 2, 6, 6), AttentionShape(4, 4, 8, 8)
+    shapes = (AttentionShape(4, 2, 6, 6),), (AttentionShape(4, 4, 8, 8),)
     with pytest.raises(UserError) as refused:
         check_relation_heads(["qq", "vv"], 8, shapes)
     assert str(refused.value) == (
@@ -70,10 +69,11 @@ def test_the_message_names_relation_model_and_width() -> None:
     check_relation_heads(["qq", "vv"], 4, shapes)
 
 
-def test_values_may_be_of_another_size() -> None:
-    config = tiny_config("llama")
-    config.v_head_dim = 5
-    assert attention_shape(config) == AttentionShape(HEADS, KV_HEADS, 8, 5)
+def test_every_shape_of_a_model_is_held_against() -> None:
+    shapes = (AttentionShape(4, 2, 6, 6), AttentionShape(4, 2, 6, 5)), (AttentionShape(4, 4, 8, 8),)
+    check_relation_heads(["qq", "kk"], 4, shapes)
+    with pytest.raises(UserError, match="values that vv compares are 10 wide in the student"):
+        check_relation_heads(["vv"], 4, shapes)
 
 
 def recipe(**relations: Any) -> Any:
@@ -90,15 +90,15 @@ def recipe(**relations: Any) -> Any:
 
 def test_the_objective_is_checked_with_real_widths() -> None:
     model = tiny_model("qwen3", **WIDE)
-    route_attention(model, "sdpa")
+    traits = try_model(model), try_model(model)
     layers = make_layer_map("uniform", 4, 4)
     # 32 wide hidden states, 24 wide queries, 12 wide keys and values
-    make_objective(recipe(relation_heads=12), layers, model, model)
-    make_objective(recipe(relation_heads=24, relations=["qq"]), layers, model, model)
+    make_objective(recipe(relation_heads=12), layers, model, model, traits)
+    make_objective(recipe(relation_heads=24, relations=["qq"]), layers, model, model, traits)
     with pytest.raises(UserError, match="the queries that qq compares are 24 wide in the student"):
-        make_objective(recipe(relation_heads=16), layers, model, model)
+        make_objective(recipe(relation_heads=16), layers, model, model, traits)
     with pytest.raises(UserError, match="the keys that kk compares are 12 wide in the student"):
-        make_objective(recipe(relation_heads=8), layers, model, model)
+        make_objective(recipe(relation_heads=8), layers, model, model, traits)
 
 
 def test_the_run_is_refused_before_its_data_is_read(

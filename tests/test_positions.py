@@ -13,9 +13,6 @@ from transformers import AutoModelForSequenceClassification
 
 SAYS = POSITIONS + 1
 """Positions in the tiny RoBERTa's configuration; the first belongs to the padding."""
-TUNED = pytest.mark.xfail(
-    reason="fine-tuning compares numbers and does not try the model yet", strict=False
-)
 
 
 def tuning(folder: Path) -> tuple[str, Path, str]:
@@ -38,7 +35,7 @@ def text(folder: Path) -> tuple[str, Path, str]:
     return "distill", recipe, "data.block_size"
 
 
-@pytest.mark.parametrize("kind", [pytest.param(tuning, marks=TUNED), task, text])
+@pytest.mark.parametrize("kind", [tuning, task, text])
 def test_as_many_tokens_as_positions_are_too_many_for_roberta(
     kind: object,
     tmp_path: Path,

@@ -6,9 +6,10 @@ given and what it made of that are compared with what the losses will assume.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from fastkd_kernels import AttentionState
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from fastkd.capture.blocks import check_single_stack, find_blocks, no_cache
 from fastkd.capture.recording import Capture, capture
 from fastkd.capture.routing import AttentionCall, listening, route_attention, runnable
-from fastkd.errors import UserError
+from fastkd.errors import FOREIGN_ERRORS, UserError
 from fastkd.heads import check_head, last_layer
 
 # of the largest value: fp64 next to a softmax in fp32
@@ -26,6 +27,27 @@ _TOLERANCE = 1e-4
 # query rows that are compared, spread over the sequence
 _ROWS = 16
 _TAKE_OUT = "leave losses.attention and losses.relations out"
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Heads of one model's attention and their sizes."""
+
+    heads: int
+    kv_heads: int
+    key_size: int
+    """Of queries and keys."""
+    value_size: int
+
+    def width(self, letter: str, relation: str) -> int:
+        """Numbers that a token's vectors have in a relation, all heads together.
+
+        Args:
+            letter: q, k or v.
+            relation: qq, kk, vv or qk; in qk every key head stands once for each of its queries.
+        """
+        heads = self.heads if letter == "q" or relation == "qk" else self.kv_heads
+        return heads * (self.value_size if letter == "v" else self.key_size)
 
 
 @dataclass(frozen=True)
@@ -40,6 +62,8 @@ class AttentionTraits:
     """Why what a query sees is nothing that an op can be told."""
     differs: str | None = None
     """Why the model's probabilities are not the softmax of its captured queries and keys."""
+    shapes: tuple[AttentionShape, ...] = ()
+    """Of the queries, keys and values of its layers, each once."""
 
 
 def try_model(
@@ -69,7 +93,7 @@ def try_model(
     traits = AttentionTraits()
     training = model.training
     model.eval()
-    with torch.no_grad(), runnable(model):
+    with torch.no_grad(), runnable(model), _padded(model):
         inputs = _inputs(model, tokens)
         plain = _try(model, inputs, layers, f"{tokens} tokens", field)
         _check_states(model, plain, inputs)
@@ -135,6 +159,7 @@ def _inputs(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
     # any id but the padding, whose positions some models don't count
     known = torch.arange(vocabulary_size(model))
     pad = getattr(config, "pad_token_id", None)
+    pad = None if pad == -1 else pad
     known = known[known != (-1 if pad is None else pad)]
     ids = known[torch.randint(len(known), (2, tokens), generator=generator)]
     mask = torch.ones_like(ids)
@@ -154,13 +179,29 @@ def _try(
     with capture(model, hidden=layers) as states:
         try:
             model(**inputs, **no_cache(model))
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        except UserError:
+            raise
+        except FOREIGN_ERRORS as error:
             smaller = f"; give a smaller {field}, or another model" if field else ""
             raise UserError(
                 f"{type(model).__name__} can't read {what} "
                 f"({type(error).__name__}: {' '.join(str(error).split())[:200]}){smaller}"
             ) from error
     return states
+
+
+@contextmanager
+def _padded(model: PreTrainedModel) -> Iterator[None]:
+    """A decoder's classifier that knows of no padding reads one sequence at a time."""
+    config: Any = model.config
+    unset = getattr(config, "pad_token_id", 0) is None
+    if unset:
+        config.pad_token_id = -1
+    try:
+        yield
+    finally:
+        if unset:
+            config.pad_token_id = None
 
 
 def _check_states(model: PreTrainedModel, states: Capture, inputs: Mapping[str, Tensor]) -> None:
@@ -229,6 +270,7 @@ class _Seen:
     """Of the output that captured states imply, as a part of the largest value."""
     given: tuple[str, ...]
     """Tensors that the function was given besides."""
+    shape: AttentionShape
 
 
 class _Prober:
@@ -242,17 +284,20 @@ class _Prober:
         query, key = call.state.query, call.state.key
         tokens = query.shape[2]
         given = tuple(n for n, v in call.given.items() if isinstance(v, Tensor) and n != "s_aux")
+        assert call.state.value is not None
+        sizes = query.shape[1], key.shape[1], key.shape[3], call.state.value.shape[3]
+        shape = AttentionShape(*sizes)
         if key.shape[2] != tokens:
-            self._found.append(_Seen(False, None, False, torch.inf, given))
+            self._found.append(_Seen(False, None, False, torch.inf, given, shape))
             return
         visible = _visible(call, tokens)
         causal = not bool(visible.triu(1).any())
         distance = _distances(tokens, visible.device).abs()
         window = int(distance[visible].max()) + 1 if visible.any() else 0
-        shape = _shape(tokens, causal, window, visible.device)
+        told = _told(tokens, causal, window, visible.device)
         kept = None if window >= tokens else window
-        error = _error(call, shape, self._mask)
-        self._found.append(_Seen(causal, kept, torch.equal(visible, shape), error, given))
+        error = _error(call, told, self._mask)
+        self._found.append(_Seen(causal, kept, torch.equal(visible, told), error, given, shape))
 
 
 def _visible(call: AttentionCall, tokens: int) -> Tensor:
@@ -271,7 +316,7 @@ def _distances(tokens: int, device: torch.device) -> Tensor:
     return position - position[:, None]
 
 
-def _shape(tokens: int, causal: bool, window: int, device: torch.device) -> Tensor:
+def _told(tokens: int, causal: bool, window: int, device: torch.device) -> Tensor:
     """What an op takes a query to see, bool [tokens, tokens]."""
     distance = _distances(tokens, device)
     seen = distance.abs() < window
@@ -352,4 +397,5 @@ def _traits(name: str, found: Mapping[int, _Seen]) -> AttentionTraits:
             f"keys (its output is off by {worst:.2g} of the largest value{reason})"
         )
     windows = {layer: seen.window for layer, seen in found.items() if seen.window is not None}
-    return AttentionTraits(bool(causal), windows, unknown, differs)
+    shapes = tuple(dict.fromkeys(seen.shape for seen in found.values()))
+    return AttentionTraits(bool(causal), windows, unknown, differs, shapes)

@@ -20,22 +20,13 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from fastkd.errors import UserError
+from fastkd.errors import FOREIGN_ERRORS, UserError
 
 LOADING_ERRORS = (
+    *FOREIGN_ERRORS,
     OSError,
-    ValueError,
-    # a configuration that is no object, or holds what its class doesn't expect
-    AttributeError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,
     StrictDataclassError,
-    # a package that a model or tokenizer needs
-    ImportError,
-    # damaged files, and weights of other shapes than the configuration's
-    RuntimeError,
+    # damaged files
     EOFError,
     SafetensorError,
     pickle.UnpicklingError,
@@ -45,7 +36,7 @@ LOADING_ERRORS = (
 # what checkpoints of older releases hold beside their weights
 _BUFFERS = re.compile(
     r"(^|\.)(position_ids|token_type_ids|(original_)?inv_freq|masked_bias|(attn|attention)\.bias|"
-    r"relative_position_index|(cos|sin)_cached|embed_positions|num_batches_tracked)$"
+    r"relative_position_index|(cos|sin)_cached|causal_mask|embed_positions|num_batches_tracked)$"
 )
 _POOLER = re.compile(r"(^|\.)pooler\.")
 _HEADS = re.compile(

@@ -10,14 +10,13 @@ from fastkd.objective.divisors import (
 )
 from fastkd.objective.logits import LogitsTerm
 from fastkd.objective.module import Objective
-from fastkd.objective.relation_heads import AttentionShape, attention_shape, check_relation_heads
+from fastkd.objective.relation_heads import check_relation_heads
 from fastkd.objective.states import StateTerm
 from fastkd.objective.term import Match, ModelPair, Term
 
 __all__ = [
     "DIVISORS",
     "IGNORED",
-    "AttentionShape",
     "Inputs",
     "LogitsTerm",
     "Match",
@@ -25,7 +24,6 @@ __all__ = [
     "Objective",
     "StateTerm",
     "Term",
-    "attention_shape",
     "check_relation_heads",
     "count_divisors",
     "model_inputs",

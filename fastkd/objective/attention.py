@@ -17,7 +17,7 @@ from torch import Tensor
 from fastkd.errors import UserError
 from fastkd.layer_map import AttentionMap, LayerMap, Moment
 from fastkd.objective.divisors import Reduction
-from fastkd.objective.relation_heads import AttentionShape, check_relation_heads
+from fastkd.objective.relation_heads import check_relation_heads
 from fastkd.objective.term import AttentionMappedTerm, Batch, Match, ModelPair
 from fastkd.recipe.losses import AttentionLoss, RelationsLoss
 
@@ -98,9 +98,7 @@ class RelationsTerm(AttentionMappedTerm):
         self.loss = loss
         self.pair = pair
         self.relation_heads = loss.relation_heads or pair.heads[1]
-        student, teacher = (AttentionShape(1, 1, width, width) for width in pair.widths)
-        shapes = pair.shapes or (student, teacher)
-        check_relation_heads(loss.relations, self.relation_heads, shapes)
+        check_relation_heads(loss.relations, self.relation_heads, pair.shapes)
         self.matches = tuple(
             Match("relations", f"relations.{relation}", label, "rows")
             for relation in loss.relations

@@ -8,10 +8,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from fastkd.capture import Capture
+from fastkd.capture import AttentionShape, Capture
 from fastkd.layer_map import LayerMap, Link, Moment
 from fastkd.objective.divisors import Divisor
-from fastkd.objective.relation_heads import AttentionShape
 from fastkd.recipe.models import Head
 
 Side = Literal["student", "teacher"]
@@ -33,8 +32,8 @@ class ModelPair:
     """What stands on the blocks of both."""
     outputs: int = 2
     """Numbers that a classification head gives; 1 is a regression."""
-    shapes: tuple[AttentionShape, AttentionShape] | None = None
-    """What attention reads, by heads and their sizes; as wide as hidden states where not given."""
+    shapes: tuple[tuple[AttentionShape, ...], tuple[AttentionShape, ...]] = ((), ())
+    """Of the queries, keys and values of each model's layers."""
 
 
 @dataclass(frozen=True)

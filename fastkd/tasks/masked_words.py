@@ -9,10 +9,8 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
-    AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,6 +18,7 @@ from transformers import (
 
 from fastkd.data.cache import tokenizer_digest
 from fastkd.errors import UserError
+from fastkd.models import LOADING_ERRORS, not_loadable, read_model
 
 
 class Place(NamedTuple):
@@ -94,19 +93,12 @@ class MaskedWords:
             UserError: it can't be loaded, or has no head that predicts masked tokens.
         """
         given = f"augmentation.masked_model {name}"
-        model: PreTrainedModel
-        try:
-            model, report = AutoModelForMaskedLM.from_pretrained(
-                name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"{given}: not loadable ({' '.join(str(error).split())[:200]}); give a folder or "
-                "hub name of a masked language model"
-            ) from error
         # transformers would draw a head and go on
-        missing = sorted(report["missing_keys"] & {key for key, _ in model.named_parameters()})
+        model, missing = read_model(name, given, torch.float32, None, "masked_lm")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except LOADING_ERRORS as error:
+            raise UserError(not_loadable(given, error)) from error
         if missing:
             raise UserError(
                 f"{given}: {len(missing)} weights are missing, {missing[0]} among them, so it "

@@ -104,7 +104,9 @@ def test_outputs_that_are_not_finite_predict_nothing(bad: float) -> None:
     outputs = [[0.1, 0.2], [bad, bad]]
     with pytest.raises(UserError, match="student's outputs for 1 of 2 examples are not finite"):
         predictions_of(outputs, regression=False)
-    with pytest.raises(UserError, match="the teacher's outputs for 1 of 2 .* teacher.dtype float3"):
+    with pytest.raises(
+        UserError, match=r"the teacher's outputs for 1 of 2 .* teacher.dtype float3"
+    ):
         predictions_of(outputs, regression=False, whose="teacher")
 
 

@@ -135,10 +135,10 @@ def test_missing_and_damaged_caches(tokenizer: PreTrainedTokenizerFast, tmp_path
     with pytest.raises(UserError, match=r"damaged; delete it .* \(tokens.bin has \d+ numbers, exp"):
         encode(SINGLE, tokenizer, tmp_path)
     (folder / "tokens.bin").unlink()
-    with pytest.raises(UserError, match="^task.cache: .* is damaged; delete it and run again"):
+    with pytest.raises(UserError, match=r"^task.cache: .* is damaged; delete it and run again"):
         encode(SINGLE, tokenizer, tmp_path)
     (folder / "meta.json").write_text('{"exam')
-    with pytest.raises(UserError, match="^task.cache: .* is damaged; delete it and run again"):
+    with pytest.raises(UserError, match=r"^task.cache: .* is damaged; delete it and run again"):
         encode(SINGLE, tokenizer, tmp_path)
     shutil.rmtree(folder)
     assert len(encode(SINGLE, tokenizer, tmp_path)) == 5

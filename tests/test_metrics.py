@@ -101,8 +101,13 @@ def test_tensors_are_taken() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_outputs_that_are_not_finite_predict_nothing(bad: float) -> None:
-    with pytest.raises(UserError, match="outputs for 1 of 2 examples are not finite"):
-        predictions_of([[0.1, 0.2], [bad, bad]], regression=False)
+    outputs = [[0.1, 0.2], [bad, bad]]
+    with pytest.raises(UserError, match="student's outputs for 1 of 2 examples are not finite"):
+        predictions_of(outputs, regression=False)
+    with pytest.raises(
+        UserError, match=r"the teacher's outputs for 1 of 2 .* teacher.dtype float3"
+    ):
+        predictions_of(outputs, regression=False, whose="teacher")
 
 
 def test_the_score_of_a_task_is_the_mean_of_its_means() -> None:

@@ -126,7 +126,7 @@ def test_whatever_changes_the_tokens_makes_a_new_cache(
 
 
 def test_missing_and_damaged_caches(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is missing; rank 0 builds it first"):
+    with pytest.raises(UserError, match=r"^task.cache: .* is missing; rank 0 builds it fi"):
         encode(SINGLE, tokenizer, tmp_path, build=False)
     assert not list(tmp_path.iterdir())
     folder = tmp_path / encode(SINGLE, tokenizer, tmp_path).fingerprint
@@ -135,10 +135,21 @@ def test_missing_and_damaged_caches(tokenizer: PreTrainedTokenizerFast, tmp_path
     with pytest.raises(UserError, match=r"damaged; delete it .* \(tokens.bin has \d+ numbers, exp"):
         encode(SINGLE, tokenizer, tmp_path)
     (folder / "tokens.bin").unlink()
-    with pytest.raises(UserError, match="is damaged; delete it and run again"):
+    with pytest.raises(UserError, match=r"^task.cache: .* is damaged; delete it and run again"):
+        encode(SINGLE, tokenizer, tmp_path)
+    (folder / "meta.json").write_text('{"exam')
+    with pytest.raises(UserError, match=r"^task.cache: .* is damaged; delete it and run again"):
         encode(SINGLE, tokenizer, tmp_path)
     shutil.rmtree(folder)
     assert len(encode(SINGLE, tokenizer, tmp_path)) == 5
+
+
+def test_a_cache_that_can_not_be_written_is_named_by_its_field(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"^task.cache: cannot write under .*file"):
+        encode(SINGLE, tokenizer, tmp_path / "file")
 
 
 @pytest.mark.parametrize(("examples", "size"), [(SINGLE, 2), (PAIRS, 4)], ids=["single", "pairs"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -279,6 +280,12 @@ def table(rows: Sequence[Row], skipped: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _told(family: str) -> Row | None:
+    row = sweep(family)
+    print(family, "BROKEN " + row.broken if row and row.broken else "", file=sys.stderr, flush=True)
+    return row
+
+
 def main() -> None:
     """Sweep all families, or those named, and write or print the page."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
@@ -289,7 +296,7 @@ def main() -> None:
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    found = [sweep(family) for family in given.families or all_families()]
+    found = [_told(family) for family in given.families or all_families()]
     rows = [row for row in found if row is not None]
     page = table(rows, len(found) - len(rows))
     if given.output is None:

@@ -148,11 +148,16 @@ def test_only_the_objective_calls_kernels() -> None:
     assert {path for path in importers if not path.startswith("fastkd/objective/")} == {
         "fastkd/capture/recording.py",
         "fastkd/capture/routing.py",
-        "fastkd/capture/trial.py",
+        "fastkd/capture/attention_traits.py",
         "fastkd/heads.py",
     }
     types = {"AttentionState", "LogitsHead"}
-    for name in ("capture/recording.py", "capture/routing.py", "capture/trial.py", "heads.py"):
+    for name in (
+        "capture/recording.py",
+        "capture/routing.py",
+        "capture/attention_traits.py",
+        "heads.py",
+    ):
         text = (ROOT / "fastkd" / name).read_text(encoding="utf-8")
         (imported,) = re.findall(r"fastkd_kernels import (.*)", text)
         assert set(imported.split(", ")) <= types

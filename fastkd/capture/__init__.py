@@ -3,16 +3,11 @@
 set_attention -> try_model (-> route_attention) -> capture
 """
 
+from fastkd.capture.attention_traits import AttentionShape, AttentionTraits
 from fastkd.capture.blocks import at_depth, find_blocks, no_cache
 from fastkd.capture.recording import Capture, capture
 from fastkd.capture.routing import route_attention, set_attention
-from fastkd.capture.trial import (
-    AttentionShape,
-    AttentionTraits,
-    check_positions,
-    try_model,
-    vocabulary_size,
-)
+from fastkd.capture.trial import check_positions, try_model, vocabulary_size
 
 __all__ = [
     "AttentionShape",

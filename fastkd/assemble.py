@@ -11,7 +11,13 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastkd.capture import attention_windows, check_capturable, check_positions, is_causal
+from fastkd.capture import (
+    attention_windows,
+    check_capturable,
+    check_positions,
+    is_causal,
+    vector_widths,
+)
 from fastkd.classifiers import check_classifier, load_tuned, name_outputs, pad_alike
 from fastkd.deepspeed_config import BatchPlan, plan_batches, student_config
 from fastkd.engine import DistilledStudent, NoTeacher, Ranks, TeacherRunner, make_engine
@@ -220,6 +226,7 @@ def make_objective(
         widths=(student.config.hidden_size, teacher.config.hidden_size),
         causal=is_causal(teacher),
         heads=heads,
+        vectors=(vector_widths(student), vector_widths(teacher)),
         windows=(attention_windows(student), attention_windows(teacher)) if compares else ({}, {}),
         head=recipe.student.head,
         outputs=teacher.config.num_labels,

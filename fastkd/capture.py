@@ -208,6 +208,20 @@ def is_causal(model: PreTrainedModel) -> bool:
     return any(flags)
 
 
+def vector_widths(model: PreTrainedModel) -> dict[str, int]:
+    """Widths of the queries (q), keys (k) and values (v) of a layer, all heads together.
+
+    Empty where the configuration does not say: heads of latent attention have sizes of their own.
+    """
+    config = model.config
+    if hasattr(config, "kv_lora_rank"):
+        return {}
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    grouped = size * (getattr(config, "num_key_value_heads", None) or heads)
+    return {"q": heads * size, "k": grouped, "v": grouped}
+
+
 def attention_windows(model: PreTrainedModel) -> dict[int, int]:
     """Of the layers with local attention: keys fewer than so many tokens away are seen.
 

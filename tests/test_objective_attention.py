@@ -10,12 +10,13 @@ from tiny_models import tiny_batch, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastkd.assemble import make_objective
 from fastkd.capture import attention_windows, capture, is_causal, no_cache, route_attention
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.models import build_student
 from fastkd.objective import DIVISORS, ModelPair, Objective
-from fastkd.recipe import Losses, Student
+from fastkd.recipe import Losses, Student, parse_recipe
 
 # padding within the windows: eager attention makes NaN of a row that sees nothing
 LENGTHS = (12, 11, 10)
@@ -103,6 +104,39 @@ def test_windows_are_those_of_the_configuration() -> None:
     assert attention_windows(tiny_model("qwen2", **SLIDING)) == {3: 3, 4: 3}
     assert attention_windows(tiny_model("qwen2")) == {}
     assert attention_windows(tiny_model("bert")) == {}
+
+
+def relations_of(relations: tuple[str, ...], heads: int | None, **changes: Any) -> Objective:
+    """The objective of relations between two models, as `fastkd.assemble` makes it."""
+    teacher = tiny_model("llama", **changes)
+    layers = make_layer_map("uniform", 2, 4)
+    student = build_student(teacher, Student(layers=2, init="random"), layers)[0]
+    tree = {
+        "teacher": {"model": "none"},
+        "student": {"layers": 2},
+        "data": {"train": "none"},
+        "losses": {"relations": {"relations": relations, "relation_heads": heads}},
+        "run": {"output": "none"},
+    }
+    return make_objective(parse_recipe(tree), layers, student, teacher)
+
+
+def test_relation_heads_divide_the_vectors_that_they_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two key heads of 8 are 16 wide in a model of 32; the op would say so in the first step."""
+    grouped = {"num_key_value_heads": 2}
+    with pytest.raises(UserError, match="into 32 relation heads, but the keys of the student are"):
+        relations_of(("qq", "kk"), 32, **grouped)
+    # keys are repeated for the queries that they meet
+    relations_of(("qq", "qk"), 32, **grouped)
+    relations_of(("vv",), 16, **grouped)
+    # heads of another size than the width says
+    relations_of(("qq",), 48, head_dim=12)
+    with pytest.raises(UserError, match="but the queries of the student are 48 wide"):
+        relations_of(("qq",), 32, head_dim=12)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=r"heads of up to 256; set .*relation_heads to 2 or more"):
+        relations_of(("qq",), 1, head_dim=80)
+    relations_of(("qq",), 2, head_dim=80)
 
 
 def test_local_attention_is_not_compared_with_global_attention() -> None:

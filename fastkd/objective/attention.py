@@ -12,6 +12,7 @@ from fastkd_kernels import (
     attention_score_mse,
     relation_divergence,
 )
+from fastkd_kernels.attention_divergence_launch import MAX_HEAD_DIM
 from torch import Tensor
 
 from fastkd.errors import UserError
@@ -97,13 +98,12 @@ class RelationsTerm(AttentionMappedTerm):
         self.loss = loss
         self.pair = pair
         self.relation_heads = loss.relation_heads or pair.heads[1]
-        for width, side in zip(pair.widths, ("student", "teacher"), strict=True):
-            if width % self.relation_heads:
-                raise UserError(
-                    f"losses.relations cuts vectors into {self.relation_heads} relation heads, "
-                    f"but the {side} is {width} wide; set losses.relations.relation_heads to a "
-                    "divisor of both widths"
-                )
+        for relation in loss.relations:
+            for number, side in enumerate(("student", "teacher")):
+                # repeated keys are as wide as the queries that they meet
+                letter = "q" if relation == "qk" else relation[0]
+                width = pair.vectors[number].get(letter, pair.widths[number])
+                _check_cut(width, self.relation_heads, f"{_VECTORS[letter]} of the {side}")
         self.matches = tuple(
             Match("relations", f"relations.{relation}", label, "rows")
             for relation in loss.relations
@@ -136,6 +136,24 @@ class RelationsTerm(AttentionMappedTerm):
 
             losses.append(_by_window(self, self.pair, batch, divergence))
         return torch.cat(losses)
+
+
+_VECTORS = {"q": "queries", "k": "keys", "v": "values"}
+
+
+def _check_cut(width: int, heads: int, what: str) -> None:
+    """See that the op on relations takes vectors of this width, cut into so many heads."""
+    if width % heads:
+        raise UserError(
+            f"losses.relations cuts vectors into {heads} relation heads, but the {what} are "
+            f"{width} wide; set losses.relations.relation_heads to a divisor of all widths"
+        )
+    if torch.cuda.is_available() and width // heads > MAX_HEAD_DIM:
+        raise UserError(
+            f"losses.relations cuts the {what}, {width} wide, into {heads} relation heads, but the "
+            f"kernels of a GPU take heads of up to {MAX_HEAD_DIM}; set "
+            f"losses.relations.relation_heads to {-(-width // MAX_HEAD_DIM)} or more"
+        )
 
 
 def _by_window(

@@ -31,6 +31,9 @@ class ModelPair:
     """What stands on the blocks of both."""
     outputs: int = 2
     """Numbers that a classification head gives; 1 is a regression."""
+    vectors: tuple[dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}))
+    """Widths of all heads' queries (q), keys (k) and values (v) together; hidden sizes where
+    not given."""
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ ERRORS: list[tuple[Callable[[], Any], Any, str]] = [
         "student has 4 heads and the teacher has 6; .*relation_divergence",
     ),
     (options(kind="hellinger"), ValueError, "kind='hellinger' is not known; choose one of kl, rev"),
-    (options(temperature=0.0), ValueError, "temperature is 0.0; expected a finite number above 0"),
+    (options(temperature=0.0), ValueError, "temperature is 0.0; expected 0.001 to 1000"),
     (options(temperature=float("inf")), ValueError, "temperature is inf"),
     (options(temperature="1"), TypeError, "temperature must be a float, got str"),
     (options(window=0), ValueError, "window is 0; expected 1 or more, or None"),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
+from conditioning import Change
 from fastkd_kernels import LogitsHead, logits_divergence, reference
 from fastkd_kernels.types import LogitsKind
 from kernel_cases import errors, relative_error
@@ -51,6 +52,10 @@ class LogitsCase:
             for name, value in self.options.items()
         }
         return replace(made, options=moved)
+
+    def defined(self, change: Change) -> list[Tensor]:
+        """What the definition gives from tensors that went through a change."""
+        return self.mapped(change).run(reference.logits_divergence)
 
     def run(self, op: Callable[..., Any], **more: Any) -> list[Tensor]:
         """The losses, then the student's gradients for fixed, different upstream gradients."""

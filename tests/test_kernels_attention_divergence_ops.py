@@ -10,7 +10,7 @@ from fastkd_kernels import AttentionState, attention_divergence, relation_diverg
 from fastkd_kernels.attention_divergence import counted_rows
 from fastkd_kernels.attention_divergence_launch import MAX_HEAD_DIM, divergence_launch
 from fastkd_kernels.unit_gradient import inverse
-from kernel_cases import attention_states, errors, leaves_of, masks
+from kernel_cases import attention_states, leaves_of, masks
 from torch import Tensor
 
 BACKENDS = ["torch", "triton"] if not torch.cuda.is_available() else ["torch"]
@@ -65,7 +65,8 @@ def test_compiles_as_one_graph(backend: str) -> None:
     for function in (losses, compiled):
         loss = function(*leaves, teacher, masks(2, 10), backend)
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
-    assert max(errors(results[1], results[0])) < 1e-6
+    # the same ops on the same values
+    assert all(map(torch.equal, *results))
 
 
 @EVERY_BACKEND

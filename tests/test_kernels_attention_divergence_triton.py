@@ -71,7 +71,7 @@ def test_low_precision_stays_near_plain_pytorch(
     states = near_states(distance, dtype, heads=1, tokens=40, dim=16, device=DEVICE)
     given, _ = triton_both(states, kind=kind, gain=2**10)
     plain = defined(states, kind=kind, gain=2**10)
-    check_rounding(exactly_defined(states, kind=kind, gain=2**10), given, plain=plain)
+    check_rounding(exactly_defined(states, kind=kind, gain=2**10), given, anew=True, plain=plain)
 
 
 @pytest.mark.parametrize("kind", ["kl", "reverse_kl", "js", "cosine"])
@@ -88,7 +88,7 @@ def test_models_far_apart(scale: float, kind: str) -> None:
     student, teacher = attention_states(1, 1, 1, 40, (8, 8), dtype=torch.float32, device=DEVICE)
     states = [s._replace(scale=scale) for s in student], [t._replace(scale=30.0) for t in teacher]
     given, _ = triton_both(states, kind=kind)
-    check_rounding(exactly_defined(states, kind=kind), given)
+    check_rounding(exactly_defined(states, kind=kind), given, anew=True)
 
 
 @EVERY_KIND
@@ -98,7 +98,7 @@ def test_student_equal_to_teacher(kind: str) -> None:
     options = {"kind": kind, "backend": "triton"}
     zero = loss_and_gradients(attention_divergence, leaves_of(same), same, teacher, **options)
     far = loss_and_gradients(attention_divergence, leaves_of(distant), distant, teacher, **options)
-    check_rounding(exactly_defined((same, teacher), kind=kind), zero, scales=far)
+    check_rounding(exactly_defined((same, teacher), kind=kind), zero, anew=True, scales=far)
     assert zero[0].item() >= 0.0
 
 
@@ -106,7 +106,7 @@ def test_dtypes_may_differ() -> None:
     student, teacher = attention_states(1, 1, 1, 33, (8, 12), dtype=torch.float32, device=DEVICE)
     states = student, cast(teacher, torch.float16)
     given, _ = triton_both(states)
-    check_rounding(exactly_defined(states), given)
+    check_rounding(exactly_defined(states), given, anew=True)
 
 
 @interpreted
@@ -131,7 +131,7 @@ def test_reads_any_strides_and_no_padding() -> None:
         attention_divergence, leaves_of(student), student, teacher, **options
     )
     defined = {name: value for name, value in options.items() if name != "backend"}
-    limits = bounds(exactly_defined((student, teacher), **defined), clean)[1]
+    limits = bounds(exactly_defined((student, teacher), **defined), clean, anew=True)[1]
     for state in (*student, *teacher):
         for tensor in state[:2]:
             tensor.data.masked_fill_(~mask[:, None, :, None], float("nan"))

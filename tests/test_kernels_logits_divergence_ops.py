@@ -7,7 +7,7 @@ import pytest
 import torch
 from fastkd_kernels import LogitsHead, logits_divergence, logits_divergence_torch, reference
 from kernel_cases import peak_bytes
-from logits_cases import FORMS, LogitsCase, largest_error, logits_case, tensors_of
+from logits_cases import FORMS, LogitsCase, logits_case, tensors_of
 from torch import Tensor
 
 GPU = torch.cuda.is_available()
@@ -51,7 +51,8 @@ def test_compiles_as_one_graph(labelled: bool) -> None:
         losses = function(*case.leaves, **case.options)
         total = sum(factor * value for factor, value in zip((2, 3), losses, strict=False))
         results.append([*losses, *torch.autograd.grad(total, case.leaves)])
-    assert largest_error(results[1], results[0]) < 1e-6
+    # the same ops on the same values
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("labelled", [False, True])

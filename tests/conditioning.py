@@ -138,6 +138,36 @@ def _stored(given: Tensor, exact: Tensor) -> float:
     return kind.eps / 2 * (float(exact.norm()) + kind.tiny * exact.numel() ** 0.5)
 
 
+class PlainRounding(TorchDispatchMode):
+    """Rounds, inside it, the logarithms of a softmax one by one, as plain PyTorch in fp32 does.
+
+    They no longer belong to probabilities that add up to 1, so that near the teacher a divergence
+    keeps terms of first order: what kernels are there to avoid.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.rounding = Rounding(torch.float32, torch.float32, False, seed)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ != "_log_softmax":
+            return out
+        return self.rounding.moved(out, self.rounding.sums * out.abs())
+
+
+def plain_loss_error(define: Define) -> float:
+    """How far plain PyTorch in fp32 may be from the losses: the largest of a few draws."""
+    exact = define(exactly)[0]
+    found = 0.0
+    for draw in range(DRAWS):
+        with PlainRounding(draw):
+            found = max(found, distance(define(exactly)[0], exact))
+    return found
+
+
 def check_rounding(
     define: Define,
     given: Sequence[Tensor],

@@ -110,7 +110,7 @@ def gram_form(
         y = torch.cat(
             [s.key.repeat_interleave(heads // s.key.shape[1], dim=1) for _, s in parts], -1
         )
-        entries = torch.ones(len(x), 1, tokens, tokens, dtype=torch.bool)
+        entries = torch.ones(len(x), 1, tokens, tokens, dtype=torch.bool, device=x.device)
         if query_mask is not None and reduction == "valid":
             x = x * query_mask[:, None, :, None]
             entries = entries & query_mask[:, None, :, None]

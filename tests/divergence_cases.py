@@ -4,9 +4,18 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
+from conditioning import Define
 from fastkd_kernels import AttentionState, attention_divergence, reference
 from fastkd_kernels.types import DivergenceKind
-from kernel_cases import attention_states, cast, leaves_of, loss_and_gradients, near, trained
+from kernel_cases import (
+    attention_states,
+    cast,
+    defined_states,
+    leaves_of,
+    loss_and_gradients,
+    near,
+    trained,
+)
 from torch import Tensor
 
 KINDS = get_args(DivergenceKind)
@@ -28,6 +37,11 @@ def defined(states: Any, **options: Any) -> list[Tensor]:
     return loss_and_gradients(
         reference.attention_divergence, leaves_of(states[0]), *states, **options
     )
+
+
+def exactly_defined(states: Any, **options: Any) -> Define:
+    """The definition on what the states' tensors become by a change."""
+    return defined_states(reference.attention_divergence, states, **options)
 
 
 def holes(batch: int, tokens: int) -> Tensor:

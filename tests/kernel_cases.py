@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fastkd_kernels import AttentionState
+from conditioning import Change, Define
+from fastkd_kernels import AttentionState, reference
+from fastkd_kernels.types import TeacherLayers
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -74,6 +76,71 @@ def leaves_of(states: Sequence[AttentionState]) -> list[Tensor]:
     return [tensor for state in states for tensor in (state.query, state.key)]
 
 
+def defined_states(definition: Callable[..., Tensor], states: Any, **options: Any) -> Define:
+    """Losses and gradients of a definition from queries and keys that went through a change."""
+
+    def define(change: Change) -> list[Tensor]:
+        own, target = (
+            [s._replace(query=change(s.query), key=change(s.key)) for s in side] for side in states
+        )
+        own = trained(own)
+        return loss_and_gradients(definition, leaves_of(own), own, target, **options)
+
+    return define
+
+
+def gram_form(
+    student: Sequence[AttentionState],
+    teacher: Sequence[TeacherLayers],
+    *,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    causal: bool = False,
+    reduction: str = "valid",
+    chunk: int = 128,
+) -> Tensor:
+    """attention_score_mse by Grams of both models side by side: the definition where all is exact,
+    and where products are rounded, what the plain Gram form loses by terms that cancel."""
+    losses = []
+    for own, target in zip(student, teacher, strict=True):
+        layers = [target] if isinstance(target, AttentionState) else list(target)
+        heads, tokens = own.query.shape[1:3]
+        parts = [(own.scale, own), *((-t.scale / len(layers), t) for t in layers)]
+        x = torch.cat([scale * state.query for scale, state in parts], -1)
+        y = torch.cat(
+            [s.key.repeat_interleave(heads // s.key.shape[1], dim=1) for _, s in parts], -1
+        )
+        entries = torch.ones(len(x), 1, tokens, tokens, dtype=torch.bool, device=x.device)
+        if query_mask is not None and reduction == "valid":
+            x = x * query_mask[:, None, :, None]
+            entries = entries & query_mask[:, None, :, None]
+        if key_mask is not None:
+            y = y * key_mask[:, None, :, None]
+            entries = entries & key_mask[:, None, None, :]
+        entries = entries.tril() if causal else entries
+        size = chunk if causal else tokens
+        total = x.new_zeros(())
+        for start in range(0, tokens, size):
+            rows = x[:, :, start : start + size]
+            if causal:
+                tile = rows @ y[:, :, start : start + size].mT
+                total = total + tile.tril().square().sum()
+            seen = y[:, :, : start if causal else tokens]
+            grams = [(side.mT @ side).flatten(-2) for side in (rows, seen)]
+            total = total + (grams[0][..., None, :] @ grams[1][..., None]).sum()
+        count = heads * entries.sum() if reduction == "valid" else len(x) * heads * tokens**2
+        losses.append(total / max(int(count), 1))
+    return torch.stack(losses)
+
+
+def defined_score_mse(states: Any, algorithm: str = "tiles", **options: Any) -> Define:
+    """attention_score_mse as it is rounded: by Grams that cancel where head sizes differ, and by
+    scores otherwise, whose difference a Gram of one head size takes first."""
+    sizes = {state.query.shape[-1] for side in states for state in side}
+    grams = algorithm == "gram" and len(sizes) > 1
+    return defined_states(gram_form if grams else reference.attention_score_mse, states, **options)
+
+
 def masks(batch: int, tokens: int, seed: int = 2) -> Tensor:
     """Right padding of different lengths, the last item without any valid token."""
     generator = torch.Generator().manual_seed(seed)
@@ -85,12 +152,20 @@ def masks(batch: int, tokens: int, seed: int = 2) -> Tensor:
 
 
 def loss_and_gradients(
-    op: Callable[..., Tensor], leaves: Sequence[Tensor], *args: Any, seed: int = 3, **options: Any
+    op: Callable[..., Tensor],
+    leaves: Sequence[Tensor],
+    *args: Any,
+    seed: int = 3,
+    gain: float = 1.0,
+    **options: Any,
 ) -> list[Tensor]:
-    """The losses, then the gradients of `leaves` for a random upstream gradient."""
+    """The losses, then the gradients of `leaves` for a random upstream gradient.
+
+    `gain` scales that, as a loss scale keeps the gradients of fp16 above its smallest numbers.
+    """
     loss = op(*args, **options)
     generator = torch.Generator().manual_seed(seed)
-    upstream = torch.randn(loss.shape, generator=generator, dtype=torch.float64).to(loss)
+    upstream = gain * torch.randn(loss.shape, generator=generator, dtype=torch.float64).to(loss)
     return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream)]
 
 
@@ -170,18 +245,30 @@ class HiddenCase:
             made[name] = taken[0] if isinstance(value, Tensor) else taken
         return HiddenCase(list(leaves[: len(self.student)]), self.teacher, self.weights, made)
 
-    def cast(self, dtype: torch.dtype) -> "HiddenCase":
-        made = self.with_leaves([leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves])
-        made.teacher = [tensor.to(dtype) for tensor in self.teacher]
+    def mapped(self, change: Change) -> "HiddenCase":
+        """Every tensor changed; those of the student are leaves."""
+        made = self.with_leaves([change(leaf.detach()).requires_grad_() for leaf in self.leaves])
+        made.teacher = [change(tensor) for tensor in self.teacher]
         return made
 
+    def cast(self, dtype: torch.dtype) -> "HiddenCase":
+        return self.mapped(lambda tensor: tensor.to(dtype))
+
     def on(self, device: str) -> "HiddenCase":
-        made = self.with_leaves([leaf.detach().to(device).requires_grad_() for leaf in self.leaves])
-        made.teacher = [tensor.to(device) for tensor in self.teacher]
-        return made
+        return self.mapped(lambda tensor: tensor.to(device))
 
     def exact(self) -> "HiddenCase":
         return self.cast(torch.float64)
+
+    def run(self, op: Callable[..., Tensor], **options: Any) -> list[Tensor]:
+        """Losses and gradients."""
+        return loss_and_gradients(
+            op, self.leaves, self.student, self.teacher, **self.trained, **options
+        )
+
+    def defined(self, definition: Callable[..., Tensor], **options: Any) -> Define:
+        """Losses and gradients of a definition from tensors that went through a change."""
+        return lambda change: self.mapped(change).run(definition, **options)
 
     def near(self, distance: float, seed: int = 1) -> "HiddenCase":
         """Teachers at a relative `distance` of the projected students."""

@@ -10,6 +10,7 @@ from typing import Any
 import fastkd_kernels
 import torch
 from fastkd_kernels import reference
+from kernel_cases import gram_form
 from torch import Tensor
 
 LAYOUTS = ("plain", "tokens first", "reversed", "sliced", "expanded")
@@ -82,14 +83,31 @@ class Problem:
     def cast(self, dtype: torch.dtype) -> Problem:
         return self.mapped(lambda tensor: recast(tensor, dtype))
 
-    def run(self, upstream: Tensor, *, definition: bool = False, **options: Any) -> list[Tensor]:
-        """Losses `[n]`, then the gradients of `leaves`."""
+    @property
+    def grams(self) -> bool:
+        """Whether it may be made of Grams that cancel: of several head sizes or teacher layers."""
+        sizes = {tensor.shape[-1] for tensor in (*self.student, *self.teacher)}
+        mixed = len(sizes) > 1 or len(self.teacher) > len(self.student)
+        return mixed and self.tuning.get("algorithm") in ("gram", "auto")
+
+    @property
+    def operands(self) -> torch.dtype | None:
+        """What products of the backward round to; Grams that cancel stay in fp32."""
+        single = self.grams and self.student[0].dtype.itemsize == 2
+        return torch.float32 if single else None
+
+    def run(
+        self, upstream: Tensor, *, definition: bool = False, grams: bool = False, **options: Any
+    ) -> list[Tensor]:
+        """Losses `[n]`, then the gradients of `leaves`; the definition made of Grams with `grams`
+        where the op may be."""
         leaves = [leaf.detach().requires_grad_() for leaf in self.leaves]
         count = len(self.student)
         own = replace(self, student=leaves[:count], trained=leaves[count:])
         positional, named = self.arguments(own)
         if definition:
-            made = getattr(reference, self.op)(*positional, **named)
+            definition_of = gram_form if grams and self.grams else getattr(reference, self.op)
+            made = definition_of(*positional, **named)
         else:
             made = getattr(fastkd_kernels, self.op)(*positional, **named, **self.tuning, **options)
         losses = torch.stack(made) if isinstance(made, tuple) else made.reshape(-1)

@@ -10,7 +10,7 @@ from fastkd_kernels import AttentionState, attention_divergence, relation_diverg
 from fastkd_kernels.attention_divergence import counted_rows
 from fastkd_kernels.attention_divergence_launch import MAX_HEAD_DIM, divergence_launch
 from fastkd_kernels.unit_gradient import inverse
-from kernel_cases import attention_states, errors, leaves_of, masks
+from kernel_cases import attention_states, leaves_of, masks
 from torch import Tensor
 
 BACKENDS = ["torch", "triton"] if not torch.cuda.is_available() else ["torch"]
@@ -65,7 +65,8 @@ def test_compiles_as_one_graph(backend: str) -> None:
     for function in (losses, compiled):
         loss = function(*leaves, teacher, masks(2, 10), backend)
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
-    assert max(errors(results[1], results[0])) < 1e-6
+    # the same ops on the same values
+    assert all(map(torch.equal, *results))
 
 
 @EVERY_BACKEND
@@ -136,7 +137,7 @@ ERRORS: list[tuple[Callable[[], Any], Any, str]] = [
         "student has 4 heads and the teacher has 6; .*relation_divergence",
     ),
     (options(kind="hellinger"), ValueError, "kind='hellinger' is not known; choose one of kl, rev"),
-    (options(temperature=0.0), ValueError, "temperature is 0.0; expected a finite number above 0"),
+    (options(temperature=0.0), ValueError, "temperature is 0.0; expected 0.001 to 1000"),
     (options(temperature=float("inf")), ValueError, "temperature is inf"),
     (options(temperature="1"), TypeError, "temperature must be a float, got str"),
     (options(window=0), ValueError, "window is 0; expected 1 or more, or None"),

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from conditioning import bounds, check_rounding, check_within
 from fastkd_kernels import AttentionState, attention_score_mse, reference
 from fastkd_kernels.attention_score_mse import choose_algorithm
 from fastkd_kernels.attention_score_mse_causal import CHUNK
 from kernel_cases import (
     attention_states,
     cast,
+    defined_score_mse,
     errors,
     leaves_of,
     loss_and_gradients,
@@ -81,10 +83,9 @@ def test_equals_its_definition_in_fp32_at_bert_sizes(tokens: int, reduction: str
     states = attention_states(1, batch, 2, tokens, (26, 64), dtype=torch.float32)
     valid = masks(batch, tokens) if batch > 1 else torch.arange(tokens)[None] < tokens - 300
     for algorithm in ("tiles", "gram"):
-        given, expected = both(
-            states, key_mask=valid, query_mask=valid, reduction=reduction, algorithm=algorithm
-        )
-        assert max(errors(given, expected)) <= 1e-5
+        options: dict[str, Any] = {"key_mask": valid, "query_mask": valid, "reduction": reduction}
+        given, _ = both(states, algorithm=algorithm, **options)
+        check_rounding(defined_score_mse(states, algorithm, **options), given)
 
 
 @BOTH
@@ -95,9 +96,9 @@ def test_equals_its_definition_in_fp32_at_bert_sizes(tokens: int, reduction: str
 def test_low_precision_stays_near_plain_pytorch(
     dtype: torch.dtype, distance: float, dims: tuple[int, int], causal: bool, algorithm: str
 ) -> None:
-    """At most twice the error of plain PyTorch. The one exception is the plain Gram form (head
-    sizes that differ), whose terms cancel: gradients 20 times, and the loss to a few roundings of
-    the mean squared score instead of its own size."""
+    """At most twice the error of plain PyTorch, or what rounding does to the definition; to Grams
+    of both models where these cancel (head sizes that differ), whose loss has the digits of the
+    mean squared score instead of its own."""
     teacher = attention_states(1, 2, 2, 96, dims)[1]
     if dims[0] == dims[1]:
         student = near(teacher, distance)
@@ -111,37 +112,39 @@ def test_low_precision_stays_near_plain_pytorch(
         ]
         student = near(student, distance)
     states = trained(cast(student, dtype)), cast(teacher, dtype)
-    given, expected = both(states, causal=causal, algorithm=algorithm)
+    options: dict[str, Any] = {"causal": causal, "gain": 2**10}
+    given, expected = both(states, algorithm=algorithm, **options)
     plain = loss_and_gradients(
-        reference.attention_score_mse, leaves_of(states[0]), *states, causal=causal
+        reference.attention_score_mse, leaves_of(states[0]), *states, **options
     )
-    own_errors, plain_errors = errors(given, expected), errors(plain, expected)
-    cancels = dims[0] != dims[1] and algorithm == "gram"
-    single = torch.finfo(torch.float32).eps
+    # all 96 tokens are one chunk of the causal form, which is made of tiles
+    cancels = dims[0] != dims[1] and algorithm == "gram" and not causal
+    scales = None
     if cancels:
-        mean_square = reference.attention_scores(teacher[0]).square().mean()
-        assert (given[0].double() - expected[0]).abs().max() <= 4 * single * mean_square
-    else:
-        # one number can be right by luck in plain PyTorch: allow a few roundings
-        assert own_errors[0] <= max(2 * plain_errors[0], 8 * single)
-    for own, theirs in zip(own_errors[1:], plain_errors[1:], strict=True):
-        assert own <= max((20 if cancels else 2) * theirs, torch.finfo(dtype).eps)
+        scales = [reference.attention_scores(teacher[0]).square().mean(), *expected[1:]]
+    define = defined_score_mse(states, algorithm if cancels else "tiles", **options)
+    # Grams that cancel are never rounded to halves
+    operands = torch.float32 if cancels else None
+    check_rounding(define, given, plain=plain, scales=scales, operands=operands)
 
 
 def test_student_and_teacher_dtypes_may_differ() -> None:
     student, teacher = attention_states(2, 2, 4, 40, (8, 12), dtype=torch.float32)
     teacher = cast(teacher, torch.bfloat16)
-    given, expected = both((student, teacher), algorithm="tiles")
-    assert max(errors(given, expected)) < 1e-5
+    states = student, teacher
+    given, _ = both(states, algorithm="tiles")
+    check_rounding(defined_score_mse(states), given)
     assert given[0].dtype == torch.float32
-    assert both((student, teacher), algorithm="gram")[0][1].dtype == torch.float32
+    given, _ = both(states, algorithm="gram")
+    check_rounding(defined_score_mse(states, "gram"), given)
+    assert given[1].dtype == torch.float32
 
 
 @BOTH
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dims", [(16, 16), (8, 16)])
 def test_identical_models_have_no_loss(dims: Any, causal: bool, algorithm: str) -> None:
-    """Loss near 0 and gradients below 1e-6 of what a distant student gets."""
+    """Loss and gradients are what rounding leaves of those that a distant student gets."""
     distant, teacher = attention_states(1, 2, 3, 200, dims, dtype=torch.float32)
     same = [
         t._replace(query=t.query[..., : dims[0]].clone(), key=t.key[..., : dims[0]].clone())
@@ -154,8 +157,8 @@ def test_identical_models_have_no_loss(dims: Any, causal: bool, algorithm: str) 
     options = {"causal": causal, "algorithm": algorithm}
     near_zero = loss_and_gradients(attention_score_mse, leaves_of(same), same, teacher, **options)
     far = loss_and_gradients(attention_score_mse, leaves_of(distant), distant, teacher, **options)
-    for own, scale in zip(near_zero, far, strict=True):
-        assert own.norm() <= 1e-6 * scale.norm()
+    define = defined_score_mse((same, teacher), algorithm, causal=causal)
+    check_rounding(define, near_zero, scales=far)
     assert near_zero[0].item() >= 0.0
 
 
@@ -180,11 +183,12 @@ def test_padding_may_hold_anything(causal: bool, algorithm: str) -> None:
     valid = masks(3, 50)
     options = {"key_mask": valid, "query_mask": valid, "causal": causal, "algorithm": algorithm}
     clean = loss_and_gradients(attention_score_mse, leaves_of(student), student, teacher, **options)
+    limits = bounds(defined_score_mse((student, teacher), **options), clean)[1]
     for state in (*student, *teacher):
         for tensor in (state.query, state.key):
             tensor.data.masked_fill_(~valid[:, None, :, None], float("nan"))
     dirty = loss_and_gradients(attention_score_mse, leaves_of(student), student, teacher, **options)
-    assert max(errors(dirty, clean)) < 1e-14
+    check_within(dirty, clean, limits)
 
 
 @BOTH
@@ -282,14 +286,15 @@ def test_official_tinybert_loss() -> None:
     """The lines of the official code: an additive -10000 mask, then entries <= -100 set to 0."""
     student, teacher = attention_states(1, 3, 4, 24, (6, 8), dtype=torch.float32)
     valid = masks(3, 24)
-    additive = (1.0 - valid[:, None, None, :].float()) * -10000.0
-    maps = [reference.attention_scores(side[0]) + additive for side in (student, teacher)]
+    additive = (1.0 - valid[:, None, None, :].double()) * -10000.0
+    options: dict[str, Any] = {"key_mask": valid, "query_mask": valid, "reduction": "tinybert"}
+    exact = [cast(side, torch.float64)[0] for side in (student, teacher)]
+    maps = [reference.attention_scores(state) + additive for state in exact]
     own, target = (torch.where(m <= -1e2, torch.zeros_like(m), m) for m in maps)
     expected = torch.nn.functional.mse_loss(own, target)
-    given = attention_score_mse(
-        student, teacher, key_mask=valid, query_mask=valid, reduction="tinybert"
-    )
-    torch.testing.assert_close(given[0], expected, rtol=1e-5, atol=0)
+    given, defined = both((student, teacher), **options)
+    torch.testing.assert_close(defined[0][0], expected, rtol=1e-12, atol=0)
+    check_rounding(defined_score_mse((student, teacher), "gram", **options), given)
 
 
 def test_choice_of_algorithm() -> None:

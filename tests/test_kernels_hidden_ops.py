@@ -7,7 +7,7 @@ import pytest
 import torch
 from fastkd_kernels import hidden_cosine, hidden_launch, hidden_mse, hidden_normalized_mse
 from fastkd_kernels.unit_gradient import inverse
-from kernel_cases import errors, fresh_tensors_are_nan, hidden_case, masks
+from kernel_cases import fresh_tensors_are_nan, hidden_case, masks
 from torch import Tensor
 
 BACKENDS = ["torch", "triton"] if not torch.cuda.is_available() else ["torch"]
@@ -50,7 +50,8 @@ def test_compiles_as_one_graph() -> None:
     for function in (_losses, compiled):
         loss = function(case.student[0], case.teacher[0], case.leaves[1], masks(3, 10))
         results.append([loss.detach(), *torch.autograd.grad(loss, case.leaves)])
-    assert max(errors(results[1], results[0])) < 1e-6
+    # the same ops on the same values
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("width", [1, 16, 384, 768, 4096, 16384])

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conditioning import bounds, check_rounding, check_within
 from fastkd_kernels import (
     hidden_cosine,
     hidden_launch,
@@ -70,19 +71,10 @@ def test_low_precision_stays_near_plain_pytorch(
     op: Callable[..., Tensor], dtype: torch.dtype, weights: str, distance: float
 ) -> None:
     case = hidden_case(4, 1, 50, (32, 32), weights).near(distance).cast(dtype).on(DEVICE)
-    exact = case.exact()
-    given = loss_and_gradients(
-        op, case.leaves, case.student, case.teacher, **case.trained, backend="triton"
-    )
-    made = [
-        loss_and_gradients(DEFINITIONS[op], c.leaves, c.student, c.teacher, **c.trained)
-        for c in (case, exact)
-    ]
-    floors = [8 * torch.finfo(torch.float32).eps, *[torch.finfo(dtype).eps] * len(case.leaves)]
-    for own, theirs, floor in zip(
-        errors(given, made[1]), errors(made[0], made[1]), floors, strict=True
-    ):
-        assert own <= max(2 * theirs, floor)
+    given = case.run(op, backend="triton", gain=2**10)
+    plain = case.run(DEFINITIONS[op], gain=2**10)
+    define = case.defined(DEFINITIONS[op], gain=2**10)
+    check_rounding(define, given, plain=plain, inputs=op is hidden_cosine)
 
 
 @interpreted
@@ -104,10 +96,12 @@ def test_padding_may_hold_anything(op: Callable[..., Tensor]) -> None:
     mask = masks(2, 20).to(DEVICE)
     arguments = (op, case.leaves, case.student, case.teacher)
     clean = loss_and_gradients(*arguments, mask=mask, **case.trained, backend="triton")
+    define = case.defined(DEFINITIONS[op], mask=mask)
+    limits = bounds(define, clean, inputs=op is hidden_cosine)[1]
     for tensor in (*case.student, *case.teacher):
         tensor.data.masked_fill_(~mask[..., None], float("nan"))
     dirty = loss_and_gradients(*arguments, mask=mask, **case.trained, backend="triton")
-    assert max(errors(dirty, clean)) < 1e-6
+    check_within(dirty, clean, limits)
 
 
 @pytest.mark.parametrize("op", [hidden_mse, hidden_cosine])
@@ -142,12 +136,10 @@ def test_launches_do_not_grow_with_pairs(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_identical_models_have_no_loss() -> None:
     case = hidden_case(1, 1, 20, (16, 16), "none", torch.float32).on(DEVICE)
     for op in (hidden_mse, hidden_cosine):
-        far, near = (
-            loss_and_gradients(op, c.leaves, c.student, c.teacher, backend="triton")
-            for c in (case, case.near(0.0))
-        )
-        for own, scale in zip(near, far, strict=True):
-            assert own.norm() <= 1e-6 * scale.norm()
+        same = case.near(0.0)
+        far, near = (made.run(op, backend="triton") for made in (case, same))
+        define = same.defined(DEFINITIONS[op])
+        check_rounding(define, near, scales=far, inputs=op is hidden_cosine)
 
 
 @needs_gpu

@@ -8,7 +8,7 @@ import torch
 from fastkd_kernels import AttentionState, attention_score_mse
 from fastkd_kernels import attention_score_mse as attention_function
 from fastkd_kernels.unit_gradient import inverse
-from kernel_cases import attention_states, errors, leaves_of, masks
+from kernel_cases import attention_states, leaves_of, masks
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,7 +84,8 @@ def test_compiles_as_one_graph(algorithm: str, causal: bool, backend: str) -> No
     for function in (_losses, compiled):
         loss = function(*student[0][:2], teacher, masks(1, 10).to(DEVICE), options)
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
-    assert max(errors(results[1], results[0])) < 1e-6
+    # the same ops on the same values
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.usefixtures("deterministic")

@@ -76,6 +76,17 @@ def test_every_shape_of_a_model_is_held_against() -> None:
         check_relation_heads(["vv"], 4, shapes)
 
 
+def test_heads_wider_than_a_kernel_takes_are_refused_where_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shapes = (AttentionShape(4, 4, 80, 80),), (AttentionShape(4, 4, 64, 64),)
+    check_relation_heads(["qq"], 1, shapes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=r"heads of up to 256; set .*relation_heads to 2 or more"):
+        check_relation_heads(["qq"], 1, shapes)
+    check_relation_heads(["qq"], 2, shapes)
+
+
 def recipe(**relations: Any) -> Any:
     return parse_recipe(
         {

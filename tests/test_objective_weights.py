@@ -301,6 +301,18 @@ def base(**changes: Any) -> dict[str, Any]:
             "losses.logits: skew is read by skew_kl only; kind is kl",
         ),
         (
+            {"losses": {"logits": {"kind": "js", "beta": 1e-9}}, "student": {"head": "causal_lm"}},
+            "losses.logits: beta is 1e-09, so near an end of the mixture that fp32 loses the",
+        ),
+        (
+            {"losses": {"logits": {"kind": "mse", "temperature": 2}}},
+            "losses.logits: temperature is given, but mse compares raw logits; leave it out",
+        ),
+        (
+            {"losses": {"relations": {"temperature": 1e4}}},
+            "losses.relations.temperature: input should be less than or equal to 1000",
+        ),
+        (
             {"losses": {"reduction": "tinybert", "hidden": {"kind": "cosine"}}},
             "losses: reduction is tinybert, but hidden.kind is cosine",
         ),

@@ -1,4 +1,4 @@
-"""What the queries of a model see, read from what its attention was given and what it made of that."""
+"""What the queries of a model see: read from what its attention is given and makes of it."""
 
 from __future__ import annotations
 

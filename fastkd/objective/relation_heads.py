@@ -10,6 +10,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
+import torch
+from fastkd_kernels.attention_divergence_launch import MAX_HEAD_DIM
+
 from fastkd.capture import AttentionShape
 from fastkd.errors import UserError
 
@@ -29,15 +32,27 @@ def check_relation_heads(
         shapes: of the layers of student and teacher.
 
     Raises:
-        UserError: naming the relation, the model and the width.
+        UserError: naming the relation, the model and the width; or heads wider than the kernels of
+            a GPU take, where there is one.
     """
     for relation in relations:
         for side, found in zip(("student", "teacher"), shapes, strict=True):
             for letter, shape in itertools.product(relation, found):
-                width = shape.width(letter, relation)
-                if width % relation_heads:
-                    raise UserError(
-                        f"losses.relations cuts vectors into {relation_heads} relation heads, but "
-                        f"the {_VECTORS[letter]} that {relation} compares are {width} wide in the "
-                        f"{side}; set losses.relations.relation_heads to a divisor of all widths"
-                    )
+                what = f"{_VECTORS[letter]} that {relation} compares"
+                _check_cut(shape.width(letter, relation), relation_heads, what, side)
+
+
+def _check_cut(width: int, heads: int, what: str, side: str) -> None:
+    if width % heads:
+        raise UserError(
+            f"losses.relations cuts vectors into {heads} relation heads, but the {what} are "
+            f"{width} wide in the {side}; set losses.relations.relation_heads to a divisor of all "
+            "widths"
+        )
+    if torch.cuda.is_available() and width // heads > MAX_HEAD_DIM:
+        raise UserError(
+            f"losses.relations cuts vectors into {heads} relation heads, but the {what} are "
+            f"{width} wide in the {side}, and the kernels of a GPU take heads of up to "
+            f"{MAX_HEAD_DIM}; set losses.relations.relation_heads to {-(-width // MAX_HEAD_DIM)} "
+            "or more"
+        )

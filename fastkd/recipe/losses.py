@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,10 @@ from fastkd.recipe.section import Section
 from fastkd.recipe.weights import Balance, Schedule, ShortBalance
 
 Tokens = Literal["all", "cls", "mean"]
+# between these fp32 tells scores over the temperature apart, and the kernels take them
+Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
+# a mixture's smaller part, unless it is left out altogether
+LEAST_SHARE = 1e-4
 
 
 class Term(Section):
@@ -30,7 +34,7 @@ class AttentionLoss(Term):
         "score_mse"
     )
     """Squared difference of the scores before the softmax, or a divergence of the probabilities."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Temperature = 1.0
     """What both models' scores are divided by before the softmax."""
     layer_map: Layers | None = None
     """Mapping of this term; the recipe's where not given."""
@@ -57,7 +61,7 @@ class RelationsLoss(Term):
     """Heads that the vectors are cut into anew; the teacher's attention heads where not given."""
     kind: Literal["kl", "reverse_kl", "js", "mse", "cross_entropy", "cosine"] = "kl"
     """Divergence of the relations' softmax."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Temperature = 1.0
     """What the relations are divided by before the softmax."""
     layer_map: Layers | None = None
     """Mapping of this term; the recipe's where not given."""
@@ -86,14 +90,16 @@ class LogitsLoss(Term):
 
     kind: Literal["kl", "reverse_kl", "js", "skew_kl", "mse", "soft_ce"] = "kl"
     """Divergence of the probabilities, or the squared difference of the logits."""
-    temperature: float = Field(default=1.0, gt=0)
-    """What both models' logits are divided by."""
+    temperature: Temperature = 1.0
+    """What both models' logits are divided by; `mse` compares raw logits."""
     scale_by_temperature: bool = False
     """Multiply by the temperature squared, so that gradients keep their size (arXiv 1503.02531)."""
     beta: float = Field(default=0.5, ge=0, le=1)
-    """Share of the teacher in the mixture of `js` (GKD, arXiv 2306.13649)."""
-    skew: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the teacher in the student's mixture of `skew_kl` (DistiLLM, arXiv 2402.03898)."""
+    """Share of the teacher in the mixture of `js`; as in GKD (arXiv 2306.13649), 0 is `kl` and 1 is
+    `reverse_kl`."""
+    skew: float = Field(default=0.1, ge=0, le=1.0 - LEAST_SHARE)
+    """Share of the teacher in the student's mixture of `skew_kl` (DistiLLM, arXiv 2402.03898); 0 is
+    `kl`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -101,7 +107,23 @@ class LogitsLoss(Term):
             default = type(self).model_fields[field].default
             if self.kind != kind and getattr(self, field) != default:
                 raise ValueError(f"{field} is read by {kind} only; kind is {self.kind}")
+        if self.beta not in (0.0, 1.0) and not LEAST_SHARE <= self.beta <= 1.0 - LEAST_SHARE:
+            raise ValueError(_near_an_end("beta", self.beta, "0 or 1"))
+        if self.skew != 0.0 and self.skew < LEAST_SHARE:
+            raise ValueError(_near_an_end("skew", self.skew, "0"))
+        if self.kind == "mse" and self.temperature != 1.0:
+            raise ValueError(
+                "temperature is given, but mse compares raw logits; leave it out, or give another "
+                "kind"
+            )
         return self
+
+
+def _near_an_end(field: str, share: float, ends: str) -> str:
+    return (
+        f"{field} is {share}, so near an end of the mixture that fp32 loses the smaller part; "
+        f"expected {ends}, or {LEAST_SHARE:g} to {1.0 - LEAST_SHARE:g}"
+    )
 
 
 class LabelsLoss(Term):

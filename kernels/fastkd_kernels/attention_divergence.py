@@ -6,7 +6,6 @@ floats a row and forms the tiles again in the backward. The road not taken: keep
 the forward on the GPU too, which would cost more memory traffic than the products.
 """
 
-import math
 from collections.abc import Sequence
 from typing import get_args
 
@@ -15,7 +14,13 @@ from torch import Tensor
 
 from .attention_divergence_launch import MAX_HEAD_DIM
 from .attention_divergence_ops import one_sweep, stream
-from .checks import check_choice, check_mask, check_states, resolve_backend
+from .checks import (
+    check_choice,
+    check_mask,
+    check_states,
+    check_temperature,
+    resolve_backend,
+)
 from .head_groups import accumulator, state_shapes
 from .types import AttentionState, Backend, DivergenceKind
 from .unit_gradient import by_shape, inverse
@@ -52,7 +57,7 @@ def attention_divergence(
             bf16, fp16, fp32 or fp64, with any strides. Head counts of a pair agree; head sizes,
             key heads and dtypes may differ. Values are not read.
         kind: The divergence.
-        temperature: Divides the scores of both sides.
+        temperature: Divides the scores of both sides; from 0.001 to 1000.
         key_mask: Bool `[batch, tokens]`, True at keys that rows can see; None is all of them.
         query_mask: Bool `[batch, tokens]`, True at query rows that count; None is all of them, also
             where `key_mask` is given.
@@ -76,7 +81,7 @@ def attention_divergence(
     batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
     check_choice("kind", kind, get_args(DivergenceKind))
-    _check_temperature(temperature)
+    check_temperature(temperature)
     _check_window(window)
     check_mask("key_mask", key_mask, batch, tokens, device)
     check_mask("query_mask", query_mask, batch, tokens, device)
@@ -133,13 +138,6 @@ def counted_rows(
     end = position + 1 if causal else (position + reach).clamp(max=tokens)
     rows = before[:, end] > before[:, first]
     return rows if query_mask is None else rows & query_mask
-
-
-def _check_temperature(temperature: float) -> None:
-    if not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a float, got {type(temperature).__name__}")
-    if not (math.isfinite(temperature) and temperature > 0.0):
-        raise ValueError(f"temperature is {temperature}; expected a finite number above 0")
 
 
 def _check_window(window: int | None) -> None:

@@ -142,7 +142,8 @@ def mixture_logs(p, t, x):
     # log of the larger probability over the mixture, 1 + v
     larger = log_above_one(v / (2.0 + v), v)
     log_p = larger + tl.minimum(x, 0.0)
-    share = p * log_p + t * (log_p - x)
+    # not log_p - x, which would be rounded by x
+    share = p * log_p + t * (larger - tl.maximum(x, 0.0))
     if x.dtype != tl.float64:
         # m ((1 + v) log(1 + v) + (1 - v) log(1 - v))
         q = v * v

@@ -49,11 +49,11 @@ def _js(scores: Tensor, target: Tensor) -> Rows:
     p, t, x = _logs(scores, target)
     # log of the larger probability over the mixture, 1 + tanh(|x| / 2)
     larger = x.abs().mul_(0.5).tanh_().log1p_()
-    log_p = larger.add_(x.clamp(max=0))
-    log_t = torch.sub(log_p, x, out=x)
-    slope = log_p.mul_(p)
+    # each from `larger` itself: log p/m - x would be rounded by x, which may be hundreds
+    to_teacher = torch.mul(larger - x.clamp(min=0), t, out=t).sum(-1)
+    slope = larger.add_(x.clamp_(max=0)).mul_(p)
     mean = slope.sum(-1)
-    value = (mean + log_t.mul_(t).sum(-1)) / 2
+    value = (mean + to_teacher) / 2
     return value, slope.addcmul_(p, mean[..., None], value=-1).mul_(0.5)
 
 

@@ -11,11 +11,24 @@ from .launch import triton_interprets
 from .types import AttentionState, Backend, Reduction
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# colder, hardly any gradient is left; hotter, fp32 rounds away what tells the models apart
+TEMPERATURES = (1e-3, 1e3)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
+
+
+def check_temperature(temperature: float) -> None:
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a float, got {type(temperature).__name__}")
+    lowest, highest = TEMPERATURES
+    if not lowest <= temperature <= highest:
+        raise ValueError(
+            f"temperature is {temperature}; expected {lowest:g} to {highest:g}, between which fp32 "
+            "tells scores over the temperature apart"
+        )
 
 
 def check_pairs(student: Sequence[object], teacher: Sequence[object]) -> None:

@@ -5,29 +5,43 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_device, check_frozen, check_tensor
+from .checks import check_choice, check_device, check_frozen, check_temperature, check_tensor
 from .types import LogitsHead, LogitsKind
+
+# of a mixture: the logarithm of the rest keeps four digits in fp32
+LEAST_SHARE = 1e-4
 
 
 def check_options(kind: str, temperature: float, beta: float, skew: float) -> None:
     check_choice("kind", kind, get_args(LogitsKind))
-    if not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a float, got {type(temperature).__name__}")
-    if not 0.0 < temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; expected a finite number above 0")
+    check_temperature(temperature)
     if kind == "mse" and temperature != 1.0:
         raise ValueError(
             f"kind='mse' compares raw logits, got temperature={temperature}; leave it at 1 and "
             "weight the loss instead"
         )
-    for name, part in (("beta", beta), ("skew", skew)):
-        if not isinstance(part, (int, float)):
-            raise TypeError(f"{name} must be a float, got {type(part).__name__}")
-        if not 0.0 < part < 1.0:
-            raise ValueError(
-                f"{name} is {part}; expected a part of the mixture between 0 and 1, and for the "
-                "ends use kind='kl' or kind='reverse_kl'"
-            )
+    _check_share("beta", beta, (0.0, 1.0))
+    # all of the mixture the teacher's would leave nothing to learn
+    _check_share("skew", skew, (0.0,))
+
+
+def _check_share(name: str, share: float, ends: tuple[float, ...]) -> None:
+    """The teacher's part of a mixture: one of `ends`, or far enough from both."""
+    if not isinstance(share, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(share).__name__}")
+    if share not in ends and not LEAST_SHARE <= share <= 1.0 - LEAST_SHARE:
+        allowed = " or ".join(f"{end:g}" for end in ends)
+        raise ValueError(
+            f"{name} is {share}; expected {allowed}, or a part of the mixture from {LEAST_SHARE:g} "
+            f"to {1.0 - LEAST_SHARE:g}, whose rest fp32 does not lose"
+        )
+
+
+def mixed_kind(kind: str, beta: float, skew: float) -> str:
+    """`kind`, or the divergence that it becomes where one model has no part in the mixture."""
+    if kind == "js" and beta in (0.0, 1.0):
+        return "reverse_kl" if beta else "kl"
+    return "kl" if kind == "skew_kl" and skew == 0.0 else kind
 
 
 def check_logits(

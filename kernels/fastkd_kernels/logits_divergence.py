@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import logits_divergence_torch as on_torch
 from .checks import resolve_backend
-from .logits_checks import check_logits, check_options
+from .logits_checks import check_logits, check_options, mixed_kind
 from .logits_divergence_torch import Divergence, Gradients
 from .types import NAMESPACE, Backend, LogitsHead, LogitsKind
 from .unit_gradient import inverse
@@ -40,8 +40,10 @@ def logits_divergence(
     * "kl": `sum t log(t/p)` (arXiv 1503.02531, section 2, up to the teacher's entropy);
     * "reverse_kl": `sum p log(p/t)` (MiniLLM, arXiv 2306.08543);
     * "js": `beta KL(t|m) + (1 - beta) KL(p|m)`, `m = beta t + (1 - beta) p` (GKD, arXiv 2306.13649,
-      the generalised Jensen-Shannon divergence of section 2);
-    * "skew_kl": `KL(t|m)`, `m = skew t + (1 - skew) p` (DistiLLM, arXiv 2402.03898, section 3.1);
+      the generalised Jensen-Shannon divergence of section 2); as there, 0 is "kl", to which
+      `js / beta` tends, and 1 "reverse_kl", to which `js / (1 - beta)` tends;
+    * "skew_kl": `KL(t|m)`, `m = skew t + (1 - skew) p` (DistiLLM, arXiv 2402.03898, section 3.1),
+      which is "kl" where `skew` is 0;
     * "soft_ce": `-sum t log p` (TinyBERT, arXiv 1909.10351, eq. 10);
     * "mse": mean over the vocabulary of the squared difference of raw logits.
 
@@ -51,11 +53,12 @@ def logits_divergence(
         teacher: The same, of other width or vocabulary if need be; either side may be plain logits.
             Vocabularies of different sizes are cut to the shared prefix.
         kind: The divergence.
-        temperature: Divides the logits of both sides. "mse" compares raw logits and takes 1 only.
+        temperature: Divides the logits of both sides, from 0.001 to 1000. "mse" compares raw logits
+            and takes 1 only.
         scale_by_temperature: Multiply the divergence by `temperature**2`, which keeps the size of
             its gradient (arXiv 1503.02531, section 2).
-        beta: The teacher's part of the mixture of "js", between 0 and 1.
-        skew: The teacher's part of the mixture of "skew_kl", between 0 and 1.
+        beta: The teacher's part of the mixture of "js": from 0.0001 to 0.9999, or an end, 0 or 1.
+        skew: The teacher's part of the mixture of "skew_kl": 0, or from 0.0001 to 0.9999.
         mask: Bool, True at valid rows, with the leading dimensions of the logits; None counts all.
         labels: int64 with the leading dimensions of the logits; -100 is not counted. A label
             outside the student's vocabulary makes cross-entropy and gradients NaN.
@@ -72,6 +75,7 @@ def logits_divergence(
         TypeError: something that is neither a head nor a float tensor, or no bool mask.
     """
     check_options(kind, temperature, beta, skew)
+    share = float(skew if kind == "skew_kl" else beta)
     own, target = check_logits(student, teacher, kind, mask, labels)
     device = own[0].device
     chosen = resolve_backend(backend, device)
@@ -96,9 +100,9 @@ def logits_divergence(
         mask,
         labels,
         torch.stack([inverse(count, dtype, device) for count in counts]),
-        kind,
+        mixed_kind(kind, beta, skew),
         float(temperature),
-        float(skew if kind == "skew_kl" else beta),
+        share,
         float(temperature) ** 2 if scale_by_temperature else 1.0,
         shared,
         grad and own[0].requires_grad,

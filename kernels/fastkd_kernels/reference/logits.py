@@ -55,10 +55,15 @@ def logits_of(side: LogitsHead | Tensor) -> Tensor:
 def row_divergence(own: Tensor, target: Tensor, kind: str, share: float) -> Tensor:
     """Divergence `[...]` of student logits from teacher logits `[..., vocab]`.
 
-    `share` is the teacher's part of the mixture: beta of "js", alpha of "skew_kl".
+    `share` is the teacher's part of the mixture: beta of "js", alpha of "skew_kl". Without the
+    teacher in it `js / share` is KL, without the student `js / (1 - share)` reverse KL, as in GKD.
     """
     if kind == "mse":
         return (own - target).square().mean(-1)
+    if kind in ("js", "skew_kl") and share == 0:
+        kind = "kl"
+    if kind == "js" and share == 1:
+        kind = "reverse_kl"
     log_p, log_t = own.log_softmax(-1), target.log_softmax(-1)
     p, t = log_p.exp(), log_t.exp()
     if kind == "kl":

@@ -244,14 +244,9 @@ def test_held_out_totals_know_no_schedule_and_no_balance() -> None:
         ("mean_target", {"attention": {"kind": "kl"}}, "layer_map mean_target mixes several"),
         ("mean_target", {"relations": {}}, "losses.relations of this kind can't compare"),
         (recipe.AttentionMap(), {"attention": {}}, "layer_map attention mixes several"),
-        (
-            "uniform",
-            {"relations": {"relation_heads": 5}},
-            "6 wide; set losses.relations.rel",
-        ),
     ],
 )
-def test_maps_and_heads_that_a_term_cannot_use_are_refused(
+def test_maps_that_a_term_cannot_use_are_refused(
     layer_map: Any, losses: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(UserError, match=expected):

@@ -24,12 +24,18 @@ class AttentionState(NamedTuple):
     query: `[batch, heads, tokens, head_dim]`; key and value: `[batch, kv_heads, tokens, head_dim]`,
     where `kv_heads` divides `heads`. `value` may be None for an op that does not read it. `scale`
     is the factor that the model puts on `query @ key^T`.
+
+    `softcap` is the soft cap of Gemma 2: scores become `softcap * tanh(score / softcap)` before the
+    softmax. `sinks` `[heads]` are the attention sinks of GPT-OSS: a logit a head that joins the
+    softmax of each row and holds no value. `attention_divergence` alone reads these two.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor | None
     scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 # one pair's teacher, and for each pair the weights of its layers (None: an even average)

@@ -1,7 +1,7 @@
 """The kernels of attention_divergence on the named workloads; relations run the same ones."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from collections.abc import Iterator
+from typing import get_args
 
 import torch
 from fastkd_kernels.attention_divergence_backward_kernels import key_slopes, query_slopes
@@ -13,57 +13,44 @@ from fastkd_kernels.types import DivergenceKind
 from benchmarks.machine_code import POINTERS, Job
 from benchmarks.workloads import ATTENTION, AttentionWorkload
 
-WORKLOADS = tuple(ATTENTION.values())
-# small heads with every kind, and wide causal heads, which need blocks of their own
-QUICK = ("minilm-6-to-3-512", "llama-like-1024")
-# forms that kernels take besides the plain one: soft caps on both sides, attention sinks
-CAPS = {"STUDENT_CAP": True, "TEACHER_CAP": True}
-SINK = {"SINK": True}
-# what the forms are compiled with: the lightest kind and the heaviest, on decoders
-FORM_KINDS = ("kl", "js")
+# Gemma 2 caps scores; GPT-OSS has sinks, and a window in every other layer
+CAPPED = AttentionWorkload("gemma-2-like", 0, 0, 8, (4, 4), 1024, (256, 256), causal=True)
+SUNK = AttentionWorkload("gpt-oss-like", 0, 0, 64, (8, 8), 1024, (64, 64), causal=True)
+WORKLOADS = (*ATTENTION.values(), CAPPED, SUNK)
+# small heads with every kind, wide causal heads, which need blocks of their own, and every form
+QUICK = ("minilm-6-to-3-512", "llama-like-1024", CAPPED.name, SUNK.name)
+# the flags of the kernels that differ from those of a plain model
+FORMS = {
+    CAPPED.name: {"STUDENT_CAP": True, "TEACHER_CAP": True},
+    SUNK.name: {"SINK": True, "WINDOWED": True},
+}
 
 
 def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
-    for kind in get_args(DivergenceKind):
-        yield from kernels(work, kind, dtype, on)
-    if work.causal:
-        for kind in FORM_KINDS:
-            yield from kernels(work, kind, dtype, on, CAPS, "_caps")
-            # keys' gradients read nothing of a sink but the rows' statistics
-            yield from list(kernels(work, kind, dtype, on, SINK, "_sinks"))[:2]
-
-
-def kernels(
-    work: AttentionWorkload,
-    kind: str,
-    dtype: torch.dtype,
-    on: str,
-    form: Mapping[str, bool] | None = None,
-    name: str = "",
-    *,
-    windowed: bool = False,
-) -> Iterator[Job]:
-    """The forward and both backward kernels of one kind, in the plain form or in `form`."""
     dtypes = (dtype, dtype)
-    flags = {"STUDENT_CAP": False, "TEACHER_CAP": False, "SINK": False, **(form or {})}
+    form = FORMS.get(work.name, {})
     shared = {
         "ALIGN": 16 // dtype.itemsize if work.dims[0] * dtype.itemsize % 16 == 0 else 1,
         "TARGET_ALIGN": 16 // dtype.itemsize,
         "HAS_MASK": True,
         "CAUSAL": work.causal,
-        "WINDOWED": windowed,
-        "STUDENT_CAP": flags["STUDENT_CAP"],
-        "TEACHER_CAP": flags["TEACHER_CAP"],
+        **{name: form.get(name, False) for name in ("WINDOWED", "STUDENT_CAP", "TEACHER_CAP")},
     }
-    sink = {"SINK": flags["SINK"]}
-    floats = ("scales", "caps", "sinks", "stats", "partials", "sink_partials", "upstream")
-    pointers: dict[str, str] = dict.fromkeys(floats, "*fp32")
-    launch = divergence_launch("rows", kind, work.dims, dtypes, on)
-    constants: dict[str, Any] = {**shared, **launch.constants, **forward_types(*dtypes, kind)}
-    constants |= {**sink, "WRITE_STATS": True}
-    yield Job(f"{kind}_forward{name}", stream_rows, constants, pointers, *launch[1:])
-    pointers = {**pointers, "gradient": POINTERS[dtype]}
-    for part, kernel, own in (("query", query_slopes, sink), ("key", key_slopes, {})):
-        launch = divergence_launch(part, kind, work.dims, dtypes, on)
-        constants = {**shared, **launch.constants, **backward_types(*dtypes, kind), **own}
-        yield Job(f"{kind}_{part}{name}", kernel, constants, pointers, *launch[1:])
+    capped = shared["STUDENT_CAP"] or shared["TEACHER_CAP"]
+    sink = {"SINK": form.get("SINK", False)}
+    for kind in get_args(DivergenceKind):
+        launch = divergence_launch("rows", kind, work.dims, dtypes, on, capped=capped)
+        types = forward_types(*dtypes, kind)
+        constants = {**shared, **launch.constants, **types, **sink, "WRITE_STATS": True}
+        pointers = dict.fromkeys(("scales", "caps", "sinks", "stats", "partials"), "*fp32")
+        yield Job(f"{kind}_forward", stream_rows, constants, pointers, *launch[1:])
+        pointers = dict.fromkeys(("scales", "caps", "stats", "upstream"), "*fp32")
+        pointers["gradient"] = POINTERS[dtype]
+        with_sink = {**pointers, **dict.fromkeys(("sinks", "sink_partials"), "*fp32")}
+        for part, kernel, own, types_of in (
+            ("query", query_slopes, sink, with_sink),
+            ("key", key_slopes, {}, pointers),
+        ):
+            launch = divergence_launch(part, kind, work.dims, dtypes, on, capped=capped)
+            constants = {**shared, **launch.constants, **backward_types(*dtypes, kind), **own}
+            yield Job(f"{kind}_{part}", kernel, constants, types_of, *launch[1:])

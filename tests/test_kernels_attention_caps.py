@@ -25,6 +25,7 @@ from fastkd_kernels import (
     AttentionState,
     attention_divergence,
     attention_score_mse,
+    head_groups,
     reference,
     relation_divergence,
 )
@@ -199,6 +200,16 @@ def test_padding_may_hold_anything(kind: str) -> None:
         for tensor in state[:2]:
             tensor.data.masked_fill_(~valid[:, None, :, None], float("nan"))
     assert max(errors(op_of(states, **options), clean)) < 1e-14
+
+
+@pytest.mark.parametrize("kv_heads", [(2, 4), (4, 1), (1, 1)])
+def test_groups_of_heads_share_no_sink(kv_heads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group is one item's head or a few of them, where tensors are large."""
+    states = formed(attention_states(2, 3, 4, 17, (6, 6), kv_heads=kv_heads), "sinks")
+    expected = exact(states)
+    for size in (1, 2000, 6000):
+        monkeypatch.setattr(head_groups, "GROUP_BYTES", size)
+        assert max(errors(op_of(states), expected)) < 1e-12
 
 
 def mixed() -> tuple[list[AttentionState], list[AttentionState]]:

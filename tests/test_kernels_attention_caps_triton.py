@@ -73,24 +73,30 @@ def test_equals_its_definition_in_fp64(
 
 
 @EVERY_KIND
-@pytest.mark.parametrize("distance", [1e-1, 1e-4])
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu)]
+    ("dtype", "distance"),
+    [
+        (torch.float32, 1e-1),
+        (torch.float32, 1e-4),
+        (torch.float16, 1e-2),
+        pytest.param(torch.bfloat16, 1e-2, marks=needs_gpu),
+    ],
 )
 def test_low_precision_stays_near_plain_pytorch(
     dtype: torch.dtype, distance: float, kind: str
 ) -> None:
-    states = near_states(distance, dtype, "sinks", tokens=40, heads=4, cap=1.5, device=DEVICE)
+    states = near_states(distance, dtype, "sinks", tokens=24, cap=1.5, device=DEVICE)
     given = op_of(states, kind=kind, backend="triton")
     no_worse(given, exact(states, kind=kind), defined(states, kind=kind), dtype, sinks=True)
 
 
-@pytest.mark.parametrize("kind", ["kl", "reverse_kl", "js", "cosine"])
-@pytest.mark.parametrize("cap", [None, 50.0, 1.0])
+@pytest.mark.parametrize(
+    ("kind", "cap"), [("kl", None), ("js", 50.0), ("kl", 1.0), ("cosine", 1.0)]
+)
 def test_losses_near_the_teacher_keep_digits_that_plain_pytorch_loses(
-    cap: float | None, kind: str
+    kind: str, cap: float | None
 ) -> None:
-    states = near_states(1e-3, torch.float32, "sinks", tokens=40, cap=cap, device=DEVICE)
+    states = near_states(1e-3, torch.float32, "sinks", tokens=24, cap=cap, device=DEVICE)
     given = op_of(states, kind=kind, backend="triton")
     expected, plain = exact(states, kind=kind), defined(states, kind=kind)
     assert 4 * errors(given, expected)[0] <= errors(plain, expected)[0]
@@ -99,18 +105,10 @@ def test_losses_near_the_teacher_keep_digits_that_plain_pytorch_loses(
 @pytest.mark.parametrize("cap", [50.0, 1e4])
 def test_a_cap_far_above_the_scores_costs_no_digits(cap: float) -> None:
     """`(1 - e) / (1 + e)` would round scores by the cap's last bit."""
-    states = near_states(1e-3, torch.float32, "sinks", tokens=40, cap=cap, device=DEVICE)
-    bare = [[s._replace(softcap=None) for s in side] for side in states]
-    for index, (own, theirs) in enumerate(
-        zip(
-            *(
-                errors(op_of(given, backend="triton"), exact(given))
-                for given in (states, (bare[0], bare[1]))
-            ),
-            strict=True,
-        )
-    ):
-        assert own <= (3 if index else 6) * theirs
+    capped = near_states(1e-3, torch.float32, "student capped", tokens=24, cap=cap, device=DEVICE)
+    bare = [[s._replace(softcap=None) for s in side] for side in capped]
+    both = [errors(op_of(given, backend="triton"), exact(given)) for given in (capped, bare)]
+    assert all(own <= 1.5 * plain for own, plain in zip(*both, strict=True)), both
 
 
 @pytest.mark.parametrize("kind", ["kl", "js"])
@@ -129,7 +127,7 @@ def test_gradients_keep_their_digits_where_the_cap_is_reached(kind: str) -> None
 
 @EVERY_KIND
 def test_student_equal_to_teacher(kind: str) -> None:
-    plain = attention_states(1, 1, 2, 40, (8, 8), dtype=torch.float32, device=DEVICE)
+    plain = attention_states(1, 1, 2, 24, (8, 8), dtype=torch.float32, device=DEVICE)
     distant, teacher = formed(plain, "caps and sinks")
     same = trained(cast(teacher, torch.float32))
     options = {"kind": kind, "backend": "triton"}
@@ -144,7 +142,7 @@ def test_student_equal_to_teacher(kind: str) -> None:
 @pytest.mark.parametrize("scale", [1.0, 20.0])
 def test_models_far_apart(scale: float, kind: str) -> None:
     """Sinks and scores of hundreds: probabilities underflow, the KL's excess overflows."""
-    plain = attention_states(1, 1, 2, 40, (8, 8), dtype=torch.float32, device=DEVICE)
+    plain = attention_states(1, 1, 2, 24, (8, 8), dtype=torch.float32, device=DEVICE)
     student, teacher = formed(plain, "sinks")
     sinks = [torch.tensor(row, device=DEVICE) for row in ([90.0, -80.0], [-70.0, 120.0])]
     student = trained([s._replace(scale=scale, sinks=sinks[0]) for s in student])
@@ -160,10 +158,10 @@ def test_models_far_apart(scale: float, kind: str) -> None:
 def test_rows_that_do_not_count_add_nothing_to_any_gradient(kind: str) -> None:
     """Padding may hold anything, and its rows' queries of 0 meet sinks that differ."""
     plain = attention_states(
-        1, 2, 2, 40, (6, 6), kv_heads=(1, 2), dtype=torch.float32, device=DEVICE
+        1, 2, 2, 20, (6, 6), kv_heads=(1, 2), dtype=torch.float32, device=DEVICE
     )
     states = formed(plain, "caps and sinks")
-    rows = masks(2, 40).to(DEVICE)
+    rows = masks(2, 20).to(DEVICE)
     options: dict[str, Any] = {"kind": kind, "key_mask": rows, "query_mask": rows}
     clean = op_of(states, **options, backend="triton")
     assert not clean[1][~rows[:, None, :, None].expand_as(clean[1])].any()
@@ -171,7 +169,7 @@ def test_rows_that_do_not_count_add_nothing_to_any_gradient(kind: str) -> None:
         for tensor in state[:2]:
             tensor.data.masked_fill_(~rows[:, None, :, None], float("nan"))
     assert max(errors(op_of(states, **options, backend="triton"), clean)) < 1e-6
-    nothing = torch.zeros(2, 40, dtype=torch.bool, device=DEVICE)
+    nothing = torch.zeros(2, 20, dtype=torch.bool, device=DEVICE)
     for value in op_of(states, kind=kind, key_mask=nothing, backend="triton"):
         assert not value.any()
 
@@ -213,9 +211,9 @@ def test_pairs_may_differ() -> None:
     assert max(errors(given, expected)) < 1e-5
 
 
-@EVERY_KIND
+@pytest.mark.parametrize("kind", ["kl", "js"])
 def test_keeps_the_sinks_besides_four_or_five_floats_a_row(kind: str) -> None:
-    plain = attention_states(3, 1, 2, 40, (8, 8), dtype=torch.float32, device=DEVICE)
+    plain = attention_states(3, 1, 2, 20, (8, 8), dtype=torch.float32, device=DEVICE)
     states = formed(plain, "caps and sinks")
     inputs = {t.data_ptr() for side in states for s in side for t in s[:2]}
     kept: list[int] = []
@@ -227,7 +225,7 @@ def test_keeps_the_sinks_besides_four_or_five_floats_a_row(kind: str) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         attention_divergence(*states, kind=kind, backend="triton")
-    rows, sinks = 3 * 2 * 40, 2 * 3 * 2
+    rows, sinks = 3 * 2 * 20, 2 * 3 * 2
     assert max(kept) == (4 if kind in ("kl", "cross_entropy") else 5) * rows
     assert sum(kept) <= max(kept) + sinks + 1
 
@@ -327,9 +325,9 @@ def test_compiles_as_one_graph(backend: str) -> None:
 
 
 @EVERY_BACKEND
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["kl", "js"])
 def test_everything_is_written_and_repeats_bit_for_bit(kind: Any, backend: Any) -> None:
-    tokens = 140 if backend == "torch" else 40
+    tokens = 140 if backend == "torch" else 37
     plain = attention_states(2, 1, 2, tokens, (3, 5), kv_heads=(1, 2), dtype=torch.float32)
     states = formed(plain, "caps and sinks")
     mask = masks(1, tokens)

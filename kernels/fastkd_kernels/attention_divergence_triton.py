@@ -68,12 +68,12 @@ def stream(
     """
     call = Call(pairs, key_mask, rows)
     sizes, count = call.sizes, len(pairs)
-    constants, options = _constants(call, "rows", kind, causal, window)
+    softmax = _Softmax(call, pairs)
+    constants, options = _constants(call, "rows", kind, causal, window, softmax)
     query_blocks = triton.cdiv(sizes["tokens"], constants["BLOCK_QUERY"])
     programs = query_blocks * sizes["batch"] * sizes["heads"]
     shape = (count, row_stats(kind), sizes["batch"], sizes["heads"], sizes["tokens"])
     stats = call.new(*(shape if need_grad else (0,)))
-    softmax = _Softmax(call, pairs)
     partials = call.new(count, programs)
     stream_rows[(programs, count)](
         call.table,
@@ -87,7 +87,6 @@ def stream(
         window=window,
         **constants,
         **forward_types(*call.dtypes, kind),
-        **softmax.flags,
         SINK=softmax.has_sinks,
         WRITE_STATS=need_grad,
         **options,
@@ -118,7 +117,7 @@ def stream_backward(
         (query_slopes, "query", "BLOCK_QUERY", call.first.query),
         (key_slopes, "key", "BLOCK_KEY", call.first.key),
     ):
-        constants, options = _constants(call, part, kind, causal, window)
+        constants, options = _constants(call, part, kind, causal, window, softmax)
         gradient = call.new(count, *like.shape, dtype=call.dtypes[0])
         blocks = triton.cdiv(sizes["tokens"], constants[block])
         programs = like.shape[0] * like.shape[1] * blocks
@@ -139,7 +138,6 @@ def stream_backward(
             window=window,
             **constants,
             **backward_types(*call.dtypes, kind),
-            **softmax.flags,
             **sinks,
             **options,
         )
@@ -151,9 +149,11 @@ def stream_backward(
 
 
 def _constants(
-    call: Call, part: str, kind: str, causal: bool, window: int
+    call: Call, part: str, kind: str, causal: bool, window: int, softmax: _Softmax
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    launch = divergence_launch(part, kind, call.dims, call.dtypes, platform())
+    capped = any(softmax.flags.values())
+    launch = divergence_launch(part, kind, call.dims, call.dtypes, platform(), capped=capped)
     shared = {name: call.constants[name] for name in ("ALIGN", "TARGET_ALIGN", "HAS_MASK")}
-    constants = {**shared, **launch.constants, "CAUSAL": causal, "WINDOWED": window > 0}
+    masks = {"CAUSAL": causal, "WINDOWED": window > 0}
+    constants = {**shared, **launch.constants, **masks, **softmax.flags}
     return constants, {"num_warps": launch.num_warps, "num_stages": launch.num_stages}

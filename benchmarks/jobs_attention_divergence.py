@@ -17,8 +17,9 @@ from benchmarks.workloads import ATTENTION, AttentionWorkload
 CAPPED = AttentionWorkload("gemma-2-like", 0, 0, 8, (4, 4), 1024, (256, 256), causal=True)
 SUNK = AttentionWorkload("gpt-oss-like", 0, 0, 64, (8, 8), 1024, (64, 64), causal=True)
 WORKLOADS = (*ATTENTION.values(), CAPPED, SUNK)
-# small heads with every kind, wide causal heads, which need blocks of their own, and every form
-QUICK = ("minilm-6-to-3-512", "llama-like-1024", CAPPED.name, SUNK.name)
+# small heads with every kind, wide causal heads, which need blocks of their own, and sinks; capped
+# heads of 256 hold too few rows for the newest tensor cores, so a test of their own compiles them
+QUICK = ("minilm-6-to-3-512", "llama-like-1024", SUNK.name)
 # the flags of the kernels that differ from those of a plain model
 FORMS = {
     CAPPED.name: {"STUDENT_CAP": True, "TEACHER_CAP": True},

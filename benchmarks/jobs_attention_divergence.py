@@ -13,29 +13,45 @@ from fastkd_kernels.types import DivergenceKind
 from benchmarks.machine_code import POINTERS, Job
 from benchmarks.workloads import ATTENTION, AttentionWorkload
 
-WORKLOADS = tuple(ATTENTION.values())
-# small heads with every kind, and wide causal heads, which need blocks of their own
-QUICK = ("minilm-6-to-3-512", "llama-like-1024")
+# Gemma 2 caps scores; GPT-OSS has sinks, and a window in every other layer
+CAPPED = AttentionWorkload("gemma-2-like", 0, 0, 8, (4, 4), 1024, (256, 256), causal=True)
+SUNK = AttentionWorkload("gpt-oss-like", 0, 0, 64, (8, 8), 1024, (64, 64), causal=True)
+WORKLOADS = (*ATTENTION.values(), CAPPED, SUNK)
+# small heads with every kind, wide causal heads, which need blocks of their own, and sinks; capped
+# heads of 256 hold too few rows for the newest tensor cores, so a test of their own compiles them
+QUICK = ("minilm-6-to-3-512", "llama-like-1024", SUNK.name)
+# the flags of the kernels that differ from those of a plain model
+FORMS = {
+    CAPPED.name: {"STUDENT_CAP": True, "TEACHER_CAP": True},
+    SUNK.name: {"SINK": True, "WINDOWED": True},
+}
 
 
 def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
     dtypes = (dtype, dtype)
+    form = FORMS.get(work.name, {})
     shared = {
         "ALIGN": 16 // dtype.itemsize if work.dims[0] * dtype.itemsize % 16 == 0 else 1,
         "TARGET_ALIGN": 16 // dtype.itemsize,
         "HAS_MASK": True,
         "CAUSAL": work.causal,
-        "WINDOWED": False,
+        **{name: form.get(name, False) for name in ("WINDOWED", "STUDENT_CAP", "TEACHER_CAP")},
     }
+    capped = shared["STUDENT_CAP"] or shared["TEACHER_CAP"]
+    sink = {"SINK": form.get("SINK", False)}
     for kind in get_args(DivergenceKind):
-        launch = divergence_launch("rows", kind, work.dims, dtypes, on)
+        launch = divergence_launch("rows", kind, work.dims, dtypes, on, capped=capped)
         types = forward_types(*dtypes, kind)
-        constants = {**shared, **launch.constants, **types, "WRITE_STATS": True}
-        pointers = {name: "*fp32" for name in ("scales", "stats", "partials")}
+        constants = {**shared, **launch.constants, **types, **sink, "WRITE_STATS": True}
+        pointers = dict.fromkeys(("scales", "caps", "sinks", "stats", "partials"), "*fp32")
         yield Job(f"{kind}_forward", stream_rows, constants, pointers, *launch[1:])
-        pointers = {name: "*fp32" for name in ("scales", "stats", "upstream")}
+        pointers = dict.fromkeys(("scales", "caps", "stats", "upstream"), "*fp32")
         pointers["gradient"] = POINTERS[dtype]
-        for part, kernel in (("query", query_slopes), ("key", key_slopes)):
-            launch = divergence_launch(part, kind, work.dims, dtypes, on)
-            constants = {**shared, **launch.constants, **backward_types(*dtypes, kind)}
-            yield Job(f"{kind}_{part}", kernel, constants, pointers, *launch[1:])
+        with_sink = {**pointers, **dict.fromkeys(("sinks", "sink_partials"), "*fp32")}
+        for part, kernel, own, types_of in (
+            ("query", query_slopes, sink, with_sink),
+            ("key", key_slopes, {}, pointers),
+        ):
+            launch = divergence_launch(part, kind, work.dims, dtypes, on, capped=capped)
+            constants = {**shared, **launch.constants, **backward_types(*dtypes, kind), **own}
+            yield Job(f"{kind}_{part}", kernel, constants, types_of, *launch[1:])

@@ -26,7 +26,8 @@ def arguments(kind: str, need_grad: bool) -> tuple[Any, ...]:
     lists += [[t.query for t in teacher], [t.key for t in teacher]]
     mask = masks(2, 6)
     count = inverse(mask.sum(), torch.float32, mask.device)
-    return (*lists, [0.5, 0.6], [0.7, 0.8], mask, mask, count, kind, True, 3, need_grad)
+    plain = (None,) * 4
+    return (*lists, [0.5, 0.6], [0.7, 0.8], mask, mask, count, kind, True, 3, *plain, need_grad)
 
 
 @EVERY_BACKEND
@@ -43,7 +44,7 @@ def test_opcheck(kind: str, need_grad: bool, backend: str) -> None:
 def test_opcheck_of_the_backward() -> None:
     ops, given = torch.ops.fastkd_kernels, arguments("js", False)
     stats = ops.attention_divergence_stream(*given[:-1], True)[1]
-    backward = (torch.ones(2), stats, *given[:8], *given[9:12])
+    backward = (torch.ones(2), stats, *given[:8], *given[9:16])
     torch.library.opcheck(ops.attention_divergence_stream_backward.default, backward)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .attention_divergence_launch import MAX_HEAD_DIM
 from .attention_divergence_ops import one_sweep, stream
 from .checks import (
+    check_caps_and_sinks,
     check_choice,
     check_mask,
     check_states,
@@ -41,7 +42,12 @@ def attention_divergence(
     """Mean divergence of the attention probabilities of each layer pair.
 
     `p_s` and `p_t` are `softmax(scale * query @ key^T / temperature)` over the keys that a query
-    row sees. "kl" is the attention transfer of MiniLM (arXiv 2002.10957, section 3.1). A row:
+    row sees. A `softcap` (Gemma 2, arXiv 2408.00118, section 2) makes `softcap * tanh(score /
+    softcap)` of the scores before the temperature divides them. With `sinks` (GPT-OSS, arXiv
+    2508.10925) a logit of the head, divided by the temperature too, joins the softmax of every row:
+    the sink is then one more outcome that is compared, as a key would be.
+
+    "kl" is the attention transfer of MiniLM (arXiv 2002.10957, section 3.1). A row:
 
     * "kl": `sum p_t (log p_t - log p_s)`; "reverse_kl": `sum p_s (log p_s - log p_t)`
     * "js": half of both KL divergences from the even mixture of `p_s` and `p_t`
@@ -55,9 +61,11 @@ def attention_divergence(
         student, teacher: One `AttentionState` a pair, on one device. Queries are
             `[batch, heads, tokens, head_dim]` and keys `[batch, kv_heads, tokens, head_dim]` in
             bf16, fp16, fp32 or fp64, with any strides. Head counts of a pair agree; head sizes,
-            key heads and dtypes may differ. Values are not read.
+            key heads and dtypes may differ. Values are not read. Soft caps are finite, above 0,
+            and may differ or be absent. Sinks are `[heads]` in any of these dtypes, on both sides
+            of a pair or on neither.
         kind: The divergence.
-        temperature: Divides the scores of both sides; from 0.001 to 1000.
+        temperature: Divides the capped scores and the sinks of both sides; from 0.001 to 1000.
         key_mask: Bool `[batch, tokens]`, True at keys that rows can see; None is all of them.
         query_mask: Bool `[batch, tokens]`, True at query rows that count; None is all of them, also
             where `key_mask` is given.
@@ -70,14 +78,16 @@ def attention_divergence(
 
     Returns:
         `[pairs]` in fp32 (fp64 where a student is fp64): the mean over batch, heads and the counted
-        rows that see at least one key. Gradients reach the student's queries and keys only. Without
-        any such row the loss and its gradients are 0.
+        rows that see at least one key (a sink is none). Gradients reach the student's queries, keys
+        and sinks only. Without any such row the loss and its gradients are 0.
 
     Raises:
-        ValueError: shapes, devices, modes that do not fit, or a teacher that requires grad.
+        ValueError: shapes, devices, modes that do not fit, sinks on one side of a pair, or a
+            teacher that requires grad.
         TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
     """
     check_states(student, teacher)
+    check_caps_and_sinks(student, teacher)
     batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
     check_choice("kind", kind, get_args(DivergenceKind))
@@ -96,8 +106,11 @@ def attention_divergence(
             _check_head_size(max(query.shape[-1], other.shape[-1]))
         every = batch * query.shape[1]
         count = every * tokens if rows is None else query.shape[1] * rows.sum()
+        dtype = accumulator(query, other)
         need_grad = torch.is_grad_enabled() and any(
-            state.query.requires_grad or state.key.requires_grad for state in own
+            tensor is not None and tensor.requires_grad
+            for state in own
+            for tensor in (state.query, state.key, state.sinks)
         )
         op = one_sweep if chosen == "torch" else stream
         made = op(
@@ -109,18 +122,39 @@ def attention_divergence(
             [state.scale / temperature for state in target],
             key_mask,
             rows,
-            inverse(count, accumulator(query, other), device),
+            inverse(count, dtype, device),
             kind,
             causal,
             reach,
+            _softcaps(own, temperature),
+            _softcaps(target, temperature),
+            _stacked_sinks(own, dtype, temperature),
+            _stacked_sinks(target, dtype, temperature),
             need_grad,
         )
         losses: Tensor = made[0]
         return losses
 
-    keys = [state_shapes(*pair) for pair in zip(student, teacher, strict=True)]
+    keys = [
+        (state_shapes(*pair), *((s.softcap is None, s.sinks is None) for s in pair))
+        for pair in zip(student, teacher, strict=True)
+    ]
     loss = by_shape(keys, loss_of)
     return loss if student[0].query.dtype == torch.float64 else loss.float()
+
+
+def _softcaps(states: Sequence[AttentionState], temperature: float) -> list[float] | None:
+    """The caps of states that all have one, in the place where scores are divided already."""
+    caps = [state.softcap for state in states if state.softcap is not None]
+    return [cap / temperature for cap in caps] if caps else None
+
+
+def _stacked_sinks(
+    states: Sequence[AttentionState], dtype: torch.dtype, temperature: float
+) -> Tensor | None:
+    """Logits `[pairs, heads]` of states that all have sinks."""
+    sinks = [state.sinks for state in states if state.sinks is not None]
+    return torch.stack(sinks).to(dtype) / temperature if sinks else None
 
 
 def counted_rows(

@@ -8,10 +8,12 @@ each pair's sum over rows.
 import triton
 import triton.language as tl
 
-from .attention_divergence_formulas import row_slopes
+from .attention_divergence_formulas import cap_slope, row_slopes, soft_cap
 from .attention_divergence_tiles import (
     both_tiles,
     keys_seen,
+    load_cap,
+    load_sinks,
     load_stats,
     queries_seeing,
     rows_at,
@@ -24,10 +26,13 @@ from .attention_score_mse_kernels import head_base, load_rows, valid_rows
 def query_slopes(
     table,
     scales,
+    caps,
     valid,
     stats,
     upstream,
     gradient,
+    sinks,
+    sink_partials,
     batch,
     heads,
     kv_heads,
@@ -54,10 +59,14 @@ def query_slopes(
     HAS_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    STUDENT_CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+    SINK: tl.constexpr,
 ):
     """One program: one block of query rows of one head, against all keys that it sees.
 
-    Writes `gradient` `[pairs, batch, heads, tokens, dim]`.
+    Writes `gradient` `[pairs, batch, heads, tokens, dim]` and, with SINK, `sink_partials`
+    `[pairs, programs]`, the sum of the counted rows' slopes of the student's sink.
     """
     pair = tl.program_id(1).to(tl.int64)
     query_blocks = tl.cdiv(tokens, BLOCK_QUERY)
@@ -68,6 +77,8 @@ def query_slopes(
     scale = tl.load(scales + pair * 2)
     target_scale = tl.load(scales + pair * 2 + 1)
     sizes = ((dim, scale), (target_dim, target_scale))
+    student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
+    teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
     m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
     query_at = (o_query, m_query)
@@ -120,22 +131,41 @@ def query_slopes(
             TARGET_ALIGN,
             SCORE_PRECISION,
         )
+        student_score = soft_cap(own, student_cap, STUDENT_CAP)
+        teacher_score = soft_cap(target, teacher_cap, TEACHER_CAP)
         slopes = row_slopes(
-            own - max_own[:, None] - log_own[:, None],
-            target - max_target[:, None] - log_target[:, None],
+            student_score - max_own[:, None] - log_own[:, None],
+            teacher_score - max_target[:, None] - log_target[:, None],
             constant[:, None],
             seen,
             KIND,
         )
+        if STUDENT_CAP:
+            slopes *= cap_slope(own, student_cap)
         if CHUNK > 0:
             b_key = load_rows(key_base, o_key, m_key, key_stride, dim, BLOCK_DIM, ALIGN)
         # dQ_s = c_s (dL/dA) K_s
         b_gradient += tl.dot(
             slopes.to(GRAD_TYPE), b_key.to(GRAD_TYPE), input_precision=GRAD_PRECISION
         )
-    factor = scale * tl.load(upstream + pair)
-    # rows that are not counted have queries of 0 on both sides, so no slope
-    b_gradient *= factor
+    factor = tl.load(upstream + pair)
+    if SINK:
+        student_sink, teacher_sink = load_sinks(sinks, pair, head, heads)
+        sink_slopes = row_slopes(
+            student_sink - max_own - log_own,
+            teacher_sink - max_target - log_target,
+            constant,
+            o_query >= 0,
+            KIND,
+        )
+        tl.store(
+            sink_partials + pair * tl.num_programs(0) + tl.program_id(0),
+            tl.sum(tl.where(m_query, sink_slopes, 0.0), 0) * factor,
+        )
+        # queries of 0 on both sides meet sinks that differ
+        b_gradient = tl.where(m_query[:, None], b_gradient, 0.0)
+    # without sinks, rows that are not counted have queries of 0 on both sides, so no slope
+    b_gradient *= scale * factor
     o_dim = tl.arange(0, BLOCK_DIM)
     out = gradient + ((pair * batch + item) * heads + head) * tokens * dim
     o_out = o_query[:, None].to(tl.int64) * dim + o_dim[None, :]
@@ -147,6 +177,7 @@ def query_slopes(
 def key_slopes(
     table,
     scales,
+    caps,
     valid,
     stats,
     upstream,
@@ -177,6 +208,8 @@ def key_slopes(
     HAS_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    STUDENT_CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
 ):
     """One program: one block of keys of one student key head, against all rows that see it.
 
@@ -192,6 +225,8 @@ def key_slopes(
     scale = tl.load(scales + pair * 2)
     target_scale = tl.load(scales + pair * 2 + 1)
     sizes = ((dim, scale), (target_dim, target_scale))
+    student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
+    teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_key = block * BLOCK_KEY + tl.arange(0, BLOCK_KEY)
     m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
     key_at = (o_key, m_key)
@@ -255,13 +290,17 @@ def key_slopes(
             max_own, log_own, max_target, log_target, constant = load_stats(
                 stats, pair, item, head, batch, heads, tokens, o_query, STATS
             )
+            student_score = soft_cap(own, student_cap, STUDENT_CAP)
+            teacher_score = soft_cap(target, teacher_cap, TEACHER_CAP)
             slopes = row_slopes(
-                own - max_own[None, :] - log_own[None, :],
-                target - max_target[None, :] - log_target[None, :],
+                student_score - max_own[None, :] - log_own[None, :],
+                teacher_score - max_target[None, :] - log_target[None, :],
                 constant[None, :],
                 seen,
                 KIND,
             )
+            if STUDENT_CAP:
+                slopes *= cap_slope(own, student_cap)
             if CHUNK > 0:
                 b_query = load_rows(
                     query_base, o_query, m_query, query_stride, dim, BLOCK_DIM, ALIGN

@@ -10,6 +10,40 @@ import triton.language as tl
 
 
 @triton.jit
+def soft_cap(score, cap, CAP: tl.constexpr):
+    """`cap * tanh(score / cap)`; the scores as they are without CAP."""
+    if CAP:
+        x = score * (1.0 / cap)
+        e = tl.exp(-2.0 * tl.abs(x))
+        reached = cap * (1.0 - 2.0 * e / (1.0 + e))
+        # near 0 a small correction of the score, whose digits 1 - e would lose
+        near = score + score * tanh_excess(x * x)
+        return tl.where(tl.abs(x) < 0.625, near, tl.where(score < 0.0, -reached, reached))
+    else:
+        return score
+
+
+@triton.jit
+def tanh_excess(q):
+    """`tanh(x) / x - 1` for `q = x^2` with |x| < 0.625: the fits of Cephes' `tanh` and `tanhf`."""
+    if q.dtype == tl.float64:
+        top = -9.64399179425052238628e-1 * q - 9.92877231001918586564e1
+        top = top * q - 1.61468768441708447952e3
+        bottom = (q + 1.12811678491632931402e2) * q + 2.23548839060100448583e3
+        return q * top / (bottom * q + 4.84406305325125486048e3)
+    else:
+        term = 2.06390887954e-2 + q * -5.70498872745e-3
+        return q * (-3.33332819422e-1 + q * (1.33314422036e-1 + q * (-5.37397155531e-2 + q * term)))
+
+
+@triton.jit
+def cap_slope(score, cap):
+    """Derivative of `soft_cap`: `1 - tanh^2`, as `4 e / (1 + e)^2` with digits at any score."""
+    e = tl.exp(-2.0 * tl.abs(score * (1.0 / cap)))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
 def exp_excess(x):
     """`e^x - 1 - x`, never negative."""
     direct = tl.exp(x) - 1.0 - x
@@ -130,6 +164,24 @@ def add_expectation(f, g, seen, state):
     values = tl.where(seen, g, 0.0)
     _, share, step = add_mean(weights, values, tl.sum(weights, 1), sum_f * kept, mean)
     return new_f, new_sum_f, new_g, new_sum_g, mean + share * step, excess
+
+
+@triton.jit
+def state_of_sink(student, teacher, nothing, KIND: tl.constexpr):
+    """The state of `add_divergence` for a row that has seen its sink alone.
+
+    f and g are the sides in the order in which `stream_rows` adds tiles of KIND.
+    """
+    f = teacher
+    g = student
+    if KIND == "reverse_kl":
+        f = student
+        g = teacher
+    mean = g - f
+    if KIND == "cross_entropy":
+        mean = g
+    one = nothing + 1.0
+    return nothing + f, one, nothing + g, one, nothing + mean, nothing
 
 
 @triton.jit

@@ -7,6 +7,10 @@ are those that count. `stats` `[pairs, 4 or 5, batch, heads, tokens]` holds, for
 maximum of the student's scores and the log of their sum of exponentials below it, the same of the
 teacher (cosine: half of both, of the doubled scores) and, where the gradient needs one, the row's
 constant. Maximum and log are kept apart because their sum would be rounded.
+
+`caps` `[pairs, 2]` are soft caps, student and teacher, and `sinks` `[pairs, 2, heads]` the logits
+that join every row's softmax; both are divided by the temperature. STUDENT_CAP, TEACHER_CAP and
+SINK say which are there; the others are not read.
 """
 
 import triton
@@ -20,10 +24,14 @@ from .attention_divergence_formulas import (
     log_sum,
     row_terms,
     shift_of,
+    soft_cap,
+    state_of_sink,
 )
 from .attention_divergence_tiles import (
     both_tiles,
     keys_seen,
+    load_cap,
+    load_sinks,
     rows_at,
     stat_base,
     stat_step,
@@ -36,6 +44,8 @@ from .attention_score_mse_kernels import head_base, valid_rows
 def stream_rows(
     table,
     scales,
+    caps,
+    sinks,
     valid,
     stats,
     partials,
@@ -63,13 +73,17 @@ def stream_rows(
     HAS_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
+    STUDENT_CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+    SINK: tl.constexpr,
     WRITE_STATS: tl.constexpr,
 ):
     """One program: one block of query rows of one head, against all keys that it sees.
 
     Writes `partials` `[pairs, programs]`, the sum of the rows' divergences, and `stats`. One sweep
     over the keys for KL, reverse KL and cross-entropy. The others sweep twice: first for both
-    log-sum-exps, then for sums that need the probabilities themselves.
+    log-sum-exps, then for sums that need the probabilities themselves. A sink is seen before the
+    first key.
     """
     pair = tl.program_id(1).to(tl.int64)
     query_blocks = tl.cdiv(tokens, BLOCK_QUERY)
@@ -80,6 +94,8 @@ def stream_rows(
     scale = tl.load(scales + pair * 2)
     target_scale = tl.load(scales + pair * 2 + 1)
     sizes = ((dim, scale), (target_dim, target_scale))
+    student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
+    teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
     m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
     query_at = (o_query, m_query)
@@ -114,6 +130,9 @@ def stream_rows(
     lowest = tl.full([BLOCK_QUERY], float("-inf"), SUM_TYPE)
     # running maximum and sum of the weighing side, then of the other; mean and excess
     state = (lowest, nothing, lowest, nothing, nothing, nothing)
+    if SINK:
+        student_sink, teacher_sink = load_sinks(sinks, pair, head, heads)
+        state = state_of_sink(power * student_sink, power * teacher_sink, nothing, KIND)
     for start in range(first, end, BLOCK_KEY):
         o_key = start + tl.arange(0, BLOCK_KEY)
         m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
@@ -135,6 +154,8 @@ def stream_rows(
             TARGET_ALIGN,
             SCORE_PRECISION,
         )
+        own = soft_cap(own, student_cap, STUDENT_CAP)
+        target = soft_cap(target, teacher_cap, TEACHER_CAP)
         if two_sweeps:
             state = add_two_sums(power * target, power * own, seen, state)
         elif KIND == "kl":
@@ -157,6 +178,13 @@ def stream_rows(
     if two_sweeps:
         value = nothing
         constant = nothing
+        if SINK:
+            value, constant = row_terms(
+                (student_sink - max_own - log_own)[:, None],
+                (teacher_sink - max_target - log_target)[:, None],
+                (o_query >= 0)[:, None],
+                KIND,
+            )
         for start in range(first, end, BLOCK_KEY):
             o_key = start + tl.arange(0, BLOCK_KEY)
             m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
@@ -180,6 +208,8 @@ def stream_rows(
                 TARGET_ALIGN,
                 SCORE_PRECISION,
             )
+            own = soft_cap(own, student_cap, STUDENT_CAP)
+            target = soft_cap(target, teacher_cap, TEACHER_CAP)
             tile_value, tile_constant = row_terms(
                 own - max_own[:, None] - log_own[:, None],
                 target - max_target[:, None] - log_target[:, None],

@@ -23,11 +23,13 @@ def divergence_launch(
     dims: tuple[int, int],
     dtypes: tuple[torch.dtype, torch.dtype],
     on: str = "cuda",
+    *,
+    capped: bool = False,
 ) -> Launch:
     """Blocks of one kernel: "rows" (forward), "query" or "key" (the gradients).
 
     A program holds one block, of keys for "key" and of query rows otherwise, and moves along the
-    other side in narrower ones.
+    other side in narrower ones. `capped` is of either side.
     """
     block_dim, block_target = (power_of_two(dim) for dim in dims)
     width = max(block_dim, block_target)
@@ -50,5 +52,7 @@ def divergence_launch(
         few = part == "key" and row_stats(kind) == 4 and block_dim + block_target < 128
     else:
         few = width <= 64 and not (part == "rows" and kind in TWO_SWEEPS)
+    # caps of wide heads in two sweeps spill on sm_90 with 8 warps
+    few = few or (capped and part == "rows" and kind in TWO_SWEEPS and width > 128)
     # a warp of AMD's has 64 threads
     return Launch(constants, num_warps=4 if few or on == "hip" else 8, num_stages=1)

@@ -2,7 +2,8 @@
 
 "one_sweep" (PyTorch) makes unit gradients in the forward; "stream" (Triton) keeps four or five
 floats a query row, and a backward of its own makes the tiles once more. Both take lists over layer
-pairs of one shape. `window` 0 is none.
+pairs of one shape. `window` 0 is none. Soft caps are a list over pairs or None, sinks
+`[pairs, heads]` or None; both come divided by the temperature, as scales do.
 """
 
 from collections.abc import Sequence
@@ -13,9 +14,28 @@ from torch import Tensor
 
 from . import attention_divergence_torch as on_torch
 from .attention_divergence_launch import row_stats
-from .head_groups import pairs_of, student_gradients
+from .head_groups import Pair, pairs_of, student_gradients
 from .types import NAMESPACE
 from .unit_gradient import scaled, value_of
+
+
+def _pairs(lists: Sequence[Sequence[Any]], options: Sequence[Any]) -> list[Pair]:
+    """Pairs from an op's lists, and from caps and sinks that may be None."""
+    nothing = [None] * len(lists[0])
+    return pairs_of(*lists, *(nothing if option is None else option for option in options))
+
+
+def _sinks_shape(sinks: Tensor | None) -> tuple[int, ...]:
+    return (0,) if sinks is None else tuple(sinks.shape)
+
+
+def _gradients(made: Sequence[Tensor] | None, pairs: int, has_sinks: bool) -> tuple[Any, ...]:
+    """Gradients in the order of the inputs: of queries, keys and, where there are some, sinks."""
+    if made is None:
+        return student_gradients(None, pairs, 13)
+    query, key, sinks = made
+    given = student_gradients((query, key), pairs, 10)
+    return (*given, sinks if has_sinks else None, None, None)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_divergence_one_sweep", mutates_args=())
@@ -32,14 +52,20 @@ def one_sweep(
     kind: str,
     causal: bool,
     window: int,
+    student_softcap: Sequence[float] | None,
+    teacher_softcap: Sequence[float] | None,
+    student_sinks: Tensor | None,
+    teacher_sinks: Tensor | None,
     need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses `[pairs]` and stacked unit gradients of the student's queries and keys."""
-    pairs = pairs_of(query, key, target_query, target_key, scale, target_scale)
-    sums, query_unit, key_unit = on_torch.one_sweep(
-        pairs, key_mask, rows, kind, causal, window, need_grad
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses `[pairs]` and stacked unit gradients of the student's queries, keys and sinks."""
+    pairs = _pairs(
+        (query, key, target_query, target_key, scale, target_scale),
+        (student_softcap, teacher_softcap, student_sinks, teacher_sinks),
     )
-    return value_of(sums, inverse_count), query_unit, key_unit
+    sums, *units = on_torch.one_sweep(pairs, key_mask, rows, kind, causal, window, need_grad)
+    query_unit, key_unit, sink_unit = units
+    return value_of(sums, inverse_count), query_unit, key_unit, sink_unit
 
 
 @one_sweep.register_fake
@@ -56,31 +82,37 @@ def _one_sweep_fake(
     kind: str,
     causal: bool,
     window: int,
+    student_softcap: Sequence[float] | None,
+    teacher_softcap: Sequence[float] | None,
+    student_sinks: Tensor | None,
+    teacher_sinks: Tensor | None,
     need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pairs = len(query)
     return (
         inverse_count.new_empty(pairs),
         inverse_count.new_empty((pairs, *query[0].shape) if need_grad else (0,)),
         inverse_count.new_empty((pairs, *key[0].shape) if need_grad else (0,)),
+        inverse_count.new_empty(_sinks_shape(student_sinks) if need_grad else (0,)),
     )
 
 
 def _one_sweep_save(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> None:
-    ctx.dtype, ctx.pairs = inputs[0][0].dtype, len(inputs[0])
+    ctx.dtype, ctx.pairs, ctx.has_sinks = inputs[0][0].dtype, len(inputs[0]), inputs[14] is not None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], inputs[8])
 
 
 def _one_sweep_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if upstream is None:
-        return student_gradients(None, ctx.pairs, 9)
-    query_unit, key_unit, inverse_count = ctx.saved_tensors
+        return _gradients(None, ctx.pairs, ctx.has_sinks)
+    query_unit, key_unit, sink_unit, inverse_count = ctx.saved_tensors
     factor = inverse_count * upstream
-    made = (scaled(query_unit, factor, ctx.dtype), scaled(key_unit, factor, ctx.dtype))
-    return student_gradients(made, ctx.pairs, 9)
+    made = [scaled(query_unit, factor, ctx.dtype), scaled(key_unit, factor, ctx.dtype)]
+    made.append(scaled(sink_unit, factor, sink_unit.dtype) if ctx.has_sinks else sink_unit)
+    return _gradients(made, ctx.pairs, ctx.has_sinks)
 
 
 one_sweep.register_autograd(_one_sweep_gradient, setup_context=_one_sweep_save)
@@ -100,12 +132,19 @@ def stream(
     kind: str,
     causal: bool,
     window: int,
+    student_softcap: Sequence[float] | None,
+    teacher_softcap: Sequence[float] | None,
+    student_sinks: Tensor | None,
+    teacher_sinks: Tensor | None,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Losses `[pairs]` and what the backward keeps of each query row."""
     from . import attention_divergence_triton as on_triton
 
-    pairs = pairs_of(query, key, target_query, target_key, scale, target_scale)
+    pairs = _pairs(
+        (query, key, target_query, target_key, scale, target_scale),
+        (student_softcap, teacher_softcap, student_sinks, teacher_sinks),
+    )
     sums, stats = on_triton.stream(pairs, key_mask, rows, kind, causal, window, need_grad)
     return value_of(sums, inverse_count), stats
 
@@ -124,6 +163,10 @@ def _stream_fake(
     kind: str,
     causal: bool,
     window: int,
+    student_softcap: Sequence[float] | None,
+    teacher_softcap: Sequence[float] | None,
+    student_sinks: Tensor | None,
+    teacher_sinks: Tensor | None,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = (len(query), row_stats(kind), *query[0].shape[:3])
@@ -148,11 +191,18 @@ def _stream_backward(
     kind: str,
     causal: bool,
     window: int,
-) -> tuple[Tensor, Tensor]:
-    """Stacked gradients of the student's queries and keys for `factor` `[pairs]`."""
+    student_softcap: Sequence[float] | None,
+    teacher_softcap: Sequence[float] | None,
+    student_sinks: Tensor | None,
+    teacher_sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stacked gradients of the student's queries, keys and sinks for `factor` `[pairs]`."""
     from . import attention_divergence_triton as on_triton
 
-    pairs = pairs_of(query, key, target_query, target_key, scale, target_scale)
+    pairs = _pairs(
+        (query, key, target_query, target_key, scale, target_scale),
+        (student_softcap, teacher_softcap, student_sinks, teacher_sinks),
+    )
     return on_triton.stream_backward(factor, stats, pairs, key_mask, rows, kind, causal, window)
 
 
@@ -171,28 +221,34 @@ def _stream_backward_fake(
     kind: str,
     causal: bool,
     window: int,
-) -> tuple[Tensor, Tensor]:
+    student_softcap: Sequence[float] | None,
+    teacher_softcap: Sequence[float] | None,
+    student_sinks: Tensor | None,
+    teacher_sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     pairs = len(query)
     return (
         query[0].new_empty((pairs, *query[0].shape)),
         key[0].new_empty((pairs, *key[0].shape)),
+        factor.new_empty(_sinks_shape(student_sinks)),
     )
 
 
 def _stream_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, target_query, target_key, ctx.scale, ctx.target_scale = inputs[:6]
-    key_mask, rows, inverse_count, ctx.kind, ctx.causal, ctx.window, _ = inputs[6:]
+    key_mask, rows, inverse_count, ctx.kind, ctx.causal, ctx.window = inputs[6:12]
+    ctx.student_softcap, ctx.teacher_softcap, *sinks = inputs[12:16]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        output[1], inverse_count, key_mask, rows, *query, *key, *target_query, *target_key
-    )
+    lists = (*query, *key, *target_query, *target_key)
+    ctx.save_for_backward(output[1], inverse_count, key_mask, rows, *sinks, *lists)
 
 
 def _stream_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     pairs = len(ctx.scale)
     if upstream is None:
-        return student_gradients(None, pairs, 9)
-    stats, inverse_count, key_mask, rows, *tensors = ctx.saved_tensors
+        return _gradients(None, pairs, has_sinks=False)
+    stats, inverse_count, key_mask, rows, *sinks = ctx.saved_tensors[:6]
+    tensors = ctx.saved_tensors[6:]
     made = _stream_backward(
         inverse_count * upstream,
         stats,
@@ -204,8 +260,11 @@ def _stream_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tu
         ctx.kind,
         ctx.causal,
         ctx.window,
+        ctx.student_softcap,
+        ctx.teacher_softcap,
+        *sinks,
     )
-    return student_gradients(made, pairs, 9)
+    return _gradients(made, pairs, sinks[0] is not None)
 
 
 stream.register_autograd(_stream_gradient, setup_context=_stream_save)

@@ -21,6 +21,15 @@ def row_divergence(scores: Tensor, target: Tensor, kind: str) -> Rows:
     return _FORMULAS[kind](scores, target)
 
 
+def cap_scores(scores: Tensor, softcap: float, *, need_slope: bool) -> Tensor | None:
+    """`softcap * tanh(scores / softcap)` in place of the scores; its derivative if needed."""
+    scores.div_(softcap)
+    # 1 / cosh^2, because 1 - tanh^2 has no digits left where the cap is reached
+    slope = scores.cosh().square_().reciprocal_() if need_slope else None
+    scores.tanh_().mul_(softcap)
+    return slope
+
+
 def _logs(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`p`, `t` in place of the scores, and `x = log p - log t`."""
     log_p, log_t = scores.log_softmax(-1), target.log_softmax(-1)

@@ -139,6 +139,22 @@ def both_tiles(
 
 
 @triton.jit
+def load_cap(caps, pair, side: tl.constexpr, CAP: tl.constexpr):
+    """The soft cap of one side of a pair, `side` 0 the student's; 1 where nothing is capped."""
+    if CAP:
+        return tl.load(caps + pair * 2 + side)
+    else:
+        return 1.0
+
+
+@triton.jit
+def load_sinks(sinks, pair, head, heads):
+    """The sinks of student and teacher of one head in `[pairs, 2, heads]`."""
+    base = sinks + pair * 2 * heads + head
+    return tl.load(base), tl.load(base + heads)
+
+
+@triton.jit
 def stat_base(stats, pair, item, head, batch, heads, tokens, STATS: tl.constexpr):
     """Address of the first statistic of one head in `[pairs, STATS, batch, heads, tokens]`."""
     return stats + ((pair * STATS * batch + item) * heads + head) * tokens

@@ -15,6 +15,7 @@ from .attention_divergence_launch import divergence_launch, row_stats
 from .attention_score_mse_triton import Call, type_constants
 from .head_groups import Pair
 from .launch import platform, product_dtype
+from .pointers import to_device
 from .tl_types import TYPES
 
 
@@ -27,6 +28,29 @@ def backward_types(dtype: torch.dtype, target_dtype: torch.dtype, kind: str) -> 
     # the teacher's entropy has no gradient
     made = forward_types(dtype, target_dtype, "kl" if kind == "cross_entropy" else kind)
     return made | {"GRAD_TYPE": TYPES[product_dtype(dtype)]}
+
+
+class _Softmax:
+    """Soft caps `[pairs, 2]` and sinks `[pairs, 2, heads]` of a call, and which are there.
+
+    What is not there is not read; `scales` stand in its place.
+    """
+
+    def __init__(self, call: Call, pairs: list[Pair]):
+        first = pairs[0]
+        self.caps = self.sinks = call.scales
+        self.flags = {
+            "STUDENT_CAP": first.student_softcap is not None,
+            "TEACHER_CAP": first.teacher_softcap is not None,
+        }
+        self.has_sinks = first.student_sinks is not None
+        if any(self.flags.values()):
+            caps = [[pair.student_softcap or 1.0, pair.teacher_softcap or 1.0] for pair in pairs]
+            self.caps = to_device(caps, call.dtype, first.query)
+        if self.has_sinks:
+            sides = [(pair.student_sinks, pair.teacher_sinks) for pair in pairs]
+            rows = [sinks for side in sides for sinks in side if sinks is not None]
+            self.sinks = torch.stack(rows)
 
 
 def stream(
@@ -44,7 +68,8 @@ def stream(
     """
     call = Call(pairs, key_mask, rows)
     sizes, count = call.sizes, len(pairs)
-    constants, options = _constants(call, "rows", kind, causal, window)
+    softmax = _Softmax(call, pairs)
+    constants, options = _constants(call, "rows", kind, causal, window, softmax)
     query_blocks = triton.cdiv(sizes["tokens"], constants["BLOCK_QUERY"])
     programs = query_blocks * sizes["batch"] * sizes["heads"]
     shape = (count, row_stats(kind), sizes["batch"], sizes["heads"], sizes["tokens"])
@@ -53,6 +78,8 @@ def stream(
     stream_rows[(programs, count)](
         call.table,
         call.scales,
+        softmax.caps,
+        softmax.sinks,
         call.valid,
         stats,
         partials,
@@ -60,6 +87,7 @@ def stream(
         window=window,
         **constants,
         **forward_types(*call.dtypes, kind),
+        SINK=softmax.has_sinks,
         WRITE_STATS=need_grad,
         **options,
     )
@@ -75,9 +103,13 @@ def stream_backward(
     kind: str,
     causal: bool,
     window: int,
-) -> tuple[Tensor, Tensor]:
-    """Gradients `[pairs, batch, heads | kv_heads, tokens, dim_s]` for `factor` `[pairs]`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients `[pairs, batch, heads | kv_heads, tokens, dim_s]` for `factor` `[pairs]`.
+
+    And of the sinks, `[pairs, heads]`: empty where there are none.
+    """
     call = Call(pairs, key_mask, rows)
+    softmax = _Softmax(call, pairs)
     sizes, count = call.sizes, len(pairs)
     factor = factor.contiguous()
     made = []
@@ -85,12 +117,19 @@ def stream_backward(
         (query_slopes, "query", "BLOCK_QUERY", call.first.query),
         (key_slopes, "key", "BLOCK_KEY", call.first.key),
     ):
-        constants, options = _constants(call, part, kind, causal, window)
+        constants, options = _constants(call, part, kind, causal, window, softmax)
         gradient = call.new(count, *like.shape, dtype=call.dtypes[0])
         blocks = triton.cdiv(sizes["tokens"], constants[block])
-        kernel[(blocks * like.shape[0] * like.shape[1], count)](
+        programs = like.shape[0] * like.shape[1] * blocks
+        sinks = {}
+        if part == "query":
+            has_sinks = softmax.has_sinks
+            sink_partials = call.new(count, programs if has_sinks else 0)
+            sinks = {"sinks": softmax.sinks, "sink_partials": sink_partials, "SINK": has_sinks}
+        kernel[(programs, count)](
             call.table,
             call.scales,
+            softmax.caps,
             call.valid,
             stats,
             factor,
@@ -99,16 +138,22 @@ def stream_backward(
             window=window,
             **constants,
             **backward_types(*call.dtypes, kind),
+            **sinks,
             **options,
         )
         made.append(gradient)
-    return made[0], made[1]
+    if not softmax.has_sinks:
+        return made[0], made[1], call.new(0)
+    of_blocks = sink_partials.view(count, sizes["batch"], sizes["heads"], -1)
+    return made[0], made[1], of_blocks.sum((1, 3))
 
 
 def _constants(
-    call: Call, part: str, kind: str, causal: bool, window: int
+    call: Call, part: str, kind: str, causal: bool, window: int, softmax: _Softmax
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    launch = divergence_launch(part, kind, call.dims, call.dtypes, platform())
+    capped = any(softmax.flags.values())
+    launch = divergence_launch(part, kind, call.dims, call.dtypes, platform(), capped=capped)
     shared = {name: call.constants[name] for name in ("ALIGN", "TARGET_ALIGN", "HAS_MASK")}
-    constants = {**shared, **launch.constants, "CAUSAL": causal, "WINDOWED": window > 0}
+    masks = {"CAUSAL": causal, "WINDOWED": window > 0}
+    constants = {**shared, **launch.constants, **masks, **softmax.flags}
     return constants, {"num_warps": launch.num_warps, "num_stages": launch.num_stages}

@@ -62,8 +62,9 @@ def attention_score_mse(
         student, teacher: One `AttentionState` a pair, on one device. Queries are
             `[batch, heads, tokens, head_dim]` and keys `[batch, kv_heads, tokens, head_dim]` in
             bf16, fp16, fp32 or fp64, with any strides. Head counts of a pair agree; head sizes,
-            key heads and dtypes may differ. Values are not read. A teacher entry may be a list
-            of states, which share dtype and key heads: the target is the weighted sum of their
+            key heads and dtypes may differ. Values are not read, nor soft caps and sinks: scores
+            are compared as they are before a cap, and a sink is no score. A teacher entry may be a
+            list of states, which share dtype and key heads: the target is the weighted sum of their
             scores.
         teacher_weights: For each pair the weights of its teacher layers, any finite numbers, or
             None for an even average. None is an even average everywhere.

@@ -153,6 +153,49 @@ def check_target(
             )
 
 
+def check_caps_and_sinks(
+    student: Sequence[AttentionState], teacher: Sequence[AttentionState]
+) -> None:
+    """Soft caps and sinks of states that `check_states` has passed."""
+    for pair, states in enumerate(zip(student, teacher, strict=True)):
+        names = (f"student[{pair}]", f"teacher[{pair}]")
+        for name, state in zip(names, states, strict=True):
+            _check_softcap(f"{name}.softcap", state.softcap)
+            _check_sinks(f"{name}.sinks", state)
+        given = [state.sinks is not None for state in states]
+        if given[0] != given[1]:
+            raise ValueError(
+                f"pair {pair}: {names[given[1]]}.sinks is a tensor and "
+                f"{names[given[0]]}.sinks is None; a sink takes its share of each row, so give "
+                "both sides sinks or neither"
+            )
+        if states[1].sinks is not None:
+            check_frozen(f"{names[1]}.sinks", states[1].sinks)
+
+
+def _check_softcap(name: str, softcap: object) -> None:
+    if softcap is None:
+        return
+    if not isinstance(softcap, (int, float)) or isinstance(softcap, bool):
+        raise TypeError(f"{name} must be a float or None, got {type(softcap).__name__}")
+    if not (math.isfinite(softcap) and softcap > 0.0):
+        raise ValueError(
+            f"{name} is {softcap}; expected a finite number above 0, or None for no cap"
+        )
+
+
+def _check_sinks(name: str, state: AttentionState) -> None:
+    if state.sinks is None:
+        return
+    check_tensor(name, state.sinks, "heads")
+    heads = state.query.shape[1]
+    if state.sinks.shape[0] != heads:
+        raise ValueError(
+            f"{name} has {state.sinks.shape[0]} entries for {heads} query heads; give one for each"
+        )
+    check_device(name, state.sinks, state.query.device)
+
+
 def _check_state(name: str, state: object) -> None:
     if not isinstance(state, AttentionState):
         raise TypeError(f"{name} must be an AttentionState, got {type(state).__name__}")

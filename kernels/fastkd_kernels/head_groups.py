@@ -18,7 +18,10 @@ GROUP_BYTES = 1 << 22
 
 
 class Pair(NamedTuple):
-    """One layer pair: `[batch, heads | kv_heads, tokens, dim]`, and both scales."""
+    """One layer pair: `[batch, heads | kv_heads, tokens, dim]`, both scales, caps, sinks `[heads]`.
+
+    Sinks come in the dtype of `accumulator`.
+    """
 
     query: Tensor
     key: Tensor
@@ -26,6 +29,10 @@ class Pair(NamedTuple):
     target_key: Tensor
     scale: float
     target_scale: float
+    student_softcap: float | None = None
+    teacher_softcap: float | None = None
+    student_sinks: Tensor | None = None
+    teacher_sinks: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -112,6 +119,12 @@ def key_rows(tensor: Tensor, group: Group, pair: Pair, dtype: torch.dtype) -> Te
         heads = [head // repeat for head in range(group.heads.start, group.heads.stop)]
         part = tensor[group.batch, heads]
     return part.reshape(-1, *part.shape[2:]).to(dtype)
+
+
+def group_heads(group: Group, pair: Pair) -> slice:
+    """The query heads of a group."""
+    repeat = pair.query.shape[1] // pair.groups
+    return slice(group.heads.start * repeat, group.heads.stop * repeat)
 
 
 def query_slot(out: Tensor, group: Group, pair: Pair) -> Tensor:

@@ -40,7 +40,8 @@ def relation_divergence(
 
     Args:
         student, teacher: One `AttentionState` a pair. Heads and sizes of both sides may differ;
-            their scales are not read.
+            their scales, soft caps and sinks are not read: a relation is of vectors, which no model
+            caps.
         relation: Which of queries, keys and values (X, Y). With GQA, "kk" and "vv" take the key
             heads as they are, and "qk" repeats every key head for the query heads that share it.
         relation_heads: Heads to cut both sides into; divides the width (heads times head size) of

@@ -28,19 +28,38 @@ def attention_divergence(
     # a row that sees nothing is not counted, but its softmax must be one
     seen = visible | ~visible.any(-1, keepdim=True)
     losses = []
-    for own, target in zip(student, teacher, strict=True):
+    for student_state, teacher_state in zip(student, teacher, strict=True):
         log_p, log_t = (
-            (attention_scores(state) / temperature).masked_fill(~seen, -torch.inf).log_softmax(-1)
-            for state in (own, target)
+            log_probabilities(state, seen, temperature) for state in (student_state, teacher_state)
         )
         # a hidden key has probability 0, and 0 log 0 is 0
         values = row_divergence(
-            log_p.exp(), log_t.exp(), log_p.masked_fill(~seen, 0), log_t.masked_fill(~seen, 0), kind
+            log_p.exp(),
+            log_t.exp(),
+            log_p.masked_fill(log_p == -torch.inf, 0),
+            log_t.masked_fill(log_t == -torch.inf, 0),
+            kind,
         )
         dtype = torch.promote_types(values.dtype, torch.float32)
         count = rows.sum().clamp(min=1) * values.shape[1]
         losses.append(values.masked_fill(~rows, 0.0).sum(dtype=dtype) / count)
     return torch.stack(losses)
+
+
+def log_probabilities(state: AttentionState, seen: Tensor, temperature: float) -> Tensor:
+    """Log of the attention probabilities `[batch, heads, tokens, tokens]`, -inf at hidden keys.
+
+    With sinks one column more, the last: the sink's.
+    """
+    scores = attention_scores(state)
+    if state.softcap is not None:
+        # Gemma 2, arXiv 2408.00118, section 2
+        scores = state.softcap * torch.tanh(scores / state.softcap)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if state.sinks is not None:
+        sinks = state.sinks.to(scores)[None, :, None, None]
+        scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], dim=-1)
+    return (scores / temperature).log_softmax(-1)
 
 
 def visible_keys(

@@ -8,7 +8,7 @@ cross-entropy are computed from the input and the layer's weight by an op that n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
@@ -78,21 +78,24 @@ def recorded_head(model: PreTrainedModel, listener: Listener | None) -> Iterator
         layer.__dict__.update(held)
 
 
-def check_head(model: PreTrainedModel, tokens: int = 8) -> None:
-    """Run a language model once and see that its logits are its last layer's output.
+def check_head(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Run a language model on some inputs and see that its logits are its last layer's output.
 
     Raises:
         UserError: they are changed afterwards, so that they can't be computed in parts.
     """
-    ids = torch.arange(5, 5 + tokens, device=model.device)[None] % model.config.vocab_size
     listener = _Recorded()
     with torch.no_grad():
-        given = model(input_ids=ids).logits
+        given = model(**inputs).logits
         with recorded_head(model, listener):
-            model(input_ids=ids)
-        head = listener.logits
-        assert isinstance(head, LogitsHead)
-        made = nn.functional.linear(head.hidden, head.weight, head.bias)
+            model(**inputs)
+    head = listener.logits
+    if not isinstance(head, LogitsHead):
+        raise UserError(
+            f"{type(model).__name__} does not run its last layer as a layer, so fastkd can't "
+            "compute its logits in parts; leave losses.logits and student.head out"
+        )
+    made = nn.functional.linear(head.hidden, head.weight, head.bias)
     if made.shape != given.shape or not torch.allclose(made, given, atol=1e-3, rtol=1e-3):
         raise UserError(
             f"{type(model).__name__} changes its logits after the last layer (a soft cap, or a "

@@ -52,11 +52,17 @@ def try_model(
     with torch.no_grad(), runnable(model), _padded(model):
         inputs = _inputs(model, tokens)
         plain = _try(model, inputs, layers, f"{tokens} tokens", field)
-        _check_states(model, plain, inputs)
+        _check_states(model, plain, inputs, layers)
         if last_layer(model) is not None:
-            check_head(model)
+            _check_head(model, inputs)
         if attention:
-            traits = _try_attention(model, inputs, plain)
+            running = model.config._attn_implementation
+            try:
+                traits = _try_attention(model, inputs, plain)
+            except UserError:
+                # a model that can't be captured is left as it came
+                model.config._attn_implementation = running
+                raise
     model.train(training)
     if attention:
         # `runnable` put the name of before back
@@ -146,6 +152,21 @@ def _try(
     return states
 
 
+def _check_head(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    # a few tokens of one sequence: [tokens, vocabulary] is made here
+    few = {name: tensor[:1, :8] for name, tensor in inputs.items()}
+    try:
+        check_head(model, {**few, **no_cache(model)})
+    except UserError:
+        raise
+    except FOREIGN_ERRORS as error:
+        raise UserError(
+            f"{type(model).__name__}: its last layer can't be left out of a pass "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}), so fastkd can't "
+            "compute its logits in parts; leave losses.logits and student.head out"
+        ) from error
+
+
 @contextmanager
 def _padded(model: PreTrainedModel) -> Iterator[None]:
     """A decoder's classifier that knows of no padding reads one sequence at a time."""
@@ -160,9 +181,26 @@ def _padded(model: PreTrainedModel) -> Iterator[None]:
             config.pad_token_id = None
 
 
-def _check_states(model: PreTrainedModel, states: Capture, inputs: Mapping[str, Tensor]) -> None:
-    ids, width = inputs.get("input_ids"), model.config.hidden_size
+def _check_states(
+    model: PreTrainedModel,
+    states: Capture,
+    inputs: Mapping[str, Tensor],
+    layers: Collection[int],
+) -> None:
+    missing = [layer for layer in layers if not isinstance(states.hidden.get(layer), Tensor)]
+    if missing:
+        raise UserError(
+            f"{type(model).__name__}: the blocks of layers {missing} are not called as modules that "
+            "give a tensor, so their states can't be captured; leave losses.hidden and "
+            "losses.embedding out, or give a model whose blocks are"
+        )
+    ids, width = inputs.get("input_ids"), getattr(model.config, "hidden_size", None)
     mask = inputs.get("attention_mask")
+    if not isinstance(width, int):
+        raise UserError(
+            f"{type(model).__name__} has no hidden_size; give a model whose blocks hand on one "
+            "vector of that size a token"
+        )
     for layer, state in states.hidden.items():
         expected = (state.shape[:2] if ids is None else ids.shape) + (width,)
         if state.shape != expected:

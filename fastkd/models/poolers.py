@@ -42,7 +42,7 @@ def drop_pooler(model: PreTrainedModel, *, trained: bool = False) -> None:
         return
     weights = {name: parameter.detach() for name, parameter in pooler.named_parameters()}
     shapes = sorted(tuple(weight.shape) for weight in weights.values())
-    width = model.config.hidden_size
+    width = getattr(model.config, "hidden_size", None)
     if shapes not in ([(width, width)], [(width,), (width, width)]):
         weights = {}
     # an unused parameter would still be decayed by the optimiser, in every ZeRO stage

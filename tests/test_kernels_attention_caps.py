@@ -126,7 +126,7 @@ def test_low_precision_stays_near_plain_pytorch(
     dtype: torch.dtype, distance: float, form: str, kind: str
 ) -> None:
     cap = None if form == "sinks" else 1.5
-    states = near_states(distance, dtype, form, tokens=96, heads=6, cap=cap)
+    states = near_states(distance, dtype, form, tokens=96, heads=4, cap=cap)
     given, expected, plain = (made(states, kind=kind) for made in (op_of, exact, defined))
     no_worse(given, expected, plain, dtype, sinks=FORMS[form][1])
 

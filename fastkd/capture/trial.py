@@ -53,6 +53,8 @@ def try_model(
         inputs = _inputs(model, tokens)
         plain = _try(model, inputs, layers, f"{tokens} tokens", field)
         _check_states(model, plain, inputs, layers)
+        if hidden and not attention:
+            _check_repeats(model, inputs, layers)
         if last_layer(model) is not None:
             _check_head(model, inputs)
         if attention:
@@ -152,6 +154,21 @@ def _try(
     return states
 
 
+def _check_repeats(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], layers: Collection[int]
+) -> None:
+    """See that a model draws no numbers; where attention is captured, that shows there."""
+    few = {
+        name: tensor[:1] if tensor.ndim > 2 else tensor[:1, :8] for name, tensor in inputs.items()
+    }
+    first, second = (_try(model, few, layers, "the same twice") for _ in range(2))
+    if not all(_near(second.hidden[layer], first.hidden[layer], None) for layer in layers):
+        raise UserError(
+            f"{type(model).__name__} gives other states when it reads the same again, so nothing "
+            "can be matched with them; give a model that draws no numbers"
+        )
+
+
 def _check_head(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
     # a few tokens of one sequence: [tokens, vocabulary] is made here
     few = {name: tensor[:1, :8] for name, tensor in inputs.items()}
@@ -190,8 +207,8 @@ def _check_states(
     missing = [layer for layer in layers if not isinstance(states.hidden.get(layer), Tensor)]
     if missing:
         raise UserError(
-            f"{type(model).__name__}: the blocks of layers {missing} are not called as modules that "
-            "give a tensor, so their states can't be captured; leave losses.hidden and "
+            f"{type(model).__name__}: the blocks of layers {missing} are not called as modules, or "
+            "give no tensor, so their states can't be captured; leave losses.hidden and "
             "losses.embedding out, or give a model whose blocks are"
         )
     ids, width = inputs.get("input_ids"), getattr(model.config, "hidden_size", None)

@@ -21,7 +21,10 @@ from typing import Any
 
 import torch
 import transformers
-from family_checks import (
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from benchmarks.family_checks import (
     blocks_in_a_row,
     check_maps,
     divergence_of_maps,
@@ -29,10 +32,7 @@ from family_checks import (
     inputs_of,
     outputs_of,
 )
-from tiny_families import LAYERS, all_families, family_model, heads_of
-from transformers import PreTrainedModel
-from transformers.utils import logging
-
+from benchmarks.family_models import LAYERS, all_families, family_model, heads_of
 from fastkd.assemble import make_objective
 from fastkd.capture import AttentionTraits, capture, no_cache, try_model
 from fastkd.errors import UserError

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint format benchmark clean
+.PHONY: setup demo test lint format benchmark families clean
 
 setup: $(VENV)/.installed
 
@@ -31,6 +31,10 @@ format: setup
 
 benchmark: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-enable
+
+# every family of transformers through fastkd, about ten minutes
+families: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.families --output benchmarks/results/families.md
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

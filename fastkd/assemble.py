@@ -262,6 +262,7 @@ def make_objective(
         causal=traits[1].causal,
         heads=heads,
         shapes=(traits[0].shapes, traits[1].shapes),
+        sinks=(traits[0].sinks, traits[1].sinks),
         windows=(traits[0].windows, traits[1].windows),
         head=recipe.student.head,
         outputs=teacher.config.num_labels,

@@ -54,6 +54,8 @@ class AttentionTraits:
     """Why the model's probabilities are not the softmax of its captured queries and keys."""
     shapes: tuple[AttentionShape, ...] = ()
     """Of the queries, keys and values of its layers, each once."""
+    sinks: frozenset[int] = frozenset()
+    """Layers with attention sinks."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Seen:
     given: tuple[str, ...]
     """Tensors that the function was given besides."""
     shape: AttentionShape
+    sinks: bool
 
 
 class Prober:
@@ -84,9 +87,9 @@ class Prober:
         given = tuple(n for n, v in call.given.items() if isinstance(v, Tensor) and n != "s_aux")
         assert call.state.value is not None
         sizes = query.shape[1], key.shape[1], key.shape[3], call.state.value.shape[3]
-        shape = AttentionShape(*sizes)
+        shape, sinks = AttentionShape(*sizes), call.state.sinks is not None
         if key.shape[2] != tokens:
-            self._found.append(Seen(False, None, False, torch.inf, given, shape))
+            self._found.append(Seen(False, None, False, torch.inf, given, shape, sinks))
             return
         visible = _visible(call, tokens)
         causal = not bool(visible.triu(1).any())
@@ -95,7 +98,9 @@ class Prober:
         told = _told(tokens, causal, window, visible.device)
         kept = None if window >= tokens else window
         error = _error(call, told, self._mask)
-        self._found.append(Seen(causal, kept, torch.equal(visible, told), error, given, shape))
+        self._found.append(
+            Seen(causal, kept, torch.equal(visible, told), error, given, shape, sinks)
+        )
 
 
 def _visible(call: AttentionCall, tokens: int) -> Tensor:
@@ -187,4 +192,5 @@ def traits_of(name: str, found: Mapping[int, Seen]) -> AttentionTraits:
         )
     windows = {layer: seen.window for layer, seen in found.items() if seen.window is not None}
     shapes = tuple(dict.fromkeys(seen.shape for seen in found.values()))
-    return AttentionTraits(bool(causal), windows, unknown, differs, shapes)
+    sinks = frozenset(layer for layer, seen in found.items() if seen.sinks)
+    return AttentionTraits(bool(causal), windows, unknown, differs, shapes, sinks)

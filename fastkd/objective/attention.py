@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from fastkd_kernels import (
 from torch import Tensor
 
 from fastkd.errors import UserError
-from fastkd.layer_map import AttentionMap, LayerMap, Moment
+from fastkd.layer_map import AttentionMap, LayerMap, Link, Moment
 from fastkd.objective.divisors import Reduction
 from fastkd.objective.relation_heads import check_relation_heads
 from fastkd.objective.term import AttentionMappedTerm, Batch, Match, ModelPair
@@ -64,6 +64,7 @@ class ProbabilityTerm(AttentionMappedTerm):
         super().__init__(layer_map)
         _check_blend("attention", layer_map, averages=False)
         assert loss.kind != "score_mse", "scores have a term of their own"
+        _check_links(pair, self.links, sinks=True)
         self.kind: DivergenceKind = loss.kind
         self.temperature = loss.temperature
         self.pair = pair
@@ -98,6 +99,7 @@ class RelationsTerm(AttentionMappedTerm):
         self.loss = loss
         self.pair = pair
         self.relation_heads = loss.relation_heads or pair.heads[1]
+        _check_links(pair, self.links, sinks=False)
         check_relation_heads(loss.relations, self.relation_heads, pair.shapes)
         self.matches = tuple(
             Match("relations", f"relations.{relation}", label, "rows")
@@ -142,14 +144,7 @@ def _by_window(
     """Losses [links] of a divergence that is called once for each window of local attention."""
     groups: dict[int | None, list[int]] = {}
     for number, link in enumerate(term.links):
-        own, target = pair.windows[0].get(link.student), pair.windows[1].get(link.teachers[0])
-        if own != target:
-            raise UserError(
-                f"student layer {link.student} attends within {own or 'all'} tokens and teacher "
-                f"layer {link.teachers[0]} within {target or 'all'}, so their probabilities can't "
-                "be compared; give a layer_map that pairs local layers with local ones"
-            )
-        groups.setdefault(own, []).append(number)
+        groups.setdefault(_window(pair, link), []).append(number)
     losses: dict[int, Tensor] = {}
     for window, members in groups.items():
         links = [term.links[number] for number in members]
@@ -160,6 +155,40 @@ def _by_window(
         )
         losses |= dict(zip(members, found.unbind(), strict=True))
     return torch.stack([losses[number] for number in range(len(term.links))])
+
+
+def _window(pair: ModelPair, link: Link) -> int | None:
+    """How far the two layers of a link attend; `None` is all tokens.
+
+    Raises:
+        UserError: not equally far.
+    """
+    student, teacher = pair.windows[0].get(link.student), pair.windows[1].get(link.teachers[0])
+    if student != teacher:
+        raise UserError(
+            f"student layer {link.student} attends within {student or 'all'} tokens and teacher "
+            f"layer {link.teachers[0]} within {teacher or 'all'}, so their probabilities can't "
+            "be compared; give a layer_map that pairs local layers with local ones"
+        )
+    return student
+
+
+def _check_links(pair: ModelPair, links: Iterable[Link], *, sinks: bool) -> None:
+    """See that the layers of links can be compared, before data is read.
+
+    Raises:
+        UserError: naming the first pair that can't.
+    """
+    for link in links:
+        _window(pair, link)
+        have = link.student in pair.sinks[0], link.teachers[0] in pair.sinks[1]
+        if sinks and have[0] != have[1]:
+            raise UserError(
+                f"student layer {link.student} has {'' if have[0] else 'no '}attention sinks and "
+                f"teacher layer {link.teachers[0]} has {'' if have[1] else 'no '}sinks, so their "
+                "probabilities can't be compared; give a layer_map that pairs such layers with "
+                "each other"
+            )
 
 
 def _check_blend(term: str, layer_map: LayerMap, *, averages: bool) -> None:

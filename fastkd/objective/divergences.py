@@ -35,12 +35,19 @@ def attention_divergences(
 
     Returns:
         [student blocks, teacher blocks] on the states' device; NaN where one block attends locally
-        and the other doesn't, or not as far.
+        and the other doesn't, or not as far, or one alone has attention sinks.
     """
     rows = []
     for own, state in sorted(student.items()):
         window = pair.windows[0].get(own)
-        same = [layer for layer in sorted(teacher) if pair.windows[1].get(layer) == window]
+        # relations of vectors know no sinks
+        sinks = own in pair.sinks[0] and relation_heads is None
+        same = [
+            layer
+            for layer in sorted(teacher)
+            if pair.windows[1].get(layer) == window
+            and (layer in pair.sinks[1] and relation_heads is None) == sinks
+        ]
         row = state.query.new_full((len(teacher),), torch.nan, dtype=torch.float32)
         if same:
             compare = (

@@ -34,6 +34,8 @@ class ModelPair:
     """Numbers that a classification head gives; 1 is a regression."""
     shapes: tuple[tuple[AttentionShape, ...], tuple[AttentionShape, ...]] = ((), ())
     """Of the queries, keys and values of each model's layers."""
+    sinks: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
+    """Layers with attention sinks."""
 
 
 @dataclass(frozen=True)

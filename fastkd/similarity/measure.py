@@ -204,6 +204,7 @@ def _pair(student: Any, teacher: Any, traits: tuple[AttentionTraits, AttentionTr
         causal=traits[0].causal,
         heads=(own.num_attention_heads, target.num_attention_heads),
         windows=(traits[0].windows, traits[1].windows),
+        sinks=(traits[0].sinks, traits[1].sinks),
     )
 
 

@@ -69,6 +69,8 @@ class Row:
     """What is refused, with fastkd's own words."""
     broken: str | None = None
     """What is wrong, in words; nothing, one hopes."""
+    unmade: str | None = None
+    """Why there is no tiny model of it."""
 
 
 def sweep(family: str) -> Row | None:
@@ -78,7 +80,7 @@ def sweep(family: str) -> Row | None:
         model = family_model(family)
     # transformers says in many ways that numbers don't go together
     except Exception as error:
-        row.refused.append(f"(no tiny model was made: {_short(error)})")
+        row.unmade = _short(error)
         return row
     if model.main_input_name not in ("input_ids", "pixel_values"):
         return None
@@ -269,26 +271,34 @@ def _short(error: Exception) -> str:
 
 def table(rows: Sequence[Row], skipped: int) -> str:
     """The page of all families, in Markdown."""
-    whole = [row for row in rows if not row.refused and not row.broken]
-    partly = [row for row in rows if row.refused and row.losses]
-    refused = [row for row in rows if row.refused and not row.losses]
+    made = [row for row in rows if row.unmade is None]
+    whole = [row for row in made if not row.refused and not row.broken]
+    partly = [row for row in made if row.refused and row.losses]
+    refused = [row for row in made if row.refused and not row.losses]
     lines = [
         f"# Families of transformers {transformers.__version__}",
         "",
-        "Written by `python -m benchmarks.families`; see its docstring for what is checked. "
-        f"{len(rows)} families have a stack of blocks and read tokens or images: {len(whole)} "
-        f"pass with every loss, {len(partly)} with some, {len(refused)} are refused. {skipped} "
-        "more read sound or other signals and were left out.",
+        "Written by `make families`; `benchmarks/families.py` says what is checked. "
+        f"{len(made)} families have a stack of blocks and read tokens or images: {len(whole)} "
+        f"pass with every loss that their heads allow, {len(partly)} with some, {len(refused)} are "
+        f"refused. {skipped} more read sound or other signals and were left out.",
+        "",
+        "*maps differ by*: largest difference between captured attention and the maps that the "
+        "model itself gives under eager attention. *refused*: fastkd's own words, with a student of "
+        f"layers {' and '.join(map(str, SOURCES))} of {LAYERS} and {TOKENS} tokens.",
         "",
         "| family | model | attention | maps differ by | losses | refused |",
         "|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in made:
         said = "; ".join(dict.fromkeys(row.refused)).replace("|", "/")
         sections = ", ".join(dict.fromkeys(loss.split()[0] for loss in row.losses))
         broken = f"**broken: {row.broken}** " if row.broken else ""
         cells = (row.family, row.model, row.attention, row.maps, sections, broken + said)
         lines.append(f"| {' | '.join(cells)} |")
+    unmade = [f"{row.family} ({row.unmade})" for row in rows if row.unmade is not None]
+    if unmade:
+        lines += ["", f"Of {len(unmade)} more no tiny model was made: {'; '.join(unmade)}."]
     return "\n".join(lines) + "\n"
 
 

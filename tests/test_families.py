@@ -92,7 +92,9 @@ def test_the_sweep_knows_most_families() -> None:
 
 def test_the_page_says_what_is_broken_and_what_is_refused() -> None:
     rows = [Row("a", losses=["hidden mse", "hidden cosine"]), Row("b", refused=["no | way"])]
-    page = table([*rows, Row("c", broken="KL is 2, of the maps 1")], skipped=4)
+    rows += [Row("c", broken="KL is 2, of the maps 1"), Row("d", unmade="needs a package")]
+    page = table(rows, skipped=4)
+    assert "Of 1 more no tiny model was made: d (needs a package)." in page
     assert "3 families" in page and "1 pass with every loss" in page and "4 more" in page
     assert "| a |  |  |  | hidden |  |" in page and "no / way" in page
     assert "**broken: KL is 2, of the maps 1**" in page

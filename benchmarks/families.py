@@ -284,8 +284,8 @@ def table(rows: Sequence[Row], skipped: int) -> str:
         f"refused. {skipped} more read sound or other signals and were left out.",
         "",
         "*maps differ by*: largest difference between captured attention and the maps that the "
-        "model itself gives under eager attention. *refused*: fastkd's own words, with a student of "
-        f"layers {' and '.join(map(str, SOURCES))} of {LAYERS} and {TOKENS} tokens.",
+        "model itself gives under eager attention. *refused*: fastkd's own words, of a student "
+        f"of layers {' and '.join(map(str, SOURCES))} of {LAYERS} and {TOKENS} tokens.",
         "",
         "| family | model | attention | maps differ by | losses | refused |",
         "|---|---|---|---|---|---|",

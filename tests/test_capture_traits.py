@@ -22,6 +22,7 @@ from fastkd.capture import (
     try_model,
 )
 from fastkd.errors import UserError
+from fastkd.models.poolers import drop_pooler
 
 TOKENS = 20
 EVERY = (1, 2, 3, 4)
@@ -135,6 +136,25 @@ def test_composite_models_are_refused_by_their_parts() -> None:
         try_model(model, TOKENS, attention=False, hidden=False)
     with pytest.raises(UserError, match=expected):
         find_blocks(model)
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4])
+def test_what_a_block_holds_is_no_stack_of_blocks(layers: int) -> None:
+    """MobileBERT's blocks hold three small networks each."""
+    model = family_model("mobilebert", num_hidden_layers=layers)
+    assert [type(block).__name__ for block in find_blocks(model)] == ["MobileBertLayer"] * layers
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", "layoutlm", "squeezebert"])
+def test_models_run_without_their_pooler(family: str) -> None:
+    """Whether they ask for it or call it anyway."""
+    model = family_model(family)
+    ids = {"input_ids": tiny_batch()["input_ids"]}
+    before = model(**ids)
+    drop_pooler(model)
+    after = model(**ids)
+    assert before.pooler_output is not None and after.pooler_output is None
+    assert torch.equal(after.last_hidden_state, before.last_hidden_state)
 
 
 def test_attention_of_a_model_that_was_not_routed_is_not_captured() -> None:

@@ -84,7 +84,7 @@ class Prober:
     def __call__(self, call: AttentionCall) -> None:
         query, key = call.state.query, call.state.key
         tokens = query.shape[2]
-        given = tuple(n for n, v in call.given.items() if isinstance(v, Tensor) and n != "s_aux")
+        given = tuple(name for name, value in call.given.items() if _is_bias(name, value))
         assert call.state.value is not None
         sizes = query.shape[1], key.shape[1], key.shape[3], call.state.value.shape[3]
         shape, sinks = AttentionShape(*sizes), call.state.sinks is not None
@@ -101,6 +101,10 @@ class Prober:
         self._found.append(
             Seen(causal, kept, torch.equal(visible, told), error, given, shape, sinks)
         )
+
+
+def _is_bias(name: str, value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and name != "s_aux"
 
 
 def _visible(call: AttentionCall, tokens: int) -> Tensor:

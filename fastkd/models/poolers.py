@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ class Pooler:
 
 
 class NoPooler(nn.Module):
-    """In the place of a pooler: some models call theirs whether they have one or not."""
+    """In the place of a pooler, where a model calls it without asking whether it is there."""
 
     def forward(self, *_: Any) -> None:
         """Nothing."""
@@ -46,7 +47,8 @@ def drop_pooler(model: PreTrainedModel, *, trained: bool = False) -> None:
     if shapes not in ([(width, width)], [(width,), (width, width)]):
         weights = {}
     # an unused parameter would still be decayed by the optimiser, in every ZeRO stage
-    model.pooler = NoPooler()
+    asks = "self.pooler is not None" in inspect.getsource(type(model).forward)
+    model.pooler = None if asks else NoPooler()
     setattr(model, _ASIDE, Pooler(weights, trained))
 
 

@@ -37,10 +37,10 @@ def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
         "CAUSAL": work.causal,
         **{name: form.get(name, False) for name in ("WINDOWED", "STUDENT_CAP", "TEACHER_CAP")},
     }
-    capped = shared["STUDENT_CAP"] or shared["TEACHER_CAP"]
     sink = {"SINK": form.get("SINK", False)}
+    launched = {"capped": shared["STUDENT_CAP"] or shared["TEACHER_CAP"], "sunk": sink["SINK"]}
     for kind in get_args(DivergenceKind):
-        launch = divergence_launch("rows", kind, work.dims, dtypes, on, capped=capped)
+        launch = divergence_launch("rows", kind, work.dims, dtypes, on, **launched)
         types = forward_types(*dtypes, kind)
         constants = {**shared, **launch.constants, **types, **sink, "WRITE_STATS": True}
         pointers = dict.fromkeys(("scales", "caps", "sinks", "stats", "partials"), "*fp32")
@@ -52,6 +52,6 @@ def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
             ("query", query_slopes, sink, with_sink),
             ("key", key_slopes, {}, pointers),
         ):
-            launch = divergence_launch(part, kind, work.dims, dtypes, on, capped=capped)
+            launch = divergence_launch(part, kind, work.dims, dtypes, on, **launched)
             constants = {**shared, **launch.constants, **backward_types(*dtypes, kind), **own}
             yield Job(f"{kind}_{part}", kernel, constants, types_of, *launch[1:])

@@ -25,11 +25,13 @@ def divergence_launch(
     on: str = "cuda",
     *,
     capped: bool = False,
+    sunk: bool = False,
 ) -> Launch:
     """Blocks of one kernel: "rows" (forward), "query" or "key" (the gradients).
 
     A program holds one block, of keys for "key" and of query rows otherwise, and moves along the
-    other side in narrower ones. `capped` is of either side.
+    other side in narrower ones. `capped` is of either side, and
+    `sunk` is with attention sinks.
     """
     block_dim, block_target = (power_of_two(dim) for dim in dims)
     width = max(block_dim, block_target)
@@ -52,7 +54,8 @@ def divergence_launch(
         few = part == "key" and row_stats(kind) == 4 and block_dim + block_target < 128
     else:
         few = width <= 64 and not (part == "rows" and kind in TWO_SWEEPS)
-    # caps of wide heads in two sweeps spill on sm_90 with 8 warps
-    few = few or (capped and part == "rows" and kind in TWO_SWEEPS and width > 128)
+    # with 8 warps, wide heads spill: capped in two sweeps on sm_90, with sinks on sm_80
+    spills = (capped and part == "rows" and kind in TWO_SWEEPS) or (sunk and part == "query")
+    few = few or (spills and width > 128)
     # a warp of AMD's has 64 threads
     return Launch(constants, num_warps=4 if few or on == "hip" else 8, num_stages=1)

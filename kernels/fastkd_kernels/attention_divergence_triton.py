@@ -151,8 +151,8 @@ def stream_backward(
 def _constants(
     call: Call, part: str, kind: str, causal: bool, window: int, softmax: _Softmax
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    capped = any(softmax.flags.values())
-    launch = divergence_launch(part, kind, call.dims, call.dtypes, platform(), capped=capped)
+    form = {"capped": any(softmax.flags.values()), "sunk": softmax.has_sinks}
+    launch = divergence_launch(part, kind, call.dims, call.dtypes, platform(), **form)
     shared = {name: call.constants[name] for name in ("ALIGN", "TARGET_ALIGN", "HAS_MASK")}
     masks = {"CAUSAL": causal, "WINDOWED": window > 0}
     constants = {**shared, **launch.constants, **masks, **softmax.flags}

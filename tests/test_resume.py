@@ -97,7 +97,7 @@ def test_a_rank_that_dies_while_writing_costs_one_checkpoint(recipe: Path) -> No
 
 def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(recipe: Path, whole: Path) -> None:
     run = recipe.parent / "interrupted"
-    arguments = [*_overrides(run), "train.checkpoint_every=0"]
+    arguments = _overrides(run, **{"train.checkpoint_every": 0})
     stopped = run_script("disturbed_run.py", "Ctrl-C in step 3", "0", str(recipe), *arguments)
     assert stopped.returncode == 130, stopped.stderr[-2000:]
     assert "continue with --resume" in stopped.stderr.strip().splitlines()[-1]

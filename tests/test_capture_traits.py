@@ -99,6 +99,10 @@ def test_probabilities_that_are_not_the_captured_ones_are_told(
     assert "Gemma2Model: the attention of layers [1, 2, 3, 4] is not the softmax" in traits.differs
 
 
+def test_what_is_added_to_scores_is_named() -> None:
+    assert "as it adds position_bias" in tried("inkling_text").differs
+
+
 def test_shapes_are_measured() -> None:
     traits = try_model(tiny_model("qwen3", head_dim=6))
     assert traits.shapes == (AttentionShape(HEADS, 2, 6, 6),)

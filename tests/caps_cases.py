@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from conditioning import Change, Define
 from divergence_cases import moved
 from fastkd_kernels import AttentionState, attention_divergence, reference
 from kernel_cases import attention_states, errors, loss_and_gradients, near
@@ -77,6 +78,16 @@ def exact(states: Any, **options: Any) -> list[Tensor]:
     student, teacher = states
     copies = trained(cast(student, torch.float64)), cast(teacher, torch.float64)
     return defined(copies, **options)
+
+
+def exactly_defined(states: Any, **options: Any) -> Define:
+    """The definition on what the states' tensors become by a change."""
+
+    def define(change: Change) -> list[Tensor]:
+        student, teacher = ([_mapped(state, change) for state in side] for side in states)
+        return defined((trained(student), teacher), **options)
+
+    return define
 
 
 def no_worse(

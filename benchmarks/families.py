@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 import tempfile
 import warnings
@@ -266,7 +267,9 @@ def _in_words(traits: AttentionTraits) -> str:
 
 
 def _short(error: Exception) -> str:
-    return f"{type(error).__name__} {' '.join(str(error).split())[:160]}"
+    # where packages are installed says nothing of a family
+    reason = re.sub(r"/\S*site-packages/", "", " ".join(str(error).split()))
+    return f"{type(error).__name__} {reason[:160]}"
 
 
 def table(rows: Sequence[Row], skipped: int) -> str:

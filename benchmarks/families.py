@@ -36,7 +36,7 @@ from benchmarks.family_checks import (
 from benchmarks.family_models import LAYERS, all_families, family_model, heads_of
 from fastkd.assemble import make_objective
 from fastkd.capture import AttentionTraits, capture, no_cache, try_model
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 from fastkd.layer_map import make_layer_map
 from fastkd.models import build_student, load_student, load_teacher
 from fastkd.objective import DIVISORS
@@ -268,7 +268,7 @@ def _in_words(traits: AttentionTraits) -> str:
 
 def _short(error: Exception) -> str:
     # where packages are installed says nothing of a family
-    reason = re.sub(r"/\S*site-packages/", "", " ".join(str(error).split()))
+    reason = re.sub(r"/\S*site-packages/", "", one_line(error, None))
     return f"{type(error).__name__} {reason[:160]}"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
 from fastkd.capture import AttentionTraits, Capture, capture, find_blocks, no_cache
-from fastkd.capture.trial import _inputs as inputs_of
+from fastkd.capture.trial import trial_inputs as inputs_of
 
 __all__ = [
     "blocks_in_a_row",

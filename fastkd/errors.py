@@ -9,6 +9,11 @@ class Interrupted(Exception):
     """A run was asked to stop and wrote a checkpoint first, exit code 130."""
 
 
+def one_line(error: Exception, length: int | None = 200) -> str:
+    """What an error says, without line breaks, cut to so many characters; `None` is all of it."""
+    return " ".join(str(error).split())[:length]
+
+
 FOREIGN_ERRORS = (
     ArithmeticError,
     AssertionError,

@@ -7,7 +7,7 @@ from fastkd.capture.attention_traits import AttentionShape, AttentionTraits
 from fastkd.capture.blocks import at_depth, find_blocks, no_cache
 from fastkd.capture.recording import Capture, capture
 from fastkd.capture.routing import route_attention, set_attention
-from fastkd.capture.trial import check_positions, try_model, vocabulary_size
+from fastkd.capture.trial import try_model, vocabulary_size
 
 __all__ = [
     "AttentionShape",
@@ -15,7 +15,6 @@ __all__ = [
     "Capture",
     "at_depth",
     "capture",
-    "check_positions",
     "find_blocks",
     "no_cache",
     "route_attention",

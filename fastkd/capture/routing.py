@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 
 PREFIX = "fastkd-"
 _LISTENER = "_fastkd_listener"
@@ -65,7 +65,7 @@ def set_attention(model: PreTrainedModel, implementation: str) -> None:
     except (ValueError, ImportError) as error:
         raise UserError(
             f"{type(model).__name__} can't run attention {implementation!r} here "
-            f"({' '.join(str(error).split())[:200]}); try attention: "
+            f"({one_line(error)}); try attention: "
             f"{_other(model, implementation)}"
         ) from error
 

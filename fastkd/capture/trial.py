@@ -18,7 +18,7 @@ from fastkd.capture.attention_traits import TAKE_OUT, AttentionTraits, Prober, S
 from fastkd.capture.blocks import check_single_stack, find_blocks, no_cache
 from fastkd.capture.recording import Capture, capture
 from fastkd.capture.routing import listening, route_attention, runnable
-from fastkd.errors import FOREIGN_ERRORS, UserError
+from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.heads import check_head, last_layer
 
 
@@ -44,13 +44,13 @@ def try_model(
             attention is captured, or has a block whose attention or hidden state can't be.
     """
     check_single_stack(model)
-    check_positions(model, tokens, field)
+    _check_positions(model, tokens, field)
     layers = range(len(find_blocks(model)) + 1) if attention or hidden else range(0)
     traits = AttentionTraits()
     training = model.training
     model.eval()
     with torch.no_grad(), runnable(model), _padded(model):
-        inputs = _inputs(model, tokens)
+        inputs = trial_inputs(model, tokens)
         plain = _try(model, inputs, layers, f"{tokens} tokens", field)
         _check_states(model, plain, inputs, layers)
         if hidden and not attention:
@@ -72,7 +72,7 @@ def try_model(
     return traits
 
 
-def check_positions(model: PreTrainedModel, tokens: int, field: str) -> None:
+def _check_positions(model: PreTrainedModel, tokens: int, field: str) -> None:
     """See that a model has positions for `tokens` tokens, which `field` of the recipe asks for.
 
     Raises:
@@ -105,7 +105,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return int(weight.shape[0])
 
 
-def _inputs(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
+def trial_inputs(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
     """Two sequences, of which the second is half padding; of a vision model two images."""
     config, name = model.config, type(model).__name__
     generator = torch.Generator().manual_seed(0)
@@ -149,7 +149,7 @@ def _try(
             smaller = f"; give a smaller {field}, or another model" if field else ""
             raise UserError(
                 f"{type(model).__name__} can't read {what} "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}){smaller}"
+                f"({type(error).__name__}: {one_line(error)}){smaller}"
             ) from error
     return states
 
@@ -179,7 +179,7 @@ def _check_head(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
     except FOREIGN_ERRORS as error:
         raise UserError(
             f"{type(model).__name__}: its last layer can't be left out of a pass "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}), so fastkd can't "
+            f"({type(error).__name__}: {one_line(error)}), so fastkd can't "
             "compute its logits in parts; leave losses.logits and student.head out"
         ) from error
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from fastkd.errors import FOREIGN_ERRORS, UserError
+from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 
 LOADING_ERRORS = (
     *FOREIGN_ERRORS,
@@ -49,7 +49,7 @@ _QUANTISED = ("quantization_config", "compression_config")
 
 def not_loadable(given: str, error: Exception) -> str:
     """What to say of a model or tokenizer that transformers can't load."""
-    reason = " ".join(str(error).split())
+    reason = one_line(error, None)
     if "trust_remote_code" in reason:
         return (
             f"{given}: needs code of its own, which fastkd doesn't run (trust_remote_code); give a "

@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 from fastkd.capture import find_blocks
 from fastkd.capture.routing import PREFIX
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 
 # numbers of layers, from 0
 _INDICES = (
@@ -122,10 +122,9 @@ def _twin(teacher: PreTrainedModel, settings: dict[str, Any]) -> PreTrainedModel
         with no_init_weights(), torch.device("meta"):
             model: PreTrainedModel = type(teacher)._from_config(config, attn_implementation=running)
     except (StrictDataclassError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{type(teacher).__name__} can't be cut to {settings['num_hidden_layers']} layers "
-            f"({reason}); give another layer_map, or student.init=random"
+            f"({one_line(error)}); give another layer_map, or student.init=random"
         ) from error
     return model
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from fastkd.errors import one_line
+
 
 class YamlError(ValueError):
     """Text that is no YAML, or says a thing twice; the message is one line."""
@@ -34,7 +36,7 @@ def read_yaml(text: str) -> Any:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         if isinstance(error, YamlError):
             raise
-        raise YamlError(f"not YAML ({' '.join(str(error).split())})") from error
+        raise YamlError(f"not YAML ({one_line(error, None)})") from error
     finally:
         loader.dispose()
 

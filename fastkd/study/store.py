@@ -19,7 +19,7 @@ from typing import Any, Literal
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 from fastkd.study.claims import Claim, alone
 from fastkd.study.plan import Condition, Plan, Run, digest
 from fastkd.study.search import draw, make_pruner, make_sampler
@@ -229,7 +229,7 @@ class Store:
             names = {s.study_name for s in optuna.get_all_study_summaries(storage)}
         except RuntimeError as error:
             raise UserError(
-                f"{self.path} is of another version of Optuna ({' '.join(str(error).split())}); "
+                f"{self.path} is of another version of Optuna ({one_line(error, None)}); "
                 "upgrade it with `optuna storage upgrade`, or give the study another output"
             ) from error
         grid, search = f"{spec.name}/grid", spec.name

@@ -6,15 +6,12 @@ the committed table, which `test_benchmarks_floor.py` checks.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compiled_apart import compiled_apart
 from fastkd_kernels import launch
 from fastkd_kernels.attention_divergence_launch import TWO_SWEEPS, divergence_launch
 
@@ -43,19 +40,7 @@ for job in jobs(CAPPED._replace(name="both", dims=(128, 256)), torch.bfloat16, "
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return compiled_apart(["-c", COMPILE], tmp_path_factory.mktemp("triton"))
 
 
 def test_capped_kernels_fit_the_chip(rows: list[dict[str, Any]]) -> None:

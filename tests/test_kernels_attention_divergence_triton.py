@@ -15,7 +15,15 @@ from divergence_cases import (
     near_states,
 )
 from fastkd_kernels import AttentionState, attention_divergence, attention_divergence_triton
-from kernel_cases import attention_states, cast, errors, leaves_of, loss_and_gradients, trained
+from kernel_cases import (
+    attention_states,
+    cast,
+    errors,
+    fresh_tensors_are_nan,
+    leaves_of,
+    loss_and_gradients,
+    trained,
+)
 from torch import Tensor
 
 GPU = torch.cuda.is_available()
@@ -27,11 +35,8 @@ EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(autouse=True)
 def unwritten_is_nan() -> Iterator[None]:
-    """Fill every fresh tensor with NaN, so that an output that no program writes shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+    with fresh_tensors_are_nan():
+        yield
 
 
 def triton_both(states: Any, **options: Any) -> tuple[list[Tensor], list[Tensor]]:

@@ -6,15 +6,12 @@ And the launch functions, which are data. Limits are those of `launch.SHARED_MEM
 from __future__ import annotations
 
 import ast
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compiled_apart import compiled_apart
 from fastkd_kernels import hidden_launch, launch
 from fastkd_kernels.attention_score_mse_launch import gram_launch, tile_launch
 
@@ -31,18 +28,7 @@ TENSOR_CORES = {
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What `python -m benchmarks.machine_code` prints."""
-    environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.machine_code"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return compiled_apart(["-m", "benchmarks.machine_code"], tmp_path_factory.mktemp("triton"))
 
 
 def test_every_kernel_compiles_for_every_target(rows: list[dict[str, Any]]) -> None:

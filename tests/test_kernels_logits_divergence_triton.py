@@ -11,6 +11,7 @@ import pytest
 import torch
 from conditioning import bounds, check_rounding, check_within
 from fastkd_kernels import logits_divergence, logits_divergence_launch, logits_divergence_triton
+from kernel_cases import fresh_tensors_are_nan
 from logits_cases import (
     FORMS,
     KINDS,
@@ -39,10 +40,8 @@ def small_chunks_and_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(logits_divergence_launch, "WORKSPACE_BYTES", 1)
     monkeypatch.setattr(logits_divergence_launch, "MOST_WORKSPACE_BYTES", 1)
     monkeypatch.setattr(logits_divergence_launch, "BLOCK_ROWS", 4)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+    with fresh_tensors_are_nan():
+        yield
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,6 @@
 """The kernels of attention_divergence on the named workloads; relations run the same ones."""
 
+import math
 from collections.abc import Iterator
 from typing import get_args
 
@@ -31,7 +32,7 @@ def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
     dtypes = (dtype, dtype)
     form = FORMS.get(work.name, {})
     shared = {
-        "ALIGN": 16 // dtype.itemsize if work.dims[0] * dtype.itemsize % 16 == 0 else 1,
+        "ALIGN": math.gcd(16 // dtype.itemsize, work.dims[0]),
         "TARGET_ALIGN": 16 // dtype.itemsize,
         "HAS_MASK": True,
         "CAUSAL": work.causal,

@@ -1,5 +1,6 @@
 """The kernels of attention_score_mse on the named workloads."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ QUICK = ("bert-base-to-tinybert-4-128", "bert-base-to-tinybert-4-512", "llama-li
 def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
     dtypes = (dtype, dtype)
     shared = {
-        "ALIGN": 16 // dtype.itemsize if work.dims[0] * dtype.itemsize % 16 == 0 else 1,
+        "ALIGN": math.gcd(16 // dtype.itemsize, work.dims[0]),
         "TARGET_ALIGN": 16 // dtype.itemsize,
         "HAS_MASK": True,
     }
@@ -57,11 +58,11 @@ def _gram_jobs(
     launch = gram_launch(work.dims, dtypes, on)
     types = gram_types(*dtypes, work.dims[0] == work.dims[1])
     for side, of in enumerate(("queries", "keys")):
-        blocks = gram_constants(launch.constants, "BLOCK_PRECISION")
+        blocks = gram_constants(launch.constants, "BLOCK")
         constants = {**shared, **types, **blocks, "SIDE": side}
         pointers = {"scales": "*fp32", "grams": "*fp32"}
         yield Job(f"gram of {of}", gram_kernels.gram_matrices, constants, pointers, *launch[1:])
-        blocks = gram_constants(launch.constants, "APPLY_PRECISION")
+        blocks = gram_constants(launch.constants, "APPLY")
         constants = {**shared, **types, **blocks, "SIDE": side, "ACCUMULATE": work.causal}
         pointers = {name: "*fp32" for name in ("scales", "factors", "upstream")}
         # causal gradients are sums in fp32, of tiles and of this

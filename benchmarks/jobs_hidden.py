@@ -33,9 +33,11 @@ def jobs(work: HiddenWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
     # without a projection the row gradient is the student's
     stored = POINTERS[kept if projected else torch.float32]
     yield _job("residuals", hidden_kernels.residuals, {**exact, "HAS_TARGET": True}, stored, launch)
-    if projected:
+    if projected and dtype.itemsize == 4:
+        # in half precision the library makes these
         for kernel in (hidden_kernels.input_gradient, hidden_kernels.weight_gradient):
             yield _job(kernel.__name__, kernel, made, "*fp32", launch, residual=stored)
+    if projected:
         alone = {**exact, "HAS_TARGET": False}
         yield _job("projected", hidden_kernels.residuals, alone, "*fp32", launch)
     unit = unit_launch(work.widths[1])

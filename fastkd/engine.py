@@ -81,6 +81,13 @@ def start_ranks() -> Ranks:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+    if gpu and local_rank >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise UserError(
+            f"rank {local_rank} of this machine has no GPU of its own, of which there are {found}; "
+            f"start one rank a GPU (--nproc-per-node={found}), or hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES= to run on CPUs"
+        )
     if gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():

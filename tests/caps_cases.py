@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from conditioning import Change, Define
+from conditioning import OFTEN, Change, Define
 from divergence_cases import moved
 from fastkd_kernels import AttentionState, attention_divergence, reference
 from kernel_cases import attention_states, errors, loss_and_gradients, near
@@ -105,12 +105,12 @@ def no_worse(
     """
     few = 8 * torch.finfo(torch.float32).eps
     floors = [few, *[torch.finfo(dtype).eps] * (len(given) - 1)]
-    often = [2.0] * len(floors)
+    often = [OFTEN] * len(floors)
     sides = [list(side) for side in (given, expected, plain)]
     if sinks:
         sides = [_sinks_joined(side) for side in sides]
         floors = [*floors[: len(sides[0]) - 1], max(few, floors[-1])]
-        often = [*[2.0] * (len(sides[0]) - 1), 4.0]
+        often = [*[OFTEN] * (len(sides[0]) - 1), 2.0 * OFTEN]
     own, theirs = errors(sides[0], sides[1]), errors(sides[2], sides[1])
     bounds = [max(n * b, floor) for n, b, floor in zip(often, theirs, floors, strict=True)]
     assert all(a <= b for a, b in zip(own, bounds, strict=True)), (own, bounds)

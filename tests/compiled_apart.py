@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastkd_kernels.launch import SHARED_MEMORY
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -27,3 +29,15 @@ def compiled_apart(arguments: list[str], cache: Path) -> list[dict[str, Any]]:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def fits(row: dict[str, Any]) -> bool:
+    """Whether a row of `benchmarks.machine_code` keeps to the chip's registers and shared memory.
+
+    Blocks are those that were fastest on an H100, where a few registers more than there are cost
+    nothing; what an A100 has to put on its stack was not timed.
+    """
+    target = tuple(row["target"])
+    most_spilled = 256 if target == ("cuda", 80) else 32
+    fits_memory = row["shared"] <= SHARED_MEMORY[target]
+    return row["registers"] > 0 and row["spills"] <= most_spilled and fits_memory

@@ -1,4 +1,4 @@
-"""Kernels with soft caps at Gemma 2's heads of 256 become machine code without a spill.
+"""Kernels with soft caps at Gemma 2's heads of 256 become machine code that fits the chips.
 
 Those with sinks are among what `test_kernels_compile.py` compiles, and every kind of both stands in
 the committed table, which `test_benchmarks_floor.py` checks.
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_apart import compiled_apart
+from compiled_apart import compiled_apart, fits
 from fastkd_kernels import launch
 from fastkd_kernels.attention_divergence_launch import TWO_SWEEPS, divergence_launch
 
@@ -46,9 +46,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_capped_kernels_fit_the_chip(rows: list[dict[str, Any]]) -> None:
     assert len(rows) == 3 * (len(launch.SHARED_MEMORY) + 1) + 1
     for row in rows:
-        assert row["registers"] > 0, row
-        assert row["spills"] == 0, row
-        assert row["shared"] <= launch.SHARED_MEMORY[tuple(row["target"])], row
+        assert fits(row), row
         assert row["instructions"], row
 
 

@@ -13,6 +13,7 @@ from fastkd_kernels.unit_gradient import inverse
 from kernel_cases import attention_states, leaves_of, masks
 from torch import Tensor
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "triton"] if not torch.cuda.is_available() else ["torch"]
 OPS = {"torch": "attention_divergence_one_sweep", "triton": "attention_divergence_stream"}
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
@@ -123,7 +124,8 @@ def options(**given: Any) -> Callable[[], Tensor]:
 
 
 def wide() -> Tensor:
-    return attention_divergence(*attention_states(1, 1, 1, 2, (300, 4)), backend="triton")
+    states = attention_states(1, 1, 1, 2, (300, 4), dtype=torch.float32, device=DEVICE)
+    return attention_divergence(*states, backend="triton")
 
 
 ERRORS: list[tuple[Callable[[], Any], Any, str]] = [

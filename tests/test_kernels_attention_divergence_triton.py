@@ -223,7 +223,7 @@ def test_on_a_gpu_at_bert_sizes(dtype: torch.dtype, dims: Any, kind: str) -> Non
     for window in (None, 64):
         given, expected = triton_both(states, key_mask=mask, kind=kind, window=window)
         # what tensor cores do to operands is not in the model of conditioning.py
-        assert max(errors(given, expected)) <= 4 * torch.finfo(dtype).eps
+        assert max(errors(given, expected)) <= 8 * torch.finfo(dtype).eps
 
 
 @needs_gpu

@@ -1,4 +1,4 @@
-"""Kernels become machine code without a GPU: no spills, within shared memory, on tensor cores.
+"""Kernels become machine code without a GPU: within registers and memory, on tensor cores.
 
 And the launch functions, which are data. Limits are those of `launch.SHARED_MEMORY`.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_apart import compiled_apart
+from compiled_apart import compiled_apart, fits
 from fastkd_kernels import hidden_launch, launch
 from fastkd_kernels.attention_score_mse_launch import gram_launch, tile_launch
 
@@ -22,6 +22,14 @@ TENSOR_CORES = {
     ("cuda", 90): "wgmma.mma_async",
     ("cuda", 100): "tcgen05.mma",
     ("hip", "gfx942"): "v_mfma",
+}
+
+
+# whose products the vendor's library makes in half precision
+IN_FP32_ONLY = {
+    "hidden_kernels.input_gradient",
+    "hidden_kernels.weight_gradient",
+    "logits_divergence_kernels.matrix_product",
 }
 
 
@@ -39,16 +47,14 @@ def test_every_kernel_compiles_for_every_target(rows: list[dict[str, Any]]) -> N
     written = kernels_of_the_package()
     assert written
     for target in launch.SHARED_MEMORY:
-        assert made[(*target, "bfloat16")] == written
+        assert made[(*target, "bfloat16")] == written - IN_FP32_ONLY
     for target in (("cuda", 80), ("hip", "gfx942")):
         assert made[(*target, "float32")] == written
 
 
 def test_kernels_fit_the_chip(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        assert row["registers"] > 0, row
-        assert row["spills"] == 0, row
-        assert row["shared"] <= launch.SHARED_MEMORY[tuple(row["target"])], row
+        assert fits(row), row
 
 
 def test_products_run_on_tensor_cores(rows: list[dict[str, Any]]) -> None:
@@ -81,7 +87,8 @@ def test_tile_launch(tokens: int, dims: tuple[int, int], dtype: torch.dtype) -> 
     made = tile_launch(tokens, dims, (dtype, dtype))
     assert made.constants["BLOCK_DIM"] >= max(16, dims[0])
     assert made.constants["BLOCK_TARGET_DIM"] >= max(16, dims[1])
-    assert made.constants["BLOCK_KEY"] == made.constants["BLOCK_QUERY"]
+    key, query = made.constants["BLOCK_KEY"], made.constants["BLOCK_QUERY"]
+    assert query in (key, 2 * int(key))
     for name in ("BLOCK_KEY", "BLOCK_DIM", "BLOCK_TARGET_DIM"):
         size = made.constants[name]
         assert isinstance(size, int)
@@ -112,6 +119,12 @@ def test_workspace_is_bounded() -> None:
 
 def test_alignment() -> None:
     value = torch.zeros(4, 8, 24)
-    assert launch.aligned([value, value.transpose(0, 1), value[..., 8:]])
-    assert not launch.aligned([value[..., 1:]])
-    assert not launch.aligned([torch.zeros(4, 26, dtype=torch.bfloat16)])
+    assert launch.alignment([value, value.transpose(0, 1), value[..., 8:]]) == 4
+    assert launch.alignment([value, value[..., 1:]]) == 1
+    # starts and strides alone do not make whole loads: nothing past a row's end may be read
+    assert launch.alignment([value[..., :22]]) == 2
+    narrow = torch.zeros(2, 4, 12 * 26, dtype=torch.bfloat16)
+    assert launch.alignment([narrow]) == 8
+    assert launch.alignment([narrow.view(2, 4, 12, 26).transpose(1, 2)]) == 2
+    # the stride of a dimension of one says nothing
+    assert launch.alignment([torch.zeros(3, 1, 8).as_strided((3, 1, 8), (8, 5, 1))]) == 4

@@ -119,13 +119,20 @@ def test_triton_needs_cuda_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) -
     cpu = torch.device("cpu")
     monkeypatch.setattr(checks, "triton_interprets", lambda: False)
     with pytest.raises(ValueError, match=r"needs CUDA tensors, got cpu; .*TRITON_INTERPRET=1"):
-        checks.resolve_backend("triton", cpu)
+        checks.resolve_backend("triton", cpu, torch.float32)
     monkeypatch.setattr(checks, "triton_interprets", lambda: True)
-    assert checks.resolve_backend("triton", cpu) == "triton"
-    assert checks.resolve_backend("auto", cpu) == "torch"
-    assert checks.resolve_backend("auto", torch.device("cuda")) == "triton"
+    assert checks.resolve_backend("triton", cpu, torch.float64) == "triton"
+    assert checks.resolve_backend("auto", cpu, torch.float32) == "torch"
+    assert checks.resolve_backend("auto", torch.device("cuda"), torch.float32) == "triton"
     with pytest.raises(ValueError, match="knows cuda and cpu, not mps"):
-        checks.resolve_backend("auto", torch.device("mps"))
+        checks.resolve_backend("auto", torch.device("mps"), torch.float32)
+
+
+def test_a_gpu_runs_fp64_in_pytorch() -> None:
+    gpu = torch.device("cuda")
+    assert checks.resolve_backend("auto", gpu, torch.float64) == "torch"
+    with pytest.raises(ValueError, match="takes bf16, fp16 and fp32 on a GPU, got float64; use"):
+        checks.resolve_backend("triton", gpu, torch.float64)
 
 
 def test_triton_limits() -> None:

@@ -193,11 +193,15 @@ def on_triton(op: str, holds: Callable[[Problem, str], None], draw: Random) -> N
     holds(problem.cast(dtype), "triton")
 
 
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="runs in the interpreter: a GPU would compile every draw anew"
+)
 # numpy, which interprets, sees what is masked away
 quietly = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @quietly
+@interpreted
 @pytest.mark.parametrize("op", FAMILIES)
 @settings(max_examples=6, phases=[Phase.generate], **ALWAYS)
 @given(draw=st.randoms(use_true_random=False))
@@ -206,6 +210,7 @@ def test_definition_on_triton(op: str, draw: Random) -> None:
 
 
 @quietly
+@interpreted
 @pytest.mark.parametrize("op", FAMILIES)
 @pytest.mark.parametrize("holds", PROPERTIES[1:], ids=lambda holds: holds.__name__)
 @settings(max_examples=2, phases=[Phase.generate], **ALWAYS)

@@ -80,6 +80,7 @@ def test_heads_wider_than_a_kernel_takes_are_refused_where_it_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shapes = (AttentionShape(4, 4, 80, 80),), (AttentionShape(4, 4, 64, 64),)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     check_relation_heads(["qq"], 1, shapes)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match=r"heads of up to 256; set .*relation_heads to 2 or more"):

@@ -50,14 +50,21 @@ def make_recipe(folder: Path, architecture: str = "bert", **sections: dict[str, 
     return path
 
 
-def run_command(*arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run the fastkd command line in a process of its own, or in several under torchrun."""
-    return _run(["-m", "fastkd", *arguments], ranks)
+def run_command(
+    *arguments: str, ranks: int = 1, gpu: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run the fastkd command line in a process of its own, or in several under torchrun.
+
+    On CPUs, unless `gpu`.
+    """
+    return _run(["-m", "fastkd", *arguments], ranks, gpu)
 
 
-def run_script(name: str, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+def run_script(
+    name: str, *arguments: str, ranks: int = 1, gpu: bool = False
+) -> subprocess.CompletedProcess[str]:
     """Run a script that stands beside the tests, likewise."""
-    return _run([str(Path(__file__).parent / name), *arguments], ranks)
+    return _run([str(Path(__file__).parent / name), *arguments], ranks, gpu)
 
 
 def run_variants(recipe: Path, variants: list[list[str]], *, ranks: int = 1) -> str:
@@ -67,11 +74,15 @@ def run_variants(recipe: Path, variants: list[list[str]], *, ranks: int = 1) -> 
     return done.stdout
 
 
-def _run(target: list[str], ranks: int) -> subprocess.CompletedProcess[str]:
+def _run(target: list[str], ranks: int, gpu: bool = False) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *(launcher if ranks > 1 else []), *target]
-    # tiny tensors: threads would only wait for each other; no PATH: no compiler is needed
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": "/nonexistent"}
+    # tiny tensors: threads would only wait for each other
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not gpu:
+        # some gradients of a GPU are atomic sums, no two of which agree; no PATH: no compiler is
+        # needed
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "PATH": "/nonexistent"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 

@@ -22,9 +22,9 @@ from .checks import (
     check_temperature,
     resolve_backend,
 )
-from .head_groups import accumulator, state_shapes
+from .head_groups import state_shapes
 from .types import AttentionState, Backend, DivergenceKind
-from .unit_gradient import by_shape, inverse
+from .unit_gradient import accumulator, by_shape, inverse
 
 
 def attention_divergence(
@@ -74,7 +74,7 @@ def attention_divergence(
             are given. This is the `sliding_window` that transformers hands to attention functions:
             with `causal` the keys above `query - window`, and for ModernBERT half of
             `local_attention`, plus one. None is no window.
-        backend: "auto" runs Triton on CUDA and PyTorch on the CPU.
+        backend: "auto" runs Triton on CUDA, PyTorch on the CPU and for fp64.
 
     Returns:
         `[pairs]` in fp32 (fp64 where a student is fp64): the mean over batch, heads and the counted
@@ -95,7 +95,8 @@ def attention_divergence(
     _check_window(window)
     check_mask("key_mask", key_mask, batch, tokens, device)
     check_mask("query_mask", query_mask, batch, tokens, device)
-    chosen = resolve_backend(backend, device)
+    queries = [state.query for state in (*student, *teacher)]
+    chosen = resolve_backend(backend, device, accumulator(*queries))
     reach = min(window or 0, tokens)
     rows = counted_rows(key_mask, query_mask, causal, reach)
 

@@ -68,6 +68,8 @@ def query_slopes(
     Writes `gradient` `[pairs, batch, heads, tokens, dim]` and, with SINK, `sink_partials`
     `[pairs, programs]`, the sum of the counted rows' slopes of the student's sink.
     """
+    # what the compiler cannot see of an argument: it is a multiple of this
+    dim = dim // ALIGN * ALIGN
     pair = tl.program_id(1).to(tl.int64)
     query_blocks = tl.cdiv(tokens, BLOCK_QUERY)
     block = tl.program_id(0) % query_blocks
@@ -216,6 +218,8 @@ def key_slopes(
     Tiles are `[keys, queries]`. Writes `gradient` `[pairs, batch, kv_heads, tokens, dim]`, summed
     over the query heads that share the key head.
     """
+    # what the compiler cannot see of an argument: it is a multiple of this
+    dim = dim // ALIGN * ALIGN
     pair = tl.program_id(1).to(tl.int64)
     key_blocks = tl.cdiv(tokens, BLOCK_KEY)
     block = tl.program_id(0) % key_blocks

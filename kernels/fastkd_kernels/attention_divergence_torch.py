@@ -12,7 +12,6 @@ from .attention_score_mse_tiles import Sources, zeroed_sources
 from .head_groups import (
     Group,
     Pair,
-    accumulator,
     fold_keys,
     group_heads,
     head_groups,
@@ -21,6 +20,7 @@ from .head_groups import (
     query_slot,
     stacked_like,
 )
+from .unit_gradient import accumulator
 
 # one block of scores takes about this much; a formula holds four of them at once
 BLOCK_BYTES = 1 << 18
@@ -40,10 +40,10 @@ def one_sweep(
     `rows` are the counted query rows, bool `[batch, tokens]`; `window` 0 is none.
     """
     dtype = accumulator(*pairs[0].tensors)
-    sums = torch.zeros(len(pairs), dtype=dtype)
-    query_grad, key_grad, sink_grad = (torch.empty(0, dtype=dtype) for _ in range(3))
+    sums = pairs[0].query.new_zeros(len(pairs), dtype=dtype)
+    query_grad, key_grad, sink_grad = (sums.new_empty(0) for _ in range(3))
     if need_grad and pairs[0].student_sinks is not None:
-        sink_grad = torch.zeros((len(pairs), pairs[0].query.shape[1]), dtype=dtype)
+        sink_grad = sums.new_zeros((len(pairs), pairs[0].query.shape[1]))
     if need_grad:
         query_grad = stacked_like(pairs, pairs[0].query, dtype)
         key_grad = stacked_like(pairs, pairs[0].key, dtype)
@@ -175,8 +175,9 @@ def _hide(
         return
     # without a window, only the last block's keys can lie ahead
     seen_by_all = 0 if window else start - first
-    queries = torch.arange(start, stop)[:, None]
-    ahead = torch.arange(first + seen_by_all, last)[None, :] - queries
+    queries = torch.arange(start, stop, device=tile.device)[:, None]
+    keys = torch.arange(first + seen_by_all, last, device=tile.device)
+    ahead = keys[None, :] - queries
     hidden = ahead > 0 if causal else ahead >= window
     if window:
         hidden |= ahead <= -window

@@ -13,15 +13,16 @@ sees the keys of its own `chunk_tokens` tokens only; `gram_kernels.py` does the 
 import triton
 import triton.language as tl
 
+from .wide_loads import load_wide
+
 
 @triton.jit
 def load_rows(base, o_row, m_row, stride, dim, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
-    """Rows `[rows, BLOCK]` at `base`, 0 beyond `dim` and where `m_row` is False."""
-    o_dim = tl.arange(0, BLOCK)
-    base = tl.multiple_of(base, 16 if ALIGN > 1 else 1)
-    step = tl.multiple_of(stride, ALIGN)
-    where = base + o_row[:, None].to(tl.int64) * step + o_dim[None, :]
-    return tl.load(where, mask=m_row[:, None] & (o_dim < dim)[None, :], other=0.0)
+    """Rows `[rows, BLOCK]` at `base`, 0 beyond `dim` and where `m_row` is False.
+
+    ALIGN elements divide every row's start, and `dim`.
+    """
+    return load_wide(base + o_row.to(tl.int64) * stride, m_row, tl.arange(0, BLOCK), dim, ALIGN)
 
 
 @triton.jit
@@ -127,6 +128,8 @@ def tiles_by_key(
     `[pairs, batch, heads, tokens, dim]`, complete only where one block holds every key, and needs
     CHUNK 0.
     """
+    # what the compiler cannot see of an argument: it is a multiple of this
+    dim = dim // ALIGN * ALIGN
     pair = tl.program_id(1).to(tl.int64)
     key_blocks = tl.cdiv(tokens, BLOCK_KEY)
     block = tl.program_id(0) % key_blocks
@@ -284,6 +287,8 @@ def tiles_by_query(
 
     Writes `query_grad` `[pairs, batch, heads, tokens, dim]`.
     """
+    # what the compiler cannot see of an argument: it is a multiple of this
+    dim = dim // ALIGN * ALIGN
     pair = tl.program_id(1).to(tl.int64)
     query_blocks = tl.cdiv(tokens, BLOCK_QUERY)
     block = tl.program_id(0) % query_blocks

@@ -9,7 +9,8 @@ from torch import Tensor
 from .attention_score_mse_causal import CHUNK, causal_gram_sweep
 from .attention_score_mse_tiles import Sources, tile_sweep, zeroed_sources
 from .gram import gram_blocks, key_factors, key_form, query_factors, query_form, squared_norm
-from .head_groups import Pair, accumulator, fold_keys, head_groups, query_slot, stacked_like
+from .head_groups import Pair, fold_keys, head_groups, query_slot, stacked_like
+from .unit_gradient import accumulator
 
 
 def one_pass(
@@ -25,8 +26,8 @@ def one_pass(
     "tiles" forms `D` in blocks; "gram" never forms it, or only near the diagonal where `causal`.
     """
     dtype = accumulator(*pairs[0].tensors)
-    squares = torch.zeros(len(pairs), dtype=dtype)
-    query_grad, key_grad = torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype)
+    squares = pairs[0].query.new_zeros(len(pairs), dtype=dtype)
+    query_grad, key_grad = squares.new_empty(0), squares.new_empty(0)
     if need_grad:
         query_grad = stacked_like(pairs, pairs[0].query, dtype)
         key_grad = stacked_like(pairs, pairs[0].key, dtype)

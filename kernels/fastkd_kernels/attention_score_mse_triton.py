@@ -20,10 +20,11 @@ from .attention_score_mse_launch import (
 )
 from .gram import Blocks, key_factors, query_factors, squared_norm, stack_factors
 from .gram_kernels import apply_factors, gram_matrices, scan_chunks
-from .head_groups import Pair, accumulator
-from .launch import aligned, platform, product_dtype
+from .head_groups import Pair
+from .launch import alignment, platform, product_dtype
 from .pointers import pointer_table, to_device, unit_stride
 from .tl_types import TYPES
+from .unit_gradient import accumulator
 
 
 class Call:
@@ -60,9 +61,7 @@ class Call:
         }
 
     def _alignment(self, *slots: int) -> int:
-        """Elements that every row starts at a multiple of: 16 bytes, or 1 if not aligned."""
-        tensors = [row[slot] for row in self.tensors for slot in slots]
-        return 16 // tensors[0].element_size() if aligned(tensors) else 1
+        return alignment([row[slot] for row in self.tensors for slot in slots])
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.first.query.device)
@@ -218,7 +217,7 @@ def gram_backward(
 def _grams(call: Call, side: int, chunk: int) -> Tensor:
     """Grams `[pairs, batch, groups, chunks, width, width]` of each `chunk` tokens of one side."""
     sizes, groups, width = call.sizes, call.first.groups, sum(call.dims)
-    constants, options = _gram_constants(call, "BLOCK_PRECISION")
+    constants, options = _gram_constants(call, "BLOCK")
     tiles = sum(triton.cdiv(size, constants["BLOCK_COLUMN"]) for size in call.dims)
     chunks = triton.cdiv(sizes["tokens"], chunk)
     grams = call.new(call.count, sizes["batch"], groups, chunks, width, width)
@@ -265,7 +264,7 @@ def _apply(
 ) -> None:
     """Fill `gradient` from factors times `upstream` `[pairs]`, or add to it where that is None."""
     sizes = call.sizes
-    constants, options = _gram_constants(call, "APPLY_PRECISION")
+    constants, options = _gram_constants(call, "APPLY")
     row_blocks = triton.cdiv(sizes["tokens"], constants["BLOCK_ROW"])
     columns = triton.cdiv(sizes["dim"], constants["BLOCK_COLUMN"])
     heads = gradient.shape[2]
@@ -287,21 +286,23 @@ def _apply(
     )
 
 
-def _gram_constants(call: Call, precision: str) -> tuple[dict[str, Any], dict[str, int]]:
+def _gram_constants(call: Call, kernel: str) -> tuple[dict[str, Any], dict[str, int]]:
     launch = gram_launch(call.dims, call.dtypes, platform())
     constants = {
         **call.constants,
         **gram_types(*call.dtypes, call.first.difference),
-        **gram_constants(launch.constants, precision),
+        **gram_constants(launch.constants, kernel),
     }
     return constants, {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
 
 
-def gram_constants(constants: Mapping[str, int | str], precision: str) -> dict[str, Any]:
-    """The launch's blocks with the precision of one of the two kernels."""
-    blocks = {name: size for name, size in constants.items() if name.startswith("BLOCK_")}
-    blocks.pop("BLOCK_PRECISION")
-    return {**blocks, "PRECISION": constants[precision]}
+def gram_constants(constants: Mapping[str, int | str], kernel: str) -> dict[str, Any]:
+    """Blocks and precision of one of the two kernels, "BLOCK" (the Grams) or "APPLY"."""
+    return {
+        "BLOCK_ROW": constants["BLOCK_ROW"],
+        "BLOCK_COLUMN": constants[f"{kernel}_COLUMN"],
+        "PRECISION": constants[f"{kernel}_PRECISION"],
+    }
 
 
 def _stacked_masks(query: Tensor, key_mask: Tensor | None, query_mask: Tensor | None) -> Tensor:

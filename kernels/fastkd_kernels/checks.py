@@ -98,21 +98,30 @@ def check_reduction(reduction: str) -> None:
     check_choice("reduction", reduction, get_args(Reduction))
 
 
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """ "auto" by device: CUDA runs Triton, the CPU runs PyTorch. Never a silent fallback."""
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """ "auto" by device: CUDA runs Triton, the CPU runs PyTorch. Never a silent fallback.
+
+    `dtype` is that of `accumulator`; in fp64 Triton makes no products on a GPU.
+    """
     check_choice("backend", backend, get_args(Backend))
     if backend == "auto":
         if device.type not in ("cuda", "cpu"):
             raise ValueError(
                 f"backend='auto' knows cuda and cpu, not {device.type}; pass backend='torch'"
             )
-        return "triton" if device.type == "cuda" else "torch"
+        narrow = dtype != torch.float64
+        return "triton" if device.type == "cuda" and narrow else "torch"
     # a trace cannot read Triton's settings: there Triton itself says that it has no driver
     traced = torch.compiler.is_compiling()
     if backend == "triton" and device.type != "cuda" and not traced and not triton_interprets():
         raise ValueError(
             f"backend='triton' needs CUDA tensors, got {device.type}; use backend='auto', or set "
             "TRITON_INTERPRET=1 before triton is imported to run the kernels in the interpreter"
+        )
+    if backend == "triton" and dtype == torch.float64 and device.type == "cuda":
+        raise ValueError(
+            "backend='triton' takes bf16, fp16 and fp32 on a GPU, got float64; use backend='auto' "
+            "or 'torch', which run PyTorch"
         )
     return backend
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .attention_score_mse_kernels import valid_rows
+from .wide_loads import load_wide
 
 
 @triton.jit
@@ -40,12 +41,10 @@ def part_rows(
     entry = row + SIDE * 4
     own = tl.load(entry).to(tl.pointer_type(TYPE))
     own = own + item * tl.load(entry + 1) + head * tl.load(entry + 2)
-    own = tl.multiple_of(own, 16 if ALIGN > 1 else 1)
-    step = tl.multiple_of(tl.load(entry + 3), ALIGN)
+    step = tl.load(entry + 3)
     target = tl.load(entry + 8).to(tl.pointer_type(TARGET_TYPE))
     target = target + item * tl.load(entry + 9) + target_head * tl.load(entry + 10)
-    target = tl.multiple_of(target, 16 if TARGET_ALIGN > 1 else 1)
-    target_step = tl.multiple_of(tl.load(entry + 11), TARGET_ALIGN)
+    target_step = tl.load(entry + 11)
     # columns to read; none of a side that the part leaves out
     own_columns = tl.where(part == 0, dim, 0)
     target_columns = tl.where(part == 1, target_dim, 0)
@@ -54,13 +53,11 @@ def part_rows(
             target_columns = target_dim
         else:
             own_columns = dim
-    o_wide = o_row[:, None].to(tl.int64)
-    m_own = m_row[:, None] & (o_column < own_columns)[None, :]
-    m_target = m_row[:, None] & (o_column < target_columns)[None, :]
-    b_own = tl.load(own + o_wide * step + o_column[None, :], mask=m_own, other=0.0)
-    b_own = b_own.to(OPERAND)
-    b_target = tl.load(target + o_wide * target_step + o_column[None, :], mask=m_target, other=0.0)
-    b_target = b_target.to(OPERAND)
+    o_wide = o_row.to(tl.int64)
+    b_own = load_wide(own + o_wide * step, m_row, o_column, own_columns, ALIGN).to(OPERAND)
+    b_target = load_wide(
+        target + o_wide * target_step, m_row, o_column, target_columns, TARGET_ALIGN
+    ).to(OPERAND)
     if DIFFERENCE:
         if SIDE == 0:
             # P_0 = c_s Q_s - c_t Q_t, P_1 = Q_t with b_own 0
@@ -227,6 +224,8 @@ def apply_factors(
     chunk's, and `upstream` `[pairs]`; writes `gradient` `[pairs, batch, heads | kv_heads, tokens,
     dim]`. ACCUMULATE adds to what `gradient` holds and does not read `upstream`.
     """
+    # what the compiler cannot see of an argument: it is a multiple of this
+    dim = dim // ALIGN * ALIGN
     pair = tl.program_id(1).to(tl.int64)
     columns = tl.cdiv(dim, BLOCK_COLUMN)
     blocks = tl.cdiv(tokens, BLOCK_ROW)

@@ -75,12 +75,6 @@ class Group(NamedTuple):
     heads: slice
 
 
-def accumulator(*tensors: Tensor) -> torch.dtype:
-    """fp64 where an input is fp64, fp32 otherwise."""
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
-
-
 def head_groups(pair: Pair, dtype: torch.dtype, rows: int | None = None) -> Iterator[Group]:
     """Cut the batch, or one batch item's heads, so that one temporary takes `GROUP_BYTES`.
 
@@ -177,4 +171,4 @@ def fold_keys(out: Tensor, group: Group, value: Tensor) -> None:
 
 
 def stacked_like(pairs: list[Pair], like: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty((len(pairs), *like.shape), dtype=dtype)
+    return like.new_empty((len(pairs), *like.shape), dtype=dtype)

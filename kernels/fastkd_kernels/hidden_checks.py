@@ -16,6 +16,7 @@ from .checks import (
     resolve_backend,
 )
 from .types import Tokens
+from .unit_gradient import accumulator
 
 
 class Checked(NamedTuple):
@@ -44,7 +45,8 @@ def check_hidden(
     device = student[0].device
     check_mask("mask", mask, batch, length, device)
     check_choice("tokens", tokens, get_args(Tokens))
-    chosen = resolve_backend(backend, device)
+    dtype = accumulator(*student, *teacher, *weights, *biases)
+    chosen = resolve_backend(backend, device, dtype)
     if tokens == "cls":
         student, teacher = ([state[:, :1] for state in side] for side in (student, teacher))
         mask = None if mask is None else mask[:, :1]

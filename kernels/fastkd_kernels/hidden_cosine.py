@@ -39,7 +39,7 @@ def hidden_cosine(
         bias: `[teacher_width]`, one for all pairs or a sequence with one a pair; needs `weight`.
         mask: Bool `[batch, tokens]`, True at valid tokens, the others add nothing; None counts all.
         tokens: "all", or "cls" for the first token of every batch item alone.
-        backend: "auto" runs Triton on CUDA and PyTorch on the CPU.
+        backend: "auto" runs Triton on CUDA, PyTorch on the CPU and for fp64.
 
     Returns:
         `[pairs]` in fp32 (fp64 where the student is fp64). Gradients reach student, weight and

@@ -50,6 +50,8 @@ def unit_residuals(
     `partials` `[pairs, row blocks]` and, with STORE, row gradients `gradient`
     `[pairs, chunk, target_width]`, where masked rows are 0.
     """
+    # what the compiler cannot see of an argument: it is a multiple of this
+    target_width = target_width // TARGET_ALIGN * TARGET_ALIGN
     pair = tl.program_id(1).to(tl.int64)
     row = table + pair * 9
     o_row = first + tl.program_id(0) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)

@@ -13,28 +13,26 @@ student and of the teacher, address and row stride of the weight, and the addres
 import triton
 import triton.language as tl
 
+from .wide_loads import load_wide
+
 
 @triton.jit
 def token_rows(
     entry, o_row, m_row, tokens, o_column, columns, TYPE: tl.constexpr, ALIGN: tl.constexpr
 ):
     """Values `[rows, columns]` of a `[batch, tokens, width]` tensor, 0 where masked."""
-    base = tl.multiple_of(tl.load(entry).to(tl.pointer_type(TYPE)), 16 if ALIGN > 1 else 1)
-    batch_step = tl.multiple_of(tl.load(entry + 1), ALIGN)
-    token_step = tl.multiple_of(tl.load(entry + 2), ALIGN)
+    base = tl.load(entry).to(tl.pointer_type(TYPE))
     o_wide = o_row.to(tl.int64)
-    where = base + (o_wide // tokens * batch_step + o_wide % tokens * token_step)[:, None]
-    mask = m_row[:, None] & (o_column < columns)[None, :]
-    return tl.load(where + o_column[None, :], mask=mask, other=0.0)
+    o_start = o_wide // tokens * tl.load(entry + 1) + o_wide % tokens * tl.load(entry + 2)
+    return load_wide(base + o_start, m_row, o_column, columns, ALIGN)
 
 
 @triton.jit
 def weight_tile(row, o_out, target_width, o_in, width, TYPE: tl.constexpr, ALIGN: tl.constexpr):
     """Values `[out, in]` of the pair's weight."""
-    base = tl.multiple_of(tl.load(row + 6).to(tl.pointer_type(TYPE)), 16 if ALIGN > 1 else 1)
-    step = tl.multiple_of(tl.load(row + 7), ALIGN)
-    where = base + o_out[:, None].to(tl.int64) * step + o_in[None, :]
-    return tl.load(where, mask=(o_out < target_width)[:, None] & (o_in < width)[None, :], other=0.0)
+    base = tl.load(row + 6).to(tl.pointer_type(TYPE))
+    starts = base + o_out.to(tl.int64) * tl.load(row + 7)
+    return load_wide(starts, o_out < target_width, o_in, width, ALIGN)
 
 
 @triton.jit
@@ -84,6 +82,8 @@ def residuals(
     `[pairs, chunk, target_width]`, where masked rows are 0. Without HAS_TARGET, `residual` gets the
     projected rows and `partials` nothing.
     """
+    # what the compiler cannot see of an argument: it is a multiple of this
+    target_width = target_width // TARGET_ALIGN * TARGET_ALIGN
     pair = tl.program_id(1).to(tl.int64)
     column_blocks = tl.cdiv(target_width, BLOCK_COLUMN)
     row_block = tl.program_id(0) // column_blocks

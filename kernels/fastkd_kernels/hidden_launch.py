@@ -13,9 +13,9 @@ def hidden_launch(dtypes: Sequence[torch.dtype], on: str = "cuda") -> Launch:
     """Blocks of the three hidden-state products: rows, columns, and the summed dimension."""
     half = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
     constants: dict[str, int | str] = {
-        "BLOCK_ROW": 64,
+        "BLOCK_ROW": 128 if half else 64,
         "BLOCK_COLUMN": 128 if half else 64,
-        "BLOCK_SUM": 32,
+        "BLOCK_SUM": 64 if half else 32,
         "PRECISION": dot_precision(True, on),
         "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
     }

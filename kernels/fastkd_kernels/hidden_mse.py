@@ -40,7 +40,7 @@ def hidden_mse(
         tokens: "all", or "cls" for the first token of every batch item alone.
         reduction: "valid" divides by valid tokens times `teacher_width`, and masked tokens add
             nothing. "tinybert" averages over all tokens, padding included, as the official code.
-        backend: "auto" runs Triton on CUDA and PyTorch on the CPU.
+        backend: "auto" runs Triton on CUDA, PyTorch on the CPU and for fp64.
 
     Returns:
         `[pairs]` in fp32 (fp64 where the student is fp64). Gradients reach student, weight and

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import hidden_torch as on_torch
 from .types import NAMESPACE
-from .unit_gradient import by_shape, inverse, scaled
+from .unit_gradient import accumulator, by_shape, inverse, scaled
 
 # pairs in one node of the CPU's autograd graph, which frees what it keeps once it is through: one
 # each would cost time, all of them memory
@@ -54,7 +54,7 @@ def row_losses(
             len(matrices),
             len(offsets),
             mask,
-            divisor(target[0].shape[-1], _accumulator([*own, *target, *trained])),
+            divisor(target[0].shape[-1], accumulator(*own, *target, *trained)),
             kind != "mse",
             grad and any(tensor.requires_grad for tensor in own),
             grad and any(tensor.requires_grad for tensor in trained),
@@ -72,11 +72,6 @@ def row_losses(
     ]
     loss = by_shape(keys, loss_of)
     return loss if student[0].dtype == torch.float64 else loss.float()
-
-
-def _accumulator(tensors: Sequence[Tensor]) -> torch.dtype:
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
 
 
 def _exact_products(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -7,17 +7,18 @@ cost by the number of column blocks.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from . import library_products
 from .hidden_cosine_kernels import unit_residuals
 from .hidden_kernels import input_gradient, residuals, weight_gradient
 from .hidden_launch import hidden_chunk, hidden_launch, unit_launch
 from .hidden_torch import ZERO_NORM
-from .launch import aligned, platform, product_dtype
+from .launch import alignment, platform, product_dtype
 from .pointers import pointer_table, unit_stride
 from .tl_types import TYPES
 
@@ -54,7 +55,8 @@ def hidden_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Squares `[pairs]`, unit gradients of student, weight and bias by pair, no row gradients.
 
-    Up to three launches a chunk of tokens, four if normalised, whatever the number of pairs.
+    Up to three launches a chunk of tokens, four if normalised, whatever the number of pairs; half
+    precision leaves both gradients of a projection to the library, pair by pair.
     """
     pairs = len(student)
     batch, tokens, width = student[0].shape
@@ -93,9 +95,11 @@ def hidden_forward(
         projected = new(*((pairs, chunk, target_width) if normalize else (0,)))
     valid = new(0, of=torch.uint8) if mask is None else mask.to(torch.uint8).contiguous()
     aligns = {
-        name: 16 // column[0].element_size() if aligned(column) else 1
+        name: alignment(column)
         for name, column in zip(("ALIGN", "TARGET_ALIGN", "WEIGHT_ALIGN"), columns, strict=False)
     }
+    # both gradients of a projection, from the residual
+    library = bool(weight) and library_products.takes(residual, weight[0], student[0])
     exact = {**blocks, "PRECISION": launch.constants["PRECISION"]}
     made = {**blocks, "PRECISION": launch.constants["GRAD_PRECISION"]}
     for first in range(0, rows, chunk):
@@ -148,6 +152,13 @@ def hidden_forward(
                 num_warps=unit.num_warps,
                 num_stages=unit.num_stages,
             )
+        if library and (need_input_grad or wants_weight):
+            part = _Part(residual[:, : last - first], first, last)
+            if need_input_grad:
+                _library_input_gradient(part, weight, input_grad)
+            if wants_weight:
+                _library_weight_gradient(part, student, mask, weight_grad, bias_grad)
+            continue
         if need_input_grad and weight:
             input_gradient[(row_blocks * triton.cdiv(width, block_column), pairs)](
                 table,
@@ -186,6 +197,43 @@ def hidden_forward(
                 **options,
             )
     return partials.sum(1), input_grad, weight_grad, bias_grad, new(0)
+
+
+class _Part(NamedTuple):
+    """Residuals `[pairs, last - first, target_width]` of one chunk of rows."""
+
+    residual: Tensor
+    first: int
+    last: int
+
+
+def _library_input_gradient(part: _Part, weight: Sequence[Tensor], gradient: Tensor) -> None:
+    """Fill the chunk's rows of `gradient` `[pairs, batch, tokens, width]`."""
+    rows = gradient.flatten(1, 2)[:, part.first : part.last]
+    for pair, out in enumerate(rows):
+        # dH_s = R W
+        library_products.multiply(part.residual[pair], weight[pair % len(weight)], out)
+
+
+def _library_weight_gradient(
+    part: _Part,
+    student: Sequence[Tensor],
+    mask: Tensor | None,
+    gradient: Tensor,
+    bias_gradient: Tensor,
+) -> None:
+    """Fill `gradient` `[pairs, target_width, width]` and `bias_gradient`, or add a later chunk."""
+    add = part.first > 0
+    for pair, own in enumerate(student):
+        rows = own.flatten(0, 1)[part.first : part.last]
+        if mask is not None:
+            # padding may hold NaN, and its residual is 0
+            rows = rows.masked_fill(~mask.flatten()[part.first : part.last, None], 0.0)
+        # dW = R^T H_s, db = R^T 1
+        library_products.multiply(part.residual[pair].mT, rows, gradient[pair], add=add)
+    if bias_gradient.numel():
+        sums = part.residual.sum(1, dtype=bias_gradient.dtype)
+        bias_gradient.copy_(bias_gradient + sums if add else sums)
 
 
 def _columns(

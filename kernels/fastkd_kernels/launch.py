@@ -1,9 +1,10 @@
 """Launch parameters: data and pure functions, so that a test can read them without a GPU.
 
-Blocks were chosen so that every kernel compiles for sm_80, sm_90, sm_100 and gfx942 without a
-register spill; `tests/test_kernels_compile.py` holds them to it.
+Blocks for half precision were timed on an H100; every kernel compiles for sm_80, sm_90, sm_100 and
+gfx942, hardly any with a register spill, and `tests/test_kernels_compile.py` holds them to it.
 """
 
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -61,13 +62,24 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def aligned(tensors: Sequence[Tensor]) -> bool:
-    """Whether every row of every tensor starts at a multiple of 16 bytes."""
-    return all(
-        value % 16 == 0
+def alignment(tensors: Sequence[Tensor]) -> int:
+    """Elements, up to 16 bytes of them, that divide start and length of every row.
+
+    The tensors share their dtype; of each, neighbours in the last dimension lie next to each other.
+    """
+    size = tensors[0].element_size()
+    starts = (
+        value
         for tensor in tensors
         for value in (
-            tensor.data_ptr(),
-            *(stride * tensor.element_size() for stride in tensor.stride()[:-1]),
+            tensor.data_ptr() // size,
+            tensor.shape[-1],
+            # where there is one row, its stride says nothing
+            *(
+                stride
+                for stride, count in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
+                if count > 1
+            ),
         )
     )
+    return math.gcd(16 // size, *starts)

@@ -17,7 +17,7 @@ from .checks import resolve_backend
 from .logits_checks import check_logits, check_options, mixed_kind
 from .logits_divergence_torch import Divergence, Gradients
 from .types import NAMESPACE, Backend, LogitsHead, LogitsKind
-from .unit_gradient import inverse
+from .unit_gradient import accumulator, inverse
 
 
 def logits_divergence(
@@ -62,7 +62,7 @@ def logits_divergence(
         mask: Bool, True at valid rows, with the leading dimensions of the logits; None counts all.
         labels: int64 with the leading dimensions of the logits; -100 is not counted. A label
             outside the student's vocabulary makes cross-entropy and gradients NaN.
-        backend: "auto" runs Triton on CUDA and PyTorch on the CPU.
+        backend: "auto" runs Triton on CUDA, PyTorch on the CPU and for fp64.
 
     Returns:
         A scalar in fp32 (fp64 where the student is fp64). With `labels` a pair: the divergence, and
@@ -78,7 +78,8 @@ def logits_divergence(
     share = float(skew if kind == "skew_kl" else beta)
     own, target = check_logits(student, teacher, kind, mask, labels)
     device = own[0].device
-    chosen = resolve_backend(backend, device)
+    dtype = accumulator(*own, *target)
+    chosen = resolve_backend(backend, device, dtype)
     lead = own[0].shape[:2]
     mask = None if mask is None else mask.view(lead)
     labels = None if labels is None else labels.view(lead)
@@ -87,8 +88,6 @@ def logits_divergence(
         target = [target[0][..., :shared]]
     else:
         target = [target[0], *(tensor[:shared] for tensor in target[1:])]
-    tensors = [*own, *target]
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     counts: list[Tensor | int] = [lead.numel() if mask is None else mask.sum()]
     if labels is not None:
         counted = labels != -100

@@ -6,8 +6,8 @@ from .launch import Launch, dot_precision, power_of_two
 
 WORKSPACE_BYTES = 32 << 20
 # the workspace grows with the gradient of the student's weight, which every chunk reads and writes
-WORKSPACE_PART = 2
-MOST_WORKSPACE_BYTES = 512 << 20
+WORKSPACE_PART = 1
+MOST_WORKSPACE_BYTES = 1 << 30
 # programs of one product that keep a large GPU busy
 PROGRAMS = 256
 LEAST_STEPS = 8

@@ -62,12 +62,12 @@ def sweep(
     columns = read_columns(student, labels, how)
     # a row or column that no chunk reaches has a gradient of 0
     made = Gradients(
-        torch.zeros(states.shape if need_states else (0,), dtype=dtype),
-        torch.zeros(student[1].shape if need_weight and student[1:] else (0,), dtype=dtype),
-        torch.zeros(student[2].shape if need_weight and student[2:] else (0,), dtype=dtype),
+        factors.new_zeros(states.shape if need_states else (0,)),
+        factors.new_zeros(student[1].shape if need_weight and student[1:] else (0,)),
+        factors.new_zeros(student[2].shape if need_weight and student[2:] else (0,)),
     )
     own, target = _cast(student, columns, dtype), _cast(teacher, how.shared, dtype)
-    sums = torch.zeros(factors.shape, dtype=dtype)
+    sums = torch.zeros_like(factors)
     for rows in _chunks(student, mask, columns * dtype.itemsize):
         place = (rows // tokens, rows % tokens)
         values, gradient = _chunk(own, target, place, labels, factors, how)
@@ -152,7 +152,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, factor: Tensor) -> tuple[Tens
 
 def _chunks(student: Sequence[Tensor], mask: Tensor | None, row_bytes: int) -> Iterator[Tensor]:
     """Numbers of the valid rows, in chunks whose logits take about `CHUNK_BYTES` a side."""
-    rows = torch.arange(student[0][..., 0].numel())
+    rows = torch.arange(student[0][..., 0].numel(), device=student[0].device)
     if mask is not None:
         rows = rows[mask.flatten()]
     size = max(1, CHUNK_BYTES // row_bytes)

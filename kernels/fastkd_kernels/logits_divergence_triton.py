@@ -6,6 +6,7 @@ The road not taken: keeping no logits at all, which makes all of them twice more
 gradient needs its softmax and, for most kinds, its divergence first.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .launch import Launch, aligned, platform, product_dtype
+from . import library_products
+from .launch import Launch, alignment, platform, product_dtype
 from .logits_divergence_kernels import logits_rows, matrix_product
 from .logits_divergence_launch import inner_parts, logits_chunk, product_launch, row_launch
 from .logits_divergence_torch import Divergence, Gradients, read_columns
@@ -37,10 +39,8 @@ def product_constants(launch: Launch, operand: torch.dtype, total: torch.dtype) 
 
 
 def _align(left: Tensor, right: Tensor, out: Tensor) -> int:
-    """Elements of 16 bytes, if these divide every row's start and length; otherwise 1."""
-    unit = 16 // min(left.element_size(), right.element_size())
-    lengths = (left.shape[1], right.shape[1], out.shape[1], out.stride(0))
-    return unit if aligned([left, right]) and not any(size % unit for size in lengths) else 1
+    """Elements that divide start and length of every row of all three."""
+    return math.gcd(alignment([left]), alignment([right]), out.shape[1], out.stride(0))
 
 
 def padded(columns: int) -> int:
@@ -61,10 +61,19 @@ def _product(
     add: bool = False,
 ) -> None:
     """`out` `[rows, columns]` is, or grows by, `left @ right + bias` with transposed operands."""
+    if library_products.takes(left, right) and left.dtype == operand:
+        if valid is not None:
+            # what is in a row that does not count may be NaN, and its gradient is 0
+            right = right.masked_fill(valid[:, None] == 0, 0.0)
+        turned = (left.mT if left_transposed else left, right.mT if right_transposed else right)
+        own = turned[0][: out.shape[0], : turned[1].shape[0]]
+        library_products.multiply(own, turned[1], out[:, : turned[1].shape[1]], add=add, bias=bias)
+        return
     rows, columns = out.shape
     inner = right.shape[1 if right_transposed else 0]
     align = _align(left, right, out)
-    launch = product_launch(operand, align > 1, platform())
+    wide = align * max(left.element_size(), right.element_size()) >= 16
+    launch = product_launch(operand, wide, platform())
     blocks = {name: size for name, size in launch.constants.items() if isinstance(size, int)}
     steps = triton.cdiv(inner, blocks["BLOCK_SUM"])
     grid = triton.cdiv(rows, blocks["BLOCK_ROW"]) * triton.cdiv(columns, blocks["BLOCK_COLUMN"])

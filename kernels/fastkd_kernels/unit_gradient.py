@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 
+def accumulator(*tensors: Tensor) -> torch.dtype:
+    """fp64 where an input is fp64, fp32 otherwise."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
 def inverse(count: Tensor | int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`1 / count` as a scalar on `device`, and 0 where nothing is counted."""
     if isinstance(count, int):
@@ -33,7 +39,11 @@ def squared_sum(value: Tensor) -> Tensor:
 
 def scaled(unit: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Unit gradients `[pairs, ...]` times `factor` `[pairs]`, in the dtype of the input."""
-    return (unit * factor.view(-1, *[1] * (unit.ndim - 1))).to(dtype)
+    factor = factor.view(-1, *[1] * (unit.ndim - 1))
+    if unit.dtype == dtype or (torch.is_grad_enabled() and factor.requires_grad):
+        return (unit * factor).to(dtype)
+    # one pass, without a product in fp32
+    return torch.mul(unit, factor, out=torch.empty_like(unit, dtype=dtype))
 
 
 def by_shape(keys: Sequence[Hashable], loss_of: Callable[[list[int]], Tensor]) -> Tensor:

@@ -1,0 +1,61 @@
+"""Whole runs on a GPU, where there is one: as on CPUs but for rounding, killed and resumed."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import make_recipe, read_losses, read_weights, run_command, run_script
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_recipe(tmp_path_factory.mktemp("gpu"))
+
+
+def distilled(recipe: Path, name: str, *overrides: str, gpu: bool = True) -> Path:
+    folder = recipe.parent / name
+    done = run_command("distill", str(recipe), f"run.output={folder}", *overrides, gpu=gpu)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path) -> Path:
+    return distilled(recipe, "whole")
+
+
+def test_losses_are_those_of_a_cpu(recipe: Path, whole: Path) -> None:
+    expected = distilled(recipe, "cpu", gpu=False)
+    for ours, theirs in zip(read_losses(whole), read_losses(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_a_teacher_in_half_precision_teaches(recipe: Path) -> None:
+    folder = distilled(recipe, "half", "teacher.dtype=bfloat16")
+    assert all(weight.isfinite().all() for weight in read_weights(folder).values())
+
+
+def test_a_killed_run_goes_on(recipe: Path, whole: Path) -> None:
+    folder = recipe.parent / "killed"
+    arguments = [f"run.output={folder}", "train.checkpoint_every=2"]
+    moment = "between two checkpoints"
+    killed = run_script("disturbed_run.py", moment, "0", str(recipe), *arguments, gpu=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    done = run_command("distill", str(recipe), *arguments, "--resume", gpu=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for ours, theirs in zip(read_losses(folder), read_losses(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_more_ranks_than_gpus_are_one_line(recipe: Path) -> None:
+    ranks = torch.cuda.device_count() + 1
+    output = recipe.parent / "many"
+    done = run_command("distill", str(recipe), f"run.output={output}", ranks=ranks, gpu=True)
+    assert done.returncode != 0
+    assert f"rank {ranks - 1} of this machine has no GPU of its own" in done.stderr
+    assert not output.exists()

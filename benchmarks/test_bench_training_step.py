@@ -194,14 +194,18 @@ def test_losses_are_almost_free(device: str, batch: int, tokens: int) -> None:
         "seconds": seconds,
         "times the trivial step, median of paired rounds": ratios,
     }
-    chip = "cpu"
+    chip, held = "cpu", ratios
     if device == "cuda":
         chip = torch.cuda.get_device_name().lower().replace(" ", "-")
         result["gpu"] = torch.cuda.get_device_name()
-        result["on the gpu"] = {name: _on_the_device(step) for name, step in steps.items()}
+        found = {name: _on_the_device(step) for name, step in steps.items()}
+        result["on the gpu"] = found
+        # eager steps of this size wait for the host, so what the GPU does is held to a bound
+        busy = {name: of_step["busy milliseconds"] for name, of_step in found.items()}
+        held = {name: own / busy["trivial loss"] for name, own in busy.items()}
     if os.environ.get("FASTKD_BENCH_WRITE"):
         path = RESULTS / f"training-step-{chip}-{batch}x{tokens}.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
-    assert ratios["fastkd"] <= (1.15 if device == "cpu" else 1.3), ratios
-    assert ratios["fastkd"] < ratios["output_attentions"], ratios
+    assert held["fastkd"] <= (1.15 if device == "cpu" else 1.3), held
+    assert held["fastkd"] < held["output_attentions"], held

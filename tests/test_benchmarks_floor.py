@@ -199,3 +199,11 @@ def test_workloads_are_those_asked_for() -> None:
         assert all(name == work.name for name, work in named.items())
         for work in workloads.on_device(named.values()):
             assert work.batch == named[work.name].device_batch > 0
+
+
+def test_device_cases_are_named_workloads() -> None:
+    from benchmarks import device
+
+    named = {*workloads.ATTENTION, *workloads.HIDDEN, *workloads.LOGITS}
+    assert {workload for _, workload, _ in device.CASES} <= named
+    assert len(set(device.CASES)) == len(device.CASES)

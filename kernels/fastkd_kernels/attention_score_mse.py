@@ -30,7 +30,7 @@ GRAM_TOKENS_PER_COLUMN = {
     ("torch", False): 1.1,
     ("torch", True): 4.0,
     ("triton", False): 6.0,
-    ("triton", True): 8.0,
+    ("triton", True): 12.0,
 }
 
 

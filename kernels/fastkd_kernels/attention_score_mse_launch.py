@@ -72,8 +72,8 @@ def gram_launch(
         "BLOCK_ROW": 64 if half else 32,
         "BLOCK_COLUMN": columns,
         "APPLY_COLUMN": min(columns, max(32, power_of_two(dims[0]))) if half else columns,
-        # half inputs are exact in tf32, and in the difference form every product is small
-        "BLOCK_PRECISION": dot_precision(not half, on),
+        # bf16 is exact in tf32 and its difference nearly so; that of fp16 has as many bits as tf32
+        "BLOCK_PRECISION": dot_precision(not half or torch.float16 in dtypes, on),
         "APPLY_PRECISION": dot_precision(not half or dims[0] != dims[1], on),
     }
     few = half and on != "hip"

@@ -134,7 +134,7 @@ def block_terms(
     own_base,
     target_base,
     scale,
-    share,
+    shares,
     shared,
     SUM_TYPE: tl.constexpr,
     KIND: tl.constexpr,
@@ -149,7 +149,7 @@ def block_terms(
     value, weighted, point, p = divergence_terms(
         b_own * scale - own_base[0] - own_base[1],
         b_target * scale - target_base[0] - target_base[1],
-        share,
+        shares,
         KIND,
         SMALL,
     )
@@ -193,7 +193,8 @@ def logits_rows(
     Writes `values` `[1 or 2, rows]` (divergence, cross-entropy) and, with STORE, the gradient of
     the student's logits for upstream gradients `factors` `[1 or 2]`, which may take the place of
     the logits and is 0 beyond them up to `gradient_columns`. `scalars` are 1 / temperature, the
-    teacher's share of the mixture, and the scales of the divergence and of its gradient.
+    shares of teacher and student in the mixture, and the scales of the divergence and of its
+    gradient.
     """
     row = first + tl.program_id(0)
     own_start = row_start(own, row, first, tokens, own_batch, own_token, OWN_STORED)
@@ -203,7 +204,7 @@ def logits_rows(
         # nothing is read of a row that does not count
         counts = tl.load(valid + row) != 0
         compared, read = tl.where(counts, shared, 0), tl.where(counts, columns, 0)
-    scale, share = tl.load(scalars), tl.load(scalars + 1)
+    scale, shares = tl.load(scalars), (tl.load(scalars + 1), tl.load(scalars + 2))
     own_base = (scale, scale)
     target_base = (scale, scale)
     if KIND != "mse":
@@ -223,7 +224,7 @@ def logits_rows(
                 own_base,
                 target_base,
                 scale,
-                share,
+                shares,
                 shared,
                 SUM_TYPE,
                 KIND,
@@ -244,7 +245,7 @@ def logits_rows(
             hard_factor = tl.where(inside, tl.load(factors + 1), float("nan"))
             hard_factor = tl.where(counted, hard_factor, 0.0)
     if STORE:
-        factor = tl.load(factors) * tl.load(scalars + 3)
+        factor = tl.load(factors) * tl.load(scalars + 4)
         out = gradient + (row - gradient_first).to(tl.int64) * gradient_step
         for begin in range(0, gradient_columns, BLOCK):
             o_column = begin + tl.arange(0, BLOCK)
@@ -257,7 +258,7 @@ def logits_rows(
                 own_base,
                 target_base,
                 scale,
-                share,
+                shares,
                 shared,
                 SUM_TYPE,
                 KIND,
@@ -266,7 +267,7 @@ def logits_rows(
             if CENTRED:
                 b_point = b_p * (b_point - mean)
                 if KIND != "reverse_kl":
-                    b_point = b_point * (1.0 - share)
+                    b_point = b_point * shares[1]
             else:
                 value += tl.sum(b_value)
             b_gradient = tl.where(m_column, b_point * factor, 0.0)
@@ -277,4 +278,4 @@ def logits_rows(
                 b_hard = tl.where(o_column == label, b_hard - 1.0, b_hard)
                 b_gradient += tl.where(m_read & counted, b_hard * hard_factor, 0.0)
             tl.store(out + o_column, b_gradient, mask=o_column < gradient_columns)
-    tl.store(values + row, value * tl.load(scalars + 2))
+    tl.store(values + row, value * tl.load(scalars + 3))

@@ -185,7 +185,8 @@ def sweep(
     values = new(factors.numel(), rows)
     valid = None if mask is None else mask.to(torch.uint8).flatten()
     ids = None if labels is None else labels.flatten()
-    numbers = [1 / how.temperature, how.share, how.scale, how.scale / how.temperature]
+    shares = (how.share, 1.0 - how.share)
+    numbers = [1 / how.temperature, *shares, how.scale, how.scale / how.temperature]
     scalars = to_device([numbers], total, states)
     for first in range(0, rows, chunk):
         last = min(first + chunk, rows)

@@ -54,14 +54,18 @@ def _mixed(
 ) -> tuple[Tensor, Tensor]:
     """The divergences from the mixture `m = share t + (1 - share) p`."""
     parts = ratio.new_tensor([share, 1.0 - share])
-    # m over the larger probability is 1 + mixed
-    mixed = torch.where(ratio > 0, parts[0], parts[1]).mul_(below)
-    larger = mixed.log1p().neg_()
+    weight, other = (torch.where(ratio > 0, parts[index], parts[1 - index]) for index in range(2))
+    # m over the larger probability is 1 + mixed; far from 1 that is small, and made of its parts
+    far = other.addcmul_(weight, ratio.abs().neg_().exp_())
+    mixed = weight.mul_(below)
+    is_near = mixed > -0.5
+    larger = torch.where(is_near, mixed.log1p(), far.log()).neg_()
     # log t/m
     over_teacher = larger - ratio.clamp(min=0.0)
     if kind == "skew_kl":
         # 1 - t/m
-        point = mixed.add_(1.0).reciprocal_().mul_(below).mul_(1.0 - share).copysign_(ratio)
+        rest = torch.where(is_near, mixed.add_(1.0), far)
+        point = rest.reciprocal_().mul_(below).mul_(1.0 - share).copysign_(ratio)
         difference = _difference(below, log_p, log_t, ratio)
         values = difference.mul_(1.0 - share).addcmul_(log_t.exp_(), over_teacher).sum(-1)
         p = log_p.exp_()

@@ -1,0 +1,82 @@
+"""Where fp32 and fp16 run out of room: large gaps, small shares, teachers of large values."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from fastkd_kernels import (
+    AttentionState,
+    attention_divergence,
+    hidden_mse,
+    logits_divergence,
+    reference,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON = [("torch", "cpu"), ("triton", DEVICE)]
+EVERY_BACKEND = pytest.mark.parametrize(("backend", "device"), ON, ids=["torch", "triton"])
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("gap", [1e2, 1e4, 1e5, 1e7])
+def test_js_of_attention_is_at_most_log_two(gap: float, backend: Any, device: str) -> None:
+    """One key takes all, another one for the teacher; or several that tie."""
+    keys = torch.eye(16, device=device)[None, None]
+    steps = torch.randn(1, 1, 16, 16, generator=seeded())
+    for own, other in ((steps, -steps), (steps.round(), -steps.round())):
+        states = [
+            [AttentionState((gap * side).to(device), keys, None, 1.0)] for side in (own, other)
+        ]
+        given = attention_divergence(*states, kind="js", backend=backend).item()
+        exact = [
+            [s._replace(query=s.query.double().cpu(), key=s.key.double().cpu()) for s in side]
+            for side in states
+        ]
+        expected = reference.attention_divergence(*exact, kind="js").item()
+        few = 4 * torch.finfo(torch.float32).eps
+        assert given <= math.log(2) * (1 + few)
+        assert given == pytest.approx(expected, rel=few)
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("share", [1e-4, 1e-3, 0.1, 0.999, 0.9999])
+@pytest.mark.parametrize(("kind", "name"), [("js", "beta"), ("skew_kl", "skew")])
+def test_small_shares_keep_the_digits_of_fp32(
+    kind: Any, name: str, share: float, backend: Any, device: str
+) -> None:
+    """A mixture that is nearly one side: at most twice the error of plain PyTorch, or roundings."""
+    own, target = (3 * torch.randn(64, 50, generator=seeded().manual_seed(i)) for i in range(2))
+    options: dict[str, Any] = {"kind": kind, name: share}
+
+    def run(op: Any, dtype: torch.dtype, device: str, **how: Any) -> list[torch.Tensor]:
+        leaf = own.to(device, dtype).requires_grad_()
+        loss = op(leaf, target.to(device, dtype), **options, **how)
+        return [loss.detach().double().cpu(), torch.autograd.grad(loss, leaf)[0].double().cpu()]
+
+    exact = run(reference.logits_divergence, torch.float64, "cpu")
+    plain = run(reference.logits_divergence, torch.float32, "cpu")
+    given = run(logits_divergence, torch.float32, device, backend=backend)
+    for mine, theirs, true in zip(given, plain, exact, strict=True):
+        few = 16 * torch.finfo(torch.float32).eps * true.norm()
+        assert (mine - true).norm() <= max(2 * (theirs - true).norm(), few)
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("projected", [False, True])
+def test_squares_beyond_fp16_are_summed_in_fp32(projected: bool, backend: Any, device: str) -> None:
+    """A teacher of 1e4, whose squares are past fp16's largest number."""
+    width = 16
+    student = torch.randn(2, 8, width, generator=seeded()).to(device).half().requires_grad_()
+    teacher = (1e4 * torch.randn(2, 8, width, generator=seeded())).to(device).half()
+    weight = torch.eye(width, device=device).half().requires_grad_() if projected else None
+    loss = hidden_mse([student], [teacher], weight=weight, backend=backend)
+    expected = (student.double() - teacher.double()).square().mean().item()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 0

@@ -228,7 +228,7 @@ def _restore(
 ) -> int:
     """Load the newest whole checkpoint, if there is one; return the step it stands at."""
     step = 0
-    tag = checkpoints.newest()
+    tag = checkpoints.newest(reporter.say)
     if tag is not None:
         state = checkpoints.load(assembly.engine, tag)
         feed.load_state_dict(state["stream"])

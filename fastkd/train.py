@@ -21,6 +21,7 @@ from fastkd.export import export_student
 from fastkd.introduction import introduce
 from fastkd.layer_map import Moment
 from fastkd.material import Feed
+from fastkd.models import note_models
 from fastkd.objective import Inputs
 from fastkd.recipe import AnyRecipe
 from fastkd.run_folder import RunFolder
@@ -49,6 +50,7 @@ def distill(recipe: AnyRecipe, ranks: Ranks, *, resume: bool, reporter: Reporter
     started = time.perf_counter()
     assembly = assemble(recipe, ranks, progress=not reporter.console.quiet)
     ranks.from_main(lambda: None if run.holds_run else run.create(recipe))
+    ranks.from_main(lambda: note_models(run.path, recipe))
     introduce(assembly, reporter)
     checkpoints = Checkpoints(run.checkpoints, ranks, recipe.train.keep_checkpoints)
     feed = open_feed(assembly)

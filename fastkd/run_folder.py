@@ -20,27 +20,12 @@ from typing import Any
 
 import torch
 
+from fastkd.continuation import difference, in_force, longer, why_not_longer
 from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, dump_recipe, load_any_recipe, parse_any_recipe
 
 _PACKAGES = ("fastkd", "torch", "triton", "transformers", "datasets", "deepspeed", "numpy")
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-# what may differ between a run and its continuation: nothing here changes a weight
-_FREE = frozenset(
-    {
-        "data.cache",
-        "data.workers",
-        "task.cache",
-        "train.log_every",
-        "train.evaluate_every",
-        "train.checkpoint_every",
-        "train.keep_checkpoints",
-        "run.output",
-        "run.monitor",
-    }
-)
-
 
 # fields that name files and folders, or something on the hub
 _PLACES = (
@@ -139,7 +124,7 @@ class RunFolder:
             self.check_free()
             return None
         self.check_continues(recipe)
-        return self.read_summary()
+        return None if self.longer(recipe) else self.read_summary()
 
     def check_continues(self, recipe: AnyRecipe) -> None:
         """Refuse to continue a run under a recipe that would change its result.
@@ -148,16 +133,39 @@ class RunFolder:
             UserError: naming the first field that differs.
         """
         there = self.started_in or Path.cwd()
-        before, now = (
-            dict(_flat(_found_from(load_any_recipe(self.recipe).model_dump(mode="json"), there))),
-            dict(_flat(_found_from(recipe.model_dump(mode="json"), Path.cwd()))),
+        before = load_any_recipe(self.recipe)
+        found = difference(
+            _found_from(before.model_dump(mode="json"), there),
+            _found_from(recipe.model_dump(mode="json"), Path.cwd()),
         )
-        for key in sorted(before.keys() | now.keys()):
-            if key not in _FREE and before.get(key) != now.get(key):
-                raise UserError(
-                    f"{self.path} was started with {key}={before.get(key)!r}, now {now.get(key)!r} "
-                    "is given; continue with the same value, or give another run.output"
-                )
+        if found is not None:
+            key, was, given = found
+            raise UserError(
+                f"{self.path} was started with {key}={was!r}, now {given!r} is given; continue "
+                "with the same value, or give another run.output"
+            )
+        reason = why_not_longer(before, recipe)
+        if reason is not None:
+            raise UserError(f"{self.path} {reason}")
+
+    def longer(self, recipe: AnyRecipe) -> str | None:
+        """What a recipe that may continue this run makes longer, `None` where nothing."""
+        return longer(load_any_recipe(self.recipe), recipe)
+
+    def take_over(self, recipe: AnyRecipe) -> None:
+        """Let what a recipe changes about the loop be that of the run, which then is not finished.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        before = load_any_recipe(self.recipe)
+        now = in_force(before, recipe)
+        if now == before:
+            return
+        with disk_errors(self.path):
+            if longer(before, now):
+                self.summary.unlink(missing_ok=True)
+            write_whole(self.recipe, dump_recipe(now))
 
     @property
     def started_in(self) -> Path | None:
@@ -316,11 +324,3 @@ def _absolute(name: str, folder: Path) -> str:
         return str(path.resolve() if ".." in path.parts else path)
     pattern = f"{glob.escape(str(folder))}/{name}"
     return pattern if glob.has_magic(name) and glob.glob(pattern, recursive=True) else name
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

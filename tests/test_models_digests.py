@@ -41,7 +41,8 @@ CHANGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     save_teacher(tmp_path / "start", "bert", seed=1)
-    return make_recipe(tmp_path, student={"layers": 4, "init": str(tmp_path / "start")})
+    same = {"hidden_size": None, "intermediate_size": None}
+    return make_recipe(tmp_path, student={"layers": 4, "init": str(tmp_path / "start"), **same})
 
 
 @pytest.mark.parametrize("change", CHANGES)

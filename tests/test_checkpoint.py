@@ -21,10 +21,10 @@ from fastkd.checkpoint.deepspeed_files import use_own_files
 from fastkd.checkpoint.states import (
     NotAState,
     check_state,
-    file_sha256,
     read_state,
     write_state,
 )
+from fastkd.sealed import look_at
 
 OFFLOADED = {"deepspeed.zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 SHARDED = {"deepspeed.zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -123,7 +123,7 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     tree = {**TREE, "random": random.getstate(), "torch": torch.get_rng_state()}
     written = write_state(path, tree)
-    assert (written.size, written.sha256) == (path.stat().st_size, file_sha256(path))
+    assert written == look_at(path)
     check_state(path)
     _assert_same(read_state(path), tree)
 

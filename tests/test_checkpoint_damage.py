@@ -25,9 +25,9 @@ from tiny_runs import (
 
 from fastkd.checkpoint import Checkpoints
 from fastkd.checkpoint.manifest import Manifest, read_manifest
-from fastkd.checkpoint.states import Written, file_sha256
 from fastkd.engine import Ranks
 from fastkd.errors import UserError
+from fastkd.sealed import look_at
 
 OLDER, NEWEST = "step-00000002", "step-00000004"
 FILES = (
@@ -84,10 +84,7 @@ def _newest(run: Path) -> tuple[str | None, list[str]]:
 def _signed(folder: Path) -> None:
     """Make the manifest that of what is there now."""
     old = read_manifest(folder)
-    files = {
-        name: Written((folder / name).stat().st_size, file_sha256(folder / name))
-        for name in old.files
-    }
+    files = {name: look_at(folder / name) for name in old.files}
     text = Manifest(old.world_size, old.zero_stage, files).text()
     (folder / "manifest.json").write_text(text)
 

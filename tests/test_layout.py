@@ -20,6 +20,7 @@ LEVELS: tuple[set[str], ...] = (
         "layer_map",
         "recipe",
         "continuation",
+        "sealed",
         "run_folder",
         "console",
         "metrics",

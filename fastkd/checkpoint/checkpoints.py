@@ -20,16 +20,16 @@ import torch
 from fastkd.checkpoint.deepspeed_files import use_own_files
 from fastkd.checkpoint.manifest import (
     MANIFEST,
-    Damaged,
     Manifest,
     check_content,
     check_files,
     read_manifest,
 )
-from fastkd.checkpoint.states import SUFFIX, Tree, Written, read_state, write_state
+from fastkd.checkpoint.states import SUFFIX, Tree, read_state, write_state
 from fastkd.engine import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.run_folder import disk_errors, sync_folder, write_whole
+from fastkd.sealed import Damaged, Written
 
 _NAME = re.compile(r"step-\d{8,}")
 

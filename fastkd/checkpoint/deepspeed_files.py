@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastkd.checkpoint.states import SUFFIX, Tree, Written, read_state, write_state
+from fastkd.checkpoint.states import SUFFIX, Tree, read_state, write_state
+from fastkd.sealed import Written
 
 # only tools that convert checkpoints read these
 _LEFT_OUT = frozenset(

@@ -1,31 +1,21 @@
 """What says that a checkpoint is whole: sizes and digests of its files, and of the list itself.
 
-Digests find damage: bytes that a disk, a copy or a hand has changed. They are no signature: who can
-write the files can write the list. That such a file does nothing when it is read is held by what it
-is read as (`states`).
+The digests find damage. That a file which somebody has put there, with its digest, does nothing
+when it is read is held by what it is read as (`states`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from fastkd.checkpoint.states import NotAState, Written, check_state, file_sha256
+from fastkd.checkpoint.states import NotAState, check_state
 from fastkd.errors import UserError
+from fastkd.sealed import Damaged, Written, check_bytes, check_size, read_json, read_sealed, sealed
 
 MANIFEST = "manifest.json"
 FORMAT = 2
 """Raised when checkpoints of before can't be continued; 1 were DeepSpeed's own, in pickles."""
-# more than a manifest of ten thousand ranks
-_LIMIT = 1 << 26
-
-
-class Damaged(ValueError):
-    """A checkpoint that is not what was written; says how."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +29,7 @@ class Manifest:
 
     def text(self) -> str:
         """The content of its file."""
-        body = {"format": FORMAT, **asdict(self)}
-        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-        return json.dumps({**body, "sha256": digest}, indent=2, sort_keys=True) + "\n"
+        return sealed({"format": FORMAT, **asdict(self)})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -52,27 +40,19 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: a version of before wrote it.
     """
     path = folder / MANIFEST
-    try:
-        if not stat.S_ISREG(path.lstat().st_mode) or path.stat().st_size > _LIMIT:
-            raise Damaged(f"its {MANIFEST} is another file")
-        text = path.read_text(encoding="utf-8")
-        tree = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise Damaged(f"its {MANIFEST} can't be read") from error
-    if isinstance(tree, dict) and "format" not in tree and {"files", "world_size"} <= tree.keys():
+    old = read_json(path)
+    if isinstance(old, dict) and "format" not in old and {"files", "world_size"} <= old.keys():
         raise UserError(
             f"{folder} was written by an earlier fastkd, as pickles, which may run code when they "
             "are read; continue with the version that wrote it, or start again in another "
             "run.output"
         )
+    tree = read_sealed(path)
     try:
-        manifest = _parsed(tree)
+        files = {name: Written(**written) for name, written in tree["files"].items()}
+        return Manifest(tree["world_size"], tree["zero_stage"], files)
     except (LookupError, TypeError, AttributeError) as error:
-        raise Damaged(f"its {MANIFEST} is no list of files") from error
-    # all of it: a byte that changes nothing else is a changed byte
-    if manifest.text() != text:
-        raise Damaged(f"its {MANIFEST} is not what was written")
-    return manifest
+        raise Damaged(f"{MANIFEST} is no list of files") from error
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
@@ -87,29 +67,17 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         where = "is missing" if name in manifest.files else f"is not of its {MANIFEST}"
         raise Damaged(f"{name} {where}")
     for name, written in manifest.files.items():
-        status = (folder / name).lstat()
-        if not stat.S_ISREG(status.st_mode):
-            raise Damaged(f"{name} is no file")
-        if status.st_size != written.size:
-            raise Damaged(f"{name} has {status.st_size:,} bytes, expected {written.size:,}")
+        check_size(folder / name, written)
 
 
 def check_content(path: Path, written: Written) -> None:
-    """See that a file is the one that was written.
+    """See that a file is the one that was written, and that it holds a state.
 
     Raises:
         Damaged: it isn't.
     """
+    check_bytes(path, written)
     try:
-        if file_sha256(path) != written.sha256:
-            raise Damaged(f"{path.name} is not what was written: its sha256 differs")
         check_state(path)
     except NotAState as error:
         raise Damaged(f"{path.name} is no file of a checkpoint ({error})") from error
-    except OSError as error:
-        raise Damaged(f"{path.name} can't be read ({error.strerror})") from error
-
-
-def _parsed(tree: Any) -> Manifest:
-    files = {name: Written(**written) for name, written in tree["files"].items()}
-    return Manifest(tree["world_size"], tree["zero_stage"], files)

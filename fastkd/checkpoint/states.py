@@ -12,13 +12,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from fastkd.sealed import Written
 
 Tree = Any
 """Dictionaries with text or integer keys, lists, tuples, `None`, bool, int, float, str, tensors."""
@@ -39,14 +40,6 @@ _DTYPES = {
 }
 _PLAIN = (bool, int, float, str, type(None))
 _CHUNK = 1 << 24
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a file must be, to be the one that was written."""
-
-    size: int
-    sha256: str
 
 
 class NotAState(ValueError):
@@ -112,16 +105,6 @@ def check_state(path: Path) -> None:
             _decode(_header(file), lambda name: _expect(name in names))
     except (SafetensorError, OSError) as error:
         raise NotAState(str(error)) from error
-
-
-def file_sha256(path: Path) -> str:
-    """Digest of a file's bytes, in hexadecimal.
-
-    Raises:
-        OSError: it can't be read.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _pieces(head: bytes, tensors: dict[str, Tensor]) -> Iterator[memoryview]:

@@ -6,7 +6,6 @@ transformers and sentence-transformers read of a folder: configuration, weights,
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from fastkd.models.checking import optional_file
 from fastkd.models.locating import locate_model, locate_source
 from fastkd.recipe import AnyRecipe, Recipe, Teacher
 from fastkd.run_folder import disk_errors, write_whole
+from fastkd.sealed import file_sha256
 
 NOTE = "models.json"
 """File of a run that holds the digests."""
@@ -145,7 +145,6 @@ def _modules(root: Path) -> Iterator[str]:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -53,6 +53,8 @@ def check_size(path: Path, written: Written) -> None:
     """
     try:
         status = path.lstat()
+    except FileNotFoundError as error:
+        raise Damaged(f"{path.name} is missing") from error
     except OSError as error:
         raise Damaged(f"{path.name} can't be looked at ({error.strerror})") from error
     # a link, a folder, a device, a pipe that would never end

@@ -1,8 +1,8 @@
 """The folder that a run is written to: what is in it, and how files get there whole.
 
-recipe.yaml, environment.json, metrics.jsonl, checkpoints/, student/ (Hugging Face format),
-projections.safetensors, summary.json, report.html. A run never writes into a folder that it did
-not make, and a reader never sees half of a file.
+recipe.yaml, environment.json, models.json (digests), metrics.jsonl, checkpoints/, student/ (Hugging
+Face format), projections.safetensors, summary.json, report.html. A run never writes into a folder
+that it did not make, and a reader never sees half of a file.
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ class RunFolder:
         if not self.environment.is_file():
             return None
         # runs of fastkd 0.1 don't say
-        folder = json.loads(self.environment.read_text(encoding="utf-8")).get("folder")
+        found = _parsed(self.environment.read_bytes(), f"{self.environment}", "put it back")
+        folder = found.get("folder")
         return Path(folder) if folder and Path(folder).is_dir() else None
 
     def read_recipe(self, overrides: Sequence[str] = ()) -> AnyRecipe:
@@ -198,11 +199,19 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of metrics.jsonl."""
+        """All whole lines of metrics.jsonl.
+
+        Raises:
+            UserError: a line is no record.
+        """
         if not self.metrics.is_file():
             return []
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = self.metrics.read_bytes().splitlines(keepends=True)
+        return [
+            _parsed(line, f"{self.metrics}, line {number}", "repair or remove that line", "step")
+            for number, line in enumerate(lines, start=1)
+            if line.endswith(b"\n")
+        ]
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of steps after `step`, which will be run again."""
@@ -215,11 +224,15 @@ class RunFolder:
             write_whole(self.summary, json.dumps(summary, indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run, else `None`."""
+        """The summary of a finished run, else `None`.
+
+        Raises:
+            UserError: it is damaged.
+        """
         if not self.summary.is_file():
             return None
-        summary: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
-        return summary
+        remedy = "remove it and continue with --resume, which writes it again"
+        return _parsed(self.summary.read_bytes(), f"{self.summary}", remedy)
 
 
 def environment() -> dict[str, Any]:
@@ -280,6 +293,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
         raise _disk_full(path, "the file could not be written") from error
+
+
+def _parsed(content: bytes, where: str, remedy: str, *keys: str) -> dict[str, Any]:
+    """A JSON object with some keys, in one line or a whole file."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is damaged ({error}); {remedy}") from error
+    if not isinstance(found, dict) or not found.keys() >= set(keys):
+        named = f" with {' and '.join(keys)}" if keys else ""
+        raise UserError(f"{where} is damaged (no JSON object{named}); {remedy}")
+    return found
 
 
 def _disk_full(path: Path, reason: str) -> UserError:

@@ -170,7 +170,18 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", ['{"dict": [["a"]]}', '{"call": "os.mkdir"}', '{"tensor": "b"}', "[" * 10**5, "", "{"]
+    "header",
+    [
+        '{"dict": [["a"]]}',
+        '{"dict": [[[], 1]]}',
+        '{"call": "os.mkdir"}',
+        '{"tensor": "b"}',
+        "[" * 10**5,
+        "[" * 900 + "]" * 900,
+        '{"tuple": 3}',
+        "",
+        "{",
+    ],
 )
 def test_another_header_is_refused(tmp_path: Path, header: str) -> None:
     path = tmp_path / "state"

@@ -138,9 +138,9 @@ class Checkpoints:
         write_whole(self.folder / "latest", folder.name)
         self._damaged.discard(folder.name)
         # what is newer than this one was passed over when the run was continued
-        kept = [name for name in self._entries() if _step(name) <= _step(folder.name)]
-        kept = [name for name in kept if name not in self._damaged and self._has_files(name)]
-        for name in set(self._entries()) - set(kept[: self.keep]):
+        older = [name for name in self._entries() if _step(name) < _step(folder.name)]
+        whole = [name for name in older if name not in self._damaged and self._has_files(name)]
+        for name in set(self._entries()) - {folder.name, *whole[: self.keep - 1]}:
             _remove(self.folder / name)
 
     def _entries(self) -> list[str]:
@@ -158,6 +158,9 @@ class Checkpoints:
 
     def _finished(self) -> list[str]:
         """Names of all checkpoints, newest first, but those that were never finished."""
+        # of a process that was killed
+        for leftover in self.folder.glob(".latest.*"):
+            leftover.unlink(missing_ok=True)
         return [
             name
             for name in self._entries()

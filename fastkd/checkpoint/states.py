@@ -89,7 +89,7 @@ def read_state(path: Path) -> Tree:
         with safe_open(str(path), framework="pt") as file:
             # a copy: what is mapped from the file would change with it
             return _decode(_header(file), lambda name: file.get_tensor(name).clone())
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RecursionError) as error:
         raise NotAState(str(error)) from error
 
 
@@ -103,7 +103,7 @@ def check_state(path: Path) -> None:
         with safe_open(str(path), framework="pt") as file:
             names = set(file.keys())
             _decode(_header(file), lambda name: _expect(name in names))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RecursionError) as error:
         raise NotAState(str(error)) from error
 
 

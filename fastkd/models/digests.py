@@ -51,8 +51,8 @@ def model_sources(recipe: AnyRecipe) -> dict[str, Teacher]:
 def model_digests(source: Teacher) -> dict[str, str]:
     """sha256 of every file that is read of a model, by its path in the model's folder.
 
-    Of a model of the hub also its commit. About a second for two gigabytes of weights that were
-    just loaded; several files are read at once.
+    Of a model of the hub also its commit. About a second a gigabyte for weights that were just
+    loaded; several files are read at once.
 
     Raises:
         UserError: a file can't be read.

@@ -82,8 +82,10 @@ def student_config(recipe: AnyRecipe, plan: BatchPlan) -> dict[str, Any]:
         plan: from `plan_batches`.
 
     Raises:
-        UserError: the `deepspeed` section sets a key that the recipe decides.
+        UserError: the `deepspeed` section sets a key that the recipe decides, or what a checkpoint
+            can't hold.
     """
+    _check_offload(recipe.deepspeed)
     train = recipe.train
     zero: dict[str, Any] = {"stage": train.zero_stage}
     if train.zero_stage == 3:
@@ -133,6 +135,17 @@ def teacher_config(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _check_offload(section: dict[str, Any]) -> None:
+    """Refuse an optimiser on NVMe: DeepSpeed saves it as copies of its swap files."""
+    zero = section.get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    if isinstance(offload, dict) and offload.get("device") == "nvme":
+        raise UserError(
+            "deepspeed.zero_optimization.offload_optimizer.device is nvme, which no checkpoint of "
+            "fastkd holds; give cpu"
+        )
+
+
 def _merge(ours: dict[str, Any], users: dict[str, Any], path: str = "") -> dict[str, Any]:
     merged = copy.deepcopy(ours)
     for key, value in users.items():
@@ -171,5 +184,6 @@ _RECIPE_DECIDES = {
     "zero_force_ds_cpu_optimizer": "train.learning_rate and its neighbours",
     "scheduler": "train.schedule",
     "tensorboard": "run.monitor and run.output",
+    "checkpoint": "train.checkpoint_every and train.keep_checkpoints",
     "wandb.enabled": "run.monitor",
 }

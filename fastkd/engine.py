@@ -70,6 +70,13 @@ class Ranks:
         result: T = outcome[0]
         return result
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order, on every rank."""
+        found: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
 
 def start_ranks() -> Ranks:
     """Join the process group of the launcher, or make one of a single process.

@@ -1,8 +1,8 @@
 """The folder that a run is written to: what is in it, and how files get there whole.
 
-recipe.yaml, environment.json, metrics.jsonl, checkpoints/, student/ (Hugging Face format),
-projections.safetensors, summary.json, report.html. A run never writes into a folder that it did
-not make, and a reader never sees half of a file.
+recipe.yaml, environment.json, models.json (digests), metrics.jsonl, checkpoints/, student/ (Hugging
+Face format), projections.safetensors, summary.json, report.html. A run never writes into a folder
+that it did not make, and a reader never sees half of a file.
 """
 
 from __future__ import annotations
@@ -20,27 +20,12 @@ from typing import Any
 
 import torch
 
+from fastkd.continuation import difference, in_force, longer, why_not_longer
 from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, dump_recipe, load_any_recipe, parse_any_recipe
 
 _PACKAGES = ("fastkd", "torch", "triton", "transformers", "datasets", "deepspeed", "numpy")
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-# what may differ between a run and its continuation: nothing here changes a weight
-_FREE = frozenset(
-    {
-        "data.cache",
-        "data.workers",
-        "task.cache",
-        "train.log_every",
-        "train.evaluate_every",
-        "train.checkpoint_every",
-        "train.keep_checkpoints",
-        "run.output",
-        "run.monitor",
-    }
-)
-
 
 # fields that name files and folders, or something on the hub
 _PLACES = (
@@ -139,7 +124,7 @@ class RunFolder:
             self.check_free()
             return None
         self.check_continues(recipe)
-        return self.read_summary()
+        return None if self.longer(recipe) else self.read_summary()
 
     def check_continues(self, recipe: AnyRecipe) -> None:
         """Refuse to continue a run under a recipe that would change its result.
@@ -148,16 +133,39 @@ class RunFolder:
             UserError: naming the first field that differs.
         """
         there = self.started_in or Path.cwd()
-        before, now = (
-            dict(_flat(_found_from(load_any_recipe(self.recipe).model_dump(mode="json"), there))),
-            dict(_flat(_found_from(recipe.model_dump(mode="json"), Path.cwd()))),
+        before = load_any_recipe(self.recipe)
+        found = difference(
+            _found_from(before.model_dump(mode="json"), there),
+            _found_from(recipe.model_dump(mode="json"), Path.cwd()),
         )
-        for key in sorted(before.keys() | now.keys()):
-            if key not in _FREE and before.get(key) != now.get(key):
-                raise UserError(
-                    f"{self.path} was started with {key}={before.get(key)!r}, now {now.get(key)!r} "
-                    "is given; continue with the same value, or give another run.output"
-                )
+        if found is not None:
+            key, was, given = found
+            raise UserError(
+                f"{self.path} was started with {key}={was!r}, now {given!r} is given; continue "
+                "with the same value, or give another run.output"
+            )
+        reason = why_not_longer(before, recipe)
+        if reason is not None:
+            raise UserError(f"{self.path} {reason}")
+
+    def longer(self, recipe: AnyRecipe) -> str | None:
+        """What a recipe that may continue this run makes longer, `None` where nothing."""
+        return longer(load_any_recipe(self.recipe), recipe)
+
+    def take_over(self, recipe: AnyRecipe) -> None:
+        """Let what a recipe changes about the loop be that of the run, which then is not finished.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        before = load_any_recipe(self.recipe)
+        now = in_force(before, recipe)
+        if now == before:
+            return
+        with disk_errors(self.path):
+            if longer(before, now):
+                self.summary.unlink(missing_ok=True)
+            write_whole(self.recipe, dump_recipe(now))
 
     @property
     def started_in(self) -> Path | None:
@@ -165,7 +173,8 @@ class RunFolder:
         if not self.environment.is_file():
             return None
         # runs of fastkd 0.1 don't say
-        folder = json.loads(self.environment.read_text(encoding="utf-8")).get("folder")
+        found = _parsed(self.environment.read_bytes(), f"{self.environment}", "put it back")
+        folder = found.get("folder")
         return Path(folder) if folder and Path(folder).is_dir() else None
 
     def read_recipe(self, overrides: Sequence[str] = ()) -> AnyRecipe:
@@ -190,11 +199,19 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of metrics.jsonl."""
+        """All whole lines of metrics.jsonl.
+
+        Raises:
+            UserError: a line is no record.
+        """
         if not self.metrics.is_file():
             return []
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = self.metrics.read_bytes().splitlines(keepends=True)
+        return [
+            _parsed(line, f"{self.metrics}, line {number}", "repair or remove that line", "step")
+            for number, line in enumerate(lines, start=1)
+            if line.endswith(b"\n")
+        ]
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of steps after `step`, which will be run again."""
@@ -207,11 +224,15 @@ class RunFolder:
             write_whole(self.summary, json.dumps(summary, indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run, else `None`."""
+        """The summary of a finished run, else `None`.
+
+        Raises:
+            UserError: it is damaged.
+        """
         if not self.summary.is_file():
             return None
-        summary: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
-        return summary
+        remedy = "remove it and continue with --resume, which writes it again"
+        return _parsed(self.summary.read_bytes(), f"{self.summary}", remedy)
 
 
 def environment() -> dict[str, Any]:
@@ -274,6 +295,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise _disk_full(path, "the file could not be written") from error
 
 
+def _parsed(content: bytes, where: str, remedy: str, *keys: str) -> dict[str, Any]:
+    """A JSON object with some keys, in one line or a whole file."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is damaged ({error}); {remedy}") from error
+    if not isinstance(found, dict) or not found.keys() >= set(keys):
+        named = f" with {' and '.join(keys)}" if keys else ""
+        raise UserError(f"{where} is damaged (no JSON object{named}); {remedy}")
+    return found
+
+
 def _disk_full(path: Path, reason: str) -> UserError:
     return UserError(
         f"{path}: writing failed ({reason}); earlier checkpoints are whole: free some space and "
@@ -316,11 +349,3 @@ def _absolute(name: str, folder: Path) -> str:
         return str(path.resolve() if ".." in path.parts else path)
     pattern = f"{glob.escape(str(folder))}/{name}"
     return pattern if glob.has_magic(name) and glob.glob(pattern, recursive=True) else name
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -49,6 +49,7 @@ def run_recipe(
         summaries.append(distill(stage, ranks, resume=resume, reporter=reporter))
     summary = _joined(run, summaries)
     if ranks.is_main:
+        run.take_over(recipe)
         _take_student(run, stage_folders(recipe)[-1])
         # last, because it is what makes the run finished
         run.write_summary(summary)

@@ -21,6 +21,7 @@ from fastkd.export import export_student
 from fastkd.introduction import introduce
 from fastkd.layer_map import Moment
 from fastkd.material import Feed
+from fastkd.models import note_models
 from fastkd.objective import Inputs
 from fastkd.recipe import AnyRecipe
 from fastkd.run_folder import RunFolder
@@ -49,10 +50,11 @@ def distill(recipe: AnyRecipe, ranks: Ranks, *, resume: bool, reporter: Reporter
     started = time.perf_counter()
     assembly = assemble(recipe, ranks, progress=not reporter.console.quiet)
     ranks.from_main(lambda: None if run.holds_run else run.create(recipe))
+    ranks.from_main(lambda: note_models(run.path, recipe))
     introduce(assembly, reporter)
     checkpoints = Checkpoints(run.checkpoints, ranks, recipe.train.keep_checkpoints)
     feed = open_feed(assembly)
-    step = _restore(assembly, checkpoints, feed, run, reporter)
+    step = _restore(recipe, assembly, checkpoints, feed, run, reporter)
     if step == 0:
         _evaluate(assembly, run, 0, reporter)
     with _signals() as stop, reporter.steps(step, assembly.recipe.train.steps):
@@ -219,7 +221,20 @@ class _Window:
         return record, stops > 0
 
 
+def _take_over(run: RunFolder, recipe: AnyRecipe, tag: str | None) -> str | None:
+    """Let the run go on under a recipe that may continue it; what that makes longer."""
+    longer = run.longer(recipe)
+    if longer is not None and tag is None and run.read_summary() is not None:
+        raise UserError(
+            f"{run.path} is finished and its checkpoints are gone, so it can't be {longer}; go on "
+            "from its student in another run, with student.init"
+        )
+    run.take_over(recipe)
+    return longer
+
+
 def _restore(
+    recipe: AnyRecipe,
     assembly: Assembly,
     checkpoints: Checkpoints,
     feed: Feed,
@@ -228,7 +243,7 @@ def _restore(
 ) -> int:
     """Load the newest whole checkpoint, if there is one; return the step it stands at."""
     step = 0
-    tag = checkpoints.newest()
+    tag = checkpoints.newest(reporter.say)
     if tag is not None:
         state = checkpoints.load(assembly.engine, tag)
         feed.load_state_dict(state["stream"])
@@ -237,6 +252,10 @@ def _restore(
             assembly.objective.load_feedback(state["objective"], assembly.ranks.device)
         step = state["step"]
         reporter.say(f"continuing from {run.checkpoints / tag}")
+    # after what may still refuse
+    longer = assembly.ranks.from_main(lambda: _take_over(run, recipe, tag))
+    if longer is not None:
+        reporter.say(longer)
     if assembly.ranks.is_main:
         if step:
             run.rewind_metrics(step)

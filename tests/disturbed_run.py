@@ -14,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastkd import checkpoint, train
+from fastkd import train
+from fastkd.checkpoint import checkpoints, deepspeed_files
 from fastkd.cli import main
 
 # more bytes than metrics take, fewer than the weights of a tiny student
@@ -57,20 +56,20 @@ def _at_call(
 
 
 def _half_written(number: int) -> None:
-    """Die in the middle of a file that DeepSpeed writes."""
-    original = torch.save
+    """Die in the middle of a file of a checkpoint."""
+    original = deepspeed_files.write_state
     calls = 0
 
-    def save(value: Any, target: Any, *arguments: Any, **keywords: Any) -> None:
+    def write(path: Path, tree: Any) -> Any:
         nonlocal calls
         calls += 1
-        original(value, target, *arguments, **keywords)
+        written = original(path, tree)
         if calls == number:
-            path = Path(target if isinstance(target, str | os.PathLike) else target.name)
             os.truncate(path, path.stat().st_size // 2)
             _die()
+        return written
 
-    torch.save = save
+    deepspeed_files.write_state = checkpoints.write_state = write
 
 
 # with a checkpoint every second step, step 4's is the second one; each has three files at stage 1
@@ -80,9 +79,9 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "in the middle of a file": lambda: _half_written(5),
     # the other ranks write two files a checkpoint
     "in the middle of a file of rank 1": lambda: _half_written(3),
-    "before the manifest": lambda: _at_call(2, checkpoint.Checkpoints, "_finish", _die),
+    "before the manifest": lambda: _at_call(2, checkpoints.Checkpoints, "_finish", _die),
     "after the manifest, before latest": lambda: _at_call(
-        3, checkpoint, "write_whole", _die, after=True
+        3, checkpoints, "write_whole", _die, after=True
     ),
     # the first one comes before step 1
     "in the last evaluation": lambda: _at_call(2, train, "evaluate_assembly", _die, after=True),

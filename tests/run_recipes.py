@@ -8,12 +8,12 @@ import sys
 
 from fastkd.console import Reporter
 from fastkd.engine import start_ranks, stop_ranks
-from fastkd.recipe import load_recipe
-from fastkd.train import distill
+from fastkd.recipe import load_any_recipe
+from fastkd.stages import run_recipe
 
 if __name__ == "__main__":
     ranks = start_ranks()
     for overrides in json.loads(sys.argv[2]):
-        recipe = load_recipe(sys.argv[1], overrides)
-        distill(recipe, ranks, resume=True, reporter=Reporter(silent=not ranks.is_main))
+        recipe = load_any_recipe(sys.argv[1], overrides)
+        run_recipe(recipe, ranks, resume=True, reporter=Reporter(silent=not ranks.is_main))
     stop_ranks()

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,14 +186,7 @@ def test_killed_build_leaves_nothing_that_counts(
     with pytest.raises(UserError, match="is missing"):
         prepare_corpus(data, tokenizer, build=False)
     corpus = prepare_corpus(data, tokenizer, progress=False)
-    assert folders(data) == sorted([leftover, corpus.fingerprint])
-
-    # a leftover may belong to a running build, so it goes only when it is old
-    old = time.time() - cache.STALE_SECONDS - 60
-    for path in [*(Path(data.cache) / leftover).iterdir(), Path(data.cache) / leftover]:
-        os.utime(path, (old, old))
-    other = prepare_corpus(changed(data, block_size=40), tokenizer, progress=False)
-    assert folders(data) == sorted([other.fingerprint, corpus.fingerprint])
+    assert folders(data) == [corpus.fingerprint]
 
 
 def test_two_processes_build_at_once(data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -253,23 +245,6 @@ def test_cache_that_cannot_be_a_folder(
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache: cannot write under .*file"):
         prepare_corpus(changed(data, cache=str(tmp_path / "file")), tokenizer, progress=False)
-
-
-@pytest.mark.parametrize("keep", [0.5, 0.0])
-def test_damaged_cache(data: Data, tokenizer: PreTrainedTokenizerBase, keep: float) -> None:
-    corpus = prepare_corpus(data, tokenizer, progress=False)
-    path = Path(data.cache) / corpus.fingerprint / "train.arrow"
-    os.truncate(path, int(path.stat().st_size * keep))
-    with pytest.raises(UserError, match=r"is damaged; delete it and run again"):
-        prepare_corpus(data, tokenizer)
-
-
-def test_cache_with_blocks_lost(data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
-    corpus = prepare_corpus(data, tokenizer, progress=False)
-    folder = Path(data.cache) / corpus.fingerprint
-    os.replace(folder / "heldout.arrow", folder / "train.arrow")
-    with pytest.raises(UserError, match=r"train\.arrow has \d+ blocks, expected \d+"):
-        prepare_corpus(data, tokenizer)
 
 
 def write(path: Path, *texts: str) -> str:

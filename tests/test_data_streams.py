@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -12,11 +13,17 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fastkd.data import BlockStream, Corpus, prepare_corpus
+from fastkd.data import BlockStream, Corpus, prepare_corpus, readers
 from fastkd.data.streams import shuffled
 from fastkd.errors import UserError
 from fastkd.recipe import Data
 
+SETTINGS: dict[str, Any] = {
+    "documents": "line",
+    "heldout_fraction": 0.1,
+    "block_size": 16,
+    "shuffle_buffer": 20,
+}
 LINES = [f"{1000 + i} is number {i}." for i in range(300)]
 
 
@@ -30,11 +37,8 @@ def corpus_of(folder: Path, tokenizer: PreTrainedTokenizerBase, **fields: Any) -
     (folder / "a.txt").write_text("\n".join(LINES) + "\n")
     settings = {
         "train": str(folder / "a.txt"),
-        "documents": "line",
-        "heldout_fraction": 0.1,
-        "block_size": 16,
         "cache": str(folder / "cache"),
-        "shuffle_buffer": 20,
+        **SETTINGS,
         **fields,
     }
     return prepare_corpus(Data(**settings), tokenizer, progress=False)
@@ -101,6 +105,44 @@ def test_position_of_another_run_is_refused(corpus: Corpus) -> None:
         corpus.stream(8, seed=4).load_state_dict(state)
     with pytest.raises(UserError, match=r"its data order has fingerprint 'other'"):
         corpus.stream(8, seed=3).load_state_dict({**state, "fingerprint": "other"})
+
+
+def _rewritten(path: Path, line: int) -> None:
+    """Another text of the same length and time, past what a quick digest reads."""
+    status = path.stat()
+    lines = path.read_text().splitlines(keepends=True)
+    lines[line] = lines[line].replace("number", "nombre")
+    path.write_text("".join(lines))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_text_that_changed_since_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "QUICK_BYTES", 50)
+    path = tmp_path / "a.txt"
+    stream = corpus_of(tmp_path, tokenizer, streaming=True).stream(8, seed=0)
+    batches(stream, 12)
+    state = through_a_file(stream.state_dict())
+    stream.load_state_dict(state)
+
+    def again() -> BlockStream:
+        data = Data(**SETTINGS, train=(str(path),), cache=str(tmp_path), streaming=True)
+        return prepare_corpus(data, tokenizer, progress=False).stream(8, seed=0)
+
+    again().load_state_dict(state)
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+    with pytest.raises(UserError, match=r"a\.txt has 5,890 bytes of .* when the run was started; "):
+        again().load_state_dict(state)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    again().load_state_dict(state)
+    # one that the buffer holds, and one that is read later
+    _rewritten(path, 290)
+    again().load_state_dict(state)
+    _rewritten(path, 30)
+    with pytest.raises(UserError, match="the text that was read so far has changed since"):
+        again().load_state_dict(state)
 
 
 def test_cached_epochs_are_permutations(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -93,6 +93,14 @@ def test_zero_3_gathers_the_weights_that_are_saved() -> None:
     assert key not in configure(train={"zero_stage": 2})["zero_optimization"]
 
 
+def test_what_a_checkpoint_cannot_hold_is_refused() -> None:
+    with pytest.raises(UserError, match=r"offload_optimizer.device is nvme.*give cpu"):
+        configure(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "nvme"}}})
+    # it would read pickles
+    with pytest.raises(UserError, match=r"deepspeed.checkpoint is given"):
+        configure(deepspeed={"checkpoint": {"load_universal": True}})
+
+
 @pytest.mark.parametrize("monitor", ["tensorboard", "wandb"])
 def test_a_monitor_is_switched_on_by_name(monitor: str) -> None:
     assert configure(run={"monitor": monitor})[monitor]["enabled"] is True

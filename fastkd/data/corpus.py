@@ -84,7 +84,7 @@ def prepare_corpus(
     if data.streaming:
         return _streamed(data, split, encoder, frame, key)
     folder = cache_root(data) / key
-    if not is_complete(folder):
+    if not is_complete(folder, build=build):
         if not build:
             raise UserError(
                 f"data.cache: {folder} is missing; rank 0 builds it first, so all ranks must see "

@@ -36,6 +36,10 @@ class Source(ABC):
     def digest(self, *, quick: bool) -> str:
         """Key of the content and of how it is read; `quick` reads sizes, heads and tails only."""
 
+    def stored_in(self) -> Sequence[Path]:
+        """The files that documents are read from, as far as there are any here."""
+        return ()
+
 
 @dataclass(frozen=True)
 class TextFile(Source):
@@ -70,6 +74,9 @@ class TextFile(Source):
     def digest(self, *, quick: bool) -> str:
         return f"text {self.unit} {file_digest(self.path, quick=quick)}"
 
+    def stored_in(self) -> Sequence[Path]:
+        return (self.path,)
+
 
 @dataclass(frozen=True)
 class JsonLines(Source):
@@ -87,6 +94,9 @@ class JsonLines(Source):
 
     def digest(self, *, quick: bool) -> str:
         return f"jsonl {self.column} {file_digest(self.path, quick=quick)}"
+
+    def stored_in(self) -> Sequence[Path]:
+        return (self.path,)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from pathlib import Path
 
 from fastkd.data.encoding import Part
 from fastkd.data.readers import Source
@@ -25,6 +26,11 @@ class Split:
         self._known: set[bytes] = set()
         self.dropped = 0
         """Training documents met that are also in `data.heldout`."""
+
+    def files(self) -> Iterator[Path]:
+        """The files of all sources, in their order."""
+        for source in (*self.train_sources, *(self._heldout_sources or ())):
+            yield from source.stored_in()
 
     def documents(self) -> Iterator[tuple[Part, str]]:
         """All documents, each once."""

@@ -6,11 +6,13 @@ rows, so that neither the number of ranks nor the micro-batch changes what a ste
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import logging
 import random
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -92,6 +94,9 @@ class StreamedDocuments:
     The position is the number of documents taken in this epoch and the tokens that no batch has
     used yet. Restoring reads the epoch's text again up to that document, without tokenising: the
     shuffle of `datasets.IterableDataset` would lose the buffer's documents instead.
+
+    Files that change under a run would change it without a word. So the position also holds what
+    was read of this epoch, as a digest, and for the rest the size and the time of every file.
     """
 
     def __init__(
@@ -111,6 +116,8 @@ class StreamedDocuments:
         self._buffer_size = buffer_size
         self._seed = seed
         self._identity = {"fingerprint": fingerprint, "seed": seed, "buffer": buffer_size}
+        self._files = list(split.files())
+        self._stamps = [_stamp(path) for path in self._files]
         self._epoch = 0
         self._taken = 0
         self._documents = self._read_epoch()
@@ -144,6 +151,8 @@ class StreamedDocuments:
             **self._identity,
             "epoch": self._epoch,
             "documents": self._taken,
+            "read": self._read.hexdigest(),
+            "files": [list(stamp) for stamp in self._stamps],
             "pending": torch.from_numpy(self._packer.pending.copy()),
             "started": self._packer.started,
         }
@@ -152,9 +161,32 @@ class StreamedDocuments:
         require_same(state, self._identity)
         self._epoch = state["epoch"]
         self._taken = state["documents"]
-        self._documents = islice(self._read_epoch(), self._taken, None)
+        self._require_same_files(state["files"])
+        self._documents = self._read_epoch()
+        # up to where the saved stream had read
+        found = sum(1 for _ in islice(self._documents, self._taken))
+        if found != self._taken or self._read.hexdigest() != state["read"]:
+            raise UserError(
+                "checkpoint: the text that was read so far has changed since; resume with the data "
+                "of that run, or start a new run"
+            )
         self._packer.pending = state["pending"].numpy().astype(np.int32)
         self._packer.started = state["started"]
+
+    def _require_same_files(self, stamps: list[list[int]]) -> None:
+        """Raise where a file is another one than when the saved stream was opened."""
+        if len(stamps) != len(self._files):
+            raise UserError(
+                f"checkpoint: its text is in {len(stamps)} files, this run's in "
+                f"{len(self._files)}; resume with the data of that run, or start a new run"
+            )
+        for path, was, now in zip(self._files, stamps, self._stamps, strict=True):
+            if tuple(was) != now:
+                raise UserError(
+                    f"checkpoint: {path} has {now[0]:,} bytes of {_date(now[1])}, but "
+                    f"{was[0]:,} of {_date(was[1])} when the run was started; put that file back, "
+                    "with its time, or start a new run"
+                )
 
     def _next_documents(self) -> list[str]:
         """Documents for about one batch: a character is rarely more than a token."""
@@ -170,8 +202,16 @@ class StreamedDocuments:
         self._split.dropped = 0
         generator = random.Random(epoch_seed(self._seed, self._epoch))
         sources = generator.sample(self._split.train_sources, len(self._split.train_sources))
+        self._read = hashlib.blake2b(digest_size=16)
         texts = (text for part, text in self._split.labelled(sources) if part == "train")
-        return shuffled(texts, self._buffer_size, generator)
+        return shuffled(self._noted(texts), self._buffer_size, generator)
+
+    def _noted(self, texts: Iterable[str]) -> Iterator[str]:
+        digest = self._read
+        for text in texts:
+            content = text.encode()
+            digest.update(len(content).to_bytes(8, "little") + content)
+            yield text
 
 
 def shuffled(texts: Iterable[str], buffer_size: int, generator: random.Random) -> Iterator[str]:
@@ -186,6 +226,20 @@ def shuffled(texts: Iterable[str], buffer_size: int, generator: random.Random) -
         buffer[slot] = text
     generator.shuffle(buffer)
     yield from buffer
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Bytes of a file, and when it was written, in seconds: archives keep no more."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return status.st_size, int(status.st_mtime)
+
+
+def _date(seconds: int) -> str:
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

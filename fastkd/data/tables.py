@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,9 @@ class Table(Source):
         content = [file_digest(file, quick=quick) for file in self.files]
         combined = hashlib.sha256(" ".join(content).encode()).hexdigest()
         return f"table {self.column} {self.key} {combined}"
+
+    def stored_in(self) -> Sequence[Path]:
+        return self.files
 
 
 def parquet_file(path: Path, column: str, cache: Path) -> Table:

@@ -1,6 +1,7 @@
 """Teacher, tokenizer and student: load, check, shrink, initialise."""
 
 from fastkd.models.checking import LOADING_ERRORS, not_loadable, optional_file
+from fastkd.models.digests import model_digests, note_models
 from fastkd.models.loading import (
     load_student,
     load_teacher,
@@ -26,7 +27,9 @@ __all__ = [
     "load_tokenizer",
     "locate_model",
     "locate_source",
+    "model_digests",
     "not_loadable",
+    "note_models",
     "optional_file",
     "read_config",
     "read_model",

@@ -15,7 +15,9 @@ class Train(Section):
     """The loop: length, batch, optimiser, precision, and what is written when."""
 
     steps: int = Field(default=1000, ge=0)
-    """Optimiser steps; 0 where `epochs` says how many."""
+    """Optimiser steps; 0 where `epochs` says how many. A run can be resumed with more of them where
+    `schedule` is constant and nothing else is stretched over the run: it ends as if it had been
+    given them at once. Otherwise the steps that were made depend on it, and it is refused."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the data, in place of `steps`."""
     batch_size: int = Field(default=32, gt=0)
@@ -23,7 +25,7 @@ class Train(Section):
     results don't depend on how it is cut."""
     micro_batch_size: int | None = Field(default=None, gt=0)
     """Blocks or examples in one forward pass of one rank; the whole share of the rank where not
-    given."""
+    given. A run can be resumed with another one, as when memory runs out."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(default=0.01, ge=0)

@@ -95,7 +95,7 @@ def find_candidates(
         batch_size: masked texts in one forward pass.
         progress: whether to show a bar.
     """
-    if not is_complete(folder):
+    if not is_complete(folder, "task.cache"):
         finder = _Finder(texts, masked, neighbours, count)
         with ExitStack() as stack:
             temporary = stack.enter_context(new_folder(folder, "task.cache"))

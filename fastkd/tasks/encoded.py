@@ -144,7 +144,7 @@ def encode_examples(
     }
     key = cache_key(settings)
     folder = Path(cache).expanduser() / key
-    if not is_complete(folder):
+    if not is_complete(folder, "task.cache", build=build):
         if not build:
             raise UserError(
                 f"task.cache: {folder} is missing; rank 0 builds it first, so all ranks must see "

@@ -1,0 +1,132 @@
+"""What may differ between a run and its continuation, and when a run can be made longer.
+
+A run that is continued ends exactly where one that was never stopped does, under the recipe that it
+is continued with. That holds for what changes no weight; for the micro-batch, because results don't
+depend on how a step is cut (up to rounding and the draws of dropout); and for the number of steps
+where no step before depended on it. Learning rates that decay to the last step did, as did weights
+of losses that move over the run: such a run can't be made longer, only gone on from by another one
+that starts from its student.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fastkd.recipe import AnyRecipe, Recipe, parse_any_recipe, stage_recipes
+
+# nothing here changes a weight
+_FREE = frozenset(
+    {
+        "data.cache",
+        "data.workers",
+        "task.cache",
+        "train.log_every",
+        "train.evaluate_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.micro_batch_size",
+        "run.output",
+        "run.monitor",
+    }
+)
+_LENGTHS = ("steps", "epochs")
+# of these the run's recipe is the one in force
+_TAKEN_OVER = ("micro_batch_size", *_LENGTHS)
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first field in which a recipe can't be the continuation of another, and both values.
+
+    Args:
+        before: the recipe of the run, as a mapping, its files found.
+        now: the recipe that it is continued with, likewise.
+    """
+    one, other = dict(_flat(before)), dict(_flat(now))
+    for key in sorted(one.keys() | other.keys()):
+        field = re.sub(r"^stages\.\d+\.", "", key)
+        may = field in _FREE or field in [f"train.{name}" for name in _LENGTHS]
+        if not may and one.get(key) != other.get(key):
+            return key, one.get(key), other.get(key)
+    return None
+
+
+def why_not_longer(before: AnyRecipe, now: AnyRecipe) -> str | None:
+    """Why a run can't be continued to the length of a recipe; `None` where it can, or needn't."""
+    ours, theirs = _parts(before), _parts(now)
+    for number, (old, new) in enumerate(zip(ours, theirs, strict=True), start=1):
+        for name in _LENGTHS:
+            was, given = getattr(old.train, name), getattr(new.train, name)
+            if was == given:
+                continue
+            field = f"train.{name}" if len(ours) == 1 else f"stages.{number}.train.{name}"
+            said = f"was started with {field}={was!r}, now {given!r} is given"
+            if number < len(ours):
+                return f"{said}, but only the last stage can be made longer"
+            if not was or not given or given < was:
+                return f"{said}; a run can only be made longer, in the same unit"
+            reason = _depends_on_length(new)
+            if reason is not None:
+                return f"{said}, but {reason}"
+    return None
+
+
+def longer(before: AnyRecipe, now: AnyRecipe) -> str | None:
+    """What a recipe makes longer about a run, and what that does to the learning rate."""
+    old, new = _parts(before)[-1].train, _parts(now)[-1].train
+    for name in _LENGTHS:
+        was, given = getattr(old, name), getattr(new, name)
+        if was != given:
+            return (
+                f"made longer: train.{name} was {was:g}, now {given:g}; the learning rate stays at "
+                f"{new.learning_rate:g}, as train.schedule is constant"
+            )
+    return None
+
+
+def in_force(before: AnyRecipe, now: AnyRecipe) -> AnyRecipe:
+    """The recipe of a run with the length and the micro-batch of the one it is continued with."""
+    tree, given = before.model_dump(mode="json"), now.model_dump(mode="json")
+    tree["train"].update({name: given["train"][name] for name in _TAKEN_OVER})
+    for stage, new in zip(tree.get("stages", ()), given.get("stages", ()), strict=True):
+        kept = {k: v for k, v in stage.get("train", {}).items() if k not in _TAKEN_OVER}
+        taken = {k: v for k, v in new.get("train", {}).items() if k in _TAKEN_OVER}
+        if kept or taken:
+            stage["train"] = {**kept, **taken}
+    return parse_any_recipe(tree)
+
+
+def _parts(recipe: AnyRecipe) -> list[AnyRecipe]:
+    """The recipes of all stages, or the recipe itself."""
+    stages: list[AnyRecipe] = list(stage_recipes(recipe)) if isinstance(recipe, Recipe) else []
+    return stages or [recipe]
+
+
+def _depends_on_length(recipe: AnyRecipe) -> str | None:
+    instead = "; go on from its student in another run, with student.init"
+    train = recipe.train
+    if train.schedule != "constant":
+        return (
+            f"with train.schedule {train.schedule} the learning rates of the steps that were made "
+            f"depend on it, so only a constant one can be made longer{instead}"
+        )
+    if train.warmup_share:
+        return f"train.warmup_share is a share of all steps{instead}"
+    terms = recipe.losses.terms if isinstance(recipe, Recipe) else {}
+    for name, term in terms.items():
+        if term.schedule is not None:
+            return f"losses.{name}.schedule is stretched over all steps{instead}"
+    return None
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if key == "stages" and not prefix:
+            for number, stage in enumerate(value, start=1):
+                yield from _flat(stage, f"stages.{number}.")
+            yield "stages", len(value)
+        elif isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,150 @@
+"""Which models a run was started with, by the digests of their files.
+
+A run that is continued with another teacher would end as neither of two runs. What is noted is what
+transformers and sentence-transformers read of a folder: configuration, weights, tokenizer, modules.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+
+from fastkd.errors import UserError
+from fastkd.models.checking import optional_file
+from fastkd.models.locating import locate_model, locate_source
+from fastkd.recipe import AnyRecipe, Recipe, Teacher
+from fastkd.run_folder import disk_errors, write_whole
+from fastkd.sealed import file_sha256
+
+NOTE = "models.json"
+"""File of a run that holds the digests."""
+_READ = (
+    "config.json",
+    "*_config.json",
+    "config_sentence_transformers.json",
+    "modules.json",
+    "*.safetensors",
+    "*.index.json",
+    "pytorch_model*.bin",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
+_COMMIT = "commit"
+
+
+def model_sources(recipe: AnyRecipe) -> dict[str, Teacher]:
+    """The models that a recipe starts from, by the field that names each."""
+    if not isinstance(recipe, Recipe):
+        return {"model.name": recipe.model.source}
+    start = recipe.student.starts_from
+    return {"teacher.model": recipe.teacher, **({} if start is None else {"student.init": start})}
+
+
+def model_digests(source: Teacher) -> dict[str, str]:
+    """sha256 of every file that is read of a model, by its path in the model's folder.
+
+    Of a model of the hub also its commit. About a second a gigabyte for weights that were just
+    loaded; several files are read at once.
+
+    Raises:
+        UserError: a file can't be read.
+    """
+    root, commit = _folder(source)
+    files = {path.relative_to(root).as_posix(): path for path in _files(root, source)}
+    with ThreadPoolExecutor() as pool:
+        digests = dict(zip(files, pool.map(_sha256, files.values()), strict=True))
+    return {**digests, **({_COMMIT: commit} if commit else {})}
+
+
+def note_models(run: Path, recipe: AnyRecipe) -> None:
+    """Note the models of a run that starts, or see that one that continues still has them.
+
+    Args:
+        run: its folder.
+        recipe: its recipe, the models of which were loaded.
+
+    Raises:
+        UserError: naming the first file that is not what it was.
+    """
+    found = {field: model_digests(source) for field, source in model_sources(recipe).items()}
+    path = run / NOTE
+    if not path.exists():
+        with disk_errors(run):
+            write_whole(path, json.dumps(found, indent=2) + "\n")
+        return
+    for field, noted in _noted(path).items():
+        source, now = model_sources(recipe).get(field), found.get(field, {})
+        given = f"{field} {source.model}" if source else field
+        for name in sorted(noted.keys() | now.keys()):
+            # of the hub more files may have come since, of the same commit
+            added = name not in noted and _COMMIT in noted
+            if noted.get(name) != now.get(name) and not added:
+                raise UserError(
+                    f"{given}: {name} {_change(name, noted, now)} since {run} was started; put "
+                    "back what was there, or give another run.output"
+                )
+
+
+def _change(name: str, noted: Mapping[str, str], now: Mapping[str, str]) -> str:
+    if name in noted and name in now:
+        return "has changed"
+    return "is gone" if name in noted else "was added"
+
+
+def _noted(path: Path) -> dict[str, dict[str, str]]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {str(field): dict(digests) for field, digests in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} can't be read, so nothing says which models the run was started with; remove "
+            "it if they are the same, or give another run.output"
+        ) from error
+
+
+def _folder(source: Teacher) -> tuple[Path, str | None]:
+    """Where a model lies on this machine, and its commit if it is of the hub."""
+    name = locate_source(source)
+    if Path(name).is_dir():
+        return Path(name), None
+    config = optional_file(name, "config.json", source.revision)
+    config = config or optional_file(name, "modules.json", source.revision)
+    assert config is not None, "a model that was loaded has a configuration"
+    # the hub's cache names a folder after its commit
+    return config.parent, config.parent.name
+
+
+def _files(root: Path, source: Teacher) -> Iterator[Path]:
+    model = Path(locate_model(source))
+    folders = [root, *(root / name for name in _modules(root)), model if model.is_dir() else root]
+    for folder in dict.fromkeys(folders):
+        if folder.is_dir() and folder.is_relative_to(root):
+            for path in sorted(folder.iterdir()):
+                if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _READ):
+                    yield path
+
+
+def _modules(root: Path) -> Iterator[str]:
+    """Folders that a listing of sentence-transformers' modules names inside its own."""
+    try:
+        entries = json.loads((root / "modules.json").read_text(encoding="utf-8"))
+        paths = [PurePosixPath(entry["path"]) for entry in entries]
+    except (OSError, ValueError, LookupError, TypeError):
+        # what can't be read is read by nothing
+        return
+    yield from (str(path) for path in paths if not path.is_absolute() and ".." not in path.parts)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error

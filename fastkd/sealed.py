@@ -1,0 +1,119 @@
+"""Files with digests: what was written, and JSON that holds the digest of itself.
+
+Digests find damage: bytes that a disk, a copy or a hand has changed. They are no signature: who can
+write the files can write the digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# more than a list of all files of ten thousand ranks
+_LIMIT = 1 << 26
+
+
+class Damaged(ValueError):
+    """Something that is not what was written; says how."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a file must be, to be the one that was written."""
+
+    size: int
+    sha256: str
+
+
+def file_sha256(path: Path) -> str:
+    """Digest of a file's bytes, in hexadecimal.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def look_at(path: Path) -> Written:
+    """A file as it is now."""
+    return Written(path.stat().st_size, file_sha256(path))
+
+
+def check_size(path: Path, written: Written) -> None:
+    """See that there is a file of the size that was written, without reading it.
+
+    Raises:
+        Damaged: there isn't.
+    """
+    try:
+        status = path.lstat()
+    except FileNotFoundError as error:
+        raise Damaged(f"{path.name} is missing") from error
+    except OSError as error:
+        raise Damaged(f"{path.name} can't be looked at ({error.strerror})") from error
+    # a link, a folder, a device, a pipe that would never end
+    if not stat.S_ISREG(status.st_mode):
+        raise Damaged(f"{path.name} is no file")
+    if status.st_size != written.size:
+        raise Damaged(f"{path.name} has {status.st_size:,} bytes, expected {written.size:,}")
+
+
+def check_bytes(path: Path, written: Written) -> None:
+    """See that a file is the one that was written, every byte of it.
+
+    Raises:
+        Damaged: it isn't.
+    """
+    check_size(path, written)
+    try:
+        if file_sha256(path) != written.sha256:
+            raise Damaged(f"{path.name} is not what was written: its sha256 differs")
+    except OSError as error:
+        raise Damaged(f"{path.name} can't be read ({error.strerror})") from error
+
+
+def sealed(body: Mapping[str, Any]) -> str:
+    """JSON with its own digest."""
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=2, sort_keys=True) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        Damaged: it is no file, or holds no JSON.
+    """
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _LIMIT:
+            raise Damaged(f"{path.name} is another file")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, RecursionError) as error:
+        raise Damaged(f"{path.name} can't be read") from error
+    except Damaged:
+        raise
+    except ValueError as error:
+        raise Damaged(f"{path.name} holds no JSON") from error
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `sealed` was given.
+
+    Raises:
+        Damaged: a byte of the file is another, or it can't be read.
+    """
+    tree = read_json(path)
+    if not isinstance(tree, dict) or "sha256" not in tree:
+        raise Damaged(f"{path.name} holds no digest of itself")
+    body = {key: value for key, value in tree.items() if key != "sha256"}
+    # all of it: a byte that changes nothing else is a changed byte
+    if sealed(body) != path.read_text(encoding="utf-8"):
+        raise Damaged(f"{path.name} is not what was written")
+    return body

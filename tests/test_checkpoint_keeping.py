@@ -1,0 +1,103 @@
+"""Which checkpoints stay: the one just written, whatever else lies there, and whole ones before."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastkd.checkpoint import Checkpoints
+from fastkd.engine import Ranks
+
+
+class _Alone(Ranks):
+    """A rank without a process group."""
+
+    def barrier(self) -> None:
+        pass
+
+
+def _engine() -> Any:
+    """As much of DeepSpeed's as saving asks for."""
+    engine = SimpleNamespace(checkpoint_engine=None, optimizer=None)
+    engine._get_ckpt_name = engine._get_rank_zero_ckpt_name = lambda: ""
+    engine.zero_optimization_stage = lambda: 1
+
+    def save(root: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
+        engine.checkpoint_engine.save(client_state, f"{root}/{tag}/state.safetensors")
+
+    engine.save_checkpoint = save
+    return engine
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    """Of steps 2 and 4."""
+    found = Checkpoints(tmp_path / "checkpoints", _Alone(0, 1, torch.device("cpu")), 2)
+    for step in (2, 4):
+        found.save(_engine(), step, {"step": step})
+    return found
+
+
+def _there(checkpoints: Checkpoints) -> list[int]:
+    return sorted(int(path.name[5:]) for path in checkpoints.folder.glob("step-*"))
+
+
+def _flip(checkpoints: Checkpoints, step: int) -> None:
+    path = checkpoints.folder / f"step-{step:08d}" / "state.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_newest_stay(checkpoints: Checkpoints) -> None:
+    checkpoints.save(_engine(), 6, {})
+    assert _there(checkpoints) == [4, 6]
+    checkpoints.keep = 1
+    checkpoints.save(_engine(), 123_456_789, {})
+    assert _there(checkpoints) == [123_456_789]
+    assert (checkpoints.folder / "latest").read_text() == "step-123456789"
+
+
+def test_a_damaged_one_that_is_newer_does_not_push_out_the_one_just_written(
+    checkpoints: Checkpoints,
+) -> None:
+    _flip(checkpoints, 4)
+    said: list[str] = []
+    assert checkpoints.newest(said.append) == "step-00000002" and len(said) == 1
+    checkpoints.keep = 1
+    checkpoints.save(_engine(), 3, {})
+    assert _there(checkpoints) == [3]
+    assert checkpoints.newest(said.append) == "step-00000003" and len(said) == 1
+
+
+def test_a_damaged_one_that_is_older_does_not_count(checkpoints: Checkpoints) -> None:
+    _flip(checkpoints, 4)
+    assert checkpoints.newest() == "step-00000002"
+    checkpoints.save(_engine(), 6, {})
+    assert _there(checkpoints) == [2, 6]
+    # written anew it counts again
+    for step in (4, 6):
+        checkpoints.save(_engine(), step, {})
+    assert _there(checkpoints) == [4, 6]
+
+
+def test_what_stands_in_the_place_of_a_checkpoint_makes_room(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    moved = Path(shutil.move(checkpoints.folder / "step-00000004", tmp_path / "moved"))
+    (checkpoints.folder / "step-00000004").symlink_to(moved)
+    (checkpoints.folder / "step-00000006").write_text("a file")
+    (checkpoints.folder / "step-of-mine").mkdir()
+    (checkpoints.folder / ".latest.1234").write_text("of a process that was killed")
+    assert checkpoints.newest() == "step-00000002"
+    checkpoints.save(_engine(), 6, {})
+    checkpoints.save(_engine(), 8, {})
+    assert checkpoints.newest() == "step-00000008"
+    names = sorted(path.name for path in checkpoints.folder.iterdir())
+    assert names == ["latest", "step-00000006", "step-00000008", "step-of-mine"]
+    assert (moved / "manifest.json").is_file()

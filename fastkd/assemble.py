@@ -16,6 +16,7 @@ from fastkd.classifiers import check_start, fit_classifier, load_tuned, name_out
 from fastkd.deepspeed_config import BatchPlan, check_monitor, plan_batches, student_config
 from fastkd.engine import DistilledStudent, NoTeacher, Ranks, TeacherRunner, make_engine
 from fastkd.errors import UserError
+from fastkd.finite import check_weights
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.material import Material, TaskMaterial, make_material, task_of
 from fastkd.models import (
@@ -100,6 +101,7 @@ def _distillation(
 ) -> Assembly:
     task = None if recipe.task is None else task_of(recipe.task)
     teacher = load_teacher(recipe.teacher, recipe.student.head)
+    check_weights(teacher, f"teacher.model {recipe.teacher.model}")
     if task is not None:
         fit_classifier(teacher, task, f"teacher.model {recipe.teacher.model}")
         check_start(recipe.student, task)
@@ -109,6 +111,7 @@ def _distillation(
     layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
     student, initialisation = build_student(teacher, recipe.student, layers)
     start = recipe.student.starts_from
+    check_weights(student, f"student.init {recipe.student.init}")
     if start is not None:
         check_same_vocabulary(start, f"student.init {start.model}", tokenizer)
     if task is not None:
@@ -148,6 +151,7 @@ def _finetuning(
     source = recipe.model.source
     tuned = load_tuned(recipe.model, task)
     model = tuned.model
+    check_weights(model, f"model.name {source.model}")
     try_model(model, recipe.task.max_length, "task.max_length", attention=False, hidden=False)
     tokenizer = load_tokenizer(source, vocabulary_size(model))
     material = make_material(recipe, tokenizer, model.config, ranks, progress=progress)

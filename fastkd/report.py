@@ -132,9 +132,12 @@ def _facts(summary: dict[str, Any]) -> Rows:
             f"{summary['train_examples']:,} examples in {steps}, "
             f"{summary['train_examples'] / summary['task_examples']:.2f} passes"
         )
+    # summaries of fastkd 0.1 don't say
+    worse = "; ".join(summary.get("worse", []))
     return [
         ("trained on", trained),
         ("held out", _heldout(summary["after"])),
+        *([("worse than before", worse)] if worse else []),
         (
             f"peak memory of the {summary['peak_memory_of']}",
             f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB",

@@ -69,6 +69,12 @@ def _joined(run: RunFolder, summaries: list[dict[str, Any]]) -> dict[str, Any]:
         **sums,
         "run": str(run.path),
         "before": summaries[0]["before"],
+        # losses of different stages don't compare, so each is held against itself
+        "worse": [
+            f"stage {number}: {said}"
+            for number, stage in enumerate(summaries, start=1)
+            for said in stage.get("worse", [])
+        ],
         "stages": summaries,
     }
 

@@ -18,6 +18,7 @@ from fastkd.engine import Ranks
 from fastkd.errors import Interrupted, UserError
 from fastkd.evaluate import evaluate_assembly
 from fastkd.export import export_student
+from fastkd.finite import broken_weights
 from fastkd.introduction import introduce
 from fastkd.layer_map import Moment
 from fastkd.material import Feed
@@ -26,6 +27,7 @@ from fastkd.recipe import AnyRecipe
 from fastkd.run_folder import RunFolder
 from fastkd.signals import stop_signals
 from fastkd.summary import judged_parts, summarise
+from fastkd.window import SMALLER, Window
 
 
 def distill(recipe: AnyRecipe, ranks: Ranks, *, resume: bool, reporter: Reporter) -> dict[str, Any]:
@@ -126,7 +128,7 @@ def _train(
     stop: list[int],
 ) -> None:
     train, ranks = assembly.recipe.train, assembly.ranks
-    window = _Window(assembly, step)
+    window = Window(assembly, feed, step)
     while step < train.steps:
         assembly.objective.at(Moment(step, feed.epoch))
         window.add(train_step(assembly, feed))
@@ -134,89 +136,46 @@ def _train(
         reporter.advance(step)
         last = step == train.steps
         due = last or bool(train.checkpoint_every and step % train.checkpoint_every == 0)
-        logged = step % train.log_every == 0 or due
-        if logged:
-            record, stopping = window.close(step, bool(stop))
+        # ranks can only agree on a stop where they talk anyway
+        alone = bool(stop) and ranks.world_size == 1
+        stopping = False
+        # nothing is saved of a window that was not looked at
+        if step % train.log_every == 0 or due or alone or window.skipped:
+            record, stopping = window.close(bool(stop))
             if ranks.is_main:
                 run.append_metrics(record)
                 _write_events(assembly, record)
             reporter.metrics(step, train.steps, _parts(record))
-        else:
-            # ranks can only agree on a stop where they talk anyway
-            stopping = bool(stop) and ranks.world_size == 1
         paused = time.perf_counter()
         # before the checkpoint: a run that is resumed from it has this evaluation behind it
         if last or (train.evaluate_every and step % train.evaluate_every == 0):
             _evaluate(assembly, run, step, reporter)
         if due or stopping:
-            position = {
-                "step": step,
-                "stream": feed.state_dict(),
-                "objective": assembly.objective.feedback(),
-            }
-            checkpoints.save(assembly.engine, step, position)
+            _save(assembly, feed, checkpoints, step)
         if stopping and not last:
             raise Interrupted(f"stopped after step {step}; continue with --resume")
         window.exclude(time.perf_counter() - paused)
 
 
-class _Window:
-    """Losses since the last line of metrics, kept on the device."""
+def _save(assembly: Assembly, feed: Feed, checkpoints: Checkpoints, step: int) -> None:
+    """Write a checkpoint of weights that are finite.
 
-    def __init__(self, assembly: Assembly, step: int) -> None:
-        self.assembly = assembly
-        self._restart(step)
-
-    def _restart(self, step: int) -> None:
-        labels, device = self.assembly.objective.labels, self.assembly.ranks.device
-        self.sum = torch.zeros(2, len(labels), device=device)
-        self.start = step
-        self.time = time.perf_counter()
-
-    def add(self, losses: Tensor) -> None:
-        """Add one step's losses."""
-        self.sum += losses
-
-    def exclude(self, seconds: float) -> None:
-        """Leave time that was not spent on steps out of the throughput."""
-        self.time += seconds
-
-    def close(self, step: int, stop: bool) -> tuple[dict[str, Any], bool]:
-        """Means since the last call, over all ranks, and whether any rank wants to stop.
-
-        Raises:
-            UserError: a loss is not finite.
-        """
-        assembly, steps = self.assembly, step - self.start
-        flag = self.sum.new_tensor([float(stop)])
-        *sums, stops = assembly.ranks.sum(torch.cat([self.sum.flatten(), flag])).tolist()
-        labels = assembly.objective.labels
-        means = [value / steps for value in sums]
-        losses = dict(zip(labels, means[: len(labels)], strict=True))
-        weighted = dict(zip(labels, means[len(labels) :], strict=True))
-        broken = [label for label, value in losses.items() if value != value or abs(value) > 1e30]
-        if broken:
-            raise UserError(
-                f"{', '.join(broken)} not finite between steps {self.start + 1} and {step}; "
-                "continue from the last checkpoint with a smaller train.learning_rate, in "
-                "another run.output"
-            )
-        counted, each = assembly.material.counted
-        rows = steps * assembly.recipe.train.batch_size
-        seconds = time.perf_counter() - self.time
-        norm = assembly.engine.get_global_grad_norm()
-        record = {
-            "kind": "train",
-            "step": step,
-            "loss": sum(weighted.values()),
-            "losses": losses,
-            "weighted": weighted,
-            "learning_rate": assembly.engine.get_lr()[0],
-            "gradient_norm": None if norm is None else float(norm),
-            f"{counted}_per_second": rows * each / seconds,
-        }
-        self._restart(step)
-        return record, stops > 0
+    Raises:
+        UserError: they are not.
+    """
+    broken = broken_weights(assembly.engine, assembly.ranks)
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise UserError(
+            f"{broken[0]}{more} not finite after step {step}, so no checkpoint is written of it; "
+            f"every loss was finite, so the step was too long: {SMALLER}"
+        )
+    position = {
+        "step": step,
+        "stream": feed.state_dict(),
+        "objective": assembly.objective.feedback(),
+    }
+    checkpoints.save(assembly.engine, step, position)
 
 
 def _restore(

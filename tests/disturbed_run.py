@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastkd import checkpoint, train
+from fastkd import checkpoint, engine, train
 from fastkd.cli import main
 
 # more bytes than metrics take, fewer than the weights of a tiny student
@@ -73,6 +73,22 @@ def _half_written(number: int) -> None:
     torch.save = save
 
 
+def _overflow_from(number: int) -> None:
+    """Let the teacher's states of one layer be infinite at one call, and at every look back."""
+    original = engine.TeacherRunner.capture
+    seen: list[int] = []
+
+    def capture(self: Any, inputs: Any, **keywords: Any) -> Any:
+        states = original(self, inputs, **keywords)
+        key = hash(tuple(inputs["input_ids"].flatten().tolist()))
+        seen.append(key)
+        if key == seen[min(number, len(seen)) - 1] and len(seen) >= number:
+            states.hidden[2] = states.hidden[2] * float("inf")
+        return states
+
+    engine.TeacherRunner.capture = capture
+
+
 # with a checkpoint every second step, step 4's is the second one; each has three files at stage 1
 MOMENTS: dict[str, Callable[[], None]] = {
     "before the first checkpoint": lambda: _at_call(2, train, "train_step", _die),
@@ -88,6 +104,9 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "in the last evaluation": lambda: _at_call(2, train, "evaluate_assembly", _die, after=True),
     "in the export": lambda: _at_call(1, train, "export_student", _die),
     "Ctrl-C in step 3": lambda: _at_call(3, train, "train_step", _press_ctrl_c),
+    "teacher overflows in the evaluation": lambda: _overflow_from(1),
+    # 78 held-out blocks are 10 parts
+    "teacher overflows in step 2": lambda: _overflow_from(12),
     "disk full from step 3": lambda: _at_call(3, train, "train_step", _fill_disk),
 }
 

@@ -27,8 +27,8 @@ LEVELS: tuple[set[str], ...] = (
         "tasks",
         "classifiers",
     },
-    {"engine", "checkpoint", "export"},
-    {"material", "assemble", "evaluate", "introduction", "summary", "stages", "train"},
+    {"engine", "checkpoint", "export", "finite"},
+    {"material", "assemble", "evaluate", "introduction", "summary", "stages", "train", "window"},
     {"report", "figures", "study", "similarity", "doctor"},
     {"cli", "__main__"},
 )

@@ -96,9 +96,43 @@ def assemble(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Assem
     return _finetuning(recipe, plan, config, ranks, progress)
 
 
+@dataclass
+class Parts:
+    """What a distillation is made of, before anything stands in an engine."""
+
+    recipe: Recipe
+    material: Material
+    tokenizer: PreTrainedTokenizerBase
+    layers: LayerMap
+    initialisation: Initialisation
+    module: DistilledStudent
+    teacher: PreTrainedModel
+    handed_on: dict[str, Any]
+
+
 def _distillation(
     recipe: Recipe, plan: BatchPlan, config: dict[str, Any], ranks: Ranks, progress: bool
 ) -> Assembly:
+    parts = gather(recipe, ranks, progress=progress)
+    recipe, module = parts.recipe, parts.module
+    return Assembly(
+        recipe,
+        ranks,
+        plan,
+        parts.material,
+        parts.tokenizer,
+        parts.layers,
+        parts.initialisation,
+        module,
+        TeacherRunner(parts.teacher, recipe, module.objective, ranks),
+        _engine(module, recipe, config, ranks),
+        recipe.teacher,
+        parts.handed_on,
+    )
+
+
+def gather(recipe: Recipe, ranks: Ranks, *, progress: bool) -> Parts:
+    """Load, build and check the parts of a distillation, on the CPU; as `assemble`."""
     task = None if recipe.task is None else task_of(recipe.task)
     teacher = load_teacher(recipe.teacher, recipe.student.head)
     check_weights(teacher, f"teacher.model {recipe.teacher.model}")
@@ -126,22 +160,7 @@ def _distillation(
     if recipe.student.head == "sequence_classification":
         handed_on |= pad_alike(material, tokenizer, student, teacher)
     module = DistilledStudent(student, objective)
-    runner = TeacherRunner(teacher, recipe, objective, ranks)
-    engine = _engine(module, recipe, config, ranks)
-    return Assembly(
-        recipe,
-        ranks,
-        plan,
-        material,
-        tokenizer,
-        layers,
-        initialisation,
-        module,
-        runner,
-        engine,
-        recipe.teacher,
-        handed_on,
-    )
+    return Parts(recipe, material, tokenizer, layers, initialisation, module, teacher, handed_on)
 
 
 def _finetuning(

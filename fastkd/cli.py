@@ -78,15 +78,13 @@ def _run(recipe: AnyRecipe, resume: bool) -> None:
     from fastkd.console import Reporter
     from fastkd.engine import start_ranks, stop_ranks
     from fastkd.report import print_summary, write_report
-    from fastkd.stages import run_recipe, stage_folders
+    from fastkd.stages import run_recipe
 
     ranks = start_ranks()
     reporter = Reporter(silent=not ranks.is_main)
     try:
-        summary = run_recipe(recipe, ranks, resume=resume, reporter=reporter)
+        summary = run_recipe(recipe, ranks, resume=resume, reporter=reporter, report=write_report)
         if ranks.is_main:
-            for folder in stage_folders(recipe):
-                write_report(folder)
             print_summary(summary, reporter)
     finally:
         stop_ranks()

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from fastkd.console import Reporter
 from fastkd.recipe import AnyRecipe, Recipe, load_any_recipe
-from fastkd.run_folder import RunFolder, write_whole
+from fastkd.run_folder import RunFolder, disk_errors, write_whole
 
 _NAMED_LINES = 16
 # where in a summary the scores of a model stand
@@ -66,7 +66,8 @@ def write_report(run: RunFolder) -> None:
         *_score_section(heldout, summary.get("teacher")),
         f"<h2>Recipe</h2><pre>{html.escape(run.recipe.read_text(encoding='utf-8'))}</pre></html>",
     ]
-    write_whole(run.report, "\n".join(page))
+    with disk_errors(run.path):
+        write_whole(run.report, "\n".join(page))
 
 
 def _losses(summary: dict[str, Any]) -> Rows:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,13 +24,22 @@ from fastkd.layer_map import Moment
 from fastkd.material import Feed
 from fastkd.objective import Inputs
 from fastkd.recipe import AnyRecipe
+from fastkd.rehearsal import try_losses
 from fastkd.run_folder import RunFolder
+from fastkd.run_lock import held
 from fastkd.signals import stop_signals
 from fastkd.summary import judged_parts, summarise
 from fastkd.window import SMALLER, Window
 
 
-def distill(recipe: AnyRecipe, ranks: Ranks, *, resume: bool, reporter: Reporter) -> dict[str, Any]:
+def distill(
+    recipe: AnyRecipe,
+    ranks: Ranks,
+    *,
+    resume: bool,
+    reporter: Reporter,
+    claimed: Callable[[], None] | None = None,
+) -> dict[str, Any]:
     """Run a recipe from start to end, or continue it, and return its summary.
 
     Args:
@@ -38,26 +47,87 @@ def distill(recipe: AnyRecipe, ranks: Ranks, *, resume: bool, reporter: Reporter
         ranks: from `start_ranks`; every rank calls this.
         resume: continue the run in `run.output` where there is one; a finished one is left alone.
         reporter: what the user sees; silent on ranks other than 0.
+        claimed: called on rank 0 once all is checked, before anything is written to the folder.
 
     Raises:
         UserError: anything that the user can mend.
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
     """
     run = RunFolder(recipe.run.output)
-    finished = ranks.from_main(lambda: run.check(recipe, resume=resume))
-    if finished is not None:
-        reporter.say(f"{run.path} is finished; remove it to run again")
-        return finished
+    with hold_run(run, recipe, ranks, resume=resume, reporter=reporter) as finished:
+        if finished is not None:
+            return finished
+        return distill_held(recipe, ranks, reporter, claimed)
+
+
+def distill_held(
+    recipe: AnyRecipe,
+    ranks: Ranks,
+    reporter: Reporter,
+    claimed: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """As `distill`, of a folder that is held and whose run is not finished."""
+    run = RunFolder(recipe.run.output)
     started = time.perf_counter()
     assembly = assemble(recipe, ranks, progress=not reporter.console.quiet)
-    ranks.from_main(lambda: None if run.holds_run else run.create(recipe))
+    try_losses(assembly)
+
+    def claim() -> None:
+        if claimed is not None:
+            claimed()
+        run.create(recipe)
+
+    ranks.from_main(claim)
+    return _run(assembly, run, started, reporter)
+
+
+@contextmanager
+def hold_run(
+    run: RunFolder, recipe: AnyRecipe, ranks: Ranks, *, resume: bool, reporter: Reporter
+) -> Iterator[dict[str, Any] | None]:
+    """Keep other processes out of a run's folder while the context is open; collective.
+
+    Nothing stays of the folder where the run is not claimed meanwhile.
+
+    Args:
+        run: where the recipe writes to.
+        recipe: what is to be run there.
+        ranks: of which the first one holds the folder.
+        resume: whether a run may be there.
+        reporter: what the user sees.
+
+    Yields:
+        The summary of a run that is finished, else `None`.
+
+    Raises:
+        UserError: the folder is taken, in use, or holds a run of another recipe.
+    """
+
+    def enter() -> dict[str, Any] | None:
+        # a folder that is somebody else's is left as it is, without a lock in it
+        run.check_ours()
+        if not stack.enter_context(held(run.path)):
+            reporter.say(f"warning: {run.path} can't be locked; start nothing else that writes it")
+        finished = run.check(recipe, resume=resume)
+        run.tidy()
+        return finished
+
+    with ExitStack() as stack:
+        finished = ranks.from_main(enter)
+        if finished is not None:
+            reporter.say(f"{run.path} is finished; remove it to run again")
+        yield finished
+
+
+def _run(assembly: Assembly, run: RunFolder, started: float, reporter: Reporter) -> dict[str, Any]:
+    ranks, train = assembly.ranks, assembly.recipe.train
     introduce(assembly, reporter)
-    checkpoints = Checkpoints(run.checkpoints, ranks, recipe.train.keep_checkpoints)
+    checkpoints = Checkpoints(run.checkpoints, ranks, train.keep_checkpoints)
     feed = open_feed(assembly)
     step = _restore(assembly, checkpoints, feed, run, reporter)
     if step == 0:
         _evaluate(assembly, run, 0, reporter)
-    with _signals() as stop, reporter.steps(step, assembly.recipe.train.steps):
+    with _signals() as stop, reporter.steps(step, train.steps):
         _train(assembly, feed, checkpoints, run, step, reporter, stop)
     summary = summarise(assembly, run, time.perf_counter() - started)
     export_student(

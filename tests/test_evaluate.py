@@ -113,11 +113,14 @@ def test_runs_that_do_not_say_where_they_started_are_read_as_before(
 ) -> None:
     run = RunFolder(there / "tuned")
     said = json.loads(run.environment.read_text())
-    assert said["folder"] == str(there)
+    assert said["folder"] == [".."] and str(there) not in run.environment.read_text()
     assert load_any_recipe(run.recipe).model_dump()["task"]["source"] == "task"
     monkeypatch.chdir(tmp_path)
+    old = {"python": said["python"]}
     try:
-        for text in ({**said, "folder": "/nowhere"}, {"python": "3.11"}, None):
+        run.environment.write_text(json.dumps({**old, "folder": str(there)}))
+        assert run.started_in == there
+        for text in ({**old, "folder": "/nowhere"}, old, None):
             if text is None:
                 run.environment.unlink()
             else:

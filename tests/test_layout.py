@@ -15,7 +15,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS: tuple[set[str], ...] = (
     {"fastkd_kernels"},
-    {"errors", "layer_map", "recipe", "run_folder", "console", "metrics", "signals"},
+    {
+        "errors",
+        "layer_map",
+        "recipe",
+        "disk",
+        "run_lock",
+        "beginnings",
+        "surroundings",
+        "run_folder",
+        "console",
+        "metrics",
+        "signals",
+    },
     {
         "capture",
         "heads",
@@ -28,7 +40,17 @@ LEVELS: tuple[set[str], ...] = (
         "classifiers",
     },
     {"engine", "checkpoint", "export", "finite"},
-    {"material", "assemble", "evaluate", "introduction", "summary", "stages", "train", "window"},
+    {
+        "material",
+        "assemble",
+        "rehearsal",
+        "evaluate",
+        "introduction",
+        "summary",
+        "stages",
+        "train",
+        "window",
+    },
     {"report", "figures", "study", "similarity", "doctor"},
     {"cli", "__main__"},
 )

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 
-from fastkd.errors import UserError
+from fastkd.errors import DiskError, UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LOST = {errno.EROFS, errno.EIO, errno.ESTALE}
@@ -90,7 +90,7 @@ def settle(path: Path) -> None:
 def disk_errors(
     path: Path, then: str = "continue with --resume"
 ) -> AbstractContextManager[None, None]:
-    """Turn a disk that is full or lost, or a place that may not be used, into a `UserError`.
+    """Turn a disk that is full or lost, or a place that may not be used, into a `DiskError`.
 
     Args:
         path: what is written; errors of permission and kind count where they are of it, or below.
@@ -121,17 +121,17 @@ class _DiskErrors(AbstractContextManager[None, None]):
         place = self.path if inside or named is None else named
         reason = os.strerror(number) if number else "the file could not be written"
         if number in _FULL or number == 0:
-            raise UserError(
+            raise DiskError(
                 f"{place}: writing failed ({reason}); what was finished before is whole: free some "
                 f"space and {self.then}"
             ) from error
         if number in _LOST:
-            raise UserError(
+            raise DiskError(
                 f"{place}: the disk failed ({reason}); what was finished before is whole: see that "
                 f"it can be written to again and {self.then}"
             ) from error
         if number is not None and inside:
-            raise UserError(
+            raise DiskError(
                 f"{named} can't be used ({reason}); see that it is of the right kind and that you "
                 f"may read and write it, then {self.then}"
             ) from error

@@ -27,7 +27,7 @@ from fastkd.recipe import AnyRecipe
 from fastkd.rehearsal import try_losses
 from fastkd.run_folder import RunFolder
 from fastkd.run_lock import held
-from fastkd.signals import stop_signals
+from fastkd.signals import Signalled, stop_signals
 from fastkd.summary import judged_parts, summarise
 from fastkd.window import SMALLER, Window
 
@@ -319,12 +319,12 @@ def _write_events(assembly: Assembly, record: dict[str, Any]) -> None:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM while the context is open; a second SIGINT ends at once."""
+    """Collect what asks for an end while the context is open; a second SIGINT ends at once."""
     received: list[int] = []
 
     def note(number: int) -> None:
         if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Signalled(number)
         received.append(number)
 
     with stop_signals(note):

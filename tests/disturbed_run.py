@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastkd import checkpoint, engine, train
+from fastkd import assemble, checkpoint, engine, train
 from fastkd.cli import main
 
 # more bytes than metrics take, fewer than the weights of a tiny student
@@ -29,6 +29,10 @@ def _die() -> None:
 
 def _press_ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
+
+
+def _stop_by(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
 
 
 def _fill_disk() -> None:
@@ -107,6 +111,19 @@ MOMENTS: dict[str, Callable[[], None]] = {
     # the first call tries the losses, and 78 held-out blocks are 10 parts
     "teacher overflows in the evaluation": lambda: _overflow_from(2),
     "teacher overflows in step 2": lambda: _overflow_from(13),
+    "SIGINT while models load": lambda: _at_call(
+        1, assemble, "load_teacher", _stop_by(signal.SIGINT)
+    ),
+    "SIGTERM while models load": lambda: _at_call(
+        1, assemble, "load_teacher", _stop_by(signal.SIGTERM)
+    ),
+    "SIGHUP while data loads": lambda: _at_call(
+        1, assemble, "make_material", _stop_by(signal.SIGHUP)
+    ),
+    "SIGTERM in the export": lambda: _at_call(1, train, "export_student", _stop_by(signal.SIGTERM)),
+    "SIGHUP in step 3": lambda: _at_call(3, train, "train_step", _stop_by(signal.SIGHUP)),
+    "killed while models load": lambda: _at_call(1, assemble, "load_teacher", _die),
+    "stuck in step 3": lambda: _at_call(3, train, "train_step", _stop_by(signal.SIGSTOP)),
     "disk full from step 3": lambda: _at_call(3, train, "train_step", _fill_disk),
 }
 

@@ -39,7 +39,7 @@ LEVELS: tuple[set[str], ...] = (
         "tasks",
         "classifiers",
     },
-    {"engine", "checkpoint", "export", "finite"},
+    {"engine", "checkpoint", "export", "finite", "peers"},
     {
         "material",
         "assemble",
@@ -68,7 +68,7 @@ PACKAGES: tuple[set[str], ...] = (
         "rich",
         "sklearn",
     },
-    {"torch", "transformers", "safetensors", "deepspeed"},
+    {"torch", "transformers", "safetensors", "deepspeed", "psutil"},
     {"torch", "transformers", "yaml"},
     {"torch", "numpy", "pydantic", "rich", "scipy", "matplotlib", "psutil", "optuna"},
     {"typer", "transformers"},

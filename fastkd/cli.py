@@ -198,7 +198,7 @@ def doctor(
 def main() -> None:
     """Entry point of the `fastkd` command."""
     try:
-        with signals_raised():
+        with signals_raised(), disk_errors(None, "run the command again"):
             app(prog_name="fastkd")
     except DiskError as error:
         _fail(str(error), 2, alone=True)

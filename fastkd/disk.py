@@ -88,12 +88,13 @@ def settle(path: Path) -> None:
 
 
 def disk_errors(
-    path: Path, then: str = "continue with --resume"
+    path: Path | None, then: str = "continue with --resume"
 ) -> AbstractContextManager[None, None]:
     """Turn a disk that is full or lost, or a place that may not be used, into a `DiskError`.
 
     Args:
-        path: what is written; errors of permission and kind count where they are of it, or below.
+        path: what is written; errors of permission and kind count where they are of it, or below,
+            and nowhere if it is `None`.
         then: what to do once the disk is mended.
     """
     return _DiskErrors(path, then)
@@ -103,7 +104,7 @@ class _DiskErrors(AbstractContextManager[None, None]):
     """A class, because it looks at what passes and catches nothing else: tokenizers raises a bare
     `Exception` where it can't write, safetensors one of its own and torch a `RuntimeError`."""
 
-    def __init__(self, path: Path, then: str) -> None:
+    def __init__(self, path: Path | None, then: str) -> None:
         self.path = path
         self.then = then
 
@@ -118,7 +119,7 @@ class _DiskErrors(AbstractContextManager[None, None]):
         number = _number(error)
         named = getattr(error, "filename", None)
         inside = isinstance(named, str | os.PathLike) and self._holds(named)
-        place = self.path if inside or named is None else named
+        place = (self.path or "the disk") if inside or named is None else named
         reason = os.strerror(number) if number else "the file could not be written"
         if number in _FULL or number == 0:
             raise DiskError(
@@ -137,21 +138,25 @@ class _DiskErrors(AbstractContextManager[None, None]):
             ) from error
 
     def _holds(self, name: str | os.PathLike[str]) -> bool:
+        if self.path is None:
+            return False
         return Path(os.path.abspath(name)).is_relative_to(os.path.abspath(self.path))
 
 
 def _number(error: BaseException) -> int | None:
     """The operating system's number of an error, 0 for a write that failed without one, `None` for
     an error of another kind."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     text = str(error)
-    # libraries in Rust
-    found = re.search(r"\(os error (\d+)\)", text)
+    # libraries in Rust, and shutil, which gathers errors of several files in one
+    found = re.search(r"\(os error (\d+)\)", text) or (
+        re.search(r"\[Errno (\d+)\]", text) if isinstance(error, OSError) else None
+    )
     if found:
         return int(found[1])
     if isinstance(error, RuntimeError) and (
         "PytorchStreamWriter" in text or "inline_container" in text
     ):
         return 0
-    return None
+    return None if error.__cause__ is None else _number(error.__cause__)

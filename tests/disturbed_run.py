@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from fastkd import assemble, checkpoint, engine, train
+from fastkd import assemble, checkpoint, engine, report, train
 from fastkd.cli import main
+from fastkd.export import student
 
 # more bytes than metrics take, fewer than the weights of a tiny student
 FILE_LIMIT = 20_000
@@ -35,9 +38,9 @@ def _stop_by(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
-def _fill_disk() -> None:
+def _fill_disk(limit: int = FILE_LIMIT) -> None:
     # the operating system then fails every writer, whatever library it is in
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, FILE_LIMIT))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def _at_call(
@@ -125,6 +128,15 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "killed while models load": lambda: _at_call(1, assemble, "load_teacher", _die),
     "stuck in step 3": lambda: _at_call(3, train, "train_step", _stop_by(signal.SIGSTOP)),
     "disk full from step 3": lambda: _at_call(3, train, "train_step", _fill_disk),
+    "disk full in the export": lambda: _at_call(1, train, "export_student", _fill_disk),
+    "disk full as the tokenizer is written": lambda: _at_call(
+        1, PreTrainedTokenizerBase, "save_pretrained", lambda: _fill_disk(1000)
+    ),
+    "disk full as projections are written": lambda: _at_call(
+        1, student, "save_file", lambda: _fill_disk(1000)
+    ),
+    "disk full as the student is copied": lambda: _at_call(1, shutil, "copytree", _fill_disk),
+    "disk full in the report": lambda: _at_call(1, report, "html_table", lambda: _fill_disk(1000)),
 }
 
 if __name__ == "__main__":

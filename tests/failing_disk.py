@@ -1,9 +1,9 @@
 """Run a recipe on a disk that fails from one of its writes on, then mend the disk and resume.
 
-Used as `python failing_disk.py recipe.yaml ERRNO NUMBERS`, as in `28 [1,2,3]` or `28 count`; prints
-JSON: how many openings, renamings and makings a run has, or of each number what the user was told
-and whether the run was finished afterwards. What libraries in C++ and Rust write is seen by nobody
-here: for those there is a limit on the size of files in `disturbed_run.py`.
+Used as `python failing_disk.py recipe.yaml ERRNO FIRST EVERY`: the openings, renamings and makings
+of the run are counted, and it is tried with each of those from FIRST on in steps of EVERY. Prints
+JSON: of each what the user was told, and what a resumed run came to. What libraries in C++ and Rust
+write is seen by nobody here: for those `disturbed_run.py` limits the size of files.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _writes(arguments: tuple[Any, ...]) -> bool:
 
 
 def attempt(recipe_path: str, output: Path, ranks: Ranks) -> str:
-    """`finished`, the line that the user sees, or a whole trace."""
+    """`finished`, the line that the user sees, or a whole trace, whatever it is of."""
     recipe = load_any_recipe(recipe_path, [f"run.output={output}"])
     try:
         with disk_errors(output):
@@ -76,19 +76,22 @@ def attempt(recipe_path: str, output: Path, ranks: Ranks) -> str:
 
 
 def main() -> None:
-    """Count, or try every number."""
-    path, number, given = sys.argv[1:]
+    """Count, and try."""
+    path, number, first, every = sys.argv[1], *map(int, sys.argv[2:])
     ranks = start_ranks()
-    disk, found = Disk(int(number)), []
-    base = Path(path).parent
-    for at in [0] if given == "count" else json.loads(given):
-        output = base / f"failing-{number}-{at}"
-        disk.writes, disk.fails_from, disk.folder = 0, at or None, str(output)
+    disk, found = Disk(number), {}
+    base = Path(path).parent / "counted"
+    disk.folder = str(base)
+    assert attempt(path, base, ranks) == "finished"
+    writes = disk.writes
+    for at in range(first, writes + 1, every):
+        output = base.with_name(f"failing-{number}-{at}")
+        disk.writes, disk.fails_from, disk.folder = 0, at, str(output)
         said = attempt(path, output, ranks)
         disk.folder = ""
-        found.append((said, said if said == "finished" else attempt(path, output, ranks)))
+        found[at] = (said, attempt(path, output, ranks))
     stop_ranks()
-    print(json.dumps(disk.writes if given == "count" else found))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -236,6 +237,31 @@ def test_errors_of_other_places_and_kinds_pass(tmp_path: Path) -> None:
     for error in (FileNotFoundError(2, "x", "/elsewhere"), ValueError("x"), KeyboardInterrupt()):
         with pytest.raises(type(error)), disk_errors(tmp_path):
             raise error
+
+
+def _caused(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+FULL = [
+    OSError(errno.EDQUOT, "x", "/elsewhere/cache"),
+    shutil.Error([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'")]),
+    # tokenizers, safetensors, torch and whoever wraps them
+    Exception("No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:626] . unexpected pos 64 vs 0"),
+    _caused(ValueError("can't write"), OSError(errno.ENOSPC, "x")),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_a_full_disk_is_known_in_whatever_form_it_comes(
+    error: BaseException, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="writing failed") as refused, disk_errors(tmp_path):
+        raise error
+    where = "/elsewhere/cache" if error is FULL[0] else str(tmp_path)
+    assert str(refused.value).startswith(f"{where}: ")
 
 
 def test_permissions_are_those_of_the_umask(tmp_path: Path) -> None:

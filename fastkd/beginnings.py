@@ -13,6 +13,7 @@ from fastkd.run_lock import LOCK
 FILES = (
     "recipe.yaml",
     "environment.json",
+    "models.json",
     "metrics.jsonl",
     "projections.safetensors",
     "summary.json",

@@ -114,12 +114,14 @@ def evaluate(
     from fastkd.console import Reporter
     from fastkd.engine import start_ranks, stop_ranks
     from fastkd.evaluate import evaluate_run
+    from fastkd.peers import lost_ranks
     from fastkd.report import print_evaluation
     from fastkd.run_folder import RunFolder, write_whole
 
     ranks = start_ranks()
     try:
-        result = evaluate_run(RunFolder(run), overrides or [], ranks)
+        with lost_ranks(ranks.peers, ranks.rank, "start all ranks again"):
+            result = evaluate_run(RunFolder(run), overrides or [], ranks)
         print_evaluation(result.as_dict(), Reporter(silent=not ranks.is_main))
         if output is not None and ranks.is_main:
             with disk_errors(output.parent, "give another --output"):

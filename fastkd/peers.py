@@ -86,12 +86,15 @@ def meet() -> tuple[Peer, ...]:
 
 
 @contextmanager
-def lost_ranks(peers: Sequence[Peer], rank: int) -> Iterator[None]:
+def lost_ranks(
+    peers: Sequence[Peer], rank: int, then: str = "start all ranks again with --resume to continue"
+) -> Iterator[None]:
     """Say in one line which rank was lost where a collective failed.
 
     Args:
         peers: from `meet`; nobody can be lost where there are none.
         rank: this one.
+        then: how to go on.
 
     Raises:
         LostRank: naming the rank as far as it is known, and how to go on.
@@ -104,13 +107,13 @@ def lost_ranks(peers: Sequence[Peer], rank: int) -> Iterator[None]:
             raise
         # the launcher now ends all ranks, this one too
         with stop_signals(lambda _number: None):
-            raise LostRank(_said(others, rank, str(error))) from error
+            raise LostRank(_said(others, rank, str(error), then)) from error
     except Signalled as error:
         # the launcher may be the first to see that a rank is gone
         with stop_signals(lambda _number: None):
             if not any(peer.is_gone for peer in others):
                 raise
-            raise LostRank(_said(others, rank, "")) from error
+            raise LostRank(_said(others, rank, "", then)) from error
 
 
 def _is_of_group(error: RuntimeError) -> bool:
@@ -118,9 +121,8 @@ def _is_of_group(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo/" in text or "NCCL" in text
 
 
-def _said(others: Sequence[Peer], rank: int, error: str) -> str:
+def _said(others: Sequence[Peer], rank: int, error: str, then: str) -> str:
     of = f"rank {rank} of {len(others) + 1}"
-    how = "start all ranks again with --resume to continue"
     deadline = time.monotonic() + _GONE_WITHIN_SECONDS
     gone = [peer for peer in others if peer.is_gone]
     while not gone and time.monotonic() < deadline:
@@ -128,8 +130,10 @@ def _said(others: Sequence[Peer], rank: int, error: str) -> str:
         gone = [peer for peer in others if peer.is_gone]
     if gone:
         verb = "are" if len(gone) > 1 else "is"
-        return f"{of}: {', '.join(map(str, gone))} {verb} gone; {how}"
+        return f"{of}: {', '.join(map(str, gone))} {verb} gone; {then}"
     there = ", ".join(map(str, others))
     if "timed out" in error.lower() or "timeout" in error.lower():
-        return f"{of}: no answer in time from {there}; end what hangs and {how}, or raise {TIMEOUT}"
-    return f"{of}: the connection to another rank was lost ({there}); {how}"
+        return (
+            f"{of}: no answer in time from {there}; end what hangs and {then}, or raise {TIMEOUT}"
+        )
+    return f"{of}: the connection to another rank was lost ({there}); {then}"

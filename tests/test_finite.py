@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import make_recipe, refused_variants, run_command, run_script
 from tiny_training import fastkd, save_classifier, save_encoder, write_recipe, write_task
 
-from fastkd.engine import Ranks
-from fastkd.finite import broken_weights, first_broken
+from fastkd.engine import NoTeacher, Ranks
+from fastkd.finite import blame, broken_weights, first_broken
 from fastkd.summary import worsened
 
 
@@ -154,6 +154,10 @@ def test_what_got_worse() -> None:
     ]
     assert worsened(two, one) == worsened(one, one) == []
     assert worsened({"total": 1.0}, {"total": 1.0 + 1e-7}) == []
+
+
+def test_a_run_without_a_teacher_blames_its_model() -> None:
+    assert blame(None, NoTeacher(), "do this") == "the model made it; do this"
 
 
 def test_numbers_are_found_by_name() -> None:

@@ -16,6 +16,7 @@ from fastkd.classifiers import check_start, fit_classifier, load_tuned, name_out
 from fastkd.deepspeed_config import BatchPlan, check_monitor, plan_batches, student_config
 from fastkd.engine import DistilledStudent, NoTeacher, Ranks, TeacherRunner, make_engine
 from fastkd.errors import UserError
+from fastkd.finite import check_weights
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.material import Material, TaskMaterial, make_material, task_of
 from fastkd.models import (
@@ -95,11 +96,46 @@ def assemble(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Assem
     return _finetuning(recipe, plan, config, ranks, progress)
 
 
+@dataclass
+class Parts:
+    """What a distillation is made of, before anything stands in an engine."""
+
+    recipe: Recipe
+    material: Material
+    tokenizer: PreTrainedTokenizerBase
+    layers: LayerMap
+    initialisation: Initialisation
+    module: DistilledStudent
+    teacher: PreTrainedModel
+    handed_on: dict[str, Any]
+
+
 def _distillation(
     recipe: Recipe, plan: BatchPlan, config: dict[str, Any], ranks: Ranks, progress: bool
 ) -> Assembly:
+    parts = gather(recipe, ranks, progress=progress)
+    recipe, module = parts.recipe, parts.module
+    return Assembly(
+        recipe,
+        ranks,
+        plan,
+        parts.material,
+        parts.tokenizer,
+        parts.layers,
+        parts.initialisation,
+        module,
+        TeacherRunner(parts.teacher, recipe, module.objective, ranks),
+        _engine(module, recipe, config, ranks),
+        recipe.teacher,
+        parts.handed_on,
+    )
+
+
+def gather(recipe: Recipe, ranks: Ranks, *, progress: bool) -> Parts:
+    """Load, build and check the parts of a distillation, on the CPU; as `assemble`."""
     task = None if recipe.task is None else task_of(recipe.task)
     teacher = load_teacher(recipe.teacher, recipe.student.head)
+    check_weights(teacher, f"teacher.model {recipe.teacher.model}")
     if task is not None:
         fit_classifier(teacher, task, f"teacher.model {recipe.teacher.model}")
         check_start(recipe.student, task)
@@ -109,6 +145,7 @@ def _distillation(
     layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
     student, initialisation = build_student(teacher, recipe.student, layers)
     start = recipe.student.starts_from
+    check_weights(student, f"student.init {recipe.student.init}")
     if start is not None:
         check_same_vocabulary(start, f"student.init {start.model}", tokenizer)
     if task is not None:
@@ -123,22 +160,7 @@ def _distillation(
     if recipe.student.head == "sequence_classification":
         handed_on |= pad_alike(material, tokenizer, student, teacher)
     module = DistilledStudent(student, objective)
-    runner = TeacherRunner(teacher, recipe, objective, ranks)
-    engine = _engine(module, recipe, config, ranks)
-    return Assembly(
-        recipe,
-        ranks,
-        plan,
-        material,
-        tokenizer,
-        layers,
-        initialisation,
-        module,
-        runner,
-        engine,
-        recipe.teacher,
-        handed_on,
-    )
+    return Parts(recipe, material, tokenizer, layers, initialisation, module, teacher, handed_on)
 
 
 def _finetuning(
@@ -148,6 +170,7 @@ def _finetuning(
     source = recipe.model.source
     tuned = load_tuned(recipe.model, task)
     model = tuned.model
+    check_weights(model, f"model.name {source.model}")
     try_model(model, recipe.task.max_length, "task.max_length", attention=False, hidden=False)
     tokenizer = load_tokenizer(source, vocabulary_size(model))
     material = make_material(recipe, tokenizer, model.config, ranks, progress=progress)

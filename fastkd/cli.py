@@ -1,6 +1,7 @@
 """The command line: `fastkd distill | finetune | evaluate | study | inspect | doctor`.
 
-A mistake that the user can mend is one line on stderr and exit code 2; an interrupted run is 130.
+A mistake that the user can mend is one line on stderr and exit code 2; a run that was interrupted,
+by whatever signal, is 130, and one that lost another rank is 1.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from fastkd.errors import Interrupted, UserError
+from fastkd.disk import disk_errors
+from fastkd.errors import DiskError, Interrupted, LostRank, UserError
 from fastkd.recipe import AnyRecipe, load_any_recipe, load_finetune_recipe, load_recipe
+from fastkd.signals import Signalled, signals_raised
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -77,17 +80,21 @@ def _run(recipe: AnyRecipe, resume: bool) -> None:
     _quieten()
     from fastkd.console import Reporter
     from fastkd.engine import start_ranks, stop_ranks
+    from fastkd.peers import lost_ranks
     from fastkd.report import print_summary, write_report
-    from fastkd.stages import run_recipe, stage_folders
+    from fastkd.stages import run_recipe
 
     ranks = start_ranks()
     reporter = Reporter(silent=not ranks.is_main)
     try:
-        summary = run_recipe(recipe, ranks, resume=resume, reporter=reporter)
-        if ranks.is_main:
-            for folder in stage_folders(recipe):
-                write_report(folder)
-            print_summary(summary, reporter)
+        with disk_errors(Path(recipe.run.output)), lost_ranks(ranks.peers, ranks.rank):
+            summary = run_recipe(
+                recipe, ranks, resume=resume, reporter=reporter, report=write_report
+            )
+            if ranks.is_main:
+                print_summary(summary, reporter)
+    except Signalled as error:
+        raise Interrupted(f"stopped by {error}; continue with --resume") from error
     finally:
         stop_ranks()
 
@@ -107,15 +114,18 @@ def evaluate(
     from fastkd.console import Reporter
     from fastkd.engine import start_ranks, stop_ranks
     from fastkd.evaluate import evaluate_run
+    from fastkd.peers import lost_ranks
     from fastkd.report import print_evaluation
     from fastkd.run_folder import RunFolder, write_whole
 
     ranks = start_ranks()
     try:
-        result = evaluate_run(RunFolder(run), overrides or [], ranks)
+        with lost_ranks(ranks.peers, ranks.rank, "start all ranks again"):
+            result = evaluate_run(RunFolder(run), overrides or [], ranks)
         print_evaluation(result.as_dict(), Reporter(silent=not ranks.is_main))
         if output is not None and ranks.is_main:
-            write_whole(output, json.dumps(result.as_dict(), indent=2) + "\n")
+            with disk_errors(output.parent, "give another --output"):
+                write_whole(output, json.dumps(result.as_dict(), indent=2) + "\n")
     finally:
         stop_ranks()
 
@@ -190,16 +200,23 @@ def doctor(
 def main() -> None:
     """Entry point of the `fastkd` command."""
     try:
-        app(prog_name="fastkd")
+        with signals_raised(), disk_errors(None, "run the command again"):
+            app(prog_name="fastkd")
+    except DiskError as error:
+        _fail(str(error), 2, alone=True)
     except UserError as error:
         _fail(str(error), 2)
     except Interrupted as error:
         _fail(str(error), 130)
+    except Signalled as error:
+        _fail(f"stopped by {error}", 130)
+    except LostRank as error:
+        _fail(str(error), 1, alone=True)
 
 
-def _fail(message: str, code: int) -> None:
-    # with several ranks all fail alike, one speaks
-    if os.environ.get("RANK", "0") == "0":
+def _fail(message: str, code: int, *, alone: bool = False) -> None:
+    # with several ranks most fail alike, and one speaks
+    if alone or os.environ.get("RANK", "0") == "0":
         print(f"fastkd: {message}", file=sys.stderr)
     raise SystemExit(code)
 

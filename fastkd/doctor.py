@@ -20,7 +20,7 @@ from fastkd.console import Reporter
 from fastkd.engine import NoTeacher, Ranks
 from fastkd.evaluate import peak_memory
 from fastkd.recipe import AnyRecipe, Recipe, stage_recipes
-from fastkd.run_folder import environment
+from fastkd.surroundings import environment
 from fastkd.train import open_feed, train_step
 
 _TIMED_STEPS = 3

@@ -8,7 +8,6 @@ rank, or a second ZeRO-3 engine without an optimiser.
 
 from __future__ import annotations
 
-import datetime
 import logging
 import os
 import sys
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from transformers import PreTrainedModel, get_scheduler
 
 from fastkd.capture import Capture, at_depth, capture, no_cache
@@ -27,6 +27,7 @@ from fastkd.deepspeed_config import teacher_config
 from fastkd.errors import UserError
 from fastkd.heads import last_hidden_state, last_layer
 from fastkd.objective import Inputs, LogitsTerm, Objective, model_inputs
+from fastkd.peers import Peer, default_timeout, meet, rank_timeout
 from fastkd.recipe import Recipe, Train
 
 T = TypeVar("T")
@@ -39,6 +40,8 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    peers: tuple[Peer, ...] = ()
+    """The processes of all, where there are several."""
 
     @property
     def is_main(self) -> bool:
@@ -82,6 +85,9 @@ def start_ranks() -> Ranks:
     """Join the process group of the launcher, or make one of a single process.
 
     `torchrun` and `deepspeed` set RANK; without a launcher an in-memory store needs no port.
+
+    Raises:
+        UserError: the environment gives a timeout that is none, see `fastkd.peers`.
     """
     gpu = torch.cuda.is_available()
     if not gpu:
@@ -100,12 +106,22 @@ def start_ranks() -> Ranks:
     if not dist.is_initialized():
         backend = "nccl" if gpu else "gloo"
         if "RANK" in os.environ:
-            # the others wait while rank 0 tokenises a corpus
-            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+            _wait_as_told()
+            dist.init_process_group(backend, timeout=default_timeout())
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    peers = meet() if dist.get_world_size() > 1 else ()
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, peers)
+
+
+def _wait_as_told() -> None:
+    """Let the groups that DeepSpeed makes wait as long as the environment says: it gives them no
+    time of their own, and torch takes its default then."""
+    given = rank_timeout()
+    if given is not None:
+        for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+            setattr(distributed_c10d, name, given)
 
 
 def stop_ranks() -> None:

@@ -5,8 +5,16 @@ class UserError(ValueError):
     """Bad input, exit code 2. The message says what was given, what was expected, what to do."""
 
 
+class DiskError(UserError):
+    """A disk that failed this process: of several ranks perhaps one alone, which must say so."""
+
+
 class Interrupted(Exception):
-    """A run was asked to stop and wrote a checkpoint first, exit code 130."""
+    """A run was asked to stop, exit code 130; while it trains it writes a checkpoint first."""
+
+
+class LostRank(Exception):
+    """Another rank is gone or hangs, exit code 1."""
 
 
 def one_line(error: Exception, length: int | None = 200) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedModel
@@ -20,6 +20,7 @@ from fastkd.deepspeed_config import plan_batches
 from fastkd.engine import DistilledStudent, NoTeacher, Ranks, TeacherRunner
 from fastkd.errors import UserError
 from fastkd.export import load_projections
+from fastkd.finite import blame, first_broken, teacher_fault
 from fastkd.heads import overheard
 from fastkd.layer_map import Moment, make_layer_map
 from fastkd.material import Material, Part, TaskMaterial, make_material, task_of
@@ -30,6 +31,8 @@ from fastkd.run_folder import RunFolder
 
 # a step's forward: (inputs) or (inputs, teacher's capture, shares)
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+_REMEDY = "train it with a smaller train.learning_rate, in another run.output"
 
 # what an evaluation may replace
 _REPLACEABLE = ("data", "task", "teacher", "train", "student.attention", "model.attention")
@@ -76,6 +79,9 @@ def evaluate(
         micro_batch_size: blocks or examples in one forward pass.
         ranks: a forward pass may be collective, so every rank makes equally many.
         judge_teacher: whether to judge the teacher's outputs too, where they have a score.
+
+    Raises:
+        UserError: a number that is not finite, with who made it.
     """
     parts = list(material.heldout(micro_batch_size, ranks))
     whole = ranks.sum(sum_divisors(objective, parts).to(ranks.device)).clamp(min=1)
@@ -98,8 +104,19 @@ def evaluate(
             if theirs and of_teacher:
                 of_teacher.add(part.rows, theirs.output, None)
     by_label = dict(zip(objective.labels, ranks.sum(losses).tolist(), strict=True))
+
+    def refuse(name: str) -> NoReturn:
+        batches = (move(part.inputs, ranks) for part in parts)
+        said = blame(teacher_fault(teacher, batches, ranks), teacher, _REMEDY)
+        raise UserError(f"held out: {name} is not finite: {said}")
+
+    if broken := first_broken(by_label):
+        refuse(f"loss {broken}")
     found = of_teacher.results(ranks) if of_teacher else None
-    return Evaluation(by_label, objective.total(by_label), judge.results(ranks), found)
+    result = Evaluation(by_label, objective.total(by_label), judge.results(ranks), found)
+    if broken := first_broken(result.as_dict()):
+        refuse(broken)
+    return result
 
 
 def sum_divisors(objective: Objective, parts: Sequence[Part]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from fastkd.console import Reporter
 from fastkd.recipe import AnyRecipe, Recipe, load_any_recipe
-from fastkd.run_folder import RunFolder, write_whole
+from fastkd.run_folder import RunFolder, disk_errors, write_whole
 
 _NAMED_LINES = 16
 # where in a summary the scores of a model stand
@@ -66,7 +66,8 @@ def write_report(run: RunFolder) -> None:
         *_score_section(heldout, summary.get("teacher")),
         f"<h2>Recipe</h2><pre>{html.escape(run.recipe.read_text(encoding='utf-8'))}</pre></html>",
     ]
-    write_whole(run.report, "\n".join(page))
+    with disk_errors(run.path):
+        write_whole(run.report, "\n".join(page))
 
 
 def _losses(summary: dict[str, Any]) -> Rows:
@@ -132,9 +133,12 @@ def _facts(summary: dict[str, Any]) -> Rows:
             f"{summary['train_examples']:,} examples in {steps}, "
             f"{summary['train_examples'] / summary['task_examples']:.2f} passes"
         )
+    # summaries of fastkd 0.1 don't say
+    worse = "; ".join(summary.get("worse", []))
     return [
         ("trained on", trained),
         ("held out", _heldout(summary["after"])),
+        *([("worse than before", worse)] if worse else []),
         (
             f"peak memory of the {summary['peak_memory_of']}",
             f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB",

@@ -7,25 +7,22 @@ that it did not make, and a reader never sees half of a file.
 
 from __future__ import annotations
 
-import errno
 import glob
-import importlib.metadata
 import json
 import os
-import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from fastkd.beginnings import FILES, FOLDERS, holds_beginnings, kind_of
 from fastkd.continuation import difference, in_force, longer, why_not_longer
+from fastkd.disk import disk_errors, sweep, sync_folder, write_whole
 from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, dump_recipe, load_any_recipe, parse_any_recipe
+from fastkd.surroundings import environment, start_of, started_from
 
-_PACKAGES = ("fastkd", "torch", "triton", "transformers", "datasets", "deepspeed", "numpy")
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+__all__ = ["RunFolder", "disk_errors", "sync_folder", "write_whole"]
 
 # fields that name files and folders, or something on the hub
 _PLACES = (
@@ -41,6 +38,8 @@ _PLACES = (
     "task.augmentation.glove",
     "task.augmentation.synonyms",
 )
+
+_ELSEWHERE = "try again, or give a run.output that you may write to"
 
 
 class RunFolder:
@@ -62,46 +61,37 @@ class RunFolder:
         """Whether a run was started here."""
         return self.recipe.is_file()
 
-    def check_free(self) -> None:
-        """See that a run could start here.
+    def check_ours(self) -> None:
+        """See that a run is here, or could start: what one that was killed as it began left is no
+        bar.
 
         Raises:
-            UserError: the folder holds something already, or can't be looked at.
+            UserError: the folder holds something else, or can't be looked at.
         """
-        if self.holds_run:
-            raise UserError(
-                f"{self.path} already holds a run; continue it with --resume, "
-                "or give another folder with run.output=..."
-            )
-        with self._folder_errors():
-            taken = self.path.exists() and any(self.path.iterdir())
-        if taken:
-            raise UserError(f"{self.path} is not empty and holds no run; give another run.output")
+        with disk_errors(self.path, _ELSEWHERE):
+            # a link to a folder is one, a link to nothing isn't
+            there = os.path.lexists(self.path)
+            if there and not self.holds_run and not holds_beginnings(self.path):
+                raise UserError(
+                    f"{self.path} is not empty and holds no run; give another run.output"
+                )
 
     def create(self, recipe: AnyRecipe) -> None:
-        """Start a run here.
+        """Start a run here; nothing is done where that was done before.
 
         Raises:
             UserError: the folder can't be made or written to.
         """
-        with disk_errors(self.path), self._folder_errors():
+        with disk_errors(self.path, _ELSEWHERE):
             self.path.mkdir(parents=True, exist_ok=True)
-            found = {**environment(), "folder": str(Path.cwd())}
-            write_whole(self.environment, json.dumps(found, indent=2) + "\n")
-            # last, because it is what makes the folder a run
-            write_whole(self.recipe, dump_recipe(recipe))
-
-    @contextmanager
-    def _folder_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno in _DISK:
-                raise
-            raise UserError(
-                f"run.output {self.path} can't be used ({error.strerror}); give a folder that you "
-                "may write to"
-            ) from error
+            fresh = not self.holds_run
+            if fresh:
+                # first, because it is what makes the folder a run
+                write_whole(self.recipe, dump_recipe(recipe))
+            # of a run that has steps behind it nobody knows where it was started
+            if fresh or not (self.environment.exists() or self.metrics.exists()):
+                found = {**environment(), **start_of(self.path)}
+                write_whole(self.environment, json.dumps(found, indent=2) + "\n")
 
     def begin(self, recipe: AnyRecipe, *, resume: bool) -> dict[str, Any] | None:
         """Start a run here or continue it; the summary if it is finished.
@@ -110,7 +100,7 @@ class RunFolder:
             UserError: the folder is taken, or holds a run of another recipe.
         """
         finished = self.check(recipe, resume=resume)
-        if finished is None and not self.holds_run:
+        if finished is None:
             self.create(recipe)
         return finished
 
@@ -120,11 +110,49 @@ class RunFolder:
         Raises:
             UserError: the folder is taken, or holds a run of another recipe.
         """
-        if not (resume and self.holds_run):
-            self.check_free()
-            return None
-        self.check_continues(recipe)
-        return None if self.longer(recipe) else self.read_summary()
+        self.check_ours()
+        with disk_errors(self.path, _ELSEWHERE):
+            if not self.holds_run:
+                return None
+            if not resume:
+                raise UserError(
+                    f"{self.path} already holds a run; continue it with --resume, "
+                    "or give another folder with run.output=..."
+                )
+            self._check_kinds()
+            self.check_continues(recipe)
+            return None if self.longer(recipe) else self.read_summary()
+
+    def tidy(self) -> None:
+        """Remove what killed processes left half-made; for the process that holds the folder."""
+        with disk_errors(self.path):
+            sweep(self.path, *FILES, self.student.name)
+            # as fastkd 0.1 called it
+            if self.holds_run:
+                shutil.rmtree(self.path / ".student", ignore_errors=True)
+            sweep(self.checkpoints, "latest")
+            for checkpoint in self.checkpoints.glob("step-*"):
+                sweep(checkpoint, "manifest.json")
+
+    def _check_kinds(self) -> None:
+        """See that files are files and folders folders, and none a link to elsewhere.
+
+        Raises:
+            UserError: naming the first that isn't.
+        """
+        inside = sorted(self.path.iterdir())
+        folders = [p for p in inside if FOLDERS.fullmatch(p.name)]
+        files = [p for p in inside if p.name in FILES]
+        # a link in place of it would be followed
+        if self.checkpoints in folders and not self.checkpoints.is_symlink():
+            folders += sorted(self.checkpoints.glob("step-*"))
+        for path, wanted in [(p, "folder") for p in folders] + [(p, "file") for p in files]:
+            found = kind_of(path)
+            if found != wanted:
+                raise UserError(
+                    f"{path} is a {found}, expected a {wanted}; move it away, or give another "
+                    "run.output"
+                )
 
     def check_continues(self, recipe: AnyRecipe) -> None:
         """Refuse to continue a run under a recipe that would change its result.
@@ -172,10 +200,8 @@ class RunFolder:
         """The working folder that the run was started from, if it is known and still there."""
         if not self.environment.is_file():
             return None
-        # runs of fastkd 0.1 don't say
         found = _parsed(self.environment.read_bytes(), f"{self.environment}", "put it back")
-        folder = found.get("folder")
-        return Path(folder) if folder and Path(folder).is_dir() else None
+        return started_from(self.path, found)
 
     def read_recipe(self, overrides: Sequence[str] = ()) -> AnyRecipe:
         """The recipe of the run; its relative paths are those of the folder it was started from.
@@ -215,8 +241,9 @@ class RunFolder:
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of steps after `step`, which will be run again."""
-        kept = [record for record in self.read_metrics() if record["step"] <= step]
-        write_whole(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        with disk_errors(self.path):
+            kept = [record for record in self.read_metrics() if record["step"] <= step]
+            write_whole(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""
@@ -235,66 +262,6 @@ class RunFolder:
         return _parsed(self.summary.read_bytes(), f"{self.summary}", remedy)
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware that a result depends on."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "python": platform.python_version(),
-        "packages": found,
-        "gpu": gpu,
-        "cuda": torch.version.cuda,
-        "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-    }
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file in one step: readers see the old one or the new one, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames inside a folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk into a `UserError` that says what is safe.
-
-    torch's own writer reports a failed write as a bare RuntimeError.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        raise _disk_full(path, str(error.strerror)) from error
-    except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
-            raise
-        raise _disk_full(path, "the file could not be written") from error
-
-
 def _parsed(content: bytes, where: str, remedy: str, *keys: str) -> dict[str, Any]:
     """A JSON object with some keys, in one line or a whole file."""
     try:
@@ -305,13 +272,6 @@ def _parsed(content: bytes, where: str, remedy: str, *keys: str) -> dict[str, An
         named = f" with {' and '.join(keys)}" if keys else ""
         raise UserError(f"{where} is damaged (no JSON object{named}); {remedy}")
     return found
-
-
-def _disk_full(path: Path, reason: str) -> UserError:
-    return UserError(
-        f"{path}: writing failed ({reason}); earlier checkpoints are whole: free some space and "
-        "continue with --resume"
-    )
 
 
 def _found_from(tree: Mapping[str, Any], folder: Path, given: Sequence[str] = ()) -> dict[str, Any]:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fastkd.console import Reporter
 from fastkd.deepspeed_config import check_monitor
+from fastkd.disk import disk_errors, replace_folder, settle, temporary_of
 from fastkd.engine import Ranks
+from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, Recipe, stage_recipes
+from fastkd.rehearsal import check_recipe
 from fastkd.run_folder import RunFolder
-from fastkd.train import distill
+from fastkd.train import distill, distill_held, hold_run
 
 _ADDED_UP = ("steps", "seconds", "train_examples", "train_tokens")
 
 
 def run_recipe(
-    recipe: AnyRecipe, ranks: Ranks, *, resume: bool, reporter: Reporter
+    recipe: AnyRecipe,
+    ranks: Ranks,
+    *,
+    resume: bool,
+    reporter: Reporter,
+    report: Callable[[RunFolder], None] | None = None,
 ) -> dict[str, Any]:
     """Run a recipe of either kind, in stages where it has some, and return its summary.
 
@@ -28,6 +38,7 @@ def run_recipe(
         ranks: from `start_ranks`; every rank calls this.
         resume: continue in the stage that was interrupted.
         reporter: what the user sees.
+        report: called on rank 0 with each folder that is finished, while it is still held.
 
     Raises:
         UserError: anything that the user can mend.
@@ -36,17 +47,29 @@ def run_recipe(
     # before a run in stages makes its folder
     check_monitor(recipe)
     stages = stage_recipes(recipe) if isinstance(recipe, Recipe) else []
-    if not stages:
-        return distill(recipe, ranks, resume=resume, reporter=reporter)
     run = RunFolder(recipe.run.output)
-    finished = ranks.from_main(lambda: run.begin(recipe, resume=resume))
-    if finished is not None:
-        reporter.say(f"{run.path} is finished; remove it to run again")
-        return finished
+    with hold_run(run, recipe, ranks, resume=resume, reporter=reporter) as summary:
+        if summary is None and stages:
+            summary = _run_stages(recipe, stages, ranks, resume=resume, reporter=reporter)
+        elif summary is None:
+            summary = distill_held(recipe, ranks, reporter)
+        if report is not None and ranks.is_main:
+            for folder in stage_folders(recipe):
+                report(folder)
+    return summary
+
+
+def _run_stages(
+    recipe: AnyRecipe, stages: list[Recipe], ranks: Ranks, *, resume: bool, reporter: Reporter
+) -> dict[str, Any]:
+    run = RunFolder(recipe.run.output)
+    _check_later(stages, ranks, reporter)
     summaries = []
     for number, stage in enumerate(stages, start=1):
         reporter.say(f"stage {number} of {len(stages)}")
-        summaries.append(distill(stage, ranks, resume=resume, reporter=reporter))
+        claimed = partial(run.create, recipe)
+        found = distill(stage, ranks, resume=resume, reporter=reporter, claimed=claimed)
+        summaries.append(found)
     summary = _joined(run, summaries)
     if ranks.is_main:
         run.take_over(recipe)
@@ -55,6 +78,26 @@ def run_recipe(
         run.write_summary(summary)
     ranks.barrier()
     return summary
+
+
+def _check_later(stages: list[Recipe], ranks: Ranks, reporter: Reporter) -> None:
+    """See that the stages after the one that is next can run, before that one takes its time.
+
+    Each starts from a student that isn't there yet: one of the same shape, as the first stage
+    starts with, stands in for it.
+    """
+
+    def find() -> list[int]:
+        done = [RunFolder(stage.run.output).summary.is_file() for stage in stages]
+        return [number for number, is_done in enumerate(done) if not is_done][1:]
+
+    for number in ranks.from_main(find):
+        reporter.say(f"checking stage {number + 1} of {len(stages)}")
+        stage = stages[number].model_copy(update={"student": stages[0].student})
+        try:
+            check_recipe(stage, ranks, progress=not reporter.console.quiet)
+        except UserError as error:
+            raise UserError(f"stages.{number + 1}: {error}") from error
 
 
 def stage_folders(recipe: AnyRecipe) -> list[RunFolder]:
@@ -70,13 +113,20 @@ def _joined(run: RunFolder, summaries: list[dict[str, Any]]) -> dict[str, Any]:
         **sums,
         "run": str(run.path),
         "before": summaries[0]["before"],
+        # losses of different stages don't compare, so each is held against itself
+        "worse": [
+            f"stage {number}: {said}"
+            for number, stage in enumerate(summaries, start=1)
+            for said in stage.get("worse", [])
+        ],
         "stages": summaries,
     }
 
 
 def _take_student(run: RunFolder, last: RunFolder) -> None:
-    folder = run.path / ".student"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(last.student, folder)
-    shutil.rmtree(run.student, ignore_errors=True)
-    folder.rename(run.student)
+    folder = temporary_of(run.student)
+    with disk_errors(run.path):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(last.student, folder)
+        settle(folder)
+        replace_folder(folder, run.student)

@@ -10,6 +10,9 @@ from fastkd.engine import NoTeacher
 from fastkd.evaluate import move, peak_memory, tokens_per_second
 from fastkd.run_folder import RunFolder
 
+# as much as two evaluations of the same weights may differ by, relatively
+_NOISE = 1e-5
+
 
 def summarise(assembly: Assembly, run: RunFolder, seconds: float) -> dict[str, Any]:
     """The summary of a run that has made its last step; collective over the ranks."""
@@ -33,6 +36,7 @@ def summarise(assembly: Assembly, run: RunFolder, seconds: float) -> dict[str, A
         "layer_map": assembly.layers.rows() if has_layers else None,
         "before": heldout[0] if heldout else None,
         "after": heldout[-1] if heldout else None,
+        "worse": worsened(heldout[0], heldout[-1]) if heldout else [],
         **({"teacher": teacher[0]} if teacher else {}),
         "parameters": parameters,
         "forward_tokens_per_second": speeds,
@@ -41,6 +45,21 @@ def summarise(assembly: Assembly, run: RunFolder, seconds: float) -> dict[str, A
         "world_size": ranks.world_size,
         "seconds": seconds,
     }
+
+
+def worsened(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What a run left worse than it found it, in words; nothing where all is as it should be.
+
+    Args:
+        before: held-out numbers before the first step.
+        after: those after the last one.
+    """
+    found = []
+    if after["total"] > before["total"] * (1 + _NOISE):
+        found.append(f"held-out loss {after['total']:.4g}, before {before['total']:.4g}")
+    if after.get("score", 0.0) < before.get("score", 0.0):
+        found.append(f"score {after['score']:.4f}, before {before['score']:.4f}")
+    return found
 
 
 def judged_parts(judged: Mapping[str, Any]) -> list[str]:

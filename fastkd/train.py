@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,18 +18,29 @@ from fastkd.engine import Ranks
 from fastkd.errors import Interrupted, UserError
 from fastkd.evaluate import evaluate_assembly
 from fastkd.export import export_student
+from fastkd.finite import broken_weights
 from fastkd.introduction import introduce
 from fastkd.layer_map import Moment
 from fastkd.material import Feed
 from fastkd.models import note_models
 from fastkd.objective import Inputs
 from fastkd.recipe import AnyRecipe
+from fastkd.rehearsal import try_losses
 from fastkd.run_folder import RunFolder
-from fastkd.signals import stop_signals
+from fastkd.run_lock import held
+from fastkd.signals import Signalled, stop_signals
 from fastkd.summary import judged_parts, summarise
+from fastkd.window import SMALLER, Window
 
 
-def distill(recipe: AnyRecipe, ranks: Ranks, *, resume: bool, reporter: Reporter) -> dict[str, Any]:
+def distill(
+    recipe: AnyRecipe,
+    ranks: Ranks,
+    *,
+    resume: bool,
+    reporter: Reporter,
+    claimed: Callable[[], None] | None = None,
+) -> dict[str, Any]:
     """Run a recipe from start to end, or continue it, and return its summary.
 
     Args:
@@ -37,27 +48,90 @@ def distill(recipe: AnyRecipe, ranks: Ranks, *, resume: bool, reporter: Reporter
         ranks: from `start_ranks`; every rank calls this.
         resume: continue the run in `run.output` where there is one; a finished one is left alone.
         reporter: what the user sees; silent on ranks other than 0.
+        claimed: called on rank 0 once all is checked, before anything is written to the folder.
 
     Raises:
         UserError: anything that the user can mend.
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
     """
     run = RunFolder(recipe.run.output)
-    finished = ranks.from_main(lambda: run.check(recipe, resume=resume))
-    if finished is not None:
-        reporter.say(f"{run.path} is finished; remove it to run again")
-        return finished
+    with hold_run(run, recipe, ranks, resume=resume, reporter=reporter) as finished:
+        if finished is not None:
+            return finished
+        return distill_held(recipe, ranks, reporter, claimed)
+
+
+def distill_held(
+    recipe: AnyRecipe,
+    ranks: Ranks,
+    reporter: Reporter,
+    claimed: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """As `distill`, of a folder that is held and whose run is not finished."""
+    run = RunFolder(recipe.run.output)
     started = time.perf_counter()
     assembly = assemble(recipe, ranks, progress=not reporter.console.quiet)
-    ranks.from_main(lambda: None if run.holds_run else run.create(recipe))
-    ranks.from_main(lambda: note_models(run.path, recipe))
+    try_losses(assembly)
+
+    def claim() -> None:
+        if claimed is not None:
+            claimed()
+        run.create(recipe)
+        note_models(run.path, recipe)
+
+    ranks.from_main(claim)
+    return _run(recipe, assembly, run, started, reporter)
+
+
+@contextmanager
+def hold_run(
+    run: RunFolder, recipe: AnyRecipe, ranks: Ranks, *, resume: bool, reporter: Reporter
+) -> Iterator[dict[str, Any] | None]:
+    """Keep other processes out of a run's folder while the context is open; collective.
+
+    Nothing stays of the folder where the run is not claimed meanwhile.
+
+    Args:
+        run: where the recipe writes to.
+        recipe: what is to be run there.
+        ranks: of which the first one holds the folder.
+        resume: whether a run may be there.
+        reporter: what the user sees.
+
+    Yields:
+        The summary of a run that is finished, else `None`.
+
+    Raises:
+        UserError: the folder is taken, in use, or holds a run of another recipe.
+    """
+
+    def enter() -> dict[str, Any] | None:
+        # a folder that is somebody else's is left as it is, without a lock in it
+        run.check_ours()
+        if not stack.enter_context(held(run.path)):
+            reporter.say(f"warning: {run.path} can't be locked; start nothing else that writes it")
+        finished = run.check(recipe, resume=resume)
+        run.tidy()
+        return finished
+
+    with ExitStack() as stack:
+        finished = ranks.from_main(enter)
+        if finished is not None:
+            reporter.say(f"{run.path} is finished; remove it to run again")
+        yield finished
+
+
+def _run(
+    recipe: AnyRecipe, assembly: Assembly, run: RunFolder, started: float, reporter: Reporter
+) -> dict[str, Any]:
+    ranks, train = assembly.ranks, assembly.recipe.train
     introduce(assembly, reporter)
-    checkpoints = Checkpoints(run.checkpoints, ranks, recipe.train.keep_checkpoints)
+    checkpoints = Checkpoints(run.checkpoints, ranks, train.keep_checkpoints)
     feed = open_feed(assembly)
     step = _restore(recipe, assembly, checkpoints, feed, run, reporter)
     if step == 0:
         _evaluate(assembly, run, 0, reporter)
-    with _signals() as stop, reporter.steps(step, assembly.recipe.train.steps):
+    with _signals() as stop, reporter.steps(step, train.steps):
         _train(assembly, feed, checkpoints, run, step, reporter, stop)
     summary = summarise(assembly, run, time.perf_counter() - started)
     export_student(
@@ -128,7 +202,7 @@ def _train(
     stop: list[int],
 ) -> None:
     train, ranks = assembly.recipe.train, assembly.ranks
-    window = _Window(assembly, step)
+    window = Window(assembly, feed, step)
     while step < train.steps:
         assembly.objective.at(Moment(step, feed.epoch))
         window.add(train_step(assembly, feed))
@@ -136,89 +210,46 @@ def _train(
         reporter.advance(step)
         last = step == train.steps
         due = last or bool(train.checkpoint_every and step % train.checkpoint_every == 0)
-        logged = step % train.log_every == 0 or due
-        if logged:
-            record, stopping = window.close(step, bool(stop))
+        # ranks can only agree on a stop where they talk anyway
+        alone = bool(stop) and ranks.world_size == 1
+        stopping = False
+        # nothing is saved of a window that was not looked at
+        if step % train.log_every == 0 or due or alone or window.skipped:
+            record, stopping = window.close(bool(stop))
             if ranks.is_main:
                 run.append_metrics(record)
                 _write_events(assembly, record)
             reporter.metrics(step, train.steps, _parts(record))
-        else:
-            # ranks can only agree on a stop where they talk anyway
-            stopping = bool(stop) and ranks.world_size == 1
         paused = time.perf_counter()
         # before the checkpoint: a run that is resumed from it has this evaluation behind it
         if last or (train.evaluate_every and step % train.evaluate_every == 0):
             _evaluate(assembly, run, step, reporter)
         if due or stopping:
-            position = {
-                "step": step,
-                "stream": feed.state_dict(),
-                "objective": assembly.objective.feedback(),
-            }
-            checkpoints.save(assembly.engine, step, position)
+            _save(assembly, feed, checkpoints, step)
         if stopping and not last:
             raise Interrupted(f"stopped after step {step}; continue with --resume")
         window.exclude(time.perf_counter() - paused)
 
 
-class _Window:
-    """Losses since the last line of metrics, kept on the device."""
+def _save(assembly: Assembly, feed: Feed, checkpoints: Checkpoints, step: int) -> None:
+    """Write a checkpoint of weights that are finite.
 
-    def __init__(self, assembly: Assembly, step: int) -> None:
-        self.assembly = assembly
-        self._restart(step)
-
-    def _restart(self, step: int) -> None:
-        labels, device = self.assembly.objective.labels, self.assembly.ranks.device
-        self.sum = torch.zeros(2, len(labels), device=device)
-        self.start = step
-        self.time = time.perf_counter()
-
-    def add(self, losses: Tensor) -> None:
-        """Add one step's losses."""
-        self.sum += losses
-
-    def exclude(self, seconds: float) -> None:
-        """Leave time that was not spent on steps out of the throughput."""
-        self.time += seconds
-
-    def close(self, step: int, stop: bool) -> tuple[dict[str, Any], bool]:
-        """Means since the last call, over all ranks, and whether any rank wants to stop.
-
-        Raises:
-            UserError: a loss is not finite.
-        """
-        assembly, steps = self.assembly, step - self.start
-        flag = self.sum.new_tensor([float(stop)])
-        *sums, stops = assembly.ranks.sum(torch.cat([self.sum.flatten(), flag])).tolist()
-        labels = assembly.objective.labels
-        means = [value / steps for value in sums]
-        losses = dict(zip(labels, means[: len(labels)], strict=True))
-        weighted = dict(zip(labels, means[len(labels) :], strict=True))
-        broken = [label for label, value in losses.items() if value != value or abs(value) > 1e30]
-        if broken:
-            raise UserError(
-                f"{', '.join(broken)} not finite between steps {self.start + 1} and {step}; "
-                "continue from the last checkpoint with a smaller train.learning_rate, in "
-                "another run.output"
-            )
-        counted, each = assembly.material.counted
-        rows = steps * assembly.recipe.train.batch_size
-        seconds = time.perf_counter() - self.time
-        norm = assembly.engine.get_global_grad_norm()
-        record = {
-            "kind": "train",
-            "step": step,
-            "loss": sum(weighted.values()),
-            "losses": losses,
-            "weighted": weighted,
-            "learning_rate": assembly.engine.get_lr()[0],
-            "gradient_norm": None if norm is None else float(norm),
-            f"{counted}_per_second": rows * each / seconds,
-        }
-        self._restart(step)
-        return record, stops > 0
+    Raises:
+        UserError: they are not.
+    """
+    broken = broken_weights(assembly.engine, assembly.ranks)
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise UserError(
+            f"{broken[0]}{more} not finite after step {step}, so no checkpoint is written of it; "
+            f"every loss was finite, so the step was too long: {SMALLER}"
+        )
+    position = {
+        "step": step,
+        "stream": feed.state_dict(),
+        "objective": assembly.objective.feedback(),
+    }
+    checkpoints.save(assembly.engine, step, position)
 
 
 def _take_over(run: RunFolder, recipe: AnyRecipe, tag: str | None) -> str | None:
@@ -309,12 +340,12 @@ def _write_events(assembly: Assembly, record: dict[str, Any]) -> None:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM while the context is open; a second SIGINT ends at once."""
+    """Collect what asks for an end while the context is open; a second SIGINT ends at once."""
     received: list[int] = []
 
     def note(number: int) -> None:
         if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Signalled(number)
         received.append(number)
 
     with stop_signals(note):

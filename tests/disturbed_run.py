@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastkd import train
+from transformers import PreTrainedTokenizerBase
+
+from fastkd import assemble, engine, report, train
 from fastkd.checkpoint import checkpoints, deepspeed_files
 from fastkd.cli import main
+from fastkd.export import student
 
 # more bytes than metrics take, fewer than the weights of a tiny student
 FILE_LIMIT = 20_000
@@ -30,9 +34,13 @@ def _press_ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def _fill_disk() -> None:
+def _stop_by(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def _fill_disk(limit: int = FILE_LIMIT) -> None:
     # the operating system then fails every writer, whatever library it is in
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, FILE_LIMIT))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def _at_call(
@@ -72,6 +80,22 @@ def _half_written(number: int) -> None:
     deepspeed_files.write_state = checkpoints.write_state = write
 
 
+def _overflow_from(number: int) -> None:
+    """Let the teacher's states of one layer be infinite at one call, and at every look back."""
+    original = engine.TeacherRunner.capture
+    seen: list[int] = []
+
+    def capture(self: Any, inputs: Any, **keywords: Any) -> Any:
+        states = original(self, inputs, **keywords)
+        key = hash(tuple(inputs["input_ids"].flatten().tolist()))
+        seen.append(key)
+        if key == seen[min(number, len(seen)) - 1] and len(seen) >= number:
+            states.hidden[2] = states.hidden[2] * float("inf")
+        return states
+
+    engine.TeacherRunner.capture = capture
+
+
 # with a checkpoint every second step, step 4's is the second one; each has three files at stage 1
 MOMENTS: dict[str, Callable[[], None]] = {
     "before the first checkpoint": lambda: _at_call(2, train, "train_step", _die),
@@ -87,7 +111,32 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "in the last evaluation": lambda: _at_call(2, train, "evaluate_assembly", _die, after=True),
     "in the export": lambda: _at_call(1, train, "export_student", _die),
     "Ctrl-C in step 3": lambda: _at_call(3, train, "train_step", _press_ctrl_c),
+    # the first call tries the losses, and 78 held-out blocks are 10 parts
+    "teacher overflows in the evaluation": lambda: _overflow_from(2),
+    "teacher overflows in step 2": lambda: _overflow_from(13),
+    "SIGINT while models load": lambda: _at_call(
+        1, assemble, "load_teacher", _stop_by(signal.SIGINT)
+    ),
+    "SIGTERM while models load": lambda: _at_call(
+        1, assemble, "load_teacher", _stop_by(signal.SIGTERM)
+    ),
+    "SIGHUP while data loads": lambda: _at_call(
+        1, assemble, "make_material", _stop_by(signal.SIGHUP)
+    ),
+    "SIGTERM in the export": lambda: _at_call(1, train, "export_student", _stop_by(signal.SIGTERM)),
+    "SIGHUP in step 3": lambda: _at_call(3, train, "train_step", _stop_by(signal.SIGHUP)),
+    "killed while models load": lambda: _at_call(1, assemble, "load_teacher", _die),
+    "stuck in step 3": lambda: _at_call(3, train, "train_step", _stop_by(signal.SIGSTOP)),
     "disk full from step 3": lambda: _at_call(3, train, "train_step", _fill_disk),
+    "disk full in the export": lambda: _at_call(1, train, "export_student", _fill_disk),
+    "disk full as the tokenizer is written": lambda: _at_call(
+        1, PreTrainedTokenizerBase, "save_pretrained", lambda: _fill_disk(1000)
+    ),
+    "disk full as projections are written": lambda: _at_call(
+        1, student, "save_file", lambda: _fill_disk(1000)
+    ),
+    "disk full as the student is copied": lambda: _at_call(1, shutil, "copytree", _fill_disk),
+    "disk full in the report": lambda: _at_call(1, report, "html_table", lambda: _fill_disk(1000)),
 }
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, save_teacher, tiny_tokenizer
 from tiny_runs import make_recipe, run_command, run_script, run_variants
 from transformers import AutoModel, XLNetConfig
@@ -241,19 +240,3 @@ def test_doctor_estimates_a_recipe_and_writes_no_run(recipe: Path) -> None:
     for expected in ("deepspeed", "teacher parameters", "optimiser", "tokens in the corpus"):
         assert expected in done.stdout
     assert not (recipe.parent / "run").exists()
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(recipe: Path) -> None:
-    done = run_command("distill", str(recipe), "train.learning_rate=1e30")
-    assert done.returncode == 2
-    assert "not finite between steps" in done.stderr
-
-
-def test_a_teacher_that_is_not_finite_is_refused(recipe: Path) -> None:
-    teacher = recipe.parent / "teacher" / "model.safetensors"
-    weights = load_file(teacher)
-    weights["encoder.layer.3.output.dense.weight"] *= float("inf")
-    save_file(weights, teacher, metadata={"format": "pt"})
-    done = run_command("distill", str(recipe))
-    assert done.returncode == 2
-    assert "BertModel: the state of layer 4 is not finite" in done.stderr

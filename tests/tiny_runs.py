@@ -74,6 +74,14 @@ def run_variants(recipe: Path, variants: list[list[str]], *, ranks: int = 1) -> 
     return done.stdout
 
 
+def refused_variants(recipe: Path, variants: list[list[str]]) -> list[str]:
+    """Run a recipe under several lists of overrides that are all refused; the line of each."""
+    done = run_script("run_recipes.py", str(recipe), json.dumps(variants))
+    assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-4000:]
+    said = json.loads(done.stderr.strip().splitlines()[-1])
+    return [said[str(number)] for number in range(len(variants))]
+
+
 def _run(target: list[str], ranks: int, gpu: bool = False) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *(launcher if ranks > 1 else []), *target]

@@ -8,6 +8,7 @@ renamed at the end.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastkd.disk import disk_errors, replace_folder, settle, temporary_of
 from fastkd.engine import DistilledStudent, Ranks
 from fastkd.export.poolers import mark_pooler, pooler_note, pooler_to_add
 from fastkd.export.sentences import sentence_modules, write_modules
@@ -24,7 +26,7 @@ from fastkd.models import locate_model, read_config
 from fastkd.objective import Objective
 from fastkd.recipe import Teacher
 from fastkd.recipe.models import Head
-from fastkd.run_folder import RunFolder, disk_errors
+from fastkd.run_folder import RunFolder
 
 
 def export_notes(
@@ -61,12 +63,12 @@ def export_student(
         ranks: this process among all.
 
     Raises:
-        UserError: the disk is full.
+        UserError: the disk is full, or failed.
     """
     module: DistilledStudent = engine.module
     with _whole_weights(engine, module), disk_errors(run.student):
         if ranks.is_main:
-            folder = run.path / ".student"
+            folder, projections = temporary_of(run.student), temporary_of(run.projections)
             shutil.rmtree(folder, ignore_errors=True)
             # whoever trains on from here expects the usual rates
             for name, rate in rates.items():
@@ -74,10 +76,12 @@ def export_student(
             _write_model(module.student, folder)
             tokenizer.save_pretrained(folder)
             _write_around(module.student, source, module.objective.pair.head, folder)
-            shutil.rmtree(run.student, ignore_errors=True)
-            folder.rename(run.student)
             weights = {k: v.contiguous() for k, v in module.objective.kept().items()}
-            save_file(weights, run.projections)
+            save_file(weights, projections)
+            settle(projections)
+            settle(folder)
+            os.replace(projections, run.projections)
+            replace_folder(folder, run.student)
     ranks.barrier()
 
 

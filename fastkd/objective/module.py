@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -155,7 +156,10 @@ class Objective(nn.Module):
         """
         if self._transports.groups:
             # an exact linear program runs on the host: see `transports.py`
-            self._transports.observe(losses.tolist())
+            costs = losses.tolist()
+            # of costs that are not finite there is none, and the run ends at its next metrics
+            if all(map(math.isfinite, costs)):
+                self._transports.observe(costs)
         if self.ratio is not None:
             values = losses.double()
             links = torch.tensor(self._link_weights(), dtype=values.dtype).to(values.device)

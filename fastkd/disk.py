@@ -1,0 +1,162 @@
+"""Files that get onto a disk whole, and what a disk that fails is said to be in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+
+from fastkd.errors import DiskError, UserError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_LOST = {errno.EROFS, errno.EIO, errno.ESTALE}
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file in one step: readers see the old one or the new one, also after a crash."""
+    temporary = temporary_of(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def temporary_of(path: Path) -> Path:
+    """Where a file or folder is made before it is renamed to its name; `sweep` knows these."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def is_temporary(path: Path, *names: str) -> bool:
+    """Whether a path is what a killed process left of one of the names, see `temporary_of`."""
+    found = _TEMPORARY.fullmatch(path.name)
+    return found is not None and found["name"] in names
+
+
+def sweep(folder: Path, *names: str) -> None:
+    """Remove what killed processes left of the names in a folder; for who alone writes there."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if is_temporary(path, *names):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def replace_folder(folder: Path, place: Path) -> None:
+    """Put a folder in the place of another one."""
+    shutil.rmtree(place, ignore_errors=True)
+    folder.rename(place)
+    sync_folder(place.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames inside a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def settle(path: Path) -> None:
+    """Give a file, or all files in a folder, the permissions of the umask, and see them on disk.
+
+    Some libraries write through private temporary files, whose permissions stay.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    folders = [path] if path.is_dir() else []
+    for found in (path, *path.rglob("*")):
+        if found.is_dir():
+            folders.append(found)
+            continue
+        found.chmod(0o666 & ~mask)
+        with found.open("rb") as file:
+            os.fsync(file.fileno())
+    for folder in folders:
+        sync_folder(folder)
+
+
+def disk_errors(
+    path: Path | None, then: str = "continue with --resume"
+) -> AbstractContextManager[None, None]:
+    """Turn a disk that is full or lost, or a place that may not be used, into a `DiskError`.
+
+    Args:
+        path: what is written; errors of permission and kind count where they are of it, or below,
+            and nowhere if it is `None`.
+        then: what to do once the disk is mended.
+    """
+    return _DiskErrors(path, then)
+
+
+class _DiskErrors(AbstractContextManager[None, None]):
+    """A class, because it looks at what passes and catches nothing else: tokenizers raises a bare
+    `Exception` where it can't write, safetensors one of its own and torch a `RuntimeError`."""
+
+    def __init__(self, path: Path | None, then: str) -> None:
+        self.path = path
+        self.then = then
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None or isinstance(error, UserError):
+            return
+        number = _number(error)
+        named = getattr(error, "filename", None)
+        inside = isinstance(named, str | os.PathLike) and self._holds(named)
+        place = (self.path or "the disk") if inside or named is None else named
+        reason = os.strerror(number) if number else "the file could not be written"
+        if number in _FULL or number == 0:
+            raise DiskError(
+                f"{place}: writing failed ({reason}); what was finished before is whole: free some "
+                f"space and {self.then}"
+            ) from error
+        if number in _LOST:
+            raise DiskError(
+                f"{place}: the disk failed ({reason}); what was finished before is whole: see that "
+                f"it can be written to again and {self.then}"
+            ) from error
+        if number is not None and inside:
+            raise DiskError(
+                f"{named} can't be used ({reason}); see that it is of the right kind and that you "
+                f"may read and write it, then {self.then}"
+            ) from error
+
+    def _holds(self, name: str | os.PathLike[str]) -> bool:
+        if self.path is None:
+            return False
+        return Path(os.path.abspath(name)).is_relative_to(os.path.abspath(self.path))
+
+
+def _number(error: BaseException) -> int | None:
+    """The operating system's number of an error, 0 for a write that failed without one, `None` for
+    an error of another kind."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    text = str(error)
+    # libraries in Rust, and shutil, which gathers errors of several files in one
+    found = re.search(r"\(os error (\d+)\)", text) or (
+        re.search(r"\[Errno (\d+)\]", text) if isinstance(error, OSError) else None
+    )
+    if found:
+        return int(found[1])
+    if isinstance(error, RuntimeError) and (
+        "PytorchStreamWriter" in text or "inline_container" in text
+    ):
+        return 0
+    return None if error.__cause__ is None else _number(error.__cause__)

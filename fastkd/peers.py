@@ -1,0 +1,139 @@
+"""The other ranks: who they are, how long they are waited for, and which of them is gone.
+
+A rank that dies leaves the others in a collective that fails with a trace of gloo or NCCL. What its
+user needs is which rank it was and how to go on.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch.distributed as dist
+
+from fastkd.errors import LostRank, UserError
+from fastkd.signals import Signalled, stop_signals
+
+TIMEOUT = "FASTKD_RANK_TIMEOUT"
+"""Environment variable: seconds that a rank waits for the others."""
+
+_DEFAULT_SECONDS = 7200.0
+# a process that was killed closes its sockets a moment before it is gone
+_GONE_WITHIN_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The process of a rank."""
+
+    rank: int
+    pid: int
+    host: str
+
+    @property
+    def is_gone(self) -> bool | None:
+        """Whether its process has ended; `None` of another host, where that can't be seen."""
+        if self.host != socket.gethostname():
+            return None
+        try:
+            return bool(psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return True
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+
+def rank_timeout() -> datetime.timedelta | None:
+    """How long a rank waits for the others, where the environment says so.
+
+    Raises:
+        UserError: it says something else than a number of seconds.
+    """
+    given = os.environ.get(TIMEOUT)
+    if given is None:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    # a year, which every clock here can count to
+    if not 0 < seconds <= 3.2e7:
+        raise UserError(
+            f"{TIMEOUT} is {given!r}, expected a number of seconds, as in {TIMEOUT}=600"
+        )
+    return datetime.timedelta(seconds=seconds)
+
+
+def default_timeout() -> datetime.timedelta:
+    """How long the others wait while rank 0 tokenises a corpus."""
+    return rank_timeout() or datetime.timedelta(seconds=_DEFAULT_SECONDS)
+
+
+def meet() -> tuple[Peer, ...]:
+    """The processes of all ranks; collective."""
+    mine = Peer(dist.get_rank(), os.getpid(), socket.gethostname())
+    found: list[Peer | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return tuple(peer for peer in found if peer is not None)
+
+
+@contextmanager
+def lost_ranks(
+    peers: Sequence[Peer], rank: int, then: str = "start all ranks again with --resume to continue"
+) -> Iterator[None]:
+    """Say in one line which rank was lost where a collective failed.
+
+    Args:
+        peers: from `meet`; nobody can be lost where there are none.
+        rank: this one.
+        then: how to go on.
+
+    Raises:
+        LostRank: naming the rank as far as it is known, and how to go on.
+    """
+    others = [peer for peer in peers if peer.rank != rank]
+    try:
+        yield
+    except RuntimeError as error:
+        if not others or not _is_of_group(error):
+            raise
+        # the launcher now ends all ranks, this one too
+        with stop_signals(lambda _number: None):
+            raise LostRank(_said(others, rank, str(error), then)) from error
+    except Signalled as error:
+        # the launcher may be the first to see that a rank is gone
+        with stop_signals(lambda _number: None):
+            if not any(peer.is_gone for peer in others):
+                raise
+            raise LostRank(_said(others, rank, "", then)) from error
+
+
+def _is_of_group(error: RuntimeError) -> bool:
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo/" in text or "NCCL" in text
+
+
+def _said(others: Sequence[Peer], rank: int, error: str, then: str) -> str:
+    of = f"rank {rank} of {len(others) + 1}"
+    deadline = time.monotonic() + _GONE_WITHIN_SECONDS
+    gone = [peer for peer in others if peer.is_gone]
+    while not gone and time.monotonic() < deadline:
+        time.sleep(0.05)
+        gone = [peer for peer in others if peer.is_gone]
+    if gone:
+        verb = "are" if len(gone) > 1 else "is"
+        return f"{of}: {', '.join(map(str, gone))} {verb} gone; {then}"
+    there = ", ".join(map(str, others))
+    if "timed out" in error.lower() or "timeout" in error.lower():
+        return (
+            f"{of}: no answer in time from {there}; end what hangs and {then}, or raise {TIMEOUT}"
+        )
+    return f"{of}: the connection to another rank was lost ({there}); {then}"

@@ -1,0 +1,94 @@
+"""Stages are all checked before the first one trains, and nothing is claimed before that."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_training import (
+    fastkd,
+    run_whole,
+    save_classifier,
+    save_encoder,
+    summary_of,
+    write_recipe,
+    write_task,
+)
+
+from fastkd.objective import Objective
+
+FIRST = {"losses": {"hidden": {}}, "train": {"steps": 1}}
+LATER: dict[str, tuple[dict[str, Any], str]] = {
+    "a layer that the teacher lacks": (
+        {"losses": {"hidden": {}}, "layer_map": [9, 9]},
+        "stages.2: layer_map sends student layer 1 to teacher layer 9",
+    ),
+    "a task that isn't there": ({"task": {"source": "/nowhere"}}, "stages.2: /nowhere: no folder"),
+    "labels of another number": ({"task": {"labels": ["a", "b", "c"]}}, "stages.2: teacher.model"),
+    "more tokens than positions": ({"task": {"max_length": 100}}, "stages.2: Bert"),
+    # the op compares raw logits, and the recipe doesn't know
+    "a loss that the op refuses": (
+        {"losses": {"logits": {"kind": "mse", "temperature": 2.0}}},
+        "stages.2: losses",
+    ),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_task(tmp_path / "task")
+    save_encoder(tmp_path / "encoder")
+    save_classifier(tmp_path / "classifier")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_later_stage_is_refused_before_the_first_one_trains(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stage, expected = LATER[name]
+    recipe = write_recipe(folder, "staged", losses={"hidden": {}}, stages=[FIRST, stage])
+    assert fastkd("distill", str(recipe), monkeypatch=monkeypatch) == 2
+    (said,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("fastkd: ")]
+    assert expected in said
+    assert not (folder / "staged").exists()
+
+
+def test_an_op_that_refuses_is_one_line_and_claims_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever an op says, of a run without stages too."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("student[0] is odd;\n expected even")
+
+    monkeypatch.setattr(Objective, "forward", refuse)
+    recipe = write_recipe(folder, "run")
+    assert fastkd("distill", str(recipe), monkeypatch=monkeypatch) == 2
+    assert "fastkd: losses: student[0] is odd; expected even" in capfd.readouterr().err
+    assert not (folder / "run").exists()
+
+
+def test_a_wrong_source_leaves_the_folder_to_the_corrected_recipe(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = [FIRST, {"losses": {"logits": {}}, "train": {"steps": 1}}]
+    recipe = write_recipe(folder, "staged", losses={"hidden": {}}, stages=stages)
+    wrong = "task.source=/nowhere"
+    assert fastkd("distill", str(recipe), wrong, monkeypatch=monkeypatch) == 2
+    assert not (folder / "staged").exists()
+    umask = os.umask(0o027)
+    try:
+        said = run_whole("distill", recipe)
+    finally:
+        os.umask(umask)
+    assert said.index("checking stage 2 of 2") < said.index("stage 1 of 2")
+    assert summary_of(folder / "staged")["steps"] == 2
+    run = folder / "staged"
+    files = [path for path in run.rglob("*") if path.is_file() and "checkpoints" not in path.parts]
+    assert {run / "student" / "model.safetensors", run / "summary.json"} <= set(files)
+    # whoever may read the folder may read the student
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
+    assert not [path for path in run.rglob(".*") if path.name != ".lock"]

@@ -9,6 +9,7 @@ from fastkd.models.loading import (
     read_model,
 )
 from fastkd.models.locating import locate_model, locate_source, resolve_model
+from fastkd.models.modules import ListingError, Module, read_modules
 from fastkd.models.poolers import POOLER_MARK, Pooler, set_aside_pooler
 from fastkd.models.students import Initialisation, build_student, dropout_rates, student_config
 from fastkd.models.vocabularies import check_same_vocabulary, vocabulary_difference
@@ -17,6 +18,8 @@ __all__ = [
     "LOADING_ERRORS",
     "POOLER_MARK",
     "Initialisation",
+    "ListingError",
+    "Module",
     "Pooler",
     "build_student",
     "check_same_vocabulary",
@@ -30,6 +33,7 @@ __all__ = [
     "optional_file",
     "read_config",
     "read_model",
+    "read_modules",
     "resolve_model",
     "set_aside_pooler",
     "student_config",

@@ -2,11 +2,24 @@
 
 
 class UserError(ValueError):
-    """Bad input, exit code 2. The message says what was given, what was expected, what to do."""
+    """Bad input, exit code 2. The message says what was given, what was expected, what to do.
+
+    It is one line whatever names it holds: line ends and control characters are written out.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class Interrupted(Exception):
     """A run was asked to stop and wrote a checkpoint first, exit code 130."""
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere as one line that moves no cursor: what is no character is written out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def one_line(error: Exception, length: int | None = 200) -> str:

@@ -47,7 +47,7 @@ PACKAGES: tuple[set[str], ...] = (
         "sklearn",
     },
     {"torch", "transformers", "safetensors", "deepspeed"},
-    {"torch", "transformers", "yaml"},
+    {"torch", "transformers"},
     {"torch", "numpy", "pydantic", "rich", "scipy", "matplotlib", "psutil", "optuna"},
     {"typer", "transformers"},
 )

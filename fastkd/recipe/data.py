@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from fastkd.recipe.section import Section
+from fastkd.recipe.section import Place, Section
 
 
 def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+Sources = Annotated[tuple[Place, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 
 
 class Data(Section):
@@ -44,5 +44,5 @@ class Data(Section):
     """Documents that a streamed shuffle holds."""
     workers: int | None = Field(default=None, ge=1)
     """Tokenising processes; one a core where not given."""
-    cache: str = "~/.cache/fastkd"
+    cache: Place = "~/.cache/fastkd"
     """Folder of tokenised data, shared by all runs."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from fastkd.recipe.section import Section
+from fastkd.recipe.section import Section, Seed
 
 MapKind = Literal[
     "uniform", "last", "first", "skip", "below_last", "final", "mean_target", "mean_loss"
@@ -20,7 +20,7 @@ class RandomMap(Section):
     """Name of the mapping."""
     redraw: Literal["run", "epoch", "step"] = "epoch"
     """When other layers are drawn; `run` keeps the first draw."""
-    seed: int | None = Field(default=None, ge=0)
+    seed: Seed | None = None
     """Seed of the draws; `train.seed` where not given."""
 
 

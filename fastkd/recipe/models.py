@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fastkd.recipe.section import Name, Section
+from fastkd.recipe.section import Place, Section
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 Head = Literal["none", "sequence_classification", "causal_lm", "masked_lm"]
@@ -15,9 +15,9 @@ Head = Literal["none", "sequence_classification", "causal_lm", "masked_lm"]
 class Teacher(Section):
     """The large model. It is never trained and always runs in eval mode."""
 
-    model: Name
+    model: Place
     """Hub name, folder, or `package:NAME/FOLDER` for a model carried by an installed package."""
-    revision: str | None = None
+    revision: Place | None = None
     """Branch, tag or commit on the hub."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """Expected digest of `model.safetensors`, checked before use."""
@@ -42,7 +42,7 @@ class Student(Section):
     """Key and value heads of grouped-query attention; scaled with `heads` where not given."""
     intermediate_size: int | None = Field(default=None, gt=0)
     """Width of the feed-forward layer; the teacher's where not given."""
-    init: Name = "teacher"
+    init: Place = "teacher"
     """`teacher` copies the mapped teacher layers where shapes agree, `random` draws everything;
     or the folder, hub name or `package:NAME/FOLDER` of a student to start from, which was trained
     with the teacher's tokenizer."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fastkd.recipe.section import Name, Section
+from fastkd.recipe.section import Place, Section, Seed
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
@@ -42,7 +42,7 @@ class Train(Section):
     """Precision of the student's forward and backward; master weights are fp32."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage of the student."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of initial weights, data order and dropout."""
     log_every: int = Field(default=10, gt=0)
     """Steps between two lines of metrics."""
@@ -118,7 +118,7 @@ def resolve_steps(train: Train, rows: int | None) -> Train:
 class Run(Section):
     """Where a run is written and who is told."""
 
-    output: Name
+    output: Place
     """Folder of the run; it must not hold another run."""
     monitor: Literal["none", "tensorboard", "wandb"] = "none"
     """Tracker that DeepSpeed's monitor writes to; its package is an extra of fastkd's."""

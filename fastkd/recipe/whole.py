@@ -12,7 +12,7 @@ from fastkd.recipe.layers import Layers
 from fastkd.recipe.losses import Losses
 from fastkd.recipe.models import Student, Teacher
 from fastkd.recipe.presets import Preset
-from fastkd.recipe.section import Section
+from fastkd.recipe.section import Extras, Section
 from fastkd.recipe.task import TaskData
 from fastkd.recipe.train import Run, Train, check_train
 
@@ -42,7 +42,7 @@ class Recipe(Section):
     stages: tuple[dict[str, Any], ...] = ()
     """Stages of the run, one after the other: of each what differs in `losses`, `layer_map`,
     `train` and `task`."""
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    deepspeed: Extras = Field(default_factory=dict)
     """Further keys of DeepSpeed's configuration; those that the recipe sets itself are refused."""
 
     @model_validator(mode="before")

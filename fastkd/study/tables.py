@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastkd.study.compare import Mean, Test, mean_over_seeds, of_all_tasks
-from fastkd.study.plan import BASELINE, NO_DISTILLATION, Level, shown
+from fastkd.study.naming import Level, shown
+from fastkd.study.plan import BASELINE, NO_DISTILLATION
 from fastkd.study.results import BEST, Results, Row
 
 Tasks = Sequence[str | None]

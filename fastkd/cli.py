@@ -77,13 +77,15 @@ def _run(recipe: AnyRecipe, resume: bool) -> None:
     _quieten()
     from fastkd.console import Reporter
     from fastkd.engine import start_ranks, stop_ranks
+    from fastkd.memory import memory_errors
     from fastkd.report import print_summary, write_report
     from fastkd.stages import run_recipe, stage_folders
 
     ranks = start_ranks()
     reporter = Reporter(silent=not ranks.is_main)
     try:
-        summary = run_recipe(recipe, ranks, resume=resume, reporter=reporter)
+        with memory_errors(recipe, ranks.device):
+            summary = run_recipe(recipe, ranks, resume=resume, reporter=reporter)
         if ranks.is_main:
             for folder in stage_folders(recipe):
                 write_report(folder)

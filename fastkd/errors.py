@@ -1,14 +1,20 @@
 """What the command line turns into one line and an exit code."""
 
+# characters of a message
+_LONGEST = 2000
+
 
 class UserError(ValueError):
     """Bad input, exit code 2. The message says what was given, what was expected, what to do.
 
-    It is one line whatever names it holds: line ends and control characters are written out.
+    It is one line whatever it quotes: line ends and control characters are written out, and the
+    middle of what no one would read is left out.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        line = printable(message)
+        cut = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+        super().__init__(line if len(line) <= _LONGEST else cut)
 
 
 class Interrupted(Exception):

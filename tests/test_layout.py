@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS: tuple[set[str], ...] = (
     {"fastkd_kernels"},
-    {"errors", "layer_map", "recipe", "run_folder", "console", "metrics", "signals"},
+    {"errors", "layer_map", "recipe", "run_folder", "console", "metrics", "signals", "memory"},
     {
         "capture",
         "heads",

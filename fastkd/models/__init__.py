@@ -11,7 +11,13 @@ from fastkd.models.loading import (
 from fastkd.models.locating import locate_model, locate_source, resolve_model
 from fastkd.models.modules import ListingError, Module, read_modules
 from fastkd.models.poolers import POOLER_MARK, Pooler, set_aside_pooler
-from fastkd.models.students import Initialisation, build_student, dropout_rates, student_config
+from fastkd.models.students import (
+    Initialisation,
+    build_student,
+    check_attention,
+    dropout_rates,
+    student_config,
+)
 from fastkd.models.vocabularies import check_same_vocabulary, vocabulary_difference
 
 __all__ = [
@@ -22,6 +28,7 @@ __all__ = [
     "Module",
     "Pooler",
     "build_student",
+    "check_attention",
     "check_same_vocabulary",
     "dropout_rates",
     "load_student",

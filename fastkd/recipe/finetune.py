@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fastkd.recipe.models import Attention, Teacher
+from fastkd.recipe.models import Attention, Teacher, check_flex
 from fastkd.recipe.section import Extras, Place, Section
 from fastkd.recipe.task import TaskData
 from fastkd.recipe.train import Run, Train, check_train
@@ -27,6 +27,11 @@ class TunedModel(Section):
     """Attention implementation that the model runs."""
     gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass (non-reentrant)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        check_flex(self.attention, self.dropout, self.gradient_checkpointing)
+        return self
 
     @property
     def source(self) -> Teacher:

@@ -7,7 +7,6 @@ can say nothing that a file could not.
 from __future__ import annotations
 
 import difflib
-import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_origin
@@ -18,6 +17,7 @@ from fastkd.errors import UserError, one_line
 from fastkd.recipe.finetune import FinetuneRecipe
 from fastkd.recipe.layers import MAP_SECTIONS
 from fastkd.recipe.presets import expand
+from fastkd.recipe.section import short
 from fastkd.recipe.stages import stage_trees
 from fastkd.recipe.whole import Recipe
 from fastkd.recipe.yaml_text import LONGEST, YamlError, read_yaml, write_yaml
@@ -193,23 +193,15 @@ def complain(error: ValidationError, root: type[BaseModel]) -> str:
         text = f"{field}: missing; it has no default, so give a value"
     elif first["type"] == "model_type":
         keys = ", ".join(_section(root, first["loc"]).model_fields)
-        text = f"{field}: expected a section with keys {keys} (given {_short(first['input'])})"
+        text = f"{field}: expected a section with keys {keys} (given {short(first['input'])})"
     else:
         where = f"{field}: " if field else ""
         message = first["msg"].removeprefix("Value error, ")
-        given = "" if first["type"] == "value_error" else f" (given {_short(first['input'])})"
+        given = "" if first["type"] == "value_error" else f" (given {short(first['input'])})"
         if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
             message += "; put quotes around a word that YAML reads otherwise, such as 'true' or '1'"
         text = f"{where}{message[:1].lower()}{message[1:]}{given}"
     return text + (f" (and {len(rest)} more)" if rest else "")
-
-
-def _short(value: object) -> str:
-    try:
-        return reprlib.repr(value)
-    # a number of more digits than Python writes
-    except ValueError:
-        return type(value).__name__
 
 
 def _section(root: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +20,27 @@ from pydantic import (
 
 LARGEST = 2**63 - 1
 """Of any number, as of a signed one of 64 bits."""
+MOST_HEADS = 10_000
+"""Attention heads of a layer."""
+LONGEST = 2**20
+"""Tokens of a block or an example."""
+MOST_ROWS = 2**24
+"""Blocks or examples of a batch."""
+LONGEST_RUN = 10_000_000
+"""Steps of a run."""
 # of a section that is handed on as it is
 _DEEPEST = 20
 # bytes that file systems take for a part of a path and for all of it, less what fastkd adds
 _PART, _PATH = 255, 3800
+
+
+def short(value: object) -> str:
+    """A value as it is quoted in a message."""
+    try:
+        return reprlib.repr(value)
+    # a number of more digits than Python writes
+    except ValueError:
+        return type(value).__name__
 
 
 def check_place(text: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fastkd.recipe.section import Name, Place, Section, Seed
+from fastkd.recipe.section import LONGEST, MOST_ROWS, Name, Place, Section, Seed
 
 Metric = Literal["matthews", "accuracy", "f1", "pearson", "spearman"]
 
@@ -31,11 +31,11 @@ class TaskColumns(Section):
 class TaskAugmentation(Section):
     """More training examples by replaced words (TinyBERT, arXiv 1909.10351, Algorithm 1)."""
 
-    copies: int = Field(default=20, ge=1)
+    copies: int = Field(default=20, ge=1, le=10_000)
     """Copies of an example, at most: N_a of the paper."""
     probability: float = Field(default=0.4, gt=0, le=1)
     """Chance that a word is replaced: p_t of the paper."""
-    candidates: int = Field(default=15, ge=1)
+    candidates: int = Field(default=15, ge=1, le=100_000)
     """Words that one is replaced from: K of the paper."""
     source: Literal["masked_model", "neighbours"] = "masked_model"
     """Where words that are a single token take their candidates from."""
@@ -49,7 +49,7 @@ class TaskAugmentation(Section):
     """File of `word TAB paraphrase`, plain or gzipped, in place of word vectors."""
     seed: Seed = 0
     """Seed of what is replaced by what."""
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=64, ge=1, le=MOST_ROWS)
     """Masked texts in one forward pass; decides speed and memory alone."""
 
 
@@ -77,7 +77,7 @@ class TaskData(Section):
     """Split that is trained on: its file's name without the ending."""
     evaluate: Places | None = None
     """Splits that both models are scored on; those of GLUE, or `dev`, where not given."""
-    max_length: int = Field(default=128, ge=4)
+    max_length: int = Field(default=128, ge=4, le=LONGEST)
     """Tokens of an example, special tokens included; longer ones are cut."""
     augmentation: TaskAugmentation | None = None
     """How training examples are multiplied; not at all where not given."""

@@ -48,9 +48,10 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _first_losses(cls, tree: Any) -> Any:
-        if not isinstance(tree, Mapping) or "losses" in tree or not tree.get("stages"):
+        stages = tree.get("stages") if isinstance(tree, Mapping) else None
+        if not isinstance(stages, list | tuple) or not stages or "losses" in tree:
             return tree
-        first = tree["stages"][0]
+        first = stages[0]
         given = isinstance(first, Mapping) and "losses" in first
         return {**tree, "losses": first["losses"]} if given else tree
 

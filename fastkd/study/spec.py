@@ -288,7 +288,15 @@ def load_study(path: str | Path) -> StudySpec:
     Raises:
         UserError: the file is missing or not YAML, or a key or value is not what a study takes.
     """
-    tree = read_tree(path, "study")
+    return parse_study(read_tree(path, "study"), str(path))
+
+
+def parse_study(tree: Mapping[str, Any], path: str = "study") -> StudySpec:
+    """Validate a mapping as a study; `path` stands before every complaint.
+
+    Raises:
+        UserError: with the field, what was given and what was expected.
+    """
     try:
         return StudySpec.model_validate(tree)
     except ValidationError as error:

@@ -20,6 +20,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fastkd.errors import UserError, one_line
+from fastkd.recipe.section import LONGEST_RUN
 from fastkd.study.claims import Claim, alone
 from fastkd.study.plan import Condition, Plan, Run, digest
 from fastkd.study.search import draw, make_pruner, make_sampler
@@ -32,8 +33,6 @@ STATES: dict[TrialState, State] = {
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
 }
-# more steps than a run has
-_LONGEST_RUN = 10_000_000
 # how long a writer waits for another one's transaction
 _BUSY_SECONDS = 120
 
@@ -192,7 +191,7 @@ class Store:
             values: held-out value by step.
         """
         # the same number means the same step of the same task and seed in every trial
-        first = work.runs.index(run) * _LONGEST_RUN
+        first = work.runs.index(run) * LONGEST_RUN
         known = self._frozen(work).intermediate_values
         for step, value in values.items():
             if first + step not in known:
@@ -202,7 +201,7 @@ class Store:
         frozen.intermediate_values = {
             step: value
             for step, value in frozen.intermediate_values.items()
-            if first <= step < first + _LONGEST_RUN
+            if first <= step < first + LONGEST_RUN
         }
         return bool(frozen.intermediate_values) and work.study.pruner.prune(work.study, frozen)
 

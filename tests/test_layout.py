@@ -29,7 +29,7 @@ LEVELS: tuple[set[str], ...] = (
     },
     {"engine", "checkpoint", "export"},
     {"material", "assemble", "evaluate", "introduction", "summary", "stages", "train"},
-    {"report", "figures", "study", "similarity", "doctor"},
+    {"report", "figures", "pages", "study", "similarity", "doctor"},
     {"cli", "__main__"},
 )
 # what a level may import besides the standard library

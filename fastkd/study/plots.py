@@ -134,7 +134,7 @@ def _map_plot(results: Results, one: str, two: str) -> Figure:
         found = results.cells(one, two, task)
         means = [mean_over_seeds(found.get((r, c), [])).mean for r in rows for c in columns]
         values = _numbers(means).reshape(len(rows), len(columns))
-        draw_map(axes, values, rows, columns)
+        draw_map(axes, values, rows, columns, text="{:.4g}")
         axes.set(xlabel=two, ylabel=one)
         axes.set_title(task or "", fontsize=10)
         figure.colorbar(axes.images[0], ax=axes, label=plain(results.plan.spec.metric.path))

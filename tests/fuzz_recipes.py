@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from study_files import MAPPINGS, TASKS, TUNING, WEIGHTS
 
+from fastkd.errors import UserError
 from fastkd.recipe import FinetuneRecipe, Recipe
 from fastkd.study import StudySpec
 
@@ -33,6 +34,17 @@ def cases(usual: int) -> settings:
         derandomize=factor == 1,
         suppress_health_check=list(HealthCheck),
     )
+
+
+def refused(call: Callable[[], Any]) -> bool:
+    """Whether a call was refused, which must take one short line."""
+    try:
+        call()
+    except UserError as error:
+        assert "\n" not in str(error) and str(error).isprintable()
+        assert len(str(error)) < 2500, len(str(error))
+        return True
+    return False
 
 
 TASK = {"name": "own", "source": "folder", "columns": {"texts": "a", "label": "b"}}

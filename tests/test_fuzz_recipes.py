@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from fuzz_recipes import BASES, Tree, cases, wrong_texts, wrong_trees
+from fuzz_recipes import BASES, Tree, cases, refused, wrong_texts, wrong_trees
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,17 +28,6 @@ from fastkd.study.spec import parse_study
 
 RECIPES = ("text", "labelled", "staged", "tuned")
 STUDIES = ("study", "search")
-
-
-def refused(call: Callable[[], Any]) -> bool:
-    """Whether a call was refused, which must take one short line."""
-    try:
-        call()
-    except UserError as error:
-        assert "\n" not in str(error) and str(error).isprintable()
-        assert len(str(error)) < 2500, len(str(error))
-        return True
-    return False
 
 
 def use(recipe: AnyRecipe) -> None:

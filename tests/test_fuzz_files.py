@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from fuzz_recipes import cases, refused
@@ -162,7 +160,7 @@ ROWS = [("w5 w6", "no"), ("w7 é", "yes"), ('"w8', "no"), ("w9", "yes")]
 def parquet_bytes(folder: Path) -> bytes:
     path = folder / "made.parquet"
     columns = {"text": [text for text, _ in ROWS], "label": [label for _, label in ROWS]}
-    pq.write_table(pa.table(columns), path)
+    Dataset.from_dict(columns).to_parquet(path)
     return path.read_bytes()
 
 

@@ -14,11 +14,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastkd.capture import AttentionTraits, try_model, vocabulary_size
 from fastkd.classifiers import check_start, fit_classifier, load_tuned, name_outputs
 from fastkd.deepspeed_config import BatchPlan, check_monitor, plan_batches, student_config
-from fastkd.engine import DistilledStudent, NoTeacher, Ranks, TeacherRunner, make_engine
-from fastkd.errors import UserError
+from fastkd.engine import (
+    DistilledStudent,
+    NoTeacher,
+    Ranks,
+    TeacherRunner,
+    check_config,
+    make_engine,
+    refusal,
+)
+from fastkd.errors import FOREIGN_ERRORS, UserError
 from fastkd.finite import check_weights
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.material import Material, TaskMaterial, make_material, task_of
+from fastkd.memory import check_micro_batch
 from fastkd.models import (
     Initialisation,
     build_student,
@@ -90,6 +99,8 @@ def assemble(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Assem
     check_monitor(recipe)
     plan = plan_batches(recipe, ranks.world_size)
     config = student_config(recipe, plan)
+    check_config(config)
+    check_micro_batch(recipe, plan.micro_batch_size, ranks.device)
     torch.manual_seed(recipe.train.seed)
     if isinstance(recipe, Recipe):
         return _distillation(recipe, plan, config, ranks, progress)
@@ -113,7 +124,7 @@ class Parts:
 def _distillation(
     recipe: Recipe, plan: BatchPlan, config: dict[str, Any], ranks: Ranks, progress: bool
 ) -> Assembly:
-    parts = gather(recipe, ranks, progress=progress)
+    parts = gather(recipe, plan, ranks, progress=progress)
     recipe, module = parts.recipe, parts.module
     return Assembly(
         recipe,
@@ -131,7 +142,7 @@ def _distillation(
     )
 
 
-def gather(recipe: Recipe, ranks: Ranks, *, progress: bool) -> Parts:
+def gather(recipe: Recipe, plan: BatchPlan, ranks: Ranks, *, progress: bool) -> Parts:
     """Load, build and check the parts of a distillation, on the CPU; as `assemble`."""
     task = None if recipe.task is None else task_of(recipe.task)
     teacher = load_teacher(recipe.teacher, recipe.student.head)
@@ -151,6 +162,7 @@ def gather(recipe: Recipe, ranks: Ranks, *, progress: bool) -> Parts:
     if task is not None:
         name_outputs(student.config, task)
     traits = try_for(student, recipe), teacher_traits
+    check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
     # before the data, which takes long to read, and may tell how many steps there are
     objective = make_objective(recipe, layers, student, teacher, traits)
     material = make_material(recipe, tokenizer, teacher.config, ranks, progress=progress)
@@ -173,6 +185,7 @@ def _finetuning(
     check_weights(model, f"model.name {source.model}")
     try_model(model, recipe.task.max_length, "task.max_length", attention=False, hidden=False)
     tokenizer = load_tokenizer(source, vocabulary_size(model))
+    check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(model))
     material = make_material(recipe, tokenizer, model.config, ranks, progress=progress)
     assert isinstance(material, TaskMaterial), "a fine-tuning recipe has a task"
     recipe = _resolved(recipe, material)
@@ -227,11 +240,20 @@ def _resolved(recipe: R, material: Material) -> R:
     return recipe.model_copy(update={"train": train})
 
 
+def _size(model: PreTrainedModel) -> tuple[int, int]:
+    return model.config.hidden_size, model.config.num_hidden_layers
+
+
 def _engine(
     module: DistilledStudent, recipe: AnyRecipe, config: dict[str, Any], ranks: Ranks
 ) -> Any:
     # what transformers reads is in eval mode, and a continued run starts with a step
-    engine = make_engine(module.train(), recipe.train, config, ranks)
+    try:
+        engine = make_engine(module.train(), recipe.train, config, ranks)
+    except FOREIGN_ERRORS as error:
+        if isinstance(error, UserError) or not recipe.deepspeed:
+            raise
+        raise UserError(refusal(error)) from error
     # dropout must differ between ranks; everything before must not
     torch.manual_seed(recipe.train.seed + 1 + ranks.rank)
     return engine

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastkd.capture import set_attention
 from fastkd.errors import UserError
-from fastkd.models import dropout_rates, read_config, read_model, resolve_model
+from fastkd.models import check_attention, dropout_rates, read_config, read_model, resolve_model
 from fastkd.recipe import Student, TunedModel
 from fastkd.tasks import Task, described, is_generic, order_of
 
@@ -46,6 +46,7 @@ def load_tuned(section: TunedModel, task: Task) -> Tuned:
     if section.dropout is not None:
         for rate in rates:
             setattr(config, rate, section.dropout)
+    check_attention("model", section.attention, dropout_rates(config))
     model, drawn = read_model(
         name, given, torch.float32, section.revision, "sequence_classification", config
     )

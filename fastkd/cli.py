@@ -80,6 +80,7 @@ def _run(recipe: AnyRecipe, resume: bool) -> None:
     _quieten()
     from fastkd.console import Reporter
     from fastkd.engine import start_ranks, stop_ranks
+    from fastkd.memory import memory_errors
     from fastkd.peers import lost_ranks
     from fastkd.report import print_summary, write_report
     from fastkd.stages import run_recipe
@@ -87,7 +88,11 @@ def _run(recipe: AnyRecipe, resume: bool) -> None:
     ranks = start_ranks()
     reporter = Reporter(silent=not ranks.is_main)
     try:
-        with disk_errors(Path(recipe.run.output)), lost_ranks(ranks.peers, ranks.rank):
+        with (
+            disk_errors(Path(recipe.run.output)),
+            lost_ranks(ranks.peers, ranks.rank),
+            memory_errors(recipe, ranks.device),
+        ):
             summary = run_recipe(
                 recipe, ranks, resume=resume, reporter=reporter, report=write_report
             )

@@ -1,4 +1,8 @@
-"""What a run says while it works: a live bar on a terminal, plain lines in a log."""
+"""What a run says while it works: a live bar on a terminal, plain lines in a log.
+
+What is said holds names from recipes, files and models. They are text: never markup of rich, never
+a control character of a terminal.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
+
+from fastkd.errors import printable
 
 
 class Reporter:
@@ -33,16 +40,16 @@ class Reporter:
         return self.console.is_terminal and not self.console.quiet
 
     def say(self, text: str) -> None:
-        """One line."""
-        self.console.print(text, markup=False)
+        """One line, or several."""
+        self.console.print(_plain(text))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table; the first column is text, the others are numbers."""
-        table = Table(title=title, title_justify="left")
+        table = Table(title=_plain(title, "table.title"), title_justify="left")
         for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index else "left", no_wrap=True)
+            table.add_column(_plain(column), justify="right" if index else "left", no_wrap=True)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(_plain, row))
         self.console.print(table)
 
     @contextmanager
@@ -56,7 +63,7 @@ class Reporter:
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
         )
         with Progress(*columns, console=self.console) as progress:
             self._bar = progress, progress.add_task("", total=total, completed=done)
@@ -75,6 +82,10 @@ class Reporter:
         """What `train.log_every` steps gave: first and last part beside the bar, all in a log."""
         if self._bar:
             progress, task = self._bar
-            progress.update(task, description=f"{parts[0]}  {parts[-1]}")
+            progress.update(task, description=printable(f"{parts[0]}  {parts[-1]}"))
         else:
             self.say("  ".join([f"step {step}/{total}", *parts]))
+
+
+def _plain(text: str, style: str = "") -> Text:
+    return Text("\n".join(map(printable, text.split("\n"))), style)

@@ -8,6 +8,7 @@ rank, or a second ZeRO-3 engine without an optimiser.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from fastkd.capture import Capture, at_depth, capture, no_cache
 from fastkd.deepspeed_config import teacher_config
-from fastkd.errors import UserError
+from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.heads import last_hidden_state, last_layer
 from fastkd.objective import Inputs, LogitsTerm, Objective, model_inputs
 from fastkd.peers import Peer, default_timeout, meet, rank_timeout
@@ -262,6 +263,30 @@ def parameter_groups(module: nn.Module, train: Train) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
+def check_config(config: dict[str, Any]) -> None:
+    """See that DeepSpeed takes a configuration, before anything is read or built.
+
+    Raises:
+        UserError: it doesn't, with its own words.
+    """
+    _deepspeed()
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    try:
+        # it writes into what it is given
+        DeepSpeedConfig(copy.deepcopy(config))
+    except (*FOREIGN_ERRORS, DeepSpeedConfigError) as error:
+        raise UserError(refusal(error)) from error
+
+
+def refusal(error: Exception) -> str:
+    """What to say of a configuration that DeepSpeed doesn't take."""
+    return (
+        f"deepspeed: DeepSpeed can't use the section ({type(error).__name__}: {one_line(error)}); "
+        "give what its documentation names, or leave it out"
+    )
+
+
 def _deepspeed() -> Any:
     """Import DeepSpeed so that it compiles nothing and logs to stderr."""
     import deepspeed
@@ -271,6 +296,7 @@ def _deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger = logging.getLogger("DeepSpeed")
     for handler in logger.handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
+        # one of another class is not its own
+        if type(handler) is logging.StreamHandler:
+            handler.stream = sys.stderr
     return deepspeed

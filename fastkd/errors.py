@@ -1,8 +1,20 @@
 """What the command line turns into one line and an exit code."""
 
+# characters of a message
+_LONGEST = 2000
+
 
 class UserError(ValueError):
-    """Bad input, exit code 2. The message says what was given, what was expected, what to do."""
+    """Bad input, exit code 2. The message says what was given, what was expected, what to do.
+
+    It is one line whatever it quotes: line ends and control characters are written out, and the
+    middle of what no one would read is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = printable(message)
+        cut = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+        super().__init__(line if len(line) <= _LONGEST else cut)
 
 
 class DiskError(UserError):
@@ -15,6 +27,13 @@ class Interrupted(Exception):
 
 class LostRank(Exception):
     """Another rank is gone or hangs, exit code 1."""
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere as one line that moves no cursor: what is no character is written out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def one_line(error: Exception, length: int | None = 200) -> str:

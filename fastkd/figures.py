@@ -10,6 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from fastkd.errors import printable
+
+# characters of a label that a picture has room for
+_LABEL = 40
+
 
 def draw_map(
     axes: Axes,
@@ -34,12 +39,12 @@ def draw_map(
     """
     axes.imshow(values, aspect="auto", cmap=colours)
     middle = (np.nanmin(values) + np.nanmax(values)) / 2 if np.isfinite(values).any() else 0.0
-    axes.set_xticks(range(len(columns)), columns)
+    axes.set_xticks(range(len(columns)), list(map(plain, columns)))
     if slanted:
         axes.tick_params(axis="x", labelrotation=30)
         for label in axes.get_xticklabels():
             label.set(ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_yticks(range(len(rows)), list(map(plain, rows)))
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             axes.text(
@@ -51,6 +56,13 @@ def draw_map(
                 fontsize=8,
                 color="white" if value < middle else "black",
             )
+
+
+def plain(text: str) -> str:
+    """Text from elsewhere as a label: short and printable, its dollar signs no formula."""
+    half = _LABEL // 2
+    short = text if len(text) <= _LABEL else f"{text[:half]}…{text[-half:]}"
+    return printable(short).replace("$", r"\$")
 
 
 def png(figure: Figure) -> bytes:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import yaml
-
 from fastkd.assemble import Assembly
 from fastkd.console import Reporter
 from fastkd.engine import NoTeacher
 from fastkd.export import export_notes
 from fastkd.layer_map import CONVENTION, LayerMap
-from fastkd.recipe import Recipe
+from fastkd.recipe import Recipe, write_yaml
 
 
 def introduce(assembly: Assembly, reporter: Reporter) -> None:
@@ -60,7 +58,7 @@ def expanded(recipe: Recipe) -> str:
     """What a preset and the user's own keys came to, as YAML, without what is off."""
     tree = recipe.model_dump(mode="json", include={"layer_map", "losses"}, exclude_none=True)
     tree = {"student": {"head": recipe.student.head}, **tree}
-    return str(yaml.safe_dump(tree, sort_keys=False)).rstrip()
+    return write_yaml(tree).rstrip()
 
 
 def _print_map(layers: LayerMap, title: str, reporter: Reporter) -> None:

@@ -9,10 +9,11 @@ import torch
 from fastkd.assemble import Assembly, gather
 from fastkd.capture import Capture, capture, no_cache
 from fastkd.deepspeed_config import plan_batches, student_config
-from fastkd.engine import Ranks
+from fastkd.engine import Ranks, check_config
 from fastkd.errors import UserError, one_line
 from fastkd.layer_map import Moment
 from fastkd.material import Material
+from fastkd.memory import check_micro_batch
 from fastkd.objective import Inputs, Objective, model_inputs
 from fastkd.recipe import Recipe
 
@@ -24,9 +25,11 @@ def check_recipe(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> None
     Raises:
         UserError: as `assemble` and `try_losses`.
     """
-    student_config(recipe, plan_batches(recipe, ranks.world_size))
+    plan = plan_batches(recipe, ranks.world_size)
+    check_config(student_config(recipe, plan))
+    check_micro_batch(recipe, plan.micro_batch_size, ranks.device)
     torch.manual_seed(recipe.train.seed)
-    parts = gather(recipe, ranks, progress=progress)
+    parts = gather(recipe, plan, ranks, progress=progress)
     # a sharded teacher may not fit on one device: both are tried where they were loaded
     device = ranks.device if recipe.teacher.placement == "replicate" else torch.device("cpu")
     module, teacher = parts.module.to(device), parts.teacher.to(device)

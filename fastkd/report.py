@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import html
 import io
-from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from fastkd.console import Reporter
+from fastkd.figures import plain
+from fastkd.pages import document, escaped, html_table
 from fastkd.recipe import AnyRecipe, Recipe, load_any_recipe
 from fastkd.run_folder import RunFolder, disk_errors, write_whole
 
@@ -18,15 +18,6 @@ _NAMED_LINES = 16
 # where in a summary the scores of a model stand
 _SCORED = {"teacher": "teacher", "student": "after"}
 Rows = list[tuple[str, ...]]
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 }
-th, td { padding: .2rem .9rem; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child { text-align: left }
-svg { max-width: 100%; height: auto }
-pre { background: #f6f6f6; padding: 1rem; overflow-x: auto }
-"""
 
 
 def print_summary(summary: dict[str, Any], reporter: Reporter) -> None:
@@ -51,11 +42,8 @@ def write_report(run: RunFolder) -> None:
     recipe = load_any_recipe(run.recipe)
     training = [record for record in metrics if record["kind"] == "train"]
     heldout = [record for record in metrics if record["kind"] == "heldout"]
-    page = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'>",
-        f"<title>{html.escape(run.path.name)}</title><style>{STYLE}</style>",
-        f"<h1>{html.escape(run.path.name)}</h1>",
-        f"<p>{html.escape(_subject(recipe))}</p>",
+    body = [
+        f"<p>{escaped(_subject(recipe))}</p>",
         html_table(("term/student-teacher", "before", "after"), _losses(summary)),
         html_table(("", *_model_names(summary)), _models(summary)),
         html_table(("", ""), _facts(summary)),
@@ -64,10 +52,10 @@ def write_report(run: RunFolder) -> None:
         "<h2>Held out</h2>",
         _curves(heldout, "loss on held-out data"),
         *_score_section(heldout, summary.get("teacher")),
-        f"<h2>Recipe</h2><pre>{html.escape(run.recipe.read_text(encoding='utf-8'))}</pre></html>",
+        f"<h2>Recipe</h2><pre>{escaped(run.recipe.read_text(encoding='utf-8'))}</pre>",
     ]
     with disk_errors(run.path):
-        write_whole(run.report, "\n".join(page))
+        write_whole(run.report, document(run.path.name, body))
 
 
 def _losses(summary: dict[str, Any]) -> Rows:
@@ -177,15 +165,6 @@ def _score_section(heldout: list[dict[str, Any]], teacher: dict[str, Any] | None
         return ["<h2>Score of the task</h2>", _svg(figure)]
 
 
-def html_table(columns: Sequence[str], rows: Rows) -> str:
-    """A table of text cells; the first column is left, the others are right."""
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
 def _curves(records: list[dict[str, Any]], title: str) -> str:
     """One panel a term, one line a layer pair, as inline SVG."""
     if not records:
@@ -201,8 +180,8 @@ def _curves(records: list[dict[str, Any]], title: str) -> str:
             for label in lines:
                 values = [record["losses"][label] for record in records]
                 layers = label.partition("/")[2]
-                axes.plot(steps, values, marker="." if len(steps) < 30 else "", label=layers)
-            axes.set(title=f"{term}: {title}", xlabel="step")
+                axes.plot(steps, values, marker="." if len(steps) < 30 else "", label=plain(layers))
+            axes.set(title=f"{plain(term)}: {title}", xlabel="step")
             # a student that starts from its teacher has losses of exactly zero
             axes.set_yscale("log", nonpositive="mask")
             axes.title.set_fontsize(9)
@@ -215,6 +194,8 @@ def _curves(records: list[dict[str, Any]], title: str) -> str:
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    # no time, and no addresses of elsewhere
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", metadata=nothing)
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]

@@ -29,6 +29,7 @@ LEVELS: tuple[set[str], ...] = (
         "console",
         "metrics",
         "signals",
+        "memory",
     },
     {
         "capture",
@@ -53,7 +54,7 @@ LEVELS: tuple[set[str], ...] = (
         "train",
         "window",
     },
-    {"report", "figures", "study", "similarity", "doctor"},
+    {"report", "figures", "pages", "study", "similarity", "doctor"},
     {"cli", "__main__"},
 )
 # what a level may import besides the standard library
@@ -71,7 +72,7 @@ PACKAGES: tuple[set[str], ...] = (
         "sklearn",
     },
     {"torch", "transformers", "safetensors", "deepspeed", "psutil"},
-    {"torch", "transformers", "yaml"},
+    {"torch", "transformers"},
     {"torch", "numpy", "pydantic", "rich", "scipy", "matplotlib", "psutil", "optuna"},
     {"typer", "transformers"},
 )

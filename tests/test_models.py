@@ -43,24 +43,6 @@ def test_a_folder_and_a_hub_name_are_left_as_they_are() -> None:
     assert resolve_model(Teacher(model="some/name")) == "some/name"
 
 
-def test_a_package_is_resolved_to_the_folder_that_it_carries(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = tmp_path / "carrier_of_models"
-    (package / "model").mkdir(parents=True)
-    (package / "__init__.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    resolved = resolve_model(Teacher(model="package:carrier_of_models/model"))
-    assert Path(resolved) == package / "model"
-
-
-@pytest.mark.parametrize("package", ["not_installed", "no.such", "json.decoder"])
-def test_a_package_that_is_not_there_is_named(package: str) -> None:
-    expected = f"package:{package}/model: package {package} is not installed; pip"
-    with pytest.raises(UserError, match=expected):
-        resolve_model(Teacher(model=f"package:{package}/model"))
-
-
 def test_the_right_digest_is_accepted(folder: Path) -> None:
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert resolve_model(Teacher(model=str(folder), sha256=digest)) == str(folder)

@@ -167,7 +167,7 @@ def test_fields_that_contradict_each_other_are_named(
     [
         (b"student: [1", "not YAML"),
         (b"a: b: c", "not YAML"),
-        (b"!!python/object:os.system {}", "not YAML"),
+        (b"!!python/object:os.system {}", "line 1: unknown tag !!python/object:os.system"),
         (b"- one\n- two", "expected a mapping of sections, found list"),
         (b"", "expected a mapping of sections, found NoneType"),
         (b"\xff\xfe\x00", "not a readable recipe"),

@@ -27,7 +27,7 @@ def test_mean_and_deviation_by_hand() -> None:
     found = mean_over_seeds(_scores({(None, 0): 1.0, (None, 1): 2.0, (None, 2): 6.0}))
     # mean 3; squares 4 + 1 + 9 = 14, over n - 1 = 2
     assert found == Mean(3, 3.0, math.sqrt(7.0))
-    assert str(found) == "3.0000 ± 2.6458"
+    assert str(found) == "3.0 ± 2.6"
 
 
 def test_tasks_are_averaged_within_a_seed_first() -> None:

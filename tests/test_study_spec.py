@@ -76,7 +76,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "baseline of no axis": ({"baseline": {"map": "last"}}, "baseline: no axis 'map'"),
     "baseline off the grid": (
         {"spaces": {"weight": {**WEIGHTS, "points": 4}}, "baseline": {"weight": 3}},
-        "baseline.weight: no value '3'; expected one of 0.1, 1, 10, 100",
+        "baseline.weight: no value 3; expected one of 0.1, 1, 10, 100",
     ),
     "baseline skipped": ({"skip": [{"mapping": "uniform"}]}, "skip leaves out the baseline"),
     "seeds in an override": ({"overrides": {"train.seed": 3}}, "train.seed is set by seeds"),

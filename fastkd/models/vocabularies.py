@@ -54,13 +54,18 @@ def read_tokenizer(teacher: Teacher) -> PreTrainedTokenizerBase | None:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, revision=teacher.revision, trust_remote_code=False
         )
-    except LOADING_ERRORS as error:
+        # without end, where the token of unknown words is unknown
+        special = set(tokenizer.all_special_ids)
+    except Exception as error:
+        # of a file that it can't read, tokenizers raises just that
+        if type(error) is not Exception and not isinstance(error, LOADING_ERRORS):
+            raise
         known = optional_file(name, "config.json", teacher.revision) is not None
         if known and not any(optional_file(name, file, teacher.revision) for file in _FILES):
             return None
         raise UserError(not_loadable(f"tokenizer of {teacher.model}", error)) from error
     # transformers makes one of special tokens alone where a folder has no tokenizer
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+    if len(tokenizer) <= len(special):
         return None
     return tokenizer
 

@@ -37,6 +37,7 @@ from fastkd.recipe.task import TaskAugmentation, TaskColumns, TaskData
 from fastkd.recipe.train import Run, Train, resolve_steps
 from fastkd.recipe.weights import Balance, Schedule
 from fastkd.recipe.whole import Recipe
+from fastkd.recipe.yaml_text import write_yaml
 
 __all__ = [
     "AnyRecipe",
@@ -75,4 +76,5 @@ __all__ = [
     "replace_value",
     "resolve_steps",
     "stage_recipes",
+    "write_yaml",
 ]

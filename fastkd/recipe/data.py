@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from fastkd.recipe.section import Section
+from fastkd.recipe.section import LONGEST, Place, Section
 
 
 def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+Sources = Annotated[tuple[Place, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 
 
 class Data(Section):
@@ -27,7 +27,7 @@ class Data(Section):
     """Text that is never trained on, in the same forms; else a part of `train` is held out."""
     heldout_fraction: float = Field(default=0.02, gt=0, lt=1)
     """Share of the documents that is held out where `heldout` is not given."""
-    heldout_blocks: int = Field(default=256, gt=0)
+    heldout_blocks: int = Field(default=256, gt=0, le=10_000_000)
     """Held-out blocks that an evaluation uses, at most: spread over the held-out text, or the
     first of them when streaming."""
     split: str = "train"
@@ -36,13 +36,13 @@ class Data(Section):
     """Column that holds the text (.jsonl, .parquet, data sets)."""
     documents: Literal["paragraph", "line"] = "paragraph"
     """In plain text a document ends at an empty line, or at every line end."""
-    block_size: int = Field(default=128, ge=8)
+    block_size: int = Field(default=128, ge=8, le=LONGEST)
     """Tokens in a block, special tokens included."""
     streaming: bool = False
     """Read and tokenise while training, without storing the tokens."""
-    shuffle_buffer: int = Field(default=1000, ge=1)
+    shuffle_buffer: int = Field(default=1000, ge=1, le=10_000_000)
     """Documents that a streamed shuffle holds."""
-    workers: int | None = Field(default=None, ge=1)
+    workers: int | None = Field(default=None, ge=1, le=1024)
     """Tokenising processes; one a core where not given."""
-    cache: str = "~/.cache/fastkd"
+    cache: Place = "~/.cache/fastkd"
     """Folder of tokenised data, shared by all runs."""

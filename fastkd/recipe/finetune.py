@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fastkd.recipe.models import Attention, Teacher
-from fastkd.recipe.section import Name, Section
+from fastkd.recipe.models import Attention, Teacher, check_flex
+from fastkd.recipe.section import Extras, Place, Section
 from fastkd.recipe.task import TaskData
 from fastkd.recipe.train import Run, Train, check_train
 
@@ -15,9 +15,9 @@ from fastkd.recipe.train import Run, Train, check_train
 class TunedModel(Section):
     """The model that is trained; where it has no head for the task, one is drawn by the seed."""
 
-    name: Name
+    name: Place
     """Hub name, folder, or `package:NAME/FOLDER` for a model carried by an installed package."""
-    revision: str | None = None
+    revision: Place | None = None
     """Branch, tag or commit on the hub."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """Expected digest of `model.safetensors`, checked before use."""
@@ -27,6 +27,11 @@ class TunedModel(Section):
     """Attention implementation that the model runs."""
     gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass (non-reentrant)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        check_flex(self.attention, self.dropout, self.gradient_checkpointing)
+        return self
 
     @property
     def source(self) -> Teacher:
@@ -54,7 +59,7 @@ class FinetuneRecipe(Section):
     """How it is trained."""
     run: Run
     """Where it is written."""
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    deepspeed: Extras = Field(default_factory=dict)
     """Further keys of DeepSpeed's configuration; those that the recipe sets itself are refused."""
 
     @model_validator(mode="after")

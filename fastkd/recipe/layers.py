@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from fastkd.recipe.section import Section
+from fastkd.recipe.section import LARGEST, Section, Seed, short
 
+# between these fp32 tells scores over the temperature apart, and the kernels take them
+Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
 MapKind = Literal[
     "uniform", "last", "first", "skip", "below_last", "final", "mean_target", "mean_loss"
 ]
@@ -20,7 +22,7 @@ class RandomMap(Section):
     """Name of the mapping."""
     redraw: Literal["run", "epoch", "step"] = "epoch"
     """When other layers are drawn; `run` keeps the first draw."""
-    seed: int | None = Field(default=None, ge=0)
+    seed: Seed | None = None
     """Seed of the draws; `train.seed` where not given."""
 
 
@@ -29,7 +31,7 @@ class TransportMap(Section):
 
     kind: Literal["emd"] = "emd"
     """Name of the mapping."""
-    temperature: float | None = Field(default=1.0, gt=0)
+    temperature: Temperature | None = 1.0
     """Of the cost attention that moves the weights of the layers; `null` keeps them equal."""
 
 
@@ -38,7 +40,7 @@ class AttentionMap(Section):
 
     kind: Literal["attention"] = "attention"
     """Name of the mapping."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Temperature = 1.0
     """What the dot products are divided by before the softmax."""
 
 
@@ -55,14 +57,17 @@ def _known_map(value: object) -> object:
         return value
     if isinstance(value, str) and value in MAP_SECTIONS:
         return {"kind": value}
-    if isinstance(value, dict) and value.get("kind") in MAP_SECTIONS:
+    if isinstance(value, dict) and value.get("kind") in list(MAP_SECTIONS):
         return value
-    layers = isinstance(value, list | tuple) and all(type(v) is int and v >= 0 for v in value)
-    if not layers and value not in get_args(MapKind):
+    layers = isinstance(value, list | tuple) and all(
+        type(v) is int and 0 <= v <= LARGEST for v in value
+    )
+    # in a list: what is no word may have no hash
+    if not layers and value not in list(get_args(MapKind)):
         raise ValueError(
             f"expected {', '.join(_NAMES)} or a list with one teacher layer for each student "
             f"layer, 0 for none; {', '.join(MAP_SECTIONS)} may be a section with that kind "
-            f"(given {value!r})"
+            f"(given {short(value)})"
         )
     return value
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from fastkd.recipe.layers import Layers
-from fastkd.recipe.section import Section
+from fastkd.recipe.layers import Layers, Temperature
+from fastkd.recipe.section import MOST_HEADS, Section
 from fastkd.recipe.weights import Balance, Schedule, ShortBalance
 
 Tokens = Literal["all", "cls", "mean"]
-# between these fp32 tells scores over the temperature apart, and the kernels take them
-Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
 # a mixture's smaller part, unless it is left out altogether
 LEAST_SHARE = 1e-4
 
@@ -57,7 +55,7 @@ class RelationsLoss(Term):
         default=("qq", "kk", "vv"), min_length=1
     )
     """Which vectors are multiplied with which: queries, keys, values."""
-    relation_heads: int | None = Field(default=None, gt=0)
+    relation_heads: int | None = Field(default=None, gt=0, le=MOST_HEADS)
     """Heads that the vectors are cut into anew; the teacher's attention heads where not given."""
     kind: Literal["kl", "reverse_kl", "js", "mse", "cross_entropy", "cosine"] = "kl"
     """Divergence of the relations' softmax."""
@@ -65,6 +63,15 @@ class RelationsLoss(Term):
     """What the relations are divided by before the softmax."""
     layer_map: Layers | None = None
     """Mapping of this term; the recipe's where not given."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len(set(self.relations)) < len(self.relations):
+            raise ValueError(
+                f"relations names one twice (given {', '.join(self.relations)}); name each once "
+                "and give the term a weight"
+            )
+        return self
 
 
 class EmbeddingLoss(Term):

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from fastkd.recipe.section import Name, Section
+from fastkd.recipe.section import MOST_HEADS, Place, Section
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 Head = Literal["none", "sequence_classification", "causal_lm", "masked_lm"]
+# more than any model has
+_WIDEST = 2**20
+
+
+def check_flex(attention: Attention, dropout: float | None, gradient_checkpointing: bool) -> None:
+    """Refuse what flex attention does not do in training.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if attention == "flex_attention" and dropout:
+        raise ValueError(
+            f"attention is flex_attention, which has no dropout, but dropout is {dropout:g}; set "
+            "it to 0, or take sdpa"
+        )
+    if attention == "flex_attention" and gradient_checkpointing:
+        raise ValueError(
+            "attention is flex_attention, which can't be recomputed, but gradient_checkpointing "
+            "is true; leave it out, or take sdpa"
+        )
 
 
 class Teacher(Section):
     """The large model. It is never trained and always runs in eval mode."""
 
-    model: Name
+    model: Place
     """Hub name, folder, or `package:NAME/FOLDER` for a model carried by an installed package."""
-    revision: str | None = None
+    revision: Place | None = None
     """Branch, tag or commit on the hub."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """Expected digest of `model.safetensors`, checked before use."""
@@ -32,17 +52,17 @@ class Teacher(Section):
 class Student(Section):
     """The small model: the teacher's architecture with these numbers in place of the teacher's."""
 
-    layers: int = Field(gt=0)
+    layers: int = Field(gt=0, le=10_000)
     """Transformer blocks."""
-    hidden_size: int | None = Field(default=None, gt=0)
+    hidden_size: int | None = Field(default=None, gt=0, le=_WIDEST)
     """Width; the teacher's where not given."""
-    heads: int | None = Field(default=None, gt=0)
+    heads: int | None = Field(default=None, gt=0, le=MOST_HEADS)
     """Attention heads; the teacher's where not given."""
-    kv_heads: int | None = Field(default=None, gt=0)
+    kv_heads: int | None = Field(default=None, gt=0, le=MOST_HEADS)
     """Key and value heads of grouped-query attention; scaled with `heads` where not given."""
-    intermediate_size: int | None = Field(default=None, gt=0)
+    intermediate_size: int | None = Field(default=None, gt=0, le=_WIDEST)
     """Width of the feed-forward layer; the teacher's where not given."""
-    init: Name = "teacher"
+    init: Place = "teacher"
     """`teacher` copies the mapped teacher layers where shapes agree, `random` draws everything;
     or the folder, hub name or `package:NAME/FOLDER` of a student to start from, which was trained
     with the teacher's tokenizer."""
@@ -54,6 +74,11 @@ class Student(Section):
     """Attention implementation that the student runs."""
     gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass (non-reentrant)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        check_flex(self.attention, self.dropout, self.gradient_checkpointing)
+        return self
 
     @property
     def starts_from(self) -> Teacher | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 from fastkd.errors import UserError
+from fastkd.recipe.section import short
 
 Preset = Literal[
     "tinybert",
@@ -201,7 +202,9 @@ def expand(tree: Mapping[str, Any]) -> Tree:
     if name is None:
         return dict(tree)
     if not isinstance(name, str) or name not in PRESETS:
-        raise UserError(f"preset: expected one of {', '.join(get_args(Preset))} (given {name!r})")
+        raise UserError(
+            f"preset: expected one of {', '.join(get_args(Preset))} (given {short(name)})"
+        )
     return _over(PRESETS[name](), tree)
 
 

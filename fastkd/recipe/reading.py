@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 from fastkd.recipe.finetune import FinetuneRecipe
 from fastkd.recipe.layers import MAP_SECTIONS
 from fastkd.recipe.presets import expand
+from fastkd.recipe.section import short
 from fastkd.recipe.stages import stage_trees
 from fastkd.recipe.whole import Recipe
-from fastkd.recipe.yaml_text import YamlError, read_yaml
+from fastkd.recipe.yaml_text import LONGEST, YamlError, read_yaml, write_yaml
 
 AnyRecipe = Recipe | FinetuneRecipe
 
@@ -72,11 +71,15 @@ def read_tree(path: str | Path, what: str = "recipe") -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        tree = read_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable {what} ({error}); give a YAML file") from error
+        with path.open(encoding="utf-8") as file:
+            # one more than is taken: a device has no end
+            tree = read_yaml(file.read(LONGEST + 1))
     except YamlError as error:
         raise UserError(f"{path}: {error}") from error
+    # ValueError: no UTF-8, or a NUL in the path
+    except (OSError, ValueError) as error:
+        said = f"not a readable {what} ({one_line(error)}); give a YAML file"
+        raise UserError(f"{str(path)[:300]}: {said}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
     return tree
@@ -128,7 +131,7 @@ def parse_any_recipe(tree: Mapping[str, Any], name: str = "recipe") -> AnyRecipe
 
 def dump_recipe(recipe: AnyRecipe) -> str:
     """The recipe as YAML with every default written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return write_yaml(recipe.model_dump(mode="json"))
 
 
 def _parted(override: str) -> tuple[str, str]:
@@ -190,13 +193,13 @@ def complain(error: ValidationError, root: type[BaseModel]) -> str:
         text = f"{field}: missing; it has no default, so give a value"
     elif first["type"] == "model_type":
         keys = ", ".join(_section(root, first["loc"]).model_fields)
-        text = f"{field}: expected a section with keys {keys} (given {first['input']!r})"
+        text = f"{field}: expected a section with keys {keys} (given {short(first['input'])})"
     else:
         where = f"{field}: " if field else ""
         message = first["msg"].removeprefix("Value error, ")
-        given = "" if first["type"] == "value_error" else f" (given {first['input']!r})"
-        if first["type"] == "string_type" and isinstance(first["input"], bool | int | float | date):
-            message += "; put quotes around a word that YAML reads otherwise, such as 'no' or '1'"
+        given = "" if first["type"] == "value_error" else f" (given {short(first['input'])})"
+        if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
+            message += "; put quotes around a word that YAML reads otherwise, such as 'true' or '1'"
         text = f"{where}{message[:1].lower()}{message[1:]}{given}"
     return text + (f" (and {len(rest)} more)" if rest else "")
 

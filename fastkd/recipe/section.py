@@ -2,11 +2,102 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+import os
+import reprlib
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+
+LARGEST = 2**63 - 1
+"""Of any number, as of a signed one of 64 bits."""
+MOST_HEADS = 10_000
+"""Attention heads of a layer."""
+LONGEST = 2**20
+"""Tokens of a block or an example."""
+MOST_ROWS = 2**24
+"""Blocks or examples of a batch."""
+LONGEST_RUN = 10_000_000
+"""Steps of a run."""
+# of a section that is handed on as it is
+_DEEPEST = 20
+# bytes that file systems take for a part of a path and for all of it, less what fastkd adds
+_PART, _PATH = 255, 3800
+
+
+def short(value: object) -> str:
+    """A value as it is quoted in a message."""
+    try:
+        return reprlib.repr(value)
+    # a number of more digits than Python writes
+    except ValueError:
+        return type(value).__name__
+
+
+def check_place(text: str) -> str:
+    """Refuse text that can name no file, folder, or model on a hub.
+
+    Raises:
+        ValueError: a NUL, half a surrogate pair, a part that is too long, or an unknown home.
+    """
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("expected a path, but half a surrogate pair is no text") from error
+    if b"\0" in encoded:
+        raise ValueError(f"expected a path, which holds no NUL (given {text[:100]!r})")
+    longest = max(map(len, encoded.split(os.sep.encode())))
+    if longest > _PART or len(encoded) > _PATH:
+        raise ValueError(
+            f"expected a path of at most {_PATH} bytes, {_PART} a part (given {len(encoded)} "
+            f"bytes, {longest} in one part)"
+        )
+    if text.startswith("~"):
+        try:
+            Path(text).expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"no such home folder (given {text[:100]!r})") from error
+    return text
+
+
+def check_plain(value: Any, depth: int = 0) -> Any:
+    """Refuse what JSON can't hold, or what is deeper than any configuration.
+
+    Raises:
+        ValueError: saying what.
+    """
+    if depth > _DEEPEST:
+        raise ValueError(f"more than {_DEEPEST} sections inside each other")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"expected text for a key (given {key!r:.100})")
+            check_plain(inner, depth + 1)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            check_plain(inner, depth + 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"expected a finite number (given {value})")
+    elif isinstance(value, int):
+        _check_bits(value)
+    elif not isinstance(value, str | float | None):
+        raise ValueError(f"expected a plain value (given {type(value).__name__})")
+    return value
+
 
 Name = Annotated[str, Field(min_length=1)]
+Place = Annotated[Name, AfterValidator(check_place)]
+Seed = Annotated[int, Field(ge=0, le=LARGEST)]
+Extras = Annotated[dict[str, Any], BeforeValidator(check_plain)]
 
 
 class Section(BaseModel):
@@ -24,6 +115,13 @@ class Section(BaseModel):
         if isinstance(value, bool) and field.annotation is not bool:
             raise ValueError(
                 f"expected a value, not a switch (given {value}); put quotes around a word such as "
-                "no or on"
+                "true"
             )
+        if isinstance(value, int):
+            _check_bits(value)
         return value
+
+
+def _check_bits(value: int) -> None:
+    if abs(value) > LARGEST:
+        raise ValueError(f"expected a number of 64 bits (given one of {value.bit_length()})")

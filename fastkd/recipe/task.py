@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fastkd.recipe.section import Name, Section
+from fastkd.recipe.section import LONGEST, MOST_ROWS, Name, Place, Section, Seed
 
 Metric = Literal["matthews", "accuracy", "f1", "pearson", "spearman"]
 
@@ -16,6 +16,7 @@ def _one_or_many(value: object) -> object:
 
 
 Names = Annotated[tuple[Name, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+Places = Annotated[tuple[Place, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 
 
 class TaskColumns(Section):
@@ -30,25 +31,25 @@ class TaskColumns(Section):
 class TaskAugmentation(Section):
     """More training examples by replaced words (TinyBERT, arXiv 1909.10351, Algorithm 1)."""
 
-    copies: int = Field(default=20, ge=1)
+    copies: int = Field(default=20, ge=1, le=10_000)
     """Copies of an example, at most: N_a of the paper."""
     probability: float = Field(default=0.4, gt=0, le=1)
     """Chance that a word is replaced: p_t of the paper."""
-    candidates: int = Field(default=15, ge=1)
+    candidates: int = Field(default=15, ge=1, le=100_000)
     """Words that one is replaced from: K of the paper."""
     source: Literal["masked_model", "neighbours"] = "masked_model"
     """Where words that are a single token take their candidates from."""
-    masked_model: Name | None = None
+    masked_model: Place | None = None
     """Folder or hub name of a masked language model."""
     show_original: bool = False
     """Let that model read the original text behind the masked one, as the official code does."""
-    glove: Name | None = None
+    glove: Place | None = None
     """File of word vectors, plain or gzipped."""
-    synonyms: Name | None = None
+    synonyms: Place | None = None
     """File of `word TAB paraphrase`, plain or gzipped, in place of word vectors."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of what is replaced by what."""
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=64, ge=1, le=MOST_ROWS)
     """Masked texts in one forward pass; decides speed and memory alone."""
 
 
@@ -58,7 +59,7 @@ class TaskData(Section):
     name: Name
     """Task of GLUE (CoLA, SST-2, MRPC, QQP, STS-B, MNLI, QNLI, RTE, WNLI), whose columns, labels
     and metrics are known; with `columns` any name."""
-    source: Name
+    source: Place
     """Folder of the official TSV files, or of JSON lines (.tsv, .tsv.gz, .jsonl, .jsonl.gz), a
     saved `datasets` folder, or a hub name such as `nyu-mll/glue`."""
     columns: TaskColumns | None = None
@@ -72,15 +73,15 @@ class TaskData(Section):
     """Smallest and largest score of such a task, in place of labels: a regression."""
     metrics: tuple[Metric, ...] | None = None
     """Metrics of such a task; accuracy, or Pearson's and Spearman's correlation if not given."""
-    train: Name = "train"
+    train: Place = "train"
     """Split that is trained on: its file's name without the ending."""
-    evaluate: Names | None = None
+    evaluate: Places | None = None
     """Splits that both models are scored on; those of GLUE, or `dev`, where not given."""
-    max_length: int = Field(default=128, ge=4)
+    max_length: int = Field(default=128, ge=4, le=LONGEST)
     """Tokens of an example, special tokens included; longer ones are cut."""
     augmentation: TaskAugmentation | None = None
     """How training examples are multiplied; not at all where not given."""
-    cache: str = "~/.cache/fastkd"
+    cache: Place = "~/.cache/fastkd"
     """Folder of tokenised examples, shared by all runs."""
 
     @model_validator(mode="after")

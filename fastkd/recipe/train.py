@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fastkd.recipe.section import Name, Section
+from fastkd.recipe.section import LONGEST_RUN, MOST_ROWS, Place, Section, Seed
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
@@ -14,13 +14,13 @@ DecayRate = Annotated[float, Field(ge=0, lt=1)]
 class Train(Section):
     """The loop: length, batch, optimiser, precision, and what is written when."""
 
-    steps: int = Field(default=1000, ge=0)
+    steps: int = Field(default=1000, ge=0, le=LONGEST_RUN)
     """Optimiser steps; 0 where `epochs` says how many. A run can be resumed with more of them where
     `schedule` is constant and nothing else is stretched over the run: it ends as if it had been
     given them at once. Otherwise the steps that were made depend on it, and it is refused."""
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0, le=1e6)
     """Passes over the data, in place of `steps`."""
-    batch_size: int = Field(default=32, gt=0)
+    batch_size: int = Field(default=32, gt=0, le=MOST_ROWS)
     """Blocks, or examples of a task, in an optimiser step, over all ranks and micro-batches:
     results don't depend on how it is cut."""
     micro_batch_size: int | None = Field(default=None, gt=0)
@@ -44,7 +44,7 @@ class Train(Section):
     """Precision of the student's forward and backward; master weights are fp32."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage of the student."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of initial weights, data order and dropout."""
     log_every: int = Field(default=10, gt=0)
     """Steps between two lines of metrics."""
@@ -109,6 +109,11 @@ def resolve_steps(train: Train, rows: int | None) -> Train:
         if rows is None:
             raise ValueError("train.epochs: the data is streamed and not counted; give train.steps")
         found["steps"] = max(1, round(train.epochs * rows / train.batch_size))
+        if found["steps"] > LONGEST_RUN:
+            raise ValueError(
+                f"train.epochs: {train.epochs:g} passes over {rows:,} rows are "
+                f"{found['steps']:,} steps, expected at most {LONGEST_RUN:,}"
+            )
     steps = found.get("steps", train.steps)
     if train.warmup_share:
         found["warmup_steps"] = int(train.warmup_share * steps)
@@ -120,7 +125,7 @@ def resolve_steps(train: Train, rows: int | None) -> Train:
 class Run(Section):
     """Where a run is written and who is told."""
 
-    output: Name
+    output: Place
     """Folder of the run; it must not hold another run."""
     monitor: Literal["none", "tensorboard", "wandb"] = "none"
     """Tracker that DeepSpeed's monitor writes to; its package is an extra of fastkd's."""

@@ -12,7 +12,7 @@ from fastkd.recipe.layers import Layers
 from fastkd.recipe.losses import Losses
 from fastkd.recipe.models import Student, Teacher
 from fastkd.recipe.presets import Preset
-from fastkd.recipe.section import Section
+from fastkd.recipe.section import Extras, Section
 from fastkd.recipe.task import TaskData
 from fastkd.recipe.train import Run, Train, check_train
 
@@ -42,15 +42,16 @@ class Recipe(Section):
     stages: tuple[dict[str, Any], ...] = ()
     """Stages of the run, one after the other: of each what differs in `losses`, `layer_map`,
     `train` and `task`."""
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    deepspeed: Extras = Field(default_factory=dict)
     """Further keys of DeepSpeed's configuration; those that the recipe sets itself are refused."""
 
     @model_validator(mode="before")
     @classmethod
     def _first_losses(cls, tree: Any) -> Any:
-        if not isinstance(tree, Mapping) or "losses" in tree or not tree.get("stages"):
+        stages = tree.get("stages") if isinstance(tree, Mapping) else None
+        if not isinstance(stages, list | tuple) or not stages or "losses" in tree:
             return tree
-        first = tree["stages"][0]
+        first = stages[0]
         given = isinstance(first, Mapping) and "losses" in first
         return {**tree, "losses": first["losses"]} if given else tree
 

@@ -1,17 +1,46 @@
-"""YAML that says each thing once, in numbers that everyone reads alike.
+"""YAML that says each thing once and reads as everyone reads it: by the core rules of YAML 1.2.
 
-PyYAML's safe loader keeps the last of two equal keys and reads `010` as 8 and `1:30` as 90, all
-without a word. Here they are refused; merge keys and anchors work as ever.
+PyYAML reads by YAML 1.1: `010` is 8, `1:30` is 90, `no` is a switch and `2024-01-31` a date, and it
+keeps the last of two equal keys, all without a word. Its scanner and parser are used here; what a
+scalar means is decided by the core schema of YAML 1.2 (section 10.3.2), merge keys being the one
+thing kept of 1.1. The road not taken is ruamel.yaml, a second parser for the sake of seven regular
+expressions.
+
+A file may come from a stranger: its size, its depth and what its aliases add up to are bounded,
+keys are text, and no tag makes anything but plain values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import math
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
 from fastkd.errors import one_line
+
+LONGEST = 1 << 20
+"""Characters of a document."""
+DEEPEST = 50
+"""Sections and lists inside each other."""
+_MOST_NODES = 100_000
+_LARGEST = 2**63 - 1
+_TAG = "tag:yaml.org,2002:"
+# of scalars, each with the characters that it may start with
+_CORE = (
+    ("null", "~nN", r"~|null|Null|NULL|"),
+    ("bool", "tTfF", r"true|True|TRUE|false|False|FALSE"),
+    ("int", "-+0123456789", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
+    (
+        "float",
+        "-+.0123456789",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    ),
+)
+_PATTERNS = {kind: re.compile(pattern) for kind, _, pattern in _CORE}
+_MERGE = f"{_TAG}merge"
 
 
 class YamlError(ValueError):
@@ -24,48 +53,125 @@ def read_yaml(text: str) -> Any:
     Raises:
         YamlError: with the lines where the text has several.
     """
-    loader = _Loader(text)
+    if len(text) > LONGEST:
+        raise YamlError(f"more than {LONGEST:,} characters, which no such file has")
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:
+        raise YamlError(f"not YAML ({one_line(error)})") from error
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        for key, first, second in _repeated(loader, node, "", {}):
+        for key, first, second in _repeated(node, "", {}):
             raise YamlError(f"{key} is given twice, {_places(first, second)}; give it once")
+        _count(node, {})
         return loader.construct_document(node)
-    # ValueError: a date or a number that only looks like one
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    # ValueError: a character that an escape can't make
+    except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, YamlError):
             raise
-        raise YamlError(f"not YAML ({one_line(error, None)})") from error
+        raise YamlError(f"not YAML ({one_line(error)})") from error
     finally:
         loader.dispose()
 
 
+def write_yaml(tree: Any) -> str:
+    """Plain values as YAML that `read_yaml` and readers of YAML 1.1 read back as they were."""
+    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False))
+
+
 class _Loader(yaml.SafeLoader):
-    """The safe loader, without numbers that only YAML 1.1 reads so."""
+    """PyYAML's scanner and parser with the scalars of YAML 1.2."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise YamlError(f"line {self.line + 1}: more than {DEEPEST} sections inside each other")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
-def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
-    text = str(node.value)
-    digits = text.lstrip("+-")
-    octal = len(digits) > 1 and digits[0] == "0" and digits[1] in "01234567_"
-    whole = node.tag.endswith(":int")
-    read = loader.construct_yaml_int if whole else loader.construct_yaml_float
-    found: int | float = read(node)
-    if ":" in text or (whole and octal):
-        raise YamlError(
-            f"line {node.start_mark.line + 1}: {text} would be read as {found}; write the number "
-            "in decimal digits, or put quotes around what is none"
+class _Dumper(yaml.SafeDumper):
+    """Writes text in quotes wherever YAML 1.1 or 1.2 would take it for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+# none of YAML 1.1's; the dumper keeps those beside its own
+_Loader.yaml_implicit_resolvers = {}
+for _kind, _first, _pattern in _CORE:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            _TAG + _kind,
+            re.compile(f"(?:{_pattern})\\Z"),
+            [*_first, ""] if _kind == "null" else list(_first),
         )
-    return found
+_Loader.add_implicit_resolver(_MERGE, re.compile(r"<<\Z"), ["<"])
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _number)
-_Loader.add_constructor("tag:yaml.org,2002:float", _number)
+def _write_text(dumper: _Dumper, text: str) -> yaml.Node:
+    # folded in other styles, such text loses spaces and line ends
+    style = None if text.isprintable() and text == text.strip() else '"'
+    return dumper.represent_scalar(f"{_TAG}str", text, style=style)
+
+
+_Dumper.add_representer(str, _write_text)
+
+
+def _scalar(loader: _Loader, node: yaml.Node) -> Any:
+    if not isinstance(node, yaml.ScalarNode):
+        raise _refusal(node, f"a section or list can't be {_short(node.tag)}")
+    kind, text = node.tag.removeprefix(_TAG), str(node.value)
+    if kind in _PATTERNS and not _PATTERNS[kind].fullmatch(text):
+        raise _refusal(
+            node, f"{text[:40]!r} is not of the kind {_short(node.tag)} that it is given"
+        )
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind in ("int", "float"):
+        return _number(node, kind, text)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _refusal(node, "half a surrogate pair is no text") from error
+    return text
+
+
+def _number(node: yaml.Node, kind: str, text: str) -> int | float:
+    if kind == "float":
+        found = float(re.sub(r"\.(?=[inIN])", "", text))
+        if math.isinf(found) and "inf" not in text.lower():
+            raise _refusal(node, f"{text[:40]} is more than a number can hold")
+        return found
+    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+    # Python refuses to read thousands of digits, with another message
+    if len(text.lstrip("+-0ox")) > 64 or abs(int(text, base)) > _LARGEST:
+        raise _refusal(node, f"{text[:20]}... is a number of {len(text)} digits, expected 64 bits")
+    return int(text, base)
+
+
+def _unknown(loader: _Loader, node: yaml.Node) -> Any:
+    raise _refusal(node, f"unknown tag {_short(node.tag)}; leave it out, values here are plain")
+
+
+for _known in (*_PATTERNS, "str"):
+    _Loader.add_constructor(_TAG + _known, _scalar)
+for _other in ("binary", "timestamp", "omap", "pairs", "set"):
+    _Loader.add_constructor(_TAG + _other, _unknown)
+_Loader.add_constructor(None, _unknown)
 
 
 def _repeated(
-    loader: _Loader, node: yaml.Node, path: str, seen: dict[int, bool]
+    node: yaml.Node, path: str, seen: dict[int, bool]
 ) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
     """Keys that stand twice in one mapping, by dotted name, with both nodes."""
     # an anchor is looked at where it stands; whether it is open still
@@ -76,20 +182,43 @@ def _repeated(
     seen[id(node)] = True
     if isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
-            yield from _repeated(loader, item, f"{path}.{number}".lstrip("."), seen)
+            yield from _repeated(item, f"{path}.{number}".lstrip("."), seen)
     if isinstance(node, yaml.MappingNode):
-        met: dict[Hashable, yaml.Node] = {}
+        met: dict[str, yaml.Node] = {}
         for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
+            if not isinstance(key, yaml.ScalarNode) or key.tag not in (f"{_TAG}str", _MERGE):
+                given = repr(str(key.value)[:40]) if isinstance(key, yaml.ScalarNode) else "a list"
+                raise _refusal(key, f"the key {given} is no text; put quotes around it")
             named = f"{path}.{key.value}".lstrip(".")
-            merges = key.tag == "tag:yaml.org,2002:merge"
-            known = "<<" if merges else loader.construct_object(key)
-            if known in met:
-                yield named, met[known], key
-            met[known] = key
-            yield from _repeated(loader, value, named, seen)
+            if key.value in met:
+                yield named, met[key.value], key
+            met[key.value] = key
+            yield from _repeated(value, named, seen)
     seen[id(node)] = False
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for, its aliases written out."""
+    if id(node) in known:
+        return known[id(node)]
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    elif isinstance(node, yaml.MappingNode):
+        inner = [value for _, value in node.value]
+    total = 1 + sum(_count(child, known) for child in inner)
+    if total > _MOST_NODES:
+        raise _refusal(node, f"its aliases stand for more than {_MOST_NODES:,} values")
+    known[id(node)] = total
+    return total
+
+
+def _refusal(node: yaml.Node, text: str) -> YamlError:
+    return YamlError(f"line {node.start_mark.line + 1}: {text}")
+
+
+def _short(tag: str) -> str:
+    return f"!!{tag.removeprefix(_TAG)}"[:60] if tag.startswith(_TAG) else repr(tag)[:60]
 
 
 def _places(first: yaml.Node, second: yaml.Node) -> str:

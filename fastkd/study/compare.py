@@ -30,6 +30,9 @@ Pair = tuple[str | None, int]
 LEVEL = 0.05
 """What a p value should be able to fall below."""
 
+# below this a spread is taken for rounding
+_LEAST_SPREAD = 1e-15
+
 
 @dataclass(frozen=True)
 class Score:
@@ -58,7 +61,10 @@ class Mean:
     def __str__(self) -> str:
         if self.mean is None or self.deviation is None:
             return f"{self.seeds} seed" + ("" if self.seeds == 1 else "s")
-        return f"{self.mean:.4f} ± {self.deviation:.4f}"
+        places = decimals(self.deviation)
+        if places is None:
+            return f"{self.mean:.4g} ± 0"
+        return f"{self.mean:.{places}f} ± {self.deviation:.{places}f}"
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,16 @@ class Difference:
     def p(self) -> float | None:
         """p of the test that counts."""
         return self.t_p if self.test == "paired t-test" else self.wilcoxon_p
+
+
+def decimals(spread: float) -> int | None:
+    """Places behind the point of a number that is known to a spread: two digits of the spread.
+
+    `None` where there is no spread, or none that a double tells from rounding.
+    """
+    if not _LEAST_SPREAD < spread < math.inf:
+        return None
+    return max(0, 1 - math.floor(math.log10(spread)))
 
 
 def of_all_tasks(scores: Sequence[Score], tasks: Iterable[str | None]) -> list[Score]:

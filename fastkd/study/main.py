@@ -23,7 +23,8 @@ from fastkd.study.spec import load_study
 from fastkd.study.store import Record, Store
 from fastkd.study.tables import make_tables
 
-PROGRAM = (sys.executable, "-m", "fastkd")
+# -P: a study must not import what lies in the working folder
+PROGRAM = (sys.executable, "-P", "-m", "fastkd")
 """The command that makes a run."""
 
 

@@ -23,6 +23,14 @@ def read_metric(run: Path, path: str) -> float | str:
     return f"metric.path: {path} is {json.dumps(value)[:80]}, expected a finite number"
 
 
+def is_missing(run: Path, path: str) -> bool:
+    """Whether the summary of a finished run has nothing at all at a path."""
+    parent, _, leaf = path.rpartition(".")
+    summary = RunFolder(run).read_summary()
+    above = follow(summary, parent) if parent else summary
+    return not isinstance(above, dict) or leaf not in above
+
+
 def follow(tree: Any, path: str) -> Any:
     """What stands at a dotted path, `None` where nothing does."""
     for part in path.split("."):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import html
 import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,8 +11,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from fastkd.figures import png
-from fastkd.report import STYLE, html_table
+from fastkd.pages import document, escaped, html_table, markdown
 from fastkd.run_folder import write_whole
+from fastkd.study.naming import shown
 from fastkd.study.plan import Plan
 from fastkd.study.tables import Table
 
@@ -57,7 +57,7 @@ def describe(plan: Plan) -> list[str]:
         return lines
     for name, space in spec.spaces.items():
         values = (
-            ", ".join(map(str, space.values))
+            ", ".join(map(shown, space.values))
             if space.values
             else f"{space.low:g} to {space.high:g}" + (", logarithmic" if space.log else "")
         )
@@ -77,46 +77,43 @@ def _csv(table: Table) -> str:
 
 def _markdown(plan: Plan, tables: Iterable[Table], pictures: Mapping[str, bytes]) -> str:
     lines = [f"# {plan.spec.name}", ""]
-    lines += [f"- {line}" for line in describe(plan)]
+    lines += [f"- {markdown(line)}" for line in describe(plan)]
     for table in tables:
-        lines += ["", f"## {table.title}", ""]
+        lines += ["", f"## {markdown(table.title)}", ""]
         if table.rows:
             ruler = [":--", *("--:" for _ in table.columns[1:])]
             for cells in (table.columns, ruler, *table.rows):
-                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        lines += [line for note in table.notes for line in ("", note)]
+                lines.append("| " + " | ".join(map(markdown, cells)) + " |")
+        lines += [line for note in table.notes for line in ("", markdown(note))]
         if table.name in pictures:
-            lines += ["", f"![{table.title}]({table.name}.png)"]
+            lines += ["", f"![{markdown(table.title)}]({table.name}.png)"]
     for name in _left_over(tables, pictures):
         lines += ["", f"![{name}]({name}.png)"]
     return "\n".join(lines) + "\n"
 
 
 def _html(plan: Plan, tables: Iterable[Table], pictures: Mapping[str, bytes]) -> str:
-    title = html.escape(plan.spec.name)
     page = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'>",
-        f"<title>{title}</title><style>{STYLE}{_STYLE}</style>",
-        f"<h1>{title}</h1><ul>",
-        *(f"<li>{html.escape(line)}</li>" for line in describe(plan)),
+        "<ul>",
+        *(f"<li>{escaped(line)}</li>" for line in describe(plan)),
         "</ul>",
     ]
     for table in tables:
-        page.append(f"<h2>{html.escape(table.title)}</h2>")
+        page.append(f"<h2>{escaped(table.title)}</h2>")
         if table.rows:
             page.append(html_table(table.columns, table.rows))
-        page += [f"<p>{html.escape(note)}</p>" for note in table.notes]
+        page += [f"<p>{escaped(note)}</p>" for note in table.notes]
         if table.name in pictures:
             page.append(_image(table.title, pictures[table.name]))
     page += [_image(name, pictures[name]) for name in _left_over(tables, pictures)]
-    source = html.escape(plan.path.read_text(encoding="utf-8"))
-    page.append(f"<h2>Study file</h2><pre>{source}</pre></html>")
-    return "\n".join(page)
+    source = escaped(plan.path.read_text(encoding="utf-8"))
+    page.append(f"<h2>Study file</h2><pre>{source}</pre>")
+    return document(plan.spec.name, page, _STYLE)
 
 
 def _image(text: str, picture: bytes) -> str:
     data = base64.b64encode(picture).decode()
-    return f"<p><img alt='{html.escape(text)}' src='data:image/png;base64,{data}'></p>"
+    return f"<p><img alt='{escaped(text)}' src='data:image/png;base64,{data}'></p>"
 
 
 def _left_over(tables: Iterable[Table], pictures: Mapping[str, bytes]) -> list[str]:

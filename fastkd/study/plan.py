@@ -6,6 +6,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,12 @@ from typing import Any
 
 from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, parse_finetune_recipe, parse_recipe, read_tree, replace_value
-from fastkd.study.spec import OUTPUT, SEED, Command, Step, StudySpec
+from fastkd.study.naming import Level, folder_name, same_level, shown
+from fastkd.study.spec import MOST_RUNS, OUTPUT, SEED, Command, Step, StudySpec
 
 NO_DISTILLATION = "no_distillation"
 BASELINE = "baseline"
 
-Level = str | int | float
 _PLACEHOLDER = re.compile(r"\{shared\.([^{}]*)\}")
 
 
@@ -46,7 +47,7 @@ class Run:
     def key(self) -> str:
         """Name of the run, also its folder."""
         task = "" if self.task is None else f"{self.task}/"
-        return f"{task}{self.condition.name}/seed-{self.seed}"
+        return f"{task}{folder_name(self.condition.name)}/seed-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -181,14 +182,20 @@ class Plan:
         levels: dict[str, Level] = {}
         for axis, known in self.axes.items():
             level = given.get(axis, next(iter(known)))
-            level = level if axis in self.spec.axes else shown(level)
-            if level not in known:
-                raise UserError(
-                    f"{self.path}: baseline.{axis}: no value {level!r}; expected one of "
-                    + ", ".join(map(str, known))
-                )
-            levels[axis] = level
+            levels[axis] = self._named(axis, level, "baseline") if axis in given else level
         return levels | {axis: level for axis, level in given.items() if axis not in levels}
+
+    def _named(self, axis: str, level: Level, where: str) -> Level:
+        """What a level that the study file gives is called on its axis."""
+        if axis in self.spec.axes:
+            return level
+        for value in self.spec.spaces[axis].grid():
+            if same_level(value, level):
+                return shown(value)
+        raise UserError(
+            f"{self.path}: {where}.{axis}: no value {shown(level)}; expected one of "
+            + ", ".join(map(str, self.axes[axis]))
+        )
 
     def _conditions(self) -> Iterator[Condition]:
         """The conditions known beforehand: a grid's, or what a search is compared with."""
@@ -198,10 +205,12 @@ class Plan:
         if self.spec.search is not None:
             yield Condition(BASELINE, {}, self._sources(self.baseline_levels))
             return
-        skipped = [{a: shown(v) for a, v in levels.items()} for levels in self.spec.skip]
+        skipped = [
+            {axis: self._named(axis, level, f"skip.{index}") for axis, level in levels.items()}
+            for index, levels in enumerate(self.spec.skip)
+        ]
         for levels in self._combinations():
-            named = {axis: shown(level) for axis, level in levels.items()}
-            if any(skip.items() <= named.items() for skip in skipped):
+            if any(skip.items() <= levels.items() for skip in skipped):
                 continue
             name = ",".join(f"{axis}={level}" for axis, level in levels.items())
             yield Condition(name, levels, self._sources(levels))
@@ -222,6 +231,12 @@ class Plan:
         }
         for name, space in self.spec.spaces.items():
             levels.setdefault(name, space.grid())
+        count = math.prod(map(len, levels.values())) * len(self.tasks) * len(self.spec.seeds)
+        if count > MOST_RUNS:
+            raise UserError(
+                f"{self.path}: all combinations are {count:,} runs, expected at most "
+                f"{MOST_RUNS:,}; take a search with a number of trials, or fewer values"
+            )
         return [
             dict(zip(levels, combination, strict=True))
             for combination in itertools.product(*levels.values())
@@ -353,11 +368,6 @@ class Plan:
 def digest(said: object) -> str:
     """sha256 of a value made of JSON's types and tuples."""
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def shown(value: Level) -> str:
-    """A level as its name."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _check_apart(sources: Sequence[tuple[str, Mapping[str, Any]]], where: str) -> None:

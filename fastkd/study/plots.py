@@ -12,8 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from fastkd.figures import draw_map
+from fastkd.figures import draw_map, plain
 from fastkd.study.compare import Score, mean_over_seeds, of_all_tasks, seed_means
+from fastkd.study.naming import Level, shown
 from fastkd.study.results import Results
 
 _POINT, _DOTS, _REFERENCE = "#1f5fa8", "#9db8d6", "#b3403a"
@@ -61,7 +62,7 @@ def _axis_plot(results: Results, axis: str) -> Figure:
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(axis)
         if axes in grid[::columns]:
-            axes.set_ylabel(results.plan.spec.metric.path)
+            axes.set_ylabel(plain(results.plan.spec.metric.path))
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return figure
@@ -88,7 +89,9 @@ def _draw_levels(axes: Axes, levels: Sequence[str], cells: Sequence[Sequence[Sco
     )
     line = sorted((p, m.mean or 0.0) for p, m in known if p in numbers)
     axes.plot([p for p, _ in line], [m for _, m in line], color=_POINT, lw=1)
-    axes.set_xticks(places, levels, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_xticks(
+        places, list(map(plain, levels)), rotation=30, ha="right", rotation_mode="anchor"
+    )
     axes.margins(x=0.1)
     axes.grid(axis="y", alpha=0.3)
 
@@ -131,10 +134,10 @@ def _map_plot(results: Results, one: str, two: str) -> Figure:
         found = results.cells(one, two, task)
         means = [mean_over_seeds(found.get((r, c), [])).mean for r in rows for c in columns]
         values = _numbers(means).reshape(len(rows), len(columns))
-        draw_map(axes, values, rows, columns)
+        draw_map(axes, values, rows, columns, text="{:.4g}")
         axes.set(xlabel=two, ylabel=one)
         axes.set_title(task or "", fontsize=10)
-        figure.colorbar(axes.images[0], ax=axes, label=results.plan.spec.metric.path)
+        figure.colorbar(axes.images[0], ax=axes, label=plain(results.plan.spec.metric.path))
     figure.suptitle("mean over seeds", fontsize=11)
     return figure
 
@@ -156,7 +159,7 @@ def _search_plot(results: Results) -> Figure:
         axes.set_axis_off()
     for axes, name in zip(grid, names, strict=False):
         axes.errorbar(
-            [row.levels[name] for row, _ in points],
+            _along([row.levels[name] for row, _ in points]),
             _numbers(mean.mean for _, mean in points),
             yerr=_numbers(mean.deviation for _, mean in points),
             fmt="o",
@@ -174,11 +177,17 @@ def _search_plot(results: Results) -> Figure:
             axes.margins(x=0.3)
         axes.set_xlabel(name)
         if axes in grid[::columns]:
-            axes.set_ylabel(results.plan.spec.metric.path)
+            axes.set_ylabel(plain(results.plan.spec.metric.path))
         axes.grid(alpha=0.3)
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return figure
+
+
+def _along(levels: Sequence[Level]) -> list[str] | list[float]:
+    """Numbers as they are; beside words each is a place of its own."""
+    words = any(isinstance(level, str) for level in levels)
+    return [plain(shown(level)) for level in levels] if words else [float(v) for v in levels]
 
 
 def _importance_plot(importances: Mapping[str, Mapping[str, float]]) -> Figure:

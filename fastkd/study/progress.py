@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from fastkd.console import Reporter
+from fastkd.errors import printable
 from fastkd.study.results import Results
 from fastkd.study.runner import Runner
 from fastkd.study.store import Store
@@ -37,7 +38,7 @@ class Watcher:
             TextColumn("study"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
         )
         with Progress(*columns, console=self.reporter.console) as progress:
             done, total = self.store.counts()
@@ -62,7 +63,7 @@ class Watcher:
             progress, task = self._bar
             done, total = self.store.counts()
             text = "  ".join(part for part in (self._remaining(), best) if part)
-            progress.update(task, completed=done, total=total, description=text)
+            progress.update(task, completed=done, total=total, description=printable(text))
         elif best != self._said_best:
             self._said_best = best
             self.reporter.say("  ".join(part for part in (best, self._remaining()) if part))

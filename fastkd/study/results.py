@@ -17,7 +17,8 @@ from fastkd.study.compare import (
     paired_values,
 )
 from fastkd.study.metric import read_metric
-from fastkd.study.plan import BASELINE, NO_DISTILLATION, Level, Plan
+from fastkd.study.naming import Level
+from fastkd.study.plan import BASELINE, NO_DISTILLATION, Plan
 from fastkd.study.store import Record
 
 # how many of a search's candidates are shown

@@ -21,12 +21,13 @@ from fastkd.signals import stop_signals
 from fastkd.stages import stage_folders
 from fastkd.study.child import Children
 from fastkd.study.claims import Claim
-from fastkd.study.metric import follow, read_metric
+from fastkd.study.metric import follow, is_missing, read_metric
 from fastkd.study.plan import Plan, Run, SharedRun
 from fastkd.study.store import Store, Work
 
 # how often an idle worker looks for work that another process left
 _IDLE_SECONDS = 1.0
+_KEPT = "what is finished is read again, not trained again"
 # how often the user sees where we are
 _LOOK_SECONDS = 0.2
 
@@ -128,18 +129,24 @@ class Runner:
         self.began = self.began or time.monotonic()
         try:
             for run in work.runs:
-                if not self._try_run(work, run, number):
+                news = self._try_run(work, run, number)
+                if news is None:
                     return
-            self.store.finish(work)
+                # first, so that what is said is counted
+                if run is work.runs[-1]:
+                    self.store.finish(work)
+                if news:
+                    self.said.put(news)
         finally:
             work.claim.release()
 
-    def _try_run(self, work: Work, run: Run, number: int) -> bool:
+    def _try_run(self, work: Work, run: Run, number: int) -> str | None:
+        """What there is to say of a run once it has a value; `None` where it came to none."""
         plan, store = self.plan, self.store
         if self.children.stopping.is_set():
-            return False
+            return None
         if store.has_score(work, run):
-            return True
+            return ""
         place = plan.place(run)
         try:
             recipe = plan.recipe(run)
@@ -147,30 +154,32 @@ class Runner:
             # values that are right one by one may not go together
             store.fail(work, str(error))
             self.said.put(f"{run.key}: failed: {error}")
-            return False
+            return None
         # the last stage makes the student that is scored
         watch = _Watch(work, run, store, stage_folders(recipe)[-1])
         ending = self.children.run(plan.spec.command, recipe, place, work.claim, number, watch)
         if ending.kind == "stopped":
-            return False
+            return None
         if ending.kind == "pruned":
             store.prune(work)
             _tidy(recipe, plan.spec.keep)
             self.said.put(f"{run.key}: pruned after {ending.seconds:.0f} s")
-            return False
+            return None
         message = ending.message
         if ending.kind == "finished":
             value = read_metric(place.run, plan.spec.metric.path)
             if isinstance(value, float):
                 store.score(work, run, value, ending.seconds)
                 self.found += not ending.seconds
-                self.said.put(f"{run.key}: {value:.5g} in {ending.seconds:.0f} s")
                 _tidy(recipe, plan.spec.keep)
-                return True
+                return f"{run.key}: {value:.5g} in {ending.seconds:.0f} s"
             message = value
+            if is_missing(place.run, plan.spec.metric.path) and not store.has_scores():
+                # the trial stays as it is, and its run is read again
+                raise UserError(f"{plan.path}: {value}; correct the path and run again: {_KEPT}")
         store.fail(work, message)
         self.said.put(f"{run.key}: failed: {message} (log: {place.log})")
-        return False
+        return None
 
 
 class _Watch:

@@ -8,7 +8,8 @@ from typing import cast
 import optuna
 from optuna.trial import Trial
 
-from fastkd.study.plan import Level, Plan
+from fastkd.study.naming import Level
+from fastkd.study.plan import Plan
 from fastkd.study.spec import Search, Space
 
 # fewer candidates say nothing about importance
@@ -23,7 +24,8 @@ def make_sampler(search: Search, drawn: int) -> optuna.samplers.BaseSampler:
         drawn: how many candidates there are already. Each gets a sampler of its own: two processes
             that start from the same seed must not draw the same numbers.
     """
-    seed = search.seed * 100_003 + drawn
+    # NumPy takes 32 bits
+    seed = (search.seed * 100_003 + drawn) % 2**32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if search.sampler == "tpe":

@@ -10,18 +10,30 @@ from pydantic import BeforeValidator, Field, StringConstraints, ValidationError,
 
 from fastkd.errors import UserError
 from fastkd.recipe import Section, complain, read_tree
+from fastkd.recipe.section import Place, Seed
 
-FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
+FileName = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$", max_length=100)
+]
+Number = (
+    Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | Annotated[float, Field(strict=True)]
+)
+Value = Annotated[str, Field(strict=True)] | Number
 Overrides = dict[str, Any]
 Conditions = Annotated[dict[FileName, Overrides], Field(min_length=2)]
 Command = Literal["distill", "finetune"]
-Levels = dict[str, str | int | float]
+Levels = dict[str, Value]
 
 SEED = "train.seed"
 OUTPUT = "run.output"
+# more runs than a storage, or anyone's time, takes
+MOST_SEEDS = 1000
+MOST_RUNS = 100_000
 
 
 def _count_to_seeds(value: object) -> object:
+    if type(value) is int and value > MOST_SEEDS:
+        raise ValueError(f"expected at most {MOST_SEEDS} (given {value})")
     seeds = list(range(value)) if type(value) is int else value
     if isinstance(seeds, list) and len(seeds) < 2:
         raise ValueError(f"expected at least 2, because one run is no result (given {value})")
@@ -29,7 +41,7 @@ def _count_to_seeds(value: object) -> object:
 
 
 Seeds = Annotated[
-    tuple[Annotated[int, Field(ge=0)], ...],
+    tuple[Seed, ...],
     BeforeValidator(_count_to_seeds),
 ]
 
@@ -47,9 +59,9 @@ class Space(Section):
     """Even in the logarithm."""
     integer: bool = False
     """Whole numbers only."""
-    points: int | None = Field(default=None, ge=2)
+    points: int | None = Field(default=None, ge=2, le=1000)
     """How many values a grid takes from `low` to `high`."""
-    values: tuple[str | int | float, ...] | None = Field(default=None, min_length=2)
+    values: tuple[Value, ...] | None = Field(default=None, min_length=2)
     """The values themselves, in place of `low` and `high`."""
 
     @model_validator(mode="after")
@@ -83,10 +95,11 @@ class Space(Section):
         if self.points is None:
             raise UserError(f"{self.field}: a grid needs values, or points beside low and high")
         steps = [index / (self.points - 1) for index in range(self.points)]
+        # neither the ratio nor the difference of the ends: both may be beyond a double
         if self.log:
-            numbers = [self.low * (self.high / self.low) ** step for step in steps]
+            numbers = [self.low ** (1.0 - step) * self.high**step for step in steps]
         else:
-            numbers = [self.low + (self.high - self.low) * step for step in steps]
+            numbers = [self.low * (1.0 - step) + self.high * step for step in steps]
         # what a name shows is what is run
         shown = [min(max(float(f"{n:.6g}"), self.low), self.high) for n in numbers]
         return tuple(dict.fromkeys(round(n) if self.integer else n for n in shown))
@@ -115,7 +128,7 @@ class Search(Section):
     same step of the same task and seed."""
     startup_trials: int = Field(default=5, ge=1)
     """Finished candidates before the pruner starts."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of the sampler."""
 
     @model_validator(mode="after")
@@ -130,7 +143,7 @@ class Step(Section):
 
     command: Command
     """`distill` or `finetune`."""
-    recipe: str | dict[str, Any]
+    recipe: Place | dict[str, Any]
     """Path of the recipe, from the study file's folder, or the recipe itself."""
     overrides: Overrides = Field(default_factory=dict)
     """Dotted keys and values that replace the recipe's."""
@@ -146,11 +159,11 @@ class StudySpec(Section):
 
     name: FileName
     """Name of the study, kept in its storage."""
-    output: Annotated[str, Field(min_length=1)]
+    output: Place
     """Folder of the study, with its storage, its runs and its report."""
     command: Command = "distill"
     """What a run is."""
-    recipe: str | dict[str, Any]
+    recipe: Place | dict[str, Any]
     """Path of the recipe that all runs start from, from the study file's folder, or the recipe."""
     overrides: Overrides = Field(default_factory=dict)
     """Dotted keys and values that all runs share."""
@@ -275,7 +288,15 @@ def load_study(path: str | Path) -> StudySpec:
     Raises:
         UserError: the file is missing or not YAML, or a key or value is not what a study takes.
     """
-    tree = read_tree(path, "study")
+    return parse_study(read_tree(path, "study"), str(path))
+
+
+def parse_study(tree: Mapping[str, Any], path: str = "study") -> StudySpec:
+    """Validate a mapping as a study; `path` stands before every complaint.
+
+    Raises:
+        UserError: with the field, what was given and what was expected.
+    """
     try:
         return StudySpec.model_validate(tree)
     except ValidationError as error:

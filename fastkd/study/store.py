@@ -9,7 +9,6 @@ whose claim is free was left by a worker that ended, and is the next to be conti
 from __future__ import annotations
 
 import copy
-import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,11 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fastkd.errors import UserError, one_line
+from fastkd.recipe.section import LONGEST_RUN
+from fastkd.run_folder import RunFolder
 from fastkd.study.claims import Claim, alone
+from fastkd.study.metric import read_metric
+from fastkd.study.opening import BUSY_SECONDS, check_file, check_same
 from fastkd.study.plan import Condition, Plan, Run, digest
 from fastkd.study.search import draw, make_pruner, make_sampler
 
@@ -32,10 +35,6 @@ STATES: dict[TrialState, State] = {
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
 }
-# more steps than a run has
-_LONGEST_RUN = 10_000_000
-# how long a writer waits for another one's transaction
-_BUSY_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Store:
         self.path = plan.output / "study.db"
         self._runs = {run.key: run for c in plan.conditions for run in plan.runs(c)}
         with self._alone():
-            _check_file(self.path, plan.output)
+            check_file(self.path, plan.output)
             self._open()
 
     def add_work(self, *, retry_failed: bool = False) -> None:
@@ -159,6 +158,14 @@ class Store:
             total += max(len(names), (search and search.trials) or 0)
         return done, total
 
+    def has_scores(self) -> bool:
+        """Whether any run of the study has a value."""
+        return any(
+            trial.user_attrs.get("scores")
+            for study in self._studies()
+            for trial in self._newest(study).values()
+        )
+
     def has_score(self, work: Work, run: Run) -> bool:
         """Whether one of a trial's runs has a value already."""
         return _short(run) in work.trial.user_attrs.get("scores", {})
@@ -192,7 +199,7 @@ class Store:
             values: held-out value by step.
         """
         # the same number means the same step of the same task and seed in every trial
-        first = work.runs.index(run) * _LONGEST_RUN
+        first = work.runs.index(run) * LONGEST_RUN
         known = self._frozen(work).intermediate_values
         for step, value in values.items():
             if first + step not in known:
@@ -202,7 +209,7 @@ class Store:
         frozen.intermediate_values = {
             step: value
             for step, value in frozen.intermediate_values.items()
-            if first <= step < first + _LONGEST_RUN
+            if first <= step < first + LONGEST_RUN
         }
         return bool(frozen.intermediate_values) and work.study.pruner.prune(work.study, frozen)
 
@@ -224,7 +231,7 @@ class Store:
         try:
             storage = optuna.storages.RDBStorage(
                 f"sqlite:///{self.path}",
-                engine_kwargs={"connect_args": {"timeout": _BUSY_SECONDS}},
+                engine_kwargs={"connect_args": {"timeout": BUSY_SECONDS}},
             )
             names = {s.study_name for s in optuna.get_all_study_summaries(storage)}
         except RuntimeError as error:
@@ -241,13 +248,37 @@ class Store:
         direction = spec.metric.direction
         options: dict[str, Any] = {"storage": storage, "direction": direction}
         self.grid = optuna.create_study(study_name=grid, load_if_exists=True, **options)
-        _check_same(self.grid, self.path, self._fixed())
         self.search: optuna.Study | None = None
         if spec.search is not None:
             pruner = make_pruner(spec.search)
             self.search = optuna.create_study(
                 study_name=search, load_if_exists=True, pruner=pruner, **options
             )
+        if check_same(self.grid, self.path, self._fixed(), spec.metric.direction, self.search):
+            self._read_again()
+
+    def _read_again(self) -> None:
+        """Take another number from the summaries of runs that are over, which stay as they are."""
+        for name, trial in self._newest(self.grid).items():
+            run = self._runs.get(name)
+            if run is None or not trial.state.is_finished():
+                continue
+            place = self.plan.place(run)
+            if RunFolder(place.run).summary.is_file():
+                found = read_metric(place.run, self.plan.spec.metric.path)
+                seconds = trial.user_attrs.get("scores", {}).get(_short(run), [0.0, 0.0])[1]
+                attributes = {"name": name, "recipe": trial.user_attrs["recipe"]}
+                if isinstance(found, float):
+                    attributes["scores"] = {_short(run): [found, seconds]}
+                    made = optuna.create_trial(value=found, user_attrs=attributes)
+                else:
+                    attributes["message"] = found
+                    made = optuna.create_trial(state=TrialState.FAIL, user_attrs=attributes)
+                self.grid.add_trial(made)
+        for study in self._studies():
+            for trial in study.get_trials(False, (TrialState.RUNNING,)):
+                Trial(study, trial._trial_id).set_user_attr("scores", {})
+        self.grid.set_user_attr("fixed", self._fixed())
 
     def _fixed(self) -> dict[str, str]:
         """Digests of what must not change once there are runs, by its name in the file."""
@@ -307,43 +338,6 @@ class Store:
     def _alone(self) -> Iterator[None]:
         with alone(self.plan.output / "study.lock"):
             yield
-
-
-def _check_file(path: Path, output: Path) -> None:
-    """Refuse a file or folder that is somebody else's, before anything is written to it."""
-    if not path.exists():
-        others = [p.name for p in output.iterdir() if p.name != "study.lock"]
-        if others:
-            raise UserError(
-                f"{output} is not empty and holds no study ({others[0]}); give another output"
-            )
-        return
-    try:
-        connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=_BUSY_SECONDS)
-        try:
-            rows = connection.execute("select name from sqlite_master").fetchall()
-        finally:
-            connection.close()
-    except sqlite3.DatabaseError as error:
-        raise UserError(
-            f"{path} can't be read as a storage ({error}); move it away, or give another output"
-        ) from error
-    tables = {name for (name,) in rows}
-    if tables and not {"studies", "trials"} <= tables:
-        raise UserError(f"{path} is a database of something else; give the study another output")
-
-
-def _check_same(study: optuna.Study, path: Path, fixed: Mapping[str, str]) -> None:
-    before: dict[str, str] = study.user_attrs.get("fixed", {})
-    if not before:
-        study.set_user_attr("fixed", dict(fixed))
-        return
-    for key in sorted(before.keys() | fixed.keys()):
-        if before.get(key) != fixed.get(key):
-            raise UserError(
-                f"{path} was made by a study file whose {key} was another; put it back, or give "
-                "the study another output"
-            )
 
 
 def _records(trial: FrozenTrial | None, runs: Iterable[Run]) -> Iterator[Record]:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastkd.study.compare import Mean, Test, mean_over_seeds, of_all_tasks
-from fastkd.study.plan import BASELINE, NO_DISTILLATION, Level, shown
+from fastkd.study.compare import Mean, Test, decimals, mean_over_seeds, of_all_tasks
+from fastkd.study.naming import Level, shown
+from fastkd.study.plan import BASELINE, NO_DISTILLATION
 from fastkd.study.results import BEST, Results, Row
 
 Tasks = Sequence[str | None]
@@ -182,7 +183,9 @@ def _difference_cells(row: Row, other: str) -> list[str]:
     if found.mean is None or found.low is None or found.high is None:
         return [f"{found.pairs} pair" + ("" if found.pairs == 1 else "s"), ""]
     p = row.corrected[other]
-    interval = f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+    places = decimals((found.high - found.low) / 2)
+    form = "+.4g" if places is None else f"+.{places}f"
+    interval = f"{found.mean:{form}} [{found.low:{form}}, {found.high:{form}}]"
     return [interval, "" if p is None else f"{p:.2g} ({_SIGN[found.test]}, n={found.pairs})"]
 
 

@@ -1,0 +1,85 @@
+"""Memory: what a micro-batch needs at least, and what is said where there is not enough."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fastkd.errors import UserError
+from fastkd.recipe import AnyRecipe, Recipe
+
+_GIB = 2**30
+# torch says it in words only, where there is no GPU
+_CPU_REFUSAL = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
+
+
+def check_micro_batch(
+    recipe: AnyRecipe, rows: int, device: torch.device, width: int = 1, layers: int = 1
+) -> None:
+    """See that one micro-batch could fit on a device that had nothing else to hold.
+
+    Counted is what no setting does without: the ids, and the states that enter each block, which
+    the backward pass starts from also with gradient checkpointing. What fits may still need more.
+
+    Args:
+        recipe: of the run.
+        rows: blocks or examples of a micro-batch.
+        device: of this rank.
+        width: of the model that trains, 1 before it is known.
+        layers: its blocks, likewise.
+
+    Raises:
+        UserError: it could not.
+    """
+    # examples are as long as their texts, and may be short
+    tokens = recipe.data.block_size if isinstance(recipe, Recipe) and recipe.data else 1
+    size = 2 if recipe.train.precision == "bf16" else 4
+    needed = rows * tokens * (8 + size * width * layers)
+    there = memory_of(device)
+    if needed > there:
+        raise UserError(
+            f"train.micro_batch_size: {rows:,} rows of {tokens} tokens need {_gib(needed)} for "
+            f"ids and hidden states alone, but this {_kind(device)} has {_gib(there)}; give a "
+            "smaller train.micro_batch_size"
+        )
+
+
+@contextmanager
+def memory_errors(recipe: AnyRecipe, device: torch.device) -> Iterator[None]:
+    """Turn a failed allocation into a `UserError` that says what was asked and what there is."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        refused = _CPU_REFUSAL.search(str(error))
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and refused is None:
+            raise
+        asked = f" ({_gib(int(refused[1]))} asked at once)" if refused else ""
+        if isinstance(error, torch.OutOfMemoryError):
+            tried = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+            asked = f" ({tried[1]} asked at once)" if tried else ""
+        train = recipe.train
+        rows = train.micro_batch_size or train.batch_size
+        raise UserError(
+            f"out of memory{asked}: this {_kind(device)} has {_gib(memory_of(device))}, and "
+            f"micro-batches are {rows:,} rows; give a smaller train.micro_batch_size, or set "
+            "gradient_checkpointing"
+        ) from error
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _kind(device: torch.device) -> str:
+    return "GPU" if device.type == "cuda" else "machine"
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:,.1f} GiB"

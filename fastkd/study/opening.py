@@ -1,0 +1,68 @@
+"""What a storage must be before a study is written to it: nothing, or the same study."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping
+from pathlib import Path
+
+import optuna
+from optuna.trial import TrialState
+
+from fastkd.errors import UserError
+
+# how long a writer waits for another one's transaction
+BUSY_SECONDS = 120
+
+
+def check_file(path: Path, output: Path) -> None:
+    """Refuse a file or folder that is somebody else's, before anything is written to it."""
+    if not path.exists():
+        others = [p.name for p in output.iterdir() if p.name != "study.lock"]
+        if others:
+            raise UserError(
+                f"{output} is not empty and holds no study ({others[0]}); give another output"
+            )
+        return
+    try:
+        connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=BUSY_SECONDS)
+        try:
+            rows = connection.execute("select name from sqlite_master").fetchall()
+        finally:
+            connection.close()
+    except sqlite3.DatabaseError as error:
+        raise UserError(
+            f"{path} can't be read as a storage ({error}); move it away, or give another output"
+        ) from error
+    tables = {name for (name,) in rows}
+    if tables and not {"studies", "trials"} <= tables:
+        raise UserError(f"{path} is a database of something else; give the study another output")
+
+
+def check_same(
+    study: optuna.Study,
+    path: Path,
+    fixed: Mapping[str, str],
+    direction: str,
+    search: optuna.Study | None,
+) -> bool:
+    """Refuse what must not change; whether the metric did, which summaries tell as well.
+
+    A search is led by the values that it found, so its metric stays once it has some.
+    """
+    before: dict[str, str] = study.user_attrs.get("fixed", {})
+    if not before:
+        study.set_user_attr("fixed", dict(fixed))
+        return False
+    led = search is not None and bool(
+        search.get_trials(False, (TrialState.COMPLETE, TrialState.PRUNED))
+    )
+    turned = study.direction.name.lower() != direction
+    for key in sorted(before.keys() | fixed.keys()):
+        free = key == "metric" and not led and not turned
+        if before.get(key) != fixed.get(key) and not free:
+            raise UserError(
+                f"{path} was made by a study file whose {key} was another; put it back, or give "
+                "the study another output"
+            )
+    return before.get("metric") != fixed.get("metric")

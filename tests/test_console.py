@@ -1,0 +1,116 @@
+"""What is said holds names from elsewhere: they come out as they are, and nothing comes of them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tiny_training import (
+    fastkd,
+    run_whole,
+    save_classifier,
+    save_encoder,
+    summary_of,
+    write_recipe,
+    write_task,
+)
+
+from fastkd.console import Reporter
+from fastkd.errors import UserError, printable
+from fastkd.report import print_evaluation, print_summary
+
+HOSTILE = ("[/x]", "[bold]", "[link=https://e.org]a[/link]", ":smile:", "[", "\\[/x]", "[/]")
+CONTROL = {"\x1b[2Ja": "\\x1b[2Ja", "a\rb": "a\\rb", "a\x07": "a\\x07", "\u202ea": "\\u202ea"}
+
+
+def reporter(*, live: bool = False) -> tuple[Reporter, io.StringIO]:
+    written = io.StringIO()
+    made = Reporter()
+    made.console = Console(file=written, width=120, highlight=False, force_terminal=live)
+    return made, written
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, *CONTROL])
+def test_names_are_text_wherever_they_are_said(name: str) -> None:
+    made, written = reporter()
+    made.say(f"task {name}")
+    made.table(f"title {name}", ("", f"column {name}"), [(f"row {name}", name)])
+    made.metrics(1, 2, [name, f"part {name}"])
+    text = written.getvalue()
+    expected = CONTROL.get(name, name)
+    assert text.count(expected) == 7
+    assert all(line.isprintable() for line in text.splitlines())
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, *CONTROL])
+def test_names_are_text_beside_a_bar(name: str) -> None:
+    made, written = reporter(live=True)
+    with made.steps(0, 2):
+        made.metrics(1, 2, [name, name])
+        made.advance(2)
+    assert CONTROL.get(name, name) in written.getvalue()
+    assert "\x1b[2Ja" not in written.getvalue()
+
+
+def test_several_lines_stay_several() -> None:
+    made, written = reporter()
+    made.say("preset, written out:\na: 1\nb: 2")
+    assert written.getvalue() == "preset, written out:\na: 1\nb: 2\n"
+
+
+@pytest.mark.parametrize("name", [*CONTROL, "a\nb", "\udc80", "\0"])
+def test_an_error_is_one_line_that_moves_no_cursor(name: str) -> None:
+    said = str(UserError(f"{name}: no such file"))
+    assert said.isprintable() and said == f"{printable(name)}: no such file"
+    assert printable("é 東京 \U0001f600") == "é 東京 \U0001f600"
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_split_is_a_row_of_the_summary(name: str) -> None:
+    judged: dict[str, Any] = {
+        "losses": {"labels": 1.0},
+        "total": 1.0,
+        "score": 0.5,
+        "scores": {name: {"accuracy": 0.5}},
+        "examples": 3,
+    }
+    made, written = reporter()
+    print_evaluation(judged, made)
+    summary = {
+        **{"before": judged, "after": judged, "steps": 1, "train_examples": 3, "task_examples": 3},
+        **{"parameters": {"student": 1}, "forward_tokens_per_second": {"student": 1.0}},
+        **{"peak_memory_of": name, "peak_memory_bytes": 1, "seconds": 1.0, "world_size": 1},
+        "run": f"runs/{name}",
+    }
+    print_summary(summary, made)
+    assert written.getvalue().count(f"{name}, accuracy") == 2
+    assert f"run folder: runs/{name}" in written.getvalue()
+
+
+def test_a_run_on_a_hostile_split_ends_well(tmp_path: Path) -> None:
+    write_task(tmp_path / "task")
+    save_encoder(tmp_path / "encoder")
+    split = "[red]<b>$x$"
+    for old, new in (("dev", split), ("train", f"{split}2")):
+        (tmp_path / "task" / f"{old}.tsv").rename(tmp_path / "task" / f"{new}.tsv")
+    task = {"name": "[/x]", "train": f"{split}2", "evaluate": [split]}
+    path = write_recipe(tmp_path, "tuned", task=task, train={"steps": 1})
+    said = run_whole("finetune", path)
+    assert f"{split}, accuracy" in said
+    assert split in summary_of(tmp_path / "tuned")["after"]["scores"]
+    page = (tmp_path / "tuned" / "report.html").read_text()
+    assert "<b>" not in page and "fine-tuned on [/x]" in page
+
+
+def test_a_label_that_is_markup_is_named_in_the_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_task(tmp_path / "task")
+    save_classifier(tmp_path / "classifier", num_labels=2)
+    path = write_recipe(tmp_path, "run", task={"labels": ["[/x]", "\x1b[2J"]})
+    assert fastkd("distill", str(path), monkeypatch=monkeypatch) == 2
+    (line,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("fastkd:")]
+    assert "[/x], \\x1b[2J" in line and line.isprintable()

@@ -1,0 +1,212 @@
+"""Models from strangers: nothing of theirs runs, no path of theirs leaves its folder."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import models
+from tiny_exports import exported, made_student, save_sentences
+from tiny_models import WIDTH, save_teacher
+
+from fastkd.errors import UserError
+from fastkd.export import export_notes
+from fastkd.models import load_teacher, locate_model, resolve_model
+from fastkd.recipe import Teacher
+
+EVIL = "import pathlib\npathlib.Path('ran').touch()\n"
+
+
+def install(root: Path, package: str, *, name: str | None = None) -> Path:
+    """Put a package with a model folder where an installer would, with what it writes beside."""
+    folder = root.joinpath(*package.split("."))
+    (folder / "model").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    name = name or package.split(".")[0]
+    info = root / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "RECORD").write_text(f"{package.replace('.', '/')}/__init__.py,,\n")
+    return folder / "model"
+
+
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [("carrier_of_models", None), ("carrier.inner", None), ("other_name", "distribution")],
+)
+def test_an_installed_package_is_looked_into_and_never_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str | None
+) -> None:
+    expected = install(tmp_path, package, name=name)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert Path(resolve_model(Teacher(model=f"package:{package}/model"))) == expected
+    assert package.split(".")[0] not in sys.modules
+
+
+def test_an_editable_package_is_found_by_what_its_installer_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = install(tmp_path / "project", "edited")
+    site = tmp_path / "site"
+    site.mkdir()
+    (tmp_path / "project" / "edited-1.0.dist-info").rename(site / "edited-1.0.dist-info")
+    (site / "edited-1.0.dist-info" / "RECORD").write_text("__editable__.edited.pth,,\n")
+    (site / "__editable__.edited.pth").write_text(f"import evil\n{tmp_path / 'project'}\n")
+    monkeypatch.syspath_prepend(site)
+    assert Path(resolve_model(Teacher(model="package:edited/model"))) == expected
+
+
+@pytest.mark.parametrize("package", ["not_installed", "no.such", "json.decoder", "json"])
+def test_a_package_that_is_not_there_is_named(package: str) -> None:
+    expected = f"package:{package}/model: package {package} is not installed; pip"
+    with pytest.raises(UserError, match=expected):
+        resolve_model(Teacher(model=f"package:{package}/model"))
+
+
+@pytest.mark.parametrize("with_metadata", [False, True])
+def test_what_lies_in_the_working_folder_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_metadata: bool
+) -> None:
+    install(tmp_path, "evilpkg.sub")
+    (tmp_path / "evilpkg" / "__init__.py").write_text(EVIL)
+    if not with_metadata:
+        (tmp_path / "evilpkg-1.0.dist-info").rename(tmp_path / "else")
+    monkeypatch.chdir(tmp_path)
+    for place in ("", str(tmp_path), "."):
+        monkeypatch.syspath_prepend(place)
+        with pytest.raises(UserError, match=r"package evilpkg\.sub is not installed"):
+            locate_model(Teacher(model="package:evilpkg.sub/x"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_recipe_runs_no_code_of_the_folder_that_it_is_started_in(tmp_path: Path) -> None:
+    (tmp_path / "evilpkg").mkdir()
+    (tmp_path / "evilpkg" / "__init__.py").write_text(EVIL)
+    recipe = {
+        "teacher": {"model": "package:evilpkg.sub/x"},
+        "student": {"layers": 2},
+        "losses": {"hidden": {}},
+        "data": {"train": "python-docs"},
+        "run": {"output": str(tmp_path / "run")},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    # the working folder is the first place that Python looks in
+    command = [sys.executable, "-m", "fastkd", "distill", "recipe.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "package evilpkg.sub is not installed" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evilpkg", "recipe.yaml"]
+
+
+@pytest.mark.parametrize("name", ["a/../../x", "a//etc", "../a/x", "a-b/x", "/x", "a\0b/x", ".a/x"])
+def test_a_name_that_leads_out_of_a_package_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="expected package:NAME/FOLDER") as refused:
+        locate_model(Teacher(model=f"package:{name}"))
+    assert "\n" not in str(refused.value)
+
+
+def listing(folder: Path, *entries: Any) -> Path:
+    """A sentence-transformers folder with its first entry and others behind it."""
+    teacher = save_sentences(folder, models.Pooling(WIDTH))
+    path = teacher / "modules.json"
+    path.write_text(json.dumps([json.loads(path.read_text())[0], *entries]))
+    return teacher
+
+
+POOLING = "sentence_transformers.models.Pooling"
+ESCAPES = ("../../x", "a/../../../x", "/tmp/x", "~/x", "C:/x", "..\\x", "a\0b", "x" * 300, "a\nb")
+
+
+@pytest.mark.parametrize("path", ESCAPES)
+def test_a_module_outside_of_its_folder_is_left_out_and_said(tmp_path: Path, path: str) -> None:
+    teacher = listing(tmp_path / "t", {"type": POOLING, "path": path})
+    before = sorted((tmp_path / "t").rglob("*"))
+    student, large = made_student(teacher)
+    note, *_ = export_notes(student, large.config, Teacher(model=str(teacher)), "none")
+    assert f"goes without Pooling (its path is {path!r})" in note and "\n" not in note
+    folder = exported(tmp_path / "run", teacher)
+    assert [entry["path"] for entry in json.loads((folder / "modules.json").read_text())] == [""]
+    assert sorted((tmp_path / "t").rglob("*")) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"t", "run"}
+
+
+@pytest.mark.parametrize("paths", [("1_Pooling", "1_Pooling"), ("1_Pooling", "./1_Pooling/.")])
+def test_modules_that_share_a_folder_each_get_their_own(
+    tmp_path: Path, paths: tuple[str, str]
+) -> None:
+    entries = [{"type": POOLING, "path": path, "idx": 1, "name": "1"} for path in paths]
+    folder = exported(tmp_path / "run", listing(tmp_path / "t", *entries))
+    found = [entry["path"] for entry in json.loads((folder / "modules.json").read_text())]
+    assert found == ["", "1_Pooling", "2_Pooling"]
+    assert all((folder / path / "config.json").is_file() for path in found)
+
+
+@pytest.mark.parametrize("path", ["../other", "/", "../../..", "~", "a\0"])
+def test_a_first_module_outside_of_its_folder_is_refused(tmp_path: Path, path: str) -> None:
+    save_teacher(tmp_path / "other")
+    (tmp_path / "m").mkdir()
+    entry = {"type": "sentence_transformers.models.Transformer", "path": path}
+    (tmp_path / "m" / "modules.json").write_text(json.dumps([entry]))
+    with pytest.raises(UserError, match=r"modules\.json leads out of its folder") as refused:
+        load_teacher(Teacher(model=str(tmp_path / "m")))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"[" * 100_000, b"\xff\xfe", b"3", b"null", b'{"a": 1}', b"[[]]", b"[3]"),
+        *(b'["ab"]', b'[{"type": 3, "path": ""}]', b'[{"type": "a", "path": [1]}]'),
+        *(
+            b'[{"path": "\\ud800"}]',
+            b'[{"type": "\\ud800", "path": ""}]',
+            b"[" + b"1" * 5000 + b"]",
+        ),
+    ],
+    ids=lambda content: repr(content[:24]),
+)
+def test_a_broken_listing_is_known_before_training(tmp_path: Path, content: bytes) -> None:
+    teacher = save_teacher(tmp_path / "t")
+    (teacher / "modules.json").write_bytes(content)
+    student, large = made_student(teacher)
+    note, *_ = export_notes(student, large.config, Teacher(model=str(teacher)), "none")
+    assert "goes without all (modules.json can't be read: " in note and "\n" not in note
+    (teacher / "config.json").unlink()
+    with pytest.raises(UserError, match=r"modules\.json can't be read") as refused:
+        locate_model(Teacher(model=str(teacher)))
+    assert "\n" not in str(refused.value)
+
+
+class _Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.mkdir, (self.made,)
+
+
+@pytest.mark.parametrize("form", ["plain", "zip", "legacy"])
+@pytest.mark.filterwarnings("error:Detected pickle protocol")
+def test_a_hostile_pickle_is_refused_in_one_line(tmp_path: Path, form: str) -> None:
+    folder = save_teacher(tmp_path / "m")
+    trapped: dict[str, Any] = load_file(folder / "model.safetensors")
+    trapped["trap"] = _Trap(tmp_path / "made")
+    (folder / "model.safetensors").unlink()
+    weights = folder / "pytorch_model.bin"
+    if form == "plain":
+        weights.write_bytes(pickle.dumps(_Trap(tmp_path / "made")))
+    else:
+        torch.save(trapped, weights, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(UserError, match="its weights are a pickle of more than tensors") as refused:
+        load_teacher(Teacher(model=str(folder)))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "made").exists()

@@ -1,0 +1,138 @@
+"""The number that runs are compared by: found soon, read again when corrected, shown as known."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from study_files import MAPPINGS, WEIGHTS, journal, run, write_study
+
+from fastkd.console import Reporter
+from fastkd.errors import UserError
+from fastkd.study.compare import Mean, Score, compare, decimals
+from fastkd.study.results import Row
+from fastkd.study.tables import _difference_cells
+
+RUNS = {f"mapping={m}/seed-{s}" for m in MAPPINGS for s in (0, 1)}
+RIGHT = {"path": "after.score", "direction": "maximize"}
+
+
+@pytest.fixture
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "journal"
+    monkeypatch.setenv("FAKE_JOURNAL", str(path))
+    return path
+
+
+def ended(notes: Path) -> Counter[str]:
+    return Counter(name for word, name in journal(notes) if word == "end")
+
+
+def values(folder: Path) -> dict[str, float]:
+    with (folder / "out" / "report" / "runs.csv").open() as file:
+        return {
+            f"{r['condition']}/seed-{r['seed']}": float(r["value"]) for r in csv.DictReader(file)
+        }
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("wrong", ["after.scores", "score", "after.score.x", "after.label.x", "x"])
+def test_a_path_that_is_not_there_stops_after_the_first_run(
+    tmp_path: Path, notes: Path, wrong: str, workers: int
+) -> None:
+    path = write_study(tmp_path, metric={**RIGHT, "path": wrong})
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"no number .*; it has after\.score; correct") as no:
+            run(path, workers=workers)
+        assert "\n" not in str(no.value)
+        assert 1 <= sum(ended(notes).values()) <= workers
+    run(write_study(tmp_path, metric=RIGHT))
+    # nothing is trained twice
+    assert ended(notes) == dict.fromkeys(RUNS, 1)
+    assert values(tmp_path).keys() == RUNS
+
+
+def test_another_path_is_read_from_the_summaries_that_are_there(
+    tmp_path: Path, notes: Path
+) -> None:
+    run(write_study(tmp_path, metric=RIGHT))
+    first = values(tmp_path)
+    for summary in (tmp_path / "out" / "runs").rglob("summary.json"):
+        tree = json.loads(summary.read_text())
+        summary.write_text(json.dumps({**tree, "other": {"number": 10 * tree["after"]["score"]}}))
+    path = write_study(tmp_path, metric={**RIGHT, "path": "other.number"})
+    run(path, report_only=True)
+    assert values(tmp_path) == pytest.approx({name: 10 * v for name, v in first.items()})
+    run(path)
+    assert ended(notes) == dict.fromkeys(RUNS, 1)
+    # and back
+    run(write_study(tmp_path, metric=RIGHT))
+    assert values(tmp_path) == first and ended(notes) == dict.fromkeys(RUNS, 1)
+
+
+def test_runs_that_failed_by_the_path_are_read_again(tmp_path: Path, notes: Path) -> None:
+    run(write_study(tmp_path, metric=RIGHT))
+    # a path that some have: those without are failures of their own
+    summary = next((tmp_path / "out" / "runs").rglob("seed-0/run/summary.json"))
+    tree = json.loads(summary.read_text())
+    summary.write_text(json.dumps({**tree, "other": 1.5}))
+    with pytest.raises(UserError, match=r"3 of 4 runs failed, .* no number other; it has"):
+        run(write_study(tmp_path, metric={**RIGHT, "path": "other"}))
+    run(write_study(tmp_path, metric=RIGHT))
+    assert values(tmp_path).keys() == RUNS and ended(notes) == dict.fromkeys(RUNS, 1)
+
+
+def test_a_search_may_be_corrected_until_it_has_candidates(tmp_path: Path, notes: Path) -> None:
+    options: dict[str, Any] = {"axes": None, "spaces": {"w": WEIGHTS}, "search": {"trials": 2}}
+    wrong = write_study(tmp_path, metric={**RIGHT, "path": "after.scores"}, **options)
+    with pytest.raises(UserError, match=r"no number after\.scores"):
+        run(wrong)
+    run(write_study(tmp_path, metric=RIGHT, **options))
+    assert set(ended(notes).values()) == {1} and len(ended(notes)) == 6
+    with pytest.raises(UserError, match="made by a study file whose metric was another"):
+        run(write_study(tmp_path, metric={**RIGHT, "path": "after.other"}, **options))
+
+
+def test_what_is_said_counts_the_run_that_it_is_about(tmp_path: Path, notes: Path) -> None:
+    written = io.StringIO()
+    reporter = Reporter()
+    reporter.console = Console(file=written, width=200, highlight=False, soft_wrap=True)
+    run(write_study(tmp_path), reporter=reporter)
+    lines = [line for line in written.getvalue().splitlines() if "/4  mapping=" in line]
+    assert [line.split("/")[0] for line in lines][-1] == "4"
+    # two runs may end between two looks, but none is said before it is counted
+    counts = [int(line.split("/")[0]) for line in lines]
+    assert len(lines) == 4 and all(count > index for index, count in enumerate(counts))
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation", "expected"),
+    [
+        (0.0368, 0.0000213, "0.036800 ± 0.000021"),
+        (0.8123, 0.0217, "0.812 ± 0.022"),
+        (0.8123, 0.00096, "0.81230 ± 0.00096"),
+        (0.5, 0.0, "0.5 ± 0"),
+        (0.03681234, 0.0, "0.03681 ± 0"),
+        (3.0, 2.6458, "3.0 ± 2.6"),
+        (123456.0, 789.0, "123456 ± 789"),
+        (-1.5, 0.1, "-1.50 ± 0.10"),
+        (1e-9, 2e-10, "0.00000000100 ± 0.00000000020"),
+        (0.1, 1e-17, "0.1 ± 0"),
+    ],
+)
+def test_digits_follow_the_deviation(mean: float, deviation: float, expected: str) -> None:
+    assert str(Mean(2, mean, deviation)) == expected
+
+
+def test_digits_of_a_difference_follow_its_interval() -> None:
+    pairs = {(None, seed): (0.0368 + seed * 1e-6, 0.0367) for seed in range(3)}
+    score = Score("a", (), None, 0, 0.0)
+    row = Row("a", [score], (3, 3), differences={"b": compare(pairs)}, corrected={"b": 0.01})
+    assert _difference_cells(row, "b")[0] == "+0.0001010 [+0.0000985, +0.0001035]"
+    assert decimals(0.0) is None and decimals(float("inf")) is None and decimals(250.0) == 0

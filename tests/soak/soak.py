@@ -96,7 +96,10 @@ class Soak:
 def table(outcomes: list[Outcome]) -> str:
     """Counts as Markdown: scenarios and faults down, outcomes across."""
     counts = Counter((each.case.scenario, each.case.fault, each.kind) for each in outcomes)
-    lines = [f"| scenario | fault | {' | '.join(OUTCOMES)} |", "|---|---|" + "---:|" * len(OUTCOMES)]
+    lines = [
+        f"| scenario | fault | {' | '.join(OUTCOMES)} |",
+        "|---|---|" + "---:|" * len(OUTCOMES),
+    ]
     for name, fault in itertools.product(SCENARIOS, FAULTS):
         row = [counts[name, fault, kind] for kind in OUTCOMES]
         if any(row):

@@ -1,7 +1,7 @@
 """A fastkd command with a fault in it, and a server that starts such commands without imports.
 
     soak_child.py distill recipe.yaml --resume
-    soak_child.py --serve
+    soak_child.py --serve MODULES...
 
 Imports take ten times as long as a tiny run, so the server makes them once and forks. Beside the
 commands of fastkd there is `cache`, which builds the token cache of a recipe and prints what is in
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib
 import json
 import os
 import resource
@@ -150,20 +151,17 @@ def _build_cache(recipe: Path, overrides: list[str]) -> None:
     print(digest.hexdigest())
 
 
-def _serve() -> list[str] | None:
-    """Fork a child for each line of stdin; its arguments in the child, `None` at the end.
+def _serve(modules: list[str]) -> list[str] | None:
+    """Import modules, then fork a child for each line of stdin.
 
-    Answers with two lines: the process id, and the status once it has ended.
+    Returns its arguments in the child, `None` at the end. Answers each with two lines: the
+    process id, and the status once it has ended.
     """
     # DeepSpeed speaks on stdout as it is imported
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import datasets  # noqa: F401
-    import deepspeed  # noqa: F401
-    from transformers import AutoModel, BertModel  # noqa: F401
-
-    from fastkd import report, stages, study  # noqa: F401
-
+    for module in modules:
+        importlib.import_module(module)
     for line in sys.stdin:
         asked = json.loads(line)
         child = os.fork()
@@ -189,7 +187,7 @@ def _redirect(output: str, errors: str) -> None:
 
 if __name__ == "__main__":
     given: list[str] | None = sys.argv[1:]
-    if given == ["--serve"]:
-        given = _serve()
+    if given[0] == "--serve":
+        given = _serve(given[1:])
     if given is not None:
         run(given)

@@ -18,7 +18,12 @@ from tiny_runs import run_environment
 
 CHILD = Path(__file__).with_name("soak_child.py")
 # many times what the slowest command takes
-LIMIT_SECONDS = 180.0
+LIMIT_SECONDS = 300.0
+# what a run imports, also late
+MODULES = (
+    *("fastkd.stages", "fastkd.report", "fastkd.study", "matplotlib.pyplot", "datasets"),
+    *("deepspeed.runtime.zero.muon.muon_optimizer", "transformers.models.bert.modeling_bert"),
+)
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,15 @@ def pids_of(notes: Path) -> list[int]:
 
 
 class Launcher:
-    """Starts commands, one at a time; those on one rank from a server that has made the imports."""
+    """Starts commands, one at a time; those on one rank from a server that has made the imports.
 
-    def __init__(self) -> None:
+    Args:
+        modules: that the server imports, or all that a run does.
+    """
+
+    def __init__(self, *modules: str) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, str(CHILD), "--serve"],
+            [sys.executable, str(CHILD), "--serve", *(modules or MODULES)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -96,10 +105,8 @@ class Launcher:
         """Run a command to its end."""
         notes = Path(orders.notes)
         notes.mkdir(exist_ok=True)
-        began = time.monotonic()
         start = self._torchrun if ranks > 1 else self._forked
-        code, hung = start(arguments, orders, timer)
-        seconds = time.monotonic() - began
+        code, hung, seconds = start(arguments, orders, timer)
         said = "".join(path.read_text(errors="replace") for path in sorted(notes.glob("*.err")))
         if ranks > 1:
             # of torchrun's own words, the exit code of the rank that failed
@@ -110,7 +117,7 @@ class Launcher:
 
     def _forked(
         self, arguments: list[str], orders: Orders, timer: Timer | None
-    ) -> tuple[int, bool]:
+    ) -> tuple[int, bool, float]:
         notes = Path(orders.notes)
         asked = {
             "arguments": arguments,
@@ -122,18 +129,20 @@ class Launcher:
         self._server.stdin.write(json.dumps(asked) + "\n")
         self._server.stdin.flush()
         pid = int(self._server.stdout.readline())
+        # the imports are over
+        began = time.monotonic()
         limit = Timer(LIMIT_SECONDS, notes, "all", group=True)
         timers = [limit.start(pid), *([timer.start(pid)] if timer else [])]
         code = int(self._server.stdout.readline())
         hung = timers[0].finished.is_set()
         for waiting in timers:
             waiting.cancel()
-        return code, hung
+        return code, hung, time.monotonic() - began
 
     def _torchrun(
         self, arguments: list[str], orders: Orders, timer: Timer | None
-    ) -> tuple[int, bool]:
-        notes = Path(orders.notes)
+    ) -> tuple[int, bool, float]:
+        notes, began = Path(orders.notes), time.monotonic()
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         environment = {**_environment(), VARIABLE: json.dumps(asdict(orders))}
         with (notes / "printed").open("wb") as printed, (notes / "torchrun").open("wb") as said:
@@ -150,7 +159,7 @@ class Launcher:
             child.wait()
         if waiting:
             waiting.cancel()
-        return child.returncode, hung
+        return child.returncode, hung, time.monotonic() - began
 
 
 def _wait_for_ranks(notes: Path) -> None:

@@ -106,7 +106,9 @@ def _study_arguments(recipe: Path, work: Path) -> list[str]:
         "name": "soak",
         "output": str(work / "out"),
         "recipe": tree,
-        "axes": {"mapping": {"last": {"layer_map": "last"}}},
+        "axes": {"mapping": {name: {"layer_map": name} for name in ("last", "first")}},
+        # two runs take long enough
+        "skip": [{"mapping": "last"}],
         "seeds": 2,
         "metric": {"path": "after.score", "direction": "maximize", "heldout": "score"},
     }

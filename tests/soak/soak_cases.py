@@ -197,7 +197,8 @@ def _draw(
         # a cache that was never finished is thrown away
         number += changes if case.scenario == "cache" and draw.random() < 0.7 else 0
     kind = "kill" if case.fault in ("kill-call", "flip") else case.fault
-    limit = draw.choice((0, 100, 1000, 20_000))
+    # ranks say what they say into files
+    limit = draw.choice((0, 100, 4000, 20_000)[2 * (SCENARIOS[case.scenario].ranks > 1) :])
     orders = Orders(str(work), str(notes), kind, name, number, limit)
     return orders, None, f"{kind} at change {number} of {changes} of {name}"
 

@@ -16,8 +16,10 @@ import importlib
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,25 +166,45 @@ def _serve(modules: list[str]) -> list[str] | None:
         importlib.import_module(module)
     for line in sys.stdin:
         asked = json.loads(line)
+        # through pipes: a limit on the size of files is none on what is said
+        pipes = [os.pipe(), os.pipe()]
         child = os.fork()
         if child == 0:
             os.setpgid(0, 0)
             answers.close()
-            _redirect(asked["output"], asked["errors"])
+            _redirect(pipes)
             os.environ[VARIABLE] = asked["orders"]
             return list(asked["arguments"])
         with suppress(OSError):
             os.setpgid(child, child)
         print(child, file=answers, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+        copiers = [
+            threading.Thread(target=_copy, args=(source, path), daemon=True)
+            for (source, _), path in zip(pipes, (asked["output"], asked["errors"]), strict=True)
+        ]
+        for (_, end), copier in zip(pipes, copiers, strict=True):
+            os.close(end)
+            copier.start()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        for copier in copiers:
+            # what a killed process left may hold the other end
+            copier.join(10)
+        print(code, file=answers, flush=True)
     return None
 
 
-def _redirect(output: str, errors: str) -> None:
+def _redirect(pipes: list[tuple[int, int]]) -> None:
     sys.stdin = open(os.devnull)  # noqa: SIM115
-    for path, number in ((os.devnull, 0), (output, 1), (errors, 2)):
-        flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        os.dup2(os.open(path, flags), number)
+    os.dup2(sys.stdin.fileno(), 0)
+    for number, (source, end) in enumerate(pipes, start=1):
+        os.dup2(end, number)
+        os.close(source)
+        os.close(end)
+
+
+def _copy(source: int, path: str) -> None:
+    with os.fdopen(source, "rb") as said, open(path, "wb") as file:
+        shutil.copyfileobj(said, file)
 
 
 if __name__ == "__main__":

@@ -145,18 +145,20 @@ class Launcher:
         notes, began = Path(orders.notes), time.monotonic()
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         environment = {**_environment(), VARIABLE: json.dumps(asdict(orders))}
-        with (notes / "printed").open("wb") as printed, (notes / "torchrun").open("wb") as said:
-            command = [sys.executable, *launcher, str(CHILD), *arguments]
-            child = subprocess.Popen(command, stdout=printed, stderr=said, env=environment)
+        command = [sys.executable, *launcher, str(CHILD), *arguments]
+        pipe = subprocess.PIPE
+        child = subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment)
         waiting = timer.start(child.pid) if timer else None
         hung = False
         try:
-            child.wait(LIMIT_SECONDS)
+            printed, said = child.communicate(timeout=LIMIT_SECONDS)
         except subprocess.TimeoutExpired:
             hung = True
             for pid in (child.pid, *pids_of(notes)):
                 os.kill(pid, signal.SIGKILL)
-            child.wait()
+            printed, said = child.communicate()
+        (notes / "printed").write_bytes(printed)
+        (notes / "torchrun").write_bytes(said)
         if waiting:
             waiting.cancel()
         return child.returncode, hung, time.monotonic() - began

@@ -110,6 +110,6 @@ def test_cases_are_drawn_alike_and_a_wrong_one_can_be_repeated() -> None:
     first, again = cases(3), cases(3)
     drawn = [next(first) for _ in range(50)]
     assert drawn == [next(again) for _ in range(50)] and len(set(drawn)) == 50
-    text = page([Outcome(drawn[0], AS_UNDISTURBED), Outcome(drawn[1], OTHER)], 3, 1)
+    text = page([Outcome(drawn[0], AS_UNDISTURBED), Outcome(drawn[1], OTHER)], 3, 1, 2)
     assert f"- `{drawn[1]}`: {OTHER}" in text and f"`{drawn[0]}`" not in text
     assert "2 cases, 1 of them wrong" in text

@@ -109,15 +109,15 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def page(outcomes: list[Outcome], seed: int, minutes: float) -> str:
+def page(outcomes: list[Outcome], seed: int, minutes: float, workers: int) -> str:
     """The results as a Markdown file."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     wrong = [each for each in outcomes if not each.is_right]
     lines = [
         "# Soak",
         "",
-        f"`python tests/soak/soak.py --seed {seed} --minutes {minutes:g}`: {len(outcomes)} cases, "
-        f"{len(wrong)} of them wrong. Python {platform.python_version()}, {versions}, "
+        f"`python tests/soak/soak.py --seed {seed} --minutes {minutes:g} --workers {workers}`: "
+        f"{len(outcomes)} cases, {len(wrong)} of them wrong. Python {platform.python_version()}, {versions}, "
         f"{os.cpu_count()} cores, {platform.system()}.",
         "",
         table(outcomes),
@@ -152,7 +152,8 @@ def main() -> int:
             future.result()
     print(f"\n{table(soak.outcomes)}")
     if given.output:
-        given.output.write_text(page(soak.outcomes, given.seed, given.minutes), encoding="utf-8")
+        text = page(soak.outcomes, given.seed, given.minutes, workers)
+        given.output.write_text(text, encoding="utf-8")
     wrong = [each for each in soak.outcomes if not each.is_right]
     for each in wrong:
         print(f"repeat with: python tests/soak/soak.py --only {each.case}")

@@ -117,8 +117,9 @@ def page(outcomes: list[Outcome], seed: int, minutes: float, workers: int) -> st
         "# Soak",
         "",
         f"`python tests/soak/soak.py --seed {seed} --minutes {minutes:g} --workers {workers}`: "
-        f"{len(outcomes)} cases, {len(wrong)} of them wrong. Python {platform.python_version()}, {versions}, "
-        f"{os.cpu_count()} cores, {platform.system()}.",
+        f"{len(outcomes)} cases, {len(wrong)} of them wrong. "
+        f"Python {platform.python_version()}, {versions}, {os.cpu_count()} cores, "
+        f"{platform.system()}.",
         "",
         table(outcomes),
         *(["", "Wrong, each repeated with `--only CASE`:", ""] if wrong else []),

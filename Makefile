@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint format benchmark families clean
+.PHONY: setup demo test lint format benchmark families soak clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +35,10 @@ benchmark: setup
 # every family of transformers through fastkd, about ten minutes
 families: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.families --output benchmarks/results/families.md
+
+# runs that are killed or short of disk at random moments, and continued; about five minutes
+soak: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/soak/soak.py --seed 0 --minutes 5 --output tests/soak/results.md
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

@@ -13,7 +13,8 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+
+from disk_changes import on_change
 
 from fastkd.console import Reporter
 from fastkd.disk import disk_errors
@@ -23,7 +24,6 @@ from fastkd.recipe import load_any_recipe
 from fastkd.report import write_report
 from fastkd.stages import run_recipe
 
-_CHANGES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod")
 # a full disk still lets go of what it has
 _FREEING = ("os.remove", "os.rmdir", "os.chmod")
 _EROFS = 30
@@ -37,28 +37,16 @@ class Disk:
         self.folder = ""
         self.writes = 0
         self.fails_from: int | None = None
-        sys.addaudithook(self._see)
+        on_change(self._see)
 
-    def _see(self, event: str, arguments: Any) -> None:
-        if not self.folder or event not in ("open", *_CHANGES):
-            return
-        path = os.path.abspath(os.fsdecode(arguments[0])) if _is_path(arguments[0]) else ""
-        if not path.startswith(self.folder) or (event == "open" and not _writes(arguments)):
+    def _see(self, event: str, path: str) -> None:
+        if not self.folder or not path.startswith(self.folder):
             return
         if event in _FREEING and self.number != _EROFS:
             return
         self.writes += 1
         if self.fails_from is not None and self.writes >= self.fails_from:
             raise OSError(self.number, os.strerror(self.number), path)
-
-
-def _is_path(value: object) -> bool:
-    return isinstance(value, str | bytes | os.PathLike)
-
-
-def _writes(arguments: tuple[Any, ...]) -> bool:
-    _, mode, flags = arguments
-    return bool(flags & (os.O_WRONLY | os.O_RDWR)) or bool(mode and set(mode) & set("wax+"))
 
 
 def attempt(recipe_path: str, output: Path, ranks: Ranks) -> str:

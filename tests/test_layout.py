@@ -135,9 +135,9 @@ def is_ours(module: str) -> bool:
 def third_party(path: Path) -> set[str]:
     """The packages from elsewhere that a file imports."""
     local = {file.stem for file in path.parent.glob("*.py")}
-    if path.parent.name == "benchmarks":
-        # benchmarks share the helpers of the tests
-        local |= {file.stem for file in Path(__file__).parent.glob("*.py")}
+    if not path.is_relative_to(ROOT / "fastkd") and not path.is_relative_to(ROOT / "kernels"):
+        # benchmarks and the soak share the helpers of the tests, which try the soak
+        local |= {file.stem for file in python_files("tests")}
     ours = {"fastkd", "fastkd_kernels", "benchmarks"}
     names = {module.split(".")[0] for module in imports(path)}
     return names - set(sys.stdlib_module_names) - local - ours

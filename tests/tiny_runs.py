@@ -85,13 +85,19 @@ def refused_variants(recipe: Path, variants: list[list[str]]) -> list[str]:
 def _run(target: list[str], ranks: int, gpu: bool = False) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *(launcher if ranks > 1 else []), *target]
+    environment = run_environment(gpu)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def run_environment(gpu: bool = False) -> dict[str, str]:
+    """Environment variables of a process that runs tiny models."""
     # tiny tensors: threads would only wait for each other
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if not gpu:
         # some gradients of a GPU are atomic sums, no two of which agree; no PATH: no compiler is
         # needed
         environment |= {"CUDA_VISIBLE_DEVICES": "", "PATH": "/nonexistent"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return environment
 
 
 def read_losses(run: Path) -> list[dict[str, float]]:

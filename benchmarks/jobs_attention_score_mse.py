@@ -21,7 +21,7 @@ from benchmarks.workloads import ATTENTION, AttentionWorkload
 WORKLOADS = tuple(ATTENTION.values())
 Dtypes = tuple[torch.dtype, torch.dtype]
 # a short, a long and a causal shape: every kernel, both forms of the Gram algebra
-QUICK = ("bert-base-to-tinybert-4-128", "bert-base-to-tinybert-4-512", "llama-like-2048")
+QUICK = ("bert-base-to-tinybert-4-128", "bert-base-to-tinybert-4-2048", "llama-like-8192")
 
 
 def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:

@@ -48,10 +48,10 @@ def test_operations_of_score_mse() -> None:
     rows = 2 * 256 * 3
     products = 2 * (2 * rows) * (100 + 200 + 400) + 2 * (2 * rows) * 30 * 10
     assert gram.flops == products
-    # under a causal mask the same, and tiles in two chunks of 128 tokens and one of 44
-    long = costs.attention_score_mse(attention(300, (10, 20), causal=True), 1, BF16)
-    inside = 6 * (2 * 128 * 129 // 2 + 44 * 45 // 2)
-    assert long.flops == products * 300 // 256 + 2 * inside * (2 * 30 + 2 * 10)
+    # under a causal mask the same, and tiles in three chunks of 128 tokens and one of 16
+    long = costs.attention_score_mse(attention(400, (10, 20), causal=True), 1, BF16)
+    inside = 6 * (3 * 128 * 129 // 2 + 16 * 17 // 2)
+    assert long.flops == products * 400 // 256 + 2 * inside * (2 * 30 + 2 * 10)
 
 
 def test_costs_of_divergence() -> None:

@@ -12,7 +12,7 @@ from tiny_runs import make_recipe, run_command, run_script
 from tiny_training import save_classifier, write_recipe, write_task
 
 # all of them take minutes
-EVERY = int(os.environ.get("FASTKD_DISK_EVERY", "6"))
+EVERY = int(os.environ.get("FASTKD_DISK_EVERY", "12"))
 # what C++ and Rust write, the copy of a student of stages, and the report
 INSIDE = (
     "disk full in the export",

@@ -304,8 +304,10 @@ def test_choice_of_algorithm() -> None:
     assert choose(2048, 64, 64, causal=False, backend="torch") == "gram"
     assert choose(256, 64, 64, causal=True, backend="torch") == "tiles"
     assert choose(2048, 128, 128, causal=True, backend="torch") == "gram"
-    assert choose(1024, 128, 128, causal=True, backend="triton") == "tiles"
-    assert choose(2048, 128, 128, causal=True, backend="triton") == "gram"
+    assert choose(512, 26, 64, causal=False, backend="triton") == "tiles"
+    assert choose(2048, 26, 64, causal=False, backend="triton") == "gram"
+    assert choose(2048, 128, 128, causal=True, backend="triton") == "tiles"
+    assert choose(4096, 128, 128, causal=True, backend="triton") == "gram"
     # the tiles would not take it
     assert choose(16, 300, 64, causal=False, backend="triton") == "gram"
 

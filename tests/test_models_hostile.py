@@ -105,7 +105,7 @@ def test_a_recipe_runs_no_code_of_the_folder_that_it_is_started_in(tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evilpkg", "recipe.yaml"]
 
 
-@pytest.mark.parametrize("name", ["a/../../x", "a//etc", "../a/x", "a-b/x", "/x", "a\0b/x", ".a/x"])
+@pytest.mark.parametrize("name", ["a/../../x", "a//etc", "../a/x", "a-b/x", "/x", ".a/x"])
 def test_a_name_that_leads_out_of_a_package_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="expected package:NAME/FOLDER") as refused:
         locate_model(Teacher(model=f"package:{name}"))

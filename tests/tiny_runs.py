@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -85,8 +86,20 @@ def refused_variants(recipe: Path, variants: list[list[str]]) -> list[str]:
 def _run(target: list[str], ranks: int, gpu: bool = False) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *(launcher if ranks > 1 else []), *target]
-    environment = run_environment(gpu)
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=run_environment(gpu),
+        preexec_fn=_no_signal_ignored,
+    )
+
+
+def _no_signal_ignored() -> None:
+    """Where the tests run in the background or under nohup, some are."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def run_environment(gpu: bool = False) -> dict[str, str]:

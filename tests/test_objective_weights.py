@@ -329,7 +329,8 @@ def base(**changes: Any) -> dict[str, Any]:
         ),
         (
             {"losses": {"hidden": {"layer_map": {"kind": "emd", "temperature": 0}}}},
-            "losses.hidden.layer_map.temperature: input should be greater than or equal to 0.001 (given 0)",
+            "losses.hidden.layer_map.temperature: input should be greater than or equal to 0.001 "
+            "(given 0)",
         ),
     ],
 )

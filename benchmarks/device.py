@@ -31,12 +31,12 @@ from fastkd_kernels import (
     hidden_mse,
     logits_divergence,
 )
-from kernel_cases import attention_states, hidden_case, leaves_of
-from logits_cases import logits_case
+from kernel_cases import leaves_of
 
 from benchmarks import costs
 from benchmarks.conftest import measured_rates
 from benchmarks.costs import Cost
+from benchmarks.inputs import attention_inputs, hidden_inputs, logits_inputs
 from benchmarks.workloads import ATTENTION, HIDDEN, LOGITS, on_device
 
 ROUNDS = 10
@@ -77,16 +77,7 @@ class Case(NamedTuple):
 
 def _attention(op: Callable[..., Tensor], cost: Callable[..., Cost], name: str, pairs: int) -> Case:
     (work,) = on_device([ATTENTION[name]])
-    student, teacher = attention_states(
-        pairs,
-        work.batch,
-        work.heads,
-        work.tokens,
-        work.dims,
-        kv_heads=work.kv_heads,
-        dtype=BF16,
-        device="cuda",
-    )
+    student, teacher = attention_inputs(work, pairs, BF16, "cuda")
     leaves = leaves_of(student)
     return Case(
         lambda: torch.autograd.grad(op(student, teacher, causal=work.causal).sum(), leaves),
@@ -96,8 +87,7 @@ def _attention(op: Callable[..., Tensor], cost: Callable[..., Cost], name: str, 
 
 def _hidden(op: Callable[..., Tensor], name: str, pairs: int) -> Case:
     (work,) = on_device([HIDDEN[name]])
-    weights = "none" if work.widths[0] == work.widths[1] else "shared+bias"
-    case = hidden_case(pairs, work.batch, work.tokens, work.widths, weights, BF16).on("cuda")
+    case = hidden_inputs(work, pairs, BF16, "cuda")
     return Case(
         lambda: torch.autograd.grad(
             op(case.student, case.teacher, **case.trained).sum(), case.leaves
@@ -108,16 +98,7 @@ def _hidden(op: Callable[..., Tensor], name: str, pairs: int) -> Case:
 
 def _logits(name: str) -> Case:
     (work,) = on_device([LOGITS[name]])
-    case = logits_case(
-        (work.batch, work.tokens),
-        ("head", "head"),
-        vocabularies=(work.vocabulary, work.vocabulary),
-        widths=work.widths,
-        biases=(False, False),
-        masked=False,
-        dtype=BF16,
-        kind="kl",
-    ).on("cuda")
+    case = logits_inputs(work, BF16, "kl", "cuda")
     return Case(lambda: case.run(logits_divergence), costs.logits_divergence(work, 1, BF16))
 
 

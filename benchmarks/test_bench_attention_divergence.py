@@ -10,10 +10,11 @@ import pytest
 import torch
 from fastkd_kernels import attention_divergence, reference
 from fastkd_kernels.types import DivergenceKind
-from kernel_cases import attention_states, errors, leaves_of
+from kernel_cases import errors, leaves_of
 
 from benchmarks import costs
 from benchmarks.cases import Case, baselines, cases
+from benchmarks.inputs import attention_inputs
 from benchmarks.workloads import ATTENTION
 
 MANY_PAIRS = ("minilm-6-to-3-128",)
@@ -27,16 +28,7 @@ def test_attention_divergence(case: Case, kind: Any, compare: Callable[..., Any]
     work, on_cpu = case.work, case.device == "cpu"
     if on_cpu and kind != "kl" and work.name not in EVERY_KIND:
         pytest.skip("other kinds are timed at 512 tokens and on llama-like-1024")
-    student, teacher = attention_states(
-        case.pairs,
-        work.batch,
-        work.heads,
-        work.tokens,
-        work.dims,
-        kv_heads=work.kv_heads,
-        dtype=case.dtype,
-        device=case.device,
-    )
+    student, teacher = attention_inputs(work, case.pairs, case.dtype, case.device)
     leaves = leaves_of(student)
 
     def step(op: Callable[..., Any]) -> Callable[[], list[torch.Tensor]]:

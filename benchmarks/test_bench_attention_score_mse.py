@@ -10,10 +10,11 @@ import pytest
 import torch
 from fastkd_kernels import attention_score_mse, reference
 from fastkd_kernels.attention_score_mse import choose_algorithm
-from kernel_cases import attention_states, errors, leaves_of
+from kernel_cases import errors, leaves_of
 
 from benchmarks import costs
 from benchmarks.cases import Case, baselines, cases
+from benchmarks.inputs import attention_inputs
 from benchmarks.workloads import ATTENTION
 
 MANY_PAIRS = ("bert-base-to-tinybert-4-128", "bert-base-to-tinybert-4-512")
@@ -22,16 +23,7 @@ MANY_PAIRS = ("bert-base-to-tinybert-4-128", "bert-base-to-tinybert-4-512")
 @pytest.mark.parametrize("case", cases(ATTENTION.values(), many=MANY_PAIRS))
 def test_attention_score_mse(case: Case, compare: Callable[..., Any]) -> None:
     work, on_cpu = case.work, case.device == "cpu"
-    student, teacher = attention_states(
-        case.pairs,
-        work.batch,
-        work.heads,
-        work.tokens,
-        work.dims,
-        kv_heads=work.kv_heads,
-        dtype=case.dtype,
-        device=case.device,
-    )
+    student, teacher = attention_inputs(work, case.pairs, case.dtype, case.device)
     leaves = leaves_of(student)
 
     def step(op: Callable[..., Any], **options: Any) -> Callable[[], list[torch.Tensor]]:

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from fastkd_kernels import hidden_cosine, hidden_mse, reference
-from kernel_cases import errors, hidden_case
+from kernel_cases import errors
 
 from benchmarks import costs
 from benchmarks.cases import Case, baselines, cases
+from benchmarks.inputs import hidden_inputs, weights_of
 from benchmarks.workloads import HIDDEN
 
 MANY_PAIRS = ("bert-base-to-tinybert-4", "minilm-6-to-3")
@@ -30,9 +31,7 @@ def _run(
     op: Callable[..., Any], definition: Callable[..., Any], case: Case, compare: Callable[..., Any]
 ) -> None:
     work, on_cpu = case.work, case.device == "cpu"
-    weights = "none" if work.widths[0] == work.widths[1] else "shared+bias"
-    inputs = hidden_case(case.pairs, work.batch, work.tokens, work.widths, weights, case.dtype)
-    inputs = inputs.on(case.device)
+    inputs = hidden_inputs(work, case.pairs, case.dtype, case.device)
 
     def step(function: Callable[..., Any]) -> Callable[[], list[torch.Tensor]]:
         def run() -> list[torch.Tensor]:
@@ -51,5 +50,5 @@ def _run(
         device=case.device,
         pairs=case.pairs,
         **work._asdict(),
-        weights=weights,
+        weights=weights_of(work),
     )

@@ -14,10 +14,11 @@ import pytest
 import torch
 from fastkd_kernels import logits_divergence, reference
 from kernel_cases import errors, peak_bytes
-from logits_cases import LogitsCase, logits_case, tensors_of
+from logits_cases import LogitsCase, tensors_of
 
 from benchmarks import costs
 from benchmarks.cases import Case, baselines, cases
+from benchmarks.inputs import logits_inputs
 from benchmarks.workloads import LOGITS, LogitsWorkload
 
 # 2048 tokens and 32k columns behind narrow students, as of encoders
@@ -31,24 +32,11 @@ MOST_LOGITS = 1 << 29
 CASES = [made for made in cases([*NARROW, *LOGITS.values()]) if made.values[0].pairs == 1]
 
 
-def inputs_of(work: LogitsWorkload, dtype: torch.dtype, kind: str) -> LogitsCase:
-    return logits_case(
-        (work.batch, work.tokens),
-        ("head", "head"),
-        vocabularies=(work.vocabulary, work.vocabulary),
-        widths=work.widths,
-        biases=(False, False),
-        masked=False,
-        dtype=dtype,
-        kind=kind,
-    )
-
-
 @pytest.mark.parametrize("kind", ["kl", "js"])
 @pytest.mark.parametrize("case", CASES)
 def test_logits_divergence(case: Case, kind: str, compare: Callable[..., Any]) -> None:
     work = case.work
-    inputs = inputs_of(work, case.dtype, kind).on(case.device)
+    inputs = logits_inputs(work, case.dtype, kind, case.device)
 
     def step(function: Callable[..., Any]) -> Callable[[], list[torch.Tensor]]:
         return lambda: inputs.run(function)

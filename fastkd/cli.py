@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fastkd.disk import disk_errors
+from fastkd.disk import disk_errors, write_whole
 from fastkd.errors import DiskError, Interrupted, LostRank, UserError
 from fastkd.recipe import AnyRecipe, load_any_recipe, load_finetune_recipe, load_recipe
 from fastkd.signals import Signalled, signals_raised
@@ -121,7 +121,7 @@ def evaluate(
     from fastkd.evaluate import evaluate_run
     from fastkd.peers import lost_ranks
     from fastkd.report import print_evaluation
-    from fastkd.run_folder import RunFolder, write_whole
+    from fastkd.run_folder import RunFolder
 
     ranks = start_ranks()
     try:

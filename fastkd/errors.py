@@ -36,6 +36,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: JSON and YAML can spell half of a surrogate pair, no file system
+    and no tokenizer takes one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def one_line(error: Exception, length: int | None = 200) -> str:
     """What an error says, without line breaks, cut to so many characters; `None` is all of it."""
     return " ".join(str(error).split())[:length]

@@ -9,10 +9,11 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from fastkd.console import Reporter
+from fastkd.disk import disk_errors, write_whole
 from fastkd.figures import plain
 from fastkd.pages import document, escaped, html_table
 from fastkd.recipe import AnyRecipe, Recipe, load_any_recipe
-from fastkd.run_folder import RunFolder, disk_errors, write_whole
+from fastkd.run_folder import RunFolder
 
 _NAMED_LINES = 16
 # where in a summary the scores of a model stand

@@ -17,12 +17,10 @@ from typing import Any
 
 from fastkd.beginnings import FILES, FOLDERS, holds_beginnings, kind_of
 from fastkd.continuation import difference, in_force, longer, why_not_longer
-from fastkd.disk import disk_errors, sweep, sync_folder, write_whole
+from fastkd.disk import disk_errors, sweep, write_whole
 from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, dump_recipe, load_any_recipe, parse_any_recipe
 from fastkd.surroundings import environment, start_of, started_from
-
-__all__ = ["RunFolder", "disk_errors", "sync_folder", "write_whole"]
 
 # fields that name files and folders, or something on the hub
 _PLACES = (
@@ -92,17 +90,6 @@ class RunFolder:
             if fresh or not (self.environment.exists() or self.metrics.exists()):
                 found = {**environment(), **start_of(self.path)}
                 write_whole(self.environment, json.dumps(found, indent=2) + "\n")
-
-    def begin(self, recipe: AnyRecipe, *, resume: bool) -> dict[str, Any] | None:
-        """Start a run here or continue it; the summary if it is finished.
-
-        Raises:
-            UserError: the folder is taken, or holds a run of another recipe.
-        """
-        finished = self.check(recipe, resume=resume)
-        if finished is None:
-            self.create(recipe)
-        return finished
 
     def check(self, recipe: AnyRecipe, *, resume: bool) -> dict[str, Any] | None:
         """See that this recipe can start or continue here; the summary if it is finished.

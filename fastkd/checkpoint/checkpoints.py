@@ -8,6 +8,7 @@ all ranks continue from the same one: the newest that is whole.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -26,9 +27,9 @@ from fastkd.checkpoint.manifest import (
     read_manifest,
 )
 from fastkd.checkpoint.states import SUFFIX, Tree, read_state, write_state
+from fastkd.disk import disk_errors, sweep, sync_folder, write_whole
 from fastkd.engine import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
-from fastkd.run_folder import disk_errors, sync_folder, write_whole
 from fastkd.sealed import Damaged, Written
 
 _NAME = re.compile(r"step-\d{8,}")
@@ -159,12 +160,11 @@ class Checkpoints:
     def _finished(self) -> list[str]:
         """Names of all checkpoints, newest first, but those that were never finished."""
         # of a process that was killed
-        for leftover in self.folder.glob(".latest.*"):
-            leftover.unlink(missing_ok=True)
+        sweep(self.folder, "latest")
         return [
             name
             for name in self._entries()
-            if not _is_folder(self.folder / name) or _exists(self.folder / name / MANIFEST)
+            if not _is_folder(self.folder / name) or os.path.lexists(self.folder / name / MANIFEST)
         ]
 
     def _has_files(self, name: str) -> bool:
@@ -206,10 +206,6 @@ def _step(name: str) -> int:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-def _exists(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
 
 
 def _remove(path: Path) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastkd.errors import UserError
+from fastkd.errors import UserError, is_text
 
 DOCUMENT_LIMIT = 1 << 24
 """Bytes of the longest line or document of a text file; tokenising takes about 140 times that."""
@@ -141,14 +141,11 @@ def checked_text(value: object, column: str, where: str) -> str:
         raise UserError(
             f"{where}: column {column!r} holds {given}, expected text; remove or fill such rows"
         )
-    # json accepts half of a surrogate pair, no tokenizer does
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
+    if not is_text(value):
         raise UserError(
             f"{where}: column {column!r} holds half a surrogate pair, which is no text; "
             "repair or remove such rows"
-        ) from error
+        )
     return value
 
 

@@ -10,13 +10,14 @@ import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from fastkd.disk import disk_errors, write_whole
 from fastkd.errors import UserError
 from fastkd.models.checking import optional_file
 from fastkd.models.locating import locate_model, locate_source
+from fastkd.models.modules import ListingError, read_modules
 from fastkd.recipe import AnyRecipe, Recipe, Teacher
-from fastkd.run_folder import disk_errors, write_whole
 from fastkd.sealed import file_sha256
 
 NOTE = "models.json"
@@ -135,12 +136,11 @@ def _files(root: Path, source: Teacher) -> Iterator[Path]:
 def _modules(root: Path) -> Iterator[str]:
     """Folders that a listing of sentence-transformers' modules names inside its own."""
     try:
-        entries = json.loads((root / "modules.json").read_text(encoding="utf-8"))
-        paths = [PurePosixPath(entry["path"]) for entry in entries]
-    except (OSError, ValueError, LookupError, TypeError):
+        modules = read_modules(root / "modules.json")
+    except ListingError:
         # what can't be read is read by nothing
         return
-    yield from (str(path) for path in paths if not path.is_absolute() and ".." not in path.parts)
+    yield from (module.path for module in modules if module.stays_inside)
 
 
 def _sha256(path: Path) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastkd.errors import one_line
+from fastkd.errors import is_text, one_line
 
 LIBRARY = "sentence_transformers."
 # more than any model has, and less than fills a terminal
@@ -68,7 +68,7 @@ def read_modules(listing: Path) -> list[Module]:
         raise ListingError(f"modules.json can't be read: expected a list of at most {_MOST}")
     for entry in entries:
         words = [entry.get(key) for key in ("type", "path")] if isinstance(entry, dict) else []
-        if not words or not all(isinstance(word, str) and _is_text(word) for word in words):
+        if not words or not all(isinstance(word, str) and is_text(word) for word in words):
             raise ListingError("modules.json can't be read: expected objects with type and path")
     return [Module(entry) for entry in entries]
 
@@ -89,12 +89,3 @@ def first_folder(listing: Path) -> str:
 
 def _is_rooted(path: str) -> bool:
     return path.startswith(("/", "\\", "~")) or path[1:2] == ":"
-
-
-def _is_text(word: str) -> bool:
-    # json accepts half of a surrogate pair, no file system does
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

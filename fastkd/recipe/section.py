@@ -18,6 +18,8 @@ from pydantic import (
     field_validator,
 )
 
+from fastkd.errors import is_text
+
 LARGEST = 2**63 - 1
 """Of any number, as of a signed one of 64 bits."""
 MOST_HEADS = 10_000
@@ -49,10 +51,9 @@ def check_place(text: str) -> str:
     Raises:
         ValueError: a NUL, half a surrogate pair, a part that is too long, or an unknown home.
     """
-    try:
-        encoded = text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("expected a path, but half a surrogate pair is no text") from error
+    if not is_text(text):
+        raise ValueError("expected a path, but half a surrogate pair is no text")
+    encoded = text.encode()
     if b"\0" in encoded:
         raise ValueError(f"expected a path, which holds no NUL (given {text[:100]!r})")
     longest = max(map(len, encoded.split(os.sep.encode())))

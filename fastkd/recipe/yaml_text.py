@@ -19,14 +19,14 @@ from typing import Any
 
 import yaml
 
-from fastkd.errors import one_line
+from fastkd.errors import is_text, one_line
+from fastkd.recipe.section import LARGEST
 
 LONGEST = 1 << 20
 """Characters of a document."""
 DEEPEST = 50
 """Sections and lists inside each other."""
 _MOST_NODES = 100_000
-_LARGEST = 2**63 - 1
 _TAG = "tag:yaml.org,2002:"
 # of scalars, each with the characters that it may start with
 _CORE = (
@@ -139,10 +139,8 @@ def _scalar(loader: _Loader, node: yaml.Node) -> Any:
         return text.lower() == "true"
     if kind in ("int", "float"):
         return _number(node, kind, text)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _refusal(node, "half a surrogate pair is no text") from error
+    if not is_text(text):
+        raise _refusal(node, "half a surrogate pair is no text")
     return text
 
 
@@ -154,7 +152,7 @@ def _number(node: yaml.Node, kind: str, text: str) -> int | float:
         return found
     base = {"0o": 8, "0x": 16}.get(text[:2], 10)
     # Python refuses to read thousands of digits, with another message
-    if len(text.lstrip("+-0ox")) > 64 or abs(int(text, base)) > _LARGEST:
+    if len(text.lstrip("+-0ox")) > 64 or abs(int(text, base)) > LARGEST:
         raise _refusal(node, f"{text[:20]}... is a number of {len(text)} digits, expected 64 bits")
     return int(text, base)
 

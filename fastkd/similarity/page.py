@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from fastkd.console import Reporter
+from fastkd.disk import write_whole
 from fastkd.errors import UserError
 from fastkd.figures import draw_map, png
 from fastkd.layer_map import CONVENTION
-from fastkd.run_folder import write_whole
 from fastkd.similarity.cka import Matrix
 from fastkd.similarity.measure import Similarity
 

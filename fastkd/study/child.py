@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from fastkd.disk import disk_errors, write_whole
 from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, dump_recipe
-from fastkd.run_folder import RunFolder, disk_errors, write_whole
+from fastkd.run_folder import RunFolder
 from fastkd.study.claims import Claim
 from fastkd.study.plan import Place
 from fastkd.study.spec import Command

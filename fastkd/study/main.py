@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastkd.console import Reporter
+from fastkd.disk import write_whole
 from fastkd.errors import Interrupted, UserError
-from fastkd.run_folder import write_whole
 from fastkd.study.child import Children
 from fastkd.study.page import write_page
 from fastkd.study.plan import Plan

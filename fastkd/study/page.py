@@ -10,9 +10,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from fastkd.disk import write_whole
 from fastkd.figures import png
 from fastkd.pages import document, escaped, html_table, markdown
-from fastkd.run_folder import write_whole
 from fastkd.study.naming import shown
 from fastkd.study.plan import Plan
 from fastkd.study.tables import Table

@@ -34,14 +34,14 @@ from benchmarks.family_checks import (
     outputs_of,
 )
 from benchmarks.family_models import LAYERS, all_families, family_model, heads_of
-from fastkd.assemble import make_objective
 from fastkd.capture import AttentionTraits, capture, no_cache, try_model
 from fastkd.errors import UserError, one_line
 from fastkd.layer_map import make_layer_map
+from fastkd.losses import DIVISORS
 from fastkd.models import build_student, load_student, load_teacher
-from fastkd.objective import DIVISORS
 from fastkd.recipe import Recipe, Student, Teacher, parse_recipe
-from fastkd.recipe.models import Head
+from fastkd.training.setup import make_objective
+from fastkd.types import Head
 
 TOKENS = 20
 SOURCES = (2, 4)

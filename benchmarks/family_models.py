@@ -14,8 +14,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from fastkd.models.loading import AUTO
-from fastkd.recipe.models import Head
+from fastkd.models.load import AUTO
+from fastkd.types import Head
 
 LAYERS, WIDTH, HEADS, VOCABULARY = 4, 32, 4, 96
 

@@ -22,10 +22,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertModel
 
 from fastkd.capture import capture, route_attention
-from fastkd.engine import DistilledStudent
 from fastkd.layer_map import make_layer_map
-from fastkd.objective import DIVISORS, ModelPair, Objective
+from fastkd.losses import (
+    DIVISORS,
+    ModelPair,
+    Objective,
+)
 from fastkd.recipe import Losses
+from fastkd.training.engine import DistilledStudent
 
 LAYERS = make_layer_map("uniform", 4, 12)
 # batch and tokens; on a GPU in bf16

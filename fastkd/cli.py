@@ -15,8 +15,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from fastkd.disk import disk_errors, write_whole
 from fastkd.errors import DiskError, Interrupted, LostRank, UserError
+from fastkd.files.disk import disk_errors, write_whole
 from fastkd.recipe import AnyRecipe, load_any_recipe, load_finetune_recipe, load_recipe
 from fastkd.signals import Signalled, signals_raised
 
@@ -78,12 +78,11 @@ def finetune(
 
 def _run(recipe: AnyRecipe, resume: bool) -> None:
     _quieten()
-    from fastkd.console import Reporter
-    from fastkd.engine import start_ranks, stop_ranks
-    from fastkd.memory import memory_errors
-    from fastkd.peers import lost_ranks
-    from fastkd.report import print_summary, write_report
-    from fastkd.stages import run_recipe
+    from fastkd.distributed import lost_ranks, start_ranks, stop_ranks
+    from fastkd.reporting.console import Reporter
+    from fastkd.reporting.report import print_summary, write_report
+    from fastkd.training.memory import memory_errors
+    from fastkd.training.stages import run_recipe
 
     ranks = start_ranks()
     reporter = Reporter(silent=not ranks.is_main)
@@ -116,12 +115,11 @@ def evaluate(
     if output is not None and output.exists():
         raise UserError(f"--output {output} exists already; give another file")
     _quieten()
-    from fastkd.console import Reporter
-    from fastkd.engine import start_ranks, stop_ranks
-    from fastkd.evaluate import evaluate_run
-    from fastkd.peers import lost_ranks
-    from fastkd.report import print_evaluation
-    from fastkd.run_folder import RunFolder
+    from fastkd.distributed import lost_ranks, start_ranks, stop_ranks
+    from fastkd.reporting.console import Reporter
+    from fastkd.reporting.report import print_evaluation
+    from fastkd.training.evaluate import evaluate_run
+    from fastkd.training.run_folder import RunFolder
 
     ranks = start_ranks()
     try:
@@ -169,8 +167,12 @@ def inspect(
 ) -> None:
     """Show how alike the layers of two models are: CKA and attention divergence of all pairs."""
     _quieten()
-    from fastkd.console import Reporter
-    from fastkd.similarity import inspect_models, print_similarity, write_similarity
+    from fastkd.layer_similarity import (
+        inspect_models,
+        print_similarity,
+        write_similarity,
+    )
+    from fastkd.reporting.console import Reporter
 
     found = inspect_models(teacher, student, data, kind=kind, blocks=blocks, block_size=block_size)
     print_similarity(found, Reporter())
@@ -187,9 +189,9 @@ def doctor(
     """Say what this machine has and, given a recipe, what its run will need."""
     chosen = None if recipe is None else load_any_recipe(recipe, overrides or [])
     _quieten()
-    from fastkd.console import Reporter
-    from fastkd.doctor import describe_machine, estimate_run
-    from fastkd.engine import start_ranks, stop_ranks
+    from fastkd.distributed import start_ranks, stop_ranks
+    from fastkd.reporting.console import Reporter
+    from fastkd.training.doctor import describe_machine, estimate_run
 
     rank = int(os.environ.get("RANK", "0"))
     reporter = Reporter(silent=rank != 0)

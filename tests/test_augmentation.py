@@ -20,10 +20,15 @@ from tiny_tasks import (
     write_lines,
 )
 
+from fastkd.data.augmentation import (
+    Augmentation,
+    augment,
+    candidates,
+)
+from fastkd.data.augmentation.augment import Augmented
+from fastkd.data.augmentation.masked_lm import MaskedWords
+from fastkd.data.tasks import Examples, encode_examples
 from fastkd.errors import UserError
-from fastkd.tasks import Augmentation, Examples, augment, candidates, encode_examples
-from fastkd.tasks.augmentation import Augmented
-from fastkd.tasks.masked_words import MaskedWords
 
 PAIRS = Examples(
     "p",

@@ -21,11 +21,12 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from fastkd.data.augmentation import Augmentation, augment
+from fastkd.data.augmentation.candidates import find_candidates, is_replaceable
+from fastkd.data.augmentation.masked_lm import MaskedWords, whole_words
+from fastkd.data.augmentation.synonyms import GloveFile, SynonymList
+from fastkd.data.tasks import Examples
 from fastkd.errors import UserError
-from fastkd.tasks import Augmentation, Examples, augment
-from fastkd.tasks.candidates import find_candidates, is_replaceable
-from fastkd.tasks.masked_words import MaskedWords, whole_words
-from fastkd.tasks.neighbours import GloveFile, SynonymList
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "modernbert"])

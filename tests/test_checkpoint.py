@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from tiny_runs import keys, make_recipe, read_losses, read_weights, run_script
 from torch import Tensor
 
-from fastkd.checkpoint.deepspeed_files import use_own_files
-from fastkd.checkpoint.states import (
+from fastkd.files.sealed import look_at
+from fastkd.training.checkpoint.deepspeed_files import use_own_files
+from fastkd.training.checkpoint.states import (
     NotAState,
     check_state,
     read_state,
     write_state,
 )
-from fastkd.sealed import look_at
 
 OFFLOADED = {"deepspeed.zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 SHARDED = {"deepspeed.zero_optimization": {"stage3_param_persistence_threshold": 0}}

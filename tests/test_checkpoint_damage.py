@@ -23,11 +23,11 @@ from tiny_runs import (
     run_variants,
 )
 
-from fastkd.checkpoint import Checkpoints
-from fastkd.checkpoint.manifest import Manifest, read_manifest
-from fastkd.engine import Ranks
+from fastkd.distributed import Ranks
 from fastkd.errors import UserError
-from fastkd.sealed import look_at
+from fastkd.files.sealed import look_at
+from fastkd.training.checkpoint import Checkpoints
+from fastkd.training.checkpoint.manifest import Manifest, read_manifest
 
 OLDER, NEWEST = "step-00000002", "step-00000004"
 FILES = (

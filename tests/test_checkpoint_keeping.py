@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastkd.checkpoint import Checkpoints
-from fastkd.engine import Ranks
+from fastkd.distributed import Ranks
+from fastkd.training.checkpoint import Checkpoints
 
 
 class _Alone(Ranks):

@@ -18,9 +18,9 @@ from tiny_training import (
     write_task,
 )
 
-from fastkd.console import Reporter
 from fastkd.errors import UserError, printable
-from fastkd.report import print_evaluation, print_summary
+from fastkd.reporting.console import Reporter
+from fastkd.reporting.report import print_evaluation, print_summary
 
 HOSTILE = ("[/x]", "[bold]", "[link=https://e.org]a[/link]", ":smile:", "[", "\\[/x]", "[/]")
 CONTROL = {"\x1b[2Ja": "\\x1b[2Ja", "a\rb": "a\\rb", "a\x07": "a\\x07", "\u202ea": "\\u202ea"}

@@ -21,10 +21,15 @@ from tiny_runs import (
 )
 from tiny_training import save_encoder, summary_of, write_recipe, write_task
 
-from fastkd.continuation import difference, in_force, longer, why_not_longer
 from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, parse_any_recipe
-from fastkd.run_folder import RunFolder
+from fastkd.training.continuation import (
+    difference,
+    in_force,
+    longer,
+    why_not_longer,
+)
+from fastkd.training.run_folder import RunFolder
 
 CONSTANT = {"schedule": "constant", "warmup_steps": 1, "log_every": 1}
 TREE: dict[str, Any] = {

@@ -15,10 +15,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fastkd.data import Corpus, cache, prepare_corpus
-from fastkd.data.encoding import Encoder
-from fastkd.data.sources import resolve
-from fastkd.data.split import Split
+from fastkd.data.text import (
+    Corpus,
+    cache,
+    prepare_corpus,
+)
+from fastkd.data.text.sources import resolve
+from fastkd.data.text.split import Split
+from fastkd.data.text.tokenize import Encoder
 from fastkd.errors import UserError
 from fastkd.recipe import Data
 

@@ -18,12 +18,22 @@ from tiny_models import VOCABULARY, tiny_tokenizer, write_text
 from tiny_training import write_task
 from transformers import PreTrainedTokenizerBase
 
-from fastkd.data import cache, prepare_corpus
-from fastkd.data.cache import STALE_SECONDS, is_complete, new_folder, read_meta, write_meta
+from fastkd.data.factory import task_of
+from fastkd.data.tasks import (
+    EncodedExamples,
+    encode_examples,
+    read_examples,
+)
+from fastkd.data.text import cache, prepare_corpus
+from fastkd.data.text.cache import (
+    STALE_SECONDS,
+    is_complete,
+    new_folder,
+    read_meta,
+    write_meta,
+)
 from fastkd.errors import UserError
-from fastkd.material import task_of
 from fastkd.recipe import Data, TaskData
-from fastkd.tasks import EncodedExamples, encode_examples, read_examples
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import tiny_tokenizer, write_text
 
-from fastkd.data import Corpus, prepare_corpus
+from fastkd.data.text import Corpus, prepare_corpus
 from fastkd.errors import UserError
 from fastkd.recipe import Data
 

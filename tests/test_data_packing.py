@@ -14,9 +14,13 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fastkd.data import encoding
-from fastkd.data.encoding import Encoder, Part, encode
-from fastkd.data.packing import Frame, Packer
+from fastkd.data.text import tokenize as encoding
+from fastkd.data.text.packing import Frame, Packer
+from fastkd.data.text.tokenize import (
+    Encoder,
+    Part,
+    encode,
+)
 from fastkd.errors import UserError
 
 SPECIAL = {"[UNK]": 0, "<s>": 1, "</s>": 2, "[CLS]": 3, "[SEP]": 4}

@@ -12,8 +12,8 @@ from typing import Any
 import datasets
 import pytest
 
-from fastkd.data import readers
-from fastkd.data.sources import resolve
+from fastkd.data.text import files as readers
+from fastkd.data.text.sources import resolve
 from fastkd.errors import UserError
 from fastkd.recipe import Data
 

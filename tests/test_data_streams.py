@@ -13,8 +13,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fastkd.data import BlockStream, Corpus, prepare_corpus, readers
-from fastkd.data.streams import shuffled
+from fastkd.data.text import (
+    BlockStream,
+    Corpus,
+    prepare_corpus,
+)
+from fastkd.data.text import (
+    files as readers,
+)
+from fastkd.data.text.stream import shuffled
 from fastkd.errors import UserError
 from fastkd.recipe import Data
 

@@ -11,9 +11,14 @@ import pytest
 import yaml
 from tiny_training import fastkd
 
-from fastkd.deepspeed_config import check_monitor, plan_batches, student_config, teacher_config
+from fastkd.data.batching import plan_batches
 from fastkd.errors import UserError
 from fastkd.recipe import Recipe, parse_recipe
+from fastkd.training.deepspeed_config import (
+    check_monitor,
+    student_config,
+    teacher_config,
+)
 
 
 def make_recipe(deepspeed: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Recipe:

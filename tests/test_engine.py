@@ -10,7 +10,7 @@ import torch
 from tiny_runs import assert_same_run, keys, make_recipe, read_losses, read_weights, run_variants
 from transformers import get_scheduler
 
-from fastkd.data import prepare_corpus
+from fastkd.data.text import prepare_corpus
 from fastkd.layer_map import make_layer_map
 from fastkd.models import build_student, load_teacher, load_tokenizer
 from fastkd.recipe import Recipe, load_recipe

@@ -20,11 +20,15 @@ from tiny_training import (
     write_task,
 )
 
-from fastkd.engine import start_ranks, stop_ranks
+from fastkd.distributed import start_ranks, stop_ranks
 from fastkd.errors import UserError
-from fastkd.evaluate import Evaluation, check_overrides, evaluate_run
 from fastkd.recipe import load_any_recipe
-from fastkd.run_folder import RunFolder
+from fastkd.training.evaluate import (
+    Evaluation,
+    check_overrides,
+    evaluate_run,
+)
+from fastkd.training.run_folder import RunFolder
 
 EPOCHS = {"steps": None, "epochs": 0.5}
 

@@ -13,11 +13,11 @@ from tiny_models import NAMES, VOCABULARY, save_teacher, tiny_batch, tiny_model
 from tiny_training import save_classifier
 from transformers import AlbertConfig, AutoModel, PreTrainedModel
 
-from fastkd.export import export_notes
-from fastkd.export.poolers import pooler_to_add
 from fastkd.layer_map import make_layer_map
 from fastkd.models import build_student, load_student, load_teacher
 from fastkd.recipe import Student, Teacher
+from fastkd.training.export import export_notes
+from fastkd.training.export.poolers import pooler_to_add
 
 POOLED = ("bert", "roberta")
 NARROW = {"hidden_size": 16, "intermediate_size": 20}

@@ -16,9 +16,9 @@ from tiny_training import save_classifier
 from torch import nn
 
 from fastkd.errors import UserError
-from fastkd.export import export_notes
 from fastkd.models import load_teacher
 from fastkd.recipe import Teacher
+from fastkd.training.export import export_notes
 
 NARROW = {"hidden_size": 16, "intermediate_size": 20}
 TEXTS = ["w7 w9 w20", "w11"]

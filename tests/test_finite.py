@@ -14,9 +14,14 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import make_recipe, refused_variants, run_command, run_script
 from tiny_training import fastkd, save_classifier, save_encoder, write_recipe, write_task
 
-from fastkd.engine import NoTeacher, Ranks
-from fastkd.finite import blame, broken_weights, first_broken
-from fastkd.summary import worsened
+from fastkd.distributed import Ranks
+from fastkd.training.engine import NoTeacher
+from fastkd.training.finite import (
+    blame,
+    broken_weights,
+    first_broken,
+)
+from fastkd.training.summary import worsened
 
 
 @pytest.fixture

@@ -17,10 +17,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny_models import VOCABULARY, save_teacher
 
-from fastkd.data.sources import resolve
+from fastkd.data.tasks import (
+    Columns,
+    Task,
+    read_examples,
+)
+from fastkd.data.text.sources import resolve
 from fastkd.models import load_teacher, load_tokenizer
 from fastkd.recipe import Data, Teacher
-from fastkd.tasks import Columns, Task, read_examples
 
 TASK = Task(name="own", columns=Columns(texts=("text",), label="label"), labels=("no", "yes"))
 

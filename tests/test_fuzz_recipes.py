@@ -9,7 +9,7 @@ from fuzz_recipes import BASES, Tree, cases, refused, wrong_texts, wrong_trees
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastkd.deepspeed_config import plan_batches, student_config
+from fastkd.data.batching import plan_batches
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.recipe import (
@@ -25,6 +25,7 @@ from fastkd.recipe.yaml_text import read_yaml
 from fastkd.study import StudySpec, load_study
 from fastkd.study.plan import Plan
 from fastkd.study.spec import parse_study
+from fastkd.training.deepspeed_config import student_config
 
 RECIPES = ("text", "labelled", "staged", "tuned")
 STUDIES = ("study", "search")

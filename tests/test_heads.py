@@ -13,13 +13,20 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, PreTrainedModel
 
 from fastkd.capture import capture, no_cache, route_attention, try_model
+from fastkd.capture.lm_head import last_hidden_state
+from fastkd.data.text.mlm import Masking
 from fastkd.errors import UserError
-from fastkd.heads import last_hidden_state
 from fastkd.layer_map import make_layer_map
-from fastkd.masking import Masking
+from fastkd.losses import (
+    DIVISORS,
+    ModelPair,
+    Objective,
+    count_divisors,
+    target_labels,
+)
 from fastkd.models import build_student
-from fastkd.objective import DIVISORS, IGNORED, ModelPair, Objective, count_divisors, target_labels
 from fastkd.recipe import Losses, Student
+from fastkd.types import IGNORE_INDEX
 
 BATCH = tiny_batch((9, 5, 3))
 LANGUAGE_MODELS = [
@@ -109,7 +116,7 @@ def test_causal_labels_are_the_next_tokens_that_are_no_padding() -> None:
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     labels = target_labels({"input_ids": ids, "attention_mask": mask}, "causal_lm")
     assert labels is not None
-    expected = [[6, 7, 8, IGNORED], [10, IGNORED, IGNORED, IGNORED]]
+    expected = [[6, 7, 8, IGNORE_INDEX], [10, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]]
     assert labels.tolist() == expected
     inputs = {"input_ids": ids, "attention_mask": mask}
     assert count_divisors(inputs, True, "valid", labels)[4] == 4
@@ -145,7 +152,7 @@ def test_masking_is_berts_and_depends_on_seed_and_draw_alone() -> None:
     ids[:, 0], ids[:, -1] = 2, 3
     masking = Masking(tokenizer, 0.2, seed=1)
     made = masking(ids, 7)
-    chosen = made["labels"] != IGNORED
+    chosen = made["labels"] != IGNORE_INDEX
     assert not chosen[:, 0].any() and not chosen[:, -1].any()
     assert torch.equal(made["labels"][chosen], ids[chosen])
     assert torch.equal(made["input_ids"][~chosen], ids[~chosen])

@@ -14,8 +14,13 @@ from pathlib import Path
 import pytest
 from tiny_runs import make_recipe, run_script
 
+from fastkd.distributed import (
+    TIMEOUT,
+    Peer,
+    lost_ranks,
+    rank_timeout,
+)
 from fastkd.errors import LostRank, UserError
-from fastkd.peers import TIMEOUT, Peer, lost_ranks, rank_timeout
 from fastkd.signals import Signalled, signals_raised, stop_signals
 
 LOADING = ("SIGINT while models load", "SIGTERM while models load", "SIGHUP while data loads")
@@ -85,7 +90,11 @@ class Pair:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        command = [sys.executable, str(Path(__file__).parent / "disturbed_run.py"), moment]
+        command = [
+            sys.executable,
+            str(Path(__file__).parent / "helpers" / "disturbed_run.py"),
+            moment,
+        ]
         self.ranks = []
         for rank in range(2):
             found = {

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastkd.errors import UserError
-from fastkd.layer_map import LayerMap, MapKind, Moment, Transport, make_layer_map
-from fastkd.layer_map.transport import exact_flow
-from fastkd.recipe import layers as recipe
+from fastkd.layer_map import LayerMap, MapKind, Progress, Transport, make_layer_map
+from fastkd.layer_map import sections as recipe
+from fastkd.layer_map.emd import exact_flow
 
-NOW = Moment()
+NOW = Progress()
 
 
 def targets(layers: LayerMap) -> list[int]:
@@ -194,7 +194,7 @@ def test_every_map_names_its_links_and_says_what_it_is(
     layers = make_layer_map(given, 2, 4)
     assert list(layers.labels()) == labels
     assert [row for _, row in layers.rows()] == rows
-    assert len(layers.links(Moment(7, 3))) == len(labels)
+    assert len(layers.links(Progress(7, 3))) == len(labels)
 
 
 @pytest.mark.parametrize("given", ["mean_target", "mean_loss", "random", "emd", "attention"])
@@ -206,7 +206,7 @@ def test_students_of_many_layers_start_from_the_uniform_ones(given: str) -> None
 @pytest.mark.parametrize("redraw", ["run", "epoch", "step"])
 def test_a_draw_is_sorted_distinct_and_changes_when_it_should(redraw: Any) -> None:
     layers = make_layer_map(recipe.RandomMap(redraw=redraw, seed=3), 4, 12)
-    moments = [Moment(step, step // 10) for step in range(200)]
+    moments = [Progress(step, step // 10) for step in range(200)]
     draws = [tuple(link.teachers[0] for link in layers.links(m)) for m in moments]
     for draw in draws:
         assert list(draw) == sorted(set(draw))
@@ -226,7 +226,9 @@ def test_a_draw_is_sorted_distinct_and_changes_when_it_should(redraw: Any) -> No
 
 def test_every_layer_is_drawn_equally_often() -> None:
     layers = make_layer_map(recipe.RandomMap(redraw="step"), 3, 12)
-    drawn = Counter(link.teachers[0] for step in range(4000) for link in layers.links(Moment(step)))
+    drawn = Counter(
+        link.teachers[0] for step in range(4000) for link in layers.links(Progress(step))
+    )
     # 1000 of each expected, with a standard deviation of 27
     assert all(880 < drawn[layer] < 1120 for layer in range(1, 13))
 

@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from fastkd.data.tasks.metrics import (
+    Metric,
+    measure,
+    predictions_of,
+    task_score,
+)
 from fastkd.errors import UserError
-from fastkd.metrics import Metric, measure, predictions_of, task_score
 
 ALL_CLASS: tuple[Metric, ...] = ("matthews", "accuracy", "f1")
 BOTH: tuple[Metric, ...] = ("pearson", "spearman")

@@ -27,12 +27,12 @@ from tiny_models import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
-from fastkd.classifiers import load_tuned
+from fastkd.data.tasks import Columns, Task
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.models import build_student, load_student, load_teacher, load_tokenizer
+from fastkd.models.classifier import load_tuned
 from fastkd.recipe import Student, Teacher, TunedModel
-from fastkd.tasks import Columns, Task
 
 TASK = Task(name="t", columns=Columns(texts=("a",), label="y"), labels=("no", "yes"))
 DISTANCES = {

@@ -17,9 +17,9 @@ from tiny_exports import exported, made_student, save_sentences
 from tiny_models import WIDTH, save_teacher
 
 from fastkd.errors import UserError
-from fastkd.export import export_notes
 from fastkd.models import load_teacher, locate_model, resolve_model
 from fastkd.recipe import Teacher
+from fastkd.training.export import export_notes
 
 EVIL = "import pathlib\npathlib.Path('ran').touch()\n"
 

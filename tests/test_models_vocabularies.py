@@ -20,9 +20,9 @@ from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastkd.errors import UserError
+from fastkd.layer_similarity import inspect_models
 from fastkd.models import check_same_vocabulary, locate_model, vocabulary_difference
 from fastkd.recipe import Teacher
-from fastkd.similarity import inspect_models
 
 SMALL = {"num_hidden_layers": 2}
 

@@ -13,18 +13,18 @@ from transformers import PreTrainedModel
 from fastkd.capture import Capture, capture, no_cache, route_attention, try_model
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, make_layer_map
-from fastkd.models import build_student
-from fastkd.objective import (
+from fastkd.losses import (
     DIVISORS,
-    Inputs,
-    Match,
+    LossInfo,
     ModelPair,
     Objective,
     StateTerm,
     count_divisors,
     model_inputs,
 )
+from fastkd.models import build_student
 from fastkd.recipe import Losses, Student
+from fastkd.types import Inputs
 
 Reduction = Literal["valid", "tinybert"]
 REDUCTIONS: tuple[Reduction, ...] = ("valid", "tinybert")
@@ -165,7 +165,7 @@ def maps(state: Any) -> Tensor:
     return scores
 
 
-def layers_of(match: Match) -> tuple[int, int]:
+def layers_of(match: LossInfo) -> tuple[int, int]:
     mine, theirs = match.layers.split("-")
     return int(mine), int(theirs)
 

@@ -13,8 +13,12 @@ from transformers import PreTrainedModel
 from fastkd.capture import capture, no_cache, try_model
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
+from fastkd.losses import (
+    DIVISORS,
+    ModelPair,
+    Objective,
+)
 from fastkd.models import build_student
-from fastkd.objective import DIVISORS, ModelPair, Objective
 from fastkd.recipe import Losses, Student
 
 # padding within the windows: eager attention makes NaN of a row that sees nothing

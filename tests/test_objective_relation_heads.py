@@ -12,12 +12,12 @@ from tiny_models import HEADS, NAMES, tiny_batch, tiny_model
 from tiny_runs import make_recipe
 from tiny_training import fastkd
 
-from fastkd.assemble import make_objective
 from fastkd.capture import AttentionShape, capture, no_cache, try_model
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
-from fastkd.objective import check_relation_heads
+from fastkd.losses import check_relation_heads
 from fastkd.recipe import parse_recipe
+from fastkd.training.setup import make_objective
 
 BATCH = tiny_batch((8, 8))
 WIDE = {"head_dim": 6, "num_key_value_heads": 2}

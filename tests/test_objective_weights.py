@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from fastkd.capture import Capture
-from fastkd.engine import parameter_groups
 from fastkd.errors import UserError
-from fastkd.layer_map import Moment, make_layer_map
-from fastkd.objective import DIVISORS, ModelPair, Objective
-from fastkd.objective.weights import Uncertainty, factor
+from fastkd.layer_map import Progress, make_layer_map
+from fastkd.layer_map import sections as recipe
+from fastkd.losses import (
+    DIVISORS,
+    ModelPair,
+    Objective,
+)
+from fastkd.losses.weighting import Uncertainty, factor
 from fastkd.recipe import Losses, Schedule, Train, parse_recipe
-from fastkd.recipe import layers as recipe
+from fastkd.training.engine import parameter_groups
 
 WIDTH, TOKENS, STEPS = 6, 4, 100
 INPUTS = {"input_ids": torch.ones(2, TOKENS, dtype=torch.long)}
@@ -79,7 +83,7 @@ def test_schedules_have_these_values(given: dict[str, Any], values: dict[float, 
 def test_a_schedule_moves_its_own_term_only() -> None:
     run = Run(hidden={"weight": 2.0, "schedule": {"kind": "linear", "first": 1, "last": 0}})
     for step in (0, 50, 99):
-        run.objective.at(Moment(step))
+        run.objective.at(Progress(step))
         total, raw, weighted = run()
         moved = 2.0 * (1 - step / STEPS)
         expected = raw * torch.tensor([moved, moved, 5.0], dtype=torch.float64)
@@ -202,8 +206,8 @@ def test_a_random_map_is_compared_in_its_present_draw() -> None:
     run = Run(recipe.RandomMap(redraw="step"), embedding=None)
     seen = set()
     for step in range(12):
-        run.objective.at(Moment(step))
-        links = run.objective.maps["hidden"].links(Moment(step))
+        run.objective.at(Progress(step))
+        links = run.objective.maps["hidden"].links(Progress(step))
         assert run.objective.layers("teacher")["hidden"] == {link.teachers[0] for link in links}
         expected = torch.stack([run.mse(link.student, link.teachers[0]) for link in links])
         torch.testing.assert_close(run()[1], expected.detach())
@@ -234,7 +238,7 @@ def test_held_out_totals_know_no_schedule_and_no_balance() -> None:
     run = Run(hidden={"weight": 2.0, "schedule": schedule}, balance="uncertainty")
     by_label = {"hidden/1-2": 1.0, "hidden/2-4": 2.0, "embedding/0-0": 3.0}
     for step in (0, 80):
-        run.objective.at(Moment(step))
+        run.objective.at(Progress(step))
         assert run.objective.total(by_label) == pytest.approx(2 * 3 + 5 * 3)
 
 

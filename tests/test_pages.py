@@ -13,17 +13,23 @@ import pytest
 from fuzz_recipes import LABELLED, TEXT
 from study_files import RECIPE, write_study
 
-from fastkd.pages import POLICY, document, escaped, html_table, markdown
 from fastkd.recipe import dump_recipe, parse_any_recipe
-from fastkd.report import write_report
-from fastkd.run_folder import RunFolder
+from fastkd.reporting.html import (
+    POLICY,
+    document,
+    escaped,
+    html_table,
+    markdown,
+)
+from fastkd.reporting.report import write_report
 from fastkd.study import load_study
-from fastkd.study.page import write_page
 from fastkd.study.plan import Plan
 from fastkd.study.plots import make_plots
+from fastkd.study.report import write_page
 from fastkd.study.results import Results
-from fastkd.study.store import Record
+from fastkd.study.storage import Record
 from fastkd.study.tables import make_tables
+from fastkd.training.run_folder import RunFolder
 
 HOSTILE = (
     "<script>document.title='ran'</script>",

@@ -16,15 +16,20 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, normalize, softmax
 from transformers import PreTrainedModel
 
-from fastkd.assemble import make_objective
 from fastkd.capture import capture, try_model
-from fastkd.engine import DistilledStudent
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
+from fastkd.losses import (
+    DIVISORS,
+    Objective,
+    model_inputs,
+)
 from fastkd.models import build_student
-from fastkd.objective import DIVISORS, Inputs, Objective, model_inputs
 from fastkd.recipe import Recipe, parse_recipe
 from fastkd.recipe.presets import PRESETS, expand
+from fastkd.training.engine import DistilledStudent
+from fastkd.training.setup import make_objective
+from fastkd.types import Inputs
 
 LENGTHS = (9, 6, 4)
 BATCH = tiny_batch(LENGTHS)
@@ -94,7 +99,7 @@ class Case:
         return state @ weights[0].mT + biases[0] if weights else state
 
 
-def material(preset: str) -> dict[str, Any]:
+def datamodule(preset: str) -> dict[str, Any]:
     """What the method reads: examples with labels where it learns from them, else text."""
     if preset in ("pkd-skip", "pkd-last", "alp-kd", "rail-kd"):
         return {"task": {"name": "MRPC", "source": "none"}}
@@ -106,7 +111,7 @@ def case(preset: str, hidden_size: int = 24, **changes: Any) -> Case:
         "preset": preset,
         "teacher": {"model": "none"},
         "student": {"layers": STUDENT, "hidden_size": hidden_size},
-        **material(preset),
+        **datamodule(preset),
         "run": {"output": "none"},
         **changes,
     }
@@ -354,7 +359,7 @@ def test_a_preset_is_documented_and_expands_to_a_recipe(preset: str) -> None:
         "preset": preset,
         "teacher": {"model": "a"},
         "student": {"layers": 3},
-        **material(preset),
+        **datamodule(preset),
         "run": {"output": "c"},
     }
     recipe = parse_recipe(given)

@@ -12,13 +12,18 @@ from fuzz_recipes import LABELLED, TEXT, TUNED, Tree, replaced
 from tiny_models import tiny_config
 from tiny_training import fastkd, save_classifier, write_recipe, write_task
 
-from fastkd.deepspeed_config import plan_batches, student_config
-from fastkd.engine import check_config
+from fastkd.data.batching import plan_batches
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
-from fastkd.memory import check_micro_batch, memory_errors, memory_of
 from fastkd.models import student_config as shrunk
 from fastkd.recipe import Student, Train, parse_any_recipe, resolve_steps, write_yaml
+from fastkd.training.deepspeed_config import student_config
+from fastkd.training.engine import check_config
+from fastkd.training.memory import (
+    check_micro_batch,
+    memory_errors,
+    memory_of,
+)
 
 CPU = torch.device("cpu")
 HUGE = 10**400
@@ -189,7 +194,7 @@ def test_the_command_reads_no_data_first(
     save_classifier(tmp_path / "classifier", num_labels=2)
     # a machine of 1 GiB
     small = SimpleNamespace(**{"SC_PHYS_PAGES": 2**18, "SC_PAGE_SIZE": 4096})
-    monkeypatch.setattr("fastkd.memory.os.sysconf", lambda name: getattr(small, name))
+    monkeypatch.setattr("fastkd.training.memory.os.sysconf", lambda name: getattr(small, name))
     path = write_recipe(tmp_path, "run", **changes)
     if "losses" in changes:
         path.write_text(write_yaml({**LABELLED, **changes}))

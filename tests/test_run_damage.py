@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastkd.errors import UserError
-from fastkd.run_folder import RunFolder
+from fastkd.training.run_folder import RunFolder
 
 BROKEN = (b"{", b"[]", b"3", b"\xff\xfe{}", b"\0\0\0\0", b"[" * 100_000, b'{"step": 1')
 

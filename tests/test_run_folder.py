@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from tiny_runs import make_recipe
 
-from fastkd.disk import disk_errors, settle
 from fastkd.errors import UserError
+from fastkd.files.disk import disk_errors, settle
+from fastkd.files.lock import held
 from fastkd.recipe import AnyRecipe, load_any_recipe
-from fastkd.run_folder import RunFolder
-from fastkd.run_lock import held
+from fastkd.training.run_folder import RunFolder
 
 ENVIRONMENT = {"python": "3.11", "packages": {}, "machine": "x"}
 

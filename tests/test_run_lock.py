@@ -16,7 +16,7 @@ import pytest
 from tiny_runs import make_recipe, run_command
 
 from fastkd.errors import UserError
-from fastkd.run_lock import held
+from fastkd.files.lock import held
 
 HOLDER = """
 import sys, time

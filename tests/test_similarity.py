@@ -18,17 +18,19 @@ from transformers import PreTrainedModel
 
 from fastkd.capture import route_attention, try_model
 from fastkd.cli import main
-from fastkd.console import Reporter
 from fastkd.errors import UserError
-from fastkd.similarity import (
+from fastkd.layer_similarity import (
     LinearCKA,
     Similarity,
     inspect_models,
-    measure,
     notes,
     print_similarity,
     write_similarity,
 )
+from fastkd.layer_similarity import (
+    compare as measure,
+)
+from fastkd.reporting.console import Reporter
 
 
 def _grams(x: Tensor, y: Tensor) -> float:

@@ -33,7 +33,7 @@ RESULT = Result({"a": torch.arange(3.0)}, {"run": [{"total": 1.0}]})
 
 @pytest.fixture(scope="module")
 def launcher() -> Iterator[Launcher]:
-    started = Launcher("fastkd.data")
+    started = Launcher("fastkd.data.text")
     yield started
     started.close()
 

@@ -116,7 +116,7 @@ def test_what_a_place_has_not_is_said() -> None:
 
 def test_a_cut_setting_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolLM3 as it was cut before."""
-    from fastkd.models import students
+    from fastkd.models import student as students
 
     def forgetful(*given: Any) -> dict[str, Any]:
         return {n: v for n, v in cut_layers(*given).items() if n != "no_rope_layers"}

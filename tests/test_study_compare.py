@@ -7,7 +7,7 @@ import math
 import pytest
 from scipy import stats
 
-from fastkd.study.compare import (
+from fastkd.study.statistics import (
     Mean,
     Score,
     choose_test,

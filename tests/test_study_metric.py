@@ -13,10 +13,15 @@ import pytest
 from rich.console import Console
 from study_files import MAPPINGS, WEIGHTS, journal, run, write_study
 
-from fastkd.console import Reporter
 from fastkd.errors import UserError
-from fastkd.study.compare import Mean, Score, compare, decimals
+from fastkd.reporting.console import Reporter
 from fastkd.study.results import Row
+from fastkd.study.statistics import (
+    Mean,
+    Score,
+    compare,
+    decimals,
+)
 from fastkd.study.tables import _difference_cells
 
 RUNS = {f"mapping={m}/seed-{s}" for m in MAPPINGS for s in (0, 1)}

@@ -23,9 +23,9 @@ import optuna
 import pytest
 from study_files import MAPPINGS, RECIPE, TASKS, TUNING, journal, run, write_study
 
-from fastkd.console import Reporter
 from fastkd.errors import Interrupted, UserError
-from fastkd.study.claims import Claim
+from fastkd.reporting.console import Reporter
+from fastkd.study.locks import Claim
 from fastkd.study.progress import Watcher
 
 RUNS = {f"mapping={m}/seed-{s}" for m in MAPPINGS for s in (0, 1)}

@@ -15,7 +15,7 @@ from fastkd.errors import UserError
 from fastkd.study import load_study
 from fastkd.study.plan import Plan
 from fastkd.study.search import importances, make_sampler
-from fastkd.study.store import Store
+from fastkd.study.storage import Store
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import pytest
 from study_files import MAPPINGS, WEIGHTS, write_study
 
 from fastkd.study import load_study
-from fastkd.study.claims import Claim
-from fastkd.study.page import write_page
+from fastkd.study.locks import Claim
 from fastkd.study.plan import Condition, Plan, Run
 from fastkd.study.plots import make_plots
+from fastkd.study.report import write_page
 from fastkd.study.results import Results
-from fastkd.study.store import Record, Store
+from fastkd.study.storage import Record, Store
 from fastkd.study.tables import make_tables
 
 TASKS = {"a": {"task.name": "x"}, "b": {"task.name": "y"}}

@@ -14,9 +14,13 @@ from hypothesis import strategies as st
 from tiny_models import tiny_model
 from tiny_tasks import encoded
 
-from fastkd.deepspeed_config import BatchPlan
+from fastkd.data.batching import BatchPlan
+from fastkd.data.tasks import (
+    ExampleStream,
+    cut,
+    evaluation_batches,
+)
 from fastkd.errors import UserError
-from fastkd.tasks import ExampleStream, cut, evaluation_batches
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 SIZES = st.integers(1, 17)

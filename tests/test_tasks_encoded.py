@@ -15,8 +15,16 @@ from tiny_models import tiny_config
 from tiny_tasks import SENTENCES, WORDS, word_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from fastkd.data.tasks import (
+    EncodedExamples,
+    Examples,
+    encode_examples,
+    uses_token_types,
+)
+from fastkd.data.tasks import (
+    tokenized as encoded,
+)
 from fastkd.errors import UserError
-from fastkd.tasks import EncodedExamples, Examples, encode_examples, encoded, uses_token_types
 
 SINGLE = Examples("single", [(text,) for text in SENTENCES], np.arange(5, dtype=np.int64))
 PAIRS = Examples(

@@ -14,8 +14,15 @@ import numpy as np
 import pytest
 from tiny_tasks import GLUE_FOLDER, PAIRS, SCORES, needs_glue, write_lines
 
+from fastkd.data.tasks import (
+    GLUE,
+    Columns,
+    Examples,
+    Task,
+    glue_task,
+    read_examples,
+)
 from fastkd.errors import UserError
-from fastkd.tasks import GLUE, Columns, Examples, Task, glue_task, read_examples
 
 # the first lines of the official files; MNLI's dev files have four more labels before the last
 HEADERS = {

@@ -23,13 +23,23 @@ from tiny_training import (
 )
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from fastkd.classifiers import fit_classifier, load_tuned, name_outputs
-from fastkd.engine import Ranks
+from fastkd.data.factory import make_datamodule
+from fastkd.data.tasks import (
+    GLUE,
+    Task,
+    is_generic,
+    order_of,
+    read_examples,
+)
+from fastkd.data.tasks.metrics import constant_score
+from fastkd.distributed import Ranks
 from fastkd.errors import UserError
-from fastkd.material import make_material
-from fastkd.metrics import constant_score
+from fastkd.models.classifier import (
+    fit_classifier,
+    load_tuned,
+    name_outputs,
+)
 from fastkd.recipe import TunedModel, parse_finetune_recipe
-from fastkd.tasks import GLUE, Task, is_generic, order_of, read_examples
 
 MNLI, SST2, QNLI = GLUE["MNLI"], GLUE["SST-2"], GLUE["QNLI"]
 SWAPPED = {"id2label": {0: "POSITIVE", 1: "NEGATIVE"}}
@@ -219,7 +229,7 @@ def test_examples_that_tell_nothing_are_said(
     section = {**task_section(tmp_path), "train": "yes", "evaluate": ["dev", "one", "copy", "yes"]}
     recipe = parse_finetune_recipe({"model": "x", "task": section, "run": {"output": "x"}})
     ranks = Ranks(0, 1, torch.device("cpu"))
-    make_material(recipe, tiny_tokenizer(), tiny_config("bert"), ranks, progress=False)
+    make_datamodule(recipe, tiny_tokenizer(), tiny_config("bert"), ranks, progress=False)
     said = [record.getMessage() for record in caplog.records]
     little = "one label for all {} examples, so its scores say little"
     assert sorted(said) == sorted(

@@ -23,13 +23,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fastkd.assemble import pad_alike
-from fastkd.engine import Ranks
+from fastkd.data.factory import make_datamodule
+from fastkd.data.tasks import cut, evaluation_batches
+from fastkd.data.tasks.datamodule import TaskDataModule
+from fastkd.data.tasks.padding import hand_on_padding, padding_id
+from fastkd.distributed import Ranks
 from fastkd.errors import UserError
-from fastkd.material import TaskMaterial, make_material
 from fastkd.recipe import parse_finetune_recipe
-from fastkd.tasks import cut, evaluation_batches
-from fastkd.tasks.padding import hand_on_padding, padding_id
+from fastkd.training.setup import pad_alike
 
 DECODERS = ("gpt2", "llama", "qwen2", "mistral")
 ENCODERS = ("bert", "roberta", "distilbert", "modernbert")
@@ -101,13 +102,13 @@ def classifier(name: str, pad: int | None, seed: int = 0) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def material(
+def datamodule(
     folder: Path, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
-) -> TaskMaterial:
+) -> TaskDataModule:
     tree = {"model": "x", "task": task_section(folder), "run": {"output": "x"}}
     recipe = parse_finetune_recipe(tree)
-    made = make_material(recipe, tokenizer, model.config, RANKS, progress=False)
-    assert isinstance(made, TaskMaterial)
+    made = make_datamodule(recipe, tokenizer, model.config, RANKS, progress=False)
+    assert isinstance(made, TaskDataModule)
     return made
 
 
@@ -119,7 +120,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @torch.no_grad()
-def one_by_one(model: PreTrainedModel, data: TaskMaterial) -> Tensor:
+def one_by_one(model: PreTrainedModel, data: TaskDataModule) -> Tensor:
     dev = data.evaluations["dev"]
     rows = [dev.tokens[a:b] for a, b in zip(dev.offsets, dev.offsets[1:], strict=False)]
     ids = [torch.from_numpy(row.astype(np.int64))[None] for row in rows]
@@ -127,7 +128,7 @@ def one_by_one(model: PreTrainedModel, data: TaskMaterial) -> Tensor:
 
 
 @torch.no_grad()
-def in_batches(model: PreTrainedModel, data: TaskMaterial, size: int) -> Tensor:
+def in_batches(model: PreTrainedModel, data: TaskDataModule, size: int) -> Tensor:
     dev = data.evaluations["dev"]
     found = torch.zeros(len(dev), 2)
     for rows, batch in evaluation_batches(dev, size):
@@ -144,7 +145,7 @@ def test_batches_of_any_size_say_what_the_model_says_without_padding(
     given = CASES[case]
     model, student = classifier(name, given.model), classifier(name, given.model, 1)
     tokenizer = tokenizer_of(given)
-    data = material(folder, tokenizer, model)
+    data = datamodule(folder, tokenizer, model)
     assert {examples.pad_id for examples in data.sets} == {given.pads}
     expected = one_by_one(model, data)
     handed_on = pad_alike(data, tokenizer, student, model)
@@ -159,7 +160,7 @@ def test_the_wrong_token_would_be_told_apart(folder: Path) -> None:
     """What was done before: the tokenizer's id, whatever the model's is."""
     given = CASES["another in the tokenizer"]
     model = classifier("gpt2", given.model)
-    data = material(folder, tokenizer_of(given), model)
+    data = datamodule(folder, tokenizer_of(given), model)
     expected = one_by_one(model, data)
     for examples in data.sets:
         object.__setattr__(examples, "pad_id", given.tokenizer)
@@ -170,7 +171,7 @@ def test_the_wrong_token_would_be_told_apart(folder: Path) -> None:
 def test_encoders_are_handed_on_as_they_came(name: str, folder: Path) -> None:
     tokenizer = tiny_tokenizer()
     model = classifier(name, PAD)
-    data = material(folder, tokenizer, model)
+    data = datamodule(folder, tokenizer, model)
     expected = one_by_one(model, data)
     assert pad_alike(data, tokenizer, model) == {"pad_token_id": PAD}
     torch.testing.assert_close(in_batches(model, data, 40), expected, atol=1e-5, rtol=1e-4)
@@ -212,7 +213,7 @@ def test_a_tokenizer_pads_as_its_model_or_not_at_all(
 
 def test_micro_batches_are_padded_with_the_same_id(folder: Path) -> None:
     given = CASES["another in the tokenizer"]
-    data = material(folder, tokenizer_of(given), classifier("gpt2", given.model))
+    data = datamodule(folder, tokenizer_of(given), classifier("gpt2", given.model))
     batch = data.train.batch(range(8))
     plan = type("Plan", (), {"micro_batch_size": 2, "accumulation": 4, "world_size": 1})
     for part in cut(batch, plan, 0):  # type: ignore[arg-type]
@@ -223,7 +224,7 @@ def test_micro_batches_are_padded_with_the_same_id(folder: Path) -> None:
 def test_no_id_is_left_to_pad_with(folder: Path) -> None:
     model = classifier("gpt2", None)
     tokenizer = tokenizer_of(CASES["none in both"])
-    data = material(folder, tokenizer, model)
+    data = datamodule(folder, tokenizer, model)
     everything = np.arange(VOCABULARY, dtype=np.uint16)
     object.__setattr__(data.train, "tokens", everything)
     with pytest.raises(UserError, match="names no pad_token_id, and examples hold each of its 64"):

@@ -29,13 +29,13 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from fastkd.engine import start_ranks, stop_ranks
-from fastkd.evaluate import evaluate_run
+from fastkd.data.augmentation import Augmentation
+from fastkd.distributed import start_ranks, stop_ranks
 from fastkd.layer_map import make_layer_map
+from fastkd.layer_map.sections import RandomMap
 from fastkd.recipe import TaskAugmentation, load_recipe, stage_recipes
-from fastkd.recipe.layers import RandomMap
-from fastkd.run_folder import RunFolder
-from fastkd.tasks import Augmentation
+from fastkd.training.evaluate import evaluate_run
+from fastkd.training.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastkd.capture.blocks import find_blocks
+from fastkd.capture.lm_head import recorded_head
 from fastkd.capture.routing import PREFIX, AttentionCall, Listener, listening
 from fastkd.errors import UserError
-from fastkd.heads import recorded_head
 
 
 @dataclass

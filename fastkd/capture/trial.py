@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from fastkd.capture.attention_traits import TAKE_OUT, AttentionTraits, Prober, Seen, traits_of
 from fastkd.capture.blocks import check_single_stack, find_blocks, no_cache
+from fastkd.capture.lm_head import check_head, last_layer
 from fastkd.capture.recording import Capture, capture
 from fastkd.capture.routing import listening, route_attention, runnable
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
-from fastkd.heads import check_head, last_layer
 
 
 def try_model(

@@ -1,12 +1,1 @@
-"""Text in, blocks of token ids out: documents are split, tokenised once and packed without padding.
-
-    resolve -> documents -> split by text hash -> tokenise -> pack -> cache -> shuffled batches
-
-Every rank reads the same global batch and takes its own rows, so that the order never depends on
-the number of ranks, and a stream's position is a few plain values that a checkpoint can hold.
-"""
-
-from fastkd.data.corpus import Corpus, prepare_corpus
-from fastkd.data.streams import BlockStream
-
-__all__ = ["BlockStream", "Corpus", "prepare_corpus"]
+"""What a run learns from and is measured on: text, or a task with labels, behind one protocol."""

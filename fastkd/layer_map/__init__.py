@@ -1,10 +1,15 @@
 """Which teacher layer each student layer learns from."""
 
-from fastkd.layer_map.choose import make_layer_map
-from fastkd.layer_map.many import AttentionMap, TransportMap
-from fastkd.layer_map.mapping import CONVENTION, LayerMap, Link, Moment
-from fastkd.layer_map.transport import Transport
-from fastkd.recipe.layers import MapKind
+from fastkd.layer_map.base import (
+    CONVENTION,
+    LayerMap,
+    Link,
+    Progress,
+)
+from fastkd.layer_map.emd import Transport
+from fastkd.layer_map.factory import make_layer_map
+from fastkd.layer_map.many_to_one import AttentionMap, TransportMap
+from fastkd.layer_map.sections import MapKind
 
 __all__ = [
     "CONVENTION",
@@ -12,7 +17,7 @@ __all__ = [
     "LayerMap",
     "Link",
     "MapKind",
-    "Moment",
+    "Progress",
     "Transport",
     "TransportMap",
     "make_layer_map",

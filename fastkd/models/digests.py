@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 
-from fastkd.disk import disk_errors, write_whole
 from fastkd.errors import UserError
+from fastkd.files.disk import disk_errors, write_whole
+from fastkd.files.sealed import file_sha256
 from fastkd.models.checking import optional_file
-from fastkd.models.locating import locate_model, locate_source
+from fastkd.models.locate import locate_model, locate_source
 from fastkd.models.modules import ListingError, read_modules
 from fastkd.recipe import AnyRecipe, Recipe, Teacher
-from fastkd.sealed import file_sha256
 
 NOTE = "models.json"
 """File of a run that holds the digests."""

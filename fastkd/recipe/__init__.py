@@ -6,19 +6,7 @@ misread setting.
 
 from fastkd.recipe.data import Data
 from fastkd.recipe.finetune import FinetuneRecipe, TunedModel
-from fastkd.recipe.losses import (
-    AttentionLoss,
-    EmbeddingLoss,
-    HiddenLoss,
-    LabelsLoss,
-    LogitsLoss,
-    Losses,
-    MlmLoss,
-    RelationsLoss,
-    Term,
-)
-from fastkd.recipe.models import Student, Teacher
-from fastkd.recipe.reading import (
+from fastkd.recipe.loading import (
     AnyRecipe,
     complain,
     dump_recipe,
@@ -32,12 +20,24 @@ from fastkd.recipe.reading import (
     replace_value,
     stage_recipes,
 )
-from fastkd.recipe.section import Section
+from fastkd.recipe.losses import (
+    AttentionLoss,
+    EmbeddingLoss,
+    HiddenLoss,
+    LabelsLoss,
+    LogitsLoss,
+    Losses,
+    MlmLoss,
+    RelationsLoss,
+    Term,
+)
+from fastkd.recipe.models import Student, Teacher
+from fastkd.recipe.recipe import Recipe
 from fastkd.recipe.task import TaskAugmentation, TaskColumns, TaskData
 from fastkd.recipe.train import Run, Train, resolve_steps
 from fastkd.recipe.weights import Balance, Schedule
-from fastkd.recipe.whole import Recipe
 from fastkd.recipe.yaml_text import write_yaml
+from fastkd.section import Section
 
 __all__ = [
     "AnyRecipe",

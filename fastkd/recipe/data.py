@@ -6,7 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from fastkd.recipe.section import LONGEST, Place, Section
+from fastkd.section import (
+    LONGEST,
+    Place,
+    Section,
+)
 
 
 def _one_or_many(value: object) -> object:

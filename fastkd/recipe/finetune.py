@@ -7,9 +7,13 @@ from typing import Annotated, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from fastkd.recipe.models import Attention, Teacher, check_flex
-from fastkd.recipe.section import Extras, Place, Section
 from fastkd.recipe.task import TaskData
 from fastkd.recipe.train import Run, Train, check_train
+from fastkd.section import (
+    Extras,
+    Place,
+    Section,
+)
 
 
 class TunedModel(Section):

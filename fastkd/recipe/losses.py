@@ -6,9 +6,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from fastkd.recipe.layers import Layers, Temperature
-from fastkd.recipe.section import MOST_HEADS, Section
+from fastkd.layer_map.sections import Layers, Temperature
 from fastkd.recipe.weights import Balance, Schedule, ShortBalance
+from fastkd.section import MOST_HEADS, Section
 
 Tokens = Literal["all", "cls", "mean"]
 # a mixture's smaller part, unless it is left out altogether

@@ -6,10 +6,14 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from fastkd.recipe.section import MOST_HEADS, Place, Section
+from fastkd.section import (
+    MOST_HEADS,
+    Place,
+    Section,
+)
+from fastkd.types import Head
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
-Head = Literal["none", "sequence_classification", "causal_lm", "masked_lm"]
 # more than any model has
 _WIDEST = 2**20
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 from fastkd.errors import UserError
-from fastkd.recipe.section import short
+from fastkd.section import short
 
 Preset = Literal[
     "tinybert",

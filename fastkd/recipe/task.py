@@ -6,7 +6,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fastkd.recipe.section import LONGEST, MOST_ROWS, Name, Place, Section, Seed
+from fastkd.section import (
+    LONGEST,
+    MOST_ROWS,
+    Name,
+    Place,
+    Section,
+    Seed,
+)
 
 Metric = Literal["matthews", "accuracy", "f1", "pearson", "spearman"]
 

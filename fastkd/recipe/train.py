@@ -6,7 +6,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fastkd.recipe.section import LONGEST_RUN, MOST_ROWS, Place, Section, Seed
+from fastkd.section import (
+    LONGEST_RUN,
+    MOST_ROWS,
+    Place,
+    Section,
+    Seed,
+)
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 

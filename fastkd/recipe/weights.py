@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fastkd.recipe.section import Section
+from fastkd.section import Section
 
 TermName = Literal["attention", "relations", "hidden", "embedding", "logits", "labels", "mlm"]
 Share = Annotated[float, Field(ge=0, le=1)]

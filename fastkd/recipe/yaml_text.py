@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from fastkd.errors import is_text, one_line
-from fastkd.recipe.section import LARGEST
+from fastkd.section import LARGEST
 
 LONGEST = 1 << 20
 """Characters of a document."""

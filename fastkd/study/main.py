@@ -8,20 +8,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastkd.console import Reporter
-from fastkd.disk import write_whole
 from fastkd.errors import Interrupted, UserError
-from fastkd.study.child import Children
-from fastkd.study.page import write_page
+from fastkd.files.disk import write_whole
+from fastkd.reporting.console import Reporter
 from fastkd.study.plan import Plan
 from fastkd.study.plots import make_plots
 from fastkd.study.progress import Watcher
+from fastkd.study.report import write_page
 from fastkd.study.results import Results
 from fastkd.study.runner import Runner, environments
 from fastkd.study.search import importances
 from fastkd.study.spec import load_study
-from fastkd.study.store import Record, Store
+from fastkd.study.storage import Record, Store
 from fastkd.study.tables import make_tables
+from fastkd.study.worker import Children
 
 # -P: a study must not import what lies in the working folder
 PROGRAM = (sys.executable, "-P", "-m", "fastkd")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastkd.run_folder import RunFolder
+from fastkd.training.run_folder import RunFolder
 
 
 def read_metric(run: Path, path: str) -> float | str:

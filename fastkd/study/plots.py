@@ -12,10 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from fastkd.figures import draw_map, plain
-from fastkd.study.compare import Score, mean_over_seeds, of_all_tasks, seed_means
+from fastkd.reporting.plotting import draw_map, plain
 from fastkd.study.naming import Level, shown
 from fastkd.study.results import Results
+from fastkd.study.statistics import (
+    Score,
+    mean_over_seeds,
+    of_all_tasks,
+    seed_means,
+)
 
 _POINT, _DOTS, _REFERENCE = "#1f5fa8", "#9db8d6", "#b3403a"
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from fastkd.console import Reporter
 from fastkd.errors import printable
+from fastkd.reporting.console import Reporter
 from fastkd.study.results import Results
 from fastkd.study.runner import Runner
-from fastkd.study.store import Store
+from fastkd.study.storage import Store
 
 # reading the storage is cheap, drawing it ten times a second is not
 _REFRESH_SECONDS = 2.0

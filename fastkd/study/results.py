@@ -6,8 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fastkd.run_folder import RunFolder
-from fastkd.study.compare import (
+from fastkd.study.metric import read_metric
+from fastkd.study.naming import Level
+from fastkd.study.plan import BASELINE, NO_DISTILLATION, Plan
+from fastkd.study.statistics import (
     Difference,
     Mean,
     Score,
@@ -16,10 +18,8 @@ from fastkd.study.compare import (
     mean_over_seeds,
     paired_values,
 )
-from fastkd.study.metric import read_metric
-from fastkd.study.naming import Level
-from fastkd.study.plan import BASELINE, NO_DISTILLATION, Plan
-from fastkd.study.store import Record
+from fastkd.study.storage import Record
+from fastkd.training.run_folder import RunFolder
 
 # how many of a search's candidates are shown
 BEST = 10

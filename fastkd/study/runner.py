@@ -16,14 +16,14 @@ import torch
 
 from fastkd.errors import Interrupted, UserError
 from fastkd.recipe import AnyRecipe
-from fastkd.run_folder import RunFolder
 from fastkd.signals import stop_signals
-from fastkd.stages import stage_folders
-from fastkd.study.child import Children
-from fastkd.study.claims import Claim
+from fastkd.study.locks import Claim
 from fastkd.study.metric import follow, is_missing, read_metric
 from fastkd.study.plan import Plan, Run, SharedRun
-from fastkd.study.store import Store, Work
+from fastkd.study.storage import Store, Work
+from fastkd.study.worker import Children
+from fastkd.training.run_folder import RunFolder
+from fastkd.training.stages import stage_folders
 
 # how often an idle worker looks for work that another process left
 _IDLE_SECONDS = 1.0

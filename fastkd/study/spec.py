@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, StringConstraints, ValidationError,
 
 from fastkd.errors import UserError
 from fastkd.recipe import Section, complain, read_tree
-from fastkd.recipe.section import Place, Seed
+from fastkd.section import Place, Seed
 
 FileName = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$", max_length=100)

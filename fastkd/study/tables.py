@@ -7,10 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastkd.study.compare import Mean, Test, decimals, mean_over_seeds, of_all_tasks
 from fastkd.study.naming import Level, shown
 from fastkd.study.plan import BASELINE, NO_DISTILLATION
 from fastkd.study.results import BEST, Results, Row
+from fastkd.study.statistics import (
+    Mean,
+    Test,
+    decimals,
+    mean_over_seeds,
+    of_all_tasks,
+)
 
 Tasks = Sequence[str | None]
 _SIGN: dict[Test, str] = {"paired t-test": "t", "Wilcoxon signed-rank": "W"}

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
 from soak_cases import FAULTS, OUTCOMES, Case, Outcome, Reference, make_reference, try_case
 from soak_processes import Launcher

@@ -139,7 +139,7 @@ def _build_cache(recipe: Path, overrides: list[str]) -> None:
     """Build or open the token cache of a recipe and print the digest of its blocks."""
     from transformers import AutoTokenizer
 
-    from fastkd.data import prepare_corpus
+    from fastkd.data.text import prepare_corpus
     from fastkd.recipe import load_recipe
 
     chosen = load_recipe(recipe, overrides)

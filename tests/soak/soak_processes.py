@@ -21,7 +21,13 @@ CHILD = Path(__file__).with_name("soak_child.py")
 LIMIT_SECONDS = 300.0
 # what a run imports, also late
 MODULES = (
-    *("fastkd.stages", "fastkd.report", "fastkd.study", "matplotlib.pyplot", "datasets"),
+    *(
+        "fastkd.training.stages",
+        "fastkd.reporting.report",
+        "fastkd.study",
+        "matplotlib.pyplot",
+        "datasets",
+    ),
     *("deepspeed.runtime.zero.muon.muon_optimizer", "transformers.models.bert.modeling_bert"),
 )
 
@@ -180,6 +186,6 @@ def end_all(notes: Path) -> None:
 
 
 def _environment() -> dict[str, str]:
-    tests = str(Path(__file__).parents[1])
-    path = os.pathsep.join([str(Path(tests).parent), tests, *filter(None, sys.path)])
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests.parent), str(tests / "helpers"), *filter(None, sys.path)])
     return {**run_environment(), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}

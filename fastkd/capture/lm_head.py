@@ -1,0 +1,154 @@
+"""What stands on a model's blocks: record what its logits are made of, without making them.
+
+The last layer of a language model multiplies every token with the whole vocabulary. While someone
+listens, that layer notes its input and hands on a tensor without columns; divergence and
+cross-entropy are computed from the input and the layer's weight by an op that never stores
+[tokens, vocabulary]. A classification head is small and simply runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from fastkd_kernels import LogitsHead
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastkd.errors import UserError
+from fastkd.types import Reading
+
+
+class Listener(Protocol):
+    """Where the logits go."""
+
+    logits: Tensor | LogitsHead | None
+
+
+def last_layer(model: PreTrainedModel) -> nn.Linear | None:
+    """The layer that makes a language model's logits, `None` for other models."""
+    layer: nn.Linear | None = model.get_output_embeddings()
+    return layer
+
+
+@contextmanager
+def recorded_head(model: PreTrainedModel, listener: Listener | None) -> Iterator[None]:
+    """Skip a language model's logits while the context is open, unless it is given labels; give
+    `listener` what they are made of, or the logits of a model with another head."""
+    layer = last_layer(model)
+    if layer is None:
+        if listener is None:
+            yield
+            return
+        handle = model.register_forward_hook(_output_hook(listener))
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+
+    labelled = False
+
+    def look(_model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal labelled
+        labelled = kwargs.get("labels") is not None
+
+    def skip(hidden: Tensor) -> Tensor:
+        if listener is not None:
+            bias = None if layer.bias is None else _whole(layer.bias)
+            listener.logits = LogitsHead(hidden, _whole(layer.weight), bias)
+        # the model makes a loss of its own from labels
+        made: Tensor = forward(hidden) if labelled else hidden[..., :0]
+        return made
+
+    # an engine may have put a forward of its own on the layer
+    forward = layer.forward
+    held = {k: v for k, v in layer.__dict__.items() if k == "forward"}
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    layer.__dict__["forward"] = skip
+    try:
+        yield
+    finally:
+        handle.remove()
+        del layer.__dict__["forward"]
+        layer.__dict__.update(held)
+
+
+def check_head(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Run a language model on some inputs and see that its logits are its last layer's output.
+
+    Raises:
+        UserError: they are changed afterwards, so that they can't be computed in parts.
+    """
+    listener = _Recorded()
+    with torch.no_grad():
+        given = model(**inputs).logits
+        with recorded_head(model, listener):
+            model(**inputs)
+    head = listener.logits
+    if not isinstance(head, LogitsHead):
+        raise UserError(
+            f"{type(model).__name__} does not run its last layer as a layer, so fastkd can't "
+            "compute its logits in parts; leave losses.logits and student.head out"
+        )
+    made = nn.functional.linear(head.hidden, head.weight, head.bias)
+    if made.shape != given.shape or not torch.allclose(made, given, atol=1e-3, rtol=1e-3):
+        raise UserError(
+            f"{type(model).__name__} changes its logits after the last layer (a soft cap, or a "
+            "scale), which fastkd can't compute in parts; leave losses.logits and student.head out"
+        )
+
+
+def last_hidden_state(run: nn.Module, model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """The state that a head would read, [batch, tokens, width].
+
+    Args:
+        run: the model, or an engine around it.
+        model: the model itself.
+        inputs: its keyword arguments.
+    """
+    with overheard(model, "states") as heard, recorded_head(model, None):
+        run(**inputs)
+    return heard.output
+
+
+class Overheard:
+    """What a model gave in its last pass."""
+
+    output: Tensor
+
+
+@contextmanager
+def overheard(model: PreTrainedModel, reading: Reading) -> Iterator[Overheard]:
+    """Note what a model gives in every pass that is made while the context is open."""
+    heard = Overheard()
+    states = reading == "states"
+
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        heard.output = output.last_hidden_state if states else output.logits
+
+    handle = (model.base_model if states else model).register_forward_hook(hook)
+    try:
+        yield heard
+    finally:
+        handle.remove()
+
+
+class _Recorded:
+    logits: Tensor | LogitsHead | None = None
+
+
+def _output_hook(listener: Listener) -> Any:
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        listener.logits = output.logits
+
+    return hook
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    # a sharded teacher's weight is gone once its layer has run
+    if not parameter.requires_grad and hasattr(parameter, "ds_id"):
+        return parameter.detach().clone()
+    return parameter

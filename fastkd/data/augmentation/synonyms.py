@@ -1,0 +1,139 @@
+"""Words near a word, whatever its context: from a list of synonyms or from GloVe vectors."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fastkd.data.text.files import file_digest, text_lines
+from fastkd.errors import UserError
+
+GLOVE_WORDS = 100_000
+"""First, that is most frequent, words of a GloVe file that are read, as the official code does."""
+_WORDS_AT_ONCE = 256
+
+Found = dict[str, tuple[str, ...]]
+
+
+class Neighbours(ABC):
+    """Where neighbours come from."""
+
+    @abstractmethod
+    def find(self, words: Collection[str], count: int) -> Found:
+        """Up to `count` neighbours of each word that has some.
+
+        Args:
+            words: in lower case.
+            count: of each.
+
+        Raises:
+            UserError: the file can't be read, with the line.
+        """
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """Key of the content."""
+
+
+@dataclass(frozen=True)
+class SynonymList(Neighbours):
+    """A file of `word TAB paraphrase`, read both ways.
+
+    Such lists hold numbers, names and spelling variants: only known words are taken. A word with
+    more paraphrases than wanted keeps the first ones of the file.
+    """
+
+    path: Path
+    known: frozenset[str] = field(repr=False)
+    """Words that a paraphrase may be, in lower case."""
+
+    def find(self, words: Collection[str], count: int) -> Found:
+        found: dict[str, dict[str, None]] = {}
+        for first, second in self._pairs():
+            for word, other in ((first, second), (second, first)):
+                if word in words and other in self.known and len(found.get(word, ())) < count:
+                    found.setdefault(word, {})[other] = None
+        return {word: tuple(others) for word, others in found.items()}
+
+    @property
+    def digest(self) -> str:
+        known = hashlib.sha256(" ".join(sorted(self.known)).encode()).hexdigest()
+        return f"synonyms {file_digest(self.path, quick=False)} {known}"
+
+    def _pairs(self) -> Iterator[tuple[str, str]]:
+        for number, line in enumerate(text_lines(self.path), start=1):
+            pair = [_plain(part) for part in line.split("\t")]
+            if len(pair) != 2:
+                raise UserError(
+                    f"{self.path}, line {number}: {len(pair)} columns, expected a word, TAB and "
+                    "its paraphrase"
+                )
+            if pair[0] != pair[1]:
+                yield pair[0], pair[1]
+
+
+@dataclass(frozen=True)
+class GloveFile(Neighbours):
+    """A file of `word number number ...`: nearest by cosine, words of letters alone."""
+
+    path: Path
+
+    def find(self, words: Collection[str], count: int) -> Found:
+        vocabulary, vectors = self._read()
+        place = {word: number for number, word in reversed(list(enumerate(vocabulary)))}
+        known = sorted(word for word in words if word in place)
+        found: Found = {}
+        for start in range(0, len(known), _WORDS_AT_ONCE):
+            part = known[start : start + _WORDS_AT_ONCE]
+            rows = [place[word] for word in part]
+            cosines = vectors[rows] @ vectors.T
+            cosines[range(len(part)), rows] = -np.inf
+            kept = min(count, len(vocabulary) - 1)
+            nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :kept]
+            for word, numbers in zip(part, nearest, strict=True):
+                if kept:
+                    found[word] = tuple(vocabulary[number] for number in numbers)
+        return found
+
+    @property
+    def digest(self) -> str:
+        return f"glove {file_digest(self.path, quick=False)}"
+
+    def _read(self) -> tuple[list[str], npt.NDArray[np.float32]]:
+        vocabulary: list[str] = []
+        vectors: list[npt.NDArray[np.float32]] = []
+        width = None
+        for number, line in enumerate(islice(text_lines(self.path), GLOVE_WORDS), start=1):
+            word, *numbers = line.rstrip(" ").split(" ")
+            width = width or len(numbers)
+            try:
+                # some words of the largest file have blanks inside
+                vector = np.asarray(numbers[-width:] if width else [], dtype=np.float32)
+            except ValueError:
+                vector = np.empty(0, dtype=np.float32)
+            if not len(vector) or len(vector) != width or not np.isfinite(vector).all():
+                raise UserError(
+                    f"{self.path}, line {number}: expected a word and {width or 'its'} finite "
+                    "numbers, split by blanks"
+                )
+            length = float(np.linalg.norm(vector))
+            if _plain(word).isalpha() and len(numbers) == width and length:
+                vocabulary.append(_plain(word))
+                vectors.append(vector / length)
+        if not vocabulary:
+            raise UserError(f"{self.path}: no words in it; expected word vectors as GloVe's")
+        return vocabulary, np.stack(vectors)
+
+
+def _plain(word: str) -> str:
+    # some lists hold ligatures
+    return unicodedata.normalize("NFKC", word.strip()).lower()

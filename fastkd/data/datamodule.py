@@ -1,0 +1,87 @@
+"""What the loop needs of the data, whatever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fastkd.data.batching import BatchPlan
+from fastkd.data.tasks.metrics import Judged
+from fastkd.distributed import Ranks
+from fastkd.types import Inputs, Reading
+
+
+class MicroBatches(Protocol):
+    """One rank's micro-batches, step by step, without end."""
+
+    @property
+    def epoch(self) -> int:
+        """Passes over the data that are done."""
+
+    def next_step(self, step: int) -> Sequence[Inputs]:
+        """The micro-batches of the next optimiser step, on the CPU; `step` is its number."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the feed stands: plain values and tensors."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where the saved feed stood."""
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """Held-out data of one forward pass."""
+
+    inputs: Inputs
+    """On the CPU."""
+    rows: Tensor
+    """Numbers of its blocks or examples among all, int64 [counted]; empty if it doesn't count,
+    because this rank repeats it while others work."""
+
+
+class Evaluator(Protocol):
+    """Gathers what an evaluation says besides the losses."""
+
+    def add(self, rows: Tensor, student: Tensor, teacher: Tensor | None) -> None:
+        """Take in what `DataModule.reads` of both models came to on a part; its rows are first."""
+
+    def results(self, ranks: Ranks) -> dict[str, Any]:
+        """Of all parts of all ranks: numbers, and sections of numbers."""
+
+
+class DataModule(Protocol):
+    """Data to train on and held-out data to evaluate on."""
+
+    @property
+    def rows(self) -> int | None:
+        """Blocks or examples in one pass; `None` where they are not counted."""
+
+    @property
+    def counted(self) -> tuple[str, int]:
+        """What throughput is counted in, and how many of those a row is."""
+
+    @property
+    def reads(self) -> Reading:
+        """What a evaluator is given of a model. Predictions say something about a single model, so
+        that a teacher has a score; states are compared."""
+
+    def micro_batches(self, batch_size: int, seed: int, plan: BatchPlan, rank: int) -> MicroBatches:
+        """A rank's micro-batches from the start of the order of `seed`."""
+
+    def heldout(self, size: int, ranks: Ranks) -> Iterator[EvalBatch]:
+        """A rank's held-out parts of up to `size` rows, as many on every rank."""
+
+    def evaluator(self, ranks: Ranks, whose: Judged = "student") -> Evaluator:
+        """A new one, of the outputs of the student or of the teacher."""
+
+    def constant_score(self) -> float | None:
+        """What one answer to everything would score; `None` where nothing has a score."""
+
+    def totals(self, rows: int) -> dict[str, Any]:
+        """For the summary: what `rows` rows that were trained on come to, and what there is."""
+
+    def introduction(self, batch_size: int) -> tuple[str, str]:
+        """For the user: what there is, and what a step reads."""

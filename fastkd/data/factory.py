@@ -1,0 +1,196 @@
+"""From a recipe's section to what a run reads; the first rank prepares, then the others open."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from fastkd.data.augmentation import Augmentation, augment
+from fastkd.data.datamodule import DataModule
+from fastkd.data.tasks import (
+    Columns,
+    EncodedExamples,
+    Examples,
+    Task,
+    encode_examples,
+    glue_task,
+    padding_id,
+    read_examples,
+    uses_token_types,
+)
+from fastkd.data.tasks.datamodule import TaskDataModule
+from fastkd.data.tasks.read import ExampleSource
+from fastkd.data.text import prepare_corpus
+from fastkd.data.text.datamodule import TextDataModule
+from fastkd.data.text.mlm import Masking
+from fastkd.distributed import Ranks
+from fastkd.errors import UserError
+from fastkd.recipe import AnyRecipe, Data, Recipe, TaskAugmentation, TaskData
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def make_datamodule(
+    recipe: AnyRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    ranks: Ranks,
+    *,
+    progress: bool,
+) -> DataModule:
+    """Read, tokenise and store the data of a recipe, or open what an earlier run stored.
+
+    Args:
+        recipe: of either kind.
+        tokenizer: of the models.
+        config: of the model that is read with first: whether it is told the texts of a pair apart,
+            and which token pads.
+        ranks: this process among all; every rank calls this.
+        progress: whether to show bars.
+
+    Raises:
+        UserError: data that can't be read.
+    """
+    if recipe.task is not None:
+        reduction = recipe.losses.reduction if isinstance(recipe, Recipe) else "valid"
+        return _task_material(
+            recipe.task,
+            tokenizer,
+            config,
+            ranks,
+            progress=progress,
+            counts_padding=reduction == "tinybert",
+        )
+    assert isinstance(recipe, Recipe) and recipe.data is not None, "a recipe has data or a task"
+    loss = recipe.losses.mlm
+    masking = None if loss is None else Masking(tokenizer, loss.probability, recipe.train.seed)
+    return _text_material(recipe.data, tokenizer, masking, ranks, progress=progress)
+
+
+def task_of(section: TaskData) -> Task:
+    """The task that a recipe names or describes.
+
+    Raises:
+        UserError: GLUE has none of this name, or the description contradicts itself.
+    """
+    if section.columns is None:
+        task = glue_task(section.name)
+    else:
+        task = Task(
+            name=section.name,
+            columns=Columns(texts=section.columns.texts, label=section.columns.label),
+            labels=section.labels or (),
+            meanings=tuple((meaning,) for meaning in section.meanings or ()),
+            bounds=section.bounds,
+            metrics=section.metrics or (),
+        )
+    return task
+
+
+def _text_material(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    masking: Masking | None,
+    ranks: Ranks,
+    *,
+    progress: bool,
+) -> TextDataModule:
+    corpus = _in_turn(
+        ranks,
+        lambda first: prepare_corpus(data, tokenizer, build=first, progress=first and progress),
+    )
+    return TextDataModule(corpus, data.block_size, masking)
+
+
+def _task_material(
+    section: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    ranks: Ranks,
+    *,
+    progress: bool,
+    counts_padding: bool,
+) -> TaskDataModule:
+    task = task_of(section)
+
+    def encode(examples: ExampleSource, first: bool) -> EncodedExamples:
+        return encode_examples(
+            examples,
+            tokenizer,
+            max_length=section.max_length,
+            token_types=uses_token_types(config),
+            cache=section.cache,
+            build=first,
+            progress=first and progress,
+        )
+
+    def prepare(first: bool) -> TaskDataModule:
+        read = read_examples(task, section.source, section.train, section.cache)
+        train: ExampleSource = read
+        if section.augmentation is not None:
+            settings = Augmentation(**section.augmentation.model_dump())
+            train = augment(
+                read,
+                settings,
+                tokenizer,
+                cache=section.cache,
+                device=ranks.device,
+                progress=first and progress,
+            )
+        evaluations = {}
+        for split in section.evaluate or task.evaluations:
+            scored = read_examples(task, section.source, split, section.cache)
+            if first:
+                _warn_of_scores(scored, read)
+            evaluations[split] = encode(scored, first)
+        if first:
+            _warn_of_classes(read, task)
+        encoded = encode(train, first)
+        if section.augmentation is not None and len(encoded) == len(read):
+            raise UserError(_nothing_augmented(section.augmentation, len(read)))
+        return TaskDataModule(task, encoded, evaluations, counts_padding)
+
+    made = _in_turn(ranks, prepare)
+    pad = padding_id(config, tokenizer, made.sets)
+    padded = {name: replace(found, pad_id=pad) for name, found in made.evaluations.items()}
+    return replace(made, train=replace(made.train, pad_id=pad), evaluations=padded)
+
+
+def _warn_of_scores(scored: Examples, train: Examples) -> None:
+    if scored.name != train.name and scored.digest == train.digest:
+        logger.warning("%s holds the same examples as %s", scored.name, train.name)
+    if (scored.labels == scored.labels[0]).all():
+        logger.warning(
+            "%s: one label for all %d examples, so its scores say little", scored.name, len(scored)
+        )
+
+
+def _warn_of_classes(train: Examples, task: Task) -> None:
+    held = set(train.labels.tolist())
+    absent = [label for number, label in enumerate(task.labels) if number not in held]
+    if absent:
+        logger.warning("%s has no example of %s", train.name, ", ".join(absent))
+
+
+def _nothing_augmented(section: TaskAugmentation, examples: int) -> str:
+    sources = (section.masked_model, section.synonyms, section.glove)
+    return (
+        f"task.augmentation: no word of the {examples:,} examples has a candidate in "
+        f"{' or '.join(filter(None, sources))}; name another source, raise "
+        "task.augmentation.probability, or leave task.augmentation out"
+    )
+
+
+def _in_turn(ranks: Ranks, prepare: Callable[[bool], T]) -> T:
+    """Rank 0 prepares and stores, then the others open what it stored."""
+    made: list[T] = []
+    ranks.from_main(lambda: made.append(prepare(True)))
+    if not ranks.is_main:
+        made.append(prepare(False))
+    return made[0]

@@ -1,0 +1,149 @@
+"""Labelled examples of a task: batches of similar length, and official scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.data.batching import BatchPlan
+from fastkd.data.datamodule import EvalBatch
+from fastkd.data.tasks import (
+    EncodedExamples,
+    ExampleStream,
+    Task,
+    cut,
+    evaluation_batches,
+)
+from fastkd.data.tasks.metrics import (
+    Judged,
+    constant_score,
+    measure,
+    predictions_of,
+    task_score,
+)
+from fastkd.data.tasks.tokenized import PAD_MULTIPLE
+from fastkd.distributed import Ranks
+from fastkd.types import Inputs, Reading
+
+
+@dataclass(frozen=True)
+class TaskDataModule:
+    """A `DataModule`: examples of a task, and the sets that it is scored on."""
+
+    task: Task
+    train: EncodedExamples
+    evaluations: dict[str, EncodedExamples]
+    """By the split's name."""
+    counts_padding: bool = False
+    """Whether losses are means over padding as well: then all of a step is padded alike, so that
+    how it is cut still changes nothing."""
+    reads: Reading = field(default="predictions", init=False)
+
+    @property
+    def sets(self) -> list[EncodedExamples]:
+        """All examples that are read."""
+        return [self.train, *self.evaluations.values()]
+
+    @property
+    def rows(self) -> int | None:
+        return len(self.train)
+
+    @property
+    def counted(self) -> tuple[str, int]:
+        return "examples", 1
+
+    def micro_batches(
+        self, batch_size: int, seed: int, plan: BatchPlan, rank: int
+    ) -> ExampleMicroBatches:
+        stream = ExampleStream(self.train, batch_size, seed)
+        return ExampleMicroBatches(stream, plan, rank, self.counts_padding)
+
+    def heldout(self, size: int, ranks: Ranks) -> Iterator[EvalBatch]:
+        first = 0
+        for examples in self.evaluations.values():
+            multiple = examples.max_length if self.counts_padding else PAD_MULTIPLE
+            for rows, batch in evaluation_batches(
+                examples, size, rank=ranks.rank, world_size=ranks.world_size, multiple=multiple
+            ):
+                yield EvalBatch(batch, rows + first)
+            first += len(examples)
+
+    def evaluator(self, ranks: Ranks, whose: Judged = "student") -> ScoreEvaluator:
+        return ScoreEvaluator(self.task, self.evaluations, ranks.device, whose)
+
+    def constant_score(self) -> float | None:
+        labels = {name: examples.labels for name, examples in self.evaluations.items()}
+        return constant_score(self.task.metrics, labels, self.task.outputs)
+
+    def totals(self, rows: int) -> dict[str, Any]:
+        return {"train_examples": rows, "task_examples": len(self.train)}
+
+    def introduction(self, batch_size: int) -> tuple[str, str]:
+        held_out = ", ".join(
+            f"{len(found):,} in {name}" for name, found in self.evaluations.items()
+        )
+        there = f"task {self.task.name}: {len(self.train):,} examples to train on, {held_out}"
+        return there, f"{batch_size} examples"
+
+
+class ExampleMicroBatches:
+    """A `MicroBatches` of examples: each micro-batch is padded to its own longest example."""
+
+    def __init__(
+        self, stream: ExampleStream, plan: BatchPlan, rank: int, counts_padding: bool
+    ) -> None:
+        self._stream = stream
+        self._plan = plan
+        self._rank = rank
+        self._counts_padding = counts_padding
+
+    @property
+    def epoch(self) -> int:
+        return self._stream.epoch
+
+    def next_step(self, step: int) -> Sequence[Inputs]:
+        batch = self._stream.next_batch()
+        multiple = batch["input_ids"].shape[1] if self._counts_padding else PAD_MULTIPLE
+        return cut(batch, self._plan, self._rank, multiple)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._stream.load_state_dict(state)
+
+
+class ScoreEvaluator:
+    """A `Evaluator` of predictions: the task's metrics on each of its sets."""
+
+    def __init__(
+        self,
+        task: Task,
+        evaluations: dict[str, EncodedExamples],
+        device: torch.device,
+        whose: Judged = "student",
+    ) -> None:
+        self._whose = whose
+        self._task = task
+        self._evaluations = evaluations
+        count = sum(len(examples) for examples in evaluations.values())
+        self._outputs = torch.zeros(count, task.outputs, dtype=torch.float64, device=device)
+
+    def add(self, rows: Tensor, student: Tensor, teacher: Tensor | None) -> None:
+        self._outputs[rows.to(student.device)] = student[: len(rows)].to(self._outputs)
+
+    def results(self, ranks: Ranks) -> dict[str, Any]:
+        """`score` of the task, `scores` of each set by metric, `examples`."""
+        # every row was written by one rank
+        outputs = ranks.sum(self._outputs).cpu().numpy()
+        scores, first = {}, 0
+        for name, examples in self._evaluations.items():
+            part = outputs[first : first + len(examples)]
+            predictions = predictions_of(part, regression=self._task.regression, whose=self._whose)
+            scores[name] = measure(self._task.metrics, predictions, examples.labels)
+            first += len(examples)
+        return {"score": task_score(scores), "scores": scores, "examples": first}

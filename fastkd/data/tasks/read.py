@@ -1,0 +1,206 @@
+"""A split of a task, read and checked: texts with their classes or scores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fastkd.data.tasks.rows import (
+    Row,
+    json_rows,
+    table_rows,
+    tsv_rows,
+)
+from fastkd.data.tasks.task import Task
+from fastkd.data.text.files import checked_text
+from fastkd.data.text.hub import (
+    hub_table,
+    is_hub_name,
+    is_saved,
+    saved_folder,
+)
+from fastkd.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+ENDINGS = (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz")
+"""Of a split's file, tried in this order."""
+BROKEN_SHARE = 0.001
+"""Of a split's rows, at most, may be left out as broken."""
+
+
+class Example(NamedTuple):
+    """One text or pair, and its class or score."""
+
+    texts: tuple[str, ...]
+    label: int | float
+
+
+class ExampleSource(Protocol):
+    """Examples in a fixed order, and a key of their content."""
+
+    @property
+    def regression(self) -> bool:
+        """Whether labels are scores."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 that stands for every text and label."""
+
+    def __iter__(self) -> Iterator[Example]: ...
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A split of a task, in the order of its file."""
+
+    name: str
+    """Task and split, for people."""
+    texts: list[tuple[str, ...]]
+    labels: npt.NDArray[np.int64] | npt.NDArray[np.float32]
+    """[examples] classes, int64, or scores, fp32."""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __iter__(self) -> Iterator[Example]:
+        return map(Example, self.texts, self.labels.tolist())
+
+    @property
+    def regression(self) -> bool:
+        """Whether labels are scores."""
+        return self.labels.dtype == np.float32
+
+    @cached_property
+    def digest(self) -> str:
+        """The same wherever the split was read from."""
+        content = hashlib.sha256(self.labels.tobytes())
+        for texts in self.texts:
+            content.update(json.dumps(texts).encode())
+        return content.hexdigest()
+
+
+def read_examples(task: Task, source: str | Path, split: str, cache: str | Path) -> Examples:
+    """Read a split of a task.
+
+    Args:
+        task: what it is.
+        source: the folder that holds `SPLIT.tsv`, `.tsv.gz`, `.jsonl` or `.jsonl.gz`, or holds such
+            folders by task names; a folder that `datasets.save_to_disk` wrote; or a hub data set
+            that has the task as a configuration, such as `nyu-mll/glue`.
+        split: `task.train` or one of `task.evaluations`.
+        cache: folder for what the hub sends.
+
+    Raises:
+        UserError: with file and line: no such split, a missing column, a wrong number of columns,
+            text that is empty or not UTF-8, a label that the task does not have.
+    """
+    texts: list[tuple[str, ...]] = []
+    labels: list[float] = []
+    broken: list[str] = []
+    for row in _rows(task, source, split, Path(cache).expanduser()):
+        problem = row.problem or _empty(row)
+        if problem is None:
+            texts.append(_texts(row, task))
+            labels.append(_score(row, task) if task.regression else _class(row, task))
+        elif task.skip_broken_rows:
+            broken.append(f"{row.where}: {problem}")
+        else:
+            raise UserError(f"{row.where}: {problem}; mend or remove the row")
+    name = f"{task.name} {split}"
+    if not texts:
+        raise UserError(f"{source}: {name} has no rows; give the file that holds them")
+    if len(broken) > BROKEN_SHARE * len(texts) + 1:
+        raise UserError(
+            f"{broken[0]}, and {len(broken) - 1} more broken rows beside {len(texts)} whole ones; "
+            "fetch the file again"
+        )
+    if broken:
+        logger.warning("%s: %d broken rows left out; %s", name, len(broken), broken[0])
+    scores = np.asarray(labels, np.float32) if task.regression else np.asarray(labels, np.int64)
+    return Examples(name, texts, scores)
+
+
+def _rows(task: Task, source: str | Path, split: str, cache: Path) -> Iterator[Row]:
+    folder = Path(source).expanduser()
+    columns = task.hub_columns or task.columns
+    stored = task.hub_splits.get(split, split)
+    if folder.is_dir() and not is_saved(folder):
+        folder = folder / task.name if (folder / task.name).is_dir() else folder
+    if folder.is_dir() and is_saved(folder):
+        table = saved_folder(folder, stored, columns.label, "task.train or task.evaluate")
+        return table_rows(table.rows, columns, task, table.name)
+    if folder.is_dir():
+        path = _split_file(folder, task, split)
+        if path.name.removesuffix(".gz").endswith(".jsonl"):
+            return json_rows(path, task.columns)
+        return tsv_rows(path, task.columns, task.header)
+    if folder.exists() or not is_hub_name(str(source)) or str(source).startswith((".", "~")):
+        raise UserError(
+            f"{source}: no folder (from {Path.cwd()}); expected one that holds {split}.tsv of "
+            f"{task.name}, or a hub data set such as nyu-mll/glue"
+        )
+    name = f"{source}:{task.hub_name or task.name}"
+    table = hub_table(name, stored, columns.label, cache, streaming=False, field="task.source")
+    return table_rows(table.rows, columns, task, f"{name} {stored}")
+
+
+def _split_file(folder: Path, task: Task, split: str) -> Path:
+    for ending in ENDINGS:
+        if (folder / (split + ending)).is_file():
+            return folder / (split + ending)
+    there = sorted(path.name for path in folder.iterdir())
+    shown = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
+    raise UserError(
+        f"{folder}: no {split}.tsv of {task.name}; it holds {shown or 'nothing'}, expected "
+        f"{split} with one of {', '.join(ENDINGS)}"
+    )
+
+
+def _empty(row: Row) -> str | None:
+    for text in row.texts:
+        if isinstance(text, str) and not text.strip():
+            return "a text is empty, expected words"
+    return None
+
+
+def _texts(row: Row, task: Task) -> tuple[str, ...]:
+    names = task.columns.texts
+    return tuple(
+        checked_text(text, name, row.where) for name, text in zip(names, row.texts, strict=True)
+    )
+
+
+def _class(row: Row, task: Task) -> int:
+    label = row.label if isinstance(row.label, str) else json.dumps(row.label)
+    if label not in task.labels:
+        raise UserError(
+            f"{row.where}: label {label!r} of column {task.columns.label!r}, expected one of "
+            f"{', '.join(task.labels)}"
+        )
+    return task.labels.index(label)
+
+
+def _score(row: Row, task: Task) -> float:
+    assert task.bounds is not None
+    low, high = task.bounds
+    try:
+        score = float(row.label) if isinstance(row.label, str | float | int) else math.nan
+    except ValueError:
+        score = math.nan
+    if isinstance(row.label, bool) or not low <= score <= high:
+        raise UserError(
+            f"{row.where}: score {row.label!r} of column {task.columns.label!r}, expected a "
+            f"number from {low:g} to {high:g}"
+        )
+    return score

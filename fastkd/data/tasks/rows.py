@@ -1,0 +1,129 @@
+"""Rows of a task's files and tables: the cells that a task reads, and where each row stands.
+
+TSV is split at every TAB: the official files hold unbalanced quotes, so a reader that knows about
+quotes would join rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import ClassLabel
+
+from fastkd.data.tasks.labels import (
+    are_numbers,
+    described,
+    is_generic,
+    order_of,
+)
+from fastkd.data.tasks.task import Columns, Task
+from fastkd.data.text.files import json_objects, text_lines
+from fastkd.errors import UserError
+
+
+class Row(NamedTuple):
+    """One example as it is stored; `problem` says why the row has no cells."""
+
+    where: str
+    texts: tuple[object, ...]
+    label: object
+    problem: str | None = None
+
+
+def tsv_rows(path: Path, columns: Columns, header: Sequence[str] | None) -> Iterator[Row]:
+    """Rows of a TSV file.
+
+    Args:
+        path: UTF-8, plain or gzipped.
+        columns: that are read.
+        header: the file's columns, if its first line does not name them.
+
+    Raises:
+        UserError: the file can't be read or lacks a column.
+    """
+    lines = enumerate(text_lines(path), start=1)
+    if header is None:
+        names = next(lines, (0, ""))[1].split("\t")
+        _require(columns, names, f"{path}, line 1")
+    else:
+        names = list(header)
+    places = [names.index(name) for name in columns.texts]
+    label = names.index(columns.label)
+    for number, line in lines:
+        cells = line.split("\t")
+        where = f"{path}, line {number}"
+        if len(cells) == len(names):
+            yield Row(where, tuple(cells[place] for place in places), cells[label])
+        else:
+            found = f"{len(cells)} columns" if line.strip() else "an empty line"
+            yield Row(where, (), None, f"{found}, expected {len(names)} split by TAB")
+
+
+def json_rows(path: Path, columns: Columns) -> Iterator[Row]:
+    """Rows of a file with one JSON object a line.
+
+    Raises:
+        UserError: the file can't be read, or a line is no object or lacks a column.
+    """
+    for where, row in json_objects(path):
+        _require(columns, list(row), where)
+        yield Row(where, tuple(row[name] for name in columns.texts), row[columns.label])
+
+
+def table_rows(rows: Any, columns: Columns, task: Task, name: str) -> Iterator[Row]:
+    """Rows of a `datasets.Dataset`; classes come as the task spells them.
+
+    Args:
+        rows: the table.
+        columns: that are read.
+        task: that is read. A class of the table is found by its name, and by its number where the
+            task's labels are numbers without a meaning or the table's names are.
+        name: of the table, in messages.
+
+    Raises:
+        UserError: the table lacks a column, or has other classes.
+    """
+    _require(columns, rows.column_names, name)
+    feature = rows.features[columns.label]
+    spelled: list[str] | None = None
+    if isinstance(feature, ClassLabel):
+        spelled = _spelled(feature.names, task)
+        if spelled is None:
+            raise UserError(
+                f"{name}: column {columns.label!r} has the classes {', '.join(feature.names)}, "
+                f"expected {described(task) or 'scores'}"
+            )
+    number = 0
+    for batch in rows.select_columns([*columns.texts, columns.label]).iter(batch_size=1024):
+        for *texts, label in zip(
+            *(batch[column] for column in (*columns.texts, columns.label)), strict=True
+        ):
+            number += 1
+            # the hub marks rows without a label, those of test sets, by -1
+            if spelled is not None and label is not None and label >= 0:
+                label = spelled[label]
+            yield Row(f"{name}, row {number}", tuple(texts), label)
+
+
+def _spelled(names: Sequence[str], task: Task) -> list[str] | None:
+    """The classes of a table as the task spells them; `None` where they are not the task's."""
+    order = order_of(names, task)
+    if order is not None:
+        return [task.labels[order.index(number)] for number in range(len(names))]
+    if len(names) != len(task.labels):
+        return None
+    if are_numbers(task) and not task.meanings:
+        # what the table stores is what the task calls them
+        return [str(number) for number in range(len(names))]
+    return list(task.labels) if is_generic(names) else None
+
+
+def _require(columns: Columns, names: Sequence[str], where: str) -> None:
+    missing = [name for name in (*columns.texts, columns.label) if name not in names]
+    if missing:
+        raise UserError(
+            f"{where}: no column {missing[0]!r}; it has {', '.join(map(repr, names)) or 'none'}, "
+            f"expected {', '.join(map(repr, (*columns.texts, columns.label)))}"
+        )

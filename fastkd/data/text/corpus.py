@@ -1,0 +1,246 @@
+"""A recipe's data, ready to train on."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fastkd.data.text.cache import (
+    TOKENS,
+    BlockWriter,
+    cache_key,
+    is_complete,
+    new_folder,
+    open_blocks,
+    read_meta,
+    tokenizer_digest,
+    write_meta,
+)
+from fastkd.data.text.files import Source
+from fastkd.data.text.packing import Frame, Packer
+from fastkd.data.text.sources import cache_root, resolve
+from fastkd.data.text.split import Split
+from fastkd.data.text.stream import (
+    BlockStream,
+    ShuffledBlocks,
+    StreamedDocuments,
+)
+from fastkd.data.text.tokenize import Encoder, encode
+from fastkd.errors import UserError
+from fastkd.recipe import Data
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Blocks to train on and blocks to evaluate on. Counts of a streamed corpus are unknown."""
+
+    heldout: Tensor
+    """[blocks, block_size] int64 on the CPU, never trained on."""
+    heldout_documents: int
+    """Documents held out; of a streamed corpus, those that were read to fill `heldout`."""
+    train_documents: int | None
+    train_tokens: int | None
+    """Tokens of the training documents, special tokens not counted."""
+    train_blocks: int | None
+    fingerprint: str
+    """Key of the content, the tokenizer and the settings that shape the blocks."""
+    _open_stream: Callable[[int, int], BlockStream] = field(repr=False)
+
+    def stream(self, batch_size: int, seed: int) -> BlockStream:
+        """Global batches of `batch_size` blocks, from the start of the order of `seed`."""
+        return self._open_stream(batch_size, seed)
+
+
+def prepare_corpus(
+    data: Data, tokenizer: PreTrainedTokenizerBase, *, build: bool = True, progress: bool = True
+) -> Corpus:
+    """Read, split, tokenise and pack the text of a recipe, or open what an earlier run stored.
+
+    With several ranks the first one calls this alone; the others call it afterwards with
+    `build=False`, which opens the cache and raises `UserError` where there is none.
+    """
+    frame = Frame.of(tokenizer, data.block_size)
+    encoder = Encoder(tokenizer, frame.separator)
+    train = resolve(data.train, data)
+    heldout = None if data.heldout is None else resolve(data.heldout, data)
+    split = Split(data, train, heldout)
+    settings = {
+        "train": _digests(train, data),
+        "heldout": None if heldout is None else _digests(heldout, data),
+        "heldout_fraction": data.heldout_fraction if heldout is None else None,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "frame": [frame.prefix, frame.suffix, frame.separator, frame.block_size],
+    }
+    key = cache_key(settings)
+    if data.streaming:
+        return _streamed(data, split, encoder, frame, key)
+    folder = cache_root(data) / key
+    if not is_complete(folder, build=build):
+        if not build:
+            raise UserError(
+                f"data.cache: {folder} is missing; rank 0 builds it first, so all ranks must see "
+                "the same files and the same cache folder"
+            )
+        _build(folder, data, split, encoder, frame, progress)
+    return _open(folder, data, key)
+
+
+def _digests(sources: list[Source], data: Data) -> list[str]:
+    # a stream starts at once: it is not read through beforehand
+    return [source.digest(quick=data.streaming) for source in sources]
+
+
+def _open(folder: Path, data: Data, key: str) -> Corpus:
+    meta = read_meta(folder)
+    train = open_blocks(folder, "train.arrow", meta["train_blocks"])
+    heldout = open_blocks(folder, "heldout.arrow", meta["heldout_blocks"])
+    if meta["dropped"]:
+        logger.warning("%d training documents are also held out: not trained on", meta["dropped"])
+    # spread over all of the held-out text, which may have several sources
+    rows = np.linspace(0, len(heldout) - 1, min(len(heldout), data.heldout_blocks)).astype(int)
+    tokens = heldout.with_format("numpy")[rows.tolist()][TOKENS]
+    return Corpus(
+        heldout=torch.from_numpy(np.asarray(tokens, dtype=np.int64)),
+        heldout_documents=meta["heldout_documents"],
+        train_documents=meta["train_documents"],
+        train_tokens=meta["train_tokens"],
+        train_blocks=meta["train_blocks"],
+        fingerprint=key,
+        _open_stream=lambda batch_size, seed: ShuffledBlocks(train, batch_size, seed, key),
+    )
+
+
+def _build(
+    folder: Path, data: Data, split: Split, encoder: Encoder, frame: Frame, progress: bool
+) -> None:
+    documents: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    largest_id = max(encoder.tokenizer.get_vocab().values())
+    packers = {part: Packer(frame) for part in ("train", "heldout")}
+    with new_folder(folder) as temporary, _progress_bar(progress) as bar:
+        writers = {
+            part: BlockWriter(temporary / f"{part}.arrow", frame.block_size, largest_id)
+            for part in packers
+        }
+        task = bar.add_task("tokenising", total=None, documents=0, tokens=0)
+        for part, ids, count in encode(encoder, split.documents(), data.workers):
+            packer = packers[part]
+            packer.add(ids)
+            writers[part].write(packer.take(packer.available()))
+            documents[part] += count
+            tokens[part] += ids.size - count * len(frame.separator)
+            bar.update(task, documents=documents.total(), tokens=tokens.total())
+        for writer in writers.values():
+            writer.close()
+        meta = {
+            "train_documents": documents["train"],
+            "train_tokens": tokens["train"],
+            "train_blocks": writers["train"].blocks,
+            "heldout_documents": documents["heldout"],
+            "heldout_tokens": tokens["heldout"],
+            "heldout_blocks": writers["heldout"].blocks,
+            "dropped": split.dropped,
+        }
+        _require_blocks(meta, data)
+        write_meta(temporary, meta)
+
+
+def _require_blocks(meta: dict[str, int], data: Data) -> None:
+    """Raise where there is nothing to train on or nothing to evaluate on."""
+    documents = meta["train_documents"] + meta["heldout_documents"]
+    tokens = meta["train_tokens"] + meta["heldout_tokens"]
+    if meta["train_blocks"] and meta["heldout_blocks"]:
+        return
+    if documents == 0 or (data.heldout and not meta["train_documents"] + meta["dropped"]):
+        raise _no_text("data.train", data.train)
+    if data.heldout is not None and meta["heldout_documents"] == 0:
+        raise _no_text("data.heldout", data.heldout)
+    if tokens < data.block_size:
+        raise UserError(
+            f"data.train: {tokens} tokens in all, less than one block of data.block_size "
+            f"{data.block_size}; give more text or smaller blocks"
+        )
+    if data.heldout is None:
+        advice = "name other text in data.heldout, change data.heldout_fraction"
+        if data.documents == "paragraph":
+            advice += ", or set data.documents to line if every line stands alone"
+        share = f"{documents} documents, of which {meta['heldout_documents']} are held out"
+    else:
+        advice = "give more text"
+        share = f"{documents} documents, of which {meta['heldout_documents']} in data.heldout"
+        if meta["dropped"]:
+            share += f", and {meta['dropped']} more in data.train that equal one of those"
+    part = "train on" if meta["train_blocks"] == 0 else "evaluate on"
+    raise UserError(
+        f"data: not one block of {data.block_size} tokens to {part}: {share} "
+        f"({meta['train_tokens']} tokens to train on, {meta['heldout_tokens']} held out); {advice}"
+    )
+
+
+def _has_text(sources: list[Source]) -> bool:
+    return any(True for _ in chain.from_iterable(source.documents() for source in sources))
+
+
+def _no_text(field: str, names: Sequence[str]) -> UserError:
+    return UserError(f"{field}: {', '.join(names)}: no text in it; give files that hold documents")
+
+
+def _streamed(data: Data, split: Split, encoder: Encoder, frame: Frame, key: str) -> Corpus:
+    packer = Packer(frame)
+    documents = 0
+    for text in split.heldout():
+        if packer.available() < data.heldout_blocks:
+            packer.add(encoder([text]))
+            documents += 1
+        elif data.heldout is None:
+            break
+    if documents == 0 and data.heldout is not None:
+        raise _no_text("data.heldout", data.heldout)
+    if (documents == 0 or data.heldout is not None) and not _has_text(split.train_sources):
+        raise _no_text("data.train", data.train)
+    if packer.available() == 0:
+        raise UserError(
+            f"data: {documents} held-out documents have {packer.pending.size} tokens, less than "
+            f"one block of {data.block_size}; name text in data.heldout, raise "
+            "data.heldout_fraction, or set data.documents to line"
+        )
+    heldout = packer.take(min(packer.available(), data.heldout_blocks))
+
+    def open_stream(batch_size: int, seed: int) -> BlockStream:
+        return StreamedDocuments(
+            split, encoder, Packer(frame), batch_size, data.shuffle_buffer, seed, key
+        )
+
+    return Corpus(
+        heldout=torch.from_numpy(heldout.astype(np.int64)),
+        heldout_documents=documents,
+        train_documents=None,
+        train_tokens=None,
+        train_blocks=None,
+        fingerprint=key,
+        _open_stream=open_stream,
+    )
+
+
+def _progress_bar(shown: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=not shown,
+    )

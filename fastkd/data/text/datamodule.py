@@ -1,0 +1,129 @@
+"""Text in blocks of equal length, masked where a term needs that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.data.batching import BatchPlan
+from fastkd.data.datamodule import EvalBatch
+from fastkd.data.tasks.metrics import Judged
+from fastkd.data.text import BlockStream, Corpus
+from fastkd.data.text.mlm import Masking
+from fastkd.distributed import Ranks
+from fastkd.types import Inputs, Reading
+
+
+@dataclass(frozen=True)
+class TextDataModule:
+    """A `DataModule`: blocks of a corpus."""
+
+    corpus: Corpus
+    block_size: int
+    masking: Masking | None = None
+    reads: Reading = field(default="states", init=False)
+
+    @property
+    def rows(self) -> int | None:
+        return self.corpus.train_blocks
+
+    @property
+    def counted(self) -> tuple[str, int]:
+        return "tokens", self.block_size
+
+    def micro_batches(
+        self, batch_size: int, seed: int, plan: BatchPlan, rank: int
+    ) -> BlockMicroBatches:
+        return BlockMicroBatches(self.corpus.stream(batch_size, seed), self.masking, plan, rank)
+
+    def heldout(self, size: int, ranks: Ranks) -> Iterator[EvalBatch]:
+        inputs = as_inputs(self.corpus.heldout, self.masking, "heldout")
+        numbers = torch.arange(len(self.corpus.heldout))
+        starts = range(0, len(numbers), size)
+        rounds = -(-len(starts) // ranks.world_size)
+        for number in range(ranks.rank, rounds * ranks.world_size, ranks.world_size):
+            # a rank without a batch of its own repeats one that doesn't count
+            start = starts[min(number, len(starts) - 1)]
+            rows = slice(start, start + size)
+            counted = numbers[rows] if number < len(starts) else numbers[:0]
+            yield EvalBatch({name: tensor[rows] for name, tensor in inputs.items()}, counted)
+
+    def evaluator(self, ranks: Ranks, whose: Judged = "student") -> CosineEvaluator:
+        return CosineEvaluator(self.corpus.heldout, ranks.device)
+
+    def constant_score(self) -> float | None:
+        return None
+
+    def totals(self, rows: int) -> dict[str, Any]:
+        return {
+            "train_tokens": rows * self.block_size,
+            "corpus_tokens": self.corpus.train_tokens,
+        }
+
+    def introduction(self, batch_size: int) -> tuple[str, str]:
+        known = self.corpus.train_tokens
+        tokens = "streamed" if known is None else f"{known:,} tokens"
+        there = f"text: {tokens} to train on, {len(self.corpus.heldout)} blocks held out"
+        return there, f"{batch_size} blocks of {self.block_size} tokens"
+
+
+class BlockMicroBatches:
+    """A `MicroBatches` of blocks: a rank's rows of the global batch."""
+
+    def __init__(
+        self, stream: BlockStream, masking: Masking | None, plan: BatchPlan, rank: int
+    ) -> None:
+        self._stream = stream
+        self._masking = masking
+        self._slices = [plan.rows(rank, number) for number in range(plan.accumulation)]
+
+    @property
+    def epoch(self) -> int:
+        return self._stream.epoch
+
+    def next_step(self, step: int) -> Sequence[Inputs]:
+        # masked before it is cut: the draw is that of the whole step
+        batch = as_inputs(self._stream.next_batch(), self._masking, step)
+        return [{name: value[rows] for name, value in batch.items()} for rows in self._slices]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._stream.load_state_dict(state)
+
+
+class CosineEvaluator:
+    """A `Evaluator` of sentence embeddings: cosines of mean-pooled last hidden states."""
+
+    def __init__(self, blocks: Tensor, device: torch.device) -> None:
+        self._blocks = blocks
+        self._sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._comparable = True
+
+    def add(self, rows: Tensor, student: Tensor, teacher: Tensor | None) -> None:
+        assert teacher is not None, "text is read by two models"
+        self._comparable = student.shape[-1] == teacher.shape[-1]
+        if self._comparable:
+            means = student.double().mean(dim=1), teacher.double().mean(dim=1)
+            cosines = torch.nn.functional.cosine_similarity(*means, dim=-1)
+            self._sum += cosines[: len(rows)].sum()
+
+    def results(self, ranks: Ranks) -> dict[str, Any]:
+        """`sentence_cosine` (`None` where the widths differ), `blocks`, `tokens`."""
+        total = ranks.sum(self._sum).item()
+        blocks = len(self._blocks)
+        return {
+            "sentence_cosine": total / blocks if self._comparable else None,
+            "blocks": blocks,
+            "tokens": self._blocks.numel(),
+        }
+
+
+def as_inputs(ids: Tensor, masking: Masking | None, draw: int | str) -> Inputs:
+    """What both models read of blocks [blocks, tokens], masked where a term needs that."""
+    return {"input_ids": ids} if masking is None else masking(ids, draw)

@@ -1,0 +1,163 @@
+"""Documents from a column of a table: Parquet files, saved folders and the hub, by `datasets`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetsError
+
+from fastkd.data.text.files import (
+    Source,
+    checked_text,
+    file_digest,
+    require_column,
+)
+from fastkd.errors import FOREIGN_ERRORS, UserError
+
+# what `datasets` and Arrow raise over files that are not what they seem
+_READING_ERRORS = (
+    *FOREIGN_ERRORS,
+    OSError,
+    # a damaged length
+    MemoryError,
+    DatasetsError,
+)
+_BATCH = 256
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Table(Source):
+    """Rows of a `datasets.Dataset` or `IterableDataset`; the digest covers `key` and `files`."""
+
+    name: str
+    rows: Any
+    column: str
+    key: str = ""
+    files: tuple[Path, ...] = ()
+
+    def documents(self) -> Iterator[str]:
+        rows = self.rows
+        # a streamed hub data set may not know its columns before its first row
+        if rows.column_names is not None:
+            require_column(self.column, rows.column_names, self.name)
+            rows = rows.select_columns([self.column])
+        number = 0
+        try:
+            for batch in rows.iter(batch_size=_BATCH):
+                require_column(self.column, list(batch), self.name)
+                for value in batch[self.column]:
+                    number += 1
+                    text = checked_text(value, self.column, f"{self.name}, row {number}")
+                    if text.strip():
+                        yield text
+        except UserError:
+            raise
+        except _READING_ERRORS as error:
+            raise UserError(f"{self.name}: cannot be read: {_reason(error)}") from error
+
+    def digest(self, *, quick: bool) -> str:
+        content = [file_digest(file, quick=quick) for file in self.files]
+        combined = hashlib.sha256(" ".join(content).encode()).hexdigest()
+        return f"table {self.column} {self.key} {combined}"
+
+    def stored_in(self) -> Sequence[Path]:
+        return self.files
+
+
+def parquet_file(path: Path, column: str, cache: Path) -> Table:
+    """Rows of a Parquet file, read in batches; it may have none."""
+    # it logs what it raises
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        rows = datasets.load_dataset(
+            "parquet",
+            data_files=[str(path)],
+            split="train",
+            streaming=True,
+            cache_dir=str(cache / "datasets"),
+            # else as many as the first row group has, which may be none
+            batch_size=_BATCH,
+        )
+        # a stream finds a damaged file only at its first row
+        _ = rows.column_names or next(iter(rows), None)
+    except _READING_ERRORS as error:
+        raise UserError(f"{path}: cannot be read as Parquet: {_reason(error)}") from error
+    return Table(str(path), rows, column, files=(path,))
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets.save_to_disk` wrote the folder."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def saved_folder(folder: Path, split: str, column: str, field: str = "data.split") -> Table:
+    """Rows of a folder that `datasets.save_to_disk` wrote, memory-mapped; `field` of the recipe
+    names the split."""
+    try:
+        listing = folder / "dataset_dict.json"
+        if listing.is_file():
+            splits = json.loads(listing.read_text(encoding="utf-8"))["splits"]
+            if split not in splits:
+                raise UserError(f"{folder}: no split {split!r}; set {field} to one of {splits}")
+            folder = folder / split
+        rows = _load_saved(folder)
+    except UserError:
+        raise
+    except _READING_ERRORS as error:
+        raise UserError(f"{folder}: not a complete saved data set: {_reason(error)}") from error
+    files = tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
+    return Table(str(folder), rows, column, files=files)
+
+
+def _load_saved(folder: Path) -> Any:
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state["_data_files"]:
+        return datasets.load_from_disk(str(folder))
+    # one without rows has no file, which `datasets` doesn't expect
+    info = datasets.DatasetInfo.from_directory(str(folder))
+    return datasets.Dataset.from_dict({name: [] for name in info.features})
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a hub data set could have this name (`NAME` or `NAME:SUBSET`)."""
+    return _HUB_NAME.fullmatch(name) is not None
+
+
+def hub_table(
+    name: str, split: str, column: str, cache: Path, *, streaming: bool, field: str = "data"
+) -> Table:
+    """Rows of a data set of the hub, which `field` of the recipe names; code that it may carry is
+    never run."""
+    path, _, subset = name.partition(":")
+    try:
+        rows = datasets.load_dataset(
+            path,
+            subset or None,
+            split=split,
+            streaming=streaming,
+            cache_dir=str(cache / "datasets"),
+        )
+    except _READING_ERRORS as error:
+        raise UserError(
+            f"{field}: {name!r} is no file or folder here, and as a hub data set it cannot be "
+            f"loaded: {_reason(error)}"
+        ) from error
+    # the fingerprint of a loaded data set stands for its revision; a stream has only its name
+    key = f"{name} {split}" if streaming else f"{name} {split} {rows._fingerprint}"
+    return Table(name, rows, column, key=key)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the innermost message, which is the one that says what happened."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,242 @@
+"""The process group: which process this is, how long ranks wait, and which of them is gone.
+
+A rank that dies leaves the others in a collective that fails with a trace of gloo or NCCL. What its
+user needs is which rank it was and how to go on.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from fastkd.errors import LostRank, UserError
+from fastkd.signals import Signalled, stop_signals
+
+T = TypeVar("T")
+
+TIMEOUT = "FASTKD_RANK_TIMEOUT"
+"""Environment variable: seconds that a rank waits for the others."""
+
+_DEFAULT_SECONDS = 7200.0
+# a process that was killed closes its sockets a moment before it is gone
+_GONE_WITHIN_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The process of a rank."""
+
+    rank: int
+    pid: int
+    host: str
+
+    @property
+    def is_gone(self) -> bool | None:
+        """Whether its process has ended; `None` of another host, where that can't be seen."""
+        if self.host != socket.gethostname():
+            return None
+        try:
+            return bool(psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return True
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+
+def rank_timeout() -> datetime.timedelta | None:
+    """How long a rank waits for the others, where the environment says so.
+
+    Raises:
+        UserError: it says something else than a number of seconds.
+    """
+    given = os.environ.get(TIMEOUT)
+    if given is None:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    # a year, which every clock here can count to
+    if not 0 < seconds <= 3.2e7:
+        raise UserError(
+            f"{TIMEOUT} is {given!r}, expected a number of seconds, as in {TIMEOUT}=600"
+        )
+    return datetime.timedelta(seconds=seconds)
+
+
+def default_timeout() -> datetime.timedelta:
+    """How long the others wait while rank 0 tokenises a corpus."""
+    return rank_timeout() or datetime.timedelta(seconds=_DEFAULT_SECONDS)
+
+
+def meet() -> tuple[Peer, ...]:
+    """The processes of all ranks; collective."""
+    mine = Peer(dist.get_rank(), os.getpid(), socket.gethostname())
+    found: list[Peer | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return tuple(peer for peer in found if peer is not None)
+
+
+@contextmanager
+def lost_ranks(
+    peers: Sequence[Peer], rank: int, then: str = "start all ranks again with --resume to continue"
+) -> Iterator[None]:
+    """Say in one line which rank was lost where a collective failed.
+
+    Args:
+        peers: from `meet`; nobody can be lost where there are none.
+        rank: this one.
+        then: how to go on.
+
+    Raises:
+        LostRank: naming the rank as far as it is known, and how to go on.
+    """
+    others = [peer for peer in peers if peer.rank != rank]
+    try:
+        yield
+    except RuntimeError as error:
+        if not others or not _is_of_group(error):
+            raise
+        # the launcher now ends all ranks, this one too
+        with stop_signals(lambda _number: None):
+            raise LostRank(_said(others, rank, str(error), then)) from error
+    except Signalled as error:
+        # the launcher may be the first to see that a rank is gone
+        with stop_signals(lambda _number: None):
+            if not any(peer.is_gone for peer in others):
+                raise
+            raise LostRank(_said(others, rank, "", then)) from error
+
+
+def _is_of_group(error: RuntimeError) -> bool:
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo/" in text or "NCCL" in text
+
+
+def _said(others: Sequence[Peer], rank: int, error: str, then: str) -> str:
+    of = f"rank {rank} of {len(others) + 1}"
+    deadline = time.monotonic() + _GONE_WITHIN_SECONDS
+    gone = [peer for peer in others if peer.is_gone]
+    while not gone and time.monotonic() < deadline:
+        time.sleep(0.05)
+        gone = [peer for peer in others if peer.is_gone]
+    if gone:
+        verb = "are" if len(gone) > 1 else "is"
+        return f"{of}: {', '.join(map(str, gone))} {verb} gone; {then}"
+    there = ", ".join(map(str, others))
+    if "timed out" in error.lower() or "timeout" in error.lower():
+        return (
+            f"{of}: no answer in time from {there}; end what hangs and {then}, or raise {TIMEOUT}"
+        )
+    return f"{of}: the connection to another rank was lost ({there}); {then}"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of them."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    peers: tuple[Peer, ...] = ()
+    """The processes of all, where there are several."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        dist.barrier()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """Run a function on rank 0 and give every rank its result, or its `UserError`."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except UserError as error:
+                outcome[1] = str(error)
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise UserError(outcome[1])
+        result: T = outcome[0]
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order, on every rank."""
+        found: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
+
+def start_ranks() -> Ranks:
+    """Join the process group of the launcher, or make one of a single process.
+
+    `torchrun` and `deepspeed` set RANK; without a launcher an in-memory store needs no port.
+
+    Raises:
+        UserError: the environment gives a timeout that is none, see `fastkd.distributed`.
+    """
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+    if gpu and local_rank >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise UserError(
+            f"rank {local_rank} of this machine has no GPU of its own, of which there are {found}; "
+            f"start one rank a GPU (--nproc-per-node={found}), or hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES= to run on CPUs"
+        )
+    if gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if gpu else "gloo"
+        if "RANK" in os.environ:
+            _wait_as_told()
+            dist.init_process_group(backend, timeout=default_timeout())
+        else:
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    peers = meet() if dist.get_world_size() > 1 else ()
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, peers)
+
+
+def _wait_as_told() -> None:
+    """Let the groups that DeepSpeed makes wait as long as the environment says: it gives them no
+    time of their own, and torch takes its default then."""
+    given = rank_timeout()
+    if given is not None:
+        for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+            setattr(distributed_c10d, name, given)
+
+
+def stop_ranks() -> None:
+    """Leave the process group; gloo may abort the process at exit otherwise."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

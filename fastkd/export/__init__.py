@@ -1,5 +1,0 @@
-"""Write the student as others expect to find it, and say beforehand what can't be handed on."""
-
-from fastkd.export.student import export_notes, export_student, load_projections
-
-__all__ = ["export_notes", "export_student", "load_projections"]

@@ -1,0 +1,1 @@
+"""Files that get onto a disk whole, carry their own digests, and are written by one process."""

@@ -1,0 +1,98 @@
+"""From what a recipe says to the mapping in force."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from fastkd.errors import UserError
+from fastkd.layer_map import sections as recipe
+from fastkd.layer_map.base import LayerMap
+from fastkd.layer_map.many_to_one import (
+    AttentionMap,
+    MeanLossMap,
+    MeanTargetMap,
+    TransportMap,
+)
+from fastkd.layer_map.one_to_one import (
+    BelowLastMap,
+    ExplicitMap,
+    FinalMap,
+    FirstMap,
+    LastMap,
+    SkipMap,
+    UniformMap,
+)
+from fastkd.layer_map.random_map import RandomMap
+
+Given: TypeAlias = (
+    recipe.MapKind | Sequence[int] | recipe.RandomMap | recipe.TransportMap | recipe.AttentionMap
+)
+
+_NAMED: dict[str, Callable[[int, int], LayerMap]] = {
+    "uniform": UniformMap,
+    "last": LastMap,
+    "first": FirstMap,
+    "skip": SkipMap,
+    "below_last": BelowLastMap,
+    "final": FinalMap,
+    "mean_target": MeanTargetMap,
+    "mean_loss": MeanLossMap,
+}
+
+
+def make_layer_map(
+    given: Given, student_layers: int, teacher_layers: int, *, seed: int = 0
+) -> LayerMap:
+    """Build the mapping for a student of N blocks and a teacher of M.
+
+    The classes of this folder say what each kind is. A sequence names one teacher layer for each
+    student layer, 0 for none.
+
+    Args:
+        given: what the recipe says.
+        student_layers: N.
+        teacher_layers: M.
+        seed: of the draws of a random map that names none, the run's.
+
+    Raises:
+        UserError: a student deeper than its teacher, a sequence of another length than the student,
+            or a layer that the teacher doesn't have.
+    """
+    if student_layers > teacher_layers:
+        raise UserError(
+            f"student.layers is {student_layers}, but the teacher has {teacher_layers} layers; "
+            "give a student that is not deeper"
+        )
+    depths = student_layers, teacher_layers
+    if isinstance(given, recipe.RandomMap):
+        return RandomMap(*depths, given.redraw, seed if given.seed is None else given.seed)
+    if isinstance(given, recipe.TransportMap):
+        return TransportMap(*depths, given.temperature)
+    if isinstance(given, recipe.AttentionMap):
+        return AttentionMap(*depths, given.temperature)
+    if isinstance(given, str):
+        layers = _NAMED[given](*depths)
+    else:
+        _check_list(given, *depths)
+        layers = ExplicitMap(*depths, tuple(given))
+    if not layers.pairs:
+        raise UserError(
+            f"layer_map {given} matches no layer of a {student_layers}-layer student and a "
+            f"{teacher_layers}-layer teacher; give at least one pair"
+        )
+    return layers
+
+
+def _check_list(given: Sequence[int], student_layers: int, teacher_layers: int) -> None:
+    if len(given) != student_layers:
+        raise UserError(
+            f"layer_map names {len(given)} teacher layers, but student.layers is "
+            f"{student_layers}; give one for each student layer, 0 for none"
+        )
+    for student, teacher in enumerate(given, start=1):
+        if not 0 <= teacher <= teacher_layers:
+            raise UserError(
+                f"layer_map sends student layer {student} to teacher layer {teacher}, but the "
+                f"teacher's layers are 1 to {teacher_layers}; 0 is for none"
+            )

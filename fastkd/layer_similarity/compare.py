@@ -1,0 +1,230 @@
+"""Run two models on the same text and compare all their layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.capture import AttentionTraits, Capture, capture, no_cache, try_model
+from fastkd.data.text import prepare_corpus
+from fastkd.errors import UserError
+from fastkd.layer_map import MapKind, make_layer_map
+from fastkd.layer_similarity.attention import attention_divergences
+from fastkd.layer_similarity.cka import LinearCKA, Matrix
+from fastkd.losses import ModelPair
+from fastkd.losses.attention import DivergenceKind
+from fastkd.models import (
+    check_same_vocabulary,
+    load_student,
+    load_teacher,
+    load_tokenizer,
+    locate_model,
+)
+from fastkd.recipe import Data, Student, Teacher
+
+MAPS: tuple[MapKind, ...] = ("uniform", "last", "first")
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """What was measured; rows are the student's layers, columns the teacher's."""
+
+    cka: Matrix
+    """Linear CKA of hidden states, from layer 0, the embeddings; 1 is the same up to rotation."""
+    divergence: Matrix
+    """Of attention probabilities, from layer 1; 0 is the same. NaN where they can't be compared."""
+    kind: DivergenceKind
+    """Which divergence."""
+    relation_heads: int | None
+    """Heads that both models were cut into where theirs differ."""
+    heads: tuple[int, int]
+    """Attention heads of student and teacher."""
+    tokens: int
+    """Valid tokens that both models read."""
+    widths: tuple[int, int]
+    """Hidden sizes of student and teacher."""
+
+    def maps(self) -> dict[str, list[int]]:
+        """The teacher layer of every student layer from 1, by map; none for a deeper student."""
+        student, teacher = self.divergence.shape
+        if student > teacher:
+            return {}
+        return {name: [t for _, t in make_layer_map(name, student, teacher).pairs] for name in MAPS}
+
+
+@torch.no_grad()
+def measure(
+    student: Any,
+    teacher: Any,
+    batches: Iterable[Mapping[str, Tensor]],
+    traits: tuple[AttentionTraits, AttentionTraits],
+    *,
+    kind: DivergenceKind = "js",
+) -> Similarity:
+    """Compare all layers of two models on the same tokens.
+
+    Args:
+        student, teacher: in eval mode, tried, on one device.
+        batches: `input_ids` [batch, tokens] and, if padded, `attention_mask` of the same shape.
+        traits: what trying student and teacher showed.
+        kind: divergence of attention probabilities.
+
+    Raises:
+        UserError: one model is causal and the other isn't, or there is no valid token.
+    """
+    models = student, teacher
+    pair = _pair(student, teacher, traits)
+    relation_heads = None
+    cka, tokens, divergence = LinearCKA(), 0, torch.zeros(())
+    for inputs in batches:
+        mask = inputs.get("attention_mask")
+        valid = None if mask is None else mask.bool()
+        count = inputs["input_ids"].numel() if valid is None else int(valid.sum())
+        if not count:
+            continue
+        own, target = (_run(model, inputs) for model in models)
+        cka.add(_features(own.hidden, valid), _features(target.hidden, valid))
+        if pair.heads[0] != pair.heads[1]:
+            relation_heads = _relation_heads(own.attention[1].query, target.attention[1].query)
+        found = attention_divergences(
+            own.attention,
+            target.attention,
+            pair,
+            kind=kind,
+            relation_heads=relation_heads,
+            mask=valid,
+        )
+        # a mean over rows, of which every batch has as many as it has tokens
+        divergence = divergence.to(found.device) + count * found.double()
+        tokens += count
+    if not tokens:
+        raise UserError("no tokens to compare the models on; give text")
+    return Similarity(
+        cka=cka.result(),
+        divergence=(divergence / tokens).cpu().numpy(),
+        kind=kind,
+        relation_heads=relation_heads,
+        heads=pair.heads,
+        tokens=tokens,
+        widths=pair.widths,
+    )
+
+
+def inspect_models(
+    teacher: str,
+    student: str,
+    data: Sequence[str],
+    *,
+    kind: DivergenceKind = "js",
+    blocks: int = 64,
+    block_size: int = 128,
+    batch_size: int = 8,
+) -> Similarity:
+    """Compare two models on text; on the GPU where there is one.
+
+    Args:
+        teacher: hub name, folder, or `package:NAME/FOLDER`; its tokenizer reads the text.
+        student: likewise; the `student` folder of a run is one.
+        data: files, folders, globs or names, as in `data.train` of a recipe.
+        kind: divergence of attention probabilities.
+        blocks: how much text is read, in blocks.
+        block_size: tokens of a block.
+        batch_size: blocks that a model reads at a time.
+
+    Raises:
+        UserError: a model or text that can't be read, or two models of different vocabularies.
+    """
+    section, other = Teacher(model=teacher), Teacher(model=student)
+    large = load_teacher(section)
+    small = load_student(Path(locate_model(other)), Student(layers=1))
+    vocabularies = [_vocabulary(small, student), _vocabulary(large, teacher)]
+    if vocabularies[0] != vocabularies[1]:
+        raise UserError(
+            f"the student embeds {vocabularies[0]} tokens and the teacher {vocabularies[1]}; give "
+            "two models that share a tokenizer"
+        )
+    traits = try_model(small, block_size), try_model(large, block_size)
+    tokenizer = load_tokenizer(section, vocabularies[1])
+    check_same_vocabulary(other, f"student {student}", tokenizer)
+    # nothing is trained on, so nearly all of the text may be held out
+    wanted = Data(
+        train=tuple(data),
+        heldout_fraction=0.999,
+        heldout_blocks=blocks,
+        block_size=block_size,
+        streaming=True,
+    )
+    rows = prepare_corpus(wanted, tokenizer, progress=False).heldout
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    large.to(device)
+    small.to(device)
+    batches = ({"input_ids": part.to(device)} for part in torch.split(rows, batch_size))
+    return measure(small, large, batches, traits, kind=kind)
+
+
+def _vocabulary(model: Any, given: str) -> int:
+    """Tokens that a model embeds.
+
+    Raises:
+        UserError: it reads something else than text, or is made of several models.
+    """
+    numbers = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    missing = [name for name in numbers if not isinstance(getattr(model.config, name, None), int)]
+    try:
+        embedded = int(model.get_input_embeddings().num_embeddings)
+    except (AttributeError, NotImplementedError):
+        missing.append("token embeddings")
+        embedded = 0
+    if missing:
+        raise UserError(
+            f"{given}: {type(model).__name__} has no {missing[0]} of its own, so its layers can't "
+            "be compared; give a text model with a single stack, such as the text part of this one"
+        )
+    return embedded
+
+
+def _pair(student: Any, teacher: Any, traits: tuple[AttentionTraits, AttentionTraits]) -> ModelPair:
+    if traits[0].causal != traits[1].causal:
+        raise UserError(
+            f"the student is {'causal' if traits[0].causal else 'bidirectional'} and the teacher "
+            "is not; give two encoders or two decoders"
+        )
+    for found in traits:
+        if reason := found.unknown or found.differs:
+            raise UserError(f"{reason}, so no divergence can be measured; give other models")
+    own, target = student.config, teacher.config
+    return ModelPair(
+        widths=(own.hidden_size, target.hidden_size),
+        causal=traits[0].causal,
+        heads=(own.num_attention_heads, target.num_attention_heads),
+        windows=(traits[0].windows, traits[1].windows),
+        sinks=(traits[0].sinks, traits[1].sinks),
+    )
+
+
+def _relation_heads(own: Tensor, target: Tensor) -> int:
+    """The teacher's heads where they divide the student's queries too, else what both have in
+    common; queries are [batch, heads, tokens, head_dim]."""
+    width, heads = own.shape[1] * own.shape[3], target.shape[1]
+    return heads if width % heads == 0 else math.gcd(own.shape[1], heads)
+
+
+def _run(model: Any, inputs: Mapping[str, Tensor]) -> Capture:
+    layers = range(1, model.config.num_hidden_layers + 1)
+    with capture(model, attention=layers, hidden=(0, *layers)) as states:
+        model(**inputs, **no_cache(model))
+    return states
+
+
+def _features(hidden: Mapping[int, Tensor], valid: Tensor | None) -> list[Tensor]:
+    """[valid tokens, width] of every layer."""
+    return [
+        state.flatten(0, 1) if valid is None else state[valid]
+        for _, state in sorted(hidden.items())
+    ]

@@ -1,0 +1,70 @@
+"""What the losses of a step are means over, counted so that cutting a step changes nothing.
+
+A loss here is a mean over valid query-key pairs, tokens, examples or labels of the *whole*
+optimiser step. One micro-batch of one rank holds a part of those, so its means are scaled by that
+part: the sum over micro-batches and ranks is then the same however the step is cut, and padding
+changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastkd.types import IGNORE_INDEX, Head, Inputs
+
+Reduction = Literal["valid", "tinybert"]
+Divisor = Literal["pairs", "tokens", "rows", "examples", "labels"]
+
+DIVISORS: tuple[Divisor, ...] = ("pairs", "tokens", "rows", "examples", "labels")
+
+
+def count_divisors(
+    inputs: Inputs, causal: bool, reduction: Reduction, labels: Tensor | None = None
+) -> Tensor:
+    """What a micro-batch contributes to the divisors of a step.
+
+    Args:
+        inputs: `input_ids` [batch, tokens] and, if padded, `attention_mask` of the same shape.
+        causal: whether queries see earlier keys only.
+        reduction: whether padding counts in pairs and tokens.
+        labels: from `target_labels`; one a token, or one an example.
+
+    Returns:
+        fp64 [5] on the inputs' device, in the order of `DIVISORS`: query-key pairs, tokens, valid
+        rows (tokens that are no padding, whatever the reduction), examples, labels.
+    """
+    ids = inputs["input_ids"]
+    given = inputs.get("attention_mask")
+    ones = torch.ones_like(ids, dtype=torch.float64)
+    rows = ones if given is None else given.to(torch.float64)
+    valid = rows if reduction == "valid" else ones
+    visible = causal and reduction == "valid"
+    keys = valid.cumsum(dim=1) if visible else valid.sum(dim=1, keepdim=True)
+    labelled = ones.new_zeros(()) if labels is None else (labels != IGNORE_INDEX).sum().double()
+    # of the size of the batch, without a copy from the host
+    examples = ones[:, 0].sum()
+    return torch.stack([(valid * keys).sum(), valid.sum(), rows.sum(), examples, labelled])
+
+
+def target_labels(inputs: Inputs, head: Head) -> Tensor | None:
+    """The labels that a head is to predict, `IGNORE_INDEX` where there is none.
+
+    Returns:
+        For a causal language model the next token, [batch, tokens] int64; else `labels` of the
+        inputs, one an example or one a token, or `None`.
+    """
+    if head != "causal_lm":
+        return inputs.get("labels")
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    following = ids[:, 1:]
+    if mask is not None:
+        following = following.masked_fill(mask[:, 1:] == 0, IGNORE_INDEX)
+    return torch.nn.functional.pad(following, (0, 1), value=IGNORE_INDEX)
+
+
+def model_inputs(inputs: Inputs) -> dict[str, Tensor]:
+    """What a model reads: it would compute a loss of its own from labels."""
+    return {name: tensor for name, tensor in inputs.items() if name != "labels"}

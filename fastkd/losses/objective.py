@@ -1,0 +1,285 @@
+"""All terms of a recipe, and how they add up."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.capture import Capture
+from fastkd.layer_map import LayerMap, Progress, TransportMap
+from fastkd.losses.attention import (
+    ProbabilityTerm,
+    RelationsTerm,
+    ScoreTerm,
+)
+from fastkd.losses.base import (
+    Batch,
+    LossInfo,
+    ModelPair,
+    Term,
+)
+from fastkd.losses.counts import (
+    DIVISORS,
+    Reduction,
+    count_divisors,
+    target_labels,
+)
+from fastkd.losses.hidden import StateTerm
+from fastkd.losses.logits import LogitsTerm
+from fastkd.losses.transports import Mapped, Transports
+from fastkd.losses.weighting import (
+    Ratio,
+    Uncertainty,
+    factor,
+)
+from fastkd.recipe import Losses
+from fastkd.types import Inputs, Side
+
+
+class Objective(nn.Module):
+    """All terms of a recipe, the projections that belong to them, and their weights."""
+
+    def __init__(
+        self,
+        losses: Losses,
+        layers: LayerMap,
+        pair: ModelPair,
+        *,
+        own_layers: Mapping[str, LayerMap] | None = None,
+        steps: int = 1,
+    ) -> None:
+        """Choose the terms.
+
+        Args:
+            losses: section of the recipe.
+            layers: the mapping in force.
+            pair: what the two models are.
+            own_layers: mappings of terms that have their own, by the term's name.
+            steps: optimiser steps of the run, which schedules are stretched over.
+
+        Raises:
+            UserError: no projection is asked for, but the widths differ; or a mapping that a term
+                can't use.
+        """
+        super().__init__()
+        self.losses = losses
+        self.pair = pair
+        self.steps = steps
+        self.moment = Progress()
+        self.maps = {name: (own_layers or {}).get(name, layers) for name in losses.terms}
+        self.reduction: Reduction = losses.reduction
+        self.terms = nn.ModuleList(self._terms())
+        self.matches: tuple[LossInfo, ...] = tuple(m for term in self._each() for m in term.matches)
+        self.names = tuple(dict.fromkeys(match.term for match in self.matches))
+        # how many losses each name has, in order
+        self._sizes = [
+            len(list(group)) for _, group in itertools.groupby(m.term for m in self.matches)
+        ]
+        of = [DIVISORS.index(match.divisor) for match in self.matches]
+        self._divisor_of: Tensor
+        self.register_buffer("_divisor_of", torch.tensor(of), persistent=False)
+        self._transports = Transports(self._transported())
+        balance = losses.balance
+        self.ratio = (
+            Ratio(self.names, balance.reference, balance.decay) if balance.kind == "ratio" else None
+        )
+        self.uncertainty = (
+            Uncertainty(len(self.names), balance.limit) if balance.kind == "uncertainty" else None
+        )
+        self._factors = torch.empty(0)
+        self._factors_of: list[float] = []
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """One name a loss, in the order of `forward`."""
+        return tuple(match.label for match in self.matches)
+
+    @property
+    def teacher_depth(self) -> int | None:
+        """The deepest teacher layer that is ever matched; `None` where outputs are."""
+        if any(term.wants_logits for term in self._each()):
+            return None
+        mapped = [self.maps[m.term].teacher_depth for m in self.matches if m.mapped]
+        return max((0, *mapped))
+
+    def at(self, moment: Progress) -> None:
+        """Move to a moment of the run: random mappings and schedules follow it."""
+        self.moment = moment
+        for term in self._each():
+            term.at(moment)
+
+    def layers(self, side: Side) -> dict[str, Any]:
+        """What `capture` must record of one model now, as its keyword arguments."""
+        wanted: dict[str, Any] = {"attention": set(), "hidden": set(), "logits": False}
+        for term in self._each():
+            for kind, found in term.layers(side).items():
+                wanted[kind] |= found
+            wanted["logits"] |= term.wants_logits
+        return wanted
+
+    def divisors(self, inputs: Inputs) -> Tensor:
+        """What a micro-batch contributes to the divisors of a step: fp64 [DIVISORS]."""
+        labels = target_labels(inputs, self.pair.head)
+        return count_divisors(inputs, self.pair.causal, self.reduction, labels)
+
+    def forward(
+        self, student: Capture, teacher: Capture, inputs: Inputs, shares: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Add the terms up.
+
+        Args:
+            student: captured tensors with gradient.
+            teacher: captured tensors without.
+            inputs: what both models read; of it the mask and the labels.
+            shares: [DIVISORS], this micro-batch's part of the step's divisors.
+
+        Returns:
+            The weighted total, a scalar, and [2, labels], detached: the raw losses, then what each
+            adds to the total. All are scaled by the shares. The total of `uncertainty` holds the
+            log-variances whole: an engine averages over micro-batches and ranks.
+        """
+        mask = inputs.get("attention_mask")
+        labels = target_labels(inputs, self.pair.head)
+        batch = Batch(student, teacher, None if mask is None else mask.bool(), labels)
+        losses = torch.cat([term(batch) for term in self.terms])
+        raw = losses * shares[self._divisor_of]
+        weighted = raw * self._weights(raw)
+        if self.uncertainty is not None:
+            total, scales = self.uncertainty(self._by_term(weighted))
+            weighted = weighted.detach() * self._spread(scales)
+        else:
+            total = weighted.sum()
+        return total, torch.stack([raw.detach(), weighted.detach()])
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the losses of a step change the weights of the next: see `observe`."""
+        return self.ratio is not None or bool(self._transports.groups)
+
+    @property
+    def needs_look(self) -> bool:
+        """Whether losses must be observed before the first step."""
+        unknown = self.ratio is not None and self.ratio.means is None
+        return unknown or not self._transports.observed
+
+    def observe(self, losses: Tensor) -> None:
+        """Adapt the weights of the next step.
+
+        Args:
+            losses: raw losses [labels] of a whole step, summed over micro-batches and ranks.
+        """
+        if self._transports.groups:
+            # an exact linear program runs on the host: see `transports.py`
+            costs = losses.tolist()
+            # of costs that are not finite there is none, and the run ends at its next metrics
+            if all(map(math.isfinite, costs)):
+                self._transports.observe(costs)
+        if self.ratio is not None:
+            values = losses.double()
+            links = torch.tensor(self._link_weights(), dtype=values.dtype).to(values.device)
+            self.ratio.observe(self._by_term(values * links))
+
+    def feedback(self) -> dict[str, Any]:
+        """What `observe` has made, for a checkpoint; plain values."""
+        ratio = None if self.ratio is None else self.ratio.state()
+        return {"ratio": ratio, "transports": self._transports.state()}
+
+    def load_feedback(self, state: dict[str, Any], device: torch.device) -> None:
+        """Continue from what `feedback` gave."""
+        if self.ratio is not None:
+            self.ratio.load(state["ratio"], device)
+        self._transports.load(state["transports"])
+
+    def total(self, losses: Mapping[str, float]) -> float:
+        """One number for held-out losses that can be compared over a run and between runs.
+
+        The recipe's weights, without schedules and balance; a many-to-many mapping counts with the
+        transport that these losses have between equal layers.
+
+        Args:
+            losses: raw loss by label.
+        """
+        values = [losses[label] for label in self.labels]
+        even = Transports(self._transported())
+        if even.groups:
+            even.observe(values)
+        links = even.weigh(self._own_weights())
+        terms = self.losses.terms
+        return sum(
+            terms[match.term].weight * link * value
+            for match, link, value in zip(self.matches, links, values, strict=True)
+        )
+
+    def kept(self) -> dict[str, Tensor]:
+        """The weights that an evaluation needs later: projections, no log-variances."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("uncertainty.")}
+
+    def _terms(self) -> list[Term]:
+        losses, pair, maps = self.losses, self.pair, self.maps
+        terms: list[Term] = []
+        if losses.attention is not None:
+            own = maps["attention"]
+            if losses.attention.kind == "score_mse":
+                terms.append(ScoreTerm(own, pair, losses.reduction))
+            else:
+                terms.append(ProbabilityTerm(losses.attention, own, pair))
+        if losses.relations is not None:
+            terms.append(RelationsTerm(losses.relations, maps["relations"], pair))
+        if losses.hidden is not None or losses.embedding is not None:
+            terms.append(StateTerm(losses, maps.get("hidden"), pair))
+        if losses.logits is not None or losses.labels is not None:
+            terms.append(LogitsTerm(losses, pair))
+        return terms
+
+    def _each(self) -> list[Term]:
+        return [term for term in self.terms if isinstance(term, Term)]
+
+    def _transported(self) -> list[Mapped]:
+        groups: list[Mapped] = []
+        start = 0
+        for group, members in itertools.groupby(self.matches, key=lambda match: match.group):
+            same = list(members)
+            stop = start + len(same)
+            layer_map = self.maps[same[0].term]
+            if same[0].mapped and isinstance(layer_map, TransportMap):
+                groups.append(Mapped(group, layer_map, start, stop))
+            start = stop
+        return groups
+
+    def _own_weights(self) -> list[float]:
+        """Of the links in force, one a loss."""
+        weights: list[float] = []
+        for _, members in itertools.groupby(self.matches, key=lambda match: match.group):
+            first, *rest = members
+            links = self.maps[first.term].links(self.moment) if first.mapped else ()
+            weights += [link.weight for link in links] or [1.0] * (1 + len(rest))
+        return weights
+
+    def _link_weights(self) -> list[float]:
+        return self._transports.weigh(self._own_weights())
+
+    def _weights(self, like: Tensor) -> Tensor:
+        """Weight, schedule, link and ratio of every loss, [labels]; copied where they changed."""
+        terms, progress = self.losses.terms, self.moment.step / self.steps
+        of = {name: terms[name].weight * factor(terms[name].schedule, progress) for name in terms}
+        links = self._link_weights()
+        found = [of[m.term] * link for m, link in zip(self.matches, links, strict=True)]
+        kept = self._factors
+        if found != self._factors_of or (kept.dtype, kept.device) != (like.dtype, like.device):
+            self._factors = torch.tensor(found, dtype=like.dtype).to(like.device, non_blocking=True)
+            self._factors_of = found
+        scales = None if self.ratio is None else self.ratio.scales()
+        return self._factors if scales is None else self._factors * self._spread(scales).to(like)
+
+    def _by_term(self, values: Tensor) -> Tensor:
+        return torch.stack([part.sum() for part in torch.split(values, self._sizes)])
+
+    def _spread(self, scales: Tensor) -> Tensor:
+        """One value a term to one a loss."""
+        parts = zip(scales.unbind(), self._sizes, strict=True)
+        return torch.cat([scale.expand(size) for scale, size in parts])

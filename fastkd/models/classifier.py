@@ -1,0 +1,173 @@
+"""Models with a classification head for a task: fitted with one, checked for one, named outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from fastkd.capture import set_attention
+from fastkd.data.tasks import (
+    Task,
+    described,
+    is_generic,
+    order_of,
+)
+from fastkd.errors import UserError
+from fastkd.models import check_attention, dropout_rates, read_config, read_model, resolve_model
+from fastkd.recipe import Student, TunedModel
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A model that is going to be fine-tuned."""
+
+    model: PreTrainedModel
+    new_head: bool
+    """Whether its head was drawn."""
+    rates: dict[str, float]
+    """Its own dropout rates."""
+
+
+def load_tuned(section: TunedModel, task: Task) -> Tuned:
+    """A model to fine-tune, in fp32 on the CPU, with a head for the task.
+
+    A head of the right shape is kept, its outputs in the task's order where their names are the
+    task's; any other is drawn from torch's random numbers.
+
+    Args:
+        section: of the recipe.
+        task: whose labels the head gives.
+
+    Raises:
+        UserError: it can't be found, read or run with the attention that the recipe names.
+    """
+    name, given = resolve_model(section.source), f"model {section.name}"
+    config = read_config(name, given, section.revision, num_labels=task.outputs)
+    rates = dropout_rates(config)
+    if section.dropout is not None:
+        for rate in rates:
+            setattr(config, rate, section.dropout)
+    check_attention("model", section.attention, dropout_rates(config))
+    model, drawn = read_model(
+        name, given, torch.float32, section.revision, "sequence_classification", config
+    )
+    order = order_of(_names(model.config), task)
+    if order is not None:
+        _reorder(model, order, given)
+    name_outputs(model.config, task)
+    set_attention(model, section.attention)
+    if section.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Tuned(model, bool(drawn), rates)
+
+
+def name_outputs(config: PreTrainedConfig, task: Task) -> None:
+    """Write into a configuration what its head's outputs mean: they are the task's, in its order.
+
+    Names that say more than a number and mean the task's labels stay as they are.
+    """
+    config.problem_type = _problem_type(task)
+    if not task.labels:
+        return
+    names = _names(config)
+    own = not is_generic(names) and order_of(names, task) == tuple(range(len(names)))
+    _write_names(config, names if own else task.labels)
+
+
+def fit_classifier(model: PreTrainedModel, task: Task, given: str) -> None:
+    """See that a model's head answers the task's question, and give its outputs the task's order.
+
+    Args:
+        model: with a head for classification; the rows of its last layer change places.
+        task: whose labels the head gives.
+        given: what the user calls the model.
+
+    Raises:
+        UserError: another number of outputs, outputs whose names are not the task's labels, or
+            outputs in another order that can't be changed.
+    """
+    config = model.config
+    if config.num_labels != task.outputs:
+        what = "scores of a regression" if task.regression else ", ".join(task.labels)
+        raise UserError(
+            f"{given}: its head gives {config.num_labels} numbers, but task {task.name} needs "
+            f"{task.outputs} ({what}); fine-tune it on this task first"
+        )
+    if config.problem_type not in (None, _problem_type(task)):
+        raise UserError(
+            f"{given}: its problem_type is {config.problem_type}, but task {task.name} needs "
+            f"{_problem_type(task)}; fine-tune it on this task first"
+        )
+    if task.regression:
+        return
+    names = _names(config)
+    order = order_of(names, task)
+    if order is None and not is_generic(names):
+        raise UserError(
+            f"{given}: its head gives {', '.join(names)}, but task {task.name} counts "
+            f"{described(task)}; say which is which by the names in its config.json (id2label) or, "
+            "of a task with columns, by task.meanings"
+        )
+    if order is not None:
+        _reorder(model, order, given)
+
+
+def check_start(student: Student, task: Task) -> None:
+    """See that a model to start from counts the task's labels as the task does.
+
+    Raises:
+        UserError: it can't be read, or gives them in another order.
+    """
+    source = student.starts_from
+    if source is None or task.regression:
+        return
+    given = f"student.init {source.model}"
+    names = _names(read_config(resolve_model(source), given))
+    order = order_of(names, task)
+    if order is not None and order != tuple(range(len(order))):
+        raise UserError(
+            f"{given}: its head gives {', '.join(names)}, but task {task.name} counts "
+            f"{described(task)}; start from a student of this order"
+        )
+
+
+def _reorder(model: PreTrainedModel, order: Sequence[int], given: str) -> None:
+    """Let output i of a model be what output `order[i]` was."""
+    if list(order) == sorted(order):
+        return
+    names = _names(model.config)
+    below = {id(module) for module in model.base_model.modules()}
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+        and module.out_features == len(order)
+        and id(module) not in below
+    ]
+    if len(layers) != 1:
+        raise UserError(
+            f"{given}: its head gives {', '.join(names)}, which is not the task's order, and has "
+            f"{len(layers)} layers that could be its last; give a model of the task's order"
+        )
+    with torch.no_grad():
+        for weight in layers[0].parameters():
+            weight.copy_(weight[list(order)].clone())
+    _write_names(model.config, [names[place] for place in order])
+
+
+def _names(config: PreTrainedConfig) -> tuple[str, ...]:
+    """What a configuration calls its outputs, in order."""
+    return tuple(str(config.id2label.get(number)) for number in range(config.num_labels))
+
+
+def _write_names(config: PreTrainedConfig, names: Sequence[str]) -> None:
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+
+
+def _problem_type(task: Task) -> str:
+    return "regression" if task.regression else "single_label_classification"

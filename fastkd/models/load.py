@@ -1,0 +1,179 @@
+"""Models and tokenizers as they are found: located, read, checked."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fastkd.capture import set_attention
+from fastkd.errors import UserError
+from fastkd.models.checking import (
+    LOADING_ERRORS,
+    check_settings,
+    check_stored,
+    is_above,
+    not_loadable,
+    require_read,
+    require_whole,
+)
+from fastkd.models.locate import resolve_model
+from fastkd.models.poolers import drop_pooler
+from fastkd.models.vocabulary import read_tokenizer
+from fastkd.recipe import Student, Teacher
+from fastkd.types import Head
+
+AUTO = {
+    "none": AutoModel,
+    "sequence_classification": AutoModelForSequenceClassification,
+    "causal_lm": AutoModelForCausalLM,
+    "masked_lm": AutoModelForMaskedLM,
+}
+
+
+def load_teacher(teacher: Teacher, head: Head = "none") -> PreTrainedModel:
+    """The teacher, frozen, in eval mode, in its own dtype, on the CPU; without a head and without
+    its pooler unless one is asked for.
+
+    Raises:
+        UserError: it can't be found, read or run with the attention that the recipe names.
+    """
+    model, missing = read_model(
+        resolve_model(teacher),
+        f"teacher.model {teacher.model}",
+        getattr(torch, teacher.dtype),
+        teacher.revision,
+        head,
+    )
+    if missing and head == "sequence_classification":
+        raise UserError(
+            f"teacher.model {teacher.model}: its head was never trained, {len(missing)} weights "
+            f"are missing, {missing[0]} among them; train it with fastkd finetune first"
+        )
+    require_whole(f"teacher.model {teacher.model}", missing)
+    set_attention(model, teacher.attention)
+    return model.eval().requires_grad_(False)
+
+
+def load_student(folder: Path, student: Student) -> PreTrainedModel:
+    """A student that a run exported, in fp32 on the CPU, in eval mode.
+
+    Raises:
+        UserError: the folder holds no model.
+    """
+    given = f"student {folder}"
+    model, missing = read_model(str(folder), given, torch.float32, None, student.head)
+    require_whole(given, missing)
+    set_attention(model, student.attention)
+    return model.eval()
+
+
+def load_tokenizer(teacher: Teacher, vocabulary: int) -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer, which is also the student's.
+
+    Args:
+        teacher: section of the recipe.
+        vocabulary: rows of the teacher's embedding.
+
+    Raises:
+        UserError: there is none, or it makes ids that the embedding doesn't have.
+    """
+    tokenizer = read_tokenizer(teacher)
+    if tokenizer is None:
+        raise UserError(
+            f"{teacher.model}: holds no tokenizer; put the one there that the model was trained "
+            "with"
+        )
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"{teacher.model}: the tokenizer has {len(tokenizer)} tokens, but the model embeds "
+            f"{vocabulary}; give the folder the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+def read_config(
+    name: str, given: str, revision: str | None = None, **changes: Any
+) -> PreTrainedConfig:
+    """The configuration of a folder or hub model, with `changes`.
+
+    Args:
+        name: folder or hub name.
+        given: what the user calls it.
+        revision: on the hub.
+        changes: in the configuration's own names.
+
+    Raises:
+        UserError: it can't be read, or the weights beside it are not those of a whole float model.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=False, **changes
+        )
+    except LOADING_ERRORS as error:
+        raise UserError(not_loadable(given, error)) from error
+    check_stored(name, given, revision, config)
+    return config
+
+
+def read_model(
+    name: str,
+    given: str,
+    dtype: torch.dtype,
+    revision: str | None,
+    head: Head,
+    config: PreTrainedConfig | None = None,
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model on the CPU, and which weights of its head and pooler were drawn, not found.
+
+    Args:
+        name: folder or hub name.
+        given: what the user calls it.
+        dtype: of its weights.
+        revision: on the hub.
+        head: what it must have; `none` also takes its pooler off.
+        config: in place of its own; a head of another shape is then drawn.
+
+    Raises:
+        UserError: it can't be read, or weights below the head are missing or read by nothing.
+    """
+    model: PreTrainedModel
+    own = read_config(name, given, revision)
+    options = {} if config is None else {"config": config, "ignore_mismatched_sizes": True}
+    try:
+        with warnings.catch_warnings():
+            # torch tells a stranger's pickle by several lines before it refuses it
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            model, report = AUTO[head].from_pretrained(
+                name,
+                revision=revision,
+                dtype=dtype,
+                trust_remote_code=False,
+                # a pickle may hold tensors and nothing else
+                weights_only=True,
+                output_loading_info=True,
+                **options,
+            )
+    except LOADING_ERRORS as error:
+        raise UserError(not_loadable(given, error)) from error
+    check_settings(given, own, model)
+    require_read(given, model, report["unexpected_keys"])
+    # transformers draws what it doesn't find, and goes on
+    drawn = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
+    if head == "none":
+        drop_pooler(model, trained=not any("pooler." in name for name in drawn))
+    missing = sorted(drawn & {name for name, _ in model.named_parameters()})
+    require_whole(given, [name for name in missing if not is_above(model, name)])
+    return model, missing

@@ -1,0 +1,273 @@
+"""The student: the teacher's architecture with a recipe's numbers, and what it starts from.
+
+Every model that transformers can build from a configuration can be shrunk without code of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from fastkd.capture import find_blocks, set_attention
+from fastkd.errors import UserError
+from fastkd.layer_map import LayerMap
+from fastkd.models.load import (
+    AUTO,
+    read_config,
+    read_model,
+)
+from fastkd.models.locate import resolve_model
+from fastkd.models.per_layer import check_same_blocks, cut_layers
+from fastkd.models.poolers import POOLER_MARK, drop_pooler, lend_pooler
+from fastkd.recipe import Student, Teacher
+
+# one idea, four names
+_FEED_FORWARD = ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim")
+_DROPOUT = re.compile(r"dropout|_pdrop$|drop_path")
+# what a model computes with its weights, by the names of transformers
+_BEHAVIOUR = re.compile(
+    r"act(ivation)?(_function)?$|eps(ilon)?$|rope|rotary|sliding|window|layer_types|local_|global_|"
+    r"_bias$|scal|softcap|norm|^is_decoder$|^position_embedding_type$|^head_dim$"
+)
+
+
+@dataclass(frozen=True)
+class Initialisation:
+    """How many of the student's parameters were not drawn."""
+
+    copied: int
+    total: int
+    new_head: bool = False
+    """Whether a model to fine-tune came without a head for its task."""
+    missing: tuple[str, ...] = ()
+    """What student layers do without that their teacher layers have, in words."""
+
+
+def student_config(
+    teacher: PreTrainedConfig, student: Student, layers: LayerMap
+) -> PreTrainedConfig:
+    """The teacher's configuration with the student's numbers.
+
+    Raises:
+        UserError: numbers that don't divide, or a setting that this architecture doesn't have.
+    """
+    config = copy.deepcopy(teacher)
+    vars(config).pop(POOLER_MARK, None)
+    for needed in ("hidden_size", "num_attention_heads"):
+        if not isinstance(getattr(teacher, needed, None), int):
+            raise UserError(
+                f"{type(teacher).__name__} has no {needed}, so no student can be made from it; "
+                "give a transformer with attention"
+            )
+    config.num_hidden_layers = student.layers
+    config.hidden_size = student.hidden_size or teacher.hidden_size
+    config.num_attention_heads = student.heads or teacher.num_attention_heads
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"student.hidden_size {config.hidden_size} is not a multiple of its "
+            f"{config.num_attention_heads} heads; change student.hidden_size or student.heads"
+        )
+    _set_head_size(config, teacher)
+    _set_kv_heads(config, teacher, student)
+    if student.intermediate_size is not None:
+        names = [name for name in _FEED_FORWARD if hasattr(config, name)]
+        if not names:
+            raise UserError(
+                f"student.intermediate_size: {type(config).__name__} has no such number; "
+                "leave it out"
+            )
+        setattr(config, names[0], student.intermediate_size)
+    for name, value in cut_layers(teacher, layers.sources()).items():
+        setattr(config, name, value)
+    if student.dropout is not None:
+        for name in dropout_rates(teacher):
+            setattr(config, name, student.dropout)
+    check_attention("student", student.attention, dropout_rates(config))
+    return config
+
+
+def check_attention(given: str, attention: str, rates: Mapping[str, float]) -> None:
+    """See that an attention implementation drops out as it is asked to.
+
+    Raises:
+        UserError: flex attention has no dropout.
+    """
+    name = next((name for name, rate in rates.items() if rate > 0), None)
+    if attention == "flex_attention" and name is not None:
+        raise UserError(
+            f"{given}.attention is flex_attention, which has no dropout, but {name} is "
+            f"{rates[name]:g}; set {given}.dropout=0, or take sdpa"
+        )
+
+
+def dropout_rates(config: PreTrainedConfig) -> dict[str, float]:
+    """Every dropout rate of a configuration."""
+    return {
+        name: float(value)
+        for name, value in vars(config).items()
+        if _DROPOUT.search(name) and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def build_student(
+    teacher: PreTrainedModel, student: Student, layers: LayerMap
+) -> tuple[PreTrainedModel, Initialisation]:
+    """A student in fp32 on the CPU, initialised as the recipe says.
+
+    `init: teacher` copies block by block along the map, and everything outside the blocks by name,
+    wherever shapes agree; the rest is drawn as the architecture draws it. With the name of a model
+    all of that model's weights are taken; a head or pooler that it lacks is copied from the
+    teacher where shapes agree, else drawn.
+
+    Raises:
+        UserError: numbers that don't fit, or a model to start from of another shape.
+    """
+    config = student_config(teacher.config, student, layers)
+    missing: list[str] = []
+    if student.init == "teacher":
+        sources = layers.sources()
+        missing = check_same_blocks(teacher, cut_layers(teacher.config, sources), sources)
+    if student.starts_from is None:
+        model: PreTrainedModel = AUTO[student.head].from_config(config, dtype=torch.float32)
+        if student.head == "none":
+            drop_pooler(model)
+        copied = _copy_from_teacher(model, teacher, layers) if student.init == "teacher" else 0
+    else:
+        model, copied = _continued(student.starts_from, config, student, teacher)
+    lend_pooler(model, teacher)
+    set_attention(model, student.attention)
+    if student.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    total = sum(p.numel() for p in model.parameters())
+    return model, Initialisation(copied, total, missing=tuple(missing))
+
+
+def _continued(
+    source: Teacher, config: PreTrainedConfig, student: Student, teacher: PreTrainedModel
+) -> tuple[PreTrainedModel, int]:
+    """A student that starts from another model's weights, and how many numbers were not drawn."""
+    name, given = resolve_model(source), f"student.init {source.model}"
+    own = read_config(name, given)
+    _check_same_shape(own, config, given)
+    # its blocks are what they are, whatever teacher layers they learn from
+    for setting in cut_layers(config, range(1, student.layers + 1)):
+        if hasattr(own, setting):
+            setattr(config, setting, getattr(own, setting))
+    _check_same_behaviour(own, config, given)
+    model, drawn = read_model(name, given, torch.float32, None, student.head, config)
+    if hasattr(own, POOLER_MARK):
+        # written for others to load, but trained by nobody
+        drawn += [name for name, _ in model.named_parameters() if "pooler." in name]
+    fresh, found = 0, dict(teacher.named_parameters())
+    with torch.no_grad():
+        for weight, parameter in model.named_parameters():
+            if weight not in drawn:
+                continue
+            if weight in found and found[weight].shape == parameter.shape:
+                parameter.copy_(found[weight])
+            else:
+                fresh += parameter.numel()
+    return model, sum(p.numel() for p in model.parameters()) - fresh
+
+
+def _check_same_shape(own: PreTrainedConfig, wanted: PreTrainedConfig, given: str) -> None:
+    """See that a model to start from is what the student's section describes."""
+    if own.model_type != wanted.model_type:
+        raise UserError(
+            f"{given} is a {own.model_type} model, but the teacher is a {wanted.model_type} model; "
+            "start from a student of the same architecture"
+        )
+    feed_forward = next((name for name in _FEED_FORWARD if hasattr(wanted, name)), "")
+    numbers = {
+        "layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "intermediate_size": feed_forward,
+    }
+    for field, name in numbers.items():
+        there, here = getattr(own, name, None), getattr(wanted, name, None)
+        if there != here:
+            raise UserError(
+                f"{given} has {name} {there}, but the student is to have {here}; set "
+                f"student.{field}={there}, or start from another model"
+            )
+    if own.vocab_size != wanted.vocab_size:
+        raise UserError(
+            f"{given} embeds {own.vocab_size} tokens, but the teacher {wanted.vocab_size}; start "
+            "from a student of the same vocabulary"
+        )
+
+
+def _check_same_behaviour(own: PreTrainedConfig, wanted: PreTrainedConfig, given: str) -> None:
+    """See that the weights would be used as they were trained: under the teacher's settings."""
+    there, here = own.to_dict(), wanted.to_dict()
+    for name in sorted(there.keys() & here.keys()):
+        if _BEHAVIOUR.search(name) and not _DROPOUT.search(name) and there[name] != here[name]:
+            raise UserError(
+                f"{given} has {name} {there[name]!r}, but the student is to have {here[name]!r}, "
+                "as the teacher has; start from a model that agrees in that"
+            )
+
+
+def _set_head_size(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
+    size = config.hidden_size // config.num_attention_heads
+    resized = size != teacher.hidden_size // teacher.num_attention_heads
+    if resized and getattr(teacher, "head_dim", None):
+        config.head_dim = size
+    if size % 2 and getattr(config, "rope_parameters", None):
+        raise UserError(
+            f"student heads are {size} wide, but rotary embeddings need an even width; "
+            "change student.hidden_size or student.heads"
+        )
+
+
+def _set_kv_heads(config: PreTrainedConfig, teacher: PreTrainedConfig, student: Student) -> None:
+    grouped = getattr(teacher, "num_key_value_heads", None)
+    if grouped is None:
+        if student.kv_heads is not None:
+            raise UserError(
+                f"student.kv_heads: {type(config).__name__} has no grouped-query attention; "
+                "leave it out"
+            )
+        return
+    heads = config.num_attention_heads
+    kv_heads = student.kv_heads or max(1, heads * grouped // teacher.num_attention_heads)
+    if heads % kv_heads:
+        raise UserError(
+            f"student has {heads} heads and {kv_heads} key-value heads, expected a multiple; "
+            "set student.kv_heads"
+        )
+    config.num_key_value_heads = kv_heads
+
+
+def _copy_from_teacher(student: PreTrainedModel, teacher: PreTrainedModel, layers: LayerMap) -> int:
+    student_blocks, teacher_blocks = find_blocks(student), find_blocks(teacher)
+    pairs: list[tuple[nn.Module, nn.Module]] = [
+        (student_blocks[index], teacher_blocks[source - 1])
+        for index, source in enumerate(layers.sources())
+    ]
+    copied = sum(_copy_matching(target, source) for target, source in pairs)
+    prefix = next(name for name, module in student.named_modules() if module is student_blocks)
+    return copied + _copy_matching(student, teacher, outside=prefix + ".")
+
+
+def _copy_matching(target: nn.Module, source: nn.Module, outside: str | None = None) -> int:
+    """Copy parameters of the same name and shape; return how many numbers were copied."""
+    found = dict(source.named_parameters())
+    copied = 0
+    with torch.no_grad():
+        for name, parameter in target.named_parameters():
+            given = found.get(name)
+            if outside is not None and name.startswith(outside):
+                continue
+            if given is not None and given.shape == parameter.shape:
+                parameter.copy_(given)
+                copied += parameter.numel()
+    return copied

@@ -1,0 +1,126 @@
+"""Whether two models read text as the same ids: one batch of ids is given to both.
+
+Embeddings of the same size may stand for other tokens. What is compared is text to ids and nothing
+else: every token's id, then the ids of a text that asks for normalisation, splits and merges.
+Padding, truncation, framing and the names of classes don't count.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fastkd.errors import UserError
+from fastkd.models.checking import LOADING_ERRORS, not_loadable, optional_file
+from fastkd.models.locate import locate_model
+from fastkd.recipe import Teacher
+
+logger = logging.getLogger(__name__)
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
+_PROBE = (
+    "The quick brown fox jumps over the lazy dog",
+    "THE Quick bRown FOX's don't, won't & can't!?",
+    "na\u00efve caf\u00e9 Z\u00fcrich \u0130stanbul stra\u00dfe cafe\u0301",
+    "  two  spaces,\ttabs\nand\r\nlines  ",
+    "0 12 345 6789 3.14159 1,000,000 2024-01-31 \u00bd \u00b2",
+    "\u6771\u4eac \u043c\u043e\u0441\u043a\u0432\u0430 \u0639\u0631\u0628\u064a \ud55c\uad6d\uc5b4",
+    "\U0001f600 \ufb01ne \u2026 \u201cquoted\u201d \u2014 a\u200bb",
+    "https://example.org/a_b?c=d#e f(x) = [y, {z}]; // <tag> $5 100% @user",
+    "antidisestablishmentarianism unbelievably internationalisation",
+)
+# of the vocabulary, spread over it
+_SAMPLE = 2000
+
+
+def read_tokenizer(teacher: Teacher) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder or hub model, `None` where it holds none.
+
+    Raises:
+        UserError: there is one that can't be read.
+    """
+    name = locate_model(teacher)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, revision=teacher.revision, trust_remote_code=False
+        )
+        # without end, where the token of unknown words is unknown
+        special = set(tokenizer.all_special_ids)
+    except Exception as error:
+        # of a file that it can't read, tokenizers raises just that
+        if type(error) is not Exception and not isinstance(error, LOADING_ERRORS):
+            raise
+        known = optional_file(name, "config.json", teacher.revision) is not None
+        if known and not any(optional_file(name, file, teacher.revision) for file in _FILES):
+            return None
+        raise UserError(not_loadable(f"tokenizer of {teacher.model}", error)) from error
+    # transformers makes one of special tokens alone where a folder has no tokenizer
+    if len(tokenizer) <= len(special):
+        return None
+    return tokenizer
+
+
+def check_same_vocabulary(source: Teacher, given: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """See that a model was trained on the ids that the teacher's tokenizer makes.
+
+    One without a tokenizer is taken to share the teacher's, and it is said.
+
+    Args:
+        source: the model.
+        given: what the user calls it.
+        tokenizer: the teacher's.
+
+    Raises:
+        UserError: naming the first token or text that differs.
+    """
+    own = read_tokenizer(source)
+    if own is None:
+        logger.warning("%s: holds no tokenizer, so it is taken to share the teacher's", given)
+        return
+    difference = vocabulary_difference(own, tokenizer)
+    if difference is not None:
+        raise UserError(
+            f"{given}: its tokenizer is not the teacher's: {difference}; give a model that was "
+            "trained with the teacher's tokenizer"
+        )
+
+
+def vocabulary_difference(
+    own: PreTrainedTokenizerBase, teachers: PreTrainedTokenizerBase
+) -> str | None:
+    """The first token or text that two tokenizers read as other ids, `None` if there is none."""
+    mine, theirs = ({i: t for t, i in t.get_vocab().items()} for t in (own, teachers))
+    for number in sorted(mine.keys() | theirs.keys()):
+        if mine.get(number) != theirs.get(number):
+            there, here = (_shown(table.get(number)) for table in (mine, theirs))
+            return f"id {number} is {there} there and {here} in the teacher's"
+    step = max(1, len(mine) // _SAMPLE)
+    words = [own.convert_tokens_to_string([mine[number]]) for number in sorted(mine)[::step]]
+    texts = [*_PROBE, *words]
+    for text, ids, expected in zip(texts, _ids(own, texts), _ids(teachers, texts), strict=True):
+        if ids != expected:
+            return f"{text!r} is {_some(ids)} there and {_some(expected)} in the teacher's"
+    return None
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _shown(token: str | None) -> str:
+    return "no token" if token is None else repr(token)
+
+
+def _some(ids: list[int]) -> str:
+    return str(ids) if len(ids) <= 8 else f"[{', '.join(map(str, ids[:8]))}, ...]"

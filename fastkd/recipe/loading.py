@@ -1,0 +1,222 @@
+"""Read a recipe from YAML, and say in one line what is wrong with it.
+
+Dotted overrides (`train.steps=1000`) are applied to the YAML before validation: the command line
+can say nothing that a file could not.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from fastkd.errors import UserError, one_line
+from fastkd.layer_map.sections import MAP_SECTIONS
+from fastkd.recipe.finetune import FinetuneRecipe
+from fastkd.recipe.presets import expand
+from fastkd.recipe.recipe import Recipe
+from fastkd.recipe.stages import stage_trees
+from fastkd.recipe.yaml_text import LONGEST, YamlError, read_yaml, write_yaml
+from fastkd.section import short
+
+AnyRecipe = Recipe | FinetuneRecipe
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe of a distillation and apply overrides.
+
+    Args:
+        path: YAML file.
+        overrides: `dotted.key=value` strings; the value is read as YAML.
+
+    Raises:
+        UserError: the file is missing or not YAML, or a key or value is not what a recipe takes.
+    """
+    return parse_recipe(_overridden(path, overrides), str(path))
+
+
+def load_finetune_recipe(path: str | Path, overrides: Sequence[str] = ()) -> FinetuneRecipe:
+    """Read a recipe of a fine-tuning run, likewise."""
+    return parse_finetune_recipe(_overridden(path, overrides), str(path))
+
+
+def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
+    """Read a recipe of either kind: one of a fine-tuning run has a `model`.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    return parse_any_recipe(_overridden(path, overrides), str(path))
+
+
+def _overridden(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+    tree = read_tree(path)
+    given: dict[str, str] = {}
+    for override in overrides:
+        key, text = _parted(override)
+        _check_new(given, key, text)
+        given[key] = text
+        _apply(tree, key, text)
+    return tree
+
+
+def read_tree(path: str | Path, what: str = "recipe") -> dict[str, Any]:
+    """Read a YAML file of sections; `what` is what the user thinks it is.
+
+    Raises:
+        UserError: the file is missing, not YAML, says a thing twice, or is not a mapping.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8") as file:
+            # one more than is taken: a device has no end
+            tree = read_yaml(file.read(LONGEST + 1))
+    except YamlError as error:
+        raise UserError(f"{path}: {error}") from error
+    # ValueError: no UTF-8, or a NUL in the path
+    except (OSError, ValueError) as error:
+        said = f"not a readable {what} ({one_line(error)}); give a YAML file"
+        raise UserError(f"{str(path)[:300]}: {said}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+    return tree
+
+
+def parse_recipe(tree: Mapping[str, Any], name: str = "recipe") -> Recipe:
+    """Validate a mapping as a recipe; `name` stands before every complaint.
+
+    Raises:
+        UserError: with the field, what was given and what was expected.
+    """
+    try:
+        recipe = Recipe.model_validate(expand(tree))
+        stage_recipes(recipe)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    except ValidationError as error:
+        raise UserError(f"{name}: {complain(error, Recipe)}") from error
+    return recipe
+
+
+def stage_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipe of each stage, in order; none of a recipe without stages.
+
+    Raises:
+        UserError: naming the stage, its field, what was given and what was expected.
+    """
+    found = []
+    for number, tree in enumerate(stage_trees(recipe.model_dump(mode="json")), start=1):
+        try:
+            found.append(Recipe.model_validate(tree))
+        except ValidationError as error:
+            raise UserError(f"stages.{number}: {complain(error, Recipe)}") from error
+    return found
+
+
+def parse_finetune_recipe(tree: Mapping[str, Any], name: str = "recipe") -> FinetuneRecipe:
+    """Validate a mapping as a recipe of a fine-tuning run, likewise."""
+    try:
+        return FinetuneRecipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{name}: {complain(error, FinetuneRecipe)}") from error
+
+
+def parse_any_recipe(tree: Mapping[str, Any], name: str = "recipe") -> AnyRecipe:
+    """Validate a mapping as a recipe of either kind, likewise."""
+    return parse_finetune_recipe(tree, name) if "model" in tree else parse_recipe(tree, name)
+
+
+def dump_recipe(recipe: AnyRecipe) -> str:
+    """The recipe as YAML with every default written out."""
+    return write_yaml(recipe.model_dump(mode="json"))
+
+
+def _parted(override: str) -> tuple[str, str]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: expected dotted.key=value, as in train.steps=1000")
+    return key, text
+
+
+def _check_new(given: Mapping[str, str], key: str, text: str) -> None:
+    """Refuse an override that takes back what an earlier one said."""
+    for before, said in given.items():
+        if (before == key and said != text) or before.startswith(key + "."):
+            raise UserError(
+                f"override {key}={text} would undo {before}={said}, which is given too; give one "
+                "of them"
+            )
+
+
+def _apply(tree: dict[str, Any], key: str, text: str) -> None:
+    override = f"{key}={text}"
+    try:
+        value = read_yaml(text)
+    except YamlError as error:
+        raise UserError(f"override {override!r}: {error}") from error
+    replace_value(tree, key, value)
+
+
+def replace_value(tree: dict[str, Any], key: str, value: object) -> None:
+    """Set a dotted key, in place; sections on the way are made where there are none.
+
+    Raises:
+        UserError: a part of the key that is no section.
+    """
+    *parents, leaf = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        if not isinstance(node, dict):
+            break
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+    if not isinstance(node, dict):
+        raise UserError(f"override {key!r}: {'.'.join(parents)} is not a section")
+    node[leaf] = value
+
+
+def complain(error: ValidationError, root: type[BaseModel]) -> str:
+    """What was given and what was expected, in one line, for a file that is read into `root`."""
+    first, *rest = error.errors(include_url=False)
+    # pydantic adds which of its forms a layer map was read as
+    field = ".".join(str(p) for i, p in enumerate(first["loc"]) if not _is_form(first["loc"], i))
+    if first["type"] == "extra_forbidden":
+        allowed = list(_section(root, first["loc"][:-1]).model_fields)
+        close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        text = f"{field}: unknown key; {hint}expected one of {', '.join(allowed)}"
+    elif first["type"] == "missing":
+        text = f"{field}: missing; it has no default, so give a value"
+    elif first["type"] == "model_type":
+        keys = ", ".join(_section(root, first["loc"]).model_fields)
+        text = f"{field}: expected a section with keys {keys} (given {short(first['input'])})"
+    else:
+        where = f"{field}: " if field else ""
+        message = first["msg"].removeprefix("Value error, ")
+        given = "" if first["type"] == "value_error" else f" (given {short(first['input'])})"
+        if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
+            message += "; put quotes around a word that YAML reads otherwise, such as 'true' or '1'"
+        text = f"{where}{message[:1].lower()}{message[1:]}{given}"
+    return text + (f" (and {len(rest)} more)" if rest else "")
+
+
+def _section(root: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel]:
+    model, parts = root, iter(location)
+    for part in parts:
+        if part == "layer_map":
+            return MAP_SECTIONS[str(next(parts))]
+        annotation = model.model_fields[str(part)].annotation
+        candidates = getattr(annotation, "__args__", (annotation,))
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        if get_origin(annotation) is dict:
+            # the key under which the section stands
+            next(parts, None)
+    return model
+
+
+def _is_form(location: Sequence[int | str], index: int) -> bool:
+    return index > 0 and location[index - 1] == "layer_map"

@@ -1,0 +1,1 @@
+"""What a user sees: lines and bars in a terminal, pages, pictures."""

@@ -1,0 +1,206 @@
+"""What a run came to: a table in the terminal, and one HTML page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from fastkd.files.disk import disk_errors, write_whole
+from fastkd.recipe import AnyRecipe, Recipe, load_any_recipe
+from fastkd.reporting.console import Reporter
+from fastkd.reporting.html import (
+    document,
+    escaped,
+    html_table,
+)
+from fastkd.reporting.plotting import plain
+from fastkd.training.run_folder import RunFolder
+
+_NAMED_LINES = 16
+# where in a summary the scores of a model stand
+_SCORED = {"teacher": "teacher", "student": "after"}
+Rows = list[tuple[str, ...]]
+
+
+def print_summary(summary: dict[str, Any], reporter: Reporter) -> None:
+    """Print the tables of a finished run."""
+    reporter.table("held-out loss", ("term/student-teacher", "before", "after"), _losses(summary))
+    reporter.table("run", ("", *_model_names(summary)), _models(summary))
+    for name, value in _facts(summary):
+        reporter.say(f"{name}: {value}")
+
+
+def print_evaluation(result: dict[str, Any], reporter: Reporter) -> None:
+    """Print the table of one evaluation."""
+    rows = [(row[0], row[2]) for row in _losses({"before": result, "after": result})]
+    reporter.table("held-out loss", ("term/student-teacher", "value"), rows)
+    reporter.say(f"held out: {_heldout(result)}")
+
+
+def write_report(run: RunFolder) -> None:
+    """Write report.html of a finished run."""
+    summary, metrics = run.read_summary(), run.read_metrics()
+    assert summary is not None, "a report is written after the summary"
+    recipe = load_any_recipe(run.recipe)
+    training = [record for record in metrics if record["kind"] == "train"]
+    heldout = [record for record in metrics if record["kind"] == "heldout"]
+    body = [
+        f"<p>{escaped(_subject(recipe))}</p>",
+        html_table(("term/student-teacher", "before", "after"), _losses(summary)),
+        html_table(("", *_model_names(summary)), _models(summary)),
+        html_table(("", ""), _facts(summary)),
+        "<h2>Training</h2>",
+        _curves(training, "loss, mean over log_every steps"),
+        "<h2>Held out</h2>",
+        _curves(heldout, "loss on held-out data"),
+        *_score_section(heldout, summary.get("teacher")),
+        f"<h2>Recipe</h2><pre>{escaped(run.recipe.read_text(encoding='utf-8'))}</pre>",
+    ]
+    with disk_errors(run.path):
+        write_whole(run.report, document(run.path.name, body))
+
+
+def _losses(summary: dict[str, Any]) -> Rows:
+    before, after = summary["before"], summary["after"]
+    # the first of several stages may have had other terms
+    first = {label: f"{value:.4g}" for label, value in before["losses"].items()}
+    rows: Rows = [
+        (label, first.get(label, "-"), f"{value:.4g}") for label, value in after["losses"].items()
+    ]
+    rows.append(("total, weighted", f"{before['total']:.4g}", f"{after['total']:.4g}"))
+    if "sentence_cosine" in after:
+        cosines = [
+            "widths differ" if e["sentence_cosine"] is None else f"{e['sentence_cosine']:.4f}"
+            for e in (before, after)
+        ]
+        rows.append(("sentence embeddings, cosine", *cosines))
+    early, late = _scores(before), _scores(after)
+    rows += [(name, f"{early[name]:.4f}", f"{value:.4f}") for name, value in late.items()]
+    return rows
+
+
+def _scores(judged: dict[str, Any]) -> dict[str, float]:
+    """The score of a task and each metric behind it; nothing of text."""
+    if "score" not in judged:
+        return {}
+    metrics = {
+        f"{split}, {metric}": value
+        for split, scores in judged["scores"].items()
+        for metric, value in scores.items()
+    }
+    return {"score": judged["score"], **metrics}
+
+
+def _model_names(summary: dict[str, Any]) -> list[str]:
+    return [name for name in ("teacher", "student") if name in summary["parameters"]]
+
+
+def _models(summary: dict[str, Any]) -> Rows:
+    names = _model_names(summary)
+
+    def row(title: str, values: dict[str, float]) -> tuple[str, ...]:
+        return (title, *(f"{values[name]:,.0f}" for name in names))
+
+    rows: Rows = [
+        row("parameters", summary["parameters"]),
+        row("forward tokens/s", summary["forward_tokens_per_second"]),
+    ]
+    if "score" in summary["after"] and "teacher" in names:
+        scores = {name: _scores(summary[key]) for name, key in _SCORED.items()}
+        rows += [
+            (title, *(f"{scores[name][title]:.4f}" for name in names))
+            for title in scores["student"]
+        ]
+    return rows
+
+
+def _facts(summary: dict[str, Any]) -> Rows:
+    steps = f"{summary['steps']} steps"
+    if "train_tokens" in summary:
+        trained = f"{summary['train_tokens']:,} tokens in {steps}"
+    else:
+        trained = (
+            f"{summary['train_examples']:,} examples in {steps}, "
+            f"{summary['train_examples'] / summary['task_examples']:.2f} passes"
+        )
+    # summaries of fastkd 0.1 don't say
+    worse = "; ".join(summary.get("worse", []))
+    return [
+        ("trained on", trained),
+        ("held out", _heldout(summary["after"])),
+        *([("worse than before", worse)] if worse else []),
+        (
+            f"peak memory of the {summary['peak_memory_of']}",
+            f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        ),
+        ("time", f"{summary['seconds']:.0f} s on {summary['world_size']} rank(s)"),
+        ("run folder", summary["run"]),
+    ]
+
+
+def _heldout(judged: dict[str, Any]) -> str:
+    if "examples" in judged:
+        return f"{judged['examples']:,} examples"
+    return f"{judged['tokens']:,} tokens in {judged['blocks']} blocks"
+
+
+def _subject(recipe: AnyRecipe) -> str:
+    if isinstance(recipe, Recipe):
+        return f"{recipe.teacher.model} to {recipe.student.layers} layers"
+    return f"{recipe.model.name}, fine-tuned on {recipe.task.name}"
+
+
+def _score_section(heldout: list[dict[str, Any]], teacher: dict[str, Any] | None) -> list[str]:
+    """The task's score over the run, beside the teacher's."""
+    if not heldout or "score" not in heldout[0]:
+        return []
+    steps = [record["step"] for record in heldout]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastkd"}):
+        figure = Figure(figsize=(6.0, 3.2), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(steps, [record["score"] for record in heldout], marker=".", label="this model")
+        if teacher is not None:
+            axes.axhline(teacher["score"], color="black", linestyle="--", label="teacher")
+        axes.set(xlabel="step", ylabel="score")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        return ["<h2>Score of the task</h2>", _svg(figure)]
+
+
+def _curves(records: list[dict[str, Any]], title: str) -> str:
+    """One panel a term, one line a layer pair, as inline SVG."""
+    if not records:
+        return "<p>nothing was recorded</p>"
+    labels = list(records[0]["losses"])
+    terms = list(dict.fromkeys(label.split("/")[0] for label in labels))
+    steps = [record["step"] for record in records]
+    # text stays text, and the same run gives the same bytes
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastkd"}):
+        figure = Figure(figsize=(4.2 * len(terms), 3.2), layout="constrained")
+        for axes, term in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms, strict=True):
+            lines = [label for label in labels if label.split("/")[0] == term]
+            for label in lines:
+                values = [record["losses"][label] for record in records]
+                layers = label.partition("/")[2]
+                axes.plot(steps, values, marker="." if len(steps) < 30 else "", label=plain(layers))
+            axes.set(title=f"{plain(term)}: {title}", xlabel="step")
+            # a student that starts from its teacher has losses of exactly zero
+            axes.set_yscale("log", nonpositive="mask")
+            axes.title.set_fontsize(9)
+            axes.grid(alpha=0.3, which="both")
+            # a term without layers is one line; a many-to-many map has too many to name
+            if "/" in lines[0] and len(lines) <= _NAMED_LINES:
+                axes.legend(fontsize=8, title="student-teacher layer", title_fontsize=8)
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    # no time, and no addresses of elsewhere
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", metadata=nothing)
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]

@@ -1,0 +1,360 @@
+"""The storage of a study: which work there is, who does it, what it came to.
+
+Two Optuna studies share one SQLite file. `NAME` holds a search's candidates, each a trial that is
+run on all tasks with all seeds and scored by its mean. `NAME/grid` holds what is known beforehand,
+one trial a run: all of a grid, or what a search is compared with. A trial in the state RUNNING
+whose claim is free was left by a worker that ended, and is the next to be continued.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from fastkd.errors import UserError, one_line
+from fastkd.section import LONGEST_RUN
+from fastkd.study.locks import Claim, alone
+from fastkd.study.metric import read_metric
+from fastkd.study.opening import BUSY_SECONDS, check_file, check_same
+from fastkd.study.plan import Condition, Plan, Run, digest
+from fastkd.study.search import draw, make_pruner, make_sampler
+from fastkd.training.run_folder import RunFolder
+
+State = Literal["waiting", "running", "finished", "pruned", "failed"]
+STATES: dict[TrialState, State] = {
+    TrialState.WAITING: "waiting",
+    TrialState.RUNNING: "running",
+    TrialState.COMPLETE: "finished",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of one run."""
+
+    run: Run
+    state: State
+    value: float | None = None
+    seconds: float | None = None
+    message: str = ""
+
+
+@dataclass
+class Work:
+    """A trial that this worker has claimed."""
+
+    study: optuna.Study
+    trial: Trial
+    claim: Claim
+    condition: Condition
+    runs: list[Run]
+
+    @property
+    def name(self) -> str:
+        """What the trial is called in messages."""
+        return self.runs[0].key if len(self.runs) == 1 else self.condition.name
+
+
+class Store:
+    """The storage of one study, open.
+
+    Args:
+        plan: the study.
+
+    Raises:
+        UserError: the file holds another study, this one with other contents, or no study at all.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.path = plan.output / "study.db"
+        self._runs = {run.key: run for c in plan.conditions for run in plan.runs(c)}
+        with self._alone():
+            check_file(self.path, plan.output)
+            self._open()
+
+    def add_work(self, *, retry_failed: bool = False) -> None:
+        """Queue what is not in the storage yet and, if asked to, what failed.
+
+        Raises:
+            UserError: a run is there with another recipe.
+        """
+        with self._alone():
+            known = self._newest(self.grid)
+            for key, trial in known.items():
+                if key not in self._runs and not trial.state.is_finished():
+                    raise UserError(
+                        f"{self.path} waits for {key}, which {self.plan.path} no longer has; put "
+                        "it back, or give the study another output"
+                    )
+            for key, run in self._runs.items():
+                made_with = self.plan.digest(run)
+                if key not in known:
+                    self._queue(self.grid, {"name": key, "recipe": made_with})
+                elif known[key].user_attrs["recipe"] != made_with:
+                    raise UserError(
+                        f"{self.plan.path}: {key} was run with another recipe before; give the "
+                        "condition another name, or the study another output"
+                    )
+            if self.search is not None and self.plan.spec.search is not None:
+                if self.plan.spec.search.sampler == "grid" and not self.search.get_trials(False):
+                    for number, params in enumerate(self.plan.combinations()):
+                        self.search.enqueue_trial(params, {"name": _candidate(number)})
+                known |= self._newest(self.search)
+            for trial in known.values() if retry_failed else ():
+                if trial.state == TrialState.FAIL:
+                    study = self.grid if trial.user_attrs["name"] in self._runs else self.search
+                    assert study is not None
+                    self._queue(study, {**trial.user_attrs, "message": ""}, trial)
+
+    def take(self) -> Work | None:
+        """The next piece of work, claimed; `None` while there is none to be had."""
+        with self._alone():
+            for study in self._studies():
+                for frozen in study.get_trials(False, (TrialState.RUNNING,)):
+                    claim = Claim.take(self._claim_path(frozen))
+                    if claim is None:
+                        continue
+                    # whoever held it may have finished since we looked
+                    if study.get_trials(False)[frozen.number].state == TrialState.RUNNING:
+                        return self._work(study, Trial(study, frozen._trial_id), claim)
+                    claim.release()
+                if study.get_trials(False, (TrialState.WAITING,)) or self._wants_more(study):
+                    if study is self.search and self.plan.spec.search is not None:
+                        drawn = len(study.get_trials(deepcopy=False))
+                        study.sampler = make_sampler(self.plan.spec.search, drawn)
+                    trial = study.ask()
+                    if "name" not in trial.user_attrs:
+                        trial.set_user_attr("name", _candidate(trial.number))
+                    claim = Claim.take(self._claim_path(trial))
+                    assert claim, "a trial that was just asked for is nobody's"
+                    return self._work(study, trial, claim)
+        return None
+
+    def is_done(self) -> bool:
+        """Whether nothing waits or runs, here or elsewhere."""
+        open_states = (TrialState.RUNNING, TrialState.WAITING)
+        return not any(
+            study.get_trials(False, open_states) or self._wants_more(study)
+            for study in self._studies()
+        )
+
+    def counts(self) -> tuple[int, int]:
+        """Trials that are over, and all that there will be."""
+        done = total = 0
+        for study in self._studies():
+            names = self._newest(study)
+            done += sum(trial.state.is_finished() for trial in names.values())
+            search = self.plan.spec.search if study is self.search else None
+            total += max(len(names), (search and search.trials) or 0)
+        return done, total
+
+    def has_scores(self) -> bool:
+        """Whether any run of the study has a value."""
+        return any(
+            trial.user_attrs.get("scores")
+            for study in self._studies()
+            for trial in self._newest(study).values()
+        )
+
+    def has_score(self, work: Work, run: Run) -> bool:
+        """Whether one of a trial's runs has a value already."""
+        return _short(run) in work.trial.user_attrs.get("scores", {})
+
+    def score(self, work: Work, run: Run, value: float, seconds: float) -> None:
+        """Note the value of one of a trial's runs."""
+        scores = work.trial.user_attrs.get("scores", {})
+        work.trial.set_user_attr("scores", {**scores, _short(run): [value, seconds]})
+
+    def finish(self, work: Work) -> None:
+        """Close a trial all of whose runs have values: it is worth their mean."""
+        scores = work.trial.user_attrs["scores"]
+        value = sum(value for value, _ in scores.values()) / len(scores)
+        work.study.tell(work.trial, value)
+
+    def fail(self, work: Work, message: str) -> None:
+        """Close a trial that can't be finished."""
+        work.trial.set_user_attr("message", message)
+        work.study.tell(work.trial, state=TrialState.FAIL)
+
+    def prune(self, work: Work) -> None:
+        """Close a trial that is not worth finishing."""
+        work.study.tell(work.trial, state=TrialState.PRUNED)
+
+    def report(self, work: Work, run: Run, values: Mapping[int, float]) -> bool:
+        """Note held-out values of a run by step, and whether the trial should be pruned.
+
+        Args:
+            work: the trial.
+            run: one of its runs.
+            values: held-out value by step.
+        """
+        # the same number means the same step of the same task and seed in every trial
+        first = work.runs.index(run) * LONGEST_RUN
+        known = self._frozen(work).intermediate_values
+        for step, value in values.items():
+            if first + step not in known:
+                work.trial.report(value, first + step)
+        frozen = self._frozen(work)
+        # the pruner takes the best so far, and those of other tasks don't compare with this run's
+        frozen.intermediate_values = {
+            step: value
+            for step, value in frozen.intermediate_values.items()
+            if first <= step < first + LONGEST_RUN
+        }
+        return bool(frozen.intermediate_values) and work.study.pruner.prune(work.study, frozen)
+
+    def records(self) -> list[Record]:
+        """Every run of the study as the file has it now."""
+        found: list[Record] = []
+        grid = self._newest(self.grid)
+        for key, run in self._runs.items():
+            found += _records(grid.get(key), [run])
+        for name, trial in self._newest(self.search).items() if self.search else ():
+            if trial.params:
+                runs = self.plan.runs(self.plan.candidate(name, trial.params))
+                found += _records(trial, runs)
+        return found
+
+    def _open(self) -> None:
+        spec = self.plan.spec
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        try:
+            storage = optuna.storages.RDBStorage(
+                f"sqlite:///{self.path}",
+                engine_kwargs={"connect_args": {"timeout": BUSY_SECONDS}},
+            )
+            names = {s.study_name for s in optuna.get_all_study_summaries(storage)}
+        except RuntimeError as error:
+            raise UserError(
+                f"{self.path} is of another version of Optuna ({one_line(error, None)}); "
+                "upgrade it with `optuna storage upgrade`, or give the study another output"
+            ) from error
+        grid, search = f"{spec.name}/grid", spec.name
+        if foreign := names - {grid, search}:
+            raise UserError(
+                f"{self.path} holds the study {sorted(foreign)[0].removesuffix('/grid')!r}, not "
+                f"{spec.name!r}; give the study its own name back, or another output"
+            )
+        direction = spec.metric.direction
+        options: dict[str, Any] = {"storage": storage, "direction": direction}
+        self.grid = optuna.create_study(study_name=grid, load_if_exists=True, **options)
+        self.search: optuna.Study | None = None
+        if spec.search is not None:
+            pruner = make_pruner(spec.search)
+            self.search = optuna.create_study(
+                study_name=search, load_if_exists=True, pruner=pruner, **options
+            )
+        if check_same(self.grid, self.path, self._fixed(), spec.metric.direction, self.search):
+            self._read_again()
+
+    def _read_again(self) -> None:
+        """Take another number from the summaries of runs that are over, which stay as they are."""
+        for name, trial in self._newest(self.grid).items():
+            run = self._runs.get(name)
+            if run is None or not trial.state.is_finished():
+                continue
+            place = self.plan.place(run)
+            if RunFolder(place.run).summary.is_file():
+                found = read_metric(place.run, self.plan.spec.metric.path)
+                seconds = trial.user_attrs.get("scores", {}).get(_short(run), [0.0, 0.0])[1]
+                attributes = {"name": name, "recipe": trial.user_attrs["recipe"]}
+                if isinstance(found, float):
+                    attributes["scores"] = {_short(run): [found, seconds]}
+                    made = optuna.create_trial(value=found, user_attrs=attributes)
+                else:
+                    attributes["message"] = found
+                    made = optuna.create_trial(state=TrialState.FAIL, user_attrs=attributes)
+                self.grid.add_trial(made)
+        for study in self._studies():
+            for trial in study.get_trials(False, (TrialState.RUNNING,)):
+                Trial(study, trial._trial_id).set_user_attr("scores", {})
+        self.grid.set_user_attr("fixed", self._fixed())
+
+    def _fixed(self) -> dict[str, str]:
+        """Digests of what must not change once there are runs, by its name in the file."""
+        said = self.plan.spec.model_dump(mode="json")
+        kept = ["command", "metric"]
+        if self.plan.spec.search is not None:
+            # scores of candidates are means over these
+            kept += ["recipe", "overrides", "tasks", "axes", "spaces", "seeds"]
+        search = said["search"] and {**said["search"], "trials": None}
+        return {key: digest(said[key]) for key in kept} | {"search": digest(search)}
+
+    def _studies(self) -> Iterator[optuna.Study]:
+        yield self.grid
+        if self.search is not None:
+            yield self.search
+
+    def _newest(self, study: optuna.Study) -> dict[str, FrozenTrial]:
+        """The last trial of each name; earlier ones failed and were tried again."""
+        trials = study.get_trials(deepcopy=False)
+        # a worker that is killed between two writes leaves a trial without a name
+        return {t.user_attrs.get("name", _candidate(t.number)): t for t in trials}
+
+    def _wants_more(self, study: optuna.Study) -> bool:
+        search = self.plan.spec.search
+        if study is not self.search or search is None or search.trials is None:
+            return False
+        return len(self._newest(study)) < search.trials
+
+    def _queue(
+        self, study: optuna.Study, attributes: dict[str, Any], like: FrozenTrial | None = None
+    ) -> None:
+        study.add_trial(
+            optuna.create_trial(
+                state=TrialState.WAITING,
+                params=like.params if like else None,
+                distributions=like.distributions if like else None,
+                user_attrs=attributes,
+            )
+        )
+
+    def _work(self, study: optuna.Study, trial: Trial, claim: Claim) -> Work:
+        name = trial.user_attrs.get("name", _candidate(trial.number))
+        if study is self.grid:
+            run = self._runs[name]
+            return Work(study, trial, claim, run.condition, [run])
+        condition = self.plan.candidate(name, draw(trial, self.plan))
+        return Work(study, trial, claim, condition, self.plan.runs(condition))
+
+    def _frozen(self, work: Work) -> FrozenTrial:
+        return copy.deepcopy(work.study.get_trials(deepcopy=False)[work.trial.number])
+
+    def _claim_path(self, trial: FrozenTrial | Trial) -> Path:
+        name: str = trial.user_attrs.get("name", _candidate(trial.number))
+        return self.plan.output / "claims" / name
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with alone(self.plan.output / "study.lock"):
+            yield
+
+
+def _records(trial: FrozenTrial | None, runs: Iterable[Run]) -> Iterator[Record]:
+    state = "waiting" if trial is None else STATES[trial.state]
+    attributes = {} if trial is None else trial.user_attrs
+    scores: Mapping[str, Sequence[float]] = attributes.get("scores", {})
+    for run in runs:
+        if _short(run) in scores:
+            value, seconds = scores[_short(run)]
+            yield Record(run, "finished", value, seconds)
+        else:
+            yield Record(run, state, message=attributes.get("message", ""))
+
+
+def _short(run: Run) -> str:
+    return f"{run.task or ''}/{run.seed}"
+
+
+def _candidate(number: int) -> str:
+    return f"trial-{number:04d}"

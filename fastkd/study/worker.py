@@ -1,0 +1,145 @@
+"""One child process: a run of its own, watched, stopped when asked to, and what it came to.
+
+A run gets a process of its own because DeepSpeed and the process group keep state in one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from fastkd.errors import UserError
+from fastkd.files.disk import disk_errors, write_whole
+from fastkd.recipe import AnyRecipe, dump_recipe
+from fastkd.study.locks import Claim
+from fastkd.study.plan import Place
+from fastkd.study.spec import Command
+from fastkd.training.run_folder import RunFolder
+
+# what of the end of a log is searched for a message
+_TAIL_BYTES = 1 << 16
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a child ended: `stopped` and `pruned` at our own request."""
+
+    kind: Literal["finished", "failed", "stopped", "pruned"]
+    seconds: float
+    message: str = ""
+
+
+@dataclass
+class Children:
+    """Starts children and stops them all.
+
+    Args:
+        program: the `fastkd` command, to which `distill RECIPE --resume` is added.
+        environments: environment variables of each worker's children beside our own.
+    """
+
+    program: Sequence[str]
+    environments: Sequence[dict[str, str]]
+    stopping: threading.Event = field(default_factory=threading.Event)
+    """Ask running children to write a checkpoint and end."""
+    killing: threading.Event = field(default_factory=threading.Event)
+    """End them at once."""
+
+    def run(
+        self,
+        command: Command,
+        recipe: AnyRecipe,
+        place: Place,
+        claim: Claim,
+        worker: int,
+        watch: Callable[[], bool] = lambda: False,
+    ) -> Ending:
+        """Run or continue one run to its end.
+
+        Args:
+            command: of `fastkd`.
+            recipe: of the run, which writes to `place.run`.
+            place: where the recipe and the log go.
+            claim: kept by the child for as long as it lives.
+            worker: index of its environment.
+            watch: looked at now and then; whether the run should be pruned.
+
+        Raises:
+            UserError: the folder can't be written to.
+        """
+        started = time.monotonic()
+        if RunFolder(place.run).summary.is_file():
+            return Ending("finished", 0.0)
+        try:
+            with disk_errors(place.folder):
+                place.folder.mkdir(parents=True, exist_ok=True)
+                write_whole(place.recipe, dump_recipe(recipe))
+        except PermissionError as error:
+            raise UserError(
+                f"{place.folder} can't be written to ({error.strerror}); give another output"
+            ) from error
+        with place.log.open("ab") as log:
+            child = subprocess.Popen(
+                [*self.program, command, str(place.recipe), "--resume"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.environments[worker]},
+                pass_fds=(claim.handle,),
+                # Ctrl-C is for us; we pass it on
+                start_new_session=True,
+            )
+            asked = self._attend(child, watch)
+        return _ending(child.returncode, asked, place, time.monotonic() - started)
+
+    def _attend(
+        self, child: subprocess.Popen[bytes], watch: Callable[[], bool]
+    ) -> Literal["stopped", "pruned"] | None:
+        asked: Literal["stopped", "pruned"] | None = None
+        while True:
+            try:
+                child.wait(_POLL_SECONDS)
+                return asked
+            except subprocess.TimeoutExpired:
+                pass
+            if self.killing.is_set():
+                os.killpg(child.pid, signal.SIGKILL)
+            elif asked is None and (self.stopping.is_set() or watch()):
+                asked = "stopped" if self.stopping.is_set() else "pruned"
+                child.send_signal(signal.SIGTERM)
+
+
+def _ending(
+    code: int, asked: Literal["stopped", "pruned"] | None, place: Place, seconds: float
+) -> Ending:
+    if code == 0 and RunFolder(place.run).summary.is_file():
+        return Ending("finished", seconds)
+    # 2 is a mistake, which stopping does not cause
+    if asked and code != 2:
+        return Ending(asked, seconds)
+    said = _last_words(place.log)
+    if code == 0:
+        said = f"ended without {RunFolder(place.run).summary.name}; {said}"
+    elif code < 0:
+        said = f"ended by signal {-code} ({signal.Signals(-code).name}); {said}"
+    elif code != 2:
+        said = f"exit code {code}; {said}"
+    return Ending("failed", seconds, said)
+
+
+def _last_words(log: Path) -> str:
+    """The message that the command ended with, or else the last line of its log."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    said = [line for line in lines if line]
+    messages = [line.removeprefix("fastkd: ") for line in said if line.startswith("fastkd: ")]
+    return (messages or said or [f"it said nothing in {log}"])[-1][:500]

@@ -1,0 +1,1 @@
+"""The run: set-up, engine, loop, checkpoints, evaluation, export."""

@@ -1,0 +1,153 @@
+"""DeepSpeed's configuration, derived from a recipe by pure functions.
+
+Every key that the recipe decides is written out, also where DeepSpeed has a default: defaults of
+the gradient clipping and of the bf16 accumulation have changed between its releases.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from typing import Any
+
+from fastkd.data.batching import BatchPlan
+from fastkd.errors import UserError
+from fastkd.recipe import AnyRecipe, Recipe
+
+
+def check_monitor(recipe: AnyRecipe) -> None:
+    """See that the trackers of a recipe are installed; DeepSpeed imports them when it starts.
+
+    Raises:
+        UserError: naming the package and how to install it.
+    """
+    wanted: dict[str, tuple[str, str, str]] = {}
+    if recipe.run.monitor != "none":
+        extra = recipe.run.monitor
+        wanted[extra] = (f"run.monitor is {extra}", f"fastkd[{extra}]", "run.monitor=none")
+    comet = recipe.deepspeed.get("comet")
+    if isinstance(comet, dict) and comet.get("enabled"):
+        wanted["comet_ml"] = ("deepspeed.comet is enabled", "comet-ml", "leave it out")
+    for package, (said, install, instead) in wanted.items():
+        spec = importlib.util.find_spec(package)
+        # the folder that wandb leaves where it runs looks like a package without code
+        if spec is None or spec.origin is None:
+            raise UserError(
+                f"{said}, but package {package} is not installed; pip install {install}, or "
+                f"{instead}"
+            )
+
+
+def student_config(recipe: AnyRecipe, plan: BatchPlan) -> dict[str, Any]:
+    """Configuration of the engine that trains.
+
+    Args:
+        recipe: its `deepspeed` section is merged in.
+        plan: from `plan_batches`.
+
+    Raises:
+        UserError: the `deepspeed` section sets a key that the recipe decides, or what a checkpoint
+            can't hold.
+    """
+    _check_offload(recipe.deepspeed)
+    train = recipe.train
+    zero: dict[str, Any] = {"stage": train.zero_stage}
+    if train.zero_stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": train.max_grad_norm,
+        "zero_optimization": zero,
+        # the optimiser is torch's own, so that no extension has to be compiled
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": train.precision == "bf16"},
+    }
+    if train.precision == "bf16":
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if recipe.run.monitor == "tensorboard":
+        config["tensorboard"] = {
+            "enabled": True,
+            "output_path": recipe.run.output,
+            "job_name": "tensorboard",
+        }
+    if recipe.run.monitor == "wandb":
+        config["wandb"] = {"enabled": True, "project": "fastkd"}
+    merged = _merge(config, recipe.deepspeed)
+    # a run prints its own progress
+    merged.setdefault("steps_per_print", 2**31)
+    return merged
+
+
+def teacher_config(recipe: Recipe) -> dict[str, Any]:
+    """Configuration of the second engine, which holds a sharded teacher and never trains."""
+    dtype = recipe.teacher.dtype
+    zero: dict[str, Any] = {
+        "stage": 3,
+        # the replacement of torch's linear would change the numbers of every model in the process
+        "memory_efficient_linear": False,
+    }
+    if recipe.teacher.placement == "offload":
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 2**31,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+        "zero_optimization": zero,
+    }
+
+
+def _check_offload(section: dict[str, Any]) -> None:
+    """Refuse an optimiser on NVMe: DeepSpeed saves it as copies of its swap files."""
+    zero = section.get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    if isinstance(offload, dict) and offload.get("device") == "nvme":
+        raise UserError(
+            "deepspeed.zero_optimization.offload_optimizer.device is nvme, which no checkpoint of "
+            "fastkd holds; give cpu"
+        )
+
+
+def _merge(ours: dict[str, Any], users: dict[str, Any], path: str = "") -> dict[str, Any]:
+    merged = copy.deepcopy(ours)
+    for key, value in users.items():
+        where = f"{path}{key}"
+        field = _decided_by(where, is_section=isinstance(value, dict))
+        if field is not None:
+            raise UserError(
+                f"deepspeed.{where} is given, but the recipe decides it by {field}; "
+                "set it there and leave it out of the deepspeed section"
+            )
+        if isinstance(value, dict):
+            merged[key] = _merge(ours.get(key, {}), value, where + ".")
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def _decided_by(where: str, *, is_section: bool) -> str | None:
+    if where in _RECIPE_DECIDES:
+        return _RECIPE_DECIDES[where]
+    # one value in place of a section would take the recipe's keys with it
+    inside = [key for key in _RECIPE_DECIDES if key.startswith(where + ".")]
+    return _RECIPE_DECIDES[inside[0]] if inside and not is_section else None
+
+
+_RECIPE_DECIDES = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size and train.micro_batch_size",
+    "gradient_clipping": "train.max_grad_norm",
+    "zero_optimization.stage": "train.zero_stage",
+    "bf16.enabled": "train.precision",
+    "fp16.enabled": "train.precision",
+    "data_types.grad_accum_dtype": "train.precision",
+    "optimizer": "train.learning_rate and its neighbours",
+    "zero_force_ds_cpu_optimizer": "train.learning_rate and its neighbours",
+    "scheduler": "train.schedule",
+    "tensorboard": "run.monitor and run.output",
+    "checkpoint": "train.checkpoint_every and train.keep_checkpoints",
+    "wandb.enabled": "run.monitor",
+}

@@ -1,0 +1,203 @@
+"""One process group, one DeepSpeed engine for everything that trains, the teacher apart from it.
+
+The engine's module holds the student and the projections; its `forward` captures, computes the
+losses and returns them, which is the only form that is right under ZeRO-3 (parameters are whole
+only inside the forward of the module that owns them). The teacher is a plain frozen module on every
+rank, or a second ZeRO-3 engine without an optimiser.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, get_scheduler
+
+from fastkd.capture import Capture, at_depth, capture, no_cache
+from fastkd.capture.lm_head import last_hidden_state, last_layer
+from fastkd.distributed import Ranks
+from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
+from fastkd.losses import (
+    LogitsTerm,
+    Objective,
+    model_inputs,
+)
+from fastkd.recipe import Recipe, Train
+from fastkd.training.deepspeed_config import teacher_config
+from fastkd.types import Inputs
+
+
+class DistilledStudent(nn.Module):
+    """Everything that trains: the student and the projections of its objective."""
+
+    def __init__(self, student: PreTrainedModel, objective: Objective) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+
+    def forward(
+        self,
+        inputs: Inputs,
+        teacher: Capture | None = None,
+        shares: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the student on a micro-batch and, given what the teacher left, compare the two.
+
+        Args:
+            inputs: `input_ids` and perhaps `attention_mask`, both [batch, tokens], what else the
+                models read, and perhaps `labels`.
+            teacher: what the teacher left on the same inputs.
+            shares: fp32 [DIVISORS], see `Objective.forward`.
+
+        Returns:
+            The total, a scalar, and raw and weighted losses [2, labels], detached. Without a
+            teacher the last hidden state [batch, tokens, width] and an empty tensor: under ZeRO-3
+            the student can't be run from outside.
+        """
+        read = {**model_inputs(inputs), **no_cache(self.student)}
+        if teacher is None or shares is None:
+            state = last_hidden_state(self.student, self.student, read)
+            return state, state.new_empty(0)
+        with capture(self.student, **self.objective.layers("student")) as states:
+            self.student(**read)
+        result: tuple[Tensor, Tensor] = self.objective(states, teacher, inputs, shares)
+        return result
+
+
+class TeacherRunner:
+    """A frozen teacher that runs where the recipe places it."""
+
+    def __init__(
+        self, model: PreTrainedModel, recipe: Recipe, objective: Objective, ranks: Ranks
+    ) -> None:
+        self.model = model
+        self.objective = objective
+        if recipe.teacher.placement == "replicate":
+            model.to(ranks.device)
+            self._run: nn.Module = model
+        else:
+            self._run = _deepspeed().initialize(model=model, config=teacher_config(recipe))[0]
+        self._run.eval()
+
+    def capture(self, inputs: Inputs, *, whole: bool = False) -> Capture:
+        """Run as deep as the objective ever needs, or all of it, and return what is needed now."""
+        layers = self.objective.layers("teacher")
+        cut = nullcontext() if whole else self._cut()
+        with torch.no_grad(), cut, capture(self.model, **layers) as states:
+            self._run(**model_inputs(inputs), **no_cache(self.model))
+        return states
+
+    def embed(self, inputs: Inputs) -> Tensor:
+        """The teacher's last hidden state [batch, tokens, width], at full depth."""
+        with torch.no_grad():
+            read = {**model_inputs(inputs), **no_cache(self.model)}
+            return last_hidden_state(self._run, self.model, read)
+
+    def _cut(self) -> AbstractContextManager[None]:
+        full, depth = self.model.config.num_hidden_layers, self.objective.teacher_depth
+        if depth is None or depth >= full:
+            return nullcontext()
+        return at_depth(self.model, max(depth, 1))
+
+
+class NoTeacher:
+    """In the place of a teacher where hard labels teach."""
+
+    def capture(self, inputs: Inputs, *, whole: bool = False) -> Capture:
+        """Nothing."""
+        return Capture()
+
+
+def make_engine(
+    module: DistilledStudent, train: Train, config: dict[str, Any], ranks: Ranks
+) -> Any:
+    """The DeepSpeed engine around the module, with AdamW and its schedule.
+
+    Args:
+        module: what trains.
+        train: section of the recipe.
+        config: from `fastkd.training.deepspeed_config.student_config`.
+        ranks: this process among all.
+    """
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module, train), lr=train.learning_rate, betas=train.betas, fused=True
+    )
+    schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+    scheduler = get_scheduler(
+        schedule, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=train.steps
+    )
+    module.to(ranks.device)
+    if train.zero_stage == 3:
+        _lend_head(module)
+    engine, *_ = _deepspeed().initialize(
+        model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config
+    )
+    return engine
+
+
+def _lend_head(module: DistilledStudent) -> None:
+    """Let ZeRO-3 gather the weight of the student's last layer for the terms that multiply it.
+
+    Its own module is not where it is used: what that module was given is handed to the objective.
+    """
+    layer = last_layer(module.student)
+    if layer is None:
+        return
+    for term in module.objective.terms:
+        if isinstance(term, LogitsTerm):
+            for parameter in layer.parameters():
+                _deepspeed().zero.register_external_parameter(term, parameter)
+
+
+def parameter_groups(module: nn.Module, train: Train) -> list[dict[str, Any]]:
+    """Matrices with weight decay, biases and normalisation weights without."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": train.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """See that DeepSpeed takes a configuration, before anything is read or built.
+
+    Raises:
+        UserError: it doesn't, with its own words.
+    """
+    _deepspeed()
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    try:
+        # it writes into what it is given
+        DeepSpeedConfig(copy.deepcopy(config))
+    except (*FOREIGN_ERRORS, DeepSpeedConfigError) as error:
+        raise UserError(refusal(error)) from error
+
+
+def refusal(error: Exception) -> str:
+    """What to say of a configuration that DeepSpeed doesn't take."""
+    return (
+        f"deepspeed: DeepSpeed can't use the section ({type(error).__name__}: {one_line(error)}); "
+        "give what its documentation names, or leave it out"
+    )
+
+
+def _deepspeed() -> Any:
+    """Import DeepSpeed so that it compiles nothing and logs to stderr."""
+    import deepspeed
+    import deepspeed.ops
+
+    # its shared-memory collective would be compiled at the first start of every machine
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logger = logging.getLogger("DeepSpeed")
+    for handler in logger.handlers:
+        # one of another class is not its own
+        if type(handler) is logging.StreamHandler:
+            handler.stream = sys.stderr
+    return deepspeed

@@ -1,0 +1,213 @@
+"""The modules of a sentence-transformers teacher that its student takes over.
+
+Pooling, normalisation and the like have no weights and are carried at the student's width. Weights
+(Dense, LayerNorm, ...) are carried byte for byte where the student is as wide as its teacher, those
+that weigh layers where it is as deep too: they were trained on the teacher's vectors, which such a
+student learns to give. What is left out is named before the first step.
+
+A student with a classification head is no encoder of sentences: it takes modules over from a
+reranker alone, and those of an encoder are left out without a note.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from fastkd.models import ListingError, Module, locate_source, optional_file, read_modules
+from fastkd.recipe import Teacher
+from fastkd.types import Head
+
+_TRANSFORMERS = ("Transformer", "MLMTransformer")
+_WEIGHTLESS = ("Pooling", "Normalize", "Dropout", "WordWeights", "SpladePooling")
+_WIDE = ("Dense", "LayerNorm", "CNN", "LSTM", "SparseAutoEncoder")
+_DEEP = ("WeightedLayerPooling",)
+_CONFIGS = ("config.json", "cnn_config.json", "lstm_config.json")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# what a transformer module asks of the model, and the head that has it
+_HEADS: dict[str, tuple[Head, ...]] = {
+    "feature-extraction": ("none", "causal_lm", "masked_lm"),
+    "sequence-classification": ("sequence_classification",),
+    "text-generation": ("causal_lm",),
+    "fill-mask": ("masked_lm",),
+}
+# of the transformer module, one for each kind of model that older releases told apart
+_SETTINGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+
+
+@dataclass(frozen=True)
+class SentenceModules:
+    """What is carried, and what isn't."""
+
+    kept: tuple[Module, ...] = ()
+    """In order, the transformer first; nothing of a teacher that is no such model."""
+    lost: tuple[str, ...] = ()
+    """Each with the reason."""
+
+    def notes(self, teacher: Teacher) -> list[str]:
+        """What the user must know."""
+        if not self.lost:
+            return []
+        return [
+            f"teacher.model {teacher.model}: of its sentence-transformers modules the student goes "
+            f"without {'; '.join(self.lost)}"
+        ]
+
+
+def sentence_modules(
+    teacher: Teacher, theirs: PreTrainedConfig, own: PreTrainedConfig, head: Head
+) -> SentenceModules:
+    """Which modules of a teacher its student takes over; reads small files alone.
+
+    Args:
+        teacher: where they lie.
+        theirs: the teacher's configuration.
+        own: the student's.
+        head: the student's.
+    """
+    listing = _file(teacher, "modules.json")
+    if listing is None:
+        return SentenceModules()
+    try:
+        modules = read_modules(listing)
+    except ListingError as error:
+        return SentenceModules(lost=(f"all ({error})",))
+    kinds = ", ".join(module.kind for module in modules) or "all"
+    if not modules or modules[0].kind not in _TRANSFORMERS or not modules[0].is_known:
+        return SentenceModules(lost=(f"{kinds} (the first one is no Transformer)",))
+    if not modules[0].stays_inside:
+        return SentenceModules(lost=(f"{kinds} (the first one's path is {modules[0].path!r})",))
+    task = _task(teacher, modules[0])
+    if head not in _HEADS.get(task, ()):
+        if head == "sequence_classification" and task == "feature-extraction":
+            return SentenceModules()
+        return SentenceModules(lost=(f"{kinds} (made for {task}, but student.head is {head})",))
+    kept, lost = [modules[0]], []
+    for module in modules[1:]:
+        reason = _why_not(teacher, module, theirs, own)
+        if reason is None:
+            kept.append(module)
+        else:
+            lost.append(f"{module.kind} ({reason})")
+    return SentenceModules(tuple(kept), tuple(lost))
+
+
+def write_modules(found: SentenceModules, teacher: Teacher, folder: Path, width: int) -> None:
+    """Write what is carried into the student's folder.
+
+    Args:
+        found: from `sentence_modules`.
+        teacher: where the modules lie.
+        folder: the student's, which holds its model and tokenizer.
+        width: of its hidden states.
+    """
+    if not found.kept:
+        return
+    entries = []
+    for number, module in enumerate(found.kept):
+        # a folder of ours, whatever the teacher calls it
+        path = f"{number}_{module.kind}" if number else ""
+        entries.append({**module.entry, "idx": number, "name": str(number), "path": path})
+        if number:
+            _write_module(module, teacher, folder / path, width)
+    for name in _SETTINGS:
+        _copy(teacher, _joined(found.kept[0].path, name), folder / name)
+    name = "config_sentence_transformers.json"
+    _copy(teacher, name, folder / name)
+    _write(folder / "modules.json", entries)
+
+
+def _write_module(module: Module, teacher: Teacher, folder: Path, width: int) -> None:
+    folder.mkdir(parents=True)
+    for name in (*_CONFIGS, *_WEIGHTS):
+        _copy(teacher, _joined(module.path, name), folder / name)
+    config = folder / "config.json"
+    # a sparse vector is as wide as the vocabulary
+    if module.kind == "Pooling":
+        settings = _read(config)
+        known = {"word_embedding_dimension", "embedding_dimension"} & settings.keys()
+        _write(config, {**settings, **dict.fromkeys(known, width)})
+
+
+def _why_not(
+    teacher: Teacher, module: Module, theirs: PreTrainedConfig, own: PreTrainedConfig
+) -> str | None:
+    """Why a module can't be carried, `None` where it can."""
+    if not module.is_known or module.kind not in (*_WEIGHTLESS, *_WIDE, *_DEEP):
+        return "fastkd doesn't know it"
+    if not module.stays_inside or not module.path:
+        return f"its path is {module.path!r}"
+    if module.kind != "Normalize" and not _have(teacher, module, _CONFIGS):
+        return "its configuration is missing"
+    if module.kind == "Pooling" and not _is_object(teacher, module):
+        return "its configuration can't be read"
+    if module.kind in _WEIGHTLESS:
+        return None
+    if not _have(teacher, module, _WEIGHTS):
+        return "its weights are missing"
+    if own.hidden_size != theirs.hidden_size:
+        return (
+            f"its weights are for vectors of {theirs.hidden_size}, the student's have "
+            f"{own.hidden_size}"
+        )
+    if module.kind in _DEEP and own.num_hidden_layers != theirs.num_hidden_layers:
+        return (
+            f"its weights are for {theirs.num_hidden_layers} layers, the student has "
+            f"{own.num_hidden_layers}"
+        )
+    return None
+
+
+def _task(teacher: Teacher, first: Module) -> str:
+    """What the transformer module asks of the model, in the library's words."""
+    default = "fill-mask" if first.kind == "MLMTransformer" else "feature-extraction"
+    for name in _SETTINGS:
+        source = _file(teacher, _joined(first.path, name))
+        if source is not None:
+            try:
+                return str(_read(source).get("transformer_task", default))
+            except (OSError, ValueError, RecursionError, AttributeError):
+                return f"what {name} can't be read for"
+    return default
+
+
+def _have(teacher: Teacher, module: Module, names: tuple[str, ...]) -> bool:
+    return any(_file(teacher, _joined(module.path, name)) is not None for name in names)
+
+
+def _is_object(teacher: Teacher, module: Module) -> bool:
+    source = _file(teacher, _joined(module.path, "config.json"))
+    try:
+        return source is not None and isinstance(_read(source), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}/{name}" if path else name
+
+
+def _file(teacher: Teacher, name: str) -> Path | None:
+    return optional_file(locate_source(teacher), name, teacher.revision)
+
+
+def _copy(teacher: Teacher, name: str, target: Path) -> None:
+    source = _file(teacher, name)
+    if source is not None:
+        shutil.copyfile(source, target)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

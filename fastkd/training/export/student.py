@@ -1,0 +1,134 @@
+"""Write the student as others expect to find it: Hugging Face format, projections apart.
+
+Where the teacher is a sentence-transformers model, so is the student (`sentences.py`); where its
+architecture has a pooler, it has one (`poolers.py`). What can't be handed on is said before the
+first step, and stands in the student's README.md. Everything is written beside its place and
+renamed at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from fastkd.distributed import Ranks
+from fastkd.files.disk import (
+    disk_errors,
+    replace_folder,
+    settle,
+    temporary_of,
+)
+from fastkd.losses import Objective
+from fastkd.models import locate_model, read_config
+from fastkd.recipe import Teacher
+from fastkd.training.engine import DistilledStudent
+from fastkd.training.export.poolers import (
+    mark_pooler,
+    pooler_note,
+    pooler_to_add,
+)
+from fastkd.training.export.sentences import sentence_modules, write_modules
+from fastkd.training.run_folder import RunFolder
+from fastkd.types import Head
+
+
+def export_notes(
+    student: PreTrainedModel, theirs: PreTrainedConfig, source: Teacher, head: Head
+) -> list[str]:
+    """What a student will be handed on without, or with what is not its own, one line each.
+
+    Args:
+        student: as it is trained.
+        theirs: configuration of the model that it was made from.
+        source: that model.
+        head: what stands on the student.
+    """
+    found = sentence_modules(source, theirs, student.config, head)
+    return [*found.notes(source), *pooler_note(student)]
+
+
+def export_student(
+    engine: Any,
+    source: Teacher,
+    rates: Mapping[str, float],
+    tokenizer: PreTrainedTokenizerBase,
+    run: RunFolder,
+    ranks: Ranks,
+) -> None:
+    """Write `student/` and `projections.safetensors` of a run; called by all ranks.
+
+    Args:
+        engine: around a `DistilledStudent`.
+        source: the model that it was made from.
+        rates: dropout rates that the student is handed on with.
+        tokenizer: of both.
+        run: where to.
+        ranks: this process among all.
+
+    Raises:
+        UserError: the disk is full, or failed.
+    """
+    module: DistilledStudent = engine.module
+    with _whole_weights(engine, module), disk_errors(run.student):
+        if ranks.is_main:
+            folder, projections = temporary_of(run.student), temporary_of(run.projections)
+            shutil.rmtree(folder, ignore_errors=True)
+            # whoever trains on from here expects the usual rates
+            for name, rate in rates.items():
+                setattr(module.student.config, name, rate)
+            _write_model(module.student, folder)
+            tokenizer.save_pretrained(folder)
+            _write_around(module.student, source, module.objective.pair.head, folder)
+            weights = {k: v.contiguous() for k, v in module.objective.kept().items()}
+            save_file(weights, projections)
+            settle(projections)
+            settle(folder)
+            os.replace(projections, run.projections)
+            replace_folder(folder, run.student)
+    ranks.barrier()
+
+
+def _write_model(student: PreTrainedModel, folder: Path) -> None:
+    origin, pooler = pooler_to_add(student)
+    mark_pooler(student, origin)
+    state = {**student.state_dict(), **pooler} if pooler else None
+    student.save_pretrained(folder, state_dict=state)
+
+
+def _write_around(student: PreTrainedModel, source: Teacher, head: Head, folder: Path) -> None:
+    """What other libraries read, and what people should."""
+    theirs = read_config(locate_model(source), f"model {source.model}", source.revision)
+    modules = sentence_modules(source, theirs, student.config, head)
+    write_modules(modules, source, folder, student.config.hidden_size)
+    notes = export_notes(student, theirs, source, head)
+    if notes:
+        lines = "".join(f"- {note}\n" for note in notes)
+        text = f"# Student\n\nMade by fastkd. What is not as in its teacher:\n\n{lines}"
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def load_projections(objective: Objective, run: RunFolder) -> None:
+    """Give an objective the projections that a run was trained with."""
+    weights = load_file(run.projections)
+    assert weights.keys() == objective.kept().keys(), "the recipe is that of the run"
+    objective.load_state_dict(weights, strict=False)
+
+
+def _whole_weights(engine: Any, module: DistilledStudent) -> AbstractContextManager[Any]:
+    if engine.zero_optimization_stage() < 3:
+        return nullcontext()
+    import deepspeed
+
+    # a parameter that a last prefetch left in flight would be skipped below, and read half-filled
+    engine.empty_partition_cache()
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+        list(module.parameters())
+    )
+    return gathered

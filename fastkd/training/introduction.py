@@ -1,0 +1,66 @@
+"""What a run is going to do, said before its first step."""
+
+from __future__ import annotations
+
+from fastkd.layer_map import CONVENTION, LayerMap
+from fastkd.recipe import Recipe, write_yaml
+from fastkd.reporting.console import Reporter
+from fastkd.training.engine import NoTeacher
+from fastkd.training.export import export_notes
+from fastkd.training.setup import Assembly
+
+
+def introduce(assembly: Assembly, reporter: Reporter) -> None:
+    """Print the student, the text, the batch, the terms, and every mapping in force."""
+    recipe, plan, initialisation = assembly.recipe, assembly.plan, assembly.initialisation
+    size = f"{initialisation.total / 1e6:.1f} M parameters"
+    if isinstance(recipe, Recipe):
+        share = initialisation.copied / initialisation.total
+        origin = "the teacher" if recipe.student.starts_from is None else recipe.student.init
+        reporter.say(
+            f"student: {recipe.student.layers} layers, {size}, {share:.0%} of them copied from "
+            f"{origin}"
+        )
+        for missing in initialisation.missing:
+            reporter.say(f"student: {missing}: the architecture has none in its place")
+    else:
+        head = "drawn by train.seed" if initialisation.new_head else "its own"
+        reporter.say(f"model: {recipe.model.name}, {size}, head {head}")
+    for note in _handed_on(assembly):
+        reporter.say(note)
+    there, step = assembly.datamodule.introduction(recipe.train.batch_size)
+    reporter.say(there)
+    reporter.say(
+        f"batch: {step} = {plan.world_size} ranks x {plan.accumulation} micro-batches x "
+        f"{plan.micro_batch_size}; {recipe.train.steps} steps"
+    )
+    if not isinstance(recipe, Recipe):
+        return
+    if recipe.preset is not None:
+        reporter.say(f"preset {recipe.preset}, written out:\n{expanded(recipe)}")
+    _print_map(assembly.layers, "layer map", reporter)
+    for name, layers in assembly.objective.maps.items():
+        if layers != assembly.layers:
+            _print_map(layers, f"layer map of losses.{name}", reporter)
+    reporter.say(CONVENTION)
+
+
+def _handed_on(assembly: Assembly) -> list[str]:
+    """What the student will be exported without."""
+    student, head = assembly.module.student, assembly.objective.pair.head
+    theirs = student.config
+    if not isinstance(assembly.teacher, NoTeacher):
+        theirs = assembly.teacher.model.config
+    return export_notes(student, theirs, assembly.source, head)
+
+
+def expanded(recipe: Recipe) -> str:
+    """What a preset and the user's own keys came to, as YAML, without what is off."""
+    tree = recipe.model_dump(mode="json", include={"layer_map", "losses"}, exclude_none=True)
+    tree = {"student": {"head": recipe.student.head}, **tree}
+    return write_yaml(tree).rstrip()
+
+
+def _print_map(layers: LayerMap, title: str, reporter: Reporter) -> None:
+    rows = [(str(s), "-" if t is None else str(t)) for s, t in layers.rows()]
+    reporter.table(title, ("student layer", "teacher layer"), [("0", "0"), *rows])

@@ -1,0 +1,316 @@
+"""The folder that a run is written to: what is in it, and how files get there whole.
+
+recipe.yaml, environment.json, models.json (digests), metrics.jsonl, checkpoints/, student/ (Hugging
+Face format), projections.safetensors, summary.json, report.html. A run never writes into a folder
+that it did not make, and a reader never sees half of a file.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastkd.errors import UserError
+from fastkd.files.disk import (
+    disk_errors,
+    sweep,
+    write_whole,
+)
+from fastkd.recipe import AnyRecipe, dump_recipe, load_any_recipe, parse_any_recipe
+from fastkd.training.beginnings import (
+    FILES,
+    FOLDERS,
+    holds_beginnings,
+    kind_of,
+)
+from fastkd.training.continuation import (
+    difference,
+    in_force,
+    longer,
+    why_not_longer,
+)
+from fastkd.training.environment import (
+    environment,
+    start_of,
+    started_from,
+)
+
+# fields that name files and folders, or something on the hub
+_PLACES = (
+    "model.name",
+    "teacher.model",
+    "student.init",
+    "data.train",
+    "data.heldout",
+    "data.cache",
+    "task.source",
+    "task.cache",
+    "task.augmentation.masked_model",
+    "task.augmentation.glove",
+    "task.augmentation.synonyms",
+)
+
+_ELSEWHERE = "try again, or give a run.output that you may write to"
+
+
+class RunFolder:
+    """Paths and files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.student = self.path / "student"
+        self.projections = self.path / "projections.safetensors"
+        self.summary = self.path / "summary.json"
+        self.report = self.path / "report.html"
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.recipe.is_file()
+
+    def check_ours(self) -> None:
+        """See that a run is here, or could start: what one that was killed as it began left is no
+        bar.
+
+        Raises:
+            UserError: the folder holds something else, or can't be looked at.
+        """
+        with disk_errors(self.path, _ELSEWHERE):
+            # a link to a folder is one, a link to nothing isn't
+            there = os.path.lexists(self.path)
+            if there and not self.holds_run and not holds_beginnings(self.path):
+                raise UserError(
+                    f"{self.path} is not empty and holds no run; give another run.output"
+                )
+
+    def create(self, recipe: AnyRecipe) -> None:
+        """Start a run here; nothing is done where that was done before.
+
+        Raises:
+            UserError: the folder can't be made or written to.
+        """
+        with disk_errors(self.path, _ELSEWHERE):
+            self.path.mkdir(parents=True, exist_ok=True)
+            fresh = not self.holds_run
+            if fresh:
+                # first, because it is what makes the folder a run
+                write_whole(self.recipe, dump_recipe(recipe))
+            # of a run that has steps behind it nobody knows where it was started
+            if fresh or not (self.environment.exists() or self.metrics.exists()):
+                found = {**environment(), **start_of(self.path)}
+                write_whole(self.environment, json.dumps(found, indent=2) + "\n")
+
+    def check(self, recipe: AnyRecipe, *, resume: bool) -> dict[str, Any] | None:
+        """See that this recipe can start or continue here; the summary if it is finished.
+
+        Raises:
+            UserError: the folder is taken, or holds a run of another recipe.
+        """
+        self.check_ours()
+        with disk_errors(self.path, _ELSEWHERE):
+            if not self.holds_run:
+                return None
+            if not resume:
+                raise UserError(
+                    f"{self.path} already holds a run; continue it with --resume, "
+                    "or give another folder with run.output=..."
+                )
+            self._check_kinds()
+            self.check_continues(recipe)
+            return None if self.longer(recipe) else self.read_summary()
+
+    def tidy(self) -> None:
+        """Remove what killed processes left half-made; for the process that holds the folder."""
+        with disk_errors(self.path):
+            sweep(self.path, *FILES, self.student.name)
+            # as fastkd 0.1 called it
+            if self.holds_run:
+                shutil.rmtree(self.path / ".student", ignore_errors=True)
+            sweep(self.checkpoints, "latest")
+            for checkpoint in self.checkpoints.glob("step-*"):
+                sweep(checkpoint, "manifest.json")
+
+    def _check_kinds(self) -> None:
+        """See that files are files and folders folders, and none a link to elsewhere.
+
+        Raises:
+            UserError: naming the first that isn't.
+        """
+        inside = sorted(self.path.iterdir())
+        folders = [p for p in inside if FOLDERS.fullmatch(p.name)]
+        files = [p for p in inside if p.name in FILES]
+        # a link in place of it would be followed
+        if self.checkpoints in folders and not self.checkpoints.is_symlink():
+            folders += sorted(self.checkpoints.glob("step-*"))
+        for path, wanted in [(p, "folder") for p in folders] + [(p, "file") for p in files]:
+            found = kind_of(path)
+            if found != wanted:
+                raise UserError(
+                    f"{path} is a {found}, expected a {wanted}; move it away, or give another "
+                    "run.output"
+                )
+
+    def check_continues(self, recipe: AnyRecipe) -> None:
+        """Refuse to continue a run under a recipe that would change its result.
+
+        Raises:
+            UserError: naming the first field that differs.
+        """
+        there = self.started_in or Path.cwd()
+        before = load_any_recipe(self.recipe)
+        found = difference(
+            _found_from(before.model_dump(mode="json"), there),
+            _found_from(recipe.model_dump(mode="json"), Path.cwd()),
+        )
+        if found is not None:
+            key, was, given = found
+            raise UserError(
+                f"{self.path} was started with {key}={was!r}, now {given!r} is given; continue "
+                "with the same value, or give another run.output"
+            )
+        reason = why_not_longer(before, recipe)
+        if reason is not None:
+            raise UserError(f"{self.path} {reason}")
+
+    def longer(self, recipe: AnyRecipe) -> str | None:
+        """What a recipe that may continue this run makes longer, `None` where nothing."""
+        return longer(load_any_recipe(self.recipe), recipe)
+
+    def take_over(self, recipe: AnyRecipe) -> None:
+        """Let what a recipe changes about the loop be that of the run, which then is not finished.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        before = load_any_recipe(self.recipe)
+        now = in_force(before, recipe)
+        if now == before:
+            return
+        with disk_errors(self.path):
+            if longer(before, now):
+                self.summary.unlink(missing_ok=True)
+            write_whole(self.recipe, dump_recipe(now))
+
+    @property
+    def started_in(self) -> Path | None:
+        """The working folder that the run was started from, if it is known and still there."""
+        if not self.environment.is_file():
+            return None
+        found = _parsed(self.environment.read_bytes(), f"{self.environment}", "put it back")
+        return started_from(self.path, found)
+
+    def read_recipe(self, overrides: Sequence[str] = ()) -> AnyRecipe:
+        """The recipe of the run; its relative paths are those of the folder it was started from.
+
+        Args:
+            overrides: as in `load_any_recipe`; their paths are those of this folder.
+
+        Raises:
+            UserError: as `load_any_recipe`.
+        """
+        recipe, started = load_any_recipe(self.recipe, overrides), self.started_in
+        if started is None:
+            return recipe
+        given = [override.partition("=")[0] for override in overrides]
+        tree = _found_from(recipe.model_dump(mode="json"), started, given)
+        return parse_any_recipe(tree, str(self.recipe))
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        with disk_errors(self.path), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All whole lines of metrics.jsonl.
+
+        Raises:
+            UserError: a line is no record.
+        """
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_bytes().splitlines(keepends=True)
+        return [
+            _parsed(line, f"{self.metrics}, line {number}", "repair or remove that line", "step")
+            for number, line in enumerate(lines, start=1)
+            if line.endswith(b"\n")
+        ]
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop the lines of steps after `step`, which will be run again."""
+        with disk_errors(self.path):
+            kept = [record for record in self.read_metrics() if record["step"] <= step]
+            write_whole(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json."""
+        with disk_errors(self.path):
+            write_whole(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run, else `None`.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        if not self.summary.is_file():
+            return None
+        remedy = "remove it and continue with --resume, which writes it again"
+        return _parsed(self.summary.read_bytes(), f"{self.summary}", remedy)
+
+
+def _parsed(content: bytes, where: str, remedy: str, *keys: str) -> dict[str, Any]:
+    """A JSON object with some keys, in one line or a whole file."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is damaged ({error}); {remedy}") from error
+    if not isinstance(found, dict) or not found.keys() >= set(keys):
+        named = f" with {' and '.join(keys)}" if keys else ""
+        raise UserError(f"{where} is damaged (no JSON object{named}); {remedy}")
+    return found
+
+
+def _found_from(tree: Mapping[str, Any], folder: Path, given: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe whose relative paths are absolute where something is there, seen from a folder; any
+    other name is on the hub or nowhere. Keys in `given`, and what is below them, stay."""
+    found = dict(tree)
+    for place in _PLACES:
+        if not any(f"{place}.".startswith(f"{key}.") for key in given):
+            found = _replaced(found, place, folder)
+    if found.get("stages"):
+        found["stages"] = [_found_from(stage, folder) for stage in found["stages"]]
+    return found
+
+
+def _replaced(section: dict[str, Any], key: str, folder: Path) -> dict[str, Any]:
+    head, _, rest = key.partition(".")
+    value = section.get(head)
+    if rest and isinstance(value, dict):
+        return {**section, head: _replaced(value, rest, folder)}
+    if rest or not value:
+        return section
+    if isinstance(value, list):
+        return {**section, head: [_absolute(name, folder) for name in value]}
+    # words, which the recipe reads before it looks for a folder
+    word = head == "init" and value in ("teacher", "random")
+    return section if word else {**section, head: _absolute(value, folder)}
+
+
+def _absolute(name: str, folder: Path) -> str:
+    if name == "python-docs" or name.startswith("~"):
+        return name
+    path = folder / name
+    if os.path.lexists(path):
+        # one file, one name; a link may point elsewhere tomorrow, so it keeps its own
+        return str(path.resolve() if ".." in path.parts else path)
+    pattern = f"{glob.escape(str(folder))}/{name}"
+    return pattern if glob.has_magic(name) and glob.glob(pattern, recursive=True) else name

@@ -1,0 +1,20 @@
+"""Types and values that every level shares; a recipe is read without loading torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Head = Literal["none", "sequence_classification", "causal_lm", "masked_lm"]
+"""What stands on a model's blocks."""
+Side = Literal["student", "teacher"]
+Inputs: TypeAlias = "Mapping[str, Tensor]"
+"""What both models read: `input_ids` [batch, tokens] and what goes with them."""
+Reading = Literal["states", "predictions"]
+"""Last hidden states [batch, tokens, width], or [batch, outputs] of a classification head."""
+
+IGNORE_INDEX = -100
+"""A label that counts nowhere, as in `torch.nn.functional.cross_entropy`."""

@@ -1,0 +1,43 @@
+"""Compile kernels in a process of its own: this one has triton's interpreter in its place."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastkd_kernels.launch import SHARED_MEMORY
+
+ROOT = Path(__file__).parents[2]
+
+
+def compiled_apart(arguments: list[str], cache: Path) -> list[dict[str, Any]]:
+    """The JSON lines that Python prints with these arguments, from the root of the project."""
+    environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def fits(row: dict[str, Any]) -> bool:
+    """Whether a row of `benchmarks.machine_code` keeps to the chip's registers and shared memory.
+
+    Blocks are those that were fastest on an H100, where a few registers more than there are cost
+    nothing; what an A100 has to put on its stack was not timed.
+    """
+    target = tuple(row["target"])
+    most_spilled = 256 if target == ("cuda", 80) else 48
+    fits_memory = row["shared"] <= SHARED_MEMORY[target]
+    return row["registers"] > 0 and row["spills"] <= most_spilled and fits_memory

@@ -1,0 +1,59 @@
+"""Students that are exported without a run, and teachers of sentence-transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer, models
+from tiny_models import POSITIONS, VOCABULARY, save_teacher
+from transformers import PreTrainedModel
+
+from fastkd.layer_map import make_layer_map
+from fastkd.losses import ModelPair, Objective
+from fastkd.models import build_student, load_teacher, load_tokenizer
+from fastkd.recipe import HiddenLoss, Losses, Student, Teacher
+from fastkd.training.engine import DistilledStudent
+from fastkd.training.export import export_student
+from fastkd.training.run_folder import RunFolder
+from fastkd.types import Head
+
+
+def made_student(
+    teacher: Path, head: Head = "none", **numbers: Any
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A student as a run builds it, and its teacher."""
+    large = load_teacher(Teacher(model=str(teacher)), head)
+    section = Student(**{"layers": 2, "head": head, **numbers})
+    layers = make_layer_map("uniform", section.layers, large.config.num_hidden_layers)
+    torch.manual_seed(0)
+    return build_student(large, section, layers)[0], large
+
+
+def exported(folder: Path, teacher: Path, head: Head = "none", **numbers: Any) -> Path:
+    """The student's folder of a run that has made no step."""
+    student, large = made_student(teacher, head, **numbers)
+    depths = student.config.num_hidden_layers, large.config.num_hidden_layers
+    widths = student.config.hidden_size, large.config.hidden_size
+    layers = make_layer_map("uniform", *depths)
+    objective = Objective(Losses(hidden=HiddenLoss()), layers, ModelPair(widths, head=head))
+    module = DistilledStudent(student, objective)
+    engine = SimpleNamespace(module=module, zero_optimization_stage=lambda: 1)
+    ranks: Any = SimpleNamespace(is_main=True, barrier=lambda: None)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = RunFolder(str(folder))
+    source = Teacher(model=str(teacher))
+    export_student(engine, source, {}, load_tokenizer(source, 2 * VOCABULARY), run, ranks)
+    return run.student
+
+
+def save_sentences(folder: Path, *modules: Any, **changes: Any) -> Path:
+    """A tiny BERT with modules behind it, as sentence-transformers saves them."""
+    save_teacher(folder / "plain", **changes)
+    transformer = models.Transformer(str(folder / "plain"), max_seq_length=POSITIONS - 4)
+    whole = SentenceTransformer(modules=[transformer, *modules], device="cpu")
+    whole.prompts = {**whole.prompts, "query": "w9 w9 "}
+    whole.save_pretrained(str(folder / "sentences"))
+    return folder / "sentences"

@@ -38,9 +38,9 @@ from fastkd.capture import AttentionTraits, capture, no_cache, try_model
 from fastkd.errors import UserError, one_line
 from fastkd.layer_map import make_layer_map
 from fastkd.losses import DIVISORS
+from fastkd.losses.factory import make_objective
 from fastkd.models import build_student, load_student, load_teacher
 from fastkd.recipe import Recipe, Student, Teacher, parse_recipe
-from fastkd.training.setup import make_objective
 from fastkd.types import Head
 
 TOKENS = 20
@@ -229,7 +229,9 @@ def _step(
     inputs: Mapping[str, torch.Tensor],
 ) -> None:
     layers = make_layer_map(recipe.layer_map, len(SOURCES), LAYERS)
-    objective = make_objective(recipe, layers, student, teacher, traits)
+    objective = make_objective(
+        recipe.losses, layers, student, teacher, traits, head=recipe.student.head
+    )
     student.zero_grad()
     states = []
     for model, side in ((student, "student"), (teacher, "teacher")):

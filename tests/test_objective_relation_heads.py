@@ -16,8 +16,8 @@ from fastkd.capture import AttentionShape, capture, no_cache, try_model
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.losses import check_relation_heads
+from fastkd.losses.factory import make_objective
 from fastkd.recipe import parse_recipe
-from fastkd.training.setup import make_objective
 
 BATCH = tiny_batch((8, 8))
 WIDE = {"head_dim": 6, "num_key_value_heads": 2}
@@ -105,12 +105,12 @@ def test_the_objective_is_checked_with_real_widths() -> None:
     traits = try_model(model), try_model(model)
     layers = make_layer_map("uniform", 4, 4)
     # 32 wide hidden states, 24 wide queries, 12 wide keys and values
-    make_objective(recipe(relation_heads=12), layers, model, model, traits)
-    make_objective(recipe(relation_heads=24, relations=["qq"]), layers, model, model, traits)
+    make_objective(recipe(relation_heads=12).losses, layers, model, model, traits)
+    make_objective(recipe(relation_heads=24, relations=["qq"]).losses, layers, model, model, traits)
     with pytest.raises(UserError, match="the queries that qq compares are 24 wide in the student"):
-        make_objective(recipe(relation_heads=16), layers, model, model, traits)
+        make_objective(recipe(relation_heads=16).losses, layers, model, model, traits)
     with pytest.raises(UserError, match="the keys that kk compares are 12 wide in the student"):
-        make_objective(recipe(relation_heads=8), layers, model, model, traits)
+        make_objective(recipe(relation_heads=8).losses, layers, model, model, traits)
 
 
 def test_the_run_is_refused_before_its_data_is_read(

@@ -24,11 +24,11 @@ from fastkd.losses import (
     Objective,
     model_inputs,
 )
+from fastkd.losses.factory import make_objective
 from fastkd.models import build_student
 from fastkd.recipe import Recipe, parse_recipe
 from fastkd.recipe.presets import PRESETS, expand
 from fastkd.training.engine import DistilledStudent
-from fastkd.training.setup import make_objective
 from fastkd.types import Inputs
 
 LENGTHS = (9, 6, 4)
@@ -125,7 +125,9 @@ def case(preset: str, hidden_size: int = 24, **changes: Any) -> Case:
     torch.manual_seed(1)
     student = build_student(teacher, recipe.student, layers)[0].eval()
     traits = try_model(student), try_model(teacher)
-    objective = make_objective(recipe, layers, student, teacher, traits)
+    objective = make_objective(
+        recipe.losses, layers, student, teacher, traits, head=recipe.student.head
+    )
     for model in (teacher, student, objective):
         model.double()
     inputs = dict(BATCH)

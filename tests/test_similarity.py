@@ -23,12 +23,10 @@ from fastkd.layer_similarity import (
     LinearCKA,
     Similarity,
     inspect_models,
+    measure,
     notes,
     print_similarity,
     write_similarity,
-)
-from fastkd.layer_similarity import (
-    compare as measure,
 )
 from fastkd.reporting.console import Reporter
 

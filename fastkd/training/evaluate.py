@@ -23,6 +23,7 @@ from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import Progress, make_layer_map
 from fastkd.losses import Objective
+from fastkd.losses.factory import hard_objective, make_objective
 from fastkd.models import load_student, load_teacher, load_tokenizer
 from fastkd.models.classifier import fit_classifier, load_tuned
 from fastkd.recipe import FinetuneRecipe, Recipe, stage_recipes
@@ -40,8 +41,6 @@ from fastkd.training.finite import (
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import (
     Assembly,
-    hard_objective,
-    make_objective,
     pad_alike,
     try_for,
 )
@@ -200,8 +199,16 @@ def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Eval
     depths = recipe.student.layers, teacher.config.num_hidden_layers
     layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
     traits = try_for(student, recipe), try_for(teacher, recipe)
-    objective = make_objective(recipe, layers, student, teacher, traits)
-    objective.steps = steps
+    objective = make_objective(
+        recipe.losses,
+        layers,
+        student,
+        teacher,
+        traits,
+        head=recipe.student.head,
+        seed=recipe.train.seed,
+        steps=steps,
+    )
     load_projections(objective, run)
     datamodule = make_datamodule(recipe, tokenizer, teacher.config, ranks, progress=False)
     if recipe.student.head == "sequence_classification":

@@ -20,7 +20,8 @@ from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError
 from fastkd.layer_map import LayerMap, make_layer_map
-from fastkd.losses import ModelPair, Objective
+from fastkd.losses import Objective
+from fastkd.losses.factory import capture_needs, hard_objective, make_objective
 from fastkd.models import (
     Initialisation,
     build_student,
@@ -38,8 +39,6 @@ from fastkd.models.classifier import (
 from fastkd.recipe import (
     AnyRecipe,
     FinetuneRecipe,
-    LabelsLoss,
-    Losses,
     Recipe,
     Teacher,
     resolve_steps,
@@ -172,7 +171,15 @@ def gather(recipe: Recipe, plan: BatchPlan, ranks: Ranks, *, progress: bool) -> 
     traits = try_for(student, recipe), teacher_traits
     check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
     # before the data, which takes long to read, and may tell how many steps there are
-    objective = make_objective(recipe, layers, student, teacher, traits)
+    objective = make_objective(
+        recipe.losses,
+        layers,
+        student,
+        teacher,
+        traits,
+        head=recipe.student.head,
+        seed=recipe.train.seed,
+    )
     datamodule = make_datamodule(recipe, tokenizer, teacher.config, ranks, progress=progress)
     recipe = _resolved(recipe, datamodule)
     objective.steps = recipe.train.steps
@@ -269,83 +276,8 @@ def _engine(
 
 def try_for(model: PreTrainedModel, recipe: Recipe) -> AttentionTraits:
     """Try a model on the longest sequence that a recipe has, with what its losses read."""
-    losses = recipe.losses
-    needs = {
-        "attention": losses.attention is not None or losses.relations is not None,
-        "hidden": losses.hidden is not None or losses.embedding is not None,
-    }
+    needs = capture_needs(recipe.losses)
     if recipe.task is not None:
         return try_model(model, recipe.task.max_length, "task.max_length", **needs)
     assert recipe.data is not None, "a recipe has data or a task"
     return try_model(model, recipe.data.block_size, "data.block_size", **needs)
-
-
-def hard_objective(model: PreTrainedModel, steps: int) -> tuple[Objective, LayerMap]:
-    """The objective of a fine-tuning run, hard labels alone, and a map that it doesn't use."""
-    depth, width = model.config.num_hidden_layers, model.config.hidden_size
-    layers = make_layer_map("uniform", depth, depth)
-    pair = ModelPair(
-        widths=(width, width), head="sequence_classification", outputs=model.config.num_labels
-    )
-    return Objective(Losses(labels=LabelsLoss()), layers, pair, steps=steps), layers
-
-
-def make_objective(
-    recipe: Recipe,
-    layers: LayerMap,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    traits: tuple[AttentionTraits, AttentionTraits],
-) -> Objective:
-    """The objective of a recipe for two models and what trying them showed, the student first.
-
-    Raises:
-        UserError: the models don't fit together.
-    """
-    losses = recipe.losses
-    heads = student.config.num_attention_heads, teacher.config.num_attention_heads
-    if losses.attention and heads[0] != heads[1]:
-        raise UserError(
-            f"losses.attention compares heads one by one, but the student has {heads[0]} and the "
-            f"teacher {heads[1]}; set student.heads={heads[1]}, or leave the term out"
-        )
-    _check_traits(losses, traits)
-    pair = ModelPair(
-        widths=(student.config.hidden_size, teacher.config.hidden_size),
-        causal=traits[1].causal,
-        heads=heads,
-        shapes=(traits[0].shapes, traits[1].shapes),
-        sinks=(traits[0].sinks, traits[1].sinks),
-        windows=(traits[0].windows, traits[1].windows),
-        head=recipe.student.head,
-        outputs=teacher.config.num_labels,
-    )
-    depths = layers.student_layers, layers.teacher_layers
-    own = {
-        name: make_layer_map(given, *depths, seed=recipe.train.seed)
-        for name, term in losses.terms.items()
-        if (given := getattr(term, "layer_map", None)) is not None
-    }
-    return Objective(losses, layers, pair, own_layers=own, steps=recipe.train.steps)
-
-
-def _check_traits(losses: Losses, traits: tuple[AttentionTraits, AttentionTraits]) -> None:
-    """See that two models attend in a way that the recipe's losses can compare."""
-    compares = losses.attention is not None and losses.attention.kind != "score_mse"
-    if traits[0].causal != traits[1].causal and (losses.attention or losses.relations):
-        kinds = ["causal" if found.causal else "bidirectional" for found in traits]
-        raise UserError(
-            f"the student is {kinds[0]} and the teacher {kinds[1]}, so their attention can't be "
-            "compared; leave losses.attention and losses.relations out"
-        )
-    for found in traits:
-        if found.unknown and (compares or losses.relations):
-            raise UserError(
-                f"{found.unknown}; give losses.attention the kind score_mse, and leave "
-                "losses.relations out"
-            )
-        if found.differs and compares:
-            raise UserError(
-                f"{found.differs}, so probabilities can't be compared; give losses.attention the "
-                "kind score_mse, or take losses.relations in its place"
-            )

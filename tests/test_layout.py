@@ -77,7 +77,7 @@ PACKAGES: tuple[set[str], ...] = (
     {"typer", "transformers"},
 )
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "ot": "pot"}
-LINES = 400
+LINES = 600
 
 
 def python_files(*folders: str) -> list[Path]:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from fastkd_kernels.attention_score_mse import choose_algorithm
-from fastkd_kernels.attention_score_mse_launch import causal_chunk, tile_launch
+from fastkd_kernels.attention_score_mse.op import choose_algorithm
+from fastkd_kernels.attention_score_mse.triton_path import causal_chunk, tile_launch
 
 from benchmarks.workloads import AttentionWorkload, HiddenWorkload, LogitsWorkload
 

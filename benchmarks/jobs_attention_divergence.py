@@ -5,10 +5,16 @@ from collections.abc import Iterator
 from typing import get_args
 
 import torch
-from fastkd_kernels.attention_divergence_backward_kernels import key_slopes, query_slopes
-from fastkd_kernels.attention_divergence_kernels import stream_rows
-from fastkd_kernels.attention_divergence_launch import divergence_launch
-from fastkd_kernels.attention_divergence_triton import backward_types, forward_types
+from fastkd_kernels.attention_divergence.triton_kernels import (
+    key_slopes,
+    query_slopes,
+    stream_rows,
+)
+from fastkd_kernels.attention_divergence.triton_path import (
+    backward_types,
+    divergence_launch,
+    forward_types,
+)
 from fastkd_kernels.types import DivergenceKind
 
 from benchmarks.machine_code import POINTERS, Job

@@ -5,15 +5,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from fastkd_kernels import attention_score_mse_kernels, gram_kernels
-from fastkd_kernels.attention_score_mse import choose_algorithm
-from fastkd_kernels.attention_score_mse_launch import (
+from fastkd_kernels.attention_score_mse import gram_kernels, triton_kernels
+from fastkd_kernels.attention_score_mse.op import choose_algorithm
+from fastkd_kernels.attention_score_mse.triton_path import (
+    gram_constants,
     gram_launch,
+    gram_types,
     one_launch,
     scan_launch,
     tile_launch,
+    tile_types,
 )
-from fastkd_kernels.attention_score_mse_triton import gram_constants, gram_types, tile_types
 
 from benchmarks.machine_code import POINTERS, Job
 from benchmarks.workloads import ATTENTION, AttentionWorkload
@@ -41,15 +43,15 @@ def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
 def _tile_jobs(
     work: AttentionWorkload, shared: dict[str, Any], dtypes: Dtypes, on: str
 ) -> Iterator[Job]:
-    kernels, launch = attention_score_mse_kernels, tile_launch(work.tokens, work.dims, dtypes, on)
+    launch = tile_launch(work.tokens, work.dims, dtypes, on)
     constants = {**shared, **tile_types(*dtypes), **launch.constants, "CAUSAL": work.causal}
     whole = one_launch(work.tokens, launch)
     by_key = {**constants, "WRITE_QUERY": whole, "WRITE_KEY": True}
     pointers = {name: "*fp32" for name in ("scales", "query_grad", "key_grad", "partials")}
-    yield Job("by_key", kernels.tiles_by_key, by_key, pointers, *launch[1:])
+    yield Job("by_key", triton_kernels.tiles_by_key, by_key, pointers, *launch[1:])
     if not whole:
         pointers = {name: "*fp32" for name in ("scales", "query_grad")}
-        yield Job("by_query", kernels.tiles_by_query, constants, pointers, *launch[1:])
+        yield Job("by_query", triton_kernels.tiles_by_query, constants, pointers, *launch[1:])
 
 
 def _gram_jobs(

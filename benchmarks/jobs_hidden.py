@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from fastkd_kernels import hidden_cosine_kernels, hidden_kernels
-from fastkd_kernels.hidden_launch import hidden_launch, unit_launch
-from fastkd_kernels.hidden_torch import ZERO_NORM
-from fastkd_kernels.hidden_triton import hidden_types
+from fastkd_kernels.hidden import triton_kernels
+from fastkd_kernels.hidden.torch_path import ZERO_NORM
+from fastkd_kernels.hidden.triton_path import hidden_launch, hidden_types, unit_launch
 
 from benchmarks.machine_code import POINTERS, Job
 from benchmarks.workloads import HIDDEN, HiddenWorkload
@@ -32,16 +31,16 @@ def jobs(work: HiddenWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
     made = {**exact, "OPERAND": operand, "PRECISION": launch.constants["GRAD_PRECISION"]}
     # without a projection the row gradient is the student's
     stored = POINTERS[kept if projected else torch.float32]
-    yield _job("residuals", hidden_kernels.residuals, {**exact, "HAS_TARGET": True}, stored, launch)
+    yield _job("residuals", triton_kernels.residuals, {**exact, "HAS_TARGET": True}, stored, launch)
     if projected and dtype.itemsize == 4:
         # in half precision the library makes these
-        for kernel in (hidden_kernels.input_gradient, hidden_kernels.weight_gradient):
+        for kernel in (triton_kernels.input_gradient, triton_kernels.weight_gradient):
             yield _job(kernel.__name__, kernel, made, "*fp32", launch, residual=stored)
     if projected:
         alone = {**exact, "HAS_TARGET": False}
-        yield _job("projected", hidden_kernels.residuals, alone, "*fp32", launch)
+        yield _job("projected", triton_kernels.residuals, alone, "*fp32", launch)
     unit = unit_launch(work.widths[1])
-    kernel, constants = hidden_cosine_kernels.unit_residuals, {**common, **unit.constants}
+    kernel, constants = triton_kernels.unit_residuals, {**common, **unit.constants}
     yield _job("unit_residuals", kernel, constants, stored, unit)
 
 

@@ -4,10 +4,14 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 import torch
-from fastkd_kernels.logits_divergence_kernels import logits_rows, matrix_product
-from fastkd_kernels.logits_divergence_launch import product_launch, row_launch
-from fastkd_kernels.logits_divergence_triton import product_constants, small
-from fastkd_kernels.tl_types import TYPES
+from fastkd_kernels.common.tl_types import TYPES
+from fastkd_kernels.logits_divergence.triton_kernels import logits_rows, matrix_product
+from fastkd_kernels.logits_divergence.triton_path import (
+    product_constants,
+    product_launch,
+    row_launch,
+    small,
+)
 from fastkd_kernels.types import LogitsKind
 
 from benchmarks.machine_code import POINTERS, Job

@@ -171,14 +171,14 @@ class Wanted(NamedTuple):
 
     def label(self) -> dict[str, Any]:
         kernel = self.job.kernel
-        module = kernel.fn.__module__.rpartition(".")[2]
+        folder = kernel.fn.__module__.split(".")[-2]
         return {
             "op": self.op,
             "workload": self.workload,
             "dtype": str(self.dtype).removeprefix("torch."),
             "target": list(self.target),
             "kernel": self.job.name,
-            "function": f"{module}.{kernel.__name__}",
+            "function": f"{folder}.{kernel.__name__}",
             "launch": self.job.digest(),
         }
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fastkd_kernels import attention_score_mse, reference
-from fastkd_kernels.attention_score_mse import choose_algorithm
+from fastkd_kernels.attention_score_mse.op import choose_algorithm
 from kernel_cases import errors, leaves_of
 
 from benchmarks import costs

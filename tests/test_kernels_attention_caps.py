@@ -29,7 +29,7 @@ from fastkd_kernels import (
     reference,
     relation_divergence,
 )
-from fastkd_kernels.reference.divergence import log_probabilities, visible_keys
+from fastkd_kernels.attention_divergence.reference import log_probabilities, visible_keys
 from kernel_cases import attention_states, errors, loss_and_gradients, masks, peak_bytes
 from torch import Tensor
 from transformers.models.gemma2 import modeling_gemma2

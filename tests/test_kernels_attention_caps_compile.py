@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from compiled_apart import compiled_apart, fits
-from fastkd_kernels import launch
-from fastkd_kernels.attention_divergence_launch import TWO_SWEEPS, divergence_launch
+from fastkd_kernels.attention_divergence.triton_path import TWO_SWEEPS, divergence_launch
+from fastkd_kernels.common import launch
 
 ROOT = Path(__file__).parents[1]
 # one kind of one sweep and one of two take turns; sm_90 gets the heavier one, and fp32 too; then

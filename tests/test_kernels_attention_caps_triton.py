@@ -22,8 +22,9 @@ from caps_cases import (
 )
 from conditioning import check_rounding
 from divergence_cases import KINDS, holes
-from fastkd_kernels import AttentionState, attention_divergence, attention_divergence_triton
-from fastkd_kernels.unit_gradient import inverse
+from fastkd_kernels import AttentionState, attention_divergence
+from fastkd_kernels.attention_divergence import triton_path
+from fastkd_kernels.common.autograd import inverse
 from kernel_cases import Counted, attention_states, errors, fresh_tensors_are_nan, masks
 from torch import Tensor
 
@@ -197,8 +198,8 @@ def test_three_launches_whatever_the_caps_of_the_pairs(monkeypatch: pytest.Monke
     counts: dict[str, int] = {}
     names = ["stream_rows", "query_slopes", "key_slopes"]
     for name in names:
-        kernel = getattr(attention_divergence_triton, name)
-        monkeypatch.setattr(attention_divergence_triton, name, Counted(kernel, counts, name))
+        kernel = getattr(triton_path, name)
+        monkeypatch.setattr(triton_path, name, Counted(kernel, counts, name))
     for pairs in (1, 3):
         counts.clear()
         plain = attention_states(pairs, 1, 1, 9, (4, 4), dtype=torch.float32, device=DEVICE)

@@ -14,7 +14,7 @@ from divergence_cases import (
     near_states,
 )
 from fastkd_kernels import AttentionState, attention_divergence
-from fastkd_kernels.attention_divergence_torch import key_range
+from fastkd_kernels.attention_divergence.torch_path import key_range
 from kernel_cases import (
     attention_states,
     cast,

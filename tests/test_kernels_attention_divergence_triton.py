@@ -14,7 +14,8 @@ from divergence_cases import (
     holes,
     near_states,
 )
-from fastkd_kernels import AttentionState, attention_divergence, attention_divergence_triton
+from fastkd_kernels import AttentionState, attention_divergence
+from fastkd_kernels.attention_divergence import triton_path
 from kernel_cases import (
     attention_states,
     cast,
@@ -185,8 +186,8 @@ def test_three_launches_whatever_the_pairs(monkeypatch: pytest.MonkeyPatch) -> N
     seen: list[str] = []
     names = ["stream_rows", "query_slopes", "key_slopes"]
     for name in names:
-        kernel = getattr(attention_divergence_triton, name)
-        monkeypatch.setattr(attention_divergence_triton, name, _Counted(kernel, seen, name))
+        kernel = getattr(triton_path, name)
+        monkeypatch.setattr(triton_path, name, _Counted(kernel, seen, name))
     for pairs in (1, 3):
         seen.clear()
         states = attention_states(pairs, 1, 1, 9, (4, 4), dtype=torch.float32, device=DEVICE)

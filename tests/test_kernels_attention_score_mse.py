@@ -9,8 +9,8 @@ import pytest
 import torch
 from conditioning import bounds, check_rounding, check_within
 from fastkd_kernels import AttentionState, attention_score_mse, reference
-from fastkd_kernels.attention_score_mse import choose_algorithm
-from fastkd_kernels.attention_score_mse_causal import CHUNK
+from fastkd_kernels.attention_score_mse.op import choose_algorithm
+from fastkd_kernels.attention_score_mse.torch_path import CHUNK
 from kernel_cases import (
     attention_states,
     cast,

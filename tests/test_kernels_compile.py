@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from compiled_apart import compiled_apart, fits
-from fastkd_kernels import hidden_launch, launch
-from fastkd_kernels.attention_score_mse_launch import gram_launch, tile_launch
+from fastkd_kernels.attention_score_mse.triton_path import gram_launch, tile_launch
+from fastkd_kernels.common import launch
+from fastkd_kernels.hidden import triton_path
 
 ROOT = Path(__file__).parents[1]
 # the table of benchmarks/machine_code.py once more, so that neither can be bent to fit a kernel
@@ -27,9 +28,9 @@ TENSOR_CORES = {
 
 # whose products the vendor's library makes in half precision
 IN_FP32_ONLY = {
-    "hidden_kernels.input_gradient",
-    "hidden_kernels.weight_gradient",
-    "logits_divergence_kernels.matrix_product",
+    "hidden.input_gradient",
+    "hidden.weight_gradient",
+    "logits_divergence.matrix_product",
 }
 
 
@@ -70,10 +71,10 @@ def test_products_run_on_tensor_cores(rows: list[dict[str, Any]]) -> None:
 
 
 def kernels_of_the_package() -> set[str]:
-    """`module.name` of what the launching modules import from the modules of kernels."""
+    """`op.kernel` of what the launching modules import from the modules of kernels."""
     return {
-        f"{node.module}.{alias.name}"
-        for path in (ROOT / "kernels/fastkd_kernels").glob("*_triton.py")
+        f"{path.parent.name}.{alias.name}"
+        for path in (ROOT / "kernels/fastkd_kernels").glob("*/triton_path.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.ImportFrom) and str(node.module).endswith("_kernels")
         for alias in node.names
@@ -103,18 +104,18 @@ def test_precision_of_products() -> None:
     assert gram_launch((26, 64), half).constants["APPLY_PRECISION"] == "tf32x3"
     assert gram_launch((64, 64), half).constants["APPLY_PRECISION"] == "tf32"
     assert tile_launch(128, (64, 64), single).constants["GRAD_PRECISION"] == "tf32x3"
-    assert hidden_launch.hidden_launch(single).constants["GRAD_PRECISION"] == "tf32x3"
+    assert triton_path.hidden_launch(single).constants["GRAD_PRECISION"] == "tf32x3"
     assert tile_launch(9, (64, 64), single, "hip").constants["SCORE_PRECISION"] == "ieee"
     assert launch.product_dtype(torch.float16) == torch.float32
     assert launch.product_dtype(torch.bfloat16) == torch.bfloat16
 
 
 def test_workspace_is_bounded() -> None:
-    assert hidden_launch.hidden_chunk(100, 4, 64) == 100
-    rows = hidden_launch.hidden_chunk(1 << 20, 4 * 4096, 64)
+    assert triton_path.hidden_chunk(100, 4, 64) == 100
+    rows = triton_path.hidden_chunk(1 << 20, 4 * 4096, 64)
     assert rows % 64 == 0
-    assert 0 < rows * 4 * 4096 <= hidden_launch.WORKSPACE_BYTES
-    assert hidden_launch.hidden_chunk(1 << 20, 1 << 30, 64) == 64
+    assert 0 < rows * 4 * 4096 <= triton_path.WORKSPACE_BYTES
+    assert triton_path.hidden_chunk(1 << 20, 1 << 30, 64) == 64
 
 
 def test_alignment() -> None:

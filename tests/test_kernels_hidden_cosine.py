@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from conditioning import bounds, check_rounding, check_within
-from fastkd_kernels import hidden_cosine, hidden_mse, hidden_normalized_mse, hidden_torch, reference
+from fastkd_kernels import hidden_cosine, hidden_mse, hidden_normalized_mse, reference
+from fastkd_kernels.hidden import torch_path
 from kernel_cases import errors, hidden_case, loss_and_gradients, masks, peak_bytes
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,7 +45,7 @@ def test_equals_its_definition_in_fp64(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # chunks that end within an item and chunks of whole items
-    monkeypatch.setattr(hidden_torch, "CHUNK_BYTES", 12 * 8 * (50 if tokens > 2 else 4))
+    monkeypatch.setattr(torch_path, "CHUNK_BYTES", 12 * 8 * (50 if tokens > 2 else 4))
     widths = (12, 12) if weights == "none" else (7, 12)
     case = hidden_case(pairs, 3, tokens, widths, weights)
     for mask in (None, masks(3, tokens), torch.zeros(3, tokens, dtype=torch.bool)):

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from fastkd_kernels import hidden_cosine, hidden_launch, hidden_mse, hidden_normalized_mse
-from fastkd_kernels.unit_gradient import inverse
+from fastkd_kernels import hidden_cosine, hidden_mse, hidden_normalized_mse
+from fastkd_kernels.common.autograd import inverse
+from fastkd_kernels.hidden import triton_path
 from kernel_cases import fresh_tensors_are_nan, hidden_case, masks
 from torch import Tensor
 
@@ -57,7 +58,7 @@ def test_compiles_as_one_graph() -> None:
 @pytest.mark.parametrize("width", [1, 16, 384, 768, 4096, 16384])
 def test_rows_of_one_program(width: int) -> None:
     """Whole rows, in blocks that divide the chunks, few enough values for the registers."""
-    made = hidden_launch.unit_launch(width)
+    made = triton_path.unit_launch(width)
     rows, columns = (int(made.constants[name]) for name in ("BLOCK_ROW", "BLOCK_COLUMN"))
     assert columns >= width
     assert 64 % rows == 0

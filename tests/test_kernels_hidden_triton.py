@@ -6,13 +6,8 @@ from typing import Any
 import pytest
 import torch
 from conditioning import bounds, check_rounding, check_within
-from fastkd_kernels import (
-    hidden_cosine,
-    hidden_launch,
-    hidden_mse,
-    hidden_normalized_mse,
-    reference,
-)
+from fastkd_kernels import hidden_cosine, hidden_mse, hidden_normalized_mse, reference
+from fastkd_kernels.hidden import triton_path
 from kernel_cases import (
     Counted,
     errors,
@@ -49,7 +44,7 @@ def test_equals_its_definition_in_fp64(
     op: Callable[..., Tensor], weights: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # a workspace of one block, so that rows come in several chunks
-    monkeypatch.setattr(hidden_launch, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(triton_path, "WORKSPACE_BYTES", 1)
     case = hidden_case(2, 2, 70, (20, 20) if weights == "none" else (7, 70), weights)
     options: list[dict[str, Any]] = [{"mask": masks(2, 70)}, {}, {"tokens": "cls"}]
     if op is hidden_mse:
@@ -114,12 +109,12 @@ def test_nothing_valid_gives_zero(op: Callable[..., Tensor]) -> None:
 
 
 def test_launches_do_not_grow_with_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastkd_kernels import hidden_triton
+    from fastkd_kernels.hidden import triton_path
 
     seen: dict[str, int] = {}
     for name in ("residuals", "unit_residuals", "input_gradient", "weight_gradient"):
-        kernel = getattr(hidden_triton, name)
-        monkeypatch.setattr(hidden_triton, name, Counted(kernel, seen, name))
+        kernel = getattr(triton_path, name)
+        monkeypatch.setattr(triton_path, name, Counted(kernel, seen, name))
     once = {"residuals": 1, "input_gradient": 1, "weight_gradient": 1}
     for op, launches in ((hidden_mse, once), (hidden_cosine, {**once, "unit_residuals": 1})):
         for pairs in (1, 3):

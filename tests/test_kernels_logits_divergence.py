@@ -6,12 +6,8 @@ from typing import Any
 import pytest
 import torch
 from conditioning import bounds, check_rounding, check_within
-from fastkd_kernels import (
-    LogitsHead,
-    logits_divergence,
-    logits_divergence_torch,
-    reference,
-)
+from fastkd_kernels import LogitsHead, logits_divergence, reference
+from fastkd_kernels.logits_divergence import torch_path
 from logits_cases import (
     FORMS,
     KINDS,
@@ -28,8 +24,8 @@ from torch import Tensor
 @pytest.fixture(autouse=True)
 def small_chunks_and_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several chunks even here, and NaN in every fresh tensor that nothing writes."""
-    monkeypatch.setattr(logits_divergence_torch, "CHUNK_BYTES", 400)
-    monkeypatch.setattr(logits_divergence_torch, "CHUNK_PART", 1 << 20)
+    monkeypatch.setattr(torch_path, "CHUNK_BYTES", 400)
+    monkeypatch.setattr(torch_path, "CHUNK_PART", 1 << 20)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

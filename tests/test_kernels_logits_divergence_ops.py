@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from fastkd_kernels import LogitsHead, logits_divergence, logits_divergence_torch, reference
+from fastkd_kernels import LogitsHead, logits_divergence, reference
+from fastkd_kernels.logits_divergence import torch_path
 from kernel_cases import peak_bytes
 from logits_cases import FORMS, LogitsCase, logits_case, tensors_of
 from torch import Tensor
@@ -58,7 +59,7 @@ def test_compiles_as_one_graph(labelled: bool) -> None:
 @pytest.mark.parametrize("labelled", [False, True])
 def test_logits_are_never_stored(labelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Peak memory does not grow with the tokens times the vocabulary; the definition's does."""
-    monkeypatch.setattr(logits_divergence_torch, "CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(torch_path, "CHUNK_BYTES", 1 << 20)
     peaks = []
     for rows in (512, 1536):
         case = logits_case(

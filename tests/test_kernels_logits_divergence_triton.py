@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conditioning import bounds, check_rounding, check_within
-from fastkd_kernels import logits_divergence, logits_divergence_launch, logits_divergence_triton
+from fastkd_kernels import logits_divergence
+from fastkd_kernels.logits_divergence import triton_path
 from kernel_cases import fresh_tensors_are_nan
 from logits_cases import (
     FORMS,
@@ -43,9 +44,9 @@ def run(case: LogitsCase) -> list[Tensor]:
 @pytest.fixture(autouse=True)
 def small_chunks_and_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Chunks of four rows, and NaN in every fresh tensor that no program writes."""
-    monkeypatch.setattr(logits_divergence_launch, "WORKSPACE_BYTES", 1)
-    monkeypatch.setattr(logits_divergence_launch, "MOST_WORKSPACE_BYTES", 1)
-    monkeypatch.setattr(logits_divergence_launch, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(triton_path, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(triton_path, "MOST_WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(triton_path, "BLOCK_ROWS", 4)
     with fresh_tensors_are_nan():
         yield
 
@@ -225,8 +226,8 @@ def test_launches_and_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four products and one launch of rows a chunk; the same bits again."""
     counted = []
     for name in ("logits_rows", "matrix_product"):
-        counted.append(_Counted(getattr(logits_divergence_triton, name)))
-        monkeypatch.setattr(logits_divergence_triton, name, counted[-1])
+        counted.append(_Counted(getattr(triton_path, name)))
+        monkeypatch.setattr(triton_path, name, counted[-1])
     case = logits_case((10,), FORMS[0], dtype=torch.float32)
     first = run(case)
     assert [kernel.launches for kernel in counted] == [3, 12]
@@ -234,7 +235,7 @@ def test_launches_and_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_launch_parameters() -> None:
-    launch = logits_divergence_launch
+    launch = triton_path
     half, single = (launch.product_launch(d, True) for d in (torch.bfloat16, torch.float32))
     assert single.constants["PRECISION"] == "tf32x3"
     assert half.constants["BLOCK_ROW"] == 128
@@ -249,7 +250,7 @@ def test_launch_parameters() -> None:
 
 def test_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    launch, row_bytes = logits_divergence_launch, 2 * 128256 * 4
+    launch, row_bytes = triton_path, 2 * 128256 * 4
     assert launch.logits_chunk(50, row_bytes, 0) == 50
     small = launch.logits_chunk(8192, 2 * 8192 * 4, 0)
     assert small * 2 * 8192 * 4 == launch.WORKSPACE_BYTES

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fastkd_kernels import AttentionState, attention_score_mse
 from fastkd_kernels import attention_score_mse as attention_function
-from fastkd_kernels.unit_gradient import inverse
+from fastkd_kernels.common.autograd import inverse
 from kernel_cases import attention_states, leaves_of, masks
 from torch import Tensor
 

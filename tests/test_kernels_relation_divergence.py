@@ -82,7 +82,7 @@ def test_gradcheck(relation: Any) -> None:
 
 
 def test_layouts_of_models_are_cut_without_a_copy() -> None:
-    from fastkd_kernels.relation_divergence import _relation
+    from fastkd_kernels.attention_divergence.relation import _relation
 
     state = states(4, 2, 6)[0]
     for relation in ("qq", "vv"):

@@ -10,12 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conditioning import bounds, check_rounding, check_within
-from fastkd_kernels import (
-    AttentionState,
-    attention_score_mse,
-    attention_score_mse_triton,
-    reference,
-)
+from fastkd_kernels import AttentionState, attention_score_mse, reference
+from fastkd_kernels.attention_score_mse import triton_path
 from kernel_cases import (
     Counted,
     attention_states,
@@ -62,7 +58,7 @@ def unwritten_is_nan() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Causal Grams of one row block of fp32 or fp64, so that short inputs have several chunks."""
-    monkeypatch.setattr(attention_score_mse_triton, "causal_chunk", lambda dims: 32)
+    monkeypatch.setattr(triton_path, "causal_chunk", lambda dims: 32)
 
 
 def attention_both(states: Any, **options: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -110,7 +106,7 @@ def test_attention_low_precision_stays_near_plain_pytorch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if dtype.itemsize == 2:  # whose row blocks are larger
-        monkeypatch.setattr(attention_score_mse_triton, "causal_chunk", lambda dims: 64)
+        monkeypatch.setattr(triton_path, "causal_chunk", lambda dims: 64)
     tokens = 150 if causal else 48
     teacher = attention_states(1, 1, 2, tokens, (16, 16), device=DEVICE)[1]
     student = near([t._replace(query=t.query.cpu(), key=t.key.cpu()) for t in teacher], distance)
@@ -129,7 +125,7 @@ def test_attention_dtypes_may_differ(algorithm: str, causal: bool) -> None:
     student, teacher = attention_states(1, 1, 2, 70, (8, 12), dtype=torch.float32, device=DEVICE)
     states = student, cast(teacher, torch.float16)
     given, _ = attention_both(states, algorithm=algorithm, causal=causal)
-    chunk = attention_score_mse_triton.causal_chunk((8, 12))
+    chunk = triton_path.causal_chunk((8, 12))
     grams = {"chunk": chunk} if algorithm == "gram" else {}
     check_rounding(defined_score_mse(states, algorithm, causal=causal, **grams), given)
 
@@ -198,8 +194,8 @@ def test_launches_do_not_grow_with_pairs(
     seen: dict[str, int] = {}
     kernels = ["tiles_by_key", "tiles_by_query", "gram_matrices", "apply_factors", "scan_chunks"]
     for name in kernels:
-        kernel = getattr(attention_score_mse_triton, name)
-        monkeypatch.setattr(attention_score_mse_triton, name, Counted(kernel, seen, name))
+        kernel = getattr(triton_path, name)
+        monkeypatch.setattr(triton_path, name, Counted(kernel, seen, name))
     counts = []
     for pairs in (1, 3):
         seen.clear()
@@ -226,7 +222,7 @@ def test_attention_on_a_gpu_at_bert_sizes(
     causal: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attention_score_mse_triton, "causal_chunk", lambda dims: 128)
+    monkeypatch.setattr(triton_path, "causal_chunk", lambda dims: 128)
     states = attention_states(2, 2, 12, 300, dims, dtype=dtype, device="cuda")
     mask = masks(2, 300).cuda()
     given, expected = attention_both(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conditioning import Change, Define, check_rounding
 from fastkd_kernels import AttentionState, attention_score_mse, reference
-from fastkd_kernels.weighted_teacher import weighted_targets
+from fastkd_kernels.attention_score_mse.weighted_teacher import weighted_targets
 from kernel_cases import (
     attention_states,
     cast,

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
-from fastkd_kernels.attention_divergence_launch import MAX_HEAD_DIM
+from fastkd_kernels.attention_divergence.op import MAX_HEAD_DIM
 
 from fastkd.capture import AttentionShape
 from fastkd.errors import UserError

@@ -2,17 +2,22 @@
 
 import math
 from collections.abc import Sequence
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .launch import triton_interprets
-from .types import AttentionState, Backend, Reduction
+from .common.autograd import accumulator
+from .common.launch import triton_interprets
+from .types import AttentionState, Backend, LogitsHead, LogitsKind, Reduction, Tokens
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 # colder, hardly any gradient is left; hotter, fp32 rounds away what tells the models apart
 TEMPERATURES = (1e-3, 1e3)
+
+# of a mixture: the logarithm of the rest keeps four digits in fp32
+LEAST_SHARE = 1e-4
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -230,3 +235,236 @@ def _check_state(name: str, state: object) -> None:
             f"{name}.scale is {state.scale}; expected a finite factor other than 0, "
             "usually head_dim ** -0.5"
         )
+
+
+class Checked(NamedTuple):
+    """Arguments that fit together: the tokens to compare, weight and bias as lists, a back end."""
+
+    student: list[Tensor]
+    teacher: list[Tensor]
+    weights: list[Tensor]
+    biases: list[Tensor]
+    mask: Tensor | None
+    backend: str
+
+
+def check_hidden(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor] | None,
+    bias: Tensor | Sequence[Tensor] | None,
+    mask: Tensor | None,
+    tokens: str,
+    backend: str,
+) -> Checked:
+    """Everything fits, or an error says what does not."""
+    weights, biases = _check_hidden_pairs(student, teacher, weight, bias)
+    batch, length, _ = student[0].shape
+    device = student[0].device
+    check_mask("mask", mask, batch, length, device)
+    check_choice("tokens", tokens, get_args(Tokens))
+    dtype = accumulator(*student, *teacher, *weights, *biases)
+    chosen = resolve_backend(backend, device, dtype)
+    if tokens == "cls":
+        student, teacher = ([state[:, :1] for state in side] for side in (student, teacher))
+        mask = None if mask is None else mask[:, :1]
+    return Checked(list(student), list(teacher), weights, biases, mask, chosen)
+
+
+def _check_hidden_pairs(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor] | None,
+    bias: Tensor | Sequence[Tensor] | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Everything fits; returns weight and bias as lists."""
+    check_pairs(student, teacher)
+    weights = _as_list("weight", weight, len(student))
+    biases = _as_list("bias", bias, len(student))
+    if biases and not weights:
+        raise ValueError("bias is given without weight; give a weight or leave the bias out")
+    for pair, (own, target) in enumerate(zip(student, teacher, strict=True)):
+        check_tensor(f"student[{pair}]", own, "batch, tokens, student_width")
+        check_tensor(f"teacher[{pair}]", target, "batch, tokens, teacher_width")
+        check_device(f"student[{pair}]", own, student[0].device)
+        check_device(f"teacher[{pair}]", target, student[0].device)
+        check_frozen(f"teacher[{pair}]", target)
+        first = tuple(student[0].shape[:2])
+        for name, value in (("student", own), ("teacher", target)):
+            if tuple(value.shape[:2]) != first:
+                raise ValueError(
+                    f"{name}[{pair}] has batch and tokens {tuple(value.shape[:2])}; expected "
+                    f"those of student[0], {first}; run both models on the same batch"
+                )
+        widths = (target.shape[-1], own.shape[-1])
+        if not weights and widths[0] != widths[1]:
+            raise ValueError(
+                f"pair {pair}: the student is {widths[1]} wide and the teacher {widths[0]}; "
+                f"give a weight [{widths[0]}, {widths[1]}]"
+            )
+        _check_trained("weight", weights, pair, widths, student[0].device)
+        _check_trained("bias", biases, pair, widths[:1], student[0].device)
+    return weights, biases
+
+
+def _as_list(name: str, value: Tensor | Sequence[Tensor] | None, pairs: int) -> list[Tensor]:
+    """No tensor, one for all pairs, or one a pair."""
+    if value is None:
+        return []
+    if isinstance(value, Tensor):
+        return [value]
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(
+            f"{name} must be a tensor, a list with one tensor a pair, or None, "
+            f"got {type(value).__name__}"
+        )
+    if len(value) != pairs:
+        raise ValueError(
+            f"{name} has {len(value)} tensors for {pairs} pairs; give one a pair, "
+            "or a single tensor for all"
+        )
+    return list(value)
+
+
+def _check_trained(
+    name: str, values: list[Tensor], pair: int, shape: tuple[int, ...], device: torch.device
+) -> None:
+    if not values:
+        return
+    index = pair % len(values)
+    label = name if len(values) == 1 else f"{name}[{index}]"
+    dims = "teacher_width, student_width" if len(shape) == 2 else "teacher_width"
+    check_tensor(label, values[index], dims)
+    check_device(label, values[index], device)
+    if tuple(values[index].shape) != shape:
+        raise ValueError(
+            f"{label} has shape {tuple(values[index].shape)}; expected [{dims}] = "
+            f"{list(shape)} for pair {pair}"
+        )
+    if values[index].dtype != values[0].dtype:
+        raise TypeError(f"{label} is {values[index].dtype} and {name}[0] is {values[0].dtype}")
+
+
+def check_options(kind: str, temperature: float, beta: float, skew: float) -> None:
+    check_choice("kind", kind, get_args(LogitsKind))
+    check_temperature(temperature)
+    if kind == "mse" and temperature != 1.0:
+        raise ValueError(
+            f"kind='mse' compares raw logits, got temperature={temperature}; leave it at 1 and "
+            "weight the loss instead"
+        )
+    _check_share("beta", beta, (0.0, 1.0))
+    # all of the mixture the teacher's would leave nothing to learn
+    _check_share("skew", skew, (0.0,))
+
+
+def _check_share(name: str, share: float, ends: tuple[float, ...]) -> None:
+    """The teacher's part of a mixture: one of `ends`, or far enough from both."""
+    if not isinstance(share, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(share).__name__}")
+    if share not in ends and not LEAST_SHARE <= share <= 1.0 - LEAST_SHARE:
+        allowed = " or ".join(f"{end:g}" for end in ends)
+        raise ValueError(
+            f"{name} is {share}; expected {allowed}, or a part of the mixture from {LEAST_SHARE:g} "
+            f"to {1.0 - LEAST_SHARE:g}, whose rest fp32 does not lose"
+        )
+
+
+def check_logits(
+    student: LogitsHead | Tensor,
+    teacher: LogitsHead | Tensor,
+    kind: str,
+    mask: Tensor | None,
+    labels: Tensor | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Everything fits; returns `[logits]`, `[hidden, weight]` or `[hidden, weight, bias]` a side.
+
+    Logits and hidden states get three dimensions.
+    """
+    own, target = _logits_side("student", student), _logits_side("teacher", teacher)
+    device, lead = own[0].device, own[0].shape[:-1]
+    for side, tensors in (("student", own), ("teacher", target)):
+        for name, tensor in _named_tensors(side, tensors):
+            check_device(name, tensor, device)
+            if side == "teacher":
+                check_frozen(name, tensor)
+    if target[0].shape[:-1] != lead:
+        raise ValueError(
+            f"teacher has leading dimensions {tuple(target[0].shape[:-1])}; expected those of the "
+            f"student, {tuple(lead)}; run both models on the same batch"
+        )
+    _check_row_entries("mask", mask, torch.bool, "a bool tensor, True at valid rows", lead, device)
+    _check_row_entries(
+        "labels", labels, torch.int64, "an int64 tensor of token or class ids", lead, device
+    )
+    shared = min(side[1].shape[0] if side[1:] else side[0].shape[-1] for side in (own, target))
+    if shared == 1 and kind != "mse":
+        raise ValueError(
+            f"kind={kind!r} needs at least two shared columns, got 1, whose softmax is always 1; "
+            "use kind='mse' for regression"
+        )
+    own[0], target[0] = (t if t.ndim == 3 else t[None] for t in (own[0], target[0]))
+    return own, target
+
+
+def _named_tensors(side: str, tensors: list[Tensor]) -> list[tuple[str, Tensor]]:
+    """The tensors of a side under the names that messages use."""
+    if len(tensors) == 1:
+        return [(side, tensors[0])]
+    names = [f"{side}.{field}" for field in LogitsHead._fields]
+    return list(zip(names, tensors, strict=False))
+
+
+def _logits_side(name: str, side: object) -> list[Tensor]:
+    if isinstance(side, Tensor):
+        _check_logits_states(name, side, "vocab")
+        return [side]
+    if not isinstance(side, LogitsHead):
+        raise TypeError(
+            f"{name} must be a LogitsHead(hidden, weight, bias) or a tensor of logits, "
+            f"got {type(side).__name__}"
+        )
+    _check_logits_states(f"{name}.hidden", side.hidden, "width")
+    check_tensor(f"{name}.weight", side.weight, "vocab, width")
+    if side.weight.shape[1] != side.hidden.shape[-1]:
+        raise ValueError(
+            f"{name}.weight has shape {tuple(side.weight.shape)} and {name}.hidden is "
+            f"{side.hidden.shape[-1]} wide; expected [vocab, {side.hidden.shape[-1]}]"
+        )
+    if side.bias is None:
+        return [side.hidden, side.weight]
+    check_tensor(f"{name}.bias", side.bias, "vocab")
+    if side.bias.shape[0] != side.weight.shape[0]:
+        raise ValueError(
+            f"{name}.bias has {side.bias.shape[0]} entries and {name}.weight "
+            f"{side.weight.shape[0]} rows; give one entry for each row"
+        )
+    return [side.hidden, side.weight, side.bias]
+
+
+def _check_logits_states(name: str, value: object, last: str) -> None:
+    """Floats `[rows, last]` or `[batch, tokens, last]`."""
+    if isinstance(value, Tensor) and value.ndim == 2:
+        check_tensor(name, value, f"rows, {last}")
+    else:
+        check_tensor(name, value, f"batch, tokens, {last}")
+
+
+def _check_row_entries(
+    name: str,
+    value: object,
+    dtype: torch.dtype,
+    expected: str,
+    lead: torch.Size,
+    device: torch.device,
+) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or value.dtype != dtype:
+        given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} is {given}; expected {expected}, so convert it first")
+    if value.shape != lead:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; expected one entry a row, {tuple(lead)}"
+        )
+    check_device(name, value, device)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastkd_kernels.launch import SHARED_MEMORY
+from fastkd_kernels.common.launch import SHARED_MEMORY
 
 ROOT = Path(__file__).parents[2]
 

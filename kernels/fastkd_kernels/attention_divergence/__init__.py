@@ -1,0 +1,1 @@
+"""Divergences of attention probabilities and of relations."""

@@ -1,0 +1,454 @@
+"""Divergences of attention probabilities in linear memory: KL, reverse KL, JS, MSE, cosine, CE.
+
+Rows are reduced while they stream past, as in flash attention (arXiv 2205.14135), so no map of
+`[tokens, tokens]` is ever stored. The CPU makes loss and gradients in one sweep; Triton keeps a few
+floats a row and forms the tiles again in the backward. The road not taken: keeping the gradients of
+the forward on the GPU too, which would cost more memory traffic than the products.
+
+Of the registered ops "one_sweep" (PyTorch) makes unit gradients in the forward; "stream" (Triton)
+keeps four or five floats a query row, and a backward of its own makes the tiles once more. Both
+take lists over layer pairs of one shape. `window` 0 is none. Soft caps are a list over pairs or
+None, sinks `[pairs, heads]` or None; both come divided by the temperature, as scales do.
+"""
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from ..checks import (
+    check_caps_and_sinks,
+    check_choice,
+    check_mask,
+    check_states,
+    check_temperature,
+    resolve_backend,
+)
+from ..common.autograd import accumulator, by_shape, inverse, scaled, value_of
+from ..common.head_groups import Pair, pairs_of, state_shapes, student_gradients
+from ..types import NAMESPACE, AttentionState, Backend, DivergenceKind
+from . import torch_path
+
+MAX_HEAD_DIM = 256
+
+
+def attention_divergence(
+    student: Sequence[AttentionState],
+    teacher: Sequence[AttentionState],
+    *,
+    kind: DivergenceKind = "kl",
+    temperature: float = 1.0,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Mean divergence of the attention probabilities of each layer pair.
+
+    `p_s` and `p_t` are `softmax(scale * query @ key^T / temperature)` over the keys that a query
+    row sees. A `softcap` (Gemma 2, arXiv 2408.00118, section 2) makes `softcap * tanh(score /
+    softcap)` of the scores before the temperature divides them. With `sinks` (GPT-OSS, arXiv
+    2508.10925) a logit of the head, divided by the temperature too, joins the softmax of every row:
+    the sink is then one more outcome that is compared, as a key would be.
+
+    "kl" is the attention transfer of MiniLM (arXiv 2002.10957, section 3.1). A row:
+
+    * "kl": `sum p_t (log p_t - log p_s)`; "reverse_kl": `sum p_s (log p_s - log p_t)`
+    * "js": half of both KL divergences from the even mixture of `p_s` and `p_t`
+    * "mse": `sum (p_s - p_t)^2`; "cosine": `1 - cos(p_s, p_t)`
+    * "cross_entropy": `-sum p_t log p_s`
+
+    There is no factor of `temperature ** 2`; multiply the loss by it where gradients should not
+    shrink with the temperature.
+
+    Args:
+        student, teacher: One `AttentionState` a pair, on one device. Queries are
+            `[batch, heads, tokens, head_dim]` and keys `[batch, kv_heads, tokens, head_dim]` in
+            bf16, fp16, fp32 or fp64, with any strides. Head counts of a pair agree; head sizes,
+            key heads and dtypes may differ. Values are not read. Soft caps are finite, above 0,
+            and may differ or be absent. Sinks are `[heads]` in any of these dtypes, on both sides
+            of a pair or on neither.
+        kind: The divergence.
+        temperature: Divides the capped scores and the sinks of both sides; from 0.001 to 1000.
+        key_mask: Bool `[batch, tokens]`, True at keys that rows can see; None is all of them.
+        query_mask: Bool `[batch, tokens]`, True at query rows that count; None is all of them, also
+            where `key_mask` is given.
+        causal: Rows see keys at or before themselves only.
+        window: Rows see keys with `|query - key| < window` only, together with `causal` where both
+            are given. This is the `sliding_window` that transformers hands to attention functions:
+            with `causal` the keys above `query - window`, and for ModernBERT half of
+            `local_attention`, plus one. None is no window.
+        backend: "auto" runs Triton on CUDA, PyTorch on the CPU and for fp64.
+
+    Returns:
+        `[pairs]` in fp32 (fp64 where a student is fp64): the mean over batch, heads and the counted
+        rows that see at least one key (a sink is none). Gradients reach the student's queries, keys
+        and sinks only. Without any such row the loss and its gradients are 0.
+
+    Raises:
+        ValueError: shapes, devices, modes that do not fit, sinks on one side of a pair, or a
+            teacher that requires grad.
+        TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
+    """
+    check_states(student, teacher)
+    check_caps_and_sinks(student, teacher)
+    batch, _, tokens, _ = student[0].query.shape
+    device = student[0].query.device
+    check_choice("kind", kind, get_args(DivergenceKind))
+    check_temperature(temperature)
+    _check_window(window)
+    check_mask("key_mask", key_mask, batch, tokens, device)
+    check_mask("query_mask", query_mask, batch, tokens, device)
+    queries = [state.query for state in (*student, *teacher)]
+    chosen = resolve_backend(backend, device, accumulator(*queries))
+    reach = min(window or 0, tokens)
+    rows = counted_rows(key_mask, query_mask, causal, reach)
+
+    def loss_of(members: list[int]) -> Tensor:
+        own, target = [student[i] for i in members], [teacher[i] for i in members]
+        query, other = own[0].query, target[0].query
+        if chosen == "triton":
+            _check_head_size(max(query.shape[-1], other.shape[-1]))
+        every = batch * query.shape[1]
+        count = every * tokens if rows is None else query.shape[1] * rows.sum()
+        dtype = accumulator(query, other)
+        need_grad = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad
+            for state in own
+            for tensor in (state.query, state.key, state.sinks)
+        )
+        op = one_sweep if chosen == "torch" else stream
+        made = op(
+            [state.query for state in own],
+            [state.key for state in own],
+            [state.query for state in target],
+            [state.key for state in target],
+            [state.scale / temperature for state in own],
+            [state.scale / temperature for state in target],
+            key_mask,
+            rows,
+            inverse(count, dtype, device),
+            kind,
+            causal,
+            reach,
+            _softcaps(own, temperature),
+            _softcaps(target, temperature),
+            _stacked_sinks(own, dtype, temperature),
+            _stacked_sinks(target, dtype, temperature),
+            need_grad,
+        )
+        losses: Tensor = made[0]
+        return losses
+
+    keys = [
+        (state_shapes(*pair), *((s.softcap is None, s.sinks is None) for s in pair))
+        for pair in zip(student, teacher, strict=True)
+    ]
+    loss = by_shape(keys, loss_of)
+    return loss if student[0].query.dtype == torch.float64 else loss.float()
+
+
+def _softcaps(states: Sequence[AttentionState], temperature: float) -> list[float] | None:
+    """The caps of states that all have one, in the place where scores are divided already."""
+    caps = [state.softcap for state in states if state.softcap is not None]
+    return [cap / temperature for cap in caps] if caps else None
+
+
+def _stacked_sinks(
+    states: Sequence[AttentionState], dtype: torch.dtype, temperature: float
+) -> Tensor | None:
+    """Logits `[pairs, heads]` of states that all have sinks."""
+    sinks = [state.sinks for state in states if state.sinks is not None]
+    return torch.stack(sinks).to(dtype) / temperature if sinks else None
+
+
+def counted_rows(
+    key_mask: Tensor | None, query_mask: Tensor | None, causal: bool, window: int
+) -> Tensor | None:
+    """Query rows that count and see a key, bool `[batch, tokens]`; None is every row."""
+    if key_mask is None:
+        # every row sees itself
+        return query_mask
+    tokens = key_mask.shape[1]
+    position = torch.arange(tokens, device=key_mask.device)
+    before = torch.nn.functional.pad(key_mask.long().cumsum(1), (1, 0))
+    reach = window or tokens
+    first = (position - reach + 1).clamp(min=0)
+    end = position + 1 if causal else (position + reach).clamp(max=tokens)
+    rows = before[:, end] > before[:, first]
+    return rows if query_mask is None else rows & query_mask
+
+
+def _check_window(window: int | None) -> None:
+    if window is None:
+        return
+    if not isinstance(window, int) or isinstance(window, bool):
+        raise TypeError(
+            f"window must be a number of tokens or None, got {type(window).__name__}; "
+            "rows see the keys with |query - key| < window"
+        )
+    if window < 1:
+        raise ValueError(f"window is {window}; expected 1 or more, or None for no window")
+
+
+def _check_head_size(widest: int) -> None:
+    if widest > MAX_HEAD_DIM:
+        raise ValueError(
+            f"head size {widest} is too wide for the Triton kernels, which take up to "
+            f"{MAX_HEAD_DIM}; use backend='torch', or relation_divergence with more heads"
+        )
+
+
+def _pairs(lists: Sequence[Sequence[Any]], options: Sequence[Any]) -> list[Pair]:
+    """Pairs from an op's lists, and from caps and sinks that may be None."""
+    nothing = [None] * len(lists[0])
+    return pairs_of(*lists, *(nothing if option is None else option for option in options))
+
+
+def _sinks_shape(sinks: Tensor | None) -> tuple[int, ...]:
+    return (0,) if sinks is None else tuple(sinks.shape)
+
+
+def _gradients(made: Sequence[Tensor] | None, pairs: int, has_sinks: bool) -> tuple[Any, ...]:
+    """Gradients in the order of the inputs: of queries, keys and, where there are some, sinks."""
+    if made is None:
+        return student_gradients(None, pairs, 13)
+    query, key, sinks = made
+    given = student_gradients((query, key), pairs, 10)
+    return (*given, sinks if has_sinks else None, None, None)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention_divergence_one_sweep", mutates_args=())
+def one_sweep(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    target_query: Sequence[Tensor],
+    target_key: Sequence[Tensor],
+    scale: Sequence[float],
+    target_scale: Sequence[float],
+    key_mask: Tensor | None,
+    rows: Tensor | None,
+    inverse_count: Tensor,
+    kind: str,
+    causal: bool,
+    window: int,
+    student_softcap: Sequence[float] | None,
+    teacher_softcap: Sequence[float] | None,
+    student_sinks: Tensor | None,
+    teacher_sinks: Tensor | None,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses `[pairs]` and stacked unit gradients of the student's queries, keys and sinks."""
+    pairs = _pairs(
+        (query, key, target_query, target_key, scale, target_scale),
+        (student_softcap, teacher_softcap, student_sinks, teacher_sinks),
+    )
+    sums, *units = torch_path.one_sweep(pairs, key_mask, rows, kind, causal, window, need_grad)
+    query_unit, key_unit, sink_unit = units
+    return value_of(sums, inverse_count), query_unit, key_unit, sink_unit
+
+
+@one_sweep.register_fake
+def _one_sweep_fake(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    target_query: Sequence[Tensor],
+    target_key: Sequence[Tensor],
+    scale: Sequence[float],
+    target_scale: Sequence[float],
+    key_mask: Tensor | None,
+    rows: Tensor | None,
+    inverse_count: Tensor,
+    kind: str,
+    causal: bool,
+    window: int,
+    student_softcap: Sequence[float] | None,
+    teacher_softcap: Sequence[float] | None,
+    student_sinks: Tensor | None,
+    teacher_sinks: Tensor | None,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pairs = len(query)
+    return (
+        inverse_count.new_empty(pairs),
+        inverse_count.new_empty((pairs, *query[0].shape) if need_grad else (0,)),
+        inverse_count.new_empty((pairs, *key[0].shape) if need_grad else (0,)),
+        inverse_count.new_empty(_sinks_shape(student_sinks) if need_grad else (0,)),
+    )
+
+
+def _one_sweep_save(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> None:
+    ctx.dtype, ctx.pairs, ctx.has_sinks = inputs[0][0].dtype, len(inputs[0]), inputs[14] is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:], inputs[8])
+
+
+def _one_sweep_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if upstream is None:
+        return _gradients(None, ctx.pairs, ctx.has_sinks)
+    query_unit, key_unit, sink_unit, inverse_count = ctx.saved_tensors
+    factor = inverse_count * upstream
+    made = [scaled(query_unit, factor, ctx.dtype), scaled(key_unit, factor, ctx.dtype)]
+    made.append(scaled(sink_unit, factor, sink_unit.dtype) if ctx.has_sinks else sink_unit)
+    return _gradients(made, ctx.pairs, ctx.has_sinks)
+
+
+one_sweep.register_autograd(_one_sweep_gradient, setup_context=_one_sweep_save)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention_divergence_stream", mutates_args=())
+def stream(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    target_query: Sequence[Tensor],
+    target_key: Sequence[Tensor],
+    scale: Sequence[float],
+    target_scale: Sequence[float],
+    key_mask: Tensor | None,
+    rows: Tensor | None,
+    inverse_count: Tensor,
+    kind: str,
+    causal: bool,
+    window: int,
+    student_softcap: Sequence[float] | None,
+    teacher_softcap: Sequence[float] | None,
+    student_sinks: Tensor | None,
+    teacher_sinks: Tensor | None,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Losses `[pairs]` and what the backward keeps of each query row."""
+    from . import triton_path
+
+    pairs = _pairs(
+        (query, key, target_query, target_key, scale, target_scale),
+        (student_softcap, teacher_softcap, student_sinks, teacher_sinks),
+    )
+    sums, stats = triton_path.stream(pairs, key_mask, rows, kind, causal, window, need_grad)
+    return value_of(sums, inverse_count), stats
+
+
+@stream.register_fake
+def _stream_fake(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    target_query: Sequence[Tensor],
+    target_key: Sequence[Tensor],
+    scale: Sequence[float],
+    target_scale: Sequence[float],
+    key_mask: Tensor | None,
+    rows: Tensor | None,
+    inverse_count: Tensor,
+    kind: str,
+    causal: bool,
+    window: int,
+    student_softcap: Sequence[float] | None,
+    teacher_softcap: Sequence[float] | None,
+    student_sinks: Tensor | None,
+    teacher_sinks: Tensor | None,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    from .triton_path import row_stats
+
+    shape = (len(query), row_stats(kind), *query[0].shape[:3])
+    return (
+        inverse_count.new_empty(len(query)),
+        inverse_count.new_empty(shape if need_grad else (0,)),
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention_divergence_stream_backward", mutates_args=())
+def _stream_backward(
+    factor: Tensor,
+    stats: Tensor,
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    target_query: Sequence[Tensor],
+    target_key: Sequence[Tensor],
+    scale: Sequence[float],
+    target_scale: Sequence[float],
+    key_mask: Tensor | None,
+    rows: Tensor | None,
+    kind: str,
+    causal: bool,
+    window: int,
+    student_softcap: Sequence[float] | None,
+    teacher_softcap: Sequence[float] | None,
+    student_sinks: Tensor | None,
+    teacher_sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stacked gradients of the student's queries, keys and sinks for `factor` `[pairs]`."""
+    from . import triton_path
+
+    pairs = _pairs(
+        (query, key, target_query, target_key, scale, target_scale),
+        (student_softcap, teacher_softcap, student_sinks, teacher_sinks),
+    )
+    return triton_path.stream_backward(factor, stats, pairs, key_mask, rows, kind, causal, window)
+
+
+@_stream_backward.register_fake
+def _stream_backward_fake(
+    factor: Tensor,
+    stats: Tensor,
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    target_query: Sequence[Tensor],
+    target_key: Sequence[Tensor],
+    scale: Sequence[float],
+    target_scale: Sequence[float],
+    key_mask: Tensor | None,
+    rows: Tensor | None,
+    kind: str,
+    causal: bool,
+    window: int,
+    student_softcap: Sequence[float] | None,
+    teacher_softcap: Sequence[float] | None,
+    student_sinks: Tensor | None,
+    teacher_sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = len(query)
+    return (
+        query[0].new_empty((pairs, *query[0].shape)),
+        key[0].new_empty((pairs, *key[0].shape)),
+        factor.new_empty(_sinks_shape(student_sinks)),
+    )
+
+
+def _stream_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, target_query, target_key, ctx.scale, ctx.target_scale = inputs[:6]
+    key_mask, rows, inverse_count, ctx.kind, ctx.causal, ctx.window = inputs[6:12]
+    ctx.student_softcap, ctx.teacher_softcap, *sinks = inputs[12:16]
+    ctx.set_materialize_grads(False)
+    lists = (*query, *key, *target_query, *target_key)
+    ctx.save_for_backward(output[1], inverse_count, key_mask, rows, *sinks, *lists)
+
+
+def _stream_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    pairs = len(ctx.scale)
+    if upstream is None:
+        return _gradients(None, pairs, has_sinks=False)
+    stats, inverse_count, key_mask, rows, *sinks = ctx.saved_tensors[:6]
+    tensors = ctx.saved_tensors[6:]
+    made = _stream_backward(
+        inverse_count * upstream,
+        stats,
+        *(tensors[start : start + pairs] for start in range(0, 4 * pairs, pairs)),
+        ctx.scale,
+        ctx.target_scale,
+        key_mask,
+        rows,
+        ctx.kind,
+        ctx.causal,
+        ctx.window,
+        ctx.student_softcap,
+        ctx.teacher_softcap,
+        *sinks,
+    )
+    return _gradients(made, pairs, sinks[0] is not None)
+
+
+stream.register_autograd(_stream_gradient, setup_context=_stream_save)

@@ -1,0 +1,136 @@
+"""Definitions of the ops on attention probabilities and relations."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..attention_score_mse.reference import attention_scores
+from ..types import AttentionState, DivergenceKind, Relation
+
+
+def attention_divergence(
+    student: Sequence[AttentionState],
+    teacher: Sequence[AttentionState],
+    *,
+    kind: DivergenceKind = "kl",
+    temperature: float = 1.0,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+) -> Tensor:
+    """Mean divergence of attention probabilities over rows that see a key, one value a pair."""
+    visible = visible_keys(student[0].query, key_mask, causal, window)
+    rows = visible.any(-1)
+    if query_mask is not None:
+        rows = rows & query_mask[:, None, :]
+    # a row that sees nothing is not counted, but its softmax must be one
+    seen = visible | ~visible.any(-1, keepdim=True)
+    losses = []
+    for student_state, teacher_state in zip(student, teacher, strict=True):
+        log_p, log_t = (
+            log_probabilities(state, seen, temperature) for state in (student_state, teacher_state)
+        )
+        # a hidden key has probability 0, and 0 log 0 is 0
+        values = row_divergence(
+            log_p.exp(),
+            log_t.exp(),
+            log_p.masked_fill(log_p == -torch.inf, 0),
+            log_t.masked_fill(log_t == -torch.inf, 0),
+            kind,
+        )
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        count = rows.sum().clamp(min=1) * values.shape[1]
+        losses.append(values.masked_fill(~rows, 0.0).sum(dtype=dtype) / count)
+    return torch.stack(losses)
+
+
+def log_probabilities(state: AttentionState, seen: Tensor, temperature: float) -> Tensor:
+    """Log of the attention probabilities `[batch, heads, tokens, tokens]`, -inf at hidden keys.
+
+    With sinks one column more, the last: the sink's.
+    """
+    scores = attention_scores(state)
+    if state.softcap is not None:
+        # Gemma 2, arXiv 2408.00118, section 2
+        scores = state.softcap * torch.tanh(scores / state.softcap)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if state.sinks is not None:
+        sinks = state.sinks.to(scores)[None, :, None, None]
+        scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], dim=-1)
+    return (scores / temperature).log_softmax(-1)
+
+
+def visible_keys(
+    query: Tensor, key_mask: Tensor | None, causal: bool, window: int | None
+) -> Tensor:
+    """Bool `[batch, 1, tokens, tokens]`: the keys that each query row attends to."""
+    batch, _, tokens, _ = query.shape
+    position = torch.arange(tokens, device=query.device)
+    ahead = position[None, :] - position[:, None]
+    visible = torch.ones_like(ahead, dtype=torch.bool)
+    if causal:
+        visible = ahead <= 0
+    if window is not None:
+        visible = visible & (ahead.abs() < window)
+    visible = visible.expand(batch, 1, tokens, tokens)
+    return visible if key_mask is None else visible & key_mask[:, None, None, :]
+
+
+def row_divergence(p: Tensor, t: Tensor, log_p: Tensor, log_t: Tensor, kind: str) -> Tensor:
+    """Divergence `[...]` of student `p` from teacher `t`, distributions over the last dimension."""
+    if kind == "kl":
+        return (t * (log_t - log_p)).sum(-1)
+    if kind == "reverse_kl":
+        return (p * (log_p - log_t)).sum(-1)
+    if kind == "js":
+        # a key that both leave out has a mixture of 0
+        log_m = ((p + t) / 2).clamp(min=torch.finfo(p.dtype).tiny).log()
+        return ((t * (log_t - log_m)).sum(-1) + (p * (log_p - log_m)).sum(-1)) / 2
+    if kind == "mse":
+        return (p - t).square().sum(-1)
+    if kind == "cross_entropy":
+        return -(t * log_p).sum(-1)
+    if kind == "cosine":
+        return 1 - torch.cosine_similarity(p, t, dim=-1)
+    raise ValueError(f"kind={kind!r} has no definition")
+
+
+def relation_divergence(
+    student: Sequence[AttentionState],
+    teacher: Sequence[AttentionState],
+    *,
+    relation: Relation = "vv",
+    relation_heads: int,
+    kind: DivergenceKind = "kl",
+    temperature: float = 1.0,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+) -> Tensor:
+    """Divergence of self-attention relations (arXiv 2012.15828, section 3.1), one value a pair."""
+    return attention_divergence(
+        [relation_state(state, relation, relation_heads) for state in student],
+        [relation_state(state, relation, relation_heads) for state in teacher],
+        kind=kind,
+        temperature=temperature,
+        key_mask=key_mask,
+        query_mask=query_mask,
+        causal=causal,
+        window=window,
+    )
+
+
+def relation_state(state: AttentionState, relation: str, heads: int) -> AttentionState:
+    """Two of queries, keys and values, concatenated over heads and cut into relation heads."""
+    parts = {"q": state.query, "k": state.key, "v": state.value}
+    left, right = (parts[letter] for letter in relation)
+    if left is None or right is None:
+        raise ValueError(f"relation={relation!r} needs a state with values")
+    if relation == "qk":
+        right = right.repeat_interleave(left.shape[1] // right.shape[1], dim=1)
+    joined = (torch.cat(list(part.unbind(1)), dim=-1) for part in (left, right))
+    left, right = (torch.stack(part.chunk(heads, dim=-1), dim=1) for part in joined)
+    return AttentionState(left, right, None, left.shape[-1] ** -0.5)

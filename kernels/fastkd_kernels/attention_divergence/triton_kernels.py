@@ -1,0 +1,545 @@
+# mypy: ignore-errors
+"""Triton kernels of attention divergences: one streaming launch forward, two backward.
+
+Sizes are those of `attention_score_mse/triton_kernels.py`, prefixes and the rows of `table` and
+`valid` those of `common/attention_jit.py`; here `scales` are divided by the temperature, and valid
+query rows are those that count. `stats` `[pairs, 4 or 5, batch, heads, tokens]` holds, for each
+query row, the maximum of the student's scores and the log of their sum of exponentials below it,
+the same of the teacher (cosine: half of both, of the doubled scores) and, where the gradient needs
+one, the row's constant. Maximum and log are kept apart because their sum would be rounded.
+
+`caps` `[pairs, 2]` are soft caps, student and teacher, and `sinks` `[pairs, 2, heads]` the logits
+that join every row's softmax; both are divided by the temperature. STUDENT_CAP, TEACHER_CAP and
+SINK say which are there; the others are not read.
+
+The backward makes every tile once more, from `stats`. `upstream` `[pairs]` is the gradient of each
+pair's sum over rows.
+"""
+
+import triton
+import triton.language as tl
+
+from ..common.attention_jit import (
+    both_tiles,
+    cap_slope,
+    head_base,
+    keys_seen,
+    load_cap,
+    load_rows,
+    load_sinks,
+    load_stats,
+    queries_seeing,
+    rows_at,
+    soft_cap,
+    stat_base,
+    stat_step,
+    valid_rows,
+    visible,
+)
+from ..common.divergences_jit import (
+    add_divergence,
+    add_expectation,
+    add_two_sums,
+    divergence_of,
+    log_sum,
+    row_slopes,
+    row_terms,
+    shift_of,
+    state_of_sink,
+)
+
+
+@triton.jit
+def stream_rows(
+    table,
+    scales,
+    caps,
+    sinks,
+    valid,
+    stats,
+    partials,
+    batch,
+    heads,
+    kv_heads,
+    target_kv_heads,
+    tokens,
+    dim,
+    target_dim,
+    window,
+    TYPE: tl.constexpr,
+    TARGET_TYPE: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    KIND: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK_QUERY: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_TARGET_DIM: tl.constexpr,
+    SCORE_PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TARGET_ALIGN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    STUDENT_CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+    SINK: tl.constexpr,
+    WRITE_STATS: tl.constexpr,
+):
+    """One program: one block of query rows of one head, against all keys that it sees.
+
+    Writes `partials` `[pairs, programs]`, the sum of the rows' divergences, and `stats`. One sweep
+    over the keys for KL, reverse KL and cross-entropy. The others sweep twice: first for both
+    log-sum-exps, then for sums that need the probabilities themselves. A sink is seen before the
+    first key.
+    """
+    pair = tl.program_id(1).to(tl.int64)
+    query_blocks = tl.cdiv(tokens, BLOCK_QUERY)
+    block = tl.program_id(0) % query_blocks
+    item = (tl.program_id(0) // query_blocks // heads).to(tl.int64)
+    head = (tl.program_id(0) // query_blocks % heads).to(tl.int64)
+    row = table + pair * 16
+    scale = tl.load(scales + pair * 2)
+    target_scale = tl.load(scales + pair * 2 + 1)
+    sizes = ((dim, scale), (target_dim, target_scale))
+    student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
+    teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
+    o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
+    m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
+    query_at = (o_query, m_query)
+    query_base, query_stride = head_base(row, 0, item, head, TYPE)
+    key_base, key_stride = head_base(row, 1, item, head // (heads // kv_heads), TYPE)
+    other_base, other_stride = head_base(row, 2, item, head, TARGET_TYPE)
+    target_base, target_stride = head_base(
+        row, 3, item, head // (heads // target_kv_heads), TARGET_TYPE
+    )
+    held_sides = ((query_base, query_stride), (other_base, other_stride))
+    moving_sides = ((key_base, key_stride), (target_base, target_stride))
+    held = (
+        rows_at(query_base, query_stride, query_at, dim, BLOCK_DIM, ALIGN, CHUNK),
+        rows_at(
+            other_base, other_stride, query_at, target_dim, BLOCK_TARGET_DIM, TARGET_ALIGN, CHUNK
+        ),
+    )
+    block_start = block * BLOCK_QUERY
+    first, end = keys_seen(
+        block_start,
+        block_start + BLOCK_QUERY - 1,
+        tokens,
+        window,
+        BLOCK_KEY,
+        CAUSAL,
+        WINDOWED,
+    )
+    two_sweeps: tl.constexpr = KIND == "js" or KIND == "mse" or KIND == "cosine"
+    # cosine needs the log of |e^a| alone: half the log-sum-exp of doubled scores
+    power: tl.constexpr = 2.0 if KIND == "cosine" else 1.0
+    nothing = tl.zeros([BLOCK_QUERY], SUM_TYPE)
+    lowest = tl.full([BLOCK_QUERY], float("-inf"), SUM_TYPE)
+    # running maximum and sum of the weighing side, then of the other; mean and excess
+    state = (lowest, nothing, lowest, nothing, nothing, nothing)
+    if SINK:
+        student_sink, teacher_sink = load_sinks(sinks, pair, head, heads)
+        state = state_of_sink(power * student_sink, power * teacher_sink, nothing, KIND)
+    for start in range(first, end, BLOCK_KEY):
+        o_key = start + tl.arange(0, BLOCK_KEY)
+        m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
+        seen = visible(o_query[:, None], o_key[None, :], m_key[None, :], window, CAUSAL, WINDOWED)
+        own, target, _b_key = both_tiles(
+            held,
+            held_sides,
+            moving_sides,
+            query_at,
+            (o_key, m_key),
+            sizes,
+            BLOCK_QUERY,
+            BLOCK_KEY,
+            BLOCK_DIM,
+            BLOCK_TARGET_DIM,
+            CHUNK,
+            SUM_TYPE,
+            ALIGN,
+            TARGET_ALIGN,
+            SCORE_PRECISION,
+        )
+        own = soft_cap(own, student_cap, STUDENT_CAP)
+        target = soft_cap(target, teacher_cap, TEACHER_CAP)
+        if two_sweeps:
+            state = add_two_sums(power * target, power * own, seen, state)
+        elif KIND == "kl":
+            state = add_divergence(target, own, seen, state)
+        elif KIND == "reverse_kl":
+            state = add_divergence(own, target, seen, state)
+        else:
+            state = add_expectation(target, own, seen, state)
+    if KIND == "reverse_kl":
+        max_own, sum_own, max_target, sum_target, mean, _excess = state
+    else:
+        max_target, sum_target, max_own, sum_own, mean, _excess = state
+    max_own, log_own = shift_of(max_own) / power, log_sum(sum_own) / power
+    max_target, log_target = shift_of(max_target) / power, log_sum(sum_target) / power
+    value = divergence_of(state)
+    constant = value
+    if KIND == "cross_entropy":
+        # lse(a) - E_t[a]
+        value = max_own - mean + log_own
+    if two_sweeps:
+        value = nothing
+        constant = nothing
+        if SINK:
+            value, constant = row_terms(
+                (student_sink - max_own - log_own)[:, None],
+                (teacher_sink - max_target - log_target)[:, None],
+                (o_query >= 0)[:, None],
+                KIND,
+            )
+        for start in range(first, end, BLOCK_KEY):
+            o_key = start + tl.arange(0, BLOCK_KEY)
+            m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
+            seen = visible(
+                o_query[:, None], o_key[None, :], m_key[None, :], window, CAUSAL, WINDOWED
+            )
+            own, target, _b_key = both_tiles(
+                held,
+                held_sides,
+                moving_sides,
+                query_at,
+                (o_key, m_key),
+                sizes,
+                BLOCK_QUERY,
+                BLOCK_KEY,
+                BLOCK_DIM,
+                BLOCK_TARGET_DIM,
+                CHUNK,
+                SUM_TYPE,
+                ALIGN,
+                TARGET_ALIGN,
+                SCORE_PRECISION,
+            )
+            own = soft_cap(own, student_cap, STUDENT_CAP)
+            target = soft_cap(target, teacher_cap, TEACHER_CAP)
+            tile_value, tile_constant = row_terms(
+                own - max_own[:, None] - log_own[:, None],
+                target - max_target[:, None] - log_target[:, None],
+                seen,
+                KIND,
+            )
+            value += tile_value
+            constant += tile_constant
+        if KIND == "cosine":
+            # of both sums, the one that has the digits
+            constant = tl.where(value < 0.5, 1.0 - value, constant)
+    tl.store(
+        partials + pair * tl.num_programs(0) + tl.program_id(0),
+        tl.sum(tl.where(m_query, value, 0.0), 0),
+    )
+    if WRITE_STATS:
+        m_row = o_query < tokens
+        out = stat_base(stats, pair, item, head, batch, heads, tokens, STATS) + o_query
+        step = stat_step(batch, heads, tokens)
+        tl.store(out, max_own, mask=m_row)
+        tl.store(out + step, log_own, mask=m_row)
+        tl.store(out + 2 * step, max_target, mask=m_row)
+        tl.store(out + 3 * step, log_target, mask=m_row)
+        if STATS == 5:
+            tl.store(out + 4 * step, constant, mask=m_row)
+
+
+@triton.jit
+def query_slopes(
+    table,
+    scales,
+    caps,
+    valid,
+    stats,
+    upstream,
+    gradient,
+    sinks,
+    sink_partials,
+    batch,
+    heads,
+    kv_heads,
+    target_kv_heads,
+    tokens,
+    dim,
+    target_dim,
+    window,
+    TYPE: tl.constexpr,
+    TARGET_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    KIND: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK_QUERY: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_TARGET_DIM: tl.constexpr,
+    SCORE_PRECISION: tl.constexpr,
+    GRAD_PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TARGET_ALIGN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    STUDENT_CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+    SINK: tl.constexpr,
+):
+    """One program: one block of query rows of one head, against all keys that it sees.
+
+    Writes `gradient` `[pairs, batch, heads, tokens, dim]` and, with SINK, `sink_partials`
+    `[pairs, programs]`, the sum of the counted rows' slopes of the student's sink.
+    """
+    # what the compiler cannot see of an argument: it is a multiple of this
+    dim = dim // ALIGN * ALIGN
+    pair = tl.program_id(1).to(tl.int64)
+    query_blocks = tl.cdiv(tokens, BLOCK_QUERY)
+    block = tl.program_id(0) % query_blocks
+    item = (tl.program_id(0) // query_blocks // heads).to(tl.int64)
+    head = (tl.program_id(0) // query_blocks % heads).to(tl.int64)
+    row = table + pair * 16
+    scale = tl.load(scales + pair * 2)
+    target_scale = tl.load(scales + pair * 2 + 1)
+    sizes = ((dim, scale), (target_dim, target_scale))
+    student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
+    teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
+    o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
+    m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
+    query_at = (o_query, m_query)
+    query_base, query_stride = head_base(row, 0, item, head, TYPE)
+    key_base, key_stride = head_base(row, 1, item, head // (heads // kv_heads), TYPE)
+    other_base, other_stride = head_base(row, 2, item, head, TARGET_TYPE)
+    target_base, target_stride = head_base(
+        row, 3, item, head // (heads // target_kv_heads), TARGET_TYPE
+    )
+    held_sides = ((query_base, query_stride), (other_base, other_stride))
+    moving_sides = ((key_base, key_stride), (target_base, target_stride))
+    held = (
+        rows_at(query_base, query_stride, query_at, dim, BLOCK_DIM, ALIGN, CHUNK),
+        rows_at(
+            other_base, other_stride, query_at, target_dim, BLOCK_TARGET_DIM, TARGET_ALIGN, CHUNK
+        ),
+    )
+    block_start = block * BLOCK_QUERY
+    first, end = keys_seen(
+        block_start,
+        block_start + BLOCK_QUERY - 1,
+        tokens,
+        window,
+        BLOCK_KEY,
+        CAUSAL,
+        WINDOWED,
+    )
+    max_own, log_own, max_target, log_target, constant = load_stats(
+        stats, pair, item, head, batch, heads, tokens, o_query, STATS
+    )
+    b_gradient = tl.zeros([BLOCK_QUERY, BLOCK_DIM], SUM_TYPE)
+    for start in range(first, end, BLOCK_KEY):
+        o_key = start + tl.arange(0, BLOCK_KEY)
+        m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
+        seen = visible(o_query[:, None], o_key[None, :], m_key[None, :], window, CAUSAL, WINDOWED)
+        own, target, b_key = both_tiles(
+            held,
+            held_sides,
+            moving_sides,
+            query_at,
+            (o_key, m_key),
+            sizes,
+            BLOCK_QUERY,
+            BLOCK_KEY,
+            BLOCK_DIM,
+            BLOCK_TARGET_DIM,
+            CHUNK,
+            SUM_TYPE,
+            ALIGN,
+            TARGET_ALIGN,
+            SCORE_PRECISION,
+        )
+        student_score = soft_cap(own, student_cap, STUDENT_CAP)
+        teacher_score = soft_cap(target, teacher_cap, TEACHER_CAP)
+        slopes = row_slopes(
+            student_score - max_own[:, None] - log_own[:, None],
+            teacher_score - max_target[:, None] - log_target[:, None],
+            constant[:, None],
+            seen,
+            KIND,
+        )
+        if STUDENT_CAP:
+            slopes *= cap_slope(own, student_cap)
+        if CHUNK > 0:
+            b_key = load_rows(key_base, o_key, m_key, key_stride, dim, BLOCK_DIM, ALIGN)
+        # dQ_s = c_s (dL/dA) K_s
+        b_gradient += tl.dot(
+            slopes.to(GRAD_TYPE), b_key.to(GRAD_TYPE), input_precision=GRAD_PRECISION
+        )
+    factor = tl.load(upstream + pair)
+    if SINK:
+        student_sink, teacher_sink = load_sinks(sinks, pair, head, heads)
+        sink_slopes = row_slopes(
+            student_sink - max_own - log_own,
+            teacher_sink - max_target - log_target,
+            constant,
+            o_query >= 0,
+            KIND,
+        )
+        tl.store(
+            sink_partials + pair * tl.num_programs(0) + tl.program_id(0),
+            tl.sum(tl.where(m_query, sink_slopes, 0.0), 0) * factor,
+        )
+        # queries of 0 on both sides meet sinks that differ
+        b_gradient = tl.where(m_query[:, None], b_gradient, 0.0)
+    # without sinks, rows that are not counted have queries of 0 on both sides, so no slope
+    b_gradient *= scale * factor
+    o_dim = tl.arange(0, BLOCK_DIM)
+    out = gradient + ((pair * batch + item) * heads + head) * tokens * dim
+    o_out = o_query[:, None].to(tl.int64) * dim + o_dim[None, :]
+    m_out = (o_query < tokens)[:, None] & (o_dim < dim)[None, :]
+    tl.store(out + o_out, b_gradient.to(TYPE), mask=m_out)
+
+
+@triton.jit
+def key_slopes(
+    table,
+    scales,
+    caps,
+    valid,
+    stats,
+    upstream,
+    gradient,
+    batch,
+    heads,
+    kv_heads,
+    target_kv_heads,
+    tokens,
+    dim,
+    target_dim,
+    window,
+    TYPE: tl.constexpr,
+    TARGET_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    KIND: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK_QUERY: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_TARGET_DIM: tl.constexpr,
+    SCORE_PRECISION: tl.constexpr,
+    GRAD_PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TARGET_ALIGN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    STUDENT_CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+):
+    """One program: one block of keys of one student key head, against all rows that see it.
+
+    Tiles are `[keys, queries]`. Writes `gradient` `[pairs, batch, kv_heads, tokens, dim]`, summed
+    over the query heads that share the key head.
+    """
+    # what the compiler cannot see of an argument: it is a multiple of this
+    dim = dim // ALIGN * ALIGN
+    pair = tl.program_id(1).to(tl.int64)
+    key_blocks = tl.cdiv(tokens, BLOCK_KEY)
+    block = tl.program_id(0) % key_blocks
+    item = (tl.program_id(0) // key_blocks // kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(0) // key_blocks % kv_heads).to(tl.int64)
+    row = table + pair * 16
+    scale = tl.load(scales + pair * 2)
+    target_scale = tl.load(scales + pair * 2 + 1)
+    sizes = ((dim, scale), (target_dim, target_scale))
+    student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
+    teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
+    o_key = block * BLOCK_KEY + tl.arange(0, BLOCK_KEY)
+    m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
+    key_at = (o_key, m_key)
+    key_base, key_stride = head_base(row, 1, item, kv_head, TYPE)
+    b_key = rows_at(key_base, key_stride, key_at, dim, BLOCK_DIM, ALIGN, CHUNK)
+    block_start = block * BLOCK_KEY
+    first, end = queries_seeing(
+        block_start,
+        block_start + BLOCK_KEY - 1,
+        tokens,
+        window,
+        BLOCK_QUERY,
+        CAUSAL,
+        WINDOWED,
+    )
+    repeat = heads // kv_heads
+    target_repeat = heads // target_kv_heads
+    b_gradient = tl.zeros([BLOCK_KEY, BLOCK_DIM], SUM_TYPE)
+    for turn in range(0, repeat):
+        head = kv_head * repeat + turn
+        target_base, target_stride = head_base(row, 3, item, head // target_repeat, TARGET_TYPE)
+        query_base, query_stride = head_base(row, 0, item, head, TYPE)
+        other_base, other_stride = head_base(row, 2, item, head, TARGET_TYPE)
+        held_sides = ((key_base, key_stride), (target_base, target_stride))
+        moving_sides = ((query_base, query_stride), (other_base, other_stride))
+        held = (
+            b_key,
+            rows_at(
+                target_base,
+                target_stride,
+                key_at,
+                target_dim,
+                BLOCK_TARGET_DIM,
+                TARGET_ALIGN,
+                CHUNK,
+            ),
+        )
+        for start in range(first, end, BLOCK_QUERY):
+            o_query = start + tl.arange(0, BLOCK_QUERY)
+            m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
+            seen = visible(
+                o_query[None, :], o_key[:, None], m_key[:, None], window, CAUSAL, WINDOWED
+            )
+            own, target, b_query = both_tiles(
+                held,
+                held_sides,
+                moving_sides,
+                key_at,
+                (o_query, m_query),
+                sizes,
+                BLOCK_KEY,
+                BLOCK_QUERY,
+                BLOCK_DIM,
+                BLOCK_TARGET_DIM,
+                CHUNK,
+                SUM_TYPE,
+                ALIGN,
+                TARGET_ALIGN,
+                SCORE_PRECISION,
+            )
+            max_own, log_own, max_target, log_target, constant = load_stats(
+                stats, pair, item, head, batch, heads, tokens, o_query, STATS
+            )
+            student_score = soft_cap(own, student_cap, STUDENT_CAP)
+            teacher_score = soft_cap(target, teacher_cap, TEACHER_CAP)
+            slopes = row_slopes(
+                student_score - max_own[None, :] - log_own[None, :],
+                teacher_score - max_target[None, :] - log_target[None, :],
+                constant[None, :],
+                seen,
+                KIND,
+            )
+            if STUDENT_CAP:
+                slopes *= cap_slope(own, student_cap)
+            if CHUNK > 0:
+                b_query = load_rows(
+                    query_base, o_query, m_query, query_stride, dim, BLOCK_DIM, ALIGN
+                )
+            # dK_s = c_s (dL/dA)^T Q_s
+            b_gradient += tl.dot(
+                slopes.to(GRAD_TYPE), b_query.to(GRAD_TYPE), input_precision=GRAD_PRECISION
+            )
+    factor = scale * tl.load(upstream + pair)
+    o_dim = tl.arange(0, BLOCK_DIM)
+    out = gradient + ((pair * batch + item) * kv_heads + kv_head) * tokens * dim
+    o_out = o_key[:, None].to(tl.int64) * dim + o_dim[None, :]
+    m_out = (o_key < tokens)[:, None] & (o_dim < dim)[None, :]
+    tl.store(out + o_out, (b_gradient * factor).to(TYPE), mask=m_out)

@@ -1,0 +1,329 @@
+# mypy: ignore-errors
+"""Triton kernels of attention-score MSE by Gram matrices (see `gram.py` for the algebra).
+
+`table`, `scales`, `valid` and the prefixes are those of `triton_kernels.py`. Columns
+of both parts stand side by side: `dim` of part 0, then `target_dim` of part 1; `width` is their
+sum. Each part starts a new column tile. SIDE 0 is queries, 1 keys. A key group is a run of query
+heads that share both key heads; `groups` of them make up the heads. Each of `chunks` runs of
+`chunk_tokens` tokens has a Gram of its own; one holds every token where nothing is causal.
+"""
+
+import triton
+import triton.language as tl
+
+from ..common.attention_jit import valid_rows
+from ..common.wide_loads import load_wide
+
+
+@triton.jit
+def part_rows(
+    row,
+    item,
+    head,
+    target_head,
+    part,
+    o_row,
+    m_row,
+    o_column,
+    scale,
+    target_scale,
+    dim,
+    target_dim,
+    SIDE: tl.constexpr,
+    TYPE: tl.constexpr,
+    TARGET_TYPE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    DIFFERENCE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TARGET_ALIGN: tl.constexpr,
+):
+    """Rows `[rows, columns]` of `part` 0 or 1 of one side, in OPERAND precision."""
+    entry = row + SIDE * 4
+    own = tl.load(entry).to(tl.pointer_type(TYPE))
+    own = own + item * tl.load(entry + 1) + head * tl.load(entry + 2)
+    step = tl.load(entry + 3)
+    target = tl.load(entry + 8).to(tl.pointer_type(TARGET_TYPE))
+    target = target + item * tl.load(entry + 9) + target_head * tl.load(entry + 10)
+    target_step = tl.load(entry + 11)
+    # columns to read; none of a side that the part leaves out
+    own_columns = tl.where(part == 0, dim, 0)
+    target_columns = tl.where(part == 1, target_dim, 0)
+    if DIFFERENCE:
+        if SIDE == 0:
+            target_columns = target_dim
+        else:
+            own_columns = dim
+    o_wide = o_row.to(tl.int64)
+    b_own = load_wide(own + o_wide * step, m_row, o_column, own_columns, ALIGN).to(OPERAND)
+    b_target = load_wide(
+        target + o_wide * target_step, m_row, o_column, target_columns, TARGET_ALIGN
+    ).to(OPERAND)
+    if DIFFERENCE:
+        if SIDE == 0:
+            # P_0 = c_s Q_s - c_t Q_t, P_1 = Q_t with b_own 0
+            value = b_own * scale + b_target * tl.where(part == 0, -target_scale, 1.0)
+        else:
+            # R_0 = K_s with b_target 0, R_1 = c_t (K_s - K_t)
+            value = (b_own - b_target) * tl.where(part == 0, 1.0, target_scale)
+        return value.to(OPERAND)
+    return b_own + b_target
+
+
+@triton.jit
+def gram_matrices(
+    table,
+    scales,
+    valid,
+    grams,
+    batch,
+    heads,
+    kv_heads,
+    target_kv_heads,
+    groups,
+    tokens,
+    dim,
+    target_dim,
+    chunk_tokens,
+    SIDE: tl.constexpr,
+    TYPE: tl.constexpr,
+    TARGET_TYPE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    DIFFERENCE: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+    BLOCK_COLUMN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TARGET_ALIGN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """One program: one tile of one key group's Gram, over all rows that the group has in a chunk.
+
+    Writes `grams` `[pairs, batch, groups, chunks, width, width]`; the block of part 1 by part 0 is
+    the mirror of part 0 by part 1 and stays unwritten.
+    """
+    pair = tl.program_id(1).to(tl.int64)
+    own_tiles = tl.cdiv(dim, BLOCK_COLUMN)
+    tiles = own_tiles + tl.cdiv(target_dim, BLOCK_COLUMN)
+    left = tl.program_id(0) // tiles % tiles
+    right = tl.program_id(0) % tiles
+    left_part = (left >= own_tiles).to(tl.int32)
+    right_part = (right >= own_tiles).to(tl.int32)
+    if left_part <= right_part:
+        item = (tl.program_id(0) // (tiles * tiles) // groups).to(tl.int64)
+        group = (tl.program_id(0) // (tiles * tiles) % groups).to(tl.int64)
+        row = table + pair * 16
+        scale = tl.load(scales + pair * 2)
+        target_scale = tl.load(scales + pair * 2 + 1)
+        o_left = (left - left_part * own_tiles) * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
+        o_right = (right - right_part * own_tiles) * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
+        total = tl.zeros([BLOCK_COLUMN, BLOCK_COLUMN], dtype=SUM_TYPE)
+        first = tl.program_id(2) * chunk_tokens
+        last = min(first + chunk_tokens, tokens)
+        repeat = 1
+        if SIDE == 0:
+            repeat = heads // groups
+        for turn in range(0, repeat):
+            if SIDE == 0:
+                head = group * repeat + turn
+                target_head = head
+            else:
+                head = group // (groups // kv_heads)
+                target_head = group // (groups // target_kv_heads)
+            for start in range(first, last, BLOCK_ROW):
+                o_row = start + tl.arange(0, BLOCK_ROW)
+                m_row = valid_rows(valid, SIDE, item, batch, tokens, o_row, HAS_MASK)
+                b_left = part_rows(
+                    row,
+                    item,
+                    head,
+                    target_head,
+                    left_part,
+                    o_row,
+                    m_row,
+                    o_left,
+                    scale,
+                    target_scale,
+                    dim,
+                    target_dim,
+                    SIDE,
+                    TYPE,
+                    TARGET_TYPE,
+                    OPERAND,
+                    DIFFERENCE,
+                    ALIGN,
+                    TARGET_ALIGN,
+                )
+                b_right = part_rows(
+                    row,
+                    item,
+                    head,
+                    target_head,
+                    right_part,
+                    o_row,
+                    m_row,
+                    o_right,
+                    scale,
+                    target_scale,
+                    dim,
+                    target_dim,
+                    SIDE,
+                    TYPE,
+                    TARGET_TYPE,
+                    OPERAND,
+                    DIFFERENCE,
+                    ALIGN,
+                    TARGET_ALIGN,
+                )
+                total += tl.dot(tl.trans(b_left), b_right, input_precision=PRECISION)
+        width = dim + target_dim
+        left_width = tl.where(left_part == 0, dim, target_dim)
+        right_width = tl.where(right_part == 0, dim, target_dim)
+        slot = ((pair * batch + item) * groups + group) * tl.num_programs(2) + tl.program_id(2)
+        out = grams + slot * width * width
+        o_out = (left_part * dim + o_left)[:, None] * width + (right_part * dim + o_right)[None, :]
+        m_out = (o_left < left_width)[:, None] & (o_right < right_width)[None, :]
+        tl.store(out + o_out, total, mask=m_out)
+
+
+@triton.jit
+def apply_factors(
+    table,
+    scales,
+    valid,
+    factors,
+    upstream,
+    gradient,
+    batch,
+    heads,
+    kv_heads,
+    target_kv_heads,
+    groups,
+    tokens,
+    dim,
+    target_dim,
+    chunk_tokens,
+    chunks,
+    SIDE: tl.constexpr,
+    TYPE: tl.constexpr,
+    TARGET_TYPE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    DIFFERENCE: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+    BLOCK_COLUMN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TARGET_ALIGN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """One program: a block of rows and of columns of one student head's gradient.
+
+    Reads `factors` `[pairs, batch, groups, chunks, width, dim]`, of which each row takes its own
+    chunk's, and `upstream` `[pairs]`; writes `gradient` `[pairs, batch, heads | kv_heads, tokens,
+    dim]`. ACCUMULATE adds to what `gradient` holds and does not read `upstream`.
+    """
+    # what the compiler cannot see of an argument: it is a multiple of this
+    dim = dim // ALIGN * ALIGN
+    pair = tl.program_id(1).to(tl.int64)
+    columns = tl.cdiv(dim, BLOCK_COLUMN)
+    blocks = tl.cdiv(tokens, BLOCK_ROW)
+    own_heads = heads
+    share = 1
+    if SIDE == 1:
+        own_heads = kv_heads
+        share = groups // kv_heads
+    o_out = tl.program_id(0) % columns * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
+    block = tl.program_id(0) // columns % blocks
+    head = (tl.program_id(0) // (columns * blocks) % own_heads).to(tl.int64)
+    item = (tl.program_id(0) // (columns * blocks) // own_heads).to(tl.int64)
+    row = table + pair * 16
+    scale = tl.load(scales + pair * 2)
+    target_scale = tl.load(scales + pair * 2 + 1)
+    o_row = block * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
+    m_row = valid_rows(valid, SIDE, item, batch, tokens, o_row, HAS_MASK)
+    own_tiles = tl.cdiv(dim, BLOCK_COLUMN)
+    tiles = own_tiles + tl.cdiv(target_dim, BLOCK_COLUMN)
+    out = gradient + ((pair * batch + item) * own_heads + head) * tokens * dim
+    o_where = o_row[:, None].to(tl.int64) * dim + o_out[None, :]
+    m_where = (o_row < tokens)[:, None] & (o_out < dim)[None, :]
+    if ACCUMULATE:
+        total = tl.load(out + o_where, mask=m_where, other=0.0)
+    else:
+        total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
+        factor = tl.load(upstream + pair)
+    chunk = block * BLOCK_ROW // chunk_tokens
+    for turn in range(0, share):
+        if SIDE == 0:
+            group = head // (heads // groups)
+            target_head = head
+        else:
+            group = head * share + turn
+            target_head = group // (groups // target_kv_heads)
+        slot = ((pair * batch + item) * groups + group) * chunks + chunk
+        base = factors + slot * (dim + target_dim) * dim
+        for tile in range(0, tiles):
+            part = (tile >= own_tiles).to(tl.int32)
+            o_column = (tile - part * own_tiles) * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
+            b_rows = part_rows(
+                row,
+                item,
+                head,
+                target_head,
+                part,
+                o_row,
+                m_row,
+                o_column,
+                scale,
+                target_scale,
+                dim,
+                target_dim,
+                SIDE,
+                TYPE,
+                TARGET_TYPE,
+                OPERAND,
+                DIFFERENCE,
+                ALIGN,
+                TARGET_ALIGN,
+            )
+            m_factor = (o_column < tl.where(part == 0, dim, target_dim))[:, None]
+            m_factor = m_factor & (o_out < dim)[None, :]
+            o_factor = (part * dim + o_column)[:, None] * dim + o_out[None, :]
+            b_factor = tl.load(base + o_factor, mask=m_factor, other=0.0)
+            if not ACCUMULATE:
+                b_factor = b_factor * factor
+            # dQ_s = P_0 A_0 + P_1 A_1 (SIDE 0), dK_s = R_0 B_0 + R_1 B_1 (SIDE 1)
+            total += tl.dot(b_rows.to(SUM_TYPE), b_factor, input_precision=PRECISION)
+    tl.store(out + o_where, total, mask=m_where)
+
+
+@triton.jit
+def scan_chunks(
+    grams,
+    chunks,
+    entries,
+    SUM_TYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """One program: BLOCK entries of one key group's Grams, in every chunk.
+
+    Replaces `grams` `[programs, chunks, entries]` by the sum of the chunks before each one, or of
+    those after it with REVERSE.
+    """
+    blocks = tl.cdiv(entries, BLOCK)
+    o_entry = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    m_entry = o_entry < entries
+    slot = (tl.program_id(0) // blocks).to(tl.int64) * chunks
+    step = entries
+    if REVERSE:
+        slot += chunks - 1
+        step = -entries
+    where = grams + slot * entries + o_entry
+    total = tl.zeros([BLOCK], dtype=SUM_TYPE)
+    for _ in range(0, chunks):
+        b_gram = tl.load(where, mask=m_entry, other=0.0)
+        tl.store(where, total, mask=m_entry)
+        total += b_gram
+        where += step

@@ -1,0 +1,370 @@
+"""Mean squared error of attention scores (TinyBERT, arXiv 1909.10351, eq. 7) in linear memory.
+
+Two algorithms, one op: "gram" gets loss and gradient from small Gram matrices in time linear in the
+tokens; "tiles" forms the difference of scores in blocks and is better for short sequences. The
+road not taken: one autograd graph of matmuls, which would keep `[tokens, tokens]` maps alive.
+
+The registered op "one_pass" makes unit gradients in the forward. "gram", on Triton alone, keeps
+small factors for a backward of its own. Both take lists over layer pairs of one shape.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice, check_mask, check_reduction, resolve_backend
+from ..common.autograd import accumulator, by_shape, inverse, scaled, value_of
+from ..common.head_groups import pairs_of, state_shapes, student_gradients
+from ..types import (
+    NAMESPACE,
+    Algorithm,
+    AttentionState,
+    Backend,
+    Reduction,
+    TeacherLayers,
+    TeacherWeights,
+)
+from . import torch_path
+from .weighted_teacher import weighted_targets
+
+# the widest student head whose gradient the tile kernels hold
+MAX_HEAD_DIM = 256
+
+# (backend, causal): from this many tokens per column of student plus teacher on, "gram" is the
+# faster one. Measured, for "triton" in bf16 on an H100.
+GRAM_TOKENS_PER_COLUMN = {
+    ("torch", False): 1.1,
+    ("torch", True): 4.0,
+    ("triton", False): 6.0,
+    ("triton", True): 12.0,
+}
+
+
+def choose_algorithm(
+    tokens: int, student_dim: int, teacher_dim: int, *, causal: bool, backend: str
+) -> str:
+    """ "tiles" or "gram" for one shape; `backend` is "torch" or "triton"."""
+    if backend == "triton" and not causal and student_dim > MAX_HEAD_DIM:
+        return "gram"
+    per_column = GRAM_TOKENS_PER_COLUMN[backend, causal]
+    return "gram" if tokens >= per_column * (student_dim + teacher_dim) else "tiles"
+
+
+def attention_score_mse(
+    student: Sequence[AttentionState],
+    teacher: Sequence[TeacherLayers],
+    *,
+    teacher_weights: TeacherWeights | None = None,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    causal: bool = False,
+    reduction: Reduction = "valid",
+    backend: Backend = "auto",
+    algorithm: Algorithm = "auto",
+) -> Tensor:
+    """Mean squared difference of the attention scores of each layer pair (arXiv 1909.10351, eq. 7).
+
+    Args:
+        student, teacher: One `AttentionState` a pair, on one device. Queries are
+            `[batch, heads, tokens, head_dim]` and keys `[batch, kv_heads, tokens, head_dim]` in
+            bf16, fp16, fp32 or fp64, with any strides. Head counts of a pair agree; head sizes,
+            key heads and dtypes may differ. Values are not read, nor soft caps and sinks: scores
+            are compared as they are before a cap, and a sink is no score. A teacher entry may be a
+            list of states, which share dtype and key heads: the target is the weighted sum of their
+            scores.
+        teacher_weights: For each pair the weights of its teacher layers, any finite numbers, or
+            None for an even average. None is an even average everywhere.
+        key_mask: Bool `[batch, tokens]`, True at valid keys; None counts every key.
+        query_mask: Bool `[batch, tokens]`, True at valid query rows; None counts every row, also
+            where `key_mask` is given. Not read by "tinybert".
+        causal: Count keys at or before the query only.
+        reduction: "valid" divides by the valid (query, key) pairs times heads. "tinybert" is the
+            loss of the official code: masked keys are zero on both sides, padded query rows count,
+            and the divisor is `batch * heads * tokens**2`. The official code also zeroes raw
+            scores at or below -100, which trained models do not reach; this op keeps those.
+        backend: "auto" runs Triton on CUDA, PyTorch on the CPU and for fp64.
+        algorithm: "auto" takes what `choose_algorithm` says.
+
+    Returns:
+        `[pairs]` in fp32 (fp64 where a student is fp64). Gradients reach the student's queries and
+        keys only. Without any valid entry the loss and its gradients are 0.
+
+    Raises:
+        ValueError: shapes, devices, modes that do not fit, or a teacher that requires grad.
+        TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
+    """
+    targets = weighted_targets(student, teacher, teacher_weights)
+    batch, _, tokens, _ = student[0].query.shape
+    device = student[0].query.device
+    check_mask("key_mask", key_mask, batch, tokens, device)
+    check_mask("query_mask", query_mask, batch, tokens, device)
+    check_reduction(reduction)
+    check_choice("algorithm", algorithm, get_args(Algorithm))
+    queries = [state.query for state in (*student, *targets)]
+    chosen_backend = resolve_backend(backend, device, accumulator(*queries))
+    if reduction == "tinybert":
+        query_mask = None
+
+    def loss_of(members: list[int]) -> Tensor:
+        own, target = [student[i] for i in members], [targets[i] for i in members]
+        dims = (own[0].query.shape[-1], target[0].query.shape[-1])
+        chosen: str = algorithm
+        if chosen == "auto":
+            chosen = choose_algorithm(tokens, *dims, causal=causal, backend=chosen_backend)
+        if chosen_backend == "triton":
+            _check_head_size(chosen, causal, dims[0])
+        count = _entry_count(own[0].query, key_mask, query_mask, causal, reduction)
+        dtype = accumulator(own[0].query, target[0].query)
+        need_grad = torch.is_grad_enabled() and any(
+            state.query.requires_grad or state.key.requires_grad for state in own
+        )
+        tensors = (
+            [state.query for state in own],
+            [state.key for state in own],
+            [state.query for state in target],
+            [state.key for state in target],
+            [float(state.scale) for state in own],
+            [float(state.scale) for state in target],
+            key_mask,
+            query_mask,
+            inverse(count, dtype, device),
+        )
+        if chosen == "gram" and not causal and chosen_backend == "triton":
+            made = gram(*tensors, need_grad)
+        else:
+            made = one_pass(*tensors, causal, chosen, need_grad, chosen_backend)
+        losses: Tensor = made[0]
+        return losses
+
+    keys = [state_shapes(*pair) for pair in zip(student, targets, strict=True)]
+    loss = by_shape(keys, loss_of)
+    return loss if student[0].query.dtype == torch.float64 else loss.float()
+
+
+def _check_head_size(algorithm: str, causal: bool, dim: int) -> None:
+    """Every causal algorithm has tiles, which keep the gradient of a student head in registers."""
+    if dim <= MAX_HEAD_DIM or (algorithm == "gram" and not causal):
+        return
+    instead = "backend='torch'" if causal else "algorithm='gram' or backend='torch'"
+    raise ValueError(
+        f"the student's head size {dim} is too wide for the Triton tiles, which take up to "
+        f"{MAX_HEAD_DIM}; use {instead}"
+    )
+
+
+def _entry_count(
+    query: Tensor,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    causal: bool,
+    reduction: str,
+) -> Tensor | int:
+    """Entries that the loss averages over: batch, heads, query rows and keys."""
+    batch, heads, tokens, _ = query.shape
+    if reduction == "tinybert":
+        return batch * heads * tokens * tokens
+    if key_mask is None and query_mask is None:
+        return batch * heads * (tokens * (tokens + 1) // 2 if causal else tokens * tokens)
+    every = torch.ones(batch, tokens, dtype=torch.int64, device=query.device)
+    rows = every if query_mask is None else query_mask.long()
+    keys = every if key_mask is None else key_mask.long()
+    seen = keys.cumsum(1) if causal else keys.sum(1, keepdim=True)
+    return heads * (rows * seen).sum()
+
+
+def _path(backend: str) -> Any:
+    """The module that computes; Triton is imported by the first call that needs it."""
+    if backend == "torch":
+        return torch_path
+    from . import triton_path
+
+    return triton_path
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention_score_mse_gram", mutates_args=())
+def gram(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    target_query: Sequence[Tensor],
+    target_key: Sequence[Tensor],
+    scale: Sequence[float],
+    target_scale: Sequence[float],
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    inverse_count: Tensor,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses `[pairs]` and the factors that the backward applies (see `gram.py`)."""
+    pairs = pairs_of(query, key, target_query, target_key, scale, target_scale)
+    squares, to_query, to_key = _path("triton").gram_forward(pairs, key_mask, query_mask, need_grad)
+    return value_of(squares, inverse_count), to_query, to_key
+
+
+@gram.register_fake
+def _gram_fake(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    target_query: Sequence[Tensor],
+    target_key: Sequence[Tensor],
+    scale: Sequence[float],
+    target_scale: Sequence[float],
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    inverse_count: Tensor,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, _, dim = query[0].shape
+    groups = math.lcm(key[0].shape[1], target_key[0].shape[1])
+    shape = (len(query), batch, groups, dim + target_query[0].shape[-1], dim)
+    made = shape if need_grad else (0,)
+    return (
+        inverse_count.new_empty(len(query)),
+        inverse_count.new_empty(made),
+        inverse_count.new_empty(made),
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention_score_mse_gram_backward", mutates_args=())
+def _gram_backward(
+    factor: Tensor,
+    to_query: Tensor,
+    to_key: Tensor,
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    target_query: Sequence[Tensor],
+    target_key: Sequence[Tensor],
+    scale: Sequence[float],
+    target_scale: Sequence[float],
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Stacked gradients of the student's queries and keys for `factor` `[pairs]`."""
+    pairs = pairs_of(query, key, target_query, target_key, scale, target_scale)
+    query_grad, key_grad = _path("triton").gram_backward(
+        factor, to_query, to_key, pairs, key_mask, query_mask
+    )
+    return query_grad, key_grad
+
+
+@_gram_backward.register_fake
+def _gram_backward_fake(
+    factor: Tensor,
+    to_query: Tensor,
+    to_key: Tensor,
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    target_query: Sequence[Tensor],
+    target_key: Sequence[Tensor],
+    scale: Sequence[float],
+    target_scale: Sequence[float],
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    pairs = len(query)
+    return (
+        torch.empty((pairs, *query[0].shape), dtype=query[0].dtype, device=query[0].device),
+        torch.empty((pairs, *key[0].shape), dtype=key[0].dtype, device=key[0].device),
+    )
+
+
+def _gram_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, target_query, target_key, ctx.scale, ctx.target_scale = inputs[:6]
+    key_mask, query_mask, inverse_count, _ = inputs[6:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        *output[1:], inverse_count, key_mask, query_mask, *query, *key, *target_query, *target_key
+    )
+
+
+def _gram_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if upstream is None:
+        return student_gradients(None, len(ctx.scale), 6)
+    to_query, to_key, inverse_count, key_mask, query_mask, *tensors = ctx.saved_tensors
+    pairs = len(tensors) // 4
+    lists = [tensors[start : start + pairs] for start in range(0, 4 * pairs, pairs)]
+    query_grad, key_grad = _gram_backward(
+        2.0 * inverse_count * upstream,
+        to_query,
+        to_key,
+        *lists,
+        ctx.scale,
+        ctx.target_scale,
+        key_mask,
+        query_mask,
+    )
+    return student_gradients((query_grad, key_grad), len(ctx.scale), 6)
+
+
+gram.register_autograd(_gram_gradient, setup_context=_gram_save)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention_score_mse_one_pass", mutates_args=())
+def one_pass(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    target_query: Sequence[Tensor],
+    target_key: Sequence[Tensor],
+    scale: Sequence[float],
+    target_scale: Sequence[float],
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    inverse_count: Tensor,
+    causal: bool,
+    algorithm: str,
+    need_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses `[pairs]` and stacked unit gradients of the student's queries and keys."""
+    pairs = pairs_of(query, key, target_query, target_key, scale, target_scale)
+    squares, query_unit, key_unit = _path(backend).one_pass(
+        pairs, key_mask, query_mask, causal, algorithm, need_grad
+    )
+    return value_of(squares, inverse_count), query_unit, key_unit
+
+
+@one_pass.register_fake
+def _one_pass_fake(
+    query: Sequence[Tensor],
+    key: Sequence[Tensor],
+    target_query: Sequence[Tensor],
+    target_key: Sequence[Tensor],
+    scale: Sequence[float],
+    target_scale: Sequence[float],
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    inverse_count: Tensor,
+    causal: bool,
+    algorithm: str,
+    need_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = len(query)
+    return (
+        inverse_count.new_empty(pairs),
+        inverse_count.new_empty((pairs, *query[0].shape) if need_grad else (0,)),
+        inverse_count.new_empty((pairs, *key[0].shape) if need_grad else (0,)),
+    )
+
+
+def _one_pass_save(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    ctx.dtype, ctx.pairs = inputs[0][0].dtype, len(inputs[0])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:], inputs[8])
+
+
+def _one_pass_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if upstream is None:
+        return student_gradients(None, ctx.pairs, 9)
+    query_unit, key_unit, inverse_count = ctx.saved_tensors
+    factor = 2.0 * inverse_count * upstream
+    query_grad = scaled(query_unit, factor, ctx.dtype)
+    key_grad = scaled(key_unit, factor, ctx.dtype)
+    return student_gradients((query_grad, key_grad), ctx.pairs, 9)
+
+
+one_pass.register_autograd(_one_pass_gradient, setup_context=_one_pass_save)

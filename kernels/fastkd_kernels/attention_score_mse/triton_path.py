@@ -1,0 +1,319 @@
+"""Attention-score MSE on Triton: what CUDA tensors run. Same results as the PyTorch path.
+
+Launch parameters are pure functions: blocks of the tile and the Gram kernels.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..common.attention_call import Call, type_constants
+from ..common.head_groups import Pair
+from ..common.launch import Launch, dot_precision, platform, power_of_two, product_dtype
+from ..common.tl_types import TYPES
+from .gram import Blocks, key_factors, query_factors, squared_norm, stack_factors
+from .gram_kernels import apply_factors, gram_matrices, scan_chunks
+from .triton_kernels import tiles_by_key, tiles_by_query
+
+
+def tile_launch(
+    tokens: int,
+    dims: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    on: str = "cuda",
+) -> Launch:
+    """Blocks of the tile kernels. One key block covers short sequences, so one pass does all.
+
+    Wide heads are read in pieces, so that only the student's width, of its gradient, counts. Blocks
+    for half precision and heads of up to 128 were the fastest of eleven on an H100.
+    """
+    block_dim, block_target = (power_of_two(dim) for dim in dims)
+    width = max(block_dim, block_target)
+    narrow = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
+    # 64 rows or more make Hopper's and Blackwell's tensor cores take a product
+    block = 64 if narrow and block_dim <= 128 else 32 if block_dim <= 128 else 16
+    block = min(block, power_of_two(tokens))
+    whole = narrow and width <= (128 if on != "hip" else 64)
+    # wide heads need the registers of twice the warps, and these twice the rows
+    wide = whole and width > 64
+    constants: dict[str, int | str] = {
+        "BLOCK_QUERY": 2 * block if wide else block,
+        "BLOCK_KEY": block,
+        "BLOCK_DIM": block_dim,
+        "BLOCK_TARGET_DIM": block_target,
+        # columns of one product of scores; 0 takes the whole head
+        "CHUNK": 0 if whole else 16,
+        "SCORE_PRECISION": dot_precision(True, on),
+        "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
+    }
+    return Launch(constants, num_warps=4 if whole and not wide and on != "hip" else 8, num_stages=1)
+
+
+def one_launch(tokens: int, launch: Launch) -> bool:
+    """Whether one block holds every key, whole, so that one launch makes both gradients."""
+    block = launch.constants["BLOCK_KEY"]
+    assert isinstance(block, int)
+    return tokens <= block and launch.constants["CHUNK"] == 0
+
+
+def causal_chunk(dims: tuple[int, int]) -> int:
+    """Tokens that share a Gram under the causal mask: a multiple of every block.
+
+    Four times the wider head keeps all Grams of a layer near the size of its queries and keys, and
+    leaves as much arithmetic to the tiles inside chunks as to the Grams between them.
+    """
+    return max(128, 4 * power_of_two(max(dims)))
+
+
+def scan_launch() -> Launch:
+    """Entries of one program of the scan over chunks."""
+    return Launch({"BLOCK": 1024}, num_warps=4, num_stages=1)
+
+
+def gram_launch(
+    dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
+) -> Launch:
+    """Blocks of the Gram kernels: tokens, columns of one tile, and those of a gradient."""
+    half = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
+    columns = min(64, max(32 if half else 16, *(power_of_two(dim) for dim in dims)))
+    constants: dict[str, int | str] = {
+        "BLOCK_ROW": 64 if half else 32,
+        "BLOCK_COLUMN": columns,
+        "APPLY_COLUMN": min(columns, max(32, power_of_two(dims[0]))) if half else columns,
+        # bf16 is exact in tf32 and its difference nearly so; that of fp16 has as many bits as tf32
+        "BLOCK_PRECISION": dot_precision(not half or torch.float16 in dtypes, on),
+        "APPLY_PRECISION": dot_precision(not half or dims[0] != dims[1], on),
+    }
+    few = half and on != "hip"
+    return Launch(constants, num_warps=8 if columns == 64 and not few else 4, num_stages=1)
+
+
+def tile_types(dtype: torch.dtype, target_dtype: torch.dtype) -> dict[str, Any]:
+    """The type in which the difference of scores enters its second product."""
+    made = type_constants(dtype, target_dtype)
+    return made | {"GRAD_TYPE": TYPES[product_dtype(dtype)]}
+
+
+def gram_types(dtype: torch.dtype, target_dtype: torch.dtype, difference: bool) -> dict[str, Any]:
+    """Rows enter the Gram products as they are, or wide where they are made or mixed."""
+    made = type_constants(dtype, target_dtype)
+    plain = not difference and dtype == target_dtype
+    return made | {"OPERAND": TYPES[dtype] if plain else made["SUM_TYPE"], "DIFFERENCE": difference}
+
+
+def one_pass(
+    pairs: list[Pair],
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    causal: bool,
+    algorithm: str,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squares `[pairs]`, `c_s D K_s` and `c_s D^T Q_s`.
+
+    "tiles" takes one launch, two for long sequences. "gram" is for causal scores: tiles inside
+    chunks of tokens, and Grams of the chunks for all that lies between them.
+    """
+    call = Call(pairs, key_mask, query_mask)
+    tokens = call.sizes["tokens"]
+    chunk = causal_chunk(call.dims) if algorithm == "gram" else tokens
+    squares, query_grad, key_grad = _tiles(call, causal, chunk, need_grad)
+    if chunk < tokens:
+        squares = squares + _between_chunks(call, chunk, query_grad, key_grad, need_grad)
+    return squares, query_grad, key_grad
+
+
+def _tiles(call: Call, causal: bool, chunk: int, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Squares and unit gradients of the entries inside chunks."""
+    sizes, count = call.sizes, call.count
+    launch = tile_launch(sizes["tokens"], call.dims, call.dtypes, platform())
+    blocks = {name: size for name, size in launch.constants.items() if isinstance(size, int)}
+    key_blocks = triton.cdiv(sizes["tokens"], blocks["BLOCK_KEY"])
+    programs = key_blocks * sizes["batch"] * sizes["kv_heads"]
+    query_grad = call.new(*((count, *call.first.query.shape) if need_grad else (0,)))
+    key_grad = call.new(*((count, *call.first.key.shape) if need_grad else (0,)))
+    partials = call.new(count, programs)
+    constants = {
+        **call.constants,
+        **tile_types(*call.dtypes),
+        **launch.constants,
+        "CAUSAL": causal,
+    }
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    whole = one_launch(sizes["tokens"], launch)
+    tiles_by_key[(programs, count)](
+        call.table,
+        call.scales,
+        call.valid,
+        query_grad,
+        key_grad,
+        partials,
+        **sizes,
+        **constants,
+        chunk_tokens=chunk,
+        WRITE_QUERY=need_grad and whole,
+        WRITE_KEY=need_grad,
+        **options,
+    )
+    if need_grad and not whole:
+        query_blocks = triton.cdiv(sizes["tokens"], blocks["BLOCK_QUERY"])
+        tiles_by_query[(query_blocks * sizes["batch"] * sizes["heads"], count)](
+            call.table,
+            call.scales,
+            call.valid,
+            query_grad,
+            **sizes,
+            **constants,
+            chunk_tokens=chunk,
+            **options,
+        )
+    return partials.sum(1), query_grad, key_grad
+
+
+def _between_chunks(
+    call: Call, chunk: int, query_grad: Tensor, key_grad: Tensor, need_grad: bool
+) -> Tensor:
+    """Squares of the entries whose key is in an earlier chunk; adds to the unit gradients."""
+    scale, target_scale = (column.view(-1, 1, 1, 1) for column in call.scales.unbind(1))
+    difference = call.first.difference
+    prefix = _scanned(_grams(call, 1, chunk), reverse=False)
+    own = _grams(call, 0, chunk)
+    squares = squared_norm(
+        _blocks(call, own), _blocks(call, prefix), scale, target_scale, difference
+    ).sum((1, 2, 3))
+    if need_grad:
+        scales = (scale[..., None, None], target_scale[..., None, None], difference)
+        before = query_factors(_blocks(call, prefix), *scales)
+        _apply(call, 0, chunk, stack_factors(before), None, query_grad)
+        after = key_factors(_blocks(call, _scanned(own, reverse=True)), *scales)
+        _apply(call, 1, chunk, stack_factors(after), None, key_grad)
+    return squares
+
+
+def gram_forward(
+    pairs: list[Pair], key_mask: Tensor | None, query_mask: Tensor | None, need_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squares `[pairs]` and the factors `[pairs, batch, groups, dim_s + dim_t, dim_s]`."""
+    call = Call(pairs, key_mask, query_mask)
+    tokens = call.sizes["tokens"]
+    query, key = (_blocks(call, _grams(call, side, tokens).squeeze(3)) for side in (0, 1))
+    scale, target_scale = (column.view(-1, 1, 1) for column in call.scales.unbind(1))
+    difference = call.first.difference
+    squares = squared_norm(query, key, scale, target_scale, difference).sum((1, 2))
+    if not need_grad:
+        return squares, call.new(0), call.new(0)
+    scales = (scale[..., None, None], target_scale[..., None, None], difference)
+    to_query = stack_factors(query_factors(key, *scales))
+    return squares, to_query, stack_factors(key_factors(query, *scales))
+
+
+def gram_backward(
+    factor: Tensor,
+    to_query: Tensor,
+    to_key: Tensor,
+    pairs: list[Pair],
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients `[pairs, batch, heads | kv_heads, tokens, dim_s]` for `factor` `[pairs]`."""
+    call = Call(pairs, key_mask, query_mask)
+    upstream, tokens = factor.contiguous(), call.sizes["tokens"]
+    query_grad = call.new(call.count, *call.first.query.shape, dtype=call.dtypes[0])
+    _apply(call, 0, tokens, to_query, upstream, query_grad)
+    key_grad = call.new(call.count, *call.first.key.shape, dtype=call.dtypes[0])
+    _apply(call, 1, tokens, to_key, upstream, key_grad)
+    return query_grad, key_grad
+
+
+def _grams(call: Call, side: int, chunk: int) -> Tensor:
+    """Grams `[pairs, batch, groups, chunks, width, width]` of each `chunk` tokens of one side."""
+    sizes, groups, width = call.sizes, call.first.groups, sum(call.dims)
+    constants, options = _gram_constants(call, "BLOCK")
+    tiles = sum(triton.cdiv(size, constants["BLOCK_COLUMN"]) for size in call.dims)
+    chunks = triton.cdiv(sizes["tokens"], chunk)
+    grams = call.new(call.count, sizes["batch"], groups, chunks, width, width)
+    gram_matrices[(tiles * tiles * sizes["batch"] * groups, call.count, chunks)](
+        call.table,
+        call.scales,
+        call.valid,
+        grams,
+        groups=groups,
+        chunk_tokens=chunk,
+        SIDE=side,
+        **sizes,
+        **constants,
+        **options,
+    )
+    return grams
+
+
+def _blocks(call: Call, grams: Tensor) -> Blocks:
+    own, other = slice(0, call.dims[0]), slice(call.dims[0], sum(call.dims))
+    return Blocks(grams[..., own, own], grams[..., own, other], grams[..., other, other])
+
+
+def _scanned(grams: Tensor, *, reverse: bool) -> Tensor:
+    """`grams` in place: the sum of the chunks before each one, or after it."""
+    chunks, entries = grams.shape[3], grams.shape[4] * grams.shape[5]
+    launch = scan_launch()
+    programs = grams[:, :, :, 0, 0, 0].numel() * triton.cdiv(entries, launch.constants["BLOCK"])
+    scan_chunks[(programs,)](
+        grams,
+        chunks,
+        entries,
+        SUM_TYPE=TYPES[grams.dtype],
+        **launch.constants,
+        REVERSE=reverse,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    return grams
+
+
+def _apply(
+    call: Call, side: int, chunk: int, factors: Tensor, upstream: Tensor | None, gradient: Tensor
+) -> None:
+    """Fill `gradient` from factors times `upstream` `[pairs]`, or add to it where that is None."""
+    sizes = call.sizes
+    constants, options = _gram_constants(call, "APPLY")
+    row_blocks = triton.cdiv(sizes["tokens"], constants["BLOCK_ROW"])
+    columns = triton.cdiv(sizes["dim"], constants["BLOCK_COLUMN"])
+    heads = gradient.shape[2]
+    apply_factors[(columns * row_blocks * sizes["batch"] * heads, call.count)](
+        call.table,
+        call.scales,
+        call.valid,
+        factors,
+        factors if upstream is None else upstream,
+        gradient,
+        groups=call.first.groups,
+        chunk_tokens=chunk,
+        chunks=triton.cdiv(sizes["tokens"], chunk),
+        SIDE=side,
+        ACCUMULATE=upstream is None,
+        **sizes,
+        **constants,
+        **options,
+    )
+
+
+def _gram_constants(call: Call, kernel: str) -> tuple[dict[str, Any], dict[str, int]]:
+    launch = gram_launch(call.dims, call.dtypes, platform())
+    constants = {
+        **call.constants,
+        **gram_types(*call.dtypes, call.first.difference),
+        **gram_constants(launch.constants, kernel),
+    }
+    return constants, {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+
+
+def gram_constants(constants: Mapping[str, int | str], kernel: str) -> dict[str, Any]:
+    """Blocks and precision of one of the two kernels, "BLOCK" (the Grams) or "APPLY"."""
+    return {
+        "BLOCK_ROW": constants["BLOCK_ROW"],
+        "BLOCK_COLUMN": constants[f"{kernel}_COLUMN"],
+        "PRECISION": constants[f"{kernel}_PRECISION"],
+    }

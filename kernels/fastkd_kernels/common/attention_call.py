@@ -1,0 +1,75 @@
+"""One call of an op on attention heads: its pairs, their tables, and the sizes all kernels take.
+
+Every launch covers all layer pairs through a table of addresses.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autograd import accumulator
+from .head_groups import Pair
+from .launch import alignment
+from .tensor_table import pointer_table, to_device, unit_stride
+from .tl_types import TYPES
+
+
+class Call:
+    """One op call: pairs with unit strides, their tables, and the sizes all kernels take."""
+
+    def __init__(self, pairs: list[Pair], key_mask: Tensor | None, query_mask: Tensor | None):
+        # kept alive until the kernels are launched: a row of another stride is a copy
+        self.tensors = [[unit_stride(tensor) for tensor in pair.tensors] for pair in pairs]
+        first = pairs[0]
+        self.first = first
+        self.count = len(pairs)
+        self.dtype = accumulator(*first.tensors)
+        self.table = pointer_table([list(column) for column in zip(*self.tensors, strict=True)])
+        scales = [[pair.scale, pair.target_scale] for pair in pairs]
+        self.scales = to_device(scales, self.dtype, first.query)
+        self.valid = _stacked_masks(first.query, key_mask, query_mask)
+        batch, heads, tokens, dim = first.query.shape
+        self.sizes = {
+            "batch": batch,
+            "heads": heads,
+            "kv_heads": first.key.shape[1],
+            "target_kv_heads": first.target_key.shape[1],
+            "tokens": tokens,
+            "dim": dim,
+            "target_dim": first.target_query.shape[-1],
+        }
+        self.dims = (dim, first.target_query.shape[-1])
+        self.dtypes = (first.query.dtype, first.target_query.dtype)
+        self.constants = {
+            **type_constants(*self.dtypes),
+            "ALIGN": self._alignment(0, 1),
+            "TARGET_ALIGN": self._alignment(2, 3),
+            "HAS_MASK": key_mask is not None or query_mask is not None,
+        }
+
+    def _alignment(self, *slots: int) -> int:
+        return alignment([row[slot] for row in self.tensors for slot in slots])
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.first.query.device)
+
+
+def type_constants(dtype: torch.dtype, target_dtype: torch.dtype) -> dict[str, Any]:
+    """The `tl.constexpr` types of a student and a teacher dtype."""
+    wide = torch.float64 in (dtype, target_dtype)
+    return {
+        "TYPE": TYPES[dtype],
+        "TARGET_TYPE": TYPES[target_dtype],
+        "SUM_TYPE": TYPES[torch.float64 if wide else torch.float32],
+    }
+
+
+def _stacked_masks(query: Tensor, key_mask: Tensor | None, query_mask: Tensor | None) -> Tensor:
+    """uint8 `[2, batch, tokens]`: query rows, keys. A placeholder where nothing is masked."""
+    if key_mask is None and query_mask is None:
+        return torch.empty(0, dtype=torch.uint8, device=query.device)
+    batch, _, tokens, _ = query.shape
+    every = torch.ones(batch, tokens, dtype=torch.uint8, device=query.device)
+    sides = (query_mask, key_mask)
+    return torch.stack([every if mask is None else mask.to(torch.uint8) for mask in sides])

@@ -1,0 +1,1 @@
+"""Losses on hidden states and embeddings."""

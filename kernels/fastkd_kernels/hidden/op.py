@@ -1,0 +1,377 @@
+"""Losses on projected hidden states: squared error, cosine distance, normalised squared error.
+
+The projection, the difference and all gradients are made chunk by chunk, so the projected hidden
+states never exist as a whole. The road not taken: the Gram form used for attention scores, whose
+terms cancel once the projected student is close to the teacher.
+
+Cosine distance and normalised squared error are one op: the squared distance of two unit vectors is
+twice their cosine distance. That distance is summed, not one minus the cosine, which loses its
+digits as the student nears the teacher.
+
+Autograd is a function of our own around the op: that of `register_autograd` takes lists of tensors
+apart in Python, which cost more than the whole loss at a thousand tokens.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..checks import check_hidden, check_reduction
+from ..common.autograd import accumulator, by_shape, inverse, scaled
+from ..types import NAMESPACE, Backend, Reduction, Tokens
+from . import torch_path
+
+# pairs in one node of the CPU's autograd graph, which frees what it keeps once it is through: one
+# each would cost time, all of them memory
+SAVED_TOGETHER = 2
+
+Kind = Literal["mse", "normalized_mse", "cosine"]
+
+
+def hidden_mse(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    weight: Tensor | Sequence[Tensor] | None = None,
+    bias: Tensor | Sequence[Tensor] | None = None,
+    mask: Tensor | None = None,
+    tokens: Tokens = "all",
+    reduction: Reduction = "valid",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Mean squared error of `student @ weight^T + bias` against the teacher, for each layer pair.
+
+    Source: arXiv 1909.10351, eq. 8 (hidden states) and eq. 9 (embeddings).
+
+    Args:
+        student: One `[batch, tokens, student_width]` a pair, in bf16, fp16, fp32 or fp64.
+        teacher: One `[batch, tokens, teacher_width]` a pair.
+        weight: `[teacher_width, student_width]` as in `nn.Linear`: one tensor for all pairs or a
+            sequence with one a pair. None compares hidden states as they are.
+        bias: `[teacher_width]`, one for all pairs or a sequence with one a pair; needs `weight`.
+        mask: Bool `[batch, tokens]`, True at valid tokens; None counts all. Not read by "tinybert".
+        tokens: "all", or "cls" for the first token of every batch item alone.
+        reduction: "valid" divides by valid tokens times `teacher_width`, and masked tokens add
+            nothing. "tinybert" averages over all tokens, padding included, as the official code.
+        backend: "auto" runs Triton on CUDA, PyTorch on the CPU and for fp64.
+
+    Returns:
+        `[pairs]` in fp32 (fp64 where the student is fp64). Gradients reach student, weight and
+        bias. Without any valid token the loss and its gradients are 0.
+
+    Raises:
+        ValueError: shapes, devices, modes that do not fit, or a teacher that requires grad.
+        TypeError: something that is no float tensor or no bool mask.
+    """
+    check_reduction(reduction)
+    checked = check_hidden(student, teacher, weight, bias, mask, tokens, backend)
+    if reduction == "tinybert":
+        checked = checked._replace(mask=None)
+    return row_losses("mse", *checked)
+
+
+def hidden_cosine(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    weight: Tensor | Sequence[Tensor] | None = None,
+    bias: Tensor | Sequence[Tensor] | None = None,
+    mask: Tensor | None = None,
+    tokens: Tokens = "all",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Mean over tokens of `1 - cos(student @ weight^T + bias, teacher)`, for each layer pair.
+
+    Source: DistilBERT, arXiv 1910.01108, section 3 (cosine embedding loss of hidden states).
+
+    A vector whose norm is 1e-12 or less counts as a zero vector and gets no gradient: a token is
+    worth 1/2 where one of its two vectors is zero, and 0 where both are.
+
+    Args:
+        student: One `[batch, tokens, student_width]` a pair, in bf16, fp16, fp32 or fp64.
+        teacher: One `[batch, tokens, teacher_width]` a pair.
+        weight: `[teacher_width, student_width]` as in `nn.Linear`: one tensor for all pairs or a
+            sequence with one a pair. None compares hidden states as they are.
+        bias: `[teacher_width]`, one for all pairs or a sequence with one a pair; needs `weight`.
+        mask: Bool `[batch, tokens]`, True at valid tokens, the others add nothing; None counts all.
+        tokens: "all", or "cls" for the first token of every batch item alone.
+        backend: "auto" runs Triton on CUDA, PyTorch on the CPU and for fp64.
+
+    Returns:
+        `[pairs]` in fp32 (fp64 where the student is fp64). Gradients reach student, weight and
+        bias. Without any valid token the loss and its gradients are 0.
+
+    Raises:
+        ValueError: shapes, devices, modes that do not fit, or a teacher that requires grad.
+        TypeError: something that is no float tensor or no bool mask.
+    """
+    checked = check_hidden(student, teacher, weight, bias, mask, tokens, backend)
+    return row_losses("cosine", *checked)
+
+
+def hidden_normalized_mse(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    weight: Tensor | Sequence[Tensor] | None = None,
+    bias: Tensor | Sequence[Tensor] | None = None,
+    mask: Tensor | None = None,
+    tokens: Tokens = "all",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Mean over tokens of `|u / |u| - v / |v||^2`, for each layer pair: twice `hidden_cosine`.
+
+    `u` is `student @ weight^T + bias`, `v` the teacher. Source: PKD, arXiv 1908.09355, eq. 7, which
+    compares the first token (`tokens="cls"`). Arguments, results and errors are those of
+    `hidden_cosine`; a token is worth 1 where one of its two vectors is zero, and 0 where both are.
+    """
+    checked = check_hidden(student, teacher, weight, bias, mask, tokens, backend)
+    return row_losses("normalized_mse", *checked)
+
+
+def row_losses(
+    kind: Kind,
+    student: list[Tensor],
+    teacher: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    mask: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """Losses `[pairs]` of checked arguments."""
+    pairs, (batch, tokens, _) = len(student), student[0].shape
+    device = student[0].device
+    rows = batch * tokens if mask is None else mask.sum()
+    grad = torch.is_grad_enabled()
+    divisors: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def divisor(width: int, dtype: torch.dtype) -> Tensor:
+        """One over the count; the squared distance of unit rows is twice the cosine distance."""
+        share = {"mse": width, "normalized_mse": 1, "cosine": 2}[kind]
+        if (share, dtype) not in divisors:
+            divisors[share, dtype] = inverse(rows * share, dtype, device)
+        return divisors[share, dtype]
+
+    def loss_of(members: list[int]) -> Tensor:
+        own, target = [student[i] for i in members], [teacher[i] for i in members]
+        matrices = [weights[i] for i in members] if len(weights) > 1 else weights
+        offsets = [biases[i] for i in members] if len(biases) > 1 else biases
+        trained = [*matrices, *offsets]
+        losses: Tensor = _Rows.apply(  # type: ignore[no-untyped-call]
+            len(matrices),
+            len(offsets),
+            mask,
+            divisor(target[0].shape[-1], accumulator(*own, *target, *trained)),
+            kind != "mse",
+            grad and any(tensor.requires_grad for tensor in own),
+            grad and any(tensor.requires_grad for tensor in trained),
+            backend,
+            *own,
+            *target,
+            *trained,
+        )
+        return losses
+
+    few = SAVED_TOGETHER if backend == "torch" else pairs
+    keys = [
+        (pair // few, tuple(own.shape), own.dtype, tuple(target.shape), target.dtype)
+        for pair, (own, target) in enumerate(zip(student, teacher, strict=True))
+    ]
+    loss = by_shape(keys, loss_of)
+    return loss if student[0].dtype == torch.float64 else loss.float()
+
+
+def _exact_products(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Products keep the precision of their accumulators, whatever autocast would make of them."""
+    kind = tensor.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+def _keeps_rows(student: Tensor, weights: int, need_weight_grad: bool, backend: str) -> bool:
+    batch, tokens, width = student.shape
+    wants = need_weight_grad and weights > 0 and backend == "torch"
+    return wants and torch_path.keeps_rows(batch * tokens, width)
+
+
+def _forward(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    mask: Tensor | None,
+    inverse_count: Tensor,
+    normalize: bool,
+    need_input_grad: bool,
+    need_weight_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Losses `[pairs]`, unit gradients of student, weight and bias, and row gradients.
+
+    `normalize` compares rows divided by their norms.
+    """
+    if backend == "torch":
+        forward = torch_path.hidden_forward
+    else:
+        # imported by the first call that needs Triton
+        from .triton_path import hidden_forward as forward
+    with _exact_products(inverse_count):
+        squares, *grads = forward(
+            student,
+            teacher,
+            weight,
+            bias,
+            mask,
+            normalize,
+            need_input_grad,
+            need_weight_grad,
+            inverse_count.dtype,
+        )
+    return squares * inverse_count, grads[0], grads[1], grads[2], grads[3]
+
+
+hidden_rows = torch.library.custom_op(f"{NAMESPACE}::hidden_rows", _forward, mutates_args=())
+
+
+@hidden_rows.register_fake
+def _hidden_rows_fake(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    mask: Tensor | None,
+    inverse_count: Tensor,
+    normalize: bool,
+    need_input_grad: bool,
+    need_weight_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    pairs, new = len(student), inverse_count.new_empty
+    keeps = _keeps_rows(student[0], len(weight), need_weight_grad, backend)
+    batch, tokens, target_width = teacher[0].shape
+    wants_weight = need_weight_grad and bool(weight) and not keeps
+    return (
+        new(pairs),
+        new((pairs, *student[0].shape) if need_input_grad and not keeps else (0,)),
+        new((pairs, *weight[0].shape) if wants_weight else (0,)),
+        new((pairs, *bias[0].shape) if wants_weight and bias else (0,)),
+        new((pairs, batch * tokens, target_width) if keeps else (0,)),
+    )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::hidden_rows_backward", mutates_args=())
+def hidden_rows_backward(
+    row_grad: Tensor,
+    student: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    biases: int,
+    mask: Tensor | None,
+    factor: Tensor,
+    need_input_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of student, weight and bias, stacked, from kept row gradients."""
+    with _exact_products(row_grad):
+        return torch_path.hidden_backward(
+            row_grad, student, weight, biases, mask, factor, need_input_grad
+        )
+
+
+@hidden_rows_backward.register_fake
+def _hidden_rows_backward_fake(
+    row_grad: Tensor,
+    student: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    biases: int,
+    mask: Tensor | None,
+    factor: Tensor,
+    need_input_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        row_grad.new_empty((len(student), *student[0].shape) if need_input_grad else (0,)),
+        row_grad.new_empty(len(weight), *weight[0].shape),
+        row_grad.new_empty((biases, weight[0].shape[0]) if biases else (0,)),
+    )
+
+
+class _Rows(torch.autograd.Function):
+    """Losses `[pairs]` of students, teachers, weights and biases, given one after the other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weights: int,
+        biases: int,
+        mask: Tensor | None,
+        inverse_count: Tensor,
+        normalize: bool,
+        need_input_grad: bool,
+        need_weight_grad: bool,
+        backend: str,
+        *tensors: Tensor,
+    ) -> Tensor:
+        pairs = (len(tensors) - weights - biases) // 2
+        student = tensors[:pairs]
+        weight = tensors[2 * pairs : 2 * pairs + weights]
+        bias = tensors[2 * pairs + weights :]
+        # PyTorch needs no dispatcher, which takes a tenth of the time at a thousand tokens
+        direct = backend == "torch" and not torch.compiler.is_compiling()
+        losses, *grads = (_forward if direct else hidden_rows)(
+            student,
+            tensors[pairs : 2 * pairs],
+            weight,
+            bias,
+            mask,
+            inverse_count,
+            normalize,
+            need_input_grad,
+            need_weight_grad,
+            backend,
+        )
+        ctx.counts = (pairs, weights, biases)
+        ctx.dtypes = [group[0].dtype if group else None for group in (student, weight, bias)]
+        ctx.need_input_grad = need_input_grad
+        ctx.keeps = _keeps_rows(student[0], weights, need_weight_grad, backend)
+        needed = (grads[3], mask, *student, *weight) if ctx.keeps else grads[:3]
+        ctx.save_for_backward(inverse_count, *needed)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        pairs, _, biases = ctx.counts
+        inverse_count, *kept = ctx.saved_tensors
+        factor = 2.0 * inverse_count * upstream
+        if ctx.keeps:
+            row_grad, mask, *tensors = kept
+            stacked = hidden_rows_backward(
+                row_grad,
+                tensors[:pairs],
+                tensors[pairs:],
+                biases,
+                mask,
+                factor,
+                ctx.need_input_grad,
+            )
+        else:
+            stacked = [
+                _applied(unit, factor, dtype, count)
+                for unit, dtype, count in zip(kept, ctx.dtypes, ctx.counts, strict=True)
+            ]
+        grads: list[Tensor | None] = []
+        for made, dtype, count in zip(stacked, ctx.dtypes, ctx.counts, strict=True):
+            grads += made.to(dtype).unbind() if made.numel() else [None] * count
+        return (*(None,) * 8, *grads[:pairs], *(None,) * pairs, *grads[pairs:])
+
+
+def _applied(unit: Tensor, factor: Tensor, dtype: torch.dtype, count: int) -> Tensor:
+    """Unit gradients by pair times `factor` `[pairs]`; their sum where `count` is 1."""
+    if unit.numel() == 0:
+        return unit
+    if count == factor.numel():
+        return scaled(unit, factor, dtype)
+    with _exact_products(unit):
+        total: Tensor = torch.tensordot(factor, unit, dims=1)
+    return total.unsqueeze(0)

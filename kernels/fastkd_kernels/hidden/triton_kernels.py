@@ -1,0 +1,303 @@
+# mypy: ignore-errors
+"""Triton kernels of the losses on hidden states: projection, residual, both products.
+
+Sizes: `tokens`, `rows` (batch times tokens), `width` (student), `target_width` (teacher). One chunk
+of rows is `[first, last)`; its residual `R = H_s W^T + b - H_t` is `[pairs, chunk, target_width]`.
+Prefixes: `o_` offsets, `m_` mask, `b_` block of values.
+
+Row `pair` of `table` `[pairs, 9]` int64 holds the address and strides of batch and token of the
+student and of the teacher, address and row stride of the weight, and the address of the bias.
+`valid` is uint8 `[rows]`.
+
+Normalised rows are whole in one program's registers. The road not taken: rows in blocks of columns,
+which reads both sides three times, for norms, for the residual's part along the row, and for
+gradients.
+"""
+
+import triton
+import triton.language as tl
+
+from ..common.wide_loads import load_wide
+
+
+@triton.jit
+def token_rows(
+    entry, o_row, m_row, tokens, o_column, columns, TYPE: tl.constexpr, ALIGN: tl.constexpr
+):
+    """Values `[rows, columns]` of a `[batch, tokens, width]` tensor, 0 where masked."""
+    base = tl.load(entry).to(tl.pointer_type(TYPE))
+    o_wide = o_row.to(tl.int64)
+    o_start = o_wide // tokens * tl.load(entry + 1) + o_wide % tokens * tl.load(entry + 2)
+    return load_wide(base + o_start, m_row, o_column, columns, ALIGN)
+
+
+@triton.jit
+def weight_tile(row, o_out, target_width, o_in, width, TYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """Values `[out, in]` of the pair's weight."""
+    base = tl.load(row + 6).to(tl.pointer_type(TYPE))
+    starts = base + o_out.to(tl.int64) * tl.load(row + 7)
+    return load_wide(starts, o_out < target_width, o_in, width, ALIGN)
+
+
+@triton.jit
+def valid_rows(valid, o_row, last, HAS_MASK: tl.constexpr):
+    """Which of `o_row` lie in the chunk and are valid."""
+    m_row = o_row < last
+    if HAS_MASK:
+        m_row = m_row & (tl.load(valid + o_row, mask=m_row, other=0) != 0)
+    return m_row
+
+
+@triton.jit
+def residuals(
+    table,
+    valid,
+    residual,
+    partials,
+    first,
+    last,
+    chunk,
+    rows,
+    tokens,
+    width,
+    target_width,
+    TYPE: tl.constexpr,
+    TARGET_TYPE: tl.constexpr,
+    WEIGHT_TYPE: tl.constexpr,
+    BIAS_TYPE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+    BLOCK_COLUMN: tl.constexpr,
+    BLOCK_SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TARGET_ALIGN: tl.constexpr,
+    WEIGHT_ALIGN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_TARGET: tl.constexpr,
+    STORE: tl.constexpr,
+):
+    """One program: a block of the chunk's rows and of the teacher's columns.
+
+    Writes `partials` `[pairs, row blocks, column blocks]` and, with STORE, `residual`
+    `[pairs, chunk, target_width]`, where masked rows are 0. Without HAS_TARGET, `residual` gets the
+    projected rows and `partials` nothing.
+    """
+    # what the compiler cannot see of an argument: it is a multiple of this
+    target_width = target_width // TARGET_ALIGN * TARGET_ALIGN
+    pair = tl.program_id(1).to(tl.int64)
+    column_blocks = tl.cdiv(target_width, BLOCK_COLUMN)
+    row_block = tl.program_id(0) // column_blocks
+    column_block = tl.program_id(0) % column_blocks
+    row = table + pair * 9
+    o_row = first + row_block * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
+    o_column = column_block * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
+    m_row = valid_rows(valid, o_row, last, HAS_MASK)
+    if HAS_WEIGHT:
+        total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
+        for start in range(0, width, BLOCK_SUM):
+            o_in = start + tl.arange(0, BLOCK_SUM)
+            b_rows = token_rows(row, o_row, m_row, tokens, o_in, width, TYPE, ALIGN)
+            b_weight = weight_tile(
+                row, o_column, target_width, o_in, width, WEIGHT_TYPE, WEIGHT_ALIGN
+            )
+            total += tl.dot(
+                b_rows.to(OPERAND), tl.trans(b_weight.to(OPERAND)), input_precision=PRECISION
+            )
+    else:
+        total = token_rows(row, o_row, m_row, tokens, o_column, width, TYPE, ALIGN).to(SUM_TYPE)
+    if HAS_BIAS:
+        bias = tl.load(row + 8).to(tl.pointer_type(BIAS_TYPE))
+        b_bias = tl.load(bias + o_column, mask=o_column < target_width, other=0.0)
+        total += b_bias.to(SUM_TYPE)[None, :]
+    if HAS_TARGET:
+        b_target = token_rows(
+            row + 3, o_row, m_row, tokens, o_column, target_width, TARGET_TYPE, TARGET_ALIGN
+        )
+        # R = H_s W^T + b - H_t
+        m_tile = m_row[:, None] & (o_column < target_width)[None, :]
+        total = tl.where(m_tile, total - b_target.to(SUM_TYPE), 0.0)
+        all_blocks = tl.cdiv(rows, BLOCK_ROW)
+        index = (pair * all_blocks + first // BLOCK_ROW + row_block) * column_blocks + column_block
+        tl.store(partials + index, tl.sum(total * total))
+    if STORE:
+        o_out = (pair * chunk + o_row - first)[:, None] * target_width + o_column[None, :]
+        m_out = (o_row < last)[:, None] & (o_column < target_width)[None, :]
+        tl.store(residual + o_out, total, mask=m_out)
+
+
+@triton.jit
+def input_gradient(
+    table,
+    residual,
+    gradient,
+    first,
+    last,
+    chunk,
+    rows,
+    width,
+    target_width,
+    WEIGHT_TYPE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+    BLOCK_COLUMN: tl.constexpr,
+    BLOCK_SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WEIGHT_ALIGN: tl.constexpr,
+):
+    """One program: a block of the chunk's rows and of the student's columns.
+
+    Reads `residual` `[pairs, chunk, target_width]`, writes `gradient` `[pairs, rows, width]`.
+    """
+    pair = tl.program_id(1).to(tl.int64)
+    column_blocks = tl.cdiv(width, BLOCK_COLUMN)
+    o_row = first + tl.program_id(0) // column_blocks * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
+    o_column = tl.program_id(0) % column_blocks * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
+    m_row = o_row < last
+    row = table + pair * 9
+    b_base = residual + (pair * chunk + o_row - first)[:, None] * target_width
+    total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
+    for start in range(0, target_width, BLOCK_SUM):
+        o_out = start + tl.arange(0, BLOCK_SUM)
+        m_residual = m_row[:, None] & (o_out < target_width)[None, :]
+        b_residual = tl.load(b_base + o_out[None, :], mask=m_residual, other=0.0)
+        b_weight = weight_tile(row, o_out, target_width, o_column, width, WEIGHT_TYPE, WEIGHT_ALIGN)
+        # dH_s = R W
+        total += tl.dot(b_residual.to(OPERAND), b_weight.to(OPERAND), input_precision=PRECISION)
+    where = gradient + (pair * rows + o_row)[:, None] * width + o_column[None, :]
+    tl.store(where, total, mask=m_row[:, None] & (o_column < width)[None, :])
+
+
+@triton.jit
+def weight_gradient(
+    table,
+    valid,
+    residual,
+    gradient,
+    bias_gradient,
+    first,
+    last,
+    chunk,
+    tokens,
+    width,
+    target_width,
+    TYPE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+    BLOCK_COLUMN: tl.constexpr,
+    BLOCK_SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """One program: a tile of `gradient` `[pairs, target_width, width]` over the chunk's rows.
+
+    Adds to what earlier chunks wrote. The programs of the first columns also sum `bias_gradient`
+    `[pairs, target_width]`.
+    """
+    pair = tl.program_id(1).to(tl.int64)
+    column_blocks = tl.cdiv(width, BLOCK_COLUMN)
+    column_block = tl.program_id(0) % column_blocks
+    o_out = tl.program_id(0) // column_blocks * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
+    o_column = column_block * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
+    m_out = o_out < target_width
+    row = table + pair * 9
+    total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
+    sums = tl.zeros([BLOCK_ROW], dtype=SUM_TYPE)
+    for start in range(first, last, BLOCK_SUM):
+        o_row = start + tl.arange(0, BLOCK_SUM)
+        m_row = valid_rows(valid, o_row, last, HAS_MASK)
+        where = residual + (pair * chunk + o_row - first)[:, None] * target_width + o_out[None, :]
+        b_residual = tl.load(where, mask=m_row[:, None] & m_out[None, :], other=0.0)
+        b_rows = token_rows(row, o_row, m_row, tokens, o_column, width, TYPE, ALIGN)
+        # dW = R^T H_s, db = R^T 1
+        total += tl.dot(
+            tl.trans(b_residual.to(OPERAND)), b_rows.to(OPERAND), input_precision=PRECISION
+        )
+        if HAS_BIAS:
+            sums += tl.sum(b_residual.to(SUM_TYPE), 0)
+    where = gradient + (pair * target_width + o_out)[:, None] * width + o_column[None, :]
+    mask = m_out[:, None] & (o_column < width)[None, :]
+    if first > 0:
+        total += tl.load(where, mask=mask, other=0.0)
+    tl.store(where, total, mask=mask)
+    if HAS_BIAS:  # noqa: SIM102 - a compile-time and a run-time condition
+        if column_block == 0:
+            bias = bias_gradient + pair * target_width + o_out
+            if first > 0:
+                sums += tl.load(bias, mask=m_out, other=0.0)
+            tl.store(bias, sums, mask=m_out)
+
+
+@triton.jit
+def inverse_norms(b_rows, ZERO_NORM: tl.constexpr):
+    """`1 / |row|`, 0 for rows without a direction."""
+    norms = tl.sqrt(tl.sum(b_rows * b_rows, 1))
+    return tl.where(norms > ZERO_NORM, 1.0 / tl.maximum(norms, ZERO_NORM), 0.0)
+
+
+@triton.jit
+def unit_residuals(
+    table,
+    valid,
+    projected,
+    gradient,
+    partials,
+    first,
+    last,
+    chunk,
+    rows,
+    tokens,
+    target_width,
+    TYPE: tl.constexpr,
+    TARGET_TYPE: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+    BLOCK_COLUMN: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TARGET_ALIGN: tl.constexpr,
+    ZERO_NORM: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    STORE: tl.constexpr,
+):
+    """One program: a few whole rows of the chunk.
+
+    Reads `projected` `[pairs, chunk, target_width]`, or the student without HAS_WEIGHT. Writes
+    `partials` `[pairs, row blocks]` and, with STORE, row gradients `gradient`
+    `[pairs, chunk, target_width]`, where masked rows are 0.
+    """
+    # what the compiler cannot see of an argument: it is a multiple of this
+    target_width = target_width // TARGET_ALIGN * TARGET_ALIGN
+    pair = tl.program_id(1).to(tl.int64)
+    row = table + pair * 9
+    o_row = first + tl.program_id(0) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
+    o_column = tl.arange(0, BLOCK_COLUMN)
+    m_row = valid_rows(valid, o_row, last, HAS_MASK)
+    m_column = o_column < target_width
+    where = (pair * chunk + o_row - first)[:, None] * target_width + o_column[None, :]
+    if HAS_WEIGHT:
+        b_own = tl.load(projected + where, mask=m_row[:, None] & m_column[None, :], other=0.0)
+    else:
+        b_own = token_rows(row, o_row, m_row, tokens, o_column, target_width, TYPE, ALIGN)
+    b_own = b_own.to(SUM_TYPE)
+    b_target = token_rows(
+        row + 3, o_row, m_row, tokens, o_column, target_width, TARGET_TYPE, TARGET_ALIGN
+    ).to(SUM_TYPE)
+    inverse = inverse_norms(b_own, ZERO_NORM)[:, None]
+    unit = b_own * inverse
+    # R = u - v with unit rows u, v, so that nothing cancels but what student and teacher share
+    residual = unit - b_target * inverse_norms(b_target, ZERO_NORM)[:, None]
+    index = pair * tl.cdiv(rows, BLOCK_ROW) + first // BLOCK_ROW + tl.program_id(0)
+    tl.store(partials + index, tl.sum(residual * residual))
+    if STORE:
+        # G = (R - (R u^T) u) / |H_s W^T + b|
+        along = tl.sum(residual * unit, 1)[:, None]
+        made = (residual - along * unit) * inverse
+        tl.store(gradient + where, made, mask=(o_row < last)[:, None] & m_column[None, :])

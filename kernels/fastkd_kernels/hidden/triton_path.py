@@ -1,0 +1,287 @@
+"""Losses on hidden states on Triton: what CUDA tensors run. Same results as the PyTorch path.
+
+The residual of one chunk of tokens is written to a workspace of bounded size and multiplied twice;
+normalised rows are projected into another such workspace first, because their norms come first. The
+road not taken: recomputing the residual in the kernels of both gradients, which multiplies its
+cost by the number of column blocks.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..common import library_products
+from ..common.launch import (
+    Launch,
+    alignment,
+    dot_precision,
+    platform,
+    power_of_two,
+    product_dtype,
+)
+from ..common.tensor_table import pointer_table, unit_stride
+from ..common.tl_types import TYPES
+from .torch_path import ZERO_NORM
+from .triton_kernels import input_gradient, residuals, unit_residuals, weight_gradient
+
+WORKSPACE_BYTES = 32 << 20
+
+
+def hidden_launch(dtypes: Sequence[torch.dtype], on: str = "cuda") -> Launch:
+    """Blocks of the three hidden-state products: rows, columns, and the summed dimension."""
+    half = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
+    constants: dict[str, int | str] = {
+        "BLOCK_ROW": 128 if half else 64,
+        "BLOCK_COLUMN": 128 if half else 64,
+        "BLOCK_SUM": 64 if half else 32,
+        "PRECISION": dot_precision(True, on),
+        "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
+    }
+    return Launch(constants, num_warps=8, num_stages=3 if half else 2)
+
+
+def unit_launch(target_width: int) -> Launch:
+    """Blocks of `unit_residuals`: a few whole rows, so that each value is read once."""
+    columns = power_of_two(target_width)
+    rows = min(64, max(1, 4096 // columns))
+    constants: dict[str, int | str] = {"BLOCK_ROW": rows, "BLOCK_COLUMN": columns}
+    return Launch(constants, num_warps=min(16, max(4, rows * columns // 512)), num_stages=1)
+
+
+def hidden_chunk(rows: int, row_bytes: int, block_row: int) -> int:
+    """Rows whose residual fits the workspace, in whole blocks."""
+    fits = max(1, WORKSPACE_BYTES // (row_bytes * block_row))
+    return min(rows, fits * block_row)
+
+
+def hidden_types(
+    dtype: torch.dtype, target_dtype: torch.dtype, weight_dtype: torch.dtype | None
+) -> tuple[dict[str, Any], torch.dtype]:
+    """`tl.constexpr` types of the products, and the dtype of the residual's workspace."""
+    wide = torch.float64 in (dtype, target_dtype, weight_dtype)
+    total = torch.float64 if wide else torch.float32
+    operand = dtype if weight_dtype in (None, dtype) and not wide else total
+    kept = total if wide else product_dtype(operand)
+    types = {
+        "TYPE": TYPES[dtype],
+        "TARGET_TYPE": TYPES[target_dtype],
+        "WEIGHT_TYPE": TYPES[weight_dtype or dtype],
+        "OPERAND": TYPES[operand],
+        "GRAD_OPERAND": TYPES[kept],
+        "SUM_TYPE": TYPES[total],
+    }
+    return types, kept
+
+
+def hidden_forward(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    mask: Tensor | None,
+    normalize: bool,
+    need_input_grad: bool,
+    need_weight_grad: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Squares `[pairs]`, unit gradients of student, weight and bias by pair, no row gradients.
+
+    Up to three launches a chunk of tokens, four if normalised, whatever the number of pairs; half
+    precision leaves both gradients of a projection to the library, pair by pair.
+    """
+    pairs = len(student)
+    batch, tokens, width = student[0].shape
+    target_width, rows = teacher[0].shape[-1], batch * tokens
+    columns = _columns(student, teacher, weight, bias)
+    table = pointer_table(columns)
+    types, kept = hidden_types(
+        student[0].dtype, teacher[0].dtype, weight[0].dtype if weight else None
+    )
+    grad_operand = types.pop("GRAD_OPERAND")
+    launch = hidden_launch((student[0].dtype, kept), platform())
+    blocks = {name: size for name, size in launch.constants.items() if isinstance(size, int)}
+    block_row, block_column = blocks["BLOCK_ROW"], blocks["BLOCK_COLUMN"]
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+
+    def new(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=of, device=student[0].device)
+
+    wants_weight = need_weight_grad and bool(weight)
+    input_grad = new(*((pairs, batch, tokens, width) if need_input_grad else (0,)))
+    weight_grad = new(*((pairs, target_width, width) if wants_weight else (0,)))
+    bias_grad = new(*((pairs, target_width) if wants_weight and bias else (0,)))
+    target_blocks = triton.cdiv(target_width, block_column)
+    partials = new(pairs, triton.cdiv(rows, block_row) * target_blocks)
+    unit = unit_launch(target_width)
+    unit_rows = int(unit.constants["BLOCK_ROW"])
+    if normalize:
+        partials = new(pairs, triton.cdiv(rows, unit_rows))
+    store = need_input_grad or wants_weight
+    chunk, residual, projected = rows, input_grad, new(0)
+    if weight and (store or normalize):
+        # without a projection the residual is the student's gradient
+        value_bytes = store * kept.itemsize + normalize * dtype.itemsize
+        chunk = hidden_chunk(rows, pairs * target_width * value_bytes, block_row)
+        residual = new(*((pairs, chunk, target_width) if store else (0,)), of=kept)
+        projected = new(*((pairs, chunk, target_width) if normalize else (0,)))
+    valid = new(0, of=torch.uint8) if mask is None else mask.to(torch.uint8).contiguous()
+    aligns = {
+        name: alignment(column)
+        for name, column in zip(("ALIGN", "TARGET_ALIGN", "WEIGHT_ALIGN"), columns, strict=False)
+    }
+    # both gradients of a projection, from the residual
+    library = bool(weight) and library_products.takes(residual, weight[0], student[0])
+    exact = {**blocks, "PRECISION": launch.constants["PRECISION"]}
+    made = {**blocks, "PRECISION": launch.constants["GRAD_PRECISION"]}
+    for first in range(0, rows, chunk):
+        last = min(first + chunk, rows)
+        span = {"first": first, "last": last, "chunk": chunk}
+        row_blocks = triton.cdiv(last - first, block_row)
+        if weight or not normalize:
+            residuals[(row_blocks * target_blocks, pairs)](
+                table,
+                valid,
+                projected if normalize else residual,
+                partials,
+                **span,
+                rows=rows,
+                tokens=tokens,
+                width=width,
+                target_width=target_width,
+                **types,
+                **exact,
+                **aligns,
+                BIAS_TYPE=TYPES[bias[0].dtype] if bias else types["TYPE"],
+                HAS_MASK=mask is not None,
+                HAS_WEIGHT=bool(weight),
+                HAS_BIAS=bool(bias),
+                HAS_TARGET=not normalize,
+                STORE=store or normalize,
+                **options,
+            )
+        if normalize:
+            unit_residuals[(triton.cdiv(last - first, unit_rows), pairs)](
+                table,
+                valid,
+                projected,
+                residual,
+                partials,
+                **span,
+                rows=rows,
+                tokens=tokens,
+                target_width=target_width,
+                TYPE=types["TYPE"],
+                TARGET_TYPE=types["TARGET_TYPE"],
+                SUM_TYPE=types["SUM_TYPE"],
+                **unit.constants,
+                ALIGN=aligns["ALIGN"],
+                TARGET_ALIGN=aligns["TARGET_ALIGN"],
+                ZERO_NORM=ZERO_NORM,
+                HAS_MASK=mask is not None,
+                HAS_WEIGHT=bool(weight),
+                STORE=store,
+                num_warps=unit.num_warps,
+                num_stages=unit.num_stages,
+            )
+        if library and (need_input_grad or wants_weight):
+            part = _Part(residual[:, : last - first], first, last)
+            if need_input_grad:
+                _library_input_gradient(part, weight, input_grad)
+            if wants_weight:
+                _library_weight_gradient(part, student, mask, weight_grad, bias_grad)
+            continue
+        if need_input_grad and weight:
+            input_gradient[(row_blocks * triton.cdiv(width, block_column), pairs)](
+                table,
+                residual,
+                input_grad,
+                **span,
+                rows=rows,
+                width=width,
+                target_width=target_width,
+                WEIGHT_TYPE=types["WEIGHT_TYPE"],
+                OPERAND=grad_operand,
+                SUM_TYPE=types["SUM_TYPE"],
+                **made,
+                WEIGHT_ALIGN=aligns["WEIGHT_ALIGN"],
+                **options,
+            )
+        if wants_weight:
+            tiles = triton.cdiv(target_width, block_row) * triton.cdiv(width, block_column)
+            weight_gradient[(tiles, pairs)](
+                table,
+                valid,
+                residual,
+                weight_grad,
+                bias_grad,
+                **span,
+                tokens=tokens,
+                width=width,
+                target_width=target_width,
+                TYPE=types["TYPE"],
+                OPERAND=grad_operand,
+                SUM_TYPE=types["SUM_TYPE"],
+                **made,
+                ALIGN=aligns["ALIGN"],
+                HAS_MASK=mask is not None,
+                HAS_BIAS=bool(bias),
+                **options,
+            )
+    return partials.sum(1), input_grad, weight_grad, bias_grad, new(0)
+
+
+class _Part(NamedTuple):
+    """Residuals `[pairs, last - first, target_width]` of one chunk of rows."""
+
+    residual: Tensor
+    first: int
+    last: int
+
+
+def _library_input_gradient(part: _Part, weight: Sequence[Tensor], gradient: Tensor) -> None:
+    """Fill the chunk's rows of `gradient` `[pairs, batch, tokens, width]`."""
+    rows = gradient.flatten(1, 2)[:, part.first : part.last]
+    for pair, out in enumerate(rows):
+        # dH_s = R W
+        library_products.multiply(part.residual[pair], weight[pair % len(weight)], out)
+
+
+def _library_weight_gradient(
+    part: _Part,
+    student: Sequence[Tensor],
+    mask: Tensor | None,
+    gradient: Tensor,
+    bias_gradient: Tensor,
+) -> None:
+    """Fill `gradient` `[pairs, target_width, width]` and `bias_gradient`, or add a later chunk."""
+    add = part.first > 0
+    for pair, own in enumerate(student):
+        rows = own.flatten(0, 1)[part.first : part.last]
+        if mask is not None:
+            # padding may hold NaN, and its residual is 0
+            rows = rows.masked_fill(~mask.flatten()[part.first : part.last, None], 0.0)
+        # dW = R^T H_s, db = R^T 1
+        library_products.multiply(part.residual[pair].mT, rows, gradient[pair], add=add)
+    if bias_gradient.numel():
+        sums = part.residual.sum(1, dtype=bias_gradient.dtype)
+        bias_gradient.copy_(bias_gradient + sums if add else sums)
+
+
+def _columns(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+) -> list[list[Tensor]]:
+    """Student, teacher, weight and bias, one a pair; the student stands in for what is missing."""
+    own = [unit_stride(tensor) for tensor in student]
+    target = [unit_stride(tensor) for tensor in teacher]
+    pairs = range(len(own))
+    matrices = [
+        unit_stride(weight[pair % len(weight)]) if weight else own[pair][0] for pair in pairs
+    ]
+    offsets = [unit_stride(bias[pair % len(bias)]) if bias else own[pair][0, 0] for pair in pairs]
+    return [own, target, matrices, offsets]

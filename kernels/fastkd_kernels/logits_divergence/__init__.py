@@ -1,0 +1,1 @@
+"""Divergence of the logits of two models."""

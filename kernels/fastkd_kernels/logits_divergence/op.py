@@ -1,0 +1,260 @@
+"""Divergence between the logits of two models, with the heads fused into the loss.
+
+Liger-Kernel's road: the logits of a chunk of tokens are made, turned into the loss and at once into
+the gradients of hidden states and weight, and forgotten. With hard labels the loss has two outputs,
+whose upstream gradients only the backward knows, so the backward makes the logits once more. The
+road not taken there: two unit gradients of the weight, which take its memory twice.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_logits, check_options, resolve_backend
+from ..common.autograd import accumulator, inverse
+from ..types import NAMESPACE, Backend, LogitsHead, LogitsKind
+from . import torch_path
+from .torch_path import Divergence, Gradients
+
+
+def logits_divergence(
+    student: LogitsHead | Tensor,
+    teacher: LogitsHead | Tensor,
+    *,
+    kind: LogitsKind = "kl",
+    temperature: float = 1.0,
+    scale_by_temperature: bool = False,
+    beta: float = 0.5,
+    skew: float = 0.1,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mean divergence of the student's next-token (or class) distribution over valid rows.
+
+    With `t` the teacher's and `p` the student's probabilities at `temperature`, one row adds
+
+    * "kl": `sum t log(t/p)` (arXiv 1503.02531, section 2, up to the teacher's entropy);
+    * "reverse_kl": `sum p log(p/t)` (MiniLLM, arXiv 2306.08543);
+    * "js": `beta KL(t|m) + (1 - beta) KL(p|m)`, `m = beta t + (1 - beta) p` (GKD, arXiv 2306.13649,
+      the generalised Jensen-Shannon divergence of section 2); as there, 0 is "kl", to which
+      `js / beta` tends, and 1 "reverse_kl", to which `js / (1 - beta)` tends;
+    * "skew_kl": `KL(t|m)`, `m = skew t + (1 - skew) p` (DistiLLM, arXiv 2402.03898, section 3.1),
+      which is "kl" where `skew` is 0;
+    * "soft_ce": `-sum t log p` (TinyBERT, arXiv 1909.10351, eq. 10);
+    * "mse": mean over the vocabulary of the squared difference of raw logits.
+
+    Args:
+        student: A `LogitsHead` or logits `[batch, tokens, vocab]` or `[rows, vocab]`, finite, in
+            bf16, fp16, fp32 or fp64.
+        teacher: The same, of other width or vocabulary if need be; either side may be plain logits.
+            Vocabularies of different sizes are cut to the shared prefix.
+        kind: The divergence.
+        temperature: Divides the logits of both sides, from 0.001 to 1000. "mse" compares raw logits
+            and takes 1 only.
+        scale_by_temperature: Multiply the divergence by `temperature**2`, which keeps the size of
+            its gradient (arXiv 1503.02531, section 2).
+        beta: The teacher's part of the mixture of "js": from 0.0001 to 0.9999, or an end, 0 or 1.
+        skew: The teacher's part of the mixture of "skew_kl": 0, or from 0.0001 to 0.9999.
+        mask: Bool, True at valid rows, with the leading dimensions of the logits; None counts all.
+        labels: int64 with the leading dimensions of the logits; -100 is not counted. A label
+            outside the student's vocabulary makes cross-entropy and gradients NaN.
+        backend: "auto" runs Triton on CUDA, PyTorch on the CPU and for fp64.
+
+    Returns:
+        A scalar in fp32 (fp64 where the student is fp64). With `labels` a pair: the divergence, and
+        the cross-entropy of the student's whole vocabulary at temperature 1, each a mean over its
+        own valid rows. Gradients reach the student's hidden states, weight and bias, or logits.
+        Without any valid row the loss and its gradients are 0.
+
+    Raises:
+        ValueError: shapes, devices, options that do not fit, or a teacher that requires grad.
+        TypeError: something that is neither a head nor a float tensor, or no bool mask.
+    """
+    check_options(kind, temperature, beta, skew)
+    share = float(skew if kind == "skew_kl" else beta)
+    own, target = check_logits(student, teacher, kind, mask, labels)
+    device = own[0].device
+    dtype = accumulator(*own, *target)
+    chosen = resolve_backend(backend, device, dtype)
+    lead = own[0].shape[:2]
+    mask = None if mask is None else mask.view(lead)
+    labels = None if labels is None else labels.view(lead)
+    shared = min(_vocabulary(own), _vocabulary(target))
+    if len(target) == 1:
+        target = [target[0][..., :shared]]
+    else:
+        target = [target[0], *(tensor[:shared] for tensor in target[1:])]
+    counts: list[Tensor | int] = [lead.numel() if mask is None else mask.sum()]
+    if labels is not None:
+        counted = labels != -100
+        counts.append((counted if mask is None else counted & mask).sum())
+    grad = torch.is_grad_enabled()
+    values: Tensor = _logits(
+        own,
+        target,
+        mask,
+        labels,
+        torch.stack([inverse(count, dtype, device) for count in counts]),
+        _mixed_kind(kind, beta, skew),
+        float(temperature),
+        share,
+        float(temperature) ** 2 if scale_by_temperature else 1.0,
+        shared,
+        grad and own[0].requires_grad,
+        grad and any(tensor.requires_grad for tensor in own[1:]),
+        chosen,
+    )[0]
+    if own[0].dtype != torch.float64:
+        values = values.float()
+    return values[0] if labels is None else (values[0], values[1])
+
+
+def _mixed_kind(kind: str, beta: float, skew: float) -> str:
+    """`kind`, or the divergence that it becomes where one model has no part in the mixture."""
+    if kind == "js" and beta in (0.0, 1.0):
+        return "reverse_kl" if beta else "kl"
+    return "kl" if kind == "skew_kl" and skew == 0.0 else kind
+
+
+def _vocabulary(side: Sequence[Tensor]) -> int:
+    return side[1].shape[0] if side[1:] else side[0].shape[-1]
+
+
+def _sweep(backend: str, *arguments: Any) -> tuple[Tensor, Gradients]:
+    if backend == "torch":
+        return torch_path.sweep(*arguments)
+    # imported by the first call that needs Triton
+    from .triton_path import sweep
+
+    return sweep(*arguments)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::logits_divergence", mutates_args=())
+def _logits(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    mask: Tensor | None,
+    labels: Tensor | None,
+    inverse_counts: Tensor,
+    kind: str,
+    temperature: float,
+    share: float,
+    scale: float,
+    shared: int,
+    need_states: bool,
+    need_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses `[1 or 2]` and, without labels, the gradients of student states, weight and bias."""
+    how = Divergence(kind, temperature, share, scale, shared)
+    needs = (need_states and labels is None, need_weight and labels is None)
+    sums, made = _sweep(backend, student, teacher, mask, labels, inverse_counts, how, *needs)
+    return sums * inverse_counts, *made
+
+
+@_logits.register_fake
+def _logits_fake(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    mask: Tensor | None,
+    labels: Tensor | None,
+    inverse_counts: Tensor,
+    kind: str,
+    temperature: float,
+    share: float,
+    scale: float,
+    shared: int,
+    need_states: bool,
+    need_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs = (need_states and labels is None, need_weight and labels is None)
+    return torch.empty_like(inverse_counts), *_empty(student, inverse_counts, *needs)
+
+
+def _empty(
+    student: Sequence[Tensor], like: Tensor, need_states: bool, need_weight: bool
+) -> Gradients:
+    shapes = [
+        tuple(student[index].shape) if needed and student[index:] else (0,)
+        for index, needed in enumerate((need_states, need_weight, need_weight))
+    ]
+    return Gradients(*(like.new_empty(shape) for shape in shapes))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::logits_divergence_backward", mutates_args=())
+def _backward(
+    factors: Tensor,
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    mask: Tensor | None,
+    labels: Tensor,
+    kind: str,
+    temperature: float,
+    share: float,
+    scale: float,
+    shared: int,
+    need_states: bool,
+    need_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `factors` times the two sums, from logits made once more."""
+    how = Divergence(kind, temperature, share, scale, shared)
+    needs = (need_states, need_weight)
+    return _sweep(backend, student, teacher, mask, labels, factors, how, *needs)[1]
+
+
+@_backward.register_fake
+def _backward_fake(
+    factors: Tensor,
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    mask: Tensor | None,
+    labels: Tensor,
+    kind: str,
+    temperature: float,
+    share: float,
+    scale: float,
+    shared: int,
+    need_states: bool,
+    need_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(student, factors, need_states, need_weight)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    student, teacher, mask, labels, inverse_counts = inputs[:5]
+    ctx.options = inputs[5:]
+    ctx.dtypes = [tensor.dtype for tensor in student]
+    ctx.counts = (len(student), len(teacher))
+    ctx.has_labels = labels is not None
+    ctx.set_materialize_grads(False)
+    if labels is None:
+        ctx.save_for_backward(*output[1:])
+    else:
+        ctx.save_for_backward(inverse_counts, mask, labels, *student, *teacher)
+
+
+def _gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    students, teachers = ctx.counts
+    if upstream is None:
+        return ([None] * students, [None] * teachers, *(None,) * 11)
+    if ctx.has_labels:
+        inverse_counts, mask, labels, *tensors = ctx.saved_tensors
+        sides = (tensors[:students], tensors[students:])
+        made = _backward(upstream * inverse_counts, *sides, mask, labels, *ctx.options)
+        factor = None
+    else:
+        made, factor = ctx.saved_tensors, upstream
+    grads = [
+        None if not unit.numel() else (unit if factor is None else unit * factor).to(dtype)
+        for unit, dtype in zip(made, ctx.dtypes, strict=False)
+    ]
+    return (grads, [None] * teachers, *(None,) * 11)
+
+
+_logits.register_autograd(_gradient, setup_context=_save)

@@ -1,0 +1,343 @@
+# mypy: ignore-errors
+"""Triton kernels of the divergence of logits.
+
+Sizes: `rows` (batch times tokens), `columns` of the student's vocabulary, of which the first
+`shared` are compared. One chunk of rows starts at `first`. Logits are either stored, `[chunk,
+columns]` with rows `token_step` apart, or the caller's own `[batch, tokens, columns]`. Prefixes:
+`o_` offsets, `m_` mask, `b_` block of values.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def exp_minus_one(x, SMALL: tl.constexpr):
+    """`exp(x) - 1` for `x <= 0`: a series within SMALL of 0, where the difference would cancel."""
+    series = x * (
+        1.0 + x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * (1.0 + x / 6 * (1.0 + x / 7)))))
+    )
+    return tl.where(x > -SMALL, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log_one_plus(x, above, SMALL: tl.constexpr):
+    """`log(1 + x)` for `-1 < x <= 0`: `2 atanh(x / (2 + x))` as a series within SMALL of 0.
+
+    `above` is `1 + x`, which has its digits where `x` is near -1.
+    """
+    s = x / (2.0 + x)
+    q = s * s
+    series = 2.0 * s * (1.0 + q * (1.0 / 3 + q * (1.0 / 5 + q * (1.0 / 7 + q / 9))))
+    return tl.where(x > -SMALL, series, tl.log(above))
+
+
+@triton.jit
+def divergence_terms(log_p, log_t, shares, KIND: tl.constexpr, SMALL: tl.constexpr):
+    """What one column adds: `value`, `weighted`, `point`, `p`.
+
+    The divergence is the sum of `value`. With `mean` the sum of `weighted`, the gradient of the
+    logits is `p (point - mean)` for "reverse_kl", that times `1 - share` for "js" and "skew_kl",
+    and `point` for "kl" and "soft_ce". `shares` are the parts of teacher and student in the
+    mixture: one minus the other would not have its digits in fp32.
+    """
+    share, own_share = shares
+    ratio = log_p - log_t
+    below = exp_minus_one(-tl.abs(ratio), SMALL)
+    student_larger = ratio > 0
+    # p - t
+    difference = tl.exp(tl.maximum(log_p, log_t)) * below
+    difference = tl.where(student_larger, -difference, difference)
+    p = tl.exp(log_p)
+    if KIND == "reverse_kl":
+        value = p * ratio - difference
+        return value, value, ratio, p
+    t = tl.exp(log_t)
+    if KIND == "kl":
+        return difference - t * ratio, difference, difference, p
+    if KIND == "soft_ce":
+        return -t * log_p, difference, difference, p
+    # the mixture over the larger probability is 1 + mixed; far from 1 it is made of its parts
+    weight = tl.where(student_larger, share, own_share)
+    other = tl.where(student_larger, own_share, share)
+    mixed = weight * below
+    far = other + weight * tl.exp(-tl.abs(ratio))
+    larger = -log_one_plus(mixed, far, SMALL)
+    over_teacher = larger - tl.maximum(ratio, 0.0)
+    if KIND == "js":
+        over_student = larger + tl.minimum(ratio, 0.0)
+        weighted = p * over_student
+        value = share * t * over_teacher + own_share * weighted
+        return value, weighted, over_student, p
+    # 1 - t/m
+    point = own_share * below / tl.where(mixed > -0.5, 1.0 + mixed, far)
+    point = tl.where(student_larger, -point, point)
+    return t * over_teacher + own_share * difference, p * point, point, p
+
+
+@triton.jit
+def matrix_block(matrix, o_row, m_row, o_column, m_column, step, TRANSPOSED: tl.constexpr):
+    """Values `[rows, columns]` of a matrix whose rows (transposed: columns) are `step` apart."""
+    o_row, o_column = o_row.to(tl.int64)[:, None], o_column.to(tl.int64)[None, :]
+    where = o_column * step + o_row if TRANSPOSED else o_row * step + o_column
+    return tl.load(matrix + where, mask=m_row[:, None] & m_column[None, :], other=0.0)
+
+
+@triton.jit
+def matrix_product(
+    left,
+    right,
+    bias,
+    valid,
+    out,
+    rows,
+    columns,
+    inner,
+    left_rows,
+    left_inner,
+    right_columns,
+    part,
+    left_step,
+    right_step,
+    out_step,
+    OPERAND: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+    BLOCK_COLUMN: tl.constexpr,
+    BLOCK_SUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    LEFT_TRANSPOSED: tl.constexpr,
+    RIGHT_TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """One program: a block of rows and of columns of `out`, over `part` steps of the inner sum.
+
+    `out` `[parts, rows, columns]` is `left` `[rows, inner]` times `right` `[inner, columns]`, plus
+    `bias` `[columns]`, plus what `out` holds with ADD. A transposed operand is stored as
+    `[inner, rows]` or `[columns, inner]`. `left` may be padded to `left_rows` and, with zeros, to
+    `left_inner`; `out` has zeros beyond `right_columns`. HAS_MASK leaves out where `valid`
+    `[inner]` is 0. ALIGN divides the steps and the sizes along which memory is contiguous. Programs
+    of the same columns follow each other, so that a weight is read from memory once.
+    """
+    # what the compiler cannot see of an argument: it is a multiple of ALIGN
+    left_step, right_step = left_step // ALIGN * ALIGN, right_step // ALIGN * ALIGN
+    out_step, columns = out_step // ALIGN * ALIGN, columns // ALIGN * ALIGN
+    if LEFT_TRANSPOSED:
+        left_rows = left_rows // ALIGN * ALIGN
+    else:
+        left_inner = left_inner // ALIGN * ALIGN
+    if RIGHT_TRANSPOSED:
+        inner = inner // ALIGN * ALIGN
+    else:
+        right_columns = right_columns // ALIGN * ALIGN
+    row_blocks = tl.cdiv(rows, BLOCK_ROW)
+    o_row = tl.program_id(0) % row_blocks * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
+    o_column = tl.program_id(0) // row_blocks * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
+    m_column = o_column < right_columns
+    begin = tl.program_id(1) * part * BLOCK_SUM
+    end = tl.minimum(begin + part * BLOCK_SUM, inner)
+    total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
+    for start in range(begin, end, BLOCK_SUM):
+        o_inner = start + tl.arange(0, BLOCK_SUM)
+        m_left, m_right = o_inner < left_inner, o_inner < inner
+        if HAS_MASK:
+            m_valid = tl.load(valid + o_inner, mask=m_right, other=0) != 0
+            m_left, m_right = m_left & m_valid, m_right & m_valid
+        b_left = matrix_block(
+            left, o_row, o_row < left_rows, o_inner, m_left, left_step, LEFT_TRANSPOSED
+        )
+        b_right = matrix_block(
+            right, o_inner, m_right, o_column, m_column, right_step, RIGHT_TRANSPOSED
+        )
+        total += tl.dot(b_left.to(OPERAND), b_right.to(OPERAND), input_precision=PRECISION)
+    if HAS_BIAS:
+        total += tl.load(bias + o_column, mask=m_column, other=0.0).to(SUM_TYPE)[None, :]
+    o_out = (tl.program_id(1).to(tl.int64) * rows + o_row)[:, None] * out_step + o_column[None, :]
+    m_out = (o_row < rows)[:, None] & (o_column < columns)[None, :]
+    if ADD:
+        total += tl.load(out + o_out, mask=m_out, other=0.0)
+    tl.store(out + o_out, total, mask=m_out)
+
+
+@triton.jit
+def row_start(logits, row, first, tokens, batch_step, token_step, STORED: tl.constexpr):
+    """Address of a row of logits, stored or the caller's."""
+    if STORED:
+        return logits + (row - first).to(tl.int64) * token_step
+    row = row.to(tl.int64)
+    return logits + row // tokens * batch_step + row % tokens * token_step
+
+
+@triton.jit
+def softmax_base(start, columns, scale, SUM_TYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Maximum of a row of logits times `scale`, and the logarithm of the sum of exponentials."""
+    maximum = tl.full([], float("-inf"), SUM_TYPE)
+    total = tl.full([], 0.0, SUM_TYPE)
+    for begin in range(0, columns, BLOCK):
+        o_column = begin + tl.arange(0, BLOCK)
+        b_logits = tl.load(start + o_column, mask=o_column < columns, other=float("-inf"))
+        b_logits = b_logits.to(SUM_TYPE) * scale
+        higher = tl.maximum(maximum, tl.max(b_logits))
+        total = total * tl.exp(maximum - higher) + tl.sum(tl.exp(b_logits - higher))
+        maximum = higher
+    # the largest one adds 1, so only a row of which nothing is read has less
+    return tl.where(columns > 0, maximum, 0.0), tl.log(tl.maximum(total, 1.0))
+
+
+@triton.jit
+def block_terms(
+    own_start,
+    target_start,
+    o_column,
+    m_column,
+    own_base,
+    target_base,
+    scale,
+    shares,
+    shared,
+    SUM_TYPE: tl.constexpr,
+    KIND: tl.constexpr,
+    SMALL: tl.constexpr,
+):
+    """`divergence_terms` of one block of a row; value and weighted are 0 where masked."""
+    b_own = tl.load(own_start + o_column, mask=m_column, other=0.0).to(SUM_TYPE)
+    b_target = tl.load(target_start + o_column, mask=m_column, other=0.0).to(SUM_TYPE)
+    if KIND == "mse":
+        difference = tl.where(m_column, b_own - b_target, 0.0)
+        return difference * difference / shared, difference, 2.0 * difference / shared, difference
+    value, weighted, point, p = divergence_terms(
+        b_own * scale - own_base[0] - own_base[1],
+        b_target * scale - target_base[0] - target_base[1],
+        shares,
+        KIND,
+        SMALL,
+    )
+    return tl.where(m_column, value, 0.0), tl.where(m_column, weighted, 0.0), point, p
+
+
+@triton.jit
+def logits_rows(
+    own,
+    target,
+    labels,
+    valid,
+    scalars,
+    factors,
+    values,
+    gradient,
+    first,
+    rows,
+    tokens,
+    columns,
+    shared,
+    own_batch,
+    own_token,
+    target_batch,
+    target_token,
+    gradient_first,
+    gradient_columns,
+    gradient_step,
+    SUM_TYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
+    SMALL: tl.constexpr,
+    OWN_STORED: tl.constexpr,
+    TARGET_STORED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    STORE: tl.constexpr,
+):
+    """One program: one row of logits of both models.
+
+    Writes `values` `[1 or 2, rows]` (divergence, cross-entropy) and, with STORE, the gradient of
+    the student's logits for upstream gradients `factors` `[1 or 2]`, which may take the place of
+    the logits and is 0 beyond them up to `gradient_columns`. `scalars` are 1 / temperature, the
+    shares of teacher and student in the mixture, and the scales of the divergence and of its
+    gradient.
+    """
+    row = first + tl.program_id(0)
+    own_start = row_start(own, row, first, tokens, own_batch, own_token, OWN_STORED)
+    target_start = row_start(target, row, first, tokens, target_batch, target_token, TARGET_STORED)
+    compared, read = shared, columns
+    if HAS_MASK:
+        # nothing is read of a row that does not count
+        counts = tl.load(valid + row) != 0
+        compared, read = tl.where(counts, shared, 0), tl.where(counts, columns, 0)
+    scale, shares = tl.load(scalars), (tl.load(scalars + 1), tl.load(scalars + 2))
+    own_base = (scale, scale)
+    target_base = (scale, scale)
+    if KIND != "mse":
+        own_base = softmax_base(own_start, compared, scale, SUM_TYPE, BLOCK)
+        target_base = softmax_base(target_start, compared, scale, SUM_TYPE, BLOCK)
+    CENTRED: tl.constexpr = KIND == "reverse_kl" or KIND == "js" or KIND == "skew_kl"
+    value = tl.full([], 0.0, SUM_TYPE)
+    mean = tl.full([], 0.0, SUM_TYPE)
+    if CENTRED or not STORE:
+        for begin in range(0, compared, BLOCK):
+            o_column = begin + tl.arange(0, BLOCK)
+            b_value, b_weighted, _, _ = block_terms(
+                own_start,
+                target_start,
+                o_column,
+                o_column < compared,
+                own_base,
+                target_base,
+                scale,
+                shares,
+                shared,
+                SUM_TYPE,
+                KIND,
+                SMALL,
+            )
+            value += tl.sum(b_value)
+            mean += tl.sum(b_weighted)
+    if HAS_LABELS:
+        label = tl.load(labels + row)
+        counted = (label != -100) & (read > 0)
+        inside = (label >= 0) & (label < read)
+        hard_maximum, hard_log = softmax_base(own_start, read, 1.0, SUM_TYPE, BLOCK)
+        picked = tl.load(own_start + label, mask=inside, other=float("nan")).to(SUM_TYPE)
+        hard = tl.where(counted, hard_maximum - picked + hard_log, 0.0)
+        tl.store(values + rows + row, hard)
+        if STORE:
+            # a label outside the vocabulary shows as NaN
+            hard_factor = tl.where(inside, tl.load(factors + 1), float("nan"))
+            hard_factor = tl.where(counted, hard_factor, 0.0)
+    if STORE:
+        factor = tl.load(factors) * tl.load(scalars + 4)
+        out = gradient + (row - gradient_first).to(tl.int64) * gradient_step
+        for begin in range(0, gradient_columns, BLOCK):
+            o_column = begin + tl.arange(0, BLOCK)
+            m_column = o_column < compared
+            b_value, _, b_point, b_p = block_terms(
+                own_start,
+                target_start,
+                o_column,
+                m_column,
+                own_base,
+                target_base,
+                scale,
+                shares,
+                shared,
+                SUM_TYPE,
+                KIND,
+                SMALL,
+            )
+            if CENTRED:
+                b_point = b_p * (b_point - mean)
+                if KIND != "reverse_kl":
+                    b_point = b_point * shares[1]
+            else:
+                value += tl.sum(b_value)
+            b_gradient = tl.where(m_column, b_point * factor, 0.0)
+            if HAS_LABELS:
+                m_read = o_column < read
+                b_own = tl.load(own_start + o_column, mask=m_read, other=0.0).to(SUM_TYPE)
+                b_hard = tl.exp(b_own - hard_maximum - hard_log)
+                b_hard = tl.where(o_column == label, b_hard - 1.0, b_hard)
+                b_gradient += tl.where(m_read & counted, b_hard * hard_factor, 0.0)
+            tl.store(out + o_column, b_gradient, mask=o_column < gradient_columns)
+    tl.store(values + row, value * tl.load(scalars + 3))

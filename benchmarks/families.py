@@ -251,8 +251,8 @@ def _step(
     finite = bool(values.isfinite().all()) and all(bool(g.isfinite().all()) for g in gradients)
     if not finite or not any(bool(g.any()) for g in gradients):
         raise Broken(f"{list(recipe.losses.terms)}: a loss or gradient is not finite, or none is")
-    attention = recipe.losses.attention
-    if attention is not None and attention.kind == "kl":
+    attention = recipe.losses.terms.get("attention")
+    if getattr(attention, "kind", None) == "kl":
         expected = divergence_of_maps(states, SOURCES, traits, inputs.get("attention_mask"))
         if not torch.allclose(values[0], expected, rtol=1e-4, atol=1e-6):
             raise Broken(f"KL is {values[0].tolist()}, of the maps {expected.tolist()}")

@@ -9,7 +9,7 @@ from logits_cases import FORMS, LogitsCase, largest_error, logits_case
 from pydantic import ValidationError
 from torch import Tensor
 
-from fastkd.recipe.losses import LogitsLoss
+from fastkd.losses.logits import LogitsLoss
 
 # options at an end, the kind that they amount to
 ENDS: list[tuple[dict[str, Any], str]] = [
@@ -85,7 +85,7 @@ def agreed(**options: Any) -> None:
     logits = torch.arange(6.0).view(2, 3)
     case = LogitsCase(logits.clone().requires_grad_(), 30 * logits.flip(0), options)
     try:
-        LogitsLoss(**options)
+        LogitsLoss.Config(**options)
     except ValidationError:
         with pytest.raises(ValueError):
             case.run(logits_divergence)

@@ -14,9 +14,10 @@ ROOT = Path(__file__).parents[1]
 # from the ground up; the longest name that begins a module's decides
 LEVELS: tuple[set[str], ...] = (
     {"fastkd_kernels"},
-    {"errors", "types", "section", "signals", "files", "layer_map", "recipe", "distributed"},
+    {"errors", "types", "section", "signals", "files", "layer_map", "distributed"},
+    {"capture", "losses", "recipe"},
     {"reporting", "data.tasks.metrics", "data.batching", "training.deepspeed_config"},
-    {"capture", "models", "data", "losses", "training.memory"},
+    {"models", "data", "training.memory"},
     {"training.engine", "training.finite", "training.checkpoint"},
     {"training.run_folder", "training.beginnings", "training.continuation", "training.environment"},
     {"training.export"},
@@ -27,7 +28,8 @@ LEVELS: tuple[set[str], ...] = (
 # what a level may import besides the standard library
 PACKAGES: tuple[set[str], ...] = (
     {"torch", "triton"},
-    {"torch", "numpy", "pydantic", "yaml", "scipy", "psutil", "safetensors"},
+    {"torch", "numpy", "pydantic", "scipy", "psutil", "safetensors"},
+    {"torch", "numpy", "pydantic", "yaml", "transformers"},
     {"rich", "matplotlib", "numpy", "sklearn", "scipy"},
     {
         "torch",

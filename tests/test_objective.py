@@ -18,10 +18,10 @@ from fastkd.losses import (
     LossInfo,
     ModelPair,
     Objective,
-    StateTerm,
     count_divisors,
     model_inputs,
 )
+from fastkd.losses.states import StateGroup
 from fastkd.models import build_student
 from fastkd.recipe import Losses, Student
 from fastkd.types import Inputs
@@ -280,9 +280,9 @@ def test_no_mask_is_a_mask_of_ones() -> None:
     torch.testing.assert_close(pair(unmasked, WHOLE)[1], expected, rtol=1e-9, atol=1e-12)
 
 
-def state_term(objective: Objective) -> StateTerm:
+def state_term(objective: Objective) -> StateGroup:
     term = objective.terms[-1]
-    assert isinstance(term, StateTerm)
+    assert isinstance(term, StateGroup)
     return term
 
 

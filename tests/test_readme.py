@@ -19,8 +19,7 @@ def _block(language: str) -> str:
 
 def test_recipe_is_valid() -> None:
     recipe = parse_recipe(yaml.safe_load(_block("yaml")))
-    assert recipe.losses.hidden is not None
-    assert recipe.losses.hidden.weight == 10
+    assert recipe.losses.terms["hidden"].weight == 10
 
 
 def test_python_example_gives_gradients() -> None:

@@ -108,7 +108,7 @@ def test_values_that_look_alike_are_conditions_of_their_own(
     plan = of_values(tmp_path, *values, field=field)
     assert [c.levels["x"] for c in plan.conditions] == [shown(value) for value in values]
     given = [plan.recipe(plan.runs(c)[0]) for c in plan.conditions]
-    assert [r.losses.hidden.weight for r in given] == values  # type: ignore[union-attr]
+    assert [r.losses.terms["hidden"].weight for r in given] == values  # type: ignore[union-attr]
     assert len(set(folders(plan))) == 2 * len(values)
 
 

@@ -215,10 +215,10 @@ def test_a_run_is_the_recipe_with_everything_laid_over_it(tmp_path: Path) -> Non
     assert (recipe.layer_map, recipe.task.name, recipe.train.steps) == ("last", "y", 8)
     assert (recipe.train.batch_size, recipe.train.seed) == (4, 9)
     assert recipe.run.output == str(tmp_path / "out" / "runs" / "b" / "mapping=last" / "seed-9/run")
-    assert recipe.losses.hidden is not None and recipe.losses.hidden.weight == 5
+    assert recipe.losses.terms["hidden"].weight == 5
     # also where a task says otherwise
     without = plan.recipe(Run(off, "b", 5))
-    assert without.losses.hidden is not None and without.losses.hidden.weight == 0
+    assert without.losses.terms["hidden"].weight == 0
     assert [run.key for run in plan.runs(off)] == [
         f"{task}/no_distillation/seed-{seed}" for task in "ab" for seed in (5, 9)
     ]

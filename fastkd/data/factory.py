@@ -29,6 +29,7 @@ from fastkd.data.text.datamodule import TextDataModule
 from fastkd.data.text.mlm import Masking
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
+from fastkd.losses.mlm import MlmLoss
 from fastkd.recipe import AnyRecipe, Data, Recipe, TaskAugmentation, TaskData
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,10 @@ def make_datamodule(
             counts_padding=reduction == "tinybert",
         )
     assert isinstance(recipe, Recipe) and recipe.data is not None, "a recipe has data or a task"
-    loss = recipe.losses.mlm
-    masking = None if loss is None else Masking(tokenizer, loss.probability, recipe.train.seed)
+    masking = None
+    for loss in recipe.losses.of("mlm"):
+        assert isinstance(loss, MlmLoss.Config)
+        masking = Masking(tokenizer, loss.probability, recipe.train.seed)
     return _text_material(recipe.data, tokenizer, masking, ranks, progress=progress)
 
 

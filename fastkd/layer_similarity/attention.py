@@ -9,8 +9,8 @@ import torch
 from fastkd_kernels import AttentionState, attention_divergence, relation_divergence
 from torch import Tensor
 
-from fastkd.losses.attention import DivergenceKind
 from fastkd.losses.base import ModelPair
+from fastkd.losses.comparable import DivergenceKind
 
 
 @torch.no_grad()

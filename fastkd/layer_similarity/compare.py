@@ -18,7 +18,7 @@ from fastkd.layer_map import MapKind, make_layer_map
 from fastkd.layer_similarity.attention import attention_divergences
 from fastkd.layer_similarity.cka import LinearCKA, Matrix
 from fastkd.losses import ModelPair
-from fastkd.losses.attention import DivergenceKind
+from fastkd.losses.comparable import DivergenceKind
 from fastkd.models import (
     check_same_vocabulary,
     load_student,

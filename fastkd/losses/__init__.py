@@ -1,8 +1,26 @@
-"""The objective: which tensors are matched, by which op, and how the terms add up."""
+"""What is matched: losses, and how they add up.
+
+A loss is one file that registers itself: `attention`, `relations`, `hidden`, `embedding`, `logits`,
+`labels`, `mlm`. In it stand the section of a recipe (`Config`), what is captured (`captures`),
+what a value is a mean over (`mean_over`), and the computation (`forward`, or a group that computes
+several losses in one call: `states.py`, `heads.py`). `base.py` has the types, `registry.py` finds
+a loss by name, `objective.py` adds all of them up and knows none by name, `counts.py` counts what
+they are means over, `weighting.py` and `transports.py` move their weights.
+
+This folder alone calls the kernels. It may import `layer_map`, `recipe.weights`, `section`,
+`errors` and `types`; of `capture` it takes types only, so that a recipe is read without loading
+transformers.
+"""
 
 from fastkd.losses.base import (
+    Batch,
+    Captures,
+    Loss,
+    LossConfig,
+    LossGroup,
     LossInfo,
     ModelPair,
+    Shared,
     Term,
 )
 from fastkd.losses.counts import (
@@ -11,21 +29,25 @@ from fastkd.losses.counts import (
     model_inputs,
     target_labels,
 )
-from fastkd.losses.hidden import StateTerm
-from fastkd.losses.logits import LogitsTerm
 from fastkd.losses.objective import Objective
+from fastkd.losses.registry import register_loss
 from fastkd.losses.relation_heads import check_relation_heads
 
 __all__ = [
     "DIVISORS",
-    "LogitsTerm",
+    "Batch",
+    "Captures",
+    "Loss",
+    "LossConfig",
+    "LossGroup",
     "LossInfo",
     "ModelPair",
     "Objective",
-    "StateTerm",
+    "Shared",
     "Term",
     "check_relation_heads",
     "count_divisors",
     "model_inputs",
+    "register_loss",
     "target_labels",
 ]

@@ -1,16 +1,30 @@
-"""What every term of the objective is: which tensors it wants, and which losses it gives."""
+"""What every loss is: its section of a recipe, what it captures, what it is a mean over, its value.
+
+A loss is a class in one file (`fastkd.losses` names them). One that computes itself gives a
+`forward`; losses that share an op call or a projection name a `LossGroup`, which computes all of
+its members together. Either is a `Term`, a module of the objective.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from fastkd.capture import AttentionShape, Capture
 from fastkd.layer_map import LayerMap, Link, Progress
-from fastkd.losses.counts import Divisor
+from fastkd.losses.counts import Divisor, Reduction
+from fastkd.recipe.weights import LossConfig as LossConfig
 from fastkd.types import Head, Side
+
+if TYPE_CHECKING:
+    # a recipe is read without loading transformers
+    from fastkd.capture import AttentionShape, AttentionTraits, Capture
+
+HEADS: tuple[Head, ...] = ("none", "sequence_classification", "causal_lm", "masked_lm")
+Projection = Literal["auto", "none", "shared", "per_pair"]
 
 
 @dataclass(frozen=True)
@@ -36,11 +50,31 @@ class ModelPair:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What one micro-batch left: captured tensors of both models, and what the data says."""
+class Shared:
+    """What all losses of an objective have in common."""
 
-    student: Capture
-    teacher: Capture
+    pair: ModelPair
+    reduction: Reduction = "valid"
+    projection: Projection = "auto"
+    projection_bias: bool = True
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What of the rest of a recipe decides whether a loss fits."""
+
+    head: Head
+    """Of the student and the teacher."""
+    labelled: bool
+    """Whether examples with labels are read, not text."""
+    losses: frozenset[str]
+    """Registered names of all losses that are on."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the data says of one micro-batch."""
+
     mask: Tensor | None = None
     """Bool [batch, tokens], `None` where nothing is padded."""
     labels: Tensor | None = None
@@ -48,21 +82,31 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class LossInfo:
-    """One loss: the term of the recipe it belongs to, its name, and what it is a mean over.
+class Captures:
+    """What a loss reads of both models' passes."""
 
-    `group` is the part of a term that maps its own layers: the term itself, or one relation.
+    attention: bool = False
+    """Queries, keys and values of the layers that its layer map links."""
+    hidden: bool = False
+    """States of those layers; without a layer map the embeddings."""
+    logits: bool = False
+    """What the head gives or, of a language model, multiplies."""
+
+
+@dataclass(frozen=True)
+class LossInfo:
+    """One value that a loss gives: whose it is, its name, and what it is a mean over.
+
+    `group` is the part of a loss that maps its own layers: the loss itself, or one relation.
     """
 
     term: str
+    """Key of the loss in the recipe."""
     group: str
     layers: str
     divisor: Divisor
-
-    @property
-    def mapped(self) -> bool:
-        """Whether a layer map says what it compares."""
-        return self.term in ("attention", "relations", "hidden")
+    mapped: bool = False
+    """Whether a layer map says what it compares."""
 
     @property
     def label(self) -> str:
@@ -71,39 +115,175 @@ class LossInfo:
 
 
 class Term(nn.Module):
-    """A loss of the objective, or several that share one call or one projection.
+    """A module of the objective: a loss, or several that share one call or one projection.
 
-    `forward` takes a `Batch` and gives fp32 losses [matches], each a mean over its divisor within
-    this micro-batch. Parameters belong to the term itself: ZeRO-3 gathers them for its `forward`.
+    `forward` takes what was captured of student and teacher and a `Batch`, and gives fp32 losses
+    [matches], each a mean over its divisor within this micro-batch. Parameters belong to the term
+    itself: ZeRO-3 gathers them for its `forward`.
     """
 
-    matches: tuple[LossInfo, ...]
+    @property
+    @abstractmethod
+    def matches(self) -> tuple[LossInfo, ...]:
+        """The values that `forward` gives, in order."""
 
+    @abstractmethod
     def at(self, moment: Progress) -> None:
         """Move to a moment of the run; what does not change over time stays as it is."""
 
-    def layers(self, side: Side) -> dict[str, set[int]]:
-        """Layers of one model that `capture` must record now: of `attention` and of `hidden`."""
-        raise NotImplementedError
-
-    @property
-    def wants_logits(self) -> bool:
-        """Whether it reads the outputs of the heads."""
-        return False
+    @abstractmethod
+    def layers(self, side: Side) -> dict[str, Any]:
+        """What `capture` must record of one model now, as some of its keyword arguments."""
 
 
-class AttentionMappedTerm(Term):
-    """A term that reads the attention of the links of a layer map."""
+class Loss(Term):
+    """A loss of a recipe.
 
-    def __init__(self, layer_map: LayerMap) -> None:
+    Subclasses say in class attributes what they are; one that is mapped has a field `layer_map` in
+    its `Config`, and then `links`, of which each gives a value.
+    """
+
+    Config: ClassVar[type[LossConfig]] = LossConfig
+    """Its section in a recipe."""
+    captures: ClassVar[Captures] = Captures()
+    """What it reads."""
+    mean_over: Divisor = "examples"
+    """What its values are means over within a micro-batch; a property where that depends."""
+    group: ClassVar[type[LossGroup] | None] = None
+    """What computes it together with others; `None` is its own `forward`."""
+    heads: ClassVar[tuple[Head, ...]] = HEADS
+    """Heads of the models that it can be computed for."""
+    official_kind: ClassVar[str | None] = None
+    """The only `kind` that `reduction: tinybert` is defined for; `None` where all are."""
+    once: ClassVar[bool] = False
+    """Whether a recipe can have it only once."""
+
+    config: LossConfig
+
+    def __init__(
+        self, name: str, config: LossConfig, layer_map: LayerMap | None, shared: Shared
+    ) -> None:
+        """Take down what the loss is of.
+
+        Args:
+            name: its key in the recipe.
+            config: its section.
+            layer_map: in force for it; `None` where it is not mapped.
+            shared: what all losses have in common.
+
+        Raises:
+            UserError: a layer map, or models, that the loss can't use.
+        """
         super().__init__()
+        self.name = name
+        self.config = config
         self.layer_map = layer_map
+        self.shared = shared
         self.at(Progress())
 
-    def at(self, moment: Progress) -> None:
-        self.links: tuple[Link, ...] = self.layer_map.links(moment)
+    @classmethod
+    def is_mapped(cls) -> bool:
+        """Whether a layer map says what it compares."""
+        return "layer_map" in cls.Config.model_fields
 
-    def layers(self, side: Side) -> dict[str, set[int]]:
+    @classmethod
+    def check_setting(cls, name: str, config: LossConfig, setting: Setting) -> None:
+        """See that the rest of a recipe fits.
+
+        Raises:
+            ValueError: what doesn't, and what to do.
+        """
+        if setting.head not in cls.heads:
+            raise ValueError(
+                f"losses.{name} is on, but student.head is {setting.head}; expected "
+                f"{' or '.join(cls.heads)}"
+            )
+
+    @classmethod
+    def check_models(
+        cls,
+        name: str,
+        config: LossConfig,
+        heads: tuple[int, int],
+        traits: tuple[AttentionTraits, AttentionTraits],
+    ) -> None:
+        """See that two models can be compared.
+
+        Args:
+            name: key in the recipe.
+            config: section.
+            heads: attention heads of student and teacher.
+            traits: what trying the two showed.
+
+        Raises:
+            UserError: they can't.
+        """
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A name for every link; one empty name where the loss is not mapped."""
+        return ("",) if self.layer_map is None else self.layer_map.labels()
+
+    @property
+    def matches(self) -> tuple[LossInfo, ...]:
+        mapped = self.layer_map is not None
+        return tuple(
+            LossInfo(self.name, self.name, label, self.mean_over, mapped) for label in self.labels
+        )
+
+    def at(self, moment: Progress) -> None:
+        self.links: tuple[Link, ...] = ()
+        if self.layer_map is not None:
+            self.links = self.layer_map.links(moment)
+
+    def layers(self, side: Side) -> dict[str, Any]:
         if side == "student":
-            return {"attention": {link.student for link in self.links}}
-        return {"attention": {t for link in self.links for t in link.teachers}}
+            linked = {link.student for link in self.links}
+        else:
+            linked = {t for link in self.links for t in link.teachers}
+        wanted: dict[str, Any] = {}
+        if self.captures.attention:
+            wanted["attention"] = linked
+        if self.captures.hidden:
+            wanted["hidden"] = linked
+        if self.captures.logits:
+            wanted["logits"] = True
+        return wanted
+
+    def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
+        """A scalar, or [links] of a mapped loss."""
+        raise NotImplementedError
+
+
+class LossGroup(Term):
+    """Losses that are computed together; the parameters that they share are the group's own."""
+
+    def __init__(self, members: Sequence[Loss], shared: Shared) -> None:
+        super().__init__()
+        # in a tuple they are no submodules: names in checkpoints stay those of the group
+        self.members = tuple(members)
+        self.shared = shared
+
+    @property
+    def matches(self) -> tuple[LossInfo, ...]:
+        return tuple(match for loss in self.members for match in loss.matches)
+
+    def at(self, moment: Progress) -> None:
+        for loss in self.members:
+            loss.at(moment)
+
+    def layers(self, side: Side) -> dict[str, Any]:
+        return merged_layers(loss.layers(side) for loss in self.members)
+
+    @abstractmethod
+    def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
+        """Losses [matches], fp32."""
+
+
+def merged_layers(wanted: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several terms want to have recorded, together."""
+    found: dict[str, Any] = {}
+    for one in wanted:
+        for kind, asked in one.items():
+            found[kind] = found[kind] | asked if kind in found else asked
+    return found

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
-from fastkd.capture import AttentionTraits
-from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.base import ModelPair
 from fastkd.losses.objective import Objective
-from fastkd.recipe import LabelsLoss, Losses
+from fastkd.losses.registry import loss_class
+from fastkd.recipe import Losses
 from fastkd.types import Head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fastkd.capture import AttentionTraits
 
 
 def capture_needs(losses: Losses) -> dict[str, bool]:
     """What a model must let be captured, as keyword arguments of `try_model`."""
+    captures = [loss_class(config.loss).captures for config in losses.terms.values()]
     return {
-        "attention": losses.attention is not None or losses.relations is not None,
-        "hidden": losses.hidden is not None or losses.embedding is not None,
+        "attention": any(one.attention for one in captures),
+        "hidden": any(one.hidden for one in captures),
     }
 
 
@@ -48,12 +53,8 @@ def make_objective(
         UserError: the models don't fit together.
     """
     heads = student.config.num_attention_heads, teacher.config.num_attention_heads
-    if losses.attention and heads[0] != heads[1]:
-        raise UserError(
-            f"losses.attention compares heads one by one, but the student has {heads[0]} and the "
-            f"teacher {heads[1]}; set student.heads={heads[1]}, or leave the term out"
-        )
-    _check_traits(losses, traits)
+    for name, config in losses.terms.items():
+        loss_class(config.loss).check_models(name, config, heads, traits)
     pair = ModelPair(
         widths=(student.config.hidden_size, teacher.config.hidden_size),
         causal=traits[1].causal,
@@ -80,26 +81,4 @@ def hard_objective(model: PreTrainedModel, steps: int) -> tuple[Objective, Layer
     pair = ModelPair(
         widths=(width, width), head="sequence_classification", outputs=model.config.num_labels
     )
-    return Objective(Losses(labels=LabelsLoss()), layers, pair, steps=steps), layers
-
-
-def _check_traits(losses: Losses, traits: tuple[AttentionTraits, AttentionTraits]) -> None:
-    """See that two models attend in a way that the recipe's losses can compare."""
-    compares = losses.attention is not None and losses.attention.kind != "score_mse"
-    if traits[0].causal != traits[1].causal and (losses.attention or losses.relations):
-        kinds = ["causal" if found.causal else "bidirectional" for found in traits]
-        raise UserError(
-            f"the student is {kinds[0]} and the teacher {kinds[1]}, so their attention can't be "
-            "compared; leave losses.attention and losses.relations out"
-        )
-    for found in traits:
-        if found.unknown and (compares or losses.relations):
-            raise UserError(
-                f"{found.unknown}; give losses.attention the kind score_mse, and leave "
-                "losses.relations out"
-            )
-        if found.differs and compares:
-            raise UserError(
-                f"{found.differs}, so probabilities can't be compared; give losses.attention the "
-                "kind score_mse, or take losses.relations in its place"
-            )
+    return Objective(Losses.model_validate({"labels": {}}), layers, pair, steps=steps), layers

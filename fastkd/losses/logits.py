@@ -1,96 +1,102 @@
-"""The term of the heads: divergence of their outputs, hard labels, masked tokens."""
+"""`losses.logits`: what the models' heads give."""
 
 from __future__ import annotations
 
-import torch
-from fastkd_kernels import LogitsHead, logits_divergence
+from typing import ClassVar, Literal, Self
+
+from fastkd_kernels import logits_divergence
+from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn.functional import cross_entropy, mse_loss
 
 from fastkd.errors import UserError
-from fastkd.losses.base import (
-    Batch,
-    LossInfo,
-    ModelPair,
-    Term,
-)
-from fastkd.recipe.losses import Losses
-from fastkd.types import IGNORE_INDEX, Side
+from fastkd.layer_map import LayerMap
+from fastkd.layer_map.sections import Temperature
+from fastkd.losses.base import LossConfig, Shared
+from fastkd.losses.counts import Divisor
+from fastkd.losses.heads import LANGUAGE_MODELS, Output, SoftLoss
+from fastkd.losses.registry import register_loss
+from fastkd.types import Head
+
+# a mixture's smaller part, unless it is left out altogether
+LEAST_SHARE = 1e-4
 
 
-class LogitsTerm(Term):
-    """`logits`, then `labels` or `mlm`, of a recipe.
+@register_loss("logits")
+class LogitsLoss(SoftLoss):
+    """Divergence of the outputs of the models' heads (Hinton et al., arXiv 1503.02531; TinyBERT,
+    arXiv 1909.10351, eq. 10)."""
 
-    A language model's logits are never stored: both models hand over what their heads multiply,
-    and one op makes divergence and cross-entropy from it. Under ZeRO-3 the student's head belongs
-    to another module than this one; `fastkd.training.engine` registers it here, and it is whole.
-    """
+    class Config(LossConfig):
+        """Outputs of the heads."""
 
-    def __init__(self, losses: Losses, pair: ModelPair) -> None:
-        super().__init__()
-        self.loss = losses.logits
-        self.hard = "labels" if losses.labels else "mlm" if losses.mlm else None
-        self.pair = pair
-        self.is_language_model = pair.head in ("causal_lm", "masked_lm")
-        if pair.outputs == 1 and not self.is_language_model:
-            _check_regression(losses)
-        soft = "rows" if self.is_language_model else "examples"
-        matches = [LossInfo("logits", "logits", "", "rows" if soft == "rows" else "examples")]
-        if self.hard:
-            matches.append(LossInfo(self.hard, self.hard, "", "labels"))
-        self.matches = tuple(matches if self.loss else matches[1:])
+        kind: Literal["kl", "reverse_kl", "js", "skew_kl", "mse", "soft_ce"] = "kl"
+        """Divergence of the probabilities, or the squared difference of the logits."""
+        temperature: Temperature = 1.0
+        """What both models' logits are divided by; `mse` compares raw logits."""
+        scale_by_temperature: bool = False
+        """Multiply by the temperature squared, so that gradients keep their size (arXiv
+        1503.02531)."""
+        beta: float = Field(default=0.5, ge=0, le=1)
+        """Share of the teacher in the mixture of `js`; as in GKD (arXiv 2306.13649), 0 is `kl` and
+        1 is `reverse_kl`."""
+        skew: float = Field(default=0.1, ge=0, le=1.0 - LEAST_SHARE)
+        """Share of the teacher in the student's mixture of `skew_kl` (DistiLLM, arXiv 2402.03898);
+        0 is `kl`."""
 
-    def layers(self, side: Side) -> dict[str, set[int]]:
-        return {}
+        @model_validator(mode="after")
+        def _consistent(self) -> Self:
+            for field, kind in (("beta", "js"), ("skew", "skew_kl")):
+                default = type(self).model_fields[field].default
+                if self.kind != kind and getattr(self, field) != default:
+                    raise ValueError(f"{field} is read by {kind} only; kind is {self.kind}")
+            if self.beta not in (0.0, 1.0) and not LEAST_SHARE <= self.beta <= 1.0 - LEAST_SHARE:
+                raise ValueError(_near_an_end("beta", self.beta, "0 or 1"))
+            if self.skew != 0.0 and self.skew < LEAST_SHARE:
+                raise ValueError(_near_an_end("skew", self.skew, "0"))
+            if self.kind == "mse" and self.temperature != 1.0:
+                raise ValueError(
+                    "temperature is given, but mse compares raw logits; leave it out, or give "
+                    "another kind"
+                )
+            return self
+
+    config: Config
+    heads: ClassVar[tuple[Head, ...]] = ("sequence_classification", "causal_lm", "masked_lm")
+
+    def __init__(
+        self, name: str, config: LossConfig, layer_map: LayerMap | None, shared: Shared
+    ) -> None:
+        super().__init__(name, config, layer_map, shared)
+        kind, pair = self.config.kind, shared.pair
+        if pair.outputs == 1 and pair.head not in LANGUAGE_MODELS and kind != "mse":
+            raise UserError(
+                f"losses.{name}.kind is {kind}, but the models' heads give one number, which has "
+                "no probabilities; set it to mse"
+            )
 
     @property
-    def wants_logits(self) -> bool:
-        return True
+    def mean_over(self) -> Divisor:  # type: ignore[override]
+        return "rows" if self.shared.pair.head in LANGUAGE_MODELS else "examples"
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Losses [1] or [2], fp32."""
-        own = _output(batch.student.logits)
-        labels = batch.labels if self.hard else None
-        if self.is_language_model:
-            return self._divergence(own, batch, labels)
-        losses = [self._divergence(own, batch, None)] if self.loss else []
-        if labels is not None:
-            assert isinstance(own, Tensor)
-            losses.append(_hard_loss(own, labels).reshape(1))
-        return torch.cat(losses)
-
-    def _divergence(self, own: Tensor | LogitsHead, batch: Batch, labels: Tensor | None) -> Tensor:
-        assert self.loss is not None, "the recipe refuses labels of a language model without logits"
-        found = logits_divergence(
-            own,
-            _output(batch.teacher.logits),
-            kind=self.loss.kind,
-            temperature=self.loss.temperature,
-            scale_by_temperature=self.loss.scale_by_temperature,
-            beta=self.loss.beta,
-            skew=self.loss.skew,
-            mask=batch.mask if self.is_language_model else None,
+    def divergence(
+        self, student: Output, teacher: Output, mask: Tensor | None, labels: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        config = self.config
+        return logits_divergence(
+            student,
+            teacher,
+            kind=config.kind,
+            temperature=config.temperature,
+            scale_by_temperature=config.scale_by_temperature,
+            beta=config.beta,
+            skew=config.skew,
+            mask=mask,
             labels=labels,
         )
-        return found.reshape(1) if isinstance(found, Tensor) else torch.stack(found)
 
 
-def _output(logits: Tensor | LogitsHead | None) -> Tensor | LogitsHead:
-    assert logits is not None, "a model with a head was captured with its logits"
-    return logits
-
-
-def _hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of classes, or squared error of one number; a mean over labelled examples."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if logits.shape[-1] == 1:
-        return mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
-    return cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
-
-
-def _check_regression(losses: Losses) -> None:
-    if losses.logits is not None and losses.logits.kind != "mse":
-        raise UserError(
-            f"losses.logits.kind is {losses.logits.kind}, but the models' heads give one number, "
-            "which has no probabilities; set it to mse"
-        )
+def _near_an_end(field: str, share: float, ends: str) -> str:
+    return (
+        f"{field} is {share}, so near an end of the mixture that fp32 loses the smaller part; "
+        f"expected {ends}, or {LEAST_SHARE:g} to {1.0 - LEAST_SHARE:g}"
+    )

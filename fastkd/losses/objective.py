@@ -1,27 +1,26 @@
-"""All terms of a recipe, and how they add up."""
+"""All losses of a recipe, and how they add up; this file knows none of them by name."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastkd.capture import Capture
+from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, Progress, TransportMap
-from fastkd.losses.attention import (
-    ProbabilityTerm,
-    RelationsTerm,
-    ScoreTerm,
-)
 from fastkd.losses.base import (
     Batch,
+    Loss,
+    LossGroup,
     LossInfo,
     ModelPair,
+    Shared,
     Term,
+    merged_layers,
 )
 from fastkd.losses.counts import (
     DIVISORS,
@@ -29,8 +28,7 @@ from fastkd.losses.counts import (
     count_divisors,
     target_labels,
 )
-from fastkd.losses.hidden import StateTerm
-from fastkd.losses.logits import LogitsTerm
+from fastkd.losses.registry import loss_class
 from fastkd.losses.transports import Mapped, Transports
 from fastkd.losses.weighting import (
     Ratio,
@@ -39,6 +37,9 @@ from fastkd.losses.weighting import (
 )
 from fastkd.recipe import Losses
 from fastkd.types import Inputs, Side
+
+if TYPE_CHECKING:
+    from fastkd.capture import Capture
 
 
 class Objective(nn.Module):
@@ -74,7 +75,7 @@ class Objective(nn.Module):
         self.maps = {name: (own_layers or {}).get(name, layers) for name in losses.terms}
         self.reduction: Reduction = losses.reduction
         self.terms = nn.ModuleList(self._terms())
-        self.matches: tuple[LossInfo, ...] = tuple(m for term in self._each() for m in term.matches)
+        self.matches: tuple[LossInfo, ...] = tuple(m for term in self.each() for m in term.matches)
         self.names = tuple(dict.fromkeys(match.term for match in self.matches))
         # how many losses each name has, in order
         self._sizes = [
@@ -102,7 +103,7 @@ class Objective(nn.Module):
     @property
     def teacher_depth(self) -> int | None:
         """The deepest teacher layer that is ever matched; `None` where outputs are."""
-        if any(term.wants_logits for term in self._each()):
+        if self.layers("teacher")["logits"]:
             return None
         mapped = [self.maps[m.term].teacher_depth for m in self.matches if m.mapped]
         return max((0, *mapped))
@@ -110,17 +111,13 @@ class Objective(nn.Module):
     def at(self, moment: Progress) -> None:
         """Move to a moment of the run: random mappings and schedules follow it."""
         self.moment = moment
-        for term in self._each():
+        for term in self.each():
             term.at(moment)
 
     def layers(self, side: Side) -> dict[str, Any]:
         """What `capture` must record of one model now, as its keyword arguments."""
-        wanted: dict[str, Any] = {"attention": set(), "hidden": set(), "logits": False}
-        for term in self._each():
-            for kind, found in term.layers(side).items():
-                wanted[kind] |= found
-            wanted["logits"] |= term.wants_logits
-        return wanted
+        nothing: dict[str, Any] = {"attention": set(), "hidden": set(), "logits": False}
+        return merged_layers([nothing, *(term.layers(side) for term in self.each())])
 
     def divisors(self, inputs: Inputs) -> Tensor:
         """What a micro-batch contributes to the divisors of a step: fp64 [DIVISORS]."""
@@ -145,8 +142,8 @@ class Objective(nn.Module):
         """
         mask = inputs.get("attention_mask")
         labels = target_labels(inputs, self.pair.head)
-        batch = Batch(student, teacher, None if mask is None else mask.bool(), labels)
-        losses = torch.cat([term(batch) for term in self.terms])
+        batch = Batch(None if mask is None else mask.bool(), labels)
+        losses = torch.cat([_values(term, student, teacher, batch) for term in self.each()])
         raw = losses * shares[self._divisor_of]
         weighted = raw * self._weights(raw)
         if self.uncertainty is not None:
@@ -220,23 +217,23 @@ class Objective(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith("uncertainty.")}
 
     def _terms(self) -> list[Term]:
-        losses, pair, maps = self.losses, self.pair, self.maps
-        terms: list[Term] = []
-        if losses.attention is not None:
-            own = maps["attention"]
-            if losses.attention.kind == "score_mse":
-                terms.append(ScoreTerm(own, pair, losses.reduction))
-            else:
-                terms.append(ProbabilityTerm(losses.attention, own, pair))
-        if losses.relations is not None:
-            terms.append(RelationsTerm(losses.relations, maps["relations"], pair))
-        if losses.hidden is not None or losses.embedding is not None:
-            terms.append(StateTerm(losses, maps.get("hidden"), pair))
-        if losses.logits is not None or losses.labels is not None:
-            terms.append(LogitsTerm(losses, pair))
-        return terms
+        """A module for each loss or, of those that are computed together, for all of them."""
+        given = self.losses
+        shared = Shared(self.pair, given.reduction, given.projection, given.projection_bias)
+        made: dict[object, list[Loss]] = {}
+        for name, config in given.terms.items():
+            kind = loss_class(config.loss)
+            loss = kind(name, config, self.maps[name] if kind.is_mapped() else None, shared)
+            made.setdefault(kind.group or name, []).append(loss)
+        return [
+            group(losses, shared)
+            if isinstance(group, type) and issubclass(group, LossGroup)
+            else losses[0]
+            for group, losses in made.items()
+        ]
 
-    def _each(self) -> list[Term]:
+    def each(self) -> list[Term]:
+        """The modules that compute the losses, in order."""
         return [term for term in self.terms if isinstance(term, Term)]
 
     def _transported(self) -> list[Mapped]:
@@ -283,3 +280,24 @@ class Objective(nn.Module):
         """One value a term to one a loss."""
         parts = zip(scales.unbind(), self._sizes, strict=True)
         return torch.cat([scale.expand(size) for scale, size in parts])
+
+
+def _values(term: Term, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
+    """What a term gives, [matches].
+
+    Raises:
+        UserError: a loss gives another number of values.
+    """
+    found: Any = term(student, teacher, batch)
+    expected = len(term.matches)
+    shape = tuple(found.shape) if isinstance(found, Tensor) else None
+    if shape == (expected,) or (shape == () and expected == 1):
+        values: Tensor = found.reshape(expected)
+        return values
+    names = ", ".join(dict.fromkeys(match.term for match in term.matches))
+    given = type(found).__name__ if shape is None else f"a tensor of shape {list(shape)}"
+    wanted = f"[{expected}]" if expected > 1 else "[] or [1]"
+    raise UserError(
+        f"losses.{names}: {type(term).__name__}.forward gives {given}; expected a tensor of shape "
+        f"{wanted}, one value for each of its labels"
+    )

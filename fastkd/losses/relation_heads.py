@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from fastkd_kernels.attention_divergence.op import MAX_HEAD_DIM
 
-from fastkd.capture import AttentionShape
 from fastkd.errors import UserError
+
+if TYPE_CHECKING:
+    from fastkd.capture import AttentionShape
 
 _VECTORS = {"q": "queries", "k": "keys", "v": "values"}
 

@@ -20,39 +20,23 @@ from fastkd.recipe.loading import (
     replace_value,
     stage_recipes,
 )
-from fastkd.recipe.losses import (
-    AttentionLoss,
-    EmbeddingLoss,
-    HiddenLoss,
-    LabelsLoss,
-    LogitsLoss,
-    Losses,
-    MlmLoss,
-    RelationsLoss,
-    Term,
-)
+from fastkd.recipe.losses import Losses
 from fastkd.recipe.models import Student, Teacher
 from fastkd.recipe.recipe import Recipe
 from fastkd.recipe.task import TaskAugmentation, TaskColumns, TaskData
 from fastkd.recipe.train import Run, Train, resolve_steps
-from fastkd.recipe.weights import Balance, Schedule
+from fastkd.recipe.weights import Balance, LossConfig, Schedule
 from fastkd.recipe.yaml_text import write_yaml
 from fastkd.section import Section
 
 __all__ = [
     "AnyRecipe",
-    "AttentionLoss",
     "Balance",
     "Data",
-    "EmbeddingLoss",
     "FinetuneRecipe",
-    "HiddenLoss",
-    "LabelsLoss",
-    "LogitsLoss",
+    "LossConfig",
     "Losses",
-    "MlmLoss",
     "Recipe",
-    "RelationsLoss",
     "Run",
     "Schedule",
     "Section",
@@ -61,7 +45,6 @@ __all__ = [
     "TaskColumns",
     "TaskData",
     "Teacher",
-    "Term",
     "Train",
     "TunedModel",
     "complain",

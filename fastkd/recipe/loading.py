@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from fastkd.errors import UserError, one_line
 from fastkd.layer_map.sections import MAP_SECTIONS
 from fastkd.recipe.finetune import FinetuneRecipe
+from fastkd.recipe.losses import Losses
 from fastkd.recipe.presets import expand
 from fastkd.recipe.recipe import Recipe
 from fastkd.recipe.stages import stage_trees
@@ -182,8 +183,7 @@ def replace_value(tree: dict[str, Any], key: str, value: object) -> None:
 def complain(error: ValidationError, root: type[BaseModel]) -> str:
     """What was given and what was expected, in one line, for a file that is read into `root`."""
     first, *rest = error.errors(include_url=False)
-    # pydantic adds which of its forms a layer map was read as
-    field = ".".join(str(p) for i, p in enumerate(first["loc"]) if not _is_form(first["loc"], i))
+    field = _field(first["loc"])
     if first["type"] == "extra_forbidden":
         allowed = list(_section(root, first["loc"][:-1]).model_fields)
         close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
@@ -192,7 +192,9 @@ def complain(error: ValidationError, root: type[BaseModel]) -> str:
     elif first["type"] == "missing":
         text = f"{field}: missing; it has no default, so give a value"
     elif first["type"] == "model_type":
-        keys = ", ".join(_section(root, first["loc"]).model_fields)
+        section = _section(root, first["loc"])
+        known = Losses.keys_of_a_file() if section is Losses else section.model_fields
+        keys = ", ".join(known)
         text = f"{field}: expected a section with keys {keys} (given {short(first['input'])})"
     else:
         where = f"{field}: " if field else ""
@@ -205,10 +207,17 @@ def complain(error: ValidationError, root: type[BaseModel]) -> str:
 
 
 def _section(root: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel]:
+    from fastkd.losses.registry import loss_class
+
     model, parts = root, iter(location)
     for part in parts:
         if part == "layer_map":
             return MAP_SECTIONS[str(next(parts))]
+        if model is Losses and part == "terms":
+            # the key under which the section stands, then the loss that it was read as
+            next(parts)
+            model = loss_class(str(next(parts))).Config
+            continue
         annotation = model.model_fields[str(part)].annotation
         candidates = getattr(annotation, "__args__", (annotation,))
         model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
@@ -218,5 +227,12 @@ def _section(root: type[BaseModel], location: Sequence[int | str]) -> type[BaseM
     return model
 
 
-def _is_form(location: Sequence[int | str], index: int) -> bool:
-    return index > 0 and location[index - 1] == "layer_map"
+def _field(location: Sequence[int | str]) -> str:
+    """Where a file has what pydantic found at a place of the models."""
+    parts = list(location)
+    if parts[:2] == ["losses", "terms"]:
+        # the losses stand beside the other keys, and each is read as the section of its loss
+        parts[1:4] = parts[2:3]
+    # a layer map is read as one of several forms
+    named = [p for i, p in enumerate(parts) if i == 0 or parts[i - 1] != "layer_map"]
+    return ".".join(map(str, named))

@@ -1,166 +1,84 @@
-"""The section of the objective: its terms, and what they share."""
+"""The section of the objective: its losses, and what they share.
+
+`losses: {hidden: {...}}` is read into `terms`, each by the section of its own loss, and written as
+it was read. `fastkd.losses.registry` knows the losses; it is imported when a recipe is read, as
+loading this module loads no torch.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import difflib
+import functools
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializationInfo,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from fastkd.layer_map.sections import Layers, Temperature
-from fastkd.recipe.weights import Balance, Schedule, ShortBalance
-from fastkd.section import MOST_HEADS, Section
-
-Tokens = Literal["all", "cls", "mean"]
-# a mixture's smaller part, unless it is left out altogether
-LEAST_SHARE = 1e-4
-
-
-class Term(Section):
-    """What every term of the objective has."""
-
-    weight: float = Field(default=1.0, ge=0)
-    """Factor in the total loss."""
-    schedule: Schedule | None = None
-    """How that factor changes over the run; not at all where not given."""
-
-
-class AttentionLoss(Term):
-    """Attention of the mapped blocks: scores (TinyBERT, arXiv 1909.10351, eq. 7), or their softmax
-    (MiniLM, arXiv 2002.10957)."""
-
-    kind: Literal["score_mse", "kl", "reverse_kl", "js", "mse", "cross_entropy", "cosine"] = (
-        "score_mse"
-    )
-    """Squared difference of the scores before the softmax, or a divergence of the probabilities."""
-    temperature: Temperature = 1.0
-    """What both models' scores are divided by before the softmax."""
-    layer_map: Layers | None = None
-    """Mapping of this term; the recipe's where not given."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.kind == "score_mse" and self.temperature != 1.0:
-            raise ValueError(
-                "temperature is given, but score_mse has no softmax; leave it out, or give "
-                "another kind"
-            )
-        return self
+from fastkd.recipe.weights import Balance, LossConfig, ShortBalance
+from fastkd.section import Section, short
 
 
-class RelationsLoss(Term):
-    """Relations inside queries, keys or values (MiniLM, arXiv 2002.10957; MiniLMv2,
-    arXiv 2012.15828, eq. 5 to 7)."""
+def _read_term(given: object) -> object:
+    """Read (key, section) by the section of the loss that it names."""
+    from fastkd.losses.registry import find_loss, is_loss_name, loss_class, loss_names
 
-    relations: tuple[Literal["qq", "kk", "vv", "qk"], ...] = Field(
-        default=("qq", "kk", "vv"), min_length=1
-    )
-    """Which vectors are multiplied with which: queries, keys, values."""
-    relation_heads: int | None = Field(default=None, gt=0, le=MOST_HEADS)
-    """Heads that the vectors are cut into anew; the teacher's attention heads where not given."""
-    kind: Literal["kl", "reverse_kl", "js", "mse", "cross_entropy", "cosine"] = "kl"
-    """Divergence of the relations' softmax."""
-    temperature: Temperature = 1.0
-    """What the relations are divided by before the softmax."""
-    layer_map: Layers | None = None
-    """Mapping of this term; the recipe's where not given."""
-
-    @model_validator(mode="after")
-    def _each_once(self) -> Self:
-        if len(set(self.relations)) < len(self.relations):
-            raise ValueError(
-                f"relations names one twice (given {', '.join(self.relations)}); name each once "
-                "and give the term a weight"
-            )
-        return self
-
-
-class EmbeddingLoss(Term):
-    """Embeddings, layer 0 of both models (TinyBERT, arXiv 1909.10351, eq. 9)."""
-
-    kind: Literal["mse", "normalized_mse", "cosine"] = "mse"
-    """Squared difference after the projection, the same of states scaled to length one (PKD, arXiv
-    1908.09355, eq. 7), or one minus the cosine (DistilBERT, arXiv 1910.01108)."""
-    tokens: Tokens = "all"
-    """Every token, the first one, or the mean over all."""
+    assert isinstance(given, tuple), "keys are laid beside their sections"
+    key, section = given
+    named = section.get("loss") if isinstance(section, Mapping) else None
+    if isinstance(section, LossConfig):
+        named = section.loss or None
+    loss = key if named is None else named
+    if not isinstance(loss, str):
+        raise ValueError(f"loss is {short(loss)}; expected one of {', '.join(loss_names())}")
+    if named is None and find_loss(key) is None:
+        raise ValueError(_unknown_key(key))
+    if not is_loss_name(key):
+        raise ValueError(
+            "a loss can't have this name; give one of letters, digits, - and _ that begins with a "
+            "letter"
+        )
+    config = loss_class(loss).Config
+    if isinstance(section, LossConfig):
+        if not isinstance(section, config):
+            raise ValueError(f"expected the section of {loss}, found {type(section).__qualname__}")
+        return section.model_copy(update={"loss": loss})
+    full = {**section, "loss": loss} if isinstance(section, Mapping) else section
+    # under the loss's name, which a complaint then says the section of
+    return _reader(config).validate_python({loss: full})[loss]
 
 
-class HiddenLoss(EmbeddingLoss):
-    """Hidden states of the mapped layers (TinyBERT, arXiv 1909.10351, eq. 8)."""
-
-    layer_map: Layers | None = None
-    """Mapping of this term; the recipe's where not given."""
+@functools.cache
+def _reader(config: type[LossConfig]) -> TypeAdapter[dict[str, LossConfig]]:
+    return TypeAdapter(dict[str, config])  # type: ignore[valid-type]
 
 
-class LogitsLoss(Term):
-    """Outputs of the models' heads (Hinton et al., arXiv 1503.02531; TinyBERT, arXiv 1909.10351,
-    eq. 10)."""
-
-    kind: Literal["kl", "reverse_kl", "js", "skew_kl", "mse", "soft_ce"] = "kl"
-    """Divergence of the probabilities, or the squared difference of the logits."""
-    temperature: Temperature = 1.0
-    """What both models' logits are divided by; `mse` compares raw logits."""
-    scale_by_temperature: bool = False
-    """Multiply by the temperature squared, so that gradients keep their size (arXiv 1503.02531)."""
-    beta: float = Field(default=0.5, ge=0, le=1)
-    """Share of the teacher in the mixture of `js`; as in GKD (arXiv 2306.13649), 0 is `kl` and 1 is
-    `reverse_kl`."""
-    skew: float = Field(default=0.1, ge=0, le=1.0 - LEAST_SHARE)
-    """Share of the teacher in the student's mixture of `skew_kl` (DistiLLM, arXiv 2402.03898); 0 is
-    `kl`."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        for field, kind in (("beta", "js"), ("skew", "skew_kl")):
-            default = type(self).model_fields[field].default
-            if self.kind != kind and getattr(self, field) != default:
-                raise ValueError(f"{field} is read by {kind} only; kind is {self.kind}")
-        if self.beta not in (0.0, 1.0) and not LEAST_SHARE <= self.beta <= 1.0 - LEAST_SHARE:
-            raise ValueError(_near_an_end("beta", self.beta, "0 or 1"))
-        if self.skew != 0.0 and self.skew < LEAST_SHARE:
-            raise ValueError(_near_an_end("skew", self.skew, "0"))
-        if self.kind == "mse" and self.temperature != 1.0:
-            raise ValueError(
-                "temperature is given, but mse compares raw logits; leave it out, or give another "
-                "kind"
-            )
-        return self
-
-
-def _near_an_end(field: str, share: float, ends: str) -> str:
+def _unknown_key(key: str) -> str:
+    allowed = Losses.keys_of_a_file()
+    close = difflib.get_close_matches(key, allowed, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
     return (
-        f"{field} is {share}, so near an end of the mixture that fp32 loses the smaller part; "
-        f"expected {ends}, or {LEAST_SHARE:g} to {1.0 - LEAST_SHARE:g}"
+        f"unknown key; {hint}expected one of {', '.join(allowed)}, or a name of your own for a "
+        "section that says which loss it is, as in loss: hidden"
     )
-
-
-class LabelsLoss(Term):
-    """Hard labels: cross-entropy of classes or of the next token, squared error of a number."""
-
-
-class MlmLoss(Term):
-    """Cross-entropy of masked tokens (BERT, arXiv 1810.04805, section 3.1)."""
-
-    probability: float = Field(default=0.15, gt=0, lt=1)
-    """Share of the tokens that is masked: 80 % become the mask, 10 % a random token, 10 % stay."""
 
 
 class Losses(Section):
-    """The terms of the objective, and what they share; a term that is absent is off."""
+    """The losses of the objective, and what they share; a loss that is absent is off."""
 
-    attention: AttentionLoss | None = None
-    """Attention of the mapped blocks."""
-    relations: RelationsLoss | None = None
-    """Query, key and value relations of the mapped blocks."""
-    hidden: HiddenLoss | None = None
-    """Hidden states of the mapped layers."""
-    embedding: EmbeddingLoss | None = None
-    """Embedding outputs."""
-    logits: LogitsLoss | None = None
-    """Outputs of the heads."""
-    labels: LabelsLoss | None = None
-    """Hard labels."""
-    mlm: MlmLoss | None = None
-    """Masked tokens."""
+    terms: dict[str, Annotated[SerializeAsAny[LossConfig], BeforeValidator(_read_term)]] = Field(
+        default_factory=dict
+    )
+    """The losses by name, in the order of the registry; a file has them beside the other keys."""
     balance: ShortBalance = Balance()
     """How the terms are weighed against each other; a word, or a section."""
     reduction: Literal["valid", "tinybert"] = "valid"
@@ -171,36 +89,91 @@ class Losses(Section):
     projection_bias: bool = True
     """Whether projections have a bias."""
 
-    @property
-    def terms(self) -> dict[str, Term]:
-        """The terms that are on, by name, in the order of the fields."""
-        given = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: value for name, value in given.items() if isinstance(value, Term)}
+    @classmethod
+    def keys_of_a_file(cls) -> list[str]:
+        """What a file may say here."""
+        from fastkd.losses.registry import loss_names
+
+        return [*loss_names(), *(name for name in cls.model_fields if name != "terms")]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gathered(cls, given: Any) -> Any:
+        """Move the losses, which stand beside the other keys, into `terms`."""
+        if not isinstance(given, Mapping):
+            return given
+        from fastkd.losses.registry import find_loss
+
+        section: dict[Any, Any] = {}
+        terms: dict[str, tuple[str, Any]] = {}
+        for key, value in given.items():
+            if not isinstance(key, str) or (key in cls.model_fields and key != "terms"):
+                section[key] = value
+            elif value is not None or find_loss(key) is None:
+                terms[key] = (key, value)
+        return {**section, "terms": terms}
+
+    @field_validator("terms", mode="after")
+    @classmethod
+    def _in_order(cls, terms: dict[str, LossConfig]) -> dict[str, LossConfig]:
+        """In the registry's order: what a file's order was says nothing about checkpoints."""
+        from fastkd.losses.registry import loss_names
+
+        names = loss_names()
+
+        def place(name: str) -> tuple[int, bool, str]:
+            loss = terms[name].loss
+            return names.index(loss), name != loss, name
+
+        return {name: terms[name] for name in sorted(terms, key=place)}
+
+    @model_serializer(mode="wrap")
+    def _beside_the_other_keys(
+        self, handler: SerializerFunctionWrapHandler, info: SerializationInfo
+    ) -> dict[str, Any]:
+        from fastkd.losses.registry import BUILT_IN
+
+        tree = handler(self)
+        written: dict[str, Any] = {} if info.exclude_none else dict.fromkeys(BUILT_IN)
+        for name, term in tree.pop("terms").items():
+            loss = term.pop("loss")
+            written[name] = term if loss == name else {"loss": loss, **term}
+        return {**written, **tree}
+
+    def of(self, loss: str) -> list[LossConfig]:
+        """The sections of a loss, under whatever names."""
+        return [config for config in self.terms.values() if config.loss == loss]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        from fastkd.losses.registry import loss_class, loss_names
+
         if not self.terms:
-            raise ValueError(
-                "no term is given; expected attention, relations, hidden, embedding, logits, "
-                "labels or mlm"
-            )
+            *names, last = loss_names()
+            raise ValueError(f"no term is given; expected {', '.join(names)} or {last}")
         reference = self.balance.reference
         if reference is not None and reference not in self.terms:
             raise ValueError(
                 f"balance.reference is {reference}, but that term is off; expected one of "
                 f"{', '.join(self.terms)}"
             )
-        if self.reduction == "tinybert":
-            _check_official_kinds(self)
+        for name, config in self.terms.items():
+            kind = loss_class(config.loss)
+            if kind.once and len(self.of(config.loss)) > 1:
+                same = [other for other, c in self.terms.items() if c.loss == config.loss]
+                raise ValueError(
+                    f"{' and '.join(same)} are both {config.loss}, which a recipe can have only "
+                    "once; leave one out"
+                )
+            if self.reduction == "tinybert":
+                _check_official(name, config, kind.official_kind)
         return self
 
 
-def _check_official_kinds(losses: Losses) -> None:
-    wanted = {"attention": "score_mse", "hidden": "mse", "embedding": "mse"}
-    for name, kind in wanted.items():
-        given = getattr(losses.terms.get(name), "kind", kind)
-        if given != kind:
-            raise ValueError(
-                f"reduction is tinybert, but {name}.kind is {given}, which the official code does "
-                f"not have; expected {kind}, or reduction: valid"
-            )
+def _check_official(name: str, config: LossConfig, official: str | None) -> None:
+    given = getattr(config, "kind", None)
+    if official is not None and given != official:
+        raise ValueError(
+            f"reduction is tinybert, but {name}.kind is {given}, which the official code does "
+            f"not have; expected {official}, or reduction: valid"
+        )

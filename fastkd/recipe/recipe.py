@@ -90,31 +90,17 @@ class Recipe(Section):
                 )
 
     def _check_head(self) -> None:
-        head, terms = self.student.head, self.losses.terms
+        # with the losses, which load torch
+        from fastkd.losses.base import Setting
+        from fastkd.losses.registry import loss_class
+
+        head = self.student.head
         if self.task is not None and head != "sequence_classification":
             raise ValueError(
                 f"student.head is {head}, but a task is learned by sequence_classification; leave "
                 "student.head out"
             )
-        if self.task is None and "labels" in terms and head == "sequence_classification":
-            raise ValueError(
-                "losses.labels learns from labelled examples, but data.train is text without "
-                "labels; give task in place of data, or leave losses.labels out"
-            )
-        fitting = {
-            "logits": ("sequence_classification", "causal_lm", "masked_lm"),
-            "labels": ("sequence_classification", "causal_lm"),
-            "mlm": ("masked_lm",),
-        }
-        for name, heads in fitting.items():
-            if name in terms and head not in heads:
-                raise ValueError(
-                    f"losses.{name} is on, but student.head is {head}; expected "
-                    f"{' or '.join(heads)}"
-                )
-        for name in ("labels", "mlm"):
-            if name in terms and head in ("causal_lm", "masked_lm") and "logits" not in terms:
-                raise ValueError(
-                    f"losses.{name} of a {head} head is computed together with losses.logits, "
-                    "which is off; switch it on, with weight 0 where it should not count"
-                )
+        losses = frozenset(config.loss for config in self.losses.terms.values())
+        setting = Setting(head, self.task is not None, losses)
+        for name, config in self.losses.terms.items():
+            loss_class(config.loss).check_setting(name, config, setting)

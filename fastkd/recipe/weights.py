@@ -1,4 +1,4 @@
-"""What scales a term: a schedule of its own, and what balances all terms."""
+"""What every loss's section has, and what scales a loss: a schedule, and what balances them all."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fastkd.section import Section
+from fastkd.section import Name, Section
 
-TermName = Literal["attention", "relations", "hidden", "embedding", "logits", "labels", "mlm"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -35,13 +34,24 @@ class Schedule(Section):
         return self
 
 
+class LossConfig(Section):
+    """What the section of every loss has."""
+
+    weight: float = Field(default=1.0, ge=0)
+    """Factor in the total loss."""
+    schedule: Schedule | None = None
+    """How that factor changes over the run; not at all where not given."""
+    loss: str = ""
+    """Registered name of the loss; the key that the section stands under where not given."""
+
+
 class Balance(Section):
     """How the terms are weighed against each other, on top of their own weights."""
 
     kind: Literal["constant", "ratio", "uncertainty"] = "constant"
     """Not at all; every term scaled to the running size of a reference term; or by learned
     variances (Kendall et al., arXiv 1705.07115, eq. 7)."""
-    reference: TermName | None = None
+    reference: Name | None = None
     """Term that `ratio` scales the others to; the first one where not given."""
     decay: float = Field(default=0.99, ge=0, lt=1)
     """Of the running means of `ratio`, per step."""

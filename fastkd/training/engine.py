@@ -22,11 +22,7 @@ from fastkd.capture import Capture, at_depth, capture, no_cache
 from fastkd.capture.lm_head import last_hidden_state, last_layer
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
-from fastkd.losses import (
-    LogitsTerm,
-    Objective,
-    model_inputs,
-)
+from fastkd.losses import Objective, model_inputs
 from fastkd.recipe import Recipe, Train
 from fastkd.training.deepspeed_config import teacher_config
 from fastkd.types import Inputs
@@ -148,8 +144,8 @@ def _lend_head(module: DistilledStudent) -> None:
     layer = last_layer(module.student)
     if layer is None:
         return
-    for term in module.objective.terms:
-        if isinstance(term, LogitsTerm):
+    for term in module.objective.each():
+        if term.layers("student").get("logits"):
             for parameter in layer.parameters():
                 _deepspeed().zero.register_external_parameter(term, parameter)
 

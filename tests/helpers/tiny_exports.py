@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from fastkd.layer_map import make_layer_map
 from fastkd.losses import ModelPair, Objective
 from fastkd.models import build_student, load_teacher, load_tokenizer
-from fastkd.recipe import HiddenLoss, Losses, Student, Teacher
+from fastkd.recipe import Losses, Student, Teacher
 from fastkd.training.engine import DistilledStudent
 from fastkd.training.export import export_student
 from fastkd.training.run_folder import RunFolder
@@ -38,7 +38,9 @@ def exported(folder: Path, teacher: Path, head: Head = "none", **numbers: Any) -
     depths = student.config.num_hidden_layers, large.config.num_hidden_layers
     widths = student.config.hidden_size, large.config.hidden_size
     layers = make_layer_map("uniform", *depths)
-    objective = Objective(Losses(hidden=HiddenLoss()), layers, ModelPair(widths, head=head))
+    objective = Objective(
+        Losses.model_validate({"hidden": {}}), layers, ModelPair(widths, head=head)
+    )
     module = DistilledStudent(student, objective)
     engine = SimpleNamespace(module=module, zero_optimization_stage=lambda: 1)
     ranks: Any = SimpleNamespace(is_main=True, barrier=lambda: None)

@@ -1,0 +1,30 @@
+"""`losses.embedding`: what enters the first block."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from fastkd.layer_map import Link, Progress
+from fastkd.losses.base import Captures, LossGroup
+from fastkd.losses.registry import register_loss
+from fastkd.losses.states import StateConfig, StateGroup, StateLoss
+
+
+@register_loss("embedding")
+class EmbeddingLoss(StateLoss):
+    """Embeddings, layer 0 of both models (TinyBERT, arXiv 1909.10351, eq. 9)."""
+
+    class Config(StateConfig):
+        """Embedding outputs."""
+
+    config: Config
+    captures = Captures(hidden=True)
+    group: ClassVar[type[LossGroup] | None] = StateGroup
+    official_kind: ClassVar[str | None] = "mse"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return ("0-0",)
+
+    def at(self, moment: Progress) -> None:
+        self.links = (Link(0, (0,)),)

@@ -1,0 +1,110 @@
+"""What `losses.logits`, `losses.labels` and `losses.mlm` share: one call for what a head gives."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from fastkd_kernels import LogitsHead
+from torch import Tensor
+from torch.nn.functional import cross_entropy, mse_loss
+
+from fastkd.losses.base import Batch, Captures, Loss, LossConfig, LossGroup, Setting, Shared
+from fastkd.losses.counts import Divisor
+from fastkd.types import IGNORE_INDEX, Head
+
+if TYPE_CHECKING:
+    from fastkd.capture import Capture
+
+LANGUAGE_MODELS: tuple[Head, ...] = ("causal_lm", "masked_lm")
+Output = Tensor | LogitsHead
+
+
+class HeadGroup(LossGroup):
+    """Divergences of what two heads give, then the loss of hard labels.
+
+    A language model's logits are never stored: both models hand over what their heads multiply,
+    and one op makes divergence and cross-entropy from it. Under ZeRO-3 the student's head belongs
+    to another module than this one; `fastkd.training.engine` registers it here, and it is whole.
+    """
+
+    def __init__(self, members: Sequence[Loss], shared: Shared) -> None:
+        super().__init__(members, shared)
+        self.soft = [loss for loss in members if isinstance(loss, SoftLoss)]
+        self.is_hard = any(isinstance(loss, HardLoss) for loss in members)
+
+    def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
+        """Losses [matches], fp32."""
+        logits = _output(student)
+        labels = batch.labels if self.is_hard else None
+        if self.shared.pair.head in LANGUAGE_MODELS:
+            return self._of_language_models(logits, _output(teacher), batch.mask, labels)
+        losses = [
+            _vector(loss.divergence(logits, _output(teacher), None, None)) for loss in self.soft
+        ]
+        if labels is not None:
+            assert isinstance(logits, Tensor)
+            losses.append(_hard_loss(logits, labels).reshape(1))
+        return torch.cat(losses)
+
+    def _of_language_models(
+        self, student: Output, teacher: Output, mask: Tensor | None, labels: Tensor | None
+    ) -> Tensor:
+        first, *rest = self.soft
+        found = _vector(first.divergence(student, teacher, mask, labels))
+        if not rest:
+            return found
+        others = [_vector(loss.divergence(student, teacher, mask, None)) for loss in rest]
+        return torch.cat([found[:1], *others, found[1:]])
+
+
+class HeadLoss(Loss):
+    """A member of a `HeadGroup`."""
+
+    captures = Captures(logits=True)
+    group: ClassVar[type[LossGroup] | None] = HeadGroup
+
+
+class SoftLoss(HeadLoss):
+    """A loss of the teacher's logits."""
+
+    @abstractmethod
+    def divergence(
+        self, student: Output, teacher: Output, mask: Tensor | None, labels: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The loss, fp32; with labels of a language model also their cross-entropy."""
+
+
+class HardLoss(HeadLoss):
+    """A loss of labels, which a language model's op computes together with the divergence."""
+
+    mean_over: Divisor = "labels"
+    once: ClassVar[bool] = True
+
+    @classmethod
+    def check_setting(cls, name: str, config: LossConfig, setting: Setting) -> None:
+        super().check_setting(name, config, setting)
+        if setting.head in LANGUAGE_MODELS and "logits" not in setting.losses:
+            raise ValueError(
+                f"losses.{name} of a {setting.head} head is computed together with losses.logits, "
+                "which is off; switch it on, with weight 0 where it should not count"
+            )
+
+
+def _output(captured: Capture) -> Output:
+    assert captured.logits is not None, "a model with a head was captured with its logits"
+    return captured.logits
+
+
+def _vector(found: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    return found.reshape(1) if isinstance(found, Tensor) else torch.stack(found)
+
+
+def _hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of classes, or squared error of one number; a mean over labelled examples."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if logits.shape[-1] == 1:
+        return mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+    return cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)

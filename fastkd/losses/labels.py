@@ -1,0 +1,29 @@
+"""`losses.labels`: hard labels."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from fastkd.losses.base import LossConfig, Setting
+from fastkd.losses.heads import HardLoss
+from fastkd.losses.registry import register_loss
+from fastkd.types import Head
+
+
+@register_loss("labels")
+class LabelsLoss(HardLoss):
+    """Cross-entropy of classes or of the next token, squared error of a number."""
+
+    class Config(LossConfig):
+        """Hard labels: cross-entropy of classes or of the next token, squared error of a number."""
+
+    heads: ClassVar[tuple[Head, ...]] = ("sequence_classification", "causal_lm")
+
+    @classmethod
+    def check_setting(cls, name: str, config: LossConfig, setting: Setting) -> None:
+        if setting.head == "sequence_classification" and not setting.labelled:
+            raise ValueError(
+                f"losses.{name} learns from labelled examples, but data.train is text without "
+                f"labels; give task in place of data, or leave losses.{name} out"
+            )
+        super().check_setting(name, config, setting)

@@ -1,0 +1,27 @@
+"""`losses.mlm`: masked tokens; `fastkd.data.text.mlm` masks them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from fastkd.losses.base import LossConfig
+from fastkd.losses.heads import HardLoss
+from fastkd.losses.registry import register_loss
+from fastkd.types import Head
+
+
+@register_loss("mlm")
+class MlmLoss(HardLoss):
+    """Cross-entropy of masked tokens (BERT, arXiv 1810.04805, section 3.1)."""
+
+    class Config(LossConfig):
+        """Masked tokens."""
+
+        probability: float = Field(default=0.15, gt=0, lt=1)
+        """Share of the tokens that is masked: 80 % become the mask, 10 % a random token, 10 %
+        stay."""
+
+    config: Config
+    heads: ClassVar[tuple[Head, ...]] = ("masked_lm",)

@@ -1,0 +1,96 @@
+"""Losses by name: those of fastkd, and those that others register."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from fastkd.errors import UserError
+
+if TYPE_CHECKING:
+    from fastkd.losses.base import Loss
+
+BUILT_IN = ("attention", "relations", "hidden", "embedding", "logits", "labels", "mlm")
+"""Losses of fastkd, each a module of this folder; their order is that of terms and metrics."""
+
+_LOSSES: dict[str, type[Loss]] = {}
+
+L = TypeVar("L", bound="type[Loss]")
+
+
+def register_loss(name: str) -> Callable[[L], L]:
+    """Make a subclass of `Loss` known as `losses.NAME` of a recipe; a decorator.
+
+    Raises:
+        UserError: another loss has that name, or it can be no key of a recipe.
+    """
+    if not is_loss_name(name):
+        raise UserError(
+            f"a loss can't be called {name!r}; give a name of letters, digits, - and _ that "
+            "begins with a letter"
+        )
+
+    def register(loss: L) -> L:
+        known = _LOSSES.get(name)
+        # a module that is imported again brings the same class once more
+        if known is not None and _place(known) != _place(loss):
+            raise UserError(
+                f"a loss {name} is registered already ({_place(known)}); give {_place(loss)} "
+                "another name"
+            )
+        if name in BUILT_IN and not _place(loss).startswith("fastkd.losses."):
+            raise UserError(f"{name} is a loss of fastkd; give {_place(loss)} another name")
+        _LOSSES[name] = loss
+        return loss
+
+    return register
+
+
+def is_loss_name(name: object) -> bool:
+    """Whether a name can be the key of a loss, and a part of labels in metrics."""
+    return (
+        isinstance(name, str)
+        and name.isascii()
+        and name[:1].isalpha()
+        and name.replace("-", "").replace("_", "").isalnum()
+        and len(name) <= 100
+    )
+
+
+def loss_names() -> tuple[str, ...]:
+    """All registered names: fastkd's in their order, then the others' by name."""
+    _load_built_in()
+    return (*BUILT_IN, *sorted(_LOSSES.keys() - set(BUILT_IN)))
+
+
+def find_loss(name: str) -> type[Loss] | None:
+    """The loss that is registered under a name, if there is one."""
+    _load_built_in()
+    return _LOSSES.get(name)
+
+
+def loss_class(name: str) -> type[Loss]:
+    """The loss of a name.
+
+    Raises:
+        ValueError: there is none, with the name that is nearest.
+    """
+    found = find_loss(name)
+    if found is None:
+        names = loss_names()
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"no loss {name!r}; {hint}expected one of {', '.join(names)}")
+    return found
+
+
+def _load_built_in() -> None:
+    for name in BUILT_IN:
+        if name not in _LOSSES:
+            importlib.import_module(f"fastkd.losses.{name}")
+
+
+def _place(loss: type[Loss]) -> str:
+    return f"{loss.__module__}.{loss.__qualname__}"

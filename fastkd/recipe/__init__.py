@@ -34,7 +34,7 @@ from fastkd.recipe.losses import (
 from fastkd.recipe.models import Student, Teacher
 from fastkd.recipe.recipe import Recipe
 from fastkd.recipe.task import TaskAugmentation, TaskColumns, TaskData
-from fastkd.recipe.train import Run, Train, resolve_steps
+from fastkd.recipe.train import RunOutput, Train, resolve_steps
 from fastkd.recipe.weights import Balance, Schedule
 from fastkd.recipe.yaml_text import write_yaml
 from fastkd.section import Section
@@ -53,7 +53,7 @@ __all__ = [
     "MlmLoss",
     "Recipe",
     "RelationsLoss",
-    "Run",
+    "RunOutput",
     "Schedule",
     "Section",
     "Student",

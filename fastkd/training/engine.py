@@ -23,8 +23,8 @@ from fastkd.capture.lm_head import last_hidden_state, last_layer
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.losses import (
-    LogitsTerm,
     Objective,
+    Term,
     model_inputs,
 )
 from fastkd.recipe import Recipe, Train
@@ -70,21 +70,23 @@ class DistilledStudent(nn.Module):
 
 
 class TeacherRunner:
-    """A frozen teacher that runs where the recipe places it."""
+    """A frozen teacher, called on a micro-batch for what the losses need of it."""
 
     def __init__(
-        self, model: PreTrainedModel, recipe: Recipe, objective: Objective, ranks: Ranks
+        self, model: PreTrainedModel, objective: Objective, engine: nn.Module | None = None
     ) -> None:
+        """Let a teacher run.
+
+        Args:
+            model: frozen, on the device where it runs.
+            objective: whose layers are captured.
+            engine: from `shard_teacher`, where the model is not whole.
+        """
         self.model = model
         self.objective = objective
-        if recipe.teacher.placement == "replicate":
-            model.to(ranks.device)
-            self._run: nn.Module = model
-        else:
-            self._run = _deepspeed().initialize(model=model, config=teacher_config(recipe))[0]
-        self._run.eval()
+        self._run = (model if engine is None else engine).eval()
 
-    def capture(self, inputs: Inputs, *, whole: bool = False) -> Capture:
+    def __call__(self, inputs: Inputs, *, whole: bool = False) -> Capture:
         """Run as deep as the objective ever needs, or all of it, and return what is needed now."""
         layers = self.objective.layers("teacher")
         cut = nullcontext() if whole else self._cut()
@@ -106,11 +108,16 @@ class TeacherRunner:
 
 
 class NoTeacher:
-    """In the place of a teacher where hard labels teach."""
+    """In the place of a teacher where hard labels teach: it leaves nothing to be compared with."""
 
-    def capture(self, inputs: Inputs, *, whole: bool = False) -> Capture:
-        """Nothing."""
+    def __call__(self, inputs: Inputs, *, whole: bool = False) -> Capture:
         return Capture()
+
+
+def shard_teacher(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
+    """A second ZeRO-3 engine, without an optimiser, that holds the teacher's weights in shards."""
+    engine: nn.Module = _deepspeed().initialize(model=model, config=teacher_config(recipe))[0]
+    return engine
 
 
 def make_engine(
@@ -149,7 +156,7 @@ def _lend_head(module: DistilledStudent) -> None:
     if layer is None:
         return
     for term in module.objective.terms:
-        if isinstance(term, LogitsTerm):
+        if isinstance(term, Term) and term.wants_logits:
             for parameter in layer.parameters():
                 _deepspeed().zero.register_external_parameter(term, parameter)
 

@@ -81,8 +81,8 @@ def _run(recipe: AnyRecipe, resume: bool) -> None:
     from fastkd.distributed import lost_ranks, start_ranks, stop_ranks
     from fastkd.reporting.console import Reporter
     from fastkd.reporting.report import print_summary, write_report
+    from fastkd.training.loop import run_recipe
     from fastkd.training.memory import memory_errors
-    from fastkd.training.stages import run_recipe
 
     ranks = start_ranks()
     reporter = Reporter(silent=not ranks.is_main)

@@ -16,6 +16,11 @@ class BatchPlan:
     accumulation: int
     world_size: int
 
+    @property
+    def pieces(self) -> int:
+        """Micro-batches of a step, over all ranks."""
+        return self.accumulation * self.world_size
+
     def rows(self, rank: int, micro_batch: int) -> slice:
         """The rows of the global batch that a rank reads in one of its micro-batches."""
         start = (rank * self.accumulation + micro_batch) * self.micro_batch_size

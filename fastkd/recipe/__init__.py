@@ -24,7 +24,7 @@ from fastkd.recipe.losses import Losses
 from fastkd.recipe.models import Student, Teacher
 from fastkd.recipe.recipe import Recipe
 from fastkd.recipe.task import TaskAugmentation, TaskColumns, TaskData
-from fastkd.recipe.train import Run, Train, resolve_steps
+from fastkd.recipe.train import RunOutput, Train, resolve_steps
 from fastkd.recipe.weights import Balance, LossConfig, Schedule
 from fastkd.recipe.yaml_text import write_yaml
 from fastkd.section import Section
@@ -37,7 +37,7 @@ __all__ = [
     "LossConfig",
     "Losses",
     "Recipe",
-    "Run",
+    "RunOutput",
     "Schedule",
     "Section",
     "Student",

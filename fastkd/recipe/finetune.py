@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fastkd.recipe.models import Attention, Teacher, check_flex
 from fastkd.recipe.task import TaskData
-from fastkd.recipe.train import Run, Train, check_train
+from fastkd.recipe.train import RunOutput, Train, check_train
 from fastkd.section import (
     Extras,
     Place,
@@ -61,7 +61,7 @@ class FinetuneRecipe(Section):
     """What it learns."""
     train: Train = Train()
     """How it is trained."""
-    run: Run
+    run: RunOutput
     """Where it is written."""
     deepspeed: Extras = Field(default_factory=dict)
     """Further keys of DeepSpeed's configuration; those that the recipe sets itself are refused."""

@@ -13,7 +13,7 @@ from fastkd.recipe.losses import Losses
 from fastkd.recipe.models import Student, Teacher
 from fastkd.recipe.presets import Preset
 from fastkd.recipe.task import TaskData
-from fastkd.recipe.train import Run, Train, check_train
+from fastkd.recipe.train import RunOutput, Train, check_train
 from fastkd.section import Extras, Section
 
 
@@ -37,7 +37,7 @@ class Recipe(Section):
     """Examples with labels that both models read, in place of text."""
     train: Train = Train()
     """How it is trained."""
-    run: Run
+    run: RunOutput
     """Where it is written."""
     stages: tuple[dict[str, Any], ...] = ()
     """Stages of the run, one after the other: of each what differs in `losses`, `layer_map`,

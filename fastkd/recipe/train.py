@@ -128,7 +128,7 @@ def resolve_steps(train: Train, rows: int | None) -> Train:
     return resolved
 
 
-class Run(Section):
+class RunOutput(Section):
     """Where a run is written and who is told."""
 
     output: Place

@@ -21,8 +21,8 @@ from fastkd.reporting.console import Reporter
 from fastkd.training.engine import NoTeacher
 from fastkd.training.environment import environment
 from fastkd.training.evaluate import peak_memory
-from fastkd.training.loop import open_micro_batches, train_step
-from fastkd.training.setup import Assembly, assemble
+from fastkd.training.loop import train_step
+from fastkd.training.setup import Run, set_up
 
 _TIMED_STEPS = 3
 _GIB = 2**30
@@ -53,7 +53,7 @@ def describe_machine(reporter: Reporter) -> None:
 
 
 def estimate_run(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
-    """Assemble a recipe, run a few steps of it, and print what the whole will need.
+    """Set a run up, make a few steps of it, and print what the whole will need.
 
     Stages are estimated one by one, each on a student as the first one starts from.
 
@@ -69,30 +69,30 @@ def estimate_run(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
 
 
 def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
-    assembly = assemble(recipe, ranks, progress=not reporter.console.quiet)
-    feed = open_micro_batches(assembly)
-    train_step(assembly, feed)
+    run = set_up(recipe, ranks, progress=not reporter.console.quiet)
+    micro_batches = run.micro_batches()
+    train_step(run, micro_batches.next_step(0))
     start = time.perf_counter()
-    for _ in range(_TIMED_STEPS):
+    for step in range(1, 1 + _TIMED_STEPS):
         # reading the sum waits for the device
-        train_step(assembly, feed).sum().item()
+        train_step(run, micro_batches.next_step(step)).sum().item()
     seconds = (time.perf_counter() - start) / _TIMED_STEPS
-    train = assembly.recipe.train
-    counted, each = assembly.datamodule.counted
+    train = run.recipe.train
+    counted, each = run.datamodule.counted
     step = train.batch_size * each
-    trained = assembly.initialisation.total + _projection_numbers(assembly)
+    trained = run.initialisation.total + _projection_numbers(run)
     reporter.table(
         "this recipe",
         ("", "needed"),
         [
-            *_parameters(assembly, trained),
+            *_parameters(run, trained),
             (f"{counted} to train on", f"{train.steps * step:,}"),
-            (f"{counted} in the corpus", _passes(assembly)),
+            (f"{counted} in the corpus", _passes(run)),
             ("a step", f"{seconds:.3g} s, {step / seconds:,.0f} {counted}/s"),
             ("training", _duration(seconds * train.steps)),
         ],
     )
-    parts = memory_parts(recipe, assembly.teacher_parameters, trained, ranks.world_size)
+    parts = memory_parts(recipe, run.teacher_parameters, trained, ranks.world_size)
     rest = max(0, peak_memory(ranks) - sum(parts.values()))
     kind = "GPU" if ranks.device.type == "cuda" else "process"
     rows = [(name, f"{size / 2**20:,.0f} MiB") for name, size in parts.items()]
@@ -127,27 +127,27 @@ def memory_parts(recipe: AnyRecipe, teacher: int, trained: int, world_size: int)
     }
 
 
-def _projection_numbers(assembly: Assembly) -> int:
-    return sum(getattr(p, "ds_numel", p.numel()) for p in assembly.objective.parameters())
+def _projection_numbers(run: Run) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) for p in run.objective.parameters())
 
 
-def _parameters(assembly: Assembly, trained: int) -> list[tuple[str, str]]:
-    own = assembly.initialisation.total
-    if isinstance(assembly.teacher, NoTeacher):
+def _parameters(run: Run, trained: int) -> list[tuple[str, str]]:
+    own = run.initialisation.total
+    if isinstance(run.teacher, NoTeacher):
         return [("model parameters", f"{own:,}")]
     return [
-        ("teacher parameters", f"{assembly.teacher_parameters:,}"),
+        ("teacher parameters", f"{run.teacher_parameters:,}"),
         ("student parameters", f"{own:,}"),
         ("projection parameters", f"{trained - own:,}"),
     ]
 
 
-def _passes(assembly: Assembly) -> str:
-    rows = assembly.datamodule.rows
+def _passes(run: Run) -> str:
+    rows = run.datamodule.rows
     if rows is None:
         return "unknown, streamed"
-    train = assembly.recipe.train
-    known = rows * assembly.datamodule.counted[1]
+    train = run.recipe.train
+    known = rows * run.datamodule.counted[1]
     return f"{known:,}, read {train.steps * train.batch_size / rows:.2f} times"
 
 

@@ -66,21 +66,23 @@ class DistilledStudent(nn.Module):
 
 
 class TeacherRunner:
-    """A frozen teacher that runs where the recipe places it."""
+    """A frozen teacher, called on a micro-batch for what the losses need of it."""
 
     def __init__(
-        self, model: PreTrainedModel, recipe: Recipe, objective: Objective, ranks: Ranks
+        self, model: PreTrainedModel, objective: Objective, engine: nn.Module | None = None
     ) -> None:
+        """Let a teacher run.
+
+        Args:
+            model: frozen, on the device where it runs.
+            objective: whose layers are captured.
+            engine: from `shard_teacher`, where the model is not whole.
+        """
         self.model = model
         self.objective = objective
-        if recipe.teacher.placement == "replicate":
-            model.to(ranks.device)
-            self._run: nn.Module = model
-        else:
-            self._run = _deepspeed().initialize(model=model, config=teacher_config(recipe))[0]
-        self._run.eval()
+        self._run = (model if engine is None else engine).eval()
 
-    def capture(self, inputs: Inputs, *, whole: bool = False) -> Capture:
+    def __call__(self, inputs: Inputs, *, whole: bool = False) -> Capture:
         """Run as deep as the objective ever needs, or all of it, and return what is needed now."""
         layers = self.objective.layers("teacher")
         cut = nullcontext() if whole else self._cut()
@@ -102,11 +104,16 @@ class TeacherRunner:
 
 
 class NoTeacher:
-    """In the place of a teacher where hard labels teach."""
+    """In the place of a teacher where hard labels teach: it leaves nothing to be compared with."""
 
-    def capture(self, inputs: Inputs, *, whole: bool = False) -> Capture:
-        """Nothing."""
+    def __call__(self, inputs: Inputs, *, whole: bool = False) -> Capture:
         return Capture()
+
+
+def shard_teacher(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
+    """A second ZeRO-3 engine, without an optimiser, that holds the teacher's weights in shards."""
+    engine: nn.Module = _deepspeed().initialize(model=model, config=teacher_config(recipe))[0]
+    return engine
 
 
 def make_engine(

@@ -11,43 +11,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import PreTrainedModel
 
-from fastkd.capture import vocabulary_size
 from fastkd.capture.lm_head import overheard
-from fastkd.data.batching import plan_batches
-from fastkd.data.datamodule import DataModule, EvalBatch
-from fastkd.data.factory import make_datamodule, task_of
-from fastkd.data.tasks.datamodule import TaskDataModule
+from fastkd.data.datamodule import EvalBatch
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
-from fastkd.layer_map import Progress, make_layer_map
+from fastkd.layer_map import Progress
 from fastkd.losses import Objective
-from fastkd.losses.factory import hard_objective, make_objective
-from fastkd.models import load_student, load_teacher, load_tokenizer
-from fastkd.models.classifier import fit_classifier, load_tuned
-from fastkd.recipe import FinetuneRecipe, Recipe, stage_recipes
-from fastkd.training.engine import (
-    DistilledStudent,
-    NoTeacher,
-    TeacherRunner,
-)
-from fastkd.training.export import load_projections
-from fastkd.training.finite import (
-    blame,
-    first_broken,
-    teacher_fault,
-)
+from fastkd.recipe import Recipe, stage_recipes
+from fastkd.training.engine import TeacherRunner
+from fastkd.training.finite import blame, first_broken, teacher_fault
 from fastkd.training.run_folder import RunFolder
-from fastkd.training.setup import (
-    Assembly,
-    pad_alike,
-    try_for,
-)
+from fastkd.training.setup import Run, set_up_evaluation
 from fastkd.types import Inputs
-
-# a step's forward: (inputs) or (inputs, teacher's capture, shares)
-Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 _REMEDY = "train it with a smaller train.learning_rate, in another run.output"
 
@@ -74,57 +50,55 @@ class Evaluation:
         return {"losses": self.losses, "total": self.total, **self.judged}
 
 
-def evaluate(
-    student: Forward,
-    model: PreTrainedModel,
-    teacher: TeacherRunner | NoTeacher,
-    objective: Objective,
-    datamodule: DataModule,
-    micro_batch_size: int,
-    ranks: Ranks,
-    *,
-    judge_teacher: bool = False,
-) -> Evaluation:
-    """Evaluate on held-out data, split over the ranks; each model reads it once.
+def evaluate(run: Run, *, judge_teacher: bool = False) -> Evaluation:
+    """Evaluate a run's student on held-out data, split over the ranks; each model reads it once.
 
     Args:
-        student: a `DistilledStudent` or the engine around one, in eval mode.
-        model: the student itself.
-        teacher: on the same device.
-        objective: whose losses are reported.
-        datamodule: whose held-out data is read.
-        micro_batch_size: blocks or examples in one forward pass.
-        ranks: a forward pass may be collective, so every rank makes equally many.
-        judge_teacher: whether to evaluator the teacher's outputs too, where they have a score.
+        run: of which every rank makes equally many passes, because one may be collective.
+        judge_teacher: whether to evaluate the teacher's outputs too, where they have a score.
 
     Raises:
         UserError: a number that is not finite, with who made it.
     """
-    parts = list(datamodule.heldout(micro_batch_size, ranks))
-    whole = ranks.sum(sum_divisors(objective, parts).to(ranks.device)).clamp(min=1)
+    run.engine.eval()
+    # the same layers every time, also where a mapping is drawn anew
+    run.objective.at(Progress())
+    found = _evaluate(run, judge_teacher)
+    run.engine.train()
+    return found
+
+
+def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
+    ranks, objective, datamodule, teacher = run.ranks, run.objective, run.datamodule, run.teacher
+    batches = list(datamodule.heldout(run.plan.micro_batch_size, ranks))
+    whole = ranks.sum(sum_divisors(objective, batches).to(ranks.device)).clamp(min=1)
     losses = torch.zeros(len(objective.labels), dtype=torch.float64, device=ranks.device)
     compares = datamodule.reads == "states"
     evaluator, of_teacher = datamodule.evaluator(ranks), None
     with ExitStack() as stack:
-        mine, theirs = stack.enter_context(overheard(model, datamodule.reads)), None
+        student_heard = stack.enter_context(overheard(run.module.student, datamodule.reads))
+        teacher_heard = None
         if isinstance(teacher, TeacherRunner) and (compares or judge_teacher):
-            theirs = stack.enter_context(overheard(teacher.model, datamodule.reads))
+            teacher_heard = stack.enter_context(overheard(teacher.model, datamodule.reads))
             of_teacher = None if compares else datamodule.evaluator(ranks, "teacher")
         stack.enter_context(torch.no_grad())
-        for part in parts:
-            inputs = move(part.inputs, ranks)
-            shares = (objective.divisors(inputs) / whole).float()
+        for batch in batches:
+            inputs = run.move(batch.inputs)
+            loss_scales = (objective.divisors(inputs) / whole).float()
             # a teacher's outputs need all of its layers, its losses perhaps not
-            states = teacher.capture(inputs, whole=theirs is not None)
-            losses += float(len(part.rows) > 0) * student(inputs, states, shares)[1][0]
-            evaluator.add(part.rows, mine.output, theirs.output if theirs else None)
-            if theirs and of_teacher:
-                of_teacher.add(part.rows, theirs.output, None)
+            teacher_states = teacher(inputs, whole=teacher_heard is not None)
+            parts = run.engine(inputs, teacher_states, loss_scales)[1]
+            losses += float(len(batch.rows) > 0) * parts[0]
+            evaluator.add(
+                batch.rows, student_heard.output, teacher_heard.output if teacher_heard else None
+            )
+            if teacher_heard and of_teacher:
+                of_teacher.add(batch.rows, teacher_heard.output, None)
     by_label = dict(zip(objective.labels, ranks.sum(losses).tolist(), strict=True))
 
     def refuse(name: str) -> NoReturn:
-        batches = (move(part.inputs, ranks) for part in parts)
-        said = blame(teacher_fault(teacher, batches, ranks), teacher, _REMEDY)
+        fault = teacher_fault(teacher, (run.move(batch.inputs) for batch in batches), ranks)
+        said = blame(fault, teacher, _REMEDY)
         raise UserError(f"held out: {name} is not finite: {said}")
 
     if broken := first_broken(by_label):
@@ -136,36 +110,17 @@ def evaluate(
     return result
 
 
-def sum_divisors(objective: Objective, parts: Sequence[EvalBatch]) -> torch.Tensor:
-    """What the parts that count hold of every divisor, fp64 [DIVISORS] on the CPU."""
-    counts = [float(len(part.rows) > 0) * objective.divisors(part.inputs) for part in parts]
+def sum_divisors(objective: Objective, batches: Sequence[EvalBatch]) -> torch.Tensor:
+    """What the batches that count hold of every divisor, fp64 [DIVISORS] on the CPU."""
+    counts = [float(len(batch.rows) > 0) * objective.divisors(batch.inputs) for batch in batches]
     return torch.stack(counts).sum(dim=0)
 
 
-def evaluate_assembly(assembly: Assembly, *, judge_teacher: bool = False) -> Evaluation:
-    """Evaluate a run's student on its held-out data, and its teacher if asked to."""
-    assembly.engine.eval()
-    # the same layers every time, also where a mapping is drawn anew
-    assembly.objective.at(Progress())
-    result = evaluate(
-        assembly.engine,
-        assembly.module.student,
-        assembly.teacher,
-        assembly.objective,
-        assembly.datamodule,
-        assembly.plan.micro_batch_size,
-        assembly.ranks,
-        judge_teacher=judge_teacher,
-    )
-    assembly.engine.train()
-    return result
-
-
-def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Evaluation:
+def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Evaluation:
     """Evaluate what a run exported, on its own held-out data or on another.
 
     Args:
-        run: a finished run, of a distillation or a fine-tuning.
+        folder: of a finished run, of a distillation or a fine-tuning.
         overrides: dotted keys of `data`, `task`, `teacher` or `train` that replace the run's.
         ranks: from `start_ranks`.
 
@@ -173,50 +128,24 @@ def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Eval
         UserError: the run is not finished, or an override does not fit.
     """
     check_overrides(overrides)
-    summary = run.read_summary()
-    if summary is None or not run.student.is_dir():
+    summary = folder.read_summary()
+    if summary is None or not folder.student.is_dir():
         raise UserError(
-            f"{run.path} holds no finished run; give the folder of one, or finish it with --resume"
+            f"{folder.path} holds no finished run; give the folder of one, or finish it with "
+            "--resume"
         )
-    recipe = run.read_recipe(overrides)
+    recipe = folder.read_recipe(overrides)
     if isinstance(recipe, Recipe) and recipe.stages:
         recipe = stage_recipes(recipe)[-1]
         summary = summary["stages"][-1]
-        run = RunFolder(run.path / Path(recipe.run.output).name)
-    steps = recipe.train.steps or summary["steps"]
-    if isinstance(recipe, FinetuneRecipe):
-        return _evaluate_tuned(run, recipe, steps, ranks)
-    if overrides and recipe.data is not None:
+        folder = RunFolder(folder.path / Path(recipe.run.output).name)
+    # those that are counted in passes over the data came to so many
+    train = recipe.train.model_copy(update={"steps": recipe.train.steps or summary["steps"]})
+    changed: dict[str, Any] = {"train": train}
+    if overrides and isinstance(recipe, Recipe) and recipe.data is not None:
         # a stream reads no more of the text than it needs
-        data = recipe.data.model_copy(update={"streaming": True})
-        recipe = recipe.model_copy(update={"data": data})
-    teacher = load_teacher(recipe.teacher, recipe.student.head)
-    tokenizer = load_tokenizer(recipe.teacher, vocabulary_size(teacher))
-    student = load_student(run.student, recipe.student)
-    if recipe.task is not None:
-        fit_classifier(teacher, task_of(recipe.task), f"teacher.model {recipe.teacher.model}")
-        fit_classifier(student, task_of(recipe.task), f"student {run.student}")
-    depths = recipe.student.layers, teacher.config.num_hidden_layers
-    layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
-    traits = try_for(student, recipe), try_for(teacher, recipe)
-    objective = make_objective(
-        recipe.losses,
-        layers,
-        student,
-        teacher,
-        traits,
-        head=recipe.student.head,
-        seed=recipe.train.seed,
-        steps=steps,
-    )
-    load_projections(objective, run)
-    datamodule = make_datamodule(recipe, tokenizer, teacher.config, ranks, progress=False)
-    if recipe.student.head == "sequence_classification":
-        pad_alike(datamodule, tokenizer, teacher, student)
-    module = DistilledStudent(student, objective).to(ranks.device).eval()
-    runner = TeacherRunner(teacher, recipe, objective, ranks)
-    size = plan_batches(recipe, ranks.world_size).micro_batch_size
-    return evaluate(module, module.student, runner, objective, datamodule, size, ranks)
+        changed["data"] = recipe.data.model_copy(update={"streaming": True})
+    return evaluate(set_up_evaluation(recipe.model_copy(update=changed), folder, ranks))
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
@@ -232,24 +161,6 @@ def check_overrides(overrides: Sequence[str]) -> None:
                 f"override {override!r}: the run is made, so an evaluation takes values of "
                 f"{', '.join(_REPLACEABLE)} alone"
             )
-
-
-def _evaluate_tuned(run: RunFolder, recipe: FinetuneRecipe, steps: int, ranks: Ranks) -> Evaluation:
-    """Evaluate a fine-tuned model on its task."""
-    source = {"name": str(run.student), "revision": None, "sha256": None}
-    section = recipe.model.model_copy(update=source)
-    tuned = load_tuned(section, task_of(recipe.task))
-    if tuned.new_head:
-        raise UserError(f"{run.student} holds no head for task {recipe.task.name}; tune it again")
-    model = tuned.model
-    tokenizer = load_tokenizer(section.source, vocabulary_size(model))
-    datamodule = make_datamodule(recipe, tokenizer, model.config, ranks, progress=False)
-    assert isinstance(datamodule, TaskDataModule), "a fine-tuning recipe has a task"
-    pad_alike(datamodule, tokenizer, model)
-    objective, _ = hard_objective(model, steps)
-    module = DistilledStudent(model, objective).to(ranks.device).eval()
-    size = plan_batches(recipe, ranks.world_size).micro_batch_size
-    return evaluate(module, model, NoTeacher(), objective, datamodule, size, ranks)
 
 
 def tokens_per_second(run: Callable[[Inputs], object], inputs: Inputs, ranks: Ranks) -> float:
@@ -272,11 +183,6 @@ def peak_memory(ranks: Ranks) -> int:
     if ranks.device.type == "cuda":
         return torch.cuda.max_memory_allocated(ranks.device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def move(inputs: Inputs, ranks: Ranks) -> Inputs:
-    """Inputs on a rank's device."""
-    return {name: tensor.to(ranks.device) for name, tensor in inputs.items()}
 
 
 def _synchronise(ranks: Ranks) -> None:

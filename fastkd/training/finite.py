@@ -77,7 +77,7 @@ def teacher_fault(
         return None
     counts: dict[str, Tensor] = {}
     for inputs in batches:
-        for name, state in _states(teacher.capture(inputs), inputs.get("attention_mask")):
+        for name, state in _states(teacher(inputs), inputs.get("attention_mask")):
             flag = (~torch.isfinite(state).all()).float()
             counts[name] = counts.get(name, torch.zeros_like(flag)) + flag
     if not counts:

@@ -7,12 +7,12 @@ from fastkd.recipe import Recipe, write_yaml
 from fastkd.reporting.console import Reporter
 from fastkd.training.engine import NoTeacher
 from fastkd.training.export import export_notes
-from fastkd.training.setup import Assembly
+from fastkd.training.setup import Run
 
 
-def introduce(assembly: Assembly, reporter: Reporter) -> None:
+def introduce(run: Run, reporter: Reporter) -> None:
     """Print the student, the text, the batch, the terms, and every mapping in force."""
-    recipe, plan, initialisation = assembly.recipe, assembly.plan, assembly.initialisation
+    recipe, plan, initialisation = run.recipe, run.plan, run.initialisation
     size = f"{initialisation.total / 1e6:.1f} M parameters"
     if isinstance(recipe, Recipe):
         share = initialisation.copied / initialisation.total
@@ -26,9 +26,9 @@ def introduce(assembly: Assembly, reporter: Reporter) -> None:
     else:
         head = "drawn by train.seed" if initialisation.new_head else "its own"
         reporter.say(f"model: {recipe.model.name}, {size}, head {head}")
-    for note in _handed_on(assembly):
+    for note in _handed_on(run):
         reporter.say(note)
-    there, step = assembly.datamodule.introduction(recipe.train.batch_size)
+    there, step = run.datamodule.introduction(recipe.train.batch_size)
     reporter.say(there)
     reporter.say(
         f"batch: {step} = {plan.world_size} ranks x {plan.accumulation} micro-batches x "
@@ -38,20 +38,20 @@ def introduce(assembly: Assembly, reporter: Reporter) -> None:
         return
     if recipe.preset is not None:
         reporter.say(f"preset {recipe.preset}, written out:\n{expanded(recipe)}")
-    _print_map(assembly.layers, "layer map", reporter)
-    for name, layers in assembly.objective.maps.items():
-        if layers != assembly.layers:
+    _print_map(run.layers, "layer map", reporter)
+    for name, layers in run.objective.maps.items():
+        if layers != run.layers:
             _print_map(layers, f"layer map of losses.{name}", reporter)
     reporter.say(CONVENTION)
 
 
-def _handed_on(assembly: Assembly) -> list[str]:
+def _handed_on(run: Run) -> list[str]:
     """What the student will be exported without."""
-    student, head = assembly.module.student, assembly.objective.pair.head
+    student, head = run.module.student, run.objective.pair.head
     theirs = student.config
-    if not isinstance(assembly.teacher, NoTeacher):
-        theirs = assembly.teacher.model.config
-    return export_notes(student, theirs, assembly.source, head)
+    if not isinstance(run.teacher, NoTeacher):
+        theirs = run.teacher.model.config
+    return export_notes(student, theirs, run.source, head)
 
 
 def expanded(recipe: Recipe) -> str:

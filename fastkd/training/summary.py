@@ -7,37 +7,36 @@ from typing import Any
 
 from fastkd.training.engine import NoTeacher
 from fastkd.training.evaluate import (
-    move,
     peak_memory,
     tokens_per_second,
 )
 from fastkd.training.run_folder import RunFolder
-from fastkd.training.setup import Assembly
+from fastkd.training.setup import Run
 
 # as much as two evaluations of the same weights may differ by, relatively
 _NOISE = 1e-5
 
 
-def summarise(assembly: Assembly, run: RunFolder, seconds: float) -> dict[str, Any]:
+def summarise(run: Run, folder: RunFolder, seconds: float) -> dict[str, Any]:
     """The summary of a run that has made its last step; collective over the ranks."""
-    recipe, ranks, datamodule = assembly.recipe, assembly.ranks, assembly.datamodule
-    part = next(iter(datamodule.heldout(assembly.plan.micro_batch_size, ranks)))
-    inputs = move(part.inputs, ranks)
-    assembly.engine.eval()
-    speeds = {"student": tokens_per_second(assembly.engine, inputs, ranks)}
-    parameters = {"student": assembly.initialisation.total}
-    if not isinstance(assembly.teacher, NoTeacher):
-        speeds["teacher"] = tokens_per_second(assembly.teacher.embed, inputs, ranks)
-        parameters["teacher"] = assembly.teacher_parameters
-    records = run.read_metrics() if ranks.is_main else []
+    recipe, ranks, datamodule = run.recipe, run.ranks, run.datamodule
+    part = next(iter(datamodule.heldout(run.plan.micro_batch_size, ranks)))
+    inputs = run.move(part.inputs)
+    run.engine.eval()
+    speeds = {"student": tokens_per_second(run.engine, inputs, ranks)}
+    parameters = {"student": run.initialisation.total}
+    if not isinstance(run.teacher, NoTeacher):
+        speeds["teacher"] = tokens_per_second(run.teacher.embed, inputs, ranks)
+        parameters["teacher"] = run.teacher_parameters
+    records = folder.read_metrics() if ranks.is_main else []
     heldout = [_numbers(record) for record in records if record["kind"] == "heldout"]
     teacher = [_numbers(record) for record in records if record["kind"] == "teacher"]
-    has_layers = not isinstance(assembly.teacher, NoTeacher)
+    has_layers = not isinstance(run.teacher, NoTeacher)
     return {
-        "run": str(run.path),
+        "run": str(folder.path),
         "steps": recipe.train.steps,
         **datamodule.totals(recipe.train.steps * recipe.train.batch_size),
-        "layer_map": assembly.layers.rows() if has_layers else None,
+        "layer_map": run.layers.rows() if has_layers else None,
         "before": heldout[0] if heldout else None,
         "after": heldout[-1] if heldout else None,
         "worse": worsened(heldout[0], heldout[-1]) if heldout else [],

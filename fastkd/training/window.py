@@ -13,9 +13,8 @@ from fastkd.data.datamodule import MicroBatches
 from fastkd.errors import UserError
 from fastkd.layer_map import Progress
 from fastkd.training.engine import NoTeacher
-from fastkd.training.evaluate import move
 from fastkd.training.finite import blame, teacher_fault
-from fastkd.training.setup import Assembly
+from fastkd.training.setup import Run
 
 SMALLER = "start again with a smaller train.learning_rate, in another run.output"
 
@@ -24,31 +23,32 @@ class Window:
     """Losses since the last line of metrics, kept on the device.
 
     Args:
-        assembly: of the run.
-        feed: what the steps read; where it stands is kept, so that a step can be looked at again.
+        run: which trains.
+        micro_batches: what the steps read; where they stand is kept, so that a step can be looked
+            at again.
         step: steps that are done.
     """
 
-    def __init__(self, assembly: Assembly, feed: MicroBatches, step: int) -> None:
-        self.assembly = assembly
-        self.feed = feed
+    def __init__(self, run: Run, micro_batches: MicroBatches, step: int) -> None:
+        self.run = run
+        self.micro_batches = micro_batches
         self._restart(step)
 
     def _restart(self, step: int) -> None:
-        labels, device = self.assembly.objective.labels, self.assembly.ranks.device
+        labels, device = self.run.objective.labels, self.run.ranks.device
         self.sum = torch.zeros(2, len(labels), device=device)
         # the first step of each whose loss was not finite, 0 where all were
         self.broken = torch.zeros(2, len(labels), dtype=torch.int64, device=device)
         self.start = self.step = step
-        self.position = self.feed.state_dict()
-        self.skipped_before: int = self.assembly.engine.skipped_steps
+        self.position = self.micro_batches.state_dict()
+        self.skipped_before: int = self.run.engine.skipped_steps
         self.time = time.perf_counter()
 
     @property
     def skipped(self) -> int:
         """Steps that DeepSpeed left out because of their gradient; without a loss scale that would
         shrink after one, none of them comes back. The same on all ranks."""
-        skipped: int = self.assembly.engine.skipped_steps - self.skipped_before
+        skipped: int = self.run.engine.skipped_steps - self.skipped_before
         return skipped
 
     def add(self, losses: Tensor) -> None:
@@ -68,30 +68,30 @@ class Window:
         Raises:
             UserError: a loss, the total or the gradient is not finite, or a step was skipped.
         """
-        assembly, steps = self.assembly, self.step - self.start
+        run, steps = self.run, self.step - self.start
         flag = self.sum.new_tensor([float(stop)])
-        *sums, stops = assembly.ranks.sum(torch.cat([self.sum.flatten(), flag])).tolist()
-        labels = assembly.objective.labels
+        *sums, stops = run.ranks.sum(torch.cat([self.sum.flatten(), flag])).tolist()
+        labels = run.objective.labels
         means = [value / steps for value in sums]
         losses = dict(zip(labels, means[: len(labels)], strict=True))
         weighted = dict(zip(labels, means[len(labels) :], strict=True))
         total = sum(weighted.values())
-        norm = assembly.engine.get_global_grad_norm()
+        norm = run.engine.get_global_grad_norm()
         norm = None if norm is None else float(norm)
         if not all(map(math.isfinite, (*means, total))):
             self._refuse_losses(losses, weighted)
         # DeepSpeed writes -1 where it found no norm
         if self.skipped or (norm is not None and not 0 <= norm < math.inf):
             self._refuse_gradient(weighted)
-        counted, each = assembly.datamodule.counted
-        rows = steps * assembly.recipe.train.batch_size
+        counted, each = run.datamodule.counted
+        rows = steps * run.recipe.train.batch_size
         record = {
             "kind": "train",
             "step": self.step,
             "loss": total,
             "losses": losses,
             "weighted": weighted,
-            "learning_rate": assembly.engine.get_lr()[0],
+            "learning_rate": run.engine.get_lr()[0],
             "gradient_norm": norm,
             f"{counted}_per_second": rows * each / (time.perf_counter() - self.time),
         }
@@ -100,7 +100,7 @@ class Window:
 
     def _refuse_losses(self, losses: dict[str, float], weighted: dict[str, float]) -> NoReturn:
         step, places = self._first()
-        labels = self.assembly.objective.labels
+        labels = self.run.objective.labels
         if step:
             where = f"at step {step}"
         else:
@@ -115,7 +115,7 @@ class Window:
         fault = self._teacher_at(step)
         remedy = SMALLER if raw else self._lighter(weighted)
         raise UserError(
-            f"{name}{more} is not finite {where}: {blame(fault, self.assembly.teacher, remedy)}"
+            f"{name}{more} is not finite {where}: {blame(fault, self.run.teacher, remedy)}"
         )
 
     def _refuse_gradient(self, weighted: dict[str, float]) -> NoReturn:
@@ -125,11 +125,11 @@ class Window:
         skipped = f", and the step was skipped ({self.skipped} in all)" if self.skipped else ""
         raise UserError(
             f"the gradient of {where} is not finite{skipped}, though every loss is: "
-            f"{blame(fault, self.assembly.teacher, self._lighter(weighted))}"
+            f"{blame(fault, self.run.teacher, self._lighter(weighted))}"
         )
 
     def _lighter(self, weighted: dict[str, float]) -> str:
-        if isinstance(self.assembly.teacher, NoTeacher):
+        if isinstance(self.run.teacher, NoTeacher):
             return SMALLER
         label = max(weighted, key=lambda key: abs(weighted[key]))
         return (
@@ -139,7 +139,7 @@ class Window:
 
     def _first(self) -> tuple[int, list[int]]:
         """The first step with a broken loss on any rank, and which; 0 where there is none."""
-        ranks = self.assembly.ranks
+        ranks = self.run.ranks
         shape = ranks.world_size, *self.broken.shape
         mine = torch.zeros(shape, dtype=torch.float64, device=self.broken.device)
         mine[ranks.rank] = self.broken
@@ -151,10 +151,10 @@ class Window:
 
     def _teacher_at(self, step: int) -> str | None:
         """What of the teacher is not finite at a step of the window, which is read again."""
-        assembly, feed = self.assembly, self.feed
-        feed.load_state_dict(self.position)
+        run, micro_batches = self.run, self.micro_batches
+        micro_batches.load_state_dict(self.position)
         for earlier in range(self.start, step - 1):
-            feed.next_step(earlier)
-        assembly.objective.at(Progress(step - 1, feed.epoch))
-        batches = [move(inputs, assembly.ranks) for inputs in feed.next_step(step - 1)]
-        return teacher_fault(assembly.teacher, batches, assembly.ranks)
+            micro_batches.next_step(earlier)
+        run.objective.at(Progress(step - 1, micro_batches.epoch))
+        batches = [run.move(inputs) for inputs in micro_batches.next_step(step - 1)]
+        return teacher_fault(run.teacher, batches, run.ranks)

@@ -19,15 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastkd.cli import main
 from fastkd.reporting import report
-from fastkd.training import (
-    engine,
-)
-from fastkd.training import (
-    loop as train,
-)
-from fastkd.training import (
-    setup as assemble,
-)
+from fastkd.training import bookkeeping, engine, loop, parts
 from fastkd.training.checkpoint import checkpoints, deepspeed_files
 from fastkd.training.export import student
 
@@ -91,7 +83,7 @@ def _half_written(number: int) -> None:
 
 def _overflow_from(number: int) -> None:
     """Let the teacher's states of one layer be infinite at one call, and at every look back."""
-    original = engine.TeacherRunner.capture
+    original = engine.TeacherRunner.__call__
     seen: list[int] = []
 
     def capture(self: Any, inputs: Any, **keywords: Any) -> Any:
@@ -102,13 +94,13 @@ def _overflow_from(number: int) -> None:
             states.hidden[2] = states.hidden[2] * float("inf")
         return states
 
-    engine.TeacherRunner.capture = capture
+    engine.TeacherRunner.__call__ = capture
 
 
 # with a checkpoint every second step, step 4's is the second one; each has three files at stage 1
 MOMENTS: dict[str, Callable[[], None]] = {
-    "before the first checkpoint": lambda: _at_call(2, train, "train_step", _die),
-    "between two checkpoints": lambda: _at_call(4, train, "train_step", _die),
+    "before the first checkpoint": lambda: _at_call(2, loop, "train_step", _die),
+    "between two checkpoints": lambda: _at_call(4, loop, "train_step", _die),
     "in the middle of a file": lambda: _half_written(5),
     # the other ranks write two files a checkpoint
     "in the middle of a file of rank 1": lambda: _half_written(3),
@@ -117,27 +109,25 @@ MOMENTS: dict[str, Callable[[], None]] = {
         3, checkpoints, "write_whole", _die, after=True
     ),
     # the first one comes before step 1
-    "in the last evaluation": lambda: _at_call(2, train, "evaluate_assembly", _die, after=True),
-    "in the export": lambda: _at_call(1, train, "export_student", _die),
-    "Ctrl-C in step 3": lambda: _at_call(3, train, "train_step", _press_ctrl_c),
+    "in the last evaluation": lambda: _at_call(2, bookkeeping, "evaluate", _die, after=True),
+    "in the export": lambda: _at_call(1, loop, "export_student", _die),
+    "Ctrl-C in step 3": lambda: _at_call(3, loop, "train_step", _press_ctrl_c),
     # the first call tries the losses, and 78 held-out blocks are 10 parts
     "teacher overflows in the evaluation": lambda: _overflow_from(2),
     "teacher overflows in step 2": lambda: _overflow_from(13),
-    "SIGINT while models load": lambda: _at_call(
-        1, assemble, "load_teacher", _stop_by(signal.SIGINT)
-    ),
+    "SIGINT while models load": lambda: _at_call(1, parts, "load_teacher", _stop_by(signal.SIGINT)),
     "SIGTERM while models load": lambda: _at_call(
-        1, assemble, "load_teacher", _stop_by(signal.SIGTERM)
+        1, parts, "load_teacher", _stop_by(signal.SIGTERM)
     ),
     "SIGHUP while data loads": lambda: _at_call(
-        1, assemble, "make_datamodule", _stop_by(signal.SIGHUP)
+        1, parts, "make_datamodule", _stop_by(signal.SIGHUP)
     ),
-    "SIGTERM in the export": lambda: _at_call(1, train, "export_student", _stop_by(signal.SIGTERM)),
-    "SIGHUP in step 3": lambda: _at_call(3, train, "train_step", _stop_by(signal.SIGHUP)),
-    "killed while models load": lambda: _at_call(1, assemble, "load_teacher", _die),
-    "stuck in step 3": lambda: _at_call(3, train, "train_step", _stop_by(signal.SIGSTOP)),
-    "disk full from step 3": lambda: _at_call(3, train, "train_step", _fill_disk),
-    "disk full in the export": lambda: _at_call(1, train, "export_student", _fill_disk),
+    "SIGTERM in the export": lambda: _at_call(1, loop, "export_student", _stop_by(signal.SIGTERM)),
+    "SIGHUP in step 3": lambda: _at_call(3, loop, "train_step", _stop_by(signal.SIGHUP)),
+    "killed while models load": lambda: _at_call(1, parts, "load_teacher", _die),
+    "stuck in step 3": lambda: _at_call(3, loop, "train_step", _stop_by(signal.SIGSTOP)),
+    "disk full from step 3": lambda: _at_call(3, loop, "train_step", _fill_disk),
+    "disk full in the export": lambda: _at_call(1, loop, "export_student", _fill_disk),
     "disk full as the tokenizer is written": lambda: _at_call(
         1, PreTrainedTokenizerBase, "save_pretrained", lambda: _fill_disk(1000)
     ),

@@ -26,7 +26,7 @@ from fastkd.files.disk import disk_errors
 from fastkd.recipe import load_any_recipe
 from fastkd.reporting.console import Reporter
 from fastkd.reporting.report import write_report
-from fastkd.training.stages import run_recipe
+from fastkd.training.loop import run_recipe
 
 # a full disk still lets go of what it has
 _FREEING = ("os.remove", "os.rmdir", "os.chmod")

@@ -19,7 +19,7 @@ from fastkd.distributed import (
 )
 from fastkd.recipe import load_recipe
 from fastkd.reporting.console import Reporter
-from fastkd.training import loop as train
+from fastkd.training import loop
 
 STOP_IN_STEP = 4
 
@@ -29,7 +29,7 @@ class _Stopped(Exception):
 
 
 def _stopping(step: int) -> Any:
-    calls, original = 0, train.train_step
+    calls, original = 0, loop.train_step
 
     def counted(*arguments: Any) -> Any:
         nonlocal calls
@@ -57,17 +57,17 @@ def main(ranks: Ranks) -> None:
         run = Path(recipe.run.output)
         output = recipe.run.model_copy(update={"output": f"{run}-whole"})
         whole = recipe.model_copy(update={"run": output})
-        train.distill(whole, ranks, resume=False, reporter=reporter)
-        original = train.train_step
-        train.train_step = _stopping(STOP_IN_STEP)
+        loop.run_recipe(whole, ranks, resume=False, reporter=reporter)
+        original = loop.train_step
+        loop.train_step = _stopping(STOP_IN_STEP)
         try:
-            train.distill(recipe, ranks, resume=False, reporter=reporter)
+            loop.run_recipe(recipe, ranks, resume=False, reporter=reporter)
         except _Stopped:
-            train.train_step = original
+            loop.train_step = original
         if damaged and ranks.is_main:
             _damage(run)
         ranks.barrier()
-        train.distill(recipe, ranks, resume=True, reporter=reporter)
+        loop.run_recipe(recipe, ranks, resume=True, reporter=reporter)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from fastkd.distributed import start_ranks, stop_ranks
 from fastkd.errors import UserError
 from fastkd.recipe import load_any_recipe
 from fastkd.reporting.console import Reporter
-from fastkd.training.stages import run_recipe
+from fastkd.training.loop import run_recipe
 
 if __name__ == "__main__":
     ranks = start_ranks()

@@ -22,7 +22,7 @@ LIMIT_SECONDS = 300.0
 # what a run imports, also late
 MODULES = (
     *(
-        "fastkd.training.stages",
+        "fastkd.training.loop",
         "fastkd.reporting.report",
         "fastkd.study",
         "matplotlib.pyplot",

@@ -1,0 +1,222 @@
+"""What a run writes down between its steps: metrics, evaluations, checkpoints; and where it ends.
+
+The step itself is in `loop.py`. Here is what it leaves, who is told, and how a run that is
+continued finds its place.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastkd.errors import Interrupted, UserError
+from fastkd.recipe import AnyRecipe
+from fastkd.reporting.console import Reporter
+from fastkd.signals import Signalled, stop_signals
+from fastkd.training.checkpoint import Checkpoints
+from fastkd.training.evaluate import Evaluation, evaluate
+from fastkd.training.finite import broken_weights
+from fastkd.training.run_folder import RunFolder
+from fastkd.training.setup import Run
+from fastkd.training.summary import judged_parts
+from fastkd.training.window import SMALLER, Window
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Functions of the user's that a run calls on rank 0; what they raise ends the run."""
+
+    on_step: Callable[[int, dict[str, Any]], None] | None = None
+    """Called every `train.log_every` steps with the step and the line of `metrics.jsonl`."""
+    on_evaluate: Callable[[int, Evaluation], None] | None = None
+    """Called after every evaluation with the step and what was found."""
+
+
+SILENT = Callbacks()
+
+
+class Bookkeeper:
+    """Keeps a run's folder in step with the run.
+
+    Args:
+        run: which trains.
+        folder: where it is written.
+        reporter: what the user sees.
+        callbacks: what else is told.
+    """
+
+    def __init__(
+        self, run: Run, folder: RunFolder, reporter: Reporter, callbacks: Callbacks
+    ) -> None:
+        self.run = run
+        self.folder = folder
+        self.reporter = reporter
+        self.callbacks = callbacks
+        self.checkpoints = Checkpoints(
+            folder.checkpoints, run.ranks, run.recipe.train.keep_checkpoints
+        )
+        self.micro_batches = run.micro_batches()
+
+    def restore(self, recipe: AnyRecipe) -> int:
+        """Load the newest whole checkpoint, if there is one; return the step it stands at.
+
+        Args:
+            recipe: as it was given, which the run goes on under.
+        """
+        run, folder, reporter = self.run, self.folder, self.reporter
+        step = 0
+        tag = self.checkpoints.newest(reporter.say)
+        if tag is not None:
+            state = self.checkpoints.load(run.engine, tag)
+            self.micro_batches.load_state_dict(state["stream"])
+            # checkpoints of fastkd 0.1 have none, and their recipes no weight that follows losses
+            if "objective" in state:
+                run.objective.load_feedback(state["objective"], run.ranks.device)
+            step = state["step"]
+            reporter.say(f"continuing from {folder.checkpoints / tag}")
+        # after what may still refuse
+        longer = run.ranks.from_main(lambda: _take_over(folder, recipe, tag))
+        if longer is not None:
+            reporter.say(longer)
+        if run.ranks.is_main:
+            if step:
+                folder.rewind_metrics(step)
+            else:
+                folder.metrics.unlink(missing_ok=True)
+        return step
+
+    def close_step(self, step: int, window: Window, stop: list[int]) -> None:
+        """Write down, evaluate and save what is due after a step.
+
+        Args:
+            step: that was made, counted from 1.
+            window: which holds its losses.
+            stop: signals that ask for an end.
+
+        Raises:
+            UserError: a number that is not finite, or a disk that is full.
+            Interrupted: this rank or another was asked to stop, and a checkpoint is written.
+        """
+        run, train = self.run, self.run.recipe.train
+        self.reporter.advance(step)
+        last = step == train.steps
+        due = last or bool(train.checkpoint_every and step % train.checkpoint_every == 0)
+        # ranks can only agree on a stop where they talk anyway
+        alone = bool(stop) and run.ranks.world_size == 1
+        stopping = False
+        # nothing is saved of a window that was not looked at
+        if step % train.log_every == 0 or due or alone or window.skipped:
+            record, stopping = window.close(bool(stop))
+            self._write(step, record)
+        paused = time.perf_counter()
+        # before the checkpoint: a run that is resumed from it has this evaluation behind it
+        if last or (train.evaluate_every and step % train.evaluate_every == 0):
+            self.evaluate(step)
+        if due or stopping:
+            self._save(step)
+        if stopping and not last:
+            raise Interrupted(f"stopped after step {step}; continue with --resume")
+        window.exclude(time.perf_counter() - paused)
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate the student, before the first step also the teacher, and write it down."""
+        result = evaluate(self.run, judge_teacher=step == 0)
+        if self.run.ranks.is_main:
+            if result.teacher is not None:
+                self.folder.append_metrics({"kind": "teacher", "step": step, **result.teacher})
+            self.folder.append_metrics({"kind": "heldout", "step": step, **result.as_dict()})
+        if result.teacher is not None:
+            self.reporter.say("  ".join(["teacher", *judged_parts(result.teacher)]))
+            _doubt(result.teacher, self.run.datamodule.constant_score(), self.reporter)
+        said = [f"held out at step {step}", f"loss {result.total:.4g}"]
+        self.reporter.say("  ".join([*said, *judged_parts(result.judged)]))
+        if self.callbacks.on_evaluate is not None and self.run.ranks.is_main:
+            self.callbacks.on_evaluate(step, result)
+
+    def _write(self, step: int, record: dict[str, Any]) -> None:
+        if self.run.ranks.is_main:
+            self.folder.append_metrics(record)
+            _write_events(self.run, record)
+        self.reporter.metrics(step, self.run.recipe.train.steps, _parts(record))
+        if self.callbacks.on_step is not None and self.run.ranks.is_main:
+            self.callbacks.on_step(step, record)
+
+    def _save(self, step: int) -> None:
+        """Write a checkpoint of weights that are finite.
+
+        Raises:
+            UserError: they are not.
+        """
+        broken = broken_weights(self.run.engine, self.run.ranks)
+        if broken:
+            more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+            raise UserError(
+                f"{broken[0]}{more} not finite after step {step}, so no checkpoint is written of "
+                f"it; every loss was finite, so the step was too long: {SMALLER}"
+            )
+        position = {
+            "step": step,
+            "stream": self.micro_batches.state_dict(),
+            "objective": self.run.objective.feedback(),
+        }
+        self.checkpoints.save(self.run.engine, step, position)
+
+
+@contextmanager
+def stop_asked() -> Iterator[list[int]]:
+    """Collect what asks for an end while the context is open; a second SIGINT ends at once."""
+    received: list[int] = []
+
+    def note(number: int) -> None:
+        if received and number == signal.SIGINT:
+            raise Signalled(number)
+        received.append(number)
+
+    with stop_signals(note):
+        yield received
+
+
+def _take_over(folder: RunFolder, recipe: AnyRecipe, tag: str | None) -> str | None:
+    """Let the run go on under a recipe that may continue it; what that makes longer."""
+    longer = folder.longer(recipe)
+    if longer is not None and tag is None and folder.read_summary() is not None:
+        raise UserError(
+            f"{folder.path} is finished and its checkpoints are gone, so it can't be {longer}; go "
+            "on from its student in another run, with student.init"
+        )
+    folder.take_over(recipe)
+    return longer
+
+
+def _doubt(teacher: dict[str, Any], constant: float | None, reporter: Reporter) -> None:
+    """Say so of a teacher that knows no more than one that gives one answer to everything."""
+    score = teacher.get("score")
+    if score is not None and constant is not None and score <= constant and score < 1:
+        reporter.say(
+            f"warning: the teacher scores {score:.4f}, and one answer to everything "
+            f"{constant:.4f}; see that it was trained on this task, and that the names of its "
+            "outputs (id2label) and task.labels stand in the same order"
+        )
+
+
+def _parts(record: dict[str, Any]) -> list[str]:
+    """The loss and what each term adds to it."""
+    terms: dict[str, float] = {}
+    for label, value in record["weighted"].items():
+        term = label.split("/")[0]
+        terms[term] = terms.get(term, 0.0) + value
+    parts = [f"loss {record['loss']:.4g}"]
+    parts += [f"{term} {value:.4g}" for term, value in terms.items()]
+    speeds = [name for name in record if name.endswith("_per_second")]
+    return parts + [f"{record[name]:,.0f} {name.removesuffix('_per_second')}/s" for name in speeds]
+
+
+def _write_events(run: Run, record: dict[str, Any]) -> None:
+    step = record["step"]
+    events = [("train/loss", record["loss"], step), ("train/lr", record["learning_rate"], step)]
+    events += [(f"train/{label}", value, step) for label, value in record["losses"].items()]
+    run.engine.monitor.write_events(events)

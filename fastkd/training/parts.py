@@ -1,0 +1,260 @@
+"""What a run is made of: models, data, objective; loaded, built and checked on the CPU.
+
+Training, evaluating, trying and estimating a run start here, of distillation and fine-tuning alike.
+They differ in where the student comes from: a run that trains builds it, an evaluation reads what a
+run exported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastkd.capture import AttentionTraits, try_model, vocabulary_size
+from fastkd.data.batching import BatchPlan
+from fastkd.data.datamodule import DataModule
+from fastkd.data.factory import make_datamodule, task_of
+from fastkd.data.tasks import Task, hand_on_padding, reads_padding
+from fastkd.data.tasks.datamodule import TaskDataModule
+from fastkd.distributed import Ranks
+from fastkd.errors import UserError
+from fastkd.layer_map import LayerMap, make_layer_map
+from fastkd.losses import Objective
+from fastkd.losses.factory import capture_needs, hard_objective, make_objective
+from fastkd.models import (
+    Initialisation,
+    build_student,
+    check_same_vocabulary,
+    dropout_rates,
+    load_student,
+    load_teacher,
+    load_tokenizer,
+)
+from fastkd.models.classifier import check_start, fit_classifier, load_tuned, name_outputs
+from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, Teacher, resolve_steps
+from fastkd.training.engine import DistilledStudent
+from fastkd.training.export import load_projections
+from fastkd.training.finite import check_weights
+from fastkd.training.memory import check_micro_batch
+from fastkd.training.run_folder import RunFolder
+
+R = TypeVar("R", Recipe, FinetuneRecipe)
+
+
+@dataclass
+class Parts:
+    """What a run is made of on one rank, before anything stands in an engine."""
+
+    recipe: AnyRecipe
+    """With its numbers of steps written out."""
+    ranks: Ranks
+    plan: BatchPlan
+    datamodule: DataModule
+    tokenizer: PreTrainedTokenizerBase
+    layers: LayerMap
+    initialisation: Initialisation
+    module: DistilledStudent
+    teacher_model: PreTrainedModel | None
+    """`None` where hard labels teach."""
+    source: Teacher
+    """The model that the student was made from."""
+    handed_on: dict[str, Any]
+    """Values of its configuration that the student is handed on with: dropout rates, padding."""
+
+    @property
+    def objective(self) -> Objective:
+        """The losses."""
+        return self.module.objective
+
+
+def gather(
+    recipe: AnyRecipe,
+    plan: BatchPlan,
+    ranks: Ranks,
+    *,
+    progress: bool,
+    made: RunFolder | None = None,
+) -> Parts:
+    """Load, build and check the parts of a run; collective over the ranks.
+
+    Args:
+        recipe: of either kind; where a run has made the student, with its number of steps.
+        plan: how a step is cut.
+        ranks: this process among all.
+        progress: whether reading data shows bars.
+        made: a finished run, whose student and projections are read in place of new ones.
+
+    Raises:
+        UserError: anything about the recipe that does not work on this machine.
+    """
+    if isinstance(recipe, Recipe):
+        return _distillation(recipe, plan, ranks, progress, made)
+    return _finetuning(recipe, plan, ranks, progress, made)
+
+
+def _distillation(
+    recipe: Recipe, plan: BatchPlan, ranks: Ranks, progress: bool, made: RunFolder | None
+) -> Parts:
+    task = None if recipe.task is None else task_of(recipe.task)
+    teacher = load_teacher(recipe.teacher, recipe.student.head)
+    check_weights(teacher, f"teacher.model {recipe.teacher.model}")
+    if task is not None:
+        fit_classifier(teacher, task, f"teacher.model {recipe.teacher.model}")
+        if made is None:
+            check_start(recipe.student, task)
+    teacher_traits = _traits(teacher, recipe)
+    tokenizer = load_tokenizer(recipe.teacher, vocabulary_size(teacher))
+    depths = recipe.student.layers, teacher.config.num_hidden_layers
+    layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
+    if made is None:
+        student, initialisation = _new_student(recipe, teacher, layers, tokenizer, task)
+    else:
+        student, initialisation = _made_student(recipe, made, task)
+    traits = _traits(student, recipe), teacher_traits
+    if made is None:
+        check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
+    # before the data, which takes long to read, and may tell how many steps there are
+    objective = make_objective(
+        recipe.losses,
+        layers,
+        student,
+        teacher,
+        traits,
+        head=recipe.student.head,
+        seed=recipe.train.seed,
+    )
+    if made is not None:
+        load_projections(objective, made)
+    datamodule = make_datamodule(recipe, tokenizer, teacher.config, ranks, progress=progress)
+    if made is None:
+        recipe = _resolved(recipe, datamodule)
+    objective.steps = recipe.train.steps
+    handed_on = dropout_rates(teacher.config)
+    if recipe.student.head == "sequence_classification":
+        handed_on |= pad_alike(datamodule, tokenizer, student, teacher)
+    return Parts(
+        recipe=recipe,
+        ranks=ranks,
+        plan=plan,
+        datamodule=datamodule,
+        tokenizer=tokenizer,
+        layers=layers,
+        initialisation=initialisation,
+        module=DistilledStudent(student, objective),
+        teacher_model=teacher,
+        source=recipe.teacher,
+        handed_on=handed_on,
+    )
+
+
+def _new_student(
+    recipe: Recipe,
+    teacher: PreTrainedModel,
+    layers: LayerMap,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task | None,
+) -> tuple[PreTrainedModel, Initialisation]:
+    student, initialisation = build_student(teacher, recipe.student, layers)
+    start = recipe.student.starts_from
+    check_weights(student, f"student.init {recipe.student.init}")
+    if start is not None:
+        check_same_vocabulary(start, f"student.init {start.model}", tokenizer)
+    if task is not None:
+        name_outputs(student.config, task)
+    return student, initialisation
+
+
+def _made_student(
+    recipe: Recipe, made: RunFolder, task: Task | None
+) -> tuple[PreTrainedModel, Initialisation]:
+    student = load_student(made.student, recipe.student)
+    if task is not None:
+        fit_classifier(student, task, f"student {made.student}")
+    return student, _nothing_drawn(student)
+
+
+def _finetuning(
+    recipe: FinetuneRecipe, plan: BatchPlan, ranks: Ranks, progress: bool, made: RunFolder | None
+) -> Parts:
+    task, section = task_of(recipe.task), recipe.model
+    if made is not None:
+        tuned_before = {"name": str(made.student), "revision": None, "sha256": None}
+        section = section.model_copy(update=tuned_before)
+    tuned = load_tuned(section, task)
+    if made is not None and tuned.new_head:
+        raise UserError(f"{made.student} holds no head for task {task.name}; tune it again")
+    model = tuned.model
+    if made is None:
+        check_weights(model, f"model.name {section.name}")
+    try_model(model, recipe.task.max_length, "task.max_length", attention=False, hidden=False)
+    tokenizer = load_tokenizer(section.source, vocabulary_size(model))
+    if made is None:
+        check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(model))
+    datamodule = make_datamodule(recipe, tokenizer, model.config, ranks, progress=progress)
+    if made is None:
+        recipe = _resolved(recipe, datamodule)
+    handed_on = tuned.rates | pad_alike(datamodule, tokenizer, model)
+    objective, layers = hard_objective(model, recipe.train.steps)
+    return Parts(
+        recipe=recipe,
+        ranks=ranks,
+        plan=plan,
+        datamodule=datamodule,
+        tokenizer=tokenizer,
+        layers=layers,
+        initialisation=_nothing_drawn(model, tuned.new_head),
+        module=DistilledStudent(model, objective),
+        teacher_model=None,
+        source=section.source,
+        handed_on=handed_on,
+    )
+
+
+def pad_alike(
+    datamodule: DataModule, tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel
+) -> dict[str, Any]:
+    """Tell classifiers which token pads: a decoder's head reads the last token before it.
+
+    Returns:
+        What the configuration of the first of them is handed on with, see `hand_on_padding`.
+    """
+    config = models[0].config
+    kept = getattr(config, "pad_token_id", None)
+    if isinstance(datamodule, TaskDataModule):
+        pad = datamodule.train.pad_id
+        if reads_padding(models[0]):
+            kept = hand_on_padding(config, tokenizer, pad, datamodule.sets)
+    else:
+        # blocks of text have no padding, and a decoder that knows of none reads no batch
+        pad = -1 if kept is None else kept
+    for model in models:
+        model.config.pad_token_id = pad
+    return {"pad_token_id": kept}
+
+
+def _resolved(recipe: R, datamodule: DataModule) -> R:
+    try:
+        train = resolve_steps(recipe.train, datamodule.rows)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return recipe.model_copy(update={"train": train})
+
+
+def _size(model: PreTrainedModel) -> tuple[int, int]:
+    return model.config.hidden_size, model.config.num_hidden_layers
+
+
+def _nothing_drawn(model: PreTrainedModel, new_head: bool = False) -> Initialisation:
+    total = sum(p.numel() for p in model.parameters())
+    return Initialisation(total, total, new_head)
+
+
+def _traits(model: PreTrainedModel, recipe: Recipe) -> AttentionTraits:
+    """Try a model on the longest sequence that a recipe has, with what its losses read."""
+    needs = capture_needs(recipe.losses)
+    if recipe.task is not None:
+        return try_model(model, recipe.task.max_length, "task.max_length", **needs)
+    assert recipe.data is not None, "a recipe has data or a task"
+    return try_model(model, recipe.data.block_size, "data.block_size", **needs)

@@ -50,6 +50,12 @@ def escaped(text: str) -> str:
     return html.escape("".join(c if c in "\n\t" else printable(c) for c in text))
 
 
+def shortened(text: str, most: int = 40) -> str:
+    """Text that a picture has room for: its beginning and its end."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
+
+
 def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of text cells; the first column is left, the others are right."""
     head = "".join(f"<th>{escaped(column)}</th>" for column in columns)

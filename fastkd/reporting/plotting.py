@@ -1,4 +1,7 @@
-"""Pictures that several reports draw."""
+"""Pictures that studies and comparisons draw, with matplotlib of the extra `study`.
+
+The report of a run has its own, `fastkd.reporting.svg`.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from fastkd.errors import printable
-
-# characters of a label that a picture has room for
-_LABEL = 40
+from fastkd.reporting.html import shortened
 
 
 def draw_map(
@@ -60,9 +61,7 @@ def draw_map(
 
 def plain(text: str) -> str:
     """Text from elsewhere as a label: short and printable, its dollar signs no formula."""
-    half = _LABEL // 2
-    short = text if len(text) <= _LABEL else f"{text[:half]}…{text[-half:]}"
-    return printable(short).replace("$", r"\$")
+    return printable(shortened(text)).replace("$", r"\$")
 
 
 def png(figure: Figure) -> bytes:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
-
-import matplotlib
-from matplotlib.figure import Figure
 
 from fastkd.files.disk import disk_errors, write_whole
 from fastkd.recipe import AnyRecipe, Recipe, load_any_recipe
@@ -16,7 +12,7 @@ from fastkd.reporting.html import (
     escaped,
     html_table,
 )
-from fastkd.reporting.plotting import plain
+from fastkd.reporting.svg import Line, Panel, chart
 from fastkd.training.run_folder import RunFolder
 
 _NAMED_LINES = 16
@@ -158,16 +154,10 @@ def _score_section(heldout: list[dict[str, Any]], teacher: dict[str, Any] | None
     if not heldout or "score" not in heldout[0]:
         return []
     steps = [record["step"] for record in heldout]
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastkd"}):
-        figure = Figure(figsize=(6.0, 3.2), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(steps, [record["score"] for record in heldout], marker=".", label="this model")
-        if teacher is not None:
-            axes.axhline(teacher["score"], color="black", linestyle="--", label="teacher")
-        axes.set(xlabel="step", ylabel="score")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-        return ["<h2>Score of the task</h2>", _svg(figure)]
+    lines = [Line("this model", steps, [record["score"] for record in heldout])]
+    if teacher is not None:
+        lines.append(Line("teacher", steps, [teacher["score"]] * len(steps), reference=True))
+    return ["<h2>Score of the task</h2>", chart([Panel(lines, y_label="score", legend="")])]
 
 
 def _curves(records: list[dict[str, Any]], title: str) -> str:
@@ -177,30 +167,17 @@ def _curves(records: list[dict[str, Any]], title: str) -> str:
     labels = list(records[0]["losses"])
     terms = list(dict.fromkeys(label.split("/")[0] for label in labels))
     steps = [record["step"] for record in records]
-    # text stays text, and the same run gives the same bytes
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastkd"}):
-        figure = Figure(figsize=(4.2 * len(terms), 3.2), layout="constrained")
-        for axes, term in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms, strict=True):
-            lines = [label for label in labels if label.split("/")[0] == term]
-            for label in lines:
-                values = [record["losses"][label] for record in records]
-                layers = label.partition("/")[2]
-                axes.plot(steps, values, marker="." if len(steps) < 30 else "", label=plain(layers))
-            axes.set(title=f"{plain(term)}: {title}", xlabel="step")
-            # a student that starts from its teacher has losses of exactly zero
-            axes.set_yscale("log", nonpositive="mask")
-            axes.title.set_fontsize(9)
-            axes.grid(alpha=0.3, which="both")
-            # a term without layers is one line; a many-to-many map has too many to name
-            if "/" in lines[0] and len(lines) <= _NAMED_LINES:
-                axes.legend(fontsize=8, title="student-teacher layer", title_fontsize=8)
-        return _svg(figure)
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    # no time, and no addresses of elsewhere
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", metadata=nothing)
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+    panels = []
+    for term in terms:
+        names = [label for label in labels if label.split("/")[0] == term]
+        lines = [
+            Line(name.partition("/")[2], steps, [record["losses"][name] for record in records])
+            for name in names
+        ]
+        # a term without layers is one line; a many-to-many map has too many to name
+        named = "/" in names[0] and len(names) <= _NAMED_LINES
+        # a student that starts from its teacher has losses of exactly zero
+        panels.append(
+            Panel(lines, f"{term}: {title}", log=True, legend="student-teacher" if named else None)
+        )
+    return chart(panels)

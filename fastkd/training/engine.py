@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -196,8 +197,9 @@ def _deepspeed() -> Any:
     import deepspeed
     import deepspeed.ops
 
-    # its shared-memory collective would be compiled at the first start of every machine
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # asked which of its ops this machine can compile, it runs the linker, and would then compile
+    # its shared-memory collective; nothing else asks
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)
     logger = logging.getLogger("DeepSpeed")
     for handler in logger.handlers:
         # one of another class is not its own

@@ -27,6 +27,7 @@ from fastkd.losses.factory import hard_objective, make_objective
 from fastkd.models import load_student, load_teacher, load_tokenizer
 from fastkd.models.classifier import fit_classifier, load_tuned
 from fastkd.recipe import FinetuneRecipe, Recipe, stage_recipes
+from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.engine import (
     DistilledStudent,
     NoTeacher,
@@ -179,6 +180,7 @@ def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Eval
             f"{run.path} holds no finished run; give the folder of one, or finish it with --resume"
         )
     recipe = run.read_recipe(overrides)
+    check_packages(recipe)
     if isinstance(recipe, Recipe) and recipe.stages:
         recipe = stage_recipes(recipe)[-1]
         summary = summary["stages"][-1]

@@ -43,7 +43,7 @@ from fastkd.recipe import (
     Teacher,
     resolve_steps,
 )
-from fastkd.training.deepspeed_config import check_monitor, student_config
+from fastkd.training.deepspeed_config import check_packages, student_config
 from fastkd.training.engine import (
     DistilledStudent,
     NoTeacher,
@@ -103,7 +103,7 @@ def assemble(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Assem
     Raises:
         UserError: anything about the recipe that does not work on this machine.
     """
-    check_monitor(recipe)
+    check_packages(recipe)
     plan = plan_batches(recipe, ranks.world_size)
     config = student_config(recipe, plan)
     check_config(config)

@@ -17,7 +17,7 @@ from fastkd.files.disk import (
 )
 from fastkd.recipe import AnyRecipe, Recipe, stage_recipes
 from fastkd.reporting.console import Reporter
-from fastkd.training.deepspeed_config import check_monitor
+from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.loop import (
     distill,
     distill_held,
@@ -54,7 +54,7 @@ def run_recipe(
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
     """
     # before a run in stages makes its folder
-    check_monitor(recipe)
+    check_packages(recipe)
     stages = stage_recipes(recipe) if isinstance(recipe, Recipe) else []
     run = RunFolder(recipe.run.output)
     with hold_run(run, recipe, ranks, resume=resume, reporter=reporter) as summary:

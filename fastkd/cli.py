@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import typer
 
 from fastkd.errors import DiskError, Interrupted, LostRank, UserError
+from fastkd.extras import need
 from fastkd.files.disk import disk_errors, write_whole
 from fastkd.recipe import AnyRecipe, load_any_recipe, load_finetune_recipe, load_recipe
 from fastkd.signals import Signalled, signals_raised
@@ -145,6 +146,7 @@ def study(
     ] = False,
 ) -> None:
     """Run or continue a grid or a search over the fields of a recipe, and compare the results."""
+    need("fastkd study", "study")
     from fastkd.study import run_study
 
     run_study(path, workers=workers, report_only=report_only, retry_failed=retry_failed)
@@ -166,6 +168,8 @@ def inspect(
     ] = None,
 ) -> None:
     """Show how alike the layers of two models are: CKA and attention divergence of all pairs."""
+    if output is not None:
+        need("fastkd inspect --output", "study", "matplotlib")
     _quieten()
     from fastkd.layer_similarity import (
         inspect_models,

@@ -189,7 +189,8 @@ def test_full_disk_leaves_earlier_checkpoints_whole(recipe: Path) -> None:
 
 def test_a_run_leaves_what_it_promises(recipe: Path) -> None:
     run = recipe.parent / "run"
-    done = run_command("distill", str(recipe), "train.evaluate_every=3", "run.monitor=tensorboard")
+    more = ("train.evaluate_every=3", "run.monitor=tensorboard")
+    done = run_command("distill", str(recipe), *more, fresh=True)
     assert done.returncode == 0, done.stderr
     assert "layer 0: embeddings" in done.stdout
     assert str(run) in done.stdout

@@ -15,7 +15,7 @@ from fastkd.data.batching import plan_batches
 from fastkd.errors import UserError
 from fastkd.recipe import Recipe, parse_recipe
 from fastkd.training.deepspeed_config import (
-    check_monitor,
+    check_packages,
     student_config,
     teacher_config,
 )
@@ -180,8 +180,8 @@ def test_a_monitor_that_is_not_installed_is_refused_before_anything_is_written(
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     assert fastkd("distill", str(tmp_path / "recipe.yaml"), monkeypatch=monkeypatch) == 2
     assert capsys.readouterr().err == (
-        f"fastkd: run.monitor is {monitor}, but package {monitor} is not installed; "
-        f"pip install fastkd[{monitor}], or run.monitor=none\n"
+        f"fastkd: run.monitor={monitor} needs {monitor}; "
+        f"pip install 'fastkd[{monitor}]', or run.monitor=none\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
@@ -189,10 +189,10 @@ def test_a_monitor_that_is_not_installed_is_refused_before_anything_is_written(
 def test_a_tracker_of_the_deepspeed_section_must_be_there_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_monitor(make_recipe({"comet": {"enabled": False}}))
+    check_packages(make_recipe({"comet": {"enabled": False}}))
     without(monkeypatch, "comet_ml")
-    with pytest.raises(UserError, match=r"comet is enabled, but package comet_ml is not installed"):
-        check_monitor(make_recipe({"comet": {"enabled": True}}))
+    with pytest.raises(UserError, match=r"deepspeed\.comet needs comet-ml; pip install comet-ml"):
+        check_packages(make_recipe({"comet": {"enabled": True}}))
 
 
 def test_the_folder_that_a_tracker_leaves_is_no_package(
@@ -202,12 +202,14 @@ def test_the_folder_that_a_tracker_leaves_is_no_package(
     monkeypatch.syspath_prepend(tmp_path)
     if importlib.util.find_spec("wandb").origin is not None:  # type: ignore[union-attr]
         pytest.skip("wandb is installed")
-    with pytest.raises(UserError, match=r"package wandb is not installed"):
-        check_monitor(make_recipe(run={"monitor": "wandb"}))
+    with pytest.raises(
+        UserError, match=r"run.monitor=wandb needs wandb; pip install 'fastkd\[wandb\]'"
+    ):
+        check_packages(make_recipe(run={"monitor": "wandb"}))
 
 
 def test_a_monitor_that_is_there_is_taken() -> None:
-    check_monitor(make_recipe(run={"monitor": "tensorboard"}))
+    check_packages(make_recipe(run={"monitor": "tensorboard"}))
 
 
 def leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_runs import make_recipe, run_script
+from tiny_runs import make_recipe, run_environment, run_script
+from warm_processes import start_ranks
 
 from fastkd.distributed import (
     TIMEOUT,
@@ -87,46 +88,19 @@ class Pair:
     """Two ranks without a launcher, which would end the second one where the first one is lost."""
 
     def __init__(self, moment: str, victim: int, recipe: Path, **environment: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        command = [
-            sys.executable,
-            str(Path(__file__).parent / "helpers" / "disturbed_run.py"),
-            moment,
-        ]
-        self.ranks = []
-        for rank in range(2):
-            found = {
-                **os.environ,
-                **environment,
-                "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-            }
-            self.ranks.append(
-                subprocess.Popen(
-                    [*command, str(victim), str(recipe)],
-                    env=found,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
+        script = Path(__file__).parent / "helpers" / "disturbed_run.py"
+        command = [str(script), moment, str(victim), str(recipe)]
+        self.ranks = start_ranks(command, {**run_environment(), **environment}, 2)
 
-    def said(self, rank: int) -> tuple[int, str]:
+    def said(self, rank: int) -> tuple[int | None, str]:
         """Exit code and stderr of a rank."""
         text = self.ranks[rank].communicate(timeout=200)[1]
         return self.ranks[rank].returncode, text
 
     def end(self) -> None:
         """Kill what is left."""
-        for child in self.ranks:
-            child.kill()
-            child.communicate()
+        for rank in self.ranks:
+            rank.end()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # from the ground up; the longest name that begins a module's decides
 LEVELS: tuple[set[str], ...] = (
     {"fastkd_kernels"},
-    {"errors", "types", "section", "signals", "files", "layer_map", "distributed"},
+    {"errors", "extras", "types", "section", "signals", "files", "layer_map", "distributed"},
     {"capture", "losses", "recipe"},
     {"reporting", "data.tasks.metrics", "data.batching", "training.deepspeed_config"},
     {"models", "data", "training.memory"},
@@ -49,6 +49,7 @@ PACKAGES: tuple[set[str], ...] = (
     {"typer", "transformers"},
 )
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "ot": "pot"}
+EXTRAS = ("demo", "study", "tasks", "tensorboard", "dev")
 LINES = 600
 
 
@@ -190,7 +191,8 @@ def undeclared(path: Path, declared: set[str]) -> set[str]:
 
 
 def test_everything_imported_is_declared() -> None:
-    packages, tests = dependencies(), dependencies("demo", "tensorboard", "dev")
+    packages = dependencies("study", "tasks")
+    tests = dependencies(*EXTRAS)
     found = {named(path): undeclared(path, packages) for path in PACKAGE_FILES}
     found |= {named(path): undeclared(path, tests) for path in python_files("tests", "benchmarks")}
     assert not {name: names for name, names in found.items() if names}
@@ -198,7 +200,7 @@ def test_everything_imported_is_declared() -> None:
 
 def test_no_module_is_named_after_another_package() -> None:
     # `torchrun fastkd/cli.py` puts fastkd/ first on the path
-    taken = {name.replace("-", "_") for name in dependencies("demo", "tensorboard", "dev")}
+    taken = {name.replace("-", "_") for name in dependencies(*EXTRAS)}
     taken |= {"kernels", *DISTRIBUTIONS}
     assert not {named(path) for path in ALL_FILES if path.stem in taken}
 

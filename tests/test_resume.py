@@ -49,8 +49,10 @@ def _run_of(recipe: Path, moment: str) -> Path:
 def resumed(recipe: Path) -> str:
     """Kill a run at every moment, then run one that is never killed and resume the others."""
     for moment in MOMENTS:
-        overrides = _overrides(_run_of(recipe, moment))
-        killed = run_script("disturbed_run.py", moment, "0", str(recipe), *overrides)
+        arguments = (moment, "0", str(recipe), *_overrides(_run_of(recipe, moment)))
+        # another seed of its hashes than the process that resumes it
+        fresh = moment == "between two checkpoints"
+        killed = run_script("disturbed_run.py", *arguments, fresh=fresh)
         assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
         assert not (_run_of(recipe, moment) / "summary.json").exists()
     runs = [recipe.parent / "whole", *(_run_of(recipe, moment) for moment in MOMENTS)]

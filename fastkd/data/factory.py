@@ -29,6 +29,7 @@ from fastkd.data.text.datamodule import TextDataModule
 from fastkd.data.text.mlm import Masking
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
+from fastkd.extras import need
 from fastkd.losses.mlm import MlmLoss
 from fastkd.recipe import AnyRecipe, Data, Recipe, TaskAugmentation, TaskData
 
@@ -80,8 +81,10 @@ def task_of(section: TaskData) -> Task:
     """The task that a recipe names or describes.
 
     Raises:
-        UserError: GLUE has none of this name, or the description contradicts itself.
+        UserError: the extra of tasks is not installed, GLUE has none of this name, or the
+            description contradicts itself.
     """
+    need("a task", "tasks")
     if section.columns is None:
         task = glue_task(section.name)
     else:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linprog
 
 Matrix = NDArray[np.float64]
 
@@ -27,6 +26,9 @@ def exact_flow(cost: Matrix, supply: Matrix, demand: Matrix) -> Matrix:
         supply: fp64 [students], positive.
         demand: fp64 [teachers], positive, with the sum of `supply`.
     """
+    # half a second, which no other layer map needs
+    from scipy.optimize import linprog
+
     students, teachers = cost.shape
     rows = np.kron(np.eye(students), np.ones(teachers))
     columns = np.kron(np.ones(students), np.eye(teachers))

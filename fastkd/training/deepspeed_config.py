@@ -7,35 +7,29 @@ the gradient clipping and of the bf16 accumulation have changed between its rele
 from __future__ import annotations
 
 import copy
-import importlib.util
 from typing import Any
 
 from fastkd.data.batching import BatchPlan
 from fastkd.errors import UserError
+from fastkd.extras import is_installed, need
 from fastkd.recipe import AnyRecipe, Recipe
 
 
-def check_monitor(recipe: AnyRecipe) -> None:
-    """See that the trackers of a recipe are installed; DeepSpeed imports them when it starts.
+def check_packages(recipe: AnyRecipe) -> None:
+    """See that what only some recipes need is installed: of a task, and the trackers, which
+    DeepSpeed imports when it starts.
 
     Raises:
         UserError: naming the package and how to install it.
     """
-    wanted: dict[str, tuple[str, str, str]] = {}
-    if recipe.run.monitor != "none":
-        extra = recipe.run.monitor
-        wanted[extra] = (f"run.monitor is {extra}", f"fastkd[{extra}]", "run.monitor=none")
+    if recipe.task is not None:
+        need("a task", "tasks")
+    monitor = recipe.run.monitor
+    if monitor != "none":
+        need(f"run.monitor={monitor}", monitor, instead="run.monitor=none")
     comet = recipe.deepspeed.get("comet")
-    if isinstance(comet, dict) and comet.get("enabled"):
-        wanted["comet_ml"] = ("deepspeed.comet is enabled", "comet-ml", "leave it out")
-    for package, (said, install, instead) in wanted.items():
-        spec = importlib.util.find_spec(package)
-        # the folder that wandb leaves where it runs looks like a package without code
-        if spec is None or spec.origin is None:
-            raise UserError(
-                f"{said}, but package {package} is not installed; pip install {install}, or "
-                f"{instead}"
-            )
+    if isinstance(comet, dict) and comet.get("enabled") and not is_installed("comet_ml"):
+        raise UserError("deepspeed.comet needs comet-ml; pip install comet-ml, or leave it out")
 
 
 def student_config(recipe: AnyRecipe, plan: BatchPlan) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from fastkd.errors import UserError
 from fastkd.layer_map import Progress
 from fastkd.losses import Objective
 from fastkd.recipe import Recipe, stage_recipes
+from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.engine import TeacherRunner
 from fastkd.training.finite import blame, first_broken, teacher_fault
 from fastkd.training.run_folder import RunFolder
@@ -135,6 +136,7 @@ def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> E
             "--resume"
         )
     recipe = folder.read_recipe(overrides)
+    check_packages(recipe)
     if isinstance(recipe, Recipe) and recipe.stages:
         recipe = stage_recipes(recipe)[-1]
         summary = summary["stages"][-1]

@@ -16,7 +16,7 @@ from fastkd.models import note_models
 from fastkd.recipe import AnyRecipe, Recipe, stage_recipes
 from fastkd.reporting.console import Reporter
 from fastkd.training.bookkeeping import SILENT, Bookkeeper, Callbacks, stop_asked
-from fastkd.training.deepspeed_config import check_monitor
+from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.export import export_student
 from fastkd.training.hold import hold_run
 from fastkd.training.introduction import introduce
@@ -58,7 +58,7 @@ def run_recipe(
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
     """
     # before a run in stages makes its folder
-    check_monitor(recipe)
+    check_packages(recipe)
     folder = RunFolder(recipe.run.output)
     with hold_run(folder, recipe, ranks, resume=resume, reporter=reporter) as summary:
         if summary is None and isinstance(recipe, Recipe) and recipe.stages:

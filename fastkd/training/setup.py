@@ -19,7 +19,7 @@ from fastkd.data.datamodule import MicroBatches
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError
 from fastkd.recipe import AnyRecipe, Recipe
-from fastkd.training.deepspeed_config import check_monitor, student_config
+from fastkd.training.deepspeed_config import check_packages, student_config
 from fastkd.training.engine import (
     NoTeacher,
     TeacherRunner,
@@ -83,7 +83,7 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
     Raises:
         UserError: anything about the recipe that does not work on this machine.
     """
-    check_monitor(recipe)
+    check_packages(recipe)
     parts = _gathered(recipe, ranks, progress)
     config = student_config(parts.recipe, parts.plan)
     teacher = _teacher(parts, sharded=True)

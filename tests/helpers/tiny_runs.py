@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import warm_processes
 import yaml
 from safetensors.torch import load_file
 from tiny_models import save_teacher, write_text
+from warm_processes import no_signal_ignored
 
 
 def make_recipe(folder: Path, architecture: str = "bert", **sections: dict[str, Any]) -> Path:
@@ -52,20 +53,21 @@ def make_recipe(folder: Path, architecture: str = "bert", **sections: dict[str, 
 
 
 def run_command(
-    *arguments: str, ranks: int = 1, gpu: bool = False
+    *arguments: str, ranks: int = 1, gpu: bool = False, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run the fastkd command line in a process of its own, or in several under torchrun.
+    """Run the fastkd command line in a process of its own, or in several ranks.
 
-    On CPUs, unless `gpu`.
+    On CPUs and from a server that has made the imports, unless `gpu` or `fresh`: then in a new
+    interpreter, or in several under torchrun.
     """
-    return _run(["-m", "fastkd", *arguments], ranks, gpu)
+    return _run(["-m", "fastkd", *arguments], ranks, gpu, fresh)
 
 
 def run_script(
-    name: str, *arguments: str, ranks: int = 1, gpu: bool = False
+    name: str, *arguments: str, ranks: int = 1, gpu: bool = False, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Run a script that stands beside the tests, likewise."""
-    return _run([str(Path(__file__).parent / name), *arguments], ranks, gpu)
+    return _run([str(Path(__file__).parent / name), *arguments], ranks, gpu, fresh)
 
 
 def run_variants(recipe: Path, variants: list[list[str]], *, ranks: int = 1) -> str:
@@ -83,23 +85,18 @@ def refused_variants(recipe: Path, variants: list[list[str]]) -> list[str]:
     return [said[str(number)] for number in range(len(variants))]
 
 
-def _run(target: list[str], ranks: int, gpu: bool = False) -> subprocess.CompletedProcess[str]:
+def _run(target: list[str], ranks: int, gpu: bool, fresh: bool) -> subprocess.CompletedProcess[str]:
+    if not gpu and not fresh:
+        return warm_processes.run(target, run_environment(), ranks=ranks)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *(launcher if ranks > 1 else []), *target]
     return subprocess.run(
-        command,
+        [sys.executable, *(launcher if ranks > 1 else []), *target],
         capture_output=True,
         text=True,
         timeout=300,
         env=run_environment(gpu),
-        preexec_fn=_no_signal_ignored,
+        preexec_fn=no_signal_ignored,
     )
-
-
-def _no_signal_ignored() -> None:
-    """Where the tests run in the background or under nohup, some are."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def run_environment(gpu: bool = False) -> dict[str, str]:

@@ -12,13 +12,13 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from fastkd.data.augmentation.masked_lm import (
     Masked,
@@ -81,10 +81,18 @@ class CandidateTable:
 def is_replaceable(text: str, start: int, end: int) -> bool:
     """Whether a word carries meaning of its own: no stop word, no part of a contraction."""
     word = text[start:end]
-    if len(word) < 2 or not word.isalpha() or word.lower() in ENGLISH_STOP_WORDS:
+    if len(word) < 2 or not word.isalpha() or word.lower() in _stop_words():
         return False
     after_apostrophe = start > 0 and text[start - 1] in _APOSTROPHES
     return not after_apostrophe and _BEFORE_NOT.match(text, end) is None
+
+
+@cache
+def _stop_words() -> frozenset[str]:
+    # scikit-learn is of the extra `tasks`
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    return frozenset(ENGLISH_STOP_WORDS)
 
 
 def find_candidates(

@@ -1,7 +1,8 @@
 """Scores of predictions: the official metrics of GLUE, by scikit-learn and SciPy.
 
 A score that its formula leaves undefined, because all predictions or all labels are the same, is 0:
-a model that says one thing only has learnt nothing.
+a model that says one thing only has learnt nothing. Both are imported where they are used: runs on
+text need neither, and scikit-learn is of the extra `tasks`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import scipy.stats
-import sklearn.metrics
 
 from fastkd.errors import UserError
 
@@ -110,26 +109,34 @@ def _undefined(predictions: _Array, labels: _Array) -> bool:
 def _matthews(predictions: _Array, labels: _Array) -> float:
     if _undefined(predictions, labels):
         return 0.0
+    import sklearn.metrics
+
     return float(sklearn.metrics.matthews_corrcoef(labels, predictions))
 
 
 def _accuracy(predictions: _Array, labels: _Array) -> float:
+    import sklearn.metrics
+
     return float(sklearn.metrics.accuracy_score(labels, predictions))
 
 
 def _f1(predictions: _Array, labels: _Array) -> float:
+    import sklearn.metrics
+
     hits, positive = (predictions == 1).astype(int), (labels == 1).astype(int)
     return float(sklearn.metrics.f1_score(positive, hits, zero_division=0.0))
 
 
-def _correlation(function: Callable[..., tuple[float, float]]) -> Callable[..., float]:
+def _correlation(name: Literal["pearsonr", "spearmanr"]) -> Callable[[_Array, _Array], float]:
     def correlate(predictions: _Array, labels: _Array) -> float:
         if _undefined(predictions, labels):
             return 0.0
+        import scipy.stats
+
         with warnings.catch_warnings():
             # scores that hardly differ are what an untrained model gives
             warnings.simplefilter("ignore", scipy.stats.NearConstantInputWarning)
-            return float(function(predictions, labels)[0])
+            return float(getattr(scipy.stats, name)(predictions, labels)[0])
 
     return correlate
 
@@ -138,6 +145,6 @@ _METRICS: dict[Metric, Callable[[_Array, _Array], float]] = {
     "matthews": _matthews,
     "accuracy": _accuracy,
     "f1": _f1,
-    "pearson": _correlation(scipy.stats.pearsonr),
-    "spearman": _correlation(scipy.stats.spearmanr),
+    "pearson": _correlation("pearsonr"),
+    "spearman": _correlation("spearmanr"),
 }

@@ -56,10 +56,12 @@ class LogitsTerm(Term):
 
     def _divergence(self, own: Tensor | LogitsHead, batch: Batch, labels: Tensor | None) -> Tensor:
         assert self.loss is not None, "the recipe refuses labels of a language model without logits"
+        kind = self.loss.kind
         found = logits_divergence(
             own,
             _output(batch.teacher.logits),
-            kind=self.loss.kind,
+            # a recipe's word for the same loss
+            kind="cross_entropy" if kind == "soft_ce" else kind,
             temperature=self.loss.temperature,
             scale_by_temperature=self.loss.scale_by_temperature,
             beta=self.loss.beta,

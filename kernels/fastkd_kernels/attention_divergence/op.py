@@ -27,7 +27,7 @@ from ..checks import (
 )
 from ..common.autograd import accumulator, by_shape, inverse, scaled, value_of
 from ..common.head_groups import Pair, pairs_of, state_shapes, student_gradients
-from ..types import NAMESPACE, AttentionState, Backend, DivergenceKind
+from ..types import NAMESPACE, AttentionDivergenceKind, AttentionState, Backend
 from . import torch_path
 
 MAX_HEAD_DIM = 256
@@ -37,7 +37,7 @@ def attention_divergence(
     student: Sequence[AttentionState],
     teacher: Sequence[AttentionState],
     *,
-    kind: DivergenceKind = "kl",
+    kind: AttentionDivergenceKind = "kl",
     temperature: float = 1.0,
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
@@ -57,7 +57,7 @@ def attention_divergence(
 
     * "kl": `sum p_t (log p_t - log p_s)`; "reverse_kl": `sum p_s (log p_s - log p_t)`
     * "js": half of both KL divergences from the even mixture of `p_s` and `p_t`
-    * "mse": `sum (p_s - p_t)^2`; "cosine": `1 - cos(p_s, p_t)`
+    * "mse": `sum (p_s - p_t)^2`, a sum over keys, not a mean; "cosine": `1 - cos(p_s, p_t)`
     * "cross_entropy": `-sum p_t log p_s`
 
     There is no factor of `temperature ** 2`; multiply the loss by it where gradients should not
@@ -96,7 +96,7 @@ def attention_divergence(
     check_caps_and_sinks(student, teacher)
     batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
-    check_choice("kind", kind, get_args(DivergenceKind))
+    check_choice("kind", kind, get_args(AttentionDivergenceKind))
     check_temperature(temperature)
     _check_window(window)
     check_mask("key_mask", key_mask, batch, tokens, device)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import check_logits, check_options, resolve_backend
 from ..common.autograd import accumulator, inverse
-from ..types import NAMESPACE, Backend, LogitsHead, LogitsKind
+from ..types import NAMESPACE, Backend, LogitsDivergenceKind, LogitsHead
 from . import torch_path
 from .torch_path import Divergence, Gradients
 
@@ -23,7 +23,7 @@ def logits_divergence(
     student: LogitsHead | Tensor,
     teacher: LogitsHead | Tensor,
     *,
-    kind: LogitsKind = "kl",
+    kind: LogitsDivergenceKind = "kl",
     temperature: float = 1.0,
     scale_by_temperature: bool = False,
     beta: float = 0.5,
@@ -43,8 +43,8 @@ def logits_divergence(
       `js / beta` tends, and 1 "reverse_kl", to which `js / (1 - beta)` tends;
     * "skew_kl": `KL(t|m)`, `m = skew t + (1 - skew) p` (DistiLLM, arXiv 2402.03898, section 3.1),
       which is "kl" where `skew` is 0;
-    * "soft_ce": `-sum t log p` (TinyBERT, arXiv 1909.10351, eq. 10);
-    * "mse": mean over the vocabulary of the squared difference of raw logits.
+    * "cross_entropy": `-sum t log p` (TinyBERT, arXiv 1909.10351, eq. 10);
+    * "mse": the squared difference of raw logits, a mean over the vocabulary, not a sum.
 
     Args:
         student: A `LogitsHead` or logits `[batch, tokens, vocab]` or `[rows, vocab]`, finite, in

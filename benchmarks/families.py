@@ -47,7 +47,7 @@ TOKENS = 20
 SOURCES = (2, 4)
 _ATTENTION = ("score_mse", "kl", "reverse_kl", "js", "mse", "cosine", "cross_entropy")
 _HIDDEN = ("mse", "normalized_mse", "cosine")
-_LOGITS = ("kl", "reverse_kl", "js", "skew_kl", "mse", "soft_ce")
+_LOGITS = ("kl", "reverse_kl", "js", "skew_kl", "mse", "cross_entropy")
 
 
 class Broken(AssertionError):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import get_args
 
 import torch
+from fastkd_kernels import AttentionDivergenceKind
 from fastkd_kernels.attention_divergence.triton_kernels import (
     key_slopes,
     query_slopes,
@@ -15,7 +16,6 @@ from fastkd_kernels.attention_divergence.triton_path import (
     divergence_launch,
     forward_types,
 )
-from fastkd_kernels.types import DivergenceKind
 
 from benchmarks.machine_code import POINTERS, Job
 from benchmarks.workloads import ATTENTION, AttentionWorkload
@@ -46,7 +46,7 @@ def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
     }
     sink = {"SINK": form.get("SINK", False)}
     launched = {"capped": shared["STUDENT_CAP"] or shared["TEACHER_CAP"], "sunk": sink["SINK"]}
-    for kind in get_args(DivergenceKind):
+    for kind in get_args(AttentionDivergenceKind):
         launch = divergence_launch("rows", kind, work.dims, dtypes, on, **launched)
         types = forward_types(*dtypes, kind)
         constants = {**shared, **launch.constants, **types, **sink, "WRITE_STATS": True}

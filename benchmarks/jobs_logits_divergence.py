@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 import torch
+from fastkd_kernels import LogitsDivergenceKind
 from fastkd_kernels.common.tl_types import TYPES
 from fastkd_kernels.logits_divergence.triton_kernels import logits_rows, matrix_product
 from fastkd_kernels.logits_divergence.triton_path import (
@@ -12,7 +13,6 @@ from fastkd_kernels.logits_divergence.triton_path import (
     row_launch,
     small,
 )
-from fastkd_kernels.types import LogitsKind
 
 from benchmarks.machine_code import POINTERS, Job
 from benchmarks.workloads import LOGITS, LogitsWorkload
@@ -47,12 +47,13 @@ def jobs(work: LogitsWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
     pointers = {name: "*fp32" for name in floats}
     pointers |= {"labels": "*i64", "gradient": POINTERS[dtype]}
     # the gradient is the larger program; without it, one kind stands for all
-    for kind, store in (*((kind, True) for kind in get_args(LogitsKind)), ("js", False)):
+    for kind, store in (*((kind, True) for kind in get_args(LogitsDivergenceKind)), ("js", False)):
         constants = {
             **launch.constants,
             "SUM_TYPE": TYPES[torch.float32],
             "KIND": kind,
             "SMALL": small(torch.float32),
+            "EVEN": kind == "js",
             "OWN_STORED": True,
             "TARGET_STORED": True,
             "HAS_MASK": True,

@@ -8,8 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from fastkd_kernels import attention_divergence, reference
-from fastkd_kernels.types import DivergenceKind
+from fastkd_kernels import AttentionDivergenceKind, attention_divergence, reference
 from kernel_cases import errors, leaves_of
 
 from benchmarks import costs
@@ -22,7 +21,7 @@ MANY_PAIRS = ("minilm-6-to-3-128",)
 EVERY_KIND = ("bert-base-to-tinybert-4-512", "minilm-6-to-3-512", "llama-like-1024")
 
 
-@pytest.mark.parametrize("kind", get_args(DivergenceKind))
+@pytest.mark.parametrize("kind", get_args(AttentionDivergenceKind))
 @pytest.mark.parametrize("case", cases(ATTENTION.values(), many=MANY_PAIRS))
 def test_attention_divergence(case: Case, kind: Any, compare: Callable[..., Any]) -> None:
     work, on_cpu = case.work, case.device == "cpu"

@@ -25,11 +25,11 @@ from fastkd_kernels import (
     AttentionState,
     attention_divergence,
     attention_score_mse,
-    head_groups,
     reference,
     relation_divergence,
 )
 from fastkd_kernels.attention_divergence.reference import log_probabilities, visible_keys
+from fastkd_kernels.common import head_groups
 from kernel_cases import attention_states, errors, loss_and_gradients, masks, peak_bytes
 from torch import Tensor
 from transformers.models.gemma2 import modeling_gemma2

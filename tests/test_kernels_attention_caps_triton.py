@@ -36,7 +36,6 @@ EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 EVERY_FORM = pytest.mark.parametrize("form", FORMS)
 BACKENDS = ["torch"] if GPU else ["torch", "triton"]
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
-OPS = {"torch": "attention_divergence_one_sweep", "triton": "attention_divergence_stream"}
 
 
 @pytest.fixture(autouse=True)
@@ -295,17 +294,19 @@ def test_opcheck(need_grad: bool, form: str, backend: str) -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     if backend == "torch":
         tests += ("test_aot_dispatch_static",)
-    op = getattr(torch.ops.fastkd_kernels, OPS[backend])
-    torch.library.opcheck(op.default, arguments("js", need_grad, form), test_utils=tests)
+    op = torch.ops.fastkd_kernels.attention_divergence
+    torch.library.opcheck(
+        op.default, (*arguments("js", need_grad, form), backend), test_utils=tests
+    )
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs the interpreter")
 @EVERY_FORM
 def test_opcheck_of_the_backward(form: str) -> None:
     ops, given = torch.ops.fastkd_kernels, arguments("js", False, form)
-    stats = ops.attention_divergence_stream(*given[:-1], True)[1]
+    stats = ops.attention_divergence(*given[:-1], True, "triton")[1]
     backward = (torch.ones(2), stats, *given[:8], *given[9:16])
-    torch.library.opcheck(ops.attention_divergence_stream_backward.default, backward)
+    torch.library.opcheck(ops.attention_divergence_backward.default, backward)
 
 
 def losses(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "triton"] if not torch.cuda.is_available() else ["torch"]
-OPS = {"torch": "attention_divergence_one_sweep", "triton": "attention_divergence_stream"}
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -37,16 +36,16 @@ def test_opcheck(kind: str, need_grad: bool, backend: str) -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     if backend == "torch":
         tests += ("test_aot_dispatch_static",)
-    op = getattr(torch.ops.fastkd_kernels, OPS[backend])
-    torch.library.opcheck(op.default, arguments(kind, need_grad), test_utils=tests)
+    op = torch.ops.fastkd_kernels.attention_divergence
+    torch.library.opcheck(op.default, (*arguments(kind, need_grad), backend), test_utils=tests)
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs the interpreter")
 def test_opcheck_of_the_backward() -> None:
     ops, given = torch.ops.fastkd_kernels, arguments("js", False)
-    stats = ops.attention_divergence_stream(*given[:-1], True)[1]
+    stats = ops.attention_divergence(*given[:-1], True, "triton")[1]
     backward = (torch.ones(2), stats, *given[:8], *given[9:16])
-    torch.library.opcheck(ops.attention_divergence_stream_backward.default, backward)
+    torch.library.opcheck(ops.attention_divergence_backward.default, backward)
 
 
 def losses(query: Tensor, key: Tensor, value: Tensor, states: Any, mask: Tensor, on: Any) -> Tensor:

@@ -107,7 +107,9 @@ def test_public_names() -> None:
     import fastkd_kernels
 
     assert fastkd_kernels.__all__ == [
+        "AttentionDivergenceKind",
         "AttentionState",
+        "LogitsDivergenceKind",
         "LogitsHead",
         "attention_divergence",
         "attention_score_mse",

@@ -293,7 +293,7 @@ def renamed(folder: Path, target: str, names: dict[int, str], *, swap: bool) -> 
 def test_a_teacher_of_another_order_teaches_the_task(taught: Path) -> None:
     teacher = {"model": renamed(taught, "swapped", {0: "YES", 1: "No"}, swap=True)}
     train = {"steps": 40, "learning_rate": 5e-3}
-    losses = {"logits": {"kind": "soft_ce"}}
+    losses = {"logits": {"kind": "cross_entropy"}}
     recipe = write_recipe(taught, "student", teacher=teacher, train=train, losses=losses)
     said = run_whole("distill", recipe)
     summary = summary_of(taught / "student")

@@ -158,7 +158,7 @@ STAGES = [
         "losses": {"attention": {}, "hidden": {}, "embedding": {}},
         "train": {"epochs": 1 / 6, "learning_rate": 2e-3},
     },
-    {"losses": {"logits": {"kind": "soft_ce"}}, "train": {"steps": 3}},
+    {"losses": {"logits": {"kind": "cross_entropy"}}, "train": {"steps": 3}},
 ]
 
 

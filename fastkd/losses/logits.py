@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Self
 
-from fastkd_kernels import logits_divergence
-from pydantic import Field, model_validator
+from fastkd_kernels import LogitsDivergenceKind, logits_divergence
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from fastkd.errors import UserError
@@ -21,6 +21,11 @@ from fastkd.types import Head
 LEAST_SHARE = 1e-4
 
 
+def _one_word(kind: object) -> object:
+    # what recipes called it before attention and logits had one word for it
+    return "cross_entropy" if kind == "soft_ce" else kind
+
+
 @register_loss("logits")
 class LogitsLoss(SoftLoss):
     """Divergence of the outputs of the models' heads (Hinton et al., arXiv 1503.02531; TinyBERT,
@@ -29,7 +34,7 @@ class LogitsLoss(SoftLoss):
     class Config(LossConfig):
         """Outputs of the heads."""
 
-        kind: Literal["kl", "reverse_kl", "js", "skew_kl", "mse", "soft_ce"] = "kl"
+        kind: Annotated[LogitsDivergenceKind, BeforeValidator(_one_word)] = "kl"
         """Divergence of the probabilities, or the squared difference of the logits."""
         temperature: Temperature = 1.0
         """What both models' logits are divided by; `mse` compares raw logits."""

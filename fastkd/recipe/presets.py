@@ -75,7 +75,7 @@ def pkd_skip() -> Tree:
         "layer_map": "skip",
         "losses": {
             "labels": {"weight": 0.5},
-            "logits": {"kind": "soft_ce", "temperature": 10.0, "weight": 0.5},
+            "logits": {"kind": "cross_entropy", "temperature": 10.0, "weight": 0.5},
             "hidden": {"kind": "normalized_mse", "tokens": "cls", "weight": 100.0},
         },
     }
@@ -143,7 +143,7 @@ def bert_emd() -> Tree:
             "attention": {"kind": "score_mse", "weight": 1.0},
             "hidden": {"kind": "mse", "weight": 1.0},
             "embedding": {"kind": "mse", "weight": 1.0},
-            "logits": {"kind": "soft_ce", "weight": 1.0},
+            "logits": {"kind": "cross_entropy", "weight": 1.0},
         },
     }
 
@@ -157,7 +157,7 @@ def alp_kd() -> Tree:
         "layer_map": {"kind": "attention", "temperature": 1.0},
         "losses": {
             "hidden": {"kind": "mse", "tokens": "cls", "weight": 1.0},
-            "logits": {"kind": "soft_ce", "weight": 1.0},
+            "logits": {"kind": "cross_entropy", "weight": 1.0},
             "labels": {"weight": 1.0},
         },
     }

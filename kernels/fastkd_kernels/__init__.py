@@ -5,10 +5,17 @@ from .attention_divergence.relation import relation_divergence
 from .attention_score_mse.op import attention_score_mse
 from .hidden.op import hidden_cosine, hidden_mse, hidden_normalized_mse
 from .logits_divergence.op import logits_divergence
-from .types import AttentionState, LogitsHead
+from .types import (
+    AttentionDivergenceKind,
+    AttentionState,
+    LogitsDivergenceKind,
+    LogitsHead,
+)
 
 __all__ = [
+    "AttentionDivergenceKind",
     "AttentionState",
+    "LogitsDivergenceKind",
     "LogitsHead",
     "attention_divergence",
     "attention_score_mse",

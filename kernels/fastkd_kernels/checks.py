@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .common.autograd import accumulator
 from .common.launch import triton_interprets
-from .types import AttentionState, Backend, LogitsHead, LogitsKind, Reduction, Tokens
+from .types import AttentionState, Backend, LogitsDivergenceKind, LogitsHead, Reduction, Tokens
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -346,7 +346,7 @@ def _check_trained(
 
 
 def check_options(kind: str, temperature: float, beta: float, skew: float) -> None:
-    check_choice("kind", kind, get_args(LogitsKind))
+    check_choice("kind", kind, get_args(LogitsDivergenceKind))
     check_temperature(temperature)
     if kind == "mse" and temperature != 1.0:
         raise ValueError(

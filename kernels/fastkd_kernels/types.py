@@ -9,9 +9,11 @@ Reduction = Literal["valid", "tinybert"]
 Backend = Literal["auto", "torch", "triton"]
 Tokens = Literal["all", "cls"]
 Algorithm = Literal["auto", "tiles", "gram"]
-DivergenceKind = Literal["kl", "reverse_kl", "js", "mse", "cross_entropy", "cosine"]
+AttentionDivergenceKind = Literal["kl", "reverse_kl", "js", "mse", "cross_entropy", "cosine"]
+"""What compares the attention probabilities of a row; "mse" is a sum over keys."""
+LogitsDivergenceKind = Literal["kl", "reverse_kl", "js", "skew_kl", "mse", "cross_entropy"]
+"""What compares the logits of a row; "mse" is of raw logits, and a mean over the vocabulary."""
 Relation = Literal["qq", "kk", "vv", "qk"]
-LogitsKind = Literal["kl", "reverse_kl", "js", "skew_kl", "mse", "soft_ce"]
 
 # our ops' place in torch.ops: the package's name, so that a copy loaded under another (as Hugging
 # Face's kernels does) brings its own

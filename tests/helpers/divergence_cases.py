@@ -5,8 +5,7 @@ from typing import Any, get_args
 
 import torch
 from conditioning import Define
-from fastkd_kernels import AttentionState, attention_divergence, reference
-from fastkd_kernels.types import DivergenceKind
+from fastkd_kernels import AttentionDivergenceKind, AttentionState, attention_divergence, reference
 from kernel_cases import (
     attention_states,
     cast,
@@ -18,7 +17,7 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-KINDS = get_args(DivergenceKind)
+KINDS = get_args(AttentionDivergenceKind)
 
 States = tuple[list[AttentionState], list[AttentionState]]
 

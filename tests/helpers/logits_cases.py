@@ -6,12 +6,11 @@ from typing import Any, get_args
 
 import torch
 from conditioning import Change, check_rounding
-from fastkd_kernels import LogitsHead, logits_divergence, reference
-from fastkd_kernels.types import LogitsKind
+from fastkd_kernels import LogitsDivergenceKind, LogitsHead, logits_divergence, reference
 from kernel_cases import relative_error
 from torch import Tensor
 
-KINDS: tuple[str, ...] = get_args(LogitsKind)
+KINDS: tuple[str, ...] = get_args(LogitsDivergenceKind)
 # student and teacher
 FORMS = [("head", "head"), ("head", "logits"), ("logits", "head"), ("logits", "logits")]
 

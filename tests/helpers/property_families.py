@@ -8,15 +8,13 @@ from random import Random
 from typing import Any, get_args
 
 import torch
-from fastkd_kernels import AttentionState, LogitsHead
-from fastkd_kernels.types import DivergenceKind, LogitsKind
+from fastkd_kernels import AttentionDivergenceKind, AttentionState, LogitsDivergenceKind, LogitsHead
 from property_cases import Common, Problem
 from torch import Tensor
 
-KINDS = get_args(DivergenceKind)
-LOGITS_KINDS = get_args(LogitsKind)
+KINDS = get_args(AttentionDivergenceKind)
+LOGITS_KINDS = get_args(LogitsDivergenceKind)
 # their loss is the teacher's entropy where both models agree
-ENTROPIES = ("cross_entropy", "soft_ce")
 
 
 def _interleaved(*columns: Sequence[Tensor]) -> list[Tensor]:

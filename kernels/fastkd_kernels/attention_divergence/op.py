@@ -5,10 +5,10 @@ Rows are reduced while they stream past, as in flash attention (arXiv 2205.14135
 floats a row and forms the tiles again in the backward. The road not taken: keeping the gradients of
 the forward on the GPU too, which would cost more memory traffic than the products.
 
-Of the registered ops "one_sweep" (PyTorch) makes unit gradients in the forward; "stream" (Triton)
-keeps four or five floats a query row, and a backward of its own makes the tiles once more. Both
-take lists over layer pairs of one shape. `window` 0 is none. Soft caps are a list over pairs or
-None, sinks `[pairs, heads]` or None; both come divided by the temperature, as scales do.
+The registered op takes lists over layer pairs of one shape. `window` 0 is none. Soft caps are a
+list over pairs or None, sinks `[pairs, heads]` or None; both come divided by the temperature, as
+scales do. On PyTorch it makes unit gradients in the forward; on Triton it keeps four or five floats
+a query row, and a backward of its own makes the tiles once more.
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ from ..checks import (
     check_temperature,
     resolve_backend,
 )
-from ..common.autograd import accumulator, by_shape, inverse, scaled, value_of
-from ..common.head_groups import Pair, pairs_of, state_shapes, student_gradients
-from ..types import NAMESPACE, AttentionState, Backend, DivergenceKind
+from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled, value_of
+from ..common.head_groups import Pair, pairs_of, state_shapes
+from ..types import AttentionDivergenceKind, AttentionState, Backend
 from . import torch_path
 
 MAX_HEAD_DIM = 256
@@ -37,7 +37,7 @@ def attention_divergence(
     student: Sequence[AttentionState],
     teacher: Sequence[AttentionState],
     *,
-    kind: DivergenceKind = "kl",
+    kind: AttentionDivergenceKind = "kl",
     temperature: float = 1.0,
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
@@ -57,7 +57,7 @@ def attention_divergence(
 
     * "kl": `sum p_t (log p_t - log p_s)`; "reverse_kl": `sum p_s (log p_s - log p_t)`
     * "js": half of both KL divergences from the even mixture of `p_s` and `p_t`
-    * "mse": `sum (p_s - p_t)^2`; "cosine": `1 - cos(p_s, p_t)`
+    * "mse": `sum (p_s - p_t)^2`, a sum over keys, not a mean; "cosine": `1 - cos(p_s, p_t)`
     * "cross_entropy": `-sum p_t log p_s`
 
     There is no factor of `temperature ** 2`; multiply the loss by it where gradients should not
@@ -96,7 +96,7 @@ def attention_divergence(
     check_caps_and_sinks(student, teacher)
     batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
-    check_choice("kind", kind, get_args(DivergenceKind))
+    check_choice("kind", kind, get_args(AttentionDivergenceKind))
     check_temperature(temperature)
     _check_window(window)
     check_mask("key_mask", key_mask, batch, tokens, device)
@@ -119,8 +119,7 @@ def attention_divergence(
             for state in own
             for tensor in (state.query, state.key, state.sinks)
         )
-        op = one_sweep if chosen == "torch" else stream
-        made = op(
+        made = divergence(
             [state.query for state in own],
             [state.key for state in own],
             [state.query for state in target],
@@ -138,6 +137,7 @@ def attention_divergence(
             _stacked_sinks(own, dtype, temperature),
             _stacked_sinks(target, dtype, temperature),
             need_grad,
+            chosen,
         )
         losses: Tensor = made[0]
         return losses
@@ -207,21 +207,7 @@ def _pairs(lists: Sequence[Sequence[Any]], options: Sequence[Any]) -> list[Pair]
     return pairs_of(*lists, *(nothing if option is None else option for option in options))
 
 
-def _sinks_shape(sinks: Tensor | None) -> tuple[int, ...]:
-    return (0,) if sinks is None else tuple(sinks.shape)
-
-
-def _gradients(made: Sequence[Tensor] | None, pairs: int, has_sinks: bool) -> tuple[Any, ...]:
-    """Gradients in the order of the inputs: of queries, keys and, where there are some, sinks."""
-    if made is None:
-        return student_gradients(None, pairs, 13)
-    query, key, sinks = made
-    given = student_gradients((query, key), pairs, 10)
-    return (*given, sinks if has_sinks else None, None, None)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::attention_divergence_one_sweep", mutates_args=())
-def one_sweep(
+def _divergence(
     query: Sequence[Tensor],
     key: Sequence[Tensor],
     target_query: Sequence[Tensor],
@@ -239,129 +225,42 @@ def one_sweep(
     student_sinks: Tensor | None,
     teacher_sinks: Tensor | None,
     need_grad: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses `[pairs]` and stacked unit gradients of the student's queries, keys and sinks."""
+    """Losses `[pairs]` and what the backward needs.
+
+    PyTorch makes stacked unit gradients of the student's queries, keys and sinks; Triton keeps, as
+    the first of the three, statistics of each query row.
+    """
     pairs = _pairs(
         (query, key, target_query, target_key, scale, target_scale),
         (student_softcap, teacher_softcap, student_sinks, teacher_sinks),
     )
-    sums, *units = torch_path.one_sweep(pairs, key_mask, rows, kind, causal, window, need_grad)
-    query_unit, key_unit, sink_unit = units
-    return value_of(sums, inverse_count), query_unit, key_unit, sink_unit
-
-
-@one_sweep.register_fake
-def _one_sweep_fake(
-    query: Sequence[Tensor],
-    key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
-    scale: Sequence[float],
-    target_scale: Sequence[float],
-    key_mask: Tensor | None,
-    rows: Tensor | None,
-    inverse_count: Tensor,
-    kind: str,
-    causal: bool,
-    window: int,
-    student_softcap: Sequence[float] | None,
-    teacher_softcap: Sequence[float] | None,
-    student_sinks: Tensor | None,
-    teacher_sinks: Tensor | None,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pairs = len(query)
-    return (
-        inverse_count.new_empty(pairs),
-        inverse_count.new_empty((pairs, *query[0].shape) if need_grad else (0,)),
-        inverse_count.new_empty((pairs, *key[0].shape) if need_grad else (0,)),
-        inverse_count.new_empty(_sinks_shape(student_sinks) if need_grad else (0,)),
-    )
-
-
-def _one_sweep_save(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> None:
-    ctx.dtype, ctx.pairs, ctx.has_sinks = inputs[0][0].dtype, len(inputs[0]), inputs[14] is not None
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], inputs[8])
-
-
-def _one_sweep_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    if upstream is None:
-        return _gradients(None, ctx.pairs, ctx.has_sinks)
-    query_unit, key_unit, sink_unit, inverse_count = ctx.saved_tensors
-    factor = inverse_count * upstream
-    made = [scaled(query_unit, factor, ctx.dtype), scaled(key_unit, factor, ctx.dtype)]
-    made.append(scaled(sink_unit, factor, sink_unit.dtype) if ctx.has_sinks else sink_unit)
-    return _gradients(made, ctx.pairs, ctx.has_sinks)
-
-
-one_sweep.register_autograd(_one_sweep_gradient, setup_context=_one_sweep_save)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::attention_divergence_stream", mutates_args=())
-def stream(
-    query: Sequence[Tensor],
-    key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
-    scale: Sequence[float],
-    target_scale: Sequence[float],
-    key_mask: Tensor | None,
-    rows: Tensor | None,
-    inverse_count: Tensor,
-    kind: str,
-    causal: bool,
-    window: int,
-    student_softcap: Sequence[float] | None,
-    teacher_softcap: Sequence[float] | None,
-    student_sinks: Tensor | None,
-    teacher_sinks: Tensor | None,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Losses `[pairs]` and what the backward keeps of each query row."""
+    call = (pairs, key_mask, rows, kind, causal, window, need_grad)
+    if backend == "torch":
+        sums, *units = torch_path.one_sweep(*call)
+        return value_of(sums, inverse_count), units[0], units[1], units[2]
     from . import triton_path
 
-    pairs = _pairs(
-        (query, key, target_query, target_key, scale, target_scale),
-        (student_softcap, teacher_softcap, student_sinks, teacher_sinks),
-    )
-    sums, stats = triton_path.stream(pairs, key_mask, rows, kind, causal, window, need_grad)
-    return value_of(sums, inverse_count), stats
+    sums, stats = triton_path.stream(*call)
+    return value_of(sums, inverse_count), stats, sums.new_empty(0), sums.new_empty(0)
 
 
-@stream.register_fake
-def _stream_fake(
-    query: Sequence[Tensor],
-    key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
-    scale: Sequence[float],
-    target_scale: Sequence[float],
-    key_mask: Tensor | None,
-    rows: Tensor | None,
-    inverse_count: Tensor,
-    kind: str,
-    causal: bool,
-    window: int,
-    student_softcap: Sequence[float] | None,
-    teacher_softcap: Sequence[float] | None,
-    student_sinks: Tensor | None,
-    teacher_sinks: Tensor | None,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    from .triton_path import row_stats
+def _fake(given: Named) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pairs, new = len(given.query), given.inverse_count.new_empty
+    nothing: tuple[int, ...] = (0,)
+    made = [nothing] * 3
+    if given.need_grad and given.backend == "torch":
+        made = [(pairs, *of[0].shape) for of in (given.query, given.key)]
+        made.append(nothing if given.student_sinks is None else given.student_sinks.shape)
+    elif given.need_grad:
+        from .triton_path import row_stats
 
-    shape = (len(query), row_stats(kind), *query[0].shape[:3])
-    return (
-        inverse_count.new_empty(len(query)),
-        inverse_count.new_empty(shape if need_grad else (0,)),
-    )
+        made[0] = (pairs, row_stats(given.kind), *given.query[0].shape[:3])
+    return new(pairs), new(made[0]), new(made[1]), new(made[2])
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attention_divergence_stream_backward", mutates_args=())
-def _stream_backward(
+def _backward(
     factor: Tensor,
     stats: Tensor,
     query: Sequence[Tensor],
@@ -390,65 +289,36 @@ def _stream_backward(
     return triton_path.stream_backward(factor, stats, pairs, key_mask, rows, kind, causal, window)
 
 
-@_stream_backward.register_fake
-def _stream_backward_fake(
-    factor: Tensor,
-    stats: Tensor,
-    query: Sequence[Tensor],
-    key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
-    scale: Sequence[float],
-    target_scale: Sequence[float],
-    key_mask: Tensor | None,
-    rows: Tensor | None,
-    kind: str,
-    causal: bool,
-    window: int,
-    student_softcap: Sequence[float] | None,
-    teacher_softcap: Sequence[float] | None,
-    student_sinks: Tensor | None,
-    teacher_sinks: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    pairs = len(query)
-    return (
-        query[0].new_empty((pairs, *query[0].shape)),
-        key[0].new_empty((pairs, *key[0].shape)),
-        factor.new_empty(_sinks_shape(student_sinks)),
-    )
+def _backward_fake(given: Named) -> tuple[Tensor, Tensor, Tensor]:
+    pairs, sinks = len(given.query), given.student_sinks
+    query, key = (of[0].new_empty((pairs, *of[0].shape)) for of in (given.query, given.key))
+    return query, key, given.factor.new_empty((0,) if sinks is None else sinks.shape)
 
 
-def _stream_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, target_query, target_key, ctx.scale, ctx.target_scale = inputs[:6]
-    key_mask, rows, inverse_count, ctx.kind, ctx.causal, ctx.window = inputs[6:12]
-    ctx.student_softcap, ctx.teacher_softcap, *sinks = inputs[12:16]
-    ctx.set_materialize_grads(False)
-    lists = (*query, *key, *target_query, *target_key)
-    ctx.save_for_backward(output[1], inverse_count, key_mask, rows, *sinks, *lists)
+_registered_backward = register("attention_divergence_backward", _backward, _backward_fake)
 
 
-def _stream_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    pairs = len(ctx.scale)
-    if upstream is None:
-        return _gradients(None, pairs, has_sinks=False)
-    stats, inverse_count, key_mask, rows, *sinks = ctx.saved_tensors[:6]
-    tensors = ctx.saved_tensors[6:]
-    made = _stream_backward(
-        inverse_count * upstream,
-        stats,
-        *(tensors[start : start + pairs] for start in range(0, 4 * pairs, pairs)),
-        ctx.scale,
-        ctx.target_scale,
-        key_mask,
-        rows,
-        ctx.kind,
-        ctx.causal,
-        ctx.window,
-        ctx.student_softcap,
-        ctx.teacher_softcap,
-        *sinks,
-    )
-    return _gradients(made, pairs, sinks[0] is not None)
+def _keep(given: Named, made: tuple[Tensor, ...]) -> dict[str, Any]:
+    inputs = dict(vars(given))
+    if given.backend == "triton":
+        left_out = ("need_grad", "backend")
+        return {"stats": made[1], **{word: inputs[word] for word in inputs if word not in left_out}}
+    kept = {word: inputs[word] for word in ("inverse_count", "student_sinks")}
+    return kept | {"stats": None, "units": made[1:], "dtype": given.query[0].dtype}
 
 
-stream.register_autograd(_stream_gradient, setup_context=_stream_save)
+def _gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
+    """Of queries, keys and, where there are some, sinks."""
+    inputs = vars(kept)
+    factor = inputs.pop("inverse_count") * upstream
+    has_sinks = kept.student_sinks is not None
+    if kept.stats is not None:
+        query, key, sinks = _registered_backward(factor, **inputs)
+    else:
+        query, key, sinks = kept.units
+        query, key = (scaled(unit, factor, kept.dtype) for unit in (query, key))
+        sinks = scaled(sinks, factor, sinks.dtype) if has_sinks else sinks
+    return {"query": query, "key": key} | ({"student_sinks": sinks} if has_sinks else {})
+
+
+divergence = register("attention_divergence", _divergence, _fake, _keep, _gradient)

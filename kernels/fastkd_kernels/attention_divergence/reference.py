@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from ..attention_score_mse.reference import attention_scores
-from ..types import AttentionState, DivergenceKind, Relation
+from ..common.reference import row_divergence
+from ..types import AttentionDivergenceKind, AttentionState, Relation
 
 
 def attention_divergence(
     student: Sequence[AttentionState],
     teacher: Sequence[AttentionState],
     *,
-    kind: DivergenceKind = "kl",
+    kind: AttentionDivergenceKind = "kl",
     temperature: float = 1.0,
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
@@ -32,14 +33,7 @@ def attention_divergence(
         log_p, log_t = (
             log_probabilities(state, seen, temperature) for state in (student_state, teacher_state)
         )
-        # a hidden key has probability 0, and 0 log 0 is 0
-        values = row_divergence(
-            log_p.exp(),
-            log_t.exp(),
-            log_p.masked_fill(log_p == -torch.inf, 0),
-            log_t.masked_fill(log_t == -torch.inf, 0),
-            kind,
-        )
+        values = row_divergence(log_p, log_t, kind)
         dtype = torch.promote_types(values.dtype, torch.float32)
         count = rows.sum().clamp(min=1) * values.shape[1]
         losses.append(values.masked_fill(~rows, 0.0).sum(dtype=dtype) / count)
@@ -78,32 +72,13 @@ def visible_keys(
     return visible if key_mask is None else visible & key_mask[:, None, None, :]
 
 
-def row_divergence(p: Tensor, t: Tensor, log_p: Tensor, log_t: Tensor, kind: str) -> Tensor:
-    """Divergence `[...]` of student `p` from teacher `t`, distributions over the last dimension."""
-    if kind == "kl":
-        return (t * (log_t - log_p)).sum(-1)
-    if kind == "reverse_kl":
-        return (p * (log_p - log_t)).sum(-1)
-    if kind == "js":
-        # a key that both leave out has a mixture of 0
-        log_m = ((p + t) / 2).clamp(min=torch.finfo(p.dtype).tiny).log()
-        return ((t * (log_t - log_m)).sum(-1) + (p * (log_p - log_m)).sum(-1)) / 2
-    if kind == "mse":
-        return (p - t).square().sum(-1)
-    if kind == "cross_entropy":
-        return -(t * log_p).sum(-1)
-    if kind == "cosine":
-        return 1 - torch.cosine_similarity(p, t, dim=-1)
-    raise ValueError(f"kind={kind!r} has no definition")
-
-
 def relation_divergence(
     student: Sequence[AttentionState],
     teacher: Sequence[AttentionState],
     *,
     relation: Relation = "vv",
     relation_heads: int,
-    kind: DivergenceKind = "kl",
+    kind: AttentionDivergenceKind = "kl",
     temperature: float = 1.0,
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,

@@ -11,7 +11,7 @@ from typing import get_args
 from torch import Tensor
 
 from ..checks import check_choice, check_frozen, check_pairs, check_tensor
-from ..types import AttentionState, Backend, DivergenceKind, Relation
+from ..types import AttentionDivergenceKind, AttentionState, Backend, Relation
 from .op import attention_divergence
 
 _FIELDS = {"q": "query", "k": "key", "v": "value"}
@@ -23,7 +23,7 @@ def relation_divergence(
     *,
     relation: Relation = "vv",
     relation_heads: int,
-    kind: DivergenceKind = "kl",
+    kind: AttentionDivergenceKind = "kl",
     temperature: float = 1.0,
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.autograd import accumulator
-from ..common.divergences import cap_scores, row_divergence
+from ..common.divergences import row_divergence
 from ..common.head_groups import (
     Group,
     Pair,
@@ -112,9 +112,9 @@ def _group_sweep(
         targets = (target * pair.target_scale) @ target_key[:, first:last].mT
         cap_slope = None
         if pair.student_softcap is not None:
-            cap_slope = cap_scores(scores, pair.student_softcap, need_slope=outs is not None)
+            cap_slope = _cap_scores(scores, pair.student_softcap, need_slope=outs is not None)
         if pair.teacher_softcap is not None:
-            cap_scores(targets, pair.teacher_softcap, need_slope=False)
+            _cap_scores(targets, pair.teacher_softcap, need_slope=False)
         for tile in (scores, targets):
             _hide(tile, hidden_keys, (start, stop, first, last), causal, window, low)
         if sinks is not None:
@@ -122,7 +122,7 @@ def _group_sweep(
                 _with_sinks(tile, column)
                 for tile, column in zip((scores, targets), sinks, strict=True)
             )
-        values, slope = row_divergence(scores, targets, kind)
+        values, slope = row_divergence(scores, targets, kind, exact=False)
         values = values.view(count, repeat, stop - start)
         if invalid is not None:
             skipped = invalid.view(count, repeat, tokens)[:, :, start:stop]
@@ -145,6 +145,15 @@ def _group_sweep(
         # and their queries are 0
         outs[1][:, first:last].baddbmm_(slope.mT, own)
     return total
+
+
+def _cap_scores(scores: Tensor, softcap: float, *, need_slope: bool) -> Tensor | None:
+    """`softcap * tanh(scores / softcap)` in place of the scores; its derivative if needed."""
+    scores.div_(softcap)
+    # 1 / cosh^2, because 1 - tanh^2 has no digits left where the cap is reached
+    slope = scores.cosh().square_().reciprocal_() if need_slope else None
+    scores.tanh_().mul_(softcap)
+    return slope
 
 
 def _with_sinks(tile: Tensor, sinks: Tensor) -> Tensor:

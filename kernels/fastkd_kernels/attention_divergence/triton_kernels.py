@@ -41,12 +41,28 @@ from ..common.divergences_jit import (
     add_expectation,
     add_two_sums,
     divergence_of,
+    divergence_slopes,
+    divergence_terms,
     log_sum,
-    row_slopes,
-    row_terms,
     shift_of,
     state_of_sink,
 )
+
+
+@triton.jit
+def row_terms(log_p, log_t, seen, KIND: tl.constexpr):
+    """Parts of the value and of the row constant, summed over the keys of one tile."""
+    log_p, log_t = tl.where(seen, log_p, 0.0), tl.where(seen, log_t, 0.0)
+    value, weighted, _, _ = divergence_terms(log_p, log_t, (0.5, 0.5), KIND, 0, True)
+    return tl.sum(tl.where(seen, value, 0.0), 1), tl.sum(tl.where(seen, weighted, 0.0), 1)
+
+
+@triton.jit
+def row_slopes(log_p, log_t, constant, seen, KIND: tl.constexpr):
+    """`dL/da` of a tile, of either orientation; 0 where a key is hidden."""
+    log_p, log_t = tl.where(seen, log_p, 0.0), tl.where(seen, log_t, 0.0)
+    _, _, point, p = divergence_terms(log_p, log_t, (0.5, 0.5), KIND, 0, True)
+    return tl.where(seen, divergence_slopes(p, point, constant, (0.5, 0.5), KIND), 0.0)
 
 
 @triton.jit

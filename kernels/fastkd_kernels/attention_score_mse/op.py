@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_mask, check_reduction, resolve_backend
-from ..common.autograd import accumulator, by_shape, inverse, scaled, value_of
-from ..common.head_groups import pairs_of, state_shapes, student_gradients
+from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled, value_of
+from ..common.head_groups import pairs_of, state_shapes
 from ..types import (
-    NAMESPACE,
     Algorithm,
     AttentionState,
     Backend,
@@ -184,8 +183,7 @@ def _path(backend: str) -> Any:
     return triton_path
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attention_score_mse_gram", mutates_args=())
-def gram(
+def _gram(
     query: Sequence[Tensor],
     key: Sequence[Tensor],
     target_query: Sequence[Tensor],
@@ -203,31 +201,15 @@ def gram(
     return value_of(squares, inverse_count), to_query, to_key
 
 
-@gram.register_fake
-def _gram_fake(
-    query: Sequence[Tensor],
-    key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
-    scale: Sequence[float],
-    target_scale: Sequence[float],
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-    inverse_count: Tensor,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gram_fake(given: Named) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, new = given.query, given.key, given.inverse_count.new_empty
     batch, _, _, dim = query[0].shape
-    groups = math.lcm(key[0].shape[1], target_key[0].shape[1])
-    shape = (len(query), batch, groups, dim + target_query[0].shape[-1], dim)
-    made = shape if need_grad else (0,)
-    return (
-        inverse_count.new_empty(len(query)),
-        inverse_count.new_empty(made),
-        inverse_count.new_empty(made),
-    )
+    groups = math.lcm(key[0].shape[1], given.target_key[0].shape[1])
+    shape = (len(query), batch, groups, dim + given.target_query[0].shape[-1], dim)
+    made = shape if given.need_grad else (0,)
+    return new(len(query)), new(made), new(made)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attention_score_mse_gram_backward", mutates_args=())
 def _gram_backward(
     factor: Tensor,
     to_query: Tensor,
@@ -249,60 +231,33 @@ def _gram_backward(
     return query_grad, key_grad
 
 
-@_gram_backward.register_fake
-def _gram_backward_fake(
-    factor: Tensor,
-    to_query: Tensor,
-    to_key: Tensor,
-    query: Sequence[Tensor],
-    key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
-    scale: Sequence[float],
-    target_scale: Sequence[float],
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    pairs = len(query)
-    return (
-        torch.empty((pairs, *query[0].shape), dtype=query[0].dtype, device=query[0].device),
-        torch.empty((pairs, *key[0].shape), dtype=key[0].dtype, device=key[0].device),
-    )
+def _gram_backward_fake(given: Named) -> tuple[Tensor, Tensor]:
+    pairs = len(given.query)
+    query, key = (of[0].new_empty((pairs, *of[0].shape)) for of in (given.query, given.key))
+    return query, key
 
 
-def _gram_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, target_query, target_key, ctx.scale, ctx.target_scale = inputs[:6]
-    key_mask, query_mask, inverse_count, _ = inputs[6:]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        *output[1:], inverse_count, key_mask, query_mask, *query, *key, *target_query, *target_key
-    )
+_registered_gram_backward = register(
+    "attention_score_mse_gram_backward", _gram_backward, _gram_backward_fake
+)
 
 
-def _gram_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    if upstream is None:
-        return student_gradients(None, len(ctx.scale), 6)
-    to_query, to_key, inverse_count, key_mask, query_mask, *tensors = ctx.saved_tensors
-    pairs = len(tensors) // 4
-    lists = [tensors[start : start + pairs] for start in range(0, 4 * pairs, pairs)]
-    query_grad, key_grad = _gram_backward(
-        2.0 * inverse_count * upstream,
-        to_query,
-        to_key,
-        *lists,
-        ctx.scale,
-        ctx.target_scale,
-        key_mask,
-        query_mask,
-    )
-    return student_gradients((query_grad, key_grad), len(ctx.scale), 6)
+def _gram_keep(given: Named, made: tuple[Tensor, ...]) -> dict[str, Any]:
+    inputs = {word: value for word, value in vars(given).items() if word != "need_grad"}
+    return {"to_query": made[1], "to_key": made[2], **inputs}
 
 
-gram.register_autograd(_gram_gradient, setup_context=_gram_save)
+def _gram_gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
+    inputs = vars(kept)
+    inverse_count = inputs.pop("inverse_count")
+    query, key = _registered_gram_backward(2.0 * inverse_count * upstream, **inputs)
+    return {"query": query, "key": key}
 
 
-@torch.library.custom_op(f"{NAMESPACE}::attention_score_mse_one_pass", mutates_args=())
-def one_pass(
+gram = register("attention_score_mse_gram", _gram, _gram_fake, _gram_keep, _gram_gradient)
+
+
+def _one_pass(
     query: Sequence[Tensor],
     key: Sequence[Tensor],
     target_query: Sequence[Tensor],
@@ -325,46 +280,23 @@ def one_pass(
     return value_of(squares, inverse_count), query_unit, key_unit
 
 
-@one_pass.register_fake
-def _one_pass_fake(
-    query: Sequence[Tensor],
-    key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
-    scale: Sequence[float],
-    target_scale: Sequence[float],
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-    inverse_count: Tensor,
-    causal: bool,
-    algorithm: str,
-    need_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    pairs = len(query)
-    return (
-        inverse_count.new_empty(pairs),
-        inverse_count.new_empty((pairs, *query[0].shape) if need_grad else (0,)),
-        inverse_count.new_empty((pairs, *key[0].shape) if need_grad else (0,)),
-    )
+def _one_pass_fake(given: Named) -> tuple[Tensor, Tensor, Tensor]:
+    pairs, new = len(given.query), given.inverse_count.new_empty
+    shapes = [(pairs, *of[0].shape) if given.need_grad else (0,) for of in (given.query, given.key)]
+    return new(pairs), new(shapes[0]), new(shapes[1])
 
 
-def _one_pass_save(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    ctx.dtype, ctx.pairs = inputs[0][0].dtype, len(inputs[0])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], inputs[8])
+def _one_pass_keep(given: Named, made: tuple[Tensor, ...]) -> dict[str, Any]:
+    units = {"query": made[1], "key": made[2]}
+    return units | {"inverse_count": given.inverse_count, "dtype": given.query[0].dtype}
 
 
-def _one_pass_gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    if upstream is None:
-        return student_gradients(None, ctx.pairs, 9)
-    query_unit, key_unit, inverse_count = ctx.saved_tensors
-    factor = 2.0 * inverse_count * upstream
-    query_grad = scaled(query_unit, factor, ctx.dtype)
-    key_grad = scaled(key_unit, factor, ctx.dtype)
-    return student_gradients((query_grad, key_grad), ctx.pairs, 9)
+def _one_pass_gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
+    factor = 2.0 * kept.inverse_count * upstream
+    units = {"query": kept.query, "key": kept.key}
+    return {word: scaled(unit, factor, kept.dtype) for word, unit in units.items()}
 
 
-one_pass.register_autograd(_one_pass_gradient, setup_context=_one_pass_save)
+one_pass = register(
+    "attention_score_mse_one_pass", _one_pass, _one_pass_fake, _one_pass_keep, _one_pass_gradient
+)

@@ -1,13 +1,83 @@
-"""What every op shares around its kernels: divisors on the device, unit gradients, shape groups.
+"""What every op shares around its kernels: registration, divisors, unit gradients, shape groups.
 
 A unit gradient is the gradient of the undivided sum over two, in fp32, made in the forward pass;
 the backward multiplies it by `2 * upstream / count` on the device.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from inspect import signature
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..types import NAMESPACE
+
+# arguments of a call, or what its backward needs of it, by name
+Named = SimpleNamespace
+
+
+def register(
+    name: str,
+    forward: Callable[..., Any],
+    fake: Callable[[Named], Any],
+    keep: Callable[[Named, tuple[Tensor, ...]], Mapping[str, Any]] | None = None,
+    gradient: Callable[[Named, Tensor], Mapping[str, Any]] | None = None,
+) -> Any:
+    """`forward` as an op of torch, whose annotated arguments are the schema: it stands once.
+
+    `fake` makes empty outputs from the arguments by name. The first output is the losses; no other
+    has a gradient. `keep` names what the backward needs of arguments and outputs (tensors, lists of
+    tensors, plain values). From that and the losses' upstream gradient, `gradient` makes those of
+    arguments, by name: a list of tensors may get one tensor, stacked. What it leaves out gets none.
+    """
+    names = tuple(signature(forward).parameters)
+
+    def named(arguments: Sequence[Any]) -> Named:
+        return Named(**dict(zip(names, arguments, strict=True)))
+
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=())
+    op.register_fake(lambda *arguments: fake(named(arguments)))
+    if keep is None or gradient is None:
+        return op
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.counts = [len(value) if _is_list(value) else None for value in inputs]
+        ctx.set_materialize_grads(False)
+        tensors: list[Tensor | None] = []
+        ctx.kept = {}
+        for word, value in keep(named(inputs), output).items():
+            if isinstance(value, Tensor) or _is_list(value):
+                start = len(tensors)
+                tensors += value if _is_list(value) else [value]
+                ctx.kept[word] = slice(start, len(tensors)) if _is_list(value) else start
+            else:
+                ctx.kept[word] = (value,)
+        ctx.save_for_backward(*tensors)
+
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+        made: Mapping[str, Any] = {}
+        if upstream is not None:
+            saved = ctx.saved_tensors
+            kept = {
+                word: where[0] if isinstance(where, tuple) else saved[where]
+                for word, where in ctx.kept.items()
+            }
+            made = gradient(Named(**kept), upstream)
+        given = ((made.get(word), count) for word, count in zip(names, ctx.counts, strict=True))
+        return tuple(
+            value if count is None else [None] * count if value is None else list(value)
+            for value, count in given
+        )
+
+    op.register_autograd(backward, setup_context=save)
+    return op
+
+
+def _is_list(value: Any) -> bool:
+    """Whether this is a list of tensors."""
+    return isinstance(value, (list, tuple)) and all(isinstance(one, Tensor) for one in value)
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:

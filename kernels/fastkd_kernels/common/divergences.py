@@ -1,11 +1,13 @@
-"""Divergences of two softmax rows from their scores, and the slopes, in plain PyTorch.
+"""Softmax divergences of rows and their gradients, in PyTorch: once, for attention and logits.
 
-With `p` and `t` the student's and the teacher's probabilities of one row, every slope is
-`dL/da_j = p_j (g_j - sum_k p_k g_k)` with `g = dL/dp`. Where student and teacher are close, values
-are sums of differences, never differences of sums.
+With `p` and `t` the student's and the teacher's probabilities of one row, the gradient of a score
+is `dL/da_j = p_j (g_j - sum_k p_k g_k)`, `g = dL/dp`. Where student and teacher are close, a
+difference of sums has no digits left, so every value is a sum of terms that are small with it: to
+each term of KL `p - t` is added, whose sum over the row is 0. With `r = log p - log t` and
+`e = expm1(-|r|)`, that difference is `-sign(r) max(p, t) e`, exact to a rounding of itself. With
+`m = share t + (1 - share) p`, the larger probability over `m` is `1 / (1 + w e)`, where `w` is
+`share` if `p` is the larger one and `1 - share` if `t` is.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,94 +15,119 @@ from torch import Tensor
 Rows = tuple[Tensor, Tensor]
 
 
-def row_divergence(scores: Tensor, target: Tensor, kind: str) -> Rows:
-    """Values `[..., rows]` and `dL/dscores` `[..., rows, keys]`.
+def row_divergence(
+    student: Tensor, teacher: Tensor, kind: str, *, teacher_share: float = 0.5, exact: bool = True
+) -> Rows:
+    """Values `[..., rows]` and their gradients for the student's scores `[..., rows, outcomes]`.
 
-    Both score tensors are overwritten. A hidden key has the same, very low score in both.
+    `student` and `teacher` are scores over the temperature; both are overwritten. An outcome that a
+    row does not have has the same, very low score in both. `teacher_share` is the teacher's part of
+    the mixture of "js" and "skew_kl". "mse" is the sum over outcomes of `(p - t)^2`.
+
+    Without `exact`, KL and cross-entropy subtract `t` from `p`: half the time where rows are in the
+    caches, and the digits that scores leave which are products themselves.
     """
-    return _FORMULAS[kind](scores, target)
+    if kind == "mse":
+        return _mse(student, teacher)
+    if kind == "cosine":
+        return _cosine(student, teacher)
+    log_p, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
+    p, t = torch.exp(log_p, out=student), torch.exp(log_t, out=teacher)
+    ratio = torch.sub(log_p, log_t, out=log_t)
+    if kind == "js":
+        return _js(p, t, ratio, teacher_share)
+    if kind == "skew_kl":
+        return _skew_kl(p, t, ratio, teacher_share)
+    if kind == "reverse_kl":
+        # sum of p r - (p - t)
+        terms = _difference(p, t, ratio, exact, log_p, t).addcmul_(p, ratio, value=-1.0)
+        values = terms.sum(-1).neg_()
+        # p (r - KL(p | t))
+        return values, ratio.sub_(values[..., None]).mul_(p)
+    if kind == "cross_entropy":
+        values = log_p.mul_(t).sum(-1).neg_()
+        return values, _difference(p, t, ratio, exact, log_p, p)
+    difference = _difference(p, t, ratio, exact, log_p, p)
+    # sum of (p - t) - t r
+    return torch.addcmul(difference, t, ratio, value=-1.0, out=t).sum(-1), difference
 
 
-def cap_scores(scores: Tensor, softcap: float, *, need_slope: bool) -> Tensor | None:
-    """`softcap * tanh(scores / softcap)` in place of the scores; its derivative if needed."""
-    scores.div_(softcap)
-    # 1 / cosh^2, because 1 - tanh^2 has no digits left where the cap is reached
-    slope = scores.cosh().square_().reciprocal_() if need_slope else None
-    scores.tanh_().mul_(softcap)
-    return slope
+def _below(ratio: Tensor, out: Tensor | None = None) -> Tensor:
+    """`expm1(-|r|)`: the smaller probability over the larger one, minus 1."""
+    return torch.abs(ratio, out=out).neg_().expm1_()
 
 
-def _logs(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`p`, `t` in place of the scores, and `x = log p - log t`."""
-    log_p, log_t = scores.log_softmax(-1), target.log_softmax(-1)
-    torch.exp(log_p, out=scores)
-    torch.exp(log_t, out=target)
-    return scores, target, log_p.sub_(log_t)
+def _difference(
+    p: Tensor, t: Tensor, ratio: Tensor, exact: bool, place: Tensor, spare: Tensor
+) -> Tensor:
+    """`p - t` in `place`; `spare` may be overwritten, and be `p` or `t`."""
+    if not exact:
+        return torch.sub(p, t, out=place)
+    return _below(ratio, place).mul_(torch.maximum(p, t, out=spare)).copysign_(ratio)
 
 
-def _kl(scores: Tensor, target: Tensor) -> Rows:
-    p, t, x = _logs(scores, target)
-    slope = p.sub_(t)
-    # sum t (log t - log p) + sum (p - t): the second is 0 but for the roundings of the first
-    return slope.sum(-1) - x.mul_(t).sum(-1), slope
+def _over_mixture(ratio: Tensor, below: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Log of the larger probability over the mixture, and the mixture over that probability."""
+    parts = ratio.new_tensor([share, 1.0 - share])
+    weight, other = (torch.where(ratio > 0, parts[index], parts[1 - index]) for index in range(2))
+    # 1 + mixed; far from 1 that is small, and made of its parts
+    far = other.addcmul_(weight, ratio.abs().neg_().exp_())
+    mixed = weight.mul_(below)
+    is_near = mixed > -0.5
+    larger = torch.where(is_near, mixed.log1p(), far.log()).neg_()
+    return larger, torch.where(is_near, mixed.add_(1.0), far)
 
 
-def _reverse_kl(scores: Tensor, target: Tensor) -> Rows:
-    p, t, x = _logs(scores, target)
-    excess = t.sub_(p).sum(-1)
-    slope = x.mul_(p)
-    mean = slope.sum(-1)
-    # sum p (log p - log t) + sum (t - p), as in `_kl`
-    return mean + excess, slope.addcmul_(p, mean[..., None], value=-1)
+def _js(p: Tensor, t: Tensor, ratio: Tensor, share: float) -> Rows:
+    if share == 0.5:
+        # the larger probability over the even mixture is 1 + tanh(|r| / 2)
+        larger = ratio.abs().mul_(0.5).tanh_().log1p_()
+    else:
+        larger, _ = _over_mixture(ratio, _below(ratio), share)
+    # each from `larger` itself: log p/m - r would be rounded by r, which may be hundreds
+    over_teacher = larger - ratio.clamp(min=0.0)
+    over_student = larger.add_(ratio.clamp_(max=0.0))
+    weighted = torch.mul(p, over_student, out=ratio)
+    mean = weighted.sum(-1, keepdim=True)
+    values = weighted.mul_(1.0 - share).addcmul_(t, over_teacher, value=share).sum(-1)
+    # (1 - share) p (log p/m - KL(p | m))
+    return values, over_student.sub_(mean).mul_(p).mul_(1.0 - share)
 
 
-def _js(scores: Tensor, target: Tensor) -> Rows:
-    p, t, x = _logs(scores, target)
-    # log of the larger probability over the mixture, 1 + tanh(|x| / 2)
-    larger = x.abs().mul_(0.5).tanh_().log1p_()
-    # each from `larger` itself: log p/m - x would be rounded by x, which may be hundreds
-    to_teacher = torch.mul(larger - x.clamp(min=0), t, out=t).sum(-1)
-    slope = larger.add_(x.clamp_(max=0)).mul_(p)
-    mean = slope.sum(-1)
-    value = (mean + to_teacher) / 2
-    return value, slope.addcmul_(p, mean[..., None], value=-1).mul_(0.5)
+def _skew_kl(p: Tensor, t: Tensor, ratio: Tensor, share: float) -> Rows:
+    below = _below(ratio)
+    larger, rest = _over_mixture(ratio, below, share)
+    # log t/m
+    over_teacher = larger.sub_(ratio.clamp(min=0.0))
+    # 1 - t/m
+    point = rest.reciprocal_().mul_(below).mul_(1.0 - share).copysign_(ratio)
+    difference = below.mul_(torch.maximum(p, t)).copysign_(ratio)
+    values = difference.mul_(1.0 - share).addcmul_(t, over_teacher).sum(-1)
+    mean = torch.mul(p, point, out=t).sum(-1, keepdim=True)
+    # (1 - share) p (sum of p t/m - t/m)
+    return values, point.sub_(mean).mul_(p).mul_(1.0 - share)
 
 
-def _mse(scores: Tensor, target: Tensor) -> Rows:
-    p, t = scores.softmax(-1), target.softmax(-1)
-    difference = torch.sub(p, t, out=scores)
-    value = torch.mul(difference, difference, out=t).sum(-1)
-    slope = difference.mul_(p)
-    mean = torch.sum(slope, -1, keepdim=True)
-    return value, slope.addcmul_(p, mean, value=-1).mul_(2.0)
+def _mse(student: Tensor, teacher: Tensor) -> Rows:
+    p, t = student.softmax(-1), teacher.softmax(-1)
+    difference = torch.sub(p, t, out=student)
+    values = torch.mul(difference, difference, out=t).sum(-1)
+    gradient = difference.mul_(p)
+    mean = torch.sum(gradient, -1, keepdim=True)
+    # 2 p (p - t - sum of p (p - t))
+    return values, gradient.addcmul_(p, mean, value=-1).mul_(2.0)
 
 
-def _cross_entropy(scores: Tensor, target: Tensor) -> Rows:
-    log_p, t = scores.log_softmax(-1), target.softmax(-1)
-    slope = torch.exp(log_p, out=scores).sub_(t)
-    return -log_p.mul_(t).sum(-1), slope
-
-
-def _cosine(scores: Tensor, target: Tensor) -> Rows:
+def _cosine(student: Tensor, teacher: Tensor) -> Rows:
     # the softmax's own divisor drops out of p / |p|
     p, t = (
         torch.nn.functional.normalize(side.softmax(-1), dim=-1, eps=0.0)
-        for side in (scores, target)
+        for side in (student, teacher)
     )
-    direct = torch.mul(p, t, out=scores).sum(-1)
-    difference = torch.sub(p, t, out=scores)
+    direct = torch.mul(p, t, out=student).sum(-1)
+    difference = torch.sub(p, t, out=student)
     # 1 - cos = |p / |p| - t / |t||^2 / 2
-    value = difference.mul_(difference).sum(-1).mul_(0.5)
+    values = difference.mul_(difference).sum(-1).mul_(0.5)
     # of both sums, the one that has the digits
-    cosine = torch.where(value < 0.5, 1 - value, direct)
-    return value, torch.mul(p, cosine[..., None], out=scores).sub_(t).mul_(p)
-
-
-_FORMULAS: dict[str, Callable[[Tensor, Tensor], Rows]] = {
-    "kl": _kl,
-    "reverse_kl": _reverse_kl,
-    "js": _js,
-    "mse": _mse,
-    "cross_entropy": _cross_entropy,
-    "cosine": _cosine,
-}
+    cosine = torch.where(values < 0.5, 1 - values, direct)
+    return values, torch.mul(p, cosine[..., None], out=student).sub_(t).mul_(p)

@@ -1,12 +1,150 @@
 # mypy: ignore-errors
-"""Formulas of the divergence kernels: running sums of a row, its value and its slopes.
+"""Softmax divergences of rows and their gradients, in Triton: once, for attention and logits.
 
-`p` and `t` are the student's and the teacher's probabilities of one query row. Where both are
-close, plain formulas subtract large numbers; series (fp32) keep the digits that they lose.
+The formulas of `divergences.py`, outcome by outcome, and KL and cross-entropy of a row whose scores
+stream past, with running sums. Nothing here reads or writes memory. `p` and `t` are the student's
+and the teacher's probabilities; where both are close, plain formulas subtract large numbers, and
+series keep the digits that they lose.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def exp_minus_one(x, SMALL: tl.constexpr):
+    """`exp(x) - 1` for `x <= 0`: a series within SMALL of 0, where the difference would cancel."""
+    series = x * (
+        1.0 + x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * (1.0 + x / 6 * (1.0 + x / 7)))))
+    )
+    return tl.where(x > -SMALL, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log_one_plus(x, above, SMALL: tl.constexpr):
+    """`log(1 + x)` for `-1 < x <= 0`: `2 atanh(x / (2 + x))` as a series within SMALL of 0.
+
+    `above` is `1 + x`, which has its digits where `x` is near -1.
+    """
+    s = x / (2.0 + x)
+    q = s * s
+    series = 2.0 * s * (1.0 + q * (1.0 / 3 + q * (1.0 / 5 + q * (1.0 / 7 + q / 9))))
+    return tl.where(x > -SMALL, series, tl.log(above))
+
+
+@triton.jit
+def log_above_one(s, v):
+    """`log(1 + v)` for 0 <= v <= 1, given `s = v / (2 + v)`."""
+    if v.dtype == tl.float64:
+        return tl.log(1.0 + v)
+    else:
+        # 2 artanh(s), s <= 1/3
+        q = s * s
+        term = 1.0 / 9 + q * (1.0 / 11 + q * (1.0 / 13 + q * (1.0 / 15)))
+        return 2.0 * s * (1.0 + q * (1.0 / 3 + q * (0.2 + q * (1.0 / 7 + q * term))))
+
+
+@triton.jit
+def divergence_terms(
+    log_p, log_t, shares, KIND: tl.constexpr, SMALL: tl.constexpr, EVEN: tl.constexpr
+):
+    """What one outcome adds: `value`, `weighted`, `point`, `p`.
+
+    The divergence is the sum of `value`, and `weighted` adds up to the constant of the row that
+    `divergence_slopes` takes with the others. `shares` are the parts of teacher and student in the
+    mixture of "js" and "skew_kl" (one minus the other would not have its digits in fp32), halves
+    with EVEN. SMALL is up to where a series stands in for a difference that cancels; with 0, which
+    "skew_kl" and an uneven "js" do not take, `t` is subtracted from `p`. "cosine" takes the logs of
+    probabilities that are scaled to rows of length 1.
+    """
+    p, t = tl.exp(log_p), tl.exp(log_t)
+    if KIND == "mse" or KIND == "cosine":
+        difference = p - t
+        squares = difference * difference
+        # cosine: 1 - cos = |p - t|^2 / 2
+        return (
+            squares if KIND == "mse" else 0.5 * squares,
+            p * difference if KIND == "mse" else p * t,
+            difference if KIND == "mse" else t,
+            p,
+        )
+    else:
+        ratio = log_p - log_t
+        if SMALL == 0:
+            difference = p - t
+        else:
+            difference = exp_minus_one(-tl.abs(ratio), SMALL) * tl.maximum(p, t)
+            difference = tl.where(ratio > 0, -difference, difference)
+        if KIND == "reverse_kl":
+            value = p * ratio - difference
+            return value, value, ratio, p
+        elif KIND == "kl":
+            return difference - t * ratio, difference, difference, p
+        elif KIND == "cross_entropy":
+            return -t * log_p, difference, difference, p
+        elif EVEN:
+            return even_js_terms(p, t, ratio, difference)
+        else:
+            return mixture_terms(p, t, ratio, difference, shares, KIND, SMALL)
+
+
+@triton.jit
+def even_js_terms(p, t, ratio, difference):
+    """`divergence_terms` of "js" with the even mixture."""
+    both = p + t
+    v = tl.abs(difference) / tl.where(both > 0.0, both, 1.0)
+    # log of the larger probability over the mixture, 1 + v
+    larger = log_above_one(v / (2.0 + v), v)
+    over_student = larger + tl.minimum(ratio, 0.0)
+    weighted = p * over_student
+    # not over_student - ratio, which would be rounded by the ratio
+    value = 0.5 * (weighted + t * (larger - tl.maximum(ratio, 0.0)))
+    if v.dtype != tl.float64:
+        # m ((1 + v) log(1 + v) + (1 - v) log(1 - v)) / 2, a series of positive terms
+        q = v * v
+        term = 1.0 / 28 + q * (1.0 / 45 + q * (1.0 / 66 + q * (1.0 / 91)))
+        series = q * (1.0 + q * (1.0 / 6 + q * (1.0 / 15 + q * term)))
+        value = tl.where(v < 0.33, 0.25 * both * series, value)
+    return value, weighted, over_student, p
+
+
+@triton.jit
+def mixture_terms(p, t, ratio, difference, shares, KIND: tl.constexpr, SMALL: tl.constexpr):
+    """`divergence_terms` of "js" and "skew_kl" with any mixture."""
+    share, student_share = shares
+    student_larger = ratio > 0
+    below = exp_minus_one(-tl.abs(ratio), SMALL)
+    # the mixture over the larger probability is 1 + mixed; far from 1 it is made of its parts
+    weight = tl.where(student_larger, share, student_share)
+    other = tl.where(student_larger, student_share, share)
+    mixed = weight * below
+    far = other + weight * tl.exp(-tl.abs(ratio))
+    larger = -log_one_plus(mixed, far, SMALL)
+    over_teacher = larger - tl.maximum(ratio, 0.0)
+    if KIND == "js":
+        over_student = larger + tl.minimum(ratio, 0.0)
+        weighted = p * over_student
+        return share * t * over_teacher + student_share * weighted, weighted, over_student, p
+    else:
+        # 1 - t/m
+        point = student_share * below / tl.where(mixed > -0.5, 1.0 + mixed, far)
+        point = tl.where(student_larger, -point, point)
+        return t * over_teacher + student_share * difference, p * point, point, p
+
+
+@triton.jit
+def divergence_slopes(p, point, constant, shares, KIND: tl.constexpr):
+    """Gradient of the student's score, from `divergence_terms` and the row's constant."""
+    if KIND == "kl" or KIND == "cross_entropy":
+        return point
+    elif KIND == "reverse_kl":
+        return p * (point - constant)
+    elif KIND == "mse":
+        return 2.0 * p * (point - constant)
+    elif KIND == "cosine":
+        return p * (constant * p - point)
+    else:
+        return shares[1] * p * (point - constant)
 
 
 @triton.jit
@@ -24,18 +162,6 @@ def exp_excess_series(x):
     """`x^2/2! + x^3/3! + ... + x^8/8!`, exact in fp32 for |x| < 0.5."""
     term = 1.0 / 720 + x * (1.0 / 5040 + x * (1.0 / 40320))
     return x * x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * term))))
-
-
-@triton.jit
-def log_above_one(s, v):
-    """`log(1 + v)` for 0 <= v <= 1, given `s = v / (2 + v)`."""
-    if v.dtype == tl.float64:
-        return tl.log(1.0 + v)
-    else:
-        # 2 artanh(s), s <= 1/3
-        q = s * s
-        term = 1.0 / 9 + q * (1.0 / 11 + q * (1.0 / 13 + q * (1.0 / 15)))
-        return 2.0 * s * (1.0 + q * (1.0 / 3 + q * (0.2 + q * (1.0 / 7 + q * term))))
 
 
 @triton.jit
@@ -148,60 +274,3 @@ def state_of_sink(student, teacher, nothing, KIND: tl.constexpr):
         mean = g
     one = nothing + 1.0
     return nothing + f, one, nothing + g, one, nothing + mean, nothing
-
-
-@triton.jit
-def mixture_logs(p, t, x):
-    """`log(p / m)`, and `p log(p / m) + t log(t / m)`; m is the mixture, `x = log(p / t)`."""
-    high = tl.maximum(p, t)
-    low = tl.minimum(p, t)
-    some = high > 0.0
-    v = tl.where(some, (high - low) / tl.where(some, high + low, 1.0), 0.0)
-    # log of the larger probability over the mixture, 1 + v
-    larger = log_above_one(v / (2.0 + v), v)
-    log_p = larger + tl.minimum(x, 0.0)
-    # not log_p - x, which would be rounded by x
-    share = p * log_p + t * (larger - tl.maximum(x, 0.0))
-    if x.dtype != tl.float64:
-        # m ((1 + v) log(1 + v) + (1 - v) log(1 - v))
-        q = v * v
-        term = 1.0 / 28 + q * (1.0 / 45 + q * (1.0 / 66 + q * (1.0 / 91)))
-        even = q * (1.0 + q * (1.0 / 6 + q * (1.0 / 15 + q * term)))
-        share = tl.where(v < 0.33, 0.5 * (high + low) * even, share)
-    return log_p, share
-
-
-@triton.jit
-def row_terms(log_p, log_t, seen, KIND: tl.constexpr):
-    """Parts of the value and of the row constant, summed over the keys of one tile."""
-    p = tl.where(seen, tl.exp(log_p), 0.0)
-    t = tl.where(seen, tl.exp(log_t), 0.0)
-    if KIND == "js":
-        logs, share = mixture_logs(p, t, tl.where(seen, log_p - log_t, 0.0))
-        return 0.5 * tl.sum(share, 1), tl.sum(p * logs, 1)
-    else:
-        difference = p - t
-        value = tl.sum(difference * difference, 1)
-        if KIND == "mse":
-            return value, tl.sum(p * difference, 1)
-        else:
-            # cosine: p and t have length 1 here, and 1 - cos = |p - t|^2 / 2
-            return 0.5 * value, tl.sum(p * t, 1)
-
-
-@triton.jit
-def row_slopes(log_p, log_t, constant, seen, KIND: tl.constexpr):
-    """`dL/da = p (g - sum p g)`, the sum from `constant`; cross-entropy has the slopes of KL."""
-    p = tl.where(seen, tl.exp(log_p), 0.0)
-    t = tl.where(seen, tl.exp(log_t), 0.0)
-    if KIND == "kl":
-        return p - t
-    elif KIND == "reverse_kl":
-        return p * (tl.where(seen, log_p - log_t, 0.0) - constant)
-    elif KIND == "js":
-        logs, _ = mixture_logs(p, t, tl.where(seen, log_p - log_t, 0.0))
-        return 0.5 * p * (logs - constant)
-    elif KIND == "mse":
-        return 2.0 * p * (p - t - constant)
-    else:
-        return p * (constant * p - t)

@@ -59,15 +59,6 @@ def pairs_of(*columns: Sequence[Any]) -> list[Pair]:
     return [Pair(*row) for row in zip(*columns, strict=True)]
 
 
-def student_gradients(
-    made: tuple[Tensor, Tensor] | None, pairs: int, others: int
-) -> tuple[Any, ...]:
-    """Gradients in the order of an op's inputs: the student's two lists, then none."""
-    nothing = [None] * pairs
-    student = (nothing, nothing) if made is None else tuple(list(part.unbind()) for part in made)
-    return (*student, nothing, nothing, *(None,) * others)
-
-
 class Group(NamedTuple):
     """Heads worked on at once: a slice of the batch and one of the key groups."""
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_hidden, check_reduction
-from ..common.autograd import accumulator, by_shape, inverse, scaled
-from ..types import NAMESPACE, Backend, Reduction, Tokens
+from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled
+from ..types import Backend, Reduction, Tokens
 from . import torch_path
 
 # pairs in one node of the CPU's autograd graph, which frees what it keeps once it is through: one
@@ -234,37 +234,25 @@ def _forward(
     return squares * inverse_count, grads[0], grads[1], grads[2], grads[3]
 
 
-hidden_rows = torch.library.custom_op(f"{NAMESPACE}::hidden_rows", _forward, mutates_args=())
-
-
-@hidden_rows.register_fake
-def _hidden_rows_fake(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    mask: Tensor | None,
-    inverse_count: Tensor,
-    normalize: bool,
-    need_input_grad: bool,
-    need_weight_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    pairs, new = len(student), inverse_count.new_empty
-    keeps = _keeps_rows(student[0], len(weight), need_weight_grad, backend)
-    batch, tokens, target_width = teacher[0].shape
-    wants_weight = need_weight_grad and bool(weight) and not keeps
+def _fake(given: Named) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    student, weight, bias = given.student, given.weight, given.bias
+    pairs, new = len(student), given.inverse_count.new_empty
+    keeps = _keeps_rows(student[0], len(weight), given.need_weight_grad, given.backend)
+    batch, tokens, target_width = given.teacher[0].shape
+    wants_weight = given.need_weight_grad and bool(weight) and not keeps
     return (
         new(pairs),
-        new((pairs, *student[0].shape) if need_input_grad and not keeps else (0,)),
+        new((pairs, *student[0].shape) if given.need_input_grad and not keeps else (0,)),
         new((pairs, *weight[0].shape) if wants_weight else (0,)),
         new((pairs, *bias[0].shape) if wants_weight and bias else (0,)),
         new((pairs, batch * tokens, target_width) if keeps else (0,)),
     )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::hidden_rows_backward", mutates_args=())
-def hidden_rows_backward(
+hidden_rows = register("hidden_rows", _forward, _fake)
+
+
+def _backward(
     row_grad: Tensor,
     student: Sequence[Tensor],
     weight: Sequence[Tensor],
@@ -280,21 +268,17 @@ def hidden_rows_backward(
         )
 
 
-@hidden_rows_backward.register_fake
-def _hidden_rows_backward_fake(
-    row_grad: Tensor,
-    student: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    biases: int,
-    mask: Tensor | None,
-    factor: Tensor,
-    need_input_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(given: Named) -> tuple[Tensor, Tensor, Tensor]:
+    student, weight, biases = given.student, given.weight, given.biases
+    new = given.row_grad.new_empty
     return (
-        row_grad.new_empty((len(student), *student[0].shape) if need_input_grad else (0,)),
-        row_grad.new_empty(len(weight), *weight[0].shape),
-        row_grad.new_empty((biases, weight[0].shape[0]) if biases else (0,)),
+        new((len(student), *student[0].shape) if given.need_input_grad else (0,)),
+        new(len(weight), *weight[0].shape),
+        new((biases, weight[0].shape[0]) if biases else (0,)),
     )
+
+
+hidden_rows_backward = register("hidden_rows_backward", _backward, _backward_fake)
 
 
 class _Rows(torch.autograd.Function):

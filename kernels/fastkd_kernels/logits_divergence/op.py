@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_logits, check_options, resolve_backend
-from ..common.autograd import accumulator, inverse
-from ..types import NAMESPACE, Backend, LogitsHead, LogitsKind
+from ..common.autograd import Named, accumulator, inverse, register
+from ..types import Backend, LogitsDivergenceKind, LogitsHead
 from . import torch_path
 from .torch_path import Divergence, Gradients
 
@@ -23,7 +23,7 @@ def logits_divergence(
     student: LogitsHead | Tensor,
     teacher: LogitsHead | Tensor,
     *,
-    kind: LogitsKind = "kl",
+    kind: LogitsDivergenceKind = "kl",
     temperature: float = 1.0,
     scale_by_temperature: bool = False,
     beta: float = 0.5,
@@ -43,8 +43,8 @@ def logits_divergence(
       `js / beta` tends, and 1 "reverse_kl", to which `js / (1 - beta)` tends;
     * "skew_kl": `KL(t|m)`, `m = skew t + (1 - skew) p` (DistiLLM, arXiv 2402.03898, section 3.1),
       which is "kl" where `skew` is 0;
-    * "soft_ce": `-sum t log p` (TinyBERT, arXiv 1909.10351, eq. 10);
-    * "mse": mean over the vocabulary of the squared difference of raw logits.
+    * "cross_entropy": `-sum t log p` (TinyBERT, arXiv 1909.10351, eq. 10);
+    * "mse": the squared difference of raw logits, a mean over the vocabulary, not a sum.
 
     Args:
         student: A `LogitsHead` or logits `[batch, tokens, vocab]` or `[rows, vocab]`, finite, in
@@ -132,8 +132,7 @@ def _sweep(backend: str, *arguments: Any) -> tuple[Tensor, Gradients]:
     return sweep(*arguments)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::logits_divergence", mutates_args=())
-def _logits(
+def _forward(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     mask: Tensor | None,
@@ -155,24 +154,10 @@ def _logits(
     return sums * inverse_counts, *made
 
 
-@_logits.register_fake
-def _logits_fake(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    mask: Tensor | None,
-    labels: Tensor | None,
-    inverse_counts: Tensor,
-    kind: str,
-    temperature: float,
-    share: float,
-    scale: float,
-    shared: int,
-    need_states: bool,
-    need_weight: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    needs = (need_states and labels is None, need_weight and labels is None)
-    return torch.empty_like(inverse_counts), *_empty(student, inverse_counts, *needs)
+def _fake(given: Named) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs = (given.need_states, given.need_weight) if given.labels is None else (False, False)
+    counts = given.inverse_counts
+    return torch.empty_like(counts), *_empty(given.student, counts, *needs)
 
 
 def _empty(
@@ -185,7 +170,6 @@ def _empty(
     return Gradients(*(like.new_empty(shape) for shape in shapes))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::logits_divergence_backward", mutates_args=())
 def _backward(
     factors: Tensor,
     student: Sequence[Tensor],
@@ -207,54 +191,32 @@ def _backward(
     return _sweep(backend, student, teacher, mask, labels, factors, how, *needs)[1]
 
 
-@_backward.register_fake
-def _backward_fake(
-    factors: Tensor,
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    mask: Tensor | None,
-    labels: Tensor,
-    kind: str,
-    temperature: float,
-    share: float,
-    scale: float,
-    shared: int,
-    need_states: bool,
-    need_weight: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(student, factors, need_states, need_weight)
+def _backward_fake(given: Named) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(given.student, given.factors, given.need_states, given.need_weight)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, teacher, mask, labels, inverse_counts = inputs[:5]
-    ctx.options = inputs[5:]
-    ctx.dtypes = [tensor.dtype for tensor in student]
-    ctx.counts = (len(student), len(teacher))
-    ctx.has_labels = labels is not None
-    ctx.set_materialize_grads(False)
-    if labels is None:
-        ctx.save_for_backward(*output[1:])
-    else:
-        ctx.save_for_backward(inverse_counts, mask, labels, *student, *teacher)
+_registered_backward = register("logits_divergence_backward", _backward, _backward_fake)
 
 
-def _gradient(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    students, teachers = ctx.counts
-    if upstream is None:
-        return ([None] * students, [None] * teachers, *(None,) * 11)
-    if ctx.has_labels:
-        inverse_counts, mask, labels, *tensors = ctx.saved_tensors
-        sides = (tensors[:students], tensors[students:])
-        made = _backward(upstream * inverse_counts, *sides, mask, labels, *ctx.options)
+def _keep(given: Named, made: tuple[Tensor, ...]) -> dict[str, Any]:
+    kept: dict[str, Any] = {"labels": given.labels}
+    if given.labels is not None:
+        kept = dict(vars(given))
+    return kept | {"units": made[1:], "dtypes": [tensor.dtype for tensor in given.student]}
+
+
+def _gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
+    inputs = vars(kept)
+    made, dtypes = inputs.pop("units"), inputs.pop("dtypes")
+    factor: Tensor | None = upstream
+    if kept.labels is not None:
+        made = _registered_backward(upstream * inputs.pop("inverse_counts"), **inputs)
         factor = None
-    else:
-        made, factor = ctx.saved_tensors, upstream
     grads = [
         None if not unit.numel() else (unit if factor is None else unit * factor).to(dtype)
-        for unit, dtype in zip(made, ctx.dtypes, strict=False)
+        for unit, dtype in zip(made, dtypes, strict=False)
     ]
-    return (grads, [None] * teachers, *(None,) * 11)
+    return {"student": grads}
 
 
-_logits.register_autograd(_gradient, setup_context=_save)
+_logits = register("logits_divergence", _forward, _fake, _keep, _gradient)

@@ -10,69 +10,7 @@ columns]` with rows `token_step` apart, or the caller's own `[batch, tokens, col
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def exp_minus_one(x, SMALL: tl.constexpr):
-    """`exp(x) - 1` for `x <= 0`: a series within SMALL of 0, where the difference would cancel."""
-    series = x * (
-        1.0 + x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * (1.0 + x / 6 * (1.0 + x / 7)))))
-    )
-    return tl.where(x > -SMALL, series, tl.exp(x) - 1.0)
-
-
-@triton.jit
-def log_one_plus(x, above, SMALL: tl.constexpr):
-    """`log(1 + x)` for `-1 < x <= 0`: `2 atanh(x / (2 + x))` as a series within SMALL of 0.
-
-    `above` is `1 + x`, which has its digits where `x` is near -1.
-    """
-    s = x / (2.0 + x)
-    q = s * s
-    series = 2.0 * s * (1.0 + q * (1.0 / 3 + q * (1.0 / 5 + q * (1.0 / 7 + q / 9))))
-    return tl.where(x > -SMALL, series, tl.log(above))
-
-
-@triton.jit
-def divergence_terms(log_p, log_t, shares, KIND: tl.constexpr, SMALL: tl.constexpr):
-    """What one column adds: `value`, `weighted`, `point`, `p`.
-
-    The divergence is the sum of `value`. With `mean` the sum of `weighted`, the gradient of the
-    logits is `p (point - mean)` for "reverse_kl", that times `1 - share` for "js" and "skew_kl",
-    and `point` for "kl" and "soft_ce". `shares` are the parts of teacher and student in the
-    mixture: one minus the other would not have its digits in fp32.
-    """
-    share, own_share = shares
-    ratio = log_p - log_t
-    below = exp_minus_one(-tl.abs(ratio), SMALL)
-    student_larger = ratio > 0
-    # p - t
-    difference = tl.exp(tl.maximum(log_p, log_t)) * below
-    difference = tl.where(student_larger, -difference, difference)
-    p = tl.exp(log_p)
-    if KIND == "reverse_kl":
-        value = p * ratio - difference
-        return value, value, ratio, p
-    t = tl.exp(log_t)
-    if KIND == "kl":
-        return difference - t * ratio, difference, difference, p
-    if KIND == "soft_ce":
-        return -t * log_p, difference, difference, p
-    # the mixture over the larger probability is 1 + mixed; far from 1 it is made of its parts
-    weight = tl.where(student_larger, share, own_share)
-    other = tl.where(student_larger, own_share, share)
-    mixed = weight * below
-    far = other + weight * tl.exp(-tl.abs(ratio))
-    larger = -log_one_plus(mixed, far, SMALL)
-    over_teacher = larger - tl.maximum(ratio, 0.0)
-    if KIND == "js":
-        over_student = larger + tl.minimum(ratio, 0.0)
-        weighted = p * over_student
-        value = share * t * over_teacher + own_share * weighted
-        return value, weighted, over_student, p
-    # 1 - t/m
-    point = own_share * below / tl.where(mixed > -0.5, 1.0 + mixed, far)
-    point = tl.where(student_larger, -point, point)
-    return t * over_teacher + own_share * difference, p * point, point, p
+from ..common.divergences_jit import divergence_slopes, divergence_terms
 
 
 @triton.jit
@@ -201,6 +139,7 @@ def block_terms(
     SUM_TYPE: tl.constexpr,
     KIND: tl.constexpr,
     SMALL: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """`divergence_terms` of one block of a row; value and weighted are 0 where masked."""
     b_own = tl.load(own_start + o_column, mask=m_column, other=0.0).to(SUM_TYPE)
@@ -214,6 +153,7 @@ def block_terms(
         shares,
         KIND,
         SMALL,
+        EVEN,
     )
     return tl.where(m_column, value, 0.0), tl.where(m_column, weighted, 0.0), point, p
 
@@ -244,6 +184,7 @@ def logits_rows(
     BLOCK: tl.constexpr,
     KIND: tl.constexpr,
     SMALL: tl.constexpr,
+    EVEN: tl.constexpr,
     OWN_STORED: tl.constexpr,
     TARGET_STORED: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -291,6 +232,7 @@ def logits_rows(
                 SUM_TYPE,
                 KIND,
                 SMALL,
+                EVEN,
             )
             value += tl.sum(b_value)
             mean += tl.sum(b_weighted)
@@ -325,13 +267,12 @@ def logits_rows(
                 SUM_TYPE,
                 KIND,
                 SMALL,
+                EVEN,
             )
-            if CENTRED:
-                b_point = b_p * (b_point - mean)
-                if KIND != "reverse_kl":
-                    b_point = b_point * shares[1]
-            else:
+            if not CENTRED:
                 value += tl.sum(b_value)
+            if KIND != "mse":
+                b_point = divergence_slopes(b_p, b_point, mean, shares, KIND)
             b_gradient = tl.where(m_column, b_point * factor, 0.0)
             if HAS_LABELS:
                 m_read = o_column < read

@@ -280,6 +280,7 @@ def sweep(
             **launch.constants,
             KIND=how.kind,
             SMALL=small(total),
+            EVEN=how.kind == "js" and how.share == 0.5,
             OWN_STORED=own.stored,
             TARGET_STORED=target.stored,
             HAS_MASK=valid is not None,

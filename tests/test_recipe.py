@@ -108,7 +108,8 @@ def test_a_layer_map_that_is_none_says_what_one_is(given: object) -> None:
     assert refusal(tree(layer_map=given)) == (
         "layer_map: expected uniform, last, first, skip, below_last, final, mean_target, "
         "mean_loss, random, emd, attention or a list with one teacher layer for each student "
-        "layer, 0 for none; random, emd, attention may be a section with that kind "
+        "layer, 0 for none; random, emd, attention may be a section with that kind, and pairs a "
+        "list of [student layer, teacher layer] "
         f"(given {given!r})"
     )
 

@@ -23,11 +23,11 @@ from fastkd.layer_map.one_to_one import (
     SkipMap,
     UniformMap,
 )
+from fastkd.layer_map.pairs import PairsMap
 from fastkd.layer_map.random_map import RandomMap
+from fastkd.layer_map.registry import build_registered
 
-Given: TypeAlias = (
-    recipe.MapKind | Sequence[int] | recipe.RandomMap | recipe.TransportMap | recipe.AttentionMap
-)
+Given: TypeAlias = str | Sequence[int] | recipe.MapConfig
 
 _NAMED: dict[str, Callable[[int, int], LayerMap]] = {
     "uniform": UniformMap,
@@ -46,8 +46,8 @@ def make_layer_map(
 ) -> LayerMap:
     """Build the mapping for a student of N blocks and a teacher of M.
 
-    The classes of this folder say what each kind is. A sequence names one teacher layer for each
-    student layer, 0 for none.
+    The classes of this folder say what each kind is, or those that `register_layer_map` was given.
+    A sequence names one teacher layer for each student layer, 0 for none.
 
     Args:
         given: what the recipe says.
@@ -57,7 +57,7 @@ def make_layer_map(
 
     Raises:
         UserError: a student deeper than its teacher, a sequence of another length than the student,
-            or a layer that the teacher doesn't have.
+            or a layer that a model doesn't have.
     """
     if student_layers > teacher_layers:
         raise UserError(
@@ -71,16 +71,30 @@ def make_layer_map(
         return TransportMap(*depths, given.temperature)
     if isinstance(given, recipe.AttentionMap):
         return AttentionMap(*depths, given.temperature)
-    if isinstance(given, str):
+    layers: LayerMap
+    if isinstance(given, recipe.PairsMap):
+        pairs = tuple((pair.student, pair.teacher, pair.weight) for pair in given.pairs)
+        layers = PairsMap(*depths, pairs)
+    elif isinstance(given, recipe.MapConfig):
+        layers = build_registered(given, *depths)
+    elif isinstance(given, str):
         layers = _NAMED[given](*depths)
     else:
         _check_list(given, *depths)
         layers = ExplicitMap(*depths, tuple(given))
     if not layers.pairs:
         raise UserError(
-            f"layer_map {given} matches no layer of a {student_layers}-layer student and a "
-            f"{teacher_layers}-layer teacher; give at least one pair"
+            f"layer_map {getattr(given, 'kind', given)} matches no layer of a "
+            f"{student_layers}-layer student and a {teacher_layers}-layer teacher; give at least "
+            "one pair"
         )
+    for side, (name, depth) in enumerate(zip(("student", "teacher"), depths, strict=True)):
+        outside = [pair[side] for pair in layers.pairs if not 1 <= pair[side] <= depth]
+        if outside:
+            raise UserError(
+                f"layer_map names {name} layer {outside[0]}, but the {name}'s layers are 1 to "
+                f"{depth}"
+            )
     return layers
 
 

@@ -1,10 +1,12 @@
-"""The layer map: a word, a list of layers, or a section where a mapping has options."""
+"""The layer map in a recipe: a word, a list of layers or of pairs, or a section with options."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+import functools
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Field, SerializeAsAny, TypeAdapter, model_validator
 
 from fastkd.section import (
     LARGEST,
@@ -20,7 +22,14 @@ MapKind = Literal[
 ]
 
 
-class RandomMap(Section):
+class MapConfig(Section):
+    """What the section of every mapping has."""
+
+    kind: str
+    """Name of the mapping."""
+
+
+class RandomMap(MapConfig):
     """Sorted distinct teacher layers, drawn anew (RAIL-KD, arXiv 2109.10164)."""
 
     kind: Literal["random"] = "random"
@@ -31,7 +40,7 @@ class RandomMap(Section):
     """Seed of the draws; `train.seed` where not given."""
 
 
-class TransportMap(Section):
+class TransportMap(MapConfig):
     """All pairs, weighted by an exact transport (BERT-EMD, arXiv 2010.06133)."""
 
     kind: Literal["emd"] = "emd"
@@ -40,7 +49,7 @@ class TransportMap(Section):
     """Of the cost attention that moves the weights of the layers; `null` keeps them equal."""
 
 
-class AttentionMap(Section):
+class AttentionMap(MapConfig):
     """A softmax over teacher layers mixes their states (ALP-KD, arXiv 2012.14022)."""
 
     kind: Literal["attention"] = "attention"
@@ -49,49 +58,109 @@ class AttentionMap(Section):
     """What the dot products are divided by before the softmax."""
 
 
-MAP_SECTIONS: dict[str, type[Section]] = {
+class LayerPair(Section):
+    """One comparison: `[student, teacher]`, `[student, teacher, weight]`, or a section."""
+
+    student: int = Field(ge=1)
+    """Layer of the student, from 1."""
+    teacher: int = Field(ge=1)
+    """Layer of the teacher, from 1."""
+    weight: float = Field(default=1.0, ge=0)
+    """Factor of its loss."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, given: Any) -> Any:
+        if not isinstance(given, list | tuple):
+            return given
+        if len(given) not in (2, 3):
+            raise ValueError(
+                f"expected [student layer, teacher layer], and perhaps a weight (given "
+                f"{short(given)})"
+            )
+        return dict(zip(cls.model_fields, given, strict=False))
+
+
+class PairsMap(MapConfig):
+    """Pairs of layers, named one by one; a layer may stand in several."""
+
+    kind: Literal["pairs"] = "pairs"
+    """Name of the mapping."""
+    pairs: tuple[LayerPair, ...]
+    """What is compared, each with a weight."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if not self.pairs:
+            raise ValueError("pairs is empty; name at least one, as in [[1, 2]]")
+        found = [(pair.student, pair.teacher) for pair in self.pairs]
+        twice = next((pair for pair in found if found.count(pair) > 1), None)
+        if twice is not None:
+            raise ValueError(
+                f"pairs names student layer {twice[0]} with teacher layer {twice[1]} twice; name "
+                "it once and give it a weight"
+            )
+        return self
+
+
+MAP_SECTIONS: dict[str, type[MapConfig]] = {
     "random": RandomMap,
     "emd": TransportMap,
     "attention": AttentionMap,
+    "pairs": PairsMap,
 }
-_NAMES = (*get_args(MapKind), *MAP_SECTIONS)
+"""Mappings that may be sections, by name; `register_layer_map` adds to them."""
 
 
-def _known_map(value: object) -> object:
+def is_map_name(name: str) -> bool:
+    """Whether a mapping has this name."""
+    return name in MAP_SECTIONS or name in get_args(MapKind)
+
+
+def _read_map(value: object) -> object:
+    """A word, layers, or the section that a mapping with options has."""
     if isinstance(value, Section):
         return value
-    if isinstance(value, str) and value in MAP_SECTIONS:
-        return {"kind": value}
-    if isinstance(value, dict) and value.get("kind") in list(MAP_SECTIONS):
+    section = _as_section(value)
+    if section is not None:
+        kind = section["kind"]
+        # under the mapping's name, which a complaint then says the section of
+        return _reader(MAP_SECTIONS[kind]).validate_python({kind: section})[kind]
+    if isinstance(value, str) and value in get_args(MapKind):
         return value
     layers = isinstance(value, list | tuple) and all(
         type(v) is int and 0 <= v <= LARGEST for v in value
     )
-    # in a list: what is no word may have no hash
-    if not layers and value not in list(get_args(MapKind)):
+    if not layers:
+        with_options = ", ".join(name for name in MAP_SECTIONS if name != "pairs")
         raise ValueError(
-            f"expected {', '.join(_NAMES)} or a list with one teacher layer for each student "
-            f"layer, 0 for none; {', '.join(MAP_SECTIONS)} may be a section with that kind "
-            f"(given {short(value)})"
+            f"expected {', '.join(get_args(MapKind))}, {with_options} or a list with one teacher "
+            f"layer for each student layer, 0 for none; {with_options} may be a section with that "
+            f"kind, and pairs a list of [student layer, teacher layer] (given {short(value)})"
         )
     return value
 
 
-def _form(value: Any) -> str:
-    if isinstance(value, str):
-        return "name"
-    if isinstance(value, list | tuple):
-        return "list"
-    kind: str = value["kind"] if isinstance(value, dict) else value.kind
-    return kind
+def _as_section(value: object) -> dict[str, Any] | None:
+    """The mapping of keys that a section is given as, `None` where it is none."""
+    if isinstance(value, str) and value in MAP_SECTIONS and value != "pairs":
+        return {"kind": value}
+    if isinstance(value, Mapping):
+        kind = value.get("kind", "pairs" if "pairs" in value else None)
+        return {**value, "kind": kind} if isinstance(kind, str) and kind in MAP_SECTIONS else None
+    listed = list(value) if isinstance(value, list | tuple) else []
+    # of pairs, not of layers
+    if listed and all(isinstance(v, list | tuple | Mapping) and v for v in listed):
+        return {"kind": "pairs", "pairs": value}
+    return None
+
+
+@functools.cache
+def _reader(section: type[MapConfig]) -> TypeAdapter[dict[str, MapConfig]]:
+    return TypeAdapter(dict[str, section])  # type: ignore[valid-type]
 
 
 Layers = Annotated[
-    Annotated[MapKind, Tag("name")]
-    | Annotated[tuple[int, ...], Tag("list")]
-    | Annotated[RandomMap, Tag("random")]
-    | Annotated[TransportMap, Tag("emd")]
-    | Annotated[AttentionMap, Tag("attention")],
-    Discriminator(_form),
-    BeforeValidator(_known_map),
+    str | tuple[int, ...] | SerializeAsAny[MapConfig],
+    BeforeValidator(_read_map),
 ]

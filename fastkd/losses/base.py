@@ -57,6 +57,8 @@ class Shared:
     reduction: Reduction = "valid"
     projection: Projection = "auto"
     projection_bias: bool = True
+    projection_learning_rate: float | None = None
+    """Of projections that have none of their own; `None` is the run's."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,10 @@ class Term(nn.Module):
     @abstractmethod
     def layers(self, side: Side) -> dict[str, Any]:
         """What `capture` must record of one model now, as some of its keyword arguments."""
+
+    def parameter_rates(self) -> dict[str, float]:
+        """Peak learning rates of those of its parameters that have another than the run's."""
+        return {}
 
 
 class Loss(Term):

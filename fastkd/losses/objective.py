@@ -75,6 +75,11 @@ class Objective(nn.Module):
         self.maps = {name: (own_layers or {}).get(name, layers) for name in losses.terms}
         self.reduction: Reduction = losses.reduction
         self.terms = nn.ModuleList(self._terms())
+        if losses.projection_learning_rate is not None and not self.parameter_rates():
+            raise UserError(
+                "losses.projection_learning_rate is given, but nothing is projected; leave it out, "
+                "or set losses.projection"
+            )
         self.matches: tuple[LossInfo, ...] = tuple(m for term in self.each() for m in term.matches)
         self.names = tuple(dict.fromkeys(match.term for match in self.matches))
         # how many losses each name has, in order
@@ -212,6 +217,14 @@ class Objective(nn.Module):
             for match, link, value in zip(self.matches, links, values, strict=True)
         )
 
+    def parameter_rates(self) -> dict[str, float]:
+        """Peak learning rates of those of its parameters that have another than the run's."""
+        return {
+            f"terms.{number}.{name}": rate
+            for number, term in enumerate(self.each())
+            for name, rate in term.parameter_rates().items()
+        }
+
     def kept(self) -> dict[str, Tensor]:
         """The weights that an evaluation needs later: projections, no log-variances."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("uncertainty.")}
@@ -219,7 +232,13 @@ class Objective(nn.Module):
     def _terms(self) -> list[Term]:
         """A module for each loss or, of those that are computed together, for all of them."""
         given = self.losses
-        shared = Shared(self.pair, given.reduction, given.projection, given.projection_bias)
+        shared = Shared(
+            self.pair,
+            given.reduction,
+            given.projection,
+            given.projection_bias,
+            given.projection_learning_rate,
+        )
         made: dict[object, list[Loss]] = {}
         for name, config in given.terms.items():
             kind = loss_class(config.loss)

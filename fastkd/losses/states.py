@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from fastkd_kernels import hidden_cosine, hidden_mse, hidden_normalized_mse
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
@@ -28,6 +29,22 @@ class StateConfig(LossConfig):
     1908.09355, eq. 7), or one minus the cosine (DistilBERT, arXiv 1910.01108)."""
     tokens: Tokens = "all"
     """Every token, the first one, or the mean over all."""
+    projection: Literal["none", "shared", "own", "per_pair"] | None = None
+    """From student to teacher width: none, the one that all losses share, one for this loss, or one
+    a pair; as `losses.projection` says where not given."""
+    projection_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of projections that are this loss's alone; `train.learning_rate` where not
+    given."""
+
+    @model_validator(mode="after")
+    def _own_rate(self) -> Self:
+        given = self.projection_learning_rate is not None
+        if given and self.projection not in ("own", "per_pair"):
+            raise ValueError(
+                "projection_learning_rate is of projections that no other loss has; give "
+                "projection: own or per_pair, or losses.projection_learning_rate for all"
+            )
+        return self
 
 
 class StateLoss(Loss):
@@ -44,7 +61,8 @@ class StateGroup(LossGroup):
     """Hidden states and embeddings of all mapped layers, in one call where their kinds agree.
 
     The projections are parameters of this module itself, so that ZeRO-3 gathers them for its
-    `forward`: `weight_0`, or `weight_0`, `weight_1`, ... with one a pair; [teacher, student] width.
+    `forward`: `weight_0`, `weight_1`, ... in the order in which they are first used, and `bias_0`,
+    ...; [teacher, student] width.
     """
 
     def __init__(self, members: Sequence[Loss], shared: Shared) -> None:
@@ -55,40 +73,56 @@ class StateGroup(LossGroup):
         """
         super().__init__(members, shared)
         self.losses: list[StateLoss] = [loss for loss in members if isinstance(loss, StateLoss)]
+        self.modes = [_mode(loss) for loss in self.losses]
         self.starts: list[int] = []
-        count = 0
-        for loss in self.losses:
-            self.starts.append(count)
-            count += len(loss.labels)
-        self.projections = _projections(shared, count)
-        self.bias = shared.projection_bias and self.projections > 0
-        for index in range(self.projections):
-            linear = nn.Linear(*shared.pair.widths, bias=shared.projection_bias)
-            for kind, parameter in linear.named_parameters():
-                self.register_parameter(f"{kind}_{index}", parameter)
+        # of every pair of all members, the number of its projection
+        self.projection_of: list[int | None] = []
+        self.rates: list[float | None] = []
+        common: int | None = None
+        for loss, mode in zip(self.losses, self.modes, strict=True):
+            self.starts.append(len(self.projection_of))
+            rate = loss.config.projection_learning_rate or shared.projection_learning_rate
+            if mode == "shared" and common is None:
+                common = self._project(rate)
+            one = common if mode == "shared" else self._project(rate) if mode == "own" else None
+            for _ in loss.labels:
+                self.projection_of.append(self._project(rate) if mode == "per_pair" else one)
+
+    def _project(self, rate: float | None) -> int:
+        """The number of a new projection."""
+        index = len(self.rates)
+        linear = nn.Linear(*self.shared.pair.widths, bias=self.shared.projection_bias)
+        for kind, parameter in linear.named_parameters():
+            self.register_parameter(f"{kind}_{index}", parameter)
+        self.rates.append(rate)
+        return index
+
+    def parameter_rates(self) -> dict[str, float]:
+        return {
+            name: rate
+            for name, _ in self.named_parameters()
+            if (rate := self.rates[int(name.rpartition("_")[2])]) is not None
+        }
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         """Losses [matches], fp32."""
-        groups: dict[tuple[str, Tokens], list[int]] = {}
-        for number, loss in enumerate(self.losses):
-            groups.setdefault((loss.config.kind, loss.config.tokens), []).append(number)
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for number, (loss, mode) in enumerate(zip(self.losses, self.modes, strict=True)):
+            # an op takes one projection for all pairs, or a list with one for each
+            which = mode if mode == "per_pair" else self.projection_of[self.starts[number]]
+            groups.setdefault((loss.config.kind, loss.config.tokens, which), []).append(number)
         losses: dict[int, Tensor] = {}
-        for (kind, tokens), members in groups.items():
-            found = self._compare(student, teacher, batch, kind, tokens, members)
+        for members in groups.values():
+            found = self._compare(student, teacher, batch, members)
             sizes = [len(self.losses[m].links) for m in members]
             losses |= dict(zip(members, torch.split(found, sizes), strict=True))
         return torch.cat([losses[number] for number in range(len(self.losses))])
 
     def _compare(
-        self,
-        student: Capture,
-        teacher: Capture,
-        batch: Batch,
-        kind: str,
-        tokens: Tokens,
-        members: list[int],
+        self, student: Capture, teacher: Capture, batch: Batch, members: list[int]
     ) -> Tensor:
-        """Losses of all links of some members, which share kind and tokens."""
+        """Losses of all links of some members, which share kind, tokens and way of projecting."""
+        kind, tokens = (getattr(self.losses[members[0]].config, key) for key in ("kind", "tokens"))
         places = [
             (self.starts[m] + offset, link, self.losses[m].layer_map)
             for m in members
@@ -138,12 +172,11 @@ class StateGroup(LossGroup):
         return mixed.to(targets[0].dtype)
 
     def _chosen(self, name: str, places: list[int]) -> Tensor | list[Tensor] | None:
-        if not self.projections or (name == "bias" and not self.bias):
+        numbers = [self.projection_of[place] for place in places]
+        if numbers[0] is None or (name == "bias" and not self.shared.projection_bias):
             return None
-        if self.projections == 1:
-            return self.get_parameter(f"{name}_0")
-        found: list[Tensor] = [self.get_parameter(f"{name}_{place}") for place in places]
-        return found[0] if len(found) == 1 else found
+        found: list[Tensor] = [self.get_parameter(f"{name}_{number}") for number in numbers]
+        return found[0] if len(set(numbers)) == 1 else found
 
 
 _NAMES = ("weight", "bias")
@@ -161,12 +194,17 @@ def pooled(state: Tensor, tokens: Tokens, mask: Tensor | None) -> Tensor:
     return (state * valid).sum(dim=1, keepdim=True) / valid.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _projections(shared: Shared, pairs: int) -> int:
-    student, teacher = shared.pair.widths
-    if shared.projection == "none" and student != teacher:
+def _mode(loss: StateLoss) -> str:
+    """How a loss's states are projected: none, shared, own or per_pair."""
+    student, teacher = loss.shared.pair.widths
+    given = loss.config.projection
+    mode = given or loss.shared.projection
+    if mode == "none" and student != teacher:
+        field = "losses.projection" if given is None else f"losses.{loss.name}.projection"
         raise UserError(
-            f"losses.projection is none, but the student is {student} wide and the teacher "
-            f"{teacher}; set it to shared or per_pair"
+            f"{field} is none, but the student is {student} wide and the teacher {teacher}; set it "
+            "to shared or per_pair"
         )
-    identity = shared.projection == "none" or (shared.projection == "auto" and student == teacher)
-    return 0 if identity else pairs if shared.projection == "per_pair" else 1
+    if mode == "auto":
+        return "none" if student == teacher else "shared"
+    return mode

@@ -212,18 +212,18 @@ def _section(root: type[BaseModel], location: Sequence[int | str]) -> type[BaseM
     model, parts = root, iter(location)
     for part in parts:
         if part == "layer_map":
-            return MAP_SECTIONS[str(next(parts))]
-        if model is Losses and part == "terms":
+            model = MAP_SECTIONS[str(next(parts))]
+        elif model is Losses and part == "terms":
             # the key under which the section stands, then the loss that it was read as
             next(parts)
             model = loss_class(str(next(parts))).Config
-            continue
-        annotation = model.model_fields[str(part)].annotation
-        candidates = getattr(annotation, "__args__", (annotation,))
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-        if get_origin(annotation) is dict:
-            # the key under which the section stands
-            next(parts, None)
+        else:
+            annotation = model.model_fields[str(part)].annotation
+            candidates = getattr(annotation, "__args__", (annotation,))
+            model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+            if get_origin(annotation) in (dict, tuple):
+                # the key or the place under which the section stands
+                next(parts, None)
     return model
 
 

@@ -88,6 +88,8 @@ class Losses(Section):
     one a pair, or none; auto is none where the widths agree, else shared."""
     projection_bias: bool = True
     """Whether projections have a bias."""
+    projection_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of projections; `train.learning_rate` where not given."""
 
     @classmethod
     def keys_of_a_file(cls) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from fastkd.layer_map.sections import Layers
+from fastkd.layer_map.sections import Layers, PairsMap
 from fastkd.recipe.data import Data
 from fastkd.recipe.losses import Losses
 from fastkd.recipe.models import Student, Teacher
@@ -28,7 +28,8 @@ class Recipe(Section):
     """The model to make."""
     layer_map: Layers = "uniform"
     """Which teacher layer each student layer learns from: a word, a section for a mapping with
-    options, or a list that names one teacher layer for each student layer, 0 for none."""
+    options, a list that names one teacher layer for each student layer, 0 for none, or a list of
+    pairs, [student layer, teacher layer]."""
     losses: Losses
     """What is matched; of the first stage where not given."""
     data: Data | None = None
@@ -88,6 +89,13 @@ class Recipe(Section):
                     f"{field} names {len(layers)} teacher layers, but student.layers is "
                     f"{self.student.layers}; give one for each student layer, 0 for none"
                 )
+            if isinstance(layers, PairsMap):
+                deepest = max(pair.student for pair in layers.pairs)
+                if deepest > self.student.layers:
+                    raise ValueError(
+                        f"{field} names student layer {deepest}, but student.layers is "
+                        f"{self.student.layers}; give layers from 1 to that"
+                    )
 
     def _check_head(self) -> None:
         # with the losses, which load torch

@@ -161,12 +161,23 @@ def _lend_head(module: DistilledStudent) -> None:
 
 
 def parameter_groups(module: nn.Module, train: Train) -> list[dict[str, Any]]:
-    """Matrices with weight decay, biases and normalisation weights without."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": train.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    """Matrices with weight decay, biases and normalisation weights without; what has a learning
+    rate of its own, such as a projection, in groups apart."""
+    rates = {
+        ".".join(filter(None, (prefix, name))): rate
+        for prefix, part in module.named_modules()
+        if isinstance(part, Objective)
+        for name, rate in part.parameter_rates().items()
+    }
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    groups = []
+    for rate in (None, *sorted(set(rates.values()))):
+        same = [p for name, p in trained.items() if rates.get(name) == rate]
+        own = {} if rate is None else {"lr": rate}
+        groups += [
+            {"params": [p for p in same if p.ndim > 1], "weight_decay": train.weight_decay, **own},
+            {"params": [p for p in same if p.ndim <= 1], "weight_decay": 0.0, **own},
+        ]
     return [group for group in groups if group["params"]]
 
 

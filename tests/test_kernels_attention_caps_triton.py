@@ -282,9 +282,9 @@ def arguments(kind: str, need_grad: bool, form: str) -> tuple[Any, ...]:
     lists += [[t.query for t in teacher], [t.key for t in teacher]]
     caps = [None if cap is None else [cap, 2 * cap] for cap in FORMS[form][0]]
     mask = masks(2, 6)
-    count = inverse(mask.sum(), torch.float32, mask.device)
+    weights = inverse(mask.sum(), torch.float32, mask.device).expand(2)
     scales = ([0.5, 0.6], [0.7, 0.8])
-    return (*lists, *scales, mask, mask, count, kind, True, 3, *caps, *sinks, need_grad)
+    return (*lists, *scales, mask, mask, weights, kind, True, 3, *caps, *sinks, need_grad)
 
 
 @EVERY_BACKEND
@@ -305,7 +305,7 @@ def test_opcheck(need_grad: bool, form: str, backend: str) -> None:
 def test_opcheck_of_the_backward(form: str) -> None:
     ops, given = torch.ops.fastkd_kernels, arguments("js", False, form)
     stats = ops.attention_divergence(*given[:-1], True, "triton")[1]
-    backward = (torch.ones(2), stats, *given[:8], *given[9:16])
+    backward = (torch.ones(2, 2), stats, *given[:8], *given[9:16])
     torch.library.opcheck(ops.attention_divergence_backward.default, backward)
 
 

@@ -25,9 +25,9 @@ def arguments(kind: str, need_grad: bool) -> tuple[Any, ...]:
         lists = [[tensor.detach() for tensor in tensors] for tensors in lists]
     lists += [[t.query for t in teacher], [t.key for t in teacher]]
     mask = masks(2, 6)
-    count = inverse(mask.sum(), torch.float32, mask.device)
+    weights = inverse(mask.sum(), torch.float32, mask.device).expand(2)
     plain = (None,) * 4
-    return (*lists, [0.5, 0.6], [0.7, 0.8], mask, mask, count, kind, True, 3, *plain, need_grad)
+    return (*lists, [0.5, 0.6], [0.7, 0.8], mask, mask, weights, kind, True, 3, *plain, need_grad)
 
 
 @EVERY_BACKEND
@@ -44,7 +44,7 @@ def test_opcheck(kind: str, need_grad: bool, backend: str) -> None:
 def test_opcheck_of_the_backward() -> None:
     ops, given = torch.ops.fastkd_kernels, arguments("js", False)
     stats = ops.attention_divergence(*given[:-1], True, "triton")[1]
-    backward = (torch.ones(2), stats, *given[:8], *given[9:16])
+    backward = (torch.ones(2, 2), stats, *given[:8], *given[9:16])
     torch.library.opcheck(ops.attention_divergence_backward.default, backward)
 
 

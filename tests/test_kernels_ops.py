@@ -108,6 +108,7 @@ def test_public_names() -> None:
 
     assert fastkd_kernels.__all__ == [
         "AttentionDivergenceKind",
+        "AttentionReduction",
         "AttentionState",
         "LogitsDivergenceKind",
         "LogitsHead",

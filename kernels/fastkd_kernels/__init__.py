@@ -7,6 +7,7 @@ from .hidden.op import hidden_cosine, hidden_mse, hidden_normalized_mse
 from .logits_divergence.op import logits_divergence
 from .types import (
     AttentionDivergenceKind,
+    AttentionReduction,
     AttentionState,
     LogitsDivergenceKind,
     LogitsHead,
@@ -14,6 +15,7 @@ from .types import (
 
 __all__ = [
     "AttentionDivergenceKind",
+    "AttentionReduction",
     "AttentionState",
     "LogitsDivergenceKind",
     "LogitsHead",

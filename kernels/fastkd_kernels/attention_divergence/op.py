@@ -25,9 +25,14 @@ from ..checks import (
     check_temperature,
     resolve_backend,
 )
-from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled, value_of
+from ..common.autograd import Named, accumulator, by_shape, register, scaled
 from ..common.head_groups import Pair, pairs_of, state_shapes
-from ..types import AttentionDivergenceKind, AttentionState, Backend
+from ..types import (
+    AttentionDivergenceKind,
+    AttentionReduction,
+    AttentionState,
+    Backend,
+)
 from . import torch_path
 
 MAX_HEAD_DIM = 256
@@ -43,6 +48,7 @@ def attention_divergence(
     query_mask: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
+    reduction: AttentionReduction = "tokens",
     backend: Backend = "auto",
 ) -> Tensor:
     """Mean divergence of the attention probabilities of each layer pair.
@@ -80,12 +86,15 @@ def attention_divergence(
             are given. This is the `sliding_window` that transformers hands to attention functions:
             with `causal` the keys above `query - window`, and for ModernBERT half of
             `local_attention`, plus one. None is no window.
+        reduction: "tokens" is the mean over heads and all counted rows of the batch. "sequences" is
+            the mean over heads and rows of each sequence, then over the sequences that have counted
+            rows: a short sequence weighs as much as a long one, as in MiniLMv2's own code.
         backend: "auto" runs Triton on CUDA, PyTorch on the CPU and for fp64.
 
     Returns:
-        `[pairs]` in fp32 (fp64 where a student is fp64): the mean over batch, heads and the counted
-        rows that see at least one key (a sink is none). Gradients reach the student's queries, keys
-        and sinks only. Without any such row the loss and its gradients are 0.
+        `[pairs]` in fp32 (fp64 where a student is fp64): the mean over the counted rows that see at
+        least one key (a sink is none), as `reduction` says. Gradients reach the student's queries,
+        keys and sinks only. Without any such row the loss and its gradients are 0.
 
     Raises:
         ValueError: shapes, devices, modes that do not fit, sinks on one side of a pair, or a
@@ -97,6 +106,7 @@ def attention_divergence(
     batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
     check_choice("kind", kind, get_args(AttentionDivergenceKind))
+    check_choice("reduction", reduction, get_args(AttentionReduction))
     check_temperature(temperature)
     _check_window(window)
     check_mask("key_mask", key_mask, batch, tokens, device)
@@ -105,14 +115,13 @@ def attention_divergence(
     chosen = resolve_backend(backend, device, accumulator(*queries))
     reach = min(window or 0, tokens)
     rows = counted_rows(key_mask, query_mask, causal, reach)
+    weights = item_weights(rows, batch, tokens, reduction, device)
 
     def loss_of(members: list[int]) -> Tensor:
         own, target = [student[i] for i in members], [teacher[i] for i in members]
         query, other = own[0].query, target[0].query
         if chosen == "triton":
             _check_head_size(max(query.shape[-1], other.shape[-1]))
-        every = batch * query.shape[1]
-        count = every * tokens if rows is None else query.shape[1] * rows.sum()
         dtype = accumulator(query, other)
         need_grad = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad
@@ -128,7 +137,7 @@ def attention_divergence(
             [state.scale / temperature for state in target],
             key_mask,
             rows,
-            inverse(count, dtype, device),
+            (weights / query.shape[1]).to(dtype),
             kind,
             causal,
             reach,
@@ -181,6 +190,21 @@ def counted_rows(
     return rows if query_mask is None else rows & query_mask
 
 
+def item_weights(
+    rows: Tensor | None, batch: int, tokens: int, reduction: str, device: torch.device
+) -> Tensor:
+    """fp64 `[batch]`: what the loss takes of each item's sum over counted `rows` of one head."""
+    counts = torch.full((batch,), tokens, device=device) if rows is None else rows.sum(1)
+    sequences = (counts > 0).sum()
+    counts = counts * sequences if reduction == "sequences" else counts.sum().expand(batch)
+    return torch.where(counts > 0, 1.0 / counts.clamp(min=1).double(), 0.0)
+
+
+def _weighed(sums: Tensor, weights: Tensor) -> Tensor:
+    """Losses `[pairs]` from sums over rows `[pairs, batch]`, which rounding can leave below 0."""
+    return (sums * weights).sum(1).clamp(min=0.0)
+
+
 def _check_window(window: int | None) -> None:
     if window is None:
         return
@@ -216,7 +240,7 @@ def _divergence(
     target_scale: Sequence[float],
     key_mask: Tensor | None,
     rows: Tensor | None,
-    inverse_count: Tensor,
+    weights: Tensor,
     kind: str,
     causal: bool,
     window: int,
@@ -239,20 +263,22 @@ def _divergence(
     call = (pairs, key_mask, rows, kind, causal, window, need_grad)
     if backend == "torch":
         sums, *units = torch_path.one_sweep(*call)
-        return value_of(sums, inverse_count), units[0], units[1], units[2]
+        return _weighed(sums, weights), units[0], units[1], units[2]
     from . import triton_path
 
     sums, stats = triton_path.stream(*call)
-    return value_of(sums, inverse_count), stats, sums.new_empty(0), sums.new_empty(0)
+    return _weighed(sums, weights), stats, sums.new_empty(0), sums.new_empty(0)
 
 
 def _fake(given: Named) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pairs, new = len(given.query), given.inverse_count.new_empty
+    pairs, new = len(given.query), given.weights.new_empty
     nothing: tuple[int, ...] = (0,)
     made = [nothing] * 3
     if given.need_grad and given.backend == "torch":
-        made = [(pairs, *of[0].shape) for of in (given.query, given.key)]
-        made.append(nothing if given.student_sinks is None else given.student_sinks.shape)
+        made[:2] = [(pairs, *of[0].shape) for of in (given.query, given.key)]
+        if given.student_sinks is not None:
+            # their sum over the batch waits for its items' weights
+            made[2] = (pairs, *given.query[0].shape[:2])
     elif given.need_grad:
         from .triton_path import row_stats
 
@@ -279,7 +305,7 @@ def _backward(
     student_sinks: Tensor | None,
     teacher_sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Stacked gradients of the student's queries, keys and sinks for `factor` `[pairs]`."""
+    """Stacked gradients of the student's queries, keys and sinks for `factor` `[pairs, batch]`."""
     from . import triton_path
 
     pairs = _pairs(
@@ -303,21 +329,21 @@ def _keep(given: Named, made: tuple[Tensor, ...]) -> dict[str, Any]:
     if given.backend == "triton":
         left_out = ("need_grad", "backend")
         return {"stats": made[1], **{word: inputs[word] for word in inputs if word not in left_out}}
-    kept = {word: inputs[word] for word in ("inverse_count", "student_sinks")}
+    kept = {word: inputs[word] for word in ("weights", "student_sinks")}
     return kept | {"stats": None, "units": made[1:], "dtype": given.query[0].dtype}
 
 
 def _gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
     """Of queries, keys and, where there are some, sinks."""
     inputs = vars(kept)
-    factor = inputs.pop("inverse_count") * upstream
+    factor = upstream[:, None] * inputs.pop("weights")
     has_sinks = kept.student_sinks is not None
     if kept.stats is not None:
         query, key, sinks = _registered_backward(factor, **inputs)
     else:
         query, key, sinks = kept.units
         query, key = (scaled(unit, factor, kept.dtype) for unit in (query, key))
-        sinks = scaled(sinks, factor, sinks.dtype) if has_sinks else sinks
+        sinks = scaled(sinks, factor, sinks.dtype).sum(1) if has_sinks else sinks
     return {"query": query, "key": key} | ({"student_sinks": sinks} if has_sinks else {})
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..attention_score_mse.reference import attention_scores
 from ..common.reference import row_divergence
-from ..types import AttentionDivergenceKind, AttentionState, Relation
+from ..types import AttentionDivergenceKind, AttentionReduction, AttentionState, Relation
 
 
 def attention_divergence(
@@ -20,6 +20,7 @@ def attention_divergence(
     query_mask: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
+    reduction: AttentionReduction = "tokens",
 ) -> Tensor:
     """Mean divergence of attention probabilities over rows that see a key, one value a pair."""
     visible = visible_keys(student[0].query, key_mask, causal, window)
@@ -35,8 +36,15 @@ def attention_divergence(
         )
         values = row_divergence(log_p, log_t, kind)
         dtype = torch.promote_types(values.dtype, torch.float32)
-        count = rows.sum().clamp(min=1) * values.shape[1]
-        losses.append(values.masked_fill(~rows, 0.0).sum(dtype=dtype) / count)
+        # [batch, heads, tokens]
+        values = values.masked_fill(~rows, 0.0)
+        if reduction == "tokens":
+            count = rows.sum().clamp(min=1) * values.shape[1]
+            losses.append(values.sum(dtype=dtype) / count)
+        else:
+            counts = rows.sum((1, 2))
+            of_sequences = values.sum((1, 2), dtype=dtype) / (counts.clamp(min=1) * values.shape[1])
+            losses.append(of_sequences.sum() / (counts > 0).sum().clamp(min=1))
     return torch.stack(losses)
 
 
@@ -84,6 +92,7 @@ def relation_divergence(
     query_mask: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
+    reduction: AttentionReduction = "tokens",
 ) -> Tensor:
     """Divergence of self-attention relations (arXiv 2012.15828, section 3.1), one value a pair."""
     return attention_divergence(
@@ -95,6 +104,7 @@ def relation_divergence(
         query_mask=query_mask,
         causal=causal,
         window=window,
+        reduction=reduction,
     )
 
 

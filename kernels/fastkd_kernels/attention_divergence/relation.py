@@ -11,7 +11,7 @@ from typing import get_args
 from torch import Tensor
 
 from ..checks import check_choice, check_frozen, check_pairs, check_tensor
-from ..types import AttentionDivergenceKind, AttentionState, Backend, Relation
+from ..types import AttentionDivergenceKind, AttentionReduction, AttentionState, Backend, Relation
 from .op import attention_divergence
 
 _FIELDS = {"q": "query", "k": "key", "v": "value"}
@@ -29,6 +29,7 @@ def relation_divergence(
     query_mask: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
+    reduction: AttentionReduction = "tokens",
     backend: Backend = "auto",
 ) -> Tensor:
     """Mean divergence of the relations of each layer pair.
@@ -46,7 +47,7 @@ def relation_divergence(
             heads as they are, and "qk" repeats every key head for the query heads that share it.
         relation_heads: Heads to cut both sides into; divides the width (heads times head size) of
             every tensor that the relation reads.
-        kind, temperature, key_mask, query_mask, causal, window, backend: As in
+        kind, temperature, key_mask, query_mask, causal, window, reduction, backend: As in
             `attention_divergence`.
 
     Returns:
@@ -82,6 +83,7 @@ def relation_divergence(
         query_mask=query_mask,
         causal=causal,
         window=window,
+        reduction=reduction,
         backend=backend,
     )
 

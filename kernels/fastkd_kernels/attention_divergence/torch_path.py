@@ -36,15 +36,18 @@ def one_sweep(
     window: int,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums over rows `[pairs]` and their gradients for the student's queries, keys and sinks.
+    """Sums over rows `[pairs, batch]`, their gradients for the student's queries, keys and sinks.
+
+    Sinks get theirs by batch item, `[pairs, batch, heads]`.
 
     `rows` are the counted query rows, bool `[batch, tokens]`; `window` 0 is none.
     """
     dtype = accumulator(*pairs[0].tensors)
-    sums = pairs[0].query.new_zeros(len(pairs), dtype=dtype)
+    batch, heads = pairs[0].query.shape[:2]
+    sums = pairs[0].query.new_zeros((len(pairs), batch), dtype=dtype)
     query_grad, key_grad, sink_grad = (sums.new_empty(0) for _ in range(3))
     if need_grad and pairs[0].student_sinks is not None:
-        sink_grad = sums.new_zeros((len(pairs), pairs[0].query.shape[1]))
+        sink_grad = sums.new_zeros((len(pairs), batch, heads))
     if need_grad:
         query_grad = stacked_like(pairs, pairs[0].query, dtype)
         key_grad = stacked_like(pairs, pairs[0].key, dtype)
@@ -58,13 +61,14 @@ def one_sweep(
                 key_out = torch.zeros_like(sources.key, memory_format=torch.contiguous_format)
                 sink_out = sources.query.new_zeros(0 if sinks is None else sinks[0].shape)
                 outs = (query_slot(query_grad[index], group, pair), key_out, sink_out)
-            sums[index] += _group_sweep(pair, sources, masks, sinks, kind, causal, window, outs)
+            of_groups = _group_sweep(pair, sources, masks, sinks, kind, causal, window, outs)
+            items = group.batch.stop - group.batch.start
+            sums[index, group.batch] += of_groups.view(items, -1).sum(1)
             if outs is not None:
                 fold_keys(key_grad[index], group, outs[1])
             if outs is not None and sinks is not None:
-                heads = group_heads(group, pair)
-                of_items = outs[2].view(-1, heads.stop - heads.start)
-                sink_grad[index, heads] += of_items.sum(0)
+                slot = sink_grad[index, group.batch, group_heads(group, pair)]
+                slot += outs[2].view(slot.shape)
     return sums, query_grad, key_grad, sink_grad
 
 
@@ -92,7 +96,10 @@ def _group_sweep(
     window: int,
     outs: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Tensor:
-    """Sum of one group; fills `outs`: query `[n, repeat, tokens, dim]`; key and sinks are added."""
+    """Sums `[n]` of one group; fills `outs`.
+
+    The query's `[n, repeat, tokens, dim]` is written, key and sinks are added to.
+    """
     query, key, target_query, target_key = sources
     count, repeat, tokens, dim = query.shape
     invalid, hidden_keys = masks
@@ -102,7 +109,7 @@ def _group_sweep(
         step = min(step, max(16, 2 * window))
     # exp() of it is exactly 0, and it may be subtracted from itself
     low = torch.finfo(query.dtype).min / 4
-    total = query.new_zeros(())
+    total = query.new_zeros(count)
     for start in range(0, tokens, step):
         stop = min(start + step, tokens)
         first, last = key_range(start, stop, tokens, causal, window)
@@ -127,7 +134,7 @@ def _group_sweep(
         if invalid is not None:
             skipped = invalid.view(count, repeat, tokens)[:, :, start:stop]
             values = values.masked_fill(skipped, 0.0)
-        total += values.sum()
+        total += values.sum((1, 2))
         if outs is None:
             continue
         if sinks is not None:

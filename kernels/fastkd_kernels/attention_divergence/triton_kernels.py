@@ -12,8 +12,8 @@ one, the row's constant. Maximum and log are kept apart because their sum would 
 that join every row's softmax; both are divided by the temperature. STUDENT_CAP, TEACHER_CAP and
 SINK say which are there; the others are not read.
 
-The backward makes every tile once more, from `stats`. `upstream` `[pairs]` is the gradient of each
-pair's sum over rows.
+The backward makes every tile once more, from `stats`. `upstream` `[pairs, batch]` is the gradient
+of each batch item's sum over rows.
 """
 
 import triton
@@ -390,7 +390,7 @@ def query_slopes(
         b_gradient += tl.dot(
             slopes.to(GRAD_TYPE), b_key.to(GRAD_TYPE), input_precision=GRAD_PRECISION
         )
-    factor = tl.load(upstream + pair)
+    factor = tl.load(upstream + pair * batch + item)
     if SINK:
         student_sink, teacher_sink = load_sinks(sinks, pair, head, heads)
         sink_slopes = row_slopes(
@@ -553,7 +553,7 @@ def key_slopes(
             b_gradient += tl.dot(
                 slopes.to(GRAD_TYPE), b_query.to(GRAD_TYPE), input_precision=GRAD_PRECISION
             )
-    factor = scale * tl.load(upstream + pair)
+    factor = scale * tl.load(upstream + pair * batch + item)
     o_dim = tl.arange(0, BLOCK_DIM)
     out = gradient + ((pair * batch + item) * kv_heads + kv_head) * tokens * dim
     o_out = o_key[:, None].to(tl.int64) * dim + o_dim[None, :]

@@ -118,9 +118,9 @@ def stream(
     window: int,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Sums over rows `[pairs]` and `stats` `[pairs, 4 or 5, batch, heads, tokens]` in one launch.
+    """Sums over rows `[pairs, batch]` and `stats` `[pairs, 4 or 5, batch, heads, tokens]`.
 
-    `rows` are the counted query rows, bool `[batch, tokens]`; `window` 0 is none.
+    One launch. `rows` are the counted query rows, bool `[batch, tokens]`; `window` 0 is none.
     """
     call = Call(pairs, key_mask, rows)
     sizes, count = call.sizes, len(pairs)
@@ -147,7 +147,8 @@ def stream(
         WRITE_STATS=need_grad,
         **options,
     )
-    return partials.sum(1), stats
+    # programs of one batch item follow each other
+    return partials.view(count, sizes["batch"], -1).sum(2), stats
 
 
 def stream_backward(
@@ -160,7 +161,7 @@ def stream_backward(
     causal: bool,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients `[pairs, batch, heads | kv_heads, tokens, dim_s]` for `factor` `[pairs]`.
+    """Gradients `[pairs, batch, heads | kv_heads, tokens, dim_s]` for `factor` `[pairs, batch]`.
 
     And of the sinks, `[pairs, heads]`: empty where there are none.
     """

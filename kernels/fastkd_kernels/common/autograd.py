@@ -108,8 +108,8 @@ def squared_sum(value: Tensor) -> Tensor:
 
 
 def scaled(unit: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unit gradients `[pairs, ...]` times `factor` `[pairs]`, in the dtype of the input."""
-    factor = factor.view(-1, *[1] * (unit.ndim - 1))
+    """Unit gradients `[pairs, ...]` times `factor`, `[pairs]` or `[pairs, batch]`, in `dtype`."""
+    factor = factor.view(*factor.shape, *[1] * (unit.ndim - factor.ndim))
     if unit.dtype == dtype or (torch.is_grad_enabled() and factor.requires_grad):
         return (unit * factor).to(dtype)
     # one pass, without a product in fp32

@@ -13,11 +13,12 @@ from fastkd.losses.counts import (
 )
 from fastkd.losses.hidden import StateTerm
 from fastkd.losses.logits import LogitsTerm
-from fastkd.losses.objective import Objective
+from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.losses.relation_heads import check_relation_heads
 
 __all__ = [
     "DIVISORS",
+    "DistilledStudent",
     "LogitsTerm",
     "LossInfo",
     "ModelPair",

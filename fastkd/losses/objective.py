@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from fastkd.capture import Capture
+from fastkd.capture import Capture, capture, no_cache
+from fastkd.capture.lm_head import last_hidden_state
 from fastkd.layer_map import LayerMap, Progress, TransportMap
 from fastkd.losses.attention import (
     ProbabilityTerm,
@@ -27,6 +29,7 @@ from fastkd.losses.counts import (
     DIVISORS,
     Reduction,
     count_divisors,
+    model_inputs,
     target_labels,
 )
 from fastkd.losses.hidden import StateTerm
@@ -283,3 +286,40 @@ class Objective(nn.Module):
         """One value a term to one a loss."""
         parts = zip(scales.unbind(), self._sizes, strict=True)
         return torch.cat([scale.expand(size) for scale, size in parts])
+
+
+class DistilledStudent(nn.Module):
+    """Everything that trains: the student and the projections of its objective."""
+
+    def __init__(self, student: PreTrainedModel, objective: Objective) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+
+    def forward(
+        self,
+        inputs: Inputs,
+        teacher: Capture | None = None,
+        shares: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the student on a micro-batch and, given what the teacher left, compare the two.
+
+        Args:
+            inputs: `input_ids` and perhaps `attention_mask`, both [batch, tokens], what else the
+                models read, and perhaps `labels`.
+            teacher: what the teacher left on the same inputs.
+            shares: fp32 [DIVISORS], see `Objective.forward`.
+
+        Returns:
+            The total, a scalar, and raw and weighted losses [2, labels], detached. Without a
+            teacher the last hidden state [batch, tokens, width] and an empty tensor: under ZeRO-3
+            the student can't be run from outside.
+        """
+        read = {**model_inputs(inputs), **no_cache(self.student)}
+        if teacher is None or shares is None:
+            state = last_hidden_state(self.student, self.student, read)
+            return state, state.new_empty(0)
+        with capture(self.student, **self.objective.layers("student")) as states:
+            self.student(**read)
+        result: tuple[Tensor, Tensor] = self.objective(states, teacher, inputs, shares)
+        return result

@@ -8,6 +8,7 @@ from fastkd.recipe.data import Data
 from fastkd.recipe.finetune import FinetuneRecipe, TunedModel
 from fastkd.recipe.loading import (
     AnyRecipe,
+    apply_overrides,
     complain,
     dump_recipe,
     load_any_recipe,
@@ -64,6 +65,7 @@ __all__ = [
     "Term",
     "Train",
     "TunedModel",
+    "apply_overrides",
     "complain",
     "dump_recipe",
     "load_any_recipe",

@@ -21,7 +21,7 @@ from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, make_layer_map
-from fastkd.losses import Objective
+from fastkd.losses import DistilledStudent, Objective
 from fastkd.losses.factory import capture_needs, hard_objective, make_objective
 from fastkd.models import (
     Initialisation,
@@ -34,7 +34,6 @@ from fastkd.models import (
 )
 from fastkd.models.classifier import check_start, fit_classifier, load_tuned, name_outputs
 from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, Teacher, resolve_steps
-from fastkd.training.engine import DistilledStudent
 from fastkd.training.export import load_projections
 from fastkd.training.finite import check_weights
 from fastkd.training.memory import check_micro_batch

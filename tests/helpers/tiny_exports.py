@@ -12,10 +12,9 @@ from tiny_models import POSITIONS, VOCABULARY, save_teacher
 from transformers import PreTrainedModel
 
 from fastkd.layer_map import make_layer_map
-from fastkd.losses import ModelPair, Objective
+from fastkd.losses import DistilledStudent, ModelPair, Objective
 from fastkd.models import build_student, load_teacher, load_tokenizer
 from fastkd.recipe import HiddenLoss, Losses, Student, Teacher
-from fastkd.training.engine import DistilledStudent
 from fastkd.training.export import export_student
 from fastkd.training.run_folder import RunFolder
 from fastkd.types import Head

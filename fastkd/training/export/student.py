@@ -25,10 +25,9 @@ from fastkd.files.disk import (
     settle,
     temporary_of,
 )
-from fastkd.losses import Objective
+from fastkd.losses import DistilledStudent, Objective
 from fastkd.models import locate_model, read_config
 from fastkd.recipe import Teacher
-from fastkd.training.engine import DistilledStudent
 from fastkd.training.export.poolers import (
     mark_pooler,
     pooler_note,

@@ -153,8 +153,8 @@ def _run(
             report=write_report,
             callbacks=callbacks,
         )
-        # the first rank has read the numbers, and every rank returns them
-        summary = ranks.from_main(lambda: summary)
+        # the first rank has read the numbers, and every rank returns them as the file has them
+        summary = ranks.from_main(lambda: json.loads(json.dumps(summary)))
         if ranks.is_main:
             print_summary(summary, reporter)
     return RunResult(Path(recipe.run.output), summary, head)

@@ -179,8 +179,10 @@ class DistillationMixin:
             state_dict = {k: v for k, v in state_dict.items() if f"{_BESIDE}." not in k}
         with self._alone():
             super()._save(output_dir, state_dict)  # type: ignore[misc]
-        weights = {k: v.contiguous() for k, v in self.distiller.objective.state_dict().items()}
-        save_file(weights, Path(folder) / PROJECTIONS)
+        # every rank comes by here, and one writes
+        if self.args.should_save:
+            weights = {k: v.contiguous() for k, v in self.distiller.objective.state_dict().items()}
+            save_file(weights, Path(folder) / PROJECTIONS)
 
     def _load_from_checkpoint(self, checkpoint: str, *arguments: Any, **keywords: Any) -> None:
         with self._alone():

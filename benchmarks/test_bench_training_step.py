@@ -25,11 +25,11 @@ from fastkd.capture import capture, route_attention
 from fastkd.layer_map import make_layer_map
 from fastkd.losses import (
     DIVISORS,
+    DistilledStudent,
     ModelPair,
     Objective,
 )
 from fastkd.recipe import Losses
-from fastkd.training.engine import DistilledStudent
 
 LAYERS = make_layer_map("uniform", 4, 12)
 # batch and tokens; on a GPU in bf16

@@ -1,1 +1,56 @@
-"""fastkd: distil large transformers into small ones by matching what happens inside."""
+"""fastkd: distil large transformers into small ones by matching what happens inside.
+
+From Python: `distill`, `finetune`, `evaluate` and `inspect_layers` do what the commands of the same
+names do; `Distiller` is the loss for a loop of one's own; `fastkd.integrations` has the `Trainer`.
+Names are loaded when they are first used, so that `import fastkd` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastkd.api import RunResult, distill, evaluate, finetune, inspect_layers
+    from fastkd.distiller import Distiller
+    from fastkd.errors import Interrupted, LostRank, UserError
+    from fastkd.recipe import FinetuneRecipe, Recipe
+
+    __version__: str
+
+__all__ = [
+    "Distiller",
+    "FinetuneRecipe",
+    "Interrupted",
+    "LostRank",
+    "Recipe",
+    "RunResult",
+    "UserError",
+    "__version__",
+    "distill",
+    "evaluate",
+    "finetune",
+    "inspect_layers",
+]
+
+_MODULES = {
+    "fastkd.api": ("RunResult", "distill", "evaluate", "finetune", "inspect_layers"),
+    "fastkd.distiller": ("Distiller",),
+    "fastkd.errors": ("Interrupted", "LostRank", "UserError"),
+    "fastkd.recipe": ("FinetuneRecipe", "Recipe"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("fastkd")
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

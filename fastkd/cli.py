@@ -6,7 +6,6 @@ by whatever signal, is 130, and one that lost another rank is 1.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import sys
@@ -15,10 +14,11 @@ from typing import Annotated, Literal
 
 import typer
 
+import fastkd
 from fastkd.errors import DiskError, Interrupted, LostRank, UserError
 from fastkd.extras import need
 from fastkd.files.disk import disk_errors, write_whole
-from fastkd.recipe import AnyRecipe, load_any_recipe, load_finetune_recipe, load_recipe
+from fastkd.recipe import load_any_recipe, load_finetune_recipe, load_recipe
 from fastkd.signals import Signalled, signals_raised
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ Overrides = Annotated[
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"fastkd {importlib.metadata.version('fastkd')}")
+        print(f"fastkd {fastkd.__version__}")
         raise typer.Exit
 
 
@@ -62,7 +62,15 @@ def distill(
     ] = False,
 ) -> None:
     """Distil a student as a recipe says."""
-    _run(load_recipe(recipe, overrides or []), resume)
+    chosen = load_recipe(recipe, overrides or [])
+    from fastkd.reporting.report import print_summary, write_report
+    from fastkd.training.loop import run_recipe
+    from fastkd.training.session import session
+
+    with session(chosen) as (ranks, reporter):
+        summary = run_recipe(chosen, ranks, resume=resume, reporter=reporter, report=write_report)
+        if ranks.is_main:
+            print_summary(summary, reporter)
 
 
 @app.command()
@@ -74,34 +82,15 @@ def finetune(
     ] = False,
 ) -> None:
     """Train a model on the labels of a task: a teacher for distill."""
-    _run(load_finetune_recipe(recipe, overrides or []), resume)
-
-
-def _run(recipe: AnyRecipe, resume: bool) -> None:
-    _quieten()
-    from fastkd.distributed import lost_ranks, start_ranks, stop_ranks
-    from fastkd.reporting.console import Reporter
+    chosen = load_finetune_recipe(recipe, overrides or [])
     from fastkd.reporting.report import print_summary, write_report
     from fastkd.training.loop import run_recipe
-    from fastkd.training.memory import memory_errors
+    from fastkd.training.session import session
 
-    ranks = start_ranks()
-    reporter = Reporter(silent=not ranks.is_main)
-    try:
-        with (
-            disk_errors(Path(recipe.run.output)),
-            lost_ranks(ranks.peers, ranks.rank),
-            memory_errors(recipe, ranks.device),
-        ):
-            summary = run_recipe(
-                recipe, ranks, resume=resume, reporter=reporter, report=write_report
-            )
-            if ranks.is_main:
-                print_summary(summary, reporter)
-    except Signalled as error:
-        raise Interrupted(f"stopped by {error}; continue with --resume") from error
-    finally:
-        stop_ranks()
+    with session(chosen) as (ranks, reporter):
+        summary = run_recipe(chosen, ranks, resume=resume, reporter=reporter, report=write_report)
+        if ranks.is_main:
+            print_summary(summary, reporter)
 
 
 @app.command()
@@ -115,23 +104,17 @@ def evaluate(
     """Evaluate what a finished run made, on its held-out text or task, or on another."""
     if output is not None and output.exists():
         raise UserError(f"--output {output} exists already; give another file")
-    _quieten()
-    from fastkd.distributed import lost_ranks, start_ranks, stop_ranks
-    from fastkd.reporting.console import Reporter
     from fastkd.reporting.report import print_evaluation
     from fastkd.training.evaluate import evaluate_run
     from fastkd.training.run_folder import RunFolder
+    from fastkd.training.session import session
 
-    ranks = start_ranks()
-    try:
-        with lost_ranks(ranks.peers, ranks.rank, "start all ranks again"):
-            result = evaluate_run(RunFolder(run), overrides or [], ranks)
-        print_evaluation(result.as_dict(), Reporter(silent=not ranks.is_main))
+    with session() as (ranks, reporter):
+        found = evaluate_run(RunFolder(run), overrides or [], ranks).as_dict()
+        print_evaluation(found, reporter)
         if output is not None and ranks.is_main:
             with disk_errors(output.parent, "give another --output"):
-                write_whole(output, json.dumps(result.as_dict(), indent=2) + "\n")
-    finally:
-        stop_ranks()
+                write_whole(output, json.dumps(found, indent=2) + "\n")
 
 
 @app.command()
@@ -170,15 +153,11 @@ def inspect(
     """Show how alike the layers of two models are: CKA and attention divergence of all pairs."""
     if output is not None:
         need("fastkd inspect --output", "study", "matplotlib")
-    _quieten()
-    from fastkd.layer_similarity import (
-        inspect_models,
-        print_similarity,
-        write_similarity,
-    )
+    from fastkd.api import inspect_layers
+    from fastkd.layer_similarity import print_similarity, write_similarity
     from fastkd.reporting.console import Reporter
 
-    found = inspect_models(teacher, student, data, kind=kind, blocks=blocks, block_size=block_size)
+    found = inspect_layers(teacher, student, data, kind=kind, blocks=blocks, block_size=block_size)
     print_similarity(found, Reporter())
     if output is not None:
         write_similarity(found, output)
@@ -192,20 +171,14 @@ def doctor(
 ) -> None:
     """Say what this machine has and, given a recipe, what its run will need."""
     chosen = None if recipe is None else load_any_recipe(recipe, overrides or [])
-    _quieten()
-    from fastkd.distributed import start_ranks, stop_ranks
     from fastkd.reporting.console import Reporter
     from fastkd.training.doctor import describe_machine, estimate_run
+    from fastkd.training.session import session
 
-    rank = int(os.environ.get("RANK", "0"))
-    reporter = Reporter(silent=rank != 0)
-    describe_machine(reporter)
+    describe_machine(Reporter(silent=os.environ.get("RANK", "0") != "0"))
     if chosen is not None:
-        ranks = start_ranks()
-        try:
+        with session() as (ranks, reporter):
             estimate_run(chosen, ranks, reporter)
-        finally:
-            stop_ranks()
 
 
 def main() -> None:
@@ -230,15 +203,3 @@ def _fail(message: str, code: int, *, alone: bool = False) -> None:
     if alone or os.environ.get("RANK", "0") == "0":
         print(f"fastkd: {message}", file=sys.stderr)
     raise SystemExit(code)
-
-
-def _quieten() -> None:
-    """Libraries' own bars and notices would tear the run's output apart."""
-    import warnings
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")

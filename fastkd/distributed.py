@@ -10,6 +10,7 @@ import datetime
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ TIMEOUT = "FASTKD_RANK_TIMEOUT"
 """Environment variable: seconds that a rank waits for the others."""
 
 _DEFAULT_SECONDS = 7200.0
+# environment variables that `start_ranks` sets where they are not
+_SET = ("LOCAL_RANK", "DS_ACCELERATOR")
 # a process that was killed closes its sockets a moment before it is gone
 _GONE_WITHIN_SECONDS = 2.0
 
@@ -239,4 +242,45 @@ def _wait_as_told() -> None:
 def stop_ranks() -> None:
     """Leave the process group; gloo may abort the process at exit otherwise."""
     if dist.is_initialized():
+        _forget_groups()
         dist.destroy_process_group()
+
+
+def _forget_groups() -> None:
+    """Let DeepSpeed look anew next time: it would take the groups of this one for those."""
+    comm: Any = sys.modules.get("deepspeed.comm.comm")
+    groups: Any = sys.modules.get("deepspeed.utils.groups")
+    if comm is not None and groups is not None:
+        comm.cdb = None
+        groups._release_process_group_references()
+
+
+def _uses_deepspeed() -> bool:
+    comm: Any = sys.modules.get("deepspeed.comm.comm")
+    return comm is not None and comm.cdb is not None
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Ranks]:
+    """The ranks while the context is open; a process that had a group keeps it, and no more.
+
+    Raises:
+        UserError: as `start_ranks`.
+    """
+    had_group, had_deepspeed = dist.is_initialized(), _uses_deepspeed()
+    environment = {name: os.environ.get(name) for name in _SET}
+    gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+    try:
+        yield start_ranks()
+    finally:
+        if not had_group:
+            stop_ranks()
+        elif not had_deepspeed:
+            _forget_groups()
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

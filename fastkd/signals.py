@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -21,7 +22,11 @@ class Signalled(BaseException):
 @contextmanager
 def stop_signals(note: Callable[[int], None]) -> Iterator[None]:
     """Call `note` with the number of every signal that asks for an end; the handlers before come
-    back. Forked children die of them as they would anywhere."""
+    back. Forked children die of them as they would anywhere. Python lets the main thread alone
+    handle signals: in another one nothing is called, and they do what they did."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     owner = os.getpid()
 
     def handle(number: int, _frame: FrameType | None) -> None:

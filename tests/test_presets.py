@@ -21,6 +21,7 @@ from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.losses import (
     DIVISORS,
+    DistilledStudent,
     Objective,
     model_inputs,
 )
@@ -28,7 +29,6 @@ from fastkd.losses.factory import make_objective
 from fastkd.models import build_student
 from fastkd.recipe import Recipe, parse_recipe
 from fastkd.recipe.presets import PRESETS, expand
-from fastkd.training.engine import DistilledStudent
 from fastkd.types import Inputs
 
 LENGTHS = (9, 6, 4)

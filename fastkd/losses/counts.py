@@ -53,13 +53,13 @@ def target_labels(inputs: Inputs, head: Head) -> Tensor | None:
     """The labels that a head is to predict, `IGNORE_INDEX` where there is none.
 
     Returns:
-        For a causal language model the next token, [batch, tokens] int64; else `labels` of the
-        inputs, one an example or one a token, or `None`.
+        For a causal language model the next token, [batch, tokens] int64, from `labels` of the
+        inputs where they are given; else those labels, one an example or one a token, or `None`.
     """
     if head != "causal_lm":
         return inputs.get("labels")
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    following = ids[:, 1:]
+    following = inputs.get("labels", ids)[:, 1:]
     if mask is not None:
         following = following.masked_fill(mask[:, 1:] == 0, IGNORE_INDEX)
     return torch.nn.functional.pad(following, (0, 1), value=IGNORE_INDEX)

@@ -8,6 +8,7 @@ from fastkd.recipe.data import Data
 from fastkd.recipe.finetune import FinetuneRecipe, TunedModel
 from fastkd.recipe.loading import (
     AnyRecipe,
+    apply_overrides,
     complain,
     dump_recipe,
     load_any_recipe,
@@ -47,6 +48,7 @@ __all__ = [
     "Teacher",
     "Train",
     "TunedModel",
+    "apply_overrides",
     "complain",
     "dump_recipe",
     "load_any_recipe",

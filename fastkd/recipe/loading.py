@@ -55,13 +55,26 @@ def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecip
 
 def _overridden(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     tree = read_tree(path)
+    apply_overrides(tree, overrides)
+    return tree
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Replace values of a mapping of sections, in place.
+
+    Args:
+        tree: as a file holds it.
+        overrides: `dotted.key=value` strings; the value is read as YAML.
+
+    Raises:
+        UserError: an override that is none, or takes back what another said.
+    """
     given: dict[str, str] = {}
     for override in overrides:
         key, text = _parted(override)
         _check_new(given, key, text)
         given[key] = text
         _apply(tree, key, text)
-    return tree
 
 
 def read_tree(path: str | Path, what: str = "recipe") -> dict[str, Any]:

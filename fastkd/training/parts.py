@@ -23,6 +23,7 @@ from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses import Objective
 from fastkd.losses.factory import capture_needs, hard_objective, make_objective
+from fastkd.losses.student import DistilledStudent
 from fastkd.models import (
     Initialisation,
     build_student,
@@ -34,7 +35,6 @@ from fastkd.models import (
 )
 from fastkd.models.classifier import check_start, fit_classifier, load_tuned, name_outputs
 from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, Teacher, resolve_steps
-from fastkd.training.engine import DistilledStudent
 from fastkd.training.export import load_projections
 from fastkd.training.finite import check_weights
 from fastkd.training.memory import check_micro_batch

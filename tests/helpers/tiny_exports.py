@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from fastkd.layer_map import make_layer_map
 from fastkd.losses import ModelPair, Objective
+from fastkd.losses.student import DistilledStudent
 from fastkd.models import build_student, load_teacher, load_tokenizer
 from fastkd.recipe import Losses, Student, Teacher
-from fastkd.training.engine import DistilledStudent
 from fastkd.training.export import export_student
 from fastkd.training.run_folder import RunFolder
 from fastkd.types import Head

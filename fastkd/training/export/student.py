@@ -26,9 +26,9 @@ from fastkd.files.disk import (
     temporary_of,
 )
 from fastkd.losses import Objective
+from fastkd.losses.student import DistilledStudent
 from fastkd.models import locate_model, read_config
 from fastkd.recipe import Teacher
-from fastkd.training.engine import DistilledStudent
 from fastkd.training.export.poolers import (
     mark_pooler,
     pooler_note,

@@ -1,0 +1,393 @@
+"""The losses for a loop of one's own: `Distiller`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from fastkd.capture import route_attention, try_model
+from fastkd.errors import UserError
+from fastkd.layer_map import Progress, make_layer_map
+from fastkd.layer_map.sections import Layers
+from fastkd.losses import DIVISORS, model_inputs
+from fastkd.losses.factory import capture_needs, make_objective
+from fastkd.losses.student import DistilledStudent
+from fastkd.recipe import Losses, complain
+from fastkd.training.engine import TeacherRunner
+from fastkd.types import IGNORE_INDEX, Head, Inputs
+
+_HEADS: dict[Head, dict[str, str]] = {
+    "sequence_classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "masked_lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "causal_lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+}
+_EXAMPLES = DIVISORS.index("examples")
+
+
+class Distiller(nn.Module):
+    """What a student loses against a teacher, for any loop, optimiser and launcher.
+
+        distiller = Distiller(student, teacher, {"attention": {}, "hidden": {}})
+        optimizer = torch.optim.AdamW(distiller.parameters())
+        with distiller:
+            for batch in batches:
+                loss, parts = distiller(batch)
+                loss.backward()
+                ...
+        student.save_pretrained("student")
+
+    Its parameters are the student's and the projections from student to teacher width: give
+    `distiller.parameters()` to the optimiser, not the student's alone. The teacher is no submodule:
+    it is in no `parameters()` or `state_dict()`, gets no gradient, and follows the student to its
+    device.
+
+    `with distiller:` lets the attention of both models be heard (it runs as before, to the same
+    bits) and puts the teacher into eval mode; at its end both models are as they were. Everything
+    outside, such as saving, evaluating or loading, works in the context and without.
+
+    A loss is a mean over what it is defined on: query-key pairs, tokens, examples or labels. By
+    default that mean is over the batch. Where an optimiser step has several micro-batches or ranks,
+    means of means weigh short batches too much; for the exact mean over the step count first:
+
+        counts = sum(distiller.count(batch) for batch in micro_batches)    # and over ranks
+        for batch in micro_batches:
+            loss, parts = distiller(batch, counts=counts)
+            loss.backward()
+
+    What adds gradients up (as here) needs no more. What averages them, as DDP does over its ranks
+    and `accelerate` over accumulated batches, is told over how many: `pieces=world_size`.
+    DDP wraps the distiller itself, `DDP(distiller, find_unused_parameters=True)`: a student may
+    have weights that no loss reads, such as those above the last mapped layer.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        losses: Losses | Mapping[str, Any],
+        layer_map: Layers | list[int] | Mapping[str, Any] = "uniform",
+        *,
+        tokens: int = 8,
+        seed: int = 0,
+    ) -> None:
+        """See that the losses can be computed for two models; both are left as they were.
+
+        Args:
+            student: to be trained; its attention must go through transformers' interface where it
+                is matched.
+            teacher: to learn from, frozen by `teacher.requires_grad_(False)`.
+            losses: as the section `losses` of a recipe, such as `{"hidden": {"weight": 10}}`.
+            layer_map: as in a recipe: a word, a mapping with options, or a list of teacher layers.
+            tokens: length of the sequences that both models are tried on.
+            seed: of a random mapping, and of the projections.
+
+        Raises:
+            UserError: two models or losses that don't fit together, or a teacher that trains.
+        """
+        super().__init__()
+        _check_models(student, teacher)
+        section = _losses(losses)
+        head = _common_head(student, teacher)
+        _check_head(section, head)
+        depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+        given = tuple(layer_map) if isinstance(layer_map, list) else layer_map
+        layers = make_layer_map(_layers(given), *depths, seed=seed)
+        needs = capture_needs(section)
+        running = [model.config._attn_implementation for model in (student, teacher)]
+        try:
+            traits = (
+                try_model(student, tokens, "tokens", **needs),
+                try_model(teacher, tokens, "tokens", **needs),
+            )
+        finally:
+            for model, name in zip((student, teacher), running, strict=True):
+                model.config._attn_implementation = name
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            objective = make_objective(
+                section, layers, student, teacher, traits, head=head, seed=seed
+            )
+        if objective.adapts:
+            raise UserError(
+                "losses.balance ratio and layer_map emd follow the losses of whole steps, which a "
+                "Distiller does not see; give other ones, or use fastkd.distill"
+            )
+        self.student = student
+        self.objective = objective.to(student.device, student.dtype)
+        # no submodules: a list hides them from parameters() and state_dict()
+        self._teacher = [teacher]
+        self._pair = [DistilledStudent(student, objective)]
+        self._runs: list[TeacherRunner] = []
+        self._listens = needs["attention"]
+        self._found: list[tuple[list[str], bool]] = []
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        """The model that it learns from."""
+        return self._teacher[0]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the losses, as in `attention/1-2`: the keys of `parts`."""
+        return self.objective.labels
+
+    def __enter__(self) -> Self:
+        models = self.student, self.teacher
+        running = [model.config._attn_implementation for model in models]
+        if self._listens:
+            for model in models:
+                route_attention(model)
+        self._found.append((running, self.teacher.training))
+        self._runs.append(TeacherRunner(self.teacher, self.objective))
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> Literal[False]:
+        self._runs.pop()
+        running, training = self._found.pop()
+        for model, name in zip((self.student, self.teacher), running, strict=True):
+            model.config._attn_implementation = name
+        self.teacher.train(training)
+        return False
+
+    def at(self, step: int, steps: int, epoch: int = 0) -> None:
+        """Move schedules and random mappings to a step, counted from 0, of so many.
+
+        Raises:
+            UserError: a step that is none of them.
+        """
+        if not 0 <= step <= steps or steps < 1:
+            raise UserError(f"step {step} of {steps}: expected 0 to steps, and steps above 0")
+        self.objective.steps = steps
+        self.objective.at(Progress(step, epoch))
+
+    def count(self, batch: Inputs) -> Tensor:
+        """What a batch holds of everything that losses are means over, to be added up: fp64 [5].
+
+        On the batch's device; in the order of `fastkd.losses.DIVISORS`.
+        """
+        return self.objective.divisors(self._checked(batch))
+
+    def forward(
+        self, batch: Inputs, counts: Tensor | None = None, pieces: int = 1
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run both models on a batch and compare them.
+
+        Args:
+            batch: `input_ids` [batch, tokens], where padded `attention_mask` of that shape, what
+                else both models read, and `labels` where a loss reads them: one an example for
+                classifiers, one a token for language models (-100 counts nowhere; those of causal
+                models are shifted here, and are the ids where not given).
+            counts: sum of `count` over all batches of the step; of this batch where not given.
+            pieces: over how many losses their gradients are averaged afterwards.
+
+        Returns:
+            The loss, to call `backward` on, and the raw losses by label, detached. Both are this
+            batch's part of the step's means, times `pieces`.
+
+        Raises:
+            UserError: a batch that lacks what is read, or no context is open.
+        """
+        inputs = self._checked(batch)
+        if not self._found:
+            raise UserError("the distiller is not listening; call it inside `with distiller:`")
+        own = self.objective.divisors(inputs)
+        whole = own if counts is None else counts.to(own)
+        # what counts nothing has no share, and divides by nothing
+        shares = own / whole.clamp(min=1) * pieces
+        self._follow(inputs["input_ids"].device)
+        teacher_states = self._runs[-1](inputs)
+        total, values = self._pair[0](inputs, teacher_states, shares.float())
+        uncertainty = self.objective.uncertainty
+        if uncertainty is not None:
+            # the log-variances stand in the total of every batch, and count once a step
+            alone, _ = uncertainty(torch.zeros_like(uncertainty.log_variances))
+            total = total + (shares[_EXAMPLES].to(alone) - 1) * alone
+        return total, dict(zip(self.labels, values[0].unbind(), strict=True))
+
+    def _follow(self, device: torch.device) -> None:
+        teacher = self.teacher
+        # one that is spread over devices stays there
+        if teacher.device != device and getattr(teacher, "hf_device_map", None) is None:
+            teacher.to(device)
+
+    @property
+    def _labels_read(self) -> str | None:
+        terms = self.objective.losses.terms
+        return next((name for name in ("labels", "mlm") if name in terms), None)
+
+    def _checked(self, batch: Inputs) -> Inputs:
+        """The batch, once it is seen to hold what is read.
+
+        Raises:
+            UserError: naming what is missing, or what no model reads.
+        """
+        if not isinstance(batch, Mapping):
+            raise UserError(
+                f"the batch is a {type(batch).__name__}, expected a mapping with input_ids "
+                "[batch, tokens] and what goes with them"
+            )
+        ids = batch.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            found = f"of shape {list(ids.shape)}" if isinstance(ids, Tensor) else "of none"
+            raise UserError(
+                f"the batch has the keys {', '.join(map(str, batch)) or 'none'}, and input_ids "
+                f"{found}; expected input_ids [batch, tokens]"
+            )
+        mask = batch.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+            shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise UserError(
+                f"attention_mask is {shape}, expected {list(ids.shape)} as input_ids; losses read "
+                "from it which tokens are padding"
+            )
+        for key, value in batch.items():
+            if key != "labels" and not isinstance(value, Tensor):
+                raise UserError(
+                    f"{key} of the batch is a {type(value).__name__}, expected tensors alone; take "
+                    "it out"
+                )
+        for side, model in (("student", self.student), ("teacher", self.teacher)):
+            strange = _unread(model, batch)
+            if strange:
+                raise UserError(
+                    f"the {side} {type(model).__name__} reads no {', '.join(strange)}; take it out "
+                    "of the batch: both models read the same"
+                )
+        return self._labelled(batch)
+
+    def _labelled(self, batch: Inputs) -> Inputs:
+        """The batch with the labels that losses read, or without any.
+
+        Raises:
+            UserError: none, or of another shape than the head's outputs.
+        """
+        reader, head = self._labels_read, self.objective.pair.head
+        labels, ids = batch.get("labels"), batch["input_ids"]
+        shape = ids.shape[:1] if head == "sequence_classification" else ids.shape
+        if isinstance(labels, Tensor) and labels.shape == shape:
+            return batch
+        # a causal model's are its ids where not given
+        if reader is None or (head == "causal_lm" and labels is None):
+            return model_inputs(batch)
+        given = f"a {type(labels).__name__}"
+        if isinstance(labels, Tensor):
+            given = f"{list(labels.shape)}"
+        raise UserError(
+            f"losses.{reader} learns from labels of shape {list(shape)}, but those of the batch "
+            f"are {'missing' if labels is None else given}; give them, {IGNORE_INDEX} where there "
+            "is none"
+        )
+
+
+def _check_models(student: object, teacher: object) -> None:
+    for side, model in (("student", student), ("teacher", teacher)):
+        if not isinstance(model, PreTrainedModel):
+            raise UserError(
+                f"the {side} is a {type(model).__name__}, expected a model of transformers"
+            )
+    assert isinstance(student, PreTrainedModel) and isinstance(teacher, PreTrainedModel)
+    training = [name for name, p in teacher.named_parameters() if p.requires_grad]
+    if training:
+        raise UserError(
+            f"the teacher has {len(training)} parameters with gradients, such as {training[0]}, "
+            "expected none; call teacher.requires_grad_(False), and see that student and teacher "
+            "stand in this order"
+        )
+    shared = {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}
+    if shared:
+        raise UserError(
+            f"student and teacher share {len(shared)} parameters; give two models of their own"
+        )
+    depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+    if depths[0] > depths[1]:
+        raise UserError(
+            f"the student has {depths[0]} layers and the teacher {depths[1]}; give a student that "
+            "is not deeper"
+        )
+    sizes = student.config.vocab_size, teacher.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"the student embeds {sizes[0]} tokens and the teacher {sizes[1]}; give two models "
+            "that share a tokenizer"
+        )
+
+
+def _losses(given: Losses | Mapping[str, Any]) -> Losses:
+    if isinstance(given, Losses):
+        return given
+    if not isinstance(given, Mapping):
+        raise UserError(
+            f"losses is a {type(given).__name__}, expected a mapping as in a recipe, such as "
+            "{'hidden': {'weight': 10}}"
+        )
+    try:
+        return Losses.model_validate(dict(given))
+    except ValidationError as error:
+        raise UserError(f"losses: {complain(error, Losses)}") from error
+
+
+def _layers(given: Any) -> Any:
+    try:
+        return TypeAdapter(Layers).validate_python(given)
+    except ValidationError as error:
+        said = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"layer_map: {said}") from error
+
+
+def _head_of(model: PreTrainedModel) -> Head:
+    names = {kind.__name__ for kind in type(model).__mro__}
+    for head, mapping in _HEADS.items():
+        for found in mapping.values():
+            if names & ({found} if isinstance(found, str) else set(found)):
+                return head
+    return "none"
+
+
+def _common_head(student: PreTrainedModel, teacher: PreTrainedModel) -> Head:
+    heads = _head_of(student), _head_of(teacher)
+    # what stands on a model is only read where both have it
+    return heads[0] if heads[0] == heads[1] else "none"
+
+
+def _check_head(losses: Losses, head: Head) -> None:
+    terms = losses.terms
+    fitting = {
+        "logits": ("sequence_classification", "causal_lm", "masked_lm"),
+        "labels": ("sequence_classification", "causal_lm"),
+        "mlm": ("masked_lm",),
+    }
+    for name, heads in fitting.items():
+        if name in terms and head not in heads:
+            raise UserError(
+                f"losses.{name} is on, but the head that both models have is {head}; expected "
+                f"{' or '.join(heads)}"
+            )
+        if name in terms and name != "logits" and head != heads[0] and "logits" not in terms:
+            raise UserError(
+                f"losses.{name} of a {head} head is computed together with losses.logits, which "
+                "is off; switch it on, with weight 0 where it should not count"
+            )
+    if "mlm" in terms and "logits" not in terms:
+        raise UserError(
+            "losses.mlm is computed together with losses.logits, which is off; switch it on, with "
+            "weight 0 where it should not count"
+        )
+
+
+def _unread(model: PreTrainedModel, batch: Inputs) -> list[str]:
+    """Keys of a batch that a model's forward does not name."""
+    known = inspect.signature(model.forward).parameters
+    return [str(key) for key in batch if key != "labels" and key not in known]

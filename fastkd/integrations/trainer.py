@@ -1,0 +1,312 @@
+"""transformers' `Trainer` with a teacher.
+
+The script of a `Trainer` stays as it is but for three lines: the import, the teacher, the losses.
+
+    trainer = DistillationTrainer(model=student, args=args, train_dataset=...,
+                                  teacher=teacher, losses={"hidden": {}, "labels": {}})
+
+What is exact: every loss is a mean over the whole optimiser step, whatever its micro-batches
+(`gradient_accumulation_steps`) and ranks (DDP) are; the Trainer hands a step's batches over before
+the first of them is run, and they are counted then. `loss` in the logs is that mean. What is not:
+`eval_loss` is the Trainer's own mean over evaluation batches, weighed by their size.
+
+The projections train with the student while `train` runs: they are in the optimiser and, as
+`projections.safetensors`, in every checkpoint. What is saved as the model is the student alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from fastkd.distiller import Distiller
+from fastkd.errors import UserError
+from fastkd.types import Inputs
+
+PROJECTIONS = "projections.safetensors"
+# of the student while it trains, so that optimisers and DDP find what trains beside it
+_BESIDE = "fastkd_losses"
+
+
+class DistillationMixin:
+    """What makes a distilling trainer of a `Trainer`: put it before that in the bases.
+
+        class SentenceDistillation(DistillationMixin, SentenceTransformerTrainer): ...
+
+    Of a `SentenceTransformer` the transformer inside is distilled, on every text column; the
+    trainer's own `loss` is not used.
+    """
+
+    # set by the trainer
+    model: nn.Module
+    args: Any
+    state: Any
+    accelerator: Any
+    model_accepts_loss_kwargs: bool
+
+    def __init__(
+        self,
+        model: Any = None,
+        *arguments: Any,
+        teacher: Any = None,
+        losses: Any = None,
+        layer_map: Any = "uniform",
+        **keywords: Any,
+    ) -> None:
+        """Set a trainer up; all but these goes to its own class.
+
+        Args:
+            model: the student.
+            teacher: a model as the student is, frozen by `requires_grad_(False)`.
+            losses: as the section `losses` of a recipe.
+            layer_map: as in a recipe.
+
+        Raises:
+            UserError: models and losses that don't fit, or a setting of the trainer that would
+                change or bypass the losses.
+        """
+        if teacher is None or losses is None:
+            missing = "teacher" if teacher is None else "losses"
+            raise UserError(f"{type(self).__name__}: {missing} is not given; see fastkd.Distiller")
+        super().__init__(model, *arguments, **keywords)  # type: ignore[call-arg]
+        _check_arguments(self)
+        student = transformer_of(self.model, "model")
+        seed = self.args.seed
+        self.distiller = Distiller(
+            student, transformer_of(teacher, "teacher"), losses, layer_map, seed=seed
+        )
+        # the counts of a step are handed down as its number of items: it is not divided again
+        self.model_accepts_loss_kwargs = True
+        self._asked: tuple[list[Inputs], Tensor | None] | None = None
+        self._depth = 0
+
+    def train(self, *arguments: Any, **keywords: Any) -> Any:
+        """As the trainer's own."""
+        with self._distilling():
+            return super().train(*arguments, **keywords)  # type: ignore[misc]
+
+    def evaluate(self, *arguments: Any, **keywords: Any) -> Any:
+        """As the trainer's own; `eval_loss` is the distillation loss."""
+        with self._distilling():
+            return super().evaluate(*arguments, **keywords)  # type: ignore[misc]
+
+    def predict(self, *arguments: Any, **keywords: Any) -> Any:
+        """As the trainer's own."""
+        with self._distilling():
+            return super().predict(*arguments, **keywords)  # type: ignore[misc]
+
+    def get_batch_samples(self, *arguments: Any, **keywords: Any) -> tuple[list[Any], Any]:
+        """The batches of a step, and what all of them on all ranks hold of what losses are means
+        over."""
+        batches, _ = super().get_batch_samples(*arguments, **keywords)  # type: ignore[misc]
+        if not batches:
+            return batches, None
+        self.distiller.at(self.state.global_step, self.state.max_steps, int(self.state.epoch or 0))
+        found = [self.distiller.count(part) for batch in batches for part in self._parts(batch)]
+        counts = torch.stack(found).sum(dim=0).to(self.args.device)
+        if self.accelerator.num_processes > 1:
+            dist.all_reduce(counts)
+        return batches, counts
+
+    def _get_num_items_in_batch(self, *_arguments: Any) -> None:
+        # of an evaluation: its loss is a mean over the batch at hand
+        return None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The distillation loss of a batch; in an evaluation also what the student gives."""
+        parts = self._parts(inputs)
+        with self._distilling():
+            if torch.is_grad_enabled() and not return_outputs:
+                # through the model as it is wrapped, so that DDP sees the pass
+                self._asked = parts, num_items_in_batch
+                return model(inputs)
+            loss = self._loss(parts, None, 1)
+        if not return_outputs:
+            return loss
+        sentences = isinstance(self.model, nn.Sequential)
+        return loss, {} if sentences else model(**inputs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """As the trainer's own; there is a loss without labels too."""
+        prepared = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+        if prediction_loss_only:
+            with torch.no_grad():
+                return self.compute_loss(model, prepared).detach(), None, None
+        loss, logits, labels = super().prediction_step(  # type: ignore[misc]
+            model, prepared, prediction_loss_only, ignore_keys
+        )
+        if loss is None:
+            with torch.no_grad():
+                loss = self.compute_loss(model, prepared).detach()
+        return loss, logits, labels
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of what weight decay pulls at: no learned weight of a loss."""
+        found = super().get_decay_parameter_names(model)  # type: ignore[misc]
+        return [name for name in found if not name.endswith("log_variances")]
+
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
+        """As the trainer's own; sentence-transformers would take the weights of a loss's model."""
+        if isinstance(self.model, nn.Sequential):
+            found: tuple[Any, Any] = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        else:
+            found = super().get_optimizer_cls_and_kwargs(args, model)  # type: ignore[misc]
+        return found
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if state_dict is not None:
+            state_dict = {k: v for k, v in state_dict.items() if f"{_BESIDE}." not in k}
+        with self._alone():
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+        # every rank comes by here, and one writes
+        if self.args.should_save:
+            weights = {k: v.contiguous() for k, v in self.distiller.objective.state_dict().items()}
+            save_file(weights, Path(folder) / PROJECTIONS)
+
+    def _load_from_checkpoint(self, checkpoint: str, *arguments: Any, **keywords: Any) -> None:
+        with self._alone():
+            super()._load_from_checkpoint(checkpoint, *arguments, **keywords)  # type: ignore[misc]
+        self._load_projections(checkpoint)
+
+    def _load_best_model(self) -> None:
+        with self._alone():
+            super()._load_best_model()  # type: ignore[misc]
+        self._load_projections(self.state.best_model_checkpoint)
+
+    def _load_projections(self, checkpoint: str) -> None:
+        path = Path(checkpoint) / PROJECTIONS
+        if not path.is_file():
+            raise UserError(
+                f"{checkpoint} holds no {PROJECTIONS}, so it was not written by a distillation "
+                "trainer; give one that was, or none"
+            )
+        self.distiller.objective.load_state_dict(load_file(path))
+
+    def _parts(self, inputs: dict[str, Any]) -> list[Inputs]:
+        """The batches of tokens in one of the trainer's: one, or one a text column."""
+        if not isinstance(self.model, nn.Sequential):
+            return [inputs]
+        known = ("input_ids", "attention_mask", "token_type_ids")
+        features, _ = self.collect_features(inputs)  # type: ignore[attr-defined]
+        return [{key: f[key] for key in known if key in f} for f in features]
+
+    def _loss(self, parts: list[Inputs], counts: Tensor | None, pieces: int) -> Tensor:
+        if counts is None:
+            counts = torch.stack([self.distiller.count(part) for part in parts]).sum(dim=0)
+        losses = [self.distiller(part, counts=counts, pieces=pieces)[0] for part in parts]
+        return torch.stack(losses).sum()
+
+    @contextmanager
+    def _distilling(self) -> Iterator[None]:
+        """Let what trains beside the student be found, and its forward make the loss when asked."""
+        with ExitStack() as stack:
+            stack.enter_context(self.distiller)
+            if self._depth == 0:
+                stack.enter_context(self._attached())
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+
+    @contextmanager
+    def _attached(self) -> Iterator[None]:
+        model, student = self.model, self.distiller.student
+        forward: Callable[..., Any] = model.forward
+        had = "forward" in model.__dict__
+
+        # transformers reads its keywords from it
+        def asked_forward(*arguments: Any, **keywords: Any) -> Any:
+            asked, self._asked = self._asked, None
+            if asked is None:
+                return forward(*arguments, **keywords)
+            return self._loss(*asked, self.accelerator.num_processes)
+
+        asked_forward.__wrapped__ = forward  # type: ignore[attr-defined]
+        model.__dict__["forward"] = asked_forward
+        student.add_module(_BESIDE, self.distiller.objective)
+        try:
+            yield
+        finally:
+            student._modules.pop(_BESIDE, None)
+            # mixed precision may have put its own around it, which calls on
+            if model.__dict__.get("forward") is asked_forward:
+                del model.__dict__["forward"]
+                if had:
+                    model.__dict__["forward"] = forward
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The student without what trains beside it."""
+        modules = self.distiller.student._modules
+        beside = modules.pop(_BESIDE, None)
+        try:
+            yield
+        finally:
+            if beside is not None:
+                modules[_BESIDE] = beside
+
+
+class DistillationTrainer(DistillationMixin, Trainer):  # type: ignore[misc]
+    """A `Trainer` whose loss is what the student loses against a teacher."""
+
+
+def transformer_of(model: Any, field: str) -> PreTrainedModel:
+    """The model of transformers that is distilled: itself, or that of a `SentenceTransformer`.
+
+    Raises:
+        UserError: neither.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    found = getattr(model[0], "auto_model", None) if isinstance(model, nn.Sequential) else None
+    if not isinstance(found, PreTrainedModel):
+        raise UserError(
+            f"{field} is a {type(model).__name__}, expected a model of transformers, or a "
+            "SentenceTransformer with one"
+        )
+    return found
+
+
+def _check_arguments(trainer: Any) -> None:
+    args = trainer.args
+    refused = {
+        "label_smoothing_factor": args.label_smoothing_factor,
+        "compute_loss_func": trainer.compute_loss_func,
+        "deepspeed": trainer.is_deepspeed_enabled,
+        "fsdp": trainer.is_fsdp_enabled,
+        "torch_compile": args.torch_compile,
+        "auto_find_batch_size": args.auto_find_batch_size,
+    }
+    found = [name for name, value in refused.items() if value]
+    if found:
+        raise UserError(
+            f"{type(trainer).__name__}: {', '.join(found)} is set, which the losses don't pass "
+            "through; leave it out, or use fastkd.distill"
+        )
+    if args.n_gpu > 1:
+        raise UserError(
+            f"{type(trainer).__name__}: {args.n_gpu} GPUs in one process would split batches over "
+            "threads; start one process a GPU with torchrun"
+        )

@@ -1,0 +1,110 @@
+"""What stands around a run in one process: its ranks, what it says, and what its errors become.
+
+A process is left as it was found: its process group, if it had one, its random numbers, what its
+libraries print. A notebook may run one recipe after the other.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from fastkd.distributed import Ranks, joined_ranks, lost_ranks
+from fastkd.errors import Interrupted, UserError
+from fastkd.files.disk import disk_errors
+from fastkd.recipe import AnyRecipe
+from fastkd.reporting.console import Reporter
+from fastkd.signals import Signalled
+from fastkd.training.memory import memory_errors
+
+_BUSY = threading.Lock()
+
+
+@contextmanager
+def session(
+    recipe: AnyRecipe | None = None, *, quiet: bool = False
+) -> Iterator[tuple[Ranks, Reporter]]:
+    """Join the ranks and say what goes wrong in one line while the context is open.
+
+    Args:
+        recipe: of the run that writes; an evaluation has none.
+        quiet: whether to say nothing but warnings.
+
+    Yields:
+        This process among all, and what speaks for the first of them.
+
+    Raises:
+        UserError: another run is going on in this process; a disk or a memory that is full.
+        Interrupted: SIGINT came twice, or before the first step.
+        LostRank: another rank is gone.
+    """
+    if not _BUSY.acquire(blocking=False):
+        raise UserError(
+            "another run of fastkd is going on in this process, and they share its process group "
+            "and its random numbers; wait for its end, or start this one in a process of its own"
+        )
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(quietened())
+            stack.enter_context(_kept_random_numbers())
+            ranks = stack.enter_context(joined_ranks())
+            if recipe is None:
+                again = "start all ranks again"
+                stack.enter_context(lost_ranks(ranks.peers, ranks.rank, again))
+            else:
+                stack.enter_context(_stopped())
+                stack.enter_context(disk_errors(Path(recipe.run.output)))
+                stack.enter_context(lost_ranks(ranks.peers, ranks.rank))
+                stack.enter_context(memory_errors(recipe, ranks.device))
+            yield ranks, Reporter(silent=quiet or not ranks.is_main)
+    finally:
+        _BUSY.release()
+
+
+@contextmanager
+def quietened() -> Iterator[None]:
+    """Keep libraries' own bars and notices from tearing the run's output apart."""
+    chosen = "TOKENIZERS_PARALLELISM" in os.environ
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
+            yield
+    finally:
+        if not chosen:
+            os.environ.pop("TOKENIZERS_PARALLELISM", None)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _stopped() -> Iterator[None]:
+    try:
+        yield
+    except Signalled as error:
+        raise Interrupted(f"stopped by {error}; continue with --resume") from error
+
+
+@contextmanager
+def _kept_random_numbers() -> Iterator[None]:
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -1,0 +1,294 @@
+"""The commands as functions: same numbers, a result, errors for exits, a process as found."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from tiny_runs import make_recipe, read_weights, run_command
+from tiny_training import save_encoder, task_section, write_task
+from transformers.utils import logging
+
+import fastkd
+from fastkd.cli import main
+
+STEPS = {"train.steps": 3}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_recipe(tmp_path_factory.mktemp("api"))
+
+
+@pytest.fixture(scope="module")
+def result(recipe: Path) -> fastkd.RunResult:
+    return run(recipe, "first")
+
+
+def run(recipe: Path, name: str, **keywords: Any) -> fastkd.RunResult:
+    """Of three steps, to a folder beside the recipe."""
+    return fastkd.distill(recipe, STEPS, **{"run.output": recipe.parent / name, **keywords})
+
+
+def test_importing_the_package_loads_nothing() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import fastkd\n"
+        "assert dir(fastkd) and 'distill' in dir(fastkd), dir(fastkd)\n"
+        "heavy = {'torch', 'transformers', 'pydantic', 'numpy'} & set(sys.modules)\n"
+        "print(time.perf_counter() - start, sorted(heavy))"
+    )
+    # the shortest of three: the machine may be busy
+    said = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(3)
+    ]
+    found = [done.stdout.split(" ", 1) for done in said]
+    assert {heavy.strip() for _, heavy in found} == {"[]"}
+    assert min(float(seconds) for seconds, _ in found) < 0.2
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(fastkd, name) is not None for name in fastkd.__all__)
+    assert set(fastkd.__all__) <= set(dir(fastkd))
+    with pytest.raises(AttributeError, match="no attribute 'destill'"):
+        fastkd.destill  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_result_holds_what_the_folder_holds(result: fastkd.RunResult) -> None:
+    summary = json.loads((result.folder / "summary.json").read_text())
+    assert result.summary == summary
+    assert result.losses_before == summary["before"]["losses"]
+    assert result.losses_after == summary["after"]["losses"]
+    assert (result.folder / "report.html").is_file()
+    weights = read_weights(result.folder)
+    found = result.student.state_dict()
+    assert all(torch.equal(found[name], weights[name]) for name in found if name in weights)
+    assert result.student.config.num_hidden_layers == 2 and not result.student.training
+    assert result.tokenizer("w7 w8")["input_ids"] == [2, 7, 8, 3]
+
+
+def test_the_command_line_makes_the_same_run(
+    recipe: Path, result: fastkd.RunResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    again = run(recipe, "second")
+    said = capsys.readouterr().out
+    done = run_command("distill", str(recipe), "train.steps=3", f"run.output={recipe.parent / 'c'}")
+    assert done.returncode == 0, done.stderr
+    one, other = read_weights(result.folder), read_weights(recipe.parent / "c")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    # twice in a process as once in two; what is said differs in names and times only
+    assert again.losses_after == result.losses_after
+    assert len(said.splitlines()) == len(done.stdout.splitlines())
+
+
+def test_quiet_says_nothing(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    found = run(recipe, "quiet", quiet=True)
+    fastkd.evaluate(found, quiet=True)
+    assert capfd.readouterr().out == ""
+
+
+def test_callbacks_are_told_what_is_written(recipe: Path) -> None:
+    steps: list[tuple[int, float]] = []
+    evaluations: list[tuple[int, float]] = []
+    found = run(
+        recipe,
+        "callbacks",
+        quiet=True,
+        on_step=lambda step, record: steps.append((step, record["loss"])),
+        on_evaluate=lambda step, result: evaluations.append((step, result.total)),
+    )
+    lines = [json.loads(line) for line in (found.folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [(x["step"], x["loss"]) for x in lines if x["kind"] == "train"]
+    assert evaluations == [(x["step"], x["total"]) for x in lines if x["kind"] == "heldout"]
+    assert [step for step, _ in steps] == [1, 2, 3] and [s for s, _ in evaluations] == [0, 3]
+
+
+def test_what_a_callback_raises_ends_the_run_which_can_be_resumed(
+    recipe: Path, result: fastkd.RunResult
+) -> None:
+    def fail(step: int, _record: dict[str, Any]) -> None:
+        if step == 3:
+            raise KeyError("mine")
+
+    every = {"train.checkpoint_every": 1}
+    with pytest.raises(KeyError, match="mine"):
+        run(recipe, "ended", quiet=True, on_step=fail, **every)
+    assert not dist.is_initialized()
+    found = run(recipe, "ended", quiet=True, resume=True, **every)
+    assert found.losses_after == result.losses_after
+
+
+def test_a_mapping_and_a_recipe_are_recipes(recipe: Path, result: fastkd.RunResult) -> None:
+    tree = yaml.safe_load(recipe.read_text())
+    before = json.dumps(tree)
+    changed = {"run.output": recipe.parent / "mapping"}
+    found = fastkd.distill(tree, {**STEPS, **changed}, quiet=True)
+    assert found.losses_after == result.losses_after
+    assert json.dumps(tree) == before
+    parsed = fastkd.Recipe.model_validate(tree)
+    finished = fastkd.distill(parsed, {**STEPS, **changed}, quiet=True, resume=True)
+    assert finished.summary == found.summary
+
+
+def test_an_evaluation_repeats_what_the_run_said(
+    result: fastkd.RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = fastkd.evaluate(result.folder)
+    assert found.losses == result.losses_after
+    assert "held-out loss" in capsys.readouterr().out
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(f"w{i} w{i + 1} " * 20 for i in range(5, 40)))
+    changed = fastkd.evaluate(result, {"data.heldout": other}, quiet=True)
+    assert changed.losses.keys() == found.losses.keys() and changed.total != found.total
+
+
+def test_layers_are_inspected(recipe: Path, result: fastkd.RunResult) -> None:
+    folder = recipe.parent
+    found = fastkd.inspect_layers(
+        folder / "teacher", folder / "teacher", folder / "corpus.txt", blocks=4, block_size=16
+    )
+    assert found.cka.shape == (5, 5) and np.allclose(np.diag(found.cka), 1)
+
+
+def test_a_model_is_tuned(tmp_path: Path) -> None:
+    write_task(tmp_path / "task")
+    save_encoder(tmp_path / "encoder")
+    tree = {
+        "model": tmp_path / "encoder",
+        "task": task_section(tmp_path),
+        "train": {"steps": 2, "batch_size": 8},
+        "run": {"output": tmp_path / "run"},
+    }
+    found = fastkd.finetune(tree, quiet=True)
+    assert found.student.config.num_labels == 2
+    assert found.summary["after"]["score"] == fastkd.evaluate(found, quiet=True).judged["score"]
+
+
+BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "no file": ("absent.yaml", {}, "absent.yaml: not a readable recipe"),
+    "no recipe": (3, {}, "recipe is a int, expected the path of a YAML file, a mapping"),
+    "a key that is none": (
+        None,
+        {"train.stps": 1},
+        "train.stps: unknown key; did you mean 'steps'",
+    ),
+    "an argument that is none": (None, {"resum": True}, "resum: unknown key"),
+    "a value that no file holds": (None, {"train.steps": object()}, "override train.steps: "),
+    "two overrides of one": (
+        None,
+        {"train.steps": 3, "train": {"steps": 4}},
+        "would undo train.steps=3",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(
+    name: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, overrides, said = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(fastkd.UserError, match=said) as refused:
+        fastkd.distill(recipe if given is None else given, overrides)
+    assert "\n" not in str(refused.value)
+    assert not dist.is_initialized() and not list(tmp_path.iterdir())
+
+
+def test_a_run_works_in_a_thread(recipe: Path, result: fastkd.RunResult) -> None:
+    found: dict[str, Any] = {}
+
+    def work(name: str) -> None:
+        try:
+            found[name] = run(recipe, name, quiet=True)
+        except fastkd.UserError as error:
+            found[name] = error
+
+    thread = threading.Thread(target=work, args=("thread",))
+
+    def meanwhile(step: int, _record: dict[str, Any]) -> None:
+        if step == 1:
+            other = threading.Thread(target=work, args=("other",))
+            other.start()
+            other.join()
+
+    thread.start()
+    thread.join()
+    assert found["thread"].losses_after == result.losses_after
+    run(recipe, "busy", quiet=True, on_step=meanwhile)
+    assert "another run of fastkd is going on in this process" in str(found["other"])
+
+
+def _state() -> list[Any]:
+    """What a run must leave in a process."""
+    return [
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        {name: os.environ.get(name) for name in ("LOCAL_RANK", "DS_ACCELERATOR", "RANK")},
+        os.environ.get("TOKENIZERS_PARALLELISM"),
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        dist.is_initialized(),
+    ]
+
+
+def test_a_process_is_left_as_found(recipe: Path, result: fastkd.RunResult) -> None:
+    before = _state()
+    run(recipe, "left", quiet=True)
+    assert _state() == before
+
+
+def test_a_callers_process_group_stays(recipe: Path, result: fastkd.RunResult) -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+        found = run(recipe, "theirs", quiet=True)
+        assert dist.group.WORLD is group
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    assert found.losses_after == result.losses_after
+    # DeepSpeed has let go of the groups that are gone
+    assert run(recipe, "after", quiet=True).losses_after == result.losses_after
+
+
+def test_from_the_command_to_the_op_is_a_short_way(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastkd.losses import attention
+
+    stacks: list[list[traceback.FrameSummary]] = []
+    original = attention.attention_score_mse
+
+    def seen(*arguments: Any, **keywords: Any) -> Any:
+        stacks.append([f for f in traceback.extract_stack() if "/fastkd/" in f.filename])
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(attention, "attention_score_mse", seen)
+    output = f"run.output={recipe.parent / 'frames'}"
+    monkeypatch.setattr(sys, "argv", ["fastkd", "distill", str(recipe), "train.steps=3", output])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    stack = next(s for s in stacks if any(f.name == "train_step" for f in s))
+    # a comprehension is a frame of its own before Python 3.12
+    names = [f.name for f in stack if not f.name.startswith("<")]
+    # `main` holds the command, and the op is called last
+    assert len(names) - 1 + 1 <= 8, names
+    files = {f.filename for f in stack}
+    assert len(files) + 1 <= 5, files

@@ -1,0 +1,272 @@
+"""`Distiller`: the engine's losses in a loop of one's own, exact over micro-batches and ranks."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, tiny_batch, tiny_config, tiny_model
+from tiny_runs import make_recipe, run_script
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+import fastkd
+from fastkd.distributed import joined_ranks
+from fastkd.recipe import load_recipe
+from fastkd.training.loop import train_step
+from fastkd.training.setup import set_up
+
+LOSSES = {"attention": {}, "hidden": {"weight": 2}, "embedding": {"weight": 0.5}}
+SMALL = {"num_hidden_layers": 2, "hidden_size": 24}
+
+
+def models(name: str = "bert", **student: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+    return tiny_model(name, 1, **{**SMALL, **student}), tiny_model(name, 0).requires_grad_(False)
+
+
+def headed(auto: Any, name: str = "bert") -> tuple[PreTrainedModel, PreTrainedModel]:
+    torch.manual_seed(0)
+    teacher = auto.from_config(tiny_config(name)).eval().requires_grad_(False)
+    return auto.from_config(tiny_config(name, **SMALL)).eval(), teacher
+
+
+def halves(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [{name: value[rows] for name, value in batch.items()} for rows in ([0], [1, 2, 3])]
+
+
+def gradients(distiller: fastkd.Distiller) -> list[Tensor]:
+    found = [p.grad.clone() for p in distiller.parameters() if p.grad is not None]
+    distiller.zero_grad()
+    return found
+
+
+def test_one_step_is_the_engines_bit_for_bit(tmp_path: Path) -> None:
+    recipe = load_recipe(make_recipe(tmp_path), ["student.dropout=0"])
+    with joined_ranks() as ranks:
+        run = set_up(recipe, ranks, progress=False)
+        student, teacher = copy.deepcopy(run.module.student), copy.deepcopy(run.teacher_model)
+        assert teacher is not None
+        distiller = fastkd.Distiller(student, teacher, recipe.losses)
+        distiller.objective.load_state_dict(run.objective.state_dict())
+        (batch,) = run.micro_batches().next_step(0)
+        with distiller:
+            loss, parts = distiller(batch)
+        raw, weighted = train_step(run, [batch])
+    assert list(parts) == list(run.objective.labels)
+    assert torch.equal(torch.stack(list(parts.values())), raw)
+    assert torch.equal(loss.detach(), weighted.sum())
+
+
+@pytest.mark.parametrize("balance", ["sum", "uncertainty"])
+def test_micro_batches_add_up_to_the_step(balance: str) -> None:
+    losses = LOSSES if balance == "sum" else {**LOSSES, "balance": balance}
+    distiller = fastkd.Distiller(*models(), losses)
+    batch = tiny_batch((12, 7, 3, 9))
+    with distiller:
+        whole, parts = distiller(batch)
+        whole.backward()
+        expected = gradients(distiller)
+        cut = halves(batch)
+        counts = torch.stack([distiller.count(piece) for piece in cut]).sum(dim=0)
+        found = [distiller(piece, counts=counts) for piece in cut]
+        sum((loss for loss, _ in found), torch.zeros(())).backward()
+    added = torch.stack([loss.detach() for loss, _ in found]).sum()
+    torch.testing.assert_close(added, whole.detach(), rtol=1e-6, atol=0)
+    for label, value in parts.items():
+        torch.testing.assert_close(found[0][1][label] + found[1][1][label], value)
+    for one, other in zip(gradients(distiller), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    # means of means are something else, so that the test can fail
+    with distiller:
+        means = torch.stack([distiller(piece)[0].detach() for piece in cut]).mean()
+    assert (means - whole.detach()).abs() > 1e-2
+
+
+def test_ranks_under_ddp_add_up_to_the_step() -> None:
+    done = run_script("ddp_distiller.py", ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["gradient"] < 1e-5 and found["loss"] < 1e-5
+    assert found["compared"] > 30
+
+
+def test_models_are_left_as_found() -> None:
+    student, teacher = models()
+    teacher.train()
+    before = [student.config._attn_implementation, teacher.config._attn_implementation]
+    distiller = fastkd.Distiller(student, teacher, LOSSES)
+    with distiller:
+        assert not teacher.training
+        assert student.config._attn_implementation.startswith("fastkd-")
+        with distiller:
+            distiller(tiny_batch())[0].backward()
+    after = [student.config._attn_implementation, teacher.config._attn_implementation]
+    assert after == before and teacher.training
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_parameters_are_the_students_and_the_projections() -> None:
+    student, teacher = models()
+    distiller = fastkd.Distiller(student, teacher, LOSSES)
+    held = {id(parameter) for parameter in distiller.parameters()}
+    assert {id(parameter) for parameter in student.parameters()} < held
+    assert not held & {id(parameter) for parameter in teacher.parameters()}
+    assert len(held) == len(list(student.parameters())) + 2
+    assert {key.split(".")[0] for key in distiller.state_dict()} == {"student", "objective"}
+    distiller.train()
+    assert student.training and not teacher.training
+
+
+def test_projections_train() -> None:
+    distiller = fastkd.Distiller(*models(), LOSSES)
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=1e-3)
+    before = [p.detach().clone() for p in distiller.objective.parameters()]
+    batch = tiny_batch()
+    with distiller:
+        first = distiller(batch)[0]
+        first.backward()
+        optimizer.step()
+        assert distiller(batch)[0] < first
+    after = list(distiller.objective.parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_schedule_follows_the_step() -> None:
+    schedule = {"kind": "linear", "first": 0.0, "last": 1.0, "begin": 0.0, "end": 1.0}
+    distiller = fastkd.Distiller(*models(), {"hidden": {"schedule": schedule}})
+    batch = tiny_batch()
+    with distiller, torch.no_grad():
+        totals = []
+        for step in (0, 5, 10):
+            distiller.at(step, 10)
+            totals.append(distiller(batch)[0].item())
+    assert totals[0] == 0
+    assert totals[1] == pytest.approx(totals[2] / 2)
+
+
+def test_a_causal_models_labels_are_those_that_it_would_learn() -> None:
+    student, teacher = headed(AutoModelForCausalLM, "gpt2")
+    batch = tiny_batch((12, 7, 3))
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    # a prompt that is not learned
+    labels[:, :2] = -100
+    losses = {"logits": {"weight": 0}, "labels": {}}
+    with torch.no_grad(), fastkd.Distiller(student, teacher, losses) as distiller:
+        _, parts = distiller({**batch, "labels": labels})
+        expected = student(**batch, labels=labels).loss
+        _, every = distiller(batch)
+    torch.testing.assert_close(parts["labels"], expected, rtol=1e-5, atol=1e-6)
+    assert not torch.isclose(every["labels"], expected)
+
+
+def test_masked_tokens_are_those_of_the_labels() -> None:
+    student, teacher = headed(AutoModelForMaskedLM)
+    batch = tiny_batch((12, 7, 3))
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[:, 1] = batch["input_ids"][:, 1]
+    with torch.no_grad(), fastkd.Distiller(student, teacher, {"logits": {}, "mlm": {}}) as own:
+        _, parts = own({**batch, "labels": labels})
+        expected = student(**batch, labels=labels).loss
+    torch.testing.assert_close(parts["mlm"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_labels_that_nothing_reads_may_have_any_shape() -> None:
+    distiller = fastkd.Distiller(*models(), LOSSES)
+    batch = tiny_batch()
+    with distiller, torch.no_grad():
+        expected = distiller(batch)[0]
+        assert torch.equal(distiller({**batch, "labels": torch.zeros(3, 5)})[0], expected)
+
+
+def _classifier(batch: Callable[[dict[str, Tensor]], Any]) -> Any:
+    own = fastkd.Distiller(*headed(AutoModelForSequenceClassification), {"labels": {}})
+    with own:
+        return own(batch(tiny_batch()))
+
+
+BAD: dict[str, tuple[Callable[[], Any], str]] = {
+    "a teacher with gradients": (
+        lambda: fastkd.Distiller(tiny_model("bert", **SMALL), tiny_model("bert"), LOSSES),
+        r"teacher has 71 parameters with gradients, such as .*requires_grad_\(False\)",
+    ),
+    "the same model twice": (
+        lambda: fastkd.Distiller(*[tiny_model("bert").requires_grad_(False)] * 2, LOSSES),
+        "student and teacher share",
+    ),
+    "a deeper student": (
+        lambda: fastkd.Distiller(*models(num_hidden_layers=5), LOSSES),
+        "the student has 5 layers and the teacher 4",
+    ),
+    "other tokens": (
+        lambda: fastkd.Distiller(*models(vocab_size=VOCABULARY + 1), LOSSES),
+        "the student embeds 65 tokens and the teacher 64",
+    ),
+    "no model": (
+        lambda: fastkd.Distiller(torch.nn.Linear(2, 2), models()[1], LOSSES),
+        "the student is a Linear, expected a model of transformers",
+    ),
+    "a loss that is none": (
+        lambda: fastkd.Distiller(*models(), {"hiden": {}}),
+        "losses: hiden: unknown key; did you mean 'hidden'",
+    ),
+    "a map that is none": (
+        lambda: fastkd.Distiller(*models(), LOSSES, "unform"),
+        "layer_map: expected uniform",
+    ),
+    "a loss of heads without heads": (
+        lambda: fastkd.Distiller(*models(), {"logits": {}}),
+        "losses.logits is on, but .* none",
+    ),
+    "weights that follow steps": (
+        lambda: fastkd.Distiller(*models(), {**LOSSES, "balance": "ratio"}),
+        "losses.balance ratio and layer_map emd follow the losses of whole steps",
+    ),
+    "no context": (
+        lambda: fastkd.Distiller(*models(), LOSSES)(tiny_batch()),
+        "call it inside `with distiller:`",
+    ),
+    "no input_ids": (
+        lambda: fastkd.Distiller(*models(), LOSSES).count({"x": torch.ones(2)}),
+        "the batch has the keys x, and input_ids of none; expected input_ids",
+    ),
+    "a mask of another shape": (
+        lambda: fastkd.Distiller(*models(), LOSSES).count(
+            {**tiny_batch(), "attention_mask": torch.ones(3, 1)}
+        ),
+        r"attention_mask is \[3, 1\], expected \[3, 12\]",
+    ),
+    "a key that nothing reads": (
+        lambda: fastkd.Distiller(*models(), LOSSES).count({**tiny_batch(), "idx": torch.ones(3)}),
+        "the student BertModel reads no idx",
+    ),
+    "no labels": (
+        lambda: _classifier(lambda batch: batch),
+        r"losses.labels learns from labels of shape \[3\], but those of the batch are missing",
+    ),
+    "labels of another shape": (
+        lambda: _classifier(lambda batch: {**batch, "labels": torch.zeros(3, 2)}),
+        r"losses.labels learns from labels of shape \[3\], but those of the batch are \[3, 2\]",
+    ),
+    "a step that is none": (
+        lambda: fastkd.Distiller(*models(), LOSSES).at(11, 10),
+        "step 11 of 10",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name: str) -> None:
+    act, said = BAD[name]
+    with pytest.raises(fastkd.UserError, match=said) as refused:
+        act()
+    assert "\n" not in str(refused.value)

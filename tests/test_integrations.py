@@ -1,0 +1,244 @@
+"""`DistillationTrainer`: a Trainer with a teacher, exact over micro-batches, resumed to the bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_exports import save_sentences
+from tiny_models import tiny_batch, tiny_config, tiny_model
+from tiny_runs import run_script
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+import fastkd
+
+pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+
+LOSSES = {"attention": {}, "hidden": {"weight": 2}, "logits": {}, "labels": {}}
+
+
+def classifier(seed: int, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = tiny_config("bert", **changes)
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+    return model.eval()
+
+
+def student(**changes: Any) -> PreTrainedModel:
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return classifier(1, **{"num_hidden_layers": 2, "hidden_size": 24, **none, **changes})
+
+
+def examples(count: int, *, labels: bool = True) -> list[dict[str, Any]]:
+    """Of different lengths, so that means of means are no means."""
+    found = []
+    for number in range(count):
+        batch = tiny_batch((3 + 5 * number % 11,), seed=number)
+        row = {name: value[0].tolist() for name, value in batch.items()}
+        found.append({**row, **({"labels": number % 2} if labels else {})})
+    return found
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch = {
+        name: torch.tensor([row[name] + [0] * (longest - len(row[name])) for row in rows])
+        for name in ("input_ids", "attention_mask")
+    }
+    if "labels" in rows[0]:
+        batch["labels"] = torch.tensor([row["labels"] for row in rows])
+    return batch
+
+
+def trainer(folder: Path, model: PreTrainedModel, losses: Any = LOSSES, **changes: Any) -> Any:
+    from transformers import TrainingArguments
+
+    from fastkd.integrations import DistillationTrainer
+
+    settings = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **changes,
+    }
+    return DistillationTrainer(
+        model=model,
+        args=TrainingArguments(str(folder), **settings),
+        train_dataset=examples(24),
+        eval_dataset=examples(8),
+        data_collator=collate,
+        teacher=classifier(0).requires_grad_(False),
+        losses=losses,
+    )
+
+
+def weights(made: Any) -> list[Tensor]:
+    return [*made.model.parameters(), *made.distiller.objective.parameters()]
+
+
+def losses_of(made: Any) -> list[float]:
+    return [line["loss"] for line in made.state.log_history if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made = trainer(tmp_path_factory.mktemp("whole"), student())
+    before = [weight.detach().clone() for weight in made.distiller.objective.parameters()]
+    made.train()
+    changed = zip(before, made.distiller.objective.parameters(), strict=True)
+    assert not any(torch.equal(a, b) for a, b in changed), "the projections train"
+    return made
+
+
+def test_accumulation_changes_nothing(whole: Any, tmp_path: Path) -> None:
+    halved = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    made = trainer(tmp_path, student(), **halved)
+    made.train()
+    assert losses_of(made) == pytest.approx(losses_of(whole), rel=1e-6)
+    for one, other in zip(weights(made), weights(whole), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_the_first_loss_is_the_distillers(whole: Any, tmp_path: Path) -> None:
+    made = trainer(tmp_path, student())
+    batch = next(iter(made.get_train_dataloader()))
+    with torch.no_grad(), fastkd.Distiller(student(), classifier(0).requires_grad_(False), LOSSES,
+                                           seed=made.args.seed) as own:  # fmt: skip
+        own.train()
+        expected, _ = own(batch)
+    # the first batch that the run saw is another draw of the order; this one is held alone
+    with made._distilling(), torch.no_grad():
+        found = made._loss([batch], None, 1)
+    assert torch.equal(found, expected)
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path: Path) -> None:
+    rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    one = trainer(tmp_path / "one", student(**rates))
+    one.train()
+    other = trainer(tmp_path / "other", student(**rates))
+    other.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-2"))
+    assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
+
+
+def test_what_is_saved_is_the_student(whole: Any, tmp_path: Path) -> None:
+    whole.save_model(str(tmp_path))
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    saved, mine = found.state_dict(), whole.model.state_dict()
+    assert saved.keys() == mine.keys() and not [key for key in saved if "fastkd" in key]
+    assert all(torch.equal(saved[key], mine[key]) for key in saved)
+    checkpoint = Path(whole.args.output_dir) / "checkpoint-2"
+    assert not [key for key in load_file(checkpoint / "model.safetensors") if "fastkd" in key]
+    kept = load_file(checkpoint / "projections.safetensors")
+    assert kept.keys() == whole.distiller.objective.state_dict().keys()
+
+
+def test_the_model_is_left_as_found(whole: Any) -> None:
+    assert whole.model.config._attn_implementation == "sdpa"
+    assert "forward" not in whole.model.__dict__
+    assert not hasattr(whole.model, "fastkd_losses")
+
+
+def test_evaluation_and_prediction(whole: Any) -> None:
+    found = whole.evaluate()
+    predicted = whole.predict(examples(8))
+    assert predicted.predictions.shape == (8, 2) and predicted.label_ids.shape == (8,)
+    batch = collate(examples(8))
+    with torch.no_grad():
+        logits = whole.model(**batch).logits
+        with whole.distiller:
+            expected, _ = whole.distiller(batch)
+    torch.testing.assert_close(torch.tensor(predicted.predictions), logits, rtol=1e-5, atol=1e-6)
+    assert found["eval_loss"] == pytest.approx(expected.item(), rel=1e-6)
+    assert predicted.metrics["test_loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_text_without_labels_has_a_loss(tmp_path: Path) -> None:
+    made = trainer(tmp_path, student(), {"hidden": {}})
+    made.train_dataset, made.eval_dataset = (examples(n, labels=False) for n in (24, 8))
+    made.train()
+    assert made.evaluate()["eval_loss"] < losses_of(made)[0]
+
+
+def test_ranks_change_nothing(whole: Any, tmp_path: Path) -> None:
+    done = run_script("ddp_trainer.py", str(tmp_path), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["loss"] == pytest.approx(losses_of(whole), rel=1e-5)
+
+
+def test_a_sentence_transformers_model_is_distilled(tmp_path: Path) -> None:
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+        models,
+    )
+
+    datasets = pytest.importorskip("datasets")
+    from fastkd.integrations import DistillationMixin
+
+    class SentenceDistillation(DistillationMixin, SentenceTransformerTrainer): ...
+
+    def sentences(name: str, **changes: Any) -> Any:
+        pooling = models.Pooling(changes.get("hidden_size", 32))
+        folder = save_sentences(tmp_path / name, pooling, **changes)
+        return SentenceTransformer(str(folder), device="cpu")
+
+    small = sentences("small", num_hidden_layers=2, hidden_size=24)
+    large = sentences("large").requires_grad_(False)
+    rows = [f"w{i} w{i + 3} " * (1 + i % 4) for i in range(5, 37)]
+    data = datasets.Dataset.from_dict({"one": rows, "two": rows[::-1]})
+    made = SentenceDistillation(
+        model=small,
+        args=SentenceTransformerTrainingArguments(
+            str(tmp_path / "run"), max_steps=3, per_device_train_batch_size=8, logging_steps=1,
+            save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, learning_rate=1e-3,
+        ),
+        train_dataset=data,
+        teacher=large,
+        losses={"attention": {}, "hidden": {}},
+    )  # fmt: skip
+    before, first = small.encode("w7 w8"), made.evaluate(data)["eval_loss"]
+    made.train()
+    assert made.evaluate(data)["eval_loss"] < first
+    made.save_model(str(tmp_path / "saved"))
+    again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert (again.encode("w7 w8") == small.encode("w7 w8")).all()
+    assert (again.encode("w7 w8") != before).any()
+
+
+def test_what_would_bypass_the_losses_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(fastkd.UserError, match="label_smoothing_factor is set"):
+        trainer(tmp_path, student(), label_smoothing_factor=0.1)
+    with pytest.raises(fastkd.UserError, match="losses is not given"):
+        trainer(tmp_path, student(), None)
+    with pytest.raises(fastkd.UserError, match="the student has 5 layers and the teacher 4"):
+        trainer(tmp_path, student(num_hidden_layers=5))
+    with pytest.raises(fastkd.UserError, match="model is a Linear, expected a model of transf"):
+        trainer(tmp_path, torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(whole: Any, tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path / "checkpoint-1")
+    made = trainer(tmp_path, student())
+    with pytest.raises(fastkd.UserError, match=r"holds no projections\.safetensors"):
+        made._load_projections(str(tmp_path / "checkpoint-1"))
+
+
+def test_transformers_is_loaded_when_it_is_used() -> None:
+    code = "import sys, fastkd.integrations; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

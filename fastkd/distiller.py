@@ -19,7 +19,7 @@ from fastkd.layer_map import Progress, make_layer_map
 from fastkd.layer_map.sections import Layers
 from fastkd.losses import DIVISORS, model_inputs
 from fastkd.losses.factory import capture_needs, make_objective
-from fastkd.losses.student import DistilledStudent
+from fastkd.losses.objective import DistilledStudent
 from fastkd.recipe import Losses, complain
 from fastkd.training.engine import TeacherRunner
 from fastkd.types import IGNORE_INDEX, Head, Inputs

@@ -289,6 +289,6 @@ def test_from_the_command_to_the_op_is_a_short_way(
     # a comprehension is a frame of its own before Python 3.12
     names = [f.name for f in stack if not f.name.startswith("<")]
     # `main` holds the command, and the op is called last
-    assert len(names) - 1 + 1 <= 8, names
+    assert len(names) - 1 + 1 <= 8, [(f.name, f.filename) for f in stack]
     files = {f.filename for f in stack}
     assert len(files) + 1 <= 5, files

@@ -17,13 +17,8 @@ from fastkd.capture.lm_head import last_hidden_state
 from fastkd.data.text.mlm import Masking
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
-from fastkd.losses import (
-    DIVISORS,
-    ModelPair,
-    Objective,
-    count_divisors,
-    target_labels,
-)
+from fastkd.losses import DIVISORS, ModelPair, count_divisors, target_labels
+from fastkd.losses.objective import Objective
 from fastkd.models import build_student
 from fastkd.recipe import Losses, Student
 from fastkd.types import IGNORE_INDEX

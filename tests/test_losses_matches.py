@@ -13,8 +13,9 @@ from fastkd.capture import Capture
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.layer_map.sections import PairsMap
-from fastkd.losses import DIVISORS, ModelPair, Objective
+from fastkd.losses import DIVISORS, ModelPair
 from fastkd.losses.factory import make_objective
+from fastkd.losses.objective import Objective
 from fastkd.recipe import Losses, Train, parse_recipe
 from fastkd.training.engine import parameter_groups
 

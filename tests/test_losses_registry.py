@@ -22,11 +22,11 @@ from fastkd.losses import (
     Loss,
     LossConfig,
     ModelPair,
-    Objective,
     register_loss,
     registry,
 )
 from fastkd.losses.hidden import HiddenLoss
+from fastkd.losses.objective import Objective
 from fastkd.recipe import Losses, parse_recipe
 
 

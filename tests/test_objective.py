@@ -13,14 +13,8 @@ from transformers import PreTrainedModel
 from fastkd.capture import Capture, capture, no_cache, route_attention, try_model
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, make_layer_map
-from fastkd.losses import (
-    DIVISORS,
-    LossInfo,
-    ModelPair,
-    Objective,
-    count_divisors,
-    model_inputs,
-)
+from fastkd.losses import DIVISORS, LossInfo, ModelPair, count_divisors, model_inputs
+from fastkd.losses.objective import Objective
 from fastkd.losses.states import StateGroup
 from fastkd.models import build_student
 from fastkd.recipe import Losses, Student

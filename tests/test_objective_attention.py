@@ -13,11 +13,8 @@ from transformers import PreTrainedModel
 from fastkd.capture import capture, no_cache, try_model
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
-from fastkd.losses import (
-    DIVISORS,
-    ModelPair,
-    Objective,
-)
+from fastkd.losses import DIVISORS, ModelPair
+from fastkd.losses.objective import Objective
 from fastkd.models import build_student
 from fastkd.recipe import Losses, Student
 

@@ -13,11 +13,8 @@ from fastkd.capture import Capture
 from fastkd.errors import UserError
 from fastkd.layer_map import Progress, make_layer_map
 from fastkd.layer_map import sections as recipe
-from fastkd.losses import (
-    DIVISORS,
-    ModelPair,
-    Objective,
-)
+from fastkd.losses import DIVISORS, ModelPair
+from fastkd.losses.objective import Objective
 from fastkd.losses.weighting import Uncertainty, factor
 from fastkd.recipe import Losses, Schedule, Train, parse_recipe
 from fastkd.training.engine import parameter_groups

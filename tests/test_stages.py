@@ -17,7 +17,7 @@ from tiny_training import (
     write_task,
 )
 
-from fastkd.losses import Objective
+from fastkd.losses.objective import Objective
 
 FIRST = {"losses": {"hidden": {}}, "train": {"steps": 1}}
 LATER: dict[str, tuple[dict[str, Any], str]] = {

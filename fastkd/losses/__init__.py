@@ -29,7 +29,6 @@ from fastkd.losses.counts import (
     model_inputs,
     target_labels,
 )
-from fastkd.losses.objective import Objective
 from fastkd.losses.registry import register_loss
 from fastkd.losses.relation_heads import check_relation_heads
 
@@ -42,7 +41,6 @@ __all__ = [
     "LossGroup",
     "LossInfo",
     "ModelPair",
-    "Objective",
     "Shared",
     "Term",
     "check_relation_heads",

@@ -97,25 +97,8 @@ class AttentionLoss(Loss):
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         """Losses [links], fp32."""
-        kind = self.config.kind
-        if kind == "score_mse":
-            return self._of_scores(student, teacher, batch)
-
-        def divergence(own: States, target: States, window: int | None) -> Tensor:
-            return attention_divergence(
-                own,
-                target,
-                kind=kind,
-                temperature=self.config.temperature,
-                key_mask=batch.mask,
-                query_mask=batch.mask,
-                causal=self.shared.pair.causal,
-                window=window,
-            )
-
-        return by_window(self, student, teacher, divergence)
-
-    def _of_scores(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
+        if self.config.kind != "score_mse":
+            return self._of_probabilities(self.config.kind, student, teacher, batch)
         states, reduction = teacher.attention, self.shared.reduction
         several = any(len(link.teachers) > 1 for link in self.links)
         shares = [[1 / len(link.teachers)] * len(link.teachers) for link in self.links]
@@ -131,3 +114,22 @@ class AttentionLoss(Loss):
             causal=self.shared.pair.causal,
             reduction=reduction,
         )
+
+    def _of_probabilities(
+        self, kind: DivergenceKind, student: Capture, teacher: Capture, batch: Batch
+    ) -> Tensor:
+        def divergence(
+            student_states: States, teacher_states: States, window: int | None
+        ) -> Tensor:
+            return attention_divergence(
+                student_states,
+                teacher_states,
+                kind=kind,
+                temperature=self.config.temperature,
+                key_mask=batch.mask,
+                query_mask=batch.mask,
+                causal=self.shared.pair.causal,
+                window=window,
+            )
+
+        return by_window(self, student, teacher, divergence)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from fastkd.capture import Capture, capture, no_cache
+from fastkd.capture.lm_head import last_hidden_state
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, Progress, TransportMap
 from fastkd.losses.base import (
@@ -26,6 +29,7 @@ from fastkd.losses.counts import (
     DIVISORS,
     Reduction,
     count_divisors,
+    model_inputs,
     target_labels,
 )
 from fastkd.losses.registry import loss_class
@@ -37,9 +41,6 @@ from fastkd.losses.weighting import (
 )
 from fastkd.recipe import Losses
 from fastkd.types import Inputs, Side
-
-if TYPE_CHECKING:
-    from fastkd.capture import Capture
 
 
 class Objective(nn.Module):
@@ -148,7 +149,8 @@ class Objective(nn.Module):
         mask = inputs.get("attention_mask")
         labels = target_labels(inputs, self.pair.head)
         batch = Batch(None if mask is None else mask.bool(), labels)
-        losses = torch.cat([_values(term, student, teacher, batch) for term in self.each()])
+        given = [(term, term(student, teacher, batch)) for term in self.each()]
+        losses = torch.cat([_values(term, found) for term, found in given])
         raw = losses * shares[self._divisor_of]
         weighted = raw * self._weights(raw)
         if self.uncertainty is not None:
@@ -301,13 +303,12 @@ class Objective(nn.Module):
         return torch.cat([scale.expand(size) for scale, size in parts])
 
 
-def _values(term: Term, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
-    """What a term gives, [matches].
+def _values(term: Term, found: Any) -> Tensor:
+    """What a term gave, [matches].
 
     Raises:
         UserError: a loss gives another number of values.
     """
-    found: Any = term(student, teacher, batch)
     expected = len(term.matches)
     shape = tuple(found.shape) if isinstance(found, Tensor) else None
     if shape == (expected,) or (shape == () and expected == 1):
@@ -320,3 +321,44 @@ def _values(term: Term, student: Capture, teacher: Capture, batch: Batch) -> Ten
         f"losses.{names}: {type(term).__name__}.forward gives {given}; expected a tensor of shape "
         f"{wanted}, one value for each of its labels"
     )
+
+
+class DistilledStudent(nn.Module):
+    """Everything that trains: the student and the projections of its objective.
+
+    Under ZeRO-3 parameters are whole only inside the forward of the module that owns them, so it
+    captures the student, computes the losses and returns them in one.
+    """
+
+    def __init__(self, student: PreTrainedModel, objective: Objective) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+
+    def forward(
+        self,
+        inputs: Inputs,
+        teacher: Capture | None = None,
+        shares: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the student on a micro-batch and, given what the teacher left, compare the two.
+
+        Args:
+            inputs: `input_ids` and perhaps `attention_mask`, both [batch, tokens], what else the
+                models read, and perhaps `labels`.
+            teacher: what the teacher left on the same inputs.
+            shares: fp32 [DIVISORS], see `Objective.forward`.
+
+        Returns:
+            The total, a scalar, and raw and weighted losses [2, labels], detached. Without a
+            teacher the last hidden state [batch, tokens, width] and an empty tensor: under ZeRO-3
+            the student can't be run from outside.
+        """
+        read = {**model_inputs(inputs), **no_cache(self.student)}
+        if teacher is None or shares is None:
+            state = last_hidden_state(self.student, self.student, read)
+            return state, state.new_empty(0)
+        with capture(self.student, **self.objective.layers("student")) as states:
+            self.student(**read)
+        result: tuple[Tensor, Tensor] = self.objective(states, teacher, inputs, shares)
+        return result

@@ -243,9 +243,10 @@ def _section(root: type[BaseModel], location: Sequence[int | str]) -> type[BaseM
 def _field(location: Sequence[int | str]) -> str:
     """Where a file has what pydantic found at a place of the models."""
     parts = list(location)
-    if parts[:2] == ["losses", "terms"]:
+    start = 1 if parts[:1] == ["losses"] else 0
+    if parts[start : start + 1] == ["terms"]:
         # the losses stand beside the other keys, and each is read as the section of its loss
-        parts[1:4] = parts[2:3]
+        parts[start : start + 3] = parts[start + 1 : start + 2]
     # a layer map is read as one of several forms
     named = [p for i, p in enumerate(parts) if i == 0 or parts[i - 1] != "layer_map"]
     return ".".join(map(str, named))

@@ -23,8 +23,8 @@ from fastkd.capture import Capture, at_depth, capture, no_cache
 from fastkd.capture.lm_head import last_hidden_state, last_layer
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
-from fastkd.losses import Objective, model_inputs
-from fastkd.losses.student import DistilledStudent
+from fastkd.losses import model_inputs
+from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.recipe import Recipe, Train
 from fastkd.training.deepspeed_config import teacher_config
 from fastkd.types import Inputs

@@ -17,7 +17,7 @@ from fastkd.data.datamodule import EvalBatch
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import Progress
-from fastkd.losses import Objective
+from fastkd.losses.objective import Objective
 from fastkd.recipe import Recipe, stage_recipes
 from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.engine import TeacherRunner

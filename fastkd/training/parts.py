@@ -21,9 +21,8 @@ from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, make_layer_map
-from fastkd.losses import Objective
 from fastkd.losses.factory import capture_needs, hard_objective, make_objective
-from fastkd.losses.student import DistilledStudent
+from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.models import (
     Initialisation,
     build_student,

@@ -12,8 +12,8 @@ from tiny_models import POSITIONS, VOCABULARY, save_teacher
 from transformers import PreTrainedModel
 
 from fastkd.layer_map import make_layer_map
-from fastkd.losses import ModelPair, Objective
-from fastkd.losses.student import DistilledStudent
+from fastkd.losses import ModelPair
+from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.models import build_student, load_teacher, load_tokenizer
 from fastkd.recipe import Losses, Student, Teacher
 from fastkd.training.export import export_student

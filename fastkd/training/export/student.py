@@ -25,8 +25,7 @@ from fastkd.files.disk import (
     settle,
     temporary_of,
 )
-from fastkd.losses import Objective
-from fastkd.losses.student import DistilledStudent
+from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.models import locate_model, read_config
 from fastkd.recipe import Teacher
 from fastkd.training.export.poolers import (

@@ -93,6 +93,8 @@ class Captures:
     """States of those layers; without a layer map the embeddings."""
     logits: bool = False
     """What the head gives or, of a language model, multiplies."""
+    outputs: bool = False
+    """What the model hands on after its final norm."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,8 @@ class Loss(Term):
             wanted["hidden"] = linked
         if self.captures.logits:
             wanted["logits"] = True
+        if self.captures.outputs:
+            wanted["outputs"] = True
         return wanted
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:

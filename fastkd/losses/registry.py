@@ -20,6 +20,8 @@ BUILT_IN = (
     "logits",
     "labels",
     "mlm",
+    "sentence",
+    "rkd",
 )
 """Losses of fastkd, each a module of this folder; their order is that of terms and metrics."""
 

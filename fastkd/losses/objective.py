@@ -123,7 +123,7 @@ class Objective(nn.Module):
         """Move to a moment of the run: random mappings and schedules follow it."""
         self.moment = moment
         for term in self.each():
-            term.at(moment)
+            term.at(moment, moment.step / self.steps)
 
     def layers(self, side: Side) -> dict[str, Any]:
         """What `capture` must record of one model now, as its keyword arguments."""

@@ -22,6 +22,7 @@ BUILT_IN = (
     "mlm",
     "sentence",
     "rkd",
+    "fsp",
 )
 """Losses of fastkd, each a module of this folder; their order is that of terms and metrics."""
 

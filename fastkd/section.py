@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from fastkd.errors import is_text
+from fastkd.plugins import is_module_name
 
 LARGEST = 2**63 - 1
 """Of any number, as of a signed one of 64 bits."""
@@ -95,9 +96,24 @@ def check_plain(value: Any, depth: int = 0) -> Any:
     return value
 
 
+def _check_module(name: str) -> str:
+    if not is_module_name(name):
+        raise ValueError(
+            f"expected the name of a module, as in `import my_losses` (given {name[:100]!r})"
+        )
+    return name
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 Name = Annotated[str, Field(min_length=1)]
 Place = Annotated[Name, AfterValidator(check_place)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST)]
+Plugins = Annotated[
+    tuple[Annotated[Name, AfterValidator(_check_module)], ...], BeforeValidator(_one_or_many)
+]
 Extras = Annotated[dict[str, Any], BeforeValidator(check_plain)]
 
 

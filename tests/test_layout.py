@@ -14,7 +14,17 @@ ROOT = Path(__file__).parents[1]
 # from the ground up; the longest name that begins a module's decides
 LEVELS: tuple[set[str], ...] = (
     {"fastkd_kernels"},
-    {"errors", "extras", "types", "section", "signals", "files", "layer_map", "distributed"},
+    {
+        "errors",
+        "extras",
+        "types",
+        "section",
+        "plugins",
+        "signals",
+        "files",
+        "layer_map",
+        "distributed",
+    },
     {"capture", "losses", "recipe"},
     {"reporting", "data.tasks.metrics", "data.batching", "training.deepspeed_config"},
     {"models", "data", "training.memory"},

@@ -24,6 +24,7 @@ Reduction = Literal["valid", "tinybert"]
 REDUCTIONS: tuple[Reduction, ...] = ("valid", "tinybert")
 BATCH = tiny_batch((12, 7, 3, 9))
 NARROW = 24
+NOTHING = {"logits": False, "outputs": False}
 WHOLE = torch.ones(len(DIVISORS))
 ALL_TERMS = {"attention": {"weight": 1.0}, "hidden": {"weight": 10.0}, "embedding": {"weight": 3.0}}
 
@@ -148,8 +149,8 @@ def test_only_the_layers_of_the_terms_are_captured(
     off: list[str], student: dict[str, set[int]], teacher: dict[str, set[int]]
 ) -> None:
     objective = make_objective(**dict.fromkeys(off))
-    assert objective.layers("student") == {**student, "logits": False}
-    assert objective.layers("teacher") == {**teacher, "logits": False}
+    assert objective.layers("student") == {**student, **NOTHING}
+    assert objective.layers("teacher") == {**teacher, **NOTHING}
 
 
 def maps(state: Any) -> Tensor:

@@ -31,6 +31,7 @@ class Capture:
     attention: dict[int, AttentionState] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     logits: Tensor | LogitsHead | None = None
+    outputs: Tensor | None = None
 
 
 @contextmanager
@@ -40,6 +41,7 @@ def capture(
     attention: Collection[int] = (),
     hidden: Collection[int] = (),
     logits: bool = False,
+    outputs: bool = False,
 ) -> Iterator[Capture]:
     """Record attention and hidden states of the named layers while the context is open.
 
@@ -53,6 +55,7 @@ def capture(
         attention: block numbers from 1.
         hidden: layer numbers from 0, the embeddings.
         logits: whether to record what the head gives or takes.
+        outputs: whether to record the states after the final norm.
 
     Raises:
         UserError: attention is wanted of a model that is not routed.
@@ -73,6 +76,9 @@ def capture(
             else:
                 handle = blocks[0].register_forward_pre_hook(_input_hook(states), with_kwargs=True)
             stack.callback(handle.remove)
+        if outputs:
+            handle = model.base_model.register_forward_hook(_final_hook(states))
+            stack.callback(handle.remove)
         stack.enter_context(recorded_head(model, states if logits else None))
         yield states
 
@@ -92,6 +98,13 @@ def _recorder(states: Capture, layer: int) -> Listener:
 def _output_hook(states: Capture, layer: int) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         states.hidden[layer] = output[0] if isinstance(output, tuple | list) else output
+
+    return hook
+
+
+def _final_hook(states: Capture) -> Callable[..., None]:
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        states.outputs = output.last_hidden_state
 
     return hook
 

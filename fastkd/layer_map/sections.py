@@ -16,7 +16,8 @@ from fastkd.section import (
 )
 
 # between these fp32 tells scores over the temperature apart, and the kernels take them
-Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
+COLDEST, HOTTEST = 1e-3, 1e3
+Temperature = Annotated[float, Field(ge=COLDEST, le=HOTTEST)]
 MapKind = Literal[
     "uniform", "last", "first", "skip", "below_last", "final", "mean_target", "mean_loss"
 ]

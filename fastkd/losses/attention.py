@@ -23,6 +23,8 @@ from fastkd.losses.comparable import (
 )
 from fastkd.losses.counts import Divisor
 from fastkd.losses.registry import register_loss
+from fastkd.losses.temperature import check_temperatures, temperature_at
+from fastkd.recipe.weights import Schedule
 
 if TYPE_CHECKING:
     from fastkd.capture import AttentionTraits, Capture
@@ -41,16 +43,15 @@ class AttentionLoss(Loss):
         probabilities."""
         temperature: Temperature = 1.0
         """What both models' scores are divided by before the softmax."""
+        temperature_schedule: Schedule | None = None
+        """Factor on it over the run; not any where not given. Held-out losses have the first."""
         layer_map: Layers | None = None
         """Mapping of this term; the recipe's where not given."""
 
         @model_validator(mode="after")
         def _consistent(self) -> Self:
-            if self.kind == "score_mse" and self.temperature != 1.0:
-                raise ValueError(
-                    "temperature is given, but score_mse has no softmax; leave it out, or give "
-                    "another kind"
-                )
+            no_softmax = "score_mse has no softmax" if self.kind == "score_mse" else None
+            check_temperatures(self.temperature, self.temperature_schedule, no_softmax)
             return self
 
     config: Config
@@ -118,6 +119,10 @@ class AttentionLoss(Loss):
     def _of_probabilities(
         self, kind: DivergenceKind, student: Capture, teacher: Capture, batch: Batch
     ) -> Tensor:
+        temperature = temperature_at(
+            self.config.temperature, self.config.temperature_schedule, self.done
+        )
+
         def divergence(
             student_states: States, teacher_states: States, window: int | None
         ) -> Tensor:
@@ -125,7 +130,7 @@ class AttentionLoss(Loss):
                 student_states,
                 teacher_states,
                 kind=kind,
-                temperature=self.config.temperature,
+                temperature=temperature,
                 key_mask=batch.mask,
                 query_mask=batch.mask,
                 causal=self.shared.pair.causal,

@@ -93,6 +93,8 @@ class Captures:
     """States of those layers; without a layer map the embeddings."""
     logits: bool = False
     """What the head gives or, of a language model, multiplies."""
+    outputs: bool = False
+    """What the model hands on after its final norm."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,9 @@ class Term(nn.Module):
         """The values that `forward` gives, in order."""
 
     @abstractmethod
-    def at(self, moment: Progress) -> None:
-        """Move to a moment of the run; what does not change over time stays as it is."""
+    def at(self, moment: Progress, done: float = 0.0) -> None:
+        """Move to a moment of the run, of which a share in [0, 1] is done; what does not change
+        over time stays as it is."""
 
     @abstractmethod
     def layers(self, side: Side) -> dict[str, Any]:
@@ -237,7 +240,8 @@ class Loss(Term):
             LossInfo(self.name, self.name, label, self.mean_over, mapped) for label in self.labels
         )
 
-    def at(self, moment: Progress) -> None:
+    def at(self, moment: Progress, done: float = 0.0) -> None:
+        self.done = done
         self.links: tuple[Link, ...] = ()
         if self.layer_map is not None:
             self.links = self.layer_map.links(moment)
@@ -254,6 +258,8 @@ class Loss(Term):
             wanted["hidden"] = linked
         if self.captures.logits:
             wanted["logits"] = True
+        if self.captures.outputs:
+            wanted["outputs"] = True
         return wanted
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
@@ -274,9 +280,9 @@ class LossGroup(Term):
     def matches(self) -> tuple[LossInfo, ...]:
         return tuple(match for loss in self.members for match in loss.matches)
 
-    def at(self, moment: Progress) -> None:
+    def at(self, moment: Progress, done: float = 0.0) -> None:
         for loss in self.members:
-            loss.at(moment)
+            loss.at(moment, done)
 
     def layers(self, side: Side) -> dict[str, Any]:
         return merged_layers(loss.layers(side) for loss in self.members)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
+import torch
 from fastkd_kernels import LogitsDivergenceKind, logits_divergence
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
@@ -11,10 +12,12 @@ from torch import Tensor
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap
 from fastkd.layer_map.sections import Temperature
-from fastkd.losses.base import LossConfig, Shared
+from fastkd.losses.base import LossConfig, Setting, Shared
 from fastkd.losses.counts import Divisor
 from fastkd.losses.heads import LANGUAGE_MODELS, Output, SoftLoss
 from fastkd.losses.registry import register_loss
+from fastkd.losses.temperature import check_temperatures, temperature_at
+from fastkd.recipe.weights import Schedule
 from fastkd.types import Head
 
 # a mixture's smaller part, unless it is left out altogether
@@ -34,13 +37,21 @@ class LogitsLoss(SoftLoss):
     class Config(LossConfig):
         """Outputs of the heads."""
 
-        kind: Annotated[LogitsDivergenceKind, BeforeValidator(_one_word)] = "kl"
-        """Divergence of the probabilities, or the squared difference of the logits."""
+        kind: Annotated[
+            LogitsDivergenceKind | Literal["total_variation"], BeforeValidator(_one_word)
+        ] = "kl"
+        """Divergence of the probabilities, or the squared difference of the logits;
+        `total_variation`, half the sum of absolute differences, of classification heads only."""
         temperature: Temperature = 1.0
         """What both models' logits are divided by; `mse` compares raw logits."""
+        temperature_schedule: Schedule | None = None
+        """Factor on it over the run; not any where not given. Held-out losses have the first."""
         scale_by_temperature: bool = False
         """Multiply by the temperature squared, so that gradients keep their size (arXiv
         1503.02531)."""
+        standardize: bool = False
+        """Give each example's logits mean 0 and standard deviation 1 first (Sun et al., arXiv
+        2403.01427, eq. 13); of classification heads only."""
         beta: float = Field(default=0.5, ge=0, le=1)
         """Share of the teacher in the mixture of `js`; as in GKD (arXiv 2306.13649), 0 is `kl` and
         1 is `reverse_kl`."""
@@ -58,11 +69,8 @@ class LogitsLoss(SoftLoss):
                 raise ValueError(_near_an_end("beta", self.beta, "0 or 1"))
             if self.skew != 0.0 and self.skew < LEAST_SHARE:
                 raise ValueError(_near_an_end("skew", self.skew, "0"))
-            if self.kind == "mse" and self.temperature != 1.0:
-                raise ValueError(
-                    "temperature is given, but mse compares raw logits; leave it out, or give "
-                    "another kind"
-                )
+            raw = "mse compares raw logits" if self.kind == "mse" else None
+            check_temperatures(self.temperature, self.temperature_schedule, raw)
             return self
 
     config: Config
@@ -78,6 +86,26 @@ class LogitsLoss(SoftLoss):
                 f"losses.{name}.kind is {kind}, but the models' heads give one number, which has "
                 "no probabilities; set it to mse"
             )
+        if pair.outputs == 1 and self.config.standardize:
+            raise UserError(
+                f"losses.{name}.standardize is on, but the models' heads give one number, which "
+                "has no deviation; leave it out"
+            )
+
+    @classmethod
+    def check_setting(cls, name: str, config: LossConfig, setting: Setting) -> None:
+        super().check_setting(name, config, setting)
+        assert isinstance(config, cls.Config)
+        if setting.head in LANGUAGE_MODELS:
+            for field, given in (
+                ("kind: total_variation", config.kind == "total_variation"),
+                ("standardize", config.standardize),
+            ):
+                if given:
+                    raise ValueError(
+                        f"losses.{name} has {field}, which is computed for sequence_classification "
+                        f"heads only, but student.head is {setting.head}; leave it out"
+                    )
 
     @property
     def mean_over(self) -> Divisor:  # type: ignore[override]
@@ -86,18 +114,42 @@ class LogitsLoss(SoftLoss):
     def divergence(
         self, student: Output, teacher: Output, mask: Tensor | None, labels: Tensor | None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        config = self.config
+        config, kind = self.config, self.config.kind
+        temperature = temperature_at(config.temperature, config.temperature_schedule, self.done)
+        if config.standardize:
+            student, teacher = standardized(student), standardized(teacher)
+        if kind == "total_variation":
+            found = total_variation(student, teacher, temperature)
+            return found * temperature**2 if config.scale_by_temperature else found
         return logits_divergence(
             student,
             teacher,
-            kind=config.kind,
-            temperature=config.temperature,
+            kind=kind,
+            temperature=temperature,
             scale_by_temperature=config.scale_by_temperature,
             beta=config.beta,
             skew=config.skew,
             mask=mask,
             labels=labels,
         )
+
+
+def standardized(logits: Output) -> Tensor:
+    """Logits [batch, classes] less their mean, over their standard deviation (arXiv 2403.01427)."""
+    assert isinstance(logits, Tensor), "a recipe standardises classification heads only"
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    spread, mean = torch.std_mean(logits, dim=-1, correction=0, keepdim=True)
+    return (logits - mean) / (spread + 1e-7)
+
+
+def total_variation(student: Output, teacher: Output, temperature: float) -> Tensor:
+    """Half the sum of absolute differences of probabilities, mean over [batch, classes]' rows."""
+    assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
+    found, expected = (
+        (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).softmax(dim=-1)
+        for logits in (student, teacher)
+    )
+    return (found - expected).abs().sum(dim=-1).mean() / 2
 
 
 def _near_an_end(field: str, share: float, ends: str) -> str:

@@ -109,20 +109,31 @@ class Objective(nn.Module):
     @property
     def teacher_depth(self) -> int | None:
         """The deepest teacher layer that is ever matched; `None` where outputs are."""
-        if self.layers("teacher")["logits"]:
+        wanted = self.layers("teacher")
+        if wanted["logits"] or wanted["outputs"]:
             return None
-        mapped = [self.maps[m.term].teacher_depth for m in self.matches if m.mapped]
+        terms = self.losses.terms
+        mapped = [
+            self.maps[name].teacher_depth
+            for name, config in terms.items()
+            if loss_class(config.loss).is_mapped()
+        ]
         return max((0, *mapped))
 
     def at(self, moment: Progress) -> None:
         """Move to a moment of the run: random mappings and schedules follow it."""
         self.moment = moment
         for term in self.each():
-            term.at(moment)
+            term.at(moment, moment.step / self.steps)
 
     def layers(self, side: Side) -> dict[str, Any]:
         """What `capture` must record of one model now, as its keyword arguments."""
-        nothing: dict[str, Any] = {"attention": set(), "hidden": set(), "logits": False}
+        nothing: dict[str, Any] = {
+            "attention": set(),
+            "hidden": set(),
+            "logits": False,
+            "outputs": False,
+        }
         return merged_layers([nothing, *(term.layers(side) for term in self.each())])
 
     def divisors(self, inputs: Inputs) -> Tensor:

@@ -12,7 +12,18 @@ from fastkd.errors import UserError
 if TYPE_CHECKING:
     from fastkd.losses.base import Loss
 
-BUILT_IN = ("attention", "relations", "hidden", "embedding", "logits", "labels", "mlm")
+BUILT_IN = (
+    "attention",
+    "relations",
+    "hidden",
+    "embedding",
+    "logits",
+    "labels",
+    "mlm",
+    "sentence",
+    "rkd",
+    "fsp",
+)
 """Losses of fastkd, each a module of this folder; their order is that of terms and metrics."""
 
 _LOSSES: dict[str, type[Loss]] = {}
@@ -24,7 +35,8 @@ def register_loss(name: str) -> Callable[[L], L]:
     """Make a subclass of `Loss` known as `losses.NAME` of a recipe; a decorator.
 
     Raises:
-        UserError: another loss has that name, or it can be no key of a recipe.
+        UserError: another loss has that name, it can be no key of a recipe, or what is decorated
+            is no loss.
     """
     if not is_loss_name(name):
         raise UserError(
@@ -33,6 +45,12 @@ def register_loss(name: str) -> Callable[[L], L]:
         )
 
     def register(loss: L) -> L:
+        from fastkd.losses.base import Loss, LossConfig
+
+        if not (isinstance(loss, type) and issubclass(loss, Loss)):
+            raise UserError(f"the loss {name} is {loss!r:.100}; give a subclass of fastkd's Loss")
+        if not issubclass(loss.Config, LossConfig):
+            raise UserError(f"{_place(loss)}.Config is no subclass of LossConfig; make it one")
         known = _LOSSES.get(name)
         # a module that is imported again brings the same class once more
         if known is not None and _place(known) != _place(loss):
@@ -40,7 +58,7 @@ def register_loss(name: str) -> Callable[[L], L]:
                 f"a loss {name} is registered already ({_place(known)}); give {_place(loss)} "
                 "another name"
             )
-        if name in BUILT_IN and not _place(loss).startswith("fastkd.losses."):
+        if known is None and name in BUILT_IN and loss.__module__ != f"fastkd.losses.{name}":
             raise UserError(f"{name} is a loss of fastkd; give {_place(loss)} another name")
         _LOSSES[name] = loss
         return loss

@@ -24,6 +24,8 @@ from fastkd.losses.comparable import (
 from fastkd.losses.counts import Divisor
 from fastkd.losses.registry import register_loss
 from fastkd.losses.relation_heads import check_relation_heads
+from fastkd.losses.temperature import check_temperatures, temperature_at
+from fastkd.recipe.weights import Schedule
 from fastkd.section import MOST_HEADS
 
 if TYPE_CHECKING:
@@ -49,11 +51,14 @@ class RelationsLoss(Loss):
         """Divergence of the relations' softmax."""
         temperature: Temperature = 1.0
         """What the relations are divided by before the softmax."""
+        temperature_schedule: Schedule | None = None
+        """Factor on it over the run; not any where not given. Held-out losses have the first."""
         layer_map: Layers | None = None
         """Mapping of this term; the recipe's where not given."""
 
         @model_validator(mode="after")
-        def _each_once(self) -> Self:
+        def _consistent(self) -> Self:
+            check_temperatures(self.temperature, self.temperature_schedule, None)
             if len(set(self.relations)) < len(self.relations):
                 raise ValueError(
                     f"relations names one twice (given {', '.join(self.relations)}); name each "
@@ -100,6 +105,9 @@ class RelationsLoss(Loss):
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         """Losses [relations * links], fp32."""
         losses = []
+        temperature = temperature_at(
+            self.config.temperature, self.config.temperature_schedule, self.done
+        )
         for relation in self.config.relations:
 
             def divergence(
@@ -114,7 +122,7 @@ class RelationsLoss(Loss):
                     relation=relation,
                     relation_heads=self.relation_heads,
                     kind=self.config.kind,
-                    temperature=self.config.temperature,
+                    temperature=temperature,
                     key_mask=batch.mask,
                     query_mask=batch.mask,
                     causal=self.shared.pair.causal,

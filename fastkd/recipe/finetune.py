@@ -12,6 +12,7 @@ from fastkd.recipe.train import RunOutput, Train, check_train
 from fastkd.section import (
     Extras,
     Place,
+    Plugins,
     Section,
 )
 
@@ -55,6 +56,8 @@ def _short_model(value: object) -> object:
 class FinetuneRecipe(Section):
     """Everything about a fine-tuning run."""
 
+    plugins: Plugins = ()
+    """Modules that are imported before the rest is read."""
     model: Annotated[TunedModel, BeforeValidator(_short_model)]
     """The model that is trained: its name, or a section."""
     task: TaskData

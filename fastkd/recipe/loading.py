@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from fastkd.errors import UserError, one_line
 from fastkd.layer_map.sections import MAP_SECTIONS
+from fastkd.plugins import load_plugins
 from fastkd.recipe.finetune import FinetuneRecipe
 from fastkd.recipe.losses import Losses
 from fastkd.recipe.presets import expand
@@ -106,6 +107,7 @@ def parse_recipe(tree: Mapping[str, Any], name: str = "recipe") -> Recipe:
         UserError: with the field, what was given and what was expected.
     """
     try:
+        load_plugins(tree.get("plugins"))
         recipe = Recipe.model_validate(expand(tree))
         stage_recipes(recipe)
     except UserError as error:
@@ -133,7 +135,10 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
 def parse_finetune_recipe(tree: Mapping[str, Any], name: str = "recipe") -> FinetuneRecipe:
     """Validate a mapping as a recipe of a fine-tuning run, likewise."""
     try:
+        load_plugins(tree.get("plugins"))
         return FinetuneRecipe.model_validate(tree)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     except ValidationError as error:
         raise UserError(f"{name}: {complain(error, FinetuneRecipe)}") from error
 

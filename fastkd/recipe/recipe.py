@@ -14,7 +14,7 @@ from fastkd.recipe.models import Student, Teacher
 from fastkd.recipe.presets import Preset
 from fastkd.recipe.task import TaskData
 from fastkd.recipe.train import RunOutput, Train, check_train
-from fastkd.section import Extras, Section
+from fastkd.section import Extras, Plugins, Section
 
 
 class Recipe(Section):
@@ -22,6 +22,8 @@ class Recipe(Section):
 
     preset: Preset | None = None
     """Published method whose settings stand where this recipe gives none."""
+    plugins: Plugins = ()
+    """Modules that register losses or layer maps; imported before the rest is read."""
     teacher: Teacher
     """The model to learn from."""
     student: Student

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastkd.recipe import AnyRecipe, Recipe, parse_any_recipe, stage_recipes
+from fastkd.recipe import AnyRecipe, Recipe, Schedule, parse_any_recipe, stage_recipes
 
 # nothing here changes a weight
 _FREE = frozenset(
@@ -115,8 +115,9 @@ def _depends_on_length(recipe: AnyRecipe) -> str | None:
         return f"train.warmup_share is a share of all steps{instead}"
     terms = recipe.losses.terms if isinstance(recipe, Recipe) else {}
     for name, term in terms.items():
-        if term.schedule is not None:
-            return f"losses.{name}.schedule is stretched over all steps{instead}"
+        for field, value in term:
+            if isinstance(value, Schedule):
+                return f"losses.{name}.{field} is stretched over all steps{instead}"
     return None
 
 

@@ -1,0 +1,193 @@
+"""Losses on pooled sentence embeddings against plain loops in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_losses_matches import objective, parameters
+from test_recipe import refusal, tree
+from tiny_models import tiny_batch, tiny_model
+from torch import Tensor
+
+from fastkd.capture import Capture, capture, no_cache
+from fastkd.errors import UserError
+from fastkd.losses import DIVISORS
+from fastkd.losses.objective import Objective
+from fastkd.losses.pooling import pool_tokens
+
+LENGTHS = (5, 2, 4, 3, 1)
+NARROW, WIDE = 6, 8
+WHOLE = torch.ones(len(DIVISORS)).double()
+SECTIONS: list[dict[str, Any]] = [
+    {"loss": "sentence", "pooling": pooling} for pooling in ("mean", "cls", "last")
+]
+SECTIONS += [{"loss": "rkd", "kind": kind} for kind in ("distance", "angle")]
+
+
+def inputs(left: bool = False) -> dict[str, Tensor]:
+    mask = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
+    return {
+        "input_ids": torch.ones(5, 5, dtype=torch.long),
+        "attention_mask": (mask.flip(1) if left else mask).long(),
+    }
+
+
+def outputs(width: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(5, 5, width, generator=generator, dtype=torch.float64)
+
+
+def embedded(states: Tensor, given: dict[str, Tensor], pooling: str) -> list[Tensor]:
+    found = []
+    for state, mask in zip(states, given["attention_mask"].bool(), strict=True):
+        valid = state[mask]
+        found.append({"mean": valid.mean(0), "cls": valid[0], "last": valid[-1]}[pooling])
+    return found
+
+
+def huber(values: list[Tensor]) -> Tensor:
+    terms = [v**2 / 2 if abs(v) <= 1 else abs(v) - 0.5 for v in values]
+    return torch.stack(terms).mean()
+
+
+def related(points: list[Tensor], kind: str) -> list[Tensor]:
+    number = range(len(points))
+    if kind == "distance":
+        apart = [(points[i] - points[j]).norm() for i in number for j in number if i != j]
+        return [a / (sum(apart) / len(apart)) for a in apart]
+    found = []
+    for i in number:
+        for j in number:
+            for k in number:
+                if len({i, j, k}) == 3:
+                    one, other = points[i] - points[j], points[k] - points[j]
+                    found.append(one @ other / (one.norm() * other.norm()))
+    return found
+
+
+def defined(
+    section: dict[str, Any], student: Tensor, teacher: Tensor, given: dict[str, Tensor]
+) -> Tensor:
+    pooling = section.get("pooling", "mean")
+    points, targets = (embedded(states, given, pooling) for states in (student, teacher))
+    if section["loss"] == "sentence":
+        pairs = zip(points, targets, strict=True)
+        return torch.stack([1 - a @ b / (a.norm() * b.norm()) for a, b in pairs]).mean()
+    pairs = zip(*(related(p, section["kind"]) for p in (points, targets)), strict=True)
+    return huber([a - b for a, b in pairs])
+
+
+def run(made: Objective, student: Tensor, teacher: Tensor, given: dict[str, Tensor]) -> Tensor:
+    seen = Capture(outputs=student), Capture(outputs=teacher)
+    return made(*seen, given, WHOLE)[0]
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("section", SECTIONS, ids=str)
+def test_losses_and_gradients_are_those_of_the_definition(
+    section: dict[str, Any], left: bool
+) -> None:
+    given = inputs(left)
+    student, teacher = outputs(WIDE, 1).requires_grad_(), outputs(WIDE, 2)
+    total = run(objective({"mine": section}, (WIDE, WIDE)), student, teacher, given)
+    expected = defined(section, student, teacher, given)
+    torch.testing.assert_close(total, expected, rtol=1e-10, atol=1e-12)
+    (found,) = torch.autograd.grad(total, student)
+    (gradient,) = torch.autograd.grad(expected, student)
+    torch.testing.assert_close(found, gradient, rtol=1e-8, atol=1e-12)
+    assert not found[~given["attention_mask"].bool()].any()
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=str)
+def test_models_of_different_widths_are_compared(section: dict[str, Any]) -> None:
+    made = objective({"mine": section})
+    student, teacher = outputs(NARROW, 1), outputs(WIDE, 2)
+    total = run(made, student, teacher, inputs())
+    if section["loss"] == "sentence":
+        assert parameters(made) == {"terms.0.projection.weight": (WIDE, NARROW)}
+        weight = made.get_parameter("terms.0.projection.weight")
+        # a linear layer commutes with the pooling
+        student = student @ weight.mT
+    else:
+        assert not parameters(made)
+    torch.testing.assert_close(total, defined(section, student, teacher, inputs()))
+
+
+def test_a_step_of_sentences_is_the_same_however_it_is_cut() -> None:
+    made = objective({"sentence": {}}, (WIDE, WIDE))
+    student, teacher, given = outputs(WIDE, 1), outputs(WIDE, 2), inputs()
+    divisors = made.divisors(given).clamp(min=1)
+    total = torch.zeros((), dtype=torch.float64)
+    for part in (slice(0, 2), slice(2, 5)):
+        cut = {name: tensor[part] for name, tensor in given.items()}
+        seen = Capture(outputs=student[part]), Capture(outputs=teacher[part])
+        total = total + made(*seen, cut, made.divisors(cut) / divisors)[0]
+    torch.testing.assert_close(total, run(made, student, teacher, given))
+
+
+def test_relations_of_a_cut_step_are_the_mean_of_means_by_examples() -> None:
+    section = {"loss": "rkd"}
+    made = objective({"rkd": section}, (WIDE, WIDE))
+    student, teacher, given = outputs(WIDE, 1), outputs(WIDE, 2), inputs()
+    divisors = made.divisors(given).clamp(min=1)
+    total, expected = (torch.zeros((), dtype=torch.float64) for _ in range(2))
+    for part, examples in ((slice(0, 2), 2), (slice(2, 5), 3)):
+        cut = {name: tensor[part] for name, tensor in given.items()}
+        seen = Capture(outputs=student[part]), Capture(outputs=teacher[part])
+        total = total + made(*seen, cut, made.divisors(cut) / divisors)[0]
+        kind = {**section, "kind": "distance"}
+        expected = expected + examples / 5 * defined(kind, student[part], teacher[part], cut)
+    torch.testing.assert_close(total, expected)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("distance", 1), ("angle", 2)])
+def test_too_few_sentences_have_no_relations(kind: str, most: int) -> None:
+    made = objective({"rkd": {"kind": kind}}, (WIDE, WIDE))
+    student = outputs(WIDE, 1)[:most].requires_grad_()
+    given = {name: tensor[:most] for name, tensor in inputs().items()}
+    total = run(made, student, outputs(WIDE, 2)[:most], given)
+    assert total.item() == 0
+    total.backward()
+    assert student.grad is not None and not student.grad.any()
+
+
+@pytest.mark.parametrize("kind", ["distance", "angle"])
+def test_sentences_that_coincide_have_finite_gradients(kind: str) -> None:
+    made = objective({"rkd": {"kind": kind}}, (WIDE, WIDE))
+    student = torch.ones(5, 5, WIDE, dtype=torch.float64, requires_grad=True)
+    total = run(made, student, outputs(WIDE, 2), inputs())
+    total.backward()
+    assert total.isfinite() and student.grad is not None and student.grad.isfinite().all()
+
+
+def test_pooling_takes_all_tokens_where_nothing_is_padded() -> None:
+    states = outputs(WIDE, 1)
+    for pooling, expected in (
+        ("mean", states.mean(1)),
+        ("cls", states[:, 0]),
+        ("last", states[:, -1]),
+    ):
+        torch.testing.assert_close(pool_tokens(states, None, pooling), expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "qwen2", "modernbert"])
+def test_outputs_are_the_states_after_the_final_norm(name: str) -> None:
+    model, batch = tiny_model(name), tiny_batch((6, 4))
+    with torch.no_grad(), capture(model, outputs=True) as seen:
+        expected = model(**batch, **no_cache(model)).last_hidden_state
+    assert seen.outputs is not None
+    assert torch.equal(seen.outputs, expected)
+    assert not model._forward_hooks
+
+
+def test_a_teacher_whose_outputs_are_read_runs_whole() -> None:
+    assert objective({"sentence": {}}).teacher_depth is None
+    assert objective({"sentence": {}}).layers("teacher")["outputs"]
+
+
+def test_different_widths_need_a_projection() -> None:
+    with pytest.raises(UserError, match=r"losses.mine.projection is none, but the student is 6 w"):
+        objective({"mine": {"loss": "sentence", "projection": "none"}})
+    assert refusal(tree(losses={"rkd": {"kind": "angles"}})).startswith("losses.rkd.kind: input")

@@ -1,0 +1,241 @@
+"""Losses and layer maps from files outside of the package, named in a recipe."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_recipe import refusal, tree
+from tiny_runs import make_recipe, read_losses, run_command, run_variants
+
+from fastkd import plugins
+from fastkd.cli import main
+from fastkd.errors import UserError
+from fastkd.layer_map import make_layer_map, sections
+from fastkd.layer_map import registry as map_registry
+from fastkd.losses import registry
+from fastkd.recipe import load_any_recipe, parse_any_recipe, parse_recipe
+
+LOSS = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fastkd.layer_map import LayerMap, Link, MapConfig, register_layer_map
+from fastkd.layer_map.sections import Layers
+from fastkd.losses import Captures, Loss, LossConfig, register_loss
+
+
+@register_loss("norms")
+class NormsLoss(Loss):
+    """Squared difference of the lengths of states."""
+
+    class Config(LossConfig):
+        power: float = 1.0
+        layer_map: Layers | None = None
+
+    captures = Captures(hidden=True)
+    mean_over = "tokens"
+
+    def forward(self, student, teacher, batch):
+        values = []
+        for link in self.links:
+            lengths = (
+                states.hidden[layer].float().norm(dim=-1)
+                for states, layer in ((student, link.student), (teacher, link.teachers[0]))
+            )
+            own, target = (length**self.config.power for length in lengths)
+            values.append((own - target).square().mean())
+        return self.stack(values)
+
+    @staticmethod
+    def stack(values):
+        import torch
+
+        return torch.stack(values)
+
+
+@register_layer_map("crossed")
+@dataclass(frozen=True)
+class CrossedMap(LayerMap):
+    """The first layers from the last."""
+
+    shift: int = 0
+
+    class Config(MapConfig):
+        shift: int = 0
+
+    def links(self, moment):
+        last = self.teacher_layers - self.shift
+        return tuple(Link(s, (last + 1 - s,)) for s in range(1, self.student_layers + 1))
+'''
+
+
+@pytest.fixture(autouse=True)
+def own_registries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """What a test registers and imports is gone after it."""
+    registry.loss_names()
+    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    monkeypatch.setattr(map_registry, "_MAPS", dict(map_registry._MAPS))
+    before = dict(sections.MAP_SECTIONS)
+    modules = set(sys.modules)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sections.MAP_SECTIONS.clear()
+    sections.MAP_SECTIONS.update(before)
+    for name in set(sys.modules) - modules:
+        path = getattr(sys.modules[name], "__file__", None) or ""
+        if path.startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def write(folder: Path, name: str, text: str) -> str:
+    (folder / f"{name}.py").write_text(text)
+    return name
+
+
+def test_a_plugin_is_loaded_before_the_recipe_is_read(tmp_path: Path) -> None:
+    given = tree(
+        plugins=[write(tmp_path, "norms_plugin", LOSS)],
+        losses={"norms": {"power": 2}, "second": {"loss": "norms"}},
+        layer_map={"kind": "crossed", "shift": 1},
+    )
+    recipe = parse_recipe(given)
+    assert list(recipe.losses.terms) == ["hidden", "norms", "second"]
+    dumped = recipe.model_dump(mode="json")
+    assert dumped["plugins"] == ["norms_plugin"]
+    assert dumped["layer_map"] == {"kind": "crossed", "shift": 1}
+    assert parse_any_recipe(dumped) == recipe
+    assert make_layer_map(recipe.layer_map, 2, 4).pairs == ((1, 3), (2, 2))
+    assert refusal({**given, "layer_map": {"kind": "crossed", "shft": 1}}).startswith(
+        "layer_map.shft: unknown key; did you mean 'shift'?"
+    )
+    assert parse_recipe({**given, "layer_map": "crossed", "plugins": "norms_plugin"})
+
+
+BROKEN = {
+    "syntax": ("def :", "plugins: broken fails when it is imported (SyntaxError: "),
+    "name": ("x = y", "plugins: broken fails when it is imported (NameError: name 'y' is not"),
+    "missing": (
+        "import no_such_module_at_all",
+        "plugins: broken fails when it is imported (ModuleNotFoundError: No module named 'no_su",
+    ),
+    "taken": (
+        LOSS.replace('"norms"', '"hidden"'),
+        "plugins: broken: a loss hidden is registered already (fastkd.losses.hidden.HiddenLoss)",
+    ),
+    "map taken": (
+        LOSS.replace('"crossed"', '"uniform"'),
+        "plugins: broken: a layer map can't be called 'uniform', which is taken",
+    ),
+    "no loss": (
+        LOSS.replace("(Loss)", ""),
+        "plugins: broken: the loss norms is <class 'broken.NormsLoss'>; give a subclass",
+    ),
+    "no section": (
+        LOSS.replace("Config(LossConfig)", "Config"),
+        "plugins: broken: broken.NormsLoss.Config is no subclass of LossConfig",
+    ),
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_plugin_that_fails_says_which_and_why(tmp_path: Path, text: str) -> None:
+    write(tmp_path, "broken", BROKEN[text][0])
+    for _ in range(2):
+        assert refusal(tree(plugins=["broken"])).startswith(BROKEN[text][1])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["nowhere_to_be_found"], "plugins: nowhere_to_be_found can't be imported, as there is no"),
+        (["json.nowhere"], "plugins: json.nowhere can't be imported, as there is no module json.n"),
+        (["my_losses.py", "a b"], "plugins: my_losses.py can't be imported, as there is no module"),
+        (["a b"], "plugins.0: expected the name of a module, as in `import my_losses` (given 'a b"),
+        ([""], "plugins.0: string should have at least 1 character"),
+        ([3], "plugins.0: input should be a valid string"),
+        ({"a": 1}, "plugins: input should be a valid tuple"),
+    ],
+)
+def test_what_names_no_module_is_refused(given: Any, expected: str) -> None:
+    assert refusal(tree(plugins=given)).startswith(expected)
+
+
+class Entry:
+    """An entry point of an installed package."""
+
+    name, value, dist = "losses", "their.losses", None
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.loaded = error, 0
+
+    def load(self) -> None:
+        self.loaded += 1
+        if self.error is not None:
+            raise self.error
+
+
+def test_installed_packages_bring_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def entry_points(group: str) -> list[Entry]:
+        asked.append(group)
+        return [entry]
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    plugins._load_installed.cache_clear()
+    entry = Entry()
+    plugins.load_plugins()
+    plugins.load_plugins()
+    assert (asked, entry.loaded) == (["fastkd.plugins"], 1)
+    plugins._load_installed.cache_clear()
+    entry = Entry(ImportError("no"))
+    with pytest.raises(UserError, match=r"^plugin losses \(their.losses\) of a package fails"):
+        plugins.load_plugins()
+    plugins._load_installed.cache_clear()
+
+
+def test_a_loss_from_outside_trains_resumes_and_evaluates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "norms_plugin", LOSS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    path = make_recipe(tmp_path, losses={"attention": None, "norms": {"power": 0.5}})
+    whole = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**whole, "plugins": ["norms_plugin"], "layer_map": "crossed"}))
+    options = ["train.schedule=constant", "train.checkpoint_every=1"]
+    longer = [["train.steps=3", *options], ["train.steps=4", *options]]
+    run_variants(path, longer)
+    losses = read_losses(tmp_path / "run")
+    assert len(losses) == 4
+    assert {"norms/1-4", "norms/2-3"} <= losses[0].keys()
+    assert losses[0]["norms/1-4"] > 0
+    done = run_command("evaluate", str(tmp_path / "run"), "--output", str(tmp_path / "found.json"))
+    assert done.returncode == 0, done.stderr
+    assert "norms/1-4" in json.loads((tmp_path / "found.json").read_text())["losses"]
+    (tmp_path / "norms_plugin.py").unlink()
+    with pytest.raises(UserError, match="plugins: norms_plugin can't be imported, as"):
+        load_any_recipe(tmp_path / "run" / "recipe.yaml")
+
+
+def test_a_loss_of_the_wrong_shape_stops_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, "wrong_plugin", LOSS.replace("self.stack(values)", "self.stack(values)[:1]"))
+    path = make_recipe(tmp_path, losses={"norms": {}})
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "plugins": "wrong_plugin"}))
+    monkeypatch.setattr(sys, "argv", ["fastkd", "distill", str(path)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
+        "fastkd: losses.norms: NormsLoss.forward gives a tensor of shape [1]; expected a tensor of "
+        "shape [2], one value for each of its labels"
+    )
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

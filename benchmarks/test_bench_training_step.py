@@ -23,8 +23,8 @@ from transformers import BertConfig, BertModel
 
 from fastkd.capture import capture, route_attention
 from fastkd.layer_map import make_layer_map
-from fastkd.losses import DIVISORS, DistilledStudent, ModelPair
-from fastkd.losses.objective import Objective
+from fastkd.losses import DIVISORS, ModelPair
+from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.recipe import Losses
 
 LAYERS = make_layer_map("uniform", 4, 12)

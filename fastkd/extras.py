@@ -8,12 +8,13 @@ from typing import Literal
 
 from fastkd.errors import UserError
 
-Extra = Literal["study", "tasks", "tensorboard", "wandb"]
+Extra = Literal["study", "tasks", "tensorboard", "trainer", "wandb"]
 # what is imported, and what installs it
 PACKAGES: dict[Extra, dict[str, str]] = {
     "study": {"optuna": "optuna", "cmaes": "cmaes", "matplotlib": "matplotlib"},
     "tasks": {"sklearn": "scikit-learn"},
     "tensorboard": {"tensorboard": "tensorboard"},
+    "trainer": {"accelerate": "accelerate"},
     "wandb": {"wandb": "wandb"},
 }
 

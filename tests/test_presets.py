@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from fastkd.capture import capture, try_model
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
-from fastkd.losses import DIVISORS, DistilledStudent, model_inputs
+from fastkd.losses import DIVISORS, model_inputs
 from fastkd.losses.factory import make_objective
-from fastkd.losses.objective import Objective
+from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.models import build_student
 from fastkd.recipe import Recipe, parse_recipe
 from fastkd.recipe.presets import PRESETS, expand

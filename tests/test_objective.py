@@ -24,7 +24,7 @@ Reduction = Literal["valid", "tinybert"]
 REDUCTIONS: tuple[Reduction, ...] = ("valid", "tinybert")
 BATCH = tiny_batch((12, 7, 3, 9))
 NARROW = 24
-NOTHING = {"logits": False, "outputs": False}
+NOTHING = {"logits": False, "outputs": False, "modules": set()}
 WHOLE = torch.ones(len(DIVISORS))
 ALL_TERMS = {"attention": {"weight": 1.0}, "hidden": {"weight": 10.0}, "embedding": {"weight": 3.0}}
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fastkd.capture.blocks import find_blocks
 from fastkd.capture.lm_head import recorded_head
+from fastkd.capture.modules import find_module, module_recorder
 from fastkd.capture.routing import PREFIX, AttentionCall, Listener, listening
 from fastkd.errors import UserError
 
@@ -32,6 +33,7 @@ class Capture:
     hidden: dict[int, Tensor] = field(default_factory=dict)
     logits: Tensor | LogitsHead | None = None
     outputs: Tensor | None = None
+    modules: dict[str, Tensor] = field(default_factory=dict)
 
 
 @contextmanager
@@ -42,6 +44,7 @@ def capture(
     hidden: Collection[int] = (),
     logits: bool = False,
     outputs: bool = False,
+    modules: Collection[str] = (),
 ) -> Iterator[Capture]:
     """Record attention and hidden states of the named layers while the context is open.
 
@@ -56,9 +59,10 @@ def capture(
         hidden: layer numbers from 0, the embeddings.
         logits: whether to record what the head gives or takes.
         outputs: whether to record the states after the final norm.
+        modules: paths of submodules whose outputs are recorded.
 
     Raises:
-        UserError: attention is wanted of a model that is not routed.
+        UserError: attention is wanted of a model that is not routed, or it has no such submodule.
     """
     if attention and not model.config._attn_implementation.startswith(PREFIX):
         raise UserError(
@@ -76,6 +80,9 @@ def capture(
             else:
                 handle = blocks[0].register_forward_pre_hook(_input_hook(states), with_kwargs=True)
             stack.callback(handle.remove)
+        for path in modules:
+            hook = module_recorder(states.modules, path)
+            stack.callback(find_module(model, path).register_forward_hook(hook).remove)
         if outputs:
             handle = model.base_model.register_forward_hook(_final_hook(states))
             stack.callback(handle.remove)

@@ -1,15 +1,17 @@
 """What is matched: losses, and how they add up.
 
 A loss is one file that registers itself: `attention`, `relations`, `hidden`, `embedding`, `logits`,
-`labels`, `mlm`. In it stand the section of a recipe (`Config`), what is captured (`captures`),
-what a value is a mean over (`mean_over`), and the computation (`forward`, or a group that computes
-several losses in one call: `states.py`, `heads.py`). `base.py` has the types, `registry.py` finds
-a loss by name, `objective.py` adds all of them up and knows none by name, `counts.py` counts what
-they are means over, `weighting.py` and `transports.py` move their weights.
+`labels`, `mlm`, `sentence`, `rkd`, `fsp`. In it stand the section of a recipe (`Config`), what is
+captured (`captures`), what a value is a mean over (`mean_over`), and the computation: `forward`, or
+a group that computes several losses in one call (`states.py`, `heads.py`). `base.py` has the types,
+`registry.py` finds a loss by name, `objective.py` adds all of them up and knows none by name,
+`factory.py` makes it for two models, `counts.py` counts what values are means over, `weighting.py`,
+`temperature.py` and `transports.py` move factors, `comparable.py`, `relation_heads.py` and
+`pooling.py` are what several losses share.
 
 This folder alone calls the kernels. It may import `layer_map`, `recipe.weights`, `section`,
-`errors` and `types`; of `capture` it takes types only, so that a recipe is read without loading
-transformers.
+`errors` and `types`; of `capture` all but the factory takes types only, so that a recipe is read
+without loading transformers.
 """
 
 from fastkd.losses.base import (

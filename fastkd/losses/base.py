@@ -95,6 +95,9 @@ class Captures:
     """What the head gives or, of a language model, multiplies."""
     outputs: bool = False
     """What the model hands on after its final norm."""
+    modules: tuple[str, str] | None = None
+    """What a submodule of the student gives and one of the teacher, by their paths, such as
+    `encoder.layer.1.output`."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +157,8 @@ class Loss(Term):
 
     Config: ClassVar[type[LossConfig]] = LossConfig
     """Its section in a recipe."""
-    captures: ClassVar[Captures] = Captures()
-    """What it reads."""
+    captures: Captures = Captures()
+    """What it reads; an instance may have one of its own, which reads no more layers."""
     mean_over: Divisor = "examples"
     """What its values are means over within a micro-batch; a property where that depends."""
     group: ClassVar[type[LossGroup] | None] = None
@@ -260,6 +263,8 @@ class Loss(Term):
             wanted["logits"] = True
         if self.captures.outputs:
             wanted["outputs"] = True
+        if self.captures.modules is not None:
+            wanted["modules"] = {self.captures.modules[side == "teacher"]}
         return wanted
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:

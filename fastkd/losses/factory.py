@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fastkd.capture import find_module
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.base import ModelPair
 from fastkd.losses.objective import Objective
@@ -71,7 +72,12 @@ def make_objective(
         for name, term in losses.terms.items()
         if (given := getattr(term, "layer_map", None)) is not None
     }
-    return Objective(losses, layers, pair, own_layers=own, steps=steps)
+    objective = Objective(losses, layers, pair, own_layers=own, steps=steps)
+    for path in sorted(objective.layers("student")["modules"]):
+        find_module(student, path)
+    for path in sorted(objective.layers("teacher")["modules"]):
+        find_module(teacher, path)
+    return objective
 
 
 def hard_objective(model: PreTrainedModel, steps: int) -> tuple[Objective, LayerMap]:

@@ -110,7 +110,7 @@ class Objective(nn.Module):
     def teacher_depth(self) -> int | None:
         """The deepest teacher layer that is ever matched; `None` where outputs are."""
         wanted = self.layers("teacher")
-        if wanted["logits"] or wanted["outputs"]:
+        if wanted["logits"] or wanted["outputs"] or wanted["modules"]:
             return None
         terms = self.losses.terms
         mapped = [
@@ -133,6 +133,7 @@ class Objective(nn.Module):
             "hidden": set(),
             "logits": False,
             "outputs": False,
+            "modules": set(),
         }
         return merged_layers([nothing, *(term.layers(side) for term in self.each())])
 

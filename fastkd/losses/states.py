@@ -56,6 +56,13 @@ class StateLoss(Loss):
     def mean_over(self) -> Divisor:  # type: ignore[override]
         return "tokens" if self.config.tokens == "all" else "examples"
 
+    def states(self, student: Capture, teacher: Capture) -> list[tuple[Tensor, list[Tensor]]]:
+        """Of every label the student's state, and the teacher's that make its target."""
+        return [
+            (student.hidden[link.student], [teacher.hidden[t] for t in link.teachers])
+            for link in self.links
+        ]
+
 
 class StateGroup(LossGroup):
     """Hidden states and embeddings of all mapped layers, in one call where their kinds agree.
@@ -114,7 +121,7 @@ class StateGroup(LossGroup):
         losses: dict[int, Tensor] = {}
         for members in groups.values():
             found = self._compare(student, teacher, batch, members)
-            sizes = [len(self.losses[m].links) for m in members]
+            sizes = [len(self.losses[m].labels) for m in members]
             losses |= dict(zip(members, torch.split(found, sizes), strict=True))
         return torch.cat([losses[number] for number in range(len(self.losses))])
 
@@ -123,19 +130,17 @@ class StateGroup(LossGroup):
     ) -> Tensor:
         """Losses of all links of some members, which share kind, tokens and way of projecting."""
         kind, tokens = (getattr(self.losses[members[0]].config, key) for key in ("kind", "tokens"))
-        places = [
-            (self.starts[m] + offset, link, self.losses[m].layer_map)
-            for m in members
-            for offset, link in enumerate(self.losses[m].links)
-        ]
         mask = batch.mask if tokens == "all" else None
-        student_states, teacher_states = [], []
-        for place, link, layer_map in places:
-            state = pooled(student.hidden[link.student], tokens, batch.mask)
-            targets = [pooled(teacher.hidden[t], tokens, batch.mask) for t in link.teachers]
-            student_states.append(state)
-            teacher_states.append(self._target(place, state, targets, layer_map))
-        weight, bias = (self._chosen(name, [place for place, _, _ in places]) for name in _NAMES)
+        places, student_states, teacher_states = [], [], []
+        for m in members:
+            loss = self.losses[m]
+            for place, (state, states) in enumerate(loss.states(student, teacher), self.starts[m]):
+                reduced = pooled(state, tokens, batch.mask)
+                targets = [pooled(target, tokens, batch.mask) for target in states]
+                places.append(place)
+                student_states.append(reduced)
+                teacher_states.append(self._target(place, reduced, targets, loss.layer_map))
+        weight, bias = (self._chosen(name, places) for name in _NAMES)
         if kind == "mse":
             return hidden_mse(
                 student_states,

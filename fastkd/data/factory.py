@@ -24,13 +24,13 @@ from fastkd.data.tasks import (
 )
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.tasks.read import ExampleSource
-from fastkd.data.text import prepare_corpus
+from fastkd.data.text import TextSettings, prepare_corpus
 from fastkd.data.text.datamodule import TextDataModule
 from fastkd.data.text.mlm import Masking
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.extras import need
-from fastkd.recipe import AnyRecipe, Data, Recipe, TaskAugmentation, TaskData
+from fastkd.recipe import AnyRecipe, Recipe, TaskAugmentation, TaskData
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def make_datamodule(
     """
     if recipe.task is not None:
         reduction = recipe.losses.reduction if isinstance(recipe, Recipe) else "valid"
-        return _task_material(
+        return _task_datamodule(
             recipe.task,
             tokenizer,
             config,
@@ -71,7 +71,8 @@ def make_datamodule(
     assert isinstance(recipe, Recipe) and recipe.data is not None, "a recipe has data or a task"
     loss = recipe.losses.mlm
     masking = None if loss is None else Masking(tokenizer, loss.probability, recipe.train.seed)
-    return _text_material(recipe.data, tokenizer, masking, ranks, progress=progress)
+    settings = TextSettings(**dict(recipe.data))
+    return _text_datamodule(settings, tokenizer, masking, ranks, progress=progress)
 
 
 def task_of(section: TaskData) -> Task:
@@ -96,8 +97,8 @@ def task_of(section: TaskData) -> Task:
     return task
 
 
-def _text_material(
-    data: Data,
+def _text_datamodule(
+    data: TextSettings,
     tokenizer: PreTrainedTokenizerBase,
     masking: Masking | None,
     ranks: Ranks,
@@ -111,7 +112,7 @@ def _text_material(
     return TextDataModule(corpus, data.block_size, masking)
 
 
-def _task_material(
+def _task_datamodule(
     section: TaskData,
     tokenizer: PreTrainedTokenizerBase,
     config: PreTrainedConfig,

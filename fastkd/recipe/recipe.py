@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from fastkd.head_spec import HEADS, TASK_HEAD, heads_of_loss
 from fastkd.layer_map.sections import Layers
 from fastkd.recipe.data import Data
 from fastkd.recipe.losses import Losses
@@ -63,7 +64,7 @@ class Recipe(Section):
         student = tree.get("student")
         if not isinstance(student, Mapping) or "head" in student:
             return tree
-        return {**tree, "student": {**student, "head": "sequence_classification"}}
+        return {**tree, "student": {**student, "head": TASK_HEAD}}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -91,29 +92,26 @@ class Recipe(Section):
 
     def _check_head(self) -> None:
         head, terms = self.student.head, self.losses.terms
-        if self.task is not None and head != "sequence_classification":
+        spec = HEADS[head]
+        if self.task is not None and spec.data != "task":
             raise ValueError(
-                f"student.head is {head}, but a task is learned by sequence_classification; leave "
+                f"student.head is {head}, but a task is learned by {TASK_HEAD}; leave "
                 "student.head out"
             )
-        if self.task is None and "labels" in terms and head == "sequence_classification":
+        if self.task is None and "labels" in terms and spec.data == "task":
             raise ValueError(
                 "losses.labels learns from labelled examples, but data.train is text without "
                 "labels; give task in place of data, or leave losses.labels out"
             )
-        fitting = {
-            "logits": ("sequence_classification", "causal_lm", "masked_lm"),
-            "labels": ("sequence_classification", "causal_lm"),
-            "mlm": ("masked_lm",),
-        }
-        for name, heads in fitting.items():
-            if name in terms and head not in heads:
+        for name in terms:
+            heads = heads_of_loss(name)
+            if heads and head not in heads:
                 raise ValueError(
                     f"losses.{name} is on, but student.head is {head}; expected "
                     f"{' or '.join(heads)}"
                 )
         for name in ("labels", "mlm"):
-            if name in terms and head in ("causal_lm", "masked_lm") and "logits" not in terms:
+            if name in terms and spec.language_model and "logits" not in terms:
                 raise ValueError(
                     f"losses.{name} of a {head} head is computed together with losses.logits, "
                     "which is off; switch it on, with weight 0 where it should not count"

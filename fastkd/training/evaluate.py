@@ -21,6 +21,7 @@ from fastkd.data.factory import make_datamodule, task_of
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
+from fastkd.head_spec import HEADS
 from fastkd.layer_map import Progress, make_layer_map
 from fastkd.losses import Objective
 from fastkd.losses.factory import hard_objective, make_objective
@@ -213,7 +214,7 @@ def evaluate_run(run: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Eval
     )
     load_projections(objective, run)
     datamodule = make_datamodule(recipe, tokenizer, teacher.config, ranks, progress=False)
-    if recipe.student.head == "sequence_classification":
+    if HEADS[recipe.student.head].data == "task":
         pad_alike(datamodule, tokenizer, teacher, student)
     module = DistilledStudent(student, objective).to(ranks.device).eval()
     runner = TeacherRunner(teacher, recipe, objective, ranks)

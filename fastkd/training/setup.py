@@ -19,6 +19,7 @@ from fastkd.data.tasks import hand_on_padding, reads_padding
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError
+from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses import Objective
 from fastkd.losses.factory import capture_needs, hard_objective, make_objective
@@ -184,7 +185,7 @@ def gather(recipe: Recipe, plan: BatchPlan, ranks: Ranks, *, progress: bool) -> 
     recipe = _resolved(recipe, datamodule)
     objective.steps = recipe.train.steps
     handed_on = dropout_rates(teacher.config)
-    if recipe.student.head == "sequence_classification":
+    if HEADS[recipe.student.head].data == "task":
         handed_on |= pad_alike(datamodule, tokenizer, student, teacher)
     module = DistilledStudent(student, objective)
     return Parts(recipe, datamodule, tokenizer, layers, initialisation, module, teacher, handed_on)

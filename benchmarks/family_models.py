@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from fastkd.models.load import AUTO
+from fastkd.models.load import auto_model
 from fastkd.types import Head
 
 LAYERS, WIDTH, HEADS, VOCABULARY = 4, 32, 4, 96
@@ -179,7 +179,7 @@ def family_model(
     """A random model of a family, in eval mode."""
     torch.manual_seed(seed)
     config = family_config(family, **changes)
-    model: PreTrainedModel = AUTO[head].from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = auto_model(head).from_config(config, dtype=torch.float32)
     return model.eval()
 
 

@@ -15,11 +15,15 @@ from transformers.models.auto import modeling_auto
 
 from fastkd.capture import route_attention, try_model
 from fastkd.errors import UserError
+from fastkd.head_spec import HEADS
 from fastkd.layer_map import Progress, make_layer_map
 from fastkd.layer_map.sections import Layers
 from fastkd.losses import DIVISORS, model_inputs
+from fastkd.losses.base import Setting
 from fastkd.losses.factory import capture_needs, make_objective
+from fastkd.losses.heads import HardLoss
 from fastkd.losses.objective import DistilledStudent
+from fastkd.losses.registry import loss_class
 from fastkd.recipe import Losses, complain
 from fastkd.training.engine import TeacherRunner
 from fastkd.types import IGNORE_INDEX, Head, Inputs
@@ -226,7 +230,8 @@ class Distiller(nn.Module):
     @property
     def _labels_read(self) -> str | None:
         terms = self.objective.losses.terms
-        return next((name for name in ("labels", "mlm") if name in terms), None)
+        hard = (name for name, term in terms.items() if issubclass(loss_class(term.loss), HardLoss))
+        return next(hard, None)
 
     def _checked(self, batch: Inputs) -> Inputs:
         """The batch, once it is seen to hold what is read.
@@ -276,7 +281,7 @@ class Distiller(nn.Module):
         """
         reader, head = self._labels_read, self.objective.pair.head
         labels, ids = batch.get("labels"), batch["input_ids"]
-        shape = ids.shape[:1] if head == "sequence_classification" else ids.shape
+        shape = ids.shape[:1] if HEADS[head].labels == "example" else ids.shape
         if isinstance(labels, Tensor) and labels.shape == shape:
             return batch
         # a causal model's are its ids where not given
@@ -363,28 +368,13 @@ def _common_head(student: PreTrainedModel, teacher: PreTrainedModel) -> Head:
 
 
 def _check_head(losses: Losses, head: Head) -> None:
-    terms = losses.terms
-    fitting = {
-        "logits": ("sequence_classification", "causal_lm", "masked_lm"),
-        "labels": ("sequence_classification", "causal_lm"),
-        "mlm": ("masked_lm",),
-    }
-    for name, heads in fitting.items():
-        if name in terms and head not in heads:
-            raise UserError(
-                f"losses.{name} is on, but the head that both models have is {head}; expected "
-                f"{' or '.join(heads)}"
-            )
-        if name in terms and name != "logits" and head != heads[0] and "logits" not in terms:
-            raise UserError(
-                f"losses.{name} of a {head} head is computed together with losses.logits, which "
-                "is off; switch it on, with weight 0 where it should not count"
-            )
-    if "mlm" in terms and "logits" not in terms:
-        raise UserError(
-            "losses.mlm is computed together with losses.logits, which is off; switch it on, with "
-            "weight 0 where it should not count"
-        )
+    on = frozenset(config.loss for config in losses.terms.values())
+    setting = Setting(head, True, on, field="the head that both models have")
+    for name, config in losses.terms.items():
+        try:
+            loss_class(config.loss).check_setting(name, config, setting)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
 
 def _unread(model: PreTrainedModel, batch: Inputs) -> list[str]:

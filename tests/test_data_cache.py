@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from fastkd.data.text import (
     cache,
     prepare_corpus,
 )
+from fastkd.data.text.settings import TextSettings
 from fastkd.data.text.sources import resolve
 from fastkd.data.text.split import Split
 from fastkd.data.text.tokenize import Encoder
 from fastkd.errors import UserError
-from fastkd.recipe import Data
 
 WIKI = Path(__file__).parents[1].parent / "shared" / "data" / "corpus" / "wiki-en"
 LINES = [f"Document {i} says that {i} times {i} is {i * i}." for i in range(600)]
@@ -41,10 +42,10 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Data:
+def data(tmp_path: Path) -> TextSettings:
     """Six hundred one-line documents."""
     (tmp_path / "a.txt").write_text("\n\n".join(LINES) + "\n")
-    return Data(
+    return TextSettings(
         train=(str(tmp_path / "a.txt"),),
         cache=str(tmp_path / "cache"),
         block_size=32,
@@ -53,11 +54,16 @@ def data(tmp_path: Path) -> Data:
     )
 
 
-def changed(data: Data, **fields: Any) -> Data:
-    return Data(**{**data.model_dump(), **fields})
+def changed(data: TextSettings, **fields: Any) -> TextSettings:
+    # one name may stand alone, as in a recipe
+    plain = {
+        key: (value,) if key in ("train", "heldout") and isinstance(value, str) else value
+        for key, value in fields.items()
+    }
+    return replace(data, **plain)
 
 
-def folders(data: Data) -> list[str]:
+def folders(data: TextSettings) -> list[str]:
     return sorted(path.name for path in Path(data.cache).iterdir())
 
 
@@ -65,7 +71,7 @@ def never(*_: object) -> None:
     raise AssertionError("text was tokenised again")
 
 
-def test_counts_and_split(data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_counts_and_split(data: TextSettings, tokenizer: PreTrainedTokenizerBase) -> None:
     corpus = prepare_corpus(data, tokenizer, progress=False)
     # the split, from its definition
     hashes = [int(hashlib.blake2b(t.encode(), digest_size=16).hexdigest()[:16], 16) for t in LINES]
@@ -82,7 +88,7 @@ def test_counts_and_split(data: Data, tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 def test_second_run_reads_the_cache(
-    data: Data, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    data: TextSettings, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare_corpus(data, tokenizer, progress=False)
     monkeypatch.setattr(Encoder, "__call__", never)
@@ -97,7 +103,7 @@ def test_second_run_reads_the_cache(
 
 
 def test_moving_renaming_and_touching_keep_the_cache(
-    data: Data,
+    data: TextSettings,
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -131,14 +137,14 @@ def test_what_another_caller_did_with_the_tokenizer_does_not_count() -> None:
     ids=str,
 )
 def test_settings_make_a_new_cache(
-    data: Data, tokenizer: PreTrainedTokenizerBase, change: dict[str, Any]
+    data: TextSettings, tokenizer: PreTrainedTokenizerBase, change: dict[str, Any]
 ) -> None:
     first = prepare_corpus(data, tokenizer, progress=False)
     other = prepare_corpus(changed(data, **change), tokenizer, progress=False)
     assert folders(data) == sorted([first.fingerprint, other.fingerprint])
 
 
-def test_content_and_tokenizer_make_a_new_cache(data: Data) -> None:
+def test_content_and_tokenizer_make_a_new_cache(data: TextSettings) -> None:
     tokenizer = load_tokenizer()
     keys = [prepare_corpus(data, tokenizer, progress=False).fingerprint]
     path = Path(data.train[0])
@@ -155,14 +161,16 @@ def test_content_and_tokenizer_make_a_new_cache(data: Data) -> None:
     assert len(set(keys)) == 4
 
 
-def test_missing_cache_with_build_false(data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_missing_cache_with_build_false(
+    data: TextSettings, tokenizer: PreTrainedTokenizerBase
+) -> None:
     with pytest.raises(UserError, match=r"is missing; rank 0 builds it first"):
         prepare_corpus(data, tokenizer, build=False)
     assert not Path(data.cache).exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc on this system")
-def test_blocks_are_memory_mapped(data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_blocks_are_memory_mapped(data: TextSettings, tokenizer: PreTrainedTokenizerBase) -> None:
     corpus = prepare_corpus(data, tokenizer, progress=False)
     stored = str(Path(data.cache) / corpus.fingerprint / "train.arrow")
     assert stored in Path("/proc/self/maps").read_text()
@@ -176,7 +184,7 @@ def in_a_process(work: Callable[[], None]) -> int | None:
 
 
 def test_killed_build_leaves_nothing_that_counts(
-    data: Data, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    data: TextSettings, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def die(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -193,7 +201,9 @@ def test_killed_build_leaves_nothing_that_counts(
     assert folders(data) == [corpus.fingerprint]
 
 
-def test_two_processes_build_at_once(data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_two_processes_build_at_once(
+    data: TextSettings, tokenizer: PreTrainedTokenizerBase
+) -> None:
     context = multiprocessing.get_context("fork")
     found: Any = context.Queue()
     start = context.Barrier(3)
@@ -226,7 +236,7 @@ def test_the_slower_of_two_builds_gives_way(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_full_disk(
-    data: Data, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    data: TextSettings, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make = tempfile.mkdtemp
 
@@ -244,7 +254,7 @@ def test_full_disk(
 
 
 def test_cache_that_cannot_be_a_folder(
-    data: Data, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    data: TextSettings, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache: cannot write under .*file"):
@@ -257,7 +267,7 @@ def write(path: Path, *texts: str) -> str:
 
 
 def test_nothing_to_train_on_or_to_evaluate_on(
-    data: Data, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    data: TextSettings, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     one = write(tmp_path / "one.txt", " ".join(LINES))
     tiny = write(tmp_path / "tiny.txt", "Two words.")
@@ -281,7 +291,7 @@ def test_nothing_to_train_on_or_to_evaluate_on(
 
 
 def test_documents_that_are_held_out_are_not_trained_on(
-    data: Data,
+    data: TextSettings,
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -294,7 +304,7 @@ def test_documents_that_are_held_out_are_not_trained_on(
     assert "51 training documents are also held out" in caplog.text
 
 
-def test_copies_of_a_document_fall_on_one_side(data: Data, tmp_path: Path) -> None:
+def test_copies_of_a_document_fall_on_one_side(data: TextSettings, tmp_path: Path) -> None:
     data = changed(data, train=write(tmp_path / "twice.txt", *LINES, *reversed(LINES)))
     split = Split(data, resolve(data.train, data), None)
     sides: dict[str, set[str]] = {}
@@ -307,7 +317,9 @@ def test_copies_of_a_document_fall_on_one_side(data: Data, tmp_path: Path) -> No
 
 @pytest.mark.skipif(not WIKI.is_dir(), reason="the Wikipedia text is not at ../shared/data")
 def test_wikipedia(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    data = Data(train=(str(WIKI / "heldout.txt"),), cache=str(tmp_path), heldout_fraction=0.1)
+    data = TextSettings(
+        train=(str(WIKI / "heldout.txt"),), cache=str(tmp_path), heldout_fraction=0.1
+    )
     corpus: Corpus = prepare_corpus(data, tokenizer, progress=False)
     assert (corpus.train_documents or 0) + corpus.heldout_documents == 44
     batch = corpus.stream(16, 0).next_batch()

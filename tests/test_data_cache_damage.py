@@ -32,8 +32,9 @@ from fastkd.data.text.cache import (
     read_meta,
     write_meta,
 )
+from fastkd.data.text.settings import TextSettings
 from fastkd.errors import UserError
-from fastkd.recipe import Data, TaskData
+from fastkd.recipe import TaskData
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +43,10 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Data:
+def data(tmp_path: Path) -> TextSettings:
     text = write_text(tmp_path / "text.txt", documents=60, words=60)
     settings: dict[str, Any] = {"cache": str(tmp_path / "cache"), "block_size": 16, "workers": 1}
-    return Data(train=(str(text),), heldout_fraction=0.2, **settings)
+    return TextSettings(train=(str(text),), heldout_fraction=0.2, **settings)
 
 
 def _flip(path: Path, place: int) -> None:
@@ -80,7 +81,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("name", ["train.arrow", "heldout.arrow", "meta.json"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_blocks_are_built_again(
-    data: Data,
+    data: TextSettings,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
     damage: str,
@@ -133,7 +134,7 @@ def test_damaged_examples_are_built_again(
 
 
 def test_what_stands_in_place_of_the_folder_makes_room(
-    data: Data, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    data: TextSettings, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     folder = Path(data.cache) / prepare_corpus(data, tokenizer, progress=False).fingerprint
     moved = shutil.move(folder, tmp_path / "moved")
@@ -148,7 +149,7 @@ def test_what_stands_in_place_of_the_folder_makes_room(
 
 
 def test_a_cache_of_an_earlier_version_is_built_again(
-    data: Data, tokenizer: PreTrainedTokenizerBase
+    data: TextSettings, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     folder = Path(data.cache) / prepare_corpus(data, tokenizer, progress=False).fingerprint
     meta = folder / "meta.json"
@@ -160,7 +161,7 @@ def test_a_cache_of_an_earlier_version_is_built_again(
 
 
 def test_bytes_are_read_once_a_process(
-    data: Data, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    data: TextSettings, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare_corpus(data, tokenizer, progress=False)
     original, read = cache.check_bytes, []

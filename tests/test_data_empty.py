@@ -12,8 +12,8 @@ import torch
 from tiny_models import tiny_tokenizer, write_text
 
 from fastkd.data.text import Corpus, prepare_corpus
+from fastkd.data.text.settings import TextSettings
 from fastkd.errors import UserError
-from fastkd.recipe import Data
 
 
 def bytes_of(name: str, content: bytes) -> Callable[[Path], Path]:
@@ -69,7 +69,7 @@ BOTH = pytest.mark.parametrize("streaming", [False, True])
 
 
 def prepare(folder: Path, *names: Path, heldout: Path | None = None, streaming: bool) -> Corpus:
-    data = Data(
+    data = TextSettings(
         train=tuple(map(str, names)),
         heldout=None if heldout is None else (str(heldout),),
         block_size=16,

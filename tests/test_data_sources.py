@@ -13,15 +13,15 @@ import datasets
 import pytest
 
 from fastkd.data.text import files as readers
+from fastkd.data.text.settings import TextSettings
 from fastkd.data.text.sources import resolve
 from fastkd.errors import UserError
-from fastkd.recipe import Data
 
 DOCUMENTS = ["First paragraph.\nSecond paragraph.", "Zürich 東京 🎉", "The third document."]
 
 
 def documents(*names: object, **settings: Any) -> list[str]:
-    data = Data(train=tuple(map(str, names)), **settings)
+    data = TextSettings(train=tuple(map(str, names)), **settings)
     return [text for source in resolve(data.train, data) for text in source.documents()]
 
 

@@ -21,9 +21,9 @@ from fastkd.data.text import (
 from fastkd.data.text import (
     files as readers,
 )
+from fastkd.data.text.settings import TextSettings
 from fastkd.data.text.stream import shuffled
 from fastkd.errors import UserError
-from fastkd.recipe import Data
 
 SETTINGS: dict[str, Any] = {
     "documents": "line",
@@ -43,12 +43,16 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def corpus_of(folder: Path, tokenizer: PreTrainedTokenizerBase, **fields: Any) -> Corpus:
     (folder / "a.txt").write_text("\n".join(LINES) + "\n")
     settings = {
-        "train": str(folder / "a.txt"),
+        "train": (str(folder / "a.txt"),),
         "cache": str(folder / "cache"),
         **SETTINGS,
         **fields,
     }
-    return prepare_corpus(Data(**settings), tokenizer, progress=False)
+    # one name may stand alone, as in a recipe
+    for key in ("train", "heldout"):
+        if isinstance(settings.get(key), str):
+            settings[key] = (settings[key],)
+    return prepare_corpus(TextSettings(**settings), tokenizer, progress=False)
 
 
 @pytest.fixture(params=[False, True], ids=["cached", "streaming"])
@@ -134,7 +138,7 @@ def test_text_that_changed_since_is_refused(
     stream.load_state_dict(state)
 
     def again() -> BlockStream:
-        data = Data(**SETTINGS, train=(str(path),), cache=str(tmp_path), streaming=True)
+        data = TextSettings(**SETTINGS, train=(str(path),), cache=str(tmp_path), streaming=True)
         return prepare_corpus(data, tokenizer, progress=False).stream(8, seed=0)
 
     again().load_state_dict(state)

@@ -10,7 +10,7 @@ import torch
 from tiny_runs import assert_same_run, keys, make_recipe, read_losses, read_weights, run_variants
 from transformers import get_scheduler
 
-from fastkd.data.text import prepare_corpus
+from fastkd.data.text import TextSettings, prepare_corpus
 from fastkd.layer_map import make_layer_map
 from fastkd.models import build_student, load_teacher, load_tokenizer
 from fastkd.recipe import Recipe, load_recipe
@@ -121,7 +121,8 @@ def _plain_run(recipe: Recipe) -> tuple[list[dict[str, float]], dict[str, torch.
         num_warmup_steps=recipe.train.warmup_steps,
         num_training_steps=recipe.train.steps,
     )
-    stream = prepare_corpus(recipe.data, tokenizer, progress=False).stream(8, recipe.train.seed)
+    settings = TextSettings(**dict(recipe.data))
+    stream = prepare_corpus(settings, tokenizer, progress=False).stream(8, recipe.train.seed)
     history = []
     for _ in range(recipe.train.steps):
         ids = stream.next_batch()

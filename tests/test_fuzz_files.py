@@ -22,9 +22,10 @@ from fastkd.data.tasks import (
     Task,
     read_examples,
 )
+from fastkd.data.text.settings import TextSettings
 from fastkd.data.text.sources import resolve
 from fastkd.models import load_teacher, load_tokenizer
-from fastkd.recipe import Data, Teacher
+from fastkd.recipe import Teacher
 
 TASK = Task(name="own", columns=Columns(texts=("text",), label="label"), labels=("no", "yes"))
 
@@ -198,7 +199,7 @@ def test_damaged_tasks_are_refused_in_one_line(tmp_path: Path, ending: str) -> N
 def test_damaged_texts_are_refused_in_one_line(tmp_path: Path, ending: str) -> None:
     content = FILES[ending](tmp_path)
     path = tmp_path / f"text.{ending}"
-    data = Data(train=(str(path),), cache=str(tmp_path / "cache"), workers=1)
+    data = TextSettings(train=(str(path),), cache=str(tmp_path / "cache"), workers=1)
 
     def read_all() -> list[str]:
         sources = resolve(data.train, data)
@@ -224,7 +225,7 @@ def saved_files(folder: Path) -> Iterator[Path]:
 def test_damaged_saved_data_sets_are_refused_in_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     files = {path: path.read_bytes() for path in saved_files(folder)}
-    data = Data(train=(str(folder),), cache=str(tmp_path / "cache"), workers=1)
+    data = TextSettings(train=(str(folder),), cache=str(tmp_path / "cache"), workers=1)
 
     def read_all() -> list[str]:
         return [text for source in resolve(data.train, data) for text in source.documents()]

@@ -17,6 +17,7 @@ LEVELS: tuple[set[str], ...] = (
     {
         "errors",
         "extras",
+        "head_spec",
         "types",
         "section",
         "plugins",

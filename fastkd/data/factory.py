@@ -24,14 +24,14 @@ from fastkd.data.tasks import (
 )
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.tasks.read import ExampleSource
-from fastkd.data.text import prepare_corpus
+from fastkd.data.text import TextSettings, prepare_corpus
 from fastkd.data.text.datamodule import TextDataModule
 from fastkd.data.text.mlm import Masking
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.extras import need
 from fastkd.losses.mlm import MlmLoss
-from fastkd.recipe import AnyRecipe, Data, Recipe, TaskAugmentation, TaskData
+from fastkd.recipe import AnyRecipe, Recipe, TaskAugmentation, TaskData
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def make_datamodule(
     """
     if recipe.task is not None:
         reduction = recipe.losses.reduction if isinstance(recipe, Recipe) else "valid"
-        return _task_material(
+        return _task_datamodule(
             recipe.task,
             tokenizer,
             config,
@@ -74,7 +74,8 @@ def make_datamodule(
     for loss in recipe.losses.of("mlm"):
         assert isinstance(loss, MlmLoss.Config)
         masking = Masking(tokenizer, loss.probability, recipe.train.seed)
-    return _text_material(recipe.data, tokenizer, masking, ranks, progress=progress)
+    settings = TextSettings(**dict(recipe.data))
+    return _text_datamodule(settings, tokenizer, masking, ranks, progress=progress)
 
 
 def task_of(section: TaskData) -> Task:
@@ -99,8 +100,8 @@ def task_of(section: TaskData) -> Task:
     return task
 
 
-def _text_material(
-    data: Data,
+def _text_datamodule(
+    data: TextSettings,
     tokenizer: PreTrainedTokenizerBase,
     masking: Masking | None,
     ranks: Ranks,
@@ -114,7 +115,7 @@ def _text_material(
     return TextDataModule(corpus, data.block_size, masking)
 
 
-def _task_material(
+def _task_datamodule(
     section: TaskData,
     tokenizer: PreTrainedTokenizerBase,
     config: PreTrainedConfig,

@@ -1,1 +1,9 @@
-"""Files that get onto a disk whole, carry their own digests, and are written by one process."""
+"""Files that get onto a disk whole, carry their own digests, and are written by one process.
+
+`disk.py` writes under another name and renames, and turns a full or lost disk into one line that
+says how to go on; `sealed.py` is a file with its digest; `lock.py` lets one process write to a
+folder; `flat.py` appends arrays of plain numbers and maps them into memory.
+
+May import `errors` and the standard library, and NumPy for what they hold. Knows no recipe and no
+run: whoever writes says where.
+"""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastkd.capture import AttentionTraits, Capture, capture, no_cache, try_model
-from fastkd.data.text import prepare_corpus
+from fastkd.data.text import TextSettings, prepare_corpus
 from fastkd.errors import UserError
 from fastkd.layer_map import MapKind, make_layer_map
 from fastkd.layer_similarity.attention import attention_divergences
@@ -26,7 +26,7 @@ from fastkd.models import (
     load_tokenizer,
     locate_model,
 )
-from fastkd.recipe import Data, Student, Teacher
+from fastkd.recipe import Student, Teacher
 
 MAPS: tuple[MapKind, ...] = ("uniform", "last", "first")
 
@@ -153,7 +153,7 @@ def inspect_models(
     tokenizer = load_tokenizer(section, vocabularies[1])
     check_same_vocabulary(other, f"student {student}", tokenizer)
     # nothing is trained on, so nearly all of the text may be held out
-    wanted = Data(
+    wanted = TextSettings(
         train=tuple(data),
         heldout_fraction=0.999,
         heldout_blocks=blocks,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, Link, Progress
 from fastkd.losses.counts import Divisor, Reduction
 from fastkd.recipe.weights import LossConfig as LossConfig
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     # a recipe is read without loading transformers
     from fastkd.capture import AttentionShape, AttentionTraits, Capture
 
-HEADS: tuple[Head, ...] = ("none", "sequence_classification", "causal_lm", "masked_lm")
 Projection = Literal["auto", "none", "shared", "per_pair"]
 
 
@@ -71,6 +71,8 @@ class Setting:
     """Whether examples with labels are read, not text."""
     losses: frozenset[str]
     """Registered names of all losses that are on."""
+    field: str = "student.head"
+    """What says which head it is."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class Loss(Term):
     """What its values are means over within a micro-batch; a property where that depends."""
     group: ClassVar[type[LossGroup] | None] = None
     """What computes it together with others; `None` is its own `forward`."""
-    heads: ClassVar[tuple[Head, ...]] = HEADS
+    heads: ClassVar[tuple[Head, ...]] = tuple(HEADS)
     """Heads of the models that it can be computed for."""
     official_kind: ClassVar[str | None] = None
     """The only `kind` that `reduction: tinybert` is defined for; `None` where all are."""
@@ -207,7 +209,7 @@ class Loss(Term):
         """
         if setting.head not in cls.heads:
             raise ValueError(
-                f"losses.{name} is on, but student.head is {setting.head}; expected "
+                f"losses.{name} is on, but {setting.field} is {setting.head}; expected "
                 f"{' or '.join(cls.heads)}"
             )
 

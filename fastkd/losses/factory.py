@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastkd.capture import find_module
+from fastkd.head_spec import TASK_HEAD
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.base import ModelPair
 from fastkd.losses.objective import Objective
@@ -84,7 +85,5 @@ def hard_objective(model: PreTrainedModel, steps: int) -> tuple[Objective, Layer
     """The objective of a fine-tuning run, hard labels alone, and a map that it doesn't use."""
     depth, width = model.config.num_hidden_layers, model.config.hidden_size
     layers = make_layer_map("uniform", depth, depth)
-    pair = ModelPair(
-        widths=(width, width), head="sequence_classification", outputs=model.config.num_labels
-    )
+    pair = ModelPair(widths=(width, width), head=TASK_HEAD, outputs=model.config.num_labels)
     return Objective(Losses.model_validate({"labels": {}}), layers, pair, steps=steps), layers

@@ -11,14 +11,14 @@ from fastkd_kernels import LogitsHead
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
+from fastkd.head_spec import HEADS
 from fastkd.losses.base import Batch, Captures, Loss, LossConfig, LossGroup, Setting, Shared
 from fastkd.losses.counts import Divisor
-from fastkd.types import IGNORE_INDEX, Head
+from fastkd.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from fastkd.capture import Capture
 
-LANGUAGE_MODELS: tuple[Head, ...] = ("causal_lm", "masked_lm")
 Output = Tensor | LogitsHead
 
 
@@ -39,7 +39,7 @@ class HeadGroup(LossGroup):
         """Losses [matches], fp32."""
         logits = _output(student)
         labels = batch.labels if self.is_hard else None
-        if self.shared.pair.head in LANGUAGE_MODELS:
+        if HEADS[self.shared.pair.head].language_model:
             return self._of_language_models(logits, _output(teacher), batch.mask, labels)
         losses = [
             _vector(loss.divergence(logits, _output(teacher), None, None)) for loss in self.soft
@@ -86,7 +86,7 @@ class HardLoss(HeadLoss):
     @classmethod
     def check_setting(cls, name: str, config: LossConfig, setting: Setting) -> None:
         super().check_setting(name, config, setting)
-        if setting.head in LANGUAGE_MODELS and "logits" not in setting.losses:
+        if HEADS[setting.head].language_model and "logits" not in setting.losses:
             raise ValueError(
                 f"losses.{name} of a {setting.head} head is computed together with losses.logits, "
                 "which is off; switch it on, with weight 0 where it should not count"

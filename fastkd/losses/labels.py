@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from fastkd.head_spec import HEADS, heads_of_loss
 from fastkd.losses.base import LossConfig, Setting
 from fastkd.losses.heads import HardLoss
 from fastkd.losses.registry import register_loss
@@ -17,11 +18,11 @@ class LabelsLoss(HardLoss):
     class Config(LossConfig):
         """Hard labels: cross-entropy of classes or of the next token, squared error of a number."""
 
-    heads: ClassVar[tuple[Head, ...]] = ("sequence_classification", "causal_lm")
+    heads: ClassVar[tuple[Head, ...]] = heads_of_loss("labels")
 
     @classmethod
     def check_setting(cls, name: str, config: LossConfig, setting: Setting) -> None:
-        if setting.head == "sequence_classification" and not setting.labelled:
+        if HEADS[setting.head].data == "task" and not setting.labelled:
             raise ValueError(
                 f"losses.{name} learns from labelled examples, but data.train is text without "
                 f"labels; give task in place of data, or leave losses.{name} out"

@@ -10,11 +10,12 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from fastkd.errors import UserError
+from fastkd.head_spec import HEADS, heads_of_loss
 from fastkd.layer_map import LayerMap
 from fastkd.layer_map.sections import Temperature
 from fastkd.losses.base import LossConfig, Setting, Shared
 from fastkd.losses.counts import Divisor
-from fastkd.losses.heads import LANGUAGE_MODELS, Output, SoftLoss
+from fastkd.losses.heads import Output, SoftLoss
 from fastkd.losses.registry import register_loss
 from fastkd.losses.temperature import check_temperatures, temperature_at
 from fastkd.recipe.weights import Schedule
@@ -74,14 +75,14 @@ class LogitsLoss(SoftLoss):
             return self
 
     config: Config
-    heads: ClassVar[tuple[Head, ...]] = ("sequence_classification", "causal_lm", "masked_lm")
+    heads: ClassVar[tuple[Head, ...]] = heads_of_loss("logits")
 
     def __init__(
         self, name: str, config: LossConfig, layer_map: LayerMap | None, shared: Shared
     ) -> None:
         super().__init__(name, config, layer_map, shared)
         kind, pair = self.config.kind, shared.pair
-        if pair.outputs == 1 and pair.head not in LANGUAGE_MODELS and kind != "mse":
+        if pair.outputs == 1 and not HEADS[pair.head].language_model and kind != "mse":
             raise UserError(
                 f"losses.{name}.kind is {kind}, but the models' heads give one number, which has "
                 "no probabilities; set it to mse"
@@ -96,7 +97,7 @@ class LogitsLoss(SoftLoss):
     def check_setting(cls, name: str, config: LossConfig, setting: Setting) -> None:
         super().check_setting(name, config, setting)
         assert isinstance(config, cls.Config)
-        if setting.head in LANGUAGE_MODELS:
+        if HEADS[setting.head].language_model:
             for field, given in (
                 ("kind: total_variation", config.kind == "total_variation"),
                 ("standardize", config.standardize),
@@ -104,12 +105,12 @@ class LogitsLoss(SoftLoss):
                 if given:
                     raise ValueError(
                         f"losses.{name} has {field}, which is computed for sequence_classification "
-                        f"heads only, but student.head is {setting.head}; leave it out"
+                        f"heads only, but {setting.field} is {setting.head}; leave it out"
                     )
 
     @property
     def mean_over(self) -> Divisor:  # type: ignore[override]
-        return "rows" if self.shared.pair.head in LANGUAGE_MODELS else "examples"
+        return "rows" if HEADS[self.shared.pair.head].language_model else "examples"
 
     def divergence(
         self, student: Output, teacher: Output, mask: Tensor | None, labels: Tensor | None

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from fastkd.head_spec import heads_of_loss
 from fastkd.losses.base import LossConfig
 from fastkd.losses.heads import HardLoss
 from fastkd.losses.registry import register_loss
@@ -24,4 +25,4 @@ class MlmLoss(HardLoss):
         stay."""
 
     config: Config
-    heads: ClassVar[tuple[Head, ...]] = ("masked_lm",)
+    heads: ClassVar[tuple[Head, ...]] = heads_of_loss("mlm")

@@ -1,4 +1,14 @@
-"""Teacher, tokenizer and student: load, check, shrink, initialise."""
+"""Teacher, tokenizer and student: load, check, shrink, initialise.
+
+`locate.py` finds what a name means, `load.py` reads it whole or refuses it, `checking.py` says why,
+`student.py` shrinks a configuration and copies the mapped layers (`per_layer.py`: what a
+configuration says of each layer), `classifier.py` fits a head to a task, `vocabulary.py` compares
+tokenizers, `digests.py` notes which bytes a run was made from. Which heads there are is
+`fastkd/head_spec.py`.
+
+May import transformers, `capture` (to see that a model's attention can be recorded), recipes'
+sections of models, and `data.tasks` for what labels are called. Trains nothing and knows no engine.
+"""
 
 from fastkd.models.checking import LOADING_ERRORS, not_loadable, optional_file
 from fastkd.models.digests import model_digests, note_models

@@ -17,6 +17,7 @@ from fastkd.data.tasks import (
     order_of,
 )
 from fastkd.errors import UserError
+from fastkd.head_spec import TASK_HEAD
 from fastkd.models import check_attention, dropout_rates, read_config, read_model, resolve_model
 from fastkd.recipe import Student, TunedModel
 
@@ -52,9 +53,7 @@ def load_tuned(section: TunedModel, task: Task) -> Tuned:
         for rate in rates:
             setattr(config, rate, section.dropout)
     check_attention("model", section.attention, dropout_rates(config))
-    model, drawn = read_model(
-        name, given, torch.float32, section.revision, "sequence_classification", config
-    )
+    model, drawn = read_model(name, given, torch.float32, section.revision, TASK_HEAD, config)
     order = order_of(_names(model.config), task)
     if order is not None:
         _reorder(model, order, given)

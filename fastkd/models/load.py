@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,6 +17,7 @@ from transformers import (
 
 from fastkd.capture import set_attention
 from fastkd.errors import UserError
+from fastkd.head_spec import HEADS
 from fastkd.models.checking import (
     LOADING_ERRORS,
     check_settings,
@@ -35,12 +33,10 @@ from fastkd.models.vocabulary import read_tokenizer
 from fastkd.recipe import Student, Teacher
 from fastkd.types import Head
 
-AUTO = {
-    "none": AutoModel,
-    "sequence_classification": AutoModelForSequenceClassification,
-    "causal_lm": AutoModelForCausalLM,
-    "masked_lm": AutoModelForMaskedLM,
-}
+
+def auto_model(head: Head) -> Any:
+    """The class of transformers that loads a model with a head."""
+    return getattr(transformers, HEADS[head].auto_model)
 
 
 def load_teacher(teacher: Teacher, head: Head = "none") -> PreTrainedModel:
@@ -57,10 +53,11 @@ def load_teacher(teacher: Teacher, head: Head = "none") -> PreTrainedModel:
         teacher.revision,
         head,
     )
-    if missing and head == "sequence_classification":
+    remedy = HEADS[head].untrained_teacher
+    if missing and remedy:
         raise UserError(
             f"teacher.model {teacher.model}: its head was never trained, {len(missing)} weights "
-            f"are missing, {missing[0]} among them; train it with fastkd finetune first"
+            f"are missing, {missing[0]} among them; {remedy}"
         )
     require_whole(f"teacher.model {teacher.model}", missing)
     set_attention(model, teacher.attention)
@@ -156,7 +153,7 @@ def read_model(
         with warnings.catch_warnings():
             # torch tells a stranger's pickle by several lines before it refuses it
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            model, report = AUTO[head].from_pretrained(
+            model, report = auto_model(head).from_pretrained(
                 name,
                 revision=revision,
                 dtype=dtype,

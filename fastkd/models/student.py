@@ -18,7 +18,7 @@ from fastkd.capture import find_blocks, set_attention
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap
 from fastkd.models.load import (
-    AUTO,
+    auto_model,
     read_config,
     read_model,
 )
@@ -134,7 +134,7 @@ def build_student(
         sources = layers.sources()
         missing = check_same_blocks(teacher, cut_layers(teacher.config, sources), sources)
     if student.starts_from is None:
-        model: PreTrainedModel = AUTO[student.head].from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = auto_model(student.head).from_config(config, dtype=torch.float32)
         if student.head == "none":
             drop_pooler(model)
         copied = _copy_from_teacher(model, teacher, layers) if student.init == "teacher" else 0

@@ -1,7 +1,14 @@
 """A recipe: one YAML file that says everything about a run, read into frozen models.
 
 Every field refuses unknown keys and wrong types where it is read, so that a run never starts on a
-misread setting.
+misread setting. One file a section; `loading.py` reads and overrides, `presets.py` writes out a
+published method, `stages.py` makes a recipe of each stage, `merge.py` lays one mapping over
+another.
+
+May import pydantic, PyYAML and what stands below: `errors`, `section`, `types`, `head_spec`,
+`layer_map`. Loads neither torch nor transformers, so that a mistake is told at once. Builders
+elsewhere take plain arguments: a section is read where a command begins, and never made to call
+another function.
 """
 
 from fastkd.recipe.data import Data

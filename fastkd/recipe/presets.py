@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 from fastkd.errors import UserError
+from fastkd.recipe.merge import Tree, laid_over
 from fastkd.section import short
 
 Preset = Literal[
@@ -24,7 +25,7 @@ Preset = Literal[
     "alp-kd",
     "rail-kd",
 ]
-Tree = dict[str, Any]
+
 
 # replaced whole: their keys depend on their kind
 _WHOLE = ("layer_map", "balance", "schedule")
@@ -205,15 +206,6 @@ def expand(tree: Mapping[str, Any]) -> Tree:
         raise UserError(
             f"preset: expected one of {', '.join(get_args(Preset))} (given {short(name)})"
         )
-    return _over(PRESETS[name](), tree)
-
-
-def _over(base: Tree, given: Mapping[str, Any]) -> Tree:
-    merged = dict(base)
-    for key, value in given.items():
-        below = merged.get(key)
-        if isinstance(below, dict) and isinstance(value, Mapping) and key not in _WHOLE:
-            merged[key] = _over(below, value)
-        elif value is not None or key not in ("losses", "student"):
-            merged[key] = value
-    return merged
+    # a section without a word leaves the preset's as it is
+    given = {k: v for k, v in tree.items() if v is not None or k not in ("losses", "student")}
+    return laid_over(PRESETS[name](), given, _WHOLE)

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from fastkd.head_spec import HEADS, TASK_HEAD
 from fastkd.layer_map.sections import Layers, PairsMap
 from fastkd.recipe.data import Data
 from fastkd.recipe.losses import Losses
@@ -66,7 +67,7 @@ class Recipe(Section):
         student = tree.get("student")
         if not isinstance(student, Mapping) or "head" in student:
             return tree
-        return {**tree, "student": {**student, "head": "sequence_classification"}}
+        return {**tree, "student": {**student, "head": TASK_HEAD}}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -105,9 +106,9 @@ class Recipe(Section):
         from fastkd.losses.registry import loss_class
 
         head = self.student.head
-        if self.task is not None and head != "sequence_classification":
+        if self.task is not None and HEADS[head].data != "task":
             raise ValueError(
-                f"student.head is {head}, but a task is learned by sequence_classification; leave "
+                f"student.head is {head}, but a task is learned by {TASK_HEAD}; leave "
                 "student.head out"
             )
         losses = frozenset(config.loss for config in self.losses.terms.values())

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastkd.errors import UserError
-
-Tree = dict[str, Any]
+from fastkd.recipe.merge import Tree, laid_over
 
 MAY_DIFFER = ("losses", "layer_map", "train", "task")
 """Sections that a stage may give."""
@@ -40,7 +39,7 @@ def stage_trees(tree: Mapping[str, Any]) -> list[Tree]:
                     f"{', '.join(MAY_DIFFER)}"
                 )
         base = {key: value for key, value in tree.items() if key != "stages"}
-        made = _over(base, _without_rivals(stage))
+        made = laid_over(base, _without_rivals(stage), _WHOLE)
         made["run"] = {**made["run"], "output": f"{output}/stage-{number}"}
         if number > 1:
             init = f"{output}/stage-{number - 1}/student"
@@ -59,14 +58,3 @@ def _without_rivals(stage: Mapping[str, Any]) -> Tree:
                     given = {**given, rival: None if rival == "epochs" else 0}
             full[section] = given
     return full
-
-
-def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> Tree:
-    merged = dict(base)
-    for key, value in given.items():
-        below = merged.get(key)
-        if isinstance(below, Mapping) and isinstance(value, Mapping) and key not in _WHOLE:
-            merged[key] = _over(below, value)
-        else:
-            merged[key] = value
-    return merged

@@ -11,18 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
 from fastkd.errors import printable
+from fastkd.reporting.progress import live_bar
 
 
 class Reporter:
@@ -58,14 +52,7 @@ class Reporter:
         if not self.is_live:
             yield
             return
-        columns = (
-            TextColumn("step"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}", markup=False),
-        )
-        with Progress(*columns, console=self.console) as progress:
+        with live_bar("step", self.console) as progress:
             self._bar = progress, progress.add_task("", total=total, completed=done)
             try:
                 yield

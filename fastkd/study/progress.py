@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import Progress, TaskID
 
 from fastkd.errors import printable
 from fastkd.reporting.console import Reporter
+from fastkd.reporting.progress import live_bar
 from fastkd.study.results import Results
 from fastkd.study.runner import Runner
 from fastkd.study.storage import Store
@@ -34,13 +35,7 @@ class Watcher:
         if not self.reporter.is_live:
             yield
             return
-        columns = (
-            TextColumn("study"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}", markup=False),
-        )
-        with Progress(*columns, console=self.reporter.console) as progress:
+        with live_bar("study", self.reporter.console) as progress:
             done, total = self.store.counts()
             self._bar = progress, progress.add_task("", total=total, completed=done)
             try:

@@ -13,6 +13,7 @@ from fastkd.data.batching import BatchPlan
 from fastkd.errors import UserError
 from fastkd.extras import is_installed, need
 from fastkd.recipe import AnyRecipe, Recipe
+from fastkd.recipe.merge import laid_over
 
 
 def check_packages(recipe: AnyRecipe) -> None:
@@ -67,7 +68,8 @@ def student_config(recipe: AnyRecipe, plan: BatchPlan) -> dict[str, Any]:
         }
     if recipe.run.monitor == "wandb":
         config["wandb"] = {"enabled": True, "project": "fastkd"}
-    merged = _merge(config, recipe.deepspeed)
+    _check_free(recipe.deepspeed)
+    merged = laid_over(config, copy.deepcopy(recipe.deepspeed))
     # a run prints its own progress
     merged.setdefault("steps_per_print", 2**31)
     return merged
@@ -104,8 +106,8 @@ def _check_offload(section: dict[str, Any]) -> None:
         )
 
 
-def _merge(ours: dict[str, Any], users: dict[str, Any], path: str = "") -> dict[str, Any]:
-    merged = copy.deepcopy(ours)
+def _check_free(users: dict[str, Any], path: str = "") -> None:
+    """Refuse what the recipe decides."""
     for key, value in users.items():
         where = f"{path}{key}"
         field = _decided_by(where, is_section=isinstance(value, dict))
@@ -115,10 +117,7 @@ def _merge(ours: dict[str, Any], users: dict[str, Any], path: str = "") -> dict[
                 "set it there and leave it out of the deepspeed section"
             )
         if isinstance(value, dict):
-            merged[key] = _merge(ours.get(key, {}), value, where + ".")
-        else:
-            merged[key] = copy.deepcopy(value)
-    return merged
+            _check_free(value, where + ".")
 
 
 def _decided_by(where: str, *, is_section: bool) -> str | None:

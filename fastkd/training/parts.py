@@ -20,6 +20,7 @@ from fastkd.data.tasks import Task, hand_on_padding, reads_padding
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
+from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.factory import capture_needs, hard_objective, make_objective
 from fastkd.losses.objective import DistilledStudent, Objective
@@ -131,7 +132,7 @@ def _distillation(
         recipe = _resolved(recipe, datamodule)
     objective.steps = recipe.train.steps
     handed_on = dropout_rates(teacher.config)
-    if recipe.student.head == "sequence_classification":
+    if HEADS[recipe.student.head].data == "task":
         handed_on |= pad_alike(datamodule, tokenizer, student, teacher)
     return Parts(
         recipe=recipe,

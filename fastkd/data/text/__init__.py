@@ -7,6 +7,8 @@ the number of ranks, and a stream's position is a few plain values that a checkp
 """
 
 from fastkd.data.text.corpus import Corpus, prepare_corpus
+from fastkd.data.text.readers import register_reader
+from fastkd.data.text.settings import TextSettings
 from fastkd.data.text.stream import BlockStream
 
-__all__ = ["BlockStream", "Corpus", "prepare_corpus"]
+__all__ = ["BlockStream", "Corpus", "TextSettings", "prepare_corpus", "register_reader"]

@@ -1,4 +1,4 @@
-"""A recipe's data, ready to train on."""
+"""Text, ready to train on."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -29,7 +27,8 @@ from fastkd.data.text.cache import (
 )
 from fastkd.data.text.files import Source
 from fastkd.data.text.packing import Frame, Packer
-from fastkd.data.text.sources import cache_root, resolve
+from fastkd.data.text.settings import TextSettings
+from fastkd.data.text.sources import resolve
 from fastkd.data.text.split import Split
 from fastkd.data.text.stream import (
     BlockStream,
@@ -38,9 +37,11 @@ from fastkd.data.text.stream import (
 )
 from fastkd.data.text.tokenize import Encoder, encode
 from fastkd.errors import UserError
-from fastkd.recipe import Data
+from fastkd.reporting.progress import progress_bar
 
 logger = logging.getLogger(__name__)
+
+_COUNTS = "{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens"
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,13 @@ class Corpus:
 
 
 def prepare_corpus(
-    data: Data, tokenizer: PreTrainedTokenizerBase, *, build: bool = True, progress: bool = True
+    data: TextSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    build: bool = True,
+    progress: bool = True,
 ) -> Corpus:
-    """Read, split, tokenise and pack the text of a recipe, or open what an earlier run stored.
+    """Read, split, tokenise and pack text, or open what an earlier run stored.
 
     With several ranks the first one calls this alone; the others call it afterwards with
     `build=False`, which opens the cache and raises `UserError` where there is none.
@@ -87,7 +92,7 @@ def prepare_corpus(
     key = cache_key(settings)
     if data.streaming:
         return _streamed(data, split, encoder, frame, key)
-    folder = cache_root(data) / key
+    folder = data.cache_root / key
     if not is_complete(folder, build=build):
         if not build:
             raise UserError(
@@ -98,12 +103,12 @@ def prepare_corpus(
     return _open(folder, data, key)
 
 
-def _digests(sources: list[Source], data: Data) -> list[str]:
+def _digests(sources: list[Source], data: TextSettings) -> list[str]:
     # a stream starts at once: it is not read through beforehand
     return [source.digest(quick=data.streaming) for source in sources]
 
 
-def _open(folder: Path, data: Data, key: str) -> Corpus:
+def _open(folder: Path, data: TextSettings, key: str) -> Corpus:
     meta = read_meta(folder)
     train = open_blocks(folder, "train.arrow", meta["train_blocks"])
     heldout = open_blocks(folder, "heldout.arrow", meta["heldout_blocks"])
@@ -124,13 +129,13 @@ def _open(folder: Path, data: Data, key: str) -> Corpus:
 
 
 def _build(
-    folder: Path, data: Data, split: Split, encoder: Encoder, frame: Frame, progress: bool
+    folder: Path, data: TextSettings, split: Split, encoder: Encoder, frame: Frame, progress: bool
 ) -> None:
     documents: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
     largest_id = max(encoder.tokenizer.get_vocab().values())
     packers = {part: Packer(frame) for part in ("train", "heldout")}
-    with new_folder(folder) as temporary, _progress_bar(progress) as bar:
+    with new_folder(folder) as temporary, progress_bar(progress, _COUNTS) as bar:
         writers = {
             part: BlockWriter(temporary / f"{part}.arrow", frame.block_size, largest_id)
             for part in packers
@@ -158,7 +163,7 @@ def _build(
         write_meta(temporary, meta)
 
 
-def _require_blocks(meta: dict[str, int], data: Data) -> None:
+def _require_blocks(meta: dict[str, int], data: TextSettings) -> None:
     """Raise where there is nothing to train on or nothing to evaluate on."""
     documents = meta["train_documents"] + meta["heldout_documents"]
     tokens = meta["train_tokens"] + meta["heldout_tokens"]
@@ -198,7 +203,7 @@ def _no_text(field: str, names: Sequence[str]) -> UserError:
     return UserError(f"{field}: {', '.join(names)}: no text in it; give files that hold documents")
 
 
-def _streamed(data: Data, split: Split, encoder: Encoder, frame: Frame, key: str) -> Corpus:
+def _streamed(data: TextSettings, split: Split, encoder: Encoder, frame: Frame, key: str) -> Corpus:
     packer = Packer(frame)
     documents = 0
     for text in split.heldout():
@@ -232,15 +237,4 @@ def _streamed(data: Data, split: Split, encoder: Encoder, frame: Frame, key: str
         train_blocks=None,
         fingerprint=key,
         _open_stream=open_stream,
-    )
-
-
-def _progress_bar(shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        disable=not shown,
     )

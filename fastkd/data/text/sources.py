@@ -19,28 +19,25 @@ from fastkd.data.text.hub import (
     parquet_file,
     saved_folder,
 )
+from fastkd.data.text.readers import KNOWN, by_name, by_suffix, registered_suffixes
+from fastkd.data.text.settings import TextSettings
 from fastkd.errors import UserError
-from fastkd.recipe import Data
-
-EXTENSIONS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
 
-def resolve(names: Iterable[str], data: Data) -> list[Source]:
+def resolve(names: Iterable[str], data: TextSettings) -> list[Source]:
     """The sources behind the names, in the order given; files of a glob or folder by name."""
     return [source for name in names for source in _resolve_one(name, data)]
 
 
-def cache_root(data: Data) -> Path:
-    """The folder of all cached data."""
-    return Path(data.cache).expanduser()
-
-
-def _resolve_one(name: str, data: Data) -> Iterator[Source]:
+def _resolve_one(name: str, data: TextSettings) -> Iterator[Source]:
     if name == "python-docs":
         yield PythonDocs()
         return
     path = Path(name).expanduser()
-    if path.is_file():
+    registered = by_name(name)
+    if registered is not None:
+        yield registered
+    elif path.is_file():
         yield _open_file(path, data)
     elif path.is_dir() and is_saved(path):
         yield saved_folder(path, data.split, data.text_column)
@@ -59,29 +56,36 @@ def _resolve_one(name: str, data: Data) -> Iterator[Source]:
         raise UserError(f"data: no file or folder {name!r} (from {Path.cwd()})")
     else:
         yield hub_table(
-            name, data.split, data.text_column, cache_root(data), streaming=data.streaming
+            name, data.split, data.text_column, data.cache_root, streaming=data.streaming
         )
 
 
-def _open_file(path: Path, data: Data) -> Source:
+def _open_file(path: Path, data: TextSettings) -> Source:
     name = path.name.lower()
     if name.endswith((".txt", ".txt.gz")):
         return TextFile(path, data.documents)
     if name.endswith((".jsonl", ".jsonl.gz")):
         return JsonLines(path, data.text_column)
     if name.endswith(".parquet"):
-        return parquet_file(path, data.text_column, cache_root(data))
+        return parquet_file(path, data.text_column, data.cache_root)
+    registered = by_suffix(path)
+    if registered is not None:
+        return registered
     raise UserError(f"data: cannot tell the format of {str(path)!r}; expected {_accepted()}")
 
 
+def _extensions() -> tuple[str, ...]:
+    return (*KNOWN, *registered_suffixes())
+
+
 def _has_extension(path: Path) -> bool:
-    return path.name.lower().endswith(EXTENSIONS)
+    return path.name.lower().endswith(_extensions())
 
 
 def _looks_like_path(name: str) -> bool:
-    common = (*EXTENSIONS, ".json", ".csv", ".tsv", ".gz", ".zip", ".zst", ".bz2", ".xz", ".md")
-    return name.startswith(("/", ".", "~")) or name.lower().endswith(common)
+    common = (".json", ".csv", ".tsv", ".gz", ".zip", ".zst", ".bz2", ".xz", ".md")
+    return name.startswith(("/", ".", "~")) or name.lower().endswith((*_extensions(), *common))
 
 
 def _accepted() -> str:
-    return ", ".join(EXTENSIONS)
+    return ", ".join(_extensions())

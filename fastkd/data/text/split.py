@@ -12,14 +12,16 @@ from itertools import chain
 from pathlib import Path
 
 from fastkd.data.text.files import Source
+from fastkd.data.text.settings import TextSettings
 from fastkd.data.text.tokenize import Part
-from fastkd.recipe import Data
 
 
 class Split:
     """Training and held-out documents of a set of sources."""
 
-    def __init__(self, data: Data, train: list[Source], heldout: list[Source] | None) -> None:
+    def __init__(
+        self, data: TextSettings, train: list[Source], heldout: list[Source] | None
+    ) -> None:
         self.train_sources = train
         self._heldout_sources = heldout
         self._fraction = data.heldout_fraction

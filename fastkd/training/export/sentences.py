@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from fastkd.head_spec import HEADS
 from fastkd.models import ListingError, Module, locate_source, optional_file, read_modules
 from fastkd.recipe import Teacher
 from fastkd.types import Head
@@ -29,13 +30,6 @@ _WIDE = ("Dense", "LayerNorm", "CNN", "LSTM", "SparseAutoEncoder")
 _DEEP = ("WeightedLayerPooling",)
 _CONFIGS = ("config.json", "cnn_config.json", "lstm_config.json")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# what a transformer module asks of the model, and the head that has it
-_HEADS: dict[str, tuple[Head, ...]] = {
-    "feature-extraction": ("none", "causal_lm", "masked_lm"),
-    "sequence-classification": ("sequence_classification",),
-    "text-generation": ("causal_lm",),
-    "fill-mask": ("masked_lm",),
-}
 # of the transformer module, one for each kind of model that older releases told apart
 _SETTINGS = tuple(
     f"sentence_{kind}_config.json"
@@ -86,8 +80,8 @@ def sentence_modules(
     if not modules[0].stays_inside:
         return SentenceModules(lost=(f"{kinds} (the first one's path is {modules[0].path!r})",))
     task = _task(teacher, modules[0])
-    if head not in _HEADS.get(task, ()):
-        if head == "sequence_classification" and task == "feature-extraction":
+    if task not in HEADS[head].sentence_tasks:
+        if HEADS[head].data == "task" and task == "feature-extraction":
             return SentenceModules()
         return SentenceModules(lost=(f"{kinds} (made for {task}, but student.head is {head})",))
     kept, lost = [modules[0]], []

@@ -1,0 +1,35 @@
+"""How text is read and cut: the plain counterpart of a recipe's `data` section."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """What `prepare_corpus` is asked for; every field means what it means in `recipe.Data`."""
+
+    train: tuple[str, ...]
+    """Files, folders, globs, hub names, or `FORMAT:PLACE` of a reader from outside."""
+    heldout: tuple[str, ...] | None = None
+    heldout_fraction: float = 0.02
+    heldout_blocks: int = 256
+    split: str = "train"
+    text_column: str = "text"
+    documents: Literal["paragraph", "line"] = "paragraph"
+    block_size: int = 128
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    workers: int | None = None
+    cache: str = "~/.cache/fastkd"
+
+    def __post_init__(self) -> None:
+        # its letters would be names, and the first one is the root of all files
+        assert not isinstance(self.train, str) and not isinstance(self.heldout, str)
+
+    @property
+    def cache_root(self) -> Path:
+        """The folder of all cached data."""
+        return Path(self.cache).expanduser()

@@ -1,0 +1,71 @@
+"""One table of heads: what can stand on a model's blocks, and all that follows from it.
+
+A new kind of head is a word in `fastkd.types.Head` and a row here; whoever needs to know asks the
+row, not the name. It stands below recipes and models, and loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastkd.types import Head
+
+Labels = Literal["example", "next_token", "masked_token"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """What one head is, and what it goes with."""
+
+    auto_model: str
+    """Class of transformers that loads a model with it."""
+    losses: tuple[str, ...] = ()
+    """Losses that need it, beside those of layers, which fit every head."""
+    labels: Labels | None = None
+    """What a label is of: an example of a task, or a token of text; `None`: it learns none."""
+    data: Literal["text", "task"] = "text"
+    """Section of the recipe that it is trained on where its labels are read."""
+    language_model: bool = False
+    """Whether it multiplies the last hidden state with the vocabulary, so that its logits are
+    never written out."""
+    untrained_teacher: str = ""
+    """What to do about a teacher whose head has no weights; empty where they may be missing, and
+    are refused as any other weight is."""
+    sentence_tasks: tuple[str, ...] = ()
+    """What a transformer module of sentence-transformers asks of a model that has it."""
+
+
+HEADS: dict[Head, HeadSpec] = {
+    "none": HeadSpec(auto_model="AutoModel", sentence_tasks=("feature-extraction",)),
+    "sequence_classification": HeadSpec(
+        auto_model="AutoModelForSequenceClassification",
+        losses=("logits", "labels"),
+        labels="example",
+        data="task",
+        untrained_teacher="train it with fastkd finetune first",
+        sentence_tasks=("sequence-classification",),
+    ),
+    "causal_lm": HeadSpec(
+        auto_model="AutoModelForCausalLM",
+        losses=("logits", "labels"),
+        labels="next_token",
+        language_model=True,
+        sentence_tasks=("feature-extraction", "text-generation"),
+    ),
+    "masked_lm": HeadSpec(
+        auto_model="AutoModelForMaskedLM",
+        losses=("logits", "mlm"),
+        labels="masked_token",
+        language_model=True,
+        sentence_tasks=("feature-extraction", "fill-mask"),
+    ),
+}
+
+TASK_HEAD: Head = next(head for head, spec in HEADS.items() if spec.data == "task")
+"""The head that learns a task where a recipe names none."""
+
+
+def heads_of_loss(loss: str) -> tuple[Head, ...]:
+    """The heads that a loss needs one of; none of a loss that fits every head."""
+    return tuple(head for head, spec in HEADS.items() if loss in spec.losses)

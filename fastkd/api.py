@@ -23,6 +23,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.errors import UserError
+from fastkd.head_spec import TASK_HEAD
 from fastkd.layer_similarity import Similarity, inspect_models
 from fastkd.losses.comparable import DivergenceKind
 from fastkd.models import read_model
@@ -138,7 +139,7 @@ def finetune(
     given = _tree(recipe), {**(overrides or {}), **dotted}
     parsed = parse_finetune_recipe(_replaced(*given), _name(recipe))
     callbacks = Callbacks(on_step, on_evaluate)
-    return _run(parsed, "sequence_classification", resume, quiet, callbacks)
+    return _run(parsed, TASK_HEAD, resume, quiet, callbacks)
 
 
 def _run(

@@ -28,11 +28,6 @@ from fastkd.recipe import Losses, complain
 from fastkd.training.engine import TeacherRunner
 from fastkd.types import IGNORE_INDEX, Head, Inputs
 
-_HEADS: dict[Head, dict[str, str]] = {
-    "sequence_classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "masked_lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "causal_lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-}
 _EXAMPLES = DIVISORS.index("examples")
 
 
@@ -285,7 +280,7 @@ class Distiller(nn.Module):
         if isinstance(labels, Tensor) and labels.shape == shape:
             return batch
         # a causal model's are its ids where not given
-        if reader is None or (head == "causal_lm" and labels is None):
+        if reader is None or (HEADS[head].labels == "next_token" and labels is None):
             return model_inputs(batch)
         given = f"a {type(labels).__name__}"
         if isinstance(labels, Tensor):
@@ -354,8 +349,11 @@ def _layers(given: Any) -> Any:
 
 def _head_of(model: PreTrainedModel) -> Head:
     names = {kind.__name__ for kind in type(model).__mro__}
-    for head, mapping in _HEADS.items():
-        for found in mapping.values():
+    # a class that is listed as both predicts masked tokens
+    for head in reversed(HEADS):
+        classes: Mapping[str, str | tuple[str, ...]]
+        classes = getattr(modeling_auto, HEADS[head].classes) if HEADS[head].classes else {}
+        for found in classes.values():
             if names & ({found} if isinstance(found, str) else set(found)):
                 return head
     return "none"

@@ -20,6 +20,8 @@ class HeadSpec:
 
     auto_model: str
     """Class of transformers that loads a model with it."""
+    classes: str = ""
+    """Table of `transformers.models.auto.modeling_auto` that names the classes that have it."""
     losses: tuple[str, ...] = ()
     """Losses that need it, beside those of layers, which fit every head."""
     labels: Labels | None = None
@@ -40,6 +42,7 @@ HEADS: dict[Head, HeadSpec] = {
     "none": HeadSpec(auto_model="AutoModel", sentence_tasks=("feature-extraction",)),
     "sequence_classification": HeadSpec(
         auto_model="AutoModelForSequenceClassification",
+        classes="MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
         losses=("logits", "labels"),
         labels="example",
         data="task",
@@ -48,6 +51,7 @@ HEADS: dict[Head, HeadSpec] = {
     ),
     "causal_lm": HeadSpec(
         auto_model="AutoModelForCausalLM",
+        classes="MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
         losses=("logits", "labels"),
         labels="next_token",
         language_model=True,
@@ -55,6 +59,7 @@ HEADS: dict[Head, HeadSpec] = {
     ),
     "masked_lm": HeadSpec(
         auto_model="AutoModelForMaskedLM",
+        classes="MODEL_FOR_MASKED_LM_MAPPING_NAMES",
         losses=("logits", "mlm"),
         labels="masked_token",
         language_model=True,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from test_recipe import refusal, tree
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from fastkd.layer_map.sections import PairsMap
 from fastkd.losses import DIVISORS, ModelPair
 from fastkd.losses.factory import make_objective
 from fastkd.losses.objective import Objective
-from fastkd.recipe import Losses, Train, parse_recipe
+from fastkd.recipe import Losses, Train, load_recipe, parse_recipe
 from fastkd.training.engine import parameter_groups
 
 NARROW, WIDE, TOKENS = 6, 8, 5
@@ -113,6 +115,15 @@ def test_names_come_back_from_a_dumped_recipe() -> None:
     again = parse_recipe(dumped)
     assert again == recipe
     assert list(again.losses.terms) == ["hidden", "low"]
+
+
+def test_an_override_switches_a_loss_of_its_own_name_off(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree(losses={"low": LOW})))
+    recipe = load_recipe(path, ["losses.low=null", "losses.high={loss: hidden}"])
+    assert list(recipe.losses.terms) == ["hidden", "high"]
+    with pytest.raises(UserError, match=r"losses.lo: unknown key"):
+        load_recipe(path, ["losses.lo=null"])
 
 
 @pytest.mark.parametrize("given", [{"pairs": PAIRS}, PAIRS, {"kind": "pairs", "pairs": PAIRS}])

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastkd.capture import Capture
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
+from fastkd.layer_map.sections import MAP_SECTIONS, LayerPair
 from fastkd.losses import (
     DIVISORS,
     Batch,
@@ -28,6 +29,7 @@ from fastkd.losses import (
 from fastkd.losses.hidden import HiddenLoss
 from fastkd.losses.objective import Objective
 from fastkd.recipe import Losses, parse_recipe
+from fastkd.section import Section
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +142,16 @@ def test_a_section_that_is_made_in_python_is_one_too() -> None:
     assert Losses.model_validate({"hidden": HiddenLoss.Config(weight=2)}) == Losses.model_validate(
         {"hidden": {"weight": 2}}
     )
+
+
+SECTIONS = [*(registry.loss_class(name).Config for name in registry.loss_names())]
+SECTIONS += [*MAP_SECTIONS.values(), LayerPair]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__qualname__)
+def test_every_field_is_described_in_a_sentence(section: type[Section]) -> None:
+    for name, field in section.model_fields.items():
+        assert (field.description or "").endswith("."), name
 
 
 def test_reading_no_recipe_loads_no_torch() -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastkd.head_spec import HEADS
 from fastkd.types import IGNORE_INDEX, Head, Inputs
 
 Reduction = Literal["valid", "tinybert"]
@@ -56,7 +57,7 @@ def target_labels(inputs: Inputs, head: Head) -> Tensor | None:
         For a causal language model the next token, [batch, tokens] int64, from `labels` of the
         inputs where they are given; else those labels, one an example or one a token, or `None`.
     """
-    if head != "causal_lm":
+    if HEADS[head].labels != "next_token":
         return inputs.get("labels")
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     following = inputs.get("labels", ids)[:, 1:]

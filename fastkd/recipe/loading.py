@@ -195,7 +195,12 @@ def replace_value(tree: dict[str, Any], key: str, value: object) -> None:
         node = node[parent]
     if not isinstance(node, dict):
         raise UserError(f"override {key!r}: {'.'.join(parents)} is not a section")
-    node[leaf] = value
+    before = node.get(leaf)
+    if value is None and parents == ["losses"] and isinstance(before, dict) and "loss" in before:
+        # under a name of its own: without what names its loss, null would say nothing
+        del node[leaf]
+    else:
+        node[leaf] = value
 
 
 def complain(error: ValidationError, root: type[BaseModel]) -> str:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkd.capture import Capture, capture, no_cache
-from fastkd.capture.lm_head import last_hidden_state
+from fastkd.capture import Capture
 from fastkd.layer_map import LayerMap, Progress, TransportMap
 from fastkd.losses.attention import (
     ProbabilityTerm,
@@ -315,11 +314,18 @@ class DistilledStudent(nn.Module):
             teacher the last hidden state [batch, tokens, width] and an empty tensor: under ZeRO-3
             the student can't be run from outside.
         """
+        # a recipe names losses, and is read without loading transformers
+        from fastkd.capture import capture, no_cache
+
         read = {**model_inputs(inputs), **no_cache(self.student)}
         if teacher is None or shares is None:
+            from fastkd.capture.lm_head import last_hidden_state
+
             state = last_hidden_state(self.student, self.student, read)
             return state, state.new_empty(0)
         with capture(self.student, **self.objective.layers("student")) as states:
             self.student(**read)
-        result: tuple[Tensor, Tensor] = self.objective(states, teacher, inputs, shares)
+        # ops choose their own precision, whatever the models run under
+        with torch.autocast(shares.device.type, enabled=False):
+            result: tuple[Tensor, Tensor] = self.objective(states, teacher, inputs, shares)
         return result

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -25,6 +25,7 @@ from fastkd.losses.heads import HardLoss
 from fastkd.losses.objective import DistilledStudent
 from fastkd.losses.registry import loss_class
 from fastkd.recipe import Losses, complain
+from fastkd.section import Section
 from fastkd.training.engine import TeacherRunner
 from fastkd.types import IGNORE_INDEX, Head, Inputs
 
@@ -93,12 +94,12 @@ class Distiller(nn.Module):
         """
         super().__init__()
         _check_models(student, teacher)
-        section = _losses(losses)
+        given = _given(losses, layer_map)
+        section = given.losses
         head = _common_head(student, teacher)
         _check_head(section, head)
         depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
-        given = tuple(layer_map) if isinstance(layer_map, list) else layer_map
-        layers = make_layer_map(_layers(given), *depths, seed=seed)
+        layers = make_layer_map(given.layer_map, *depths, seed=seed)
         needs = capture_needs(section)
         running = [model.config._attn_implementation for model in (student, teacher)]
         try:
@@ -158,7 +159,8 @@ class Distiller(nn.Module):
         running, training = self._found.pop()
         for model, name in zip((self.student, self.teacher), running, strict=True):
             model.config._attn_implementation = name
-        self.teacher.train(training)
+        if training:
+            self.teacher.train()
         return False
 
     def at(self, step: int, steps: int, epoch: int = 0) -> None:
@@ -325,26 +327,18 @@ def _check_models(student: object, teacher: object) -> None:
         )
 
 
-def _losses(given: Losses | Mapping[str, Any]) -> Losses:
-    if isinstance(given, Losses):
-        return given
-    if not isinstance(given, Mapping):
-        raise UserError(
-            f"losses is a {type(given).__name__}, expected a mapping as in a recipe, such as "
-            "{'hidden': {'weight': 10}}"
-        )
-    try:
-        return Losses.model_validate(dict(given))
-    except ValidationError as error:
-        raise UserError(f"losses: {complain(error, Losses)}") from error
+class _Given(Section):
+    """What the caller says, as a recipe would."""
+
+    losses: Losses
+    layer_map: Layers = "uniform"
 
 
-def _layers(given: Any) -> Any:
+def _given(losses: object, layer_map: object) -> _Given:
     try:
-        return TypeAdapter(Layers).validate_python(given)
+        return _Given.model_validate({"losses": losses, "layer_map": layer_map})
     except ValidationError as error:
-        said = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"layer_map: {said}") from error
+        raise UserError(complain(error, _Given)) from error
 
 
 def _head_of(model: PreTrainedModel) -> Head:

@@ -100,6 +100,18 @@ def test_ranks_under_ddp_add_up_to_the_step() -> None:
     assert found["compared"] > 30
 
 
+def test_losses_choose_their_own_precision_under_autocast() -> None:
+    distiller = fastkd.Distiller(*models(), {**LOSSES, "relations": {}})
+    batch = tiny_batch()
+    with distiller:
+        expected = distiller(batch)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = distiller(batch)[0]
+        found.backward()
+    assert found.dtype == torch.float32 and not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
+
+
 def test_models_are_left_as_found() -> None:
     student, teacher = models()
     teacher.train()
@@ -217,7 +229,15 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a loss that is none": (
         lambda: fastkd.Distiller(*models(), {"hiden": {}}),
-        "losses: hiden: unknown key; did you mean 'hidden'",
+        "losses.hiden: unknown key; did you mean 'hidden'",
+    ),
+    "losses that are none": (
+        lambda: fastkd.Distiller(*models(), 3),  # type: ignore[arg-type]
+        "losses: expected a section with keys",
+    ),
+    "a map of another length": (
+        lambda: fastkd.Distiller(*models(), LOSSES, [1]),
+        "layer_map",
     ),
     "a map that is none": (
         lambda: fastkd.Distiller(*models(), LOSSES, "unform"),

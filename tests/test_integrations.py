@@ -111,6 +111,38 @@ def test_accumulation_changes_nothing(whole: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
+def test_mixed_precision_comes_near(whole: Any, tmp_path: Path) -> None:
+    made = trainer(tmp_path, student(), bf16=True)
+    made.train()
+    assert losses_of(made) == pytest.approx(losses_of(whole), rel=2e-2)
+    assert losses_of(made) != losses_of(whole)
+    assert {weight.dtype for weight in weights(made)} == {torch.float32}
+    assert made.evaluate()["eval_loss"] < losses_of(made)[0]
+
+
+def test_a_loop_with_accelerate_is_the_plain_one() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    teacher = classifier(0).requires_grad_(False)
+    pair = [fastkd.Distiller(student(), teacher, LOSSES) for _ in range(2)]
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    optimizers = [torch.optim.SGD(one.parameters(), lr=1e-2) for one in pair]
+    own, prepared = optimizers[0], accelerator.prepare(pair[1], optimizers[1])
+    batches = [collate(examples(8)[rows]) for rows in (slice(3), slice(3, 8))]
+    with pair[0]:
+        pair[0](collate(examples(8)))[0].backward()
+        own.step()
+    with pair[1]:
+        counts = torch.stack([pair[1].count(batch) for batch in batches]).sum(dim=0)
+        for batch in batches:
+            with accelerator.accumulate(prepared[0]):
+                # accelerate averages over the two
+                loss, _ = prepared[0](batch, counts=counts, pieces=2)
+                accelerator.backward(loss)
+                prepared[1].step()
+    for one, other in zip(pair[0].parameters(), pair[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_the_first_loss_is_the_distillers(whole: Any, tmp_path: Path) -> None:
     made = trainer(tmp_path, student())
     batch = next(iter(made.get_train_dataloader()))

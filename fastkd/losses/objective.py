@@ -372,5 +372,7 @@ class DistilledStudent(nn.Module):
             return state, state.new_empty(0)
         with capture(self.student, **self.objective.layers("student")) as states:
             self.student(**read)
-        result: tuple[Tensor, Tensor] = self.objective(states, teacher, inputs, shares)
+        # ops choose their own precision, whatever the models run under
+        with torch.autocast(shares.device.type, enabled=False):
+            result: tuple[Tensor, Tensor] = self.objective(states, teacher, inputs, shares)
         return result

@@ -6,7 +6,6 @@ of the algorithm that Triton runs, two a multiply-add, recomputed products inclu
 causal diagonal not. One call covers `pairs` layer pairs.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -105,11 +104,3 @@ def logits_divergence(work: LogitsWorkload, pairs: int, dtype: torch.dtype) -> C
     moved = (rows + work.vocabulary) * (2 * own + target)
     flops = 2 * rows * work.vocabulary * (own + target + 2 * own)
     return Cost(moved * dtype.itemsize, flops).times(pairs)
-
-
-COSTS: dict[str, Callable[..., Cost]] = {
-    "attention_score_mse": attention_score_mse,
-    "attention_divergence": attention_divergence,
-    "hidden": hidden,
-    "logits_divergence": logits_divergence,
-}

@@ -7,9 +7,9 @@ from typing import get_args
 import torch
 from fastkd_kernels import AttentionDivergenceKind
 from fastkd_kernels.attention_divergence.triton_kernels import (
-    key_slopes,
-    query_slopes,
-    stream_rows,
+    _bwd_dk_kernel,
+    _bwd_dq_kernel,
+    _fwd_kernel,
 )
 from fastkd_kernels.attention_divergence.triton_path import (
     backward_types,
@@ -39,7 +39,7 @@ def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
     form = FORMS.get(work.name, {})
     shared = {
         "ALIGN": math.gcd(16 // dtype.itemsize, work.dims[0]),
-        "TARGET_ALIGN": 16 // dtype.itemsize,
+        "TEACHER_ALIGN": 16 // dtype.itemsize,
         "HAS_MASK": True,
         "CAUSAL": work.causal,
         **{name: form.get(name, False) for name in ("WINDOWED", "STUDENT_CAP", "TEACHER_CAP")},
@@ -47,18 +47,18 @@ def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
     sink = {"SINK": form.get("SINK", False)}
     launched = {"capped": shared["STUDENT_CAP"] or shared["TEACHER_CAP"], "sunk": sink["SINK"]}
     for kind in get_args(AttentionDivergenceKind):
-        launch = divergence_launch("rows", kind, work.dims, dtypes, on, **launched)
+        launch = divergence_launch("fwd", kind, work.dims, dtypes, on, **launched)
         types = forward_types(*dtypes, kind)
         constants = {**shared, **launch.constants, **types, **sink, "WRITE_STATS": True}
         pointers = dict.fromkeys(("scales", "caps", "sinks", "stats", "partials"), "*fp32")
-        yield Job(f"{kind}_forward", stream_rows, constants, pointers, *launch[1:])
+        yield Job(f"{kind}_forward", _fwd_kernel, constants, pointers, *launch[1:])
         pointers = dict.fromkeys(("scales", "caps", "stats", "upstream"), "*fp32")
         pointers["gradient"] = POINTERS[dtype]
         with_sink = {**pointers, **dict.fromkeys(("sinks", "sink_partials"), "*fp32")}
-        for part, kernel, own, types_of in (
-            ("query", query_slopes, sink, with_sink),
-            ("key", key_slopes, {}, pointers),
+        for part, kernel, flags, types_of in (
+            ("query", _bwd_dq_kernel, sink, with_sink),
+            ("key", _bwd_dk_kernel, {}, pointers),
         ):
-            launch = divergence_launch(part, kind, work.dims, dtypes, on, **launched)
-            constants = {**shared, **launch.constants, **backward_types(*dtypes, kind), **own}
+            launch = divergence_launch(f"bwd_d{part[0]}", kind, work.dims, dtypes, on, **launched)
+            constants = {**shared, **launch.constants, **backward_types(*dtypes, kind), **flags}
             yield Job(f"{kind}_{part}", kernel, constants, types_of, *launch[1:])

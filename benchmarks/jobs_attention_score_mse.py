@@ -30,7 +30,7 @@ def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
     dtypes = (dtype, dtype)
     shared = {
         "ALIGN": math.gcd(16 // dtype.itemsize, work.dims[0]),
-        "TARGET_ALIGN": 16 // dtype.itemsize,
+        "TEACHER_ALIGN": 16 // dtype.itemsize,
         "HAS_MASK": True,
     }
     chosen = choose_algorithm(work.tokens, *work.dims, causal=work.causal, backend="triton")
@@ -48,10 +48,10 @@ def _tile_jobs(
     whole = one_launch(work.tokens, launch)
     by_key = {**constants, "WRITE_QUERY": whole, "WRITE_KEY": True}
     pointers = {name: "*fp32" for name in ("scales", "query_grad", "key_grad", "partials")}
-    yield Job("by_key", triton_kernels.tiles_by_key, by_key, pointers, *launch[1:])
+    yield Job("by_key", triton_kernels._tiles_fwd_kernel, by_key, pointers, *launch[1:])
     if not whole:
         pointers = {name: "*fp32" for name in ("scales", "query_grad")}
-        yield Job("by_query", triton_kernels.tiles_by_query, constants, pointers, *launch[1:])
+        yield Job("by_query", triton_kernels._tiles_bwd_dq_kernel, constants, pointers, *launch[1:])
 
 
 def _gram_jobs(
@@ -63,16 +63,16 @@ def _gram_jobs(
         blocks = gram_constants(launch.constants, "BLOCK")
         constants = {**shared, **types, **blocks, "SIDE": side}
         pointers = {"scales": "*fp32", "grams": "*fp32"}
-        yield Job(f"gram of {of}", gram_kernels.gram_matrices, constants, pointers, *launch[1:])
+        yield Job(f"gram of {of}", gram_kernels._gram_kernel, constants, pointers, *launch[1:])
         blocks = gram_constants(launch.constants, "APPLY")
         constants = {**shared, **types, **blocks, "SIDE": side, "ACCUMULATE": work.causal}
         pointers = {name: "*fp32" for name in ("scales", "factors", "upstream")}
         # causal gradients are sums in fp32, of tiles and of this
         pointers["gradient"] = "*fp32" if work.causal else POINTERS[dtypes[0]]
-        yield Job(f"apply to {of}", gram_kernels.apply_factors, constants, pointers, *launch[1:])
+        yield Job(f"apply to {of}", gram_kernels._gram_bwd_kernel, constants, pointers, *launch[1:])
         if work.causal:
             scan = scan_launch()
             constants = {"SUM_TYPE": types["SUM_TYPE"], "REVERSE": side == 0, **scan.constants}
             yield Job(
-                f"scan of {of}", gram_kernels.scan_chunks, constants, {"grams": "*fp32"}, *scan[1:]
+                f"scan of {of}", gram_kernels._scan_kernel, constants, {"grams": "*fp32"}, *scan[1:]
             )

@@ -24,23 +24,28 @@ def jobs(work: HiddenWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
     launch = hidden_launch((dtype, kept), on)
     blocks = {name: size for name, size in launch.constants.items() if name.startswith("BLOCK_")}
     align = 16 // dtype.itemsize
-    aligns = {"ALIGN": align, "TARGET_ALIGN": align, "WEIGHT_ALIGN": align}
+    aligns = {"ALIGN": align, "TEACHER_ALIGN": align, "WEIGHT_ALIGN": align}
     flags = {"HAS_MASK": True, "HAS_WEIGHT": projected, "HAS_BIAS": projected, "STORE": True}
     common = {**types, **aligns, **flags, "BIAS_TYPE": types["TYPE"], "ZERO_NORM": ZERO_NORM}
     exact = {**common, **blocks, "PRECISION": launch.constants["PRECISION"]}
     made = {**exact, "OPERAND": operand, "PRECISION": launch.constants["GRAD_PRECISION"]}
     # without a projection the row gradient is the student's
     stored = POINTERS[kept if projected else torch.float32]
-    yield _job("residuals", triton_kernels.residuals, {**exact, "HAS_TARGET": True}, stored, launch)
+    yield _job(
+        "residuals", triton_kernels._fwd_kernel, {**exact, "HAS_TEACHER": True}, stored, launch
+    )
     if projected and dtype.itemsize == 4:
         # in half precision the library makes these
-        for kernel in (triton_kernels.input_gradient, triton_kernels.weight_gradient):
-            yield _job(kernel.__name__, kernel, made, "*fp32", launch, residual=stored)
+        for name, kernel in (
+            ("input_gradient", triton_kernels._bwd_dx_kernel),
+            ("weight_gradient", triton_kernels._bwd_dw_kernel),
+        ):
+            yield _job(name, kernel, made, "*fp32", launch, residual=stored)
     if projected:
-        alone = {**exact, "HAS_TARGET": False}
-        yield _job("projected", triton_kernels.residuals, alone, "*fp32", launch)
+        alone = {**exact, "HAS_TEACHER": False}
+        yield _job("projected", triton_kernels._fwd_kernel, alone, "*fp32", launch)
     unit = unit_launch(work.widths[1])
-    kernel, constants = triton_kernels.unit_residuals, {**common, **unit.constants}
+    kernel, constants = triton_kernels._unit_fwd_kernel, {**common, **unit.constants}
     yield _job("unit_residuals", kernel, constants, stored, unit)
 
 

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import torch
 from fastkd_kernels import LogitsDivergenceKind
 from fastkd_kernels.common.tl_types import TYPES
-from fastkd_kernels.logits_divergence.triton_kernels import logits_rows, matrix_product
+from fastkd_kernels.logits_divergence.triton_kernels import _matmul_kernel, _row_kernel
 from fastkd_kernels.logits_divergence.triton_path import (
     product_constants,
     product_launch,
@@ -41,9 +41,9 @@ def jobs(work: LogitsWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
             pointers = {operand: POINTERS[dtype] for operand in ("left", "right", "bias")}
             pointers["out"] = "*fp32"
             label = name if align > 1 else f"{name}_unaligned"
-            yield Job(label, matrix_product, constants, pointers, *launch[1:])
+            yield Job(label, _matmul_kernel, constants, pointers, *launch[1:])
     launch = row_launch(work.vocabulary)
-    floats = ("own", "target", "scalars", "factors", "values")
+    floats = ("student", "teacher", "scalars", "factors", "values")
     pointers = {name: "*fp32" for name in floats}
     pointers |= {"labels": "*i64", "gradient": POINTERS[dtype]}
     # the gradient is the larger program; without it, one kind stands for all
@@ -54,11 +54,11 @@ def jobs(work: LogitsWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
             "KIND": kind,
             "SMALL": small(torch.float32),
             "EVEN": kind == "js",
-            "OWN_STORED": True,
-            "TARGET_STORED": True,
+            "STUDENT_STORED": True,
+            "TEACHER_STORED": True,
             "HAS_MASK": True,
             "HAS_LABELS": True,
             "STORE": store,
         }
         name = f"{kind}_rows_and_gradient" if store else f"{kind}_rows"
-        yield Job(name, logits_rows, constants, pointers, *launch[1:])
+        yield Job(name, _row_kernel, constants, pointers, *launch[1:])

@@ -1,26 +1,24 @@
-"""Every op with its jobs: what `machine_code.py` compiles and `floor.py` lists.
+"""Every op's jobs: what `machine_code.py` compiles and `floor.py` lists.
 
-An op's module has `WORKLOADS`, the named workloads that it takes; `QUICK`, the names of those that
-CI compiles, few but with every kernel and every form of it; and `jobs(work, dtype, on)`, the
-kernels that one call, forward and backward, launches on backend `on` ("cuda" or "hip").
+Ops are those that `fastkd_kernels` exports, by folder. Beside each stands `jobs_<folder>.py`, with
+`WORKLOADS`, the named workloads that it takes; `QUICK`, the names of those that CI compiles, few
+but with every kernel and every form of it; and `jobs(work, dtype, on)`, the kernels that one call,
+forward and backward, launches on backend `on` ("cuda" or "hip").
 """
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from importlib import import_module
+from inspect import isfunction
+from typing import Any, Protocol, cast
 
+import fastkd_kernels
 import torch
 
-from benchmarks import (
-    jobs_attention_divergence,
-    jobs_attention_score_mse,
-    jobs_hidden,
-    jobs_logits_divergence,
-)
 from benchmarks.machine_code import Job
 
 
 class OpJobs(Protocol):
-    """What a module `jobs_<op>.py` has."""
+    """What a module `jobs_<folder>.py` has."""
 
     WORKLOADS: tuple[Any, ...]
     QUICK: tuple[str, ...]
@@ -28,9 +26,12 @@ class OpJobs(Protocol):
     def jobs(self, work: Any, dtype: torch.dtype, on: str) -> Iterator[Job]: ...
 
 
+def folders() -> list[str]:
+    """The folders of the ops, each once."""
+    exported = (getattr(fastkd_kernels, name) for name in fastkd_kernels.__all__)
+    return sorted({op.__module__.split(".")[-2] for op in exported if isfunction(op)})
+
+
 OPS: dict[str, OpJobs] = {
-    "attention_score_mse": jobs_attention_score_mse,
-    "attention_divergence": jobs_attention_divergence,
-    "hidden": jobs_hidden,
-    "logits_divergence": jobs_logits_divergence,
+    folder: cast(OpJobs, import_module(f"benchmarks.jobs_{folder}")) for folder in folders()
 }

@@ -54,10 +54,10 @@ def test_caps_and_sinks_change_the_warps_of_wide_heads_alone() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for dims in ((64, 64), (128, 128), (256, 128), (256, 256)):
             for kind in ("kl", *TWO_SWEEPS):
-                for part in ("rows", "query", "key"):
+                for part in ("fwd", "bwd_dq", "bwd_dk"):
                     plain = divergence_launch(part, kind, dims, (dtype, dtype))
                     fewer = plain._replace(num_warps=4) if max(dims) > 128 else plain
-                    capped = fewer if part == "rows" and kind in TWO_SWEEPS else plain
-                    sunk = fewer if part == "query" else plain
+                    capped = fewer if part == "fwd" and kind in TWO_SWEEPS else plain
+                    sunk = fewer if part == "bwd_dq" else plain
                     assert divergence_launch(part, kind, dims, (dtype,) * 2, capped=True) == capped
                     assert divergence_launch(part, kind, dims, (dtype,) * 2, sunk=True) == sunk

@@ -28,9 +28,9 @@ TENSOR_CORES = {
 
 # whose products the vendor's library makes in half precision
 IN_FP32_ONLY = {
-    "hidden.input_gradient",
-    "hidden.weight_gradient",
-    "logits_divergence.matrix_product",
+    "hidden._bwd_dx_kernel",
+    "hidden._bwd_dw_kernel",
+    "logits_divergence._matmul_kernel",
 }
 
 
@@ -87,10 +87,10 @@ def kernels_of_the_package() -> set[str]:
 def test_tile_launch(tokens: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
     made = tile_launch(tokens, dims, (dtype, dtype))
     assert made.constants["BLOCK_DIM"] >= max(16, dims[0])
-    assert made.constants["BLOCK_TARGET_DIM"] >= max(16, dims[1])
+    assert made.constants["BLOCK_TEACHER_DIM"] >= max(16, dims[1])
     key, query = made.constants["BLOCK_KEY"], made.constants["BLOCK_QUERY"]
     assert query in (key, 2 * int(key))
-    for name in ("BLOCK_KEY", "BLOCK_DIM", "BLOCK_TARGET_DIM"):
+    for name in ("BLOCK_KEY", "BLOCK_DIM", "BLOCK_TEACHER_DIM"):
         size = made.constants[name]
         assert isinstance(size, int)
         assert size >= 16

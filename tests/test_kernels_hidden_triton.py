@@ -112,11 +112,11 @@ def test_launches_do_not_grow_with_pairs(monkeypatch: pytest.MonkeyPatch) -> Non
     from fastkd_kernels.hidden import triton_path
 
     seen: dict[str, int] = {}
-    for name in ("residuals", "unit_residuals", "input_gradient", "weight_gradient"):
+    for name in ("_fwd_kernel", "_unit_fwd_kernel", "_bwd_dx_kernel", "_bwd_dw_kernel"):
         kernel = getattr(triton_path, name)
         monkeypatch.setattr(triton_path, name, Counted(kernel, seen, name))
-    once = {"residuals": 1, "input_gradient": 1, "weight_gradient": 1}
-    for op, launches in ((hidden_mse, once), (hidden_cosine, {**once, "unit_residuals": 1})):
+    once = {"_fwd_kernel": 1, "_bwd_dx_kernel": 1, "_bwd_dw_kernel": 1}
+    for op, launches in ((hidden_mse, once), (hidden_cosine, {**once, "_unit_fwd_kernel": 1})):
         for pairs in (1, 3):
             seen.clear()
             case = hidden_case(pairs, 1, 9, (4, 6), "shared", torch.float32).on(DEVICE)
@@ -125,7 +125,7 @@ def test_launches_do_not_grow_with_pairs(monkeypatch: pytest.MonkeyPatch) -> Non
     seen.clear()
     case = hidden_case(3, 1, 9, (6, 6), "none", torch.float32).on(DEVICE)
     hidden_cosine(case.student, case.teacher, backend="triton").sum().backward()
-    assert seen == {"unit_residuals": 1}
+    assert seen == {"_unit_fwd_kernel": 1}
 
 
 def test_identical_models_have_no_loss() -> None:

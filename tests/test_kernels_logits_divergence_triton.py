@@ -225,7 +225,7 @@ class _Counted:
 def test_launches_and_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four products and one launch of rows a chunk; the same bits again."""
     counted = []
-    for name in ("logits_rows", "matrix_product"):
+    for name in ("_row_kernel", "_matmul_kernel"):
         counted.append(_Counted(getattr(triton_path, name)))
         monkeypatch.setattr(triton_path, name, counted[-1])
     case = logits_case((10,), FORMS[0], dtype=torch.float32)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conditioning import Change, Define, check_rounding
 from fastkd_kernels import AttentionState, attention_score_mse, reference
-from fastkd_kernels.attention_score_mse.weighted_teacher import weighted_targets
+from fastkd_kernels.attention_score_mse.weighted_teacher import weighted_teachers
 from kernel_cases import (
     attention_states,
     cast,
@@ -110,7 +110,7 @@ def test_low_precision_stays_near_plain_pytorch(
     """A student near the weighted sum, as wide: at most twice the error of plain PyTorch, or what
     rounding does to the definition."""
     teacher = cast(attention_states(2, 2, 2, 96, (8, 8))[1], dtype)
-    joined = weighted_targets(teacher[:1], [teacher], [weights])[0]
+    joined = weighted_teachers(teacher[:1], [teacher], [weights])[0]
     noise = torch.Generator().manual_seed(4)
     student = [
         AttentionState(
@@ -134,13 +134,13 @@ def test_low_precision_stays_near_plain_pytorch(
 
 def test_no_weight_is_rounded_into_a_half() -> None:
     teacher = cast(attention_states(3, 1, 2, 8, (4, 4))[1], torch.bfloat16)
-    even = weighted_targets(teacher[:1], [teacher], None)[0]
+    even = weighted_teachers(teacher[:1], [teacher], None)[0]
     assert even.query.dtype == torch.bfloat16
     assert torch.equal(even.query, torch.cat([state.query for state in teacher], -1))
-    signs = weighted_targets(teacher[:1], [teacher], [[1, -1, 0]])[0]
+    signs = weighted_teachers(teacher[:1], [teacher], [[1, -1, 0]])[0]
     assert signs.query.dtype == torch.bfloat16
     assert torch.equal(signs.query, torch.cat([teacher[0].query, -teacher[1].query], -1))
-    uneven = weighted_targets(teacher[:1], [teacher], [[0.3, 0.5, 0.2]])[0]
+    uneven = weighted_teachers(teacher[:1], [teacher], [[0.3, 0.5, 0.2]])[0]
     assert uneven.query.dtype == uneven.key.dtype == torch.float32
 
 

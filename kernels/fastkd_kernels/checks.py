@@ -134,26 +134,31 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
 def check_states(student: Sequence[AttentionState], teacher: Sequence[AttentionState]) -> None:
     """Every pair fits together, and all pairs share batch, tokens and device."""
     check_pairs(student, teacher)
-    for pair, (own, target) in enumerate(zip(student, teacher, strict=True)):
-        check_target(pair, own, f"teacher[{pair}]", target, first=student[0])
+    for pair, (student_state, teacher_state) in enumerate(zip(student, teacher, strict=True)):
+        check_teacher(pair, student_state, f"teacher[{pair}]", teacher_state, first=student[0])
 
 
-def check_target(
-    pair: int, own: AttentionState, name: str, target: AttentionState, *, first: AttentionState
+def check_teacher(
+    pair: int,
+    student_state: AttentionState,
+    name: str,
+    teacher_state: AttentionState,
+    *,
+    first: AttentionState,
 ) -> None:
     """The teacher state `name` fits the student of its pair, and both fit the `first` student."""
-    sides = ((f"student[{pair}]", own), (name, target))
+    sides = ((f"student[{pair}]", student_state), (name, teacher_state))
     for side, state in sides:
         _check_state(side, state)
     for side, state in sides:
         check_device(f"{side}.query", state.query, first.query.device)
         check_device(f"{side}.key", state.key, first.query.device)
-    check_frozen(f"{name}.query", target.query)
-    check_frozen(f"{name}.key", target.key)
-    heads, target_heads = own.query.shape[1], target.query.shape[1]
-    if heads != target_heads:
+    check_frozen(f"{name}.query", teacher_state.query)
+    check_frozen(f"{name}.key", teacher_state.key)
+    heads, teacher_heads = student_state.query.shape[1], teacher_state.query.shape[1]
+    if heads != teacher_heads:
         raise ValueError(
-            f"pair {pair}: the student has {heads} heads and the teacher has {target_heads}; "
+            f"pair {pair}: the student has {heads} heads and the teacher has {teacher_heads}; "
             "heads are compared one by one, so use relation_divergence, which cuts both sides "
             "into the same number of relation heads (MiniLMv2)"
         )
@@ -283,20 +288,20 @@ def _check_hidden_pairs(
     biases = _as_list("bias", bias, len(student))
     if biases and not weights:
         raise ValueError("bias is given without weight; give a weight or leave the bias out")
-    for pair, (own, target) in enumerate(zip(student, teacher, strict=True)):
-        check_tensor(f"student[{pair}]", own, "batch, tokens, student_width")
-        check_tensor(f"teacher[{pair}]", target, "batch, tokens, teacher_width")
-        check_device(f"student[{pair}]", own, student[0].device)
-        check_device(f"teacher[{pair}]", target, student[0].device)
-        check_frozen(f"teacher[{pair}]", target)
+    for pair, (student_state, teacher_state) in enumerate(zip(student, teacher, strict=True)):
+        check_tensor(f"student[{pair}]", student_state, "batch, tokens, student_width")
+        check_tensor(f"teacher[{pair}]", teacher_state, "batch, tokens, teacher_width")
+        check_device(f"student[{pair}]", student_state, student[0].device)
+        check_device(f"teacher[{pair}]", teacher_state, student[0].device)
+        check_frozen(f"teacher[{pair}]", teacher_state)
         first = tuple(student[0].shape[:2])
-        for name, value in (("student", own), ("teacher", target)):
+        for name, value in (("student", student_state), ("teacher", teacher_state)):
             if tuple(value.shape[:2]) != first:
                 raise ValueError(
                     f"{name}[{pair}] has batch and tokens {tuple(value.shape[:2])}; expected "
                     f"those of student[0], {first}; run both models on the same batch"
                 )
-        widths = (target.shape[-1], own.shape[-1])
+        widths = (teacher_state.shape[-1], student_state.shape[-1])
         if not weights and widths[0] != widths[1]:
             raise ValueError(
                 f"pair {pair}: the student is {widths[1]} wide and the teacher {widths[0]}; "
@@ -353,20 +358,20 @@ def check_options(kind: str, temperature: float, beta: float, skew: float) -> No
             f"kind='mse' compares raw logits, got temperature={temperature}; leave it at 1 and "
             "weight the loss instead"
         )
-    _check_share("beta", beta, (0.0, 1.0))
+    _check_teacher_share("beta", beta, (0.0, 1.0))
     # all of the mixture the teacher's would leave nothing to learn
-    _check_share("skew", skew, (0.0,))
+    _check_teacher_share("skew", skew, (0.0,))
 
 
-def _check_share(name: str, share: float, ends: tuple[float, ...]) -> None:
+def _check_teacher_share(name: str, teacher_share: float, ends: tuple[float, ...]) -> None:
     """The teacher's part of a mixture: one of `ends`, or far enough from both."""
-    if not isinstance(share, (int, float)):
-        raise TypeError(f"{name} must be a float, got {type(share).__name__}")
-    if share not in ends and not LEAST_SHARE <= share <= 1.0 - LEAST_SHARE:
+    if not isinstance(teacher_share, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(teacher_share).__name__}")
+    if teacher_share not in ends and not LEAST_SHARE <= teacher_share <= 1.0 - LEAST_SHARE:
         allowed = " or ".join(f"{end:g}" for end in ends)
         raise ValueError(
-            f"{name} is {share}; expected {allowed}, or a part of the mixture from {LEAST_SHARE:g} "
-            f"to {1.0 - LEAST_SHARE:g}, whose rest fp32 does not lose"
+            f"{name} is {teacher_share}; expected {allowed}, or a part of the mixture from "
+            f"{LEAST_SHARE:g} to {1.0 - LEAST_SHARE:g}, whose rest fp32 does not lose"
         )
 
 
@@ -381,30 +386,34 @@ def check_logits(
 
     Logits and hidden states get three dimensions.
     """
-    own, target = _logits_side("student", student), _logits_side("teacher", teacher)
-    device, lead = own[0].device, own[0].shape[:-1]
-    for side, tensors in (("student", own), ("teacher", target)):
+    student_side, teacher_side = _logits_side("student", student), _logits_side("teacher", teacher)
+    device, lead = student_side[0].device, student_side[0].shape[:-1]
+    for side, tensors in (("student", student_side), ("teacher", teacher_side)):
         for name, tensor in _named_tensors(side, tensors):
             check_device(name, tensor, device)
             if side == "teacher":
                 check_frozen(name, tensor)
-    if target[0].shape[:-1] != lead:
+    if teacher_side[0].shape[:-1] != lead:
         raise ValueError(
-            f"teacher has leading dimensions {tuple(target[0].shape[:-1])}; expected those of the "
-            f"student, {tuple(lead)}; run both models on the same batch"
+            f"teacher has leading dimensions {tuple(teacher_side[0].shape[:-1])}; expected those "
+            f"of the student, {tuple(lead)}; run both models on the same batch"
         )
     _check_row_entries("mask", mask, torch.bool, "a bool tensor, True at valid rows", lead, device)
     _check_row_entries(
         "labels", labels, torch.int64, "an int64 tensor of token or class ids", lead, device
     )
-    shared = min(side[1].shape[0] if side[1:] else side[0].shape[-1] for side in (own, target))
+    shared = min(
+        side[1].shape[0] if side[1:] else side[0].shape[-1] for side in (student_side, teacher_side)
+    )
     if shared == 1 and kind != "mse":
         raise ValueError(
             f"kind={kind!r} needs at least two shared columns, got 1, whose softmax is always 1; "
             "use kind='mse' for regression"
         )
-    own[0], target[0] = (t if t.ndim == 3 else t[None] for t in (own[0], target[0]))
-    return own, target
+    student_side[0], teacher_side[0] = (
+        t if t.ndim == 3 else t[None] for t in (student_side[0], teacher_side[0])
+    )
+    return student_side, teacher_side
 
 
 def _named_tensors(side: str, tensors: list[Tensor]) -> list[tuple[str, Tensor]]:

@@ -114,37 +114,40 @@ def attention_divergence(
     queries = [state.query for state in (*student, *teacher)]
     chosen = resolve_backend(backend, device, accumulator(*queries))
     reach = min(window or 0, tokens)
-    rows = counted_rows(key_mask, query_mask, causal, reach)
-    weights = item_weights(rows, batch, tokens, reduction, device)
+    row_mask = counted_rows(key_mask, query_mask, causal, reach)
+    weights = item_weights(row_mask, batch, tokens, reduction, device)
 
     def loss_of(members: list[int]) -> Tensor:
-        own, target = [student[i] for i in members], [teacher[i] for i in members]
-        query, other = own[0].query, target[0].query
+        student_states, teacher_states = (
+            [student[i] for i in members],
+            [teacher[i] for i in members],
+        )
+        student_query, teacher_query = student_states[0].query, teacher_states[0].query
         if chosen == "triton":
-            _check_head_size(max(query.shape[-1], other.shape[-1]))
-        dtype = accumulator(query, other)
+            _check_head_size(max(student_query.shape[-1], teacher_query.shape[-1]))
+        dtype = accumulator(student_query, teacher_query)
         need_grad = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad
-            for state in own
+            for state in student_states
             for tensor in (state.query, state.key, state.sinks)
         )
         made = divergence(
-            [state.query for state in own],
-            [state.key for state in own],
-            [state.query for state in target],
-            [state.key for state in target],
-            [state.scale / temperature for state in own],
-            [state.scale / temperature for state in target],
+            [state.query for state in student_states],
+            [state.key for state in student_states],
+            [state.query for state in teacher_states],
+            [state.key for state in teacher_states],
+            [state.scale / temperature for state in student_states],
+            [state.scale / temperature for state in teacher_states],
             key_mask,
-            rows,
-            (weights / query.shape[1]).to(dtype),
+            row_mask,
+            (weights / student_query.shape[1]).to(dtype),
             kind,
             causal,
             reach,
-            _softcaps(own, temperature),
-            _softcaps(target, temperature),
-            _stacked_sinks(own, dtype, temperature),
-            _stacked_sinks(target, dtype, temperature),
+            _softcaps(student_states, temperature),
+            _softcaps(teacher_states, temperature),
+            _stacked_sinks(student_states, dtype, temperature),
+            _stacked_sinks(teacher_states, dtype, temperature),
             need_grad,
             chosen,
         )
@@ -186,15 +189,15 @@ def counted_rows(
     reach = window or tokens
     first = (position - reach + 1).clamp(min=0)
     end = position + 1 if causal else (position + reach).clamp(max=tokens)
-    rows = before[:, end] > before[:, first]
-    return rows if query_mask is None else rows & query_mask
+    row_mask = before[:, end] > before[:, first]
+    return row_mask if query_mask is None else row_mask & query_mask
 
 
 def item_weights(
-    rows: Tensor | None, batch: int, tokens: int, reduction: str, device: torch.device
+    row_mask: Tensor | None, batch: int, tokens: int, reduction: str, device: torch.device
 ) -> Tensor:
-    """fp64 `[batch]`: what the loss takes of each item's sum over counted `rows` of one head."""
-    counts = torch.full((batch,), tokens, device=device) if rows is None else rows.sum(1)
+    """fp64 `[batch]`: what the loss takes of each item's sum over one head's rows."""
+    counts = torch.full((batch,), tokens, device=device) if row_mask is None else row_mask.sum(1)
     sequences = (counts > 0).sum()
     counts = counts * sequences if reduction == "sequences" else counts.sum().expand(batch)
     return torch.where(counts > 0, 1.0 / counts.clamp(min=1).double(), 0.0)
@@ -234,12 +237,12 @@ def _pairs(lists: Sequence[Sequence[Any]], options: Sequence[Any]) -> list[Pair]
 def _divergence(
     query: Sequence[Tensor],
     key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
+    teacher_query: Sequence[Tensor],
+    teacher_key: Sequence[Tensor],
     scale: Sequence[float],
-    target_scale: Sequence[float],
+    teacher_scale: Sequence[float],
     key_mask: Tensor | None,
-    rows: Tensor | None,
+    row_mask: Tensor | None,
     weights: Tensor,
     kind: str,
     causal: bool,
@@ -257,16 +260,16 @@ def _divergence(
     the first of the three, statistics of each query row.
     """
     pairs = _pairs(
-        (query, key, target_query, target_key, scale, target_scale),
+        (query, key, teacher_query, teacher_key, scale, teacher_scale),
         (student_softcap, teacher_softcap, student_sinks, teacher_sinks),
     )
-    call = (pairs, key_mask, rows, kind, causal, window, need_grad)
+    call = (pairs, key_mask, row_mask, kind, causal, window, need_grad)
     if backend == "torch":
-        sums, *units = torch_path.one_sweep(*call)
+        sums, *units = torch_path.forward(*call)
         return _weighed(sums, weights), units[0], units[1], units[2]
     from . import triton_path
 
-    sums, stats = triton_path.stream(*call)
+    sums, stats = triton_path.forward(*call)
     return _weighed(sums, weights), stats, sums.new_empty(0), sums.new_empty(0)
 
 
@@ -291,12 +294,12 @@ def _backward(
     stats: Tensor,
     query: Sequence[Tensor],
     key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
+    teacher_query: Sequence[Tensor],
+    teacher_key: Sequence[Tensor],
     scale: Sequence[float],
-    target_scale: Sequence[float],
+    teacher_scale: Sequence[float],
     key_mask: Tensor | None,
-    rows: Tensor | None,
+    row_mask: Tensor | None,
     kind: str,
     causal: bool,
     window: int,
@@ -309,10 +312,10 @@ def _backward(
     from . import triton_path
 
     pairs = _pairs(
-        (query, key, target_query, target_key, scale, target_scale),
+        (query, key, teacher_query, teacher_key, scale, teacher_scale),
         (student_softcap, teacher_softcap, student_sinks, teacher_sinks),
     )
-    return triton_path.stream_backward(factor, stats, pairs, key_mask, rows, kind, causal, window)
+    return triton_path.backward(factor, stats, pairs, key_mask, row_mask, kind, causal, window)
 
 
 def _backward_fake(given: Named) -> tuple[Tensor, Tensor, Tensor]:

@@ -65,18 +65,18 @@ def relation_divergence(
         raise TypeError(f"relation_heads must be an int, got {type(relation_heads).__name__}")
     if relation_heads < 1:
         raise ValueError(f"relation_heads is {relation_heads}; expected 1 or more")
-    own = [
+    student_states = [
         _relation(f"student[{pair}]", state, relation, relation_heads)
         for pair, state in enumerate(student)
     ]
-    target = []
+    teacher_states = []
     for pair, state in enumerate(teacher):
-        target.append(_relation(f"teacher[{pair}]", state, relation, relation_heads))
+        teacher_states.append(_relation(f"teacher[{pair}]", state, relation, relation_heads))
         for letter in relation:
             check_frozen(f"teacher[{pair}].{_FIELDS[letter]}", getattr(state, _FIELDS[letter]))
     return attention_divergence(
-        own,
-        target,
+        student_states,
+        teacher_states,
         kind=kind,
         temperature=temperature,
         key_mask=key_mask,
@@ -92,18 +92,18 @@ def _relation(name: str, state: object, relation: str, heads: int) -> AttentionS
     """Both tensors of the relation as `[batch, relation_heads, tokens, width / relation_heads]`."""
     if not isinstance(state, AttentionState):
         raise TypeError(f"{name} must be an AttentionState, got {type(state).__name__}")
-    parts = []
+    tensors = []
     for letter in relation:
         field = _FIELDS[letter]
-        part = getattr(state, field)
-        if field == "value" and part is None:
+        tensor = getattr(state, field)
+        if field == "value" and tensor is None:
             raise ValueError(
                 f"{name}.value is None and relation={relation!r} reads it; "
                 "capture the values too, or use relation='qq', 'kk' or 'qk'"
             )
-        check_tensor(f"{name}.{field}", part, "batch, heads, tokens, head_dim")
-        parts.append(part)
-    left, right = parts
+        check_tensor(f"{name}.{field}", tensor, "batch, heads, tokens, head_dim")
+        tensors.append(tensor)
+    left, right = tensors
     if relation == "qk" and left.shape[1] != right.shape[1]:
         if left.shape[1] % right.shape[1]:
             raise ValueError(
@@ -111,16 +111,16 @@ def _relation(name: str, state: object, relation: str, heads: int) -> AttentionS
                 "the key heads must divide the query heads"
             )
         right = right.repeat_interleave(left.shape[1] // right.shape[1], dim=1)
-    for letter, part in zip(relation, (left, right), strict=True):
-        width = part.shape[1] * part.shape[3]
+    for letter, tensor in zip(relation, (left, right), strict=True):
+        width = tensor.shape[1] * tensor.shape[3]
         if width % heads:
             raise ValueError(
-                f"{name}.{_FIELDS[letter]} is {width} wide ({part.shape[1]} heads of "
-                f"{part.shape[3]}), which relation_heads={heads} does not divide; "
+                f"{name}.{_FIELDS[letter]} is {width} wide ({tensor.shape[1]} heads of "
+                f"{tensor.shape[3]}), which relation_heads={heads} does not divide; "
                 "choose a divisor of the widths of both sides"
             )
-    split, other = (_resplit(part, heads) for part in (left, right))
-    return AttentionState(split, other, None, split.shape[-1] ** -0.5)
+    left_heads, right_heads = (_resplit(tensor, heads) for tensor in (left, right))
+    return AttentionState(left_heads, right_heads, None, left_heads.shape[-1] ** -0.5)
 
 
 def _resplit(value: Tensor, heads: int) -> Tensor:

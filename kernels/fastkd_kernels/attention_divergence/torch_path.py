@@ -27,10 +27,10 @@ from ..common.head_groups import (
 BLOCK_BYTES = 1 << 18
 
 
-def one_sweep(
+def forward(
     pairs: list[Pair],
     key_mask: Tensor | None,
-    rows: Tensor | None,
+    row_mask: Tensor | None,
     kind: str,
     causal: bool,
     window: int,
@@ -40,7 +40,7 @@ def one_sweep(
 
     Sinks get theirs by batch item, `[pairs, batch, heads]`.
 
-    `rows` are the counted query rows, bool `[batch, tokens]`; `window` 0 is none.
+    `row_mask` are the counted query rows, bool `[batch, tokens]`; `window` 0 is none.
     """
     dtype = accumulator(*pairs[0].tensors)
     batch, heads = pairs[0].query.shape[:2]
@@ -53,8 +53,8 @@ def one_sweep(
         key_grad = stacked_like(pairs, pairs[0].key, dtype)
     for index, pair in enumerate(pairs):
         for group in head_groups(pair, dtype):
-            sources = zeroed_sources(pair, group, dtype, key_mask, rows)
-            masks = (invalid_rows(rows, group, pair), invalid_keys(key_mask, group))
+            sources = zeroed_sources(pair, group, dtype, key_mask, row_mask)
+            masks = (invalid_rows(row_mask, group, pair), invalid_keys(key_mask, group))
             sinks = _sink_rows(pair, group, sources.query)
             outs = None
             if need_grad:
@@ -100,7 +100,7 @@ def _group_sweep(
 
     The query's `[n, repeat, tokens, dim]` is written, key and sinks are added to.
     """
-    query, key, target_query, target_key = sources
+    query, key, teacher_query, teacher_key = sources
     count, repeat, tokens, dim = query.shape
     invalid, hidden_keys = masks
     span = min(tokens, 4 * window) if window else tokens
@@ -113,23 +113,25 @@ def _group_sweep(
     for start in range(0, tokens, step):
         stop = min(start + step, tokens)
         first, last = key_range(start, stop, tokens, causal, window)
-        own = query[:, :, start:stop].reshape(count, -1, dim) * pair.scale
-        target = target_query[:, :, start:stop].reshape(count, own.shape[1], -1)
-        scores = own @ key[:, first:last].mT
-        targets = (target * pair.target_scale) @ target_key[:, first:last].mT
+        student_rows = query[:, :, start:stop].reshape(count, -1, dim) * pair.scale
+        teacher_rows = teacher_query[:, :, start:stop].reshape(count, student_rows.shape[1], -1)
+        student_scores = student_rows @ key[:, first:last].mT
+        teacher_scores = (teacher_rows * pair.teacher_scale) @ teacher_key[:, first:last].mT
         cap_slope = None
         if pair.student_softcap is not None:
-            cap_slope = _cap_scores(scores, pair.student_softcap, need_slope=outs is not None)
+            cap_slope = _cap_scores(
+                student_scores, pair.student_softcap, need_slope=outs is not None
+            )
         if pair.teacher_softcap is not None:
-            _cap_scores(targets, pair.teacher_softcap, need_slope=False)
-        for tile in (scores, targets):
+            _cap_scores(teacher_scores, pair.teacher_softcap, need_slope=False)
+        for tile in (student_scores, teacher_scores):
             _hide(tile, hidden_keys, (start, stop, first, last), causal, window, low)
         if sinks is not None:
-            scores, targets = (
+            student_scores, teacher_scores = (
                 _with_sinks(tile, column)
-                for tile, column in zip((scores, targets), sinks, strict=True)
+                for tile, column in zip((student_scores, teacher_scores), sinks, strict=True)
             )
-        values, slope = row_divergence(scores, targets, kind, exact=False)
+        values, slope = row_divergence(student_scores, teacher_scores, kind, exact=False)
         values = values.view(count, repeat, stop - start)
         if invalid is not None:
             skipped = invalid.view(count, repeat, tokens)[:, :, start:stop]
@@ -144,13 +146,15 @@ def _group_sweep(
             outs[2].add_(sink_slope.sum(-1, keepdim=True))
         if cap_slope is not None:
             slope = cap_slope.mul_(slope)
-        part = (slope @ key[:, first:last]).mul_(pair.scale).view(count, repeat, stop - start, dim)
+        query_grad = (
+            (slope @ key[:, first:last]).mul_(pair.scale).view(count, repeat, stop - start, dim)
+        )
         # without sinks the slopes of rows that are not counted are 0 but for roundings
         outs[0][:, :, start:stop] = (
-            part if invalid is None else part.masked_fill_(skipped[..., None], 0.0)
+            query_grad if invalid is None else query_grad.masked_fill_(skipped[..., None], 0.0)
         )
         # and their queries are 0
-        outs[1][:, first:last].baddbmm_(slope.mT, own)
+        outs[1][:, first:last].baddbmm_(slope.mT, student_rows)
     return total
 
 

@@ -66,7 +66,7 @@ def row_slopes(log_p, log_t, constant, seen, KIND: tl.constexpr):
 
 
 @triton.jit
-def stream_rows(
+def _fwd_kernel(
     table,
     scales,
     caps,
@@ -77,23 +77,23 @@ def stream_rows(
     batch,
     heads,
     kv_heads,
-    target_kv_heads,
+    teacher_kv_heads,
     tokens,
     dim,
-    target_dim,
+    teacher_dim,
     window,
     TYPE: tl.constexpr,
-    TARGET_TYPE: tl.constexpr,
+    TEACHER_TYPE: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     KIND: tl.constexpr,
     STATS: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    BLOCK_TARGET_DIM: tl.constexpr,
+    BLOCK_TEACHER_DIM: tl.constexpr,
     SCORE_PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
-    TARGET_ALIGN: tl.constexpr,
+    TEACHER_ALIGN: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -117,8 +117,8 @@ def stream_rows(
     head = (tl.program_id(0) // query_blocks % heads).to(tl.int64)
     row = table + pair * 16
     scale = tl.load(scales + pair * 2)
-    target_scale = tl.load(scales + pair * 2 + 1)
-    sizes = ((dim, scale), (target_dim, target_scale))
+    teacher_scale = tl.load(scales + pair * 2 + 1)
+    sizes = ((dim, scale), (teacher_dim, teacher_scale))
     student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
@@ -126,16 +126,22 @@ def stream_rows(
     query_at = (o_query, m_query)
     query_base, query_stride = head_base(row, 0, item, head, TYPE)
     key_base, key_stride = head_base(row, 1, item, head // (heads // kv_heads), TYPE)
-    other_base, other_stride = head_base(row, 2, item, head, TARGET_TYPE)
-    target_base, target_stride = head_base(
-        row, 3, item, head // (heads // target_kv_heads), TARGET_TYPE
+    teacher_query_base, teacher_query_stride = head_base(row, 2, item, head, TEACHER_TYPE)
+    teacher_key_base, teacher_key_stride = head_base(
+        row, 3, item, head // (heads // teacher_kv_heads), TEACHER_TYPE
     )
-    held_sides = ((query_base, query_stride), (other_base, other_stride))
-    moving_sides = ((key_base, key_stride), (target_base, target_stride))
+    held_sides = ((query_base, query_stride), (teacher_query_base, teacher_query_stride))
+    moving_sides = ((key_base, key_stride), (teacher_key_base, teacher_key_stride))
     held = (
         rows_at(query_base, query_stride, query_at, dim, BLOCK_DIM, ALIGN, CHUNK),
         rows_at(
-            other_base, other_stride, query_at, target_dim, BLOCK_TARGET_DIM, TARGET_ALIGN, CHUNK
+            teacher_query_base,
+            teacher_query_stride,
+            query_at,
+            teacher_dim,
+            BLOCK_TEACHER_DIM,
+            TEACHER_ALIGN,
+            CHUNK,
         ),
     )
     block_start = block * BLOCK_QUERY
@@ -162,7 +168,7 @@ def stream_rows(
         o_key = start + tl.arange(0, BLOCK_KEY)
         m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
         seen = visible(o_query[:, None], o_key[None, :], m_key[None, :], window, CAUSAL, WINDOWED)
-        own, target, _b_key = both_tiles(
+        student_scores, teacher_scores, _b_key = both_tiles(
             held,
             held_sides,
             moving_sides,
@@ -172,41 +178,41 @@ def stream_rows(
             BLOCK_QUERY,
             BLOCK_KEY,
             BLOCK_DIM,
-            BLOCK_TARGET_DIM,
+            BLOCK_TEACHER_DIM,
             CHUNK,
             SUM_TYPE,
             ALIGN,
-            TARGET_ALIGN,
+            TEACHER_ALIGN,
             SCORE_PRECISION,
         )
-        own = soft_cap(own, student_cap, STUDENT_CAP)
-        target = soft_cap(target, teacher_cap, TEACHER_CAP)
+        student_scores = soft_cap(student_scores, student_cap, STUDENT_CAP)
+        teacher_scores = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
         if two_sweeps:
-            state = add_two_sums(power * target, power * own, seen, state)
+            state = add_two_sums(power * teacher_scores, power * student_scores, seen, state)
         elif KIND == "kl":
-            state = add_divergence(target, own, seen, state)
+            state = add_divergence(teacher_scores, student_scores, seen, state)
         elif KIND == "reverse_kl":
-            state = add_divergence(own, target, seen, state)
+            state = add_divergence(student_scores, teacher_scores, seen, state)
         else:
-            state = add_expectation(target, own, seen, state)
+            state = add_expectation(teacher_scores, student_scores, seen, state)
     if KIND == "reverse_kl":
-        max_own, sum_own, max_target, sum_target, mean, _excess = state
+        max_student, sum_student, max_teacher, sum_teacher, mean, _excess = state
     else:
-        max_target, sum_target, max_own, sum_own, mean, _excess = state
-    max_own, log_own = shift_of(max_own) / power, log_sum(sum_own) / power
-    max_target, log_target = shift_of(max_target) / power, log_sum(sum_target) / power
+        max_teacher, sum_teacher, max_student, sum_student, mean, _excess = state
+    max_student, log_student = shift_of(max_student) / power, log_sum(sum_student) / power
+    max_teacher, log_teacher = shift_of(max_teacher) / power, log_sum(sum_teacher) / power
     value = divergence_of(state)
     constant = value
     if KIND == "cross_entropy":
         # lse(a) - E_t[a]
-        value = max_own - mean + log_own
+        value = max_student - mean + log_student
     if two_sweeps:
         value = nothing
         constant = nothing
         if SINK:
             value, constant = row_terms(
-                (student_sink - max_own - log_own)[:, None],
-                (teacher_sink - max_target - log_target)[:, None],
+                (student_sink - max_student - log_student)[:, None],
+                (teacher_sink - max_teacher - log_teacher)[:, None],
                 (o_query >= 0)[:, None],
                 KIND,
             )
@@ -216,7 +222,7 @@ def stream_rows(
             seen = visible(
                 o_query[:, None], o_key[None, :], m_key[None, :], window, CAUSAL, WINDOWED
             )
-            own, target, _b_key = both_tiles(
+            student_scores, teacher_scores, _b_key = both_tiles(
                 held,
                 held_sides,
                 moving_sides,
@@ -226,18 +232,18 @@ def stream_rows(
                 BLOCK_QUERY,
                 BLOCK_KEY,
                 BLOCK_DIM,
-                BLOCK_TARGET_DIM,
+                BLOCK_TEACHER_DIM,
                 CHUNK,
                 SUM_TYPE,
                 ALIGN,
-                TARGET_ALIGN,
+                TEACHER_ALIGN,
                 SCORE_PRECISION,
             )
-            own = soft_cap(own, student_cap, STUDENT_CAP)
-            target = soft_cap(target, teacher_cap, TEACHER_CAP)
+            student_scores = soft_cap(student_scores, student_cap, STUDENT_CAP)
+            teacher_scores = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
             tile_value, tile_constant = row_terms(
-                own - max_own[:, None] - log_own[:, None],
-                target - max_target[:, None] - log_target[:, None],
+                student_scores - max_student[:, None] - log_student[:, None],
+                teacher_scores - max_teacher[:, None] - log_teacher[:, None],
                 seen,
                 KIND,
             )
@@ -254,16 +260,16 @@ def stream_rows(
         m_row = o_query < tokens
         out = stat_base(stats, pair, item, head, batch, heads, tokens, STATS) + o_query
         step = stat_step(batch, heads, tokens)
-        tl.store(out, max_own, mask=m_row)
-        tl.store(out + step, log_own, mask=m_row)
-        tl.store(out + 2 * step, max_target, mask=m_row)
-        tl.store(out + 3 * step, log_target, mask=m_row)
+        tl.store(out, max_student, mask=m_row)
+        tl.store(out + step, log_student, mask=m_row)
+        tl.store(out + 2 * step, max_teacher, mask=m_row)
+        tl.store(out + 3 * step, log_teacher, mask=m_row)
         if STATS == 5:
             tl.store(out + 4 * step, constant, mask=m_row)
 
 
 @triton.jit
-def query_slopes(
+def _bwd_dq_kernel(
     table,
     scales,
     caps,
@@ -276,13 +282,13 @@ def query_slopes(
     batch,
     heads,
     kv_heads,
-    target_kv_heads,
+    teacher_kv_heads,
     tokens,
     dim,
-    target_dim,
+    teacher_dim,
     window,
     TYPE: tl.constexpr,
-    TARGET_TYPE: tl.constexpr,
+    TEACHER_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     KIND: tl.constexpr,
@@ -290,11 +296,11 @@ def query_slopes(
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    BLOCK_TARGET_DIM: tl.constexpr,
+    BLOCK_TEACHER_DIM: tl.constexpr,
     SCORE_PRECISION: tl.constexpr,
     GRAD_PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
-    TARGET_ALIGN: tl.constexpr,
+    TEACHER_ALIGN: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -317,8 +323,8 @@ def query_slopes(
     head = (tl.program_id(0) // query_blocks % heads).to(tl.int64)
     row = table + pair * 16
     scale = tl.load(scales + pair * 2)
-    target_scale = tl.load(scales + pair * 2 + 1)
-    sizes = ((dim, scale), (target_dim, target_scale))
+    teacher_scale = tl.load(scales + pair * 2 + 1)
+    sizes = ((dim, scale), (teacher_dim, teacher_scale))
     student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
@@ -326,16 +332,22 @@ def query_slopes(
     query_at = (o_query, m_query)
     query_base, query_stride = head_base(row, 0, item, head, TYPE)
     key_base, key_stride = head_base(row, 1, item, head // (heads // kv_heads), TYPE)
-    other_base, other_stride = head_base(row, 2, item, head, TARGET_TYPE)
-    target_base, target_stride = head_base(
-        row, 3, item, head // (heads // target_kv_heads), TARGET_TYPE
+    teacher_query_base, teacher_query_stride = head_base(row, 2, item, head, TEACHER_TYPE)
+    teacher_key_base, teacher_key_stride = head_base(
+        row, 3, item, head // (heads // teacher_kv_heads), TEACHER_TYPE
     )
-    held_sides = ((query_base, query_stride), (other_base, other_stride))
-    moving_sides = ((key_base, key_stride), (target_base, target_stride))
+    held_sides = ((query_base, query_stride), (teacher_query_base, teacher_query_stride))
+    moving_sides = ((key_base, key_stride), (teacher_key_base, teacher_key_stride))
     held = (
         rows_at(query_base, query_stride, query_at, dim, BLOCK_DIM, ALIGN, CHUNK),
         rows_at(
-            other_base, other_stride, query_at, target_dim, BLOCK_TARGET_DIM, TARGET_ALIGN, CHUNK
+            teacher_query_base,
+            teacher_query_stride,
+            query_at,
+            teacher_dim,
+            BLOCK_TEACHER_DIM,
+            TEACHER_ALIGN,
+            CHUNK,
         ),
     )
     block_start = block * BLOCK_QUERY
@@ -348,7 +360,7 @@ def query_slopes(
         CAUSAL,
         WINDOWED,
     )
-    max_own, log_own, max_target, log_target, constant = load_stats(
+    max_student, log_student, max_teacher, log_teacher, constant = load_stats(
         stats, pair, item, head, batch, heads, tokens, o_query, STATS
     )
     b_gradient = tl.zeros([BLOCK_QUERY, BLOCK_DIM], SUM_TYPE)
@@ -356,7 +368,7 @@ def query_slopes(
         o_key = start + tl.arange(0, BLOCK_KEY)
         m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
         seen = visible(o_query[:, None], o_key[None, :], m_key[None, :], window, CAUSAL, WINDOWED)
-        own, target, b_key = both_tiles(
+        student_scores, teacher_scores, b_key = both_tiles(
             held,
             held_sides,
             moving_sides,
@@ -366,24 +378,24 @@ def query_slopes(
             BLOCK_QUERY,
             BLOCK_KEY,
             BLOCK_DIM,
-            BLOCK_TARGET_DIM,
+            BLOCK_TEACHER_DIM,
             CHUNK,
             SUM_TYPE,
             ALIGN,
-            TARGET_ALIGN,
+            TEACHER_ALIGN,
             SCORE_PRECISION,
         )
-        student_score = soft_cap(own, student_cap, STUDENT_CAP)
-        teacher_score = soft_cap(target, teacher_cap, TEACHER_CAP)
+        student_capped = soft_cap(student_scores, student_cap, STUDENT_CAP)
+        teacher_capped = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
         slopes = row_slopes(
-            student_score - max_own[:, None] - log_own[:, None],
-            teacher_score - max_target[:, None] - log_target[:, None],
+            student_capped - max_student[:, None] - log_student[:, None],
+            teacher_capped - max_teacher[:, None] - log_teacher[:, None],
             constant[:, None],
             seen,
             KIND,
         )
         if STUDENT_CAP:
-            slopes *= cap_slope(own, student_cap)
+            slopes *= cap_slope(student_scores, student_cap)
         if CHUNK > 0:
             b_key = load_rows(key_base, o_key, m_key, key_stride, dim, BLOCK_DIM, ALIGN)
         # dQ_s = c_s (dL/dA) K_s
@@ -394,8 +406,8 @@ def query_slopes(
     if SINK:
         student_sink, teacher_sink = load_sinks(sinks, pair, head, heads)
         sink_slopes = row_slopes(
-            student_sink - max_own - log_own,
-            teacher_sink - max_target - log_target,
+            student_sink - max_student - log_student,
+            teacher_sink - max_teacher - log_teacher,
             constant,
             o_query >= 0,
             KIND,
@@ -416,7 +428,7 @@ def query_slopes(
 
 
 @triton.jit
-def key_slopes(
+def _bwd_dk_kernel(
     table,
     scales,
     caps,
@@ -427,13 +439,13 @@ def key_slopes(
     batch,
     heads,
     kv_heads,
-    target_kv_heads,
+    teacher_kv_heads,
     tokens,
     dim,
-    target_dim,
+    teacher_dim,
     window,
     TYPE: tl.constexpr,
-    TARGET_TYPE: tl.constexpr,
+    TEACHER_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     KIND: tl.constexpr,
@@ -441,11 +453,11 @@ def key_slopes(
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    BLOCK_TARGET_DIM: tl.constexpr,
+    BLOCK_TEACHER_DIM: tl.constexpr,
     SCORE_PRECISION: tl.constexpr,
     GRAD_PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
-    TARGET_ALIGN: tl.constexpr,
+    TEACHER_ALIGN: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -467,8 +479,8 @@ def key_slopes(
     kv_head = (tl.program_id(0) // key_blocks % kv_heads).to(tl.int64)
     row = table + pair * 16
     scale = tl.load(scales + pair * 2)
-    target_scale = tl.load(scales + pair * 2 + 1)
-    sizes = ((dim, scale), (target_dim, target_scale))
+    teacher_scale = tl.load(scales + pair * 2 + 1)
+    sizes = ((dim, scale), (teacher_dim, teacher_scale))
     student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_key = block * BLOCK_KEY + tl.arange(0, BLOCK_KEY)
@@ -487,24 +499,26 @@ def key_slopes(
         WINDOWED,
     )
     repeat = heads // kv_heads
-    target_repeat = heads // target_kv_heads
+    teacher_repeat = heads // teacher_kv_heads
     b_gradient = tl.zeros([BLOCK_KEY, BLOCK_DIM], SUM_TYPE)
     for turn in range(0, repeat):
         head = kv_head * repeat + turn
-        target_base, target_stride = head_base(row, 3, item, head // target_repeat, TARGET_TYPE)
+        teacher_key_base, teacher_key_stride = head_base(
+            row, 3, item, head // teacher_repeat, TEACHER_TYPE
+        )
         query_base, query_stride = head_base(row, 0, item, head, TYPE)
-        other_base, other_stride = head_base(row, 2, item, head, TARGET_TYPE)
-        held_sides = ((key_base, key_stride), (target_base, target_stride))
-        moving_sides = ((query_base, query_stride), (other_base, other_stride))
+        teacher_query_base, teacher_query_stride = head_base(row, 2, item, head, TEACHER_TYPE)
+        held_sides = ((key_base, key_stride), (teacher_key_base, teacher_key_stride))
+        moving_sides = ((query_base, query_stride), (teacher_query_base, teacher_query_stride))
         held = (
             b_key,
             rows_at(
-                target_base,
-                target_stride,
+                teacher_key_base,
+                teacher_key_stride,
                 key_at,
-                target_dim,
-                BLOCK_TARGET_DIM,
-                TARGET_ALIGN,
+                teacher_dim,
+                BLOCK_TEACHER_DIM,
+                TEACHER_ALIGN,
                 CHUNK,
             ),
         )
@@ -514,7 +528,7 @@ def key_slopes(
             seen = visible(
                 o_query[None, :], o_key[:, None], m_key[:, None], window, CAUSAL, WINDOWED
             )
-            own, target, b_query = both_tiles(
+            student_scores, teacher_scores, b_query = both_tiles(
                 held,
                 held_sides,
                 moving_sides,
@@ -524,27 +538,27 @@ def key_slopes(
                 BLOCK_KEY,
                 BLOCK_QUERY,
                 BLOCK_DIM,
-                BLOCK_TARGET_DIM,
+                BLOCK_TEACHER_DIM,
                 CHUNK,
                 SUM_TYPE,
                 ALIGN,
-                TARGET_ALIGN,
+                TEACHER_ALIGN,
                 SCORE_PRECISION,
             )
-            max_own, log_own, max_target, log_target, constant = load_stats(
+            max_student, log_student, max_teacher, log_teacher, constant = load_stats(
                 stats, pair, item, head, batch, heads, tokens, o_query, STATS
             )
-            student_score = soft_cap(own, student_cap, STUDENT_CAP)
-            teacher_score = soft_cap(target, teacher_cap, TEACHER_CAP)
+            student_capped = soft_cap(student_scores, student_cap, STUDENT_CAP)
+            teacher_capped = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
             slopes = row_slopes(
-                student_score - max_own[None, :] - log_own[None, :],
-                teacher_score - max_target[None, :] - log_target[None, :],
+                student_capped - max_student[None, :] - log_student[None, :],
+                teacher_capped - max_teacher[None, :] - log_teacher[None, :],
                 constant[None, :],
                 seen,
                 KIND,
             )
             if STUDENT_CAP:
-                slopes *= cap_slope(own, student_cap)
+                slopes *= cap_slope(student_scores, student_cap)
             if CHUNK > 0:
                 b_query = load_rows(
                     query_base, o_query, m_query, query_stride, dim, BLOCK_DIM, ALIGN

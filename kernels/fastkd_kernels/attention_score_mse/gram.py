@@ -18,68 +18,68 @@ from torch import Tensor
 from ..common.head_groups import Pair
 
 
-class Blocks(NamedTuple):
-    """`own^T own`, `own^T other`, `other^T other` of two column blocks with the same rows."""
+class Gram(NamedTuple):
+    """`first^T first`, `first^T second`, `second^T second` of two column parts of the same rows."""
 
-    own: Tensor
+    first: Tensor
     cross: Tensor
-    other: Tensor
+    second: Tensor
 
 
-def query_form(query: Tensor, target: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
+def query_form(query: Tensor, teacher: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
     """`(P_0, P_1)`."""
     if not pair.difference:
-        return query, target
-    return (query * pair.scale).sub_(target, alpha=pair.target_scale), target
+        return query, teacher
+    return (query * pair.scale).sub_(teacher, alpha=pair.teacher_scale), teacher
 
 
-def key_form(key: Tensor, target: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
+def key_form(key: Tensor, teacher: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
     """`(R_0, R_1)`."""
-    return key, (key - target).mul_(pair.target_scale) if pair.difference else target
+    return key, (key - teacher).mul_(pair.teacher_scale) if pair.difference else teacher
 
 
-def gram_blocks(own: Tensor, other: Tensor) -> Blocks:
+def gram_of(first: Tensor, second: Tensor) -> Gram:
     """Blocks of `[groups, rows, own_dim]` and `[groups, rows, other_dim]`."""
-    return Blocks(own.mT @ own, own.mT @ other, other.mT @ other)
+    return Gram(first.mT @ first, first.mT @ second, second.mT @ second)
 
 
 def squared_norm(
-    query: Blocks,
-    key: Blocks,
+    query: Gram,
+    key: Gram,
     student_scale: float | Tensor,
     teacher_scale: float | Tensor,
     difference: bool,
 ) -> Tensor:
     """`|D|^2 = <P^T P, R^T R>` for each leading index: `[...]` from blocks `[..., dim, dim]`."""
-    own = (query.own * key.own).sum((-2, -1))
+    first = (query.first * key.first).sum((-2, -1))
     cross = (query.cross * key.cross).sum((-2, -1))
-    other = (query.other * key.other).sum((-2, -1))
+    second = (query.second * key.second).sum((-2, -1))
     if difference:
-        return own + 2 * cross + other
+        return first + 2 * cross + second
     cross_scale = student_scale * teacher_scale
-    return student_scale**2 * own - 2 * cross_scale * cross + teacher_scale**2 * other
+    return student_scale**2 * first - 2 * cross_scale * cross + teacher_scale**2 * second
 
 
 def query_factors(
-    key: Blocks, student_scale: float | Tensor, teacher_scale: float | Tensor, difference: bool
+    key: Gram, student_scale: float | Tensor, teacher_scale: float | Tensor, difference: bool
 ) -> tuple[Tensor, Tensor]:
     """`(A_0, A_1)` with `c_s D K_s = P_0 A_0 + P_1 A_1`."""
     if difference:
-        return student_scale * key.own, student_scale * key.cross.mT
-    return student_scale**2 * key.own, -(student_scale * teacher_scale) * key.cross.mT
+        return student_scale * key.first, student_scale * key.cross.mT
+    return student_scale**2 * key.first, -(student_scale * teacher_scale) * key.cross.mT
 
 
 def key_factors(
-    query: Blocks, student_scale: float | Tensor, teacher_scale: float | Tensor, difference: bool
+    query: Gram, student_scale: float | Tensor, teacher_scale: float | Tensor, difference: bool
 ) -> tuple[Tensor, Tensor]:
     """`(B_0, B_1)` with `c_s D^T Q_s = R_0 B_0 + R_1 B_1`."""
     if difference:
         # c_s Q_s = P_0 + c_t P_1, so no division by c_s
         return (
-            query.own + teacher_scale * query.cross,
-            query.cross.mT + teacher_scale * query.other,
+            query.first + teacher_scale * query.cross,
+            query.cross.mT + teacher_scale * query.second,
         )
-    return student_scale**2 * query.own, -(student_scale * teacher_scale) * query.cross.mT
+    return student_scale**2 * query.first, -(student_scale * teacher_scale) * query.cross.mT
 
 
 def stack_factors(factors: tuple[Tensor, Tensor]) -> Tensor:

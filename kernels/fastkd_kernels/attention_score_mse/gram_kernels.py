@@ -2,7 +2,7 @@
 """Triton kernels of attention-score MSE by Gram matrices (see `gram.py` for the algebra).
 
 `table`, `scales`, `valid` and the prefixes are those of `triton_kernels.py`. Columns
-of both parts stand side by side: `dim` of part 0, then `target_dim` of part 1; `width` is their
+of both parts stand side by side: `dim` of part 0, then `teacher_dim` of part 1; `width` is their
 sum. Each part starts a new column tile. SIDE 0 is queries, 1 keys. A key group is a run of query
 heads that share both key heads; `groups` of them make up the heads. Each of `chunks` runs of
 `chunk_tokens` tokens has a Gram of its own; one holds every token where nothing is causal.
@@ -20,57 +20,59 @@ def part_rows(
     row,
     item,
     head,
-    target_head,
+    teacher_head,
     part,
     o_row,
     m_row,
     o_column,
     scale,
-    target_scale,
+    teacher_scale,
     dim,
-    target_dim,
+    teacher_dim,
     SIDE: tl.constexpr,
     TYPE: tl.constexpr,
-    TARGET_TYPE: tl.constexpr,
+    TEACHER_TYPE: tl.constexpr,
     OPERAND: tl.constexpr,
     DIFFERENCE: tl.constexpr,
     ALIGN: tl.constexpr,
-    TARGET_ALIGN: tl.constexpr,
+    TEACHER_ALIGN: tl.constexpr,
 ):
     """Rows `[rows, columns]` of `part` 0 or 1 of one side, in OPERAND precision."""
     entry = row + SIDE * 4
-    own = tl.load(entry).to(tl.pointer_type(TYPE))
-    own = own + item * tl.load(entry + 1) + head * tl.load(entry + 2)
+    student = tl.load(entry).to(tl.pointer_type(TYPE))
+    student = student + item * tl.load(entry + 1) + head * tl.load(entry + 2)
     step = tl.load(entry + 3)
-    target = tl.load(entry + 8).to(tl.pointer_type(TARGET_TYPE))
-    target = target + item * tl.load(entry + 9) + target_head * tl.load(entry + 10)
-    target_step = tl.load(entry + 11)
+    teacher = tl.load(entry + 8).to(tl.pointer_type(TEACHER_TYPE))
+    teacher = teacher + item * tl.load(entry + 9) + teacher_head * tl.load(entry + 10)
+    teacher_step = tl.load(entry + 11)
     # columns to read; none of a side that the part leaves out
-    own_columns = tl.where(part == 0, dim, 0)
-    target_columns = tl.where(part == 1, target_dim, 0)
+    student_columns = tl.where(part == 0, dim, 0)
+    teacher_columns = tl.where(part == 1, teacher_dim, 0)
     if DIFFERENCE:
         if SIDE == 0:
-            target_columns = target_dim
+            teacher_columns = teacher_dim
         else:
-            own_columns = dim
+            student_columns = dim
     o_wide = o_row.to(tl.int64)
-    b_own = load_wide(own + o_wide * step, m_row, o_column, own_columns, ALIGN).to(OPERAND)
-    b_target = load_wide(
-        target + o_wide * target_step, m_row, o_column, target_columns, TARGET_ALIGN
+    b_student = load_wide(student + o_wide * step, m_row, o_column, student_columns, ALIGN).to(
+        OPERAND
+    )
+    b_teacher = load_wide(
+        teacher + o_wide * teacher_step, m_row, o_column, teacher_columns, TEACHER_ALIGN
     ).to(OPERAND)
     if DIFFERENCE:
         if SIDE == 0:
             # P_0 = c_s Q_s - c_t Q_t, P_1 = Q_t with b_own 0
-            value = b_own * scale + b_target * tl.where(part == 0, -target_scale, 1.0)
+            value = b_student * scale + b_teacher * tl.where(part == 0, -teacher_scale, 1.0)
         else:
             # R_0 = K_s with b_target 0, R_1 = c_t (K_s - K_t)
-            value = (b_own - b_target) * tl.where(part == 0, 1.0, target_scale)
+            value = (b_student - b_teacher) * tl.where(part == 0, 1.0, teacher_scale)
         return value.to(OPERAND)
-    return b_own + b_target
+    return b_student + b_teacher
 
 
 @triton.jit
-def gram_matrices(
+def _gram_kernel(
     table,
     scales,
     valid,
@@ -78,15 +80,15 @@ def gram_matrices(
     batch,
     heads,
     kv_heads,
-    target_kv_heads,
+    teacher_kv_heads,
     groups,
     tokens,
     dim,
-    target_dim,
+    teacher_dim,
     chunk_tokens,
     SIDE: tl.constexpr,
     TYPE: tl.constexpr,
-    TARGET_TYPE: tl.constexpr,
+    TEACHER_TYPE: tl.constexpr,
     OPERAND: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     DIFFERENCE: tl.constexpr,
@@ -94,7 +96,7 @@ def gram_matrices(
     BLOCK_COLUMN: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
-    TARGET_ALIGN: tl.constexpr,
+    TEACHER_ALIGN: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
     """One program: one tile of one key group's Gram, over all rows that the group has in a chunk.
@@ -103,20 +105,20 @@ def gram_matrices(
     the mirror of part 0 by part 1 and stays unwritten.
     """
     pair = tl.program_id(1).to(tl.int64)
-    own_tiles = tl.cdiv(dim, BLOCK_COLUMN)
-    tiles = own_tiles + tl.cdiv(target_dim, BLOCK_COLUMN)
+    student_tiles = tl.cdiv(dim, BLOCK_COLUMN)
+    tiles = student_tiles + tl.cdiv(teacher_dim, BLOCK_COLUMN)
     left = tl.program_id(0) // tiles % tiles
     right = tl.program_id(0) % tiles
-    left_part = (left >= own_tiles).to(tl.int32)
-    right_part = (right >= own_tiles).to(tl.int32)
+    left_part = (left >= student_tiles).to(tl.int32)
+    right_part = (right >= student_tiles).to(tl.int32)
     if left_part <= right_part:
         item = (tl.program_id(0) // (tiles * tiles) // groups).to(tl.int64)
         group = (tl.program_id(0) // (tiles * tiles) % groups).to(tl.int64)
         row = table + pair * 16
         scale = tl.load(scales + pair * 2)
-        target_scale = tl.load(scales + pair * 2 + 1)
-        o_left = (left - left_part * own_tiles) * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
-        o_right = (right - right_part * own_tiles) * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
+        teacher_scale = tl.load(scales + pair * 2 + 1)
+        o_left = (left - left_part * student_tiles) * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
+        o_right = (right - right_part * student_tiles) * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
         total = tl.zeros([BLOCK_COLUMN, BLOCK_COLUMN], dtype=SUM_TYPE)
         first = tl.program_id(2) * chunk_tokens
         last = min(first + chunk_tokens, tokens)
@@ -126,10 +128,10 @@ def gram_matrices(
         for turn in range(0, repeat):
             if SIDE == 0:
                 head = group * repeat + turn
-                target_head = head
+                teacher_head = head
             else:
                 head = group // (groups // kv_heads)
-                target_head = group // (groups // target_kv_heads)
+                teacher_head = group // (groups // teacher_kv_heads)
             for start in range(first, last, BLOCK_ROW):
                 o_row = start + tl.arange(0, BLOCK_ROW)
                 m_row = valid_rows(valid, SIDE, item, batch, tokens, o_row, HAS_MASK)
@@ -137,48 +139,48 @@ def gram_matrices(
                     row,
                     item,
                     head,
-                    target_head,
+                    teacher_head,
                     left_part,
                     o_row,
                     m_row,
                     o_left,
                     scale,
-                    target_scale,
+                    teacher_scale,
                     dim,
-                    target_dim,
+                    teacher_dim,
                     SIDE,
                     TYPE,
-                    TARGET_TYPE,
+                    TEACHER_TYPE,
                     OPERAND,
                     DIFFERENCE,
                     ALIGN,
-                    TARGET_ALIGN,
+                    TEACHER_ALIGN,
                 )
                 b_right = part_rows(
                     row,
                     item,
                     head,
-                    target_head,
+                    teacher_head,
                     right_part,
                     o_row,
                     m_row,
                     o_right,
                     scale,
-                    target_scale,
+                    teacher_scale,
                     dim,
-                    target_dim,
+                    teacher_dim,
                     SIDE,
                     TYPE,
-                    TARGET_TYPE,
+                    TEACHER_TYPE,
                     OPERAND,
                     DIFFERENCE,
                     ALIGN,
-                    TARGET_ALIGN,
+                    TEACHER_ALIGN,
                 )
                 total += tl.dot(tl.trans(b_left), b_right, input_precision=PRECISION)
-        width = dim + target_dim
-        left_width = tl.where(left_part == 0, dim, target_dim)
-        right_width = tl.where(right_part == 0, dim, target_dim)
+        width = dim + teacher_dim
+        left_width = tl.where(left_part == 0, dim, teacher_dim)
+        right_width = tl.where(right_part == 0, dim, teacher_dim)
         slot = ((pair * batch + item) * groups + group) * tl.num_programs(2) + tl.program_id(2)
         out = grams + slot * width * width
         o_out = (left_part * dim + o_left)[:, None] * width + (right_part * dim + o_right)[None, :]
@@ -187,7 +189,7 @@ def gram_matrices(
 
 
 @triton.jit
-def apply_factors(
+def _gram_bwd_kernel(
     table,
     scales,
     valid,
@@ -197,16 +199,16 @@ def apply_factors(
     batch,
     heads,
     kv_heads,
-    target_kv_heads,
+    teacher_kv_heads,
     groups,
     tokens,
     dim,
-    target_dim,
+    teacher_dim,
     chunk_tokens,
     chunks,
     SIDE: tl.constexpr,
     TYPE: tl.constexpr,
-    TARGET_TYPE: tl.constexpr,
+    TEACHER_TYPE: tl.constexpr,
     OPERAND: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     DIFFERENCE: tl.constexpr,
@@ -214,7 +216,7 @@ def apply_factors(
     BLOCK_COLUMN: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
-    TARGET_ALIGN: tl.constexpr,
+    TEACHER_ALIGN: tl.constexpr,
     HAS_MASK: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
@@ -229,23 +231,23 @@ def apply_factors(
     pair = tl.program_id(1).to(tl.int64)
     columns = tl.cdiv(dim, BLOCK_COLUMN)
     blocks = tl.cdiv(tokens, BLOCK_ROW)
-    own_heads = heads
-    share = 1
+    student_heads = heads
+    repeat = 1
     if SIDE == 1:
-        own_heads = kv_heads
-        share = groups // kv_heads
+        student_heads = kv_heads
+        repeat = groups // kv_heads
     o_out = tl.program_id(0) % columns * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
     block = tl.program_id(0) // columns % blocks
-    head = (tl.program_id(0) // (columns * blocks) % own_heads).to(tl.int64)
-    item = (tl.program_id(0) // (columns * blocks) // own_heads).to(tl.int64)
+    head = (tl.program_id(0) // (columns * blocks) % student_heads).to(tl.int64)
+    item = (tl.program_id(0) // (columns * blocks) // student_heads).to(tl.int64)
     row = table + pair * 16
     scale = tl.load(scales + pair * 2)
-    target_scale = tl.load(scales + pair * 2 + 1)
+    teacher_scale = tl.load(scales + pair * 2 + 1)
     o_row = block * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
     m_row = valid_rows(valid, SIDE, item, batch, tokens, o_row, HAS_MASK)
-    own_tiles = tl.cdiv(dim, BLOCK_COLUMN)
-    tiles = own_tiles + tl.cdiv(target_dim, BLOCK_COLUMN)
-    out = gradient + ((pair * batch + item) * own_heads + head) * tokens * dim
+    student_tiles = tl.cdiv(dim, BLOCK_COLUMN)
+    tiles = student_tiles + tl.cdiv(teacher_dim, BLOCK_COLUMN)
+    out = gradient + ((pair * batch + item) * student_heads + head) * tokens * dim
     o_where = o_row[:, None].to(tl.int64) * dim + o_out[None, :]
     m_where = (o_row < tokens)[:, None] & (o_out < dim)[None, :]
     if ACCUMULATE:
@@ -254,40 +256,40 @@ def apply_factors(
         total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
         factor = tl.load(upstream + pair)
     chunk = block * BLOCK_ROW // chunk_tokens
-    for turn in range(0, share):
+    for turn in range(0, repeat):
         if SIDE == 0:
             group = head // (heads // groups)
-            target_head = head
+            teacher_head = head
         else:
-            group = head * share + turn
-            target_head = group // (groups // target_kv_heads)
+            group = head * repeat + turn
+            teacher_head = group // (groups // teacher_kv_heads)
         slot = ((pair * batch + item) * groups + group) * chunks + chunk
-        base = factors + slot * (dim + target_dim) * dim
+        base = factors + slot * (dim + teacher_dim) * dim
         for tile in range(0, tiles):
-            part = (tile >= own_tiles).to(tl.int32)
-            o_column = (tile - part * own_tiles) * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
+            part = (tile >= student_tiles).to(tl.int32)
+            o_column = (tile - part * student_tiles) * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
             b_rows = part_rows(
                 row,
                 item,
                 head,
-                target_head,
+                teacher_head,
                 part,
                 o_row,
                 m_row,
                 o_column,
                 scale,
-                target_scale,
+                teacher_scale,
                 dim,
-                target_dim,
+                teacher_dim,
                 SIDE,
                 TYPE,
-                TARGET_TYPE,
+                TEACHER_TYPE,
                 OPERAND,
                 DIFFERENCE,
                 ALIGN,
-                TARGET_ALIGN,
+                TEACHER_ALIGN,
             )
-            m_factor = (o_column < tl.where(part == 0, dim, target_dim))[:, None]
+            m_factor = (o_column < tl.where(part == 0, dim, teacher_dim))[:, None]
             m_factor = m_factor & (o_out < dim)[None, :]
             o_factor = (part * dim + o_column)[:, None] * dim + o_out[None, :]
             b_factor = tl.load(base + o_factor, mask=m_factor, other=0.0)
@@ -299,7 +301,7 @@ def apply_factors(
 
 
 @triton.jit
-def scan_chunks(
+def _scan_kernel(
     grams,
     chunks,
     entries,

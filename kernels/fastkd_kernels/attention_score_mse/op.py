@@ -27,7 +27,7 @@ from ..types import (
     TeacherWeights,
 )
 from . import torch_path
-from .weighted_teacher import weighted_targets
+from .weighted_teacher import weighted_teachers
 
 # the widest student head whose gradient the tile kernels hold
 MAX_HEAD_DIM = 256
@@ -95,38 +95,41 @@ def attention_score_mse(
         ValueError: shapes, devices, modes that do not fit, or a teacher that requires grad.
         TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
     """
-    targets = weighted_targets(student, teacher, teacher_weights)
+    teachers = weighted_teachers(student, teacher, teacher_weights)
     batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
     check_mask("key_mask", key_mask, batch, tokens, device)
     check_mask("query_mask", query_mask, batch, tokens, device)
     check_reduction(reduction)
     check_choice("algorithm", algorithm, get_args(Algorithm))
-    queries = [state.query for state in (*student, *targets)]
+    queries = [state.query for state in (*student, *teachers)]
     chosen_backend = resolve_backend(backend, device, accumulator(*queries))
     if reduction == "tinybert":
         query_mask = None
 
     def loss_of(members: list[int]) -> Tensor:
-        own, target = [student[i] for i in members], [targets[i] for i in members]
-        dims = (own[0].query.shape[-1], target[0].query.shape[-1])
+        student_states, teacher_states = (
+            [student[i] for i in members],
+            [teachers[i] for i in members],
+        )
+        dims = (student_states[0].query.shape[-1], teacher_states[0].query.shape[-1])
         chosen: str = algorithm
         if chosen == "auto":
             chosen = choose_algorithm(tokens, *dims, causal=causal, backend=chosen_backend)
         if chosen_backend == "triton":
             _check_head_size(chosen, causal, dims[0])
-        count = _entry_count(own[0].query, key_mask, query_mask, causal, reduction)
-        dtype = accumulator(own[0].query, target[0].query)
+        count = _entry_count(student_states[0].query, key_mask, query_mask, causal, reduction)
+        dtype = accumulator(student_states[0].query, teacher_states[0].query)
         need_grad = torch.is_grad_enabled() and any(
-            state.query.requires_grad or state.key.requires_grad for state in own
+            state.query.requires_grad or state.key.requires_grad for state in student_states
         )
         tensors = (
-            [state.query for state in own],
-            [state.key for state in own],
-            [state.query for state in target],
-            [state.key for state in target],
-            [float(state.scale) for state in own],
-            [float(state.scale) for state in target],
+            [state.query for state in student_states],
+            [state.key for state in student_states],
+            [state.query for state in teacher_states],
+            [state.key for state in teacher_states],
+            [float(state.scale) for state in student_states],
+            [float(state.scale) for state in teacher_states],
             key_mask,
             query_mask,
             inverse(count, dtype, device),
@@ -138,7 +141,7 @@ def attention_score_mse(
         losses: Tensor = made[0]
         return losses
 
-    keys = [state_shapes(*pair) for pair in zip(student, targets, strict=True)]
+    keys = [state_shapes(*pair) for pair in zip(student, teachers, strict=True)]
     loss = by_shape(keys, loss_of)
     return loss if student[0].query.dtype == torch.float64 else loss.float()
 
@@ -186,17 +189,17 @@ def _path(backend: str) -> Any:
 def _gram(
     query: Sequence[Tensor],
     key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
+    teacher_query: Sequence[Tensor],
+    teacher_key: Sequence[Tensor],
     scale: Sequence[float],
-    target_scale: Sequence[float],
+    teacher_scale: Sequence[float],
     key_mask: Tensor | None,
     query_mask: Tensor | None,
     inverse_count: Tensor,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses `[pairs]` and the factors that the backward applies (see `gram.py`)."""
-    pairs = pairs_of(query, key, target_query, target_key, scale, target_scale)
+    pairs = pairs_of(query, key, teacher_query, teacher_key, scale, teacher_scale)
     squares, to_query, to_key = _path("triton").gram_forward(pairs, key_mask, query_mask, need_grad)
     return value_of(squares, inverse_count), to_query, to_key
 
@@ -204,8 +207,8 @@ def _gram(
 def _gram_fake(given: Named) -> tuple[Tensor, Tensor, Tensor]:
     query, key, new = given.query, given.key, given.inverse_count.new_empty
     batch, _, _, dim = query[0].shape
-    groups = math.lcm(key[0].shape[1], given.target_key[0].shape[1])
-    shape = (len(query), batch, groups, dim + given.target_query[0].shape[-1], dim)
+    groups = math.lcm(key[0].shape[1], given.teacher_key[0].shape[1])
+    shape = (len(query), batch, groups, dim + given.teacher_query[0].shape[-1], dim)
     made = shape if given.need_grad else (0,)
     return new(len(query)), new(made), new(made)
 
@@ -216,15 +219,15 @@ def _gram_backward(
     to_key: Tensor,
     query: Sequence[Tensor],
     key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
+    teacher_query: Sequence[Tensor],
+    teacher_key: Sequence[Tensor],
     scale: Sequence[float],
-    target_scale: Sequence[float],
+    teacher_scale: Sequence[float],
     key_mask: Tensor | None,
     query_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Stacked gradients of the student's queries and keys for `factor` `[pairs]`."""
-    pairs = pairs_of(query, key, target_query, target_key, scale, target_scale)
+    pairs = pairs_of(query, key, teacher_query, teacher_key, scale, teacher_scale)
     query_grad, key_grad = _path("triton").gram_backward(
         factor, to_query, to_key, pairs, key_mask, query_mask
     )
@@ -260,10 +263,10 @@ gram = register("attention_score_mse_gram", _gram, _gram_fake, _gram_keep, _gram
 def _one_pass(
     query: Sequence[Tensor],
     key: Sequence[Tensor],
-    target_query: Sequence[Tensor],
-    target_key: Sequence[Tensor],
+    teacher_query: Sequence[Tensor],
+    teacher_key: Sequence[Tensor],
     scale: Sequence[float],
-    target_scale: Sequence[float],
+    teacher_scale: Sequence[float],
     key_mask: Tensor | None,
     query_mask: Tensor | None,
     inverse_count: Tensor,
@@ -273,7 +276,7 @@ def _one_pass(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses `[pairs]` and stacked unit gradients of the student's queries and keys."""
-    pairs = pairs_of(query, key, target_query, target_key, scale, target_scale)
+    pairs = pairs_of(query, key, teacher_query, teacher_key, scale, teacher_scale)
     squares, query_unit, key_unit = _path(backend).one_pass(
         pairs, key_mask, query_mask, causal, algorithm, need_grad
     )

@@ -46,8 +46,8 @@ def attention_score_mse(
     count = entries.sum() if reduction == "valid" else entries.numel()
     losses = []
     weights = teacher_weights or [None] * len(student)
-    for own, target, given in zip(student, teacher, weights, strict=True):
-        difference = attention_scores(own) - weighted_scores(target, given)
+    for student_state, teacher_state, given in zip(student, teacher, weights, strict=True):
+        difference = attention_scores(student_state) - weighted_scores(teacher_state, given)
         dtype = torch.promote_types(difference.dtype, torch.float32)
         squares = difference.masked_fill(~entries, 0.0).square().sum(dtype=dtype)
         losses.append(squares / torch.as_tensor(count, device=device).clamp(min=1).to(dtype))

@@ -21,8 +21,8 @@ from ..common.head_groups import (
     zeroed_sources,
 )
 from .gram import (
-    Blocks,
-    gram_blocks,
+    Gram,
+    gram_of,
     key_factors,
     key_form,
     query_factors,
@@ -59,12 +59,12 @@ def one_pass(
     adds_up = causal or algorithm == "tiles"
     for index, pair in enumerate(pairs):
         # whether each key group is one of the student's key heads
-        own_heads = pair.groups == pair.key.shape[1]
+        by_student_heads = pair.groups == pair.key.shape[1]
         for group in head_groups(pair, dtype, rows):
             sources = zeroed_sources(pair, group, dtype, key_mask, query_mask)
             outs = None
             if need_grad:
-                if own_heads:
+                if by_student_heads:
                     key_out = key_grad[index][group.batch, group.heads].flatten(0, 1)
                 else:
                     key_out = sources.key.new_empty(sources.key.shape)
@@ -77,7 +77,7 @@ def one_pass(
                 squares[index] += causal_gram_sweep(pair, sources, outs)
             else:
                 squares[index] += _gram_sweep(pair, sources, outs)
-            if outs is not None and not own_heads:
+            if outs is not None and not by_student_heads:
                 fold_keys(key_grad[index], group, outs[1])
     return squares, query_grad, key_grad
 
@@ -87,10 +87,10 @@ def _gram_sweep(pair: Pair, sources: Sources, outs: tuple[Tensor, Tensor] | None
 
     Gradients are made at once, while the rows are in the caches.
     """
-    scales = (pair.scale, pair.target_scale, pair.difference)
-    left = query_form(sources.query.flatten(1, 2), sources.target_query.flatten(1, 2), pair)
-    right = key_form(sources.key, sources.target_key, pair)
-    query, key = gram_blocks(*left), gram_blocks(*right)
+    scales = (pair.scale, pair.teacher_scale, pair.difference)
+    left = query_form(sources.query.flatten(1, 2), sources.teacher_query.flatten(1, 2), pair)
+    right = key_form(sources.key, sources.teacher_key, pair)
+    query, key = gram_of(*left), gram_of(*right)
     if outs is not None:
         _apply(left, query_factors(key, *scales), outs[0].flatten(1, 2))
         _apply(right, key_factors(query, *scales), outs[1])
@@ -114,25 +114,27 @@ def tile_sweep(
 
     One block takes `rows` query rows, or as many as fit `GROUP_BYTES`.
     """
-    query, key, target_query, target_key = sources
+    query, key, teacher_query, teacher_key = sources
     count, repeat, tokens, dim = query.shape
     step = rows or max(16, GROUP_BYTES // (count * repeat * tokens * query.element_size()))
     squares = query.new_zeros(())
     for start in range(0, tokens, step):
         stop = min(start + step, tokens)
         seen = stop if causal else tokens
-        own = query[:, :, start:stop].reshape(count, -1, dim)
-        target = target_query[:, :, start:stop].reshape(count, repeat * (stop - start), -1)
+        student_rows = query[:, :, start:stop].reshape(count, -1, dim)
+        teacher_rows = teacher_query[:, :, start:stop].reshape(count, repeat * (stop - start), -1)
         # D = c_s Q_s K_s^T - c_t Q_t K_t^T
-        tile = own @ key[:, :seen].mT
-        tile.baddbmm_(target, target_key[:, :seen].mT, beta=pair.scale, alpha=-pair.target_scale)
+        tile = student_rows @ key[:, :seen].mT
+        tile.baddbmm_(
+            teacher_rows, teacher_key[:, :seen].mT, beta=pair.scale, alpha=-pair.teacher_scale
+        )
         if causal:
             tile.view(count, repeat, stop - start, seen).tril_(start)
         squares += squared_sum(tile)
         if outs is not None:
-            part = torch.bmm(tile, key[:, :seen]).mul_(pair.scale)
-            outs[0][:, :, start:stop] = part.view(count, repeat, stop - start, dim)
-            outs[1][:, :seen].baddbmm_(tile.mT, own, alpha=pair.scale)
+            query_grad = torch.bmm(tile, key[:, :seen]).mul_(pair.scale)
+            outs[0][:, :, start:stop] = query_grad.view(count, repeat, stop - start, dim)
+            outs[1][:, :seen].baddbmm_(tile.mT, student_rows, alpha=pair.scale)
     return squares
 
 
@@ -141,7 +143,7 @@ class _Kept(NamedTuple):
 
     chunk: slice
     right: tuple[Tensor, Tensor]
-    left_blocks: Blocks
+    left_gram: Gram
 
 
 def causal_gram_sweep(pair: Pair, sources: Sources, outs: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -151,35 +153,35 @@ def causal_gram_sweep(pair: Pair, sources: Sources, outs: tuple[Tensor, Tensor] 
     gradient, as in chunked linear attention.
     """
     tokens = sources.query.shape[2]
-    scales = (pair.scale, pair.target_scale, pair.difference)
+    scales = (pair.scale, pair.teacher_scale, pair.difference)
     squares = sources.query.new_zeros(())
     kept: list[_Kept] = []
-    prefix: Blocks | None = None
+    prefix: Gram | None = None
     for start in range(0, tokens, CHUNK):
         chunk = slice(start, min(start + CHUNK, tokens))
         part = _cut(sources, chunk)
         query_out = torch.empty_like(part.query)
         diagonal = None if outs is None else (query_out, outs[1][:, chunk])
         squares += tile_sweep(pair, part, True, diagonal, DIAGONAL_ROWS)
-        left = query_form(part.query.flatten(1, 2), part.target_query.flatten(1, 2), pair)
-        right = key_form(part.key, part.target_key, pair)
-        left_blocks = gram_blocks(*left)
+        left = query_form(part.query.flatten(1, 2), part.teacher_query.flatten(1, 2), pair)
+        right = key_form(part.key, part.teacher_key, pair)
+        left_gram = gram_of(*left)
         if prefix is not None:
-            squares += squared_norm(left_blocks, prefix, *scales).sum()
+            squares += squared_norm(left_gram, prefix, *scales).sum()
         if outs is not None:
             if prefix is not None:
                 first, second = query_factors(prefix, *scales)
                 query_out.flatten(1, 2).baddbmm_(left[0], first).baddbmm_(left[1], second)
             outs[0][:, :, chunk] = query_out
-            kept.append(_Kept(chunk, right, left_blocks))
+            kept.append(_Kept(chunk, right, left_gram))
         if chunk.stop < tokens:
-            prefix = _add(prefix, gram_blocks(*right))
-    suffix: Blocks | None = None
-    for chunk, right, left_blocks in reversed(kept):
+            prefix = _add(prefix, gram_of(*right))
+    suffix: Gram | None = None
+    for chunk, right, left_gram in reversed(kept):
         if suffix is not None and outs is not None:
             first, second = key_factors(suffix, *scales)
             outs[1][:, chunk].baddbmm_(right[0], first).baddbmm_(right[1], second)
-        suffix = _add(suffix, left_blocks)
+        suffix = _add(suffix, left_gram)
     return squares
 
 
@@ -187,10 +189,10 @@ def _cut(sources: Sources, chunk: slice) -> Sources:
     return Sources(
         sources.query[:, :, chunk].contiguous(),
         sources.key[:, chunk],
-        sources.target_query[:, :, chunk].contiguous(),
-        sources.target_key[:, chunk],
+        sources.teacher_query[:, :, chunk].contiguous(),
+        sources.teacher_key[:, chunk],
     )
 
 
-def _add(total: Blocks | None, part: Blocks) -> Blocks:
-    return part if total is None else Blocks(*(a.add_(b) for a, b in zip(total, part, strict=True)))
+def _add(total: Gram | None, part: Gram) -> Gram:
+    return part if total is None else Gram(*(a.add_(b) for a, b in zip(total, part, strict=True)))

@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 """Triton kernels of attention-score MSE in tiles.
 
-Sizes: `tokens`, `heads`, `kv_heads` (student), `target_kv_heads` (teacher), `dim` and `target_dim`
-(head sizes). Prefixes: `o_` offsets, `m_` mask, `b_` block of values.
+Sizes: `tokens`, `heads`, key heads `kv_heads` of the student and `teacher_kv_heads`, head sizes
+`dim` of the student and `teacher_dim`. Prefixes: `o_` offsets, `m_` mask, `b_` block of values.
 
 Row `pair` of `table` `[pairs, 16]` int64 holds, for the student's query and key and the teacher's
 query and key: address, then strides of batch, head and token. `scales` is `[pairs, 2]`, student
@@ -18,16 +18,16 @@ from ..common.attention_jit import chunked_product, head_base, load_rows, valid_
 
 @triton.jit
 def score_difference(
-    b_query, b_key, b_target_query, b_target_key, scale, target_scale, PRECISION: tl.constexpr
+    b_query, b_key, b_teacher_query, b_teacher_key, scale, teacher_scale, PRECISION: tl.constexpr
 ):
     """`c_s Q_s K_s^T - c_t Q_t K_t^T` of one tile, `[queries, keys]`."""
-    own = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
-    target = tl.dot(b_target_query, tl.trans(b_target_key), input_precision=PRECISION)
-    return own * scale - target * target_scale
+    student_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
+    teacher_scores = tl.dot(b_teacher_query, tl.trans(b_teacher_key), input_precision=PRECISION)
+    return student_scores * scale - teacher_scores * teacher_scale
 
 
 @triton.jit
-def tiles_by_key(
+def _tiles_fwd_kernel(
     table,
     scales,
     valid,
@@ -37,23 +37,23 @@ def tiles_by_key(
     batch,
     heads,
     kv_heads,
-    target_kv_heads,
+    teacher_kv_heads,
     tokens,
     dim,
-    target_dim,
+    teacher_dim,
     chunk_tokens,
     TYPE: tl.constexpr,
-    TARGET_TYPE: tl.constexpr,
+    TEACHER_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    BLOCK_TARGET_DIM: tl.constexpr,
+    BLOCK_TEACHER_DIM: tl.constexpr,
     SCORE_PRECISION: tl.constexpr,
     GRAD_PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
-    TARGET_ALIGN: tl.constexpr,
+    TEACHER_ALIGN: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -76,7 +76,7 @@ def tiles_by_key(
     kv_head = (tl.program_id(0) // key_blocks % kv_heads).to(tl.int64)
     row = table + pair * 16
     scale = tl.load(scales + pair * 2)
-    target_scale = tl.load(scales + pair * 2 + 1)
+    teacher_scale = tl.load(scales + pair * 2 + 1)
     o_dim = tl.arange(0, BLOCK_DIM)
     o_key = block * BLOCK_KEY + tl.arange(0, BLOCK_KEY)
     m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
@@ -84,7 +84,7 @@ def tiles_by_key(
     if CHUNK == 0:
         b_key = load_rows(key_base, o_key, m_key, key_stride, dim, BLOCK_DIM, ALIGN)
     repeat = heads // kv_heads
-    target_repeat = heads // target_kv_heads
+    teacher_repeat = heads // teacher_kv_heads
     b_key_grad = tl.zeros([BLOCK_KEY, BLOCK_DIM], dtype=SUM_TYPE)
     # summed over the queries of a tile: over its keys, sm_90 would run out of registers
     squares = tl.zeros([BLOCK_KEY], dtype=SUM_TYPE)
@@ -96,18 +96,26 @@ def tiles_by_key(
         last = min(tokens, (block * BLOCK_KEY // chunk_tokens + 1) * chunk_tokens)
     for turn in range(0, repeat):
         head = kv_head * repeat + turn
-        other_base, other_stride = head_base(row, 3, item, head // target_repeat, TARGET_TYPE)
+        teacher_key_base, teacher_key_stride = head_base(
+            row, 3, item, head // teacher_repeat, TEACHER_TYPE
+        )
         if CHUNK == 0:
-            b_target_key = load_rows(
-                other_base, o_key, m_key, other_stride, target_dim, BLOCK_TARGET_DIM, TARGET_ALIGN
+            b_teacher_key = load_rows(
+                teacher_key_base,
+                o_key,
+                m_key,
+                teacher_key_stride,
+                teacher_dim,
+                BLOCK_TEACHER_DIM,
+                TEACHER_ALIGN,
             )
         query_base, query_stride = head_base(row, 0, item, head, TYPE)
-        target_base, target_stride = head_base(row, 2, item, head, TARGET_TYPE)
+        teacher_query_base, teacher_query_stride = head_base(row, 2, item, head, TEACHER_TYPE)
         for start in range(first, last, BLOCK_QUERY):
             o_query = start + tl.arange(0, BLOCK_QUERY)
             m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
             if CHUNK > 0:
-                own = chunked_product(
+                student_scores = chunked_product(
                     query_base,
                     o_query,
                     m_query,
@@ -124,44 +132,44 @@ def tiles_by_key(
                     ALIGN,
                     SCORE_PRECISION,
                 )
-                target = chunked_product(
-                    target_base,
+                teacher_scores = chunked_product(
+                    teacher_query_base,
                     o_query,
                     m_query,
-                    target_stride,
-                    other_base,
+                    teacher_query_stride,
+                    teacher_key_base,
                     o_key,
                     m_key,
-                    other_stride,
-                    target_dim,
+                    teacher_key_stride,
+                    teacher_dim,
                     BLOCK_QUERY,
                     BLOCK_KEY,
                     CHUNK,
                     SUM_TYPE,
-                    TARGET_ALIGN,
+                    TEACHER_ALIGN,
                     SCORE_PRECISION,
                 )
-                tile = own * scale - target * target_scale
+                tile = student_scores * scale - teacher_scores * teacher_scale
             else:
                 b_query = load_rows(
                     query_base, o_query, m_query, query_stride, dim, BLOCK_DIM, ALIGN
                 )
-                b_target_query = load_rows(
-                    target_base,
+                b_teacher_query = load_rows(
+                    teacher_query_base,
                     o_query,
                     m_query,
-                    target_stride,
-                    target_dim,
-                    BLOCK_TARGET_DIM,
-                    TARGET_ALIGN,
+                    teacher_query_stride,
+                    teacher_dim,
+                    BLOCK_TEACHER_DIM,
+                    TEACHER_ALIGN,
                 )
                 tile = score_difference(
                     b_query,
                     b_key,
-                    b_target_query,
-                    b_target_key,
+                    b_teacher_query,
+                    b_teacher_key,
                     scale,
-                    target_scale,
+                    teacher_scale,
                     SCORE_PRECISION,
                 )
             if CAUSAL:
@@ -193,7 +201,7 @@ def tiles_by_key(
 
 
 @triton.jit
-def tiles_by_query(
+def _tiles_bwd_dq_kernel(
     table,
     scales,
     valid,
@@ -201,23 +209,23 @@ def tiles_by_query(
     batch,
     heads,
     kv_heads,
-    target_kv_heads,
+    teacher_kv_heads,
     tokens,
     dim,
-    target_dim,
+    teacher_dim,
     chunk_tokens,
     TYPE: tl.constexpr,
-    TARGET_TYPE: tl.constexpr,
+    TEACHER_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    BLOCK_TARGET_DIM: tl.constexpr,
+    BLOCK_TEACHER_DIM: tl.constexpr,
     SCORE_PRECISION: tl.constexpr,
     GRAD_PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
-    TARGET_ALIGN: tl.constexpr,
+    TEACHER_ALIGN: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -235,19 +243,25 @@ def tiles_by_query(
     head = (tl.program_id(0) // query_blocks % heads).to(tl.int64)
     row = table + pair * 16
     scale = tl.load(scales + pair * 2)
-    target_scale = tl.load(scales + pair * 2 + 1)
+    teacher_scale = tl.load(scales + pair * 2 + 1)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
     m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
     query_base, query_stride = head_base(row, 0, item, head, TYPE)
-    other_base, other_stride = head_base(row, 2, item, head, TARGET_TYPE)
+    teacher_query_base, teacher_query_stride = head_base(row, 2, item, head, TEACHER_TYPE)
     if CHUNK == 0:
         b_query = load_rows(query_base, o_query, m_query, query_stride, dim, BLOCK_DIM, ALIGN)
-        b_target_query = load_rows(
-            other_base, o_query, m_query, other_stride, target_dim, BLOCK_TARGET_DIM, TARGET_ALIGN
+        b_teacher_query = load_rows(
+            teacher_query_base,
+            o_query,
+            m_query,
+            teacher_query_stride,
+            teacher_dim,
+            BLOCK_TEACHER_DIM,
+            TEACHER_ALIGN,
         )
     key_base, key_stride = head_base(row, 1, item, head // (heads // kv_heads), TYPE)
-    target_base, target_stride = head_base(
-        row, 3, item, head // (heads // target_kv_heads), TARGET_TYPE
+    teacher_key_base, teacher_key_stride = head_base(
+        row, 3, item, head // (heads // teacher_kv_heads), TEACHER_TYPE
     )
     b_query_grad = tl.zeros([BLOCK_QUERY, BLOCK_DIM], dtype=SUM_TYPE)
     first = 0
@@ -260,7 +274,7 @@ def tiles_by_query(
         m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
         b_key = load_rows(key_base, o_key, m_key, key_stride, dim, BLOCK_DIM, ALIGN)
         if CHUNK > 0:
-            own = chunked_product(
+            student_scores = chunked_product(
                 query_base,
                 o_query,
                 m_query,
@@ -277,30 +291,42 @@ def tiles_by_query(
                 ALIGN,
                 SCORE_PRECISION,
             )
-            target = chunked_product(
-                other_base,
+            teacher_scores = chunked_product(
+                teacher_query_base,
                 o_query,
                 m_query,
-                other_stride,
-                target_base,
+                teacher_query_stride,
+                teacher_key_base,
                 o_key,
                 m_key,
-                target_stride,
-                target_dim,
+                teacher_key_stride,
+                teacher_dim,
                 BLOCK_QUERY,
                 BLOCK_KEY,
                 CHUNK,
                 SUM_TYPE,
-                TARGET_ALIGN,
+                TEACHER_ALIGN,
                 SCORE_PRECISION,
             )
-            tile = own * scale - target * target_scale
+            tile = student_scores * scale - teacher_scores * teacher_scale
         else:
-            b_target_key = load_rows(
-                target_base, o_key, m_key, target_stride, target_dim, BLOCK_TARGET_DIM, TARGET_ALIGN
+            b_teacher_key = load_rows(
+                teacher_key_base,
+                o_key,
+                m_key,
+                teacher_key_stride,
+                teacher_dim,
+                BLOCK_TEACHER_DIM,
+                TEACHER_ALIGN,
             )
             tile = score_difference(
-                b_query, b_key, b_target_query, b_target_key, scale, target_scale, SCORE_PRECISION
+                b_query,
+                b_key,
+                b_teacher_query,
+                b_teacher_key,
+                scale,
+                teacher_scale,
+                SCORE_PRECISION,
             )
         if CAUSAL:
             tile = tl.where(o_query[:, None] >= o_key[None, :], tile, 0.0)

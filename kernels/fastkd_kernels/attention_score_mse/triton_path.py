@@ -14,9 +14,9 @@ from ..common.attention_call import Call, type_constants
 from ..common.head_groups import Pair
 from ..common.launch import Launch, dot_precision, platform, power_of_two, product_dtype
 from ..common.tl_types import TYPES
-from .gram import Blocks, key_factors, query_factors, squared_norm, stack_factors
-from .gram_kernels import apply_factors, gram_matrices, scan_chunks
-from .triton_kernels import tiles_by_key, tiles_by_query
+from .gram import Gram, key_factors, query_factors, squared_norm, stack_factors
+from .gram_kernels import _gram_bwd_kernel, _gram_kernel, _scan_kernel
+from .triton_kernels import _tiles_bwd_dq_kernel, _tiles_fwd_kernel
 
 
 def tile_launch(
@@ -30,8 +30,8 @@ def tile_launch(
     Wide heads are read in pieces, so that only the student's width, of its gradient, counts. Blocks
     for half precision and heads of up to 128 were the fastest of eleven on an H100.
     """
-    block_dim, block_target = (power_of_two(dim) for dim in dims)
-    width = max(block_dim, block_target)
+    block_dim, block_teacher = (power_of_two(dim) for dim in dims)
+    width = max(block_dim, block_teacher)
     narrow = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
     # 64 rows or more make Hopper's and Blackwell's tensor cores take a product
     block = 64 if narrow and block_dim <= 128 else 32 if block_dim <= 128 else 16
@@ -43,7 +43,7 @@ def tile_launch(
         "BLOCK_QUERY": 2 * block if wide else block,
         "BLOCK_KEY": block,
         "BLOCK_DIM": block_dim,
-        "BLOCK_TARGET_DIM": block_target,
+        "BLOCK_TEACHER_DIM": block_teacher,
         # columns of one product of scores; 0 takes the whole head
         "CHUNK": 0 if whole else 16,
         "SCORE_PRECISION": dot_precision(True, on),
@@ -91,16 +91,16 @@ def gram_launch(
     return Launch(constants, num_warps=8 if columns == 64 and not few else 4, num_stages=1)
 
 
-def tile_types(dtype: torch.dtype, target_dtype: torch.dtype) -> dict[str, Any]:
+def tile_types(dtype: torch.dtype, teacher_dtype: torch.dtype) -> dict[str, Any]:
     """The type in which the difference of scores enters its second product."""
-    made = type_constants(dtype, target_dtype)
+    made = type_constants(dtype, teacher_dtype)
     return made | {"GRAD_TYPE": TYPES[product_dtype(dtype)]}
 
 
-def gram_types(dtype: torch.dtype, target_dtype: torch.dtype, difference: bool) -> dict[str, Any]:
+def gram_types(dtype: torch.dtype, teacher_dtype: torch.dtype, difference: bool) -> dict[str, Any]:
     """Rows enter the Gram products as they are, or wide where they are made or mixed."""
-    made = type_constants(dtype, target_dtype)
-    plain = not difference and dtype == target_dtype
+    made = type_constants(dtype, teacher_dtype)
+    plain = not difference and dtype == teacher_dtype
     return made | {"OPERAND": TYPES[dtype] if plain else made["SUM_TYPE"], "DIFFERENCE": difference}
 
 
@@ -144,7 +144,7 @@ def _tiles(call: Call, causal: bool, chunk: int, need_grad: bool) -> tuple[Tenso
     }
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     whole = one_launch(sizes["tokens"], launch)
-    tiles_by_key[(programs, count)](
+    _tiles_fwd_kernel[(programs, count)](
         call.table,
         call.scales,
         call.valid,
@@ -160,7 +160,7 @@ def _tiles(call: Call, causal: bool, chunk: int, need_grad: bool) -> tuple[Tenso
     )
     if need_grad and not whole:
         query_blocks = triton.cdiv(sizes["tokens"], blocks["BLOCK_QUERY"])
-        tiles_by_query[(query_blocks * sizes["batch"] * sizes["heads"], count)](
+        _tiles_bwd_dq_kernel[(query_blocks * sizes["batch"] * sizes["heads"], count)](
             call.table,
             call.scales,
             call.valid,
@@ -177,18 +177,22 @@ def _between_chunks(
     call: Call, chunk: int, query_grad: Tensor, key_grad: Tensor, need_grad: bool
 ) -> Tensor:
     """Squares of the entries whose key is in an earlier chunk; adds to the unit gradients."""
-    scale, target_scale = (column.view(-1, 1, 1, 1) for column in call.scales.unbind(1))
+    scale, teacher_scale = (column.view(-1, 1, 1, 1) for column in call.scales.unbind(1))
     difference = call.first.difference
     prefix = _scanned(_grams(call, 1, chunk), reverse=False)
-    own = _grams(call, 0, chunk)
+    query_grams = _grams(call, 0, chunk)
     squares = squared_norm(
-        _blocks(call, own), _blocks(call, prefix), scale, target_scale, difference
+        _split_grams(call, query_grams),
+        _split_grams(call, prefix),
+        scale,
+        teacher_scale,
+        difference,
     ).sum((1, 2, 3))
     if need_grad:
-        scales = (scale[..., None, None], target_scale[..., None, None], difference)
-        before = query_factors(_blocks(call, prefix), *scales)
+        scales = (scale[..., None, None], teacher_scale[..., None, None], difference)
+        before = query_factors(_split_grams(call, prefix), *scales)
         _apply(call, 0, chunk, stack_factors(before), None, query_grad)
-        after = key_factors(_blocks(call, _scanned(own, reverse=True)), *scales)
+        after = key_factors(_split_grams(call, _scanned(query_grams, reverse=True)), *scales)
         _apply(call, 1, chunk, stack_factors(after), None, key_grad)
     return squares
 
@@ -199,13 +203,13 @@ def gram_forward(
     """Squares `[pairs]` and the factors `[pairs, batch, groups, dim_s + dim_t, dim_s]`."""
     call = Call(pairs, key_mask, query_mask)
     tokens = call.sizes["tokens"]
-    query, key = (_blocks(call, _grams(call, side, tokens).squeeze(3)) for side in (0, 1))
-    scale, target_scale = (column.view(-1, 1, 1) for column in call.scales.unbind(1))
+    query, key = (_split_grams(call, _grams(call, side, tokens).squeeze(3)) for side in (0, 1))
+    scale, teacher_scale = (column.view(-1, 1, 1) for column in call.scales.unbind(1))
     difference = call.first.difference
-    squares = squared_norm(query, key, scale, target_scale, difference).sum((1, 2))
+    squares = squared_norm(query, key, scale, teacher_scale, difference).sum((1, 2))
     if not need_grad:
         return squares, call.new(0), call.new(0)
-    scales = (scale[..., None, None], target_scale[..., None, None], difference)
+    scales = (scale[..., None, None], teacher_scale[..., None, None], difference)
     to_query = stack_factors(query_factors(key, *scales))
     return squares, to_query, stack_factors(key_factors(query, *scales))
 
@@ -235,7 +239,7 @@ def _grams(call: Call, side: int, chunk: int) -> Tensor:
     tiles = sum(triton.cdiv(size, constants["BLOCK_COLUMN"]) for size in call.dims)
     chunks = triton.cdiv(sizes["tokens"], chunk)
     grams = call.new(call.count, sizes["batch"], groups, chunks, width, width)
-    gram_matrices[(tiles * tiles * sizes["batch"] * groups, call.count, chunks)](
+    _gram_kernel[(tiles * tiles * sizes["batch"] * groups, call.count, chunks)](
         call.table,
         call.scales,
         call.valid,
@@ -250,9 +254,9 @@ def _grams(call: Call, side: int, chunk: int) -> Tensor:
     return grams
 
 
-def _blocks(call: Call, grams: Tensor) -> Blocks:
-    own, other = slice(0, call.dims[0]), slice(call.dims[0], sum(call.dims))
-    return Blocks(grams[..., own, own], grams[..., own, other], grams[..., other, other])
+def _split_grams(call: Call, grams: Tensor) -> Gram:
+    first, second = slice(0, call.dims[0]), slice(call.dims[0], sum(call.dims))
+    return Gram(grams[..., first, first], grams[..., first, second], grams[..., second, second])
 
 
 def _scanned(grams: Tensor, *, reverse: bool) -> Tensor:
@@ -260,7 +264,7 @@ def _scanned(grams: Tensor, *, reverse: bool) -> Tensor:
     chunks, entries = grams.shape[3], grams.shape[4] * grams.shape[5]
     launch = scan_launch()
     programs = grams[:, :, :, 0, 0, 0].numel() * triton.cdiv(entries, launch.constants["BLOCK"])
-    scan_chunks[(programs,)](
+    _scan_kernel[(programs,)](
         grams,
         chunks,
         entries,
@@ -282,7 +286,7 @@ def _apply(
     row_blocks = triton.cdiv(sizes["tokens"], constants["BLOCK_ROW"])
     columns = triton.cdiv(sizes["dim"], constants["BLOCK_COLUMN"])
     heads = gradient.shape[2]
-    apply_factors[(columns * row_blocks * sizes["batch"] * heads, call.count)](
+    _gram_bwd_kernel[(columns * row_blocks * sizes["batch"] * heads, call.count)](
         call.table,
         call.scales,
         call.valid,

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ..checks import check_pairs, check_target
+from ..checks import check_pairs, check_teacher
 from ..types import AttentionState, TeacherLayers, TeacherWeights
 
 
-def weighted_targets(
+def weighted_teachers(
     student: Sequence[AttentionState],
     teacher: Sequence[TeacherLayers],
     weights: TeacherWeights | None,
@@ -37,8 +37,8 @@ def weighted_targets(
             f"teacher_weights has {len(weights)} entries for {len(student)} pairs; give each pair "
             "its weights, or None for an even average"
         )
-    targets = []
-    for pair, (own, entry) in enumerate(zip(student, teacher, strict=True)):
+    teachers = []
+    for pair, (student_state, entry) in enumerate(zip(student, teacher, strict=True)):
         name = f"teacher[{pair}]"
         several = isinstance(entry, (list, tuple)) and not isinstance(entry, AttentionState)
         layers: Sequence[Any] = entry if several else [entry]
@@ -46,10 +46,10 @@ def weighted_targets(
             raise ValueError(f"{name} is an empty list; give at least one AttentionState")
         for index, layer in enumerate(layers):
             layer_name = f"{name}[{index}]" if several else name
-            check_target(pair, own, layer_name, layer, first=student[0])
+            check_teacher(pair, student_state, layer_name, layer, first=student[0])
         given = None if weights is None else weights[pair]
-        targets.append(_joined(name, layers, _checked_weights(pair, given, len(layers))))
-    return targets
+        teachers.append(_joined(name, layers, _checked_weights(pair, given, len(layers))))
+    return teachers
 
 
 def _checked_weights(pair: int, given: Sequence[float] | None, layers: int) -> list[float]:

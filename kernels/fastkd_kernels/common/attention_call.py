@@ -26,7 +26,7 @@ class Call:
         self.count = len(pairs)
         self.dtype = accumulator(*first.tensors)
         self.table = pointer_table([list(column) for column in zip(*self.tensors, strict=True)])
-        scales = [[pair.scale, pair.target_scale] for pair in pairs]
+        scales = [[pair.scale, pair.teacher_scale] for pair in pairs]
         self.scales = to_device(scales, self.dtype, first.query)
         self.valid = _stacked_masks(first.query, key_mask, query_mask)
         batch, heads, tokens, dim = first.query.shape
@@ -34,17 +34,17 @@ class Call:
             "batch": batch,
             "heads": heads,
             "kv_heads": first.key.shape[1],
-            "target_kv_heads": first.target_key.shape[1],
+            "teacher_kv_heads": first.teacher_key.shape[1],
             "tokens": tokens,
             "dim": dim,
-            "target_dim": first.target_query.shape[-1],
+            "teacher_dim": first.teacher_query.shape[-1],
         }
-        self.dims = (dim, first.target_query.shape[-1])
-        self.dtypes = (first.query.dtype, first.target_query.dtype)
+        self.dims = (dim, first.teacher_query.shape[-1])
+        self.dtypes = (first.query.dtype, first.teacher_query.dtype)
         self.constants = {
             **type_constants(*self.dtypes),
             "ALIGN": self._alignment(0, 1),
-            "TARGET_ALIGN": self._alignment(2, 3),
+            "TEACHER_ALIGN": self._alignment(2, 3),
             "HAS_MASK": key_mask is not None or query_mask is not None,
         }
 
@@ -55,12 +55,12 @@ class Call:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.first.query.device)
 
 
-def type_constants(dtype: torch.dtype, target_dtype: torch.dtype) -> dict[str, Any]:
+def type_constants(dtype: torch.dtype, teacher_dtype: torch.dtype) -> dict[str, Any]:
     """The `tl.constexpr` types of a student and a teacher dtype."""
-    wide = torch.float64 in (dtype, target_dtype)
+    wide = torch.float64 in (dtype, teacher_dtype)
     return {
         "TYPE": TYPES[dtype],
-        "TARGET_TYPE": TYPES[target_dtype],
+        "TEACHER_TYPE": TYPES[teacher_dtype],
         "SUM_TYPE": TYPES[torch.float64 if wide else torch.float32],
     }
 

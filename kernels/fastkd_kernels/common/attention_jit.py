@@ -147,11 +147,11 @@ def both_tiles(
     HELD: tl.constexpr,
     MOVING: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    BLOCK_TARGET_DIM: tl.constexpr,
+    BLOCK_TEACHER_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     ALIGN: tl.constexpr,
-    TARGET_ALIGN: tl.constexpr,
+    TEACHER_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Scores of the student and of the teacher, `[HELD, MOVING]`, and the student's moving rows.
@@ -159,20 +159,20 @@ def both_tiles(
     Everything comes as a pair, student first: blocks of `held` rows, (base, stride) of the held and
     of the moving heads, and `sizes` (dim, scale). `held_at` and `moving_at` are offsets and mask.
     """
-    b_held, b_other = held
-    held_own, held_target = held_sides
-    moving_own, moving_target = moving_sides
-    own_size, target_size = sizes
-    dim, scale = own_size
-    target_dim, target_scale = target_size
-    base, stride = moving_own
-    b_moving = rows_at(base, stride, moving_at, dim, BLOCK_DIM, ALIGN, CHUNK)
-    own = score_tile(
-        b_held,
-        b_moving,
-        held_own,
+    b_held_student, b_held_teacher = held
+    held_student, held_teacher = held_sides
+    moving_student, moving_teacher = moving_sides
+    student_size, teacher_size = sizes
+    dim, scale = student_size
+    teacher_dim, teacher_scale = teacher_size
+    base, stride = moving_student
+    b_moving_student = rows_at(base, stride, moving_at, dim, BLOCK_DIM, ALIGN, CHUNK)
+    student_scores = score_tile(
+        b_held_student,
+        b_moving_student,
+        held_student,
         held_at,
-        moving_own,
+        moving_student,
         moving_at,
         dim,
         scale,
@@ -183,25 +183,27 @@ def both_tiles(
         ALIGN,
         PRECISION,
     )
-    base, stride = moving_target
-    b_target = rows_at(base, stride, moving_at, target_dim, BLOCK_TARGET_DIM, TARGET_ALIGN, CHUNK)
-    target = score_tile(
-        b_other,
-        b_target,
-        held_target,
+    base, stride = moving_teacher
+    b_moving_teacher = rows_at(
+        base, stride, moving_at, teacher_dim, BLOCK_TEACHER_DIM, TEACHER_ALIGN, CHUNK
+    )
+    teacher_scores = score_tile(
+        b_held_teacher,
+        b_moving_teacher,
+        held_teacher,
         held_at,
-        moving_target,
+        moving_teacher,
         moving_at,
-        target_dim,
-        target_scale,
+        teacher_dim,
+        teacher_scale,
         HELD,
         MOVING,
         CHUNK,
         SUM_TYPE,
-        TARGET_ALIGN,
+        TEACHER_ALIGN,
         PRECISION,
     )
-    return own, target, b_moving
+    return student_scores, teacher_scores, b_moving_student
 
 
 @triton.jit
@@ -238,14 +240,14 @@ def load_stats(stats, pair, item, head, batch, heads, tokens, o_query, STATS: tl
     m_row = o_query < tokens
     base = stat_base(stats, pair, item, head, batch, heads, tokens, STATS) + o_query
     step = stat_step(batch, heads, tokens)
-    max_own = tl.load(base, mask=m_row, other=0.0)
-    log_own = tl.load(base + step, mask=m_row, other=0.0)
-    max_target = tl.load(base + 2 * step, mask=m_row, other=0.0)
-    log_target = tl.load(base + 3 * step, mask=m_row, other=0.0)
-    constant = max_own * 0.0
+    max_student = tl.load(base, mask=m_row, other=0.0)
+    log_student = tl.load(base + step, mask=m_row, other=0.0)
+    max_teacher = tl.load(base + 2 * step, mask=m_row, other=0.0)
+    log_teacher = tl.load(base + 3 * step, mask=m_row, other=0.0)
+    constant = max_student * 0.0
     if STATS == 5:
         constant = tl.load(base + 4 * step, mask=m_row, other=0.0)
-    return max_own, log_own, max_target, log_target, constant
+    return max_student, log_student, max_teacher, log_teacher, constant
 
 
 @triton.jit

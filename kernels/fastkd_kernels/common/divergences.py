@@ -6,7 +6,7 @@ difference of sums has no digits left, so every value is a sum of terms that are
 each term of KL `p - t` is added, whose sum over the row is 0. With `r = log p - log t` and
 `e = expm1(-|r|)`, that difference is `-sign(r) max(p, t) e`, exact to a rounding of itself. With
 `m = share t + (1 - share) p`, the larger probability over `m` is `1 / (1 + w e)`, where `w` is
-`share` if `p` is the larger one and `1 - share` if `t` is.
+`teacher_share` if `p` is the larger one and `1 - share` if `t` is.
 """
 
 import torch
@@ -58,54 +58,58 @@ def _below(ratio: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _difference(
-    p: Tensor, t: Tensor, ratio: Tensor, exact: bool, place: Tensor, spare: Tensor
+    p: Tensor, t: Tensor, ratio: Tensor, exact: bool, out: Tensor, spare: Tensor
 ) -> Tensor:
-    """`p - t` in `place`; `spare` may be overwritten, and be `p` or `t`."""
+    """`p - t` in `out`; `spare` may be overwritten, and be `p` or `t`."""
     if not exact:
-        return torch.sub(p, t, out=place)
-    return _below(ratio, place).mul_(torch.maximum(p, t, out=spare)).copysign_(ratio)
+        return torch.sub(p, t, out=out)
+    return _below(ratio, out).mul_(torch.maximum(p, t, out=spare)).copysign_(ratio)
 
 
-def _over_mixture(ratio: Tensor, below: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def _over_mixture(ratio: Tensor, below: Tensor, teacher_share: float) -> tuple[Tensor, Tensor]:
     """Log of the larger probability over the mixture, and the mixture over that probability."""
-    parts = ratio.new_tensor([share, 1.0 - share])
-    weight, other = (torch.where(ratio > 0, parts[index], parts[1 - index]) for index in range(2))
+    parts = ratio.new_tensor([teacher_share, 1.0 - teacher_share])
+    weight, rest_weight = (
+        torch.where(ratio > 0, parts[index], parts[1 - index]) for index in range(2)
+    )
     # 1 + mixed; far from 1 that is small, and made of its parts
-    far = other.addcmul_(weight, ratio.abs().neg_().exp_())
+    far = rest_weight.addcmul_(weight, ratio.abs().neg_().exp_())
     mixed = weight.mul_(below)
     is_near = mixed > -0.5
     larger = torch.where(is_near, mixed.log1p(), far.log()).neg_()
     return larger, torch.where(is_near, mixed.add_(1.0), far)
 
 
-def _js(p: Tensor, t: Tensor, ratio: Tensor, share: float) -> Rows:
-    if share == 0.5:
+def _js(p: Tensor, t: Tensor, ratio: Tensor, teacher_share: float) -> Rows:
+    if teacher_share == 0.5:
         # the larger probability over the even mixture is 1 + tanh(|r| / 2)
         larger = ratio.abs().mul_(0.5).tanh_().log1p_()
     else:
-        larger, _ = _over_mixture(ratio, _below(ratio), share)
+        larger, _ = _over_mixture(ratio, _below(ratio), teacher_share)
     # each from `larger` itself: log p/m - r would be rounded by r, which may be hundreds
     over_teacher = larger - ratio.clamp(min=0.0)
     over_student = larger.add_(ratio.clamp_(max=0.0))
     weighted = torch.mul(p, over_student, out=ratio)
     mean = weighted.sum(-1, keepdim=True)
-    values = weighted.mul_(1.0 - share).addcmul_(t, over_teacher, value=share).sum(-1)
+    values = (
+        weighted.mul_(1.0 - teacher_share).addcmul_(t, over_teacher, value=teacher_share).sum(-1)
+    )
     # (1 - share) p (log p/m - KL(p | m))
-    return values, over_student.sub_(mean).mul_(p).mul_(1.0 - share)
+    return values, over_student.sub_(mean).mul_(p).mul_(1.0 - teacher_share)
 
 
-def _skew_kl(p: Tensor, t: Tensor, ratio: Tensor, share: float) -> Rows:
+def _skew_kl(p: Tensor, t: Tensor, ratio: Tensor, teacher_share: float) -> Rows:
     below = _below(ratio)
-    larger, rest = _over_mixture(ratio, below, share)
+    larger, rest = _over_mixture(ratio, below, teacher_share)
     # log t/m
     over_teacher = larger.sub_(ratio.clamp(min=0.0))
     # 1 - t/m
-    point = rest.reciprocal_().mul_(below).mul_(1.0 - share).copysign_(ratio)
+    point = rest.reciprocal_().mul_(below).mul_(1.0 - teacher_share).copysign_(ratio)
     difference = below.mul_(torch.maximum(p, t)).copysign_(ratio)
-    values = difference.mul_(1.0 - share).addcmul_(t, over_teacher).sum(-1)
+    values = difference.mul_(1.0 - teacher_share).addcmul_(t, over_teacher).sum(-1)
     mean = torch.mul(p, point, out=t).sum(-1, keepdim=True)
     # (1 - share) p (sum of p t/m - t/m)
-    return values, point.sub_(mean).mul_(p).mul_(1.0 - share)
+    return values, point.sub_(mean).mul_(p).mul_(1.0 - teacher_share)
 
 
 def _mse(student: Tensor, teacher: Tensor) -> Rows:

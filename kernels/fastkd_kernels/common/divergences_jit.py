@@ -111,20 +111,25 @@ def even_js_terms(p, t, ratio, difference):
 @triton.jit
 def mixture_terms(p, t, ratio, difference, shares, KIND: tl.constexpr, SMALL: tl.constexpr):
     """`divergence_terms` of "js" and "skew_kl" with any mixture."""
-    share, student_share = shares
+    teacher_share, student_share = shares
     student_larger = ratio > 0
     below = exp_minus_one(-tl.abs(ratio), SMALL)
     # the mixture over the larger probability is 1 + mixed; far from 1 it is made of its parts
-    weight = tl.where(student_larger, share, student_share)
-    other = tl.where(student_larger, student_share, share)
+    weight = tl.where(student_larger, teacher_share, student_share)
+    rest_weight = tl.where(student_larger, student_share, teacher_share)
     mixed = weight * below
-    far = other + weight * tl.exp(-tl.abs(ratio))
+    far = rest_weight + weight * tl.exp(-tl.abs(ratio))
     larger = -log_one_plus(mixed, far, SMALL)
     over_teacher = larger - tl.maximum(ratio, 0.0)
     if KIND == "js":
         over_student = larger + tl.minimum(ratio, 0.0)
         weighted = p * over_student
-        return share * t * over_teacher + student_share * weighted, weighted, over_student, p
+        return (
+            teacher_share * t * over_teacher + student_share * weighted,
+            weighted,
+            over_student,
+            p,
+        )
     else:
         # 1 - t/m
         point = student_share * below / tl.where(mixed > -0.5, 1.0 + mixed, far)
@@ -202,8 +207,8 @@ def add_mean(weights, values, tile_weight, weight, mean):
     safe = tl.where(tile_weight > 0.0, tile_weight, 1.0)
     tile_mean = tl.where(tile_weight > 0.0, tl.sum(weights * values, 1) / safe, mean)
     merged = weight + tile_weight
-    share = tl.where(merged > 0.0, tile_weight / tl.where(merged > 0.0, merged, 1.0), 0.0)
-    return tile_mean, share, tile_mean - mean
+    fraction = tl.where(merged > 0.0, tile_weight / tl.where(merged > 0.0, merged, 1.0), 0.0)
+    return tile_mean, fraction, tile_mean - mean
 
 
 @triton.jit
@@ -216,20 +221,20 @@ def add_divergence(f, g, seen, state):
     """
     max_f, sum_f, max_g, sum_g, mean, excess = state
     new_f, new_sum_f, weights, kept = add_exponentials(f, seen, max_f, sum_f)
-    new_g, new_sum_g, others, _ = add_exponentials(g, seen, max_g, sum_g)
+    new_g, new_sum_g, weights_g, _ = add_exponentials(g, seen, max_g, sum_g)
     d = tl.where(seen, g - f, 0.0)
     weight = sum_f * kept
     tile_weight = tl.sum(weights, 1)
-    tile_mean, share, step = add_mean(weights, d, tile_weight, weight, mean)
+    tile_mean, fraction, step = add_mean(weights, d, tile_weight, weight, mean)
     x = d - tile_mean[:, None]
     # e^f e^x from the exponentials that are there already
     factor = tl.exp(shift_of(new_g) - shift_of(new_f) - tile_mean)
-    terms = others * factor[:, None] - weights - weights * x
+    terms = weights_g * factor[:, None] - weights - weights * x
     if x.dtype != tl.float64:
         terms = tl.where(tl.abs(x) < 0.5, weights * exp_excess_series(x), terms)
     tile_excess = tl.sum(tl.where(seen, terms, 0.0), 1)
     # both parts now around the mean of all
-    behind = -share * step
+    behind = -fraction * step
     ahead = step + behind
     excess = kept * excess * tl.exp(behind) + weight * exp_excess(behind)
     excess += tile_excess * tl.exp(ahead) + tile_weight * exp_excess(ahead)
@@ -254,15 +259,15 @@ def add_expectation(f, g, seen, state):
     new_f, new_sum_f, weights, kept = add_exponentials(f, seen, max_f, sum_f)
     new_g, new_sum_g, _, _ = add_exponentials(g, seen, max_g, sum_g)
     values = tl.where(seen, g, 0.0)
-    _, share, step = add_mean(weights, values, tl.sum(weights, 1), sum_f * kept, mean)
-    return new_f, new_sum_f, new_g, new_sum_g, mean + share * step, excess
+    _, fraction, step = add_mean(weights, values, tl.sum(weights, 1), sum_f * kept, mean)
+    return new_f, new_sum_f, new_g, new_sum_g, mean + fraction * step, excess
 
 
 @triton.jit
 def state_of_sink(student, teacher, nothing, KIND: tl.constexpr):
     """The state of `add_divergence` for a row that has seen its sink alone.
 
-    f and g are the sides in the order in which `stream_rows` adds tiles of KIND.
+    f and g are the sides in the order in which `_fwd_kernel` adds tiles of KIND.
     """
     f = teacher
     g = student

@@ -25,10 +25,10 @@ class Pair(NamedTuple):
 
     query: Tensor
     key: Tensor
-    target_query: Tensor
-    target_key: Tensor
+    teacher_query: Tensor
+    teacher_key: Tensor
     scale: float
-    target_scale: float
+    teacher_scale: float
     student_softcap: float | None = None
     teacher_softcap: float | None = None
     student_sinks: Tensor | None = None
@@ -36,21 +36,21 @@ class Pair(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.query, self.key, self.target_query, self.target_key
+        return self.query, self.key, self.teacher_query, self.teacher_key
 
     @property
     def groups(self) -> int:
-        return math.lcm(self.key.shape[1], self.target_key.shape[1])
+        return math.lcm(self.key.shape[1], self.teacher_key.shape[1])
 
     @property
     def difference(self) -> bool:
         """Whether the difference form of the Gram algebra applies."""
-        return self.query.shape[-1] == self.target_query.shape[-1]
+        return self.query.shape[-1] == self.teacher_query.shape[-1]
 
 
-def state_shapes(own: AttentionState, target: AttentionState) -> tuple[object, ...]:
+def state_shapes(student: AttentionState, teacher: AttentionState) -> tuple[object, ...]:
     """What pairs must share to run in one call: shapes and dtypes of queries and keys."""
-    tensors = (own.query, own.key, target.query, target.key)
+    tensors = (student.query, student.key, teacher.query, teacher.key)
     return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
 
 
@@ -74,7 +74,7 @@ def head_groups(pair: Pair, dtype: torch.dtype, rows: int | None = None) -> Iter
     batch, heads, tokens, dim = pair.query.shape
     tokens = min(tokens, rows or tokens)
     groups = pair.groups
-    row = max(dim, pair.target_query.shape[-1]) * torch.finfo(dtype).bits // 8
+    row = max(dim, pair.teacher_query.shape[-1]) * torch.finfo(dtype).bits // 8
     fits = max(1, GROUP_BYTES // (heads // groups * tokens * row))
     # groups that add into one student key head stay together
     if fits >= groups or groups != pair.key.shape[1]:
@@ -148,8 +148,8 @@ class Sources(NamedTuple):
 
     query: Tensor
     key: Tensor
-    target_query: Tensor
-    target_key: Tensor
+    teacher_query: Tensor
+    teacher_key: Tensor
 
 
 def zeroed_sources(
@@ -162,12 +162,19 @@ def zeroed_sources(
     rows, keys = invalid_rows(query_mask, group, pair), invalid_keys(key_mask, group)
     queries = [
         zeroed(query_rows(tensor, group, pair, dtype).flatten(1, 2), rows)
-        for tensor in (pair.query, pair.target_query)
+        for tensor in (pair.query, pair.teacher_query)
     ]
     repeat = pair.query.shape[1] // pair.groups
-    own, target = (query.reshape(query.shape[0], repeat, -1, query.shape[-1]) for query in queries)
+    student_query, teacher_query = (
+        query.reshape(query.shape[0], repeat, -1, query.shape[-1]) for query in queries
+    )
     key = zeroed(key_rows(pair.key, group, pair, dtype), keys)
-    return Sources(own, key, target, zeroed(key_rows(pair.target_key, group, pair, dtype), keys))
+    return Sources(
+        student_query,
+        key,
+        teacher_query,
+        zeroed(key_rows(pair.teacher_key, group, pair, dtype), keys),
+    )
 
 
 def store_groups(out: Tensor, group: Group, value: Tensor) -> None:

@@ -150,13 +150,13 @@ def row_losses(
 
     def divisor(width: int, dtype: torch.dtype) -> Tensor:
         """One over the count; the squared distance of unit rows is twice the cosine distance."""
-        share = {"mse": width, "normalized_mse": 1, "cosine": 2}[kind]
-        if (share, dtype) not in divisors:
-            divisors[share, dtype] = inverse(rows * share, dtype, device)
-        return divisors[share, dtype]
+        entries = {"mse": width, "normalized_mse": 1, "cosine": 2}[kind]
+        if (entries, dtype) not in divisors:
+            divisors[entries, dtype] = inverse(rows * entries, dtype, device)
+        return divisors[entries, dtype]
 
     def loss_of(members: list[int]) -> Tensor:
-        own, target = [student[i] for i in members], [teacher[i] for i in members]
+        students, teachers = [student[i] for i in members], [teacher[i] for i in members]
         matrices = [weights[i] for i in members] if len(weights) > 1 else weights
         offsets = [biases[i] for i in members] if len(biases) > 1 else biases
         trained = [*matrices, *offsets]
@@ -164,21 +164,27 @@ def row_losses(
             len(matrices),
             len(offsets),
             mask,
-            divisor(target[0].shape[-1], accumulator(*own, *target, *trained)),
+            divisor(teachers[0].shape[-1], accumulator(*students, *teachers, *trained)),
             kind != "mse",
-            grad and any(tensor.requires_grad for tensor in own),
+            grad and any(tensor.requires_grad for tensor in students),
             grad and any(tensor.requires_grad for tensor in trained),
             backend,
-            *own,
-            *target,
+            *students,
+            *teachers,
             *trained,
         )
         return losses
 
     few = SAVED_TOGETHER if backend == "torch" else pairs
     keys = [
-        (pair // few, tuple(own.shape), own.dtype, tuple(target.shape), target.dtype)
-        for pair, (own, target) in enumerate(zip(student, teacher, strict=True))
+        (
+            pair // few,
+            tuple(student_state.shape),
+            student_state.dtype,
+            tuple(teacher_state.shape),
+            teacher_state.dtype,
+        )
+        for pair, (student_state, teacher_state) in enumerate(zip(student, teacher, strict=True))
     ]
     loss = by_shape(keys, loss_of)
     return loss if student[0].dtype == torch.float64 else loss.float()
@@ -238,14 +244,14 @@ def _fake(given: Named) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     student, weight, bias = given.student, given.weight, given.bias
     pairs, new = len(student), given.inverse_count.new_empty
     keeps = _keeps_rows(student[0], len(weight), given.need_weight_grad, given.backend)
-    batch, tokens, target_width = given.teacher[0].shape
+    batch, tokens, teacher_width = given.teacher[0].shape
     wants_weight = given.need_weight_grad and bool(weight) and not keeps
     return (
         new(pairs),
         new((pairs, *student[0].shape) if given.need_input_grad and not keeps else (0,)),
         new((pairs, *weight[0].shape) if wants_weight else (0,)),
         new((pairs, *bias[0].shape) if wants_weight and bias else (0,)),
-        new((pairs, batch * tokens, target_width) if keeps else (0,)),
+        new((pairs, batch * tokens, teacher_width) if keeps else (0,)),
     )
 
 

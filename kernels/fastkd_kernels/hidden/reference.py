@@ -22,8 +22,8 @@ def hidden_mse(
     if reduction == "tinybert":
         mask = None
     losses = []
-    for projected, target, valid in _pairs(student, teacher, weight, bias, mask, tokens):
-        losses.append(_mean(projected - target, valid, target.shape[-1]))
+    for projected, teacher_state, valid in _pairs(student, teacher, weight, bias, mask, tokens):
+        losses.append(_mean(projected - teacher_state, valid, teacher_state.shape[-1]))
     return torch.stack(losses)
 
 
@@ -38,8 +38,8 @@ def hidden_normalized_mse(
 ) -> Tensor:
     """Mean over tokens of `|u / |u| - v / |v||^2` (arXiv 1908.09355, eq. 7), one value a pair."""
     losses = []
-    for projected, target, valid in _pairs(student, teacher, weight, bias, mask, tokens):
-        losses.append(_mean(_unit(projected) - _unit(target), valid, 1))
+    for projected, teacher_state, valid in _pairs(student, teacher, weight, bias, mask, tokens):
+        losses.append(_mean(_unit(projected) - _unit(teacher_state), valid, 1))
     return torch.stack(losses)
 
 
@@ -72,19 +72,19 @@ def _pairs(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Projected student, teacher and valid tokens of each pair, first tokens alone for "cls"."""
     kept = slice(1) if tokens == "cls" else slice(None)
-    for pair, (own, target) in enumerate(zip(student, teacher, strict=True)):
+    for pair, (student_state, teacher_state) in enumerate(zip(student, teacher, strict=True)):
         matrix = weight if weight is None or isinstance(weight, Tensor) else weight[pair]
         offset = bias if bias is None or isinstance(bias, Tensor) else bias[pair]
-        projected = own[:, kept] if matrix is None else own[:, kept] @ matrix.mT
+        projected = student_state[:, kept] if matrix is None else student_state[:, kept] @ matrix.mT
         projected = projected if offset is None else projected + offset
-        yield projected, target[:, kept], None if mask is None else mask[:, kept]
+        yield projected, teacher_state[:, kept], None if mask is None else mask[:, kept]
 
 
-def _mean(difference: Tensor, valid: Tensor | None, share: int) -> Tensor:
-    """Sum of squares of valid rows, each of which counts `share` times."""
+def _mean(difference: Tensor, valid: Tensor | None, entries: int) -> Tensor:
+    """Sum of squares of valid rows, each of which counts `entries` times."""
     if valid is None:
-        return _mean_square(difference, difference.shape[0] * difference.shape[1] * share)
-    return _mean_square(difference.masked_fill(~valid[..., None], 0.0), valid.sum() * share)
+        return _mean_square(difference, difference.shape[0] * difference.shape[1] * entries)
+    return _mean_square(difference.masked_fill(~valid[..., None], 0.0), valid.sum() * entries)
 
 
 def _unit(rows: Tensor) -> Tensor:

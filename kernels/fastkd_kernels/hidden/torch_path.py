@@ -21,8 +21,8 @@ ZERO_NORM = 1e-12
 def keeps_rows(rows: int, width: int) -> bool:
     """Whether row gradients are kept for the backward, not their products with student and weight.
 
-    With fewer rows than student columns, row gradients `[rows, target_width]` take less memory than
-    one gradient of the weight `[target_width, width]`, and the products are made once, scaled.
+    With fewer rows than student columns, row gradients `[rows, teacher_width]` take less memory
+    than one gradient of the weight `[teacher_width, width]`, and products are made once, scaled.
     """
     return rows < width
 
@@ -45,44 +45,44 @@ def hidden_forward(
     mask they are those of the valid rows, followed by zeros.
     """
     pairs, (batch, tokens, width) = len(student), student[0].shape
-    rows, target_width = batch * tokens, teacher[0].shape[-1]
+    rows, teacher_width = batch * tokens, teacher[0].shape[-1]
     wants_weight = need_weight_grad and bool(weight)
     keep = wants_weight and keeps_rows(rows, width)
     need_input_grad, wants_weight = need_input_grad and not keep, wants_weight and not keep
     like = student[0].new_empty(0, dtype=dtype)
     new = like.new_empty if mask is None else like.new_zeros
     input_grad = new((pairs, rows, width) if need_input_grad else (0,))
-    row_grad = new((pairs, rows, target_width) if keep else (0,))
+    row_grad = new((pairs, rows, teacher_width) if keep else (0,))
     weight_grad = like.new_empty((pairs, *weight[0].shape) if wants_weight else (0,))
     bias_grad = like.new_zeros((pairs, *bias[0].shape) if wants_weight and bias else (0,))
     squares = []
     row_loss = _unit_difference if normalize else _difference
-    for pair, (own, target) in enumerate(zip(student, teacher, strict=True)):
+    for pair, (student_state, teacher_state) in enumerate(zip(student, teacher, strict=True)):
         matrix = weight[pair % len(weight)].to(dtype) if weight else None
         offset = bias[pair % len(bias)].to(dtype) if bias else None
         # without a projection the row gradient is the student's, and is made where that goes
         in_place = need_input_grad and matrix is None and mask is None
         total = like.new_zeros(())
         kept = 0
-        for chunk, first, last in _chunks(target, dtype):
+        for chunk, first, last in _chunks(teacher_state, dtype):
             valid = None if mask is None else mask[chunk]
-            source = _rows(own[chunk], valid).to(dtype)
-            place = None
+            source = _rows(student_state[chunk], valid).to(dtype)
+            out = None
             if keep:
-                place = row_grad[pair, kept : kept + source.shape[0]]
+                out = row_grad[pair, kept : kept + source.shape[0]]
                 kept += source.shape[0]
             elif in_place:
-                place = input_grad[pair, first:last]
-            made = source if matrix is None else _projected(source, matrix, offset, place)
-            if place is None:
-                place = torch.empty_like(made) if matrix is None else made
-            total += row_loss(made, _rows(target[chunk], valid), place)
+                out = input_grad[pair, first:last]
+            made = source if matrix is None else _projected(source, matrix, offset, out)
+            if out is None:
+                out = torch.empty_like(made) if matrix is None else made
+            total += row_loss(made, _rows(teacher_state[chunk], valid), out)
             if need_input_grad and not in_place:
-                _write(input_grad[pair, first:last], place, matrix, valid)
+                _write(input_grad[pair, first:last], out, matrix, valid)
             if wants_weight:
-                _add_product(weight_grad[pair], place, source, first == 0)
+                _add_product(weight_grad[pair], out, source, first == 0)
                 if bias:
-                    bias_grad[pair] += place.sum(0)
+                    bias_grad[pair] += out.sum(0)
         squares.append(total)
     if need_input_grad:
         input_grad = input_grad.view(pairs, batch, tokens, width)
@@ -107,8 +107,8 @@ def hidden_backward(
     weight_grad = row_grad.new_empty(len(weight), *weight[0].shape)
     bias_grad = row_grad.new_zeros((biases, row_grad.shape[-1]) if biases else (0,))
     valid_rows = []
-    for pair, own in enumerate(student):
-        source = _rows(own, mask).to(dtype)
+    for pair, student_state in enumerate(student):
+        source = _rows(student_state, mask).to(dtype)
         rows = row_grad[pair, : source.shape[0]]
         valid_rows.append(rows)
         index = pair % len(weight)
@@ -126,23 +126,23 @@ def hidden_backward(
     return input_grad.view(pairs, batch, tokens, width), weight_grad, bias_grad
 
 
-def _difference(source: Tensor, target: Tensor, place: Tensor) -> Tensor:
+def _difference(source: Tensor, teacher_state: Tensor, out: Tensor) -> Tensor:
     # R = H_s W^T + b - H_t
-    torch.sub(source, target, out=place)
-    return squared_sum(place)
+    torch.sub(source, teacher_state, out=out)
+    return squared_sum(out)
 
 
-def _unit_difference(source: Tensor, target: Tensor, place: Tensor) -> Tensor:
-    target = target.to(source.dtype)
+def _unit_difference(source: Tensor, teacher_state: Tensor, out: Tensor) -> Tensor:
+    teacher_state = teacher_state.to(source.dtype)
     inverse = _inverse_norm(source)
-    unit = torch.mul(source, inverse, out=place)
+    unit = torch.mul(source, inverse, out=out)
     # R = u - v with unit rows u, v, so that nothing cancels but what student and teacher share
-    residual = torch.addcmul(unit, target, _inverse_norm(target), value=-1)
+    residual = torch.addcmul(unit, teacher_state, _inverse_norm(teacher_state), value=-1)
     total = squared_sum(residual)
     # G = (R - (R u^T) u) / |H_s W^T + b|
     along = torch.linalg.vecdot(residual, unit).unsqueeze(-1)
-    torch.addcmul(residual, unit, along, value=-1, out=place)
-    place *= inverse
+    torch.addcmul(residual, unit, along, value=-1, out=out)
+    out *= inverse
     return total
 
 
@@ -153,12 +153,10 @@ def _inverse_norm(rows: Tensor) -> Tensor:
     return inverse
 
 
-def _projected(
-    source: Tensor, matrix: Tensor, offset: Tensor | None, place: Tensor | None
-) -> Tensor:
+def _projected(source: Tensor, matrix: Tensor, offset: Tensor | None, out: Tensor | None) -> Tensor:
     if offset is None:
-        return torch.mm(source, matrix.mT, out=place)
-    return torch.addmm(offset, source, matrix.mT, out=place)
+        return torch.mm(source, matrix.mT, out=out)
+    return torch.addmm(offset, source, matrix.mT, out=out)
 
 
 def _write(slot: Tensor, rows: Tensor, matrix: Tensor | None, valid: Tensor | None) -> None:
@@ -183,9 +181,11 @@ def _rows(part: Tensor, valid: Tensor | None) -> Tensor:
     return part.reshape(-1, part.shape[-1]) if valid is None else part[valid]
 
 
-def _chunks(target: Tensor, dtype: torch.dtype) -> Iterator[tuple[tuple[slice, slice], int, int]]:
+def _chunks(
+    teacher_state: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[tuple[slice, slice], int, int]]:
     """Slices of batch and tokens whose rows take about `CHUNK_BYTES`; their first and end row."""
-    batch, tokens, width = target.shape
+    batch, tokens, width = teacher_state.shape
     rows = max(1, CHUNK_BYTES // (width * torch.finfo(dtype).bits // 8))
     if rows >= tokens:
         step = rows // tokens

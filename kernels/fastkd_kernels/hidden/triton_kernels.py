@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 """Triton kernels of the losses on hidden states: projection, residual, both products.
 
-Sizes: `tokens`, `rows` (batch times tokens), `width` (student), `target_width` (teacher). One chunk
-of rows is `[first, last)`; its residual `R = H_s W^T + b - H_t` is `[pairs, chunk, target_width]`.
+Sizes: `tokens`, `rows` (batch times tokens), `width` of the student, `teacher_width`. One chunk of
+rows is `[first, last)`; its residual `R = H_s W^T + b - H_t` is `[pairs, chunk, teacher_width]`.
 Prefixes: `o_` offsets, `m_` mask, `b_` block of values.
 
 Row `pair` of `table` `[pairs, 9]` int64 holds the address and strides of batch and token of the
@@ -32,11 +32,11 @@ def token_rows(
 
 
 @triton.jit
-def weight_tile(row, o_out, target_width, o_in, width, TYPE: tl.constexpr, ALIGN: tl.constexpr):
+def weight_tile(row, o_out, teacher_width, o_in, width, TYPE: tl.constexpr, ALIGN: tl.constexpr):
     """Values `[out, in]` of the pair's weight."""
     base = tl.load(row + 6).to(tl.pointer_type(TYPE))
     starts = base + o_out.to(tl.int64) * tl.load(row + 7)
-    return load_wide(starts, o_out < target_width, o_in, width, ALIGN)
+    return load_wide(starts, o_out < teacher_width, o_in, width, ALIGN)
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def valid_rows(valid, o_row, last, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def residuals(
+def _fwd_kernel(
     table,
     valid,
     residual,
@@ -60,9 +60,9 @@ def residuals(
     rows,
     tokens,
     width,
-    target_width,
+    teacher_width,
     TYPE: tl.constexpr,
-    TARGET_TYPE: tl.constexpr,
+    TEACHER_TYPE: tl.constexpr,
     WEIGHT_TYPE: tl.constexpr,
     BIAS_TYPE: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -72,24 +72,24 @@ def residuals(
     BLOCK_SUM: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
-    TARGET_ALIGN: tl.constexpr,
+    TEACHER_ALIGN: tl.constexpr,
     WEIGHT_ALIGN: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_TARGET: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
     STORE: tl.constexpr,
 ):
     """One program: a block of the chunk's rows and of the teacher's columns.
 
     Writes `partials` `[pairs, row blocks, column blocks]` and, with STORE, `residual`
-    `[pairs, chunk, target_width]`, where masked rows are 0. Without HAS_TARGET, `residual` gets the
-    projected rows and `partials` nothing.
+    `[pairs, chunk, teacher_width]`, where masked rows are 0. Without HAS_TEACHER, `residual` gets
+    the projected rows and `partials` nothing.
     """
     # what the compiler cannot see of an argument: it is a multiple of this
-    target_width = target_width // TARGET_ALIGN * TARGET_ALIGN
+    teacher_width = teacher_width // TEACHER_ALIGN * TEACHER_ALIGN
     pair = tl.program_id(1).to(tl.int64)
-    column_blocks = tl.cdiv(target_width, BLOCK_COLUMN)
+    column_blocks = tl.cdiv(teacher_width, BLOCK_COLUMN)
     row_block = tl.program_id(0) // column_blocks
     column_block = tl.program_id(0) % column_blocks
     row = table + pair * 9
@@ -102,7 +102,7 @@ def residuals(
             o_in = start + tl.arange(0, BLOCK_SUM)
             b_rows = token_rows(row, o_row, m_row, tokens, o_in, width, TYPE, ALIGN)
             b_weight = weight_tile(
-                row, o_column, target_width, o_in, width, WEIGHT_TYPE, WEIGHT_ALIGN
+                row, o_column, teacher_width, o_in, width, WEIGHT_TYPE, WEIGHT_ALIGN
             )
             total += tl.dot(
                 b_rows.to(OPERAND), tl.trans(b_weight.to(OPERAND)), input_precision=PRECISION
@@ -111,26 +111,26 @@ def residuals(
         total = token_rows(row, o_row, m_row, tokens, o_column, width, TYPE, ALIGN).to(SUM_TYPE)
     if HAS_BIAS:
         bias = tl.load(row + 8).to(tl.pointer_type(BIAS_TYPE))
-        b_bias = tl.load(bias + o_column, mask=o_column < target_width, other=0.0)
+        b_bias = tl.load(bias + o_column, mask=o_column < teacher_width, other=0.0)
         total += b_bias.to(SUM_TYPE)[None, :]
-    if HAS_TARGET:
-        b_target = token_rows(
-            row + 3, o_row, m_row, tokens, o_column, target_width, TARGET_TYPE, TARGET_ALIGN
+    if HAS_TEACHER:
+        b_teacher = token_rows(
+            row + 3, o_row, m_row, tokens, o_column, teacher_width, TEACHER_TYPE, TEACHER_ALIGN
         )
         # R = H_s W^T + b - H_t
-        m_tile = m_row[:, None] & (o_column < target_width)[None, :]
-        total = tl.where(m_tile, total - b_target.to(SUM_TYPE), 0.0)
+        m_tile = m_row[:, None] & (o_column < teacher_width)[None, :]
+        total = tl.where(m_tile, total - b_teacher.to(SUM_TYPE), 0.0)
         all_blocks = tl.cdiv(rows, BLOCK_ROW)
         index = (pair * all_blocks + first // BLOCK_ROW + row_block) * column_blocks + column_block
         tl.store(partials + index, tl.sum(total * total))
     if STORE:
-        o_out = (pair * chunk + o_row - first)[:, None] * target_width + o_column[None, :]
-        m_out = (o_row < last)[:, None] & (o_column < target_width)[None, :]
+        o_out = (pair * chunk + o_row - first)[:, None] * teacher_width + o_column[None, :]
+        m_out = (o_row < last)[:, None] & (o_column < teacher_width)[None, :]
         tl.store(residual + o_out, total, mask=m_out)
 
 
 @triton.jit
-def input_gradient(
+def _bwd_dx_kernel(
     table,
     residual,
     gradient,
@@ -139,7 +139,7 @@ def input_gradient(
     chunk,
     rows,
     width,
-    target_width,
+    teacher_width,
     WEIGHT_TYPE: tl.constexpr,
     OPERAND: tl.constexpr,
     SUM_TYPE: tl.constexpr,
@@ -151,7 +151,7 @@ def input_gradient(
 ):
     """One program: a block of the chunk's rows and of the student's columns.
 
-    Reads `residual` `[pairs, chunk, target_width]`, writes `gradient` `[pairs, rows, width]`.
+    Reads `residual` `[pairs, chunk, teacher_width]`, writes `gradient` `[pairs, rows, width]`.
     """
     pair = tl.program_id(1).to(tl.int64)
     column_blocks = tl.cdiv(width, BLOCK_COLUMN)
@@ -159,13 +159,15 @@ def input_gradient(
     o_column = tl.program_id(0) % column_blocks * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
     m_row = o_row < last
     row = table + pair * 9
-    b_base = residual + (pair * chunk + o_row - first)[:, None] * target_width
+    b_base = residual + (pair * chunk + o_row - first)[:, None] * teacher_width
     total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
-    for start in range(0, target_width, BLOCK_SUM):
+    for start in range(0, teacher_width, BLOCK_SUM):
         o_out = start + tl.arange(0, BLOCK_SUM)
-        m_residual = m_row[:, None] & (o_out < target_width)[None, :]
+        m_residual = m_row[:, None] & (o_out < teacher_width)[None, :]
         b_residual = tl.load(b_base + o_out[None, :], mask=m_residual, other=0.0)
-        b_weight = weight_tile(row, o_out, target_width, o_column, width, WEIGHT_TYPE, WEIGHT_ALIGN)
+        b_weight = weight_tile(
+            row, o_out, teacher_width, o_column, width, WEIGHT_TYPE, WEIGHT_ALIGN
+        )
         # dH_s = R W
         total += tl.dot(b_residual.to(OPERAND), b_weight.to(OPERAND), input_precision=PRECISION)
     where = gradient + (pair * rows + o_row)[:, None] * width + o_column[None, :]
@@ -173,7 +175,7 @@ def input_gradient(
 
 
 @triton.jit
-def weight_gradient(
+def _bwd_dw_kernel(
     table,
     valid,
     residual,
@@ -184,7 +186,7 @@ def weight_gradient(
     chunk,
     tokens,
     width,
-    target_width,
+    teacher_width,
     TYPE: tl.constexpr,
     OPERAND: tl.constexpr,
     SUM_TYPE: tl.constexpr,
@@ -196,24 +198,24 @@ def weight_gradient(
     HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """One program: a tile of `gradient` `[pairs, target_width, width]` over the chunk's rows.
+    """One program: a tile of `gradient` `[pairs, teacher_width, width]` over the chunk's rows.
 
     Adds to what earlier chunks wrote. The programs of the first columns also sum `bias_gradient`
-    `[pairs, target_width]`.
+    `[pairs, teacher_width]`.
     """
     pair = tl.program_id(1).to(tl.int64)
     column_blocks = tl.cdiv(width, BLOCK_COLUMN)
     column_block = tl.program_id(0) % column_blocks
     o_out = tl.program_id(0) // column_blocks * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
     o_column = column_block * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
-    m_out = o_out < target_width
+    m_out = o_out < teacher_width
     row = table + pair * 9
     total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
     sums = tl.zeros([BLOCK_ROW], dtype=SUM_TYPE)
     for start in range(first, last, BLOCK_SUM):
         o_row = start + tl.arange(0, BLOCK_SUM)
         m_row = valid_rows(valid, o_row, last, HAS_MASK)
-        where = residual + (pair * chunk + o_row - first)[:, None] * target_width + o_out[None, :]
+        where = residual + (pair * chunk + o_row - first)[:, None] * teacher_width + o_out[None, :]
         b_residual = tl.load(where, mask=m_row[:, None] & m_out[None, :], other=0.0)
         b_rows = token_rows(row, o_row, m_row, tokens, o_column, width, TYPE, ALIGN)
         # dW = R^T H_s, db = R^T 1
@@ -222,14 +224,14 @@ def weight_gradient(
         )
         if HAS_BIAS:
             sums += tl.sum(b_residual.to(SUM_TYPE), 0)
-    where = gradient + (pair * target_width + o_out)[:, None] * width + o_column[None, :]
+    where = gradient + (pair * teacher_width + o_out)[:, None] * width + o_column[None, :]
     mask = m_out[:, None] & (o_column < width)[None, :]
     if first > 0:
         total += tl.load(where, mask=mask, other=0.0)
     tl.store(where, total, mask=mask)
     if HAS_BIAS:  # noqa: SIM102 - a compile-time and a run-time condition
         if column_block == 0:
-            bias = bias_gradient + pair * target_width + o_out
+            bias = bias_gradient + pair * teacher_width + o_out
             if first > 0:
                 sums += tl.load(bias, mask=m_out, other=0.0)
             tl.store(bias, sums, mask=m_out)
@@ -243,7 +245,7 @@ def inverse_norms(b_rows, ZERO_NORM: tl.constexpr):
 
 
 @triton.jit
-def unit_residuals(
+def _unit_fwd_kernel(
     table,
     valid,
     projected,
@@ -254,14 +256,14 @@ def unit_residuals(
     chunk,
     rows,
     tokens,
-    target_width,
+    teacher_width,
     TYPE: tl.constexpr,
-    TARGET_TYPE: tl.constexpr,
+    TEACHER_TYPE: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
     BLOCK_COLUMN: tl.constexpr,
     ALIGN: tl.constexpr,
-    TARGET_ALIGN: tl.constexpr,
+    TEACHER_ALIGN: tl.constexpr,
     ZERO_NORM: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -269,31 +271,31 @@ def unit_residuals(
 ):
     """One program: a few whole rows of the chunk.
 
-    Reads `projected` `[pairs, chunk, target_width]`, or the student without HAS_WEIGHT. Writes
+    Reads `projected` `[pairs, chunk, teacher_width]`, or the student without HAS_WEIGHT. Writes
     `partials` `[pairs, row blocks]` and, with STORE, row gradients `gradient`
-    `[pairs, chunk, target_width]`, where masked rows are 0.
+    `[pairs, chunk, teacher_width]`, where masked rows are 0.
     """
     # what the compiler cannot see of an argument: it is a multiple of this
-    target_width = target_width // TARGET_ALIGN * TARGET_ALIGN
+    teacher_width = teacher_width // TEACHER_ALIGN * TEACHER_ALIGN
     pair = tl.program_id(1).to(tl.int64)
     row = table + pair * 9
     o_row = first + tl.program_id(0) * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
     o_column = tl.arange(0, BLOCK_COLUMN)
     m_row = valid_rows(valid, o_row, last, HAS_MASK)
-    m_column = o_column < target_width
-    where = (pair * chunk + o_row - first)[:, None] * target_width + o_column[None, :]
+    m_column = o_column < teacher_width
+    where = (pair * chunk + o_row - first)[:, None] * teacher_width + o_column[None, :]
     if HAS_WEIGHT:
-        b_own = tl.load(projected + where, mask=m_row[:, None] & m_column[None, :], other=0.0)
+        b_student = tl.load(projected + where, mask=m_row[:, None] & m_column[None, :], other=0.0)
     else:
-        b_own = token_rows(row, o_row, m_row, tokens, o_column, target_width, TYPE, ALIGN)
-    b_own = b_own.to(SUM_TYPE)
-    b_target = token_rows(
-        row + 3, o_row, m_row, tokens, o_column, target_width, TARGET_TYPE, TARGET_ALIGN
+        b_student = token_rows(row, o_row, m_row, tokens, o_column, teacher_width, TYPE, ALIGN)
+    b_student = b_student.to(SUM_TYPE)
+    b_teacher = token_rows(
+        row + 3, o_row, m_row, tokens, o_column, teacher_width, TEACHER_TYPE, TEACHER_ALIGN
     ).to(SUM_TYPE)
-    inverse = inverse_norms(b_own, ZERO_NORM)[:, None]
-    unit = b_own * inverse
+    inverse = inverse_norms(b_student, ZERO_NORM)[:, None]
+    unit = b_student * inverse
     # R = u - v with unit rows u, v, so that nothing cancels but what student and teacher share
-    residual = unit - b_target * inverse_norms(b_target, ZERO_NORM)[:, None]
+    residual = unit - b_teacher * inverse_norms(b_teacher, ZERO_NORM)[:, None]
     index = pair * tl.cdiv(rows, BLOCK_ROW) + first // BLOCK_ROW + tl.program_id(0)
     tl.store(partials + index, tl.sum(residual * residual))
     if STORE:

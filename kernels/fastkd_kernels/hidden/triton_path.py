@@ -25,7 +25,7 @@ from ..common.launch import (
 from ..common.tensor_table import pointer_table, unit_stride
 from ..common.tl_types import TYPES
 from .torch_path import ZERO_NORM
-from .triton_kernels import input_gradient, residuals, unit_residuals, weight_gradient
+from .triton_kernels import _bwd_dw_kernel, _bwd_dx_kernel, _fwd_kernel, _unit_fwd_kernel
 
 WORKSPACE_BYTES = 32 << 20
 
@@ -43,9 +43,9 @@ def hidden_launch(dtypes: Sequence[torch.dtype], on: str = "cuda") -> Launch:
     return Launch(constants, num_warps=8, num_stages=3 if half else 2)
 
 
-def unit_launch(target_width: int) -> Launch:
-    """Blocks of `unit_residuals`: a few whole rows, so that each value is read once."""
-    columns = power_of_two(target_width)
+def unit_launch(teacher_width: int) -> Launch:
+    """Blocks of `_unit_fwd_kernel`: a few whole rows, so that each value is read once."""
+    columns = power_of_two(teacher_width)
     rows = min(64, max(1, 4096 // columns))
     constants: dict[str, int | str] = {"BLOCK_ROW": rows, "BLOCK_COLUMN": columns}
     return Launch(constants, num_warps=min(16, max(4, rows * columns // 512)), num_stages=1)
@@ -58,16 +58,16 @@ def hidden_chunk(rows: int, row_bytes: int, block_row: int) -> int:
 
 
 def hidden_types(
-    dtype: torch.dtype, target_dtype: torch.dtype, weight_dtype: torch.dtype | None
+    dtype: torch.dtype, teacher_dtype: torch.dtype, weight_dtype: torch.dtype | None
 ) -> tuple[dict[str, Any], torch.dtype]:
     """`tl.constexpr` types of the products, and the dtype of the residual's workspace."""
-    wide = torch.float64 in (dtype, target_dtype, weight_dtype)
+    wide = torch.float64 in (dtype, teacher_dtype, weight_dtype)
     total = torch.float64 if wide else torch.float32
     operand = dtype if weight_dtype in (None, dtype) and not wide else total
     kept = total if wide else product_dtype(operand)
     types = {
         "TYPE": TYPES[dtype],
-        "TARGET_TYPE": TYPES[target_dtype],
+        "TEACHER_TYPE": TYPES[teacher_dtype],
         "WEIGHT_TYPE": TYPES[weight_dtype or dtype],
         "OPERAND": TYPES[operand],
         "GRAD_OPERAND": TYPES[kept],
@@ -94,7 +94,7 @@ def hidden_forward(
     """
     pairs = len(student)
     batch, tokens, width = student[0].shape
-    target_width, rows = teacher[0].shape[-1], batch * tokens
+    teacher_width, rows = teacher[0].shape[-1], batch * tokens
     columns = _columns(student, teacher, weight, bias)
     table = pointer_table(columns)
     types, kept = hidden_types(
@@ -111,11 +111,11 @@ def hidden_forward(
 
     wants_weight = need_weight_grad and bool(weight)
     input_grad = new(*((pairs, batch, tokens, width) if need_input_grad else (0,)))
-    weight_grad = new(*((pairs, target_width, width) if wants_weight else (0,)))
-    bias_grad = new(*((pairs, target_width) if wants_weight and bias else (0,)))
-    target_blocks = triton.cdiv(target_width, block_column)
-    partials = new(pairs, triton.cdiv(rows, block_row) * target_blocks)
-    unit = unit_launch(target_width)
+    weight_grad = new(*((pairs, teacher_width, width) if wants_weight else (0,)))
+    bias_grad = new(*((pairs, teacher_width) if wants_weight and bias else (0,)))
+    teacher_blocks = triton.cdiv(teacher_width, block_column)
+    partials = new(pairs, triton.cdiv(rows, block_row) * teacher_blocks)
+    unit = unit_launch(teacher_width)
     unit_rows = int(unit.constants["BLOCK_ROW"])
     if normalize:
         partials = new(pairs, triton.cdiv(rows, unit_rows))
@@ -124,13 +124,13 @@ def hidden_forward(
     if weight and (store or normalize):
         # without a projection the residual is the student's gradient
         value_bytes = store * kept.itemsize + normalize * dtype.itemsize
-        chunk = hidden_chunk(rows, pairs * target_width * value_bytes, block_row)
-        residual = new(*((pairs, chunk, target_width) if store else (0,)), of=kept)
-        projected = new(*((pairs, chunk, target_width) if normalize else (0,)))
+        chunk = hidden_chunk(rows, pairs * teacher_width * value_bytes, block_row)
+        residual = new(*((pairs, chunk, teacher_width) if store else (0,)), of=kept)
+        projected = new(*((pairs, chunk, teacher_width) if normalize else (0,)))
     valid = new(0, of=torch.uint8) if mask is None else mask.to(torch.uint8).contiguous()
     aligns = {
         name: alignment(column)
-        for name, column in zip(("ALIGN", "TARGET_ALIGN", "WEIGHT_ALIGN"), columns, strict=False)
+        for name, column in zip(("ALIGN", "TEACHER_ALIGN", "WEIGHT_ALIGN"), columns, strict=False)
     }
     # both gradients of a projection, from the residual
     library = bool(weight) and library_products.takes(residual, weight[0], student[0])
@@ -141,7 +141,7 @@ def hidden_forward(
         span = {"first": first, "last": last, "chunk": chunk}
         row_blocks = triton.cdiv(last - first, block_row)
         if weight or not normalize:
-            residuals[(row_blocks * target_blocks, pairs)](
+            _fwd_kernel[(row_blocks * teacher_blocks, pairs)](
                 table,
                 valid,
                 projected if normalize else residual,
@@ -150,7 +150,7 @@ def hidden_forward(
                 rows=rows,
                 tokens=tokens,
                 width=width,
-                target_width=target_width,
+                teacher_width=teacher_width,
                 **types,
                 **exact,
                 **aligns,
@@ -158,12 +158,12 @@ def hidden_forward(
                 HAS_MASK=mask is not None,
                 HAS_WEIGHT=bool(weight),
                 HAS_BIAS=bool(bias),
-                HAS_TARGET=not normalize,
+                HAS_TEACHER=not normalize,
                 STORE=store or normalize,
                 **options,
             )
         if normalize:
-            unit_residuals[(triton.cdiv(last - first, unit_rows), pairs)](
+            _unit_fwd_kernel[(triton.cdiv(last - first, unit_rows), pairs)](
                 table,
                 valid,
                 projected,
@@ -172,13 +172,13 @@ def hidden_forward(
                 **span,
                 rows=rows,
                 tokens=tokens,
-                target_width=target_width,
+                teacher_width=teacher_width,
                 TYPE=types["TYPE"],
-                TARGET_TYPE=types["TARGET_TYPE"],
+                TEACHER_TYPE=types["TEACHER_TYPE"],
                 SUM_TYPE=types["SUM_TYPE"],
                 **unit.constants,
                 ALIGN=aligns["ALIGN"],
-                TARGET_ALIGN=aligns["TARGET_ALIGN"],
+                TEACHER_ALIGN=aligns["TEACHER_ALIGN"],
                 ZERO_NORM=ZERO_NORM,
                 HAS_MASK=mask is not None,
                 HAS_WEIGHT=bool(weight),
@@ -187,21 +187,21 @@ def hidden_forward(
                 num_stages=unit.num_stages,
             )
         if library and (need_input_grad or wants_weight):
-            part = _Part(residual[:, : last - first], first, last)
+            made_chunk = _Chunk(residual[:, : last - first], first, last)
             if need_input_grad:
-                _library_input_gradient(part, weight, input_grad)
+                _library_input_gradient(made_chunk, weight, input_grad)
             if wants_weight:
-                _library_weight_gradient(part, student, mask, weight_grad, bias_grad)
+                _library_weight_gradient(made_chunk, student, mask, weight_grad, bias_grad)
             continue
         if need_input_grad and weight:
-            input_gradient[(row_blocks * triton.cdiv(width, block_column), pairs)](
+            _bwd_dx_kernel[(row_blocks * triton.cdiv(width, block_column), pairs)](
                 table,
                 residual,
                 input_grad,
                 **span,
                 rows=rows,
                 width=width,
-                target_width=target_width,
+                teacher_width=teacher_width,
                 WEIGHT_TYPE=types["WEIGHT_TYPE"],
                 OPERAND=grad_operand,
                 SUM_TYPE=types["SUM_TYPE"],
@@ -210,8 +210,8 @@ def hidden_forward(
                 **options,
             )
         if wants_weight:
-            tiles = triton.cdiv(target_width, block_row) * triton.cdiv(width, block_column)
-            weight_gradient[(tiles, pairs)](
+            tiles = triton.cdiv(teacher_width, block_row) * triton.cdiv(width, block_column)
+            _bwd_dw_kernel[(tiles, pairs)](
                 table,
                 valid,
                 residual,
@@ -220,7 +220,7 @@ def hidden_forward(
                 **span,
                 tokens=tokens,
                 width=width,
-                target_width=target_width,
+                teacher_width=teacher_width,
                 TYPE=types["TYPE"],
                 OPERAND=grad_operand,
                 SUM_TYPE=types["SUM_TYPE"],
@@ -233,40 +233,40 @@ def hidden_forward(
     return partials.sum(1), input_grad, weight_grad, bias_grad, new(0)
 
 
-class _Part(NamedTuple):
-    """Residuals `[pairs, last - first, target_width]` of one chunk of rows."""
+class _Chunk(NamedTuple):
+    """Residuals `[pairs, last - first, teacher_width]` of one chunk of rows."""
 
     residual: Tensor
     first: int
     last: int
 
 
-def _library_input_gradient(part: _Part, weight: Sequence[Tensor], gradient: Tensor) -> None:
+def _library_input_gradient(chunk: _Chunk, weight: Sequence[Tensor], gradient: Tensor) -> None:
     """Fill the chunk's rows of `gradient` `[pairs, batch, tokens, width]`."""
-    rows = gradient.flatten(1, 2)[:, part.first : part.last]
+    rows = gradient.flatten(1, 2)[:, chunk.first : chunk.last]
     for pair, out in enumerate(rows):
         # dH_s = R W
-        library_products.multiply(part.residual[pair], weight[pair % len(weight)], out)
+        library_products.multiply(chunk.residual[pair], weight[pair % len(weight)], out)
 
 
 def _library_weight_gradient(
-    part: _Part,
+    chunk: _Chunk,
     student: Sequence[Tensor],
     mask: Tensor | None,
     gradient: Tensor,
     bias_gradient: Tensor,
 ) -> None:
-    """Fill `gradient` `[pairs, target_width, width]` and `bias_gradient`, or add a later chunk."""
-    add = part.first > 0
-    for pair, own in enumerate(student):
-        rows = own.flatten(0, 1)[part.first : part.last]
+    """Fill `gradient` `[pairs, teacher_width, width]` and `bias_gradient`, or add a later chunk."""
+    add = chunk.first > 0
+    for pair, students in enumerate(student):
+        rows = students.flatten(0, 1)[chunk.first : chunk.last]
         if mask is not None:
             # padding may hold NaN, and its residual is 0
-            rows = rows.masked_fill(~mask.flatten()[part.first : part.last, None], 0.0)
+            rows = rows.masked_fill(~mask.flatten()[chunk.first : chunk.last, None], 0.0)
         # dW = R^T H_s, db = R^T 1
-        library_products.multiply(part.residual[pair].mT, rows, gradient[pair], add=add)
+        library_products.multiply(chunk.residual[pair].mT, rows, gradient[pair], add=add)
     if bias_gradient.numel():
-        sums = part.residual.sum(1, dtype=bias_gradient.dtype)
+        sums = chunk.residual.sum(1, dtype=bias_gradient.dtype)
         bias_gradient.copy_(bias_gradient + sums if add else sums)
 
 
@@ -277,11 +277,13 @@ def _columns(
     bias: Sequence[Tensor],
 ) -> list[list[Tensor]]:
     """Student, teacher, weight and bias, one a pair; the student stands in for what is missing."""
-    own = [unit_stride(tensor) for tensor in student]
-    target = [unit_stride(tensor) for tensor in teacher]
-    pairs = range(len(own))
+    students = [unit_stride(tensor) for tensor in student]
+    teachers = [unit_stride(tensor) for tensor in teacher]
+    pairs = range(len(students))
     matrices = [
-        unit_stride(weight[pair % len(weight)]) if weight else own[pair][0] for pair in pairs
+        unit_stride(weight[pair % len(weight)]) if weight else students[pair][0] for pair in pairs
     ]
-    offsets = [unit_stride(bias[pair % len(bias)]) if bias else own[pair][0, 0] for pair in pairs]
-    return [own, target, matrices, offsets]
+    offsets = [
+        unit_stride(bias[pair % len(bias)]) if bias else students[pair][0, 0] for pair in pairs
+    ]
+    return [students, teachers, matrices, offsets]

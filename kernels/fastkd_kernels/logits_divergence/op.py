@@ -74,40 +74,40 @@ def logits_divergence(
         TypeError: something that is neither a head nor a float tensor, or no bool mask.
     """
     check_options(kind, temperature, beta, skew)
-    share = float(skew if kind == "skew_kl" else beta)
-    own, target = check_logits(student, teacher, kind, mask, labels)
-    device = own[0].device
-    dtype = accumulator(*own, *target)
+    teacher_share = float(skew if kind == "skew_kl" else beta)
+    student_side, teacher_side = check_logits(student, teacher, kind, mask, labels)
+    device = student_side[0].device
+    dtype = accumulator(*student_side, *teacher_side)
     chosen = resolve_backend(backend, device, dtype)
-    lead = own[0].shape[:2]
+    lead = student_side[0].shape[:2]
     mask = None if mask is None else mask.view(lead)
     labels = None if labels is None else labels.view(lead)
-    shared = min(_vocabulary(own), _vocabulary(target))
-    if len(target) == 1:
-        target = [target[0][..., :shared]]
+    shared = min(_vocabulary(student_side), _vocabulary(teacher_side))
+    if len(teacher_side) == 1:
+        teacher_side = [teacher_side[0][..., :shared]]
     else:
-        target = [target[0], *(tensor[:shared] for tensor in target[1:])]
+        teacher_side = [teacher_side[0], *(tensor[:shared] for tensor in teacher_side[1:])]
     counts: list[Tensor | int] = [lead.numel() if mask is None else mask.sum()]
     if labels is not None:
         counted = labels != -100
         counts.append((counted if mask is None else counted & mask).sum())
     grad = torch.is_grad_enabled()
     values: Tensor = _logits(
-        own,
-        target,
+        student_side,
+        teacher_side,
         mask,
         labels,
         torch.stack([inverse(count, dtype, device) for count in counts]),
         _mixed_kind(kind, beta, skew),
         float(temperature),
-        share,
+        teacher_share,
         float(temperature) ** 2 if scale_by_temperature else 1.0,
         shared,
-        grad and own[0].requires_grad,
-        grad and any(tensor.requires_grad for tensor in own[1:]),
+        grad and student_side[0].requires_grad,
+        grad and any(tensor.requires_grad for tensor in student_side[1:]),
         chosen,
     )[0]
-    if own[0].dtype != torch.float64:
+    if student_side[0].dtype != torch.float64:
         values = values.float()
     return values[0] if labels is None else (values[0], values[1])
 
@@ -140,7 +140,7 @@ def _forward(
     inverse_counts: Tensor,
     kind: str,
     temperature: float,
-    share: float,
+    teacher_share: float,
     scale: float,
     shared: int,
     need_states: bool,
@@ -148,7 +148,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses `[1 or 2]` and, without labels, the gradients of student states, weight and bias."""
-    how = Divergence(kind, temperature, share, scale, shared)
+    how = Divergence(kind, temperature, teacher_share, scale, shared)
     needs = (need_states and labels is None, need_weight and labels is None)
     sums, made = _sweep(backend, student, teacher, mask, labels, inverse_counts, how, *needs)
     return sums * inverse_counts, *made
@@ -178,7 +178,7 @@ def _backward(
     labels: Tensor,
     kind: str,
     temperature: float,
-    share: float,
+    teacher_share: float,
     scale: float,
     shared: int,
     need_states: bool,
@@ -186,7 +186,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `factors` times the two sums, from logits made once more."""
-    how = Divergence(kind, temperature, share, scale, shared)
+    how = Divergence(kind, temperature, teacher_share, scale, shared)
     needs = (need_states, need_weight)
     return _sweep(backend, student, teacher, mask, labels, factors, how, *needs)[1]
 

@@ -25,13 +25,16 @@ def logits_divergence(
     With `labels`, a pair: the divergence, and the cross-entropy of the student's whole vocabulary
     at temperature 1.
     """
-    own, target = logits_of(student), logits_of(teacher)
-    shared = min(own.shape[-1], target.shape[-1])
-    own_shared, target_shared = own[..., :shared] / temperature, target[..., :shared] / temperature
+    student_logits, teacher_logits = logits_of(student), logits_of(teacher)
+    shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    student_shared, teacher_shared = (
+        student_logits[..., :shared] / temperature,
+        teacher_logits[..., :shared] / temperature,
+    )
     if kind == "mse":
-        value = (own_shared - target_shared).square().mean(-1)
+        value = (student_shared - teacher_shared).square().mean(-1)
     else:
-        log_p, log_t = own_shared.log_softmax(-1), target_shared.log_softmax(-1)
+        log_p, log_t = student_shared.log_softmax(-1), teacher_shared.log_softmax(-1)
         value = row_divergence(log_p, log_t, kind, skew if kind == "skew_kl" else beta)
     if scale_by_temperature:
         value = value * temperature**2
@@ -39,7 +42,9 @@ def logits_divergence(
     divergence = _mean(value, valid)
     if labels is None:
         return divergence
-    hard = cross_entropy(own.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=-100)
+    hard = cross_entropy(
+        student_logits.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=-100
+    )
     return divergence, _mean(hard.view(labels.shape), valid & (labels != -100))
 
 

@@ -23,13 +23,13 @@ CHUNK_PART = 8
 class Divergence(NamedTuple):
     """What is computed of each row.
 
-    `share` is the teacher's part of the mixture; `scale` multiplies the value, not the
+    `teacher_share` is the teacher's part of the mixture; `scale` multiplies the value, not the
     cross-entropy; `shared` columns are compared.
     """
 
     kind: str
     temperature: float
-    share: float
+    teacher_share: float
     scale: float
     shared: int
 
@@ -67,18 +67,18 @@ def sweep(
         factors.new_zeros(student[1].shape if need_weight and student[1:] else (0,)),
         factors.new_zeros(student[2].shape if need_weight and student[2:] else (0,)),
     )
-    own, target = _cast(student, columns, dtype), _cast(teacher, how.shared, dtype)
+    student_side, teacher_side = _cast(student, columns, dtype), _cast(teacher, how.shared, dtype)
     sums = torch.zeros_like(factors)
     for rows in _chunks(student, mask, columns * dtype.itemsize):
-        place = (rows // tokens, rows % tokens)
-        values, gradient = _chunk(own, target, place, labels, factors, how)
+        at = (rows // tokens, rows % tokens)
+        values, gradient = _chunk(student_side, teacher_side, at, labels, factors, how)
         sums += values
         if need_states and not student[1:]:
-            made.states[..., :columns].index_put_(place, gradient)
+            made.states[..., :columns].index_put_(at, gradient)
         elif need_states:
-            made.states.index_put_(place, gradient @ own[1])
+            made.states.index_put_(at, gradient @ student_side[1])
         if made.weight.numel():
-            made.weight[:columns].addmm_(gradient.mT, states[place].to(dtype))
+            made.weight[:columns].addmm_(gradient.mT, states[at].to(dtype))
         if made.bias.numel():
             made.bias[:columns] += gradient.sum(0)
         # before the next chunk makes its own
@@ -100,9 +100,9 @@ def _cast(side: Sequence[Tensor], columns: int, dtype: torch.dtype) -> list[Tens
     return [side[0], *(tensor[:columns].to(dtype) for tensor in side[1:])]
 
 
-def _logits(side: list[Tensor], place: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """Logits `[rows, columns]` at `place`, in memory of their own."""
-    rows = side[0][place].to(dtype)
+def _logits(side: list[Tensor], at: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """Logits `[rows, columns]` at `at`, in memory of their own."""
+    rows = side[0][at].to(dtype)
     if len(side) == 1:
         return rows
     return torch.addmm(side[2], rows, side[1].mT) if side[2:] else rows @ side[1].mT
@@ -111,7 +111,7 @@ def _logits(side: list[Tensor], place: tuple[Tensor, Tensor], dtype: torch.dtype
 def _chunk(
     student: list[Tensor],
     teacher: list[Tensor],
-    place: tuple[Tensor, Tensor],
+    at: tuple[Tensor, Tensor],
     labels: Tensor | None,
     factors: Tensor,
     how: Divergence,
@@ -120,20 +120,20 @@ def _chunk(
     dtype, factor = factors.dtype, factors[0] * (how.scale / how.temperature)
     if labels is None:
         values, gradient = _row_divergence(
-            _logits(student, place, dtype).div_(how.temperature),
-            _logits(teacher, place, dtype).div_(how.temperature),
+            _logits(student, at, dtype).div_(how.temperature),
+            _logits(teacher, at, dtype).div_(how.temperature),
             how.kind,
-            how.share,
+            how.teacher_share,
         )
         return (values.sum() * how.scale)[None], gradient.mul_(factor)
-    logits = _logits(student, place, dtype)
+    logits = _logits(student, at, dtype)
     values, gradient = _row_divergence(
         logits[:, : how.shared] / how.temperature,
-        _logits(teacher, place, dtype).div_(how.temperature),
+        _logits(teacher, at, dtype).div_(how.temperature),
         how.kind,
-        how.share,
+        how.teacher_share,
     )
-    hard, total = _cross_entropy(logits, labels[place], factors[1])
+    hard, total = _cross_entropy(logits, labels[at], factors[1])
     total[:, : how.shared] += gradient.mul_(factor)
     return torch.stack([values.sum() * how.scale, hard]), total
 
@@ -151,10 +151,10 @@ def _cross_entropy(logits: Tensor, labels: Tensor, factor: Tensor) -> tuple[Tens
     return values.masked_fill(~counted, 0.0).sum(), gradient.mul_(factors[:, None])
 
 
-def _row_divergence(student: Tensor, teacher: Tensor, kind: str, share: float) -> Rows:
+def _row_divergence(student: Tensor, teacher: Tensor, kind: str, teacher_share: float) -> Rows:
     """`row_divergence` of logits over the temperature; "mse" is of these, a mean over columns."""
     if kind != "mse":
-        return row_divergence(student, teacher, kind, teacher_share=share)
+        return row_divergence(student, teacher, kind, teacher_share=teacher_share)
     student -= teacher
     values = torch.linalg.vector_norm(student, dim=-1).square() / student.shape[-1]
     return values, student.mul_(2.0 / student.shape[-1])

@@ -22,7 +22,7 @@ def matrix_block(matrix, o_row, m_row, o_column, m_column, step, TRANSPOSED: tl.
 
 
 @triton.jit
-def matrix_product(
+def _matmul_kernel(
     left,
     right,
     bias,
@@ -34,7 +34,7 @@ def matrix_product(
     left_rows,
     left_inner,
     right_columns,
-    part,
+    part_steps,
     left_step,
     right_step,
     out_step,
@@ -51,7 +51,7 @@ def matrix_product(
     HAS_MASK: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """One program: a block of rows and of columns of `out`, over `part` steps of the inner sum.
+    """One program: a block of rows and of columns of `out`, over `part_steps` of the inner sum.
 
     `out` `[parts, rows, columns]` is `left` `[rows, inner]` times `right` `[inner, columns]`, plus
     `bias` `[columns]`, plus what `out` holds with ADD. A transposed operand is stored as
@@ -75,8 +75,8 @@ def matrix_product(
     o_row = tl.program_id(0) % row_blocks * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
     o_column = tl.program_id(0) // row_blocks * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
     m_column = o_column < right_columns
-    begin = tl.program_id(1) * part * BLOCK_SUM
-    end = tl.minimum(begin + part * BLOCK_SUM, inner)
+    begin = tl.program_id(1) * part_steps * BLOCK_SUM
+    end = tl.minimum(begin + part_steps * BLOCK_SUM, inner)
     total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
     for start in range(begin, end, BLOCK_SUM):
         o_inner = start + tl.arange(0, BLOCK_SUM)
@@ -127,12 +127,12 @@ def softmax_base(start, columns, scale, SUM_TYPE: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def block_terms(
-    own_start,
-    target_start,
+    student_start,
+    teacher_start,
     o_column,
     m_column,
-    own_base,
-    target_base,
+    student_base,
+    teacher_base,
     scale,
     shares,
     shared,
@@ -142,14 +142,14 @@ def block_terms(
     EVEN: tl.constexpr,
 ):
     """`divergence_terms` of one block of a row; value and weighted are 0 where masked."""
-    b_own = tl.load(own_start + o_column, mask=m_column, other=0.0).to(SUM_TYPE)
-    b_target = tl.load(target_start + o_column, mask=m_column, other=0.0).to(SUM_TYPE)
+    b_student = tl.load(student_start + o_column, mask=m_column, other=0.0).to(SUM_TYPE)
+    b_teacher = tl.load(teacher_start + o_column, mask=m_column, other=0.0).to(SUM_TYPE)
     if KIND == "mse":
-        difference = tl.where(m_column, b_own - b_target, 0.0)
+        difference = tl.where(m_column, b_student - b_teacher, 0.0)
         return difference * difference / shared, difference, 2.0 * difference / shared, difference
     value, weighted, point, p = divergence_terms(
-        b_own * scale - own_base[0] - own_base[1],
-        b_target * scale - target_base[0] - target_base[1],
+        b_student * scale - student_base[0] - student_base[1],
+        b_teacher * scale - teacher_base[0] - teacher_base[1],
         shares,
         KIND,
         SMALL,
@@ -159,9 +159,9 @@ def block_terms(
 
 
 @triton.jit
-def logits_rows(
-    own,
-    target,
+def _row_kernel(
+    student,
+    teacher,
     labels,
     valid,
     scalars,
@@ -173,10 +173,10 @@ def logits_rows(
     tokens,
     columns,
     shared,
-    own_batch,
-    own_token,
-    target_batch,
-    target_token,
+    student_batch,
+    student_token,
+    teacher_batch,
+    teacher_token,
     gradient_first,
     gradient_columns,
     gradient_step,
@@ -185,8 +185,8 @@ def logits_rows(
     KIND: tl.constexpr,
     SMALL: tl.constexpr,
     EVEN: tl.constexpr,
-    OWN_STORED: tl.constexpr,
-    TARGET_STORED: tl.constexpr,
+    STUDENT_STORED: tl.constexpr,
+    TEACHER_STORED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     STORE: tl.constexpr,
@@ -200,19 +200,23 @@ def logits_rows(
     gradient.
     """
     row = first + tl.program_id(0)
-    own_start = row_start(own, row, first, tokens, own_batch, own_token, OWN_STORED)
-    target_start = row_start(target, row, first, tokens, target_batch, target_token, TARGET_STORED)
+    student_start = row_start(
+        student, row, first, tokens, student_batch, student_token, STUDENT_STORED
+    )
+    teacher_start = row_start(
+        teacher, row, first, tokens, teacher_batch, teacher_token, TEACHER_STORED
+    )
     compared, read = shared, columns
     if HAS_MASK:
         # nothing is read of a row that does not count
         counts = tl.load(valid + row) != 0
         compared, read = tl.where(counts, shared, 0), tl.where(counts, columns, 0)
     scale, shares = tl.load(scalars), (tl.load(scalars + 1), tl.load(scalars + 2))
-    own_base = (scale, scale)
-    target_base = (scale, scale)
+    student_base = (scale, scale)
+    teacher_base = (scale, scale)
     if KIND != "mse":
-        own_base = softmax_base(own_start, compared, scale, SUM_TYPE, BLOCK)
-        target_base = softmax_base(target_start, compared, scale, SUM_TYPE, BLOCK)
+        student_base = softmax_base(student_start, compared, scale, SUM_TYPE, BLOCK)
+        teacher_base = softmax_base(teacher_start, compared, scale, SUM_TYPE, BLOCK)
     CENTRED: tl.constexpr = KIND == "reverse_kl" or KIND == "js" or KIND == "skew_kl"
     value = tl.full([], 0.0, SUM_TYPE)
     mean = tl.full([], 0.0, SUM_TYPE)
@@ -220,12 +224,12 @@ def logits_rows(
         for begin in range(0, compared, BLOCK):
             o_column = begin + tl.arange(0, BLOCK)
             b_value, b_weighted, _, _ = block_terms(
-                own_start,
-                target_start,
+                student_start,
+                teacher_start,
                 o_column,
                 o_column < compared,
-                own_base,
-                target_base,
+                student_base,
+                teacher_base,
                 scale,
                 shares,
                 shared,
@@ -240,8 +244,8 @@ def logits_rows(
         label = tl.load(labels + row)
         counted = (label != -100) & (read > 0)
         inside = (label >= 0) & (label < read)
-        hard_maximum, hard_log = softmax_base(own_start, read, 1.0, SUM_TYPE, BLOCK)
-        picked = tl.load(own_start + label, mask=inside, other=float("nan")).to(SUM_TYPE)
+        hard_maximum, hard_log = softmax_base(student_start, read, 1.0, SUM_TYPE, BLOCK)
+        picked = tl.load(student_start + label, mask=inside, other=float("nan")).to(SUM_TYPE)
         hard = tl.where(counted, hard_maximum - picked + hard_log, 0.0)
         tl.store(values + rows + row, hard)
         if STORE:
@@ -255,12 +259,12 @@ def logits_rows(
             o_column = begin + tl.arange(0, BLOCK)
             m_column = o_column < compared
             b_value, _, b_point, b_p = block_terms(
-                own_start,
-                target_start,
+                student_start,
+                teacher_start,
                 o_column,
                 m_column,
-                own_base,
-                target_base,
+                student_base,
+                teacher_base,
                 scale,
                 shares,
                 shared,
@@ -276,8 +280,8 @@ def logits_rows(
             b_gradient = tl.where(m_column, b_point * factor, 0.0)
             if HAS_LABELS:
                 m_read = o_column < read
-                b_own = tl.load(own_start + o_column, mask=m_read, other=0.0).to(SUM_TYPE)
-                b_hard = tl.exp(b_own - hard_maximum - hard_log)
+                b_student = tl.load(student_start + o_column, mask=m_read, other=0.0).to(SUM_TYPE)
+                b_hard = tl.exp(b_student - hard_maximum - hard_log)
                 b_hard = tl.where(o_column == label, b_hard - 1.0, b_hard)
                 b_gradient += tl.where(m_read & counted, b_hard * hard_factor, 0.0)
             tl.store(out + o_column, b_gradient, mask=o_column < gradient_columns)

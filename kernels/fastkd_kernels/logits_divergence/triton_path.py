@@ -26,7 +26,7 @@ from ..common.launch import (
 from ..common.tensor_table import to_device, unit_stride
 from ..common.tl_types import TYPES
 from .torch_path import Divergence, Gradients, read_columns
-from .triton_kernels import logits_rows, matrix_product
+from .triton_kernels import _matmul_kernel, _row_kernel
 
 WORKSPACE_BYTES = 32 << 20
 
@@ -126,8 +126,10 @@ def _product(
             # what is in a row that does not count may be NaN, and its gradient is 0
             right = right.masked_fill(valid[:, None] == 0, 0.0)
         turned = (left.mT if left_transposed else left, right.mT if right_transposed else right)
-        own = turned[0][: out.shape[0], : turned[1].shape[0]]
-        library_products.multiply(own, turned[1], out[:, : turned[1].shape[1]], add=add, bias=bias)
+        student_side = turned[0][: out.shape[0], : turned[1].shape[0]]
+        library_products.multiply(
+            student_side, turned[1], out[:, : turned[1].shape[1]], add=add, bias=bias
+        )
         return
     rows, columns = out.shape
     inner = right.shape[1 if right_transposed else 0]
@@ -137,9 +139,9 @@ def _product(
     blocks = {name: size for name, size in launch.constants.items() if isinstance(size, int)}
     steps = triton.cdiv(inner, blocks["BLOCK_SUM"])
     grid = triton.cdiv(rows, blocks["BLOCK_ROW"]) * triton.cdiv(columns, blocks["BLOCK_COLUMN"])
-    parts, part = (1, steps) if add or bias is not None else inner_parts(grid, steps)
+    parts, length = (1, steps) if add or bias is not None else inner_parts(grid, steps)
     made = out if parts == 1 else out.new_empty(parts, rows, columns)
-    matrix_product[(grid, parts)](
+    _matmul_kernel[(grid, parts)](
         left,
         right,
         left if bias is None else bias,
@@ -150,7 +152,7 @@ def _product(
         inner,
         *(left.shape[::-1] if left_transposed else left.shape),
         right.shape[0 if right_transposed else 1],
-        part,
+        length,
         left.stride(0),
         right.stride(0),
         made.stride(-2),
@@ -210,19 +212,19 @@ def sweep(
     tokens = states.shape[1]
     rows = states.shape[0] * tokens
     columns = read_columns(student, labels, how)
-    own, target = _Side(student, columns, total), _Side(teacher, how.shared, total)
+    student_side, teacher_side = _Side(student, columns, total), _Side(teacher, how.shared, total)
 
     def new(*shape: int, of: torch.dtype = total) -> Tensor:
         return torch.empty(shape, dtype=of, device=states.device)
 
-    wants_weight = need_weight and own.stored
+    wants_weight = need_weight and student_side.stored
     made = Gradients(
         new(*(states.shape if need_states else (0,))),
         new(*(student[1].shape if wants_weight else (0,))),
         new(*(student[2].shape if wants_weight and student[2:] else (0,))),
     )
     # columns that are not compared have a gradient of 0
-    if own.stored:
+    if student_side.stored:
         made.weight[columns:].zero_()
         made.bias[columns:].zero_()
     else:
@@ -230,34 +232,36 @@ def sweep(
     store = need_states or wants_weight
     # what the gradient of the logits is multiplied in
     kept = total
-    if own.stored:
+    if student_side.stored:
         kept = product_dtype(operand_dtype(states.dtype, student[1].dtype, total))
     launch = row_launch(columns)
     chunk = rows
-    if own.stored or target.stored:
-        row_bytes = (own.stored * columns + target.stored * how.shared) * total.itemsize
-        weight_bytes = student[1].numel() * total.itemsize if own.stored else 0
+    if student_side.stored or teacher_side.stored:
+        row_bytes = (
+            student_side.stored * columns + teacher_side.stored * how.shared
+        ) * total.itemsize
+        weight_bytes = student[1].numel() * total.itemsize if student_side.stored else 0
         chunk = logits_chunk(rows, row_bytes, weight_bytes)
-    own_space = new(chunk if own.stored else 0, padded(columns))
-    target_space = new(chunk if target.stored else 0, padded(how.shared))
+    student_space = new(chunk if student_side.stored else 0, padded(columns))
+    teacher_space = new(chunk if teacher_side.stored else 0, padded(how.shared))
     # in the accumulator's dtype the gradient takes the place of the logits
-    space = own_space if kept == total or not store else new(chunk, padded(columns), of=kept)
+    space = student_space if kept == total or not store else new(chunk, padded(columns), of=kept)
     values = new(factors.numel(), rows)
     valid = None if mask is None else mask.to(torch.uint8).flatten()
     ids = None if labels is None else labels.flatten()
-    shares = (how.share, 1.0 - how.share)
+    shares = (how.teacher_share, 1.0 - how.teacher_share)
     numbers = [1 / how.temperature, *shares, how.scale, how.scale / how.temperature]
     scalars = to_device([numbers], total, states)
     for first in range(0, rows, chunk):
         last = min(first + chunk, rows)
-        gradient = space if own.stored else made.states
-        logits, target_logits = (
+        gradient = space if student_side.stored else made.states
+        logits, teacher_logits = (
             side.make(first, last, workspace)
-            for side, workspace in ((own, own_space), (target, target_space))
+            for side, workspace in ((student_side, student_space), (teacher_side, teacher_space))
         )
-        logits_rows[(last - first,)](
+        _row_kernel[(last - first,)](
             logits,
-            target_logits,
+            teacher_logits,
             values if ids is None else ids,
             values if valid is None else valid,
             scalars,
@@ -271,42 +275,46 @@ def sweep(
             how.shared,
             logits.stride(0),
             logits.stride(-2),
-            target_logits.stride(0),
-            target_logits.stride(-2),
-            first if own.stored else 0,
-            padded(columns) if own.stored else columns,
+            teacher_logits.stride(0),
+            teacher_logits.stride(-2),
+            first if student_side.stored else 0,
+            padded(columns) if student_side.stored else columns,
             gradient.shape[-1],
             SUM_TYPE=TYPES[total],
             **launch.constants,
             KIND=how.kind,
             SMALL=small(total),
-            EVEN=how.kind == "js" and how.share == 0.5,
-            OWN_STORED=own.stored,
-            TARGET_STORED=target.stored,
+            EVEN=how.kind == "js" and how.teacher_share == 0.5,
+            STUDENT_STORED=student_side.stored,
+            TEACHER_STORED=teacher_side.stored,
             HAS_MASK=valid is not None,
             HAS_LABELS=ids is not None,
             STORE=store,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
-        if own.stored and store:
-            part = None if valid is None else valid[first:last]
-            _apply(space[: last - first], own, first, part, made)
+        if student_side.stored and store:
+            counted = None if valid is None else valid[first:last]
+            _apply(space[: last - first], student_side, first, counted, made)
     return values.sum(1), made
 
 
-def _apply(gradient: Tensor, own: _Side, first: int, valid: Tensor | None, made: Gradients) -> None:
+def _apply(
+    gradient: Tensor, student_side: _Side, first: int, valid: Tensor | None, made: Gradients
+) -> None:
     """From the gradient of a chunk's logits to that of hidden states, weight and bias."""
     last = first + gradient.shape[0]
     if made.states.numel():
         out = made.states.view(-1, made.states.shape[-1])[first:last]
-        _product(gradient, own.weight, out, gradient.dtype)
+        _product(gradient, student_side.weight, out, gradient.dtype)
     if made.weight.numel():
-        out = made.weight[: own.columns]
-        rows = own.hidden[first:last]
+        out = made.weight[: student_side.columns]
+        rows = student_side.hidden[first:last]
         _product(
             gradient, rows, out, gradient.dtype, left_transposed=True, valid=valid, add=first > 0
         )
     if made.bias.numel():
-        part = gradient[:, : own.columns].sum(0, dtype=made.bias.dtype)
-        made.bias[: own.columns] = part if first == 0 else made.bias[: own.columns] + part
+        part = gradient[:, : student_side.columns].sum(0, dtype=made.bias.dtype)
+        made.bias[: student_side.columns] = (
+            part if first == 0 else made.bias[: student_side.columns] + part
+        )

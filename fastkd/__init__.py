@@ -2,6 +2,7 @@
 
 From Python: `distill`, `finetune`, `evaluate` and `inspect_layers` do what the commands of the same
 names do; `Distiller` is the loss for a loop of one's own; `fastkd.integrations` has the `Trainer`.
+`register_loss`, `register_layer_map` and `register_reader` take in what others write.
 Names are loaded when they are first used, so that `import fastkd` costs next to nothing.
 """
 
@@ -12,17 +13,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastkd.api import RunResult, distill, evaluate, finetune, inspect_layers
+    from fastkd.data.text import register_reader
     from fastkd.distiller import Distiller
     from fastkd.errors import Interrupted, LostRank, UserError
+    from fastkd.layer_map import LayerMap, Link, Progress, register_layer_map
+    from fastkd.losses import Batch, Captures, Loss, LossConfig, register_loss
     from fastkd.recipe import FinetuneRecipe, Recipe
 
     __version__: str
 
 __all__ = [
+    "Batch",
+    "Captures",
     "Distiller",
     "FinetuneRecipe",
     "Interrupted",
+    "LayerMap",
+    "Link",
+    "Loss",
+    "LossConfig",
     "LostRank",
+    "Progress",
     "Recipe",
     "RunResult",
     "UserError",
@@ -31,12 +42,18 @@ __all__ = [
     "evaluate",
     "finetune",
     "inspect_layers",
+    "register_layer_map",
+    "register_loss",
+    "register_reader",
 ]
 
 _MODULES = {
     "fastkd.api": ("RunResult", "distill", "evaluate", "finetune", "inspect_layers"),
+    "fastkd.data.text": ("register_reader",),
     "fastkd.distiller": ("Distiller",),
     "fastkd.errors": ("Interrupted", "LostRank", "UserError"),
+    "fastkd.layer_map": ("LayerMap", "Link", "Progress", "register_layer_map"),
+    "fastkd.losses": ("Batch", "Captures", "Loss", "LossConfig", "register_loss"),
     "fastkd.recipe": ("FinetuneRecipe", "Recipe"),
 }
 

@@ -18,7 +18,7 @@ import fastkd
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 SECTION = README.split("\n## From Python\n")[1].split("\n## ")[0]
-DISTIL, LOOP, TRAINER = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
+DISTIL, LOOP, TRAINER, LOSS, WITH_IT = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
 
 Names = dict[str, object]
 
@@ -70,3 +70,12 @@ def test_a_trainer(names: Names) -> None:
     after = AutoModel.from_pretrained("student").state_dict()
     key = "encoder.layer.0.output.dense.weight"
     assert after.keys() == before.keys() and not torch.equal(after[key], before[key])
+
+
+def test_a_loss_of_ones_own(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("lengths.py").write_text(LOSS, encoding="utf-8")
+    monkeypatch.syspath_prepend(Path.cwd())
+    execute(WITH_IT, names)
+    result = names["result"]
+    assert isinstance(result, fastkd.RunResult)
+    assert 0 < result.losses_after["lengths"] < result.losses_before["lengths"]

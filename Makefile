@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint format benchmark families soak clean
+.PHONY: setup demo check test lint format benchmark families soak clean
 
 setup: $(VENV)/.installed
 
@@ -16,6 +16,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup
 	HF_HUB_OFFLINE=1 $(BIN)/fastkd distill recipes/demo.yaml --resume
+
+# what to run while writing: every test that is not slow, see tests/conftest.py
+check: setup lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal -m "not slow"
 
 test: setup lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope

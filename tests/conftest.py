@@ -1,10 +1,17 @@
-"""Set what must be set before torch, triton or transformers are imported."""
+"""Set what must be set before torch, triton or transformers are imported; tell slow tests apart."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import pytest
 import torch
 
 # triton reads TRITON_INTERPRET once, when it is imported; transformers and deepspeed import it too
@@ -13,3 +20,101 @@ if not torch.cuda.is_available():
 
 # tiny tensors on few cores: threads would mostly wait for each other
 torch.set_num_threads(1)
+
+# a test that gets to one of these, also through its fixtures, starts processes of its own
+STARTERS = {
+    "run_command",
+    "run_script",
+    "start_ranks",
+    "Launcher",
+    "run_study",
+    "subprocess",
+    "multiprocessing",
+}
+# files of kernels, models and fuzz that take minutes; a test that is slow alone has the mark
+SLOW_FILES = {
+    "test_capture_traits",
+    "test_conditioning",
+    "test_export_poolers",
+    "test_export_sentences",
+    "test_families",
+    "test_fuzz_files",
+    "test_fuzz_recipes",
+    "test_kernels_attention_caps",
+    "test_kernels_attention_caps_compile",
+    "test_kernels_attention_caps_triton",
+    "test_kernels_attention_divergence",
+    "test_kernels_attention_divergence_ops",
+    "test_kernels_attention_divergence_triton",
+    "test_kernels_attention_score_mse",
+    "test_kernels_compile",
+    "test_kernels_extremes",
+    "test_kernels_hidden_cosine",
+    "test_kernels_hidden_ops",
+    "test_kernels_hidden_triton",
+    "test_kernels_logits_divergence",
+    "test_kernels_logits_divergence_ops",
+    "test_kernels_logits_divergence_triton",
+    "test_kernels_logits_ends",
+    "test_kernels_properties",
+    "test_kernels_relation_divergence",
+    "test_kernels_triton",
+    "test_kernels_weighted_teacher",
+    "test_models_hostile",
+    "test_pages",
+    "test_similarity_models",
+    "test_study_real",
+}
+# CPU seconds that a test without the mark may take in its own process
+LIMIT = 10.0
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where slow tests are left out, their files aren't even imported."""
+    left_out = config.option.markexpr == "not slow" and collection_path.stem in SLOW_FILES
+    return True if left_out else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make check` leaves out."""
+    for item in items:
+        if item.path.stem in SLOW_FILES or _starts_processes(item):
+            item.add_marker(pytest.mark.slow)
+
+
+def _starts_processes(item: pytest.Item) -> bool:
+    fixtures: Any = getattr(item, "_fixtureinfo", None)
+    named = fixtures.name2fixturedefs.values() if fixtures is not None else ()
+    functions = [definition.func for definitions in named for definition in definitions]
+    return _reaches([getattr(item, "function", None), *functions])
+
+
+def _reaches(functions: list[Any]) -> bool:
+    """Whether functions name a starter, or one of the tests' own functions that does."""
+    seen: set[Any] = set()
+    while functions:
+        function = functions.pop()
+        if not isinstance(function, FunctionType) or function in seen:
+            continue
+        seen.add(function)
+        names = {*function.__code__.co_names}
+        if names & STARTERS:
+            return True
+        functions += [
+            found
+            for name in names
+            if (found := function.__globals__.get(name)) is not None
+            and os.sep + "tests" + os.sep
+            in getattr(getattr(found, "__code__", None), "co_filename", "")
+        ]
+    return False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that takes long and doesn't say so."""
+    began = time.process_time()
+    yield
+    took = time.process_time() - began
+    if took > LIMIT and item.get_closest_marker("slow") is None:
+        pytest.fail(f"{took:.0f} CPU seconds: mark it slow, or make it quick")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from fastkd_kernels import attention_divergence, attention_score_mse
+from fastkd_kernels import AttentionReduction, attention_divergence, attention_score_mse
 from pydantic import model_validator
 from torch import Tensor
 
@@ -45,6 +45,9 @@ class AttentionLoss(Loss):
         """What both models' scores are divided by before the softmax."""
         temperature_schedule: Schedule | None = None
         """Factor on it over the run; not any where not given. Held-out losses have the first."""
+        mean_over: AttentionReduction = "tokens"
+        """A mean over all tokens of a step that are no padding, or over its sequences of the mean
+        of each, as MiniLMv2's own code has it."""
         layer_map: Layers | None = None
         """Mapping of this term; the recipe's where not given."""
 
@@ -52,6 +55,11 @@ class AttentionLoss(Loss):
         def _consistent(self) -> Self:
             no_softmax = "score_mse has no softmax" if self.kind == "score_mse" else None
             check_temperatures(self.temperature, self.temperature_schedule, no_softmax)
+            if self.kind == "score_mse" and self.mean_over != "tokens":
+                raise ValueError(
+                    f"mean_over is {self.mean_over}, but score_mse is a mean over query-key pairs; "
+                    "leave it out, or give another kind"
+                )
             return self
 
     config: Config
@@ -94,7 +102,9 @@ class AttentionLoss(Loss):
 
     @property
     def mean_over(self) -> Divisor:  # type: ignore[override]
-        return "pairs" if self.config.kind == "score_mse" else "rows"
+        if self.config.kind == "score_mse":
+            return "pairs"
+        return "rows" if self.config.mean_over == "tokens" else "examples"
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         """Losses [links], fp32."""
@@ -135,6 +145,7 @@ class AttentionLoss(Loss):
                 query_mask=batch.mask,
                 causal=self.shared.pair.causal,
                 window=window,
+                reduction=self.config.mean_over,
             )
 
         return by_window(self, student, teacher, divergence)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, Self
 
 import torch
-from fastkd_kernels import relation_divergence
+from fastkd_kernels import AttentionReduction, relation_divergence
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -53,6 +53,9 @@ class RelationsLoss(Loss):
         """What the relations are divided by before the softmax."""
         temperature_schedule: Schedule | None = None
         """Factor on it over the run; not any where not given. Held-out losses have the first."""
+        mean_over: AttentionReduction = "tokens"
+        """A mean over all tokens of a step that are no padding, or over its sequences of the mean
+        of each, as MiniLMv2's own code has it."""
         layer_map: Layers | None = None
         """Mapping of this term; the recipe's where not given."""
 
@@ -68,7 +71,6 @@ class RelationsLoss(Loss):
 
     config: Config
     captures = Captures(attention=True)
-    mean_over: Divisor = "rows"
 
     def __init__(
         self, name: str, config: LossConfig, layer_map: LayerMap | None, shared: Shared
@@ -93,6 +95,10 @@ class RelationsLoss(Loss):
             traits,
             f"give losses.attention the kind score_mse, and leave losses.{name} out",
         )
+
+    @property
+    def mean_over(self) -> Divisor:  # type: ignore[override]
+        return "rows" if self.config.mean_over == "tokens" else "examples"
 
     @property
     def matches(self) -> tuple[LossInfo, ...]:
@@ -127,6 +133,7 @@ class RelationsLoss(Loss):
                     query_mask=batch.mask,
                     causal=self.shared.pair.causal,
                     window=window,
+                    reduction=self.config.mean_over,
                 )
 
             losses.append(by_window(self, student, teacher, divergence))

@@ -258,8 +258,8 @@ def _library_weight_gradient(
 ) -> None:
     """Fill `gradient` `[pairs, teacher_width, width]` and `bias_gradient`, or add a later chunk."""
     add = chunk.first > 0
-    for pair, students in enumerate(student):
-        rows = students.flatten(0, 1)[chunk.first : chunk.last]
+    for pair, student_state in enumerate(student):
+        rows = student_state.flatten(0, 1)[chunk.first : chunk.last]
         if mask is not None:
             # padding may hold NaN, and its residual is 0
             rows = rows.masked_fill(~mask.flatten()[chunk.first : chunk.last, None], 0.0)

@@ -126,9 +126,9 @@ def _product(
             # what is in a row that does not count may be NaN, and its gradient is 0
             right = right.masked_fill(valid[:, None] == 0, 0.0)
         turned = (left.mT if left_transposed else left, right.mT if right_transposed else right)
-        student_side = turned[0][: out.shape[0], : turned[1].shape[0]]
+        trimmed = turned[0][: out.shape[0], : turned[1].shape[0]]
         library_products.multiply(
-            student_side, turned[1], out[:, : turned[1].shape[1]], add=add, bias=bias
+            trimmed, turned[1], out[:, : turned[1].shape[1]], add=add, bias=bias
         )
         return
     rows, columns = out.shape

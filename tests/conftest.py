@@ -33,6 +33,7 @@ STARTERS = {
 }
 # files of kernels, models and fuzz that take minutes; a test that is slow alone has the mark
 SLOW_FILES = {
+    "test_capture",
     "test_capture_traits",
     "test_conditioning",
     "test_export_poolers",

@@ -12,11 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastkd.api import RunResult, distill, evaluate, finetune, inspect_layers
+    from fastkd.api import RunResult, distill, evaluate, finetune
     from fastkd.data.text import register_reader
     from fastkd.distiller import Distiller
     from fastkd.errors import Interrupted, LostRank, UserError
     from fastkd.layer_map import LayerMap, Link, Progress, register_layer_map
+    from fastkd.layer_similarity import inspect_layers
     from fastkd.losses import Batch, Captures, Loss, LossConfig, register_loss
     from fastkd.recipe import FinetuneRecipe, Recipe
 
@@ -48,11 +49,12 @@ __all__ = [
 ]
 
 _MODULES = {
-    "fastkd.api": ("RunResult", "distill", "evaluate", "finetune", "inspect_layers"),
+    "fastkd.api": ("RunResult", "distill", "evaluate", "finetune"),
     "fastkd.data.text": ("register_reader",),
     "fastkd.distiller": ("Distiller",),
     "fastkd.errors": ("Interrupted", "LostRank", "UserError"),
     "fastkd.layer_map": ("LayerMap", "Link", "Progress", "register_layer_map"),
+    "fastkd.layer_similarity": ("inspect_layers",),
     "fastkd.losses": ("Batch", "Captures", "Loss", "LossConfig", "register_loss"),
     "fastkd.recipe": ("FinetuneRecipe", "Recipe"),
 }

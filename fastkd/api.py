@@ -1,4 +1,4 @@
-"""What the commands do, as functions: `distill`, `finetune`, `evaluate`, `inspect_layers`.
+"""What the commands do, as functions: `distill`, `finetune`, `evaluate`.
 
 They read the same recipes, write the same folders and say the same lines, to the same numbers. What
 the command line turns into a line and an exit code is an exception here: `UserError` for what the
@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.errors import UserError
 from fastkd.head_spec import TASK_HEAD
-from fastkd.layer_similarity import Similarity, inspect_models
-from fastkd.losses.comparable import DivergenceKind
 from fastkd.models import read_model
 from fastkd.recipe import (
     AnyRecipe,
@@ -42,9 +40,8 @@ from fastkd.training.evaluate import Evaluation, evaluate_run
 from fastkd.training.loop import run_recipe
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.session import quietened, session
-from fastkd.types import Head
+from fastkd.types import AnyPath, Head
 
-AnyPath: TypeAlias = "str | os.PathLike[str]"
 OnStep = Callable[[int, dict[str, Any]], None]
 OnEvaluate = Callable[[int, Evaluation], None]
 
@@ -186,43 +183,6 @@ def evaluate(
         found = evaluate_run(folder, given, ranks)
         print_evaluation(found.as_dict(), reporter)
     return found
-
-
-def inspect_layers(
-    teacher: AnyPath,
-    student: AnyPath,
-    data: AnyPath | Sequence[AnyPath],
-    *,
-    kind: DivergenceKind = "js",
-    blocks: int = 64,
-    block_size: int = 128,
-    batch_size: int = 8,
-) -> Similarity:
-    """Measure how alike all layers of two models are on text, as `fastkd inspect` does.
-
-    Args:
-        teacher: hub name, folder, or `package:NAME/FOLDER`; its tokenizer reads the text.
-        student: likewise; the `student` folder of a run is one.
-        data: files, folders, globs or names, as in `data.train` of a recipe.
-        kind: divergence of attention probabilities.
-        blocks: how much text is read, in blocks.
-        block_size: tokens of a block.
-        batch_size: blocks that a model reads at a time.
-
-    Raises:
-        UserError: a model or text that can't be read, or two models of different vocabularies.
-    """
-    places = [data] if isinstance(data, str | os.PathLike) else data
-    with quietened():
-        return inspect_models(
-            os.fspath(teacher),
-            os.fspath(student),
-            [os.fspath(place) for place in places],
-            kind=kind,
-            blocks=blocks,
-            block_size=block_size,
-            batch_size=batch_size,
-        )
 
 
 def _tree(recipe: AnyPath | Mapping[str, Any] | Recipe | FinetuneRecipe) -> dict[str, Any]:

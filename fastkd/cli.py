@@ -153,8 +153,7 @@ def inspect(
     """Show how alike the layers of two models are: CKA and attention divergence of all pairs."""
     if output is not None:
         need("fastkd inspect --output", "study", "matplotlib")
-    from fastkd.api import inspect_layers
-    from fastkd.layer_similarity import print_similarity, write_similarity
+    from fastkd.layer_similarity import inspect_layers, print_similarity, write_similarity
     from fastkd.reporting.console import Reporter
 
     found = inspect_layers(teacher, student, data, kind=kind, blocks=blocks, block_size=block_size)

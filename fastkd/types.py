@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+AnyPath: TypeAlias = str | os.PathLike[str]
 Head = Literal["none", "sequence_classification", "causal_lm", "masked_lm"]
 """What stands on a model's blocks."""
 Side = Literal["student", "teacher"]

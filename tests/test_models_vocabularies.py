@@ -20,7 +20,7 @@ from tokenizers.normalizers import Lowercase
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastkd.errors import UserError
-from fastkd.layer_similarity import inspect_models
+from fastkd.layer_similarity import inspect_layers
 from fastkd.models import check_same_vocabulary, locate_model, vocabulary_difference
 from fastkd.recipe import Teacher
 
@@ -150,7 +150,7 @@ def test_inspect_compares_models_of_one_vocabulary(tmp_path: Path) -> None:
     teacher = save_teacher(tmp_path / "teacher")
     student = save_teacher(tmp_path / "student", seed=1, **SMALL)
     text = write_text(tmp_path / "text.txt")
-    inspect_models(str(teacher), str(student), [str(text)], blocks=2, block_size=16)
+    inspect_layers(str(teacher), str(student), [str(text)], blocks=2, block_size=16)
     swapped(student)
     with pytest.raises(UserError, match=rf"^student {student}: its tokenizer .*id 9 is 'w12'"):
-        inspect_models(str(teacher), str(student), [str(text)], blocks=2, block_size=16)
+        inspect_layers(str(teacher), str(student), [str(text)], blocks=2, block_size=16)

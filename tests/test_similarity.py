@@ -22,7 +22,7 @@ from fastkd.errors import UserError
 from fastkd.layer_similarity import (
     LinearCKA,
     Similarity,
-    inspect_models,
+    inspect_layers,
     measure,
     notes,
     print_similarity,
@@ -218,7 +218,7 @@ def test_inspect_writes_a_table_and_pictures(
     folders: tuple[str, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     teacher, student, text = folders
-    found = inspect_models(teacher, student, [text], blocks=6, block_size=16)
+    found = inspect_layers(teacher, student, [text], blocks=6, block_size=16)
     assert found.tokens == 6 * 16
     write_similarity(found, tmp_path / "out")
     with (tmp_path / "out" / "similarity.csv").open() as file:
@@ -279,14 +279,14 @@ def test_a_deeper_student_has_no_maps(tmp_path: Path) -> None:
 def test_bad_input(folders: tuple[str, str, str], tmp_path: Path) -> None:
     teacher, student, text = folders
     with pytest.raises(UserError, match=r"nowhere\.txt"):
-        inspect_models(teacher, student, ["nowhere.txt"], block_size=16)
+        inspect_layers(teacher, student, ["nowhere.txt"], block_size=16)
     with pytest.raises(UserError, match="student nothing"):
-        inspect_models(teacher, "nothing", [text], block_size=16)
+        inspect_layers(teacher, "nothing", [text], block_size=16)
     with pytest.raises(UserError, match=f"has {POSITIONS} positions"):
-        inspect_models(teacher, student, [text], block_size=POSITIONS + 1)
+        inspect_layers(teacher, student, [text], block_size=POSITIONS + 1)
     other = save_teacher(tmp_path / "other", vocab_size=80, tokens=80)
     with pytest.raises(UserError, match="embeds 80 tokens and the teacher 64"):
-        inspect_models(teacher, str(other), [text], block_size=16)
-    found = inspect_models(teacher, student, [text], blocks=2, block_size=16)
+        inspect_layers(teacher, str(other), [text], block_size=16)
+    found = inspect_layers(teacher, student, [text], blocks=2, block_size=16)
     with pytest.raises(UserError, match="--output"):
         write_similarity(found, Path(text))

@@ -9,7 +9,7 @@ divergences stream over the keys.
 from fastkd.layer_similarity.cka import LinearCKA
 from fastkd.layer_similarity.compare import (
     Similarity,
-    inspect_models,
+    inspect_layers,
     measure,
 )
 from fastkd.layer_similarity.report import (
@@ -21,7 +21,7 @@ from fastkd.layer_similarity.report import (
 __all__ = [
     "LinearCKA",
     "Similarity",
-    "inspect_models",
+    "inspect_layers",
     "measure",
     "notes",
     "print_similarity",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from fastkd.models import (
     locate_model,
 )
 from fastkd.recipe import Student, Teacher
+from fastkd.training.session import quietened
+from fastkd.types import AnyPath
 
 MAPS: tuple[MapKind, ...] = ("uniform", "last", "first")
 
@@ -116,17 +119,18 @@ def measure(
     )
 
 
-def inspect_models(
-    teacher: str,
-    student: str,
-    data: Sequence[str],
+@quietened()
+def inspect_layers(
+    teacher: AnyPath,
+    student: AnyPath,
+    data: AnyPath | Sequence[AnyPath],
     *,
     kind: DivergenceKind = "js",
     blocks: int = 64,
     block_size: int = 128,
     batch_size: int = 8,
 ) -> Similarity:
-    """Compare two models on text; on the GPU where there is one.
+    """Measure how alike all layers of two models are on text; on the GPU where there is one.
 
     Args:
         teacher: hub name, folder, or `package:NAME/FOLDER`; its tokenizer reads the text.
@@ -140,10 +144,11 @@ def inspect_models(
     Raises:
         UserError: a model or text that can't be read, or two models of different vocabularies.
     """
-    section, other = Teacher(model=teacher), Teacher(model=student)
+    places = [data] if isinstance(data, str | os.PathLike) else data
+    section, other = (Teacher(model=os.fspath(given)) for given in (teacher, student))
     large = load_teacher(section)
     small = load_student(Path(locate_model(other)), Student(layers=1))
-    vocabularies = [_vocabulary(small, student), _vocabulary(large, teacher)]
+    vocabularies = [_vocabulary(small, other.model), _vocabulary(large, section.model)]
     if vocabularies[0] != vocabularies[1]:
         raise UserError(
             f"the student embeds {vocabularies[0]} tokens and the teacher {vocabularies[1]}; give "
@@ -151,10 +156,10 @@ def inspect_models(
         )
     traits = try_model(small, block_size), try_model(large, block_size)
     tokenizer = load_tokenizer(section, vocabularies[1])
-    check_same_vocabulary(other, f"student {student}", tokenizer)
+    check_same_vocabulary(other, f"student {other.model}", tokenizer)
     # nothing is trained on, so nearly all of the text may be held out
     wanted = TextSettings(
-        train=tuple(data),
+        train=tuple(os.fspath(place) for place in places),
         heldout_fraction=0.999,
         heldout_blocks=blocks,
         block_size=block_size,

@@ -43,7 +43,9 @@ class TeacherRunner:
         """
         self.model = model
         self.objective = objective
-        self._run = (model if engine is None else engine).eval()
+        self._run: nn.Module = model if engine is None else engine
+        # that of an engine returns nothing
+        self._run.eval()
 
     def __call__(self, inputs: Inputs, *, whole: bool = False) -> Capture:
         """Run as deep as the objective ever needs, or all of it, and return what is needed now."""

@@ -91,13 +91,15 @@ def measure(
         count = inputs["input_ids"].numel() if valid is None else int(valid.sum())
         if not count:
             continue
-        own, target = (_run(model, inputs) for model in models)
-        cka.add(_features(own.hidden, valid), _features(target.hidden, valid))
+        student_states, teacher_states = (_run(model, inputs) for model in models)
+        cka.add(_features(student_states.hidden, valid), _features(teacher_states.hidden, valid))
         if pair.heads[0] != pair.heads[1]:
-            relation_heads = _relation_heads(own.attention[1].query, target.attention[1].query)
+            relation_heads = _relation_heads(
+                student_states.attention[1].query, teacher_states.attention[1].query
+            )
         found = attention_divergences(
-            own.attention,
-            target.attention,
+            student_states.attention,
+            teacher_states.attention,
             pair,
             kind=kind,
             relation_heads=relation_heads,
@@ -203,21 +205,22 @@ def _pair(student: Any, teacher: Any, traits: tuple[AttentionTraits, AttentionTr
     for found in traits:
         if reason := found.unknown or found.differs:
             raise UserError(f"{reason}, so no divergence can be measured; give other models")
-    own, target = student.config, teacher.config
+    student_config, teacher_config = student.config, teacher.config
     return ModelPair(
-        widths=(own.hidden_size, target.hidden_size),
+        widths=(student_config.hidden_size, teacher_config.hidden_size),
         causal=traits[0].causal,
-        heads=(own.num_attention_heads, target.num_attention_heads),
+        heads=(student_config.num_attention_heads, teacher_config.num_attention_heads),
         windows=(traits[0].windows, traits[1].windows),
         sinks=(traits[0].sinks, traits[1].sinks),
     )
 
 
-def _relation_heads(own: Tensor, target: Tensor) -> int:
+def _relation_heads(student_query: Tensor, teacher_query: Tensor) -> int:
     """The teacher's heads where they divide the student's queries too, else what both have in
     common; queries are [batch, heads, tokens, head_dim]."""
-    width, heads = own.shape[1] * own.shape[3], target.shape[1]
-    return heads if width % heads == 0 else math.gcd(own.shape[1], heads)
+    width = student_query.shape[1] * student_query.shape[3]
+    heads = teacher_query.shape[1]
+    return heads if width % heads == 0 else math.gcd(student_query.shape[1], heads)
 
 
 def _run(model: Any, inputs: Mapping[str, Tensor]) -> Capture:

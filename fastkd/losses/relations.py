@@ -117,14 +117,14 @@ class RelationsLoss(Loss):
         for relation in self.config.relations:
 
             def divergence(
-                own: States,
-                target: States,
+                student_states: States,
+                teacher_states: States,
                 window: int | None,
                 relation: Relation = relation,
             ) -> Tensor:
                 return relation_divergence(
-                    own,
-                    target,
+                    student_states,
+                    teacher_states,
                     relation=relation,
                     relation_heads=self.relation_heads,
                     kind=self.config.kind,

@@ -57,14 +57,14 @@ class SentenceModules:
 
 
 def sentence_modules(
-    teacher: Teacher, theirs: PreTrainedConfig, own: PreTrainedConfig, head: Head
+    teacher: Teacher, teacher_config: PreTrainedConfig, student_config: PreTrainedConfig, head: Head
 ) -> SentenceModules:
     """Which modules of a teacher its student takes over; reads small files alone.
 
     Args:
         teacher: where they lie.
-        theirs: the teacher's configuration.
-        own: the student's.
+        teacher_config: the teacher's configuration.
+        student_config: the student's.
         head: the student's.
     """
     listing = _file(teacher, "modules.json")
@@ -86,7 +86,7 @@ def sentence_modules(
         return SentenceModules(lost=(f"{kinds} (made for {task}, but student.head is {head})",))
     kept, lost = [modules[0]], []
     for module in modules[1:]:
-        reason = _why_not(teacher, module, theirs, own)
+        reason = _why_not(teacher, module, teacher_config, student_config)
         if reason is None:
             kept.append(module)
         else:
@@ -132,7 +132,10 @@ def _write_module(module: Module, teacher: Teacher, folder: Path, width: int) ->
 
 
 def _why_not(
-    teacher: Teacher, module: Module, theirs: PreTrainedConfig, own: PreTrainedConfig
+    teacher: Teacher,
+    module: Module,
+    teacher_config: PreTrainedConfig,
+    student_config: PreTrainedConfig,
 ) -> str | None:
     """Why a module can't be carried, `None` where it can."""
     if not module.is_known or module.kind not in (*_WEIGHTLESS, *_WIDE, *_DEEP):
@@ -147,15 +150,18 @@ def _why_not(
         return None
     if not _have(teacher, module, _WEIGHTS):
         return "its weights are missing"
-    if own.hidden_size != theirs.hidden_size:
+    if student_config.hidden_size != teacher_config.hidden_size:
         return (
-            f"its weights are for vectors of {theirs.hidden_size}, the student's have "
-            f"{own.hidden_size}"
+            f"its weights are for vectors of {teacher_config.hidden_size}, the student's have "
+            f"{student_config.hidden_size}"
         )
-    if module.kind in _DEEP and own.num_hidden_layers != theirs.num_hidden_layers:
+    if (
+        module.kind in _DEEP
+        and student_config.num_hidden_layers != teacher_config.num_hidden_layers
+    ):
         return (
-            f"its weights are for {theirs.num_hidden_layers} layers, the student has "
-            f"{own.num_hidden_layers}"
+            f"its weights are for {teacher_config.num_hidden_layers} layers, the student has "
+            f"{student_config.num_hidden_layers}"
         )
     return None
 

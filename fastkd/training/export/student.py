@@ -39,17 +39,17 @@ from fastkd.types import Head
 
 
 def export_notes(
-    student: PreTrainedModel, theirs: PreTrainedConfig, source: Teacher, head: Head
+    student: PreTrainedModel, teacher_config: PreTrainedConfig, source: Teacher, head: Head
 ) -> list[str]:
     """What a student will be handed on without, or with what is not its own, one line each.
 
     Args:
         student: as it is trained.
-        theirs: configuration of the model that it was made from.
+        teacher_config: configuration of the model that it was made from.
         source: that model.
         head: what stands on the student.
     """
-    found = sentence_modules(source, theirs, student.config, head)
+    found = sentence_modules(source, teacher_config, student.config, head)
     return [*found.notes(source), *pooler_note(student)]
 
 
@@ -103,10 +103,10 @@ def _write_model(student: PreTrainedModel, folder: Path) -> None:
 
 def _write_around(student: PreTrainedModel, source: Teacher, head: Head, folder: Path) -> None:
     """What other libraries read, and what people should."""
-    theirs = read_config(locate_model(source), f"model {source.model}", source.revision)
-    modules = sentence_modules(source, theirs, student.config, head)
+    teacher_config = read_config(locate_model(source), f"model {source.model}", source.revision)
+    modules = sentence_modules(source, teacher_config, student.config, head)
     write_modules(modules, source, folder, student.config.hidden_size)
-    notes = export_notes(student, theirs, source, head)
+    notes = export_notes(student, teacher_config, source, head)
     if notes:
         lines = "".join(f"- {note}\n" for note in notes)
         text = f"# Student\n\nMade by fastkd. What is not as in its teacher:\n\n{lines}"

@@ -221,6 +221,7 @@ def start_ranks() -> Ranks:
     if not dist.is_initialized():
         backend = "nccl" if gpu else "gloo"
         if "RANK" in os.environ:
+            _check_launcher()
             _wait_as_told()
             dist.init_process_group(backend, timeout=default_timeout())
         else:
@@ -228,6 +229,15 @@ def start_ranks() -> Ranks:
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
     peers = meet() if dist.get_world_size() > 1 else ()
     return Ranks(dist.get_rank(), dist.get_world_size(), device, peers)
+
+
+def _check_launcher() -> None:
+    missing = [n for n in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if missing:
+        raise UserError(
+            f"RANK is set in the environment, but not {', '.join(missing)}; start ranks with "
+            "torchrun or deepspeed, or unset RANK to run alone"
+        )
 
 
 def _wait_as_told() -> None:

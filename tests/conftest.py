@@ -63,6 +63,7 @@ SLOW_FILES = {
     "test_kernels_weighted_teacher",
     "test_models_hostile",
     "test_pages",
+    "test_readme_api",
     "test_similarity_models",
     "test_study_real",
 }
@@ -109,6 +110,18 @@ def _reaches(functions: list[Any]) -> bool:
             in getattr(getattr(found, "__code__", None), "co_filename", "")
         ]
     return False
+
+
+@pytest.fixture(autouse=True, scope="module")
+def launcher_variables() -> Iterator[None]:
+    """Leave nothing of a launcher behind: `start_ranks` and accelerate set some for themselves."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    found = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in found.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @pytest.hookimpl(wrapper=True)

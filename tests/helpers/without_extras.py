@@ -11,7 +11,7 @@ import json
 import sys
 from typing import Any
 
-ABSENT = {"optuna", "cmaes", "matplotlib", "sklearn", "tensorboard", "wandb"}
+ABSENT = {"accelerate", "optuna", "cmaes", "matplotlib", "sklearn", "tensorboard", "wandb"}
 
 
 class _WithoutThem(importlib.machinery.PathFinder):

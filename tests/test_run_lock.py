@@ -21,7 +21,7 @@ from fastkd.files.lock import held
 HOLDER = """
 import sys, time
 from pathlib import Path
-from fastkd.run_lock import held
+from fastkd.files.lock import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -129,15 +129,6 @@ def own_precision() -> Iterator[None]:
         os.environ[name] = precision
 
 
-def test_mixed_precision_comes_near(whole: Any, tmp_path: Path, own_precision: None) -> None:
-    made = trainer(tmp_path, student(), bf16=True)
-    made.train()
-    assert losses_of(made) == pytest.approx(losses_of(whole), rel=2e-2)
-    assert losses_of(made) != losses_of(whole)
-    assert {weight.dtype for weight in weights(made)} == {torch.float32}
-    assert made.evaluate()["eval_loss"] < losses_of(made)[0]
-
-
 def test_a_loop_with_accelerate_is_the_plain_one() -> None:
     accelerate = pytest.importorskip("accelerate")
     teacher = classifier(0).requires_grad_(False)
@@ -292,3 +283,13 @@ def test_transformers_is_loaded_when_it_is_used() -> None:
     code = "import sys, fastkd.integrations; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# last: accelerate keeps its first precision for the process
+def test_mixed_precision_comes_near(whole: Any, tmp_path: Path, own_precision: None) -> None:
+    made = trainer(tmp_path, student(), bf16=True)
+    made.train()
+    assert losses_of(made) == pytest.approx(losses_of(whole), rel=2e-2)
+    assert losses_of(made) != losses_of(whole)
+    assert {weight.dtype for weight in weights(made)} == {torch.float32}
+    assert made.evaluate()["eval_loss"] < losses_of(made)[0]

@@ -62,7 +62,7 @@ PACKAGES: tuple[set[str], ...] = (
     {"typer"},
 )
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "ot": "pot"}
-EXTRAS = ("demo", "study", "tasks", "tensorboard", "dev")
+EXTRAS = ("demo", "study", "tasks", "tensorboard", "trainer", "dev")
 LINES = 600
 
 

@@ -116,6 +116,7 @@ def _reaches(functions: list[Any]) -> bool:
 def launcher_variables() -> Iterator[None]:
     """Leave nothing of a launcher behind: `start_ranks` and accelerate set some for themselves."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names += ("ACCELERATE_MIXED_PRECISION",)
     found = {name: os.environ.get(name) for name in names}
     yield
     for name, value in found.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +23,15 @@ import fastkd
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 
 LOSSES = {"attention": {}, "hidden": {"weight": 2}, "logits": {}, "labels": {}}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_accelerator() -> Iterator[None]:
+    """Leave no precision and no device to the next module: accelerate keeps its first for all."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def classifier(seed: int, **changes: Any) -> PreTrainedModel:
@@ -110,23 +118,7 @@ def test_accumulation_changes_nothing(whole: Any, tmp_path: Path) -> None:
     made.train()
     assert losses_of(made) == pytest.approx(losses_of(whole), rel=1e-6)
     for one, other in zip(weights(made), weights(whole), strict=True):
-        # Adam makes steps of its learning rate also from gradients that are mere rounding
-        torch.testing.assert_close(one, other, rtol=0, atol=5e-5)
-
-
-@pytest.fixture
-def own_precision() -> Iterator[None]:
-    """What accelerate keeps for the process, as it was: it takes the first precision for all."""
-    from accelerate.state import AcceleratorState
-
-    name = "ACCELERATE_MIXED_PRECISION"
-    state, precision = dict(AcceleratorState._shared_state), os.environ.pop(name, None)
-    yield
-    AcceleratorState._shared_state.clear()
-    AcceleratorState._shared_state.update(state)
-    os.environ.pop(name, None)
-    if precision is not None:
-        os.environ[name] = precision
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 def test_a_loop_with_accelerate_is_the_plain_one() -> None:
@@ -285,11 +277,12 @@ def test_transformers_is_loaded_when_it_is_used() -> None:
     assert done.stdout.strip() == "False"
 
 
-# last: accelerate keeps its first precision for the process
-def test_mixed_precision_comes_near(whole: Any, tmp_path: Path, own_precision: None) -> None:
+# last: an Accelerator takes the precision of the one before it in the process
+def test_mixed_precision_comes_near(whole: Any, tmp_path: Path) -> None:
     made = trainer(tmp_path, student(), bf16=True)
     made.train()
     assert losses_of(made) == pytest.approx(losses_of(whole), rel=2e-2)
     assert losses_of(made) != losses_of(whole)
     assert {weight.dtype for weight in weights(made)} == {torch.float32}
     assert made.evaluate()["eval_loss"] < losses_of(made)[0]
+    assert not torch.is_autocast_enabled("cpu")

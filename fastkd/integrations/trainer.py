@@ -221,8 +221,9 @@ class DistillationMixin:
     def _distilling(self) -> Iterator[None]:
         """Let what trains beside the student be found, and its forward make the loss when asked."""
         with ExitStack() as stack:
-            stack.enter_context(self.distiller)
+            # a step within `train` finds all of it open
             if self._depth == 0:
+                stack.enter_context(self.distiller)
                 stack.enter_context(self._attached())
             self._depth += 1
             try:
@@ -241,7 +242,13 @@ class DistillationMixin:
             asked, self._asked = self._asked, None
             if asked is None:
                 return forward(*arguments, **keywords)
-            return self._loss(*asked, self.accelerator.num_processes)
+            # autocast around the forward can't be entered twice, and the student runs within it
+            around = model.__dict__["forward"]
+            model.__dict__["forward"] = forward
+            try:
+                return self._loss(*asked, self.accelerator.num_processes)
+            finally:
+                model.__dict__["forward"] = around
 
         asked_forward.__wrapped__ = forward  # type: ignore[attr-defined]
         model.__dict__["forward"] = asked_forward

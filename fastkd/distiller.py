@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
+from inspect import signature
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -127,6 +127,10 @@ class Distiller(nn.Module):
         self._pair = [DistilledStudent(student, objective)]
         self._runs: list[TeacherRunner] = []
         self._listens = needs["attention"]
+        hard = (n for n, c in section.terms.items() if issubclass(loss_class(c.loss), HardLoss))
+        # the loss that learns from labels
+        self._labels_read = next(hard, None)
+        self._keywords = [set(signature(model.forward).parameters) for model in (student, teacher)]
         self._found: list[tuple[list[str], bool]] = []
 
     @property
@@ -224,12 +228,6 @@ class Distiller(nn.Module):
         if teacher.device != device and getattr(teacher, "hf_device_map", None) is None:
             teacher.to(device)
 
-    @property
-    def _labels_read(self) -> str | None:
-        terms = self.objective.losses.terms
-        hard = (name for name, term in terms.items() if issubclass(loss_class(term.loss), HardLoss))
-        return next(hard, None)
-
     def _checked(self, batch: Inputs) -> Inputs:
         """The batch, once it is seen to hold what is read.
 
@@ -261,8 +259,9 @@ class Distiller(nn.Module):
                     f"{key} of the batch is a {type(value).__name__}, expected tensors alone; take "
                     "it out"
                 )
-        for side, model in (("student", self.student), ("teacher", self.teacher)):
-            strange = _unread(model, batch)
+        sides = ("student", self.student), ("teacher", self.teacher)
+        for (side, model), known in zip(sides, self._keywords, strict=True):
+            strange = [str(key) for key in batch if key != "labels" and key not in known]
             if strange:
                 raise UserError(
                     f"the {side} {type(model).__name__} reads no {', '.join(strange)}; take it out "
@@ -367,9 +366,3 @@ def _check_head(losses: Losses, head: Head) -> None:
             loss_class(config.loss).check_setting(name, config, setting)
         except ValueError as error:
             raise UserError(str(error)) from error
-
-
-def _unread(model: PreTrainedModel, batch: Inputs) -> list[str]:
-    """Keys of a batch that a model's forward does not name."""
-    known = inspect.signature(model.forward).parameters
-    return [str(key) for key in batch if key != "labels" and key not in known]

@@ -82,6 +82,8 @@ class Objective(nn.Module):
                 "or set losses.projection"
             )
         self.matches: tuple[LossInfo, ...] = tuple(m for term in self.each() for m in term.matches)
+        # how many losses each term gives
+        self._counts = [len(term.matches) for term in self.each()]
         self.names = tuple(dict.fromkeys(match.term for match in self.matches))
         # how many losses each name has, in order
         self._sizes = [
@@ -162,7 +164,12 @@ class Objective(nn.Module):
         labels = target_labels(inputs, self.pair.head)
         batch = Batch(None if mask is None else mask.bool(), labels)
         given = [(term, term(student, teacher, batch)) for term in self.each()]
-        losses = torch.cat([_values(term, found) for term, found in given])
+        losses = torch.cat(
+            [
+                _values(term, found, count)
+                for (term, found), count in zip(given, self._counts, strict=True)
+            ]
+        )
         raw = losses * shares[self._divisor_of]
         weighted = raw * self._weights(raw)
         if self.uncertainty is not None:
@@ -315,13 +322,12 @@ class Objective(nn.Module):
         return torch.cat([scale.expand(size) for scale, size in parts])
 
 
-def _values(term: Term, found: Any) -> Tensor:
-    """What a term gave, [matches].
+def _values(term: Term, found: Any, expected: int) -> Tensor:
+    """What a term gave, `expected` values.
 
     Raises:
         UserError: a loss gives another number of values.
     """
-    expected = len(term.matches)
     shape = tuple(found.shape) if isinstance(found, Tensor) else None
     if shape == (expected,) or (shape == () and expected == 1):
         values: Tensor = found.reshape(expected)

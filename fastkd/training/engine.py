@@ -48,6 +48,7 @@ class TeacherRunner:
         self._run = model if engine is None else engine
         # of DeepSpeed's engine it returns nothing
         self._run.eval()
+        self._depth = objective.teacher_depth
 
     def __call__(self, inputs: Inputs, *, whole: bool = False) -> Capture:
         """Run as deep as the objective ever needs, or all of it, and return what is needed now."""
@@ -64,7 +65,7 @@ class TeacherRunner:
             return last_hidden_state(self._run, self.model, read)
 
     def _cut(self) -> AbstractContextManager[None]:
-        full, depth = self.model.config.num_hidden_layers, self.objective.teacher_depth
+        full, depth = self.model.config.num_hidden_layers, self._depth
         if depth is None or depth >= full:
             return nullcontext()
         return at_depth(self.model, max(depth, 1))

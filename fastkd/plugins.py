@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+from typing import Any
 
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 
@@ -35,6 +36,12 @@ def load_plugins(names: object = ()) -> None:
     for name in names:
         if isinstance(name, str) and is_module_name(name):
             _load(name)
+
+
+def place_of(registered: Any) -> str:
+    """Where a class or function from a plugin stands, for messages and to know it again: a module
+    that is imported again brings the same one once more."""
+    return f"{registered.__module__}.{registered.__qualname__}"
 
 
 def is_module_name(name: str) -> bool:

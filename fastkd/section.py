@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import math
 import os
 import reprlib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -14,12 +17,15 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationInfo,
     field_validator,
 )
 
 from fastkd.errors import is_text
 from fastkd.plugins import is_module_name
+
+S = TypeVar("S", bound=BaseModel)
 
 LARGEST = 2**63 - 1
 """Of any number, as of a signed one of 64 bits."""
@@ -44,6 +50,27 @@ def short(value: object) -> str:
     # a number of more digits than Python writes
     except ValueError:
         return type(value).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The part of a message that names what is nearest to an unknown name; empty if nothing is."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def read_as(section: type[S], name: str, value: object) -> S:
+    """Read a value as a section; a complaint says `name` before the field, as it says keys.
+
+    Raises:
+        ValidationError: it is none.
+    """
+    read: S = _reader(section).validate_python({name: value})[name]
+    return read
+
+
+@functools.cache
+def _reader(section: type[BaseModel]) -> TypeAdapter[dict[str, Any]]:
+    return TypeAdapter(dict[str, section])  # type: ignore[valid-type]
 
 
 def check_place(text: str) -> str:

@@ -8,6 +8,7 @@ from typing import TypeVar
 from fastkd.errors import UserError
 from fastkd.layer_map.base import LayerMap
 from fastkd.layer_map.sections import MAP_SECTIONS, MapConfig, is_map_name
+from fastkd.plugins import place_of
 
 _MAPS: dict[str, type[LayerMap]] = {}
 
@@ -26,12 +27,11 @@ def register_layer_map(name: str) -> Callable[[M], M]:
 
     def register(layer_map: M) -> M:
         known = _MAPS.get(name)
-        # a module that is imported again brings the same class once more
-        again = known is not None and _place(known) == _place(layer_map)
+        again = known is not None and place_of(known) == place_of(layer_map)
         if not again and (is_map_name(name) or not name.isidentifier()):
             raise UserError(
                 f"a layer map can't be called {name!r}, which is taken or no word; give "
-                f"{_place(layer_map)} another name"
+                f"{place_of(layer_map)} another name"
             )
         _MAPS[name] = layer_map
         MAP_SECTIONS[name] = getattr(layer_map, "Config", MapConfig)
@@ -44,7 +44,3 @@ def build_registered(config: MapConfig, student_layers: int, teacher_layers: int
     """The map that a section asks for."""
     options = config.model_dump(exclude={"kind"})
     return _MAPS[config.kind](student_layers, teacher_layers, **options)
-
-
-def _place(layer_map: type[LayerMap]) -> str:
-    return f"{layer_map.__module__}.{layer_map.__qualname__}"

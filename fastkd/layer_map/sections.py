@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, TypeAdapter, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from fastkd.section import (
     LARGEST,
     Section,
     Seed,
+    read_as,
     short,
 )
 
@@ -126,7 +126,7 @@ def _read_map(value: object) -> object:
     if section is not None:
         kind = section["kind"]
         # under the mapping's name, which a complaint then says the section of
-        return _reader(MAP_SECTIONS[kind]).validate_python({kind: section})[kind]
+        return read_as(MAP_SECTIONS[kind], kind, section)
     if isinstance(value, str) and value in get_args(MapKind):
         return value
     layers = isinstance(value, list | tuple) and all(
@@ -154,11 +154,6 @@ def _as_section(value: object) -> dict[str, Any] | None:
     if listed and all(isinstance(v, list | tuple | Mapping) and v for v in listed):
         return {"kind": "pairs", "pairs": value}
     return None
-
-
-@functools.cache
-def _reader(section: type[MapConfig]) -> TypeAdapter[dict[str, MapConfig]]:
-    return TypeAdapter(dict[str, section])  # type: ignore[valid-type]
 
 
 Layers = Annotated[

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from fastkd_kernels import AttentionState
+from fastkd_kernels import AttentionDivergenceKind, AttentionState
 from torch import Tensor
 
 from fastkd.errors import UserError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastkd.capture import AttentionTraits, Capture
 
 States = list[AttentionState]
-DivergenceKind = Literal["kl", "reverse_kl", "js", "mse", "cross_entropy", "cosine"]
+DivergenceKind: TypeAlias = AttentionDivergenceKind
 
 
 def by_window(

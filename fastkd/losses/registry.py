@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from fastkd.errors import UserError
+from fastkd.plugins import place_of
+from fastkd.section import did_you_mean
 
 if TYPE_CHECKING:
     from fastkd.losses.base import Loss
@@ -50,16 +51,15 @@ def register_loss(name: str) -> Callable[[L], L]:
         if not (isinstance(loss, type) and issubclass(loss, Loss)):
             raise UserError(f"the loss {name} is {loss!r:.100}; give a subclass of fastkd's Loss")
         if not issubclass(loss.Config, LossConfig):
-            raise UserError(f"{_place(loss)}.Config is no subclass of LossConfig; make it one")
+            raise UserError(f"{place_of(loss)}.Config is no subclass of LossConfig; make it one")
         known = _LOSSES.get(name)
-        # a module that is imported again brings the same class once more
-        if known is not None and _place(known) != _place(loss):
+        if known is not None and place_of(known) != place_of(loss):
             raise UserError(
-                f"a loss {name} is registered already ({_place(known)}); give {_place(loss)} "
+                f"a loss {name} is registered already ({place_of(known)}); give {place_of(loss)} "
                 "another name"
             )
         if known is None and name in BUILT_IN and loss.__module__ != f"fastkd.losses.{name}":
-            raise UserError(f"{name} is a loss of fastkd; give {_place(loss)} another name")
+            raise UserError(f"{name} is a loss of fastkd; give {place_of(loss)} another name")
         _LOSSES[name] = loss
         return loss
 
@@ -98,9 +98,9 @@ def loss_class(name: str) -> type[Loss]:
     found = find_loss(name)
     if found is None:
         names = loss_names()
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"no loss {name!r}; {hint}expected one of {', '.join(names)}")
+        raise ValueError(
+            f"no loss {name!r}; {did_you_mean(name, names)}expected one of {', '.join(names)}"
+        )
     return found
 
 
@@ -108,7 +108,3 @@ def _load_built_in() -> None:
     for name in BUILT_IN:
         if name not in _LOSSES:
             importlib.import_module(f"fastkd.losses.{name}")
-
-
-def _place(loss: type[Loss]) -> str:
-    return f"{loss.__module__}.{loss.__qualname__}"

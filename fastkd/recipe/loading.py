@@ -6,7 +6,6 @@ can say nothing that a file could not.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_origin
@@ -22,7 +21,7 @@ from fastkd.recipe.presets import expand
 from fastkd.recipe.recipe import Recipe
 from fastkd.recipe.stages import stage_trees
 from fastkd.recipe.yaml_text import LONGEST, YamlError, read_yaml, write_yaml
-from fastkd.section import short
+from fastkd.section import did_you_mean, short
 
 AnyRecipe = Recipe | FinetuneRecipe
 
@@ -209,8 +208,7 @@ def complain(error: ValidationError, root: type[BaseModel]) -> str:
     field = _field(first["loc"])
     if first["type"] == "extra_forbidden":
         allowed = list(_section(root, first["loc"][:-1]).model_fields)
-        close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        hint = did_you_mean(str(first["loc"][-1]), allowed)
         text = f"{field}: unknown key; {hint}expected one of {', '.join(allowed)}"
     elif first["type"] == "missing":
         text = f"{field}: missing; it has no default, so give a value"

@@ -7,8 +7,6 @@ loading this module loads no torch.
 
 from __future__ import annotations
 
-import difflib
-import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -18,14 +16,13 @@ from pydantic import (
     SerializationInfo,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
-    TypeAdapter,
     field_validator,
     model_serializer,
     model_validator,
 )
 
 from fastkd.recipe.weights import Balance, LossConfig, ShortBalance
-from fastkd.section import Section, short
+from fastkd.section import Section, did_you_mean, read_as, short
 
 
 def _read_term(given: object) -> object:
@@ -54,21 +51,14 @@ def _read_term(given: object) -> object:
         return section.model_copy(update={"loss": loss})
     full = {**section, "loss": loss} if isinstance(section, Mapping) else section
     # under the loss's name, which a complaint then says the section of
-    return _reader(config).validate_python({loss: full})[loss]
-
-
-@functools.cache
-def _reader(config: type[LossConfig]) -> TypeAdapter[dict[str, LossConfig]]:
-    return TypeAdapter(dict[str, config])  # type: ignore[valid-type]
+    return read_as(config, loss, full)
 
 
 def _unknown_key(key: str) -> str:
     allowed = Losses.keys_of_a_file()
-    close = difflib.get_close_matches(key, allowed, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
     return (
-        f"unknown key; {hint}expected one of {', '.join(allowed)}, or a name of your own for a "
-        "section that says which loss it is, as in loss: hidden"
+        f"unknown key; {did_you_mean(key, allowed)}expected one of {', '.join(allowed)}, or a name "
+        "of your own for a section that says which loss it is, as in loss: hidden"
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fastkd.data.text.files import Source, file_digest
 from fastkd.errors import FOREIGN_ERRORS, UserError, is_text, one_line
+from fastkd.plugins import place_of
 
 Reader = Callable[[str], Iterable[str]]
 """From a path, or from what stands behind `NAME:`, to documents: the same ones in the same order
@@ -51,9 +52,8 @@ def register_reader(form: str) -> Callable[[Reader], Reader]:
 
     def register(reader: Reader) -> Reader:
         taken = _readers.get(form)
-        # a module that is imported twice registers the same function again
-        if form in KNOWN or (taken is not None and _name_of(taken) != _name_of(reader)):
-            by = "fastkd" if taken is None else _name_of(taken)
+        if form in KNOWN or (taken is not None and place_of(taken) != place_of(reader)):
+            by = "fastkd" if taken is None else place_of(taken)
             raise ValueError(f"reader {form!r}: {by} reads it already; give another name")
         _readers[form] = reader
         return reader
@@ -83,10 +83,6 @@ def by_suffix(path: Path) -> Source | None:
     return Registered(form, str(path), _readers[form])
 
 
-def _name_of(reader: Reader) -> str:
-    return f"{reader.__module__}.{reader.__qualname__}"
-
-
 @dataclass(frozen=True)
 class Registered(Source):
     """Documents from a reader from outside."""
@@ -103,7 +99,7 @@ class Registered(Source):
     def documents(self) -> Iterator[str]:
         try:
             for number, text in enumerate(self.reader(self.place), start=1):
-                where = f"data: {self.name}: reader {_name_of(self.reader)} gave"
+                where = f"data: {self.name}: reader {place_of(self.reader)} gave"
                 if not isinstance(text, str) or not is_text(text):
                     given = type(text).__name__ if not isinstance(text, str) else "half a character"
                     raise UserError(f"{where} {given} as document {number}, expected text")
@@ -111,13 +107,13 @@ class Registered(Source):
                     yield text
         except (*FOREIGN_ERRORS, OSError) as error:
             raise UserError(
-                f"data: {self.name}: reader {_name_of(self.reader)} failed "
+                f"data: {self.name}: reader {place_of(self.reader)} failed "
                 f"({type(error).__name__}: {one_line(error)}); mend the file or the reader"
             ) from error
 
     def digest(self, *, quick: bool) -> str:
         files = self.stored_in()
-        who = f"{self.form} {_name_of(self.reader)}"
+        who = f"{self.form} {place_of(self.reader)}"
         if files:
             return f"{who} {file_digest(files[0], quick=quick)}"
         found = hashlib.sha256(self.place.encode())

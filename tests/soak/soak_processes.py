@@ -15,21 +15,11 @@ from pathlib import Path
 
 from soak_child import VARIABLE, Orders
 from tiny_runs import run_environment
+from warm_server import MODULES
 
 CHILD = Path(__file__).with_name("soak_child.py")
 # many times what the slowest command takes
 LIMIT_SECONDS = 300.0
-# what a run imports, also late
-MODULES = (
-    *(
-        "fastkd.training.loop",
-        "fastkd.reporting.report",
-        "fastkd.study",
-        "matplotlib.pyplot",
-        "datasets",
-    ),
-    *("deepspeed.runtime.zero.muon.muon_optimizer", "transformers.models.bert.modeling_bert"),
-)
 
 
 @dataclass(frozen=True)

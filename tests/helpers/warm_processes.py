@@ -44,7 +44,14 @@ class Server:
 
     def start(self, arguments: list[str], environment: dict[str, str]) -> WarmProcess:
         """Start a command: `-m MODULE ...` or `SCRIPT ...`."""
-        asked = {"arguments": arguments, "environment": environment, "folder": os.getcwd()}
+        mask = os.umask(0o077)
+        os.umask(mask)
+        asked = {
+            "arguments": arguments,
+            "environment": environment,
+            "folder": os.getcwd(),
+            "umask": mask,
+        }
         pipes = [os.pipe() for _ in range(3)]
         with contextlib.suppress(BrokenPipeError):
             socket.send_fds(self._socket, [json.dumps(asked).encode()], [end for _, end in pipes])

@@ -89,6 +89,7 @@ def become(asked: dict[str, Any]) -> None:
     # nanobind calls what is frozen at the end a leak
     atexit.register(gc.unfreeze)
     os.chdir(asked["folder"])
+    os.umask(asked["umask"])
     os.environ.clear()
     os.environ.update(asked["environment"])
     first, *rest = asked["arguments"]

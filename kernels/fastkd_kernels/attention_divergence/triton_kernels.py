@@ -20,21 +20,25 @@ import triton
 import triton.language as tl
 
 from ..common.attention_jit import (
+    both_rows,
     both_tiles,
     cap_slope,
     head_base,
     keys_seen,
     load_cap,
-    load_rows,
     load_sinks,
     load_stats,
+    program_rows,
     queries_seeing,
+    query_sides,
     rows_at,
+    sizes_of,
     soft_cap,
     stat_base,
     stat_step,
     valid_rows,
     visible,
+    whole_rows,
 )
 from ..common.divergences_jit import (
     add_divergence,
@@ -110,44 +114,30 @@ def _fwd_kernel(
     log-sum-exps, then for sums that need the probabilities themselves. A sink is seen before the
     first key.
     """
-    pair = tl.program_id(1).to(tl.int64)
-    query_blocks = tl.cdiv(tokens, BLOCK_QUERY)
-    block = tl.program_id(0) % query_blocks
-    item = (tl.program_id(0) // query_blocks // heads).to(tl.int64)
-    head = (tl.program_id(0) // query_blocks % heads).to(tl.int64)
+    pair, block, item, head = program_rows(heads, tokens, BLOCK_QUERY)
     row = table + pair * 16
-    scale = tl.load(scales + pair * 2)
-    teacher_scale = tl.load(scales + pair * 2 + 1)
-    sizes = ((dim, scale), (teacher_dim, teacher_scale))
+    sizes = sizes_of(scales, pair, dim, teacher_dim)
     student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
     m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
-    query_at = (o_query, m_query)
-    query_base, query_stride = head_base(row, 0, item, head, TYPE)
-    key_base, key_stride = head_base(row, 1, item, head // (heads // kv_heads), TYPE)
-    teacher_query_base, teacher_query_stride = head_base(row, 2, item, head, TEACHER_TYPE)
-    teacher_key_base, teacher_key_stride = head_base(
-        row, 3, item, head // (heads // teacher_kv_heads), TEACHER_TYPE
+    query_rows = both_rows(
+        query_sides(row, item, head, TYPE, TEACHER_TYPE),
+        (o_query, m_query),
+        sizes,
+        BLOCK_DIM,
+        BLOCK_TEACHER_DIM,
+        ALIGN,
+        TEACHER_ALIGN,
+        CHUNK,
     )
-    held_sides = ((query_base, query_stride), (teacher_query_base, teacher_query_stride))
-    moving_sides = ((key_base, key_stride), (teacher_key_base, teacher_key_stride))
-    held = (
-        rows_at(query_base, query_stride, query_at, dim, BLOCK_DIM, ALIGN, CHUNK),
-        rows_at(
-            teacher_query_base,
-            teacher_query_stride,
-            query_at,
-            teacher_dim,
-            BLOCK_TEACHER_DIM,
-            TEACHER_ALIGN,
-            CHUNK,
-        ),
+    key_sides = (
+        head_base(row, 1, item, head // (heads // kv_heads), TYPE),
+        head_base(row, 3, item, head // (heads // teacher_kv_heads), TEACHER_TYPE),
     )
-    block_start = block * BLOCK_QUERY
     first, end = keys_seen(
-        block_start,
-        block_start + BLOCK_QUERY - 1,
+        block * BLOCK_QUERY,
+        block * BLOCK_QUERY + BLOCK_QUERY - 1,
         tokens,
         window,
         BLOCK_KEY,
@@ -168,22 +158,18 @@ def _fwd_kernel(
         o_key = start + tl.arange(0, BLOCK_KEY)
         m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
         seen = visible(o_query[:, None], o_key[None, :], m_key[None, :], window, CAUSAL, WINDOWED)
-        student_scores, teacher_scores, _b_key = both_tiles(
-            held,
-            held_sides,
-            moving_sides,
-            query_at,
+        key_rows = both_rows(
+            key_sides,
             (o_key, m_key),
             sizes,
-            BLOCK_QUERY,
-            BLOCK_KEY,
             BLOCK_DIM,
             BLOCK_TEACHER_DIM,
-            CHUNK,
-            SUM_TYPE,
             ALIGN,
             TEACHER_ALIGN,
-            SCORE_PRECISION,
+            CHUNK,
+        )
+        student_scores, teacher_scores = both_tiles(
+            query_rows, key_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION
         )
         student_scores = soft_cap(student_scores, student_cap, STUDENT_CAP)
         teacher_scores = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
@@ -222,22 +208,18 @@ def _fwd_kernel(
             seen = visible(
                 o_query[:, None], o_key[None, :], m_key[None, :], window, CAUSAL, WINDOWED
             )
-            student_scores, teacher_scores, _b_key = both_tiles(
-                held,
-                held_sides,
-                moving_sides,
-                query_at,
+            key_rows = both_rows(
+                key_sides,
                 (o_key, m_key),
                 sizes,
-                BLOCK_QUERY,
-                BLOCK_KEY,
                 BLOCK_DIM,
                 BLOCK_TEACHER_DIM,
-                CHUNK,
-                SUM_TYPE,
                 ALIGN,
                 TEACHER_ALIGN,
-                SCORE_PRECISION,
+                CHUNK,
+            )
+            student_scores, teacher_scores = both_tiles(
+                query_rows, key_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION
             )
             student_scores = soft_cap(student_scores, student_cap, STUDENT_CAP)
             teacher_scores = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
@@ -316,44 +298,30 @@ def _bwd_dq_kernel(
     """
     # what the compiler cannot see of an argument: it is a multiple of this
     dim = dim // ALIGN * ALIGN
-    pair = tl.program_id(1).to(tl.int64)
-    query_blocks = tl.cdiv(tokens, BLOCK_QUERY)
-    block = tl.program_id(0) % query_blocks
-    item = (tl.program_id(0) // query_blocks // heads).to(tl.int64)
-    head = (tl.program_id(0) // query_blocks % heads).to(tl.int64)
+    pair, block, item, head = program_rows(heads, tokens, BLOCK_QUERY)
     row = table + pair * 16
-    scale = tl.load(scales + pair * 2)
-    teacher_scale = tl.load(scales + pair * 2 + 1)
-    sizes = ((dim, scale), (teacher_dim, teacher_scale))
+    sizes = sizes_of(scales, pair, dim, teacher_dim)
     student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
     m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
-    query_at = (o_query, m_query)
-    query_base, query_stride = head_base(row, 0, item, head, TYPE)
-    key_base, key_stride = head_base(row, 1, item, head // (heads // kv_heads), TYPE)
-    teacher_query_base, teacher_query_stride = head_base(row, 2, item, head, TEACHER_TYPE)
-    teacher_key_base, teacher_key_stride = head_base(
-        row, 3, item, head // (heads // teacher_kv_heads), TEACHER_TYPE
+    query_rows = both_rows(
+        query_sides(row, item, head, TYPE, TEACHER_TYPE),
+        (o_query, m_query),
+        sizes,
+        BLOCK_DIM,
+        BLOCK_TEACHER_DIM,
+        ALIGN,
+        TEACHER_ALIGN,
+        CHUNK,
     )
-    held_sides = ((query_base, query_stride), (teacher_query_base, teacher_query_stride))
-    moving_sides = ((key_base, key_stride), (teacher_key_base, teacher_key_stride))
-    held = (
-        rows_at(query_base, query_stride, query_at, dim, BLOCK_DIM, ALIGN, CHUNK),
-        rows_at(
-            teacher_query_base,
-            teacher_query_stride,
-            query_at,
-            teacher_dim,
-            BLOCK_TEACHER_DIM,
-            TEACHER_ALIGN,
-            CHUNK,
-        ),
+    key_sides = (
+        head_base(row, 1, item, head // (heads // kv_heads), TYPE),
+        head_base(row, 3, item, head // (heads // teacher_kv_heads), TEACHER_TYPE),
     )
-    block_start = block * BLOCK_QUERY
     first, end = keys_seen(
-        block_start,
-        block_start + BLOCK_QUERY - 1,
+        block * BLOCK_QUERY,
+        block * BLOCK_QUERY + BLOCK_QUERY - 1,
         tokens,
         window,
         BLOCK_KEY,
@@ -368,22 +336,18 @@ def _bwd_dq_kernel(
         o_key = start + tl.arange(0, BLOCK_KEY)
         m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
         seen = visible(o_query[:, None], o_key[None, :], m_key[None, :], window, CAUSAL, WINDOWED)
-        student_scores, teacher_scores, b_key = both_tiles(
-            held,
-            held_sides,
-            moving_sides,
-            query_at,
+        key_rows = both_rows(
+            key_sides,
             (o_key, m_key),
             sizes,
-            BLOCK_QUERY,
-            BLOCK_KEY,
             BLOCK_DIM,
             BLOCK_TEACHER_DIM,
-            CHUNK,
-            SUM_TYPE,
             ALIGN,
             TEACHER_ALIGN,
-            SCORE_PRECISION,
+            CHUNK,
+        )
+        student_scores, teacher_scores = both_tiles(
+            query_rows, key_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION
         )
         student_capped = soft_cap(student_scores, student_cap, STUDENT_CAP)
         teacher_capped = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
@@ -396,8 +360,7 @@ def _bwd_dq_kernel(
         )
         if STUDENT_CAP:
             slopes *= cap_slope(student_scores, student_cap)
-        if CHUNK > 0:
-            b_key = load_rows(key_base, o_key, m_key, key_stride, dim, BLOCK_DIM, ALIGN)
+        b_key = whole_rows(key_rows[0], dim, BLOCK_DIM, ALIGN, CHUNK)
         # dQ_s = c_s (dL/dA) K_s
         b_gradient += tl.dot(
             slopes.to(GRAD_TYPE), b_key.to(GRAD_TYPE), input_precision=GRAD_PRECISION
@@ -419,7 +382,7 @@ def _bwd_dq_kernel(
         # queries of 0 on both sides meet sinks that differ
         b_gradient = tl.where(m_query[:, None], b_gradient, 0.0)
     # without sinks, rows that are not counted have queries of 0 on both sides, so no slope
-    b_gradient *= scale * factor
+    b_gradient *= sizes[0][1] * factor
     o_dim = tl.arange(0, BLOCK_DIM)
     out = gradient + ((pair * batch + item) * heads + head) * tokens * dim
     o_out = o_query[:, None].to(tl.int64) * dim + o_dim[None, :]
@@ -472,26 +435,20 @@ def _bwd_dk_kernel(
     """
     # what the compiler cannot see of an argument: it is a multiple of this
     dim = dim // ALIGN * ALIGN
-    pair = tl.program_id(1).to(tl.int64)
-    key_blocks = tl.cdiv(tokens, BLOCK_KEY)
-    block = tl.program_id(0) % key_blocks
-    item = (tl.program_id(0) // key_blocks // kv_heads).to(tl.int64)
-    kv_head = (tl.program_id(0) // key_blocks % kv_heads).to(tl.int64)
+    pair, block, item, kv_head = program_rows(kv_heads, tokens, BLOCK_KEY)
     row = table + pair * 16
-    scale = tl.load(scales + pair * 2)
-    teacher_scale = tl.load(scales + pair * 2 + 1)
-    sizes = ((dim, scale), (teacher_dim, teacher_scale))
+    sizes = sizes_of(scales, pair, dim, teacher_dim)
     student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_key = block * BLOCK_KEY + tl.arange(0, BLOCK_KEY)
     m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
     key_at = (o_key, m_key)
-    key_base, key_stride = head_base(row, 1, item, kv_head, TYPE)
-    b_key = rows_at(key_base, key_stride, key_at, dim, BLOCK_DIM, ALIGN, CHUNK)
-    block_start = block * BLOCK_KEY
+    student_keys = rows_at(
+        head_base(row, 1, item, kv_head, TYPE), key_at, dim, BLOCK_DIM, ALIGN, CHUNK
+    )
     first, end = queries_seeing(
-        block_start,
-        block_start + BLOCK_KEY - 1,
+        block * BLOCK_KEY,
+        block * BLOCK_KEY + BLOCK_KEY - 1,
         tokens,
         window,
         BLOCK_QUERY,
@@ -503,47 +460,34 @@ def _bwd_dk_kernel(
     b_gradient = tl.zeros([BLOCK_KEY, BLOCK_DIM], SUM_TYPE)
     for turn in range(0, repeat):
         head = kv_head * repeat + turn
-        teacher_key_base, teacher_key_stride = head_base(
-            row, 3, item, head // teacher_repeat, TEACHER_TYPE
+        teacher_keys = rows_at(
+            head_base(row, 3, item, head // teacher_repeat, TEACHER_TYPE),
+            key_at,
+            teacher_dim,
+            BLOCK_TEACHER_DIM,
+            TEACHER_ALIGN,
+            CHUNK,
         )
-        query_base, query_stride = head_base(row, 0, item, head, TYPE)
-        teacher_query_base, teacher_query_stride = head_base(row, 2, item, head, TEACHER_TYPE)
-        held_sides = ((key_base, key_stride), (teacher_key_base, teacher_key_stride))
-        moving_sides = ((query_base, query_stride), (teacher_query_base, teacher_query_stride))
-        held = (
-            b_key,
-            rows_at(
-                teacher_key_base,
-                teacher_key_stride,
-                key_at,
-                teacher_dim,
-                BLOCK_TEACHER_DIM,
-                TEACHER_ALIGN,
-                CHUNK,
-            ),
-        )
+        key_rows = (student_keys, teacher_keys)
+        queries = query_sides(row, item, head, TYPE, TEACHER_TYPE)
         for start in range(first, end, BLOCK_QUERY):
             o_query = start + tl.arange(0, BLOCK_QUERY)
             m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
             seen = visible(
                 o_query[None, :], o_key[:, None], m_key[:, None], window, CAUSAL, WINDOWED
             )
-            student_scores, teacher_scores, b_query = both_tiles(
-                held,
-                held_sides,
-                moving_sides,
-                key_at,
+            query_rows = both_rows(
+                queries,
                 (o_query, m_query),
                 sizes,
-                BLOCK_KEY,
-                BLOCK_QUERY,
                 BLOCK_DIM,
                 BLOCK_TEACHER_DIM,
-                CHUNK,
-                SUM_TYPE,
                 ALIGN,
                 TEACHER_ALIGN,
-                SCORE_PRECISION,
+                CHUNK,
+            )
+            student_scores, teacher_scores = both_tiles(
+                key_rows, query_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION
             )
             max_student, log_student, max_teacher, log_teacher, constant = load_stats(
                 stats, pair, item, head, batch, heads, tokens, o_query, STATS
@@ -559,15 +503,12 @@ def _bwd_dk_kernel(
             )
             if STUDENT_CAP:
                 slopes *= cap_slope(student_scores, student_cap)
-            if CHUNK > 0:
-                b_query = load_rows(
-                    query_base, o_query, m_query, query_stride, dim, BLOCK_DIM, ALIGN
-                )
+            b_query = whole_rows(query_rows[0], dim, BLOCK_DIM, ALIGN, CHUNK)
             # dK_s = c_s (dL/dA)^T Q_s
             b_gradient += tl.dot(
                 slopes.to(GRAD_TYPE), b_query.to(GRAD_TYPE), input_precision=GRAD_PRECISION
             )
-    factor = scale * tl.load(upstream + pair * batch + item)
+    factor = sizes[0][1] * tl.load(upstream + pair * batch + item)
     o_dim = tl.arange(0, BLOCK_DIM)
     out = gradient + ((pair * batch + item) * kv_heads + kv_head) * tokens * dim
     o_out = o_key[:, None].to(tl.int64) * dim + o_dim[None, :]

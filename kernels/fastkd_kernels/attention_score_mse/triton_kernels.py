@@ -13,17 +13,17 @@ sees the keys of its own `chunk_tokens` tokens only; `gram_kernels.py` does the 
 import triton
 import triton.language as tl
 
-from ..common.attention_jit import chunked_product, head_base, load_rows, valid_rows
-
-
-@triton.jit
-def score_difference(
-    b_query, b_key, b_teacher_query, b_teacher_key, scale, teacher_scale, PRECISION: tl.constexpr
-):
-    """`c_s Q_s K_s^T - c_t Q_t K_t^T` of one tile, `[queries, keys]`."""
-    student_scores = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
-    teacher_scores = tl.dot(b_teacher_query, tl.trans(b_teacher_key), input_precision=PRECISION)
-    return student_scores * scale - teacher_scores * teacher_scale
+from ..common.attention_jit import (
+    both_rows,
+    both_tiles,
+    head_base,
+    program_rows,
+    query_sides,
+    rows_at,
+    sizes_of,
+    valid_rows,
+    whole_rows,
+)
 
 
 @triton.jit
@@ -69,20 +69,16 @@ def _tiles_fwd_kernel(
     """
     # what the compiler cannot see of an argument: it is a multiple of this
     dim = dim // ALIGN * ALIGN
-    pair = tl.program_id(1).to(tl.int64)
-    key_blocks = tl.cdiv(tokens, BLOCK_KEY)
-    block = tl.program_id(0) % key_blocks
-    item = (tl.program_id(0) // key_blocks // kv_heads).to(tl.int64)
-    kv_head = (tl.program_id(0) // key_blocks % kv_heads).to(tl.int64)
+    pair, block, item, kv_head = program_rows(kv_heads, tokens, BLOCK_KEY)
     row = table + pair * 16
-    scale = tl.load(scales + pair * 2)
-    teacher_scale = tl.load(scales + pair * 2 + 1)
+    sizes = sizes_of(scales, pair, dim, teacher_dim)
     o_dim = tl.arange(0, BLOCK_DIM)
     o_key = block * BLOCK_KEY + tl.arange(0, BLOCK_KEY)
     m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
-    key_base, key_stride = head_base(row, 1, item, kv_head, TYPE)
-    if CHUNK == 0:
-        b_key = load_rows(key_base, o_key, m_key, key_stride, dim, BLOCK_DIM, ALIGN)
+    key_at = (o_key, m_key)
+    student_keys = rows_at(
+        head_base(row, 1, item, kv_head, TYPE), key_at, dim, BLOCK_DIM, ALIGN, CHUNK
+    )
     repeat = heads // kv_heads
     teacher_repeat = heads // teacher_kv_heads
     b_key_grad = tl.zeros([BLOCK_KEY, BLOCK_DIM], dtype=SUM_TYPE)
@@ -96,98 +92,47 @@ def _tiles_fwd_kernel(
         last = min(tokens, (block * BLOCK_KEY // chunk_tokens + 1) * chunk_tokens)
     for turn in range(0, repeat):
         head = kv_head * repeat + turn
-        teacher_key_base, teacher_key_stride = head_base(
-            row, 3, item, head // teacher_repeat, TEACHER_TYPE
+        teacher_keys = rows_at(
+            head_base(row, 3, item, head // teacher_repeat, TEACHER_TYPE),
+            key_at,
+            teacher_dim,
+            BLOCK_TEACHER_DIM,
+            TEACHER_ALIGN,
+            CHUNK,
         )
-        if CHUNK == 0:
-            b_teacher_key = load_rows(
-                teacher_key_base,
-                o_key,
-                m_key,
-                teacher_key_stride,
-                teacher_dim,
-                BLOCK_TEACHER_DIM,
-                TEACHER_ALIGN,
-            )
-        query_base, query_stride = head_base(row, 0, item, head, TYPE)
-        teacher_query_base, teacher_query_stride = head_base(row, 2, item, head, TEACHER_TYPE)
+        key_rows = (student_keys, teacher_keys)
+        queries = query_sides(row, item, head, TYPE, TEACHER_TYPE)
         for start in range(first, last, BLOCK_QUERY):
             o_query = start + tl.arange(0, BLOCK_QUERY)
             m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
-            if CHUNK > 0:
-                student_scores = chunked_product(
-                    query_base,
-                    o_query,
-                    m_query,
-                    query_stride,
-                    key_base,
-                    o_key,
-                    m_key,
-                    key_stride,
-                    dim,
-                    BLOCK_QUERY,
-                    BLOCK_KEY,
-                    CHUNK,
-                    SUM_TYPE,
-                    ALIGN,
-                    SCORE_PRECISION,
-                )
-                teacher_scores = chunked_product(
-                    teacher_query_base,
-                    o_query,
-                    m_query,
-                    teacher_query_stride,
-                    teacher_key_base,
-                    o_key,
-                    m_key,
-                    teacher_key_stride,
-                    teacher_dim,
-                    BLOCK_QUERY,
-                    BLOCK_KEY,
-                    CHUNK,
-                    SUM_TYPE,
-                    TEACHER_ALIGN,
-                    SCORE_PRECISION,
-                )
-                tile = student_scores * scale - teacher_scores * teacher_scale
-            else:
-                b_query = load_rows(
-                    query_base, o_query, m_query, query_stride, dim, BLOCK_DIM, ALIGN
-                )
-                b_teacher_query = load_rows(
-                    teacher_query_base,
-                    o_query,
-                    m_query,
-                    teacher_query_stride,
-                    teacher_dim,
-                    BLOCK_TEACHER_DIM,
-                    TEACHER_ALIGN,
-                )
-                tile = score_difference(
-                    b_query,
-                    b_key,
-                    b_teacher_query,
-                    b_teacher_key,
-                    scale,
-                    teacher_scale,
-                    SCORE_PRECISION,
-                )
+            query_rows = both_rows(
+                queries,
+                (o_query, m_query),
+                sizes,
+                BLOCK_DIM,
+                BLOCK_TEACHER_DIM,
+                ALIGN,
+                TEACHER_ALIGN,
+                CHUNK,
+            )
+            student_scores, teacher_scores = both_tiles(
+                query_rows, key_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION
+            )
+            tile = student_scores - teacher_scores
             if CAUSAL:
                 tile = tl.where(o_query[:, None] >= o_key[None, :], tile, 0.0)
             squares += tl.sum(tile * tile, 0)
             b_tile = tile.to(GRAD_TYPE)
             if WRITE_KEY:
-                if CHUNK > 0:
-                    b_query = load_rows(
-                        query_base, o_query, m_query, query_stride, dim, BLOCK_DIM, ALIGN
-                    )
+                b_query = whole_rows(query_rows[0], dim, BLOCK_DIM, ALIGN, CHUNK)
                 # dK_s = D^T Q_s
                 b_key_grad += tl.dot(
                     tl.trans(b_tile), b_query.to(GRAD_TYPE), input_precision=GRAD_PRECISION
                 )
             if WRITE_QUERY:
                 # dQ_s = D K_s
-                b_out = tl.dot(b_tile, b_key.to(GRAD_TYPE), input_precision=GRAD_PRECISION) * scale
+                b_key = student_keys[0].to(GRAD_TYPE)
+                b_out = tl.dot(b_tile, b_key, input_precision=GRAD_PRECISION) * sizes[0][1]
                 out = query_grad + ((pair * batch + item) * heads + head) * tokens * dim
                 o_out = o_query[:, None].to(tl.int64) * dim + o_dim[None, :]
                 m_out = (o_query < tokens)[:, None] & (o_dim < dim)[None, :]
@@ -196,7 +141,7 @@ def _tiles_fwd_kernel(
         out = key_grad + ((pair * batch + item) * kv_heads + kv_head) * tokens * dim
         o_out = o_key[:, None].to(tl.int64) * dim + o_dim[None, :]
         m_out = (o_key < tokens)[:, None] & (o_dim < dim)[None, :]
-        tl.store(out + o_out, b_key_grad * scale, mask=m_out)
+        tl.store(out + o_out, b_key_grad * sizes[0][1], mask=m_out)
     tl.store(partials + pair * tl.num_programs(0) + tl.program_id(0), tl.sum(squares, 0))
 
 
@@ -236,32 +181,24 @@ def _tiles_bwd_dq_kernel(
     """
     # what the compiler cannot see of an argument: it is a multiple of this
     dim = dim // ALIGN * ALIGN
-    pair = tl.program_id(1).to(tl.int64)
-    query_blocks = tl.cdiv(tokens, BLOCK_QUERY)
-    block = tl.program_id(0) % query_blocks
-    item = (tl.program_id(0) // query_blocks // heads).to(tl.int64)
-    head = (tl.program_id(0) // query_blocks % heads).to(tl.int64)
+    pair, block, item, head = program_rows(heads, tokens, BLOCK_QUERY)
     row = table + pair * 16
-    scale = tl.load(scales + pair * 2)
-    teacher_scale = tl.load(scales + pair * 2 + 1)
+    sizes = sizes_of(scales, pair, dim, teacher_dim)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
     m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
-    query_base, query_stride = head_base(row, 0, item, head, TYPE)
-    teacher_query_base, teacher_query_stride = head_base(row, 2, item, head, TEACHER_TYPE)
-    if CHUNK == 0:
-        b_query = load_rows(query_base, o_query, m_query, query_stride, dim, BLOCK_DIM, ALIGN)
-        b_teacher_query = load_rows(
-            teacher_query_base,
-            o_query,
-            m_query,
-            teacher_query_stride,
-            teacher_dim,
-            BLOCK_TEACHER_DIM,
-            TEACHER_ALIGN,
-        )
-    key_base, key_stride = head_base(row, 1, item, head // (heads // kv_heads), TYPE)
-    teacher_key_base, teacher_key_stride = head_base(
-        row, 3, item, head // (heads // teacher_kv_heads), TEACHER_TYPE
+    query_rows = both_rows(
+        query_sides(row, item, head, TYPE, TEACHER_TYPE),
+        (o_query, m_query),
+        sizes,
+        BLOCK_DIM,
+        BLOCK_TEACHER_DIM,
+        ALIGN,
+        TEACHER_ALIGN,
+        CHUNK,
+    )
+    key_sides = (
+        head_base(row, 1, item, head // (heads // kv_heads), TYPE),
+        head_base(row, 3, item, head // (heads // teacher_kv_heads), TEACHER_TYPE),
     )
     b_query_grad = tl.zeros([BLOCK_QUERY, BLOCK_DIM], dtype=SUM_TYPE)
     first = 0
@@ -272,64 +209,23 @@ def _tiles_bwd_dq_kernel(
     for start in range(first, last, BLOCK_KEY):
         o_key = start + tl.arange(0, BLOCK_KEY)
         m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
-        b_key = load_rows(key_base, o_key, m_key, key_stride, dim, BLOCK_DIM, ALIGN)
-        if CHUNK > 0:
-            student_scores = chunked_product(
-                query_base,
-                o_query,
-                m_query,
-                query_stride,
-                key_base,
-                o_key,
-                m_key,
-                key_stride,
-                dim,
-                BLOCK_QUERY,
-                BLOCK_KEY,
-                CHUNK,
-                SUM_TYPE,
-                ALIGN,
-                SCORE_PRECISION,
-            )
-            teacher_scores = chunked_product(
-                teacher_query_base,
-                o_query,
-                m_query,
-                teacher_query_stride,
-                teacher_key_base,
-                o_key,
-                m_key,
-                teacher_key_stride,
-                teacher_dim,
-                BLOCK_QUERY,
-                BLOCK_KEY,
-                CHUNK,
-                SUM_TYPE,
-                TEACHER_ALIGN,
-                SCORE_PRECISION,
-            )
-            tile = student_scores * scale - teacher_scores * teacher_scale
-        else:
-            b_teacher_key = load_rows(
-                teacher_key_base,
-                o_key,
-                m_key,
-                teacher_key_stride,
-                teacher_dim,
-                BLOCK_TEACHER_DIM,
-                TEACHER_ALIGN,
-            )
-            tile = score_difference(
-                b_query,
-                b_key,
-                b_teacher_query,
-                b_teacher_key,
-                scale,
-                teacher_scale,
-                SCORE_PRECISION,
-            )
+        key_rows = both_rows(
+            key_sides,
+            (o_key, m_key),
+            sizes,
+            BLOCK_DIM,
+            BLOCK_TEACHER_DIM,
+            ALIGN,
+            TEACHER_ALIGN,
+            CHUNK,
+        )
+        student_scores, teacher_scores = both_tiles(
+            query_rows, key_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION
+        )
+        tile = student_scores - teacher_scores
         if CAUSAL:
             tile = tl.where(o_query[:, None] >= o_key[None, :], tile, 0.0)
+        b_key = whole_rows(key_rows[0], dim, BLOCK_DIM, ALIGN, CHUNK)
         # dQ_s = D K_s
         b_query_grad += tl.dot(
             tile.to(GRAD_TYPE), b_key.to(GRAD_TYPE), input_precision=GRAD_PRECISION
@@ -338,4 +234,4 @@ def _tiles_bwd_dq_kernel(
     out = query_grad + ((pair * batch + item) * heads + head) * tokens * dim
     o_out = o_query[:, None].to(tl.int64) * dim + o_dim[None, :]
     m_out = (o_query < tokens)[:, None] & (o_dim < dim)[None, :]
-    tl.store(out + o_out, b_query_grad * scale, mask=m_out)
+    tl.store(out + o_out, b_query_grad * sizes[0][1], mask=m_out)

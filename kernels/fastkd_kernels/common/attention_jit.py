@@ -40,18 +40,32 @@ def valid_rows(valid, side: tl.constexpr, item, batch, tokens, o_row, HAS_MASK: 
 
 
 @triton.jit
+def rows_at(side, at, dim, BLOCK: tl.constexpr, ALIGN: tl.constexpr, CHUNK: tl.constexpr):
+    """Rows of a head for `score_tile`: `[rows, BLOCK]`, (base, stride), (offsets, mask).
+
+    With CHUNK nothing is read yet, and offsets stand for the first.
+    """
+    o_row, m_row = at
+    if CHUNK == 0:
+        return load_rows(side[0], o_row, m_row, side[1], dim, BLOCK, ALIGN), side, at
+    else:
+        return o_row, side, at
+
+
+@triton.jit
+def whole_rows(rows, dim, BLOCK: tl.constexpr, ALIGN: tl.constexpr, CHUNK: tl.constexpr):
+    """`[rows, BLOCK]` of what `rows_at` gave, read now where it was not."""
+    b_row, side, at = rows
+    if CHUNK > 0:
+        b_row = load_rows(side[0], at[0], at[1], side[1], dim, BLOCK, ALIGN)
+    return b_row
+
+
+@triton.jit
 def chunked_product(
-    left_base,
-    o_left,
-    m_left,
-    left_stride,
-    right_base,
-    o_right,
-    m_right,
-    right_stride,
+    left,
+    right,
     dim,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -61,7 +75,13 @@ def chunked_product(
 
     Wide operands do not fit the registers whole: `tl.dot` holds all of its summed dimension.
     """
-    total = tl.zeros([ROWS, COLUMNS], dtype=SUM_TYPE)
+    _, left_side, left_at = left
+    _, right_side, right_at = right
+    left_base, left_stride = left_side
+    right_base, right_stride = right_side
+    o_left, m_left = left_at
+    o_right, m_right = right_at
+    total = tl.zeros([o_left.shape[0], o_right.shape[0]], dtype=SUM_TYPE)
     for first in range(0, dim, CHUNK):
         b_left = load_rows(
             left_base + first, o_left, m_left, left_stride, dim - first, CHUNK, ALIGN
@@ -74,136 +94,94 @@ def chunked_product(
 
 
 @triton.jit
-def rows_at(
-    base,
-    stride,
-    at,
-    dim,
-    BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Rows `[rows, BLOCK]`; only their offsets where products read them by chunks of columns."""
-    o_row, m_row = at
-    if CHUNK == 0:
-        return load_rows(base, o_row, m_row, stride, dim, BLOCK, ALIGN)
-    else:
-        return o_row
-
-
-@triton.jit
 def score_tile(
-    held,
-    moving,
-    held_side,
-    held_at,
-    moving_side,
-    moving_at,
+    left,
+    right,
     dim,
     scale,
-    HELD: tl.constexpr,
-    MOVING: tl.constexpr,
     CHUNK: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`scale * held @ moving^T`, `[HELD, MOVING]`, of two blocks from `rows_at`."""
+    """`scale * left @ right^T` of rows from `rows_at`."""
     if CHUNK > 0:
-        held_base, held_stride = held_side
-        moving_base, moving_stride = moving_side
-        o_held, m_held = held_at
-        o_moving, m_moving = moving_at
-        tile = chunked_product(
-            held_base,
-            o_held,
-            m_held,
-            held_stride,
-            moving_base,
-            o_moving,
-            m_moving,
-            moving_stride,
-            dim,
-            HELD,
-            MOVING,
-            CHUNK,
-            SUM_TYPE,
-            ALIGN,
-            PRECISION,
-        )
+        tile = chunked_product(left, right, dim, CHUNK, SUM_TYPE, ALIGN, PRECISION)
     else:
-        tile = tl.dot(held, tl.trans(moving), input_precision=PRECISION)
+        tile = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION)
     return (tile * scale).to(SUM_TYPE)
 
 
 @triton.jit
-def both_tiles(
-    held,
-    held_sides,
-    moving_sides,
-    held_at,
-    moving_at,
+def both_rows(
+    sides,
+    at,
     sizes,
-    HELD: tl.constexpr,
-    MOVING: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_TEACHER_DIM: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TEACHER_ALIGN: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """`rows_at` of the student and of the teacher, from (base, stride) of both."""
+    return (
+        rows_at(sides[0], at, sizes[0][0], BLOCK_DIM, ALIGN, CHUNK),
+        rows_at(sides[1], at, sizes[1][0], BLOCK_TEACHER_DIM, TEACHER_ALIGN, CHUNK),
+    )
+
+
+@triton.jit
+def both_tiles(
+    left,
+    right,
+    sizes,
     CHUNK: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     ALIGN: tl.constexpr,
     TEACHER_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scores of the student and of the teacher, `[HELD, MOVING]`, and the student's moving rows.
+    """`score_tile` of the student and of the teacher, from `both_rows`."""
+    dim, scale = sizes[0]
+    teacher_dim, teacher_scale = sizes[1]
+    return (
+        score_tile(left[0], right[0], dim, scale, CHUNK, SUM_TYPE, ALIGN, PRECISION),
+        score_tile(
+            left[1],
+            right[1],
+            teacher_dim,
+            teacher_scale,
+            CHUNK,
+            SUM_TYPE,
+            TEACHER_ALIGN,
+            PRECISION,
+        ),
+    )
 
-    Everything comes as a pair, student first: blocks of `held` rows, (base, stride) of the held and
-    of the moving heads, and `sizes` (dim, scale). `held_at` and `moving_at` are offsets and mask.
-    """
-    b_held_student, b_held_teacher = held
-    held_student, held_teacher = held_sides
-    moving_student, moving_teacher = moving_sides
-    student_size, teacher_size = sizes
-    dim, scale = student_size
-    teacher_dim, teacher_scale = teacher_size
-    base, stride = moving_student
-    b_moving_student = rows_at(base, stride, moving_at, dim, BLOCK_DIM, ALIGN, CHUNK)
-    student_scores = score_tile(
-        b_held_student,
-        b_moving_student,
-        held_student,
-        held_at,
-        moving_student,
-        moving_at,
-        dim,
-        scale,
-        HELD,
-        MOVING,
-        CHUNK,
-        SUM_TYPE,
-        ALIGN,
-        PRECISION,
+
+@triton.jit
+def program_rows(heads, tokens, BLOCK: tl.constexpr):
+    """Pair, block of rows, batch item and head of this program; blocks of a head are neighbours."""
+    blocks = tl.cdiv(tokens, BLOCK)
+    program = tl.program_id(0)
+    item = (program // blocks // heads).to(tl.int64)
+    head = (program // blocks % heads).to(tl.int64)
+    return tl.program_id(1).to(tl.int64), program % blocks, item, head
+
+
+@triton.jit
+def sizes_of(scales, pair, dim, teacher_dim):
+    """Head size and scale of the scores, of the student and of the teacher."""
+    return (
+        (dim, tl.load(scales + pair * 2)),
+        (teacher_dim, tl.load(scales + pair * 2 + 1)),
     )
-    base, stride = moving_teacher
-    b_moving_teacher = rows_at(
-        base, stride, moving_at, teacher_dim, BLOCK_TEACHER_DIM, TEACHER_ALIGN, CHUNK
-    )
-    teacher_scores = score_tile(
-        b_held_teacher,
-        b_moving_teacher,
-        held_teacher,
-        held_at,
-        moving_teacher,
-        moving_at,
-        teacher_dim,
-        teacher_scale,
-        HELD,
-        MOVING,
-        CHUNK,
-        SUM_TYPE,
-        TEACHER_ALIGN,
-        PRECISION,
-    )
-    return student_scores, teacher_scores, b_moving_student
+
+
+@triton.jit
+def query_sides(row, item, head, TYPE: tl.constexpr, TEACHER_TYPE: tl.constexpr):
+    """(base, stride) of the queries of a head, of the student and of the teacher."""
+    return head_base(row, 0, item, head, TYPE), head_base(row, 2, item, head, TEACHER_TYPE)
 
 
 @triton.jit

@@ -109,7 +109,7 @@ def made(op: str, workload: str, pairs: int) -> Case:
         return _attention(attention_divergence, costs.attention_divergence, workload, pairs)
     if op == "logits_divergence":
         return _logits(workload)
-    return _hidden(hidden_mse if op == "hidden_mse" else hidden_cosine, workload, pairs)
+    return _hidden({"hidden_mse": hidden_mse, "hidden_cosine": hidden_cosine}[op], workload, pairs)
 
 
 def kernel_microseconds(step: Step) -> dict[str, float]:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 KINDS = get_args(AttentionDivergenceKind)
 LOGITS_KINDS = get_args(LogitsDivergenceKind)
-# their loss is the teacher's entropy where both models agree
 
 
 def _interleaved(*columns: Sequence[Tensor]) -> list[Tensor]:

@@ -1,7 +1,8 @@
 """What every op shares around its kernels: registration, divisors, unit gradients, shape groups.
 
-A unit gradient is the gradient of the undivided sum over two, in fp32, made in the forward pass;
-the backward multiplies it by `2 * upstream / count` on the device.
+A unit gradient is the gradient of the undivided sum, in fp32, made in the forward pass; the
+backward multiplies it by `upstream / count` on the device. That of squares is over two, and
+multiplied by twice as much.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence

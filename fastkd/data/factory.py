@@ -30,7 +30,6 @@ from fastkd.data.text.mlm import Masking
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.extras import need
-from fastkd.losses.mlm import MlmLoss
 from fastkd.recipe import AnyRecipe, Recipe, TaskAugmentation, TaskData
 
 logger = logging.getLogger(__name__)
@@ -44,6 +43,8 @@ def make_datamodule(
     config: PreTrainedConfig,
     ranks: Ranks,
     *,
+    masking: Masking | None = None,
+    counts_padding: bool = False,
     progress: bool,
 ) -> DataModule:
     """Read, tokenise and store the data of a recipe, or open what an earlier run stored.
@@ -54,26 +55,23 @@ def make_datamodule(
         config: of the model that is read with first: whether it is told the texts of a pair apart,
             and which token pads.
         ranks: this process among all; every rank calls this.
+        masking: replaces tokens of text for a loss that asks what they were.
+        counts_padding: whether padded tokens of examples count in the losses' means.
         progress: whether to show bars.
 
     Raises:
         UserError: data that can't be read.
     """
     if recipe.task is not None:
-        reduction = recipe.losses.reduction if isinstance(recipe, Recipe) else "valid"
         return _task_datamodule(
             recipe.task,
             tokenizer,
             config,
             ranks,
             progress=progress,
-            counts_padding=reduction == "tinybert",
+            counts_padding=counts_padding,
         )
     assert isinstance(recipe, Recipe) and recipe.data is not None, "a recipe has data or a task"
-    masking = None
-    for loss in recipe.losses.of("mlm"):
-        assert isinstance(loss, MlmLoss.Config)
-        masking = Masking(tokenizer, loss.probability, recipe.train.seed)
     settings = TextSettings(**dict(recipe.data))
     return _text_datamodule(settings, tokenizer, masking, ranks, progress=progress)
 

@@ -18,11 +18,13 @@ from fastkd.data.datamodule import DataModule
 from fastkd.data.factory import make_datamodule, task_of
 from fastkd.data.tasks import Task, hand_on_padding, reads_padding
 from fastkd.data.tasks.datamodule import TaskDataModule
+from fastkd.data.text.mlm import Masking
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.factory import capture_needs, hard_objective, make_objective
+from fastkd.losses.mlm import MlmLoss
 from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.models import (
     Initialisation,
@@ -127,7 +129,15 @@ def _distillation(
     )
     if made is not None:
         load_projections(objective, made)
-    datamodule = make_datamodule(recipe, tokenizer, teacher.config, ranks, progress=progress)
+    datamodule = make_datamodule(
+        recipe,
+        tokenizer,
+        teacher.config,
+        ranks,
+        masking=_masking(recipe, tokenizer),
+        counts_padding=recipe.losses.reduction == "tinybert",
+        progress=progress,
+    )
     if made is None:
         recipe = _resolved(recipe, datamodule)
     objective.steps = recipe.train.steps
@@ -147,6 +157,14 @@ def _distillation(
         source=recipe.teacher,
         handed_on=handed_on,
     )
+
+
+def _masking(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Masking | None:
+    """What hides tokens where a loss asks for them."""
+    for loss in recipe.losses.of("mlm"):
+        assert isinstance(loss, MlmLoss.Config)
+        return Masking(tokenizer, loss.probability, recipe.train.seed)
+    return None
 
 
 def _new_student(

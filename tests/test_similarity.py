@@ -7,17 +7,18 @@ import itertools
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
+from fastkd_kernels import AttentionDivergenceKind
 from tiny_models import LAYERS, POSITIONS, save_teacher, tiny_batch, tiny_model, write_text
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastkd.capture import route_attention, try_model
-from fastkd.cli import main
+from fastkd.cli import inspect, main
 from fastkd.errors import UserError
 from fastkd.layer_similarity import (
     LinearCKA,
@@ -266,6 +267,12 @@ def test_the_command(
     said = capsys.readouterr().out
     assert "kl divergence of attention" in said and "measured on 32 tokens" in said
     assert (tmp_path / "out" / "similarity.csv").read_text().split(",")[3] == "kl_divergence"
+
+
+def test_the_command_offers_every_kind_of_divergence() -> None:
+    """It spells them out, since the kernels would load torch before a line is said."""
+    kind, _ = get_args(get_type_hints(inspect, include_extras=True)["kind"])
+    assert get_args(kind) == get_args(AttentionDivergenceKind)
 
 
 def test_a_deeper_student_has_no_maps(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from ..common.attention_jit import (
     both_tiles,
     cap_slope,
     head_base,
+    key_sides,
     keys_seen,
     load_cap,
     load_sinks,
@@ -121,28 +122,14 @@ def _fwd_kernel(
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
     m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
+    query_at = (o_query, m_query)
+    queries = query_sides(row, item, head, TYPE, TEACHER_TYPE)
     query_rows = both_rows(
-        query_sides(row, item, head, TYPE, TEACHER_TYPE),
-        (o_query, m_query),
-        sizes,
-        BLOCK_DIM,
-        BLOCK_TEACHER_DIM,
-        ALIGN,
-        TEACHER_ALIGN,
-        CHUNK,
+        queries, query_at, sizes, BLOCK_DIM, BLOCK_TEACHER_DIM, ALIGN, TEACHER_ALIGN, CHUNK
     )
-    key_sides = (
-        head_base(row, 1, item, head // (heads // kv_heads), TYPE),
-        head_base(row, 3, item, head // (heads // teacher_kv_heads), TEACHER_TYPE),
-    )
+    keys = key_sides(row, item, head, heads, kv_heads, teacher_kv_heads, TYPE, TEACHER_TYPE)
     first, end = keys_seen(
-        block * BLOCK_QUERY,
-        block * BLOCK_QUERY + BLOCK_QUERY - 1,
-        tokens,
-        window,
-        BLOCK_KEY,
-        CAUSAL,
-        WINDOWED,
+        block * BLOCK_QUERY, BLOCK_QUERY, tokens, window, BLOCK_KEY, CAUSAL, WINDOWED
     )
     two_sweeps: tl.constexpr = KIND == "js" or KIND == "mse" or KIND == "cosine"
     # cosine needs the log of |e^a| alone: half the log-sum-exp of doubled scores
@@ -158,15 +145,9 @@ def _fwd_kernel(
         o_key = start + tl.arange(0, BLOCK_KEY)
         m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
         seen = visible(o_query[:, None], o_key[None, :], m_key[None, :], window, CAUSAL, WINDOWED)
+        key_at = (o_key, m_key)
         key_rows = both_rows(
-            key_sides,
-            (o_key, m_key),
-            sizes,
-            BLOCK_DIM,
-            BLOCK_TEACHER_DIM,
-            ALIGN,
-            TEACHER_ALIGN,
-            CHUNK,
+            keys, key_at, sizes, BLOCK_DIM, BLOCK_TEACHER_DIM, ALIGN, TEACHER_ALIGN, CHUNK
         )
         student_scores, teacher_scores = both_tiles(
             query_rows, key_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION
@@ -208,15 +189,9 @@ def _fwd_kernel(
             seen = visible(
                 o_query[:, None], o_key[None, :], m_key[None, :], window, CAUSAL, WINDOWED
             )
+            key_at = (o_key, m_key)
             key_rows = both_rows(
-                key_sides,
-                (o_key, m_key),
-                sizes,
-                BLOCK_DIM,
-                BLOCK_TEACHER_DIM,
-                ALIGN,
-                TEACHER_ALIGN,
-                CHUNK,
+                keys, key_at, sizes, BLOCK_DIM, BLOCK_TEACHER_DIM, ALIGN, TEACHER_ALIGN, CHUNK
             )
             student_scores, teacher_scores = both_tiles(
                 query_rows, key_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION
@@ -305,28 +280,14 @@ def _bwd_dq_kernel(
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
     m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
+    query_at = (o_query, m_query)
+    queries = query_sides(row, item, head, TYPE, TEACHER_TYPE)
     query_rows = both_rows(
-        query_sides(row, item, head, TYPE, TEACHER_TYPE),
-        (o_query, m_query),
-        sizes,
-        BLOCK_DIM,
-        BLOCK_TEACHER_DIM,
-        ALIGN,
-        TEACHER_ALIGN,
-        CHUNK,
+        queries, query_at, sizes, BLOCK_DIM, BLOCK_TEACHER_DIM, ALIGN, TEACHER_ALIGN, CHUNK
     )
-    key_sides = (
-        head_base(row, 1, item, head // (heads // kv_heads), TYPE),
-        head_base(row, 3, item, head // (heads // teacher_kv_heads), TEACHER_TYPE),
-    )
+    keys = key_sides(row, item, head, heads, kv_heads, teacher_kv_heads, TYPE, TEACHER_TYPE)
     first, end = keys_seen(
-        block * BLOCK_QUERY,
-        block * BLOCK_QUERY + BLOCK_QUERY - 1,
-        tokens,
-        window,
-        BLOCK_KEY,
-        CAUSAL,
-        WINDOWED,
+        block * BLOCK_QUERY, BLOCK_QUERY, tokens, window, BLOCK_KEY, CAUSAL, WINDOWED
     )
     max_student, log_student, max_teacher, log_teacher, constant = load_stats(
         stats, pair, item, head, batch, heads, tokens, o_query, STATS
@@ -336,15 +297,9 @@ def _bwd_dq_kernel(
         o_key = start + tl.arange(0, BLOCK_KEY)
         m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
         seen = visible(o_query[:, None], o_key[None, :], m_key[None, :], window, CAUSAL, WINDOWED)
+        key_at = (o_key, m_key)
         key_rows = both_rows(
-            key_sides,
-            (o_key, m_key),
-            sizes,
-            BLOCK_DIM,
-            BLOCK_TEACHER_DIM,
-            ALIGN,
-            TEACHER_ALIGN,
-            CHUNK,
+            keys, key_at, sizes, BLOCK_DIM, BLOCK_TEACHER_DIM, ALIGN, TEACHER_ALIGN, CHUNK
         )
         student_scores, teacher_scores = both_tiles(
             query_rows, key_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION
@@ -447,26 +402,16 @@ def _bwd_dk_kernel(
         head_base(row, 1, item, kv_head, TYPE), key_at, dim, BLOCK_DIM, ALIGN, CHUNK
     )
     first, end = queries_seeing(
-        block * BLOCK_KEY,
-        block * BLOCK_KEY + BLOCK_KEY - 1,
-        tokens,
-        window,
-        BLOCK_QUERY,
-        CAUSAL,
-        WINDOWED,
+        block * BLOCK_KEY, BLOCK_KEY, tokens, window, BLOCK_QUERY, CAUSAL, WINDOWED
     )
     repeat = heads // kv_heads
     teacher_repeat = heads // teacher_kv_heads
     b_gradient = tl.zeros([BLOCK_KEY, BLOCK_DIM], SUM_TYPE)
     for turn in range(0, repeat):
         head = kv_head * repeat + turn
+        teacher_side = head_base(row, 3, item, head // teacher_repeat, TEACHER_TYPE)
         teacher_keys = rows_at(
-            head_base(row, 3, item, head // teacher_repeat, TEACHER_TYPE),
-            key_at,
-            teacher_dim,
-            BLOCK_TEACHER_DIM,
-            TEACHER_ALIGN,
-            CHUNK,
+            teacher_side, key_at, teacher_dim, BLOCK_TEACHER_DIM, TEACHER_ALIGN, CHUNK
         )
         key_rows = (student_keys, teacher_keys)
         queries = query_sides(row, item, head, TYPE, TEACHER_TYPE)
@@ -476,15 +421,9 @@ def _bwd_dk_kernel(
             seen = visible(
                 o_query[None, :], o_key[:, None], m_key[:, None], window, CAUSAL, WINDOWED
             )
+            query_at = (o_query, m_query)
             query_rows = both_rows(
-                queries,
-                (o_query, m_query),
-                sizes,
-                BLOCK_DIM,
-                BLOCK_TEACHER_DIM,
-                ALIGN,
-                TEACHER_ALIGN,
-                CHUNK,
+                queries, query_at, sizes, BLOCK_DIM, BLOCK_TEACHER_DIM, ALIGN, TEACHER_ALIGN, CHUNK
             )
             student_scores, teacher_scores = both_tiles(
                 key_rows, query_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION

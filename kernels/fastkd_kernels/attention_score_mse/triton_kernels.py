@@ -17,6 +17,7 @@ from ..common.attention_jit import (
     both_rows,
     both_tiles,
     head_base,
+    key_sides,
     program_rows,
     query_sides,
     rows_at,
@@ -92,28 +93,18 @@ def _tiles_fwd_kernel(
         last = min(tokens, (block * BLOCK_KEY // chunk_tokens + 1) * chunk_tokens)
     for turn in range(0, repeat):
         head = kv_head * repeat + turn
+        teacher_side = head_base(row, 3, item, head // teacher_repeat, TEACHER_TYPE)
         teacher_keys = rows_at(
-            head_base(row, 3, item, head // teacher_repeat, TEACHER_TYPE),
-            key_at,
-            teacher_dim,
-            BLOCK_TEACHER_DIM,
-            TEACHER_ALIGN,
-            CHUNK,
+            teacher_side, key_at, teacher_dim, BLOCK_TEACHER_DIM, TEACHER_ALIGN, CHUNK
         )
         key_rows = (student_keys, teacher_keys)
         queries = query_sides(row, item, head, TYPE, TEACHER_TYPE)
         for start in range(first, last, BLOCK_QUERY):
             o_query = start + tl.arange(0, BLOCK_QUERY)
             m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
+            query_at = (o_query, m_query)
             query_rows = both_rows(
-                queries,
-                (o_query, m_query),
-                sizes,
-                BLOCK_DIM,
-                BLOCK_TEACHER_DIM,
-                ALIGN,
-                TEACHER_ALIGN,
-                CHUNK,
+                queries, query_at, sizes, BLOCK_DIM, BLOCK_TEACHER_DIM, ALIGN, TEACHER_ALIGN, CHUNK
             )
             student_scores, teacher_scores = both_tiles(
                 query_rows, key_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION
@@ -186,20 +177,12 @@ def _tiles_bwd_dq_kernel(
     sizes = sizes_of(scales, pair, dim, teacher_dim)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
     m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
+    query_at = (o_query, m_query)
+    queries = query_sides(row, item, head, TYPE, TEACHER_TYPE)
     query_rows = both_rows(
-        query_sides(row, item, head, TYPE, TEACHER_TYPE),
-        (o_query, m_query),
-        sizes,
-        BLOCK_DIM,
-        BLOCK_TEACHER_DIM,
-        ALIGN,
-        TEACHER_ALIGN,
-        CHUNK,
+        queries, query_at, sizes, BLOCK_DIM, BLOCK_TEACHER_DIM, ALIGN, TEACHER_ALIGN, CHUNK
     )
-    key_sides = (
-        head_base(row, 1, item, head // (heads // kv_heads), TYPE),
-        head_base(row, 3, item, head // (heads // teacher_kv_heads), TEACHER_TYPE),
-    )
+    keys = key_sides(row, item, head, heads, kv_heads, teacher_kv_heads, TYPE, TEACHER_TYPE)
     b_query_grad = tl.zeros([BLOCK_QUERY, BLOCK_DIM], dtype=SUM_TYPE)
     first = 0
     last = tokens
@@ -209,15 +192,9 @@ def _tiles_bwd_dq_kernel(
     for start in range(first, last, BLOCK_KEY):
         o_key = start + tl.arange(0, BLOCK_KEY)
         m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
+        key_at = (o_key, m_key)
         key_rows = both_rows(
-            key_sides,
-            (o_key, m_key),
-            sizes,
-            BLOCK_DIM,
-            BLOCK_TEACHER_DIM,
-            ALIGN,
-            TEACHER_ALIGN,
-            CHUNK,
+            keys, key_at, sizes, BLOCK_DIM, BLOCK_TEACHER_DIM, ALIGN, TEACHER_ALIGN, CHUNK
         )
         student_scores, teacher_scores = both_tiles(
             query_rows, key_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION

@@ -185,6 +185,24 @@ def query_sides(row, item, head, TYPE: tl.constexpr, TEACHER_TYPE: tl.constexpr)
 
 
 @triton.jit
+def key_sides(
+    row,
+    item,
+    head,
+    heads,
+    kv_heads,
+    teacher_kv_heads,
+    TYPE: tl.constexpr,
+    TEACHER_TYPE: tl.constexpr,
+):
+    """(base, stride) of the keys that a query head sees, of the student and of the teacher."""
+    return (
+        head_base(row, 1, item, head // (heads // kv_heads), TYPE),
+        head_base(row, 3, item, head // (heads // teacher_kv_heads), TEACHER_TYPE),
+    )
+
+
+@triton.jit
 def load_cap(caps, pair, side: tl.constexpr, CAP: tl.constexpr):
     """The soft cap of one side of a pair, `side` 0 the student's; 1 where nothing is capped."""
     if CAP:
@@ -242,9 +260,10 @@ def visible(o_query, o_key, m_key, window, CAUSAL: tl.constexpr, WINDOWED: tl.co
 
 @triton.jit
 def keys_seen(
-    first, last, tokens, window, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr
+    first, rows, tokens, window, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr
 ):
-    """Start and end of the keys that query rows `first` to `last` see, the start on a block."""
+    """Start and end of the keys that `rows` query rows from `first` see, the start on a block."""
+    last = first + rows - 1
     start = 0
     stop = tokens
     if WINDOWED:
@@ -257,9 +276,10 @@ def keys_seen(
 
 @triton.jit
 def queries_seeing(
-    first, last, tokens, window, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr
+    first, keys, tokens, window, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr
 ):
-    """Start and end of the query rows that see keys `first` to `last`, the start on a block."""
+    """Start and end of the query rows that see `keys` keys from `first`, the start on a block."""
+    last = first + keys - 1
     start = 0
     stop = tokens
     if WINDOWED:

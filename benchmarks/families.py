@@ -40,8 +40,8 @@ from fastkd.layer_map import make_layer_map
 from fastkd.losses import DIVISORS
 from fastkd.losses.factory import make_objective
 from fastkd.models import build_student, load_student, load_teacher
-from fastkd.recipe import Recipe, Student, Teacher, parse_recipe
-from fastkd.types import Head
+from fastkd.recipe import Recipe, Student, parse_recipe
+from fastkd.types import Head, ModelSource
 
 TOKENS = 20
 SOURCES = (2, 4)
@@ -105,12 +105,12 @@ def _take_through(row: Row, family: str, head: Head, folder: Path) -> None:
     family_model(family, head, **changes).save_pretrained(folder / "teacher")
     attention = "sdpa"
     try:
-        teacher = load_teacher(Teacher(model=str(folder / "teacher")), head)
+        teacher = load_teacher(ModelSource(str(folder / "teacher")), head=head)
     except UserError as error:
         if "try attention: eager" not in str(error):
             raise
         attention = "eager"
-        teacher = load_teacher(Teacher(model=str(folder / "teacher"), attention=attention), head)
+        teacher = load_teacher(ModelSource(str(folder / "teacher")), attention=attention, head=head)
     inputs = inputs_of(teacher, TOKENS)
     # what a run without losses of attention needs is tried by itself
     needs = _needs(row, teacher, head)
@@ -135,7 +135,7 @@ def _take_through(row: Row, family: str, head: Head, folder: Path) -> None:
     if head == "none" and not any(needs.values()):
         return
     student.save_pretrained(folder / "student")
-    again = load_student(folder / "student", section)
+    again = load_student(folder / "student", head=head, attention=attention)
     for given, expected in zip(outputs_of(again, inputs), outputs_of(student, inputs), strict=True):
         if not torch.equal(given, expected):
             raise Broken("a student that is written and read again gives other numbers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
@@ -20,3 +21,15 @@ Reading = Literal["states", "predictions"]
 
 IGNORE_INDEX = -100
 """A label that counts nowhere, as in `torch.nn.functional.cross_entropy`."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is loaded from."""
+
+    name: str
+    """Hub name, folder, or `package:NAME/FOLDER` for a model carried by an installed package."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    sha256: str | None = None
+    """Expected digest of `model.safetensors`."""

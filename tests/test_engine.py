@@ -103,8 +103,8 @@ def test_baseline_equals_plain_pytorch(runs: dict[str, Path]) -> None:
 
 def _plain_run(recipe: Recipe) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     torch.manual_seed(recipe.train.seed)
-    teacher = load_teacher(recipe.teacher)
-    tokenizer = load_tokenizer(recipe.teacher, teacher.config.vocab_size)
+    teacher = load_teacher(recipe.teacher.source)
+    tokenizer = load_tokenizer(recipe.teacher.source, teacher.config.vocab_size)
     student, _ = build_student(teacher, recipe.student, make_layer_map("uniform", 2, 4))
     projection = torch.nn.Linear(24, 32)
     teacher.set_attn_implementation("eager")

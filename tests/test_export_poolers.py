@@ -15,9 +15,10 @@ from transformers import AlbertConfig, AutoModel, PreTrainedModel
 
 from fastkd.layer_map import make_layer_map
 from fastkd.models import build_student, load_student, load_teacher
-from fastkd.recipe import Student, Teacher
+from fastkd.recipe import Student
 from fastkd.training.export import export_notes
 from fastkd.training.export.poolers import pooler_to_add
+from fastkd.types import ModelSource
 
 POOLED = ("bert", "roberta")
 NARROW = {"hidden_size": 16, "intermediate_size": 20}
@@ -83,7 +84,7 @@ def test_a_pooler_of_one_layer_alone_is_handed_on(tmp_path: Path) -> None:
     )
     theirs = AutoModel.from_config(config)
     theirs.save_pretrained(tmp_path)
-    student = load_teacher(Teacher(model=str(tmp_path)))
+    student = load_teacher(ModelSource(str(tmp_path)))
     origin, weights = pooler_to_add(student)
     assert origin == "teacher"
     assert {k: v.shape for k, v in weights.items()} == {
@@ -103,7 +104,7 @@ def test_it_is_no_part_of_what_is_trained(tmp_path: Path) -> None:
 def test_the_note_is_there_before_the_first_step(tmp_path: Path) -> None:
     folder = save_teacher(tmp_path / "t")
     student, teacher = made_student(folder)
-    source = Teacher(model=str(folder))
+    source = ModelSource(str(folder))
     expected = "pooler of the student (pooler_output): not trained, it is the teacher's, unchanged"
     assert export_notes(student, teacher.config, source, "none") == [expected]
 
@@ -122,7 +123,7 @@ def test_a_student_with_a_head_keeps_what_it_trained(tmp_path: Path) -> None:
 def test_a_run_with_a_head_takes_its_own_teachers_pooler(tmp_path: Path) -> None:
     general = exported(tmp_path / "run", save_teacher(tmp_path / "t"))
     classifier = save_classifier(tmp_path / "tuned", seed=5, num_labels=2)
-    teacher = load_teacher(Teacher(model=str(classifier)), "sequence_classification")
+    teacher = load_teacher(ModelSource(str(classifier)), head="sequence_classification")
     section = Student(layers=2, head="sequence_classification", init=str(general))
     student, start = build_student(teacher, section, make_layer_map("uniform", 2, 4))
     assert start.copied == start.total
@@ -139,5 +140,5 @@ def test_an_exported_student_can_teach_and_is_read_back(tmp_path: Path) -> None:
     second = exported(tmp_path / "next", first)
     assert torch.equal(read(second).pooler.dense.weight, torch.eye(16))
     with torch.no_grad():
-        mine = load_student(first, Student(layers=3))(**BATCH).last_hidden_state
+        mine = load_student(first)(**BATCH).last_hidden_state
         assert torch.equal(mine, read(first)(**BATCH).last_hidden_state)

@@ -17,8 +17,8 @@ from torch import nn
 
 from fastkd.errors import UserError
 from fastkd.models import load_teacher
-from fastkd.recipe import Teacher
 from fastkd.training.export import export_notes
+from fastkd.types import ModelSource
 
 NARROW = {"hidden_size": 16, "intermediate_size": 20}
 TEXTS = ["w7 w9 w20", "w11"]
@@ -30,7 +30,7 @@ def chain(model: Any) -> list[str]:
 
 def notes(teacher: Path, head: Any = "none", **numbers: Any) -> list[str]:
     student, large = made_student(teacher, head, **numbers)
-    found = export_notes(student, large.config, Teacher(model=str(teacher)), head)
+    found = export_notes(student, large.config, ModelSource(str(teacher)), head)
     return [note for note in found if not note.startswith("pooler")]
 
 
@@ -161,10 +161,10 @@ def test_a_folder_whose_first_module_is_gone_is_refused(tmp_path: Path) -> None:
     teacher = old_layout(save_sentences(tmp_path, models.Pooling(WIDTH)))
     shutil.rmtree(teacher / "0_Transformer")
     with pytest.raises(UserError, match=rf"^teacher\.model {teacher}: not loadable"):
-        load_teacher(Teacher(model=str(teacher)))
+        load_teacher(ModelSource(str(teacher)))
     (teacher / "modules.json").write_text("[]")
     with pytest.raises(UserError, match=r"modules\.json: not loadable"):
-        load_teacher(Teacher(model=str(teacher)))
+        load_teacher(ModelSource(str(teacher)))
 
 
 @pytest.fixture

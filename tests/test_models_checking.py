@@ -32,7 +32,8 @@ from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.models import build_student, load_student, load_teacher, load_tokenizer
 from fastkd.models.classifier import load_tuned
-from fastkd.recipe import Student, Teacher, TunedModel
+from fastkd.recipe import Student
+from fastkd.types import ModelSource
 
 TASK = Task(name="t", columns=Columns(texts=("a",), label="y"), labels=("no", "yes"))
 DISTANCES = {
@@ -72,10 +73,10 @@ def start_from(folder: Path) -> object:
 
 
 LOADS: dict[str, Callable[[Path], object]] = {
-    "teacher.model": lambda folder: load_teacher(Teacher(model=str(folder))),
-    "student": lambda folder: load_student(folder, Student(layers=1)),
+    "teacher.model": lambda folder: load_teacher(ModelSource(str(folder))),
+    "student": load_student,
     "student.init": start_from,
-    "model": lambda folder: load_tuned(TunedModel(name=str(folder)), TASK),
+    "model": lambda folder: load_tuned(ModelSource(str(folder)), TASK),
 }
 EVERY_LOAD = pytest.mark.parametrize("given", LOADS)
 
@@ -111,7 +112,7 @@ def test_positions_that_no_class_reads_are_refused(tmp_path: Path, given: str, k
 
 def test_absolute_positions_are_read(tmp_path: Path) -> None:
     load_teacher(
-        Teacher(model=str(edit_config(save_teacher(tmp_path), position_embedding_type="absolute")))
+        ModelSource(str(edit_config(save_teacher(tmp_path), position_embedding_type="absolute")))
     )
 
 
@@ -147,7 +148,7 @@ def agree(mine: PreTrainedModel, theirs: PreTrainedModel) -> bool:
 def test_heads_and_poolers_above_the_base_model_may_stay_behind(tmp_path: Path) -> None:
     masked = save_masked(tmp_path / "masked")
     whole = AutoModelForMaskedLM.from_pretrained(masked)
-    assert agree(load_teacher(Teacher(model=str(masked))), whole)
+    assert agree(load_teacher(ModelSource(str(masked))), whole)
     add_weights(
         masked,
         {
@@ -158,8 +159,8 @@ def test_heads_and_poolers_above_the_base_model_may_stay_behind(tmp_path: Path) 
         },
     )
     for head in ("none", "masked_lm"):
-        assert agree(load_teacher(Teacher(model=str(masked)), head), whole)
-    load_tuned(TunedModel(name=str(masked)), TASK)
+        assert agree(load_teacher(ModelSource(str(masked)), head=head), whole)
+    load_tuned(ModelSource(str(masked)), TASK)
 
 
 @pytest.mark.parametrize("head", ["none", "causal_lm"])
@@ -179,7 +180,7 @@ def test_an_old_gpt2_with_its_masks_is_read(tmp_path: Path, prefix: str, head: A
             for key, value in {**w, **buffers}.items()
         },
     )
-    assert agree(load_teacher(Teacher(model=str(folder)), head), whole)
+    assert agree(load_teacher(ModelSource(str(folder)), head=head), whole)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_buffers_of_older_releases_are_no_weights(
     tmp_path: Path, name: str, buffers: dict[str, Tensor]
 ) -> None:
     folder = add_weights(save_teacher(tmp_path, name), buffers)
-    assert agree(load_teacher(Teacher(model=str(folder))), tiny_model(name))
+    assert agree(load_teacher(ModelSource(str(folder))), tiny_model(name))
 
 
 QUANTISED: list[dict[str, Any]] = [
@@ -323,7 +324,7 @@ def test_a_tokenizer_whose_package_is_missing_is_refused(tmp_path: Path, kind: s
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
     with pytest.raises(UserError, match=f"tokenizer of {folder}: not loadable") as refused:
-        load_tokenizer(Teacher(model=str(folder)), VOCABULARY)
+        load_tokenizer(ModelSource(str(folder)), VOCABULARY)
     assert "\n" not in str(refused.value)
 
 
@@ -332,5 +333,5 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path, content: str) -> None:
     folder = save_teacher(tmp_path / "m")
     (folder / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=f"tokenizer of {folder}: not loadable") as refused:
-        load_tokenizer(Teacher(model=str(folder)), VOCABULARY)
+        load_tokenizer(ModelSource(str(folder)), VOCABULARY)
     assert "\n" not in str(refused.value)

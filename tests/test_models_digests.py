@@ -15,7 +15,8 @@ from tiny_training import save_encoder, write_recipe, write_task
 
 from fastkd.errors import UserError
 from fastkd.models import model_digests, note_models
-from fastkd.recipe import Teacher, load_any_recipe, load_recipe
+from fastkd.recipe import load_any_recipe, load_recipe
+from fastkd.types import ModelSource
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 
@@ -71,14 +72,14 @@ def test_a_damaged_note_is_one_line(recipe: Path, text: str) -> None:
 
 def test_modules_inside_the_folder_count(tmp_path: Path) -> None:
     folder = save_sentences(tmp_path, models.Pooling(32))
-    found = model_digests(Teacher(model=str(folder)))
+    found = model_digests(ModelSource(str(folder)))
     assert {"modules.json", "config.json", "1_Pooling/config.json"} <= found.keys()
     entries = json.loads((folder / "modules.json").read_text())
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "config.json").write_text("{}")
     entries[1]["path"] = "../outside"
     (folder / "modules.json").write_text(json.dumps(entries))
-    assert not any("outside" in name for name in model_digests(Teacher(model=str(folder))))
+    assert not any("outside" in name for name in model_digests(ModelSource(str(folder))))
 
 
 def test_resuming_refuses_another_teacher(recipe: Path) -> None:

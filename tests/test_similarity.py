@@ -297,3 +297,15 @@ def test_bad_input(folders: tuple[str, str, str], tmp_path: Path) -> None:
     found = inspect_layers(teacher, student, [text], blocks=2, block_size=16)
     with pytest.raises(UserError, match="--output"):
         write_similarity(found, Path(text))
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "x" * 300, "~nobody-of-that-name/m"])
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_a_name_that_nothing_can_have_is_one_line(
+    folders: tuple[str, str, str], side: str, name: str
+) -> None:
+    teacher, student, text = folders
+    given = {"teacher": teacher, "student": student, side: name}
+    with pytest.raises(UserError, match=rf"^{side}: .*\(given ") as refused:
+        inspect_layers(given["teacher"], given["student"], [text], block_size=16)
+    assert "\n" not in str(refused.value)

@@ -39,7 +39,8 @@ from fastkd.models.classifier import (
     load_tuned,
     name_outputs,
 )
-from fastkd.recipe import TunedModel, parse_finetune_recipe
+from fastkd.recipe import parse_finetune_recipe
+from fastkd.types import ModelSource
 
 MNLI, SST2, QNLI = GLUE["MNLI"], GLUE["SST-2"], GLUE["QNLI"]
 SWAPPED = {"id2label": {0: "POSITIVE", 1: "NEGATIVE"}}
@@ -171,7 +172,7 @@ def test_outputs_that_say_something_else(
 
 def test_a_head_to_tune_on_keeps_its_meaning(tmp_path: Path) -> None:
     save_classifier(tmp_path / "swapped", id2label={0: "YES", 1: "NO"})
-    tuned = load_tuned(TunedModel(name=str(tmp_path / "swapped")), PAIRS)
+    tuned = load_tuned(ModelSource(str(tmp_path / "swapped")), PAIRS)
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "swapped").eval()
     with torch.no_grad():
         mine, theirs = (model(**tiny_batch()).logits for model in (tuned.model.eval(), plain))

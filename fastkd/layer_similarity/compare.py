@@ -27,9 +27,9 @@ from fastkd.models import (
     load_tokenizer,
     locate_model,
 )
-from fastkd.recipe import Student, Teacher
+from fastkd.section import check_place
 from fastkd.training.session import quietened
-from fastkd.types import AnyPath
+from fastkd.types import AnyPath, ModelSource, Side
 
 MAPS: tuple[MapKind, ...] = ("uniform", "last", "first")
 
@@ -147,18 +147,19 @@ def inspect_layers(
         UserError: a model or text that can't be read, or two models of different vocabularies.
     """
     places = [data] if isinstance(data, str | os.PathLike) else data
-    section, other = (Teacher(model=os.fspath(given)) for given in (teacher, student))
-    large = load_teacher(section)
-    small = load_student(Path(locate_model(other)), Student(layers=1))
-    vocabularies = [_vocabulary(small, other.model), _vocabulary(large, section.model)]
+    teacher_source, student_source = _source("teacher", teacher), _source("student", student)
+    large = load_teacher(teacher_source)
+    small = load_student(Path(locate_model(student_source.name)))
+    sides = (small, student_source), (large, teacher_source)
+    vocabularies = [_vocabulary(model, source.name) for model, source in sides]
     if vocabularies[0] != vocabularies[1]:
         raise UserError(
             f"the student embeds {vocabularies[0]} tokens and the teacher {vocabularies[1]}; give "
             "two models that share a tokenizer"
         )
     traits = try_model(small, block_size), try_model(large, block_size)
-    tokenizer = load_tokenizer(section, vocabularies[1])
-    check_same_vocabulary(other, f"student {other.model}", tokenizer)
+    tokenizer = load_tokenizer(teacher_source, vocabularies[1])
+    check_same_vocabulary(student_source, f"student {student_source.name}", tokenizer)
     # nothing is trained on, so nearly all of the text may be held out
     wanted = TextSettings(
         train=tuple(os.fspath(place) for place in places),
@@ -173,6 +174,21 @@ def inspect_layers(
     small.to(device)
     batches = ({"input_ids": part.to(device)} for part in torch.split(rows, batch_size))
     return measure(small, large, batches, traits, kind=kind)
+
+
+def _source(side: Side, given: AnyPath) -> ModelSource:
+    """Where a model is loaded from that the user names.
+
+    Raises:
+        UserError: nothing can have such a name.
+    """
+    name = os.fspath(given)
+    if not name:
+        raise UserError(f"{side}: expected a hub name, folder, or package:NAME/FOLDER (given '')")
+    try:
+        return ModelSource(check_place(name))
+    except ValueError as error:
+        raise UserError(f"{side}: {error}") from error
 
 
 def _vocabulary(model: Any, given: str) -> int:

@@ -6,8 +6,9 @@ configuration says of each layer), `classifier.py` fits a head to a task, `vocab
 tokenizers, `digests.py` notes which bytes a run was made from. Which heads there are is
 `fastkd/head_spec.py`.
 
-May import transformers, `capture` (to see that a model's attention can be recorded), recipes'
-sections of models, and `data.tasks` for what labels are called. Trains nothing and knows no engine.
+May import transformers, `capture` (to see that a model's attention can be recorded), `data.tasks`
+for what labels are called, and of the recipe the student's section and the models that a run starts
+from. Trains nothing and knows no engine.
 """
 
 from fastkd.models.checking import LOADING_ERRORS, not_loadable, optional_file

@@ -19,7 +19,7 @@ from fastkd.data.tasks import (
 from fastkd.errors import UserError
 from fastkd.head_spec import TASK_HEAD
 from fastkd.models import check_attention, dropout_rates, read_config, read_model, resolve_model
-from fastkd.recipe import Student, TunedModel
+from fastkd.types import ModelSource
 
 
 @dataclass(frozen=True)
@@ -33,33 +33,43 @@ class Tuned:
     """Its own dropout rates."""
 
 
-def load_tuned(section: TunedModel, task: Task) -> Tuned:
+def load_tuned(
+    source: ModelSource,
+    task: Task,
+    *,
+    dropout: float | None = None,
+    attention: str = "sdpa",
+    gradient_checkpointing: bool = False,
+) -> Tuned:
     """A model to fine-tune, in fp32 on the CPU, with a head for the task.
 
     A head of the right shape is kept, its outputs in the task's order where their names are the
     task's; any other is drawn from torch's random numbers.
 
     Args:
-        section: of the recipe.
+        source: where it is loaded from.
         task: whose labels the head gives.
+        dropout: every rate; the model's own where `None`.
+        attention: implementation that it runs.
+        gradient_checkpointing: recompute blocks in the backward pass.
 
     Raises:
-        UserError: it can't be found, read or run with the attention that the recipe names.
+        UserError: it can't be found, read or run with that attention.
     """
-    name, given = resolve_model(section.source), f"model {section.name}"
-    config = read_config(name, given, section.revision, num_labels=task.outputs)
+    name, given = resolve_model(source), f"model {source.name}"
+    config = read_config(name, given, source.revision, num_labels=task.outputs)
     rates = dropout_rates(config)
-    if section.dropout is not None:
+    if dropout is not None:
         for rate in rates:
-            setattr(config, rate, section.dropout)
-    check_attention("model", section.attention, dropout_rates(config))
-    model, drawn = read_model(name, given, torch.float32, section.revision, TASK_HEAD, config)
+            setattr(config, rate, dropout)
+    check_attention("model", attention, dropout_rates(config))
+    model, drawn = read_model(name, given, torch.float32, source.revision, TASK_HEAD, config)
     order = order_of(_names(model.config), task)
     if order is not None:
         _reorder(model, order, given)
     name_outputs(model.config, task)
-    set_attention(model, section.attention)
-    if section.gradient_checkpointing:
+    set_attention(model, attention)
+    if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Tuned(model, bool(drawn), rates)
 
@@ -115,16 +125,19 @@ def fit_classifier(model: PreTrainedModel, task: Task, given: str) -> None:
         _reorder(model, order, given)
 
 
-def check_start(student: Student, task: Task) -> None:
+def check_start(source: ModelSource, task: Task) -> None:
     """See that a model to start from counts the task's labels as the task does.
+
+    Args:
+        source: what `student.init` names.
+        task: whose labels the head gives.
 
     Raises:
         UserError: it can't be read, or gives them in another order.
     """
-    source = student.starts_from
-    if source is None or task.regression:
+    if task.regression:
         return
-    given = f"student.init {source.model}"
+    given = f"student.init {source.name}"
     names = _names(read_config(resolve_model(source), given))
     order = order_of(names, task)
     if order is not None and order != tuple(range(len(order))):

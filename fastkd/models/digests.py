@@ -18,7 +18,8 @@ from fastkd.files.sealed import file_sha256
 from fastkd.models.checking import optional_file
 from fastkd.models.locate import locate_model, locate_source
 from fastkd.models.modules import ListingError, read_modules
-from fastkd.recipe import AnyRecipe, Recipe, Teacher
+from fastkd.recipe import AnyRecipe, Recipe
+from fastkd.types import ModelSource
 
 NOTE = "models.json"
 """File of a run that holds the digests."""
@@ -41,15 +42,16 @@ _READ = (
 _COMMIT = "commit"
 
 
-def model_sources(recipe: AnyRecipe) -> dict[str, Teacher]:
+def model_sources(recipe: AnyRecipe) -> dict[str, ModelSource]:
     """The models that a recipe starts from, by the field that names each."""
     if not isinstance(recipe, Recipe):
         return {"model.name": recipe.model.source}
     start = recipe.student.starts_from
-    return {"teacher.model": recipe.teacher, **({} if start is None else {"student.init": start})}
+    starts = {} if start is None else {"student.init": start}
+    return {"teacher.model": recipe.teacher.source, **starts}
 
 
-def model_digests(source: Teacher) -> dict[str, str]:
+def model_digests(source: ModelSource) -> dict[str, str]:
     """sha256 of every file that is read of a model, by its path in the model's folder.
 
     Of a model of the hub also its commit. About a second a gigabyte for weights that were just
@@ -83,7 +85,7 @@ def note_models(run: Path, recipe: AnyRecipe) -> None:
         return
     for field, noted in _noted(path).items():
         source, now = model_sources(recipe).get(field), found.get(field, {})
-        given = f"{field} {source.model}" if source else field
+        given = f"{field} {source.name}" if source else field
         for name in sorted(noted.keys() | now.keys()):
             # of the hub more files may have come since, of the same commit
             added = name not in noted and _COMMIT in noted
@@ -111,9 +113,9 @@ def _noted(path: Path) -> dict[str, dict[str, str]]:
         ) from error
 
 
-def _folder(source: Teacher) -> tuple[Path, str | None]:
+def _folder(source: ModelSource) -> tuple[Path, str | None]:
     """Where a model lies on this machine, and its commit if it is of the hub."""
-    name = locate_source(source)
+    name = locate_source(source.name)
     if Path(name).is_dir():
         return Path(name), None
     config = optional_file(name, "config.json", source.revision)
@@ -123,8 +125,8 @@ def _folder(source: Teacher) -> tuple[Path, str | None]:
     return config.parent, config.parent.name
 
 
-def _files(root: Path, source: Teacher) -> Iterator[Path]:
-    model = Path(locate_model(source))
+def _files(root: Path, source: ModelSource) -> Iterator[Path]:
+    model = Path(locate_model(source.name))
     folders = [root, *(root / name for name in _modules(root)), model if model.is_dir() else root]
     for folder in dict.fromkeys(folders):
         if folder.is_dir() and folder.is_relative_to(root):

@@ -30,8 +30,7 @@ from fastkd.models.checking import (
 from fastkd.models.locate import resolve_model
 from fastkd.models.poolers import drop_pooler
 from fastkd.models.vocabulary import read_tokenizer
-from fastkd.recipe import Student, Teacher
-from fastkd.types import Head
+from fastkd.types import Head, ModelSource
 
 
 def auto_model(head: Head) -> Any:
@@ -39,63 +38,73 @@ def auto_model(head: Head) -> Any:
     return getattr(transformers, HEADS[head].auto_model)
 
 
-def load_teacher(teacher: Teacher, head: Head = "none") -> PreTrainedModel:
-    """The teacher, frozen, in eval mode, in its own dtype, on the CPU; without a head and without
-    its pooler unless one is asked for.
+def load_teacher(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    head: Head = "none",
+) -> PreTrainedModel:
+    """The teacher, frozen, in eval mode, on the CPU.
+
+    Args:
+        source: where it is loaded from.
+        dtype: of its weights.
+        attention: implementation that it runs.
+        head: what it must have; `none` also takes its pooler off.
 
     Raises:
-        UserError: it can't be found, read or run with the attention that the recipe names.
+        UserError: it can't be found, read or run with that attention.
     """
-    model, missing = read_model(
-        resolve_model(teacher),
-        f"teacher.model {teacher.model}",
-        getattr(torch, teacher.dtype),
-        teacher.revision,
-        head,
-    )
+    given = f"teacher.model {source.name}"
+    model, missing = read_model(resolve_model(source), given, dtype, source.revision, head)
     remedy = HEADS[head].untrained_teacher
     if missing and remedy:
         raise UserError(
-            f"teacher.model {teacher.model}: its head was never trained, {len(missing)} weights "
-            f"are missing, {missing[0]} among them; {remedy}"
+            f"{given}: its head was never trained, {len(missing)} weights are missing, "
+            f"{missing[0]} among them; {remedy}"
         )
-    require_whole(f"teacher.model {teacher.model}", missing)
-    set_attention(model, teacher.attention)
+    require_whole(given, missing)
+    set_attention(model, attention)
     return model.eval().requires_grad_(False)
 
 
-def load_student(folder: Path, student: Student) -> PreTrainedModel:
+def load_student(folder: Path, *, head: Head = "none", attention: str = "sdpa") -> PreTrainedModel:
     """A student that a run exported, in fp32 on the CPU, in eval mode.
 
+    Args:
+        folder: that it was exported to.
+        head: what it must have; `none` also takes its pooler off.
+        attention: implementation that it runs.
+
     Raises:
-        UserError: the folder holds no model.
+        UserError: the folder holds no model, or none that runs with that attention.
     """
     given = f"student {folder}"
-    model, missing = read_model(str(folder), given, torch.float32, None, student.head)
+    model, missing = read_model(str(folder), given, torch.float32, None, head)
     require_whole(given, missing)
-    set_attention(model, student.attention)
+    set_attention(model, attention)
     return model.eval()
 
 
-def load_tokenizer(teacher: Teacher, vocabulary: int) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource, vocabulary: int) -> PreTrainedTokenizerBase:
     """The teacher's tokenizer, which is also the student's.
 
     Args:
-        teacher: section of the recipe.
+        source: where the teacher is loaded from.
         vocabulary: rows of the teacher's embedding.
 
     Raises:
         UserError: there is none, or it makes ids that the embedding doesn't have.
     """
-    tokenizer = read_tokenizer(teacher)
+    tokenizer = read_tokenizer(source)
     if tokenizer is None:
         raise UserError(
-            f"{teacher.model}: holds no tokenizer; put the one there that the model was trained "
-            "with"
+            f"{source.name}: holds no tokenizer; put the one there that the model was trained with"
         )
     if len(tokenizer) > vocabulary:
         raise UserError(
-            f"{teacher.model}: the tokenizer has {len(tokenizer)} tokens, but the model embeds "
+            f"{source.name}: the tokenizer has {len(tokenizer)} tokens, but the model embeds "
             f"{vocabulary}; give the folder the tokenizer that the model was trained with"
         )
     return tokenizer

@@ -14,36 +14,35 @@ from pathlib import Path, PurePosixPath
 from fastkd.errors import UserError
 from fastkd.models.checking import not_loadable
 from fastkd.models.modules import ListingError, first_folder
-from fastkd.recipe import Teacher
+from fastkd.types import ModelSource
 
 _PACKAGE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
-def locate_model(teacher: Teacher) -> str:
-    """The folder or hub name that transformers loads.
+def locate_model(name: str) -> str:
+    """The folder or hub name that transformers loads of a model's name.
 
     Of a sentence-transformers folder of the old layout that is the folder of its first module.
 
     Raises:
         UserError: the package that should carry the model is missing.
     """
-    name = locate_source(teacher)
-    listing = Path(name) / "modules.json"
-    if listing.is_file() and not (Path(name) / "config.json").is_file():
+    place = locate_source(name)
+    listing = Path(place) / "modules.json"
+    if listing.is_file() and not (Path(place) / "config.json").is_file():
         try:
-            return str(Path(name) / first_folder(listing))
+            return str(Path(place) / first_folder(listing))
         except ListingError as error:
             raise UserError(not_loadable(f"{listing}", error)) from error
-    return name
+    return place
 
 
-def locate_source(teacher: Teacher) -> str:
-    """The folder or hub name that a recipe's words stand for.
+def locate_source(name: str) -> str:
+    """The folder or hub name that a model's name stands for.
 
     Raises:
         UserError: the package that should carry the model is missing.
     """
-    name = teacher.model
     return _carried(name) if name.startswith("package:") else name
 
 
@@ -64,14 +63,14 @@ def _carried(name: str) -> str:
     return str(found / folder)
 
 
-def resolve_model(teacher: Teacher) -> str:
+def resolve_model(source: ModelSource) -> str:
     """What `locate_model` finds, its weights read and checked where a digest is given.
 
     Raises:
         UserError: the package is missing, or `model.safetensors` is not the file expected.
     """
-    name = locate_model(teacher)
-    if teacher.sha256:
+    name = locate_model(source.name)
+    if source.sha256:
         weights = Path(name) / "model.safetensors"
         if not weights.is_file():
             raise UserError(
@@ -80,9 +79,9 @@ def resolve_model(teacher: Teacher) -> str:
             )
         with weights.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != teacher.sha256:
+        if digest != source.sha256:
             raise UserError(
-                f"{weights}: sha256 is {digest}, expected {teacher.sha256}; "
+                f"{weights}: sha256 is {digest}, expected {source.sha256}; "
                 "the file is damaged or another model"
             )
     return name

@@ -25,7 +25,8 @@ from fastkd.models.load import (
 from fastkd.models.locate import resolve_model
 from fastkd.models.per_layer import check_same_blocks, cut_layers
 from fastkd.models.poolers import POOLER_MARK, drop_pooler, lend_pooler
-from fastkd.recipe import Student, Teacher
+from fastkd.recipe import Student
+from fastkd.types import ModelSource
 
 # one idea, four names
 _FEED_FORWARD = ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim")
@@ -149,10 +150,10 @@ def build_student(
 
 
 def _continued(
-    source: Teacher, config: PreTrainedConfig, student: Student, teacher: PreTrainedModel
+    source: ModelSource, config: PreTrainedConfig, student: Student, teacher: PreTrainedModel
 ) -> tuple[PreTrainedModel, int]:
     """A student that starts from another model's weights, and how many numbers were not drawn."""
-    name, given = resolve_model(source), f"student.init {source.model}"
+    name, given = resolve_model(source), f"student.init {source.name}"
     own = read_config(name, given)
     _check_same_shape(own, config, given)
     # its blocks are what they are, whatever teacher layers they learn from

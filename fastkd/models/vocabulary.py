@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from fastkd.errors import UserError
 from fastkd.models.checking import LOADING_ERRORS, not_loadable, optional_file
 from fastkd.models.locate import locate_model
-from fastkd.recipe import Teacher
+from fastkd.types import ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +43,16 @@ _PROBE = (
 _SAMPLE = 2000
 
 
-def read_tokenizer(teacher: Teacher) -> PreTrainedTokenizerBase | None:
+def read_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a folder or hub model, `None` where it holds none.
 
     Raises:
         UserError: there is one that can't be read.
     """
-    name = locate_model(teacher)
+    name = locate_model(source.name)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, revision=teacher.revision, trust_remote_code=False
+            name, revision=source.revision, trust_remote_code=False
         )
         # without end, where the token of unknown words is unknown
         special = set(tokenizer.all_special_ids)
@@ -60,17 +60,19 @@ def read_tokenizer(teacher: Teacher) -> PreTrainedTokenizerBase | None:
         # of a file that it can't read, tokenizers raises just that
         if type(error) is not Exception and not isinstance(error, LOADING_ERRORS):
             raise
-        known = optional_file(name, "config.json", teacher.revision) is not None
-        if known and not any(optional_file(name, file, teacher.revision) for file in _FILES):
+        known = optional_file(name, "config.json", source.revision) is not None
+        if known and not any(optional_file(name, file, source.revision) for file in _FILES):
             return None
-        raise UserError(not_loadable(f"tokenizer of {teacher.model}", error)) from error
+        raise UserError(not_loadable(f"tokenizer of {source.name}", error)) from error
     # transformers makes one of special tokens alone where a folder has no tokenizer
     if len(tokenizer) <= len(special):
         return None
     return tokenizer
 
 
-def check_same_vocabulary(source: Teacher, given: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_same_vocabulary(
+    source: ModelSource, given: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """See that a model was trained on the ids that the teacher's tokenizer makes.
 
     One without a tokenizer is taken to share the teacher's, and it is said.

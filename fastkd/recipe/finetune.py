@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fastkd.recipe.models import Attention, Teacher, check_flex
+from fastkd.recipe.models import Attention, check_flex
 from fastkd.recipe.task import TaskData
 from fastkd.recipe.train import RunOutput, Train, check_train
 from fastkd.section import (
@@ -15,6 +15,7 @@ from fastkd.section import (
     Plugins,
     Section,
 )
+from fastkd.types import ModelSource
 
 
 class TunedModel(Section):
@@ -39,14 +40,9 @@ class TunedModel(Section):
         return self
 
     @property
-    def source(self) -> Teacher:
-        """Where it is loaded from, in the words of the models' loader."""
-        return Teacher(
-            model=self.name,
-            revision=self.revision,
-            sha256=self.sha256,
-            attention=self.attention,
-        )
+    def source(self) -> ModelSource:
+        """Where it is loaded from."""
+        return ModelSource(self.name, self.revision, self.sha256)
 
 
 def _short_model(value: object) -> object:

@@ -11,7 +11,7 @@ from fastkd.section import (
     Place,
     Section,
 )
-from fastkd.types import Head
+from fastkd.types import Head, ModelSource
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 # more than any model has
@@ -52,6 +52,11 @@ class Teacher(Section):
     placement: Literal["replicate", "shard", "offload"] = "replicate"
     """A copy on every rank, ZeRO-3 shards, or ZeRO-3 shards in CPU memory."""
 
+    @property
+    def source(self) -> ModelSource:
+        """Where it is loaded from."""
+        return ModelSource(self.model, self.revision, self.sha256)
+
 
 class Student(Section):
     """The small model: the teacher's architecture with these numbers in place of the teacher's."""
@@ -85,6 +90,6 @@ class Student(Section):
         return self
 
     @property
-    def starts_from(self) -> Teacher | None:
-        """The model that `init` names, in the words of the models' loader."""
-        return None if self.init in ("teacher", "random") else Teacher(model=self.init)
+    def starts_from(self) -> ModelSource | None:
+        """The model that `init` names, `None` where it names none."""
+        return None if self.init in ("teacher", "random") else ModelSource(self.init)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.capture import AttentionTraits, try_model, vocabulary_size
@@ -36,11 +37,12 @@ from fastkd.models import (
     load_tokenizer,
 )
 from fastkd.models.classifier import check_start, fit_classifier, load_tuned, name_outputs
-from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, Teacher, resolve_steps
+from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, resolve_steps
 from fastkd.training.export import load_projections
 from fastkd.training.finite import check_weights
 from fastkd.training.memory import check_micro_batch
 from fastkd.training.run_folder import RunFolder
+from fastkd.types import ModelSource
 
 R = TypeVar("R", Recipe, FinetuneRecipe)
 
@@ -60,7 +62,7 @@ class Parts:
     module: DistilledStudent
     teacher_model: PreTrainedModel | None
     """`None` where hard labels teach."""
-    source: Teacher
+    source: ModelSource
     """The model that the student was made from."""
     handed_on: dict[str, Any]
     """Values of its configuration that the student is handed on with: dropout rates, padding."""
@@ -100,14 +102,21 @@ def _distillation(
     recipe: Recipe, plan: BatchPlan, ranks: Ranks, progress: bool, made: RunFolder | None
 ) -> Parts:
     task = None if recipe.task is None else task_of(recipe.task)
-    teacher = load_teacher(recipe.teacher, recipe.student.head)
-    check_weights(teacher, f"teacher.model {recipe.teacher.model}")
+    source, head = recipe.teacher.source, recipe.student.head
+    teacher = load_teacher(
+        source,
+        dtype=getattr(torch, recipe.teacher.dtype),
+        attention=recipe.teacher.attention,
+        head=head,
+    )
+    check_weights(teacher, f"teacher.model {source.name}")
     if task is not None:
-        fit_classifier(teacher, task, f"teacher.model {recipe.teacher.model}")
-        if made is None:
-            check_start(recipe.student, task)
+        fit_classifier(teacher, task, f"teacher.model {source.name}")
+        start = recipe.student.starts_from
+        if made is None and start is not None:
+            check_start(start, task)
     teacher_traits = _traits(teacher, recipe)
-    tokenizer = load_tokenizer(recipe.teacher, vocabulary_size(teacher))
+    tokenizer = load_tokenizer(source, vocabulary_size(teacher))
     depths = recipe.student.layers, teacher.config.num_hidden_layers
     layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
     if made is None:
@@ -124,7 +133,7 @@ def _distillation(
         student,
         teacher,
         traits,
-        head=recipe.student.head,
+        head=head,
         seed=recipe.train.seed,
     )
     if made is not None:
@@ -142,7 +151,7 @@ def _distillation(
         recipe = _resolved(recipe, datamodule)
     objective.steps = recipe.train.steps
     handed_on = dropout_rates(teacher.config)
-    if HEADS[recipe.student.head].data == "task":
+    if HEADS[head].data == "task":
         handed_on |= pad_alike(datamodule, tokenizer, student, teacher)
     return Parts(
         recipe=recipe,
@@ -154,7 +163,7 @@ def _distillation(
         initialisation=initialisation,
         module=DistilledStudent(student, objective),
         teacher_model=teacher,
-        source=recipe.teacher,
+        source=source,
         handed_on=handed_on,
     )
 
@@ -178,7 +187,7 @@ def _new_student(
     start = recipe.student.starts_from
     check_weights(student, f"student.init {recipe.student.init}")
     if start is not None:
-        check_same_vocabulary(start, f"student.init {start.model}", tokenizer)
+        check_same_vocabulary(start, f"student.init {start.name}", tokenizer)
     if task is not None:
         name_outputs(student.config, task)
     return student, initialisation
@@ -187,7 +196,9 @@ def _new_student(
 def _made_student(
     recipe: Recipe, made: RunFolder, task: Task | None
 ) -> tuple[PreTrainedModel, Initialisation]:
-    student = load_student(made.student, recipe.student)
+    student = load_student(
+        made.student, head=recipe.student.head, attention=recipe.student.attention
+    )
     if task is not None:
         fit_classifier(student, task, f"student {made.student}")
     return student, _nothing_drawn(student)
@@ -197,17 +208,21 @@ def _finetuning(
     recipe: FinetuneRecipe, plan: BatchPlan, ranks: Ranks, progress: bool, made: RunFolder | None
 ) -> Parts:
     task, section = task_of(recipe.task), recipe.model
-    if made is not None:
-        tuned_before = {"name": str(made.student), "revision": None, "sha256": None}
-        section = section.model_copy(update=tuned_before)
-    tuned = load_tuned(section, task)
+    source = section.source if made is None else ModelSource(str(made.student))
+    tuned = load_tuned(
+        source,
+        task,
+        dropout=section.dropout,
+        attention=section.attention,
+        gradient_checkpointing=section.gradient_checkpointing,
+    )
     if made is not None and tuned.new_head:
         raise UserError(f"{made.student} holds no head for task {task.name}; tune it again")
     model = tuned.model
     if made is None:
-        check_weights(model, f"model.name {section.name}")
+        check_weights(model, f"model.name {source.name}")
     try_model(model, recipe.task.max_length, "task.max_length", attention=False, hidden=False)
-    tokenizer = load_tokenizer(section.source, vocabulary_size(model))
+    tokenizer = load_tokenizer(source, vocabulary_size(model))
     if made is None:
         check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(model))
     datamodule = make_datamodule(recipe, tokenizer, model.config, ranks, progress=progress)
@@ -225,7 +240,7 @@ def _finetuning(
         initialisation=_nothing_drawn(model, tuned.new_head),
         module=DistilledStudent(model, objective),
         teacher_model=None,
-        source=section.source,
+        source=source,
         handed_on=handed_on,
     )
 

@@ -15,17 +15,17 @@ from fastkd.layer_map import make_layer_map
 from fastkd.losses import ModelPair
 from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.models import build_student, load_teacher, load_tokenizer
-from fastkd.recipe import Losses, Student, Teacher
+from fastkd.recipe import Losses, Student
 from fastkd.training.export import export_student
 from fastkd.training.run_folder import RunFolder
-from fastkd.types import Head
+from fastkd.types import Head, ModelSource
 
 
 def made_student(
     teacher: Path, head: Head = "none", **numbers: Any
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A student as a run builds it, and its teacher."""
-    large = load_teacher(Teacher(model=str(teacher)), head)
+    large = load_teacher(ModelSource(str(teacher)), head=head)
     section = Student(**{"layers": 2, "head": head, **numbers})
     layers = make_layer_map("uniform", section.layers, large.config.num_hidden_layers)
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def exported(folder: Path, teacher: Path, head: Head = "none", **numbers: Any) -
     ranks: Any = SimpleNamespace(is_main=True, barrier=lambda: None)
     folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(str(folder))
-    source = Teacher(model=str(teacher))
+    source = ModelSource(str(teacher))
     export_student(engine, source, {}, load_tokenizer(source, 2 * VOCABULARY), run, ranks)
     return run.student
 

@@ -21,8 +21,7 @@ from transformers import PreTrainedConfig
 
 from fastkd.head_spec import HEADS
 from fastkd.models import ListingError, Module, locate_source, optional_file, read_modules
-from fastkd.recipe import Teacher
-from fastkd.types import Head
+from fastkd.types import Head, ModelSource
 
 _TRANSFORMERS = ("Transformer", "MLMTransformer")
 _WEIGHTLESS = ("Pooling", "Normalize", "Dropout", "WordWeights", "SpladePooling")
@@ -46,18 +45,21 @@ class SentenceModules:
     lost: tuple[str, ...] = ()
     """Each with the reason."""
 
-    def notes(self, teacher: Teacher) -> list[str]:
+    def notes(self, teacher: ModelSource) -> list[str]:
         """What the user must know."""
         if not self.lost:
             return []
         return [
-            f"teacher.model {teacher.model}: of its sentence-transformers modules the student goes "
+            f"teacher.model {teacher.name}: of its sentence-transformers modules the student goes "
             f"without {'; '.join(self.lost)}"
         ]
 
 
 def sentence_modules(
-    teacher: Teacher, teacher_config: PreTrainedConfig, student_config: PreTrainedConfig, head: Head
+    teacher: ModelSource,
+    teacher_config: PreTrainedConfig,
+    student_config: PreTrainedConfig,
+    head: Head,
 ) -> SentenceModules:
     """Which modules of a teacher its student takes over; reads small files alone.
 
@@ -94,7 +96,7 @@ def sentence_modules(
     return SentenceModules(tuple(kept), tuple(lost))
 
 
-def write_modules(found: SentenceModules, teacher: Teacher, folder: Path, width: int) -> None:
+def write_modules(found: SentenceModules, teacher: ModelSource, folder: Path, width: int) -> None:
     """Write what is carried into the student's folder.
 
     Args:
@@ -119,7 +121,7 @@ def write_modules(found: SentenceModules, teacher: Teacher, folder: Path, width:
     _write(folder / "modules.json", entries)
 
 
-def _write_module(module: Module, teacher: Teacher, folder: Path, width: int) -> None:
+def _write_module(module: Module, teacher: ModelSource, folder: Path, width: int) -> None:
     folder.mkdir(parents=True)
     for name in (*_CONFIGS, *_WEIGHTS):
         _copy(teacher, _joined(module.path, name), folder / name)
@@ -132,7 +134,7 @@ def _write_module(module: Module, teacher: Teacher, folder: Path, width: int) ->
 
 
 def _why_not(
-    teacher: Teacher,
+    teacher: ModelSource,
     module: Module,
     teacher_config: PreTrainedConfig,
     student_config: PreTrainedConfig,
@@ -166,7 +168,7 @@ def _why_not(
     return None
 
 
-def _task(teacher: Teacher, first: Module) -> str:
+def _task(teacher: ModelSource, first: Module) -> str:
     """What the transformer module asks of the model, in the library's words."""
     default = "fill-mask" if first.kind == "MLMTransformer" else "feature-extraction"
     for name in _SETTINGS:
@@ -179,11 +181,11 @@ def _task(teacher: Teacher, first: Module) -> str:
     return default
 
 
-def _have(teacher: Teacher, module: Module, names: tuple[str, ...]) -> bool:
+def _have(teacher: ModelSource, module: Module, names: tuple[str, ...]) -> bool:
     return any(_file(teacher, _joined(module.path, name)) is not None for name in names)
 
 
-def _is_object(teacher: Teacher, module: Module) -> bool:
+def _is_object(teacher: ModelSource, module: Module) -> bool:
     source = _file(teacher, _joined(module.path, "config.json"))
     try:
         return source is not None and isinstance(_read(source), dict)
@@ -195,11 +197,11 @@ def _joined(path: str, name: str) -> str:
     return f"{path}/{name}" if path else name
 
 
-def _file(teacher: Teacher, name: str) -> Path | None:
-    return optional_file(locate_source(teacher), name, teacher.revision)
+def _file(teacher: ModelSource, name: str) -> Path | None:
+    return optional_file(locate_source(teacher.name), name, teacher.revision)
 
 
-def _copy(teacher: Teacher, name: str, target: Path) -> None:
+def _copy(teacher: ModelSource, name: str, target: Path) -> None:
     source = _file(teacher, name)
     if source is not None:
         shutil.copyfile(source, target)

@@ -27,7 +27,6 @@ from fastkd.files.disk import (
 )
 from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.models import locate_model, read_config
-from fastkd.recipe import Teacher
 from fastkd.training.export.poolers import (
     mark_pooler,
     pooler_note,
@@ -35,11 +34,11 @@ from fastkd.training.export.poolers import (
 )
 from fastkd.training.export.sentences import sentence_modules, write_modules
 from fastkd.training.run_folder import RunFolder
-from fastkd.types import Head
+from fastkd.types import Head, ModelSource
 
 
 def export_notes(
-    student: PreTrainedModel, teacher_config: PreTrainedConfig, source: Teacher, head: Head
+    student: PreTrainedModel, teacher_config: PreTrainedConfig, source: ModelSource, head: Head
 ) -> list[str]:
     """What a student will be handed on without, or with what is not its own, one line each.
 
@@ -55,7 +54,7 @@ def export_notes(
 
 def export_student(
     engine: Any,
-    source: Teacher,
+    source: ModelSource,
     rates: Mapping[str, float],
     tokenizer: PreTrainedTokenizerBase,
     run: RunFolder,
@@ -101,9 +100,9 @@ def _write_model(student: PreTrainedModel, folder: Path) -> None:
     student.save_pretrained(folder, state_dict=state)
 
 
-def _write_around(student: PreTrainedModel, source: Teacher, head: Head, folder: Path) -> None:
+def _write_around(student: PreTrainedModel, source: ModelSource, head: Head, folder: Path) -> None:
     """What other libraries read, and what people should."""
-    teacher_config = read_config(locate_model(source), f"model {source.model}", source.revision)
+    teacher_config = read_config(locate_model(source.name), f"model {source.name}", source.revision)
     modules = sentence_modules(source, teacher_config, student.config, head)
     write_modules(modules, source, folder, student.config.hidden_size)
     notes = export_notes(student, teacher_config, source, head)

@@ -7,9 +7,13 @@ run is.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
+import sys
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
@@ -17,6 +21,8 @@ from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 GROUP = "fastkd.plugins"
 # what a module may raise while it is imported
 _ERRORS = (*FOREIGN_ERRORS, NameError, OSError, SyntaxError)
+# of torch, by name: what reads recipes loads no torch
+_OF_THE_DEVICE = ("OutOfMemoryError", "AcceleratorError")
 
 
 def load_plugins(names: object = ()) -> None:
@@ -44,6 +50,32 @@ def place_of(registered: Any) -> str:
     return f"{registered.__module__}.{registered.__qualname__}"
 
 
+@contextlib.contextmanager
+def plugin_errors(where: str, registered: Any) -> Iterator[None]:
+    """Let what a plugin's class or function raises be one line: which fails, where, and why.
+
+    Args:
+        where: what it is in a recipe, as `losses.NAME`.
+        registered: the class or function. What fastkd has itself raises what it raises, and so
+            does a device that is full or broken.
+
+    Raises:
+        UserError: with the last line of the plugin's file that the error came through.
+    """
+    try:
+        yield
+    except FOREIGN_ERRORS as error:
+        module = registered.__module__
+        ours = module.split(".")[0] == "fastkd"
+        if ours or isinstance(error, UserError) or type(error).__name__ in _OF_THE_DEVICE:
+            raise
+        file = getattr(sys.modules.get(module), "__file__", None)
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+        line = f", line {lines[-1]} of {file}" if lines else ""
+        said = f"{type(error).__name__}: {one_line(error)}{line}"
+        raise UserError(f"{where}: {place_of(registered)} fails ({said})") from error
+
+
 def is_module_name(name: str) -> bool:
     """Whether Python could import something of this name."""
     return all(part.isidentifier() for part in name.split("."))
@@ -56,9 +88,11 @@ def _load(name: str) -> None:
         # a plugin may miss a module of its own
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise _refusal(f"plugins: {name}", error) from error
+        remedy = "install it, or put the folder of its file on PYTHONPATH"
+        if name.endswith(".py"):
+            remedy = f"name the module, {name.removesuffix('.py')}, not its file"
         raise UserError(
-            f"plugins: {name} can't be imported, as there is no module {error.name}; install it, "
-            "or put the folder of its file on PYTHONPATH"
+            f"plugins: {name} can't be imported, as there is no module {error.name}; {remedy}"
         ) from error
     except _ERRORS as error:
         raise _refusal(f"plugins: {name}", error) from error

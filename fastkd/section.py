@@ -132,6 +132,8 @@ def _check_module(name: str) -> str:
 
 
 def _one_or_many(value: object) -> object:
+    if value is None:
+        return []
     return [value] if isinstance(value, str) else value
 
 

@@ -78,7 +78,9 @@ def test_a_path_that_leads_nowhere_is_refused_with_near_ones() -> None:
     with pytest.raises(UserError) as refused:
         run({"hidden": wrong})
     message = str(refused.value)
-    assert message.startswith("BertModel has no module 'encoder.layers.2.attention'; did you mean ")
+    assert message.startswith(
+        "losses.hidden: BertModel has no module 'encoder.layers.2.attention'; did you mean "
+    )
     assert "encoder.layer.2.attention" in message
     refused_empty = pytest.raises(UserError, match="has no module ''; did you mean embeddings or")
     with refused_empty, capture(tiny_model("bert"), modules=[""]):

@@ -167,3 +167,7 @@ def test_reading_a_recipe_loads_no_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_loss_may_not_be_called_as_another_key_of_the_section() -> None:
+    assert set(registry.OTHER_KEYS) == set(Losses.model_fields)

@@ -137,6 +137,28 @@ BROKEN = {
         LOSS.replace("(Loss)", ""),
         "plugins: broken: the loss norms is <class 'broken.NormsLoss'>; give a subclass",
     ),
+    "no option": (
+        LOSS.replace("power: float", "power: Nowhere").replace(
+            "from dataclasses", "from __future__ import annotations\nfrom dataclasses", 1
+        ),
+        "plugins: broken: broken.NormsLoss.Config: Nowhere is not known when Python runs; import",
+    ),
+    "no mean": (
+        LOSS.replace('"tokens"', '"token"'),
+        "plugins: broken: broken.NormsLoss.mean_over is 'token'; did you mean 'tokens'? expected",
+    ),
+    "no group": (
+        LOSS.replace('mean_over = "tokens"', 'group = "tokens"'),
+        "plugins: broken: broken.NormsLoss.group is 'tokens'; give a subclass of LossGroup",
+    ),
+    "no forward": (
+        LOSS.replace("def forward", "def backward"),
+        "plugins: broken: broken.NormsLoss has no forward; give it one",
+    ),
+    "a key of the section": (
+        LOSS.replace('"norms"', '"balance"'),
+        "plugins: broken: losses.balance is no loss; give broken.NormsLoss another name",
+    ),
     "no section": (
         LOSS.replace("Config(LossConfig)", "Config"),
         "plugins: broken: broken.NormsLoss.Config is no subclass of LossConfig",
@@ -156,11 +178,15 @@ def test_a_plugin_that_fails_says_which_and_why(tmp_path: Path, text: str) -> No
     [
         (["nowhere_to_be_found"], "plugins: nowhere_to_be_found can't be imported, as there is no"),
         (["json.nowhere"], "plugins: json.nowhere can't be imported, as there is no module json.n"),
-        (["my_losses.py", "a b"], "plugins: my_losses.py can't be imported, as there is no module"),
+        (
+            ["my_losses.py", "a b"],
+            "plugins: my_losses.py can't be imported, as there is no module my_losses; name the "
+            "module, my_losses, not its file",
+        ),
         (["a b"], "plugins.0: expected the name of a module, as in `import my_losses` (given 'a b"),
         ([""], "plugins.0: string should have at least 1 character"),
         ([3], "plugins.0: input should be a valid string"),
-        ({"a": 1}, "plugins: input should be a valid tuple"),
+        ({"a": 1}, "plugins: input should be a list"),
     ],
 )
 def test_what_names_no_module_is_refused(given: Any, expected: str) -> None:
@@ -224,18 +250,75 @@ def test_a_loss_from_outside_trains_resumes_and_evaluates(
         load_any_recipe(tmp_path / "run" / "recipe.yaml")
 
 
-def test_a_loss_of_the_wrong_shape_stops_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+RETURN = "return self.stack(values)"
+BEGIN = "def __init__(self, *given):\n        super().__init__(*given)\n        "
+WRONG = {
+    "another shape": (
+        LOSS.replace(RETURN, f"{RETURN}[:1]"),
+        "losses.norms: NormsLoss.forward gives a tensor of shape [1]; expected a tensor of shape "
+        "[2], one value for each of its labels",
+    ),
+    "no mean over examples": (
+        LOSS.replace("layer_map: Layers | None = None", "")
+        .replace(RETURN, "return student.hidden[0].square().mean((1, 2))")
+        .replace('mean_over = "tokens"', ""),
+        "losses.norms: NormsLoss.forward gives a tensor of shape [2]; expected a tensor of shape "
+        "[] or [1], one value for each of its labels",
+    ),
+    "a wrong name": (
+        LOSS.replace(RETURN, "return values.stack()"),
+        "losses.norms: wrong_plugin.NormsLoss fails (AttributeError: 'list' object has no "
+        "attribute 'stack', line 30 of {folder}/wrong_plugin.py)",
+    ),
+    "a refusal": (
+        LOSS.replace(RETURN, "raise ValueError('too short')"),
+        "losses.norms: wrong_plugin.NormsLoss fails (ValueError: too short, line 30 of "
+        "{folder}/wrong_plugin.py)",
+    ),
+    "no beginning": (
+        LOSS.replace('mean_over = "tokens"', f"{BEGIN}self.half = 1 / 0"),
+        "losses.norms: wrong_plugin.NormsLoss fails (ZeroDivisionError: division by zero, line 21 "
+        "of {folder}/wrong_plugin.py)",
+    ),
+    "no such parameter": (
+        LOSS.replace('mean_over = "tokens"', "parameter_rates = lambda self: {'scal': 0.5}"),
+        "losses.norms: NormsLoss.parameter_rates names scal, which is none of its parameters "
+        "(none)",
+    ),
+    "a number for a parameter": (
+        LOSS.replace(
+            'mean_over = "tokens"',
+            f"{BEGIN}import torch; self.scale = torch.nn.Parameter(torch.ones(()))",
+        ),
+        "objective.terms.1.scale: a parameter without dimensions; give it the shape [1]",
+    ),
+    "no gradient": (
+        LOSS.replace(RETURN, f"{RETURN}.detach()"),
+        "losses.norms: what NormsLoss gives has no gradient; compute it from states of the",
+    ),
+    "no such module": (
+        LOSS.replace("hidden=True", "hidden=True, modules=('nowhere', 'nowhere')"),
+        "losses.norms: BertModel has no module 'nowhere'; ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_loss_that_fails_is_one_line_before_anything_is_written(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
 ) -> None:
-    write(tmp_path, "wrong_plugin", LOSS.replace("self.stack(values)", "self.stack(values)[:1]"))
-    path = make_recipe(tmp_path, losses={"norms": {}})
+    text, expected = WRONG[name]
+    write(tmp_path, "wrong_plugin", text)
+    path = make_recipe(tmp_path, losses={"norms": {}, "attention": None})
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "plugins": "wrong_plugin"}))
     monkeypatch.setattr(sys, "argv", ["fastkd", "distill", str(path)])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1] == (
-        "fastkd: losses.norms: NormsLoss.forward gives a tensor of shape [1]; expected a tensor of "
-        "shape [2], one value for each of its labels"
-    )
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"fastkd: {expected.format(folder=tmp_path)}")
+    # only a step has gradients
+    assert (tmp_path / "run").exists() == (name == "no gradient")

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastkd.capture import find_module
+from fastkd.errors import UserError
 from fastkd.head_spec import TASK_HEAD
 from fastkd.layer_map import LayerMap, make_layer_map
-from fastkd.losses.base import ModelPair
-from fastkd.losses.objective import Objective
+from fastkd.losses.base import ModelPair, Term
+from fastkd.losses.objective import Objective, names_of
 from fastkd.losses.registry import loss_class
+from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses
-from fastkd.types import Head
+from fastkd.types import Head, Side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +58,9 @@ def make_objective(
     """
     heads = student.config.num_attention_heads, teacher.config.num_attention_heads
     for name, config in losses.terms.items():
-        loss_class(config.loss).check_models(name, config, heads, traits)
+        kind = loss_class(config.loss)
+        with plugin_errors(f"losses.{name}", kind):
+            kind.check_models(name, config, heads, traits)
     pair = ModelPair(
         widths=(student.config.hidden_size, teacher.config.hidden_size),
         causal=traits[1].causal,
@@ -74,11 +78,19 @@ def make_objective(
         if (given := getattr(term, "layer_map", None)) is not None
     }
     objective = Objective(losses, layers, pair, own_layers=own, steps=steps)
-    for path in sorted(objective.layers("student")["modules"]):
-        find_module(student, path)
-    for path in sorted(objective.layers("teacher")["modules"]):
-        find_module(teacher, path)
+    for term in objective.each():
+        _check_modules(term, student, "student")
+        _check_modules(term, teacher, "teacher")
     return objective
+
+
+def _check_modules(term: Term, model: PreTrainedModel, side: Side) -> None:
+    """See that a model has the modules that a term reads."""
+    for path in sorted(term.layers(side).get("modules", ())):
+        try:
+            find_module(model, path)
+        except UserError as error:
+            raise UserError(f"losses.{names_of(term)}: {error}") from error
 
 
 def hard_objective(model: PreTrainedModel, steps: int) -> tuple[Objective, LayerMap]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from fastkd.capture import Capture, capture, no_cache
 from fastkd.capture.lm_head import last_hidden_state
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 from fastkd.layer_map import LayerMap, Progress, TransportMap
 from fastkd.losses.base import (
     Batch,
@@ -39,6 +39,7 @@ from fastkd.losses.weighting import (
     Uncertainty,
     factor,
 )
+from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses
 from fastkd.types import Inputs, Side
 
@@ -76,6 +77,7 @@ class Objective(nn.Module):
         self.maps = {name: (own_layers or {}).get(name, layers) for name in losses.terms}
         self.reduction: Reduction = losses.reduction
         self.terms = nn.ModuleList(self._terms())
+        self._check_rates()
         if losses.projection_learning_rate is not None and not self.parameter_rates():
             raise UserError(
                 "losses.projection_learning_rate is given, but nothing is projected; leave it out, "
@@ -163,13 +165,14 @@ class Objective(nn.Module):
         mask = inputs.get("attention_mask")
         labels = target_labels(inputs, self.pair.head)
         batch = Batch(None if mask is None else mask.bool(), labels)
-        given = [(term, term(student, teacher, batch)) for term in self.each()]
-        losses = torch.cat(
-            [
-                _values(term, found, count)
-                for (term, found), count in zip(given, self._counts, strict=True)
-            ]
-        )
+        given = [(term, _computed(term, student, teacher, batch)) for term in self.each()]
+        values = [
+            _values(term, found, count)
+            for (term, found), count in zip(given, self._counts, strict=True)
+        ]
+        if self.training and torch.is_grad_enabled():
+            self._check_gradients(values)
+        losses = torch.cat(values)
         raw = losses * shares[self._divisor_of]
         weighted = raw * self._weights(raw)
         if self.uncertainty is not None:
@@ -246,6 +249,27 @@ class Objective(nn.Module):
             for name, rate in term.parameter_rates().items()
         }
 
+    def _check_gradients(self, values: Sequence[Tensor]) -> None:
+        """See that no loss is a constant beside others that train the student."""
+        if not any(value.requires_grad for value in values):
+            return
+        for term, value in zip(self.each(), values, strict=True):
+            if not value.requires_grad:
+                raise UserError(
+                    f"losses.{names_of(term)}: what {type(term).__name__} gives has no gradient; "
+                    "compute it from states of the student that train, or leave it out"
+                )
+
+    def _check_rates(self) -> None:
+        for term in self.each():
+            own = dict(term.named_parameters())
+            for name in term.parameter_rates():
+                if name not in own:
+                    raise UserError(
+                        f"losses.{names_of(term)}: {type(term).__name__}.parameter_rates names "
+                        f"{name}, which is none of its parameters ({', '.join(own) or 'none'})"
+                    )
+
     def kept(self) -> dict[str, Tensor]:
         """The weights that an evaluation needs later: projections, no log-variances."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("uncertainty.")}
@@ -263,7 +287,9 @@ class Objective(nn.Module):
         made: dict[object, list[Loss]] = {}
         for name, config in given.terms.items():
             kind = loss_class(config.loss)
-            loss = kind(name, config, self.maps[name] if kind.is_mapped() else None, shared)
+            layer_map = self.maps[name] if kind.is_mapped() else None
+            with plugin_errors(f"losses.{name}", kind):
+                loss = kind(name, config, layer_map, shared)
             made.setdefault(kind.group or name, []).append(loss)
         return [
             group(losses, shared)
@@ -322,6 +348,27 @@ class Objective(nn.Module):
         return torch.cat([scale.expand(size) for scale, size in parts])
 
 
+def names_of(term: Term) -> str:
+    """The keys of a recipe that a term stands for, for messages."""
+    return ", ".join(dict.fromkeys(match.term for match in term.matches))
+
+
+def _computed(term: Term, student: Capture, teacher: Capture, batch: Batch) -> Any:
+    """What a term gives.
+
+    Raises:
+        UserError: what an op or a plugin refuses, and of which losses.
+    """
+    where = f"losses.{names_of(term)}"
+    try:
+        with plugin_errors(where, type(term)):
+            return term(student, teacher, batch)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{where}: {one_line(error, None)}") from error
+
+
 def _values(term: Term, found: Any, expected: int) -> Tensor:
     """What a term gave, `expected` values.
 
@@ -332,12 +379,11 @@ def _values(term: Term, found: Any, expected: int) -> Tensor:
     if shape == (expected,) or (shape == () and expected == 1):
         values: Tensor = found.reshape(expected)
         return values
-    names = ", ".join(dict.fromkeys(match.term for match in term.matches))
     given = type(found).__name__ if shape is None else f"a tensor of shape {list(shape)}"
     wanted = f"[{expected}]" if expected > 1 else "[] or [1]"
     raise UserError(
-        f"losses.{names}: {type(term).__name__}.forward gives {given}; expected a tensor of shape "
-        f"{wanted}, one value for each of its labels"
+        f"losses.{names_of(term)}: {type(term).__name__}.forward gives {given}; expected a tensor "
+        f"of shape {wanted}, one value for each of its labels"
     )
 
 
@@ -380,5 +426,10 @@ class DistilledStudent(nn.Module):
             self.student(**read)
         # ops choose their own precision, whatever the models run under
         with torch.autocast(shares.device.type, enabled=False):
-            result: tuple[Tensor, Tensor] = self.objective(states, teacher, inputs, shares)
-        return result
+            total, parts = self.objective(states, teacher, inputs, shares)
+        if self.training and torch.is_grad_enabled() and not total.requires_grad:
+            raise UserError(
+                f"losses: none of {', '.join(self.objective.names)} has a gradient; compute one "
+                "from the student's states, of a student that trains"
+            )
+        return total, parts

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import PydanticUndefinedAnnotation
 
 from fastkd.errors import UserError
 from fastkd.plugins import place_of
@@ -27,6 +29,16 @@ BUILT_IN = (
 )
 """Losses of fastkd, each a module of this folder; their order is that of terms and metrics."""
 
+OTHER_KEYS = (
+    "terms",
+    "balance",
+    "reduction",
+    "projection",
+    "projection_bias",
+    "projection_learning_rate",
+)
+"""What else stands beside losses in their section of a recipe."""
+
 _LOSSES: dict[str, type[Loss]] = {}
 
 L = TypeVar("L", bound="type[Loss]")
@@ -37,7 +49,7 @@ def register_loss(name: str) -> Callable[[L], L]:
 
     Raises:
         UserError: another loss has that name, it can be no key of a recipe, or what is decorated
-            is no loss.
+            is no whole loss.
     """
     if not is_loss_name(name):
         raise UserError(
@@ -46,12 +58,7 @@ def register_loss(name: str) -> Callable[[L], L]:
         )
 
     def register(loss: L) -> L:
-        from fastkd.losses.base import Loss, LossConfig
-
-        if not (isinstance(loss, type) and issubclass(loss, Loss)):
-            raise UserError(f"the loss {name} is {loss!r:.100}; give a subclass of fastkd's Loss")
-        if not issubclass(loss.Config, LossConfig):
-            raise UserError(f"{place_of(loss)}.Config is no subclass of LossConfig; make it one")
+        check_loss(name, loss)
         known = _LOSSES.get(name)
         if known is not None and place_of(known) != place_of(loss):
             raise UserError(
@@ -60,10 +67,44 @@ def register_loss(name: str) -> Callable[[L], L]:
             )
         if known is None and name in BUILT_IN and loss.__module__ != f"fastkd.losses.{name}":
             raise UserError(f"{name} is a loss of fastkd; give {place_of(loss)} another name")
+        if name in OTHER_KEYS:
+            raise UserError(f"losses.{name} is no loss; give {place_of(loss)} another name")
         _LOSSES[name] = loss
         return loss
 
     return register
+
+
+def check_loss(name: str, loss: Any) -> None:
+    """See that what is to be registered is a loss with all that it takes.
+
+    Raises:
+        UserError: it isn't, and what it lacks.
+    """
+    from fastkd.losses.base import Loss, LossConfig, LossGroup
+    from fastkd.losses.counts import DIVISORS
+
+    if not (isinstance(loss, type) and issubclass(loss, Loss)):
+        raise UserError(f"the loss {name} is {loss!r:.100}; give a subclass of fastkd's Loss")
+    place, config, group, mean_over = place_of(loss), loss.Config, loss.group, loss.mean_over
+    if not issubclass(config, LossConfig):
+        raise UserError(f"{place}.Config is no subclass of LossConfig; make it one")
+    try:
+        config.model_rebuild()
+    except PydanticUndefinedAnnotation as error:
+        raise UserError(
+            f"{place}.Config: {error.name} is not known when Python runs; import or define it "
+            "above, outside of TYPE_CHECKING"
+        ) from error
+    if group is not None and not (isinstance(group, type) and issubclass(group, LossGroup)):
+        raise UserError(f"{place}.group is {group!r:.100}; give a subclass of LossGroup, or None")
+    if group is None and loss.forward is Loss.forward:
+        raise UserError(f"{place} has no forward; give it one, or a group that has")
+    if isinstance(mean_over, str) and mean_over not in DIVISORS:
+        raise UserError(
+            f"{place}.mean_over is {mean_over!r}; {did_you_mean(mean_over, DIVISORS)}expected one "
+            f"of {', '.join(DIVISORS)}"
+        )
 
 
 def is_loss_name(name: object) -> bool:

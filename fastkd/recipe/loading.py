@@ -219,7 +219,8 @@ def complain(error: ValidationError, root: type[BaseModel]) -> str:
         text = f"{field}: expected a section with keys {keys} (given {short(first['input'])})"
     else:
         where = f"{field}: " if field else ""
-        message = first["msg"].removeprefix("Value error, ")
+        # what is a tuple here is a list in a file
+        message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
         given = "" if first["type"] == "value_error" else f" (given {short(first['input'])})"
         if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
             message += "; put quotes around a word that YAML reads otherwise, such as 'true' or '1'"

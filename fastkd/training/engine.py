@@ -94,7 +94,13 @@ def make_engine(
         train: section of the recipe.
         config: from `fastkd.training.deepspeed_config.student_config`.
         ranks: this process among all.
+
+    Raises:
+        UserError: a parameter that DeepSpeed can't hand from rank to rank.
     """
+    for name, parameter in module.named_parameters():
+        if not parameter.ndim:
+            raise UserError(f"{name}: a parameter without dimensions; give it the shape [1]")
     optimizer = torch.optim.AdamW(
         parameter_groups(module, train), lr=train.learning_rate, betas=train.betas, fused=True
     )

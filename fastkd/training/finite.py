@@ -92,13 +92,13 @@ def blame(fault: str | None, teacher: TeacherRunner | NoTeacher, remedy: str) ->
     Args:
         fault: from `teacher_fault`.
         teacher: of the run.
-        remedy: what to do where the student made it.
+        remedy: what to do where the teacher did not make it.
     """
     if fault is not None:
         return f"the teacher made it ({fault} of the teacher is not finite); {TEACHER_REMEDY}"
     if isinstance(teacher, NoTeacher):
         return f"the model made it; {remedy}"
-    return f"the student made it (the teacher's states are finite); {remedy}"
+    return f"the student or the loss made it (the teacher's states are finite); {remedy}"
 
 
 def first_broken(values: Mapping[str, Any]) -> str | None:

@@ -46,7 +46,7 @@ def is_text(text: str) -> bool:
     return True
 
 
-def one_line(error: Exception, length: int | None = 200) -> str:
+def one_line(error: BaseException, length: int | None = 200) -> str:
     """What an error says, without line breaks, cut to so many characters; `None` is all of it."""
     return " ".join(str(error).split())[:length]
 

@@ -20,7 +20,7 @@ from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 
 GROUP = "fastkd.plugins"
 # what a module may raise while it is imported
-_ERRORS = (*FOREIGN_ERRORS, NameError, OSError, SyntaxError)
+_ERRORS = (*FOREIGN_ERRORS, NameError, OSError, SyntaxError, SystemExit)
 # of torch, by name: what reads recipes loads no torch
 _OF_THE_DEVICE = ("OutOfMemoryError", "AcceleratorError")
 
@@ -110,7 +110,7 @@ def _load_installed() -> None:
             raise _refusal(where, error, "; mend or uninstall it") from error
 
 
-def _refusal(where: str, error: Exception, remedy: str = "") -> UserError:
+def _refusal(where: str, error: BaseException, remedy: str = "") -> UserError:
     if isinstance(error, UserError):
         return UserError(f"{where}: {error}")
     said = f"{type(error).__name__}: {one_line(error)}"

@@ -121,6 +121,10 @@ def test_a_plugin_is_loaded_before_the_recipe_is_read(tmp_path: Path) -> None:
 BROKEN = {
     "syntax": ("def :", "plugins: broken fails when it is imported (SyntaxError: "),
     "name": ("x = y", "plugins: broken fails when it is imported (NameError: name 'y' is not"),
+    "an end": (
+        "raise SystemExit(3)",
+        "plugins: broken fails when it is imported (SystemExit: 3)",
+    ),
     "missing": (
         "import no_such_module_at_all",
         "plugins: broken fails when it is imported (ModuleNotFoundError: No module named 'no_su",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -165,11 +166,11 @@ class Objective(nn.Module):
         mask = inputs.get("attention_mask")
         labels = target_labels(inputs, self.pair.head)
         batch = Batch(None if mask is None else mask.bool(), labels)
-        given = [(term, _computed(term, student, teacher, batch)) for term in self.each()]
-        values = [
-            _values(term, found, count)
-            for (term, found), count in zip(given, self._counts, strict=True)
-        ]
+        values = []
+        for term, count in zip(self.each(), self._counts, strict=True):
+            with _errors_of(term):
+                found = term(student, teacher, batch)
+            values.append(_values(term, found, count))
         if self.training and torch.is_grad_enabled():
             self._check_gradients(values)
         losses = torch.cat(values)
@@ -353,16 +354,17 @@ def names_of(term: Term) -> str:
     return ", ".join(dict.fromkeys(match.term for match in term.matches))
 
 
-def _computed(term: Term, student: Capture, teacher: Capture, batch: Batch) -> Any:
-    """What a term gives.
+@contextlib.contextmanager
+def _errors_of(term: Term) -> Iterator[None]:
+    """Let what a term's ops refuse, or a plugin's term raises, name its losses.
 
     Raises:
-        UserError: what an op or a plugin refuses, and of which losses.
+        UserError: that.
     """
     where = f"losses.{names_of(term)}"
     try:
         with plugin_errors(where, type(term)):
-            return term(student, teacher, batch)
+            yield
     except UserError:
         raise
     except ValueError as error:

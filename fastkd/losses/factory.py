@@ -9,7 +9,7 @@ from fastkd.errors import UserError
 from fastkd.head_spec import TASK_HEAD
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.base import ModelPair, Term
-from fastkd.losses.objective import Objective, names_of
+from fastkd.losses.objective import Objective, key_of
 from fastkd.losses.registry import loss_class
 from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses
@@ -90,7 +90,7 @@ def _check_modules(term: Term, model: PreTrainedModel, side: Side) -> None:
         try:
             find_module(model, path)
         except UserError as error:
-            raise UserError(f"losses.{names_of(term)}: {error}") from error
+            raise UserError(f"{key_of(term)}: {error}") from error
 
 
 def hard_objective(model: PreTrainedModel, steps: int) -> tuple[Objective, LayerMap]:

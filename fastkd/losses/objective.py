@@ -85,8 +85,9 @@ class Objective(nn.Module):
                 "or set losses.projection"
             )
         self.matches: tuple[LossInfo, ...] = tuple(m for term in self.each() for m in term.matches)
-        # how many losses each term gives
+        # how many losses each term gives, and what a step would call it
         self._counts = [len(term.matches) for term in self.each()]
+        self._keys = [key_of(term) for term in self.each()]
         self.names = tuple(dict.fromkeys(match.term for match in self.matches))
         # how many losses each name has, in order
         self._sizes = [
@@ -167,8 +168,8 @@ class Objective(nn.Module):
         labels = target_labels(inputs, self.pair.head)
         batch = Batch(None if mask is None else mask.bool(), labels)
         values = []
-        for term, count in zip(self.each(), self._counts, strict=True):
-            with _errors_of(term):
+        for term, where, count in zip(self.each(), self._keys, self._counts, strict=True):
+            with _errors_at(where, term):
                 found = term(student, teacher, batch)
             values.append(_values(term, found, count))
         if self.training and torch.is_grad_enabled():
@@ -257,8 +258,8 @@ class Objective(nn.Module):
         for term, value in zip(self.each(), values, strict=True):
             if not value.requires_grad:
                 raise UserError(
-                    f"losses.{names_of(term)}: what {type(term).__name__} gives has no gradient; "
-                    "compute it from states of the student that train, or leave it out"
+                    f"{key_of(term)}: what {type(term).__name__} gives has no gradient; compute it "
+                    "from states of the student that train, or leave it out"
                 )
 
     def _check_rates(self) -> None:
@@ -267,7 +268,7 @@ class Objective(nn.Module):
             for name in term.parameter_rates():
                 if name not in own:
                     raise UserError(
-                        f"losses.{names_of(term)}: {type(term).__name__}.parameter_rates names "
+                        f"{key_of(term)}: {type(term).__name__}.parameter_rates names "
                         f"{name}, which is none of its parameters ({', '.join(own) or 'none'})"
                     )
 
@@ -349,19 +350,18 @@ class Objective(nn.Module):
         return torch.cat([scale.expand(size) for scale, size in parts])
 
 
-def names_of(term: Term) -> str:
-    """The keys of a recipe that a term stands for, for messages."""
-    return ", ".join(dict.fromkeys(match.term for match in term.matches))
+def key_of(term: Term) -> str:
+    """What a term is in a recipe, for messages: `losses.NAME`, or several names."""
+    return f"losses.{', '.join(dict.fromkeys(match.term for match in term.matches))}"
 
 
 @contextlib.contextmanager
-def _errors_of(term: Term) -> Iterator[None]:
+def _errors_at(where: str, term: Term) -> Iterator[None]:
     """Let what a term's ops refuse, or a plugin's term raises, name its losses.
 
     Raises:
         UserError: that.
     """
-    where = f"losses.{names_of(term)}"
     try:
         with plugin_errors(where, type(term)):
             yield
@@ -384,8 +384,8 @@ def _values(term: Term, found: Any, expected: int) -> Tensor:
     given = type(found).__name__ if shape is None else f"a tensor of shape {list(shape)}"
     wanted = f"[{expected}]" if expected > 1 else "[] or [1]"
     raise UserError(
-        f"losses.{names_of(term)}: {type(term).__name__}.forward gives {given}; expected a tensor "
-        f"of shape {wanted}, one value for each of its labels"
+        f"{key_of(term)}: {type(term).__name__}.forward gives {given}; expected a tensor of shape "
+        f"{wanted}, one value for each of its labels"
     )
 
 

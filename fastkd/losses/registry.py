@@ -58,7 +58,7 @@ def register_loss(name: str) -> Callable[[L], L]:
         )
 
     def register(loss: L) -> L:
-        check_loss(name, loss)
+        _check_loss(name, loss)
         known = _LOSSES.get(name)
         if known is not None and place_of(known) != place_of(loss):
             raise UserError(
@@ -75,7 +75,7 @@ def register_loss(name: str) -> Callable[[L], L]:
     return register
 
 
-def check_loss(name: str, loss: Any) -> None:
+def _check_loss(name: str, loss: Any) -> None:
     """See that what is to be registered is a loss with all that it takes.
 
     Raises:

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from .common.autograd import accumulator
 from .common.launch import triton_interprets
-from .types import AttentionState, Backend, LogitsDivergenceKind, LogitsHead, Reduction, Tokens
+from .types import (
+    AttentionState,
+    Backend,
+    IndexerState,
+    LogitsDivergenceKind,
+    LogitsHead,
+    Reduction,
+    Tokens,
+)
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -39,7 +47,7 @@ def check_temperature(temperature: float) -> None:
 def check_pairs(student: Sequence[object], teacher: Sequence[object]) -> None:
     """One teacher entry for every student entry, and at least one pair."""
     for name, side in (("student", student), ("teacher", teacher)):
-        if not isinstance(side, (list, tuple)) or isinstance(side, AttentionState):
+        if not isinstance(side, (list, tuple)) or isinstance(side, (AttentionState, IndexerState)):
             raise TypeError(
                 f"{name} must be a list or tuple with one entry a layer pair, "
                 f"got {type(side).__name__}; wrap a single layer in a list"
@@ -240,6 +248,59 @@ def _check_state(name: str, state: object) -> None:
             f"{name}.scale is {state.scale}; expected a finite factor other than 0, "
             "usually head_dim ** -0.5"
         )
+
+
+def check_indexers(student: Sequence[IndexerState], teacher: Sequence[AttentionState]) -> None:
+    """Every indexer fits the attention of its pair; all share batch, tokens and device."""
+    check_pairs(student, teacher)
+    for pair, (indexer, state) in enumerate(zip(student, teacher, strict=True)):
+        names = (f"student[{pair}]", f"teacher[{pair}]")
+        _check_indexer(names[0], indexer)
+        _check_state(names[1], state)
+        _check_softcap(f"{names[1]}.softcap", state.softcap)
+        _check_sinks(f"{names[1]}.sinks", state)
+        for name, value in (
+            *((f"{names[0]}.{field}", getattr(indexer, field)) for field in IndexerState._fields),
+            (f"{names[1]}.query", state.query),
+            (f"{names[1]}.key", state.key),
+        ):
+            check_device(name, value, student[0].query.device)
+        for field, value in (("query", state.query), ("key", state.key), ("sinks", state.sinks)):
+            if value is not None:
+                check_frozen(f"{names[1]}.{field}", value)
+        expected = (student[0].query.shape[0], student[0].query.shape[2])
+        for name, query in ((names[0], indexer.query), (names[1], state.query)):
+            given = (query.shape[0], query.shape[2])
+            if given != expected:
+                raise ValueError(
+                    f"{name}.query has batch and tokens {given}; expected those of "
+                    f"student[0], {expected}; run both models on the same batch"
+                )
+
+
+def _check_indexer(name: str, state: object) -> None:
+    if not isinstance(state, IndexerState):
+        raise TypeError(f"{name} must be an IndexerState, got {type(state).__name__}")
+    check_tensor(f"{name}.query", state.query, "batch, index_heads, tokens, dim")
+    four = isinstance(state.key, Tensor) and state.key.ndim == 4
+    check_tensor(
+        f"{name}.key", state.key, "batch, 1, tokens, dim" if four else "batch, tokens, dim"
+    )
+    check_tensor(f"{name}.weights", state.weights, "batch, tokens, index_heads")
+    if state.query.dtype != state.key.dtype:
+        raise TypeError(
+            f"{name}.query is {state.query.dtype} and its key {state.key.dtype}; cast one of them"
+        )
+    batch, heads, tokens, dim = state.query.shape
+    for field, value, shape in (
+        ("key", state.key, (batch, 1, tokens, dim) if four else (batch, tokens, dim)),
+        ("weights", state.weights, (batch, tokens, heads)),
+    ):
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"{name}.{field} has shape {tuple(value.shape)}, which does not fit its query "
+                f"{tuple(state.query.shape)}; expected {list(shape)}"
+            )
 
 
 class Checked(NamedTuple):

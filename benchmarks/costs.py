@@ -12,7 +12,12 @@ import torch
 from fastkd_kernels.attention_score_mse.op import choose_algorithm
 from fastkd_kernels.attention_score_mse.triton_path import causal_chunk, tile_launch
 
-from benchmarks.workloads import AttentionWorkload, HiddenWorkload, LogitsWorkload
+from benchmarks.workloads import (
+    AttentionWorkload,
+    HiddenWorkload,
+    IndexerWorkload,
+    LogitsWorkload,
+)
 
 
 class Cost(NamedTuple):
@@ -80,6 +85,21 @@ def attention_divergence(work: AttentionWorkload, pairs: int, dtype: torch.dtype
     own, target = work.dims
     flops = 2 * entries(work) * (3 * (own + target) + 2 * own)
     return Cost(attention_bytes(work, dtype), flops).times(pairs)
+
+
+def indexer_divergence(work: IndexerWorkload, pairs: int, dtype: torch.dtype) -> Cost:
+    """The teacher's scores twice, for its sums and for the target; the indexer's three times, and a
+    product for queries' and one for keys' gradients.
+
+    All states are read, and gradients of the indexer's queries, key and weights written.
+    """
+    dim, teacher_dim = work.dims
+    rows = work.batch * work.tokens
+    seen = work.batch * (_triangle(work.tokens) if work.causal else work.tokens**2)
+    own = work.index_heads * (dim + 1) + dim
+    target = (work.heads + work.kv_heads) * teacher_dim
+    flops = 2 * seen * (2 * work.heads * teacher_dim + 5 * work.index_heads * dim)
+    return Cost(rows * (2 * own + target) * dtype.itemsize, flops).times(pairs)
 
 
 def hidden(work: HiddenWorkload, pairs: int, dtype: torch.dtype) -> Cost:

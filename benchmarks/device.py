@@ -29,6 +29,7 @@ from fastkd_kernels import (
     attention_score_mse,
     hidden_cosine,
     hidden_mse,
+    indexer_divergence,
     logits_divergence,
 )
 from kernel_cases import leaves_of
@@ -36,8 +37,8 @@ from kernel_cases import leaves_of
 from benchmarks import costs
 from benchmarks.conftest import measured_rates
 from benchmarks.costs import Cost
-from benchmarks.inputs import attention_inputs, hidden_inputs, logits_inputs
-from benchmarks.workloads import ATTENTION, HIDDEN, LOGITS, on_device
+from benchmarks.inputs import attention_inputs, hidden_inputs, indexer_inputs, logits_inputs
+from benchmarks.workloads import ATTENTION, HIDDEN, INDEXER, LOGITS, on_device
 
 ROUNDS = 10
 FLUSH_BYTES = 256 << 20
@@ -62,6 +63,9 @@ CASES = [
     ("hidden_mse", "minilm-6-to-3", 4),
     ("hidden_mse", "llama-like-2048", 1),
     ("hidden_cosine", "bert-base-to-tinybert-4", 4),
+    ("indexer_divergence", "indexer-gqa-2048", 1),
+    ("indexer_divergence", "indexer-gqa-8192", 1),
+    ("indexer_divergence", "indexer-mla-2048", 1),
     ("logits_divergence", "logits-32k-2048", 1),
     ("logits_divergence", "logits-128k-2048", 1),
     ("logits_divergence", "logits-128k-8192", 1),
@@ -96,6 +100,17 @@ def _hidden(op: Callable[..., Tensor], name: str, pairs: int) -> Case:
     )
 
 
+def _indexer(name: str, pairs: int) -> Case:
+    (work,) = on_device([INDEXER[name]])
+    case = indexer_inputs(work, pairs, BF16, "cuda")
+    return Case(
+        lambda: torch.autograd.grad(
+            indexer_divergence(case.student, case.teacher, causal=work.causal).sum(), case.leaves
+        ),
+        costs.indexer_divergence(work, pairs, BF16),
+    )
+
+
 def _logits(name: str) -> Case:
     (work,) = on_device([LOGITS[name]])
     case = logits_inputs(work, BF16, "kl", "cuda")
@@ -107,6 +122,8 @@ def made(op: str, workload: str, pairs: int) -> Case:
         return _attention(attention_score_mse, costs.attention_score_mse, workload, pairs)
     if op == "attention_divergence":
         return _attention(attention_divergence, costs.attention_divergence, workload, pairs)
+    if op == "indexer_divergence":
+        return _indexer(workload, pairs)
     if op == "logits_divergence":
         return _logits(workload)
     return _hidden({"hidden_mse": hidden_mse, "hidden_cosine": hidden_cosine}[op], workload, pairs)

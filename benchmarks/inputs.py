@@ -2,10 +2,16 @@
 
 import torch
 from fastkd_kernels import AttentionState
+from indexer_cases import IndexerCase, indexer_case
 from kernel_cases import HiddenCase, attention_states, hidden_case
 from logits_cases import LogitsCase, logits_case
 
-from benchmarks.workloads import AttentionWorkload, HiddenWorkload, LogitsWorkload
+from benchmarks.workloads import (
+    AttentionWorkload,
+    HiddenWorkload,
+    IndexerWorkload,
+    LogitsWorkload,
+)
 
 States = list[AttentionState]
 
@@ -21,6 +27,22 @@ def attention_inputs(
         work.tokens,
         work.dims,
         kv_heads=work.kv_heads,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def indexer_inputs(
+    work: IndexerWorkload, pairs: int, dtype: torch.dtype, device: str
+) -> IndexerCase:
+    return indexer_case(
+        pairs,
+        work.batch,
+        work.tokens,
+        work.dims,
+        index_heads=work.index_heads,
+        heads=(work.heads, work.kv_heads),
+        sinks=work.sinks,
         dtype=dtype,
         device=device,
     )

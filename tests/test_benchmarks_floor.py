@@ -12,7 +12,12 @@ from compiled_apart import fits
 from benchmarks import costs, floor, machine_code, workloads
 from benchmarks.launches import OPS
 from benchmarks.machine_code import DTYPES, TARGETS, wanted
-from benchmarks.workloads import AttentionWorkload, HiddenWorkload, LogitsWorkload
+from benchmarks.workloads import (
+    AttentionWorkload,
+    HiddenWorkload,
+    IndexerWorkload,
+    LogitsWorkload,
+)
 
 BF16 = torch.bfloat16
 
@@ -59,6 +64,16 @@ def test_costs_of_divergence() -> None:
     one_score, one_product = 2 * 8 * 8 * 6 * (4 + 6), 2 * 8 * 8 * 6 * 4
     assert cost.flops == 2 * (3 * one_score + 2 * one_product)
     assert cost.bytes == 2 * costs.attention_bytes(attention(8, (4, 6)), BF16)
+
+
+def test_costs_of_the_indexer() -> None:
+    work = IndexerWorkload("small", 2, 0, 3, 6, 2, 5, (4, 7))
+    # 10 rows: queries, key and weights read and their gradients written; the teacher's read
+    moved = 10 * (2 * (3 * 4 + 4 + 3) + (6 + 2) * 7)
+    products = 2 * 15 * (2 * 6 * 7 + 5 * 3 * 4)
+    assert costs.indexer_divergence(work, 2, BF16) == (2 * 2 * moved, 2 * 2 * products)
+    every = costs.indexer_divergence(work._replace(causal=False), 2, BF16)
+    assert every.flops * 15 == 2 * 2 * products * 25
 
 
 def test_costs_of_hidden_states() -> None:
@@ -193,7 +208,8 @@ def test_workloads_are_those_asked_for() -> None:
     logits = workloads.LOGITS.values()
     assert {work.vocabulary for work in logits} == {8192, 32000, 128256}
     assert {work.tokens for work in logits} == {256, 1024, 2048, 8192}
-    for named in (workloads.ATTENTION, workloads.HIDDEN, workloads.LOGITS):
+    every = (workloads.ATTENTION, workloads.INDEXER, workloads.HIDDEN, workloads.LOGITS)
+    for named in every:
         assert all(work.batch for work in workloads.on_cpu(named.values()))
         assert all(name == work.name for name, work in named.items())
         for work in workloads.on_device(named.values()):
@@ -203,6 +219,6 @@ def test_workloads_are_those_asked_for() -> None:
 def test_device_cases_are_named_workloads() -> None:
     from benchmarks import device
 
-    named = {*workloads.ATTENTION, *workloads.HIDDEN, *workloads.LOGITS}
+    named = {*workloads.ATTENTION, *workloads.INDEXER, *workloads.HIDDEN, *workloads.LOGITS}
     assert {workload for _, workload, _ in device.CASES} <= named
     assert len(set(device.CASES)) == len(device.CASES)

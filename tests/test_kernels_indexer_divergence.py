@@ -40,7 +40,7 @@ SHAPES: list[tuple[int, tuple[int, int], tuple[int, int], int, bool, float | Non
     (2, (3, 3), (20, 4), 37, True, 2.0, True),
     (4, (2, 2), (1, 1), 35, False, 1.5, False),
     (2, (4, 4), (6, 6), 1, True, None, True),
-    (17, (2, 1), (4, 40), 34, True, None, False),
+    (9, (2, 1), (4, 40), 20, True, None, False),
 ]
 
 
@@ -59,9 +59,11 @@ def test_equals_its_definition_in_fp64(
     backend: str,
 ) -> None:
     options: dict[str, Any] = {"index_heads": index_heads, "heads": heads}
-    case = indexer_case(2, 2, tokens, dims, sinks=sinks, softcap=softcap, **options)
+    pairs = 2 if backend == "torch" else 1
+    case = indexer_case(pairs, 2, tokens, dims, sinks=sinks, softcap=softcap, **options)
     valid, gaps = masks(2, tokens), holes(2, tokens)
-    for key_mask, query_mask in ((None, None), (gaps, None), (None, valid), (gaps, gaps)):
+    both = [(None, None), (gaps, valid)]
+    for key_mask, query_mask in both if backend == "triton" else [*both, (gaps, None)]:
         given, expected = case.both(
             key_mask=key_mask, query_mask=query_mask, causal=causal, backend=backend
         )
@@ -159,6 +161,8 @@ def test_random_models_in_fp32(sinks: bool, backend: str) -> None:
     check_rounding(case.exactly(), case.run(backend=backend))
 
 
+# numpy, which interprets, sees what is masked away
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @EVERY_BACKEND
 def test_models_far_apart(backend: str) -> None:
     """Scores of hundreds, where probabilities underflow: finite, and equal to the definition."""
@@ -295,8 +299,8 @@ def test_pairs_and_dtypes_may_differ(backend: str) -> None:
     "backend", ["definition", "torch", pytest.param("triton", marks=interpreted)]
 )
 def test_gradcheck(backend: str) -> None:
-    case = indexer_case(2, 1, 5, (3, 3), index_heads=2, heads=(2, 1), sinks=True)
-    valid = torch.tensor([[True, True, False, True, True]])
+    case = indexer_case(1, 1, 4, (2, 2), index_heads=2, heads=(2, 1), sinks=True)
+    valid = torch.tensor([[True, False, True, True]])
 
     def loss(*tensors: Tensor) -> Tensor:
         student = [IndexerState(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]

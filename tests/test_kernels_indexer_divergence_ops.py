@@ -9,8 +9,10 @@ import pytest
 import torch
 from fastkd_kernels import IndexerState, indexer_divergence
 from fastkd_kernels.common.autograd import inverse
+from fastkd_kernels.indexer_divergence import triton_path
+from fastkd_kernels.indexer_divergence.op import MAX_INDEX_DIM
 from indexer_cases import IndexerCase, indexer_case
-from kernel_cases import masks
+from kernel_cases import Counted, errors, masks
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,7 +43,11 @@ def test_opcheck(dtype: torch.dtype, need_grad: bool, backend: str) -> None:
         *lists, [0.7, 0.8], mask, mask, inverse(mask.sum(), torch.float32, mask.device),
         True, [3.0, 2.0], sinks, need_grad, backend,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.fastkd_kernels.indexer_divergence.default, arguments)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if backend == "torch":
+        tests += ("test_aot_dispatch_static",)
+    op = torch.ops.fastkd_kernels.indexer_divergence
+    torch.library.opcheck(op.default, arguments, test_utils=tests)
 
 
 def losses(query: Tensor, key: Tensor, weights: Tensor, teacher: Any, mask: Tensor, on: Any) -> Any:
@@ -85,6 +91,69 @@ def test_keeps_nothing_without_gradient(backend: str) -> None:
         without = indexer_divergence(case.student, case.teacher, backend=backend)
     assert not without.requires_grad
     assert torch.equal(without, case.run(backend=backend)[0])
+
+
+def test_chunks_of_rows_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that end inside an item, and that hold parts of two."""
+    case = indexer_case(
+        1, 2, 70, (4, 4), index_heads=1, heads=(1, 1), dtype=torch.float32, device=DEVICE
+    )
+    whole = case.run(backend="triton")
+    for blocks in (1, 3):
+        # two tiles of rows an item
+        monkeypatch.setattr(triton_path, "WORKSPACE_BYTES", 2 * 4 * 128 * triton_path.ROWS * blocks)
+        cut = case.run(backend="triton")
+        # the gradient of the key is summed in parts
+        assert all(map(torch.equal, (*cut[:2], cut[3]), (*whole[:2], whole[3])))
+        assert errors(cut[2:3], whole[2:3])[0] < 1e-6
+
+
+def test_five_launches_a_chunk_whatever_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: dict[str, int] = {}
+    names = ["head_sums", "scores", "rows", "bwd_dq", "bwd_dk"]
+    for name in names:
+        kernel = getattr(triton_path, f"_{name}_kernel")
+        monkeypatch.setattr(triton_path, f"_{name}_kernel", Counted(kernel, counts, name))
+    for pairs in (1, 3):
+        counts.clear()
+        case = indexer_case(pairs, 1, 9, (4, 4), dtype=torch.float32, device=DEVICE)
+        case.run(backend="triton")
+        assert counts == dict.fromkeys(names, 1)
+    with torch.no_grad():
+        indexer_divergence(case.student, case.teacher, backend="triton")
+    assert counts == {**dict.fromkeys(names[:3], 2), **dict.fromkeys(names[3:], 1)}
+
+
+def test_workspace_is_bounded() -> None:
+    rows = triton_path.chunk_size
+    assert rows(128, 8 * 128) == 128
+    # 8192 tokens of four pairs, and so many tokens that one tile of rows fills it
+    for count, tokens in ((4, 8192), (1, 1 << 18)):
+        size = rows(8 * tokens, count * 8 * tokens)
+        assert size % triton_path.ROWS == 0
+        assert triton_path.ROWS <= size <= triton_path.WORKSPACE_BYTES // (count * 8 * tokens)
+    assert rows(1 << 20, 1 << 30) == triton_path.ROWS
+
+
+@pytest.mark.parametrize("on", ["cuda", "hip"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dims", [(1, 1), (128, 192), (128, 576), (MAX_INDEX_DIM, 1)])
+@pytest.mark.parametrize("kernel", ["head_sums", "scores", "bwd_dq", "bwd_dk"])
+def test_launch(kernel: str, dims: tuple[int, int], dtype: torch.dtype, on: str) -> None:
+    made = triton_path.indexer_launch(kernel, dims, (dtype, dtype), on)
+    sizes = {name: size for name, size in made.constants.items() if name.startswith("BLOCK_")}
+    assert all(isinstance(s, int) and s >= 16 and s & (s - 1) == 0 for s in sizes.values())
+    for name, dim in zip(("BLOCK_DIM", "BLOCK_TEACHER_DIM"), dims, strict=True):
+        assert int(sizes.get(name, dim)) >= dim
+    if kernel != "head_sums":
+        # a chunk is cut, and its slopes are written, in tiles of ROWS
+        blocks = [int(sizes[name]) for name in ("BLOCK_QUERY", "BLOCK_KEY") if name in sizes]
+        assert all(triton_path.ROWS % block == 0 for block in blocks)
+    held = {"head_sums": "BLOCK_QUERY", "bwd_dq": "BLOCK_QUERY", "bwd_dk": "BLOCK_KEY"}
+    if dtype.itemsize == 2:
+        rows = int(made.constants[held.get(kernel, "ROWS")])
+        assert rows % 64 == 0, "rows of a product on Hopper's and Blackwell's tensor cores"
+    assert ("GRAD_PRECISION" in made.constants) == kernel.startswith("bwd")
 
 
 def states() -> IndexerCase:

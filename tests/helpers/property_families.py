@@ -8,7 +8,13 @@ from random import Random
 from typing import Any, get_args
 
 import torch
-from fastkd_kernels import AttentionDivergenceKind, AttentionState, LogitsDivergenceKind, LogitsHead
+from fastkd_kernels import (
+    AttentionDivergenceKind,
+    AttentionState,
+    IndexerState,
+    LogitsDivergenceKind,
+    LogitsHead,
+)
 from property_cases import Common, Problem
 from torch import Tensor
 

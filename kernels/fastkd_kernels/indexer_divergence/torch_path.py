@@ -161,7 +161,7 @@ def _target_scores(pair: Pair, query: Tensor, key: Tensor, unseen: Tensor) -> Te
             continue
         over = pair.teacher_sinks[heads, None, None] - scores.logsumexp(-1, keepdim=True)
         # log of the part of a head's probability that its keys hold
-        share = -torch.nn.functional.softplus(over)
+        share = -torch.nn.functional.softplus(over, threshold=40.0)
         larger = torch.maximum(largest, share.amax(0))
         total *= (largest - larger).exp()
         total += scores.softmax(-1).mul_((share - larger).exp()).sum(0)

@@ -36,15 +36,15 @@ def indexer_divergence(
     """Mean KL of each indexer from the attention of its layer (DeepSeek-V3.2, arXiv 2512.02556,
     section 2.1, the dense warm-up).
 
-    A row `t` sees the keys `s` up to itself. Of the teacher's heads `h` with scores `a`,
+    Of a row that sees the keys `s`, and the teacher's heads with scores `a`,
 
-    * a head's probability of a key is `exp(a[s]) / (sum over keys of exp(a) + exp(sink))`, where
-      the sink (GPT-OSS, arXiv 2508.10925) is left out if there is none;
-    * `t[s]` is the sum of these over the heads, divided by its own sum over the keys: a head whose
-      sink takes most of a row counts for less in that row.
+    * a head's probabilities are `exp(a[s]) / (sum of exp(a) + exp(sink))`, where the sink (GPT-OSS,
+      arXiv 2508.10925) is left out if there is none;
+    * `target[s]` is the sum of these over the heads, divided by its own sum over the keys: a head
+      whose sink takes most of a row counts for less in that row.
 
     The indexer's scores are `I[s] = sum_h weights[h] * relu(query[h] @ key[s])`, and the value of a
-    row is `sum t log(t / softmax(I))`.
+    row is `sum target * log(target / softmax(I))`.
 
     Args:
         student: One `IndexerState` a pair, on one device, in bf16, fp16, fp32 or fp64, with any

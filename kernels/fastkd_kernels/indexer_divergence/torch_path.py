@@ -109,10 +109,10 @@ def _sweep(
         values, slopes = row_divergence(scores, target, "kl")
         if skipped is not None:
             values = values.masked_fill(skipped[start:stop], 0.0)
-            slopes = slopes.masked_fill(skipped[start:stop, None], 0.0)
         total += values.sum()
         if outs is None:
             continue
+        # queries of skipped rows are 0, so slopes of theirs meet no product above 0
         # dL/dw = sum of dL/dI relu(q k)
         outs.weights[start:stop] = torch.linalg.vecdot(positive, slopes).mT
         # dL/d(q k) = w dL/dI where the product is positive

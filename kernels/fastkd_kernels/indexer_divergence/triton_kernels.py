@@ -230,8 +230,9 @@ def _rows_kernel(
 ):
     """One program: BLOCK_ROW rows of a chunk, read twice: for both softmax divisors, then for KL.
 
-    Writes `values` `[pairs, batch, tokens]` and, with NEED_GRAD, `dL/dI` in the place of the
-    indexer's scores: 0 where a key is hidden or a row does not count.
+    Writes `values` `[pairs, batch, tokens]`, 0 where a row does not count, and, with NEED_GRAD,
+    `dL/dI` in the place of the indexer's scores, 0 where a key is hidden. A row that does not count
+    has queries of 0 for what multiplies its slopes.
     """
     pair = tl.program_id(1).to(tl.int64)
     local = tl.program_id(0) * BLOCK_ROW
@@ -275,7 +276,7 @@ def _rows_kernel(
         )
         value += tl.sum(tl.where(seen, terms, 0.0), 1)
         if NEED_GRAD:
-            slopes = tl.where(seen & m_query[:, None], slopes, 0.0)
+            slopes = tl.where(seen, slopes, 0.0)
             m_out = m_every[:, None] & (o_key < end)[None, :]
             tl.store(scores_at[:, None] + o_key[None, :], slopes, mask=m_out)
     out = values + (pair * batch + item) * tokens + o_query

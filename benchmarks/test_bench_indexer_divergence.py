@@ -1,6 +1,7 @@
 """Forward and backward of indexer_divergence, against its definition."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,14 +27,14 @@ def test_indexer_divergence(case: Case, compare: Callable[..., Any]) -> None:
 
         return run
 
-    # at 8192 tokens the definition holds 64 and 32 maps of 256 MB each
-    functions = (
-        {} if work.tokens > 2048 else baselines(step, reference.indexer_divergence, case.device)
-    )
+    # at 8192 tokens the definition would hold some hundred maps of 128 MB: there the PyTorch path,
+    # in linear memory, says what is right
+    is_long = work.tokens > 2048
+    functions = {} if is_long else baselines(step, reference.indexer_divergence, case.device)
     functions["op"] = step(indexer_divergence)
-    if "definition" in functions:
-        expected = functions["definition"]()
-        assert max(errors(functions["op"](), expected)) <= (1e-4 if on_cpu else 2e-2)
+    right = step(partial(indexer_divergence, backend="torch"))
+    expected = right() if is_long else functions["definition"]()
+    assert max(errors(functions["op"](), expected)) <= (1e-4 if on_cpu else 2e-2)
     ratios = compare(
         "op",
         functions,
@@ -42,5 +43,5 @@ def test_indexer_divergence(case: Case, compare: Callable[..., Any]) -> None:
         pairs=case.pairs,
         **work._asdict(),
     )
-    if on_cpu:
+    if on_cpu and work.tokens == 512:
         assert ratios["definition"] >= 1 / 1.3

@@ -111,7 +111,7 @@ INDEXER = {
     work.name: work
     for work in (
         IndexerWorkload("indexer-small-512", 1, 0, 8, 12, 4, 512, (64, 64)),
-        _indexer(1024, 1, 0),
+        _indexer(512, 1, 0),
         _indexer(2048, 0, 1),
         _indexer(8192, 0, 1),
         # DeepSeek-V3.2 itself: 128 heads of 128 + 64

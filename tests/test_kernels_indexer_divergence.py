@@ -153,12 +153,16 @@ def test_losses_near_the_teacher_keep_digits_that_plain_pytorch_loses(backend: s
 
 
 @EVERY_BACKEND
-@pytest.mark.parametrize("sinks", [False, True])
-def test_random_models_in_fp32(sinks: bool, backend: str) -> None:
-    case = indexer_case(
-        1, 2, 40, (8, 8), sinks=sinks, dtype=torch.float32, device=device_of(backend)
-    )
-    check_rounding(case.exactly(), case.run(backend=backend))
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "sinks"),
+    [(torch.float32, 40, False), (torch.float32, 40, True), (torch.float16, 70, True)],
+)
+def test_random_models_in_low_precision(
+    dtype: torch.dtype, tokens: int, sinks: bool, backend: str
+) -> None:
+    case = indexer_case(1, 1, tokens, (8, 8), sinks=sinks, dtype=dtype, device=device_of(backend))
+    given = case.run(backend=backend, gain=2**10)
+    check_rounding(case.exactly(gain=2**10), given)
 
 
 # numpy, which interprets, sees what is masked away

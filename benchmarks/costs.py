@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from fastkd_kernels.attention_score_mse.op import choose_algorithm
-from fastkd_kernels.attention_score_mse.triton_path import causal_chunk, tile_launch
+from fastkd_kernels.attention_score_mse.triton_path import causal_chunk, takes_short
 
 from benchmarks.workloads import AttentionWorkload, HiddenWorkload, LogitsWorkload
 
@@ -60,9 +60,8 @@ def attention_score_mse(work: AttentionWorkload, pairs: int, dtype: torch.dtype)
 
 
 def score_mse_tiles(work: AttentionWorkload, dtype: torch.dtype, chunk: int) -> int:
-    """Both score matrices, `D K_s` and `D^T Q_s`; the scores twice where one block is too small."""
-    block = tile_launch(work.tokens, work.dims, (dtype, dtype)).constants["BLOCK_KEY"]
-    sweeps = 1 if work.tokens <= int(block) else 2
+    """Both score matrices, `D K_s` and `D^T Q_s`; the scores twice where keys fill many blocks."""
+    sweeps = 1 if takes_short(work.tokens, work.dims, (dtype, dtype)) else 2
     return 2 * entries(work, chunk) * (sweeps * sum(work.dims) + 2 * work.dims[0])
 
 

@@ -7,17 +7,20 @@ from typing import Any
 import torch
 from fastkd_kernels.attention_score_mse import gram_kernels, triton_kernels
 from fastkd_kernels.attention_score_mse.op import choose_algorithm
+from fastkd_kernels.attention_score_mse.short_kernel import _short_kernel
 from fastkd_kernels.attention_score_mse.triton_path import (
+    gradient_dtype,
     gram_constants,
     gram_launch,
     gram_types,
-    one_launch,
     scan_launch,
+    short_launch,
+    takes_short,
     tile_launch,
     tile_types,
 )
 
-from benchmarks.machine_code import POINTERS, Job
+from benchmarks.machine_code import POINTERS, Job, job_of
 from benchmarks.workloads import ATTENTION, AttentionWorkload
 
 WORKLOADS = tuple(ATTENTION.values())
@@ -35,23 +38,30 @@ def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
     }
     chosen = choose_algorithm(work.tokens, *work.dims, causal=work.causal, backend="triton")
     if chosen == "tiles" or work.causal:
-        yield from _tile_jobs(work, shared, dtypes, on)
+        yield from _tile_jobs(work, shared, dtypes, on, chosen)
     if chosen == "gram":
         yield from _gram_jobs(work, shared, dtypes, on)
 
 
 def _tile_jobs(
-    work: AttentionWorkload, shared: dict[str, Any], dtypes: Dtypes, on: str
+    work: AttentionWorkload, shared: dict[str, Any], dtypes: Dtypes, on: str, algorithm: str
 ) -> Iterator[Job]:
-    launch = tile_launch(work.tokens, work.dims, dtypes, on)
-    constants = {**shared, **tile_types(*dtypes), **launch.constants, "CAUSAL": work.causal}
-    whole = one_launch(work.tokens, launch)
-    by_key = {**constants, "WRITE_QUERY": whole, "WRITE_KEY": True}
-    pointers = {name: "*fp32" for name in ("scales", "query_grad", "key_grad", "partials")}
-    yield Job("by_key", triton_kernels._tiles_fwd_kernel, by_key, pointers, *launch[1:])
-    if not whole:
-        pointers = {name: "*fp32" for name in ("scales", "query_grad")}
-        yield Job("by_query", triton_kernels._tiles_bwd_dq_kernel, constants, pointers, *launch[1:])
+    made = POINTERS[gradient_dtype(dtypes[0], algorithm)]
+    pointers = dict.fromkeys(("scales", "factor", "partials"), "*fp32")
+    pointers |= dict.fromkeys(("query_grad", "key_grad"), made)
+    shared = {**shared, **tile_types(*dtypes), "CAUSAL": work.causal}
+    flags = ("WRITE_KEY", "NEED_GRAD", "QUERY_TOKENS_FIRST", "KEY_TOKENS_FIRST")
+    shared |= dict.fromkeys(flags, True)
+    if algorithm == "tiles" and takes_short(work.tokens, work.dims, dtypes, on):
+        launch = short_launch(work.tokens, work.dims, dtypes, on)
+        yield job_of("short", _short_kernel, {**shared, **launch.constants}, pointers, launch)
+        return
+    for name, part, kernel in (
+        ("by_key", "fwd", triton_kernels._tiles_fwd_kernel),
+        ("by_query", "dq", triton_kernels._tiles_bwd_dq_kernel),
+    ):
+        launch = tile_launch(part, work.tokens, work.dims, dtypes, on)
+        yield job_of(name, kernel, {**shared, **launch.constants}, pointers, launch)
 
 
 def _gram_jobs(
@@ -66,6 +76,7 @@ def _gram_jobs(
         yield Job(f"gram of {of}", gram_kernels._gram_kernel, constants, pointers, *launch[1:])
         blocks = gram_constants(launch.constants, "APPLY")
         constants = {**shared, **types, **blocks, "SIDE": side, "ACCUMULATE": work.causal}
+        constants["TOKENS_FIRST"] = True
         pointers = {name: "*fp32" for name in ("scales", "factors", "upstream")}
         # causal gradients are sums in fp32, of tiles and of this
         pointers["gradient"] = "*fp32" if work.causal else POINTERS[dtypes[0]]

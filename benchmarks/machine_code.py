@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from fastkd_kernels.common.launch import Launch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -70,6 +71,15 @@ class Job(NamedTuple):
     def digest(self) -> str:
         """Short form of `key`."""
         return hashlib.sha256(self.key().encode()).hexdigest()[:12]
+
+
+def job_of(
+    name: str, kernel: Any, constants: dict[str, Any], pointers: dict[str, str], launch: Launch
+) -> Job:
+    """A job with what of `constants` and `pointers` the kernel takes."""
+    taken = {word: constants[word] for word in kernel.arg_names if word in constants}
+    named = {word: pointers[word] for word in kernel.arg_names if word in pointers}
+    return Job(name, kernel, taken, named, *launch[1:])
 
 
 def compiled(job: Job, target: Target) -> dict[str, Any]:

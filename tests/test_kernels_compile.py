@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from compiled_apart import compiled_apart, fits
-from fastkd_kernels.attention_score_mse.triton_path import gram_launch, tile_launch
+from fastkd_kernels.attention_score_mse.triton_path import causal_chunk, gram_launch, tile_launch
 from fastkd_kernels.common import launch
 from fastkd_kernels.hidden import triton_path
 
@@ -84,13 +84,15 @@ def kernels_of_the_package() -> set[str]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("dims", [(1, 1), (26, 64), (128, 128), (256, 256)])
 @pytest.mark.parametrize("tokens", [1, 37, 128, 4096])
-def test_tile_launch(tokens: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
-    made = tile_launch(tokens, dims, (dtype, dtype))
+@pytest.mark.parametrize("kernel", ["fwd", "dq"])
+def test_tile_launch(kernel: str, tokens: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    made = tile_launch(kernel, tokens, dims, (dtype, dtype))
     assert made.constants["BLOCK_DIM"] >= max(16, dims[0])
     assert made.constants["BLOCK_TEACHER_DIM"] >= max(16, dims[1])
-    key, query = made.constants["BLOCK_KEY"], made.constants["BLOCK_QUERY"]
-    assert query in (key, 2 * int(key))
-    for name in ("BLOCK_KEY", "BLOCK_DIM", "BLOCK_TEACHER_DIM"):
+    # chunks of causal Grams are whole blocks
+    for name in ("BLOCK_KEY", "BLOCK_QUERY"):
+        assert causal_chunk(dims) % int(made.constants[name]) == 0
+    for name in ("BLOCK_KEY", "BLOCK_QUERY", "BLOCK_DIM", "BLOCK_TEACHER_DIM"):
         size = made.constants[name]
         assert isinstance(size, int)
         assert size >= 16
@@ -103,9 +105,9 @@ def test_precision_of_products() -> None:
     assert gram_launch((64, 64), single).constants["APPLY_PRECISION"] == "tf32x3"
     assert gram_launch((26, 64), half).constants["APPLY_PRECISION"] == "tf32x3"
     assert gram_launch((64, 64), half).constants["APPLY_PRECISION"] == "tf32"
-    assert tile_launch(128, (64, 64), single).constants["GRAD_PRECISION"] == "tf32x3"
+    assert tile_launch("fwd", 128, (64, 64), single).constants["GRAD_PRECISION"] == "tf32x3"
     assert triton_path.hidden_launch(single).constants["GRAD_PRECISION"] == "tf32x3"
-    assert tile_launch(9, (64, 64), single, "hip").constants["SCORE_PRECISION"] == "ieee"
+    assert tile_launch("dq", 9, (64, 64), single, "hip").constants["SCORE_PRECISION"] == "ieee"
     assert launch.product_dtype(torch.float16) == torch.float32
     assert launch.product_dtype(torch.bfloat16) == torch.bfloat16
 

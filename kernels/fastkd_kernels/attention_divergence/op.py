@@ -27,6 +27,7 @@ from ..checks import (
 )
 from ..common.autograd import Named, accumulator, by_shape, register, scaled
 from ..common.head_groups import Pair, pairs_of, state_shapes
+from ..common.rescale import rescaled, stacked_gradient, waiting_dtype
 from ..types import (
     AttentionDivergenceKind,
     AttentionReduction,
@@ -254,100 +255,56 @@ def _divergence(
     need_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses `[pairs]` and what the backward needs.
+    """Losses `[pairs]` and stacked gradients of the student's queries, keys and sinks.
 
-    PyTorch makes stacked unit gradients of the student's queries, keys and sinks; Triton keeps, as
-    the first of the three, statistics of each query row.
+    PyTorch's are unit gradients, Triton's those of the losses.
     """
     pairs = _pairs(
         (query, key, teacher_query, teacher_key, scale, teacher_scale),
         (student_softcap, teacher_softcap, student_sinks, teacher_sinks),
     )
-    call = (pairs, key_mask, row_mask, kind, causal, window, need_grad)
     if backend == "torch":
-        sums, *units = torch_path.forward(*call)
-        return _weighed(sums, weights), units[0], units[1], units[2]
-    from . import triton_path
+        sums, *made = torch_path.forward(pairs, key_mask, row_mask, kind, causal, window, need_grad)
+    else:
+        from . import triton_path
 
-    sums, stats = triton_path.forward(*call)
-    return _weighed(sums, weights), stats, sums.new_empty(0), sums.new_empty(0)
+        sums, *made = triton_path.forward(
+            pairs, key_mask, row_mask, weights, kind, causal, window, need_grad
+        )
+    return _weighed(sums, weights), made[0], made[1], made[2]
 
 
 def _fake(given: Named) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pairs, new = len(given.query), given.weights.new_empty
-    nothing: tuple[int, ...] = (0,)
-    made = [nothing] * 3
-    if given.need_grad and given.backend == "torch":
-        made[:2] = [(pairs, *of[0].shape) for of in (given.query, given.key)]
-        if given.student_sinks is not None:
-            # their sum over the batch waits for its items' weights
-            made[2] = (pairs, *given.query[0].shape[:2])
-    elif given.need_grad:
-        from .triton_path import row_stats
-
-        made[0] = (pairs, row_stats(given.kind), *given.query[0].shape[:3])
-    return new(pairs), new(made[0]), new(made[1]), new(made[2])
-
-
-def _backward(
-    factor: Tensor,
-    stats: Tensor,
-    query: Sequence[Tensor],
-    key: Sequence[Tensor],
-    teacher_query: Sequence[Tensor],
-    teacher_key: Sequence[Tensor],
-    scale: Sequence[float],
-    teacher_scale: Sequence[float],
-    key_mask: Tensor | None,
-    row_mask: Tensor | None,
-    kind: str,
-    causal: bool,
-    window: int,
-    student_softcap: Sequence[float] | None,
-    teacher_softcap: Sequence[float] | None,
-    student_sinks: Tensor | None,
-    teacher_sinks: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Stacked gradients of the student's queries, keys and sinks for `factor` `[pairs, batch]`."""
-    from . import triton_path
-
-    pairs = _pairs(
-        (query, key, teacher_query, teacher_key, scale, teacher_scale),
-        (student_softcap, teacher_softcap, student_sinks, teacher_sinks),
-    )
-    return triton_path.backward(factor, stats, pairs, key_mask, row_mask, kind, causal, window)
-
-
-def _backward_fake(given: Named) -> tuple[Tensor, Tensor, Tensor]:
-    pairs, sinks = len(given.query), given.student_sinks
-    query, key = (of[0].new_empty((pairs, *of[0].shape)) for of in (given.query, given.key))
-    return query, key, given.factor.new_empty((0,) if sinks is None else sinks.shape)
-
-
-_registered_backward = register("attention_divergence_backward", _backward, _backward_fake)
+    pairs, new, sinks = len(given.query), given.weights.new_empty, given.student_sinks
+    if not given.need_grad:
+        return new(pairs), new(0), new(0), new(0)
+    if given.backend == "torch":
+        query, key = (new((pairs, *of[0].shape)) for of in (given.query, given.key))
+        # their sum over the batch waits for its items' weights
+        of_sinks = new(0 if sinks is None else (pairs, *given.query[0].shape[:2]))
+        return new(pairs), query, key, of_sinks
+    dtype = waiting_dtype(given.query[0].dtype)
+    query, key = (stacked_gradient(pairs, of[0], dtype) for of in (given.query, given.key))
+    return new(pairs), query, key, new(0 if sinks is None else sinks.shape)
 
 
 def _keep(given: Named, made: tuple[Tensor, ...]) -> dict[str, Any]:
-    inputs = dict(vars(given))
-    if given.backend == "triton":
-        left_out = ("need_grad", "backend")
-        return {"stats": made[1], **{word: inputs[word] for word in inputs if word not in left_out}}
-    kept = {word: inputs[word] for word in ("weights", "student_sinks")}
-    return kept | {"stats": None, "units": made[1:], "dtype": given.query[0].dtype}
+    kept = {"query": made[1], "key": made[2], "dtype": given.query[0].dtype}
+    kept["sinks"] = None if given.student_sinks is None else made[3]
+    return kept | {"weights": given.weights if given.backend == "torch" else None}
 
 
 def _gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
     """Of queries, keys and, where there are some, sinks."""
-    inputs = vars(kept)
-    factor = upstream[:, None] * inputs.pop("weights")
-    has_sinks = kept.student_sinks is not None
-    if kept.stats is not None:
-        query, key, sinks = _registered_backward(factor, **inputs)
+    sinks = kept.sinks
+    if kept.weights is None:
+        query, key = rescaled(kept.query, kept.key, upstream, kept.dtype)
+        sinks = None if sinks is None else sinks * upstream[:, None]
     else:
-        query, key, sinks = kept.units
-        query, key = (scaled(unit, factor, kept.dtype) for unit in (query, key))
-        sinks = scaled(sinks, factor, sinks.dtype).sum(1) if has_sinks else sinks
-    return {"query": query, "key": key} | ({"student_sinks": sinks} if has_sinks else {})
+        factor = upstream[:, None] * kept.weights
+        query, key = (scaled(unit, factor, kept.dtype) for unit in (kept.query, kept.key))
+        sinks = None if sinks is None else scaled(sinks, factor, sinks.dtype).sum(1)
+    return {"query": query, "key": key} | ({} if sinks is None else {"student_sinks": sinks})
 
 
 divergence = register("attention_divergence", _divergence, _fake, _keep, _gradient)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checks import check_choice, check_mask, check_reduction, resolve_backend
 from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled, value_of
 from ..common.head_groups import pairs_of, state_shapes
+from ..common.rescale import rescaled, stacked_gradient
 from ..types import (
     Algorithm,
     AttentionState,
@@ -92,12 +93,14 @@ def attention_score_mse(
         keys only. Without any valid entry the loss and its gradients are 0.
 
     Raises:
-        ValueError: shapes, devices, modes that do not fit, or a teacher that requires grad.
+        ValueError: shapes, devices, modes that do not fit, a student's scale of 0, or a teacher
+            that requires grad.
         TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
     """
     teachers = weighted_teachers(student, teacher, teacher_weights)
     batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
+    _check_scales(student)
     check_mask("key_mask", key_mask, batch, tokens, device)
     check_mask("query_mask", query_mask, batch, tokens, device)
     check_reduction(reduction)
@@ -144,6 +147,15 @@ def attention_score_mse(
     keys = [state_shapes(*pair) for pair in zip(student, teachers, strict=True)]
     loss = by_shape(keys, loss_of)
     return loss if student[0].query.dtype == torch.float64 else loss.float()
+
+
+def _check_scales(student: Sequence[AttentionState]) -> None:
+    for pair, state in enumerate(student):
+        if state.scale == 0:
+            raise ValueError(
+                f"student[{pair}].scale is 0, which leaves no scores; expected another number, "
+                "such as head_dim ** -0.5"
+            )
 
 
 def _check_head_size(algorithm: str, causal: bool, dim: int) -> None:
@@ -236,7 +248,7 @@ def _gram_backward(
 
 def _gram_backward_fake(given: Named) -> tuple[Tensor, Tensor]:
     pairs = len(given.query)
-    query, key = (of[0].new_empty((pairs, *of[0].shape)) for of in (given.query, given.key))
+    query, key = (stacked_gradient(pairs, of[0], of[0].dtype) for of in (given.query, given.key))
     return query, key
 
 
@@ -275,29 +287,48 @@ def _one_pass(
     need_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses `[pairs]` and stacked unit gradients of the student's queries and keys."""
+    """Losses `[pairs]` and stacked gradients of the student's queries and keys.
+
+    PyTorch's are unit gradients, Triton's those of the losses.
+    """
     pairs = pairs_of(query, key, teacher_query, teacher_key, scale, teacher_scale)
-    squares, query_unit, key_unit = _path(backend).one_pass(
-        pairs, key_mask, query_mask, causal, algorithm, need_grad
-    )
-    return value_of(squares, inverse_count), query_unit, key_unit
+    masks = (key_mask, query_mask)
+    if backend == "torch":
+        squares, *made = torch_path.one_pass(pairs, *masks, causal, algorithm, need_grad)
+    else:
+        factor = 2.0 * inverse_count
+        squares, *made = _path(backend).one_pass(
+            pairs, *masks, factor, causal, algorithm, need_grad
+        )
+    return value_of(squares, inverse_count), made[0], made[1]
 
 
 def _one_pass_fake(given: Named) -> tuple[Tensor, Tensor, Tensor]:
     pairs, new = len(given.query), given.inverse_count.new_empty
-    shapes = [(pairs, *of[0].shape) if given.need_grad else (0,) for of in (given.query, given.key)]
-    return new(pairs), new(shapes[0]), new(shapes[1])
+    if not given.need_grad:
+        return new(pairs), new(0), new(0)
+    if given.backend == "torch":
+        query, key = (new((pairs, *of[0].shape)) for of in (given.query, given.key))
+        return new(pairs), query, key
+    from .triton_path import gradient_dtype
+
+    dtype = gradient_dtype(given.query[0].dtype, given.algorithm)
+    query, key = (stacked_gradient(pairs, of[0], dtype) for of in (given.query, given.key))
+    return new(pairs), query, key
 
 
 def _one_pass_keep(given: Named, made: tuple[Tensor, ...]) -> dict[str, Any]:
-    units = {"query": made[1], "key": made[2]}
-    return units | {"inverse_count": given.inverse_count, "dtype": given.query[0].dtype}
+    kept = {"query": made[1], "key": made[2], "dtype": given.query[0].dtype}
+    return kept | {"inverse_count": given.inverse_count if given.backend == "torch" else None}
 
 
 def _one_pass_gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
-    factor = 2.0 * kept.inverse_count * upstream
-    units = {"query": kept.query, "key": kept.key}
-    return {word: scaled(unit, factor, kept.dtype) for word, unit in units.items()}
+    if kept.inverse_count is None:
+        query, key = rescaled(kept.query, kept.key, upstream, kept.dtype)
+    else:
+        factor = 2.0 * kept.inverse_count * upstream
+        query, key = (scaled(unit, factor, kept.dtype) for unit in (kept.query, kept.key))
+    return {"query": query, "key": key}
 
 
 one_pass = register(

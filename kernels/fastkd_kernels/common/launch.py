@@ -20,6 +20,9 @@ SHARED_MEMORY = {
     ("hip", "gfx942"): 65_536,
 }
 
+# about two for each multiprocessor of the largest GPUs
+FEWEST_PROGRAMS = 256
+
 
 class Launch(NamedTuple):
     """Block sizes and dot precisions (`tl.constexpr` by name), warps and pipeline stages."""
@@ -45,6 +48,17 @@ def platform() -> str:
 def power_of_two(size: int) -> int:
     """The block that holds `size` columns; `tl.dot` needs at least 16."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+def heads_of_program(heads: int, kv_heads: int, sequences: int) -> int:
+    """Query heads that one program of a short kernel takes, with their key heads whole.
+
+    As many as leave `FEWEST_PROGRAMS`, so that what starts and ends a program is rarely paid.
+    """
+    repeat = heads // kv_heads
+    fits = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
+    enough = [n for n in fits if kv_heads // n * sequences >= FEWEST_PROGRAMS]
+    return repeat * max(enough, default=1)
 
 
 def dot_precision(exact: bool, on: str) -> str:

@@ -96,6 +96,11 @@ def _fwd_kernel(
     o_row = first + row_block * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
     o_column = column_block * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
     m_row = valid_rows(valid, o_row, last, HAS_MASK)
+    if HAS_TEACHER:
+        # on its way while the products are made
+        b_teacher = token_rows(
+            row + 3, o_row, m_row, tokens, o_column, teacher_width, TEACHER_TYPE, TEACHER_ALIGN
+        )
     if HAS_WEIGHT:
         total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
         for start in range(0, width, BLOCK_SUM):
@@ -114,9 +119,6 @@ def _fwd_kernel(
         b_bias = tl.load(bias + o_column, mask=o_column < teacher_width, other=0.0)
         total += b_bias.to(SUM_TYPE)[None, :]
     if HAS_TEACHER:
-        b_teacher = token_rows(
-            row + 3, o_row, m_row, tokens, o_column, teacher_width, TEACHER_TYPE, TEACHER_ALIGN
-        )
         # R = H_s W^T + b - H_t
         m_tile = m_row[:, None] & (o_column < teacher_width)[None, :]
         total = tl.where(m_tile, total - b_teacher.to(SUM_TYPE), 0.0)

@@ -12,6 +12,7 @@ from compiled_apart import fits
 from benchmarks import costs, floor, floor_page, machine_code, workloads
 from benchmarks.chips import CHIPS, Chip
 from benchmarks.jobs import Job
+from benchmarks.jobs_attention_divergence import CAPPED
 from benchmarks.launches import OPS
 from benchmarks.machine_code import DTYPES, TARGETS, wanted
 from benchmarks.workloads import AttentionWorkload, HiddenWorkload, LogitsWorkload
@@ -193,6 +194,9 @@ def test_every_committed_kernel_fits_its_chip(committed: dict[str, Any]) -> None
     for row in committed["machine_code"]:
         seen.add((*row["target"], row["dtype"]))
         assert fits(row), row
+        if row["target"] == ["cuda", 90] and row["dtype"] == "bfloat16" and row["spills"]:
+            # soft caps at heads of 256 on both sides
+            assert row["workloads"] == [CAPPED.name], row
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     assert seen == {(*target, name) for target in TARGETS for name in names}
 

@@ -67,6 +67,13 @@ def test_kernels_fit_the_chip(rows: list[dict[str, Any]]) -> None:
         assert fits(row), row
 
 
+def test_nothing_spills_where_kernels_were_timed(rows: list[dict[str, Any]]) -> None:
+    timed = [row for row in rows if row["target"] == ["cuda", 90] and row["dtype"] == "bfloat16"]
+    assert timed
+    for row in timed:
+        assert row["spills"] == 0, row
+
+
 def test_products_run_on_tensor_cores(rows: list[dict[str, Any]]) -> None:
     """bf16 on each chip's newest instruction; fp32, three tf32 products each, on any."""
     assert any(row["products"] for row in rows)

@@ -21,15 +21,14 @@ from benchmarks.chips import CHIPS, Chip
 from benchmarks.floor_page import markdown
 from benchmarks.jobs import Job
 from benchmarks.launches import OPS, Calls, recorded_calls
-from benchmarks.machine_code import compile_all, known_key
+from benchmarks.machine_code import DISASSEMBLED, compile_all, known_key
 from benchmarks.recording import Product
 from benchmarks.workloads import PAIRS, LogitsWorkload, on_device
 
 RESULTS = Path(__file__).parent / "results"
 DTYPE = torch.bfloat16
 DTYPE_NAME = "bfloat16"
-# chips whose machine code says all that it does
-PREDICTED = [chip for chip in CHIPS if chip.target in (("cuda", 80), ("cuda", 90))]
+PREDICTED = [chip for chip in CHIPS if chip.target in DISASSEMBLED]
 # of a row, what its job says and its machine code does not
 LABEL = ("op", "dtype", "target", "kernel", "function", "launch", "source", "workloads")
 
@@ -149,14 +148,6 @@ def grouped(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def slim(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows without the code of what is not predicted."""
-    targets = {chip.target for chip in PREDICTED}
-    for row in rows:
-        kept = row["dtype"] == DTYPE_NAME and tuple(row["target"]) in targets
-        yield {name: value for name, value in row.items() if name != "code" or kept}
-
-
 def committed_rows() -> dict[Any, dict[str, Any]]:
     """The committed machine code by its key: none that another Triton made."""
     path = RESULTS / "floor.json"
@@ -200,7 +191,7 @@ def main() -> None:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled; unset it")
     known = {} if given.anew else committed_rows()
     made = compile_all(OPS, everything=True, processes=given.processes, known=known)
-    rows = grouped(slim(made))
+    rows = grouped(made)
     result: dict[str, Any] = {
         "triton": triton.__version__,
         "floors": floors(),

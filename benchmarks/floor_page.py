@@ -79,8 +79,11 @@ def markdown(result: Mapping[str, Any], ops: Iterable[str]) -> str:
 def _floor_cells(row: Mapping[str, Any], names: Sequence[str]) -> list[object]:
     times = [f"{row['microseconds'][name]:.1f} {LETTERS[row['bound'][name]]}" for name in names]
     shape = f"{row['batch']} x {row['tokens']}"
-    sizes = (row["bytes"] / 1e6, row["flops"] / 1e9, row["exponentials"] / 1e9)
-    return [row["workload"], shape, row["pairs"], *(f"{size:.1f}" for size in sizes), *times]
+    sizes = (f"{row['bytes'] / 1e6:.1f}", f"{row['flops'] / 1e9:.1f}")
+    return [
+        *(row["workload"], shape, row["pairs"], *sizes, f"{row['exponentials'] / 1e9:.2f}"),
+        *times,
+    ]
 
 
 def _share_cells(rows: Sequence[Mapping[str, Any]], chips: Sequence[str]) -> Iterator[list[object]]:

@@ -20,18 +20,19 @@ CENTRED = ("reverse_kl", "js", "skew_kl")
 
 
 def calls(work: LogitsWorkload, dtype: torch.dtype, count: int) -> Iterator[Call]:
-    """Every kind of two heads; then what only some calls have: labels, no gradient, no alignment.
+    """Every kind of two heads, then what only some calls have: labels, no gradient.
 
-    In fp32 the products are Triton's, and one kind stands for all.
+    In fp32 the products are Triton's, with operands aligned or not, and one kind stands for all.
     """
-    kinds = get_args(LogitsDivergenceKind)
-    for kind in kinds if dtype.itemsize == 2 else kinds[:1]:
+    if dtype.itemsize == 4:
+        yield Call("kl", lambda: _run(work, dtype, "kl"))
+        odd = work._replace(widths=(work.widths[0] - 1, work.widths[1] - 1))
+        yield Call("unaligned", lambda: _run(odd, dtype, "kl"), counted=False)
+        return
+    for kind in get_args(LogitsDivergenceKind):
         yield Call(kind, lambda kind=kind: _run(work, dtype, kind))
     yield Call("labelled", lambda: _run(work, dtype, "kl", labelled=True), counted=False)
     yield Call("values", lambda: _run(work, dtype, "js", gradient=False), counted=False)
-    if dtype.itemsize == 4:
-        odd = work._replace(widths=(work.widths[0] - 1, work.widths[1] - 1))
-        yield Call("unaligned", lambda: _run(odd, dtype, "kl"), counted=False)
 
 
 def _run(

@@ -99,7 +99,7 @@ def job_of(row: dict[str, Any]) -> Job:
 def test_loads_are_as_wide_as_their_alignment(rows: list[dict[str, Any]]) -> None:
     checked = 0
     for row in rows:
-        if row["target"][0] == "cuda" and row["dtype"] == "bfloat16":
+        if "loads" in row:
             job = job_of(row)
             assert narrow_loads(job, row) == [], row
             checked += bool(job.loads)
@@ -111,7 +111,7 @@ def test_pipelined_products_copy_ahead(rows: list[dict[str, Any]]) -> None:
     staged = [
         row
         for row in rows
-        if row["target"][0] == "cuda" and row["dtype"] == "bfloat16" and row["products"]
+        if "asynchronous" in row and row["products"]
         if job_of(row).options["num_stages"] > 1
     ]
     assert staged
@@ -138,7 +138,8 @@ def test_code_takes_no_longer_than_what_is_committed(rows: list[dict[str, Any]])
             if chip.target == target:
                 job = job_of(row)
                 now, then = (floor.of_job(job, one, chip)["microseconds"] for one in (row, before))
-                assert now <= 1.02 * then, f"{row['workload']} {row['kernel']} on {chip.name}"
+                said = f"{row['workload']} {row['kernel']} on {chip.name}: {now} us, was {then}"
+                assert now <= 1.02 * then, said
                 checked += 1
     assert checked > 40
 

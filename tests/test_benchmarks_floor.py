@@ -147,6 +147,22 @@ def test_ci_compiles_every_kernel_and_changes_the_kind() -> None:
     assert names(torch.float32, ("cuda", 90), 0) == {}
 
 
+def test_what_is_committed_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = next(iter(wanted(["hidden"], everything=False)))
+    monkeypatch.setattr(machine_code, "wanted", lambda ops, everything: [one])
+    known = {machine_code.known_key(one.label()): {"registers": 7}}
+    made = machine_code.compile_all(["hidden"], everything=False, processes=1, known=known)
+    assert list(made) == [{**one.label(), "registers": 7}]
+
+
+def test_shares_that_fall_are_told() -> None:
+    call = {"op": "a", "kind": "kl", "workload": "w", "pairs": 4, "chip": "H100"}
+    before, after = call | {"share": 0.5}, call | {"share": 0.4}
+    assert list(floor.slower([before], [after])) == ["a kl w 4 H100: share of the floor 0.5 -> 0.4"]
+    assert list(floor.slower([after], [before])) == []
+    assert list(floor.slower([], [after])) == []
+
+
 def test_every_chip_has_a_compiled_target() -> None:
     assert {chip.target for chip in CHIPS} == set(TARGETS)
 

@@ -199,6 +199,20 @@ def test_committed_predictions_are_those_of_the_code(committed: dict[str, Any]) 
         assert 0 < row["share"] <= 1, row
 
 
+def test_committed_code_loads_wide_and_ahead(committed: dict[str, Any]) -> None:
+    """What `test_kernels_compile.py` asks of a few workloads, of all."""
+    codes = {machine_code.known_key(row): row for row in committed["machine_code"]}
+    checked = 0
+    for one in wanted(OPS, everything=True):
+        row = codes[machine_code.known_key(one.label())]
+        if "loads" in row:
+            assert machine_code.narrow_loads(one.job, row) == [], one.label()
+            staged = one.job.options["num_stages"] > 1 and row["products"]
+            assert row["asynchronous"] or not staged, one.label()
+            checked += 1
+    assert checked > 500
+
+
 def test_committed_page_is_that_of_the_numbers(committed: dict[str, Any]) -> None:
     page = (floor.RESULTS / "floor.md").read_text(encoding="utf-8")
     assert page == floor_page.markdown(committed, OPS), AGAIN

@@ -1,14 +1,15 @@
 """Checks of what a caller hands in; each message says what was given, expected, and what to do."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .common.autograd import accumulator
 from .common.launch import triton_interprets
+from .common.remembered import PLAIN, Recent, is_eager
 from .types import AttentionState, Backend, LogitsDivergenceKind, LogitsHead, Reduction, Tokens
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -18,6 +19,48 @@ TEMPERATURES = (1e-3, 1e3)
 
 # of a mixture: the logarithm of the rest keeps four digits in fp32
 LEAST_SHARE = 1e-4
+
+
+# looks that passed, from which a check knows that it would pass again
+_passed: Recent[bool] = Recent()
+
+
+def look_at(tensors: Sequence[object], *others: Hashable) -> Hashable | None:
+    """What checks read of tensors, and `others`; None if they must see for themselves."""
+    if not is_eager():
+        return None
+    found = []
+    for tensor in tensors:
+        if type(tensor) not in PLAIN:
+            return None
+        assert isinstance(tensor, Tensor)
+        found.append((tensor.shape, tensor.dtype, tensor.device))
+    return (*found, *others)
+
+
+def has_passed(look: Hashable | None) -> bool:
+    return look is not None and _passed.get(look) is not None
+
+
+def passes(look: Hashable | None) -> None:
+    if look is not None:
+        _passed.put(look, True)
+
+
+def look_at_states(student: object, teacher: object) -> Hashable | None:
+    """What the checks of states read, of one teacher layer a pair."""
+    sides = (student, teacher)
+    if not all(type(side) in (list, tuple) for side in sides):
+        return None
+    states: list[Any] = [state for side in sides for state in side]  # type: ignore[attr-defined]
+    if not all([type(state) is AttentionState and type(state.scale) is float for state in states]):
+        return None
+    tensors = [tensor for state in states for tensor in state[:2]]
+    frozen = tensors[2 * len(student) :]  # type: ignore[arg-type]
+    if any([isinstance(tensor, Tensor) and tensor.requires_grad for tensor in frozen]):
+        return None
+    scales = [state.scale for state in states]
+    return look_at(tensors, "states", len(student), *scales)  # type: ignore[arg-type]
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -133,9 +176,13 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
 
 def check_states(student: Sequence[AttentionState], teacher: Sequence[AttentionState]) -> None:
     """Every pair fits together, and all pairs share batch, tokens and device."""
+    look = look_at_states(student, teacher)
+    if has_passed(look):
+        return
     check_pairs(student, teacher)
     for pair, (student_state, teacher_state) in enumerate(zip(student, teacher, strict=True)):
         check_teacher(pair, student_state, f"teacher[{pair}]", teacher_state, first=student[0])
+    passes(look)
 
 
 def check_teacher(
@@ -176,6 +223,8 @@ def check_caps_and_sinks(
     student: Sequence[AttentionState], teacher: Sequence[AttentionState]
 ) -> None:
     """Soft caps and sinks of states that `check_states` has passed."""
+    if all([state.softcap is None and state.sinks is None for state in (*student, *teacher)]):
+        return
     for pair, states in enumerate(zip(student, teacher, strict=True)):
         names = (f"student[{pair}]", f"teacher[{pair}]")
         for name, state in zip(names, states, strict=True):
@@ -288,6 +337,12 @@ def _check_hidden_pairs(
     biases = _as_list("bias", bias, len(student))
     if biases and not weights:
         raise ValueError("bias is given without weight; give a weight or leave the bias out")
+    look = None
+    if not any([isinstance(state, Tensor) and state.requires_grad for state in teacher]):
+        tensors = [*student, *teacher, *weights, *biases]
+        look = look_at(tensors, "hidden", len(student), len(weights))
+    if has_passed(look):
+        return weights, biases
     for pair, (student_state, teacher_state) in enumerate(zip(student, teacher, strict=True)):
         check_tensor(f"student[{pair}]", student_state, "batch, tokens, student_width")
         check_tensor(f"teacher[{pair}]", teacher_state, "batch, tokens, teacher_width")
@@ -309,6 +364,7 @@ def _check_hidden_pairs(
             )
         _check_trained("weight", weights, pair, widths, student[0].device)
         _check_trained("bias", biases, pair, widths[:1], student[0].device)
+    passes(look)
     return weights, biases
 
 

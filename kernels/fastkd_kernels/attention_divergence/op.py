@@ -27,6 +27,7 @@ from ..checks import (
 )
 from ..common.autograd import Named, accumulator, by_shape, register, scaled
 from ..common.head_groups import Pair, pairs_of, state_shapes
+from ..common.remembered import remembered
 from ..types import (
     AttentionDivergenceKind,
     AttentionReduction,
@@ -114,8 +115,7 @@ def attention_divergence(
     queries = [state.query for state in (*student, *teacher)]
     chosen = resolve_backend(backend, device, accumulator(*queries))
     reach = min(window or 0, tokens)
-    row_mask = counted_rows(key_mask, query_mask, causal, reach)
-    weights = item_weights(row_mask, batch, tokens, reduction, device)
+    row_mask = _counted_rows(key_mask, query_mask, causal, reach)
 
     def loss_of(members: list[int]) -> Tensor:
         student_states, teacher_states = (
@@ -140,7 +140,7 @@ def attention_divergence(
             [state.scale / temperature for state in teacher_states],
             key_mask,
             row_mask,
-            (weights / student_query.shape[1]).to(dtype),
+            _item_weights(row_mask, student_query, reduction, dtype),
             kind,
             causal,
             reach,
@@ -191,6 +191,32 @@ def counted_rows(
     end = position + 1 if causal else (position + reach).clamp(max=tokens)
     row_mask = before[:, end] > before[:, first]
     return row_mask if query_mask is None else row_mask & query_mask
+
+
+def _counted_rows(
+    key_mask: Tensor | None, query_mask: Tensor | None, causal: bool, window: int
+) -> Tensor | None:
+    if key_mask is None:
+        return query_mask
+    return remembered(
+        (key_mask, query_mask),
+        ("counted rows", causal, window),
+        key_mask.device,
+        lambda: counted_rows(key_mask, query_mask, causal, window),
+    )
+
+
+def _item_weights(
+    row_mask: Tensor | None, query: Tensor, reduction: str, dtype: torch.dtype
+) -> Tensor:
+    """`[batch]`: what the loss takes of each item's sum over rows and heads."""
+    batch, heads, tokens, _ = query.shape
+    return remembered(
+        (row_mask,),
+        ("item weights", batch, heads, tokens, reduction, dtype),
+        query.device,
+        lambda: (item_weights(row_mask, batch, tokens, reduction, query.device) / heads).to(dtype),
+    )
 
 
 def item_weights(

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checks import check_choice, check_mask, check_reduction, resolve_backend
 from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled, value_of
 from ..common.head_groups import pairs_of, state_shapes
+from ..common.remembered import remembered
 from ..types import (
     Algorithm,
     AttentionState,
@@ -118,8 +119,10 @@ def attention_score_mse(
             chosen = choose_algorithm(tokens, *dims, causal=causal, backend=chosen_backend)
         if chosen_backend == "triton":
             _check_head_size(chosen, causal, dims[0])
-        count = _entry_count(student_states[0].query, key_mask, query_mask, causal, reduction)
         dtype = accumulator(student_states[0].query, teacher_states[0].query)
+        inverse_count = _inverse_count(
+            student_states[0].query, key_mask, query_mask, causal, reduction, dtype
+        )
         need_grad = torch.is_grad_enabled() and any(
             state.query.requires_grad or state.key.requires_grad for state in student_states
         )
@@ -132,7 +135,7 @@ def attention_score_mse(
             [float(state.scale) for state in teacher_states],
             key_mask,
             query_mask,
-            inverse(count, dtype, device),
+            inverse_count,
         )
         if chosen == "gram" and not causal and chosen_backend == "triton":
             made = gram(*tensors, need_grad)
@@ -154,6 +157,28 @@ def _check_head_size(algorithm: str, causal: bool, dim: int) -> None:
     raise ValueError(
         f"the student's head size {dim} is too wide for the Triton tiles, which take up to "
         f"{MAX_HEAD_DIM}; use {instead}"
+    )
+
+
+def _inverse_count(
+    query: Tensor,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    causal: bool,
+    reduction: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """One over the entries that the loss averages over."""
+    batch, heads, tokens, _ = query.shape
+    sources = (key_mask, query_mask) if reduction == "valid" else (None, None)
+    what = ("inverse entries", batch, heads, tokens, causal, reduction, dtype)
+    return remembered(
+        sources,
+        what,
+        query.device,
+        lambda: inverse(
+            _entry_count(query, key_mask, query_mask, causal, reduction), dtype, query.device
+        ),
     )
 
 

@@ -16,13 +16,14 @@ from torch import Tensor
 from ..common import library_products
 from ..common.launch import (
     Launch,
-    alignment,
     dot_precision,
     platform,
     power_of_two,
     product_dtype,
 )
-from ..common.tensor_table import pointer_table, unit_stride
+from ..common.quick_launch import Quick
+from ..common.remembered import remembered
+from ..common.tensor_table import addressed, unit_stride
 from ..common.tl_types import TYPES
 from .torch_path import ZERO_NORM
 from .triton_kernels import _bwd_dw_kernel, _bwd_dx_kernel, _fwd_kernel, _unit_fwd_kernel
@@ -96,7 +97,7 @@ def hidden_forward(
     batch, tokens, width = student[0].shape
     teacher_width, rows = teacher[0].shape[-1], batch * tokens
     columns = _columns(student, teacher, weight, bias)
-    table = pointer_table(columns)
+    table, alignments = addressed(columns)
     types, kept = hidden_types(
         student[0].dtype, teacher[0].dtype, weight[0].dtype if weight else None
     )
@@ -127,11 +128,8 @@ def hidden_forward(
         chunk = hidden_chunk(rows, pairs * teacher_width * value_bytes, block_row)
         residual = new(*((pairs, chunk, teacher_width) if store else (0,)), of=kept)
         projected = new(*((pairs, chunk, teacher_width) if normalize else (0,)))
-    valid = new(0, of=torch.uint8) if mask is None else mask.to(torch.uint8).contiguous()
-    aligns = {
-        name: alignment(column)
-        for name, column in zip(("ALIGN", "TEACHER_ALIGN", "WEIGHT_ALIGN"), columns, strict=False)
-    }
+    valid = _bytes(mask, student[0].device)
+    aligns = dict(zip(("ALIGN", "TEACHER_ALIGN", "WEIGHT_ALIGN"), alignments, strict=False))
     # both gradients of a projection, from the residual
     library = bool(weight) and library_products.takes(residual, weight[0], student[0])
     exact = {**blocks, "PRECISION": launch.constants["PRECISION"]}
@@ -141,7 +139,7 @@ def hidden_forward(
         span = {"first": first, "last": last, "chunk": chunk}
         row_blocks = triton.cdiv(last - first, block_row)
         if weight or not normalize:
-            _fwd_kernel[(row_blocks * teacher_blocks, pairs)](
+            Quick(_fwd_kernel)[(row_blocks * teacher_blocks, pairs)](
                 table,
                 valid,
                 projected if normalize else residual,
@@ -163,7 +161,7 @@ def hidden_forward(
                 **options,
             )
         if normalize:
-            _unit_fwd_kernel[(triton.cdiv(last - first, unit_rows), pairs)](
+            Quick(_unit_fwd_kernel)[(triton.cdiv(last - first, unit_rows), pairs)](
                 table,
                 valid,
                 projected,
@@ -194,7 +192,7 @@ def hidden_forward(
                 _library_weight_gradient(made_chunk, student, mask, weight_grad, bias_grad)
             continue
         if need_input_grad and weight:
-            _bwd_dx_kernel[(row_blocks * triton.cdiv(width, block_column), pairs)](
+            Quick(_bwd_dx_kernel)[(row_blocks * triton.cdiv(width, block_column), pairs)](
                 table,
                 residual,
                 input_grad,
@@ -211,7 +209,7 @@ def hidden_forward(
             )
         if wants_weight:
             tiles = triton.cdiv(teacher_width, block_row) * triton.cdiv(width, block_column)
-            _bwd_dw_kernel[(tiles, pairs)](
+            Quick(_bwd_dw_kernel)[(tiles, pairs)](
                 table,
                 valid,
                 residual,
@@ -231,6 +229,17 @@ def hidden_forward(
                 **options,
             )
     return partials.sum(1), input_grad, weight_grad, bias_grad, new(0)
+
+
+def _bytes(mask: Tensor | None, device: torch.device) -> Tensor:
+    """uint8 `[batch, tokens]`, a placeholder without a mask."""
+
+    def made() -> Tensor:
+        if mask is None:
+            return torch.empty(0, dtype=torch.uint8, device=device)
+        return mask.to(torch.uint8).contiguous()
+
+    return remembered((mask,), "bytes", device, made)
 
 
 class _Chunk(NamedTuple):

@@ -23,6 +23,7 @@ from ..common.launch import (
     power_of_two,
     product_dtype,
 )
+from ..common.quick_launch import Quick
 from ..common.tensor_table import to_device, unit_stride
 from ..common.tl_types import TYPES
 from .torch_path import Divergence, Gradients, read_columns
@@ -141,7 +142,7 @@ def _product(
     grid = triton.cdiv(rows, blocks["BLOCK_ROW"]) * triton.cdiv(columns, blocks["BLOCK_COLUMN"])
     parts, length = (1, steps) if add or bias is not None else inner_parts(grid, steps)
     made = out if parts == 1 else out.new_empty(parts, rows, columns)
-    _matmul_kernel[(grid, parts)](
+    Quick(_matmul_kernel)[(grid, parts)](
         left,
         right,
         left if bias is None else bias,
@@ -259,7 +260,7 @@ def sweep(
             side.make(first, last, workspace)
             for side, workspace in ((student_side, student_space), (teacher_side, teacher_space))
         )
-        _row_kernel[(last - first,)](
+        Quick(_row_kernel)[(last - first,)](
             logits,
             teacher_logits,
             values if ids is None else ids,

@@ -1,0 +1,163 @@
+"""What calls make of small inputs and may find again: counts and masks of a step, tables, checks.
+
+A training step calls several ops with the same masks, and its layers often lie where those of the
+last step lay. What is found again costs a dictionary's look-up, not a row of tiny launches. The
+road not taken: objects that a caller prepares and hands to each op.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+# tensors that are what they seem
+PLAIN = (Tensor, torch.nn.Parameter)
+
+# entries that a cache holds at most, twice: small tables and masks, and what was checked
+MOST = 256
+
+
+class Recent(Generic[Value]):
+    """What was last used, between `most` and twice as many entries.
+
+    Two generations: what is asked for moves into the younger one, and once that is full the older
+    one is forgotten. A hit costs one look-up. Threads may lose an entry to each other, never get a
+    wrong one.
+    """
+
+    def __init__(self, most: int = MOST) -> None:
+        self.most = most
+        self.young: dict[Hashable, Value] = {}
+        self.old: dict[Hashable, Value] = {}
+
+    def __len__(self) -> int:
+        return len(self.young) + len(self.old)
+
+    def get(self, key: Hashable) -> Value | None:
+        found = self.young.get(key)
+        if found is None and (found := self.old.pop(key, None)) is not None:
+            self.put(key, found)
+        return found
+
+    def put(self, key: Hashable, value: Value) -> None:
+        if len(self.young) >= self.most:
+            self.young, self.old = {}, self.young
+        self.young[key] = value
+
+    def forget(self, key: Hashable) -> None:
+        self.young.pop(key, None)
+        self.old.pop(key, None)
+
+    def clear(self) -> None:
+        self.young, self.old = {}, {}
+
+
+def is_eager() -> bool:
+    """Whether calls run now and on what they are given: no trace, mode or functional transform.
+
+    Where one is at work, tensors stand for others, so nothing of them may be kept, and ops go
+    through torch's dispatcher, which knows what to do.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+class _Thread(threading.local):
+    forgets = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def forgetting() -> Iterator[None]:
+    """Nothing that is made inside may be found again, nor is it looked for."""
+    before, _thread.forgets = _thread.forgets, True
+    try:
+        yield
+    finally:
+        _thread.forgets = before
+
+
+def keeps(device: torch.device) -> bool:
+    """Whether tensors made now on `device` may be found again.
+
+    Not those of a CUDA graph's capture, which live in its private pool and have no values yet; nor
+    those of inference mode, which autograd would refuse later.
+    """
+    if not is_eager() or _thread.forgets or torch.is_inference_mode_enabled():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def place(device: torch.device) -> Hashable:
+    """A device and its current stream, on which whatever was made there is ready."""
+    if device.type != "cuda":
+        return device
+    return device, torch.cuda.current_stream(device).cuda_stream
+
+
+class _Made(Generic[Value]):
+    """A value, the tensors of which it was made, and what these were like then."""
+
+    def __init__(
+        self, sources: tuple[Any, ...], state: Hashable, value: Value, died: Callable[[Any], None]
+    ) -> None:
+        self.sources = tuple(
+            None if source is None else weakref.ref(source, died) for source in sources
+        )
+        self.state = state
+        self.value = value
+
+
+_made: Recent[_Made[Any]] = Recent()
+
+
+def remembered(
+    sources: tuple[Tensor | None, ...],
+    what: Hashable,
+    device: torch.device,
+    make: Callable[[], Value],
+) -> Value:
+    """`make()`, or what it gave for the same, unchanged `sources` and the same `what`.
+
+    `sources` are masks or labels, told apart as objects and by their version, which every in-place
+    operation of torch raises. What writes to their memory behind torch's back, such as numpy, is
+    not seen. They are not kept alive, and with them goes what was made of them: it must be no view
+    of theirs.
+    """
+    if not keeps(device) or any(
+        type(source) is not Tensor or source.is_inference()
+        for source in sources
+        if source is not None
+    ):
+        return make()
+    key = (what, place(device), *map(id, sources))
+    state = tuple([None if source is None else _state(source) for source in sources])
+    found = _made.get(key)
+    if (
+        found is not None
+        and found.state == state
+        and all(
+            source is None or (ref is not None and ref() is source)
+            for ref, source in zip(found.sources, sources, strict=True)
+        )
+    ):
+        value: Value = found.value
+        return value
+    value = make()
+    _made.put(key, _Made(sources, state, value, lambda _: _made.forget(key)))
+    return value
+
+
+def _state(source: Tensor) -> Hashable:
+    return source._version, source.data_ptr(), source.shape, source.stride()

@@ -25,16 +25,25 @@ LEAST_SHARE = 1e-4
 _passed: Recent[bool] = Recent()
 
 
-def look_at(tensors: Sequence[object], *others: Hashable) -> Hashable | None:
-    """What checks read of tensors, and `others`; None if they must see for themselves."""
+def look_at(columns: Sequence[Sequence[object]], *others: Hashable) -> Hashable | None:
+    """What checks read of tensors, alike within a column, and `others`.
+
+    None if they are not alike, or the checks must see for themselves.
+    """
     if not is_eager():
         return None
     found = []
-    for tensor in tensors:
-        if type(tensor) not in PLAIN:
-            return None
-        assert isinstance(tensor, Tensor)
-        found.append((tensor.shape, tensor.dtype, tensor.device))
+    for column in columns:
+        shape = dtype = device = None
+        for tensor in column:
+            if type(tensor) not in PLAIN:
+                return None
+            assert isinstance(tensor, Tensor)
+            if shape is None:
+                shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
+            elif tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+                return None
+        found.append((len(column), shape, dtype, device))
     return (*found, *others)
 
 
@@ -48,19 +57,22 @@ def passes(look: Hashable | None) -> None:
 
 
 def look_at_states(student: object, teacher: object) -> Hashable | None:
-    """What the checks of states read, of one teacher layer a pair."""
-    sides = (student, teacher)
-    if not all(type(side) in (list, tuple) for side in sides):
+    """What the checks of states read, of one teacher layer a pair and pairs that are alike."""
+    if type(student) not in (list, tuple) or type(teacher) not in (list, tuple):
         return None
-    states: list[Any] = [state for side in sides for state in side]  # type: ignore[attr-defined]
-    if not all([type(state) is AttentionState and type(state.scale) is float for state in states]):
-        return None
-    tensors = [tensor for state in states for tensor in state[:2]]
-    frozen = tensors[2 * len(student) :]  # type: ignore[arg-type]
-    if any([isinstance(tensor, Tensor) and tensor.requires_grad for tensor in frozen]):
-        return None
-    scales = [state.scale for state in states]
-    return look_at(tensors, "states", len(student), *scales)  # type: ignore[arg-type]
+    sides: tuple[Any, Any] = (student, teacher)
+    columns: list[list[object]] = []
+    scales = []
+    for side in sides:
+        for state in side:
+            if type(state) is not AttentionState or type(state.scale) is not float:
+                return None
+            scales.append(state.scale)
+        columns += ([state.query for state in side], [state.key for state in side])
+    for tensor in (*columns[2], *columns[3]):
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            return None
+    return look_at(columns, "states", *scales)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -174,15 +186,19 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     return backend
 
 
-def check_states(student: Sequence[AttentionState], teacher: Sequence[AttentionState]) -> None:
-    """Every pair fits together, and all pairs share batch, tokens and device."""
+def check_states(student: Sequence[AttentionState], teacher: Sequence[AttentionState]) -> bool:
+    """Every pair fits together, and all pairs share batch, tokens and device.
+
+    Returns whether all pairs are known to share all shapes and dtypes.
+    """
     look = look_at_states(student, teacher)
     if has_passed(look):
-        return
+        return True
     check_pairs(student, teacher)
     for pair, (student_state, teacher_state) in enumerate(zip(student, teacher, strict=True)):
         check_teacher(pair, student_state, f"teacher[{pair}]", teacher_state, first=student[0])
     passes(look)
+    return look is not None
 
 
 def check_teacher(
@@ -339,8 +355,7 @@ def _check_hidden_pairs(
         raise ValueError("bias is given without weight; give a weight or leave the bias out")
     look = None
     if not any([isinstance(state, Tensor) and state.requires_grad for state in teacher]):
-        tensors = [*student, *teacher, *weights, *biases]
-        look = look_at(tensors, "hidden", len(student), len(weights))
+        look = look_at((student, teacher, weights, biases), "hidden")
     if has_passed(look):
         return weights, biases
     for pair, (student_state, teacher_state) in enumerate(zip(student, teacher, strict=True)):

@@ -102,7 +102,7 @@ def attention_divergence(
             teacher that requires grad.
         TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
     """
-    check_states(student, teacher)
+    alike = check_states(student, teacher)
     check_caps_and_sinks(student, teacher)
     batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
@@ -127,9 +127,11 @@ def attention_divergence(
             _check_head_size(max(student_query.shape[-1], teacher_query.shape[-1]))
         dtype = accumulator(student_query, teacher_query)
         need_grad = torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad
-            for state in student_states
-            for tensor in (state.query, state.key, state.sinks)
+            [
+                tensor is not None and tensor.requires_grad
+                for state in student_states
+                for tensor in (state.query, state.key, state.sinks)
+            ]
         )
         made = divergence(
             [state.query for state in student_states],
@@ -155,7 +157,7 @@ def attention_divergence(
         return losses
 
     keys = [
-        (state_shapes(*pair), *((s.softcap is None, s.sinks is None) for s in pair))
+        (alike or state_shapes(*pair), *((s.softcap is None, s.sinks is None) for s in pair))
         for pair in zip(student, teacher, strict=True)
     ]
     loss = by_shape(keys, loss_of)

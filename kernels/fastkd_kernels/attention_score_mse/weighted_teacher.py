@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_pairs, check_teacher, has_passed, look_at_states, passes
+from ..checks import check_pairs, check_teacher
 from ..types import AttentionState, TeacherLayers, TeacherWeights
 
 
@@ -26,9 +26,6 @@ def weighted_teachers(
     the tokens. They stay in their own dtype where all `w_j c_j` have one magnitude (an even average
     over heads of one size) and become fp32 otherwise, so that no weight is rounded into a half.
     """
-    look = look_at_states(student, teacher) if weights is None else None
-    if has_passed(look):
-        return list(teacher)  # type: ignore[arg-type]
     check_pairs(student, teacher)
     if weights is not None and not isinstance(weights, (list, tuple)):
         raise TypeError(
@@ -52,7 +49,6 @@ def weighted_teachers(
             check_teacher(pair, student_state, layer_name, layer, first=student[0])
         given = None if weights is None else weights[pair]
         teachers.append(_joined(name, layers, _checked_weights(pair, given, len(layers))))
-    passes(look)
     return teachers
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .autograd import accumulator
 from .head_groups import Pair
 from .remembered import remembered
-from .tensor_table import addressed, to_device, unit_stride
+from .tensor_table import addressed, to_device
 from .tl_types import TYPES
 
 
@@ -21,8 +21,7 @@ class Call:
 
     def __init__(self, pairs: list[Pair], key_mask: Tensor | None, query_mask: Tensor | None):
         # kept alive until the kernels are launched: a row of another stride is a copy
-        self.tensors = [[unit_stride(tensor) for tensor in pair.tensors] for pair in pairs]
-        self.table, aligns = addressed([*zip(*self.tensors, strict=True)])
+        self.table, aligns, self.tensors = addressed([pair.tensors for pair in pairs])
         first = pairs[0]
         self.first = first
         self.count = len(pairs)

@@ -5,12 +5,11 @@ backward multiplies it by `upstream / count` on the device. That of squares is o
 multiplied by twice as much.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import wraps
 from inspect import signature
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -20,14 +19,17 @@ from .remembered import PLAIN, forgetting, is_eager
 
 # arguments of a call, or what its backward needs of it, by name
 Named = SimpleNamespace
+# what the backward needs, from arguments and outputs; gradients, from that and the upstream one
+Keep = Callable[[Named, tuple[Tensor, ...]], Mapping[str, Any]]
+Gradient = Callable[[Named, Tensor], Mapping[str, Any]]
 
 
 def register(
     name: str,
     forward: Callable[..., Any],
     fake: Callable[[Named], Any],
-    keep: Callable[[Named, tuple[Tensor, ...]], Mapping[str, Any]] | None = None,
-    gradient: Callable[[Named, Tensor], Mapping[str, Any]] | None = None,
+    keep: Keep | None = None,
+    gradient: Gradient | None = None,
 ) -> Callable[..., Any]:
     """`forward` as an op of torch, whose annotated arguments are the schema: it stands once.
 
@@ -36,64 +38,112 @@ def register(
     tensors, plain values). From that and the losses' upstream gradient, `gradient` makes those of
     arguments, by name: a list of tensors may get one tensor, stacked. What it leaves out gets none.
 
-    What is returned takes the op's arguments. An eager call goes around torch's
-    dispatcher, which takes lists of tensors apart in Python, to `forward` and an autograd function
-    of this op; it returns the losses alone where there will be a backward. Every other call,
-    traced or under a mode, is one of the registered op.
+    What is returned takes the op's arguments. An eager call goes around torch's dispatcher, which
+    takes lists of tensors apart in Python, to `forward` and an autograd function of this op, and
+    returns the losses alone where there will be a backward. A call that is traced, or under a mode,
+    is one of the registered op.
     """
     names = tuple(signature(forward).parameters)
+    # places of tensors among the arguments, and whether a list stands there
+    slots = [
+        (at, kind == Sequence[Tensor])
+        for at, kind in enumerate(get_type_hints(forward)[word] for word in names)
+        if kind in (Tensor, Tensor | None, Sequence[Tensor])
+    ]
 
     def named(arguments: Sequence[Any]) -> Named:
         return Named(**dict(zip(names, arguments, strict=True)))
 
+    def run(arguments: Sequence[Any]) -> Any:
+        at, many = slots[0]
+        first = arguments[at][0] if many else arguments[at]
+        if not first.is_cuda:
+            return forward(*arguments)
+        # Triton launches on the current GPU
+        with torch.cuda.device(first.device):
+            return forward(*arguments)
+
     @wraps(forward)
     def dispatched(*arguments: Any) -> Any:
         # a compiled graph may be captured, and owns what is made meanwhile
-        with forgetting(), device_guard(arguments):
-            return forward(*arguments)
+        with forgetting():
+            return run(arguments)
 
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", dispatched, mutates_args=())
     op.register_fake(lambda *arguments: fake(named(arguments)))
-    if keep is None or gradient is None:
-        eager_function = None
-    else:
+    function = None
+    if keep is not None and gradient is not None:
         _register_autograd(op, named, keep, gradient)
-        eager_function = _eager_function(name, forward, named, keep, gradient)
+        function = _function(name, run, named, keep, gradient)
 
     def call(*arguments: Any, **more: Any) -> Any:
-        arguments += tuple([more[word] for word in names[len(arguments) :]])
+        if more:
+            arguments += tuple([more[word] for word in names[len(arguments) :]])
         if not is_eager():
             return op(*arguments)
-        tensors = [*_tensors(arguments)]
-        if not all([type(tensor) in PLAIN for tensor in tensors]):
-            return op(*arguments)
-        if eager_function is not None and torch.is_grad_enabled():
-            trained = [tensor for tensor in tensors if tensor.requires_grad]
-            if trained:
-                return (eager_function.apply(arguments, *trained),)
-        with device_guard(arguments):
-            return forward(*arguments)
+        grad = function is not None and torch.is_grad_enabled()
+        trained: list[Tensor] = []
+        places: list[tuple[str, int | None]] = []
+        for at, many in slots:
+            value = arguments[at]
+            for place, tensor in enumerate(value) if many else ((None, value),):
+                if tensor is None:
+                    continue
+                if type(tensor) not in PLAIN:
+                    return op(*arguments)
+                if grad and tensor.requires_grad:
+                    trained.append(tensor)
+                    places.append((names[at], place))
+        if function is None or not trained:
+            return run(arguments)
+        return (function.apply(arguments, places, *trained),)
 
     return call
 
 
-def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:
-    """Tensors among arguments and in their lists, in order."""
-    for value in arguments:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from [one for one in value if isinstance(one, Tensor)]
+def _function(
+    name: str,
+    run: Callable[[Sequence[Any]], Any],
+    named: Callable[[Sequence[Any]], Named],
+    keep: Keep,
+    gradient: Gradient,
+) -> Any:
+    """Losses of arguments in a tuple; what of them is trained follows, and where it stands."""
 
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any,
+            arguments: tuple[Any, ...],
+            places: list[tuple[str, int | None]],
+            *trained: Tensor,
+        ) -> Tensor:
+            made = run(arguments)
+            ctx.places = places
+            ctx.kept = _Kept(ctx, keep(named(arguments), made))
+            losses: Tensor = made[0]
+            return losses
 
-def device_guard(arguments: Sequence[Any]) -> AbstractContextManager[Any]:
-    """Makes the first tensor's GPU the current one, on which Triton launches."""
-    first = next(_tensors(arguments))
-    return torch.cuda.device(first.device) if first.is_cuda else nullcontext()
+        @staticmethod
+        def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+            made = gradient(ctx.kept.named(ctx), upstream)
+            parts = {}
+            grads = []
+            for word, place in ctx.places:
+                value = made.get(word)
+                if place is not None and value is not None:
+                    if word not in parts:
+                        parts[word] = value.unbind() if isinstance(value, Tensor) else value
+                    value = parts[word][place]
+                grads.append(value)
+            return None, None, *grads
+
+    Eager.__name__ = Eager.__qualname__ = name
+    return Eager
 
 
 class _Kept:
-    """What a backward needs: tensors in autograd's care, of which `kept` has the places."""
+    """What a backward needs: tensors, in autograd's care, by their places, and plain values."""
 
     def __init__(self, ctx: Any, values: Mapping[str, Any]) -> None:
         tensors: list[Tensor | None] = []
@@ -115,66 +165,8 @@ class _Kept:
         return Named(**self.plain, **{word: saved[at] for word, at in self.places.items()})
 
 
-def _eager_function(
-    name: str,
-    forward: Callable[..., Any],
-    named: Callable[[Sequence[Any]], Named],
-    keep: Callable[[Named, tuple[Tensor, ...]], Mapping[str, Any]],
-    gradient: Callable[[Named, Tensor], Mapping[str, Any]],
-) -> Any:
-    """Losses of arguments in a tuple; what of them is trained stands behind it once more."""
-
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, arguments: tuple[Any, ...], *trained: Tensor) -> Tensor:
-            with device_guard(trained):
-                made = forward(*arguments)
-            given = named(arguments)
-            ctx.kept = _Kept(ctx, keep(given, made))
-            ctx.trained = [
-                (word, place)
-                for word, value in vars(given).items()
-                for place in _trained_places(value)
-            ]
-            losses: Tensor = made[0]
-            return losses
-
-        @staticmethod
-        def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-            with device_guard((upstream,)):
-                made = dict(gradient(ctx.kept.named(ctx), upstream))
-            for word, value in made.items():
-                if isinstance(value, Tensor) and any(
-                    place is not None for of, place in ctx.trained if of == word
-                ):
-                    made[word] = value.unbind()
-            return None, *(
-                of if of is None or place is None else of[place]
-                for of, place in ((made.get(word), place) for word, place in ctx.trained)
-            )
-
-    Eager.__name__ = Eager.__qualname__ = name
-    return Eager
-
-
-def _trained_places(value: Any) -> list[int | None]:
-    """Of a tensor [None] if it is trained; of a list the places of tensors that are."""
-    if isinstance(value, Tensor):
-        return [None] if value.requires_grad else []
-    if isinstance(value, (list, tuple)):
-        return [
-            place
-            for place, one in enumerate(value)
-            if isinstance(one, Tensor) and one.requires_grad
-        ]
-    return []
-
-
 def _register_autograd(
-    op: Any,
-    named: Callable[[Sequence[Any]], Named],
-    keep: Callable[[Named, tuple[Tensor, ...]], Mapping[str, Any]],
-    gradient: Callable[[Named, Tensor], Mapping[str, Any]],
+    op: Any, named: Callable[[Sequence[Any]], Named], keep: Keep, gradient: Gradient
 ) -> None:
     """Autograd of the registered op, for traces."""
 
@@ -201,13 +193,12 @@ def _register_autograd(
 
 def _is_list(value: Any) -> bool:
     """Whether this is a list of tensors."""
-    return isinstance(value, (list, tuple)) and all(isinstance(one, Tensor) for one in value)
+    return isinstance(value, (list, tuple)) and (not value or isinstance(value[0], Tensor))
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
     """fp64 where an input is fp64, fp32 otherwise."""
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
 def inverse(count: Tensor | int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -219,7 +210,7 @@ def inverse(count: Tensor | int, dtype: torch.dtype, device: torch.device) -> Te
 
 def value_of(squares: Tensor, inverse_count: Tensor) -> Tensor:
     """Loss `[pairs]` from sums of squares, which rounding can leave slightly below 0."""
-    return squares.clamp(min=0.0) * inverse_count
+    return squares.relu() * inverse_count
 
 
 def squared_sum(value: Tensor) -> Tensor:
@@ -245,11 +236,11 @@ def by_shape(keys: Sequence[Hashable], loss_of: Callable[[list[int]], Tensor]) -
 
     Layers of one model share their shapes, so this is one call in practice.
     """
+    if len(set(keys)) == 1:
+        return loss_of([*range(len(keys))])
     members: dict[Hashable, list[int]] = {}
     for pair, key in enumerate(keys):
         members.setdefault(key, []).append(pair)
-    if len(members) == 1:
-        return loss_of(list(range(len(keys))))
     order = [pair for group in members.values() for pair in group]
     losses = torch.cat([loss_of(group) for group in members.values()])
     if order == sorted(order):

@@ -68,18 +68,14 @@ def alignment(tensors: Sequence[Tensor]) -> int:
     The tensors share their dtype; of each, neighbours in the last dimension lie next to each other.
     """
     size = tensors[0].element_size()
-    starts = (
-        value
-        for tensor in tensors
-        for value in (
-            tensor.data_ptr() // size,
-            tensor.shape[-1],
-            # where there is one row, its stride says nothing
-            *(
-                stride
-                for stride, count in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
-                if count > 1
-            ),
-        )
-    )
-    return math.gcd(16 // size, *starts)
+    values = [16 // size]
+    for tensor in tensors:
+        shape = tensor.shape
+        values += (tensor.data_ptr() // size, shape[-1])
+        # where there is one row, its stride says nothing
+        values += [
+            stride
+            for stride, count in zip(tensor.stride()[:-1], shape[:-1], strict=True)
+            if count > 1
+        ]
+    return math.gcd(*values)

@@ -9,7 +9,8 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -89,12 +90,12 @@ def forgetting() -> Iterator[None]:
 
 
 def keeps(device: torch.device) -> bool:
-    """Whether tensors made now on `device` may be found again.
+    """Whether tensors that an op makes now on `device` may be found again.
 
     Not those of a CUDA graph's capture, which live in its private pool and have no values yet; nor
     those of inference mode, which autograd would refuse later.
     """
-    if not is_eager() or _thread.forgets or torch.is_inference_mode_enabled():
+    if _thread.forgets or torch.is_inference_mode_enabled():
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
@@ -106,20 +107,15 @@ def place(device: torch.device) -> Hashable:
     return device, torch.cuda.current_stream(device).cuda_stream
 
 
-class _Made(Generic[Value]):
-    """A value, the tensors of which it was made, and what these were like then."""
+class _Made(NamedTuple):
+    """What was made, of which tensors, and what these were like then."""
 
-    def __init__(
-        self, sources: tuple[Any, ...], state: Hashable, value: Value, died: Callable[[Any], None]
-    ) -> None:
-        self.sources = tuple(
-            None if source is None else weakref.ref(source, died) for source in sources
-        )
-        self.state = state
-        self.value = value
+    sources: list[Any]
+    state: list[Any]
+    value: Any
 
 
-_made: Recent[_Made[Any]] = Recent()
+_made: Recent[_Made] = Recent()
 
 
 def remembered(
@@ -135,29 +131,34 @@ def remembered(
     not seen. They are not kept alive, and with them goes what was made of them: it must be no view
     of theirs.
     """
-    if not keeps(device) or any(
-        type(source) is not Tensor or source.is_inference()
-        for source in sources
-        if source is not None
-    ):
+    if not (is_eager() and keeps(device)):
         return make()
-    key = (what, place(device), *map(id, sources))
-    state = tuple([None if source is None else _state(source) for source in sources])
+    ids: list[int] = []
+    state: list[Any] = []
+    for source in sources:
+        if source is None:
+            continue
+        if type(source) is not Tensor or source.is_inference():
+            return make()
+        ids.append(id(source))
+        state += (source._version, source.data_ptr(), source.shape, source.stride())
+    # what stays away is told by its place
+    key = (what, place(device), *[source is None for source in sources], *ids)
     found = _made.get(key)
+    # an object that died may have left its place in memory to another
     if (
         found is not None
         and found.state == state
-        and all(
-            source is None or (ref is not None and ref() is source)
-            for ref, source in zip(found.sources, sources, strict=True)
-        )
+        and all([ref() is not None for ref in found.sources])
     ):
         value: Value = found.value
         return value
     value = make()
-    _made.put(key, _Made(sources, state, value, lambda _: _made.forget(key)))
+    forget = partial(_forget, key)
+    refs = [weakref.ref(source, forget) for source in sources if source is not None]
+    _made.put(key, _Made(refs, state, value))
     return value
 
 
-def _state(source: Tensor) -> Hashable:
-    return source._version, source.data_ptr(), source.shape, source.stride()
+def _forget(key: Hashable, _: Any) -> None:
+    _made.forget(key)

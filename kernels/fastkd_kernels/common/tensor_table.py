@@ -5,7 +5,7 @@ the same, whichever tensors lie there now.
 """
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +15,15 @@ from .remembered import Recent, keeps, place
 
 
 class Addressed(NamedTuple):
-    """The table of a call's tensors, and the alignment of each of its columns."""
+    """The table of a call's tensors, the alignment of each column, and what the table points at."""
 
     table: Tensor
     alignments: tuple[int, ...]
+    tensors: list[Tensor]
 
 
 _tables: Recent[Tensor] = Recent()
-_addressed: Recent[Addressed] = Recent()
+_addressed: Recent[tuple[Tensor, tuple[int, ...]]] = Recent()
 # what a captured CUDA graph copies again whenever it is replayed, so it stays for good
 _captured: list[Tensor] = []
 
@@ -45,9 +46,7 @@ def to_device(rows: Sequence[Sequence[int | float]], dtype: torch.dtype, on: Ten
     return table
 
 
-def _copied(
-    rows: Sequence[Sequence[int | float]], dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _copied(rows: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Copied from pinned memory, without waiting."""
     on_gpu = device.type == "cuda"
     table = torch.tensor(rows, dtype=dtype, device="cpu", pin_memory=on_gpu)
@@ -57,32 +56,44 @@ def _copied(
 
 
 def pointer_table(columns: Sequence[Sequence[Tensor]]) -> Tensor:
-    """int64 `[pairs, entries]` from `columns[i][pair]`.
+    """int64 `[pairs, entries]` from `columns[i][pair]`, whose last strides are 1.
 
     Each tensor takes its address and the strides of all dimensions but the last. The caller keeps
     the tensors alive until its kernels are launched.
     """
-    return addressed(columns).table
+    return addressed([*zip(*columns, strict=True)]).table
 
 
-def addressed(columns: Sequence[Sequence[Tensor]]) -> Addressed:
-    """The table of `columns[i][pair]`, tensors of one shape and dtype a column, and alignments."""
-    first = columns[0][0]
-    rows = tuple(
-        tuple([entry for tensor in row for entry in (tensor.data_ptr(), *tensor.stride()[:-1])])
-        for row in zip(*columns, strict=True)
-    )
-    if not keeps(first.device):
-        return _made(columns, rows)
-    kinds = tuple([(column[0].shape, column[0].dtype) for column in columns])
-    key: Hashable = (place(first.device), kinds, rows)
+def addressed(rows: Sequence[Sequence[Tensor]]) -> Addressed:
+    """The table of `rows[pair][column]`; the tensors of a column share shape and dtype.
+
+    A tensor whose neighbours of the last dimension are apart is copied. The caller keeps the result
+    until its kernels are launched.
+    """
+    tensors = [tensor for row in rows for tensor in row]
+    strides = [tensor.stride() for tensor in tensors]
+    if not all([stride[-1] == 1 for stride in strides]):
+        tensors = [unit_stride(tensor) for tensor in tensors]
+        strides = [tensor.stride() for tensor in tensors]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    pairs, device = len(rows), tensors[0].device
+    if not keeps(device):
+        return Addressed(*_made(tensors, strides, addresses, pairs), tensors)
+    kinds = [(tensor.shape, tensor.dtype) for tensor in rows[0]]
+    key: Hashable = (place(device), pairs, *kinds, *addresses, *strides)
     found = _addressed.get(key)
     if found is None:
-        found = _made(columns, rows)
+        found = _made(tensors, strides, addresses, pairs)
         _addressed.put(key, found)
-    return found
+    return Addressed(*found, tensors)
 
 
-def _made(columns: Sequence[Sequence[Tensor]], rows: Sequence[Sequence[int]]) -> Addressed:
-    table = _copied(rows, torch.int64, columns[0][0].device)
-    return Addressed(table, tuple(alignment(column) for column in columns))
+def _made(
+    tensors: list[Tensor], strides: list[tuple[int, ...]], addresses: list[int], pairs: int
+) -> tuple[Tensor, tuple[int, ...]]:
+    entries: list[int] = []
+    for address, stride in zip(addresses, strides, strict=True):
+        entries += (address, *stride[:-1])
+    columns = len(tensors) // pairs
+    table = _copied(entries, torch.int64, tensors[0].device).view(pairs, -1)
+    return table, tuple([alignment(tensors[column::columns]) for column in range(columns)])

@@ -23,7 +23,7 @@ from ..common.launch import (
 )
 from ..common.quick_launch import Quick
 from ..common.remembered import remembered
-from ..common.tensor_table import addressed, unit_stride
+from ..common.tensor_table import addressed
 from ..common.tl_types import TYPES
 from .torch_path import ZERO_NORM
 from .triton_kernels import _bwd_dw_kernel, _bwd_dx_kernel, _fwd_kernel, _unit_fwd_kernel
@@ -96,8 +96,8 @@ def hidden_forward(
     pairs = len(student)
     batch, tokens, width = student[0].shape
     teacher_width, rows = teacher[0].shape[-1], batch * tokens
-    columns = _columns(student, teacher, weight, bias)
-    table, alignments = addressed(columns)
+    # kept until the kernels are launched: a row of another stride is a copy
+    table, alignments, _kept = addressed(_pairs(student, teacher, weight, bias))
     types, kept = hidden_types(
         student[0].dtype, teacher[0].dtype, weight[0].dtype if weight else None
     )
@@ -279,20 +279,14 @@ def _library_weight_gradient(
         bias_gradient.copy_(bias_gradient + sums if add else sums)
 
 
-def _columns(
+def _pairs(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
-) -> list[list[Tensor]]:
+) -> list[tuple[Tensor, ...]]:
     """Student, teacher, weight and bias, one a pair; the student stands in for what is missing."""
-    students = [unit_stride(tensor) for tensor in student]
-    teachers = [unit_stride(tensor) for tensor in teacher]
-    pairs = range(len(students))
-    matrices = [
-        unit_stride(weight[pair % len(weight)]) if weight else students[pair][0] for pair in pairs
-    ]
-    offsets = [
-        unit_stride(bias[pair % len(bias)]) if bias else students[pair][0, 0] for pair in pairs
-    ]
-    return [students, teachers, matrices, offsets]
+    pairs = len(student)
+    matrices = [state[0] for state in student] if not weight else [*weight] * (pairs // len(weight))
+    offsets = [state[0, 0] for state in student] if not bias else [*bias] * (pairs // len(bias))
+    return [*zip(student, teacher, matrices, offsets, strict=True)]

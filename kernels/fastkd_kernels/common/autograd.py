@@ -56,12 +56,7 @@ def register(
 
     def run(arguments: Sequence[Any]) -> Any:
         at, many = slots[0]
-        first = arguments[at][0] if many else arguments[at]
-        if not first.is_cuda:
-            return forward(*arguments)
-        # Triton launches on the current GPU
-        with torch.cuda.device(first.device):
-            return forward(*arguments)
+        return on_its_device(arguments[at][0] if many else arguments[at], forward, arguments)
 
     @wraps(forward)
     def dispatched(*arguments: Any) -> Any:
@@ -140,6 +135,14 @@ def _function(
 
     Eager.__name__ = Eager.__qualname__ = name
     return Eager
+
+
+def on_its_device(tensor: Tensor, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    """A call with the tensor's GPU as the current one, on which Triton launches."""
+    if not tensor.is_cuda:
+        return function(*arguments)
+    with torch.cuda.device(tensor.device):
+        return function(*arguments)
 
 
 class _Kept:

@@ -24,8 +24,8 @@ class Addressed(NamedTuple):
 
 _tables: Recent[Tensor] = Recent()
 _addressed: Recent[tuple[Tensor, tuple[int, ...]]] = Recent()
-# what a captured CUDA graph copies again whenever it is replayed, so it stays for good
-_captured: list[Tensor] = []
+# bytes of pinned memory taken at once
+PINNED_BYTES = 1 << 18
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
@@ -48,11 +48,42 @@ def to_device(rows: Sequence[Sequence[int | float]], dtype: torch.dtype, on: Ten
 
 def _copied(rows: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Copied from pinned memory, without waiting."""
-    on_gpu = device.type == "cuda"
-    table = torch.tensor(rows, dtype=dtype, device="cpu", pin_memory=on_gpu)
-    if on_gpu and torch.cuda.is_current_stream_capturing():
-        _captured.append(table)
+    if device.type != "cuda":
+        return torch.tensor(rows, dtype=dtype, device=device)
+    if _lasting.is_empty() or torch.cuda.is_current_stream_capturing():
+        return _lasting.copy(torch.tensor(rows, dtype=dtype, device="cpu")).to(
+            device, non_blocking=True
+        )
+    table = torch.tensor(rows, dtype=dtype, device="cpu", pin_memory=True)
     return table.to(device, non_blocking=True)
+
+
+class _Lasting:
+    """Pinned memory that is never freed: a captured graph copies from it whenever it is replayed.
+
+    It is taken before the first capture, which may not allocate.
+    """
+
+    def __init__(self) -> None:
+        self.left: Tensor | None = None
+        self.full: list[Tensor] = []
+
+    def is_empty(self) -> bool:
+        return self.left is None
+
+    def copy(self, table: Tensor) -> Tensor:
+        size = -(-table.nbytes // 16) * 16
+        if self.left is None or self.left.numel() < size:
+            # a view keeps the whole of its memory
+            self.full += [] if self.left is None else [self.left]
+            self.left = torch.empty(
+                max(size, PINNED_BYTES), dtype=torch.uint8, device="cpu", pin_memory=True
+            )
+        place, self.left = self.left[: table.nbytes], self.left[size:]
+        return place.view(table.dtype).view(table.shape).copy_(table)
+
+
+_lasting = _Lasting()
 
 
 def pointer_table(columns: Sequence[Sequence[Tensor]]) -> Tensor:

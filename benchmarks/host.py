@@ -118,7 +118,8 @@ def _relations(backend: str) -> Step:
         for side in attention_states(PAIRS, 2, 2, 16, (16, 16), dtype=_dtype(backend))
     )
     mask = torch.ones(2, 16, dtype=torch.bool)
-    options: dict[str, Any] = {"relation": "qq", "relation_heads": 2, "backend": backend}
+    # two heads of 16 are cut into four
+    options: dict[str, Any] = {"relation": "qq", "relation_heads": 4, "backend": backend}
     return Step(
         lambda: fastkd_kernels.relation_divergence(student, teacher, key_mask=mask, **options),
         [state.query for state in student],

@@ -25,7 +25,7 @@ from ..checks import (
     check_temperature,
     resolve_backend,
 )
-from ..common.autograd import Named, accumulator, by_shape, register, scaled
+from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled
 from ..common.head_groups import Pair, pairs_of, state_shapes
 from ..common.remembered import remembered
 from ..types import (
@@ -185,12 +185,15 @@ def counted_rows(
     if key_mask is None:
         # every row sees itself
         return query_mask
+    if not window:
+        # of the keys up to a row, or of all
+        seen = key_mask.cumsum(1) > 0 if causal else key_mask.any(1, keepdim=True)
+        return seen.expand_as(key_mask) if query_mask is None else seen & query_mask
     tokens = key_mask.shape[1]
     position = torch.arange(tokens, device=key_mask.device)
     before = torch.nn.functional.pad(key_mask.long().cumsum(1), (1, 0))
-    reach = window or tokens
-    first = (position - reach + 1).clamp(min=0)
-    end = position + 1 if causal else (position + reach).clamp(max=tokens)
+    first = (position - window + 1).clamp(min=0)
+    end = position + 1 if causal else (position + window).clamp(max=tokens)
     row_mask = before[:, end] > before[:, first]
     return row_mask if query_mask is None else row_mask & query_mask
 
@@ -225,10 +228,12 @@ def item_weights(
     row_mask: Tensor | None, batch: int, tokens: int, reduction: str, device: torch.device
 ) -> Tensor:
     """fp64 `[batch]`: what the loss takes of each item's sum over one head's rows."""
-    counts = torch.full((batch,), tokens, device=device) if row_mask is None else row_mask.sum(1)
-    sequences = (counts > 0).sum()
-    counts = counts * sequences if reduction == "sequences" else counts.sum().expand(batch)
-    return torch.where(counts > 0, 1.0 / counts.clamp(min=1).double(), 0.0)
+    if reduction == "tokens" or row_mask is None:
+        # without a mask, sequences weigh alike
+        count = batch * tokens if row_mask is None else row_mask.sum()
+        return inverse(count, torch.float64, device).expand(batch)
+    counts = row_mask.sum(1)
+    return inverse(counts * (counts > 0).sum(), torch.float64, device)
 
 
 def _weighed(sums: Tensor, weights: Tensor) -> Tensor:

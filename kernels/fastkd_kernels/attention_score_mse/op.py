@@ -210,11 +210,15 @@ def _entry_count(
         return batch * heads * tokens * tokens
     if key_mask is None and query_mask is None:
         return batch * heads * (tokens * (tokens + 1) // 2 if causal else tokens * tokens)
+    if not causal:
+        masks = (query_mask, key_mask)
+        counts: list[Any] = [tokens if mask is None else mask.sum(1) for mask in masks]
+        entries: Tensor = heads * (counts[0] * counts[1]).sum()
+        return entries
     every = torch.ones(batch, tokens, dtype=torch.int64, device=query.device)
     rows = every if query_mask is None else query_mask.long()
     keys = every if key_mask is None else key_mask.long()
-    seen = keys.cumsum(1) if causal else keys.sum(1, keepdim=True)
-    return heads * (rows * seen).sum()
+    return heads * (rows * keys.cumsum(1)).sum()
 
 
 @cache

@@ -205,10 +205,10 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
 
 
 def inverse(count: Tensor | int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`1 / count` as a scalar on `device`, and 0 where nothing is counted."""
+    """`1 / count` on `device`, as a scalar for an int, and 0 where nothing is counted."""
     if isinstance(count, int):
         return torch.full((), 1.0 / count if count else 0.0, dtype=dtype, device=device)
-    return torch.where(count > 0, 1.0 / count.clamp(min=1).to(dtype), 0.0).to(dtype)
+    return count.to(dtype).reciprocal().nan_to_num(posinf=0.0)
 
 
 def value_of(squares: Tensor, inverse_count: Tensor) -> Tensor:

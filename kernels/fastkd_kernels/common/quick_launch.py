@@ -33,27 +33,19 @@ class Quick:
             return launch
 
         def launched(*given: Any, **rest: Any) -> None:
-            key = (
-                kernel,
-                triton.runtime.driver.active.get_current_device(),
-                len(given),
-                *rest,
-                *[_told(value) for value in given],
-                *[_told(value) for value in rest.values()],
-            )
-            found = _compiled.get(key)
+            key = [kernel, triton.runtime.driver.active.get_current_device(), tuple(rest)]
+            for value in (*given, *rest.values()):
+                if isinstance(value, Tensor):
+                    key += (value.dtype, value.data_ptr() % 16 == 0)
+                else:
+                    key.append(value)
+            told = tuple(key)
+            found = _compiled.get(told)
             if found is None:
                 made = kernel[grid](*given, **rest)
-                _compiled.put(key, (made, tuple(kernel.arg_names[len(given) :])))
+                _compiled.put(told, (made, tuple(kernel.arg_names[len(given) :])))
                 return
             compiled, names = found
             compiled[(*grid, 1, 1)[:3]](*given, *[rest[name] for name in names])
 
         return launched
-
-
-def _told(value: Any) -> Any:
-    """What a compiled kernel depends on: of plain values, everything."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    return type(value), value

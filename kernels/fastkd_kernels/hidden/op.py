@@ -192,7 +192,7 @@ def row_losses(
 def _exact_products(tensor: Tensor) -> AbstractContextManager[Any]:
     """Products keep the precision of their accumulators, whatever autocast would make of them."""
     kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, enabled=False)
 
@@ -315,7 +315,7 @@ def _gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
             for unit, dtype, count in zip(kept.units, kept.dtypes, kept.counts, strict=True)
         ]
     return {
-        word: made.to(dtype) if made.numel() else None
+        word: (made if made.dtype == dtype else made.to(dtype)) if made.numel() else None
         for word, made, dtype in zip(
             ("student", "weight", "bias"), stacked, kept.dtypes, strict=True
         )
@@ -332,5 +332,5 @@ def _applied(unit: Tensor, factor: Tensor, dtype: torch.dtype, count: int) -> Te
     if count == factor.numel():
         return scaled(unit, factor, dtype)
     with _exact_products(unit):
-        total: Tensor = torch.tensordot(factor, unit, dims=1)
-    return total.unsqueeze(0)
+        total = torch.mm(factor.unsqueeze(0), unit.flatten(1))
+    return total.view(1, *unit.shape[1:])

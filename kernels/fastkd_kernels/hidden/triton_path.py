@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..common import library_products
 from ..common.launch import (
     Launch,
+    cdiv,
     dot_precision,
     platform,
     power_of_two,
@@ -114,12 +114,12 @@ def hidden_forward(
     input_grad = new(*((pairs, batch, tokens, width) if need_input_grad else (0,)))
     weight_grad = new(*((pairs, teacher_width, width) if wants_weight else (0,)))
     bias_grad = new(*((pairs, teacher_width) if wants_weight and bias else (0,)))
-    teacher_blocks = triton.cdiv(teacher_width, block_column)
-    partials = new(pairs, triton.cdiv(rows, block_row) * teacher_blocks)
+    teacher_blocks = cdiv(teacher_width, block_column)
+    partials = new(pairs, cdiv(rows, block_row) * teacher_blocks)
     unit = unit_launch(teacher_width)
     unit_rows = int(unit.constants["BLOCK_ROW"])
     if normalize:
-        partials = new(pairs, triton.cdiv(rows, unit_rows))
+        partials = new(pairs, cdiv(rows, unit_rows))
     store = need_input_grad or wants_weight
     chunk, residual, projected = rows, input_grad, new(0)
     if weight and (store or normalize):
@@ -137,7 +137,7 @@ def hidden_forward(
     for first in range(0, rows, chunk):
         last = min(first + chunk, rows)
         span = {"first": first, "last": last, "chunk": chunk}
-        row_blocks = triton.cdiv(last - first, block_row)
+        row_blocks = cdiv(last - first, block_row)
         if weight or not normalize:
             Quick(_fwd_kernel)[(row_blocks * teacher_blocks, pairs)](
                 table,
@@ -161,7 +161,7 @@ def hidden_forward(
                 **options,
             )
         if normalize:
-            Quick(_unit_fwd_kernel)[(triton.cdiv(last - first, unit_rows), pairs)](
+            Quick(_unit_fwd_kernel)[(cdiv(last - first, unit_rows), pairs)](
                 table,
                 valid,
                 projected,
@@ -192,7 +192,7 @@ def hidden_forward(
                 _library_weight_gradient(made_chunk, student, mask, weight_grad, bias_grad)
             continue
         if need_input_grad and weight:
-            Quick(_bwd_dx_kernel)[(row_blocks * triton.cdiv(width, block_column), pairs)](
+            Quick(_bwd_dx_kernel)[(row_blocks * cdiv(width, block_column), pairs)](
                 table,
                 residual,
                 input_grad,
@@ -208,7 +208,7 @@ def hidden_forward(
                 **options,
             )
         if wants_weight:
-            tiles = triton.cdiv(teacher_width, block_row) * triton.cdiv(width, block_column)
+            tiles = cdiv(teacher_width, block_row) * cdiv(width, block_column)
             Quick(_bwd_dw_kernel)[(tiles, pairs)](
                 table,
                 valid,

@@ -52,6 +52,7 @@ SLOW_FILES = {
     "test_kernels_attention_divergence_triton",
     "test_kernels_attention_reduction",
     "test_kernels_attention_score_mse",
+    "test_kernels_calls",
     "test_kernels_compile",
     "test_kernels_extremes",
     "test_kernels_hidden_cosine",

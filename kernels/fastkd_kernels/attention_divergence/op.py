@@ -25,8 +25,9 @@ from ..checks import (
     check_temperature,
     resolve_backend,
 )
-from ..common.autograd import Named, accumulator, by_shape, register, scaled
+from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled
 from ..common.head_groups import Pair, pairs_of, state_shapes
+from ..common.remembered import remembered
 from ..common.rescale import rescaled, stacked_gradient, waiting_dtype
 from ..types import (
     AttentionDivergenceKind,
@@ -102,7 +103,7 @@ def attention_divergence(
             teacher that requires grad.
         TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
     """
-    check_states(student, teacher)
+    alike = check_states(student, teacher)
     check_caps_and_sinks(student, teacher)
     batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
@@ -115,8 +116,7 @@ def attention_divergence(
     queries = [state.query for state in (*student, *teacher)]
     chosen = resolve_backend(backend, device, accumulator(*queries))
     reach = min(window or 0, tokens)
-    row_mask = counted_rows(key_mask, query_mask, causal, reach)
-    weights = item_weights(row_mask, batch, tokens, reduction, device)
+    row_mask = _counted_rows(key_mask, query_mask, causal, reach)
 
     def loss_of(members: list[int]) -> Tensor:
         student_states, teacher_states = (
@@ -128,9 +128,11 @@ def attention_divergence(
             _check_head_size(max(student_query.shape[-1], teacher_query.shape[-1]))
         dtype = accumulator(student_query, teacher_query)
         need_grad = torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad
-            for state in student_states
-            for tensor in (state.query, state.key, state.sinks)
+            [
+                tensor is not None and tensor.requires_grad
+                for state in student_states
+                for tensor in (state.query, state.key, state.sinks)
+            ]
         )
         made = divergence(
             [state.query for state in student_states],
@@ -141,7 +143,7 @@ def attention_divergence(
             [state.scale / temperature for state in teacher_states],
             key_mask,
             row_mask,
-            (weights / student_query.shape[1]).to(dtype),
+            _item_weights(row_mask, student_query, reduction, dtype),
             kind,
             causal,
             reach,
@@ -156,7 +158,7 @@ def attention_divergence(
         return losses
 
     keys = [
-        (state_shapes(*pair), *((s.softcap is None, s.sinks is None) for s in pair))
+        (alike or state_shapes(*pair), *((s.softcap is None, s.sinks is None) for s in pair))
         for pair in zip(student, teacher, strict=True)
     ]
     loss = by_shape(keys, loss_of)
@@ -184,24 +186,55 @@ def counted_rows(
     if key_mask is None:
         # every row sees itself
         return query_mask
+    if not window:
+        # of the keys up to a row, or of all
+        seen = key_mask.cumsum(1) > 0 if causal else key_mask.any(1, keepdim=True)
+        return seen.expand_as(key_mask) if query_mask is None else seen & query_mask
     tokens = key_mask.shape[1]
     position = torch.arange(tokens, device=key_mask.device)
     before = torch.nn.functional.pad(key_mask.long().cumsum(1), (1, 0))
-    reach = window or tokens
-    first = (position - reach + 1).clamp(min=0)
-    end = position + 1 if causal else (position + reach).clamp(max=tokens)
+    first = (position - window + 1).clamp(min=0)
+    end = position + 1 if causal else (position + window).clamp(max=tokens)
     row_mask = before[:, end] > before[:, first]
     return row_mask if query_mask is None else row_mask & query_mask
+
+
+def _counted_rows(
+    key_mask: Tensor | None, query_mask: Tensor | None, causal: bool, window: int
+) -> Tensor | None:
+    if key_mask is None:
+        return query_mask
+    return remembered(
+        (key_mask, query_mask),
+        ("counted rows", causal, window),
+        key_mask.device,
+        lambda: counted_rows(key_mask, query_mask, causal, window),
+    )
+
+
+def _item_weights(
+    row_mask: Tensor | None, query: Tensor, reduction: str, dtype: torch.dtype
+) -> Tensor:
+    """`[batch]`: what the loss takes of each item's sum over rows and heads."""
+    batch, heads, tokens, _ = query.shape
+    return remembered(
+        (row_mask,),
+        ("item weights", batch, heads, tokens, reduction, dtype),
+        query.device,
+        lambda: (item_weights(row_mask, batch, tokens, reduction, query.device) / heads).to(dtype),
+    )
 
 
 def item_weights(
     row_mask: Tensor | None, batch: int, tokens: int, reduction: str, device: torch.device
 ) -> Tensor:
     """fp64 `[batch]`: what the loss takes of each item's sum over one head's rows."""
-    counts = torch.full((batch,), tokens, device=device) if row_mask is None else row_mask.sum(1)
-    sequences = (counts > 0).sum()
-    counts = counts * sequences if reduction == "sequences" else counts.sum().expand(batch)
-    return torch.where(counts > 0, 1.0 / counts.clamp(min=1).double(), 0.0)
+    if reduction == "tokens" or row_mask is None:
+        # without a mask, sequences weigh alike
+        count = batch * tokens if row_mask is None else row_mask.sum()
+        return inverse(count, torch.float64, device).expand(batch)
+    counts = row_mask.sum(1)
+    return inverse(counts * (counts > 0).sum(), torch.float64, device)
 
 
 def _weighed(sums: Tensor, weights: Tensor) -> Tensor:

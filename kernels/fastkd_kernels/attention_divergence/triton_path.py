@@ -6,19 +6,20 @@ Every launch covers all layer pairs through a table of addresses.
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..common.attention_call import Call, type_constants
 from ..common.head_groups import Pair
 from ..common.launch import (
     Launch,
+    cdiv,
     dot_precision,
     heads_of_program,
     platform,
     power_of_two,
     product_dtype,
 )
+from ..common.quick_launch import Quick
 from ..common.rescale import stacked_gradient, tokens_first, waiting_dtype
 from ..common.tensor_table import to_device
 from ..common.tl_types import TYPES
@@ -195,10 +196,10 @@ def _short(
     programs = sizes["batch"] * sizes["heads"] // program_heads
     partials = call.new(call.count, programs)
     launch = short_launch(sizes["tokens"], call.dims, call.dtypes, platform())
-    blocks = triton.cdiv(sizes["tokens"], launch.constants["BLOCK_QUERY"])
+    blocks = cdiv(sizes["tokens"], launch.block("BLOCK_QUERY"))
     sunk = need_grad and softmax.has_sinks
     sink_partials = call.new(call.count, sizes["batch"] * sizes["heads"] * blocks if sunk else 0)
-    _short_kernel[(programs, call.count)](
+    Quick(_short_kernel)[(programs, call.count)](
         call.table,
         call.scales,
         softmax.caps,
@@ -242,7 +243,7 @@ def _long(
     # kinds without a constant get their values where their slopes are made
     late = need_grad and row_stats(kind) == 4
     programs = {
-        kernel: triton.cdiv(sizes["tokens"], launches[kernel].constants[block])
+        kernel: cdiv(sizes["tokens"], launches[kernel].block(block))
         * sizes["batch"]
         * sizes[heads]
         for kernel, block, heads in (
@@ -256,7 +257,7 @@ def _long(
     partials = call.new(count, programs["dq" if late else "rows"])
     heads = (call.table, call.scales, softmax.caps)
     shared = {**sizes, "window": masks.window, "STATS": row_stats(kind)}
-    _rows_kernel[(programs["rows"], count)](
+    Quick(_rows_kernel)[(programs["rows"], count)](
         *heads,
         softmax.sinks,
         call.valid,
@@ -272,7 +273,7 @@ def _long(
     )
     sink_partials = call.new(count, programs["dq"] if need_grad and softmax.has_sinks else 0)
     if need_grad:
-        _dq_kernel[(programs["dq"], count)](
+        Quick(_dq_kernel)[(programs["dq"], count)](
             *heads,
             softmax.sinks,
             call.valid,
@@ -290,7 +291,7 @@ def _long(
         )
         # the teacher's entropy has no gradient
         of_keys = "kl" if kind == "cross_entropy" else kind
-        _dk_kernel[(programs["dk"], count)](
+        Quick(_dk_kernel)[(programs["dk"], count)](
             *heads,
             call.valid,
             stats,

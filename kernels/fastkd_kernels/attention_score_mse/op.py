@@ -10,14 +10,24 @@ small factors for a backward of its own. Both take lists over layer pairs of one
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_mask, check_reduction, resolve_backend
+from ..checks import (
+    check_choice,
+    check_mask,
+    check_reduction,
+    has_passed,
+    look_at_states,
+    passes,
+    resolve_backend,
+)
 from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled, value_of
 from ..common.head_groups import pairs_of, state_shapes
+from ..common.remembered import remembered
 from ..common.rescale import rescaled, stacked_gradient
 from ..types import (
     Algorithm,
@@ -97,7 +107,12 @@ def attention_score_mse(
             that requires grad.
         TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
     """
-    teachers = weighted_teachers(student, teacher, teacher_weights)
+    look = look_at_states(student, teacher) if teacher_weights is None else None
+    if has_passed(look):
+        teachers: list[Any] = list(teacher)
+    else:
+        teachers = weighted_teachers(student, teacher, teacher_weights)
+        passes(look)
     batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
     _check_scales(student)
@@ -121,10 +136,12 @@ def attention_score_mse(
             chosen = choose_algorithm(tokens, *dims, causal=causal, backend=chosen_backend)
         if chosen_backend == "triton":
             _check_head_size(chosen, causal, dims[0])
-        count = _entry_count(student_states[0].query, key_mask, query_mask, causal, reduction)
         dtype = accumulator(student_states[0].query, teacher_states[0].query)
+        inverse_count = _inverse_count(
+            student_states[0].query, key_mask, query_mask, causal, reduction, dtype
+        )
         need_grad = torch.is_grad_enabled() and any(
-            state.query.requires_grad or state.key.requires_grad for state in student_states
+            [state.query.requires_grad or state.key.requires_grad for state in student_states]
         )
         tensors = (
             [state.query for state in student_states],
@@ -135,7 +152,7 @@ def attention_score_mse(
             [float(state.scale) for state in teacher_states],
             key_mask,
             query_mask,
-            inverse(count, dtype, device),
+            inverse_count,
         )
         if chosen == "gram" and not causal and chosen_backend == "triton":
             made = gram(*tensors, need_grad)
@@ -144,7 +161,8 @@ def attention_score_mse(
         losses: Tensor = made[0]
         return losses
 
-    keys = [state_shapes(*pair) for pair in zip(student, teachers, strict=True)]
+    alike = look is not None
+    keys = [alike or state_shapes(*pair) for pair in zip(student, teachers, strict=True)]
     loss = by_shape(keys, loss_of)
     return loss if student[0].query.dtype == torch.float64 else loss.float()
 
@@ -169,6 +187,28 @@ def _check_head_size(algorithm: str, causal: bool, dim: int) -> None:
     )
 
 
+def _inverse_count(
+    query: Tensor,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    causal: bool,
+    reduction: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """One over the entries that the loss averages over."""
+    batch, heads, tokens, _ = query.shape
+    sources = (key_mask, query_mask) if reduction == "valid" else (None, None)
+    what = ("inverse entries", batch, heads, tokens, causal, reduction, dtype)
+    return remembered(
+        sources,
+        what,
+        query.device,
+        lambda: inverse(
+            _entry_count(query, key_mask, query_mask, causal, reduction), dtype, query.device
+        ),
+    )
+
+
 def _entry_count(
     query: Tensor,
     key_mask: Tensor | None,
@@ -182,13 +222,18 @@ def _entry_count(
         return batch * heads * tokens * tokens
     if key_mask is None and query_mask is None:
         return batch * heads * (tokens * (tokens + 1) // 2 if causal else tokens * tokens)
+    if not causal:
+        masks = (query_mask, key_mask)
+        counts: list[Any] = [tokens if mask is None else mask.sum(1) for mask in masks]
+        entries: Tensor = heads * (counts[0] * counts[1]).sum()
+        return entries
     every = torch.ones(batch, tokens, dtype=torch.int64, device=query.device)
     rows = every if query_mask is None else query_mask.long()
     keys = every if key_mask is None else key_mask.long()
-    seen = keys.cumsum(1) if causal else keys.sum(1, keepdim=True)
-    return heads * (rows * seen).sum()
+    return heads * (rows * keys.cumsum(1)).sum()
 
 
+@cache
 def _path(backend: str) -> Any:
     """The module that computes; Triton is imported by the first call that needs it."""
     if backend == "torch":

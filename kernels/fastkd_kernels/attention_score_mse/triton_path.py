@@ -7,19 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..common.attention_call import Call, type_constants
 from ..common.head_groups import Pair
 from ..common.launch import (
     Launch,
+    cdiv,
     dot_precision,
     heads_of_program,
     platform,
     power_of_two,
     product_dtype,
 )
+from ..common.quick_launch import Quick
 from ..common.rescale import stacked_gradient, tokens_first, waiting_dtype
 from ..common.tl_types import TYPES
 from .gram import Gram, key_factors, query_factors, squared_norm, stack_factors
@@ -180,7 +181,7 @@ def _short(
     programs = sizes["batch"] * sizes["heads"] // program_heads
     partials = call.new(call.count, programs)
     launch = short_launch(sizes["tokens"], call.dims, call.dtypes, platform())
-    _short_kernel[(programs, call.count)](
+    Quick(_short_kernel)[(programs, call.count)](
         call.table,
         call.scales,
         call.valid,
@@ -209,13 +210,13 @@ def _tiles(
         tile_launch(kernel, sizes["tokens"], call.dims, call.dtypes, platform())
         for kernel in ("fwd", "dq")
     )
-    key_blocks = triton.cdiv(sizes["tokens"], by_key.constants["BLOCK_KEY"])
+    key_blocks = cdiv(sizes["tokens"], by_key.block("BLOCK_KEY"))
     programs = key_blocks * sizes["batch"] * sizes["kv_heads"]
     partials = call.new(count, programs)
     shared = {**call.constants, **tile_types(*call.dtypes), "CAUSAL": causal}
     # what is not written is not read either
     query_grad, key_grad = grads or (partials, partials)
-    _tiles_fwd_kernel[(programs, count)](
+    Quick(_tiles_fwd_kernel)[(programs, count)](
         call.table,
         call.scales,
         call.valid,
@@ -232,8 +233,8 @@ def _tiles(
         num_stages=by_key.num_stages,
     )
     if grads is not None:
-        query_blocks = triton.cdiv(sizes["tokens"], by_query.constants["BLOCK_QUERY"])
-        _tiles_bwd_dq_kernel[(query_blocks * sizes["batch"] * sizes["heads"], count)](
+        query_blocks = cdiv(sizes["tokens"], by_query.block("BLOCK_QUERY"))
+        Quick(_tiles_bwd_dq_kernel)[(query_blocks * sizes["batch"] * sizes["heads"], count)](
             call.table,
             call.scales,
             call.valid,
@@ -312,10 +313,10 @@ def _grams(call: Call, side: int, chunk: int) -> Tensor:
     """Grams `[pairs, batch, groups, chunks, width, width]` of each `chunk` tokens of one side."""
     sizes, groups, width = call.sizes, call.first.groups, sum(call.dims)
     constants, options = _gram_constants(call, "BLOCK")
-    tiles = sum(triton.cdiv(size, constants["BLOCK_COLUMN"]) for size in call.dims)
-    chunks = triton.cdiv(sizes["tokens"], chunk)
+    tiles = sum(cdiv(size, constants["BLOCK_COLUMN"]) for size in call.dims)
+    chunks = cdiv(sizes["tokens"], chunk)
     grams = call.new(call.count, sizes["batch"], groups, chunks, width, width)
-    _gram_kernel[(tiles * tiles * sizes["batch"] * groups, call.count, chunks)](
+    Quick(_gram_kernel)[(tiles * tiles * sizes["batch"] * groups, call.count, chunks)](
         call.table,
         call.scales,
         call.valid,
@@ -339,8 +340,8 @@ def _scanned(grams: Tensor, *, reverse: bool) -> Tensor:
     """`grams` in place: the sum of the chunks before each one, or after it."""
     chunks, entries = grams.shape[3], grams.shape[4] * grams.shape[5]
     launch = scan_launch()
-    programs = grams[:, :, :, 0, 0, 0].numel() * triton.cdiv(entries, launch.constants["BLOCK"])
-    _scan_kernel[(programs,)](
+    programs = grams[:, :, :, 0, 0, 0].numel() * cdiv(entries, launch.block("BLOCK"))
+    Quick(_scan_kernel)[(programs,)](
         grams,
         chunks,
         entries,
@@ -366,10 +367,10 @@ def _apply(
     """Fill `gradient` from factors times `upstream` `[pairs]`, or add that to it."""
     sizes = call.sizes
     constants, options = _gram_constants(call, "APPLY")
-    row_blocks = triton.cdiv(sizes["tokens"], constants["BLOCK_ROW"])
-    columns = triton.cdiv(sizes["dim"], constants["BLOCK_COLUMN"])
+    row_blocks = cdiv(sizes["tokens"], constants["BLOCK_ROW"])
+    columns = cdiv(sizes["dim"], constants["BLOCK_COLUMN"])
     heads = gradient.shape[2]
-    _gram_bwd_kernel[(columns * row_blocks * sizes["batch"] * heads, call.count)](
+    Quick(_gram_bwd_kernel)[(columns * row_blocks * sizes["batch"] * heads, call.count)](
         call.table,
         call.scales,
         call.valid,
@@ -378,7 +379,7 @@ def _apply(
         gradient,
         groups=call.first.groups,
         chunk_tokens=chunk,
-        chunks=triton.cdiv(sizes["tokens"], chunk),
+        chunks=cdiv(sizes["tokens"], chunk),
         SIDE=side,
         ACCUMULATE=accumulate,
         TOKENS_FIRST=tokens_first((call.first.query, call.first.key)[side]),

@@ -31,6 +31,10 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def block(self, name: str) -> int:
+        """A block size by its name."""
+        return int(self.constants[name])
+
 
 def triton_interprets() -> bool:
     """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1), on CPU tensors."""
@@ -43,6 +47,11 @@ def triton_interprets() -> bool:
 
 def platform() -> str:
     return "hip" if torch.version.hip else "cuda"
+
+
+def cdiv(size: int, block: int) -> int:
+    """Blocks that hold `size`: `triton.cdiv`, which takes microseconds outside of a kernel."""
+    return -(-size // block)
 
 
 def power_of_two(size: int) -> int:
@@ -82,18 +91,14 @@ def alignment(tensors: Sequence[Tensor]) -> int:
     The tensors share their dtype; of each, neighbours in the last dimension lie next to each other.
     """
     size = tensors[0].element_size()
-    starts = (
-        value
-        for tensor in tensors
-        for value in (
-            tensor.data_ptr() // size,
-            tensor.shape[-1],
-            # where there is one row, its stride says nothing
-            *(
-                stride
-                for stride, count in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
-                if count > 1
-            ),
-        )
-    )
-    return math.gcd(16 // size, *starts)
+    values = [16 // size]
+    for tensor in tensors:
+        shape = tensor.shape
+        values += (tensor.data_ptr() // size, shape[-1])
+        # where there is one row, its stride says nothing
+        values += [
+            stride
+            for stride, count in zip(tensor.stride()[:-1], shape[:-1], strict=True)
+            if count > 1
+        ]
+    return math.gcd(*values)

@@ -44,13 +44,14 @@ def rescaled(
 def _rescaled(
     first: Tensor, second: Tensor, factor: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    from .quick_launch import Quick
     from .rescale_kernel import _rescale_kernel
 
     out = [torch.empty_like(unit, dtype=dtype) for unit in (first, second)]
     pairs = factor.shape[0]
     sizes = [unit.numel() // pairs for unit in (first, second)]
     blocks = [-(-size // _BLOCK) for size in sizes]
-    _rescale_kernel[(sum(blocks), pairs)](
+    Quick(_rescale_kernel)[(sum(blocks), pairs)](
         first, second, factor.contiguous(), *out, *sizes, BLOCK=_BLOCK, num_warps=8
     )
     return out[0], out[1]

@@ -10,19 +10,20 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..common import library_products
 from ..common.launch import (
     Launch,
-    alignment,
+    cdiv,
     dot_precision,
     platform,
     power_of_two,
     product_dtype,
 )
-from ..common.tensor_table import pointer_table, unit_stride
+from ..common.quick_launch import Quick
+from ..common.remembered import remembered
+from ..common.tensor_table import addressed
 from ..common.tl_types import TYPES
 from .torch_path import ZERO_NORM
 from .triton_kernels import _bwd_dw_kernel, _bwd_dx_kernel, _fwd_kernel, _unit_fwd_kernel
@@ -95,8 +96,8 @@ def hidden_forward(
     pairs = len(student)
     batch, tokens, width = student[0].shape
     teacher_width, rows = teacher[0].shape[-1], batch * tokens
-    columns = _columns(student, teacher, weight, bias)
-    table = pointer_table(columns)
+    # kept until the kernels are launched: a row of another stride is a copy
+    table, alignments, _kept = addressed(_pairs(student, teacher, weight, bias))
     types, kept = hidden_types(
         student[0].dtype, teacher[0].dtype, weight[0].dtype if weight else None
     )
@@ -113,12 +114,12 @@ def hidden_forward(
     input_grad = new(*((pairs, batch, tokens, width) if need_input_grad else (0,)))
     weight_grad = new(*((pairs, teacher_width, width) if wants_weight else (0,)))
     bias_grad = new(*((pairs, teacher_width) if wants_weight and bias else (0,)))
-    teacher_blocks = triton.cdiv(teacher_width, block_column)
-    partials = new(pairs, triton.cdiv(rows, block_row) * teacher_blocks)
+    teacher_blocks = cdiv(teacher_width, block_column)
+    partials = new(pairs, cdiv(rows, block_row) * teacher_blocks)
     unit = unit_launch(teacher_width)
     unit_rows = int(unit.constants["BLOCK_ROW"])
     if normalize:
-        partials = new(pairs, triton.cdiv(rows, unit_rows))
+        partials = new(pairs, cdiv(rows, unit_rows))
     store = need_input_grad or wants_weight
     chunk, residual, projected = rows, input_grad, new(0)
     if weight and (store or normalize):
@@ -127,11 +128,8 @@ def hidden_forward(
         chunk = hidden_chunk(rows, pairs * teacher_width * value_bytes, block_row)
         residual = new(*((pairs, chunk, teacher_width) if store else (0,)), of=kept)
         projected = new(*((pairs, chunk, teacher_width) if normalize else (0,)))
-    valid = new(0, of=torch.uint8) if mask is None else mask.to(torch.uint8).contiguous()
-    aligns = {
-        name: alignment(column)
-        for name, column in zip(("ALIGN", "TEACHER_ALIGN", "WEIGHT_ALIGN"), columns, strict=False)
-    }
+    valid = _bytes(mask, student[0].device)
+    aligns = dict(zip(("ALIGN", "TEACHER_ALIGN", "WEIGHT_ALIGN"), alignments, strict=False))
     # both gradients of a projection, from the residual
     library = bool(weight) and library_products.takes(residual, weight[0], student[0])
     exact = {**blocks, "PRECISION": launch.constants["PRECISION"]}
@@ -139,9 +137,9 @@ def hidden_forward(
     for first in range(0, rows, chunk):
         last = min(first + chunk, rows)
         span = {"first": first, "last": last, "chunk": chunk}
-        row_blocks = triton.cdiv(last - first, block_row)
+        row_blocks = cdiv(last - first, block_row)
         if weight or not normalize:
-            _fwd_kernel[(row_blocks * teacher_blocks, pairs)](
+            Quick(_fwd_kernel)[(row_blocks * teacher_blocks, pairs)](
                 table,
                 valid,
                 projected if normalize else residual,
@@ -163,7 +161,7 @@ def hidden_forward(
                 **options,
             )
         if normalize:
-            _unit_fwd_kernel[(triton.cdiv(last - first, unit_rows), pairs)](
+            Quick(_unit_fwd_kernel)[(cdiv(last - first, unit_rows), pairs)](
                 table,
                 valid,
                 projected,
@@ -194,7 +192,7 @@ def hidden_forward(
                 _library_weight_gradient(made_chunk, student, mask, weight_grad, bias_grad)
             continue
         if need_input_grad and weight:
-            _bwd_dx_kernel[(row_blocks * triton.cdiv(width, block_column), pairs)](
+            Quick(_bwd_dx_kernel)[(row_blocks * cdiv(width, block_column), pairs)](
                 table,
                 residual,
                 input_grad,
@@ -210,8 +208,8 @@ def hidden_forward(
                 **options,
             )
         if wants_weight:
-            tiles = triton.cdiv(teacher_width, block_row) * triton.cdiv(width, block_column)
-            _bwd_dw_kernel[(tiles, pairs)](
+            tiles = cdiv(teacher_width, block_row) * cdiv(width, block_column)
+            Quick(_bwd_dw_kernel)[(tiles, pairs)](
                 table,
                 valid,
                 residual,
@@ -231,6 +229,17 @@ def hidden_forward(
                 **options,
             )
     return partials.sum(1), input_grad, weight_grad, bias_grad, new(0)
+
+
+def _bytes(mask: Tensor | None, device: torch.device) -> Tensor:
+    """uint8 `[batch, tokens]`, a placeholder without a mask."""
+
+    def made() -> Tensor:
+        if mask is None:
+            return torch.empty(0, dtype=torch.uint8, device=device)
+        return mask.to(torch.uint8).contiguous()
+
+    return remembered((mask,), "bytes", device, made)
 
 
 class _Chunk(NamedTuple):
@@ -270,20 +279,14 @@ def _library_weight_gradient(
         bias_gradient.copy_(bias_gradient + sums if add else sums)
 
 
-def _columns(
+def _pairs(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
-) -> list[list[Tensor]]:
+) -> list[tuple[Tensor, ...]]:
     """Student, teacher, weight and bias, one a pair; the student stands in for what is missing."""
-    students = [unit_stride(tensor) for tensor in student]
-    teachers = [unit_stride(tensor) for tensor in teacher]
-    pairs = range(len(students))
-    matrices = [
-        unit_stride(weight[pair % len(weight)]) if weight else students[pair][0] for pair in pairs
-    ]
-    offsets = [
-        unit_stride(bias[pair % len(bias)]) if bias else students[pair][0, 0] for pair in pairs
-    ]
-    return [students, teachers, matrices, offsets]
+    pairs = len(student)
+    matrices = [state[0] for state in student] if not weight else [*weight] * (pairs // len(weight))
+    offsets = [state[0, 0] for state in student] if not bias else [*bias] * (pairs // len(bias))
+    return [*zip(student, teacher, matrices, offsets, strict=True)]

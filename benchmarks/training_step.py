@@ -1,24 +1,22 @@
-"""What the losses cost in a whole training step.
+"""Whole training steps of one teacher and student under three losses.
 
-Three steps of the same teacher and student, timed in turn so that a busy machine slows all alike:
 fastkd's; one with a trivial loss and no capture, the floor; and the usual one, which asks both
-models for their attention maps.
+models for their attention maps. Run in turn, a busy machine slows all alike.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import BertConfig, BertModel
 
 from fastkd.capture import capture, route_attention
@@ -27,20 +25,62 @@ from fastkd.losses import DIVISORS, ModelPair
 from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.recipe import Losses
 
-LAYERS = make_layer_map("uniform", 4, 12)
-# batch and tokens; on a GPU in bf16
-SHAPES = {"cpu": [(8, 128), (2, 512)], "cuda": [(32, 128), (256, 128), (16, 512)]}
-ROUNDS = int(os.environ.get("FASTKD_BENCH_ROUNDS", "7"))
-RESULTS = Path(__file__).parent / "results"
-
 Step = Callable[[], Tensor]
+Inputs = dict[str, Tensor]
+# what a profiled step is marked with
+MARK = "whole step"
+TOP_KERNELS = 8
 
 
-def _bert(layers: int, width: int, inner: int, attention: str, device: str) -> BertModel:
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Layers, width and inner width of both models, and their heads."""
+
+    teacher: tuple[int, int, int] = (12, 768, 3072)
+    student: tuple[int, int, int] = (4, 312, 1200)
+    heads: int = 12
+
+
+BERT_BASE = Size()
+TINY = Size(teacher=(4, 32, 64), student=(2, 24, 48), heads=4)
+
+
+def make_inputs(
+    batch: int, tokens: int, device: str, *, padded: bool = False, words: int = 30000
+) -> Inputs:
+    """Random ids; if `padded`, right padding of lengths from an eighth of the tokens to all."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(words // 30, words, (batch, tokens), generator=generator)
+    if not padded:
+        return {"input_ids": ids.to(device)}
+    lengths = torch.linspace(tokens // 8, tokens, batch).long()
+    mask = torch.arange(tokens)[None, :] < lengths[:, None]
+    return {
+        "input_ids": ids.masked_fill(~mask, 0).to(device),
+        "attention_mask": mask.long().to(device),
+    }
+
+
+def make_steps(inputs: Inputs, size: Size = BERT_BASE) -> dict[str, Step]:
+    """A step of each kind, with models of its own."""
+    return {
+        "fastkd": _fastkd(inputs, size),
+        "trivial loss": _trivial(inputs, size),
+        "output_attentions": _attention_maps(inputs, size),
+    }
+
+
+def dtype_on(device: str) -> torch.dtype:
+    """Of the models: fp32 on the CPU, bf16 on a GPU."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def _bert(shape: tuple[int, int, int], heads: int, attention: str, device: str) -> BertModel:
+    layers, width, inner = shape
     config = BertConfig(
         num_hidden_layers=layers,
         hidden_size=width,
-        num_attention_heads=12,
+        num_attention_heads=heads,
         intermediate_size=inner,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -49,69 +89,87 @@ def _bert(layers: int, width: int, inner: int, attention: str, device: str) -> B
     model = BertModel(config, add_pooling_layer=False)
     if attention == "captured":
         route_attention(model, "sdpa")
-    return model.to(device, _dtype(device))
+    return model.to(device, dtype_on(device))
 
 
-def _dtype(device: str) -> torch.dtype:
-    return torch.float32 if device == "cpu" else torch.bfloat16
-
-
-def _models(attention: str, device: str) -> tuple[BertModel, BertModel, Objective]:
+def _models(size: Size, attention: str, device: str) -> tuple[BertModel, BertModel, Objective]:
     torch.manual_seed(0)
-    teacher = _bert(12, 768, 3072, attention, device).eval().requires_grad_(False)
-    student = _bert(4, 312, 1200, attention, device)
+    teacher = _bert(size.teacher, size.heads, attention, device).eval().requires_grad_(False)
+    student = _bert(size.student, size.heads, attention, device)
     losses = Losses.model_validate({"attention": {}, "hidden": {}, "embedding": {}})
-    return teacher, student, Objective(losses, LAYERS, ModelPair((312, 768)))
+    layers = make_layer_map("uniform", size.student[0], size.teacher[0])
+    pair = ModelPair((size.student[1], size.teacher[1]))
+    return teacher, student, Objective(losses, layers, pair)
 
 
-def _fastkd(ids: Tensor) -> Step:
-    device = ids.device.type
-    teacher, student, objective = _models("captured", device)
-    module = DistilledStudent(student, objective).to(device, _dtype(device))
+def _device_of(inputs: Inputs) -> str:
+    return inputs["input_ids"].device.type
+
+
+def _fastkd(inputs: Inputs, size: Size) -> Step:
+    device = _device_of(inputs)
+    teacher, student, objective = _models(size, "captured", device)
+    module = DistilledStudent(student, objective).to(device, dtype_on(device))
     shares = torch.ones(len(DIVISORS), device=device)
     optimizer = torch.optim.AdamW(module.parameters(), fused=True)
 
     def step() -> Tensor:
         with torch.no_grad(), capture(teacher, **objective.layers("teacher")) as states:
-            teacher(input_ids=ids)
-        total, _ = module({"input_ids": ids}, states, shares)
+            teacher(**inputs)
+        total, _ = module(inputs, states, shares)
         return _update(total, optimizer)
 
     return step
 
 
-def _trivial(ids: Tensor) -> Step:
-    teacher, student, _ = _models("plain", ids.device.type)
+def _trivial(inputs: Inputs, size: Size) -> Step:
+    teacher, student, _ = _models(size, "plain", _device_of(inputs))
     optimizer = torch.optim.AdamW(student.parameters(), fused=True)
 
     def step() -> Tensor:
         with torch.no_grad():
-            teacher(input_ids=ids)
-        return _update(student(input_ids=ids).last_hidden_state.square().mean(), optimizer)
+            teacher(**inputs)
+        return _update(student(**inputs).last_hidden_state.square().mean(), optimizer)
 
     return step
 
 
-def _attention_maps(ids: Tensor) -> Step:
-    device = ids.device.type
-    teacher, student, _ = _models("eager", device)
-    projection = torch.nn.Linear(312, 768, device=device, dtype=_dtype(device))
+def _attention_maps(inputs: Inputs, size: Size) -> Step:
+    device = _device_of(inputs)
+    teacher, student, objective = _models(size, "eager", device)
+    pairs = objective.maps["attention"].pairs
+    widths = (size.student[1], size.teacher[1])
+    projection = torch.nn.Linear(*widths, device=device, dtype=dtype_on(device))
     optimizer = torch.optim.AdamW([*student.parameters(), *projection.parameters()], fused=True)
     asked = {"output_attentions": True, "output_hidden_states": True}
+    mean = _mean_of(inputs.get("attention_mask"))
 
     def step() -> Tensor:
         with torch.no_grad():
-            theirs = teacher(input_ids=ids, **asked)
-        mine = student(input_ids=ids, **asked)
-        total = ids.new_zeros((), dtype=torch.float32)
-        for s, t in LAYERS.pairs:
-            total = total + (mine.attentions[s - 1] - theirs.attentions[t - 1]).square().mean()
-        for s, t in (*LAYERS.pairs, (0, 0)):
-            difference = projection(mine.hidden_states[s]) - theirs.hidden_states[t]
-            total = total + difference.square().mean()
+            taught = teacher(**inputs, **asked)
+        made = student(**inputs, **asked)
+        total = inputs["input_ids"].new_zeros((), dtype=torch.float32)
+        for s, t in pairs:
+            total = total + mean((made.attentions[s - 1] - taught.attentions[t - 1]).square(), 2)
+        for s, t in (*pairs, (0, 0)):
+            difference = projection(made.hidden_states[s]) - taught.hidden_states[t]
+            total = total + mean(difference.square(), 1)
         return _update(total, optimizer)
 
     return step
+
+
+def _mean_of(mask: Tensor | None) -> Callable[[Tensor, int], Tensor]:
+    """Mean over what counts: all, or the tokens (at dimension `axis`) of a mask."""
+    if mask is None:
+        return lambda values, axis: values.mean()
+    rows = mask.bool()
+
+    def mean(values: Tensor, axis: int) -> Tensor:
+        counted = rows[:, None, :, None] if axis == 2 else rows[:, :, None]
+        return torch.where(counted, values, 0).sum() / counted.expand_as(values).sum()
+
+    return mean
 
 
 def _update(total: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
@@ -121,7 +179,8 @@ def _update(total: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
     return total.detach()
 
 
-def _seconds(step: Step, device: str) -> float:
+def step_seconds(step: Step, device: str) -> float:
+    """One step by the clock, its work done."""
     start = time.perf_counter()
     step()
     if device == "cuda":
@@ -129,83 +188,69 @@ def _seconds(step: Step, device: str) -> float:
     return time.perf_counter() - start
 
 
-def _on_the_device(step: Step) -> dict[str, float]:
-    """What a GPU does in one step: milliseconds busy, kernels and copies, megabytes at most."""
-    torch.cuda.reset_peak_memory_stats()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-        step()
-        torch.cuda.synchronize()
-    # a range that torch marks is listed beside the kernels inside it
-    events = [
-        event
-        for event in recorded.events()
-        if event.device_type == DeviceType.CUDA and "Optimizer." not in event.name
-    ]
-    return {
-        "busy milliseconds": round(sum(event.device_time for event in events) / 1e3, 3),
-        "launches": len(events),
-        "peak megabytes": round(torch.cuda.max_memory_allocated() / 1e6, 1),
-    }
+def timed_in_turn(steps: dict[str, Step], device: str, rounds: int) -> dict[str, Any]:
+    """Median seconds of each, and how many times those of the trivial step, by paired rounds.
 
+    The first step of each, which compiles, is not timed.
 
-@pytest.mark.parametrize(
-    ("device", "batch", "tokens"),
-    [
-        pytest.param(
-            device,
-            *shape,
-            marks=pytest.mark.skipif(
-                device == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"
-            ),
-        )
-        for device, shapes in SHAPES.items()
-        for shape in shapes
-    ],
-)
-def test_losses_are_almost_free(device: str, batch: int, tokens: int) -> None:
-    ids = torch.randint(1000, 30000, (batch, tokens), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(device)
-    steps = {
-        "fastkd": _fastkd(ids),
-        "trivial loss": _trivial(ids),
-        "output_attentions": _attention_maps(ids),
-    }
-    for step in steps.values():
-        assert torch.isfinite(step())
+    Raises:
+        AssertionError: a loss is not finite.
+    """
+    for name, step in steps.items():
+        assert torch.isfinite(step()), f"the loss of {name} is not finite"
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, step in steps.items():
-            times[name].append(_seconds(step, device))
+            times[name].append(step_seconds(step, device))
     ratios = {
         name: statistics.median(
             own / base for own, base in zip(times[name], times["trivial loss"], strict=True)
         )
         for name in steps
     }
-    seconds = {name: statistics.median(values) for name, values in times.items()}
-    result = {
-        "what": "one training step, BERT-base-shaped teacher, 4 x 312 student",
-        "dtype": str(_dtype(device)).removeprefix("torch."),
-        "batch": batch,
-        "tokens": tokens,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "rounds": ROUNDS,
-        "seconds": seconds,
+    return {
+        "seconds": {name: statistics.median(values) for name, values in times.items()},
         "times the trivial step, median of paired rounds": ratios,
     }
-    chip, held = "cpu", ratios
-    if device == "cuda":
-        chip = torch.cuda.get_device_name().lower().replace(" ", "-")
-        result["gpu"] = torch.cuda.get_device_name()
-        found = {name: _on_the_device(step) for name, step in steps.items()}
-        result["on the gpu"] = found
-        # eager steps of this size wait for the host, so what the GPU does is held to a bound
-        busy = {name: of_step["busy milliseconds"] for name, of_step in found.items()}
-        held = {name: own / busy["trivial loss"] for name, own in busy.items()}
-    if os.environ.get("FASTKD_BENCH_WRITE"):
-        path = RESULTS / f"training-step-{chip}-{batch}x{tokens}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
-    assert held["fastkd"] <= (1.15 if device == "cpu" else 1.3), held
-    assert held["fastkd"] < held["output_attentions"], held
+
+
+def on_the_device(step: Step) -> dict[str, Any]:
+    """What a GPU does in one step, and how often the host waits for it.
+
+    Milliseconds busy, kernels and copies, waits (synchronisations that the step asks for, and
+    copies to the host), megabytes at most, and the kernels that take longest.
+    """
+    torch.cuda.reset_peak_memory_stats()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        with record_function(MARK):
+            step()
+        torch.cuda.synchronize()
+    events = list(recorded.events())
+    (whole,) = (e for e in events if e.name == MARK and e.device_type == DeviceType.CPU)
+    inside = [
+        event
+        for event in events
+        if event.device_type == DeviceType.CPU
+        and whole.time_range.start <= event.time_range.start <= whole.time_range.end
+    ]
+    # a range that torch marks is listed beside the kernels inside it
+    work = [
+        event
+        for event in events
+        if event.device_type == DeviceType.CUDA
+        and event.name != MARK
+        and "Optimizer." not in event.name
+    ]
+    taken: dict[str, float] = defaultdict(float)
+    for event in work:
+        taken[event.name[:100]] += event.device_time
+    longest = sorted(taken.items(), key=lambda item: -item[1])[:TOP_KERNELS]
+    waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+    return {
+        "busy milliseconds": round(sum(taken.values()) / 1e3, 3),
+        "launches": len(work),
+        "synchronisations": sum(event.name in waits for event in inside),
+        "copies to the host": sum("DtoH" in event.name for event in work),
+        "peak megabytes": round(torch.cuda.max_memory_allocated() / 1e6, 1),
+        "kernels": {name: round(value, 1) for name, value in longest},
+    }

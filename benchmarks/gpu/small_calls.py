@@ -1,0 +1,35 @@
+"""One small call of every op, forward and backward: `python -m benchmarks.gpu.small_calls DEVICE`.
+
+Says the name of each once it is done.
+"""
+
+import sys
+
+import torch
+
+from benchmarks.calls import MAKERS, make_call
+
+# with dtypes that take other paths, heads of two sizes, a causal mask and shared key heads
+WORKLOADS = {
+    "attention": ("bert-base-to-tinybert-4-128", "llama-like-2048"),
+    "hidden": ("bert-base-to-tinybert-4", "minilm-6-to-3"),
+    "logits": ("logits-32k-2048",),
+    "relation": ("minilm-6-to-3-128",),
+}
+
+
+def main() -> None:
+    (device,) = sys.argv[1:]
+    dtypes = [torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16]
+    for op in MAKERS:
+        for workload in WORKLOADS[op.split("_")[0]]:
+            for dtype in dtypes:
+                pairs = 1 if op == "logits_divergence" else 2
+                make_call(op, workload, pairs, device=device, dtype=dtype, tiny=True).step()
+                if device != "cpu":
+                    torch.cuda.synchronize()
+        print(op, flush=True)
+
+
+if __name__ == "__main__":
+    main()

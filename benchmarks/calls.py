@@ -115,25 +115,28 @@ def make_call(
     *,
     device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
-    tiny: bool = False,
+    tokens: int | None = None,
     **options: Any,
 ) -> Call:
-    """A call of an op on a workload with its batch for a GPU, cut down to almost nothing if `tiny`.
+    """A call of an op on a workload with its batch for a GPU, or shrunk to so many tokens.
 
     Options are the op's own, beside those that the workload asks for.
     """
     maker, named = MAKERS[op]
     (work,) = on_device([named[workload]])
-    call = maker(op, shrunk(work) if tiny else work, pairs, dtype, device)
+    if tokens is not None:
+        work = shrunk(work, tokens)
+        pairs = min(pairs, 2)
+    call = maker(op, work, pairs, dtype, device)
     return call._replace(options={**call.options, **options})
 
 
-def shrunk(work: Workload) -> Workload:
-    """The same kind of workload, small enough for Triton's interpreter and for a memory checker."""
+def shrunk(work: Workload, tokens: int) -> Workload:
+    """The same kind of workload for Triton's interpreter or a memory checker: one item of so many
+    tokens, two heads or narrow states, few words."""
     if isinstance(work, AttentionWorkload):
-        heads = tuple(max(1, 4 * count // work.heads) for count in work.kv_heads)
-        dims = tuple(dim // 4 for dim in work.dims)
-        return work._replace(batch=1, heads=4, kv_heads=heads, tokens=20, dims=dims)
+        heads = tuple(max(1, 2 * count // work.heads) for count in work.kv_heads)
+        return work._replace(batch=1, heads=2, kv_heads=heads, tokens=tokens)
     if isinstance(work, HiddenWorkload):
-        return work._replace(batch=1, tokens=20, widths=tuple(w // 24 for w in work.widths))
-    return work._replace(tokens=20, widths=tuple(w // 64 for w in work.widths), vocabulary=300)
+        return work._replace(batch=1, tokens=tokens, widths=tuple(w // 8 for w in work.widths))
+    return work._replace(tokens=tokens, widths=tuple(w // 16 for w in work.widths), vocabulary=300)

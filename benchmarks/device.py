@@ -12,15 +12,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import liger
 from benchmarks.calls import Call, make_call
 from benchmarks.inputs import errors
-from benchmarks.timing import FLUSH_BYTES, floor_seconds, peak_bytes, seconds_of
+from benchmarks.timing import FLUSH_BYTES, device_events, floor_seconds, peak_bytes, seconds_of
 
 ROUNDS = 10
+DRY_TOKENS = 10
 # against the definition in bf16
 LARGEST_ERROR = 5e-2
 Step = Callable[[], Any]
@@ -42,12 +42,11 @@ class Case(NamedTuple):
 
     def call(self, device: str) -> Call:
         """Its inputs; on the CPU tiny ones in fp32, since the interpreter multiplies no bf16."""
-        on_cpu = device == "cpu"
-        dtype = torch.float32 if on_cpu else torch.bfloat16
         options = {} if self.kind is None else {"kind": self.kind}
-        return make_call(
-            self.op, self.workload, self.pairs, device=device, dtype=dtype, tiny=on_cpu, **options
-        )
+        where: dict[str, Any] = {"device": device}
+        if device == "cpu":
+            where |= {"dtype": torch.float32, "tokens": DRY_TOKENS}
+        return make_call(self.op, self.workload, self.pairs, **where, **options)
 
 
 CASES = (
@@ -79,9 +78,9 @@ def kernel_microseconds(step: Step, device: str) -> dict[str, float]:
             step()
         torch.cuda.synchronize()
     taken: dict[str, float] = defaultdict(float)
-    for event in recorded.events():
+    for event in device_events(recorded):
         # the flush is the only fill of bytes
-        if event.device_type == DeviceType.CUDA and "FillFunctor<signed char>" not in event.name:
+        if "FillFunctor<signed char>" not in event.name:
             taken[event.name[:100]] += event.device_time / ROUNDS
     return dict(sorted(taken.items(), key=lambda item: -item[1]))
 

@@ -24,8 +24,8 @@ def liger_step(
     module = found.LigerFusedLinearJSD(jsd_beta=BETAS[kind], temperature=1.0)
 
     def run() -> list[Tensor]:
-        states = (head.hidden.flatten(0, 1) for head in (student, teacher))
-        loss = module(next(states), student.weight, next(states), teacher.weight)
+        own, other = (head.hidden.flatten(0, 1) for head in (student, teacher))
+        loss = module(own, student.weight, other, teacher.weight, None)
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
     return run

@@ -19,6 +19,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import BertConfig, BertModel
 
+from benchmarks.timing import device_events
 from fastkd.capture import capture, route_attention
 from fastkd.layer_map import make_layer_map
 from fastkd.losses import DIVISORS, ModelPair
@@ -64,7 +65,7 @@ def make_inputs(
 def make_steps(inputs: Inputs, size: Size = BERT_BASE) -> dict[str, Step]:
     """A step of each kind, with models of its own."""
     return {
-        "fastkd": _fastkd(inputs, size),
+        "fastkd": fastkd_step(inputs, size),
         "trivial loss": _trivial(inputs, size),
         "output_attentions": _attention_maps(inputs, size),
     }
@@ -106,7 +107,8 @@ def _device_of(inputs: Inputs) -> str:
     return inputs["input_ids"].device.type
 
 
-def _fastkd(inputs: Inputs, size: Size) -> Step:
+def fastkd_step(inputs: Inputs, size: Size = BERT_BASE) -> Step:
+    """Losses of attention, hidden states and embeddings, and an update."""
     device = _device_of(inputs)
     teacher, student, objective = _models(size, "captured", device)
     module = DistilledStudent(student, objective).to(device, dtype_on(device))
@@ -233,14 +235,7 @@ def on_the_device(step: Step) -> dict[str, Any]:
         if event.device_type == DeviceType.CPU
         and whole.time_range.start <= event.time_range.start <= whole.time_range.end
     ]
-    # a range that torch marks is listed beside the kernels inside it
-    work = [
-        event
-        for event in events
-        if event.device_type == DeviceType.CUDA
-        and event.name != MARK
-        and "Optimizer." not in event.name
-    ]
+    work = device_events(recorded)
     taken: dict[str, float] = defaultdict(float)
     for event in work:
         taken[event.name[:100]] += event.device_time

@@ -23,9 +23,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def small_call(op: str, dtype: torch.dtype) -> Call:
-    pairs = 1 if op == "logits_divergence" else 3
+    pairs = 1 if op == "logits_divergence" else 2
     workload = WORKLOADS[op.split("_")[0]]
-    return make_call(op, workload, pairs, device="cuda", dtype=dtype, tiny=True)
+    return make_call(op, workload, pairs, device="cuda", dtype=dtype, tokens=150)
 
 
 def refill(call: Call, seed: int) -> None:

@@ -9,13 +9,12 @@ Exit code: 1 if a stage failed, 2 for bad arguments.
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 from benchmarks.gpu.report import write_page
-from benchmarks.gpu.stages import STAGES, Stage, file_of, limits, run_stage
+from benchmarks.gpu.stages import STAGES, file_of, read, run_stages
 
-# of the budget, kept back for the page and for what ends a stage
+# of the budget: for the page, and for a process that takes a moment to end
 RESERVE_SECONDS = 5.0
 
 
@@ -44,6 +43,9 @@ def arguments() -> argparse.Namespace:
     ours = [file_of(stage, given.out) for stage in STAGES]
     if given.out.exists() and any(given.out.iterdir()) and not any(f.exists() for f in ours):
         refuse(f"--out {given.out} holds other files; give a new folder, or one of earlier results")
+    others = {read(file)["device"] for file in ours if file.exists()} - {given.device}
+    if given.only and others:
+        refuse(f"--out {given.out} has results of --device {others.pop()}; give another folder")
     if given.device == "cuda":
         # a dry run needs no torch here
         import torch
@@ -58,26 +60,17 @@ def refuse(reason: str) -> None:
     raise SystemExit(2)
 
 
-def chosen(only: list[str] | None) -> list[Stage]:
-    return [stage for stage in STAGES if not only or stage.name in only]
-
-
 def main() -> None:
     given = arguments()
     given.out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + max(given.budget - RESERVE_SECONDS, given.budget / 2)
-    stages = chosen(given.only)
-    if stages == list(STAGES):
+    if not given.only:
         for old in (*(file_of(stage, given.out) for stage in STAGES), *given.out.glob("gpu-*.md")):
             old.unlink(missing_ok=True)
-    failed = False
-    for number, stage in enumerate(stages):
-        limit = limits(max(deadline - time.monotonic(), 0.0), stages[number:])
-        result = run_stage(stage, given.out, given.device, limit, cases=given.case)
-        failed |= result["status"] == "failed"
-        print(f"{stage.name}: {result['status']}, {result['seconds']:.0f} s", flush=True)
+    stages = [stage for stage in STAGES if not given.only or stage.name in given.only]
+    budget = given.budget - min(RESERVE_SECONDS, given.budget / 2)
+    well = run_stages(stages, given.out, given.device, budget, cases=given.case)
     print(write_page(given.out))
-    raise SystemExit(int(failed))
+    raise SystemExit(0 if well else 1)
 
 
 if __name__ == "__main__":

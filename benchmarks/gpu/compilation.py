@@ -1,33 +1,33 @@
-"""All kernels of the timed cases compiled at once, in processes that fill Triton's cache."""
+"""All kernels of the timed cases and steps compiled at once, in processes that fill the caches."""
 
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from functools import partial
 
 import torch
 
 from benchmarks.device import CASES, Case, compiled_definition
 from benchmarks.gpu.record import Record
+from benchmarks.gpu.stages import STEPS, missing
 
 MOST_PROCESSES = 14
 
 
 def run(record: Record) -> None:
-    """Each case once, and its compiled definition; later stages find what these leave."""
-    wanted = [case for case in CASES if record.wanted(case.name)]
-    jobs = [(case, False) for case in wanted] + [(case, True) for case in wanted if case.compiled]
-    processes = min(MOST_PROCESSES, len(jobs), os.cpu_count() or 1)
+    """Each case once, its compiled definition, and a step of each shape; later stages find what
+    these leave."""
+    work = jobs(record)
+    processes = min(MOST_PROCESSES, len(work), os.cpu_count() or 1)
     # inductor's own processes, of each of ours
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
     # forked ones could not use a GPU
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         started: dict[Future[float], str] = {
-            pool.submit(run_once, case, record.device, definition=definition): (
-                f"{case.name}, definition" if definition else case.name
-            )
-            for case, definition in jobs
+            pool.submit(timed, job, record.device): name for name, job in work.items()
         }
         found: dict[str, float] = {}
         record.note(processes=processes, seconds=found)
@@ -38,13 +38,42 @@ def run(record: Record) -> None:
                 record.note(seconds=found)
 
 
-def run_once(case: Case, device: str, *, definition: bool) -> float:
-    """Seconds that a case takes, or its definition under torch.compile, inputs included."""
+def jobs(record: Record) -> dict[str, Callable[[], None]]:
+    """What is compiled, by name; what takes longest comes first."""
+    device = record.device
+    wanted = [case for case in CASES if record.wanted(case.name)]
+    made: dict[str, Callable[[], None]] = {
+        f"{case.name}, definition": partial(compile_definition, case, device)
+        for case in wanted
+        if case.compiled
+    }
+    absent = missing(STEPS)
+    if absent:
+        record.skip(f"training steps: not installed: {', '.join(absent)}")
+    elif not record.cases:
+        from benchmarks.gpu.steps import compile_kernels, shapes_on
+
+        made |= {
+            f"step of {shape.name}": partial(compile_kernels, shape, device)
+            for shape in shapes_on(device)
+        }
+    return made | {case.name: partial(compile_kernels_of, case, device) for case in wanted}
+
+
+def compile_kernels_of(case: Case, device: str) -> None:
+    case.call(device).step()
+
+
+def compile_definition(case: Case, device: str) -> None:
+    compiled_definition(case.call(device), device)()
+
+
+def timed(job: Callable[[], None], device: str) -> float:
+    """Seconds of a job in a process of the pool, inputs included."""
     began = time.monotonic()
-    call = case.call(device)
-    (compiled_definition(call, device) if definition else call.step)()
+    job()
     if device != "cpu":
         torch.cuda.synchronize()
-        del call
+        # the processes share the memory
         torch.cuda.empty_cache()
     return time.monotonic() - began

@@ -1,7 +1,7 @@
-"""The process of one stage: `python -m benchmarks.gpu.record STAGE OUT DEVICE [CASE...]`.
+"""The process of one stage: `python -m benchmarks.gpu.record MODULE JSON DEVICE [CASE...]`.
 
-Runs the `run` of the module of the stage's name. What that notes is in its JSON at once, so it
-stays when the process is ended.
+Calls `run` of the module. What that notes is in the JSON at once, so it stays when the process is
+ended.
 """
 
 import sys
@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.stages import STAGES, file_of, write
+from benchmarks.gpu.stages import write
 
 
 class Record:
@@ -65,10 +65,8 @@ class Record:
 
 
 def main() -> None:
-    name, out, device, *cases = sys.argv[1:]
-    (stage,) = (stage for stage in STAGES if stage.name == name)
-    record = Record(file_of(stage, Path(out)), device, cases)
-    import_module(f"benchmarks.gpu.{name}").run(record)
+    module, path, device, *cases = sys.argv[1:]
+    import_module(module).run(Record(Path(path), device, cases))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import sys
 import torch
 
 from benchmarks.calls import MAKERS, make_call
+from benchmarks.gpu.memcheck import CALLED
 
-# with dtypes that take other paths, heads of two sizes, a causal mask and shared key heads
+# heads of two sizes, a causal mask and shared key heads
 WORKLOADS = {
     "attention": ("bert-base-to-tinybert-4-128", "llama-like-2048"),
     "hidden": ("bert-base-to-tinybert-4", "minilm-6-to-3"),
@@ -20,15 +21,18 @@ WORKLOADS = {
 
 def main() -> None:
     (device,) = sys.argv[1:]
-    dtypes = [torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16]
+    on_cpu = device == "cpu"
+    dtypes = [torch.float32] if on_cpu else [torch.float32, torch.bfloat16]
+    # more than one block, the last one not full
+    tokens = 10 if on_cpu else 150
     for op in MAKERS:
         for workload in WORKLOADS[op.split("_")[0]]:
             for dtype in dtypes:
                 pairs = 1 if op == "logits_divergence" else 2
-                make_call(op, workload, pairs, device=device, dtype=dtype, tiny=True).step()
-                if device != "cpu":
+                make_call(op, workload, pairs, device=device, dtype=dtype, tokens=tokens).step()
+                if not on_cpu:
                     torch.cuda.synchronize()
-        print(op, flush=True)
+        print(f"{CALLED}{op}", flush=True)
 
 
 if __name__ == "__main__":

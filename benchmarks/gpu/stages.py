@@ -32,25 +32,46 @@ class Stage(NamedTuple):
 
 _LOSSES = ("transformers", "pydantic", "yaml", "numpy", "scipy", "psutil", "safetensors")
 _RUNS = (*_LOSSES, "datasets", "deepspeed", "huggingface_hub", "rich", "tokenizers", "typer")
+STEPS = Stage("steps", 0.12, _LOSSES)
 STAGES = (
     Stage("environment", 0.05),
     Stage("compilation", 0.18),
     Stage("tests", 0.3, ("pytest",)),
     Stage("kernel_times", 0.17),
-    Stage("steps", 0.12, _LOSSES),
+    STEPS,
     Stage("runs", 0.1, _RUNS),
     Stage("memcheck", 0.08),
 )
 
 
+def missing(stage: Stage) -> list[str]:
+    """Packages that a stage needs and that are not installed."""
+    return [name for name in stage.needs if find_spec(name) is None]
+
+
 def file_of(stage: Stage, out: Path) -> Path:
     """Where the JSON of a stage lies."""
-    return out / f"{STAGES.index(stage) + 1}-{stage.name}.json"
+    return out / f"{stage.name}.json"
 
 
-def limits(left: float, stages: Sequence[Stage]) -> float:
+def limit_of(left: float, stages: Sequence[Stage]) -> float:
     """Seconds of the first of the stages that are still to come: what one leaves, the next get."""
     return left * stages[0].share / sum(stage.share for stage in stages)
+
+
+def run_stages(
+    stages: Sequence[Stage], out: Path, device: str, budget: float, *, cases: Sequence[str] = ()
+) -> bool:
+    """Run stages in order, say of each how it ended; whether none of them failed."""
+    deadline = time.monotonic() + budget
+    failed = []
+    for number, stage in enumerate(stages):
+        limit = limit_of(max(deadline - time.monotonic(), 0.0), stages[number:])
+        result = run_stage(stage, out, device, limit, cases=cases)
+        print(f"{stage.name}: {result['status']}, {result['seconds']:.0f} s", flush=True)
+        if result["status"] == "failed":
+            failed.append(stage.name)
+    return not failed
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -76,7 +97,7 @@ def run_stage(
     path = file_of(stage, out)
     path.unlink(missing_ok=True)
     began = time.monotonic()
-    absent = [name for name in stage.needs if find_spec(name) is None]
+    absent = missing(stage)
     problems: list[str] = []
     if not absent:
         problems = _in_a_process(stage, out, device, limit, cases)
@@ -105,8 +126,10 @@ def _in_a_process(
     stage: Stage, out: Path, device: str, limit: float, cases: Sequence[str]
 ) -> list[str]:
     """What went wrong beside what the stage itself noted."""
-    log = out / f"{file_of(stage, out).stem}.log"
-    command = [sys.executable, "-m", "benchmarks.gpu.record", stage.name, str(out), device, *cases]
+    path = file_of(stage, out)
+    log = path.with_suffix(".log")
+    module = f"benchmarks.gpu.{stage.name}"
+    command = [sys.executable, "-m", "benchmarks.gpu.record", module, str(path), device, *cases]
     with log.open("w") as said:
         process = subprocess.Popen(
             command,

@@ -8,6 +8,8 @@ from benchmarks.gpu.record import Record
 from benchmarks.training_step import (
     BERT_BASE,
     TINY,
+    Size,
+    fastkd_step,
     make_inputs,
     make_steps,
     on_the_device,
@@ -35,7 +37,7 @@ DRY = (Shape(2, 16), Shape(2, 16, padded=True))
 
 def run(record: Record) -> None:
     found = {}
-    for shape in DRY if record.device == "cpu" else SHAPES:
+    for shape in shapes_on(record.device):
         times = record.attempt(shape.name, lambda shape=shape: measured(shape, record.device))
         if times is not None:
             found[shape.name] = times
@@ -44,11 +46,25 @@ def run(record: Record) -> None:
             torch.cuda.empty_cache()
 
 
+def shapes_on(device: str) -> tuple[Shape, ...]:
+    return DRY if device == "cpu" else SHAPES
+
+
+def size_on(device: str) -> Size:
+    return TINY if device == "cpu" else BERT_BASE
+
+
+def compile_kernels(shape: Shape, device: str) -> None:
+    """One step of fastkd's, which compiles what it launches."""
+    inputs = make_inputs(*shape[:2], device, padded=shape.padded)
+    fastkd_step(inputs, size_on(device))()
+
+
 def measured(shape: Shape, device: str) -> dict[str, dict[str, Any]]:
     """Of each kind of step, what the clock and the profiler say."""
     on_cpu = device == "cpu"
     inputs = make_inputs(*shape[:2], device, padded=shape.padded)
-    steps = make_steps(inputs, TINY if on_cpu else BERT_BASE)
+    steps = make_steps(inputs, size_on(device))
     times = timed_in_turn(steps, device, 1 if on_cpu else ROUNDS)
     made: dict[str, dict[str, Any]] = {}
     for name, step in steps.items():

@@ -18,7 +18,7 @@ from benchmarks.gpu.stages import ROOT
 
 TESTS = ROOT / "tests"
 # enough to see that tests run, pass and are skipped where there is no GPU
-DRY = ("test_kernels_capture.py", "test_gpu_runs.py")
+DRY = ("test_kernels_capture.py",)
 MOST_WORKERS = 14
 SHOWN = 10
 

@@ -5,7 +5,7 @@ import functools
 import resource
 import statistics
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -92,9 +92,8 @@ def peak_bytes(function: Callable[[], Any], device: str) -> int:
     return torch.cuda.max_memory_allocated() - held
 
 
-def device_events(recorded: profile) -> list[Any]:
+def device_events(events: Sequence[Any]) -> list[Any]:
     """Kernels, copies and fills of a profile, without the ranges that are marked around them."""
-    events = recorded.events()
     # a range that the host marks is listed on the device too, by its name
     marks = {event.name for event in events if event.is_user_annotation}
     return [
@@ -109,7 +108,7 @@ def launches(function: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         function()
         torch.cuda.synchronize()
-    names = [event.name for event in device_events(recorded)]
+    names = [event.name for event in device_events(recorded.events())]
     return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ Inputs = dict[str, Tensor]
 # what a profiled step is marked with
 MARK = "whole step"
 TOP_KERNELS = 8
+# calls of the host that return once the device is done
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,35 +219,35 @@ def timed_in_turn(steps: dict[str, Step], device: str, rounds: int) -> dict[str,
 
 
 def on_the_device(step: Step) -> dict[str, Any]:
-    """What a GPU does in one step, and how often the host waits for it.
-
-    Milliseconds busy, kernels and copies, waits (synchronisations that the step asks for, and
-    copies to the host), megabytes at most, and the kernels that take longest.
-    """
+    """What a GPU does in one step, and how often the host waits for it; see `counted`."""
     torch.cuda.reset_peak_memory_stats()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         with record_function(MARK):
             step()
         torch.cuda.synchronize()
-    events = list(recorded.events())
-    (whole,) = (e for e in events if e.name == MARK and e.device_type == DeviceType.CPU)
+    peak = round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    return {**counted(recorded.events()), "peak megabytes": peak}
+
+
+def counted(events: Sequence[Any]) -> dict[str, Any]:
+    """Of a profile of one marked step: milliseconds of the device's work, kernels and copies, waits
+    that the step itself asks for, and the kernels that take longest, in microseconds."""
+    (whole,) = (e.time_range for e in events if e.name == MARK and e.device_type == DeviceType.CPU)
     inside = [
-        event
+        event.name
         for event in events
         if event.device_type == DeviceType.CPU
-        and whole.time_range.start <= event.time_range.start <= whole.time_range.end
+        and whole.start <= event.time_range.start <= whole.end
     ]
-    work = device_events(recorded)
+    work = device_events(events)
     taken: dict[str, float] = defaultdict(float)
     for event in work:
         taken[event.name[:100]] += event.device_time
     longest = sorted(taken.items(), key=lambda item: -item[1])[:TOP_KERNELS]
-    waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
     return {
         "busy milliseconds": round(sum(taken.values()) / 1e3, 3),
         "launches": len(work),
-        "synchronisations": sum(event.name in waits for event in inside),
+        "synchronisations": sum(name in WAITS for name in inside),
         "copies to the host": sum("DtoH" in event.name for event in work),
-        "peak megabytes": round(torch.cuda.max_memory_allocated() / 1e6, 1),
         "kernels": {name: round(value, 1) for name, value in longest},
     }

@@ -6,17 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import recorder, report, stages, tests
 from benchmarks.gpu.environment import version_of
 from benchmarks.gpu.stages import STAGES, Stage, limit_of, run_stages
-from benchmarks.training_step import TINY, make_inputs, make_steps
+from benchmarks.training_step import MARK, TINY, counted, make_inputs, make_steps
 
 MODULES = {
     "works": "record.note(answer=42)\nrecord.skip('the hard part: no time')",
@@ -198,7 +200,39 @@ def test_padded_inputs_count_their_tokens_alone() -> None:
         torch.testing.assert_close(step(), make_steps(whole, TINY)[name]())
 
 
-def kernel_case(**changes: Any) -> dict[str, Any]:
+def test_a_profile_is_counted_without_what_is_not_of_the_step() -> None:
+    def event(name: str, start: float, *, on: str = "CPU", marked: bool = False) -> Any:
+        return SimpleNamespace(
+            name=name,
+            device_type=getattr(DeviceType, on),
+            device_time=3.0,
+            time_range=SimpleNamespace(start=start, end=start + 100),
+            is_user_annotation=marked,
+        )
+
+    events = [
+        event(MARK, 0, marked=True),
+        event("Optimizer.step", 10, marked=True),
+        event("triton_fused", 20),
+        event("cudaStreamSynchronize", 90),
+        # the one that waits for the profile
+        event("cudaDeviceSynchronize", 120),
+        event(MARK, 5, on="CUDA", marked=True),
+        event("Optimizer.step", 15, on="CUDA"),
+        event("triton_fused", 130, on="CUDA"),
+        event("triton_fused", 140, on="CUDA"),
+        event("Memcpy DtoH (Device -> Pageable)", 150, on="CUDA"),
+    ]
+    assert counted(events) == {
+        "busy milliseconds": 0.009,
+        "launches": 3,
+        "synchronisations": 1,
+        "copies to the host": 1,
+        "kernels": {"triton_fused": 6.0, "Memcpy DtoH (Device -> Pageable)": 3.0},
+    }
+
+
+def kernel_case() -> dict[str, Any]:
     return {
         "microseconds": 120.5,
         "replayed_microseconds": 130.0,
@@ -208,7 +242,6 @@ def kernel_case(**changes: Any) -> dict[str, Any]:
         "times_the_op": {"definition": 4.5, "liger": 2.25},
         "peak_megabytes": 12.5,
         "kernels": {"_fwd_kernel": 100.0, "_bwd_kernel": 20.5},
-        **changes,
     }
 
 
@@ -227,7 +260,11 @@ def test_the_page_stands_by_itself(tmp_path: Path) -> None:
             "failures": {"tests/a.py::b[x]": "assert a | b"},
             "reasons": {},
         },
-        "kernel_times": {"cases": {"op x4": kernel_case()}},
+        "kernel_times": {
+            "copy_gigabytes_per_second": 2980.0,
+            "teraflops": 791.0,
+            "cases": {"op x4": kernel_case(), "op that failed": {}},
+        },
     }
     problems = {"tests": ["1 of the tests failed"]}
     for name, found in results.items():

@@ -4,6 +4,7 @@ Calls `run` of the module. What that notes is in the JSON at once, so it stays w
 ended.
 """
 
+import resource
 import sys
 import traceback
 from collections.abc import Callable
@@ -66,6 +67,8 @@ class Record:
 
 def main() -> None:
     module, path, device, *cases = sys.argv[1:]
+    # what is ended on timeout would leave all its memory in a file
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     import_module(module).run(Record(Path(path), device, cases))
 
 

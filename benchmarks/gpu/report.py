@@ -85,7 +85,9 @@ def _tests(found: Found) -> list[str]:
 
 def _kernels(found: Found) -> list[str]:
     rows = []
-    for name, case in found.get("cases", {}).items():
+    # what failed at once has no times
+    cases = {name: case for name, case in found.get("cases", {}).items() if case}
+    for name, case in cases.items():
         times = case["times_the_op"]
         rows.append(
             (
@@ -105,8 +107,9 @@ def _kernels(found: Found) -> list[str]:
         "## Kernels",
         "",
         "On the device: the sum of the call's kernels, inputs in no cache. The floor is what its "
-        "compulsory bytes and products take at the rates above, the share how much of it is "
-        "reached. Times say how many times as long another way takes on the device.",
+        f"compulsory bytes and products take at {found['copy_gigabytes_per_second']} GB/s and "
+        f"{found['teraflops']} Tflop/s, the share how much of it is reached. Times say how many "
+        "times as long another way takes on the device.",
         "",
         *table(head, rows),
         "",
@@ -114,7 +117,7 @@ def _kernels(found: Found) -> list[str]:
         "",
         *table(
             ("call", "us of its kernels"),
-            ((name, _longest(case["kernels"], 4)) for name, case in found.get("cases", {}).items()),
+            ((name, _longest(case["kernels"], 4)) for name, case in cases.items()),
         ),
     ]
 

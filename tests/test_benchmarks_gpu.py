@@ -160,8 +160,10 @@ def test_outcomes_of_tests_are_counted_also_of_a_run_that_was_ended(tmp_path: Pa
         {"test": "d", "outcome": "skipped", "seconds": 0.0, "said": "no time"},
     ]
     path = tmp_path / "tests.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"test": "half')
+    whole = "".join(json.dumps(line) + "\n" for line in [{"collected": 9}, *lines])
+    path.write_text(whole + '{"test": "half')
     found = tests.counted(path)
+    assert found["collected"] == 9
     assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 2)
     assert found["failures"] == {"b": "assert 1 == 2"}
     assert found["reasons"] == {"no time": 2}
@@ -254,6 +256,7 @@ def test_the_page_stands_by_itself(tmp_path: Path) -> None:
         },
         "tests": {
             "files": 2,
+            "collected": 9,
             "passed": 7,
             "failed": 1,
             "skipped": 0,
@@ -284,7 +287,7 @@ def test_the_page_stands_by_itself(tmp_path: Path) -> None:
         "# fastkd on NVIDIA H100 80GB HBM3",
         "torch 2.11, driver 5",
         "| tests | failed | 3 | 20 |",
-        "7 passed, 1 failed, 0 skipped, of 2 files.",
+        "7 passed, 1 failed, 0 skipped, of 9 in 2 files.",
         "| `tests/a.py::b[x]` | assert a \\| b |",
         "| op x4 | 120.5 | 130.0 | 60.2 | 50% | 900 | 4.5 |  | 2.25 | 12.5 |",
         "`_fwd_kernel` 100.0, `_bwd_kernel` 20.5",

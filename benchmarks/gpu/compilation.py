@@ -9,7 +9,9 @@ from functools import partial
 
 import torch
 
+from benchmarks.calls import MAKERS
 from benchmarks.device import CASES, Case, compiled_definition
+from benchmarks.gpu import small_calls
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.stages import STEPS, missing
 
@@ -17,8 +19,8 @@ MOST_PROCESSES = 14
 
 
 def run(record: Record) -> None:
-    """Each case once, its compiled definition, and a step of each shape; later stages find what
-    these leave."""
+    """Each case once, its compiled definition, a step of each shape, and what memcheck calls: later
+    stages find what these leave."""
     work = jobs(record)
     processes = min(MOST_PROCESSES, len(work), os.cpu_count() or 1)
     # inductor's own processes, of each of ours
@@ -57,7 +59,10 @@ def jobs(record: Record) -> dict[str, Callable[[], None]]:
             f"step of {shape.name}": partial(compile_kernels, shape, device)
             for shape in shapes_on(device)
         }
-    return made | {case.name: partial(compile_kernels_of, case, device) for case in wanted}
+    made |= {case.name: partial(compile_kernels_of, case, device) for case in wanted}
+    if not record.cases:
+        made |= {f"small {op}": partial(small_calls.call, op, device) for op in MAKERS}
+    return made
 
 
 def compile_kernels_of(case: Case, device: str) -> None:

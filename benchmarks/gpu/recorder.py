@@ -1,7 +1,7 @@
 """A pytest plugin that writes each outcome at once: `-p benchmarks.gpu.recorder`.
 
-One JSON line a test goes to the file that `FASTKD_OUTCOMES` names, so that what had run by then is
-known of tests that were ended.
+One JSON line with how many tests there are, then one a test, go to the file that `FASTKD_OUTCOMES`
+names, so that of tests that were ended it is known which had run by then.
 """
 
 import json
@@ -19,6 +19,20 @@ class Outcomes:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._collected = 0
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._count(len(session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
+        # each worker collects all of them
+        self._count(len(ids))
+
+    def _count(self, tests: int) -> None:
+        if tests != self._collected:
+            self._collected = tests
+            self._write({"collected": tests})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         # a fixture may fail or skip a test; what passes is its call
@@ -33,6 +47,9 @@ class Outcomes:
         line = {"test": test, "outcome": outcome, "seconds": round(seconds, 2), "said": ""}
         if outcome != "passed":
             line["said"] = said(report.longrepr)
+        self._write(line)
+
+    def _write(self, line: dict[str, Any]) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 

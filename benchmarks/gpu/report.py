@@ -73,7 +73,7 @@ def _compilation(found: Found) -> list[str]:
 
 def _tests(found: Found) -> list[str]:
     head = f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped"
-    lines = ["## Tests", "", f"{head}, of {found['files']} files."]
+    lines = ["## Tests", "", f"{head}, of {found['collected']} in {found['files']} files."]
     if found["failures"]:
         rows = ((f"`{test}`", cell(said)) for test, said in found["failures"].items())
         lines += ["", *table(("failed", "because"), rows)]

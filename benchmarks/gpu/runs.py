@@ -13,7 +13,6 @@ from typing import NamedTuple
 # the helpers of the tests, beside the inputs of the benchmarks
 import benchmarks.inputs  # noqa: F401
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.stages import read
 
 
 class Length(NamedTuple):
@@ -71,7 +70,6 @@ def found_in(recipe: Path, length: Length, device: str) -> dict[str, object]:
         "largest_difference": difference,
         "tolerance": TOLERANCE[device],
         "student": "loads, all weights finite",
-        "summary": read(recipe.parent / "whole" / "summary.json"),
     }
 
 

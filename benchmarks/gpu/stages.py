@@ -36,10 +36,10 @@ STEPS = Stage("steps", 0.12, _LOSSES)
 STAGES = (
     Stage("environment", 0.05),
     Stage("compilation", 0.18),
-    Stage("tests", 0.3, ("pytest",)),
+    Stage("tests", 0.42, ("pytest",)),
     Stage("kernel_times", 0.17),
     STEPS,
-    Stage("runs", 0.1, _RUNS),
+    Stage("runs", 0.12, _RUNS),
     Stage("memcheck", 0.08),
 )
 

@@ -93,10 +93,13 @@ def counted(outcomes: Path) -> dict[str, Any]:
         # the last one may be half written
         whole = outcomes.read_text().rpartition("\n")[0]
         lines = [json.loads(line) for line in whole.splitlines()]
+    collected = max((line["collected"] for line in lines if "collected" in line), default=0)
+    lines = [line for line in lines if "outcome" in line]
     counts = Counter(line["outcome"] for line in lines)
     skips = Counter(line["said"] for line in lines if line["outcome"] == "skipped")
     slowest = sorted(lines, key=lambda line: -line["seconds"])[:SHOWN]
     return {
+        "collected": collected,
         **{name: counts[name] for name in ("passed", "failed", "skipped")},
         "failures": {line["test"]: line["said"] for line in lines if line["outcome"] == "failed"},
         "reasons": dict(skips.most_common()),

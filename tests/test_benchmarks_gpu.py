@@ -53,9 +53,11 @@ def results_of(out: Path, *names: str) -> list[dict[str, Any]]:
 
 def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    cases = ["--case", "attention_score_mse llama", "--case", "hidden_mse bert"]
+    # a busy machine is no failure
+    options = ["--device", "cpu", "--budget", "1800"]
+    options += ["--case", "attention_score_mse llama", "--case", "hidden_mse bert"]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--out", out, "--device", "cpu", *cases],
+        [sys.executable, "-m", "benchmarks.gpu", "--out", out, *options],
         cwd=stages.ROOT,
         env=stages.environment("cpu"),
         capture_output=True,
@@ -99,12 +101,12 @@ def test_a_stage_that_fails_is_recorded_and_the_next_one_run(stage_of: Any, tmp_
 def test_a_stage_that_outruns_its_share_is_ended_with_all_that_it_started(
     stage_of: Any, tmp_path: Path
 ) -> None:
-    assert not run_stages([stage_of("hangs"), stage_of("works", 4.0)], tmp_path, "cpu", 10.0)
+    assert not run_stages([stage_of("hangs"), stage_of("works", 4.0)], tmp_path, "cpu", 20.0)
     hangs, works = results_of(tmp_path, "hangs", "works")
     assert (hangs["status"], works["status"]) == ("failed", "done")
-    assert hangs["limit_seconds"] == 2.0 and hangs["seconds"] < 8.0
+    assert hangs["limit_seconds"] == 4.0 and hangs["seconds"] < 12.0
     # where it was
-    assert "took longer than its 2 seconds" in hangs["problems"][0]
+    assert "took longer than its 4 seconds" in hangs["problems"][0]
     assert "in run" in hangs["problems"][0]
     child = hangs["found"]["child"]
     dead = not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"

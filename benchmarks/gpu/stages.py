@@ -35,7 +35,7 @@ _RUNS = (*_LOSSES, "datasets", "deepspeed", "huggingface_hub", "rich", "tokenize
 STEPS = Stage("steps", 0.12, _LOSSES)
 STAGES = (
     Stage("environment", 0.05),
-    Stage("compilation", 0.18),
+    Stage("compilation", 0.22),
     Stage("tests", 0.42, ("pytest",)),
     Stage("kernel_times", 0.17),
     STEPS,

@@ -17,6 +17,7 @@ QUICK = ("bert-base-to-tinybert-4", "minilm-6-to-3")
 # sum of which columns: the student's width, the teacher's, rows
 SUMMED = {"_fwd_kernel": "width", "_bwd_dx_kernel": "teacher_width"}
 NAMES = {
+    "_bwd_db_kernel": "sums",
     "_fwd_kernel": "residuals",
     "_bwd_dx_kernel": "input_gradient",
     "_bwd_dw_kernel": "weight_gradient",
@@ -33,10 +34,11 @@ def calls(work: HiddenWorkload, dtype: torch.dtype, count: int) -> Iterator[Call
     weight = [meta(target, own, dtype=dtype)] if own != target else []
     bias = [meta(target, dtype=dtype)] if own != target else []
     mask = meta(work.batch, work.tokens, dtype=torch.bool)
+    factor = meta(dtype=torch.float32)
 
     def run(normalize: bool) -> None:
         triton_path.hidden_forward(
-            student, teacher, weight, bias, mask, normalize, True, bool(weight), torch.float32
+            student, teacher, weight, bias, mask, factor, normalize, True, bool(weight)
         )
 
     yield Call("mse", lambda: run(False))
@@ -47,6 +49,9 @@ def seen(launch: Launch, work: HiddenWorkload, dtype: torch.dtype, count: int) -
     """Read through the table: the chunk's rows, and the weight once."""
     given, name = launch.arguments, launch.kernel_name
     own, target = work.widths
+    if name == "_bwd_db_kernel":
+        # the residual is read as an argument; its loop is unrolled
+        return Seen(NAMES[name], (), 0, loads=_loads(given, name, dtype))
     last, first = given["last"], given["first"]
     loops: tuple[Loop, ...] = ()
     if name == "_bwd_dw_kernel":
@@ -72,6 +77,10 @@ def _loads(given: dict[str, Any], name: str, dtype: torch.dtype) -> tuple[tuple[
         step = given["BLOCK_SUM"] * size
         tiles = (("BLOCK_ROW", "ALIGN"), ("BLOCK_COLUMN", "WEIGHT_ALIGN"))
         return tuple((given[block] * step, min(16, given[align] * size)) for block, align in tiles)
+    if name == "_bwd_db_kernel":
+        size = given["residual"].itemsize
+        tile = given["BLOCK_ROW"] * given["BLOCK_COLUMN"] * size * given["STEPS"]
+        return ((tile, min(16, given["ALIGN"] * size)),)
     if name in ("_fwd_kernel", "_unit_fwd_kernel"):
         tile = given["BLOCK_ROW"] * given["BLOCK_COLUMN"] * size
         return ((tile, min(16, given["TEACHER_ALIGN"] * size)),)

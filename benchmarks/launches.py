@@ -47,14 +47,14 @@ def pairs_of(work: Any) -> int:
 
 
 @cache
-def recorded_calls(op: str, work: Any, dtype: torch.dtype, on: str) -> Calls:
+def recorded_calls(op: str, work: Any, dtype: torch.dtype, target: tuple[str, int | str]) -> Calls:
     """Jobs of all calls, equal ones of a call together."""
     work = on_chip(work)
     count = pairs_of(work)
     jobs: list[Job] = []
     products = {}
     for call in OPS[op].calls(work, dtype, count):
-        with recorded(on) as made:
+        with recorded(target) as made:
             call.run()
         found: dict[str, Job] = {}
         names: Counter[str] = Counter()
@@ -80,5 +80,5 @@ def _job(op: str, launch: Launch, work: Any, dtype: torch.dtype, count: int) -> 
     return Job(seen.name, launch.kernel, launch.arguments, launch.options, seen.loads, (run,))
 
 
-def jobs_of(op: str, work: Any, dtype: torch.dtype, on: str) -> Iterator[Job]:
-    yield from recorded_calls(op, work, dtype, on).jobs
+def jobs_of(op: str, work: Any, dtype: torch.dtype, target: tuple[str, int | str]) -> Iterator[Job]:
+    yield from recorded_calls(op, work, dtype, target).jobs

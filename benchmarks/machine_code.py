@@ -194,7 +194,7 @@ def wanted(ops: Iterable[str], *, everything: bool) -> Iterator[Wanted]:
     for (turn, target), dtype, op in itertools.product(enumerate(TARGETS), DTYPES, ops):
         named = {work.name: work for work in OPS[op].WORKLOADS}
         jobs = {
-            name: list(jobs_of(op, named[name], dtype, str(target[0])))
+            name: list(jobs_of(op, named[name], dtype, target))
             for name in (named if everything else OPS[op].QUICK)
         }
         if not everything:

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from fastkd_kernels.attention_score_mse import triton_path as score_path
 from fastkd_kernels.common import library_products
+from fastkd_kernels.common.launch import SHARED_MEMORY
 from fastkd_kernels.common.quick_launch import Quick
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
@@ -47,8 +49,8 @@ class Product(NamedTuple):
 
 
 @contextmanager
-def recorded(on: str) -> Iterator[list[Launch | Product]]:
-    """What is launched inside, in order, on back end `on` ("cuda" or "hip")."""
+def recorded(target: tuple[str, int | str]) -> Iterator[list[Launch | Product]]:
+    """What is launched inside, in order, on a back end ("cuda" or "hip") and architecture."""
     made: list[Launch | Product] = []
 
     def run(self: Any, *positional: Any, grid: Any, warmup: bool, **named: Any) -> None:
@@ -76,7 +78,11 @@ def recorded(on: str) -> Iterator[list[Launch | Product]]:
         stack.enter_context(straight)
         stack.enter_context(patch.object(library_products, "takes", takes))
         stack.enter_context(patch.object(library_products, "multiply", multiply))
-        stack.enter_context(patch.object(torch.version, "hip", "any" if on == "hip" else None))
+        stack.enter_context(
+            patch.object(torch.version, "hip", "any" if target[0] == "hip" else None)
+        )
+        limit = SHARED_MEMORY[target]
+        stack.enter_context(patch.object(score_path, "shared_memory", lambda: limit))
         yield made
 
 

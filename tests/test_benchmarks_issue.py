@@ -139,7 +139,7 @@ def test_arguments_that_the_launcher_compiles_for() -> None:
 
 def test_launches_are_recorded_on_tensors_without_memory() -> None:
     work = AttentionWorkload("small", 2, 2, 3, (3, 3), 100, (26, 64))
-    calls = recorded_calls("attention_divergence", work, torch.bfloat16, "cuda")
+    calls = recorded_calls("attention_divergence", work, torch.bfloat16, ("cuda", 90))
     assert calls.pairs == 4
     forward, query, key = (job for job in calls.jobs if job.kind == "kl")
     assert [job.name for job in (forward, query, key)] == ["kl forward", "kl query", "kl key"]
@@ -162,7 +162,7 @@ def test_arguments_that_stand_in_are_counted_once() -> None:
 def test_products_of_the_library_are_recorded() -> None:
     from fastkd_kernels.common import library_products
 
-    with recorded("cuda") as made:
+    with recorded(("cuda", 90)) as made:
         left, right = meta(4, 3, dtype=torch.bfloat16), meta(3, 5, dtype=torch.bfloat16)
         assert library_products.takes(left, right)
         library_products.multiply(left, right, meta(4, 5, dtype=torch.float32), add=True)
@@ -195,7 +195,7 @@ def test_every_launch_has_loops_that_its_module_knows() -> None:
     for op, module in OPS.items():
         for work in module.WORKLOADS:
             for dtype in (torch.bfloat16, torch.float32) if work.name in module.QUICK else ():
-                for job in recorded_calls(op, work, dtype, "cuda").jobs:
+                for job in recorded_calls(op, work, dtype, ("cuda", 90)).jobs:
                     assert job.runs, job.name
                     for run in job.runs:
                         assert run.programs > 0, job.name
@@ -229,7 +229,7 @@ with patch.object(jit.JITFunction, "_do_compile", stopped), patch.object(jit, "d
         for work in module.WORKLOADS:
             if work.name not in module.QUICK:
                 continue
-            for job in recorded_calls(op, work, torch.bfloat16, "cuda").jobs:
+            for job in recorded_calls(op, work, torch.bfloat16, ("cuda", 90)).jobs:
                 made = []
                 job.kernel.run(grid=(1,), warmup=True, **job.arguments, **job.options)
                 source, options = as_launched(job, ("cuda", 90))

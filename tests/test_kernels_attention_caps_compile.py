@@ -29,12 +29,12 @@ def show(job, target):
 
 for turn, target in enumerate(TARGETS):
     for dtype in (torch.bfloat16, torch.float32) if turn == 1 else (torch.bfloat16,):
-        for job in jobs_of("attention_divergence", CAPPED, dtype, target[0]):
+        for job in jobs_of("attention_divergence", CAPPED, dtype, target):
             if job.kind == ("kl", "js")[turn % 2]:
                 show(job, target)
 FORMS["both"] = {"capped", "sunk"}
 both = CAPPED._replace(name="both", dims=(128, 256))
-for job in jobs_of("attention_divergence", both, torch.bfloat16, "cuda"):
+for job in jobs_of("attention_divergence", both, torch.bfloat16, ("cuda", 90)):
     if job.name == "kl query":
         show(job, ("cuda", 80))
 """

@@ -90,7 +90,7 @@ def job_of(row: dict[str, Any]) -> Job:
     """The job that a row was compiled from."""
     (work,) = (work for work in OPS[row["op"]].WORKLOADS if work.name == row["workload"])
     dtype = getattr(torch, row["dtype"])
-    calls = recorded_calls(row["op"], work, dtype, row["target"][0])
+    calls = recorded_calls(row["op"], work, dtype, tuple(row["target"]))
     (job,) = (job for job in calls.jobs if job.name == row["kernel"])
     assert job.digest() == row["launch"]
     return job

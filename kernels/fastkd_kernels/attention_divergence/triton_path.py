@@ -243,9 +243,7 @@ def _long(
     # kinds without a constant get their values where their slopes are made
     late = need_grad and row_stats(kind) == 4
     programs = {
-        kernel: cdiv(sizes["tokens"], launches[kernel].block(block))
-        * sizes["batch"]
-        * sizes[heads]
+        kernel: cdiv(sizes["tokens"], launches[kernel].block(block)) * sizes["batch"] * sizes[heads]
         for kernel, block, heads in (
             ("rows", "BLOCK_QUERY", "heads"),
             ("dq", "BLOCK_QUERY", "heads"),

@@ -19,6 +19,7 @@ from ..common.launch import (
     platform,
     power_of_two,
     product_dtype,
+    shared_memory,
 )
 from ..common.quick_launch import Quick
 from ..common.rescale import stacked_gradient, tokens_first, waiting_dtype
@@ -78,19 +79,27 @@ def takes_short(
 
 
 def short_launch(
-    tokens: int, dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
+    tokens: int,
+    dims: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    shared: int,
+    on: str = "cuda",
 ) -> Launch:
-    """Blocks of the short kernel: all keys, and as many query rows as 8 warps hold."""
+    """Blocks of the short kernel: all keys and query rows, loaded as far ahead as `shared` bytes
+    hold."""
     block = power_of_two(tokens)
+    widths = [power_of_two(dim) for dim in dims]
     constants: dict[str, int | str] = {
         "BLOCK_QUERY": block,
         "BLOCK_KEY": block,
-        "BLOCK_DIM": power_of_two(dims[0]),
-        "BLOCK_TEACHER_DIM": power_of_two(dims[1]),
+        "BLOCK_DIM": widths[0],
+        "BLOCK_TEACHER_DIM": widths[1],
         "SCORE_PRECISION": dot_precision(True, on),
         "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
     }
-    return Launch(constants, num_warps=8 if block > 64 else 4, num_stages=2)
+    stage, scores = 2 * block * sum(widths) * 2, block * block * 2
+    stages = 3 if 3 * stage + scores <= shared else 2
+    return Launch(constants, num_warps=8 if block > 64 else 4, num_stages=stages)
 
 
 def causal_chunk(dims: tuple[int, int]) -> int:
@@ -180,7 +189,7 @@ def _short(
     program_heads = heads_of_program(sizes["heads"], sizes["kv_heads"], sizes["batch"] * call.count)
     programs = sizes["batch"] * sizes["heads"] // program_heads
     partials = call.new(call.count, programs)
-    launch = short_launch(sizes["tokens"], call.dims, call.dtypes, platform())
+    launch = short_launch(sizes["tokens"], call.dims, call.dtypes, shared_memory(), platform())
     Quick(_short_kernel)[(programs, call.count)](
         call.table,
         call.scales,

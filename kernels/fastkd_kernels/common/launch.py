@@ -6,6 +6,7 @@ gfx942, hardly any with a register spill, and `tests/test_kernels_compile.py` ho
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -47,6 +48,16 @@ def triton_interprets() -> bool:
 
 def platform() -> str:
     return "hip" if torch.version.hip else "cuda"
+
+
+@cache
+def shared_memory() -> int:
+    """Bytes that one program may use on the first GPU; without one, what every CUDA target has."""
+    if not torch.cuda.is_available():
+        return SHARED_MEMORY["cuda", 80]
+    from triton.runtime import driver
+
+    return int(driver.active.utils.get_device_properties(0)["max_shared_mem"])
 
 
 def cdiv(size: int, block: int) -> int:

@@ -34,7 +34,7 @@ def stacked_gradient(pairs: int, like: Tensor, dtype: torch.dtype) -> Tensor:
 def rescaled(
     first: Tensor, second: Tensor, factor: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Two stacks `[pairs, ...]`, dense, times `factor` `[pairs]`, in `dtype`; by Triton."""
+    """Two stacks `[pairs, ...]`, dense or empty, times `factor` `[pairs]`, in `dtype`: Triton."""
     if torch.is_grad_enabled() and factor.requires_grad:
         return scaled(first, factor, dtype), scaled(second, factor, dtype)
     made: tuple[Tensor, Tensor] = _registered(first, second, factor, dtype)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..checks import check_hidden, check_reduction
 from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled
 from ..common.remembered import remembered
+from ..common.rescale import rescaled, waiting_dtype
 from ..types import Backend, Reduction, Tokens
 from . import torch_path
 
@@ -215,27 +216,21 @@ def _forward(
     need_weight_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Losses `[pairs]`, unit gradients of student, weight and bias, and row gradients.
+    """Losses `[pairs]`, gradients of student, weight and bias by pair, and row gradients.
 
-    `normalize` compares rows divided by their norms.
+    PyTorch's are unit gradients, Triton's those of the losses. `normalize` compares rows divided by
+    their norms.
     """
-    if backend == "torch":
-        forward = torch_path.hidden_forward
-    else:
-        # imported by the first call that needs Triton
-        from .triton_path import hidden_forward as forward
+    tensors = (student, teacher, weight, bias, mask)
+    wanted = (normalize, need_input_grad, need_weight_grad)
     with _exact_products(inverse_count):
-        squares, *grads = forward(
-            student,
-            teacher,
-            weight,
-            bias,
-            mask,
-            normalize,
-            need_input_grad,
-            need_weight_grad,
-            inverse_count.dtype,
-        )
+        if backend == "torch":
+            squares, *grads = torch_path.hidden_forward(*tensors, *wanted, inverse_count.dtype)
+        else:
+            # imported by the first call that needs Triton
+            from .triton_path import hidden_forward
+
+            squares, *grads = hidden_forward(*tensors, 2.0 * inverse_count, *wanted)
     return squares * inverse_count, grads[0], grads[1], grads[2], grads[3]
 
 
@@ -245,9 +240,11 @@ def _fake(given: Named) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     keeps = _keeps_rows(student[0], len(weight), given.need_weight_grad, given.backend)
     batch, tokens, teacher_width = given.teacher[0].shape
     wants_weight = given.need_weight_grad and bool(weight) and not keeps
+    waiting = None if given.backend == "torch" else waiting_dtype(student[0].dtype)
+    of_student = (pairs, *student[0].shape) if given.need_input_grad and not keeps else (0,)
     return (
         new(pairs),
-        new((pairs, *student[0].shape) if given.need_input_grad and not keeps else (0,)),
+        new(of_student, dtype=waiting),
         new((pairs, *weight[0].shape) if wants_weight else (0,)),
         new((pairs, *bias[0].shape) if wants_weight and bias else (0,)),
         new((pairs, batch * tokens, teacher_width) if keeps else (0,)),
@@ -287,7 +284,7 @@ def _keep(given: Named, made: tuple[Tensor, ...]) -> dict[str, Any]:
     """Row gradients and what they are multiplied with, or unit gradients."""
     groups = (given.student, given.weight, given.bias)
     kept: dict[str, Any] = {
-        "inverse_count": given.inverse_count,
+        "inverse_count": given.inverse_count if given.backend == "torch" else None,
         "counts": [len(group) for group in groups],
         "dtypes": [group[0].dtype if group else None for group in groups],
     }
@@ -298,7 +295,7 @@ def _keep(given: Named, made: tuple[Tensor, ...]) -> dict[str, Any]:
 
 
 def _gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
-    factor = 2.0 * kept.inverse_count * upstream
+    factor = upstream if kept.inverse_count is None else 2.0 * kept.inverse_count * upstream
     if kept.row_grad is not None:
         stacked = _rows_backward(
             kept.row_grad,
@@ -311,7 +308,7 @@ def _gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
         )
     else:
         stacked = [
-            _applied(unit, factor, dtype, count)
+            _applied(unit, factor, dtype, count, kept.inverse_count is None)
             for unit, dtype, count in zip(kept.units, kept.dtypes, kept.counts, strict=True)
         ]
     return {
@@ -325,10 +322,14 @@ def _gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
 _rows = register("hidden_rows", _forward, _fake, _keep, _gradient)
 
 
-def _applied(unit: Tensor, factor: Tensor, dtype: torch.dtype, count: int) -> Tensor:
-    """Unit gradients by pair times `factor` `[pairs]`; their sum where `count` is 1."""
+def _applied(
+    unit: Tensor, factor: Tensor, dtype: torch.dtype, count: int, by_triton: bool
+) -> Tensor:
+    """Gradients by pair times `factor` `[pairs]`; their sum where `count` is 1."""
     if unit.numel() == 0:
         return unit
+    if count == factor.numel() and by_triton:
+        return rescaled(unit, unit.new_empty(0), factor, dtype)[0]
     if count == factor.numel():
         return scaled(unit, factor, dtype)
     with _exact_products(unit):

@@ -7,6 +7,7 @@ cost by the number of column blocks.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ from .triton_kernels import _bwd_dw_kernel, _bwd_dx_kernel, _fwd_kernel, _unit_f
 WORKSPACE_BYTES = 32 << 20
 
 
-def hidden_launch(dtypes: Sequence[torch.dtype], on: str = "cuda") -> Launch:
+@cache
+def hidden_launch(dtypes: tuple[torch.dtype, ...], on: str = "cuda") -> Launch:
     """Blocks of the three hidden-state products: rows, columns, and the summed dimension."""
     half = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
     constants: dict[str, int | str] = {
@@ -44,6 +46,7 @@ def hidden_launch(dtypes: Sequence[torch.dtype], on: str = "cuda") -> Launch:
     return Launch(constants, num_warps=8, num_stages=3 if half else 2)
 
 
+@cache
 def unit_launch(teacher_width: int) -> Launch:
     """Blocks of `_unit_fwd_kernel`: a few whole rows, so that each value is read once."""
     columns = power_of_two(teacher_width)
@@ -115,19 +118,20 @@ def hidden_forward(
     weight_grad = new(*((pairs, teacher_width, width) if wants_weight else (0,)))
     bias_grad = new(*((pairs, teacher_width) if wants_weight and bias else (0,)))
     teacher_blocks = cdiv(teacher_width, block_column)
-    partials = new(pairs, cdiv(rows, block_row) * teacher_blocks)
     unit = unit_launch(teacher_width)
     unit_rows = int(unit.constants["BLOCK_ROW"])
-    if normalize:
-        partials = new(pairs, cdiv(rows, unit_rows))
+    programs = cdiv(rows, unit_rows) if normalize else cdiv(rows, block_row) * teacher_blocks
+    partials = new(pairs, programs)
     store = need_input_grad or wants_weight
-    chunk, residual, projected = rows, input_grad, new(0)
+    # without a norm, no kernel reads projected rows
+    chunk, residual, projected = rows, input_grad, partials
     if weight and (store or normalize):
         # without a projection the residual is the student's gradient
         value_bytes = store * kept.itemsize + normalize * dtype.itemsize
         chunk = hidden_chunk(rows, pairs * teacher_width * value_bytes, block_row)
         residual = new(*((pairs, chunk, teacher_width) if store else (0,)), of=kept)
-        projected = new(*((pairs, chunk, teacher_width) if normalize else (0,)))
+        if normalize:
+            projected = new(pairs, chunk, teacher_width)
     valid = _bytes(mask, student[0].device)
     aligns = dict(zip(("ALIGN", "TEACHER_ALIGN", "WEIGHT_ALIGN"), alignments, strict=False))
     # both gradients of a projection, from the residual

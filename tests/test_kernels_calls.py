@@ -18,7 +18,7 @@ from fastkd_kernels import (
     hidden_mse,
     logits_divergence,
 )
-from fastkd_kernels.common import autograd, remembered, tensor_table
+from fastkd_kernels.common import autograd, quick_launch, remembered, tensor_table
 from kernel_cases import attention_states, hidden_case, leaves_of, masks
 from logits_cases import logits_case
 from torch import Tensor
@@ -238,6 +238,60 @@ def test_every_op_asks_for_its_gpu(mode: Any, monkeypatch: Any) -> None:
         with mode(display=False):
             step(masks(BATCH, TOKENS).to(DEVICE))
     assert asked == ["_divergence", "_rescaled"]
+
+
+class Compiled:
+    def __init__(self, launches: list[Any]) -> None:
+        self.launches = launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *given: self.launches.append((grid, given))
+
+
+class Kernel:
+    """In the place of Triton's: what it compiles for, and the launches of what it compiled."""
+
+    arg_names = ("left", "right", "size", "BLOCK", "FLAG")
+
+    def __init__(self) -> None:
+        self.compiled: list[Any] = []
+        self.launches: list[Any] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*given: Any, **rest: Any) -> Compiled:
+            self.compiled.append((grid, given, rest))
+            return Compiled(self.launches)
+
+        return launch
+
+
+def test_a_launch_of_the_same_kind_finds_its_compiled_kernel(monkeypatch: Any) -> None:
+    active = SimpleNamespace(get_current_device=lambda: 0)
+    runtime = SimpleNamespace(driver=SimpleNamespace(active=active))
+    fake = SimpleNamespace(JITFunction=Kernel, runtime=runtime)
+    monkeypatch.setattr(quick_launch, "triton", fake)
+    monkeypatch.setattr(torch.version, "hip", None)
+    kernel, (left, right) = Kernel(), torch.zeros(2, 16).double()
+    options: dict[str, Any] = {"FLAG": True, "size": 3, "BLOCK": 16, "num_warps": 4}
+    quick = quick_launch.Quick(kernel)
+    quick[(2, 3)](left, right, **options)
+    assert len(kernel.compiled) == 1 and not kernel.launches
+    # other tensors and another grid, in the order of the parameters
+    quick[(5,)](right, left, **options)
+    assert len(kernel.compiled) == 1
+    ((grid, given),) = kernel.launches
+    assert grid == (5, 1, 1)
+    assert given[0] is right and given[1] is left and given[2:] == (3, 16, True)
+    others = [{**options, "size": 4}, {**options, "FLAG": False}, {**options, "num_warps": 8}]
+    for changed in others:
+        quick[(5,)](right, left, **changed)
+    quick[(5,)](right[1:], left, **options)
+    quick[(5,)](right.float(), left, **options)
+    active.get_current_device = lambda: 1
+    quick[(5,)](right, left, **options)
+    assert len(kernel.compiled) == 7 and len(kernel.launches) == 1
+    # what is no kernel of Triton's, such as the interpreter's, launches as ever
+    assert quick_launch.Quick({(1,): len})[(1,)]([0, 0]) == 2
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -223,10 +223,9 @@ def _entry_count(
     if key_mask is None and query_mask is None:
         return batch * heads * (tokens * (tokens + 1) // 2 if causal else tokens * tokens)
     if not causal:
-        masks = (query_mask, key_mask)
-        counts: list[Any] = [tokens if mask is None else mask.sum(1) for mask in masks]
-        entries: Tensor = heads * (counts[0] * counts[1]).sum()
-        return entries
+        counts = [mask.sum(1) for mask in (query_mask, key_mask) if mask is not None]
+        rows = counts[0] * (tokens if len(counts) == 1 else counts[1])
+        return heads * rows.sum()
     every = torch.ones(batch, tokens, dtype=torch.int64, device=query.device)
     rows = every if query_mask is None else query_mask.long()
     keys = every if key_mask is None else key_mask.long()

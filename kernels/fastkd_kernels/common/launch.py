@@ -4,7 +4,6 @@ Blocks for half precision were timed on an H100; every kernel compiles for sm_80
 gfx942, hardly any with a register spill, and `tests/test_kernels_compile.py` holds them to it.
 """
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -99,17 +98,16 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 def alignment(tensors: Sequence[Tensor]) -> int:
     """Elements, up to 16 bytes of them, that divide start and length of every row.
 
-    The tensors share their dtype; of each, neighbours in the last dimension lie next to each other.
+    The tensors share shape and dtype; neighbours in the last dimension lie next to each other.
     """
-    size = tensors[0].element_size()
-    values = [16 // size]
+    shape, size = tensors[0].shape, tensors[0].element_size()
+    # the lowest bit that is set in any of these is the largest power of two that divides them all
+    bits = 16 // size | shape[-1]
     for tensor in tensors:
-        shape = tensor.shape
-        values += (tensor.data_ptr() // size, shape[-1])
-        # where there is one row, its stride says nothing
-        values += [
-            stride
-            for stride, count in zip(tensor.stride()[:-1], shape[:-1], strict=True)
-            if count > 1
-        ]
-    return math.gcd(*values)
+        bits |= tensor.data_ptr() // size
+    for strides in {tensor.stride() for tensor in tensors}:
+        for stride, count in zip(strides[:-1], shape[:-1], strict=True):
+            # where there is one row, its stride says nothing
+            if count > 1:
+                bits |= stride
+    return bits & -bits

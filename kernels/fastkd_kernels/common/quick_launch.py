@@ -7,7 +7,7 @@ as Triton's tutorial of fused softmax does.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,8 +15,17 @@ from torch import Tensor
 
 from .remembered import Recent
 
-# kernels: a compiled one, and the names of its parameters that follow those given by position
-_compiled: Recent[tuple[Any, tuple[str, ...]]] = Recent()
+
+class _Compiled(NamedTuple):
+    """A compiled kernel, its parameters behind those given by position, and what it is of."""
+
+    compiled: Any
+    names: tuple[str, ...]
+    # kept, so that no other kernel gets its place in memory, by which it is known
+    kernel: Any
+
+
+_compiled: Recent[_Compiled] = Recent()
 
 
 class Quick:
@@ -33,7 +42,7 @@ class Quick:
             return launch
 
         def launched(*given: Any, **rest: Any) -> None:
-            key = [kernel, triton.runtime.driver.active.get_current_device(), tuple(rest)]
+            key = [id(kernel), triton.runtime.driver.active.get_current_device(), tuple(rest)]
             for value in (*given, *rest.values()):
                 if isinstance(value, Tensor):
                     key += (value.dtype, value.data_ptr() % 16 == 0)
@@ -43,9 +52,12 @@ class Quick:
             found = _compiled.get(told)
             if found is None:
                 made = kernel[grid](*given, **rest)
-                _compiled.put(told, (made, tuple(kernel.arg_names[len(given) :])))
+                if made is not None:
+                    _compiled.put(
+                        told, _Compiled(made, tuple(kernel.arg_names[len(given) :]), kernel)
+                    )
                 return
-            compiled, names = found
-            compiled[(*grid, 1, 1)[:3]](*given, *[rest[name] for name in names])
+            rest_in_order = [rest[name] for name in found.names]
+            found.compiled[(*grid, 1, 1)[:3]](*given, *rest_in_order)
 
         return launched

@@ -100,11 +100,17 @@ def keeps(device: torch.device) -> bool:
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
+# what Triton asks for the stream that it launches on
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
 def place(device: torch.device) -> Hashable:
     """A device and its current stream, on which whatever was made there is ready."""
     if device.type != "cuda":
         return device
-    return device, torch.cuda.current_stream(device).cuda_stream
+    if _raw_stream is None:
+        return device, torch.cuda.current_stream(device).cuda_stream
+    return device, _raw_stream(device.index)
 
 
 class _Made(NamedTuple):

@@ -8,6 +8,7 @@ cost by the number of column blocks.
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +40,9 @@ from .triton_kernels import (
 WORKSPACE_BYTES = 64 << 20
 
 
+@cache
 def hidden_launch(
-    dtypes: Sequence[torch.dtype], on: str = "cuda", *, projects: bool = True
+    dtypes: tuple[torch.dtype, ...], on: str = "cuda", *, projects: bool = True
 ) -> Launch:
     """Blocks of the three hidden-state products: rows, columns, and the summed dimension.
 
@@ -58,12 +60,14 @@ def hidden_launch(
     return Launch(constants, num_warps=8, num_stages=3 if half else 2)
 
 
+@cache
 def sum_launch() -> Launch:
     """Blocks of `_bwd_db_kernel`."""
     constants: dict[str, int | str] = {"BLOCK_ROW": 32, "BLOCK_COLUMN": 128, "STEPS": 8}
     return Launch(constants, num_warps=4, num_stages=1)
 
 
+@cache
 def unit_launch(teacher_width: int) -> Launch:
     """Blocks of `_unit_fwd_kernel`: a few whole rows, so that each value is read once."""
     columns = power_of_two(teacher_width)
@@ -137,19 +141,20 @@ def hidden_forward(
     weight_grad = new(*((pairs, teacher_width, width) if wants_weight else (0,)))
     bias_grad = new(*((pairs, teacher_width) if wants_weight and bias else (0,)))
     teacher_blocks = cdiv(teacher_width, block_column)
-    partials = new(pairs, cdiv(rows, block_row) * teacher_blocks)
     unit = unit_launch(teacher_width)
     unit_rows = int(unit.constants["BLOCK_ROW"])
-    if normalize:
-        partials = new(pairs, cdiv(rows, unit_rows))
+    programs = cdiv(rows, unit_rows) if normalize else cdiv(rows, block_row) * teacher_blocks
+    partials = new(pairs, programs)
     store = need_input_grad or wants_weight
-    chunk, residual, projected = rows, input_grad, new(0)
+    # without a norm, no kernel reads projected rows
+    chunk, residual, projected = rows, input_grad, partials
     if weight and (store or normalize):
         # without a projection the residual is the student's gradient
         value_bytes = store * kept.itemsize + normalize * dtype.itemsize
         chunk = hidden_chunk(rows, pairs * teacher_width * value_bytes, block_row)
         residual = new(*((pairs, chunk, teacher_width) if store else (0,)), of=kept)
-        projected = new(*((pairs, chunk, teacher_width) if normalize else (0,)))
+        if normalize:
+            projected = new(pairs, chunk, teacher_width)
     valid = _bytes(mask, student[0].device)
     aligns = dict(zip(("ALIGN", "TEACHER_ALIGN", "WEIGHT_ALIGN"), alignments, strict=False))
     # both gradients of a projection, from the residual

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo check test lint format benchmark families soak clean
+.PHONY: setup demo check test lint format benchmark gpu families soak clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +35,11 @@ format: setup
 
 benchmark: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-enable
+
+# everything that needs a GPU, in eight minutes and one page; without one: GPU_DEVICE=cpu
+GPU_DEVICE ?= cuda
+gpu: setup
+	$(BIN)/python -m benchmarks.gpu --out gpu-results --budget 480 --device $(GPU_DEVICE)
 
 # every family of transformers through fastkd, about ten minutes
 families: setup

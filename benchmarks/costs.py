@@ -1,16 +1,24 @@
-"""What each op has to do at least: bytes to move and matrix products to make. Pure functions.
+"""What each op has to do at least: bytes, matrix products and exponentials. Pure functions.
 
 Bytes are compulsory: every input read once, every gradient written once, forward and backward
 together; masks, tables and partial sums are left out. Operations are those of the matrix products
 of the algorithm that Triton runs, two a multiply-add, recomputed products included, blocks beyond a
 causal diagonal not. One call covers `pairs` layer pairs.
+
+Exponentials are two a score or logit, one for either softmax: loss and gradient of every kind need
+both probabilities of each outcome, and a row that stays in registers from loss to gradient makes
+them once (an indexer has one softmax for all heads of its teacher). The kernels, which stream, make
+them again in each backward launch, and more to rescale running sums; that is theirs to save.
+Logarithms (mixtures) have good polynomials and are not counted. So have exponentials: what runs
+them on plain arithmetic could pass this part of the floor, and would have its instructions counted
+instead.
 """
 
 from typing import NamedTuple
 
 import torch
 from fastkd_kernels.attention_score_mse.op import choose_algorithm
-from fastkd_kernels.attention_score_mse.triton_path import causal_chunk, tile_launch
+from fastkd_kernels.attention_score_mse.triton_path import causal_chunk, takes_short
 
 from benchmarks.workloads import (
     AttentionWorkload,
@@ -21,13 +29,25 @@ from benchmarks.workloads import (
 
 
 class Cost(NamedTuple):
-    """Compulsory bytes, and operations of the matrix products."""
+    """Compulsory bytes, operations of the matrix products, exponentials of the softmaxes."""
 
     bytes: int
     flops: int
+    exponentials: int = 0
 
     def times(self, count: int) -> "Cost":
-        return Cost(self.bytes * count, self.flops * count)
+        return Cost(*(count * part for part in self))
+
+
+# exponentials of one score or logit: of the student's and of the teacher's softmax
+SOFTMAXES = 2
+# kinds that compare what goes into a softmax
+WITHOUT_SOFTMAX = {"logits_divergence": ("mse",)}
+
+
+def of_kind(cost: Cost, op: str, kind: str) -> Cost:
+    """The cost of one kind of loss of an op; plain costs are of those with softmaxes."""
+    return cost._replace(exponentials=0) if kind in WITHOUT_SOFTMAX.get(op, ()) else cost
 
 
 def entries(work: AttentionWorkload, chunk: int | None = None) -> int:
@@ -41,6 +61,13 @@ def entries(work: AttentionWorkload, chunk: int | None = None) -> int:
 
 def _triangle(size: int) -> int:
     return size * (size + 1) // 2
+
+
+def attention_inputs(work: AttentionWorkload, dtype: torch.dtype) -> int:
+    """Queries and keys of both models, once."""
+    rows = work.batch * work.tokens
+    sides = ((work.heads + kv) * dim for kv, dim in zip(work.kv_heads, work.dims, strict=True))
+    return rows * sum(sides) * dtype.itemsize
 
 
 def attention_bytes(work: AttentionWorkload, dtype: torch.dtype) -> int:
@@ -65,9 +92,8 @@ def attention_score_mse(work: AttentionWorkload, pairs: int, dtype: torch.dtype)
 
 
 def score_mse_tiles(work: AttentionWorkload, dtype: torch.dtype, chunk: int) -> int:
-    """Both score matrices, `D K_s` and `D^T Q_s`; the scores twice where one block is too small."""
-    block = tile_launch(work.tokens, work.dims, (dtype, dtype)).constants["BLOCK_KEY"]
-    sweeps = 1 if work.tokens <= int(block) else 2
+    """Both score matrices, `D K_s` and `D^T Q_s`; the scores twice where keys fill many blocks."""
+    sweeps = 1 if takes_short(work.tokens, work.dims, (dtype, dtype)) else 2
     return 2 * entries(work, chunk) * (sweeps * sum(work.dims) + 2 * work.dims[0])
 
 
@@ -84,14 +110,16 @@ def attention_divergence(work: AttentionWorkload, pairs: int, dtype: torch.dtype
     """Both scores forward; again for queries' and for keys' gradients, and a product for each."""
     own, target = work.dims
     flops = 2 * entries(work) * (3 * (own + target) + 2 * own)
-    return Cost(attention_bytes(work, dtype), flops).times(pairs)
+    return Cost(attention_bytes(work, dtype), flops, SOFTMAXES * entries(work)).times(pairs)
 
 
 def indexer_divergence(work: IndexerWorkload, pairs: int, dtype: torch.dtype) -> Cost:
     """The teacher's scores twice, for its sums and for the target; the indexer's three times, and a
     product for queries' and one for keys' gradients.
 
-    All states are read, and gradients of the indexer's queries, key and weights written.
+    All states are read, and gradients of the indexer's queries, key and weights written. The target
+    is a sum of probabilities, one exponential of every teacher head's score; the indexer's softmax
+    is over the sum of its heads, one more. Its logarithm and that of the target are not counted.
     """
     dim, teacher_dim = work.dims
     rows = work.batch * work.tokens
@@ -99,7 +127,8 @@ def indexer_divergence(work: IndexerWorkload, pairs: int, dtype: torch.dtype) ->
     own = work.index_heads * (dim + 1) + dim
     target = (work.heads + work.kv_heads) * teacher_dim
     flops = 2 * seen * (2 * work.heads * teacher_dim + 5 * work.index_heads * dim)
-    return Cost(rows * (2 * own + target) * dtype.itemsize, flops).times(pairs)
+    made = seen * (work.heads + 1)
+    return Cost(rows * (2 * own + target) * dtype.itemsize, flops, made).times(pairs)
 
 
 def hidden(work: HiddenWorkload, pairs: int, dtype: torch.dtype) -> Cost:
@@ -113,8 +142,7 @@ def hidden(work: HiddenWorkload, pairs: int, dtype: torch.dtype) -> Cost:
     weights = 2 * (own + 1) * target * dtype.itemsize
     if own == target:
         return states._replace(flops=0).times(pairs)
-    moved, flops = states.times(pairs)
-    return Cost(moved + weights, flops)
+    return states.times(pairs)._replace(bytes=states.bytes * pairs + weights)
 
 
 def logits_divergence(work: LogitsWorkload, pairs: int, dtype: torch.dtype) -> Cost:
@@ -123,4 +151,5 @@ def logits_divergence(work: LogitsWorkload, pairs: int, dtype: torch.dtype) -> C
     rows = work.batch * work.tokens
     moved = (rows + work.vocabulary) * (2 * own + target)
     flops = 2 * rows * work.vocabulary * (own + target + 2 * own)
-    return Cost(moved * dtype.itemsize, flops).times(pairs)
+    made = SOFTMAXES * rows * work.vocabulary
+    return Cost(moved * dtype.itemsize, flops, made).times(pairs)

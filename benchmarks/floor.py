@@ -1,63 +1,60 @@
-"""What a GPU cannot be faster than: a table for measured times to stand beside.
+"""What a GPU cannot be faster than, and what the compiled kernels take at least.
 
-`python -m benchmarks.floor` prints it, `--write` commits it to `results/floor.json` and
-`results/floor.md`. Registers, shared memory and instructions come from compiling every kernel
-(minutes the first time); times from `costs.py` and the vendors' numbers: the floor is the larger
-of bytes over bandwidth and operations over rate.
+`python -m benchmarks.floor` prints the tables, `--write` commits them to `results/floor.json` and
+`results/floor.md`. The floor is of the op, whatever computes it: the largest of bytes over
+bandwidth, products over their rate and exponentials over theirs (`costs.py`). The prediction is of
+the machine code that a call launches (`issue.py`): what it takes if nothing is ever waited for.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import triton
 from triton import knobs
 
-from benchmarks import costs
-from benchmarks.launches import OPS
-from benchmarks.machine_code import TARGETS, Target, compile_all
+from benchmarks import costs, issue
+from benchmarks.chips import CHIPS, Chip
+from benchmarks.floor_page import markdown
+from benchmarks.jobs import Job
+from benchmarks.launches import OPS, Calls, recorded_calls
+from benchmarks.machine_code import DISASSEMBLED, compile_all, known_key
+from benchmarks.recording import Product
 from benchmarks.workloads import PAIRS, LogitsWorkload, on_device
 
 RESULTS = Path(__file__).parent / "results"
 DTYPE = torch.bfloat16
-
-
-class Chip(NamedTuple):
-    """Peak bytes and dense bf16 operations a second, as the vendor publishes them."""
-
-    name: str
-    target: Target
-    bandwidth: float
-    rate: float
-    source: str
-
-
-CHIPS = (
-    Chip("A100", ("cuda", 80), 2.039e12, 312e12, "NVIDIA A100 80GB datasheet, SXM"),
-    Chip("H100", ("cuda", 90), 3.35e12, 989.5e12, "NVIDIA H100 datasheet, SXM"),
-    Chip("H200", ("cuda", 90), 4.8e12, 989.5e12, "NVIDIA H200 datasheet, SXM"),
-    Chip("B200", ("cuda", 100), 8e12, 2.25e15, "NVIDIA HGX B200 datasheet, one GPU"),
-    Chip("MI300X", ("hip", "gfx942"), 5.3e12, 1307.4e12, "AMD Instinct MI300X data sheet"),
-)
+DTYPE_NAME = "bfloat16"
+PREDICTED = [chip for chip in CHIPS if chip.target in DISASSEMBLED]
+# of a row, what its job says and its machine code does not
+LABEL = ("op", "dtype", "target", "kernel", "function", "launch", "source", "workloads")
 
 
 def floor_seconds(cost: costs.Cost, chip: Chip) -> tuple[float, str]:
-    """The least time, and whether "memory" or "products" set it."""
-    moving, multiplying = cost.bytes / chip.bandwidth, cost.flops / chip.rate
-    return max((moving, "memory"), (multiplying, "products"))
+    """The least time, and whether "memory", "products" or "exponentials" set it."""
+    return max(
+        (cost.bytes / chip.bandwidth, "memory"),
+        (cost.flops / chip.rate, "products"),
+        (cost.exponentials / chip.exponentials, "exponentials"),
+    )
+
+
+def cost_of(op: str, work: Any, pairs: int) -> costs.Cost:
+    """Each op's cost is the function of its name."""
+    function: Callable[..., costs.Cost] = getattr(costs, op)
+    return function(work, pairs, DTYPE)
 
 
 def floors() -> list[dict[str, Any]]:
     """One row for every op, device workload and number of pairs."""
     rows = []
     for op, module in OPS.items():
-        # each op's cost is the function of its name
-        cost_of: Callable[..., costs.Cost] = getattr(costs, op)
         for work in on_device(module.WORKLOADS):
             for pairs in (1,) if isinstance(work, LogitsWorkload) else PAIRS:
-                cost = cost_of(work, pairs, DTYPE)
+                cost = cost_of(op, work, pairs)
                 bounds = {chip.name: floor_seconds(cost, chip) for chip in CHIPS}
                 rows.append(
                     {
@@ -66,8 +63,7 @@ def floors() -> list[dict[str, Any]]:
                         "batch": work.batch,
                         "tokens": work.tokens,
                         "pairs": pairs,
-                        "bytes": cost.bytes,
-                        "flops": cost.flops,
+                        **cost._asdict(),
                         "microseconds": {
                             name: round(1e6 * t, 2) for name, (t, _) in bounds.items()
                         },
@@ -75,6 +71,72 @@ def floors() -> list[dict[str, Any]]:
                     }
                 )
     return rows
+
+
+def predictions(machine_code: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for every kind of loss, device workload and chip: the least time of its launches."""
+    codes = {known_key(row): row for row in machine_code if row["dtype"] == DTYPE_NAME}
+    rows = []
+    for op, module in OPS.items():
+        for work in on_device(module.WORKLOADS):
+            made = {chip: recorded_calls(op, work, DTYPE, chip.target) for chip in PREDICTED}
+            calls = next(iter(made.values()))
+            kinds = {job.kind: None for job in calls.jobs if job.counted}
+            for kind in kinds:
+                cost = costs.of_kind(cost_of(op, work, calls.pairs), op, kind)
+                for chip in PREDICTED:
+                    row = {"op": op, "kind": kind, "workload": work.name, "pairs": calls.pairs}
+                    rows.append(row | predicted(made[chip], kind, cost, chip, codes))
+    return rows
+
+
+def predicted(
+    calls: Calls, kind: str, cost: costs.Cost, chip: Chip, codes: Mapping[Any, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Microseconds of every kernel of a call, of the library's products, of all; and the floor's
+    share."""
+    kernels = {
+        job.name: of_job(job, codes[known_key(label(job, chip))], chip)
+        for job in calls.jobs
+        if job.kind == kind
+    }
+    library = 1e6 * sum(library_seconds(one, chip) for one in calls.products[kind])
+    total = library + sum(kernel["microseconds"] for kernel in kernels.values())
+    seconds, bound = floor_seconds(cost, chip)
+    return {
+        "chip": chip.name,
+        "floor": round(1e6 * seconds, 2),
+        "bound": bound,
+        "microseconds": round(total, 2),
+        "share": round(1e6 * seconds / total, 3),
+        "library": round(library, 2),
+        "kernels": kernels,
+    }
+
+
+def label(job: Job, chip: Chip) -> dict[str, Any]:
+    return {"target": list(chip.target), "launch": job.digest(), "source": job.source()}
+
+
+def of_job(job: Job, row: Mapping[str, Any], chip: Chip) -> dict[str, Any]:
+    """Least microseconds of all launches of a kernel in one call, what limits them, and the warps
+    that a multiprocessor holds."""
+    warps = job.options["num_warps"]
+    try:
+        made = [issue.predicted(row, run, warps, chip) for run in job.runs]
+    except ValueError as error:
+        raise ValueError(f"{job.name} on {chip.name}: {error}") from error
+    longest = max(made, key=lambda one: one.seconds)
+    return {
+        "microseconds": round(1e6 * sum(one.seconds for one in made), 2),
+        "limit": longest.limit,
+        "warps": issue.resident_warps(row["registers"], row["shared"], warps, chip),
+    }
+
+
+def library_seconds(product: Product, chip: Chip) -> float:
+    """The least time of one of the library's products."""
+    return max(product.flops / chip.rate, product.bytes / chip.bandwidth)
 
 
 def grouped(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -87,93 +149,74 @@ def grouped(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
-    """A Markdown table."""
-    yield "| " + " | ".join(head) + " |"
-    yield "|" + "---|" * len(head)
-    for row in rows:
-        yield "| " + " | ".join(map(str, row)) + " |"
-    yield ""
+def committed_rows() -> dict[Any, dict[str, Any]]:
+    """The committed machine code by its key: none that another Triton made."""
+    path = RESULTS / "floor.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if found.get("triton") != triton.__version__:
+        return {}
+    return {
+        known_key(row): {name: row[name] for name in row if name not in LABEL}
+        for row in found["machine_code"]
+    }
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The page of `results/floor.md`."""
-    lines = [
-        "# Floors and machine code",
-        "",
-        "Made by `python -m benchmarks.floor --write`; nothing here was measured on a GPU.",
-        "",
-        "**Floor**: the larger of compulsory bytes over peak bandwidth (inputs read once,",
-        "gradients written once, bf16, forward and backward) and operations of the matrix",
-        "products over the dense bf16 rate (`b` where bytes decide, `p` where products do).",
-        "Products that run as tf32 are counted at the bf16 rate: no real floor is lower.",
-        "",
-    ]
-    peaks = [
-        (c.name, f"{c.bandwidth / 1e12:g}", f"{c.rate / 1e12:g}", c.target[1], c.source)
-        for c in CHIPS
-    ]
-    lines += table(("chip", "TB/s", "dense bf16 TFLOP/s", "target", "source"), peaks)
-    names = [chip.name for chip in CHIPS]
-    for op in OPS:
-        lines += [f"## {op}", "", "Floor in microseconds.", ""]
-        head = ("workload", "batch x tokens", "pairs", "MB", "GFLOP", *names)
-        lines += table(
-            head, [_floor_cells(row, names) for row in result["floors"] if row["op"] == op]
-        )
-        lines += ["Registers / shared KiB, and the tensor-core instruction of its products.", ""]
-        head = ("kernel", "dtype", "workloads", *(str(target[1]) for target in TARGETS))
-        lines += table(head, list(_kernel_cells(op, result["machine_code"])))
-    return "\n".join(lines)
+def committed_predictions() -> list[dict[str, Any]]:
+    path = RESULTS / "floor.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return list(found.get("predictions", []))
 
 
-def _floor_cells(row: dict[str, Any], names: Sequence[str]) -> list[object]:
-    times = [
-        f"{row['microseconds'][name]:.1f} {row['bound'][name][0].replace('m', 'b')}"
-        for name in names
-    ]
-    shape = f"{row['batch']} x {row['tokens']}"
-    sizes = (f"{row['bytes'] / 1e6:.1f}", f"{row['flops'] / 1e9:.1f}")
-    return [row["workload"], shape, row["pairs"], *sizes, *times]
+def slower(
+    before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]]
+) -> Iterator[str]:
+    """A line for every call whose share of the floor fell."""
+    shares = {_call(row): row["share"] for row in before}
+    for row in after:
+        share = shares.get(_call(row), 0.0)
+        if row["share"] < share:
+            yield f"{' '.join(map(str, _call(row)))}: share of the floor {share} -> {row['share']}"
 
 
-def _kernel_cells(op: str, rows: Sequence[dict[str, Any]]) -> Iterator[list[object]]:
-    """One line for each kernel of one launch configuration, with the workloads that share it."""
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in rows:
-        kinds = "+".join(kind.split(".")[0].removeprefix("v_") for kind in row["instructions"])
-        size = f"{row['registers']} / {row['shared'] / 1024:.0f} {kinds}".strip()
-        for workload in row["workloads"] if row["op"] == op else []:
-            of_kernel = cells.setdefault((row["kernel"], row["dtype"], workload), {})
-            of_kernel[str(row["target"][1])] = size
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for (kernel, dtype, workload), of_targets in cells.items():
-        line = (kernel, dtype, *(of_targets[str(target[1])] for target in TARGETS))
-        groups.setdefault(line, []).append(workload)
-    for (kernel, dtype, *of_targets), workloads in sorted(groups.items()):
-        yield [kernel, dtype, ", ".join(workloads), *of_targets]
+def _call(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("op", "kind", "workload", "pairs", "chip"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="into benchmarks/results/")
+    parser.add_argument("--anew", action="store_true", help="compile what is committed too")
     parser.add_argument("--processes", type=int, default=2, help="2 unless given")
     given = parser.parse_args()
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled; unset it")
-    rows = grouped(compile_all(OPS, everything=True, processes=given.processes))
-    result = {"floors": floors(), "machine_code": rows}
-    page = markdown(result)
+    known = {} if given.anew else committed_rows()
+    made = compile_all(OPS, everything=True, processes=given.processes, known=known)
+    rows = grouped(made)
+    result: dict[str, Any] = {
+        "triton": triton.__version__,
+        "floors": floors(),
+        "predictions": predictions(rows),
+        "machine_code": rows,
+    }
+    page = markdown(result, OPS)
     if not given.write:
         print(page)
         return
-    # one row a line: readable diffs
-    parts = (
+    for line in slower(committed_predictions(), result["predictions"]):
+        print(line)
+    (RESULTS / "floor.json").write_text(as_json(result), encoding="utf-8")
+    (RESULTS / "floor.md").write_text(page, encoding="utf-8")
+
+
+def as_json(result: Mapping[str, Any]) -> str:
+    """One row a line: readable diffs."""
+    parts = [f' "triton": {json.dumps(result["triton"])}']
+    parts += [
         f' "{name}": [\n' + ",\n".join(f"  {json.dumps(row)}" for row in result[name]) + "\n ]"
-        for name in result
-    )
-    (RESULTS / "floor.json").write_text("{\n" + ",\n".join(parts) + "\n}\n")
-    (RESULTS / "floor.md").write_text(page)
+        for name in ("floors", "predictions", "machine_code")
+    ]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 if __name__ == "__main__":

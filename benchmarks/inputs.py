@@ -1,9 +1,16 @@
 """Random inputs of named workloads, those of the tests in the workload's shape."""
 
+import sys
+from pathlib import Path
+
 import torch
 from fastkd_kernels import AttentionState
+
+# the inputs of the tests, also where pytest hasn't put their folder on the path
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
+
 from indexer_cases import IndexerCase, indexer_case
-from kernel_cases import HiddenCase, attention_states, hidden_case
+from kernel_cases import HiddenCase, attention_states, errors, hidden_case
 from logits_cases import LogitsCase, logits_case
 
 from benchmarks.workloads import (
@@ -12,6 +19,15 @@ from benchmarks.workloads import (
     IndexerWorkload,
     LogitsWorkload,
 )
+
+__all__ = [
+    "attention_inputs",
+    "errors",
+    "hidden_inputs",
+    "indexer_inputs",
+    "logits_inputs",
+    "weights_of",
+]
 
 States = list[AttentionState]
 

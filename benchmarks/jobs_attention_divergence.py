@@ -1,23 +1,17 @@
 """The kernels of attention_divergence on the named workloads; relations run the same ones."""
 
-import math
 from collections.abc import Iterator
 from typing import get_args
 
 import torch
 from fastkd_kernels import AttentionDivergenceKind
-from fastkd_kernels.attention_divergence.triton_kernels import (
-    _bwd_dk_kernel,
-    _bwd_dq_kernel,
-    _fwd_kernel,
-)
-from fastkd_kernels.attention_divergence.triton_path import (
-    backward_types,
-    divergence_launch,
-    forward_types,
-)
+from fastkd_kernels.attention_divergence import triton_path
+from triton import cdiv
 
-from benchmarks.machine_code import POINTERS, Job
+from benchmarks import costs
+from benchmarks.attention_calls import mean_keys, mean_queries, pairs_of, score_loops, tile_loads
+from benchmarks.jobs import Call, Loop, Seen
+from benchmarks.recording import Launch, meta
 from benchmarks.workloads import ATTENTION, AttentionWorkload
 
 # Gemma 2 caps scores; GPT-OSS has sinks, and a window in every other layer
@@ -26,39 +20,53 @@ SUNK = AttentionWorkload("gpt-oss-like", 0, 0, 64, (8, 8), 1024, (64, 64), causa
 WORKLOADS = (*ATTENTION.values(), CAPPED, SUNK)
 # small heads with every kind, wide causal heads, which need blocks of their own, and sinks; capped
 # heads of 256 hold too few rows for the newest tensor cores, so a test of their own compiles them
-QUICK = ("minilm-6-to-3-512", "llama-like-1024", SUNK.name)
-# the flags of the kernels that differ from those of a plain model
-FORMS = {
-    CAPPED.name: {"STUDENT_CAP": True, "TEACHER_CAP": True},
-    SUNK.name: {"SINK": True, "WINDOWED": True},
-}
+QUICK = ("minilm-6-to-3-128", "minilm-6-to-3-512", "llama-like-1024", SUNK.name)
+WINDOW = 128
+# what sets workloads apart from a plain model
+FORMS = {CAPPED.name: {"capped"}, SUNK.name: {"sunk", "windowed"}}
 
 
-def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
-    dtypes = (dtype, dtype)
-    form = FORMS.get(work.name, {})
-    shared = {
-        "ALIGN": math.gcd(16 // dtype.itemsize, work.dims[0]),
-        "TEACHER_ALIGN": 16 // dtype.itemsize,
-        "HAS_MASK": True,
-        "CAUSAL": work.causal,
-        **{name: form.get(name, False) for name in ("WINDOWED", "STUDENT_CAP", "TEACHER_CAP")},
-    }
-    sink = {"SINK": form.get("SINK", False)}
-    launched = {"capped": shared["STUDENT_CAP"] or shared["TEACHER_CAP"], "sunk": sink["SINK"]}
+def calls(work: AttentionWorkload, dtype: torch.dtype, count: int) -> Iterator[Call]:
+    """Forward and backward of every kind, with masks."""
+    pairs = pairs_of(work, dtype, count)
+    form = FORMS.get(work.name, set())
+    if "capped" in form:
+        pairs = [pair._replace(student_softcap=50.0, teacher_softcap=50.0) for pair in pairs]
+    if "sunk" in form:
+        sinks = meta(work.heads, dtype=torch.float32)
+        pairs = [pair._replace(student_sinks=sinks, teacher_sinks=sinks) for pair in pairs]
+    window = WINDOW if "windowed" in form else 0
+    mask = meta(work.batch, work.tokens, dtype=torch.bool)
+
+    weights = meta(work.batch, dtype=torch.float32)
+
+    def run(kind: str) -> None:
+        triton_path.forward(pairs, mask, mask, weights, kind, work.causal, window, True)
+
     for kind in get_args(AttentionDivergenceKind):
-        launch = divergence_launch("fwd", kind, work.dims, dtypes, on, **launched)
-        types = forward_types(*dtypes, kind)
-        constants = {**shared, **launch.constants, **types, **sink, "WRITE_STATS": True}
-        pointers = dict.fromkeys(("scales", "caps", "sinks", "stats", "partials"), "*fp32")
-        yield Job(f"{kind}_forward", _fwd_kernel, constants, pointers, *launch[1:])
-        pointers = dict.fromkeys(("scales", "caps", "stats", "upstream"), "*fp32")
-        pointers["gradient"] = POINTERS[dtype]
-        with_sink = {**pointers, **dict.fromkeys(("sinks", "sink_partials"), "*fp32")}
-        for part, kernel, flags, types_of in (
-            ("query", _bwd_dq_kernel, sink, with_sink),
-            ("key", _bwd_dk_kernel, {}, pointers),
-        ):
-            launch = divergence_launch(f"bwd_d{part[0]}", kind, work.dims, dtypes, on, **launched)
-            constants = {**shared, **launch.constants, **backward_types(*dtypes, kind), **flags}
-            yield Job(f"{kind}_{part}", kernel, constants, types_of, *launch[1:])
+        yield Call(kind, lambda kind=kind: run(kind))
+
+
+def seen(launch: Launch, work: AttentionWorkload, dtype: torch.dtype, count: int) -> Seen:
+    """Both sides' heads are read; a program of `_dk_kernel` takes the heads of a key head."""
+    given = launch.arguments
+    part = launch.kernel_name.removeprefix("_").removesuffix("_kernel")
+    if part == "short":
+        steps = given["program_heads"] * cdiv(given["tokens"], given["BLOCK_QUERY"])
+        loops: tuple[Loop, ...] = (Loop(steps),)
+        rows = given["BLOCK_QUERY"] + given["BLOCK_KEY"]
+    elif part == "dk":
+        turns = given["heads"] // given["kv_heads"]
+        loops = (Loop(turns, (Loop(mean_queries(given), score_loops(given)),)),)
+        rows = given["BLOCK_QUERY"]
+    else:
+        sweeps = 2 if given.get("WRITE_VALUES") else 1
+        loops = (Loop(mean_keys(given), score_loops(given)),) * sweeps
+        rows = given["BLOCK_KEY"]
+    return Seen(
+        part,
+        loops,
+        count * costs.attention_inputs(work, dtype),
+        even=not work.causal,
+        loads=tile_loads(given, rows),
+    )

@@ -1,78 +1,121 @@
 """The kernels of attention_score_mse on the named workloads."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from fastkd_kernels.attention_score_mse import gram_kernels, triton_kernels
+from fastkd_kernels.attention_score_mse import triton_path
 from fastkd_kernels.attention_score_mse.op import choose_algorithm
-from fastkd_kernels.attention_score_mse.triton_path import (
-    gram_constants,
-    gram_launch,
-    gram_types,
-    one_launch,
-    scan_launch,
-    tile_launch,
-    tile_types,
-)
+from triton import cdiv
 
-from benchmarks.machine_code import POINTERS, Job
+from benchmarks import costs
+from benchmarks.attention_calls import pairs_of, score_loops, tile_loads
+from benchmarks.jobs import Call, Loop, Seen
+from benchmarks.recording import Launch, meta, size_of
 from benchmarks.workloads import ATTENTION, AttentionWorkload
 
 WORKLOADS = tuple(ATTENTION.values())
-Dtypes = tuple[torch.dtype, torch.dtype]
 # a short, a long and a causal shape: every kernel, both forms of the Gram algebra
 QUICK = ("bert-base-to-tinybert-4-128", "bert-base-to-tinybert-4-2048", "llama-like-8192")
 
 
-def jobs(work: AttentionWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
-    dtypes = (dtype, dtype)
-    shared = {
-        "ALIGN": math.gcd(16 // dtype.itemsize, work.dims[0]),
-        "TEACHER_ALIGN": 16 // dtype.itemsize,
-        "HAS_MASK": True,
-    }
+def calls(work: AttentionWorkload, dtype: torch.dtype, count: int) -> Iterator[Call]:
+    """Loss and gradients by the algorithm that "auto" chooses, with masks."""
+    pairs = pairs_of(work, dtype, count)
+    mask = meta(work.batch, work.tokens, dtype=torch.bool)
     chosen = choose_algorithm(work.tokens, *work.dims, causal=work.causal, backend="triton")
-    if chosen == "tiles" or work.causal:
-        yield from _tile_jobs(work, shared, dtypes, on)
-    if chosen == "gram":
-        yield from _gram_jobs(work, shared, dtypes, on)
+
+    def run() -> None:
+        if chosen == "gram" and not work.causal:
+            squares, *factors = triton_path.gram_forward(pairs, mask, mask, True)
+            triton_path.gram_backward(squares, *factors, pairs, mask, mask)
+        else:
+            factor = meta(dtype=torch.float32)
+            triton_path.one_pass(pairs, mask, mask, factor, work.causal, chosen, True)
+
+    yield Call("", run)
 
 
-def _tile_jobs(
-    work: AttentionWorkload, shared: dict[str, Any], dtypes: Dtypes, on: str
-) -> Iterator[Job]:
-    launch = tile_launch(work.tokens, work.dims, dtypes, on)
-    constants = {**shared, **tile_types(*dtypes), **launch.constants, "CAUSAL": work.causal}
-    whole = one_launch(work.tokens, launch)
-    by_key = {**constants, "WRITE_QUERY": whole, "WRITE_KEY": True}
-    pointers = {name: "*fp32" for name in ("scales", "query_grad", "key_grad", "partials")}
-    yield Job("by_key", triton_kernels._tiles_fwd_kernel, by_key, pointers, *launch[1:])
-    if not whole:
-        pointers = {name: "*fp32" for name in ("scales", "query_grad")}
-        yield Job("by_query", triton_kernels._tiles_bwd_dq_kernel, constants, pointers, *launch[1:])
+def seen(launch: Launch, work: AttentionWorkload, dtype: torch.dtype, count: int) -> Seen:
+    given = launch.arguments
+    return KERNELS[launch.kernel_name](launch, given, count * costs.attention_inputs(work, dtype))
 
 
-def _gram_jobs(
-    work: AttentionWorkload, shared: dict[str, Any], dtypes: Dtypes, on: str
-) -> Iterator[Job]:
-    launch = gram_launch(work.dims, dtypes, on)
-    types = gram_types(*dtypes, work.dims[0] == work.dims[1])
-    for side, of in enumerate(("queries", "keys")):
-        blocks = gram_constants(launch.constants, "BLOCK")
-        constants = {**shared, **types, **blocks, "SIDE": side}
-        pointers = {"scales": "*fp32", "grams": "*fp32"}
-        yield Job(f"gram of {of}", gram_kernels._gram_kernel, constants, pointers, *launch[1:])
-        blocks = gram_constants(launch.constants, "APPLY")
-        constants = {**shared, **types, **blocks, "SIDE": side, "ACCUMULATE": work.causal}
-        pointers = {name: "*fp32" for name in ("scales", "factors", "upstream")}
-        # causal gradients are sums in fp32, of tiles and of this
-        pointers["gradient"] = "*fp32" if work.causal else POINTERS[dtypes[0]]
-        yield Job(f"apply to {of}", gram_kernels._gram_bwd_kernel, constants, pointers, *launch[1:])
-        if work.causal:
-            scan = scan_launch()
-            constants = {"SUM_TYPE": types["SUM_TYPE"], "REVERSE": side == 0, **scan.constants}
-            yield Job(
-                f"scan of {of}", gram_kernels._scan_kernel, constants, {"grams": "*fp32"}, *scan[1:]
-            )
+def _by_key(launch: Launch, given: dict[str, Any], read: int) -> Seen:
+    """A block of keys against the query rows of its chunk, for each head of its key head."""
+    tokens, keys, step = given["tokens"], given["BLOCK_KEY"], given["BLOCK_QUERY"]
+    chunk = given["chunk_tokens"]
+    met = []
+    for key in range(0, tokens, keys):
+        first = key // step * step if given["CAUSAL"] else 0
+        last = min(tokens, (key // chunk + 1) * chunk) if given["CAUSAL"] else tokens
+        met.append(cdiv(last - first, step))
+    inner = Loop(sum(met) / len(met), score_loops(given))
+    loops = (Loop(given["heads"] // given["kv_heads"], (inner,)),)
+    return Seen("by_key", loops, read, even=not given["CAUSAL"], loads=tile_loads(given, step))
+
+
+def _short(launch: Launch, given: dict[str, Any], read: int) -> Seen:
+    """Whole sequences of several heads, one after the other."""
+    loops = (Loop(given["program_heads"] * cdiv(given["tokens"], given["BLOCK_QUERY"])),)
+    rows = given["BLOCK_QUERY"] + given["BLOCK_KEY"]
+    return Seen("short", loops, read, loads=tile_loads(given, rows))
+
+
+def _by_query(launch: Launch, given: dict[str, Any], read: int) -> Seen:
+    tokens, rows, step = given["tokens"], given["BLOCK_QUERY"], given["BLOCK_KEY"]
+    chunk = given["chunk_tokens"]
+    met = []
+    for row in range(0, tokens, rows):
+        first = row // chunk * chunk if given["CAUSAL"] else 0
+        met.append(cdiv((min(tokens, row + rows) if given["CAUSAL"] else tokens) - first, step))
+    loops = (Loop(sum(met) / len(met), score_loops(given)),)
+    return Seen("by_query", loops, read, even=not given["CAUSAL"], loads=tile_loads(given, step))
+
+
+def _grams(launch: Launch, given: dict[str, Any], read: int) -> Seen:
+    """Programs of the mirrored block end at once, and are left out."""
+    own, target = (cdiv(given[name], given["BLOCK_COLUMN"]) for name in ("dim", "teacher_dim"))
+    steps = Loop(cdiv(min(given["chunk_tokens"], given["tokens"]), given["BLOCK_ROW"]))
+    tiles = own + target
+    side = ("queries", "keys")[given["SIDE"]]
+    return Seen(
+        f"gram of {side}",
+        (Loop(given["heads"] // given["groups"], (steps,)),) if side == "queries" else (steps,),
+        read // 2,
+        programs=launch.programs * (tiles * tiles - own * target) // tiles**2,
+        loads=_part_loads(given),
+    )
+
+
+def _apply(launch: Launch, given: dict[str, Any], read: int) -> Seen:
+    tiles = sum(cdiv(given[name], given["BLOCK_COLUMN"]) for name in ("dim", "teacher_dim"))
+    side = ("queries", "keys")[given["SIDE"]]
+    loops = (Loop(tiles),)
+    if side == "keys":
+        loops = (Loop(given["groups"] // given["kv_heads"], loops),)
+    return Seen(f"apply to {side}", loops, read // 2)
+
+
+def _scan(launch: Launch, given: dict[str, Any], read: int) -> Seen:
+    """Grams are read and written."""
+    name = "scan of queries" if given["REVERSE"] else "scan of keys"
+    return Seen(name, (Loop(given["chunks"]),), size_of(given["grams"]))
+
+
+def _part_loads(given: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+    """Of a tile of student's and of teacher's columns, read alike."""
+    column = given["BLOCK_COLUMN"]
+    return tile_loads(
+        given | {"BLOCK_DIM": column, "BLOCK_TEACHER_DIM": column}, given["BLOCK_ROW"]
+    )
+
+
+KERNELS = {
+    "_short_kernel": _short,
+    "_tiles_fwd_kernel": _by_key,
+    "_tiles_bwd_dq_kernel": _by_query,
+    "_gram_kernel": _grams,
+    "_gram_bwd_kernel": _apply,
+    "_scan_kernel": _scan,
+}

@@ -4,57 +4,84 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from fastkd_kernels.hidden import triton_kernels
-from fastkd_kernels.hidden.torch_path import ZERO_NORM
-from fastkd_kernels.hidden.triton_path import hidden_launch, hidden_types, unit_launch
+from fastkd_kernels.hidden import triton_path
+from triton import cdiv
 
-from benchmarks.machine_code import POINTERS, Job
+from benchmarks.jobs import Call, Loop, Seen
+from benchmarks.recording import Launch, meta
 from benchmarks.workloads import HIDDEN, HiddenWorkload
 
 WORKLOADS = tuple(HIDDEN.values())
 # with a projection and without one
 QUICK = ("bert-base-to-tinybert-4", "minilm-6-to-3")
+# sum of which columns: the student's width, the teacher's, rows
+SUMMED = {"_fwd_kernel": "width", "_bwd_dx_kernel": "teacher_width"}
+NAMES = {
+    "_bwd_db_kernel": "sums",
+    "_fwd_kernel": "residuals",
+    "_bwd_dx_kernel": "input_gradient",
+    "_bwd_dw_kernel": "weight_gradient",
+    "_unit_fwd_kernel": "unit_residuals",
+}
 
 
-def jobs(work: HiddenWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
-    """Those of hidden_mse, then those that the normalised losses launch in their place."""
-    projected = work.widths[0] != work.widths[1]
-    types, kept = hidden_types(dtype, dtype, dtype if projected else None)
-    operand = types.pop("GRAD_OPERAND")
-    launch = hidden_launch((dtype, kept), on)
-    blocks = {name: size for name, size in launch.constants.items() if name.startswith("BLOCK_")}
-    align = 16 // dtype.itemsize
-    aligns = {"ALIGN": align, "TEACHER_ALIGN": align, "WEIGHT_ALIGN": align}
-    flags = {"HAS_MASK": True, "HAS_WEIGHT": projected, "HAS_BIAS": projected, "STORE": True}
-    common = {**types, **aligns, **flags, "BIAS_TYPE": types["TYPE"], "ZERO_NORM": ZERO_NORM}
-    exact = {**common, **blocks, "PRECISION": launch.constants["PRECISION"]}
-    made = {**exact, "OPERAND": operand, "PRECISION": launch.constants["GRAD_PRECISION"]}
-    # without a projection the row gradient is the student's
-    stored = POINTERS[kept if projected else torch.float32]
-    yield _job(
-        "residuals", triton_kernels._fwd_kernel, {**exact, "HAS_TEACHER": True}, stored, launch
+def calls(work: HiddenWorkload, dtype: torch.dtype, count: int) -> Iterator[Call]:
+    """hidden_mse and the normalised losses, with a mask."""
+    own, target = work.widths
+    student, teacher = (
+        [meta(work.batch, work.tokens, width, dtype=dtype)] * count for width in work.widths
     )
-    if projected and dtype.itemsize == 4:
-        # in half precision the library makes these
-        for name, kernel in (
-            ("input_gradient", triton_kernels._bwd_dx_kernel),
-            ("weight_gradient", triton_kernels._bwd_dw_kernel),
-        ):
-            yield _job(name, kernel, made, "*fp32", launch, residual=stored)
-    if projected:
-        alone = {**exact, "HAS_TEACHER": False}
-        yield _job("projected", triton_kernels._fwd_kernel, alone, "*fp32", launch)
-    unit = unit_launch(work.widths[1])
-    kernel, constants = triton_kernels._unit_fwd_kernel, {**common, **unit.constants}
-    yield _job("unit_residuals", kernel, constants, stored, unit)
+    weight = [meta(target, own, dtype=dtype)] if own != target else []
+    bias = [meta(target, dtype=dtype)] if own != target else []
+    mask = meta(work.batch, work.tokens, dtype=torch.bool)
+    factor = meta(dtype=torch.float32)
+
+    def run(normalize: bool) -> None:
+        triton_path.hidden_forward(
+            student, teacher, weight, bias, mask, factor, normalize, True, bool(weight)
+        )
+
+    yield Call("mse", lambda: run(False))
+    yield Call("normalised", lambda: run(True))
 
 
-def _job(
-    name: str, kernel: Any, constants: dict[str, Any], stored: str, launch: Any, **pointers: str
-) -> Job:
-    """`stored` is the type of what the kernel writes, gradients or residuals."""
-    types = {"residual": stored, "gradient": stored, **pointers}
-    types |= dict.fromkeys(("projected", "partials", "bias_gradient"), "*fp32")
-    wanted = {key: constants[key] for key in constants if key in kernel.arg_names}
-    used = {key: types[key] for key in types if key in kernel.arg_names}
-    return Job(name, kernel, wanted, used, launch.num_warps, launch.num_stages)
+def seen(launch: Launch, work: HiddenWorkload, dtype: torch.dtype, count: int) -> Seen:
+    """Read through the table: the chunk's rows, and the weight once."""
+    given, name = launch.arguments, launch.kernel_name
+    own, target = work.widths
+    if name == "_bwd_db_kernel":
+        # the residual is read as an argument; its loop is unrolled
+        return Seen(NAMES[name], (), 0, loads=_loads(given, name, dtype))
+    last, first = given["last"], given["first"]
+    loops: tuple[Loop, ...] = ()
+    if name == "_bwd_dw_kernel":
+        loops = (Loop(cdiv(last - first, given["BLOCK_SUM"])),)
+    elif name in SUMMED and given.get("HAS_WEIGHT", True):
+        loops = (Loop(cdiv(given[SUMMED[name]], given["BLOCK_SUM"])),)
+    label = NAMES[name]
+    # rows that are read through the table, student's and teacher's
+    widths = {"_bwd_dx_kernel": 0, "_bwd_dw_kernel": own}.get(name, own + target)
+    if name == "_fwd_kernel" and not given["HAS_TEACHER"]:
+        label, widths = "projected", own
+    if name == "_unit_fwd_kernel" and given["HAS_WEIGHT"]:
+        widths = target
+    weight = own * target if name in SUMMED and own != target else 0
+    read = (count * (last - first) * widths + weight) * dtype.itemsize
+    return Seen(label, loops, read, loads=_loads(given, name, dtype))
+
+
+def _loads(given: dict[str, Any], name: str, dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
+    """The tile of rows, and of the weight, of a step; whole rows where they are normalised."""
+    size = dtype.itemsize
+    if name == "_fwd_kernel" and given["HAS_WEIGHT"]:
+        step = given["BLOCK_SUM"] * size
+        tiles = (("BLOCK_ROW", "ALIGN"), ("BLOCK_COLUMN", "WEIGHT_ALIGN"))
+        return tuple((given[block] * step, min(16, given[align] * size)) for block, align in tiles)
+    if name == "_bwd_db_kernel":
+        size = given["residual"].itemsize
+        tile = given["BLOCK_ROW"] * given["BLOCK_COLUMN"] * size * given["STEPS"]
+        return ((tile, min(16, given["ALIGN"] * size)),)
+    if name in ("_fwd_kernel", "_unit_fwd_kernel"):
+        tile = given["BLOCK_ROW"] * given["BLOCK_COLUMN"] * size
+        return ((tile, min(16, given["TEACHER_ALIGN"] * size)),)
+    return ()

@@ -1,64 +1,73 @@
 """The kernels of logits_divergence on the named workloads."""
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from fastkd_kernels import LogitsDivergenceKind
-from fastkd_kernels.common.tl_types import TYPES
-from fastkd_kernels.logits_divergence.triton_kernels import _matmul_kernel, _row_kernel
-from fastkd_kernels.logits_divergence.triton_path import (
-    product_constants,
-    product_launch,
-    row_launch,
-    small,
-)
+from fastkd_kernels.logits_divergence import triton_path
+from fastkd_kernels.logits_divergence.torch_path import Divergence
+from triton import cdiv
 
-from benchmarks.machine_code import POINTERS, Job
+from benchmarks.jobs import Call, Loop, Seen
+from benchmarks.recording import Launch, meta
 from benchmarks.workloads import LOGITS, LogitsWorkload
 
 WORKLOADS = tuple(LOGITS.values())
 QUICK = ("logits-32k-2048",)
-# name: transposed operands, and the flags that differ
-PRODUCTS: dict[str, dict[str, bool]] = {
-    "logits": {"RIGHT_TRANSPOSED": True, "HAS_BIAS": True},
-    "hidden_gradient": {},
-    "weight_gradient": {"LEFT_TRANSPOSED": True, "HAS_MASK": True, "ADD": True},
-}
-FLAGS = ("LEFT_TRANSPOSED", "RIGHT_TRANSPOSED", "HAS_BIAS", "HAS_MASK", "ADD")
+# kinds whose gradient needs a sum over the row first
+CENTRED = ("reverse_kl", "js", "skew_kl")
 
 
-def jobs(work: LogitsWorkload, dtype: torch.dtype, on: str) -> Iterator[Job]:
-    """Products in fp32, aligned or not, and rows of every kind: the library makes half products."""
-    for name, given in PRODUCTS.items() if dtype.itemsize == 4 else ():
-        for align in (16 // dtype.itemsize, 1):
-            launch = product_launch(dtype, align > 1, on)
-            constants: dict[str, Any] = {
-                **product_constants(launch, dtype, torch.float32),
-                "ALIGN": align,
-                **{flag: given.get(flag, False) for flag in FLAGS},
-            }
-            pointers = {operand: POINTERS[dtype] for operand in ("left", "right", "bias")}
-            pointers["out"] = "*fp32"
-            label = name if align > 1 else f"{name}_unaligned"
-            yield Job(label, _matmul_kernel, constants, pointers, *launch[1:])
-    launch = row_launch(work.vocabulary)
-    floats = ("student", "teacher", "scalars", "factors", "values")
-    pointers = {name: "*fp32" for name in floats}
-    pointers |= {"labels": "*i64", "gradient": POINTERS[dtype]}
-    # the gradient is the larger program; without it, one kind stands for all
-    for kind, store in (*((kind, True) for kind in get_args(LogitsDivergenceKind)), ("js", False)):
-        constants = {
-            **launch.constants,
-            "SUM_TYPE": TYPES[torch.float32],
-            "KIND": kind,
-            "SMALL": small(torch.float32),
-            "EVEN": kind == "js",
-            "STUDENT_STORED": True,
-            "TEACHER_STORED": True,
-            "HAS_MASK": True,
-            "HAS_LABELS": True,
-            "STORE": store,
-        }
-        name = f"{kind}_rows_and_gradient" if store else f"{kind}_rows"
-        yield Job(name, _row_kernel, constants, pointers, *launch[1:])
+def calls(work: LogitsWorkload, dtype: torch.dtype, count: int) -> Iterator[Call]:
+    """Every kind of two heads, then what only some calls have: labels, no gradient.
+
+    In fp32 the products are Triton's, with operands aligned or not, and one kind stands for all.
+    """
+    if dtype.itemsize == 4:
+        yield Call("kl", lambda: _run(work, dtype, "kl"))
+        odd = work._replace(widths=(work.widths[0] - 1, work.widths[1] - 1))
+        yield Call("unaligned", lambda: _run(odd, dtype, "kl"), counted=False)
+        return
+    for kind in get_args(LogitsDivergenceKind):
+        yield Call(kind, lambda kind=kind: _run(work, dtype, kind))
+    yield Call("labelled", lambda: _run(work, dtype, "kl", labelled=True), counted=False)
+    yield Call("values", lambda: _run(work, dtype, "js", gradient=False), counted=False)
+
+
+def _run(
+    work: LogitsWorkload,
+    dtype: torch.dtype,
+    kind: str,
+    *,
+    labelled: bool = False,
+    gradient: bool = True,
+) -> None:
+    student, teacher = (
+        (
+            meta(work.batch, work.tokens, width, dtype=dtype),
+            meta(work.vocabulary, width, dtype=dtype),
+        )
+        for width in work.widths
+    )
+    how = Divergence(kind, 1.0, 0.5, 1.0, work.vocabulary)
+    mask = meta(work.batch, work.tokens, dtype=torch.bool) if labelled else None
+    labels = meta(work.batch, work.tokens, dtype=torch.int64) if labelled else None
+    factors = meta(2 if labelled else 1, dtype=torch.float32)
+    triton_path.sweep(student, teacher, mask, labels, factors, how, gradient, gradient)
+
+
+def seen(launch: Launch, work: LogitsWorkload, dtype: torch.dtype, count: int) -> Seen:
+    given = launch.arguments
+    if launch.kernel_name == "_matmul_kernel":
+        flags = ("LEFT_TRANSPOSED", "RIGHT_TRANSPOSED")
+        name = {(False, True): "logits", (False, False): "hidden_gradient"}.get(
+            tuple(given[flag] for flag in flags), "weight_gradient"
+        )
+        return Seen(name, (Loop(given["part_steps"]),), 0)
+    # a sweep for either softmax, for sums of the row, for labels, for the gradient
+    sweeps = 2 * (given["KIND"] != "mse") + (given["KIND"] in CENTRED or not given["STORE"])
+    sweeps += given["HAS_LABELS"] + given["STORE"]
+    step = Loop(cdiv(given["columns"], given["BLOCK"]))
+    # rows of fp32 logits start at multiples of 16 bytes
+    return Seen("rows", (step,) * sweeps, 0, loads=((4 * given["BLOCK"], 16),))

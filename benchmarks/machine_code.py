@@ -1,11 +1,10 @@
 """Compile kernels to machine code without a GPU and print what each takes, as JSON lines.
 
-`python -m benchmarks.machine_code [--all]`, in a process without TRITON_INTERPRET. Every
-configuration is one that the launch functions return for a named workload.
+`python -m benchmarks.machine_code [--all]`, in a process without TRITON_INTERPRET. Every kernel is
+compiled with the arguments of a recorded launch of a named workload, as the launcher compiles it.
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -17,9 +16,13 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
-Target = tuple[str, int | str]
+from benchmarks import issue, sass
+from benchmarks.chips import Target
+from benchmarks.jobs import Job
+
 # backend and architecture -> threads of a warp
 TARGETS: dict[Target, int] = {
     ("cuda", 80): 32,
@@ -28,17 +31,11 @@ TARGETS: dict[Target, int] = {
     ("hip", "gfx942"): 64,
 }
 DTYPES = (torch.bfloat16, torch.float32)
+# whose bf16 code is read: what sm_100's products are is not in their instructions, and for gfx942
+# Triton has no disassembler
+DISASSEMBLED: tuple[Target, ...] = (("cuda", 80), ("cuda", 90))
 # what the quick run makes in fp32: the tightest of both vendors
 QUICK_FLOAT32: tuple[Target, ...] = (("cuda", 80), ("hip", "gfx942"))
-# Triton's names of pointers
-POINTERS = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-}
-# arguments that are the same in every kernel
-COMMON = {"table": "*i64", "valid": "*u8"}
 # the tensor-core instruction that a product of bf16 blocks should become
 EXPECTED = {
     ("cuda", 80): "mma.sync",
@@ -48,51 +45,57 @@ EXPECTED = {
 }
 
 
-class Job(NamedTuple):
-    """One kernel and all that its machine code depends on.
-
-    `constants` are its `tl.constexpr` arguments, all of them. `pointers` has the type of every
-    other argument that is not an int32 and not in `COMMON`: `{"partials": "*fp32"}`.
-    """
-
-    name: str
-    kernel: Any
-    constants: dict[str, Any]
-    pointers: dict[str, str]
-    num_warps: int
-    num_stages: int
-
-    def key(self) -> str:
-        """Equal for jobs that give the same machine code."""
-        constants = sorted((name, str(value)) for name, value in self.constants.items())
-        return repr((self.kernel.__name__, constants, *self[3:]))
-
-    def digest(self) -> str:
-        """Short form of `key`."""
-        return hashlib.sha256(self.key().encode()).hexdigest()[:12]
-
-
-def compiled(job: Job, target: Target) -> dict[str, Any]:
+def compiled(job: Job, target: Target, *, disassemble: bool = False) -> dict[str, Any]:
     """Registers, bytes of spills and shared memory, products, and tensor-core instructions.
 
     `products` counts `tt.dot` in Triton's own code and `instructions` the tensor-core
-    instructions by kind in the machine's.
+    instructions by kind in the machine's. Disassembled, `code` is what a warp executes
+    (`issue.py`), `loads` counts loads of its loops from global memory by width in bytes, and
+    `asynchronous` says whether any go to shared memory without registers.
     """
-    signature, attributes = {}, {}
-    types = {**COMMON, **job.pointers}
-    for index, name in enumerate(job.kernel.arg_names):
-        signature[name] = "constexpr" if name in job.constants else types.get(name, "i32")
-        if signature[name].startswith("*"):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(job.kernel, signature, job.constants, attributes)
-    options = {"num_warps": job.num_warps, "num_stages": job.num_stages}
-    made = triton.compile(source, target=GPUTarget(*target, TARGETS[target]), options=options)
-    return {
+    source, options = as_launched(job, target)
+    gpu = GPUTarget(*target, TARGETS[target])
+    made = triton.compile(source, target=gpu, options=options)
+    row = {
         "shared": made.metadata.shared,
         **resources(made, target[0]),
         "products": len(re.findall(r"\btt\.dot\b", made.asm["ttir"])),
         "instructions": instructions(made.asm["amdgcn" if target[0] == "hip" else "ptx"]),
     }
+    if disassemble:
+        code = sass.code_of(sass.disassembled(made.asm["cubin"]))
+        row["loads"] = {str(width): count for width, count in sorted(sass.loads(code).items())}
+        row["asynchronous"] = sass.asynchronous(code.instructions)
+        row["code"] = issue.summary(code)
+    return row
+
+
+def narrow_loads(job: Job, row: Mapping[str, Any]) -> list[str]:
+    """Tiles that the code of `row` reads in narrower loads than their alignment allows."""
+    found = []
+    threads = 32 * job.options["num_warps"]
+    for width in sorted({width for _, width in job.loads}):
+        needed = sum(max(1, size // (threads * wide)) for size, wide in job.loads if wide >= width)
+        there = sum(count for size, count in row["loads"].items() if int(size) >= width)
+        if there < needed:
+            found.append(f"{there} loads of {width} bytes or more where tiles take {needed}")
+    return found
+
+
+def as_launched(job: Job, target: Target) -> tuple[ASTSource, dict[str, Any]]:
+    """Source and options that the launcher would compile, by its own steps, for any target.
+
+    Integers that are 1 become constants, multiples of 16 are known as such, and so are pointers;
+    a signature made by hand compiles another kernel than the one that runs.
+    """
+    backend = make_backend(GPUTarget(*target, TARGETS[target]))
+    binder = create_function_from_signature(job.kernel.signature, job.kernel.params, backend)
+    options = {**job.options, "debug": False}
+    bound, specialization, parsed = binder(**job.arguments, **options)
+    parsed, signature, constants, attributes = job.kernel._pack_args(
+        backend, options, bound, specialization, parsed
+    )
+    return ASTSource(job.kernel, signature, constants, attributes), parsed.__dict__
 
 
 def instructions(assembly: str) -> dict[str, int]:
@@ -180,17 +183,18 @@ class Wanted(NamedTuple):
             "kernel": self.job.name,
             "function": f"{folder}.{kernel.__name__}",
             "launch": self.job.digest(),
+            "source": self.job.source(),
         }
 
 
 def wanted(ops: Iterable[str], *, everything: bool) -> Iterator[Wanted]:
     """All jobs of the ops' workloads; without `everything`, those that CI compiles."""
-    from benchmarks.launches import OPS
+    from benchmarks.launches import OPS, jobs_of
 
     for (turn, target), dtype, op in itertools.product(enumerate(TARGETS), DTYPES, ops):
         named = {work.name: work for work in OPS[op].WORKLOADS}
         jobs = {
-            name: list(OPS[op].jobs(named[name], dtype, target[0]))
+            name: list(jobs_of(op, named[name], dtype, target))
             for name in (named if everything else OPS[op].QUICK)
         }
         if not everything:
@@ -225,28 +229,42 @@ def quick_jobs(
 
 
 def compile_all(
-    ops: Iterable[str], *, everything: bool, processes: int
+    ops: Iterable[str],
+    *,
+    everything: bool,
+    processes: int,
+    known: Mapping[tuple[str, str, str], dict[str, Any]] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """A row for every wanted job, in order; jobs of equal machine code are compiled once."""
+    """A row for every wanted job, in order; jobs of equal machine code are compiled once.
+
+    `known` has rows by `known_key`: what stands there is not compiled again.
+    """
     global _unique
     every = list(wanted(ops, everything=everything))
-    _unique = list({one.key(): one for one in every}.values())
-    found: dict[tuple[Target, str], dict[str, Any]] = {}
+    found = {one.key(): (known or {}).get(known_key(one.label()), {}) for one in every}
+    _unique = list({one.key(): one for one in every if not found[one.key()]}.values())
     # forked, because kernels cannot be pickled
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         made = zip(_unique, pool.imap(_compile, range(len(_unique))), strict=True)
         for one in every:
-            while one.key() not in found:
+            while not found[one.key()]:
                 other, row = next(made)
                 found[other.key()] = row
             yield {**one.label(), **found[one.key()]}
+
+
+def known_key(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Equal for rows of one target, launch and source."""
+    return str(row["target"]), row["launch"], row["source"]
 
 
 _unique: list[Wanted] = []
 
 
 def _compile(index: int) -> dict[str, Any]:
-    return compiled(_unique[index].job, _unique[index].target)
+    one = _unique[index]
+    disassemble = one.dtype == torch.bfloat16 and one.target in DISASSEMBLED
+    return compiled(one.job, one.target, disassemble=disassemble)
 
 
 def main() -> None:

@@ -6,17 +6,14 @@ beside Liger-Kernel's `fused_linear_jsd` where that is installed.
 """
 
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from fastkd_kernels import logits_divergence, reference
 from kernel_cases import errors, peak_bytes
-from logits_cases import LogitsCase, tensors_of
 
-from benchmarks import costs
+from benchmarks import costs, liger
 from benchmarks.cases import Case, baselines, cases
 from benchmarks.inputs import logits_inputs
 from benchmarks.workloads import LOGITS, LogitsWorkload
@@ -46,8 +43,9 @@ def test_logits_divergence(case: Case, kind: str, compare: Callable[..., Any]) -
         functions |= baselines(step, reference.logits_divergence, case.device)
         given, expected = functions["op"](), functions["definition"]()
         assert max(errors(given, expected)) <= (1e-4 if case.device == "cpu" else 5e-2)
-    if case.device != "cpu" and kind == "js" and find_spec("liger_kernel") is not None:
-        functions["liger"] = liger_step(inputs)
+    if case.device != "cpu" and liger.is_installed():
+        heads = (inputs.student, inputs.teacher)
+        functions["liger"] = liger.liger_step(*heads, inputs.leaves, kind)
     compare(
         "op",
         functions,
@@ -59,17 +57,3 @@ def test_logits_divergence(case: Case, kind: str, compare: Callable[..., Any]) -
     if work == NARROW[0]:
         # memory does not depend on who else uses the machine
         assert peak_bytes(functions["op"]) <= peak_bytes(functions["definition"]) / 10
-
-
-def liger_step(inputs: LogitsCase) -> Callable[[], list[torch.Tensor]]:
-    """Liger-Kernel's fused heads and JSD, with the same beta."""
-    found = import_module("liger_kernel.transformers.fused_linear_jsd")
-    module = found.LigerFusedLinearJSD(jsd_beta=0.5, temperature=1.0)
-    target = tensors_of(inputs.teacher)
-
-    def run() -> list[torch.Tensor]:
-        hidden, weight = inputs.leaves
-        loss = module(hidden.flatten(0, 1), weight, target[0].flatten(0, 1), target[1])
-        return [loss.detach(), *torch.autograd.grad(loss, inputs.leaves)]
-
-    return run

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 # caps and sinks together where registers are fewest
 COMPILE = """
 import json, torch
-from benchmarks.jobs_attention_divergence import CAPPED, FORMS, jobs
+from benchmarks.jobs_attention_divergence import CAPPED, FORMS
+from benchmarks.launches import jobs_of
 from benchmarks.machine_code import TARGETS, compiled
 
 def show(job, target):
@@ -28,12 +29,13 @@ def show(job, target):
 
 for turn, target in enumerate(TARGETS):
     for dtype in (torch.bfloat16, torch.float32) if turn == 1 else (torch.bfloat16,):
-        for job in jobs(CAPPED, dtype, target[0]):
-            if job.name.startswith(("kl", "js")[turn % 2]):
+        for job in jobs_of("attention_divergence", CAPPED, dtype, target):
+            if job.kind == ("kl", "js")[turn % 2]:
                 show(job, target)
-FORMS["both"] = {**FORMS[CAPPED.name], "SINK": True}
-for job in jobs(CAPPED._replace(name="both", dims=(128, 256)), torch.bfloat16, "cuda"):
-    if job.name == "kl_query":
+FORMS["both"] = {"capped", "sunk"}
+both = CAPPED._replace(name="both", dims=(128, 256))
+for job in jobs_of("attention_divergence", both, torch.bfloat16, ("cuda", 90)):
+    if job.name == "kl query":
         show(job, ("cuda", 80))
 """
 

@@ -1,20 +1,29 @@
 """Kernels become machine code without a GPU: within registers and memory, on tensor cores.
 
+With loads as wide as addresses allow, copies that run ahead, and no slower than what is committed.
 And the launch functions, which are data. Limits are those of `launch.SHARED_MEMORY`.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import triton
 from compiled_apart import compiled_apart, fits
-from fastkd_kernels.attention_score_mse.triton_path import gram_launch, tile_launch
+from fastkd_kernels.attention_score_mse.triton_path import causal_chunk, gram_launch, tile_launch
 from fastkd_kernels.common import launch
 from fastkd_kernels.hidden import triton_path
+
+from benchmarks import floor
+from benchmarks.chips import CHIPS
+from benchmarks.jobs import Job
+from benchmarks.launches import OPS, recorded_calls
+from benchmarks.machine_code import narrow_loads
 
 ROOT = Path(__file__).parents[1]
 # the table of benchmarks/machine_code.py once more, so that neither can be bent to fit a kernel
@@ -58,6 +67,13 @@ def test_kernels_fit_the_chip(rows: list[dict[str, Any]]) -> None:
         assert fits(row), row
 
 
+def test_nothing_spills_where_kernels_were_timed(rows: list[dict[str, Any]]) -> None:
+    timed = [row for row in rows if row["target"] == ["cuda", 90] and row["dtype"] == "bfloat16"]
+    assert timed
+    for row in timed:
+        assert row["spills"] == 0, row
+
+
 def test_products_run_on_tensor_cores(rows: list[dict[str, Any]]) -> None:
     """bf16 on each chip's newest instruction; fp32, three tf32 products each, on any."""
     assert any(row["products"] for row in rows)
@@ -68,6 +84,64 @@ def test_products_run_on_tensor_cores(rows: list[dict[str, Any]]) -> None:
             assert TENSOR_CORES[tuple(row["target"])] in row["instructions"], row
         else:
             assert row["instructions"], row
+
+
+def job_of(row: dict[str, Any]) -> Job:
+    """The job that a row was compiled from."""
+    (work,) = (work for work in OPS[row["op"]].WORKLOADS if work.name == row["workload"])
+    dtype = getattr(torch, row["dtype"])
+    calls = recorded_calls(row["op"], work, dtype, tuple(row["target"]))
+    (job,) = (job for job in calls.jobs if job.name == row["kernel"])
+    assert job.digest() == row["launch"]
+    return job
+
+
+def test_loads_are_as_wide_as_their_alignment(rows: list[dict[str, Any]]) -> None:
+    checked = 0
+    for row in rows:
+        if "loads" in row:
+            job = job_of(row)
+            assert narrow_loads(job, row) == [], row
+            checked += bool(job.loads)
+    assert checked > 30
+
+
+def test_pipelined_products_copy_ahead(rows: list[dict[str, Any]]) -> None:
+    """Where there are stages, tiles go to shared memory while the products before them run."""
+    staged = [
+        row
+        for row in rows
+        if "asynchronous" in row and row["products"]
+        if job_of(row).options["num_stages"] > 1
+    ]
+    assert staged
+    for row in staged:
+        assert row["asynchronous"], row
+
+
+def test_code_takes_no_longer_than_what_is_committed(rows: list[dict[str, Any]]) -> None:
+    """Predicted times on A100 and H100: a share of the floor does not fall unseen."""
+    path = floor.RESULTS / "floor.json"
+    committed = json.loads(path.read_text(encoding="utf-8"))
+    if committed["triton"] != triton.__version__:
+        pytest.skip(f"the committed code is Triton {committed['triton']}'s")
+    codes = {
+        (tuple(row["target"]), row["kernel"], row["dtype"], workload): row
+        for row in committed["machine_code"]
+        for workload in row["workloads"]
+    }
+    checked = 0
+    for row in rows:
+        target = tuple(row["target"])
+        before = codes[target, row["kernel"], row["dtype"], row["workload"]]
+        for chip in CHIPS if "code" in before else ():
+            if chip.target == target:
+                job = job_of(row)
+                now, then = (floor.of_job(job, one, chip)["microseconds"] for one in (row, before))
+                said = f"{row['workload']} {row['kernel']} on {chip.name}: {now} us, was {then}"
+                assert now <= 1.02 * then, said
+                checked += 1
+    assert checked > 40
 
 
 def kernels_of_the_package() -> set[str]:
@@ -84,13 +158,15 @@ def kernels_of_the_package() -> set[str]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("dims", [(1, 1), (26, 64), (128, 128), (256, 256)])
 @pytest.mark.parametrize("tokens", [1, 37, 128, 4096])
-def test_tile_launch(tokens: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
-    made = tile_launch(tokens, dims, (dtype, dtype))
+@pytest.mark.parametrize("kernel", ["fwd", "dq"])
+def test_tile_launch(kernel: str, tokens: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    made = tile_launch(kernel, tokens, dims, (dtype, dtype))
     assert made.constants["BLOCK_DIM"] >= max(16, dims[0])
     assert made.constants["BLOCK_TEACHER_DIM"] >= max(16, dims[1])
-    key, query = made.constants["BLOCK_KEY"], made.constants["BLOCK_QUERY"]
-    assert query in (key, 2 * int(key))
-    for name in ("BLOCK_KEY", "BLOCK_DIM", "BLOCK_TEACHER_DIM"):
+    # chunks of causal Grams are whole blocks
+    for name in ("BLOCK_KEY", "BLOCK_QUERY"):
+        assert causal_chunk(dims) % int(made.constants[name]) == 0
+    for name in ("BLOCK_KEY", "BLOCK_QUERY", "BLOCK_DIM", "BLOCK_TEACHER_DIM"):
         size = made.constants[name]
         assert isinstance(size, int)
         assert size >= 16
@@ -103,9 +179,9 @@ def test_precision_of_products() -> None:
     assert gram_launch((64, 64), single).constants["APPLY_PRECISION"] == "tf32x3"
     assert gram_launch((26, 64), half).constants["APPLY_PRECISION"] == "tf32x3"
     assert gram_launch((64, 64), half).constants["APPLY_PRECISION"] == "tf32"
-    assert tile_launch(128, (64, 64), single).constants["GRAD_PRECISION"] == "tf32x3"
+    assert tile_launch("fwd", 128, (64, 64), single).constants["GRAD_PRECISION"] == "tf32x3"
     assert triton_path.hidden_launch(single).constants["GRAD_PRECISION"] == "tf32x3"
-    assert tile_launch(9, (64, 64), single, "hip").constants["SCORE_PRECISION"] == "ieee"
+    assert tile_launch("dq", 9, (64, 64), single, "hip").constants["SCORE_PRECISION"] == "ieee"
     assert launch.product_dtype(torch.float16) == torch.float32
     assert launch.product_dtype(torch.bfloat16) == torch.bfloat16
 

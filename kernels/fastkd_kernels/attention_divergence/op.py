@@ -25,8 +25,11 @@ from ..checks import (
     check_temperature,
     resolve_backend,
 )
-from ..common.autograd import Named, accumulator, by_shape, register, scaled
+from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled
+from ..common.counted_rows import counted_rows
 from ..common.head_groups import Pair, pairs_of, state_shapes
+from ..common.remembered import remembered
+from ..common.rescale import rescaled, stacked_gradient, waiting_dtype
 from ..types import (
     AttentionDivergenceKind,
     AttentionReduction,
@@ -101,7 +104,7 @@ def attention_divergence(
             teacher that requires grad.
         TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
     """
-    check_states(student, teacher)
+    alike = check_states(student, teacher)
     check_caps_and_sinks(student, teacher)
     batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
@@ -115,7 +118,6 @@ def attention_divergence(
     chosen = resolve_backend(backend, device, accumulator(*queries))
     reach = min(window or 0, tokens)
     row_mask = counted_rows(key_mask, query_mask, causal, reach)
-    weights = item_weights(row_mask, batch, tokens, reduction, device)
 
     def loss_of(members: list[int]) -> Tensor:
         student_states, teacher_states = (
@@ -127,9 +129,11 @@ def attention_divergence(
             _check_head_size(max(student_query.shape[-1], teacher_query.shape[-1]))
         dtype = accumulator(student_query, teacher_query)
         need_grad = torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad
-            for state in student_states
-            for tensor in (state.query, state.key, state.sinks)
+            [
+                tensor is not None and tensor.requires_grad
+                for state in student_states
+                for tensor in (state.query, state.key, state.sinks)
+            ]
         )
         made = divergence(
             [state.query for state in student_states],
@@ -140,7 +144,7 @@ def attention_divergence(
             [state.scale / temperature for state in teacher_states],
             key_mask,
             row_mask,
-            (weights / student_query.shape[1]).to(dtype),
+            _item_weights(row_mask, student_query, reduction, dtype),
             kind,
             causal,
             reach,
@@ -155,7 +159,7 @@ def attention_divergence(
         return losses
 
     keys = [
-        (state_shapes(*pair), *((s.softcap is None, s.sinks is None) for s in pair))
+        (alike or state_shapes(*pair), *((s.softcap is None, s.sinks is None) for s in pair))
         for pair in zip(student, teacher, strict=True)
     ]
     loss = by_shape(keys, loss_of)
@@ -176,31 +180,29 @@ def _stacked_sinks(
     return torch.stack(sinks).to(dtype) / temperature if sinks else None
 
 
-def counted_rows(
-    key_mask: Tensor | None, query_mask: Tensor | None, causal: bool, window: int
-) -> Tensor | None:
-    """Query rows that count and see a key, bool `[batch, tokens]`; None is every row."""
-    if key_mask is None:
-        # every row sees itself
-        return query_mask
-    tokens = key_mask.shape[1]
-    position = torch.arange(tokens, device=key_mask.device)
-    before = torch.nn.functional.pad(key_mask.long().cumsum(1), (1, 0))
-    reach = window or tokens
-    first = (position - reach + 1).clamp(min=0)
-    end = position + 1 if causal else (position + reach).clamp(max=tokens)
-    row_mask = before[:, end] > before[:, first]
-    return row_mask if query_mask is None else row_mask & query_mask
+def _item_weights(
+    row_mask: Tensor | None, query: Tensor, reduction: str, dtype: torch.dtype
+) -> Tensor:
+    """`[batch]`: what the loss takes of each item's sum over rows and heads."""
+    batch, heads, tokens, _ = query.shape
+    return remembered(
+        (row_mask,),
+        ("item weights", batch, heads, tokens, reduction, dtype),
+        query.device,
+        lambda: (item_weights(row_mask, batch, tokens, reduction, query.device) / heads).to(dtype),
+    )
 
 
 def item_weights(
     row_mask: Tensor | None, batch: int, tokens: int, reduction: str, device: torch.device
 ) -> Tensor:
     """fp64 `[batch]`: what the loss takes of each item's sum over one head's rows."""
-    counts = torch.full((batch,), tokens, device=device) if row_mask is None else row_mask.sum(1)
-    sequences = (counts > 0).sum()
-    counts = counts * sequences if reduction == "sequences" else counts.sum().expand(batch)
-    return torch.where(counts > 0, 1.0 / counts.clamp(min=1).double(), 0.0)
+    if reduction == "tokens" or row_mask is None:
+        # without a mask, sequences weigh alike
+        count = batch * tokens if row_mask is None else row_mask.sum()
+        return inverse(count, torch.float64, device).expand(batch)
+    counts = row_mask.sum(1)
+    return inverse(counts * (counts > 0).sum(), torch.float64, device)
 
 
 def _weighed(sums: Tensor, weights: Tensor) -> Tensor:
@@ -254,100 +256,56 @@ def _divergence(
     need_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses `[pairs]` and what the backward needs.
+    """Losses `[pairs]` and stacked gradients of the student's queries, keys and sinks.
 
-    PyTorch makes stacked unit gradients of the student's queries, keys and sinks; Triton keeps, as
-    the first of the three, statistics of each query row.
+    PyTorch's are unit gradients, Triton's those of the losses.
     """
     pairs = _pairs(
         (query, key, teacher_query, teacher_key, scale, teacher_scale),
         (student_softcap, teacher_softcap, student_sinks, teacher_sinks),
     )
-    call = (pairs, key_mask, row_mask, kind, causal, window, need_grad)
     if backend == "torch":
-        sums, *units = torch_path.forward(*call)
-        return _weighed(sums, weights), units[0], units[1], units[2]
-    from . import triton_path
+        sums, *made = torch_path.forward(pairs, key_mask, row_mask, kind, causal, window, need_grad)
+    else:
+        from . import triton_path
 
-    sums, stats = triton_path.forward(*call)
-    return _weighed(sums, weights), stats, sums.new_empty(0), sums.new_empty(0)
+        sums, *made = triton_path.forward(
+            pairs, key_mask, row_mask, weights, kind, causal, window, need_grad
+        )
+    return _weighed(sums, weights), made[0], made[1], made[2]
 
 
 def _fake(given: Named) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pairs, new = len(given.query), given.weights.new_empty
-    nothing: tuple[int, ...] = (0,)
-    made = [nothing] * 3
-    if given.need_grad and given.backend == "torch":
-        made[:2] = [(pairs, *of[0].shape) for of in (given.query, given.key)]
-        if given.student_sinks is not None:
-            # their sum over the batch waits for its items' weights
-            made[2] = (pairs, *given.query[0].shape[:2])
-    elif given.need_grad:
-        from .triton_path import row_stats
-
-        made[0] = (pairs, row_stats(given.kind), *given.query[0].shape[:3])
-    return new(pairs), new(made[0]), new(made[1]), new(made[2])
-
-
-def _backward(
-    factor: Tensor,
-    stats: Tensor,
-    query: Sequence[Tensor],
-    key: Sequence[Tensor],
-    teacher_query: Sequence[Tensor],
-    teacher_key: Sequence[Tensor],
-    scale: Sequence[float],
-    teacher_scale: Sequence[float],
-    key_mask: Tensor | None,
-    row_mask: Tensor | None,
-    kind: str,
-    causal: bool,
-    window: int,
-    student_softcap: Sequence[float] | None,
-    teacher_softcap: Sequence[float] | None,
-    student_sinks: Tensor | None,
-    teacher_sinks: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Stacked gradients of the student's queries, keys and sinks for `factor` `[pairs, batch]`."""
-    from . import triton_path
-
-    pairs = _pairs(
-        (query, key, teacher_query, teacher_key, scale, teacher_scale),
-        (student_softcap, teacher_softcap, student_sinks, teacher_sinks),
-    )
-    return triton_path.backward(factor, stats, pairs, key_mask, row_mask, kind, causal, window)
-
-
-def _backward_fake(given: Named) -> tuple[Tensor, Tensor, Tensor]:
-    pairs, sinks = len(given.query), given.student_sinks
-    query, key = (of[0].new_empty((pairs, *of[0].shape)) for of in (given.query, given.key))
-    return query, key, given.factor.new_empty((0,) if sinks is None else sinks.shape)
-
-
-_registered_backward = register("attention_divergence_backward", _backward, _backward_fake)
+    pairs, new, sinks = len(given.query), given.weights.new_empty, given.student_sinks
+    if not given.need_grad:
+        return new(pairs), new(0), new(0), new(0)
+    if given.backend == "torch":
+        query, key = (new((pairs, *of[0].shape)) for of in (given.query, given.key))
+        # their sum over the batch waits for its items' weights
+        of_sinks = new(0 if sinks is None else (pairs, *given.query[0].shape[:2]))
+        return new(pairs), query, key, of_sinks
+    dtype = waiting_dtype(given.query[0].dtype)
+    query, key = (stacked_gradient(pairs, of[0], dtype) for of in (given.query, given.key))
+    return new(pairs), query, key, new(0 if sinks is None else sinks.shape)
 
 
 def _keep(given: Named, made: tuple[Tensor, ...]) -> dict[str, Any]:
-    inputs = dict(vars(given))
-    if given.backend == "triton":
-        left_out = ("need_grad", "backend")
-        return {"stats": made[1], **{word: inputs[word] for word in inputs if word not in left_out}}
-    kept = {word: inputs[word] for word in ("weights", "student_sinks")}
-    return kept | {"stats": None, "units": made[1:], "dtype": given.query[0].dtype}
+    kept = {"query": made[1], "key": made[2], "dtype": given.query[0].dtype}
+    kept["sinks"] = None if given.student_sinks is None else made[3]
+    return kept | {"weights": given.weights if given.backend == "torch" else None}
 
 
 def _gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
     """Of queries, keys and, where there are some, sinks."""
-    inputs = vars(kept)
-    factor = upstream[:, None] * inputs.pop("weights")
-    has_sinks = kept.student_sinks is not None
-    if kept.stats is not None:
-        query, key, sinks = _registered_backward(factor, **inputs)
+    sinks = kept.sinks
+    if kept.weights is None:
+        query, key = rescaled(kept.query, kept.key, upstream, kept.dtype)
+        sinks = None if sinks is None else sinks * upstream[:, None]
     else:
-        query, key, sinks = kept.units
-        query, key = (scaled(unit, factor, kept.dtype) for unit in (query, key))
-        sinks = scaled(sinks, factor, sinks.dtype).sum(1) if has_sinks else sinks
-    return {"query": query, "key": key} | ({"student_sinks": sinks} if has_sinks else {})
+        factor = upstream[:, None] * kept.weights
+        query, key = (scaled(unit, factor, kept.dtype) for unit in (kept.query, kept.key))
+        sinks = None if sinks is None else scaled(sinks, factor, sinks.dtype).sum(1)
+    return {"query": query, "key": key} | ({} if sinks is None else {"student_sinks": sinks})
 
 
 divergence = register("attention_divergence", _divergence, _fake, _keep, _gradient)

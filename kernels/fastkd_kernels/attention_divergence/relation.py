@@ -119,11 +119,14 @@ def _relation(name: str, state: object, relation: str, heads: int) -> AttentionS
                 f"{tensor.shape[3]}), which relation_heads={heads} does not divide; "
                 "choose a divisor of the widths of both sides"
             )
-    left_heads, right_heads = (_resplit(tensor, heads) for tensor in (left, right))
+    left_heads = _resplit(left, heads)
+    right_heads = left_heads if right is left else _resplit(right, heads)
     return AttentionState(left_heads, right_heads, None, left_heads.shape[-1] ** -0.5)
 
 
 def _resplit(value: Tensor, heads: int) -> Tensor:
     """A view where the strides allow one, as in what models hand over."""
-    batch, _, tokens, _ = value.shape
+    batch, own_heads, tokens, _ = value.shape
+    if own_heads == heads:
+        return value
     return value.transpose(1, 2).reshape(batch, tokens, heads, -1).transpose(1, 2)

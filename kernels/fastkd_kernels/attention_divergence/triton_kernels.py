@@ -1,19 +1,22 @@
 # mypy: ignore-errors
-"""Triton kernels of attention divergences: one streaming launch forward, two backward.
+"""Triton kernels of attention divergences: of sequences of any length, in up to three launches.
 
 Sizes are those of `attention_score_mse/triton_kernels.py`, prefixes and the rows of `table` and
 `valid` those of `common/attention_jit.py`; here `scales` are divided by the temperature, and valid
-query rows are those that count. `stats` `[pairs, 4 or 5, batch, heads, tokens]` holds, for each
-query row, the maximum of the student's scores and the log of their sum of exponentials below it,
-the same of the teacher (cosine: half of both, of the doubled scores) and, where the gradient needs
-one, the row's constant. Maximum and log are kept apart because their sum would be rounded.
+query rows are those that count. Scores and their logs are in bits, since `exp2` is what the
+hardware has. `stats` `[pairs, 4 or 5, batch, heads, tokens]` holds, for each query row, the maximum
+of the student's scores and the log of their sum of exponentials below it, the same of the teacher
+(cosine: half of both, of the doubled scores) and, where the gradient needs one, the row's constant.
+Maximum and log are kept apart because their sum would be rounded.
 
 `caps` `[pairs, 2]` are soft caps, student and teacher, and `sinks` `[pairs, 2, heads]` the logits
 that join every row's softmax; both are divided by the temperature. STUDENT_CAP, TEACHER_CAP and
-SINK say which are there; the others are not read.
+SINK say which are there; the others are not read. MASKED says that a tile can have entries that no
+row sees.
 
-The backward makes every tile once more, from `stats`. `upstream` `[pairs, batch]` is the gradient
-of each batch item's sum over rows.
+Gradients are those of the sum of all rows, each times `weights` `[batch]` of its batch item, and
+laid out as `store_head` says: `[pairs, batch, heads, tokens, dim]` of queries, with `kv_heads` of
+keys. `partials` `[pairs, programs]` are sums of rows' divergences, without weights.
 """
 
 import triton
@@ -33,45 +36,27 @@ from ..common.attention_jit import (
     queries_seeing,
     query_sides,
     rows_at,
-    sizes_of,
     soft_cap,
     stat_base,
     stat_step,
+    store_head,
     valid_rows,
     visible,
     whole_rows,
 )
-from ..common.divergences_jit import (
-    add_divergence,
-    add_expectation,
-    add_two_sums,
-    divergence_of,
-    divergence_slopes,
-    divergence_terms,
-    log_sum,
-    shift_of,
-    state_of_sink,
+from ..common.divergences_jit import add_exponentials, below, divergence_slopes, log_sum, shift_of
+from .tile_jit import (
+    finished_constant,
+    outcome_terms,
+    raw_sizes,
+    slopes_of,
+    sums_of,
+    without_hidden,
 )
 
 
 @triton.jit
-def row_terms(log_p, log_t, seen, KIND: tl.constexpr):
-    """Parts of the value and of the row constant, summed over the keys of one tile."""
-    log_p, log_t = tl.where(seen, log_p, 0.0), tl.where(seen, log_t, 0.0)
-    value, weighted, _, _ = divergence_terms(log_p, log_t, (0.5, 0.5), KIND, 0, True)
-    return tl.sum(tl.where(seen, value, 0.0), 1), tl.sum(tl.where(seen, weighted, 0.0), 1)
-
-
-@triton.jit
-def row_slopes(log_p, log_t, constant, seen, KIND: tl.constexpr):
-    """`dL/da` of a tile, of either orientation; 0 where a key is hidden."""
-    log_p, log_t = tl.where(seen, log_p, 0.0), tl.where(seen, log_t, 0.0)
-    _, _, point, p = divergence_terms(log_p, log_t, (0.5, 0.5), KIND, 0, True)
-    return tl.where(seen, divergence_slopes(p, point, constant, (0.5, 0.5), KIND), 0.0)
-
-
-@triton.jit
-def _fwd_kernel(
+def _rows_kernel(
     table,
     scales,
     caps,
@@ -101,23 +86,24 @@ def _fwd_kernel(
     TEACHER_ALIGN: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     STUDENT_CAP: tl.constexpr,
     TEACHER_CAP: tl.constexpr,
     SINK: tl.constexpr,
     WRITE_STATS: tl.constexpr,
+    WRITE_VALUES: tl.constexpr,
 ):
     """One program: one block of query rows of one head, against all keys that it sees.
 
-    Writes `partials` `[pairs, programs]`, the sum of the rows' divergences, and `stats`. One sweep
-    over the keys for KL, reverse KL and cross-entropy. The others sweep twice: first for both
-    log-sum-exps, then for sums that need the probabilities themselves. A sink is seen before the
-    first key.
+    A sweep over the keys makes both log-sum-exps, `stats`. With WRITE_VALUES a second one makes
+    sums that need the probabilities themselves: `partials` and the constants of the rows. A sink is
+    seen before the first key.
     """
     pair, block, item, head = program_rows(heads, tokens, BLOCK_QUERY)
     row = table + pair * 16
-    sizes = sizes_of(scales, pair, dim, teacher_dim)
+    sizes, units = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP)
     student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
@@ -131,16 +117,15 @@ def _fwd_kernel(
     first, end = keys_seen(
         block * BLOCK_QUERY, BLOCK_QUERY, tokens, window, BLOCK_KEY, CAUSAL, WINDOWED
     )
-    two_sweeps: tl.constexpr = KIND == "js" or KIND == "mse" or KIND == "cosine"
     # cosine needs the log of |e^a| alone: half the log-sum-exp of doubled scores
     power: tl.constexpr = 2.0 if KIND == "cosine" else 1.0
     nothing = tl.zeros([BLOCK_QUERY], SUM_TYPE)
     lowest = tl.full([BLOCK_QUERY], float("-inf"), SUM_TYPE)
-    # running maximum and sum of the weighing side, then of the other; mean and excess
-    state = (lowest, nothing, lowest, nothing, nothing, nothing)
+    max_student, sum_student, max_teacher, sum_teacher = lowest, nothing, lowest, nothing
     if SINK:
         student_sink, teacher_sink = load_sinks(sinks, pair, head, heads)
-        state = state_of_sink(power * student_sink, power * teacher_sink, nothing, KIND)
+        max_student, sum_student = nothing + power * student_sink, nothing + 1.0
+        max_teacher, sum_teacher = nothing + power * teacher_sink, nothing + 1.0
     for start in range(first, end, BLOCK_KEY):
         o_key = start + tl.arange(0, BLOCK_KEY)
         m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
@@ -152,36 +137,26 @@ def _fwd_kernel(
         student_scores, teacher_scores = both_tiles(
             query_rows, key_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION
         )
-        student_scores = soft_cap(student_scores, student_cap, STUDENT_CAP)
-        teacher_scores = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
-        if two_sweeps:
-            state = add_two_sums(power * teacher_scores, power * student_scores, seen, state)
-        elif KIND == "kl":
-            state = add_divergence(teacher_scores, student_scores, seen, state)
-        elif KIND == "reverse_kl":
-            state = add_divergence(student_scores, teacher_scores, seen, state)
-        else:
-            state = add_expectation(teacher_scores, student_scores, seen, state)
-    if KIND == "reverse_kl":
-        max_student, sum_student, max_teacher, sum_teacher, mean, _excess = state
-    else:
-        max_teacher, sum_teacher, max_student, sum_student, mean, _excess = state
+        student_capped = soft_cap(student_scores, student_cap, STUDENT_CAP)
+        teacher_capped = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
+        max_student, sum_student = add_exponentials(
+            student_capped, power * units[0], seen, max_student, sum_student, MASKED
+        )
+        max_teacher, sum_teacher = add_exponentials(
+            teacher_capped, power * units[1], seen, max_teacher, sum_teacher, MASKED
+        )
     max_student, log_student = shift_of(max_student) / power, log_sum(sum_student) / power
     max_teacher, log_teacher = shift_of(max_teacher) / power, log_sum(sum_teacher) / power
-    value = divergence_of(state)
-    constant = value
-    if KIND == "cross_entropy":
-        # lse(a) - E_t[a]
-        value = max_student - mean + log_student
-    if two_sweeps:
-        value = nothing
-        constant = nothing
+    value = nothing
+    constant = nothing
+    if WRITE_VALUES:
         if SINK:
-            value, constant = row_terms(
-                (student_sink - max_student - log_student)[:, None],
-                (teacher_sink - max_teacher - log_teacher)[:, None],
-                (o_query >= 0)[:, None],
+            value, constant, _, _ = outcome_terms(
+                student_sink - max_student - log_student,
+                teacher_sink - max_teacher - log_teacher,
+                m_query,
                 KIND,
+                False,
             )
         for start in range(first, end, BLOCK_KEY):
             o_key = start + tl.arange(0, BLOCK_KEY)
@@ -196,23 +171,22 @@ def _fwd_kernel(
             student_scores, teacher_scores = both_tiles(
                 query_rows, key_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION
             )
-            student_scores = soft_cap(student_scores, student_cap, STUDENT_CAP)
-            teacher_scores = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
-            tile_value, tile_constant = row_terms(
-                student_scores - max_student[:, None] - log_student[:, None],
-                teacher_scores - max_teacher[:, None] - log_teacher[:, None],
+            student_capped = soft_cap(student_scores, student_cap, STUDENT_CAP)
+            teacher_capped = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
+            tile_value, tile_constant = sums_of(
+                below(student_capped, units[0], max_student[:, None]) - log_student[:, None],
+                below(teacher_capped, units[1], max_teacher[:, None]) - log_teacher[:, None],
                 seen,
                 KIND,
+                MASKED,
             )
             value += tile_value
             constant += tile_constant
-        if KIND == "cosine":
-            # of both sums, the one that has the digits
-            constant = tl.where(value < 0.5, 1.0 - value, constant)
-    tl.store(
-        partials + pair * tl.num_programs(0) + tl.program_id(0),
-        tl.sum(tl.where(m_query, value, 0.0), 0),
-    )
+        constant = finished_constant(value, constant, KIND)
+        tl.store(
+            partials + pair * tl.num_programs(0) + tl.program_id(0),
+            tl.sum(tl.where(m_query, value, 0.0), 0),
+        )
     if WRITE_STATS:
         m_row = o_query < tokens
         out = stat_base(stats, pair, item, head, batch, heads, tokens, STATS) + o_query
@@ -226,16 +200,17 @@ def _fwd_kernel(
 
 
 @triton.jit
-def _bwd_dq_kernel(
+def _dq_kernel(
     table,
     scales,
     caps,
+    sinks,
     valid,
     stats,
-    upstream,
-    gradient,
-    sinks,
+    weights,
+    query_grad,
     sink_partials,
+    partials,
     batch,
     heads,
     kv_heads,
@@ -260,22 +235,24 @@ def _bwd_dq_kernel(
     TEACHER_ALIGN: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     STUDENT_CAP: tl.constexpr,
     TEACHER_CAP: tl.constexpr,
     SINK: tl.constexpr,
+    QUERY_TOKENS_FIRST: tl.constexpr,
 ):
     """One program: one block of query rows of one head, against all keys that it sees.
 
-    Writes `gradient` `[pairs, batch, heads, tokens, dim]` and, with SINK, `sink_partials`
-    `[pairs, programs]`, the sum of the counted rows' slopes of the student's sink.
+    Writes `query_grad`, with SINK `sink_partials` `[pairs, programs]`, the sum of the counted rows'
+    slopes of the student's sink, and, of kinds whose rows have no constant, `partials`.
     """
     # what the compiler cannot see of an argument: it is a multiple of this
     dim = dim // ALIGN * ALIGN
     pair, block, item, head = program_rows(heads, tokens, BLOCK_QUERY)
     row = table + pair * 16
-    sizes = sizes_of(scales, pair, dim, teacher_dim)
+    sizes, units = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP)
     student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
@@ -293,6 +270,7 @@ def _bwd_dq_kernel(
         stats, pair, item, head, batch, heads, tokens, o_query, STATS
     )
     b_gradient = tl.zeros([BLOCK_QUERY, BLOCK_DIM], SUM_TYPE)
+    value = tl.zeros([BLOCK_QUERY], SUM_TYPE)
     for start in range(first, end, BLOCK_KEY):
         o_key = start + tl.arange(0, BLOCK_KEY)
         m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
@@ -306,13 +284,17 @@ def _bwd_dq_kernel(
         )
         student_capped = soft_cap(student_scores, student_cap, STUDENT_CAP)
         teacher_capped = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
-        slopes = row_slopes(
-            student_capped - max_student[:, None] - log_student[:, None],
-            teacher_capped - max_teacher[:, None] - log_teacher[:, None],
-            constant[:, None],
+        terms, _, point, p = outcome_terms(
+            below(student_capped, units[0], max_student[:, None]) - log_student[:, None],
+            below(teacher_capped, units[1], max_teacher[:, None]) - log_teacher[:, None],
             seen,
             KIND,
+            MASKED,
         )
+        if STATS == 4:
+            value += tl.sum(terms, 1)
+        slopes = divergence_slopes(p, point, constant[:, None], (0.5, 0.5), KIND)
+        slopes = without_hidden(slopes, seen, KIND, MASKED)
         if STUDENT_CAP:
             slopes *= cap_slope(student_scores, student_cap)
         b_key = whole_rows(key_rows[0], dim, BLOCK_DIM, ALIGN, CHUNK)
@@ -320,40 +302,48 @@ def _bwd_dq_kernel(
         b_gradient += tl.dot(
             slopes.to(GRAD_TYPE), b_key.to(GRAD_TYPE), input_precision=GRAD_PRECISION
         )
-    factor = tl.load(upstream + pair * batch + item)
+    weight = tl.load(weights + item)
+    program = pair * tl.num_programs(0) + tl.program_id(0)
     if SINK:
         student_sink, teacher_sink = load_sinks(sinks, pair, head, heads)
-        sink_slopes = row_slopes(
+        sink_value, _, sink_point, sink_share = outcome_terms(
             student_sink - max_student - log_student,
             teacher_sink - max_teacher - log_teacher,
-            constant,
-            o_query >= 0,
+            m_query,
             KIND,
+            False,
         )
-        tl.store(
-            sink_partials + pair * tl.num_programs(0) + tl.program_id(0),
-            tl.sum(tl.where(m_query, sink_slopes, 0.0), 0) * factor,
-        )
+        value += sink_value
+        sink_slopes = divergence_slopes(sink_share, sink_point, constant, (0.5, 0.5), KIND)
+        tl.store(sink_partials + program, tl.sum(tl.where(m_query, sink_slopes, 0.0), 0) * weight)
         # queries of 0 on both sides meet sinks that differ
         b_gradient = tl.where(m_query[:, None], b_gradient, 0.0)
+    if STATS == 4:
+        tl.store(partials + program, tl.sum(tl.where(m_query, value, 0.0), 0))
     # without sinks, rows that are not counted have queries of 0 on both sides, so no slope
-    b_gradient *= sizes[0][1] * factor
-    o_dim = tl.arange(0, BLOCK_DIM)
-    out = gradient + ((pair * batch + item) * heads + head) * tokens * dim
-    o_out = o_query[:, None].to(tl.int64) * dim + o_dim[None, :]
-    m_out = (o_query < tokens)[:, None] & (o_dim < dim)[None, :]
-    tl.store(out + o_out, b_gradient.to(TYPE), mask=m_out)
+    store_head(
+        query_grad + (pair * batch + item) * heads * tokens * dim,
+        b_gradient * (tl.load(scales + pair * 2) * weight),
+        (o_query, o_query < tokens),
+        head,
+        heads,
+        tokens,
+        dim,
+        BLOCK_DIM,
+        ALIGN,
+        QUERY_TOKENS_FIRST,
+    )
 
 
 @triton.jit
-def _bwd_dk_kernel(
+def _dk_kernel(
     table,
     scales,
     caps,
     valid,
     stats,
-    upstream,
-    gradient,
+    weights,
+    key_grad,
     batch,
     heads,
     kv_heads,
@@ -378,21 +368,23 @@ def _bwd_dk_kernel(
     TEACHER_ALIGN: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     STUDENT_CAP: tl.constexpr,
     TEACHER_CAP: tl.constexpr,
+    KEY_TOKENS_FIRST: tl.constexpr,
 ):
     """One program: one block of keys of one student key head, against all rows that see it.
 
-    Tiles are `[keys, queries]`. Writes `gradient` `[pairs, batch, kv_heads, tokens, dim]`, summed
-    over the query heads that share the key head.
+    Tiles are `[keys, queries]`. Writes `key_grad`, summed over the query heads that share the key
+    head.
     """
     # what the compiler cannot see of an argument: it is a multiple of this
     dim = dim // ALIGN * ALIGN
     pair, block, item, kv_head = program_rows(kv_heads, tokens, BLOCK_KEY)
     row = table + pair * 16
-    sizes = sizes_of(scales, pair, dim, teacher_dim)
+    sizes, units = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP)
     student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_key = block * BLOCK_KEY + tl.arange(0, BLOCK_KEY)
@@ -433,12 +425,13 @@ def _bwd_dk_kernel(
             )
             student_capped = soft_cap(student_scores, student_cap, STUDENT_CAP)
             teacher_capped = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
-            slopes = row_slopes(
-                student_capped - max_student[None, :] - log_student[None, :],
-                teacher_capped - max_teacher[None, :] - log_teacher[None, :],
+            slopes = slopes_of(
+                below(student_capped, units[0], max_student[None, :]) - log_student[None, :],
+                below(teacher_capped, units[1], max_teacher[None, :]) - log_teacher[None, :],
                 constant[None, :],
                 seen,
                 KIND,
+                MASKED,
             )
             if STUDENT_CAP:
                 slopes *= cap_slope(student_scores, student_cap)
@@ -447,9 +440,15 @@ def _bwd_dk_kernel(
             b_gradient += tl.dot(
                 slopes.to(GRAD_TYPE), b_query.to(GRAD_TYPE), input_precision=GRAD_PRECISION
             )
-    factor = sizes[0][1] * tl.load(upstream + pair * batch + item)
-    o_dim = tl.arange(0, BLOCK_DIM)
-    out = gradient + ((pair * batch + item) * kv_heads + kv_head) * tokens * dim
-    o_out = o_key[:, None].to(tl.int64) * dim + o_dim[None, :]
-    m_out = (o_key < tokens)[:, None] & (o_dim < dim)[None, :]
-    tl.store(out + o_out, (b_gradient * factor).to(TYPE), mask=m_out)
+    store_head(
+        key_grad + (pair * batch + item) * kv_heads * tokens * dim,
+        b_gradient * (tl.load(scales + pair * 2) * tl.load(weights + item)),
+        (o_key, o_key < tokens),
+        kv_head,
+        kv_heads,
+        tokens,
+        dim,
+        BLOCK_DIM,
+        ALIGN,
+        KEY_TOKENS_FIRST,
+    )

@@ -3,28 +3,62 @@
 Every launch covers all layer pairs through a table of addresses.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..common.attention_call import Call, type_constants
 from ..common.head_groups import Pair
-from ..common.launch import Launch, dot_precision, platform, power_of_two, product_dtype
+from ..common.launch import (
+    Launch,
+    cdiv,
+    dot_precision,
+    heads_of_program,
+    platform,
+    power_of_two,
+    product_dtype,
+)
+from ..common.quick_launch import Quick
+from ..common.rescale import stacked_gradient, tokens_first, waiting_dtype
 from ..common.tensor_table import to_device
 from ..common.tl_types import TYPES
-from .triton_kernels import _bwd_dk_kernel, _bwd_dq_kernel, _fwd_kernel
+from .short_kernel import _short_kernel
+from .triton_kernels import _dk_kernel, _dq_kernel, _rows_kernel
 
 # kinds whose gradient needs a constant of each query row besides both softmax divisors
 CONSTANT_KINDS = ("reverse_kl", "js", "mse", "cosine")
-# kinds whose forward sweeps the keys twice
-TWO_SWEEPS = ("js", "mse", "cosine")
+# the longest sequence that one program of the short kernel holds
+SHORT_TOKENS = 128
 
 
 def row_stats(kind: str) -> int:
-    """Floats of each query row that the backward reads."""
+    """Floats of each query row that the gradient kernels read."""
     return 5 if kind in CONSTANT_KINDS else 4
+
+
+def takes_short(
+    tokens: int, dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
+) -> bool:
+    """Whether the short kernel takes sequences of this length."""
+    narrow = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
+    return tokens <= SHORT_TOKENS and narrow and max(dims) <= 64 and on != "hip"
+
+
+def short_launch(
+    tokens: int, dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
+) -> Launch:
+    """Blocks of the short kernel: all keys, and as many query rows as 8 warps hold."""
+    block = power_of_two(tokens)
+    constants: dict[str, int | str] = {
+        "BLOCK_QUERY": block,
+        "BLOCK_KEY": block,
+        "BLOCK_DIM": power_of_two(dims[0]),
+        "BLOCK_TEACHER_DIM": power_of_two(dims[1]),
+        "SCORE_PRECISION": dot_precision(True, on),
+        "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
+    }
+    return Launch(constants, num_warps=8 if block > 64 else 4, num_stages=2)
 
 
 def divergence_launch(
@@ -37,12 +71,11 @@ def divergence_launch(
     capped: bool = False,
     sunk: bool = False,
 ) -> Launch:
-    """Blocks of one kernel: "fwd", "bwd_dq" or "bwd_dk".
+    """Blocks of one kernel: "rows", "dq" or "dk".
 
-    A program holds one block, of keys for "bwd_dk" and of query rows otherwise, and moves along the
-    other side in narrower ones. `capped` is of either side, and
-    `sunk` is with attention sinks. Blocks for half precision and heads of up to 128 were the
-    fastest of twelve on an H100.
+    A program holds one block, of keys for "dk" and of query rows otherwise, and moves along the
+    other side in narrower ones. `capped` is of either side, and `sunk` is with attention sinks.
+    Blocks for half precision and heads of up to 128 were the fastest of seventeen on an H100.
     """
     block_dim, block_teacher = (power_of_two(dim) for dim in dims)
     width = max(block_dim, block_teacher)
@@ -50,41 +83,38 @@ def divergence_launch(
     whole = narrow and width <= 128 and on != "hip"
     # 64 rows make Hopper's and Blackwell's tensor cores take a product
     held = (64 if narrow else 32) if width <= 128 else 16
-    moving = 32 if width <= 64 or (width <= 128 and (narrow or kernel != "bwd_dk")) else 16
+    moving = 32 if width <= 64 or (width <= 128 and (narrow or kernel != "dk")) else 16
+    if whole:
+        held = 128 if kernel == "dk" else 64
+        moving = 64 if kernel == "rows" or width > 64 else 32
     constants: dict[str, int | str] = {
-        "BLOCK_QUERY": moving if kernel == "bwd_dk" else held,
-        "BLOCK_KEY": held if kernel == "bwd_dk" else moving,
+        "BLOCK_QUERY": moving if kernel == "dk" else held,
+        "BLOCK_KEY": held if kernel == "dk" else moving,
         "BLOCK_DIM": block_dim,
         "BLOCK_TEACHER_DIM": block_teacher,
         # columns of one product of scores; 0 takes whole heads, which spill in fp32
         "CHUNK": 0 if whole else 32 if narrow else 16,
         "SCORE_PRECISION": dot_precision(True, on),
     }
-    if kernel != "fwd":
+    if kernel != "rows":
         constants["GRAD_PRECISION"] = dot_precision(dtypes[0] != torch.float16, on)
     if whole:
-        return Launch(
-            constants, num_warps=4, num_stages=1 if kernel == "bwd_dk" and width > 64 else 2
-        )
+        warps = 8 if kernel == "dk" and width > 64 else 4
+        return Launch(constants, warps, 2 if kernel == "rows" or width > 64 else 3)
     if narrow:
-        few = kernel == "bwd_dk" and row_stats(kind) == 4 and block_dim + block_teacher < 128
+        few = kernel == "dk" and row_stats(kind) == 4 and block_dim + block_teacher < 128
     else:
-        few = width <= 64 and not (kernel == "fwd" and kind in TWO_SWEEPS)
+        few = width <= 64 and kernel != "rows"
     # with 8 warps, wide heads spill: capped in two sweeps on sm_90, with sinks on sm_80
-    spills = (capped and kernel == "fwd" and kind in TWO_SWEEPS) or (sunk and kernel == "bwd_dq")
+    spills = (capped and kernel == "rows") or (sunk and kernel == "dq")
     few = few or (spills and width > 128)
     # a warp of AMD's has 64 threads
     return Launch(constants, num_warps=4 if few or on == "hip" else 8, num_stages=1)
 
 
-def forward_types(dtype: torch.dtype, teacher_dtype: torch.dtype, kind: str) -> dict[str, Any]:
-    return {**type_constants(dtype, teacher_dtype), "KIND": kind, "STATS": row_stats(kind)}
-
-
-def backward_types(dtype: torch.dtype, teacher_dtype: torch.dtype, kind: str) -> dict[str, Any]:
-    """Those of the forward, and the type in which slopes enter their product."""
-    # the teacher's entropy has no gradient
-    made = forward_types(dtype, teacher_dtype, "kl" if kind == "cross_entropy" else kind)
+def kernel_types(dtype: torch.dtype, teacher_dtype: torch.dtype) -> dict[str, Any]:
+    """And the type in which slopes enter their product."""
+    made = type_constants(dtype, teacher_dtype)
     return made | {"GRAD_TYPE": TYPES[product_dtype(dtype)]}
 
 
@@ -112,108 +142,179 @@ class _Softmax:
             )
 
 
+class _Masks(NamedTuple):
+    """What a row sees."""
+
+    causal: bool
+    window: int
+
+
 def forward(
     pairs: list[Pair],
     key_mask: Tensor | None,
     row_mask: Tensor | None,
+    weights: Tensor,
     kind: str,
     causal: bool,
     window: int,
     need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Sums over rows `[pairs, batch]` and `stats` `[pairs, 4 or 5, batch, heads, tokens]`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums over rows `[pairs, batch]`, and gradients of those sums times `weights` `[batch]`.
 
-    One launch. `row_mask` are the counted query rows, bool `[batch, tokens]`; `window` 0 is none.
+    Of queries and keys `[pairs, batch, heads | kv_heads, tokens, dim_s]`, and of the student's
+    sinks `[pairs, heads]`; empty without `need_grad`, and where there are no sinks. `row_mask` are
+    the counted query rows, bool `[batch, tokens]`; `window` 0 is none.
     """
     call = Call(pairs, key_mask, row_mask)
-    sizes, count = call.sizes, len(pairs)
-    softmax = _Softmax(call, pairs)
-    constants, options = _constants(call, "fwd", kind, causal, window, softmax)
-    query_blocks = triton.cdiv(sizes["tokens"], constants["BLOCK_QUERY"])
-    programs = query_blocks * sizes["batch"] * sizes["heads"]
-    shape = (count, row_stats(kind), sizes["batch"], sizes["heads"], sizes["tokens"])
-    stats = call.new(*(shape if need_grad else (0,)))
-    partials = call.new(count, programs)
-    _fwd_kernel[(programs, count)](
+    masks, softmax = _Masks(causal, window), _Softmax(call, pairs)
+    dtype = waiting_dtype(call.dtypes[0])
+    like = (call.first.query, call.first.key)
+    grads = [stacked_gradient(call.count, of, dtype) if need_grad else call.new(0) for of in like]
+    short = takes_short(call.sizes["tokens"], call.dims, call.dtypes, platform())
+    run = _short if short else _long
+    partials, sink_partials = run(call, masks, softmax, kind, weights, grads, need_grad)
+    # programs of one batch item follow each other
+    sums = partials.view(call.count, call.sizes["batch"], -1).sum(2)
+    if need_grad and softmax.has_sinks:
+        of_heads = sink_partials.view(call.count, call.sizes["batch"], call.sizes["heads"], -1)
+        return sums, grads[0], grads[1], of_heads.sum((1, 3))
+    return sums, grads[0], grads[1], call.new(0)
+
+
+def _short(
+    call: Call,
+    masks: _Masks,
+    softmax: _Softmax,
+    kind: str,
+    weights: Tensor,
+    grads: list[Tensor],
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Partial sums, and those of the sinks' gradients."""
+    sizes = call.sizes
+    program_heads = heads_of_program(sizes["heads"], sizes["kv_heads"], sizes["batch"] * call.count)
+    programs = sizes["batch"] * sizes["heads"] // program_heads
+    partials = call.new(call.count, programs)
+    launch = short_launch(sizes["tokens"], call.dims, call.dtypes, platform())
+    blocks = cdiv(sizes["tokens"], launch.block("BLOCK_QUERY"))
+    sunk = need_grad and softmax.has_sinks
+    sink_partials = call.new(call.count, sizes["batch"] * sizes["heads"] * blocks if sunk else 0)
+    Quick(_short_kernel)[(programs, call.count)](
         call.table,
         call.scales,
         softmax.caps,
         softmax.sinks,
         call.valid,
-        stats,
+        weights,
+        *grads,
+        sink_partials,
         partials,
         **sizes,
-        window=window,
-        **constants,
-        **forward_types(*call.dtypes, kind),
+        window=masks.window,
+        program_heads=program_heads,
+        **_constants(call, masks, softmax, launch, kind),
+        **kernel_types(*call.dtypes),
+        SINK=softmax.has_sinks,
+        NEED_GRAD=need_grad,
+        QUERY_TOKENS_FIRST=tokens_first(call.first.query),
+        KEY_TOKENS_FIRST=tokens_first(call.first.key),
+        **_options(launch),
+    )
+    return partials, sink_partials
+
+
+def _long(
+    call: Call,
+    masks: _Masks,
+    softmax: _Softmax,
+    kind: str,
+    weights: Tensor,
+    grads: list[Tensor],
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `_short`: log-sum-exps of the rows, then each gradient, then none."""
+    sizes, count = call.sizes, call.count
+    form = {"capped": any(softmax.flags.values()), "sunk": softmax.has_sinks}
+    launches = {
+        kernel: divergence_launch(kernel, kind, call.dims, call.dtypes, platform(), **form)
+        for kernel in ("rows", "dq", "dk")
+    }
+    types = kernel_types(*call.dtypes)
+    # kinds without a constant get their values where their slopes are made
+    late = need_grad and row_stats(kind) == 4
+    programs = {
+        kernel: cdiv(sizes["tokens"], launches[kernel].block(block)) * sizes["batch"] * sizes[heads]
+        for kernel, block, heads in (
+            ("rows", "BLOCK_QUERY", "heads"),
+            ("dq", "BLOCK_QUERY", "heads"),
+            ("dk", "BLOCK_KEY", "kv_heads"),
+        )
+    }
+    shape = (count, row_stats(kind), sizes["batch"], sizes["heads"], sizes["tokens"])
+    stats = call.new(*(shape if need_grad else (0,)))
+    partials = call.new(count, programs["dq" if late else "rows"])
+    heads = (call.table, call.scales, softmax.caps)
+    shared = {**sizes, "window": masks.window, "STATS": row_stats(kind)}
+    Quick(_rows_kernel)[(programs["rows"], count)](
+        *heads,
+        softmax.sinks,
+        call.valid,
+        stats,
+        partials,
+        **shared,
+        **_constants(call, masks, softmax, launches["rows"], kind),
+        **{name: value for name, value in types.items() if name != "GRAD_TYPE"},
         SINK=softmax.has_sinks,
         WRITE_STATS=need_grad,
-        **options,
+        WRITE_VALUES=not late,
+        **_options(launches["rows"]),
     )
-    # programs of one batch item follow each other
-    return partials.view(count, sizes["batch"], -1).sum(2), stats
-
-
-def backward(
-    factor: Tensor,
-    stats: Tensor,
-    pairs: list[Pair],
-    key_mask: Tensor | None,
-    row_mask: Tensor | None,
-    kind: str,
-    causal: bool,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients `[pairs, batch, heads | kv_heads, tokens, dim_s]` for `factor` `[pairs, batch]`.
-
-    And of the sinks, `[pairs, heads]`: empty where there are none.
-    """
-    call = Call(pairs, key_mask, row_mask)
-    softmax = _Softmax(call, pairs)
-    sizes, count = call.sizes, len(pairs)
-    factor = factor.contiguous()
-    made = []
-    for name, kernel, block, like in (
-        ("bwd_dq", _bwd_dq_kernel, "BLOCK_QUERY", call.first.query),
-        ("bwd_dk", _bwd_dk_kernel, "BLOCK_KEY", call.first.key),
-    ):
-        constants, options = _constants(call, name, kind, causal, window, softmax)
-        gradient = call.new(count, *like.shape, dtype=call.dtypes[0])
-        blocks = triton.cdiv(sizes["tokens"], constants[block])
-        programs = like.shape[0] * like.shape[1] * blocks
-        sinks = {}
-        if name == "bwd_dq":
-            has_sinks = softmax.has_sinks
-            sink_partials = call.new(count, programs if has_sinks else 0)
-            sinks = {"sinks": softmax.sinks, "sink_partials": sink_partials, "SINK": has_sinks}
-        kernel[(programs, count)](
-            call.table,
-            call.scales,
-            softmax.caps,
+    sink_partials = call.new(count, programs["dq"] if need_grad and softmax.has_sinks else 0)
+    if need_grad:
+        Quick(_dq_kernel)[(programs["dq"], count)](
+            *heads,
+            softmax.sinks,
             call.valid,
             stats,
-            factor,
-            gradient,
-            **sizes,
-            window=window,
-            **constants,
-            **backward_types(*call.dtypes, kind),
-            **sinks,
-            **options,
+            weights,
+            grads[0],
+            sink_partials,
+            partials,
+            **shared,
+            **_constants(call, masks, softmax, launches["dq"], kind),
+            **types,
+            SINK=softmax.has_sinks,
+            QUERY_TOKENS_FIRST=tokens_first(call.first.query),
+            **_options(launches["dq"]),
         )
-        made.append(gradient)
-    if not softmax.has_sinks:
-        return made[0], made[1], call.new(0)
-    of_blocks = sink_partials.view(count, sizes["batch"], sizes["heads"], -1)
-    return made[0], made[1], of_blocks.sum((1, 3))
+        # the teacher's entropy has no gradient
+        of_keys = "kl" if kind == "cross_entropy" else kind
+        Quick(_dk_kernel)[(programs["dk"], count)](
+            *heads,
+            call.valid,
+            stats,
+            weights,
+            grads[1],
+            **shared,
+            **_constants(call, masks, softmax, launches["dk"], of_keys),
+            **types,
+            KEY_TOKENS_FIRST=tokens_first(call.first.key),
+            **_options(launches["dk"]),
+        )
+    return partials, sink_partials
 
 
 def _constants(
-    call: Call, kernel: str, kind: str, causal: bool, window: int, softmax: _Softmax
-) -> tuple[dict[str, Any], dict[str, int]]:
-    form = {"capped": any(softmax.flags.values()), "sunk": softmax.has_sinks}
-    launch = divergence_launch(kernel, kind, call.dims, call.dtypes, platform(), **form)
+    call: Call, masks: _Masks, softmax: _Softmax, launch: Launch, kind: str
+) -> dict[str, Any]:
+    """What all kernels take but types and layouts."""
     shared = {name: call.constants[name] for name in ("ALIGN", "TEACHER_ALIGN", "HAS_MASK")}
-    masks = {"CAUSAL": causal, "WINDOWED": window > 0}
-    constants = {**shared, **launch.constants, **masks, **softmax.flags}
-    return constants, {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    sees = {"CAUSAL": masks.causal, "WINDOWED": masks.window > 0}
+    tokens, blocks = call.sizes["tokens"], launch.constants
+    uneven = any(tokens % int(blocks[name]) for name in ("BLOCK_QUERY", "BLOCK_KEY"))
+    masked = uneven or shared["HAS_MASK"] or any(sees.values())
+    return {**shared, **blocks, **sees, **softmax.flags, "MASKED": masked, "KIND": kind}
+
+
+def _options(launch: Launch) -> dict[str, int]:
+    return {"num_warps": launch.num_warps, "num_stages": launch.num_stages}

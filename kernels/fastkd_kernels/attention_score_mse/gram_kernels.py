@@ -11,7 +11,7 @@ heads that share both key heads; `groups` of them make up the heads. Each of `ch
 import triton
 import triton.language as tl
 
-from ..common.attention_jit import valid_rows
+from ..common.attention_jit import gradient_rows, valid_rows
 from ..common.wide_loads import load_wide
 
 
@@ -219,12 +219,13 @@ def _gram_bwd_kernel(
     TEACHER_ALIGN: tl.constexpr,
     HAS_MASK: tl.constexpr,
     ACCUMULATE: tl.constexpr,
+    TOKENS_FIRST: tl.constexpr,
 ):
     """One program: a block of rows and of columns of one student head's gradient.
 
     Reads `factors` `[pairs, batch, groups, chunks, width, dim]`, of which each row takes its own
     chunk's, and `upstream` `[pairs]`; writes `gradient` `[pairs, batch, heads | kv_heads, tokens,
-    dim]`. ACCUMULATE adds to what `gradient` holds and does not read `upstream`.
+    dim]`, laid out as `store_head` says. ACCUMULATE adds to what it holds.
     """
     # what the compiler cannot see of an argument: it is a multiple of this
     dim = dim // ALIGN * ALIGN
@@ -247,14 +248,21 @@ def _gram_bwd_kernel(
     m_row = valid_rows(valid, SIDE, item, batch, tokens, o_row, HAS_MASK)
     student_tiles = tl.cdiv(dim, BLOCK_COLUMN)
     tiles = student_tiles + tl.cdiv(teacher_dim, BLOCK_COLUMN)
-    out = gradient + ((pair * batch + item) * student_heads + head) * tokens * dim
-    o_where = o_row[:, None].to(tl.int64) * dim + o_out[None, :]
+    out, stride = gradient_rows(
+        gradient + (pair * batch + item) * student_heads * tokens * dim,
+        head,
+        student_heads,
+        tokens,
+        dim,
+        TOKENS_FIRST,
+    )
+    o_where = o_row[:, None].to(tl.int64) * stride + o_out[None, :]
     m_where = (o_row < tokens)[:, None] & (o_out < dim)[None, :]
     if ACCUMULATE:
         total = tl.load(out + o_where, mask=m_where, other=0.0)
     else:
         total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
-        factor = tl.load(upstream + pair)
+    factor = tl.load(upstream + pair)
     chunk = block * BLOCK_ROW // chunk_tokens
     for turn in range(0, repeat):
         if SIDE == 0:
@@ -293,8 +301,7 @@ def _gram_bwd_kernel(
             m_factor = m_factor & (o_out < dim)[None, :]
             o_factor = (part * dim + o_column)[:, None] * dim + o_out[None, :]
             b_factor = tl.load(base + o_factor, mask=m_factor, other=0.0)
-            if not ACCUMULATE:
-                b_factor = b_factor * factor
+            b_factor = b_factor * factor
             # dQ_s = P_0 A_0 + P_1 A_1 (SIDE 0), dK_s = R_0 B_0 + R_1 B_1 (SIDE 1)
             total += tl.dot(b_rows.to(SUM_TYPE), b_factor, input_precision=PRECISION)
     tl.store(out + o_where, total, mask=m_where)

@@ -10,14 +10,25 @@ small factors for a backward of its own. Both take lists over layer pairs of one
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_mask, check_reduction, resolve_backend
+from ..checks import (
+    check_choice,
+    check_mask,
+    check_reduction,
+    has_passed,
+    look_at_states,
+    passes,
+    resolve_backend,
+)
 from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled, value_of
 from ..common.head_groups import pairs_of, state_shapes
+from ..common.remembered import remembered
+from ..common.rescale import rescaled, stacked_gradient
 from ..types import (
     Algorithm,
     AttentionState,
@@ -92,12 +103,19 @@ def attention_score_mse(
         keys only. Without any valid entry the loss and its gradients are 0.
 
     Raises:
-        ValueError: shapes, devices, modes that do not fit, or a teacher that requires grad.
+        ValueError: shapes, devices, modes that do not fit, a student's scale of 0, or a teacher
+            that requires grad.
         TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
     """
-    teachers = weighted_teachers(student, teacher, teacher_weights)
+    look = look_at_states(student, teacher) if teacher_weights is None else None
+    if has_passed(look):
+        teachers: list[Any] = list(teacher)
+    else:
+        teachers = weighted_teachers(student, teacher, teacher_weights)
+        passes(look)
     batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
+    _check_scales(student)
     check_mask("key_mask", key_mask, batch, tokens, device)
     check_mask("query_mask", query_mask, batch, tokens, device)
     check_reduction(reduction)
@@ -118,10 +136,12 @@ def attention_score_mse(
             chosen = choose_algorithm(tokens, *dims, causal=causal, backend=chosen_backend)
         if chosen_backend == "triton":
             _check_head_size(chosen, causal, dims[0])
-        count = _entry_count(student_states[0].query, key_mask, query_mask, causal, reduction)
         dtype = accumulator(student_states[0].query, teacher_states[0].query)
+        inverse_count = _inverse_count(
+            student_states[0].query, key_mask, query_mask, causal, reduction, dtype
+        )
         need_grad = torch.is_grad_enabled() and any(
-            state.query.requires_grad or state.key.requires_grad for state in student_states
+            [state.query.requires_grad or state.key.requires_grad for state in student_states]
         )
         tensors = (
             [state.query for state in student_states],
@@ -132,7 +152,7 @@ def attention_score_mse(
             [float(state.scale) for state in teacher_states],
             key_mask,
             query_mask,
-            inverse(count, dtype, device),
+            inverse_count,
         )
         if chosen == "gram" and not causal and chosen_backend == "triton":
             made = gram(*tensors, need_grad)
@@ -141,9 +161,19 @@ def attention_score_mse(
         losses: Tensor = made[0]
         return losses
 
-    keys = [state_shapes(*pair) for pair in zip(student, teachers, strict=True)]
+    alike = look is not None
+    keys = [alike or state_shapes(*pair) for pair in zip(student, teachers, strict=True)]
     loss = by_shape(keys, loss_of)
     return loss if student[0].query.dtype == torch.float64 else loss.float()
+
+
+def _check_scales(student: Sequence[AttentionState]) -> None:
+    for pair, state in enumerate(student):
+        if state.scale == 0:
+            raise ValueError(
+                f"student[{pair}].scale is 0, which leaves no scores; expected another number, "
+                "such as head_dim ** -0.5"
+            )
 
 
 def _check_head_size(algorithm: str, causal: bool, dim: int) -> None:
@@ -154,6 +184,28 @@ def _check_head_size(algorithm: str, causal: bool, dim: int) -> None:
     raise ValueError(
         f"the student's head size {dim} is too wide for the Triton tiles, which take up to "
         f"{MAX_HEAD_DIM}; use {instead}"
+    )
+
+
+def _inverse_count(
+    query: Tensor,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    causal: bool,
+    reduction: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """One over the entries that the loss averages over."""
+    batch, heads, tokens, _ = query.shape
+    sources = (key_mask, query_mask) if reduction == "valid" else (None, None)
+    what = ("inverse entries", batch, heads, tokens, causal, reduction, dtype)
+    return remembered(
+        sources,
+        what,
+        query.device,
+        lambda: inverse(
+            _entry_count(query, key_mask, query_mask, causal, reduction), dtype, query.device
+        ),
     )
 
 
@@ -170,13 +222,17 @@ def _entry_count(
         return batch * heads * tokens * tokens
     if key_mask is None and query_mask is None:
         return batch * heads * (tokens * (tokens + 1) // 2 if causal else tokens * tokens)
+    if not causal:
+        counts = [mask.sum(1) for mask in (query_mask, key_mask) if mask is not None]
+        rows = counts[0] * (tokens if len(counts) == 1 else counts[1])
+        return heads * rows.sum()
     every = torch.ones(batch, tokens, dtype=torch.int64, device=query.device)
     rows = every if query_mask is None else query_mask.long()
     keys = every if key_mask is None else key_mask.long()
-    seen = keys.cumsum(1) if causal else keys.sum(1, keepdim=True)
-    return heads * (rows * seen).sum()
+    return heads * (rows * keys.cumsum(1)).sum()
 
 
+@cache
 def _path(backend: str) -> Any:
     """The module that computes; Triton is imported by the first call that needs it."""
     if backend == "torch":
@@ -236,7 +292,7 @@ def _gram_backward(
 
 def _gram_backward_fake(given: Named) -> tuple[Tensor, Tensor]:
     pairs = len(given.query)
-    query, key = (of[0].new_empty((pairs, *of[0].shape)) for of in (given.query, given.key))
+    query, key = (stacked_gradient(pairs, of[0], of[0].dtype) for of in (given.query, given.key))
     return query, key
 
 
@@ -275,29 +331,48 @@ def _one_pass(
     need_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses `[pairs]` and stacked unit gradients of the student's queries and keys."""
+    """Losses `[pairs]` and stacked gradients of the student's queries and keys.
+
+    PyTorch's are unit gradients, Triton's those of the losses.
+    """
     pairs = pairs_of(query, key, teacher_query, teacher_key, scale, teacher_scale)
-    squares, query_unit, key_unit = _path(backend).one_pass(
-        pairs, key_mask, query_mask, causal, algorithm, need_grad
-    )
-    return value_of(squares, inverse_count), query_unit, key_unit
+    masks = (key_mask, query_mask)
+    if backend == "torch":
+        squares, *made = torch_path.one_pass(pairs, *masks, causal, algorithm, need_grad)
+    else:
+        factor = 2.0 * inverse_count
+        squares, *made = _path(backend).one_pass(
+            pairs, *masks, factor, causal, algorithm, need_grad
+        )
+    return value_of(squares, inverse_count), made[0], made[1]
 
 
 def _one_pass_fake(given: Named) -> tuple[Tensor, Tensor, Tensor]:
     pairs, new = len(given.query), given.inverse_count.new_empty
-    shapes = [(pairs, *of[0].shape) if given.need_grad else (0,) for of in (given.query, given.key)]
-    return new(pairs), new(shapes[0]), new(shapes[1])
+    if not given.need_grad:
+        return new(pairs), new(0), new(0)
+    if given.backend == "torch":
+        query, key = (new((pairs, *of[0].shape)) for of in (given.query, given.key))
+        return new(pairs), query, key
+    from .triton_path import gradient_dtype
+
+    dtype = gradient_dtype(given.query[0].dtype, given.algorithm)
+    query, key = (stacked_gradient(pairs, of[0], dtype) for of in (given.query, given.key))
+    return new(pairs), query, key
 
 
 def _one_pass_keep(given: Named, made: tuple[Tensor, ...]) -> dict[str, Any]:
-    units = {"query": made[1], "key": made[2]}
-    return units | {"inverse_count": given.inverse_count, "dtype": given.query[0].dtype}
+    kept = {"query": made[1], "key": made[2], "dtype": given.query[0].dtype}
+    return kept | {"inverse_count": given.inverse_count if given.backend == "torch" else None}
 
 
 def _one_pass_gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
-    factor = 2.0 * kept.inverse_count * upstream
-    units = {"query": kept.query, "key": kept.key}
-    return {word: scaled(unit, factor, kept.dtype) for word, unit in units.items()}
+    if kept.inverse_count is None:
+        query, key = rescaled(kept.query, kept.key, upstream, kept.dtype)
+    else:
+        factor = 2.0 * kept.inverse_count * upstream
+        query, key = (scaled(unit, factor, kept.dtype) for unit in (kept.query, kept.key))
+    return {"query": query, "key": key}
 
 
 one_pass = register(

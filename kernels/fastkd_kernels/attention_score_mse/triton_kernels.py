@@ -8,6 +8,9 @@ Row `pair` of `table` `[pairs, 16]` int64 holds, for the student's query and key
 query and key: address, then strides of batch, head and token. `scales` is `[pairs, 2]`, student
 and teacher. `valid` is uint8 `[2, batch, tokens]`: query rows, keys. With CAUSAL, a query row
 sees the keys of its own `chunk_tokens` tokens only; `gram_kernels.py` does the others.
+
+Gradients are those of the sum of squares times `factor`, a number on the device, and laid out as
+`store_head` says: `[pairs, batch, heads, tokens, dim]` of queries, with `kv_heads` of keys.
 """
 
 import triton
@@ -22,6 +25,7 @@ from ..common.attention_jit import (
     query_sides,
     rows_at,
     sizes_of,
+    store_head,
     valid_rows,
     whole_rows,
 )
@@ -32,7 +36,7 @@ def _tiles_fwd_kernel(
     table,
     scales,
     valid,
-    query_grad,
+    factor,
     key_grad,
     partials,
     batch,
@@ -58,22 +62,19 @@ def _tiles_fwd_kernel(
     CHUNK: tl.constexpr,
     HAS_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
-    WRITE_QUERY: tl.constexpr,
     WRITE_KEY: tl.constexpr,
+    KEY_TOKENS_FIRST: tl.constexpr,
 ):
     """One program: one block of keys of one student key head, against all its query rows.
 
-    Writes `partials` `[pairs, programs]` and, with WRITE_KEY, `key_grad`
-    `[pairs, batch, kv_heads, tokens, dim]`. WRITE_QUERY also writes `query_grad`
-    `[pairs, batch, heads, tokens, dim]`, complete only where one block holds every key, and needs
-    CHUNK 0.
+    Tiles are `[keys, queries]`, so that sums over queries and `D^T Q_s` stay in registers. Writes
+    `partials` `[pairs, programs]` and, with WRITE_KEY, `key_grad`.
     """
     # what the compiler cannot see of an argument: it is a multiple of this
     dim = dim // ALIGN * ALIGN
     pair, block, item, kv_head = program_rows(kv_heads, tokens, BLOCK_KEY)
     row = table + pair * 16
     sizes = sizes_of(scales, pair, dim, teacher_dim)
-    o_dim = tl.arange(0, BLOCK_DIM)
     o_key = block * BLOCK_KEY + tl.arange(0, BLOCK_KEY)
     m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
     key_at = (o_key, m_key)
@@ -83,8 +84,10 @@ def _tiles_fwd_kernel(
     repeat = heads // kv_heads
     teacher_repeat = heads // teacher_kv_heads
     b_key_grad = tl.zeros([BLOCK_KEY, BLOCK_DIM], dtype=SUM_TYPE)
-    # summed over the queries of a tile: over its keys, sm_90 would run out of registers
     squares = tl.zeros([BLOCK_KEY], dtype=SUM_TYPE)
+    if WRITE_KEY:
+        # dL/dA = factor D, dA/dQ_s = c_s K_s
+        slope = sizes[0][1] * tl.load(factor)
     first = 0
     last = tokens
     if CAUSAL:
@@ -107,32 +110,30 @@ def _tiles_fwd_kernel(
                 queries, query_at, sizes, BLOCK_DIM, BLOCK_TEACHER_DIM, ALIGN, TEACHER_ALIGN, CHUNK
             )
             student_scores, teacher_scores = both_tiles(
-                query_rows, key_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION
+                key_rows, query_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION
             )
             tile = student_scores - teacher_scores
             if CAUSAL:
-                tile = tl.where(o_query[:, None] >= o_key[None, :], tile, 0.0)
-            squares += tl.sum(tile * tile, 0)
+                tile = tl.where(o_query[None, :] >= o_key[:, None], tile, 0.0)
+            squares += tl.sum(tile * tile, 1)
             b_tile = tile.to(GRAD_TYPE)
             if WRITE_KEY:
                 b_query = whole_rows(query_rows[0], dim, BLOCK_DIM, ALIGN, CHUNK)
                 # dK_s = D^T Q_s
-                b_key_grad += tl.dot(
-                    tl.trans(b_tile), b_query.to(GRAD_TYPE), input_precision=GRAD_PRECISION
-                )
-            if WRITE_QUERY:
-                # dQ_s = D K_s
-                b_key = student_keys[0].to(GRAD_TYPE)
-                b_out = tl.dot(b_tile, b_key, input_precision=GRAD_PRECISION) * sizes[0][1]
-                out = query_grad + ((pair * batch + item) * heads + head) * tokens * dim
-                o_out = o_query[:, None].to(tl.int64) * dim + o_dim[None, :]
-                m_out = (o_query < tokens)[:, None] & (o_dim < dim)[None, :]
-                tl.store(out + o_out, b_out, mask=m_out)
+                b_key_grad += tl.dot(b_tile, b_query.to(GRAD_TYPE), input_precision=GRAD_PRECISION)
     if WRITE_KEY:
-        out = key_grad + ((pair * batch + item) * kv_heads + kv_head) * tokens * dim
-        o_out = o_key[:, None].to(tl.int64) * dim + o_dim[None, :]
-        m_out = (o_key < tokens)[:, None] & (o_dim < dim)[None, :]
-        tl.store(out + o_out, b_key_grad * sizes[0][1], mask=m_out)
+        store_head(
+            key_grad + (pair * batch + item) * kv_heads * tokens * dim,
+            b_key_grad * slope,
+            (o_key, o_key < tokens),
+            kv_head,
+            kv_heads,
+            tokens,
+            dim,
+            BLOCK_DIM,
+            ALIGN,
+            KEY_TOKENS_FIRST,
+        )
     tl.store(partials + pair * tl.num_programs(0) + tl.program_id(0), tl.sum(squares, 0))
 
 
@@ -141,6 +142,7 @@ def _tiles_bwd_dq_kernel(
     table,
     scales,
     valid,
+    factor,
     query_grad,
     batch,
     heads,
@@ -165,10 +167,11 @@ def _tiles_bwd_dq_kernel(
     CHUNK: tl.constexpr,
     HAS_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
+    QUERY_TOKENS_FIRST: tl.constexpr,
 ):
     """One program: one block of query rows of one head, against all keys that it sees.
 
-    Writes `query_grad` `[pairs, batch, heads, tokens, dim]`.
+    Writes `query_grad`.
     """
     # what the compiler cannot see of an argument: it is a multiple of this
     dim = dim // ALIGN * ALIGN
@@ -207,8 +210,15 @@ def _tiles_bwd_dq_kernel(
         b_query_grad += tl.dot(
             tile.to(GRAD_TYPE), b_key.to(GRAD_TYPE), input_precision=GRAD_PRECISION
         )
-    o_dim = tl.arange(0, BLOCK_DIM)
-    out = query_grad + ((pair * batch + item) * heads + head) * tokens * dim
-    o_out = o_query[:, None].to(tl.int64) * dim + o_dim[None, :]
-    m_out = (o_query < tokens)[:, None] & (o_dim < dim)[None, :]
-    tl.store(out + o_out, b_query_grad * sizes[0][1], mask=m_out)
+    store_head(
+        query_grad + (pair * batch + item) * heads * tokens * dim,
+        b_query_grad * (sizes[0][1] * tl.load(factor)),
+        (o_query, o_query < tokens),
+        head,
+        heads,
+        tokens,
+        dim,
+        BLOCK_DIM,
+        ALIGN,
+        QUERY_TOKENS_FIRST,
+    )

@@ -7,41 +7,55 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..common.attention_call import Call, type_constants
 from ..common.head_groups import Pair
-from ..common.launch import Launch, dot_precision, platform, power_of_two, product_dtype
+from ..common.launch import (
+    Launch,
+    cdiv,
+    dot_precision,
+    heads_of_program,
+    platform,
+    power_of_two,
+    product_dtype,
+    shared_memory,
+)
+from ..common.quick_launch import Quick
+from ..common.rescale import stacked_gradient, tokens_first, waiting_dtype
 from ..common.tl_types import TYPES
 from .gram import Gram, key_factors, query_factors, squared_norm, stack_factors
 from .gram_kernels import _gram_bwd_kernel, _gram_kernel, _scan_kernel
+from .short_kernel import _short_kernel
 from .triton_kernels import _tiles_bwd_dq_kernel, _tiles_fwd_kernel
+
+# the longest sequence that one program of the short kernel holds
+SHORT_TOKENS = 128
 
 
 def tile_launch(
+    kernel: str,
     tokens: int,
     dims: tuple[int, int],
     dtypes: tuple[torch.dtype, torch.dtype],
     on: str = "cuda",
 ) -> Launch:
-    """Blocks of the tile kernels. One key block covers short sequences, so one pass does all.
+    """Blocks of one tile kernel: "fwd", which holds keys, or "dq", which holds query rows.
 
     Wide heads are read in pieces, so that only the student's width, of its gradient, counts. Blocks
-    for half precision and heads of up to 128 were the fastest of eleven on an H100.
+    for half precision and heads of up to 128 were the fastest of fourteen on an H100.
     """
     block_dim, block_teacher = (power_of_two(dim) for dim in dims)
     width = max(block_dim, block_teacher)
     narrow = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
+    whole = narrow and width <= (128 if on != "hip" else 64)
     # 64 rows or more make Hopper's and Blackwell's tensor cores take a product
     block = 64 if narrow and block_dim <= 128 else 32 if block_dim <= 128 else 16
-    block = min(block, power_of_two(tokens))
-    whole = narrow and width <= (128 if on != "hip" else 64)
-    # wide heads need the registers of twice the warps, and these twice the rows
-    wide = whole and width > 64
+    held = 2 * block if whole and kernel == "fwd" and on != "hip" else block
+    held, moving = (min(size, power_of_two(tokens)) for size in (held, block))
     constants: dict[str, int | str] = {
-        "BLOCK_QUERY": 2 * block if wide else block,
-        "BLOCK_KEY": block,
+        "BLOCK_QUERY": held if kernel == "dq" else moving,
+        "BLOCK_KEY": held if kernel == "fwd" else moving,
         "BLOCK_DIM": block_dim,
         "BLOCK_TEACHER_DIM": block_teacher,
         # columns of one product of scores; 0 takes the whole head
@@ -49,14 +63,43 @@ def tile_launch(
         "SCORE_PRECISION": dot_precision(True, on),
         "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
     }
-    return Launch(constants, num_warps=4 if whole and not wide and on != "hip" else 8, num_stages=1)
+    if not whole or on == "hip":
+        return Launch(constants, num_warps=8, num_stages=1)
+    wide = width > 64
+    warps = 8 if wide and kernel == "fwd" else 4
+    return Launch(constants, num_warps=warps, num_stages=2 if wide else 3)
 
 
-def one_launch(tokens: int, launch: Launch) -> bool:
-    """Whether one block holds every key, whole, so that one launch makes both gradients."""
-    block = launch.constants["BLOCK_KEY"]
-    assert isinstance(block, int)
-    return tokens <= block and launch.constants["CHUNK"] == 0
+def takes_short(
+    tokens: int, dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
+) -> bool:
+    """Whether the short kernel takes sequences of this length."""
+    narrow = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
+    return tokens <= SHORT_TOKENS and narrow and max(dims) <= 64 and on != "hip"
+
+
+def short_launch(
+    tokens: int,
+    dims: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    shared: int,
+    on: str = "cuda",
+) -> Launch:
+    """Blocks of the short kernel: all keys and query rows, loaded as far ahead as `shared` bytes
+    hold."""
+    block = power_of_two(tokens)
+    widths = [power_of_two(dim) for dim in dims]
+    constants: dict[str, int | str] = {
+        "BLOCK_QUERY": block,
+        "BLOCK_KEY": block,
+        "BLOCK_DIM": widths[0],
+        "BLOCK_TEACHER_DIM": widths[1],
+        "SCORE_PRECISION": dot_precision(True, on),
+        "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
+    }
+    stage, scores = 2 * block * sum(widths) * 2, block * block * 2
+    stages = 3 if 3 * stage + scores <= shared else 2
+    return Launch(constants, num_warps=8 if block > 64 else 4, num_stages=stages)
 
 
 def causal_chunk(dims: tuple[int, int]) -> int:
@@ -108,75 +151,117 @@ def one_pass(
     pairs: list[Pair],
     key_mask: Tensor | None,
     query_mask: Tensor | None,
+    factor: Tensor,
     causal: bool,
     algorithm: str,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Squares `[pairs]`, `c_s D K_s` and `c_s D^T Q_s`.
+    """Squares `[pairs]`, and `factor c_s D K_s` and `factor c_s D^T Q_s`, `factor` one number.
 
-    "tiles" takes one launch, two for long sequences. "gram" is for causal scores: tiles inside
-    chunks of tokens, and Grams of the chunks for all that lies between them.
+    "tiles" takes one launch for short sequences, two for others. "gram" is for causal scores: tiles
+    inside chunks of tokens, and Grams of the chunks for all that lies between them.
     """
     call = Call(pairs, key_mask, query_mask)
     tokens = call.sizes["tokens"]
     chunk = causal_chunk(call.dims) if algorithm == "gram" else tokens
-    squares, query_grad, key_grad = _tiles(call, causal, chunk, need_grad)
+    like = (call.first.query, call.first.key)
+    dtype = gradient_dtype(call.dtypes[0], algorithm)
+    grads = [stacked_gradient(call.count, of, dtype) if need_grad else call.new(0) for of in like]
+    if chunk == tokens and takes_short(tokens, call.dims, call.dtypes, platform()):
+        return _short(call, factor, causal, grads, need_grad), grads[0], grads[1]
+    squares = _tiles(call, factor, causal, chunk, grads if need_grad else None)
     if chunk < tokens:
-        squares = squares + _between_chunks(call, chunk, query_grad, key_grad, need_grad)
-    return squares, query_grad, key_grad
+        squares = squares + _between_chunks(call, chunk, factor, grads if need_grad else None)
+    return squares, grads[0], grads[1]
 
 
-def _tiles(call: Call, causal: bool, chunk: int, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Squares and unit gradients of the entries inside chunks."""
-    sizes, count = call.sizes, call.count
-    launch = tile_launch(sizes["tokens"], call.dims, call.dtypes, platform())
-    blocks = {name: size for name, size in launch.constants.items() if isinstance(size, int)}
-    key_blocks = triton.cdiv(sizes["tokens"], blocks["BLOCK_KEY"])
-    programs = key_blocks * sizes["batch"] * sizes["kv_heads"]
-    query_grad = call.new(*((count, *call.first.query.shape) if need_grad else (0,)))
-    key_grad = call.new(*((count, *call.first.key.shape) if need_grad else (0,)))
-    partials = call.new(count, programs)
-    constants = {
-        **call.constants,
-        **tile_types(*call.dtypes),
-        **launch.constants,
-        "CAUSAL": causal,
-    }
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    whole = one_launch(sizes["tokens"], launch)
-    _tiles_fwd_kernel[(programs, count)](
+def gradient_dtype(dtype: torch.dtype, algorithm: str) -> torch.dtype:
+    """Of what `one_pass` returns; gradients of "gram" are sums of two launches."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return wide if algorithm == "gram" else waiting_dtype(dtype)
+
+
+def _short(
+    call: Call, factor: Tensor, causal: bool, grads: list[Tensor], need_grad: bool
+) -> Tensor:
+    """Squares; fills `grads`, of queries and keys."""
+    sizes = call.sizes
+    program_heads = heads_of_program(sizes["heads"], sizes["kv_heads"], sizes["batch"] * call.count)
+    programs = sizes["batch"] * sizes["heads"] // program_heads
+    partials = call.new(call.count, programs)
+    launch = short_launch(sizes["tokens"], call.dims, call.dtypes, shared_memory(), platform())
+    Quick(_short_kernel)[(programs, call.count)](
         call.table,
         call.scales,
         call.valid,
-        query_grad,
+        factor,
+        *grads,
+        partials,
+        **sizes,
+        program_heads=program_heads,
+        **{**call.constants, **tile_types(*call.dtypes), **launch.constants},
+        CAUSAL=causal,
+        NEED_GRAD=need_grad,
+        QUERY_TOKENS_FIRST=tokens_first(call.first.query),
+        KEY_TOKENS_FIRST=tokens_first(call.first.key),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    return partials.sum(1)
+
+
+def _tiles(
+    call: Call, factor: Tensor, causal: bool, chunk: int, grads: list[Tensor] | None
+) -> Tensor:
+    """Squares of the entries inside chunks; fills `grads`, of queries and keys."""
+    sizes, count = call.sizes, call.count
+    by_key, by_query = (
+        tile_launch(kernel, sizes["tokens"], call.dims, call.dtypes, platform())
+        for kernel in ("fwd", "dq")
+    )
+    key_blocks = cdiv(sizes["tokens"], by_key.block("BLOCK_KEY"))
+    programs = key_blocks * sizes["batch"] * sizes["kv_heads"]
+    partials = call.new(count, programs)
+    shared = {**call.constants, **tile_types(*call.dtypes), "CAUSAL": causal}
+    # what is not written is not read either
+    query_grad, key_grad = grads or (partials, partials)
+    Quick(_tiles_fwd_kernel)[(programs, count)](
+        call.table,
+        call.scales,
+        call.valid,
+        factor,
         key_grad,
         partials,
         **sizes,
-        **constants,
+        **shared,
+        **by_key.constants,
         chunk_tokens=chunk,
-        WRITE_QUERY=need_grad and whole,
-        WRITE_KEY=need_grad,
-        **options,
+        WRITE_KEY=grads is not None,
+        KEY_TOKENS_FIRST=tokens_first(call.first.key),
+        num_warps=by_key.num_warps,
+        num_stages=by_key.num_stages,
     )
-    if need_grad and not whole:
-        query_blocks = triton.cdiv(sizes["tokens"], blocks["BLOCK_QUERY"])
-        _tiles_bwd_dq_kernel[(query_blocks * sizes["batch"] * sizes["heads"], count)](
+    if grads is not None:
+        query_blocks = cdiv(sizes["tokens"], by_query.block("BLOCK_QUERY"))
+        Quick(_tiles_bwd_dq_kernel)[(query_blocks * sizes["batch"] * sizes["heads"], count)](
             call.table,
             call.scales,
             call.valid,
+            factor,
             query_grad,
             **sizes,
-            **constants,
+            **shared,
+            **by_query.constants,
             chunk_tokens=chunk,
-            **options,
+            QUERY_TOKENS_FIRST=tokens_first(call.first.query),
+            num_warps=by_query.num_warps,
+            num_stages=by_query.num_stages,
         )
-    return partials.sum(1), query_grad, key_grad
+    return partials.sum(1)
 
 
-def _between_chunks(
-    call: Call, chunk: int, query_grad: Tensor, key_grad: Tensor, need_grad: bool
-) -> Tensor:
-    """Squares of the entries whose key is in an earlier chunk; adds to the unit gradients."""
+def _between_chunks(call: Call, chunk: int, factor: Tensor, grads: list[Tensor] | None) -> Tensor:
+    """Squares of the entries whose key is in an earlier chunk; adds to `grads`."""
     scale, teacher_scale = (column.view(-1, 1, 1, 1) for column in call.scales.unbind(1))
     difference = call.first.difference
     prefix = _scanned(_grams(call, 1, chunk), reverse=False)
@@ -188,12 +273,13 @@ def _between_chunks(
         teacher_scale,
         difference,
     ).sum((1, 2, 3))
-    if need_grad:
+    if grads is not None:
         scales = (scale[..., None, None], teacher_scale[..., None, None], difference)
+        upstream = factor.repeat(call.count)
         before = query_factors(_split_grams(call, prefix), *scales)
-        _apply(call, 0, chunk, stack_factors(before), None, query_grad)
+        _apply(call, 0, chunk, stack_factors(before), upstream, grads[0], accumulate=True)
         after = key_factors(_split_grams(call, _scanned(query_grams, reverse=True)), *scales)
-        _apply(call, 1, chunk, stack_factors(after), None, key_grad)
+        _apply(call, 1, chunk, stack_factors(after), upstream, grads[1], accumulate=True)
     return squares
 
 
@@ -225,10 +311,10 @@ def gram_backward(
     """Gradients `[pairs, batch, heads | kv_heads, tokens, dim_s]` for `factor` `[pairs]`."""
     call = Call(pairs, key_mask, query_mask)
     upstream, tokens = factor.contiguous(), call.sizes["tokens"]
-    query_grad = call.new(call.count, *call.first.query.shape, dtype=call.dtypes[0])
-    _apply(call, 0, tokens, to_query, upstream, query_grad)
-    key_grad = call.new(call.count, *call.first.key.shape, dtype=call.dtypes[0])
-    _apply(call, 1, tokens, to_key, upstream, key_grad)
+    query_grad = stacked_gradient(call.count, call.first.query, call.dtypes[0])
+    _apply(call, 0, tokens, to_query, upstream, query_grad, accumulate=False)
+    key_grad = stacked_gradient(call.count, call.first.key, call.dtypes[0])
+    _apply(call, 1, tokens, to_key, upstream, key_grad, accumulate=False)
     return query_grad, key_grad
 
 
@@ -236,10 +322,10 @@ def _grams(call: Call, side: int, chunk: int) -> Tensor:
     """Grams `[pairs, batch, groups, chunks, width, width]` of each `chunk` tokens of one side."""
     sizes, groups, width = call.sizes, call.first.groups, sum(call.dims)
     constants, options = _gram_constants(call, "BLOCK")
-    tiles = sum(triton.cdiv(size, constants["BLOCK_COLUMN"]) for size in call.dims)
-    chunks = triton.cdiv(sizes["tokens"], chunk)
+    tiles = sum(cdiv(size, constants["BLOCK_COLUMN"]) for size in call.dims)
+    chunks = cdiv(sizes["tokens"], chunk)
     grams = call.new(call.count, sizes["batch"], groups, chunks, width, width)
-    _gram_kernel[(tiles * tiles * sizes["batch"] * groups, call.count, chunks)](
+    Quick(_gram_kernel)[(tiles * tiles * sizes["batch"] * groups, call.count, chunks)](
         call.table,
         call.scales,
         call.valid,
@@ -263,8 +349,8 @@ def _scanned(grams: Tensor, *, reverse: bool) -> Tensor:
     """`grams` in place: the sum of the chunks before each one, or after it."""
     chunks, entries = grams.shape[3], grams.shape[4] * grams.shape[5]
     launch = scan_launch()
-    programs = grams[:, :, :, 0, 0, 0].numel() * triton.cdiv(entries, launch.constants["BLOCK"])
-    _scan_kernel[(programs,)](
+    programs = grams[:, :, :, 0, 0, 0].numel() * cdiv(entries, launch.block("BLOCK"))
+    Quick(_scan_kernel)[(programs,)](
         grams,
         chunks,
         entries,
@@ -278,26 +364,34 @@ def _scanned(grams: Tensor, *, reverse: bool) -> Tensor:
 
 
 def _apply(
-    call: Call, side: int, chunk: int, factors: Tensor, upstream: Tensor | None, gradient: Tensor
+    call: Call,
+    side: int,
+    chunk: int,
+    factors: Tensor,
+    upstream: Tensor,
+    gradient: Tensor,
+    *,
+    accumulate: bool,
 ) -> None:
-    """Fill `gradient` from factors times `upstream` `[pairs]`, or add to it where that is None."""
+    """Fill `gradient` from factors times `upstream` `[pairs]`, or add that to it."""
     sizes = call.sizes
     constants, options = _gram_constants(call, "APPLY")
-    row_blocks = triton.cdiv(sizes["tokens"], constants["BLOCK_ROW"])
-    columns = triton.cdiv(sizes["dim"], constants["BLOCK_COLUMN"])
+    row_blocks = cdiv(sizes["tokens"], constants["BLOCK_ROW"])
+    columns = cdiv(sizes["dim"], constants["BLOCK_COLUMN"])
     heads = gradient.shape[2]
-    _gram_bwd_kernel[(columns * row_blocks * sizes["batch"] * heads, call.count)](
+    Quick(_gram_bwd_kernel)[(columns * row_blocks * sizes["batch"] * heads, call.count)](
         call.table,
         call.scales,
         call.valid,
         factors,
-        factors if upstream is None else upstream,
+        upstream,
         gradient,
         groups=call.first.groups,
         chunk_tokens=chunk,
-        chunks=triton.cdiv(sizes["tokens"], chunk),
+        chunks=cdiv(sizes["tokens"], chunk),
         SIDE=side,
-        ACCUMULATE=upstream is None,
+        ACCUMULATE=accumulate,
+        TOKENS_FIRST=tokens_first((call.first.query, call.first.key)[side]),
         **sizes,
         **constants,
         **options,

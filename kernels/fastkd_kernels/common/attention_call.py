@@ -3,6 +3,7 @@
 Every launch covers all layer pairs through a table of addresses.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from .autograd import accumulator
 from .head_groups import Pair
-from .launch import alignment
-from .tensor_table import pointer_table, to_device, unit_stride
+from .remembered import remembered
+from .tensor_table import addressed, to_device
 from .tl_types import TYPES
 
 
@@ -20,15 +21,15 @@ class Call:
 
     def __init__(self, pairs: list[Pair], key_mask: Tensor | None, query_mask: Tensor | None):
         # kept alive until the kernels are launched: a row of another stride is a copy
-        self.tensors = [[unit_stride(tensor) for tensor in pair.tensors] for pair in pairs]
+        rows = [[near_rows(tensor) for tensor in pair.tensors] for pair in pairs]
+        self.table, aligns, self.tensors = addressed(rows)
         first = pairs[0]
         self.first = first
         self.count = len(pairs)
         self.dtype = accumulator(*first.tensors)
-        self.table = pointer_table([list(column) for column in zip(*self.tensors, strict=True)])
         scales = [[pair.scale, pair.teacher_scale] for pair in pairs]
         self.scales = to_device(scales, self.dtype, first.query)
-        self.valid = _stacked_masks(first.query, key_mask, query_mask)
+        self.valid = stacked_masks(first.query, key_mask, query_mask)
         batch, heads, tokens, dim = first.query.shape
         self.sizes = {
             "batch": batch,
@@ -43,16 +44,18 @@ class Call:
         self.dtypes = (first.query.dtype, first.teacher_query.dtype)
         self.constants = {
             **type_constants(*self.dtypes),
-            "ALIGN": self._alignment(0, 1),
-            "TEACHER_ALIGN": self._alignment(2, 3),
+            "ALIGN": math.gcd(*aligns[:2]),
+            "TEACHER_ALIGN": math.gcd(*aligns[2:]),
             "HAS_MASK": key_mask is not None or query_mask is not None,
         }
 
-    def _alignment(self, *slots: int) -> int:
-        return alignment([row[slot] for row in self.tensors for slot in slots])
-
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.first.query.device)
+
+
+def near_rows(tensor: Tensor) -> Tensor:
+    """`tensor`, whose rows of one head kernels find by 32-bit offsets; a copy if they lie apart."""
+    return tensor if tensor.stride(2) * tensor.shape[2] < 1 << 31 else tensor.contiguous()
 
 
 def type_constants(dtype: torch.dtype, teacher_dtype: torch.dtype) -> dict[str, Any]:
@@ -65,11 +68,16 @@ def type_constants(dtype: torch.dtype, teacher_dtype: torch.dtype) -> dict[str, 
     }
 
 
-def _stacked_masks(query: Tensor, key_mask: Tensor | None, query_mask: Tensor | None) -> Tensor:
+def stacked_masks(query: Tensor, key_mask: Tensor | None, query_mask: Tensor | None) -> Tensor:
     """uint8 `[2, batch, tokens]`: query rows, keys. A placeholder where nothing is masked."""
-    if key_mask is None and query_mask is None:
-        return torch.empty(0, dtype=torch.uint8, device=query.device)
-    batch, _, tokens, _ = query.shape
-    every = torch.ones(batch, tokens, dtype=torch.uint8, device=query.device)
+    device = query.device
     sides = (query_mask, key_mask)
-    return torch.stack([every if mask is None else mask.to(torch.uint8) for mask in sides])
+
+    def stacked() -> Tensor:
+        if key_mask is None and query_mask is None:
+            return torch.empty(0, dtype=torch.uint8, device=device)
+        shape = (query.shape[0], query.shape[2])
+        every = torch.ones(shape, dtype=torch.uint8, device=device)
+        return torch.stack([every if mask is None else mask.to(torch.uint8) for mask in sides])
+
+    return remembered(sides, "stacked masks", device, stacked)

@@ -9,7 +9,9 @@ tokens]`: query rows, keys. Prefixes: `o_` offsets, `m_` mask, `b_` block of val
 import triton
 import triton.language as tl
 
-from .wide_loads import load_wide
+from .wide_loads import load_wide, store_wide
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -18,15 +20,59 @@ def load_rows(base, o_row, m_row, stride, dim, BLOCK: tl.constexpr, ALIGN: tl.co
 
     ALIGN elements divide every row's start, and `dim`.
     """
-    return load_wide(base + o_row.to(tl.int64) * stride, m_row, tl.arange(0, BLOCK), dim, ALIGN)
+    return load_wide(base + o_row * stride, m_row, tl.arange(0, BLOCK), dim, ALIGN)
+
+
+@triton.jit
+def gradient_rows(gradient, head, heads, tokens, dim, TOKENS_FIRST: tl.constexpr):
+    """Address of one head in `[heads, tokens, dim]`, with TOKENS_FIRST in `[tokens, heads, dim]`,
+    and its stride between tokens."""
+    if TOKENS_FIRST:
+        return gradient + head * dim, heads * dim
+    else:
+        return gradient + head * tokens * dim, dim
+
+
+@triton.jit
+def store_head(
+    gradient,
+    values,
+    at,
+    head,
+    heads,
+    tokens,
+    dim,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TOKENS_FIRST: tl.constexpr,
+):
+    """Write `[rows, BLOCK]` to the rows `at` of one head, laid out as `gradient_rows` says."""
+    o_row, m_row = at
+    base, stride = gradient_rows(gradient, head, heads, tokens, dim, TOKENS_FIRST)
+    starts = base + o_row * stride
+    store_wide(starts, m_row, tl.arange(0, BLOCK), dim, values, ALIGN)
+
+
+@triton.jit
+def item_base(row, slot: tl.constexpr, item, TYPE: tl.constexpr):
+    """Address of one batch item of tensor `slot`, and its strides between heads and tokens."""
+    entry = row + slot * 4
+    address = tl.load(entry).to(tl.pointer_type(TYPE)) + item * tl.load(entry + 1)
+    # `Call` copies tensors whose rows lie further apart
+    return address, tl.load(entry + 2), tl.load(entry + 3).to(tl.int32)
 
 
 @triton.jit
 def head_base(row, slot: tl.constexpr, item, head, TYPE: tl.constexpr):
     """Address of one head of tensor `slot`, and its stride between tokens."""
-    entry = row + slot * 4
-    address = tl.load(entry).to(tl.pointer_type(TYPE))
-    return address + item * tl.load(entry + 1) + head * tl.load(entry + 2), tl.load(entry + 3)
+    side = item_base(row, slot, item, TYPE)
+    return side[0] + head * side[1], side[2]
+
+
+@triton.jit
+def head_rows(side, head, at, dim, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+    """Rows `[rows, BLOCK]` of one head of what `item_base` gave."""
+    return load_rows(side[0] + head * side[1], at[0], at[1], side[2], dim, BLOCK, ALIGN)
 
 
 @triton.jit
@@ -213,9 +259,9 @@ def load_cap(caps, pair, side: tl.constexpr, CAP: tl.constexpr):
 
 @triton.jit
 def load_sinks(sinks, pair, head, heads):
-    """The sinks of student and teacher of one head in `[pairs, 2, heads]`."""
+    """The sinks of student and teacher of one head in `[pairs, 2, heads]`, in bits."""
     base = sinks + pair * 2 * heads + head
-    return tl.load(base), tl.load(base + heads)
+    return tl.load(base) * LOG2E, tl.load(base + heads) * LOG2E
 
 
 @triton.jit

@@ -6,97 +6,214 @@ multiplied by twice as much.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import wraps
 from inspect import signature
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ..types import NAMESPACE
+from .remembered import PLAIN, forgetting, is_eager
 
 # arguments of a call, or what its backward needs of it, by name
 Named = SimpleNamespace
+# what the backward needs, from arguments and outputs; gradients, from that and the upstream one
+Keep = Callable[[Named, tuple[Tensor, ...]], Mapping[str, Any]]
+Gradient = Callable[[Named, Tensor], Mapping[str, Any]]
 
 
 def register(
     name: str,
     forward: Callable[..., Any],
     fake: Callable[[Named], Any],
-    keep: Callable[[Named, tuple[Tensor, ...]], Mapping[str, Any]] | None = None,
-    gradient: Callable[[Named, Tensor], Mapping[str, Any]] | None = None,
-) -> Any:
+    keep: Keep | None = None,
+    gradient: Gradient | None = None,
+) -> Callable[..., Any]:
     """`forward` as an op of torch, whose annotated arguments are the schema: it stands once.
 
     `fake` makes empty outputs from the arguments by name. The first output is the losses; no other
     has a gradient. `keep` names what the backward needs of arguments and outputs (tensors, lists of
     tensors, plain values). From that and the losses' upstream gradient, `gradient` makes those of
     arguments, by name: a list of tensors may get one tensor, stacked. What it leaves out gets none.
+
+    What is returned takes the op's arguments. An eager call goes around torch's dispatcher, which
+    takes lists of tensors apart in Python, to `forward` and an autograd function of this op, and
+    returns the losses alone where there will be a backward. A call that is traced, or under a mode,
+    is one of the registered op.
     """
     names = tuple(signature(forward).parameters)
+    # places of tensors among the arguments, and whether a list stands there
+    slots = [
+        (at, kind == Sequence[Tensor])
+        for at, kind in enumerate(get_type_hints(forward)[word] for word in names)
+        if kind in (Tensor, Tensor | None, Sequence[Tensor])
+    ]
 
     def named(arguments: Sequence[Any]) -> Named:
         return Named(**dict(zip(names, arguments, strict=True)))
 
-    op = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=())
+    def run(arguments: Sequence[Any]) -> Any:
+        at, many = slots[0]
+        return on_its_device(arguments[at][0] if many else arguments[at], forward, arguments)
+
+    @wraps(forward)
+    def dispatched(*arguments: Any) -> Any:
+        # a compiled graph may be captured, and owns what is made meanwhile
+        with forgetting():
+            return run(arguments)
+
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", dispatched, mutates_args=())
     op.register_fake(lambda *arguments: fake(named(arguments)))
-    if keep is None or gradient is None:
-        return op
+    function = None
+    if keep is not None and gradient is not None:
+        _register_autograd(op, named, keep, gradient)
+        function = _function(name, run, named, keep, gradient)
+
+    def call(*arguments: Any, **more: Any) -> Any:
+        if more:
+            arguments += tuple([more[word] for word in names[len(arguments) :]])
+        if not is_eager():
+            return op(*arguments)
+        grad = function is not None and torch.is_grad_enabled()
+        trained: list[Tensor] = []
+        places: list[tuple[str, int | None]] = []
+        for at, many in slots:
+            value = arguments[at]
+            for place, tensor in enumerate(value) if many else ((None, value),):
+                if tensor is None:
+                    continue
+                if type(tensor) not in PLAIN:
+                    return op(*arguments)
+                if grad and tensor.requires_grad:
+                    trained.append(tensor)
+                    places.append((names[at], place))
+        if function is None or not trained:
+            return run(arguments)
+        return (function.apply(arguments, places, *trained),)
+
+    return call
+
+
+def _function(
+    name: str,
+    run: Callable[[Sequence[Any]], Any],
+    named: Callable[[Sequence[Any]], Named],
+    keep: Keep,
+    gradient: Gradient,
+) -> Any:
+    """Losses of arguments in a tuple; what of them is trained follows, and where it stands."""
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any,
+            arguments: tuple[Any, ...],
+            places: list[tuple[str, int | None]],
+            *trained: Tensor,
+        ) -> Tensor:
+            made = run(arguments)
+            ctx.places = places
+            ctx.kept = _Kept(ctx, keep(named(arguments), made))
+            losses: Tensor = made[0]
+            return losses
+
+        @staticmethod
+        def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+            made = gradient(ctx.kept.named(ctx), upstream)
+            parts = {}
+            grads = []
+            for word, place in ctx.places:
+                value = made.get(word)
+                if place is not None and value is not None:
+                    if word not in parts:
+                        parts[word] = value.unbind() if isinstance(value, Tensor) else value
+                    value = parts[word][place]
+                grads.append(value)
+            return None, None, *grads
+
+    Eager.__name__ = Eager.__qualname__ = name
+    return Eager
+
+
+def on_its_device(tensor: Tensor, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    """A call with the tensor's GPU as the current one, on which Triton launches."""
+    if not tensor.is_cuda:
+        return function(*arguments)
+    with torch.cuda.device(tensor.device):
+        return function(*arguments)
+
+
+class _Kept:
+    """What a backward needs: tensors, in autograd's care, by their places, and plain values."""
+
+    def __init__(self, ctx: Any, values: Mapping[str, Any]) -> None:
+        tensors: list[Tensor | None] = []
+        self.places: dict[str, int | slice] = {}
+        self.plain: dict[str, Any] = {}
+        for word, value in values.items():
+            if isinstance(value, Tensor):
+                self.places[word] = len(tensors)
+                tensors.append(value)
+            elif _is_list(value):
+                self.places[word] = slice(len(tensors), len(tensors) + len(value))
+                tensors += value
+            else:
+                self.plain[word] = value
+        ctx.save_for_backward(*tensors)
+
+    def named(self, ctx: Any) -> Named:
+        saved = ctx.saved_tensors
+        return Named(**self.plain, **{word: saved[at] for word, at in self.places.items()})
+
+
+def _register_autograd(
+    op: Any, named: Callable[[Sequence[Any]], Named], keep: Keep, gradient: Gradient
+) -> None:
+    """Autograd of the registered op, for traces."""
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.counts = [len(value) if _is_list(value) else None for value in inputs]
+        given = named(inputs)
+        ctx.counts = {
+            word: len(value) if _is_list(value) else None for word, value in vars(given).items()
+        }
         ctx.set_materialize_grads(False)
-        tensors: list[Tensor | None] = []
-        ctx.kept = {}
-        for word, value in keep(named(inputs), output).items():
-            if isinstance(value, Tensor) or _is_list(value):
-                start = len(tensors)
-                tensors += value if _is_list(value) else [value]
-                ctx.kept[word] = slice(start, len(tensors)) if _is_list(value) else start
-            else:
-                ctx.kept[word] = (value,)
-        ctx.save_for_backward(*tensors)
+        ctx.kept = _Kept(ctx, keep(given, output))
 
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
         made: Mapping[str, Any] = {}
         if upstream is not None:
-            saved = ctx.saved_tensors
-            kept = {
-                word: where[0] if isinstance(where, tuple) else saved[where]
-                for word, where in ctx.kept.items()
-            }
-            made = gradient(Named(**kept), upstream)
-        given = ((made.get(word), count) for word, count in zip(names, ctx.counts, strict=True))
+            made = gradient(ctx.kept.named(ctx), upstream)
+        given = ((made.get(word), count) for word, count in ctx.counts.items())
         return tuple(
             value if count is None else [None] * count if value is None else list(value)
             for value, count in given
         )
 
     op.register_autograd(backward, setup_context=save)
-    return op
 
 
 def _is_list(value: Any) -> bool:
     """Whether this is a list of tensors."""
-    return isinstance(value, (list, tuple)) and all(isinstance(one, Tensor) for one in value)
+    return isinstance(value, (list, tuple)) and (not value or isinstance(value[0], Tensor))
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
     """fp64 where an input is fp64, fp32 otherwise."""
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
 def inverse(count: Tensor | int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`1 / count` as a scalar on `device`, and 0 where nothing is counted."""
+    """`1 / count` on `device`, as a scalar for an int, and 0 where nothing is counted."""
     if isinstance(count, int):
         return torch.full((), 1.0 / count if count else 0.0, dtype=dtype, device=device)
-    return torch.where(count > 0, 1.0 / count.clamp(min=1).to(dtype), 0.0).to(dtype)
+    return count.to(dtype).reciprocal().nan_to_num(posinf=0.0)
 
 
 def value_of(squares: Tensor, inverse_count: Tensor) -> Tensor:
     """Loss `[pairs]` from sums of squares, which rounding can leave slightly below 0."""
-    return squares.clamp(min=0.0) * inverse_count
+    return squares.relu() * inverse_count
 
 
 def squared_sum(value: Tensor) -> Tensor:
@@ -122,11 +239,11 @@ def by_shape(keys: Sequence[Hashable], loss_of: Callable[[list[int]], Tensor]) -
 
     Layers of one model share their shapes, so this is one call in practice.
     """
+    if len(set(keys)) == 1:
+        return loss_of([*range(len(keys))])
     members: dict[Hashable, list[int]] = {}
     for pair, key in enumerate(keys):
         members.setdefault(key, []).append(pair)
-    if len(members) == 1:
-        return loss_of(list(range(len(keys))))
     order = [pair for group in members.values() for pair in group]
     losses = torch.cat([loss_of(group) for group in members.values()])
     if order == sorted(order):

@@ -1,10 +1,10 @@
 # mypy: ignore-errors
 """Softmax divergences of rows and their gradients, in Triton: once, for attention and logits.
 
-The formulas of `divergences.py`, outcome by outcome, and KL and cross-entropy of a row whose scores
-stream past, with running sums. Nothing here reads or writes memory. `p` and `t` are the student's
-and the teacher's probabilities; where both are close, plain formulas subtract large numbers, and
-series keep the digits that they lose.
+The formulas of `divergences.py`, outcome by outcome, and log-sum-exps of rows whose scores stream
+past. Nothing here reads or writes memory. `p` and `t` are the student's and the teacher's
+probabilities; where both are close, plain formulas subtract large numbers, and series keep the
+digits that they lose.
 """
 
 import triton
@@ -57,7 +57,14 @@ def divergence_terms(
     "skew_kl" and an uneven "js" do not take, `t` is subtracted from `p`. "cosine" takes the logs of
     probabilities that are scaled to rows of length 1.
     """
-    p, t = tl.exp(log_p), tl.exp(log_t)
+    return terms_of(tl.exp(log_p), tl.exp(log_t), log_p, log_p - log_t, shares, KIND, SMALL, EVEN)
+
+
+@triton.jit
+def terms_of(
+    p, t, log_p, ratio, shares, KIND: tl.constexpr, SMALL: tl.constexpr, EVEN: tl.constexpr
+):
+    """`divergence_terms` from what it makes first; `ratio` is `log p - log t`."""
     if KIND == "mse" or KIND == "cosine":
         difference = p - t
         squares = difference * difference
@@ -69,7 +76,6 @@ def divergence_terms(
             p,
         )
     else:
-        ratio = log_p - log_t
         if SMALL == 0:
             difference = p - t
         else:
@@ -77,9 +83,14 @@ def divergence_terms(
             difference = tl.where(ratio > 0, -difference, difference)
         if KIND == "reverse_kl":
             value = p * ratio - difference
+            if SMALL == 0:
+                value = excess(p, -ratio, value)
             return value, value, ratio, p
         elif KIND == "kl":
-            return difference - t * ratio, difference, difference, p
+            value = difference - t * ratio
+            if SMALL == 0:
+                value = excess(t, ratio, value)
+            return value, difference, difference, p
         elif KIND == "cross_entropy":
             return -t * log_p, difference, difference, p
         elif EVEN:
@@ -153,13 +164,12 @@ def divergence_slopes(p, point, constant, shares, KIND: tl.constexpr):
 
 
 @triton.jit
-def exp_excess(x):
-    """`e^x - 1 - x`, never negative."""
-    direct = tl.exp(x) - 1.0 - x
+def excess(weight, x, direct):
+    """`weight (e^x - 1 - x)`, never negative: near 0 a series, where `direct` has no digits."""
     if x.dtype == tl.float64:
         return direct
     else:
-        return tl.where(tl.abs(x) < 0.5, exp_excess_series(x), direct)
+        return tl.where(tl.abs(x) < 0.5, weight * exp_excess_series(x), direct)
 
 
 @triton.jit
@@ -176,106 +186,26 @@ def shift_of(maximum):
 
 
 @triton.jit
-def add_exponentials(tile, seen, maximum, total):
-    """Online log-sum-exp: the running maximum and sum of each row with one more tile."""
-    tile = tl.where(seen, tile, float("-inf"))
-    new = tl.maximum(maximum, tl.max(tile, 1))
-    shift = shift_of(new)
-    exponentials = tl.exp(tile - shift[:, None])
-    kept = tl.exp(maximum - shift)
-    return new, total * kept + tl.sum(exponentials, 1), exponentials, kept
+def below(scores, unit, shift):
+    """`scores unit - shift`, rounded once."""
+    return tl.fma(scores, unit, -shift)
 
 
 @triton.jit
-def add_two_sums(f, g, seen, state):
-    """Both log-sum-exps online; the state is that of `add_divergence`."""
-    max_f, sum_f, max_g, sum_g, mean, excess = state
-    max_f, sum_f, _, _ = add_exponentials(f, seen, max_f, sum_f)
-    max_g, sum_g, _, _ = add_exponentials(g, seen, max_g, sum_g)
-    return max_f, sum_f, max_g, sum_g, mean, excess
+def add_exponentials(scores, unit, seen, maximum, total, MASKED: tl.constexpr):
+    """Online log-sum-exp: maximum and sum of each row with one more tile of `scores unit`, bits."""
+    bits = scores * unit
+    if MASKED:
+        bits = tl.where(seen, bits, float("-inf"))
+    new = tl.maximum(maximum, tl.max(bits, 1))
+    shift = shift_of(new)
+    exponentials = tl.exp2(below(scores, unit, shift[:, None]))
+    if MASKED:
+        exponentials = tl.where(seen, exponentials, 0.0)
+    return new, total * tl.exp2(maximum - shift) + tl.sum(exponentials, 1)
 
 
 @triton.jit
 def log_sum(total):
-    """Log of a row's sum of exponentials; 0 for a row that saw nothing."""
-    return tl.log(tl.where(total > 0.0, total, 1.0))
-
-
-@triton.jit
-def add_mean(weights, values, tile_weight, weight, mean):
-    """The weighted mean of `values` in a tile, its share of all weight, its step from `mean`."""
-    safe = tl.where(tile_weight > 0.0, tile_weight, 1.0)
-    tile_mean = tl.where(tile_weight > 0.0, tl.sum(weights * values, 1) / safe, mean)
-    merged = weight + tile_weight
-    fraction = tl.where(merged > 0.0, tile_weight / tl.where(merged > 0.0, merged, 1.0), 0.0)
-    return tile_mean, fraction, tile_mean - mean
-
-
-@triton.jit
-def add_divergence(f, g, seen, state):
-    """KL(softmax f | softmax g) online, with one more tile of both scores.
-
-    With `d = g - f` and `E` the mean under softmax f, KL = log E[e^d] - E[d]. Both parts are large
-    where their difference is small, so the state holds the mean of `d` and the excess
-    `sum e^f (e^x - 1 - x)` with `x = d - E[d]`, which is of the order of the result.
-    """
-    max_f, sum_f, max_g, sum_g, mean, excess = state
-    new_f, new_sum_f, weights, kept = add_exponentials(f, seen, max_f, sum_f)
-    new_g, new_sum_g, weights_g, _ = add_exponentials(g, seen, max_g, sum_g)
-    d = tl.where(seen, g - f, 0.0)
-    weight = sum_f * kept
-    tile_weight = tl.sum(weights, 1)
-    tile_mean, fraction, step = add_mean(weights, d, tile_weight, weight, mean)
-    x = d - tile_mean[:, None]
-    # e^f e^x from the exponentials that are there already
-    factor = tl.exp(shift_of(new_g) - shift_of(new_f) - tile_mean)
-    terms = weights_g * factor[:, None] - weights - weights * x
-    if x.dtype != tl.float64:
-        terms = tl.where(tl.abs(x) < 0.5, weights * exp_excess_series(x), terms)
-    tile_excess = tl.sum(tl.where(seen, terms, 0.0), 1)
-    # both parts now around the mean of all
-    behind = -fraction * step
-    ahead = step + behind
-    excess = kept * excess * tl.exp(behind) + weight * exp_excess(behind)
-    excess += tile_excess * tl.exp(ahead) + tile_weight * exp_excess(ahead)
-    return new_f, new_sum_f, new_g, new_sum_g, mean - behind, excess
-
-
-@triton.jit
-def divergence_of(state):
-    """KL of a finished row."""
-    max_f, sum_f, max_g, sum_g, mean, excess = state
-    v = excess / tl.where(sum_f > 0.0, sum_f, 1.0)
-    near = log_above_one(v / (2.0 + v), v)
-    # far apart nothing cancels, and the excess may have overflowed (inf or NaN, so not below 1)
-    far = shift_of(max_g) - shift_of(max_f) - mean + (log_sum(sum_g) - log_sum(sum_f))
-    return tl.where(v < 1.0, near, far)
-
-
-@triton.jit
-def add_expectation(f, g, seen, state):
-    """`E[g]` under softmax f online, with one more tile; the state is that of `add_divergence`."""
-    max_f, sum_f, max_g, sum_g, mean, excess = state
-    new_f, new_sum_f, weights, kept = add_exponentials(f, seen, max_f, sum_f)
-    new_g, new_sum_g, _, _ = add_exponentials(g, seen, max_g, sum_g)
-    values = tl.where(seen, g, 0.0)
-    _, fraction, step = add_mean(weights, values, tl.sum(weights, 1), sum_f * kept, mean)
-    return new_f, new_sum_f, new_g, new_sum_g, mean + fraction * step, excess
-
-
-@triton.jit
-def state_of_sink(student, teacher, nothing, KIND: tl.constexpr):
-    """The state of `add_divergence` for a row that has seen its sink alone.
-
-    f and g are the sides in the order in which `_fwd_kernel` adds tiles of KIND.
-    """
-    f = teacher
-    g = student
-    if KIND == "reverse_kl":
-        f = student
-        g = teacher
-    mean = g - f
-    if KIND == "cross_entropy":
-        mean = g
-    one = nothing + 1.0
-    return nothing + f, one, nothing + g, one, nothing + mean, nothing
+    """Bits of a row's sum of exponentials; 0 for a row that saw nothing."""
+    return tl.log2(tl.where(total > 0.0, total, 1.0))

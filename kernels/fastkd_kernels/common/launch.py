@@ -4,8 +4,8 @@ Blocks for half precision were timed on an H100; every kernel compiles for sm_80
 gfx942, hardly any with a register spill, and `tests/test_kernels_compile.py` holds them to it.
 """
 
-import math
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -20,6 +20,9 @@ SHARED_MEMORY = {
     ("hip", "gfx942"): 65_536,
 }
 
+# about two for each multiprocessor of the largest GPUs
+FEWEST_PROGRAMS = 256
+
 
 class Launch(NamedTuple):
     """Block sizes and dot precisions (`tl.constexpr` by name), warps and pipeline stages."""
@@ -27,6 +30,10 @@ class Launch(NamedTuple):
     constants: dict[str, int | str]
     num_warps: int
     num_stages: int
+
+    def block(self, name: str) -> int:
+        """A block size by its name."""
+        return int(self.constants[name])
 
 
 def triton_interprets() -> bool:
@@ -42,9 +49,35 @@ def platform() -> str:
     return "hip" if torch.version.hip else "cuda"
 
 
+@cache
+def shared_memory() -> int:
+    """Bytes that one program may use on the first GPU; without one, what every CUDA target has."""
+    if not torch.cuda.is_available():
+        return SHARED_MEMORY["cuda", 80]
+    from triton.runtime import driver
+
+    return int(driver.active.utils.get_device_properties(0)["max_shared_mem"])
+
+
+def cdiv(size: int, block: int) -> int:
+    """Blocks that hold `size`: `triton.cdiv`, which takes microseconds outside of a kernel."""
+    return -(-size // block)
+
+
 def power_of_two(size: int) -> int:
     """The block that holds `size` columns; `tl.dot` needs at least 16."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+def heads_of_program(heads: int, kv_heads: int, sequences: int) -> int:
+    """Query heads that one program of a short kernel takes, with their key heads whole.
+
+    As many as leave `FEWEST_PROGRAMS`, so that what starts and ends a program is rarely paid.
+    """
+    repeat = heads // kv_heads
+    fits = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
+    enough = [n for n in fits if kv_heads // n * sequences >= FEWEST_PROGRAMS]
+    return repeat * max(enough, default=1)
 
 
 def dot_precision(exact: bool, on: str) -> str:
@@ -65,21 +98,16 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 def alignment(tensors: Sequence[Tensor]) -> int:
     """Elements, up to 16 bytes of them, that divide start and length of every row.
 
-    The tensors share their dtype; of each, neighbours in the last dimension lie next to each other.
+    The tensors share shape and dtype; neighbours in the last dimension lie next to each other.
     """
-    size = tensors[0].element_size()
-    starts = (
-        value
-        for tensor in tensors
-        for value in (
-            tensor.data_ptr() // size,
-            tensor.shape[-1],
+    shape, size = tensors[0].shape, tensors[0].element_size()
+    # the lowest bit that is set in any of these is the largest power of two that divides them all
+    bits = 16 // size | shape[-1]
+    for tensor in tensors:
+        bits |= tensor.data_ptr() // size
+    for strides in {tensor.stride() for tensor in tensors}:
+        for stride, count in zip(strides[:-1], shape[:-1], strict=True):
             # where there is one row, its stride says nothing
-            *(
-                stride
-                for stride, count in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
-                if count > 1
-            ),
-        )
-    )
-    return math.gcd(16 // size, *starts)
+            if count > 1:
+                bits |= stride
+    return bits & -bits

@@ -18,8 +18,13 @@ def takes(*operands: Tensor) -> bool:
 def multiply(
     left: Tensor, right: Tensor, out: Tensor, *, add: bool = False, bias: Tensor | None = None
 ) -> None:
-    """fp32 `out` `[rows, columns]` is, or grows by, `left @ right`, plus `bias` `[columns]`."""
-    if add or bias is not None:
+    """fp32 `out` `[rows, columns]` is, or grows by, `left @ right`, plus `bias` `[columns]`.
+
+    Without `add` and `bias`, `out` may have the operands' dtype, and is rounded to it once.
+    """
+    if out.dtype == left.dtype and not add and bias is None:
+        torch.mm(left, right, out=out)
+    elif add or bias is not None:
         start = out if bias is None else bias.to(out.dtype)
         torch.addmm(start, left, right, out.dtype, out=out)
     else:

@@ -7,9 +7,6 @@ terms cancel once the projected student is close to the teacher.
 Cosine distance and normalised squared error are one op: the squared distance of two unit vectors is
 twice their cosine distance. That distance is summed, not one minus the cosine, which loses its
 digits as the student nears the teacher.
-
-Autograd is a function of our own around the op: that of `register_autograd` takes lists of tensors
-apart in Python, which cost more than the whole loss at a thousand tokens.
 """
 
 from collections.abc import Sequence
@@ -21,6 +18,8 @@ from torch import Tensor
 
 from ..checks import check_hidden, check_reduction
 from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled
+from ..common.remembered import remembered
+from ..common.rescale import rescaled, waiting_dtype
 from ..types import Backend, Reduction, Tokens
 from . import torch_path
 
@@ -144,35 +143,36 @@ def row_losses(
     """Losses `[pairs]` of checked arguments."""
     pairs, (batch, tokens, _) = len(student), student[0].shape
     device = student[0].device
-    rows = batch * tokens if mask is None else mask.sum()
     grad = torch.is_grad_enabled()
-    divisors: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def divisor(width: int, dtype: torch.dtype) -> Tensor:
         """One over the count; the squared distance of unit rows is twice the cosine distance."""
         entries = {"mse": width, "normalized_mse": 1, "cosine": 2}[kind]
-        if (entries, dtype) not in divisors:
-            divisors[entries, dtype] = inverse(rows * entries, dtype, device)
-        return divisors[entries, dtype]
+
+        def made() -> Tensor:
+            rows = batch * tokens if mask is None else mask.sum()
+            return inverse(rows * entries, dtype, device)
+
+        return remembered((mask,), ("inverse rows", batch, tokens, entries, dtype), device, made)
 
     def loss_of(members: list[int]) -> Tensor:
         students, teachers = [student[i] for i in members], [teacher[i] for i in members]
         matrices = [weights[i] for i in members] if len(weights) > 1 else weights
         offsets = [biases[i] for i in members] if len(biases) > 1 else biases
         trained = [*matrices, *offsets]
-        losses: Tensor = _Rows.apply(  # type: ignore[no-untyped-call]
-            len(matrices),
-            len(offsets),
+        made = _rows(
+            students,
+            teachers,
+            matrices,
+            offsets,
             mask,
             divisor(teachers[0].shape[-1], accumulator(*students, *teachers, *trained)),
             kind != "mse",
             grad and any(tensor.requires_grad for tensor in students),
             grad and any(tensor.requires_grad for tensor in trained),
             backend,
-            *students,
-            *teachers,
-            *trained,
         )
+        losses: Tensor = made[0]
         return losses
 
     few = SAVED_TOGETHER if backend == "torch" else pairs
@@ -193,7 +193,7 @@ def row_losses(
 def _exact_products(tensor: Tensor) -> AbstractContextManager[Any]:
     """Products keep the precision of their accumulators, whatever autocast would make of them."""
     kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, enabled=False)
 
@@ -216,27 +216,21 @@ def _forward(
     need_weight_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Losses `[pairs]`, unit gradients of student, weight and bias, and row gradients.
+    """Losses `[pairs]`, gradients of student, weight and bias by pair, and row gradients.
 
-    `normalize` compares rows divided by their norms.
+    PyTorch's are unit gradients, Triton's those of the losses. `normalize` compares rows divided by
+    their norms.
     """
-    if backend == "torch":
-        forward = torch_path.hidden_forward
-    else:
-        # imported by the first call that needs Triton
-        from .triton_path import hidden_forward as forward
+    tensors = (student, teacher, weight, bias, mask)
+    wanted = (normalize, need_input_grad, need_weight_grad)
     with _exact_products(inverse_count):
-        squares, *grads = forward(
-            student,
-            teacher,
-            weight,
-            bias,
-            mask,
-            normalize,
-            need_input_grad,
-            need_weight_grad,
-            inverse_count.dtype,
-        )
+        if backend == "torch":
+            squares, *grads = torch_path.hidden_forward(*tensors, *wanted, inverse_count.dtype)
+        else:
+            # imported by the first call that needs Triton
+            from .triton_path import hidden_forward
+
+            squares, *grads = hidden_forward(*tensors, 2.0 * inverse_count, *wanted)
     return squares * inverse_count, grads[0], grads[1], grads[2], grads[3]
 
 
@@ -246,16 +240,15 @@ def _fake(given: Named) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     keeps = _keeps_rows(student[0], len(weight), given.need_weight_grad, given.backend)
     batch, tokens, teacher_width = given.teacher[0].shape
     wants_weight = given.need_weight_grad and bool(weight) and not keeps
+    waiting = None if given.backend == "torch" else waiting_dtype(student[0].dtype)
+    of_student = (pairs, *student[0].shape) if given.need_input_grad and not keeps else (0,)
     return (
         new(pairs),
-        new((pairs, *student[0].shape) if given.need_input_grad and not keeps else (0,)),
+        new(of_student, dtype=waiting),
         new((pairs, *weight[0].shape) if wants_weight else (0,)),
         new((pairs, *bias[0].shape) if wants_weight and bias else (0,)),
         new((pairs, batch * tokens, teacher_width) if keeps else (0,)),
     )
-
-
-hidden_rows = register("hidden_rows", _forward, _fake)
 
 
 def _backward(
@@ -284,84 +277,61 @@ def _backward_fake(given: Named) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-hidden_rows_backward = register("hidden_rows_backward", _backward, _backward_fake)
+_rows_backward = register("hidden_rows_backward", _backward, _backward_fake)
 
 
-class _Rows(torch.autograd.Function):
-    """Losses `[pairs]` of students, teachers, weights and biases, given one after the other."""
+def _keep(given: Named, made: tuple[Tensor, ...]) -> dict[str, Any]:
+    """Row gradients and what they are multiplied with, or unit gradients."""
+    groups = (given.student, given.weight, given.bias)
+    kept: dict[str, Any] = {
+        "inverse_count": given.inverse_count if given.backend == "torch" else None,
+        "counts": [len(group) for group in groups],
+        "dtypes": [group[0].dtype if group else None for group in groups],
+    }
+    if not _keeps_rows(given.student[0], len(given.weight), given.need_weight_grad, given.backend):
+        return kept | {"row_grad": None, "units": made[1:4]}
+    inputs = {word: getattr(given, word) for word in ("student", "weight", "mask")}
+    return kept | inputs | {"row_grad": made[4], "need_input_grad": given.need_input_grad}
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weights: int,
-        biases: int,
-        mask: Tensor | None,
-        inverse_count: Tensor,
-        normalize: bool,
-        need_input_grad: bool,
-        need_weight_grad: bool,
-        backend: str,
-        *tensors: Tensor,
-    ) -> Tensor:
-        pairs = (len(tensors) - weights - biases) // 2
-        student = tensors[:pairs]
-        weight = tensors[2 * pairs : 2 * pairs + weights]
-        bias = tensors[2 * pairs + weights :]
-        # PyTorch needs no dispatcher, which takes a tenth of the time at a thousand tokens
-        direct = backend == "torch" and not torch.compiler.is_compiling()
-        losses, *grads = (_forward if direct else hidden_rows)(
-            student,
-            tensors[pairs : 2 * pairs],
-            weight,
-            bias,
-            mask,
-            inverse_count,
-            normalize,
-            need_input_grad,
-            need_weight_grad,
-            backend,
+
+def _gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
+    factor = upstream if kept.inverse_count is None else 2.0 * kept.inverse_count * upstream
+    if kept.row_grad is not None:
+        stacked = _rows_backward(
+            kept.row_grad,
+            kept.student,
+            kept.weight,
+            kept.counts[2],
+            kept.mask,
+            factor,
+            kept.need_input_grad,
         )
-        ctx.counts = (pairs, weights, biases)
-        ctx.dtypes = [group[0].dtype if group else None for group in (student, weight, bias)]
-        ctx.need_input_grad = need_input_grad
-        ctx.keeps = _keeps_rows(student[0], weights, need_weight_grad, backend)
-        needed = (grads[3], mask, *student, *weight) if ctx.keeps else grads[:3]
-        ctx.save_for_backward(inverse_count, *needed)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        pairs, _, biases = ctx.counts
-        inverse_count, *kept = ctx.saved_tensors
-        factor = 2.0 * inverse_count * upstream
-        if ctx.keeps:
-            row_grad, mask, *tensors = kept
-            stacked = hidden_rows_backward(
-                row_grad,
-                tensors[:pairs],
-                tensors[pairs:],
-                biases,
-                mask,
-                factor,
-                ctx.need_input_grad,
-            )
-        else:
-            stacked = [
-                _applied(unit, factor, dtype, count)
-                for unit, dtype, count in zip(kept, ctx.dtypes, ctx.counts, strict=True)
-            ]
-        grads: list[Tensor | None] = []
-        for made, dtype, count in zip(stacked, ctx.dtypes, ctx.counts, strict=True):
-            grads += made.to(dtype).unbind() if made.numel() else [None] * count
-        return (*(None,) * 8, *grads[:pairs], *(None,) * pairs, *grads[pairs:])
+    else:
+        stacked = [
+            _applied(unit, factor, dtype, count, kept.inverse_count is None)
+            for unit, dtype, count in zip(kept.units, kept.dtypes, kept.counts, strict=True)
+        ]
+    return {
+        word: (made if made.dtype == dtype else made.to(dtype)) if made.numel() else None
+        for word, made, dtype in zip(
+            ("student", "weight", "bias"), stacked, kept.dtypes, strict=True
+        )
+    }
 
 
-def _applied(unit: Tensor, factor: Tensor, dtype: torch.dtype, count: int) -> Tensor:
-    """Unit gradients by pair times `factor` `[pairs]`; their sum where `count` is 1."""
+_rows = register("hidden_rows", _forward, _fake, _keep, _gradient)
+
+
+def _applied(
+    unit: Tensor, factor: Tensor, dtype: torch.dtype, count: int, by_triton: bool
+) -> Tensor:
+    """Gradients by pair times `factor` `[pairs]`; their sum where `count` is 1."""
     if unit.numel() == 0:
         return unit
+    if count == factor.numel() and by_triton:
+        return rescaled(unit, unit.new_empty(0), factor, dtype)[0]
     if count == factor.numel():
         return scaled(unit, factor, dtype)
     with _exact_products(unit):
-        total: Tensor = torch.tensordot(factor, unit, dims=1)
-    return total.unsqueeze(0)
+        total = torch.mm(factor.unsqueeze(0), unit.flatten(1))
+    return total.view(1, *unit.shape[1:])

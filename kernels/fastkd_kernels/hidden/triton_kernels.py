@@ -17,7 +17,7 @@ gradients.
 import triton
 import triton.language as tl
 
-from ..common.wide_loads import load_wide
+from ..common.wide_loads import load_wide, store_wide
 
 
 @triton.jit
@@ -52,6 +52,7 @@ def valid_rows(valid, o_row, last, HAS_MASK: tl.constexpr):
 def _fwd_kernel(
     table,
     valid,
+    factor,
     residual,
     partials,
     first,
@@ -82,9 +83,9 @@ def _fwd_kernel(
 ):
     """One program: a block of the chunk's rows and of the teacher's columns.
 
-    Writes `partials` `[pairs, row blocks, column blocks]` and, with STORE, `residual`
-    `[pairs, chunk, teacher_width]`, where masked rows are 0. Without HAS_TEACHER, `residual` gets
-    the projected rows and `partials` nothing.
+    Writes `partials` `[pairs, row blocks, column blocks]` and, with STORE, `residual` times
+    `factor`, a number on the device, `[pairs, chunk, teacher_width]`, where masked rows are 0.
+    Without HAS_TEACHER, `residual` gets the projected rows as they are and `partials` nothing.
     """
     # what the compiler cannot see of an argument: it is a multiple of this
     teacher_width = teacher_width // TEACHER_ALIGN * TEACHER_ALIGN
@@ -96,6 +97,11 @@ def _fwd_kernel(
     o_row = first + row_block * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
     o_column = column_block * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
     m_row = valid_rows(valid, o_row, last, HAS_MASK)
+    if HAS_TEACHER:
+        # on its way while the products are made
+        b_teacher = token_rows(
+            row + 3, o_row, m_row, tokens, o_column, teacher_width, TEACHER_TYPE, TEACHER_ALIGN
+        )
     if HAS_WEIGHT:
         total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
         for start in range(0, width, BLOCK_SUM):
@@ -114,19 +120,17 @@ def _fwd_kernel(
         b_bias = tl.load(bias + o_column, mask=o_column < teacher_width, other=0.0)
         total += b_bias.to(SUM_TYPE)[None, :]
     if HAS_TEACHER:
-        b_teacher = token_rows(
-            row + 3, o_row, m_row, tokens, o_column, teacher_width, TEACHER_TYPE, TEACHER_ALIGN
-        )
         # R = H_s W^T + b - H_t
         m_tile = m_row[:, None] & (o_column < teacher_width)[None, :]
         total = tl.where(m_tile, total - b_teacher.to(SUM_TYPE), 0.0)
         all_blocks = tl.cdiv(rows, BLOCK_ROW)
         index = (pair * all_blocks + first // BLOCK_ROW + row_block) * column_blocks + column_block
         tl.store(partials + index, tl.sum(total * total))
+        if STORE:
+            total *= tl.load(factor)
     if STORE:
-        o_out = (pair * chunk + o_row - first)[:, None] * teacher_width + o_column[None, :]
-        m_out = (o_row < last)[:, None] & (o_column < teacher_width)[None, :]
-        tl.store(residual + o_out, total, mask=m_out)
+        starts = residual + (pair * chunk + o_row - first) * teacher_width
+        store_wide(starts, o_row < last, o_column, teacher_width, total, TEACHER_ALIGN)
 
 
 @triton.jit
@@ -180,7 +184,6 @@ def _bwd_dw_kernel(
     valid,
     residual,
     gradient,
-    bias_gradient,
     first,
     last,
     chunk,
@@ -196,12 +199,10 @@ def _bwd_dw_kernel(
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
 ):
     """One program: a tile of `gradient` `[pairs, teacher_width, width]` over the chunk's rows.
 
-    Adds to what earlier chunks wrote. The programs of the first columns also sum `bias_gradient`
-    `[pairs, teacher_width]`.
+    Adds to what earlier chunks wrote.
     """
     pair = tl.program_id(1).to(tl.int64)
     column_blocks = tl.cdiv(width, BLOCK_COLUMN)
@@ -211,30 +212,55 @@ def _bwd_dw_kernel(
     m_out = o_out < teacher_width
     row = table + pair * 9
     total = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
-    sums = tl.zeros([BLOCK_ROW], dtype=SUM_TYPE)
     for start in range(first, last, BLOCK_SUM):
         o_row = start + tl.arange(0, BLOCK_SUM)
         m_row = valid_rows(valid, o_row, last, HAS_MASK)
         where = residual + (pair * chunk + o_row - first)[:, None] * teacher_width + o_out[None, :]
         b_residual = tl.load(where, mask=m_row[:, None] & m_out[None, :], other=0.0)
         b_rows = token_rows(row, o_row, m_row, tokens, o_column, width, TYPE, ALIGN)
-        # dW = R^T H_s, db = R^T 1
+        # dW = R^T H_s
         total += tl.dot(
             tl.trans(b_residual.to(OPERAND)), b_rows.to(OPERAND), input_precision=PRECISION
         )
-        if HAS_BIAS:
-            sums += tl.sum(b_residual.to(SUM_TYPE), 0)
     where = gradient + (pair * teacher_width + o_out)[:, None] * width + o_column[None, :]
     mask = m_out[:, None] & (o_column < width)[None, :]
     if first > 0:
         total += tl.load(where, mask=mask, other=0.0)
     tl.store(where, total, mask=mask)
-    if HAS_BIAS:  # noqa: SIM102 - a compile-time and a run-time condition
-        if column_block == 0:
-            bias = bias_gradient + pair * teacher_width + o_out
-            if first > 0:
-                sums += tl.load(bias, mask=m_out, other=0.0)
-            tl.store(bias, sums, mask=m_out)
+
+
+@triton.jit
+def _bwd_db_kernel(
+    residual,
+    partials,
+    rows,
+    chunk,
+    teacher_width,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+    BLOCK_COLUMN: tl.constexpr,
+    STEPS: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """One program: columns of `STEPS * BLOCK_ROW` of the chunk's `rows`, summed.
+
+    Reads `residual` `[pairs, chunk, teacher_width]`, writes `partials`
+    `[pairs, row blocks, teacher_width]`.
+    """
+    # what the compiler cannot see of an argument: it is a multiple of this
+    teacher_width = teacher_width // ALIGN * ALIGN
+    pair = tl.program_id(2).to(tl.int64)
+    o_column = tl.program_id(0) * BLOCK_COLUMN + tl.arange(0, BLOCK_COLUMN)
+    o_row = tl.program_id(1) * STEPS * BLOCK_ROW + tl.arange(0, BLOCK_ROW)
+    base = residual + pair * chunk * teacher_width
+    sums = tl.zeros([BLOCK_ROW, BLOCK_COLUMN], dtype=SUM_TYPE)
+    for step in tl.static_range(STEPS):
+        at = o_row + step * BLOCK_ROW
+        starts = base + at.to(tl.int64) * teacher_width
+        sums += load_wide(starts, at < rows, o_column, teacher_width, ALIGN).to(SUM_TYPE)
+    # db = R^T 1
+    out = partials + (pair * tl.num_programs(1) + tl.program_id(1)) * teacher_width + o_column
+    tl.store(out, tl.sum(sums, 0), mask=o_column < teacher_width)
 
 
 @triton.jit
@@ -248,6 +274,7 @@ def inverse_norms(b_rows, ZERO_NORM: tl.constexpr):
 def _unit_fwd_kernel(
     table,
     valid,
+    factor,
     projected,
     gradient,
     partials,
@@ -272,7 +299,7 @@ def _unit_fwd_kernel(
     """One program: a few whole rows of the chunk.
 
     Reads `projected` `[pairs, chunk, teacher_width]`, or the student without HAS_WEIGHT. Writes
-    `partials` `[pairs, row blocks]` and, with STORE, row gradients `gradient`
+    `partials` `[pairs, row blocks]` and, with STORE, row gradients times `factor`, `gradient`
     `[pairs, chunk, teacher_width]`, where masked rows are 0.
     """
     # what the compiler cannot see of an argument: it is a multiple of this
@@ -301,5 +328,5 @@ def _unit_fwd_kernel(
     if STORE:
         # G = (R - (R u^T) u) / |H_s W^T + b|
         along = tl.sum(residual * unit, 1)[:, None]
-        made = (residual - along * unit) * inverse
+        made = (residual - along * unit) * (inverse * tl.load(factor))
         tl.store(gradient + where, made, mask=(o_row < last)[:, None] & m_column[None, :])

@@ -6,36 +6,53 @@ road not taken: recomputing the residual in the kernels of both gradients, which
 cost by the number of column blocks.
 """
 
+import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..common import library_products
 from ..common.launch import (
     Launch,
-    alignment,
+    cdiv,
     dot_precision,
     platform,
     power_of_two,
     product_dtype,
 )
-from ..common.tensor_table import pointer_table, unit_stride
+from ..common.quick_launch import Quick
+from ..common.remembered import remembered
+from ..common.rescale import waiting_dtype
+from ..common.tensor_table import addressed
 from ..common.tl_types import TYPES
 from .torch_path import ZERO_NORM
-from .triton_kernels import _bwd_dw_kernel, _bwd_dx_kernel, _fwd_kernel, _unit_fwd_kernel
+from .triton_kernels import (
+    _bwd_db_kernel,
+    _bwd_dw_kernel,
+    _bwd_dx_kernel,
+    _fwd_kernel,
+    _unit_fwd_kernel,
+)
 
-WORKSPACE_BYTES = 32 << 20
+WORKSPACE_BYTES = 64 << 20
 
 
-def hidden_launch(dtypes: Sequence[torch.dtype], on: str = "cuda") -> Launch:
-    """Blocks of the three hidden-state products: rows, columns, and the summed dimension."""
+@cache
+def hidden_launch(
+    dtypes: tuple[torch.dtype, ...], on: str = "cuda", *, projects: bool = True
+) -> Launch:
+    """Blocks of the three hidden-state products: rows, columns, and the summed dimension.
+
+    Blocks for half precision were the fastest of fourteen on an H100.
+    """
     half = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
+    wide = half and projects and on != "hip"
     constants: dict[str, int | str] = {
         "BLOCK_ROW": 128 if half else 64,
-        "BLOCK_COLUMN": 128 if half else 64,
+        "BLOCK_COLUMN": 256 if wide else 128 if half else 64,
         "BLOCK_SUM": 64 if half else 32,
         "PRECISION": dot_precision(True, on),
         "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
@@ -43,6 +60,14 @@ def hidden_launch(dtypes: Sequence[torch.dtype], on: str = "cuda") -> Launch:
     return Launch(constants, num_warps=8, num_stages=3 if half else 2)
 
 
+@cache
+def sum_launch() -> Launch:
+    """Blocks of `_bwd_db_kernel`."""
+    constants: dict[str, int | str] = {"BLOCK_ROW": 32, "BLOCK_COLUMN": 128, "STEPS": 8}
+    return Launch(constants, num_warps=4, num_stages=1)
+
+
+@cache
 def unit_launch(teacher_width: int) -> Launch:
     """Blocks of `_unit_fwd_kernel`: a few whole rows, so that each value is read once."""
     columns = power_of_two(teacher_width)
@@ -82,26 +107,27 @@ def hidden_forward(
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
     mask: Tensor | None,
+    factor: Tensor,
     normalize: bool,
     need_input_grad: bool,
     need_weight_grad: bool,
-    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Squares `[pairs]`, unit gradients of student, weight and bias by pair, no row gradients.
+    """Squares `[pairs]`, gradients of student, weight and bias by pair, no row gradients.
 
-    Up to three launches a chunk of tokens, four if normalised, whatever the number of pairs; half
-    precision leaves both gradients of a projection to the library, pair by pair.
+    Gradients are those of half the squares times `factor`, a number on the device in the dtype of
+    sums. Up to three launches a chunk of tokens, four if normalised, one more for a bias, whatever
+    the number of pairs; bf16 leaves both gradients of a projection to the library.
     """
-    pairs = len(student)
+    pairs, dtype = len(student), factor.dtype
     batch, tokens, width = student[0].shape
     teacher_width, rows = teacher[0].shape[-1], batch * tokens
-    columns = _columns(student, teacher, weight, bias)
-    table = pointer_table(columns)
+    # kept until the kernels are launched: a row of another stride is a copy
+    table, alignments, _kept = addressed(_pairs(student, teacher, weight, bias))
     types, kept = hidden_types(
         student[0].dtype, teacher[0].dtype, weight[0].dtype if weight else None
     )
     grad_operand = types.pop("GRAD_OPERAND")
-    launch = hidden_launch((student[0].dtype, kept), platform())
+    launch = hidden_launch((student[0].dtype, kept), platform(), projects=bool(weight))
     blocks = {name: size for name, size in launch.constants.items() if isinstance(size, int)}
     block_row, block_column = blocks["BLOCK_ROW"], blocks["BLOCK_COLUMN"]
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
@@ -110,28 +136,27 @@ def hidden_forward(
         return torch.empty(shape, dtype=of, device=student[0].device)
 
     wants_weight = need_weight_grad and bool(weight)
-    input_grad = new(*((pairs, batch, tokens, width) if need_input_grad else (0,)))
+    shape = (pairs, batch, tokens, width) if need_input_grad else (0,)
+    input_grad = new(*shape, of=waiting_dtype(student[0].dtype))
     weight_grad = new(*((pairs, teacher_width, width) if wants_weight else (0,)))
     bias_grad = new(*((pairs, teacher_width) if wants_weight and bias else (0,)))
-    teacher_blocks = triton.cdiv(teacher_width, block_column)
-    partials = new(pairs, triton.cdiv(rows, block_row) * teacher_blocks)
+    teacher_blocks = cdiv(teacher_width, block_column)
     unit = unit_launch(teacher_width)
     unit_rows = int(unit.constants["BLOCK_ROW"])
-    if normalize:
-        partials = new(pairs, triton.cdiv(rows, unit_rows))
+    programs = cdiv(rows, unit_rows) if normalize else cdiv(rows, block_row) * teacher_blocks
+    partials = new(pairs, programs)
     store = need_input_grad or wants_weight
-    chunk, residual, projected = rows, input_grad, new(0)
+    # without a norm, no kernel reads projected rows
+    chunk, residual, projected = rows, input_grad, partials
     if weight and (store or normalize):
         # without a projection the residual is the student's gradient
         value_bytes = store * kept.itemsize + normalize * dtype.itemsize
         chunk = hidden_chunk(rows, pairs * teacher_width * value_bytes, block_row)
         residual = new(*((pairs, chunk, teacher_width) if store else (0,)), of=kept)
-        projected = new(*((pairs, chunk, teacher_width) if normalize else (0,)))
-    valid = new(0, of=torch.uint8) if mask is None else mask.to(torch.uint8).contiguous()
-    aligns = {
-        name: alignment(column)
-        for name, column in zip(("ALIGN", "TEACHER_ALIGN", "WEIGHT_ALIGN"), columns, strict=False)
-    }
+        if normalize:
+            projected = new(pairs, chunk, teacher_width)
+    valid = _bytes(mask, student[0].device)
+    aligns = dict(zip(("ALIGN", "TEACHER_ALIGN", "WEIGHT_ALIGN"), alignments, strict=False))
     # both gradients of a projection, from the residual
     library = bool(weight) and library_products.takes(residual, weight[0], student[0])
     exact = {**blocks, "PRECISION": launch.constants["PRECISION"]}
@@ -139,11 +164,12 @@ def hidden_forward(
     for first in range(0, rows, chunk):
         last = min(first + chunk, rows)
         span = {"first": first, "last": last, "chunk": chunk}
-        row_blocks = triton.cdiv(last - first, block_row)
+        row_blocks = cdiv(last - first, block_row)
         if weight or not normalize:
-            _fwd_kernel[(row_blocks * teacher_blocks, pairs)](
+            Quick(_fwd_kernel)[(row_blocks * teacher_blocks, pairs)](
                 table,
                 valid,
+                factor,
                 projected if normalize else residual,
                 partials,
                 **span,
@@ -163,9 +189,10 @@ def hidden_forward(
                 **options,
             )
         if normalize:
-            _unit_fwd_kernel[(triton.cdiv(last - first, unit_rows), pairs)](
+            Quick(_unit_fwd_kernel)[(cdiv(last - first, unit_rows), pairs)](
                 table,
                 valid,
+                factor,
                 projected,
                 residual,
                 partials,
@@ -186,15 +213,17 @@ def hidden_forward(
                 num_warps=unit.num_warps,
                 num_stages=unit.num_stages,
             )
-        if library and (need_input_grad or wants_weight):
-            made_chunk = _Chunk(residual[:, : last - first], first, last)
+        if wants_weight and bias:
+            _sum_rows(residual, last - first, bias_grad, add=first > 0)
+        if library:
+            part = _Chunk(residual[:, : last - first], first, last)
             if need_input_grad:
-                _library_input_gradient(made_chunk, weight, input_grad)
+                _library_input_gradient(part, weight, input_grad)
             if wants_weight:
-                _library_weight_gradient(made_chunk, student, mask, weight_grad, bias_grad)
+                _library_weight_gradient(part, student, mask, weight_grad)
             continue
         if need_input_grad and weight:
-            _bwd_dx_kernel[(row_blocks * triton.cdiv(width, block_column), pairs)](
+            Quick(_bwd_dx_kernel)[(row_blocks * cdiv(width, block_column), pairs)](
                 table,
                 residual,
                 input_grad,
@@ -210,13 +239,12 @@ def hidden_forward(
                 **options,
             )
         if wants_weight:
-            tiles = triton.cdiv(teacher_width, block_row) * triton.cdiv(width, block_column)
-            _bwd_dw_kernel[(tiles, pairs)](
+            tiles = cdiv(teacher_width, block_row) * cdiv(width, block_column)
+            Quick(_bwd_dw_kernel)[(tiles, pairs)](
                 table,
                 valid,
                 residual,
                 weight_grad,
-                bias_grad,
                 **span,
                 tokens=tokens,
                 width=width,
@@ -227,10 +255,20 @@ def hidden_forward(
                 **made,
                 ALIGN=aligns["ALIGN"],
                 HAS_MASK=mask is not None,
-                HAS_BIAS=bool(bias),
                 **options,
             )
     return partials.sum(1), input_grad, weight_grad, bias_grad, new(0)
+
+
+def _bytes(mask: Tensor | None, device: torch.device) -> Tensor:
+    """uint8 `[batch, tokens]`, a placeholder without a mask."""
+
+    def made() -> Tensor:
+        if mask is None:
+            return torch.empty(0, dtype=torch.uint8, device=device)
+        return mask.to(torch.uint8).contiguous()
+
+    return remembered((mask,), "bytes", device, made)
 
 
 class _Chunk(NamedTuple):
@@ -241,49 +279,63 @@ class _Chunk(NamedTuple):
     last: int
 
 
+def _sum_rows(residual: Tensor, rows: int, gradient: Tensor, *, add: bool) -> None:
+    """Fill bias gradients `[pairs, teacher_width]` from `rows` of a chunk, or add a later chunk."""
+    pairs, chunk, columns = residual.shape
+    launch = sum_launch()
+    row_blocks = cdiv(rows, launch.block("BLOCK_ROW") * launch.block("STEPS"))
+    partials = gradient.new_empty(pairs, row_blocks, columns)
+    Quick(_bwd_db_kernel)[(cdiv(columns, launch.block("BLOCK_COLUMN")), row_blocks, pairs)](
+        residual,
+        partials,
+        rows=rows,
+        chunk=chunk,
+        teacher_width=columns,
+        SUM_TYPE=TYPES[gradient.dtype],
+        **launch.constants,
+        ALIGN=math.gcd(columns, 16 // residual.itemsize),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    if add:
+        gradient += partials.sum(1)
+    else:
+        torch.sum(partials, 1, out=gradient)
+
+
 def _library_input_gradient(chunk: _Chunk, weight: Sequence[Tensor], gradient: Tensor) -> None:
     """Fill the chunk's rows of `gradient` `[pairs, batch, tokens, width]`."""
     rows = gradient.flatten(1, 2)[:, chunk.first : chunk.last]
+    if len(weight) == 1 and rows.is_contiguous():
+        # dH_s = R W, of all pairs at once
+        library_products.multiply(chunk.residual.flatten(0, 1), weight[0], rows.flatten(0, 1))
+        return
     for pair, out in enumerate(rows):
-        # dH_s = R W
         library_products.multiply(chunk.residual[pair], weight[pair % len(weight)], out)
 
 
 def _library_weight_gradient(
-    chunk: _Chunk,
-    student: Sequence[Tensor],
-    mask: Tensor | None,
-    gradient: Tensor,
-    bias_gradient: Tensor,
+    chunk: _Chunk, student: Sequence[Tensor], mask: Tensor | None, gradient: Tensor
 ) -> None:
-    """Fill `gradient` `[pairs, teacher_width, width]` and `bias_gradient`, or add a later chunk."""
-    add = chunk.first > 0
+    """Fill `gradient` `[pairs, teacher_width, width]`, or add a later chunk."""
     for pair, student_state in enumerate(student):
         rows = student_state.flatten(0, 1)[chunk.first : chunk.last]
         if mask is not None:
             # padding may hold NaN, and its residual is 0
             rows = rows.masked_fill(~mask.flatten()[chunk.first : chunk.last, None], 0.0)
-        # dW = R^T H_s, db = R^T 1
+        # dW = R^T H_s
+        add = chunk.first > 0
         library_products.multiply(chunk.residual[pair].mT, rows, gradient[pair], add=add)
-    if bias_gradient.numel():
-        sums = chunk.residual.sum(1, dtype=bias_gradient.dtype)
-        bias_gradient.copy_(bias_gradient + sums if add else sums)
 
 
-def _columns(
+def _pairs(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
-) -> list[list[Tensor]]:
+) -> list[tuple[Tensor, ...]]:
     """Student, teacher, weight and bias, one a pair; the student stands in for what is missing."""
-    students = [unit_stride(tensor) for tensor in student]
-    teachers = [unit_stride(tensor) for tensor in teacher]
-    pairs = range(len(students))
-    matrices = [
-        unit_stride(weight[pair % len(weight)]) if weight else students[pair][0] for pair in pairs
-    ]
-    offsets = [
-        unit_stride(bias[pair % len(bias)]) if bias else students[pair][0, 0] for pair in pairs
-    ]
-    return [students, teachers, matrices, offsets]
+    pairs = len(student)
+    matrices = [state[0] for state in student] if not weight else [*weight] * (pairs // len(weight))
+    offsets = [state[0, 0] for state in student] if not bias else [*bias] * (pairs // len(bias))
+    return [*zip(student, teacher, matrices, offsets, strict=True)]

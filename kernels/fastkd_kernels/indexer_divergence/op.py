@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_indexers, check_mask, resolve_backend
-from ..common.autograd import Named, accumulator, by_shape, inverse, register, value_of
+from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled, value_of
+from ..common.counted_rows import counted_rows
+from ..common.remembered import remembered
+from ..common.rescale import waiting_dtype
 from ..types import AttentionState, Backend, IndexerState
 from . import torch_path
 from .torch_path import Pair
@@ -67,7 +70,7 @@ def indexer_divergence(
         ValueError: shapes or devices that do not fit, or a teacher that requires grad.
         TypeError: something that is no state, no float tensor or no bool mask.
     """
-    check_indexers(student, teacher)
+    alike = check_indexers(student, teacher)
     batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
     check_mask("key_mask", key_mask, batch, tokens, device)
@@ -75,8 +78,7 @@ def indexer_divergence(
     floats = [tensor for indexer in student for tensor in (indexer.query, indexer.weights)]
     floats += [state.query for state in teacher]
     chosen = resolve_backend(backend, device, accumulator(*floats))
-    row_mask = _counted_rows(key_mask, query_mask, causal)
-    count = batch * tokens if row_mask is None else row_mask.sum()
+    row_mask = counted_rows(key_mask, query_mask, causal, 0)
 
     def loss_of(members: list[int]) -> Tensor:
         indexers, states = [student[i] for i in members], [teacher[i] for i in members]
@@ -85,7 +87,7 @@ def indexer_divergence(
         dtype = accumulator(indexers[0].query, indexers[0].weights, states[0].query)
         sinks = [state.sinks for state in states if state.sinks is not None]
         need_grad = torch.is_grad_enabled() and any(
-            tensor.requires_grad for indexer in indexers for tensor in indexer
+            [tensor.requires_grad for indexer in indexers for tensor in indexer]
         )
         made = _registered(
             [indexer.query for indexer in indexers],
@@ -96,7 +98,7 @@ def indexer_divergence(
             [float(state.scale) for state in states],
             key_mask,
             row_mask,
-            inverse(count, dtype, device),
+            _inverse_count(row_mask, indexers[0].query, dtype),
             causal,
             None if states[0].softcap is None else [float(s.softcap or 0.0) for s in states],
             torch.stack(sinks).to(dtype) if sinks else None,
@@ -106,7 +108,7 @@ def indexer_divergence(
         losses: Tensor = made[0]
         return losses
 
-    keys = [_shapes(*pair) for pair in zip(student, teacher, strict=True)]
+    keys = [alike or _shapes(*pair) for pair in zip(student, teacher, strict=True)]
     loss = by_shape(keys, loss_of)
     wide = torch.float64 in (student[0].query.dtype, student[0].weights.dtype)
     return loss if wide else loss.float()
@@ -119,16 +121,15 @@ def _shapes(indexer: IndexerState, state: AttentionState) -> tuple[object, ...]:
     return shapes, state.softcap is None, state.sinks is None
 
 
-def _counted_rows(
-    key_mask: Tensor | None, query_mask: Tensor | None, causal: bool
-) -> Tensor | None:
-    """Query rows that count and see a key, bool `[batch, tokens]`; None is every row."""
-    if key_mask is None:
-        # every row sees itself
-        return query_mask
-    seeing = key_mask.long().cumsum(1) > 0 if causal else key_mask.any(1, keepdim=True)
-    seeing = seeing.expand_as(key_mask)
-    return seeing.contiguous() if query_mask is None else seeing & query_mask
+def _inverse_count(row_mask: Tensor | None, query: Tensor, dtype: torch.dtype) -> Tensor:
+    """One over the rows that count."""
+    batch, _, tokens, _ = query.shape
+
+    def made() -> Tensor:
+        count = batch * tokens if row_mask is None else row_mask.sum()
+        return inverse(count, dtype, query.device)
+
+    return remembered((row_mask,), ("counted", batch, tokens, dtype), query.device, made)
 
 
 def _check_index_dim(dim: int) -> None:
@@ -176,9 +177,7 @@ def _fake(given: Named) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if given.need_grad:
         made = [new((pairs, *of[0].shape)) for of in (given.query, given.key, given.weights)]
         if given.backend == "triton":
-            from .triton_path import unit_dtype
-
-            made[0] = made[0].to(unit_dtype(given.query[0].dtype, made[0].dtype))
+            made[0] = made[0].to(waiting_dtype(given.query[0].dtype))
     return new(pairs), made[0], made[1], made[2]
 
 
@@ -191,15 +190,9 @@ def _gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
     factor = upstream * kept.inverse_count
     names = ("query", "key", "weights")
     made = zip(kept.units, kept.dtypes, strict=True)
-    return {name: _scaled(*of, factor) for name, of in zip(names, made, strict=True)}
-
-
-def _scaled(unit: Tensor, dtype: torch.dtype, factor: Tensor) -> Tensor:
-    """Unit gradients `[pairs, ...]` times `factor` `[pairs]` in `dtype`, without a copy in fp32."""
-    factor = factor.view(-1, *[1] * (unit.ndim - 1))
-    if torch.is_grad_enabled() and factor.requires_grad:
-        return (unit * factor).to(dtype)
-    return torch.mul(unit, factor, out=torch.empty_like(unit, dtype=dtype))
+    return {
+        name: scaled(unit, factor, dtype) for name, (unit, dtype) in zip(names, made, strict=True)
+    }
 
 
 _registered = register("indexer_divergence", _forward, _fake, _keep, _gradient)

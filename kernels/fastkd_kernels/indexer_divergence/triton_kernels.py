@@ -6,11 +6,11 @@ query and key, and the indexer's weights as `[batch, 1, tokens, index_heads]`: a
 of batch, head and token. `valid` and prefixes are those of `common/attention_jit.py`; valid query
 rows are those that count. `scales` `[pairs]` are the teacher's, `caps` `[pairs]` its soft caps,
 which are read with CAP alone. `sums` `[pairs, batch, heads, tokens]` are the log-sum-exps of the
-teacher's rows.
+teacher's rows, in bits as all logs here, since `exp2` is what the hardware has.
 
 Rows of all items are numbered through, with `padded` for each, a multiple of ROWS; a chunk are
 `rows` of them from `first`, also multiples of ROWS. `workspace` `[pairs, 2, rows, padded]` holds
-the target's scores and the indexer's; then, in the place of the latter, their slopes.
+the target's logs and the indexer's scores; then, in the place of the latter, their slopes.
 
 Sizes: `heads` and `kv_heads` are the teacher's.
 """
@@ -19,18 +19,23 @@ import triton
 import triton.language as tl
 
 from ..common.attention_jit import (
+    LOG2E,
     head_base,
+    item_base,
     keys_seen,
     program_rows,
     rows_at,
     score_tile,
     soft_cap,
+    store_head,
     valid_rows,
     visible,
     whole_rows,
 )
-from ..common.divergences_jit import add_exponentials, divergence_terms, log_sum, shift_of
-from ..common.wide_loads import load_wide
+from ..common.divergences_jit import add_exponentials, below, log_sum, shift_of, terms_of
+from ..common.wide_loads import load_wide, store_wide
+
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -47,11 +52,29 @@ def workspace_rows(workspace, side: tl.constexpr, pair, rows, padded, o_local):
 
 
 @triton.jit
-def load_weights(row, item, head, o_query, m_query, TYPE: tl.constexpr, SUM_TYPE: tl.constexpr):
-    """The weights `[rows]` of one index head."""
-    base, stride = head_base(row, 4, item, 0, TYPE)
-    where = base + o_query.to(tl.int64) * stride + head
+def head_at(side, head):
+    """Address of one head of what `item_base` gave, and its stride between tokens."""
+    return side[0] + head * side[1], side[2]
+
+
+@triton.jit
+def load_weights(side, head, o_query, m_query, SUM_TYPE: tl.constexpr):
+    """The weights `[rows]` of one index head, of what `item_base` gave."""
+    where = side[0] + o_query * side[2] + head
     return tl.load(where, mask=m_query, other=0.0).to(SUM_TYPE)
+
+
+@triton.jit
+def teacher_scale(scales, pair, CAP: tl.constexpr):
+    """What multiplies the teacher's products, and what makes bits of them then.
+
+    Capped ones are scaled first, since their cap is in their unit.
+    """
+    scale = tl.load(scales + pair)
+    if CAP:
+        return scale, tl.full([], LOG2E, scale.dtype)
+    else:
+        return 1.0, scale * LOG2E
 
 
 @triton.jit
@@ -84,7 +107,8 @@ def _head_sums_kernel(
     """
     pair, block, item, head = program_rows(heads, tokens, BLOCK_QUERY)
     row = table + pair * 20
-    scale, cap = tl.load(scales + pair), tl.load(caps + pair)
+    scale, bits = teacher_scale(scales, pair, CAP)
+    cap = tl.load(caps + pair)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
     m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
     query_side = head_base(row, 2, item, head, TEACHER_TYPE)
@@ -106,7 +130,7 @@ def _head_sums_kernel(
         )
         seen = visible(o_query[:, None], o_key[None, :], m_key[None, :], 0, CAUSAL, False)
         tile = soft_cap(tile, cap, CAP)
-        maximum, total, _tile, _kept = add_exponentials(tile, seen, maximum, total)
+        maximum, total = add_exponentials(tile, bits, seen, maximum, total, True)
     out = sums + ((pair * batch + item) * heads + head) * tokens + o_query
     tl.store(out, shift_of(maximum) + log_sum(total), mask=o_query < tokens)
 
@@ -164,13 +188,16 @@ def _scores_kernel(
         is_seen = first_key < start + ROWS
     if is_seen:
         o_local = local + tl.arange(0, ROWS)
-        scale, cap = tl.load(scales + pair), tl.load(caps + pair)
+        scale, bits = teacher_scale(scales, pair, CAP)
+        cap = tl.load(caps + pair)
+        query_side = item_base(row, 2, item, TEACHER_TYPE)
+        key_side = item_base(row, 3, item, TEACHER_TYPE)
         b_target = tl.zeros([ROWS, BLOCK_KEY], SUM_TYPE)
         repeat = heads // kv_heads
         of_item = sums + (pair * batch + item) * heads * tokens
         for head in range(0, heads):
             queries = rows_at(
-                head_base(row, 2, item, head, TEACHER_TYPE),
+                head_at(query_side, head),
                 (o_query, m_query),
                 teacher_dim,
                 BLOCK_TEACHER_DIM,
@@ -178,7 +205,7 @@ def _scores_kernel(
                 CHUNK,
             )
             keys = rows_at(
-                head_base(row, 3, item, head // repeat, TEACHER_TYPE),
+                head_at(key_side, head // repeat),
                 (o_key, m_key),
                 teacher_dim,
                 BLOCK_TEACHER_DIM,
@@ -189,20 +216,22 @@ def _scores_kernel(
                 queries, keys, teacher_dim, scale, CHUNK, SUM_TYPE, TEACHER_ALIGN, SCORE_PRECISION
             )
             log_sums = tl.load(of_item + head * tokens + o_query, mask=o_query < tokens, other=0.0)
-            b_target += tl.exp(soft_cap(tile, cap, CAP) - log_sums[:, None])
+            b_target += tl.exp2(below(soft_cap(tile, cap, CAP), bits, log_sums[:, None]))
         # a key that no head looks at has the least probability, not none
-        b_target = tl.log(tl.maximum(b_target, 1.17549435e-38))
+        b_target = tl.log2(tl.maximum(b_target, 1.17549435e-38))
         out = workspace_rows(workspace, 0, pair, rows, padded, o_local)
         tl.store(out[:, None] + o_key[None, :], b_target)
         keys = rows_at(
             head_base(row, 1, item, 0, TYPE), (o_key, m_key), dim, BLOCK_DIM, ALIGN, CHUNK
         )
         b_scores = tl.zeros([ROWS, BLOCK_KEY], SUM_TYPE)
+        index_side = item_base(row, 0, item, TYPE)
+        weight_side = item_base(row, 4, item, WEIGHT_TYPE)
         for head in range(0, index_heads):
-            side = head_base(row, 0, item, head, TYPE)
+            side = head_at(index_side, head)
             queries = rows_at(side, (o_query, m_query), dim, BLOCK_DIM, ALIGN, CHUNK)
             tile = score_tile(queries, keys, dim, 1.0, CHUNK, SUM_TYPE, ALIGN, SCORE_PRECISION)
-            weights = load_weights(row, item, head, o_query, m_query, WEIGHT_TYPE, SUM_TYPE)
+            weights = load_weights(weight_side, head, o_query, m_query, SUM_TYPE)
             # I = sum of w relu(q k)
             b_scores += tl.maximum(tile, 0.0) * weights[:, None]
         out = workspace_rows(workspace, 1, pair, rows, padded, o_local)
@@ -251,16 +280,17 @@ def _rows_kernel(
     lowest = tl.full([BLOCK_ROW], float("-inf"), SUM_TYPE)
     nothing = tl.zeros([BLOCK_ROW], SUM_TYPE)
     max_t, sum_t, max_p, sum_p = lowest, nothing, lowest, nothing
+    one, bits = tl.full([], 1.0, SUM_TYPE), tl.full([], LOG2E, SUM_TYPE)
     for start_key in range(0, end, BLOCK_KEY):
         o_key = start_key + tl.arange(0, BLOCK_KEY)
         m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
         seen = visible(o_query[:, None], o_key[None, :], m_key[None, :], 0, CAUSAL, False)
         b_target = load_wide(target_at, m_every, o_key, end, wide)
         b_scores = load_wide(scores_at, m_every, o_key, end, wide)
-        max_t, sum_t, _tile, _kept = add_exponentials(b_target, seen, max_t, sum_t)
-        max_p, sum_p, _tile, _kept = add_exponentials(b_scores, seen, max_p, sum_p)
-    max_t, log_t = shift_of(max_t), log_sum(sum_t)
-    max_p, log_p = shift_of(max_p), log_sum(sum_p)
+        max_t, sum_t = add_exponentials(b_target, one, seen, max_t, sum_t, True)
+        max_p, sum_p = add_exponentials(b_scores, bits, seen, max_p, sum_p, True)
+    max_t, log_t_sum = shift_of(max_t), log_sum(sum_t)
+    max_p, log_p_sum = shift_of(max_p), log_sum(sum_p)
     value = nothing
     for start_key in range(0, end, BLOCK_KEY):
         o_key = start_key + tl.arange(0, BLOCK_KEY)
@@ -268,15 +298,23 @@ def _rows_kernel(
         seen = visible(o_query[:, None], o_key[None, :], m_key[None, :], 0, CAUSAL, False)
         b_target = load_wide(target_at, m_every, o_key, end, wide)
         b_scores = load_wide(scores_at, m_every, o_key, end, wide)
-        b_target = tl.where(seen, b_target - max_t[:, None] - log_t[:, None], 0.0)
-        b_scores = tl.where(seen, b_scores - max_p[:, None] - log_p[:, None], 0.0)
+        log_t = below(b_target, one, max_t[:, None]) - log_t_sum[:, None]
+        log_p = below(b_scores, bits, max_p[:, None]) - log_p_sum[:, None]
+        # of hidden keys two equal logs, whose terms are 0
+        log_t, log_p = tl.where(seen, log_t, 0.0), tl.where(seen, log_p, 0.0)
         # (p - t) - t log(p / t), which is small with the result, and p - t
-        terms, _weighted, slopes, _p = divergence_terms(
-            b_scores, b_target, (0.5, 0.5), "kl", SMALL, True
+        terms, _weighted, slopes, _p = terms_of(
+            tl.exp2(log_p),
+            tl.exp2(log_t),
+            log_p * LN2,
+            (log_p - log_t) * LN2,
+            (0.5, 0.5),
+            "kl",
+            SMALL,
+            True,
         )
-        value += tl.sum(tl.where(seen, terms, 0.0), 1)
+        value += tl.sum(terms, 1)
         if NEED_GRAD:
-            slopes = tl.where(seen, slopes, 0.0)
             m_out = m_every[:, None] & (o_key < end)[None, :]
             tl.store(scores_at[:, None] + o_key[None, :], slopes, mask=m_out)
     out = values + (pair * batch + item) * tokens + o_query
@@ -299,7 +337,6 @@ def _bwd_dq_kernel(
     rows,
     TYPE: tl.constexpr,
     WEIGHT_TYPE: tl.constexpr,
-    UNIT_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
@@ -330,7 +367,7 @@ def _bwd_dq_kernel(
     query_side = head_base(row, 0, item, head, TYPE)
     key_side = head_base(row, 1, item, 0, TYPE)
     queries = rows_at(query_side, (o_query, m_query), dim, BLOCK_DIM, ALIGN, CHUNK)
-    weights = load_weights(row, item, head, o_query, m_query, WEIGHT_TYPE, SUM_TYPE)
+    weights = load_weights(item_base(row, 4, item, WEIGHT_TYPE), head, o_query, m_query, SUM_TYPE)
     o_local = local + tl.arange(0, BLOCK_QUERY)
     slopes_at = workspace_rows(workspace, 1, pair, rows, padded, o_local)
     wide: tl.constexpr = 16 // (SUM_TYPE.primitive_bitwidth // 8)
@@ -352,11 +389,18 @@ def _bwd_dq_kernel(
     m_row = o_query < tokens
     o_row = (pair * batch + item) * tokens + o_query
     tl.store(to_weights + o_row * index_heads + head, b_weights, mask=m_row)
-    o_dim = tl.arange(0, BLOCK_DIM)
-    out = to_query + ((pair * batch + item) * index_heads + head) * tokens * dim
-    o_out = o_query[:, None].to(tl.int64) * dim + o_dim[None, :]
-    b_query *= weights[:, None]
-    tl.store(out + o_out, b_query.to(UNIT_TYPE), mask=m_row[:, None] & (o_dim < dim)[None, :])
+    store_head(
+        to_query + (pair * batch + item) * index_heads * tokens * dim,
+        b_query * weights[:, None],
+        (o_query, m_row),
+        head,
+        index_heads,
+        tokens,
+        dim,
+        BLOCK_DIM,
+        ALIGN,
+        False,
+    )
 
 
 @triton.jit
@@ -409,6 +453,8 @@ def _bwd_dk_kernel(
     o_key = first_key + tl.arange(0, BLOCK_KEY)
     m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
     key_side = head_base(row, 1, item, 0, TYPE)
+    query_side = item_base(row, 0, item, TYPE)
+    weight_side = item_base(row, 4, item, WEIGHT_TYPE)
     keys = rows_at(key_side, (o_key, m_key), dim, BLOCK_DIM, ALIGN, CHUNK)
     wide: tl.constexpr = 16 // (SUM_TYPE.primitive_bitwidth // 8)
     b_gradient = tl.zeros([BLOCK_KEY, BLOCK_DIM], SUM_TYPE)
@@ -418,18 +464,17 @@ def _bwd_dk_kernel(
         slopes_at = workspace_rows(workspace, 1, pair, rows, padded, o_query + behind)
         slopes = tl.trans(load_wide(slopes_at, o_query >= 0, o_key, padded, wide))
         for head in range(part * HEADS, tl.minimum(part * HEADS + HEADS, index_heads)):
-            side = head_base(row, 0, item, head, TYPE)
+            side = head_at(query_side, head)
             queries = rows_at(side, (o_query, m_query), dim, BLOCK_DIM, ALIGN, CHUNK)
             tile = score_tile(keys, queries, dim, 1.0, CHUNK, SUM_TYPE, ALIGN, SCORE_PRECISION)
-            weights = load_weights(row, item, head, o_query, m_query, WEIGHT_TYPE, SUM_TYPE)
+            weights = load_weights(weight_side, head, o_query, m_query, SUM_TYPE)
             made = tl.where(tile > 0.0, slopes * weights[None, :], 0.0)
             b_query = whole_rows(queries, dim, BLOCK_DIM, ALIGN, CHUNK)
             # dL/dk = sum of w dL/dI q where q k > 0
             b_gradient += tl.dot(
                 made.to(GRAD_TYPE), b_query.to(GRAD_TYPE), input_precision=GRAD_PRECISION
             )
-    o_dim = tl.arange(0, BLOCK_DIM)
-    out = partials + ((pair * parts + part) * batch + item) * tokens * dim
-    where = out + o_key[:, None].to(tl.int64) * dim + o_dim[None, :]
-    m_out = (o_key < tokens)[:, None] & (o_dim < dim)[None, :]
-    tl.store(where, tl.load(where, mask=m_out, other=0.0) + b_gradient, mask=m_out)
+    o_dim, m_out = tl.arange(0, BLOCK_DIM), o_key < tokens
+    starts = partials + ((pair * parts + part) * batch + item) * tokens * dim + o_key * dim
+    b_gradient += load_wide(starts, m_out, o_dim, dim, ALIGN)
+    store_wide(starts, m_out, o_dim, dim, b_gradient, ALIGN)

@@ -5,22 +5,26 @@ are written to a workspace of bounded size, turned into the loss and their slope
 multiplied. Every launch covers all layer pairs through a table of addresses.
 """
 
+import math
+from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ..common.attention_call import near_rows, stacked_masks
 from ..common.launch import (
     Launch,
-    alignment,
+    cdiv,
     dot_precision,
     platform,
     power_of_two,
     product_dtype,
 )
-from ..common.tensor_table import pointer_table, to_device, unit_stride
+from ..common.quick_launch import Quick
+from ..common.rescale import waiting_dtype
+from ..common.tensor_table import addressed, to_device
 from ..common.tl_types import TYPES
 from .torch_path import Pair, Units
 from .triton_kernels import (
@@ -41,16 +45,12 @@ ROWS = 64
 HEADS = 8
 
 
-def unit_dtype(dtype: torch.dtype, total: torch.dtype) -> torch.dtype:
-    """In what the queries' unit gradient is kept: fp16 could underflow before it is scaled."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else total
-
-
 def whole(dtype: torch.dtype, dim: int, on: str) -> bool:
     """Whether heads are multiplied whole; others in chunks of columns, which fit the registers."""
     return dtype in (torch.bfloat16, torch.float16) and dim <= 128 and on != "hip"
 
 
+@cache
 def indexer_launch(
     kernel: str,
     dims: tuple[int, int],
@@ -96,6 +96,7 @@ def indexer_launch(
     return Launch(constants, num_warps=8 if half[0] == by_rows else 4, num_stages=2)
 
 
+@cache
 def row_launch() -> Launch:
     """Rows that a program reduces, and keys that it reads at once."""
     return Launch({"ROWS": ROWS, "BLOCK_ROW": 16, "BLOCK_KEY": 128}, num_warps=4, num_stages=2)
@@ -125,23 +126,19 @@ class _Call:
         first = pairs[0]
         self.first, self.on = first, on
         # kept alive until the kernels are launched: a row of another stride is a copy
-        self.tensors = [
-            [unit_stride(of) for of in (*pair[:2], *pair[3:5], pair.weights[:, None])]
+        rows = [
+            [near_rows(of) for of in (*pair[:2], *pair[3:5], pair.weights[:, None])]
             for pair in pairs
         ]
-        self.table = pointer_table([list(column) for column in zip(*self.tensors, strict=True)])
+        self.table, aligns, self.tensors = addressed(rows)
+        self.count = len(pairs)
         self.scales = to_device([[pair.teacher_scale] for pair in pairs], first.dtype, first.query)
         # without a cap, scales stand where none is read
         caps = [[pair.teacher_softcap or 1.0] for pair in pairs]
         self.has_cap = first.teacher_softcap is not None
         self.caps = to_device(caps, first.dtype, first.query) if self.has_cap else self.scales
         batch, index_heads, tokens, dim = first.query.shape
-        self.valid = torch.empty(0, dtype=torch.uint8, device=first.query.device)
-        has_mask = key_mask is not None or row_mask is not None
-        if has_mask:
-            every = torch.ones(batch, tokens, dtype=torch.uint8, device=first.query.device)
-            sides = (every if of is None else of.to(torch.uint8) for of in (row_mask, key_mask))
-            self.valid = torch.stack(list(sides))
+        self.valid = stacked_masks(first.query, key_mask, row_mask)
         self.dims = (dim, first.teacher_query.shape[-1])
         self.dtypes = (first.query.dtype, first.teacher_query.dtype)
         self.sizes = {
@@ -155,9 +152,9 @@ class _Call:
         }
         self.constants = {
             **type_constants(*self.dtypes, first.weights.dtype, first.dtype),
-            "ALIGN": alignment([of for row in self.tensors for of in row[:2]]),
-            "TEACHER_ALIGN": alignment([of for row in self.tensors for of in row[2:4]]),
-            "HAS_MASK": has_mask,
+            "ALIGN": math.gcd(*aligns[:2]),
+            "TEACHER_ALIGN": math.gcd(*aligns[2:4]),
+            "HAS_MASK": key_mask is not None or row_mask is not None,
             "CAUSAL": causal,
             "CAP": self.has_cap,
         }
@@ -166,17 +163,21 @@ class _Call:
         make = torch.zeros if fill else torch.empty
         return make(shape, dtype=dtype or self.first.dtype, device=self.first.query.device)
 
-    def launch(self, kernel: Any, name: str, programs: int, *given: Any, **more: Any) -> None:
+    def blocks(self, name: str) -> Launch:
+        """Those of one kernel by its name."""
+        return indexer_launch(name, self.dims, self.dtypes, self.on)
+
+    def launch(
+        self, kernel: Any, made: Launch, programs: int, *given: Any, **more: int | float
+    ) -> None:
         """Start `kernel` with those of the shared arguments that it has."""
-        made = (
-            row_launch()
-            if name == "rows"
-            else indexer_launch(name, self.dims, self.dtypes, self.on)
-        )
         known = {**self.sizes, **self.constants, **made.constants, **more}
-        named = {word: known[word] for word in kernel.arg_names if word in known}
-        kernel[(programs, len(self.tensors))](
-            *given, **named, num_warps=made.num_warps, num_stages=made.num_stages
+        rest = kernel.arg_names[len(given) :]
+        Quick(kernel)[(programs, self.count)](
+            *given,
+            **{word: known[word] for word in rest},
+            num_warps=made.num_warps,
+            num_stages=made.num_stages,
         )
 
 
@@ -188,7 +189,6 @@ def type_constants(
         "TYPE": TYPES[dtype],
         "TEACHER_TYPE": TYPES[teacher_dtype],
         "WEIGHT_TYPE": TYPES[weight_dtype],
-        "UNIT_TYPE": TYPES[unit_dtype(dtype, total)],
         "GRAD_TYPE": TYPES[product_dtype(dtype)],
         "SUM_TYPE": TYPES[total],
     }
@@ -209,18 +209,16 @@ def forward(
     call = _Call(pairs, key_mask, row_mask, causal, platform())
     count, (batch, index_heads, tokens, dim) = len(pairs), pairs[0].query.shape
     sums = _log_sums(call, pairs)
-    padded = triton.cdiv(tokens, ROWS) * ROWS
+    padded = cdiv(tokens, ROWS) * ROWS
     every = batch * padded
     size = chunk_size(every, 2 * count * padded * sums.element_size())
     workspace = call.new(count, 2, size, padded)
     values = call.new(count, batch, tokens)
     units = Units(*(call.new(0) for _ in range(3)))
     if need_grad:
-        parts = triton.cdiv(index_heads, HEADS)
+        parts = cdiv(index_heads, HEADS)
         units = Units(
-            call.new(
-                count, batch, index_heads, tokens, dim, dtype=unit_dtype(call.dtypes[0], sums.dtype)
-            ),
+            call.new(count, batch, index_heads, tokens, dim, dtype=waiting_dtype(call.dtypes[0])),
             # chunks add to it
             call.new(count, parts, batch, tokens, dim, fill=True),
             call.new(count, batch, tokens, index_heads),
@@ -237,7 +235,7 @@ def forward(
 
 
 def _log_sums(call: _Call, pairs: list[Pair]) -> Tensor:
-    """What to take off the teacher's scores before `exp`, `[pairs, batch, heads, tokens]`.
+    """Bits to take off the teacher's scores before `exp2`, `[pairs, batch, heads, tokens]`.
 
     The log-sum-exp of a row and its sink, less a number that is the same for all heads of a row and
     so drops out of the target: the largest share of a head that its keys hold. Where sinks take all
@@ -245,17 +243,15 @@ def _log_sums(call: _Call, pairs: list[Pair]) -> Tensor:
     """
     sizes = call.sizes
     sums = call.new(len(pairs), sizes["batch"], sizes["heads"], sizes["tokens"])
-    block = int(
-        indexer_launch("head_sums", call.dims, call.dtypes, call.on).constants["BLOCK_QUERY"]
-    )
-    programs = triton.cdiv(sizes["tokens"], block) * sizes["batch"] * sizes["heads"]
+    made = call.blocks("head_sums")
+    blocks = cdiv(sizes["tokens"], made.block("BLOCK_QUERY"))
     given = (call.table, call.scales, call.caps, call.valid, sums)
-    call.launch(_head_sums_kernel, "head_sums", programs, *given)
+    call.launch(_head_sums_kernel, made, blocks * sizes["batch"] * sizes["heads"], *given)
     if pairs[0].teacher_sinks is None:
         return sums
     sinks = torch.stack([pair.teacher_sinks for pair in pairs if pair.teacher_sinks is not None])
-    share = -softplus(sinks[:, None, :, None] - sums, threshold=40.0)
-    return sums + (share.amax(2, keepdim=True) - share)
+    share = -softplus(sinks[:, None, :, None] - sums * math.log(2.0), threshold=40.0)
+    return sums + (share.amax(2, keepdim=True) - share) / math.log(2.0)
 
 
 def _score(
@@ -268,24 +264,25 @@ def _score(
 ) -> None:
     """The values of a chunk's rows, and the slopes of its index scores."""
     given = (call.table, call.scales, call.caps, call.valid, sums, workspace)
-    made = indexer_launch("scores", call.dims, call.dtypes, call.on).constants
-    tiles = chunk["rows"] // ROWS * (chunk["padded"] // int(made["BLOCK_KEY"]))
-    call.launch(_scores_kernel, "scores", tiles, *given, **chunk)
-    programs = chunk["rows"] // int(row_launch().constants["BLOCK_ROW"])
+    made = call.blocks("scores")
+    tiles = chunk["rows"] // ROWS * (chunk["padded"] // made.block("BLOCK_KEY"))
+    call.launch(_scores_kernel, made, tiles, *given, **chunk)
+    made = row_launch()
+    programs = chunk["rows"] // made.block("BLOCK_ROW")
     more = {"SMALL": small(sums.dtype), "NEED_GRAD": need_grad}
-    call.launch(_rows_kernel, "rows", programs, call.valid, workspace, values, **chunk, **more)
+    call.launch(_rows_kernel, made, programs, call.valid, workspace, values, **chunk, **more)
 
 
 def _multiply(call: _Call, workspace: Tensor, units: Units, chunk: dict[str, int]) -> None:
     """Gradients of a chunk's queries and weights, and what it adds to those of the keys."""
     sizes, rows, padded = call.sizes, chunk["rows"], chunk["padded"]
-    made = indexer_launch("bwd_dq", call.dims, call.dtypes, call.on).constants
-    programs = rows // int(made["BLOCK_QUERY"]) * sizes["index_heads"]
+    made = call.blocks("bwd_dq")
+    programs = rows // made.block("BLOCK_QUERY") * sizes["index_heads"]
     given = (call.table, call.valid, workspace)
-    call.launch(_bwd_dq_kernel, "bwd_dq", programs, *given, units.query, units.weights, **chunk)
-    made = indexer_launch("bwd_dk", call.dims, call.dtypes, call.on).constants
+    call.launch(_bwd_dq_kernel, made, programs, *given, units.query, units.weights, **chunk)
+    made = call.blocks("bwd_dk")
     parts = units.key.shape[1]
     last = chunk["first"] + rows - 1
     items = last // padded - chunk["first"] // padded + 1
-    programs = triton.cdiv(sizes["tokens"], int(made["BLOCK_KEY"])) * parts * items
-    call.launch(_bwd_dk_kernel, "bwd_dk", programs, *given, units.key, parts=parts, **chunk)
+    programs = cdiv(sizes["tokens"], made.block("BLOCK_KEY")) * parts * items
+    call.launch(_bwd_dk_kernel, made, programs, *given, units.key, parts=parts, **chunk)

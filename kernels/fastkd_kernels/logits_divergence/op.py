@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checks import check_logits, check_options, resolve_backend
 from ..common.autograd import Named, accumulator, inverse, register
+from ..common.remembered import remembered
 from ..types import Backend, LogitsDivergenceKind, LogitsHead
 from . import torch_path
 from .torch_path import Divergence, Gradients
@@ -80,24 +81,28 @@ def logits_divergence(
     dtype = accumulator(*student_side, *teacher_side)
     chosen = resolve_backend(backend, device, dtype)
     lead = student_side[0].shape[:2]
-    mask = None if mask is None else mask.view(lead)
-    labels = None if labels is None else labels.view(lead)
+    # a view is another object, of which nothing is remembered
+    if mask is not None and mask.shape != lead:
+        mask = mask.view(lead)
+    if labels is not None and labels.shape != lead:
+        labels = labels.view(lead)
     shared = min(_vocabulary(student_side), _vocabulary(teacher_side))
     if len(teacher_side) == 1:
         teacher_side = [teacher_side[0][..., :shared]]
     else:
         teacher_side = [teacher_side[0], *(tensor[:shared] for tensor in teacher_side[1:])]
-    counts: list[Tensor | int] = [lead.numel() if mask is None else mask.sum()]
-    if labels is not None:
-        counted = labels != -100
-        counts.append((counted if mask is None else counted & mask).sum())
     grad = torch.is_grad_enabled()
     values: Tensor = _logits(
         student_side,
         teacher_side,
         mask,
         labels,
-        torch.stack([inverse(count, dtype, device) for count in counts]),
+        remembered(
+            (mask, labels),
+            ("inverse counts", lead, dtype),
+            device,
+            lambda: _inverse_counts(mask, labels, lead, dtype, device),
+        ),
         _mixed_kind(kind, beta, skew),
         float(temperature),
         teacher_share,
@@ -110,6 +115,21 @@ def logits_divergence(
     if student_side[0].dtype != torch.float64:
         values = values.float()
     return values[0] if labels is None else (values[0], values[1])
+
+
+def _inverse_counts(
+    mask: Tensor | None,
+    labels: Tensor | None,
+    lead: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """`[1 or 2]`: one over the valid rows, and over those of them that have a label."""
+    counts: list[Tensor | int] = [lead.numel() if mask is None else mask.sum()]
+    if labels is not None:
+        counted = labels != -100
+        counts.append((counted if mask is None else counted & mask).sum())
+    return torch.stack([inverse(count, dtype, device) for count in counts])
 
 
 def _mixed_kind(kind: str, beta: float, skew: float) -> str:

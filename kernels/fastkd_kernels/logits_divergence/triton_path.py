@@ -11,18 +11,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..common import library_products
 from ..common.launch import (
     Launch,
     alignment,
+    cdiv,
     dot_precision,
     platform,
     power_of_two,
     product_dtype,
 )
+from ..common.quick_launch import Quick
+from ..common.remembered import remembered
 from ..common.tensor_table import to_device, unit_stride
 from ..common.tl_types import TYPES
 from .torch_path import Divergence, Gradients, read_columns
@@ -137,11 +139,11 @@ def _product(
     wide = align * max(left.element_size(), right.element_size()) >= 16
     launch = product_launch(operand, wide, platform())
     blocks = {name: size for name, size in launch.constants.items() if isinstance(size, int)}
-    steps = triton.cdiv(inner, blocks["BLOCK_SUM"])
-    grid = triton.cdiv(rows, blocks["BLOCK_ROW"]) * triton.cdiv(columns, blocks["BLOCK_COLUMN"])
+    steps = cdiv(inner, blocks["BLOCK_SUM"])
+    grid = cdiv(rows, blocks["BLOCK_ROW"]) * cdiv(columns, blocks["BLOCK_COLUMN"])
     parts, length = (1, steps) if add or bias is not None else inner_parts(grid, steps)
     made = out if parts == 1 else out.new_empty(parts, rows, columns)
-    _matmul_kernel[(grid, parts)](
+    Quick(_matmul_kernel)[(grid, parts)](
         left,
         right,
         left if bias is None else bias,
@@ -168,6 +170,11 @@ def _product(
     )
     if parts > 1:
         torch.sum(made, 0, out=out)
+
+
+def _bytes(mask: Tensor) -> Tensor:
+    """uint8 `[rows]`."""
+    return remembered((mask,), "flat", mask.device, lambda: mask.to(torch.uint8).flatten())
 
 
 class _Side:
@@ -247,7 +254,7 @@ def sweep(
     # in the accumulator's dtype the gradient takes the place of the logits
     space = student_space if kept == total or not store else new(chunk, padded(columns), of=kept)
     values = new(factors.numel(), rows)
-    valid = None if mask is None else mask.to(torch.uint8).flatten()
+    valid = None if mask is None else _bytes(mask)
     ids = None if labels is None else labels.flatten()
     shares = (how.teacher_share, 1.0 - how.teacher_share)
     numbers = [1 / how.temperature, *shares, how.scale, how.scale / how.temperature]
@@ -259,7 +266,7 @@ def sweep(
             side.make(first, last, workspace)
             for side, workspace in ((student_side, student_space), (teacher_side, teacher_space))
         )
-        _row_kernel[(last - first,)](
+        Quick(_row_kernel)[(last - first,)](
             logits,
             teacher_logits,
             values if ids is None else ids,

@@ -1,0 +1,107 @@
+"""The tests that know of a GPU, in pytest: kernels, and whole runs."""
+
+import ast
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.record import Record
+from benchmarks.gpu.recorder import VARIABLE
+from benchmarks.gpu.stages import ROOT
+
+TESTS = ROOT / "tests"
+# enough to see that tests run, pass and are skipped where there is no GPU
+DRY = ("test_kernels_capture.py",)
+MOST_WORKERS = 14
+SHOWN = 10
+
+
+def run(record: Record) -> None:
+    """Counts, failing tests with what they said, skips by reason, and the slowest."""
+    files = []
+    for path in device_tests(record.device):
+        absent = sorted(missing(path))
+        if absent:
+            record.skip(f"{path.name}: not installed: {', '.join(absent)}")
+        else:
+            files.append(path)
+    outcomes = record.path.with_suffix(".jsonl")
+    outcomes.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.recorder", "-q"]
+    # the options of pyproject.toml are those of plugins that may not be there
+    command += ["-o", "addopts=", "-p", "no:cacheprovider", "--tb=short"]
+    if record.device != "cpu" and find_spec("xdist") is not None:
+        workers = min(MOST_WORKERS, os.cpu_count() or 1)
+        command += ["-n", str(workers), "--dist", "worksteal"]
+    elif record.device != "cpu":
+        record.skip("in parallel: pytest-xdist is not installed")
+    process = subprocess.Popen(
+        [*command, *map(str, files)], cwd=ROOT, env={**os.environ, VARIABLE: str(outcomes)}
+    )
+    code = None
+    while code is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(2)
+        record.note(files=len(files), **counted(outcomes))
+    failed = counted(outcomes)["failed"]
+    if failed:
+        record.problem(f"{failed} of the tests failed")
+    elif code:
+        record.problem(f"pytest ended with exit code {code}")
+
+
+def device_tests(device: str) -> list[Path]:
+    """Files that do something else where there is a GPU."""
+    if device == "cpu":
+        return [TESTS / name for name in DRY]
+    found = [*sorted(TESTS.glob("test_kernels_*.py")), TESTS / "test_gpu_runs.py"]
+    return [path for path in found if "cuda.is_available" in path.read_text(encoding="utf-8")]
+
+
+def missing(path: Path) -> set[str]:
+    """Packages that a test file imports, itself or through a helper, and that aren't installed."""
+    absent: set[str] = set()
+    for name in imported(path):
+        helper = TESTS / "helpers" / f"{name}.py"
+        if helper.exists():
+            absent |= missing(helper)
+        elif find_spec(name) is None:
+            absent.add(name)
+    return absent
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Packages that a module imports when it is loaded."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.split(".")[0]
+
+
+def counted(outcomes: Path) -> dict[str, Any]:
+    """What the lines of the recorder add up to."""
+    lines: list[dict[str, Any]] = []
+    if outcomes.exists():
+        # the last one may be half written
+        whole = outcomes.read_text().rpartition("\n")[0]
+        lines = [json.loads(line) for line in whole.splitlines()]
+    collected = max((line["collected"] for line in lines if "collected" in line), default=0)
+    lines = [line for line in lines if "outcome" in line]
+    counts = Counter(line["outcome"] for line in lines)
+    skips = Counter(line["said"] for line in lines if line["outcome"] == "skipped")
+    slowest = sorted(lines, key=lambda line: -line["seconds"])[:SHOWN]
+    return {
+        "collected": collected,
+        **{name: counts[name] for name in ("passed", "failed", "skipped")},
+        "failures": {line["test"]: line["said"] for line in lines if line["outcome"] == "failed"},
+        "reasons": dict(skips.most_common()),
+        "slowest": {line["test"]: line["seconds"] for line in slowest},
+    }

@@ -1,0 +1,271 @@
+"""Host time of the ops' calls, without a GPU: CPU microseconds of forward and backward, as JSON.
+
+`python -m benchmarks.host [NAME...] [--output FILE] [--profile]`, without TRITON_INTERPRET; a name
+is the start of a case's. Tiny CPU tensors walk through what CUDA tensors walk through: checks,
+tables, launch parameters, autograd, torch's own small operations, and Triton's launcher. Triton
+compiles for sm_90 and does everything in Python that it does there; in the place of the last step,
+the call into the CUDA driver, a stand-in does nothing. So what a GPU adds is the driver's part of
+each launch and copy. Backend "torch" is what CPU tensors run.
+"""
+
+import argparse
+import cProfile
+import gc
+import json
+import platform
+import pstats
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import GPUDriver
+
+# inputs are those of the tests
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
+
+import fastkd_kernels
+from kernel_cases import attention_states, hidden_case, leaves_of
+from logits_cases import logits_case, tensors_of
+
+# the first calls compile
+WARM_UP = 5
+# calls of one median; the least of several medians is what the machine takes when left alone
+CALLS = 20
+ROUNDS = 15
+PAIRS = 4
+BF16 = torch.bfloat16
+
+
+class Step(NamedTuple):
+    """One call's forward, and the leaves of its backward."""
+
+    forward: Callable[[], Tensor]
+    leaves: list[Tensor]
+
+
+class Case(NamedTuple):
+    """Makes a call on tensors that no other call has."""
+
+    name: str
+    make: Callable[[], Step]
+
+
+class _Launcher:
+    """In the place of Triton's launcher: the driver's part of a launch is left out."""
+
+    launches = 0
+
+    def __init__(self, src: Any, metadata: Any) -> None:
+        pass
+
+    def __call__(self, *arguments: Any) -> None:
+        _Launcher.launches += 1
+
+
+class _Driver(GPUDriver):
+    """A GPU of sm_90 that runs nothing."""
+
+    def __init__(self) -> None:
+        self.launcher_cls = _Launcher
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
+        self.utils = SimpleNamespace(
+            load_binary=lambda *arguments: (1, 1, 0, 0, 1024),
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: {"max_shared_mem": 232_448},
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
+
+
+def _attention(op: str, backend: str, **options: Any) -> Step:
+    student, teacher = attention_states(PAIRS, 2, 2, 16, (16, 16), dtype=_dtype(backend))
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    masks = {"key_mask": mask, "query_mask": mask}
+    return Step(
+        lambda: getattr(fastkd_kernels, op)(student, teacher, **masks, **options, backend=backend),
+        leaves_of(student),
+    )
+
+
+def _relations(backend: str) -> Step:
+    student, teacher = (
+        [state._replace(value=state.key) for state in side]
+        for side in attention_states(PAIRS, 2, 2, 16, (16, 16), dtype=_dtype(backend))
+    )
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    # two heads of 16 are cut into four
+    options: dict[str, Any] = {"relation": "qq", "relation_heads": 4, "backend": backend}
+    return Step(
+        lambda: fastkd_kernels.relation_divergence(student, teacher, key_mask=mask, **options),
+        [state.query for state in student],
+    )
+
+
+def _hidden(op: str, backend: str) -> Step:
+    case = hidden_case(PAIRS, 2, 8, (16, 32), "shared+bias", _dtype(backend))
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    options = {**case.trained, "mask": mask, "backend": backend}
+    return Step(
+        lambda: getattr(fastkd_kernels, op)(case.student, case.teacher, **options), case.leaves
+    )
+
+
+def _logits(backend: str) -> Step:
+    case = logits_case(
+        (2, 8), ("head", "head"), vocabularies=(32, 32), widths=(16, 16), dtype=_dtype(backend)
+    )
+    return Step(
+        lambda: fastkd_kernels.logits_divergence(
+            case.student, case.teacher, **case.options, backend=backend
+        ),
+        tensors_of(case.student),
+    )
+
+
+def _dtype(backend: str) -> torch.dtype:
+    return torch.float32 if backend == "torch" else BF16
+
+
+def cases() -> list[Case]:
+    makers: dict[str, Callable[[str], Step]] = {
+        "attention_score_mse tiles": partial(_attention, "attention_score_mse", algorithm="tiles"),
+        "attention_score_mse gram": partial(_attention, "attention_score_mse", algorithm="gram"),
+        "attention_divergence kl": partial(_attention, "attention_divergence"),
+        "relation_divergence qq": _relations,
+        "hidden_mse": partial(_hidden, "hidden_mse"),
+        "hidden_cosine": partial(_hidden, "hidden_cosine"),
+        "logits_divergence kl": _logits,
+    }
+    return [
+        Case(f"{name} {backend}", partial(make, backend))
+        for backend in ("triton", "torch")
+        for name, make in makers.items()
+    ]
+
+
+def _run(step: Step, taken: dict[str, list[float]]) -> None:
+    start = time.thread_time()
+    loss = step.forward()
+    middle = time.thread_time()
+    upstream = torch.ones_like(loss)
+    begun = time.thread_time()
+    gradients = torch.autograd.grad(loss, step.leaves, upstream)
+    end = time.thread_time()
+    # freeing is part of neither
+    del gradients, loss
+    taken["forward"].append(middle - start)
+    taken["backward"].append(end - begun)
+
+
+def _launches(step: Step) -> dict[str, int]:
+    _Launcher.launches = 0
+    loss = step.forward()
+    forward = _Launcher.launches
+    torch.autograd.grad(loss, step.leaves, torch.ones_like(loss))
+    return {"forward": forward, "backward": _Launcher.launches - forward}
+
+
+def measured(case: Case) -> dict[str, Any]:
+    """Microseconds, with the same tensors in every call, and with new ones in each.
+
+    "yardstick" is a loop of Python, which tells how fast the machine was meanwhile.
+    """
+    step = case.make()
+    # every call's tensors live at once, so none has an address that was seen before
+    fresh = [[case.make() for _ in range(CALLS)] for _ in range(ROUNDS)]
+    for _ in range(WARM_UP):
+        _run(step, {"forward": [], "backward": []})
+    gc.collect()
+    medians: dict[str, dict[str, list[float]]] = {"same tensors": {}, "new tensors": {}}
+    loops = []
+    for round_ in range(ROUNDS):
+        for name, steps in (("same tensors", [step] * CALLS), ("new tensors", fresh[round_])):
+            taken: dict[str, list[float]] = {"forward": [], "backward": []}
+            for one in steps:
+                _run(one, taken)
+            for part, times in taken.items():
+                medians[name].setdefault(part, []).append(1e6 * statistics.median(times))
+        start = time.thread_time()
+        sum(number * number for number in range(1000))
+        loops.append(1e6 * (time.thread_time() - start))
+    found: dict[str, Any] = {
+        name: {part: round(min(times), 1) for part, times in parts.items()}
+        for name, parts in medians.items()
+    }
+    return found | {"triton launches": _launches(step), "yardstick": round(min(loops), 1)}
+
+
+def profiled(case: Case) -> None:
+    """What takes the time of forward, printed; the backward runs on autograd's own thread."""
+    step = case.make()
+    for _ in range(WARM_UP):
+        step.forward()
+    profile = cProfile.Profile()
+    for _ in range(CALLS * ROUNDS):
+        profile.enable()
+        loss = step.forward()
+        torch.autograd.grad(loss.sum(), step.leaves)
+        profile.disable()
+    print(f"\n{case.name}")
+    pstats.Stats(profile).sort_stats("tottime").print_stats(30)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="starts of cases' names; all unless given")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--profile", action="store_true", help="print where the time goes")
+    given = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: the interpreter has no launcher")
+    torch.set_num_threads(1)
+    triton.runtime.driver.set_active(_Driver())
+    found: dict[str, Any] = {
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "pairs": PAIRS,
+        "microseconds": {},
+    }
+    # CPU tensors pass for what Triton takes
+    with patch("fastkd_kernels.checks.triton_interprets", lambda: True):
+        for case in cases():
+            if given.names and not case.name.startswith(tuple(given.names)):
+                continue
+            if given.profile:
+                profiled(case)
+                continue
+            found["microseconds"][case.name] = measured(case)
+            print(case.name, json.dumps(found["microseconds"][case.name]), flush=True)
+            if given.output is not None:
+                given.output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

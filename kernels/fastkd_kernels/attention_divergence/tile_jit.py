@@ -1,0 +1,78 @@
+# mypy: ignore-errors
+"""Tiles of attention divergences: scores in bits, what their outcomes add, and slopes.
+
+A product of a score and its scale is rounded in one place and not in another, as the compiler
+chooses, and rows of large scores would not add up to 1: each is a `tl.fma` of the score itself.
+
+MASKED says that a tile can have entries that no row sees. Nothing here reads or writes memory but
+`raw_sizes`.
+"""
+
+import triton
+import triton.language as tl
+
+from ..common.attention_jit import LOG2E, sizes_of
+from ..common.divergences_jit import divergence_slopes, terms_of
+
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP: tl.constexpr, TEACHER_CAP: tl.constexpr):
+    """`sizes_of` for scores as they are, before a scale, and what makes bits of them.
+
+    Scores of a capped side are scaled, since their cap is in their unit.
+    """
+    student, teacher = sizes_of(scales, pair, dim, teacher_dim)
+    bits = student[1] * LOG2E
+    teacher_bits = teacher[1] * LOG2E
+    scale = 1.0
+    teacher_scale = 1.0
+    if STUDENT_CAP:
+        scale = student[1]
+        bits = tl.full([], LOG2E, bits.dtype)
+    if TEACHER_CAP:
+        teacher_scale = teacher[1]
+        teacher_bits = tl.full([], LOG2E, teacher_bits.dtype)
+    return ((dim, scale), (teacher_dim, teacher_scale)), (bits, teacher_bits)
+
+
+@triton.jit
+def outcome_terms(log_p, log_t, seen, KIND: tl.constexpr, MASKED: tl.constexpr):
+    """`divergence_terms` of outcomes from logs in bits; of hidden ones, those of two equal logs."""
+    if MASKED:
+        log_p, log_t = tl.where(seen, log_p, 0.0), tl.where(seen, log_t, 0.0)
+    ratio = (log_p - log_t) * LN2
+    return terms_of(tl.exp2(log_p), tl.exp2(log_t), log_p * LN2, ratio, (0.5, 0.5), KIND, 0, True)
+
+
+@triton.jit
+def without_hidden(terms, seen, KIND: tl.constexpr, MASKED: tl.constexpr):
+    """0 where a key is hidden; terms of KL are 0 there, as those of any two equal logs."""
+    if MASKED and KIND != "kl" and KIND != "cross_entropy":
+        terms = tl.where(seen, terms, 0.0)
+    return terms
+
+
+@triton.jit
+def slopes_of(log_p, log_t, constant, seen, KIND: tl.constexpr, MASKED: tl.constexpr):
+    """`dL/da` of a tile, of either orientation; 0 where a key is hidden."""
+    _, _, point, p = outcome_terms(log_p, log_t, seen, KIND, MASKED)
+    slopes = divergence_slopes(p, point, constant, (0.5, 0.5), KIND)
+    return without_hidden(slopes, seen, KIND, MASKED)
+
+
+@triton.jit
+def sums_of(log_p, log_t, seen, KIND: tl.constexpr, MASKED: tl.constexpr):
+    """Parts of the value and of the row constant, summed over the keys of one tile."""
+    value, weighted, _, _ = outcome_terms(log_p, log_t, seen, KIND, MASKED)
+    value = without_hidden(value, seen, KIND, MASKED)
+    return tl.sum(value, 1), tl.sum(without_hidden(weighted, seen, KIND, MASKED), 1)
+
+
+@triton.jit
+def finished_constant(value, constant, KIND: tl.constexpr):
+    if KIND == "cosine":
+        # of both sums, the one that has the digits
+        constant = tl.where(value < 0.5, 1.0 - value, constant)
+    return constant

@@ -1,0 +1,170 @@
+"""What calls make of small inputs and may find again: counts and masks of a step, tables, checks.
+
+A training step calls several ops with the same masks, and its layers often lie where those of the
+last step lay. What is found again costs a dictionary's look-up, not a row of tiny launches. The
+road not taken: objects that a caller prepares and hands to each op.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+# tensors that are what they seem
+PLAIN = (Tensor, torch.nn.Parameter)
+
+# entries that a cache holds at most, twice: small tables and masks, and what was checked
+MOST = 256
+
+
+class Recent(Generic[Value]):
+    """What was last used, between `most` and twice as many entries.
+
+    Two generations: what is asked for moves into the younger one, and once that is full the older
+    one is forgotten. A hit costs one look-up. Threads may lose an entry to each other, never get a
+    wrong one.
+    """
+
+    def __init__(self, most: int = MOST) -> None:
+        self.most = most
+        self.young: dict[Hashable, Value] = {}
+        self.old: dict[Hashable, Value] = {}
+
+    def __len__(self) -> int:
+        return len(self.young) + len(self.old)
+
+    def get(self, key: Hashable) -> Value | None:
+        found = self.young.get(key)
+        if found is None and (found := self.old.pop(key, None)) is not None:
+            self.put(key, found)
+        return found
+
+    def put(self, key: Hashable, value: Value) -> None:
+        if len(self.young) >= self.most:
+            self.young, self.old = {}, self.young
+        self.young[key] = value
+
+    def forget(self, key: Hashable) -> None:
+        self.young.pop(key, None)
+        self.old.pop(key, None)
+
+    def clear(self) -> None:
+        self.young, self.old = {}, {}
+
+
+def is_eager() -> bool:
+    """Whether calls run now and on what they are given: no trace, mode or functional transform.
+
+    Where one is at work, tensors stand for others, so nothing of them may be kept, and ops go
+    through torch's dispatcher, which knows what to do.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+class _Thread(threading.local):
+    forgets = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def forgetting() -> Iterator[None]:
+    """Nothing that is made inside may be found again, nor is it looked for."""
+    before, _thread.forgets = _thread.forgets, True
+    try:
+        yield
+    finally:
+        _thread.forgets = before
+
+
+def keeps(device: torch.device) -> bool:
+    """Whether tensors that an op makes now on `device` may be found again.
+
+    Not those of a CUDA graph's capture, which live in its private pool and have no values yet; nor
+    those of inference mode, which autograd would refuse later.
+    """
+    if _thread.forgets or torch.is_inference_mode_enabled():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+# what Triton asks for the stream that it launches on
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def place(device: torch.device) -> Hashable:
+    """A device and its current stream, on which whatever was made there is ready."""
+    if device.type != "cuda":
+        return device
+    if _raw_stream is None:
+        return device, torch.cuda.current_stream(device).cuda_stream
+    return device, _raw_stream(device.index)
+
+
+class _Made(NamedTuple):
+    """What was made, of which tensors, and what these were like then."""
+
+    sources: list[Any]
+    state: list[Any]
+    value: Any
+
+
+_made: Recent[_Made] = Recent()
+
+
+def remembered(
+    sources: tuple[Tensor | None, ...],
+    what: Hashable,
+    device: torch.device,
+    make: Callable[[], Value],
+) -> Value:
+    """`make()`, or what it gave for the same, unchanged `sources` and the same `what`.
+
+    `sources` are masks or labels, told apart as objects and by their version, which every in-place
+    operation of torch raises. What writes to their memory behind torch's back, such as numpy, is
+    not seen. They are not kept alive, and with them goes what was made of them: it must be no view
+    of theirs.
+    """
+    if not (is_eager() and keeps(device)):
+        return make()
+    ids: list[int] = []
+    state: list[Any] = []
+    for source in sources:
+        if source is None:
+            continue
+        if type(source) is not Tensor or source.is_inference():
+            return make()
+        ids.append(id(source))
+        state += (source._version, source.data_ptr(), source.shape, source.stride())
+    # what stays away is told by its place
+    key = (what, place(device), *[source is None for source in sources], *ids)
+    found = _made.get(key)
+    # an object that died may have left its place in memory to another
+    if (
+        found is not None
+        and found.state == state
+        and all([ref() is not None for ref in found.sources])
+    ):
+        value: Value = found.value
+        return value
+    value = make()
+    forget = partial(_forget, key)
+    refs = [weakref.ref(source, forget) for source in sources if source is not None]
+    _made.put(key, _Made(refs, state, value))
+    return value
+
+
+def _forget(key: Hashable, _: Any) -> None:
+    _made.forget(key)

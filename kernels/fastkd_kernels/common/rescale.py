@@ -1,0 +1,67 @@
+"""Gradients that a forward makes: laid out as their inputs, for an upstream gradient of 1.
+
+The backward multiplies them by the upstream gradient of each pair, in one launch for queries and
+keys. bf16 has the exponents of fp32, so they wait in their input's dtype; those of fp16 would
+underflow, and wait in fp32.
+"""
+
+import torch
+from torch import Tensor
+
+from .autograd import Named, register, scaled
+
+_BLOCK = 4096
+
+
+def waiting_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a gradient of an input of `dtype` waits for its backward."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def tokens_first(like: Tensor) -> bool:
+    """Whether heads `[batch, heads, tokens, dim]` are views of `[batch, tokens, heads, dim]`."""
+    return like.stride(2) > like.stride(1)
+
+
+def stacked_gradient(pairs: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Empty `[pairs, *like.shape]`, each laid out as heads `[batch, heads, tokens, dim]` are."""
+    batch, heads, tokens, dim = like.shape
+    if tokens_first(like):
+        return like.new_empty((pairs, batch, tokens, heads, dim), dtype=dtype).transpose(2, 3)
+    return like.new_empty((pairs, batch, heads, tokens, dim), dtype=dtype)
+
+
+def rescaled(
+    first: Tensor, second: Tensor, factor: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Two stacks `[pairs, ...]`, dense or empty, times `factor` `[pairs]`, in `dtype`: Triton."""
+    if torch.is_grad_enabled() and factor.requires_grad:
+        return scaled(first, factor, dtype), scaled(second, factor, dtype)
+    made: tuple[Tensor, Tensor] = _registered(first, second, factor, dtype)
+    return made
+
+
+def _rescaled(
+    first: Tensor, second: Tensor, factor: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    from .quick_launch import Quick
+    from .rescale_kernel import _rescale_kernel
+
+    out = [torch.empty_like(unit, dtype=dtype) for unit in (first, second)]
+    pairs = factor.shape[0]
+    sizes = [unit.numel() // pairs for unit in (first, second)]
+    blocks = [-(-size // _BLOCK) for size in sizes]
+    Quick(_rescale_kernel)[(sum(blocks), pairs)](
+        first, second, factor.contiguous(), *out, *sizes, BLOCK=_BLOCK, num_warps=8
+    )
+    return out[0], out[1]
+
+
+def _fake(given: Named) -> tuple[Tensor, Tensor]:
+    first, second = (
+        torch.empty_like(unit, dtype=given.dtype) for unit in (given.first, given.second)
+    )
+    return first, second
+
+
+_registered = register("rescaled", _rescaled, _fake)

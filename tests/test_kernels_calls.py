@@ -1,0 +1,342 @@
+"""What calls remember of earlier ones, how eager calls go around the dispatcher, and on which GPU.
+
+Nothing remembered may be seen in a result: a mask that was changed, tensors that lie where others
+lay, captured graphs, fake tensors.
+"""
+
+import gc
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fastkd_kernels import (
+    AttentionState,
+    attention_divergence,
+    attention_score_mse,
+    hidden_mse,
+    logits_divergence,
+)
+from fastkd_kernels.common import autograd, quick_launch, remembered, tensor_table
+from indexer_cases import indexer_case
+from kernel_cases import attention_states, hidden_case, leaves_of, masks
+from logits_cases import logits_case
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+BACKENDS = ["triton"] if CUDA else ["torch", "triton"]
+BATCH, TOKENS = 2, 6
+
+Step = Callable[[Tensor], list[Tensor]]
+
+
+def attention_step(op: Callable[..., Tensor], backend: str, **options: Any) -> Step:
+    """Losses and gradients of one op for a mask."""
+    student, teacher = attention_states(
+        2, BATCH, 2, TOKENS, (3, 5), dtype=torch.float32, device=DEVICE
+    )
+
+    def step(mask: Tensor) -> list[Tensor]:
+        loss = op(student, teacher, key_mask=mask, query_mask=mask, backend=backend, **options)
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves_of(student))]
+
+    return step
+
+
+def hidden_step(backend: str) -> Step:
+    case = hidden_case(2, BATCH, TOKENS, (3, 5), "shared+bias", torch.float32).on(DEVICE)
+    return lambda mask: case.run(hidden_mse, mask=mask, backend=backend)
+
+
+def indexer_step(backend: str) -> Step:
+    case = indexer_case(2, BATCH, TOKENS, (3, 5), sinks=True, dtype=torch.float32, device=DEVICE)
+    return lambda mask: case.run(key_mask=mask, query_mask=mask, backend=backend)
+
+
+def logits_step(backend: str) -> Step:
+    case = logits_case((BATCH, TOKENS), ("head", "head"), masked=False, dtype=torch.float32)
+    case = case.on(DEVICE)
+    return lambda mask: case.run(logits_divergence, mask=mask, backend=backend)
+
+
+STEPS: dict[str, Callable[[str], Step]] = {
+    "tiles": lambda backend: attention_step(attention_score_mse, backend, algorithm="tiles"),
+    "gram": lambda backend: attention_step(attention_score_mse, backend, algorithm="gram"),
+    "divergence": lambda backend: attention_step(attention_divergence, backend),
+    "hidden": hidden_step,
+    "indexer": indexer_step,
+    "logits": logits_step,
+}
+
+
+def entries() -> int:
+    return len(remembered._made) + len(tensor_table._addressed) + len(tensor_table._tables)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", STEPS)
+def test_a_mask_that_is_changed_in_place_is_seen(name: str, backend: str) -> None:
+    step = STEPS[name](backend)
+    mask = torch.ones(BATCH, TOKENS, dtype=torch.bool, device=DEVICE)
+    before = step(mask)
+    # the second call finds what the first one made
+    assert all(map(torch.equal, step(mask), before))
+    mask[1, 2:] = False
+    changed = step(mask)
+    assert not torch.equal(changed[0], before[0])
+    assert all(map(torch.equal, changed, step(mask.clone())))
+
+
+def test_what_is_made_of_a_mask_is_made_once_and_goes_with_it() -> None:
+    made = []
+
+    def count(*sources: Tensor | None) -> int:
+        def make() -> int:
+            made.append(sources)
+            return len(made)
+
+        return remembered.remembered(sources, "count", torch.device("cpu"), make)
+
+    first, second = (torch.ones(2, 3, dtype=torch.bool) for _ in range(2))
+    kept = len(remembered._made)
+    assert [count(first, None), count(first, None), count(None, first), count(second, None)] == [
+        *(1, 1),
+        2,
+        3,
+    ]
+    assert len(remembered._made) == kept + 3
+    first.zero_()
+    assert count(first, None) == 4
+    with torch.inference_mode():
+        assert count(second, None) == 5
+        assert count(torch.ones(2, dtype=torch.bool)) == 6
+    with remembered.forgetting():
+        assert count(second, None) == 7
+    with FakeTensorMode():
+        assert count(torch.ones(2, dtype=torch.bool)) == 8
+    assert count(second, None) == 3
+    made.clear()
+    del first, second
+    gc.collect()
+    assert len(remembered._made) == kept
+
+
+def test_what_is_remembered_stays_bounded() -> None:
+    recent: remembered.Recent[int] = remembered.Recent(most=3)
+    for number in range(20):
+        recent.put(number, number)
+        assert recent.get(0) == 0
+        assert len(recent) <= 6
+    assert recent.get(19) == 19
+    assert recent.get(5) is None
+    step = attention_step(attention_score_mse, "torch")
+    tables = [torch.zeros(1, device=DEVICE) for _ in range(3 * remembered.MOST)]
+    for table in tables:
+        tensor_table.pointer_table([[table]])
+    for _ in range(8):
+        step(masks(BATCH, TOKENS).to(DEVICE))
+    gc.collect()
+    assert entries() <= 6 * remembered.MOST
+
+
+def test_a_table_says_where_tensors_lie_now() -> None:
+    """Other tensors at the same address make the same table, others' strides another one."""
+    memory = torch.zeros(64)
+    views = [memory.view(4, 16), memory.view(8, 8), memory.view(4, 16), memory[1:33].view(2, 16)]
+    tables = [tensor_table.pointer_table([[view]]).tolist() for view in views]
+    assert tables == [[[view.data_ptr(), *view.stride()[:-1]]] for view in views]
+    apart = memory.view(8, 8).mT
+    found = tensor_table.addressed([[apart]])
+    (copy,) = found.tensors
+    assert found.table.tolist() == [[copy.data_ptr(), 8]]
+    assert torch.equal(copy, apart) and copy.is_contiguous()
+
+
+@pytest.mark.skipif(CUDA, reason="the interpreter, or PyTorch, on the CPU")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_other_values_at_the_same_addresses(backend: str) -> None:
+    memory = torch.randn(4, 1, 2, TOKENS, 4)
+    for seed in range(2):
+        memory.normal_(generator=torch.Generator().manual_seed(seed))
+        query, key, target, other = (part.detach() for part in memory)
+        states = [
+            AttentionState(query.requires_grad_(), key, None, 0.5),
+            AttentionState(target, other, None, 0.5),
+        ]
+        copies = [s._replace(query=s.query.detach().clone(), key=s.key.clone()) for s in states]
+        given, expected = (
+            attention_score_mse([student], [teacher], backend=backend)
+            for student, teacher in (states, copies)
+        )
+        assert torch.equal(given, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", STEPS)
+def test_eager_calls_do_what_the_registered_op_does(name: str, backend: str) -> None:
+    """A mode sends a call through the dispatcher."""
+    step, mask = STEPS[name](backend), masks(BATCH, TOKENS).to(DEVICE)
+    with FlopCounterMode(display=False):
+        dispatched = step(mask)
+    assert all(map(torch.equal, dispatched, step(mask)))
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    kept = entries()
+    with FakeTensorMode():
+        student, teacher = attention_states(1, BATCH, 2, TOKENS, (3, 5), dtype=torch.float32)
+        mask = torch.ones(BATCH, TOKENS, dtype=torch.bool)
+        loss = attention_score_mse(student, teacher, key_mask=mask, backend="torch")
+        torch.autograd.grad(loss.sum(), leaves_of(student))
+    assert entries() == kept
+
+
+def test_a_gradient_may_be_differentiated_by_the_upstream_one() -> None:
+    student, teacher = attention_states(2, BATCH, 2, TOKENS, (3, 5))
+    upstream = torch.rand(2, dtype=torch.float64, requires_grad=True)
+    loss = attention_score_mse(student, teacher, backend="torch")
+    (gradient,) = torch.autograd.grad(loss, student[1].query, upstream, create_graph=True)
+    (found,) = torch.autograd.grad(gradient.sum(), upstream)
+    expected = gradient.sum().detach() / upstream[1].detach()
+    torch.testing.assert_close(found, torch.stack([torch.zeros_like(expected), expected]))
+
+
+def test_ops_run_with_their_tensors_gpu_as_the_current_one(monkeypatch: Any) -> None:
+    entered: list[Any] = []
+
+    class Device:
+        def __init__(self, device: Any) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            entered.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    tensor: Any = SimpleNamespace(is_cuda=True, device="cuda:1")
+    assert autograd.on_its_device(tensor, lambda number: [*entered, number], (5,)) == ["cuda:1", 5]
+    assert entered == ["cuda:1", None]
+    assert autograd.on_its_device(torch.ones(1), len, ([0],)) == 1
+    assert entered == ["cuda:1", None]
+
+
+@pytest.mark.parametrize("mode", [None, FlopCounterMode])
+def test_every_op_asks_for_its_gpu(mode: Any, monkeypatch: Any) -> None:
+    """Forward and backward, eager or dispatched."""
+    asked: list[str] = []
+    direct = autograd.on_its_device
+
+    def noted(tensor: Tensor, function: Any, arguments: Any) -> Any:
+        asked.append(function.__name__)
+        return direct(tensor, function, arguments)
+
+    monkeypatch.setattr(autograd, "on_its_device", noted)
+    backend = "triton"
+    step = attention_step(attention_divergence, backend)
+    if mode is None:
+        step(masks(BATCH, TOKENS).to(DEVICE))
+    else:
+        with mode(display=False):
+            step(masks(BATCH, TOKENS).to(DEVICE))
+    assert asked == ["_divergence", "_rescaled"]
+
+
+class Compiled:
+    def __init__(self, launches: list[Any]) -> None:
+        self.launches = launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *given: self.launches.append((grid, given))
+
+
+class Kernel:
+    """In the place of Triton's: what it compiles for, and the launches of what it compiled."""
+
+    arg_names = ("left", "right", "size", "BLOCK", "FLAG")
+
+    def __init__(self) -> None:
+        self.compiled: list[Any] = []
+        self.launches: list[Any] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*given: Any, **rest: Any) -> Compiled:
+            self.compiled.append((grid, given, rest))
+            return Compiled(self.launches)
+
+        return launch
+
+
+def test_a_launch_of_the_same_kind_finds_its_compiled_kernel(monkeypatch: Any) -> None:
+    active = SimpleNamespace(get_current_device=lambda: 0)
+    runtime = SimpleNamespace(driver=SimpleNamespace(active=active))
+    fake = SimpleNamespace(JITFunction=Kernel, runtime=runtime)
+    monkeypatch.setattr(quick_launch, "triton", fake)
+    monkeypatch.setattr(torch.version, "hip", None)
+    kernel, (left, right) = Kernel(), torch.zeros(2, 16).double()
+    options: dict[str, Any] = {"FLAG": True, "size": 3, "BLOCK": 16, "num_warps": 4}
+    quick = quick_launch.Quick(kernel)
+    quick[(2, 3)](left, right, **options)
+    assert len(kernel.compiled) == 1 and not kernel.launches
+    # other tensors and another grid, in the order of the parameters
+    quick[(5,)](right, left, **options)
+    assert len(kernel.compiled) == 1
+    ((grid, given),) = kernel.launches
+    assert grid == (5, 1, 1)
+    assert given[0] is right and given[1] is left and given[2:] == (3, 16, True)
+    others = [{**options, "size": 4}, {**options, "FLAG": False}, {**options, "num_warps": 8}]
+    for changed in others:
+        quick[(5,)](right, left, **changed)
+    quick[(5,)](right[1:], left, **options)
+    quick[(5,)](right.float(), left, **options)
+    active.get_current_device = lambda: 1
+    quick[(5,)](right, left, **options)
+    assert len(kernel.compiled) == 7 and len(kernel.launches) == 1
+    # what is no kernel of Triton's, such as the interpreter's, launches as ever
+    assert quick_launch.Quick({(1,): len})[(1,)]([0, 0]) == 2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("op", [attention_score_mse, attention_divergence])
+def test_tensors_on_another_gpu(op: Callable[..., Tensor]) -> None:
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        student, teacher = attention_states(
+            2, BATCH, 2, TOKENS, (3, 5), dtype=torch.float32, device=device
+        )
+        loss = op(student, teacher)
+        gradients = torch.autograd.grad(loss.sum(), leaves_of(student))
+        results.append([value.cpu() for value in (loss.detach(), *gradients)])
+    assert torch.cuda.current_device() == 0
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("name", STEPS)
+def test_a_captured_graph_reads_what_lies_there_when_it_is_replayed(name: str) -> None:
+    step, mask = STEPS[name]("triton"), torch.ones(BATCH, TOKENS, dtype=torch.bool, device=DEVICE)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(mask)
+    torch.cuda.current_stream().wait_stream(stream)
+    kept, graph = entries(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(mask)
+    assert entries() == kept
+    # what was remembered, and pinned memory that was free, go to others
+    for cache in (remembered._made, tensor_table._addressed, tensor_table._tables):
+        cache.clear()
+    noise = [torch.randint(1 << 40, (512,)).pin_memory() for _ in range(64)]
+    mask[1, 2:] = False
+    graph.replay()
+    expected = step(mask)
+    assert noise
+    for given, value in zip(captured, expected, strict=True):
+        torch.testing.assert_close(given, value, rtol=0, atol=0)

@@ -1,0 +1,135 @@
+"""The kernels that take short sequences whole, in every form: in fp64, by the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from caps_cases import exact, formed, op_of
+from divergence_cases import KINDS, holes
+from fastkd_kernels import attention_divergence, attention_score_mse, reference
+from fastkd_kernels.attention_divergence import triton_path as divergence_path
+from fastkd_kernels.attention_score_mse import triton_path as score_path
+from fastkd_kernels.common.launch import heads_of_program
+from kernel_cases import (
+    Counted,
+    attention_states,
+    cast,
+    errors,
+    fresh_tensors_are_nan,
+    leaves_of,
+    loss_and_gradients,
+    trained,
+)
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+interpreted = pytest.mark.skipif(GPU, reason="fp64 runs in the interpreter, without a GPU")
+
+
+@pytest.fixture(autouse=True)
+def unwritten_is_nan() -> Iterator[None]:
+    with fresh_tensors_are_nan():
+        yield
+
+
+@pytest.fixture
+def every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short sequences of any dtype take the short kernels, several heads a program."""
+    for path in (score_path, divergence_path):
+        monkeypatch.setattr(path, "takes_short", lambda *_: True)
+        monkeypatch.setattr(path, "heads_of_program", lambda heads, kv, _: heads // kv * 2)
+
+
+@interpreted
+@pytest.mark.usefixtures("every_dtype")
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dims", "tokens", "causal", "masked"),
+    [
+        (2, (2, 2), (8, 12), 37, False, False),
+        (4, (2, 4), (5, 20), 37, True, True),
+        (4, (4, 2), (8, 6), 70, False, True),
+        (2, (2, 2), (4, 4), 1, True, False),
+    ],
+)
+def test_score_mse_equals_its_definition(
+    heads: int, kv_heads: Any, dims: Any, tokens: int, causal: bool, masked: bool
+) -> None:
+    states = attention_states(2, 1, heads, tokens, dims, kv_heads=kv_heads)
+    mask = holes(1, tokens) if masked else None
+    options: dict[str, Any] = {"key_mask": mask, "query_mask": mask, "causal": causal}
+    given = loss_and_gradients(
+        attention_score_mse, leaves_of(states[0]), *states, **options, backend="triton"
+    )
+    student = trained(cast(states[0], torch.float64))
+    expected = loss_and_gradients(
+        reference.attention_score_mse, leaves_of(student), student, states[1], **options
+    )
+    assert max(errors(given, expected)) < 1e-12
+
+
+@interpreted
+@pytest.mark.usefixtures("every_dtype")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("form", "kv_heads", "dims", "tokens", "causal", "window", "masked"),
+    [
+        ("plain", (2, 2), (8, 12), 37, False, None, False),
+        ("caps and sinks", (2, 4), (5, 20), 37, True, 5, True),
+        ("sinks", (4, 2), (8, 6), 40, False, 9, True),
+        ("student capped", (4, 4), (4, 4), 1, True, 1, False),
+    ],
+)
+def test_divergence_equals_its_definition(
+    form: str,
+    kv_heads: Any,
+    dims: Any,
+    tokens: int,
+    causal: bool,
+    window: Any,
+    masked: bool,
+    kind: str,
+) -> None:
+    states = attention_states(1, 2, 4, tokens, dims, kv_heads=kv_heads)
+    mask = holes(2, tokens) if masked else None
+    options = {"key_mask": mask, "query_mask": mask, "causal": causal, "window": window}
+    options |= {"kind": kind, "temperature": 1.5, "backend": "triton"}
+    if form != "plain":
+        states = formed(states, form)
+    assert max(errors(op_of(states, **options), exact(states, **options))) < 1e-12
+
+
+@pytest.mark.parametrize("path", [score_path, divergence_path])
+def test_short_half_precision_takes_one_launch(path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = attention_score_mse if path is score_path else attention_divergence
+    seen: dict[str, int] = {}
+    for name in [name for name in vars(path) if name.startswith("_") and name.endswith("_kernel")]:
+        monkeypatch.setattr(path, name, Counted(getattr(path, name), seen, name))
+    states = attention_states(2, 2, 2, 20, (4, 4), dtype=torch.float16, device=DEVICE)
+    op(*states, backend="triton").sum().backward()
+    assert seen == {"_short_kernel": 1}
+
+
+@pytest.mark.parametrize("op", [attention_score_mse, attention_divergence])
+@pytest.mark.parametrize("tokens", [20, 140])
+def test_gradients_are_laid_out_as_their_inputs(op: Any, tokens: int) -> None:
+    """So that autograd copies none back into what a model projected."""
+    student, teacher = attention_states(1, 2, 4, tokens, (8, 8), dtype=torch.float32, device=DEVICE)
+    rows = [torch.randn(2, tokens, 4, 8, device=DEVICE).requires_grad_() for _ in range(2)]
+    query, key = (row.transpose(1, 2) for row in rows)
+    states = [student[0]._replace(query=query, key=key)]
+    made = torch.autograd.grad(op(states, teacher, backend="triton").sum(), [query, key])
+    for gradient, given in zip(made, (query, key), strict=True):
+        assert gradient.dtype == given.dtype
+        assert gradient.stride() == given.stride()
+
+
+def test_heads_of_a_program() -> None:
+    """As many as leave work for every multiprocessor, and never a part of a key head's."""
+    assert heads_of_program(12, 12, 256) == 12
+    assert heads_of_program(12, 12, 64) == 3
+    assert heads_of_program(12, 12, 1) == 1
+    assert heads_of_program(12, 4, 1) == 3
+    assert heads_of_program(12, 1, 10_000) == 12

@@ -11,6 +11,7 @@ from fastkd_kernels import IndexerState, indexer_divergence
 from fastkd_kernels.common.autograd import inverse
 from fastkd_kernels.indexer_divergence import triton_path
 from fastkd_kernels.indexer_divergence.op import MAX_INDEX_DIM
+from fastkd_kernels.indexer_divergence.torch_path import Pair
 from indexer_cases import IndexerCase, indexer_case
 from kernel_cases import Counted, errors, masks
 from torch import Tensor
@@ -133,6 +134,17 @@ def test_workspace_is_bounded() -> None:
         assert size % triton_path.ROWS == 0
         assert triton_path.ROWS <= size <= triton_path.WORKSPACE_BYTES // (count * 8 * tokens)
     assert rows(1 << 20, 1 << 30) == triton_path.ROWS
+
+
+def test_rows_that_lie_far_apart_are_copied() -> None:
+    """Kernels find the rows of a head by 32-bit offsets."""
+    far, weights = (
+        torch.empty_strided((1, 1, 3, 4), (1, 1, 1 << 30, 1), device="meta"),
+        torch.empty_strided((1, 3, 1), (1, 1 << 30, 1), device="meta"),
+    )
+    pairs = [Pair(far, far, weights, far, far, 1.0)]
+    made = triton_path.Call(pairs, None, None, True, "cuda")
+    assert [tensor.stride(2) for tensor in made.tensors] == [4, 4, 4, 4, 1]
 
 
 @pytest.mark.parametrize("on", ["cuda", "hip"])

@@ -112,7 +112,7 @@ def small(dtype: torch.dtype) -> float:
     return 0.01 if dtype == torch.float64 else 0.3
 
 
-class _Call:
+class Call:
     """Tables and masks of one call, and the arguments that its kernels share."""
 
     def __init__(
@@ -206,7 +206,7 @@ def forward(
     `row_mask` are the counted query rows, bool `[batch, tokens]`. One launch, then two a chunk of
     rows, or four with gradients.
     """
-    call = _Call(pairs, key_mask, row_mask, causal, platform())
+    call = Call(pairs, key_mask, row_mask, causal, platform())
     count, (batch, index_heads, tokens, dim) = len(pairs), pairs[0].query.shape
     sums = _log_sums(call, pairs)
     padded = cdiv(tokens, ROWS) * ROWS
@@ -234,7 +234,7 @@ def forward(
     return values.sum((1, 2)), units
 
 
-def _log_sums(call: _Call, pairs: list[Pair]) -> Tensor:
+def _log_sums(call: Call, pairs: list[Pair]) -> Tensor:
     """Bits to take off the teacher's scores before `exp2`, `[pairs, batch, heads, tokens]`.
 
     The log-sum-exp of a row and its sink, less a number that is the same for all heads of a row and
@@ -255,7 +255,7 @@ def _log_sums(call: _Call, pairs: list[Pair]) -> Tensor:
 
 
 def _score(
-    call: _Call,
+    call: Call,
     sums: Tensor,
     workspace: Tensor,
     values: Tensor,
@@ -273,7 +273,7 @@ def _score(
     call.launch(_rows_kernel, made, programs, call.valid, workspace, values, **chunk, **more)
 
 
-def _multiply(call: _Call, workspace: Tensor, units: Units, chunk: dict[str, int]) -> None:
+def _multiply(call: Call, workspace: Tensor, units: Units, chunk: dict[str, int]) -> None:
     """Gradients of a chunk's queries and weights, and what it adds to those of the keys."""
     sizes, rows, padded = call.sizes, chunk["rows"], chunk["padded"]
     made = call.blocks("bwd_dq")

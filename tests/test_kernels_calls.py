@@ -48,7 +48,12 @@ def attention_step(op: Callable[..., Tensor], backend: str, **options: Any) -> S
 
 def hidden_step(backend: str) -> Step:
     case = hidden_case(2, BATCH, TOKENS, (3, 5), "shared+bias", torch.float32).on(DEVICE)
-    return lambda mask: case.run(hidden_mse, mask=mask, backend=backend)
+
+    def step(mask: Tensor) -> list[Tensor]:
+        losses = hidden_mse(case.student, case.teacher, **case.trained, mask=mask, backend=backend)
+        return [losses.detach(), *torch.autograd.grad(losses.sum(), case.leaves)]
+
+    return step
 
 
 def logits_step(backend: str) -> Step:

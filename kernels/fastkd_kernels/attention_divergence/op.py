@@ -1,14 +1,14 @@
 """Divergences of attention probabilities in linear memory: KL, reverse KL, JS, MSE, cosine, CE.
 
 Rows are reduced while they stream past, as in flash attention (arXiv 2205.14135), so no map of
-`[tokens, tokens]` is ever stored. The CPU makes loss and gradients in one sweep; Triton keeps a few
-floats a row and forms the tiles again in the backward. The road not taken: keeping the gradients of
-the forward on the GPU too, which would cost more memory traffic than the products.
+`[tokens, tokens]` is ever stored. The forward makes loss and gradients: a sequence that fits one
+program is read once; of a longer one tiles are made three times, for the rows' log-sum-exps, and
+for either gradient. The road not taken: gradients made in a backward of their own from statistics
+of the rows, which made every tile of a short sequence three times too.
 
 The registered op takes lists over layer pairs of one shape. `window` 0 is none. Soft caps are a
 list over pairs or None, sinks `[pairs, heads]` or None; both come divided by the temperature, as
-scales do. On PyTorch it makes unit gradients in the forward; on Triton it keeps four or five floats
-a query row, and a backward of its own makes the tiles once more.
+scales do.
 """
 
 from collections.abc import Sequence

@@ -48,7 +48,13 @@ def attention_step(op: Callable[..., Tensor], backend: str, **options: Any) -> S
 
 def hidden_step(backend: str) -> Step:
     case = hidden_case(2, BATCH, TOKENS, (3, 5), "shared+bias", torch.float32).on(DEVICE)
-    return lambda mask: case.run(hidden_mse, mask=mask, backend=backend)
+
+    def step(mask: Tensor) -> list[Tensor]:
+        options: dict[str, Any] = {**case.trained, "mask": mask, "backend": backend}
+        loss = hidden_mse(case.student, case.teacher, **options)
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), case.leaves)]
+
+    return step
 
 
 def logits_step(backend: str) -> Step:

@@ -114,8 +114,9 @@ def _attention(op: str, backend: str, **options: Any) -> Step:
 
 
 def _relations(backend: str) -> Step:
+    # as models lay them, heads of a token side by side, so that cutting them copies nothing
     student, teacher = (
-        [state._replace(value=state.key) for state in side]
+        [state._replace(query=_by_token(state.query)) for state in side]
         for side in attention_states(PAIRS, 2, 2, 16, (16, 16), dtype=_dtype(backend))
     )
     mask = torch.ones(2, 16, dtype=torch.bool)
@@ -125,6 +126,11 @@ def _relations(backend: str) -> Step:
         lambda: fastkd_kernels.relation_divergence(student, teacher, key_mask=mask, **options),
         [state.query for state in student],
     )
+
+
+def _by_token(heads: Tensor) -> Tensor:
+    made = heads.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    return made.requires_grad_(heads.requires_grad)
 
 
 def _hidden(op: str, backend: str) -> Step:

@@ -104,7 +104,7 @@ def attention_divergence(
         TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
     """
     alike = check_states(student, teacher)
-    check_caps_and_sinks(student, teacher)
+    has_more = check_caps_and_sinks(student, teacher)
     batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
     check_choice("kind", kind, get_args(AttentionDivergenceKind))
@@ -157,10 +157,12 @@ def attention_divergence(
         losses: Tensor = made[0]
         return losses
 
-    keys = [
-        (alike or state_shapes(*pair), *((s.softcap is None, s.sinks is None) for s in pair))
-        for pair in zip(student, teacher, strict=True)
-    ]
+    keys: list[Any] = [True] * len(student)
+    if has_more or not alike:
+        keys = [
+            (state_shapes(*pair), *((s.softcap is None, s.sinks is None) for s in pair))
+            for pair in zip(student, teacher, strict=True)
+        ]
     loss = by_shape(keys, loss_of)
     return loss if student[0].query.dtype == torch.float64 else loss.float()
 

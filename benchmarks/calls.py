@@ -13,13 +13,15 @@ from torch import Tensor
 
 from benchmarks import costs
 from benchmarks.costs import Cost
-from benchmarks.inputs import attention_inputs, hidden_inputs, logits_inputs
+from benchmarks.inputs import attention_inputs, hidden_inputs, indexer_inputs, logits_inputs
 from benchmarks.workloads import (
     ATTENTION,
     HIDDEN,
+    INDEXER,
     LOGITS,
     AttentionWorkload,
     HiddenWorkload,
+    IndexerWorkload,
     LogitsWorkload,
     Workload,
     on_device,
@@ -89,6 +91,15 @@ def _hidden(op: str, work: HiddenWorkload, pairs: int, dtype: torch.dtype, devic
     return Call(op, arguments, case.trained, inputs, case.leaves, cost)
 
 
+def _indexer(op: str, work: IndexerWorkload, pairs: int, dtype: torch.dtype, device: str) -> Call:
+    case = indexer_inputs(work, pairs, dtype, device)
+    teacher = [tensor for s in case.teacher for tensor in (s.query, s.key, s.sinks)]
+    inputs = [*case.leaves, *(tensor for tensor in teacher if tensor is not None)]
+    options = {"causal": work.causal}
+    cost = costs.indexer_divergence(work, pairs, dtype)
+    return Call(op, (case.student, case.teacher), options, inputs, case.leaves, cost)
+
+
 def _logits(op: str, work: LogitsWorkload, pairs: int, dtype: torch.dtype, device: str) -> Call:
     case = logits_inputs(work, dtype, "kl", device)
     sides: tuple[Any, Any] = (case.student, case.teacher)
@@ -103,6 +114,7 @@ MAKERS: dict[str, tuple[Callable[..., Call], dict[str, Any]]] = {
     "hidden_cosine": (_hidden, HIDDEN),
     "hidden_mse": (_hidden, HIDDEN),
     "hidden_normalized_mse": (_hidden, HIDDEN),
+    "indexer_divergence": (_indexer, INDEXER),
     "logits_divergence": (_logits, LOGITS),
     "relation_divergence": (_attention, ATTENTION),
 }
@@ -137,6 +149,9 @@ def shrunk(work: Workload, tokens: int) -> Workload:
     if isinstance(work, AttentionWorkload):
         heads = tuple(max(1, 2 * count // work.heads) for count in work.kv_heads)
         return work._replace(batch=1, heads=2, kv_heads=heads, tokens=tokens)
+    if isinstance(work, IndexerWorkload):
+        kv_heads = max(1, 2 * work.kv_heads // work.heads)
+        return work._replace(batch=1, index_heads=2, heads=2, kv_heads=kv_heads, tokens=tokens)
     if isinstance(work, HiddenWorkload):
         return work._replace(batch=1, tokens=tokens, widths=tuple(w // 8 for w in work.widths))
     return work._replace(tokens=tokens, widths=tuple(w // 16 for w in work.widths), vocabulary=300)

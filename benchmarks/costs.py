@@ -7,10 +7,11 @@ causal diagonal not. One call covers `pairs` layer pairs.
 
 Exponentials are two a score or logit, one for either softmax: loss and gradient of every kind need
 both probabilities of each outcome, and a row that stays in registers from loss to gradient makes
-them once. The kernels, which stream, make them again in each backward launch, and more to
-rescale running sums; that is theirs to save. Logarithms (mixtures) have good polynomials and are
-not counted. So have exponentials: what runs them on plain arithmetic could pass this
-part of the floor, and would have its instructions counted instead.
+them once (an indexer has one softmax for all heads of its teacher). The kernels, which stream, make
+them again in each backward launch, and more to rescale running sums; that is theirs to save.
+Logarithms (mixtures) have good polynomials and are not counted. So have exponentials: what runs
+them on plain arithmetic could pass this part of the floor, and would have its instructions counted
+instead.
 """
 
 from typing import NamedTuple
@@ -19,7 +20,12 @@ import torch
 from fastkd_kernels.attention_score_mse.op import choose_algorithm
 from fastkd_kernels.attention_score_mse.triton_path import causal_chunk, takes_short
 
-from benchmarks.workloads import AttentionWorkload, HiddenWorkload, LogitsWorkload
+from benchmarks.workloads import (
+    AttentionWorkload,
+    HiddenWorkload,
+    IndexerWorkload,
+    LogitsWorkload,
+)
 
 
 class Cost(NamedTuple):
@@ -105,6 +111,24 @@ def attention_divergence(work: AttentionWorkload, pairs: int, dtype: torch.dtype
     own, target = work.dims
     flops = 2 * entries(work) * (3 * (own + target) + 2 * own)
     return Cost(attention_bytes(work, dtype), flops, SOFTMAXES * entries(work)).times(pairs)
+
+
+def indexer_divergence(work: IndexerWorkload, pairs: int, dtype: torch.dtype) -> Cost:
+    """The teacher's scores twice, for its sums and for the target; the indexer's three times, and a
+    product for queries' and one for keys' gradients.
+
+    All states are read, and gradients of the indexer's queries, key and weights written. The target
+    is a sum of probabilities, one exponential of every teacher head's score; the indexer's softmax
+    is over the sum of its heads, one more. Its logarithm and that of the target are not counted.
+    """
+    dim, teacher_dim = work.dims
+    rows = work.batch * work.tokens
+    seen = work.batch * (_triangle(work.tokens) if work.causal else work.tokens**2)
+    own = work.index_heads * (dim + 1) + dim
+    target = (work.heads + work.kv_heads) * teacher_dim
+    flops = 2 * seen * (2 * work.heads * teacher_dim + 5 * work.index_heads * dim)
+    made = seen * (work.heads + 1)
+    return Cost(rows * (2 * own + target) * dtype.itemsize, flops, made).times(pairs)
 
 
 def hidden(work: HiddenWorkload, pairs: int, dtype: torch.dtype) -> Cost:

@@ -9,12 +9,25 @@ from fastkd_kernels import AttentionState
 # the inputs of the tests, also where pytest hasn't put their folder on the path
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 
+from indexer_cases import IndexerCase, indexer_case
 from kernel_cases import HiddenCase, attention_states, errors, hidden_case
 from logits_cases import LogitsCase, logits_case
 
-from benchmarks.workloads import AttentionWorkload, HiddenWorkload, LogitsWorkload
+from benchmarks.workloads import (
+    AttentionWorkload,
+    HiddenWorkload,
+    IndexerWorkload,
+    LogitsWorkload,
+)
 
-__all__ = ["attention_inputs", "errors", "hidden_inputs", "logits_inputs", "weights_of"]
+__all__ = [
+    "attention_inputs",
+    "errors",
+    "hidden_inputs",
+    "indexer_inputs",
+    "logits_inputs",
+    "weights_of",
+]
 
 States = list[AttentionState]
 
@@ -30,6 +43,22 @@ def attention_inputs(
         work.tokens,
         work.dims,
         kv_heads=work.kv_heads,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def indexer_inputs(
+    work: IndexerWorkload, pairs: int, dtype: torch.dtype, device: str
+) -> IndexerCase:
+    return indexer_case(
+        pairs,
+        work.batch,
+        work.tokens,
+        work.dims,
+        index_heads=work.index_heads,
+        heads=(work.heads, work.kv_heads),
+        sinks=work.sinks,
         dtype=dtype,
         device=device,
     )

@@ -24,6 +24,21 @@ class AttentionWorkload(NamedTuple):
     causal: bool = False
 
 
+class IndexerWorkload(NamedTuple):
+    """One lightning indexer and the attention of its layer; `dims` are indexer, teacher."""
+
+    name: str
+    batch: int
+    device_batch: int
+    index_heads: int
+    heads: int
+    kv_heads: int
+    tokens: int
+    dims: tuple[int, int]
+    sinks: bool = False
+    causal: bool = True
+
+
 class HiddenWorkload(NamedTuple):
     """One pair of hidden states; `widths` are student, teacher."""
 
@@ -45,7 +60,7 @@ class LogitsWorkload(NamedTuple):
     vocabulary: int
 
 
-Workload = TypeVar("Workload", AttentionWorkload, HiddenWorkload, LogitsWorkload)
+Workload = TypeVar("Workload", AttentionWorkload, IndexerWorkload, HiddenWorkload, LogitsWorkload)
 
 
 def on_cpu(workloads: Iterable[Workload]) -> list[Workload]:
@@ -82,6 +97,25 @@ ATTENTION = {
         _llama(1024, 1, 0),
         _llama(2048, 1, 1),
         _llama(8192, 0, 1),
+    )
+}
+
+
+def _indexer(tokens: int, batch: int, device_batch: int) -> IndexerWorkload:
+    """DeepSeek-V3.2's indexer, 64 heads of 128, on attention of 32 heads and 8 key heads."""
+    shape = (64, 32, 8, tokens, (128, 128))
+    return IndexerWorkload(f"indexer-gqa-{tokens}", batch, device_batch, *shape, sinks=True)
+
+
+INDEXER = {
+    work.name: work
+    for work in (
+        IndexerWorkload("indexer-small-512", 1, 0, 8, 12, 4, 512, (64, 64)),
+        _indexer(512, 1, 0),
+        _indexer(2048, 0, 1),
+        _indexer(8192, 0, 1),
+        # DeepSeek-V3.2 itself: 128 heads of 128 + 64
+        IndexerWorkload("indexer-mla-2048", 0, 1, 64, 128, 128, 2048, (128, 192)),
     )
 }
 

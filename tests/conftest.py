@@ -58,6 +58,8 @@ SLOW_FILES = {
     "test_kernels_hidden_cosine",
     "test_kernels_hidden_ops",
     "test_kernels_hidden_triton",
+    "test_kernels_indexer_divergence",
+    "test_kernels_indexer_divergence_ops",
     "test_kernels_logits_divergence",
     "test_kernels_logits_divergence_ops",
     "test_kernels_logits_divergence_triton",

@@ -15,7 +15,12 @@ from benchmarks.jobs import Job
 from benchmarks.jobs_attention_divergence import CAPPED
 from benchmarks.launches import OPS
 from benchmarks.machine_code import DTYPES, TARGETS, wanted
-from benchmarks.workloads import AttentionWorkload, HiddenWorkload, LogitsWorkload
+from benchmarks.workloads import (
+    AttentionWorkload,
+    HiddenWorkload,
+    IndexerWorkload,
+    LogitsWorkload,
+)
 
 BF16 = torch.bfloat16
 
@@ -67,6 +72,19 @@ def test_costs_of_divergence() -> None:
     causal = costs.attention_divergence(attention(8, (4, 6), causal=True), 1, BF16)
     assert causal.exponentials == 2 * 36 * 6
     assert costs.attention_score_mse(attention(8, (4, 6)), 2, BF16).exponentials == 0
+
+
+def test_costs_of_the_indexer() -> None:
+    work = IndexerWorkload("small", 2, 0, 3, 6, 2, 5, (4, 7))
+    # 10 rows: queries, key and weights read and their gradients written; the teacher's read
+    moved = 10 * (2 * (3 * 4 + 4 + 3) + (6 + 2) * 7)
+    products = 2 * 15 * (2 * 6 * 7 + 5 * 3 * 4)
+    # one of each of 6 heads and one of the indexer for each of the 15 keys that rows see
+    cost = (2 * 2 * moved, 2 * 2 * products, 2 * 2 * 15 * 7)
+    assert costs.indexer_divergence(work, 2, BF16) == cost
+    every = costs.indexer_divergence(work._replace(causal=False), 2, BF16)
+    assert every.flops * 15 == 2 * 2 * products * 25
+    assert every.exponentials * 15 == cost[2] * 25
 
 
 def test_costs_of_hidden_states() -> None:
@@ -259,7 +277,8 @@ def test_workloads_are_those_asked_for() -> None:
     logits = workloads.LOGITS.values()
     assert {work.vocabulary for work in logits} == {8192, 32000, 128256}
     assert {work.tokens for work in logits} == {256, 1024, 2048, 8192}
-    for named in (workloads.ATTENTION, workloads.HIDDEN, workloads.LOGITS):
+    every = (workloads.ATTENTION, workloads.INDEXER, workloads.HIDDEN, workloads.LOGITS)
+    for named in every:
         assert all(work.batch for work in workloads.on_cpu(named.values()))
         assert all(name == work.name for name, work in named.items())
         for work in workloads.on_device(named.values()):
@@ -269,6 +288,6 @@ def test_workloads_are_those_asked_for() -> None:
 def test_device_cases_are_named_workloads() -> None:
     from benchmarks import device
 
-    named = {*workloads.ATTENTION, *workloads.HIDDEN, *workloads.LOGITS}
+    named = {*workloads.ATTENTION, *workloads.INDEXER, *workloads.HIDDEN, *workloads.LOGITS}
     assert {case.workload for case in device.CASES} <= named
     assert len({case.name for case in device.CASES}) == len(device.CASES) <= 14

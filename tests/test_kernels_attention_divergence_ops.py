@@ -7,9 +7,10 @@ import pytest
 import torch
 from divergence_cases import KINDS
 from fastkd_kernels import AttentionState, attention_divergence, relation_divergence
-from fastkd_kernels.attention_divergence.op import MAX_HEAD_DIM, counted_rows
+from fastkd_kernels.attention_divergence.op import MAX_HEAD_DIM
 from fastkd_kernels.attention_divergence.triton_path import divergence_launch
 from fastkd_kernels.common.autograd import inverse
+from fastkd_kernels.common.counted_rows import counted_rows
 from kernel_cases import attention_states, leaves_of, masks
 from torch import Tensor
 

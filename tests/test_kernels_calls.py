@@ -19,6 +19,7 @@ from fastkd_kernels import (
     logits_divergence,
 )
 from fastkd_kernels.common import autograd, quick_launch, remembered, tensor_table
+from indexer_cases import indexer_case
 from kernel_cases import attention_states, hidden_case, leaves_of, masks
 from logits_cases import logits_case
 from torch import Tensor
@@ -57,6 +58,11 @@ def hidden_step(backend: str) -> Step:
     return step
 
 
+def indexer_step(backend: str) -> Step:
+    case = indexer_case(2, BATCH, TOKENS, (3, 5), sinks=True, dtype=torch.float32, device=DEVICE)
+    return lambda mask: case.run(key_mask=mask, query_mask=mask, backend=backend)
+
+
 def logits_step(backend: str) -> Step:
     case = logits_case((BATCH, TOKENS), ("head", "head"), masked=False, dtype=torch.float32)
     case = case.on(DEVICE)
@@ -68,6 +74,7 @@ STEPS: dict[str, Callable[[str], Step]] = {
     "gram": lambda backend: attention_step(attention_score_mse, backend, algorithm="gram"),
     "divergence": lambda backend: attention_step(attention_divergence, backend),
     "hidden": hidden_step,
+    "indexer": indexer_step,
     "logits": logits_step,
 }
 

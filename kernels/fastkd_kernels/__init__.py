@@ -4,11 +4,13 @@ from .attention_divergence.op import attention_divergence
 from .attention_divergence.relation import relation_divergence
 from .attention_score_mse.op import attention_score_mse
 from .hidden.op import hidden_cosine, hidden_mse, hidden_normalized_mse
+from .indexer_divergence.op import indexer_divergence
 from .logits_divergence.op import logits_divergence
 from .types import (
     AttentionDivergenceKind,
     AttentionReduction,
     AttentionState,
+    IndexerState,
     LogitsDivergenceKind,
     LogitsHead,
 )
@@ -17,6 +19,7 @@ __all__ = [
     "AttentionDivergenceKind",
     "AttentionReduction",
     "AttentionState",
+    "IndexerState",
     "LogitsDivergenceKind",
     "LogitsHead",
     "attention_divergence",
@@ -24,6 +27,7 @@ __all__ = [
     "hidden_cosine",
     "hidden_mse",
     "hidden_normalized_mse",
+    "indexer_divergence",
     "logits_divergence",
     "relation_divergence",
 ]

@@ -6,6 +6,7 @@ Nothing here saves memory. Every function works in the precision of its inputs, 
 from .attention_divergence.reference import attention_divergence, relation_divergence
 from .attention_score_mse.reference import attention_score_mse, attention_scores
 from .hidden.reference import hidden_cosine, hidden_mse, hidden_normalized_mse
+from .indexer_divergence.reference import indexer_divergence
 from .logits_divergence.reference import logits_divergence
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "hidden_cosine",
     "hidden_mse",
     "hidden_normalized_mse",
+    "indexer_divergence",
     "logits_divergence",
     "relation_divergence",
 ]

@@ -32,7 +32,8 @@ class AttentionState(NamedTuple):
 
     `softcap` is the soft cap of Gemma 2: scores become `softcap * tanh(score / softcap)` before the
     softmax. `sinks` `[heads]` are the attention sinks of GPT-OSS: a logit a head that joins the
-    softmax of each row and holds no value. `attention_divergence` alone reads these two.
+    softmax of each row and holds no value. `attention_divergence` and `indexer_divergence` alone
+    read these two.
     """
 
     query: Tensor
@@ -41,6 +42,19 @@ class AttentionState(NamedTuple):
     scale: float
     softcap: float | None = None
     sinks: Tensor | None = None
+
+
+class IndexerState(NamedTuple):
+    """Queries, key and head weights of one lightning indexer (DeepSeek-V3.2).
+
+    query: `[batch, index_heads, tokens, dim]`; key: `[batch, tokens, dim]` or `[batch, 1, tokens,
+    dim]`, one for all heads; weights: `[batch, tokens, index_heads]`, which hold every scale that
+    the model puts on its scores `sum_h weights[t, h] * relu(query[h, t] @ key[s])`.
+    """
+
+    query: Tensor
+    key: Tensor
+    weights: Tensor
 
 
 # one pair's teacher, and for each pair the weights of its layers (None: an even average)

@@ -213,6 +213,7 @@ class Counted:
 
     def __init__(self, kernel: Any, counts: dict[str, int], name: str) -> None:
         self.kernel, self.counts, self.name = kernel, counts, name
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid: Any) -> Any:
         self.counts[self.name] = self.counts.get(self.name, 0) + 1

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import Any, get_args
 
 import torch
-from fastkd_kernels import AttentionDivergenceKind, AttentionState, LogitsDivergenceKind, LogitsHead
+from fastkd_kernels import (
+    AttentionDivergenceKind,
+    AttentionState,
+    IndexerState,
+    LogitsDivergenceKind,
+    LogitsHead,
+)
 from property_cases import Common, Problem
 from torch import Tensor
 
@@ -128,6 +135,71 @@ def divergence(draw: Random, small: bool) -> Problem:
 def relations(draw: Random, small: bool) -> Problem:
     options = _divergence_options(draw) | {"relation": draw.choice(["qq", "kk", "vv", "qk"])}
     return _attention(draw, small, "relation_divergence", options, relation=True)
+
+
+def indexer(draw: Random, small: bool) -> Problem:
+    """Weights are held as `[batch, index_heads, tokens]`, so that tokens have one place."""
+    common = Common(draw, small)
+    index_heads, heads = draw.choice([1, 2, 3]), draw.choice([1, 2, 4])
+    kv_heads = draw.choice([n for n in (1, 2, 4) if heads % n == 0])
+    dim, teacher_dim = common.size(6), common.size(6)
+    causal, four, sunk = (draw.random() < 0.5 for _ in range(3))
+    student = _interleaved(
+        common.each(common.batch, index_heads, common.tokens, dim),
+        common.each(common.batch, 1, common.tokens, dim),
+        common.each(common.batch, index_heads, common.tokens),
+    )
+    teacher = _interleaved(
+        common.each(common.batch, heads, common.tokens, teacher_dim),
+        common.each(common.batch, kv_heads, common.tokens, teacher_dim),
+    )
+    rows = torch.rand(1, common.tokens, generator=common.generator) < 0.8
+    softcap = draw.choice([None, 1.5])
+
+    def queries(problem: Problem) -> Tensor:
+        """Some of the valid tokens; a drawn row belongs to a position, whatever the batch."""
+        kept = torch.zeros_like(problem.mask)
+        kept[:, : common.tokens] = rows
+        return problem.mask & kept
+
+    def arguments(
+        problem: Problem, scale: float = teacher_dim**-0.5, softcap: float | None = softcap
+    ) -> tuple[list[Any], dict[str, Any]]:
+        own, target = problem.student, problem.teacher
+        indexers = [
+            IndexerState(own[i], own[i + 1] if four else own[i + 1].squeeze(1), own[i + 2].mT)
+            for i in range(0, len(own), 3)
+        ]
+        sinks = problem.frozen or [None] * common.pairs
+        attention = [
+            AttentionState(*target[2 * i : 2 * i + 2], None, scale, softcap, sinks[i])
+            for i in range(common.pairs)
+        ]
+        masks = {"key_mask": problem.mask, "query_mask": queries(problem)}
+        return [indexers, attention], {**masks, "causal": causal}
+
+    def twin(problem: Problem) -> Problem:
+        """Positive indexers, and as their teachers the attention that makes the same scores."""
+        own = [tensor.detach().abs() for tensor in problem.student]
+        target = []
+        for query, key, weights in zip(own[::3], own[1::3], own[2::3], strict=True):
+            summed = (query.double() * weights.double()[..., None]).sum(1, keepdim=True)
+            target += [summed.to(query.dtype), key]
+        plain = partial(arguments, scale=1.0, softcap=None)
+        return replace(problem, student=own, teacher=target, frozen=[], arguments=plain)
+
+    return Problem(
+        "indexer_divergence",
+        student,
+        teacher,
+        frozen=[common.values(heads) for _ in range(common.pairs)] if sunk else [],
+        mask=common.mask(),
+        axis=2,
+        arguments=arguments,
+        # each row sees itself
+        count=lambda problem: queries(problem).sum().expand(common.pairs),
+        twin=twin,
+    )
 
 
 def hidden(draw: Random, small: bool, op: str) -> Problem:
@@ -251,6 +323,7 @@ FAMILIES: dict[str, Callable[[Random, bool], Problem]] = {
     "attention_score_mse": score_mse,
     "attention_divergence": divergence,
     "relation_divergence": relations,
+    "indexer_divergence": indexer,
     "hidden_mse": _hidden("hidden_mse"),
     "hidden_cosine": _hidden("hidden_cosine"),
     "hidden_normalized_mse": _hidden("hidden_normalized_mse"),

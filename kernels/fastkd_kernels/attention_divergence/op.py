@@ -26,6 +26,7 @@ from ..checks import (
     resolve_backend,
 )
 from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled
+from ..common.counted_rows import counted_rows
 from ..common.head_groups import Pair, pairs_of, state_shapes
 from ..common.remembered import remembered
 from ..common.rescale import rescaled, stacked_gradient, waiting_dtype
@@ -116,7 +117,7 @@ def attention_divergence(
     queries = [state.query for state in (*student, *teacher)]
     chosen = resolve_backend(backend, device, accumulator(*queries))
     reach = min(window or 0, tokens)
-    row_mask = _counted_rows(key_mask, query_mask, causal, reach)
+    row_mask = counted_rows(key_mask, query_mask, causal, reach)
 
     def loss_of(members: list[int]) -> Tensor:
         student_states, teacher_states = (
@@ -179,39 +180,6 @@ def _stacked_sinks(
     """Logits `[pairs, heads]` of states that all have sinks."""
     sinks = [state.sinks for state in states if state.sinks is not None]
     return torch.stack(sinks).to(dtype) / temperature if sinks else None
-
-
-def counted_rows(
-    key_mask: Tensor | None, query_mask: Tensor | None, causal: bool, window: int
-) -> Tensor | None:
-    """Query rows that count and see a key, bool `[batch, tokens]`; None is every row."""
-    if key_mask is None:
-        # every row sees itself
-        return query_mask
-    if not window:
-        # of the keys up to a row, or of all
-        seen = key_mask.cumsum(1) > 0 if causal else key_mask.any(1, keepdim=True)
-        return seen.expand_as(key_mask) if query_mask is None else seen & query_mask
-    tokens = key_mask.shape[1]
-    position = torch.arange(tokens, device=key_mask.device)
-    before = torch.nn.functional.pad(key_mask.long().cumsum(1), (1, 0))
-    first = (position - window + 1).clamp(min=0)
-    end = position + 1 if causal else (position + window).clamp(max=tokens)
-    row_mask = before[:, end] > before[:, first]
-    return row_mask if query_mask is None else row_mask & query_mask
-
-
-def _counted_rows(
-    key_mask: Tensor | None, query_mask: Tensor | None, causal: bool, window: int
-) -> Tensor | None:
-    if key_mask is None:
-        return query_mask
-    return remembered(
-        (key_mask, query_mask),
-        ("counted rows", causal, window),
-        key_mask.device,
-        lambda: counted_rows(key_mask, query_mask, causal, window),
-    )
 
 
 def _item_weights(

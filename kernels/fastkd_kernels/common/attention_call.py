@@ -21,7 +21,7 @@ class Call:
 
     def __init__(self, pairs: list[Pair], key_mask: Tensor | None, query_mask: Tensor | None):
         # kept alive until the kernels are launched: a row of another stride is a copy
-        rows = [[_near_rows(tensor) for tensor in pair.tensors] for pair in pairs]
+        rows = [[near_rows(tensor) for tensor in pair.tensors] for pair in pairs]
         self.table, aligns, self.tensors = addressed(rows)
         first = pairs[0]
         self.first = first
@@ -29,7 +29,7 @@ class Call:
         self.dtype = accumulator(*first.tensors)
         scales = [[pair.scale, pair.teacher_scale] for pair in pairs]
         self.scales = to_device(scales, self.dtype, first.query)
-        self.valid = _stacked_masks(first.query, key_mask, query_mask)
+        self.valid = stacked_masks(first.query, key_mask, query_mask)
         batch, heads, tokens, dim = first.query.shape
         self.sizes = {
             "batch": batch,
@@ -53,7 +53,7 @@ class Call:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.first.query.device)
 
 
-def _near_rows(tensor: Tensor) -> Tensor:
+def near_rows(tensor: Tensor) -> Tensor:
     """`tensor`, whose rows of one head kernels find by 32-bit offsets; a copy if they lie apart."""
     return tensor if tensor.stride(2) * tensor.shape[2] < 1 << 31 else tensor.contiguous()
 
@@ -68,7 +68,7 @@ def type_constants(dtype: torch.dtype, teacher_dtype: torch.dtype) -> dict[str, 
     }
 
 
-def _stacked_masks(query: Tensor, key_mask: Tensor | None, query_mask: Tensor | None) -> Tensor:
+def stacked_masks(query: Tensor, key_mask: Tensor | None, query_mask: Tensor | None) -> Tensor:
     """uint8 `[2, batch, tokens]`: query rows, keys. A placeholder where nothing is masked."""
     device = query.device
     sides = (query_mask, key_mask)

@@ -1,0 +1,1 @@
+"""KL between attention summed over heads and the scores of a lightning indexer."""

@@ -241,14 +241,11 @@ def test_on_a_gpu_at_the_sizes_of_decoders(
     dtype: torch.dtype, dims: Any, form: str, kind: str
 ) -> None:
     states = formed(attention_states(2, 2, 4, 300, dims, dtype=dtype, device="cuda"), form)
-    mask = holes(2, 300).cuda()
-    for window in (None, 64):
-        options: dict[str, Any] = {"key_mask": mask, "kind": kind, "window": window}
-        given, expected = (
-            op_of(states, causal=True, **options),
-            exact(states, causal=True, **options),
-        )
-        assert max(errors(given, expected)) <= 8 * torch.finfo(dtype).eps
+    # each form and kind is compiled with a window or without, by dtype and size
+    window = 64 if (dtype == torch.float32) == (dims[0] == 64) else None
+    options: dict[str, Any] = {"key_mask": holes(2, 300).cuda(), "kind": kind, "window": window}
+    given, expected = op_of(states, causal=True, **options), exact(states, causal=True, **options)
+    assert max(errors(given, expected)) <= 8 * torch.finfo(dtype).eps
 
 
 @needs_gpu

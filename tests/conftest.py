@@ -67,6 +67,7 @@ SLOW_FILES = {
     "test_kernels_ops",
     "test_kernels_properties",
     "test_kernels_relation_divergence",
+    "test_kernels_short",
     "test_kernels_triton",
     "test_kernels_weighted_teacher",
     "test_models_checking",

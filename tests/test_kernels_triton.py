@@ -219,18 +219,19 @@ def test_launches_do_not_grow_with_pairs(
 
 @needs_gpu
 @EVERY_ALGORITHM
-@pytest.mark.parametrize("dims", [(26, 64), (64, 64)])
+@pytest.mark.parametrize(("dims", "tokens"), [((26, 64), 300), ((64, 64), 300), ((26, 64), 100)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_on_a_gpu_at_bert_sizes(
     dtype: torch.dtype,
     dims: Any,
+    tokens: int,
     algorithm: str,
     causal: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(triton_path, "causal_chunk", lambda dims: 128)
-    states = attention_states(2, 2, 12, 300, dims, dtype=dtype, device="cuda")
-    mask = masks(2, 300).cuda()
+    states = attention_states(2, 2, 12, tokens, dims, dtype=dtype, device="cuda")
+    mask = masks(2, tokens).cuda()
     given, expected = attention_both(
         states, key_mask=mask, query_mask=mask, algorithm=algorithm, causal=causal
     )

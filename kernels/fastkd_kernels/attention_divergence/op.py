@@ -1,14 +1,14 @@
 """Divergences of attention probabilities in linear memory: KL, reverse KL, JS, MSE, cosine, CE.
 
 Rows are reduced while they stream past, as in flash attention (arXiv 2205.14135), so no map of
-`[tokens, tokens]` is ever stored. The CPU makes loss and gradients in one sweep; Triton keeps a few
-floats a row and forms the tiles again in the backward. The road not taken: keeping the gradients of
-the forward on the GPU too, which would cost more memory traffic than the products.
+`[tokens, tokens]` is ever stored. The forward makes loss and gradients: a sequence that fits one
+program is read once; of a longer one tiles are made three times, for the rows' log-sum-exps, and
+for either gradient. The road not taken: gradients made in a backward of their own from statistics
+of the rows, which made every tile of a short sequence three times too.
 
 The registered op takes lists over layer pairs of one shape. `window` 0 is none. Soft caps are a
 list over pairs or None, sinks `[pairs, heads]` or None; both come divided by the temperature, as
-scales do. On PyTorch it makes unit gradients in the forward; on Triton it keeps four or five floats
-a query row, and a backward of its own makes the tiles once more.
+scales do.
 """
 
 from collections.abc import Sequence
@@ -105,7 +105,7 @@ def attention_divergence(
         TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
     """
     alike = check_states(student, teacher)
-    check_caps_and_sinks(student, teacher)
+    has_more = check_caps_and_sinks(student, teacher)
     batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
     check_choice("kind", kind, get_args(AttentionDivergenceKind))
@@ -158,10 +158,12 @@ def attention_divergence(
         losses: Tensor = made[0]
         return losses
 
-    keys = [
-        (alike or state_shapes(*pair), *((s.softcap is None, s.sinks is None) for s in pair))
-        for pair in zip(student, teacher, strict=True)
-    ]
+    keys: list[Any] = [True] * len(student)
+    if has_more or not alike:
+        keys = [
+            (state_shapes(*pair), *((s.softcap is None, s.sinks is None) for s in pair))
+            for pair in zip(student, teacher, strict=True)
+        ]
     loss = by_shape(keys, loss_of)
     return loss if student[0].query.dtype == torch.float64 else loss.float()
 

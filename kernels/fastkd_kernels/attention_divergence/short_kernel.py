@@ -48,6 +48,7 @@ def _short_kernel(
     GRAD_TYPE: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     KIND: tl.constexpr,
+    BITS: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -81,7 +82,7 @@ def _short_kernel(
     item = (tl.program_id(0) // programs).to(tl.int64)
     first = tl.program_id(0) % programs * program_heads
     row = table + pair * 16
-    sizes, units = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP)
+    sizes, units = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP, BITS)
     student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     queries = item_base(row, 0, item, TYPE)
@@ -130,20 +131,20 @@ def _short_kernel(
         lowest = tl.full([BLOCK_QUERY], float("-inf"), SUM_TYPE)
         max_student, sum_student, max_teacher, sum_teacher = lowest, nothing, lowest, nothing
         if SINK:
-            student_sink, teacher_sink = load_sinks(sinks, pair, head, heads)
+            student_sink, teacher_sink = load_sinks(sinks, pair, head, heads, BITS)
             max_student, sum_student = nothing + power * student_sink, nothing + 1.0
             max_teacher, sum_teacher = nothing + power * teacher_sink, nothing + 1.0
         max_student, sum_student = add_exponentials(
-            student_capped, power * units[0], seen, max_student, sum_student, MASKED
+            student_capped, power * units[0], seen, max_student, sum_student, MASKED, BITS
         )
         max_teacher, sum_teacher = add_exponentials(
-            teacher_capped, power * units[1], seen, max_teacher, sum_teacher, MASKED
+            teacher_capped, power * units[1], seen, max_teacher, sum_teacher, MASKED, BITS
         )
-        max_student, log_student = shift_of(max_student) / power, log_sum(sum_student) / power
-        max_teacher, log_teacher = shift_of(max_teacher) / power, log_sum(sum_teacher) / power
+        max_student, log_student = shift_of(max_student) / power, log_sum(sum_student, BITS) / power
+        max_teacher, log_teacher = shift_of(max_teacher) / power, log_sum(sum_teacher, BITS) / power
         log_p = below(student_capped, units[0], max_student[:, None]) - log_student[:, None]
         log_t = below(teacher_capped, units[1], max_teacher[:, None]) - log_teacher[:, None]
-        terms, weighted, point, p = outcome_terms(log_p, log_t, seen, KIND, MASKED)
+        terms, weighted, point, p = outcome_terms(log_p, log_t, seen, KIND, MASKED, BITS)
         value = tl.sum(without_hidden(terms, seen, KIND, MASKED), 1)
         constant = value
         if KIND != "kl" and KIND != "cross_entropy":
@@ -155,6 +156,7 @@ def _short_kernel(
                 m_query,
                 KIND,
                 False,
+                BITS,
             )
             value += sink_value
             constant += sink_constant

@@ -1,8 +1,10 @@
 # mypy: ignore-errors
-"""Tiles of attention divergences: scores in bits, what their outcomes add, and slopes.
+"""Tiles of attention divergences: logs of probabilities, what outcomes add, and slopes.
 
 A product of a score and its scale is rounded in one place and not in another, as the compiler
 chooses, and rows of large scores would not add up to 1: each is a `tl.fma` of the score itself.
+With BITS, logs are to base 2, which saves a product for every exponential; scales in bits are
+rounded once more, which half precision does not notice.
 
 MASKED says that a tile can have entries that no row sees. Nothing here reads or writes memory but
 `raw_sizes`.
@@ -12,38 +14,53 @@ import triton
 import triton.language as tl
 
 from ..common.attention_jit import LOG2E, sizes_of
-from ..common.divergences_jit import divergence_slopes, terms_of
+from ..common.divergences_jit import divergence_slopes, power_of, terms_of
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP: tl.constexpr, TEACHER_CAP: tl.constexpr):
-    """`sizes_of` for scores as they are, before a scale, and what makes bits of them.
+def raw_sizes(
+    scales,
+    pair,
+    dim,
+    teacher_dim,
+    STUDENT_CAP: tl.constexpr,
+    TEACHER_CAP: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """`sizes_of` for scores as they are, before a scale, and what makes logs of them.
 
     Scores of a capped side are scaled, since their cap is in their unit.
     """
     student, teacher = sizes_of(scales, pair, dim, teacher_dim)
-    bits = student[1] * LOG2E
-    teacher_bits = teacher[1] * LOG2E
+    unit = student[1]
+    teacher_unit = teacher[1]
     scale = 1.0
     teacher_scale = 1.0
     if STUDENT_CAP:
         scale = student[1]
-        bits = tl.full([], LOG2E, bits.dtype)
+        unit = tl.full([], 1.0, unit.dtype)
     if TEACHER_CAP:
         teacher_scale = teacher[1]
-        teacher_bits = tl.full([], LOG2E, teacher_bits.dtype)
-    return ((dim, scale), (teacher_dim, teacher_scale)), (bits, teacher_bits)
+        teacher_unit = tl.full([], 1.0, teacher_unit.dtype)
+    if BITS:
+        unit *= LOG2E
+        teacher_unit *= LOG2E
+    return ((dim, scale), (teacher_dim, teacher_scale)), (unit, teacher_unit)
 
 
 @triton.jit
-def outcome_terms(log_p, log_t, seen, KIND: tl.constexpr, MASKED: tl.constexpr):
-    """`divergence_terms` of outcomes from logs in bits; of hidden ones, those of two equal logs."""
+def outcome_terms(log_p, log_t, seen, KIND: tl.constexpr, MASKED: tl.constexpr, BITS: tl.constexpr):
+    """`divergence_terms` of outcomes; of hidden ones, those of two equal logs."""
     if MASKED:
         log_p, log_t = tl.where(seen, log_p, 0.0), tl.where(seen, log_t, 0.0)
-    ratio = (log_p - log_t) * LN2
-    return terms_of(tl.exp2(log_p), tl.exp2(log_t), log_p * LN2, ratio, (0.5, 0.5), KIND, 0, True)
+    p, t = power_of(log_p, BITS), power_of(log_t, BITS)
+    ratio = log_p - log_t
+    if BITS:
+        ratio *= LN2
+        log_p *= LN2
+    return terms_of(p, t, log_p, ratio, (0.5, 0.5), KIND, 0, True)
 
 
 @triton.jit
@@ -55,17 +72,19 @@ def without_hidden(terms, seen, KIND: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def slopes_of(log_p, log_t, constant, seen, KIND: tl.constexpr, MASKED: tl.constexpr):
+def slopes_of(
+    log_p, log_t, constant, seen, KIND: tl.constexpr, MASKED: tl.constexpr, BITS: tl.constexpr
+):
     """`dL/da` of a tile, of either orientation; 0 where a key is hidden."""
-    _, _, point, p = outcome_terms(log_p, log_t, seen, KIND, MASKED)
+    _, _, point, p = outcome_terms(log_p, log_t, seen, KIND, MASKED, BITS)
     slopes = divergence_slopes(p, point, constant, (0.5, 0.5), KIND)
     return without_hidden(slopes, seen, KIND, MASKED)
 
 
 @triton.jit
-def sums_of(log_p, log_t, seen, KIND: tl.constexpr, MASKED: tl.constexpr):
+def sums_of(log_p, log_t, seen, KIND: tl.constexpr, MASKED: tl.constexpr, BITS: tl.constexpr):
     """Parts of the value and of the row constant, summed over the keys of one tile."""
-    value, weighted, _, _ = outcome_terms(log_p, log_t, seen, KIND, MASKED)
+    value, weighted, _, _ = outcome_terms(log_p, log_t, seen, KIND, MASKED, BITS)
     value = without_hidden(value, seen, KIND, MASKED)
     return tl.sum(value, 1), tl.sum(without_hidden(weighted, seen, KIND, MASKED), 1)
 

@@ -3,11 +3,11 @@
 
 Sizes are those of `attention_score_mse/triton_kernels.py`, prefixes and the rows of `table` and
 `valid` those of `common/attention_jit.py`; here `scales` are divided by the temperature, and valid
-query rows are those that count. Scores and their logs are in bits, since `exp2` is what the
-hardware has. `stats` `[pairs, 4 or 5, batch, heads, tokens]` holds, for each query row, the maximum
-of the student's scores and the log of their sum of exponentials below it, the same of the teacher
-(cosine: half of both, of the doubled scores) and, where the gradient needs one, the row's constant.
-Maximum and log are kept apart because their sum would be rounded.
+query rows are those that count. Logs are in bits with BITS. `stats`
+`[pairs, 4 or 5, batch, heads, tokens]` holds, for each query row, the maximum of the student's
+scores and the log of their sum of exponentials below it, the same of the teacher (cosine: half of
+both, of the doubled scores) and, where the gradient needs one, the row's constant. Maximum and log
+are kept apart because their sum would be rounded.
 
 `caps` `[pairs, 2]` are soft caps, student and teacher, and `sinks` `[pairs, 2, heads]` the logits
 that join every row's softmax; both are divided by the temperature. STUDENT_CAP, TEACHER_CAP and
@@ -76,6 +76,7 @@ def _rows_kernel(
     TEACHER_TYPE: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     KIND: tl.constexpr,
+    BITS: tl.constexpr,
     STATS: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
@@ -103,7 +104,7 @@ def _rows_kernel(
     """
     pair, block, item, head = program_rows(heads, tokens, BLOCK_QUERY)
     row = table + pair * 16
-    sizes, units = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP)
+    sizes, units = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP, BITS)
     student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
@@ -123,7 +124,7 @@ def _rows_kernel(
     lowest = tl.full([BLOCK_QUERY], float("-inf"), SUM_TYPE)
     max_student, sum_student, max_teacher, sum_teacher = lowest, nothing, lowest, nothing
     if SINK:
-        student_sink, teacher_sink = load_sinks(sinks, pair, head, heads)
+        student_sink, teacher_sink = load_sinks(sinks, pair, head, heads, BITS)
         max_student, sum_student = nothing + power * student_sink, nothing + 1.0
         max_teacher, sum_teacher = nothing + power * teacher_sink, nothing + 1.0
     for start in range(first, end, BLOCK_KEY):
@@ -140,13 +141,13 @@ def _rows_kernel(
         student_capped = soft_cap(student_scores, student_cap, STUDENT_CAP)
         teacher_capped = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
         max_student, sum_student = add_exponentials(
-            student_capped, power * units[0], seen, max_student, sum_student, MASKED
+            student_capped, power * units[0], seen, max_student, sum_student, MASKED, BITS
         )
         max_teacher, sum_teacher = add_exponentials(
-            teacher_capped, power * units[1], seen, max_teacher, sum_teacher, MASKED
+            teacher_capped, power * units[1], seen, max_teacher, sum_teacher, MASKED, BITS
         )
-    max_student, log_student = shift_of(max_student) / power, log_sum(sum_student) / power
-    max_teacher, log_teacher = shift_of(max_teacher) / power, log_sum(sum_teacher) / power
+    max_student, log_student = shift_of(max_student) / power, log_sum(sum_student, BITS) / power
+    max_teacher, log_teacher = shift_of(max_teacher) / power, log_sum(sum_teacher, BITS) / power
     value = nothing
     constant = nothing
     if WRITE_VALUES:
@@ -157,6 +158,7 @@ def _rows_kernel(
                 m_query,
                 KIND,
                 False,
+                BITS,
             )
         for start in range(first, end, BLOCK_KEY):
             o_key = start + tl.arange(0, BLOCK_KEY)
@@ -179,6 +181,7 @@ def _rows_kernel(
                 seen,
                 KIND,
                 MASKED,
+                BITS,
             )
             value += tile_value
             constant += tile_constant
@@ -224,6 +227,7 @@ def _dq_kernel(
     GRAD_TYPE: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     KIND: tl.constexpr,
+    BITS: tl.constexpr,
     STATS: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
@@ -252,7 +256,7 @@ def _dq_kernel(
     dim = dim // ALIGN * ALIGN
     pair, block, item, head = program_rows(heads, tokens, BLOCK_QUERY)
     row = table + pair * 16
-    sizes, units = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP)
+    sizes, units = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP, BITS)
     student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
@@ -290,6 +294,7 @@ def _dq_kernel(
             seen,
             KIND,
             MASKED,
+            BITS,
         )
         if STATS == 4:
             value += tl.sum(terms, 1)
@@ -305,13 +310,14 @@ def _dq_kernel(
     weight = tl.load(weights + item)
     program = pair * tl.num_programs(0) + tl.program_id(0)
     if SINK:
-        student_sink, teacher_sink = load_sinks(sinks, pair, head, heads)
+        student_sink, teacher_sink = load_sinks(sinks, pair, head, heads, BITS)
         sink_value, _, sink_point, sink_share = outcome_terms(
             student_sink - max_student - log_student,
             teacher_sink - max_teacher - log_teacher,
             m_query,
             KIND,
             False,
+            BITS,
         )
         value += sink_value
         sink_slopes = divergence_slopes(sink_share, sink_point, constant, (0.5, 0.5), KIND)
@@ -357,6 +363,7 @@ def _dk_kernel(
     GRAD_TYPE: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     KIND: tl.constexpr,
+    BITS: tl.constexpr,
     STATS: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
@@ -384,7 +391,7 @@ def _dk_kernel(
     dim = dim // ALIGN * ALIGN
     pair, block, item, kv_head = program_rows(kv_heads, tokens, BLOCK_KEY)
     row = table + pair * 16
-    sizes, units = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP)
+    sizes, units = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP, BITS)
     student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_key = block * BLOCK_KEY + tl.arange(0, BLOCK_KEY)
@@ -432,6 +439,7 @@ def _dk_kernel(
                 seen,
                 KIND,
                 MASKED,
+                BITS,
             )
             if STUDENT_CAP:
                 slopes *= cap_slope(student_scores, student_cap)

@@ -113,9 +113,10 @@ def divergence_launch(
 
 
 def kernel_types(dtype: torch.dtype, teacher_dtype: torch.dtype) -> dict[str, Any]:
-    """And the type in which slopes enter their product."""
+    """And the type in which slopes enter their product, and whether logs are in bits."""
     made = type_constants(dtype, teacher_dtype)
-    return made | {"GRAD_TYPE": TYPES[product_dtype(dtype)]}
+    bits = all(of in (torch.bfloat16, torch.float16) for of in (dtype, teacher_dtype))
+    return made | {"GRAD_TYPE": TYPES[product_dtype(dtype)], "BITS": bits}
 
 
 class _Softmax:

@@ -258,10 +258,15 @@ def load_cap(caps, pair, side: tl.constexpr, CAP: tl.constexpr):
 
 
 @triton.jit
-def load_sinks(sinks, pair, head, heads):
-    """The sinks of student and teacher of one head in `[pairs, 2, heads]`, in bits."""
+def load_sinks(sinks, pair, head, heads, BITS: tl.constexpr):
+    """The sinks of student and teacher of one head in `[pairs, 2, heads]`, with BITS in bits."""
     base = sinks + pair * 2 * heads + head
-    return tl.load(base) * LOG2E, tl.load(base + heads) * LOG2E
+    student = tl.load(base)
+    teacher = tl.load(base + heads)
+    if BITS:
+        student *= LOG2E
+        teacher *= LOG2E
+    return student, teacher
 
 
 @triton.jit
@@ -338,13 +343,17 @@ def queries_seeing(
 
 @triton.jit
 def soft_cap(score, cap, CAP: tl.constexpr):
-    """`cap * tanh(score / cap)`; the scores as they are without CAP."""
+    """`cap * tanh(score / cap)`; the scores as they are without CAP.
+
+    Sums of products are spelled `tl.fma`: what the compiler fused on one side alone would stay in
+    the difference of a student and a teacher that are close.
+    """
     if CAP:
         x = score * (1.0 / cap)
         e = tl.exp(-2.0 * tl.abs(x))
-        reached = cap * (1.0 - 2.0 * e / (1.0 + e))
+        reached = cap * tl.fma(-2.0 * e, 1.0 / (1.0 + e), tl.full(x.shape, 1.0, x.dtype))
         # near 0 a small correction of the score, whose digits 1 - e would lose
-        near = score + score * tanh_excess(x * x)
+        near = tl.fma(score, tanh_excess(x * x), score)
         return tl.where(tl.abs(x) < 0.625, near, tl.where(score < 0.0, -reached, reached))
     else:
         return score
@@ -359,8 +368,10 @@ def tanh_excess(q):
         bottom = (q + 1.12811678491632931402e2) * q + 2.23548839060100448583e3
         return q * top / (bottom * q + 4.84406305325125486048e3)
     else:
-        term = 2.06390887954e-2 + q * -5.70498872745e-3
-        return q * (-3.33332819422e-1 + q * (1.33314422036e-1 + q * (-5.37397155531e-2 + q * term)))
+        term = tl.fma(q, -5.70498872745e-3, 2.06390887954e-2)
+        term = tl.fma(q, term, -5.37397155531e-2)
+        term = tl.fma(q, term, 1.33314422036e-1)
+        return q * tl.fma(q, term, -3.33332819422e-1)
 
 
 @triton.jit

@@ -192,20 +192,33 @@ def below(scores, unit, shift):
 
 
 @triton.jit
-def add_exponentials(scores, unit, seen, maximum, total, MASKED: tl.constexpr):
-    """Online log-sum-exp: maximum and sum of each row with one more tile of `scores unit`, bits."""
-    bits = scores * unit
-    if MASKED:
-        bits = tl.where(seen, bits, float("-inf"))
-    new = tl.maximum(maximum, tl.max(bits, 1))
-    shift = shift_of(new)
-    exponentials = tl.exp2(below(scores, unit, shift[:, None]))
-    if MASKED:
-        exponentials = tl.where(seen, exponentials, 0.0)
-    return new, total * tl.exp2(maximum - shift) + tl.sum(exponentials, 1)
+def power_of(x, BITS: tl.constexpr):
+    """`2^x` with BITS, `e^x` without; the first is what the hardware has."""
+    if BITS:
+        return tl.exp2(x)
+    else:
+        return tl.exp(x)
 
 
 @triton.jit
-def log_sum(total):
-    """Bits of a row's sum of exponentials; 0 for a row that saw nothing."""
-    return tl.log2(tl.where(total > 0.0, total, 1.0))
+def add_exponentials(scores, unit, seen, maximum, total, MASKED: tl.constexpr, BITS: tl.constexpr):
+    """Online log-sum-exp: maximum and sum of each row with one more tile of `scores unit`."""
+    scaled = scores * unit
+    if MASKED:
+        scaled = tl.where(seen, scaled, float("-inf"))
+    new = tl.maximum(maximum, tl.max(scaled, 1))
+    shift = shift_of(new)
+    exponentials = power_of(below(scores, unit, shift[:, None]), BITS)
+    if MASKED:
+        exponentials = tl.where(seen, exponentials, 0.0)
+    return new, total * power_of(maximum - shift, BITS) + tl.sum(exponentials, 1)
+
+
+@triton.jit
+def log_sum(total, BITS: tl.constexpr):
+    """Log of a row's sum of exponentials; 0 for a row that saw nothing."""
+    total = tl.where(total > 0.0, total, 1.0)
+    if BITS:
+        return tl.log2(total)
+    else:
+        return tl.log(total)

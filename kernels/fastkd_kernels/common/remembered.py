@@ -51,7 +51,8 @@ class Recent(Generic[Value]):
             self.young, self.old = {}, self.young
         self.young[key] = value
 
-    def forget(self, key: Hashable) -> None:
+    def forget(self, key: Hashable, _: object = None) -> None:
+        """Also what a weak reference calls when its object has died."""
         self.young.pop(key, None)
         self.old.pop(key, None)
 
@@ -160,11 +161,8 @@ def remembered(
         value: Value = found.value
         return value
     value = make()
-    forget = partial(_forget, key)
+    # bound to the cache, which is still there when the interpreter ends
+    forget = partial(_made.forget, key)
     refs = [weakref.ref(source, forget) for source in sources if source is not None]
     _made.put(key, _Made(refs, state, value))
     return value
-
-
-def _forget(key: Hashable, _: Any) -> None:
-    _made.forget(key)

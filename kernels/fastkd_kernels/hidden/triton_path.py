@@ -158,7 +158,7 @@ def hidden_forward(
     valid = _bytes(mask, student[0].device)
     aligns = dict(zip(("ALIGN", "TEACHER_ALIGN", "WEIGHT_ALIGN"), alignments, strict=False))
     # both gradients of a projection, from the residual
-    library = bool(weight) and library_products.takes(residual, weight[0], student[0])
+    library = bool(weight) and store and library_products.takes(residual, weight[0], student[0])
     exact = {**blocks, "PRECISION": launch.constants["PRECISION"]}
     made = {**blocks, "PRECISION": launch.constants["GRAD_PRECISION"]}
     for first in range(0, rows, chunk):

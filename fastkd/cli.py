@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 import fastkd
-from fastkd.errors import DiskError, Interrupted, LostRank, UserError
+from fastkd.errors import Interrupted, LostRank, RankError, UserError
 from fastkd.extras import need
 from fastkd.files.disk import disk_errors, write_whole
 from fastkd.recipe import load_any_recipe, load_finetune_recipe, load_recipe
@@ -185,7 +185,7 @@ def main() -> None:
     try:
         with signals_raised(), disk_errors(None, "run the command again"):
             app(prog_name="fastkd")
-    except DiskError as error:
+    except RankError as error:
         _fail(str(error), 2, alone=True)
     except UserError as error:
         _fail(str(error), 2)

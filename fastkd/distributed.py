@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from fastkd.errors import LostRank, UserError
+from fastkd.errors import LostRank, RankError, UserError
 from fastkd.signals import Signalled, stop_signals
 
 T = TypeVar("T")
@@ -203,6 +203,7 @@ def start_ranks() -> Ranks:
 
     Raises:
         UserError: the environment gives a timeout that is none, see `fastkd.distributed`.
+        RankError: this rank has no GPU where the first has one.
     """
     gpu = torch.cuda.is_available()
     if not gpu:
@@ -211,7 +212,7 @@ def start_ranks() -> Ranks:
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
     if gpu and local_rank >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise UserError(
+        raise RankError(
             f"rank {local_rank} of this machine has no GPU of its own, of which there are {found}; "
             f"start one rank a GPU (--nproc-per-node={found}), or hide the GPUs with "
             "CUDA_VISIBLE_DEVICES= to run on CPUs"

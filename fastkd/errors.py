@@ -17,8 +17,12 @@ class UserError(ValueError):
         super().__init__(line if len(line) <= _LONGEST else cut)
 
 
-class DiskError(UserError):
-    """A disk that failed this process: of several ranks perhaps one alone, which must say so."""
+class RankError(UserError):
+    """A mistake that of several ranks perhaps one alone finds, which must say so."""
+
+
+class DiskError(RankError):
+    """A disk that failed this process."""
 
 
 class Interrupted(Exception):

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny_models import VOCABULARY, save_teacher, tiny_tokenizer
 from tiny_runs import make_recipe, run_command, run_script, run_variants
 from transformers import AutoModel, XLNetConfig
 
+from fastkd import cli
 from fastkd.cli import main
+from fastkd.distributed import start_ranks
 
 
 @pytest.fixture
@@ -241,3 +244,20 @@ def test_doctor_estimates_a_recipe_and_writes_no_run(recipe: Path) -> None:
     for expected in ("deepspeed", "teacher parameters", "optimiser", "tokens in the corpus"):
         assert expected in done.stdout
     assert not (recipe.parent / "run").exists()
+
+
+def test_a_rank_without_a_gpu_says_so_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first rank, which speaks for all where they fail alike, has one."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(cli, "app", lambda **_: start_ranks())
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fastkd: rank 1 of this machine has no GPU of its own")
+    assert said.count("\n") == 1

@@ -16,6 +16,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 WORKLOADS = {
     "attention": "bert-base-to-tinybert-4-128",
     "hidden": "bert-base-to-tinybert-4",
+    "indexer": "indexer-gqa-2048",
     "logits": "logits-32k-2048",
     "relation": "minilm-6-to-3-128",
 }

@@ -14,6 +14,7 @@ from benchmarks.gpu.memcheck import CALLED
 WORKLOADS = {
     "attention": ("bert-base-to-tinybert-4-128", "llama-like-2048"),
     "hidden": ("bert-base-to-tinybert-4", "minilm-6-to-3"),
+    "indexer": ("indexer-gqa-2048", "indexer-mla-2048"),
     "logits": ("logits-32k-2048",),
     "relation": ("minilm-6-to-3-128",),
 }

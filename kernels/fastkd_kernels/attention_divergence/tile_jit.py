@@ -13,10 +13,8 @@ MASKED says that a tile can have entries that no row sees. Nothing here reads or
 import triton
 import triton.language as tl
 
-from ..common.attention_jit import LOG2E, sizes_of
+from ..common.attention_jit import LN2, LOG2E, sizes_of
 from ..common.divergences_jit import divergence_slopes, power_of, terms_of
-
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

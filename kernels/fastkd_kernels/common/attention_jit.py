@@ -12,6 +12,7 @@ import triton.language as tl
 from .wide_loads import load_wide, store_wide
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_indexers, check_mask, resolve_backend
+from ..checks import check_mask, resolve_backend
 from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled, value_of
 from ..common.counted_rows import counted_rows
 from ..common.remembered import remembered
 from ..common.rescale import waiting_dtype
 from ..types import AttentionState, Backend, IndexerState
 from . import torch_path
+from .checks import check_indexers
 from .torch_path import Pair
 
 MAX_INDEX_DIM = 256

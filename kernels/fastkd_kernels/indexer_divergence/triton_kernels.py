@@ -6,7 +6,7 @@ query and key, and the indexer's weights as `[batch, 1, tokens, index_heads]`: a
 of batch, head and token. `valid` and prefixes are those of `common/attention_jit.py`; valid query
 rows are those that count. `scales` `[pairs]` are the teacher's, `caps` `[pairs]` its soft caps,
 which are read with CAP alone. `sums` `[pairs, batch, heads, tokens]` are the log-sum-exps of the
-teacher's rows, in bits as all logs here, since `exp2` is what the hardware has.
+teacher's rows. Logs are in bits with BITS.
 
 Rows of all items are numbered through, with `padded` for each, a multiple of ROWS; a chunk are
 `rows` of them from `first`, also multiples of ROWS. `workspace` `[pairs, 2, rows, padded]` holds
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ..common.attention_jit import (
+    LN2,
     LOG2E,
     head_base,
     item_base,
@@ -32,10 +33,8 @@ from ..common.attention_jit import (
     visible,
     whole_rows,
 )
-from ..common.divergences_jit import add_exponentials, below, log_sum, shift_of, terms_of
+from ..common.divergences_jit import add_exponentials, below, log_sum, power_of, shift_of, terms_of
 from ..common.wide_loads import load_wide, store_wide
-
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -65,16 +64,19 @@ def load_weights(side, head, o_query, m_query, SUM_TYPE: tl.constexpr):
 
 
 @triton.jit
-def teacher_scale(scales, pair, CAP: tl.constexpr):
-    """What multiplies the teacher's products, and what makes bits of them then.
+def teacher_scale(scales, pair, CAP: tl.constexpr, BITS: tl.constexpr):
+    """What multiplies the teacher's products, and what makes logs of them then.
 
     Capped ones are scaled first, since their cap is in their unit.
     """
-    scale = tl.load(scales + pair)
+    unit = tl.load(scales + pair)
+    scale = 1.0
     if CAP:
-        return scale, tl.full([], LOG2E, scale.dtype)
-    else:
-        return 1.0, scale * LOG2E
+        scale = unit
+        unit = tl.full([], 1.0, unit.dtype)
+    if BITS:
+        unit *= LOG2E
+    return scale, unit
 
 
 @triton.jit
@@ -91,6 +93,7 @@ def _head_sums_kernel(
     teacher_dim,
     TEACHER_TYPE: tl.constexpr,
     SUM_TYPE: tl.constexpr,
+    BITS: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
     BLOCK_TEACHER_DIM: tl.constexpr,
@@ -107,7 +110,7 @@ def _head_sums_kernel(
     """
     pair, block, item, head = program_rows(heads, tokens, BLOCK_QUERY)
     row = table + pair * 20
-    scale, bits = teacher_scale(scales, pair, CAP)
+    scale, unit = teacher_scale(scales, pair, CAP, BITS)
     cap = tl.load(caps + pair)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
     m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
@@ -130,9 +133,9 @@ def _head_sums_kernel(
         )
         seen = visible(o_query[:, None], o_key[None, :], m_key[None, :], 0, CAUSAL, False)
         tile = soft_cap(tile, cap, CAP)
-        maximum, total = add_exponentials(tile, bits, seen, maximum, total, True)
+        maximum, total = add_exponentials(tile, unit, seen, maximum, total, True, BITS)
     out = sums + ((pair * batch + item) * heads + head) * tokens + o_query
-    tl.store(out, shift_of(maximum) + log_sum(total), mask=o_query < tokens)
+    tl.store(out, shift_of(maximum) + log_sum(total, BITS), mask=o_query < tokens)
 
 
 @triton.jit
@@ -157,6 +160,7 @@ def _scores_kernel(
     TEACHER_TYPE: tl.constexpr,
     WEIGHT_TYPE: tl.constexpr,
     SUM_TYPE: tl.constexpr,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -188,7 +192,7 @@ def _scores_kernel(
         is_seen = first_key < start + ROWS
     if is_seen:
         o_local = local + tl.arange(0, ROWS)
-        scale, bits = teacher_scale(scales, pair, CAP)
+        scale, unit = teacher_scale(scales, pair, CAP, BITS)
         cap = tl.load(caps + pair)
         query_side = item_base(row, 2, item, TEACHER_TYPE)
         key_side = item_base(row, 3, item, TEACHER_TYPE)
@@ -216,9 +220,11 @@ def _scores_kernel(
                 queries, keys, teacher_dim, scale, CHUNK, SUM_TYPE, TEACHER_ALIGN, SCORE_PRECISION
             )
             log_sums = tl.load(of_item + head * tokens + o_query, mask=o_query < tokens, other=0.0)
-            b_target += tl.exp2(below(soft_cap(tile, cap, CAP), bits, log_sums[:, None]))
+            capped = soft_cap(tile, cap, CAP)
+            b_target += power_of(below(capped, unit, log_sums[:, None]), BITS)
         # a key that no head looks at has the least probability, not none
-        b_target = tl.log2(tl.maximum(b_target, 1.17549435e-38))
+        b_target = tl.maximum(b_target, 1.17549435e-38)
+        b_target = tl.log2(b_target) if BITS else tl.log(b_target)
         out = workspace_rows(workspace, 0, pair, rows, padded, o_local)
         tl.store(out[:, None] + o_key[None, :], b_target)
         keys = rows_at(
@@ -249,6 +255,7 @@ def _rows_kernel(
     first,
     rows,
     SUM_TYPE: tl.constexpr,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
@@ -280,17 +287,18 @@ def _rows_kernel(
     lowest = tl.full([BLOCK_ROW], float("-inf"), SUM_TYPE)
     nothing = tl.zeros([BLOCK_ROW], SUM_TYPE)
     max_t, sum_t, max_p, sum_p = lowest, nothing, lowest, nothing
-    one, bits = tl.full([], 1.0, SUM_TYPE), tl.full([], LOG2E, SUM_TYPE)
+    one = tl.full([], 1.0, SUM_TYPE)
+    unit = one * LOG2E if BITS else one
     for start_key in range(0, end, BLOCK_KEY):
         o_key = start_key + tl.arange(0, BLOCK_KEY)
         m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
         seen = visible(o_query[:, None], o_key[None, :], m_key[None, :], 0, CAUSAL, False)
         b_target = load_wide(target_at, m_every, o_key, end, wide)
         b_scores = load_wide(scores_at, m_every, o_key, end, wide)
-        max_t, sum_t = add_exponentials(b_target, one, seen, max_t, sum_t, True)
-        max_p, sum_p = add_exponentials(b_scores, bits, seen, max_p, sum_p, True)
-    max_t, log_t_sum = shift_of(max_t), log_sum(sum_t)
-    max_p, log_p_sum = shift_of(max_p), log_sum(sum_p)
+        max_t, sum_t = add_exponentials(b_target, one, seen, max_t, sum_t, True, BITS)
+        max_p, sum_p = add_exponentials(b_scores, unit, seen, max_p, sum_p, True, BITS)
+    max_t, log_t_sum = shift_of(max_t), log_sum(sum_t, BITS)
+    max_p, log_p_sum = shift_of(max_p), log_sum(sum_p, BITS)
     value = nothing
     for start_key in range(0, end, BLOCK_KEY):
         o_key = start_key + tl.arange(0, BLOCK_KEY)
@@ -299,20 +307,15 @@ def _rows_kernel(
         b_target = load_wide(target_at, m_every, o_key, end, wide)
         b_scores = load_wide(scores_at, m_every, o_key, end, wide)
         log_t = below(b_target, one, max_t[:, None]) - log_t_sum[:, None]
-        log_p = below(b_scores, bits, max_p[:, None]) - log_p_sum[:, None]
+        log_p = below(b_scores, unit, max_p[:, None]) - log_p_sum[:, None]
         # of hidden keys two equal logs, whose terms are 0
         log_t, log_p = tl.where(seen, log_t, 0.0), tl.where(seen, log_p, 0.0)
         # (p - t) - t log(p / t), which is small with the result, and p - t
-        terms, _weighted, slopes, _p = terms_of(
-            tl.exp2(log_p),
-            tl.exp2(log_t),
-            log_p * LN2,
-            (log_p - log_t) * LN2,
-            (0.5, 0.5),
-            "kl",
-            SMALL,
-            True,
-        )
+        p, t = power_of(log_p, BITS), power_of(log_t, BITS)
+        ratio = log_p - log_t
+        if BITS:
+            ratio *= LN2
+        terms, _weighted, slopes, _p = terms_of(p, t, log_p, ratio, (0.5, 0.5), "kl", SMALL, True)
         value += tl.sum(terms, 1)
         if NEED_GRAD:
             m_out = m_every[:, None] & (o_key < end)[None, :]

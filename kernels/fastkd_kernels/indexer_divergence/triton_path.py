@@ -184,8 +184,10 @@ class Call:
 def type_constants(
     dtype: torch.dtype, teacher_dtype: torch.dtype, weight_dtype: torch.dtype, total: torch.dtype
 ) -> dict[str, Any]:
-    """`tl.constexpr` types by name."""
+    """`tl.constexpr` types by name, and whether logs are in bits."""
+    narrow = (torch.bfloat16, torch.float16)
     return {
+        "BITS": dtype in narrow and teacher_dtype in narrow,
         "TYPE": TYPES[dtype],
         "TEACHER_TYPE": TYPES[teacher_dtype],
         "WEIGHT_TYPE": TYPES[weight_dtype],
@@ -235,7 +237,7 @@ def forward(
 
 
 def _log_sums(call: Call, pairs: list[Pair]) -> Tensor:
-    """Bits to take off the teacher's scores before `exp2`, `[pairs, batch, heads, tokens]`.
+    """What to take off the logs of the teacher's scores, `[pairs, batch, heads, tokens]`.
 
     The log-sum-exp of a row and its sink, less a number that is the same for all heads of a row and
     so drops out of the target: the largest share of a head that its keys hold. Where sinks take all
@@ -250,8 +252,10 @@ def _log_sums(call: Call, pairs: list[Pair]) -> Tensor:
     if pairs[0].teacher_sinks is None:
         return sums
     sinks = torch.stack([pair.teacher_sinks for pair in pairs if pair.teacher_sinks is not None])
-    share = -softplus(sinks[:, None, :, None] - sums * math.log(2.0), threshold=40.0)
-    return sums + (share.amax(2, keepdim=True) - share) / math.log(2.0)
+    # logs are in bits
+    unit = math.log(2.0) if call.constants["BITS"] else 1.0
+    share = -softplus(sinks[:, None, :, None] - sums * unit, threshold=40.0)
+    return sums + (share.amax(2, keepdim=True) - share) / unit
 
 
 def _score(

@@ -40,7 +40,7 @@ from logits_cases import logits_case, tensors_of
 # the first calls compile
 WARM_UP = 5
 CALLS = 20
-ROUNDS = 15
+ROUNDS = 20
 # microseconds of the loop of Python that every median is scaled to
 YARDSTICK = 50.0
 PAIRS = 4

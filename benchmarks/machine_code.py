@@ -34,6 +34,8 @@ DTYPES = (torch.bfloat16, torch.float32)
 # whose bf16 code is read: what sm_100's products are is not in their instructions, and for gfx942
 # Triton has no disassembler
 DISASSEMBLED: tuple[Target, ...] = (("cuda", 80), ("cuda", 90))
+# where the code's least time is predicted, in bf16
+PREDICTED_ON: tuple[Target, ...] = (("cuda", 80), ("cuda", 90))
 # what the quick run makes in fp32: the tightest of both vendors
 QUICK_FLOAT32: tuple[Target, ...] = (("cuda", 80), ("hip", "gfx942"))
 # the tensor-core instruction that a product of bf16 blocks should become
@@ -188,14 +190,18 @@ class Wanted(NamedTuple):
 
 
 def wanted(ops: Iterable[str], *, everything: bool) -> Iterator[Wanted]:
-    """All jobs of the ops' workloads; without `everything`, those that CI compiles."""
+    """All jobs of the ops' workloads; without `everything`, those that CI compiles.
+
+    All workloads where times are predicted, those of CI elsewhere: fp32, and other targets.
+    """
     from benchmarks.launches import OPS, jobs_of
 
     for (turn, target), dtype, op in itertools.product(enumerate(TARGETS), DTYPES, ops):
         named = {work.name: work for work in OPS[op].WORKLOADS}
+        all_of_them = everything and dtype == torch.bfloat16 and target in PREDICTED_ON
         jobs = {
             name: list(jobs_of(op, named[name], dtype, target))
-            for name in (named if everything else OPS[op].QUICK)
+            for name in (named if all_of_them else OPS[op].QUICK)
         }
         if not everything:
             jobs = quick_jobs(jobs, dtype, target, turn)

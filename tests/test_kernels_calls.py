@@ -255,7 +255,7 @@ def test_every_op_asks_for_its_gpu(mode: Any, monkeypatch: Any) -> None:
     else:
         with mode(display=False):
             step(masks(BATCH, TOKENS).to(DEVICE))
-    assert asked == ["_divergence", "_backward"]
+    assert asked == ["_divergence", "_rescaled"]
 
 
 class Compiled:

@@ -53,12 +53,11 @@ def outcome_terms(log_p, log_t, seen, KIND: tl.constexpr, MASKED: tl.constexpr, 
     """`divergence_terms` of outcomes; of hidden ones, those of two equal logs."""
     if MASKED:
         log_p, log_t = tl.where(seen, log_p, 0.0), tl.where(seen, log_t, 0.0)
+    # in this order the compiler needs the fewest registers
+    unit: tl.constexpr = LN2 if BITS else 1.0
+    ratio = (log_p - log_t) * unit
     p, t = power_of(log_p, BITS), power_of(log_t, BITS)
-    ratio = log_p - log_t
-    if BITS:
-        ratio *= LN2
-        log_p *= LN2
-    return terms_of(p, t, log_p, ratio, (0.5, 0.5), KIND, 0, True)
+    return terms_of(p, t, log_p * unit, ratio, (0.5, 0.5), KIND, 0, True)
 
 
 @triton.jit

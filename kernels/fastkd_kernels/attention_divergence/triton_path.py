@@ -3,6 +3,7 @@
 Every launch covers all layer pairs through a table of addresses.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ def takes_short(
     return tokens <= SHORT_TOKENS and narrow and max(dims) <= 64 and on != "hip"
 
 
+@cache
 def short_launch(
     tokens: int, dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
 ) -> Launch:
@@ -61,6 +63,7 @@ def short_launch(
     return Launch(constants, num_warps=8 if block > 64 else 4, num_stages=2)
 
 
+@cache
 def divergence_launch(
     kernel: str,
     kind: str,

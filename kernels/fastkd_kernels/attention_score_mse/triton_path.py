@@ -4,6 +4,7 @@ Launch parameters are pure functions: blocks of the tile and the Gram kernels.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from .triton_kernels import _tiles_bwd_dq_kernel, _tiles_fwd_kernel
 SHORT_TOKENS = 128
 
 
+@cache
 def tile_launch(
     kernel: str,
     tokens: int,
@@ -78,6 +80,7 @@ def takes_short(
     return tokens <= SHORT_TOKENS and narrow and max(dims) <= 64 and on != "hip"
 
 
+@cache
 def short_launch(
     tokens: int,
     dims: tuple[int, int],
@@ -111,11 +114,13 @@ def causal_chunk(dims: tuple[int, int]) -> int:
     return max(128, 4 * power_of_two(max(dims)))
 
 
+@cache
 def scan_launch() -> Launch:
     """Entries of one program of the scan over chunks."""
     return Launch({"BLOCK": 1024}, num_warps=4, num_stages=1)
 
 
+@cache
 def gram_launch(
     dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
 ) -> Launch:

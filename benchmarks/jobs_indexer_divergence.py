@@ -133,15 +133,15 @@ def _moved(launch: Launch, name: str, work: IndexerWorkload, dtype: torch.dtype,
     maps = MAPS[name] * count * sum(widths) * given["workspace"].itemsize
     if name == "rows":
         return maps
-    states = own_row + dim + work.index_heads
+    states = own_row + dim
     if name == "scores":
         states += teacher_row
-    made = 0
+    made = int(of_rows * size_of(given["weights"]))
     if name == "bwd_dq":
-        made = int(of_rows * sum(size_of(given[word]) for word in ("to_query", "to_weights")))
+        made += int(of_rows * sum(size_of(given[word]) for word in ("to_query", "to_weights")))
     elif name == "bwd_dk":
         # read, and written with what was added
-        made = 2 * size_of(given["partials"])
+        made += 2 * size_of(given["partials"])
     return maps + int(of_rows * count * rows * states * dtype.itemsize) + made
 
 

@@ -1,12 +1,11 @@
 # mypy: ignore-errors
 """Triton kernels of the indexer's loss: the rows of a chunk are scored, reduced and multiplied.
 
-Row `pair` of `table` `[pairs, 20]` int64 holds, for the indexer's query and key, the teacher's
-query and key, and the indexer's weights as `[batch, 1, tokens, index_heads]`: address, then strides
-of batch, head and token. `valid` and prefixes are those of `common/attention_jit.py`; valid query
-rows are those that count. `scales` `[pairs]` are the teacher's, `caps` `[pairs]` its soft caps,
-which are read with CAP alone. `sums` `[pairs, batch, heads, tokens]` are the log-sum-exps of the
-teacher's rows. Logs are in bits with BITS.
+Row `pair` of `table` `[pairs, 16]`, `valid` and prefixes are those of `common/attention_jit.py`,
+with the indexer as the student; valid query rows are those that count. `weights` `[pairs, batch,
+index_heads, tokens]` are the indexer's, in SUM_TYPE. `scales` `[pairs]` are the teacher's, `caps`
+`[pairs]` its soft caps, which are read with CAP alone. `sums` `[pairs, batch, heads, tokens]` are
+the log-sum-exps of the teacher's rows. Logs are in bits with BITS.
 
 Rows of all items are numbered through, with `padded` for each, a multiple of ROWS; a chunk are
 `rows` of them from `first`, also multiples of ROWS. `workspace` `[pairs, 2, rows, padded]` holds
@@ -57,10 +56,9 @@ def head_at(side, head):
 
 
 @triton.jit
-def load_weights(side, head, o_query, m_query, SUM_TYPE: tl.constexpr):
-    """The weights `[rows]` of one index head, of what `item_base` gave."""
-    where = side[0] + o_query * side[2] + head
-    return tl.load(where, mask=m_query, other=0.0).to(SUM_TYPE)
+def weights_at(weights, pair, item, batch, index_heads, tokens):
+    """Address of the weights of an item's first index head."""
+    return weights + (pair * batch + item) * index_heads * tokens
 
 
 @triton.jit
@@ -109,7 +107,7 @@ def _head_sums_kernel(
     Writes `sums`.
     """
     pair, block, item, head = program_rows(heads, tokens, BLOCK_QUERY)
-    row = table + pair * 20
+    row = table + pair * 16
     scale, unit = teacher_scale(scales, pair, CAP, BITS)
     cap = tl.load(caps + pair)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
@@ -143,6 +141,7 @@ def _scores_kernel(
     table,
     scales,
     caps,
+    weights,
     valid,
     sums,
     workspace,
@@ -158,7 +157,6 @@ def _scores_kernel(
     rows,
     TYPE: tl.constexpr,
     TEACHER_TYPE: tl.constexpr,
-    WEIGHT_TYPE: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -182,7 +180,7 @@ def _scores_kernel(
     local = tl.program_id(0) // blocks * ROWS
     item, start = chunk_rows(first, local, padded)
     first_key = tl.program_id(0) % blocks * BLOCK_KEY
-    row = table + pair * 20
+    row = table + pair * 16
     o_query = start + tl.arange(0, ROWS)
     o_key = first_key + tl.arange(0, BLOCK_KEY)
     m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
@@ -232,14 +230,14 @@ def _scores_kernel(
         )
         b_scores = tl.zeros([ROWS, BLOCK_KEY], SUM_TYPE)
         index_side = item_base(row, 0, item, TYPE)
-        weight_side = item_base(row, 4, item, WEIGHT_TYPE)
+        of_heads = weights_at(weights, pair, item, batch, index_heads, tokens) + o_query
         for head in range(0, index_heads):
             side = head_at(index_side, head)
             queries = rows_at(side, (o_query, m_query), dim, BLOCK_DIM, ALIGN, CHUNK)
             tile = score_tile(queries, keys, dim, 1.0, CHUNK, SUM_TYPE, ALIGN, SCORE_PRECISION)
-            weights = load_weights(weight_side, head, o_query, m_query, SUM_TYPE)
+            b_weights = tl.load(of_heads + head * tokens, mask=m_query, other=0.0)
             # I = sum of w relu(q k)
-            b_scores += tl.maximum(tile, 0.0) * weights[:, None]
+            b_scores += tl.maximum(tile, 0.0) * b_weights[:, None]
         out = workspace_rows(workspace, 1, pair, rows, padded, o_local)
         tl.store(out[:, None] + o_key[None, :], b_scores)
 
@@ -327,6 +325,7 @@ def _rows_kernel(
 @triton.jit
 def _bwd_dq_kernel(
     table,
+    weights,
     valid,
     workspace,
     to_query,
@@ -339,7 +338,6 @@ def _bwd_dq_kernel(
     first,
     rows,
     TYPE: tl.constexpr,
-    WEIGHT_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
@@ -364,18 +362,19 @@ def _bwd_dq_kernel(
     head = (tl.program_id(0) % index_heads).to(tl.int64)
     local = tl.program_id(0) // index_heads * BLOCK_QUERY
     item, start = chunk_rows(first, local, padded)
-    row = table + pair * 20
+    row = table + pair * 16
     o_query = start + tl.arange(0, BLOCK_QUERY)
     m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
     query_side = head_base(row, 0, item, head, TYPE)
     key_side = head_base(row, 1, item, 0, TYPE)
     queries = rows_at(query_side, (o_query, m_query), dim, BLOCK_DIM, ALIGN, CHUNK)
-    weights = load_weights(item_base(row, 4, item, WEIGHT_TYPE), head, o_query, m_query, SUM_TYPE)
+    of_head = weights_at(weights, pair, item, batch, index_heads, tokens) + head * tokens
+    b_weights = tl.load(of_head + o_query, mask=m_query, other=0.0)
     o_local = local + tl.arange(0, BLOCK_QUERY)
     slopes_at = workspace_rows(workspace, 1, pair, rows, padded, o_local)
     wide: tl.constexpr = 16 // (SUM_TYPE.primitive_bitwidth // 8)
     b_query = tl.zeros([BLOCK_QUERY, BLOCK_DIM], SUM_TYPE)
-    b_weights = tl.zeros([BLOCK_QUERY], SUM_TYPE)
+    weights_grad = tl.zeros([BLOCK_QUERY], SUM_TYPE)
     _first, end = keys_seen(start, BLOCK_QUERY, tokens, 0, BLOCK_KEY, CAUSAL, False)
     for start_key in range(0, end, BLOCK_KEY):
         o_key = start_key + tl.arange(0, BLOCK_KEY)
@@ -385,16 +384,16 @@ def _bwd_dq_kernel(
         slopes = load_wide(slopes_at, o_local < rows, o_key, padded, wide)
         slopes = tl.where(tile > 0.0, slopes, 0.0)
         # dL/dw = sum of dL/dI relu(q k)
-        b_weights += tl.sum(slopes * tile, 1)
+        weights_grad += tl.sum(slopes * tile, 1)
         b_key = whole_rows(keys, dim, BLOCK_DIM, ALIGN, CHUNK)
         # dL/dq = w sum of dL/dI k where q k > 0
         b_query += tl.dot(slopes.to(GRAD_TYPE), b_key.to(GRAD_TYPE), input_precision=GRAD_PRECISION)
     m_row = o_query < tokens
     o_row = (pair * batch + item) * tokens + o_query
-    tl.store(to_weights + o_row * index_heads + head, b_weights, mask=m_row)
+    tl.store(to_weights + o_row * index_heads + head, weights_grad, mask=m_row)
     store_head(
         to_query + (pair * batch + item) * index_heads * tokens * dim,
-        b_query * weights[:, None],
+        b_query * b_weights[:, None],
         (o_query, m_row),
         head,
         index_heads,
@@ -409,6 +408,7 @@ def _bwd_dq_kernel(
 @triton.jit
 def _bwd_dk_kernel(
     table,
+    weights,
     valid,
     workspace,
     partials,
@@ -421,7 +421,6 @@ def _bwd_dk_kernel(
     rows,
     parts,
     TYPE: tl.constexpr,
-    WEIGHT_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
     SUM_TYPE: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
@@ -452,12 +451,12 @@ def _bwd_dk_kernel(
     begin, end = tl.maximum(-behind, 0), tl.minimum(rows - behind, tokens)
     if CAUSAL:
         begin = tl.maximum(begin, first_key // BLOCK_QUERY * BLOCK_QUERY)
-    row = table + pair * 20
+    row = table + pair * 16
     o_key = first_key + tl.arange(0, BLOCK_KEY)
     m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
     key_side = head_base(row, 1, item, 0, TYPE)
     query_side = item_base(row, 0, item, TYPE)
-    weight_side = item_base(row, 4, item, WEIGHT_TYPE)
+    of_heads = weights_at(weights, pair, item, batch, index_heads, tokens)
     keys = rows_at(key_side, (o_key, m_key), dim, BLOCK_DIM, ALIGN, CHUNK)
     wide: tl.constexpr = 16 // (SUM_TYPE.primitive_bitwidth // 8)
     b_gradient = tl.zeros([BLOCK_KEY, BLOCK_DIM], SUM_TYPE)
@@ -470,8 +469,8 @@ def _bwd_dk_kernel(
             side = head_at(query_side, head)
             queries = rows_at(side, (o_query, m_query), dim, BLOCK_DIM, ALIGN, CHUNK)
             tile = score_tile(keys, queries, dim, 1.0, CHUNK, SUM_TYPE, ALIGN, SCORE_PRECISION)
-            weights = load_weights(weight_side, head, o_query, m_query, SUM_TYPE)
-            made = tl.where(tile > 0.0, slopes * weights[None, :], 0.0)
+            b_weights = tl.load(of_heads + head * tokens + o_query, mask=m_query, other=0.0)
+            made = tl.where(tile > 0.0, slopes * b_weights[None, :], 0.0)
             b_query = whole_rows(queries, dim, BLOCK_DIM, ALIGN, CHUNK)
             # dL/dk = sum of w dL/dI q where q k > 0
             b_gradient += tl.dot(

@@ -126,12 +126,11 @@ class Call:
         first = pairs[0]
         self.first, self.on = first, on
         # kept alive until the kernels are launched: a row of another stride is a copy
-        rows = [
-            [near_rows(of) for of in (*pair[:2], *pair[3:5], pair.weights[:, None])]
-            for pair in pairs
-        ]
+        rows = [[near_rows(of) for of in (*pair[:2], *pair[3:5])] for pair in pairs]
         self.table, aligns, self.tensors = addressed(rows)
         self.count = len(pairs)
+        # by head, and as wide as a copy into shared memory takes single numbers
+        self.weights = torch.stack([pair.weights.mT for pair in pairs]).to(first.dtype)
         self.scales = to_device([[pair.teacher_scale] for pair in pairs], first.dtype, first.query)
         # without a cap, scales stand where none is read
         caps = [[pair.teacher_softcap or 1.0] for pair in pairs]
@@ -151,9 +150,9 @@ class Call:
             "teacher_dim": self.dims[1],
         }
         self.constants = {
-            **type_constants(*self.dtypes, first.weights.dtype, first.dtype),
+            **type_constants(*self.dtypes, first.dtype),
             "ALIGN": math.gcd(*aligns[:2]),
-            "TEACHER_ALIGN": math.gcd(*aligns[2:4]),
+            "TEACHER_ALIGN": math.gcd(*aligns[2:]),
             "HAS_MASK": key_mask is not None or row_mask is not None,
             "CAUSAL": causal,
             "CAP": self.has_cap,
@@ -182,7 +181,7 @@ class Call:
 
 
 def type_constants(
-    dtype: torch.dtype, teacher_dtype: torch.dtype, weight_dtype: torch.dtype, total: torch.dtype
+    dtype: torch.dtype, teacher_dtype: torch.dtype, total: torch.dtype
 ) -> dict[str, Any]:
     """`tl.constexpr` types by name, and whether logs are in bits."""
     narrow = (torch.bfloat16, torch.float16)
@@ -190,7 +189,6 @@ def type_constants(
         "BITS": dtype in narrow and teacher_dtype in narrow,
         "TYPE": TYPES[dtype],
         "TEACHER_TYPE": TYPES[teacher_dtype],
-        "WEIGHT_TYPE": TYPES[weight_dtype],
         "GRAD_TYPE": TYPES[product_dtype(dtype)],
         "SUM_TYPE": TYPES[total],
     }
@@ -267,7 +265,7 @@ def _score(
     need_grad: bool,
 ) -> None:
     """The values of a chunk's rows, and the slopes of its index scores."""
-    given = (call.table, call.scales, call.caps, call.valid, sums, workspace)
+    given = (call.table, call.scales, call.caps, call.weights, call.valid, sums, workspace)
     made = call.blocks("scores")
     tiles = chunk["rows"] // ROWS * (chunk["padded"] // made.block("BLOCK_KEY"))
     call.launch(_scores_kernel, made, tiles, *given, **chunk)
@@ -282,7 +280,7 @@ def _multiply(call: Call, workspace: Tensor, units: Units, chunk: dict[str, int]
     sizes, rows, padded = call.sizes, chunk["rows"], chunk["padded"]
     made = call.blocks("bwd_dq")
     programs = rows // made.block("BLOCK_QUERY") * sizes["index_heads"]
-    given = (call.table, call.valid, workspace)
+    given = (call.table, call.weights, call.valid, workspace)
     call.launch(_bwd_dq_kernel, made, programs, *given, units.query, units.weights, **chunk)
     made = call.blocks("bwd_dk")
     parts = units.key.shape[1]

@@ -17,6 +17,7 @@ instead.
 from typing import NamedTuple
 
 import torch
+from fastkd_kernels.attention_divergence import triton_path as divergence_path
 from fastkd_kernels.attention_score_mse.op import choose_algorithm
 from fastkd_kernels.attention_score_mse.triton_path import causal_chunk, takes_short
 
@@ -107,9 +108,10 @@ def score_mse_gram(work: AttentionWorkload) -> int:
 
 
 def attention_divergence(work: AttentionWorkload, pairs: int, dtype: torch.dtype) -> Cost:
-    """Both scores forward; again for queries' and for keys' gradients, and a product for each."""
+    """Both scores, and a product for either gradient; long rows make their scores three times."""
     own, target = work.dims
-    flops = 2 * entries(work) * (3 * (own + target) + 2 * own)
+    sweeps = 1 if divergence_path.takes_short(work.tokens, work.dims, (dtype, dtype)) else 3
+    flops = 2 * entries(work) * (sweeps * (own + target) + 2 * own)
     return Cost(attention_bytes(work, dtype), flops, SOFTMAXES * entries(work)).times(pairs)
 
 

@@ -138,18 +138,18 @@ def test_arguments_that_the_launcher_compiles_for() -> None:
 
 
 def test_launches_are_recorded_on_tensors_without_memory() -> None:
-    work = AttentionWorkload("small", 2, 2, 3, (3, 3), 100, (26, 64))
+    work = AttentionWorkload("small", 2, 2, 3, (3, 3), 200, (26, 64))
     calls = recorded_calls("attention_divergence", work, torch.bfloat16, ("cuda", 90))
     assert calls.pairs == 4
-    forward, query, key = (job for job in calls.jobs if job.kind == "kl")
-    assert [job.name for job in (forward, query, key)] == ["kl forward", "kl query", "kl key"]
-    blocks = -(-100 // forward.arguments["BLOCK_QUERY"])
-    (run,) = forward.runs
+    rows, query, key = (job for job in calls.jobs if job.kind == "kl")
+    assert [job.name for job in (rows, query, key)] == ["kl rows", "kl dq", "kl dk"]
+    blocks = -(-200 // rows.arguments["BLOCK_QUERY"])
+    (run,) = rows.runs
     assert run.programs == 4 * 2 * 3 * blocks
-    assert run.loops == (Loop(-(-100 // forward.arguments["BLOCK_KEY"])),)
+    assert run.loops == (Loop(-(-200 // rows.arguments["BLOCK_KEY"])),)
     # both sides' queries and keys, the statistics, and little else
-    read = 4 * 2 * 3 * 100 * 2 * (26 + 64) * 2
-    stats = 4 * 4 * 2 * 3 * 100 * 4
+    read = 4 * 2 * 3 * 200 * 2 * (26 + 64) * 2
+    stats = 4 * 4 * 2 * 3 * 200 * 4
     assert read + stats < run.bytes < 1.05 * (read + stats)
 
 
@@ -176,10 +176,10 @@ def test_digest_of_source_is_of_all_that_a_kernel_calls() -> None:
     from fastkd_kernels.attention_divergence import triton_kernels
     from fastkd_kernels.common import attention_jit
 
-    kernel = triton_kernels._fwd_kernel
+    kernel = triton_kernels._rows_kernel
     before = source_digest(kernel)
     reached, other = attention_jit.soft_cap, attention_jit.cap_slope
-    globals_of = triton_kernels._fwd_kernel.fn.__globals__
+    globals_of = triton_kernels._rows_kernel.fn.__globals__
     try:
         source_digest.cache_clear()
         globals_of["soft_cap"] = other

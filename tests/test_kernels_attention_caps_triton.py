@@ -293,15 +293,6 @@ def test_opcheck(need_grad: bool, form: str, backend: str) -> None:
     )
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="needs the interpreter")
-@EVERY_FORM
-def test_opcheck_of_the_backward(form: str) -> None:
-    ops, given = torch.ops.fastkd_kernels, arguments("js", False, form)
-    stats = ops.attention_divergence(*given[:-1], True, "triton")[1]
-    backward = (torch.ones(2, 2), stats, *given[:8], *given[9:16])
-    torch.library.opcheck(ops.attention_divergence_backward.default, backward)
-
-
 def losses(
     query: Tensor, key: Tensor, sinks: Tensor, teacher: Any, mask: Tensor, on: Any
 ) -> Tensor:

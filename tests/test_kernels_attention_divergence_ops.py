@@ -41,14 +41,6 @@ def test_opcheck(kind: str, need_grad: bool, backend: str) -> None:
     torch.library.opcheck(op.default, (*arguments(kind, need_grad), backend), test_utils=tests)
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="needs the interpreter")
-def test_opcheck_of_the_backward() -> None:
-    ops, given = torch.ops.fastkd_kernels, arguments("js", False)
-    stats = ops.attention_divergence(*given[:-1], True, "triton")[1]
-    backward = (torch.ones(2, 2), stats, *given[:8], *given[9:16])
-    torch.library.opcheck(ops.attention_divergence_backward.default, backward)
-
-
 def losses(query: Tensor, key: Tensor, value: Tensor, states: Any, mask: Tensor, on: Any) -> Tensor:
     own = [AttentionState(query * 2, key, value, 0.5)]
     options: dict[str, Any] = {"key_mask": mask, "query_mask": mask, "backend": on}

@@ -13,6 +13,7 @@ from fastkd_kernels import attention_divergence, attention_score_mse, reference
 from fastkd_kernels.attention_divergence import triton_path as divergence_path
 from fastkd_kernels.attention_score_mse import triton_path as score_path
 from fastkd_kernels.common.launch import heads_of_program
+from fastkd_kernels.common.rescale import rescaled
 from kernel_cases import (
     Counted,
     attention_states,
@@ -124,6 +125,18 @@ def test_gradients_are_laid_out_as_their_inputs(op: Any, tokens: int) -> None:
     for gradient, given in zip(made, (query, key), strict=True):
         assert gradient.dtype == given.dtype
         assert gradient.stride() == given.stride()
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_opcheck_of_the_rescaling(dtype: torch.dtype) -> None:
+    units = torch.randn(2, 3, 5, 7).transpose(1, 2), torch.randn(2, 3, 4)
+    factor = torch.tensor([0.5, -2.0])
+    torch.library.opcheck(torch.ops.fastkd_kernels.rescaled.default, (*units, factor, dtype))
+    for unit, made in zip(units, rescaled(*units, factor, dtype), strict=True):
+        wide = factor.view(2, *[1] * (unit.ndim - 1))
+        assert torch.equal(made, (unit * wide).to(dtype))
+        assert made.stride() == unit.stride()
 
 
 def test_heads_of_a_program() -> None:

@@ -103,8 +103,7 @@ def attention_score_mse(
         keys only. Without any valid entry the loss and its gradients are 0.
 
     Raises:
-        ValueError: shapes, devices, modes that do not fit, a student's scale of 0, or a teacher
-            that requires grad.
+        ValueError: shapes, devices, modes that do not fit, or a teacher that requires grad.
         TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
     """
     look = look_at_states(student, teacher) if teacher_weights is None else None
@@ -115,7 +114,6 @@ def attention_score_mse(
         passes(look)
     batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
-    _check_scales(student)
     check_mask("key_mask", key_mask, batch, tokens, device)
     check_mask("query_mask", query_mask, batch, tokens, device)
     check_reduction(reduction)
@@ -165,15 +163,6 @@ def attention_score_mse(
     keys = [alike or state_shapes(*pair) for pair in zip(student, teachers, strict=True)]
     loss = by_shape(keys, loss_of)
     return loss if student[0].query.dtype == torch.float64 else loss.float()
-
-
-def _check_scales(student: Sequence[AttentionState]) -> None:
-    for pair, state in enumerate(student):
-        if state.scale == 0:
-            raise ValueError(
-                f"student[{pair}].scale is 0, which leaves no scores; expected another number, "
-                "such as head_dim ** -0.5"
-            )
 
 
 def _check_head_size(algorithm: str, causal: bool, dim: int) -> None:

@@ -294,7 +294,7 @@ def test_the_page_stands_by_itself(tmp_path: Path) -> None:
         "| op x4 | 120.5 | 130.0 | 60.2 | 50% | 900 | 4.5 |  | 2.25 | 12.5 |",
         "`_fwd_kernel` 100.0, `_bwd_kernel` 20.5",
         "| kernel_times | beside Liger: not there |",
-        "## Failed\n\ntests:\n\n```text\n1 of the tests failed\n```",
+        "## Failed\n\n| stage | because |\n| --- | --- |\n| tests | 1 of the tests failed |",
     ):
         assert said in page, said
     assert "## Training steps" not in page

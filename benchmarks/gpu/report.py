@@ -186,8 +186,9 @@ def _problems(results: dict[str, Found]) -> list[str]:
     problems = [(name, said) for name, result in results.items() for said in result["problems"]]
     if problems:
         lines += ["## Failed", ""]
-        for name, said in problems:
-            lines += [f"{name}:", "", "```text", said, "```", ""]
+        # what a process said at its end stands in its JSON and its log
+        rows = [(name, cell(said.splitlines()[0])) for name, said in problems]
+        lines += [*table(("stage", "because"), rows), ""]
     return lines
 
 

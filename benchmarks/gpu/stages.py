@@ -34,13 +34,13 @@ _LOSSES = ("transformers", "pydantic", "yaml", "numpy", "scipy", "psutil", "safe
 _RUNS = (*_LOSSES, "datasets", "deepspeed", "huggingface_hub", "rich", "tokenizers", "typer")
 STEPS = Stage("steps", 0.13, _LOSSES)
 STAGES = (
-    Stage("environment", 0.03),
-    Stage("compilation", 0.15),
-    Stage("tests", 0.42, ("pytest",)),
-    Stage("kernel_times", 0.19),
+    Stage("environment", 0.02),
+    Stage("compilation", 0.14),
+    Stage("tests", 0.36, ("pytest",)),
+    Stage("kernel_times", 0.20),
     STEPS,
-    Stage("runs", 0.17, _RUNS),
-    Stage("memcheck", 0.04),
+    Stage("runs", 0.12, _RUNS),
+    Stage("memcheck", 0.03),
 )
 
 

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from fastkd_kernels.attention_score_mse import triton_path as score_path
-from fastkd_kernels.common import library_products
+from fastkd_kernels.common import launch, library_products
 from fastkd_kernels.common.launch import SHARED_MEMORY
 from fastkd_kernels.common.quick_launch import Quick
 from torch import Tensor
@@ -82,7 +81,7 @@ def recorded(target: tuple[str, int | str]) -> Iterator[list[Launch | Product]]:
             patch.object(torch.version, "hip", "any" if target[0] == "hip" else None)
         )
         limit = SHARED_MEMORY[target]
-        stack.enter_context(patch.object(score_path, "shared_memory", lambda: limit))
+        stack.enter_context(patch.object(launch, "shared_memory", lambda: limit))
         yield made
 
 

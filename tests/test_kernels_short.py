@@ -12,6 +12,7 @@ from divergence_cases import KINDS, holes
 from fastkd_kernels import attention_divergence, attention_score_mse, reference
 from fastkd_kernels.attention_divergence import triton_path as divergence_path
 from fastkd_kernels.attention_score_mse import triton_path as score_path
+from fastkd_kernels.common import launch
 from fastkd_kernels.common.launch import heads_of_program
 from fastkd_kernels.common.rescale import rescaled
 from kernel_cases import (
@@ -137,6 +138,24 @@ def test_opcheck_of_the_rescaling(dtype: torch.dtype) -> None:
         wide = factor.view(2, *[1] * (unit.ndim - 1))
         assert torch.equal(made, (unit * wide).to(dtype))
         assert made.stride() == unit.stride()
+
+
+def test_launches_keep_to_the_shared_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a desktop GPU has (sm_86, sm_89), an A100 and an H100."""
+    half = (torch.bfloat16, torch.bfloat16)
+    stages = {}
+    for limit in (101_376, 166_912, 232_448):
+        monkeypatch.setattr(launch, "shared_memory", lambda limit=limit: limit)
+        made = [path.short_launch(128, (26, 64), half) for path in (score_path, divergence_path)]
+        stages[limit] = [one.num_stages for one in made]
+        assert launch.is_large() == (limit > 101_376)
+    assert stages == {101_376: [1, 1], 166_912: [2, 2], 232_448: [3, 2]}
+    for kernel in ("rows", "dq", "dk"):
+        few = divergence_path.divergence_launch(kernel, "kl", (128, 128), half, large=False)
+        assert few.num_stages == 1
+        assert max(few.block("BLOCK_QUERY"), few.block("BLOCK_KEY")) == 64
+    few = score_path.tile_launch("fwd", 512, (128, 128), half, large=False)
+    assert (few.block("BLOCK_KEY"), few.num_stages) == (64, 1)
 
 
 def test_heads_of_a_program() -> None:

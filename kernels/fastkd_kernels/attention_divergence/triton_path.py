@@ -16,9 +16,11 @@ from ..common.launch import (
     cdiv,
     dot_precision,
     heads_of_program,
+    is_large,
     platform,
     power_of_two,
     product_dtype,
+    stages_that_fit,
 )
 from ..common.quick_launch import Quick
 from ..common.rescale import stacked_gradient, tokens_first, waiting_dtype
@@ -46,21 +48,21 @@ def takes_short(
     return tokens <= SHORT_TOKENS and narrow and max(dims) <= 64 and on != "hip"
 
 
-@cache
 def short_launch(
     tokens: int, dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
 ) -> Launch:
     """Blocks of the short kernel: all keys, and as many query rows as 8 warps hold."""
-    block = power_of_two(tokens)
+    block, widths = power_of_two(tokens), [power_of_two(dim) for dim in dims]
     constants: dict[str, int | str] = {
         "BLOCK_QUERY": block,
         "BLOCK_KEY": block,
-        "BLOCK_DIM": power_of_two(dims[0]),
-        "BLOCK_TEACHER_DIM": power_of_two(dims[1]),
+        "BLOCK_DIM": widths[0],
+        "BLOCK_TEACHER_DIM": widths[1],
         "SCORE_PRECISION": dot_precision(True, on),
         "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
     }
-    return Launch(constants, num_warps=8 if block > 64 else 4, num_stages=2)
+    stages = stages_that_fit(2, 2 * block * sum(widths) * 2, block * block * 2)
+    return Launch(constants, num_warps=8 if block > 64 else 4, num_stages=stages)
 
 
 @cache
@@ -73,11 +75,13 @@ def divergence_launch(
     *,
     capped: bool = False,
     sunk: bool = False,
+    large: bool = True,
 ) -> Launch:
     """Blocks of one kernel: "rows", "dq" or "dk".
 
     A program holds one block, of keys for "dk" and of query rows otherwise, and moves along the
-    other side in narrower ones. `capped` is of either side, and `sunk` is with attention sinks.
+    other side in narrower ones. `capped` is of either side, and `sunk` is with attention sinks;
+    `large` is the shared memory.
     Blocks for half precision and heads of up to 128 were the fastest of seventeen on an H100.
     """
     block_dim, block_teacher = (power_of_two(dim) for dim in dims)
@@ -87,7 +91,7 @@ def divergence_launch(
     # 64 rows make Hopper's and Blackwell's tensor cores take a product
     held = (64 if narrow else 32) if width <= 128 else 16
     moving = 32 if width <= 64 or (width <= 128 and (narrow or kernel != "dk")) else 16
-    if whole:
+    if whole and large:
         held = 128 if kernel == "dk" else 64
         moving = 64 if kernel == "rows" or width > 64 else 32
     constants: dict[str, int | str] = {
@@ -101,6 +105,8 @@ def divergence_launch(
     }
     if kernel != "rows":
         constants["GRAD_PRECISION"] = dot_precision(dtypes[0] != torch.float16, on)
+    if whole and not large:
+        return Launch(constants, num_warps=4, num_stages=1 if width > 64 else 2)
     if whole:
         warps = 8 if kernel == "dk" and width > 64 else 4
         return Launch(constants, warps, 2 if kernel == "rows" or width > 64 else 3)
@@ -238,7 +244,7 @@ def _long(
 ) -> tuple[Tensor, Tensor]:
     """As `_short`: log-sum-exps of the rows, then each gradient, then none."""
     sizes, count = call.sizes, call.count
-    form = {"capped": any(softmax.flags.values()), "sunk": softmax.has_sinks}
+    form = {"capped": any(softmax.flags.values()), "sunk": softmax.has_sinks, "large": is_large()}
     launches = {
         kernel: divergence_launch(kernel, kind, call.dims, call.dtypes, platform(), **form)
         for kernel in ("rows", "dq", "dk")

@@ -17,10 +17,11 @@ from ..common.launch import (
     cdiv,
     dot_precision,
     heads_of_program,
+    is_large,
     platform,
     power_of_two,
     product_dtype,
-    shared_memory,
+    stages_that_fit,
 )
 from ..common.quick_launch import Quick
 from ..common.rescale import stacked_gradient, tokens_first, waiting_dtype
@@ -41,8 +42,11 @@ def tile_launch(
     dims: tuple[int, int],
     dtypes: tuple[torch.dtype, torch.dtype],
     on: str = "cuda",
+    *,
+    large: bool = True,
 ) -> Launch:
-    """Blocks of one tile kernel: "fwd", which holds keys, or "dq", which holds query rows.
+    """Blocks of one tile kernel: "fwd", which holds keys, or "dq", which holds query rows; `large`
+    is the shared memory.
 
     Wide heads are read in pieces, so that only the student's width, of its gradient, counts. Blocks
     for half precision and heads of up to 128 were the fastest of fourteen on an H100.
@@ -53,7 +57,7 @@ def tile_launch(
     whole = narrow and width <= (128 if on != "hip" else 64)
     # 64 rows or more make Hopper's and Blackwell's tensor cores take a product
     block = 64 if narrow and block_dim <= 128 else 32 if block_dim <= 128 else 16
-    held = 2 * block if whole and kernel == "fwd" and on != "hip" else block
+    held = 2 * block if whole and large and kernel == "fwd" and on != "hip" else block
     held, moving = (min(size, power_of_two(tokens)) for size in (held, block))
     constants: dict[str, int | str] = {
         "BLOCK_QUERY": held if kernel == "dq" else moving,
@@ -68,6 +72,8 @@ def tile_launch(
     if not whole or on == "hip":
         return Launch(constants, num_warps=8, num_stages=1)
     wide = width > 64
+    if not large:
+        return Launch(constants, num_warps=8 if wide else 4, num_stages=1)
     warps = 8 if wide and kernel == "fwd" else 4
     return Launch(constants, num_warps=warps, num_stages=2 if wide else 3)
 
@@ -80,16 +86,10 @@ def takes_short(
     return tokens <= SHORT_TOKENS and narrow and max(dims) <= 64 and on != "hip"
 
 
-@cache
 def short_launch(
-    tokens: int,
-    dims: tuple[int, int],
-    dtypes: tuple[torch.dtype, torch.dtype],
-    shared: int,
-    on: str = "cuda",
+    tokens: int, dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
 ) -> Launch:
-    """Blocks of the short kernel: all keys and query rows, loaded as far ahead as `shared` bytes
-    hold."""
+    """Blocks of the short kernel: all keys and query rows, loaded as far ahead as fits."""
     block = power_of_two(tokens)
     widths = [power_of_two(dim) for dim in dims]
     constants: dict[str, int | str] = {
@@ -100,8 +100,7 @@ def short_launch(
         "SCORE_PRECISION": dot_precision(True, on),
         "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
     }
-    stage, scores = 2 * block * sum(widths) * 2, block * block * 2
-    stages = 3 if 3 * stage + scores <= shared else 2
+    stages = stages_that_fit(3, 2 * block * sum(widths) * 2, block * block * 2)
     return Launch(constants, num_warps=8 if block > 64 else 4, num_stages=stages)
 
 
@@ -194,7 +193,7 @@ def _short(
     program_heads = heads_of_program(sizes["heads"], sizes["kv_heads"], sizes["batch"] * call.count)
     programs = sizes["batch"] * sizes["heads"] // program_heads
     partials = call.new(call.count, programs)
-    launch = short_launch(sizes["tokens"], call.dims, call.dtypes, shared_memory(), platform())
+    launch = short_launch(sizes["tokens"], call.dims, call.dtypes, platform())
     Quick(_short_kernel)[(programs, call.count)](
         call.table,
         call.scales,
@@ -221,7 +220,7 @@ def _tiles(
     """Squares of the entries inside chunks; fills `grads`, of queries and keys."""
     sizes, count = call.sizes, call.count
     by_key, by_query = (
-        tile_launch(kernel, sizes["tokens"], call.dims, call.dtypes, platform())
+        tile_launch(kernel, sizes["tokens"], call.dims, call.dtypes, platform(), large=is_large())
         for kernel in ("fwd", "dq")
     )
     key_blocks = cdiv(sizes["tokens"], by_key.block("BLOCK_KEY"))

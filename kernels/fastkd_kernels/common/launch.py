@@ -59,6 +59,17 @@ def shared_memory() -> int:
     return int(driver.active.utils.get_device_properties(0)["max_shared_mem"])
 
 
+def is_large() -> bool:
+    """Whether a program may use as much shared memory as on an A100; GPUs of desktops have less."""
+    return shared_memory() >= SHARED_MEMORY["cuda", 80]
+
+
+def stages_that_fit(most: int, stage: int, besides: int) -> int:
+    """Pipeline stages of so many bytes, at most `most`; what stands `besides` them needs two."""
+    fitting = [n for n in range(2, most + 1) if n * stage + besides <= shared_memory()]
+    return max(fitting, default=1)
+
+
 def cdiv(size: int, block: int) -> int:
     """Blocks that hold `size`: `triton.cdiv`, which takes microseconds outside of a kernel."""
     return -(-size // block)

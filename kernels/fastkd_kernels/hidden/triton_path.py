@@ -19,6 +19,7 @@ from ..common.launch import (
     Launch,
     cdiv,
     dot_precision,
+    is_large,
     platform,
     power_of_two,
     product_dtype,
@@ -42,17 +43,17 @@ WORKSPACE_BYTES = 64 << 20
 
 @cache
 def hidden_launch(
-    dtypes: tuple[torch.dtype, ...], on: str = "cuda", *, projects: bool = True
+    dtypes: tuple[torch.dtype, ...], on: str = "cuda", *, wide: bool = True
 ) -> Launch:
     """Blocks of the three hidden-state products: rows, columns, and the summed dimension.
 
-    Blocks for half precision were the fastest of fourteen on an H100.
+    `wide` is for projections and large shared memory. Blocks for half precision were the fastest of
+    fourteen on an H100.
     """
     half = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
-    wide = half and projects and on != "hip"
     constants: dict[str, int | str] = {
         "BLOCK_ROW": 128 if half else 64,
-        "BLOCK_COLUMN": 256 if wide else 128 if half else 64,
+        "BLOCK_COLUMN": 256 if half and wide and on != "hip" else 128 if half else 64,
         "BLOCK_SUM": 64 if half else 32,
         "PRECISION": dot_precision(True, on),
         "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
@@ -127,7 +128,7 @@ def hidden_forward(
         student[0].dtype, teacher[0].dtype, weight[0].dtype if weight else None
     )
     grad_operand = types.pop("GRAD_OPERAND")
-    launch = hidden_launch((student[0].dtype, kept), platform(), projects=bool(weight))
+    launch = hidden_launch((student[0].dtype, kept), platform(), wide=bool(weight) and is_large())
     blocks = {name: size for name, size in launch.constants.items() if isinstance(size, int)}
     block_row, block_column = blocks["BLOCK_ROW"], blocks["BLOCK_COLUMN"]
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}

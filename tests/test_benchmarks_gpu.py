@@ -75,7 +75,7 @@ def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
         "hidden_mse bert-base-to-tinybert-4 x4, definition",
         "2 x 16, padded | output_attentions",
         "made 12 steps. Killed after step ",
-        "hidden_normalized_mse, logits_divergence, relation_divergence",
+        "indexer_divergence, logits_divergence, relation_divergence",
         "compute-sanitizer: a dry run",
     ):
         assert said in page, said

@@ -16,6 +16,7 @@ from fastkd_kernels import (
     attention_divergence,
     attention_score_mse,
     hidden_mse,
+    indexer_divergence,
     logits_divergence,
 )
 from fastkd_kernels.common import autograd, quick_launch, remembered, tensor_table
@@ -60,7 +61,14 @@ def hidden_step(backend: str) -> Step:
 
 def indexer_step(backend: str) -> Step:
     case = indexer_case(2, BATCH, TOKENS, (3, 5), sinks=True, dtype=torch.float32, device=DEVICE)
-    return lambda mask: case.run(key_mask=mask, query_mask=mask, backend=backend)
+
+    def step(mask: Tensor) -> list[Tensor]:
+        options: dict[str, Any] = {"key_mask": mask, "query_mask": mask, "backend": backend}
+        loss = indexer_divergence(case.student, case.teacher, **options)
+        # its upstream gradient is made on the GPU, which a capture asks for
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), case.leaves)]
+
+    return step
 
 
 def logits_step(backend: str) -> Step:

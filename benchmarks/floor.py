@@ -79,14 +79,14 @@ def predictions(machine_code: Iterable[Mapping[str, Any]]) -> list[dict[str, Any
     rows = []
     for op, module in OPS.items():
         for work in on_device(module.WORKLOADS):
-            made = {chip: recorded_calls(op, work, DTYPE, chip.target) for chip in PREDICTED}
-            calls = next(iter(made.values()))
+            made = [recorded_calls(op, work, DTYPE, chip.target) for chip in PREDICTED]
+            calls = made[0]
             kinds = {job.kind: None for job in calls.jobs if job.counted}
             for kind in kinds:
                 cost = costs.of_kind(cost_of(op, work, calls.pairs), op, kind)
-                for chip in PREDICTED:
+                for chip, of_chip in zip(PREDICTED, made, strict=True):
                     row = {"op": op, "kind": kind, "workload": work.name, "pairs": calls.pairs}
-                    rows.append(row | predicted(made[chip], kind, cost, chip, codes))
+                    rows.append(row | predicted(of_chip, kind, cost, chip, codes))
     return rows
 
 

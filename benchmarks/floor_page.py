@@ -122,7 +122,7 @@ def _kernel_cells(op: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[list[o
             of_kernel[str(row["target"][1])] = size
     groups: dict[tuple[str, ...], list[str]] = {}
     for (kernel, dtype, workload), of_targets in cells.items():
-        line = (kernel, dtype, *(of_targets[str(target[1])] for target in TARGETS))
+        line = (kernel, dtype, *(of_targets.get(str(target[1]), "") for target in TARGETS))
         groups.setdefault(line, []).append(workload)
     for (kernel, dtype, *of_targets), workloads in sorted(groups.items()):
         yield [kernel, dtype, ", ".join(workloads), *of_targets]

@@ -248,7 +248,11 @@ def compile_all(
     global _unique
     every = list(wanted(ops, everything=everything))
     found = {one.key(): (known or {}).get(known_key(one.label()), {}) for one in every}
-    _unique = list({one.key(): one for one in every if not found[one.key()]}.values())
+    # bf16 first: what a kernel without half precision shares with fp32 is disassembled too
+    first: dict[Any, Wanted] = {}
+    for one in every:
+        first.setdefault(one.key(), one)
+    _unique = [one for key, one in first.items() if not found[key]]
     # forked, because kernels cannot be pickled
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         made = zip(_unique, pool.imap(_compile, range(len(_unique))), strict=True)

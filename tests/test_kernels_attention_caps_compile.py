@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from compiled_apart import compiled_apart, fits
-from fastkd_kernels.attention_divergence.triton_path import TWO_SWEEPS, divergence_launch
+from fastkd_kernels.attention_divergence.triton_path import divergence_launch
 from fastkd_kernels.common import launch
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ for turn, target in enumerate(TARGETS):
 FORMS["both"] = {"capped", "sunk"}
 both = CAPPED._replace(name="both", dims=(128, 256))
 for job in jobs_of("attention_divergence", both, torch.bfloat16, ("cuda", 90)):
-    if job.name == "kl query":
+    if job.name == "kl dq":
         show(job, ("cuda", 80))
 """
 
@@ -55,11 +55,11 @@ def test_capped_kernels_fit_the_chip(rows: list[dict[str, Any]]) -> None:
 def test_caps_and_sinks_change_the_warps_of_wide_heads_alone() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for dims in ((64, 64), (128, 128), (256, 128), (256, 256)):
-            for kind in ("kl", *TWO_SWEEPS):
-                for part in ("fwd", "bwd_dq", "bwd_dk"):
+            for kind in ("kl", "js"):
+                for part in ("rows", "dq", "dk"):
                     plain = divergence_launch(part, kind, dims, (dtype, dtype))
                     fewer = plain._replace(num_warps=4) if max(dims) > 128 else plain
-                    capped = fewer if part == "fwd" and kind in TWO_SWEEPS else plain
-                    sunk = fewer if part == "bwd_dq" else plain
+                    capped = fewer if part == "rows" else plain
+                    sunk = fewer if part == "dq" else plain
                     assert divergence_launch(part, kind, dims, (dtype,) * 2, capped=True) == capped
                     assert divergence_launch(part, kind, dims, (dtype,) * 2, sunk=True) == sunk

@@ -32,7 +32,7 @@ def compiled_apart(arguments: list[str], cache: Path) -> list[dict[str, Any]]:
 
 
 # bytes that a short kernel puts on its stack at most, by kind: a thread holds whole rows, and on an
-# H100 a launch of it is faster than three that spill nothing, with masks too, JS by 1.7
+# H100 a launch of it is faster than three that spill less, with masks too
 SHORT_SPILLS = {"js": 2000}
 OTHER_SHORT_SPILLS = 512
 # and others: on an H100 the fastest blocks spill a little; elsewhere none were timed

@@ -17,9 +17,9 @@ instead.
 from typing import NamedTuple
 
 import torch
-from fastkd_kernels.attention_divergence import triton_path as divergence_path
 from fastkd_kernels.attention_score_mse.op import choose_algorithm
-from fastkd_kernels.attention_score_mse.triton_path import causal_chunk, takes_short
+from fastkd_kernels.attention_score_mse.triton_path import causal_chunk
+from fastkd_kernels.common.short_sequences import takes_short
 
 from benchmarks.workloads import (
     AttentionWorkload,
@@ -110,7 +110,7 @@ def score_mse_gram(work: AttentionWorkload) -> int:
 def attention_divergence(work: AttentionWorkload, pairs: int, dtype: torch.dtype) -> Cost:
     """Both scores, and a product for either gradient; long rows make their scores three times."""
     own, target = work.dims
-    sweeps = 1 if divergence_path.takes_short(work.tokens, work.dims, (dtype, dtype)) else 3
+    sweeps = 1 if takes_short(work.tokens, work.dims, (dtype, dtype)) else 3
     flops = 2 * entries(work) * (sweeps * (own + target) + 2 * own)
     return Cost(attention_bytes(work, dtype), flops, SOFTMAXES * entries(work)).times(pairs)
 

@@ -13,8 +13,8 @@ from fastkd_kernels import attention_divergence, attention_score_mse, reference
 from fastkd_kernels.attention_divergence import triton_path as divergence_path
 from fastkd_kernels.attention_score_mse import triton_path as score_path
 from fastkd_kernels.common import launch
-from fastkd_kernels.common.launch import heads_of_program
 from fastkd_kernels.common.rescale import rescaled
+from fastkd_kernels.common.short_sequences import heads_of_program, short_launch
 from kernel_cases import (
     Counted,
     attention_states,
@@ -146,7 +146,8 @@ def test_launches_keep_to_the_shared_memory_there_is(monkeypatch: pytest.MonkeyP
     stages = {}
     for limit in (101_376, 166_912, 232_448):
         monkeypatch.setattr(launch, "shared_memory", lambda limit=limit: limit)
-        made = [path.short_launch(128, (26, 64), half) for path in (score_path, divergence_path)]
+        ahead = [path.SHORT_STAGES for path in (score_path, divergence_path)]
+        made = [short_launch(128, (26, 64), half, stages_of) for stages_of in ahead]
         stages[limit] = [one.num_stages for one in made]
         assert launch.is_large() == (limit > 101_376)
     assert stages == {101_376: [1, 1], 166_912: [2, 2], 232_448: [3, 2]}

@@ -15,15 +15,15 @@ from ..common.launch import (
     Launch,
     cdiv,
     dot_precision,
-    heads_of_program,
+    is_half,
     is_large,
     platform,
     power_of_two,
     product_dtype,
-    stages_that_fit,
 )
 from ..common.quick_launch import Quick
 from ..common.rescale import stacked_gradient, tokens_first, waiting_dtype
+from ..common.short_sequences import heads_of_program, short_launch, takes_short
 from ..common.tensor_table import to_device
 from ..common.tl_types import TYPES
 from .short_kernel import _short_kernel
@@ -31,38 +31,13 @@ from .triton_kernels import _dk_kernel, _dq_kernel, _rows_kernel
 
 # kinds whose gradient needs a constant of each query row besides both softmax divisors
 CONSTANT_KINDS = ("reverse_kl", "js", "mse", "cosine")
-# the longest sequence that one program of the short kernel holds
-SHORT_TOKENS = 128
+# how far ahead the short kernel loads, the fastest on an H100
+SHORT_STAGES = 2
 
 
 def row_stats(kind: str) -> int:
     """Floats of each query row that the gradient kernels read."""
     return 5 if kind in CONSTANT_KINDS else 4
-
-
-def takes_short(
-    tokens: int, dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
-) -> bool:
-    """Whether the short kernel takes sequences of this length."""
-    narrow = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
-    return tokens <= SHORT_TOKENS and narrow and max(dims) <= 64 and on != "hip"
-
-
-def short_launch(
-    tokens: int, dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
-) -> Launch:
-    """Blocks of the short kernel: all keys, and as many query rows as 8 warps hold."""
-    block, widths = power_of_two(tokens), [power_of_two(dim) for dim in dims]
-    constants: dict[str, int | str] = {
-        "BLOCK_QUERY": block,
-        "BLOCK_KEY": block,
-        "BLOCK_DIM": widths[0],
-        "BLOCK_TEACHER_DIM": widths[1],
-        "SCORE_PRECISION": dot_precision(True, on),
-        "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
-    }
-    stages = stages_that_fit(2, 2 * block * sum(widths) * 2, block * block * 2)
-    return Launch(constants, num_warps=8 if block > 64 else 4, num_stages=stages)
 
 
 @cache
@@ -86,7 +61,7 @@ def divergence_launch(
     """
     block_dim, block_teacher = (power_of_two(dim) for dim in dims)
     width = max(block_dim, block_teacher)
-    narrow = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
+    narrow = is_half(*dtypes)
     whole = narrow and width <= 128 and on != "hip"
     # 64 rows make Hopper's and Blackwell's tensor cores take a product
     held = (64 if narrow else 32) if width <= 128 else 16
@@ -124,7 +99,7 @@ def divergence_launch(
 def kernel_types(dtype: torch.dtype, teacher_dtype: torch.dtype) -> dict[str, Any]:
     """And the type in which slopes enter their product, and whether logs are in bits."""
     made = type_constants(dtype, teacher_dtype)
-    bits = all(of in (torch.bfloat16, torch.float16) for of in (dtype, teacher_dtype))
+    bits = is_half(dtype, teacher_dtype)
     return made | {"GRAD_TYPE": TYPES[product_dtype(dtype)], "BITS": bits}
 
 
@@ -205,7 +180,7 @@ def _short(
     program_heads = heads_of_program(sizes["heads"], sizes["kv_heads"], sizes["batch"] * call.count)
     programs = sizes["batch"] * sizes["heads"] // program_heads
     partials = call.new(call.count, programs)
-    launch = short_launch(sizes["tokens"], call.dims, call.dtypes, platform())
+    launch = short_launch(sizes["tokens"], call.dims, call.dtypes, SHORT_STAGES, platform())
     blocks = cdiv(sizes["tokens"], launch.block("BLOCK_QUERY"))
     sunk = need_grad and softmax.has_sinks
     sink_partials = call.new(call.count, sizes["batch"] * sizes["heads"] * blocks if sunk else 0)
@@ -228,7 +203,7 @@ def _short(
         NEED_GRAD=need_grad,
         QUERY_TOKENS_FIRST=tokens_first(call.first.query),
         KEY_TOKENS_FIRST=tokens_first(call.first.key),
-        **_options(launch),
+        **launch.options,
     )
     return partials, sink_partials
 
@@ -277,7 +252,7 @@ def _long(
         SINK=softmax.has_sinks,
         WRITE_STATS=need_grad,
         WRITE_VALUES=not late,
-        **_options(launches["rows"]),
+        **launches["rows"].options,
     )
     sink_partials = call.new(count, programs["dq"] if need_grad and softmax.has_sinks else 0)
     if need_grad:
@@ -295,7 +270,7 @@ def _long(
             **types,
             SINK=softmax.has_sinks,
             QUERY_TOKENS_FIRST=tokens_first(call.first.query),
-            **_options(launches["dq"]),
+            **launches["dq"].options,
         )
         # the teacher's entropy has no gradient
         of_keys = "kl" if kind == "cross_entropy" else kind
@@ -309,7 +284,7 @@ def _long(
             **_constants(call, masks, softmax, launches["dk"], of_keys),
             **types,
             KEY_TOKENS_FIRST=tokens_first(call.first.key),
-            **_options(launches["dk"]),
+            **launches["dk"].options,
         )
     return partials, sink_partials
 
@@ -324,7 +299,3 @@ def _constants(
     uneven = any(tokens % int(blocks[name]) for name in ("BLOCK_QUERY", "BLOCK_KEY"))
     masked = uneven or shared["HAS_MASK"] or any(sees.values())
     return {**shared, **blocks, **sees, **softmax.flags, "MASKED": masked, "KIND": kind}
-
-
-def _options(launch: Launch) -> dict[str, int]:
-    return {"num_warps": launch.num_warps, "num_stages": launch.num_stages}

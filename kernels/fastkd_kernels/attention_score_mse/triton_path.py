@@ -16,23 +16,23 @@ from ..common.launch import (
     Launch,
     cdiv,
     dot_precision,
-    heads_of_program,
+    is_half,
     is_large,
     platform,
     power_of_two,
     product_dtype,
-    stages_that_fit,
 )
 from ..common.quick_launch import Quick
 from ..common.rescale import stacked_gradient, tokens_first, waiting_dtype
+from ..common.short_sequences import heads_of_program, short_launch, takes_short
 from ..common.tl_types import TYPES
 from .gram import Gram, key_factors, query_factors, squared_norm, stack_factors
 from .gram_kernels import _gram_bwd_kernel, _gram_kernel, _scan_kernel
 from .short_kernel import _short_kernel
 from .triton_kernels import _tiles_bwd_dq_kernel, _tiles_fwd_kernel
 
-# the longest sequence that one program of the short kernel holds
-SHORT_TOKENS = 128
+# how far ahead the short kernel loads, the fastest on an H100
+SHORT_STAGES = 3
 
 
 @cache
@@ -53,7 +53,7 @@ def tile_launch(
     """
     block_dim, block_teacher = (power_of_two(dim) for dim in dims)
     width = max(block_dim, block_teacher)
-    narrow = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
+    narrow = is_half(*dtypes)
     whole = narrow and width <= (128 if on != "hip" else 64)
     # 64 rows or more make Hopper's and Blackwell's tensor cores take a product
     block = 64 if narrow and block_dim <= 128 else 32 if block_dim <= 128 else 16
@@ -78,32 +78,6 @@ def tile_launch(
     return Launch(constants, num_warps=warps, num_stages=2 if wide else 3)
 
 
-def takes_short(
-    tokens: int, dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
-) -> bool:
-    """Whether the short kernel takes sequences of this length."""
-    narrow = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
-    return tokens <= SHORT_TOKENS and narrow and max(dims) <= 64 and on != "hip"
-
-
-def short_launch(
-    tokens: int, dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
-) -> Launch:
-    """Blocks of the short kernel: all keys and query rows, loaded as far ahead as fits."""
-    block = power_of_two(tokens)
-    widths = [power_of_two(dim) for dim in dims]
-    constants: dict[str, int | str] = {
-        "BLOCK_QUERY": block,
-        "BLOCK_KEY": block,
-        "BLOCK_DIM": widths[0],
-        "BLOCK_TEACHER_DIM": widths[1],
-        "SCORE_PRECISION": dot_precision(True, on),
-        "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
-    }
-    stages = stages_that_fit(3, 2 * block * sum(widths) * 2, block * block * 2)
-    return Launch(constants, num_warps=8 if block > 64 else 4, num_stages=stages)
-
-
 def causal_chunk(dims: tuple[int, int]) -> int:
     """Tokens that share a Gram under the causal mask: a multiple of every block.
 
@@ -124,7 +98,7 @@ def gram_launch(
     dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
 ) -> Launch:
     """Blocks of the Gram kernels: tokens, columns of one tile, and those of a gradient."""
-    half = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
+    half = is_half(*dtypes)
     columns = min(64, max(32 if half else 16, *(power_of_two(dim) for dim in dims)))
     constants: dict[str, int | str] = {
         "BLOCK_ROW": 64 if half else 32,
@@ -193,7 +167,7 @@ def _short(
     program_heads = heads_of_program(sizes["heads"], sizes["kv_heads"], sizes["batch"] * call.count)
     programs = sizes["batch"] * sizes["heads"] // program_heads
     partials = call.new(call.count, programs)
-    launch = short_launch(sizes["tokens"], call.dims, call.dtypes, platform())
+    launch = short_launch(sizes["tokens"], call.dims, call.dtypes, SHORT_STAGES, platform())
     Quick(_short_kernel)[(programs, call.count)](
         call.table,
         call.scales,
@@ -208,8 +182,7 @@ def _short(
         NEED_GRAD=need_grad,
         QUERY_TOKENS_FIRST=tokens_first(call.first.query),
         KEY_TOKENS_FIRST=tokens_first(call.first.key),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **launch.options,
     )
     return partials.sum(1)
 
@@ -242,8 +215,7 @@ def _tiles(
         chunk_tokens=chunk,
         WRITE_KEY=grads is not None,
         KEY_TOKENS_FIRST=tokens_first(call.first.key),
-        num_warps=by_key.num_warps,
-        num_stages=by_key.num_stages,
+        **by_key.options,
     )
     if grads is not None:
         query_blocks = cdiv(sizes["tokens"], by_query.block("BLOCK_QUERY"))
@@ -258,8 +230,7 @@ def _tiles(
             **by_query.constants,
             chunk_tokens=chunk,
             QUERY_TOKENS_FIRST=tokens_first(call.first.query),
-            num_warps=by_query.num_warps,
-            num_stages=by_query.num_stages,
+            **by_query.options,
         )
     return partials.sum(1)
 
@@ -361,8 +332,7 @@ def _scanned(grams: Tensor, *, reverse: bool) -> Tensor:
         SUM_TYPE=TYPES[grams.dtype],
         **launch.constants,
         REVERSE=reverse,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **launch.options,
     )
     return grams
 
@@ -409,7 +379,7 @@ def _gram_constants(call: Call, kernel: str) -> tuple[dict[str, Any], dict[str, 
         **gram_types(*call.dtypes, call.first.difference),
         **gram_constants(launch.constants, kernel),
     }
-    return constants, {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return constants, launch.options
 
 
 def gram_constants(constants: Mapping[str, int | str], kernel: str) -> dict[str, Any]:

@@ -20,9 +20,6 @@ SHARED_MEMORY = {
     ("hip", "gfx942"): 65_536,
 }
 
-# about two for each multiprocessor of the largest GPUs
-FEWEST_PROGRAMS = 256
-
 
 class Launch(NamedTuple):
     """Block sizes and dot precisions (`tl.constexpr` by name), warps and pipeline stages."""
@@ -35,6 +32,11 @@ class Launch(NamedTuple):
         """A block size by its name."""
         return int(self.constants[name])
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's launcher takes besides arguments."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 def triton_interprets() -> bool:
     """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1), on CPU tensors."""
@@ -43,6 +45,11 @@ def triton_interprets() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
+
+
+def is_half(*dtypes: torch.dtype) -> bool:
+    """Whether all are bf16 or fp16."""
+    return all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
 
 
 def platform() -> str:
@@ -78,17 +85,6 @@ def cdiv(size: int, block: int) -> int:
 def power_of_two(size: int) -> int:
     """The block that holds `size` columns; `tl.dot` needs at least 16."""
     return max(16, 1 << (size - 1).bit_length())
-
-
-def heads_of_program(heads: int, kv_heads: int, sequences: int) -> int:
-    """Query heads that one program of a short kernel takes, with their key heads whole.
-
-    As many as leave `FEWEST_PROGRAMS`, so that what starts and ends a program is rarely paid.
-    """
-    repeat = heads // kv_heads
-    fits = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
-    enough = [n for n in fits if kv_heads // n * sequences >= FEWEST_PROGRAMS]
-    return repeat * max(enough, default=1)
 
 
 def dot_precision(exact: bool, on: str) -> str:

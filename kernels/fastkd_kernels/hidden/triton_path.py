@@ -19,6 +19,7 @@ from ..common.launch import (
     Launch,
     cdiv,
     dot_precision,
+    is_half,
     is_large,
     platform,
     power_of_two,
@@ -50,7 +51,7 @@ def hidden_launch(
     `wide` is for projections and large shared memory. Blocks for half precision were the fastest of
     fourteen on an H100.
     """
-    half = all(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes)
+    half = is_half(*dtypes)
     constants: dict[str, int | str] = {
         "BLOCK_ROW": 128 if half else 64,
         "BLOCK_COLUMN": 256 if half and wide and on != "hip" else 128 if half else 64,
@@ -131,7 +132,7 @@ def hidden_forward(
     launch = hidden_launch((student[0].dtype, kept), platform(), wide=bool(weight) and is_large())
     blocks = {name: size for name, size in launch.constants.items() if isinstance(size, int)}
     block_row, block_column = blocks["BLOCK_ROW"], blocks["BLOCK_COLUMN"]
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = launch.options
 
     def new(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=of, device=student[0].device)
@@ -211,8 +212,7 @@ def hidden_forward(
                 HAS_MASK=mask is not None,
                 HAS_WEIGHT=bool(weight),
                 STORE=store,
-                num_warps=unit.num_warps,
-                num_stages=unit.num_stages,
+                **unit.options,
             )
         if wants_weight and bias:
             _sum_rows(residual, last - first, bias_grad, add=first > 0)
@@ -295,8 +295,7 @@ def _sum_rows(residual: Tensor, rows: int, gradient: Tensor, *, add: bool) -> No
         SUM_TYPE=TYPES[gradient.dtype],
         **launch.constants,
         ALIGN=math.gcd(columns, 16 // residual.itemsize),
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **launch.options,
     )
     if add:
         gradient += partials.sum(1)

@@ -175,8 +175,7 @@ class Call:
         Quick(kernel)[(programs, self.count)](
             *given,
             **{word: known[word] for word in rest},
-            num_warps=made.num_warps,
-            num_stages=made.num_stages,
+            **made.options,
         )
 
 

@@ -165,8 +165,7 @@ def _product(
         HAS_BIAS=bias is not None,
         HAS_MASK=valid is not None,
         ADD=add,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **launch.options,
     )
     if parts > 1:
         torch.sum(made, 0, out=out)
@@ -297,8 +296,7 @@ def sweep(
             HAS_MASK=valid is not None,
             HAS_LABELS=ids is not None,
             STORE=store,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **launch.options,
         )
         if student_side.stored and store:
             counted = None if valid is None else valid[first:last]

@@ -1,0 +1,49 @@
+"""Short sequences: one program takes several heads of one, whole, in half precision."""
+
+import torch
+
+from .launch import Launch, dot_precision, is_half, power_of_two, stages_that_fit
+
+# the longest sequence that one program holds
+SHORT_TOKENS = 128
+# about two programs for each multiprocessor of the largest GPUs
+FEWEST_PROGRAMS = 256
+
+
+def takes_short(
+    tokens: int, dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
+) -> bool:
+    """Whether a short kernel takes sequences of this length."""
+    return tokens <= SHORT_TOKENS and is_half(*dtypes) and max(dims) <= 64 and on != "hip"
+
+
+def short_launch(
+    tokens: int,
+    dims: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    stages: int,
+    on: str = "cuda",
+) -> Launch:
+    """Blocks of a short kernel: all keys and query rows, loaded up to `stages` ahead, as fits."""
+    block, widths = power_of_two(tokens), [power_of_two(dim) for dim in dims]
+    constants: dict[str, int | str] = {
+        "BLOCK_QUERY": block,
+        "BLOCK_KEY": block,
+        "BLOCK_DIM": widths[0],
+        "BLOCK_TEACHER_DIM": widths[1],
+        "SCORE_PRECISION": dot_precision(True, on),
+        "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
+    }
+    fitting = stages_that_fit(stages, 2 * block * sum(widths) * 2, block * block * 2)
+    return Launch(constants, num_warps=8 if block > 64 else 4, num_stages=fitting)
+
+
+def heads_of_program(heads: int, kv_heads: int, sequences: int) -> int:
+    """Query heads that one program of a short kernel takes, with their key heads whole.
+
+    As many as leave `FEWEST_PROGRAMS`, so that what starts and ends a program is rarely paid.
+    """
+    repeat = heads // kv_heads
+    fits = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
+    enough = [n for n in fits if kv_heads // n * sequences >= FEWEST_PROGRAMS]
+    return repeat * max(enough, default=1)

@@ -14,7 +14,14 @@ def takes_short(
     tokens: int, dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
 ) -> bool:
     """Whether a short kernel takes sequences of this length."""
-    return tokens <= SHORT_TOKENS and is_half(*dtypes) and max(dims) <= 64 and on != "hip"
+    return tokens <= SHORT_TOKENS and takes_whole(dims, dtypes, on)
+
+
+def takes_whole(
+    dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
+) -> bool:
+    """Whether registers hold all that a program makes of blocks of whole heads."""
+    return is_half(*dtypes) and max(dims) <= 64 and on != "hip"
 
 
 def short_launch(

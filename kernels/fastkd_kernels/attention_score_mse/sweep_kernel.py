@@ -80,8 +80,8 @@ def _sweep_kernel(
             o_key = first + n * BLOCK_KEY + tl.arange(0, BLOCK_KEY)
             m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
             b_key = load_rows(key_base, o_key, m_key, key_stride, dim, BLOCK_DIM, ALIGN)
-            b_keys = b_keys + (b_key,)
-            key_grads = key_grads + (tl.zeros([BLOCK_KEY, BLOCK_DIM], dtype=SUM_TYPE),)
+            b_keys += (b_key,)
+            key_grads += (tl.zeros([BLOCK_KEY, BLOCK_DIM], dtype=SUM_TYPE),)
         for head in range(kv_head * repeat, (kv_head + 1) * repeat):
             query_base, query_stride = head_base(row, 0, item, head, TYPE)
             teacher_base, teacher_stride = head_base(row, 2, item, head, TEACHER_TYPE)
@@ -100,7 +100,7 @@ def _sweep_kernel(
                     BLOCK_TEACHER_DIM,
                     TEACHER_ALIGN,
                 )
-                b_teacher_keys = b_teacher_keys + (tl.trans(b_teacher_key),)
+                b_teacher_keys += (tl.trans(b_teacher_key),)
             head_rows = ((pair * batch + item) * heads + head) * query_blocks * BLOCK_QUERY
             # blocks of rows before these keys see none of them
             start = first // BLOCK_QUERY if CAUSAL else 0
@@ -149,7 +149,7 @@ def _sweep_kernel(
                             acc=key_grads[n],
                             input_precision=GRAD_PRECISION,
                         )
-                        grown = grown + (b_key_grad,)
+                        grown += (b_key_grad,)
                 if NEED_GRAD:
                     key_grads = grown
                     seen = min(tokens, (block + 1) * BLOCK_QUERY) if CAUSAL else tokens

@@ -15,8 +15,11 @@ from benchmarks.recording import Launch, meta, size_of
 from benchmarks.workloads import ATTENTION, AttentionWorkload
 
 WORKLOADS = tuple(ATTENTION.values())
-# a short, a long and a causal shape: every kernel, both forms of the Gram algebra
-QUICK = ("bert-base-to-tinybert-4-128", "bert-base-to-tinybert-4-2048", "llama-like-8192")
+# short, swept, long and causal: every kernel, both forms of the Gram algebra
+QUICK = (
+    *(f"bert-base-to-tinybert-4-{tokens}" for tokens in (128, 512, 2048)),
+    "llama-like-8192",
+)
 
 
 def calls(work: AttentionWorkload, dtype: torch.dtype, count: int) -> Iterator[Call]:

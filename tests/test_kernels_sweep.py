@@ -58,8 +58,10 @@ def test_equals_its_definition(
     """One, two and three passes, one and two blocks of keys in each, all in fp64."""
     monkeypatch.setattr(triton_path, "takes_sweep", lambda *_: True)
     states = attention_states(1, 2, heads, tokens, dims, kv_heads=kv_heads)
-    mask = holes(2, tokens) if masked else None
-    options: dict[str, Any] = {"key_mask": mask, "query_mask": mask, "causal": causal}
+    options: dict[str, Any] = {"causal": causal}
+    if masked:
+        mask = holes(2, tokens)
+        options |= {"key_mask": mask, "query_mask": mask.flip(1)}
     given = loss_and_gradients(
         attention_score_mse, leaves_of(states[0]), *states, **options, **TILES
     )

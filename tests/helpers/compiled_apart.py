@@ -49,5 +49,8 @@ def fits(row: dict[str, Any]) -> bool:
     allowed = SPILLS.get(target, UNTIMED_SPILLS)
     if row.get("function", "").endswith("._short_kernel"):
         allowed = SHORT_SPILLS.get(row["kernel"].split()[0], OTHER_SHORT_SPILLS)
+    if row.get("function", "").endswith("._sweep_kernel"):
+        # addresses that the compiler makes once; not timed yet
+        allowed = UNTIMED_SPILLS
     fits_memory = row["shared"] <= SHARED_MEMORY[target]
     return row["registers"] > 0 and row["spills"] <= allowed and fits_memory

@@ -71,6 +71,11 @@ def is_large() -> bool:
     return shared_memory() >= SHARED_MEMORY["cuda", 80]
 
 
+def is_very_large() -> bool:
+    """Whether a program may use as much shared memory as on an H100; an A100 has less."""
+    return shared_memory() >= SHARED_MEMORY["cuda", 90]
+
+
 def stages_that_fit(most: int, stage: int, besides: int) -> int:
     """Pipeline stages of so many bytes, at most `most`; what stands `besides` them needs two."""
     fitting = [n for n in range(2, most + 1) if n * stage + besides <= shared_memory()]

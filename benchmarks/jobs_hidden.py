@@ -12,8 +12,8 @@ from benchmarks.recording import Launch, meta
 from benchmarks.workloads import HIDDEN, HiddenWorkload
 
 WORKLOADS = tuple(HIDDEN.values())
-# with a projection and without one
-QUICK = ("bert-base-to-tinybert-4", "minilm-6-to-3")
+# with a projection of few columns and of many, and without one
+QUICK = ("bert-base-to-tinybert-4", "llama-like", "minilm-6-to-3")
 # sum of which columns: the student's width, the teacher's, rows
 SUMMED = {"_fwd_kernel": "width", "_bwd_dx_kernel": "teacher_width"}
 NAMES = {

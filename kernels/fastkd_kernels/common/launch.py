@@ -71,9 +71,20 @@ def is_large() -> bool:
     return shared_memory() >= SHARED_MEMORY["cuda", 80]
 
 
-def is_very_large() -> bool:
-    """Whether a program may use as much shared memory as on an H100; an A100 has less."""
-    return shared_memory() >= SHARED_MEMORY["cuda", 90]
+@cache
+def architecture() -> int | str:
+    """Of the first GPU, 90 for an H100; without one, the oldest of the targets."""
+    if not torch.cuda.is_available():
+        return 80
+    from triton.runtime import driver
+
+    arch: int | str = driver.active.get_current_target().arch
+    return arch
+
+
+def is_hopper() -> bool:
+    """Whether four warps together multiply blocks in shared memory, as on an H100."""
+    return architecture() == 90
 
 
 def stages_that_fit(most: int, stage: int, besides: int) -> int:

@@ -1,8 +1,8 @@
 """Losses on hidden states on Triton: what CUDA tensors run. Same results as the PyTorch path.
 
-On large GPUs, where a row of the student's gradient fits the registers, one launch projects rows,
-makes their residual and multiplies it by the weight while it is there; normalised rows are
-projected twice by it. Only the weight's gradient reads the residual again.
+On an H100, where rows of the student's gradient fit the registers, one kernel projects rows, makes
+their residual and multiplies it by the weight while it is there; it projects normalised rows twice.
+Only the weight's gradient reads the residual again.
 
 Elsewhere the residual of one chunk of tokens is written to a workspace of bounded size and
 multiplied twice; normalised rows are projected into another such workspace first, because their
@@ -24,8 +24,8 @@ from ..common.launch import (
     cdiv,
     dot_precision,
     is_half,
+    is_hopper,
     is_large,
-    is_very_large,
     platform,
     power_of_two,
     product_dtype,
@@ -78,14 +78,14 @@ def width_blocks(width: int) -> tuple[int, int]:
     return (whole, 0) if first + rest >= whole else (first, rest)
 
 
-def fused_launch(width: int, dtypes: tuple[torch.dtype, ...], on: str = "cuda") -> Launch | None:
+def fused_launch(width: int, dtypes: tuple[torch.dtype, ...]) -> Launch | None:
     """Blocks of `_fwd_dx_kernel`; None where it does not fit.
 
-    It takes half precision, and the shared memory and the products of an H100: on an A100 its sums
-    would not stay in registers.
+    It takes half precision, and an H100's shared memory and products: on an A100 its sums would not
+    stay in registers, and on a B200 not every Triton fits its blocks into shared memory.
     """
     block_in, block_rest = width_blocks(width)
-    holds = on == "cuda" and is_very_large() and block_in + block_rest <= FUSED_WIDTH
+    holds = is_hopper() and block_in + block_rest <= FUSED_WIDTH
     if not (holds and is_half(*dtypes)):
         return None
     constants: dict[str, int | str] = {
@@ -95,8 +95,8 @@ def fused_launch(width: int, dtypes: tuple[torch.dtype, ...], on: str = "cuda") 
         "BLOCK_REST": block_rest,
         # those of a warp in a product of four warps
         "ROWS_SUMMED": 16,
-        "PRECISION": dot_precision(True, on),
-        "GRAD_PRECISION": dot_precision(True, on),
+        "PRECISION": dot_precision(True, "cuda"),
+        "GRAD_PRECISION": dot_precision(True, "cuda"),
     }
     return Launch(constants, num_warps=8, num_stages=2)
 
@@ -212,7 +212,7 @@ def hidden_forward(
     )
     wants_weight = need_weight_grad and bool(weight)
     if need_input_grad and weight:
-        fused = fused_launch(width, (student[0].dtype, weight[0].dtype, kept), platform())
+        fused = fused_launch(width, (student[0].dtype, weight[0].dtype, kept))
         if fused is not None:
             return _fused(call, fused, normalize, wants_weight)
     return _by_kernel(call, normalize, need_input_grad, wants_weight)

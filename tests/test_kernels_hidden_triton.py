@@ -106,6 +106,18 @@ def test_all_at_once_without_gradients_of_weights(op: Callable[..., Tensor]) -> 
 
 @interpreted
 @pytest.mark.usefixtures("all_at_once")
+@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-4])
+@pytest.mark.parametrize("op", [hidden_mse, hidden_cosine])
+def test_all_at_once_stays_near_plain_pytorch_in_fp32(
+    op: Callable[..., Tensor], distance: float
+) -> None:
+    case = hidden_case(4, 1, 50, (32, 32), "shared+bias").near(distance).cast(torch.float32)
+    given, plain = case.run(op, backend="triton"), case.run(DEFINITIONS[op])
+    check_rounding(case.defined(DEFINITIONS[op]), given, plain=plain, inputs=op is hidden_cosine)
+
+
+@interpreted
+@pytest.mark.usefixtures("all_at_once")
 def test_all_at_once_keeps_what_near_and_missing_directions_are_worth() -> None:
     """A student next to its teacher, and opposite; rows of zeros on either side, and on both."""
     case = hidden_case(1, 1, 9, (12, 12), "shared")

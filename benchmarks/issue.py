@@ -52,7 +52,8 @@ def summary(code: Code) -> dict[str, Any]:
 
 
 def _loop_counts(loop: CodeLoop) -> dict[str, Any]:
-    return {**_counts(loop.work), "loops": [_loop_counts(one) for one in loop.inside]}
+    inside = [_loop_counts(one) for one in loop.inside]
+    return {**_counts(loop.work), "branched": _counts(loop.branched), "loops": inside}
 
 
 def _counts(work: Work) -> dict[str, int]:
@@ -65,7 +66,8 @@ def executed(code: Mapping[str, Any], loops: Sequence[Loop]) -> dict[str, float]
     total = {name: float(code[name]) for name in ("slots", *UNITS, "flops")}
     for one, loop in _matched(code["loops"], loops):
         for name, count in executed(one, loop.inside).items():
-            total[name] += loop.times * count
+            skipped = (1.0 - loop.branched) * one["branched"][name] if loop.branched < 1.0 else 0.0
+            total[name] += loop.times * (count - skipped)
     return total
 
 

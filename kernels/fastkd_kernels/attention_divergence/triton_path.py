@@ -26,6 +26,7 @@ from ..common.rescale import stacked_gradient, tokens_first, waiting_dtype
 from ..common.short_sequences import heads_of_program, short_launch, takes_short
 from ..common.tensor_table import to_device
 from ..common.tl_types import TYPES
+from .kl_kernels import _dk_value_kernel, _rows_dq_kernel
 from .short_kernel import _short_kernel
 from .triton_kernels import _dk_kernel, _dq_kernel, _rows_kernel
 
@@ -96,6 +97,33 @@ def divergence_launch(
     return Launch(constants, num_warps=4 if few or on == "hip" else 8, num_stages=1)
 
 
+def takes_two_sweeps(kind: str, dims: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether the kernels of `kl_kernels.py` take a kind, without soft caps and sinks."""
+    return row_stats(kind) == 4 and is_half(*dtypes) and max(dims) <= 128 and platform() != "hip"
+
+
+def sweep_launch(kernel: str, dims: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> Launch:
+    """Blocks of the two sweeps of KL: "rows_dq" or "dk_value"."""
+    widths = [power_of_two(dim) for dim in dims]
+    wide = max(widths) > 64
+    of_rows = kernel == "rows_dq"
+    if of_rows:
+        query, key, warps = (128, 64, 8) if wide else (128, 128, 8)
+    else:
+        query, key, warps = (64, 128, 8) if wide else (64, 128, 4)
+    if wide and not is_large():
+        query, key, warps = (64, 64, 4) if of_rows else (32, 64, 4)
+    constants: dict[str, int | str] = {
+        "BLOCK_QUERY": query,
+        "BLOCK_KEY": key,
+        "BLOCK_DIM": widths[0],
+        "BLOCK_TEACHER_DIM": widths[1],
+        "SCORE_PRECISION": dot_precision(True, platform()),
+        "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, platform()),
+    }
+    return Launch(constants, warps, 2)
+
+
 def kernel_types(dtype: torch.dtype, teacher_dtype: torch.dtype) -> dict[str, Any]:
     """And the type in which slopes enter their product, and whether logs are in bits."""
     made = type_constants(dtype, teacher_dtype)
@@ -155,8 +183,14 @@ def forward(
     dtype = waiting_dtype(call.dtypes[0])
     like = (call.first.query, call.first.key)
     grads = [stacked_gradient(call.count, of, dtype) if need_grad else call.new(0) for of in like]
-    short = takes_short(call.sizes["tokens"], call.dims, call.dtypes, platform())
-    run = _short if short else _long
+    plain = not any(softmax.flags.values()) and not softmax.has_sinks
+    positive = all(min(pair.scale, pair.teacher_scale) > 0 for pair in pairs)
+    if takes_short(call.sizes["tokens"], call.dims, call.dtypes, platform()):
+        run = _short
+    elif need_grad and plain and positive and takes_two_sweeps(kind, call.dims, call.dtypes):
+        run = _two_sweeps
+    else:
+        run = _long
     partials, sink_partials = run(call, masks, softmax, kind, weights, grads, need_grad)
     # programs of one batch item follow each other
     sums = partials.view(call.count, call.sizes["batch"], -1).sum(2)
@@ -287,6 +321,63 @@ def _long(
             **launches["dk"].options,
         )
     return partials, sink_partials
+
+
+def _two_sweeps(
+    call: Call,
+    masks: _Masks,
+    softmax: _Softmax,
+    kind: str,
+    weights: Tensor,
+    grads: list[Tensor],
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `_short`, of KL and cross-entropy without caps and sinks: each gradient in one sweep."""
+    sizes, count = call.sizes, call.count
+    tokens, heads = sizes["tokens"], sizes["heads"]
+    stats = call.new(count, 2, sizes["batch"], heads, tokens)
+    launches = {
+        name: sweep_launch(name, call.dims, call.dtypes) for name in ("rows_dq", "dk_value")
+    }
+    shared = {
+        "batch": sizes["batch"],
+        "heads": heads,
+        "repeat": heads // sizes["kv_heads"],
+        "teacher_repeat": heads // sizes["teacher_kv_heads"],
+        **{name: sizes[name] for name in ("tokens", "dim", "teacher_dim")},
+        "window": masks.window,
+        "CAUSAL": masks.causal,
+        "WINDOWED": masks.window > 0,
+        **{name: call.constants[name] for name in ("ALIGN", "TEACHER_ALIGN", "HAS_MASK")},
+    }
+    types = kernel_types(*call.dtypes)
+    shared |= {name: types[name] for name in ("TYPE", "TEACHER_TYPE", "GRAD_TYPE")}
+    given = (call.table, call.scales, call.valid, call.spans(), stats, weights)
+    launch = launches["rows_dq"]
+    programs = cdiv(tokens, launch.block("BLOCK_QUERY")) * sizes["batch"] * heads
+    Quick(_rows_dq_kernel)[(programs, count)](
+        *given,
+        grads[0],
+        **shared,
+        **launch.constants,
+        QUERY_TOKENS_FIRST=tokens_first(call.first.query),
+        **launch.options,
+    )
+    launch = launches["dk_value"]
+    programs = cdiv(tokens, launch.block("BLOCK_KEY")) * sizes["batch"] * sizes["kv_heads"]
+    partials = call.new(count, programs)
+    Quick(_dk_value_kernel)[(programs, count)](
+        *given,
+        grads[1],
+        partials,
+        **shared,
+        **launch.constants,
+        KIND=kind,
+        UNEVEN=tokens % launch.block("BLOCK_QUERY") > 0,
+        KEY_TOKENS_FIRST=tokens_first(call.first.key),
+        **launch.options,
+    )
+    return partials, call.new(0)
 
 
 def _constants(

@@ -42,9 +42,17 @@ IN_FP32_ONLY = {
     "logits_divergence._matmul_kernel",
 }
 # which take half precision, and more shared memory than AMD's chips have
-SHORT = {"attention_divergence._short_kernel", "attention_score_mse._short_kernel"}
+SHORT = {
+    "attention_divergence._short_kernel",
+    "attention_score_mse._short_kernel",
+    "attention_score_mse._sweep_kernel",
+}
 # which take half precision, and the products of sm_90
-HOPPER = {"hidden._fwd_dx_kernel"}
+HOPPER = {
+    "hidden._fwd_dx_kernel",
+    "attention_divergence._rows_dq_kernel",
+    "attention_divergence._dk_value_kernel",
+}
 
 
 # one in so many is compiled again, whether or not the committed table has it

@@ -16,6 +16,7 @@ from ..common.launch import (
     cdiv,
     dot_precision,
     is_half,
+    is_hopper,
     is_large,
     platform,
     power_of_two,
@@ -98,30 +99,30 @@ def divergence_launch(
 
 
 def takes_two_sweeps(kind: str, dims: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Whether the kernels of `kl_kernels.py` take a kind, without soft caps and sinks."""
-    return row_stats(kind) == 4 and is_half(*dtypes) and max(dims) <= 128 and platform() != "hip"
+    """Whether the kernels of `kl_kernels.py` take a kind, without soft caps and sinks.
+
+    On other chips than an H100 both tiles and the gradient leave the registers.
+    """
+    return row_stats(kind) == 4 and is_half(*dtypes) and max(dims) <= 128 and is_hopper()
 
 
 def sweep_launch(kernel: str, dims: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> Launch:
     """Blocks of the two sweeps of KL: "rows_dq" or "dk_value"."""
     widths = [power_of_two(dim) for dim in dims]
     wide = max(widths) > 64
-    of_rows = kernel == "rows_dq"
-    if of_rows:
-        query, key, warps = (128, 64, 8) if wide else (128, 128, 8)
+    if kernel == "rows_dq":
+        query, key, warps = 128, 64 if wide else 128, 8
     else:
-        query, key, warps = (64, 128, 8) if wide else (64, 128, 4)
-    if wide and not is_large():
-        query, key, warps = (64, 64, 4) if of_rows else (32, 64, 4)
+        query, key, warps = 64, 128, 8 if wide else 4
     constants: dict[str, int | str] = {
         "BLOCK_QUERY": query,
         "BLOCK_KEY": key,
         "BLOCK_DIM": widths[0],
         "BLOCK_TEACHER_DIM": widths[1],
-        "SCORE_PRECISION": dot_precision(True, platform()),
-        "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, platform()),
+        "SCORE_PRECISION": dot_precision(True, "cuda"),
+        "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, "cuda"),
     }
-    return Launch(constants, warps, 2)
+    return Launch(constants, warps, num_stages=2)
 
 
 def kernel_types(dtype: torch.dtype, teacher_dtype: torch.dtype) -> dict[str, Any]:

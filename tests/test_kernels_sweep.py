@@ -110,6 +110,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(blocks.values()) == [(2, 2), (1, 3), (2, 1), (1, 4)]
     monkeypatch.setattr(launch, "shared_memory", lambda: 101_376)
     assert triton_path.sweep_launch(500, (26, 64), half).num_stages == 2
+    assert triton_path.sweep_launch(500, (64, 64), (torch.float16,) * 2).num_stages == 1
     assert not triton_path.takes_sweep(127, (26, 64), half)
     assert triton_path.takes_sweep(128, (26, 64), half)
     assert not triton_path.takes_sweep(128, (26, 64), half, "hip")

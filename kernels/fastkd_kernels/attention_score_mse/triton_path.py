@@ -99,7 +99,6 @@ def takes_sweep(
     return programs >= FEWEST_PROGRAMS // 2 and takes_whole(dims, dtypes, on)
 
 
-@cache
 def sweep_launch(
     tokens: int,
     dims: tuple[int, int],
@@ -124,7 +123,9 @@ def sweep_launch(
     }
     wide = product_dtype(dtypes[0]).itemsize
     keys = (1 + two) * held * 2 * sum(widths)
-    stages = stages_that_fit(2, block * 2 * sum(widths), keys + block * held * wide)
+    # a tile and the student's rows as the gradients' products read them
+    exchanged = block * (held + widths[0]) * wide
+    stages = stages_that_fit(2, block * 2 * sum(widths), keys + exchanged)
     return Launch(constants, num_warps=4, num_stages=stages)
 
 

@@ -84,18 +84,20 @@ def sweep_loops(part: str, given: dict[str, Any]) -> tuple[tuple[Loop, ...], int
     of_rows = part == "rows_dq"
     every = mean_keys(given) if of_rows else mean_queries(given)
     held, step = (rows, keys) if of_rows else (keys, rows)
-    compared = every if given["WINDOWED"] else 0.0
-    if given["CAUSAL"] and not given["WINDOWED"]:
-        starts = range(0, given["tokens"], held)
+    tokens = given["tokens"]
+    starts = range(0, tokens, held)
+    if given["WINDOWED"]:
+        whole = [0] * len(starts)
+    elif given["CAUSAL"]:
         # of rows, keys up to the first one of the block; of keys, rows from the last one
-        whole = [
-            (first + 1) // step if of_rows else (given["tokens"] - first - held + 1) // step
-            for first in starts
-        ]
-        compared = every - sum(max(0, blocks) for blocks in whole) / len(whole)
+        reach = [first + 1 if of_rows else tokens - first - held + 1 for first in starts]
+        whole = [max(0, reached) // step for reached in reach]
+    else:
+        whole = [tokens // step] * len(starts)
+    seen_whole = sum(whole) / len(whole)
     # the first block alone gives maxima
-    share = 1.0 / max(1.0, every - compared) if of_rows else 1.0
-    loops: tuple[Loop, ...] = (Loop(every - compared, branched=min(1.0, share)), Loop(compared))
+    first_block = 1.0 / max(1.0, seen_whole) if of_rows else 1.0
+    loops: tuple[Loop, ...] = (Loop(seen_whole, branched=first_block), Loop(every - seen_whole))
     if not of_rows and given["repeat"] > 1:
         loops = (Loop(given["repeat"], loops),)
     return loops, step

@@ -72,7 +72,9 @@ def test_instructions() -> None:
 
 def counts(slots: int, memory: int = 0, loops: Any = (), **other: int) -> dict[str, Any]:
     plain = dict.fromkeys(("special", "integer", "flops"), 0)
-    return {**plain, "slots": slots, "memory": memory, **other, "loops": list(loops)}
+    branched = {**plain, "slots": 0, "memory": 0}
+    made = {**plain, "slots": slots, "memory": memory, **other}
+    return {**made, "branched": branched, "loops": list(loops)}
 
 
 def test_loops_count_as_often_as_they_turn() -> None:
@@ -107,9 +109,9 @@ def test_prediction_is_what_is_scarcest() -> None:
     # of five programs one multiprocessor gets three
     made = issue.predicted(row, Run(5, (), 1000, even=True), 4, chip)
     assert made == (3 * 4 * 40 / 4, 3 * 4 * 3 * 2, 3 * 4 * 10 / 2, 3 * 4 * 2, 3 * 4 * 0.5, 10.0)
-    assert (made.limit, made.seconds) == ("issue", 120.0)
+    assert (made.limit, made.seconds) == ("slots", 120.0)
     uneven = issue.predicted(row, Run(5, (), 100_000, even=False), 4, chip)
-    assert uneven.issue == 2.5 * 40
+    assert uneven.slots == 2.5 * 40
     assert (uneven.limit, uneven.seconds) == ("bytes", 1000.0)
 
 

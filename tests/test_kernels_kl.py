@@ -8,11 +8,18 @@ from typing import Any
 import pytest
 import torch
 from conditioning import check_rounding
-from divergence_cases import divergence_both, exactly_defined, holes, near_states
-from fastkd_kernels import AttentionState
+from divergence_cases import exactly_defined, holes, near_states
+from fastkd_kernels import attention_divergence
 from fastkd_kernels.attention_divergence import triton_path
 from fastkd_kernels.common import launch
-from kernel_cases import attention_states, fresh_tensors_are_nan
+from kernel_cases import (
+    attention_states,
+    cast,
+    fresh_tensors_are_nan,
+    leaves_of,
+    loss_and_gradients,
+    trained,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GAIN = 2**10
@@ -37,9 +44,14 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert calls
 
 
+def triton_made(states: Any, **options: Any) -> list[torch.Tensor]:
+    leaves = leaves_of(states[0])
+    return loss_and_gradients(attention_divergence, leaves, *states, backend="triton", **options)
+
+
 def check(states: Any, **options: Any) -> list[torch.Tensor]:
     """Loss and gradients, in half precision, against the definition in fp64."""
-    given, _ = divergence_both(states, backend="triton", gain=GAIN, **options)
+    given = triton_made(states, gain=GAIN, **options)
     check_rounding(exactly_defined(states, gain=GAIN, **options), given, anew=True)
     return given
 
@@ -98,11 +110,5 @@ def test_scores_far_above_those_of_the_first_block(place: int) -> None:
 
 def test_a_teacher_of_its_own_student_costs_nothing() -> None:
     _, teacher = attention_states(1, 1, 2, 150, (8, 8), dtype=torch.float16, device=DEVICE)
-    same = [
-        AttentionState(
-            s.query.clone().requires_grad_(), s.key.clone().requires_grad_(), s.value, s.scale
-        )
-        for s in teacher
-    ]
-    given, _ = divergence_both((same, teacher), backend="triton", kind="kl")
-    assert all(not value.any() for value in given)
+    same = trained(cast(teacher, torch.float16))
+    assert all(not value.any() for value in triton_made((same, teacher), kind="kl"))

@@ -29,7 +29,7 @@ from ..common.attention_jit import (
     valid_rows,
     visible,
 )
-from ..common.divergences_jit import below, shift_of
+from ..common.divergences_jit import below, log_sum, shift_of
 
 # the log-sum-exp of a row that is not counted: no outcome has a share
 NEVER: tl.constexpr = tl.constexpr(1e30)
@@ -85,10 +85,16 @@ def rows_there(
 
 
 @triton.jit
+def other_start(step, before, first, whole_end, BLOCK: tl.constexpr):
+    """Where the other block number `step` of `split_blocks` starts."""
+    later = whole_end + (step - before) * BLOCK
+    return tl.where(step < before, first + step * BLOCK, later)
+
+
+@triton.jit
 def ratio_of(student, teacher):
     """`student / teacher` of sums, exactly 1 where they are equal; 1 where nothing was seen."""
-    log_student = tl.log2(tl.where(student > 0.0, student, 1.0))
-    return tl.exp2(log_student - tl.log2(tl.where(teacher > 0.0, teacher, 1.0)))
+    return tl.exp2(log_sum(student, True) - log_sum(teacher, True))
 
 
 @triton.jit
@@ -293,13 +299,12 @@ def _rows_dq_kernel(
         ratio, b_slopes, b_teacher = nothing, empty, empty
     state = (max_student, sum_student, max_teacher, sum_teacher, ratio, b_slopes, b_teacher)
     for step in tl.range(0, others, num_stages=1):
-        later = whole_end + (step - before) * BLOCK_KEY
         state = _query_step(
             state,
             rows,
             keys,
             masks,
-            tl.where(step < before, first + step * BLOCK_KEY, later),
+            other_start(step, before, first, whole_end, BLOCK_KEY),
             whole_first,
             o_query,
             (dim, teacher_dim),
@@ -318,9 +323,8 @@ def _rows_dq_kernel(
             WHOLE=False,
         )
     max_student, sum_student, max_teacher, sum_teacher, _, b_slopes, _ = state
-    sum_student = tl.where(sum_student > 0.0, sum_student, 1.0)
-    sum_teacher = tl.where(sum_teacher > 0.0, sum_teacher, 1.0)
-    scale = tl.where(m_query, sizes[0][1] * tl.load(weights + item) / sum_student, 0.0)
+    divisor = tl.where(sum_student > 0.0, sum_student, 1.0)
+    scale = tl.where(m_query, sizes[0][1] * tl.load(weights + item) / divisor, 0.0)
     m_row = o_query < tokens
     store_head(
         query_grad + (pair * batch + item) * heads * tokens * dim,
@@ -335,8 +339,8 @@ def _rows_dq_kernel(
         QUERY_TOKENS_FIRST,
     )
     out = stat_base(stats, pair, item, head, batch, heads, tokens, 2) + o_query
-    log_student = shift_of(max_student) + tl.log2(sum_student)
-    log_teacher = shift_of(max_teacher) + tl.log2(sum_teacher)
+    log_student = shift_of(max_student) + log_sum(sum_student, True)
+    log_teacher = shift_of(max_teacher) + log_sum(sum_teacher, True)
     tl.store(out, tl.where(m_query, log_student, NEVER), mask=m_row)
     out += stat_step(batch, heads, tokens)
     tl.store(out, tl.where(m_query, log_teacher, NEVER), mask=m_row)
@@ -516,7 +520,6 @@ def _dk_value_kernel(
             )
         if HAS_MASK or UNEVEN or CAUSAL or WINDOWED:
             for step in tl.range(0, others, num_stages=1):
-                later = whole_end + (step - before) * BLOCK_QUERY
                 b_gradient, value = _key_step(
                     b_gradient,
                     value,
@@ -524,7 +527,7 @@ def _dk_value_kernel(
                     queries,
                     logs,
                     masks,
-                    tl.where(step < before, first + step * BLOCK_QUERY, later),
+                    other_start(step, before, first, whole_end, BLOCK_QUERY),
                     (o_key, m_key),
                     (dim, teacher_dim),
                     units,

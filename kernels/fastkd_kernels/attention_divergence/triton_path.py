@@ -21,6 +21,7 @@ from ..common.launch import (
     platform,
     power_of_two,
     product_dtype,
+    whole_head_blocks,
 )
 from ..common.quick_launch import Quick
 from ..common.rescale import stacked_gradient, tokens_first, waiting_dtype
@@ -108,21 +109,12 @@ def takes_two_sweeps(kind: str, dims: tuple[int, int], dtypes: tuple[torch.dtype
 
 def sweep_launch(kernel: str, dims: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> Launch:
     """Blocks of the two sweeps of KL: "rows_dq" or "dk_value"."""
-    widths = [power_of_two(dim) for dim in dims]
-    wide = max(widths) > 64
+    wide = max(dims) > 64
     if kernel == "rows_dq":
         query, key, warps = 128, 64 if wide else 128, 8
     else:
         query, key, warps = 64, 128, 8 if wide else 4
-    constants: dict[str, int | str] = {
-        "BLOCK_QUERY": query,
-        "BLOCK_KEY": key,
-        "BLOCK_DIM": widths[0],
-        "BLOCK_TEACHER_DIM": widths[1],
-        "SCORE_PRECISION": dot_precision(True, "cuda"),
-        "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, "cuda"),
-    }
-    return Launch(constants, warps, num_stages=2)
+    return Launch(whole_head_blocks(query, key, dims, dtypes[0], "cuda"), warps, num_stages=2)
 
 
 def kernel_types(dtype: torch.dtype, teacher_dtype: torch.dtype) -> dict[str, Any]:
@@ -184,11 +176,15 @@ def forward(
     dtype = waiting_dtype(call.dtypes[0])
     like = (call.first.query, call.first.key)
     grads = [stacked_gradient(call.count, of, dtype) if need_grad else call.new(0) for of in like]
-    plain = not any(softmax.flags.values()) and not softmax.has_sinks
-    positive = all(min(pair.scale, pair.teacher_scale) > 0 for pair in pairs)
     if takes_short(call.sizes["tokens"], call.dims, call.dtypes, platform()):
         run = _short
-    elif need_grad and plain and positive and takes_two_sweeps(kind, call.dims, call.dtypes):
+    elif (
+        need_grad
+        and takes_two_sweeps(kind, call.dims, call.dtypes)
+        and not (softmax.has_sinks or any(softmax.flags.values()))
+        # the largest scaled score is that of the largest score
+        and all(min(pair.scale, pair.teacher_scale) > 0 for pair in pairs)
+    ):
         run = _two_sweeps
     else:
         run = _long
@@ -337,9 +333,6 @@ def _two_sweeps(
     sizes, count = call.sizes, call.count
     tokens, heads = sizes["tokens"], sizes["heads"]
     stats = call.new(count, 2, sizes["batch"], heads, tokens)
-    launches = {
-        name: sweep_launch(name, call.dims, call.dtypes) for name in ("rows_dq", "dk_value")
-    }
     shared = {
         "batch": sizes["batch"],
         "heads": heads,
@@ -354,7 +347,7 @@ def _two_sweeps(
     types = kernel_types(*call.dtypes)
     shared |= {name: types[name] for name in ("TYPE", "TEACHER_TYPE", "GRAD_TYPE")}
     given = (call.table, call.scales, call.valid, call.spans(), stats, weights)
-    launch = launches["rows_dq"]
+    launch = sweep_launch("rows_dq", call.dims, call.dtypes)
     programs = cdiv(tokens, launch.block("BLOCK_QUERY")) * sizes["batch"] * heads
     Quick(_rows_dq_kernel)[(programs, count)](
         *given,
@@ -364,7 +357,7 @@ def _two_sweeps(
         QUERY_TOKENS_FIRST=tokens_first(call.first.query),
         **launch.options,
     )
-    launch = launches["dk_value"]
+    launch = sweep_launch("dk_value", call.dims, call.dtypes)
     programs = cdiv(tokens, launch.block("BLOCK_KEY")) * sizes["batch"] * sizes["kv_heads"]
     partials = call.new(count, programs)
     Quick(_dk_value_kernel)[(programs, count)](

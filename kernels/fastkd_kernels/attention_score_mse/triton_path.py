@@ -22,6 +22,7 @@ from ..common.launch import (
     power_of_two,
     product_dtype,
     stages_that_fit,
+    whole_head_blocks,
 )
 from ..common.quick_launch import Quick
 from ..common.rescale import stacked_gradient, tokens_first, waiting_dtype
@@ -111,16 +112,8 @@ def sweep_launch(
     blocks = cdiv(tokens, held)
     # three blocks would leave half of a second pass empty; fp16 has wider operands
     two = blocks not in (1, 3) and widths[0] <= 32 and torch.float16 not in dtypes
-    constants: dict[str, int | str] = {
-        "BLOCK_QUERY": block,
-        "BLOCK_KEY": held,
-        "KEY_BLOCKS": 1 + two,
-        "PASSES": cdiv(blocks, 1 + two),
-        "BLOCK_DIM": widths[0],
-        "BLOCK_TEACHER_DIM": widths[1],
-        "SCORE_PRECISION": dot_precision(True, on),
-        "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
-    }
+    constants = whole_head_blocks(block, held, dims, dtypes[0], on)
+    constants |= {"KEY_BLOCKS": 1 + two, "PASSES": cdiv(blocks, 1 + two)}
     wide = product_dtype(dtypes[0]).itemsize
     keys = (1 + two) * held * 2 * sum(widths)
     # a tile and the student's rows as the gradients' products read them

@@ -113,6 +113,20 @@ def dot_precision(exact: bool, on: str) -> str:
     return "tf32x3" if exact else "tf32"
 
 
+def whole_head_blocks(
+    query: int, key: int, dims: tuple[int, int], dtype: torch.dtype, on: str
+) -> dict[str, int | str]:
+    """Blocks of an attention kernel that reads whole heads, and how it multiplies a student's."""
+    return {
+        "BLOCK_QUERY": query,
+        "BLOCK_KEY": key,
+        "BLOCK_DIM": power_of_two(dims[0]),
+        "BLOCK_TEACHER_DIM": power_of_two(dims[1]),
+        "SCORE_PRECISION": dot_precision(True, on),
+        "GRAD_PRECISION": dot_precision(dtype != torch.float16, on),
+    }
+
+
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a residual as an operand: fp16 could underflow, so it goes through fp32."""
     return torch.float32 if dtype == torch.float16 else dtype

@@ -324,8 +324,9 @@ def _rows_dq_kernel(
         )
     max_student, sum_student, max_teacher, sum_teacher, _, b_slopes, _ = state
     divisor = tl.where(sum_student > 0.0, sum_student, 1.0)
-    scale = tl.where(m_query, sizes[0][1] * tl.load(weights + item) / divisor, 0.0)
+    scale = sizes[0][1] * tl.load(weights + item) / divisor
     m_row = o_query < tokens
+    # rows that are not counted have queries of 0 on both sides, so no slope
     store_head(
         query_grad + (pair * batch + item) * heads * tokens * dim,
         b_slopes * scale[:, None],
@@ -341,9 +342,9 @@ def _rows_dq_kernel(
     out = stat_base(stats, pair, item, head, batch, heads, tokens, 2) + o_query
     log_student = shift_of(max_student) + log_sum(sum_student, True)
     log_teacher = shift_of(max_teacher) + log_sum(sum_teacher, True)
-    tl.store(out, tl.where(m_query, log_student, NEVER), mask=m_row)
+    tl.store(out, log_student, mask=m_row)
     out += stat_step(batch, heads, tokens)
-    tl.store(out, tl.where(m_query, log_teacher, NEVER), mask=m_row)
+    tl.store(out, log_teacher, mask=m_row)
 
 
 @triton.jit

@@ -17,6 +17,10 @@ import torch
 # triton reads TRITON_INTERPRET once, when it is imported; transformers and deepspeed import it too
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from quick_interpreter import patch_once_a_launch
+
+    patch_once_a_launch()
 
 # tiny tensors on few cores: threads would mostly wait for each other
 torch.set_num_threads(1)

@@ -201,6 +201,7 @@ def _short_kernel(
                 tl.trans(b_slopes),
                 b_query.to(GRAD_TYPE),
                 acc=b_key_grad,
+                out_dtype=SUM_TYPE,
                 input_precision=GRAD_PRECISION,
             )
             if (step + 1) % (repeat * blocks) == 0:

@@ -90,9 +90,13 @@ def kl_terms(p, t, difference, ratio):
 def outcome_terms(log_p, log_t, KIND: tl.constexpr, BITS: tl.constexpr):
     """`divergence_terms` of outcomes; all but `point` are 0 where neither has a share."""
     p, t = power_of(log_p, BITS), power_of(log_t, BITS)
-    if BITS and KIND == "kl":
-        difference = p - t
-        return kl_terms(p, t, difference, log_p - log_t), difference, difference, p
+    if BITS and (KIND == "kl" or KIND == "reverse_kl"):
+        difference, ratio = p - t, log_p - log_t
+        if KIND == "kl":
+            return kl_terms(p, t, difference, ratio), difference, difference, p
+        else:
+            value = kl_terms(t, p, -difference, -ratio)
+            return value, value, ratio * LN2, p
     else:
         unit: tl.constexpr = LN2 if BITS else 1.0
         ratio = (log_p - log_t) * unit

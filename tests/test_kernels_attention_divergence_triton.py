@@ -100,6 +100,32 @@ def test_models_far_apart(scale: float, kind: str) -> None:
 
 
 @EVERY_KIND
+@pytest.mark.parametrize("short", [True, False])
+@pytest.mark.parametrize("scale", [1e-20, -0.3, 1e20])
+def test_hidden_keys_have_no_share_whatever_the_scale(
+    scale: float, short: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries make up for the scale; masked and later keys have the largest scores."""
+    monkeypatch.setattr(triton_path, "takes_short", lambda *_: short)
+    mask = holes(1, 40).to(DEVICE)
+    grow = (
+        torch.where(mask, 1.0, 50.0)[:, None, :, None] * torch.arange(1, 41, device=DEVICE)[:, None]
+    )
+    own, target = attention_states(1, 1, 1, 40, (8, 8), dtype=torch.float32, device=DEVICE)
+    states = (
+        trained([own[0]._replace(query=own[0].query * (0.3 / scale), scale=scale)]),
+        [
+            target[0]._replace(
+                query=target[0].query * (0.3 / scale), key=target[0].key * grow, scale=scale
+            )
+        ],
+    )
+    options = {"kind": kind, "key_mask": mask, "query_mask": mask, "causal": True}
+    given, _ = triton_both(states, **options)
+    check_rounding(exactly_defined(states, **options), given, anew=True)
+
+
+@EVERY_KIND
 def test_student_equal_to_teacher(kind: str) -> None:
     distant, teacher = attention_states(1, 1, 1, 40, (8, 8), dtype=torch.float32, device=DEVICE)
     same = trained(cast(teacher, torch.float32))
@@ -157,7 +183,7 @@ def test_reads_any_strides_and_no_padding() -> None:
 
 @EVERY_KIND
 def test_nothing_valid_gives_zero(kind: str) -> None:
-    student, teacher = attention_states(1, 1, 1, 9, (4, 4), dtype=torch.float32, device=DEVICE)
+    student, teacher = attention_states(1, 1, 1, 9, (5, 7), dtype=torch.float32, device=DEVICE)
     nothing = torch.zeros(1, 9, dtype=torch.bool, device=DEVICE)
     for value in loss_and_gradients(
         attention_divergence,

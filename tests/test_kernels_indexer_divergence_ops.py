@@ -255,7 +255,7 @@ ERRORS: list[tuple[Callable[[], Any], Any, str]] = [
         "weights is on meta and the student is on cpu",
     ),
     (other_tokens, ValueError, r"teacher\[0\].query has batch and tokens \(2, 7\)"),
-    (teacher(scale=0.0), ValueError, r"teacher\[0\].scale is 0.0; expected a finite factor"),
+    (teacher(scale=0.0), ValueError, r"teacher\[0\].scale is 0.0; expected a factor"),
     (teacher(softcap=-1.0), ValueError, r"softcap is -1.0; expected a finite number above 0"),
     (teacher(sinks=torch.zeros(3)), ValueError, "sinks has 3 entries for 4 query heads"),
     (

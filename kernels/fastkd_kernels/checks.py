@@ -25,6 +25,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # colder, hardly any gradient is left; hotter, fp32 rounds away what tells the models apart
 TEMPERATURES = (1e-3, 1e3)
+SCALES = (1e-20, 1e20)
 
 # of a mixture: the logarithm of the rest keeps four digits in fp32
 LEAST_SHARE = 1e-4
@@ -315,10 +316,11 @@ def check_state(name: str, state: object) -> None:
         )
     if not isinstance(state.scale, (int, float)):
         raise TypeError(f"{name}.scale must be a float, got {type(state.scale).__name__}")
-    if not math.isfinite(state.scale) or state.scale == 0.0:
+    smallest, largest = SCALES
+    if not smallest <= abs(state.scale) <= largest:
         raise ValueError(
-            f"{name}.scale is {state.scale}; expected a finite factor other than 0, "
-            "usually head_dim ** -0.5"
+            f"{name}.scale is {state.scale}; expected a factor of a size from {smallest:g} to "
+            f"{largest:g}, usually head_dim ** -0.5"
         )
 
 

@@ -28,7 +28,7 @@ class AttentionState(NamedTuple):
 
     query: `[batch, heads, tokens, head_dim]`; key and value: `[batch, kv_heads, tokens, head_dim]`,
     where `kv_heads` divides `heads`. `value` may be None for an op that does not read it. `scale`
-    is the factor that the model puts on `query @ key^T`.
+    is the factor that the model puts on `query @ key^T`, of a size from 1e-20 to 1e20.
 
     `softcap` is the soft cap of Gemma 2: scores become `softcap * tanh(score / softcap)` before the
     softmax. `sinks` `[heads]` are the attention sinks of GPT-OSS: a logit a head that joins the

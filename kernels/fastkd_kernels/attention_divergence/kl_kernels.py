@@ -30,11 +30,10 @@ from ..common.attention_jit import (
     visible,
 )
 from ..common.divergences_jit import below, log_sum, shift_of
+from .tile_jit import kl_terms
 
 # the log-sum-exp of a row that is not counted: no outcome has a share
 NEVER: tl.constexpr = tl.constexpr(1e30)
-# below this log-ratio in bits, the difference of a term has fewer digits than its series
-NEAR: tl.constexpr = tl.constexpr(0.25)
 # sums of exponentials above the first block's maximum that leave room for their products
 LARGEST_SUM: tl.constexpr = tl.constexpr(2.0**64)
 
@@ -95,18 +94,6 @@ def other_start(step, before, first, whole_end, BLOCK: tl.constexpr):
 def ratio_of(student, teacher):
     """`student / teacher` of sums, exactly 1 where they are equal; 1 where nothing was seen."""
     return tl.exp2(log_sum(student, True) - log_sum(teacher, True))
-
-
-@triton.jit
-def kl_terms(p, t, difference, ratio):
-    """`t log(t / p) + p - t`, whose sum is the divergence, for `ratio` `log2(p / t)`.
-
-    Near 0 as `(p - t) x R(x)` with the series of `R(x) = 1/x - 1/(e^x - 1)`: no digits are lost,
-    and no term is negative.
-    """
-    near = difference * ratio * tl.fma(ratio, -LN2 * LN2 / 12, LN2 / 2)
-    far = tl.fma(t * -LN2, ratio, difference)
-    return tl.where(tl.abs(ratio) < NEAR, near, far)
 
 
 @triton.jit

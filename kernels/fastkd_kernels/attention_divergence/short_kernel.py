@@ -13,13 +13,12 @@ from ..common.attention_jit import (
     item_base,
     load_cap,
     load_sinks,
-    soft_cap,
     store_head,
     valid_rows,
     visible,
 )
-from ..common.divergences_jit import add_exponentials, below, divergence_slopes, log_sum, shift_of
-from .tile_jit import finished_constant, outcome_terms, raw_sizes, without_hidden
+from ..common.divergences_jit import add_exponentials, below, divergence_slopes
+from .tile_jit import finished_constant, log_sums, outcome_terms, raw_sizes, seen_scores
 
 
 @triton.jit
@@ -82,7 +81,7 @@ def _short_kernel(
     item = (tl.program_id(0) // programs).to(tl.int64)
     first = tl.program_id(0) % programs * program_heads
     row = table + pair * 16
-    sizes, units = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP, BITS)
+    sizes, units, hidden = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP, BITS)
     student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     queries = item_base(row, 0, item, TYPE)
@@ -125,8 +124,12 @@ def _short_kernel(
         student_scores = (student_scores * sizes[0][1]).to(SUM_TYPE)
         teacher_scores = (teacher_scores * sizes[1][1]).to(SUM_TYPE)
         seen = visible(o_query[:, None], o_key[None, :], m_key[None, :], window, CAUSAL, WINDOWED)
-        student_capped = soft_cap(student_scores, student_cap, STUDENT_CAP)
-        teacher_capped = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
+        student_seen = seen_scores(
+            student_scores, student_cap, seen, hidden[0], STUDENT_CAP, MASKED
+        )
+        teacher_seen = seen_scores(
+            teacher_scores, teacher_cap, seen, hidden[1], TEACHER_CAP, MASKED
+        )
         nothing = tl.zeros([BLOCK_QUERY], SUM_TYPE)
         lowest = tl.full([BLOCK_QUERY], float("-inf"), SUM_TYPE)
         max_student, sum_student, max_teacher, sum_teacher = lowest, nothing, lowest, nothing
@@ -135,27 +138,29 @@ def _short_kernel(
             max_student, sum_student = nothing + power * student_sink, nothing + 1.0
             max_teacher, sum_teacher = nothing + power * teacher_sink, nothing + 1.0
         max_student, sum_student = add_exponentials(
-            student_capped, power * units[0], seen, max_student, sum_student, MASKED, BITS
+            student_seen, power * units[0], hidden[0], max_student, sum_student, BITS
         )
         max_teacher, sum_teacher = add_exponentials(
-            teacher_capped, power * units[1], seen, max_teacher, sum_teacher, MASKED, BITS
+            teacher_seen, power * units[1], hidden[1], max_teacher, sum_teacher, BITS
         )
-        max_student, log_student = shift_of(max_student) / power, log_sum(sum_student, BITS) / power
-        max_teacher, log_teacher = shift_of(max_teacher) / power, log_sum(sum_teacher, BITS) / power
-        log_p = below(student_capped, units[0], max_student[:, None]) - log_student[:, None]
-        log_t = below(teacher_capped, units[1], max_teacher[:, None]) - log_teacher[:, None]
-        terms, weighted, point, p = outcome_terms(log_p, log_t, seen, KIND, MASKED, BITS)
-        value = tl.sum(without_hidden(terms, seen, KIND, MASKED), 1)
+        max_student, log_student = log_sums(
+            max_student, sum_student, power * units[0], hidden[0], power, BITS
+        )
+        max_teacher, log_teacher = log_sums(
+            max_teacher, sum_teacher, power * units[1], hidden[1], power, BITS
+        )
+        log_p = below(student_seen, units[0], max_student[:, None]) - log_student[:, None]
+        log_t = below(teacher_seen, units[1], max_teacher[:, None]) - log_teacher[:, None]
+        terms, weighted, point, p = outcome_terms(log_p, log_t, KIND, BITS)
+        value = tl.sum(terms, 1)
         constant = value
         if KIND != "kl" and KIND != "cross_entropy":
-            constant = tl.sum(without_hidden(weighted, seen, KIND, MASKED), 1)
+            constant = tl.sum(weighted, 1)
         if SINK:
             sink_value, sink_constant, sink_point, sink_share = outcome_terms(
                 student_sink - max_student - log_student,
                 teacher_sink - max_teacher - log_teacher,
-                m_query,
                 KIND,
-                False,
                 BITS,
             )
             value += sink_value
@@ -164,7 +169,6 @@ def _short_kernel(
         total += tl.where(m_query, value, 0.0)
         if NEED_GRAD:
             slopes = divergence_slopes(p, point, constant[:, None], (0.5, 0.5), KIND)
-            slopes = without_hidden(slopes, seen, KIND, MASKED)
             if STUDENT_CAP:
                 slopes *= cap_slope(student_scores, student_cap)
             b_slopes = slopes.to(GRAD_TYPE)
@@ -197,6 +201,7 @@ def _short_kernel(
                 tl.trans(b_slopes),
                 b_query.to(GRAD_TYPE),
                 acc=b_key_grad,
+                out_dtype=SUM_TYPE,
                 input_precision=GRAD_PRECISION,
             )
             if (step + 1) % (repeat * blocks) == 0:

@@ -13,8 +13,18 @@ MASKED says that a tile can have entries that no row sees. Nothing here reads or
 import triton
 import triton.language as tl
 
-from ..common.attention_jit import LN2, LOG2E, sizes_of
-from ..common.divergences_jit import divergence_slopes, power_of, terms_of
+from ..common.attention_jit import LN2, LOG2E, sizes_of, soft_cap
+from ..common.divergences_jit import (
+    divergence_slopes,
+    hidden_score,
+    log_sum,
+    power_of,
+    shift_of,
+    terms_of,
+)
+
+# below this log-ratio in bits, the difference of a term has fewer digits than its series
+NEAR: tl.constexpr = tl.constexpr(0.25)
 
 
 @triton.jit
@@ -27,7 +37,7 @@ def raw_sizes(
     TEACHER_CAP: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """`sizes_of` for scores as they are, before a scale, and what makes logs of them.
+    """`sizes_of` for scores as they are, before a scale; what makes logs of them; hidden scores.
 
     Scores of a capped side are scaled, since their cap is in their unit.
     """
@@ -45,45 +55,66 @@ def raw_sizes(
     if BITS:
         unit *= LOG2E
         teacher_unit *= LOG2E
-    return ((dim, scale), (teacher_dim, teacher_scale)), (unit, teacher_unit)
+    hidden = (hidden_score(unit), hidden_score(teacher_unit))
+    return ((dim, scale), (teacher_dim, teacher_scale)), (unit, teacher_unit), hidden
 
 
 @triton.jit
-def outcome_terms(log_p, log_t, seen, KIND: tl.constexpr, MASKED: tl.constexpr, BITS: tl.constexpr):
-    """`divergence_terms` of outcomes; of hidden ones, those of two equal logs."""
+def seen_scores(scores, cap, seen, hidden, CAPPED: tl.constexpr, MASKED: tl.constexpr):
+    """Capped scores, and `hidden` where a key is not seen, of which nothing is left in any sum."""
+    scores = soft_cap(scores, cap, CAPPED)
     if MASKED:
-        log_p, log_t = tl.where(seen, log_p, 0.0), tl.where(seen, log_t, 0.0)
-    # in this order the compiler needs the fewest registers
-    unit: tl.constexpr = LN2 if BITS else 1.0
-    ratio = (log_p - log_t) * unit
+        scores = tl.where(seen, scores, hidden)
+    return scores
+
+
+@triton.jit
+def log_sums(maximum, total, unit, hidden, power: tl.constexpr, BITS: tl.constexpr):
+    """Maximum and log-sum-exp below it of `add_exponentials`, both over `power`."""
+    return shift_of(maximum, hidden * unit) / power, log_sum(total, BITS) / power
+
+
+@triton.jit
+def kl_terms(p, t, difference, ratio):
+    """`t log(t / p) + p - t`, whose sum is the divergence, for `ratio` `log2(p / t)`.
+
+    Near 0 as `(p - t) x R(x)` with the series of `R(x) = 1/x - 1/(e^x - 1)`: no digits are lost,
+    and no term is negative.
+    """
+    near = difference * ratio * tl.fma(ratio, -LN2 * LN2 / 12, LN2 / 2)
+    far = tl.fma(t * -LN2, ratio, difference)
+    return tl.where(tl.abs(ratio) < NEAR, near, far)
+
+
+@triton.jit
+def outcome_terms(log_p, log_t, KIND: tl.constexpr, BITS: tl.constexpr):
+    """`divergence_terms` of outcomes; all but `point` are 0 where neither has a share."""
     p, t = power_of(log_p, BITS), power_of(log_t, BITS)
-    return terms_of(p, t, log_p * unit, ratio, (0.5, 0.5), KIND, 0, True)
+    if BITS and (KIND == "kl" or KIND == "reverse_kl"):
+        difference, ratio = p - t, log_p - log_t
+        if KIND == "kl":
+            return kl_terms(p, t, difference, ratio), difference, difference, p
+        else:
+            value = kl_terms(t, p, -difference, -ratio)
+            return value, value, ratio * LN2, p
+    else:
+        unit: tl.constexpr = LN2 if BITS else 1.0
+        ratio = (log_p - log_t) * unit
+        return terms_of(p, t, log_p * unit, ratio, (0.5, 0.5), KIND, 0, True)
 
 
 @triton.jit
-def without_hidden(terms, seen, KIND: tl.constexpr, MASKED: tl.constexpr):
-    """0 where a key is hidden; terms of KL are 0 there, as those of any two equal logs."""
-    if MASKED and KIND != "kl" and KIND != "cross_entropy":
-        terms = tl.where(seen, terms, 0.0)
-    return terms
+def slopes_of(log_p, log_t, constant, KIND: tl.constexpr, BITS: tl.constexpr):
+    """`dL/da` of a tile, of either orientation."""
+    _, _, point, p = outcome_terms(log_p, log_t, KIND, BITS)
+    return divergence_slopes(p, point, constant, (0.5, 0.5), KIND)
 
 
 @triton.jit
-def slopes_of(
-    log_p, log_t, constant, seen, KIND: tl.constexpr, MASKED: tl.constexpr, BITS: tl.constexpr
-):
-    """`dL/da` of a tile, of either orientation; 0 where a key is hidden."""
-    _, _, point, p = outcome_terms(log_p, log_t, seen, KIND, MASKED, BITS)
-    slopes = divergence_slopes(p, point, constant, (0.5, 0.5), KIND)
-    return without_hidden(slopes, seen, KIND, MASKED)
-
-
-@triton.jit
-def sums_of(log_p, log_t, seen, KIND: tl.constexpr, MASKED: tl.constexpr, BITS: tl.constexpr):
+def sums_of(log_p, log_t, KIND: tl.constexpr, BITS: tl.constexpr):
     """Parts of the value and of the row constant, summed over the keys of one tile."""
-    value, weighted, _, _ = outcome_terms(log_p, log_t, seen, KIND, MASKED, BITS)
-    value = without_hidden(value, seen, KIND, MASKED)
-    return tl.sum(value, 1), tl.sum(without_hidden(weighted, seen, KIND, MASKED), 1)
+    value, weighted, _, _ = outcome_terms(log_p, log_t, KIND, BITS)
+    return tl.sum(value, 1), tl.sum(weighted, 1)
 
 
 @triton.jit

@@ -36,7 +36,6 @@ from ..common.attention_jit import (
     queries_seeing,
     query_sides,
     rows_at,
-    soft_cap,
     stat_base,
     stat_step,
     store_head,
@@ -44,14 +43,15 @@ from ..common.attention_jit import (
     visible,
     whole_rows,
 )
-from ..common.divergences_jit import add_exponentials, below, divergence_slopes, log_sum, shift_of
+from ..common.divergences_jit import add_exponentials, below, divergence_slopes
 from .tile_jit import (
     finished_constant,
+    log_sums,
     outcome_terms,
     raw_sizes,
+    seen_scores,
     slopes_of,
     sums_of,
-    without_hidden,
 )
 
 
@@ -104,7 +104,7 @@ def _rows_kernel(
     """
     pair, block, item, head = program_rows(heads, tokens, BLOCK_QUERY)
     row = table + pair * 16
-    sizes, units = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP, BITS)
+    sizes, units, hidden = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP, BITS)
     student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
@@ -138,16 +138,24 @@ def _rows_kernel(
         student_scores, teacher_scores = both_tiles(
             query_rows, key_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION
         )
-        student_capped = soft_cap(student_scores, student_cap, STUDENT_CAP)
-        teacher_capped = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
+        student_seen = seen_scores(
+            student_scores, student_cap, seen, hidden[0], STUDENT_CAP, MASKED
+        )
+        teacher_seen = seen_scores(
+            teacher_scores, teacher_cap, seen, hidden[1], TEACHER_CAP, MASKED
+        )
         max_student, sum_student = add_exponentials(
-            student_capped, power * units[0], seen, max_student, sum_student, MASKED, BITS
+            student_seen, power * units[0], hidden[0], max_student, sum_student, BITS
         )
         max_teacher, sum_teacher = add_exponentials(
-            teacher_capped, power * units[1], seen, max_teacher, sum_teacher, MASKED, BITS
+            teacher_seen, power * units[1], hidden[1], max_teacher, sum_teacher, BITS
         )
-    max_student, log_student = shift_of(max_student) / power, log_sum(sum_student, BITS) / power
-    max_teacher, log_teacher = shift_of(max_teacher) / power, log_sum(sum_teacher, BITS) / power
+    max_student, log_student = log_sums(
+        max_student, sum_student, power * units[0], hidden[0], power, BITS
+    )
+    max_teacher, log_teacher = log_sums(
+        max_teacher, sum_teacher, power * units[1], hidden[1], power, BITS
+    )
     value = nothing
     constant = nothing
     if WRITE_VALUES:
@@ -155,9 +163,7 @@ def _rows_kernel(
             value, constant, _, _ = outcome_terms(
                 student_sink - max_student - log_student,
                 teacher_sink - max_teacher - log_teacher,
-                m_query,
                 KIND,
-                False,
                 BITS,
             )
         for start in range(first, end, BLOCK_KEY):
@@ -173,14 +179,16 @@ def _rows_kernel(
             student_scores, teacher_scores = both_tiles(
                 query_rows, key_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION
             )
-            student_capped = soft_cap(student_scores, student_cap, STUDENT_CAP)
-            teacher_capped = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
+            student_seen = seen_scores(
+                student_scores, student_cap, seen, hidden[0], STUDENT_CAP, MASKED
+            )
+            teacher_seen = seen_scores(
+                teacher_scores, teacher_cap, seen, hidden[1], TEACHER_CAP, MASKED
+            )
             tile_value, tile_constant = sums_of(
-                below(student_capped, units[0], max_student[:, None]) - log_student[:, None],
-                below(teacher_capped, units[1], max_teacher[:, None]) - log_teacher[:, None],
-                seen,
+                below(student_seen, units[0], max_student[:, None]) - log_student[:, None],
+                below(teacher_seen, units[1], max_teacher[:, None]) - log_teacher[:, None],
                 KIND,
-                MASKED,
                 BITS,
             )
             value += tile_value
@@ -256,7 +264,7 @@ def _dq_kernel(
     dim = dim // ALIGN * ALIGN
     pair, block, item, head = program_rows(heads, tokens, BLOCK_QUERY)
     row = table + pair * 16
-    sizes, units = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP, BITS)
+    sizes, units, hidden = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP, BITS)
     student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
@@ -286,20 +294,21 @@ def _dq_kernel(
         student_scores, teacher_scores = both_tiles(
             query_rows, key_rows, sizes, CHUNK, SUM_TYPE, ALIGN, TEACHER_ALIGN, SCORE_PRECISION
         )
-        student_capped = soft_cap(student_scores, student_cap, STUDENT_CAP)
-        teacher_capped = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
+        student_seen = seen_scores(
+            student_scores, student_cap, seen, hidden[0], STUDENT_CAP, MASKED
+        )
+        teacher_seen = seen_scores(
+            teacher_scores, teacher_cap, seen, hidden[1], TEACHER_CAP, MASKED
+        )
         terms, _, point, p = outcome_terms(
-            below(student_capped, units[0], max_student[:, None]) - log_student[:, None],
-            below(teacher_capped, units[1], max_teacher[:, None]) - log_teacher[:, None],
-            seen,
+            below(student_seen, units[0], max_student[:, None]) - log_student[:, None],
+            below(teacher_seen, units[1], max_teacher[:, None]) - log_teacher[:, None],
             KIND,
-            MASKED,
             BITS,
         )
         if STATS == 4:
             value += tl.sum(terms, 1)
         slopes = divergence_slopes(p, point, constant[:, None], (0.5, 0.5), KIND)
-        slopes = without_hidden(slopes, seen, KIND, MASKED)
         if STUDENT_CAP:
             slopes *= cap_slope(student_scores, student_cap)
         b_key = whole_rows(key_rows[0], dim, BLOCK_DIM, ALIGN, CHUNK)
@@ -314,9 +323,7 @@ def _dq_kernel(
         sink_value, _, sink_point, sink_share = outcome_terms(
             student_sink - max_student - log_student,
             teacher_sink - max_teacher - log_teacher,
-            m_query,
             KIND,
-            False,
             BITS,
         )
         value += sink_value
@@ -391,7 +398,7 @@ def _dk_kernel(
     dim = dim // ALIGN * ALIGN
     pair, block, item, kv_head = program_rows(kv_heads, tokens, BLOCK_KEY)
     row = table + pair * 16
-    sizes, units = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP, BITS)
+    sizes, units, hidden = raw_sizes(scales, pair, dim, teacher_dim, STUDENT_CAP, TEACHER_CAP, BITS)
     student_cap = load_cap(caps, pair, 0, STUDENT_CAP)
     teacher_cap = load_cap(caps, pair, 1, TEACHER_CAP)
     o_key = block * BLOCK_KEY + tl.arange(0, BLOCK_KEY)
@@ -430,15 +437,17 @@ def _dk_kernel(
             max_student, log_student, max_teacher, log_teacher, constant = load_stats(
                 stats, pair, item, head, batch, heads, tokens, o_query, STATS
             )
-            student_capped = soft_cap(student_scores, student_cap, STUDENT_CAP)
-            teacher_capped = soft_cap(teacher_scores, teacher_cap, TEACHER_CAP)
+            student_seen = seen_scores(
+                student_scores, student_cap, seen, hidden[0], STUDENT_CAP, MASKED
+            )
+            teacher_seen = seen_scores(
+                teacher_scores, teacher_cap, seen, hidden[1], TEACHER_CAP, MASKED
+            )
             slopes = slopes_of(
-                below(student_capped, units[0], max_student[None, :]) - log_student[None, :],
-                below(teacher_capped, units[1], max_teacher[None, :]) - log_teacher[None, :],
+                below(student_seen, units[0], max_student[None, :]) - log_student[None, :],
+                below(teacher_seen, units[1], max_teacher[None, :]) - log_teacher[None, :],
                 constant[None, :],
-                seen,
                 KIND,
-                MASKED,
                 BITS,
             )
             if STUDENT_CAP:

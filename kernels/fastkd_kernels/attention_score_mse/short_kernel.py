@@ -19,7 +19,7 @@ def difference(left, right, ratio, SUM_TYPE: tl.constexpr, PRECISION: tl.constex
     """
     tile = tl.dot(left[1], right[1], input_precision=PRECISION)
     tile = (tile * ratio).to(SUM_TYPE)
-    return tl.dot(left[0], right[0], acc=tile, input_precision=PRECISION)
+    return tl.dot(left[0], right[0], acc=tile, out_dtype=SUM_TYPE, input_precision=PRECISION)
 
 
 @triton.jit
@@ -135,7 +135,11 @@ def _short_kernel(
             b_key_grad = tl.where(fresh, 0.0, b_key_grad)
             # dK_s = D^T Q_s
             b_key_grad = tl.dot(
-                b_tile, b_query.to(GRAD_TYPE), acc=b_key_grad, input_precision=GRAD_PRECISION
+                b_tile,
+                b_query.to(GRAD_TYPE),
+                acc=b_key_grad,
+                out_dtype=SUM_TYPE,
+                input_precision=GRAD_PRECISION,
             )
             if (step + 1) % (repeat * blocks) == 0:
                 store_head(

@@ -140,6 +140,7 @@ def _sweep_kernel(
                             b_tile,
                             b_keys[n].to(GRAD_TYPE),
                             acc=b_query_grad,
+                            out_dtype=SUM_TYPE,
                             input_precision=GRAD_PRECISION,
                         )
                         # dK_s = D^T Q_s
@@ -147,6 +148,7 @@ def _sweep_kernel(
                             tl.trans(b_tile),
                             b_query.to(GRAD_TYPE),
                             acc=key_grads[n],
+                            out_dtype=SUM_TYPE,
                             input_precision=GRAD_PRECISION,
                         )
                         grown += (b_key_grad,)

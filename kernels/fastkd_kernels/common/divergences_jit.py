@@ -180,9 +180,16 @@ def exp_excess_series(x):
 
 
 @triton.jit
-def shift_of(maximum):
-    """What to subtract before `exp`: the maximum, and 0 where nothing was seen yet."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
+def hidden_score(unit):
+    """What stands for the score of a hidden key: times `unit` finite, and its exponential 0."""
+    size = tl.minimum(2.0**120 / tl.abs(unit), 2.0**126)
+    return tl.where(unit > 0.0, -size, size)
+
+
+@triton.jit
+def shift_of(maximum, lowest=float("-inf")):
+    """What to subtract before `exp`: the maximum, and 0 where nothing above `lowest` was seen."""
+    return tl.where(maximum <= lowest, 0.0, maximum)
 
 
 @triton.jit
@@ -201,16 +208,14 @@ def power_of(x, BITS: tl.constexpr):
 
 
 @triton.jit
-def add_exponentials(scores, unit, seen, maximum, total, MASKED: tl.constexpr, BITS: tl.constexpr):
-    """Online log-sum-exp: maximum and sum of each row with one more tile of `scores unit`."""
-    scaled = scores * unit
-    if MASKED:
-        scaled = tl.where(seen, scaled, float("-inf"))
-    new = tl.maximum(maximum, tl.max(scaled, 1))
-    shift = shift_of(new)
+def add_exponentials(scores, unit, hidden, maximum, total, BITS: tl.constexpr):
+    """Online log-sum-exp: maximum and sum of each row with one more tile of `scores unit`.
+
+    `hidden` stands in the place of scores that are not seen.
+    """
+    new = tl.maximum(maximum, tl.max(scores * unit, 1))
+    shift = shift_of(new, hidden * unit)
     exponentials = power_of(below(scores, unit, shift[:, None]), BITS)
-    if MASKED:
-        exponentials = tl.where(seen, exponentials, 0.0)
     return new, total * power_of(maximum - shift, BITS) + tl.sum(exponentials, 1)
 
 

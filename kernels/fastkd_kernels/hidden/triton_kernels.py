@@ -312,9 +312,15 @@ def projected_tile(
         total = tl.broadcast_to(b_bias[None, :], SHAPE)
     else:
         total = tl.zeros(SHAPE, dtype=SUM_TYPE)
-    total = tl.dot(b_rows, tl.trans(b_weight), total, input_precision=PRECISION)
+    total = tl.dot(b_rows, tl.trans(b_weight), total, out_dtype=SUM_TYPE, input_precision=PRECISION)
     if HAS_REST:
-        total = tl.dot(b_rows_rest, tl.trans(b_weight_rest), total, input_precision=PRECISION)
+        total = tl.dot(
+            b_rows_rest,
+            tl.trans(b_weight_rest),
+            total,
+            out_dtype=SUM_TYPE,
+            input_precision=PRECISION,
+        )
     return total
 
 
@@ -471,10 +477,16 @@ def _fwd_dx_kernel(
             where = tl.multiple_of(o_block[:, None] * teacher_width + o_out, [1, TEACHER_ALIGN])
             tl.store(base + where, b_made, mask=m_out[None, :])
         # dH_s = R W
-        b_gradient = tl.dot(b_made, b_weight, b_gradient, input_precision=GRAD_PRECISION)
+        b_gradient = tl.dot(
+            b_made, b_weight, b_gradient, out_dtype=SUM_TYPE, input_precision=GRAD_PRECISION
+        )
         if HAS_REST:
             b_gradient_rest = tl.dot(
-                b_made, b_weight_rest, b_gradient_rest, input_precision=GRAD_PRECISION
+                b_made,
+                b_weight_rest,
+                b_gradient_rest,
+                out_dtype=SUM_TYPE,
+                input_precision=GRAD_PRECISION,
             )
     if NORMALIZE:
         b_squares = unit_distance(b_squares, b_cosine, b_student_inverse, b_teacher_inverse)

@@ -32,7 +32,15 @@ from ..common.attention_jit import (
     visible,
     whole_rows,
 )
-from ..common.divergences_jit import add_exponentials, below, log_sum, power_of, shift_of, terms_of
+from ..common.divergences_jit import (
+    add_exponentials,
+    below,
+    hidden_score,
+    log_sum,
+    power_of,
+    shift_of,
+    terms_of,
+)
 from ..common.wide_loads import load_wide, store_wide
 
 
@@ -109,6 +117,7 @@ def _head_sums_kernel(
     pair, block, item, head = program_rows(heads, tokens, BLOCK_QUERY)
     row = table + pair * 16
     scale, unit = teacher_scale(scales, pair, CAP, BITS)
+    hidden = hidden_score(unit)
     cap = tl.load(caps + pair)
     o_query = block * BLOCK_QUERY + tl.arange(0, BLOCK_QUERY)
     m_query = valid_rows(valid, 0, item, batch, tokens, o_query, HAS_MASK)
@@ -130,10 +139,11 @@ def _head_sums_kernel(
             queries, keys, teacher_dim, scale, CHUNK, SUM_TYPE, TEACHER_ALIGN, SCORE_PRECISION
         )
         seen = visible(o_query[:, None], o_key[None, :], m_key[None, :], 0, CAUSAL, False)
-        tile = soft_cap(tile, cap, CAP)
-        maximum, total = add_exponentials(tile, unit, seen, maximum, total, True, BITS)
+        tile = tl.where(seen, soft_cap(tile, cap, CAP), hidden)
+        maximum, total = add_exponentials(tile, unit, hidden, maximum, total, BITS)
     out = sums + ((pair * batch + item) * heads + head) * tokens + o_query
-    tl.store(out, shift_of(maximum) + log_sum(total, BITS), mask=o_query < tokens)
+    shift = shift_of(maximum, hidden * unit)
+    tl.store(out, shift + log_sum(total, BITS), mask=o_query < tokens)
 
 
 @triton.jit
@@ -287,16 +297,18 @@ def _rows_kernel(
     max_t, sum_t, max_p, sum_p = lowest, nothing, lowest, nothing
     one = tl.full([], 1.0, SUM_TYPE)
     unit = one * LOG2E if BITS else one
+    hidden = hidden_score(unit)
     for start_key in range(0, end, BLOCK_KEY):
         o_key = start_key + tl.arange(0, BLOCK_KEY)
         m_key = valid_rows(valid, 1, item, batch, tokens, o_key, HAS_MASK)
         seen = visible(o_query[:, None], o_key[None, :], m_key[None, :], 0, CAUSAL, False)
         b_target = load_wide(target_at, m_every, o_key, end, wide)
         b_scores = load_wide(scores_at, m_every, o_key, end, wide)
-        max_t, sum_t = add_exponentials(b_target, one, seen, max_t, sum_t, True, BITS)
-        max_p, sum_p = add_exponentials(b_scores, unit, seen, max_p, sum_p, True, BITS)
-    max_t, log_t_sum = shift_of(max_t), log_sum(sum_t, BITS)
-    max_p, log_p_sum = shift_of(max_p), log_sum(sum_p, BITS)
+        b_target, b_scores = tl.where(seen, b_target, hidden), tl.where(seen, b_scores, hidden)
+        max_t, sum_t = add_exponentials(b_target, one, hidden, max_t, sum_t, BITS)
+        max_p, sum_p = add_exponentials(b_scores, unit, hidden, max_p, sum_p, BITS)
+    max_t, log_t_sum = shift_of(max_t, hidden), log_sum(sum_t, BITS)
+    max_p, log_p_sum = shift_of(max_p, hidden * unit), log_sum(sum_p, BITS)
     value = nothing
     for start_key in range(0, end, BLOCK_KEY):
         o_key = start_key + tl.arange(0, BLOCK_KEY)

@@ -61,9 +61,9 @@ class Server:
         answers, stdout, stderr = (os.fdopen(source) for source, _ in pipes)
         first = answers.readline()
         if not first:
-            self._process.wait()
+            code = self._process.wait()
             self._errors.seek(0)
-            raise RuntimeError(f"the server ended: {self._errors.read().decode()[-3000:]}")
+            raise RuntimeError(f"the server ended, {code}: {self._errors.read().decode()[-3000:]}")
         return WarmProcess(int(first), answers, stdout, stderr)
 
     def close(self) -> None:

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 from fastkd_kernels.attention_score_mse.op import choose_algorithm
 from fastkd_kernels.attention_score_mse.triton_path import causal_chunk
-from fastkd_kernels.common.short_sequences import takes_short
 
 from benchmarks.workloads import (
     AttentionWorkload,
@@ -86,16 +85,15 @@ def attention_score_mse(work: AttentionWorkload, pairs: int, dtype: torch.dtype)
     chunk = causal_chunk(work.dims) if chosen == "gram" and work.causal else work.tokens
     flops = 0
     if chosen == "tiles" or work.causal:
-        flops += score_mse_tiles(work, dtype, chunk)
+        flops += score_mse_tiles(work, chunk)
     if chosen == "gram" and not (work.causal and chunk >= work.tokens):
         flops += score_mse_gram(work)
     return Cost(attention_bytes(work, dtype), flops).times(pairs)
 
 
-def score_mse_tiles(work: AttentionWorkload, dtype: torch.dtype, chunk: int) -> int:
-    """Both score matrices, `D K_s` and `D^T Q_s`; the scores twice where keys fill many blocks."""
-    sweeps = 1 if takes_short(work.tokens, work.dims, (dtype, dtype)) else 2
-    return 2 * entries(work, chunk) * (sweeps * sum(work.dims) + 2 * work.dims[0])
+def score_mse_tiles(work: AttentionWorkload, chunk: int) -> int:
+    """Both score matrices, `D K_s` and `D^T Q_s`."""
+    return 2 * entries(work, chunk) * (sum(work.dims) + 2 * work.dims[0])
 
 
 def score_mse_gram(work: AttentionWorkload) -> int:
@@ -108,10 +106,9 @@ def score_mse_gram(work: AttentionWorkload) -> int:
 
 
 def attention_divergence(work: AttentionWorkload, pairs: int, dtype: torch.dtype) -> Cost:
-    """Both scores, and a product for either gradient; long rows make their scores three times."""
+    """Both scores, and a product for either gradient: what no kernel can leave out."""
     own, target = work.dims
-    sweeps = 1 if takes_short(work.tokens, work.dims, (dtype, dtype)) else 3
-    flops = 2 * entries(work) * (sweeps * (own + target) + 2 * own)
+    flops = 2 * entries(work) * (own + target + 2 * own)
     return Cost(attention_bytes(work, dtype), flops, SOFTMAXES * entries(work)).times(pairs)
 
 

@@ -21,7 +21,7 @@ as tf32 are counted at the bf16 rate: no real floor is lower. Clocks are those a
 vendor's rate of products holds; a chip that runs at a higher one is faster by as much.
 
 **Predicted**: what the compiled kernels of a call take if nothing is ever waited for, launch by
-launch the largest of: instructions over four a cycle and multiprocessor (`issue`); those of the
+launch the largest of: instructions over four a cycle and multiprocessor (`slots`); those of the
 special-function units (`special`), of integers and comparisons (`integer`) and of memory
 (`memory`) over the lanes of these units; tensor-core operations of the code, padding included, over
 the dense rate (`products`); bytes of the launch over bandwidth (`bytes`). Loops count as often as

@@ -30,7 +30,7 @@ SCHEDULERS = 4
 class Predicted(NamedTuple):
     """Seconds of one launch by what limits it, at least."""
 
-    issue: float
+    slots: float
     special: float
     integer: float
     memory: float
@@ -52,7 +52,8 @@ def summary(code: Code) -> dict[str, Any]:
 
 
 def _loop_counts(loop: CodeLoop) -> dict[str, Any]:
-    return {**_counts(loop.work), "loops": [_loop_counts(one) for one in loop.inside]}
+    inside = [_loop_counts(one) for one in loop.inside]
+    return {**_counts(loop.work), "branched": _counts(loop.branched), "loops": inside}
 
 
 def _counts(work: Work) -> dict[str, int]:
@@ -65,7 +66,8 @@ def executed(code: Mapping[str, Any], loops: Sequence[Loop]) -> dict[str, float]
     total = {name: float(code[name]) for name in ("slots", *UNITS, "flops")}
     for one, loop in _matched(code["loops"], loops):
         for name, count in executed(one, loop.inside).items():
-            total[name] += loop.times * count
+            skipped = (1.0 - loop.branched) * one["branched"][name]
+            total[name] += loop.times * (count - skipped)
     return total
 
 
@@ -112,7 +114,7 @@ def predicted(row: Mapping[str, Any], run: Run, num_warps: int, chip: Chip) -> P
     cycle = busiest * num_warps / chip.clock
     units = {unit: counts[unit] * LANES_OF_WARP / chip.lanes[unit] * cycle for unit in UNITS}
     return Predicted(
-        issue=counts["slots"] / SCHEDULERS * cycle,
+        slots=counts["slots"] / SCHEDULERS * cycle,
         **units,
         products=counts["flops"] * cycle / chip.flops_of_cycle,
         bytes=run.bytes / chip.bandwidth,

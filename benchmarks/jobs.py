@@ -26,10 +26,11 @@ from benchmarks.recording import Launch
 
 class Loop(NamedTuple):
     """A loop of a kernel: how often a program turns it (a mean, if programs differ), and the
-    loops inside."""
+    loops inside; `branched` is the share of the turns that take what stands behind a branch."""
 
     times: float
     inside: tuple["Loop", ...] = ()
+    branched: float = 1.0
 
 
 class Call(NamedTuple):

@@ -1,7 +1,7 @@
 """The kernels of attention_divergence on the named workloads; relations run the same ones."""
 
 from collections.abc import Iterator
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from fastkd_kernels import AttentionDivergenceKind
@@ -48,13 +48,15 @@ def calls(work: AttentionWorkload, dtype: torch.dtype, count: int) -> Iterator[C
 
 
 def seen(launch: Launch, work: AttentionWorkload, dtype: torch.dtype, count: int) -> Seen:
-    """Both sides' heads are read; a program of `_dk_kernel` takes the heads of a key head."""
+    """Both sides' heads are read; programs of keys take the query heads of a key head."""
     given = launch.arguments
     part = launch.kernel_name.removeprefix("_").removesuffix("_kernel")
     if part == "short":
         steps = given["program_heads"] * cdiv(given["tokens"], given["BLOCK_QUERY"])
         loops: tuple[Loop, ...] = (Loop(steps),)
         rows = given["BLOCK_QUERY"] + given["BLOCK_KEY"]
+    elif part in ("rows_dq", "dk_value"):
+        loops, rows = sweep_loops(part, given)
     elif part == "dk":
         turns = given["heads"] // given["kv_heads"]
         loops = (Loop(turns, (Loop(mean_queries(given), score_loops(given)),)),)
@@ -70,3 +72,32 @@ def seen(launch: Launch, work: AttentionWorkload, dtype: torch.dtype, count: int
         even=not work.causal,
         loads=tile_loads(given, rows),
     )
+
+
+def sweep_loops(part: str, given: dict[str, Any]) -> tuple[tuple[Loop, ...], int]:
+    """Loops of the kernels in two sweeps, and the rows that a step reads, of valid rows alone.
+
+    Those that every row sees have a loop of their own, and the others, on the diagonal and in
+    windows, one that compares.
+    """
+    rows, keys = given["BLOCK_QUERY"], given["BLOCK_KEY"]
+    of_rows = part == "rows_dq"
+    every = mean_keys(given) if of_rows else mean_queries(given)
+    held, step = (rows, keys) if of_rows else (keys, rows)
+    tokens = given["tokens"]
+    starts = range(0, tokens, held)
+    if given["WINDOWED"]:
+        whole = [0] * len(starts)
+    elif given["CAUSAL"]:
+        # of rows, keys up to the first one of the block; of keys, rows from the last one
+        reach = [first + 1 if of_rows else tokens - first - held + 1 for first in starts]
+        whole = [max(0, reached) // step for reached in reach]
+    else:
+        whole = [tokens // step] * len(starts)
+    seen_whole = sum(whole) / len(whole)
+    # the first block alone gives maxima
+    first_block = 1.0 / max(1.0, seen_whole) if of_rows else 1.0
+    loops: tuple[Loop, ...] = (Loop(seen_whole, branched=first_block), Loop(every - seen_whole))
+    if not of_rows and given["repeat"] > 1:
+        loops = (Loop(given["repeat"], loops),)
+    return loops, step

@@ -15,8 +15,11 @@ from benchmarks.recording import Launch, meta, size_of
 from benchmarks.workloads import ATTENTION, AttentionWorkload
 
 WORKLOADS = tuple(ATTENTION.values())
-# a short, a long and a causal shape: every kernel, both forms of the Gram algebra
-QUICK = ("bert-base-to-tinybert-4-128", "bert-base-to-tinybert-4-2048", "llama-like-8192")
+# short, swept, long and causal: every kernel, both forms of the Gram algebra
+QUICK = (
+    *(f"bert-base-to-tinybert-4-{tokens}" for tokens in (128, 512, 2048)),
+    "llama-like-8192",
+)
 
 
 def calls(work: AttentionWorkload, dtype: torch.dtype, count: int) -> Iterator[Call]:
@@ -60,6 +63,18 @@ def _short(launch: Launch, given: dict[str, Any], read: int) -> Seen:
     loops = (Loop(given["program_heads"] * cdiv(given["tokens"], given["BLOCK_QUERY"])),)
     rows = given["BLOCK_QUERY"] + given["BLOCK_KEY"]
     return Seen("short", loops, read, loads=tile_loads(given, rows))
+
+
+def _sweep(launch: Launch, given: dict[str, Any], read: int) -> Seen:
+    """Passes over the query rows of every head, each with its own keys; one pass is no loop."""
+    tokens, rows, passes = given["tokens"], given["BLOCK_QUERY"], given["PASSES"]
+    blocks = cdiv(tokens, rows)
+    held = given["KEY_BLOCKS"] * given["BLOCK_KEY"]
+    firsts = [turn * held // rows if given["CAUSAL"] else 0 for turn in range(passes)]
+    loop = Loop(blocks - sum(firsts) / passes)
+    loop = Loop(given["heads"] // given["kv_heads"], (loop,))
+    loops = (Loop(passes, (loop,)),) if passes > 1 else (loop,)
+    return Seen("sweep", loops, read, loads=tile_loads(given, rows))
 
 
 def _by_query(launch: Launch, given: dict[str, Any], read: int) -> Seen:
@@ -113,6 +128,7 @@ def _part_loads(given: dict[str, Any]) -> tuple[tuple[int, int], ...]:
 
 KERNELS = {
     "_short_kernel": _short,
+    "_sweep_kernel": _sweep,
     "_tiles_fwd_kernel": _by_key,
     "_tiles_bwd_dq_kernel": _by_query,
     "_gram_kernel": _grams,

@@ -12,13 +12,14 @@ from benchmarks.recording import Launch, meta
 from benchmarks.workloads import HIDDEN, HiddenWorkload
 
 WORKLOADS = tuple(HIDDEN.values())
-# with a projection and without one
-QUICK = ("bert-base-to-tinybert-4", "minilm-6-to-3")
+# with a projection of few columns and of many, and without one
+QUICK = ("bert-base-to-tinybert-4", "llama-like", "minilm-6-to-3")
 # sum of which columns: the student's width, the teacher's, rows
 SUMMED = {"_fwd_kernel": "width", "_bwd_dx_kernel": "teacher_width"}
 NAMES = {
     "_bwd_db_kernel": "sums",
     "_fwd_kernel": "residuals",
+    "_fwd_dx_kernel": "residuals_and_input_gradient",
     "_bwd_dx_kernel": "input_gradient",
     "_bwd_dw_kernel": "weight_gradient",
     "_unit_fwd_kernel": "unit_residuals",
@@ -56,6 +57,9 @@ def seen(launch: Launch, work: HiddenWorkload, dtype: torch.dtype, count: int) -
     loops: tuple[Loop, ...] = ()
     if name == "_bwd_dw_kernel":
         loops = (Loop(cdiv(last - first, given["BLOCK_SUM"])),)
+    elif name == "_fwd_dx_kernel":
+        sweep = Loop(cdiv(target, given["BLOCK_COLUMN"]))
+        loops = (sweep, sweep) if given["NORMALIZE"] else (sweep,)
     elif name in SUMMED and given.get("HAS_WEIGHT", True):
         loops = (Loop(cdiv(given[SUMMED[name]], given["BLOCK_SUM"])),)
     label = NAMES[name]
@@ -65,7 +69,7 @@ def seen(launch: Launch, work: HiddenWorkload, dtype: torch.dtype, count: int) -
         label, widths = "projected", own
     if name == "_unit_fwd_kernel" and given["HAS_WEIGHT"]:
         widths = target
-    weight = own * target if name in SUMMED and own != target else 0
+    weight = own * target if name in (*SUMMED, "_fwd_dx_kernel") and own != target else 0
     read = (count * (last - first) * widths + weight) * dtype.itemsize
     return Seen(label, loops, read, loads=_loads(given, name, dtype))
 
@@ -73,6 +77,15 @@ def seen(launch: Launch, work: HiddenWorkload, dtype: torch.dtype, count: int) -
 def _loads(given: dict[str, Any], name: str, dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
     """The tile of rows, and of the weight, of a step; whole rows where they are normalised."""
     size = dtype.itemsize
+    if name == "_fwd_dx_kernel":
+        columns = given["BLOCK_COLUMN"] * size
+        blocks = {"BLOCK_IN": "WEIGHT_ALIGN", "BLOCK_REST": "WEIGHT_ALIGN"}
+        blocks["BLOCK_ROW"] = "TEACHER_ALIGN"
+        return tuple(
+            (given[block] * columns, min(16, given[align] * size))
+            for block, align in blocks.items()
+            if given[block]
+        )
     if name == "_fwd_kernel" and given["HAS_WEIGHT"]:
         step = given["BLOCK_SUM"] * size
         tiles = (("BLOCK_ROW", "ALIGN"), ("BLOCK_COLUMN", "WEIGHT_ALIGN"))

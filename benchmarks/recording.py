@@ -82,6 +82,7 @@ def recorded(target: tuple[str, int | str]) -> Iterator[list[Launch | Product]]:
         )
         limit = SHARED_MEMORY[target]
         stack.enter_context(patch.object(launch, "shared_memory", lambda: limit))
+        stack.enter_context(patch.object(launch, "architecture", lambda: target[1]))
         yield made
 
 

@@ -52,11 +52,12 @@ class Work(NamedTuple):
 
 
 class CodeLoop(NamedTuple):
-    """One loop: what its body does beside the loops inside it."""
+    """One loop: what its body does beside the loops inside it, and what of that a branch skips."""
 
     first: int
     last: int
     work: Work
+    branched: Work
     inside: tuple["CodeLoop", ...]
 
 
@@ -141,7 +142,20 @@ def _loop(
         if first <= one.address <= last
         and not any(start <= one.address <= end for start, end in outer)
     ]
-    return CodeLoop(first, last, work_of(body), tuple(_loop(one, held, every) for one in outer))
+    skipped = work_of(list(_skipped(body)))
+    inside = tuple(_loop(one, held, every) for one in outer)
+    return CodeLoop(first, last, work_of(body), skipped, inside)
+
+
+def _skipped(body: Sequence[Instruction]) -> Iterator[Instruction]:
+    """What lies between a branch ahead and its target, both in the body of one loop."""
+    end = 0
+    for one in body:
+        if one.address < end:
+            yield one
+        target = TARGET.search(one.text)
+        if target and one.address < int(target[1], 16) <= body[-1].address:
+            end = max(end, int(target[1], 16))
 
 
 def work_of(instructions: Sequence[Instruction]) -> Work:

@@ -72,7 +72,9 @@ def test_instructions() -> None:
 
 def counts(slots: int, memory: int = 0, loops: Any = (), **other: int) -> dict[str, Any]:
     plain = dict.fromkeys(("special", "integer", "flops"), 0)
-    return {**plain, "slots": slots, "memory": memory, **other, "loops": list(loops)}
+    branched = {**plain, "slots": 0, "memory": 0}
+    made = {**plain, "slots": slots, "memory": memory, **other}
+    return {**made, "branched": branched, "loops": list(loops)}
 
 
 def test_loops_count_as_often_as_they_turn() -> None:
@@ -81,6 +83,9 @@ def test_loops_count_as_often_as_they_turn() -> None:
     assert turned["slots"] == 10 + 2 * 3 + 4 * 5 + 4 * 2.5 * 7
     assert turned["flops"] == 4 * 2.5 * 2
     assert turned["special"] == 1
+    # of 5 slots of a turn, 4 behind a branch that every fourth turn takes
+    behind = {**counts(5), "branched": counts(4)}
+    assert issue.executed(counts(1, loops=[behind]), (Loop(8, branched=0.25),))["slots"] == 17
     for loops in ((), (Loop(2),), (Loop(2), Loop(4))):
         with pytest.raises(ValueError, match="loops in a row where the kernel has"):
             issue.executed(code, loops)
@@ -104,9 +109,9 @@ def test_prediction_is_what_is_scarcest() -> None:
     # of five programs one multiprocessor gets three
     made = issue.predicted(row, Run(5, (), 1000, even=True), 4, chip)
     assert made == (3 * 4 * 40 / 4, 3 * 4 * 3 * 2, 3 * 4 * 10 / 2, 3 * 4 * 2, 3 * 4 * 0.5, 10.0)
-    assert (made.limit, made.seconds) == ("issue", 120.0)
+    assert (made.limit, made.seconds) == ("slots", 120.0)
     uneven = issue.predicted(row, Run(5, (), 100_000, even=False), 4, chip)
-    assert uneven.issue == 2.5 * 40
+    assert uneven.slots == 2.5 * 40
     assert (uneven.limit, uneven.seconds) == ("bytes", 1000.0)
 
 
@@ -141,15 +146,17 @@ def test_launches_are_recorded_on_tensors_without_memory() -> None:
     work = AttentionWorkload("small", 2, 2, 3, (3, 3), 200, (26, 64))
     calls = recorded_calls("attention_divergence", work, torch.bfloat16, ("cuda", 90))
     assert calls.pairs == 4
-    rows, query, key = (job for job in calls.jobs if job.kind == "kl")
-    assert [job.name for job in (rows, query, key)] == ["kl rows", "kl dq", "kl dk"]
+    rows, query, key = (job for job in calls.jobs if job.kind == "reverse_kl")
+    assert [job.name for job in (rows, query, key)] == [
+        f"reverse_kl {name}" for name in ("rows", "dq", "dk")
+    ]
     blocks = -(-200 // rows.arguments["BLOCK_QUERY"])
     (run,) = rows.runs
     assert run.programs == 4 * 2 * 3 * blocks
-    assert run.loops == (Loop(-(-200 // rows.arguments["BLOCK_KEY"])),)
+    assert run.loops == (Loop(-(-200 // rows.arguments["BLOCK_KEY"])),) * 2
     # both sides' queries and keys, the statistics, and little else
     read = 4 * 2 * 3 * 200 * 2 * (26 + 64) * 2
-    stats = 4 * 4 * 2 * 3 * 200 * 4
+    stats = 4 * 5 * 2 * 3 * 200 * 4
     assert read + stats < run.bytes < 1.05 * (read + stats)
 
 

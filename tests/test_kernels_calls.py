@@ -20,6 +20,7 @@ from fastkd_kernels import (
     logits_divergence,
 )
 from fastkd_kernels.common import autograd, quick_launch, remembered, tensor_table
+from fastkd_kernels.common.attention_call import valid_spans
 from indexer_cases import indexer_case
 from kernel_cases import attention_states, hidden_case, leaves_of, masks
 from logits_cases import logits_case
@@ -359,3 +360,8 @@ def test_a_captured_graph_reads_what_lies_there_when_it_is_replayed(name: str) -
     assert noise
     for given, value in zip(captured, expected, strict=True):
         torch.testing.assert_close(given, value, rtol=0, atol=0)
+
+
+def test_spans_are_the_first_run_of_valid_rows_and_the_end_of_all() -> None:
+    valid = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    assert valid_spans(valid).tolist() == [[0, 2, 4], [1, 3, 3], [0, 0, 0], [0, 4, 4]]

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from fastkd_kernels import hidden_cosine, hidden_mse, hidden_normalized_mse
+from fastkd_kernels.common import launch
 from fastkd_kernels.common.autograd import inverse
 from fastkd_kernels.hidden import triton_path
 from kernel_cases import fresh_tensors_are_nan, hidden_case, masks
@@ -64,6 +65,28 @@ def test_rows_of_one_program(width: int) -> None:
     assert 64 % rows == 0
     assert rows * columns <= max(4096, 2 * width)
     assert rows * columns // (32 * made.num_warps) <= 32
+
+
+@pytest.mark.parametrize("width", [1, 16, 31, 40, 312, 320, 384, 500])
+def test_blocks_of_a_students_row(width: int) -> None:
+    """Powers of two that `tl.dot` takes, no more columns than one block would have."""
+    blocks = [block for block in triton_path.width_blocks(width) if block]
+    assert all(block >= 16 and block & (block - 1) == 0 for block in blocks)
+    assert width <= sum(blocks) < 2 * max(width, 16)
+    assert width - blocks[0] <= sum(blocks[1:])
+
+
+def test_all_at_once_in_half_precision_on_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
+    for arch in (80, 90, 100, "gfx942"):
+        monkeypatch.setattr(launch, "architecture", lambda arch=arch: arch)
+        taken = {
+            (width, dtypes)
+            for width in (64, 312, 384)
+            for dtypes in ((bf16, bf16, bf16), (half, half, fp32), (fp32, fp32, fp32))
+            if triton_path.fused_launch(width, dtypes)
+        }
+        assert taken == ({(64, (bf16,) * 3), (312, (bf16,) * 3)} if arch == 90 else set())
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

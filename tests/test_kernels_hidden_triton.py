@@ -7,6 +7,7 @@ import pytest
 import torch
 from conditioning import bounds, check_rounding, check_within
 from fastkd_kernels import hidden_cosine, hidden_mse, hidden_normalized_mse, reference
+from fastkd_kernels.common.launch import Launch
 from fastkd_kernels.hidden import triton_path
 from kernel_cases import (
     Counted,
@@ -54,6 +55,88 @@ def test_equals_its_definition_in_fp64(
         made = loss_and_gradients(op, *arguments, **case.trained, **given, backend="triton")
         expected = loss_and_gradients(DEFINITIONS[op], *arguments, **case.trained, **given)
         assert max(errors(made, expected)) < 1e-12
+
+
+@pytest.fixture
+def all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of large GPUs in any precision, with blocks that small problems fill."""
+
+    def small(width: int, *_: object) -> Launch:
+        block_in, block_rest = triton_path.width_blocks(width)
+        blocks: dict[str, int | str] = {"BLOCK_ROW": 32, "BLOCK_COLUMN": 16, "ROWS_SUMMED": 16}
+        blocks |= {"BLOCK_IN": block_in, "BLOCK_REST": block_rest}
+        exact = {"PRECISION": "ieee", "GRAD_PRECISION": "ieee"}
+        return Launch(blocks | exact, num_warps=4, num_stages=1)
+
+    monkeypatch.setattr(triton_path, "fused_launch", small)
+
+
+@interpreted
+@pytest.mark.usefixtures("all_at_once")
+@pytest.mark.parametrize("width", [7, 40])
+@pytest.mark.parametrize("weights", ["shared", "each+bias"])
+@pytest.mark.parametrize("op", DEFINITIONS)
+def test_all_at_once_equals_its_definition_in_fp64(
+    op: Callable[..., Tensor], weights: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = hidden_case(2, 2, 41, (width, 39), weights)
+    arguments = (case.leaves, case.student, case.teacher)
+    mask = masks(2, 41)
+    # rows in one chunk, and in several, where padding holds anything
+    for workspace, given in ((1 << 20, {}), (1, {"mask": mask})):
+        monkeypatch.setattr(triton_path, "WORKSPACE_BYTES", workspace)
+        expected = loss_and_gradients(DEFINITIONS[op], *arguments, **case.trained, **given)
+        if given:
+            for tensor in (*case.student, *case.teacher):
+                tensor.data.masked_fill_(~mask[..., None], float("nan"))
+        made = loss_and_gradients(op, *arguments, **case.trained, **given, backend="triton")
+        assert max(errors(made, expected)) < 1e-12
+
+
+@interpreted
+@pytest.mark.usefixtures("all_at_once")
+@pytest.mark.parametrize("op", [hidden_mse, hidden_cosine])
+def test_all_at_once_without_gradients_of_weights(op: Callable[..., Tensor]) -> None:
+    case = hidden_case(1, 1, 20, (7, 12), "shared+bias")
+    fixed = {name: value.detach() for name, value in case.trained.items()}
+    arguments = (case.leaves[:1], case.student, case.teacher)
+    made = loss_and_gradients(op, *arguments, **fixed, backend="triton")
+    assert max(errors(made, loss_and_gradients(DEFINITIONS[op], *arguments, **fixed))) < 1e-12
+
+
+@interpreted
+@pytest.mark.usefixtures("all_at_once")
+@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-4])
+@pytest.mark.parametrize("op", [hidden_mse, hidden_cosine])
+def test_all_at_once_stays_near_plain_pytorch_in_fp32(
+    op: Callable[..., Tensor], distance: float
+) -> None:
+    case = hidden_case(4, 1, 50, (32, 32), "shared+bias").near(distance).cast(torch.float32)
+    given, plain = case.run(op, backend="triton"), case.run(DEFINITIONS[op])
+    check_rounding(case.defined(DEFINITIONS[op]), given, plain=plain, inputs=op is hidden_cosine)
+
+
+@interpreted
+@pytest.mark.usefixtures("all_at_once")
+def test_all_at_once_keeps_what_near_and_missing_directions_are_worth() -> None:
+    """A student next to its teacher, and opposite; rows of zeros on either side, and on both."""
+    case = hidden_case(1, 1, 9, (12, 12), "shared")
+    with torch.no_grad():
+        case.leaves[1].copy_(torch.eye(12))
+        case.student[0].copy_(case.teacher[0] * torch.linspace(1, 3, 9)[None, :, None])
+        case.student[0][0, :2] += 1e-6 * torch.randn(2, 12, dtype=torch.float64)
+        case.student[0][0, 2] *= -1
+        case.student[0][0, 3:5] = 0
+        case.teacher[0][0, 4:6] = 0
+    arguments = (case.leaves, case.student, case.teacher)
+    for chosen in (slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4), slice(4, 5), slice(5, 6)):
+        mask = torch.zeros(1, 9, dtype=torch.bool)
+        mask[0, chosen] = True
+        given = {**case.trained, "mask": mask}
+        made = loss_and_gradients(hidden_cosine, *arguments, **given, backend="triton")
+        expected = loss_and_gradients(reference.hidden_cosine, *arguments, **given)
+        # gradients of rows without a direction are those of the definition's clamp
+        assert errors(made, expected)[0] < 1e-9
 
 
 @pytest.mark.parametrize("op", [hidden_mse, hidden_cosine])

@@ -16,16 +16,19 @@ from ..common.launch import (
     cdiv,
     dot_precision,
     is_half,
+    is_hopper,
     is_large,
     platform,
     power_of_two,
     product_dtype,
+    whole_head_blocks,
 )
 from ..common.quick_launch import Quick
 from ..common.rescale import stacked_gradient, tokens_first, waiting_dtype
 from ..common.short_sequences import heads_of_program, short_launch, takes_short
 from ..common.tensor_table import to_device
 from ..common.tl_types import TYPES
+from .kl_kernels import _dk_value_kernel, _rows_dq_kernel
 from .short_kernel import _short_kernel
 from .triton_kernels import _dk_kernel, _dq_kernel, _rows_kernel
 
@@ -96,6 +99,24 @@ def divergence_launch(
     return Launch(constants, num_warps=4 if few or on == "hip" else 8, num_stages=1)
 
 
+def takes_two_sweeps(kind: str, dims: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether the kernels of `kl_kernels.py` take a kind, without soft caps and sinks.
+
+    On other chips than an H100 both tiles and the gradient leave the registers.
+    """
+    return row_stats(kind) == 4 and is_half(*dtypes) and max(dims) <= 128 and is_hopper()
+
+
+def sweep_launch(kernel: str, dims: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> Launch:
+    """Blocks of the two sweeps of KL: "rows_dq" or "dk_value"."""
+    wide = max(dims) > 64
+    if kernel == "rows_dq":
+        query, key, warps = 128, 64 if wide else 128, 8
+    else:
+        query, key, warps = 64, 128, 8 if wide else 4
+    return Launch(whole_head_blocks(query, key, dims, dtypes[0], "cuda"), warps, num_stages=2)
+
+
 def kernel_types(dtype: torch.dtype, teacher_dtype: torch.dtype) -> dict[str, Any]:
     """And the type in which slopes enter their product, and whether logs are in bits."""
     made = type_constants(dtype, teacher_dtype)
@@ -155,8 +176,18 @@ def forward(
     dtype = waiting_dtype(call.dtypes[0])
     like = (call.first.query, call.first.key)
     grads = [stacked_gradient(call.count, of, dtype) if need_grad else call.new(0) for of in like]
-    short = takes_short(call.sizes["tokens"], call.dims, call.dtypes, platform())
-    run = _short if short else _long
+    if takes_short(call.sizes["tokens"], call.dims, call.dtypes, platform()):
+        run = _short
+    elif (
+        need_grad
+        and takes_two_sweeps(kind, call.dims, call.dtypes)
+        and not (softmax.has_sinks or any(softmax.flags.values()))
+        # the largest scaled score is that of the largest score
+        and all(min(pair.scale, pair.teacher_scale) > 0 for pair in pairs)
+    ):
+        run = _two_sweeps
+    else:
+        run = _long
     partials, sink_partials = run(call, masks, softmax, kind, weights, grads, need_grad)
     # programs of one batch item follow each other
     sums = partials.view(call.count, call.sizes["batch"], -1).sum(2)
@@ -287,6 +318,60 @@ def _long(
             **launches["dk"].options,
         )
     return partials, sink_partials
+
+
+def _two_sweeps(
+    call: Call,
+    masks: _Masks,
+    softmax: _Softmax,
+    kind: str,
+    weights: Tensor,
+    grads: list[Tensor],
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `_short`, of KL and cross-entropy without caps and sinks: each gradient in one sweep."""
+    sizes, count = call.sizes, call.count
+    tokens, heads = sizes["tokens"], sizes["heads"]
+    stats = call.new(count, 2, sizes["batch"], heads, tokens)
+    shared = {
+        "batch": sizes["batch"],
+        "heads": heads,
+        "repeat": heads // sizes["kv_heads"],
+        "teacher_repeat": heads // sizes["teacher_kv_heads"],
+        **{name: sizes[name] for name in ("tokens", "dim", "teacher_dim")},
+        "window": masks.window,
+        "CAUSAL": masks.causal,
+        "WINDOWED": masks.window > 0,
+        **{name: call.constants[name] for name in ("ALIGN", "TEACHER_ALIGN", "HAS_MASK")},
+    }
+    types = kernel_types(*call.dtypes)
+    shared |= {name: types[name] for name in ("TYPE", "TEACHER_TYPE", "GRAD_TYPE")}
+    given = (call.table, call.scales, call.valid, call.spans(), stats, weights)
+    launch = sweep_launch("rows_dq", call.dims, call.dtypes)
+    programs = cdiv(tokens, launch.block("BLOCK_QUERY")) * sizes["batch"] * heads
+    Quick(_rows_dq_kernel)[(programs, count)](
+        *given,
+        grads[0],
+        **shared,
+        **launch.constants,
+        QUERY_TOKENS_FIRST=tokens_first(call.first.query),
+        **launch.options,
+    )
+    launch = sweep_launch("dk_value", call.dims, call.dtypes)
+    programs = cdiv(tokens, launch.block("BLOCK_KEY")) * sizes["batch"] * sizes["kv_heads"]
+    partials = call.new(count, programs)
+    Quick(_dk_value_kernel)[(programs, count)](
+        *given,
+        grads[1],
+        partials,
+        **shared,
+        **launch.constants,
+        KIND=kind,
+        UNEVEN=tokens % launch.block("BLOCK_QUERY") > 0,
+        KEY_TOKENS_FIRST=tokens_first(call.first.key),
+        **launch.options,
+    )
+    return partials, call.new(0)
 
 
 def _constants(

@@ -11,6 +11,18 @@ from ..common.attention_jit import head_rows, item_base, sizes_of, store_head, v
 
 
 @triton.jit
+def difference(left, right, ratio, SUM_TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """`D / c_s` of one tile, grown in one accumulator.
+
+    `left` `[rows, dim]` and `right` `[dim, columns]` are of student and teacher; `ratio` is
+    `-c_t / c_s`.
+    """
+    tile = tl.dot(left[1], right[1], input_precision=PRECISION)
+    tile = (tile * ratio).to(SUM_TYPE)
+    return tl.dot(left[0], right[0], acc=tile, input_precision=PRECISION)
+
+
+@triton.jit
 def _short_kernel(
     table,
     scales,
@@ -58,7 +70,6 @@ def _short_kernel(
     first = tl.program_id(0) % programs * program_heads
     row = table + pair * 16
     student, teacher = sizes_of(scales, pair, dim, teacher_dim)
-    # D / c_s grows in one accumulator
     ratio = -teacher[1] / student[1]
     queries = item_base(row, 0, item, TYPE)
     keys = item_base(row, 1, item, TYPE)
@@ -92,9 +103,13 @@ def _short_kernel(
             BLOCK_TEACHER_DIM,
             TEACHER_ALIGN,
         )
-        tile = tl.dot(b_teacher_key, tl.trans(b_teacher_query), input_precision=SCORE_PRECISION)
-        tile = (tile * ratio).to(SUM_TYPE)
-        tile = tl.dot(b_key, tl.trans(b_query), acc=tile, input_precision=SCORE_PRECISION)
+        tile = difference(
+            (b_key, b_teacher_key),
+            (tl.trans(b_query), tl.trans(b_teacher_query)),
+            ratio,
+            SUM_TYPE,
+            SCORE_PRECISION,
+        )
         if CAUSAL:
             tile = tl.where(o_query[None, :] >= o_key[:, None], tile, 0.0)
         squares += tl.sum(tile * tile, 1)

@@ -21,14 +21,23 @@ from ..common.launch import (
     platform,
     power_of_two,
     product_dtype,
+    stages_that_fit,
+    whole_head_blocks,
 )
 from ..common.quick_launch import Quick
 from ..common.rescale import stacked_gradient, tokens_first, waiting_dtype
-from ..common.short_sequences import heads_of_program, short_launch, takes_short
+from ..common.short_sequences import (
+    FEWEST_PROGRAMS,
+    heads_of_program,
+    short_launch,
+    takes_short,
+    takes_whole,
+)
 from ..common.tl_types import TYPES
 from .gram import Gram, key_factors, query_factors, squared_norm, stack_factors
 from .gram_kernels import _gram_bwd_kernel, _gram_kernel, _scan_kernel
 from .short_kernel import _short_kernel
+from .sweep_kernel import _sweep_kernel
 from .triton_kernels import _tiles_bwd_dq_kernel, _tiles_fwd_kernel
 
 # how far ahead the short kernel loads, the fastest on an H100
@@ -76,6 +85,41 @@ def tile_launch(
         return Launch(constants, num_warps=8 if wide else 4, num_stages=1)
     warps = 8 if wide and kernel == "fwd" else 4
     return Launch(constants, num_warps=warps, num_stages=2 if wide else 3)
+
+
+def takes_sweep(
+    programs: int,
+    dims: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    on: str = "cuda",
+) -> bool:
+    """Whether one sweep takes sequences that no short kernel does, a key head a program.
+
+    With fewer programs than multiprocessors, two launches of many are done sooner.
+    """
+    return programs >= FEWEST_PROGRAMS // 2 and takes_whole(dims, dtypes, on)
+
+
+def sweep_launch(
+    tokens: int,
+    dims: tuple[int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    on: str = "cuda",
+) -> Launch:
+    """Blocks of the sweep: as many of keys in one pass as registers hold gradients of."""
+    block, held = 64, 128
+    widths = [power_of_two(dim) for dim in dims]
+    blocks = cdiv(tokens, held)
+    # three blocks would leave half of a second pass empty; fp16 has wider operands
+    two = blocks not in (1, 3) and widths[0] <= 32 and torch.float16 not in dtypes
+    constants = whole_head_blocks(block, held, dims, dtypes[0], on)
+    constants |= {"KEY_BLOCKS": 1 + two, "PASSES": cdiv(blocks, 1 + two)}
+    wide = product_dtype(dtypes[0]).itemsize
+    keys = (1 + two) * held * 2 * sum(widths)
+    # a tile and the student's rows as the gradients' products read them
+    exchanged = block * (held + widths[0]) * wide
+    stages = stages_that_fit(2, block * 2 * sum(widths), keys + exchanged)
+    return Launch(constants, num_warps=4, num_stages=stages)
 
 
 def causal_chunk(dims: tuple[int, int]) -> int:
@@ -136,8 +180,9 @@ def one_pass(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squares `[pairs]`, and `factor c_s D K_s` and `factor c_s D^T Q_s`, `factor` one number.
 
-    "tiles" takes one launch for short sequences, two for others. "gram" is for causal scores: tiles
-    inside chunks of tokens, and Grams of the chunks for all that lies between them.
+    "tiles" takes one launch where a program holds all keys of a head, or enough programs go over
+    them in passes; two elsewhere. "gram" is for causal scores: tiles inside chunks of tokens, and
+    Grams of the chunks for all that lies between them.
     """
     call = Call(pairs, key_mask, query_mask)
     tokens = call.sizes["tokens"]
@@ -147,6 +192,9 @@ def one_pass(
     grads = [stacked_gradient(call.count, of, dtype) if need_grad else call.new(0) for of in like]
     if chunk == tokens and takes_short(tokens, call.dims, call.dtypes, platform()):
         return _short(call, factor, causal, grads, need_grad), grads[0], grads[1]
+    programs = call.count * call.sizes["batch"] * call.sizes["kv_heads"]
+    if chunk == tokens and takes_sweep(programs, call.dims, call.dtypes, platform()):
+        return _sweep(call, factor, causal, grads, need_grad), grads[0], grads[1]
     squares = _tiles(call, factor, causal, chunk, grads if need_grad else None)
     if chunk < tokens:
         squares = squares + _between_chunks(call, chunk, factor, grads if need_grad else None)
@@ -177,6 +225,36 @@ def _short(
         partials,
         **sizes,
         program_heads=program_heads,
+        **{**call.constants, **tile_types(*call.dtypes), **launch.constants},
+        CAUSAL=causal,
+        NEED_GRAD=need_grad,
+        QUERY_TOKENS_FIRST=tokens_first(call.first.query),
+        KEY_TOKENS_FIRST=tokens_first(call.first.key),
+        **launch.options,
+    )
+    return partials.sum(1)
+
+
+def _sweep(
+    call: Call, factor: Tensor, causal: bool, grads: list[Tensor], need_grad: bool
+) -> Tensor:
+    """Squares; fills `grads`, of queries and keys."""
+    sizes = call.sizes
+    launch = sweep_launch(sizes["tokens"], call.dims, call.dtypes, platform())
+    programs = sizes["batch"] * sizes["kv_heads"]
+    partials = call.new(call.count, programs)
+    rows = cdiv(sizes["tokens"], launch.block("BLOCK_QUERY")) * launch.block("BLOCK_QUERY")
+    kept = (call.count, sizes["batch"], sizes["heads"], rows, launch.block("BLOCK_DIM"))
+    sums = call.new(*kept) if need_grad and launch.block("PASSES") > 1 else partials
+    Quick(_sweep_kernel)[(programs, call.count)](
+        call.table,
+        call.scales,
+        call.valid,
+        factor,
+        *grads,
+        sums,
+        partials,
+        **sizes,
         **{**call.constants, **tile_types(*call.dtypes), **launch.constants},
         CAUSAL=causal,
         NEED_GRAD=need_grad,

@@ -29,6 +29,7 @@ class Call:
         self.dtype = accumulator(*first.tensors)
         scales = [[pair.scale, pair.teacher_scale] for pair in pairs]
         self.scales = to_device(scales, self.dtype, first.query)
+        self.masks = (query_mask, key_mask)
         self.valid = stacked_masks(first.query, key_mask, query_mask)
         batch, heads, tokens, dim = first.query.shape
         self.sizes = {
@@ -48,6 +49,13 @@ class Call:
             "TEACHER_ALIGN": math.gcd(*aligns[2:]),
             "HAS_MASK": key_mask is not None or query_mask is not None,
         }
+
+    def spans(self) -> Tensor:
+        """int32 `[2, batch, 3]`, of query rows and keys: the first run of valid ones, from and to,
+        and the end of the last. A placeholder where nothing is masked."""
+        return remembered(
+            self.masks, "spans", self.valid.device, lambda: valid_spans(self.valid.bool())
+        )
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.first.query.device)
@@ -81,3 +89,18 @@ def stacked_masks(query: Tensor, key_mask: Tensor | None, query_mask: Tensor | N
         return torch.stack([every if mask is None else mask.to(torch.uint8) for mask in sides])
 
     return remembered(sides, "stacked masks", device, stacked)
+
+
+def valid_spans(valid: Tensor) -> Tensor:
+    """int32 `[..., 3]` of bool `[..., tokens]`: first True, the False after it, end of the last.
+
+    All 0 where nothing is True.
+    """
+    tokens = valid.shape[-1]
+    if tokens == 0:
+        return valid.new_empty(0, dtype=torch.int32)
+    place = torch.arange(tokens, dtype=torch.int32, device=valid.device)
+    end = torch.where(valid, place + 1, 0).amax(-1)
+    first = torch.minimum(torch.where(valid, place, tokens).amin(-1), end)
+    hidden = torch.where(valid | (place < first[..., None]), tokens, place).amin(-1)
+    return torch.stack([first, torch.minimum(hidden, end), end], -1).to(torch.int32)

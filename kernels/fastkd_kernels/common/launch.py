@@ -71,6 +71,22 @@ def is_large() -> bool:
     return shared_memory() >= SHARED_MEMORY["cuda", 80]
 
 
+@cache
+def architecture() -> int | str:
+    """Of the first GPU, 90 for an H100; without one, the oldest of the targets."""
+    if not torch.cuda.is_available():
+        return 80
+    from triton.runtime import driver
+
+    arch: int | str = driver.active.get_current_target().arch
+    return arch
+
+
+def is_hopper() -> bool:
+    """Whether four warps together multiply blocks in shared memory, as on an H100."""
+    return architecture() == 90
+
+
 def stages_that_fit(most: int, stage: int, besides: int) -> int:
     """Pipeline stages of so many bytes, at most `most`; what stands `besides` them needs two."""
     fitting = [n for n in range(2, most + 1) if n * stage + besides <= shared_memory()]
@@ -95,6 +111,20 @@ def dot_precision(exact: bool, on: str) -> str:
     if on == "hip":
         return "ieee"
     return "tf32x3" if exact else "tf32"
+
+
+def whole_head_blocks(
+    query: int, key: int, dims: tuple[int, int], dtype: torch.dtype, on: str
+) -> dict[str, int | str]:
+    """Blocks of an attention kernel that reads whole heads, and how it multiplies a student's."""
+    return {
+        "BLOCK_QUERY": query,
+        "BLOCK_KEY": key,
+        "BLOCK_DIM": power_of_two(dims[0]),
+        "BLOCK_TEACHER_DIM": power_of_two(dims[1]),
+        "SCORE_PRECISION": dot_precision(True, on),
+        "GRAD_PRECISION": dot_precision(dtype != torch.float16, on),
+    }
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .launch import Launch, dot_precision, is_half, power_of_two, stages_that_fit
+from .launch import Launch, is_half, power_of_two, stages_that_fit, whole_head_blocks
 
 # the longest sequence that one program holds
 SHORT_TOKENS = 128
@@ -14,7 +14,14 @@ def takes_short(
     tokens: int, dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
 ) -> bool:
     """Whether a short kernel takes sequences of this length."""
-    return tokens <= SHORT_TOKENS and is_half(*dtypes) and max(dims) <= 64 and on != "hip"
+    return tokens <= SHORT_TOKENS and takes_whole(dims, dtypes, on)
+
+
+def takes_whole(
+    dims: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype], on: str = "cuda"
+) -> bool:
+    """Whether registers hold all that a program makes of blocks of whole heads."""
+    return is_half(*dtypes) and max(dims) <= 64 and on != "hip"
 
 
 def short_launch(
@@ -25,16 +32,9 @@ def short_launch(
     on: str = "cuda",
 ) -> Launch:
     """Blocks of a short kernel: all keys and query rows, loaded up to `stages` ahead, as fits."""
-    block, widths = power_of_two(tokens), [power_of_two(dim) for dim in dims]
-    constants: dict[str, int | str] = {
-        "BLOCK_QUERY": block,
-        "BLOCK_KEY": block,
-        "BLOCK_DIM": widths[0],
-        "BLOCK_TEACHER_DIM": widths[1],
-        "SCORE_PRECISION": dot_precision(True, on),
-        "GRAD_PRECISION": dot_precision(dtypes[0] != torch.float16, on),
-    }
-    fitting = stages_that_fit(stages, 2 * block * sum(widths) * 2, block * block * 2)
+    block, width = power_of_two(tokens), sum(power_of_two(dim) for dim in dims)
+    fitting = stages_that_fit(stages, 2 * block * width * 2, block * block * 2)
+    constants = whole_head_blocks(block, block, dims, dtypes[0], on)
     return Launch(constants, num_warps=8 if block > 64 else 4, num_stages=fitting)
 
 

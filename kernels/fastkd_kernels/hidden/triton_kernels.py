@@ -21,14 +21,20 @@ from ..common.wide_loads import load_wide, store_wide
 
 
 @triton.jit
+def row_starts(entry, o_row, tokens, TYPE: tl.constexpr):
+    """Addresses `[rows]` of rows of a `[batch, tokens, width]` tensor."""
+    base = tl.load(entry).to(tl.pointer_type(TYPE))
+    o_wide = o_row.to(tl.int64)
+    return base + (o_wide // tokens * tl.load(entry + 1) + o_wide % tokens * tl.load(entry + 2))
+
+
+@triton.jit
 def token_rows(
     entry, o_row, m_row, tokens, o_column, columns, TYPE: tl.constexpr, ALIGN: tl.constexpr
 ):
     """Values `[rows, columns]` of a `[batch, tokens, width]` tensor, 0 where masked."""
-    base = tl.load(entry).to(tl.pointer_type(TYPE))
-    o_wide = o_row.to(tl.int64)
-    o_start = o_wide // tokens * tl.load(entry + 1) + o_wide % tokens * tl.load(entry + 2)
-    return load_wide(base + o_start, m_row, o_column, columns, ALIGN)
+    starts = row_starts(entry, o_row, tokens, TYPE)
+    return load_wide(starts, m_row, o_column, columns, ALIGN)
 
 
 @triton.jit
@@ -264,10 +270,249 @@ def _bwd_db_kernel(
 
 
 @triton.jit
+def whole_rows(
+    starts,
+    m_row,
+    width,
+    ALIGN: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """Values `[rows, BLOCK_IN]` and `[rows, BLOCK_REST]` of whole rows at the addresses `starts`.
+
+    Widths are seldom powers of two: 312 is 256 and 64. Without a rest, the first block twice.
+    """
+    b_first = load_wide(starts, m_row, tl.arange(0, BLOCK_IN), width, ALIGN)
+    if BLOCK_REST:
+        b_rest = load_wide(starts, m_row, BLOCK_IN + tl.arange(0, BLOCK_REST), width, ALIGN)
+    else:
+        b_rest = b_first
+    return b_first, b_rest
+
+
+@triton.jit
+def projected_tile(
+    b_rows,
+    b_rows_rest,
+    b_weight,
+    b_weight_rest,
+    bias,
+    o_out,
+    m_out,
+    SUM_TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_REST: tl.constexpr,
+):
+    """`H_s W^T + b` `[rows, out]`, of whole rows of states and weight; masked rows are the bias."""
+    SHAPE: tl.constexpr = [b_rows.shape[0], b_weight.shape[0]]
+    if HAS_BIAS:
+        # read before the products, which start from it
+        b_bias = tl.load(bias + o_out, mask=m_out, other=0.0).to(SUM_TYPE)
+        total = tl.broadcast_to(b_bias[None, :], SHAPE)
+    else:
+        total = tl.zeros(SHAPE, dtype=SUM_TYPE)
+    total = tl.dot(b_rows, tl.trans(b_weight), total, input_precision=PRECISION)
+    if HAS_REST:
+        total = tl.dot(b_rows_rest, tl.trans(b_weight_rest), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _fwd_dx_kernel(
+    table,
+    valid,
+    factor,
+    residual,
+    gradient,
+    partials,
+    column_sums,
+    first,
+    last,
+    chunk,
+    rows,
+    tokens,
+    width,
+    teacher_width,
+    TYPE: tl.constexpr,
+    TEACHER_TYPE: tl.constexpr,
+    WEIGHT_TYPE: tl.constexpr,
+    BIAS_TYPE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    SUM_TYPE: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+    BLOCK_COLUMN: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    ROWS_SUMMED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GRAD_PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TEACHER_ALIGN: tl.constexpr,
+    WEIGHT_ALIGN: tl.constexpr,
+    ZERO_NORM: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    STORE: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
+):
+    """One program: a block of the chunk's rows, all columns of the teacher, a block at a time.
+
+    Writes `partials` `[pairs, row blocks]` and `gradient` `[pairs, rows, width]`; with STORE
+    `residual` times `factor` `[pairs, chunk, teacher_width]`, where masked rows are 0 (`chunk` is
+    whole blocks), and with SUM_COLUMNS that residual, every ROWS_SUMMED rows together,
+    `column_sums` `[pairs, row blocks * BLOCK_ROW / ROWS_SUMMED, teacher_width]`.
+
+    With NORMALIZE `residual` is `G`, the gradient of the normalised losses by the projected rows,
+    `(cos(u, v) u - v) / |H_s W^T + b|` of unit rows, which are projected twice: first for norms and
+    cosines.
+    """
+    # what the compiler cannot see of an argument: it is a multiple of this
+    teacher_width = teacher_width // TEACHER_ALIGN * TEACHER_ALIGN
+    pair = tl.program_id(1).to(tl.int64)
+    index = pair * tl.cdiv(rows, BLOCK_ROW) + first // BLOCK_ROW + tl.program_id(0)
+    row = table + pair * 9
+    block_start = tl.program_id(0) * BLOCK_ROW
+    o_block = tl.arange(0, BLOCK_ROW)
+    o_row = first + block_start + o_block
+    m_row = valid_rows(valid, o_row, last, HAS_MASK)
+    teacher_starts = row_starts(row + 3, o_row, tokens, TEACHER_TYPE)
+    weight = tl.load(row + 6).to(tl.pointer_type(WEIGHT_TYPE))
+    weight_stride = tl.load(row + 7)
+    bias = tl.load(row + 8).to(tl.pointer_type(BIAS_TYPE))
+    HAS_REST: tl.constexpr = BLOCK_REST > 0
+    student_starts = row_starts(row, o_row, tokens, TYPE)
+    b_rows, b_rows_rest = whole_rows(student_starts, m_row, width, ALIGN, BLOCK_IN, BLOCK_REST)
+    b_rows, b_rows_rest = b_rows.to(OPERAND), b_rows_rest.to(OPERAND)
+    b_scale = tl.where(m_row, tl.load(factor), 0.0).to(SUM_TYPE)
+    if NORMALIZE:
+        b_student_squares = tl.zeros([BLOCK_ROW], dtype=SUM_TYPE)
+        b_teacher_squares = tl.zeros([BLOCK_ROW], dtype=SUM_TYPE)
+        b_products = tl.zeros([BLOCK_ROW], dtype=SUM_TYPE)
+        # stages of its own: those of a launch are for loads that products wait for
+        for start in tl.range(0, teacher_width, BLOCK_COLUMN, num_stages=2):
+            o_out = start + tl.arange(0, BLOCK_COLUMN)
+            m_out = o_out < teacher_width
+            weight_starts = weight + o_out.to(tl.int64) * weight_stride
+            b_weight, b_weight_rest = whole_rows(
+                weight_starts, m_out, width, WEIGHT_ALIGN, BLOCK_IN, BLOCK_REST
+            )
+            total = projected_tile(
+                b_rows,
+                b_rows_rest,
+                b_weight.to(OPERAND),
+                b_weight_rest.to(OPERAND),
+                bias,
+                o_out,
+                m_out,
+                SUM_TYPE,
+                PRECISION,
+                HAS_BIAS,
+                HAS_REST,
+            )
+            b_teacher = load_wide(teacher_starts, m_row, o_out, teacher_width, TEACHER_ALIGN)
+            b_teacher = b_teacher.to(SUM_TYPE)
+            b_student_squares += tl.sum(total * total, 1)
+            b_teacher_squares += tl.sum(b_teacher * b_teacher, 1)
+            b_products += tl.sum(total * b_teacher, 1)
+        b_student_inverse = inverse_of_norm(b_student_squares, ZERO_NORM)
+        b_teacher_inverse = inverse_of_norm(b_teacher_squares, ZERO_NORM)
+        b_cosine = b_products * b_student_inverse * b_teacher_inverse
+        b_student_scale = b_cosine * b_student_inverse
+        b_scale *= b_student_inverse
+    b_squares = tl.zeros([BLOCK_ROW], dtype=SUM_TYPE)
+    b_gradient = tl.zeros([BLOCK_ROW, BLOCK_IN], dtype=SUM_TYPE)
+    if HAS_REST:
+        b_gradient_rest = tl.zeros([BLOCK_ROW, BLOCK_REST], dtype=SUM_TYPE)
+    for start in range(0, teacher_width, BLOCK_COLUMN):
+        o_out = start + tl.arange(0, BLOCK_COLUMN)
+        m_out = o_out < teacher_width
+        weight_starts = weight + o_out.to(tl.int64) * weight_stride
+        b_weight, b_weight_rest = whole_rows(
+            weight_starts, m_out, width, WEIGHT_ALIGN, BLOCK_IN, BLOCK_REST
+        )
+        b_weight, b_weight_rest = b_weight.to(OPERAND), b_weight_rest.to(OPERAND)
+        total = projected_tile(
+            b_rows,
+            b_rows_rest,
+            b_weight,
+            b_weight_rest,
+            bias,
+            o_out,
+            m_out,
+            SUM_TYPE,
+            PRECISION,
+            HAS_BIAS,
+            HAS_REST,
+        )
+        # read behind the products: their registers are not needed until here
+        b_teacher = load_wide(teacher_starts, m_row, o_out, teacher_width, TEACHER_ALIGN)
+        b_teacher = b_teacher.to(SUM_TYPE)
+        if NORMALIZE:
+            # cos(u, v) u - v, of unit rows
+            b_residual = total * b_student_scale[:, None] - b_teacher * b_teacher_inverse[:, None]
+        else:
+            # R = H_s W^T + b - H_t
+            b_residual = total - b_teacher
+        b_squares += tl.sum(b_residual * b_residual, 1)
+        made = b_residual * b_scale[:, None]
+        if SUM_COLUMNS:
+            # db = R^T 1, of rows that one warp holds: no other has to be waited for
+            GROUPS: tl.constexpr = BLOCK_ROW // ROWS_SUMMED
+            sums = tl.sum(tl.reshape(made, [GROUPS, ROWS_SUMMED, BLOCK_COLUMN]), 1)
+            o_group = index * GROUPS + tl.arange(0, GROUPS)
+            where = column_sums + o_group[:, None] * teacher_width + o_out[None, :]
+            tl.store(where, sums, mask=m_out[None, :])
+        b_made = made.to(OPERAND)
+        if STORE:
+            # 32 bits hold the offsets in a block
+            base = residual + (pair * chunk + block_start) * teacher_width
+            where = tl.multiple_of(o_block[:, None] * teacher_width + o_out, [1, TEACHER_ALIGN])
+            tl.store(base + where, b_made, mask=m_out[None, :])
+        # dH_s = R W
+        b_gradient = tl.dot(b_made, b_weight, b_gradient, input_precision=GRAD_PRECISION)
+        if HAS_REST:
+            b_gradient_rest = tl.dot(
+                b_made, b_weight_rest, b_gradient_rest, input_precision=GRAD_PRECISION
+            )
+    if NORMALIZE:
+        b_squares = unit_distance(b_squares, b_cosine, b_student_inverse, b_teacher_inverse)
+    tl.store(partials + index, tl.sum(tl.where(m_row, b_squares, 0.0)))
+    # scalars first: addresses of rows that are kept through the loop would spill
+    starts = gradient + (pair * rows + first + block_start) * width + o_block * width
+    m_block = o_block < last - first - block_start
+    store_wide(starts, m_block, tl.arange(0, BLOCK_IN), width, b_gradient, ALIGN)
+    if HAS_REST:
+        o_rest = BLOCK_IN + tl.arange(0, BLOCK_REST)
+        store_wide(starts, m_block, o_rest, width, b_gradient_rest, ALIGN)
+
+
+@triton.jit
+def unit_distance(b_squares, b_cosine, b_student_inverse, b_teacher_inverse):
+    """`|u - v|^2` `[rows]` of unit rows from `|cos(u, v) u - v|^2`, their cosines and `1 / |row|`.
+
+    `1 - cos` is `(1 - cos^2) / (1 + cos)`: by subtraction it loses its digits as `u` nears `v`.
+    """
+    m_student, m_teacher = b_student_inverse > 0, b_teacher_inverse > 0
+    near = 2.0 * b_squares / (1.0 + tl.maximum(b_cosine, 0.0))
+    b_made = tl.where(b_cosine > 0, near, 2.0 - 2.0 * b_cosine)
+    # a row without a direction is 0, and has a distance of 1 from one that has
+    b_alone = tl.where(m_student | m_teacher, 1.0, 0.0)
+    return tl.where(m_student & m_teacher, b_made, b_alone)
+
+
+@triton.jit
+def inverse_of_norm(squares, ZERO_NORM: tl.constexpr):
+    """`1 / |row|` from a row's sum of squares, 0 for rows without a direction."""
+    norms = tl.sqrt(squares)
+    return tl.where(norms > ZERO_NORM, 1.0 / tl.maximum(norms, ZERO_NORM), 0.0)
+
+
+@triton.jit
 def inverse_norms(b_rows, ZERO_NORM: tl.constexpr):
     """`1 / |row|`, 0 for rows without a direction."""
-    norms = tl.sqrt(tl.sum(b_rows * b_rows, 1))
-    return tl.where(norms > ZERO_NORM, 1.0 / tl.maximum(norms, ZERO_NORM), 0.0)
+    return inverse_of_norm(tl.sum(b_rows * b_rows, 1), ZERO_NORM)
 
 
 @triton.jit

@@ -1,0 +1,114 @@
+"""KL and cross-entropy of long sequences in two sweeps: half precision against the definition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conditioning import check_rounding
+from divergence_cases import exactly_defined, holes, near_states
+from fastkd_kernels import attention_divergence
+from fastkd_kernels.attention_divergence import triton_path
+from fastkd_kernels.common import launch
+from kernel_cases import (
+    attention_states,
+    cast,
+    fresh_tensors_are_nan,
+    leaves_of,
+    loss_and_gradients,
+    trained,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GAIN = 2**10
+
+
+@pytest.fixture(autouse=True)
+def unwritten_is_nan() -> Iterator[None]:
+    with fresh_tensors_are_nan():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test here runs the two sweeps, which are for an H100 or, interpreted, for any chip."""
+    if torch.cuda.is_available() and not launch.is_hopper():
+        pytest.skip("needs an H100, or no GPU")
+    monkeypatch.setattr(launch, "architecture", lambda: 90)
+    calls = []
+    run = triton_path._two_sweeps
+    monkeypatch.setattr(triton_path, "_two_sweeps", lambda *given: calls.append(1) or run(*given))
+    yield
+    assert calls
+
+
+def triton_made(states: Any, **options: Any) -> list[torch.Tensor]:
+    leaves = leaves_of(states[0])
+    return loss_and_gradients(attention_divergence, leaves, *states, backend="triton", **options)
+
+
+def check(states: Any, **options: Any) -> list[torch.Tensor]:
+    """Loss and gradients, in half precision, against the definition in fp64."""
+    given = triton_made(states, gain=GAIN, **options)
+    check_rounding(exactly_defined(states, gain=GAIN, **options), given, anew=True)
+    return given
+
+
+def prefix(tokens: int, *lengths: int) -> torch.Tensor:
+    return torch.arange(tokens, device=DEVICE)[None] < torch.tensor(lengths, device=DEVICE)[:, None]
+
+
+@pytest.mark.parametrize("kind", ["kl", "cross_entropy"])
+@pytest.mark.parametrize(
+    ("kv_heads", "dims", "tokens", "causal", "window", "mask"),
+    [
+        ((2, 2), (8, 20), 256, False, None, None),
+        ((1, 2), (26, 12), 300, False, None, "right"),
+        ((2, 1), (8, 6), 300, True, None, "left"),
+        ((2, 2), (8, 8), 270, True, 50, "holes"),
+        ((2, 2), (8, 8), 129, False, 9, None),
+        ((2, 2), (4, 70), 140, True, None, "none"),
+    ],
+)
+def test_equals_its_definition(
+    kv_heads: Any, dims: Any, tokens: int, causal: bool, window: Any, mask: Any, kind: str
+) -> None:
+    states = attention_states(
+        1, 2, 2, tokens, dims, kv_heads=kv_heads, dtype=torch.float16, device=DEVICE
+    )
+    masks = {
+        None: None,
+        "right": prefix(tokens, 260, 5),
+        "left": ~prefix(tokens, 140, 0),
+        "holes": holes(2, tokens).to(DEVICE),
+        "none": prefix(tokens, 0, tokens),
+    }
+    # rows that are not counted lie elsewhere than hidden keys
+    rows = None if mask is None else masks[mask].flip(0)
+    check(states, kind=kind, causal=causal, window=window, key_mask=masks[mask], query_mask=rows)
+
+
+@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
+def test_near_the_teacher(distance: float) -> None:
+    states = near_states(distance, torch.float16, heads=1, tokens=150, dim=16, device=DEVICE)
+    assert (check(states, kind="kl")[0] >= 0.0).all()
+
+
+@pytest.mark.parametrize("place", [3, 140, 299])
+def test_scores_far_above_those_of_the_first_block(place: int) -> None:
+    """2^200 times the first block's exponentials, where its maximum would let the sums overflow."""
+    student, teacher = attention_states(1, 1, 1, 300, (8, 8), dtype=torch.float16, device=DEVICE)
+    # each model looks at a key of its own
+    for state, size, at in ((student[0], 40.0, place), (teacher[0], 60.0, 299 - place)):
+        with torch.no_grad():
+            state.query.copy_(state.query.abs())
+            state.key[..., at, :] = size
+    check((student, teacher), kind="kl", temperature=0.5)
+
+
+def test_a_teacher_of_its_own_student_costs_nothing() -> None:
+    _, teacher = attention_states(1, 1, 2, 150, (8, 8), dtype=torch.float16, device=DEVICE)
+    same = trained(cast(teacher, torch.float16))
+    assert all(not value.any() for value in triton_made((same, teacher), kind="kl"))

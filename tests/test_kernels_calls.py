@@ -6,6 +6,8 @@ lay, captured graphs, fake tensors.
 
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -151,7 +153,7 @@ def test_what_is_remembered_stays_bounded() -> None:
     step = attention_step(attention_score_mse, "torch")
     tables = [torch.zeros(1, device=DEVICE) for _ in range(3 * remembered.MOST)]
     for table in tables:
-        tensor_table.pointer_table([[table]])
+        tensor_table.addressed([[table]])
     for _ in range(8):
         step(masks(BATCH, TOKENS).to(DEVICE))
     gc.collect()
@@ -172,6 +174,70 @@ def test_a_table_says_where_tensors_lie_now() -> None:
     table, _, (copy,) = tensor_table.addressed([[apart]])
     assert table.tolist() == [[copy.data_ptr(), 8]]
     assert torch.equal(copy, apart) and copy.is_contiguous()
+
+
+def test_tables_of_one_layout_differ_in_addresses_alone() -> None:
+    first, second = (torch.zeros(3, 5, 16) for _ in range(2))
+    tensor_table.addressed([[first]])
+    kept = len(tensor_table._layouts)
+    given = [first, second, second, first]
+    tables = [tensor_table.addressed([[one]]).table.tolist() for one in given]
+    assert tables == [[[one.data_ptr(), 80, 16]] for one in given]
+    assert len(tensor_table._layouts) == kept
+    # other shapes, strides, dtypes and numbers of pairs are other layouts
+    others = [[[first[:2]]], [[first[:, :1]]], [[first.long()]], [[first], [second]]]
+    assert [tensor_table.addressed(rows).table.shape for rows in others] == [
+        *[(1, 3)] * 3,
+        (2, 3),
+    ]
+    # that a tensor must be copied is found again too, and the copy is a new one
+    apart = torch.arange(6.0).view(2, 3).mT
+    for value in (1.0, 2.0):
+        apart.fill_(value)
+        table, _, (copy,) = tensor_table.addressed([[apart]])
+        assert table.tolist() == [[copy.data_ptr(), 2]] and torch.equal(copy, apart)
+
+
+def test_what_has_passed_the_checks_once_is_still_looked_at() -> None:
+    student, teacher = attention_states(2, BATCH, 2, TOKENS, (3, 5), dtype=torch.float32)
+    run = partial(attention_score_mse, backend="torch")
+    before = run(student, teacher)
+    assert before.requires_grad
+    for tensor in leaves_of(student):
+        tensor.requires_grad_(False)
+    after = run(student, teacher)
+    assert torch.equal(before, after) and not after.requires_grad
+    # gradients reach what is trained, and nothing else
+    student[1].key.requires_grad_()
+    (gradient,) = torch.autograd.grad(run(student, teacher).sum(), student[1].key)
+    assert gradient.shape == student[1].key.shape
+    teacher[0].query.requires_grad_()
+    with pytest.raises(ValueError, match=r"teacher\[0\].query requires grad"):
+        run(student, teacher)
+    teacher[0].query.requires_grad_(False)
+    wide = [state._replace(query=state.query.double()) for state in student]
+    with pytest.raises(TypeError, match="float64"):
+        run(wide, teacher)
+    with pytest.raises(ValueError, match="backend"):
+        attention_score_mse(student, teacher, backend="cuda")  # type: ignore[arg-type]
+
+
+def test_threads_share_what_is_remembered() -> None:
+    # Triton's interpreter runs one launch at a time
+    steps = [attention_step(attention_score_mse, "triton" if CUDA else "torch") for _ in range(4)]
+    mask = masks(BATCH, TOKENS).to(DEVICE)
+    expected = [step(mask) for step in steps]
+    tensors = [torch.zeros(3, 16, device=DEVICE) for _ in range(3 * remembered.MOST)]
+
+    def table(tensor: Tensor) -> list[list[int]]:
+        return tensor_table.addressed([[tensor]]).table.tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            given = list(pool.map(lambda step: step(mask), steps))
+            for one, wanted in zip(given, expected, strict=True):
+                assert all(map(torch.equal, one, wanted))
+            assert list(pool.map(table, tensors)) == [[[one.data_ptr(), 16]] for one in tensors]
 
 
 @pytest.mark.skipif(CUDA, reason="the interpreter, or PyTorch, on the CPU")

@@ -119,52 +119,47 @@ def attention_divergence(
     reach = min(window or 0, tokens)
     row_mask = counted_rows(key_mask, query_mask, causal, reach)
 
-    def loss_of(members: list[int]) -> Tensor:
-        student_states, teacher_states = (
-            [student[i] for i in members],
-            [teacher[i] for i in members],
-        )
-        student_query, teacher_query = student_states[0].query, teacher_states[0].query
+    def loss_of(students: Sequence[AttentionState], teachers: Sequence[AttentionState]) -> Tensor:
+        query, key, _, scale, _, _ = zip(*students, strict=True)
+        teacher_query, teacher_key, _, teacher_scale, _, _ = zip(*teachers, strict=True)
         if chosen == "triton":
-            _check_head_size(max(student_query.shape[-1], teacher_query.shape[-1]))
-        dtype = accumulator(student_query, teacher_query)
-        need_grad = torch.is_grad_enabled() and any(
-            [
-                tensor is not None and tensor.requires_grad
-                for state in student_states
-                for tensor in (state.query, state.key, state.sinks)
-            ]
+            _check_head_size(max(query[0].shape[-1], teacher_query[0].shape[-1]))
+        dtype = accumulator(query[0], teacher_query[0])
+        sinks = _stacked_sinks(students, dtype, temperature)
+        need_grad = torch.is_grad_enabled() and (
+            any([tensor.requires_grad for tensor in (*query, *key)])
+            or (sinks is not None and sinks.requires_grad)
         )
         made = divergence(
-            [state.query for state in student_states],
-            [state.key for state in student_states],
-            [state.query for state in teacher_states],
-            [state.key for state in teacher_states],
-            [state.scale / temperature for state in student_states],
-            [state.scale / temperature for state in teacher_states],
+            query,
+            key,
+            teacher_query,
+            teacher_key,
+            [one / temperature for one in scale],
+            [one / temperature for one in teacher_scale],
             key_mask,
             row_mask,
-            _item_weights(row_mask, student_query, reduction, dtype),
+            _item_weights(row_mask, query[0], reduction, dtype),
             kind,
             causal,
             reach,
-            _softcaps(student_states, temperature),
-            _softcaps(teacher_states, temperature),
-            _stacked_sinks(student_states, dtype, temperature),
-            _stacked_sinks(teacher_states, dtype, temperature),
+            _softcaps(students, temperature),
+            _softcaps(teachers, temperature),
+            sinks,
+            _stacked_sinks(teachers, dtype, temperature),
             need_grad,
             chosen,
         )
         losses: Tensor = made[0]
         return losses
 
-    keys: list[Any] = [True] * len(student)
+    keys = None
     if has_more or not alike:
         keys = [
             (state_shapes(*pair), *((s.softcap is None, s.sinks is None) for s in pair))
             for pair in zip(student, teacher, strict=True)
         ]
-    loss = by_shape(keys, loss_of)
+    loss = by_shape(keys, loss_of, student, teacher)
     return loss if student[0].query.dtype == torch.float64 else loss.float()
 
 
@@ -208,8 +203,11 @@ def item_weights(
 
 
 def _weighed(sums: Tensor, weights: Tensor) -> Tensor:
-    """Losses `[pairs]` from sums over rows `[pairs, batch]`, which rounding can leave below 0."""
-    return (sums * weights).sum(1).clamp(min=0.0)
+    """Losses `[pairs]` from sums over rows `[pairs, batch]`, which rounding can leave below 0.
+
+    In place.
+    """
+    return sums.mul_(weights).sum(1).relu_()
 
 
 def _check_window(window: int | None) -> None:

@@ -108,7 +108,7 @@ def attention_score_mse(
     """
     look = look_at_states(student, teacher) if teacher_weights is None else None
     if has_passed(look):
-        teachers: list[Any] = list(teacher)
+        teachers: Sequence[Any] = teacher
     else:
         teachers = weighted_teachers(student, teacher, teacher_weights)
         passes(look)
@@ -123,31 +123,27 @@ def attention_score_mse(
     if reduction == "tinybert":
         query_mask = None
 
-    def loss_of(members: list[int]) -> Tensor:
-        student_states, teacher_states = (
-            [student[i] for i in members],
-            [teachers[i] for i in members],
-        )
-        dims = (student_states[0].query.shape[-1], teacher_states[0].query.shape[-1])
+    def loss_of(students: Sequence[AttentionState], teachers: Sequence[AttentionState]) -> Tensor:
+        query, key, _, scale, _, _ = zip(*students, strict=True)
+        teacher_query, teacher_key, _, teacher_scale, _, _ = zip(*teachers, strict=True)
+        dims = (query[0].shape[-1], teacher_query[0].shape[-1])
         chosen: str = algorithm
         if chosen == "auto":
             chosen = choose_algorithm(tokens, *dims, causal=causal, backend=chosen_backend)
         if chosen_backend == "triton":
             _check_head_size(chosen, causal, dims[0])
-        dtype = accumulator(student_states[0].query, teacher_states[0].query)
-        inverse_count = _inverse_count(
-            student_states[0].query, key_mask, query_mask, causal, reduction, dtype
-        )
+        dtype = accumulator(query[0], teacher_query[0])
+        inverse_count = _inverse_count(query[0], key_mask, query_mask, causal, reduction, dtype)
         need_grad = torch.is_grad_enabled() and any(
-            [state.query.requires_grad or state.key.requires_grad for state in student_states]
+            [tensor.requires_grad for tensor in (*query, *key)]
         )
         tensors = (
-            [state.query for state in student_states],
-            [state.key for state in student_states],
-            [state.query for state in teacher_states],
-            [state.key for state in teacher_states],
-            [float(state.scale) for state in student_states],
-            [float(state.scale) for state in teacher_states],
+            query,
+            key,
+            teacher_query,
+            teacher_key,
+            [*map(float, scale)],
+            [*map(float, teacher_scale)],
             key_mask,
             query_mask,
             inverse_count,
@@ -159,9 +155,10 @@ def attention_score_mse(
         losses: Tensor = made[0]
         return losses
 
-    alike = look is not None
-    keys = [alike or state_shapes(*pair) for pair in zip(student, teachers, strict=True)]
-    loss = by_shape(keys, loss_of)
+    shapes = None
+    if look is None:
+        shapes = [state_shapes(*pair) for pair in zip(student, teachers, strict=True)]
+    loss = by_shape(shapes, loss_of, student, teachers)
     return loss if student[0].query.dtype == torch.float64 else loss.float()
 
 
@@ -329,7 +326,7 @@ def _one_pass(
     if backend == "torch":
         squares, *made = torch_path.one_pass(pairs, *masks, causal, algorithm, need_grad)
     else:
-        factor = 2.0 * inverse_count
+        factor = inverse_count + inverse_count
         squares, *made = _path(backend).one_pass(
             pairs, *masks, factor, causal, algorithm, need_grad
         )

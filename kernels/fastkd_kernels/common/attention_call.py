@@ -4,6 +4,7 @@ Every launch covers all layer pairs through a table of addresses.
 """
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from .autograd import accumulator
 from .head_groups import Pair
 from .remembered import remembered
-from .tensor_table import addressed, to_device
+from .tensor_table import addressed, to_device, unit_stride
 from .tl_types import TYPES
 
 
@@ -21,8 +22,8 @@ class Call:
 
     def __init__(self, pairs: list[Pair], key_mask: Tensor | None, query_mask: Tensor | None):
         # kept alive until the kernels are launched: a row of another stride is a copy
-        rows = [[near_rows(tensor) for tensor in pair.tensors] for pair in pairs]
-        self.table, aligns, self.tensors = addressed(rows)
+        rows = [pair[:4] for pair in pairs]
+        self.table, aligns, self.tensors = addressed(rows, near_rows)
         first = pairs[0]
         self.first = first
         self.count = len(pairs)
@@ -61,11 +62,13 @@ class Call:
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.first.query.device)
 
 
-def near_rows(tensor: Tensor) -> Tensor:
-    """`tensor`, whose rows of one head kernels find by 32-bit offsets; a copy if they lie apart."""
-    return tensor if tensor.stride(2) * tensor.shape[2] < 1 << 31 else tensor.contiguous()
+def near_rows(heads: Tensor) -> Tensor:
+    """As `unit_stride`, and rows of one head, found by 32-bit offsets, lie near each other."""
+    heads = unit_stride(heads)
+    return heads if heads.stride(2) * heads.shape[2] < 1 << 31 else heads.contiguous()
 
 
+@cache
 def type_constants(dtype: torch.dtype, teacher_dtype: torch.dtype) -> dict[str, Any]:
     """The `tl.constexpr` types of a student and a teacher dtype."""
     wide = torch.float64 in (dtype, teacher_dtype)

@@ -23,6 +23,8 @@ Named = SimpleNamespace
 Keep = Callable[[Named, tuple[Tensor, ...]], Mapping[str, Any]]
 Gradient = Callable[[Named, Tensor], Mapping[str, Any]]
 
+_PLAIN_OR_NONE = PLAIN | {type(None)}
+
 
 def register(
     name: str,
@@ -52,7 +54,9 @@ def register(
     ]
 
     def named(arguments: Sequence[Any]) -> Named:
-        return Named(**dict(zip(names, arguments, strict=True)))
+        given = Named()
+        vars(given).update(zip(names, arguments, strict=True))
+        return given
 
     def run(arguments: Sequence[Any]) -> Any:
         at, many = slots[0]
@@ -76,19 +80,17 @@ def register(
             arguments += tuple([more[word] for word in names[len(arguments) :]])
         if not is_eager():
             return op(*arguments)
-        grad = function is not None and torch.is_grad_enabled()
+        columns = [arguments[at] if many else (arguments[at],) for at, many in slots]
+        if not all([_PLAIN_OR_NONE.issuperset(map(type, column)) for column in columns]):
+            return op(*arguments)
         trained: list[Tensor] = []
         places: list[tuple[str, int | None]] = []
-        for at, many in slots:
-            value = arguments[at]
-            for place, tensor in enumerate(value) if many else ((None, value),):
-                if tensor is None:
-                    continue
-                if type(tensor) not in PLAIN:
-                    return op(*arguments)
-                if grad and tensor.requires_grad:
-                    trained.append(tensor)
-                    places.append((names[at], place))
+        if function is not None and torch.is_grad_enabled():
+            for (at, many), column in zip(slots, columns, strict=True):
+                for place, tensor in enumerate(column):
+                    if tensor is not None and tensor.requires_grad:
+                        trained.append(tensor)
+                        places.append((names[at], place if many else None))
         if function is None or not trained:
             return run(arguments)
         return (function.apply(arguments, places, *trained),)
@@ -212,8 +214,8 @@ def inverse(count: Tensor | int, dtype: torch.dtype, device: torch.device) -> Te
 
 
 def value_of(squares: Tensor, inverse_count: Tensor) -> Tensor:
-    """Loss `[pairs]` from sums of squares, which rounding can leave slightly below 0."""
-    return squares.relu() * inverse_count
+    """Loss `[pairs]` from sums of squares, which rounding can leave slightly below 0; in place."""
+    return squares.relu_().mul_(inverse_count)
 
 
 def squared_sum(value: Tensor) -> Tensor:
@@ -234,18 +236,28 @@ def scaled(unit: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(unit, factor, out=torch.empty_like(unit, dtype=dtype))
 
 
-def by_shape(keys: Sequence[Hashable], loss_of: Callable[[list[int]], Tensor]) -> Tensor:
+def by_shape(
+    keys: Sequence[Hashable] | None,
+    loss_of: Callable[..., Tensor],
+    *columns: Sequence[Any],
+) -> Tensor:
     """`[pairs]` losses from one call of `loss_of` for each set of pairs with the same key.
 
-    Layers of one model share their shapes, so this is one call in practice.
+    It takes `columns`, lists over pairs, cut to that set. Layers of one model share their shapes,
+    so this is one call in practice. Without keys, they are known to.
     """
-    if len(set(keys)) == 1:
-        return loss_of([*range(len(keys))])
+    if keys is None or len(set(keys)) == 1:
+        return loss_of(*columns)
     members: dict[Hashable, list[int]] = {}
     for pair, key in enumerate(keys):
         members.setdefault(key, []).append(pair)
     order = [pair for group in members.values() for pair in group]
-    losses = torch.cat([loss_of(group) for group in members.values()])
+    losses = torch.cat(
+        [
+            loss_of(*[[column[pair] for pair in group] for column in columns])
+            for group in members.values()
+        ]
+    )
     if order == sorted(order):
         return losses
     return torch.stack([losses[order.index(pair)] for pair in range(len(keys))])

@@ -42,22 +42,21 @@ class Quick:
             return launch
 
         def launched(*given: Any, **rest: Any) -> None:
-            key = [id(kernel), triton.runtime.driver.active.get_current_device(), tuple(rest)]
-            for value in (*given, *rest.values()):
-                if isinstance(value, Tensor):
-                    key += (value.dtype, value.data_ptr() % 16 == 0)
-                else:
-                    key.append(value)
-            told = tuple(key)
-            found = _compiled.get(told)
+            # tensors come by position; of the others, values tell all
+            kinds = [
+                (value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, Tensor) else value
+                for value in given
+            ]
+            device = triton.runtime.driver.active.get_current_device()
+            key = (id(kernel), device, *kinds, *rest, *rest.values())
+            found = _compiled.get(key)
             if found is None:
                 made = kernel[grid](*given, **rest)
                 if made is not None:
-                    _compiled.put(
-                        told, _Compiled(made, tuple(kernel.arg_names[len(given) :]), kernel)
-                    )
+                    names = tuple(kernel.arg_names[len(given) :])
+                    _compiled.put(key, _Compiled(made, names, kernel))
                 return
-            rest_in_order = [rest[name] for name in found.names]
-            found.compiled[(*grid, 1, 1)[:3]](*given, *rest_in_order)
+            in_order = map(rest.__getitem__, found.names)
+            found.compiled[(*grid, 1, 1)[:3]](*given, *in_order)
 
         return launched

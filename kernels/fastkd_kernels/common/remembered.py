@@ -18,7 +18,7 @@ from torch import Tensor
 Value = TypeVar("Value")
 
 # tensors that are what they seem
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 # entries that a cache holds at most, twice: small tables and masks, and what was checked
 MOST = 256
@@ -117,8 +117,8 @@ def place(device: torch.device) -> Hashable:
 class _Made(NamedTuple):
     """What was made, of which tensors, and what these were like then."""
 
-    sources: list[Any]
-    state: list[Any]
+    sources: list[weakref.ref[Tensor]]
+    states: list[tuple[object, ...]]
     value: Any
 
 
@@ -140,29 +140,29 @@ def remembered(
     """
     if not (is_eager() and keeps(device)):
         return make()
-    ids: list[int] = []
-    state: list[Any] = []
-    for source in sources:
-        if source is None:
-            continue
-        if type(source) is not Tensor or source.is_inference():
-            return make()
-        ids.append(id(source))
-        state += (source._version, source.data_ptr(), source.shape, source.stride())
+    # each once: keys and query rows often have the same mask
+    given = list({id(source): source for source in sources if source is not None}.values())
     # what stays away is told by its place
-    key = (what, place(device), *[source is None for source in sources], *ids)
+    key = (what, place(device), *map(id, sources))
     found = _made.get(key)
     # an object that died may have left its place in memory to another
-    if (
-        found is not None
-        and found.state == state
-        and all([ref() is not None for ref in found.sources])
+    if found is not None and all(
+        [
+            ref() is source and _state(source) == state
+            for ref, source, state in zip(found.sources, given, found.states, strict=True)
+        ]
     ):
         value: Value = found.value
         return value
+    if not all([type(source) is Tensor and not source.is_inference() for source in given]):
+        return make()
     value = make()
     # bound to the cache, which is still there when the interpreter ends
     forget = partial(_made.forget, key)
-    refs = [weakref.ref(source, forget) for source in sources if source is not None]
-    _made.put(key, _Made(refs, state, value))
+    refs = [weakref.ref(source, forget) for source in given]
+    _made.put(key, _Made(refs, [_state(source) for source in given], value))
     return value
+
+
+def _state(source: Tensor) -> tuple[object, ...]:
+    return source._version, source.data_ptr(), source.shape, source.stride()

@@ -4,8 +4,10 @@ A table is copied to the device once and found again by what it says: a table th
 the same, whichever tensors lie there now.
 """
 
-from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from array import array
+from collections.abc import Callable, Hashable, Sequence
+from itertools import count
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +24,23 @@ class Addressed(NamedTuple):
     tensors: list[Tensor]
 
 
+class _Layout(NamedTuple):
+    """What tensors of the same shapes and strides share in a table, wherever they lie.
+
+    `entries` lack the addresses, which belong at `places`. `number` is that of no other layout.
+    """
+
+    number: int
+    alignments: tuple[int, ...]
+    entries: list[int]
+    places: list[int]
+
+
 _tables: Recent[Tensor] = Recent()
-_addressed: Recent[tuple[Tensor, tuple[int, ...]]] = Recent()
+_addressed: Recent[Tensor] = Recent()
+# False where a tensor must be copied first
+_layouts: Recent[_Layout | Literal[False]] = Recent()
+_numbers = count()
 # bytes of pinned memory taken at once
 PINNED_BYTES = 1 << 18
 
@@ -36,26 +53,39 @@ def unit_stride(tensor: Tensor) -> Tensor:
 def to_device(rows: Sequence[Sequence[int | float]], dtype: torch.dtype, on: Tensor) -> Tensor:
     """Host numbers on the device of `on`; whoever gets them only reads them."""
     device = on.device
+
+    def made() -> Tensor:
+        return _copied(torch.tensor(rows, dtype=dtype, device="cpu"), device)
+
+    return _found(_tables, (dtype, *map(tuple, rows)), device, made)
+
+
+def _found(
+    tables: Recent[Tensor],
+    what: tuple[Hashable, ...],
+    device: torch.device,
+    make: Callable[[], Tensor],
+) -> Tensor:
+    """The table that says `what` on `device`."""
     if not keeps(device):
-        return _copied(rows, dtype, device)
-    key = (dtype, place(device), *map(tuple, rows))
-    table = _tables.get(key)
+        return make()
+    key = (place(device), *what)
+    table = tables.get(key)
     if table is None:
-        table = _copied(rows, dtype, device)
-        _tables.put(key, table)
+        table = make()
+        tables.put(key, table)
     return table
 
 
-def _copied(rows: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _copied(table: Tensor, device: torch.device) -> Tensor:
     """Copied from pinned memory, without waiting."""
     if device.type != "cuda":
-        return torch.tensor(rows, dtype=dtype, device=device)
+        return table.to(device)
     if _lasting.is_empty() or torch.cuda.is_current_stream_capturing():
-        return _lasting.copy(torch.tensor(rows, dtype=dtype, device="cpu")).to(
-            device, non_blocking=True
-        )
-    table = torch.tensor(rows, dtype=dtype, device="cpu", pin_memory=True)
-    return table.to(device, non_blocking=True)
+        pinned = _lasting.copy(table)
+    else:
+        pinned = table.pin_memory()
+    return pinned.to(device, non_blocking=True)
 
 
 class _Lasting:
@@ -86,45 +116,51 @@ class _Lasting:
 _lasting = _Lasting()
 
 
-def pointer_table(columns: Sequence[Sequence[Tensor]]) -> Tensor:
-    """int64 `[pairs, entries]` from `columns[i][pair]`, whose last strides are 1.
-
-    Each tensor takes its address and the strides of all dimensions but the last. The caller keeps
-    the tensors alive until its kernels are launched.
-    """
-    return addressed([*zip(*columns, strict=True)]).table
-
-
-def addressed(rows: Sequence[Sequence[Tensor]]) -> Addressed:
+def addressed(
+    rows: Sequence[Sequence[Tensor]], readable: Callable[[Tensor], Tensor] = unit_stride
+) -> Addressed:
     """The table of `rows[pair][column]`; the tensors of a column share shape and dtype.
 
-    A tensor whose neighbours of the last dimension are apart is copied. The caller keeps the result
-    until its kernels are launched.
+    `readable` gives a tensor, or a copy if kernels cannot read its strides. The caller keeps the
+    result until its kernels are launched.
     """
     tensors = [tensor for row in rows for tensor in row]
-    strides = [tensor.stride() for tensor in tensors]
-    if not all([stride[-1] == 1 for stride in strides]):
-        tensors = [unit_stride(tensor) for tensor in tensors]
-        strides = [tensor.stride() for tensor in tensors]
-    addresses = [tensor.data_ptr() for tensor in tensors]
     pairs, device = len(rows), tensors[0].device
-    if not keeps(device):
-        return Addressed(*_made(tensors, strides, addresses, pairs), tensors)
-    kinds = [(tensor.shape, tensor.dtype) for tensor in rows[0]]
-    key: Hashable = (place(device), pairs, *kinds, *addresses, *strides)
-    found = _addressed.get(key)
-    if found is None:
-        found = _made(tensors, strides, addresses, pairs)
-        _addressed.put(key, found)
-    return Addressed(*found, tensors)
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    # an address says as much of alignments as its lowest bits do
+    key = (
+        pairs,
+        readable,
+        *[(tensor.shape, tensor.dtype) for tensor in rows[0]],
+        *[tensor.stride() for tensor in tensors],
+        *[address % 16 for address in addresses],
+    )
+    layout = _layouts.get(key)
+    if layout is None:
+        fits = all([readable(tensor) is tensor for tensor in tensors])
+        layout = fits and _laid_out(tensors, pairs)
+        _layouts.put(key, layout)
+    if layout is False:
+        return addressed([[readable(tensor) for tensor in row] for row in rows])
+
+    def made() -> Tensor:
+        entries = layout.entries.copy()
+        for entry, address in zip(layout.places, addresses, strict=True):
+            entries[entry] = address
+        # takes an array as it is; a list is looked through
+        table = torch.frombuffer(array("q", entries), dtype=torch.int64)
+        return _copied(table.view(pairs, -1), device)
+
+    table = _found(_addressed, (layout.number, *addresses), device, made)
+    return Addressed(table, layout.alignments, tensors)
 
 
-def _made(
-    tensors: list[Tensor], strides: list[tuple[int, ...]], addresses: list[int], pairs: int
-) -> tuple[Tensor, tuple[int, ...]]:
+def _laid_out(tensors: list[Tensor], pairs: int) -> _Layout:
     entries: list[int] = []
-    for address, stride in zip(addresses, strides, strict=True):
-        entries += (address, *stride[:-1])
+    places = []
+    for tensor in tensors:
+        places.append(len(entries))
+        entries += (0, *tensor.stride()[:-1])
     columns = len(tensors) // pairs
-    table = _copied(entries, torch.int64, tensors[0].device).view(pairs, -1)
-    return table, tuple([alignment(tensors[column::columns]) for column in range(columns)])
+    alignments = tuple([alignment(tensors[column::columns]) for column in range(columns)])
+    return _Layout(next(_numbers), alignments, entries, places)

@@ -155,8 +155,9 @@ def row_losses(
 
         return remembered((mask,), ("inverse rows", batch, tokens, entries, dtype), device, made)
 
-    def loss_of(members: list[int]) -> Tensor:
-        students, teachers = [student[i] for i in members], [teacher[i] for i in members]
+    def loss_of(
+        students: Sequence[Tensor], teachers: Sequence[Tensor], members: Sequence[int]
+    ) -> Tensor:
         matrices = [weights[i] for i in members] if len(weights) > 1 else weights
         offsets = [biases[i] for i in members] if len(biases) > 1 else biases
         trained = [*matrices, *offsets]
@@ -179,14 +180,14 @@ def row_losses(
     keys = [
         (
             pair // few,
-            tuple(student_state.shape),
+            student_state.shape,
             student_state.dtype,
-            tuple(teacher_state.shape),
+            teacher_state.shape,
             teacher_state.dtype,
         )
         for pair, (student_state, teacher_state) in enumerate(zip(student, teacher, strict=True))
     ]
-    loss = by_shape(keys, loss_of)
+    loss = by_shape(keys, loss_of, student, teacher, range(pairs))
     return loss if student[0].dtype == torch.float64 else loss.float()
 
 
@@ -230,7 +231,7 @@ def _forward(
             # imported by the first call that needs Triton
             from .triton_path import hidden_forward
 
-            squares, *grads = hidden_forward(*tensors, 2.0 * inverse_count, *wanted)
+            squares, *grads = hidden_forward(*tensors, inverse_count + inverse_count, *wanted)
     return squares * inverse_count, grads[0], grads[1], grads[2], grads[3]
 
 

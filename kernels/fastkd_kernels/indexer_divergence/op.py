@@ -81,8 +81,7 @@ def indexer_divergence(
     chosen = resolve_backend(backend, device, accumulator(*floats))
     row_mask = counted_rows(key_mask, query_mask, causal, 0)
 
-    def loss_of(members: list[int]) -> Tensor:
-        indexers, states = [student[i] for i in members], [teacher[i] for i in members]
+    def loss_of(indexers: Sequence[IndexerState], states: Sequence[AttentionState]) -> Tensor:
         if chosen == "triton":
             _check_index_dim(indexers[0].query.shape[-1])
         dtype = accumulator(indexers[0].query, indexers[0].weights, states[0].query)
@@ -109,8 +108,8 @@ def indexer_divergence(
         losses: Tensor = made[0]
         return losses
 
-    keys = [alike or _shapes(*pair) for pair in zip(student, teacher, strict=True)]
-    loss = by_shape(keys, loss_of)
+    keys = None if alike else [_shapes(*pair) for pair in zip(student, teacher, strict=True)]
+    loss = by_shape(keys, loss_of, student, teacher)
     wide = torch.float64 in (student[0].query.dtype, student[0].weights.dtype)
     return loss if wide else loss.float()
 

@@ -126,8 +126,8 @@ class Call:
         first = pairs[0]
         self.first, self.on = first, on
         # kept alive until the kernels are launched: a row of another stride is a copy
-        rows = [[near_rows(of) for of in (*pair[:2], *pair[3:5])] for pair in pairs]
-        self.table, aligns, self.tensors = addressed(rows)
+        rows = [(*pair[:2], *pair[3:5]) for pair in pairs]
+        self.table, aligns, self.tensors = addressed(rows, near_rows)
         self.count = len(pairs)
         # by head, and as wide as a copy into shared memory takes single numbers
         self.weights = torch.stack([pair.weights.mT for pair in pairs]).to(first.dtype)

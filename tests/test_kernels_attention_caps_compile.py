@@ -18,14 +18,22 @@ from fastkd_kernels.common import launch
 ROOT = Path(__file__).parents[1]
 # one kind of one sweep and one of two take turns; sm_90 gets the heavier one, and fp32 too; then
 # caps and sinks together where registers are fewest
+# once by Triton on each target; others are read from the committed table, as in
+# `test_kernels_compile.py`
 COMPILE = """
 import json, torch
+from benchmarks import floor
 from benchmarks.jobs_attention_divergence import CAPPED, FORMS
 from benchmarks.launches import jobs_of
-from benchmarks.machine_code import TARGETS, compiled
+from benchmarks.machine_code import TARGETS, Wanted, compiled, known_key
+
+committed, seen = floor.committed_rows(), set()
 
 def show(job, target):
-    print(json.dumps({"target": target, "name": job.name, **compiled(job, target)}))
+    wanted = Wanted("attention_divergence", CAPPED.name, torch.bfloat16, target, job)
+    row = committed.get(known_key(wanted.label())) if target in seen else None
+    seen.add(target)
+    print(json.dumps({"target": target, "name": job.name, **(row or compiled(job, target))}))
 
 for turn, target in enumerate(TARGETS):
     for dtype in (torch.bfloat16, torch.float32) if turn == 1 else (torch.bfloat16,):

@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 
 SERVER = Path(__file__).with_name("warm_server.py")
-# what no import reads: a server serves commands that differ in these
+# what no import reads, and what imports leave behind: a server serves commands that differ in these
 _READ_LATE = ("PYTEST_", "FASTKD_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
+_READ_LATE += ("DS_ACCELERATOR", "KMP_")
 
 
 class Server:
@@ -60,9 +61,9 @@ class Server:
         answers, stdout, stderr = (os.fdopen(source) for source, _ in pipes)
         first = answers.readline()
         if not first:
-            self._process.wait()
+            code = self._process.wait()
             self._errors.seek(0)
-            raise RuntimeError(f"the server ended: {self._errors.read().decode()[-3000:]}")
+            raise RuntimeError(f"the server ended, {code}: {self._errors.read().decode()[-3000:]}")
         return WarmProcess(int(first), answers, stdout, stderr)
 
     def close(self) -> None:

@@ -5,7 +5,8 @@ stdin; a request is JSON with three descriptors: what answers, stdout and stderr
 answer is two lines: the process id, and the exit code once it has ended, negative for a signal.
 
 What such a child does not show is what a fresh interpreter might: another seed of its hashes, what
-imports print, and that a module imports what it uses. Some tests ask for a fresh one.
+imports print, that a module imports what it uses, and modules that are taken down at the end, which
+would copy all that the server holds. Some tests ask for a fresh one.
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 from typing import Any
 
 # what a run imports, also late
 MODULES = (
+    "fastkd.cli",
+    "fastkd.losses.attention",
+    "fastkd.losses.relations",
+    "fastkd.training.session",
     "fastkd.training.stages",
     "fastkd.training.doctor",
     "fastkd.reporting.report",
@@ -32,6 +38,7 @@ MODULES = (
     "matplotlib.backends.backend_agg",
     "datasets",
     "sklearn.metrics",
+    "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.engine",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "transformers.models.auto.modeling_auto",
@@ -86,8 +93,6 @@ def _supervise(asked: dict[str, Any], answers: int, stdout: int, stderr: int) ->
 def become(asked: dict[str, Any]) -> None:
     """Be what a fresh interpreter with these arguments is: `-m MODULE ...` or `SCRIPT ...`."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # nanobind calls what is frozen at the end a leak
-    atexit.register(gc.unfreeze)
     os.chdir(asked["folder"])
     os.umask(asked["umask"])
     os.environ.clear()
@@ -101,7 +106,27 @@ def become(asked: dict[str, Any]) -> None:
         runpy.run_path(first, run_name="__main__")
 
 
+def end(asked: dict[str, Any]) -> None:
+    """Run what is asked and end as an interpreter does, but for taking down its modules."""
+    code: Any = 0
+    try:
+        become(asked)
+    except SystemExit as left:
+        code = left.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code & 0xFF)
+
+
 if __name__ == "__main__":
     request = serve(sys.argv[1:] or list(MODULES))
     if request is not None:
-        become(request)
+        end(request)

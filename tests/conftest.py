@@ -18,9 +18,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from quick_interpreter import patch_once_a_launch
+    from quick_interpreter import make_quick
 
-    patch_once_a_launch()
+    make_quick()
 
 # tiny tensors on few cores: threads would mostly wait for each other
 torch.set_num_threads(1)

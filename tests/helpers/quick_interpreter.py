@@ -24,6 +24,7 @@ CLOSED = {"int1", "int32", "int64", "fp32", "fp64"}
 patch_language = interpreter._patch_lang
 block_init, tensor_init = tl.block_type.__init__, tl.tensor.__init__
 equal_dtypes, np_dtype = tl.dtype.__eq__, interpreter._get_np_dtype
+unwrap_constexpr = tl.core._unwrap_if_constexpr
 
 
 class Semantic(interpreter.TritonSemantic):
@@ -88,8 +89,10 @@ def init_block_type(self: Any, element_ty: Any, shape: Any) -> None:
     """Share all that describes a block with others of its kind."""
     sizes = tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
     kinds = vars(element_ty).setdefault("_blocks", {})
-    if sizes in kinds and all(type(size) is int for size in sizes):
-        self.__dict__ = kinds[sizes]
+    known = kinds.get(sizes)
+    # 16.0 finds what 16 left, but is none
+    if known is not None and {*map(type, sizes)} == {int}:
+        self.__dict__ = known
         return
     block_init(self, element_ty, shape)
     kinds[sizes] = vars(self)
@@ -117,6 +120,10 @@ def known_np_dtype(tt_dtype: Any) -> Any:
     return known
 
 
+def unwrap(value: Any) -> Any:
+    return value if type(value) in (tl.tensor, int) else unwrap_constexpr(value)
+
+
 def replace(owner: Any, name: str, value: Any) -> None:
     if hasattr(owner, name):
         REPLACED[owner, name] = getattr(owner, name)
@@ -130,6 +137,7 @@ def make_quick() -> None:
     replace(interpreter, "_patch_attr", patch_attr)
     replace(interpreter, "interpreter_semantic", SEMANTIC)
     replace(interpreter, "_get_np_dtype", known_np_dtype)
+    replace(tl.core, "_unwrap_if_constexpr", unwrap)
     replace(tl.block_type, "__init__", init_block_type)
     replace(tl.tensor, "__init__", init_tensor)
     replace(tl.dtype, "__eq__", same_dtype)

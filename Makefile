@@ -22,7 +22,7 @@ check: setup lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist worksteal -m "not slow"
 
 test: setup lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

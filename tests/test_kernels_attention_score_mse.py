@@ -81,8 +81,8 @@ def test_causal_chunks_add_up(kv_heads: Any, dims: Any) -> None:
     [*((tokens, "valid") for tokens in (37, 128, 512, 2048)), (128, "tinybert"), (512, "tinybert")],
 )
 def test_equals_its_definition_in_fp32_at_bert_sizes(tokens: int, reduction: str) -> None:
-    batch = 2 if tokens < 2048 else 1
-    states = attention_states(1, batch, 2, tokens, (26, 64), dtype=torch.float32)
+    batch = heads = 2 if tokens < 2048 else 1
+    states = attention_states(1, batch, heads, tokens, (26, 64), dtype=torch.float32)
     valid = masks(batch, tokens) if batch > 1 else torch.arange(tokens)[None] < tokens - 300
     for algorithm in ("tiles", "gram"):
         options: dict[str, Any] = {"key_mask": valid, "query_mask": valid, "reduction": reduction}
@@ -332,7 +332,8 @@ def test_linear_time_and_memory_at_2048_tokens(dims: tuple[int, int]) -> None:
     fast, direct = step(attention_score_mse), step(reference.attention_score_mse)
     assert peak_bytes(fast) < 26e6
     assert peak_bytes(direct) > 600e6
-    ratios = []
-    for _ in range(3):
+    ratios: list[float] = []
+    # the median of three: two that agree are enough
+    while len(ratios) < 3 and sum(ratio >= 20.0 for ratio in ratios) < 2:
         ratios.append(seconds(direct) / statistics.median(seconds(fast) for _ in range(3)))
-    assert statistics.median(ratios) >= 20.0
+    assert sum(ratio >= 20.0 for ratio in ratios) == 2, ratios

@@ -68,10 +68,9 @@ def sharp(limit: float, size: float, dtype: torch.dtype) -> None:
 
 
 def close(
-    given: list[Tensor], expected: list[Tensor], problem: Problem, backend: str, upstream: Tensor
+    given: list[Tensor], expected: list[Tensor], exact: list[Tensor], limits: list[float]
 ) -> None:
     """No farther apart than both may lie from the definition."""
-    exact, limits = limits_of(problem, backend, upstream)
     sizes = sizes_of(exact)
     for one, other, limit, size in zip(given, expected, limits, sizes, strict=True):
         assert one.shape == other.shape
@@ -96,13 +95,14 @@ def ignores_padding(problem: Problem, backend: str) -> None:
     upstream = upstream_of(problem)
     kept = problem.mask.shape[1]
     expected = problem.run(upstream, backend=backend)
+    exact, limits = limits_of(problem, backend, upstream)
     for garbage in GARBAGE:
         loss, *grads = problem.padded(3, garbage).run(upstream, backend=backend)
         own = len(problem.student)
         for grad in grads[:own]:
             assert torch.count_nonzero(grad.narrow(problem.axis, kept, 3)) == 0
         cut = [grad.narrow(problem.axis, 0, kept) for grad in grads[:own]]
-        close([loss, *cut, *grads[own:]], expected, problem, backend, upstream)
+        close([loss, *cut, *grads[own:]], expected, exact, limits)
 
 
 def adds_up_over_micro_batches(problem: Problem, backend: str) -> None:
@@ -121,7 +121,7 @@ def adds_up_over_micro_batches(problem: Problem, backend: str) -> None:
     weights = [
         torch.stack([one[1 + i] for one in found]).sum(0) for i in range(own, len(whole) - 1)
     ]
-    close([loss, *states, *weights], whole, problem, backend, upstream)
+    close([loss, *states, *weights], whole, *limits_of(problem, backend, upstream))
 
 
 def is_zero_without_valid_tokens(problem: Problem, backend: str) -> None:

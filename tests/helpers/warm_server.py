@@ -24,11 +24,12 @@ import sys
 import threading
 from typing import Any
 
+LOSSES = ("attention", "embedding", "fsp", "hidden", "labels", "logits", "mlm", "relations", "rkd")
+LOSSES += ("sentence",)
 # what a run imports, also late
 MODULES = (
     "fastkd.cli",
-    "fastkd.losses.attention",
-    "fastkd.losses.relations",
+    *(f"fastkd.losses.{name}" for name in LOSSES),
     "fastkd.training.session",
     "fastkd.training.stages",
     "fastkd.training.doctor",
@@ -53,6 +54,10 @@ def serve(modules: list[str]) -> dict[str, Any] | None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     for module in modules:
         importlib.import_module(module)
+    # the rules of names that a process makes before it reads its first model
+    names = sys.modules.get("transformers.conversion_mapping")
+    if names is not None:
+        names.get_checkpoint_conversion_mapping("bert")
     # a child that collected garbage would copy all of it
     gc.collect()
     gc.freeze()
@@ -107,8 +112,12 @@ def become(asked: dict[str, Any]) -> None:
 
 
 def end(asked: dict[str, Any]) -> None:
-    """Run what is asked and end as an interpreter does, but for taking down its modules."""
+    """Run what is asked and end as an interpreter does, but for taking down its modules.
+
+    Threads are waited for, functions of `atexit` run, and output that can't be written is an error.
+    """
     code: Any = 0
+    interrupted = False
     try:
         become(asked)
     except SystemExit as left:
@@ -119,10 +128,14 @@ def end(asked: dict[str, Any]) -> None:
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
         code = 1
+        interrupted = isinstance(error, KeyboardInterrupt)
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     os._exit(code & 0xFF)
 
 

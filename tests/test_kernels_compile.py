@@ -56,7 +56,7 @@ HOPPER = {
 
 
 # one in so many is compiled again, whether or not the committed table has it
-ANEW = 5
+ANEW = 10
 # what `python -m benchmarks.machine_code` prints, with the rows of `benchmarks.floor` where source,
 # launch and Triton are the same
 COMPILE = f"""

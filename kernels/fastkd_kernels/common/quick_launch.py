@@ -35,28 +35,40 @@ class Quick:
         self.kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *given, **rest: self.bound(grid, **rest)(*given)
+
+    def bound(self, grid: tuple[int, ...], **rest: Any) -> Callable[..., None]:
+        """The launch that lacks only what comes by position, as a plan keeps it."""
         kernel = self.kernel
         # the interpreter compiles nothing, and AMD's compiler looks at the sizes of tensors too
         if not isinstance(kernel, triton.JITFunction) or torch.version.hip:
-            launch: Callable[..., None] = kernel[grid]
-            return launch
+            return lambda *given: kernel[grid](*given, **rest)
+        words = (id(kernel), *rest, *rest.values())
+        # of this grid, with the arguments behind those given
+        started: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
-        def launched(*given: Any, **rest: Any) -> None:
+        def launch(*given: Any) -> None:
             # tensors come by position; of the others, values tell all
-            kinds = [
-                (value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, Tensor) else value
-                for value in given
-            ]
-            device = triton.runtime.driver.active.get_current_device()
-            key = (id(kernel), device, *kinds, *rest, *rest.values())
-            found = _compiled.get(key)
-            if found is None:
-                made = kernel[grid](*given, **rest)
-                if made is not None:
-                    names = tuple(kernel.arg_names[len(given) :])
-                    _compiled.put(key, _Compiled(made, names, kernel))
-                return
-            in_order = map(rest.__getitem__, found.names)
-            found.compiled[(*grid, 1, 1)[:3]](*given, *in_order)
+            kinds = (
+                triton.runtime.driver.active.get_current_device(),
+                *[
+                    (value.dtype, value.data_ptr() % 16 == 0)
+                    if isinstance(value, Tensor)
+                    else value
+                    for value in given
+                ],
+            )
+            if kinds not in started:
+                found = _compiled.get((kinds, words))
+                if found is None:
+                    made = kernel[grid](*given, **rest)
+                    if made is not None:
+                        names = tuple(kernel.arg_names[len(given) :])
+                        _compiled.put((kinds, words), _Compiled(made, names, kernel))
+                    return
+                in_order = tuple([rest[name] for name in found.names])
+                started[kinds] = found.compiled[(*grid, 1, 1)[:3]], in_order
+            start, in_order = started[kinds]
+            start(*given, *in_order)
 
-        return launched
+        return launch

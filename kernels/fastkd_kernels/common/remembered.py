@@ -90,15 +90,22 @@ def forgetting() -> Iterator[None]:
         _thread.forgets = before
 
 
-def keeps(device: torch.device) -> bool:
-    """Whether tensors that an op makes now on `device` may be found again.
+def lasts(device: torch.device) -> bool:
+    """Whether tensors that an op makes now on `device` outlast the call.
 
-    Not those of a CUDA graph's capture, which live in its private pool and have no values yet; nor
-    those of inference mode, which autograd would refuse later.
+    Not those of a CUDA graph's capture, which live in its private pool and have no values yet.
     """
-    if _thread.forgets or torch.is_inference_mode_enabled():
+    if _thread.forgets:
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def keeps(device: torch.device) -> bool:
+    """Whether tensors that an op makes now on `device` may be found again by any call.
+
+    Not those of inference mode either, which autograd would refuse later.
+    """
+    return not torch.is_inference_mode_enabled() and lasts(device)
 
 
 # what Triton asks for the stream that it launches on

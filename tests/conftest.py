@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +132,13 @@ def _reaches(functions: list[Any]) -> bool:
             in getattr(getattr(found, "__code__", None), "co_filename", "")
         ]
     return False
+
+
+@pytest.fixture(autouse=True)
+def no_plans() -> None:
+    """Tests replace what plans of kernels' calls are made with."""
+    if (plan := sys.modules.get("fastkd_kernels.common.plan")) is not None:
+        plan._plans.clear()
 
 
 @pytest.fixture(autouse=True, scope="module")

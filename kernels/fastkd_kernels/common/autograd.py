@@ -127,7 +127,7 @@ class Op:
         columns = [arguments[at] if many else (arguments[at],) for at, many in self.slots]
         if not all([PLAIN_OR_NONE.issuperset(map(type, column)) for column in columns]):
             return lambda arguments: self.registered(*arguments)
-        forward = self.forward if self.plan is None else self.plan(*arguments)
+        forward = self.forward if self.plan is None else self.run(self.plan, arguments)
         # of what is trained among the arguments
         trained: list[tuple[int, int | None]] = []
         function = self.function
@@ -155,10 +155,10 @@ class Op:
         vars(given).update(zip(self.names, arguments, strict=True))
         return given
 
-    def run(self, forward: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-        """On the GPU of the first tensor."""
+    def run(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+        """`function` of the arguments, on the GPU of the first tensor."""
         at, many = self.slots[0]
-        return on_its_device(arguments[at][0] if many else arguments[at], forward, arguments)
+        return on_its_device(arguments[at][0] if many else arguments[at], function, arguments)
 
 
 def _function(

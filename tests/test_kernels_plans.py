@@ -137,6 +137,7 @@ def test_other_options_take_other_plans(op: Any) -> None:
         for one, value in zip(options, found, strict=True):
             plan._plans.clear()
             assert torch.equal(op(*given, backend=backend, **one), value)
+        op(*given, backend=backend)
         scaled = [state._replace(scale=2.0) for state in given[0]]
         assert not torch.equal(op(scaled, given[1], backend=backend), found[0])
     # shapes, with and without gradients
@@ -147,12 +148,17 @@ def test_other_options_take_other_plans(op: Any) -> None:
 
 def test_what_a_check_would_refuse_takes_no_plan() -> None:
     given, backend = states(), BACKENDS[-1]
+    frozen = moved(given, torch.clone)[0]
+    for state in frozen:
+        state.query.requires_grad_(False)
+        state.key.requires_grad_(False)
+    attention_divergence(frozen, given[1], backend=backend)
     attention_divergence(*given, window=1, backend=backend)
     with pytest.raises(TypeError, match="window"):
         attention_divergence(*given, window=True, backend=backend)
     # as many tensors of the same looks, shared out otherwise
     with pytest.raises(ValueError, match="student has 3 layers and teacher has 1"):
-        attention_divergence([*given[0], given[0][0]], given[1][:1], backend=backend)
+        attention_divergence([*frozen, *frozen][:3], given[1][:1], backend=backend)
     given[1][1].key.requires_grad_()
     with pytest.raises(ValueError, match=r"teacher\[1\].key requires grad"):
         attention_divergence(*given, window=1, backend=backend)
@@ -182,5 +188,7 @@ def test_calls_that_see_for_themselves_leave_no_plan() -> None:
     # what a plan keeps of inference mode is for inference mode alone
     with torch.inference_mode():
         inferred = attention_score_mse(*given)
+    with torch.no_grad():
+        assert plans_made(lambda: attention_score_mse(*given)) == 1
     first, *gradients = run(attention_score_mse, given)
     assert torch.equal(first, inferred) and len(gradients) == 4

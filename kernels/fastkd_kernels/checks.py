@@ -80,7 +80,8 @@ class Seen(NamedTuple):
 
 def look_at_states(student: object, teacher: object, masks: Masks, *options: object) -> Seen | None:
     """None if the checks must see for themselves; there is one teacher layer a pair otherwise."""
-    if type(student) not in (list, tuple) or type(teacher) not in (list, tuple):
+    lists = (list, tuple)
+    if not is_eager() or type(student) not in lists or type(teacher) not in lists:
         return None
     sides: tuple[Any, Any] = (student, teacher)
     if not student or {*map(type, sides[0]), *map(type, sides[1])} != {AttentionState}:

@@ -157,7 +157,6 @@ def _plan(
     if backend == "triton":
         _check_head_size(max(dim, teacher_query.shape[-1]))
     dtype = accumulator(query, teacher_query)
-    made = torch.float64 if query.dtype == torch.float64 else torch.float32
     trained = [*columns.query, *columns.key, *columns.sinks]
     need_grad = torch.is_grad_enabled() and any(
         [tensor is not None and tensor.requires_grad for tensor in trained]
@@ -189,7 +188,7 @@ def _plan(
         )
 
     run = divergence.planned(arguments(columns, masks))
-    return lambda columns, masks: run(arguments(columns, masks))[0].to(made)
+    return lambda columns, masks: run(arguments(columns, masks))[0]
 
 
 def _softcaps(softcaps: Sequence[float | None], temperature: float) -> list[float] | None:

@@ -150,7 +150,6 @@ def _plan(
     if backend == "triton":
         _check_head_size(algorithm, causal, dim)
     total = accumulator(query[0], teacher_query[0])
-    made = torch.float64 if query[0].dtype == torch.float64 else torch.float32
     count = partial(
         _inverse_count, (batch, heads, tokens), causal, reduction, total, query[0].device
     )
@@ -168,7 +167,7 @@ def _plan(
         return *heads, *scales, key_mask, query_mask, count(key_mask, query_mask), *rest
 
     run = op.planned(arguments(columns, masks))
-    return lambda columns, masks: run(arguments(columns, masks))[0].to(made)
+    return lambda columns, masks: run(arguments(columns, masks))[0]
 
 
 def _check_head_size(algorithm: str, causal: bool, dim: int) -> None:

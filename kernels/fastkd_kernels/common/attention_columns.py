@@ -42,9 +42,15 @@ def plan_by_shape(
     columns: Columns,
     masks: Masks,
 ) -> Plan:
-    """Plans by `plan_of` for each set of pairs with the same key (see `by_shape`)."""
+    """Plans by `plan_of` for each set of pairs with the same key (see `by_shape`).
+
+    Losses come in fp32, or fp64 where the first student is.
+    """
+    wide = columns.query[0].dtype == torch.float64
+    dtype = torch.float64 if wide else torch.float32
     if len(set(keys)) == 1:
-        return plan_of(columns, masks)
+        plan = plan_of(columns, masks)
+        return lambda columns, masks: plan(columns, masks).to(dtype)
 
     def run(columns: Columns, masks: Masks) -> Tensor:
         def losses(*cut: Sequence[Any]) -> Tensor:
@@ -52,7 +58,7 @@ def plan_by_shape(
             made: Tensor = plan_of(part, masks)(part, masks)
             return made
 
-        return by_shape(keys, losses, *columns)
+        return by_shape(keys, losses, *columns).to(dtype)
 
     return run
 

@@ -192,3 +192,17 @@ def test_calls_that_see_for_themselves_leave_no_plan() -> None:
         assert plans_made(lambda: attention_score_mse(*given)) == 1
     first, *gradients = run(attention_score_mse, given)
     assert torch.equal(first, inferred) and len(gradients) == 4
+
+
+@pytest.mark.skipif(CUDA, reason="fp64 is PyTorch's there")
+@pytest.mark.parametrize("op", OPS)
+def test_pairs_of_several_dtypes_give_losses_in_the_first_ones(op: Any) -> None:
+    narrow = states()
+    wide = moved(narrow, Tensor.double)
+    for first, second in ((narrow, wide), (wide, narrow)):
+        given = tuple([one[0], other[1]] for one, other in zip(first, second, strict=True))
+        # the second call has the plan
+        losses = [op(*given) for _ in range(2)]
+        assert [loss.dtype for loss in losses] == [first[0][0].query.dtype] * 2
+        assert torch.equal(*losses)
+        torch.testing.assert_close(losses[0].double(), op(*wide), rtol=1e-5, atol=0)

@@ -190,7 +190,6 @@ def one_pass(
     dtype = gradient_dtype(call.dtypes[0], algorithm)
     gradients = call.gradients(pairs[0].query, pairs[0].key, dtype, need_grad)
     programs = call.count * call.sizes["batch"] * call.sizes["kv_heads"]
-    fills = []
     if chunk == tokens and takes_short(tokens, call.dims, call.dtypes, platform()):
         fills = [_short(call, causal, need_grad)]
     elif chunk == tokens and takes_sweep(programs, call.dims, call.dtypes, platform()):

@@ -7,6 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import contextlib
 import ctypes
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,6 +160,13 @@ def _reaches(functions: list[Any]) -> bool:
             in getattr(getattr(found, "__code__", None), "co_filename", "")
         ]
     return False
+
+
+@pytest.fixture(autouse=True)
+def no_plans() -> None:
+    """Tests replace what plans of kernels' calls are made with."""
+    if (plan := sys.modules.get("fastkd_kernels.common.plan")) is not None:
+        plan._plans.clear()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,7 +10,7 @@ import torch
 from divergence_cases import holes
 from fastkd_kernels import AttentionState, attention_score_mse, reference
 from fastkd_kernels.attention_score_mse import triton_path
-from fastkd_kernels.common import launch
+from fastkd_kernels.common import launch, plan
 from kernel_cases import (
     Counted,
     attention_states,
@@ -96,6 +96,7 @@ def test_half_precision_takes_one_launch(monkeypatch: pytest.MonkeyPatch) -> Non
     # gradients are rounded to fp16 before and after the upstream gradient multiplies them
     assert max(errors(made, expected)) < 2 * torch.finfo(torch.float16).eps
     monkeypatch.setattr(triton_path, "FEWEST_PROGRAMS", 10)
+    plan._plans.clear()
     loss_and_gradients(attention_score_mse, student, *([one] for one in states), **TILES)
     assert seen == {"_sweep_kernel": 1, "_tiles_fwd_kernel": 1, "_tiles_bwd_dq_kernel": 1}
 

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from .common.attention_columns import Columns, Masks, columns_of
 from .common.autograd import accumulator
 from .common.launch import triton_interprets
+from .common.plan import Look, look_of_call
 from .common.remembered import PLAIN, Recent, is_eager
 from .types import (
     AttentionState,
@@ -64,30 +66,36 @@ def passes(look: Hashable | None) -> None:
         _passed.put(look, True)
 
 
-def look_at_states(student: object, teacher: object) -> Hashable | None:
-    """What the checks of states read, of one teacher layer a pair and pairs that are alike."""
-    if not is_eager():
-        return None
-    if type(student) not in (list, tuple) or type(teacher) not in (list, tuple):
+# what plans may be told apart by, besides tensors
+_NUMBERS = frozenset((float, type(None)))
+_OPTIONS = frozenset((str, bool, int, float, type(None)))
+
+
+class Seen(NamedTuple):
+    """States of a call as lists over pairs, and the look by which its plan is found."""
+
+    columns: Columns
+    look: Look
+
+
+def look_at_states(student: object, teacher: object, masks: Masks, *options: object) -> Seen | None:
+    """None if the checks must see for themselves; there is one teacher layer a pair otherwise."""
+    lists = (list, tuple)
+    if not is_eager() or type(student) not in lists or type(teacher) not in lists:
         return None
     sides: tuple[Any, Any] = (student, teacher)
-    if {*map(type, sides[0]), *map(type, sides[1])} != {AttentionState}:
+    if not student or {*map(type, sides[0]), *map(type, sides[1])} != {AttentionState}:
         return None
-    columns: list[Any] = []
-    numbers: list[Any] = []
-    for side in sides:
-        if not side:
-            return None
-        query, key, _, scales, _, _ = zip(*side, strict=True)
-        columns += [query, key]
-        numbers += scales
-    if {*map(type, numbers)} != {float}:
+    columns = columns_of(*sides)
+    numbers = (*columns.scale, *columns.teacher_scale, *columns.softcap, *columns.teacher_softcap)
+    kinds = (*map(type, options),)
+    if not (_NUMBERS.issuperset(map(type, numbers)) and _OPTIONS.issuperset(kinds)):
         return None
-    look = look_at(columns, "states", *numbers)
-    # of the teacher's, known to be tensors
-    if look is None or any([tensor.requires_grad for tensor in (*columns[2], *columns[3])]):
-        return None
-    return look
+    heads = (*columns.query, *columns.key, *columns.teacher_query, *columns.teacher_key)
+    # equal options of other types, such as 1 and True, are others
+    what = (len(sides[0]), len(sides[1]), numbers, options, kinds)
+    look = look_of_call(what, (*heads, *columns.sinks, *columns.teacher_sinks, *masks))
+    return None if look is None else Seen(columns, look)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -201,19 +209,11 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     return backend
 
 
-def check_states(student: Sequence[AttentionState], teacher: Sequence[AttentionState]) -> bool:
-    """Every pair fits together, and all pairs share batch, tokens and device.
-
-    Returns whether all pairs are known to share all shapes and dtypes.
-    """
-    look = look_at_states(student, teacher)
-    if has_passed(look):
-        return True
+def check_states(student: Sequence[AttentionState], teacher: Sequence[AttentionState]) -> None:
+    """Every pair fits together, and all pairs share batch, tokens and device."""
     check_pairs(student, teacher)
     for pair, (student_state, teacher_state) in enumerate(zip(student, teacher, strict=True)):
         check_teacher(pair, student_state, f"teacher[{pair}]", teacher_state, first=student[0])
-    passes(look)
-    return look is not None
 
 
 def check_teacher(

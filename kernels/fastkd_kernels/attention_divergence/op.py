@@ -11,7 +11,8 @@ list over pairs or None, sinks `[pairs, heads]` or None; both come divided by th
 scales do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -23,11 +24,14 @@ from ..checks import (
     check_mask,
     check_states,
     check_temperature,
+    look_at_states,
     resolve_backend,
 )
-from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled
+from ..common.attention_columns import Columns, Masks, columns_of, plan_by_shape
+from ..common.autograd import Named, accumulator, inverse, planned, register, scaled
 from ..common.counted_rows import counted_rows
 from ..common.head_groups import Pair, pairs_of, state_shapes
+from ..common.plan import Plan, keep_plan, plan_for
 from ..common.remembered import remembered
 from ..common.rescale import rescaled, stacked_gradient, waiting_dtype
 from ..types import (
@@ -104,89 +108,118 @@ def attention_divergence(
             teacher that requires grad.
         TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
     """
-    alike = check_states(student, teacher)
-    has_more = check_caps_and_sinks(student, teacher)
-    batch, _, tokens, _ = student[0].query.shape
-    device = student[0].query.device
-    check_choice("kind", kind, get_args(AttentionDivergenceKind))
-    check_choice("reduction", reduction, get_args(AttentionReduction))
-    check_temperature(temperature)
-    _check_window(window)
-    check_mask("key_mask", key_mask, batch, tokens, device)
-    check_mask("query_mask", query_mask, batch, tokens, device)
-    queries = [state.query for state in (*student, *teacher)]
-    chosen = resolve_backend(backend, device, accumulator(*queries))
-    reach = min(window or 0, tokens)
-    row_mask = counted_rows(key_mask, query_mask, causal, reach)
-
-    def loss_of(students: Sequence[AttentionState], teachers: Sequence[AttentionState]) -> Tensor:
-        query, key, _, scale, _, _ = zip(*students, strict=True)
-        teacher_query, teacher_key, _, teacher_scale, _, _ = zip(*teachers, strict=True)
-        if chosen == "triton":
-            _check_head_size(max(query[0].shape[-1], teacher_query[0].shape[-1]))
-        dtype = accumulator(query[0], teacher_query[0])
-        sinks = _stacked_sinks(students, dtype, temperature)
-        need_grad = torch.is_grad_enabled() and (
-            any([tensor.requires_grad for tensor in (*query, *key)])
-            or (sinks is not None and sinks.requires_grad)
-        )
-        made = divergence(
-            query,
-            key,
-            teacher_query,
-            teacher_key,
-            [one / temperature for one in scale],
-            [one / temperature for one in teacher_scale],
-            key_mask,
-            row_mask,
-            _item_weights(row_mask, query[0], reduction, dtype),
-            kind,
-            causal,
-            reach,
-            _softcaps(students, temperature),
-            _softcaps(teachers, temperature),
-            sinks,
-            _stacked_sinks(teachers, dtype, temperature),
-            need_grad,
-            chosen,
-        )
-        losses: Tensor = made[0]
-        return losses
-
-    keys = None
-    if has_more or not alike:
+    masks = (key_mask, query_mask)
+    options = ("divergence", kind, temperature, causal, window, reduction, backend)
+    seen = look_at_states(student, teacher, masks, *options)
+    plan = None if seen is None else plan_for(seen.look)
+    if plan is None or seen is None:
+        check_states(student, teacher)
+        check_caps_and_sinks(student, teacher)
+        batch, _, tokens, _ = student[0].query.shape
+        device = student[0].query.device
+        check_choice("kind", kind, get_args(AttentionDivergenceKind))
+        check_choice("reduction", reduction, get_args(AttentionReduction))
+        check_temperature(temperature)
+        _check_window(window)
+        check_mask("key_mask", key_mask, batch, tokens, device)
+        check_mask("query_mask", query_mask, batch, tokens, device)
+        queries = [state.query for state in (*student, *teacher)]
+        chosen = resolve_backend(backend, device, accumulator(*queries))
+        columns = columns_of(student, teacher)
         keys = [
             (state_shapes(*pair), *((s.softcap is None, s.sinks is None) for s in pair))
             for pair in zip(student, teacher, strict=True)
         ]
-    loss = by_shape(keys, loss_of, student, teacher)
-    return loss if student[0].query.dtype == torch.float64 else loss.float()
+        reach = min(window or 0, tokens)
+        plan_of = partial(_plan, kind, temperature, causal, reach, reduction, chosen)
+        plan = plan_by_shape(keys, plan_of, columns, masks)
+        if seen is not None:
+            keep_plan(seen.look, plan)
+    else:
+        columns = seen.columns
+    losses: Tensor = plan(columns, masks)
+    return losses
 
 
-def _softcaps(states: Sequence[AttentionState], temperature: float) -> list[float] | None:
+def _plan(
+    kind: str,
+    temperature: float,
+    causal: bool,
+    window: int,
+    reduction: str,
+    backend: str,
+    columns: Columns,
+    masks: Masks,
+) -> Plan:
+    """Losses `[pairs]` of columns and masks that look like these, of pairs of one shape."""
+    query, teacher_query = columns.query[0], columns.teacher_query[0]
+    batch, heads, tokens, dim = query.shape
+    if backend == "triton":
+        _check_head_size(max(dim, teacher_query.shape[-1]))
+    dtype = accumulator(query, teacher_query)
+    trained = [*columns.query, *columns.key, *columns.sinks]
+    need_grad = torch.is_grad_enabled() and any(
+        [tensor is not None and tensor.requires_grad for tensor in trained]
+    )
+    sides = ((columns.scale, columns.softcap), (columns.teacher_scale, columns.teacher_softcap))
+    scales = [[one / temperature for one in scale] for scale, _ in sides]
+    softcaps = [_softcaps(caps, temperature) for _, caps in sides]
+    weights = partial(_item_weights, (batch, heads, tokens), reduction, dtype, query.device)
+
+    def arguments(columns: Columns, masks: Masks) -> tuple[Any, ...]:
+        row_mask = counted_rows(*masks, causal, window)
+        return (
+            columns.query,
+            columns.key,
+            columns.teacher_query,
+            columns.teacher_key,
+            *scales,
+            masks[0],
+            row_mask,
+            weights(row_mask),
+            kind,
+            causal,
+            window,
+            *softcaps,
+            _stacked_sinks(columns.sinks, dtype, temperature),
+            _stacked_sinks(columns.teacher_sinks, dtype, temperature),
+            need_grad,
+            backend,
+        )
+
+    run = divergence.planned(arguments(columns, masks))
+    return lambda columns, masks: run(arguments(columns, masks))[0]
+
+
+def _softcaps(softcaps: Sequence[float | None], temperature: float) -> list[float] | None:
     """The caps of states that all have one, in the place where scores are divided already."""
-    caps = [state.softcap for state in states if state.softcap is not None]
-    return [cap / temperature for cap in caps] if caps else None
+    caps = [cap / temperature for cap in softcaps if cap is not None]
+    return caps or None
 
 
 def _stacked_sinks(
-    states: Sequence[AttentionState], dtype: torch.dtype, temperature: float
+    sinks: Sequence[Tensor | None], dtype: torch.dtype, temperature: float
 ) -> Tensor | None:
     """Logits `[pairs, heads]` of states that all have sinks."""
-    sinks = [state.sinks for state in states if state.sinks is not None]
-    return torch.stack(sinks).to(dtype) / temperature if sinks else None
+    given = [one for one in sinks if one is not None]
+    return torch.stack(given).to(dtype) / temperature if given else None
 
 
 def _item_weights(
-    row_mask: Tensor | None, query: Tensor, reduction: str, dtype: torch.dtype
+    shape: tuple[int, int, int],
+    reduction: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    row_mask: Tensor | None,
 ) -> Tensor:
-    """`[batch]`: what the loss takes of each item's sum over rows and heads."""
-    batch, heads, tokens, _ = query.shape
+    """`[batch]`: what the loss takes of each item's sum over rows and heads; `shape` is batch,
+    heads, tokens."""
+    batch, heads, tokens = shape
     return remembered(
         (row_mask,),
-        ("item weights", batch, heads, tokens, reduction, dtype),
-        query.device,
-        lambda: (item_weights(row_mask, batch, tokens, reduction, query.device) / heads).to(dtype),
+        ("item weights", shape, reduction, dtype),
+        device,
+        lambda: (item_weights(row_mask, batch, tokens, reduction, device) / heads).to(dtype),
     )
 
 
@@ -236,6 +269,7 @@ def _pairs(lists: Sequence[Sequence[Any]], options: Sequence[Any]) -> list[Pair]
     return pairs_of(*lists, *(nothing if option is None else option for option in options))
 
 
+@planned
 def _divergence(
     query: Sequence[Tensor],
     key: Sequence[Tensor],
@@ -255,24 +289,36 @@ def _divergence(
     teacher_sinks: Tensor | None,
     need_grad: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Losses `[pairs]` and stacked gradients of the student's queries, keys and sinks.
 
     PyTorch's are unit gradients, Triton's those of the losses.
     """
+    if backend == "torch":
+        return _torch_divergence
+    from . import triton_path
+
     pairs = _pairs(
         (query, key, teacher_query, teacher_key, scale, teacher_scale),
         (student_softcap, teacher_softcap, student_sinks, teacher_sinks),
     )
-    if backend == "torch":
-        sums, *made = torch_path.forward(pairs, key_mask, row_mask, kind, causal, window, need_grad)
-    else:
-        from . import triton_path
+    masked = key_mask is not None or row_mask is not None
+    plan = triton_path.forward(pairs, masked, kind, causal, window, need_grad)
 
-        sums, *made = triton_path.forward(
-            pairs, key_mask, row_mask, weights, kind, causal, window, need_grad
-        )
-    return _weighed(sums, weights), made[0], made[1], made[2]
+    def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        masks, weights = arguments[6:8], arguments[8]
+        sums, *made = plan(arguments[:4], arguments[14:16], masks, weights)
+        return _weighed(sums, weights), made[0], made[1], made[2]
+
+    return run
+
+
+def _torch_divergence(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    key_mask, row_mask, weights, kind, causal, window, *options, need_grad, _ = arguments[6:]
+    sums, query, key, sinks = torch_path.forward(
+        _pairs(arguments[:6], options), key_mask, row_mask, kind, causal, window, need_grad
+    )
+    return _weighed(sums, weights), query, key, sinks
 
 
 def _fake(given: Named) -> tuple[Tensor, Tensor, Tensor, Tensor]:

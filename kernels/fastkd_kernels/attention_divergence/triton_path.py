@@ -3,13 +3,15 @@
 Every launch covers all layer pairs through a table of addresses.
 """
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..common.attention_call import Call, type_constants
+from ..common.attention_call import Call, Heads, type_constants
+from ..common.attention_columns import Masks
 from ..common.head_groups import Pair
 from ..common.launch import (
     Launch,
@@ -24,7 +26,7 @@ from ..common.launch import (
     whole_head_blocks,
 )
 from ..common.quick_launch import Quick
-from ..common.rescale import stacked_gradient, tokens_first, waiting_dtype
+from ..common.rescale import waiting_dtype
 from ..common.short_sequences import heads_of_program, short_launch, takes_short
 from ..common.tensor_table import to_device
 from ..common.tl_types import TYPES
@@ -125,27 +127,20 @@ def kernel_types(dtype: torch.dtype, teacher_dtype: torch.dtype) -> dict[str, An
 
 
 class _Softmax:
-    """Soft caps `[pairs, 2]` and sinks `[pairs, 2, heads]` of a call, and which are there.
-
-    What is not there is not read; `scales` stand in its place.
-    """
+    """Soft caps `[pairs, 2]` of calls that look alike, and whether there are caps and sinks."""
 
     def __init__(self, call: Call, pairs: list[Pair]):
         first = pairs[0]
-        self.caps = self.sinks = call.scales
         self.flags = {
             "STUDENT_CAP": first.student_softcap is not None,
             "TEACHER_CAP": first.teacher_softcap is not None,
         }
         self.has_sinks = first.student_sinks is not None
+        # what is not there is not read; scales stand in its place
+        self.caps = call.scales
         if any(self.flags.values()):
             caps = [[pair.student_softcap or 1.0, pair.teacher_softcap or 1.0] for pair in pairs]
             self.caps = to_device(caps, call.dtype, first.query)
-        if self.has_sinks:
-            sides = [(pair.student_sinks, pair.teacher_sinks) for pair in pairs]
-            self.sinks = torch.stack(
-                [sinks for side in sides for sinks in side if sinks is not None]
-            )
 
 
 class _Masks(NamedTuple):
@@ -155,29 +150,34 @@ class _Masks(NamedTuple):
     window: int
 
 
-def forward(
-    pairs: list[Pair],
-    key_mask: Tensor | None,
-    row_mask: Tensor | None,
-    weights: Tensor,
-    kind: str,
-    causal: bool,
-    window: int,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums over rows `[pairs, batch]`, and gradients of those sums times `weights` `[batch]`.
+class _Given(NamedTuple):
+    """What the kernels of one call take: heads, sinks `[pairs, 2, heads]`, weights `[batch]`."""
 
+    heads: Heads
+    sinks: Tensor
+    weights: Tensor
+
+
+# partial sums and those of the sinks' gradients, from what is given and gradients to fill
+Fill = Callable[[_Given, list[Tensor]], tuple[Tensor, Tensor]]
+
+
+def forward(
+    pairs: list[Pair], masked: bool, kind: str, causal: bool, window: int, need_grad: bool
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The plan of pairs like these, from columns, sinks of both sides, masks and `weights`.
+
+    Makes sums over rows `[pairs, batch]`, and gradients of those sums times `weights` `[batch]`.
     Of queries and keys `[pairs, batch, heads | kv_heads, tokens, dim_s]`, and of the student's
-    sinks `[pairs, heads]`; empty without `need_grad`, and where there are no sinks. `row_mask` are
-    the counted query rows, bool `[batch, tokens]`; `window` 0 is none.
+    sinks `[pairs, heads]`; empty without `need_grad`, and where there are no sinks. Masks are of
+    keys and of the counted query rows, bool `[batch, tokens]`; `window` 0 is none.
     """
-    call = Call(pairs, key_mask, row_mask)
+    call = Call(pairs, masked)
     masks, softmax = _Masks(causal, window), _Softmax(call, pairs)
     dtype = waiting_dtype(call.dtypes[0])
-    like = (call.first.query, call.first.key)
-    grads = [stacked_gradient(call.count, of, dtype) if need_grad else call.new(0) for of in like]
+    gradients = call.gradients(pairs[0].query, pairs[0].key, dtype, need_grad)
     if takes_short(call.sizes["tokens"], call.dims, call.dtypes, platform()):
-        run = _short
+        made_by = _short
     elif (
         need_grad
         and takes_two_sweeps(kind, call.dims, call.dtypes)
@@ -185,46 +185,44 @@ def forward(
         # the largest scaled score is that of the largest score
         and all(min(pair.scale, pair.teacher_scale) > 0 for pair in pairs)
     ):
-        run = _two_sweeps
+        made_by = _two_sweeps
     else:
-        run = _long
-    partials, sink_partials = run(call, masks, softmax, kind, weights, grads, need_grad)
-    # programs of one batch item follow each other
-    sums = partials.view(call.count, call.sizes["batch"], -1).sum(2)
-    if need_grad and softmax.has_sinks:
-        of_heads = sink_partials.view(call.count, call.sizes["batch"], call.sizes["heads"], -1)
-        return sums, grads[0], grads[1], of_heads.sum((1, 3))
-    return sums, grads[0], grads[1], call.new(0)
+        made_by = _long
+    fill = made_by(call, masks, softmax, kind, need_grad)
+    batch, heads = call.sizes["batch"], call.sizes["heads"]
+
+    def run(
+        columns: Sequence[Sequence[Tensor]],
+        sinks: tuple[Tensor | None, Tensor | None],
+        sides: Masks,
+        weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        stacked = [of_pairs for of_pairs in sinks if of_pairs is not None]
+        given = _Given(
+            call.heads(columns, sides), torch.stack(stacked, 1) if stacked else call.scales, weights
+        )
+        grads = gradients()
+        partials, sink_partials = fill(given, grads)
+        # programs of one batch item follow each other
+        sums = partials.view(call.count, batch, -1).sum(2)
+        of_sinks = call.new(0)
+        if need_grad and softmax.has_sinks:
+            of_sinks = sink_partials.view(call.count, batch, heads, -1).sum((1, 3))
+        return sums, grads[0], grads[1], of_sinks
+
+    return run
 
 
-def _short(
-    call: Call,
-    masks: _Masks,
-    softmax: _Softmax,
-    kind: str,
-    weights: Tensor,
-    grads: list[Tensor],
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Partial sums, and those of the sinks' gradients."""
+def _short(call: Call, masks: _Masks, softmax: _Softmax, kind: str, need_grad: bool) -> Fill:
     sizes = call.sizes
     program_heads = heads_of_program(sizes["heads"], sizes["kv_heads"], sizes["batch"] * call.count)
     programs = sizes["batch"] * sizes["heads"] // program_heads
-    partials = call.new(call.count, programs)
     launch = short_launch(sizes["tokens"], call.dims, call.dtypes, SHORT_STAGES, platform())
     blocks = cdiv(sizes["tokens"], launch.block("BLOCK_QUERY"))
     sunk = need_grad and softmax.has_sinks
-    sink_partials = call.new(call.count, sizes["batch"] * sizes["heads"] * blocks if sunk else 0)
-    Quick(_short_kernel)[(programs, call.count)](
-        call.table,
-        call.scales,
-        softmax.caps,
-        softmax.sinks,
-        call.valid,
-        weights,
-        *grads,
-        sink_partials,
-        partials,
+    sink_programs = sizes["batch"] * sizes["heads"] * blocks if sunk else 0
+    start = Quick(_short_kernel).bound(
+        (programs, call.count),
         **sizes,
         window=masks.window,
         program_heads=program_heads,
@@ -232,23 +230,33 @@ def _short(
         **kernel_types(*call.dtypes),
         SINK=softmax.has_sinks,
         NEED_GRAD=need_grad,
-        QUERY_TOKENS_FIRST=tokens_first(call.first.query),
-        KEY_TOKENS_FIRST=tokens_first(call.first.key),
+        QUERY_TOKENS_FIRST=call.tokens_first[0],
+        KEY_TOKENS_FIRST=call.tokens_first[1],
         **launch.options,
     )
-    return partials, sink_partials
+
+    def fill(given: _Given, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        partials = call.new(call.count, programs)
+        sink_partials = call.new(call.count, sink_programs)
+        table, scales, valid = given.heads.read
+        start(
+            table,
+            scales,
+            softmax.caps,
+            given.sinks,
+            valid,
+            given.weights,
+            *grads,
+            sink_partials,
+            partials,
+        )
+        return partials, sink_partials
+
+    return fill
 
 
-def _long(
-    call: Call,
-    masks: _Masks,
-    softmax: _Softmax,
-    kind: str,
-    weights: Tensor,
-    grads: list[Tensor],
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `_short`: log-sum-exps of the rows, then each gradient, then none."""
+def _long(call: Call, masks: _Masks, softmax: _Softmax, kind: str, need_grad: bool) -> Fill:
+    """Log-sum-exps of the rows, then each gradient, then none."""
     sizes, count = call.sizes, call.count
     form = {"capped": any(softmax.flags.values()), "sunk": softmax.has_sinks, "large": is_large()}
     launches = {
@@ -267,16 +275,9 @@ def _long(
         )
     }
     shape = (count, row_stats(kind), sizes["batch"], sizes["heads"], sizes["tokens"])
-    stats = call.new(*(shape if need_grad else (0,)))
-    partials = call.new(count, programs["dq" if late else "rows"])
-    heads = (call.table, call.scales, softmax.caps)
     shared = {**sizes, "window": masks.window, "STATS": row_stats(kind)}
-    Quick(_rows_kernel)[(programs["rows"], count)](
-        *heads,
-        softmax.sinks,
-        call.valid,
-        stats,
-        partials,
+    of_rows = Quick(_rows_kernel).bound(
+        (programs["rows"], count),
         **shared,
         **_constants(call, masks, softmax, launches["rows"], kind),
         **{name: value for name, value in types.items() if name != "GRAD_TYPE"},
@@ -285,54 +286,47 @@ def _long(
         WRITE_VALUES=not late,
         **launches["rows"].options,
     )
-    sink_partials = call.new(count, programs["dq"] if need_grad and softmax.has_sinks else 0)
-    if need_grad:
-        Quick(_dq_kernel)[(programs["dq"], count)](
-            *heads,
-            softmax.sinks,
-            call.valid,
-            stats,
-            weights,
-            grads[0],
-            sink_partials,
-            partials,
-            **shared,
-            **_constants(call, masks, softmax, launches["dq"], kind),
-            **types,
-            SINK=softmax.has_sinks,
-            QUERY_TOKENS_FIRST=tokens_first(call.first.query),
-            **launches["dq"].options,
-        )
+    of_queries = Quick(_dq_kernel).bound(
+        (programs["dq"], count),
+        **shared,
+        **_constants(call, masks, softmax, launches["dq"], kind),
+        **types,
+        SINK=softmax.has_sinks,
+        QUERY_TOKENS_FIRST=call.tokens_first[0],
+        **launches["dq"].options,
+    )
+    of_keys = Quick(_dk_kernel).bound(
+        (programs["dk"], count),
+        **shared,
         # the teacher's entropy has no gradient
-        of_keys = "kl" if kind == "cross_entropy" else kind
-        Quick(_dk_kernel)[(programs["dk"], count)](
-            *heads,
-            call.valid,
-            stats,
-            weights,
-            grads[1],
-            **shared,
-            **_constants(call, masks, softmax, launches["dk"], of_keys),
-            **types,
-            KEY_TOKENS_FIRST=tokens_first(call.first.key),
-            **launches["dk"].options,
-        )
-    return partials, sink_partials
+        **_constants(
+            call, masks, softmax, launches["dk"], "kl" if kind == "cross_entropy" else kind
+        ),
+        **types,
+        KEY_TOKENS_FIRST=call.tokens_first[1],
+        **launches["dk"].options,
+    )
+
+    def fill(given: _Given, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        table, scales, valid = given.heads.read
+        heads, weights = (table, scales, softmax.caps), given.weights
+        stats = call.new(*(shape if need_grad else (0,)))
+        partials = call.new(count, programs["dq" if late else "rows"])
+        of_rows(*heads, given.sinks, valid, stats, partials)
+        sink_partials = call.new(count, programs["dq"] if need_grad and softmax.has_sinks else 0)
+        if need_grad:
+            read = (given.sinks, valid, stats, weights)
+            of_queries(*heads, *read, grads[0], sink_partials, partials)
+            of_keys(*heads, *read[1:], grads[1])
+        return partials, sink_partials
+
+    return fill
 
 
-def _two_sweeps(
-    call: Call,
-    masks: _Masks,
-    softmax: _Softmax,
-    kind: str,
-    weights: Tensor,
-    grads: list[Tensor],
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `_short`, of KL and cross-entropy without caps and sinks: each gradient in one sweep."""
+def _two_sweeps(call: Call, masks: _Masks, softmax: _Softmax, kind: str, need_grad: bool) -> Fill:
+    """KL and cross-entropy without caps and sinks: each gradient in one sweep."""
     sizes, count = call.sizes, call.count
     tokens, heads = sizes["tokens"], sizes["heads"]
-    stats = call.new(count, 2, sizes["batch"], heads, tokens)
     shared = {
         "batch": sizes["batch"],
         "heads": heads,
@@ -346,32 +340,36 @@ def _two_sweeps(
     }
     types = kernel_types(*call.dtypes)
     shared |= {name: types[name] for name in ("TYPE", "TEACHER_TYPE", "GRAD_TYPE")}
-    given = (call.table, call.scales, call.valid, call.spans(), stats, weights)
     launch = sweep_launch("rows_dq", call.dims, call.dtypes)
     programs = cdiv(tokens, launch.block("BLOCK_QUERY")) * sizes["batch"] * heads
-    Quick(_rows_dq_kernel)[(programs, count)](
-        *given,
-        grads[0],
+    of_queries = Quick(_rows_dq_kernel).bound(
+        (programs, count),
         **shared,
         **launch.constants,
-        QUERY_TOKENS_FIRST=tokens_first(call.first.query),
+        QUERY_TOKENS_FIRST=call.tokens_first[0],
         **launch.options,
     )
     launch = sweep_launch("dk_value", call.dims, call.dtypes)
-    programs = cdiv(tokens, launch.block("BLOCK_KEY")) * sizes["batch"] * sizes["kv_heads"]
-    partials = call.new(count, programs)
-    Quick(_dk_value_kernel)[(programs, count)](
-        *given,
-        grads[1],
-        partials,
+    key_programs = cdiv(tokens, launch.block("BLOCK_KEY")) * sizes["batch"] * sizes["kv_heads"]
+    of_keys = Quick(_dk_value_kernel).bound(
+        (key_programs, count),
         **shared,
         **launch.constants,
         KIND=kind,
         UNEVEN=tokens % launch.block("BLOCK_QUERY") > 0,
-        KEY_TOKENS_FIRST=tokens_first(call.first.key),
+        KEY_TOKENS_FIRST=call.tokens_first[1],
         **launch.options,
     )
-    return partials, call.new(0)
+
+    def fill(given: _Given, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        stats = call.new(count, 2, sizes["batch"], heads, tokens)
+        partials = call.new(count, key_programs)
+        read = (*given.heads.read, given.heads.spans(), stats, given.weights)
+        of_queries(*read, grads[0])
+        of_keys(*read, grads[1], partials)
+        return partials, call.new(0)
+
+    return fill
 
 
 def _constants(

@@ -9,8 +9,8 @@ small factors for a backward of its own. Both take lists over layer pairs of one
 """
 
 import math
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, get_args
 
 import torch
@@ -20,13 +20,13 @@ from ..checks import (
     check_choice,
     check_mask,
     check_reduction,
-    has_passed,
     look_at_states,
-    passes,
     resolve_backend,
 )
-from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled, value_of
+from ..common.attention_columns import Columns, Masks, columns_of, plan_by_shape, stacked_masks
+from ..common.autograd import Named, accumulator, inverse, planned, register, scaled, value_of
 from ..common.head_groups import pairs_of, state_shapes
+from ..common.plan import Plan, keep_plan, plan_for
 from ..common.remembered import remembered
 from ..common.rescale import rescaled, stacked_gradient
 from ..types import (
@@ -106,60 +106,68 @@ def attention_score_mse(
         ValueError: shapes, devices, modes that do not fit, or a teacher that requires grad.
         TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
     """
-    look = look_at_states(student, teacher) if teacher_weights is None else None
-    if has_passed(look):
-        teachers: Sequence[Any] = teacher
-    else:
+    masks, seen = (key_mask, query_mask), None
+    if teacher_weights is None:
+        options = ("score", causal, reduction, backend, algorithm)
+        seen = look_at_states(student, teacher, masks, *options)
+    plan = None if seen is None else plan_for(seen.look)
+    if plan is None or seen is None:
         teachers = weighted_teachers(student, teacher, teacher_weights)
-        passes(look)
-    batch, _, tokens, _ = student[0].query.shape
-    device = student[0].query.device
-    check_mask("key_mask", key_mask, batch, tokens, device)
-    check_mask("query_mask", query_mask, batch, tokens, device)
-    check_reduction(reduction)
-    check_choice("algorithm", algorithm, get_args(Algorithm))
-    queries = [state.query for state in (*student, *teachers)]
-    chosen_backend = resolve_backend(backend, device, accumulator(*queries))
-    if reduction == "tinybert":
-        query_mask = None
+        batch, _, tokens, _ = student[0].query.shape
+        device = student[0].query.device
+        check_mask("key_mask", key_mask, batch, tokens, device)
+        check_mask("query_mask", query_mask, batch, tokens, device)
+        check_reduction(reduction)
+        check_choice("algorithm", algorithm, get_args(Algorithm))
+        queries = [state.query for state in (*student, *teachers)]
+        chosen = resolve_backend(backend, device, accumulator(*queries))
+        columns = columns_of(student, teachers)
+        keys = [state_shapes(*pair) for pair in zip(student, teachers, strict=True)]
+        plan_of = partial(_plan, causal, reduction, chosen, algorithm)
+        plan = plan_by_shape(keys, plan_of, columns, masks)
+        if seen is not None:
+            keep_plan(seen.look, plan)
+    else:
+        columns = seen.columns
+    losses: Tensor = plan(columns, masks)
+    return losses
 
-    def loss_of(students: Sequence[AttentionState], teachers: Sequence[AttentionState]) -> Tensor:
-        query, key, _, scale, _, _ = zip(*students, strict=True)
-        teacher_query, teacher_key, _, teacher_scale, _, _ = zip(*teachers, strict=True)
-        dims = (query[0].shape[-1], teacher_query[0].shape[-1])
-        chosen: str = algorithm
-        if chosen == "auto":
-            chosen = choose_algorithm(tokens, *dims, causal=causal, backend=chosen_backend)
-        if chosen_backend == "triton":
-            _check_head_size(chosen, causal, dims[0])
-        dtype = accumulator(query[0], teacher_query[0])
-        inverse_count = _inverse_count(query[0], key_mask, query_mask, causal, reduction, dtype)
-        need_grad = torch.is_grad_enabled() and any(
-            [tensor.requires_grad for tensor in (*query, *key)]
-        )
-        tensors = (
-            query,
-            key,
-            teacher_query,
-            teacher_key,
-            [*map(float, scale)],
-            [*map(float, teacher_scale)],
-            key_mask,
-            query_mask,
-            inverse_count,
-        )
-        if chosen == "gram" and not causal and chosen_backend == "triton":
-            made = gram(*tensors, need_grad)
-        else:
-            made = one_pass(*tensors, causal, chosen, need_grad, chosen_backend)
-        losses: Tensor = made[0]
-        return losses
 
-    shapes = None
-    if look is None:
-        shapes = [state_shapes(*pair) for pair in zip(student, teachers, strict=True)]
-    loss = by_shape(shapes, loss_of, student, teachers)
-    return loss if student[0].query.dtype == torch.float64 else loss.float()
+def _plan(
+    causal: bool,
+    reduction: str,
+    backend: str,
+    algorithm: str,
+    columns: Columns,
+    masks: Masks,
+) -> Plan:
+    """Losses `[pairs]` of columns and masks that look like these, of pairs of one shape."""
+    query, key, teacher_query = columns.query, columns.key, columns.teacher_query
+    batch, heads, tokens, dim = query[0].shape
+    dims = (dim, teacher_query[0].shape[-1])
+    if algorithm == "auto":
+        algorithm = choose_algorithm(tokens, *dims, causal=causal, backend=backend)
+    if backend == "triton":
+        _check_head_size(algorithm, causal, dim)
+    total = accumulator(query[0], teacher_query[0])
+    count = partial(
+        _inverse_count, (batch, heads, tokens), causal, reduction, total, query[0].device
+    )
+    need_grad = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (*query, *key)])
+    scales = ([*map(float, columns.scale)], [*map(float, columns.teacher_scale)])
+    by_gram = algorithm == "gram" and not causal and backend == "triton"
+    op = gram if by_gram else one_pass
+    rest = (need_grad,) if by_gram else (causal, algorithm, need_grad, backend)
+
+    def arguments(columns: Columns, masks: Masks) -> tuple[Any, ...]:
+        key_mask, query_mask = masks
+        if reduction == "tinybert":
+            query_mask = None
+        heads = (columns.query, columns.key, columns.teacher_query, columns.teacher_key)
+        return *heads, *scales, key_mask, query_mask, count(key_mask, query_mask), *rest
+
+    run = op.planned(arguments(columns, masks))
+    return lambda columns, masks: run(arguments(columns, masks))[0]
 
 
 def _check_head_size(algorithm: str, causal: bool, dim: int) -> None:
@@ -174,48 +182,43 @@ def _check_head_size(algorithm: str, causal: bool, dim: int) -> None:
 
 
 def _inverse_count(
-    query: Tensor,
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
+    shape: tuple[int, int, int],
     causal: bool,
     reduction: str,
     dtype: torch.dtype,
+    device: torch.device,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
 ) -> Tensor:
-    """One over the entries that the loss averages over."""
-    batch, heads, tokens, _ = query.shape
+    """One over the entries that the loss averages over, of `shape`: batch, heads, tokens."""
     sources = (key_mask, query_mask) if reduction == "valid" else (None, None)
-    what = ("inverse entries", batch, heads, tokens, causal, reduction, dtype)
     return remembered(
         sources,
-        what,
-        query.device,
+        ("inverse entries", shape, causal, reduction, dtype),
+        device,
         lambda: inverse(
-            _entry_count(query, key_mask, query_mask, causal, reduction), dtype, query.device
+            _entry_count(shape, key_mask, query_mask, causal, reduction), dtype, device
         ),
     )
 
 
 def _entry_count(
-    query: Tensor,
+    shape: tuple[int, int, int],
     key_mask: Tensor | None,
     query_mask: Tensor | None,
     causal: bool,
     reduction: str,
 ) -> Tensor | int:
     """Entries that the loss averages over: batch, heads, query rows and keys."""
-    batch, heads, tokens, _ = query.shape
+    batch, heads, tokens = shape
     if reduction == "tinybert":
         return batch * heads * tokens * tokens
     if key_mask is None and query_mask is None:
         return batch * heads * (tokens * (tokens + 1) // 2 if causal else tokens * tokens)
-    if not causal:
-        counts = [mask.sum(1) for mask in (query_mask, key_mask) if mask is not None]
-        rows = counts[0] * (tokens if len(counts) == 1 else counts[1])
-        return heads * rows.sum()
-    every = torch.ones(batch, tokens, dtype=torch.int64, device=query.device)
-    rows = every if query_mask is None else query_mask.long()
-    keys = every if key_mask is None else key_mask.long()
-    return heads * (rows * keys.cumsum(1)).sum()
+    valid = stacked_masks((key_mask, query_mask))
+    # of each item's rows, keys up to its own, or all of them
+    entries = valid[0] * valid[1].cumsum(1) if causal else valid.sum(2).prod(0)
+    return heads * entries.sum()
 
 
 @cache
@@ -228,6 +231,7 @@ def _path(backend: str) -> Any:
     return triton_path
 
 
+@planned
 def _gram(
     query: Sequence[Tensor],
     key: Sequence[Tensor],
@@ -239,11 +243,17 @@ def _gram(
     query_mask: Tensor | None,
     inverse_count: Tensor,
     need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Losses `[pairs]` and the factors that the backward applies (see `gram.py`)."""
     pairs = pairs_of(query, key, teacher_query, teacher_key, scale, teacher_scale)
-    squares, to_query, to_key = _path("triton").gram_forward(pairs, key_mask, query_mask, need_grad)
-    return value_of(squares, inverse_count), to_query, to_key
+    masked = key_mask is not None or query_mask is not None
+    plan = _path("triton").gram_forward(pairs, masked, need_grad)
+
+    def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        squares, to_query, to_key = plan(arguments[:4], arguments[6:8])
+        return value_of(squares, arguments[8]), to_query, to_key
+
+    return run
 
 
 def _gram_fake(given: Named) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,6 +265,7 @@ def _gram_fake(given: Named) -> tuple[Tensor, Tensor, Tensor]:
     return new(len(query)), new(made), new(made)
 
 
+@planned
 def _gram_backward(
     factor: Tensor,
     to_query: Tensor,
@@ -267,13 +278,12 @@ def _gram_backward(
     teacher_scale: Sequence[float],
     key_mask: Tensor | None,
     query_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """Stacked gradients of the student's queries and keys for `factor` `[pairs]`."""
     pairs = pairs_of(query, key, teacher_query, teacher_key, scale, teacher_scale)
-    query_grad, key_grad = _path("triton").gram_backward(
-        factor, to_query, to_key, pairs, key_mask, query_mask
-    )
-    return query_grad, key_grad
+    masked = key_mask is not None or query_mask is not None
+    plan = _path("triton").gram_backward(pairs, masked)
+    return lambda *arguments: plan(*arguments[:3], arguments[3:7], arguments[9:])
 
 
 def _gram_backward_fake(given: Named) -> tuple[Tensor, Tensor]:
@@ -302,6 +312,7 @@ def _gram_gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
 gram = register("attention_score_mse_gram", _gram, _gram_fake, _gram_keep, _gram_gradient)
 
 
+@planned
 def _one_pass(
     query: Sequence[Tensor],
     key: Sequence[Tensor],
@@ -316,21 +327,31 @@ def _one_pass(
     algorithm: str,
     need_grad: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Losses `[pairs]` and stacked gradients of the student's queries and keys.
 
     PyTorch's are unit gradients, Triton's those of the losses.
     """
     pairs = pairs_of(query, key, teacher_query, teacher_key, scale, teacher_scale)
-    masks = (key_mask, query_mask)
     if backend == "torch":
-        squares, *made = torch_path.one_pass(pairs, *masks, causal, algorithm, need_grad)
-    else:
-        factor = inverse_count + inverse_count
-        squares, *made = _path(backend).one_pass(
-            pairs, *masks, factor, causal, algorithm, need_grad
-        )
-    return value_of(squares, inverse_count), made[0], made[1]
+        return _torch_one_pass
+    masked = key_mask is not None or query_mask is not None
+    plan = _path(backend).one_pass(pairs, masked, causal, algorithm, need_grad)
+
+    def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        columns, masks, inverse_count = arguments[:4], arguments[6:8], arguments[8]
+        squares, of_query, of_key = plan(columns, masks, inverse_count + inverse_count)
+        return value_of(squares, inverse_count), of_query, of_key
+
+    return run
+
+
+def _torch_one_pass(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    key_mask, query_mask, inverse_count, causal, algorithm, need_grad, _ = arguments[6:]
+    squares, query, key = torch_path.one_pass(
+        pairs_of(*arguments[:6]), key_mask, query_mask, causal, algorithm, need_grad
+    )
+    return value_of(squares, inverse_count), query, key
 
 
 def _one_pass_fake(given: Named) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,14 +3,15 @@
 Launch parameters are pure functions: blocks of the tile and the Gram kernels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..common.attention_call import Call, type_constants
+from ..common.attention_call import Call, Heads, type_constants
+from ..common.attention_columns import Masks
 from ..common.head_groups import Pair
 from ..common.launch import (
     Launch,
@@ -25,7 +26,7 @@ from ..common.launch import (
     whole_head_blocks,
 )
 from ..common.quick_launch import Quick
-from ..common.rescale import stacked_gradient, tokens_first, waiting_dtype
+from ..common.rescale import waiting_dtype
 from ..common.short_sequences import (
     FEWEST_PROGRAMS,
     heads_of_program,
@@ -34,7 +35,7 @@ from ..common.short_sequences import (
     takes_whole,
 )
 from ..common.tl_types import TYPES
-from .gram import Gram, key_factors, query_factors, squared_norm, stack_factors
+from .gram import mirror, stacked_algebra
 from .gram_kernels import _gram_bwd_kernel, _gram_kernel, _scan_kernel
 from .short_kernel import _short_kernel
 from .sweep_kernel import _sweep_kernel
@@ -169,36 +170,43 @@ def gram_types(dtype: torch.dtype, teacher_dtype: torch.dtype, difference: bool)
     return made | {"OPERAND": TYPES[dtype] if plain else made["SUM_TYPE"], "DIFFERENCE": difference}
 
 
+# squares, from what kernels read, the factor of gradients, and those to fill
+Fill = Callable[[Heads, Tensor, list[Tensor]], Tensor]
+
+
 def one_pass(
-    pairs: list[Pair],
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-    factor: Tensor,
-    causal: bool,
-    algorithm: str,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Squares `[pairs]`, and `factor c_s D K_s` and `factor c_s D^T Q_s`, `factor` one number.
+    pairs: list[Pair], masked: bool, causal: bool, algorithm: str, need_grad: bool
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The plan of pairs like these, from columns, masks and `factor`, one number: squares
+    `[pairs]`, and `factor c_s D K_s` and `factor c_s D^T Q_s`.
 
     "tiles" takes one launch where a program holds all keys of a head, or enough programs go over
     them in passes; two elsewhere. "gram" is for causal scores: tiles inside chunks of tokens, and
     Grams of the chunks for all that lies between them.
     """
-    call = Call(pairs, key_mask, query_mask)
+    call = Call(pairs, masked)
     tokens = call.sizes["tokens"]
     chunk = causal_chunk(call.dims) if algorithm == "gram" else tokens
-    like = (call.first.query, call.first.key)
     dtype = gradient_dtype(call.dtypes[0], algorithm)
-    grads = [stacked_gradient(call.count, of, dtype) if need_grad else call.new(0) for of in like]
-    if chunk == tokens and takes_short(tokens, call.dims, call.dtypes, platform()):
-        return _short(call, factor, causal, grads, need_grad), grads[0], grads[1]
+    gradients = call.gradients(pairs[0].query, pairs[0].key, dtype, need_grad)
     programs = call.count * call.sizes["batch"] * call.sizes["kv_heads"]
-    if chunk == tokens and takes_sweep(programs, call.dims, call.dtypes, platform()):
-        return _sweep(call, factor, causal, grads, need_grad), grads[0], grads[1]
-    squares = _tiles(call, factor, causal, chunk, grads if need_grad else None)
-    if chunk < tokens:
-        squares = squares + _between_chunks(call, chunk, factor, grads if need_grad else None)
-    return squares, grads[0], grads[1]
+    if chunk == tokens and takes_short(tokens, call.dims, call.dtypes, platform()):
+        fills = [_short(call, causal, need_grad)]
+    elif chunk == tokens and takes_sweep(programs, call.dims, call.dtypes, platform()):
+        fills = [_sweep(call, causal, need_grad)]
+    else:
+        fills = [_tiles(call, causal, chunk, need_grad)]
+        if chunk < tokens:
+            fills.append(_between_chunks(call, chunk, need_grad))
+
+    def run(
+        columns: Sequence[Sequence[Tensor]], masks: Masks, factor: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        heads, grads = call.heads(columns, masks), gradients()
+        squares, *more = [fill(heads, factor, grads) for fill in fills]
+        return sum(more, start=squares), grads[0], grads[1]
+
+    return run
 
 
 def gradient_dtype(dtype: torch.dtype, algorithm: str) -> torch.dtype:
@@ -207,68 +215,60 @@ def gradient_dtype(dtype: torch.dtype, algorithm: str) -> torch.dtype:
     return wide if algorithm == "gram" else waiting_dtype(dtype)
 
 
-def _short(
-    call: Call, factor: Tensor, causal: bool, grads: list[Tensor], need_grad: bool
-) -> Tensor:
-    """Squares; fills `grads`, of queries and keys."""
+def _short(call: Call, causal: bool, need_grad: bool) -> Fill:
     sizes = call.sizes
     program_heads = heads_of_program(sizes["heads"], sizes["kv_heads"], sizes["batch"] * call.count)
     programs = sizes["batch"] * sizes["heads"] // program_heads
-    partials = call.new(call.count, programs)
     launch = short_launch(sizes["tokens"], call.dims, call.dtypes, SHORT_STAGES, platform())
-    Quick(_short_kernel)[(programs, call.count)](
-        call.table,
-        call.scales,
-        call.valid,
-        factor,
-        *grads,
-        partials,
+    start = Quick(_short_kernel).bound(
+        (programs, call.count),
         **sizes,
         program_heads=program_heads,
         **{**call.constants, **tile_types(*call.dtypes), **launch.constants},
         CAUSAL=causal,
         NEED_GRAD=need_grad,
-        QUERY_TOKENS_FIRST=tokens_first(call.first.query),
-        KEY_TOKENS_FIRST=tokens_first(call.first.key),
+        QUERY_TOKENS_FIRST=call.tokens_first[0],
+        KEY_TOKENS_FIRST=call.tokens_first[1],
         **launch.options,
     )
-    return partials.sum(1)
+
+    def fill(heads: Heads, factor: Tensor, grads: list[Tensor]) -> Tensor:
+        partials = call.new(call.count, programs)
+        start(*heads.read, factor, *grads, partials)
+        return partials.sum(1)
+
+    return fill
 
 
-def _sweep(
-    call: Call, factor: Tensor, causal: bool, grads: list[Tensor], need_grad: bool
-) -> Tensor:
-    """Squares; fills `grads`, of queries and keys."""
+def _sweep(call: Call, causal: bool, need_grad: bool) -> Fill:
     sizes = call.sizes
     launch = sweep_launch(sizes["tokens"], call.dims, call.dtypes, platform())
     programs = sizes["batch"] * sizes["kv_heads"]
-    partials = call.new(call.count, programs)
     rows = cdiv(sizes["tokens"], launch.block("BLOCK_QUERY")) * launch.block("BLOCK_QUERY")
     kept = (call.count, sizes["batch"], sizes["heads"], rows, launch.block("BLOCK_DIM"))
-    sums = call.new(*kept) if need_grad and launch.block("PASSES") > 1 else partials
-    Quick(_sweep_kernel)[(programs, call.count)](
-        call.table,
-        call.scales,
-        call.valid,
-        factor,
-        *grads,
-        sums,
-        partials,
+    keeps = need_grad and launch.block("PASSES") > 1
+    start = Quick(_sweep_kernel).bound(
+        (programs, call.count),
         **sizes,
         **{**call.constants, **tile_types(*call.dtypes), **launch.constants},
         CAUSAL=causal,
         NEED_GRAD=need_grad,
-        QUERY_TOKENS_FIRST=tokens_first(call.first.query),
-        KEY_TOKENS_FIRST=tokens_first(call.first.key),
+        QUERY_TOKENS_FIRST=call.tokens_first[0],
+        KEY_TOKENS_FIRST=call.tokens_first[1],
         **launch.options,
     )
-    return partials.sum(1)
+
+    def fill(heads: Heads, factor: Tensor, grads: list[Tensor]) -> Tensor:
+        partials = call.new(call.count, programs)
+        sums = call.new(*kept) if keeps else partials
+        start(*heads.read, factor, *grads, sums, partials)
+        return partials.sum(1)
+
+    return fill
 
 
-def _tiles(
-    call: Call, factor: Tensor, causal: bool, chunk: int, grads: list[Tensor] | None
-) -> Tensor:
-    """Squares of the entries inside chunks; fills `grads`, of queries and keys."""
+def _tiles(call: Call, causal: bool, chunk: int, need_grad: bool) -> Fill:
+    """Of the entries inside chunks."""
     sizes, count = call.sizes, call.count
     by_key, by_query = (
         tile_launch(kernel, sizes["tokens"], call.dims, call.dtypes, platform(), large=is_large())
@@ -276,126 +276,126 @@ def _tiles(
     )
     key_blocks = cdiv(sizes["tokens"], by_key.block("BLOCK_KEY"))
     programs = key_blocks * sizes["batch"] * sizes["kv_heads"]
-    partials = call.new(count, programs)
-    shared = {**call.constants, **tile_types(*call.dtypes), "CAUSAL": causal}
-    # what is not written is not read either
-    query_grad, key_grad = grads or (partials, partials)
-    Quick(_tiles_fwd_kernel)[(programs, count)](
-        call.table,
-        call.scales,
-        call.valid,
-        factor,
-        key_grad,
-        partials,
+    shared = {**call.constants, **tile_types(*call.dtypes), "CAUSAL": causal, "chunk_tokens": chunk}
+    of_keys = Quick(_tiles_fwd_kernel).bound(
+        (programs, count),
         **sizes,
         **shared,
         **by_key.constants,
-        chunk_tokens=chunk,
-        WRITE_KEY=grads is not None,
-        KEY_TOKENS_FIRST=tokens_first(call.first.key),
+        WRITE_KEY=need_grad,
+        KEY_TOKENS_FIRST=call.tokens_first[1],
         **by_key.options,
     )
-    if grads is not None:
-        query_blocks = cdiv(sizes["tokens"], by_query.block("BLOCK_QUERY"))
-        Quick(_tiles_bwd_dq_kernel)[(query_blocks * sizes["batch"] * sizes["heads"], count)](
-            call.table,
-            call.scales,
-            call.valid,
-            factor,
-            query_grad,
-            **sizes,
-            **shared,
-            **by_query.constants,
-            chunk_tokens=chunk,
-            QUERY_TOKENS_FIRST=tokens_first(call.first.query),
-            **by_query.options,
-        )
-    return partials.sum(1)
+    query_blocks = cdiv(sizes["tokens"], by_query.block("BLOCK_QUERY"))
+    of_queries = Quick(_tiles_bwd_dq_kernel).bound(
+        (query_blocks * sizes["batch"] * sizes["heads"], count),
+        **sizes,
+        **shared,
+        **by_query.constants,
+        QUERY_TOKENS_FIRST=call.tokens_first[0],
+        **by_query.options,
+    )
+
+    def fill(heads: Heads, factor: Tensor, grads: list[Tensor]) -> Tensor:
+        partials = call.new(count, programs)
+        # what is not written is not read either
+        of_keys(*heads.read, factor, grads[1] if need_grad else partials, partials)
+        if need_grad:
+            of_queries(*heads.read, factor, grads[0])
+        return partials.sum(1)
+
+    return fill
 
 
-def _between_chunks(call: Call, chunk: int, factor: Tensor, grads: list[Tensor] | None) -> Tensor:
-    """Squares of the entries whose key is in an earlier chunk; adds to `grads`."""
-    scale, teacher_scale = (column.view(-1, 1, 1, 1) for column in call.scales.unbind(1))
-    difference = call.first.difference
-    prefix = _scanned(_grams(call, 1, chunk), reverse=False)
-    query_grams = _grams(call, 0, chunk)
-    squares = squared_norm(
-        _split_grams(call, query_grams),
-        _split_grams(call, prefix),
-        scale,
-        teacher_scale,
-        difference,
-    ).sum((1, 2, 3))
-    if grads is not None:
-        scales = (scale[..., None, None], teacher_scale[..., None, None], difference)
-        upstream = factor.repeat(call.count)
-        before = query_factors(_split_grams(call, prefix), *scales)
-        _apply(call, 0, chunk, stack_factors(before), upstream, grads[0], accumulate=True)
-        after = key_factors(_split_grams(call, _scanned(query_grams, reverse=True)), *scales)
-        _apply(call, 1, chunk, stack_factors(after), upstream, grads[1], accumulate=True)
-    return squares
+def _between_chunks(call: Call, chunk: int, need_grad: bool) -> Fill:
+    """Of the entries whose key is in an earlier chunk; adds to the gradients."""
+    grams = _grams(call, chunk)
+    to_queries, to_keys = (_apply(call, side, chunk, accumulate=True) for side in (0, 1))
+    algebra = stacked_algebra(call.scales, call.dims, call.difference, 3)
+
+    def fill(heads: Heads, factor: Tensor, grads: list[Tensor]) -> Tensor:
+        query, key = grams(heads)
+        prefix = _scanned(key, reverse=False)
+        squares = algebra.squared_norms(query, prefix).sum((1, 2, 3, 4, 5))
+        if need_grad:
+            upstream = factor.repeat(call.count)
+            to_queries(heads, algebra.query_factors(prefix), upstream, grads[0])
+            suffix = _scanned(query, reverse=True)
+            to_keys(heads, algebra.key_factors(suffix), upstream, grads[1])
+        return squares
+
+    return fill
 
 
 def gram_forward(
-    pairs: list[Pair], key_mask: Tensor | None, query_mask: Tensor | None, need_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Squares `[pairs]` and the factors `[pairs, batch, groups, dim_s + dim_t, dim_s]`."""
-    call = Call(pairs, key_mask, query_mask)
-    tokens = call.sizes["tokens"]
-    query, key = (_split_grams(call, _grams(call, side, tokens).squeeze(3)) for side in (0, 1))
-    scale, teacher_scale = (column.view(-1, 1, 1) for column in call.scales.unbind(1))
-    difference = call.first.difference
-    squares = squared_norm(query, key, scale, teacher_scale, difference).sum((1, 2))
-    if not need_grad:
-        return squares, call.new(0), call.new(0)
-    scales = (scale[..., None, None], teacher_scale[..., None, None], difference)
-    to_query = stack_factors(query_factors(key, *scales))
-    return squares, to_query, stack_factors(key_factors(query, *scales))
+    pairs: list[Pair], masked: bool, need_grad: bool
+) -> Callable[[Sequence[Sequence[Tensor]], Masks], tuple[Tensor, Tensor, Tensor]]:
+    """The plan of pairs like these, from columns and masks: squares `[pairs]` and the factors
+    `[pairs, batch, groups, dim_s + dim_t, dim_s]`."""
+    call = Call(pairs, masked)
+    grams = _grams(call, call.sizes["tokens"])
+    algebra = stacked_algebra(call.scales, call.dims, call.difference, 2)
+
+    def run(columns: Sequence[Sequence[Tensor]], masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
+        query, key = grams(call.heads(columns, masks)).squeeze(4)
+        squares = algebra.squared_norms(query, key).sum((1, 2, 3, 4))
+        if not need_grad:
+            return squares, call.new(0), call.new(0)
+        return squares, algebra.query_factors(key), algebra.key_factors(query)
+
+    return run
 
 
-def gram_backward(
-    factor: Tensor,
-    to_query: Tensor,
-    to_key: Tensor,
-    pairs: list[Pair],
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients `[pairs, batch, heads | kv_heads, tokens, dim_s]` for `factor` `[pairs]`."""
-    call = Call(pairs, key_mask, query_mask)
-    upstream, tokens = factor.contiguous(), call.sizes["tokens"]
-    query_grad = stacked_gradient(call.count, call.first.query, call.dtypes[0])
-    _apply(call, 0, tokens, to_query, upstream, query_grad, accumulate=False)
-    key_grad = stacked_gradient(call.count, call.first.key, call.dtypes[0])
-    _apply(call, 1, tokens, to_key, upstream, key_grad, accumulate=False)
-    return query_grad, key_grad
+def gram_backward(pairs: list[Pair], masked: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The plan of pairs like these, from `factor` `[pairs]`, both factors of `gram_forward`,
+    columns and masks: gradients `[pairs, batch, heads | kv_heads, tokens, dim_s]`."""
+    call = Call(pairs, masked)
+    gradients = call.gradients(pairs[0].query, pairs[0].key, call.dtypes[0], need_grad=True)
+    sides = [_apply(call, side, call.sizes["tokens"], accumulate=False) for side in (0, 1)]
+
+    def run(
+        factor: Tensor,
+        to_query: Tensor,
+        to_key: Tensor,
+        columns: Sequence[Sequence[Tensor]],
+        masks: Masks,
+    ) -> tuple[Tensor, Tensor]:
+        heads, grads, upstream = call.heads(columns, masks), gradients(), factor.contiguous()
+        for fill, factors, gradient in zip(sides, (to_query, to_key), grads, strict=True):
+            fill(heads, factors, upstream, gradient)
+        return grads[0], grads[1]
+
+    return run
 
 
-def _grams(call: Call, side: int, chunk: int) -> Tensor:
-    """Grams `[pairs, batch, groups, chunks, width, width]` of each `chunk` tokens of one side."""
-    sizes, groups, width = call.sizes, call.first.groups, sum(call.dims)
+def _grams(call: Call, chunk: int) -> Callable[[Heads], Tensor]:
+    """Grams of queries and keys, `[2, pairs, batch, groups, chunks, width, width]`, of each `chunk`
+    tokens."""
+    sizes, groups, width = call.sizes, call.groups, sum(call.dims)
     constants, options = _gram_constants(call, "BLOCK")
     tiles = sum(cdiv(size, constants["BLOCK_COLUMN"]) for size in call.dims)
     chunks = cdiv(sizes["tokens"], chunk)
-    grams = call.new(call.count, sizes["batch"], groups, chunks, width, width)
-    Quick(_gram_kernel)[(tiles * tiles * sizes["batch"] * groups, call.count, chunks)](
-        call.table,
-        call.scales,
-        call.valid,
-        grams,
-        groups=groups,
-        chunk_tokens=chunk,
-        SIDE=side,
-        **sizes,
-        **constants,
-        **options,
-    )
-    return grams
+    starts = [
+        Quick(_gram_kernel).bound(
+            (tiles * tiles * sizes["batch"] * groups, call.count, chunks),
+            groups=groups,
+            chunk_tokens=chunk,
+            SIDE=side,
+            **sizes,
+            **constants,
+            **options,
+        )
+        for side in (0, 1)
+    ]
 
+    def made(heads: Heads) -> Tensor:
+        grams = call.new(2, call.count, sizes["batch"], groups, chunks, width, width)
+        for start, of_side in zip(starts, grams, strict=True):
+            start(*heads.read, of_side)
+        mirror(grams, call.dims[0])
+        return grams
 
-def _split_grams(call: Call, grams: Tensor) -> Gram:
-    first, second = slice(0, call.dims[0]), slice(call.dims[0], sum(call.dims))
-    return Gram(grams[..., first, first], grams[..., first, second], grams[..., second, second])
+    return made
 
 
 def _scanned(grams: Tensor, *, reverse: bool) -> Tensor:
@@ -416,45 +416,38 @@ def _scanned(grams: Tensor, *, reverse: bool) -> Tensor:
 
 
 def _apply(
-    call: Call,
-    side: int,
-    chunk: int,
-    factors: Tensor,
-    upstream: Tensor,
-    gradient: Tensor,
-    *,
-    accumulate: bool,
-) -> None:
-    """Fill `gradient` from factors times `upstream` `[pairs]`, or add that to it."""
+    call: Call, side: int, chunk: int, *, accumulate: bool
+) -> Callable[[Heads, Tensor, Tensor, Tensor], None]:
+    """Fills a gradient from factors times upstream `[pairs]`, or adds that to it."""
     sizes = call.sizes
     constants, options = _gram_constants(call, "APPLY")
     row_blocks = cdiv(sizes["tokens"], constants["BLOCK_ROW"])
     columns = cdiv(sizes["dim"], constants["BLOCK_COLUMN"])
-    heads = gradient.shape[2]
-    Quick(_gram_bwd_kernel)[(columns * row_blocks * sizes["batch"] * heads, call.count)](
-        call.table,
-        call.scales,
-        call.valid,
-        factors,
-        upstream,
-        gradient,
-        groups=call.first.groups,
+    blocks = columns * row_blocks * sizes["batch"] * sizes[("heads", "kv_heads")[side]]
+    start = Quick(_gram_bwd_kernel).bound(
+        (blocks, call.count),
+        groups=call.groups,
         chunk_tokens=chunk,
         chunks=cdiv(sizes["tokens"], chunk),
         SIDE=side,
         ACCUMULATE=accumulate,
-        TOKENS_FIRST=tokens_first((call.first.query, call.first.key)[side]),
+        TOKENS_FIRST=call.tokens_first[side],
         **sizes,
         **constants,
         **options,
     )
+
+    def fill(heads: Heads, factors: Tensor, upstream: Tensor, gradient: Tensor) -> None:
+        start(*heads.read, factors, upstream, gradient)
+
+    return fill
 
 
 def _gram_constants(call: Call, kernel: str) -> tuple[dict[str, Any], dict[str, int]]:
     launch = gram_launch(call.dims, call.dtypes, platform())
     constants = {
         **call.constants,
-        **gram_types(*call.dtypes, call.first.difference),
+        **gram_types(*call.dtypes, call.difference),
         **gram_constants(launch.constants, kernel),
     }
     return constants, launch.options

@@ -6,16 +6,17 @@ multiplied by twice as much.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
 from types import SimpleNamespace
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ..types import NAMESPACE
-from .remembered import PLAIN, forgetting, is_eager
+from .plan import PLAIN_OR_NONE, keep_plan, look_of_call, plan_for
+from .remembered import forgetting, is_eager
 
 # arguments of a call, or what its backward needs of it, by name
 Named = SimpleNamespace
@@ -23,7 +24,21 @@ Named = SimpleNamespace
 Keep = Callable[[Named, tuple[Tensor, ...]], Mapping[str, Any]]
 Gradient = Callable[[Named, Tensor], Mapping[str, Any]]
 
-_PLAIN_OR_NONE = PLAIN | {type(None)}
+
+def planned(plan: Callable[..., Callable[..., Any]]) -> Callable[..., Any]:
+    """The forward of an op with plans: `plan` takes the op's arguments and returns what takes them.
+
+    What it returns goes for all arguments that look like those, and keeps no tensor of theirs.
+    """
+
+    @wraps(plan)
+    def forward(*arguments: Any) -> Any:
+        return plan(*arguments)(*arguments)
+
+    outputs = get_args(get_type_hints(plan)["return"])[1]
+    vars(forward)["plan"] = plan
+    vars(forward)["__signature__"] = signature(plan).replace(return_annotation=outputs)
+    return forward
 
 
 def register(
@@ -32,7 +47,7 @@ def register(
     fake: Callable[[Named], Any],
     keep: Keep | None = None,
     gradient: Gradient | None = None,
-) -> Callable[..., Any]:
+) -> "Op":
     """`forward` as an op of torch, whose annotated arguments are the schema: it stands once.
 
     `fake` makes empty outputs from the arguments by name. The first output is the losses; no other
@@ -45,62 +60,110 @@ def register(
     returns the losses alone where there will be a backward. A call that is traced, or under a mode,
     is one of the registered op.
     """
-    names = tuple(signature(forward).parameters)
-    # places of tensors among the arguments, and whether a list stands there
-    slots = [
-        (at, kind == Sequence[Tensor])
-        for at, kind in enumerate(get_type_hints(forward)[word] for word in names)
-        if kind in (Tensor, Tensor | None, Sequence[Tensor])
-    ]
+    return Op(name, forward, fake, keep, gradient)
 
-    def named(arguments: Sequence[Any]) -> Named:
+
+class Op:
+    """What `register` makes."""
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        fake: Callable[[Named], Any],
+        keep: Keep | None,
+        gradient: Gradient | None,
+    ) -> None:
+        self.name = name
+        self.names = tuple(signature(forward).parameters)
+        hints = get_type_hints(forward)
+        # places of tensors among the arguments, and whether a list stands there
+        self.slots = [
+            (at, kind == Sequence[Tensor])
+            for at, kind in enumerate(hints[word] for word in self.names)
+            if kind in (Tensor, Tensor | None, Sequence[Tensor])
+        ]
+        self.forward = forward
+        self.plan: Callable[..., Callable[..., Any]] | None = getattr(forward, "plan", None)
+
+        @wraps(forward)
+        def dispatched(*arguments: Any) -> Any:
+            # a compiled graph may be captured, and owns what is made meanwhile
+            with forgetting():
+                return self.run(forward, arguments)
+
+        self.registered = torch.library.custom_op(
+            f"{NAMESPACE}::{name}", dispatched, mutates_args=()
+        )
+        self.registered.register_fake(lambda *arguments: fake(self.named(arguments)))
+        self.function = None
+        if keep is not None and gradient is not None:
+            _register_autograd(self.registered, self.named, keep, gradient)
+            self.function = _function(name, self.run, self.named, keep, gradient)
+
+    def __call__(self, *arguments: Any, **more: Any) -> Any:
+        if more:
+            arguments += tuple([more[word] for word in self.names[len(arguments) :]])
+        if self.plan is None or not is_eager():
+            return self.planned(arguments)(arguments)
+        tensors: list[Any] = []
+        plain = list(arguments)
+        for at, many in self.slots:
+            given = arguments[at]
+            plain[at] = len(given) if many else None
+            tensors += given if many else (given,)
+        options = tuple([tuple(one) if isinstance(one, (list, tuple)) else one for one in plain])
+        look = look_of_call((self.name, options), tensors)
+        plan = plan_for(look)
+        if plan is None:
+            plan = self.planned(arguments)
+            keep_plan(look, plan)
+        return plan(arguments)
+
+    def planned(self, arguments: Sequence[Any]) -> Callable[[Sequence[Any]], Any]:
+        """The call for all arguments that look like these."""
+        if not is_eager():
+            return lambda arguments: self.registered(*arguments)
+        columns = [arguments[at] if many else (arguments[at],) for at, many in self.slots]
+        if not all([PLAIN_OR_NONE.issuperset(map(type, column)) for column in columns]):
+            return lambda arguments: self.registered(*arguments)
+        forward = self.forward if self.plan is None else self.run(self.plan, arguments)
+        # of what is trained among the arguments
+        trained: list[tuple[int, int | None]] = []
+        function = self.function
+        if function is not None and torch.is_grad_enabled():
+            trained = [
+                (at, place if many else None)
+                for (at, many), column in zip(self.slots, columns, strict=True)
+                for place, tensor in enumerate(column)
+                if tensor is not None and tensor.requires_grad
+            ]
+        if function is None or not trained:
+            return partial(self.run, forward)
+        places = [(self.names[at], place) for at, place in trained]
+
+        def call(arguments: Sequence[Any]) -> Any:
+            given = [
+                arguments[at] if place is None else arguments[at][place] for at, place in trained
+            ]
+            return (function.apply(forward, arguments, places, *given),)
+
+        return call
+
+    def named(self, arguments: Sequence[Any]) -> Named:
         given = Named()
-        vars(given).update(zip(names, arguments, strict=True))
+        vars(given).update(zip(self.names, arguments, strict=True))
         return given
 
-    def run(arguments: Sequence[Any]) -> Any:
-        at, many = slots[0]
-        return on_its_device(arguments[at][0] if many else arguments[at], forward, arguments)
-
-    @wraps(forward)
-    def dispatched(*arguments: Any) -> Any:
-        # a compiled graph may be captured, and owns what is made meanwhile
-        with forgetting():
-            return run(arguments)
-
-    op = torch.library.custom_op(f"{NAMESPACE}::{name}", dispatched, mutates_args=())
-    op.register_fake(lambda *arguments: fake(named(arguments)))
-    function = None
-    if keep is not None and gradient is not None:
-        _register_autograd(op, named, keep, gradient)
-        function = _function(name, run, named, keep, gradient)
-
-    def call(*arguments: Any, **more: Any) -> Any:
-        if more:
-            arguments += tuple([more[word] for word in names[len(arguments) :]])
-        if not is_eager():
-            return op(*arguments)
-        columns = [arguments[at] if many else (arguments[at],) for at, many in slots]
-        if not all([_PLAIN_OR_NONE.issuperset(map(type, column)) for column in columns]):
-            return op(*arguments)
-        trained: list[Tensor] = []
-        places: list[tuple[str, int | None]] = []
-        if function is not None and torch.is_grad_enabled():
-            for (at, many), column in zip(slots, columns, strict=True):
-                for place, tensor in enumerate(column):
-                    if tensor is not None and tensor.requires_grad:
-                        trained.append(tensor)
-                        places.append((names[at], place if many else None))
-        if function is None or not trained:
-            return run(arguments)
-        return (function.apply(arguments, places, *trained),)
-
-    return call
+    def run(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+        """`function` of the arguments, on the GPU of the first tensor."""
+        at, many = self.slots[0]
+        return on_its_device(arguments[at][0] if many else arguments[at], function, arguments)
 
 
 def _function(
     name: str,
-    run: Callable[[Sequence[Any]], Any],
+    run: Callable[[Callable[..., Any], Sequence[Any]], Any],
     named: Callable[[Sequence[Any]], Named],
     keep: Keep,
     gradient: Gradient,
@@ -111,11 +174,12 @@ def _function(
         @staticmethod
         def forward(
             ctx: Any,
+            forward: Callable[..., Any],
             arguments: tuple[Any, ...],
             places: list[tuple[str, int | None]],
             *trained: Tensor,
         ) -> Tensor:
-            made = run(arguments)
+            made = run(forward, arguments)
             ctx.places = places
             ctx.kept = _Kept(ctx, keep(named(arguments), made))
             losses: Tensor = made[0]
@@ -133,7 +197,7 @@ def _function(
                         parts[word] = value.unbind() if isinstance(value, Tensor) else value
                     value = parts[word][place]
                 grads.append(value)
-            return None, None, *grads
+            return None, None, None, *grads
 
     Eager.__name__ = Eager.__qualname__ = name
     return Eager
@@ -210,7 +274,7 @@ def inverse(count: Tensor | int, dtype: torch.dtype, device: torch.device) -> Te
     """`1 / count` on `device`, as a scalar for an int, and 0 where nothing is counted."""
     if isinstance(count, int):
         return torch.full((), 1.0 / count if count else 0.0, dtype=dtype, device=device)
-    return count.to(dtype).reciprocal().nan_to_num(posinf=0.0)
+    return count.to(dtype).reciprocal().nan_to_num_(posinf=0.0)
 
 
 def value_of(squares: Tensor, inverse_count: Tensor) -> Tensor:

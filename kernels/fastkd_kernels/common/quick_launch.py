@@ -28,35 +28,74 @@ class _Compiled(NamedTuple):
 _compiled: Recent[_Compiled] = Recent()
 
 
+# starts the compiled kernel, and the arguments behind those given by position
+Start = tuple[Callable[..., None], list[Any]]
+
+
 class Quick:
     """A kernel that is launched as before: `Quick(kernel)[grid](*tensors_and_sizes, **rest)`."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
+        # the interpreter compiles nothing, and AMD's compiler looks at the sizes of tensors too
+        self.finds = isinstance(kernel, triton.JITFunction) and not torch.version.hip
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        kernel = self.kernel
-        # the interpreter compiles nothing, and AMD's compiler looks at the sizes of tensors too
-        if not isinstance(kernel, triton.JITFunction) or torch.version.hip:
-            launch: Callable[..., None] = kernel[grid]
+        if not self.finds:
+            launch: Callable[..., None] = self.kernel[grid]
             return launch
 
         def launched(*given: Any, **rest: Any) -> None:
-            # tensors come by position; of the others, values tell all
-            kinds = [
-                (value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, Tensor) else value
-                for value in given
-            ]
-            device = triton.runtime.driver.active.get_current_device()
-            key = (id(kernel), device, *kinds, *rest, *rest.values())
-            found = _compiled.get(key)
-            if found is None:
-                made = kernel[grid](*given, **rest)
-                if made is not None:
-                    names = tuple(kernel.arg_names[len(given) :])
-                    _compiled.put(key, _Compiled(made, names, kernel))
-                return
-            in_order = map(rest.__getitem__, found.names)
-            found.compiled[(*grid, 1, 1)[:3]](*given, *in_order)
+            start = self._start(grid, _kinds(given), given, rest)
+            if start is not None:
+                start[0](*given, *start[1])
 
         return launched
+
+    def bound(self, grid: tuple[int, ...], **rest: Any) -> Callable[..., None]:
+        """The launch that lacks only what comes by position, as a plan keeps it."""
+        if not self.finds:
+            return lambda *given: self.kernel[grid](*given, **rest)
+        found: dict[tuple[Any, ...], Start] = {}
+
+        def launched(*given: Any) -> None:
+            kinds = _kinds(given)
+            start = found.get(kinds)
+            if start is None:
+                start = self._start(grid, kinds, given, rest)
+                if start is None:
+                    return
+                found[kinds] = start
+            start[0](*given, *start[1])
+
+        return launched
+
+    def _start(
+        self,
+        grid: tuple[int, ...],
+        kinds: tuple[Any, ...],
+        given: tuple[Any, ...],
+        rest: dict[str, Any],
+    ) -> Start | None:
+        """None where Triton had to compile the kernel, and has launched it."""
+        key = (id(self.kernel), *kinds, *rest, *rest.values())
+        found = _compiled.get(key)
+        if found is None:
+            made = self.kernel[grid](*given, **rest)
+            if made is not None:
+                names = tuple(self.kernel.arg_names[len(given) :])
+                _compiled.put(key, _Compiled(made, names, self.kernel))
+            return None
+        return found.compiled[(*grid, 1, 1)[:3]], [*map(rest.__getitem__, found.names)]
+
+
+def _kinds(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The device, and what Triton tells arguments apart by."""
+    return (
+        triton.runtime.driver.active.get_current_device(),
+        # tensors come by position; of the others, values tell all
+        *[
+            (value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, Tensor) else value
+            for value in given
+        ],
+    )

@@ -90,15 +90,22 @@ def forgetting() -> Iterator[None]:
         _thread.forgets = before
 
 
-def keeps(device: torch.device) -> bool:
-    """Whether tensors that an op makes now on `device` may be found again.
+def lasts(device: torch.device) -> bool:
+    """Whether tensors that an op makes now on `device` outlast the call.
 
-    Not those of a CUDA graph's capture, which live in its private pool and have no values yet; nor
-    those of inference mode, which autograd would refuse later.
+    Not those of a CUDA graph's capture, which live in its private pool and have no values yet.
     """
-    if _thread.forgets or torch.is_inference_mode_enabled():
+    if _thread.forgets:
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def keeps(device: torch.device) -> bool:
+    """Whether tensors that an op makes now on `device` may be found again by any call.
+
+    Not those of inference mode either, which autograd would refuse later.
+    """
+    return not torch.is_inference_mode_enabled() and lasts(device)
 
 
 # what Triton asks for the stream that it launches on
@@ -115,10 +122,9 @@ def place(device: torch.device) -> Hashable:
 
 
 class _Made(NamedTuple):
-    """What was made, of which tensors, and what these were like then."""
+    """What was made, of which tensors, by their places, and what these were like then."""
 
-    sources: list[weakref.ref[Tensor]]
-    states: list[tuple[object, ...]]
+    sources: list[tuple[int, weakref.ref[Tensor], tuple[object, ...]]]
     value: Any
 
 
@@ -140,29 +146,26 @@ def remembered(
     """
     if not (is_eager() and keeps(device)):
         return make()
-    # each once: keys and query rows often have the same mask
-    given = list({id(source): source for source in sources if source is not None}.values())
     # what stays away is told by its place
     key = (what, place(device), *map(id, sources))
     found = _made.get(key)
     # an object that died may have left its place in memory to another
     if found is not None and all(
-        [
-            ref() is source and _state(source) == state
-            for ref, source, state in zip(found.sources, given, found.states, strict=True)
-        ]
+        [ref() is sources[at] and _state(sources[at]) == state for at, ref, state in found.sources]
     ):
         value: Value = found.value
         return value
-    if not all([type(source) is Tensor and not source.is_inference() for source in given]):
+    # each once: keys and query rows often have the same mask
+    given = list({id(one): (at, one) for at, one in enumerate(sources) if one is not None}.values())
+    if not all([type(source) is Tensor and not source.is_inference() for _, source in given]):
         return make()
     value = make()
     # bound to the cache, which is still there when the interpreter ends
     forget = partial(_made.forget, key)
-    refs = [weakref.ref(source, forget) for source in given]
-    _made.put(key, _Made(refs, [_state(source) for source in given], value))
+    refs = [(at, weakref.ref(source, forget), _state(source)) for at, source in given]
+    _made.put(key, _Made(refs, value))
     return value
 
 
-def _state(source: Tensor) -> tuple[object, ...]:
+def _state(source: Any) -> tuple[object, ...]:
     return source._version, source.data_ptr(), source.shape, source.stride()

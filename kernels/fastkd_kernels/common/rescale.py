@@ -5,10 +5,13 @@ keys. bf16 has the exponents of fp32, so they wait in their input's dtype; those
 underflow, and wait in fp32.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from .autograd import Named, register, scaled
+from .autograd import Named, planned, register, scaled
 
 _BLOCK = 4096
 
@@ -23,12 +26,23 @@ def tokens_first(like: Tensor) -> bool:
     return like.stride(2) > like.stride(1)
 
 
+def gradient_maker(pairs: int, like: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Makes empty `[pairs, *like.shape]`, each laid out as heads `[batch, heads, tokens, dim]` are.
+
+    It keeps nothing of `like`.
+    """
+    batch, heads, tokens, dim = like.shape
+    item = heads * tokens * dim
+    rows = (dim, heads * dim) if tokens_first(like) else (tokens * dim, dim)
+    strides = (batch * item, item, *rows, 1)
+    return partial(
+        torch.empty_strided, (pairs, *like.shape), strides, dtype=dtype, device=like.device
+    )
+
+
 def stacked_gradient(pairs: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """Empty `[pairs, *like.shape]`, each laid out as heads `[batch, heads, tokens, dim]` are."""
-    batch, heads, tokens, dim = like.shape
-    if tokens_first(like):
-        return like.new_empty((pairs, batch, tokens, heads, dim), dtype=dtype).transpose(2, 3)
-    return like.new_empty((pairs, batch, heads, tokens, dim), dtype=dtype)
+    return gradient_maker(pairs, like, dtype)()
 
 
 def rescaled(
@@ -41,20 +55,26 @@ def rescaled(
     return made
 
 
+@planned
 def _rescaled(
     first: Tensor, second: Tensor, factor: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     from .quick_launch import Quick
     from .rescale_kernel import _rescale_kernel
 
-    out = [torch.empty_like(unit, dtype=dtype) for unit in (first, second)]
     pairs = factor.shape[0]
     sizes = [unit.numel() // pairs for unit in (first, second)]
     blocks = [-(-size // _BLOCK) for size in sizes]
-    Quick(_rescale_kernel)[(sum(blocks), pairs)](
-        first, second, factor.contiguous(), *out, *sizes, BLOCK=_BLOCK, num_warps=8
-    )
-    return out[0], out[1]
+    launch = Quick(_rescale_kernel).bound((sum(blocks), pairs), BLOCK=_BLOCK, num_warps=8)
+
+    def run(
+        first: Tensor, second: Tensor, factor: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        of_first, of_second = (torch.empty_like(unit, dtype=dtype) for unit in (first, second))
+        launch(first, second, factor.contiguous(), of_first, of_second, *sizes)
+        return of_first, of_second
+
+    return run
 
 
 def _fake(given: Named) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ the same, whichever tensors lie there now.
 from array import array
 from collections.abc import Callable, Hashable, Sequence
 from itertools import count
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,25 +21,48 @@ class Addressed(NamedTuple):
 
     table: Tensor
     alignments: tuple[int, ...]
-    tensors: list[Tensor]
+    tensors: Sequence[Tensor]
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """What tensors of the same shapes and strides share in a table, wherever they lie.
 
     `entries` lack the addresses, which belong at `places`. `number` is that of no other layout.
+    `copied` makes those of the table from tensors that kernels cannot read as they are.
     """
 
     number: int
+    pairs: int
     alignments: tuple[int, ...]
     entries: list[int]
     places: list[int]
+    copied: Callable[[Tensor], Tensor] | None
+
+    def addressed(self, tensors: Sequence[Tensor]) -> Addressed:
+        """The table of tensors of this layout, pair by pair.
+
+        The caller keeps the result until its kernels are launched.
+        """
+        if self.copied is not None:
+            tensors = [*map(self.copied, tensors)]
+        addresses = [*map(Tensor.data_ptr, tensors)]
+        device = tensors[0].device
+
+        def made() -> Tensor:
+            entries = self.entries.copy()
+            for entry, address in zip(self.places, addresses, strict=True):
+                entries[entry] = address
+            # takes an array as it is; a list is looked through
+            table = torch.frombuffer(array("q", entries), dtype=torch.int64)
+            return _copied(table.view(self.pairs, -1), device)
+
+        table = _found(_addressed, (self.number, *addresses), device, made)
+        return Addressed(table, self.alignments, tensors)
 
 
 _tables: Recent[Tensor] = Recent()
 _addressed: Recent[Tensor] = Recent()
-# False where a tensor must be copied first
-_layouts: Recent[_Layout | Literal[False]] = Recent()
+_layouts: Recent[Layout] = Recent()
 _numbers = count()
 # bytes of pinned memory taken at once
 PINNED_BYTES = 1 << 18
@@ -125,37 +148,34 @@ def addressed(
     result until its kernels are launched.
     """
     tensors = [tensor for row in rows for tensor in row]
-    pairs, device = len(rows), tensors[0].device
-    addresses = [tensor.data_ptr() for tensor in tensors]
+    return layout_of(tensors, len(rows), readable).addressed(tensors)
+
+
+def layout_of(
+    tensors: Sequence[Tensor], pairs: int, readable: Callable[[Tensor], Tensor] = unit_stride
+) -> Layout:
+    """The layout of the table that `addressed` makes, of tensors pair by pair."""
     # an address says as much of alignments as its lowest bits do
     key = (
         pairs,
         readable,
-        *[(tensor.shape, tensor.dtype) for tensor in rows[0]],
+        *[(tensor.shape, tensor.dtype) for tensor in tensors[: len(tensors) // pairs]],
         *[tensor.stride() for tensor in tensors],
-        *[address % 16 for address in addresses],
+        *[tensor.data_ptr() % 16 for tensor in tensors],
     )
     layout = _layouts.get(key)
     if layout is None:
-        fits = all([readable(tensor) is tensor for tensor in tensors])
-        layout = fits and _laid_out(tensors, pairs)
+        layout = _laid_out(tensors, pairs, readable)
         _layouts.put(key, layout)
-    if layout is False:
-        return addressed([[readable(tensor) for tensor in row] for row in rows])
-
-    def made() -> Tensor:
-        entries = layout.entries.copy()
-        for entry, address in zip(layout.places, addresses, strict=True):
-            entries[entry] = address
-        # takes an array as it is; a list is looked through
-        table = torch.frombuffer(array("q", entries), dtype=torch.int64)
-        return _copied(table.view(pairs, -1), device)
-
-    table = _found(_addressed, (layout.number, *addresses), device, made)
-    return Addressed(table, layout.alignments, tensors)
+    return layout
 
 
-def _laid_out(tensors: list[Tensor], pairs: int) -> _Layout:
+def _laid_out(
+    tensors: Sequence[Tensor], pairs: int, readable: Callable[[Tensor], Tensor]
+) -> Layout:
+    given = tensors
+    tensors = [*map(readable, given)]
+    fits = all([read is tensor for read, tensor in zip(tensors, given, strict=True)])
     entries: list[int] = []
     places = []
     for tensor in tensors:
@@ -163,4 +183,5 @@ def _laid_out(tensors: list[Tensor], pairs: int) -> _Layout:
         entries += (0, *tensor.stride()[:-1])
     columns = len(tensors) // pairs
     alignments = tuple([alignment(tensors[column::columns]) for column in range(columns)])
-    return _Layout(next(_numbers), alignments, entries, places)
+    copied = None if fits else readable
+    return Layout(next(_numbers), pairs, alignments, entries, places, copied)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..common.attention_call import near_rows, stacked_masks
+from ..common.attention_call import near_rows
+from ..common.attention_columns import masks_to_read
 from ..common.launch import (
     Launch,
     cdiv,
@@ -137,7 +138,7 @@ class Call:
         self.has_cap = first.teacher_softcap is not None
         self.caps = to_device(caps, first.dtype, first.query) if self.has_cap else self.scales
         batch, index_heads, tokens, dim = first.query.shape
-        self.valid = stacked_masks(first.query, key_mask, row_mask)
+        self.valid = masks_to_read((key_mask, row_mask), first.query.device)
         self.dims = (dim, first.teacher_query.shape[-1])
         self.dtypes = (first.query.dtype, first.teacher_query.dtype)
         self.sizes = {

@@ -6,9 +6,8 @@ One head's difference of scores is `D = a_0 P_0 R_0^T + a_1 P_1 R_1^T`, in one o
     difference   P = (c_s Q_s - c_t Q_t, Q_t)    R = (K_s, c_t (K_s - K_t))      a = (1, 1)
 
 The difference form needs equal head sizes; every term then shrinks with the distance between
-student and teacher, so nothing large cancels. A Gram is that of both parts side by side, `[width,
-width]`. The road not taken: the product of concatenated columns, which copies every input and
-computes mirrored blocks twice.
+student and teacher, so nothing large cancels. The road not taken: the full Gram of the
+concatenated columns, which copies every input and computes mirrored blocks twice.
 """
 
 from typing import NamedTuple
@@ -17,6 +16,14 @@ import torch
 from torch import Tensor
 
 from ..common.head_groups import Pair
+
+
+class Gram(NamedTuple):
+    """`first^T first`, `first^T second`, `second^T second` of two column parts of the same rows."""
+
+    first: Tensor
+    cross: Tensor
+    second: Tensor
 
 
 def query_form(query: Tensor, teacher: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
@@ -31,71 +38,50 @@ def key_form(key: Tensor, teacher: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
     return key, (key - teacher).mul_(pair.teacher_scale) if pair.difference else teacher
 
 
-def gram_of(first: Tensor, second: Tensor) -> Tensor:
-    """Gram `[groups, width, width]` of `[groups, rows, dim]` beside `[groups, rows, other_dim]`."""
-    cross = first.mT @ second
-    above, below = (first.mT @ first, cross), (cross.mT, second.mT @ second)
-    return torch.cat([torch.cat(above, -1), torch.cat(below, -1)], -2)
+def gram_of(first: Tensor, second: Tensor) -> Gram:
+    """Blocks of `[groups, rows, own_dim]` and `[groups, rows, other_dim]`."""
+    return Gram(first.mT @ first, first.mT @ second, second.mT @ second)
 
 
-def mirror(grams: Tensor, dim: int) -> None:
-    """Fill the block of part 1 by part 0, of Grams whose part 0 has `dim` columns."""
-    grams[..., dim:, :dim] = grams[..., :dim, dim:].mT
+def squared_norm(
+    query: Gram,
+    key: Gram,
+    student_scale: float | Tensor,
+    teacher_scale: float | Tensor,
+    difference: bool,
+) -> Tensor:
+    """`|D|^2 = <P^T P, R^T R>` for each leading index: `[...]` from blocks `[..., dim, dim]`."""
+    first = (query.first * key.first).sum((-2, -1))
+    cross = (query.cross * key.cross).sum((-2, -1))
+    second = (query.second * key.second).sum((-2, -1))
+    if difference:
+        return first + 2 * cross + second
+    cross_scale = student_scale * teacher_scale
+    return student_scale**2 * first - 2 * cross_scale * cross + teacher_scale**2 * second
 
 
-class Algebra(NamedTuple):
-    """What makes loss and factors of whole Grams `[..., width, width]`, for one pair or many.
-
-    Scales are numbers, or tensors that go with Grams; `weights` `[..., width, 1]` are `a` of each
-    column, None in the difference form, where all are 1.
-    """
-
-    dim: int
-    student_scale: float | Tensor
-    teacher_scale: float | Tensor
-    weights: Tensor | None
-
-    def squared_norms(self, query: Tensor, key: Tensor) -> Tensor:
-        """Entries `[..., width, width]` whose sum is `|D|^2 = <a P^T P a, R^T R>`."""
-        entries = query * key
-        return entries if self.weights is None else entries.mul_(self.weights).mul_(self.weights.mT)
-
-    def query_factors(self, key: Tensor) -> Tensor:
-        """`A` `[..., width, dim]` with `c_s D K_s = P A`."""
-        first = key[..., : self.dim] * self.student_scale
-        return first if self.weights is None else first.mul_(self.weights)
-
-    def key_factors(self, query: Tensor) -> Tensor:
-        """`B` `[..., width, dim]` with `c_s D^T Q_s = R B`."""
-        first = query[..., : self.dim]
-        if self.weights is None:
-            # c_s Q_s = P_0 + c_t P_1, so no division by c_s
-            return first + self.teacher_scale * query[..., self.dim :]
-        return (first * self.student_scale).mul_(self.weights)
+def query_factors(
+    key: Gram, student_scale: float | Tensor, teacher_scale: float | Tensor, difference: bool
+) -> tuple[Tensor, Tensor]:
+    """`(A_0, A_1)` with `c_s D K_s = P_0 A_0 + P_1 A_1`."""
+    if difference:
+        return student_scale * key.first, student_scale * key.cross.mT
+    return student_scale**2 * key.first, -(student_scale * teacher_scale) * key.cross.mT
 
 
-def pair_algebra(pair: Pair, like: Tensor) -> Algebra:
-    """That of one pair, whose Grams are like `like`."""
-    dim, teacher_dim = pair.query.shape[-1], pair.teacher_query.shape[-1]
-    weights = None
-    if not pair.difference:
-        weights = like.new_full((dim + teacher_dim, 1), pair.scale)
-        weights[dim:] = -pair.teacher_scale
-    return Algebra(dim, pair.scale, pair.teacher_scale, weights)
-
-
-def stacked_algebra(
-    scales: Tensor, dims: tuple[int, int], difference: bool, between: int
-) -> Algebra:
-    """That of pairs with `scales` `[pairs, 2]` and Grams `[pairs, ..., width, width]`, with as many
-    dimensions `between`."""
-    ones = (1,) * between
-    student, teacher = (column.view(-1, *ones, 1, 1) for column in scales.unbind(1))
-    weights = None
-    if not difference:
-        sides = (student, -teacher)
-        weights = torch.cat(
-            [side.expand(*side.shape[:-2], dim, 1) for side, dim in zip(sides, dims, strict=True)],
-            -2,
+def key_factors(
+    query: Gram, student_scale: float | Tensor, teacher_scale: float | Tensor, difference: bool
+) -> tuple[Tensor, Tensor]:
+    """`(B_0, B_1)` with `c_s D^T Q_s = R_0 B_0 + R_1 B_1`."""
+    if difference:
+        # c_s Q_s = P_0 + c_t P_1, so no division by c_s
+        return (
+            query.first + teacher_scale * query.cross,
+            query.cross.mT + teacher_scale * query.second,
         )
-    return Algebra(dims[0], student, teacher, weights)
+    return student_scale**2 * query.first, -(student_scale * teacher_scale) * query.cross.mT
+
+
+def stack_factors(factors: tuple[Tensor, Tensor]) -> Tensor:
+    """`[..., own_dim + other_dim, own_dim]`: what the backward needs of one side."""
+    return torch.cat(factors, dim=-2)

@@ -20,7 +20,15 @@ from ..common.head_groups import (
     stacked_like,
     zeroed_sources,
 )
-from .gram import gram_of, key_form, pair_algebra, query_form
+from .gram import (
+    Gram,
+    gram_of,
+    key_factors,
+    key_form,
+    query_factors,
+    query_form,
+    squared_norm,
+)
 
 # tokens of one chunk, and of the blocks of query rows on its diagonal
 CHUNK = 128
@@ -79,21 +87,20 @@ def _gram_sweep(pair: Pair, sources: Sources, outs: tuple[Tensor, Tensor] | None
 
     Gradients are made at once, while the rows are in the caches.
     """
+    scales = (pair.scale, pair.teacher_scale, pair.difference)
     left = query_form(sources.query.flatten(1, 2), sources.teacher_query.flatten(1, 2), pair)
     right = key_form(sources.key, sources.teacher_key, pair)
     query, key = gram_of(*left), gram_of(*right)
-    algebra = pair_algebra(pair, key)
     if outs is not None:
-        _apply(left, algebra.query_factors(key), outs[0].flatten(1, 2), beta=0)
-        _apply(right, algebra.key_factors(query), outs[1], beta=0)
-    return algebra.squared_norms(query, key).sum()
+        _apply(left, query_factors(key, *scales), outs[0].flatten(1, 2))
+        _apply(right, key_factors(query, *scales), outs[1])
+    return squared_norm(query, key, *scales).sum()
 
 
-def _apply(sides: tuple[Tensor, Tensor], factors: Tensor, out: Tensor, *, beta: int = 1) -> None:
-    """`out = side_0 F_0 + side_1 F_1`, and `beta` of what was there."""
-    dim = sides[0].shape[-1]
-    out.baddbmm_(sides[0], factors[:, :dim], beta=beta)
-    out.baddbmm_(sides[1], factors[:, dim:])
+def _apply(sides: tuple[Tensor, Tensor], factors: tuple[Tensor, Tensor], out: Tensor) -> None:
+    """`out = side_0 F_0 + side_1 F_1`."""
+    torch.bmm(sides[0], factors[0], out=out)
+    out.baddbmm_(sides[1], factors[1])
 
 
 def tile_sweep(
@@ -136,7 +143,7 @@ class _Kept(NamedTuple):
 
     chunk: slice
     right: tuple[Tensor, Tensor]
-    left_gram: Tensor
+    left_gram: Gram
 
 
 def causal_gram_sweep(pair: Pair, sources: Sources, outs: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -146,10 +153,10 @@ def causal_gram_sweep(pair: Pair, sources: Sources, outs: tuple[Tensor, Tensor] 
     gradient, as in chunked linear attention.
     """
     tokens = sources.query.shape[2]
+    scales = (pair.scale, pair.teacher_scale, pair.difference)
     squares = sources.query.new_zeros(())
     kept: list[_Kept] = []
-    prefix: Tensor | None = None
-    suffix: Tensor | None = None
+    prefix: Gram | None = None
     for start in range(0, tokens, CHUNK):
         chunk = slice(start, min(start + CHUNK, tokens))
         part = _cut(sources, chunk)
@@ -159,20 +166,22 @@ def causal_gram_sweep(pair: Pair, sources: Sources, outs: tuple[Tensor, Tensor] 
         left = query_form(part.query.flatten(1, 2), part.teacher_query.flatten(1, 2), pair)
         right = key_form(part.key, part.teacher_key, pair)
         left_gram = gram_of(*left)
-        algebra = pair_algebra(pair, left_gram)
         if prefix is not None:
-            squares += algebra.squared_norms(left_gram, prefix).sum()
+            squares += squared_norm(left_gram, prefix, *scales).sum()
         if outs is not None:
             if prefix is not None:
-                _apply(left, algebra.query_factors(prefix), query_out.flatten(1, 2))
+                first, second = query_factors(prefix, *scales)
+                query_out.flatten(1, 2).baddbmm_(left[0], first).baddbmm_(left[1], second)
             outs[0][:, :, chunk] = query_out
             kept.append(_Kept(chunk, right, left_gram))
         if chunk.stop < tokens:
-            prefix = _plus(prefix, gram_of(*right))
+            prefix = _add(prefix, gram_of(*right))
+    suffix: Gram | None = None
     for chunk, right, left_gram in reversed(kept):
         if suffix is not None and outs is not None:
-            _apply(right, algebra.key_factors(suffix), outs[1][:, chunk])
-        suffix = _plus(suffix, left_gram)
+            first, second = key_factors(suffix, *scales)
+            outs[1][:, chunk].baddbmm_(right[0], first).baddbmm_(right[1], second)
+        suffix = _add(suffix, left_gram)
     return squares
 
 
@@ -185,5 +194,5 @@ def _cut(sources: Sources, chunk: slice) -> Sources:
     )
 
 
-def _plus(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total.add_(part)
+def _add(total: Gram | None, part: Gram) -> Gram:
+    return part if total is None else Gram(*(a.add_(b) for a, b in zip(total, part, strict=True)))

@@ -35,7 +35,7 @@ from ..common.short_sequences import (
     takes_whole,
 )
 from ..common.tl_types import TYPES
-from .gram import mirror, stacked_algebra
+from .gram import Gram, key_factors, query_factors, squared_norm, stack_factors
 from .gram_kernels import _gram_bwd_kernel, _gram_kernel, _scan_kernel
 from .short_kernel import _short_kernel
 from .sweep_kernel import _sweep_kernel
@@ -309,19 +309,28 @@ def _tiles(call: Call, causal: bool, chunk: int, need_grad: bool) -> Fill:
 
 def _between_chunks(call: Call, chunk: int, need_grad: bool) -> Fill:
     """Of the entries whose key is in an earlier chunk; adds to the gradients."""
-    grams = _grams(call, chunk)
+    of_queries, of_keys = (_grams(call, side, chunk) for side in (0, 1))
     to_queries, to_keys = (_apply(call, side, chunk, accumulate=True) for side in (0, 1))
-    algebra = stacked_algebra(call.scales, call.dims, call.difference, 3)
+    scale, teacher_scale = (column.view(-1, 1, 1, 1) for column in call.scales.unbind(1))
+    difference = call.difference
 
     def fill(heads: Heads, factor: Tensor, grads: list[Tensor]) -> Tensor:
-        query, key = grams(heads)
-        prefix = _scanned(key, reverse=False)
-        squares = algebra.squared_norms(query, prefix).sum((1, 2, 3, 4, 5))
+        prefix = _scanned(of_keys(heads), reverse=False)
+        query_grams = of_queries(heads)
+        squares = squared_norm(
+            _split_grams(call, query_grams),
+            _split_grams(call, prefix),
+            scale,
+            teacher_scale,
+            difference,
+        ).sum((1, 2, 3))
         if need_grad:
+            scales = (scale[..., None, None], teacher_scale[..., None, None], difference)
             upstream = factor.repeat(call.count)
-            to_queries(heads, algebra.query_factors(prefix), upstream, grads[0])
-            suffix = _scanned(query, reverse=True)
-            to_keys(heads, algebra.key_factors(suffix), upstream, grads[1])
+            before = query_factors(_split_grams(call, prefix), *scales)
+            to_queries(heads, stack_factors(before), upstream, grads[0])
+            after = key_factors(_split_grams(call, _scanned(query_grams, reverse=True)), *scales)
+            to_keys(heads, stack_factors(after), upstream, grads[1])
         return squares
 
     return fill
@@ -333,15 +342,18 @@ def gram_forward(
     """The plan of pairs like these, from columns and masks: squares `[pairs]` and the factors
     `[pairs, batch, groups, dim_s + dim_t, dim_s]`."""
     call = Call(pairs, masked)
-    grams = _grams(call, call.sizes["tokens"])
-    algebra = stacked_algebra(call.scales, call.dims, call.difference, 2)
+    sides = [_grams(call, side, call.sizes["tokens"]) for side in (0, 1)]
+    scale, teacher_scale = (column.view(-1, 1, 1) for column in call.scales.unbind(1))
+    scales = (scale[..., None, None], teacher_scale[..., None, None], call.difference)
 
     def run(columns: Sequence[Sequence[Tensor]], masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
-        query, key = grams(call.heads(columns, masks)).squeeze(4)
-        squares = algebra.squared_norms(query, key).sum((1, 2, 3, 4))
+        heads = call.heads(columns, masks)
+        query, key = (_split_grams(call, side(heads).squeeze(3)) for side in sides)
+        squares = squared_norm(query, key, scale, teacher_scale, call.difference).sum((1, 2))
         if not need_grad:
             return squares, call.new(0), call.new(0)
-        return squares, algebra.query_factors(key), algebra.key_factors(query)
+        to_query = stack_factors(query_factors(key, *scales))
+        return squares, to_query, stack_factors(key_factors(query, *scales))
 
     return run
 
@@ -368,34 +380,33 @@ def gram_backward(pairs: list[Pair], masked: bool) -> Callable[..., tuple[Tensor
     return run
 
 
-def _grams(call: Call, chunk: int) -> Callable[[Heads], Tensor]:
-    """Grams of queries and keys, `[2, pairs, batch, groups, chunks, width, width]`, of each `chunk`
-    tokens."""
+def _grams(call: Call, side: int, chunk: int) -> Callable[[Heads], Tensor]:
+    """Grams `[pairs, batch, groups, chunks, width, width]` of each `chunk` tokens of one side."""
     sizes, groups, width = call.sizes, call.groups, sum(call.dims)
     constants, options = _gram_constants(call, "BLOCK")
     tiles = sum(cdiv(size, constants["BLOCK_COLUMN"]) for size in call.dims)
     chunks = cdiv(sizes["tokens"], chunk)
-    starts = [
-        Quick(_gram_kernel).bound(
-            (tiles * tiles * sizes["batch"] * groups, call.count, chunks),
-            groups=groups,
-            chunk_tokens=chunk,
-            SIDE=side,
-            **sizes,
-            **constants,
-            **options,
-        )
-        for side in (0, 1)
-    ]
+    start = Quick(_gram_kernel).bound(
+        (tiles * tiles * sizes["batch"] * groups, call.count, chunks),
+        groups=groups,
+        chunk_tokens=chunk,
+        SIDE=side,
+        **sizes,
+        **constants,
+        **options,
+    )
 
     def made(heads: Heads) -> Tensor:
-        grams = call.new(2, call.count, sizes["batch"], groups, chunks, width, width)
-        for start, of_side in zip(starts, grams, strict=True):
-            start(*heads.read, of_side)
-        mirror(grams, call.dims[0])
+        grams = call.new(call.count, sizes["batch"], groups, chunks, width, width)
+        start(*heads.read, grams)
         return grams
 
     return made
+
+
+def _split_grams(call: Call, grams: Tensor) -> Gram:
+    first, second = slice(0, call.dims[0]), slice(call.dims[0], sum(call.dims))
+    return Gram(grams[..., first, first], grams[..., first, second], grams[..., second, second])
 
 
 def _scanned(grams: Tensor, *, reverse: bool) -> Tensor:

@@ -1,9 +1,11 @@
 """Calls on attention heads without memory, and how often the loops of attention kernels turn."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from fastkd_kernels.common.head_groups import Pair
+from torch import Tensor
 from triton import cdiv
 
 from benchmarks.jobs import Loop
@@ -20,6 +22,11 @@ def pairs_of(work: AttentionWorkload, dtype: torch.dtype, count: int) -> list[Pa
     ]
     scales = tuple(float(dim**-0.5) for dim in work.dims)
     return [Pair(tensors[0], tensors[1], tensors[2], tensors[3], *scales)] * count
+
+
+def heads_of(pairs: Sequence[Pair]) -> tuple[tuple[Tensor, ...], ...]:
+    """Queries, keys, the teacher's queries and keys, each over pairs, as plans take them."""
+    return tuple(zip(*[pair.tensors for pair in pairs], strict=True))
 
 
 def mean_keys(given: dict[str, Any]) -> float:

@@ -9,7 +9,14 @@ from fastkd_kernels.attention_divergence import triton_path
 from triton import cdiv
 
 from benchmarks import costs
-from benchmarks.attention_calls import mean_keys, mean_queries, pairs_of, score_loops, tile_loads
+from benchmarks.attention_calls import (
+    heads_of,
+    mean_keys,
+    mean_queries,
+    pairs_of,
+    score_loops,
+    tile_loads,
+)
 from benchmarks.jobs import Call, Loop, Seen
 from benchmarks.recording import Launch, meta
 from benchmarks.workloads import ATTENTION, AttentionWorkload
@@ -32,16 +39,19 @@ def calls(work: AttentionWorkload, dtype: torch.dtype, count: int) -> Iterator[C
     form = FORMS.get(work.name, set())
     if "capped" in form:
         pairs = [pair._replace(student_softcap=50.0, teacher_softcap=50.0) for pair in pairs]
+    sinks = None
     if "sunk" in form:
-        sinks = meta(work.heads, dtype=torch.float32)
-        pairs = [pair._replace(student_sinks=sinks, teacher_sinks=sinks) for pair in pairs]
+        one = meta(work.heads, dtype=torch.float32)
+        pairs = [pair._replace(student_sinks=one, teacher_sinks=one) for pair in pairs]
+        sinks = meta(count, work.heads, dtype=torch.float32)
     window = WINDOW if "windowed" in form else 0
     mask = meta(work.batch, work.tokens, dtype=torch.bool)
 
     weights = meta(work.batch, dtype=torch.float32)
 
     def run(kind: str) -> None:
-        triton_path.forward(pairs, mask, mask, weights, kind, work.causal, window, True)
+        plan = triton_path.forward(pairs, True, kind, work.causal, window, True)
+        plan(heads_of(pairs), (sinks, sinks), (mask, mask), weights)
 
     for kind in get_args(AttentionDivergenceKind):
         yield Call(kind, lambda kind=kind: run(kind))

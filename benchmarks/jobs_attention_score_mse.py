@@ -9,7 +9,7 @@ from fastkd_kernels.attention_score_mse.op import choose_algorithm
 from triton import cdiv
 
 from benchmarks import costs
-from benchmarks.attention_calls import pairs_of, score_loops, tile_loads
+from benchmarks.attention_calls import heads_of, pairs_of, score_loops, tile_loads
 from benchmarks.jobs import Call, Loop, Seen
 from benchmarks.recording import Launch, meta, size_of
 from benchmarks.workloads import ATTENTION, AttentionWorkload
@@ -29,12 +29,13 @@ def calls(work: AttentionWorkload, dtype: torch.dtype, count: int) -> Iterator[C
     chosen = choose_algorithm(work.tokens, *work.dims, causal=work.causal, backend="triton")
 
     def run() -> None:
+        given = (heads_of(pairs), (mask, mask))
         if chosen == "gram" and not work.causal:
-            squares, *factors = triton_path.gram_forward(pairs, mask, mask, True)
-            triton_path.gram_backward(squares, *factors, pairs, mask, mask)
+            squares, *factors = triton_path.gram_forward(pairs, True, True)(*given)
+            triton_path.gram_backward(pairs, True)(squares, *factors, *given)
         else:
             factor = meta(dtype=torch.float32)
-            triton_path.one_pass(pairs, mask, mask, factor, work.causal, chosen, True)
+            triton_path.one_pass(pairs, True, work.causal, chosen, True)(*given, factor)
 
     yield Call("", run)
 

@@ -7,7 +7,6 @@ constants and warps are therefore those of a call, and no table of them has to b
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -74,8 +73,7 @@ def recorded(target: tuple[str, int | str]) -> Iterator[list[Launch | Product]]:
     with ExitStack() as stack:
         for kind in (JITFunction, InterpretedFunction):
             stack.enter_context(patch.object(kind, "run", run))
-        for name, straight in (("__getitem__", _straight), ("bound", _bound_straight)):
-            stack.enter_context(patch.object(Quick, name, straight))
+        stack.enter_context(patch.object(Quick, "finds", False))
         stack.enter_context(patch.object(library_products, "takes", takes))
         stack.enter_context(patch.object(library_products, "multiply", multiply))
         stack.enter_context(
@@ -85,14 +83,6 @@ def recorded(target: tuple[str, int | str]) -> Iterator[list[Launch | Product]]:
         stack.enter_context(patch.object(launch, "shared_memory", lambda: limit))
         stack.enter_context(patch.object(launch, "architecture", lambda: target[1]))
         yield made
-
-
-def _straight(quick: Quick, grid: tuple[int, ...]) -> Any:
-    return quick.kernel[grid]
-
-
-def _bound_straight(quick: Quick, grid: tuple[int, ...], **rest: Any) -> Any:
-    return partial(quick.kernel[grid], **rest)
 
 
 def tensor_bytes(launch: Launch) -> int:

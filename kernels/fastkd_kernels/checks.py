@@ -252,10 +252,8 @@ def check_teacher(
 
 def check_caps_and_sinks(
     student: Sequence[AttentionState], teacher: Sequence[AttentionState]
-) -> bool:
-    """Soft caps and sinks of states that `check_states` has passed; whether any is there."""
-    if all([state.softcap is None and state.sinks is None for state in (*student, *teacher)]):
-        return False
+) -> None:
+    """Soft caps and sinks of states that `check_states` has passed."""
     for pair, states in enumerate(zip(student, teacher, strict=True)):
         names = (f"student[{pair}]", f"teacher[{pair}]")
         for name, state in zip(names, states, strict=True):
@@ -270,7 +268,6 @@ def check_caps_and_sinks(
             )
         if states[1].sinks is not None:
             check_frozen(f"{names[1]}.sinks", states[1].sinks)
-    return True
 
 
 def check_softcap(name: str, softcap: object) -> None:

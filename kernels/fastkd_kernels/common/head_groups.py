@@ -177,11 +177,6 @@ def zeroed_sources(
     )
 
 
-def store_groups(out: Tensor, group: Group, value: Tensor) -> None:
-    slot = out[group.batch, group.heads]
-    slot.copy_(value.view(slot.shape))
-
-
 def fold_keys(out: Tensor, group: Group, value: Tensor) -> None:
     """Sum key groups `[n, tokens, dim]` into the student's `[batch, kv_heads, tokens, dim]`."""
     groups = group.heads.stop - group.heads.start

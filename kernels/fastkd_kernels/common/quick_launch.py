@@ -37,8 +37,12 @@ class Quick:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
+
+    @property
+    def finds(self) -> bool:
+        """Whether the kernel is compiled, and by what is known here of its arguments."""
         # the interpreter compiles nothing, and AMD's compiler looks at the sizes of tensors too
-        self.finds = isinstance(kernel, triton.JITFunction) and not torch.version.hip
+        return isinstance(self.kernel, triton.JITFunction) and not torch.version.hip
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         if not self.finds:

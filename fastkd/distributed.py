@@ -173,6 +173,11 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def sum_to(self, rank: int, tensor: Tensor) -> None:
+        """Add a tensor up over all ranks, in place on one of them; of no use on the others."""
+        if self.world_size > 1:
+            dist.reduce(tensor, dst=rank)
+
     def from_main(self, function: Callable[[], T]) -> T:
         """Run a function on rank 0 and give every rank its result, or its `UserError`."""
         outcome: list[Any] = [None, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,16 +23,18 @@ class _Alone(Ranks):
 
 
 def _engine() -> Any:
-    """As much of DeepSpeed's as saving asks for."""
-    engine = SimpleNamespace(checkpoint_engine=None, optimizer=None)
-    engine._get_ckpt_name = engine._get_rank_zero_ckpt_name = lambda: ""
-    engine.zero_optimization_stage = lambda: 1
-
-    def save(root: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
-        engine.checkpoint_engine.save(client_state, f"{root}/{tag}/state.safetensors")
-
-    engine.save_checkpoint = save
-    return engine
+    """As much of DeepSpeed's at stage 0 as saving asks for."""
+    module = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    return SimpleNamespace(
+        module=module,
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer),
+        global_steps=1,
+        global_samples=1,
+        skipped_steps=0,
+        zero_optimization_stage=lambda: 0,
+    )
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def _there(checkpoints: Checkpoints) -> list[int]:
 
 
 def _flip(checkpoints: Checkpoints, step: int) -> None:
-    path = checkpoints.folder / f"step-{step:08d}" / "state.safetensors"
+    path = checkpoints.folder / f"step-{step:08d}" / "training.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -101,3 +104,20 @@ def test_what_stands_in_the_place_of_a_checkpoint_makes_room(
     names = sorted(path.name for path in checkpoints.folder.iterdir())
     assert names == ["latest", "step-00000006", "step-00000008", "step-of-mine"]
     assert (moved / "manifest.json").is_file()
+
+
+def test_random_numbers_go_on_where_there_were_some(checkpoints: Checkpoints) -> None:
+    """And start anew on further ranks: the same each time, others on each."""
+    torch.manual_seed(3)
+    random.seed(3)
+    checkpoints.save(_engine(), 6, {})
+    there = [*torch.rand(2).tolist(), random.random()]
+
+    def drawn(rank: int, seed: int) -> list[float]:
+        found = Checkpoints(checkpoints.folder, Ranks(rank, 3, torch.device("cpu")), 2)
+        found._restore_random_state(found.folder / "step-00000006", 1, seed)
+        return [*torch.rand(2).tolist(), random.random()]
+
+    assert drawn(0, 1) == drawn(0, 2) == there
+    new = [drawn(rank, seed) for rank, seed in ((1, 1), (2, 1), (1, 2))]
+    assert drawn(1, 1) == new[0] and len({tuple(draws) for draws in (there, *new)}) == 4

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from fastkd.cli import main
 from fastkd.reporting import report
 from fastkd.training import bookkeeping, engine, loop, parts
-from fastkd.training.checkpoint import checkpoints, deepspeed_files
+from fastkd.training.checkpoint import checkpoints
 from fastkd.training.export import student
 
 # more bytes than metrics take, fewer than the weights of a tiny student
@@ -66,7 +66,7 @@ def _at_call(
 
 def _half_written(number: int) -> None:
     """Die in the middle of a file of a checkpoint."""
-    original = deepspeed_files.write_state
+    original = checkpoints.write_state
     calls = 0
 
     def write(path: Path, tree: Any) -> Any:
@@ -78,7 +78,7 @@ def _half_written(number: int) -> None:
             _die()
         return written
 
-    deepspeed_files.write_state = checkpoints.write_state = write
+    checkpoints.write_state = write
 
 
 def _overflow_from(number: int) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from tiny_models import tiny_config
 from tiny_runs import assert_same_run, keys, make_recipe, run_script, run_variants
 from torch import Tensor
 
@@ -45,6 +47,8 @@ MOVES = {
     ),
 }
 
+HEAD = {"student.head": "masked_lm", "losses.logits": {"weight": 0.1}}
+
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -52,7 +56,12 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     student = {"layers": 2, "hidden_size": 20, "heads": 4, "intermediate_size": 37}
     train = {"batch_size": 12, "schedule": "constant", "warmup_steps": 1, "checkpoint_every": 2}
-    return make_recipe(folder, student=student, train=train)
+    recipe = make_recipe(folder, student=student, train=train)
+    torch.manual_seed(0)
+    transformers.AutoModelForMaskedLM.from_config(tiny_config("bert")).save_pretrained(
+        folder / "teacher"
+    )
+    return recipe
 
 
 def test_a_run_goes_on_with_other_ranks_and_stages(recipe: Path) -> None:
@@ -86,16 +95,19 @@ def _bits(tensor: Tensor) -> bytes:
 def test_a_state_is_the_same_in_every_layout(recipe: Path, precision: str) -> None:
     (ranks, layout), (others, layouts) = MOVES[precision]
     run, moved = recipe.parent / precision, recipe.parent / f"{precision}-moved"
-    given = {"run.output": str(run), "train.precision": precision, "train.steps": 2, **layout}
-    run_variants(recipe, [keys(given)], ranks=ranks)
-    overrides = json.dumps([keys({**given, **other}) for other in layouts])
-    for number in (others, 1):
-        arguments = (str(recipe), str(moved), overrides)
+    given = {"run.output": str(run), "train.precision": precision, **HEAD}
+    for number, variants in ((ranks, [layout]), (others, layouts), (1, layouts)):
+        overrides = [keys({**given, **variant}) for variant in variants]
+        arguments = (str(recipe), str(moved), json.dumps(overrides))
         done = run_script("moved_states.py", *arguments, ranks=number)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     saved = _parameters(run / "checkpoints")
-    assert {"weight", "exp_avg", "exp_avg_sq", "step"} == saved[max(saved)].keys()
-    assert all(stored["weight"].dtype == torch.float32 for stored in saved.values())
+    (frozen,) = (name for name, stored in saved.items() if stored.keys() == {"weight"})
+    # the decoder of the head is the word embeddings, and stands once
+    assert frozen.endswith("position_embeddings.weight") and "decoder.weight" not in str(saved)
+    for name in saved.keys() - {frozen}:
+        assert {"weight", "exp_avg", "exp_avg_sq", "step"} == saved[name].keys()
+        assert saved[name]["weight"].dtype == torch.float32
     folders = sorted(moved.iterdir())
     assert len(folders) == 2 * len(layouts)
     for folder in folders:

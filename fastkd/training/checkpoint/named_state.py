@@ -73,7 +73,7 @@ def load_named_state(engine: Any, state: Mapping[str, Any], ranks: Ranks) -> Non
     _check_same(names, stored)
     with settled_weights(engine), torch.no_grad():
         places = find_places(engine, ranks.rank)
-        _make_states({name: places[p] for name, p in names.items()}, stored)
+        make_states({name: places[p] for name, p in names.items()}, stored)
         for name, parameter in names.items():
             _put(places[parameter], stored[name])
         follow_masters(engine)
@@ -94,6 +94,9 @@ def _gathered(place: Place, shape: torch.Size, owner: int, ranks: Ranks) -> dict
         if not tensor.ndim or place.offset is None:
             found[key] = tensor
             continue
+        if ranks.world_size == 1:
+            found[key] = place.piece(tensor).view(shape)
+            continue
         whole = torch.zeros(shape.numel(), dtype=tensor.dtype, device=ranks.device)
         place.cut(whole).copy_(place.piece(tensor))
         # as whole numbers: a sum of the others would make a negative zero positive
@@ -102,8 +105,12 @@ def _gathered(place: Place, shape: torch.Size, owner: int, ranks: Ranks) -> dict
     return found
 
 
-def _make_states(places: Mapping[str, Place], stored: Parameters) -> None:
-    """Let the optimiser have a state where its first step would make one."""
+def make_states(places: Mapping[str, Place], stored: Parameters) -> None:
+    """Let the optimiser have a state where its first step would make one, with the number of steps.
+
+    Raises:
+        ValueError: parameters that share a flat tensor made different numbers of steps.
+    """
     steps: dict[Tensor, dict[float, str]] = {}
     for name, place in places.items():
         if place.optimizer is None or stored[name].keys() == {WEIGHT}:

@@ -13,6 +13,7 @@ from tiny_runs import make_recipe
 from torch import Tensor
 from transformers import AutoModel, MixtralConfig
 
+from benchmarks import placement
 from fastkd import cli
 from fastkd.capture import capture, route_attention
 from fastkd.recipe import Recipe, load_recipe, parse_recipe
@@ -191,6 +192,10 @@ def test_doctor_forecasts_without_weights(
     assert "memory of each of 8 GPUs" in said and "tokens a second" in said
     # 32 blocks of 4096, in fp32
     assert "does not fit" in said and "teacher.placement=shard" in said
+
+
+def test_the_committed_page_is_what_is_forecast() -> None:
+    assert placement.PAGE.read_text(encoding="utf-8") == placement.page()
 
 
 EXPERTS = ("teacher.model=MIXTRAL", "teacher.dtype=bfloat16", "train.precision=bf16")

@@ -11,12 +11,14 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from fastkd import distributed
 from fastkd.cli import main
 from fastkd.reporting import report
 from fastkd.training import bookkeeping, engine, loop, parts
@@ -97,6 +99,12 @@ def _overflow_from(number: int) -> None:
     engine.TeacherRunner.__call__ = capture
 
 
+def _work_alone() -> None:
+    """Be busy without a word to the others, nearly for ever."""
+    distributed.LOOK_SECONDS, distributed.GRACE_SECONDS = 0.1, 1.0
+    time.sleep(600)
+
+
 # with a checkpoint every second step, step 4's is the second one; each has three files at stage 1
 MOMENTS: dict[str, Callable[[], None]] = {
     "before the first checkpoint": lambda: _at_call(2, loop, "train_step", _die),
@@ -125,6 +133,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "SIGTERM in the export": lambda: _at_call(1, loop, "export_student", _stop_by(signal.SIGTERM)),
     "SIGHUP in step 3": lambda: _at_call(3, loop, "train_step", _stop_by(signal.SIGHUP)),
     "killed while models load": lambda: _at_call(1, parts, "load_teacher", _die),
+    "alone in step 3": lambda: _at_call(3, loop, "train_step", _work_alone),
     "stuck in step 3": lambda: _at_call(3, loop, "train_step", _stop_by(signal.SIGSTOP)),
     "disk full from step 3": lambda: _at_call(3, loop, "train_step", _fill_disk),
     "disk full in the export": lambda: _at_call(1, loop, "export_student", _fill_disk),

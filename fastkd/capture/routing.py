@@ -91,7 +91,7 @@ def route_attention(model: PreTrainedModel, implementation: str | None = None) -
         return
     name = PREFIX + running
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        AttentionInterface.register(name, _listening(running))
+        AttentionInterface.register(name, listening_function(running))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[running])
     # the setter above would try to load a flash kernel of this name
     model.config._attn_implementation = name
@@ -128,7 +128,9 @@ def _other(model: PreTrainedModel, refused: str) -> str:
     return "sdpa" if refused != "sdpa" and model._supports_sdpa else "eager"
 
 
-def _listening(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def listening_function(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """An attention function that lets a listener hear, and calls an implementation."""
+
     def attend(
         module: nn.Module,
         query: Tensor,

@@ -151,6 +151,14 @@ def test_further_complaints_are_counted() -> None:
             "train.precision is bf16 and train.zero_stage 0, .*; use zero_stage 1",
         ),
         (
+            {"train": {"compile": True, "zero_stage": 3}},
+            "train.compile is on and train.zero_stage 3, .*; use zero_stage 2, or leave",
+        ),
+        (
+            {"train": {"compile": True}, "teacher": {"placement": "shard"}},
+            "train.compile is on and teacher.placement shard, .*; use replicate, or leave",
+        ),
+        (
             {"train": {"steps": 10, "warmup_steps": 10}},
             r"train.warmup_steps is 10, expected fewer than train.steps \(10\)",
         ),

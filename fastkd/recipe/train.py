@@ -46,8 +46,12 @@ class Train(Section):
     """Decay after the warm-up, to zero at the last step."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Global gradient norm is clipped to this; 0 switches clipping off."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the student's forward and backward; master weights are fp32."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the student's forward and backward; master weights are fp32. `auto` is bf16 on a
+    GPU that computes in it, fp32 elsewhere and with `zero_stage` 0."""
+    tf32: bool = True
+    """Whether products of fp32 matrices in the models read TF32 on a GPU, where the process has not
+    said otherwise; those of the kernels never do."""
     compile: bool = False
     """Whether both models run under `torch.compile`, each as one graph, in the steps of the
     training, of which the first ones compile. It needs a C++ compiler, on a GPU one of C."""

@@ -92,7 +92,7 @@ def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
             ("training", _duration(seconds * train.steps)),
         ],
     )
-    parts = memory_parts(recipe, run.teacher_parameters, trained, ranks.world_size)
+    parts = memory_parts(run.recipe, run.teacher_parameters, trained, ranks.world_size)
     rest = max(0, peak_memory(ranks) - sum(parts.values()))
     kind = "GPU" if ranks.device.type == "cuda" else "process"
     rows = [(name, f"{size / 2**20:,.0f} MiB") for name, size in parts.items()]

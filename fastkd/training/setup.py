@@ -32,6 +32,7 @@ from fastkd.training.engine import (
 )
 from fastkd.training.memory import check_micro_batch
 from fastkd.training.parts import Parts, gather
+from fastkd.training.precision import settle_precision
 from fastkd.training.run_folder import RunFolder
 from fastkd.types import Inputs
 
@@ -129,6 +130,7 @@ def set_up_evaluation(recipe: AnyRecipe, made: RunFolder, ranks: Ranks) -> Run:
 
 def _gathered(recipe: AnyRecipe, ranks: Ranks, progress: bool) -> Parts:
     """The parts of a run that is to be made, once all is checked that can be without them."""
+    recipe = settle_precision(recipe, ranks)
     plan = plan_batches(recipe, ranks.world_size)
     if recipe.train.compile:
         check_compiler(ranks.device)

@@ -79,11 +79,14 @@ class CompiledCapture:
     def __exit__(self, *_raised: object) -> None:
         self.close()
 
-    def __call__(self, inputs: Mapping[str, Any]) -> Capture:
+    def __call__(
+        self, inputs: Mapping[str, Any], wanted: Mapping[str, Any] | None = None
+    ) -> Capture:
         """Run the model and give what was recorded.
 
         Args:
             inputs: its keyword arguments; of a decoder also those of `no_cache`.
+            wanted: what must have been recorded; all that was asked for where not given.
 
         Raises:
             UserError: the compiler can't take the model as one graph, or a wanted layer left
@@ -105,7 +108,7 @@ class CompiledCapture:
         finally:
             self._slot.states = None
         states = Capture(*found)
-        gone = missing(states, self._wanted)
+        gone = missing(states, self._wanted if wanted is None else wanted)
         if gone:
             raise UserError(
                 f"{name}: {', '.join(gone)} can't be captured of the compiled model; leave "

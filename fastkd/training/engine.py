@@ -60,7 +60,7 @@ class TeacherRunner:
         read = {**model_inputs(inputs), **no_cache(self.model)}
         with torch.no_grad(), nullcontext() if whole else self._cut:
             if self.compiled is not None and self.objective.training and not whole:
-                return self.compiled(read)
+                return self.compiled(read, self.objective.layers("teacher"))
             with capture(self.model, **self.objective.layers("teacher")) as states:
                 self._run(**read)
         return states

@@ -36,6 +36,8 @@ def introduce(run: Run, reporter: Reporter) -> None:
         f"batch: {step} = {plan.world_size} ranks x {plan.accumulation} micro-batches x "
         f"{plan.micro_batch_size}; {recipe.train.steps} steps"
     )
+    if recipe.train.compile:
+        reporter.say("compile: the first steps compile the models, which takes a while")
     if not isinstance(recipe, Recipe):
         return
     if recipe.preset is not None:

@@ -89,7 +89,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(path: Path) -> Recipe:
-    return load_recipe(path, [])
+    return load_recipe(path, ["train.precision=fp32", "teacher.dtype=float32"])
 
 
 def _laid_out(recipe: Recipe, *, teacher: Any = None, zero: Any = None, **train: Any) -> Recipe:
@@ -186,11 +186,11 @@ def test_doctor_forecasts_without_weights(
         "student.kv_heads=4",
         "data.train=nowhere",
     ]
-    given += ["losses={hidden: {}}", "train.batch_size=64", "--gpu", "l4"]
+    given += ["losses={hidden: {}}", "train.batch_size=128", "--gpu", "l4"]
     assert _doctor(*given, "--ranks", "8", monkeypatch=monkeypatch) == 0
     said = capsys.readouterr().out
     assert "memory of each of 8 GPUs" in said and "tokens a second" in said
-    # 32 blocks of 4096, in fp32
+    # 32 blocks of 4096
     assert "does not fit" in said and "teacher.placement=shard" in said
 
 

@@ -102,9 +102,16 @@ def listening(block: nn.Module, listener: Listener) -> Iterator[None]:
     """Let `listener` hear every attention inside a block while the context is open."""
     with ExitStack() as stack:
         for module in block.modules():
+            stack.callback(_put_back, module, module.__dict__.get(_LISTENER))
             module.__dict__[_LISTENER] = listener
-            stack.callback(module.__dict__.pop, _LISTENER)
         yield
+
+
+def _put_back(module: nn.Module, listener: Listener | None) -> None:
+    if listener is None:
+        del module.__dict__[_LISTENER]
+    else:
+        module.__dict__[_LISTENER] = listener
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from fastkd.training.forecast import (
 )
 from fastkd.training.loop import train_step
 from fastkd.training.memory import memory_parts, parts_on_cpu
+from fastkd.training.precision import precision_on_gpus
 from fastkd.training.setup import Run, set_up
 
 _TIMED_STEPS = 3
@@ -99,6 +100,7 @@ def forecast_run(recipe: AnyRecipe, chip: Chip, ranks: int, reporter: Reporter) 
             "--gpu is given with a recipe of fine-tuning, expected one of distillation; leave "
             "--gpu out, which makes a few real steps"
         )
+    recipe = precision_on_gpus(recipe)
     stages = stage_recipes(recipe) if recipe.stages else [recipe]
     for number, stage in enumerate(stages, start=1):
         if len(stages) > 1:
@@ -189,10 +191,10 @@ def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
             ("training", _duration(seconds * train.steps)),
         ],
     )
-    parts = memory_parts(recipe, run.teacher_parameters, trained, ranks.world_size)
+    parts = memory_parts(run.recipe, run.teacher_parameters, trained, ranks.world_size)
     kind = "GPU" if ranks.device.type == "cuda" else "process"
     if kind == "GPU":
-        parts = {name: size for name, size in parts.items() if name not in parts_on_cpu(recipe)}
+        parts = {name: size for name, size in parts.items() if name not in parts_on_cpu(run.recipe)}
     rest = max(0, peak_memory(ranks) - sum(parts.values()))
     rows = [(name, f"{size / 2**20:,.0f} MiB") for name, size in parts.items()]
     rows.append(("activations and libraries, measured", f"{rest / 2**20:,.0f} MiB"))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
-from fastkd.capture import Capture, at_depth, capture, no_cache
+from fastkd.capture import Capture, CompiledCapture, at_depth, capture, no_cache
 from fastkd.capture.lm_head import last_hidden_state, last_layer
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
@@ -34,7 +34,10 @@ class TeacherRunner:
     """A frozen teacher, called on a micro-batch for what the losses need of it."""
 
     def __init__(
-        self, model: PreTrainedModel, objective: Objective, engine: nn.Module | None = None
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        engine: nn.Module | None = None,
     ) -> None:
         """Let a teacher run.
 
@@ -48,14 +51,18 @@ class TeacherRunner:
         self._run = model if engine is None else engine
         # of DeepSpeed's engine it returns nothing
         self._run.eval()
-        self._depth = objective.teacher_depth
+        self.compiled: CompiledCapture | None = None
+        """What runs it while the objective is in training mode, where that is compiled."""
+        self._cut = self._find_cut()
 
     def __call__(self, inputs: Inputs, *, whole: bool = False) -> Capture:
         """Run as deep as the objective ever needs, or all of it, and return what is needed now."""
-        layers = self.objective.layers("teacher")
-        cut = nullcontext() if whole else self._cut()
-        with torch.no_grad(), cut, capture(self.model, **layers) as states:
-            self._run(**model_inputs(inputs), **no_cache(self.model))
+        read = {**model_inputs(inputs), **no_cache(self.model)}
+        with torch.no_grad(), nullcontext() if whole else self._cut:
+            if self.compiled is not None and self.objective.training and not whole:
+                return self.compiled(read, self.objective.layers("teacher"))
+            with capture(self.model, **self.objective.layers("teacher")) as states:
+                self._run(**read)
         return states
 
     def embed(self, inputs: Inputs) -> Tensor:
@@ -64,8 +71,8 @@ class TeacherRunner:
             read = {**model_inputs(inputs), **no_cache(self.model)}
             return last_hidden_state(self._run, self.model, read)
 
-    def _cut(self) -> AbstractContextManager[None]:
-        full, depth = self.model.config.num_hidden_layers, self._depth
+    def _find_cut(self) -> AbstractContextManager[None]:
+        full, depth = self.model.config.num_hidden_layers, self.objective.teacher_depth
         if depth is None or depth >= full:
             return nullcontext()
         return at_depth(self.model, max(depth, 1))

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.capture import CompiledCapture
+from fastkd.capture.compiled import check_compiler
 from fastkd.data.batching import plan_batches
 from fastkd.data.datamodule import MicroBatches
 from fastkd.distributed import Ranks
@@ -30,6 +32,7 @@ from fastkd.training.engine import (
 )
 from fastkd.training.memory import check_micro_batch
 from fastkd.training.parts import Parts, gather
+from fastkd.training.precision import settle_precision
 from fastkd.training.run_folder import RunFolder
 from fastkd.types import Inputs
 
@@ -96,7 +99,10 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
         raise UserError(refusal(error)) from error
     # dropout must differ between ranks; everything before must not
     torch.manual_seed(recipe.train.seed + 1 + ranks.rank)
-    return Run(**vars(parts), teacher=teacher, engine=engine)
+    run = Run(**vars(parts), teacher=teacher, engine=engine)
+    if recipe.train.compile:
+        _compile(run)
+    return run
 
 
 def set_up_trial(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> Run:
@@ -124,7 +130,10 @@ def set_up_evaluation(recipe: AnyRecipe, made: RunFolder, ranks: Ranks) -> Run:
 
 def _gathered(recipe: AnyRecipe, ranks: Ranks, progress: bool) -> Parts:
     """The parts of a run that is to be made, once all is checked that can be without them."""
+    recipe = settle_precision(recipe, ranks)
     plan = plan_batches(recipe, ranks.world_size)
+    if recipe.train.compile:
+        check_compiler(ranks.device)
     check_config(student_config(recipe, plan))
     check_micro_batch(recipe, plan.micro_batch_size, ranks.device)
     torch.manual_seed(recipe.train.seed)
@@ -144,3 +153,13 @@ def _teacher(parts: Parts, *, sharded: bool) -> TeacherRunner | NoTeacher:
     if sharded and recipe.teacher.placement != "replicate":
         return TeacherRunner(model, parts.objective, shard_teacher(model, recipe))
     return TeacherRunner(model.to(parts.ranks.device), parts.objective)
+
+
+def _compile(run: Run) -> None:
+    """Let both models be compiled where they train; an evaluation of the run reads them eagerly."""
+    objective = run.objective
+    student = CompiledCapture(run.module.student, objective.all_layers("student"))
+    run.module.compiled = student.open()
+    if isinstance(run.teacher, TeacherRunner):
+        teacher = CompiledCapture(run.teacher.model, objective.all_layers("teacher"))
+        run.teacher.compiled = teacher.open()

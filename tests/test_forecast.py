@@ -21,6 +21,7 @@ from fastkd.training.chips import CHIPS, Chip
 from fastkd.training.doctor import does_not_fit
 from fastkd.training.dry_pass import bytes_of, dry_pass, tensors_of
 from fastkd.training.forecast import EFFICIENCY, forecast, run_dry
+from fastkd.training.precision import precision_on_gpus
 
 ROWS, TOKENS = 3, 16
 LAYERS: dict[str, Any] = {"attention": {2}, "hidden": {0, 3}}
@@ -133,6 +134,11 @@ def test_a_forecast_follows_the_layout(recipe: Recipe) -> None:
     assert away.parts["bucket of gradients"] == 4000
 
 
+def test_a_precision_that_is_left_open_is_that_of_gpus(path: Path) -> None:
+    found = precision_on_gpus(load_recipe(path, []))
+    assert (found.teacher.dtype, found.train.precision) == ("bfloat16", "bf16")
+
+
 def test_micro_batches_scale_memory_and_leave_time(recipe: Recipe) -> None:
     chip = CHIPS["a100"]
     large = forecast(recipe, run_dry(recipe, 8), chip, 1)
@@ -186,11 +192,12 @@ def test_doctor_forecasts_without_weights(
         "student.kv_heads=4",
         "data.train=nowhere",
     ]
-    given += ["losses={hidden: {}}", "train.batch_size=128", "--gpu", "l4"]
+    given += ["losses={hidden: {}}", "teacher.dtype=float32", "train.batch_size=64"]
+    given += ["--gpu", "l4"]
     assert _doctor(*given, "--ranks", "8", monkeypatch=monkeypatch) == 0
     said = capsys.readouterr().out
     assert "memory of each of 8 GPUs" in said and "tokens a second" in said
-    # 32 blocks of 4096
+    # 32 blocks of 4096, in fp32
     assert "does not fit" in said and "teacher.placement=shard" in said
 
 

@@ -30,6 +30,8 @@ _FREE = frozenset(
         "train.micro_batch_size",
         "train.zero_stage",
         "teacher.placement",
+        "teacher.cache_folder",
+        "teacher.cache_limit",
         "run.output",
         "run.monitor",
     }
@@ -44,7 +46,7 @@ _LENGTHS = ("steps", "epochs")
 # of these the recipe that a run is continued with is in force
 _TAKEN_OVER = {
     "train": ("micro_batch_size", "zero_stage", *_LENGTHS),
-    "teacher": ("placement",),
+    "teacher": ("placement", "cache_folder", "cache_limit"),
 }
 
 

@@ -34,7 +34,7 @@ from fastkd.training.memory import check_micro_batch
 from fastkd.training.parts import Parts, gather
 from fastkd.training.precision import settle_precision
 from fastkd.training.run_folder import RunFolder
-from fastkd.types import Inputs
+from fastkd.types import ROWS, Inputs
 
 
 @dataclass
@@ -61,9 +61,12 @@ class Run(Parts):
         )
 
     def move(self, inputs: Inputs) -> Inputs:
-        """Inputs on this rank's device."""
+        """Inputs on this rank's device; the numbers of their rows stay on the CPU."""
         device = self.ranks.device
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+        return {
+            name: tensor if name == ROWS else tensor.to(device, non_blocking=True)
+            for name, tensor in inputs.items()
+        }
 
     def loss_scales(self, batches: list[Inputs]) -> Tensor:
         """What each micro-batch of a step counts among all, fp32 [micro-batches, DIVISORS].

@@ -23,6 +23,7 @@ from fastkd.data.tasks.tokenized import (
     padded_length,
 )
 from fastkd.data.text.stream import epoch_seed, require_same
+from fastkd.types import ROWS
 
 POOL = 50
 """Batches whose examples are sorted by length together, at most."""
@@ -82,8 +83,9 @@ class ExampleStream:
         return [rows[place] for place in np.argsort(lengths, kind="stable")]
 
     def next_batch(self) -> Batch:
-        """The next global batch, of `batch_size` examples."""
-        return self._examples.batch(self.next_rows(), self._multiple)
+        """The next global batch, of `batch_size` examples, and their numbers."""
+        rows = self.next_rows()
+        return {**self._examples.batch(rows, self._multiple), ROWS: torch.tensor(rows)}
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, in plain values."""

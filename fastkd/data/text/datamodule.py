@@ -15,7 +15,7 @@ from fastkd.data.tasks.metrics import Judged
 from fastkd.data.text import BlockStream, Corpus
 from fastkd.data.text.mlm import Masking
 from fastkd.distributed import Ranks
-from fastkd.types import Inputs, Reading
+from fastkd.types import ROWS, Inputs, Reading
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class BlockMicroBatches:
     def next_step(self, step: int) -> Sequence[Inputs]:
         # masked before it is cut: the draw is that of the whole step
         batch = as_inputs(self._stream.next_batch(), self._masking, step)
+        if self._stream.numbers is not None:
+            batch = {**batch, ROWS: self._stream.numbers}
         return [{name: value[rows] for name, value in batch.items()} for rows in self._slices]
 
     def state_dict(self) -> dict[str, Any]:

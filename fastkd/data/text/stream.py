@@ -36,6 +36,10 @@ class BlockStream(Protocol):
     def epoch(self) -> int:
         """Passes over the data that are done."""
 
+    @property
+    def numbers(self) -> Tensor | None:
+        """Numbers of the last batch's blocks among all; `None` where they are not counted."""
+
     def next_batch(self) -> Tensor:
         """The next global batch, [batch_size, block_size] int64 on the CPU."""
 
@@ -57,6 +61,7 @@ class ShuffledBlocks:
         self._position = 0
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int32)
+        self.numbers: Tensor | None = None
 
     @property
     def epoch(self) -> int:
@@ -71,6 +76,7 @@ class ShuffledBlocks:
             taken = self._order[start : start + self._batch_size - len(rows)].tolist()
             rows += taken
             self._position += len(taken)
+        self.numbers = torch.tensor(rows)
         return torch.from_numpy(np.asarray(self._blocks[rows][TOKENS], dtype=np.int64))
 
     def state_dict(self) -> dict[str, Any]:
@@ -98,6 +104,8 @@ class StreamedDocuments:
     Files that change under a run would change it without a word. So the position also holds what
     was read of this epoch, as a digest, and for the rest the size and the time of every file.
     """
+
+    numbers: Tensor | None = None
 
     def __init__(
         self,

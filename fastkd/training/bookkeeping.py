@@ -215,6 +215,8 @@ def _parts(record: dict[str, Any]) -> list[str]:
 
 
 def _write_events(run: Run, record: dict[str, Any]) -> None:
+    if run.engine.monitor is None:
+        return
     step = record["step"]
     events = [("train/loss", record["loss"], step), ("train/lr", record["learning_rate"], step)]
     events += [(f"train/{label}", value, step) for label, value in record["losses"].items()]

@@ -21,7 +21,7 @@ from fastkd.data.datamodule import MicroBatches
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError
 from fastkd.recipe import AnyRecipe, Recipe
-from fastkd.training.deepspeed_config import check_packages, student_config
+from fastkd.training.deepspeed_config import check_packages, student_config, uses_deepspeed
 from fastkd.training.engine import (
     NoTeacher,
     TeacherRunner,
@@ -43,7 +43,7 @@ class Run(Parts):
 
     teacher: TeacherRunner | NoTeacher
     engine: Any
-    """DeepSpeed's, around `module`; `module` itself where nothing is trained."""
+    """Around `module`, see `make_engine`; `module` itself where nothing is trained."""
 
     @property
     def teacher_parameters(self) -> int:
@@ -88,11 +88,10 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
     """
     check_packages(recipe)
     parts = _gathered(recipe, ranks, progress)
-    config = student_config(parts.recipe, parts.plan)
     teacher = _teacher(parts, sharded=True)
     # what transformers reads is in eval mode, and a continued run starts with a step
     try:
-        engine = make_engine(parts.module.train(), parts.recipe.train, config, ranks)
+        engine = make_engine(parts.module.train(), parts.recipe, parts.plan, ranks)
     except FOREIGN_ERRORS as error:
         if isinstance(error, UserError) or not recipe.deepspeed:
             raise
@@ -134,7 +133,9 @@ def _gathered(recipe: AnyRecipe, ranks: Ranks, progress: bool) -> Parts:
     plan = plan_batches(recipe, ranks.world_size)
     if recipe.train.compile:
         check_compiler(ranks.device)
-    check_config(student_config(recipe, plan))
+    config = student_config(recipe, plan)
+    if uses_deepspeed(recipe, ranks.world_size):
+        check_config(config)
     check_micro_batch(recipe, plan.micro_batch_size, ranks.device)
     torch.manual_seed(recipe.train.seed)
     return gather(recipe, plan, ranks, progress=progress)

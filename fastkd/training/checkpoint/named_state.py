@@ -33,7 +33,7 @@ Parameters = Mapping[str, Mapping[str, Tensor]]
 
 
 def named_state(engine: Any, ranks: Ranks) -> dict[str, Any]:
-    """The state of a DeepSpeed engine; collective.
+    """The state of an engine; collective.
 
     Returns:
         With this rank's share of the parameters, on the CPU where they had to be gathered; the
@@ -57,7 +57,7 @@ def named_state(engine: Any, ranks: Ranks) -> dict[str, Any]:
 
 
 def load_named_state(engine: Any, state: Mapping[str, Any], ranks: Ranks) -> None:
-    """Put a state into a DeepSpeed engine that has made no step; collective.
+    """Put a state into an engine that has made no step; collective.
 
     Args:
         engine: of any stage, on any number of ranks.

@@ -100,12 +100,11 @@ def forecast_run(recipe: AnyRecipe, chip: Chip, ranks: int, reporter: Reporter) 
             "--gpu is given with a recipe of fine-tuning, expected one of distillation; leave "
             "--gpu out, which makes a few real steps"
         )
-    recipe = precision_on_gpus(recipe)
     stages = stage_recipes(recipe) if recipe.stages else [recipe]
     for number, stage in enumerate(stages, start=1):
         if len(stages) > 1:
             reporter.say(f"stage {number} of {len(stages)}")
-        _forecast(stage, chip, ranks, reporter)
+        _forecast(precision_on_gpus(stage), chip, ranks, reporter)
 
 
 def _forecast(recipe: Recipe, chip: Chip, ranks: int, reporter: Reporter) -> None:

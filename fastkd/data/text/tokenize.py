@@ -17,7 +17,7 @@ from itertools import chain, islice
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastkd.data.text.packing import IntArray
 from fastkd.data.workers import Workers
@@ -50,16 +50,38 @@ class Encoder:
     separator: tuple[int, ...]
 
     def __call__(self, texts: Sequence[str]) -> IntArray:
+        documents = self._without_places(texts) if self._is_plain else self._ids(texts)
+        flat = chain.from_iterable(chain(self.separator, ids) for ids in documents)
+        return np.fromiter(flat, dtype=np.int32)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether all that this tokenizer does to text is done by its backend."""
+        kind = type(self.tokenizer)
+        return (
+            issubclass(kind, PreTrainedTokenizerFast)
+            and kind.__call__ is PreTrainedTokenizerFast.__call__
+            and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
+        )
+
+    def _ids(self, texts: Sequence[str]) -> Iterable[list[int]]:
         # verbose: a document longer than the model's input is what packing is for
-        encoded = self.tokenizer(
+        encoded: list[list[int]] = self.tokenizer(
             list(texts),
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
-        flat = chain.from_iterable(chain(self.separator, ids) for ids in encoded)
-        return np.fromiter(flat, dtype=np.int32)
+        return encoded
+
+    def _without_places(self, texts: Sequence[str]) -> Iterable[list[int]]:
+        """The same without the places of tokens in the text, which take a fifth of the time."""
+        # sets the backend up, whoever used it last
+        self._ids([""])
+        backend = self.tokenizer.backend_tokenizer
+        encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return (each.ids for each in encoded)
 
     def batch(self, batch: dict[Part, list[str]]) -> list[Encoded]:
         """Encode the two parts of a batch apart."""

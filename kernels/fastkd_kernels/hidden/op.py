@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..checks import check_hidden, check_reduction
 from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled
+from ..common.fp32_products import fp32_products
 from ..common.remembered import remembered
 from ..common.rescale import rescaled, waiting_dtype
 from ..types import Backend, Reduction, Tokens
@@ -262,7 +263,7 @@ def _backward(
     need_input_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of student, weight and bias, stacked, from kept row gradients."""
-    with _exact_products(row_grad):
+    with _exact_products(row_grad), fp32_products():
         return torch_path.hidden_backward(
             row_grad, student, weight, biases, mask, factor, need_input_grad
         )
@@ -333,6 +334,6 @@ def _applied(
         return rescaled(unit, unit.new_empty(0), factor, dtype)[0]
     if count == factor.numel():
         return scaled(unit, factor, dtype)
-    with _exact_products(unit):
+    with _exact_products(unit), fp32_products():
         total = torch.mm(factor.unsqueeze(0), unit.flatten(1))
     return total.view(1, *unit.shape[1:])

@@ -156,9 +156,12 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
         _look(run, micro_batches, loss_scales)
     totals = torch.zeros(2, len(objective.labels), device=ranks.device)
     for batch, scale in zip(micro_batches, loss_scales, strict=True):
-        teacher_states = teacher(batch)
-        loss, parts = engine(batch, teacher_states, scale)
-        engine.backward(loss)
+        if run.graphed is not None:
+            parts = run.graphed(batch, scale)
+            engine.take_gradients()
+        else:
+            loss, parts = engine(batch, teacher(batch), scale)
+            engine.backward(loss)
         engine.step()
         totals += parts / run.plan.pieces
     if objective.adapts:

@@ -1,6 +1,6 @@
 """An epoch of task distillation on SST-2 with the teacher's states read from disk, and without.
 
-`python -m benchmarks.teacher_cache --glue FOLDER [--examples 1000] [--output FILE]`. The teacher is
+`python -m benchmarks.teacher_cache --glue FOLDER [--examples 800] [--output FILE]`. The teacher is
 all-MiniLM-L6-v2, tuned for a few steps; losses and student are those of recipes/glue-tinybert.yaml.
 Two runs of one recipe, with a cache and without, make their steps in turn, in one process; at the
 end both students are scored on SST-2's dev set. What was written to the cache was just in memory,
@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from itertools import islice
@@ -136,7 +137,7 @@ def score_of(run: Run) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--glue", type=Path, required=True)
-    parser.add_argument("--examples", type=int, default=1000)
+    parser.add_argument("--examples", type=int, default=800)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     found: dict[str, Any] = {
@@ -154,7 +155,9 @@ def main() -> None:
         steps = -(-given.examples // BATCH)
         for student, stage, form in CASES:
             recipe = recipe_of(folder, teacher, task, student, stage, steps)
-            found["epochs"][f"{stage}, student {student}, {form}"] = compared(recipe, form, ranks)
+            key = f"{stage}, student {student}, {form}"
+            found["epochs"][key] = compared(recipe, form, ranks)
+            print(key, found["epochs"][key], file=sys.stderr, flush=True)
     text = json.dumps(found, indent=2) + "\n"
     print(text, end="")
     if given.output is not None:

@@ -155,8 +155,10 @@ def test_time_is_what_both_models_multiply(recipe: Recipe) -> None:
     teacher, student = passes.teacher, passes.student
     operations = teacher.products + teacher.attention + 3 * student.products
     operations += 3.5 * student.attention
-    found = forecast(recipe, passes, chip, 1)
+    found = forecast(_laid_out(recipe, tf32=False), passes, chip, 1)
     assert found.computing == pytest.approx(operations / chip.single / EFFICIENCY)
+    rounded = forecast(recipe, passes, chip, 1)
+    assert rounded.computing == pytest.approx(2 * operations / chip.half / EFFICIENCY)
     assert found.moving == 0 and found.speed == pytest.approx(8 * 16 / found.computing)
 
 

@@ -259,6 +259,10 @@ def test_what_is_not_read_twice_is_refused(folder: Path, tmp_path: Path) -> None
         load_recipe(path, variant(folder, "a", **tinybert))
     with pytest.raises(UserError, match="placement is shard"):
         load_recipe(path, variant(folder, "b", **sharded))
+    with pytest.raises(UserError, match=r"train\.cuda_graph is on"):
+        load_recipe(
+            path, variant(folder, "c", **{"train.cuda_graph": True, "teacher.cache": "exact"})
+        )
     (tmp_path / "text").mkdir()
     text = make_recipe(tmp_path / "text", data={"streaming": True}, teacher={"cache": "exact"})
     with pytest.raises(UserError, match=r"data\.streaming is on"):

@@ -96,6 +96,8 @@ class Recipe(Section):
         """Why what the losses read of the teacher can't be stored by row; `None` where it can."""
         if self.data is not None and self.data.streaming:
             return "data.streaming is on, whose blocks have no numbers to be found by"
+        if self.train.cuda_graph:
+            return "train.cuda_graph is on, whose graph can't read from a disk"
         if any(config.loss == "mlm" for config in self.losses.terms.values()):
             return "losses.mlm masks other tokens in every step, so no states come again"
         if self.task is not None and self.losses.reduction == "tinybert":

@@ -18,12 +18,17 @@ class Chip:
     half: float
     """Dense operations a second of matrix products in bf16 or fp16."""
     single: float
-    """The same in fp32, without tensor cores, as torch runs them unless told otherwise."""
+    """The same in fp32, without tensor cores, as torch runs them where TF32 is off."""
     link: float
     """Bytes a second to its neighbours in one direction: NVLink, or PCIe where there is none."""
     host: float
     """Bytes a second from the memory of the machine: PCIe in one direction."""
     source: str
+
+    @property
+    def tf32(self) -> float:
+        """The same with operands read as TF32: half as many as in bf16, on all of these."""
+        return self.half / 2
 
 
 CHIPS: dict[ChipName, Chip] = {

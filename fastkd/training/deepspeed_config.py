@@ -33,6 +33,12 @@ def check_packages(recipe: AnyRecipe) -> None:
         raise UserError("deepspeed.comet needs comet-ml; pip install comet-ml, or leave it out")
 
 
+def uses_deepspeed(recipe: AnyRecipe, world_size: int) -> bool:
+    """Whether a run's student stands in DeepSpeed's engine: among several ranks, and wherever the
+    recipe asks DeepSpeed for something. Else there is nothing to shard, at whatever stage."""
+    return world_size > 1 or bool(recipe.deepspeed)
+
+
 def student_config(recipe: AnyRecipe, plan: BatchPlan) -> dict[str, Any]:
     """Configuration of the engine that trains.
 

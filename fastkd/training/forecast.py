@@ -255,13 +255,13 @@ def _worked_with(recipe: Recipe, passes: Passes, times: float) -> dict[str, int]
 def _operations_seconds(recipe: Recipe, passes: Passes, chip: Chip) -> float:
     """Seconds of both models' passes over one micro-batch."""
     teacher, student = passes.teacher, passes.student
-    single = recipe.teacher.dtype == "float32"
+    single = chip.tf32 if recipe.train.tf32 else chip.single
     teaching = teacher.products + teacher.attention + _head(teacher)
-    seconds = teaching / (chip.single if single else chip.half)
+    seconds = teaching / (single if recipe.teacher.dtype == "float32" else chip.half)
     again = 1.0 if recipe.student.gradient_checkpointing else 0.0
     learning = (1 + _BACKWARD + again) * (student.products + _head(student))
     learning += (1 + _ATTENTION_BACKWARD + again) * student.attention
-    seconds += learning / (chip.half if recipe.train.precision == "bf16" else chip.single)
+    seconds += learning / (chip.half if recipe.train.precision == "bf16" else single)
     return seconds / EFFICIENCY
 
 

@@ -3,6 +3,7 @@
 DeepSpeed keeps them in flat tensors, of which each rank has a piece: how they are laid out follows
 the ZeRO stage, the precision, the number of ranks and the offloading.
 
+    one process          the parameter itself, or its fp32 master
     stage 0              the parameter itself, whole on every rank
     stages 1 and 2       a group's parameters one after the other, cut into equal pieces
     stage 3              every parameter cut into equal pieces, those of a rank one after the other
@@ -16,13 +17,15 @@ another place than the true one where gradients go to ranks in turn (`round_robi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastkd.training.local_engine import LocalEngine
 
 WEIGHT = "weight"
 
@@ -47,9 +50,16 @@ class Place:
         state = {} if self.optimizer is None else self.optimizer.state.get(self.master, {})
         return {WEIGHT: self.master.detach(), **state}
 
+    def holds(self, size: int) -> bool:
+        """Whether all of the parameter, which has this size, is on this rank."""
+        return self.offset is None or self.length == size
+
     def piece(self, tensor: Tensor) -> Tensor:
-        """This rank's elements of the parameter in a tensor that is laid out as `master`."""
-        return tensor if self.offset is None else tensor.narrow(0, self.offset, self.length)
+        """This rank's elements of the parameter in a tensor that is laid out as `master`; a scalar
+        as it is."""
+        if self.offset is None or not tensor.ndim:
+            return tensor
+        return tensor.narrow(0, self.offset, self.length)
 
     def cut(self, value: Tensor) -> Tensor:
         """The same elements of a value of the whole parameter."""
@@ -59,14 +69,17 @@ class Place:
 
 
 def find_places(engine: Any, rank: int) -> dict[nn.Parameter, Place]:
-    """The place of every parameter of a DeepSpeed engine.
+    """The place of every parameter of an engine.
 
     Args:
         engine: inside `settled_weights`.
         rank: this one.
     """
     optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+    trained: Iterable[tuple[nn.Parameter, Place]]
+    if isinstance(engine, LocalEngine):
+        trained = ((p, Place(master, optimizer)) for p, master in engine.masters.items())
+    elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
         trained = _stage_3(optimizer, rank)
     elif hasattr(optimizer, "single_partition_of_fp32_groups"):
         trained = _flat_groups(
@@ -108,7 +121,9 @@ def follow_masters(engine: Any) -> None:
     """Make the weights that the model computes with those of the masters; collective, inside
     `settled_weights`."""
     optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+    if isinstance(engine, LocalEngine):
+        engine.follow_masters()
+    elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
         for number in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
     elif hasattr(optimizer, "update_lp_params"):

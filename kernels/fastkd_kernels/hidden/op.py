@@ -375,10 +375,12 @@ def _gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
             kept.need_input_grad,
         )
     else:
-        stacked = [
-            _applied(unit, factor, dtype, count, kept.inverse_count is None)
-            for unit, dtype, count in zip(kept.units, kept.dtypes, kept.counts, strict=True)
-        ]
+        by_triton = kept.inverse_count is None
+        with _exact_products(upstream):
+            stacked = [
+                _applied(unit, factor, dtype, count, by_triton) if dtype is not None else unit
+                for unit, dtype, count in zip(kept.units, kept.dtypes, kept.counts, strict=True)
+            ]
     return {
         word: (made if made.dtype == dtype else made.to(dtype)) if made.numel() else None
         for word, made, dtype in zip(
@@ -400,6 +402,5 @@ def _applied(
         return rescaled(unit, unit.new_empty(0), factor, dtype)[0]
     if count == factor.numel():
         return scaled(unit, factor, dtype)
-    with _exact_products(unit):
-        total = torch.mm(factor.unsqueeze(0), unit.flatten(1))
+    total = torch.mm(factor.unsqueeze(0), unit.flatten(1))
     return total.view(1, *unit.shape[1:])

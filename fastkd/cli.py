@@ -20,6 +20,7 @@ from fastkd.extras import need
 from fastkd.files.disk import disk_errors, write_whole
 from fastkd.recipe import load_any_recipe, load_finetune_recipe, load_recipe
 from fastkd.signals import Signalled, signals_raised
+from fastkd.training.chips import CHIPS, ChipName
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -167,17 +168,36 @@ def inspect(
 def doctor(
     recipe: Annotated[Path | None, typer.Argument(help="Recipe to try, a YAML file.")] = None,
     overrides: Overrides = None,
+    gpu: Annotated[
+        ChipName | None,
+        typer.Option("--gpu", help="Forecast the recipe for GPUs that are not here."),
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", min=1, help="How many of them, 1 if not given.")
+    ] = None,
 ) -> None:
-    """Say what this machine has and, given a recipe, what its run will need."""
+    """Say what this machine has and, given a recipe, what its run will need, here or elsewhere."""
+    if gpu is None and ranks is not None:
+        raise UserError(f"--ranks {ranks} is given without --gpu; give the GPU of these ranks, too")
+    if gpu is not None and recipe is None:
+        raise UserError(f"--gpu {gpu} is given without a recipe; give the one to forecast")
     chosen = None if recipe is None else load_any_recipe(recipe, overrides or [])
     from fastkd.reporting.console import Reporter
+
+    if gpu is not None and chosen is not None:
+        from fastkd.training.doctor import forecast_run
+        from fastkd.training.session import quietened
+
+        with quietened():
+            forecast_run(chosen, CHIPS[gpu], ranks or 1, Reporter())
+        return
     from fastkd.training.doctor import describe_machine, estimate_run
     from fastkd.training.session import session
 
     describe_machine(Reporter(silent=os.environ.get("RANK", "0") != "0"))
     if chosen is not None:
-        with session() as (ranks, reporter):
-            estimate_run(chosen, ranks, reporter)
+        with session() as (joined, reporter):
+            estimate_run(chosen, joined, reporter)
 
 
 def main() -> None:

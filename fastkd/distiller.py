@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from fastkd.capture import route_attention, try_model
+from fastkd.capture import CompiledCapture, route_attention, try_model
+from fastkd.capture.compiled import check_not_compiled
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import Progress, make_layer_map
@@ -77,6 +78,7 @@ class Distiller(nn.Module):
         *,
         tokens: int = 8,
         seed: int = 0,
+        compile: bool = False,
     ) -> None:
         """See that the losses can be computed for two models; both are left as they were.
 
@@ -88,6 +90,8 @@ class Distiller(nn.Module):
             layer_map: as in a recipe: a word, a mapping with options, or a list of teacher layers.
             tokens: length of the sequences that both models are tried on.
             seed: of a random mapping, and of the projections.
+            compile: whether both models run under `torch.compile` while the distiller is in
+                training mode; give them as they are, not compiled.
 
         Raises:
             UserError: two models or losses that don't fit together, or a teacher that trains.
@@ -126,6 +130,7 @@ class Distiller(nn.Module):
         self._teacher = [teacher]
         self._pair = [DistilledStudent(student, objective)]
         self._runs: list[TeacherRunner] = []
+        self._compiled = self._compile() if compile else None
         self._listens = needs["attention"]
         hard = (n for n, c in section.terms.items() if issubclass(loss_class(c.loss), HardLoss))
         # the loss that learns from labels
@@ -151,6 +156,11 @@ class Distiller(nn.Module):
                 route_attention(model)
         self._found.append((running, self.teacher.training))
         self._runs.append(TeacherRunner(self.teacher, self.objective))
+        if self._compiled is not None:
+            if len(self._runs) == 1:
+                for recorded in self._compiled:
+                    recorded.open()
+            self._pair[0].compiled, self._runs[-1].compiled = self._compiled
         return self
 
     def __exit__(
@@ -160,12 +170,20 @@ class Distiller(nn.Module):
         _trace: TracebackType | None,
     ) -> Literal[False]:
         self._runs.pop()
+        if self._compiled is not None and not self._runs:
+            for recorded in self._compiled:
+                recorded.close()
+            self._pair[0].compiled = None
         running, training = self._found.pop()
         for model, name in zip((self.student, self.teacher), running, strict=True):
             model.config._attn_implementation = name
         if training:
             self.teacher.train()
         return False
+
+    def _compile(self) -> tuple[CompiledCapture, CompiledCapture]:
+        student = CompiledCapture(self.student, self.objective.all_layers("student"))
+        return student, CompiledCapture(self.teacher, self.objective.all_layers("teacher"))
 
     def at(self, step: int, steps: int, epoch: int = 0) -> None:
         """Move schedules and random mappings to a step, counted from 0, of so many.
@@ -295,11 +313,18 @@ class Distiller(nn.Module):
 
 def _check_models(student: object, teacher: object) -> None:
     for side, model in (("student", student), ("teacher", teacher)):
+        if isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):
+            raise UserError(
+                f"the {side} is compiled, and what is captured of it would be left out; give it as "
+                "it was before torch.compile, and compile=True"
+            )
         if not isinstance(model, PreTrainedModel):
             raise UserError(
                 f"the {side} is a {type(model).__name__}, expected a model of transformers"
             )
     assert isinstance(student, PreTrainedModel) and isinstance(teacher, PreTrainedModel)
+    for model in (student, teacher):
+        check_not_compiled(model)
     training = [name for name, p in teacher.named_parameters() if p.requires_grad]
     if training:
         raise UserError(

@@ -1,7 +1,11 @@
 """The process group: which process this is, how long ranks wait, and which of them is gone.
 
 A rank that dies leaves the others in a collective that fails with a trace of gloo or NCCL. What its
-user needs is which rank it was and how to go on.
+user needs is which rank it was and how to go on. Some never fail: kernels of NCCL wait on the GPU
+for a rank of their machine until the time is up, which is hours where ranks may wait for a corpus
+to be tokenised, and who works alone meanwhile learns of it at the next collective. So ranks also
+look whether the processes of the others on their machine are there; between machines connections
+break.
 """
 
 from __future__ import annotations
@@ -11,11 +15,12 @@ import math
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeVar
 
 import psutil
 import torch
@@ -36,6 +41,10 @@ _DEFAULT_SECONDS = 7200.0
 _SET = ("LOCAL_RANK", "DS_ACCELERATOR")
 # a process that was killed closes its sockets a moment before it is gone
 _GONE_WITHIN_SECONDS = 2.0
+LOOK_SECONDS = 1.0
+"""Between two looks at the processes of the others."""
+GRACE_SECONDS = 15.0
+"""For a rank to end by itself, as gloo lets it, or by its launcher, once another one is gone."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +54,13 @@ class Peer:
     rank: int
     pid: int
     host: str
+    namespace: str = field(default_factory=lambda: _pid_namespace())
+    """What its number stands in: containers of one host may count their own."""
 
     @property
     def is_gone(self) -> bool | None:
         """Whether its process has ended; `None` of another host, where that can't be seen."""
-        if self.host != socket.gethostname():
+        if (self.host, self.namespace) != (socket.gethostname(), _pid_namespace()):
             return None
         try:
             return bool(psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE)
@@ -58,6 +69,14 @@ class Peer:
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        # not Linux
+        return ""
 
 
 def rank_timeout() -> datetime.timedelta | None:
@@ -125,6 +144,44 @@ def lost_ranks(
             raise LostRank(_said(others, rank, "", then)) from error
 
 
+@contextmanager
+def watched_ranks(peers: Sequence[Peer], rank: int, then: str) -> Iterator[None]:
+    """End this process, with one line and exit code 1, if another is gone and that ends nothing.
+
+    Args:
+        peers: from `meet`.
+        rank: this one.
+        then: how to go on.
+    """
+    others = [peer for peer in peers if peer.rank != rank and peer.is_gone is False]
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(LOOK_SECONDS):
+            if any(peer.is_gone for peer in others) and not done.wait(GRACE_SECONDS):
+                _end(_said(others, rank, "", then))
+
+    if others:
+        threading.Thread(target=watch, name="fastkd-watch", daemon=True).start()
+    try:
+        yield
+        if others:
+            # who leaves while others have something to do would be taken for lost
+            dist.barrier()
+    finally:
+        done.set()
+
+
+def _end(line: str) -> NoReturn:
+    """End a process whose main thread may hear nothing."""
+    print(f"fastkd: {line}", file=sys.stderr, flush=True)
+    # workers would wait for it for ever
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(1)
+
+
 def _is_of_group(error: RuntimeError) -> bool:
     text = str(error)
     return isinstance(error, dist.DistError) or "gloo/" in text or "NCCL" in text
@@ -172,6 +229,11 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_to(self, rank: int, tensor: Tensor) -> None:
+        """Add a tensor up over all ranks, in place on one of them; of no use on the others."""
+        if self.world_size > 1:
+            dist.reduce(tensor, dst=rank)
 
     def from_main(self, function: Callable[[], T]) -> T:
         """Run a function on rank 0 and give every rank its result, or its `UserError`."""

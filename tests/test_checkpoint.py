@@ -8,7 +8,6 @@ import pickle
 import random
 import stat
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +17,10 @@ from tiny_runs import keys, make_recipe, read_losses, read_weights, run_script
 from torch import Tensor
 
 from fastkd.files.sealed import look_at
-from fastkd.training.checkpoint.deepspeed_files import use_own_files
 from fastkd.training.checkpoint.states import (
     NotAState,
     check_state,
+    opened_state,
     read_state,
     write_state,
 )
@@ -50,6 +49,14 @@ TREE: dict[str, Any] = {
         torch.tensor(2.0, dtype=torch.float64),
     ],
 }
+
+
+def _open(path: Path) -> None:
+    with opened_state(path):
+        pass
+
+
+READERS = (read_state, check_state, _open)
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +168,9 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
         with pytest.raises(NotAState):
             check_state(path)
     torch.save({"module": _Hostile(marker)}, path)
-    engine = SimpleNamespace(checkpoint_engine=None, optimizer=None)
-    engine._get_ckpt_name = engine._get_rank_zero_ckpt_name = lambda: "x.pt"
-    with pytest.raises(NotAState):
-        use_own_files(engine).load(str(path))
-    assert engine._get_ckpt_name() == "x.safetensors"
+    for read in READERS:
+        with pytest.raises(NotAState):
+            read(path)
     assert not marker.exists()
 
 
@@ -187,39 +192,6 @@ def test_another_header_is_refused(tmp_path: Path, header: str) -> None:
     path = tmp_path / "state"
     head = json.dumps({"__metadata__": {"fastkd": header}}).encode()
     path.write_bytes(len(head).to_bytes(8, "little") + head)
-    for read in (read_state, check_state):
+    for read in READERS:
         with pytest.raises(NotAState):
             read(path)
-
-
-def test_a_loss_scaler_is_kept_as_numbers(tmp_path: Path) -> None:
-    from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
-
-    arguments = {
-        "init_scale": 2.0**16,
-        "scale_window": 2,
-        "min_scale": 1.0,
-        "delayed_shift": 2,
-        "consecutive_hysteresis": False,
-    }
-    saved, fresh = (CreateLossScaler(torch.half, 1.0, True, arguments) for _ in range(2))
-    # as after an overflow that the hysteresis has let pass once
-    saved.cur_scale, saved.cur_iter, saved.last_overflow_iter, saved.cur_hysteresis = (
-        2.0**15,
-        6,
-        5,
-        1,
-    )
-    engine = SimpleNamespace(checkpoint_engine=None, optimizer=SimpleNamespace(loss_scaler=fresh))
-    engine._get_ckpt_name = engine._get_rank_zero_ckpt_name = lambda: ""
-    path = str(tmp_path / "state.safetensors")
-    files = use_own_files(engine)
-    assert use_own_files(engine) is files
-    state = {"optimizer_state_dict": {"loss_scaler": saved}, "ds_config": object()}
-    files.save(state, path)
-    assert files.load(path)["optimizer_state_dict"]["loss_scaler"] is fresh
-    assert vars(fresh) == vars(saved) and fresh.cur_scale != 2.0**16
-    assert state["optimizer_state_dict"]["loss_scaler"] is saved
-    engine.optimizer.loss_scaler = CreateLossScaler(torch.float, 1.0, False, None)
-    with pytest.raises(ValueError, match="loss scaler"):
-        files.load(path)

@@ -25,16 +25,16 @@ from tiny_runs import (
 
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
-from fastkd.files.sealed import look_at
+from fastkd.files.sealed import look_at, sealed
 from fastkd.training.checkpoint import Checkpoints
 from fastkd.training.checkpoint.manifest import Manifest, read_manifest
 
 OLDER, NEWEST = "step-00000002", "step-00000004"
 FILES = (
     "manifest.json",
-    "mp_rank_00_model_states.safetensors",
+    "parameters_rank_00000.safetensors",
     "random_rank_00000.safetensors",
-    "zero_pp_rank_0_mp_rank_00_optim_states.safetensors",
+    "training.safetensors",
 )
 
 
@@ -139,8 +139,8 @@ MANIFESTS = (
     "[]",
     "{}",
     "null",
-    '{"format": 2, "files": 3}',
-    '{"format": 2, "world_size": 1, "zero_stage": 1, "files": {"a": {"size": 1}}}',
+    '{"format": 3, "files": 3}',
+    '{"format": 3, "world_size": 1, "zero_stage": 1, "files": {"a": {"size": 1}}}',
     "[" * 100_000,
     "\0",
 )
@@ -195,6 +195,14 @@ def test_one_of_an_earlier_version_is_refused(run: Path) -> None:
     manifest = {"files": files, "world_size": 1, "zero_stage": 1}
     (newest / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     with pytest.raises(UserError, match="was written by an earlier fastkd, as pickles"):
+        _newest(run)
+
+
+def test_one_of_another_format_is_refused(run: Path) -> None:
+    path = run / "checkpoints" / NEWEST / "manifest.json"
+    tree = {key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"}
+    path.write_text(sealed({**tree, "format": 2}))
+    with pytest.raises(UserError, match="of format 2, expected 3: another version of fastkd"):
         _newest(run)
 
 

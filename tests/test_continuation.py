@@ -22,7 +22,7 @@ from tiny_runs import (
 from tiny_training import save_encoder, summary_of, write_recipe, write_task
 
 from fastkd.errors import UserError
-from fastkd.recipe import AnyRecipe, parse_any_recipe
+from fastkd.recipe import AnyRecipe, Recipe, parse_any_recipe
 from fastkd.training.continuation import (
     difference,
     in_force,
@@ -72,6 +72,31 @@ def test_more_steps_and_another_micro_batch_are_taken_over(tree: dict[str, Any])
     )
     taken = in_force(before, now).train
     assert (taken.steps, taken.micro_batch_size, taken.log_every) == (20, 4, 10)
+
+
+def test_where_weights_and_states_lie_is_taken_over() -> None:
+    """Also where one of both recipes says nothing of it."""
+    offloaded = {
+        "zero_optimization": {"offload_optimizer": {"device": "cpu"}, "overlap_comm": True}
+    }
+    before = _recipe()
+    now = _recipe(
+        teacher={"placement": "shard"}, train={"zero_stage": 3}, deepspeed={**offloaded, "bf16": {}}
+    )
+    assert _said(before, now) is None and _said(now, before) is None
+    taken = in_force(before, now)
+    assert isinstance(taken, Recipe)
+    assert (taken.teacher.placement, taken.train.zero_stage) == ("shard", 3)
+    assert taken.deepspeed == now.deepspeed and in_force(now, before) == before
+
+
+@pytest.mark.parametrize(
+    "section",
+    [{"zero_optimization": {"zero_quantized_weights": True}}, {"prescale_gradients": True}],
+)
+def test_a_key_of_deepspeed_that_changes_numbers_may_not_differ(section: dict[str, Any]) -> None:
+    key = _said(_recipe(), _recipe(deepspeed=section))
+    assert key is not None and key.startswith("deepspeed.")
 
 
 def test_epochs_grow_like_steps() -> None:

@@ -104,6 +104,9 @@ def test_what_a_checkpoint_cannot_hold_is_refused() -> None:
     # it would read pickles
     with pytest.raises(UserError, match=r"deepspeed.checkpoint is given"):
         configure(deepspeed={"checkpoint": {"load_universal": True}})
+    for key, value in (("zenflow", {"topk_ratio": 0.1}), ("mics_shard_size", 2)):
+        with pytest.raises(UserError, match=rf"zero_optimization.{key} is given.*leave it out"):
+            configure(deepspeed={"zero_optimization": {key: value}})
 
 
 @pytest.mark.parametrize("monitor", ["tensorboard", "wandb"])

@@ -15,6 +15,8 @@ from fastkd.layer_map import make_layer_map
 from fastkd.models import build_student, load_teacher, load_tokenizer
 from fastkd.recipe import Recipe, load_recipe
 
+# asks for DeepSpeed's engine where one process would have its own
+DEEPSPEED = {"deepspeed.wall_clock_breakdown": False}
 # tiny parameters would otherwise stay whole on every rank
 SHARDED = {"deepspeed.zero_optimization": {"stage3_param_persistence_threshold": 0}}
 # by number of ranks; ZeRO-3 changes the process that it runs in, so it has one of its own
@@ -23,8 +25,13 @@ PROCESSES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         1,
         {
             "baseline": {},
-            "stage 0": {"train.zero_stage": 0},
-            "stage 2": {"train.zero_stage": 2},
+            "stage 0": {"train.zero_stage": 0, **DEEPSPEED},
+            "stage 1": {"train.zero_stage": 1, **DEEPSPEED},
+            "stage 2, 4 micro-batches": {
+                "train.zero_stage": 2,
+                "train.micro_batch_size": 2,
+                **DEEPSPEED,
+            },
             "4 micro-batches": {"train.micro_batch_size": 2},
             "gradient checkpointing": {"student.gradient_checkpointing": True},
             "shallow": {"layer_map": "first"},

@@ -50,7 +50,7 @@ def refused(recipe: Path, *arguments: str, ranks: int = 1) -> str:
 FAILING = {
     "skipped for good": (
         ["losses.hidden.weight=1e38", "train.log_every=6"],
-        ("the gradient of step 1 is not finite, and the step was skipped", "give losses.hidden a"),
+        ("the gradient of steps 1 to 6 is not finite, and 6 of them skipped", "losses.hidden a"),
     ),
     "the last step": (
         ["train.steps=1", "train.warmup_steps=0", "train.learning_rate=1e38"],

@@ -9,12 +9,15 @@ import pytest
 import torch
 from tiny_runs import make_recipe, read_losses, read_weights, run_command, run_script
 
+from fastkd.recipe import load_recipe
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_recipe(tmp_path_factory.mktemp("gpu"))
+    exact = {"teacher": {"dtype": "float32"}, "train": {"precision": "fp32", "tf32": False}}
+    return make_recipe(tmp_path_factory.mktemp("gpu"), **exact)
 
 
 def distilled(recipe: Path, name: str, *overrides: str, gpu: bool = True) -> Path:
@@ -38,6 +41,14 @@ def test_losses_are_those_of_a_cpu(recipe: Path, whole: Path) -> None:
 def test_a_teacher_in_half_precision_teaches(recipe: Path) -> None:
     folder = distilled(recipe, "half", "teacher.dtype=bfloat16")
     assert all(weight.isfinite().all() for weight in read_weights(folder).values())
+
+
+def test_precision_is_that_of_the_gpu(recipe: Path) -> None:
+    distilled(recipe, "auto", "train.precision=auto", "teacher.dtype=auto", "train.tf32=true")
+    found = load_recipe(recipe.parent / "auto" / "recipe.yaml", [])
+    half = torch.cuda.is_bf16_supported(including_emulation=False)
+    assert found.train.precision == ("bf16" if half else "fp32")
+    assert found.teacher.dtype == ("bfloat16" if half else "float32")
 
 
 def test_a_killed_run_goes_on(recipe: Path, whole: Path) -> None:

@@ -137,6 +137,33 @@ def test_a_stuck_rank_is_waited_for_as_long_as_one_says(recipe: Path, pairs: lis
     assert "--resume" in said and TIMEOUT in said
 
 
+def test_a_rank_that_works_alone_learns_that_another_is_gone(
+    recipe: Path, pairs: list[Pair]
+) -> None:
+    """It stands in no collective that would fail."""
+    pairs.append(pair := Pair("alone in step 3", 0, recipe))
+    metrics, deadline = recipe.parent / "run" / "metrics.jsonl", time.monotonic() + 60
+    while not (metrics.is_file() and '"step": 2' in metrics.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    pair.ranks[1].send(signal.SIGKILL)
+    start = time.monotonic()
+    code, text = pair.said(0)
+    assert time.monotonic() - start < 30
+    gone = f"rank 1 (process {pair.ranks[1].pid} on {socket.gethostname()}) is gone"
+    assert last_lines(text) == [
+        f"fastkd: rank 0 of 2: {gone}; start all ranks again with --resume to continue"
+    ], text[-3000:]
+    assert code == 1 and "Traceback" not in text
+
+
+def test_containers_count_their_own_processes() -> None:
+    """A number that stands for another process there is no sign that a rank is gone."""
+    host = socket.gethostname()
+    assert Peer(1, 2**30, host).is_gone and Peer(1, 2**30, host, "elsewhere").is_gone is None
+
+
 def test_who_is_gone_is_seen() -> None:
     host = socket.gethostname()
     child = subprocess.Popen([sys.executable, "-c", ""])

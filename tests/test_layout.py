@@ -28,7 +28,7 @@ LEVELS: tuple[set[str], ...] = (
     },
     {"capture", "losses", "recipe"},
     {"reporting", "data.tasks.metrics", "data.batching", "training.deepspeed_config"},
-    {"models", "data", "training.memory"},
+    {"models", "data", "training.memory", "training.local_engine"},
     {"training.engine", "training.finite", "training.checkpoint"},
     {"training.run_folder", "training.beginnings", "training.continuation", "training.environment"},
     {"training.export"},
@@ -173,9 +173,7 @@ def test_only_losses_call_kernels() -> None:
         if any(module.startswith("fastkd_kernels") for module in imports(path))
     }
     others = {name for name in importers if not name.startswith("losses/")}
-    types = {
-        f"capture/{name}.py" for name in ("recording", "routing", "attention_traits", "lm_head")
-    }
+    types = {f"capture/{name}.py" for name in ("states", "routing", "attention_traits", "lm_head")}
     assert others == {*types, "layer_similarity/attention.py"}
     for name in types:
         (imported,) = re.findall(r"fastkd_kernels import (.*)", importers[name].read_text("utf-8"))

@@ -78,7 +78,7 @@ def test_unknown_keys_are_refused_with_a_suggestion(changes: dict[str, Any], exp
         ({"student": {"layers": 0}}, "student.layers: input should be greater than 0"),
         ({"student": {"dropout": 1.0}}, "student.dropout: input should be less than 1"),
         ({"train": {"zero_stage": 4}}, "train.zero_stage: input should be 0, 1, 2 or 3"),
-        ({"train": {"precision": "fp16"}}, "train.precision: input should be 'fp32' or 'bf16'"),
+        ({"train": {"precision": "fp16"}}, "train.precision: input should be 'auto', 'fp32' or"),
         ({"train": {"betas": [0.9, 1.0]}}, "train.betas.1: input should be less than 1"),
         ({"train": {"learning_rate": float("inf")}}, "train.learning_rate: input should be a fini"),
         ({"losses": {"hidden": {"weight": float("nan")}}}, "losses.hidden.weight: input should be"),
@@ -149,6 +149,14 @@ def test_further_complaints_are_counted() -> None:
         (
             {"train": {"precision": "bf16", "zero_stage": 0}},
             "train.precision is bf16 and train.zero_stage 0, .*; use zero_stage 1",
+        ),
+        (
+            {"train": {"compile": True, "zero_stage": 3}},
+            "train.compile is on and train.zero_stage 3, .*; use zero_stage 2, or leave",
+        ),
+        (
+            {"train": {"compile": True}, "teacher": {"placement": "shard"}},
+            "train.compile is on and teacher.placement shard, .*; use replicate, or leave",
         ),
         (
             {"train": {"steps": 10, "warmup_steps": 10}},

@@ -123,14 +123,3 @@ def test_resume_refuses_another_recipe(recipe: Path, whole: Path) -> None:
     )
     assert done.returncode == 2
     assert "train.learning_rate=0.001" in done.stderr
-
-
-def test_resume_refuses_another_number_of_ranks(recipe: Path) -> None:
-    run = recipe.parent / "ranks"
-    killed = run_script(
-        "disturbed_run.py", "between two checkpoints", "0", str(recipe), *_overrides(run)
-    )
-    assert killed.returncode == -signal.SIGKILL
-    done = run_command("distill", str(recipe), *_overrides(run), "--resume", ranks=2)
-    assert done.returncode != 0
-    assert "was written by 1 ranks, this is a run of 2" in done.stderr

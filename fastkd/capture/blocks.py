@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -58,24 +57,37 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     return found[0]
 
 
-@contextmanager
-def at_depth(model: PreTrainedModel, depth: int) -> Iterator[None]:
+def at_depth(model: PreTrainedModel, depth: int) -> Cut:
     """Let `model` stop after block `depth`: nothing above the last matched layer is computed."""
-    blocks = find_blocks(model)
-    parent, name = next(
-        (module, name)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if child is blocks
-    )
-    full_depth = model.config.num_hidden_layers
-    setattr(parent, name, blocks[:depth])
-    model.config.num_hidden_layers = depth
-    try:
-        yield
-    finally:
-        setattr(parent, name, blocks)
-        model.config.num_hidden_layers = full_depth
+    return Cut(model, depth)
+
+
+class Cut:
+    """A context in which a model has its first blocks alone.
+
+    It may be entered many times: looking for the blocks takes longer than putting them in place,
+    and what is compiled knows the same list of blocks again.
+    """
+
+    def __init__(self, model: PreTrainedModel, depth: int) -> None:
+        self._config: Any = model.config
+        self._blocks = find_blocks(model)
+        self._parent, self._name = next(
+            (module, name)
+            for module in model.modules()
+            for name, child in module.named_children()
+            if child is self._blocks
+        )
+        self._depth, self._full = depth, model.config.num_hidden_layers
+        self._first = self._blocks[:depth]
+
+    def __enter__(self) -> None:
+        setattr(self._parent, self._name, self._first)
+        self._config.num_hidden_layers = self._depth
+
+    def __exit__(self, *_raised: object) -> None:
+        setattr(self._parent, self._name, self._blocks)
+        self._config.num_hidden_layers = self._full
 
 
 def no_cache(model: PreTrainedModel) -> dict[str, bool]:

@@ -8,23 +8,18 @@ cross-entropy are computed from the input and the layer's weight by an op that n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from fastkd_kernels import LogitsHead
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastkd.capture.states import Capture, Slot
 from fastkd.errors import UserError
 from fastkd.types import Reading
-
-
-class Listener(Protocol):
-    """Where the logits go."""
-
-    logits: Tensor | LogitsHead | None
 
 
 def last_layer(model: PreTrainedModel) -> nn.Linear | None:
@@ -34,15 +29,20 @@ def last_layer(model: PreTrainedModel) -> nn.Linear | None:
 
 
 @contextmanager
-def recorded_head(model: PreTrainedModel, listener: Listener | None) -> Iterator[None]:
-    """Skip a language model's logits while the context is open, unless it is given labels; give
-    `listener` what they are made of, or the logits of a model with another head."""
+def recorded_head(model: PreTrainedModel, slot: Slot, *, record: bool) -> Iterator[None]:
+    """Skip a language model's logits while the context is open, unless it is given labels.
+
+    Args:
+        model: with a head or without.
+        slot: while it has no states, the model runs as it is.
+        record: whether it is given what the logits are made of, or the logits of another head.
+    """
     layer = last_layer(model)
     if layer is None:
-        if listener is None:
+        if not record:
             yield
             return
-        handle = model.register_forward_hook(_output_hook(listener))
+        handle = model.register_forward_hook(_output_hook(slot))
         try:
             yield
         finally:
@@ -56,15 +56,17 @@ def recorded_head(model: PreTrainedModel, listener: Listener | None) -> Iterator
         labelled = kwargs.get("labels") is not None
 
     def skip(hidden: Tensor) -> Tensor:
-        if listener is not None:
+        if slot.states is None:
+            return forward(hidden)
+        if record:
             bias = None if layer.bias is None else _whole(layer.bias)
-            listener.logits = LogitsHead(hidden, _whole(layer.weight), bias)
+            slot.states.logits = LogitsHead(hidden, _whole(layer.weight), bias)
         # the model makes a loss of its own from labels
         made: Tensor = forward(hidden) if labelled else hidden[..., :0]
         return made
 
     # an engine may have put a forward of its own on the layer
-    forward = layer.forward
+    forward: Callable[[Tensor], Tensor] = layer.forward
     held = {k: v for k, v in layer.__dict__.items() if k == "forward"}
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
     layer.__dict__["forward"] = skip
@@ -82,12 +84,12 @@ def check_head(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     Raises:
         UserError: they are changed afterwards, so that they can't be computed in parts.
     """
-    listener = _Recorded()
+    states = Capture()
     with torch.no_grad():
         given = model(**inputs).logits
-        with recorded_head(model, listener):
+        with recorded_head(model, Slot(states), record=True):
             model(**inputs)
-    head = listener.logits
+    head = states.logits
     if not isinstance(head, LogitsHead):
         raise UserError(
             f"{type(model).__name__} does not run its last layer as a layer, so fastkd can't "
@@ -109,7 +111,7 @@ def last_hidden_state(run: nn.Module, model: PreTrainedModel, inputs: dict[str, 
         model: the model itself.
         inputs: its keyword arguments.
     """
-    with overheard(model, "states") as heard, recorded_head(model, None):
+    with overheard(model, "states") as heard, recorded_head(model, Slot(Capture()), record=False):
         run(**inputs)
     return heard.output
 
@@ -136,13 +138,10 @@ def overheard(model: PreTrainedModel, reading: Reading) -> Iterator[Overheard]:
         handle.remove()
 
 
-class _Recorded:
-    logits: Tensor | LogitsHead | None = None
-
-
-def _output_hook(listener: Listener) -> Any:
+def _output_hook(slot: Slot) -> Any:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        listener.logits = output.logits
+        if slot.states is not None:
+            slot.states.logits = output.logits
 
     return hook
 

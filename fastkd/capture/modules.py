@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastkd.capture.states import Slot
 from fastkd.errors import UserError
 
 
@@ -27,25 +28,27 @@ def find_module(model: PreTrainedModel, path: str) -> nn.Module:
     return modules[path]
 
 
-def module_recorder(found: dict[str, Tensor], path: str) -> Callable[..., None]:
-    """A forward hook that notes what a module gives; of a tuple the first.
+def module_recorder(slot: Slot, path: str) -> Callable[..., None]:
+    """A forward hook that writes what a module gives to a slot; of a tuple the first.
 
     Raises:
         UserError: when the hook runs: no tensor, or a second call within a pass.
     """
 
     def hook(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if slot.states is None:
+            return
         given = output[0] if isinstance(output, tuple | list) else output
         if not isinstance(given, Tensor):
             raise UserError(
                 f"module {path} ({type(module).__name__}) gives {type(given).__name__}, expected a "
                 "tensor; name another module"
             )
-        if path in found:
+        if path in slot.states.modules:
             raise UserError(
                 f"module {path} ({type(module).__name__}) is called more than once in a forward "
                 "pass, so its output can't be captured; name another module"
             )
-        found[path] = given
+        slot.states.modules[path] = given
 
     return hook

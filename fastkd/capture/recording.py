@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
-from fastkd_kernels import AttentionState, LogitsHead
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,25 +13,8 @@ from fastkd.capture.blocks import find_blocks
 from fastkd.capture.lm_head import recorded_head
 from fastkd.capture.modules import find_module, module_recorder
 from fastkd.capture.routing import PREFIX, AttentionCall, Listener, listening
+from fastkd.capture.states import Capture, Slot, missing
 from fastkd.errors import UserError
-
-
-@dataclass
-class Capture:
-    """What one forward pass left, by layer number (`fastkd.layer_map` has the convention).
-
-    `attention[i]` holds query [batch, heads, tokens, head_dim], key and value
-    [batch, kv_heads, tokens, head_dim], the scale of block i and, where it has them, the cap of its
-    scores and its sinks, after rotary embeddings and before grouped heads are repeated; `hidden[i]`
-    is [batch, tokens, width]. `logits` is what the head gave, [batch, outputs], or of a language
-    model what its last layer would have multiplied.
-    """
-
-    attention: dict[int, AttentionState] = field(default_factory=dict)
-    hidden: dict[int, Tensor] = field(default_factory=dict)
-    logits: Tensor | LogitsHead | None = None
-    outputs: Tensor | None = None
-    modules: dict[str, Tensor] = field(default_factory=dict)
 
 
 @contextmanager
@@ -45,6 +26,7 @@ def capture(
     logits: bool = False,
     outputs: bool = False,
     modules: Collection[str] = (),
+    whole: bool = True,
 ) -> Iterator[Capture]:
     """Record attention and hidden states of the named layers while the context is open.
 
@@ -60,9 +42,48 @@ def capture(
         logits: whether to record what the head gives or takes.
         outputs: whether to record the states after the final norm.
         modules: paths of submodules whose outputs are recorded.
+        whole: whether all of it must have been recorded when the context closes.
 
     Raises:
-        UserError: attention is wanted of a model that is not routed, or it has no such submodule.
+        UserError: attention is wanted of a model that is not routed, or it has no such submodule;
+            at the end, that something was not recorded, as of a model that `torch.compile` traced
+            without the hooks.
+    """
+    wanted: dict[str, Any] = {
+        "attention": attention,
+        "hidden": hidden,
+        "logits": logits,
+        "outputs": outputs,
+        "modules": modules,
+    }
+    states = Capture()
+    with hooks(model, Slot(states), **wanted):
+        yield states
+    gone = missing(states, wanted) if whole else []
+    if gone:
+        raise UserError(
+            f"{type(model).__name__}: {', '.join(gone)} can't be captured, as it ran without "
+            "fastkd's hooks; run it inside `capture`, and leave it to fastkd.capture."
+            "CompiledCapture (or fastkd.Distiller with compile=True) to compile it"
+        )
+
+
+@contextmanager
+def hooks(
+    model: PreTrainedModel,
+    slot: Slot,
+    *,
+    attention: Collection[int],
+    hidden: Collection[int],
+    logits: bool,
+    outputs: bool,
+    modules: Collection[str],
+) -> Iterator[None]:
+    """Let hooks stand in a model while the context is open, which write what `capture` records to
+    a slot, whenever there is something to write to.
+
+    Raises:
+        UserError: as `capture` on entry.
     """
     if attention and not model.config._attn_implementation.startswith(PREFIX):
         raise UserError(
@@ -70,55 +91,61 @@ def capture(
             "route_attention(model) first"
         )
     blocks = find_blocks(model) if attention or hidden else nn.ModuleList()
-    states = Capture()
     with ExitStack() as stack:
         for layer in attention:
-            stack.enter_context(listening(blocks[layer - 1], _recorder(states, layer)))
+            stack.enter_context(listening(blocks[layer - 1], _recorder(slot, layer)))
         for layer in hidden:
             if layer:
-                handle = blocks[layer - 1].register_forward_hook(_output_hook(states, layer))
+                handle = blocks[layer - 1].register_forward_hook(_output_hook(slot, layer))
             else:
-                handle = blocks[0].register_forward_pre_hook(_input_hook(states), with_kwargs=True)
+                handle = blocks[0].register_forward_pre_hook(_input_hook(slot), with_kwargs=True)
             stack.callback(handle.remove)
         for path in modules:
-            hook = module_recorder(states.modules, path)
+            hook = module_recorder(slot, path)
             stack.callback(find_module(model, path).register_forward_hook(hook).remove)
         if outputs:
-            handle = model.base_model.register_forward_hook(_final_hook(states))
+            handle = model.base_model.register_forward_hook(_final_hook(slot))
             stack.callback(handle.remove)
-        stack.enter_context(recorded_head(model, states if logits else None))
-        yield states
+        stack.enter_context(recorded_head(model, slot, record=logits))
+        yield
 
 
-def _recorder(states: Capture, layer: int) -> Listener:
+def _recorder(slot: Slot, layer: int) -> Listener:
     def record(call: AttentionCall) -> None:
-        if layer in states.attention:
+        if slot.states is None:
+            return
+        if layer in slot.states.attention:
             raise UserError(
                 f"block {layer} attends more than once in a forward pass, so its attention can't "
                 "be captured; leave losses.attention and losses.relations out"
             )
-        states.attention[layer] = call.state
+        slot.states.attention[layer] = call.state
 
     return record
 
 
-def _output_hook(states: Capture, layer: int) -> Callable[..., None]:
+def _output_hook(slot: Slot, layer: int) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        states.hidden[layer] = output[0] if isinstance(output, tuple | list) else output
+        if slot.states is not None:
+            given = output[0] if isinstance(output, tuple | list) else output
+            slot.states.hidden[layer] = given
 
     return hook
 
 
-def _final_hook(states: Capture) -> Callable[..., None]:
+def _final_hook(slot: Slot) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        states.outputs = output.last_hidden_state
+        if slot.states is not None:
+            slot.states.outputs = output.last_hidden_state
 
     return hook
 
 
-def _input_hook(states: Capture) -> Callable[..., None]:
+def _input_hook(slot: Slot) -> Callable[..., None]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # a block takes its input first, under whatever name
-        states.hidden[0] = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        if slot.states is not None:
+            # a block takes its input first, under whatever name
+            given = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            slot.states.hidden[0] = given
 
     return hook

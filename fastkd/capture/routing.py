@@ -91,7 +91,7 @@ def route_attention(model: PreTrainedModel, implementation: str | None = None) -
         return
     name = PREFIX + running
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        AttentionInterface.register(name, _listening(running))
+        AttentionInterface.register(name, listening_function(running))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[running])
     # the setter above would try to load a flash kernel of this name
     model.config._attn_implementation = name
@@ -102,9 +102,16 @@ def listening(block: nn.Module, listener: Listener) -> Iterator[None]:
     """Let `listener` hear every attention inside a block while the context is open."""
     with ExitStack() as stack:
         for module in block.modules():
+            stack.callback(_put_back, module, module.__dict__.get(_LISTENER))
             module.__dict__[_LISTENER] = listener
-            stack.callback(module.__dict__.pop, _LISTENER)
         yield
+
+
+def _put_back(module: nn.Module, listener: Listener | None) -> None:
+    if listener is None:
+        del module.__dict__[_LISTENER]
+    else:
+        module.__dict__[_LISTENER] = listener
 
 
 @contextmanager
@@ -128,7 +135,9 @@ def _other(model: PreTrainedModel, refused: str) -> str:
     return "sdpa" if refused != "sdpa" and model._supports_sdpa else "eager"
 
 
-def _listening(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def listening_function(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """An attention function that lets a listener hear, and calls an implementation."""
+
     def attend(
         module: nn.Module,
         query: Tensor,

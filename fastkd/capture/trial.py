@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from fastkd.capture.attention_traits import TAKE_OUT, AttentionTraits, Prober, Seen, traits_of
 from fastkd.capture.blocks import check_single_stack, find_blocks, no_cache
 from fastkd.capture.lm_head import check_head, last_layer
-from fastkd.capture.recording import Capture, capture
+from fastkd.capture.recording import capture
 from fastkd.capture.routing import listening, route_attention, runnable
+from fastkd.capture.states import Capture
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 
 
@@ -140,7 +141,8 @@ def _try(
     what: str,
     field: str = "",
 ) -> Capture:
-    with capture(model, hidden=layers) as states:
+    # what is missing is named below, with why
+    with capture(model, hidden=layers, whole=False) as states:
         try:
             model(**inputs, **no_cache(model))
         except UserError:

@@ -56,6 +56,11 @@ class LayerMap(ABC):
         """The deepest teacher layer that may ever be matched."""
         return max(teacher for _, teacher in self.pairs)
 
+    @property
+    def moves(self) -> bool:
+        """Whether the teacher layers of the links change over the run."""
+        return False
+
     def labels(self) -> tuple[str, ...]:
         """A name for every link, the same at every moment: `2-6`, `2-4..6`."""
         return tuple(f"{link.student}-{_span(link.teachers)}" for link in self.links(Progress()))

@@ -29,6 +29,10 @@ class RandomMap(LayerMap):
     def teacher_depth(self) -> int:
         return max(self._draw(0)) if self.redraw == "run" else self.teacher_layers
 
+    @property
+    def moves(self) -> bool:
+        return self.redraw != "run"
+
     def links(self, moment: Progress) -> tuple[Link, ...]:
         number = {"run": 0, "epoch": moment.epoch, "step": moment.step}[self.redraw]
         return tuple(Link(s, (t,)) for s, t in enumerate(self._draw(number), start=1))

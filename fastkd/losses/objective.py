@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkd.capture import Capture, capture, no_cache
+from fastkd.capture import Capture, CompiledCapture, capture, no_cache
 from fastkd.capture.lm_head import last_hidden_state
 from fastkd.errors import UserError, one_line
 from fastkd.layer_map import LayerMap, Progress, TransportMap
@@ -142,6 +142,17 @@ class Objective(nn.Module):
             "modules": set(),
         }
         return merged_layers([nothing, *(term.layers(side) for term in self.each())])
+
+    def all_layers(self, side: Side) -> dict[str, Any]:
+        """What `layers` may ever be; of mappings that move all layers that they may draw."""
+        wanted = self.layers(side)
+        # the student layers of a mapping are always the same
+        if side == "teacher":
+            moving = [layers for layers in self.maps.values() if layers.moves]
+            drawn = {n for layers in moving for n in range(1, layers.teacher_depth + 1)}
+            for kind in ("attention", "hidden"):
+                wanted[kind] = wanted[kind] | drawn if wanted[kind] else wanted[kind]
+        return wanted
 
     def divisors(self, inputs: Inputs) -> Tensor:
         """What a micro-batch contributes to the divisors of a step: fp64 [DIVISORS]."""
@@ -400,6 +411,8 @@ class DistilledStudent(nn.Module):
         super().__init__()
         self.student = student
         self.objective = objective
+        self.compiled: CompiledCapture | None = None
+        """What runs the student in steps of the training, where that is compiled."""
 
     def forward(
         self,
@@ -424,8 +437,11 @@ class DistilledStudent(nn.Module):
         if teacher is None or shares is None:
             state = last_hidden_state(self.student, self.student, read)
             return state, state.new_empty(0)
-        with capture(self.student, **self.objective.layers("student")) as states:
-            self.student(**read)
+        if self.compiled is not None and self.objective.training:
+            states = self.compiled(read)
+        else:
+            with capture(self.student, **self.objective.layers("student")) as states:
+                self.student(**read)
         # ops choose their own precision, whatever the models run under
         with torch.autocast(shares.device.type, enabled=False):
             total, parts = self.objective(states, teacher, inputs, shares)

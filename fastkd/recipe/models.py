@@ -45,8 +45,9 @@ class Teacher(Section):
     """Branch, tag or commit on the hub."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """Expected digest of `model.safetensors`, checked before use."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the teacher's weights and activations."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the teacher's weights and activations; `auto` is bfloat16 on a GPU that computes
+    in it, float32 elsewhere."""
     attention: Attention = "sdpa"
     """Attention implementation that the teacher runs."""
     placement: Literal["replicate", "shard", "offload"] = "replicate"

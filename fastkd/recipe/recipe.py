@@ -80,6 +80,11 @@ class Recipe(Section):
         self._check_maps()
         self._check_head()
         check_train(self.train)
+        if self.train.compile and self.teacher.placement != "replicate":
+            raise ValueError(
+                f"train.compile is on and teacher.placement {self.teacher.placement}, which "
+                "gathers weights between the layers of a graph; use replicate, or leave compile out"
+            )
         return self
 
     def _check_maps(self) -> None:

@@ -46,8 +46,15 @@ class Train(Section):
     """Decay after the warm-up, to zero at the last step."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Global gradient norm is clipped to this; 0 switches clipping off."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the student's forward and backward; master weights are fp32."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the student's forward and backward; master weights are fp32. `auto` is bf16 on a
+    GPU that computes in it, fp32 elsewhere and with `zero_stage` 0."""
+    tf32: bool = True
+    """Whether products of fp32 matrices in the models read TF32 on a GPU, where the process has not
+    said otherwise; those of the kernels never do."""
+    compile: bool = False
+    """Whether both models run under `torch.compile`, each as one graph, in the steps of the
+    training, of which the first ones compile. It needs a C++ compiler, on a GPU one of C."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage of the student."""
     seed: Seed = 0
@@ -92,6 +99,11 @@ def check_train(train: Train) -> None:
         raise ValueError(
             "train.precision is bf16 and train.zero_stage 0, where DeepSpeed takes one "
             "spurious optimiser step; use zero_stage 1"
+        )
+    if train.compile and train.zero_stage == 3:
+        raise ValueError(
+            "train.compile is on and train.zero_stage 3, which gathers weights between the layers "
+            "of a graph; use zero_stage 2, or leave compile out"
         )
     if train.steps and train.warmup_steps >= train.steps:
         raise ValueError(

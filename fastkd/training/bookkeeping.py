@@ -71,11 +71,10 @@ class Bookkeeper:
         step = 0
         tag = self.checkpoints.newest(reporter.say)
         if tag is not None:
-            state = self.checkpoints.load(run.engine, tag)
+            seed = run.recipe.train.seed
+            state = self.checkpoints.load(run.engine, tag, seed, reporter.say)
             self.micro_batches.load_state_dict(state["stream"])
-            # checkpoints of fastkd 0.1 have none, and their recipes no weight that follows losses
-            if "objective" in state:
-                run.objective.load_feedback(state["objective"], run.ranks.device)
+            run.objective.load_feedback(state["objective"], run.ranks.device)
             step = state["step"]
             reporter.say(f"continuing from {folder.checkpoints / tag}")
         # after what may still refuse
@@ -216,6 +215,8 @@ def _parts(record: dict[str, Any]) -> list[str]:
 
 
 def _write_events(run: Run, record: dict[str, Any]) -> None:
+    if run.engine.monitor is None:
+        return
     step = record["step"]
     events = [("train/loss", record["loss"], step), ("train/lr", record["learning_rate"], step)]
     events += [(f"train/{label}", value, step) for label, value in record["losses"].items()]

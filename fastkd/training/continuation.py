@@ -5,7 +5,8 @@ is continued with. That holds for what changes no weight; for the micro-batch, b
 depend on how a step is cut (up to rounding and the draws of dropout); and for the number of steps
 where no step before depended on it. Learning rates that decay to the last step did, as did weights
 of losses that move over the run: such a run can't be made longer, only gone on from by another one
-that starts from its student.
+that starts from its student. Where weights, moments and the teacher lie may change: a checkpoint
+holds the state of training by the names of parameters.
 """
 
 from __future__ import annotations
@@ -27,13 +28,24 @@ _FREE = frozenset(
         "train.checkpoint_every",
         "train.keep_checkpoints",
         "train.micro_batch_size",
+        "train.zero_stage",
+        "teacher.placement",
         "run.output",
         "run.monitor",
     }
 )
+_ZERO = "deepspeed.zero_optimization"
+# where ZeRO keeps things, and how much of them moves at once; other keys there change numbers
+_MOVES = re.compile(
+    rf"{re.escape(_ZERO)}\.(offload_(optimizer|param)(\..*)?|stage3_\w+|sub_group_size"
+    r"|overlap_comm|contiguous_gradients|\w+_bucket_size)"
+)
 _LENGTHS = ("steps", "epochs")
-# of these the run's recipe is the one in force
-_TAKEN_OVER = ("micro_batch_size", *_LENGTHS)
+# of these the recipe that a run is continued with is in force
+_TAKEN_OVER = {
+    "train": ("micro_batch_size", "zero_stage", *_LENGTHS),
+    "teacher": ("placement",),
+}
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
@@ -47,6 +59,7 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, 
     for key in sorted(one.keys() | other.keys()):
         field = re.sub(r"^stages\.\d+\.", "", key)
         may = field in _FREE or field in [f"train.{name}" for name in _LENGTHS]
+        may = may or _MOVES.fullmatch(field) is not None
         if not may and one.get(key) != other.get(key):
             return key, one.get(key), other.get(key)
     return None
@@ -86,14 +99,19 @@ def longer(before: AnyRecipe, now: AnyRecipe) -> str | None:
 
 
 def in_force(before: AnyRecipe, now: AnyRecipe) -> AnyRecipe:
-    """The recipe of a run with the length and the micro-batch of the one it is continued with."""
+    """The recipe of a run with the length, the micro-batch and the layout of the one that it is
+    continued with."""
     tree, given = before.model_dump(mode="json"), now.model_dump(mode="json")
-    tree["train"].update({name: given["train"][name] for name in _TAKEN_OVER})
-    for stage, new in zip(tree.get("stages", ()), given.get("stages", ()), strict=True):
-        kept = {k: v for k, v in stage.get("train", {}).items() if k not in _TAKEN_OVER}
-        taken = {k: v for k, v in new.get("train", {}).items() if k in _TAKEN_OVER}
-        if kept or taken:
-            stage["train"] = {**kept, **taken}
+    stages = zip(tree.get("stages", ()), given.get("stages", ()), strict=True)
+    for old, new in ((tree, given), *stages):
+        for section, fields in _TAKEN_OVER.items():
+            there, said = old.get(section) or {}, new.get(section) or {}
+            kept = {k: v for k, v in there.items() if k not in fields}
+            taken = {k: v for k, v in said.items() if k in fields}
+            if kept or taken:
+                old[section] = {**kept, **taken}
+    # nothing else of this section may differ
+    tree["deepspeed"] = given["deepspeed"]
     return parse_any_recipe(tree)
 
 
@@ -127,7 +145,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             for number, stage in enumerate(value, start=1):
                 yield from _flat(stage, f"stages.{number}.")
             yield "stages", len(value)
-        elif isinstance(value, dict) and value:
+        elif isinstance(value, dict) and (value or f"{prefix}{key}.".startswith("deepspeed.")):
+            # an empty section of DeepSpeed's says what a missing one does
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

@@ -33,6 +33,12 @@ def check_packages(recipe: AnyRecipe) -> None:
         raise UserError("deepspeed.comet needs comet-ml; pip install comet-ml, or leave it out")
 
 
+def uses_deepspeed(recipe: AnyRecipe, world_size: int) -> bool:
+    """Whether a run's student stands in DeepSpeed's engine: among several ranks, and wherever the
+    recipe asks DeepSpeed for something. Else there is nothing to shard, at whatever stage."""
+    return world_size > 1 or bool(recipe.deepspeed)
+
+
 def student_config(recipe: AnyRecipe, plan: BatchPlan) -> dict[str, Any]:
     """Configuration of the engine that trains.
 
@@ -44,7 +50,7 @@ def student_config(recipe: AnyRecipe, plan: BatchPlan) -> dict[str, Any]:
         UserError: the `deepspeed` section sets a key that the recipe decides, or what a checkpoint
             can't hold.
     """
-    _check_offload(recipe.deepspeed)
+    _check_kept(recipe.deepspeed)
     train = recipe.train
     zero: dict[str, Any] = {"stage": train.zero_stage}
     if train.zero_stage == 3:
@@ -95,15 +101,24 @@ def teacher_config(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _check_offload(section: dict[str, Any]) -> None:
-    """Refuse an optimiser on NVMe: DeepSpeed saves it as copies of its swap files."""
+def _check_kept(section: dict[str, Any]) -> None:
+    """Refuse what keeps weights or states where no checkpoint finds them."""
     zero = section.get("zero_optimization")
-    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    if not isinstance(zero, dict):
+        return
+    offload = zero.get("offload_optimizer")
     if isinstance(offload, dict) and offload.get("device") == "nvme":
         raise UserError(
             "deepspeed.zero_optimization.offload_optimizer.device is nvme, which no checkpoint of "
             "fastkd holds; give cpu"
         )
+    # states of its own on the GPU; pieces that are not one for each rank
+    for key in ("zenflow", "mics_shard_size"):
+        if key in zero:
+            raise UserError(
+                f"deepspeed.zero_optimization.{key} is given, whose states no checkpoint of fastkd "
+                "holds; leave it out"
+            )
 
 
 def _check_free(users: dict[str, Any], path: str = "") -> None:

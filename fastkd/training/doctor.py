@@ -15,13 +15,28 @@ from pathlib import Path
 import psutil
 import torch
 
+from fastkd.data.batching import plan_batches
 from fastkd.distributed import Ranks
+from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, Recipe, stage_recipes
 from fastkd.reporting.console import Reporter
+from fastkd.training.chips import Chip
 from fastkd.training.engine import NoTeacher
 from fastkd.training.environment import environment
 from fastkd.training.evaluate import peak_memory
+from fastkd.training.forecast import (
+    EFFICIENCY,
+    LIBRARIES,
+    NETWORK,
+    NODE,
+    Passes,
+    forecast,
+    layouts,
+    run_dry,
+)
 from fastkd.training.loop import train_step
+from fastkd.training.memory import memory_parts, parts_on_cpu
+from fastkd.training.precision import precision_on_gpus
 from fastkd.training.setup import Run, set_up
 
 _TIMED_STEPS = 3
@@ -68,6 +83,89 @@ def estimate_run(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
         _estimate(stage.model_copy(update={"student": recipe.student}), ranks, reporter)
 
 
+def forecast_run(recipe: AnyRecipe, chip: Chip, ranks: int, reporter: Reporter) -> None:
+    """Print what a recipe will need on GPUs that are not here, and how fast they can be.
+
+    Args:
+        recipe: of a distillation; of its teacher the configuration alone is read.
+        chip: one of the GPUs.
+        ranks: how many.
+        reporter: what the user sees.
+
+    Raises:
+        UserError: a recipe or a model that can't be forecast.
+    """
+    if not isinstance(recipe, Recipe):
+        raise UserError(
+            "--gpu is given with a recipe of fine-tuning, expected one of distillation; leave "
+            "--gpu out, which makes a few real steps"
+        )
+    stages = stage_recipes(recipe) if recipe.stages else [recipe]
+    for number, stage in enumerate(stages, start=1):
+        if len(stages) > 1:
+            reporter.say(f"stage {number} of {len(stages)}")
+        _forecast(precision_on_gpus(stage), chip, ranks, reporter)
+
+
+def _forecast(recipe: Recipe, chip: Chip, ranks: int, reporter: Reporter) -> None:
+    plan = plan_batches(recipe, ranks)
+    passes = run_dry(recipe, plan.micro_batch_size)
+    found = forecast(recipe, passes, chip, ranks)
+    room = int(chip.memory)
+    rows = [(name, _gib(size)) for name, size in found.parts.items()]
+    rows += [("in all", _gib(found.total)), (f"{chip.label} has", _gib(room))]
+    if found.machine:
+        rows.append(("in the machine's memory, each rank", _gib(found.machine)))
+    reporter.table(
+        f"memory of each of {ranks} GPUs" if ranks > 1 else "memory of the GPU",
+        ("", "forecast"),
+        rows,
+    )
+    slower = "moving" if found.moving > found.computing else "computing"
+    reporter.table(
+        "speed of all, at most",
+        ("", "forecast"),
+        [
+            ("teacher, student parameters", _models(passes)),
+            ("a step", f"{found.tokens:,} tokens, micro-batches of {plan.micro_batch_size} rows"),
+            (f"computing, {EFFICIENCY:.0%} of the chip's rate", f"{found.computing:.3g} s"),
+            ("moving weights and gradients", f"{found.moving:.3g} s"),
+            ("tokens a second", f"{found.speed:,.0f}, bound by {slower}"),
+        ],
+    )
+    reporter.say(
+        f"chip: {chip.source}. Assumed: {EFFICIENCY:.0%} of its rate, {NODE} GPUs a machine, "
+        f"{NETWORK / 1e9:.0f} GB/s for each between machines, {_gib(LIBRARIES)} of CUDA and NCCL. "
+        "Losses and the optimiser are not counted."
+    )
+    if found.total > room:
+        reporter.say(does_not_fit(recipe, passes, chip, ranks))
+
+
+def does_not_fit(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> str:
+    """What is too large on a chip, and the nearest layout that isn't, in one line."""
+    found = forecast(recipe, passes, chip, ranks)
+    room = int(chip.memory)
+    most = max(found.parts, key=lambda name: found.parts[name])
+    said = (
+        f"does not fit: {_gib(found.total)} of {_gib(room)}, most of it {most} "
+        f"({_gib(found.parts[most])}); "
+    )
+    for overrides, changed in layouts(recipe, ranks):
+        total = forecast(changed, passes, chip, ranks).total
+        if total <= room:
+            return f"{said}give {overrides} ({_gib(total)})"
+    return f"{said}give more or larger GPUs, or student.gradient_checkpointing=true"
+
+
+def _models(passes: Passes) -> str:
+    return f"{passes.teacher_numbers:,}, {passes.trained_numbers:,} with projections"
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:,.2f} GiB"
+
+
 def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
     run = set_up(recipe, ranks, progress=not reporter.console.quiet)
     micro_batches = run.micro_batches()
@@ -92,39 +190,15 @@ def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
             ("training", _duration(seconds * train.steps)),
         ],
     )
-    parts = memory_parts(recipe, run.teacher_parameters, trained, ranks.world_size)
-    rest = max(0, peak_memory(ranks) - sum(parts.values()))
+    parts = memory_parts(run.recipe, run.teacher_parameters, trained, ranks.world_size)
     kind = "GPU" if ranks.device.type == "cuda" else "process"
+    if kind == "GPU":
+        parts = {name: size for name, size in parts.items() if name not in parts_on_cpu(run.recipe)}
+    rest = max(0, peak_memory(ranks) - sum(parts.values()))
     rows = [(name, f"{size / 2**20:,.0f} MiB") for name, size in parts.items()]
     rows.append(("activations and libraries, measured", f"{rest / 2**20:,.0f} MiB"))
     rows.append(("peak", f"{peak_memory(ranks) / 2**20:,.0f} MiB"))
     reporter.table(f"memory of each {kind}", ("", "size"), rows)
-
-
-def memory_parts(recipe: AnyRecipe, teacher: int, trained: int, world_size: int) -> dict[str, int]:
-    """Bytes that one rank holds for weights, gradients and optimiser, by ZeRO stage.
-
-    Args:
-        recipe: precision, stage and placement.
-        teacher: parameters of the teacher; a fine-tuning run has none.
-        trained: parameters of the student and the projections.
-        world_size: ranks that shards are spread over.
-    """
-    bf16, stage = recipe.train.precision == "bf16", recipe.train.zero_stage
-    shard = [1, world_size]
-    parts = {}
-    if isinstance(recipe, Recipe):
-        size = teacher * (4 if recipe.teacher.dtype == "float32" else 2)
-        parts["teacher weights"] = size // shard[recipe.teacher.placement != "replicate"]
-    # bf16 keeps fp32 master weights beside Adam's two moments
-    optimiser = trained * (12 if bf16 else 8)
-    trained_weights = "student weights" if parts else "model weights"
-    return {
-        **parts,
-        trained_weights: trained * (2 if bf16 else 4) // shard[stage >= 3],
-        "gradients": trained * 4 // shard[stage >= 2],
-        "optimiser": optimiser // shard[stage >= 1],
-    }
 
 
 def _projection_numbers(run: Run) -> int:

@@ -1,9 +1,10 @@
-"""One process group, one DeepSpeed engine for everything that trains, the teacher apart from it.
+"""One process group, one engine for everything that trains, the teacher apart from it.
 
-The engine's module holds the student and the projections; its `forward` captures, computes the
-losses and returns them, which is the only form that is right under ZeRO-3 (parameters are whole
-only inside the forward of the module that owns them). The teacher is a plain frozen module on every
-rank, or a second ZeRO-3 engine without an optimiser.
+Among several ranks the engine is DeepSpeed's, on one it is a `LocalEngine`. Its module holds the
+student and the projections; its `forward` captures, computes the losses and returns them, which is
+the only form that is right under ZeRO-3 (parameters are whole only inside the forward of the module
+that owns them). The teacher is a plain frozen module on every rank, or a second ZeRO-3 engine
+without an optimiser.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
-from fastkd.capture import Capture, at_depth, capture, no_cache
+from fastkd.capture import Capture, CompiledCapture, at_depth, capture, no_cache
 from fastkd.capture.lm_head import last_hidden_state, last_layer
+from fastkd.data.batching import BatchPlan
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.losses import model_inputs
 from fastkd.losses.objective import DistilledStudent, Objective
-from fastkd.recipe import Recipe, Train
-from fastkd.training.deepspeed_config import teacher_config
+from fastkd.recipe import AnyRecipe, Recipe, Train
+from fastkd.training.deepspeed_config import student_config, teacher_config, uses_deepspeed
+from fastkd.training.local_engine import LocalEngine
 from fastkd.types import Inputs
 
 
@@ -34,7 +37,10 @@ class TeacherRunner:
     """A frozen teacher, called on a micro-batch for what the losses need of it."""
 
     def __init__(
-        self, model: PreTrainedModel, objective: Objective, engine: nn.Module | None = None
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        engine: nn.Module | None = None,
     ) -> None:
         """Let a teacher run.
 
@@ -48,14 +54,18 @@ class TeacherRunner:
         self._run = model if engine is None else engine
         # of DeepSpeed's engine it returns nothing
         self._run.eval()
-        self._depth = objective.teacher_depth
+        self.compiled: CompiledCapture | None = None
+        """What runs it while the objective is in training mode, where that is compiled."""
+        self._cut = self._find_cut()
 
     def __call__(self, inputs: Inputs, *, whole: bool = False) -> Capture:
         """Run as deep as the objective ever needs, or all of it, and return what is needed now."""
-        layers = self.objective.layers("teacher")
-        cut = nullcontext() if whole else self._cut()
-        with torch.no_grad(), cut, capture(self.model, **layers) as states:
-            self._run(**model_inputs(inputs), **no_cache(self.model))
+        read = {**model_inputs(inputs), **no_cache(self.model)}
+        with torch.no_grad(), nullcontext() if whole else self._cut:
+            if self.compiled is not None and self.objective.training and not whole:
+                return self.compiled(read, self.objective.layers("teacher"))
+            with capture(self.model, **self.objective.layers("teacher")) as states:
+                self._run(**read)
         return states
 
     def embed(self, inputs: Inputs) -> Tensor:
@@ -64,8 +74,8 @@ class TeacherRunner:
             read = {**model_inputs(inputs), **no_cache(self.model)}
             return last_hidden_state(self._run, self.model, read)
 
-    def _cut(self) -> AbstractContextManager[None]:
-        full, depth = self.model.config.num_hidden_layers, self._depth
+    def _find_cut(self) -> AbstractContextManager[None]:
+        full, depth = self.model.config.num_hidden_layers, self.objective.teacher_depth
         if depth is None or depth >= full:
             return nullcontext()
         return at_depth(self.model, max(depth, 1))
@@ -84,20 +94,19 @@ def shard_teacher(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
     return engine
 
 
-def make_engine(
-    module: DistilledStudent, train: Train, config: dict[str, Any], ranks: Ranks
-) -> Any:
-    """The DeepSpeed engine around the module, with AdamW and its schedule.
+def make_engine(module: DistilledStudent, recipe: AnyRecipe, plan: BatchPlan, ranks: Ranks) -> Any:
+    """The engine around the module, with AdamW and its schedule: DeepSpeed's, or a `LocalEngine`.
 
     Args:
         module: what trains.
-        train: section of the recipe.
-        config: from `fastkd.training.deepspeed_config.student_config`.
+        recipe: its sections `train` and `deepspeed`.
+        plan: how a step is cut.
         ranks: this process among all.
 
     Raises:
         UserError: a parameter that DeepSpeed can't hand from rank to rank.
     """
+    train = recipe.train
     for name, parameter in module.named_parameters():
         if not parameter.ndim:
             raise UserError(f"{name}: a parameter without dimensions; give it the shape [1]")
@@ -109,12 +118,33 @@ def make_engine(
         schedule, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=train.steps
     )
     module.to(ranks.device)
+    config = student_config(recipe, plan)
+    if not uses_deepspeed(recipe, ranks.world_size):
+        return LocalEngine(
+            module,
+            optimizer,
+            scheduler,
+            accumulation=plan.accumulation,
+            batch_size=train.batch_size,
+            max_grad_norm=train.max_grad_norm,
+            bf16=train.precision == "bf16",
+            monitor=None if recipe.run.monitor == "none" else _monitor(config),
+        )
     if train.zero_stage == 3:
         _lend_head(module)
     engine, *_ = _deepspeed().initialize(
         model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config
     )
     return engine
+
+
+def _monitor(config: dict[str, Any]) -> Any:
+    """DeepSpeed's trackers, without its engine."""
+    _deepspeed().init_distributed()
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    return MonitorMaster(get_monitor_config(config))
 
 
 def _lend_head(module: DistilledStudent) -> None:

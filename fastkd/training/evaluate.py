@@ -22,6 +22,7 @@ from fastkd.recipe import Recipe, stage_recipes
 from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.engine import TeacherRunner
 from fastkd.training.finite import blame, first_broken, teacher_fault
+from fastkd.training.precision import tf32_products
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up_evaluation
 from fastkd.types import Inputs
@@ -147,7 +148,8 @@ def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> E
     if overrides and isinstance(recipe, Recipe) and recipe.data is not None:
         # a stream reads no more of the text than it needs
         changed["data"] = recipe.data.model_copy(update={"streaming": True})
-    return evaluate(set_up_evaluation(recipe.model_copy(update=changed), folder, ranks))
+    with tf32_products(ranks.device, train.tf32):
+        return evaluate(set_up_evaluation(recipe.model_copy(update=changed), folder, ranks))
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from fastkd.recipe import Recipe, write_yaml
 from fastkd.reporting.console import Reporter
 from fastkd.training.engine import NoTeacher
 from fastkd.training.export import export_notes
+from fastkd.training.precision import describe_precision
 from fastkd.training.setup import Run
 
 
@@ -26,6 +27,7 @@ def introduce(run: Run, reporter: Reporter) -> None:
     else:
         head = "drawn by train.seed" if initialisation.new_head else "its own"
         reporter.say(f"model: {recipe.model.name}, {size}, head {head}")
+    reporter.say(describe_precision(recipe, run.ranks.device))
     for note in _handed_on(run):
         reporter.say(note)
     there, step = run.datamodule.introduction(recipe.train.batch_size)
@@ -34,6 +36,8 @@ def introduce(run: Run, reporter: Reporter) -> None:
         f"batch: {step} = {plan.world_size} ranks x {plan.accumulation} micro-batches x "
         f"{plan.micro_batch_size}; {recipe.train.steps} steps"
     )
+    if recipe.train.compile:
+        reporter.say("compile: the first steps compile the models, which takes a while")
     if not isinstance(recipe, Recipe):
         return
     if recipe.preset is not None:

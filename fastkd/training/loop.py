@@ -20,6 +20,7 @@ from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.export import export_student
 from fastkd.training.hold import hold_run
 from fastkd.training.introduction import introduce
+from fastkd.training.precision import settle_precision, tf32_products
 from fastkd.training.rehearsal import try_losses
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up
@@ -60,7 +61,11 @@ def run_recipe(
     # before a run in stages makes its folder
     check_packages(recipe)
     folder = RunFolder(recipe.run.output)
-    with hold_run(folder, recipe, ranks, resume=resume, reporter=reporter) as summary:
+    recipe = settle_precision(recipe, ranks, folder if resume else None)
+    with (
+        tf32_products(ranks.device, recipe.train.tf32),
+        hold_run(folder, recipe, ranks, resume=resume, reporter=reporter) as summary,
+    ):
         if summary is None and isinstance(recipe, Recipe) and recipe.stages:
             summary = _run_stages(recipe, ranks, resume, reporter, callbacks)
         elif summary is None:
@@ -77,9 +82,10 @@ def _run_stages(
     whole, stages = RunFolder(recipe.run.output), stage_recipes(recipe)
     check_later(stages, ranks, reporter)
     summaries = []
-    for number, stage in enumerate(stages, start=1):
+    for number, given in enumerate(stages, start=1):
         reporter.say(f"stage {number} of {len(stages)}")
-        folder = RunFolder(stage.run.output)
+        folder = RunFolder(given.run.output)
+        stage = settle_precision(given, ranks, folder if resume else None)
         with hold_run(folder, stage, ranks, resume=resume, reporter=reporter) as summary:
             if summary is None:
                 claim = partial(whole.create, recipe)

@@ -1,4 +1,4 @@
-"""Memory: what a micro-batch needs at least, and what is said where there is not enough."""
+"""Memory: what a run and its micro-batch need, and what is said where there is not enough."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, Recipe
 
 _GIB = 2**30
+_OFFLOADED = {
+    "offload_optimizer": {"optimiser"},
+    "offload_param": {"student weights", "model weights"},
+}
 # torch says it in words only, where there is no GPU
 _CPU_REFUSAL = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
 
@@ -75,6 +79,45 @@ def memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_parts(recipe: AnyRecipe, teacher: int, trained: int, world_size: int) -> dict[str, int]:
+    """Bytes that one rank holds for weights, gradients and optimiser, by ZeRO stage.
+
+    Args:
+        recipe: precision, stage and placement.
+        teacher: parameters of the teacher; a fine-tuning run has none.
+        trained: parameters of the student and the projections.
+        world_size: ranks that shards are spread over.
+    """
+    bf16, stage = recipe.train.precision == "bf16", recipe.train.zero_stage
+    shard = [1, world_size]
+    parts = {}
+    if isinstance(recipe, Recipe):
+        size = teacher * (4 if recipe.teacher.dtype == "float32" else 2)
+        parts["teacher weights"] = size // shard[recipe.teacher.placement != "replicate"]
+    # bf16 keeps fp32 master weights beside Adam's two moments
+    optimiser = trained * (12 if bf16 else 8)
+    trained_weights = "student weights" if parts else "model weights"
+    return {
+        **parts,
+        trained_weights: trained * (2 if bf16 else 4) // shard[stage >= 3],
+        "gradients": trained * 4 // shard[stage >= 2],
+        "optimiser": optimiser // shard[stage >= 1],
+    }
+
+
+def parts_on_cpu(recipe: AnyRecipe) -> set[str]:
+    """Which of the `memory_parts` lie in the memory of the machine where the work is a GPU's."""
+    found = set()
+    if isinstance(recipe, Recipe) and recipe.teacher.placement == "offload":
+        found.add("teacher weights")
+    zero = recipe.deepspeed.get("zero_optimization")
+    for key, names in _OFFLOADED.items():
+        section = zero.get(key) if isinstance(zero, dict) else None
+        if isinstance(section, dict) and section.get("device") == "cpu":
+            found |= names
+    return found
 
 
 def _kind(device: torch.device) -> str:

@@ -41,6 +41,7 @@ from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, resolve_steps
 from fastkd.training.export import load_projections
 from fastkd.training.finite import check_weights
 from fastkd.training.memory import check_micro_batch
+from fastkd.training.precision import settle_precision
 from fastkd.training.run_folder import RunFolder
 from fastkd.types import ModelSource
 
@@ -93,6 +94,7 @@ def gather(
     Raises:
         UserError: anything about the recipe that does not work on this machine.
     """
+    recipe = settle_precision(recipe, ranks)
     if isinstance(recipe, Recipe):
         return _distillation(recipe, plan, ranks, progress, made)
     return _finetuning(recipe, plan, ranks, progress, made)

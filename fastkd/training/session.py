@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from fastkd.distributed import Ranks, joined_ranks, lost_ranks
+from fastkd.distributed import Ranks, joined_ranks, lost_ranks, watched_ranks
 from fastkd.errors import Interrupted, UserError
 from fastkd.files.disk import disk_errors
 from fastkd.recipe import AnyRecipe
@@ -57,13 +57,13 @@ def session(
             stack.enter_context(quietened())
             stack.enter_context(_kept_random_numbers())
             ranks = stack.enter_context(joined_ranks())
-            if recipe is None:
-                again = "start all ranks again"
-                stack.enter_context(lost_ranks(ranks.peers, ranks.rank, again))
-            else:
+            again = "start all ranks again" + (" with --resume to continue" if recipe else "")
+            if recipe is not None:
                 stack.enter_context(_stopped())
                 stack.enter_context(disk_errors(Path(recipe.run.output)))
-                stack.enter_context(lost_ranks(ranks.peers, ranks.rank))
+            stack.enter_context(lost_ranks(ranks.peers, ranks.rank, again))
+            stack.enter_context(watched_ranks(ranks.peers, ranks.rank, again))
+            if recipe is not None:
                 stack.enter_context(memory_errors(recipe, ranks.device))
             yield ranks, Reporter(silent=quiet or not ranks.is_main)
     finally:

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.capture import CompiledCapture
+from fastkd.capture.compiled import check_compiler
 from fastkd.data.batching import plan_batches
 from fastkd.data.datamodule import MicroBatches
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError
 from fastkd.recipe import AnyRecipe, Recipe
-from fastkd.training.deepspeed_config import check_packages, student_config
+from fastkd.training.deepspeed_config import check_packages, student_config, uses_deepspeed
 from fastkd.training.engine import (
     NoTeacher,
     TeacherRunner,
@@ -30,6 +32,7 @@ from fastkd.training.engine import (
 )
 from fastkd.training.memory import check_micro_batch
 from fastkd.training.parts import Parts, gather
+from fastkd.training.precision import settle_precision
 from fastkd.training.run_folder import RunFolder
 from fastkd.types import Inputs
 
@@ -40,7 +43,7 @@ class Run(Parts):
 
     teacher: TeacherRunner | NoTeacher
     engine: Any
-    """DeepSpeed's, around `module`; `module` itself where nothing is trained."""
+    """Around `module`, see `make_engine`; `module` itself where nothing is trained."""
 
     @property
     def teacher_parameters(self) -> int:
@@ -85,18 +88,20 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
     """
     check_packages(recipe)
     parts = _gathered(recipe, ranks, progress)
-    config = student_config(parts.recipe, parts.plan)
     teacher = _teacher(parts, sharded=True)
     # what transformers reads is in eval mode, and a continued run starts with a step
     try:
-        engine = make_engine(parts.module.train(), parts.recipe.train, config, ranks)
+        engine = make_engine(parts.module.train(), parts.recipe, parts.plan, ranks)
     except FOREIGN_ERRORS as error:
         if isinstance(error, UserError) or not recipe.deepspeed:
             raise
         raise UserError(refusal(error)) from error
     # dropout must differ between ranks; everything before must not
     torch.manual_seed(recipe.train.seed + 1 + ranks.rank)
-    return Run(**vars(parts), teacher=teacher, engine=engine)
+    run = Run(**vars(parts), teacher=teacher, engine=engine)
+    if recipe.train.compile:
+        _compile(run)
+    return run
 
 
 def set_up_trial(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> Run:
@@ -124,8 +129,13 @@ def set_up_evaluation(recipe: AnyRecipe, made: RunFolder, ranks: Ranks) -> Run:
 
 def _gathered(recipe: AnyRecipe, ranks: Ranks, progress: bool) -> Parts:
     """The parts of a run that is to be made, once all is checked that can be without them."""
+    recipe = settle_precision(recipe, ranks)
     plan = plan_batches(recipe, ranks.world_size)
-    check_config(student_config(recipe, plan))
+    if recipe.train.compile:
+        check_compiler(ranks.device)
+    config = student_config(recipe, plan)
+    if uses_deepspeed(recipe, ranks.world_size):
+        check_config(config)
     check_micro_batch(recipe, plan.micro_batch_size, ranks.device)
     torch.manual_seed(recipe.train.seed)
     return gather(recipe, plan, ranks, progress=progress)
@@ -144,3 +154,13 @@ def _teacher(parts: Parts, *, sharded: bool) -> TeacherRunner | NoTeacher:
     if sharded and recipe.teacher.placement != "replicate":
         return TeacherRunner(model, parts.objective, shard_teacher(model, recipe))
     return TeacherRunner(model.to(parts.ranks.device), parts.objective)
+
+
+def _compile(run: Run) -> None:
+    """Let both models be compiled where they train; an evaluation of the run reads them eagerly."""
+    objective = run.objective
+    student = CompiledCapture(run.module.student, objective.all_layers("student"))
+    run.module.compiled = student.open()
+    if isinstance(run.teacher, TeacherRunner):
+        teacher = CompiledCapture(run.teacher.model, objective.all_layers("teacher"))
+        run.teacher.compiled = teacher.open()

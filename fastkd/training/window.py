@@ -46,8 +46,8 @@ class Window:
 
     @property
     def skipped(self) -> int:
-        """Steps that DeepSpeed left out because of their gradient; without a loss scale that would
-        shrink after one, none of them comes back. The same on all ranks."""
+        """Steps that the engine is known to have left out because of their gradient; without a loss
+        scale that would shrink after one, none of them comes back. The same on all ranks."""
         skipped: int = self.run.engine.skipped_steps - self.skipped_before
         return skipped
 
@@ -76,6 +76,7 @@ class Window:
         losses = dict(zip(labels, means[: len(labels)], strict=True))
         weighted = dict(zip(labels, means[len(labels) :], strict=True))
         total = sum(weighted.values())
+        # also brings a `LocalEngine` to know what it has skipped
         norm = run.engine.get_global_grad_norm()
         norm = None if norm is None else float(norm)
         if not all(map(math.isfinite, (*means, total))):
@@ -101,6 +102,9 @@ class Window:
     def _refuse_losses(self, losses: dict[str, float], weighted: dict[str, float]) -> NoReturn:
         step, places = self._first()
         labels = self.run.objective.labels
+        if not step and self.skipped:
+            # what was skipped comes again, and adds up
+            self._refuse_gradient(weighted)
         if step:
             where = f"at step {step}"
         else:
@@ -122,7 +126,9 @@ class Window:
         several = self.step > self.start + 1
         where = f"steps {self.start + 1} to {self.step}" if several else f"step {self.step}"
         fault = self._teacher_at(self.step)
-        skipped = f", and the step was skipped ({self.skipped} in all)" if self.skipped else ""
+        skipped = f", and {self.skipped} of them skipped" if self.skipped else ""
+        if self.skipped and not several:
+            skipped = ", and the step was skipped"
         raise UserError(
             f"the gradient of {where} is not finite{skipped}, though every loss is: "
             f"{blame(fault, self.run.teacher, self._lighter(weighted))}"

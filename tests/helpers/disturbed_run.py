@@ -11,16 +11,18 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from fastkd import distributed
 from fastkd.cli import main
 from fastkd.reporting import report
 from fastkd.training import bookkeeping, engine, loop, parts
-from fastkd.training.checkpoint import checkpoints, deepspeed_files
+from fastkd.training.checkpoint import checkpoints
 from fastkd.training.export import student
 
 # more bytes than metrics take, fewer than the weights of a tiny student
@@ -66,7 +68,7 @@ def _at_call(
 
 def _half_written(number: int) -> None:
     """Die in the middle of a file of a checkpoint."""
-    original = deepspeed_files.write_state
+    original = checkpoints.write_state
     calls = 0
 
     def write(path: Path, tree: Any) -> Any:
@@ -78,7 +80,7 @@ def _half_written(number: int) -> None:
             _die()
         return written
 
-    deepspeed_files.write_state = checkpoints.write_state = write
+    checkpoints.write_state = write
 
 
 def _overflow_from(number: int) -> None:
@@ -95,6 +97,12 @@ def _overflow_from(number: int) -> None:
         return states
 
     engine.TeacherRunner.__call__ = capture
+
+
+def _work_alone() -> None:
+    """Be busy without a word to the others, nearly for ever."""
+    distributed.LOOK_SECONDS, distributed.GRACE_SECONDS = 0.1, 1.0
+    time.sleep(600)
 
 
 # with a checkpoint every second step, step 4's is the second one; each has three files at stage 1
@@ -125,6 +133,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "SIGTERM in the export": lambda: _at_call(1, loop, "export_student", _stop_by(signal.SIGTERM)),
     "SIGHUP in step 3": lambda: _at_call(3, loop, "train_step", _stop_by(signal.SIGHUP)),
     "killed while models load": lambda: _at_call(1, parts, "load_teacher", _die),
+    "alone in step 3": lambda: _at_call(3, loop, "train_step", _work_alone),
     "stuck in step 3": lambda: _at_call(3, loop, "train_step", _stop_by(signal.SIGSTOP)),
     "disk full from step 3": lambda: _at_call(3, loop, "train_step", _fill_disk),
     "disk full in the export": lambda: _at_call(1, loop, "export_student", _fill_disk),

@@ -8,15 +8,18 @@ all ranks continue from the same one: the newest that is whole.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
@@ -27,7 +30,6 @@ from fastkd.files.disk import (
     write_whole,
 )
 from fastkd.files.sealed import Damaged, Written
-from fastkd.training.checkpoint.deepspeed_files import use_own_files
 from fastkd.training.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -35,14 +37,18 @@ from fastkd.training.checkpoint.manifest import (
     check_files,
     read_manifest,
 )
+from fastkd.training.checkpoint.named_state import Parameters, load_named_state, named_state
 from fastkd.training.checkpoint.states import (
     SUFFIX,
     Tree,
+    opened_state,
     read_state,
     write_state,
 )
 
 _NAME = re.compile(r"step-\d{8,}")
+_PARAMETERS, _RANDOM = "parameters", "random"
+_TRAINING = f"training{SUFFIX}"
 
 
 class Checkpoints:
@@ -69,17 +75,19 @@ class Checkpoints:
         """
         tag = f"step-{step:08d}"
         folder = self.folder / tag
-        files = use_own_files(engine)
         with disk_errors(folder):
             if self.ranks.is_main:
                 _remove(folder)
                 folder.mkdir(parents=True)
             self.ranks.barrier()
-            engine.save_checkpoint(
-                str(self.folder), tag=tag, client_state={"fastkd": state}, save_latest=False
-            )
-            name = self._random_file()
-            written = {**files.written, name: write_state(folder / name, _random_state(self.ranks))}
+            training = {**named_state(engine, self.ranks), "run": state}
+            trees = {
+                _of_rank(_PARAMETERS, self.ranks.rank): training.pop("parameters"),
+                _of_rank(_RANDOM, self.ranks.rank): _random_state(self.ranks),
+            }
+            if self.ranks.is_main:
+                trees[_TRAINING] = training
+            written = {name: write_state(folder / name, tree) for name, tree in trees.items()}
             sync_folder(folder)
             # nothing is whole before every rank has its files on disk
             everything = self.ranks.gather(written)
@@ -112,34 +120,59 @@ class Checkpoints:
             )
         return None
 
-    def load(self, engine: Any, tag: str) -> dict[str, Any]:
+    def load(
+        self, engine: Any, tag: str, seed: int, say: Callable[[str], None] = lambda text: None
+    ) -> dict[str, Any]:
         """Restore engine and random numbers, and return the `state` that was saved with them.
 
         Args:
-            engine: to restore.
+            engine: to restore; its stage and the number of ranks may be others than those of then.
             tag: from `newest`, which has checked the checkpoint.
+            seed: of random numbers where there were fewer ranks.
+            say: told where the number of ranks is another.
 
         Raises:
-            UserError: the checkpoint was written by another number of ranks, or doesn't fit.
+            UserError: the checkpoint doesn't fit.
         """
         folder = self.folder / tag
-        world_size = self.ranks.from_main(lambda: read_manifest(folder).world_size)
-        if world_size != self.ranks.world_size:
-            raise UserError(
-                f"{folder} was written by {world_size} ranks, this is a run of "
-                f"{self.ranks.world_size}; continue with {world_size}"
-            )
-        use_own_files(engine)
+        manifest = self.ranks.from_main(lambda: read_manifest(folder))
         try:
-            _, client_state = engine.load_checkpoint(str(self.folder), tag=tag)
-            _restore_random_state(read_state(folder / self._random_file()), self.ranks)
-            state: dict[str, Any] = client_state["fastkd"]
+            training = read_state(folder / _TRAINING)
+            with _opened_parameters(folder, manifest.world_size) as parameters:
+                load_named_state(engine, {**training, "parameters": parameters}, self.ranks)
+            self._restore_random_state(folder, manifest.world_size, seed)
+            state: dict[str, Any] = training["run"]
         except FOREIGN_ERRORS as error:
             raise UserError(
                 f"{folder}: this run can't be continued from it ({one_line(error)}); see that it "
                 "is a checkpoint of this run"
             ) from error
+        if manifest.world_size != self.ranks.world_size:
+            say(
+                f"{tag} was written by {_ranks(manifest.world_size)}, this is a run of "
+                f"{_ranks(self.ranks.world_size)}: the steps read the same data, dropout draws "
+                "other numbers"
+            )
         return state
+
+    def _restore_random_state(self, folder: Path, world_size: int, seed: int) -> None:
+        """Go on with the random numbers of this rank, or start those of one that is new."""
+        ranks, saved = self.ranks, {}
+        if ranks.rank < world_size:
+            saved = read_state(folder / _of_rank(_RANDOM, ranks.rank))
+        own = hashlib.sha256(f"{seed} {folder.name} {ranks.rank}".encode()).digest()
+        fresh = random.Random(int.from_bytes(own[:8]) >> 1)
+        random.setstate(saved.get("python", fresh.getstate()))
+        if "torch" in saved:
+            torch.set_rng_state(saved["torch"])
+        else:
+            torch.default_generator.manual_seed(fresh.getrandbits(63))
+        if ranks.device.type != "cuda":
+            return
+        if "cuda" in saved:
+            torch.cuda.set_rng_state(saved["cuda"], ranks.device)
+        else:
+            torch.cuda.manual_seed(fresh.getrandbits(63))
 
     def _finish(self, folder: Path, stage: int, written: list[dict[str, Written]]) -> None:
         files = {name: file for mine in written for name, file in mine.items()}
@@ -206,8 +239,41 @@ class Checkpoints:
         everything = [text for texts in self.ranks.gather(found) for text in texts if text]
         return everything[0] if everything else None
 
-    def _random_file(self) -> str:
-        return f"random_rank_{self.ranks.rank:05d}{SUFFIX}"
+
+@contextmanager
+def _opened_parameters(folder: Path, world_size: int) -> Iterator[Parameters]:
+    """What all ranks of then have written of the parameters; each tensor is read when it is asked
+    for."""
+    with ExitStack() as stack:
+        found: dict[str, _Stored] = {}
+        for rank in range(world_size):
+            tree = stack.enter_context(opened_state(folder / _of_rank(_PARAMETERS, rank)))
+            found |= {name: _Stored(readers) for name, readers in tree.items()}
+        yield found
+
+
+class _Stored(Mapping[str, Tensor]):
+    """The tensors of a parameter, in a file."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._readers = dict(readers)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._readers[key]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
+def _of_rank(kind: str, rank: int) -> str:
+    return f"{kind}_rank_{rank:05d}{SUFFIX}"
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' * (number > 1)}"
 
 
 def _step(name: str) -> int:
@@ -235,10 +301,3 @@ def _random_state(ranks: Ranks) -> Tree:
     if ranks.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(ranks.device)
     return state
-
-
-def _restore_random_state(state: Tree, ranks: Ranks) -> None:
-    random.setstate(state["python"])
-    torch.set_rng_state(state["torch"])
-    if ranks.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], ranks.device)

@@ -22,8 +22,12 @@ from fastkd.files.sealed import (
 from fastkd.training.checkpoint.states import NotAState, check_state
 
 MANIFEST = "manifest.json"
-FORMAT = 2
-"""Raised when checkpoints of before can't be continued; 1 were DeepSpeed's own, in pickles."""
+FORMAT = 3
+"""Raised when checkpoints of before can't be continued; 1 were DeepSpeed's own, in pickles, 2 what
+it kept on each rank."""
+
+
+_GO_ON = "continue with the version that wrote it, or start again in another run.output"
 
 
 @dataclass(frozen=True)
@@ -45,17 +49,21 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         Damaged: it is not as it was written.
-        UserError: a version of before wrote it.
+        UserError: another version wrote it.
     """
     path = folder / MANIFEST
     old = read_json(path)
     if isinstance(old, dict) and "format" not in old and {"files", "world_size"} <= old.keys():
         raise UserError(
             f"{folder} was written by an earlier fastkd, as pickles, which may run code when they "
-            "are read; continue with the version that wrote it, or start again in another "
-            "run.output"
+            f"are read; {_GO_ON}"
         )
     tree = read_sealed(path)
+    if tree.get("format") != FORMAT:
+        raise UserError(
+            f"{folder} is a checkpoint of format {tree.get('format')}, expected {FORMAT}: another "
+            f"version of fastkd wrote it; {_GO_ON}"
+        )
     try:
         files = {name: Written(**written) for name, written in tree["files"].items()}
         return Manifest(tree["world_size"], tree["zero_stage"], files)

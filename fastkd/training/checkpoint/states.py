@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,29 @@ def read_state(path: Path) -> Tree:
             return _decode(_header(file), lambda name: file.get_tensor(name).clone())
     except (SafetensorError, OSError, RecursionError) as error:
         raise NotAState(str(error)) from error
+
+
+@contextmanager
+def opened_state(path: Path) -> Iterator[Tree]:
+    """The state in a file, with a function in the place of each tensor that reads it from there:
+    for a state that is used a tensor at a time. What was read ends with the context.
+
+    Raises:
+        NotAState: the file is another one.
+    """
+    with ExitStack() as stack:
+        try:
+            file: Any = stack.enter_context(safe_open(str(path), framework="pt"))
+            names = set(file.keys())
+
+            def reader(name: str) -> Callable[[], Tensor]:
+                _expect(name in names)
+                return partial(file.get_tensor, name)
+
+            tree = _decode(_header(file), reader)
+        except (SafetensorError, OSError, RecursionError) as error:
+            raise NotAState(str(error)) from error
+        yield tree
 
 
 def check_state(path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..types import NAMESPACE
+from .fp32_products import fp32_products
 from .plan import PLAIN_OR_NONE, look_of_call, plan_for
 from .remembered import forgetting, is_eager
 
@@ -83,6 +84,7 @@ class Op:
             for at, kind in enumerate(hints[word] for word in self.names)
             if kind in (Tensor, Tensor | None, Sequence[Tensor])
         ]
+        self.backend_at = self.names.index("backend") if "backend" in self.names else None
         self.forward = forward
         self.plan: Callable[..., Callable[..., Any]] | None = getattr(forward, "plan", None)
 
@@ -154,7 +156,11 @@ class Op:
     def run(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         """`function` of the arguments, on the GPU of the first tensor."""
         at, many = self.slots[0]
-        return on_its_device(arguments[at][0] if many else arguments[at], function, arguments)
+        tensor = arguments[at][0] if many else arguments[at]
+        if tensor.is_cuda and self.backend_at and arguments[self.backend_at] == "torch":
+            with fp32_products():
+                return on_its_device(tensor, function, arguments)
+        return on_its_device(tensor, function, arguments)
 
 
 def _function(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..checks import as_list, check_hidden, check_reduction, look_at_hidden
 from ..common.autograd import Named, accumulator, inverse, planned, register, scaled
+from ..common.fp32_products import fp32_products
 from ..common.plan import Plan, losses_in, plan_by_shape, plan_for
 from ..common.remembered import remembered
 from ..common.rescale import rescaled, waiting_dtype
@@ -329,7 +330,7 @@ def _backward(
     need_input_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of student, weight and bias, stacked, from kept row gradients."""
-    with _exact_products(row_grad):
+    with _exact_products(row_grad), fp32_products():
         return torch_path.hidden_backward(
             row_grad, student, weight, biases, mask, factor, need_input_grad
         )
@@ -376,7 +377,7 @@ def _gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
         )
     else:
         by_triton = kept.inverse_count is None
-        with _exact_products(upstream):
+        with _exact_products(upstream), fp32_products():
             stacked = [
                 _applied(unit, factor, dtype, count, by_triton) if dtype is not None else unit
                 for unit, dtype, count in zip(kept.units, kept.dtypes, kept.counts, strict=True)

@@ -1,0 +1,116 @@
+"""Whole training steps, eager and with both models compiled, in turn; as JSON.
+
+`python -m benchmarks.compiled [--device cuda] [--output FILE]`. A teacher of 6 x 384 and a student
+of 3 x 384 with few words, whose update would take the time of a small step; TinyBERT's losses, and
+an update; fp32 on the CPU, bf16 on a GPU. The losses of both are compared before anything is timed.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertModel
+
+import fastkd
+from benchmarks.training_step import dtype_on, make_inputs, step_seconds
+
+# rows and tokens of a batch
+SHAPES = ((2, 16), (8, 128))
+LOSSES = {"attention": {}, "hidden": {}, "embedding": {}}
+WORDS = 1024
+ROUNDS = 15
+
+
+def model(layers: int, device: str) -> BertModel:
+    torch.manual_seed(layers)
+    config = BertConfig(
+        vocab_size=WORDS,
+        num_hidden_layers=layers,
+        hidden_size=384,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertModel(config, add_pooling_layer=False).to(device, dtype_on(device))
+
+
+def make_step(shape: tuple[int, int], device: str, compiles: bool) -> Callable[[], torch.Tensor]:
+    """Forward of both models, losses, backward and an update; the loss."""
+    teacher = model(6, device).eval().requires_grad_(False)
+    distiller = fastkd.Distiller(model(3, device), teacher, LOSSES, compile=compiles)
+    optimizer = torch.optim.AdamW(distiller.parameters(), fused=True)
+    inputs = make_inputs(*shape, device, words=WORDS)
+    # stays open: the process ends with the measurement
+    distiller.__enter__()
+
+    def step() -> torch.Tensor:
+        loss: torch.Tensor = distiller(inputs)[0]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def measured(shape: tuple[int, int], device: str) -> dict[str, Any]:
+    """Medians in milliseconds, and how many times as long the eager step takes.
+
+    Raises:
+        AssertionError: the compiled step has another loss.
+    """
+    steps = {name: make_step(shape, device, name == "compiled") for name in ("eager", "compiled")}
+    start = time.perf_counter()
+    first = {name: float(step()) for name, step in reversed(steps.items())}
+    compiling = time.perf_counter() - start
+    tolerance = 1e-4 if device == "cpu" else 1e-2
+    assert abs(first["compiled"] / first["eager"] - 1) < tolerance, first
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(2 + ROUNDS):
+        for name, step in steps.items():
+            times[name].append(step_seconds(step, device))
+    # the first rounds warm caches and heap
+    kept = {name: values[2:] for name, values in times.items()}
+    pairs = zip(kept["eager"], kept["compiled"], strict=True)
+    ratios = [eager / compiled for eager, compiled in pairs]
+    return {
+        "milliseconds": {name: 1e3 * statistics.median(values) for name, values in kept.items()},
+        "eager step / compiled step, median of pairs": statistics.median(ratios),
+        "quartiles of it": statistics.quantiles(ratios, n=4)[::2],
+        "seconds until the first step of both is done": compiling,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    found = {
+        "what": "training step, 6 x 384 teacher, 3 x 384 student",
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "rounds": ROUNDS,
+        "rows x tokens": {},
+    }
+    if given.device == "cuda":
+        found["processor"] = torch.cuda.get_device_name()
+    for rows, tokens in SHAPES:
+        found["rows x tokens"] |= {f"{rows} x {tokens}": measured((rows, tokens), given.device)}
+        torch._dynamo.reset()
+    text = json.dumps(found, indent=2) + "\n"
+    print(text, end="")
+    if given.output is not None:
+        given.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

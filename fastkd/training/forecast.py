@@ -1,0 +1,300 @@
+"""What a recipe needs on GPUs that are not here: memory by part, and bounds on its speed.
+
+Models are built without numbers, from their configurations alone, and run once (`dry_pass`). Memory
+follows from their parameters, the ZeRO stage, the precision and what the pass leaves; time from its
+matrix products at a share of the chip's rate, and from the bytes that have to move between ranks or
+from the memory of the machine while they are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastkd.capture import find_blocks
+from fastkd.data.batching import BatchPlan, plan_batches
+from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
+from fastkd.layer_map import make_layer_map
+from fastkd.losses.factory import make_objective
+from fastkd.models import build_student
+from fastkd.models.load import auto_model, read_config
+from fastkd.models.locate import locate_model
+from fastkd.models.poolers import drop_pooler
+from fastkd.recipe import Recipe
+from fastkd.training.chips import Chip
+from fastkd.training.dry_pass import DryPass, bytes_of, dry_pass, tensors_of
+from fastkd.training.memory import memory_parts, parts_on_cpu
+
+EFFICIENCY = 0.4
+"""Assumed: what matrix products of whole models reach of a chip's rate."""
+NODE, NETWORK = 8, 50e9
+"""Assumed: GPUs of a machine, and bytes a second between machines for each (400 Gb/s)."""
+LIBRARIES = 2 * 2**30
+"""Assumed: bytes that CUDA, NCCL and the allocator's gaps take."""
+
+# DeepSpeed's own numbers, of elements
+_PREFETCH, _BUCKET = 5e7, 5e8
+# a backward pass has two products for one, flash attention's five for two
+_BACKWARD, _ATTENTION_BACKWARD = 2.0, 2.5
+# of the products a dense model is known to make
+_COUNTED = 0.9
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Both models of a recipe, run once on one micro-batch."""
+
+    teacher: DryPass
+    student: DryPass
+    teacher_numbers: int
+    trained_numbers: int
+    teacher_block: int
+    """Numbers of the largest module that ZeRO-3 gathers at a time."""
+    student_block: int
+    rows: int
+    tokens: int
+    """Of a row."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one GPU holds and does."""
+
+    parts: dict[str, int]
+    """Bytes on the GPU."""
+    machine: int
+    """Bytes of this rank in the memory of the machine."""
+    computing: float
+    """Seconds that matrix products of a step take, at `EFFICIENCY`."""
+    moving: float
+    """Seconds that weights and gradients of a step take to move."""
+    tokens: int
+    """Of a step, all ranks together."""
+
+    @property
+    def total(self) -> int:
+        """Bytes on the GPU."""
+        return sum(self.parts.values())
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second of all ranks, where moving hides behind computing."""
+        return self.tokens / max(self.computing, self.moving)
+
+
+def run_dry(recipe: Recipe, rows: int) -> Passes:
+    """Build the models of a recipe without numbers and run them on a micro-batch.
+
+    Args:
+        recipe: whose teacher needs a configuration, but no weights.
+        rows: of the micro-batch.
+
+    Raises:
+        UserError: a model that can't be run so.
+    """
+    tokens = _tokens(recipe)
+    source = recipe.teacher.source
+    config = read_config(locate_model(source.name), f"teacher.model {source.name}", source.revision)
+    try:
+        with torch.device("meta"):
+            teacher = _teacher(recipe, config)
+            depths = recipe.student.layers, config.num_hidden_layers
+            layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
+            # neither where it starts from matters, nor which attention is installed here
+            changed = {"init": "random", "attention": "sdpa"}
+            section = recipe.student.model_copy(update=changed)
+            student = build_student(teacher, section, layers)[0]
+            if recipe.train.precision == "bf16":
+                student.to(torch.bfloat16)
+            inputs = {"input_ids": torch.zeros(rows, tokens, dtype=torch.long)}
+            traits = dry_pass(student, inputs, {}).traits, dry_pass(teacher, inputs, {}).traits
+            head = recipe.student.head
+            objective = make_objective(recipe.losses, layers, student, teacher, traits, head=head)
+        depth = objective.teacher_depth
+        taught = dry_pass(teacher, inputs, objective.layers("teacher"), depth=depth)
+        learnt = dry_pass(student, inputs, objective.layers("student"), train=True)
+    except FOREIGN_ERRORS as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"teacher.model {source.name}: --gpu can't run a {type(config).__name__} model without "
+            f"its numbers ({one_line(error)}); leave --gpu out, which makes a few real steps"
+        ) from error
+    _check_counted(teacher, taught, depth, rows * tokens)
+    return Passes(
+        teacher=taught,
+        student=learnt,
+        teacher_numbers=_numbers(teacher),
+        trained_numbers=_numbers(student) + _numbers(objective),
+        teacher_block=_largest(teacher),
+        student_block=_largest(student),
+        rows=rows,
+        tokens=tokens,
+    )
+
+
+def forecast(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> Forecast:
+    """What a recipe needs on each of some GPUs.
+
+    Args:
+        recipe: precision, stage, placement and micro-batch.
+        passes: from `run_dry`, of a micro-batch of any size: bytes and operations grow with it.
+        chip: one of them.
+        ranks: how many.
+
+    Raises:
+        UserError: the batch doesn't divide by them.
+    """
+    plan = plan_batches(recipe, ranks)
+    times = plan.micro_batch_size / passes.rows
+    kept = memory_parts(recipe, passes.teacher_numbers, passes.trained_numbers, ranks)
+    away = parts_on_cpu(recipe)
+    parts = {name: size for name, size in kept.items() if name not in away}
+    parts |= _worked_with(recipe, passes, times)
+    return Forecast(
+        parts=parts,
+        machine=sum(size for name, size in kept.items() if name in away),
+        computing=_operations_seconds(recipe, passes, chip) * times * plan.accumulation,
+        moving=_moving_seconds(recipe, passes, chip, plan),
+        tokens=recipe.train.batch_size * passes.tokens,
+    )
+
+
+def layouts(recipe: Recipe, ranks: int) -> Iterator[tuple[str, Recipe]]:
+    """Ways to lay the same run out that need less memory, the cheapest first, as overrides."""
+    rows = plan_batches(recipe, ranks).micro_batch_size
+    places: list[tuple[str, dict[str, str]]] = [("", {})]
+    if ranks > 1:
+        places += [("teacher.placement=shard", {"placement": "shard"})]
+    places += [("teacher.placement=offload", {"placement": "offload"})]
+    stages = [recipe.train.zero_stage, *([2, 3] if ranks > 1 else [])]
+    for place, teacher in places:
+        for stage in sorted({stage for stage in stages if stage >= recipe.train.zero_stage}):
+            size = rows
+            while size >= 1:
+                said = [place] if teacher else []
+                said += [f"train.zero_stage={stage}"] * (stage != recipe.train.zero_stage)
+                said += [f"train.micro_batch_size={size}"] * (size != rows)
+                train = {"zero_stage": stage, "micro_batch_size": size}
+                changed = {
+                    "train": recipe.train.model_copy(update=train),
+                    "teacher": recipe.teacher.model_copy(update=teacher),
+                }
+                if said:
+                    yield " ".join(said), recipe.model_copy(update=changed)
+                size = size // 2 if size % 2 == 0 else 0
+
+
+def _teacher(recipe: Recipe, config: Any) -> PreTrainedModel:
+    dtype = getattr(torch, recipe.teacher.dtype)
+    model: PreTrainedModel = auto_model(recipe.student.head).from_config(config, dtype=dtype)
+    if recipe.student.head == "none":
+        drop_pooler(model)
+    return model.requires_grad_(False)
+
+
+def _tokens(recipe: Recipe) -> int:
+    if recipe.data is not None:
+        return recipe.data.block_size
+    assert recipe.task is not None, "a recipe has data or a task"
+    return recipe.task.max_length
+
+
+def _numbers(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _largest(model: PreTrainedModel) -> int:
+    modules = list(model.modules())
+    sizes: list[int] = [sum(p.numel() for p in m.parameters(recurse=False)) for m in modules]
+    return max(sizes + [_numbers(block) for block in find_blocks(model)])
+
+
+def _check_counted(model: PreTrainedModel, found: DryPass, depth: int | None, tokens: int) -> None:
+    blocks = find_blocks(model)[:depth]
+    matrices = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim > 1)
+    share = found.products / max(1, 2 * tokens * matrices)
+    if share < _COUNTED:
+        raise UserError(
+            f"{type(model).__name__}: {share:.0%} of its weights were found at work in a pass, "
+            "expected all of a dense model; --gpu can't forecast a mixture of experts: leave it "
+            "out, which makes a few real steps"
+        )
+
+
+def _worked_with(recipe: Recipe, passes: Passes, times: float) -> dict[str, int]:
+    """Bytes that come and go within a step."""
+    train, sizes = recipe.train, 2 if recipe.train.precision == "bf16" else 4
+    student = tensors_of(passes.student.captured)
+    parts = {
+        # the losses form the gradients of what is compared as they read it
+        "activations": int((passes.student.saved + bytes_of(student)) * times),
+        "captured of the teacher": int(bytes_of(tensors_of(passes.teacher.captured)) * times),
+        "the teacher at work": int(3 * passes.teacher.largest * times),
+    }
+    gathered = 0
+    if recipe.teacher.placement != "replicate":
+        size = 4 if recipe.teacher.dtype == "float32" else 2
+        gathered += size * int(min(passes.teacher_numbers, passes.teacher_block + _PREFETCH))
+    if train.zero_stage == 3:
+        gathered += sizes * int(min(passes.trained_numbers, passes.student_block + _PREFETCH))
+    if gathered:
+        parts["weights gathered at a time"] = gathered
+    # stage 1 in bf16 has gradients of its own
+    if train.zero_stage > 1 or (train.zero_stage == 1 and train.precision == "fp32"):
+        zero = recipe.deepspeed.get("zero_optimization", {})
+        parts["bucket of gradients"] = sizes * int(zero.get("reduce_bucket_size", _BUCKET))
+    return {**parts, "CUDA and NCCL, assumed": LIBRARIES}
+
+
+def _operations_seconds(recipe: Recipe, passes: Passes, chip: Chip) -> float:
+    """Seconds of both models' passes over one micro-batch."""
+    teacher, student = passes.teacher, passes.student
+    single = chip.tf32 if recipe.train.tf32 else chip.single
+    teaching = teacher.products + teacher.attention + _head(teacher)
+    seconds = teaching / (single if recipe.teacher.dtype == "float32" else chip.half)
+    again = 1.0 if recipe.student.gradient_checkpointing else 0.0
+    learning = (1 + _BACKWARD + again) * (student.products + _head(student))
+    learning += (1 + _ATTENTION_BACKWARD + again) * student.attention
+    seconds += learning / (chip.half if recipe.train.precision == "bf16" else single)
+    return seconds / EFFICIENCY
+
+
+def _head(found: DryPass) -> int:
+    """Operations of a head that the losses multiply by."""
+    logits = found.captured.logits
+    if logits is None or isinstance(logits, Tensor):
+        return 0
+    rows = logits.hidden.numel() // logits.hidden.shape[-1]
+    operations: int = 2 * rows * logits.weight.numel()
+    return operations
+
+
+def _moving_seconds(recipe: Recipe, passes: Passes, chip: Chip, plan: BatchPlan) -> float:
+    """Seconds that a rank receives or reads weights and gradients for in a step."""
+    ranks, train = plan.world_size, recipe.train
+    link = chip.link if ranks <= NODE else min(chip.link, NETWORK)
+    others = (ranks - 1) / ranks
+    size = 2 if train.precision == "bf16" else 4
+    student = passes.trained_numbers * size
+    # gradients are reduced and weights or gradients gathered
+    moved = 2 * student * others
+    if train.zero_stage == 3:
+        # before the forward and before the backward of each micro-batch
+        moved += 2 * student * others * plan.accumulation
+    seconds = moved / link
+    teacher = passes.teacher_numbers * (4 if recipe.teacher.dtype == "float32" else 2)
+    if recipe.teacher.placement != "replicate":
+        seconds += teacher * others * plan.accumulation / link
+    if recipe.teacher.placement == "offload":
+        seconds += teacher / ranks * plan.accumulation / chip.host
+    zero = recipe.deepspeed.get("zero_optimization", {})
+    if "offload_optimizer" in zero:
+        # gradients go there and weights come back
+        seconds += 2 * student / ranks / chip.host
+    return seconds

@@ -1,0 +1,104 @@
+"""What `auto` comes to on a machine, and what products of fp32 matrices are made of on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+
+from fastkd.distributed import Ranks
+from fastkd.recipe import AnyRecipe, Recipe, load_any_recipe
+from fastkd.training.run_folder import RunFolder
+
+R = TypeVar("R", bound=AnyRecipe)
+
+
+def settle_precision(recipe: R, ranks: Ranks, made: RunFolder | None = None) -> R:
+    """The recipe with a precision in place of every `auto`; collective over the ranks.
+
+    bf16 on GPUs that compute in it, else fp32; fp32 also under ZeRO-0, which DeepSpeed does not
+    take bf16 with. A run that is there keeps what it was started with.
+
+    Args:
+        recipe: of either kind; comes back as it is where nothing is `auto`.
+        ranks: of which the first one decides for all.
+        made: where the recipe writes to, if a run that is there may be continued.
+
+    Raises:
+        UserError: the recipe of the run that is there can't be read.
+    """
+    if "auto" not in _chosen(recipe):
+        return recipe
+
+    def find() -> tuple[str, str]:
+        if made is not None and made.holds_run:
+            found = _chosen(load_any_recipe(made.recipe))
+            if "auto" not in found and len(found) == len(_chosen(recipe)):
+                return found[0], found[-1]
+        return _best(recipe, half=takes_bf16(ranks.device))
+
+    return _filled(recipe, *ranks.from_main(find))
+
+
+def precision_on_gpus(recipe: R) -> R:
+    """The recipe as `settle_precision` leaves it where GPUs compute in bf16."""
+    return _filled(recipe, *_best(recipe, half=True))
+
+
+def _best(recipe: AnyRecipe, *, half: bool) -> tuple[str, str]:
+    precision = "bf16" if half and recipe.train.zero_stage else "fp32"
+    return precision, "bfloat16" if half else "float32"
+
+
+def _filled(recipe: R, precision: str, dtype: str) -> R:
+    found: dict[str, Any] = {}
+    if recipe.train.precision == "auto":
+        found["train"] = recipe.train.model_copy(update={"precision": precision})
+    if isinstance(recipe, Recipe) and recipe.teacher.dtype == "auto":
+        found["teacher"] = recipe.teacher.model_copy(update={"dtype": dtype})
+    return cast("R", recipe.model_copy(update=found))
+
+
+def _chosen(recipe: AnyRecipe) -> tuple[str, ...]:
+    teachers = (recipe.teacher.dtype,) if isinstance(recipe, Recipe) else ()
+    return recipe.train.precision, *teachers
+
+
+def takes_bf16(device: torch.device) -> bool:
+    """Whether a device is a GPU that computes in bf16 itself."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@contextmanager
+def tf32_products(device: torch.device, wanted: bool) -> Iterator[None]:
+    """Let models' products of fp32 matrices read TF32 on a GPU while the context is open.
+
+    A process that has said how it wants them (`torch.set_float32_matmul_precision`, or
+    `torch.backends.cuda.matmul.fp32_precision`) has them so. `fastkd_kernels` makes its own in
+    fp32.
+    """
+    matmul: Any = torch.backends.cuda.matmul
+    if device.type != "cuda" or not wanted or matmul.fp32_precision != "none":
+        yield
+        return
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        # as nobody had said anything
+        matmul.fp32_precision = "none"
+
+
+def describe_precision(recipe: AnyRecipe, device: torch.device) -> str:
+    """The precisions of a run in a line; of a recipe without `auto`."""
+    said = f"precision: model {recipe.train.precision}"
+    if isinstance(recipe, Recipe):
+        said = f"precision: student {recipe.train.precision}, teacher {recipe.teacher.dtype}"
+    matmul: Any = torch.backends.cuda.matmul
+    if device.type == "cuda":
+        reads = "TF32" if matmul.fp32_precision == "tf32" else "fp32"
+        said += f"; products of fp32 read {reads}, those of the losses' kernels fp32"
+    return said

@@ -1,0 +1,237 @@
+"""What a recipe needs on GPUs that are not here: counted from shapes, and laid out otherwise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCABULARY, tiny_config, tiny_model
+from tiny_runs import make_recipe
+from torch import Tensor
+from transformers import AutoModel, MixtralConfig
+
+from benchmarks import placement
+from fastkd import cli
+from fastkd.capture import capture, route_attention
+from fastkd.recipe import Recipe, load_recipe, parse_recipe
+from fastkd.training.chips import CHIPS, Chip
+from fastkd.training.doctor import does_not_fit
+from fastkd.training.dry_pass import bytes_of, dry_pass, tensors_of
+from fastkd.training.forecast import EFFICIENCY, forecast, run_dry
+from fastkd.training.precision import precision_on_gpus
+
+ROWS, TOKENS = 3, 16
+LAYERS: dict[str, Any] = {"attention": {2}, "hidden": {0, 3}}
+
+
+# with dropout, torch's attention on CPUs makes maps
+NO_MAPS = {"bert": {"attention_probs_dropout_prob": 0.0}, "llama": {}}
+
+
+def _meta(name: str) -> Any:
+    with torch.device("meta"):
+        return AutoModel.from_config(tiny_config(name, **NO_MAPS.get(name, {})))
+
+
+def _ids(device: str) -> Tensor:
+    return torch.zeros(ROWS, TOKENS, dtype=torch.long, device=device)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "modernbert"])
+def test_products_are_those_of_the_weights_and_of_attention(name: str) -> None:
+    model = _meta(name)
+    found = dry_pass(model, {"input_ids": _ids("meta")}, LAYERS)
+    blocks = model.encoder.layer if name == "bert" else model.layers
+    matrices = sum(p.numel() for p in blocks.parameters() if p.ndim > 1)
+    if name == "bert":
+        # of the pooler, the first token alone
+        pooler = 2 * ROWS * model.pooler.dense.weight.numel()
+        assert found.products == 2 * ROWS * TOKENS * matrices + pooler
+        assert found.attention == 4 * 4 * ROWS * 4 * TOKENS * TOKENS * 8
+    if name == "llama":
+        assert found.products == 2 * ROWS * TOKENS * matrices
+        assert found.attention == 4 * 4 * ROWS * 4 * TOKENS * TOKENS * 8 // 2
+        assert found.traits.causal and found.traits.shapes[0].kv_heads == 2
+    if name == "modernbert":
+        # local attention sees few keys
+        assert found.attention < 4 * 4 * ROWS * 4 * TOKENS * TOKENS * 8
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_bytes_are_those_of_a_real_pass(name: str) -> None:
+    """On CPUs torch's attention keeps for its backward pass what flash attention keeps."""
+    found = dry_pass(_meta(name), {"input_ids": _ids("meta")}, LAYERS, train=True)
+    model = tiny_model(name, **NO_MAPS[name]).train()
+    route_attention(model, "sdpa")
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with capture(model, **LAYERS) as real, hooks:
+        model(_ids("cpu"), use_cache=False) if name == "llama" else model(_ids("cpu"))
+    size = sum(storage.nbytes() for storage in kept.values())
+    assert abs(found.saved - size) <= 0.03 * size, (found.saved, size)
+    assert bytes_of(tensors_of(found.captured)) == bytes_of(tensors_of(real))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_recipe(tmp_path_factory.mktemp("forecast"))
+
+
+@pytest.fixture
+def recipe(path: Path) -> Recipe:
+    return load_recipe(path, ["train.precision=fp32", "teacher.dtype=float32"])
+
+
+def _laid_out(recipe: Recipe, *, teacher: Any = None, zero: Any = None, **train: Any) -> Recipe:
+    return parse_recipe(
+        {
+            **(tree := recipe.model_dump(mode="json", exclude_none=True)),
+            "teacher": {**tree["teacher"], **(teacher or {})},
+            "train": {**tree["train"], **train},
+            "deepspeed": {"zero_optimization": zero} if zero else {},
+        }
+    )
+
+
+def test_a_forecast_follows_the_layout(recipe: Recipe) -> None:
+    chip, passes = CHIPS["h100"], run_dry(recipe, 4)
+    weights = 4 * passes.trained_numbers
+    plain = forecast(_laid_out(recipe, zero_stage=0), passes, chip, 2)
+    assert plain.parts["teacher weights"] == 4 * passes.teacher_numbers
+    assert plain.parts["student weights"] == plain.parts["gradients"] == weights
+    assert plain.parts["optimiser"] == 2 * weights and "bucket of gradients" not in plain.parts
+    assert plain.tokens == 8 * 16 and plain.machine == 0
+    whole = forecast(
+        _laid_out(recipe, zero_stage=3, teacher={"placement": "shard"}), passes, chip, 2
+    )
+    for name in ("teacher weights", "student weights", "gradients", "optimiser"):
+        assert whole.parts[name] == plain.parts[name] // 2
+    assert whole.parts["weights gathered at a time"] == weights + 4 * passes.teacher_numbers
+    # what is gathered moves again for each micro-batch
+    assert whole.moving > plain.moving and whole.computing == plain.computing
+    away = forecast(
+        _laid_out(
+            recipe,
+            zero_stage=2,
+            teacher={"placement": "offload"},
+            zero={"offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1000},
+        ),
+        *(passes, chip, 2),
+    )
+    assert not {"teacher weights", "optimiser"} & away.parts.keys()
+    assert away.machine == 2 * passes.teacher_numbers + weights
+    assert away.parts["bucket of gradients"] == 4000
+
+
+def test_a_precision_that_is_left_open_is_that_of_gpus(path: Path) -> None:
+    found = precision_on_gpus(load_recipe(path, []))
+    assert (found.teacher.dtype, found.train.precision) == ("bfloat16", "bf16")
+
+
+def test_micro_batches_scale_memory_and_leave_time(recipe: Recipe) -> None:
+    chip = CHIPS["a100"]
+    large = forecast(recipe, run_dry(recipe, 8), chip, 1)
+    small = forecast(_laid_out(recipe, micro_batch_size=2), run_dry(recipe, 8), chip, 1)
+    again = forecast(_laid_out(recipe, micro_batch_size=2), run_dry(recipe, 2), chip, 1)
+    assert small.parts["activations"] == large.parts["activations"] // 4
+    assert small.computing == pytest.approx(large.computing)
+    for name, size in small.parts.items():
+        assert abs(again.parts[name] - size) <= 0.02 * size, name
+
+
+def test_time_is_what_both_models_multiply(recipe: Recipe) -> None:
+    chip, passes = CHIPS["h100"], run_dry(recipe, 8)
+    teacher, student = passes.teacher, passes.student
+    operations = teacher.products + teacher.attention + 3 * student.products
+    operations += 3.5 * student.attention
+    found = forecast(_laid_out(recipe, tf32=False), passes, chip, 1)
+    assert found.computing == pytest.approx(operations / chip.single / EFFICIENCY)
+    rounded = forecast(recipe, passes, chip, 1)
+    assert rounded.computing == pytest.approx(2 * operations / chip.half / EFFICIENCY)
+    assert found.moving == 0 and found.speed == pytest.approx(8 * 16 / found.computing)
+
+
+def test_what_does_not_fit_is_one_line_with_a_layout_that_does(recipe: Recipe) -> None:
+    passes = run_dry(recipe, 4)
+    total = forecast(recipe, passes, CHIPS["l4"], 2).total
+    tight = Chip(**{**vars(CHIPS["l4"]), "memory": total - 1})
+    said = does_not_fit(recipe, passes, tight, 2)
+    assert said.startswith("does not fit: ") and "\n" not in said
+    overrides = said.split("give ")[1].split(" (")[0].split()
+    changed = load_recipe(Path(recipe.teacher.model).parent / "recipe.yaml", overrides)
+    assert forecast(changed, passes, tight, 2).total < total
+    none = Chip(**{**vars(tight), "memory": 1})
+    assert "more or larger GPUs" in does_not_fit(recipe, passes, none, 2)
+
+
+def _doctor(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int | str | None:
+    monkeypatch.setattr("sys.argv", ["fastkd", "doctor", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
+
+
+def test_doctor_forecasts_without_weights(
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 100}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = [
+        str(path),
+        f"teacher.model={tmp_path}",
+        "student.heads=4",
+        "student.kv_heads=4",
+        "data.train=nowhere",
+    ]
+    given += ["losses={hidden: {}}", "teacher.dtype=float32", "train.batch_size=64"]
+    given += ["--gpu", "l4"]
+    assert _doctor(*given, "--ranks", "8", monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr().out
+    assert "memory of each of 8 GPUs" in said and "tokens a second" in said
+    # 32 blocks of 4096, in fp32
+    assert "does not fit" in said and "teacher.placement=shard" in said
+
+
+def test_the_committed_page_is_what_is_forecast() -> None:
+    assert placement.PAGE.read_text(encoding="utf-8") == placement.page()
+
+
+EXPERTS = ("teacher.model=MIXTRAL", "teacher.dtype=bfloat16", "train.precision=bf16")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--ranks", "2"], "--ranks 2 is given without --gpu"),
+        (["--gpu", "h100"], "--gpu h100 is given without a recipe"),
+        (["RECIPE", "--gpu", "h100", "--ranks", "3"], "expected a multiple of the 3 ranks"),
+        (["RECIPE", "--gpu", "h100", *EXPERTS], "can't forecast a mixture of experts"),
+    ],
+)
+def test_what_can_not_be_forecast_is_one_line(
+    given: list[str],
+    said: str,
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    sizes["num_key_value_heads"] = 4
+    config = MixtralConfig(**sizes, num_hidden_layers=4, vocab_size=VOCABULARY)
+    config.save_pretrained(tmp_path)
+    names = {"RECIPE": str(path), "teacher.model=MIXTRAL": f"teacher.model={tmp_path}"}
+    arguments = [names.get(one, one) for one in given]
+    assert _doctor(*arguments, monkeypatch=monkeypatch) == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]

@@ -1,0 +1,164 @@
+"""The engine of one process against AdamW written out, and what it asks of the host."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastkd.training.local_engine import LocalEngine
+
+STEPS, ROWS, WIDTH = 5, 8, 6
+BETAS, EPS, RATE, DECAY = (0.9, 0.999), 1e-8, 0.05, 0.1
+
+
+class Model(nn.Module):
+    """A matrix with decay, a bias without, and a parameter that only some steps reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.matrix = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=generator))
+        self.bias = nn.Parameter(torch.randn(WIDTH, generator=generator))
+        self.rare = nn.Parameter(torch.randn(WIDTH, generator=generator))
+
+    def forward(self, rows: Tensor, reach: bool) -> Tensor:
+        found = rows.to(self.matrix.dtype) @ self.matrix + self.bias
+        return (found * self.rare if reach else found).square().mean()
+
+
+def _groups(module: nn.Module) -> list[dict[str, Any]]:
+    parameters = list(module.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": DECAY},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def make_engine(
+    module: nn.Module, accumulation: int, max_grad_norm: float, bf16: bool
+) -> LocalEngine:
+    optimizer = torch.optim.AdamW(_groups(module), lr=RATE, betas=BETAS, fused=True)
+    schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    return LocalEngine(
+        module,
+        optimizer,
+        schedule,
+        accumulation=accumulation,
+        batch_size=ROWS,
+        max_grad_norm=max_grad_norm,
+        bf16=bf16,
+    )
+
+
+def _data(accumulation: int) -> list[list[tuple[Tensor, bool]]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        [
+            (torch.randn(ROWS, WIDTH, generator=generator), (step + number) % 2 == 0)
+            for number in range(accumulation)
+        ]
+        for step in range(STEPS)
+    ]
+
+
+def _by_hand(accumulation: int, max_grad_norm: float, bf16: bool) -> dict[str, Tensor]:
+    """AdamW (arXiv 1711.05101) on fp64 masters; gradients are those of weights as they compute."""
+    lower = Model().bfloat16() if bf16 else Model()
+    names = [name for name, _ in lower.named_parameters()]
+    masters = {name: p.detach().double() for name, p in lower.named_parameters()}
+    first = {name: torch.zeros_like(m) for name, m in masters.items()}
+    second = copy.deepcopy(first)
+    for step, micro_batches in enumerate(_data(accumulation)):
+        total = {name: torch.zeros_like(m) for name, m in masters.items()}
+        for rows, reach in micro_batches:
+            loss = lower(rows, reach) / accumulation
+            found = torch.autograd.grad(loss, list(lower.parameters()), allow_unused=True)
+            for name, gradient in zip(names, found, strict=True):
+                if gradient is not None:
+                    total[name] += gradient
+        norm = torch.stack([g.square().sum() for g in total.values()]).sum().sqrt()
+        clip = (max_grad_norm / (norm + 1e-6)).clamp(max=1) if max_grad_norm else 1.0
+        rate = RATE / (1 + step)
+        for name, master in masters.items():
+            gradient = total[name] * clip
+            first[name].lerp_(gradient, 1 - BETAS[0])
+            second[name].lerp_(gradient.square(), 1 - BETAS[1])
+            master *= 1 - rate * (DECAY if master.ndim > 1 else 0)
+            root = (second[name] / (1 - BETAS[1] ** (step + 1))).sqrt()
+            master -= rate * first[name] / (1 - BETAS[0] ** (step + 1)) / (root + EPS)
+        with torch.no_grad():
+            for name, parameter in lower.named_parameters():
+                parameter.copy_(masters[name])
+    return masters
+
+
+def _run(engine: LocalEngine, accumulation: int) -> None:
+    for micro_batches in _data(accumulation):
+        for rows, reach in micro_batches:
+            engine.backward(engine(rows, reach))
+            engine.step()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.1])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_steps_are_those_written_out(accumulation: int, max_grad_norm: float, bf16: bool) -> None:
+    module = Model()
+    engine = make_engine(module, accumulation, max_grad_norm, bf16)
+    _run(engine, accumulation)
+    expected = _by_hand(accumulation, max_grad_norm, bf16)
+    # a step is as long as the rate, whatever the gradient: rounding stays far below one
+    for (name, parameter), master in zip(
+        module.named_parameters(), engine.masters.values(), strict=True
+    ):
+        torch.testing.assert_close(master.detach().double(), expected[name], atol=1e-5, rtol=0)
+        assert torch.equal(parameter, master.to(parameter.dtype)), name
+    assert engine.global_steps == STEPS and engine.global_samples == STEPS * ROWS
+    assert engine.get_lr() == [RATE / (1 + STEPS)] * 2
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_update_whose_gradient_is_not_finite_is_left_out(bf16: bool) -> None:
+    engine = make_engine(Model(), 1, 1.0, bf16)
+    _run(engine, 1)
+    before = {name: p.clone() for name, p in engine.module.named_parameters()}
+    engine.backward(engine(torch.full((ROWS, WIDTH), float("inf")), True))
+    engine.step()
+    assert engine.skipped_steps == 0
+    assert not engine.get_global_grad_norm() < float("inf")
+    assert engine.skipped_steps == 1
+    for name, parameter in engine.module.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    _run(engine, 1)
+    assert engine.get_global_grad_norm() > 0 and engine.skipped_steps == 1
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_update_is_a_few_calls_and_reads_nothing(bf16: bool) -> None:
+    module = nn.ModuleList(nn.Linear(4, 4) for _ in range(100))
+    engine = make_engine(module, 1, 1.0, bf16)
+    # the first step makes states, later ones update them
+    for _ in range(2):
+        found = torch.stack([layer.weight.sum() + layer.bias.sum() for layer in module])
+        engine.backward(found.sum())
+        with _Counting() as counting:
+            engine.step()
+    assert sum(counting.calls.values()) < 50, counting.calls
+    assert "_local_scalar_dense" not in counting.calls

@@ -1,0 +1,136 @@
+"""`auto` becomes the precision of the machine, once; TF32 is for models, and for a run's time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastkd_kernels.common import autograd
+from fastkd_kernels.common.fp32_products import fp32_products
+from fastkd_kernels.hidden.op import _rows
+from tiny_runs import make_recipe
+
+import fastkd
+from fastkd.distributed import joined_ranks
+from fastkd.recipe import FinetuneRecipe, Recipe, load_recipe, parse_finetune_recipe
+from fastkd.training import precision
+from fastkd.training.precision import describe_precision, settle_precision, tf32_products
+
+MATMUL: Any = torch.backends.cuda.matmul
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "takes_bf16", lambda _device: True)
+
+
+@pytest.fixture
+def untouched() -> Iterator[None]:
+    """The process's own choice of products, as it was."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    MATMUL.fp32_precision = "none"
+
+
+def chosen(recipe: Recipe | FinetuneRecipe) -> tuple[str, ...]:
+    with joined_ranks() as ranks:
+        found = settle_precision(recipe, ranks)
+    teacher = (found.teacher.dtype,) if isinstance(found, Recipe) else ()
+    return found.train.precision, *teacher
+
+
+def tuned() -> FinetuneRecipe:
+    task = {"source": "some/folder", "name": "mrpc"}
+    return parse_finetune_recipe({"model": "some/model", "task": task, "run": {"output": "x"}}, "")
+
+
+def test_a_cpu_computes_in_fp32(tmp_path: Path) -> None:
+    assert chosen(load_recipe(make_recipe(tmp_path))) == ("fp32", "float32")
+    assert chosen(tuned()) == ("fp32",)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], ("bf16", "bfloat16")),
+        (["train.zero_stage=0"], ("fp32", "bfloat16")),
+        (["train.precision=fp32"], ("fp32", "bfloat16")),
+        (["teacher.dtype=float16"], ("bf16", "float16")),
+    ],
+)
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_computes_in_bf16(
+    tmp_path: Path, overrides: list[str], expected: tuple[str, ...]
+) -> None:
+    assert chosen(load_recipe(make_recipe(tmp_path), overrides)) == expected
+    assert chosen(tuned()) == ("bf16",)
+
+
+def test_a_run_keeps_what_it_was_started_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_recipe(tmp_path, train={"steps": 2, "schedule": "constant", "warmup_steps": 0})
+    fastkd.distill(path)
+    assert "precision: student fp32, teacher float32\n" in capsys.readouterr().out
+    written = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert (written.train.precision, written.teacher.dtype) == ("fp32", "float32")
+    # another machine
+    monkeypatch.setattr(precision, "takes_bf16", lambda _device: True)
+    fastkd.distill(path, {"train.steps": 3}, resume=True, quiet=True)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").train.precision == "fp32"
+    with pytest.raises(fastkd.UserError, match=r"with train.precision='fp32', now 'bf16' is given"):
+        fastkd.distill(path, {"train.precision": "bf16"}, resume=True, quiet=True)
+
+
+@pytest.mark.usefixtures("untouched")
+def test_models_read_tf32_for_a_while(tmp_path: Path) -> None:
+    recipe = load_recipe(make_recipe(tmp_path))
+    before = MATMUL.fp32_precision, torch.get_float32_matmul_precision()
+    with tf32_products(GPU, True):
+        assert MATMUL.fp32_precision == "tf32"
+        assert describe_precision(recipe, GPU).endswith(
+            "; products of fp32 read TF32, those of the losses' kernels fp32"
+        )
+        with fp32_products():
+            assert MATMUL.fp32_precision == "ieee"
+        assert MATMUL.fp32_precision == "tf32"
+    assert (MATMUL.fp32_precision, torch.get_float32_matmul_precision()) == before
+    for device, wanted in ((GPU, False), (torch.device("cpu"), True)):
+        with tf32_products(device, wanted):
+            assert MATMUL.fp32_precision == before[0]
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize("choice", ["ieee", "tf32"])
+def test_a_process_keeps_its_own_choice(choice: str) -> None:
+    MATMUL.fp32_precision = choice
+    with tf32_products(GPU, True):
+        assert MATMUL.fp32_precision == choice
+        with fp32_products():
+            assert MATMUL.fp32_precision == "ieee"
+    assert MATMUL.fp32_precision == choice
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize(("backend", "expected"), [("torch", "ieee"), ("triton", "tf32")])
+def test_kernels_products_in_torch_are_fp32(
+    backend: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the program says; Triton's say it themselves, and nothing is switched for them."""
+
+    class OnGpu:
+        is_cuda = True
+
+    def seen(*_call: object) -> str:
+        return str(MATMUL.fp32_precision)
+
+    monkeypatch.setattr(autograd, "on_its_device", seen)
+    torch.set_float32_matmul_precision("high")
+    arguments: list[Any] = [[OnGpu()] for _ in _rows.names]
+    arguments[_rows.names.index("backend")] = backend
+    assert _rows.run(lambda: None, arguments) == expected
+    assert MATMUL.fp32_precision == "tf32"

@@ -146,6 +146,8 @@ def same(given: list[Tensor], expected: list[Tensor]) -> bool:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CALLS)
 def test_new_tensors_and_masks_that_look_the_same_take_the_plan(name: str, backend: str) -> None:
+    if backend == "triton" and not CUDA and name == "relation":
+        pytest.skip("slow in the interpreter, and the attention op's there")
     call = CALLS[name]()
     call = call.given(**dict.fromkeys(call.masks, a_mask(5, 5)))
     first = call.run(backend)

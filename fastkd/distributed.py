@@ -220,6 +220,12 @@ class Ranks:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0
 
+    @property
+    def here(self) -> int:
+        """Ranks on this machine, this one included."""
+        host = socket.gethostname()
+        return sum(peer.host == host for peer in self.peers) or 1
+
     def barrier(self) -> None:
         """Wait for all."""
         dist.barrier()

@@ -129,7 +129,7 @@ def test_processes_change_nothing(
 ) -> None:
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 500)
     encoder = Encoder(minilm, (102,))
-    alone = collected(encoder, workers=1)
+    alone = collected(encoder, workers=0)
     assert collected(encoder, workers=2) == alone
     expected = minilm([t for p, t in labelled(600) if p == "train"], add_special_tokens=False)
     assert alone["train"] == list(chain.from_iterable([102, *ids] for ids in expected["input_ids"]))
@@ -143,7 +143,7 @@ class RecordsProcess:
 
 
 @pytest.mark.parametrize(
-    ("count", "workers", "forked"), [(600, 2, True), (5, 2, False), (600, 1, False)]
+    ("count", "workers", "forked"), [(600, 2, True), (600, 1, True), (5, 2, False), (600, 0, False)]
 )
 def test_processes_start_for_large_inputs_only(
     monkeypatch: pytest.MonkeyPatch, count: int, workers: int, forked: bool

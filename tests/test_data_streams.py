@@ -5,10 +5,12 @@ import json
 import os
 import random
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import datasets
+import psutil
 import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -241,6 +243,55 @@ def test_streams_several_kinds_of_sources(
     expected = batches(stream, 60)
     stream.load_state_dict(state)
     assert batches(stream, 60) == expected
+
+
+@pytest.mark.parametrize("at", [0, 3, 24, 25, 40])
+def test_processes_change_neither_batches_nor_positions(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, at: int
+) -> None:
+    corpora = [corpus_of(tmp_path, tokenizer, streaming=True, workers=n) for n in (0, 2)]
+    alone, helped = (corpus.stream(8, seed=0) for corpus in corpora)
+    with closing(helped):
+        assert batches(helped, at) == batches(alone, at)
+        position, expected = through_a_file(helped.state_dict()), alone.state_dict()
+        assert torch.equal(position.pop("pending"), expected.pop("pending"))
+        assert position == expected
+        expected = helped.state_dict()
+        after = batches(alone, 40)
+        assert batches(helped, 40) == after
+        # also when it is read again, whatever was read ahead
+        helped.load_state_dict(expected)
+        assert batches(helped, 40) == after
+    assert not [each for each in psutil.Process().children() if each.status() != "zombie"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_line_is_told_of_when_its_batch_is_due(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, workers: int
+) -> None:
+    corpus = corpus_of(
+        tmp_path, tokenizer, streaming=True, workers=workers, heldout_blocks=1, shuffle_buffer=1
+    )
+    lines = [line.encode() for line in LINES]
+    lines[150] = b"\xff"
+    (tmp_path / "a.txt").write_bytes(b"\n".join(lines) + b"\n")
+    stream = corpus.stream(8, seed=0)
+    made = 0
+    with closing(stream), pytest.raises(UserError, match=r"line 151: byte \d+ is not UTF-8"):
+        while made < 30:
+            stream.next_batch()
+            made += 1
+    # 112 tokens are some 18 documents
+    assert made == 7
+
+
+def test_a_killed_process_is_one_line(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    stream = corpus_of(tmp_path, tokenizer, streaming=True, workers=1).stream(8, seed=0)
+    with closing(stream), pytest.raises(UserError, match=r"^data: one of 1 tokenising .* lower$"):
+        stream.next_batch()
+        (child,) = psutil.Process().children()
+        child.kill()
+        batches(stream, 40)
 
 
 def test_streamed_mistakes(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -8,13 +8,12 @@ import pytest
 import torch
 import transformers
 from fastkd_kernels import LogitsHead
-from tiny_models import CAUSAL, VOCABULARY, tiny_batch, tiny_config, tiny_tokenizer
+from tiny_models import CAUSAL, VOCABULARY, tiny_batch, tiny_config
 from torch import Tensor, nn
 from transformers import Gemma2Config, PreTrainedModel
 
 from fastkd.capture import capture, no_cache, route_attention, try_model
 from fastkd.capture.lm_head import last_hidden_state
-from fastkd.data.text.mlm import Masking
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.losses import DIVISORS, ModelPair, count_divisors, target_labels
@@ -139,33 +138,3 @@ def test_scores_are_distilled_and_learned_by_squared_error() -> None:
 def test_a_regression_has_no_probabilities() -> None:
     with pytest.raises(UserError, match="kind is kl, but the models' heads give one number"):
         classified(1, logits={})
-
-
-def test_masking_is_berts_and_depends_on_seed_and_draw_alone() -> None:
-    tokenizer = tiny_tokenizer()
-    ids = torch.randint(5, VOCABULARY, (200, 64), generator=torch.Generator().manual_seed(0))
-    ids[:, 0], ids[:, -1] = 2, 3
-    masking = Masking(tokenizer, 0.2, seed=1)
-    made = masking(ids, 7)
-    chosen = made["labels"] != IGNORE_INDEX
-    assert not chosen[:, 0].any() and not chosen[:, -1].any()
-    assert torch.equal(made["labels"][chosen], ids[chosen])
-    assert torch.equal(made["input_ids"][~chosen], ids[~chosen])
-    count = chosen.sum().item()
-    assert 0.18 < count / (200 * 62) < 0.22
-    became = made["input_ids"][chosen]
-    masked = (became == 4).sum().item() / count
-    same = (became == ids[chosen]).sum().item() / count
-    assert 0.77 < masked < 0.83
-    assert 0.08 < same < 0.13
-    again = Masking(tokenizer, 0.2, seed=1)(ids, 7)
-    assert all(torch.equal(again[name], made[name]) for name in made)
-    for other in (masking(ids, 8), Masking(tokenizer, 0.2, seed=2)(ids, 7)):
-        assert not torch.equal(other["labels"], made["labels"])
-
-
-def test_masking_needs_a_mask_token() -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.mask_token = None
-    with pytest.raises(UserError, match="the teacher's tokenizer has no mask token"):
-        Masking(tokenizer, 0.15, 0)

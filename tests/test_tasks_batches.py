@@ -77,9 +77,12 @@ def test_cutting_changes_nothing_but_padding(
     lengths: list[int], size: int, world: int, accumulation: int, seed: int, multiple: int
 ) -> None:
     total = size * world * accumulation
-    batch = ExampleStream(encoded(lengths, 41), total, seed, multiple).next_batch()
-    plan = BatchPlan(size, accumulation, world)
-    parts = [cut(batch, plan, rank, multiple) for rank in range(world)]
+    examples = encoded(lengths, 41)
+    rows = ExampleStream(examples, total, seed).next_rows()
+    batch, plan = examples.batch(rows, multiple), BatchPlan(size, accumulation, world)
+    parts = [
+        [examples.batch(part, multiple) for part in cut(rows, plan, rank)] for rank in range(world)
+    ]
     assert all(len(part) == accumulation for part in parts)
     flat = [micro for part in parts for micro in part]
     assert all(len(micro["labels"]) == size for micro in flat)
@@ -135,9 +138,9 @@ def test_lengths_are_shuffled_over_an_epoch_and_similar_within_a_batch() -> None
     """Also in later epochs, which start inside a batch."""
     lengths = np.random.default_rng(0).integers(5, 64, 4016).tolist()
     examples = encoded(lengths)
-    stream = ExampleStream(examples, 32, 0, multiple=1)
+    stream = ExampleStream(examples, 32, 0)
     for _ in range(2):
-        batches = [stream.next_batch() for _ in range(125)]
+        batches = [examples.batch(stream.next_rows(), 1) for _ in range(125)]
         assert np.mean([share(batch) for batch in batches]) > 0.95
         means = [float(batch["attention_mask"].sum(1).float().mean()) for batch in batches]
         # neither the whole epoch nor a part of it goes from short to long

@@ -23,8 +23,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fastkd.data.batching import BatchPlan
 from fastkd.data.factory import make_datamodule
-from fastkd.data.tasks import cut, evaluation_batches
+from fastkd.data.tasks import evaluation_batches
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.tasks.padding import hand_on_padding, padding_id
 from fastkd.distributed import Ranks
@@ -214,9 +215,8 @@ def test_a_tokenizer_pads_as_its_model_or_not_at_all(
 def test_micro_batches_are_padded_with_the_same_id(folder: Path) -> None:
     given = CASES["another in the tokenizer"]
     data = datamodule(folder, tokenizer_of(given), classifier("gpt2", given.model))
-    batch = data.train.batch(range(8))
-    plan = type("Plan", (), {"micro_batch_size": 2, "accumulation": 4, "world_size": 1})
-    for part in cut(batch, plan, 0):  # type: ignore[arg-type]
+    feed = data.micro_batches(8, 0, BatchPlan(2, 4, 1), 0)
+    for part in feed.next_step(0):
         padding = part["input_ids"][part["attention_mask"] == 0]
         assert (padding == MASK).all()
 

@@ -21,10 +21,10 @@ class BatchPlan:
         """Micro-batches of a step, over all ranks."""
         return self.accumulation * self.world_size
 
-    def rows(self, rank: int, micro_batch: int) -> slice:
-        """The rows of the global batch that a rank reads in one of its micro-batches."""
-        start = (rank * self.accumulation + micro_batch) * self.micro_batch_size
-        return slice(start, start + self.micro_batch_size)
+    def rows(self, rank: int) -> slice:
+        """The rows of the global batch that a rank reads: its micro-batches, one after another."""
+        share = self.accumulation * self.micro_batch_size
+        return slice(rank * share, (rank + 1) * share)
 
 
 def plan_batches(recipe: AnyRecipe, world_size: int) -> BatchPlan:

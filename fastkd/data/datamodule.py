@@ -22,13 +22,16 @@ class MicroBatches(Protocol):
         """Passes over the data that are done."""
 
     def next_step(self, step: int) -> Sequence[Inputs]:
-        """The micro-batches of the next optimiser step, on the CPU; `step` is its number."""
+        """The micro-batches of the next optimiser step; `step` is its number."""
 
     def state_dict(self) -> dict[str, Any]:
         """Where the feed stands: plain values and tensors."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where the saved feed stood."""
+
+    def close(self) -> None:
+        """End what works for the feed; it gives no more steps."""
 
 
 @dataclass(frozen=True)

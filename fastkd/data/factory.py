@@ -27,6 +27,7 @@ from fastkd.data.tasks.read import ExampleSource
 from fastkd.data.text import TextSettings, prepare_corpus
 from fastkd.data.text.datamodule import TextDataModule
 from fastkd.data.text.mlm import Masking
+from fastkd.data.text.tokenize import stream_workers
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.extras import need
@@ -73,6 +74,8 @@ def make_datamodule(
         )
     assert isinstance(recipe, Recipe) and recipe.data is not None, "a recipe has data or a task"
     settings = TextSettings(**dict(recipe.data))
+    if settings.streaming and settings.workers is None:
+        settings = replace(settings, workers=stream_workers(ranks.here))
     return _text_datamodule(settings, tokenizer, masking, ranks, progress=progress)
 
 

@@ -46,7 +46,8 @@ class Data(Section):
     """Read and tokenise while training, without storing the tokens."""
     shuffle_buffer: int = Field(default=1000, ge=1, le=10_000_000)
     """Documents that a streamed shuffle holds."""
-    workers: int | None = Field(default=None, ge=1, le=1024)
-    """Tokenising processes; one a core where not given."""
+    workers: int | None = Field(default=None, ge=0, le=1024)
+    """Processes that tokenise, of each rank when streaming; 0 for none. Where not given one a core,
+    when streaming up to four of a rank that leave it a core."""
     cache: Place = "~/.cache/fastkd"
     """Folder of tokenised data, shared by all runs."""

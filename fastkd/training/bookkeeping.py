@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from fastkd.data.prefetch import Prefetched
 from fastkd.errors import Interrupted, UserError
 from fastkd.recipe import AnyRecipe
 from fastkd.reporting.console import Reporter
@@ -59,7 +60,7 @@ class Bookkeeper:
         self.checkpoints = Checkpoints(
             folder.checkpoints, run.ranks, run.recipe.train.keep_checkpoints
         )
-        self.micro_batches = run.micro_batches()
+        self.micro_batches = Prefetched(run.micro_batches(), run.ranks.device)
 
     def restore(self, recipe: AnyRecipe) -> int:
         """Load the newest whole checkpoint, if there is one; return the step it stands at.

@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 import torch
 
 from fastkd.data.batching import plan_batches
+from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, Recipe, stage_recipes
@@ -168,13 +170,13 @@ def _gib(size: int) -> str:
 
 def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
     run = set_up(recipe, ranks, progress=not reporter.console.quiet)
-    micro_batches = run.micro_batches()
-    train_step(run, micro_batches.next_step(0))
-    start = time.perf_counter()
-    for step in range(1, 1 + _TIMED_STEPS):
-        # reading the sum waits for the device
-        train_step(run, micro_batches.next_step(step)).sum().item()
-    seconds = (time.perf_counter() - start) / _TIMED_STEPS
+    with closing(Prefetched(run.micro_batches(), ranks.device)) as micro_batches:
+        train_step(run, micro_batches.next_step(0))
+        start = time.perf_counter()
+        for step in range(1, 1 + _TIMED_STEPS):
+            # reading the sum waits for the device
+            train_step(run, micro_batches.next_step(step)).sum().item()
+        seconds = (time.perf_counter() - start) / _TIMED_STEPS
     train = run.recipe.train
     counted, each = run.datamodule.counted
     step = train.batch_size * each

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -112,11 +113,15 @@ def train(
     ranks.from_main(lambda: _claim(folder, recipe, claim))
     introduce(run, reporter)
     books = Bookkeeper(run, folder, reporter, callbacks)
-    micro_batches, steps = books.micro_batches, run.recipe.train.steps
+    steps = run.recipe.train.steps
     step = books.restore(recipe)
     if step == 0:
         books.evaluate(step)
-    with stop_asked() as stop, reporter.steps(step, steps):
+    with (
+        stop_asked() as stop,
+        reporter.steps(step, steps),
+        closing(books.micro_batches) as micro_batches,
+    ):
         window = Window(run, micro_batches, step)
         while step < steps:
             run.objective.at(Progress(step, micro_batches.epoch))
@@ -138,7 +143,7 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
 
     Args:
         run: whose objective stands at this step.
-        step_batches: this rank's micro-batches, on the CPU.
+        step_batches: this rank's micro-batches.
 
     Returns:
         fp32 [2, labels] on the device: this rank's part of the step's raw and weighted losses; the
@@ -151,9 +156,12 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
         _look(run, micro_batches, loss_scales)
     totals = torch.zeros(2, len(objective.labels), device=ranks.device)
     for batch, scale in zip(micro_batches, loss_scales, strict=True):
-        teacher_states = teacher(batch)
-        loss, parts = engine(batch, teacher_states, scale)
-        engine.backward(loss)
+        if run.graphed is not None:
+            parts = run.graphed(batch, scale)
+            engine.take_gradients()
+        else:
+            loss, parts = engine(batch, teacher(batch), scale)
+            engine.backward(loss)
         engine.step()
         totals += parts / run.plan.pieces
     if objective.adapts:

@@ -31,7 +31,7 @@ def make_recipe(folder: Path, architecture: str = "bert", **sections: dict[str, 
             "train": str(write_text(folder / "corpus.txt", documents=60, words=60)),
             "heldout_fraction": 0.2,
             "block_size": 16,
-            "workers": 1,
+            "workers": 0,
             "cache": str(folder / "cache"),
         },
         "train": {

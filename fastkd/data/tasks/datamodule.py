@@ -25,7 +25,7 @@ from fastkd.data.tasks.metrics import (
     predictions_of,
     task_score,
 )
-from fastkd.data.tasks.tokenized import PAD_MULTIPLE
+from fastkd.data.tasks.tokenized import PAD_MULTIPLE, padded_length
 from fastkd.distributed import Ranks
 from fastkd.types import Inputs, Reading
 
@@ -60,7 +60,7 @@ class TaskDataModule:
         self, batch_size: int, seed: int, plan: BatchPlan, rank: int
     ) -> ExampleMicroBatches:
         stream = ExampleStream(self.train, batch_size, seed)
-        return ExampleMicroBatches(stream, plan, rank, self.counts_padding)
+        return ExampleMicroBatches(self.train, stream, plan, rank, self.counts_padding)
 
     def heldout(self, size: int, ranks: Ranks) -> Iterator[EvalBatch]:
         first = 0
@@ -94,8 +94,14 @@ class ExampleMicroBatches:
     """A `MicroBatches` of examples: each micro-batch is padded to its own longest example."""
 
     def __init__(
-        self, stream: ExampleStream, plan: BatchPlan, rank: int, counts_padding: bool
+        self,
+        examples: EncodedExamples,
+        stream: ExampleStream,
+        plan: BatchPlan,
+        rank: int,
+        counts_padding: bool,
     ) -> None:
+        self._examples = examples
         self._stream = stream
         self._plan = plan
         self._rank = rank
@@ -106,15 +112,22 @@ class ExampleMicroBatches:
         return self._stream.epoch
 
     def next_step(self, step: int) -> Sequence[Inputs]:
-        batch = self._stream.next_batch()
-        multiple = batch["input_ids"].shape[1] if self._counts_padding else PAD_MULTIPLE
-        return cut(batch, self._plan, self._rank, multiple)
+        rows, multiple = self._stream.next_rows(), PAD_MULTIPLE
+        if self._counts_padding:
+            # all of the step as wide as its longest example
+            longest = int(self._examples.lengths[rows[-1]])
+            multiple = padded_length(longest, PAD_MULTIPLE, self._examples.max_length)
+        parts = cut(rows, self._plan, self._rank)
+        return [self._examples.batch(part, multiple) for part in parts]
 
     def state_dict(self) -> dict[str, Any]:
         return self._stream.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._stream.load_state_dict(state)
+
+    def close(self) -> None:
+        """Nothing works for it."""
 
 
 class ScoreEvaluator:

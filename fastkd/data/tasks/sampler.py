@@ -1,13 +1,13 @@
 """Batches of examples of similar length, to train on in random order or to evaluate on.
 
-A batch to train on is the global batch of one optimiser step, the same on every rank; `cut` takes a
-rank's micro-batches out of it. The road not taken: a sampler for each rank, whose order would
-depend on the number of ranks.
+A batch to train on is the global batch of one optimiser step, the same on every rank; `cut` says
+which of its rows are a rank's, and those alone are read and padded. The road not taken: a sampler
+for each rank, whose order would depend on the number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkd.data.batching import BatchPlan
-from fastkd.data.tasks.tokenized import (
-    PAD_MULTIPLE,
-    Batch,
-    EncodedExamples,
-    padded_length,
-)
+from fastkd.data.tasks.tokenized import PAD_MULTIPLE, Batch, EncodedExamples
 from fastkd.data.text.stream import epoch_seed, require_same
 
 POOL = 50
@@ -37,20 +32,16 @@ class ExampleStream:
     little padding.
     """
 
-    def __init__(
-        self, examples: EncodedExamples, batch_size: int, seed: int, multiple: int = PAD_MULTIPLE
-    ) -> None:
+    def __init__(self, examples: EncodedExamples, batch_size: int, seed: int) -> None:
         """Start at the beginning of the order of `seed`.
 
         Args:
             examples: to train on.
             batch_size: examples of an optimiser step, over all ranks and micro-batches.
             seed: of the order.
-            multiple: lengths of batches are rounded up to a multiple of this.
         """
         self._examples = examples
         self._batch_size = batch_size
-        self._multiple = multiple
         self._identity = {
             "fingerprint": examples.fingerprint,
             "seed": seed,
@@ -81,10 +72,6 @@ class ExampleStream:
         lengths = self._examples.lengths[rows]
         return [rows[place] for place in np.argsort(lengths, kind="stable")]
 
-    def next_batch(self) -> Batch:
-        """The next global batch, of `batch_size` examples."""
-        return self._examples.batch(self.next_rows(), self._multiple)
-
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, in plain values."""
         return {**self._identity, "examples": self._position}
@@ -99,24 +86,20 @@ class ExampleStream:
         self._position = state["examples"]
 
 
-def cut(batch: Batch, plan: BatchPlan, rank: int, multiple: int = PAD_MULTIPLE) -> list[Batch]:
-    """The micro-batches of one rank, each padded to its own longest example.
+def cut(rows: Sequence[int], plan: BatchPlan, rank: int) -> list[Sequence[int]]:
+    """The micro-batches of one rank, as numbers of examples.
 
     Rows that follow each other go to the ranks in turn: at any time all of them work on similar
     lengths.
 
     Args:
-        batch: a global batch, rows sorted by length.
+        rows: of a global batch, sorted by length.
         plan: how it is cut.
         rank: whose part.
-        multiple: as in `EncodedExamples.batch`.
     """
-    size = plan.micro_batch_size
-    parts = []
-    for number in range(plan.accumulation):
-        start = (number * plan.world_size + rank) * size
-        parts.append(_trimmed({k: v[start : start + size] for k, v in batch.items()}, multiple))
-    return parts
+    size, world_size = plan.micro_batch_size, plan.world_size
+    starts = [(number * world_size + rank) * size for number in range(plan.accumulation)]
+    return [rows[start : start + size] for start in starts]
 
 
 def evaluation_batches(
@@ -172,10 +155,3 @@ def _order(
     shuffled = torch.randperm(batches, generator=generator).numpy()
     body = drawn[head:end].reshape(batches, batch_size)[shuffled]
     return np.concatenate([drawn[:head], body.reshape(-1), drawn[end:]])
-
-
-def _trimmed(batch: Batch, multiple: int) -> Batch:
-    """Without columns that are padding in every row."""
-    mask = batch["attention_mask"]
-    width = padded_length(int(mask.sum(dim=1).max()), multiple, mask.shape[1])
-    return {name: value[:, :width] if value.ndim > 1 else value for name, value in batch.items()}

@@ -226,7 +226,14 @@ def _streamed(data: TextSettings, split: Split, encoder: Encoder, frame: Frame, 
 
     def open_stream(batch_size: int, seed: int) -> BlockStream:
         return StreamedDocuments(
-            split, encoder, Packer(frame), batch_size, data.shuffle_buffer, seed, key
+            split,
+            encoder,
+            Packer(frame),
+            batch_size,
+            data.shuffle_buffer,
+            seed,
+            key,
+            data.workers or 0,
         )
 
     return Corpus(

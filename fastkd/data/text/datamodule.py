@@ -41,7 +41,6 @@ class TextDataModule:
         return BlockMicroBatches(self.corpus.stream(batch_size, seed), self.masking, plan, rank)
 
     def heldout(self, size: int, ranks: Ranks) -> Iterator[EvalBatch]:
-        inputs = as_inputs(self.corpus.heldout, self.masking, "heldout")
         numbers = torch.arange(len(self.corpus.heldout))
         starts = range(0, len(numbers), size)
         rounds = -(-len(starts) // ranks.world_size)
@@ -50,7 +49,8 @@ class TextDataModule:
             start = starts[min(number, len(starts) - 1)]
             rows = slice(start, start + size)
             counted = numbers[rows] if number < len(starts) else numbers[:0]
-            yield EvalBatch({name: tensor[rows] for name, tensor in inputs.items()}, counted)
+            blocks = self.corpus.heldout[rows]
+            yield EvalBatch(as_inputs(blocks, self.masking, "heldout", start), counted)
 
     def evaluator(self, ranks: Ranks, whose: Judged = "student") -> CosineEvaluator:
         return CosineEvaluator(self.corpus.heldout, ranks.device)
@@ -72,29 +72,34 @@ class TextDataModule:
 
 
 class BlockMicroBatches:
-    """A `MicroBatches` of blocks: a rank's rows of the global batch."""
+    """A `MicroBatches` of blocks: a rank's rows of the global batch, which alone are made."""
 
     def __init__(
         self, stream: BlockStream, masking: Masking | None, plan: BatchPlan, rank: int
     ) -> None:
         self._stream = stream
         self._masking = masking
-        self._slices = [plan.rows(rank, number) for number in range(plan.accumulation)]
+        self._rows = plan.rows(rank)
+        self._size = plan.micro_batch_size
 
     @property
     def epoch(self) -> int:
         return self._stream.epoch
 
     def next_step(self, step: int) -> Sequence[Inputs]:
-        # masked before it is cut: the draw is that of the whole step
-        batch = as_inputs(self._stream.next_batch(), self._masking, step)
-        return [{name: value[rows] for name, value in batch.items()} for rows in self._slices]
+        ids = self._stream.next_batch(self._rows)
+        inputs = as_inputs(ids, self._masking, step, self._rows.start)
+        cuts = [slice(at, at + self._size) for at in range(0, len(ids), self._size)]
+        return [{name: value[rows] for name, value in inputs.items()} for rows in cuts]
 
     def state_dict(self) -> dict[str, Any]:
         return self._stream.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._stream.load_state_dict(state)
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 class CosineEvaluator:
@@ -124,6 +129,7 @@ class CosineEvaluator:
         }
 
 
-def as_inputs(ids: Tensor, masking: Masking | None, draw: int | str) -> Inputs:
-    """What both models read of blocks [blocks, tokens], masked where a term needs that."""
-    return {"input_ids": ids} if masking is None else masking(ids, draw)
+def as_inputs(ids: Tensor, masking: Masking | None, draw: int | str, first: int) -> Inputs:
+    """What both models read of blocks [blocks, tokens], masked where a term needs that; `first` is
+    the number of the first of them among all."""
+    return {"input_ids": ids} if masking is None else masking(ids, draw, first)

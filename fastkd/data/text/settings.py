@@ -23,6 +23,7 @@ class TextSettings:
     streaming: bool = False
     shuffle_buffer: int = 1000
     workers: int | None = None
+    """Not given, a corpus takes one a core to be built, and none to be streamed."""
     cache: str = "~/.cache/fastkd"
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Endless batches in a fixed random order, with a position that can be saved and restored.
 
-A batch is the global batch of one optimiser step. Every rank reads the same one and takes its own
-rows, so that neither the number of ranks nor the micro-batch changes what a step sees.
+A batch is the global batch of one optimiser step. Every rank counts the same one off and makes its
+own rows of it, so that neither the number of ranks nor the micro-batch changes what a step sees.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import datetime
 import hashlib
 import logging
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,12 +23,18 @@ from datasets import Dataset
 from torch import Tensor
 
 from fastkd.data.text.cache import TOKENS
-from fastkd.data.text.packing import Packer
+from fastkd.data.text.packing import IntArray, Packer
 from fastkd.data.text.split import Split
-from fastkd.data.text.tokenize import Encoder
+from fastkd.data.text.tokenize import Encoder, tokenisers
+from fastkd.data.workers import Workers
 from fastkd.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+ALL = slice(None)
+CHUNK_CHARACTERS = 1 << 16
+"""Text that is tokenised at a time while streaming, at most: some hundredths of a second of work.
+"""
 
 
 class BlockStream(Protocol):
@@ -36,14 +44,17 @@ class BlockStream(Protocol):
     def epoch(self) -> int:
         """Passes over the data that are done."""
 
-    def next_batch(self) -> Tensor:
-        """The next global batch, [batch_size, block_size] int64 on the CPU."""
+    def next_batch(self, rows: slice = ALL) -> Tensor:
+        """Rows of the next global batch, [rows, block_size] int64 on the CPU."""
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where the saved stream stood, whatever this one has read."""
+
+    def close(self) -> None:
+        """End what works for the stream; it gives no more batches."""
 
 
 class ShuffledBlocks:
@@ -62,16 +73,18 @@ class ShuffledBlocks:
     def epoch(self) -> int:
         return self._position // len(self._blocks)
 
-    def next_batch(self) -> Tensor:
-        rows: list[int] = []
-        while len(rows) < self._batch_size:
+    def next_batch(self, rows: slice = ALL) -> Tensor:
+        parts: list[Tensor] = []
+        missing = self._batch_size
+        while missing:
             epoch, start = divmod(self._position, len(self._blocks))
             if epoch != self._epoch:
                 self._shuffle(epoch)
-            taken = self._order[start : start + self._batch_size - len(rows)].tolist()
-            rows += taken
-            self._position += len(taken)
-        return torch.from_numpy(np.asarray(self._blocks[rows][TOKENS], dtype=np.int64))
+            parts.append(self._order[start : start + missing])
+            missing -= len(parts[-1])
+            self._position += len(parts[-1])
+        numbers = torch.cat(parts)[rows].tolist()
+        return torch.from_numpy(np.asarray(self._blocks[numbers][TOKENS], dtype=np.int64))
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._identity, "blocks": self._position}
@@ -79,6 +92,9 @@ class ShuffledBlocks:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         require_same(state, self._identity)
         self._position = state["blocks"]
+
+    def close(self) -> None:
+        """Nothing works for it."""
 
     def _shuffle(self, epoch: int) -> None:
         generator = torch.Generator().manual_seed(epoch_seed(self._seed, epoch))
@@ -88,12 +104,27 @@ class ShuffledBlocks:
         self._epoch = epoch
 
 
+class _Chunk(NamedTuple):
+    """Documents of one epoch that are tokenised together, and where the stream stands after them.
+    A chunk without any is the end of an epoch."""
+
+    tokens: Future[IntArray] | None
+    taken: int
+    """Documents of the epoch so far, these included."""
+    read: str
+    """Digest of what was read of the epoch so far."""
+    dropped: int
+    """Documents of the epoch that were left out so far, because they are held out."""
+
+
 class StreamedDocuments:
     """Documents read, shuffled in a buffer, tokenised and packed while training.
 
     The position is the number of documents taken in this epoch and the tokens that no batch has
     used yet. Restoring reads the epoch's text again up to that document, without tokenising: the
-    shuffle of `datasets.IterableDataset` would lose the buffer's documents instead.
+    shuffle of `datasets.IterableDataset` would lose the buffer's documents instead. Where
+    processes tokenise, chunks are read ahead; the position is that of the chunks that were packed,
+    and what goes wrong while reading is raised where its chunk is needed.
 
     Files that change under a run would change it without a word. So the position also holds what
     was read of this epoch, as a digest, and for the rest the size and the time of every file.
@@ -108,42 +139,69 @@ class StreamedDocuments:
         buffer_size: int,
         seed: int,
         fingerprint: str,
+        workers: int = 0,
     ) -> None:
+        """Start at the beginning of the order of `seed`.
+
+        Args:
+            split: documents to train on.
+            encoder: text to tokens.
+            packer: tokens to blocks.
+            batch_size: blocks of an optimiser step.
+            buffer_size: documents that the shuffle holds.
+            seed: of the order.
+            fingerprint: of content, tokenizer and settings.
+            workers: processes that tokenise, started for the first batch; with none, whoever asks
+                for a batch does.
+        """
         self._split = split
         self._encoder = encoder
         self._packer = packer
         self._batch_size = batch_size
+        # about one batch: a character is rarely more than a token
+        self._chunk = min(CHUNK_CHARACTERS, 4 * batch_size * packer.frame.content)
         self._buffer_size = buffer_size
         self._seed = seed
         self._identity = {"fingerprint": fingerprint, "seed": seed, "buffer": buffer_size}
         self._files = list(split.files())
         self._stamps = [_stamp(path) for path in self._files]
-        self._epoch = 0
-        self._taken = 0
-        self._documents = self._read_epoch()
+        self._workers = workers
+        self._processes: Workers[list[str], IntArray] | None = None
+        self._restart(0, 0)
+
+    def _restart(self, epoch: int, taken: int) -> int:
+        """Read from a document of an epoch on; how many documents were there before it."""
+        self._ahead: deque[Future[_Chunk]] = deque()
+        self._epoch = epoch
+        self._taken = taken
+        self._start_epoch(epoch)
+        found = sum(1 for _ in islice(self._documents, taken))
+        self._read = self._digest.hexdigest()
+        self._chunks = self._read_chunks(epoch, taken)
+        return found
 
     @property
     def epoch(self) -> int:
         return self._epoch
 
-    def next_batch(self) -> Tensor:
+    def next_batch(self, rows: slice = ALL) -> Tensor:
         while self._packer.available() < self._batch_size:
-            texts = self._next_documents()
-            if texts:
-                self._packer.add(self._encoder(texts))
-            elif self._taken:
+            chunk = self._next_chunk()
+            if chunk.tokens is not None:
+                self._packer.add(chunk.tokens.result())
+                self._taken, self._read = chunk.taken, chunk.read
+            elif chunk.taken:
                 logger.info(
                     "epoch %d of the stream: %d documents, %d left out that are held out",
                     self._epoch,
-                    self._taken,
-                    self._split.dropped,
+                    chunk.taken,
+                    chunk.dropped,
                 )
                 self._epoch += 1
-                self._taken = 0
-                self._documents = self._read_epoch()
+                self._taken, self._read = 0, _new_digest().hexdigest()
             else:
                 raise UserError("data.train: no document to train on is left after the held-out")
-        blocks = self._packer.take(self._batch_size)
+        blocks = self._packer.take(self._batch_size)[rows]
         return torch.from_numpy(blocks.astype(np.int64))
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,7 +209,7 @@ class StreamedDocuments:
             **self._identity,
             "epoch": self._epoch,
             "documents": self._taken,
-            "read": self._read.hexdigest(),
+            "read": self._read,
             "files": [list(stamp) for stamp in self._stamps],
             "pending": torch.from_numpy(self._packer.pending.copy()),
             "started": self._packer.started,
@@ -159,19 +217,20 @@ class StreamedDocuments:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         require_same(state, self._identity)
-        self._epoch = state["epoch"]
-        self._taken = state["documents"]
         self._require_same_files(state["files"])
-        self._documents = self._read_epoch()
         # up to where the saved stream had read
-        found = sum(1 for _ in islice(self._documents, self._taken))
-        if found != self._taken or self._read.hexdigest() != state["read"]:
+        found = self._restart(state["epoch"], state["documents"])
+        if found != self._taken or self._read != state["read"]:
             raise UserError(
                 "checkpoint: the text that was read so far has changed since; resume with the data "
                 "of that run, or start a new run"
             )
         self._packer.pending = state["pending"].numpy().astype(np.int32)
         self._packer.started = state["started"]
+
+    def close(self) -> None:
+        if self._processes is not None:
+            self._processes.close()
 
     def _require_same_files(self, stamps: list[list[int]]) -> None:
         """Raise where a file is another one than when the saved stream was opened."""
@@ -188,30 +247,71 @@ class StreamedDocuments:
                     "with its time, or start a new run"
                 )
 
+    def _next_chunk(self) -> _Chunk:
+        """The next one, once it and as many more as the processes can work on are read."""
+        if self._workers and self._processes is None:
+            self._processes = tokenisers(self._encoder, self._workers)
+        while len(self._ahead) <= 2 * self._workers:
+            self._ahead.append(_outcome(self._chunks))
+        return self._ahead.popleft().result()
+
+    def _read_chunks(self, epoch: int, taken: int) -> Iterator[_Chunk]:
+        """Chunks without end, from where the documents of an epoch stand."""
+        while True:
+            while texts := self._next_documents():
+                taken += len(texts)
+                yield self._chunk_of(self._encoded(texts), taken)
+            yield self._chunk_of(None, taken)
+            epoch, taken = epoch + 1, 0
+            self._start_epoch(epoch)
+
+    def _chunk_of(self, tokens: Future[IntArray] | None, taken: int) -> _Chunk:
+        return _Chunk(tokens, taken, self._digest.hexdigest(), self._split.dropped)
+
+    def _encoded(self, texts: list[str]) -> Future[IntArray]:
+        if self._processes is not None:
+            return self._processes.submit(texts)
+        encoded: Future[IntArray] = Future()
+        encoded.set_result(self._encoder(texts))
+        return encoded
+
     def _next_documents(self) -> list[str]:
-        """Documents for about one batch: a character is rarely more than a token."""
-        missing = self._batch_size * self._packer.frame.content - self._packer.pending.size
+        missing = self._chunk
         texts: list[str] = []
         while missing > 0 and (text := next(self._documents, None)) is not None:
             texts.append(text)
-            missing -= 1 + len(text) // 4
-        self._taken += len(texts)
+            missing -= 4 + len(text)
         return texts
 
-    def _read_epoch(self) -> Iterator[str]:
+    def _start_epoch(self, epoch: int) -> None:
         self._split.dropped = 0
-        generator = random.Random(epoch_seed(self._seed, self._epoch))
+        generator = random.Random(epoch_seed(self._seed, epoch))
         sources = generator.sample(self._split.train_sources, len(self._split.train_sources))
-        self._read = hashlib.blake2b(digest_size=16)
+        self._digest = _new_digest()
         texts = (text for part, text in self._split.labelled(sources) if part == "train")
-        return shuffled(self._noted(texts), self._buffer_size, generator)
+        self._documents = shuffled(self._noted(texts), self._buffer_size, generator)
 
     def _noted(self, texts: Iterable[str]) -> Iterator[str]:
-        digest = self._read
+        digest = self._digest
         for text in texts:
             content = text.encode()
             digest.update(len(content).to_bytes(8, "little") + content)
             yield text
+
+
+def _outcome(chunks: Iterator[_Chunk]) -> Future[_Chunk]:
+    """The next of them, or what reading it raises."""
+    read: Future[_Chunk] = Future()
+    try:
+        read.set_result(next(chunks))
+    # raised where the chunk is needed
+    except Exception as error:
+        read.set_exception(error)
+    return read
+
+
+def _new_digest() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=16)
 
 
 def shuffled(texts: Iterable[str], buffer_size: int, generator: random.Random) -> Iterator[str]:

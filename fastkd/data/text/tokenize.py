@@ -1,35 +1,37 @@
 """Tokenising, in this process or in several.
 
 Processes rather than the tokenizer's own threads: turning its results into Python integers holds
-the interpreter lock and is as slow as the tokenising. They are forked, so that any tokenizer
-works; a batch goes out as text and comes back as one array.
+the interpreter lock and is as slow as the tokenising. A batch goes out as text and comes back as
+one array.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastkd.data.text.packing import IntArray
-from fastkd.errors import UserError
+from fastkd.data.workers import Workers
 
+A = TypeVar("A")
+R = TypeVar("R")
 Part = Literal["train", "heldout"]
 
 BATCH_CHARACTERS = 250_000
 """Text that a process gets at a time, about a fifth of a second of work."""
 SMALL_BATCHES = 8
 """Fewer batches than this are not worth starting processes."""
+STREAM_WORKERS = 4
+"""Processes of a rank that streams, at most, where a recipe doesn't say how many."""
 
 
 class Encoded(NamedTuple):
@@ -48,16 +50,38 @@ class Encoder:
     separator: tuple[int, ...]
 
     def __call__(self, texts: Sequence[str]) -> IntArray:
+        documents = self._without_places(texts) if self._is_plain else self._ids(texts)
+        flat = chain.from_iterable(chain(self.separator, ids) for ids in documents)
+        return np.fromiter(flat, dtype=np.int32)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether all that this tokenizer does to text is done by its backend."""
+        kind = type(self.tokenizer)
+        return (
+            issubclass(kind, PreTrainedTokenizerFast)
+            and kind.__call__ is PreTrainedTokenizerFast.__call__
+            and kind._encode_plus is PreTrainedTokenizerFast._encode_plus
+        )
+
+    def _ids(self, texts: Sequence[str]) -> Iterable[list[int]]:
         # verbose: a document longer than the model's input is what packing is for
-        encoded = self.tokenizer(
+        encoded: list[list[int]] = self.tokenizer(
             list(texts),
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
-        flat = chain.from_iterable(chain(self.separator, ids) for ids in encoded)
-        return np.fromiter(flat, dtype=np.int32)
+        return encoded
+
+    def _without_places(self, texts: Sequence[str]) -> Iterable[list[int]]:
+        """The same without the places of tokens in the text, which take a fifth of the time."""
+        # sets the backend up, whoever used it last
+        self._ids([""])
+        backend = self.tokenizer.backend_tokenizer
+        encoded = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return (each.ids for each in encoded)
 
     def batch(self, batch: dict[Part, list[str]]) -> list[Encoded]:
         """Encode the two parts of a batch apart."""
@@ -67,43 +91,45 @@ class Encoder:
 def encode(
     encoder: Encoder, documents: Iterable[tuple[Part, str]], workers: int | None
 ) -> Iterator[Encoded]:
-    """Encode documents in their order; `workers` is one a core where not given."""
+    """Encode documents in their order; `workers` is one a core where not given, 0 for none."""
     batches = _batches(documents)
     first = list(islice(batches, SMALL_BATCHES))
-    workers = workers or _cores()
-    if workers == 1 or len(first) < SMALL_BATCHES:
+    workers = cores() if workers is None else workers
+    if workers == 0 or len(first) < SMALL_BATCHES:
         for batch in chain(first, batches):
             yield from encoder.batch(batch)
     else:
         yield from _encode_in_processes(encoder, chain(first, batches), workers)
 
 
+def tokenisers(function: Callable[[A], R], count: int) -> Workers[A, R]:
+    """Processes that call a function which tokenises."""
+    return Workers(
+        function,
+        count,
+        f"data: one of {count} tokenising processes was killed, probably for memory; set "
+        "data.workers lower",
+    )
+
+
+def stream_workers(ranks: int) -> int:
+    """Processes that tokenise for each of the ranks of this machine while they train: a core of
+    every rank's is left to the rank itself."""
+    return max(0, min(STREAM_WORKERS, cores() // ranks - 1))
+
+
 def _encode_in_processes(
     encoder: Encoder, batches: Iterable[dict[Part, list[str]]], workers: int
 ) -> Iterator[Encoded]:
     waiting: deque[Future[list[Encoded]]] = deque()
-    with _quiet_fork():
-        pool = ProcessPoolExecutor(
-            workers,
-            mp_context=multiprocessing.get_context("fork"),
-            initializer=_start_worker,
-            initargs=(encoder,),
-        )
-        try:
-            for batch in batches:
-                waiting.append(pool.submit(_work, batch))
-                # a bounded queue: the reader never runs far ahead of the writer
-                if len(waiting) > 2 * workers:
-                    yield from waiting.popleft().result()
-            while waiting:
+    with closing(tokenisers(encoder.batch, workers)) as processes:
+        for batch in batches:
+            waiting.append(processes.submit(batch))
+            # a bounded queue: the reader never runs far ahead of the writer
+            if len(waiting) > 2 * workers:
                 yield from waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"data: one of {workers} tokenising processes was killed, probably for memory; "
-                "set data.workers lower"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while waiting:
+            yield from waiting.popleft().result()
 
 
 def _batches(documents: Iterable[tuple[Part, str]]) -> Iterator[dict[Part, list[str]]]:
@@ -119,36 +145,8 @@ def _batches(documents: Iterable[tuple[Part, str]]) -> Iterator[dict[Part, list[
         yield batch
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may use, where the system tells."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-@contextmanager
-def _quiet_fork() -> Iterator[None]:
-    """Tokenizers warns about a fork after its threads were used, unless told what is wanted."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-_encoder: Encoder | None = None
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _encoder
-    _encoder = encoder
-
-
-def _work(batch: dict[Part, list[str]]) -> list[Encoded]:
-    assert _encoder is not None
-    return _encoder.batch(batch)

@@ -1,0 +1,78 @@
+"""A training step as `fastkd distill` makes it: its feed, its engine, its sums of losses."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# the helpers of the tests, beside the inputs of the benchmarks
+import benchmarks.inputs  # noqa: F401
+from benchmarks.training_step import BERT_BASE, Size, Step, bert_config
+from fastkd.distributed import joined_ranks
+from fastkd.layer_map import Progress
+from fastkd.recipe import Recipe, parse_recipe
+from fastkd.training.loop import train_step
+from fastkd.training.setup import set_up
+from fastkd.training.window import Window
+
+BLOCKS = 64
+
+
+@contextmanager
+def engine_step(
+    batch: int, tokens: int, size: Size = BERT_BASE, words: int = 30000
+) -> Iterator[Step]:
+    """A step of a run that is set up from a recipe; on the GPU where there is one.
+
+    Args:
+        batch: blocks of a step.
+        tokens: of a block.
+        size: of both models.
+        words: of their vocabulary.
+
+    Yields:
+        What makes the next step of the run, and gives its weighted loss.
+    """
+    with tempfile.TemporaryDirectory() as folder, joined_ranks() as ranks:
+        recipe = make_recipe(Path(folder), batch, tokens, size, words)
+        run = set_up(recipe, ranks, progress=False)
+        micro_batches, numbers = run.micro_batches(), itertools.count()
+        window = Window(run, micro_batches, 0)
+
+        def step():  # type: ignore[no-untyped-def]
+            number = next(numbers)
+            run.objective.at(Progress(number, micro_batches.epoch))
+            losses = train_step(run, micro_batches.next_step(number))
+            window.add(losses)
+            return losses[1].sum()
+
+        yield step
+
+
+def make_recipe(folder: Path, batch: int, tokens: int, size: Size, words: int) -> Recipe:
+    """A teacher of random weights, a text of random words, and TinyBERT's losses on them."""
+    import torch
+    from tiny_models import tiny_tokenizer
+    from transformers import BertModel
+
+    torch.manual_seed(0)
+    teacher = folder / "teacher"
+    BertModel(bert_config(size.teacher, size.heads, words)).save_pretrained(teacher)
+    tiny_tokenizer(words).save_pretrained(teacher)
+    ids = torch.randint(words // 30, words, (BLOCKS, tokens)).tolist()
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(" ".join(f"w{i}" for i in row) for row in ids), encoding="utf-8")
+    layers, width, inner = size.student
+    return parse_recipe(
+        {
+            "teacher": {"model": str(teacher)},
+            "student": {"layers": layers, "hidden_size": width, "intermediate_size": inner},
+            "losses": {"attention": {}, "hidden": {}, "embedding": {}},
+            "data": {"train": str(text), "block_size": tokens, "cache": str(folder / "cache")},
+            "train": {"batch_size": batch, "warmup_steps": 100},
+            "run": {"output": str(folder / "run")},
+        }
+    )

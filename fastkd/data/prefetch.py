@@ -1,0 +1,114 @@
+"""The next steps' inputs, prepared while one is trained on.
+
+A thread prepares them. A process would leave the training thread more to do, as it would have to
+take every tensor out of a pipe (`benchmarks/feed.py` measures both); what holds the interpreter
+lock for long, tokenising, has processes of its own (`workers.py`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastkd.data.datamodule import MicroBatches
+from fastkd.types import Inputs
+
+DEPTH = 2
+"""Steps that are prepared ahead."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A step's inputs, and where the data stands after it."""
+
+    inputs: Sequence[Inputs]
+    copied: torch.cuda.Event | None
+    """When they are on the device, where that is a GPU."""
+    position: dict[str, Any]
+    epoch: int
+
+
+class Prefetched:
+    """`MicroBatches` that a thread prepares ahead, on the device.
+
+    Position and epoch are those of the steps that were asked for, not of those that are prepared;
+    what goes wrong while a step is prepared is raised where that step is asked for. The thread
+    draws from no generator of the process. It starts with the first step and lives until `close`.
+    """
+
+    def __init__(self, micro_batches: MicroBatches, device: torch.device) -> None:
+        self._micro_batches = micro_batches
+        self._device = device
+        self._copies: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._thread = ThreadPoolExecutor(1, "fastkd-data")
+        self._ahead: deque[Future[_Prepared]] = deque()
+        self._stand()
+
+    def _stand(self) -> None:
+        self._position, self._epoch = self._micro_batches.state_dict(), self._micro_batches.epoch
+        self._next: int | None = None
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    def next_step(self, step: int) -> Sequence[Inputs]:
+        """The micro-batches of the next optimiser step, on the device; steps follow each other."""
+        assert self._next in (None, step), f"step {step} asked for, {self._next} prepared"
+        while len(self._ahead) <= DEPTH:
+            self._ahead.append(self._thread.submit(self._prepare, step + len(self._ahead)))
+        prepared = self._ahead.popleft().result()
+        self._next = step + 1
+        self._position, self._epoch = prepared.position, prepared.epoch
+        if prepared.copied is not None:
+            self._hand_over(prepared.inputs, prepared.copied)
+        return prepared.inputs
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._position
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._drop()
+        self._micro_batches.load_state_dict(state)
+        self._stand()
+
+    def close(self) -> None:
+        self._drop()
+        self._thread.shutdown()
+        self._micro_batches.close()
+
+    def _drop(self) -> None:
+        """Forget what is prepared; afterwards the thread does nothing."""
+        for future in self._ahead:
+            future.cancel()
+        wait(self._ahead)
+        self._ahead.clear()
+
+    def _prepare(self, step: int) -> _Prepared:
+        inputs = self._micro_batches.next_step(step)
+        position, epoch = self._micro_batches.state_dict(), self._micro_batches.epoch
+        if self._copies is None:
+            return _Prepared(inputs, None, position, epoch)
+        with torch.cuda.stream(self._copies):
+            # pinned memory is not used again before the copy out of it is done
+            moved = [
+                {k: v.pin_memory().to(self._device, non_blocking=True) for k, v in part.items()}
+                for part in inputs
+            ]
+            return _Prepared(moved, self._copies.record_event(), position, epoch)
+
+    def _hand_over(self, inputs: Sequence[Inputs], copied: torch.cuda.Event) -> None:
+        """Let the stream that trains wait for the copies, without the host, and keep their memory
+        until it has read them."""
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(copied)
+        for part in inputs:
+            for tensor in part.values():
+                tensor.record_stream(stream)

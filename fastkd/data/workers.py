@@ -1,0 +1,127 @@
+"""Processes that call one function, for work that holds the interpreter lock.
+
+They are forked, so that any function works, and fed through pipes by a thread each. They hold
+nothing, so they are ended by a kill; signals that ask a run for an end leave them alone, as the run
+decides when it needs them no more; and where their process is gone, even by a kill, they find
+their pipe closed and end. The road not taken: `ProcessPoolExecutor`, whose processes outlive a
+process that is killed, and which waits forever for some that don't heed SIGTERM.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
+
+from fastkd.errors import UserError
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+class Workers(Generic[A, R]):
+    """A function's calls, each in one of several processes.
+
+    Args:
+        function: is called with what is submitted; what it is given and gives is pickled.
+        count: processes.
+        lost: what to tell a user whose process was killed, and what to do about it.
+    """
+
+    def __init__(self, function: Callable[[A], R], count: int, lost: str) -> None:
+        self._lost = lost
+        self._idle: SimpleQueue[Connection] = SimpleQueue()
+        self._threads = ThreadPoolExecutor(count, "fastkd-workers")
+        context = multiprocessing.get_context("fork")
+        ours: list[Connection] = []
+        processes: list[BaseProcess] = []
+        with _quiet_fork():
+            for _ in range(count):
+                here, there = context.Pipe()
+                ours.append(here)
+                # a copy of our end in a child would keep its pipe open when we are gone
+                process = context.Process(
+                    target=_serve, args=(function, there, list(ours)), daemon=True
+                )
+                process.start()
+                there.close()
+                processes.append(process)
+                self._idle.put(here)
+        # before multiprocessing's own, which would wait for who heeds no SIGTERM
+        self._end = Finalize(self, _end, (self._threads, processes, ours), exitpriority=10)
+
+    def submit(self, argument: A) -> Future[R]:
+        """Call the function; a process that is gone is a `UserError`."""
+        return self._threads.submit(self._ask, argument)
+
+    def close(self) -> None:
+        """End the processes, whatever they do."""
+        self._end()
+
+    def _ask(self, argument: A) -> R:
+        worker = self._idle.get()
+        try:
+            worker.send(argument)
+            result, error = worker.recv()
+        except (EOFError, OSError) as lost:
+            raise UserError(self._lost) from lost
+        finally:
+            self._idle.put(worker)
+        if error is not None:
+            raise error
+        made: R = result
+        return made
+
+
+def _serve(function: Callable[[Any], Any], pipe: Connection, theirs: list[Connection]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    for end in theirs:
+        end.close()
+    while True:
+        try:
+            pipe.send(_answer(function, pipe.recv()))
+        except (EOFError, OSError):
+            # whoever asks is gone, with all that an orderly end would look after
+            os._exit(0)
+
+
+def _answer(function: Callable[[A], R], argument: A) -> tuple[R | None, Exception | None]:
+    try:
+        return function(argument), None
+    # raised where it was asked for
+    except Exception as error:
+        return None, error
+
+
+def _end(threads: ThreadPoolExecutor, processes: list[BaseProcess], ours: list[Connection]) -> None:
+    for process in processes:
+        process.kill()
+    # what is being asked fails at once
+    threads.shutdown(cancel_futures=True)
+    for process, end in zip(processes, ours, strict=True):
+        process.join()
+        end.close()
+
+
+@contextmanager
+def _quiet_fork() -> Iterator[None]:
+    """Tokenizers warns about a fork after its threads were used, unless told what is wanted."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

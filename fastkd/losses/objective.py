@@ -155,6 +155,12 @@ class Objective(nn.Module):
                 wanted[kind] = wanted[kind] | drawn if wanted[kind] else wanted[kind]
         return wanted
 
+    @property
+    def reads_values(self) -> bool:
+        """Whether any term reads the values of the attention that it captures."""
+        kinds = [loss_class(config.loss).captures for config in self.losses.terms.values()]
+        return any(captures.attention and captures.values for captures in kinds)
+
     def divisors(self, inputs: Inputs) -> Tensor:
         """What a micro-batch contributes to the divisors of a step: fp64 [DIVISORS]."""
         labels = target_labels(inputs, self.pair.head)

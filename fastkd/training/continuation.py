@@ -32,6 +32,8 @@ _FREE = frozenset(
         "train.compile",
         "train.cuda_graph",
         "teacher.placement",
+        "teacher.cache_folder",
+        "teacher.cache_limit",
         "run.output",
         "run.monitor",
     }
@@ -46,7 +48,7 @@ _LENGTHS = ("steps", "epochs")
 # of these the recipe that a run is continued with is in force
 _TAKEN_OVER = {
     "train": ("micro_batch_size", "zero_stage", "compile", "cuda_graph", *_LENGTHS),
-    "teacher": ("placement",),
+    "teacher": ("placement", "cache_folder", "cache_limit"),
 }
 
 

@@ -35,7 +35,7 @@ from fastkd.training.memory import check_micro_batch
 from fastkd.training.parts import Parts, gather
 from fastkd.training.precision import settle_precision
 from fastkd.training.run_folder import RunFolder
-from fastkd.types import Inputs
+from fastkd.types import ROWS, Inputs
 
 
 @dataclass
@@ -64,9 +64,16 @@ class Run(Parts):
         )
 
     def move(self, inputs: Inputs) -> Inputs:
-        """Inputs on this rank's device."""
+        """Inputs on this rank's device; the numbers of their rows on the CPU, where the teacher's
+        states are found by them, and left out elsewhere."""
         device = self.ranks.device
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+        moved = {
+            name: tensor.to(device, non_blocking=True)
+            for name, tensor in inputs.items()
+            if name != ROWS
+        }
+        by_row = isinstance(self.teacher, TeacherRunner) and self.teacher.stored is not None
+        return {**moved, ROWS: inputs[ROWS]} if by_row and ROWS in inputs else moved
 
     def loss_scales(self, batches: list[Inputs]) -> Tensor:
         """What each micro-batch of a step counts among all, fp32 [micro-batches, DIVISORS].

@@ -78,17 +78,23 @@ def dtype_on(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
-def _bert(shape: tuple[int, int, int], heads: int, attention: str, device: str) -> BertModel:
+def bert_config(shape: tuple[int, int, int], heads: int, words: int = 30522) -> BertConfig:
+    """Of layers, width and inner width; without dropout."""
     layers, width, inner = shape
-    config = BertConfig(
+    return BertConfig(
+        vocab_size=words,
         num_hidden_layers=layers,
         hidden_size=width,
         num_attention_heads=heads,
         intermediate_size=inner,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        attn_implementation="eager" if attention == "eager" else "sdpa",
     )
+
+
+def _bert(shape: tuple[int, int, int], heads: int, attention: str, device: str) -> BertModel:
+    config = bert_config(shape, heads)
+    config._attn_implementation = "eager" if attention == "eager" else "sdpa"
     model = BertModel(config, add_pooling_layer=False)
     if attention == "captured":
         route_attention(model, "sdpa")

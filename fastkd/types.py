@@ -19,6 +19,9 @@ Inputs: TypeAlias = "Mapping[str, Tensor]"
 Reading = Literal["states", "predictions"]
 """Last hidden states [batch, tokens, width], or [batch, outputs] of a classification head."""
 
+ROWS = "rows"
+"""Key of a micro-batch to train on: numbers of its blocks or examples among all, int64 [batch], for
+what is stored by row; always on the CPU."""
 IGNORE_INDEX = -100
 """A label that counts nowhere, as in `torch.nn.functional.cross_entropy`."""
 

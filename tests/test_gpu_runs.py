@@ -43,6 +43,14 @@ def test_a_teacher_in_half_precision_teaches(recipe: Path) -> None:
     assert all(weight.isfinite().all() for weight in read_weights(folder).values())
 
 
+@pytest.mark.parametrize("compiles", ["false", "true"])
+def test_recorded_steps_are_the_plain_ones(recipe: Path, whole: Path, compiles: str) -> None:
+    options = ["train.cuda_graph=true", f"train.compile={compiles}"]
+    folder = distilled(recipe, f"recorded-{compiles}", *options)
+    for ours, theirs in zip(read_losses(folder), read_losses(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 def test_precision_is_that_of_the_gpu(recipe: Path) -> None:
     distilled(recipe, "auto", "train.precision=auto", "teacher.dtype=auto", "train.tf32=true")
     found = load_recipe(recipe.parent / "auto" / "recipe.yaml", [])

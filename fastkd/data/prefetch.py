@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastkd.data.datamodule import MicroBatches
-from fastkd.types import Inputs
+from fastkd.types import ROWS, Inputs
 
 DEPTH = 2
 """Steps that are prepared ahead."""
@@ -92,17 +93,18 @@ class Prefetched:
         self._ahead.clear()
 
     def _prepare(self, step: int) -> _Prepared:
-        inputs = self._micro_batches.next_step(step)
+        inputs = [_without_idle_mask(part) for part in self._micro_batches.next_step(step)]
         position, epoch = self._micro_batches.state_dict(), self._micro_batches.epoch
         if self._copies is None:
             return _Prepared(inputs, None, position, epoch)
         with torch.cuda.stream(self._copies):
             # pinned memory is not used again before the copy out of it is done
-            moved = [
-                {k: v.pin_memory().to(self._device, non_blocking=True) for k, v in part.items()}
-                for part in inputs
-            ]
+            moved = [{k: self._moved(k, v) for k, v in part.items()} for part in inputs]
             return _Prepared(moved, self._copies.record_event(), position, epoch)
+
+    def _moved(self, name: str, tensor: Tensor) -> Tensor:
+        """On the device, but for what is read on the host."""
+        return tensor if name == ROWS else tensor.pin_memory().to(self._device, non_blocking=True)
 
     def _hand_over(self, inputs: Sequence[Inputs], copied: torch.cuda.Event) -> None:
         """Let the stream that trains wait for the copies, without the host, and keep their memory
@@ -110,5 +112,15 @@ class Prefetched:
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(copied)
         for part in inputs:
-            for tensor in part.values():
-                tensor.record_stream(stream)
+            for name, tensor in part.items():
+                if name != ROWS:
+                    tensor.record_stream(stream)
+
+
+def _without_idle_mask(inputs: Inputs) -> Inputs:
+    """Inputs without a mask that hides nothing: only here it can be read without a wait, and
+    attention without one is faster."""
+    mask = inputs.get("attention_mask")
+    if mask is None or not mask.all():
+        return inputs
+    return {name: tensor for name, tensor in inputs.items() if name != "attention_mask"}

@@ -63,7 +63,7 @@ class AttentionLoss(Loss):
             return self
 
     config: Config
-    captures = Captures(attention=True)
+    captures = Captures(attention=True, values=False)
     official_kind: ClassVar[str | None] = "score_mse"
 
     def __init__(

@@ -91,6 +91,8 @@ class Captures:
 
     attention: bool = False
     """Queries, keys and values of the layers that its layer map links."""
+    values: bool = True
+    """Whether of these it reads the values; where nobody does, a cached teacher has none."""
     hidden: bool = False
     """States of those layers; without a layer map the embeddings."""
     logits: bool = False

@@ -104,6 +104,7 @@ class Objective(nn.Module):
         self.uncertainty = (
             Uncertainty(len(self.names), balance.limit) if balance.kind == "uncertainty" else None
         )
+        self._held: Tensor | None = None
         self._factors = torch.empty(0)
         self._factors_of: list[float] = []
 
@@ -153,6 +154,12 @@ class Objective(nn.Module):
             for kind in ("attention", "hidden"):
                 wanted[kind] = wanted[kind] | drawn if wanted[kind] else wanted[kind]
         return wanted
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether any term reads the values of the attention that it captures."""
+        kinds = [loss_class(config.loss).captures for config in self.losses.terms.values()]
+        return any(captures.attention and captures.values for captures in kinds)
 
     def divisors(self, inputs: Inputs) -> Tensor:
         """What a micro-batch contributes to the divisors of a step: fp64 [DIVISORS]."""
@@ -339,7 +346,44 @@ class Objective(nn.Module):
     def _link_weights(self) -> list[float]:
         return self._transports.weigh(self._own_weights())
 
+    def hold_weights(self, like: Tensor) -> None:
+        """Keep the weights of steps of the training in one tensor from now on, in the dtype and on
+        the device of another: a recorded step reads it, and `refresh_weights` writes it."""
+        self._held = torch.zeros(len(self.matches), dtype=like.dtype, device=like.device)
+        self.refresh_weights()
+
+    def refresh_weights(self) -> None:
+        """Write the weights of the moment where a recorded step reads them."""
+        if self._held is not None:
+            self._held.copy_(self._weights_now(self._held))
+
+    @property
+    def changes_on_host(self) -> str | None:
+        """What of a step is decided in Python anew, so that a recorded one would repeat it; `None`
+        where only weights are, which `refresh_weights` writes."""
+        if self._transports.groups:
+            return "layer_map emd solves for its flow on the host"
+        if any(layers.moves for layers in self.maps.values()):
+            return "layer_map random draws other layers over the run"
+        for name, config in self.losses.terms.items():
+            if getattr(config, "temperature_schedule", None) is not None:
+                return f"losses.{name}.temperature_schedule is a number of Python"
+        return None
+
+    @property
+    def linked(self) -> tuple[object, ...]:
+        """The layers that each mapping compares at this moment."""
+        return tuple(
+            tuple((link.student, link.teachers) for link in layers.links(self.moment))
+            for layers in self.maps.values()
+        )
+
     def _weights(self, like: Tensor) -> Tensor:
+        if self._held is not None and self.training:
+            return self._held
+        return self._weights_now(like)
+
+    def _weights_now(self, like: Tensor) -> Tensor:
         """Weight, schedule, link and ratio of every loss, [labels]; copied where they changed."""
         terms, progress = self.losses.terms, self.moment.step / self.steps
         of = {name: terms[name].weight * factor(terms[name].schedule, progress) for name in terms}

@@ -14,6 +14,7 @@ from fastkd.section import (
 from fastkd.types import Head, ModelSource
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+CacheForm = Literal["none", "exact", "bfloat16"]
 # more than any model has
 _WIDEST = 2**20
 
@@ -52,6 +53,22 @@ class Teacher(Section):
     """Attention implementation that the teacher runs."""
     placement: Literal["replicate", "shard", "offload"] = "replicate"
     """A copy on every rank, ZeRO-3 shards, or ZeRO-3 shards in CPU memory."""
+    cache: CacheForm = "none"
+    """Whether what the losses read of the teacher is stored once, before the first step, and read
+    afterwards: `exact` in the teacher's own precision, `bfloat16` rounded to that."""
+    cache_folder: Place = "~/.cache/fastkd"
+    """Folder of stored states, shared by all runs."""
+    cache_limit: float = Field(default=100, gt=0, le=1e6)
+    """GiB that the states of one run may take, at most."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.cache != "none" and self.placement != "replicate":
+            raise ValueError(
+                f"cache is {self.cache}, but placement is {self.placement}, and states are stored "
+                "of a whole teacher only; use replicate, or leave cache out"
+            )
+        return self
 
     @property
     def source(self) -> ModelSource:

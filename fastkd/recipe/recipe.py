@@ -79,6 +79,11 @@ class Recipe(Section):
             )
         self._check_maps()
         self._check_head()
+        reason = self.why_not_cached()
+        if self.teacher.cache != "none" and reason is not None:
+            raise ValueError(
+                f"teacher.cache is {self.teacher.cache}, but {reason}; leave teacher.cache out"
+            )
         check_train(self.train)
         if self.train.compile and self.teacher.placement != "replicate":
             raise ValueError(
@@ -86,6 +91,21 @@ class Recipe(Section):
                 "gathers weights between the layers of a graph; use replicate, or leave compile out"
             )
         return self
+
+    def why_not_cached(self) -> str | None:
+        """Why what the losses read of the teacher can't be stored by row; `None` where it can."""
+        if self.data is not None and self.data.streaming:
+            return "data.streaming is on, whose blocks have no numbers to be found by"
+        if self.train.cuda_graph:
+            return "train.cuda_graph is on, whose graph can't read from a disk"
+        if any(config.loss == "mlm" for config in self.losses.terms.values()):
+            return "losses.mlm masks other tokens in every step, so no states come again"
+        if self.task is not None and self.losses.reduction == "tinybert":
+            return (
+                "losses.reduction is tinybert, which reads the teacher's states of padding, and an "
+                "example is stored without any"
+            )
+        return None
 
     def _check_maps(self) -> None:
         maps: dict[str, object] = {"layer_map": self.layer_map}

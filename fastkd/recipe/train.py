@@ -55,6 +55,9 @@ class Train(Section):
     compile: bool = False
     """Whether both models run under `torch.compile`, each as one graph, in the steps of the
     training, of which the first ones compile. It needs a C++ compiler, on a GPU one of C."""
+    cuda_graph: bool = False
+    """Whether forward and backward of a micro-batch are recorded in a CUDA graph, one for each of
+    its shapes; of a run on one GPU, whose losses no number of Python changes from step to step."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage of the student."""
     seed: Seed = 0

@@ -40,6 +40,7 @@ from fastkd.training.loop import train_step
 from fastkd.training.memory import memory_parts, parts_on_cpu
 from fastkd.training.precision import precision_on_gpus
 from fastkd.training.setup import Run, set_up
+from fastkd.training.teacher_cache.plan import check_room, describe, plan_cache
 
 _TIMED_STEPS = 3
 _GIB = 2**30
@@ -192,6 +193,7 @@ def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
             ("training", _duration(seconds * train.steps)),
         ],
     )
+    _describe_cache(run, reporter)
     parts = memory_parts(run.recipe, run.teacher_parameters, trained, ranks.world_size)
     kind = "GPU" if ranks.device.type == "cuda" else "process"
     if kind == "GPU":
@@ -201,6 +203,23 @@ def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
     rows.append(("activations and libraries, measured", f"{rest / 2**20:,.0f} MiB"))
     rows.append(("peak", f"{peak_memory(ranks) / 2**20:,.0f} MiB"))
     reporter.table(f"memory of each {kind}", ("", "size"), rows)
+
+
+def _describe_cache(run: Run, reporter: Reporter) -> None:
+    """What a cache of the teacher's states takes and saves, where there can be one."""
+    if not isinstance(run.recipe, Recipe) or run.recipe.teacher.placement != "replicate":
+        return
+    if run.recipe.why_not_cached() is not None:
+        return
+    asked = run.recipe.teacher.cache
+    plan = plan_cache(run, "exact" if asked == "none" else asked)
+    if plan is None:
+        return
+    if asked == "none":
+        reporter.say("teacher.cache is none; with teacher.cache=exact:")
+    else:
+        check_room(plan, run.recipe.teacher.cache_limit)
+    describe(run, plan, reporter)
 
 
 def _projection_numbers(run: Run) -> int:

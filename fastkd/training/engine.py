@@ -13,6 +13,7 @@ import copy
 import logging
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,7 +31,10 @@ from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.recipe import AnyRecipe, Recipe, Train
 from fastkd.training.deepspeed_config import student_config, teacher_config, uses_deepspeed
 from fastkd.training.local_engine import LocalEngine
-from fastkd.types import Inputs
+from fastkd.types import ROWS, Inputs
+
+Wanted = Mapping[str, Any]
+"""Keyword arguments of `capture`."""
 
 
 class TeacherRunner:
@@ -56,16 +60,28 @@ class TeacherRunner:
         self._run.eval()
         self.compiled: CompiledCapture | None = None
         """What runs it while the objective is in training mode, where that is compiled."""
+        self.stored: Callable[[Inputs, Wanted], Capture] | None = None
+        """What gives its states of rows to train on, where they are stored."""
         self._cut = self._find_cut()
 
     def __call__(self, inputs: Inputs, *, whole: bool = False) -> Capture:
         """Run as deep as the objective ever needs, or all of it, and return what is needed now."""
+        if self.stored is not None and ROWS in inputs and not whole:
+            return self.stored(inputs, self.objective.layers("teacher"))
         read = {**model_inputs(inputs), **no_cache(self.model)}
         with torch.no_grad(), nullcontext() if whole else self._cut:
             if self.compiled is not None and self.objective.training and not whole:
                 return self.compiled(read, self.objective.layers("teacher"))
             with capture(self.model, **self.objective.layers("teacher")) as states:
                 self._run(**read)
+        return states
+
+    def record(self, inputs: Inputs) -> Capture:
+        """Run as deep as the objective ever needs, and return what it may ever need."""
+        read = {**model_inputs(inputs), **no_cache(self.model)}
+        wanted = self.objective.all_layers("teacher")
+        with torch.no_grad(), self._cut, capture(self.model, **wanted) as states:
+            self._run(**read)
         return states
 
     def embed(self, inputs: Inputs) -> Tensor:

@@ -71,6 +71,13 @@ class LocalEngine:
         self._norm = torch.zeros((), device=device)
         self._skipped = torch.zeros((), device=device)
         self._masters = _Masters(module, optimizer, accumulation) if bf16 else None
+        self._held = False
+
+    def hold_gradients(self) -> None:
+        """Let every gradient stay where it is from now on: a recorded backward adds to it there."""
+        for parameter in self._trained:
+            parameter.grad = torch.zeros_like(parameter)
+        self._held = True
 
     @property
     def masters(self) -> Mapping[nn.Parameter, Tensor]:
@@ -89,9 +96,19 @@ class LocalEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch to that of the step, which is their mean."""
+        self.differentiate(loss)
+        self.take_gradients()
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Let autograd leave the gradient of a micro-batch: the part of `backward` that a graph can
+        record, as it is the same for all of a step."""
         torch.autograd.backward(loss / self._accumulation)
+
+    def take_gradients(self) -> None:
+        """Add what autograd left to the gradient of the step."""
         if self._masters is not None:
             self._masters.add_gradients(self._micro_batches % self._accumulation == 0)
+            self._clear_gradients()
 
     def step(self) -> None:
         """Count a micro-batch, and update the weights after the last one of a step."""
@@ -112,9 +129,8 @@ class LocalEngine:
         self.global_samples += self._batch_size
         if self._masters is not None:
             self.follow_masters()
-            return
-        for parameter in self._trained:
-            parameter.grad = None
+        else:
+            self._clear_gradients()
 
     def follow_masters(self) -> None:
         """Make the weights that the module computes with those of the masters."""
@@ -135,6 +151,13 @@ class LocalEngine:
     def zero_optimization_stage(self) -> int:
         """Nothing is sharded."""
         return 0
+
+    def _clear_gradients(self) -> None:
+        if self._held:
+            torch._foreach_zero_([p.grad for p in self._trained])
+            return
+        for parameter in self._trained:
+            parameter.grad = None
 
     def _gradients(self) -> list[Tensor]:
         if self._masters is not None:
@@ -181,8 +204,6 @@ class _Masters:
         torch._foreach_copy_([g for g, _ in pairs], [fresh for _, fresh in pairs])
         if not first:
             self._flat.add_(flat)
-        for parameter in self._lower:
-            parameter.grad = None
 
     @torch.no_grad()
     def hand_down(self) -> None:

@@ -27,6 +27,7 @@ from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up
 from fastkd.training.stages import check_later, finish_stages, stage_folders
 from fastkd.training.summary import summarise
+from fastkd.training.teacher_cache.plan import describe, plan_for_run
 from fastkd.training.window import Window
 from fastkd.types import Inputs
 
@@ -110,8 +111,12 @@ def train(
     started = time.perf_counter()
     run = set_up(recipe, ranks, progress=not reporter.console.quiet)
     try_losses(run)
+    cache = plan_for_run(run)
     ranks.from_main(lambda: _claim(folder, recipe, claim))
     introduce(run, reporter)
+    if cache is not None:
+        describe(run, cache, reporter)
+        cache.use(run, progress=not reporter.console.quiet)
     books = Bookkeeper(run, folder, reporter, callbacks)
     steps = run.recipe.train.steps
     step = books.restore(recipe)
@@ -156,9 +161,12 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
         _look(run, micro_batches, loss_scales)
     totals = torch.zeros(2, len(objective.labels), device=ranks.device)
     for batch, scale in zip(micro_batches, loss_scales, strict=True):
-        teacher_states = teacher(batch)
-        loss, parts = engine(batch, teacher_states, scale)
-        engine.backward(loss)
+        if run.graphed is not None:
+            parts = run.graphed(batch, scale)
+            engine.take_gradients()
+        else:
+            loss, parts = engine(batch, teacher(batch), scale)
+            engine.backward(loss)
         engine.step()
         totals += parts / run.plan.pieces
     if objective.adapts:

@@ -30,11 +30,12 @@ from fastkd.training.engine import (
     refusal,
     shard_teacher,
 )
+from fastkd.training.graphs import GraphedStep, check_graphs
 from fastkd.training.memory import check_micro_batch
 from fastkd.training.parts import Parts, gather
 from fastkd.training.precision import settle_precision
 from fastkd.training.run_folder import RunFolder
-from fastkd.types import Inputs
+from fastkd.types import ROWS, Inputs
 
 
 @dataclass
@@ -44,6 +45,8 @@ class Run(Parts):
     teacher: TeacherRunner | NoTeacher
     engine: Any
     """Around `module`, see `make_engine`; `module` itself where nothing is trained."""
+    graphed: GraphedStep | None = None
+    """What makes a micro-batch's forward and backward, where that is recorded."""
 
     @property
     def teacher_parameters(self) -> int:
@@ -61,9 +64,16 @@ class Run(Parts):
         )
 
     def move(self, inputs: Inputs) -> Inputs:
-        """Inputs on this rank's device."""
+        """Inputs on this rank's device; the numbers of their rows on the CPU, where the teacher's
+        states are found by them, and left out elsewhere."""
         device = self.ranks.device
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+        moved = {
+            name: tensor.to(device, non_blocking=True)
+            for name, tensor in inputs.items()
+            if name != ROWS
+        }
+        by_row = isinstance(self.teacher, TeacherRunner) and self.teacher.stored is not None
+        return {**moved, ROWS: inputs[ROWS]} if by_row and ROWS in inputs else moved
 
     def loss_scales(self, batches: list[Inputs]) -> Tensor:
         """What each micro-batch of a step counts among all, fp32 [micro-batches, DIVISORS].
@@ -101,6 +111,8 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
     run = Run(**vars(parts), teacher=teacher, engine=engine)
     if recipe.train.compile:
         _compile(run)
+    if recipe.train.cuda_graph:
+        run.graphed = _graphed(run)
     return run
 
 
@@ -134,7 +146,12 @@ def _gathered(recipe: AnyRecipe, ranks: Ranks, progress: bool) -> Parts:
     if recipe.train.compile:
         check_compiler(ranks.device)
     config = student_config(recipe, plan)
-    if uses_deepspeed(recipe, ranks.world_size):
+    by_deepspeed = uses_deepspeed(recipe, ranks.world_size)
+    if recipe.train.cuda_graph:
+        model = recipe.student if isinstance(recipe, Recipe) else recipe.model
+        recomputes = model.gradient_checkpointing and not recipe.train.compile
+        check_graphs(ranks.device, by_deepspeed=by_deepspeed, recomputes=recomputes)
+    if by_deepspeed:
         check_config(config)
     check_micro_batch(recipe, plan.micro_batch_size, ranks.device)
     torch.manual_seed(recipe.train.seed)
@@ -154,6 +171,19 @@ def _teacher(parts: Parts, *, sharded: bool) -> TeacherRunner | NoTeacher:
     if sharded and recipe.teacher.placement != "replicate":
         return TeacherRunner(model, parts.objective, shard_teacher(model, recipe))
     return TeacherRunner(model.to(parts.ranks.device), parts.objective)
+
+
+def _graphed(run: Run) -> GraphedStep:
+    engine, teacher = run.engine, run.teacher
+    engine.hold_gradients()
+
+    def step(inputs: Inputs, scale: Tensor) -> Tensor:
+        loss, parts = engine(inputs, teacher(inputs), scale)
+        engine.differentiate(loss)
+        added: Tensor = parts
+        return added
+
+    return GraphedStep(step, run.objective, engine.masters)
 
 
 def _compile(run: Run) -> None:

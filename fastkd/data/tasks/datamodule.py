@@ -27,7 +27,7 @@ from fastkd.data.tasks.metrics import (
 )
 from fastkd.data.tasks.tokenized import PAD_MULTIPLE, padded_length
 from fastkd.distributed import Ranks
-from fastkd.types import Inputs, Reading
+from fastkd.types import ROWS, Inputs, Reading
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,9 @@ class ExampleMicroBatches:
             longest = int(self._examples.lengths[rows[-1]])
             multiple = padded_length(longest, PAD_MULTIPLE, self._examples.max_length)
         parts = cut(rows, self._plan, self._rank)
-        return [self._examples.batch(part, multiple) for part in parts]
+        return [
+            {**self._examples.batch(part, multiple), ROWS: torch.tensor(part)} for part in parts
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         return self._stream.state_dict()

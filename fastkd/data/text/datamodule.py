@@ -15,7 +15,7 @@ from fastkd.data.tasks.metrics import Judged
 from fastkd.data.text import BlockStream, Corpus
 from fastkd.data.text.mlm import Masking
 from fastkd.distributed import Ranks
-from fastkd.types import Inputs, Reading
+from fastkd.types import ROWS, Inputs, Reading
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ class BlockMicroBatches:
     def next_step(self, step: int) -> Sequence[Inputs]:
         ids = self._stream.next_batch(self._rows)
         inputs = as_inputs(ids, self._masking, step, self._rows.start)
+        if self._stream.numbers is not None:
+            inputs = {**inputs, ROWS: self._stream.numbers}
         cuts = [slice(at, at + self._size) for at in range(0, len(ids), self._size)]
         return [{name: value[rows] for name, value in inputs.items()} for rows in cuts]
 

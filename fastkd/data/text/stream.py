@@ -44,6 +44,10 @@ class BlockStream(Protocol):
     def epoch(self) -> int:
         """Passes over the data that are done."""
 
+    @property
+    def numbers(self) -> Tensor | None:
+        """Numbers of the blocks that were given last; `None` where blocks are not counted."""
+
     def next_batch(self, rows: slice = ALL) -> Tensor:
         """Rows of the next global batch, [rows, block_size] int64 on the CPU."""
 
@@ -68,6 +72,7 @@ class ShuffledBlocks:
         self._position = 0
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int32)
+        self.numbers: Tensor | None = None
 
     @property
     def epoch(self) -> int:
@@ -83,7 +88,8 @@ class ShuffledBlocks:
             parts.append(self._order[start : start + missing])
             missing -= len(parts[-1])
             self._position += len(parts[-1])
-        numbers = torch.cat(parts)[rows].tolist()
+        self.numbers = torch.cat(parts)[rows].long()
+        numbers = self.numbers.tolist()
         return torch.from_numpy(np.asarray(self._blocks[numbers][TOKENS], dtype=np.int64))
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,6 +135,8 @@ class StreamedDocuments:
     Files that change under a run would change it without a word. So the position also holds what
     was read of this epoch, as a digest, and for the rest the size and the time of every file.
     """
+
+    numbers: Tensor | None = None
 
     def __init__(
         self,

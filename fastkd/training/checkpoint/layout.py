@@ -50,9 +50,16 @@ class Place:
         state = {} if self.optimizer is None else self.optimizer.state.get(self.master, {})
         return {WEIGHT: self.master.detach(), **state}
 
+    def holds(self, size: int) -> bool:
+        """Whether all of the parameter, which has this size, is on this rank."""
+        return self.offset is None or self.length == size
+
     def piece(self, tensor: Tensor) -> Tensor:
-        """This rank's elements of the parameter in a tensor that is laid out as `master`."""
-        return tensor if self.offset is None else tensor.narrow(0, self.offset, self.length)
+        """This rank's elements of the parameter in a tensor that is laid out as `master`; a scalar
+        as it is."""
+        if self.offset is None or not tensor.ndim:
+            return tensor
+        return tensor.narrow(0, self.offset, self.length)
 
     def cut(self, value: Tensor) -> Tensor:
         """The same elements of a value of the whole parameter."""

@@ -10,7 +10,7 @@ back is what was there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,14 +40,21 @@ def named_state(engine: Any, ranks: Ranks) -> dict[str, Any]:
         shares of all ranks are about equally large.
     """
     names = dict(engine.module.named_parameters())
-    owners = _owners({name: whole_shape(p).numel() for name, p in names.items()}, ranks.world_size)
     parameters = {}
     with settled_weights(engine):
-        places = find_places(engine, ranks.rank)
+        of_ranks = [find_places(engine, rank) for rank in range(ranks.world_size)]
+        held = {name: [places[p] for places in of_ranks] for name, p in names.items()}
+        sizes = {name: whole_shape(parameter).numel() for name, parameter in names.items()}
+        owners = find_owners(sizes, held)
         for name, parameter in names.items():
-            found = _gathered(places[parameter], whole_shape(parameter), owners[name], ranks)
-            if owners[name] == ranks.rank:
-                parameters[name] = found
+            owner, place = owners[name], held[name][ranks.rank]
+            if held[name][owner].holds(sizes[name]):
+                found = {key: place.piece(tensor) for key, tensor in place.tensors.items()}
+            else:
+                found = _gathered(place, sizes[name], owner, ranks)
+            if owner == ranks.rank:
+                shape = whole_shape(parameter)
+                parameters[name] = {k: v.view(shape) if v.ndim else v for k, v in found.items()}
     return {
         "parameters": parameters,
         "buffers": dict(_buffers(engine.module)),
@@ -87,21 +94,19 @@ def load_named_state(engine: Any, state: Mapping[str, Any], ranks: Ranks) -> Non
         setattr(engine, name, state["counters"][name])
 
 
-def _gathered(place: Place, shape: torch.Size, owner: int, ranks: Ranks) -> dict[str, Tensor]:
-    """All of a parameter on its owner; nothing of use elsewhere."""
+def _gathered(place: Place, size: int, owner: int, ranks: Ranks) -> dict[str, Tensor]:
+    """All of a parameter of which every rank may have a piece, flat on its owner; nothing of use
+    elsewhere."""
     found = {}
     for key, tensor in place.tensors.items():
-        if not tensor.ndim or place.offset is None:
+        if not tensor.ndim:
             found[key] = tensor
             continue
-        if ranks.world_size == 1:
-            found[key] = place.piece(tensor).view(shape)
-            continue
-        whole = torch.zeros(shape.numel(), dtype=tensor.dtype, device=ranks.device)
+        whole = torch.zeros(size, dtype=tensor.dtype, device=ranks.device)
         place.cut(whole).copy_(place.piece(tensor))
         # as whole numbers: a sum of the others would make a negative zero positive
         ranks.sum_to(owner, whole.view(torch.int32 if whole.itemsize == 4 else torch.uint8))
-        found[key] = whole.view(shape).cpu() if owner == ranks.rank else whole
+        found[key] = whole.cpu() if owner == ranks.rank else whole
     return found
 
 
@@ -151,12 +156,24 @@ def _check_same(names: Mapping[str, nn.Parameter], stored: Parameters) -> None:
                 raise ValueError(f"{key} of {name} is {list(value.shape)}, expected {list(shape)}")
 
 
-def _owners(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
-    """Which rank writes which parameter: the largest first, to the rank that has least."""
-    loads = [0] * world_size
+def find_owners(sizes: Mapping[str, int], held: Mapping[str, Sequence[Place]]) -> dict[str, int]:
+    """Which rank writes which parameter: one that has all of it, where one alone does; of the rest
+    the largest first, to the rank that has least.
+
+    Args:
+        sizes: of the parameters.
+        held: their places on each rank.
+    """
+    loads = [0] * len(next(iter(held.values())))
     owners = {}
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        owners[name] = loads.index(min(loads))
+    every = list(range(len(loads)))
+    free = {
+        name: [rank for rank in every if places[rank].holds(sizes[name])] or every
+        for name, places in held.items()
+    }
+    # those without a choice first
+    for name in sorted(sizes, key=lambda name: (len(free[name]), -sizes[name], name)):
+        owners[name] = min(free[name], key=lambda rank: loads[rank])
         loads[owners[name]] += sizes[name]
     return owners
 

@@ -1,0 +1,82 @@
+"""A training step as `fastkd distill` makes it: its feed, its engine, its sums of losses."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import BertModel
+
+# the helpers of the tests, beside the inputs of the benchmarks
+import benchmarks.inputs  # noqa: F401
+from benchmarks.training_step import BERT_BASE, Size, Step, bert_config
+from fastkd.data.prefetch import Prefetched
+from fastkd.distributed import joined_ranks
+from fastkd.layer_map import Progress
+from fastkd.recipe import Recipe, parse_recipe
+from fastkd.training.loop import train_step
+from fastkd.training.setup import set_up
+from fastkd.training.window import Window
+
+BLOCKS = 64
+
+
+@contextmanager
+def engine_step(
+    batch: int, tokens: int, size: Size = BERT_BASE, words: int = 30000
+) -> Iterator[Step]:
+    """A step of a run that is set up from a recipe; on the GPU where there is one.
+
+    Args:
+        batch: blocks of a step.
+        tokens: of a block.
+        size: of both models.
+        words: of their vocabulary.
+
+    Yields:
+        What makes the next step of the run, and gives its weighted loss.
+    """
+    with tempfile.TemporaryDirectory() as folder, joined_ranks() as ranks:
+        recipe = make_recipe(Path(folder), batch, tokens, size, words)
+        run = set_up(recipe, ranks, progress=False)
+        numbers = itertools.count()
+        with closing(Prefetched(run.micro_batches(), ranks.device)) as micro_batches:
+            window = Window(run, micro_batches, 0)
+
+            def step() -> Tensor:
+                number = next(numbers)
+                run.objective.at(Progress(number, micro_batches.epoch))
+                losses = train_step(run, micro_batches.next_step(number))
+                window.add(losses)
+                return losses[1].sum()
+
+            yield step
+
+
+def make_recipe(folder: Path, batch: int, tokens: int, size: Size, words: int) -> Recipe:
+    """A teacher of random weights, a text of random words, and TinyBERT's losses on them."""
+    from tiny_models import tiny_tokenizer
+
+    torch.manual_seed(0)
+    teacher = folder / "teacher"
+    BertModel(bert_config(size.teacher, size.heads, words)).save_pretrained(teacher)
+    tiny_tokenizer(words).save_pretrained(teacher)
+    ids = torch.randint(words // 30, words, (BLOCKS, tokens)).tolist()
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(" ".join(f"w{i}" for i in row) for row in ids), encoding="utf-8")
+    layers, width, inner = size.student
+    return parse_recipe(
+        {
+            "teacher": {"model": str(teacher)},
+            "student": {"layers": layers, "hidden_size": width, "intermediate_size": inner},
+            "losses": {"attention": {}, "hidden": {}, "embedding": {}},
+            "data": {"train": str(text), "block_size": tokens, "cache": str(folder / "cache")},
+            "train": {"batch_size": batch, "warmup_steps": 100},
+            "run": {"output": str(folder / "run")},
+        }
+    )

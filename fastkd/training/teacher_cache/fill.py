@@ -1,0 +1,112 @@
+"""Fill a folder with a teacher's states: every rank runs its share of the rows, rank 0 finishes.
+
+The folder has a temporary name until all of it is there and its digests are written. Two jobs that
+fill the same one do so beside each other: the first to finish gives it its name, and what the
+second made, of the same teacher and data, is thrown away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from fastkd.data.batching import BatchPlan
+from fastkd.data.text.cache import new_folder, write_meta
+from fastkd.errors import UserError
+from fastkd.files.flat import flat_file
+from fastkd.reporting.progress import progress_bar
+from fastkd.training.engine import TeacherRunner
+from fastkd.training.setup import Run
+from fastkd.training.teacher_cache.layout import Field, to_store
+from fastkd.training.teacher_cache.states import Rows
+from fastkd.types import ROWS
+
+FIELD = "teacher.cache_folder"
+SETTINGS = "settings.json"
+
+
+def fill(
+    run: Run,
+    folder: Path,
+    fields: Sequence[Field],
+    rows: Rows,
+    settings: dict[str, Any],
+    *,
+    progress: bool,
+) -> None:
+    """Run the teacher on all rows and store what it leaves; collective over the ranks.
+
+    Args:
+        run: whose teacher and data.
+        folder: that will be there afterwards.
+        fields: what is stored.
+        rows: where each stands.
+        settings: what the folder's name was made of, written beside for people.
+        progress: whether to show a bar.
+
+    Raises:
+        UserError: a disk that is full or can't be written, on any rank.
+    """
+    ranks = run.ranks
+    with ExitStack() as stack:
+
+        def begin() -> str:
+            temporary = stack.enter_context(new_folder(folder, FIELD))
+            for field in fields:
+                with flat_file(temporary, field.name).open("wb") as file:
+                    # all of it now: no rank shall find the disk full later
+                    os.posix_fallocate(file.fileno(), 0, rows.entries(field) * field.entry_bytes)
+            return str(temporary)
+
+        def finish() -> None:
+            (temporary / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+            write_meta(temporary, {"rows": len(rows), "tokens": rows.tokens})
+            stack.close()
+
+        temporary = Path(ranks.from_main(begin))
+        problem = None
+        try:
+            _write_share(run, temporary, fields, rows, progress and ranks.is_main)
+        except OSError as error:
+            problem = f"{FIELD}: rank {ranks.rank} can't write to {temporary}: {error}"
+        problems = [found for found in ranks.gather(problem) if found is not None]
+        if problems:
+            raise UserError(f"{problems[0]}; all ranks must see the same folder, with room in it")
+        ranks.from_main(finish)
+
+
+def _write_share(
+    run: Run, folder: Path, fields: Sequence[Field], rows: Rows, progress: bool
+) -> None:
+    assert isinstance(run.teacher, TeacherRunner), "a plan is made for a teacher"
+    ranks, size = run.ranks, run.plan.micro_batch_size
+    # all batches of an epoch on every rank: which rows are written twice must not depend on theirs
+    batches = run.datamodule.micro_batches(size, 0, BatchPlan(size, 1, 1), 0)
+    seen = np.zeros(len(rows), dtype=bool)
+    with ExitStack() as stack:
+        files = [stack.enter_context(flat_file(folder, f.name).open("r+b")) for f in fields]
+        bar = stack.enter_context(progress_bar(progress))
+        task = bar.add_task("storing the teacher's states", total=len(rows))
+        for number in range(-(-len(rows) // size)):
+            (inputs,) = batches.next_step(number)
+            places = [place for place, row in enumerate(inputs[ROWS].tolist()) if not seen[row]]
+            seen[inputs[ROWS].numpy()] = True
+            if number % ranks.world_size == ranks.rank:
+                states = run.teacher.record(run.move(inputs))
+                for field, file in zip(fields, files, strict=True):
+                    bits = to_store(states, field).numpy()
+                    for place in places:
+                        _write(file, field, rows, int(inputs[ROWS][place]), bits[place])
+            bar.update(task, completed=int(seen.sum()))
+
+
+def _write(file: BinaryIO, field: Field, rows: Rows, row: int, bits: Any) -> None:
+    first, end = rows.span(field, row)
+    file.seek(first * field.entry_bytes)
+    file.write(bits[: end - first].data)

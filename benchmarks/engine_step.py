@@ -5,12 +5,17 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import BertModel
 
 # the helpers of the tests, beside the inputs of the benchmarks
 import benchmarks.inputs  # noqa: F401
 from benchmarks.training_step import BERT_BASE, Size, Step, bert_config
+from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import joined_ranks
 from fastkd.layer_map import Progress
 from fastkd.recipe import Recipe, parse_recipe
@@ -39,24 +44,23 @@ def engine_step(
     with tempfile.TemporaryDirectory() as folder, joined_ranks() as ranks:
         recipe = make_recipe(Path(folder), batch, tokens, size, words)
         run = set_up(recipe, ranks, progress=False)
-        micro_batches, numbers = run.micro_batches(), itertools.count()
-        window = Window(run, micro_batches, 0)
+        numbers = itertools.count()
+        with closing(Prefetched(run.micro_batches(), ranks.device)) as micro_batches:
+            window = Window(run, micro_batches, 0)
 
-        def step():  # type: ignore[no-untyped-def]
-            number = next(numbers)
-            run.objective.at(Progress(number, micro_batches.epoch))
-            losses = train_step(run, micro_batches.next_step(number))
-            window.add(losses)
-            return losses[1].sum()
+            def step() -> Tensor:
+                number = next(numbers)
+                run.objective.at(Progress(number, micro_batches.epoch))
+                losses = train_step(run, micro_batches.next_step(number))
+                window.add(losses)
+                return losses[1].sum()
 
-        yield step
+            yield step
 
 
 def make_recipe(folder: Path, batch: int, tokens: int, size: Size, words: int) -> Recipe:
     """A teacher of random weights, a text of random words, and TinyBERT's losses on them."""
-    import torch
     from tiny_models import tiny_tokenizer
-    from transformers import BertModel
 
     torch.manual_seed(0)
     teacher = folder / "teacher"

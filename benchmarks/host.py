@@ -34,6 +34,7 @@ from triton.backends.driver import GPUDriver
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 import fastkd_kernels
+from indexer_cases import indexer_case
 from kernel_cases import attention_states, hidden_case, leaves_of
 from logits_cases import logits_case, tensors_of
 
@@ -154,6 +155,18 @@ def _logits(backend: str) -> Step:
     )
 
 
+def _indexer(backend: str) -> Step:
+    case = indexer_case(PAIRS, 2, 16, (16, 16), dtype=_dtype(backend))
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    masks = {"key_mask": mask, "query_mask": mask}
+    return Step(
+        lambda: fastkd_kernels.indexer_divergence(
+            case.student, case.teacher, **masks, backend=backend
+        ),
+        case.leaves,
+    )
+
+
 def _dtype(backend: str) -> torch.dtype:
     return torch.float32 if backend == "torch" else BF16
 
@@ -166,7 +179,9 @@ def cases() -> list[Case]:
         "relation_divergence qq": _relations,
         "hidden_mse": partial(_hidden, "hidden_mse"),
         "hidden_cosine": partial(_hidden, "hidden_cosine"),
+        "hidden_normalized_mse": partial(_hidden, "hidden_normalized_mse"),
         "logits_divergence kl": _logits,
+        "indexer_divergence": _indexer,
     }
     return [
         Case(f"{name} {backend}", partial(make, backend))

@@ -38,9 +38,9 @@ def calls(work: HiddenWorkload, dtype: torch.dtype, count: int) -> Iterator[Call
     factor = meta(dtype=torch.float32)
 
     def run(normalize: bool) -> None:
-        triton_path.hidden_forward(
-            student, teacher, weight, bias, mask, factor, normalize, True, bool(weight)
-        )
+        states, wanted = (student, teacher, weight, bias), (normalize, True, bool(weight))
+        plan = triton_path.hidden_forward(*states, True, factor.dtype, *wanted)
+        plan(*states, mask, factor)
 
     yield Call("mse", lambda: run(False))
     yield Call("normalised", lambda: run(True))

@@ -39,7 +39,10 @@ def calls(work: IndexerWorkload, dtype: torch.dtype, count: int) -> Iterator[Cal
 
 
 def _run(pairs: list[Pair], mask: torch.Tensor, *, causal: bool) -> None:
-    triton_path.forward(pairs, mask, mask, causal, True)
+    columns = [*zip(*[(*pair.student, *pair[3:5]) for pair in pairs], strict=True)]
+    sinks = [pair.teacher_sinks for pair in pairs if pair.teacher_sinks is not None]
+    plan = triton_path.forward(pairs, True, causal, True)
+    plan(columns, torch.stack(sinks) if sinks else None, (mask, mask))
 
 
 def seen(launch: Launch, work: IndexerWorkload, dtype: torch.dtype, count: int) -> Seen:

@@ -54,7 +54,9 @@ def _run(
     mask = meta(work.batch, work.tokens, dtype=torch.bool) if labelled else None
     labels = meta(work.batch, work.tokens, dtype=torch.int64) if labelled else None
     factors = meta(2 if labelled else 1, dtype=torch.float32)
-    triton_path.sweep(student, teacher, mask, labels, factors, how, gradient, gradient)
+    looks = (mask is not None, labels is not None, factors.dtype)
+    plan = triton_path.sweep(student, teacher, *looks, how, gradient, gradient)
+    plan(student, teacher, mask, labels, factors)
 
 
 def seen(launch: Launch, work: LogitsWorkload, dtype: torch.dtype, count: int) -> Seen:

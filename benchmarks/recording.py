@@ -60,9 +60,8 @@ def recorded(target: tuple[str, int | str]) -> Iterator[list[Launch | Product]]:
         ordered = {name: arguments[name] for name in self.arg_names}
         made.append(Launch(self, ordered, math.prod(grid), options))
 
-    def takes(*operands: Tensor) -> bool:
-        first = operands[0].dtype
-        return first in HALF and all(operand.dtype == first for operand in operands)
+    def takes(on: torch.device, *dtypes: torch.dtype) -> bool:
+        return dtypes[0] in HALF and len(set(dtypes)) == 1
 
     def multiply(
         left: Tensor, right: Tensor, out: Tensor, *, add: bool = False, bias: Tensor | None = None

@@ -171,11 +171,11 @@ def test_products_of_the_library_are_recorded() -> None:
 
     with recorded(("cuda", 90)) as made:
         left, right = meta(4, 3, dtype=torch.bfloat16), meta(3, 5, dtype=torch.bfloat16)
-        assert library_products.takes(left, right)
+        assert library_products.takes(left.device, left.dtype, right.dtype)
         library_products.multiply(left, right, meta(4, 5, dtype=torch.float32), add=True)
     assert made == [(4, 3, 5, 2 * 12 + 2 * 15 + 2 * 4 * 20)]
     assert made[0].flops == 2 * 60
-    assert not library_products.takes(left, right)
+    assert not library_products.takes(left.device, left.dtype, right.dtype)
 
 
 def test_digest_of_source_is_of_all_that_a_kernel_calls() -> None:

@@ -156,3 +156,16 @@ def test_no_cache_only_where_there_would_be_one(
     model = nn.Module()
     model.config = config
     assert no_cache(model) == expected  # type: ignore[arg-type]
+
+
+def test_blocks_that_were_replaced_are_found_again() -> None:
+    model = tiny_model("bert")
+    first = find_blocks(model)
+    assert find_blocks(model) is first
+    model.encoder.layer = nn.ModuleList(list(first))
+    assert find_blocks(model) is model.encoder.layer
+    model.encoder.layer = model.encoder.layer[:2]
+    with pytest.raises(UserError, match="found 0 stacks of 4 blocks"):
+        find_blocks(model)
+    model.config.num_hidden_layers = 2
+    assert find_blocks(model) is model.encoder.layer

@@ -88,6 +88,9 @@ def test_where_weights_and_states_lie_is_taken_over() -> None:
     assert isinstance(taken, Recipe)
     assert (taken.teacher.placement, taken.train.zero_stage) == ("shard", 3)
     assert taken.deepspeed == now.deepspeed and in_force(now, before) == before
+    # what sharded weights can't have, and graphs on several GPUs
+    alone = _recipe(train={"compile": True, "cuda_graph": True})
+    assert _said(alone, now) is None and in_force(alone, now) == now
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModel, MixtralConfig
 
 from benchmarks import placement
-from fastkd import cli
+from fastkd import cli, training
 from fastkd.capture import capture, route_attention
 from fastkd.recipe import Recipe, load_recipe, parse_recipe
 from fastkd.training.chips import CHIPS, Chip
@@ -134,6 +135,19 @@ def test_a_forecast_follows_the_layout(recipe: Recipe) -> None:
     assert away.parts["bucket of gradients"] == 4000
 
 
+def test_one_process_needs_no_bucket_but_gradients_of_a_micro_batch(recipe: Recipe) -> None:
+    chip, passes = CHIPS["h100"], run_dry(_laid_out(recipe, precision="bf16"), 4)
+    numbers = passes.trained_numbers
+    name = "gradients of a micro-batch"
+    for size, ranks, each in ((8, 1, 2), (2, 1, 6), (2, 2, 2)):
+        laid_out = _laid_out(recipe, precision="bf16", micro_batch_size=size)
+        found = forecast(laid_out, passes, chip, ranks)
+        assert found.parts[name] == each * numbers and "bucket of gradients" not in found.parts
+    wide = _laid_out(recipe, zero_stage=1)
+    assert "bucket of gradients" not in forecast(wide, passes, chip, 1).parts
+    assert "bucket of gradients" in forecast(wide, passes, chip, 2).parts
+
+
 def test_a_precision_that_is_left_open_is_that_of_gpus(path: Path) -> None:
     found = precision_on_gpus(load_recipe(path, []))
     assert (found.teacher.dtype, found.train.precision) == ("bfloat16", "bf16")
@@ -204,7 +218,14 @@ def test_doctor_forecasts_without_weights(
 
 
 def test_the_committed_page_is_what_is_forecast() -> None:
-    assert placement.PAGE.read_text(encoding="utf-8") == placement.page()
+    page = placement.page()
+    assert placement.PAGE.read_text(encoding="utf-8") == page
+    # what the advice quotes of it, differences left out
+    advice = Path(training.__file__).with_name("README.md").read_text(encoding="utf-8")
+    advice = advice.split("## A teacher of 7 B")[1]
+    quoted = re.findall(r"\b(\d\d\.\d)(?: of (\d\d\.\d))? GiB", advice)
+    assert len(quoted) == 5
+    assert all(f"| {one}, {of} |" in page if of else f"| {one}, " in page for one, of in quoted)
 
 
 EXPERTS = ("teacher.model=MIXTRAL", "teacher.dtype=bfloat16", "train.precision=bf16")

@@ -140,7 +140,7 @@ def test_rows_that_lie_far_apart_are_copied() -> None:
     """Kernels find the rows of a head by 32-bit offsets."""
     far = torch.empty_strided((1, 1, 3, 4), (1, 1, 1 << 30, 1), device="meta")
     pairs = [Pair(far, far, torch.empty(1, 3, 1, device="meta"), far, far, 1.0)]
-    made = triton_path.Call(pairs, None, None, True, "cuda")
+    made = triton_path.Call(pairs, False, True, "cuda").layout.addressed([far] * 4)
     assert [tensor.stride(2) for tensor in made.tensors] == [4, 4, 4, 4]
 
 

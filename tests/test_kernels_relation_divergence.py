@@ -82,14 +82,15 @@ def test_gradcheck(relation: Any) -> None:
 
 
 def test_layouts_of_models_are_cut_without_a_copy() -> None:
-    from fastkd_kernels.attention_divergence.relation import _relation
+    from fastkd_kernels.attention_divergence.relation import _cut
+    from fastkd_kernels.common.attention_columns import columns_of
 
-    state = states(4, 2, 6)[0]
+    given = states(4, 2, 6)
     for relation in ("qq", "vv"):
-        made = _relation("student[0]", state, relation, 3)
-        source = getattr(state, FIELDS[relation[0]])
-        assert made.query.data_ptr() == source.data_ptr()
-        assert made.query.shape == (2, 3, 30, source.shape[1] * 6 // 3)
+        made = _cut(columns_of(given, given), relation, 3)
+        source = getattr(given[0], FIELDS[relation[0]])
+        assert made.query[0].data_ptr() == source.data_ptr()
+        assert made.query[0].shape == (2, 3, 30, source.shape[1] * 6 // 3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp64 runs in the interpreter")

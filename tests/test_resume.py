@@ -109,6 +109,17 @@ def test_interrupt_writes_a_checkpoint_and_says_how_to_go_on(recipe: Path, whole
     _assert_identical(run, whole)
 
 
+def test_a_stream_is_the_same_with_processes_and_after_a_stop(recipe: Path) -> None:
+    """What was read and prepared ahead is neither lost nor saved."""
+    alone, stopped = recipe.parent / "streamed-alone", recipe.parent / "streamed-stopped"
+    stream = {"data.streaming": True, "data.shuffle_buffer": 5}
+    helped = _overrides(stopped, **stream, **{"data.workers": 2})
+    done = run_script("disturbed_run.py", "Ctrl-C in step 3", "0", str(recipe), *helped)
+    assert done.returncode == 130, done.stderr[-2000:]
+    run_variants(recipe, [_overrides(alone, **stream), helped])
+    _assert_identical(stopped, alone)
+
+
 def test_finished_run_is_left_alone(recipe: Path, whole: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.name != "report.html"}
     done = run_command("distill", str(recipe), *_overrides(whole), "--resume")

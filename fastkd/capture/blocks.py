@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -43,18 +44,49 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
             the model is no single stack.
     """
     depth = check_single_stack(model)
-    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    # a step asks twice, and looking through a model takes a part of it
+    known = _PATHS.get(model)
+    there = None if known is None else _module_at(model, known)
+    if isinstance(there, nn.ModuleList) and len(there) == depth:
+        return there
+    path, blocks = _search(model, depth)
+    _PATHS[model] = path
+    return blocks
+
+
+_PATHS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+"""Where the blocks of a model were found."""
+
+
+def _module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """What stands there now; `None` where nothing does."""
+    there: nn.Module | None = model
+    for name in path.split("."):
+        there = None if there is None else there._modules.get(name)
+    return there
+
+
+def _search(model: PreTrainedModel, depth: int) -> tuple[str, nn.ModuleList]:
+    found = {
+        path: m
+        for path, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len(m) == depth
+    }
     # what a block holds may be as many, and so may what stands beside the blocks
-    inner = {id(part) for blocks in found for block in blocks for part in block.modules()}
-    found = [blocks for blocks in found if id(blocks) not in inner]
+    inner = {id(part) for blocks in found.values() for block in blocks for part in block.modules()}
+    found = {path: blocks for path, blocks in found.items() if id(blocks) not in inner}
     if len(found) > 1:
-        found = [b for b in found if all(isinstance(m, GradientCheckpointingLayer) for m in b)]
+        found = {
+            path: blocks
+            for path, blocks in found.items()
+            if all(isinstance(m, GradientCheckpointingLayer) for m in blocks)
+        }
     if len(found) != 1:
         raise UserError(
             f"{type(model).__name__}: found {len(found)} stacks of {depth} blocks, expected one; "
             f"{_SINGLE_STACK}"
         )
-    return found[0]
+    return next(iter(found.items()))
 
 
 def at_depth(model: PreTrainedModel, depth: int) -> Cut:

@@ -3,7 +3,8 @@
 transformers looks its attention function up by name in a public registry. fastkd registers one
 function per implementation (`fastkd-sdpa`, `fastkd-flash_attention_2`, ...) that hands query, key
 and value of the blocks that someone listens to over and then calls the implementation itself: both
-models stay on their fast path, and outputs are bit for bit those without fastkd. Nothing global
+models stay on their fast path, and outputs are bit for bit those without fastkd. Masks are made by
+transformers too, but never read to see whether they hide anything. Nothing global
 knows who is listening: a listener is an attribute of the attention module for the time of one
 `with`, so recomputation under gradient checkpointing, which runs after it, is never recorded.
 
@@ -92,7 +93,7 @@ def route_attention(model: PreTrainedModel, implementation: str | None = None) -
     name = PREFIX + running
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         AttentionInterface.register(name, listening_function(running))
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[running])
+        AttentionMaskInterface.register(name, _unread(ALL_MASK_ATTENTION_FUNCTIONS[running]))
     # the setter above would try to load a flash kernel of this name
     model.config._attn_implementation = name
 
@@ -175,6 +176,18 @@ def listening_function(implementation: str) -> Callable[..., tuple[Tensor, Tenso
         return result
 
     return attend
+
+
+def _unread(make_mask: Callable[..., Any]) -> Callable[..., Any]:
+    """A mask function that takes a mask for padding without reading it: transformers' own looks at
+    each for padding, which waits for the device. Whoever has no padding gives no mask."""
+
+    def make(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if attention_mask is not None:
+            kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return make_mask(*args, attention_mask=attention_mask, **kwargs)
+
+    return make
 
 
 def _in(dtype: torch.dtype, given: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 from fastkd.recipe import AnyRecipe, Recipe, Schedule, parse_any_recipe, stage_recipes
 
-# nothing here changes a weight
+# nothing here changes a weight, but for rounding and the draws of dropout
 _FREE = frozenset(
     {
         "data.cache",
@@ -29,6 +29,8 @@ _FREE = frozenset(
         "train.keep_checkpoints",
         "train.micro_batch_size",
         "train.zero_stage",
+        "train.compile",
+        "train.cuda_graph",
         "teacher.placement",
         "teacher.cache_folder",
         "teacher.cache_limit",
@@ -45,7 +47,7 @@ _MOVES = re.compile(
 _LENGTHS = ("steps", "epochs")
 # of these the recipe that a run is continued with is in force
 _TAKEN_OVER = {
-    "train": ("micro_batch_size", "zero_stage", *_LENGTHS),
+    "train": ("micro_batch_size", "zero_stage", "compile", "cuda_graph", *_LENGTHS),
     "teacher": ("placement", "cache_folder", "cache_limit"),
 }
 

@@ -27,6 +27,7 @@ from fastkd.models.locate import locate_model
 from fastkd.models.poolers import drop_pooler
 from fastkd.recipe import Recipe
 from fastkd.training.chips import Chip
+from fastkd.training.deepspeed_config import uses_deepspeed
 from fastkd.training.dry_pass import DryPass, bytes_of, dry_pass, tensors_of
 from fastkd.training.memory import memory_parts, parts_on_cpu
 
@@ -155,7 +156,7 @@ def forecast(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> Forecast
     kept = memory_parts(recipe, passes.teacher_numbers, passes.trained_numbers, ranks)
     away = parts_on_cpu(recipe)
     parts = {name: size for name, size in kept.items() if name not in away}
-    parts |= _worked_with(recipe, passes, times)
+    parts |= _worked_with(recipe, passes, plan)
     return Forecast(
         parts=parts,
         machine=sum(size for name, size in kept.items() if name in away),
@@ -227,9 +228,10 @@ def _check_counted(model: PreTrainedModel, found: DryPass, depth: int | None, to
         )
 
 
-def _worked_with(recipe: Recipe, passes: Passes, times: float) -> dict[str, int]:
+def _worked_with(recipe: Recipe, passes: Passes, plan: BatchPlan) -> dict[str, int]:
     """Bytes that come and go within a step."""
     train, sizes = recipe.train, 2 if recipe.train.precision == "bf16" else 4
+    times, deepspeed = plan.micro_batch_size / passes.rows, uses_deepspeed(recipe, plan.world_size)
     student = tensors_of(passes.student.captured)
     parts = {
         # the losses form the gradients of what is compared as they read it
@@ -237,16 +239,20 @@ def _worked_with(recipe: Recipe, passes: Passes, times: float) -> dict[str, int]
         "captured of the teacher": int(bytes_of(tensors_of(passes.teacher.captured)) * times),
         "the teacher at work": int(3 * passes.teacher.largest * times),
     }
+    if train.precision == "bf16" and not (deepspeed and train.zero_stage > 1):
+        # beside the sum in fp32; one process keeps a micro-batch's own until it has added it
+        each = 2 if deepspeed or plan.accumulation == 1 else 6
+        parts["gradients of a micro-batch"] = each * passes.trained_numbers
     gathered = 0
     if recipe.teacher.placement != "replicate":
         size = 4 if recipe.teacher.dtype == "float32" else 2
         gathered += size * int(min(passes.teacher_numbers, passes.teacher_block + _PREFETCH))
-    if train.zero_stage == 3:
+    if deepspeed and train.zero_stage == 3:
         gathered += sizes * int(min(passes.trained_numbers, passes.student_block + _PREFETCH))
     if gathered:
         parts["weights gathered at a time"] = gathered
-    # stage 1 in bf16 has gradients of its own
-    if train.zero_stage > 1 or (train.zero_stage == 1 and train.precision == "fp32"):
+    # stage 1 in bf16 has none
+    if deepspeed and (train.zero_stage > 1 or (train.zero_stage, sizes) == (1, 4)):
         zero = recipe.deepspeed.get("zero_optimization", {})
         parts["bucket of gradients"] = sizes * int(zero.get("reduce_bucket_size", _BUCKET))
     return {**parts, "CUDA and NCCL, assumed": LIBRARIES}

@@ -159,8 +159,10 @@ class Recorder:
                     function()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
+            # the thread that prepares the next inputs allocates and copies meanwhile
+            mode = "thread_local"
             try:
-                with torch.cuda.graph(graph, pool=self._pool):
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
                     made = function()
             except FOREIGN_ERRORS as error:
                 raise UserError(

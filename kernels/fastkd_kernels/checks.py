@@ -1,8 +1,7 @@
 """Checks of what a caller hands in; each message says what was given, expected, and what to do."""
 
 import math
-from collections.abc import Hashable, Sequence
-from operator import attrgetter
+from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 from .common.attention_columns import Columns, Masks, columns_of
 from .common.autograd import accumulator
 from .common.launch import triton_interprets
-from .common.plan import Look, look_of_call
-from .common.remembered import PLAIN, Recent, is_eager
+from .common.plan import Look, look_of_options
+from .common.remembered import is_eager
 from .types import (
     AttentionState,
     Backend,
@@ -33,44 +32,6 @@ SCALES = (1e-20, 1e20)
 LEAST_SHARE = 1e-4
 
 
-# looks that passed, from which a check knows that it would pass again
-_passed: Recent[bool] = Recent()
-# several attributes in one call
-_look = attrgetter("shape", "dtype", "device")
-
-
-def look_at(columns: Sequence[Sequence[object]], *others: Hashable) -> Hashable | None:
-    """What checks read of tensors, alike within a column, and `others`.
-
-    None if they are not alike, or the checks must see for themselves.
-    """
-    if not is_eager():
-        return None
-    found = []
-    for column in columns:
-        if not PLAIN.issuperset(map(type, column)):
-            return None
-        looks = [*map(_look, column)]
-        if looks and looks.count(looks[0]) < len(looks):
-            return None
-        found.append((len(looks), *looks[:1]))
-    return (*found, *others)
-
-
-def has_passed(look: Hashable | None) -> bool:
-    return look is not None and _passed.get(look) is not None
-
-
-def passes(look: Hashable | None) -> None:
-    if look is not None:
-        _passed.put(look, True)
-
-
-# what plans may be told apart by, besides tensors
-_NUMBERS = frozenset((float, type(None)))
-_OPTIONS = frozenset((str, bool, int, float, type(None)))
-
-
 class Seen(NamedTuple):
     """States of a call as lists over pairs, and the look by which its plan is found."""
 
@@ -88,13 +49,9 @@ def look_at_states(student: object, teacher: object, masks: Masks, *options: obj
         return None
     columns = columns_of(*sides)
     numbers = (*columns.scale, *columns.teacher_scale, *columns.softcap, *columns.teacher_softcap)
-    kinds = (*map(type, options),)
-    if not (_NUMBERS.issuperset(map(type, numbers)) and _OPTIONS.issuperset(kinds)):
-        return None
     heads = (*columns.query, *columns.key, *columns.teacher_query, *columns.teacher_key)
-    # equal options of other types, such as 1 and True, are others
-    what = (len(sides[0]), len(sides[1]), numbers, options, kinds)
-    look = look_of_call(what, (*heads, *columns.sinks, *columns.teacher_sinks, *masks))
+    given = (len(sides[0]), len(sides[1]), *numbers, *options)
+    look = look_of_options(given, (*heads, *columns.sinks, *columns.teacher_sinks, *masks))
     return None if look is None else Seen(columns, look)
 
 
@@ -321,15 +278,25 @@ def check_state(name: str, state: object) -> None:
         )
 
 
-class Checked(NamedTuple):
-    """Arguments that fit together: the tokens to compare, weight and bias as lists, a back end."""
-
-    student: list[Tensor]
-    teacher: list[Tensor]
-    weights: list[Tensor]
-    biases: list[Tensor]
-    mask: Tensor | None
-    backend: str
+def look_at_hidden(
+    student: object,
+    teacher: object,
+    weight: object,
+    bias: object,
+    mask: Tensor | None,
+    *options: object,
+) -> Look | None:
+    """None if the checks must see for themselves."""
+    lists = (list, tuple)
+    if type(student) not in lists or type(teacher) not in lists or not student:
+        return None
+    sides: tuple[Any, Any] = (student, teacher)
+    # none, one for all pairs, or one a pair
+    by_pair = [type(of) in lists for of in (weight, bias)]
+    weights: Any = weight if by_pair[0] else (weight,)
+    biases: Any = bias if by_pair[1] else (bias,)
+    given = (*map(len, (*sides, weights, biases)), *by_pair, *options)
+    return look_of_options(given, (*sides[0], *sides[1], *weights, *biases, mask))
 
 
 def check_hidden(
@@ -340,38 +307,14 @@ def check_hidden(
     mask: Tensor | None,
     tokens: str,
     backend: str,
-) -> Checked:
-    """Everything fits, or an error says what does not."""
-    weights, biases = _check_hidden_pairs(student, teacher, weight, bias)
-    batch, length, _ = student[0].shape
-    device = student[0].device
-    check_mask("mask", mask, batch, length, device)
-    check_choice("tokens", tokens, get_args(Tokens))
-    dtype = accumulator(*student, *teacher, *weights, *biases)
-    chosen = resolve_backend(backend, device, dtype)
-    if tokens == "cls":
-        student, teacher = ([state[:, :1] for state in side] for side in (student, teacher))
-        mask = None if mask is None else mask[:, :1]
-    return Checked(list(student), list(teacher), weights, biases, mask, chosen)
-
-
-def _check_hidden_pairs(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    weight: Tensor | Sequence[Tensor] | None,
-    bias: Tensor | Sequence[Tensor] | None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Everything fits; returns weight and bias as lists."""
+) -> str:
+    """Everything fits, or an error says what does not; returns the back end."""
     check_pairs(student, teacher)
-    weights = _as_list("weight", weight, len(student))
-    biases = _as_list("bias", bias, len(student))
+    _check_list("weight", weight, len(student))
+    _check_list("bias", bias, len(student))
+    weights, biases = as_list(weight), as_list(bias)
     if biases and not weights:
         raise ValueError("bias is given without weight; give a weight or leave the bias out")
-    look = None
-    if not any([isinstance(state, Tensor) and state.requires_grad for state in teacher]):
-        look = look_at((student, teacher, weights, biases), "hidden")
-    if has_passed(look):
-        return weights, biases
     for pair, (student_state, teacher_state) in enumerate(zip(student, teacher, strict=True)):
         check_tensor(f"student[{pair}]", student_state, "batch, tokens, student_width")
         check_tensor(f"teacher[{pair}]", teacher_state, "batch, tokens, teacher_width")
@@ -393,16 +336,23 @@ def _check_hidden_pairs(
             )
         _check_trained("weight", weights, pair, widths, student[0].device)
         _check_trained("bias", biases, pair, widths[:1], student[0].device)
-    passes(look)
-    return weights, biases
+    batch, length, _ = student[0].shape
+    device = student[0].device
+    check_mask("mask", mask, batch, length, device)
+    check_choice("tokens", tokens, get_args(Tokens))
+    return resolve_backend(backend, device, accumulator(*student, *teacher, *weights, *biases))
 
 
-def _as_list(name: str, value: Tensor | Sequence[Tensor] | None, pairs: int) -> list[Tensor]:
+def as_list(value: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
     """No tensor, one for all pairs, or one a pair."""
     if value is None:
         return []
-    if isinstance(value, Tensor):
-        return [value]
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def _check_list(name: str, value: object, pairs: int) -> None:
+    if value is None or isinstance(value, Tensor):
+        return
     if not isinstance(value, (list, tuple)):
         raise TypeError(
             f"{name} must be a tensor, a list with one tensor a pair, or None, "
@@ -413,7 +363,6 @@ def _as_list(name: str, value: Tensor | Sequence[Tensor] | None, pairs: int) -> 
             f"{name} has {len(value)} tensors for {pairs} pairs; give one a pair, "
             "or a single tensor for all"
         )
-    return list(value)
 
 
 def _check_trained(
@@ -460,17 +409,29 @@ def _check_teacher_share(name: str, teacher_share: float, ends: tuple[float, ...
         )
 
 
+def look_at_logits(
+    student: object,
+    teacher: object,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    *options: object,
+) -> Look | None:
+    """None if the checks must see for themselves."""
+    sides: list[Any] = [
+        side if type(side) is LogitsHead else (side,) for side in (student, teacher)
+    ]
+    given = ("logits", *map(len, sides), *options)
+    return look_of_options(given, (*sides[0], *sides[1], mask, labels))
+
+
 def check_logits(
     student: LogitsHead | Tensor,
     teacher: LogitsHead | Tensor,
     kind: str,
     mask: Tensor | None,
     labels: Tensor | None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Everything fits; returns `[logits]`, `[hidden, weight]` or `[hidden, weight, bias]` a side.
-
-    Logits and hidden states get three dimensions.
-    """
+) -> None:
+    """Everything fits, or an error says what does not."""
     student_side, teacher_side = _logits_side("student", student), _logits_side("teacher", teacher)
     device, lead = student_side[0].device, student_side[0].shape[:-1]
     for side, tensors in (("student", student_side), ("teacher", teacher_side)):
@@ -495,10 +456,6 @@ def check_logits(
             f"kind={kind!r} needs at least two shared columns, got 1, whose softmax is always 1; "
             "use kind='mse' for regression"
         )
-    student_side[0], teacher_side[0] = (
-        t if t.ndim == 3 else t[None] for t in (student_side[0], teacher_side[0])
-    )
-    return student_side, teacher_side
 
 
 def _named_tensors(side: str, tensors: list[Tensor]) -> list[tuple[str, Tensor]]:

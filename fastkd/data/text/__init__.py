@@ -2,8 +2,9 @@
 
     resolve -> documents -> split by text hash -> tokenise -> pack -> cache -> shuffled batches
 
-Every rank reads the same global batch and takes its own rows, so that the order never depends on
-the number of ranks, and a stream's position is a few plain values that a checkpoint can hold.
+Every rank counts the same global batch off and makes its own rows of it, so that the order never
+depends on the number of ranks, and a stream's position is a few plain values that a checkpoint can
+hold.
 """
 
 from fastkd.data.text.corpus import Corpus, prepare_corpus

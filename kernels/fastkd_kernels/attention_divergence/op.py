@@ -27,11 +27,11 @@ from ..checks import (
     look_at_states,
     resolve_backend,
 )
-from ..common.attention_columns import Columns, Masks, columns_of, plan_by_shape
+from ..common.attention_columns import Columns, Masks, columns_of
 from ..common.autograd import Named, accumulator, inverse, planned, register, scaled
 from ..common.counted_rows import counted_rows
 from ..common.head_groups import Pair, pairs_of, state_shapes
-from ..common.plan import Plan, keep_plan, plan_for
+from ..common.plan import Plan, losses_in, plan_by_shape, plan_for
 from ..common.remembered import remembered
 from ..common.rescale import rescaled, stacked_gradient, waiting_dtype
 from ..types import (
@@ -109,36 +109,47 @@ def attention_divergence(
         TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
     """
     masks = (key_mask, query_mask)
-    options = ("divergence", kind, temperature, causal, window, reduction, backend)
-    seen = look_at_states(student, teacher, masks, *options)
-    plan = None if seen is None else plan_for(seen.look)
-    if plan is None or seen is None:
-        check_states(student, teacher)
-        check_caps_and_sinks(student, teacher)
-        batch, _, tokens, _ = student[0].query.shape
-        device = student[0].query.device
-        check_choice("kind", kind, get_args(AttentionDivergenceKind))
-        check_choice("reduction", reduction, get_args(AttentionReduction))
-        check_temperature(temperature)
-        _check_window(window)
-        check_mask("key_mask", key_mask, batch, tokens, device)
-        check_mask("query_mask", query_mask, batch, tokens, device)
-        queries = [state.query for state in (*student, *teacher)]
-        chosen = resolve_backend(backend, device, accumulator(*queries))
-        columns = columns_of(student, teacher)
-        keys = [
-            (state_shapes(*pair), *((s.softcap is None, s.sinks is None) for s in pair))
-            for pair in zip(student, teacher, strict=True)
-        ]
-        reach = min(window or 0, tokens)
-        plan_of = partial(_plan, kind, temperature, causal, reach, reduction, chosen)
-        plan = plan_by_shape(keys, plan_of, columns, masks)
-        if seen is not None:
-            keep_plan(seen.look, plan)
-    else:
-        columns = seen.columns
+    options = (kind, temperature, causal, window, reduction, backend)
+    seen = look_at_states(student, teacher, masks, "divergence", *options)
+    look = None if seen is None else seen.look
+    plan = plan_for(look, partial(checked_plan, student, teacher, masks, *options))
+    columns = columns_of(student, teacher) if seen is None else seen.columns
     losses: Tensor = plan(columns, masks)
     return losses
+
+
+def checked_plan(
+    student: Sequence[AttentionState],
+    teacher: Sequence[AttentionState],
+    masks: Masks,
+    kind: str,
+    temperature: float,
+    causal: bool,
+    window: int | None,
+    reduction: str,
+    backend: str,
+) -> Plan:
+    """Losses `[pairs]` of columns and masks that look like those of this call, if all fits."""
+    check_states(student, teacher)
+    check_caps_and_sinks(student, teacher)
+    batch, _, tokens, _ = student[0].query.shape
+    device = student[0].query.device
+    check_choice("kind", kind, get_args(AttentionDivergenceKind))
+    check_choice("reduction", reduction, get_args(AttentionReduction))
+    check_temperature(temperature)
+    _check_window(window)
+    check_mask("key_mask", masks[0], batch, tokens, device)
+    check_mask("query_mask", masks[1], batch, tokens, device)
+    queries = [state.query for state in (*student, *teacher)]
+    chosen = resolve_backend(backend, device, accumulator(*queries))
+    keys = [
+        (state_shapes(*pair), *((s.softcap is None, s.sinks is None) for s in pair))
+        for pair in zip(student, teacher, strict=True)
+    ]
+    reach = min(window or 0, tokens)
+    plan_of = partial(_plan, kind, temperature, causal, reach, reduction, chosen)
+    plan = plan_by_shape(keys, plan_of, columns_of(student, teacher), masks)
+    return losses_in(plan, student[0].query.dtype)
 
 
 def _plan(

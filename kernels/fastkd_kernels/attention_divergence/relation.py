@@ -6,15 +6,20 @@ arithmetic is that of `attention_divergence`.
 """
 
 from collections.abc import Sequence
-from typing import get_args
+from functools import partial
+from typing import Any, get_args
 
 from torch import Tensor
 
 from ..checks import check_choice, check_frozen, check_pairs, check_tensor
+from ..common.attention_columns import Columns, Masks, columns_of
+from ..common.plan import Look, Plan, look_of_options, plan_for
 from ..types import AttentionDivergenceKind, AttentionReduction, AttentionState, Backend, Relation
-from .op import attention_divergence
+from .op import checked_plan
 
 _FIELDS = {"q": "query", "k": "key", "v": "value"}
+# of a pair of states, field by field
+_SIDES = (slice(6), slice(6, 12))
 
 
 def relation_divergence(
@@ -59,37 +64,75 @@ def relation_divergence(
             `attention_divergence` refuses.
         TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
     """
+    masks = (key_mask, query_mask)
+    options = (relation, relation_heads, kind, temperature, causal, window, reduction, backend)
+    look = _look_at(student, teacher, masks, options)
+    plan = plan_for(look, partial(_checked_plan, student, teacher, masks, *options))
+    losses: Tensor = plan(columns_of(student, teacher), masks)
+    return losses
+
+
+def _look_at(
+    student: object, teacher: object, masks: Masks, options: tuple[object, ...]
+) -> Look | None:
+    """None if the checks must see for themselves."""
+    lists = (list, tuple)
+    if type(student) not in lists or type(teacher) not in lists:
+        return None
+    sides: tuple[Any, Any] = (student, teacher)
+    if not student or {*map(type, sides[0]), *map(type, sides[1])} != {AttentionState}:
+        return None
+    # what is not read too, so that letters need no checks; `values` may be None
+    tensors = [tensor for side in sides for state in side for tensor in state[:3]]
+    return look_of_options(("relation", len(sides[0]), len(sides[1]), *options), (*tensors, *masks))
+
+
+def _checked_plan(
+    student: Sequence[AttentionState],
+    teacher: Sequence[AttentionState],
+    masks: Masks,
+    relation: Relation,
+    relation_heads: int,
+    *options: Any,
+) -> Plan:
+    """Losses `[pairs]` of columns and masks that look like those of this call, if all fits."""
     check_pairs(student, teacher)
     check_choice("relation", relation, get_args(Relation))
     if not isinstance(relation_heads, int) or isinstance(relation_heads, bool):
         raise TypeError(f"relation_heads must be an int, got {type(relation_heads).__name__}")
     if relation_heads < 1:
         raise ValueError(f"relation_heads is {relation_heads}; expected 1 or more")
-    student_states = [
-        _relation(f"student[{pair}]", state, relation, relation_heads)
-        for pair, state in enumerate(student)
-    ]
-    teacher_states = []
-    for pair, state in enumerate(teacher):
-        teacher_states.append(_relation(f"teacher[{pair}]", state, relation, relation_heads))
+    for pair, states in enumerate(zip(student, teacher, strict=True)):
+        for name, state in zip(("student", "teacher"), states, strict=True):
+            _check_relation(f"{name}[{pair}]", state, relation, relation_heads)
         for letter in relation:
-            check_frozen(f"teacher[{pair}].{_FIELDS[letter]}", getattr(state, _FIELDS[letter]))
-    return attention_divergence(
-        student_states,
-        teacher_states,
-        kind=kind,
-        temperature=temperature,
-        key_mask=key_mask,
-        query_mask=query_mask,
-        causal=causal,
-        window=window,
-        reduction=reduction,
-        backend=backend,
-    )
+            tensor = getattr(states[1], _FIELDS[letter])
+            check_frozen(f"teacher[{pair}].{_FIELDS[letter]}", tensor)
+    columns = _cut(columns_of(student, teacher), relation, relation_heads)
+    pairs = [*zip(*columns, strict=True)]
+    cut_student, cut_teacher = ([AttentionState(*pair[at]) for pair in pairs] for at in _SIDES)
+    plan = checked_plan(cut_student, cut_teacher, masks, *options)
+    return lambda columns, masks: plan(_cut(columns, relation, relation_heads), masks)
 
 
-def _relation(name: str, state: object, relation: str, heads: int) -> AttentionState:
-    """Both tensors of the relation as `[batch, relation_heads, tokens, width / relation_heads]`."""
+def _cut(columns: Columns, relation: str, heads: int) -> Columns:
+    """Both tensors of the relation as `[batch, heads, tokens, width / heads]`, queries and keys."""
+    nothing = [None] * len(columns.query)
+    sides: list[Any] = []
+    for prefix in ("", "teacher_"):
+        left, right = (getattr(columns, prefix + _FIELDS[letter]) for letter in relation)
+        queries = [_resplit(tensor, heads) for tensor in left]
+        keys = queries
+        if right is not left:
+            matching = map(_repeated, right, left) if relation == "qk" else right
+            keys = [_resplit(tensor, heads) for tensor in matching]
+        scales = [tensor.shape[-1] ** -0.5 for tensor in queries]
+        sides += [queries, keys, nothing, scales, nothing, nothing]
+    return Columns(*sides)
+
+
+def _check_relation(name: str, state: object, relation: str, heads: int) -> None:
+    """Both tensors of the relation can be cut into so many heads."""
     if not isinstance(state, AttentionState):
         raise TypeError(f"{name} must be an AttentionState, got {type(state).__name__}")
     tensors = []
@@ -104,24 +147,26 @@ def _relation(name: str, state: object, relation: str, heads: int) -> AttentionS
         check_tensor(f"{name}.{field}", tensor, "batch, heads, tokens, head_dim")
         tensors.append(tensor)
     left, right = tensors
-    if relation == "qk" and left.shape[1] != right.shape[1]:
-        if left.shape[1] % right.shape[1]:
-            raise ValueError(
-                f"{name} has {left.shape[1]} query heads and {right.shape[1]} key heads; "
-                "the key heads must divide the query heads"
-            )
-        right = right.repeat_interleave(left.shape[1] // right.shape[1], dim=1)
-    for letter, tensor in zip(relation, (left, right), strict=True):
-        width = tensor.shape[1] * tensor.shape[3]
+    if relation == "qk" and left.shape[1] % right.shape[1]:
+        raise ValueError(
+            f"{name} has {left.shape[1]} query heads and {right.shape[1]} key heads; "
+            "the key heads must divide the query heads"
+        )
+    for letter, tensor in zip(relation, tensors, strict=True):
+        count = left.shape[1] if relation == "qk" else tensor.shape[1]
+        width = count * tensor.shape[3]
         if width % heads:
             raise ValueError(
-                f"{name}.{_FIELDS[letter]} is {width} wide ({tensor.shape[1]} heads of "
+                f"{name}.{_FIELDS[letter]} is {width} wide ({count} heads of "
                 f"{tensor.shape[3]}), which relation_heads={heads} does not divide; "
                 "choose a divisor of the widths of both sides"
             )
-    left_heads = _resplit(left, heads)
-    right_heads = left_heads if right is left else _resplit(right, heads)
-    return AttentionState(left_heads, right_heads, None, left_heads.shape[-1] ** -0.5)
+
+
+def _repeated(key: Tensor, query: Tensor) -> Tensor:
+    """Every key head once for each query head that shares it."""
+    repeats = query.shape[1] // key.shape[1]
+    return key if repeats == 1 else key.repeat_interleave(repeats, dim=1)
 
 
 def _resplit(value: Tensor, heads: int) -> Tensor:

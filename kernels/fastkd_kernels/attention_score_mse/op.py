@@ -23,10 +23,10 @@ from ..checks import (
     look_at_states,
     resolve_backend,
 )
-from ..common.attention_columns import Columns, Masks, columns_of, plan_by_shape, stacked_masks
+from ..common.attention_columns import Columns, Masks, columns_of, stacked_masks
 from ..common.autograd import Named, accumulator, inverse, planned, register, scaled, value_of
 from ..common.head_groups import pairs_of, state_shapes
-from ..common.plan import Plan, keep_plan, plan_for
+from ..common.plan import Plan, losses_in, plan_by_shape, plan_for
 from ..common.remembered import remembered
 from ..common.rescale import rescaled, stacked_gradient
 from ..types import (
@@ -107,30 +107,46 @@ def attention_score_mse(
         TypeError: something that is no `AttentionState`, no float tensor or no bool mask.
     """
     masks, seen = (key_mask, query_mask), None
+    options = (causal, reduction, backend, algorithm)
     if teacher_weights is None:
-        options = ("score", causal, reduction, backend, algorithm)
-        seen = look_at_states(student, teacher, masks, *options)
-    plan = None if seen is None else plan_for(seen.look)
-    if plan is None or seen is None:
+        seen = look_at_states(student, teacher, masks, "score", *options)
+    if seen is None:
         teachers = weighted_teachers(student, teacher, teacher_weights)
-        batch, _, tokens, _ = student[0].query.shape
-        device = student[0].query.device
-        check_mask("key_mask", key_mask, batch, tokens, device)
-        check_mask("query_mask", query_mask, batch, tokens, device)
-        check_reduction(reduction)
-        check_choice("algorithm", algorithm, get_args(Algorithm))
-        queries = [state.query for state in (*student, *teachers)]
-        chosen = resolve_backend(backend, device, accumulator(*queries))
         columns = columns_of(student, teachers)
-        keys = [state_shapes(*pair) for pair in zip(student, teachers, strict=True)]
-        plan_of = partial(_plan, causal, reduction, chosen, algorithm)
-        plan = plan_by_shape(keys, plan_of, columns, masks)
-        if seen is not None:
-            keep_plan(seen.look, plan)
+        plan = _checked_plan(student, teachers, masks, *options)
     else:
-        columns = seen.columns
+
+        def made() -> Plan:
+            teachers = weighted_teachers(student, teacher, None)
+            return _checked_plan(student, teachers, masks, *options)
+
+        columns, plan = seen.columns, plan_for(seen.look, made)
     losses: Tensor = plan(columns, masks)
     return losses
+
+
+def _checked_plan(
+    student: Sequence[AttentionState],
+    teachers: Sequence[AttentionState],
+    masks: Masks,
+    causal: bool,
+    reduction: str,
+    backend: str,
+    algorithm: str,
+) -> Plan:
+    """Losses `[pairs]` of columns and masks that look like those of checked states, if all fits."""
+    batch, _, tokens, _ = student[0].query.shape
+    device = student[0].query.device
+    check_mask("key_mask", masks[0], batch, tokens, device)
+    check_mask("query_mask", masks[1], batch, tokens, device)
+    check_reduction(reduction)
+    check_choice("algorithm", algorithm, get_args(Algorithm))
+    queries = [state.query for state in (*student, *teachers)]
+    chosen = resolve_backend(backend, device, accumulator(*queries))
+    keys = [state_shapes(*pair) for pair in zip(student, teachers, strict=True)]
+    plan_of = partial(_plan, causal, reduction, chosen, algorithm)
+    plan = plan_by_shape(keys, plan_of, columns_of(student, teachers), masks)
+    return losses_in(plan, student[0].query.dtype)
 
 
 def _plan(

@@ -1,14 +1,12 @@
 """What ops on attention heads take, as lists over pairs, and their masks side by side."""
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..types import AttentionState
-from .autograd import by_shape
-from .plan import Plan
 from .remembered import remembered
 
 # of keys and of query rows, bool `[batch, tokens]`
@@ -34,33 +32,6 @@ class Columns(NamedTuple):
 
 def columns_of(student: Sequence[AttentionState], teacher: Sequence[AttentionState]) -> Columns:
     return Columns(*zip(*student, strict=True), *zip(*teacher, strict=True))
-
-
-def plan_by_shape(
-    keys: Sequence[Hashable],
-    plan_of: Callable[[Columns, Masks], Plan],
-    columns: Columns,
-    masks: Masks,
-) -> Plan:
-    """Plans by `plan_of` for each set of pairs with the same key (see `by_shape`).
-
-    Losses come in fp32, or fp64 where the first student is.
-    """
-    wide = columns.query[0].dtype == torch.float64
-    dtype = torch.float64 if wide else torch.float32
-    if len(set(keys)) == 1:
-        plan = plan_of(columns, masks)
-        return lambda columns, masks: plan(columns, masks).to(dtype)
-
-    def run(columns: Columns, masks: Masks) -> Tensor:
-        def losses(*cut: Sequence[Any]) -> Tensor:
-            part = Columns(*cut)
-            made: Tensor = plan_of(part, masks)(part, masks)
-            return made
-
-        return by_shape(keys, losses, *columns).to(dtype)
-
-    return run
 
 
 def stacked_masks(masks: Masks) -> Tensor:

@@ -1,11 +1,11 @@
-"""What every op shares around its kernels: registration, divisors, unit gradients, shape groups.
+"""What every op shares around its kernels: registration, divisors, unit gradients.
 
 A unit gradient is the gradient of the undivided sum, in fp32, made in the forward pass; the
 backward multiplies it by `upstream / count` on the device. That of squares is over two, and
 multiplied by twice as much.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from inspect import signature
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..types import NAMESPACE
 from .fp32_products import fp32_products
-from .plan import PLAIN_OR_NONE, keep_plan, look_of_call, plan_for
+from .plan import PLAIN_OR_NONE, look_of_call, plan_for
 from .remembered import forgetting, is_eager
 
 # arguments of a call, or what its backward needs of it, by name
@@ -116,11 +116,7 @@ class Op:
             tensors += given if many else (given,)
         options = tuple([tuple(one) if isinstance(one, (list, tuple)) else one for one in plain])
         look = look_of_call((self.name, options), tensors)
-        plan = plan_for(look)
-        if plan is None:
-            plan = self.planned(arguments)
-            keep_plan(look, plan)
-        return plan(arguments)
+        return plan_for(look, partial(self.planned, arguments))(arguments)
 
     def planned(self, arguments: Sequence[Any]) -> Callable[[Sequence[Any]], Any]:
         """The call for all arguments that look like these."""
@@ -304,30 +300,3 @@ def scaled(unit: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return (unit * factor).to(dtype)
     # one pass, without a product in fp32
     return torch.mul(unit, factor, out=torch.empty_like(unit, dtype=dtype))
-
-
-def by_shape(
-    keys: Sequence[Hashable] | None,
-    loss_of: Callable[..., Tensor],
-    *columns: Sequence[Any],
-) -> Tensor:
-    """`[pairs]` losses from one call of `loss_of` for each set of pairs with the same key.
-
-    It takes `columns`, lists over pairs, cut to that set. Layers of one model share their shapes,
-    so this is one call in practice. Without keys, they are known to.
-    """
-    if keys is None or len(set(keys)) == 1:
-        return loss_of(*columns)
-    members: dict[Hashable, list[int]] = {}
-    for pair, key in enumerate(keys):
-        members.setdefault(key, []).append(pair)
-    order = [pair for group in members.values() for pair in group]
-    losses = torch.cat(
-        [
-            loss_of(*[[column[pair] for pair in group] for column in columns])
-            for group in members.values()
-        ]
-    )
-    if order == sorted(order):
-        return losses
-    return torch.stack([losses[order.index(pair)] for pair in range(len(keys))])

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 
-def takes(*operands: Tensor) -> bool:
-    """Whether products of these go to the library: of one half precision, on a GPU."""
-    first = operands[0]
-    half = first.is_cuda and first.dtype in (torch.bfloat16, torch.float16)
-    return half and all(operand.dtype == first.dtype for operand in operands)
+def takes(on: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether products of these operands go to the library: of one half precision, on a GPU."""
+    half = on.type == "cuda" and dtypes[0] in (torch.bfloat16, torch.float16)
+    return half and len(set(dtypes)) == 1
 
 
 def multiply(

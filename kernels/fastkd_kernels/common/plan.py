@@ -24,6 +24,8 @@ PLAIN_OR_NONE = PLAIN | {type(None)}
 # several attributes in one call
 _seen = attrgetter("shape", "dtype", "device", "requires_grad")
 _stride, _address = Tensor.stride, Tensor.data_ptr
+# of options that may tell plans apart
+_OPTIONS = frozenset((str, bool, int, float, type(None)))
 
 _plans: Recent[Plan] = Recent()
 
@@ -55,10 +57,62 @@ def look_of_call(what: Hashable, tensors: Sequence[Any]) -> Look | None:
     )
 
 
-def plan_for(look: Look | None) -> Plan | None:
-    return None if look is None else _plans.get(look)
+def look_of_options(options: Sequence[object], tensors: Sequence[Any]) -> Look | None:
+    """`look_of_call` of what a user gave; None also where an option is of no plain type."""
+    kinds = (*map(type, options),)
+    if not _OPTIONS.issuperset(kinds):
+        return None
+    # equal options of other types, such as 1 and True, are others
+    return look_of_call((*options, *kinds), tensors)
 
 
-def keep_plan(look: Look | None, plan: Plan) -> None:
-    if look is not None:
+def plan_for(look: Look | None, make: Callable[[], Plan]) -> Plan:
+    """The plan of calls with this look: the one that they have, or what `make` gives."""
+    if look is None:
+        return make()
+    plan = _plans.get(look)
+    if plan is None:
+        plan = make()
         _plans.put(look, plan)
+    return plan
+
+
+def plan_by_shape(
+    keys: Sequence[Hashable], plan_of: Callable[..., Plan], columns: Any, *shared: Any
+) -> Plan:
+    """Takes `columns` and `shared`, as `plan_of` and its plans do, and gives losses `[pairs]`.
+
+    `columns` is a named tuple of lists over pairs. There is one plan for each set of pairs with the
+    same key, and it takes the columns cut to that set. Layers of one model share their shapes, so
+    this is one plan in practice.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for pair, key in enumerate(keys):
+        members.setdefault(key, []).append(pair)
+    if len(members) == 1:
+        return plan_of(columns, *shared)
+
+    def cut(columns: Any, group: list[int]) -> Any:
+        return columns._make([[column[pair] for pair in group] for column in columns])
+
+    plans = [(group, plan_of(cut(columns, group), *shared)) for group in members.values()]
+    order = [pair for group in members.values() for pair in group]
+    places = [order.index(pair) for pair in range(len(order))]
+    in_order = order == sorted(order)
+
+    def run(columns: Any, *shared: Any) -> Tensor:
+        losses = torch.cat([plan(cut(columns, group), *shared) for group, plan in plans])
+        return losses if in_order else torch.stack([losses[place] for place in places])
+
+    return run
+
+
+def losses_in(plan: Plan, first: torch.dtype) -> Plan:
+    """The plan with its losses in fp64 where the first student is `first` of fp64, else in fp32."""
+    dtype = torch.float64 if first == torch.float64 else torch.float32
+
+    def run(*arguments: Any) -> Tensor:
+        losses: Tensor = plan(*arguments)
+        return losses if losses.dtype == dtype else losses.to(dtype)
+
+    return run

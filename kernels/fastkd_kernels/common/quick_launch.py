@@ -7,6 +7,7 @@ as Triton's tutorial of fused softmax does.
 """
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ class _Compiled(NamedTuple):
 
 
 _compiled: Recent[_Compiled] = Recent()
+_dtype, _address = attrgetter("dtype"), Tensor.data_ptr
 
 
 # starts the compiled kernel, and the arguments behind those given by position
@@ -57,20 +59,25 @@ class Quick:
         return launched
 
     def bound(self, grid: tuple[int, ...], **rest: Any) -> Callable[..., None]:
-        """The launch that lacks only what comes by position, as a plan keeps it."""
+        """The launch that lacks only tensors, which come by position, as a plan keeps it."""
         if not self.finds:
             return lambda *given: self.kernel[grid](*given, **rest)
         found: dict[tuple[Any, ...], Start] = {}
 
-        def launched(*given: Any) -> None:
-            kinds = _kinds(given)
+        def launched(*tensors: Tensor) -> None:
+            # what `_kinds` tells, quicker
+            kinds = (
+                triton.runtime.driver.active.get_current_device(),
+                *map(_dtype, tensors),
+                *[address % 16 == 0 for address in map(_address, tensors)],
+            )
             start = found.get(kinds)
             if start is None:
-                start = self._start(grid, kinds, given, rest)
+                start = self._start(grid, _kinds(tensors), tensors, rest)
                 if start is None:
                     return
                 found[kinds] = start
-            start[0](*given, *start[1])
+            start[0](*tensors, *start[1])
 
         return launched
 

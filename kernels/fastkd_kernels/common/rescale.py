@@ -65,13 +65,19 @@ def _rescaled(
     pairs = factor.shape[0]
     sizes = [unit.numel() // pairs for unit in (first, second)]
     blocks = [-(-size // _BLOCK) for size in sizes]
-    launch = Quick(_rescale_kernel).bound((sum(blocks), pairs), BLOCK=_BLOCK, num_warps=8)
+    launch = Quick(_rescale_kernel).bound(
+        (sum(blocks), pairs),
+        first_size=sizes[0],
+        second_size=sizes[1],
+        BLOCK=_BLOCK,
+        num_warps=8,
+    )
 
     def run(
         first: Tensor, second: Tensor, factor: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         of_first, of_second = (torch.empty_like(unit, dtype=dtype) for unit in (first, second))
-        launch(first, second, factor.contiguous(), of_first, of_second, *sizes)
+        launch(first, second, factor.contiguous(), of_first, of_second)
         return of_first, of_second
 
     return run

@@ -9,16 +9,18 @@ twice their cosine distance. That distance is summed, not one minus the cosine, 
 digits as the student nears the teacher.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check_hidden, check_reduction
-from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled
+from ..checks import as_list, check_hidden, check_reduction, look_at_hidden
+from ..common.autograd import Named, accumulator, inverse, planned, register, scaled
 from ..common.fp32_products import fp32_products
+from ..common.plan import Plan, losses_in, plan_by_shape, plan_for
 from ..common.remembered import remembered
 from ..common.rescale import rescaled, waiting_dtype
 from ..types import Backend, Reduction, Tokens
@@ -66,11 +68,7 @@ def hidden_mse(
         ValueError: shapes, devices, modes that do not fit, or a teacher that requires grad.
         TypeError: something that is no float tensor or no bool mask.
     """
-    check_reduction(reduction)
-    checked = check_hidden(student, teacher, weight, bias, mask, tokens, backend)
-    if reduction == "tinybert":
-        checked = checked._replace(mask=None)
-    return row_losses("mse", *checked)
+    return _compared("mse", student, teacher, weight, bias, mask, tokens, reduction, backend)
 
 
 def hidden_cosine(
@@ -108,8 +106,7 @@ def hidden_cosine(
         ValueError: shapes, devices, modes that do not fit, or a teacher that requires grad.
         TypeError: something that is no float tensor or no bool mask.
     """
-    checked = check_hidden(student, teacher, weight, bias, mask, tokens, backend)
-    return row_losses("cosine", *checked)
+    return _compared("cosine", student, teacher, weight, bias, mask, tokens, "valid", backend)
 
 
 def hidden_normalized_mse(
@@ -128,68 +125,124 @@ def hidden_normalized_mse(
     compares the first token (`tokens="cls"`). Arguments, results and errors are those of
     `hidden_cosine`; a token is worth 1 where one of its two vectors is zero, and 0 where both are.
     """
-    checked = check_hidden(student, teacher, weight, bias, mask, tokens, backend)
-    return row_losses("normalized_mse", *checked)
+    return _compared(
+        "normalized_mse", student, teacher, weight, bias, mask, tokens, "valid", backend
+    )
 
 
-def row_losses(
+class Columns(NamedTuple):
+    """Hidden states of both sides as lists over pairs, and the places of the pairs in a call."""
+
+    student: Sequence[Tensor]
+    teacher: Sequence[Tensor]
+    pairs: Sequence[int]
+
+
+def _compared(
     kind: Kind,
-    student: list[Tensor],
-    teacher: list[Tensor],
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor] | None,
+    bias: Tensor | Sequence[Tensor] | None,
+    mask: Tensor | None,
+    tokens: Tokens,
+    reduction: Reduction,
+    backend: Backend,
+) -> Tensor:
+    """Losses `[pairs]` by the plan of arguments that look like these."""
+    given = (student, teacher, weight, bias, mask)
+    options = (kind, tokens, reduction, backend)
+    plan = plan_for(look_at_hidden(*given, *options), partial(_checked_plan, *given, *options))
+    columns = Columns(student, teacher, range(len(student)))
+    losses: Tensor = plan(columns, as_list(weight), as_list(bias), mask)
+    return losses
+
+
+def _checked_plan(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor] | None,
+    bias: Tensor | Sequence[Tensor] | None,
+    mask: Tensor | None,
+    kind: Kind,
+    tokens: str,
+    reduction: str,
+    backend: str,
+) -> Plan:
+    """Losses `[pairs]` of what looks like these arguments, if all fits."""
+    check_reduction(reduction)
+    chosen = check_hidden(student, teacher, weight, bias, mask, tokens, backend)
+    first_only, masked = tokens == "cls", reduction != "tinybert"
+    # pairs in one call of the op
+    few = SAVED_TOGETHER if chosen == "torch" else len(student)
+    keys = [
+        (pair // few, of_student.shape, of_student.dtype, of_teacher.shape, of_teacher.dtype)
+        for pair, (of_student, of_teacher) in enumerate(zip(student, teacher, strict=True))
+    ]
+
+    def read(columns: Columns, mask: Tensor | None) -> tuple[Columns, Tensor | None]:
+        """What of a call's tensors is compared."""
+        mask = mask if masked else None
+        if not first_only:
+            return columns, mask
+        student, teacher = ([state[:, :1] for state in side] for side in columns[:2])
+        return Columns(student, teacher, columns.pairs), None if mask is None else mask[:, :1]
+
+    columns, valid = read(Columns(student, teacher, range(len(student))), mask)
+    plan_of = partial(_plan, kind, chosen)
+    plan = plan_by_shape(keys, plan_of, columns, as_list(weight), as_list(bias), valid)
+
+    def run(
+        columns: Columns, weights: list[Tensor], biases: list[Tensor], mask: Tensor | None
+    ) -> Tensor:
+        columns, mask = read(columns, mask)
+        losses: Tensor = plan(columns, weights, biases, mask)
+        return losses
+
+    return losses_in(run, student[0].dtype)
+
+
+def _plan(
+    kind: Kind,
+    backend: str,
+    columns: Columns,
     weights: list[Tensor],
     biases: list[Tensor],
     mask: Tensor | None,
-    backend: str,
-) -> Tensor:
-    """Losses `[pairs]` of checked arguments."""
-    pairs, (batch, tokens, _) = len(student), student[0].shape
-    device = student[0].device
-    grad = torch.is_grad_enabled()
+) -> Plan:
+    """Losses of pairs of one shape, whose weights and biases stand at their places, or are one."""
+    student, teacher = columns.student[0], columns.teacher[0]
+    device, (batch, tokens, width) = student.device, teacher.shape
+    dtype = accumulator(student, teacher, *weights, *biases)
 
-    def divisor(width: int, dtype: torch.dtype) -> Tensor:
-        """One over the count; the squared distance of unit rows is twice the cosine distance."""
-        entries = {"mse": width, "normalized_mse": 1, "cosine": 2}[kind]
+    def of_pairs(values: list[Tensor], columns: Columns) -> list[Tensor]:
+        return values if len(values) < 2 else [values[pair] for pair in columns.pairs]
+
+    trained = (*of_pairs(weights, columns), *of_pairs(biases, columns))
+    grad = torch.is_grad_enabled()
+    needs = [grad and any([one.requires_grad for one in of]) for of in (columns.student, trained)]
+    # the squared distance of unit rows is twice the cosine distance
+    entries = {"mse": width, "normalized_mse": 1, "cosine": 2}[kind]
+    what = ("inverse rows", batch, tokens, entries, dtype)
+
+    def divisor(mask: Tensor | None) -> Tensor:
+        """One over the count."""
 
         def made() -> Tensor:
             rows = batch * tokens if mask is None else mask.sum()
             return inverse(rows * entries, dtype, device)
 
-        return remembered((mask,), ("inverse rows", batch, tokens, entries, dtype), device, made)
+        return remembered((mask,), what, device, made)
 
-    def loss_of(
-        students: Sequence[Tensor], teachers: Sequence[Tensor], members: Sequence[int]
-    ) -> Tensor:
-        matrices = [weights[i] for i in members] if len(weights) > 1 else weights
-        offsets = [biases[i] for i in members] if len(biases) > 1 else biases
-        trained = [*matrices, *offsets]
-        made = _rows(
-            students,
-            teachers,
-            matrices,
-            offsets,
-            mask,
-            divisor(teachers[0].shape[-1], accumulator(*students, *teachers, *trained)),
-            kind != "mse",
-            grad and any(tensor.requires_grad for tensor in students),
-            grad and any(tensor.requires_grad for tensor in trained),
-            backend,
-        )
-        losses: Tensor = made[0]
-        return losses
+    def arguments(
+        columns: Columns, weights: list[Tensor], biases: list[Tensor], mask: Tensor | None
+    ) -> tuple[Any, ...]:
+        states = (columns.student, columns.teacher)
+        trained = (of_pairs(weights, columns), of_pairs(biases, columns))
+        return *states, *trained, mask, divisor(mask), kind != "mse", *needs, backend
 
-    few = SAVED_TOGETHER if backend == "torch" else pairs
-    keys = [
-        (
-            pair // few,
-            student_state.shape,
-            student_state.dtype,
-            teacher_state.shape,
-            teacher_state.dtype,
-        )
-        for pair, (student_state, teacher_state) in enumerate(zip(student, teacher, strict=True))
-    ]
-    loss = by_shape(keys, loss_of, student, teacher, range(pairs))
-    return loss if student[0].dtype == torch.float64 else loss.float()
+    run = _rows.planned(arguments(columns, weights, biases, mask))
+    return lambda *given: run(arguments(*given))[0]
 
 
 def _exact_products(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -206,6 +259,7 @@ def _keeps_rows(student: Tensor, weights: int, need_weight_grad: bool, backend: 
     return wants and torch_path.keeps_rows(batch * tokens, width)
 
 
+@planned
 def _forward(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
@@ -217,22 +271,35 @@ def _forward(
     need_input_grad: bool,
     need_weight_grad: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Losses `[pairs]`, gradients of student, weight and bias by pair, and row gradients.
 
     PyTorch's are unit gradients, Triton's those of the losses. `normalize` compares rows divided by
     their norms.
     """
-    tensors = (student, teacher, weight, bias, mask)
-    wanted = (normalize, need_input_grad, need_weight_grad)
-    with _exact_products(inverse_count):
-        if backend == "torch":
-            squares, *grads = torch_path.hidden_forward(*tensors, *wanted, inverse_count.dtype)
-        else:
-            # imported by the first call that needs Triton
-            from .triton_path import hidden_forward
+    if backend == "torch":
+        return _torch_forward
+    # imported by the first call that needs Triton
+    from .triton_path import hidden_forward
 
-            squares, *grads = hidden_forward(*tensors, inverse_count + inverse_count, *wanted)
+    states = (student, teacher, weight, bias)
+    needs = (need_input_grad, need_weight_grad and bool(weight))
+    plan = hidden_forward(*states, mask is not None, inverse_count.dtype, normalize, *needs)
+
+    def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        inverse_count = arguments[5]
+        with _exact_products(inverse_count):
+            squares, *grads = plan(*arguments[:5], inverse_count + inverse_count)
+        return squares.mul_(inverse_count), grads[0], grads[1], grads[2], inverse_count.new_empty(0)
+
+    return run
+
+
+def _torch_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inverse_count = arguments[5]
+    tensors_and_needs: Any = (*arguments[:5], *arguments[6:9], inverse_count.dtype)
+    with _exact_products(inverse_count):
+        squares, *grads = torch_path.hidden_forward(*tensors_and_needs)
     return squares * inverse_count, grads[0], grads[1], grads[2], grads[3]
 
 
@@ -309,10 +376,12 @@ def _gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
             kept.need_input_grad,
         )
     else:
-        stacked = [
-            _applied(unit, factor, dtype, count, kept.inverse_count is None)
-            for unit, dtype, count in zip(kept.units, kept.dtypes, kept.counts, strict=True)
-        ]
+        by_triton = kept.inverse_count is None
+        with _exact_products(upstream), fp32_products():
+            stacked = [
+                _applied(unit, factor, dtype, count, by_triton) if dtype is not None else unit
+                for unit, dtype, count in zip(kept.units, kept.dtypes, kept.counts, strict=True)
+            ]
     return {
         word: (made if made.dtype == dtype else made.to(dtype)) if made.numel() else None
         for word, made, dtype in zip(
@@ -334,6 +403,5 @@ def _applied(
         return rescaled(unit, unit.new_empty(0), factor, dtype)[0]
     if count == factor.numel():
         return scaled(unit, factor, dtype)
-    with _exact_products(unit), fp32_products():
-        total = torch.mm(factor.unsqueeze(0), unit.flatten(1))
+    total = torch.mm(factor.unsqueeze(0), unit.flatten(1))
     return total.view(1, *unit.shape[1:])

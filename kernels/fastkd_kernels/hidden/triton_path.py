@@ -11,7 +11,7 @@ which multiplies its cost by the number of column blocks.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from ..common.launch import (
 from ..common.quick_launch import Quick
 from ..common.remembered import remembered
 from ..common.rescale import waiting_dtype
-from ..common.tensor_table import addressed
+from ..common.tensor_table import layout_of
 from ..common.tl_types import TYPES
 from .torch_path import ZERO_NORM
 from .triton_kernels import (
@@ -142,33 +142,95 @@ def hidden_types(
     return types, kept
 
 
-class _Call(NamedTuple):
-    """What all launches of a call share, and the sizes of one pair."""
+class _Given(NamedTuple):
+    """What one call reads: the table, bytes of the mask, the factor, and what products take."""
 
-    student: Sequence[Tensor]
-    weight: Sequence[Tensor]
-    bias: Sequence[Tensor]
-    mask: Tensor | None
     table: Tensor
     valid: Tensor
     factor: Tensor
-    sizes: dict[str, int]
-    """`rows`, `tokens`, `width`, `teacher_width`."""
-    types: dict[str, Any]
-    aligns: dict[str, int]
-    grad_operand: Any
-    """Triton's type of the residual as an operand."""
-    kept: torch.dtype
-    """The residual's."""
+    student: Sequence[Tensor]
+    weight: Sequence[Tensor]
+    mask: Tensor | None
+    # kept alive until the kernels are launched: a row of another stride is a copy
+    tensors: Sequence[Tensor]
+
+
+class _Made(NamedTuple):
+    """What one call fills: sums of programs, workspaces, gradients by pair."""
+
+    partials: Tensor
+    residual: Tensor
+    projected: Tensor
+    """Or what the fused kernel sums of columns."""
+    input_grad: Tensor
+    weight_grad: Tensor
+    bias_grad: Tensor
+
+
+# a part of what a call does
+Step = Callable[[_Given, _Made], None]
+# squares, gradients of student, weight and bias
+Plan = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+class _Call:
+    """What calls that look alike share: sizes of a pair, types, alignments, the table's layout.
+
+    It keeps none of the tensors that it is made of.
+    """
+
+    def __init__(
+        self,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        weight: Sequence[Tensor],
+        bias: Sequence[Tensor],
+        masked: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        batch, tokens, width = self.shape = student[0].shape
+        rows, teacher_width = batch * tokens, teacher[0].shape[-1]
+        self.pairs, self.weights, self.biases = len(student), len(weight), len(bias)
+        self.masked, self.dtype, self.device = masked, dtype, student[0].device
+        self.layout = layout_of(_by_pair(student, teacher, weight, bias), self.pairs)
+        self.student_dtype = student[0].dtype
+        self.weight_dtype = weight[0].dtype if weight else None
+        types, self.kept = hidden_types(self.student_dtype, teacher[0].dtype, self.weight_dtype)
+        # the residual as an operand
+        self.grad_operand = types.pop("GRAD_OPERAND")
+        self.sizes = dict(rows=rows, tokens=tokens, width=width, teacher_width=teacher_width)
+        self.types = types
+        self.bias_type = TYPES[bias[0].dtype] if bias else types["TYPE"]
+        names = ("ALIGN", "TEACHER_ALIGN", "WEIGHT_ALIGN")
+        self.aligns = dict(zip(names, self.layout.alignments, strict=False))
+        self.every = {**self.sizes, **self.types, **self.aligns}
+        # blocks of `_fwd_kernel` and of both products, which the library may take
+        dtypes = (self.student_dtype, self.kept)
+        self.launch = hidden_launch(dtypes, platform(), wide=bool(weight) and is_large())
+        self.to_library = self.weight_dtype is not None and library_products.takes(
+            self.device, self.kept, self.weight_dtype, self.student_dtype
+        )
 
     def given(self, *names: str) -> dict[str, Any]:
         """Sizes, types and alignments by name."""
-        every = {**self.sizes, **self.types, **self.aligns}
-        return {name: every[name] for name in names}
+        return {name: self.every[name] for name in names}
 
     def new(self, *shape: int, of: torch.dtype | None = None) -> Tensor:
         """Empty, in the dtype of sums unless told."""
-        return torch.empty(shape, dtype=of or self.factor.dtype, device=self.table.device)
+        return torch.empty(shape, dtype=of or self.dtype, device=self.device)
+
+    def read(
+        self,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        weight: Sequence[Tensor],
+        bias: Sequence[Tensor],
+        mask: Tensor | None,
+        factor: Tensor,
+    ) -> _Given:
+        table, _, tensors = self.layout.addressed(_by_pair(student, teacher, weight, bias))
+        valid = _bytes(mask, self.device)
+        return _Given(table, valid, factor, student, weight, mask, tensors)
 
 
 def hidden_forward(
@@ -176,190 +238,198 @@ def hidden_forward(
     teacher: Sequence[Tensor],
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
-    mask: Tensor | None,
-    factor: Tensor,
+    masked: bool,
+    dtype: torch.dtype,
     normalize: bool,
     need_input_grad: bool,
-    need_weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Squares `[pairs]`, gradients of student, weight and bias by pair, no row gradients.
+    wants_weight: bool,
+) -> Plan:
+    """The plan of tensors like these, from student, teacher, weight, bias, mask and `factor`.
 
-    Gradients are those of half the squares times `factor`, a number on the device in the dtype of
-    sums. Whatever the number of pairs, one launch a chunk of tokens where all is made at once, else
-    up to three, four if normalised, one more for a bias; bf16 leaves products that stand alone to
-    the library.
+    Makes squares `[pairs]` and gradients of student, weight and bias by pair, those of half the
+    squares times `factor`, a number on the device in `dtype`, that of sums. Whatever the number of
+    pairs, one launch a chunk of tokens where all is made at once, else up to three, four if
+    normalised, one more for a bias; bf16 leaves products that stand alone to the library.
     """
-    batch, tokens, width = student[0].shape
-    # kept until the kernels are launched: a row of another stride is a copy
-    table, alignments, _kept = addressed(_pairs(student, teacher, weight, bias))
-    types, kept = hidden_types(
-        student[0].dtype, teacher[0].dtype, weight[0].dtype if weight else None
-    )
-    grad_operand = types.pop("GRAD_OPERAND")
-    teacher_width = teacher[0].shape[-1]
-    call = _Call(
-        *(student, weight, bias, mask, table, _bytes(mask, student[0].device), factor),
-        sizes={
-            "rows": batch * tokens,
-            "tokens": tokens,
-            "width": width,
-            "teacher_width": teacher_width,
-        },
-        types=types,
-        aligns=dict(zip(("ALIGN", "TEACHER_ALIGN", "WEIGHT_ALIGN"), alignments, strict=False)),
-        grad_operand=grad_operand,
-        kept=kept,
-    )
-    wants_weight = need_weight_grad and bool(weight)
+    call = _Call(student, teacher, weight, bias, masked, dtype)
+    fused = None
     if need_input_grad and weight:
-        fused = fused_launch(width, (student[0].dtype, weight[0].dtype, kept))
-        if fused is not None:
-            return _fused(call, fused, normalize, wants_weight)
-    return _by_kernel(call, normalize, need_input_grad, wants_weight)
+        fused = fused_launch(call.sizes["width"], (call.student_dtype, weight[0].dtype, call.kept))
+    if fused is not None:
+        plan = _fused(call, fused, normalize, wants_weight)
+    else:
+        plan = _by_kernel(call, normalize, need_input_grad, wants_weight)
+    return lambda *arguments: plan(call.read(*arguments))
 
 
-def _fused(
-    call: _Call, launch: Launch, normalize: bool, wants_weight: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fused(call: _Call, launch: Launch, normalize: bool, wants_weight: bool) -> Plan:
     """`hidden_forward` by one kernel, and products for gradients of weights."""
-    student, weight, bias = call.student, call.weight, call.bias
-    pairs, (rows, teacher_width) = len(student), (call.sizes["rows"], call.sizes["teacher_width"])
+    pairs, rows, teacher_width = call.pairs, call.sizes["rows"], call.sizes["teacher_width"]
     block_row = launch.block("BLOCK_ROW")
     row_blocks = cdiv(rows, block_row)
-    sums = wants_weight and bool(bias)
+    sums = wants_weight and call.biases > 0
     groups = row_blocks * (block_row // launch.block("ROWS_SUMMED"))
-    partials = call.new(pairs, row_blocks)
-    input_grad = call.new(pairs, *student[0].shape, of=waiting_dtype(student[0].dtype))
-    weight_grad = call.new(*((pairs, *weight[0].shape) if wants_weight else (0,)))
-    column_sums = call.new(pairs, groups, teacher_width) if sums else partials
     # whole blocks, so that no row of them needs a mask
     chunk = row_blocks * block_row
-    residual = partials
     if wants_weight:
         chunk = hidden_chunk(chunk, pairs * teacher_width * call.kept.itemsize, block_row)
-        residual = call.new(pairs, chunk, teacher_width, of=call.kept)
-    for first in range(0, rows, chunk):
-        last = min(first + chunk, rows)
-        Quick(_fwd_dx_kernel)[(cdiv(last - first, block_row), pairs)](
-            call.table,
-            call.valid,
-            call.factor,
-            residual,
-            input_grad,
+    constants = {
+        **call.every,
+        **launch.constants,
+        "BIAS_TYPE": call.bias_type,
+        "ZERO_NORM": ZERO_NORM,
+        "HAS_MASK": call.masked,
+        "HAS_BIAS": call.biases > 0,
+        "NORMALIZE": normalize,
+        "STORE": wants_weight,
+        "SUM_COLUMNS": sums,
+    }
+    steps: list[Step] = []
+    for part in _chunks(rows, chunk):
+        grid = (cdiv(part.last - part.first, block_row), pairs)
+        steps.append(_fused_step(grid, {**part._asdict(), **constants, **launch.options}))
+        if wants_weight:
+            steps.append(_weight_gradient(call, part))
+    waiting = waiting_dtype(call.student_dtype)
+    weight_shape = (pairs, teacher_width, call.sizes["width"])
+
+    def plan(given: _Given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        partials = call.new(pairs, row_blocks)
+        made = _Made(
             partials,
-            column_sums,
-            first=first,
-            last=last,
-            chunk=chunk,
-            **call.sizes,
-            **call.types,
-            **call.aligns,
-            **launch.constants,
-            BIAS_TYPE=TYPES[bias[0].dtype] if bias else call.types["TYPE"],
-            ZERO_NORM=ZERO_NORM,
-            HAS_MASK=call.mask is not None,
-            HAS_BIAS=bool(bias),
-            NORMALIZE=normalize,
-            STORE=wants_weight,
-            SUM_COLUMNS=sums,
-            **launch.options,
+            call.new(pairs, chunk, teacher_width, of=call.kept) if wants_weight else partials,
+            call.new(pairs, groups, teacher_width) if sums else partials,
+            call.new(pairs, *call.shape, of=waiting),
+            call.new(*(weight_shape if wants_weight else (0,))),
+            partials,
         )
-        if wants_weight:
-            part = _Chunk(residual[:, : last - first], first, last)
-            _weight_gradient(call, part, chunk, weight_grad)
-    bias_grad = column_sums.sum(1) if sums else call.new(0)
-    return partials.sum(1), input_grad, weight_grad, bias_grad, call.new(0)
+        for step in steps:
+            step(given, made)
+        bias_grad = made.projected.sum(1) if sums else call.new(0)
+        return partials.sum(1), made.input_grad, made.weight_grad, bias_grad
+
+    return plan
 
 
-def _by_kernel(
-    call: _Call, normalize: bool, need_input_grad: bool, wants_weight: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fused_step(grid: tuple[int, int], rest: dict[str, Any]) -> Step:
+    start = Quick(_fwd_dx_kernel).bound(grid, **rest)
+
+    def step(given: _Given, made: _Made) -> None:
+        start(*given[:3], made.residual, made.input_grad, made.partials, made.projected)
+
+    return step
+
+
+def _by_kernel(call: _Call, normalize: bool, need_input_grad: bool, wants_weight: bool) -> Plan:
     """`hidden_forward` by a kernel, or a product, for each thing that is made."""
-    student, weight, bias = call.student, call.weight, call.bias
-    pairs, dtype = len(student), call.factor.dtype
-    batch, tokens, width = student[0].shape
-    rows, teacher_width = call.sizes["rows"], call.sizes["teacher_width"]
-    launch = product_launch(call)
-    block_row, block_column = launch.block("BLOCK_ROW"), launch.block("BLOCK_COLUMN")
-    shape = (pairs, batch, tokens, width) if need_input_grad else (0,)
-    input_grad = call.new(*shape, of=waiting_dtype(student[0].dtype))
-    weight_grad = call.new(*((pairs, teacher_width, width) if wants_weight else (0,)))
-    bias_grad = call.new(*((pairs, teacher_width) if wants_weight and bias else (0,)))
-    teacher_blocks = cdiv(teacher_width, block_column)
-    unit = unit_launch(teacher_width)
-    unit_rows = unit.block("BLOCK_ROW")
-    programs = cdiv(rows, unit_rows) if normalize else cdiv(rows, block_row) * teacher_blocks
-    partials = call.new(pairs, programs)
+    pairs, rows, teacher_width = call.pairs, call.sizes["rows"], call.sizes["teacher_width"]
     store = need_input_grad or wants_weight
+    wants_bias = wants_weight and call.biases > 0
     # without a norm, no kernel reads projected rows
-    chunk, residual, projected = rows, input_grad, partials
-    if weight and (store or normalize):
-        # without a projection the residual is the student's gradient
-        value_bytes = store * call.kept.itemsize + normalize * dtype.itemsize
-        chunk = hidden_chunk(rows, pairs * teacher_width * value_bytes, block_row)
-        residual = call.new(*((pairs, chunk, teacher_width) if store else (0,)), of=call.kept)
+    projects = call.weights > 0 and normalize
+    # without a projection the residual is the student's gradient
+    apart = call.weights > 0 and (store or normalize)
+    chunk = rows
+    if apart:
+        value_bytes = store * call.kept.itemsize + normalize * call.dtype.itemsize
+        row_bytes = pairs * teacher_width * value_bytes
+        chunk = hidden_chunk(rows, row_bytes, call.launch.block("BLOCK_ROW"))
+    steps: list[Step] = []
+    for part in _chunks(rows, chunk):
+        if call.weights or not normalize:
+            steps.append(_residuals(call, part, normalize, store))
         if normalize:
-            projected = call.new(pairs, chunk, teacher_width)
-    exact, _ = product_blocks(launch)
-    for first in range(0, rows, chunk):
-        last = min(first + chunk, rows)
-        span = {"first": first, "last": last, "chunk": chunk}
-        row_blocks = cdiv(last - first, block_row)
-        if weight or not normalize:
-            Quick(_fwd_kernel)[(row_blocks * teacher_blocks, pairs)](
-                call.table,
-                call.valid,
-                call.factor,
-                projected if normalize else residual,
-                partials,
-                **span,
-                **call.sizes,
-                **call.types,
-                **exact,
-                **call.aligns,
-                BIAS_TYPE=TYPES[bias[0].dtype] if bias else call.types["TYPE"],
-                HAS_MASK=call.mask is not None,
-                HAS_WEIGHT=bool(weight),
-                HAS_BIAS=bool(bias),
-                HAS_TEACHER=not normalize,
-                STORE=store or normalize,
-                **launch.options,
-            )
-        if normalize:
-            Quick(_unit_fwd_kernel)[(cdiv(last - first, unit_rows), pairs)](
-                call.table,
-                call.valid,
-                call.factor,
-                projected,
-                residual,
-                partials,
-                **span,
-                **call.given("rows", "tokens", "teacher_width"),
-                **call.given("TYPE", "TEACHER_TYPE", "SUM_TYPE"),
-                **unit.constants,
-                **call.given("ALIGN", "TEACHER_ALIGN"),
-                ZERO_NORM=ZERO_NORM,
-                HAS_MASK=call.mask is not None,
-                HAS_WEIGHT=bool(weight),
-                STORE=store,
-                **unit.options,
-            )
-        if not weight or not store:
-            continue
-        if wants_weight and bias:
-            _sum_rows(residual, last - first, bias_grad, add=first > 0)
-        part = _Chunk(residual[:, : last - first], first, last)
-        if need_input_grad:
-            _input_gradient(call, part, chunk, input_grad)
-        if wants_weight:
-            _weight_gradient(call, part, chunk, weight_grad)
-    return partials.sum(1), input_grad, weight_grad, bias_grad, call.new(0)
+            steps.append(_unit_residuals(call, part, store))
+        if call.weights and wants_bias:
+            steps.append(_bias_gradient(call, part))
+        if call.weights and need_input_grad:
+            steps.append(_input_gradient(call, part))
+        if call.weights and wants_weight:
+            steps.append(_weight_gradient(call, part))
+    programs = _programs(call, rows, normalize)
+    waiting = waiting_dtype(call.student_dtype)
+    residual = (pairs, chunk, teacher_width) if store else (0,)
+
+    def plan(given: _Given) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        partials = call.new(pairs, programs)
+        input_grad = call.new(*((pairs, *call.shape) if need_input_grad else (0,)), of=waiting)
+        weight_shape = (pairs, teacher_width, call.sizes["width"]) if wants_weight else (0,)
+        made = _Made(
+            partials,
+            call.new(*residual, of=call.kept) if apart else input_grad,
+            call.new(pairs, chunk, teacher_width) if projects else partials,
+            input_grad,
+            call.new(*weight_shape),
+            call.new(*((pairs, teacher_width) if wants_bias else (0,))),
+        )
+        for step in steps:
+            step(given, made)
+        return partials.sum(1), input_grad, made.weight_grad, made.bias_grad
+
+    return plan
 
 
-def product_launch(call: _Call) -> Launch:
-    """Blocks of `_fwd_kernel` and of both products."""
-    dtypes = (call.student[0].dtype, call.kept)
-    return hidden_launch(dtypes, platform(), wide=bool(call.weight) and is_large())
+class _Chunk(NamedTuple):
+    """Rows of one chunk, and how many the residuals of two pairs are apart."""
+
+    first: int
+    last: int
+    chunk: int
+
+
+def _chunks(rows: int, chunk: int) -> list[_Chunk]:
+    return [_Chunk(first, min(first + chunk, rows), chunk) for first in range(0, rows, chunk)]
+
+
+def _programs(call: _Call, rows: int, normalize: bool) -> int:
+    """Of the kernel that sums squares, over the rows of a pair."""
+    if normalize:
+        return cdiv(rows, unit_launch(call.sizes["teacher_width"]).block("BLOCK_ROW"))
+    columns = cdiv(call.sizes["teacher_width"], call.launch.block("BLOCK_COLUMN"))
+    return cdiv(rows, call.launch.block("BLOCK_ROW")) * columns
+
+
+def _residuals(call: _Call, part: _Chunk, normalize: bool, store: bool) -> Step:
+    """Residuals of a chunk, or its projected rows where they are normalised."""
+    exact, _ = product_blocks(call.launch)
+    start = Quick(_fwd_kernel).bound(
+        (_programs(call, part.last - part.first, False), call.pairs),
+        **part._asdict(),
+        **call.sizes,
+        **call.types,
+        **exact,
+        **call.aligns,
+        BIAS_TYPE=call.bias_type,
+        HAS_MASK=call.masked,
+        HAS_WEIGHT=call.weights > 0,
+        HAS_BIAS=call.biases > 0,
+        HAS_TEACHER=not normalize,
+        STORE=store or normalize,
+        **call.launch.options,
+    )
+
+    def step(given: _Given, made: _Made) -> None:
+        start(*given[:3], made.projected if normalize else made.residual, made.partials)
+
+    return step
+
+
+def _unit_residuals(call: _Call, part: _Chunk, store: bool) -> Step:
+    launch = unit_launch(call.sizes["teacher_width"])
+    start = Quick(_unit_fwd_kernel).bound(
+        (_programs(call, part.last - part.first, True), call.pairs),
+        **part._asdict(),
+        **call.given("rows", "tokens", "teacher_width"),
+        **call.given("TYPE", "TEACHER_TYPE", "SUM_TYPE"),
+        **launch.constants,
+        **call.given("ALIGN", "TEACHER_ALIGN"),
+        ZERO_NORM=ZERO_NORM,
+        HAS_MASK=call.masked,
+        HAS_WEIGHT=call.weights > 0,
+        STORE=store,
+        **launch.options,
+    )
+    return lambda given, made: start(*given[:3], made.projected, made.residual, made.partials)
 
 
 def product_blocks(launch: Launch) -> tuple[dict[str, int | str], dict[str, int | str]]:
@@ -381,116 +451,111 @@ def _bytes(mask: Tensor | None, device: torch.device) -> Tensor:
     return remembered((mask,), "bytes", device, made)
 
 
-class _Chunk(NamedTuple):
-    """Residuals `[pairs, last - first, teacher_width]` of one chunk of rows."""
-
-    residual: Tensor
-    first: int
-    last: int
-
-
-def _sum_rows(residual: Tensor, rows: int, gradient: Tensor, *, add: bool) -> None:
-    """Fill bias gradients `[pairs, teacher_width]` from `rows` of a chunk, or add a later chunk."""
-    pairs, chunk, columns = residual.shape
-    launch = sum_launch()
+def _bias_gradient(call: _Call, part: _Chunk) -> Step:
+    """Fill bias gradients `[pairs, teacher_width]` from a chunk, or add a later chunk."""
+    columns, rows, launch = call.sizes["teacher_width"], part.last - part.first, sum_launch()
     row_blocks = cdiv(rows, launch.block("BLOCK_ROW") * launch.block("STEPS"))
-    partials = gradient.new_empty(pairs, row_blocks, columns)
-    Quick(_bwd_db_kernel)[(cdiv(columns, launch.block("BLOCK_COLUMN")), row_blocks, pairs)](
-        residual,
-        partials,
+    start = Quick(_bwd_db_kernel).bound(
+        (cdiv(columns, launch.block("BLOCK_COLUMN")), row_blocks, call.pairs),
         rows=rows,
-        chunk=chunk,
+        chunk=part.chunk,
         teacher_width=columns,
-        SUM_TYPE=TYPES[gradient.dtype],
+        SUM_TYPE=call.types["SUM_TYPE"],
         **launch.constants,
-        ALIGN=math.gcd(columns, 16 // residual.itemsize),
+        ALIGN=math.gcd(columns, 16 // call.kept.itemsize),
         **launch.options,
     )
-    if add:
-        gradient += partials.sum(1)
-    else:
-        torch.sum(partials, 1, out=gradient)
+
+    def step(given: _Given, made: _Made) -> None:
+        partials = call.new(call.pairs, row_blocks, columns)
+        start(made.residual, partials)
+        if part.first:
+            made.bias_grad.add_(partials.sum(1))
+        else:
+            torch.sum(partials, 1, out=made.bias_grad)
+
+    return step
 
 
-def _input_gradient(call: _Call, chunk: _Chunk, stride: int, gradient: Tensor) -> None:
-    """Fill the chunk's rows of `gradient` `[pairs, batch, tokens, width]`.
+def _input_gradient(call: _Call, part: _Chunk) -> Step:
+    """Fill the chunk's rows of the student's gradient `[pairs, batch, tokens, width]`."""
+    count = part.last - part.first
+    if call.to_library:
 
-    The residuals of two pairs are `stride` rows apart.
-    """
-    weight, span = call.weight, {"first": chunk.first, "last": chunk.last, "chunk": stride}
-    if library_products.takes(chunk.residual, weight[0], call.student[0]):
-        rows = gradient.flatten(1, 2)[:, chunk.first : chunk.last]
-        if len(weight) == 1 and rows.is_contiguous():
-            # dH_s = R W, of all pairs at once
-            library_products.multiply(chunk.residual.flatten(0, 1), weight[0], rows.flatten(0, 1))
-            return
-        for pair, out in enumerate(rows):
-            library_products.multiply(chunk.residual[pair], weight[pair % len(weight)], out)
-        return
-    launch = product_launch(call)
-    _, made = product_blocks(launch)
-    row_blocks = cdiv(chunk.last - chunk.first, launch.block("BLOCK_ROW"))
-    column_blocks = cdiv(call.sizes["width"], launch.block("BLOCK_COLUMN"))
-    Quick(_bwd_dx_kernel)[(row_blocks * column_blocks, gradient.shape[0])](
-        call.table,
-        chunk.residual,
-        gradient,
-        **span,
+        def multiply(given: _Given, made: _Made) -> None:
+            rows = made.input_grad.flatten(1, 2)[:, part.first : part.last]
+            residual = made.residual[:, :count]
+            if call.weights == 1 and rows.is_contiguous():
+                # dH_s = R W, of all pairs at once
+                residual, rows = residual.flatten(0, 1), rows.flatten(0, 1)
+                library_products.multiply(residual, given.weight[0], rows)
+                return
+            for pair, out in enumerate(rows):
+                weight = given.weight[pair % call.weights]
+                library_products.multiply(residual[pair], weight, out)
+
+        return multiply
+    _, blocks = product_blocks(call.launch)
+    row_blocks = cdiv(count, call.launch.block("BLOCK_ROW"))
+    column_blocks = cdiv(call.sizes["width"], call.launch.block("BLOCK_COLUMN"))
+    start = Quick(_bwd_dx_kernel).bound(
+        (row_blocks * column_blocks, call.pairs),
+        **part._asdict(),
         **call.given("rows", "width", "teacher_width", "WEIGHT_TYPE"),
         OPERAND=call.grad_operand,
         **call.given("SUM_TYPE"),
-        **made,
+        **blocks,
         **call.given("WEIGHT_ALIGN"),
-        **launch.options,
+        **call.launch.options,
     )
+    return lambda given, made: start(given.table, made.residual, made.input_grad)
 
 
-def _weight_gradient(call: _Call, chunk: _Chunk, stride: int, gradient: Tensor) -> None:
-    """Fill `gradient` `[pairs, teacher_width, width]`, or add a later chunk.
+def _weight_gradient(call: _Call, part: _Chunk) -> Step:
+    """Fill the weight's gradient `[pairs, teacher_width, width]`, or add a later chunk."""
+    if call.to_library:
 
-    The residuals of two pairs are `stride` rows apart.
-    """
-    mask = call.mask
-    if library_products.takes(chunk.residual, call.weight[0], call.student[0]):
-        for pair, student_state in enumerate(call.student):
-            rows = student_state.flatten(0, 1)[chunk.first : chunk.last]
-            if mask is not None:
-                # padding may hold NaN, and its residual is 0
-                rows = rows.masked_fill(~mask.flatten()[chunk.first : chunk.last, None], 0.0)
-            # dW = R^T H_s
-            add = chunk.first > 0
-            library_products.multiply(chunk.residual[pair].mT, rows, gradient[pair], add=add)
-        return
-    launch = product_launch(call)
-    _, made = product_blocks(launch)
-    row_blocks = cdiv(call.sizes["teacher_width"], launch.block("BLOCK_ROW"))
-    column_blocks = cdiv(call.sizes["width"], launch.block("BLOCK_COLUMN"))
-    Quick(_bwd_dw_kernel)[(row_blocks * column_blocks, gradient.shape[0])](
-        call.table,
-        call.valid,
-        chunk.residual,
-        gradient,
-        first=chunk.first,
-        last=chunk.last,
-        chunk=stride,
+        def multiply(given: _Given, made: _Made) -> None:
+            span = slice(part.first, part.last)
+            padding = None if given.mask is None else ~given.mask.flatten()[span, None]
+            for pair, state in enumerate(given.student):
+                rows = state.flatten(0, 1)[span]
+                if padding is not None:
+                    # padding may hold NaN, and its residual is 0
+                    rows = rows.masked_fill(padding, 0.0)
+                # dW = R^T H_s
+                residual = made.residual[pair, : part.last - part.first].mT
+                add = part.first > 0
+                library_products.multiply(residual, rows, made.weight_grad[pair], add=add)
+
+        return multiply
+    _, blocks = product_blocks(call.launch)
+    row_blocks = cdiv(call.sizes["teacher_width"], call.launch.block("BLOCK_ROW"))
+    column_blocks = cdiv(call.sizes["width"], call.launch.block("BLOCK_COLUMN"))
+    start = Quick(_bwd_dw_kernel).bound(
+        (row_blocks * column_blocks, call.pairs),
+        **part._asdict(),
         **call.given("tokens", "width", "teacher_width", "TYPE"),
         OPERAND=call.grad_operand,
         **call.given("SUM_TYPE"),
-        **made,
+        **blocks,
         **call.given("ALIGN"),
-        HAS_MASK=mask is not None,
-        **launch.options,
+        HAS_MASK=call.masked,
+        **call.launch.options,
     )
+    return lambda given, made: start(given.table, given.valid, made.residual, made.weight_grad)
 
 
-def _pairs(
+def _by_pair(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
-) -> list[tuple[Tensor, ...]]:
-    """Student, teacher, weight and bias, one a pair; the student stands in for what is missing."""
+) -> list[Tensor]:
+    """Student, teacher, weight, bias, one a pair; what is missing is not read, and a student's row
+    stands there."""
     pairs = len(student)
-    matrices = [state[0] for state in student] if not weight else [*weight] * (pairs // len(weight))
-    offsets = [state[0, 0] for state in student] if not bias else [*bias] * (pairs // len(bias))
-    return [*zip(student, teacher, matrices, offsets, strict=True)]
+    weight = weight or [student[0][0]]
+    bias = bias or [student[0][0, 0]]
+    columns = (student, teacher, *([*of] * (pairs // len(of)) for of in (weight, bias)))
+    return [tensor for row in zip(*columns, strict=True) for tensor in row]

@@ -1,7 +1,7 @@
 """Checks of indexers and the attention of their layers."""
 
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,50 +13,59 @@ from ..checks import (
     check_softcap,
     check_state,
     check_tensor,
-    has_passed,
-    look_at,
-    passes,
 )
+from ..common.attention_columns import Masks
+from ..common.plan import Look, look_of_options
 from ..types import AttentionState, IndexerState
 
 
-def _look_at(student: object, teacher: object) -> Hashable | None:
-    """What the checks of indexers read, of pairs that are alike."""
-    if type(student) not in (list, tuple) or type(teacher) not in (list, tuple):
+class Columns(NamedTuple):
+    """The fields of indexers and of the states of their layers, each a list over pairs."""
+
+    query: Sequence[Tensor]
+    key: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    teacher_query: Sequence[Tensor]
+    teacher_key: Sequence[Tensor]
+    teacher_value: Sequence[Tensor | None]
+    teacher_scale: Sequence[float]
+    teacher_softcap: Sequence[float | None]
+    teacher_sinks: Sequence[Tensor | None]
+
+
+class Seen(NamedTuple):
+    """States of a call as lists over pairs, and the look by which its plan is found."""
+
+    columns: Columns
+    look: Look
+
+
+def columns_of(student: Sequence[IndexerState], teacher: Sequence[AttentionState]) -> Columns:
+    return Columns(*zip(*student, strict=True), *zip(*teacher, strict=True))
+
+
+def look_at_indexers(
+    student: object, teacher: object, masks: Masks, *options: object
+) -> Seen | None:
+    """None if the checks must see for themselves."""
+    lists = (list, tuple)
+    if type(student) not in lists or type(teacher) not in lists:
         return None
     sides: tuple[Any, Any] = (student, teacher)
-    columns: list[list[object]] = [[], [], []]
-    for state in sides[0]:
-        if type(state) is not IndexerState:
-            return None
-        for column, tensor in zip(columns, state, strict=True):
-            column.append(tensor)
-    numbers: list[float | None] = []
-    for state in sides[1]:
-        if type(state) is not AttentionState or type(state.scale) is not float:
-            return None
-        if type(state.softcap) not in (float, type(None)):
-            return None
-        numbers += [state.scale, state.softcap]
-    caps, sinks = numbers[1::2], [state.sinks for state in sides[1]]
-    # some with and some without are not alike
-    if any([0 < len([one for one in of if one is not None]) < len(of) for of in (caps, sinks)]):
+    kinds = ({*map(type, sides[0])}, {*map(type, sides[1])})
+    if kinds != ({IndexerState}, {AttentionState}):
         return None
-    frozen = [[state.query for state in sides[1]], [state.key for state in sides[1]]]
-    frozen.append([one for one in sinks if one is not None])
-    if any([isinstance(one, Tensor) and one.requires_grad for column in frozen for one in column]):
-        return None
-    return look_at([*columns, *frozen], "indexers", *numbers)
+    columns = columns_of(*sides)
+    numbers = (*columns.teacher_scale, *columns.teacher_softcap)
+    given = ("indexer", len(sides[0]), len(sides[1]), *numbers, *options)
+    student_tensors = (*columns.query, *columns.key, *columns.weights)
+    frozen = (*columns.teacher_query, *columns.teacher_key, *columns.teacher_sinks)
+    look = look_of_options(given, (*student_tensors, *frozen, *masks))
+    return None if look is None else Seen(columns, look)
 
 
-def check_indexers(student: Sequence[IndexerState], teacher: Sequence[AttentionState]) -> bool:
-    """Every indexer fits the attention of its pair; all share batch, tokens and device.
-
-    Returns whether all pairs are known to share all shapes and dtypes.
-    """
-    look = _look_at(student, teacher)
-    if has_passed(look):
-        return True
+def check_indexers(student: Sequence[IndexerState], teacher: Sequence[AttentionState]) -> None:
+    """Every indexer fits the attention of its pair; all share batch, tokens and device."""
     check_pairs(student, teacher)
     for pair, (indexer, state) in enumerate(zip(student, teacher, strict=True)):
         names = (f"student[{pair}]", f"teacher[{pair}]")
@@ -81,8 +90,6 @@ def check_indexers(student: Sequence[IndexerState], teacher: Sequence[AttentionS
                     f"{name}.query has batch and tokens {given}; expected those of "
                     f"student[0], {expected}; run both models on the same batch"
                 )
-    passes(look)
-    return look is not None
 
 
 def _check_indexer(name: str, state: object) -> None:

@@ -9,21 +9,24 @@ The registered op takes lists over layer pairs of one shape. Soft caps are a lis
 None, sinks `[pairs, heads]` or None.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import check_mask, resolve_backend
-from ..common.autograd import Named, accumulator, by_shape, inverse, register, scaled, value_of
+from ..common.attention_columns import Masks
+from ..common.autograd import Named, accumulator, inverse, planned, register, scaled, value_of
 from ..common.counted_rows import counted_rows
+from ..common.plan import Plan, losses_in, plan_by_shape, plan_for
 from ..common.remembered import remembered
 from ..common.rescale import waiting_dtype
 from ..types import AttentionState, Backend, IndexerState
 from . import torch_path
-from .checks import check_indexers
-from .torch_path import Pair
+from .checks import Columns, check_indexers, columns_of, look_at_indexers
+from .torch_path import Pair, Units
 
 MAX_INDEX_DIM = 256
 
@@ -71,65 +74,91 @@ def indexer_divergence(
         ValueError: shapes or devices that do not fit, or a teacher that requires grad.
         TypeError: something that is no state, no float tensor or no bool mask.
     """
-    alike = check_indexers(student, teacher)
+    masks = (key_mask, query_mask)
+    seen = look_at_indexers(student, teacher, masks, causal, backend)
+    look = None if seen is None else seen.look
+    plan = plan_for(look, partial(_checked_plan, student, teacher, masks, causal, backend))
+    columns = columns_of(student, teacher) if seen is None else seen.columns
+    losses: Tensor = plan(columns, masks)
+    return losses
+
+
+def _checked_plan(
+    student: Sequence[IndexerState],
+    teacher: Sequence[AttentionState],
+    masks: Masks,
+    causal: bool,
+    backend: str,
+) -> Plan:
+    """Losses `[pairs]` of columns and masks that look like those of this call, if all fits."""
+    check_indexers(student, teacher)
     batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
-    check_mask("key_mask", key_mask, batch, tokens, device)
-    check_mask("query_mask", query_mask, batch, tokens, device)
+    check_mask("key_mask", masks[0], batch, tokens, device)
+    check_mask("query_mask", masks[1], batch, tokens, device)
     floats = [tensor for indexer in student for tensor in (indexer.query, indexer.weights)]
     floats += [state.query for state in teacher]
     chosen = resolve_backend(backend, device, accumulator(*floats))
-    row_mask = counted_rows(key_mask, query_mask, causal, 0)
+    keys = [_shapes(*pair) for pair in zip(student, teacher, strict=True)]
+    plan_of = partial(_plan, causal, chosen)
+    plan = plan_by_shape(keys, plan_of, columns_of(student, teacher), masks)
+    return losses_in(plan, accumulator(student[0].query, student[0].weights))
 
-    def loss_of(indexers: Sequence[IndexerState], states: Sequence[AttentionState]) -> Tensor:
-        if chosen == "triton":
-            _check_index_dim(indexers[0].query.shape[-1])
-        dtype = accumulator(indexers[0].query, indexers[0].weights, states[0].query)
-        sinks = [state.sinks for state in states if state.sinks is not None]
-        need_grad = torch.is_grad_enabled() and any(
-            [tensor.requires_grad for indexer in indexers for tensor in indexer]
-        )
-        made = _registered(
-            [indexer.query for indexer in indexers],
-            [s.key if s.key.ndim == 4 else s.key[:, None] for s in indexers],
-            [indexer.weights for indexer in indexers],
-            [state.query for state in states],
-            [state.key for state in states],
-            [float(state.scale) for state in states],
-            key_mask,
+
+def _plan(causal: bool, backend: str, columns: Columns, masks: Masks) -> Plan:
+    """Losses `[pairs]` of columns and masks that look like these, of pairs of one shape."""
+    query = columns.query[0]
+    if backend == "triton":
+        _check_index_dim(query.shape[-1])
+    dtype = accumulator(query, columns.weights[0], columns.teacher_query[0])
+    need_grad = torch.is_grad_enabled() and any(
+        [tensor.requires_grad for column in columns[:3] for tensor in column]
+    )
+    scales = [*map(float, columns.teacher_scale)]
+    caps = [float(cap) for cap in columns.teacher_softcap if cap is not None] or None
+    count = partial(_inverse_count, (query.shape[0], query.shape[2]), dtype, query.device)
+
+    def arguments(columns: Columns, masks: Masks) -> tuple[Any, ...]:
+        row_mask = counted_rows(*masks, causal, 0)
+        sinks = [one for one in columns.teacher_sinks if one is not None]
+        return (
+            columns.query,
+            columns.key,
+            columns.weights,
+            columns.teacher_query,
+            columns.teacher_key,
+            scales,
+            masks[0],
             row_mask,
-            _inverse_count(row_mask, indexers[0].query, dtype),
+            count(row_mask),
             causal,
-            None if states[0].softcap is None else [float(s.softcap or 0.0) for s in states],
+            caps,
             torch.stack(sinks).to(dtype) if sinks else None,
             need_grad,
-            chosen,
+            backend,
         )
-        losses: Tensor = made[0]
-        return losses
 
-    keys = None if alike else [_shapes(*pair) for pair in zip(student, teacher, strict=True)]
-    loss = by_shape(keys, loss_of, student, teacher)
-    wide = torch.float64 in (student[0].query.dtype, student[0].weights.dtype)
-    return loss if wide else loss.float()
+    run = divergence.planned(arguments(columns, masks))
+    return lambda columns, masks: run(arguments(columns, masks))[0]
 
 
 def _shapes(indexer: IndexerState, state: AttentionState) -> tuple[object, ...]:
     """What pairs must share to run in one call."""
-    tensors = (indexer.query, indexer.weights, state.query, state.key)
+    tensors = (indexer.query, indexer.key, indexer.weights, state.query, state.key)
     shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
     return shapes, state.softcap is None, state.sinks is None
 
 
-def _inverse_count(row_mask: Tensor | None, query: Tensor, dtype: torch.dtype) -> Tensor:
-    """One over the rows that count."""
-    batch, _, tokens, _ = query.shape
+def _inverse_count(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device, row_mask: Tensor | None
+) -> Tensor:
+    """One over the rows that count, of `shape`: batch and tokens."""
 
     def made() -> Tensor:
-        count = batch * tokens if row_mask is None else row_mask.sum()
-        return inverse(count, dtype, query.device)
+        count = shape[0] * shape[1] if row_mask is None else row_mask.sum()
+        return inverse(count, dtype, device)
 
-    return remembered((row_mask,), ("counted", batch, tokens, dtype), query.device, made)
+    return remembered((row_mask,), ("counted", shape, dtype), device, made)
 
 
 def _check_index_dim(dim: int) -> None:
@@ -140,6 +169,7 @@ def _check_index_dim(dim: int) -> None:
         )
 
 
+@planned
 def _forward(
     query: Sequence[Tensor],
     key: Sequence[Tensor],
@@ -155,20 +185,48 @@ def _forward(
     teacher_sinks: Tensor | None,
     need_grad: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses `[pairs]` and stacked unit gradients of queries, keys and weights."""
-    nothing = [None] * len(query)
-    lists = (query, key, weights, teacher_query, teacher_key, teacher_scale)
-    options = (nothing if of is None else of for of in (teacher_softcap, teacher_sinks))
-    pairs = [Pair(*row) for row in zip(*lists, *options, strict=True)]
-    call = (pairs, key_mask, row_mask, causal, need_grad)
-    if backend == "torch":
-        sums, units = torch_path.forward(*call)
-    else:
-        from . import triton_path
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Losses `[pairs]` and stacked unit gradients of queries, keys and weights.
 
-        sums, units = triton_path.forward(*call)
-    return value_of(sums, inverse_count), *units
+    Keys are `[batch, 1, tokens, dim]` or `[batch, tokens, dim]`, as their gradients are.
+    """
+    if backend == "torch":
+        return _torch_forward
+    from . import triton_path
+
+    tensors = (query, key, weights, teacher_query, teacher_key)
+    pairs = _pairs((*tensors, teacher_scale), (teacher_softcap, teacher_sinks))
+    masked = key_mask is not None or row_mask is not None
+    plan = triton_path.forward(pairs, masked, causal, need_grad)
+
+    def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sums, units = plan(arguments[:5], arguments[11], arguments[6:8])
+        return value_of(sums, arguments[8]), *_like_keys(units, arguments[1])
+
+    return run
+
+
+def _torch_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *masks, inverse_count, causal, caps, sinks, need_grad, _ = arguments[6:]
+    pairs = _pairs(arguments[:6], (caps, sinks))
+    sums, units = torch_path.forward(pairs, masks[0], masks[1], causal, need_grad)
+    return value_of(sums, inverse_count), *_like_keys(units, arguments[1])
+
+
+def _like_keys(units: Units, keys: Sequence[Tensor]) -> Units:
+    """The gradient of keys in the shape that these have."""
+    if not units.key.numel():
+        return units
+    return units._replace(key=units.key.view(len(keys), *keys[0].shape))
+
+
+def _pairs(lists: Sequence[Sequence[Any]], options: Sequence[Any]) -> list[Pair]:
+    """Pairs from lists, and from caps and sinks that may be None."""
+    nothing = [None] * len(lists[0])
+    query, key, *rest = lists
+    keys = [one if one.ndim == 4 else one[:, None] for one in key]
+    columns = (query, keys, *rest, *(nothing if of is None else of for of in options))
+    return [Pair(*row) for row in zip(*columns, strict=True)]
 
 
 def _fake(given: Named) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -195,4 +253,4 @@ def _gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
     }
 
 
-_registered = register("indexer_divergence", _forward, _fake, _keep, _gradient)
+divergence = register("indexer_divergence", _forward, _fake, _keep, _gradient)

@@ -6,15 +6,16 @@ multiplied. Every launch covers all layer pairs through a table of addresses.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from ..common.attention_call import near_rows
-from ..common.attention_columns import masks_to_read
+from ..common.attention_columns import Masks, masks_to_read
 from ..common.launch import (
     Launch,
     cdiv,
@@ -25,7 +26,7 @@ from ..common.launch import (
 )
 from ..common.quick_launch import Quick
 from ..common.rescale import waiting_dtype
-from ..common.tensor_table import addressed, to_device
+from ..common.tensor_table import layout_of, to_device
 from ..common.tl_types import TYPES
 from .torch_path import Pair, Units
 from .triton_kernels import (
@@ -114,31 +115,23 @@ def small(dtype: torch.dtype) -> float:
 
 
 class Call:
-    """Tables and masks of one call, and the arguments that its kernels share."""
+    """What calls that look alike share: the table's layout, sizes and constants of all kernels.
 
-    def __init__(
-        self,
-        pairs: list[Pair],
-        key_mask: Tensor | None,
-        row_mask: Tensor | None,
-        causal: bool,
-        on: str,
-    ) -> None:
+    It keeps none of the tensors of `pairs`.
+    """
+
+    def __init__(self, pairs: list[Pair], masked: bool, causal: bool, on: str) -> None:
         first = pairs[0]
-        self.first, self.on = first, on
-        # kept alive until the kernels are launched: a row of another stride is a copy
-        rows = [(*pair[:2], *pair[3:5]) for pair in pairs]
-        self.table, aligns, self.tensors = addressed(rows, near_rows)
+        self.on, self.dtype, self.device = on, first.dtype, first.query.device
+        tensors = [tensor for pair in pairs for tensor in (*pair[:2], *pair[3:5])]
+        self.layout = layout_of(tensors, len(pairs), near_rows)
         self.count = len(pairs)
-        # by head, and as wide as a copy into shared memory takes single numbers
-        self.weights = torch.stack([pair.weights.mT for pair in pairs]).to(first.dtype)
-        self.scales = to_device([[pair.teacher_scale] for pair in pairs], first.dtype, first.query)
+        self.scales = to_device([[pair.teacher_scale] for pair in pairs], self.dtype, first.query)
         # without a cap, scales stand where none is read
         caps = [[pair.teacher_softcap or 1.0] for pair in pairs]
-        self.has_cap = first.teacher_softcap is not None
-        self.caps = to_device(caps, first.dtype, first.query) if self.has_cap else self.scales
+        has_cap = first.teacher_softcap is not None
+        self.caps = to_device(caps, self.dtype, first.query) if has_cap else self.scales
         batch, index_heads, tokens, dim = first.query.shape
-        self.valid = masks_to_read((key_mask, row_mask), first.query.device)
         self.dims = (dim, first.teacher_query.shape[-1])
         self.dtypes = (first.query.dtype, first.teacher_query.dtype)
         self.sizes = {
@@ -150,34 +143,61 @@ class Call:
             "dim": dim,
             "teacher_dim": self.dims[1],
         }
+        aligns = self.layout.alignments
         self.constants = {
-            **type_constants(*self.dtypes, first.dtype),
+            **type_constants(*self.dtypes, self.dtype),
             "ALIGN": math.gcd(*aligns[:2]),
             "TEACHER_ALIGN": math.gcd(*aligns[2:]),
-            "HAS_MASK": key_mask is not None or row_mask is not None,
+            "HAS_MASK": masked,
             "CAUSAL": causal,
-            "CAP": self.has_cap,
+            "CAP": has_cap,
         }
+
+    def read(self, columns: Sequence[Sequence[Tensor]], masks: Masks) -> "Given":
+        """Of queries, keys, weights, the teacher's queries and keys, each a list over pairs.
+
+        Keys are `[batch, 1, tokens, dim]` or `[batch, tokens, dim]`, which lie alike.
+        """
+        query, key, weights, *teacher = columns
+        if self.layout.copied is not None and key[0].ndim == 3:
+            key = [one[:, None] for one in key]
+        rows = zip(query, key, *teacher, strict=True)
+        table, _, tensors = self.layout.addressed([tensor for row in rows for tensor in row])
+        # by head, and as wide as a copy into shared memory takes single numbers
+        stacked = torch.stack([*weights]).mT
+        by_head = self.new(*stacked.shape).copy_(stacked)
+        return Given(table, by_head, masks_to_read(masks, self.device), tensors)
 
     def new(self, *shape: int, dtype: torch.dtype | None = None, fill: bool = False) -> Tensor:
         make = torch.zeros if fill else torch.empty
-        return make(shape, dtype=dtype or self.first.dtype, device=self.first.query.device)
+        return make(shape, dtype=dtype or self.dtype, device=self.device)
 
     def blocks(self, name: str) -> Launch:
         """Those of one kernel by its name."""
         return indexer_launch(name, self.dims, self.dtypes, self.on)
 
-    def launch(
-        self, kernel: Any, made: Launch, programs: int, *given: Any, **more: int | float
-    ) -> None:
-        """Start `kernel` with those of the shared arguments that it has."""
+    def bound(
+        self, kernel: Any, made: Launch, programs: int, tensors: int, **more: int | float
+    ) -> Callable[..., None]:
+        """The launch of `kernel`, which takes so many `tensors` before what is shared."""
         known = {**self.sizes, **self.constants, **made.constants, **more}
-        rest = kernel.arg_names[len(given) :]
-        Quick(kernel)[(programs, self.count)](
-            *given,
-            **{word: known[word] for word in rest},
-            **made.options,
-        )
+        rest = {word: known[word] for word in kernel.arg_names[tensors:]}
+        return Quick(kernel).bound((programs, self.count), **rest, **made.options)
+
+
+class Given(NamedTuple):
+    """What one call reads: addresses of heads, weights `[pairs, batch, index_heads, tokens]`,
+    masks."""
+
+    table: Tensor
+    weights: Tensor
+    valid: Tensor
+    # kept alive until the kernels are launched: a row of another stride is a copy
+    tensors: Sequence[Tensor]
+
+
+# of a chunk's rows: what is given, log-sum-exps, the workspace, values, gradients
+Step = Callable[[Given, Tensor, Tensor, Tensor, Units], None]
 
 
 def type_constants(
@@ -195,96 +215,111 @@ def type_constants(
 
 
 def forward(
-    pairs: list[Pair],
-    key_mask: Tensor | None,
-    row_mask: Tensor | None,
-    causal: bool,
-    need_grad: bool,
-) -> tuple[Tensor, Units]:
-    """Sums over the counted query rows `[pairs]`, and their gradients.
+    pairs: list[Pair], masked: bool, causal: bool, need_grad: bool
+) -> Callable[..., tuple[Tensor, Units]]:
+    """The plan of pairs like these, from columns, stacked sinks or None, and masks.
 
-    `row_mask` are the counted query rows, bool `[batch, tokens]`. One launch, then two a chunk of
-    rows, or four with gradients.
+    Makes sums over the counted query rows `[pairs]`, and their gradients. Masks are of keys and of
+    the counted query rows, bool `[batch, tokens]`. One launch, then two a chunk of rows, or four
+    with gradients.
     """
-    call = Call(pairs, key_mask, row_mask, causal, platform())
+    call = Call(pairs, masked, causal, platform())
     count, (batch, index_heads, tokens, dim) = len(pairs), pairs[0].query.shape
-    sums = _log_sums(call, pairs)
+    log_sums = _log_sums(call)
     padded = cdiv(tokens, ROWS) * ROWS
     every = batch * padded
-    size = chunk_size(every, 2 * count * padded * sums.element_size())
-    workspace = call.new(count, 2, size, padded)
-    values = call.new(count, batch, tokens)
-    units = Units(*(call.new(0) for _ in range(3)))
-    if need_grad:
-        parts = cdiv(index_heads, HEADS)
-        units = Units(
-            call.new(count, batch, index_heads, tokens, dim, dtype=waiting_dtype(call.dtypes[0])),
-            # chunks add to it
-            call.new(count, parts, batch, tokens, dim, fill=True),
-            call.new(count, batch, tokens, index_heads),
-        )
+    size = chunk_size(every, 2 * count * padded * call.dtype.itemsize)
+    parts = cdiv(index_heads, HEADS)
+    steps: list[Step] = []
     for first in range(0, every, size):
-        rows = min(size, every - first)
-        chunk = {"first": first, "rows": rows, "padded": padded}
-        _score(call, sums, workspace, values, chunk, need_grad)
+        chunk = {"first": first, "rows": min(size, every - first), "padded": padded}
+        steps.append(_score(call, chunk, need_grad))
         if need_grad:
-            _multiply(call, workspace, units, chunk)
-    if need_grad:
-        units = units._replace(key=units.key.sum(1)[:, :, None])
-    return values.sum((1, 2)), units
+            steps.append(_multiply(call, chunk, parts))
+    waiting = waiting_dtype(call.dtypes[0])
+
+    def run(
+        columns: Sequence[Sequence[Tensor]], sinks: Tensor | None, masks: Masks
+    ) -> tuple[Tensor, Units]:
+        given = call.read(columns, masks)
+        sums = log_sums(given, sinks)
+        workspace = call.new(count, 2, size, padded)
+        values = call.new(count, batch, tokens)
+        if not need_grad:
+            units = Units(*(call.new(0) for _ in range(3)))
+        else:
+            units = Units(
+                call.new(count, batch, index_heads, tokens, dim, dtype=waiting),
+                # chunks add to it
+                call.new(count, parts, batch, tokens, dim, fill=True),
+                call.new(count, batch, tokens, index_heads),
+            )
+        for step in steps:
+            step(given, sums, workspace, values, units)
+        if need_grad:
+            units = units._replace(key=units.key.sum(1)[:, :, None])
+        return values.sum((1, 2)), units
+
+    return run
 
 
-def _log_sums(call: Call, pairs: list[Pair]) -> Tensor:
-    """What to take off the logs of the teacher's scores, `[pairs, batch, heads, tokens]`.
+def _log_sums(call: Call) -> Callable[[Given, Tensor | None], Tensor]:
+    """Makes what to take off the logs of the teacher's scores, `[pairs, batch, heads, tokens]`.
 
     The log-sum-exp of a row and its sink, less a number that is the same for all heads of a row and
     so drops out of the target: the largest share of a head that its keys hold. Where sinks take all
     but 1e-40 of every head, probabilities would be no numbers of fp32.
     """
-    sizes = call.sizes
-    sums = call.new(len(pairs), sizes["batch"], sizes["heads"], sizes["tokens"])
+    shape = (call.count, *(call.sizes[name] for name in ("batch", "heads", "tokens")))
     made = call.blocks("head_sums")
-    blocks = cdiv(sizes["tokens"], made.block("BLOCK_QUERY"))
-    given = (call.table, call.scales, call.caps, call.valid, sums)
-    call.launch(_head_sums_kernel, made, blocks * sizes["batch"] * sizes["heads"], *given)
-    if pairs[0].teacher_sinks is None:
-        return sums
-    sinks = torch.stack([pair.teacher_sinks for pair in pairs if pair.teacher_sinks is not None])
+    programs = cdiv(shape[3], made.block("BLOCK_QUERY")) * shape[1] * shape[2]
+    start = call.bound(_head_sums_kernel, made, programs, 5)
     # logs are in bits
     unit = math.log(2.0) if call.constants["BITS"] else 1.0
-    share = -softplus(sinks[:, None, :, None] - sums * unit, threshold=40.0)
-    return sums + (share.amax(2, keepdim=True) - share) / unit
+
+    def run(given: Given, sinks: Tensor | None) -> Tensor:
+        sums = call.new(*shape)
+        start(given.table, call.scales, call.caps, given.valid, sums)
+        if sinks is None:
+            return sums
+        share = -softplus(sinks[:, None, :, None] - sums * unit, threshold=40.0)
+        return sums + (share.amax(2, keepdim=True) - share) / unit
+
+    return run
 
 
-def _score(
-    call: Call,
-    sums: Tensor,
-    workspace: Tensor,
-    values: Tensor,
-    chunk: dict[str, int],
-    need_grad: bool,
-) -> None:
+def _score(call: Call, chunk: dict[str, int], need_grad: bool) -> Step:
     """The values of a chunk's rows, and the slopes of its index scores."""
-    given = (call.table, call.scales, call.caps, call.weights, call.valid, sums, workspace)
     made = call.blocks("scores")
     tiles = chunk["rows"] // ROWS * (chunk["padded"] // made.block("BLOCK_KEY"))
-    call.launch(_scores_kernel, made, tiles, *given, **chunk)
+    score = call.bound(_scores_kernel, made, tiles, 7, **chunk)
     made = row_launch()
     programs = chunk["rows"] // made.block("BLOCK_ROW")
-    more = {"SMALL": small(sums.dtype), "NEED_GRAD": need_grad}
-    call.launch(_rows_kernel, made, programs, call.valid, workspace, values, **chunk, **more)
+    more = {"SMALL": small(call.dtype), "NEED_GRAD": need_grad}
+    reduce = call.bound(_rows_kernel, made, programs, 3, **chunk, **more)
+
+    def step(given: Given, sums: Tensor, workspace: Tensor, values: Tensor, units: Units) -> None:
+        table, weights, valid, _ = given
+        score(table, call.scales, call.caps, weights, valid, sums, workspace)
+        reduce(valid, workspace, values)
+
+    return step
 
 
-def _multiply(call: Call, workspace: Tensor, units: Units, chunk: dict[str, int]) -> None:
+def _multiply(call: Call, chunk: dict[str, int], parts: int) -> Step:
     """Gradients of a chunk's queries and weights, and what it adds to those of the keys."""
-    sizes, rows, padded = call.sizes, chunk["rows"], chunk["padded"]
+    rows, padded = chunk["rows"], chunk["padded"]
     made = call.blocks("bwd_dq")
-    programs = rows // made.block("BLOCK_QUERY") * sizes["index_heads"]
-    given = (call.table, call.weights, call.valid, workspace)
-    call.launch(_bwd_dq_kernel, made, programs, *given, units.query, units.weights, **chunk)
+    programs = rows // made.block("BLOCK_QUERY") * call.sizes["index_heads"]
+    of_queries = call.bound(_bwd_dq_kernel, made, programs, 6, **chunk)
     made = call.blocks("bwd_dk")
-    parts = units.key.shape[1]
     last = chunk["first"] + rows - 1
     items = last // padded - chunk["first"] // padded + 1
-    programs = cdiv(sizes["tokens"], made.block("BLOCK_KEY")) * parts * items
-    call.launch(_bwd_dk_kernel, made, programs, *given, units.key, parts=parts, **chunk)
+    programs = cdiv(call.sizes["tokens"], made.block("BLOCK_KEY")) * parts * items
+    of_keys = call.bound(_bwd_dk_kernel, made, programs, 5, parts=parts, **chunk)
+
+    def step(given: Given, sums: Tensor, workspace: Tensor, values: Tensor, units: Units) -> None:
+        of_queries(*given[:3], workspace, units.query, units.weights)
+        of_keys(*given[:3], workspace, units.key)
+
+    return step

@@ -6,14 +6,17 @@ whose upstream gradients only the backward knows, so the backward makes the logi
 road not taken there: two unit gradients of the weight, which take its memory twice.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import check_logits, check_options, resolve_backend
-from ..common.autograd import Named, accumulator, inverse, register
+from ..checks import check_logits, check_options, look_at_logits, resolve_backend
+from ..common.autograd import Named, accumulator, inverse, planned, register
+from ..common.plan import Plan, losses_in, plan_for
 from ..common.remembered import remembered
 from ..types import Backend, LogitsDivergenceKind, LogitsHead
 from . import torch_path
@@ -74,58 +77,105 @@ def logits_divergence(
         ValueError: shapes, devices, options that do not fit, or a teacher that requires grad.
         TypeError: something that is neither a head nor a float tensor, or no bool mask.
     """
+    given = (student, teacher, mask, labels)
+    options: Any = (kind, temperature, scale_by_temperature, beta, skew, backend)
+    plan = plan_for(look_at_logits(*given, *options), partial(_checked_plan, *given, *options))
+    values: Tensor | tuple[Tensor, Tensor] = plan(
+        _tensors_of(student), _tensors_of(teacher), mask, labels
+    )
+    return values
+
+
+def _tensors_of(side: LogitsHead | Tensor) -> list[Tensor]:
+    """`[logits]`, `[hidden, weight]` or `[hidden, weight, bias]`."""
+    return [side] if isinstance(side, Tensor) else [of for of in side if of is not None]
+
+
+def _checked_plan(
+    student: LogitsHead | Tensor,
+    teacher: LogitsHead | Tensor,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    kind: str,
+    temperature: float,
+    scale_by_temperature: bool,
+    beta: float,
+    skew: float,
+    backend: str,
+) -> Plan:
+    """Losses of sides, mask and labels that look like those of this call, if all fits."""
     check_options(kind, temperature, beta, skew)
-    teacher_share = float(skew if kind == "skew_kl" else beta)
-    student_side, teacher_side = check_logits(student, teacher, kind, mask, labels)
-    device = student_side[0].device
-    dtype = accumulator(*student_side, *teacher_side)
-    chosen = resolve_backend(backend, device, dtype)
-    lead = student_side[0].shape[:2]
-    # a view is another object, of which nothing is remembered
-    if mask is not None and mask.shape != lead:
-        mask = mask.view(lead)
-    if labels is not None and labels.shape != lead:
-        labels = labels.view(lead)
-    shared = min(_vocabulary(student_side), _vocabulary(teacher_side))
-    if len(teacher_side) == 1:
-        teacher_side = [teacher_side[0][..., :shared]]
-    else:
-        teacher_side = [teacher_side[0], *(tensor[:shared] for tensor in teacher_side[1:])]
+    check_logits(student, teacher, kind, mask, labels)
+    given = (_tensors_of(student), _tensors_of(teacher), mask, labels)
+    sides = given[:2]
+    states = sides[0][0]
+    dtype = accumulator(*sides[0], *sides[1])
+    chosen = resolve_backend(backend, states.device, dtype)
+    shared = min(map(_vocabulary, sides))
     grad = torch.is_grad_enabled()
-    values: Tensor = _logits(
-        student_side,
-        teacher_side,
-        mask,
-        labels,
-        remembered(
-            (mask, labels),
-            ("inverse counts", lead, dtype),
-            device,
-            lambda: _inverse_counts(mask, labels, lead, dtype, device),
-        ),
+    read = _reader(states.ndim == 2, shared < _vocabulary(sides[1]), shared)
+    lead = (1, *states.shape[:-1])[-2:]
+    options = (
         _mixed_kind(kind, beta, skew),
         float(temperature),
-        teacher_share,
+        float(skew if kind == "skew_kl" else beta),
         float(temperature) ** 2 if scale_by_temperature else 1.0,
         shared,
-        grad and student_side[0].requires_grad,
-        grad and any(tensor.requires_grad for tensor in student_side[1:]),
+        grad and states.requires_grad,
+        grad and any([tensor.requires_grad for tensor in sides[0][1:]]),
         chosen,
-    )[0]
-    if student_side[0].dtype != torch.float64:
-        values = values.float()
-    return values[0] if labels is None else (values[0], values[1])
+    )
+    what = ("inverse counts", lead, dtype)
+
+    def arguments(*given: Any) -> tuple[Any, ...]:
+        *sides, mask, labels = read(*given)
+
+        def made() -> Tensor:
+            return _inverse_counts(mask, labels, lead, dtype, sides[0][0].device)
+
+        counts = remembered((mask, labels), what, sides[0][0].device, made)
+        return *sides, mask, labels, counts, *options
+
+    run = _logits.planned(arguments(*given))
+    values_of = losses_in(lambda *given: run(arguments(*given))[0], states.dtype)
+    if labels is None:
+        return lambda *given: values_of(*given).view(())
+
+    def pair(*given: Any) -> tuple[Tensor, Tensor]:
+        values = values_of(*given)
+        return values[0], values[1]
+
+    return pair
+
+
+def _reader(flat: bool, cut: bool, shared: int) -> Callable[..., tuple[Any, ...]]:
+    """Gives tensors three dimensions where they are `flat`, and cuts the teacher's vocabulary."""
+
+    def read(
+        student: list[Tensor], teacher: list[Tensor], mask: Tensor | None, labels: Tensor | None
+    ) -> tuple[Any, ...]:
+        if cut and len(teacher) == 1:
+            teacher = [teacher[0][..., :shared]]
+        elif cut:
+            teacher = [teacher[0], *(tensor[:shared] for tensor in teacher[1:])]
+        if flat:
+            # a view is another object, of which nothing is remembered
+            student, teacher = ([side[0][None], *side[1:]] for side in (student, teacher))
+            mask, labels = (None if of is None else of[None] for of in (mask, labels))
+        return student, teacher, mask, labels
+
+    return read
 
 
 def _inverse_counts(
     mask: Tensor | None,
     labels: Tensor | None,
-    lead: torch.Size,
+    lead: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
     """`[1 or 2]`: one over the valid rows, and over those of them that have a label."""
-    counts: list[Tensor | int] = [lead.numel() if mask is None else mask.sum()]
+    counts: list[Tensor | int] = [math.prod(lead) if mask is None else mask.sum()]
     if labels is not None:
         counted = labels != -100
         counts.append((counted if mask is None else counted & mask).sum())
@@ -143,15 +193,28 @@ def _vocabulary(side: Sequence[Tensor]) -> int:
     return side[1].shape[0] if side[1:] else side[0].shape[-1]
 
 
-def _sweep(backend: str, *arguments: Any) -> tuple[Tensor, Gradients]:
+def _sweep(
+    backend: str,
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    mask: Tensor | None,
+    labels: Tensor | None,
+    factors: Tensor,
+    how: Divergence,
+    *needs: bool,
+) -> Callable[..., tuple[Tensor, Gradients]]:
+    """The plan of sums and gradients, from sides, mask, labels and factors."""
     if backend == "torch":
-        return torch_path.sweep(*arguments)
+        rest: Any = (how, *needs)
+        return lambda *tensors: torch_path.sweep(*tensors, *rest)
     # imported by the first call that needs Triton
     from .triton_path import sweep
 
-    return sweep(*arguments)
+    looks: Any = (mask is not None, labels is not None, factors.dtype, how, *needs)
+    return sweep(student, teacher, *looks)
 
 
+@planned
 def _forward(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
@@ -166,12 +229,17 @@ def _forward(
     need_states: bool,
     need_weight: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Losses `[1 or 2]` and, without labels, the gradients of student states, weight and bias."""
     how = Divergence(kind, temperature, teacher_share, scale, shared)
     needs = (need_states and labels is None, need_weight and labels is None)
-    sums, made = _sweep(backend, student, teacher, mask, labels, inverse_counts, how, *needs)
-    return sums * inverse_counts, *made
+    plan = _sweep(backend, student, teacher, mask, labels, inverse_counts, how, *needs)
+
+    def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sums, made = plan(*arguments[:5])
+        return sums * arguments[4], *made
+
+    return run
 
 
 def _fake(given: Named) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -190,6 +258,7 @@ def _empty(
     return Gradients(*(like.new_empty(shape) for shape in shapes))
 
 
+@planned
 def _backward(
     factors: Tensor,
     student: Sequence[Tensor],
@@ -204,11 +273,17 @@ def _backward(
     need_states: bool,
     need_weight: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Gradients of `factors` times the two sums, from logits made once more."""
     how = Divergence(kind, temperature, teacher_share, scale, shared)
     needs = (need_states, need_weight)
-    return _sweep(backend, student, teacher, mask, labels, factors, how, *needs)[1]
+    plan = _sweep(backend, student, teacher, mask, labels, factors, how, *needs)
+
+    def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        made: tuple[Tensor, Tensor, Tensor] = plan(*arguments[1:5], arguments[0])[1]
+        return made
+
+    return run
 
 
 def _backward_fake(given: Named) -> tuple[Tensor, Tensor, Tensor]:

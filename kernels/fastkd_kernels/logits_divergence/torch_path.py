@@ -60,7 +60,7 @@ def sweep(
     """
     dtype = factors.dtype
     states, tokens = student[0], student[0].shape[1]
-    columns = read_columns(student, labels, how)
+    columns = read_columns(student, labels is not None, how)
     # a row or column that no chunk reaches has a gradient of 0
     made = Gradients(
         factors.new_zeros(states.shape if need_states else (0,)),
@@ -86,9 +86,9 @@ def sweep(
     return sums, made
 
 
-def read_columns(student: Sequence[Tensor], labels: Tensor | None, how: Divergence) -> int:
+def read_columns(student: Sequence[Tensor], labelled: bool, how: Divergence) -> int:
     """Columns of the student's vocabulary that are read: labels need all of them."""
-    if labels is None:
+    if not labelled:
         return how.shared
     return student[1].shape[0] if student[1:] else student[0].shape[-1]
 

@@ -7,8 +7,9 @@ gradient needs its softmax and, for most kinds, its divergence first.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,29 +111,37 @@ def padded(columns: int) -> int:
     return -(-columns // 16) * 16
 
 
+def _fresh(*shape: int, of: torch.dtype) -> Tensor:
+    """What plans look at in the place of a tensor that a call makes: its start divides by 16."""
+    return torch.empty(shape, dtype=of, device="meta")
+
+
+def _cut(tensor: Tensor, first: int, last: int) -> Tensor:
+    """Rows `[first, last)`, which often are all."""
+    return tensor if last - first == tensor.shape[0] else tensor[first:last]
+
+
+# fills `out` from left, right, out, bias and valid
+Product = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], None]
+
+
 def _product(
     left: Tensor,
     right: Tensor,
     out: Tensor,
     operand: torch.dtype,
+    on: torch.device,
     *,
     left_transposed: bool = False,
     right_transposed: bool = False,
-    bias: Tensor | None = None,
-    valid: Tensor | None = None,
+    biased: bool = False,
+    masked: bool = False,
     add: bool = False,
-) -> None:
-    """`out` `[rows, columns]` is, or grows by, `left @ right + bias` with transposed operands."""
-    if library_products.takes(left, right) and left.dtype == operand:
-        if valid is not None:
-            # what is in a row that does not count may be NaN, and its gradient is 0
-            right = right.masked_fill(valid[:, None] == 0, 0.0)
-        turned = (left.mT if left_transposed else left, right.mT if right_transposed else right)
-        trimmed = turned[0][: out.shape[0], : turned[1].shape[0]]
-        library_products.multiply(
-            trimmed, turned[1], out[:, : turned[1].shape[1]], add=add, bias=bias
-        )
-        return
+) -> Product:
+    """The plan of products of matrices like these: `out` `[rows, columns]` is, or grows by,
+    `left @ right + bias` with transposed operands, over the inner rows that are `valid`."""
+    if library_products.takes(on, left.dtype, right.dtype) and left.dtype == operand:
+        return partial(_by_library, left_transposed, right_transposed, add)
     rows, columns = out.shape
     inner = right.shape[1 if right_transposed else 0]
     align = _align(left, right, out)
@@ -141,34 +150,58 @@ def _product(
     blocks = {name: size for name, size in launch.constants.items() if isinstance(size, int)}
     steps = cdiv(inner, blocks["BLOCK_SUM"])
     grid = cdiv(rows, blocks["BLOCK_ROW"]) * cdiv(columns, blocks["BLOCK_COLUMN"])
-    parts, length = (1, steps) if add or bias is not None else inner_parts(grid, steps)
-    made = out if parts == 1 else out.new_empty(parts, rows, columns)
-    Quick(_matmul_kernel)[(grid, parts)](
-        left,
-        right,
-        left if bias is None else bias,
-        left if valid is None else valid,
-        made,
-        rows,
-        columns,
-        inner,
-        *(left.shape[::-1] if left_transposed else left.shape),
-        right.shape[0 if right_transposed else 1],
-        length,
-        left.stride(0),
-        right.stride(0),
-        made.stride(-2),
+    parts, length = (1, steps) if add or biased else inner_parts(grid, steps)
+    left_rows, left_inner = left.shape[::-1] if left_transposed else left.shape
+    start = Quick(_matmul_kernel).bound(
+        (grid, parts),
+        rows=rows,
+        columns=columns,
+        inner=inner,
+        left_rows=left_rows,
+        left_inner=left_inner,
+        right_columns=right.shape[0 if right_transposed else 1],
+        part_steps=length,
+        left_step=left.stride(0),
+        right_step=right.stride(0),
+        out_step=out.stride(0) if parts == 1 else columns,
         **product_constants(launch, operand, out.dtype),
         ALIGN=align,
         LEFT_TRANSPOSED=left_transposed,
         RIGHT_TRANSPOSED=right_transposed,
-        HAS_BIAS=bias is not None,
-        HAS_MASK=valid is not None,
+        HAS_BIAS=biased,
+        HAS_MASK=masked,
         ADD=add,
         **launch.options,
     )
-    if parts > 1:
-        torch.sum(made, 0, out=out)
+
+    def multiply(
+        left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None, valid: Tensor | None
+    ) -> None:
+        made = out if parts == 1 else out.new_empty(parts, rows, columns)
+        start(left, right, left if bias is None else bias, left if valid is None else valid, made)
+        if parts > 1:
+            torch.sum(made, 0, out=out)
+
+    return multiply
+
+
+def _by_library(
+    left_transposed: bool,
+    right_transposed: bool,
+    add: bool,
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    valid: Tensor | None,
+) -> None:
+    if valid is not None:
+        # what is in a row that does not count may be NaN, and its gradient is 0
+        right = right.masked_fill(valid[:, None] == 0, 0.0)
+    left, right = left.mT if left_transposed else left, right.mT if right_transposed else right
+    inner, columns = right.shape
+    trimmed = left[: out.shape[0], :inner]
+    library_products.multiply(trimmed, right, out[:, :columns], add=add, bias=bias)
 
 
 def _bytes(mask: Tensor) -> Tensor:
@@ -176,150 +209,301 @@ def _bytes(mask: Tensor) -> Tensor:
     return remembered((mask,), "flat", mask.device, lambda: mask.to(torch.uint8).flatten())
 
 
+class _Read(NamedTuple):
+    """One model's tensors as kernels read them: the caller's logits, or a head."""
+
+    logits: Tensor
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
 class _Side:
-    """One model's logits: the caller's own, or made chunk by chunk from its head."""
+    """One model's logits: the caller's own, or made chunk by chunk from its head.
+
+    It keeps no tensor of `side`.
+    """
 
     def __init__(self, side: Sequence[Tensor], columns: int, total: torch.dtype) -> None:
         self.stored = len(side) > 1
         self.columns, self.total = columns, total
-        states = unit_stride(side[0])
-        self.logits = states
+        self.device, self.biased = side[0].device, len(side) > 2
+        logits = unit_stride(side[0])
+        # of items and tokens, where chunks are not made
+        self.strides = (logits.stride(0), logits.stride(-2))
         if self.stored:
-            self.hidden = states.reshape(-1, states.shape[-1])
-            self.weight = unit_stride(side[1])[:columns]
-            self.bias = side[2][:columns].contiguous() if side[2:] else None
+            self.strides = (padded(columns), padded(columns))
 
-    def make(self, first: int, last: int, workspace: Tensor) -> Tensor:
-        """Logits of rows `[first, last)` in `workspace`, or all of the caller's."""
+    def read(self, side: Sequence[Tensor]) -> _Read:
+        states = unit_stride(side[0])
         if not self.stored:
-            return self.logits
-        rows = self.hidden[first:last]
-        operand = operand_dtype(rows.dtype, self.weight.dtype, self.total)
-        out = workspace[: last - first]
-        _product(rows, self.weight, out, operand, right_transposed=True, bias=self.bias)
-        return out
+            return _Read(states, states, states, None)
+        hidden = states.reshape(-1, states.shape[-1])
+        bias = _cut(side[2], 0, self.columns).contiguous() if self.biased else None
+        return _Read(states, hidden, _cut(unit_stride(side[1]), 0, self.columns), bias)
+
+    def maker(self, like: _Read, first: int, last: int) -> Callable[[_Read, Tensor], Tensor]:
+        """Makes logits of rows `[first, last)` in a workspace, or gives all of the caller's."""
+        if not self.stored:
+            return lambda read, workspace: read.logits
+        rows = like.hidden[first:last]
+        multiply = _product(
+            rows,
+            like.weight,
+            _fresh(last - first, padded(self.columns), of=self.total),
+            operand_dtype(rows.dtype, like.weight.dtype, self.total),
+            self.device,
+            right_transposed=True,
+            biased=self.biased,
+        )
+
+        def make(read: _Read, workspace: Tensor) -> Tensor:
+            out = _cut(workspace, 0, last - first)
+            multiply(_cut(read.hidden, first, last), read.weight, out, read.bias, None)
+            return out
+
+        return make
+
+
+class _Given(NamedTuple):
+    """What the steps of one call read and fill."""
+
+    student: _Read
+    teacher: _Read
+    ids: Tensor | None
+    valid: Tensor | None
+    factors: Tensor
+    student_space: Tensor
+    teacher_space: Tensor
+    # of the gradient of a chunk's logits
+    space: Tensor
+    values: Tensor
+    made: Gradients
+
+
+Step = Callable[[_Given], None]
+
+
+class _Call(NamedTuple):
+    """What calls that look alike share."""
+
+    sides: tuple[_Side, _Side]
+    like: tuple[_Read, _Read]
+    how: Divergence
+    tokens: int
+    rows: int
+    masked: bool
+    labelled: bool
+    need_states: bool
+    wants_weight: bool
+    total: torch.dtype
+    # what the gradient of the logits is multiplied in
+    kept: torch.dtype
+    scalars: Tensor
 
 
 def sweep(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
-    mask: Tensor | None,
-    labels: Tensor | None,
-    factors: Tensor,
+    masked: bool,
+    labelled: bool,
+    total: torch.dtype,
     how: Divergence,
     need_states: bool,
     need_weight: bool,
-) -> tuple[Tensor, Gradients]:
-    """Sums over valid rows and the gradients of `factors` times these sums.
+) -> Callable[..., tuple[Tensor, Gradients]]:
+    """The plan of sides like these, from student, teacher, mask, labels and factors.
 
-    The arguments are those of `torch_path.sweep`.
+    Makes sums over valid rows and the gradients of `factors`, in the dtype `total`, times these
+    sums. The arguments are those of `torch_path.sweep`.
     """
-    total, states = factors.dtype, student[0]
-    tokens = states.shape[1]
-    rows = states.shape[0] * tokens
-    columns = read_columns(student, labels, how)
-    student_side, teacher_side = _Side(student, columns, total), _Side(teacher, how.shared, total)
-
-    def new(*shape: int, of: torch.dtype = total) -> Tensor:
-        return torch.empty(shape, dtype=of, device=states.device)
-
-    wants_weight = need_weight and student_side.stored
-    made = Gradients(
-        new(*(states.shape if need_states else (0,))),
-        new(*(student[1].shape if wants_weight else (0,))),
-        new(*(student[2].shape if wants_weight and student[2:] else (0,))),
-    )
-    # columns that are not compared have a gradient of 0
-    if student_side.stored:
-        made.weight[columns:].zero_()
-        made.bias[columns:].zero_()
-    else:
-        made.states[..., columns:].zero_()
-    store = need_states or wants_weight
-    # what the gradient of the logits is multiplied in
+    states, width = student[0], student[0].shape[-1]
+    columns = read_columns(student, labelled, how)
+    sides = (_Side(student, columns, total), _Side(teacher, how.shared, total))
+    stored, teacher_stored = (side.stored for side in sides)
+    wants_weight = need_weight and stored
     kept = total
-    if student_side.stored:
+    if stored:
         kept = product_dtype(operand_dtype(states.dtype, student[1].dtype, total))
-    launch = row_launch(columns)
-    chunk = rows
-    if student_side.stored or teacher_side.stored:
-        row_bytes = (
-            student_side.stored * columns + teacher_side.stored * how.shared
-        ) * total.itemsize
-        weight_bytes = student[1].numel() * total.itemsize if student_side.stored else 0
-        chunk = logits_chunk(rows, row_bytes, weight_bytes)
-    student_space = new(chunk if student_side.stored else 0, padded(columns))
-    teacher_space = new(chunk if teacher_side.stored else 0, padded(how.shared))
-    # in the accumulator's dtype the gradient takes the place of the logits
-    space = student_space if kept == total or not store else new(chunk, padded(columns), of=kept)
-    values = new(factors.numel(), rows)
-    valid = None if mask is None else _bytes(mask)
-    ids = None if labels is None else labels.flatten()
+    rows = states.shape[0] * states.shape[1]
     shares = (how.teacher_share, 1.0 - how.teacher_share)
     numbers = [1 / how.temperature, *shares, how.scale, how.scale / how.temperature]
-    scalars = to_device([numbers], total, states)
-    for first in range(0, rows, chunk):
-        last = min(first + chunk, rows)
-        gradient = space if student_side.stored else made.states
-        logits, teacher_logits = (
-            side.make(first, last, workspace)
-            for side, workspace in ((student_side, student_space), (teacher_side, teacher_space))
-        )
-        Quick(_row_kernel)[(last - first,)](
-            logits,
-            teacher_logits,
-            values if ids is None else ids,
-            values if valid is None else valid,
-            scalars,
+    call = _Call(
+        sides,
+        (sides[0].read(student), sides[1].read(teacher)),
+        how,
+        *(states.shape[1], rows, masked, labelled, need_states, wants_weight, total, kept),
+        to_device([numbers], total, states),
+    )
+    chunk = rows
+    if stored or teacher_stored:
+        row_bytes = (stored * columns + teacher_stored * how.shared) * total.itemsize
+        chunk = logits_chunk(rows, row_bytes, student[1].numel() * total.itemsize if stored else 0)
+    steps = [
+        step
+        for first in range(0, rows, chunk)
+        for step in _steps(call, first, min(first + chunk, rows))
+    ]
+    student_space = (chunk if stored else 0, padded(columns))
+    teacher_space = (chunk if teacher_stored else 0, padded(how.shared))
+    # in the accumulator's dtype the gradient takes the place of the logits
+    apart = kept != total and (need_states or wants_weight)
+    shapes = [
+        tuple(student[index].shape) if needed and student[index:] else (0,)
+        for index, needed in enumerate((need_states, wants_weight, wants_weight))
+    ]
+    # columns that are not compared have a gradient of 0
+    vocabulary = student[1].shape[0] if stored else width
+    rest = columns < vocabulary
+    device, values = states.device, (1 + labelled, rows)
+
+    def new(shape: tuple[int, ...], of: torch.dtype = total) -> Tensor:
+        return torch.empty(shape, dtype=of, device=device)
+
+    def run(
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        mask: Tensor | None,
+        labels: Tensor | None,
+        factors: Tensor,
+    ) -> tuple[Tensor, Gradients]:
+        made = Gradients(*[new(shape) for shape in shapes])
+        if rest and stored:
+            made.weight[columns:].zero_()
+            made.bias[columns:].zero_()
+        elif rest:
+            made.states[..., columns:].zero_()
+        workspace = new(student_space)
+        given = _Given(
+            sides[0].read(student),
+            sides[1].read(teacher),
+            None if labels is None else labels.flatten(),
+            None if mask is None else _bytes(mask),
             factors,
-            values,
-            gradient,
-            first,
-            rows,
-            tokens,
-            columns,
-            how.shared,
-            logits.stride(0),
-            logits.stride(-2),
-            teacher_logits.stride(0),
-            teacher_logits.stride(-2),
-            first if student_side.stored else 0,
-            padded(columns) if student_side.stored else columns,
-            gradient.shape[-1],
-            SUM_TYPE=TYPES[total],
-            **launch.constants,
-            KIND=how.kind,
-            SMALL=small(total),
-            EVEN=how.kind == "js" and how.teacher_share == 0.5,
-            STUDENT_STORED=student_side.stored,
-            TEACHER_STORED=teacher_side.stored,
-            HAS_MASK=valid is not None,
-            HAS_LABELS=ids is not None,
-            STORE=store,
-            **launch.options,
+            workspace,
+            new(teacher_space),
+            new(student_space, kept) if apart else workspace,
+            new(values),
+            made,
         )
-        if student_side.stored and store:
-            counted = None if valid is None else valid[first:last]
-            _apply(space[: last - first], student_side, first, counted, made)
-    return values.sum(1), made
+        for step in steps:
+            step(given)
+        return given.values.sum(1), made
+
+    return run
 
 
-def _apply(
-    gradient: Tensor, student_side: _Side, first: int, valid: Tensor | None, made: Gradients
-) -> None:
-    """From the gradient of a chunk's logits to that of hidden states, weight and bias."""
-    last = first + gradient.shape[0]
-    if made.states.numel():
-        out = made.states.view(-1, made.states.shape[-1])[first:last]
-        _product(gradient, student_side.weight, out, gradient.dtype)
-    if made.weight.numel():
-        out = made.weight[: student_side.columns]
-        rows = student_side.hidden[first:last]
-        _product(
-            gradient, rows, out, gradient.dtype, left_transposed=True, valid=valid, add=first > 0
+def _steps(call: _Call, first: int, last: int) -> list[Step]:
+    """A chunk's logits, their loss and its gradient, and what that is multiplied to."""
+    made = [_row_step(call, first, last)]
+    if call.sides[0].stored:
+        gradient = _fresh(last - first, padded(call.sides[0].columns), of=call.kept)
+        if call.need_states:
+            made.append(_states_step(call, gradient, first, last))
+        if call.wants_weight:
+            made.append(_weight_step(call, gradient, first, last))
+        if call.wants_weight and call.sides[0].biased:
+            made.append(_bias_step(call, first, last))
+    return made
+
+
+def _row_step(call: _Call, first: int, last: int) -> Step:
+    sides, how = call.sides, call.how
+    stored, columns = sides[0].stored, sides[0].columns
+    makers = [side.maker(like, first, last) for side, like in zip(sides, call.like, strict=True)]
+    launch = row_launch(columns)
+    step_size = padded(columns) if stored else call.like[0].logits.shape[-1]
+    start = Quick(_row_kernel).bound(
+        (last - first,),
+        first=first,
+        rows=call.rows,
+        tokens=call.tokens,
+        columns=columns,
+        shared=how.shared,
+        student_batch=sides[0].strides[0],
+        student_token=sides[0].strides[1],
+        teacher_batch=sides[1].strides[0],
+        teacher_token=sides[1].strides[1],
+        gradient_first=first if stored else 0,
+        gradient_columns=padded(columns) if stored else columns,
+        gradient_step=step_size if stored or call.need_states else 0,
+        SUM_TYPE=TYPES[call.total],
+        **launch.constants,
+        KIND=how.kind,
+        SMALL=small(call.total),
+        EVEN=how.kind == "js" and how.teacher_share == 0.5,
+        STUDENT_STORED=stored,
+        TEACHER_STORED=sides[1].stored,
+        HAS_MASK=call.masked,
+        HAS_LABELS=call.labelled,
+        STORE=call.need_states or call.wants_weight,
+        **launch.options,
+    )
+    scalars = call.scalars
+
+    def step(given: _Given) -> None:
+        start(
+            makers[0](given.student, given.student_space),
+            makers[1](given.teacher, given.teacher_space),
+            given.values if given.ids is None else given.ids,
+            given.values if given.valid is None else given.valid,
+            scalars,
+            given.factors,
+            given.values,
+            given.space if stored else given.made.states,
         )
-    if made.bias.numel():
-        part = gradient[:, : student_side.columns].sum(0, dtype=made.bias.dtype)
-        made.bias[: student_side.columns] = (
-            part if first == 0 else made.bias[: student_side.columns] + part
+
+    return step
+
+
+def _states_step(call: _Call, gradient: Tensor, first: int, last: int) -> Step:
+    """Hidden states' rows of the gradient, from that of a chunk's logits."""
+    weight, width = call.like[0].weight, call.like[0].hidden.shape[1]
+    out = _fresh(last - first, width, of=call.total)
+    multiply = _product(gradient, weight, out, gradient.dtype, call.sides[0].device)
+
+    def step(given: _Given) -> None:
+        rows = _cut(given.made.states.view(-1, width), first, last)
+        multiply(_cut(given.space, 0, last - first), given.student.weight, rows, None, None)
+
+    return step
+
+
+def _weight_step(call: _Call, gradient: Tensor, first: int, last: int) -> Step:
+    """The weight's gradient is, or grows by, that of a chunk."""
+    side, hidden = call.sides[0], call.like[0].hidden
+    multiply = _product(
+        gradient,
+        hidden[first:last],
+        _fresh(side.columns, hidden.shape[1], of=call.total),
+        gradient.dtype,
+        side.device,
+        left_transposed=True,
+        masked=call.masked,
+        add=first > 0,
+    )
+
+    def step(given: _Given) -> None:
+        multiply(
+            _cut(given.space, 0, last - first),
+            _cut(given.student.hidden, first, last),
+            _cut(given.made.weight, 0, side.columns),
+            None,
+            None if given.valid is None else _cut(given.valid, first, last),
         )
+
+    return step
+
+
+def _bias_step(call: _Call, first: int, last: int) -> Step:
+    columns = call.sides[0].columns
+
+    def step(given: _Given) -> None:
+        gradient = _cut(given.space, 0, last - first)[:, :columns]
+        out = _cut(given.made.bias, 0, columns)
+        if first == 0:
+            torch.sum(gradient, 0, dtype=out.dtype, out=out)
+        else:
+            out += gradient.sum(0, dtype=out.dtype)
+
+    return step

@@ -1,0 +1,114 @@
+"""A training step in the steady state reads nothing from the device: on a GPU each read waits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import make_recipe
+from tiny_training import save_classifier, write_recipe, write_task
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastkd.data.prefetch import Prefetched
+from fastkd.distributed import joined_ranks
+from fastkd.layer_map import Progress
+from fastkd.recipe import Recipe, load_recipe
+from fastkd.training.loop import train_step
+from fastkd.training.setup import set_up
+from fastkd.training.window import Window
+
+# what hands numbers, or a shape that depends on numbers, to the host
+OPS = {"_local_scalar_dense", "nonzero", "equal", "masked_select"}
+METHODS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"}
+WARM_UP = 2
+
+
+class ReadOps(TorchDispatchMode):
+    """Counts reads that ops make."""
+
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in OPS or by_mask:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class ReadMethods(TorchFunctionMode):
+    """Counts reads that Python makes: on a CPU some of them are no op."""
+
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in METHODS:
+            self.found[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_reads_are_seen() -> None:
+    reads = Counter[str]()
+    numbers = torch.arange(3)
+    with ReadOps(reads), ReadMethods(reads):
+        numbers.tolist()
+        bool(numbers.any())
+        numbers[numbers > 1]
+    assert reads["tolist"] == 1 and reads["__bool__"] == 1 and reads["index"] == 1, reads
+
+
+def text_recipe(folder: Path, **sections: Any) -> Recipe:
+    return load_recipe(make_recipe(folder, **sections), [])
+
+
+def task_recipe(folder: Path) -> Recipe:
+    """Padded batches of a classifier."""
+    write_task(folder / "task")
+    save_classifier(folder / "classifier")
+    return load_recipe(write_recipe(folder, "run", train={"micro_batch_size": 4}), [])
+
+
+RECIPES = {
+    "text": lambda folder: text_recipe(folder),
+    "text, micro-batches, checkpointing": lambda folder: text_recipe(
+        folder,
+        train={"micro_batch_size": 2, "log_every": 100},
+        student={"layers": 2, "gradient_checkpointing": True},
+    ),
+    "text, more losses": lambda folder: text_recipe(
+        folder,
+        losses={
+            "relations": {"relation_heads": 4},
+            "divergence": {"loss": "attention", "kind": "kl"},
+            "balance": {"kind": "ratio", "reference": "hidden"},
+        },
+    ),
+    "task": task_recipe,
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_step_reads_nothing(tmp_path: Path, name: str) -> None:
+    recipe = RECIPES[name](tmp_path)
+    with joined_ranks() as ranks:
+        run = set_up(recipe, ranks, progress=False)
+        with closing(Prefetched(run.micro_batches(), ranks.device)) as micro_batches:
+            window = Window(run, micro_batches, 0)
+            for step in range(WARM_UP + 3):
+                reads = Counter[str]()
+                with ReadOps(reads), ReadMethods(reads):
+                    run.objective.at(Progress(step, micro_batches.epoch))
+                    window.add(train_step(run, micro_batches.next_step(step)))
+                if step >= WARM_UP:
+                    assert not reads, (step, reads)
+            record, _ = window.close(stop=False)
+            assert record["loss"] > 0

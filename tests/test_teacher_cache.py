@@ -19,6 +19,7 @@ from fastkd.distributed import Ranks, start_ranks, stop_ranks
 from fastkd.errors import UserError
 from fastkd.recipe import load_recipe
 from fastkd.training.setup import Run, set_up
+from fastkd.training.teacher_cache.layout import fields_of
 from fastkd.training.teacher_cache.plan import CachePlan, check_room, plan_cache
 from fastkd.training.teacher_cache.states import Rows
 
@@ -121,6 +122,19 @@ def test_rows_are_not_mixed_up(folder: Path, ranks: Ranks) -> None:
 def test_values_are_stored_only_where_they_are_read(folder: Path, ranks: Ranks) -> None:
     _, plan = states_of(folder, ranks, "exact", losses={"attention": {}})
     assert {field.name.split("-")[0] for field in plan.fields} == {"query", "key"}
+
+
+def test_states_of_submodules_are_stored_where_they_have_tokens(folder: Path, ranks: Ranks) -> None:
+    path = "bert.encoder.layer.1.output"
+    named = {"student_module": path, "teacher_module": path}
+    run, _ = states_of(folder, ranks, "exact", losses={"hidden": named})
+    (inputs,) = run.micro_batches().next_step(0)
+    mask = inputs["attention_mask"].bool()
+    found, expected = (give(inputs).modules[path] for give in (run.teacher, run.teacher.record))
+    torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=2e-6)
+    pooled = Capture(modules={"pooler": torch.zeros(2, 8)})
+    with pytest.raises(UserError, match=r"^teacher\.cache: pooler .* gives \[2, 8\], expected"):
+        fields_of(pooled, (2, 3), None)
 
 
 def variant(folder: Path, name: str, **changes: Any) -> list[str]:

@@ -129,15 +129,14 @@ def check_room(plan: CachePlan, limit: float) -> None:
     """
     if plan.size > limit * _GIB:
         raise UserError(
-            f"teacher.cache: {_gib(plan.size)} of states, but teacher.cache_limit is {limit:g}; "
+            f"teacher.cache: {_size(plan.size)} of states, but teacher.cache_limit is {limit:g}; "
             f"raise it, {_smaller(plan)}or leave teacher.cache out"
         )
     root = plan.folder.parent
-    there = next(path for path in (root, *root.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(_existing(root)).free
     if not plan.filled and plan.size > free:
         raise UserError(
-            f"{FIELD}: {_gib(plan.size)} of states, but {root} has {_gib(free)} free; free some, "
+            f"{FIELD}: {_size(plan.size)} of states, but {root} has {_size(free)} free; free some, "
             f"name another folder, {_smaller(plan)}or leave teacher.cache out"
         )
 
@@ -162,7 +161,7 @@ def describe(run: Run, plan: CachePlan, reporter: Reporter) -> None:
     each = plan.size / plan.rows.tokens
     when = "is there" if plan.filled else "is filled before the first step"
     reporter.say(
-        f"teacher cache: {plan.form}, {each:,.0f} bytes a token, {_gib(plan.size)}; "
+        f"teacher cache: {plan.form}, {each:,.0f} bytes a token, {_size(plan.size)}; "
         f"{plan.folder} {when}"
     )
     reporter.say(run.ranks.from_main(lambda: _verdict(run, plan, each)))
@@ -186,18 +185,23 @@ def _verdict(run: Run, plan: CachePlan, each: float) -> str:
 
 
 def disk_rate(folder: Path) -> float:
-    """Bytes a second that are read below a folder, of a file that is not in memory."""
-    with disk_errors(folder, "try again"):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(os.urandom(_PROBE_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            file.seek(0)
-            start = time.perf_counter()
-            file.read()
-            return _PROBE_BYTES / (time.perf_counter() - start)
+    """Bytes a second that are read where a folder is or will be, of a file that is not in memory;
+    the file is gone afterwards."""
+    place = _existing(folder)
+    with disk_errors(place, "try again"), tempfile.TemporaryFile(dir=place) as file:
+        file.write(os.urandom(_PROBE_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        start = time.perf_counter()
+        file.read()
+        return _PROBE_BYTES / (time.perf_counter() - start)
+
+
+def _existing(folder: Path) -> Path:
+    """A folder, or the nearest above it that there is."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
 
 
 def _teacher_seconds(run: Run) -> float:
@@ -247,5 +251,5 @@ def _smaller(plan: CachePlan) -> str:
     return "take teacher.cache=bfloat16, " if plan.form == "exact" else ""
 
 
-def _gib(size: int) -> str:
-    return f"{size / _GIB:,.3g} GiB"
+def _size(size: int) -> str:
+    return f"{size / _GIB:,.3g} GiB" if size >= _GIB else f"{size / 2**20:,.3g} MiB"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.engine_step import engine_step
 from benchmarks.training_step import (
     dtype_on,
     make_inputs,
@@ -38,7 +39,11 @@ RESULTS = Path(__file__).parent / "results"
     ],
 )
 def test_losses_are_almost_free(device: str, batch: int, tokens: int) -> None:
-    steps = make_steps(make_inputs(batch, tokens, device))
+    inputs = make_inputs(batch, tokens, device)
+    with engine_step(batch, tokens) as whole:
+        steps = {"fastkd distill": whole, **make_steps(inputs)}
+        times = timed_in_turn(steps, device, ROUNDS)
+        found = {name: on_the_device(step) for name, step in steps.items() if device == "cuda"}
     result = {
         "what": "one training step, BERT-base-shaped teacher, 4 x 312 student",
         "dtype": str(dtype_on(device)).removeprefix("torch."),
@@ -47,13 +52,12 @@ def test_losses_are_almost_free(device: str, batch: int, tokens: int) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "rounds": ROUNDS,
-        **timed_in_turn(steps, device, ROUNDS),
+        **times,
     }
     chip, held = "cpu", result["times the trivial step, median of paired rounds"]
     if device == "cuda":
         chip = torch.cuda.get_device_name().lower().replace(" ", "-")
         result["gpu"] = torch.cuda.get_device_name()
-        found = {name: on_the_device(step) for name, step in steps.items()}
         result["on the gpu"] = found
         # eager steps of this size wait for the host, so what the GPU does is held to a bound
         busy = {name: of_step["busy milliseconds"] for name, of_step in found.items()}
@@ -62,5 +66,6 @@ def test_losses_are_almost_free(device: str, batch: int, tokens: int) -> None:
         path = RESULTS / f"training-step-{chip}-{batch}x{tokens}.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
-    assert held["fastkd"] <= (1.15 if device == "cpu" else 1.3), held
-    assert held["fastkd"] < held["output_attentions"], held
+    for name in ("fastkd", "fastkd distill"):
+        assert held[name] <= (1.15 if device == "cpu" else 1.3), held
+        assert held[name] < held["output_attentions"], held

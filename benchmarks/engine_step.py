@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,11 @@ BLOCKS = 64
 
 @contextmanager
 def engine_step(
-    batch: int, tokens: int, size: Size = BERT_BASE, words: int = 30000
+    batch: int,
+    tokens: int,
+    size: Size = BERT_BASE,
+    words: int = 30000,
+    deepspeed: dict[str, Any] | None = None,
 ) -> Iterator[Step]:
     """A step of a run that is set up from a recipe; on the GPU where there is one.
 
@@ -37,12 +42,13 @@ def engine_step(
         tokens: of a block.
         size: of both models.
         words: of their vocabulary.
+        deepspeed: section of the recipe.
 
     Yields:
         What makes the next step of the run, and gives its weighted loss.
     """
     with tempfile.TemporaryDirectory() as folder, joined_ranks() as ranks:
-        recipe = make_recipe(Path(folder), batch, tokens, size, words)
+        recipe = make_recipe(Path(folder), batch, tokens, size, words, deepspeed or {})
         run = set_up(recipe, ranks, progress=False)
         numbers = itertools.count()
         with closing(Prefetched(run.micro_batches(), ranks.device)) as micro_batches:
@@ -58,7 +64,9 @@ def engine_step(
             yield step
 
 
-def make_recipe(folder: Path, batch: int, tokens: int, size: Size, words: int) -> Recipe:
+def make_recipe(
+    folder: Path, batch: int, tokens: int, size: Size, words: int, deepspeed: dict[str, Any]
+) -> Recipe:
     """A teacher of random weights, a text of random words, and TinyBERT's losses on them."""
     from tiny_models import tiny_tokenizer
 
@@ -78,5 +86,6 @@ def make_recipe(folder: Path, batch: int, tokens: int, size: Size, words: int) -
             "data": {"train": str(text), "block_size": tokens, "cache": str(folder / "cache")},
             "train": {"batch_size": batch, "warmup_steps": 100},
             "run": {"output": str(folder / "run")},
+            "deepspeed": deepspeed,
         }
     )

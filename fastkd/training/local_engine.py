@@ -19,6 +19,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 # as torch.nn.utils.clip_grad_norm_ and DeepSpeed have it
 _CLIP_EPSILON = 1e-6
+# numbers
+_ALIGNMENT = 64
 
 
 class LocalEngine:
@@ -178,7 +180,7 @@ class _Masters:
         module.to(torch.bfloat16)
         groups = optimizer.param_groups
         self._lower = [p for group in groups for p in group["params"]]
-        numbers = sum(p.numel() for p in self._lower)
+        numbers = sum(_padded(p.numel()) for p in self._lower)
         flat = torch.zeros(3 if accumulation > 1 else 2, numbers, device=self._lower[0].device)
         self.weights = self._views(flat[0])
         self._flat = flat[1]
@@ -215,5 +217,10 @@ class _Masters:
         for parameter in self._lower:
             # cut one by one: what `split` returns may not be written in place
             views.append(flat.narrow(0, start, parameter.numel()).view(parameter.shape))
-            start += parameter.numel()
+            start += _padded(parameter.numel())
         return views
+
+
+def _padded(numbers: int) -> int:
+    """Room that lets the next tensor start where wide loads can."""
+    return -(-numbers // _ALIGNMENT) * _ALIGNMENT

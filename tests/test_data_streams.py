@@ -68,6 +68,11 @@ def batches(stream: BlockStream, count: int) -> list[Any]:
     return [stream.next_batch().tolist() for _ in range(count)]
 
 
+def running() -> set[psutil.Process]:
+    """Processes that this one has started and that have not ended."""
+    return {each for each in psutil.Process().children() if each.status() != "zombie"}
+
+
 def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint does to a state."""
     file = io.BytesIO()
@@ -249,6 +254,7 @@ def test_streams_several_kinds_of_sources(
 def test_processes_change_neither_batches_nor_positions(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, at: int
 ) -> None:
+    before = running()
     corpora = [corpus_of(tmp_path, tokenizer, streaming=True, workers=n) for n in (0, 2)]
     alone, helped = (corpus.stream(8, seed=0) for corpus in corpora)
     with closing(helped):
@@ -262,7 +268,7 @@ def test_processes_change_neither_batches_nor_positions(
         # also when it is read again, whatever was read ahead
         helped.load_state_dict(expected)
         assert batches(helped, 40) == after
-    assert not [each for each in psutil.Process().children() if each.status() != "zombie"]
+    assert not running() - before
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -286,10 +292,11 @@ def test_a_damaged_line_is_told_of_when_its_batch_is_due(
 
 
 def test_a_killed_process_is_one_line(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    before = running()
     stream = corpus_of(tmp_path, tokenizer, streaming=True, workers=1).stream(8, seed=0)
     with closing(stream), pytest.raises(UserError, match=r"^data: one of 1 tokenising .* lower$"):
         stream.next_batch()
-        (child,) = psutil.Process().children()
+        (child,) = running() - before
         child.kill()
         batches(stream, 40)
 

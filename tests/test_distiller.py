@@ -58,7 +58,7 @@ def test_one_step_is_the_engines_bit_for_bit(tmp_path: Path) -> None:
         assert teacher is not None
         distiller = fastkd.Distiller(student, teacher, recipe.losses)
         distiller.objective.load_state_dict(run.objective.state_dict())
-        (batch,) = run.micro_batches().next_step(0)
+        (batch,) = map(run.move, run.micro_batches().next_step(0))
         with distiller:
             loss, parts = distiller(batch)
         raw, weighted = train_step(run, [batch])

@@ -102,7 +102,7 @@ def _by_hand(accumulation: int, max_grad_norm: float, bf16: bool) -> dict[str, T
 def _run(engine: LocalEngine, accumulation: int) -> None:
     for micro_batches in _data(accumulation):
         for rows, reach in micro_batches:
-            engine.backward(engine(rows, reach))
+            engine.backward(engine.module(rows, reach))
             engine.step()
 
 
@@ -129,7 +129,7 @@ def test_an_update_whose_gradient_is_not_finite_is_left_out(bf16: bool) -> None:
     engine = make_engine(Model(), 1, 1.0, bf16)
     _run(engine, 1)
     before = {name: p.clone() for name, p in engine.module.named_parameters()}
-    engine.backward(engine(torch.full((ROWS, WIDTH), float("inf")), True))
+    engine.backward(engine.module(torch.full((ROWS, WIDTH), float("inf")), True))
     engine.step()
     assert engine.skipped_steps == 0
     assert not engine.get_global_grad_norm() < float("inf")

@@ -89,7 +89,7 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
             loss_scales = (objective.divisors(inputs) / whole).float()
             # a teacher's outputs need all of its layers, its losses perhaps not
             teacher_states = teacher(inputs, whole=teacher_heard is not None)
-            parts = run.engine(inputs, teacher_states, loss_scales)[1]
+            parts = run.student(inputs, teacher_states, loss_scales)[1]
             losses += float(len(batch.rows) > 0) * parts[0]
             evaluator.add(
                 batch.rows, student_heard.output, teacher_heard.output if teacher_heard else None

@@ -87,9 +87,6 @@ class LocalEngine:
         updated = self._trained if self._masters is None else self._masters.weights
         return dict(zip(self._trained, updated, strict=True))
 
-    def __call__(self, *args: Any) -> Any:
-        return self.module(*args)
-
     def train(self) -> None:
         self.module.train()
 

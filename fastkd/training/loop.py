@@ -154,7 +154,8 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
         fp32 [2, labels] on the device: this rank's part of the step's raw and weighted losses; the
         sum over ranks is the mean over the global batch.
     """
-    teacher, engine, objective, ranks = run.teacher, run.engine, run.objective, run.ranks
+    teacher, student, engine = run.teacher, run.student, run.engine
+    objective, ranks = run.objective, run.ranks
     micro_batches = [run.move(batch) for batch in step_batches]
     loss_scales = run.loss_scales(micro_batches)
     if objective.needs_look:
@@ -165,7 +166,7 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
             parts = run.graphed(batch, scale)
             engine.take_gradients()
         else:
-            loss, parts = engine(batch, teacher(batch), scale)
+            loss, parts = student(batch, teacher(batch), scale)
             engine.backward(loss)
         engine.step()
         totals += parts / run.plan.pieces
@@ -179,7 +180,7 @@ def _look(run: Run, micro_batches: Sequence[Inputs], loss_scales: Tensor) -> Non
     run.engine.eval()
     pairs = zip(micro_batches, loss_scales, strict=True)
     with torch.no_grad():
-        found = [run.engine(batch, run.teacher(batch), scale)[1] for batch, scale in pairs]
+        found = [run.student(batch, run.teacher(batch), scale)[1] for batch, scale in pairs]
     run.engine.train()
     run.objective.observe(run.ranks.sum(torch.stack(found).sum(dim=0)[0] / run.plan.pieces))
 

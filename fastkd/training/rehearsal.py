@@ -35,7 +35,7 @@ def try_losses(run: Run) -> None:
     run.engine.eval()
     try:
         with torch.no_grad():
-            run.engine(inputs, run.teacher(inputs), loss_scales)
+            run.student(inputs, run.teacher(inputs), loss_scales)
     except UserError:
         raise
     except ValueError as error:

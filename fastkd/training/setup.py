@@ -8,6 +8,7 @@ nothing, so their student stands in no engine.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from fastkd.training.engine import (
     shard_teacher,
 )
 from fastkd.training.graphs import GraphedStep, check_graphs
+from fastkd.training.local_engine import LocalEngine
 from fastkd.training.memory import check_micro_batch
 from fastkd.training.parts import Parts, gather
 from fastkd.training.precision import settle_precision
@@ -47,6 +49,11 @@ class Run(Parts):
     """Around `module`, see `make_engine`; `module` itself where nothing is trained."""
     graphed: GraphedStep | None = None
     """What makes a micro-batch's forward and backward, where that is recorded."""
+
+    @property
+    def student(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """What to call on a micro-batch: DeepSpeed's engine, which has to see it, else `module`."""
+        return self.module if isinstance(self.engine, LocalEngine) else self.engine
 
     @property
     def teacher_parameters(self) -> int:
@@ -178,7 +185,7 @@ def _graphed(run: Run) -> GraphedStep:
     engine.hold_gradients()
 
     def step(inputs: Inputs, scale: Tensor) -> Tensor:
-        loss, parts = engine(inputs, teacher(inputs), scale)
+        loss, parts = run.module(inputs, teacher(inputs), scale)
         engine.differentiate(loss)
         added: Tensor = parts
         return added

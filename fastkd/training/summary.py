@@ -23,7 +23,7 @@ def summarise(run: Run, folder: RunFolder, seconds: float) -> dict[str, Any]:
     part = next(iter(datamodule.heldout(run.plan.micro_batch_size, ranks)))
     inputs = run.move(part.inputs)
     run.engine.eval()
-    speeds = {"student": tokens_per_second(run.engine, inputs, ranks)}
+    speeds = {"student": tokens_per_second(run.student, inputs, ranks)}
     parameters = {"student": run.initialisation.total}
     if not isinstance(run.teacher, NoTeacher):
         speeds["teacher"] = tokens_per_second(run.teacher.embed, inputs, ranks)

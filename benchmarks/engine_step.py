@@ -25,24 +25,26 @@ from fastkd.training.setup import set_up
 from fastkd.training.window import Window
 
 BLOCKS = 64
+ZERO: dict[str, Any] = {"wall_clock_breakdown": False}
+"""A section that asks for nothing but DeepSpeed's engine."""
 
 
 @contextmanager
 def engine_step(
     batch: int,
     tokens: int,
+    deepspeed: dict[str, Any] | None = None,
     size: Size = BERT_BASE,
     words: int = 30000,
-    deepspeed: dict[str, Any] | None = None,
 ) -> Iterator[Step]:
     """A step of a run that is set up from a recipe; on the GPU where there is one.
 
     Args:
         batch: blocks of a step.
         tokens: of a block.
+        deepspeed: section of the recipe.
         size: of both models.
         words: of their vocabulary.
-        deepspeed: section of the recipe.
 
     Yields:
         What makes the next step of the run, and gives its weighted loss.

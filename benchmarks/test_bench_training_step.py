@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.engine_step import engine_step
+from benchmarks.engine_step import ZERO, engine_step
 from benchmarks.training_step import (
     dtype_on,
     make_inputs,
@@ -40,8 +40,9 @@ RESULTS = Path(__file__).parent / "results"
 )
 def test_losses_are_almost_free(device: str, batch: int, tokens: int) -> None:
     inputs = make_inputs(batch, tokens, device)
-    with engine_step(batch, tokens) as whole:
-        steps = {"fastkd distill": whole, **make_steps(inputs)}
+    with engine_step(batch, tokens) as whole, engine_step(batch, tokens, ZERO) as sharded:
+        made = {"fastkd distill": whole, "fastkd distill, ZeRO-1": sharded}
+        steps = {**made, **make_steps(inputs)}
         times = timed_in_turn(steps, device, ROUNDS)
         found = {name: on_the_device(step) for name, step in steps.items() if device == "cuda"}
     result = {

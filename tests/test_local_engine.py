@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.step_host import Ops
 from fastkd.training.local_engine import LocalEngine
 
 STEPS, ROWS, WIDTH = 5, 8, 6
@@ -140,16 +139,6 @@ def test_an_update_whose_gradient_is_not_finite_is_left_out(bf16: bool) -> None:
     assert engine.get_global_grad_norm() > 0 and engine.skipped_steps == 1
 
 
-class _Counting(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("bf16", [False, True])
 def test_an_update_is_a_few_calls_and_reads_nothing(bf16: bool) -> None:
     module = nn.ModuleList(nn.Linear(4, 4) for _ in range(100))
@@ -158,7 +147,7 @@ def test_an_update_is_a_few_calls_and_reads_nothing(bf16: bool) -> None:
     for _ in range(2):
         found = torch.stack([layer.weight.sum() + layer.bias.sum() for layer in module])
         engine.backward(found.sum())
-        with _Counting() as counting:
+        with Ops() as counting:
             engine.step()
     assert sum(counting.calls.values()) < 50, counting.calls
     assert "_local_scalar_dense" not in counting.calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -45,10 +46,10 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """
     depth = check_single_stack(model)
     # a step asks twice, and looking through a model takes a part of it
-    known = _PATHS.get(model)
-    there = None if known is None else _module_at(model, known)
-    if isinstance(there, nn.ModuleList) and len(there) == depth:
-        return there
+    with suppress(AttributeError):
+        there = model.get_submodule(_PATHS.get(model, ""))
+        if isinstance(there, nn.ModuleList) and len(there) == depth:
+            return there
     path, blocks = _search(model, depth)
     _PATHS[model] = path
     return blocks
@@ -56,14 +57,6 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 _PATHS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """Where the blocks of a model were found."""
-
-
-def _module_at(model: nn.Module, path: str) -> nn.Module | None:
-    """What stands there now; `None` where nothing does."""
-    there: nn.Module | None = model
-    for name in path.split("."):
-        there = None if there is None else there._modules.get(name)
-    return there
 
 
 def _search(model: PreTrainedModel, depth: int) -> tuple[str, nn.ModuleList]:

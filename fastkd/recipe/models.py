@@ -71,6 +71,11 @@ class Teacher(Section):
         return self
 
     @property
+    def number_bytes(self) -> int:
+        """Of one of its numbers; `auto` is settled before."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
     def source(self) -> ModelSource:
         """Where it is loaded from."""
         return ModelSource(self.model, self.revision, self.sha256)

@@ -71,6 +71,11 @@ class Train(Section):
     keep_checkpoints: int = Field(default=2, gt=0)
     """Newest checkpoints that are kept."""
 
+    @property
+    def number_bytes(self) -> int:
+        """Of a number of the student as it computes; `auto` is settled before."""
+        return 2 if self.precision == "bf16" else 4
+
     @model_validator(mode="before")
     @classmethod
     def _without_steps(cls, tree: Any) -> Any:

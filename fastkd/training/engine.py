@@ -134,7 +134,6 @@ def make_engine(module: DistilledStudent, recipe: AnyRecipe, plan: BatchPlan, ra
         schedule, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=train.steps
     )
     module.to(ranks.device)
-    config = student_config(recipe, plan)
     if not uses_deepspeed(recipe, ranks.world_size):
         return LocalEngine(
             module,
@@ -144,10 +143,13 @@ def make_engine(module: DistilledStudent, recipe: AnyRecipe, plan: BatchPlan, ra
             batch_size=train.batch_size,
             max_grad_norm=train.max_grad_norm,
             bf16=train.precision == "bf16",
-            monitor=None if recipe.run.monitor == "none" else _monitor(config),
+            monitor=None
+            if recipe.run.monitor == "none"
+            else _monitor(student_config(recipe, plan)),
         )
     if train.zero_stage == 3:
         _lend_head(module)
+    config = student_config(recipe, plan)
     engine, *_ = _deepspeed().initialize(
         model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config
     )

@@ -230,7 +230,7 @@ def _check_counted(model: PreTrainedModel, found: DryPass, depth: int | None, to
 
 def _worked_with(recipe: Recipe, passes: Passes, plan: BatchPlan) -> dict[str, int]:
     """Bytes that come and go within a step."""
-    train, sizes = recipe.train, 2 if recipe.train.precision == "bf16" else 4
+    train, sizes = recipe.train, recipe.train.number_bytes
     times, deepspeed = plan.micro_batch_size / passes.rows, uses_deepspeed(recipe, plan.world_size)
     student = tensors_of(passes.student.captured)
     parts = {
@@ -245,8 +245,9 @@ def _worked_with(recipe: Recipe, passes: Passes, plan: BatchPlan) -> dict[str, i
         parts["gradients of a micro-batch"] = each * passes.trained_numbers
     gathered = 0
     if recipe.teacher.placement != "replicate":
-        size = 4 if recipe.teacher.dtype == "float32" else 2
-        gathered += size * int(min(passes.teacher_numbers, passes.teacher_block + _PREFETCH))
+        gathered += recipe.teacher.number_bytes * int(
+            min(passes.teacher_numbers, passes.teacher_block + _PREFETCH)
+        )
     if deepspeed and train.zero_stage == 3:
         gathered += sizes * int(min(passes.trained_numbers, passes.student_block + _PREFETCH))
     if gathered:
@@ -286,15 +287,14 @@ def _moving_seconds(recipe: Recipe, passes: Passes, chip: Chip, plan: BatchPlan)
     ranks, train = plan.world_size, recipe.train
     link = chip.link if ranks <= NODE else min(chip.link, NETWORK)
     others = (ranks - 1) / ranks
-    size = 2 if train.precision == "bf16" else 4
-    student = passes.trained_numbers * size
+    student = passes.trained_numbers * train.number_bytes
     # gradients are reduced and weights or gradients gathered
     moved = 2 * student * others
     if train.zero_stage == 3:
         # before the forward and before the backward of each micro-batch
         moved += 2 * student * others * plan.accumulation
     seconds = moved / link
-    teacher = passes.teacher_numbers * (4 if recipe.teacher.dtype == "float32" else 2)
+    teacher = passes.teacher_numbers * recipe.teacher.number_bytes
     if recipe.teacher.placement != "replicate":
         seconds += teacher * others * plan.accumulation / link
     if recipe.teacher.placement == "offload":

@@ -41,8 +41,7 @@ def check_micro_batch(
     """
     # examples are as long as their texts, and may be short
     tokens = recipe.data.block_size if isinstance(recipe, Recipe) and recipe.data else 1
-    size = 2 if recipe.train.precision == "bf16" else 4
-    needed = rows * tokens * (8 + size * width * layers)
+    needed = rows * tokens * (8 + recipe.train.number_bytes * width * layers)
     there = memory_of(device)
     if needed > there:
         raise UserError(
@@ -90,18 +89,18 @@ def memory_parts(recipe: AnyRecipe, teacher: int, trained: int, world_size: int)
         trained: parameters of the student and the projections.
         world_size: ranks that shards are spread over.
     """
-    bf16, stage = recipe.train.precision == "bf16", recipe.train.zero_stage
+    stage = recipe.train.zero_stage
     shard = [1, world_size]
     parts = {}
     if isinstance(recipe, Recipe):
-        size = teacher * (4 if recipe.teacher.dtype == "float32" else 2)
+        size = teacher * recipe.teacher.number_bytes
         parts["teacher weights"] = size // shard[recipe.teacher.placement != "replicate"]
     # bf16 keeps fp32 master weights beside Adam's two moments
-    optimiser = trained * (12 if bf16 else 8)
+    optimiser = trained * (12 if recipe.train.precision == "bf16" else 8)
     trained_weights = "student weights" if parts else "model weights"
     return {
         **parts,
-        trained_weights: trained * (2 if bf16 else 4) // shard[stage >= 3],
+        trained_weights: trained * recipe.train.number_bytes // shard[stage >= 3],
         "gradients": trained * 4 // shard[stage >= 2],
         "optimiser": optimiser // shard[stage >= 1],
     }

@@ -152,14 +152,13 @@ def _gathered(recipe: AnyRecipe, ranks: Ranks, progress: bool) -> Parts:
     plan = plan_batches(recipe, ranks.world_size)
     if recipe.train.compile:
         check_compiler(ranks.device)
-    config = student_config(recipe, plan)
     by_deepspeed = uses_deepspeed(recipe, ranks.world_size)
     if recipe.train.cuda_graph:
         model = recipe.student if isinstance(recipe, Recipe) else recipe.model
         recomputes = model.gradient_checkpointing and not recipe.train.compile
         check_graphs(ranks.device, by_deepspeed=by_deepspeed, recomputes=recomputes)
     if by_deepspeed:
-        check_config(config)
+        check_config(student_config(recipe, plan))
     check_micro_batch(recipe, plan.micro_batch_size, ranks.device)
     torch.manual_seed(recipe.train.seed)
     return gather(recipe, plan, ranks, progress=progress)

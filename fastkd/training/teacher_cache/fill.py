@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastkd.data.batching import BatchPlan
+from fastkd.data.datamodule import MicroBatches
 from fastkd.data.text.cache import new_folder, write_meta
 from fastkd.errors import UserError
 from fastkd.files.flat import flat_file
@@ -81,13 +82,19 @@ def fill(
         ranks.from_main(finish)
 
 
+def epoch_batches(run: Run) -> MicroBatches:
+    """All rows of an epoch, and on, in micro-batches of a run's size, the same on every rank."""
+    size = run.plan.micro_batch_size
+    return run.datamodule.micro_batches(size, 0, BatchPlan(size, 1, 1), 0)
+
+
 def _write_share(
     run: Run, folder: Path, fields: Sequence[Field], rows: Rows, progress: bool
 ) -> None:
     assert isinstance(run.teacher, TeacherRunner), "a plan is made for a teacher"
     ranks, size = run.ranks, run.plan.micro_batch_size
-    # all batches of an epoch on every rank: which rows are written twice must not depend on theirs
-    batches = run.datamodule.micro_batches(size, 0, BatchPlan(size, 1, 1), 0)
+    # all batches on every rank: which rows are written twice must not depend on theirs
+    batches = epoch_batches(run)
     seen = np.zeros(len(rows), dtype=bool)
     with ExitStack() as stack:
         files = [stack.enter_context(flat_file(folder, f.name).open("r+b")) for f in fields]

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from fastkd.capture import Capture
-from fastkd.data.batching import BatchPlan
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.text.cache import cache_key, is_complete
 from fastkd.data.text.datamodule import TextDataModule
@@ -25,7 +24,7 @@ from fastkd.recipe import Recipe
 from fastkd.reporting.console import Reporter
 from fastkd.training.engine import TeacherRunner
 from fastkd.training.setup import Run
-from fastkd.training.teacher_cache.fill import FIELD, fill
+from fastkd.training.teacher_cache.fill import FIELD, epoch_batches, fill
 from fastkd.training.teacher_cache.layout import Field, fields_of, without_values
 from fastkd.training.teacher_cache.states import Rows, TeacherStates
 from fastkd.types import Inputs
@@ -225,8 +224,7 @@ def _tokens(inputs: Inputs) -> int:
 
 def _batches(run: Run, count: int) -> list[Inputs]:
     """The first micro-batches of an epoch, on the device."""
-    size = run.plan.micro_batch_size
-    batches = run.datamodule.micro_batches(size, 0, BatchPlan(size, 1, 1), 0)
+    batches = epoch_batches(run)
     return [run.move(batches.next_step(number)[0]) for number in range(count)]
 
 

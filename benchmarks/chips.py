@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from fastkd.training.chips import CHIPS as FORECAST
+
 Target = tuple[str, int | str]
 
 
@@ -42,15 +44,15 @@ LANES = {"special": 16, "integer": 64, "memory": 32}
 
 CHIPS = (
     Chip(
-        *("A100", ("cuda", 80), 2.039e12, 312e12, "NVIDIA A100 80GB datasheet, SXM"),
+        *("A100", ("cuda", 80), 2.039e12, FORECAST["a100"].half, "NVIDIA A100 80GB datasheet, SXM"),
         *(108, 2048, LANES, 65536, 164 << 10),
     ),
     Chip(
-        *("H100", ("cuda", 90), 3.35e12, 989.5e12, "NVIDIA H100 datasheet, SXM"),
+        *("H100", ("cuda", 90), 3.35e12, FORECAST["h100"].half, "NVIDIA H100 datasheet, SXM"),
         *(132, 4096, LANES, 65536, 228 << 10),
     ),
     Chip(
-        *("H200", ("cuda", 90), 4.8e12, 989.5e12, "NVIDIA H200 datasheet, SXM"),
+        *("H200", ("cuda", 90), 4.8e12, FORECAST["h200"].half, "NVIDIA H200 datasheet, SXM"),
         *(132, 4096, LANES, 65536, 228 << 10),
     ),
     Chip(

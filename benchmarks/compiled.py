@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
 import fastkd
-from benchmarks.training_step import dtype_on, make_inputs, step_seconds
+from benchmarks.training_step import bert_config, dtype_on, make_inputs, step_seconds, update
 
 # rows and tokens of a batch
 SHAPES = ((2, 16), (8, 128))
@@ -29,15 +29,7 @@ ROUNDS = 15
 
 def model(layers: int, device: str) -> BertModel:
     torch.manual_seed(layers)
-    config = BertConfig(
-        vocab_size=WORDS,
-        num_hidden_layers=layers,
-        hidden_size=384,
-        num_attention_heads=12,
-        intermediate_size=1536,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    config = bert_config((layers, 384, 1536), 12, WORDS)
     return BertModel(config, add_pooling_layer=False).to(device, dtype_on(device))
 
 
@@ -50,14 +42,7 @@ def make_step(shape: tuple[int, int], device: str, compiles: bool) -> Callable[[
     # stays open: the process ends with the measurement
     distiller.__enter__()
 
-    def step() -> torch.Tensor:
-        loss: torch.Tensor = distiller(inputs)[0]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
+    return lambda: update(distiller(inputs)[0], optimizer)
 
 
 def measured(shape: tuple[int, int], device: str) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def fastkd_step(inputs: Inputs, size: Size = BERT_BASE) -> Step:
         with torch.no_grad(), capture(teacher, **objective.layers("teacher")) as states:
             teacher(**inputs)
         total, _ = module(inputs, states, shares)
-        return _update(total, optimizer)
+        return update(total, optimizer)
 
     return step
 
@@ -139,7 +139,7 @@ def _trivial(inputs: Inputs, size: Size) -> Step:
     def step() -> Tensor:
         with torch.no_grad():
             teacher(**inputs)
-        return _update(student(**inputs).last_hidden_state.square().mean(), optimizer)
+        return update(student(**inputs).last_hidden_state.square().mean(), optimizer)
 
     return step
 
@@ -164,7 +164,7 @@ def _attention_maps(inputs: Inputs, size: Size) -> Step:
         for s, t in (*pairs, (0, 0)):
             difference = projection(made.hidden_states[s]) - taught.hidden_states[t]
             total = total + mean(difference.square(), 1)
-        return _update(total, optimizer)
+        return update(total, optimizer)
 
     return step
 
@@ -182,7 +182,8 @@ def _mean_of(mask: Tensor | None) -> Callable[[Tensor, int], Tensor]:
     return mean
 
 
-def _update(total: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+def update(total: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Backward and a step of the optimiser; the loss."""
     total.backward()
     optimizer.step()
     optimizer.zero_grad()

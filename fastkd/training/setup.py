@@ -31,7 +31,7 @@ from fastkd.training.engine import (
     refusal,
     shard_teacher,
 )
-from fastkd.training.graphs import GraphedStep, check_graphs
+from fastkd.training.graphs import GraphedStep, Record, check_graphs
 from fastkd.training.local_engine import LocalEngine
 from fastkd.training.memory import check_micro_batch
 from fastkd.training.parts import Parts, gather
@@ -119,7 +119,7 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
     if recipe.train.compile:
         _compile(run)
     if recipe.train.cuda_graph:
-        run.graphed = _graphed(run)
+        run.graphed = graphed_step(run)
     return run
 
 
@@ -179,7 +179,8 @@ def _teacher(parts: Parts, *, sharded: bool) -> TeacherRunner | NoTeacher:
     return TeacherRunner(model.to(parts.ranks.device), parts.objective)
 
 
-def _graphed(run: Run) -> GraphedStep:
+def graphed_step(run: Run, record: Record | None = None) -> GraphedStep:
+    """A run's forward and backward of a micro-batch, recorded; `record` as of `GraphedStep`."""
     engine, teacher = run.engine, run.teacher
     engine.hold_gradients()
 
@@ -189,7 +190,7 @@ def _graphed(run: Run) -> GraphedStep:
         added: Tensor = parts
         return added
 
-    return GraphedStep(step, run.objective, engine.masters)
+    return GraphedStep(step, run.objective, engine.trained, record)
 
 
 def _compile(run: Run) -> None:

@@ -28,7 +28,7 @@ LEVELS: tuple[set[str], ...] = (
     },
     {"capture", "losses", "recipe", "training.flat_weights"},
     {"reporting", "data.tasks.metrics", "data.batching", "training.deepspeed_config"},
-    {"models", "data", "training.memory", "training.local_engine"},
+    {"models", "data", "training.memory", "training.local_engine", "training.muon"},
     {"training.engine", "training.finite", "training.checkpoint"},
     {"training.run_folder", "training.beginnings", "training.continuation", "training.environment"},
     {"training.export"},

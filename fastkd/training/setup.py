@@ -64,7 +64,7 @@ class Run(Parts):
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.teacher_model.parameters())
 
     def micro_batches(self) -> MicroBatches:
-        """What this rank trains on, from the first step."""
+        """What this rank trains on, from the first step; every rank calls this."""
         train = self.recipe.train
         return self.datamodule.micro_batches(
             train.batch_size, train.seed, self.plan, self.ranks.rank

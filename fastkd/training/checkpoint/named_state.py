@@ -1,6 +1,7 @@
 """The state of training by the names of parameters, the same for every ZeRO stage and rank count.
 
-    parameters  name -> weight in fp32, exp_avg, exp_avg_sq, step; of a frozen one its weight alone
+    parameters  name -> weight in fp32, exp_avg, exp_avg_sq, step; of Muon's weight, momentum; of a
+                frozen one its weight alone
     buffers     name -> tensor
     scheduler, counters
 

@@ -46,15 +46,16 @@ def time_rows(profile: Mapping[str, Any]) -> Rows:
     return [*rows, ("a step", _milliseconds(profile["milliseconds"]), "100.0%", *sums)]
 
 
-def memory_rows(parts: Mapping[str, int], peak: int, rest: str = "libraries and the rest") -> Rows:
+def memory_rows(parts: Mapping[str, int], peak: int, kind: str) -> Rows:
     """One row a part, then what the peak is above them, and the peak.
 
     Args:
         parts: bytes.
         peak: likewise.
-        rest: what to call the difference.
+        kind: what they are of, GPU or process.
     """
     above = max(0, peak - sum(parts.values()))
+    rest = "the rest" if kind == "GPU" else "libraries and the rest"
     sizes = {**parts, rest: above, "peak": peak}
     return [(name, _size(size)) for name, size in sizes.items()]
 

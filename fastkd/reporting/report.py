@@ -149,10 +149,11 @@ def _profile(summary: dict[str, Any]) -> list[tuple[str, tuple[str, ...], Rows]]
     profile = summary.get("profile")
     if profile is None:
         return []
-    memory = memory_rows(profile["memory_bytes"], summary["peak_memory_bytes"])
+    kind = summary["peak_memory_of"]
+    memory = memory_rows(profile["memory_bytes"], summary["peak_memory_bytes"], kind)
     return [
         ("time of a step", time_columns(profile), time_rows(profile)),
-        (f"memory of the {summary['peak_memory_of']}", ("", "size"), memory),
+        (f"memory of the {kind}", ("", "size"), memory),
     ]
 
 

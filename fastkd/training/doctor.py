@@ -199,7 +199,7 @@ def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
     if run.graphed is None:
         reporter.table("time of a step", time_columns(profile), time_rows(profile))
     kind = "GPU" if ranks.device.type == "cuda" else "process"
-    rows = memory_rows(profile["memory_bytes"], peak)
+    rows = memory_rows(profile["memory_bytes"], peak, kind)
     reporter.table(f"memory of each {kind}", ("", "size"), rows)
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import joined_ranks
 from fastkd.recipe import Recipe, load_recipe
-from fastkd.training.loop import make_step
+from fastkd.training.loop import read_step, train_step
 from fastkd.training.setup import set_up
 from fastkd.training.window import Window
 
@@ -105,8 +105,8 @@ def test_a_step_reads_nothing(tmp_path: Path, name: str) -> None:
             window = Window(run, micro_batches, 0)
             for step in range(WARM_UP + 3):
                 reads = Counter[str]()
-                with ReadOps(reads), ReadMethods(reads):
-                    make_step(run, micro_batches, window, step)
+                with ReadOps(reads), ReadMethods(reads), run.profile.step():
+                    window.add(train_step(run, read_step(run, micro_batches, step)))
                 if step >= WARM_UP:
                     assert not reads, (step, reads)
             record, _ = window.close(stop=False)

@@ -25,7 +25,7 @@ from fastkd.training import doctor
 from fastkd.training.doctor import measure_steps
 from fastkd.training.dry_pass import bytes_of, tensors_of
 from fastkd.training.forecast import run_dry
-from fastkd.training.loop import make_step, train
+from fastkd.training.loop import read_step, train, train_step
 from fastkd.training.profile import PHASES, REST, Clock, Profile, clocks_of
 from fastkd.training.rehearsal import try_losses
 from fastkd.training.run_folder import RunFolder
@@ -90,7 +90,8 @@ def test_what_a_phase_takes_is_found_in_it(path: Path, ranks: Ranks) -> None:
         window = Window(run, micro_batches, 0)
         micro_batches.next_step = ticks.passing(1, micro_batches.next_step)  # type: ignore
         for step in range(3):
-            make_step(run, micro_batches, window, step)
+            with run.profile.step():
+                window.add(train_step(run, read_step(run, micro_batches, step)))
             # what lies between steps is of none
             try_losses(run)
         assert profile_of(run) is None, "nothing is read before the window's end"

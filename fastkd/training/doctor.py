@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from fastkd.data.batching import plan_batches
+from fastkd.data.datamodule import MicroBatches
 from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
@@ -38,7 +39,7 @@ from fastkd.training.forecast import (
     layouts,
     run_dry,
 )
-from fastkd.training.loop import make_step
+from fastkd.training.loop import read_step, train_step
 from fastkd.training.precision import precision_on_gpus
 from fastkd.training.profile import NoProfile
 from fastkd.training.setup import Run, make_profile, set_up
@@ -219,17 +220,21 @@ def measure_steps(run: Run) -> dict[str, Any]:
     with closing(Prefetched(run.micro_batches(), run.ranks.device)) as micro_batches:
         window = Window(run, micro_batches, 0)
         start = time.perf_counter()
-        make_step(run, micro_batches, window, 0)
-        window.close(stop=False)
+        _make_steps(run, micro_batches, window, range(1))
         first = time.perf_counter() - start
         count = run.ranks.from_main(lambda: _timed_steps(first))
-        for step in range(1, 1 + count):
-            make_step(run, micro_batches, window, step)
-        window.close(stop=False)
+        _make_steps(run, micro_batches, window, range(1, 1 + count))
     found = profile_of(run)
     assert found is not None, "steps were collected"
     counted = found.get("memory_bytes", {})
     return {**found, "memory_bytes": {**counted, **run.computed_parts()}}
+
+
+def _make_steps(run: Run, micro_batches: MicroBatches, window: Window, steps: range) -> None:
+    for step in steps:
+        with run.profile.step():
+            window.add(train_step(run, read_step(run, micro_batches, step)))
+    window.close(stop=False)
 
 
 def _timed_steps(seconds: float) -> int:

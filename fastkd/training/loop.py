@@ -130,7 +130,8 @@ def train(
     ):
         window = Window(run, micro_batches, step)
         while step < steps:
-            make_step(run, micro_batches, window, step)
+            with run.profile.step():
+                window.add(train_step(run, read_step(run, micro_batches, step)))
             step += 1
             books.close_step(step, window, stop)
     summary = summarise(run, folder, time.perf_counter() - started)
@@ -143,13 +144,11 @@ def train(
     return summary
 
 
-def make_step(run: Run, micro_batches: MicroBatches, window: Window, step: int) -> None:
-    """Read a step's data, make it, and add its losses to those of the window."""
-    with run.profile.step():
-        run.objective.at(Progress(step, micro_batches.epoch))
-        with run.profile.phase("data"):
-            step_batches = micro_batches.next_step(step)
-        window.add(train_step(run, step_batches))
+def read_step(run: Run, micro_batches: MicroBatches, step: int) -> Sequence[Inputs]:
+    """Let the objective stand at a step, and take what is trained on in it."""
+    run.objective.at(Progress(step, micro_batches.epoch))
+    with run.profile.phase("data"):
+        return micro_batches.next_step(step)
 
 
 def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:

@@ -206,6 +206,9 @@ def test_activations_are_those_of_the_shapes(
         assert parts["captured of the teacher"] == bytes_of(tensors_of(passes.teacher.captured))
         expected = passes.student.saved + captured
         assert abs(parts["activations"] - expected) < WITHIN * expected
+    with counted(recipe, ranks, "train.micro_batch_size=4") as (_, half):
+        # no weight is among them
+        assert half["activations"] == pytest.approx(parts["activations"] / 2, rel=0.05)
     with counted(recipe, ranks, "student.gradient_checkpointing=true") as (_, fewer):
         assert fewer["activations"] < 0.5 * parts["activations"]
 

@@ -26,7 +26,7 @@ LEVELS: tuple[set[str], ...] = (
         "layer_map",
         "distributed",
     },
-    {"capture", "losses", "recipe"},
+    {"capture", "losses", "recipe", "training.flat_weights"},
     {"reporting", "data.tasks.metrics", "data.batching", "training.deepspeed_config"},
     {"models", "data", "training.memory", "training.local_engine", "training.muon"},
     {"training.engine", "training.finite", "training.checkpoint"},

@@ -11,6 +11,7 @@ import torch
 
 from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, Recipe
+from fastkd.training.deepspeed_config import uses_deepspeed
 
 _GIB = 2**30
 _OFFLOADED = {
@@ -95,8 +96,10 @@ def memory_parts(recipe: AnyRecipe, teacher: int, trained: int, world_size: int)
     if isinstance(recipe, Recipe):
         size = teacher * recipe.teacher.number_bytes
         parts["teacher weights"] = size // shard[recipe.teacher.placement != "replicate"]
-    # bf16 keeps fp32 master weights beside Adam's two moments; Muon keeps one of its matrices
-    optimiser = trained * (12 if recipe.train.precision == "bf16" else 8)
+    # bf16 keeps fp32 master weights beside Adam's two moments, and so does ZeRO of fp32 ones; Muon
+    # keeps one of its matrices
+    zero = stage > 0 and uses_deepspeed(recipe, world_size)
+    optimiser = trained * (12 if recipe.train.precision == "bf16" or zero else 8)
     trained_weights = "student weights" if parts else "model weights"
     return {
         **parts,

@@ -139,11 +139,12 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
 
 def make_profile(run: Run) -> Profile:
     """What measures the steps of a run from now on, once for a run."""
-    device, recorded = run.ranks.device, run.graphed is not None
-    computed = run.computed_parts()
-    memory = StepMemory(run.module, run.teacher_model, run.engine, device, computed)
-    # whose hooks would be recorded, and called no more
-    return Profile(clocks_of(device), run.objective, None if recorded else memory)
+    device, memory = run.ranks.device, None
+    # its hooks would be recorded, and called no more
+    if run.graphed is None:
+        computed = run.computed_parts()
+        memory = StepMemory(run.module, run.teacher_model, run.engine, device, computed)
+    return Profile(clocks_of(device), run.objective, memory)
 
 
 def set_up_trial(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> Run:

@@ -28,10 +28,11 @@ from fastkd.training.engine import (
     TeacherRunner,
     check_config,
     make_engine,
+    matrix_numbers,
     refusal,
     shard_teacher,
 )
-from fastkd.training.graphs import GraphedStep, check_graphs
+from fastkd.training.graphs import GraphedStep, Record, check_graphs
 from fastkd.training.local_engine import LocalEngine
 from fastkd.training.memory import check_micro_batch, memory_parts, parts_on_cpu
 from fastkd.training.parts import Parts, gather
@@ -71,12 +72,13 @@ class Run(Parts):
         """Bytes of weights, gradients and moments on this rank's device, see `memory_parts`."""
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
         world = self.ranks.world_size
-        parts = memory_parts(self.recipe, self.teacher_parameters, trained, world)
+        matrices = matrix_numbers(self.module.student, self.recipe.train)
+        parts = memory_parts(self.recipe, self.teacher_parameters, trained, world, matrices)
         away = parts_on_cpu(self.recipe) if self.ranks.device.type == "cuda" else set()
         return {name: size for name, size in parts.items() if name not in away}
 
     def micro_batches(self) -> MicroBatches:
-        """What this rank trains on, from the first step."""
+        """What this rank trains on, from the first step; every rank calls this."""
         train = self.recipe.train
         return self.datamodule.micro_batches(
             train.batch_size, train.seed, self.plan, self.ranks.rank
@@ -131,7 +133,7 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
     if recipe.train.compile:
         _compile(run)
     if recipe.train.cuda_graph:
-        run.graphed = _graphed(run)
+        run.graphed = graphed_step(run)
     if recipe.train.profile:
         run.profile = make_profile(run)
     return run
@@ -203,7 +205,8 @@ def _teacher(parts: Parts, *, sharded: bool) -> TeacherRunner | NoTeacher:
     return TeacherRunner(model.to(parts.ranks.device), parts.objective)
 
 
-def _graphed(run: Run) -> GraphedStep:
+def graphed_step(run: Run, record: Record | None = None) -> GraphedStep:
+    """A run's forward and backward of a micro-batch, recorded; `record` as of `GraphedStep`."""
     engine, teacher = run.engine, run.teacher
     engine.hold_gradients()
 
@@ -213,7 +216,7 @@ def _graphed(run: Run) -> GraphedStep:
         added: Tensor = parts
         return added
 
-    return GraphedStep(step, run.objective, engine.masters)
+    return GraphedStep(step, run.objective, engine.trained, record)
 
 
 def _compile(run: Run) -> None:

@@ -60,7 +60,8 @@ class StepMemory:
     def look_at_gradients(self) -> None:
         """Count them once they are there, if this step is looked at."""
         if self._looking and isinstance(self._engine, LocalEngine):
-            updated = self._engine.masters.values()
+            groups = self._engine.optimizer.param_groups
+            updated = [p for group in groups for p in group["params"]]
             self._count("gradients", [p.grad for p in updated if p.grad is not None])
 
     def looked(self) -> bool:

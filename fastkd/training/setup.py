@@ -28,6 +28,7 @@ from fastkd.training.engine import (
     TeacherRunner,
     check_config,
     make_engine,
+    matrix_numbers,
     refusal,
     shard_teacher,
 )
@@ -71,7 +72,8 @@ class Run(Parts):
         """Bytes of weights, gradients and moments on this rank's device, see `memory_parts`."""
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
         world = self.ranks.world_size
-        parts = memory_parts(self.recipe, self.teacher_parameters, trained, world)
+        matrices = matrix_numbers(self.module.student, self.recipe.train)
+        parts = memory_parts(self.recipe, self.teacher_parameters, trained, world, matrices)
         away = parts_on_cpu(self.recipe) if self.ranks.device.type == "cuda" else set()
         return {name: size for name, size in parts.items() if name not in away}
 
@@ -139,11 +141,12 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
 
 def make_profile(run: Run) -> Profile:
     """What measures the steps of a run from now on, once for a run."""
-    device, recorded = run.ranks.device, run.graphed is not None
-    computed = run.computed_parts()
-    memory = StepMemory(run.module, run.teacher_model, run.engine, device, computed)
-    # whose hooks would be recorded, and called no more
-    return Profile(clocks_of(device), run.objective, None if recorded else memory)
+    device, memory = run.ranks.device, None
+    # its hooks would be recorded, and called no more
+    if run.graphed is None:
+        computed = run.computed_parts()
+        memory = StepMemory(run.module, run.teacher_model, run.engine, device, computed)
+    return Profile(clocks_of(device), run.objective, memory)
 
 
 def set_up_trial(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> Run:

@@ -61,8 +61,8 @@ class StepMemory:
         """Count them once they are there, if this step is looked at."""
         if self._looking and isinstance(self._engine, LocalEngine):
             groups = self._engine.optimizer.param_groups
-            found = [tensor.grad for group in groups for tensor in group["params"]]
-            self._count("gradients", [gradient for gradient in found if gradient is not None])
+            updated = [p for group in groups for p in group["params"]]
+            self._count("gradients", [p.grad for p in updated if p.grad is not None])
 
     def looked(self) -> bool:
         """Whether the step that is done was looked at; then weights and moments are counted."""

@@ -236,7 +236,7 @@ def test_a_thread_reads_ahead_what_the_losses_of_its_step_read(
     run, _ = states_of(folder, ranks, form, losses=losses, layer_map=drawn)
     threads, read = set(), StoredRows.read
 
-    def noted(*given: Any) -> torch.Tensor:
+    def noted(*given: Any) -> dict[str, torch.Tensor]:
         threads.add(threading.current_thread().name)
         return read(*given)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fastkd.capture import RecomputedAttention, try_recomputing
@@ -92,7 +93,8 @@ def disk_rate(folder: Path) -> float:
     the file is gone afterwards."""
     place = existing(folder)
     with disk_errors(place, "try again"), tempfile.TemporaryFile(dir=place) as file:
-        file.write(os.urandom(_PROBE_BYTES))
+        # what can't be compressed, and changes no generator of the run
+        file.write(np.random.default_rng(0).bytes(_PROBE_BYTES))
         file.flush()
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

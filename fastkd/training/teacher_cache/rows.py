@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,21 +68,31 @@ class StoredRows:
         self._fields = {field.name: field for field in fields}
         self._files = {field.name: self._open(field) for field in fields}
 
-    def read(self, name: str, rows: Sequence[int], width: int) -> Tensor:
+    def read(self, names: Collection[str], rows: Sequence[int], width: int) -> dict[str, Tensor]:
         """The entries of some rows, 0 behind the last of each.
 
         Args:
-            name: of a field.
+            names: of fields.
             rows: numbers of the rows.
             width: tokens that each is padded to.
 
         Returns:
-            [rows, width or 1, numbers] on the CPU, in the precision of the disk.
+            By field [rows, width or 1, numbers] on the CPU, in the precision of the disk.
 
         Raises:
             UserError: the disk fails.
         """
-        field = self._fields[name]
+        fields = [self._fields[name] for name in names]
+        for field in fields:
+            spans = [self._rows.span(field, row) for row in rows]
+            with self._errors_of(field):
+                # all requests at once, so that the disk works on many
+                for first, end in spans:
+                    at, size = first * field.entry_bytes, (end - first) * field.entry_bytes
+                    os.posix_fadvise(self._files[field.name], at, size, os.POSIX_FADV_WILLNEED)
+        return {field.name: self._read(field, rows, width) for field in fields}
+
+    def _read(self, field: Field, rows: Sequence[int], width: int) -> Tensor:
         places = 1 if field.token_dim is None else width
         bits = torch.zeros(len(rows), places, field.numbers, dtype=BITS[field.stored.itemsize])
         found = bits.numpy()
@@ -94,10 +105,8 @@ class StoredRows:
         """Read from an entry of a field on."""
         left, at = entries.reshape(-1).view(np.uint8).data, first * field.entry_bytes
         while left:
-            try:
+            with self._errors_of(field):
                 count = os.preadv(self._files[field.name], [left], at)
-            except OSError as error:
-                raise self._unreadable(field, str(error)) from error
             if not count:
                 raise self._unreadable(field, f"it ends at byte {at}")
             left, at = left[count:], at + count
@@ -105,15 +114,20 @@ class StoredRows:
     def _open(self, field: Field) -> int:
         path = flat_file(self._folder, field.name)
         expected = self._rows.entries(field) * field.entry_bytes
-        try:
+        with self._errors_of(field):
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             weakref.finalize(self, os.close, file)
             size = os.fstat(file).st_size
-        except OSError as error:
-            raise self._unreadable(field, str(error)) from error
         if size != expected:
             raise self._unreadable(field, f"{size} bytes, expected {expected}")
         return file
+
+    @contextmanager
+    def _errors_of(self, field: Field) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._unreadable(field, str(error)) from error
 
     def _unreadable(self, field: Field, why: str) -> UserError:
         path = flat_file(self._folder, field.name)

@@ -100,4 +100,5 @@ class _WithStates:
 
     def _with_states(self, inputs: Inputs, names: Sequence[str]) -> Inputs:
         rows, width = inputs[ROWS].tolist(), inputs["input_ids"].shape[1]
-        return {**inputs, **{STORED + name: self._rows.read(name, rows, width) for name in names}}
+        found = self._rows.read(names, rows, width)
+        return {**inputs, **{STORED + name: numbers for name, numbers in found.items()}}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastkd.capture import RecomputedAttention, try_recomputing
 from fastkd.errors import UserError
@@ -130,23 +131,21 @@ def _measured(run: Run, plan: CachePlan) -> Costs:
     assert isinstance(teacher, TeacherRunner), "a plan is made for a teacher"
     batches = first_batches(run, 1 + _TIMED_BATCHES)
     layers = sorted(plan.layout.template.attention)
+    recorded = plan.layout.recorded
+    # one pass gives both its time and what attention is recomputed from
+    wanted = {**recorded, "hidden": recorded["hidden"] | {layer - 1 for layer in layers}}
+    hidden: list[Mapping[int, Tensor]] = []
+
+    def run_teacher(number: int) -> None:
+        hidden.append(teacher.record(batches[number], wanted).hidden)
+
+    passes = _seconds(run, batches, run_teacher)
     recomputed = _recomputed(teacher, plan, batches[0], layers)
     making = None
     if recomputed is not None:
-        below = [
-            teacher.record(inputs, {"hidden": {layer - 1 for layer in layers}}).hidden
-            for inputs in batches
-        ]
-        making = _seconds(
-            run,
-            batches,
-            lambda number: recomputed(model_inputs(batches[number]), below[number], layers),
-        )
-    return Costs(
-        teacher=_seconds(run, batches, lambda number: teacher.record(batches[number])),
-        recomputing=making,
-        rate=disk_rate(plan.folder.parent),
-    )
+        inputs = [model_inputs(batch) for batch in batches]
+        making = _seconds(run, batches, lambda n: recomputed(inputs[n], hidden[n], layers))
+    return Costs(passes, making, disk_rate(plan.folder.parent))
 
 
 def _recomputed(

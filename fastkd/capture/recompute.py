@@ -10,7 +10,7 @@ which has to know where norms, biases and fused weights stand.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -61,15 +61,18 @@ class RecomputedAttention:
             layers: block numbers from 1.
         """
         found: dict[int, AttentionState] = {}
+        last = max(layers)
         with torch.no_grad(), ExitStack() as stack:
-            for number, block in enumerate(find_blocks(self._model), start=1):
+            for number, block in enumerate(find_blocks(self._model)[:last], start=1):
                 if number in layers:
                     stack.enter_context(listening(block, _stop))
-                    forward = self._begun(number, block.forward, hidden[number - 1], found)
+                    forward = self._begun(number, block.forward, hidden[number - 1], found, layers)
                 else:
                     forward = self._left_out(number)
                 stack.enter_context(_in_place_of_forward(block, forward))
-            self._model.base_model(**inputs, **no_cache(self._model))
+            # nothing above the last of them is run either
+            stack.enter_context(suppress(_Reached))
+            self._model(**inputs, **no_cache(self._model))
         return found
 
     def _begun(
@@ -78,6 +81,7 @@ class RecomputedAttention:
         forward: Callable[..., Any],
         state: Tensor,
         found: dict[int, AttentionState],
+        layers: Collection[int],
     ) -> Callable[..., Any]:
         def begun(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = _reading(state, args, kwargs)
@@ -85,6 +89,8 @@ class RecomputedAttention:
                 forward(*args, **kwargs)
             except _Reached as reached:
                 found[number] = reached.state
+                if len(found) == len(layers):
+                    raise
             return self._output(number, state)
 
         return begun

@@ -15,6 +15,7 @@ from fastkd.types import Head, ModelSource
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 CacheForm = Literal["none", "exact", "bfloat16"]
+CacheAttention = Literal["stored", "recomputed"]
 # more than any model has
 _WIDEST = 2**20
 
@@ -56,6 +57,10 @@ class Teacher(Section):
     cache: CacheForm = "none"
     """Whether what the losses read of the teacher is stored once, before the first step, and read
     afterwards: `exact` in the teacher's own precision, `bfloat16` rounded to that."""
+    cache_attention: CacheAttention = "stored"
+    """Whether queries and keys (and values) are stored too, or the hidden states below them, from
+    which the teacher's own norms and projections make them in every step: up to three times less
+    room, for a part of the teacher's work. Other states are stored either way."""
     cache_folder: Place = "~/.cache/fastkd"
     """Folder of stored states, shared by all runs."""
     cache_limit: float = Field(default=100, gt=0, le=1e6)

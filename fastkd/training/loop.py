@@ -28,7 +28,8 @@ from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up
 from fastkd.training.stages import check_later, finish_stages, stage_folders
 from fastkd.training.summary import summarise
-from fastkd.training.teacher_cache.plan import describe, plan_for_run
+from fastkd.training.teacher_cache.forecast import describe
+from fastkd.training.teacher_cache.plan import plan_for_run
 from fastkd.training.window import Window
 from fastkd.types import Inputs
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from fastkd.training.precision import settle_precision
 from fastkd.training.profile import NoProfile, Profile, clocks_of
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.step_memory import StepMemory
-from fastkd.types import ROWS, Inputs
+from fastkd.types import ROWS, STORED, Inputs
 
 
 @dataclass
@@ -80,21 +81,23 @@ class Run(Parts):
     def micro_batches(self) -> MicroBatches:
         """What this rank trains on, from the first step; every rank calls this."""
         train = self.recipe.train
-        return self.datamodule.micro_batches(
+        micro_batches = self.datamodule.micro_batches(
             train.batch_size, train.seed, self.plan, self.ranks.rank
         )
+        stored = self.teacher.stored if isinstance(self.teacher, TeacherRunner) else None
+        if stored is None:
+            return micro_batches
+        return stored.reading(micro_batches, partial(self.objective.layers, "teacher"))
 
     def move(self, inputs: Inputs) -> Inputs:
-        """Inputs on this rank's device; the numbers of their rows on the CPU, where the teacher's
-        states are found by them, and left out elsewhere."""
+        """Inputs on this rank's device, without the numbers of their rows; stored states of the
+        teacher stay where they are until they are used."""
         device = self.ranks.device
-        moved = {
-            name: tensor.to(device, non_blocking=True)
+        return {
+            name: tensor if name.startswith(STORED) else tensor.to(device, non_blocking=True)
             for name, tensor in inputs.items()
             if name != ROWS
         }
-        by_row = isinstance(self.teacher, TeacherRunner) and self.teacher.stored is not None
-        return {**moved, ROWS: inputs[ROWS]} if by_row and ROWS in inputs else moved
 
     def loss_scales(self, batches: list[Inputs]) -> Tensor:
         """What each micro-batch of a step counts among all, fp32 [micro-batches, DIVISORS].

@@ -16,9 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import joined_ranks
-from fastkd.layer_map import Progress
 from fastkd.recipe import Recipe, load_recipe
-from fastkd.training.loop import train_step
+from fastkd.training.loop import read_step, train_step
 from fastkd.training.setup import set_up
 from fastkd.training.teacher_cache.plan import plan_for_run
 from fastkd.training.window import Window
@@ -95,6 +94,7 @@ RECIPES = {
             "balance": {"kind": "ratio", "reference": "hidden"},
         },
     ),
+    "text, profiled": lambda folder: text_recipe(folder, train={"profile": True}),
     "task": task_recipe,
     "task, stored states": lambda folder: task_recipe(
         folder, cache="bfloat16", cache_attention="recomputed"
@@ -114,9 +114,8 @@ def test_a_step_reads_nothing(tmp_path: Path, name: str) -> None:
             window = Window(run, micro_batches, 0)
             for step in range(WARM_UP + 3):
                 reads = Counter[str]()
-                with ReadOps(reads), ReadMethods(reads):
-                    run.objective.at(Progress(step, micro_batches.epoch))
-                    window.add(train_step(run, micro_batches.next_step(step)))
+                with ReadOps(reads), ReadMethods(reads), run.profile.step():
+                    window.add(train_step(run, read_step(run, micro_batches, step)))
                 if step >= WARM_UP:
                     assert not reads, (step, reads)
             record, _ = window.close(stop=False)

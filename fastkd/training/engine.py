@@ -190,6 +190,13 @@ def make_optimizer(module: DistilledStudent, train: Train) -> torch.optim.AdamW:
     return Muon(_with_matrices(groups, matrices), lr=train.learning_rate, betas=train.betas)
 
 
+def matrix_numbers(student: PreTrainedModel, train: Train) -> int:
+    """Numbers of a student that Muon updates."""
+    if train.optimizer == "adamw":
+        return 0
+    return sum(matrix.numel() for matrix in block_matrices(find_blocks(student)))
+
+
 def _with_matrices(
     groups: list[dict[str, Any]], matrices: set[nn.Parameter]
 ) -> list[dict[str, Any]]:

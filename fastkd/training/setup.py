@@ -9,7 +9,7 @@ nothing, so their student stands in no engine.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,15 +29,18 @@ from fastkd.training.engine import (
     TeacherRunner,
     check_config,
     make_engine,
+    matrix_numbers,
     refusal,
     shard_teacher,
 )
 from fastkd.training.graphs import GraphedStep, Record, check_graphs
 from fastkd.training.local_engine import LocalEngine
-from fastkd.training.memory import check_micro_batch
+from fastkd.training.memory import check_micro_batch, memory_parts, parts_on_cpu
 from fastkd.training.parts import Parts, gather
 from fastkd.training.precision import settle_precision
+from fastkd.training.profile import NoProfile, Profile, clocks_of
 from fastkd.training.run_folder import RunFolder
+from fastkd.training.step_memory import StepMemory
 from fastkd.types import ROWS, STORED, Inputs
 
 
@@ -50,6 +53,8 @@ class Run(Parts):
     """Around `module`, see `make_engine`; `module` itself where nothing is trained."""
     graphed: GraphedStep | None = None
     """What makes a micro-batch's forward and backward, where that is recorded."""
+    profile: Profile | NoProfile = field(default_factory=NoProfile)
+    """What is told of the phases of a step."""
 
     @property
     def student(self) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -63,6 +68,15 @@ class Run(Parts):
             return 0
         # a sharded parameter keeps its real size in ds_numel
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.teacher_model.parameters())
+
+    def computed_parts(self) -> dict[str, int]:
+        """Bytes of weights, gradients and moments on this rank's device, see `memory_parts`."""
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+        world = self.ranks.world_size
+        matrices = matrix_numbers(self.module.student, self.recipe.train)
+        parts = memory_parts(self.recipe, self.teacher_parameters, trained, world, matrices)
+        away = parts_on_cpu(self.recipe) if self.ranks.device.type == "cuda" else set()
+        return {name: size for name, size in parts.items() if name not in away}
 
     def micro_batches(self) -> MicroBatches:
         """What this rank trains on, from the first step; every rank calls this."""
@@ -123,7 +137,19 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
         _compile(run)
     if recipe.train.cuda_graph:
         run.graphed = graphed_step(run)
+    if recipe.train.profile:
+        run.profile = make_profile(run)
     return run
+
+
+def make_profile(run: Run) -> Profile:
+    """What measures the steps of a run from now on, once for a run."""
+    device, memory = run.ranks.device, None
+    # its hooks would be recorded, and called no more
+    if run.graphed is None:
+        computed = run.computed_parts()
+        memory = StepMemory(run.module, run.teacher_model, run.engine, device, computed)
+    return Profile(clocks_of(device), run.objective, memory)
 
 
 def set_up_trial(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> Run:

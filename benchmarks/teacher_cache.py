@@ -30,11 +30,10 @@ import torch
 from fastkd.data.datamodule import MicroBatches
 from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import Ranks, joined_ranks
-from fastkd.layer_map import Progress
 from fastkd.recipe import AnyRecipe, parse_any_recipe
 from fastkd.reporting.console import Reporter
 from fastkd.training.evaluate import evaluate
-from fastkd.training.loop import run_recipe, train_step
+from fastkd.training.loop import read_step, run_recipe, train_step
 from fastkd.training.setup import Run, set_up
 from fastkd.training.teacher_cache.plan import Form, plan_cache
 
@@ -149,8 +148,7 @@ def timed(runs: dict[str, Run], feeds: dict[str, MicroBatches], steps: range) ->
     for step in steps:
         for name, run in runs.items():
             start = time.perf_counter()
-            run.objective.at(Progress(step, feeds[name].epoch))
-            inputs = feeds[name].next_step(step)
+            inputs = read_step(run, feeds[name], step)
             waited = time.perf_counter() - start
             train_step(run, inputs)
             times[name].append((time.perf_counter() - start, waited))

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from fastkd.capture import Capture
 from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import Ranks, start_ranks, stop_ranks
-from fastkd.errors import UserError
+from fastkd.errors import DiskError, UserError
 from fastkd.layer_map import Progress
 from fastkd.recipe import load_recipe
 from fastkd.reporting.console import Reporter
@@ -268,7 +268,7 @@ def test_a_thread_reads_ahead_what_the_losses_of_its_step_read(
 def test_a_disk_that_fails_is_said_at_its_step(folder: Path, ranks: Ranks) -> None:
     run, plan = states_of(folder, ranks, EXACT)
     (plan.folder / "hidden-2.bin").write_bytes(b"")
-    said = pytest.raises(UserError, match=r"hidden-2\.bin can't be read \(it ends at byte \d+\)")
+    said = pytest.raises(DiskError, match=r"hidden-2\.bin can't be read \(it ends at byte \d+\)")
     with closing(Prefetched(run.micro_batches(), ranks.device)) as feed, said:
         feed.next_step(0)
 

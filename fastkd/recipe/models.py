@@ -58,9 +58,9 @@ class Teacher(Section):
     """Whether what the losses read of the teacher is stored once, before the first step, and read
     afterwards: `exact` in the teacher's own precision, `bfloat16` rounded to that."""
     cache_attention: CacheAttention = "stored"
-    """Whether queries and keys (and values) are stored too, or the hidden states below them, from
-    which the teacher's own norms and projections make them in every step: up to three times less
-    room, for a part of the teacher's work. Other states are stored either way."""
+    """Of the attention that losses read, queries, keys and values are stored, or the hidden states
+    below their blocks, from which the teacher's own norms and projections make them in every step:
+    most often less room, for a part of the teacher's work."""
     cache_folder: Place = "~/.cache/fastkd"
     """Folder of stored states, shared by all runs."""
     cache_limit: float = Field(default=100, gt=0, le=1e6)

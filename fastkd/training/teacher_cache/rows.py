@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastkd.errors import UserError
+from fastkd.errors import DiskError
 from fastkd.files.flat import flat_file
 from fastkd.training.teacher_cache.layout import BITS, Field
 
@@ -61,7 +61,7 @@ class StoredRows:
             rows: where each stands.
 
         Raises:
-            UserError: a file that isn't as long as it should be.
+            DiskError: a file that isn't as long as it should be.
         """
         self._folder = folder
         self._rows = rows
@@ -80,16 +80,17 @@ class StoredRows:
             By field [rows, width or 1, numbers] on the CPU, in the precision of the disk.
 
         Raises:
-            UserError: the disk fails.
+            DiskError: the disk fails.
         """
         fields = [self._fields[name] for name in names]
         for field in fields:
-            spans = [self._rows.span(field, row) for row in rows]
+            spans = {self._rows.span(field, row) for row in rows}
             with self._errors_of(field):
-                # all requests at once, so that the disk works on many
+                # all requests at once, so that the disk works on many; of no bytes means to the end
                 for first, end in spans:
                     at, size = first * field.entry_bytes, (end - first) * field.entry_bytes
-                    os.posix_fadvise(self._files[field.name], at, size, os.POSIX_FADV_WILLNEED)
+                    if size:
+                        os.posix_fadvise(self._files[field.name], at, size, os.POSIX_FADV_WILLNEED)
         return {field.name: self._read(field, rows, width) for field in fields}
 
     def _read(self, field: Field, rows: Sequence[int], width: int) -> Tensor:
@@ -129,9 +130,9 @@ class StoredRows:
         except OSError as error:
             raise self._unreadable(field, str(error)) from error
 
-    def _unreadable(self, field: Field, why: str) -> UserError:
+    def _unreadable(self, field: Field, why: str) -> DiskError:
         path = flat_file(self._folder, field.name)
-        return UserError(
+        return DiskError(
             f"teacher.cache_folder: {path} can't be read ({why}); remove {self._folder} and run "
             "again"
         )

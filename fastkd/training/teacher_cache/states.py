@@ -31,7 +31,7 @@ class TeacherStates:
             rows: where each stands.
 
         Raises:
-            UserError: a file that isn't as long as it should be.
+            DiskError: a file that isn't as long as it should be.
         """
         self._layout = layout
         self._fields = {field.name: field for field in layout.fields}

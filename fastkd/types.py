@@ -22,6 +22,13 @@ Reading = Literal["states", "predictions"]
 ROWS = "rows"
 """Key of a micro-batch to train on: numbers of its blocks or examples among all, int64 [batch], for
 what is stored by row; always on the CPU."""
+LENGTHS = "lengths"
+"""Key of a micro-batch whose sequences follow each other in one row, see `fastkd.packed_row`: their
+lengths, int64 [sequences]; always on the CPU."""
+STARTS = "cu_seq_lens"
+"""Key of such a micro-batch: where each sequence begins, int32 [sequences + 1]."""
+ON_HOST = frozenset({ROWS, LENGTHS})
+"""Keys of what is read on the host, and stays there."""
 IGNORE_INDEX = -100
 """A label that counts nowhere, as in `torch.nn.functional.cross_entropy`."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fastkd.recipe import Recipe, load_recipe
 from fastkd.training.loop import train_step
 from fastkd.training.setup import set_up
 from fastkd.training.window import Window
+from fastkd.types import ON_HOST
 
 # what hands numbers, or a shape that depends on numbers, to the host
 OPS = {"_local_scalar_dense", "nonzero", "equal", "masked_select"}
@@ -44,14 +46,16 @@ class ReadOps(TorchDispatchMode):
 
 
 class ReadMethods(TorchFunctionMode):
-    """Counts reads that Python makes: on a CPU some of them are no op."""
+    """Counts reads that Python makes, but of tensors that stay on the host: on a CPU some of them
+    are no op."""
 
-    def __init__(self, found: Counter[str]) -> None:
+    def __init__(self, found: Counter[str], kept: Collection[torch.Tensor] = ()) -> None:
         super().__init__()
         self.found = found
+        self.kept = {id(tensor) for tensor in kept}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in METHODS:
+        if getattr(func, "__name__", "") in METHODS and id(args[0]) not in self.kept:
             self.found[func.__name__] += 1
         return func(*args, **(kwargs or {}))
 
@@ -70,11 +74,12 @@ def text_recipe(folder: Path, **sections: Any) -> Recipe:
     return load_recipe(make_recipe(folder, **sections), [])
 
 
-def task_recipe(folder: Path) -> Recipe:
-    """Padded batches of a classifier."""
+def task_recipe(folder: Path, padding: str) -> Recipe:
+    """Padded or packed batches of a classifier."""
     write_task(folder / "task")
     save_classifier(folder / "classifier")
-    return load_recipe(write_recipe(folder, "run", train={"micro_batch_size": 4}), [])
+    sections = {"train": {"micro_batch_size": 4}, "task": {"padding": padding}}
+    return load_recipe(write_recipe(folder, "run", **sections), [])
 
 
 RECIPES = {
@@ -92,7 +97,8 @@ RECIPES = {
             "balance": {"kind": "ratio", "reference": "hidden"},
         },
     ),
-    "task": task_recipe,
+    "task": lambda folder: task_recipe(folder, "buckets"),
+    "task, packed": lambda folder: task_recipe(folder, "none"),
 }
 
 
@@ -104,10 +110,11 @@ def test_a_step_reads_nothing(tmp_path: Path, name: str) -> None:
         with closing(Prefetched(run.micro_batches(), ranks.device)) as micro_batches:
             window = Window(run, micro_batches, 0)
             for step in range(WARM_UP + 3):
-                reads = Counter[str]()
-                with ReadOps(reads), ReadMethods(reads):
+                reads, inputs = Counter[str](), micro_batches.next_step(step)
+                kept = [part[name] for part in inputs for name in ON_HOST & part.keys()]
+                with ReadOps(reads), ReadMethods(reads, kept):
                     run.objective.at(Progress(step, micro_batches.epoch))
-                    window.add(train_step(run, micro_batches.next_step(step)))
+                    window.add(train_step(run, inputs))
                 if step >= WARM_UP:
                     assert not reads, (step, reads)
             record, _ = window.close(stop=False)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastkd.data.datamodule import MicroBatches
-from fastkd.types import ROWS, Inputs
+from fastkd.types import ON_HOST, Inputs
 
 DEPTH = 2
 """Steps that are prepared ahead."""
@@ -104,7 +104,9 @@ class Prefetched:
 
     def _moved(self, name: str, tensor: Tensor) -> Tensor:
         """On the device, but for what is read on the host."""
-        return tensor if name == ROWS else tensor.pin_memory().to(self._device, non_blocking=True)
+        return (
+            tensor if name in ON_HOST else tensor.pin_memory().to(self._device, non_blocking=True)
+        )
 
     def _hand_over(self, inputs: Sequence[Inputs], copied: torch.cuda.Event) -> None:
         """Let the stream that trains wait for the copies, without the host, and keep their memory
@@ -113,7 +115,7 @@ class Prefetched:
         stream.wait_event(copied)
         for part in inputs:
             for name, tensor in part.items():
-                if name != ROWS:
+                if name not in ON_HOST:
                     tensor.record_stream(stream)
 
 

@@ -37,7 +37,7 @@ from fastkd.training.memory import check_micro_batch
 from fastkd.training.parts import Parts, gather
 from fastkd.training.precision import settle_precision
 from fastkd.training.run_folder import RunFolder
-from fastkd.types import ROWS, Inputs
+from fastkd.types import ON_HOST, ROWS, Inputs
 
 
 @dataclass
@@ -71,16 +71,17 @@ class Run(Parts):
         )
 
     def move(self, inputs: Inputs) -> Inputs:
-        """Inputs on this rank's device; the numbers of their rows on the CPU, where the teacher's
-        states are found by them, and left out elsewhere."""
+        """Inputs on this rank's device, but for what is read on the host; the numbers of their rows
+        are left out where no states of the teacher are found by them."""
         device = self.ranks.device
         moved = {
             name: tensor.to(device, non_blocking=True)
             for name, tensor in inputs.items()
-            if name != ROWS
+            if name not in ON_HOST
         }
         by_row = isinstance(self.teacher, TeacherRunner) and self.teacher.stored is not None
-        return {**moved, ROWS: inputs[ROWS]} if by_row and ROWS in inputs else moved
+        kept = ON_HOST if by_row else ON_HOST - {ROWS}
+        return moved | {name: inputs[name] for name in kept if name in inputs}
 
     def loss_scales(self, batches: list[Inputs]) -> Tensor:
         """What each micro-batch of a step counts among all, fp32 [micro-batches, DIVISORS].

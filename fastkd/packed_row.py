@@ -72,19 +72,20 @@ class PackedRow:
         """Whether states are those of the row, [1, total, ...]."""
         return states.ndim > 1 and states.shape[:2] == (1, self.total)
 
-    def padded(self, states: Tensor, dim: int = 1) -> Tensor:
+    def padded(self, states: Tensor, dim: int = 1, fill: int = 0) -> Tensor:
         """States of the row as those of padded sequences; gradients flow back into the row.
 
         Args:
             states: [1, ..., total, ...].
             dim: the dimension of tokens, at least 1.
+            fill: what stands where there is no token.
 
         Returns:
-            [sequences, ..., longest, ...], 0 where there is no token.
+            [sequences, ..., longest, ...].
         """
         shape = len(self.lengths), self.longest
         tokens = states[0].movedim(dim - 1, 0)
         if not self._even:
-            room = tokens.new_zeros(shape[0] * shape[1], *tokens.shape[1:])
+            room = tokens.new_full((shape[0] * shape[1], *tokens.shape[1:]), fill)
             tokens = room.index_copy_(0, self._places, tokens)
         return tokens.reshape(*shape, *tokens.shape[1:]).movedim(1, dim)

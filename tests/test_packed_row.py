@@ -7,11 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import NAMES, WINDOW, tiny_batch, tiny_config
+from tiny_models import HEADS, NAMES, VOCABULARY, WIDTH, WINDOW, tiny_batch, tiny_config
 from tiny_tasks import encoded
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    MobileBertConfig,
+    NomicBertConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from fastkd.capture import PaddedStates, capture, reading, try_model, try_packed
 from fastkd.capture.packed_attention import packed_sdpa
@@ -101,10 +109,13 @@ def test_attention_stays_within_a_sequence(
         )
         expected = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.3)
         torch.testing.assert_close(found[:, part], expected.transpose(1, 2))
-        # a batch without padding is read likewise
-        alone, _ = packed_sdpa(module, q, k[:, ::groups], v[:, ::groups], None, scaling=0.3)
-        if window is None:
-            torch.testing.assert_close(alone, expected.transpose(1, 2))
+
+
+def test_attention_of_rows_reads_nothing_else() -> None:
+    model = model_of("bert", head=False)
+    try_packed(model, TOKENS)
+    with pytest.raises(UserError, match="reads packed rows alone, but was given no row"):
+        model(**tiny_batch())
 
 
 def test_examples_follow_each_other() -> None:
@@ -136,11 +147,11 @@ def model_of(name: str, head: bool, **changes: Any) -> PreTrainedModel:
 def test_models_read_rows_as_padded_batches(name: str) -> None:
     model = model_of(name, head=False)
     try_model(model, TOKENS)
-    try_packed(model, TOKENS)
     batch = tiny_batch((TOKENS, 7, 7, 3, WINDOW))
     wanted = {"attention": {1, 2}, "hidden": {0, 1, 4}, "outputs": True}
     with capture(model, **wanted) as padded:
         model(**batch)
+    try_packed(model, TOKENS)
     inputs = packed(batch)
     row = PackedRow.of(inputs)
     assert row is not None
@@ -162,31 +173,40 @@ def test_models_read_rows_as_padded_batches(name: str) -> None:
     torch.testing.assert_close(found.outputs[valid], padded.outputs[valid], rtol=1e-4, atol=1e-5)
 
 
-CLASSIFIERS = ("bert", "roberta", "distilbert", "modernbert")
-
-
-@pytest.mark.parametrize("name", CLASSIFIERS)
-def test_heads_read_the_first_token_of_each_sequence(name: str) -> None:
-    model = model_of(name, head=True)
-    try_packed(model, TOKENS)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [*((name, {}) for name in NAMES), ("modernbert", {"classifier_pooling": "mean"})],
+)
+def test_heads_read_each_sequence(name: str, changes: dict[str, Any]) -> None:
+    """Its first token, its last one, or all of them."""
+    model = model_of(name, head=True, **changes)
     batch = tiny_batch((TOKENS, 7, 7, 3))
     expected = model(**batch).logits
+    try_packed(model, TOKENS)
     with reading(model, packed(batch)) as read:
         torch.testing.assert_close(model(**read).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "said"),
+    ("kind", "changes", "said"),
     [
-        ("llama", {}, "LlamaForSequenceClassification can't read packed sequences"),
-        ("gpt2", {}, "GPT2ForSequenceClassification can't read packed sequences"),
-        ("modernbert", {"classifier_pooling": "mean"}, r"\(what the head gives is off by 0\.\d+"),
-        ("bert", {"attn_implementation": "eager"}, "runs attention eager, which takes no packed"),
+        (BertConfig, {"attn_implementation": "eager"}, "runs attention eager, which takes no"),
+        # embeddings of a token and its neighbours
+        (MobileBertConfig, {}, r"\(the state of layer 0 is off by 0\.\d+ of its norm\)"),
+        # a pooler inside of the model that has the blocks
+        (NomicBertConfig, {}, r"\(what the head gives is \[1, 2\], expected \[2, 2\]\)"),
     ],
 )
-def test_what_can_not_be_right_is_refused(name: str, changes: dict[str, Any], said: str) -> None:
+def test_what_can_not_be_right_is_refused(
+    kind: type[PreTrainedConfig], changes: dict[str, Any], said: str
+) -> None:
+    sizes = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "hidden_size": WIDTH}
+    sizes |= {"num_attention_heads": HEADS, "intermediate_size": 48, "initializer_range": 0.2}
+    model = AutoModelForSequenceClassification.from_config(kind(**sizes, **changes)).eval()
+    running = model.config._attn_implementation
     with pytest.raises(UserError, match=said + r".*task\.padding=buckets"):
-        try_packed(model_of(name, head=True, **changes), TOKENS)
+        try_packed(model, TOKENS)
+    assert model.config._attn_implementation == running
 
 
 def test_attention_across_sequences_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

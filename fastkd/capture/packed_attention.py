@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from fastkd.capture.routing import PREFIX, route_attention
@@ -26,7 +25,7 @@ PACKED_SDPA = "packed_sdpa"
 
 
 def pack_attention(model: PreTrainedModel) -> None:
-    """Let the attention of a model read packed rows, and padded batches as before.
+    """Let the attention of a model read packed rows.
 
     Raises:
         UserError: an implementation that does not know where a sequence ends.
@@ -41,8 +40,9 @@ def pack_attention(model: PreTrainedModel) -> None:
             "it to sdpa or flash_attention_2, or task.padding=buckets"
         )
     if PACKED_SDPA not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        # without a mask function of this name transformers makes no mask, for which it would look
+        # at the positions of a decoder's row and wait for the device
         AttentionInterface.register(PACKED_SDPA, packed_sdpa)
-        AttentionMaskInterface.register(PACKED_SDPA, _mask)
     model.config._attn_implementation = PACKED_SDPA
     if running != plain:
         route_attention(model)
@@ -59,27 +59,30 @@ def packed_sdpa(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function as transformers has them, of a row or of a batch.
+    """An attention function as transformers has them, of a row.
 
     Args:
         module: which attends; says whether its attention is causal.
-        query: [1, heads, total, head_dim] of a row, else [batch, heads, tokens, head_dim].
+        query: [1, heads, total, head_dim].
         key, value: likewise, perhaps of fewer heads.
-        attention_mask: of a batch that is padded; then window and causality stand in it.
+        attention_mask: of which a row has none.
         packed_row: where sequences begin and end.
         sliding_window: keys fewer than so many tokens away are seen.
         kwargs: those of transformers' sdpa.
 
     Returns:
-        [1, total, heads, head_dim] or [batch, tokens, heads, head_dim], and `None`.
+        [1, total, heads, head_dim], and `None`.
+
+    Raises:
+        UserError: it is called on something else than a row.
     """
+    if packed_row is None or attention_mask is not None:
+        raise UserError(
+            f"attention {PACKED_SDPA} reads packed rows alone, but was given "
+            f"{'no row' if packed_row is None else 'a mask'}; set the model's attention to sdpa to "
+            "read padded batches"
+        )
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if attention_mask is not None:
-        output: Tensor = sdpa(module, query, key, value, attention_mask, **kwargs)[0]
-        return output, None
-    if packed_row is None:
-        window = _window(module, query, sliding_window, kwargs)
-        return sdpa(module, query, key, value, window, **kwargs)[0], None
     runs = [(length, len(list(same))) for length, same in itertools.groupby(packed_row.lengths)]
     sizes = [length * number for length, number in runs]
     parts = [torch.split(tensor[0], sizes, dim=1) for tensor in (query, key, value)]
@@ -105,13 +108,3 @@ def _window(
     flag = given.get("is_causal")
     causal = getattr(module, "is_causal", True) if flag is None else flag
     return seen & (distance <= 0) if causal else seen
-
-
-def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-    """No mask of what is not padded: `packed_sdpa` knows what a query sees."""
-    if attention_mask is None:
-        return None
-    make = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
-    # transformers would look at the mask, which waits for the device
-    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return make(*args, attention_mask=attention_mask, **kwargs)

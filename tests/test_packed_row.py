@@ -21,7 +21,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fastkd.capture import PaddedStates, capture, reading, try_model, try_packed
+from fastkd.capture import (
+    PaddedStates,
+    capture,
+    reading,
+    route_attention,
+    try_model,
+    try_packed,
+)
 from fastkd.capture.packed_attention import packed_sdpa
 from fastkd.errors import UserError
 from fastkd.losses import count_divisors
@@ -183,6 +190,56 @@ def test_heads_read_each_sequence(name: str, changes: dict[str, Any]) -> None:
     batch = tiny_batch((TOKENS, 7, 7, 3))
     expected = model(**batch).logits
     try_packed(model, TOKENS)
+    with reading(model, packed(batch)) as read:
+        torch.testing.assert_close(model(**read).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def flash_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """What flash attention computes of a row, [total, heads, head_dim], with a loop."""
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
+    sizes = cu_seqlens_q.diff().tolist()
+    assert max_seqlen_q == max_seqlen_k == max(sizes)
+    outputs = []
+    for parts in zip(*(tensor.split(sizes) for tensor in (q, k, v)), strict=True):
+        query, key, value = (part.transpose(0, 1) for part in parts)
+        key, value = (t.repeat_interleave(len(query) // len(t), dim=0) for t in (key, value))
+        position = torch.arange(query.shape[1])
+        distance = position - position[:, None]
+        seen = distance <= 0 if causal else distance == distance
+        if window_size != (-1, -1):
+            seen &= (-distance <= window_size[0]) & (distance <= window_size[1])
+        found = scaled_dot_product_attention(query, key, value, seen, scale=softmax_scale)
+        outputs.append(found.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("name", ["roberta", "qwen2", "modernbert"])
+def test_flash_attention_is_told_where_sequences_begin(
+    name: str, routed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functions = None, flash_varlen, None, None, None
+    flash = "transformers.modeling_flash_attention_utils"
+    monkeypatch.setattr(f"{flash}._lazy_imports", lambda *_, **__: functions)
+    monkeypatch.setattr(f"{flash}._loaded_implementation", None)
+    model = model_of(name, head=True)
+    batch = tiny_batch((TOKENS, 7, 7, 3))
+    expected = model(**batch).logits
+    try_packed(model, TOKENS)
+    model.config._attn_implementation = "flash_attention_2"
+    if routed:
+        route_attention(model)
     with reading(model, packed(batch)) as read:
         torch.testing.assert_close(model(**read).logits, expected, rtol=1e-4, atol=1e-5)
 

@@ -29,6 +29,8 @@ STARTS = "cu_seq_lens"
 """Key of such a micro-batch: where each sequence begins, int32 [sequences + 1]."""
 ON_HOST = frozenset({ROWS, LENGTHS})
 """Keys of what is read on the host, and stays there."""
+NOT_READ = frozenset({"labels", ROWS, LENGTHS, STARTS})
+"""Keys of a micro-batch that no model reads: of labels it would compute a loss of its own."""
 IGNORE_INDEX = -100
 """A label that counts nowhere, as in `torch.nn.functional.cross_entropy`."""
 

@@ -20,9 +20,8 @@ from transformers import PreTrainedModel
 from fastkd.capture.blocks import holder_of_blocks, no_cache
 from fastkd.errors import UserError
 from fastkd.packed_row import PackedRow
-from fastkd.types import LENGTHS, ROWS, STARTS, Inputs
+from fastkd.types import NOT_READ, Inputs
 
-_NOT_READ = frozenset({"labels", ROWS, LENGTHS, STARTS})
 _FIRST_POSITION: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """Of models that were tried packed, the number of a sequence's first position."""
 
@@ -36,9 +35,9 @@ def reading(model: PreTrainedModel, inputs: Inputs) -> Iterator[dict[str, Any]]:
         inputs: of a micro-batch, on the model's device.
 
     Yields:
-        Its keyword arguments; labels are left out, of which it would compute a loss of its own.
+        Its keyword arguments.
     """
-    read = {name: tensor for name, tensor in inputs.items() if name not in _NOT_READ}
+    read = {name: tensor for name, tensor in inputs.items() if name not in NOT_READ}
     row = PackedRow.of(inputs)
     if row is None:
         yield {**read, **no_cache(model)}

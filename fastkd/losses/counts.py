@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastkd.head_spec import HEADS
 from fastkd.packed_row import PackedRow
-from fastkd.types import IGNORE_INDEX, ROWS, Head, Inputs
+from fastkd.types import IGNORE_INDEX, NOT_READ, Head, Inputs
 
 Reduction = Literal["valid", "tinybert"]
 Divisor = Literal["pairs", "tokens", "rows", "examples", "labels"]
@@ -83,5 +83,5 @@ def target_labels(inputs: Inputs, head: Head) -> Tensor | None:
 
 
 def model_inputs(inputs: Inputs) -> dict[str, Tensor]:
-    """What a model reads: it would compute a loss of its own from labels."""
-    return {name: tensor for name, tensor in inputs.items() if name not in ("labels", ROWS)}
+    """What a model reads of a micro-batch."""
+    return {name: tensor for name, tensor in inputs.items() if name not in NOT_READ}

@@ -31,7 +31,7 @@ from fastkd.training.engine import (
     refusal,
     shard_teacher,
 )
-from fastkd.training.graphs import GraphedStep, check_graphs
+from fastkd.training.graphs import GraphedStep, Record, check_graphs
 from fastkd.training.local_engine import LocalEngine
 from fastkd.training.memory import check_micro_batch
 from fastkd.training.parts import Parts, gather
@@ -64,7 +64,7 @@ class Run(Parts):
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.teacher_model.parameters())
 
     def micro_batches(self) -> MicroBatches:
-        """What this rank trains on, from the first step."""
+        """What this rank trains on, from the first step; every rank calls this."""
         train = self.recipe.train
         return self.datamodule.micro_batches(
             train.batch_size, train.seed, self.plan, self.ranks.rank
@@ -120,7 +120,7 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
     if recipe.train.compile:
         _compile(run)
     if recipe.train.cuda_graph:
-        run.graphed = _graphed(run)
+        run.graphed = graphed_step(run)
     return run
 
 
@@ -180,7 +180,8 @@ def _teacher(parts: Parts, *, sharded: bool) -> TeacherRunner | NoTeacher:
     return TeacherRunner(model.to(parts.ranks.device), parts.objective)
 
 
-def _graphed(run: Run) -> GraphedStep:
+def graphed_step(run: Run, record: Record | None = None) -> GraphedStep:
+    """A run's forward and backward of a micro-batch, recorded; `record` as of `GraphedStep`."""
     engine, teacher = run.engine, run.teacher
     engine.hold_gradients()
 
@@ -190,7 +191,7 @@ def _graphed(run: Run) -> GraphedStep:
         added: Tensor = parts
         return added
 
-    return GraphedStep(step, run.objective, engine.masters)
+    return GraphedStep(step, run.objective, engine.trained, record)
 
 
 def _compile(run: Run) -> None:

@@ -17,6 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from fastkd.errors import UserError
 from fastkd.types import LENGTHS, STARTS, Inputs
 
 
@@ -68,10 +69,6 @@ class PackedRow:
         shift = torch.repeat_interleave(shifts, starts.diff(), output_size=self.total)
         return torch.arange(self.total, device=starts.device) + shift
 
-    def holds(self, states: Tensor) -> bool:
-        """Whether states are those of the row, [1, total, ...]."""
-        return states.ndim > 1 and states.shape[:2] == (1, self.total)
-
     def padded(self, states: Tensor, dim: int = 1, fill: int = 0) -> Tensor:
         """States of the row as those of padded sequences; gradients flow back into the row.
 
@@ -89,3 +86,19 @@ class PackedRow:
             room = tokens.new_full((shape[0] * shape[1], *tokens.shape[1:]), fill)
             tokens = room.index_copy_(0, self._places, tokens)
         return tokens.reshape(*shape, *tokens.shape[1:]).movedim(1, dim)
+
+    def padded_module(self, given: Tensor) -> Tensor:
+        """What any module gives as of padded sequences; above the blocks it is that already.
+
+        Raises:
+            UserError: it is neither of the row, [1, total, ...], nor of sequences.
+        """
+        if given.ndim > 1 and given.shape[:2] == (1, self.total):
+            return self.padded(given)
+        if given.ndim and given.shape[0] == len(self.lengths):
+            return given
+        raise UserError(
+            f"a module that a loss reads gives {list(given.shape)} of {len(self.lengths)} packed "
+            f"sequences with {self.total} tokens, expected [1, tokens, ...] or [sequences, ...]; "
+            "set task.padding=buckets"
+        )

@@ -77,6 +77,17 @@ def test_padded_views_hold_each_sequence(lengths: tuple[int, ...], dim: int) -> 
     assert torch.autograd.gradcheck(lambda x: row.padded(x, dim), (given,))
 
 
+def test_what_a_module_gives_is_padded_or_refused() -> None:
+    row = row_of((5, 3, 3))
+    states = torch.randn(1, 11, 2)
+    assert torch.equal(row.padded_module(states), row.padded(states))
+    pooled = torch.randn(3, 4)
+    assert row.padded_module(pooled) is pooled
+    for shape in ((1, 2, 11, 4), (11, 4), ()):
+        with pytest.raises(UserError, match=r"of 3 packed sequences with 11 tokens, expected \[1,"):
+            row.padded_module(torch.randn(shape))
+
+
 class Attends(nn.Module):
     """What an attention function is told of its module."""
 

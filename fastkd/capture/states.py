@@ -77,7 +77,10 @@ class PaddedStates:
             hidden={n: self._padded_hidden(n) for n in wanted.get("hidden", ())},
             logits=found.logits,
             outputs=found.outputs,
-            modules={path: self._module(found.modules[path]) for path in wanted.get("modules", ())},
+            modules={
+                path: self._row.padded_module(found.modules[path])
+                for path in wanted.get("modules", ())
+            },
         )
 
     def _padded_attention(self, layer: int) -> AttentionState:
@@ -97,7 +100,3 @@ class PaddedStates:
         if layer not in self._hidden:
             self._hidden[layer] = self._row.padded(self._captured.hidden[layer])
         return self._hidden[layer]
-
-    def _module(self, given: Tensor) -> Tensor:
-        """What a submodule gives: above the blocks it is padded already."""
-        return self._row.padded(given) if self._row.holds(given) else given

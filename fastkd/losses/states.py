@@ -213,8 +213,7 @@ def _is_packed(loss: StateLoss, batch: Batch) -> bool:
 
 
 def _padded(state: Tensor, batch: Batch) -> Tensor:
-    row = batch.row
-    return row.padded(state) if row is not None and row.holds(state) else state
+    return state if batch.row is None else batch.row.padded_module(state)
 
 
 def _mode(loss: StateLoss) -> str:

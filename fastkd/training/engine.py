@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
-from fastkd.capture import Capture, CompiledCapture, at_depth, capture, reading
+from fastkd.capture import Capture, CompiledCapture, PaddedStates, at_depth, capture, reading
 from fastkd.capture.blocks import find_blocks
 from fastkd.capture.lm_head import last_hidden_state, last_layer
 from fastkd.data.batching import BatchPlan
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.losses.objective import DistilledStudent, Objective
+from fastkd.packed_row import PackedRow
 from fastkd.recipe import AnyRecipe, Recipe, Train
 from fastkd.training.checkpoint.layout import find_places
 from fastkd.training.deepspeed_config import student_config, teacher_config, uses_deepspeed
@@ -80,12 +81,13 @@ class TeacherRunner:
         return states
 
     def record(self, inputs: Inputs) -> Capture:
-        """Run as deep as the objective ever needs, and return what it may ever need."""
+        """Run as deep as the objective ever needs, and return what it may ever need, as of padded
+        sequences."""
         wanted = self.objective.all_layers("teacher")
-        recorded = capture(self.model, **wanted)
+        recorded, row = capture(self.model, **wanted), PackedRow.of(inputs)
         with torch.no_grad(), self._cut, reading(self.model, inputs) as read, recorded as states:
             self._run(**read)
-        return states
+        return states if row is None else PaddedStates(states, row, values=True).of(wanted)
 
     def embed(self, inputs: Inputs) -> Tensor:
         """The teacher's last hidden state [batch, tokens, width], at full depth."""

@@ -20,6 +20,7 @@ from fastkd.data.text.datamodule import TextDataModule
 from fastkd.errors import UserError
 from fastkd.files.disk import disk_errors
 from fastkd.models.digests import model_digests
+from fastkd.packed_row import PackedRow
 from fastkd.recipe import Recipe
 from fastkd.reporting.console import Reporter
 from fastkd.training.engine import TeacherRunner
@@ -91,8 +92,10 @@ def plan_cache(run: Run, form: str) -> CachePlan | None:
     template = teacher.record(inputs)
     if not run.objective.reads_values:
         template = without_values(template)
-    batch, tokens = inputs["input_ids"].shape
-    fields = fields_of(template, (batch, tokens), _STORED[form])
+    row = PackedRow.of(inputs)
+    ids = inputs["input_ids"].shape
+    shape = (ids[0], ids[1]) if row is None else (len(row.lengths), row.longest)
+    fields = fields_of(template, shape, _STORED[form])
     settings = {
         "format": FORMAT,
         "teacher": run.ranks.from_main(lambda: model_digests(recipe.teacher.source)),

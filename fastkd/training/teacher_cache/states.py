@@ -15,6 +15,7 @@ from torch import Tensor
 from fastkd.capture import Capture
 from fastkd.errors import UserError
 from fastkd.files.flat import flat_file
+from fastkd.packed_row import PackedRow
 from fastkd.training.teacher_cache.layout import BITS, Field, rebuilt
 from fastkd.types import ROWS, Inputs
 
@@ -71,7 +72,7 @@ class TeacherStates:
         """What `capture` would have recorded of the teacher on a micro-batch.
 
         Args:
-            inputs: with the numbers of its rows; padding is on the right.
+            inputs: with the numbers of its rows; padded on the right, or packed.
             wanted: keyword arguments of `capture`; layers beyond these are left on the disk.
 
         Returns:
@@ -79,10 +80,15 @@ class TeacherStates:
         """
         kept = {f"query-{layer}" for layer in wanted["attention"]}
         kept |= {f"hidden-{layer}" for layer in wanted["hidden"]}
-        rows, ids = inputs[ROWS].tolist(), inputs["input_ids"]
+        rows, ids, row = inputs[ROWS].tolist(), inputs["input_ids"], PackedRow.of(inputs)
+        width = ids.shape[1] if row is None else row.longest
 
         def read(name: str) -> Tensor:
-            return self._read(self._fields[name], rows, ids.shape[1], ids.device)
+            field = self._fields[name]
+            # what stands above the blocks is padded in any case
+            if row is None or field.token_dim is None or name == "outputs":
+                return self._read(field, rows, width, ids.device)
+            return self._read_packed(field, rows, ids.device)
 
         return rebuilt(self._template, kept, read)
 
@@ -93,9 +99,21 @@ class TeacherStates:
         for place, row in enumerate(rows):
             first, end = self._rows.span(field, row)
             bits[place, : end - first] = stored[first:end]
-        numbers = torch.from_numpy(bits).view(field.stored).to(device, non_blocking=True)
-        entries = numbers.to(field.dtype).reshape(len(rows), places, *field.shape)
+        entries = _entries(field, bits, device)
         return entries[:, 0] if field.token_dim is None else entries.movedim(1, field.token_dim)
+
+    def _read_packed(self, field: Field, rows: list[int], device: torch.device) -> Tensor:
+        """One row after another, [1, ..., tokens of all, ...]."""
+        stored = self._stored[field.name]
+        bits = np.concatenate([stored[slice(*self._rows.span(field, row))] for row in rows])
+        assert field.token_dim is not None, "what has tokens is packed"
+        return _entries(field, bits[None], device).movedim(1, field.token_dim)
+
+
+def _entries(field: Field, bits: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Numbers of bits [batch, places, numbers of an entry]: [batch, places, *entry]."""
+    numbers = torch.from_numpy(bits).view(field.stored).to(device, non_blocking=True)
+    return numbers.to(field.dtype).reshape(*bits.shape[:2], *field.shape)
 
 
 def _open(folder: Path, field: Field, entries: int) -> npt.NDArray[Any]:

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from benchmarks.teacher_cache import BATCH, STAGES, STUDENTS, WARM, first_examples, tune_teacher
 from fastkd.distributed import Ranks, joined_ranks
-from fastkd.layer_map import Progress
 from fastkd.recipe import AnyRecipe, parse_any_recipe
-from fastkd.training.loop import train_step
+from fastkd.training.loop import read_step, train_step
 from fastkd.training.setup import Run, set_up
 from fastkd.types import LENGTHS, Inputs
 
@@ -75,10 +74,9 @@ def compared(recipes: dict[str, AnyRecipe], ranks: Ranks) -> dict[str, Any]:
     for step in range(recipes["none"].train.steps):
         losses = {}
         for name, run in runs.items():
-            batches = feeds[name].next_step(step)
+            batches = read_step(run, feeds[name], step)
             tokens[name] += sum(batch["input_ids"].numel() for batch in batches)
             tokens["texts"] += sum(_lengths(batch) for batch in batches)
-            run.objective.at(Progress(step, feeds[name].epoch))
             losses[name], seconds = _timed(run, batches)
             times[name].append(seconds)
         torch.testing.assert_close(losses["none"], losses["buckets"], rtol=TOLERANCE, atol=1e-4)

@@ -27,10 +27,9 @@ LENGTHS = "lengths"
 lengths, int64 [sequences]; always on the CPU."""
 STARTS = "cu_seq_lens"
 """Key of such a micro-batch: where each sequence begins, int32 [sequences + 1]."""
-ON_HOST = frozenset({ROWS, LENGTHS})
-"""Keys of what is read on the host, and stays there."""
-NOT_READ = frozenset({"labels", ROWS, LENGTHS, STARTS})
-"""Keys of a micro-batch that no model reads: of labels it would compute a loss of its own."""
+STORED = "stored/"
+"""What keys of a micro-batch to train on begin with under which the teacher's states are found, as
+they are stored: [batch, places, numbers]."""
 IGNORE_INDEX = -100
 """A label that counts nowhere, as in `torch.nn.functional.cross_entropy`."""
 
@@ -45,3 +44,13 @@ class ModelSource:
     """Branch, tag or commit on the hub."""
     sha256: str | None = None
     """Expected digest of `model.safetensors`."""
+
+
+def model_inputs(inputs: Inputs) -> dict[str, Tensor]:
+    """What a model reads of a micro-batch: of labels it would compute a loss of its own."""
+    others = ("labels", ROWS, LENGTHS, STARTS)
+    return {
+        name: tensor
+        for name, tensor in inputs.items()
+        if name not in others and not name.startswith(STORED)
+    }

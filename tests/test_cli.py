@@ -241,7 +241,13 @@ def test_other_architectures_end_to_end(recipe: Path) -> None:
 def test_doctor_estimates_a_recipe_and_writes_no_run(recipe: Path) -> None:
     done = run_command("doctor", str(recipe), "student.heads=4")
     assert done.returncode == 0, done.stderr
-    for expected in ("deepspeed", "teacher parameters", "optimiser", "tokens in the corpus"):
+    for expected in (
+        "deepspeed",
+        "teacher parameters",
+        "optimiser",
+        "tokens in the corpus",
+        "losses",
+    ):
         assert expected in done.stdout
     assert not (recipe.parent / "run").exists()
 

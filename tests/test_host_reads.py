@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import joined_ranks
-from fastkd.layer_map import Progress
 from fastkd.recipe import Recipe, load_recipe
-from fastkd.training.loop import train_step
+from fastkd.training.loop import read_step, train_step
 from fastkd.training.setup import set_up
+from fastkd.training.teacher_cache.plan import plan_for_run
 from fastkd.training.window import Window
-from fastkd.types import ON_HOST
+from fastkd.types import LENGTHS
 
 # what hands numbers, or a shape that depends on numbers, to the host
 OPS = {"_local_scalar_dense", "nonzero", "equal", "masked_select"}
@@ -49,10 +48,10 @@ class ReadMethods(TorchFunctionMode):
     """Counts reads that Python makes, but of tensors that stay on the host: on a CPU some of them
     are no op."""
 
-    def __init__(self, found: Counter[str], kept: Collection[torch.Tensor] = ()) -> None:
+    def __init__(self, found: Counter[str]) -> None:
         super().__init__()
         self.found = found
-        self.kept = {id(tensor) for tensor in kept}
+        self.kept: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in METHODS and id(args[0]) not in self.kept:
@@ -74,12 +73,13 @@ def text_recipe(folder: Path, **sections: Any) -> Recipe:
     return load_recipe(make_recipe(folder, **sections), [])
 
 
-def task_recipe(folder: Path, padding: str) -> Recipe:
+def task_recipe(folder: Path, padding: str = "buckets", **teacher: str) -> Recipe:
     """Padded or packed batches of a classifier."""
     write_task(folder / "task")
     save_classifier(folder / "classifier")
+    teacher = {**teacher, "model": str(folder / "classifier"), "cache_folder": str(folder / "c")}
     sections = {"train": {"micro_batch_size": 4}, "task": {"padding": padding}}
-    return load_recipe(write_recipe(folder, "run", **sections), [])
+    return load_recipe(write_recipe(folder, "run", teacher=teacher, **sections), [])
 
 
 RECIPES = {
@@ -97,8 +97,12 @@ RECIPES = {
             "balance": {"kind": "ratio", "reference": "hidden"},
         },
     ),
-    "task": lambda folder: task_recipe(folder, "buckets"),
+    "text, profiled": lambda folder: text_recipe(folder, train={"profile": True}),
+    "task": task_recipe,
     "task, packed": lambda folder: task_recipe(folder, "none"),
+    "task, stored states": lambda folder: task_recipe(
+        folder, cache="bfloat16", cache_attention="recomputed"
+    ),
 }
 
 
@@ -107,13 +111,17 @@ def test_a_step_reads_nothing(tmp_path: Path, name: str) -> None:
     recipe = RECIPES[name](tmp_path)
     with joined_ranks() as ranks:
         run = set_up(recipe, ranks, progress=False)
+        cache = plan_for_run(run)
+        if cache is not None:
+            cache.use(run, progress=False)
         with closing(Prefetched(run.micro_batches(), ranks.device)) as micro_batches:
             window = Window(run, micro_batches, 0)
             for step in range(WARM_UP + 3):
-                reads, inputs = Counter[str](), micro_batches.next_step(step)
-                kept = [part[name] for part in inputs for name in ON_HOST & part.keys()]
-                with ReadOps(reads), ReadMethods(reads, kept):
-                    run.objective.at(Progress(step, micro_batches.epoch))
+                reads = Counter[str]()
+                methods = ReadMethods(reads)
+                with ReadOps(reads), methods, run.profile.step():
+                    inputs = read_step(run, micro_batches, step)
+                    methods.kept = {id(part[LENGTHS]) for part in inputs if LENGTHS in part}
                     window.add(train_step(run, inputs))
                 if step >= WARM_UP:
                     assert not reads, (step, reads)

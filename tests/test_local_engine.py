@@ -57,7 +57,7 @@ def make_engine(
     )
 
 
-def _data(accumulation: int) -> list[list[tuple[Tensor, bool]]]:
+def data_of(accumulation: int) -> list[list[tuple[Tensor, bool]]]:
     generator = torch.Generator().manual_seed(1)
     return [
         [
@@ -75,7 +75,7 @@ def _by_hand(accumulation: int, max_grad_norm: float, bf16: bool) -> dict[str, T
     masters = {name: p.detach().double() for name, p in lower.named_parameters()}
     first = {name: torch.zeros_like(m) for name, m in masters.items()}
     second = copy.deepcopy(first)
-    for step, micro_batches in enumerate(_data(accumulation)):
+    for step, micro_batches in enumerate(data_of(accumulation)):
         total = {name: torch.zeros_like(m) for name, m in masters.items()}
         for rows, reach in micro_batches:
             loss = lower(rows, reach) / accumulation
@@ -99,11 +99,21 @@ def _by_hand(accumulation: int, max_grad_norm: float, bf16: bool) -> dict[str, T
     return masters
 
 
-def _run(engine: LocalEngine, accumulation: int) -> None:
-    for micro_batches in _data(accumulation):
+def run_steps(engine: LocalEngine, accumulation: int) -> None:
+    for micro_batches in data_of(accumulation):
         for rows, reach in micro_batches:
             engine.backward(engine.module(rows, reach))
             engine.step()
+
+
+def assert_weights(engine: LocalEngine, expected: dict[str, Tensor], tolerance: float) -> None:
+    """The weights that are updated are near those expected, and the module computes with them."""
+    places = find_places(engine, 0)
+    for name, parameter in engine.module.named_parameters():
+        place = places[parameter]
+        weight = place.piece(place.tensors[WEIGHT]).view(parameter.shape)
+        torch.testing.assert_close(weight.double(), expected[name], atol=tolerance, rtol=0)
+        assert torch.equal(parameter, weight.to(parameter.dtype)), name
 
 
 @pytest.mark.parametrize("held", [False, True])
@@ -118,15 +128,10 @@ def test_steps_are_those_written_out(
     if held:
         engine.hold_gradients()
         gradients = [p.grad for p in module.parameters()]
-    _run(engine, accumulation)
+    run_steps(engine, accumulation)
     expected = _by_hand(accumulation, max_grad_norm, bf16)
     # a step is as long as the rate, whatever the gradient: rounding stays far below one
-    places = find_places(engine, 0)
-    for name, parameter in module.named_parameters():
-        place = places[parameter]
-        master = place.piece(place.tensors[WEIGHT]).view(parameter.shape)
-        torch.testing.assert_close(master.double(), expected[name], atol=1e-5, rtol=0)
-        assert torch.equal(parameter, master.to(parameter.dtype)), name
+    assert_weights(engine, expected, 1e-5)
     assert engine.global_steps == STEPS and engine.global_samples == STEPS * ROWS
     assert engine.get_lr() == [RATE / (1 + STEPS)] * 2
     if held:
@@ -136,7 +141,7 @@ def test_steps_are_those_written_out(
 @pytest.mark.parametrize("bf16", [False, True])
 def test_an_update_whose_gradient_is_not_finite_is_left_out(bf16: bool) -> None:
     engine = make_engine(Model(), 1, 1.0, bf16)
-    _run(engine, 1)
+    run_steps(engine, 1)
     before = {name: p.clone() for name, p in engine.module.named_parameters()}
     engine.backward(engine.module(torch.full((ROWS, WIDTH), float("inf")), True))
     engine.step()
@@ -145,7 +150,7 @@ def test_an_update_whose_gradient_is_not_finite_is_left_out(bf16: bool) -> None:
     assert engine.skipped_steps == 1
     for name, parameter in engine.module.named_parameters():
         assert torch.equal(parameter, before[name]), name
-    _run(engine, 1)
+    run_steps(engine, 1)
     assert engine.get_global_grad_norm() > 0 and engine.skipped_steps == 1
 
 

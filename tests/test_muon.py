@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from test_local_engine import BETAS, DECAY, EPS, RATE, ROWS, STEPS, Model, _data, _run
+from test_local_engine import (
+    BETAS,
+    DECAY,
+    EPS,
+    RATE,
+    ROWS,
+    STEPS,
+    Model,
+    assert_weights,
+    data_of,
+    run_steps,
+)
 from tiny_models import tiny_model
 from tiny_runs import assert_same_run, keys, make_recipe, run_variants
 from torch import Tensor
@@ -92,7 +103,7 @@ def run_by_hand(accumulation: int, max_grad_norm: float, bf16: bool) -> dict[str
     masters = {name: p.detach().double() for name, p in lower.named_parameters()}
     first = {name: torch.zeros_like(m) for name, m in masters.items()}
     second = {name: torch.zeros_like(m) for name, m in masters.items()}
-    for step, micro_batches in enumerate(_data(accumulation)):
+    for step, micro_batches in enumerate(data_of(accumulation)):
         total = {name: torch.zeros_like(m) for name, m in masters.items()}
         for rows, reach in micro_batches:
             loss = lower(rows, reach) / accumulation
@@ -120,26 +131,24 @@ def run_by_hand(accumulation: int, max_grad_norm: float, bf16: bool) -> dict[str
     return masters
 
 
+@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(("accumulation", "max_grad_norm"), [(1, 0.0), (3, 0.1)])
 def test_steps_of_one_process_are_those_written_out(
-    accumulation: int, max_grad_norm: float, bf16: bool
+    accumulation: int, max_grad_norm: float, bf16: bool, held: bool
 ) -> None:
-    module = Model()
-    engine = engine_of(module, accumulation, max_grad_norm, bf16)
-    _run(engine, accumulation)
+    engine = engine_of(Model(), accumulation, max_grad_norm, bf16)
+    if held:
+        engine.hold_gradients()
+    run_steps(engine, accumulation)
     expected = run_by_hand(accumulation, max_grad_norm, bf16)
-    for (name, parameter), master in zip(
-        module.named_parameters(), engine.masters.values(), strict=True
-    ):
-        torch.testing.assert_close(master.detach().double(), expected[name], atol=2e-5, rtol=0)
-        assert torch.equal(parameter, master.to(parameter.dtype)), name
+    assert_weights(engine, expected, 2e-5)
     assert engine.global_steps == STEPS
 
 
 def test_an_update_whose_gradient_is_not_finite_is_left_out() -> None:
     engine = engine_of(Model(), 1, 1.0, False)
-    _run(engine, 1)
+    run_steps(engine, 1)
     before = {name: p.clone() for name, p in engine.module.named_parameters()}
     momentum = engine.optimizer.state[engine.module.matrix]["momentum"].clone()
     engine.backward(engine.module(torch.full((ROWS, 6), float("inf")), True))

@@ -54,14 +54,10 @@ def variant(folder: Path, name: str, **changes: Any) -> list[str]:
 def test_losses_are_those_of_padded_batches(folder: Path) -> None:
     recipe = write_recipe(folder, "run", losses=LOSSES, train={"steps": 3})
     cut = {"task.padding": "none", "train.micro_batch_size": 2}
-    stored = {"teacher.cache": "exact", "teacher.cache_folder": str(folder / "states")}
     variants = {
         "padded": {},
         "cut": cut,
         "recomputed": {**cut, "student.gradient_checkpointing": True},
-        # filled from rows and read as rows, then read as padded batches
-        "stored": {**cut, **stored},
-        "read": stored,
     }
     run_variants(recipe, [variant(folder, name, **given) for name, given in variants.items()])
     padded = summary_of(folder / "padded")["after"]
@@ -70,7 +66,6 @@ def test_losses_are_those_of_padded_batches(folder: Path) -> None:
         after = summary_of(folder / name)["after"]
         assert after["score"] == padded["score"]
         assert after["losses"] == pytest.approx(padded["losses"], rel=2e-5)
-    assert len(list((folder / "states").iterdir())) == 1, "both read the same"
     assert set(read_losses(folder / "padded")[0]) > {"attention/1-2", "fsp/1-2..2-4", "sentence"}
 
 
@@ -127,6 +122,7 @@ def test_models_compute_no_padding(folder: Path) -> None:
     [
         ({"train": {"compile": True}}, "another shape in every step, and train.compile keeps"),
         ({"train": {"cuda_graph": True}}, "in every step, and train.cuda_graph keeps a graph"),
+        ({"teacher": {"cache": "exact"}}, "teacher.cache is exact, but task.padding is none"),
         ({"student": {"layers": 2, "attention": "eager"}}, "but student.attention is eager"),
         (
             {"losses": {"attention": {}, "reduction": "tinybert"}},

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from fastkd.capture.blocks import holder_of_blocks, no_cache
 from fastkd.errors import UserError
 from fastkd.packed_row import PackedRow
-from fastkd.types import NOT_READ, Inputs
+from fastkd.types import Inputs, model_inputs
 
 _FIRST_POSITION: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """Of models that were tried packed, the number of a sequence's first position."""
@@ -37,8 +37,7 @@ def reading(model: PreTrainedModel, inputs: Inputs) -> Iterator[dict[str, Any]]:
     Yields:
         Its keyword arguments.
     """
-    read = {name: tensor for name, tensor in inputs.items() if name not in NOT_READ}
-    row = PackedRow.of(inputs)
+    read, row = model_inputs(inputs), PackedRow.of(inputs)
     if row is None:
         yield {**read, **no_cache(model)}
         return

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastkd.head_spec import HEADS
 from fastkd.packed_row import PackedRow
-from fastkd.types import IGNORE_INDEX, NOT_READ, Head, Inputs
+from fastkd.types import IGNORE_INDEX, Head, Inputs
 
 Reduction = Literal["valid", "tinybert"]
 Divisor = Literal["pairs", "tokens", "rows", "examples", "labels"]
@@ -80,8 +80,3 @@ def target_labels(inputs: Inputs, head: Head) -> Tensor | None:
     if mask is not None:
         following = following.masked_fill(mask[:, 1:] == 0, IGNORE_INDEX)
     return torch.nn.functional.pad(following, (0, 1), value=IGNORE_INDEX)
-
-
-def model_inputs(inputs: Inputs) -> dict[str, Tensor]:
-    """What a model reads of a micro-batch."""
-    return {name: tensor for name, tensor in inputs.items() if name not in NOT_READ}

@@ -93,8 +93,7 @@ class Recipe(Section):
                 "teacher.attention": self.teacher.attention,
             },
         )
-        packed = self.task is not None and self.task.padding == "none"
-        if packed and self.losses.reduction == "tinybert":
+        if self._is_packed and self.losses.reduction == "tinybert":
             raise ValueError(
                 "losses.reduction is tinybert, which counts padding, but task.padding is none; "
                 "leave one of them out"
@@ -106,6 +105,10 @@ class Recipe(Section):
             )
         return self
 
+    @property
+    def _is_packed(self) -> bool:
+        return self.task is not None and self.task.padding == "none"
+
     def why_not_cached(self) -> str | None:
         """Why what the losses read of the teacher can't be stored by row; `None` where it can."""
         if self.data is not None and self.data.streaming:
@@ -114,6 +117,8 @@ class Recipe(Section):
             return "train.cuda_graph is on, whose graph can't read from a disk"
         if any(config.loss == "mlm" for config in self.losses.terms.values()):
             return "losses.mlm masks other tokens in every step, so no states come again"
+        if self._is_packed:
+            return "task.padding is none, and states are stored of padded examples"
         if self.task is not None and self.losses.reduction == "tinybert":
             return (
                 "losses.reduction is tinybert, which reads the teacher's states of padding, and an "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 # numbers
-_ALIGNMENT, _ROW = 64, 4096
+_ALIGNMENT, _ROW = 16, 4096
 
 
 class FlatWeights:
@@ -27,8 +27,8 @@ class FlatWeights:
         """Take the parameters of an optimiser over, and give it others to update.
 
         Args:
-            optimizer: has made no step, updates each number by itself, and its parameters are all
-                of one dtype.
+            optimizer: has made no step; its parameters are all of one dtype. It updates each
+                number by itself, but for groups with `muon` set, which keep their matrices.
         """
         groups = optimizer.param_groups
         self._parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
@@ -44,17 +44,24 @@ class FlatWeights:
         self._held: Tensor | None = None
         self._into = self._views(self._gradients)
         self._fresh: tuple[Tensor, list[Tensor]] | None = None
-        self.places: dict[nn.Parameter, tuple[Tensor, int]] = {}
-        """By parameter the tensor that is updated, and where in it the parameter starts."""
+        self.places: dict[nn.Parameter, tuple[Tensor, int | None]] = {}
+        """By parameter the tensor that is updated, and where in it the parameter starts; `None`
+        where the tensor is that of the parameter alone."""
+        of = dict(zip(self._parameters, self._starts, strict=False))
+        matrices = dict(zip(self._parameters, self._views(self._weights), strict=True))
         for group in groups:
-            first = len(self.places)
-            last = first + len(group["params"])
-            begin, end = self._starts[first], self._starts[last]
+            own: list[nn.Parameter] = group["params"]
+            if group.get("muon") or not own:
+                group["params"] = [matrices[parameter] for parameter in own]
+                self.places |= {parameter: (matrices[parameter], None) for parameter in own}
+                continue
+            begin, end = of[own[0]], of[own[-1]] + _padded(own[-1].numel())
             segment = self._weights[begin:end]
             segment.grad = self._gradients[begin:end]
-            for parameter, start in zip(group["params"], self._starts[first:last], strict=True):
-                self.places[parameter] = segment, start - begin
             group["params"] = [segment]
+            self.places |= {parameter: (segment, of[parameter] - begin) for parameter in own}
+        for parameter, gradient in zip(self._parameters, self._into, strict=True):
+            matrices[parameter].grad = gradient
 
     def hold_gradients(self) -> None:
         """Let the gradients of the module stay where they are from now on."""

@@ -29,6 +29,7 @@ from fastkd.recipe import Recipe
 from fastkd.training.chips import Chip
 from fastkd.training.deepspeed_config import uses_deepspeed
 from fastkd.training.dry_pass import DryPass, bytes_of, dry_pass, tensors_of
+from fastkd.training.engine import matrix_numbers
 from fastkd.training.memory import memory_parts, parts_on_cpu
 
 EFFICIENCY = 0.4
@@ -54,6 +55,8 @@ class Passes:
     student: DryPass
     teacher_numbers: int
     trained_numbers: int
+    matrix_numbers: int
+    """Of those trained, what Muon updates."""
     teacher_block: int
     """Numbers of the largest module that ZeRO-3 gathers at a time."""
     student_block: int
@@ -132,6 +135,7 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
         student=learnt,
         teacher_numbers=_numbers(teacher),
         trained_numbers=_numbers(student) + _numbers(objective),
+        matrix_numbers=matrix_numbers(student, recipe.train),
         teacher_block=_largest(teacher),
         student_block=_largest(student),
         rows=rows,
@@ -153,7 +157,8 @@ def forecast(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> Forecast
     """
     plan = plan_batches(recipe, ranks)
     times = plan.micro_batch_size / passes.rows
-    kept = memory_parts(recipe, passes.teacher_numbers, passes.trained_numbers, ranks)
+    numbers = passes.teacher_numbers, passes.trained_numbers
+    kept = memory_parts(recipe, *numbers, ranks, passes.matrix_numbers)
     away = parts_on_cpu(recipe)
     parts = {name: size for name, size in kept.items() if name not in away}
     parts |= _worked_with(recipe, passes, plan)

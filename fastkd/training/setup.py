@@ -9,7 +9,8 @@ nothing, so their student stands in no engine.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,16 +29,19 @@ from fastkd.training.engine import (
     TeacherRunner,
     check_config,
     make_engine,
+    matrix_numbers,
     refusal,
     shard_teacher,
 )
 from fastkd.training.graphs import GraphedStep, Record, check_graphs
 from fastkd.training.local_engine import LocalEngine
-from fastkd.training.memory import check_micro_batch
+from fastkd.training.memory import check_micro_batch, memory_parts, parts_on_cpu
 from fastkd.training.parts import Parts, gather
 from fastkd.training.precision import settle_precision
+from fastkd.training.profile import NoProfile, Profile, clocks_of
 from fastkd.training.run_folder import RunFolder
-from fastkd.types import ON_HOST, ROWS, Inputs
+from fastkd.training.step_memory import StepMemory
+from fastkd.types import LENGTHS, ROWS, STORED, Inputs
 
 
 @dataclass
@@ -49,6 +53,8 @@ class Run(Parts):
     """Around `module`, see `make_engine`; `module` itself where nothing is trained."""
     graphed: GraphedStep | None = None
     """What makes a micro-batch's forward and backward, where that is recorded."""
+    profile: Profile | NoProfile = field(default_factory=NoProfile)
+    """What is told of the phases of a step."""
 
     @property
     def student(self) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -63,25 +69,37 @@ class Run(Parts):
         # a sharded parameter keeps its real size in ds_numel
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.teacher_model.parameters())
 
+    def computed_parts(self) -> dict[str, int]:
+        """Bytes of weights, gradients and moments on this rank's device, see `memory_parts`."""
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+        world = self.ranks.world_size
+        matrices = matrix_numbers(self.module.student, self.recipe.train)
+        parts = memory_parts(self.recipe, self.teacher_parameters, trained, world, matrices)
+        away = parts_on_cpu(self.recipe) if self.ranks.device.type == "cuda" else set()
+        return {name: size for name, size in parts.items() if name not in away}
+
     def micro_batches(self) -> MicroBatches:
         """What this rank trains on, from the first step; every rank calls this."""
         train = self.recipe.train
-        return self.datamodule.micro_batches(
+        micro_batches = self.datamodule.micro_batches(
             train.batch_size, train.seed, self.plan, self.ranks.rank
         )
+        stored = self.teacher.stored if isinstance(self.teacher, TeacherRunner) else None
+        if stored is None:
+            return micro_batches
+        return stored.reading(micro_batches, partial(self.objective.layers, "teacher"))
 
     def move(self, inputs: Inputs) -> Inputs:
-        """Inputs on this rank's device, but for what is read on the host; the numbers of their rows
-        are left out where no states of the teacher are found by them."""
+        """Inputs on this rank's device, without the numbers of their rows; lengths are read on the
+        host, and stored states of the teacher stay where they are until they are used."""
         device = self.ranks.device
-        moved = {
-            name: tensor.to(device, non_blocking=True)
+        return {
+            name: tensor
+            if name == LENGTHS or name.startswith(STORED)
+            else tensor.to(device, non_blocking=True)
             for name, tensor in inputs.items()
-            if name not in ON_HOST
+            if name != ROWS
         }
-        by_row = isinstance(self.teacher, TeacherRunner) and self.teacher.stored is not None
-        kept = ON_HOST if by_row else ON_HOST - {ROWS}
-        return moved | {name: inputs[name] for name in kept if name in inputs}
 
     def loss_scales(self, batches: list[Inputs]) -> Tensor:
         """What each micro-batch of a step counts among all, fp32 [micro-batches, DIVISORS].
@@ -121,7 +139,19 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
         _compile(run)
     if recipe.train.cuda_graph:
         run.graphed = graphed_step(run)
+    if recipe.train.profile:
+        run.profile = make_profile(run)
     return run
+
+
+def make_profile(run: Run) -> Profile:
+    """What measures the steps of a run from now on, once for a run."""
+    device, memory = run.ranks.device, None
+    # its hooks would be recorded, and called no more
+    if run.graphed is None:
+        computed = run.computed_parts()
+        memory = StepMemory(run.module, run.teacher_model, run.engine, device, computed)
+    return Profile(clocks_of(device), run.objective, memory)
 
 
 def set_up_trial(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> Run:

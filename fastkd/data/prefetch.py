@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastkd.data.datamodule import MicroBatches
-from fastkd.types import ROWS, STORED, Inputs
+from fastkd.types import LENGTHS, ROWS, STORED, Inputs
 
 DEPTH = 2
 """Steps that are prepared ahead."""
@@ -112,10 +112,10 @@ class Prefetched:
             return _Prepared(moved, self._copies.record_event(), position, epoch)
 
     def _moved(self, pinned: Inputs, waits: str | None) -> Inputs:
-        """On the device, but for what has a name that begins so."""
+        """On the device, but for lengths, and for what has a name that begins so."""
         return {
             name: tensor
-            if waits is not None and name.startswith(waits)
+            if name == LENGTHS or (waits is not None and name.startswith(waits))
             else tensor.to(self._device, non_blocking=True)
             for name, tensor in pinned.items()
         }

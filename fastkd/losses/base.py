@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, Link, Progress
 from fastkd.losses.counts import Divisor, Reduction
+from fastkd.packed_row import PackedRow
 from fastkd.recipe.weights import LossConfig as LossConfig
 from fastkd.types import Head, Side
 
@@ -83,6 +84,8 @@ class Batch:
     """Bool [batch, tokens], `None` where nothing is padded."""
     labels: Tensor | None = None
     """From `target_labels`."""
+    row: PackedRow | None = None
+    """Where the sequences stand that were read packed, for a term that `reads_packed`."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,10 @@ class Term(nn.Module):
     [matches], each a mean over its divisor within this micro-batch. Parameters belong to the term
     itself: ZeRO-3 gathers them for its `forward`.
     """
+
+    reads_packed: ClassVar[bool] = False
+    """Whether `forward` takes states of packed sequences as they were captured, [1, total, ...];
+    others get padded views of them."""
 
     @property
     @abstractmethod

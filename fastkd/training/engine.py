@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
-from fastkd.capture import Capture, CompiledCapture, at_depth, capture, no_cache
+from fastkd.capture import Capture, CompiledCapture, at_depth, capture, reading
 from fastkd.capture.blocks import find_blocks
 from fastkd.capture.lm_head import last_hidden_state, last_layer
 from fastkd.data.batching import BatchPlan
@@ -29,7 +29,6 @@ from fastkd.data.datamodule import MicroBatches
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.layer_map import Progress
-from fastkd.losses import model_inputs
 from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.recipe import AnyRecipe, Recipe, Train
 from fastkd.training.checkpoint.layout import find_places
@@ -91,27 +90,27 @@ class TeacherRunner:
         """Run as deep as the objective ever needs, or all of it, and return what is needed now."""
         if self.stored is not None and not whole and any(n.startswith(STORED) for n in inputs):
             return self.stored(inputs, self.objective.layers("teacher"))
-        read = {**model_inputs(inputs), **no_cache(self.model)}
-        with torch.no_grad(), nullcontext() if whole else self._cut:
+        wanted = self.objective.layers("teacher")
+        cut = nullcontext() if whole else self._cut
+        with torch.no_grad(), cut, reading(self.model, inputs) as read:
             if self.compiled is not None and self.objective.training and not whole:
-                return self.compiled(read, self.objective.layers("teacher"))
-            with capture(self.model, **self.objective.layers("teacher")) as states:
+                return self.compiled(read, wanted)
+            with capture(self.model, **wanted) as states:
                 self._run(**read)
         return states
 
     def record(self, inputs: Inputs, wanted: Wanted | None = None) -> Capture:
         """Run as deep as the objective ever needs, and return what it may ever need, or what is
         named."""
-        read = {**model_inputs(inputs), **no_cache(self.model)}
         wanted = self.objective.all_layers("teacher") if wanted is None else wanted
-        with torch.no_grad(), self._cut, capture(self.model, **wanted) as states:
+        recorded = capture(self.model, **wanted)
+        with torch.no_grad(), self._cut, reading(self.model, inputs) as read, recorded as states:
             self._run(**read)
         return states
 
     def embed(self, inputs: Inputs) -> Tensor:
         """The teacher's last hidden state [batch, tokens, width], at full depth."""
-        with torch.no_grad():
-            read = {**model_inputs(inputs), **no_cache(self.model)}
+        with torch.no_grad(), reading(self.model, inputs) as read:
             return last_hidden_state(self._run, self.model, read)
 
     def _find_cut(self) -> AbstractContextManager[None]:

@@ -41,7 +41,7 @@ from fastkd.training.precision import settle_precision
 from fastkd.training.profile import NoProfile, Profile, clocks_of
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.step_memory import StepMemory
-from fastkd.types import ROWS, STORED, Inputs
+from fastkd.types import LENGTHS, ROWS, STORED, Inputs
 
 
 @dataclass
@@ -90,11 +90,13 @@ class Run(Parts):
         return stored.reading(micro_batches, partial(self.objective.layers, "teacher"))
 
     def move(self, inputs: Inputs) -> Inputs:
-        """Inputs on this rank's device, without the numbers of their rows; stored states of the
-        teacher stay where they are until they are used."""
+        """Inputs on this rank's device, without the numbers of their rows; lengths are read on the
+        host, and stored states of the teacher stay where they are until they are used."""
         device = self.ranks.device
         return {
-            name: tensor if name.startswith(STORED) else tensor.to(device, non_blocking=True)
+            name: tensor
+            if name == LENGTHS or name.startswith(STORED)
+            else tensor.to(device, non_blocking=True)
             for name, tensor in inputs.items()
             if name != ROWS
         }

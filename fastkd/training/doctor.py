@@ -194,7 +194,7 @@ def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
         ],
     )
     _describe_cache(run, reporter)
-    parts = memory_parts(run.recipe, run.teacher_parameters, trained, ranks.world_size)
+    parts = memory_parts(run.recipe, run.teacher_bytes, trained, ranks.world_size)
     kind = "GPU" if ranks.device.type == "cuda" else "process"
     if kind == "GPU":
         parts = {name: size for name, size in parts.items() if name not in parts_on_cpu(run.recipe)}

@@ -28,6 +28,7 @@ from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.losses import model_inputs
 from fastkd.losses.objective import DistilledStudent, Objective
+from fastkd.models.quantised import Quantised
 from fastkd.recipe import AnyRecipe, Recipe, Train
 from fastkd.training.deepspeed_config import student_config, teacher_config, uses_deepspeed
 from fastkd.training.local_engine import LocalEngine
@@ -45,6 +46,8 @@ class TeacherRunner:
         model: PreTrainedModel,
         objective: Objective,
         engine: nn.Module | None = None,
+        *,
+        quantised: Quantised | None = None,
     ) -> None:
         """Let a teacher run.
 
@@ -52,9 +55,11 @@ class TeacherRunner:
             model: frozen, on the device where it runs.
             objective: whose layers are captured.
             engine: from `shard_teacher`, where the model is not whole.
+            quantised: what of it is in eight bits.
         """
         self.model = model
         self.objective = objective
+        self.quantised = quantised
         self._run = model if engine is None else engine
         # of DeepSpeed's engine it returns nothing
         self._run.eval()

@@ -85,7 +85,7 @@ def memory_parts(recipe: AnyRecipe, teacher: int, trained: int, world_size: int)
 
     Args:
         recipe: precision, stage and placement.
-        teacher: parameters of the teacher; a fine-tuning run has none.
+        teacher: bytes of the teacher's weights; a fine-tuning run has none.
         trained: parameters of the student and the projections.
         world_size: ranks that shards are spread over.
     """
@@ -93,8 +93,7 @@ def memory_parts(recipe: AnyRecipe, teacher: int, trained: int, world_size: int)
     shard = [1, world_size]
     parts = {}
     if isinstance(recipe, Recipe):
-        size = teacher * recipe.teacher.number_bytes
-        parts["teacher weights"] = size // shard[recipe.teacher.placement != "replicate"]
+        parts["teacher weights"] = teacher // shard[recipe.teacher.placement != "replicate"]
     # bf16 keeps fp32 master weights beside Adam's two moments
     optimiser = trained * (12 if recipe.train.precision == "bf16" else 8)
     trained_weights = "student weights" if parts else "model weights"

@@ -21,6 +21,7 @@ from fastkd.data.batching import plan_batches
 from fastkd.data.datamodule import MicroBatches
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError
+from fastkd.models.quantised import quantise
 from fastkd.recipe import AnyRecipe, Recipe
 from fastkd.training.deepspeed_config import check_packages, student_config, uses_deepspeed
 from fastkd.training.engine import (
@@ -62,6 +63,14 @@ class Run(Parts):
             return 0
         # a sharded parameter keeps its real size in ds_numel
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.teacher_model.parameters())
+
+    @property
+    def teacher_bytes(self) -> int:
+        """Of these numbers, on all ranks together where they are sharded."""
+        if self.teacher_model is None:
+            return 0
+        weights = self.teacher_model.parameters()
+        return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in weights)
 
     def micro_batches(self) -> MicroBatches:
         """What this rank trains on, from the first step."""
@@ -176,7 +185,12 @@ def _teacher(parts: Parts, *, sharded: bool) -> TeacherRunner | NoTeacher:
         return NoTeacher()
     if sharded and recipe.teacher.placement != "replicate":
         return TeacherRunner(model, parts.objective, shard_teacher(model, recipe))
-    return TeacherRunner(model.to(parts.ranks.device), parts.objective)
+    device, kind = parts.ranks.device, recipe.teacher.eight_bits
+    if kind is None:
+        return TeacherRunner(model.to(device), parts.objective)
+    # only now: the student was made of its weights
+    quantised = quantise(model, kind, device)
+    return TeacherRunner(model, parts.objective, quantised=quantised)
 
 
 def _graphed(run: Run) -> GraphedStep:

@@ -27,7 +27,7 @@ from fastkd.models.quantised import (
 from fastkd.recipe import load_recipe
 from fastkd.training import parts, precision
 from fastkd.training.chips import CHIPS
-from fastkd.training.forecast import EFFICIENCY, forecast, run_dry
+from fastkd.training.forecast import EFFICIENCY, forecast, layouts, run_dry
 from fastkd.training.precision import check_eight_bits
 from fastkd.training.setup import Run, set_up
 from fastkd.training.teacher_cache.plan import plan_cache
@@ -361,6 +361,10 @@ def test_a_forecast_knows_eight_bits(tmp_path: Path) -> None:
     times = recipes[0].train.batch_size / 4
     assert before.computing - after.computing == pytest.approx(saved * times)
     assert after.parts["the teacher at work"] > before.parts["the teacher at work"]
+    # what would be refused is not advised
+    for recipe, advised in zip(recipes, (True, False), strict=True):
+        tried = " ".join(overrides for overrides, _ in layouts(recipe, 2))
+        assert ("placement" in tried) == advised and "zero_stage" in tried
     with pytest.raises(UserError, match="float8, which an A100 80 GB SXM does not multiply; give"):
         forecast(recipes[1], rounded, CHIPS["a100"], 1)
     with pytest.raises(UserError, match="is int8, which CPUs multiply; give float8 or bfloat16"):

@@ -54,6 +54,9 @@ class Teacher(Section):
     """Attention implementation that the teacher runs."""
     placement: Literal["replicate", "shard", "offload"] = "replicate"
     """A copy on every rank, ZeRO-3 shards, or ZeRO-3 shards in CPU memory."""
+    overlap: bool = False
+    """On a GPU, run the teacher on the next micro-batch of a step, on a CUDA stream of its own,
+    while the student trains on this one. Takes the memory of one more micro-batch's states."""
     cache: CacheForm = "none"
     """Whether what the losses read of the teacher is stored once, before the first step, and read
     afterwards: `exact` in the teacher's own precision, `bfloat16` rounded to that."""
@@ -69,6 +72,11 @@ class Teacher(Section):
                 f"cache is {self.cache}, but placement is {self.placement}, and states are stored "
                 "of a whole teacher only; use replicate, or leave cache out"
             )
+        if self.overlap and (self.cache != "none" or self.placement != "replicate"):
+            found = f"placement is {self.placement}, whose weights are gathered in turn"
+            if self.cache != "none":
+                found = f"cache is {self.cache}, and a teacher whose states are read does not run"
+            raise ValueError(f"overlap is on, but {found}; leave one of them out")
         if self.eight_bits is not None and self.placement != "replicate":
             raise ValueError(
                 f"dtype is {self.dtype}, but placement is {self.placement}, which shards weights "

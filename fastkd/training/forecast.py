@@ -178,9 +178,13 @@ def layouts(recipe: Recipe, ranks: int) -> Iterator[tuple[str, Recipe]]:
     """Ways to lay the same run out that need less memory, the cheapest first, as overrides."""
     rows = plan_batches(recipe, ranks).micro_batch_size
     places: list[tuple[str, dict[str, str]]] = [("", {})]
-    if ranks > 1:
-        places += [("teacher.placement=shard", {"placement": "shard"})]
-    places += [("teacher.placement=offload", {"placement": "offload"})]
+    given = recipe.teacher
+    # a recipe refuses these with what needs the teacher whole
+    whole = recipe.train.compile or given.overlap or given.cache != "none"
+    if not whole and given.eight_bits is None:
+        if ranks > 1:
+            places += [("teacher.placement=shard", {"placement": "shard"})]
+        places += [("teacher.placement=offload", {"placement": "offload"})]
     stages = [recipe.train.zero_stage, *([2, 3] if ranks > 1 else [])]
     for place, teacher in places:
         for stage in sorted({stage for stage in stages if stage >= recipe.train.zero_stage}):
@@ -252,10 +256,12 @@ def _worked_with(recipe: Recipe, passes: Passes, plan: BatchPlan) -> dict[str, i
     student = tensors_of(passes.student.captured)
     # what is rounded to a byte is divided in fp32 before
     at_work = 3 if recipe.teacher.eight_bits is None else 4
+    # beside those that the student is compared with
+    captured = bytes_of(tensors_of(passes.teacher.captured)) * (1 + recipe.teacher.overlap)
     parts = {
         # the losses form the gradients of what is compared as they read it
         "activations": int((passes.student.saved + bytes_of(student)) * times),
-        "captured of the teacher": int(bytes_of(tensors_of(passes.teacher.captured)) * times),
+        "captured of the teacher": int(captured * times),
         "the teacher at work": int(at_work * passes.teacher.largest * times),
     }
     if train.precision == "bf16" and not (deepspeed and train.zero_stage > 1):

@@ -154,19 +154,20 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
         fp32 [2, labels] on the device: this rank's part of the step's raw and weighted losses; the
         sum over ranks is the mean over the global batch.
     """
-    teacher, student, engine = run.teacher, run.student, run.engine
+    student, engine = run.student, run.engine
     objective, ranks = run.objective, run.ranks
     micro_batches = [run.move(batch) for batch in step_batches]
     loss_scales = run.loss_scales(micro_batches)
     if objective.needs_look:
         _look(run, micro_batches, loss_scales)
     totals = torch.zeros(2, len(objective.labels), device=ranks.device)
+    teacher_states = run.teacher_states(micro_batches)
     for batch, scale in zip(micro_batches, loss_scales, strict=True):
         if run.graphed is not None:
             parts = run.graphed(batch, scale)
             engine.take_gradients()
         else:
-            loss, parts = student(batch, teacher(batch), scale)
+            loss, parts = student(batch, next(teacher_states), scale)
             engine.backward(loss)
         engine.step()
         totals += parts / run.plan.pieces

@@ -8,14 +8,14 @@ nothing, so their student stands in no engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd.capture import CompiledCapture
+from fastkd.capture import Capture, CompiledCapture
 from fastkd.capture.compiled import check_compiler
 from fastkd.data.batching import plan_batches
 from fastkd.data.datamodule import MicroBatches
@@ -23,6 +23,7 @@ from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError
 from fastkd.models.quantised import quantise
 from fastkd.recipe import AnyRecipe, Recipe
+from fastkd.training.ahead import TeacherAhead, check_overlap
 from fastkd.training.deepspeed_config import check_packages, student_config, uses_deepspeed
 from fastkd.training.engine import (
     NoTeacher,
@@ -50,11 +51,17 @@ class Run(Parts):
     """Around `module`, see `make_engine`; `module` itself where nothing is trained."""
     graphed: GraphedStep | None = None
     """What makes a micro-batch's forward and backward, where that is recorded."""
+    ahead: TeacherAhead | None = None
+    """What runs the teacher beside the student."""
 
     @property
     def student(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """What to call on a micro-batch: DeepSpeed's engine, which has to see it, else `module`."""
         return self.module if isinstance(self.engine, LocalEngine) else self.engine
+
+    def teacher_states(self, batches: Iterable[Inputs]) -> Iterator[Capture]:
+        """What the teacher leaves of each micro-batch of a step, made as it is asked for."""
+        return map(self.teacher, batches) if self.ahead is None else self.ahead(batches)
 
     @property
     def teacher_parameters(self) -> int:
@@ -129,6 +136,9 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
         _compile(run)
     if recipe.train.cuda_graph:
         run.graphed = _graphed(run)
+    if isinstance(recipe, Recipe) and recipe.teacher.overlap:
+        assert isinstance(teacher, TeacherRunner), "a distillation has one"
+        run.ahead = TeacherAhead(teacher, ranks.device)
     return run
 
 
@@ -166,6 +176,8 @@ def _gathered(recipe: AnyRecipe, ranks: Ranks, progress: bool) -> Parts:
         model = recipe.student if isinstance(recipe, Recipe) else recipe.model
         recomputes = model.gradient_checkpointing and not recipe.train.compile
         check_graphs(ranks.device, by_deepspeed=by_deepspeed, recomputes=recomputes)
+    if isinstance(recipe, Recipe) and recipe.teacher.overlap:
+        check_overlap(ranks.device, plan.accumulation)
     if by_deepspeed:
         check_config(student_config(recipe, plan))
     check_micro_batch(recipe, plan.micro_batch_size, ranks.device)

@@ -16,6 +16,7 @@ import fastkd
 from fastkd.capture import CompiledCapture, capture, compiled, route_attention
 from fastkd.distributed import joined_ranks
 from fastkd.errors import UserError
+from fastkd.models import quantised
 from fastkd.models.quantised import (
     CODES,
     STATES,
@@ -116,13 +117,13 @@ def test_a_layer_multiplies_codes_exactly(kind: EightBits, bias: bool, device: s
     """But for rounding the sum: half a unit of bf16, or fp32's sums."""
     if device == "cuda" and kind == "int8":
         pytest.skip("int8 is for CPUs")
-    quantised, states = layer(kind, bias=bias), drawn(2, 5, 48, kind=kind)
+    linear, states = layer(kind, bias=bias), drawn(2, 5, 48, kind=kind)
     left, right = rounded(states, kind), rounded(drawn(32, 48, kind=kind), kind)
     expected, size = left @ right.T, left.abs() @ right.abs().T
     if bias:
         expected = expected + drawn(32, kind=kind).double()
         size = size + drawn(32, kind=kind).double().abs()
-    found = quantised.to(device)(states.to(device))
+    found = linear.to(device)(states.to(device))
     assert found.dtype == STATES[kind] and found.shape == (2, 5, 32)
     unit = torch.finfo(STATES[kind]).eps / 2
     # tensor cores keep 13 bits of a partial sum
@@ -153,11 +154,11 @@ def test_a_layer_is_the_plain_one_up_to_its_bits(kind: EightBits) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_may_lie_anyhow(kind: EightBits) -> None:
-    quantised, states = layer(kind), drawn(6, 4, 48, kind=kind)
-    expected = quantised(states)
-    assert torch.equal(quantised(states.transpose(0, 1)), expected.transpose(0, 1))
+    linear, states = layer(kind), drawn(6, 4, 48, kind=kind)
+    expected = linear(states)
+    assert torch.equal(linear(states.transpose(0, 1)), expected.transpose(0, 1))
     turned = states[0].T.contiguous().T
-    assert torch.equal(quantised(turned), expected[0])
+    assert torch.equal(linear(turned), expected[0])
     # tensor cores read rows of codes
     assert quantise_rows(turned, CODES[kind])[0].is_contiguous()
 
@@ -250,7 +251,9 @@ class Reader(nn.Module):
         return nn.functional.gelu(nn.functional.linear(states, self.dense.weight, self.dense.bias))
 
 
-def test_a_model_that_can_not_run_in_eight_bits_is_one_line() -> None:
+def test_a_model_that_can_not_run_in_eight_bits_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = tiny_model("bert").eval()
     model.encoder.layer[1].intermediate = Reader(model.encoder.layer[1].intermediate)
     route_attention(model)
@@ -259,6 +262,16 @@ def test_a_model_that_can_not_run_in_eight_bits_is_one_line() -> None:
         match=r"^teacher.dtype is int8, but BertModel can't run in it \(AttributeError: .*weight"
         r"'\); give teacher.dtype float32$",
     ):
+        quantise(model, "int8", CPU)
+    model = tiny_model("bert").eval()
+    route_attention(model)
+    model.encoder.layer[1].output.dense.bias.data[3] = torch.nan
+    with pytest.raises(UserError, match=r"last state of BertModel on random tokens by nan of its"):
+        quantise(model, "int8", CPU)
+    model = tiny_model("bert").eval()
+    route_attention(model)
+    monkeypatch.setattr(quantised, "MOST_MOVED", 1e-3)
+    with pytest.raises(UserError, match=r"by 0.0\d+ of its norm, expected less than 0.001; give"):
         quantise(model, "int8", CPU)
     odd = tiny_model("bert", hidden_size=24, intermediate_size=36).eval()
     route_attention(odd)

@@ -9,7 +9,6 @@ heads) stays as it was, and so does what the layers give.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -30,6 +29,8 @@ STATES = {"float8": torch.bfloat16, "int8": torch.float32}
 """What the layers of a kind take and give."""
 MULTIPLE = 16
 """What rows and columns of a weight have to be multiples of, as `torch._scaled_mm` asks."""
+MOST_MOVED = 0.5
+"""How far the last state of random tokens may move, as a part of its norm."""
 _TRIAL_TOKENS = 8
 
 
@@ -136,8 +137,8 @@ def quantise(model: PreTrainedModel, kind: EightBits, device: torch.device) -> Q
         device: where it will run.
 
     Raises:
-        UserError: it has no layer to round, reads weights of layers in ways of its own, or does not
-            come to finite states.
+        UserError: it has no layer to round, reads weights of layers in ways of its own, or comes to
+            other states.
     """
     name, remedy = type(model).__name__, f"give teacher.dtype {str(STATES[kind]).split('.')[1]}"
     inputs = trial_inputs(model, _TRIAL_TOKENS)
@@ -158,9 +159,11 @@ def quantise(model: PreTrainedModel, kind: EightBits, device: torch.device) -> Q
             f"{one_line(error)}); {remedy}"
         ) from error
     difference = float((after - before).norm() / before.norm())
-    if not math.isfinite(difference):
+    # also where it is not a number
+    if not difference < MOST_MOVED:
         raise UserError(
-            f"teacher.dtype is {kind}, in which the states of {name} are not finite; {remedy}"
+            f"teacher.dtype is {kind}, which moves the last state of {name} on random tokens by "
+            f"{difference:.2g} of its norm, expected less than {MOST_MOVED}; {remedy}"
         )
     return Quantised(kind, layers, linear, difference)
 

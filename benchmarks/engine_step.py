@@ -20,8 +20,9 @@ from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import joined_ranks
 from fastkd.layer_map import Progress
 from fastkd.recipe import Recipe, parse_recipe
+from fastkd.training.graphs import Record
 from fastkd.training.loop import train_step
-from fastkd.training.setup import set_up
+from fastkd.training.setup import graphed_step, set_up
 from fastkd.training.window import Window
 
 BLOCKS = 64
@@ -36,6 +37,7 @@ def engine_step(
     deepspeed: dict[str, Any] | None = None,
     size: Size = BERT_BASE,
     words: int = 30000,
+    record: Record | None = None,
 ) -> Iterator[Step]:
     """A step of a run that is set up from a recipe; on the GPU where there is one.
 
@@ -45,6 +47,8 @@ def engine_step(
         deepspeed: section of the recipe.
         size: of both models.
         words: of their vocabulary.
+        record: what records forward and backward in the place of a CUDA graph; eager where not
+            given.
 
     Yields:
         What makes the next step of the run, and gives its weighted loss.
@@ -52,6 +56,8 @@ def engine_step(
     with tempfile.TemporaryDirectory() as folder, joined_ranks() as ranks:
         recipe = make_recipe(Path(folder), batch, tokens, size, words, deepspeed or {})
         run = set_up(recipe, ranks, progress=False)
+        if record is not None:
+            run.graphed = graphed_step(run, record)
         numbers = itertools.count()
         with closing(Prefetched(run.micro_batches(), ranks.device)) as micro_batches:
             window = Window(run, micro_batches, 0)

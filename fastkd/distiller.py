@@ -201,7 +201,7 @@ class Distiller(nn.Module):
 
         On the batch's device; in the order of `fastkd.losses.DIVISORS`.
         """
-        return self.objective.divisors(self._checked(batch))
+        return self.objective.divisors(self._checked(batch)).clone()
 
     def forward(
         self, batch: Inputs, counts: Tensor | None = None, pieces: int = 1

@@ -92,6 +92,16 @@ def test_micro_batches_add_up_to_the_step(balance: str) -> None:
     assert (means - whole.detach()).abs() > 1e-2
 
 
+def test_counts_are_the_callers_to_add_up() -> None:
+    distiller = fastkd.Distiller(*models(), LOSSES)
+    blocks = {"input_ids": tiny_batch((6, 6))["input_ids"]}
+    first = distiller.count(blocks)
+    first += first.clone()
+    assert torch.equal(2 * distiller.count(blocks), first)
+    # of the same shape, but another content
+    assert distiller.count(tiny_batch((6, 3)))[1] == 9 < distiller.count(blocks)[1] == 12
+
+
 def test_ranks_under_ddp_add_up_to_the_step() -> None:
     done = run_script("ddp_distiller.py", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -187,5 +187,9 @@ def test_every_part_of_an_engine_is_looked_at(place: str) -> None:
             master[2] = math.nan
         else:
             optimizer.state[master]["exp_avg_sq"][0] = math.inf
-    expected = {"weight": "bias", "master": "the master weights", "moment": "the moments of AdamW"}
+    expected = {
+        "weight": "bias",
+        "master": "the master weights",
+        "moment": "the moments of the optimiser",
+    }
     assert broken_weights(engine, ranks) == [expected[place]]

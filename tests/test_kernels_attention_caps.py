@@ -215,7 +215,7 @@ def test_groups_of_heads_share_no_sink(kv_heads: Any, monkeypatch: pytest.Monkey
     states = formed(attention_states(2, 3, 4, 17, (6, 6), kv_heads=kv_heads), "sinks")
     expected = exact(states)
     for size in (1, 2000, 6000):
-        monkeypatch.setattr(head_groups, "GROUP_BYTES", size)
+        monkeypatch.setattr(head_groups, "MOST_BYTES", size)
         assert max(errors(op_of(states), expected)) < 1e-12
 
 

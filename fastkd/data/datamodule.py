@@ -72,7 +72,7 @@ class DataModule(Protocol):
         that a teacher has a score; states are compared."""
 
     def micro_batches(self, batch_size: int, seed: int, plan: BatchPlan, rank: int) -> MicroBatches:
-        """A rank's micro-batches from the start of the order of `seed`."""
+        """A rank's micro-batches from the start of the order of `seed`; every rank calls this."""
 
     def heldout(self, size: int, ranks: Ranks) -> Iterator[EvalBatch]:
         """A rank's held-out parts of up to `size` rows, as many on every rank."""

@@ -113,7 +113,7 @@ def _text_datamodule(
         ranks,
         lambda first: prepare_corpus(data, tokenizer, build=first, progress=first and progress),
     )
-    return TextDataModule(corpus, data.block_size, masking)
+    return TextDataModule(corpus, data.block_size, masking, ranks)
 
 
 def _task_datamodule(

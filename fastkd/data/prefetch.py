@@ -40,6 +40,10 @@ class Prefetched:
     Position and epoch are those of the steps that were asked for, not of those that are prepared;
     what goes wrong while a step is prepared is raised where that step is asked for. The thread
     draws from no generator of the process. It starts with the first step and lives until `close`.
+
+    Ranks may exchange something for a step. So whatever was begun is finished, also where nobody
+    wants it any more: ranks that have asked for the same steps have prepared the same ones, and
+    who leaves earlier keeps no other waiting.
     """
 
     def __init__(self, micro_batches: MicroBatches, device: torch.device) -> None:
@@ -87,8 +91,6 @@ class Prefetched:
 
     def _drop(self) -> None:
         """Forget what is prepared; afterwards the thread does nothing."""
-        for future in self._ahead:
-            future.cancel()
         wait(self._ahead)
         self._ahead.clear()
 

@@ -43,7 +43,8 @@ class Data(Section):
     block_size: int = Field(default=128, ge=8, le=LONGEST)
     """Tokens in a block, special tokens included."""
     streaming: bool = False
-    """Read and tokenise while training, without storing the tokens."""
+    """Read and tokenise while training, without storing the tokens; several ranks share the
+    tokenising."""
     shuffle_buffer: int = Field(default=1000, ge=1, le=10_000_000)
     """Documents that a streamed shuffle holds."""
     workers: int | None = Field(default=None, ge=0, le=1024)

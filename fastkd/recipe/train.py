@@ -32,8 +32,12 @@ class Train(Section):
     micro_batch_size: int | None = Field(default=None, gt=0)
     """Blocks or examples in one forward pass of one rank; the whole share of the rank where not
     given. A run can be resumed with another one, as when memory runs out."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """What updates the student: AdamW, or Muon (momentum that is made orthogonal, scaled to the
+    size of AdamW's updates) for the matrices of its blocks and AdamW for all else: embeddings,
+    heads, projections, biases, norms, stacked experts."""
     learning_rate: float = Field(default=3e-4, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate, of either optimiser."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay, not applied to biases and normalisation weights."""
     betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
@@ -112,6 +116,11 @@ def check_train(train: Train) -> None:
         raise ValueError(
             "train.compile is on and train.zero_stage 3, which gathers weights between the layers "
             "of a graph; use zero_stage 2, or leave compile out"
+        )
+    if train.optimizer == "muon" and train.zero_stage == 3:
+        raise ValueError(
+            "train.optimizer is muon and train.zero_stage 3, which cuts every matrix into pieces, "
+            "where Muon needs whole ones; use zero_stage 2, or adamw"
         )
     if train.steps and train.warmup_steps >= train.steps:
         raise ValueError(

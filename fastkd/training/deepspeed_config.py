@@ -66,6 +66,10 @@ def student_config(recipe: AnyRecipe, plan: BatchPlan) -> dict[str, Any]:
     }
     if train.precision == "bf16":
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if train.optimizer == "muon":
+        _check_on_device(recipe.deepspeed)
+        # which of the optimisers DeepSpeed knows work under ZeRO; ours is tested here
+        config["zero_allow_untested_optimizer"] = True
     if recipe.run.monitor == "tensorboard":
         config["tensorboard"] = {
             "enabled": True,
@@ -119,6 +123,16 @@ def _check_kept(section: dict[str, Any]) -> None:
                 f"deepspeed.zero_optimization.{key} is given, whose states no checkpoint of fastkd "
                 "holds; leave it out"
             )
+
+
+def _check_on_device(section: dict[str, Any]) -> None:
+    """Refuse an optimiser in the machine's memory, where ranks can't add matrices up."""
+    zero = section.get("zero_optimization")
+    if isinstance(zero, dict) and "offload_optimizer" in zero:
+        raise UserError(
+            "deepspeed.zero_optimization.offload_optimizer is given, and train.optimizer is muon, "
+            "which works on the device; leave it out, or use adamw"
+        )
 
 
 def _check_free(users: dict[str, Any], path: str = "") -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
 from fastkd.capture import Capture, CompiledCapture, at_depth, capture, no_cache
+from fastkd.capture.blocks import find_blocks
 from fastkd.capture.lm_head import last_hidden_state, last_layer
 from fastkd.data.batching import BatchPlan
 from fastkd.distributed import Ranks
@@ -30,8 +31,10 @@ from fastkd.losses import model_inputs
 from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.models.quantised import Quantised
 from fastkd.recipe import AnyRecipe, Recipe, Train
+from fastkd.training.checkpoint.layout import find_places
 from fastkd.training.deepspeed_config import student_config, teacher_config, uses_deepspeed
 from fastkd.training.local_engine import LocalEngine
+from fastkd.training.muon import Muon, Piece, block_matrices
 from fastkd.types import ROWS, Inputs
 
 Wanted = Mapping[str, Any]
@@ -116,7 +119,8 @@ def shard_teacher(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
 
 
 def make_engine(module: DistilledStudent, recipe: AnyRecipe, plan: BatchPlan, ranks: Ranks) -> Any:
-    """The engine around the module, with AdamW and its schedule: DeepSpeed's, or a `LocalEngine`.
+    """The engine around the module, with the optimiser and its schedule: DeepSpeed's, or a
+    `LocalEngine`.
 
     Args:
         module: what trains.
@@ -131,9 +135,7 @@ def make_engine(module: DistilledStudent, recipe: AnyRecipe, plan: BatchPlan, ra
     for name, parameter in module.named_parameters():
         if not parameter.ndim:
             raise UserError(f"{name}: a parameter without dimensions; give it the shape [1]")
-    optimizer = torch.optim.AdamW(
-        parameter_groups(module, train), lr=train.learning_rate, betas=train.betas, fused=True
-    )
+    optimizer = make_optimizer(module, train)
     schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
     scheduler = get_scheduler(
         schedule, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=train.steps
@@ -158,7 +160,44 @@ def make_engine(module: DistilledStudent, recipe: AnyRecipe, plan: BatchPlan, ra
     engine, *_ = _deepspeed().initialize(
         model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config
     )
+    if isinstance(optimizer, Muon):
+        optimizer.lie_flat(_flat_pieces(engine, ranks))
     return engine
+
+
+def make_optimizer(module: DistilledStudent, train: Train) -> torch.optim.AdamW:
+    """Fused AdamW, or `Muon` with it, over all of a module that trains."""
+    groups = parameter_groups(module, train)
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)
+    matrices = block_matrices(find_blocks(module.student))
+    return Muon(_with_matrices(groups, matrices), lr=train.learning_rate, betas=train.betas)
+
+
+def _with_matrices(
+    groups: list[dict[str, Any]], matrices: set[nn.Parameter]
+) -> list[dict[str, Any]]:
+    """Groups of which the matrices stand apart."""
+    apart = []
+    for group in groups:
+        for muon in (True, False):
+            same = [p for p in group["params"] if (p in matrices) == muon]
+            if same:
+                apart.append({**group, "params": same, "muon": muon})
+    return apart
+
+
+def _flat_pieces(engine: Any, ranks: Ranks) -> dict[Tensor, list[Piece]]:
+    """Where the matrices of the optimiser lie in the flat tensors of ZeRO 1 and 2."""
+    of_ranks = [find_places(engine, rank) for rank in range(ranks.world_size)]
+    pieces: dict[Tensor, list[Piece]] = defaultdict(list)
+    for parameter, place in of_ranks[ranks.rank].items():
+        if place.offset is not None:
+            size = parameter.numel()
+            shared = not any(places[parameter].holds(size) for places in of_ranks)
+            piece = Piece(parameter.shape, place.start, place.length, place.offset, shared)
+            pieces[place.master].append(piece)
+    return pieces
 
 
 def _monitor(config: dict[str, Any]) -> Any:

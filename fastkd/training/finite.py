@@ -52,7 +52,7 @@ def broken_weights(engine: Any, ranks: Ranks) -> list[str]:
     # how many pieces these are may differ between ranks
     parts = {
         "the master weights": [m.detach() for group in groups for m in group["params"]],
-        "the moments of AdamW": [
+        "the moments of the optimiser": [
             value
             for state in optimizer.state.values()
             for value in state.values()

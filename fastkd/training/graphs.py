@@ -23,6 +23,8 @@ from fastkd.types import Inputs
 Step = Callable[[Inputs, Tensor], Tensor]
 """Forward and backward of a micro-batch and its scales; what each loss added [2, labels]."""
 Replay = Callable[[], Any]
+Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
+"""Makes of a function what replays it, and the tensor that it returns at every replay."""
 MOST_SHAPES = 32
 _WARM_UP = 3
 
@@ -35,7 +37,7 @@ class GraphedStep:
         step: Step,
         objective: Objective,
         trained: Iterable[nn.Parameter],
-        record: Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]] | None = None,
+        record: Record | None = None,
     ) -> None:
         """Take down what is to be recorded.
 
@@ -43,8 +45,7 @@ class GraphedStep:
             step: adds to the gradients in place.
             objective: whose weights are refreshed.
             trained: parameters, each with a gradient tensor that stays its own.
-            record: makes what replays a function, and the tensor that it returns; `Recorder` where
-                not given.
+            record: a `Recorder` where not given.
 
         Raises:
             UserError: losses that Python changes from step to step.

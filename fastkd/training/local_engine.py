@@ -2,25 +2,25 @@
 
 On one rank nothing is reduced and nothing is sharded, but ZeRO still copies every gradient into
 flat buffers and walks its hooks. Here gradients go to torch's fused AdamW as autograd leaves them:
-the norm by `foreach`, clipping inside the update, one call for each group. It has what a run uses
-of DeepSpeed's engine, and its numbers: bf16 weights are copies of fp32 masters that start from
-weights rounded to bf16, gradients of several micro-batches add up in fp32, and a parameter that a
-step doesn't reach has a gradient of zero, so that its moments and its decay go on.
+the norm by `foreach`, clipping inside the update, one call for each group. Where gradients have a
+place of their own, in bf16 and for recorded steps, weights are flat (`flat_weights.py`). It has
+what a run uses of DeepSpeed's engine, and its numbers: bf16 weights are copies of fp32 masters that
+start from weights rounded to bf16, gradients of several micro-batches add up in fp32, and a
+parameter that a step doesn't reach has a gradient of zero, so that its moments and its decay go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from fastkd.training.flat_weights import FlatWeights
+
 # as torch.nn.utils.clip_grad_norm_ and DeepSpeed have it
 _CLIP_EPSILON = 1e-6
-# numbers
-_ALIGNMENT = 64
 
 
 class LocalEngine:
@@ -68,24 +68,24 @@ class LocalEngine:
         self._batch_size = batch_size
         self._max_grad_norm = max_grad_norm
         self._micro_batches = 0
-        self._trained = [p for group in optimizer.param_groups for p in group["params"]]
-        device = self._trained[0].device
+        self.trained: list[nn.Parameter] = [
+            p for group in optimizer.param_groups for p in group["params"]
+        ]
+        device = self.trained[0].device
         self._norm = torch.zeros((), device=device)
         self._skipped = torch.zeros((), device=device)
-        self._masters = _Masters(module, optimizer, accumulation) if bf16 else None
-        self._held = False
+        self.flat: FlatWeights | None = None
+        """What the optimiser updates, where that is not the parameters themselves."""
+        if bf16:
+            module.to(torch.bfloat16)
+            self.flat = FlatWeights(optimizer)
 
     def hold_gradients(self) -> None:
-        """Let every gradient stay where it is from now on: a recorded backward adds to it there."""
-        for parameter in self._trained:
-            parameter.grad = torch.zeros_like(parameter)
-        self._held = True
-
-    @property
-    def masters(self) -> Mapping[nn.Parameter, Tensor]:
-        """By parameter what the optimiser updates: itself, or its fp32 master."""
-        updated = self._trained if self._masters is None else self._masters.weights
-        return dict(zip(self._trained, updated, strict=True))
+        """Let every gradient stay where it is from now on: a recorded backward adds to it there.
+        Before the first step."""
+        if self.flat is None:
+            self.flat = FlatWeights(self.optimizer)
+        self.flat.hold_gradients()
 
     def train(self) -> None:
         self.module.train()
@@ -105,16 +105,15 @@ class LocalEngine:
 
     def take_gradients(self) -> None:
         """Add what autograd left to the gradient of the step."""
-        if self._masters is not None:
-            self._masters.add_gradients(self._micro_batches % self._accumulation == 0)
-            self._clear_gradients()
+        if self.flat is not None:
+            self.flat.add_gradients(self._micro_batches % self._accumulation == 0)
 
     def step(self) -> None:
         """Count a micro-batch, and update the weights after the last one of a step."""
         self._micro_batches += 1
         if self._micro_batches % self._accumulation:
             return
-        self._norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._gradients())))
+        self._norm = self._gradient_norm()
         broken = (~torch.isfinite(self._norm)).float()
         # what torch's GradScaler sets: the update divides by one, and is left out by the other
         self.optimizer.found_inf = broken
@@ -126,15 +125,11 @@ class LocalEngine:
         self.lr_scheduler.step()
         self.global_steps += 1
         self.global_samples += self._batch_size
-        if self._masters is not None:
-            self.follow_masters()
+        if self.flat is None:
+            for parameter in self.trained:
+                parameter.grad = None
         else:
-            self._clear_gradients()
-
-    def follow_masters(self) -> None:
-        """Make the weights that the module computes with those of the masters."""
-        if self._masters is not None:
-            self._masters.hand_down()
+            self.flat.follow()
 
     def get_global_grad_norm(self) -> float:
         """Norm over all gradients of the last step, before clipping; waits for it."""
@@ -151,73 +146,12 @@ class LocalEngine:
         """Nothing is sharded."""
         return 0
 
-    def _clear_gradients(self) -> None:
-        if self._held:
-            torch._foreach_zero_([p.grad for p in self._trained])
-            return
-        for parameter in self._trained:
-            parameter.grad = None
-
-    def _gradients(self) -> list[Tensor]:
-        if self._masters is not None:
-            return self._masters.gradients
-        for parameter in self._trained:
+    def _gradient_norm(self) -> Tensor:
+        if self.flat is not None:
+            return self.flat.gradient_norm()
+        for parameter in self.trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return [p.grad for p in self._trained if p.grad is not None]
-
-
-class _Masters:
-    """fp32 weights and gradients of a module that computes in bf16, each in one flat tensor."""
-
-    def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, accumulation: int
-    ) -> None:
-        """Turn a module into bf16 and let the optimiser update masters of what it has."""
-        module.to(torch.bfloat16)
-        groups = optimizer.param_groups
-        self._lower = [p for group in groups for p in group["params"]]
-        numbers = sum(_padded(p.numel()) for p in self._lower)
-        flat = torch.zeros(3 if accumulation > 1 else 2, numbers, device=self._lower[0].device)
-        self.weights = self._views(flat[0])
-        self._flat = flat[1]
-        self.gradients = self._views(flat[1])
-        # of one micro-batch: `foreach` has no sum of two dtypes
-        self._fresh_flat = flat[-1]
-        self._fresh = self._views(flat[-1])
-        with torch.no_grad():
-            torch._foreach_copy_(self.weights, self._lower)
-        for weight, gradient in zip(self.weights, self.gradients, strict=True):
-            weight.grad = gradient
-        of = dict(zip(self._lower, self.weights, strict=True))
-        for group in groups:
-            group["params"] = [of[p] for p in group["params"]]
-
-    @torch.no_grad()
-    def add_gradients(self, first: bool) -> None:
-        """Take the bf16 gradients of a micro-batch, the `first` of a step or a later one."""
-        into, flat = (self.gradients, self._flat) if first else (self._fresh, self._fresh_flat)
-        pairs = [(g, p.grad) for g, p in zip(into, self._lower, strict=True) if p.grad is not None]
-        if len(pairs) < len(into):
-            flat.zero_()
-        torch._foreach_copy_([g for g, _ in pairs], [fresh for _, fresh in pairs])
-        if not first:
-            self._flat.add_(flat)
-
-    @torch.no_grad()
-    def hand_down(self) -> None:
-        """Round the masters into the module."""
-        torch._foreach_copy_(self._lower, self.weights)
-
-    def _views(self, flat: Tensor) -> list[Tensor]:
-        views, start = [], 0
-        for parameter in self._lower:
-            # cut one by one: what `split` returns may not be written in place
-            views.append(flat.narrow(0, start, parameter.numel()).view(parameter.shape))
-            start += _padded(parameter.numel())
-        return views
-
-
-def _padded(numbers: int) -> int:
-    """Room that lets the next tensor start where wide loads can."""
-    return -(-numbers // _ALIGNMENT) * _ALIGNMENT
+        gradients = [p.grad for p in self.trained if p.grad is not None]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        return norm

@@ -94,7 +94,7 @@ def memory_parts(recipe: AnyRecipe, teacher: int, trained: int, world_size: int)
     parts = {}
     if isinstance(recipe, Recipe):
         parts["teacher weights"] = teacher // shard[recipe.teacher.placement != "replicate"]
-    # bf16 keeps fp32 master weights beside Adam's two moments
+    # bf16 keeps fp32 master weights beside Adam's two moments; Muon keeps one of its matrices
     optimiser = trained * (12 if recipe.train.precision == "bf16" else 8)
     trained_weights = "student weights" if parts else "model weights"
     return {

@@ -33,7 +33,7 @@ from fastkd.training.engine import (
     refusal,
     shard_teacher,
 )
-from fastkd.training.graphs import GraphedStep, check_graphs
+from fastkd.training.graphs import GraphedStep, Record, check_graphs
 from fastkd.training.local_engine import LocalEngine
 from fastkd.training.memory import check_micro_batch
 from fastkd.training.parts import Parts, gather
@@ -80,7 +80,7 @@ class Run(Parts):
         return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in weights)
 
     def micro_batches(self) -> MicroBatches:
-        """What this rank trains on, from the first step."""
+        """What this rank trains on, from the first step; every rank calls this."""
         train = self.recipe.train
         return self.datamodule.micro_batches(
             train.batch_size, train.seed, self.plan, self.ranks.rank
@@ -135,7 +135,7 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
     if recipe.train.compile:
         _compile(run)
     if recipe.train.cuda_graph:
-        run.graphed = _graphed(run)
+        run.graphed = graphed_step(run)
     if isinstance(recipe, Recipe) and recipe.teacher.overlap:
         assert isinstance(teacher, TeacherRunner), "a distillation has one"
         run.ahead = TeacherAhead(teacher, ranks.device)
@@ -205,7 +205,8 @@ def _teacher(parts: Parts, *, sharded: bool) -> TeacherRunner | NoTeacher:
     return TeacherRunner(model, parts.objective, quantised=quantised)
 
 
-def _graphed(run: Run) -> GraphedStep:
+def graphed_step(run: Run, record: Record | None = None) -> GraphedStep:
+    """A run's forward and backward of a micro-batch, recorded; `record` as of `GraphedStep`."""
     engine, teacher = run.engine, run.teacher
     engine.hold_gradients()
 
@@ -215,7 +216,7 @@ def _graphed(run: Run) -> GraphedStep:
         added: Tensor = parts
         return added
 
-    return GraphedStep(step, run.objective, engine.masters)
+    return GraphedStep(step, run.objective, engine.trained, record)
 
 
 def _compile(run: Run) -> None:

@@ -25,6 +25,7 @@ from fastkd.data.text.cache import (
     tokenizer_digest,
     write_meta,
 )
+from fastkd.data.text.exchange import Exchange
 from fastkd.data.text.files import Source
 from fastkd.data.text.packing import Frame, Packer
 from fastkd.data.text.settings import TextSettings
@@ -36,6 +37,7 @@ from fastkd.data.text.stream import (
     StreamedDocuments,
 )
 from fastkd.data.text.tokenize import Encoder, encode
+from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.reporting.progress import progress_bar
 
@@ -58,11 +60,18 @@ class Corpus:
     train_blocks: int | None
     fingerprint: str
     """Key of the content, the tokenizer and the settings that shape the blocks."""
-    _open_stream: Callable[[int, int], BlockStream] = field(repr=False)
+    _open_stream: Callable[[int, int, Ranks | None], BlockStream] = field(repr=False)
 
-    def stream(self, batch_size: int, seed: int) -> BlockStream:
-        """Global batches of `batch_size` blocks, from the start of the order of `seed`."""
-        return self._open_stream(batch_size, seed)
+    def stream(self, batch_size: int, seed: int, ranks: Ranks | None = None) -> BlockStream:
+        """Global batches of `batch_size` blocks, from the start of the order of `seed`.
+
+        Args:
+            batch_size: blocks of an optimiser step.
+            seed: of the order.
+            ranks: which open this stream together and take the same batches of it, so that each
+                tokenises a part of what is streamed; alone where not given.
+        """
+        return self._open_stream(batch_size, seed, ranks)
 
 
 def prepare_corpus(
@@ -124,7 +133,7 @@ def _open(folder: Path, data: TextSettings, key: str) -> Corpus:
         train_tokens=meta["train_tokens"],
         train_blocks=meta["train_blocks"],
         fingerprint=key,
-        _open_stream=lambda batch_size, seed: ShuffledBlocks(train, batch_size, seed, key),
+        _open_stream=lambda batch_size, seed, _: ShuffledBlocks(train, batch_size, seed, key),
     )
 
 
@@ -224,7 +233,7 @@ def _streamed(data: TextSettings, split: Split, encoder: Encoder, frame: Frame, 
         )
     heldout = packer.take(min(packer.available(), data.heldout_blocks))
 
-    def open_stream(batch_size: int, seed: int) -> BlockStream:
+    def open_stream(batch_size: int, seed: int, ranks: Ranks | None) -> BlockStream:
         return StreamedDocuments(
             split,
             encoder,
@@ -234,6 +243,7 @@ def _streamed(data: TextSettings, split: Split, encoder: Encoder, frame: Frame, 
             seed,
             key,
             data.workers or 0,
+            Exchange(ranks) if ranks is not None and ranks.world_size > 1 else None,
         )
 
     return Corpus(

@@ -25,6 +25,8 @@ class TextDataModule:
     corpus: Corpus
     block_size: int
     masking: Masking | None = None
+    ranks: Ranks | None = None
+    """Which take their micro-batches together, and share the work; each alone where not given."""
     reads: Reading = field(default="states", init=False)
 
     @property
@@ -38,7 +40,8 @@ class TextDataModule:
     def micro_batches(
         self, batch_size: int, seed: int, plan: BatchPlan, rank: int
     ) -> BlockMicroBatches:
-        return BlockMicroBatches(self.corpus.stream(batch_size, seed), self.masking, plan, rank)
+        stream = self.corpus.stream(batch_size, seed, self.ranks)
+        return BlockMicroBatches(stream, self.masking, plan, rank)
 
     def heldout(self, size: int, ranks: Ranks) -> Iterator[EvalBatch]:
         numbers = torch.arange(len(self.corpus.heldout))

@@ -23,6 +23,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from fastkd.data.text.cache import TOKENS
+from fastkd.data.text.exchange import Exchange
 from fastkd.data.text.packing import IntArray, Packer
 from fastkd.data.text.split import Split
 from fastkd.data.text.tokenize import Encoder, tokenisers
@@ -35,6 +36,8 @@ ALL = slice(None)
 CHUNK_CHARACTERS = 1 << 16
 """Text that is tokenised at a time while streaming, at most: some hundredths of a second of work.
 """
+SHARE = 2
+"""Chunks that each of several ranks tokenises between two exchanges."""
 
 
 class BlockStream(Protocol):
@@ -123,14 +126,24 @@ class _Chunk(NamedTuple):
     """Documents of the epoch that were left out so far, because they are held out."""
 
 
+class _Round(NamedTuple):
+    """Chunks of which the ranks tokenise their shares, and what ended it early."""
+
+    chunks: list[_Chunk]
+    fault: Exception | None
+
+
 class StreamedDocuments:
     """Documents read, shuffled in a buffer, tokenised and packed while training.
 
     The position is the number of documents taken in this epoch and the tokens that no batch has
     used yet. Restoring reads the epoch's text again up to that document, without tokenising: the
-    shuffle of `datasets.IterableDataset` would lose the buffer's documents instead. Where
-    processes tokenise, chunks are read ahead; the position is that of the chunks that were packed,
+    shuffle of `datasets.IterableDataset` would lose the buffer's documents instead. Chunks are read
+    ahead where processes or ranks tokenise; the position is that of the chunks that were packed,
     and what goes wrong while reading is raised where its chunk is needed.
+
+    Where a block begins is known once all text before it is tokenised, so every rank reads all
+    documents. It tokenises every n-th chunk of n ranks and gets the tokens of the others from them.
 
     Files that change under a run would change it without a word. So the position also holds what
     was read of this epoch, as a digest, and for the rest the size and the time of every file.
@@ -148,6 +161,7 @@ class StreamedDocuments:
         seed: int,
         fingerprint: str,
         workers: int = 0,
+        exchange: Exchange | None = None,
     ) -> None:
         """Start at the beginning of the order of `seed`.
 
@@ -161,6 +175,8 @@ class StreamedDocuments:
             fingerprint: of content, tokenizer and settings.
             workers: processes that tokenise, started for the first batch; with none, whoever asks
                 for a batch does.
+            exchange: with the other ranks, all of which make the same calls of this stream; alone
+                it tokenises everything. It is closed with the stream.
         """
         self._split = split
         self._encoder = encoder
@@ -175,17 +191,20 @@ class StreamedDocuments:
         self._stamps = [_stamp(path) for path in self._files]
         self._workers = workers
         self._processes: Workers[list[str], IntArray] | None = None
+        self._exchange = exchange
+        self._rank, self._ranks, self._share = 0, 1, 1
+        if exchange is not None:
+            self._rank, self._ranks, self._share = exchange.rank, exchange.world_size, SHARE
         self._restart(0, 0)
 
     def _restart(self, epoch: int, taken: int) -> int:
         """Read from a document of an epoch on; how many documents were there before it."""
-        self._ahead: deque[Future[_Chunk]] = deque()
         self._epoch = epoch
         self._taken = taken
         self._start_epoch(epoch)
         found = sum(1 for _ in islice(self._documents, taken))
         self._read = self._digest.hexdigest()
-        self._chunks = self._read_chunks(epoch, taken)
+        self._chunks = self._tokenised(self._read_chunks(epoch, taken))
         return found
 
     @property
@@ -194,11 +213,11 @@ class StreamedDocuments:
 
     def next_batch(self, rows: slice = ALL) -> Tensor:
         while self._packer.available() < self._batch_size:
-            chunk = self._next_chunk()
+            chunk = next(self._chunks)
             if chunk.tokens is not None:
                 self._packer.add(chunk.tokens.result())
                 self._taken, self._read = chunk.taken, chunk.read
-            elif chunk.taken:
+            else:
                 logger.info(
                     "epoch %d of the stream: %d documents, %d left out that are held out",
                     self._epoch,
@@ -207,8 +226,6 @@ class StreamedDocuments:
                 )
                 self._epoch += 1
                 self._taken, self._read = 0, _new_digest().hexdigest()
-            else:
-                raise UserError("data.train: no document to train on is left after the held-out")
         blocks = self._packer.take(self._batch_size)[rows]
         return torch.from_numpy(blocks.astype(np.int64))
 
@@ -239,6 +256,8 @@ class StreamedDocuments:
     def close(self) -> None:
         if self._processes is not None:
             self._processes.close()
+        if self._exchange is not None:
+            self._exchange.close()
 
     def _require_same_files(self, stamps: list[list[int]]) -> None:
         """Raise where a file is another one than when the saved stream was opened."""
@@ -255,20 +274,52 @@ class StreamedDocuments:
                     "with its time, or start a new run"
                 )
 
-    def _next_chunk(self) -> _Chunk:
-        """The next one, once it and as many more as the processes can work on are read."""
+    def _tokenised(self, chunks: Iterator[_Chunk]) -> Iterator[_Chunk]:
+        """Chunks with the tokens of all ranks, as many read ahead as the processes can work on."""
         if self._workers and self._processes is None:
             self._processes = tokenisers(self._encoder, self._workers)
-        while len(self._ahead) <= 2 * self._workers:
-            self._ahead.append(_outcome(self._chunks))
-        return self._ahead.popleft().result()
+        ahead: deque[_Round] = deque()
+        while True:
+            while len(ahead) * self._share <= 2 * self._workers and not (ahead and ahead[-1].fault):
+                ahead.append(_read_round(chunks, self._ranks * self._share))
+            current = ahead.popleft()
+            fault = current.fault if self._exchange is None else self._shared(current)
+            yield from current.chunks
+            if fault is not None:
+                raise fault
+
+    def _shared(self, current: _Round) -> Exception | None:
+        """Exchange the tokens of a round; what ends the text after it, here or on another rank."""
+        assert self._exchange is not None
+        tokens = [chunk.tokens for chunk in current.chunks if chunk.tokens is not None]
+        mine = [_settled(each) for each in tokens[self._rank :: self._ranks]]
+        mine += [None] * (self._share - len(mine))
+        # the last one says whether this rank reads on
+        whole = np.empty(0, dtype=np.int32) if current.fault is None else None
+        found = self._exchange([*mine, whole])
+        for number, each in enumerate(tokens):
+            turn, rank = divmod(number, self._ranks)
+            array = found[rank][turn]
+            if rank == self._rank:
+                continue
+            if array is None:
+                each.set_exception(_rank_failed(rank))
+            else:
+                each.set_result(array)
+        failed = [rank for rank, arrays in enumerate(found) if arrays[-1] is None]
+        return current.fault or (_rank_failed(failed[0]) if failed else None)
 
     def _read_chunks(self, epoch: int, taken: int) -> Iterator[_Chunk]:
         """Chunks without end, from where the documents of an epoch stand."""
+        number = 0
         while True:
             while texts := self._next_documents():
                 taken += len(texts)
-                yield self._chunk_of(self._encoded(texts), taken)
+                mine = number % self._ranks == self._rank
+                yield self._chunk_of(self._encoded(texts) if mine else Future(), taken)
+                number += 1
+            if not taken:
+                raise UserError("data.train: no document to train on is left after the held-out")
             yield self._chunk_of(None, taken)
             epoch, taken = epoch + 1, 0
             self._start_epoch(epoch)
@@ -307,15 +358,29 @@ class StreamedDocuments:
             yield text
 
 
-def _outcome(chunks: Iterator[_Chunk]) -> Future[_Chunk]:
-    """The next of them, or what reading it raises."""
-    read: Future[_Chunk] = Future()
+def _read_round(chunks: Iterator[_Chunk], count: int) -> _Round:
+    """The next chunks, so many with documents, or those before what reading them raises."""
+    found: list[_Chunk] = []
     try:
-        read.set_result(next(chunks))
-    # raised where the chunk is needed
+        while count:
+            found.append(next(chunks))
+            count -= found[-1].tokens is not None
+    # raised where its chunk is needed
     except Exception as error:
-        read.set_exception(error)
-    return read
+        return _Round(found, error)
+    return _Round(found, None)
+
+
+def _settled(tokens: Future[IntArray]) -> IntArray | None:
+    """What a chunk came to, once that is known; `None` where it failed."""
+    return None if tokens.exception() is not None else tokens.result()
+
+
+def _rank_failed(rank: int) -> UserError:
+    return UserError(
+        f"data.train: rank {rank} could not read or tokenise its share of the text; what it says "
+        "itself tells why"
+    )
 
 
 def _new_digest() -> hashlib.blake2b:

@@ -3,7 +3,7 @@
 DeepSpeed keeps them in flat tensors, of which each rank has a piece: how they are laid out follows
 the ZeRO stage, the precision, the number of ranks and the offloading.
 
-    one process          the parameter itself, or its fp32 master
+    one process          the parameter itself, or a group's parameters one after the other
     stage 0              the parameter itself, whole on every rank
     stages 1 and 2       a group's parameters one after the other, cut into equal pieces
     stage 3              every parameter cut into equal pieces, those of a rank one after the other
@@ -78,7 +78,7 @@ def find_places(engine: Any, rank: int) -> dict[nn.Parameter, Place]:
     optimizer = engine.optimizer
     trained: Iterable[tuple[nn.Parameter, Place]]
     if isinstance(engine, LocalEngine):
-        trained = ((p, Place(master, optimizer)) for p, master in engine.masters.items())
+        trained = _of_one_process(engine)
     elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
         trained = _stage_3(optimizer, rank)
     elif hasattr(optimizer, "single_partition_of_fp32_groups"):
@@ -122,7 +122,8 @@ def follow_masters(engine: Any) -> None:
     `settled_weights`."""
     optimizer = engine.optimizer
     if isinstance(engine, LocalEngine):
-        engine.follow_masters()
+        if engine.flat is not None:
+            engine.flat.follow()
     elif hasattr(optimizer, "fp32_partitioned_groups_flat"):
         for number in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
@@ -133,6 +134,15 @@ def follow_masters(engine: Any) -> None:
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """The shape of a parameter, which under ZeRO-3 is empty outside the forward."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _of_one_process(engine: LocalEngine) -> Iterator[tuple[nn.Parameter, Place]]:
+    if engine.flat is None:
+        yield from ((p, Place(p, engine.optimizer)) for p in engine.trained)
+        return
+    for parameter, (updated, offset) in engine.flat.places.items():
+        length = 0 if offset is None else parameter.numel()
+        yield parameter, Place(updated, engine.optimizer, 0, length, offset)
 
 
 def _flat_groups(

@@ -1,6 +1,7 @@
 """The state of training by the names of parameters, the same for every ZeRO stage and rank count.
 
-    parameters  name -> weight in fp32, exp_avg, exp_avg_sq, step; of a frozen one its weight alone
+    parameters  name -> weight in fp32, exp_avg, exp_avg_sq, step; of Muon's weight, momentum; of a
+                frozen one its weight alone
     buffers     name -> tensor
     scheduler, counters
 
@@ -132,8 +133,8 @@ def make_states(places: Mapping[str, Place], stored: Parameters) -> None:
         if len(found) > 1:
             said = ", ".join(f"{name} {step:g}" for step, name in sorted(found.items()))
             raise ValueError(
-                f"parameters of one group made different numbers of steps ({said}), which ZeRO "
-                "can't keep apart; continue at the stage and with the ranks of before"
+                f"parameters of one group made different numbers of steps ({said}), which one "
+                "flat tensor can't keep apart; continue at the stage and with the ranks of before"
             )
 
 

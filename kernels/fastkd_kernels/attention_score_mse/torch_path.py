@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..common.autograd import accumulator, squared_sum
 from ..common.head_groups import (
-    GROUP_BYTES,
     Pair,
     Sources,
     fold_keys,
+    group_bytes,
     head_groups,
     query_slot,
     stacked_like,
@@ -112,11 +112,11 @@ def tile_sweep(
 ) -> Tensor:
     """Squares of one group; fills `outs`: query `[n, repeat, tokens, dim]`, key summed into.
 
-    One block takes `rows` query rows, or as many as fit `GROUP_BYTES`.
+    One block takes `rows` query rows, or as many as fit `group_bytes`.
     """
     query, key, teacher_query, teacher_key = sources
     count, repeat, tokens, dim = query.shape
-    step = rows or max(16, GROUP_BYTES // (count * repeat * tokens * query.element_size()))
+    step = rows or max(16, group_bytes() // (count * repeat * tokens * query.element_size()))
     squares = query.new_zeros(())
     for start in range(0, tokens, step):
         stop = min(start + step, tokens)

@@ -13,8 +13,13 @@ from torch import Tensor
 
 from ..types import AttentionState
 
-# one temporary of a group takes about this much
-GROUP_BYTES = 1 << 22
+# of a core's second cache for a thread; more of them at once would gain nothing
+THREAD_BYTES, MOST_BYTES = 1 << 19, 1 << 22
+
+
+def group_bytes() -> int:
+    """What one temporary of a group takes, about."""
+    return min(torch.get_num_threads() * THREAD_BYTES, MOST_BYTES)
 
 
 class Pair(NamedTuple):
@@ -67,7 +72,7 @@ class Group(NamedTuple):
 
 
 def head_groups(pair: Pair, dtype: torch.dtype, rows: int | None = None) -> Iterator[Group]:
-    """Cut the batch, or one batch item's heads, so that one temporary takes `GROUP_BYTES`.
+    """Cut the batch, or one batch item's heads, so that one temporary takes `group_bytes`.
 
     A temporary holds `rows` tokens of every head of the group; None is all of them.
     """
@@ -75,7 +80,7 @@ def head_groups(pair: Pair, dtype: torch.dtype, rows: int | None = None) -> Iter
     tokens = min(tokens, rows or tokens)
     groups = pair.groups
     row = max(dim, pair.teacher_query.shape[-1]) * torch.finfo(dtype).bits // 8
-    fits = max(1, GROUP_BYTES // (heads // groups * tokens * row))
+    fits = max(1, group_bytes() // (heads // groups * tokens * row))
     # groups that add into one student key head stay together
     if fits >= groups or groups != pair.key.shape[1]:
         step = max(1, fits // groups)

@@ -4,7 +4,8 @@ Every row is divided by its largest number, so that one outlier costs its own ro
 what is rounded is multiplied in eight bits: `float8` by `torch._scaled_mm` on GPUs, `int8` by
 `torch._int_mm` on CPUs. Sums are formed in fp32 and int32. Nothing is calibrated: activations are
 looked at as they come. What is no large product of matrices (embeddings, norms, attention, small
-heads) stays as it was, and so does what the layers give.
+heads) stays as it was, and so does the dtype of what the layers give. torch's `quantize_dynamic`
+has one scale for all tokens, and torchao, its successor, brings a package for these few lines.
 """
 
 from __future__ import annotations

@@ -18,10 +18,9 @@ import benchmarks.inputs  # noqa: F401
 from benchmarks.training_step import BERT_BASE, Size, Step, bert_config
 from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import joined_ranks
-from fastkd.layer_map import Progress
 from fastkd.recipe import Recipe, parse_recipe
 from fastkd.training.graphs import Record
-from fastkd.training.loop import train_step
+from fastkd.training.loop import read_step, train_step
 from fastkd.training.setup import graphed_step, set_up
 from fastkd.training.window import Window
 
@@ -64,8 +63,7 @@ def engine_step(
 
             def step() -> Tensor:
                 number = next(numbers)
-                run.objective.at(Progress(number, micro_batches.epoch))
-                losses = train_step(run, micro_batches.next_step(number))
+                losses = train_step(run, read_step(run, micro_batches, number))
                 window.add(losses)
                 return losses[1].sum()
 

@@ -24,6 +24,9 @@ Reading = Literal["states", "predictions"]
 ROWS = "rows"
 """Key of a micro-batch to train on: numbers of its blocks or examples among all, int64 [batch], for
 what is stored by row; always on the CPU."""
+STORED = "stored/"
+"""What keys of a micro-batch to train on begin with under which the teacher's states are found, as
+they are stored: [batch, places, numbers]."""
 IGNORE_INDEX = -100
 """A label that counts nowhere, as in `torch.nn.functional.cross_entropy`."""
 

@@ -110,10 +110,13 @@ def test_a_run_is_the_same(
         losses={"hidden": {"layer_map": {"kind": "random", "redraw": "step"}}},
         train={"steps": 3, "micro_batch_size": 2},
     )
+    held = []
     for name, overlap in (("plain", False), ("ahead", True)):
         overrides = {"run.output": tmp_path / name, "teacher.overlap": overlap}
-        fastkd.distill(path, overrides, quiet=True)
+        made = fastkd.distill(path, {**overrides, "train.profile": True}, quiet=True)
+        held.append(made.summary["profile"]["memory_bytes"]["captured of the teacher"])
     assert_same_run(tmp_path / "ahead", tmp_path / "plain", losses=0, weights=0)
+    assert held[1] == 2 * held[0]
     assert sum("waits for all" in said for said in streams.said) == 3 * 4
     # query and key, hidden states and embeddings that the losses read
     assert len(streams.kept) >= 3 * 4 * 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -60,6 +61,28 @@ def test_recorded_steps_are_the_plain_ones(recipe: Path, whole: Path, compiles: 
     folder = distilled(recipe, f"recorded-{compiles}", *options)
     for ours, theirs in zip(read_losses(folder), read_losses(whole), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["stored", "recomputed"])
+def test_stored_states_teach_as_the_teacher_does(recipe: Path, whole: Path, attention: str) -> None:
+    store = f"teacher.cache_folder={recipe.parent / 'states'}"
+    options = [store, "teacher.cache=exact", f"teacher.cache_attention={attention}"]
+    folder = distilled(recipe, f"states-{attention}", *options)
+    for ours, theirs in zip(read_losses(folder), read_losses(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_profile_is_that_of_the_gpu(recipe: Path, whole: Path) -> None:
+    folder = distilled(recipe, "profiled", "train.profile=true")
+    for ours, theirs in zip(read_losses(folder), read_losses(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    summary = json.loads((folder / "summary.json").read_text())
+    phases = summary["profile"]["phases"]
+    assert sum(phase["share"] for phase in phases.values()) == pytest.approx(1)
+    for name in ("teacher", "student", "losses", "backward", "optimiser"):
+        assert phases[name]["milliseconds"] > 0 and phases[name]["host_milliseconds"] > 0
+    parts = summary["profile"]["memory_bytes"]
+    assert all(0 < size < summary["peak_memory_bytes"] for size in parts.values())
 
 
 def test_precision_is_that_of_the_gpu(recipe: Path) -> None:

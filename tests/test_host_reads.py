@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import joined_ranks
-from fastkd.layer_map import Progress
 from fastkd.recipe import Recipe, load_recipe
-from fastkd.training.loop import train_step
+from fastkd.training.loop import read_step, train_step
 from fastkd.training.setup import set_up
+from fastkd.training.teacher_cache.plan import plan_for_run
 from fastkd.training.window import Window
 
 # what hands numbers, or a shape that depends on numbers, to the host
@@ -70,11 +70,13 @@ def text_recipe(folder: Path, **sections: Any) -> Recipe:
     return load_recipe(make_recipe(folder, **sections), [])
 
 
-def task_recipe(folder: Path) -> Recipe:
+def task_recipe(folder: Path, **teacher: str) -> Recipe:
     """Padded batches of a classifier."""
     write_task(folder / "task")
     save_classifier(folder / "classifier")
-    return load_recipe(write_recipe(folder, "run", train={"micro_batch_size": 4}), [])
+    teacher = {**teacher, "model": str(folder / "classifier"), "cache_folder": str(folder / "c")}
+    path = write_recipe(folder, "run", teacher=teacher, train={"micro_batch_size": 4})
+    return load_recipe(path, [])
 
 
 RECIPES = {
@@ -92,7 +94,11 @@ RECIPES = {
             "balance": {"kind": "ratio", "reference": "hidden"},
         },
     ),
+    "text, profiled": lambda folder: text_recipe(folder, train={"profile": True}),
     "task": task_recipe,
+    "task, stored states": lambda folder: task_recipe(
+        folder, cache="bfloat16", cache_attention="recomputed"
+    ),
 }
 
 
@@ -101,13 +107,15 @@ def test_a_step_reads_nothing(tmp_path: Path, name: str) -> None:
     recipe = RECIPES[name](tmp_path)
     with joined_ranks() as ranks:
         run = set_up(recipe, ranks, progress=False)
+        cache = plan_for_run(run)
+        if cache is not None:
+            cache.use(run, progress=False)
         with closing(Prefetched(run.micro_batches(), ranks.device)) as micro_batches:
             window = Window(run, micro_batches, 0)
             for step in range(WARM_UP + 3):
                 reads = Counter[str]()
-                with ReadOps(reads), ReadMethods(reads):
-                    run.objective.at(Progress(step, micro_batches.epoch))
-                    window.add(train_step(run, micro_batches.next_step(step)))
+                with ReadOps(reads), ReadMethods(reads), run.profile.step():
+                    window.add(train_step(run, read_step(run, micro_batches, step)))
                 if step >= WARM_UP:
                     assert not reads, (step, reads)
             record, _ = window.close(stop=False)

@@ -31,7 +31,7 @@ from fastkd.training.chips import CHIPS
 from fastkd.training.forecast import EFFICIENCY, forecast, layouts, run_dry
 from fastkd.training.precision import check_eight_bits
 from fastkd.training.setup import Run, set_up
-from fastkd.training.teacher_cache.plan import plan_cache
+from fastkd.training.teacher_cache.plan import Form, plan_cache
 from fastkd.types import EightBits
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -331,6 +331,21 @@ def test_a_run_whose_teacher_is_in_eight_bits(
             assert found == pytest.approx(expected, rel=near), (dtype, found, expected)
 
 
+def test_states_of_eight_bits_are_stored_and_recomputed(tmp_path: Path) -> None:
+    path = make_recipe(tmp_path)
+    losses = {}
+    for attention in ("none", "stored", "recomputed"):
+        given = {"teacher.dtype": "int8", "run.output": tmp_path / attention}
+        if attention != "none":
+            given |= {"teacher.cache": "exact", "teacher.cache_attention": attention}
+        fastkd.distill(path, {**given, "teacher.cache_folder": tmp_path / "states"}, quiet=True)
+        losses[attention] = read_losses(tmp_path / attention)
+    for attention in ("stored", "recomputed"):
+        # a state that rounds otherwise in another batch may be another code
+        for found, expected in zip(losses[attention], losses["none"], strict=True):
+            assert found == pytest.approx(expected, rel=5e-3), attention
+
+
 def test_memory_and_stored_states_are_those_of_eight_bits(tmp_path: Path) -> None:
     path = make_recipe(tmp_path)
     plain, found = (opened(path, f"teacher.dtype={dtype}") for dtype in ("float32", "int8"))
@@ -346,9 +361,8 @@ def test_memory_and_stored_states_are_those_of_eight_bits(tmp_path: Path) -> Non
     # a student starts from the weights as they were
     mine, theirs = (dict(run.module.student.named_parameters()) for run in (plain, found))
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    plans = [plan_cache(run, "exact") for run in (plain, found)]
-    assert plans[0] is not None and plans[1] is not None and plans[0].folder != plans[1].folder
-    assert plans[0].fields == plans[1].fields
+    plans = [plan_cache(run, Form("exact", "stored")) for run in (plain, found)]
+    assert plans[0].folder != plans[1].folder and plans[0].layout.fields == plans[1].layout.fields
 
 
 def test_a_forecast_knows_eight_bits(tmp_path: Path) -> None:

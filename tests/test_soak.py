@@ -106,6 +106,15 @@ def test_a_changed_weight_is_another_weight(other: Result, expected: str) -> Non
     assert RESULT.difference(other) == expected
 
 
+def test_other_ranks_may_round_otherwise_and_no_more() -> None:
+    near = Result({"a": torch.tensor([0.0, 1.0, 2.000002])}, {"run": [{"total": 1.000002}]})
+    assert RESULT.difference(near) == "other values in a"
+    assert RESULT.difference(near, 1e-5) == ""
+    assert RESULT.difference(Result(near.weights, {"run": [{"total": 1.1}]}), 1e-5) != ""
+    assert RESULT.difference(Result(near.weights, {"run": []}), 1e-5) != ""
+    assert RESULT.difference(Result({"a": torch.arange(2.0)}, near.losses), 1e-5) != ""
+
+
 def test_cases_are_drawn_alike_and_a_wrong_one_can_be_repeated() -> None:
     first, again = cases(3), cases(3)
     drawn = [next(first) for _ in range(50)]

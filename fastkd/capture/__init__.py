@@ -5,7 +5,8 @@
 `recording.py` has `capture`, the one context in which hooks stand: attention (`routing.py`), states
 of blocks (`blocks.py`), what a head gives or reads (`lm_head.py`), the states after the final norm,
 and any submodule by its path (`modules.py`). `compiled.py` does the same of a model that
-`torch.compile` compiles. `trial.py` runs a model once before a run and sees
+`torch.compile` compiles, `recompute.py` makes attention again from the hidden states below it.
+`trial.py` runs a model once before a run and sees
 that all of it can be captured; `attention_traits.py` says what its queries see.
 
 This folder may import `errors`, `types`, transformers, and of the kernels the types of what is
@@ -16,6 +17,7 @@ from fastkd.capture.attention_traits import AttentionShape, AttentionTraits
 from fastkd.capture.blocks import at_depth, find_blocks, no_cache
 from fastkd.capture.compiled import CompiledCapture
 from fastkd.capture.modules import find_module
+from fastkd.capture.recompute import RecomputedAttention, try_recomputing
 from fastkd.capture.recording import capture
 from fastkd.capture.routing import route_attention, set_attention
 from fastkd.capture.states import Capture
@@ -26,6 +28,7 @@ __all__ = [
     "AttentionTraits",
     "Capture",
     "CompiledCapture",
+    "RecomputedAttention",
     "at_depth",
     "capture",
     "find_blocks",
@@ -34,5 +37,6 @@ __all__ = [
     "route_attention",
     "set_attention",
     "try_model",
+    "try_recomputing",
     "vocabulary_size",
 ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkd.head_spec import HEADS
-from fastkd.types import IGNORE_INDEX, ROWS, Head, Inputs
+from fastkd.types import IGNORE_INDEX, ROWS, STORED, Head, Inputs
 
 Reduction = Literal["valid", "tinybert"]
 Divisor = Literal["pairs", "tokens", "rows", "examples", "labels"]
@@ -68,4 +68,8 @@ def target_labels(inputs: Inputs, head: Head) -> Tensor | None:
 
 def model_inputs(inputs: Inputs) -> dict[str, Tensor]:
     """What a model reads: it would compute a loss of its own from labels."""
-    return {name: tensor for name, tensor in inputs.items() if name not in ("labels", ROWS)}
+    return {
+        name: tensor
+        for name, tensor in inputs.items()
+        if name not in ("labels", ROWS) and not name.startswith(STORED)
+    }

@@ -138,8 +138,9 @@ class Objective(nn.Module):
         for term in self.each():
             term.at(moment, moment.step / self.steps)
 
-    def layers(self, side: Side) -> dict[str, Any]:
-        """What `capture` must record of one model now, as its keyword arguments."""
+    def layers(self, side: Side, moment: Progress | None = None) -> dict[str, Any]:
+        """What `capture` must record of one model now, as its keyword arguments; or at a moment,
+        whatever the one that the losses stand at."""
         nothing: dict[str, Any] = {
             "attention": set(),
             "hidden": set(),
@@ -147,7 +148,7 @@ class Objective(nn.Module):
             "outputs": False,
             "modules": set(),
         }
-        return merged_layers([nothing, *(term.layers(side) for term in self.each())])
+        return merged_layers([nothing, *(term.layers(side, moment) for term in self.each())])
 
     def all_layers(self, side: Side) -> dict[str, Any]:
         """What `layers` may ever be; of mappings that move all layers that they may draw."""

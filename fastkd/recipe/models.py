@@ -15,6 +15,7 @@ from fastkd.types import EightBits, Head, ModelSource
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 CacheForm = Literal["none", "exact", "bfloat16"]
+CacheAttention = Literal["stored", "recomputed"]
 # more than any model has
 _WIDEST = 2**20
 
@@ -60,6 +61,10 @@ class Teacher(Section):
     cache: CacheForm = "none"
     """Whether what the losses read of the teacher is stored once, before the first step, and read
     afterwards: `exact` in the teacher's own precision, `bfloat16` rounded to that."""
+    cache_attention: CacheAttention = "stored"
+    """Of the attention that losses read, queries, keys and values are stored, or the hidden states
+    below their blocks, from which the teacher's own norms and projections make them in every step:
+    most often less room, for a part of the teacher's work."""
     cache_folder: Place = "~/.cache/fastkd"
     """Folder of stored states, shared by all runs."""
     cache_limit: float = Field(default=100, gt=0, le=1e6)

@@ -62,6 +62,9 @@ class Train(Section):
     cuda_graph: bool = False
     """Whether forward and backward of a micro-batch are recorded in a CUDA graph, one for each of
     its shapes; of a run on one GPU, whose losses no number of Python changes from step to step."""
+    profile: bool = False
+    """Whether time and memory of the steps are measured by phase and by part, for the summary and
+    the report."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage of the student."""
     seed: Seed = 0
@@ -111,6 +114,11 @@ def check_train(train: Train) -> None:
         raise ValueError(
             "train.precision is bf16 and train.zero_stage 0, where DeepSpeed takes one "
             "spurious optimiser step; use zero_stage 1"
+        )
+    if train.profile and train.cuda_graph:
+        raise ValueError(
+            "train.profile and train.cuda_graph are on, and the phases of a step that is recorded "
+            "as one can't be told apart; leave one of them out"
         )
     if train.compile and train.zero_stage == 3:
         raise ValueError(

@@ -12,6 +12,7 @@ from fastkd.reporting.html import (
     escaped,
     html_table,
 )
+from fastkd.reporting.profile import memory_rows, time_columns, time_rows
 from fastkd.reporting.svg import Line, Panel, chart
 from fastkd.training.run_folder import RunFolder
 
@@ -25,6 +26,8 @@ def print_summary(summary: dict[str, Any], reporter: Reporter) -> None:
     """Print the tables of a finished run."""
     reporter.table("held-out loss", ("term/student-teacher", "before", "after"), _losses(summary))
     reporter.table("run", ("", *_model_names(summary)), _models(summary))
+    for title, columns, rows in _profile(summary):
+        reporter.table(title, columns, rows)
     for name, value in _facts(summary):
         reporter.say(f"{name}: {value}")
 
@@ -48,6 +51,10 @@ def write_report(run: RunFolder) -> None:
         html_table(("term/student-teacher", "before", "after"), _losses(summary)),
         html_table(("", *_model_names(summary)), _models(summary)),
         html_table(("", ""), _facts(summary)),
+        *(
+            f"<h2>{escaped(title.capitalize())}</h2>{html_table(columns, rows)}"
+            for title, columns, rows in _profile(summary)
+        ),
         "<h2>Training</h2>",
         _curves(training, "loss, mean over log_every steps"),
         "<h2>Held out</h2>",
@@ -134,6 +141,19 @@ def _facts(summary: dict[str, Any]) -> Rows:
         ),
         ("time", f"{summary['seconds']:.0f} s on {summary['world_size']} rank(s)"),
         ("run folder", summary["run"]),
+    ]
+
+
+def _profile(summary: dict[str, Any]) -> list[tuple[str, tuple[str, ...], Rows]]:
+    """Title, heads and rows of time and of memory, where they were measured."""
+    profile = summary.get("profile")
+    if profile is None:
+        return []
+    kind = summary["peak_memory_of"]
+    memory = memory_rows(profile["memory_bytes"], summary["peak_memory_bytes"], kind)
+    return [
+        ("time of a step", time_columns(profile), time_rows(profile)),
+        (f"memory of the {kind}", ("", "size"), memory),
     ]
 
 

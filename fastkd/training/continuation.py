@@ -31,6 +31,7 @@ _FREE = frozenset(
         "train.zero_stage",
         "train.compile",
         "train.cuda_graph",
+        "train.profile",
         "teacher.placement",
         "teacher.cache_folder",
         "teacher.cache_limit",
@@ -47,7 +48,7 @@ _MOVES = re.compile(
 _LENGTHS = ("steps", "epochs")
 # of these the recipe that a run is continued with is in force
 _TAKEN_OVER = {
-    "train": ("micro_batch_size", "zero_stage", "compile", "cuda_graph", *_LENGTHS),
+    "train": ("micro_batch_size", "zero_stage", "compile", "cuda_graph", "profile", *_LENGTHS),
     "teacher": ("placement", "cache_folder", "cache_limit"),
 }
 

@@ -1,8 +1,8 @@
 """Before a run: what this machine has, and what a recipe will need on it.
 
-Memory by part follows from the parameters, the ZeRO stage and the precision; what activations and
-libraries add is the measured peak of a few real steps less those parts. Nothing is written but the
-tokenised corpus, which the run needs anyway.
+Weights, gradients and moments follow from the parameters, the ZeRO stage and the precision; what
+activations take, and where the time goes, is measured in a few real steps, as a run measures it
+under `train.profile`. Nothing is written but the tokenised corpus, which the run needs anyway.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ import shutil
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from fastkd.data.batching import plan_batches
+from fastkd.data.datamodule import MicroBatches
 from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, Recipe, stage_recipes
 from fastkd.reporting.console import Reporter
+from fastkd.reporting.profile import memory_rows, time_columns, time_rows
 from fastkd.training.chips import Chip
 from fastkd.training.engine import NoTeacher
 from fastkd.training.environment import environment
@@ -36,13 +39,18 @@ from fastkd.training.forecast import (
     layouts,
     run_dry,
 )
-from fastkd.training.loop import train_step
-from fastkd.training.memory import memory_parts, parts_on_cpu
+from fastkd.training.loop import read_step, train_step
 from fastkd.training.precision import precision_on_gpus
-from fastkd.training.setup import Run, set_up
-from fastkd.training.teacher_cache.plan import check_room, describe, plan_cache
+from fastkd.training.profile import NoProfile
+from fastkd.training.setup import Run, make_profile, set_up
+from fastkd.training.summary import profile_of
+from fastkd.training.teacher_cache.forecast import describe
+from fastkd.training.teacher_cache.plan import Form, plan_cache, plan_for_run
+from fastkd.training.window import Window
 
-_TIMED_STEPS = 3
+# as many steps as take so long, within these
+_TIMED_SECONDS = 1.0
+_FEWEST_STEPS, _MOST_STEPS = 3, 30
 _GIB = 2**30
 
 
@@ -171,38 +179,68 @@ def _gib(size: int) -> str:
 
 def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
     run = set_up(recipe, ranks, progress=not reporter.console.quiet)
-    with closing(Prefetched(run.micro_batches(), ranks.device)) as micro_batches:
-        train_step(run, micro_batches.next_step(0))
-        start = time.perf_counter()
-        for step in range(1, 1 + _TIMED_STEPS):
-            # reading the sum waits for the device
-            train_step(run, micro_batches.next_step(step)).sum().item()
-        seconds = (time.perf_counter() - start) / _TIMED_STEPS
+    profile = measure_steps(run)
+    # what follows takes memory, too
+    peak = peak_memory(ranks)
     train = run.recipe.train
     counted, each = run.datamodule.counted
     step = train.batch_size * each
-    trained = run.initialisation.total + _projection_numbers(run)
+    seconds = profile["milliseconds"] / 1e3
     reporter.table(
         "this recipe",
         ("", "needed"),
         [
-            *_parameters(run, trained),
+            *_parameters(run),
             (f"{counted} to train on", f"{train.steps * step:,}"),
             (f"{counted} in the corpus", _passes(run)),
             ("a step", f"{seconds:.3g} s, {step / seconds:,.0f} {counted}/s"),
             ("training", _duration(seconds * train.steps)),
         ],
     )
-    _describe_cache(run, reporter)
-    parts = memory_parts(run.recipe, run.teacher_bytes, trained, ranks.world_size)
+    if run.graphed is None:
+        reporter.table("time of a step", time_columns(profile), time_rows(profile))
     kind = "GPU" if ranks.device.type == "cuda" else "process"
-    if kind == "GPU":
-        parts = {name: size for name, size in parts.items() if name not in parts_on_cpu(run.recipe)}
-    rest = max(0, peak_memory(ranks) - sum(parts.values()))
-    rows = [(name, f"{size / 2**20:,.0f} MiB") for name, size in parts.items()]
-    rows.append(("activations and libraries, measured", f"{rest / 2**20:,.0f} MiB"))
-    rows.append(("peak", f"{peak_memory(ranks) / 2**20:,.0f} MiB"))
+    rows = memory_rows(profile["memory_bytes"], peak, kind)
     reporter.table(f"memory of each {kind}", ("", "size"), rows)
+    _describe_cache(run, reporter)
+
+
+def measure_steps(run: Run) -> dict[str, Any]:
+    """What the profile of a run will say, from a few steps of it; collective over the ranks.
+
+    Weights, gradients and moments are computed, as nothing of them has to be measured.
+
+    Args:
+        run: that has made no step; afterwards it has.
+
+    Raises:
+        UserError: a loss or a gradient is not finite.
+    """
+    if isinstance(run.profile, NoProfile):
+        run.profile = make_profile(run)
+    with closing(Prefetched(run.micro_batches(), run.ranks.device)) as micro_batches:
+        window = Window(run, micro_batches, 0)
+        start = time.perf_counter()
+        _make_steps(run, micro_batches, window, range(1))
+        first = time.perf_counter() - start
+        count = run.ranks.from_main(lambda: _timed_steps(first))
+        _make_steps(run, micro_batches, window, range(1, 1 + count))
+    found = profile_of(run)
+    assert found is not None, "steps were collected"
+    counted = found.get("memory_bytes", {})
+    return {**found, "memory_bytes": {**counted, **run.computed_parts()}}
+
+
+def _make_steps(run: Run, micro_batches: MicroBatches, window: Window, steps: range) -> None:
+    for step in steps:
+        with run.profile.step():
+            window.add(train_step(run, read_step(run, micro_batches, step)))
+    window.close(stop=False)
+
+
+def _timed_steps(seconds: float) -> int:
+    """How many to time, of steps of which the first took so long."""
+    return max(_FEWEST_STEPS, min(_MOST_STEPS, round(_TIMED_SECONDS / seconds)))
 
 
 def _describe_cache(run: Run, reporter: Reporter) -> None:
@@ -211,29 +249,27 @@ def _describe_cache(run: Run, reporter: Reporter) -> None:
         return
     if run.recipe.why_not_cached() is not None:
         return
-    asked = run.recipe.teacher.cache
-    plan = plan_cache(run, "exact" if asked == "none" else asked)
+    plan = plan_for_run(run)
     if plan is None:
-        return
-    if asked == "none":
+        plan = plan_cache(run, Form("exact"))
         reporter.say("teacher.cache is none; with teacher.cache=exact:")
     else:
-        check_room(plan, run.recipe.teacher.cache_limit)
+        reporter.say(
+            "these steps ran the teacher; those of the run take what is stored of it, which is "
+            "read with their data"
+        )
     describe(run, plan, reporter)
 
 
-def _projection_numbers(run: Run) -> int:
-    return sum(getattr(p, "ds_numel", p.numel()) for p in run.objective.parameters())
-
-
-def _parameters(run: Run, trained: int) -> list[tuple[str, str]]:
+def _parameters(run: Run) -> list[tuple[str, str]]:
     own = run.initialisation.total
     if isinstance(run.teacher, NoTeacher):
         return [("model parameters", f"{own:,}")]
+    projections = sum(getattr(p, "ds_numel", p.numel()) for p in run.objective.parameters())
     return [
         ("teacher parameters", f"{run.teacher_parameters:,}"),
         ("student parameters", f"{own:,}"),
-        ("projection parameters", f"{trained - own:,}"),
+        ("projection parameters", f"{projections:,}"),
     ]
 
 

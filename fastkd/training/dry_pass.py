@@ -64,7 +64,7 @@ def dry_pass(
     # without a mask function of this name transformers makes no mask
     AttentionInterface.register(PREFIX + _NAME, listening_function(_NAME))
     model.config._attn_implementation = PREFIX + _NAME
-    saved = _Storages({weight.untyped_storage()._cdata for weight in model.parameters()})
+    saved = Storages({weight.untyped_storage()._cdata for weight in model.parameters()})
     largest = [0]
     hooks = [module.register_forward_hook(_noting(largest)) for module in model.modules()]
     model.train(train)
@@ -103,16 +103,16 @@ def bytes_of(tensors: list[Tensor]) -> int:
     return sum(storages.values())
 
 
-class _Storages:
-    """Counts memory once that several tensors look at."""
+class Storages:
+    """Counts memory once that several tensors look at, and none that is known."""
 
-    def __init__(self, weights: set[int]) -> None:
-        self._weights = weights
+    def __init__(self, known: set[int]) -> None:
+        self._known = known
         self._kept: dict[int, Any] = {}
 
     def note(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._weights:
+        if storage._cdata not in self._known:
             # kept, so that no other gets its address
             self._kept[storage._cdata] = storage
         return tensor

@@ -15,7 +15,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,10 @@ from fastkd.capture import Capture, CompiledCapture, at_depth, capture, no_cache
 from fastkd.capture.blocks import find_blocks
 from fastkd.capture.lm_head import last_hidden_state, last_layer
 from fastkd.data.batching import BatchPlan
+from fastkd.data.datamodule import MicroBatches
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
+from fastkd.layer_map import Progress
 from fastkd.losses import model_inputs
 from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.models.quantised import Quantised
@@ -35,10 +37,28 @@ from fastkd.training.checkpoint.layout import find_places
 from fastkd.training.deepspeed_config import student_config, teacher_config, uses_deepspeed
 from fastkd.training.local_engine import LocalEngine
 from fastkd.training.muon import Muon, Piece, block_matrices
-from fastkd.types import ROWS, Inputs
+from fastkd.types import STORED, Inputs
 
 Wanted = Mapping[str, Any]
 """Keyword arguments of `capture`."""
+
+
+class StoredStates(Protocol):
+    """States of a teacher on rows to train on, from a disk, in the place of a teacher that runs."""
+
+    def reading(
+        self, micro_batches: MicroBatches, wanted_at: Callable[[Progress], Wanted]
+    ) -> MicroBatches:
+        """Micro-batches that also hold what is stored of their rows.
+
+        Args:
+            micro_batches: with numbers of rows.
+            wanted_at: what is wanted at a moment of the run; is called by whatever thread asks for
+                a step.
+        """
+
+    def __call__(self, inputs: Inputs, wanted: Wanted) -> Capture:
+        """What `capture` would have recorded of the teacher on a micro-batch of `reading`."""
 
 
 class TeacherRunner:
@@ -68,13 +88,13 @@ class TeacherRunner:
         self._run.eval()
         self.compiled: CompiledCapture | None = None
         """What runs it while the objective is in training mode, where that is compiled."""
-        self.stored: Callable[[Inputs, Wanted], Capture] | None = None
+        self.stored: StoredStates | None = None
         """What gives its states of rows to train on, where they are stored."""
         self._cut = self._find_cut()
 
     def __call__(self, inputs: Inputs, *, whole: bool = False) -> Capture:
         """Run as deep as the objective ever needs, or all of it, and return what is needed now."""
-        if self.stored is not None and ROWS in inputs and not whole:
+        if self.stored is not None and not whole and any(n.startswith(STORED) for n in inputs):
             return self.stored(inputs, self.objective.layers("teacher"))
         read = {**model_inputs(inputs), **no_cache(self.model)}
         with torch.no_grad(), nullcontext() if whole else self._cut:
@@ -84,10 +104,11 @@ class TeacherRunner:
                 self._run(**read)
         return states
 
-    def record(self, inputs: Inputs) -> Capture:
-        """Run as deep as the objective ever needs, and return what it may ever need."""
+    def record(self, inputs: Inputs, wanted: Wanted | None = None) -> Capture:
+        """Run as deep as the objective ever needs, and return what it may ever need, or what is
+        named."""
         read = {**model_inputs(inputs), **no_cache(self.model)}
-        wanted = self.objective.all_layers("teacher")
+        wanted = self.objective.all_layers("teacher") if wanted is None else wanted
         with torch.no_grad(), self._cut, capture(self.model, **wanted) as states:
             self._run(**read)
         return states
@@ -172,6 +193,13 @@ def make_optimizer(module: DistilledStudent, train: Train) -> torch.optim.AdamW:
         return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)
     matrices = block_matrices(find_blocks(module.student))
     return Muon(_with_matrices(groups, matrices), lr=train.learning_rate, betas=train.betas)
+
+
+def matrix_numbers(student: PreTrainedModel, train: Train) -> int:
+    """Numbers of a student that Muon updates."""
+    if train.optimizer == "adamw":
+        return 0
+    return sum(matrix.numel() for matrix in block_matrices(find_blocks(student)))
 
 
 def _with_matrices(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 # numbers
-_ALIGNMENT, _ROW = 64, 4096
+_ALIGNMENT, _ROW = 16, 4096
 
 
 class FlatWeights:

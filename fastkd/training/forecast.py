@@ -30,6 +30,7 @@ from fastkd.recipe import Recipe
 from fastkd.training.chips import Chip
 from fastkd.training.deepspeed_config import uses_deepspeed
 from fastkd.training.dry_pass import DryPass, bytes_of, dry_pass, tensors_of
+from fastkd.training.engine import matrix_numbers
 from fastkd.training.memory import memory_parts, parts_on_cpu
 from fastkd.types import EightBits
 
@@ -57,6 +58,8 @@ class Passes:
     teacher_numbers: int
     teacher_bytes: int
     trained_numbers: int
+    matrix_numbers: int
+    """Of those trained, what Muon updates."""
     teacher_block: int
     """Numbers of the largest module that ZeRO-3 gathers at a time."""
     student_block: int
@@ -138,6 +141,7 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
         teacher_numbers=_numbers(teacher),
         teacher_bytes=sum(p.numel() * p.element_size() for p in teacher.parameters()),
         trained_numbers=_numbers(student) + _numbers(objective),
+        matrix_numbers=matrix_numbers(student, recipe.train),
         teacher_block=_largest(teacher),
         student_block=_largest(student),
         rows=rows,
@@ -161,7 +165,8 @@ def forecast(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> Forecast
     _check_multiplied(recipe.teacher.eight_bits, chip)
     plan = plan_batches(recipe, ranks)
     times = plan.micro_batch_size / passes.rows
-    kept = memory_parts(recipe, passes.teacher_bytes, passes.trained_numbers, ranks)
+    sizes = passes.teacher_bytes, passes.trained_numbers
+    kept = memory_parts(recipe, *sizes, ranks, passes.matrix_numbers)
     away = parts_on_cpu(recipe)
     parts = {name: size for name, size in kept.items() if name not in away}
     parts |= _worked_with(recipe, passes, plan)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.data.datamodule import MicroBatches
 from fastkd.distributed import Ranks
 from fastkd.layer_map import Progress
 from fastkd.models import note_models
@@ -27,7 +28,8 @@ from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up
 from fastkd.training.stages import check_later, finish_stages, stage_folders
 from fastkd.training.summary import summarise
-from fastkd.training.teacher_cache.plan import describe, plan_for_run
+from fastkd.training.teacher_cache.forecast import describe
+from fastkd.training.teacher_cache.plan import plan_for_run
 from fastkd.training.window import Window
 from fastkd.types import Inputs
 
@@ -129,8 +131,8 @@ def train(
     ):
         window = Window(run, micro_batches, step)
         while step < steps:
-            run.objective.at(Progress(step, micro_batches.epoch))
-            window.add(train_step(run, micro_batches.next_step(step)))
+            with run.profile.step():
+                window.add(train_step(run, read_step(run, micro_batches, step)))
             step += 1
             books.close_step(step, window, stop)
     summary = summarise(run, folder, time.perf_counter() - started)
@@ -141,6 +143,13 @@ def train(
     # a launcher ends all ranks when one fails at its exit, so none leaves while the first writes
     ranks.barrier()
     return summary
+
+
+def read_step(run: Run, micro_batches: MicroBatches, step: int) -> Sequence[Inputs]:
+    """Let the objective stand at a step, and take what is trained on in it."""
+    run.objective.at(Progress(step, micro_batches.epoch))
+    with run.profile.phase("data"):
+        return micro_batches.next_step(step)
 
 
 def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
@@ -155,7 +164,7 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
         sum over ranks is the mean over the global batch.
     """
     student, engine = run.student, run.engine
-    objective, ranks = run.objective, run.ranks
+    objective, ranks, phase = run.objective, run.ranks, run.profile.phase
     micro_batches = [run.move(batch) for batch in step_batches]
     loss_scales = run.loss_scales(micro_batches)
     if objective.needs_look:
@@ -167,9 +176,16 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
             parts = run.graphed(batch, scale)
             engine.take_gradients()
         else:
-            loss, parts = student(batch, next(teacher_states), scale)
-            engine.backward(loss)
-        engine.step()
+            with phase("teacher"):
+                states = next(teacher_states)
+            with phase("student"):
+                loss, parts = student(batch, states, scale)
+                # autograd has what the backward reads of them
+                del states
+            with phase("backward"):
+                engine.backward(loss)
+        with phase("optimiser"):
+            engine.step()
         totals += parts / run.plan.pieces
     if objective.adapts:
         objective.observe(ranks.sum(totals[0].clone()))

@@ -9,7 +9,8 @@ nothing, so their student stands in no engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,16 +31,19 @@ from fastkd.training.engine import (
     TeacherRunner,
     check_config,
     make_engine,
+    matrix_numbers,
     refusal,
     shard_teacher,
 )
 from fastkd.training.graphs import GraphedStep, Record, check_graphs
 from fastkd.training.local_engine import LocalEngine
-from fastkd.training.memory import check_micro_batch
+from fastkd.training.memory import check_micro_batch, memory_parts, parts_on_cpu
 from fastkd.training.parts import Parts, gather
 from fastkd.training.precision import settle_precision
+from fastkd.training.profile import NoProfile, Profile, clocks_of
 from fastkd.training.run_folder import RunFolder
-from fastkd.types import ROWS, Inputs
+from fastkd.training.step_memory import StepMemory
+from fastkd.types import ROWS, STORED, Inputs
 
 
 @dataclass
@@ -53,6 +57,8 @@ class Run(Parts):
     """What makes a micro-batch's forward and backward, where that is recorded."""
     ahead: TeacherAhead | None = None
     """What runs the teacher beside the student."""
+    profile: Profile | NoProfile = field(default_factory=NoProfile)
+    """What is told of the phases of a step."""
 
     @property
     def student(self) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -79,24 +85,35 @@ class Run(Parts):
         weights = self.teacher_model.parameters()
         return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in weights)
 
+    def computed_parts(self) -> dict[str, int]:
+        """Bytes of weights, gradients and moments on this rank's device, see `memory_parts`."""
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+        world = self.ranks.world_size
+        matrices = matrix_numbers(self.module.student, self.recipe.train)
+        parts = memory_parts(self.recipe, self.teacher_bytes, trained, world, matrices)
+        away = parts_on_cpu(self.recipe) if self.ranks.device.type == "cuda" else set()
+        return {name: size for name, size in parts.items() if name not in away}
+
     def micro_batches(self) -> MicroBatches:
         """What this rank trains on, from the first step; every rank calls this."""
         train = self.recipe.train
-        return self.datamodule.micro_batches(
+        micro_batches = self.datamodule.micro_batches(
             train.batch_size, train.seed, self.plan, self.ranks.rank
         )
+        stored = self.teacher.stored if isinstance(self.teacher, TeacherRunner) else None
+        if stored is None:
+            return micro_batches
+        return stored.reading(micro_batches, partial(self.objective.layers, "teacher"))
 
     def move(self, inputs: Inputs) -> Inputs:
-        """Inputs on this rank's device; the numbers of their rows on the CPU, where the teacher's
-        states are found by them, and left out elsewhere."""
+        """Inputs on this rank's device, without the numbers of their rows; stored states of the
+        teacher stay where they are until they are used."""
         device = self.ranks.device
-        moved = {
-            name: tensor.to(device, non_blocking=True)
+        return {
+            name: tensor if name.startswith(STORED) else tensor.to(device, non_blocking=True)
             for name, tensor in inputs.items()
             if name != ROWS
         }
-        by_row = isinstance(self.teacher, TeacherRunner) and self.teacher.stored is not None
-        return {**moved, ROWS: inputs[ROWS]} if by_row and ROWS in inputs else moved
 
     def loss_scales(self, batches: list[Inputs]) -> Tensor:
         """What each micro-batch of a step counts among all, fp32 [micro-batches, DIVISORS].
@@ -139,7 +156,21 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
     if isinstance(recipe, Recipe) and recipe.teacher.overlap:
         assert isinstance(teacher, TeacherRunner), "a distillation has one"
         run.ahead = TeacherAhead(teacher, ranks.device)
+    if recipe.train.profile:
+        run.profile = make_profile(run)
     return run
+
+
+def make_profile(run: Run) -> Profile:
+    """What measures the steps of a run from now on, once for a run."""
+    device, memory = run.ranks.device, None
+    # its hooks would be recorded, and called no more
+    if run.graphed is None:
+        computed = run.computed_parts()
+        models = run.module, run.teacher_model
+        captured = 1 if run.ahead is None else 2
+        memory = StepMemory(*models, run.engine, device, computed, captured=captured)
+    return Profile(clocks_of(device), run.objective, memory)
 
 
 def set_up_trial(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> Run:

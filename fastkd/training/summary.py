@@ -10,6 +10,7 @@ from fastkd.training.evaluate import (
     peak_memory,
     tokens_per_second,
 )
+from fastkd.training.profile import REST, Profile
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run
 
@@ -31,6 +32,7 @@ def summarise(run: Run, folder: RunFolder, seconds: float) -> dict[str, Any]:
     records = folder.read_metrics() if ranks.is_main else []
     heldout = [_numbers(record) for record in records if record["kind"] == "heldout"]
     teacher = [_numbers(record) for record in records if record["kind"] == "teacher"]
+    profile = profile_of(run)
     has_layers = not isinstance(run.teacher, NoTeacher)
     return {
         "run": str(folder.path),
@@ -47,7 +49,34 @@ def summarise(run: Run, folder: RunFolder, seconds: float) -> dict[str, Any]:
         "peak_memory_of": "GPU" if ranks.device.type == "cuda" else "process",
         "world_size": ranks.world_size,
         "seconds": seconds,
+        **({} if profile is None else {"profile": profile}),
     }
+
+
+def profile_of(run: Run) -> dict[str, Any] | None:
+    """What a run's profile has measured, `None` where there is none; collective over the ranks.
+
+    `phases` holds, by name, milliseconds of a step and their share of it, which add up to 1; also
+    what they cost the host (`clocks_of`) and, of several ranks, the milliseconds of the slowest.
+    """
+    profile, ranks = run.profile, run.ranks
+    if not isinstance(profile, Profile) or not profile.steps:
+        return None
+    by_clock = profile.seconds()
+    if isinstance(run.teacher, NoTeacher):
+        for seconds in by_clock:
+            seconds[REST] += seconds.pop("teacher")
+    total = sum(by_clock[0].values())
+    everyone = ranks.gather(by_clock[0])
+    cost = f"{profile.clocks[1].name}_milliseconds"
+    phases = {}
+    for name, own in by_clock[0].items():
+        phases[name] = {"milliseconds": own * 1e3, "share": own / total}
+        phases[name][cost] = by_clock[1][name] * 1e3
+        if ranks.world_size > 1:
+            phases[name]["slowest_milliseconds"] = max(each[name] for each in everyone) * 1e3
+    memory = {} if profile.memory is None else {"memory_bytes": profile.memory.parts}
+    return {"steps": profile.steps, "milliseconds": total * 1e3, "phases": phases, **memory}
 
 
 def worsened(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

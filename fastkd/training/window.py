@@ -71,6 +71,8 @@ class Window:
         run, steps = self.run, self.step - self.start
         flag = self.sum.new_tensor([float(stop)])
         *sums, stops = run.ranks.sum(torch.cat([self.sum.flatten(), flag])).tolist()
+        # now the device has made all steps
+        run.profile.collect()
         labels = run.objective.labels
         means = [value / steps for value in sums]
         losses = dict(zip(labels, means[: len(labels)], strict=True))

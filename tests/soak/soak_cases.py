@@ -106,10 +106,11 @@ def try_case(case: Case, reference: Reference, folder: Path, launcher: Launcher)
         count += 1
         plain = Orders(folder=str(work), notes=str(folder / f"again-{count}"))
         more = [scenario.again] if scenario.again else []
-        return launcher.run([*arguments, *more], plain, scenario.ranks)
+        return launcher.run([*arguments, *more], plain, scenario.then or scenario.ranks)
 
     def difference(ended: Ended) -> str:
-        return _read(case.scenario, work, ended).difference(reference.result)
+        found = _read(case.scenario, work, ended)
+        return found.difference(reference.result, scenario.rounding)
 
     kind, detail = judge(case.fault, bool(struck), first, again, difference, _logs(work))
     for left in folder.iterdir():

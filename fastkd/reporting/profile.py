@@ -1,0 +1,74 @@
+"""What a profile says, in tables: where the time of a step goes, and what memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Rows = list[tuple[str, ...]]
+_SAID = {"data": "data, waiting for it", "student": "student, forward", "rest": "the rest"}
+# further columns that a profile may have, by their names in a summary
+_SLOWEST = "slowest_milliseconds"
+_MORE = {
+    "processor_milliseconds": "processor, ms",
+    "host_milliseconds": "host, ms",
+    _SLOWEST: "slowest rank, ms",
+}
+
+
+def time_columns(profile: Mapping[str, Any]) -> tuple[str, ...]:
+    """The heads of `time_rows`."""
+    return (f"mean of {profile['steps']} steps", "ms", "share", *_more(profile).values())
+
+
+def time_rows(profile: Mapping[str, Any]) -> Rows:
+    """One row a phase, then the step.
+
+    Args:
+        profile: as `summary.json` has it.
+    """
+    phases: Mapping[str, Mapping[str, float]] = profile["phases"]
+    more = _more(profile)
+    rows: Rows = [
+        (
+            _SAID.get(name, name),
+            _milliseconds(phase["milliseconds"]),
+            f"{phase['share']:.1%}",
+            *(_milliseconds(phase[key]) for key in more),
+        )
+        for name, phase in phases.items()
+    ]
+    # the slowest of each phase are not of one rank, and have no sum
+    sums = [
+        "" if key == _SLOWEST else _milliseconds(sum(phase[key] for phase in phases.values()))
+        for key in more
+    ]
+    return [*rows, ("a step", _milliseconds(profile["milliseconds"]), "100.0%", *sums)]
+
+
+def memory_rows(parts: Mapping[str, int], peak: int, kind: str) -> Rows:
+    """One row a part, then what the peak is above them, and the peak.
+
+    Args:
+        parts: bytes.
+        peak: likewise.
+        kind: what they are of, GPU or process.
+    """
+    above = max(0, peak - sum(parts.values()))
+    rest = "the rest" if kind == "GPU" else "libraries and the rest"
+    sizes = {**parts, rest: above, "peak": peak}
+    return [(name, _size(size)) for name, size in sizes.items()]
+
+
+def _more(profile: Mapping[str, Any]) -> dict[str, str]:
+    phase = next(iter(profile["phases"].values()))
+    return {key: said for key, said in _MORE.items() if key in phase}
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+
+
+def _size(size: int) -> str:
+    mebibytes = size / 2**20
+    return f"{mebibytes:,.0f} MiB" if mebibytes >= 10 else f"{mebibytes:,.2f} MiB"

@@ -103,6 +103,11 @@ class Recipe(Section):
                 f"train.compile is on and teacher.placement {self.teacher.placement}, which "
                 "gathers weights between the layers of a graph; use replicate, or leave compile out"
             )
+        if self.train.cuda_graph and self.teacher.overlap:
+            raise ValueError(
+                "train.cuda_graph and teacher.overlap are on, but a graph holds both models in "
+                "turn; leave one of them out"
+            )
         return self
 
     @property

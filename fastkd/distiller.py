@@ -271,6 +271,7 @@ class Distiller(nn.Module):
                 f"attention_mask is {shape}, expected {list(ids.shape)} as input_ids; losses read "
                 "from it which tokens are padding"
             )
+        _check_one_text(batch)
         for key, value in batch.items():
             if key != "labels" and not isinstance(value, Tensor):
                 raise UserError(
@@ -308,6 +309,27 @@ class Distiller(nn.Module):
             f"losses.{reader} learns from labels of shape {list(shape)}, but those of the batch "
             f"are {'missing' if labels is None else given}; give them, {IGNORE_INDEX} where there "
             "is none"
+        )
+
+
+def _check_one_text(batch: Inputs) -> None:
+    """See that no row holds several texts, as of DataCollatorWithFlattening.
+
+    Raises:
+        UserError: one does.
+    """
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if not isinstance(positions, Tensor) or positions.ndim != 2:
+        return
+    again = positions.diff() < 0
+    if mask is not None and mask.shape == positions.shape:
+        # padding on the left has any
+        again &= mask[:, :-1].bool()
+    # a look at the device, at batches alone that come with positions
+    if bool(again.any()):
+        raise UserError(
+            "position_ids begin anew within a row, so it holds several texts, which losses would "
+            "read as one; give a padded batch with its attention_mask"
         )
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 AnyPath: TypeAlias = str | os.PathLike[str]
 Head = Literal["none", "sequence_classification", "causal_lm", "masked_lm"]
 """What stands on a model's blocks."""
+EightBits = Literal["float8", "int8"]
+"""Kinds of numbers of a byte that a teacher's linear layers multiply."""
 Side = Literal["student", "teacher"]
 Inputs: TypeAlias = "Mapping[str, Tensor]"
 """What both models read: `input_ids` [batch, tokens] and what goes with them."""
@@ -22,6 +24,14 @@ Reading = Literal["states", "predictions"]
 ROWS = "rows"
 """Key of a micro-batch to train on: numbers of its blocks or examples among all, int64 [batch], for
 what is stored by row; always on the CPU."""
+LENGTHS = "lengths"
+"""Key of a micro-batch whose sequences follow each other in one row, see `fastkd.packed_row`: their
+lengths, int64 [sequences]; always on the CPU."""
+STARTS = "cu_seq_lens"
+"""Key of such a micro-batch: where each sequence begins, int32 [sequences + 1]."""
+STORED = "stored/"
+"""What keys of a micro-batch to train on begin with under which the teacher's states are found, as
+they are stored: [batch, places, numbers]."""
 IGNORE_INDEX = -100
 """A label that counts nowhere, as in `torch.nn.functional.cross_entropy`."""
 
@@ -36,3 +46,13 @@ class ModelSource:
     """Branch, tag or commit on the hub."""
     sha256: str | None = None
     """Expected digest of `model.safetensors`."""
+
+
+def model_inputs(inputs: Inputs) -> dict[str, Tensor]:
+    """What a model reads of a micro-batch: of labels it would compute a loss of its own."""
+    others = ("labels", ROWS, LENGTHS, STARTS)
+    return {
+        name: tensor
+        for name, tensor in inputs.items()
+        if name not in others and not name.startswith(STORED)
+    }

@@ -91,6 +91,9 @@ def test_where_weights_and_states_lie_is_taken_over() -> None:
     # what sharded weights can't have, and graphs on several GPUs
     alone = _recipe(train={"compile": True, "cuda_graph": True})
     assert _said(alone, now) is None and in_force(alone, now) == now
+    # and so is whether they are measured
+    profiled = _recipe(train={"profile": True})
+    assert _said(_recipe(), profiled) is None and in_force(_recipe(), profiled) == profiled
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,12 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: fastkd.Distiller(*models(), LOSSES).count({**tiny_batch(), "idx": torch.ones(3)}),
         "the student BertModel reads no idx",
     ),
+    "texts in one row": (
+        lambda: fastkd.Distiller(*models(), LOSSES).count(
+            {"input_ids": torch.ones(1, 5).long(), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
+        ),
+        "position_ids begin anew within a row, so it holds several texts",
+    ),
     "no labels": (
         lambda: _classifier(lambda batch: batch),
         r"losses.labels learns from labels of shape \[3\], but those of the batch are missing",

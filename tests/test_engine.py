@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import assert_same_run, keys, make_recipe, read_losses, read_weights, run_variants
+from tiny_training import summary_of
 from transformers import get_scheduler
 
 from fastkd.data.text import TextSettings, prepare_corpus
 from fastkd.layer_map import make_layer_map
 from fastkd.models import build_student, load_teacher, load_tokenizer
 from fastkd.recipe import Recipe, load_recipe
+from fastkd.training.memory import memory_parts
 
 # asks for DeepSpeed's engine where one process would have its own
 DEEPSPEED = {"deepspeed.wall_clock_breakdown": False}
@@ -57,6 +59,7 @@ PROCESSES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             "2 ranks, stage 2, sharded teacher": {
                 "train.zero_stage": 2,
                 "teacher.placement": "shard",
+                "train.profile": True,
             },
             # the teacher stops half-way while it trains, and runs whole when it is evaluated
             "shallow, 2 ranks, sharded teacher": {
@@ -66,6 +69,7 @@ PROCESSES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             "2 ranks, stage 3, sharded teacher": {
                 "train.zero_stage": 3,
                 "teacher.placement": "shard",
+                "train.profile": True,
                 **SHARDED,
             },
         },
@@ -94,6 +98,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_variant_equals_baseline(runs: dict[str, Path], name: str) -> None:
     baseline = "shallow" if name.startswith("shallow") else "baseline"
     assert_same_run(runs[name], runs[baseline], losses=1e-6, weights=1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_profiles_its_shards_and_names_the_slowest(
+    runs: dict[str, Path], stage: int
+) -> None:
+    run = runs[f"2 ranks, stage {stage}, sharded teacher"]
+    summary = summary_of(run)
+    profile, phases = summary["profile"], summary["profile"]["phases"].values()
+    assert sum(phase["share"] for phase in phases) == pytest.approx(1)
+    assert all(phase["slowest_milliseconds"] >= phase["milliseconds"] > 0 for phase in phases)
+    numbers = sum(weight.numel() for weight in read_weights(runs["baseline"]).values())
+    teacher = summary["parameters"]["teacher"]
+    parts = memory_parts(load_recipe(run / "recipe.yaml"), 4 * teacher, numbers, 2)
+    for name, size in parts.items():
+        assert profile["memory_bytes"][name] == pytest.approx(size, rel=0.05), name
 
 
 def test_baseline_equals_plain_pytorch(runs: dict[str, Path]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_runs import make_recipe, read_losses, read_weights, run_command, run_script
+from tiny_training import save_classifier, write_recipe, write_task
 
 from fastkd.recipe import load_recipe
 
@@ -45,9 +46,41 @@ def test_a_teacher_in_half_precision_teaches(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("compiles", ["false", "true"])
+def test_a_teacher_in_float8_teaches(recipe: Path, compiles: str) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a CUDA device that multiplies float8")
+    option = f"train.compile={compiles}"
+    folder = distilled(recipe, f"float8-{compiles}", "teacher.dtype=float8", option)
+    expected = distilled(recipe, f"bfloat16-{compiles}", "teacher.dtype=bfloat16", option)
+    for ours, theirs in zip(read_losses(folder), read_losses(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=0.15)
+
+
+@pytest.mark.parametrize("compiles", ["false", "true"])
 def test_recorded_steps_are_the_plain_ones(recipe: Path, whole: Path, compiles: str) -> None:
     options = ["train.cuda_graph=true", f"train.compile={compiles}"]
     folder = distilled(recipe, f"recorded-{compiles}", *options)
+    for ours, theirs in zip(read_losses(folder), read_losses(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_rows_without_padding_are_padded_batches(tmp_path: Path) -> None:
+    write_task(tmp_path / "task")
+    save_classifier(tmp_path / "classifier")
+    exact = {"precision": "fp32", "tf32": False, "micro_batch_size": 4}
+    teacher = {"dtype": "float32"}
+    recipe = write_recipe(tmp_path, "run", train=exact, teacher=teacher)
+    folders = [distilled(recipe, name, f"task.padding={name}") for name in ("none", "buckets")]
+    ours, theirs = map(read_losses, folders)
+    for found, expected in zip(ours, theirs, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["stored", "recomputed"])
+def test_stored_states_teach_as_the_teacher_does(recipe: Path, whole: Path, attention: str) -> None:
+    store = f"teacher.cache_folder={recipe.parent / 'states'}"
+    options = [store, "teacher.cache=exact", f"teacher.cache_attention={attention}"]
+    folder = distilled(recipe, f"states-{attention}", *options)
     for ours, theirs in zip(read_losses(folder), read_losses(whole), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 

@@ -19,7 +19,9 @@ from fastkd.distributed import joined_ranks
 from fastkd.recipe import Recipe, load_recipe
 from fastkd.training.loop import read_step, train_step
 from fastkd.training.setup import set_up
+from fastkd.training.teacher_cache.plan import plan_for_run
 from fastkd.training.window import Window
+from fastkd.types import LENGTHS
 
 # what hands numbers, or a shape that depends on numbers, to the host
 OPS = {"_local_scalar_dense", "nonzero", "equal", "masked_select"}
@@ -43,14 +45,16 @@ class ReadOps(TorchDispatchMode):
 
 
 class ReadMethods(TorchFunctionMode):
-    """Counts reads that Python makes: on a CPU some of them are no op."""
+    """Counts reads that Python makes, but of tensors that stay on the host: on a CPU some of them
+    are no op."""
 
     def __init__(self, found: Counter[str]) -> None:
         super().__init__()
         self.found = found
+        self.kept: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in METHODS:
+        if getattr(func, "__name__", "") in METHODS and id(args[0]) not in self.kept:
             self.found[func.__name__] += 1
         return func(*args, **(kwargs or {}))
 
@@ -69,11 +73,13 @@ def text_recipe(folder: Path, **sections: Any) -> Recipe:
     return load_recipe(make_recipe(folder, **sections), [])
 
 
-def task_recipe(folder: Path) -> Recipe:
-    """Padded batches of a classifier."""
+def task_recipe(folder: Path, padding: str = "buckets", **teacher: str) -> Recipe:
+    """Padded or packed batches of a classifier."""
     write_task(folder / "task")
     save_classifier(folder / "classifier")
-    return load_recipe(write_recipe(folder, "run", train={"micro_batch_size": 4}), [])
+    teacher = {**teacher, "model": str(folder / "classifier"), "cache_folder": str(folder / "c")}
+    sections = {"train": {"micro_batch_size": 4}, "task": {"padding": padding}}
+    return load_recipe(write_recipe(folder, "run", teacher=teacher, **sections), [])
 
 
 RECIPES = {
@@ -93,6 +99,10 @@ RECIPES = {
     ),
     "text, profiled": lambda folder: text_recipe(folder, train={"profile": True}),
     "task": task_recipe,
+    "task, packed": lambda folder: task_recipe(folder, "none"),
+    "task, stored states": lambda folder: task_recipe(
+        folder, cache="bfloat16", cache_attention="recomputed"
+    ),
 }
 
 
@@ -101,12 +111,18 @@ def test_a_step_reads_nothing(tmp_path: Path, name: str) -> None:
     recipe = RECIPES[name](tmp_path)
     with joined_ranks() as ranks:
         run = set_up(recipe, ranks, progress=False)
+        cache = plan_for_run(run)
+        if cache is not None:
+            cache.use(run, progress=False)
         with closing(Prefetched(run.micro_batches(), ranks.device)) as micro_batches:
             window = Window(run, micro_batches, 0)
             for step in range(WARM_UP + 3):
                 reads = Counter[str]()
-                with ReadOps(reads), ReadMethods(reads), run.profile.step():
-                    window.add(train_step(run, read_step(run, micro_batches, step)))
+                methods = ReadMethods(reads)
+                with ReadOps(reads), methods, run.profile.step():
+                    inputs = read_step(run, micro_batches, step)
+                    methods.kept = {id(part[LENGTHS]) for part in inputs if LENGTHS in part}
+                    window.add(train_step(run, inputs))
                 if step >= WARM_UP:
                     assert not reads, (step, reads)
             record, _ = window.close(stop=False)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import fastkd
+from fastkd.integrations.trainer import check_padded
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 
@@ -269,6 +270,16 @@ def test_a_checkpoint_of_another_trainer_is_refused(whole: Any, tmp_path: Path) 
     made = trainer(tmp_path, student())
     with pytest.raises(fastkd.UserError, match=r"holds no projections\.safetensors"):
         made._load_projections(str(tmp_path / "checkpoint-1"))
+
+
+def test_texts_in_one_row_are_refused() -> None:
+    padded, flat = (
+        dict(tiny_batch()),
+        {"input_ids": torch.ones(1, 9), "cu_seq_lens_q": torch.ones(3)},
+    )
+    check_padded([padded])
+    with pytest.raises(fastkd.UserError, match=r"set model\[0\]\.unpad_inputs = False"):
+        check_padded([padded, flat])
 
 
 def test_transformers_is_loaded_when_it_is_used() -> None:

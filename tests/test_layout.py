@@ -19,6 +19,7 @@ LEVELS: tuple[set[str], ...] = (
         "extras",
         "head_spec",
         "types",
+        "packed_row",
         "section",
         "plugins",
         "signals",
@@ -173,7 +174,8 @@ def test_only_losses_call_kernels() -> None:
         if any(module.startswith("fastkd_kernels") for module in imports(path))
     }
     others = {name for name in importers if not name.startswith("losses/")}
-    types = {f"capture/{name}.py" for name in ("states", "routing", "attention_traits", "lm_head")}
+    names = ("states", "routing", "recompute", "attention_traits", "lm_head")
+    types = {f"capture/{name}.py" for name in names}
     assert others == {*types, "layer_similarity/attention.py"}
     for name in types:
         (imported,) = re.findall(r"fastkd_kernels import (.*)", importers[name].read_text("utf-8"))

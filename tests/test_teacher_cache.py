@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_config
+from tiny_models import save_teacher, tiny_config
 from tiny_runs import assert_same_run, make_recipe, read_weights, run_variants
 from tiny_training import save_classifier, summary_of, write_recipe, write_task
 from transformers import AutoModelForCausalLM
 
 from fastkd.capture import Capture
+from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import Ranks, start_ranks, stop_ranks
-from fastkd.errors import UserError
+from fastkd.errors import DiskError, UserError
+from fastkd.layer_map import Progress
 from fastkd.recipe import load_recipe
+from fastkd.reporting.console import Reporter
+from fastkd.training.engine import TeacherRunner
 from fastkd.training.setup import Run, set_up
+from fastkd.training.teacher_cache.forecast import Costs, describe, verdict
 from fastkd.training.teacher_cache.layout import fields_of
-from fastkd.training.teacher_cache.plan import CachePlan, check_room, plan_cache
-from fastkd.training.teacher_cache.states import Rows
+from fastkd.training.teacher_cache.plan import CachePlan, Form, check_room, plan_cache
+from fastkd.training.teacher_cache.rows import StoredRows
+from fastkd.types import STORED, Inputs
 
 LOSSES = {
     "attention": {},
@@ -55,12 +65,19 @@ def cached(folder: Path, form: str) -> dict[str, Any]:
     }
 
 
-def states_of(folder: Path, ranks: Ranks, form: str, **sections: Any) -> tuple[Run, CachePlan]:
+EXACT, ROUNDED = Form("exact"), Form("bfloat16")
+REMADE, SMALL = Form("exact", "recomputed"), Form("bfloat16", "recomputed")
+
+
+def planned(folder: Path, ranks: Ranks, form: Form, **sections: Any) -> tuple[Run, CachePlan]:
     given = {"losses": LOSSES, **sections}
-    path = write_recipe(folder, "run", teacher=cached(folder, form), **given)
+    path = write_recipe(folder, "run", teacher=cached(folder, form.precision), **given)
     run = set_up(load_recipe(path), ranks, progress=False)
-    plan = plan_cache(run, form)
-    assert plan is not None
+    return run, plan_cache(run, form)
+
+
+def states_of(folder: Path, ranks: Ranks, form: Form, **sections: Any) -> tuple[Run, CachePlan]:
+    run, plan = planned(folder, ranks, form, **sections)
     plan.use(run, progress=False)
     return run, plan
 
@@ -71,8 +88,7 @@ def tensors(states: Capture) -> dict[str, torch.Tensor]:
         found |= {f"query {n}": state.query, f"key {n}": state.key}
         if state.value is not None:
             found[f"value {n}"] = state.value
-    assert isinstance(states.logits, torch.Tensor)
-    return {**found, "logits": states.logits}
+    return found if states.logits is None else {**found, "logits": states.logits}
 
 
 def valid(name: str, tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -82,11 +98,17 @@ def valid(name: str, tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (tensor.movedim(2, 1) if tensor.ndim == 4 else tensor)[mask]
 
 
-@pytest.mark.parametrize(("form", "tolerance"), [("exact", 2e-6), ("bfloat16", 2**-8)])
+@pytest.mark.parametrize(
+    ("form", "tolerance"), [(EXACT, 2e-6), (ROUNDED, 2**-8), (REMADE, 2e-6), (SMALL, 2**-7)]
+)
 def test_what_is_read_is_what_the_teacher_leaves(
-    folder: Path, ranks: Ranks, form: str, tolerance: float
+    folder: Path, ranks: Ranks, form: Form, tolerance: float
 ) -> None:
-    run, _ = states_of(folder, ranks, form)
+    run, plan = states_of(folder, ranks, form)
+    stored = {field.name.split("-")[0] for field in plan.layout.fields}
+    remade = form.attention == "recomputed"
+    assert stored == {"hidden", "logits"} | (set() if remade else {"query", "key", "value"})
+    assert plan.size == sum(path.stat().st_size for path in plan.folder.glob("*.bin"))
     # other batches than those it was filled in, of other lengths
     for step, inputs in enumerate(run.micro_batches().next_step(0)):
         mask = inputs["attention_mask"].bool()
@@ -97,14 +119,41 @@ def test_what_is_read_is_what_the_teacher_leaves(
             ours, theirs = valid(name, found[name], mask), valid(name, tensor, mask)
             scale = theirs.abs().max()
             assert (ours - theirs).abs().max() <= tolerance * scale, name
-            if name != "logits":
+            if name.split()[0] in stored and name != "logits":
                 assert not valid(name, found[name], ~mask).any(), "padding is not 0"
 
 
-def test_exact_holds_the_bits_of_the_pass_that_filled_it(folder: Path, ranks: Ranks) -> None:
-    run, _ = states_of(folder, ranks, "exact")
+def test_half_precision_is_recomputed_from_what_is_stored_to_the_bit(
+    folder: Path, ranks: Ranks
+) -> None:
+    run, plan = planned(folder, ranks, SMALL, train={"steps": 1})
+    assert plan.sizes[SMALL] < plan.sizes[ROUNDED] < plan.sizes[EXACT]
+    half = run.recipe.model_copy(
+        update={"teacher": run.recipe.teacher.model_copy(update={"dtype": "bfloat16"})}
+    )
+    run = set_up(half, ranks, progress=False)
+    plan = plan_cache(run, SMALL)
+    assert plan.size == plan.sizes[REMADE]
+    plan.use(run, progress=False)
+    inputs = in_the_order_of_filling(run)
+    mask = inputs["attention_mask"].bool()
+    found, expected = tensors(run.teacher(inputs)), tensors(run.teacher.record(inputs))
+    for name, tensor in expected.items():
+        assert torch.equal(valid(name, found[name], mask), valid(name, tensor, mask)), name
+
+
+def in_the_order_of_filling(run: Run) -> Inputs:
+    """The batch in which the first rows were stored, with what is stored of them."""
+    assert isinstance(run.teacher, TeacherRunner) and run.teacher.stored is not None
     batches = run.datamodule.micro_batches(8, 0, run.plan, 0)
-    (inputs,) = batches.next_step(0)
+    wanted_at = partial(run.objective.layers, "teacher")
+    (inputs,) = run.teacher.stored.reading(batches, wanted_at).next_step(0)
+    return inputs
+
+
+def test_exact_holds_the_bits_of_the_pass_that_filled_it(folder: Path, ranks: Ranks) -> None:
+    run, _ = states_of(folder, ranks, EXACT)
+    inputs = in_the_order_of_filling(run)
     mask = inputs["attention_mask"].bool()
     found, expected = tensors(run.teacher(inputs)), tensors(run.teacher.record(inputs))
     for name, tensor in expected.items():
@@ -112,22 +161,22 @@ def test_exact_holds_the_bits_of_the_pass_that_filled_it(folder: Path, ranks: Ra
 
 
 def test_rows_are_not_mixed_up(folder: Path, ranks: Ranks) -> None:
-    run, _ = states_of(folder, ranks, "exact")
+    run, _ = states_of(folder, ranks, EXACT)
     (inputs,) = run.micro_batches().next_step(0)
-    wrong = {**inputs, "rows": inputs["rows"].roll(1)}
+    wrong = {k: v.roll(1, 0) if k.startswith(STORED) else v for k, v in inputs.items()}
     found, expected = tensors(run.teacher(wrong)), tensors(run.teacher.record(inputs))
     assert (found["logits"] - expected["logits"]).abs().max() > 1e-3
 
 
 def test_values_are_stored_only_where_they_are_read(folder: Path, ranks: Ranks) -> None:
-    _, plan = states_of(folder, ranks, "exact", losses={"attention": {}})
-    assert {field.name.split("-")[0] for field in plan.fields} == {"query", "key"}
+    _, plan = planned(folder, ranks, EXACT, losses={"attention": {}})
+    assert {field.name.split("-")[0] for field in plan.layout.fields} == {"query", "key"}
 
 
 def test_states_of_submodules_are_stored_where_they_have_tokens(folder: Path, ranks: Ranks) -> None:
     path = "bert.encoder.layer.1.output"
     named = {"student_module": path, "teacher_module": path}
-    run, _ = states_of(folder, ranks, "exact", losses={"hidden": named})
+    run, _ = states_of(folder, ranks, EXACT, losses={"hidden": named})
     (inputs,) = run.micro_batches().next_step(0)
     mask = inputs["attention_mask"].bool()
     found, expected = (give(inputs).modules[path] for give in (run.teacher, run.teacher.record))
@@ -142,90 +191,118 @@ def variant(folder: Path, name: str, **changes: Any) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in given.items()]
 
 
-@pytest.mark.parametrize("moving", [False, True])
-def test_a_run_reads_what_it_would_have_computed(folder: Path, moving: bool) -> None:
-    sections: dict[str, Any] = {"losses": LOSSES}
-    if moving:
-        sections = {"layer_map": {"kind": "random", "redraw": "step", "seed": 0}}
-        sections["losses"] = {"attention": {}, "hidden": {}}
-    train = {"steps": 13, "max_grad_norm": 0.5, "checkpoint_every": 4}
-    path = write_recipe(folder, "base", teacher=cached(folder, "none"), train=train, **sections)
+def test_a_run_reads_what_it_would_have_computed(folder: Path) -> None:
+    train = {"steps": 8, "max_grad_norm": 0.5, "checkpoint_every": 3}
+    path = write_recipe(folder, "base", teacher=cached(folder, "none"), train=train, losses=LOSSES)
     exact = {"teacher.cache": "exact"}
     runs = [
         variant(folder, "none"),
         variant(folder, "exact", **exact),
-        variant(folder, "cut", **exact, **{"train.micro_batch_size": 2}),
+        variant(folder, "remade", **exact, **{"teacher.cache_attention": "recomputed"}),
+        variant(folder, "stopped", **exact),
     ]
-    run_variants(path, runs)
-    assert_same_run(folder / "exact", folder / "none", losses=1e-4, weights=1e-4)
-    assert_same_run(folder / "cut", folder / "none", losses=1e-4, weights=1e-4)
-    after = [summary_of(folder / name)["after"] for name in ("exact", "none")]
-    assert after[0]["score"] == after[1]["score"]
-    assert after[0]["losses"] == pytest.approx(after[1]["losses"], rel=1e-4)
-    # one folder, whatever the micro-batch
-    assert len(list((folder / "states").iterdir())) == 1
-
-
-def test_a_run_that_is_continued_and_ranks(folder: Path) -> None:
-    train = {"steps": 12, "checkpoint_every": 4}
-    path = write_recipe(folder, "base", teacher=cached(folder, "exact"), train=train, losses=LOSSES)
-    run_variants(path, [variant(folder, "whole"), variant(folder, "stopped")])
+    said = run_variants(path, runs)
+    assert "teacher cache: exact" in said and "is filled before the first step" in said
+    for name in ("exact", "remade"):
+        assert_same_run(folder / name, folder / "none", losses=1e-4, weights=1e-4)
+        after = [summary_of(folder / one)["after"] for one in (name, "none")]
+        assert after[0]["score"] == after[1]["score"]
+        assert after[0]["losses"] == pytest.approx(after[1]["losses"], rel=1e-4)
+    there = {path.name for path in (folder / "states").iterdir()}
+    # one folder for each form
+    assert len(there) == 2
     stopped = folder / "stopped"
     for gone in ("summary.json", "checkpoints/latest"):
         (stopped / gone).unlink()
     newest = sorted((stopped / "checkpoints").glob("step*"))[-1]
     shutil.rmtree(newest)
-    run_variants(path, [variant(folder, "stopped")])
-    ours, theirs = read_weights(stopped), read_weights(folder / "whole")
+    run_variants(path, [variant(folder, "stopped", **exact)])
+    ours, theirs = read_weights(stopped), read_weights(folder / "exact")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    # two ranks fill a folder of their own, which a single one reads
-    other = {"teacher.cache_folder": str(folder / "other")}
-    run_variants(path, [variant(folder, "two", **other)], ranks=2)
-    run_variants(path, [variant(folder, "after", **other)])
-    assert_same_run(folder / "two", folder / "whole", losses=1e-4, weights=1e-4)
-    assert_same_run(folder / "after", folder / "whole", losses=1e-4, weights=1e-4)
+    # two ranks fill a folder in smaller micro-batches, and a single one would read it
+    other = {"teacher.cache_folder": str(folder / "other"), "train.micro_batch_size": 2}
+    run_variants(path, [variant(folder, "two", **exact, **other)], ranks=2)
+    assert_same_run(folder / "two", folder / "exact", losses=1e-4, weights=1e-4)
+    assert {path.name for path in (folder / "other").iterdir()} < there
 
 
-def test_text_is_stored_by_block(tmp_path: Path) -> None:
-    teacher = {"cache_folder": str(tmp_path / "states")}
-    path = make_recipe(tmp_path, teacher=teacher, train={"steps": 12})
-    exact = variant(tmp_path, "exact", **{"teacher.cache": "exact"})
-    said = run_variants(path, [variant(tmp_path, "none"), exact])
-    assert "teacher cache: exact" in said and "is filled before the first step" in said
-    assert_same_run(tmp_path / "exact", tmp_path / "none", losses=1e-4, weights=1e-4)
+@pytest.mark.parametrize("form", [EXACT, REMADE])
+def test_a_thread_reads_ahead_what_the_losses_of_its_step_read(
+    folder: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, form: Form
+) -> None:
+    losses = {"attention": {}, "hidden": {}}
+    drawn = {"kind": "random", "redraw": "step", "seed": 0}
+    run, _ = states_of(folder, ranks, form, losses=losses, layer_map=drawn)
+    threads, read = set(), StoredRows.read
+
+    def noted(*given: Any) -> dict[str, torch.Tensor]:
+        threads.add(threading.current_thread().name)
+        return read(*given)
+
+    monkeypatch.setattr(StoredRows, "read", noted)
+
+    def check(step: int) -> set[str]:
+        run.objective.at(Progress(step, feed.epoch))
+        (inputs,) = feed.next_step(step)
+        mask, wanted = inputs["attention_mask"].bool(), run.objective.layers("teacher")
+        found, expected = run.teacher(inputs), run.teacher.record(inputs, wanted)
+        assert found.attention.keys() == wanted["attention"]
+        assert found.hidden.keys() == wanted["hidden"]
+        for name, tensor in tensors(found).items():
+            theirs = valid(name, tensors(expected)[name], mask)
+            torch.testing.assert_close(valid(name, tensor, mask), theirs, rtol=0, atol=1e-5)
+        return {name for name in inputs if name.startswith(STORED)}
+
+    with closing(Prefetched(run.micro_batches(), ranks.device)) as feed:
+        # over the end of an epoch
+        names = [check(step) for step in range(7)]
+        position = feed.state_dict()
+        names += [check(step) for step in range(7, 9)]
+        # as a window looks at a step again
+        feed.load_state_dict(position)
+        assert [check(step) for step in range(7, 9)] == names[7:]
+    assert len(set(map(frozenset, names))) > 1, "the same layers in every step"
+    assert all(thread.startswith("fastkd-data") for thread in threads)
 
 
-def test_a_language_model_is_stored_in_front_of_its_head(tmp_path: Path) -> None:
-    teacher = {"cache_folder": str(tmp_path / "states")}
+def test_a_disk_that_fails_is_said_at_its_step(folder: Path, ranks: Ranks) -> None:
+    run, plan = states_of(folder, ranks, EXACT)
+    (plan.folder / "hidden-2.bin").write_bytes(b"")
+    said = pytest.raises(DiskError, match=r"hidden-2\.bin can't be read \(it ends at byte \d+\)")
+    with closing(Prefetched(run.micro_batches(), ranks.device)) as feed, said:
+        feed.next_step(0)
+
+
+def test_text_is_stored_by_block_and_a_language_model_in_front_of_its_head(tmp_path: Path) -> None:
     path = make_recipe(
         tmp_path,
         "llama",
-        teacher=teacher,
+        teacher={"cache_folder": str(tmp_path / "states")},
         student={"layers": 2, "head": "causal_lm"},
         losses={"logits": {"kind": "kl"}, "hidden": {"weight": 1}},
         train={"steps": 6},
     )
     model = AutoModelForCausalLM.from_config(tiny_config("llama"))
     model.save_pretrained(tmp_path / "teacher")
-    exact = variant(tmp_path, "exact", **{"teacher.cache": "exact"})
-    run_variants(path, [variant(tmp_path, "none"), exact])
+    exact = {"teacher.cache": "exact", "teacher.cache_attention": "recomputed"}
+    run_variants(path, [variant(tmp_path, "none"), variant(tmp_path, "exact", **exact)])
     assert_same_run(tmp_path / "exact", tmp_path / "none", losses=1e-4, weights=1e-4)
 
 
 def test_damage_is_found_and_mended(
     folder: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _, plan = states_of(folder, ranks, "exact")
+    _, plan = states_of(folder, ranks, EXACT)
     file = plan.folder / "logits.bin"
     good = file.read_bytes()
     file.write_bytes(bytes([good[0] ^ 1]) + good[1:])
-    states_of(folder, ranks, "exact")
+    states_of(folder, ranks, EXACT)
     assert f"teacher.cache_folder: {plan.folder} is damaged" in caplog.text
     assert file.read_bytes() == good
 
 
 def test_who_comes_second_keeps_what_is_there(folder: Path, ranks: Ranks) -> None:
-    run, plan = states_of(folder, ranks, "exact")
+    run, plan = states_of(folder, ranks, EXACT)
     inode = plan.folder.stat().st_ino
     # planned before the first had finished
     late = CachePlan(**{**vars(plan), "filled": False})
@@ -235,22 +312,18 @@ def test_who_comes_second_keeps_what_is_there(folder: Path, ranks: Ranks) -> Non
 
 
 def test_other_teachers_data_and_losses_have_other_folders(folder: Path, ranks: Ranks) -> None:
-    _, plan = states_of(folder, ranks, "exact")
-    folders = {plan.folder, states_of(folder, ranks, "bfloat16")[1].folder}
-    folders.add(states_of(folder, ranks, "exact", losses={"hidden": {}})[1].folder)
-    folders.add(states_of(folder, ranks, "exact", task={"max_length": 16})[1].folder)
+    folders = {planned(folder, ranks, form)[1].folder for form in (EXACT, ROUNDED, REMADE, SMALL)}
+    folders.add(planned(folder, ranks, EXACT, losses={"hidden": {}})[1].folder)
+    folders.add(planned(folder, ranks, EXACT, task={"max_length": 16})[1].folder)
     save_classifier(folder / "classifier", seed=1)
-    folders.add(states_of(folder, ranks, "exact")[1].folder)
-    assert len(folders) == 5
+    folders.add(planned(folder, ranks, EXACT)[1].folder)
+    assert len(folders) == 7
 
 
 def test_no_room_is_refused_before_anything_is_written(
     folder: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_recipe(folder, "run", teacher=cached(folder, "exact"), losses=LOSSES)
-    run = set_up(load_recipe(path), ranks, progress=False)
-    plan = plan_cache(run, "exact")
-    assert plan is not None
+    _, plan = planned(folder, ranks, EXACT)
     with pytest.raises(UserError, match=r"^teacher\.cache: .* teacher\.cache_limit is 1e-06; rai"):
         check_room(plan, 1e-6)
     usage = shutil.disk_usage(folder)._replace(free=plan.size - 1)
@@ -259,10 +332,47 @@ def test_no_room_is_refused_before_anything_is_written(
         check_room(plan, 100)
     assert not (folder / "states").exists()
     # a file system of so many rows as nobody has
-    huge = CachePlan(**{**vars(plan), "rows": Rows(plan.rows.offsets * 2**40)})
+    sizes = {form: 2**40 * size for form, size in plan.sizes.items()}
+    huge = CachePlan(**{**vars(plan), "sizes": sizes})
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"take teacher\.cache=bfloat16"):
+    smaller = r"take teacher\.cache=bfloat16 teacher\.cache_attention=recomputed \(\S+ GiB\), or l"
+    with pytest.raises(UserError, match=smaller):
         check_room(huge, 1e30)
+
+
+def test_what_pays_is_what_waits_less_than_the_teacher_takes() -> None:
+    costs = Costs(teacher=1e-4, recomputing=2e-5, rate=1e9)
+    slow, never = replace(costs, recomputing=2e-4), replace(costs, recomputing=None)
+
+    def said(costs: Costs, form: Form, each: float, times: float, filled: bool = False) -> str:
+        return verdict(costs, form, each, times, filled=filled)
+
+    assert said(costs, EXACT, 1e4, 5) == said(costs, SMALL, 1e4, 5) == "yes"
+    assert said(costs, EXACT, 1e4, 1) == "if shared by runs"
+    assert said(costs, EXACT, 1e4, 1, filled=True) == "yes"
+    assert said(costs, EXACT, 2e5, 5) == said(slow, SMALL, 1e4, 5) == "no"
+    assert said(slow, EXACT, 1e4, 5) == "yes"
+    assert said(never, SMALL, 1e4, 5) == "can't be made"
+
+
+def test_narrow_heads_take_no_less_room_when_they_are_recomputed(
+    tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make_recipe(
+        tmp_path,
+        teacher={"cache_folder": str(tmp_path / "states")},
+    )
+    # queries 4 x 4 and keys 2 x 4, below them 32 numbers
+    save_teacher(tmp_path / "teacher", "qwen3", head_dim=4)
+    changes = ["losses.hidden=null", "losses.embedding=null"]
+    run = set_up(load_recipe(path, changes), ranks, progress=False)
+    plan = plan_cache(run, REMADE)
+    each = {form: plan.sizes[form] / plan.rows.tokens for form in plan.sizes}
+    assert each == {EXACT: 4 * 2 * 24, REMADE: 4 * 2 * 32, ROUNDED: 2 * 2 * 24, SMALL: 2 * 2 * 32}
+    describe(run, plan, Reporter())
+    lines = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
+    found = [line for line in lines if "no smaller" in line]
+    assert len(found) == 2 and found == [line for line in lines if "attention recomputed" in line]
 
 
 def test_what_is_not_read_twice_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -5,20 +5,25 @@
 `recording.py` has `capture`, the one context in which hooks stand: attention (`routing.py`), states
 of blocks (`blocks.py`), what a head gives or reads (`lm_head.py`), the states after the final norm,
 and any submodule by its path (`modules.py`). `compiled.py` does the same of a model that
-`torch.compile` compiles. `trial.py` runs a model once before a run and sees
-that all of it can be captured; `attention_traits.py` says what its queries see.
+`torch.compile` compiles, `recompute.py` makes attention again from the hidden states below it.
+`packed_pass.py` and `packed_attention.py` let a model read sequences that follow each other in one
+row. `trial.py` runs a model once before a run and sees that all of it can be captured,
+`packed_trial.py` that it reads such rows; `attention_traits.py` says what its queries see.
 
-This folder may import `errors`, `types`, transformers, and of the kernels the types of what is
-captured alone. It knows no loss and no recipe.
+This folder may import `errors`, `types`, `packed_row`, transformers, and of the kernels the types
+of what is captured alone. It knows no loss and no recipe.
 """
 
 from fastkd.capture.attention_traits import AttentionShape, AttentionTraits
 from fastkd.capture.blocks import at_depth, find_blocks, no_cache
 from fastkd.capture.compiled import CompiledCapture
 from fastkd.capture.modules import find_module
+from fastkd.capture.packed_pass import reading
+from fastkd.capture.packed_trial import try_packed
+from fastkd.capture.recompute import RecomputedAttention, try_recomputing
 from fastkd.capture.recording import capture
 from fastkd.capture.routing import route_attention, set_attention
-from fastkd.capture.states import Capture
+from fastkd.capture.states import Capture, PaddedStates
 from fastkd.capture.trial import try_model, vocabulary_size
 
 __all__ = [
@@ -26,13 +31,18 @@ __all__ = [
     "AttentionTraits",
     "Capture",
     "CompiledCapture",
+    "PaddedStates",
+    "RecomputedAttention",
     "at_depth",
     "capture",
     "find_blocks",
     "find_module",
     "no_cache",
+    "reading",
     "route_attention",
     "set_attention",
     "try_model",
+    "try_packed",
+    "try_recomputing",
     "vocabulary_size",
 ]

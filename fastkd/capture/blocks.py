@@ -55,6 +55,13 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     return blocks
 
 
+def holder_of_blocks(model: PreTrainedModel) -> nn.Module:
+    """The module that runs the blocks one after another: an encoder, or the base model itself."""
+    find_blocks(model)
+    holder: nn.Module = model.get_submodule(_PATHS[model].rpartition(".")[0])
+    return holder
+
+
 _PATHS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """Where the blocks of a model were found."""
 

@@ -93,7 +93,8 @@ def route_attention(model: PreTrainedModel, implementation: str | None = None) -
     name = PREFIX + running
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         AttentionInterface.register(name, listening_function(running))
-        AttentionMaskInterface.register(name, _unread(ALL_MASK_ATTENTION_FUNCTIONS[running]))
+        if running in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+            AttentionMaskInterface.register(name, _unread(ALL_MASK_ATTENTION_FUNCTIONS[running]))
     # the setter above would try to load a flash kernel of this name
     model.config._attn_implementation = name
 

@@ -9,6 +9,8 @@ from typing import Any
 from fastkd_kernels import AttentionState, LogitsHead
 from torch import Tensor
 
+from fastkd.packed_row import PackedRow
+
 
 @dataclass
 class Capture:
@@ -48,3 +50,53 @@ def missing(states: Capture, wanted: Mapping[str, Any]) -> list[str]:
         if wanted.get(kind) and getattr(states, kind) is None:
             found.append(kind)
     return found
+
+
+class PaddedStates:
+    """What was captured of a packed pass, as of a padded one; each state is padded once."""
+
+    def __init__(self, captured: Capture, row: PackedRow, *, values: bool) -> None:
+        """Take down what is to be padded.
+
+        Args:
+            captured: of embeddings and blocks in one row.
+            row: the row.
+            values: whether anything reads the values of attention.
+        """
+        self._captured = captured
+        self._row = row
+        self._values = values
+        self._attention: dict[int, AttentionState] = {}
+        self._hidden: dict[int, Tensor] = {}
+
+    def of(self, wanted: Mapping[str, Any]) -> Capture:
+        """The states that a loss reads, as its `layers` name them."""
+        found = self._captured
+        return Capture(
+            attention={n: self._padded_attention(n) for n in wanted.get("attention", ())},
+            hidden={n: self._padded_hidden(n) for n in wanted.get("hidden", ())},
+            logits=found.logits,
+            outputs=found.outputs,
+            modules={
+                path: self._row.padded_module(found.modules[path])
+                for path in wanted.get("modules", ())
+            },
+        )
+
+    def _padded_attention(self, layer: int) -> AttentionState:
+        if layer not in self._attention:
+            state = self._captured.attention[layer]
+            value = state.value
+            if value is not None:
+                value = self._row.padded(value, 2) if self._values else None
+            self._attention[layer] = state._replace(
+                query=self._row.padded(state.query, 2),
+                key=self._row.padded(state.key, 2),
+                value=value,
+            )
+        return self._attention[layer]
+
+    def _padded_hidden(self, layer: int) -> Tensor:
+        if layer not in self._hidden:
+            self._hidden[layer] = self._row.padded(self._captured.hidden[layer])
+        return self._hidden[layer]

@@ -162,7 +162,8 @@ def _task_datamodule(
         encoded = encode(train, first)
         if section.augmentation is not None and len(encoded) == len(read):
             raise UserError(_nothing_augmented(section.augmentation, len(read)))
-        return TaskDataModule(task, encoded, evaluations, counts_padding)
+        packed = section.padding == "none"
+        return TaskDataModule(task, encoded, evaluations, counts_padding, packed)
 
     made = _in_turn(ranks, prepare)
     pad = padding_id(config, tokenizer, made.sets)

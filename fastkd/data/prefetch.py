@@ -2,7 +2,9 @@
 
 A thread prepares them. A process would leave the training thread more to do, as it would have to
 take every tensor out of a pipe (`benchmarks/feed.py` measures both); what holds the interpreter
-lock for long, tokenising, has processes of its own (`workers.py`).
+lock for long, tokenising, has processes of its own (`workers.py`). What micro-batches hold besides
+inputs, states of a teacher that come from a disk, is read by the same thread, so that no step waits
+for a disk that keeps up.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastkd.data.datamodule import MicroBatches
-from fastkd.types import ROWS, Inputs
+from fastkd.types import LENGTHS, ROWS, STORED, Inputs
 
 DEPTH = 2
 """Steps that are prepared ahead."""
+MOST_AHEAD = 2**30
+"""Bytes that steps which are prepared may take on a GPU; of steps that would take more, a teacher's
+stored states wait in pinned memory."""
 
 
 @dataclass(frozen=True)
@@ -95,18 +99,26 @@ class Prefetched:
         self._ahead.clear()
 
     def _prepare(self, step: int) -> _Prepared:
-        inputs = [_without_idle_mask(part) for part in self._micro_batches.next_step(step)]
+        inputs = [_read_by_models(part) for part in self._micro_batches.next_step(step)]
         position, epoch = self._micro_batches.state_dict(), self._micro_batches.epoch
         if self._copies is None:
             return _Prepared(inputs, None, position, epoch)
+        size = sum(tensor.nbytes for part in inputs for tensor in part.values())
+        waits = STORED if size * (1 + DEPTH) > MOST_AHEAD else None
         with torch.cuda.stream(self._copies):
             # pinned memory is not used again before the copy out of it is done
-            moved = [{k: self._moved(k, v) for k, v in part.items()} for part in inputs]
+            pinned = [{name: t.pin_memory() for name, t in part.items()} for part in inputs]
+            moved = [self._moved(part, waits) for part in pinned]
             return _Prepared(moved, self._copies.record_event(), position, epoch)
 
-    def _moved(self, name: str, tensor: Tensor) -> Tensor:
-        """On the device, but for what is read on the host."""
-        return tensor if name == ROWS else tensor.pin_memory().to(self._device, non_blocking=True)
+    def _moved(self, pinned: Inputs, waits: str | None) -> Inputs:
+        """On the device, but for lengths, and for what has a name that begins so."""
+        return {
+            name: tensor
+            if name == LENGTHS or (waits is not None and name.startswith(waits))
+            else tensor.to(self._device, non_blocking=True)
+            for name, tensor in pinned.items()
+        }
 
     def _hand_over(self, inputs: Sequence[Inputs], copied: torch.cuda.Event) -> None:
         """Let the stream that trains wait for the copies, without the host, and keep their memory
@@ -114,15 +126,14 @@ class Prefetched:
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(copied)
         for part in inputs:
-            for name, tensor in part.items():
-                if name != ROWS:
+            for tensor in part.values():
+                if tensor.is_cuda:
                     tensor.record_stream(stream)
 
 
-def _without_idle_mask(inputs: Inputs) -> Inputs:
-    """Inputs without a mask that hides nothing: only here it can be read without a wait, and
-    attention without one is faster."""
+def _read_by_models(inputs: Inputs) -> Inputs:
+    """Inputs without the numbers of their rows, which no step reads, and without a mask that hides
+    nothing: only here it can be read without a wait, and attention without one is faster."""
     mask = inputs.get("attention_mask")
-    if mask is None or not mask.all():
-        return inputs
-    return {name: tensor for name, tensor in inputs.items() if name != "attention_mask"}
+    idle = {ROWS} if mask is None or not mask.all() else {ROWS, "attention_mask"}
+    return {name: tensor for name, tensor in inputs.items() if name not in idle}

@@ -16,7 +16,7 @@ The projections train with the student while `train` runs: they are in the optim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -209,6 +209,7 @@ class DistillationMixin:
             return [inputs]
         known = ("input_ids", "attention_mask", "token_type_ids")
         features, _ = self.collect_features(inputs)  # type: ignore[attr-defined]
+        check_padded(features)
         return [{key: f[key] for key in known if key in f} for f in features]
 
     def _loss(self, parts: list[Inputs], counts: Tensor | None, pieces: int) -> Tensor:
@@ -294,6 +295,19 @@ def transformer_of(model: Any, field: str) -> PreTrainedModel:
             "SentenceTransformer with one"
         )
     return found
+
+
+def check_padded(features: Iterable[Mapping[str, Any]]) -> None:
+    """See that texts were padded: flash attention makes a SentenceTransformer flatten them.
+
+    Raises:
+        UserError: they follow each other in one row.
+    """
+    if any("cu_seq_lens_q" in one for one in features):
+        raise UserError(
+            "the SentenceTransformer flattens texts into one row, which the losses would read as "
+            "one text; set model[0].unpad_inputs = False"
+        )
 
 
 def _check_arguments(trainer: Any) -> None:

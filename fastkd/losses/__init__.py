@@ -27,11 +27,11 @@ from fastkd.losses.base import (
 from fastkd.losses.counts import (
     DIVISORS,
     count_divisors,
-    model_inputs,
     target_labels,
 )
 from fastkd.losses.registry import register_loss
 from fastkd.losses.relation_heads import check_relation_heads
+from fastkd.types import model_inputs
 
 __all__ = [
     "DIVISORS",

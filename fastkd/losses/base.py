@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, Link, Progress
 from fastkd.losses.counts import Divisor, Reduction
+from fastkd.packed_row import PackedRow
 from fastkd.recipe.weights import LossConfig as LossConfig
 from fastkd.types import Head, Side
 
@@ -83,6 +84,8 @@ class Batch:
     """Bool [batch, tokens], `None` where nothing is padded."""
     labels: Tensor | None = None
     """From `target_labels`."""
+    row: PackedRow | None = None
+    """Where the sequences stand that were read packed, for a term that `reads_packed`."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,10 @@ class Term(nn.Module):
     itself: ZeRO-3 gathers them for its `forward`.
     """
 
+    reads_packed: ClassVar[bool] = False
+    """Whether `forward` takes states of packed sequences as they were captured, [1, total, ...];
+    others get padded views of them."""
+
     @property
     @abstractmethod
     def matches(self) -> tuple[LossInfo, ...]:
@@ -144,8 +151,9 @@ class Term(nn.Module):
         over time stays as it is."""
 
     @abstractmethod
-    def layers(self, side: Side) -> dict[str, Any]:
-        """What `capture` must record of one model now, as some of its keyword arguments."""
+    def layers(self, side: Side, moment: Progress | None = None) -> dict[str, Any]:
+        """What `capture` must record of one model now, as some of its keyword arguments; or at a
+        moment, whatever the one that the term stands at: a thread that works ahead asks that."""
 
     def parameter_rates(self) -> dict[str, float]:
         """Peak learning rates of those of its parameters that have another than the run's."""
@@ -249,15 +257,18 @@ class Loss(Term):
 
     def at(self, moment: Progress, done: float = 0.0) -> None:
         self.done = done
-        self.links: tuple[Link, ...] = ()
-        if self.layer_map is not None:
-            self.links = self.layer_map.links(moment)
+        self.links = self.links_at(moment)
 
-    def layers(self, side: Side) -> dict[str, Any]:
+    def links_at(self, moment: Progress) -> tuple[Link, ...]:
+        """What is compared at a moment."""
+        return () if self.layer_map is None else self.layer_map.links(moment)
+
+    def layers(self, side: Side, moment: Progress | None = None) -> dict[str, Any]:
+        links = self.links if moment is None else self.links_at(moment)
         if side == "student":
-            linked = {link.student for link in self.links}
+            linked = {link.student for link in links}
         else:
-            linked = {t for link in self.links for t in link.teachers}
+            linked = {t for link in links for t in link.teachers}
         wanted: dict[str, Any] = {}
         if self.captures.attention:
             wanted["attention"] = linked
@@ -293,8 +304,8 @@ class LossGroup(Term):
         for loss in self.members:
             loss.at(moment, done)
 
-    def layers(self, side: Side) -> dict[str, Any]:
-        return merged_layers(loss.layers(side) for loss in self.members)
+    def layers(self, side: Side, moment: Progress | None = None) -> dict[str, Any]:
+        return merged_layers(loss.layers(side, moment) for loss in self.members)
 
     @abstractmethod
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastkd.head_spec import HEADS
-from fastkd.types import IGNORE_INDEX, ROWS, Head, Inputs
+from fastkd.packed_row import PackedRow
+from fastkd.types import IGNORE_INDEX, Head, Inputs
 
 Reduction = Literal["valid", "tinybert"]
 Divisor = Literal["pairs", "tokens", "rows", "examples", "labels"]
@@ -28,7 +29,8 @@ def count_divisors(
     """What a micro-batch contributes to the divisors of a step.
 
     Args:
-        inputs: `input_ids` [batch, tokens] and, if padded, `attention_mask` of the same shape.
+        inputs: `input_ids` [batch, tokens] and, if padded, `attention_mask` of the same shape; or
+            a packed row, in which no padding counts.
         causal: whether queries see earlier keys only.
         reduction: whether padding counts in pairs and tokens.
         labels: from `target_labels`; one a token, or one an example.
@@ -37,6 +39,9 @@ def count_divisors(
         fp64 [5] on the inputs' device, in the order of `DIVISORS`: query-key pairs, tokens, valid
         rows (tokens that are no padding, whatever the reduction), examples, labels.
     """
+    row = PackedRow.of(inputs)
+    if row is not None:
+        return _count_row(row, causal, labels)
     ids = inputs["input_ids"]
     given = inputs.get("attention_mask")
     ones = torch.ones_like(ids, dtype=torch.float64)
@@ -44,10 +49,21 @@ def count_divisors(
     valid = rows if reduction == "valid" else ones
     visible = causal and reduction == "valid"
     keys = valid.cumsum(dim=1) if visible else valid.sum(dim=1, keepdim=True)
-    labelled = ones.new_zeros(()) if labels is None else (labels != IGNORE_INDEX).sum().double()
+    labelled = _labelled(labels, ones)
     # of the size of the batch, without a copy from the host
     examples = ones[:, 0].sum()
     return torch.stack([(valid * keys).sum(), valid.sum(), rows.sum(), examples, labelled])
+
+
+def _count_row(row: PackedRow, causal: bool, labels: Tensor | None) -> Tensor:
+    sizes = row.starts.diff().double()
+    keys = (sizes + 1) / 2 if causal else sizes
+    tokens, examples = sizes.sum(), torch.ones_like(sizes).sum()
+    return torch.stack([(sizes * keys).sum(), tokens, tokens, examples, _labelled(labels, sizes)])
+
+
+def _labelled(labels: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_zeros(()) if labels is None else (labels != IGNORE_INDEX).sum().double()
 
 
 def target_labels(inputs: Inputs, head: Head) -> Tensor | None:
@@ -64,8 +80,3 @@ def target_labels(inputs: Inputs, head: Head) -> Tensor | None:
     if mask is not None:
         following = following.masked_fill(mask[:, 1:] == 0, IGNORE_INDEX)
     return torch.nn.functional.pad(following, (0, 1), value=IGNORE_INDEX)
-
-
-def model_inputs(inputs: Inputs) -> dict[str, Tensor]:
-    """What a model reads: it would compute a loss of its own from labels."""
-    return {name: tensor for name, tensor in inputs.items() if name not in ("labels", ROWS)}

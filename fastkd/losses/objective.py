@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkd.capture import Capture, CompiledCapture, capture, no_cache
+from fastkd.capture import Capture, CompiledCapture, PaddedStates, capture, reading
 from fastkd.capture.lm_head import last_hidden_state
 from fastkd.errors import UserError, one_line
 from fastkd.layer_map import LayerMap, Progress, TransportMap
@@ -31,7 +31,6 @@ from fastkd.losses.counts import (
     DIVISORS,
     Reduction,
     count_divisors,
-    model_inputs,
     target_labels,
 )
 from fastkd.losses.registry import loss_class
@@ -41,6 +40,7 @@ from fastkd.losses.weighting import (
     Uncertainty,
     factor,
 )
+from fastkd.packed_row import PackedRow
 from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses
 from fastkd.types import ROWS, Inputs, Side
@@ -138,8 +138,9 @@ class Objective(nn.Module):
         for term in self.each():
             term.at(moment, moment.step / self.steps)
 
-    def layers(self, side: Side) -> dict[str, Any]:
-        """What `capture` must record of one model now, as its keyword arguments."""
+    def layers(self, side: Side, moment: Progress | None = None) -> dict[str, Any]:
+        """What `capture` must record of one model now, as its keyword arguments; or at a moment,
+        whatever the one that the losses stand at."""
         nothing: dict[str, Any] = {
             "attention": set(),
             "hidden": set(),
@@ -147,7 +148,7 @@ class Objective(nn.Module):
             "outputs": False,
             "modules": set(),
         }
-        return merged_layers([nothing, *(term.layers(side) for term in self.each())])
+        return merged_layers([nothing, *(term.layers(side, moment) for term in self.each())])
 
     def all_layers(self, side: Side) -> dict[str, Any]:
         """What `layers` may ever be; of mappings that move all layers that they may draw."""
@@ -195,13 +196,15 @@ class Objective(nn.Module):
             adds to the total. All are scaled by the shares. The total of `uncertainty` holds the
             log-variances whole: an engine averages over micro-batches and ranks.
         """
-        mask = inputs.get("attention_mask")
+        row, mask = PackedRow.of(inputs), inputs.get("attention_mask")
+        valid = None if mask is None else mask.bool()
         labels = target_labels(inputs, self.pair.head)
-        batch = Batch(None if mask is None else mask.bool(), labels)
+        batch = Batch(valid if row is None else row.mask, labels, row)
+        views = self._views(student, teacher, row)
         values = []
         for term, where, count in zip(self.each(), self._keys, self._counts, strict=True):
             with _errors_at(where, term):
-                found = term(student, teacher, batch)
+                found = term(*views(term), batch)
             values.append(_values(term, found, count))
         if self.training and torch.is_grad_enabled():
             self._check_gradients(values)
@@ -214,6 +217,22 @@ class Objective(nn.Module):
         else:
             total = weighted.sum()
         return total, torch.stack([raw.detach(), weighted.detach()])
+
+    def _views(
+        self, student: Capture, teacher: Capture, row: PackedRow | None
+    ) -> Callable[[Term], tuple[Capture, Capture]]:
+        """What a term is given of a pass: what was captured, or padded views of a packed row."""
+        if row is None:
+            return lambda term: (student, teacher)
+        values = self.reads_values
+        padded = [PaddedStates(found, row, values=values) for found in (student, teacher)]
+
+        def of(term: Term) -> tuple[Capture, Capture]:
+            if term.reads_packed:
+                return student, teacher
+            return padded[0].of(term.layers("student")), padded[1].of(term.layers("teacher"))
+
+        return of
 
     @property
     def adapts(self) -> bool:
@@ -481,7 +500,7 @@ class DistilledStudent(nn.Module):
 
         Args:
             inputs: `input_ids` and perhaps `attention_mask`, both [batch, tokens], what else the
-                models read, and perhaps `labels`.
+                models read, and perhaps `labels`; or a packed row in their place.
             teacher: what the teacher left on the same inputs.
             shares: fp32 [DIVISORS], see `Objective.forward`.
 
@@ -490,15 +509,15 @@ class DistilledStudent(nn.Module):
             teacher the last hidden state [batch, tokens, width] and an empty tensor: under ZeRO-3
             the student can't be run from outside.
         """
-        read = {**model_inputs(inputs), **no_cache(self.student)}
-        if teacher is None or shares is None:
-            state = last_hidden_state(self.student, self.student, read)
-            return state, state.new_empty(0)
-        if self.compiled is not None and self.objective.training:
-            states = self.compiled(read)
-        else:
-            with capture(self.student, **self.objective.layers("student")) as states:
-                self.student(**read)
+        with reading(self.student, inputs) as read:
+            if teacher is None or shares is None:
+                state = last_hidden_state(self.student, self.student, read)
+                return state, state.new_empty(0)
+            if self.compiled is not None and self.objective.training:
+                states = self.compiled(read)
+            else:
+                with capture(self.student, **self.objective.layers("student")) as states:
+                    self.student(**read)
         # ops choose their own precision, whatever the models run under
         with torch.autocast(shares.device.type, enabled=False):
             total, parts = self.objective(states, teacher, inputs, shares)

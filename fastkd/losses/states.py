@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from fastkd_kernels import hidden_cosine, hidden_mse, hidden_normalized_mse
@@ -72,6 +72,9 @@ class StateGroup(LossGroup):
     ...; [teacher, student] width.
     """
 
+    # of all tokens no padding has to be told apart
+    reads_packed: ClassVar[bool] = True
+
     def __init__(self, members: Sequence[Loss], shared: Shared) -> None:
         """Make the projections.
 
@@ -117,7 +120,8 @@ class StateGroup(LossGroup):
         for number, (loss, mode) in enumerate(zip(self.losses, self.modes, strict=True)):
             # an op takes one projection for all pairs, or a list with one for each
             which = mode if mode == "per_pair" else self.projection_of[self.starts[number]]
-            groups.setdefault((loss.config.kind, loss.config.tokens, which), []).append(number)
+            key = loss.config.kind, loss.config.tokens, which, _is_packed(loss, batch)
+            groups.setdefault(key, []).append(number)
         losses: dict[int, Tensor] = {}
         for members in groups.values():
             found = self._compare(student, teacher, batch, members)
@@ -130,13 +134,16 @@ class StateGroup(LossGroup):
     ) -> Tensor:
         """Losses of all links of some members, which share kind, tokens and way of projecting."""
         kind, tokens = (getattr(self.losses[members[0]].config, key) for key in ("kind", "tokens"))
-        mask = batch.mask if tokens == "all" else None
+        packed = _is_packed(self.losses[members[0]], batch)
+        mask = batch.mask if tokens == "all" and not packed else None
         places, student_states, teacher_states = [], [], []
         for m in members:
             loss = self.losses[m]
             for place, (state, states) in enumerate(loss.states(student, teacher), self.starts[m]):
-                reduced = pooled(state, tokens, batch.mask)
-                targets = [pooled(target, tokens, batch.mask) for target in states]
+                reduced, *targets = (
+                    one if packed else pooled(_padded(one, batch), tokens, batch.mask)
+                    for one in (state, *states)
+                )
                 places.append(place)
                 student_states.append(reduced)
                 teacher_states.append(self._target(place, reduced, targets, loss.layer_map))
@@ -197,6 +204,16 @@ def pooled(state: Tensor, tokens: Tokens, mask: Tensor | None) -> Tensor:
         return state.mean(dim=1, keepdim=True)
     valid = mask.unsqueeze(-1).to(state.dtype)
     return (state * valid).sum(dim=1, keepdim=True) / valid.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _is_packed(loss: StateLoss, batch: Batch) -> bool:
+    """Whether a loss compares tokens in one row; a module's output may be padded already."""
+    whole = loss.config.tokens == "all" and loss.captures.modules is None
+    return batch.row is not None and whole
+
+
+def _padded(state: Tensor, batch: Batch) -> Tensor:
+    return state if batch.row is None else batch.row.padded_module(state)
 
 
 def _mode(loss: StateLoss) -> str:

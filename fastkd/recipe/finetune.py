@@ -7,7 +7,7 @@ from typing import Annotated, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from fastkd.recipe.models import Attention, check_flex
-from fastkd.recipe.task import TaskData
+from fastkd.recipe.task import TaskData, check_padding
 from fastkd.recipe.train import RunOutput, Train, check_train
 from fastkd.section import (
     Extras,
@@ -68,4 +68,5 @@ class FinetuneRecipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         check_train(self.train)
+        check_padding(self.task, self.train, {"model.attention": self.model.attention})
         return self

@@ -13,7 +13,7 @@ from fastkd.recipe.data import Data
 from fastkd.recipe.losses import Losses
 from fastkd.recipe.models import Student, Teacher
 from fastkd.recipe.presets import Preset
-from fastkd.recipe.task import TaskData
+from fastkd.recipe.task import TaskData, check_padding
 from fastkd.recipe.train import RunOutput, Train, check_train
 from fastkd.section import Extras, Plugins, Section
 
@@ -85,12 +85,34 @@ class Recipe(Section):
                 f"teacher.cache is {self.teacher.cache}, but {reason}; leave teacher.cache out"
             )
         check_train(self.train)
+        check_padding(
+            self.task,
+            self.train,
+            {
+                "student.attention": self.student.attention,
+                "teacher.attention": self.teacher.attention,
+            },
+        )
+        if self._is_packed and self.losses.reduction == "tinybert":
+            raise ValueError(
+                "losses.reduction is tinybert, which counts padding, but task.padding is none; "
+                "leave one of them out"
+            )
         if self.train.compile and self.teacher.placement != "replicate":
             raise ValueError(
                 f"train.compile is on and teacher.placement {self.teacher.placement}, which "
                 "gathers weights between the layers of a graph; use replicate, or leave compile out"
             )
+        if self.train.cuda_graph and self.teacher.overlap:
+            raise ValueError(
+                "train.cuda_graph and teacher.overlap are on, but a graph holds both models in "
+                "turn; leave one of them out"
+            )
         return self
+
+    @property
+    def _is_packed(self) -> bool:
+        return self.task is not None and self.task.padding == "none"
 
     def why_not_cached(self) -> str | None:
         """Why what the losses read of the teacher can't be stored by row; `None` where it can."""
@@ -100,6 +122,8 @@ class Recipe(Section):
             return "train.cuda_graph is on, whose graph can't read from a disk"
         if any(config.loss == "mlm" for config in self.losses.terms.values()):
             return "losses.mlm masks other tokens in every step, so no states come again"
+        if self._is_packed:
+            return "task.padding is none, and states are stored of padded examples"
         if self.task is not None and self.losses.reduction == "tinybert":
             return (
                 "losses.reduction is tinybert, which reads the teacher's states of padding, and an "

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from fastkd.recipe.models import Attention
+from fastkd.recipe.train import Train
 from fastkd.section import (
     LONGEST,
     MOST_ROWS,
@@ -61,7 +64,7 @@ class TaskAugmentation(Section):
 
 
 class TaskData(Section):
-    """Texts or pairs of texts with classes or scores, padded to the longest of a batch."""
+    """Texts or pairs of texts with classes or scores, padded to the longest of a batch, or not."""
 
     name: Name
     """Task of GLUE (CoLA, SST-2, MRPC, QQP, STS-B, MNLI, QNLI, RTE, WNLI), whose columns, labels
@@ -86,6 +89,10 @@ class TaskData(Section):
     """Splits that both models are scored on; those of GLUE, or `dev`, where not given."""
     max_length: int = Field(default=128, ge=4, le=LONGEST)
     """Tokens of an example, special tokens included; longer ones are cut."""
+    padding: Literal["buckets", "none"] = "buckets"
+    """Whether the examples of a micro-batch, which are of similar length, are padded to the longest
+    of them, or follow each other in one row without padding: the same losses up to rounding. `none`
+    takes models that read such rows as they read padded batches, which is tried before a run."""
     augmentation: TaskAugmentation | None = None
     """How training examples are multiplied; not at all where not given."""
     cache: Place = "~/.cache/fastkd"
@@ -104,3 +111,30 @@ class TaskData(Section):
                 f"leave {own[0]} out for a task of GLUE"
             )
         return self
+
+
+def check_padding(task: TaskData | None, train: Train, attention: Mapping[str, Attention]) -> None:
+    """Refuse what does not go together with batches that have no padding.
+
+    Args:
+        task: of the recipe.
+        train: likewise.
+        attention: of each model, by its field.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if task is None or task.padding != "none":
+        return
+    for name, graph in (("compile", train.compile), ("cuda_graph", train.cuda_graph)):
+        if graph:
+            raise ValueError(
+                f"task.padding is none, whose rows have another shape in every step, and "
+                f"train.{name} keeps a graph of each; leave one of them out"
+            )
+    for field, name in attention.items():
+        if name in ("eager", "flex_attention"):
+            raise ValueError(
+                f"task.padding is none, but {field} is {name}, which takes no packed sequences; "
+                "set it to sdpa or flash_attention_2, or leave padding out"
+            )

@@ -23,6 +23,7 @@ _FREE = frozenset(
         "data.cache",
         "data.workers",
         "task.cache",
+        "task.padding",
         "train.log_every",
         "train.evaluate_every",
         "train.checkpoint_every",
@@ -50,6 +51,7 @@ _LENGTHS = ("steps", "epochs")
 _TAKEN_OVER = {
     "train": ("micro_batch_size", "zero_stage", "compile", "cuda_graph", "profile", *_LENGTHS),
     "teacher": ("placement", "cache_folder", "cache_limit"),
+    "task": ("padding",),
 }
 
 

@@ -44,7 +44,8 @@ from fastkd.training.precision import precision_on_gpus
 from fastkd.training.profile import NoProfile
 from fastkd.training.setup import Run, make_profile, set_up
 from fastkd.training.summary import profile_of
-from fastkd.training.teacher_cache.plan import check_room, describe, plan_cache
+from fastkd.training.teacher_cache.forecast import describe
+from fastkd.training.teacher_cache.plan import Form, plan_cache, plan_for_run
 from fastkd.training.window import Window
 
 # as many steps as take so long, within these
@@ -196,12 +197,12 @@ def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
             ("training", _duration(seconds * train.steps)),
         ],
     )
-    _describe_cache(run, reporter)
     if run.graphed is None:
         reporter.table("time of a step", time_columns(profile), time_rows(profile))
     kind = "GPU" if ranks.device.type == "cuda" else "process"
     rows = memory_rows(profile["memory_bytes"], peak, kind)
     reporter.table(f"memory of each {kind}", ("", "size"), rows)
+    _describe_cache(run, reporter)
 
 
 def measure_steps(run: Run) -> dict[str, Any]:
@@ -248,14 +249,15 @@ def _describe_cache(run: Run, reporter: Reporter) -> None:
         return
     if run.recipe.why_not_cached() is not None:
         return
-    asked = run.recipe.teacher.cache
-    plan = plan_cache(run, "exact" if asked == "none" else asked)
+    plan = plan_for_run(run)
     if plan is None:
-        return
-    if asked == "none":
+        plan = plan_cache(run, Form("exact"))
         reporter.say("teacher.cache is none; with teacher.cache=exact:")
     else:
-        check_room(plan, run.recipe.teacher.cache_limit)
+        reporter.say(
+            "these steps ran the teacher; those of the run take what is stored of it, which is "
+            "read with their data"
+        )
     describe(run, plan, reporter)
 
 

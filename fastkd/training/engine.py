@@ -15,29 +15,49 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
-from fastkd.capture import Capture, CompiledCapture, at_depth, capture, no_cache
+from fastkd.capture import Capture, CompiledCapture, at_depth, capture, reading
 from fastkd.capture.blocks import find_blocks
 from fastkd.capture.lm_head import last_hidden_state, last_layer
 from fastkd.data.batching import BatchPlan
+from fastkd.data.datamodule import MicroBatches
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
-from fastkd.losses import model_inputs
+from fastkd.layer_map import Progress
 from fastkd.losses.objective import DistilledStudent, Objective
+from fastkd.models.quantised import Quantised
 from fastkd.recipe import AnyRecipe, Recipe, Train
 from fastkd.training.checkpoint.layout import find_places
 from fastkd.training.deepspeed_config import student_config, teacher_config, uses_deepspeed
 from fastkd.training.local_engine import LocalEngine
 from fastkd.training.muon import Muon, Piece, block_matrices
-from fastkd.types import ROWS, Inputs
+from fastkd.types import STORED, Inputs
 
 Wanted = Mapping[str, Any]
 """Keyword arguments of `capture`."""
+
+
+class StoredStates(Protocol):
+    """States of a teacher on rows to train on, from a disk, in the place of a teacher that runs."""
+
+    def reading(
+        self, micro_batches: MicroBatches, wanted_at: Callable[[Progress], Wanted]
+    ) -> MicroBatches:
+        """Micro-batches that also hold what is stored of their rows.
+
+        Args:
+            micro_batches: with numbers of rows.
+            wanted_at: what is wanted at a moment of the run; is called by whatever thread asks for
+                a step.
+        """
+
+    def __call__(self, inputs: Inputs, wanted: Wanted) -> Capture:
+        """What `capture` would have recorded of the teacher on a micro-batch of `reading`."""
 
 
 class TeacherRunner:
@@ -48,6 +68,8 @@ class TeacherRunner:
         model: PreTrainedModel,
         objective: Objective,
         engine: nn.Module | None = None,
+        *,
+        quantised: Quantised | None = None,
     ) -> None:
         """Let a teacher run.
 
@@ -55,42 +77,45 @@ class TeacherRunner:
             model: frozen, on the device where it runs.
             objective: whose layers are captured.
             engine: from `shard_teacher`, where the model is not whole.
+            quantised: what of it is in eight bits.
         """
         self.model = model
         self.objective = objective
+        self.quantised = quantised
         self._run = model if engine is None else engine
         # of DeepSpeed's engine it returns nothing
         self._run.eval()
         self.compiled: CompiledCapture | None = None
         """What runs it while the objective is in training mode, where that is compiled."""
-        self.stored: Callable[[Inputs, Wanted], Capture] | None = None
+        self.stored: StoredStates | None = None
         """What gives its states of rows to train on, where they are stored."""
         self._cut = self._find_cut()
 
     def __call__(self, inputs: Inputs, *, whole: bool = False) -> Capture:
         """Run as deep as the objective ever needs, or all of it, and return what is needed now."""
-        if self.stored is not None and ROWS in inputs and not whole:
+        if self.stored is not None and not whole and any(n.startswith(STORED) for n in inputs):
             return self.stored(inputs, self.objective.layers("teacher"))
-        read = {**model_inputs(inputs), **no_cache(self.model)}
-        with torch.no_grad(), nullcontext() if whole else self._cut:
+        wanted = self.objective.layers("teacher")
+        cut = nullcontext() if whole else self._cut
+        with torch.no_grad(), cut, reading(self.model, inputs) as read:
             if self.compiled is not None and self.objective.training and not whole:
-                return self.compiled(read, self.objective.layers("teacher"))
-            with capture(self.model, **self.objective.layers("teacher")) as states:
+                return self.compiled(read, wanted)
+            with capture(self.model, **wanted) as states:
                 self._run(**read)
         return states
 
-    def record(self, inputs: Inputs) -> Capture:
-        """Run as deep as the objective ever needs, and return what it may ever need."""
-        read = {**model_inputs(inputs), **no_cache(self.model)}
-        wanted = self.objective.all_layers("teacher")
-        with torch.no_grad(), self._cut, capture(self.model, **wanted) as states:
+    def record(self, inputs: Inputs, wanted: Wanted | None = None) -> Capture:
+        """Run as deep as the objective ever needs, and return what it may ever need, or what is
+        named."""
+        wanted = self.objective.all_layers("teacher") if wanted is None else wanted
+        recorded = capture(self.model, **wanted)
+        with torch.no_grad(), self._cut, reading(self.model, inputs) as read, recorded as states:
             self._run(**read)
         return states
 
     def embed(self, inputs: Inputs) -> Tensor:
         """The teacher's last hidden state [batch, tokens, width], at full depth."""
-        with torch.no_grad():
-            read = {**model_inputs(inputs), **no_cache(self.model)}
+        with torch.no_grad(), reading(self.model, inputs) as read:
             return last_hidden_state(self._run, self.model, read)
 
     def _find_cut(self) -> AbstractContextManager[None]:
@@ -167,6 +192,13 @@ def make_optimizer(module: DistilledStudent, train: Train) -> torch.optim.AdamW:
         return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)
     matrices = block_matrices(find_blocks(module.student))
     return Muon(_with_matrices(groups, matrices), lr=train.learning_rate, betas=train.betas)
+
+
+def matrix_numbers(student: PreTrainedModel, train: Train) -> int:
+    """Numbers of a student that Muon updates."""
+    if train.optimizer == "adamw":
+        return 0
+    return sum(matrix.numel() for matrix in block_matrices(find_blocks(student)))
 
 
 def _with_matrices(

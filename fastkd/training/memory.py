@@ -81,25 +81,27 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def memory_parts(recipe: AnyRecipe, teacher: int, trained: int, world_size: int) -> dict[str, int]:
+def memory_parts(
+    recipe: AnyRecipe, teacher: int, trained: int, world_size: int, matrices: int = 0
+) -> dict[str, int]:
     """Bytes that one rank holds for weights, gradients and optimiser, by ZeRO stage.
 
     Args:
         recipe: precision, stage and placement.
-        teacher: parameters of the teacher; a fine-tuning run has none.
+        teacher: bytes of the teacher's weights; a fine-tuning run has none.
         trained: parameters of the student and the projections.
         world_size: ranks that shards are spread over.
+        matrices: parameters that Muon updates, among those.
     """
     stage = recipe.train.zero_stage
     shard = [1, world_size]
     parts = {}
     if isinstance(recipe, Recipe):
-        size = teacher * recipe.teacher.number_bytes
-        parts["teacher weights"] = size // shard[recipe.teacher.placement != "replicate"]
+        parts["teacher weights"] = teacher // shard[recipe.teacher.placement != "replicate"]
     # bf16 keeps fp32 master weights beside Adam's two moments, and so does ZeRO of fp32 ones; Muon
-    # keeps one of its matrices
+    # has one moment
     zero = stage > 0 and uses_deepspeed(recipe, world_size)
-    optimiser = trained * (12 if recipe.train.precision == "bf16" or zero else 8)
+    optimiser = trained * (12 if recipe.train.precision == "bf16" or zero else 8) - 4 * matrices
     trained_weights = "student weights" if parts else "model weights"
     return {
         **parts,

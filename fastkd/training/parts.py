@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastkd.capture import AttentionTraits, try_model, vocabulary_size
+from fastkd.capture import AttentionTraits, try_model, try_packed, vocabulary_size
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import DataModule
 from fastkd.data.factory import make_datamodule, task_of
@@ -37,11 +37,11 @@ from fastkd.models import (
     load_tokenizer,
 )
 from fastkd.models.classifier import check_start, fit_classifier, load_tuned, name_outputs
-from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, resolve_steps
+from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, TaskData, resolve_steps
 from fastkd.training.export import load_projections
 from fastkd.training.finite import check_weights
 from fastkd.training.memory import check_micro_batch
-from fastkd.training.precision import settle_precision
+from fastkd.training.precision import check_eight_bits, settle_precision
 from fastkd.training.run_folder import RunFolder
 from fastkd.types import ModelSource
 
@@ -105,9 +105,10 @@ def _distillation(
 ) -> Parts:
     task = None if recipe.task is None else task_of(recipe.task)
     source, head = recipe.teacher.source, recipe.student.head
+    check_eight_bits(recipe.teacher.eight_bits, ranks.device)
     teacher = load_teacher(
         source,
-        dtype=getattr(torch, recipe.teacher.dtype),
+        dtype=getattr(torch, recipe.teacher.states),
         attention=recipe.teacher.attention,
         head=head,
     )
@@ -224,6 +225,7 @@ def _finetuning(
     if made is None:
         check_weights(model, f"model.name {source.name}")
     try_model(model, recipe.task.max_length, "task.max_length", attention=False, hidden=False)
+    _try_packed(model, recipe.task)
     tokenizer = load_tokenizer(source, vocabulary_size(model))
     if made is None:
         check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(model))
@@ -290,6 +292,14 @@ def _traits(model: PreTrainedModel, recipe: Recipe) -> AttentionTraits:
     """Try a model on the longest sequence that a recipe has, with what its losses read."""
     needs = capture_needs(recipe.losses)
     if recipe.task is not None:
-        return try_model(model, recipe.task.max_length, "task.max_length", **needs)
+        traits = try_model(model, recipe.task.max_length, "task.max_length", **needs)
+        _try_packed(model, recipe.task)
+        return traits
     assert recipe.data is not None, "a recipe has data or a task"
     return try_model(model, recipe.data.block_size, "data.block_size", **needs)
+
+
+def _try_packed(model: PreTrainedModel, task: TaskData) -> None:
+    """See that a model reads examples without padding, where a task has none."""
+    if task.padding == "none":
+        try_packed(model, task.max_length)

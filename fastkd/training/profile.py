@@ -24,6 +24,8 @@ from fastkd.training.step_memory import StepMemory
 PHASES = ("data", "teacher", "student", "losses", "backward", "optimiser")
 REST = "rest"
 _NOTHING = nullcontext()
+_Cuts = list[tuple[str | None, list[Any]]]
+"""Phases that began, with the moment by each clock; no phase where a step ends."""
 
 
 class NoProfile:
@@ -88,8 +90,8 @@ class Profile:
         self.memory = memory
         self.clocks = clocks
         self._open: str | None = None
-        self._cuts: list[tuple[str | None, list[Any]]] = []
-        self._steps: list[tuple[bool, list[tuple[str | None, list[Any]]]]] = []
+        self._cuts: _Cuts = []
+        self._steps: list[tuple[bool, _Cuts]] = []
         self._sums = {looked: _Sums(len(clocks)) for looked in (False, True)}
         losses.register_forward_pre_hook(lambda *_: self._move("student", "losses"))
         losses.register_forward_hook(lambda *_: self._move("losses", "student"))
@@ -125,8 +127,8 @@ class Profile:
         return self._told.steps
 
     def seconds(self) -> list[dict[str, float]]:
-        """Of a step, the mean, by phase and for the rest; one mapping a clock, each of them empty
-        where no step was collected."""
+        """Of a step, the mean, by phase and for the rest; one mapping a clock. There must be
+        `steps`."""
         told = self._told
         return [{name: s / told.steps for name, s in sums.items()} for sums in told.by_clock]
 
@@ -150,11 +152,9 @@ class _Sums:
 
     def __init__(self, clocks: int) -> None:
         self.steps = 0
-        self.by_clock: list[dict[str, float]] = [{} for _ in range(clocks)]
+        self.by_clock = [dict.fromkeys((*PHASES, REST), 0.0) for _ in range(clocks)]
 
-    def add(self, cuts: list[tuple[str | None, list[Any]]], clocks: Sequence[Clock]) -> None:
-        if not self.steps:
-            self.by_clock = [dict.fromkeys((*PHASES, REST), 0.0) for _ in clocks]
+    def add(self, cuts: _Cuts, clocks: Sequence[Clock]) -> None:
         self.steps += 1
         for (phase, start), (_, stop) in itertools.pairwise(cuts):
             if phase is not None:

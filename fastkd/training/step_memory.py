@@ -32,6 +32,8 @@ class StepMemory:
         engine: Any,
         device: torch.device,
         computed: Mapping[str, int],
+        *,
+        captured: int = 1,
     ) -> None:
         """Listen.
 
@@ -42,6 +44,7 @@ class StepMemory:
             device: whose memory is meant.
             computed: bytes as `memory_parts` has them, of the parts that lie on the device. Those
                 of gradients stay what they are under DeepSpeed, which keeps them to itself.
+            captured: micro-batches whose states of the teacher are there at a time.
         """
         self.parts = dict(computed)
         """Bytes by part."""
@@ -49,6 +52,7 @@ class StepMemory:
         self._teacher = teacher
         self._engine = engine
         self._device = device
+        self._captured = captured
         self._largest = 0
         self._looking = False
         self._start = 0
@@ -61,8 +65,8 @@ class StepMemory:
         """Count them once they are there, if this step is looked at."""
         if self._looking and isinstance(self._engine, LocalEngine):
             groups = self._engine.optimizer.param_groups
-            found = [tensor.grad for group in groups for tensor in group["params"]]
-            self._count("gradients", [gradient for gradient in found if gradient is not None])
+            updated = [p for group in groups for p in group["params"]]
+            self._count("gradients", [p.grad for p in updated if p.grad is not None])
 
     def looked(self) -> bool:
         """Whether the step that is done was looked at; then weights and moments are counted."""
@@ -85,7 +89,7 @@ class StepMemory:
             return
         self._largest, self._looking = size, True
         if self._teacher is not None:
-            self.parts[CAPTURED] = bytes_of(tensors_of(teacher))
+            self.parts[CAPTURED] = self._captured * bytes_of(tensors_of(teacher))
         if self._device.type == "cuda":
             self._start = torch.cuda.memory_allocated(self._device)
             return

@@ -41,6 +41,9 @@ class TaskDataModule:
     counts_padding: bool = False
     """Whether losses are means over padding as well: then all of a step is padded alike, so that
     how it is cut still changes nothing."""
+    packed: bool = False
+    """Whether the examples of a micro-batch follow each other in one row, in place of being
+    padded."""
     reads: Reading = field(default="predictions", init=False)
 
     @property
@@ -60,14 +63,21 @@ class TaskDataModule:
         self, batch_size: int, seed: int, plan: BatchPlan, rank: int
     ) -> ExampleMicroBatches:
         stream = ExampleStream(self.train, batch_size, seed)
-        return ExampleMicroBatches(self.train, stream, plan, rank, self.counts_padding)
+        return ExampleMicroBatches(
+            self.train, stream, plan, rank, self.counts_padding, packed=self.packed
+        )
 
     def heldout(self, size: int, ranks: Ranks) -> Iterator[EvalBatch]:
         first = 0
         for examples in self.evaluations.values():
             multiple = examples.max_length if self.counts_padding else PAD_MULTIPLE
             for rows, batch in evaluation_batches(
-                examples, size, rank=ranks.rank, world_size=ranks.world_size, multiple=multiple
+                examples,
+                size,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                multiple=multiple,
+                packed=self.packed,
             ):
                 yield EvalBatch(batch, rows + first)
             first += len(examples)
@@ -91,7 +101,8 @@ class TaskDataModule:
 
 
 class ExampleMicroBatches:
-    """A `MicroBatches` of examples: each micro-batch is padded to its own longest example."""
+    """A `MicroBatches` of examples: each micro-batch is padded to its own longest example, or
+    packed."""
 
     def __init__(
         self,
@@ -100,8 +111,11 @@ class ExampleMicroBatches:
         plan: BatchPlan,
         rank: int,
         counts_padding: bool,
+        *,
+        packed: bool = False,
     ) -> None:
         self._examples = examples
+        self._packed = packed
         self._stream = stream
         self._plan = plan
         self._rank = rank
@@ -117,10 +131,11 @@ class ExampleMicroBatches:
             # all of the step as wide as its longest example
             longest = int(self._examples.lengths[rows[-1]])
             multiple = padded_length(longest, PAD_MULTIPLE, self._examples.max_length)
-        parts = cut(rows, self._plan, self._rank)
-        return [
-            {**self._examples.batch(part, multiple), ROWS: torch.tensor(part)} for part in parts
-        ]
+        examples, inputs = self._examples, []
+        for part in cut(rows, self._plan, self._rank):
+            batch = examples.packed(part) if self._packed else examples.batch(part, multiple)
+            inputs.append({**batch, ROWS: torch.tensor(part)})
+        return inputs
 
     def state_dict(self) -> dict[str, Any]:
         return self._stream.state_dict()

@@ -109,6 +109,7 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
     multiple: int = PAD_MULTIPLE,
+    packed: bool = False,
 ) -> Iterator[tuple[Tensor, Batch]]:
     """A rank's share of all examples, longest first, as many batches on every rank.
 
@@ -119,6 +120,7 @@ def evaluation_batches(
         world_size: number of ranks; a forward pass may be collective, so a rank without a batch of
             its own gets one that doesn't count.
         multiple: as in `EncodedExamples.batch`.
+        packed: whether examples follow each other in one row, in place of being padded.
 
     Yields:
         Numbers of the examples, int64 [counted], and the batch; its first `counted` rows are these
@@ -130,7 +132,9 @@ def evaluation_batches(
         start = starts[min(number, len(starts) - 1)]
         rows = order[start : start + batch_size]
         counted = rows if number < len(starts) else rows[:0]
-        yield torch.from_numpy(counted.copy()), examples.batch(rows.tolist(), multiple)
+        chosen = rows.tolist()
+        batch = examples.packed(chosen) if packed else examples.batch(chosen, multiple)
+        yield torch.from_numpy(counted.copy()), batch
 
 
 def _order(

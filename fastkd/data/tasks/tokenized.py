@@ -37,12 +37,13 @@ from fastkd.files.flat import (
     open_flat,
 )
 from fastkd.reporting.progress import progress_bar
+from fastkd.types import LENGTHS, STARTS
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 """`input_ids`, `attention_mask`, perhaps `token_type_ids`, all int64 [examples, tokens], and
-`labels` [examples], int64 classes or fp32 scores; on the CPU, padded on the right."""
+`labels` [examples], int64 classes or fp32 scores; on the CPU, padded on the right, or packed."""
 PAD_MULTIPLE = 8
 """Lengths of batches are rounded up to this, which tensor cores like."""
 _CHUNK = 2048
@@ -99,6 +100,31 @@ class EncodedExamples:
             batch["token_type_ids"][mask] = self.types[stored]
         batch["labels"] = self.labels[chosen]
         return {name: torch.from_numpy(value) for name, value in batch.items()}
+
+    def packed(self, rows: Sequence[int]) -> Batch:
+        """The examples of the given numbers, one after another in one row without padding.
+
+        Args:
+            rows: numbers of examples, at least one.
+
+        Returns:
+            As `fastkd.packed_row` shows: `input_ids`, `position_ids`, perhaps `token_type_ids`, all
+            int64 [1, tokens], where each example begins, all lengths, and `labels` [examples].
+        """
+        chosen = np.asarray(rows)
+        lengths = self.lengths[chosen]
+        ends = np.cumsum(lengths)
+        starts = np.concatenate([[0], ends])
+        positions = np.arange(ends[-1]) - np.repeat(starts[:-1], lengths)
+        stored = positions + np.repeat(self.offsets[chosen], lengths)
+        row: dict[str, npt.NDArray[Any]] = {
+            "input_ids": self.tokens[stored].astype(np.int64)[None],
+            "position_ids": positions[None],
+        }
+        if self.types is not None:
+            row["token_type_ids"] = self.types[stored].astype(np.int64)[None]
+        row |= {STARTS: starts.astype(np.int32), LENGTHS: lengths, "labels": self.labels[chosen]}
+        return {name: torch.from_numpy(value) for name, value in row.items()}
 
 
 def padded_length(longest: int, multiple: int, limit: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,8 +23,8 @@ from fastkd.files.flat import flat_file
 from fastkd.reporting.progress import progress_bar
 from fastkd.training.engine import TeacherRunner
 from fastkd.training.setup import Run
-from fastkd.training.teacher_cache.layout import Field, to_store
-from fastkd.training.teacher_cache.states import Rows
+from fastkd.training.teacher_cache.layout import Field, Layout, to_store
+from fastkd.training.teacher_cache.rows import Rows
 from fastkd.types import ROWS
 
 FIELD = "teacher.cache_folder"
@@ -35,7 +34,7 @@ SETTINGS = "settings.json"
 def fill(
     run: Run,
     folder: Path,
-    fields: Sequence[Field],
+    layout: Layout,
     rows: Rows,
     settings: dict[str, Any],
     *,
@@ -46,7 +45,7 @@ def fill(
     Args:
         run: whose teacher and data.
         folder: that will be there afterwards.
-        fields: what is stored.
+        layout: what is stored.
         rows: where each stands.
         settings: what the folder's name was made of, written beside for people.
         progress: whether to show a bar.
@@ -59,7 +58,7 @@ def fill(
 
         def begin() -> str:
             temporary = stack.enter_context(new_folder(folder, FIELD))
-            for field in fields:
+            for field in layout.fields:
                 with flat_file(temporary, field.name).open("wb") as file:
                     # all of it now: no rank shall find the disk full later
                     os.posix_fallocate(file.fileno(), 0, rows.entries(field) * field.entry_bytes)
@@ -73,7 +72,7 @@ def fill(
         temporary = Path(ranks.from_main(begin))
         problem = None
         try:
-            _write_share(run, temporary, fields, rows, progress and ranks.is_main)
+            _write_share(run, temporary, layout, rows, progress and ranks.is_main)
         except OSError as error:
             problem = f"{FIELD}: rank {ranks.rank} can't write to {temporary}: {error}"
         problems = [found for found in ranks.gather(problem) if found is not None]
@@ -88,16 +87,14 @@ def epoch_batches(run: Run) -> MicroBatches:
     return run.datamodule.micro_batches(size, 0, BatchPlan(size, 1, 1), 0)
 
 
-def _write_share(
-    run: Run, folder: Path, fields: Sequence[Field], rows: Rows, progress: bool
-) -> None:
+def _write_share(run: Run, folder: Path, layout: Layout, rows: Rows, progress: bool) -> None:
     assert isinstance(run.teacher, TeacherRunner), "a plan is made for a teacher"
     ranks, size = run.ranks, run.plan.micro_batch_size
     # all batches on every rank: which rows are written twice must not depend on theirs
     batches = epoch_batches(run)
     seen = np.zeros(len(rows), dtype=bool)
     with ExitStack() as stack:
-        files = [stack.enter_context(flat_file(folder, f.name).open("r+b")) for f in fields]
+        files = [stack.enter_context(flat_file(folder, f.name).open("r+b")) for f in layout.fields]
         bar = stack.enter_context(progress_bar(progress))
         task = bar.add_task("storing the teacher's states", total=len(rows))
         for number in range(-(-len(rows) // size)):
@@ -105,8 +102,8 @@ def _write_share(
             places = [place for place, row in enumerate(inputs[ROWS].tolist()) if not seen[row]]
             seen[inputs[ROWS].numpy()] = True
             if number % ranks.world_size == ranks.rank:
-                states = run.teacher.record(run.move(inputs))
-                for field, file in zip(fields, files, strict=True):
+                states = run.teacher.record(run.move(inputs), layout.recorded)
+                for field, file in zip(layout.fields, files, strict=True):
                     bits = to_store(states, field).numpy()
                     for place in places:
                         _write(file, field, rows, int(inputs[ROWS][place]), bits[place])

@@ -1,20 +1,25 @@
 """What is stored of a row: one file of plain numbers for each tensor of a `Capture`.
 
+Of attention either queries, keys and values are stored, or the hidden states below its blocks, from
+which the teacher's own blocks make them again.
+
 A row is stored at its own length, without padding: its tokens follow each other in each file, and
 those of the next row follow them. What a head of a classifier gives is one entry a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd.capture import Capture
+from fastkd.capture import Capture, RecomputedAttention
 from fastkd.errors import UserError
+from fastkd.losses import model_inputs
+from fastkd.types import Inputs
 
 # numbers of these sizes are stored, whatever they stand for
 BITS = {2: torch.int16, 4: torch.int32}
@@ -55,6 +60,81 @@ class Field:
         }
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What is stored of each row, and what steps are given of it."""
+
+    fields: tuple[Field, ...]
+    recorded: Mapping[str, Any]
+    """Keyword arguments of `capture` for the pass that fills it."""
+    template: Capture
+    """Of one batch: what is the same for all rows, such as scales and the weights of a head."""
+    recomputed: RecomputedAttention | None = None
+    """What makes queries, keys and values, where they are not stored."""
+
+    def names(self, wanted: Mapping[str, Any]) -> list[str]:
+        """Of the fields that are read for keyword arguments of `capture`; layers beyond these are
+        left on the disk."""
+        kept = {f"hidden-{n}" for n in self._below(wanted) | set(wanted["hidden"])}
+        if self.recomputed is None:
+            parts = ("query", "key", "value")
+            kept |= {f"{part}-{layer}" for part in parts for layer in wanted["attention"]}
+        of_layers = ("query-", "key-", "value-", "hidden-")
+        names = [field.name for field in self.fields]
+        return [name for name in names if name in kept or not name.startswith(of_layers)]
+
+    def rebuilt(
+        self, inputs: Inputs, wanted: Mapping[str, Any], read: Callable[[str], Tensor]
+    ) -> Capture:
+        """What `capture` would have recorded.
+
+        Args:
+            inputs: of the micro-batch, on the teacher's device.
+            wanted: keyword arguments of `capture`.
+            read: the tensor of a field.
+        """
+        hidden = {n: read(f"hidden-{n}") for n in self._below(wanted) | set(wanted["hidden"])}
+        head = self.template.logits
+        if isinstance(head, Tensor):
+            head = read("logits")
+        elif head is not None:
+            head = head._replace(hidden=read("logits"))
+        return replace(
+            self._attention(inputs, wanted["attention"], hidden, read),
+            hidden={n: state for n, state in hidden.items() if n in wanted["hidden"]},
+            logits=head,
+            outputs=None if self.template.outputs is None else read("outputs"),
+            modules={path: read(f"module-{path}") for path in self.template.modules},
+        )
+
+    def _below(self, wanted: Mapping[str, Any]) -> set[int]:
+        """Layers whose states attention is made of."""
+        return set() if self.recomputed is None else {n - 1 for n in wanted["attention"]}
+
+    def _attention(
+        self,
+        inputs: Inputs,
+        layers: Collection[int],
+        hidden: Mapping[int, Tensor],
+        read: Callable[[str], Tensor],
+    ) -> Capture:
+        """A capture of attention alone."""
+        template = self.template.attention
+        if self.recomputed is not None and layers:
+            made = self.recomputed(model_inputs(inputs), hidden, layers)
+        else:
+            made = {
+                layer: template[layer]._replace(
+                    query=read(f"query-{layer}"),
+                    key=read(f"key-{layer}"),
+                    value=None if template[layer].value is None else read(f"value-{layer}"),
+                )
+                for layer in layers
+            }
+        without = {layer for layer, state in template.items() if state.value is None}
+        return Capture({n: s._replace(value=None) if n in without else s for n, s in made.items()})
+
+
 def fields_of(
     states: Capture, tokens: tuple[int, int], stored: torch.dtype | None
 ) -> tuple[Field, ...]:
@@ -88,44 +168,38 @@ def without_values(states: Capture) -> Capture:
     return replace(states, attention=kept)
 
 
+def constant_part(states: Capture) -> Capture:
+    """A capture as a template: what is of a single batch is left without numbers."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        return tensor.new_empty(0)
+
+    head = states.logits
+    if isinstance(head, Tensor):
+        head = empty(head)
+    elif head is not None:
+        head = head._replace(hidden=empty(head.hidden))
+    return Capture(
+        attention={
+            layer: state._replace(
+                query=empty(state.query),
+                key=empty(state.key),
+                value=None if state.value is None else empty(state.value),
+            )
+            for layer, state in states.attention.items()
+        },
+        logits=head,
+        outputs=None if states.outputs is None else empty(states.outputs),
+        modules={path: empty(given) for path, given in states.modules.items()},
+    )
+
+
 def to_store(states: Capture, field: Field) -> Tensor:
     """A field of a capture as it is stored, on the CPU: bits [batch, entries, numbers]."""
     tensor = next(t for name, t, _ in _tensors(states) if name == field.name)
     entries = tensor[:, None] if field.token_dim is None else tensor.movedim(field.token_dim, 1)
     flat = entries.flatten(2).to(field.stored).contiguous().cpu()
     return flat.view(BITS[field.stored.itemsize])
-
-
-def rebuilt(template: Capture, kept: set[str], read: Callable[[str], Tensor]) -> Capture:
-    """A capture like another one.
-
-    Args:
-        template: has what is the same for all rows: scales, weights of a head.
-        kept: names of the fields that it shall have.
-        read: the tensor of a field.
-    """
-    attention = {
-        layer: state._replace(
-            query=read(f"query-{layer}"),
-            key=read(f"key-{layer}"),
-            value=None if state.value is None else read(f"value-{layer}"),
-        )
-        for layer, state in template.attention.items()
-        if f"query-{layer}" in kept
-    }
-    hidden = {n: read(f"hidden-{n}") for n in template.hidden if f"hidden-{n}" in kept}
-    head = template.logits
-    if isinstance(head, Tensor):
-        head = read("logits")
-    elif head is not None:
-        head = head._replace(hidden=read("logits"))
-    return Capture(
-        attention=attention,
-        hidden=hidden,
-        logits=head,
-        outputs=None if template.outputs is None else read("outputs"),
-        modules={path: read(f"module-{path}") for path in template.modules},
-    )
 
 
 def _tensors(states: Capture) -> Iterator[tuple[str, Tensor, int | None]]:

@@ -1,52 +1,68 @@
-"""Where a run's cache of teacher states lies, what it takes, and whether it pays."""
+"""Where a run's cache of teacher states lies, in which form, and what it takes."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
-import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from fastkd.capture import Capture
+from fastkd.capture import Capture, try_recomputing
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.text.cache import cache_key, is_complete
 from fastkd.data.text.datamodule import TextDataModule
 from fastkd.errors import UserError
-from fastkd.files.disk import disk_errors
+from fastkd.losses import model_inputs
 from fastkd.models.digests import model_digests
 from fastkd.recipe import Recipe
-from fastkd.reporting.console import Reporter
+from fastkd.recipe.models import CacheAttention, CacheForm
 from fastkd.training.engine import TeacherRunner
 from fastkd.training.setup import Run
 from fastkd.training.teacher_cache.fill import FIELD, epoch_batches, fill
-from fastkd.training.teacher_cache.layout import Field, fields_of, without_values
-from fastkd.training.teacher_cache.states import Rows, TeacherStates
+from fastkd.training.teacher_cache.layout import (
+    Field,
+    Layout,
+    constant_part,
+    fields_of,
+    without_values,
+)
+from fastkd.training.teacher_cache.rows import Rows
+from fastkd.training.teacher_cache.states import TeacherStates
 from fastkd.types import Inputs
 
 FORMAT = 1
 """Raised when the same settings would give other files."""
-_STORED = {"exact": None, "bfloat16": torch.bfloat16}
-_TIMED_BATCHES = 3
-_PROBE_BYTES = 1 << 25
+_PRECISIONS: Mapping[CacheForm, torch.dtype | None] = {"exact": None, "bfloat16": torch.bfloat16}
 _GIB = 2**30
+
+
+class Form(NamedTuple):
+    """How states are stored."""
+
+    precision: CacheForm
+    """As `teacher.cache`, but for none."""
+    attention: CacheAttention = "stored"
+    """As `teacher.cache_attention`."""
+
+    def __str__(self) -> str:
+        words = self.precision, *(["attention recomputed"] if self.attention != "stored" else [])
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)
 class CachePlan:
     """What is stored of the teacher in a run, and where."""
 
-    form: str
+    form: Form
     folder: Path
-    fields: tuple[Field, ...]
+    layout: Layout
     rows: Rows
-    template: Capture
-    """Of one batch: what is the same for all rows."""
+    sizes: Mapping[Form, int]
+    """Bytes on disk of every form in which these states may be stored."""
     settings: dict[str, Any]
     """What the folder's name is made of."""
     filled: bool
@@ -54,7 +70,7 @@ class CachePlan:
     @property
     def size(self) -> int:
         """Bytes on disk."""
-        return sum(self.rows.entries(field) * field.entry_bytes for field in self.fields)
+        return self.sizes[self.form]
 
     def use(self, run: Run, *, progress: bool) -> None:
         """Let a run read its teacher's states from disk, once they are there; collective.
@@ -64,35 +80,46 @@ class CachePlan:
         """
         assert isinstance(run.teacher, TeacherRunner), "a plan is made for a teacher"
         if not self.filled:
-            fill(run, self.folder, self.fields, self.rows, self.settings, progress=progress)
+            fill(run, self.folder, self.layout, self.rows, self.settings, progress=progress)
         missing = not is_complete(self.folder, FIELD, build=run.ranks.is_main)
         if any(run.ranks.gather(missing)):
             raise UserError(
                 f"{FIELD}: {self.folder} is not whole on every rank; all ranks must see the same "
                 "folder"
             )
-        run.teacher.stored = TeacherStates(self.folder, self.fields, self.rows, self.template)
+        run.teacher.stored = TeacherStates(self.folder, self.layout, self.rows)
 
 
-def plan_cache(run: Run, form: str) -> CachePlan | None:
+def plan_cache(run: Run, form: Form) -> CachePlan:
     """Plan to store what the losses of a run read of its teacher; collective, writes nothing.
 
     Args:
         run: of a recipe whose states can be stored, see `Recipe.why_not_cached`.
-        form: as `teacher.cache`; of "none" there is no plan.
+        form: where no loss reads attention, that is not recomputed either.
 
     Raises:
-        UserError: a submodule whose states have no place for each token.
+        UserError: a submodule whose states have no place for each token, or attention that can't be
+            recomputed.
     """
     recipe, teacher = run.recipe, run.teacher
-    if form == "none" or not isinstance(recipe, Recipe) or not isinstance(teacher, TeacherRunner):
-        return None
-    inputs = _batches(run, 1)[0]
-    template = teacher.record(inputs)
+    assert isinstance(recipe, Recipe) and isinstance(teacher, TeacherRunner)
+    (inputs,), rows = first_batches(run, 1), _rows_of(run)
+    wanted = run.objective.all_layers("teacher")
+    if not wanted["attention"]:
+        form = Form(form.precision)
+    states = teacher.record(inputs, _recorded(wanted, recomputed=True))
     if not run.objective.reads_values:
-        template = without_values(template)
-    batch, tokens = inputs["input_ids"].shape
-    fields = fields_of(template, (batch, tokens), _STORED[form])
+        states = without_values(states)
+    fields = _fields_of_forms(states, wanted, inputs)
+    recomputed = form.attention == "recomputed"
+    layout = Layout(
+        fields=fields[form],
+        recorded=_recorded(wanted, recomputed),
+        template=constant_part(states),
+        recomputed=try_recomputing(teacher.model, model_inputs(inputs), wanted["attention"])
+        if recomputed
+        else None,
+    )
     settings = {
         "format": FORMAT,
         "teacher": run.ranks.from_main(lambda: model_digests(recipe.teacher.source)),
@@ -101,16 +128,19 @@ def plan_cache(run: Run, form: str) -> CachePlan | None:
         "attention": recipe.teacher.attention,
         "tf32": recipe.train.tf32,
         "device": run.ranks.device.type,
-        "states": [field.as_dict() for field in fields],
+        "states": [field.as_dict() for field in layout.fields],
         **_data_of(run),
     }
     folder = Path(recipe.teacher.cache_folder).expanduser() / cache_key(settings)
     return CachePlan(
         form=form,
         folder=folder,
-        fields=fields,
-        rows=_rows_of(run),
-        template=template,
+        layout=layout,
+        rows=rows,
+        sizes={
+            one: sum(rows.entries(field) * field.entry_bytes for field in its)
+            for one, its in fields.items()
+        },
         settings=settings,
         filled=run.ranks.from_main(lambda: is_complete(folder, FIELD)),
     )
@@ -128,15 +158,15 @@ def check_room(plan: CachePlan, limit: float) -> None:
     """
     if plan.size > limit * _GIB:
         raise UserError(
-            f"teacher.cache: {_size(plan.size)} of states, but teacher.cache_limit is {limit:g}; "
+            f"teacher.cache: {size_of(plan.size)} of states, but teacher.cache_limit is {limit:g}; "
             f"raise it, {_smaller(plan)}or leave teacher.cache out"
         )
     root = plan.folder.parent
-    free = shutil.disk_usage(_existing(root)).free
+    free = shutil.disk_usage(existing(root)).free
     if not plan.filled and plan.size > free:
         raise UserError(
-            f"{FIELD}: {_size(plan.size)} of states, but {root} has {_size(free)} free; free some, "
-            f"name another folder, {_smaller(plan)}or leave teacher.cache out"
+            f"{FIELD}: {size_of(plan.size)} of states, but {root} has {size_of(free)} free; free "
+            f"some, name another folder, {_smaller(plan)}or leave teacher.cache out"
         )
 
 
@@ -146,86 +176,50 @@ def plan_for_run(run: Run) -> CachePlan | None:
     Raises:
         UserError: as `plan_cache` and `check_room`.
     """
-    if not isinstance(run.recipe, Recipe):
+    if not isinstance(run.recipe, Recipe) or run.recipe.teacher.cache == "none":
         return None
-    plan = plan_cache(run, run.recipe.teacher.cache)
-    if plan is not None:
-        found, limit = plan, run.recipe.teacher.cache_limit
-        run.ranks.from_main(lambda: check_room(found, limit))
+    teacher = run.recipe.teacher
+    plan = plan_cache(run, Form(teacher.cache, teacher.cache_attention))
+    run.ranks.from_main(lambda: check_room(plan, teacher.cache_limit))
     return plan
 
 
-def describe(run: Run, plan: CachePlan, reporter: Reporter) -> None:
-    """Say what a cache takes, and measure whether it pays; collective."""
-    each = plan.size / plan.rows.tokens
-    when = "is there" if plan.filled else "is filled before the first step"
-    reporter.say(
-        f"teacher cache: {plan.form}, {each:,.0f} bytes a token, {_size(plan.size)}; "
-        f"{plan.folder} {when}"
-    )
-    reporter.say(run.ranks.from_main(lambda: _verdict(run, plan, each)))
+def first_batches(run: Run, count: int) -> list[Inputs]:
+    """The first micro-batches of an epoch, on the device."""
+    batches = epoch_batches(run)
+    return [run.move(batches.next_step(number)[0]) for number in range(count)]
 
 
-def _verdict(run: Run, plan: CachePlan, each: float) -> str:
-    rate, seconds = disk_rate(plan.folder.parent), _teacher_seconds(run)
-    reading = each / rate
-    train = run.recipe.train
-    times = train.steps * train.batch_size / len(plan.rows)
-    passes = times * seconds
-    cached = times * reading + (0 if plan.filled else seconds)
-    said = "it pays" if cached < passes else "it costs more than it saves"
-    if not plan.filled and cached >= passes and reading < seconds:
-        said += " unless other runs read it too"
-    return (
-        f"teacher cache: 1,000 tokens take {1e6 * seconds:.3g} ms of the teacher, "
-        f"{1e6 * reading:.3g} ms of a disk that reads {rate / 1e9:.3g} GB/s; the data is read "
-        f"{times:.2f} times: {said}"
-    )
-
-
-def disk_rate(folder: Path) -> float:
-    """Bytes a second that are read where a folder is or will be, of a file that is not in memory;
-    the file is gone afterwards."""
-    place = _existing(folder)
-    with disk_errors(place, "try again"), tempfile.TemporaryFile(dir=place) as file:
-        file.write(os.urandom(_PROBE_BYTES))
-        file.flush()
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file.seek(0)
-        start = time.perf_counter()
-        file.read()
-        return _PROBE_BYTES / (time.perf_counter() - start)
-
-
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
     """A folder, or the nearest above it that there is."""
     return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
 
 
-def _teacher_seconds(run: Run) -> float:
-    """Of one token that is no padding."""
-    assert isinstance(run.teacher, TeacherRunner), "a plan is made for a teacher"
-    batches = _batches(run, 1 + _TIMED_BATCHES)
-    run.teacher.record(batches.pop(0))
-    tokens = sum(_tokens(inputs) for inputs in batches)
-    start = time.perf_counter()
-    for inputs in batches:
-        run.teacher.record(inputs)
-    if run.ranks.device.type == "cuda":
-        torch.cuda.synchronize(run.ranks.device)
-    return (time.perf_counter() - start) / tokens
+def size_of(size: int) -> str:
+    """Bytes, for people."""
+    return f"{size / _GIB:,.3g} GiB" if size >= _GIB else f"{size / 2**20:,.3g} MiB"
 
 
-def _tokens(inputs: Inputs) -> int:
-    mask = inputs.get("attention_mask")
-    return inputs["input_ids"].numel() if mask is None else int(mask.sum())
+def _recorded(wanted: Mapping[str, Any], recomputed: bool) -> dict[str, Any]:
+    """Keyword arguments of `capture` that also record what attention is recomputed from."""
+    below = {layer - 1 for layer in wanted["attention"]} if recomputed else set()
+    return {**wanted, "hidden": wanted["hidden"] | below}
 
 
-def _batches(run: Run, count: int) -> list[Inputs]:
-    """The first micro-batches of an epoch, on the device."""
-    batches = epoch_batches(run)
-    return [run.move(batches.next_step(number)[0]) for number in range(count)]
+def _fields_of_forms(
+    states: Capture, wanted: Mapping[str, Any], inputs: Inputs
+) -> dict[Form, tuple[Field, ...]]:
+    """What each form stores of a capture that holds what attention is recomputed from."""
+    batch, tokens = inputs["input_ids"].shape
+    hidden = {n: state for n, state in states.hidden.items() if n in wanted["hidden"]}
+    stored: dict[CacheAttention, Capture] = {"stored": replace(states, hidden=hidden)}
+    if wanted["attention"]:
+        stored["recomputed"] = replace(states, attention={})
+    return {
+        Form(precision, attention): fields_of(kept, (batch, tokens), dtype)
+        for precision, dtype in _PRECISIONS.items()
+        for attention, kept in stored.items()
+    }
 
 
 def _data_of(run: Run) -> dict[str, Any]:
@@ -246,8 +240,13 @@ def _rows_of(run: Run) -> Rows:
 
 
 def _smaller(plan: CachePlan) -> str:
-    return "take teacher.cache=bfloat16, " if plan.form == "exact" else ""
-
-
-def _size(size: int) -> str:
-    return f"{size / _GIB:,.3g} GiB" if size >= _GIB else f"{size / 2**20:,.3g} MiB"
+    """The smallest form that takes less room, where there is one."""
+    smallest = min(plan.sizes, key=lambda form: plan.sizes[form])
+    if plan.sizes[smallest] >= plan.size:
+        return ""
+    changes = []
+    if smallest.precision != plan.form.precision:
+        changes.append(f"teacher.cache={smallest.precision}")
+    if smallest.attention != plan.form.attention:
+        changes.append(f"teacher.cache_attention={smallest.attention}")
+    return f"take {' '.join(changes)} ({size_of(plan.sizes[smallest])}), "

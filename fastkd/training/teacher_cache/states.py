@@ -1,109 +1,104 @@
-"""A teacher's stored states, read by row."""
+"""A teacher's stored states on the way to a step: read with its inputs, used for a teacher's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from fastkd.capture import Capture
-from fastkd.errors import UserError
-from fastkd.files.flat import flat_file
-from fastkd.training.teacher_cache.layout import BITS, Field, rebuilt
-from fastkd.types import ROWS, Inputs
+from fastkd.data.datamodule import MicroBatches
+from fastkd.layer_map import Progress
+from fastkd.training.teacher_cache.layout import Layout
+from fastkd.training.teacher_cache.rows import Rows, StoredRows
+from fastkd.types import ROWS, STORED, Inputs
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Where each row's entries stand in the files."""
-
-    offsets: npt.NDArray[np.int64]
-    """[rows + 1], in tokens of all rows."""
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def tokens(self) -> int:
-        """Of all rows."""
-        return int(self.offsets[-1])
-
-    def entries(self, field: Field) -> int:
-        """Of a field, in its whole file."""
-        return len(self) if field.token_dim is None else self.tokens
-
-    def span(self, field: Field, row: int) -> tuple[int, int]:
-        """The first entry of a row, and the one after its last."""
-        if field.token_dim is None:
-            return row, row + 1
-        return int(self.offsets[row]), int(self.offsets[row + 1])
+WantedAt = Callable[[Progress], Mapping[str, Any]]
+"""Keyword arguments of `capture` at a moment of the run."""
 
 
 class TeacherStates:
     """What a teacher left on each row, in the place of a teacher that runs."""
 
-    def __init__(
-        self, folder: Path, fields: Sequence[Field], rows: Rows, template: Capture
-    ) -> None:
+    def __init__(self, folder: Path, layout: Layout, rows: Rows) -> None:
         """Open a whole folder.
 
         Args:
             folder: filled by `fill`, and checked.
-            fields: what it holds.
+            layout: of what it holds.
             rows: where each stands.
-            template: a capture of this teacher.
 
         Raises:
-            UserError: a file that isn't as long as it should be.
+            DiskError: a file that isn't as long as it should be.
         """
-        self._fields = {field.name: field for field in fields}
-        self._rows = rows
-        self._template = template
-        self._stored = {f.name: _open(folder, f, rows.entries(f)) for f in fields}
+        self._layout = layout
+        self._fields = {field.name: field for field in layout.fields}
+        self._rows = StoredRows(folder, layout.fields, rows)
 
-    def __call__(self, inputs: Inputs, wanted: Mapping[str, Any]) -> Capture:
-        """What `capture` would have recorded of the teacher on a micro-batch.
+    def reading(self, micro_batches: MicroBatches, wanted_at: WantedAt) -> MicroBatches:
+        """Micro-batches that also hold what is stored of their rows, in the precision of the disk.
 
         Args:
-            inputs: with the numbers of its rows; padding is on the right.
-            wanted: keyword arguments of `capture`; layers beyond these are left on the disk.
+            micro_batches: with numbers of rows.
+            wanted_at: what is wanted at a moment of the run; is called by whatever thread asks for
+                a step.
+        """
+        return _WithStates(micro_batches, self._layout, self._rows, wanted_at)
+
+    def __call__(self, inputs: Inputs, wanted: Mapping[str, Any]) -> Capture:
+        """What `capture` would have recorded of the teacher on a micro-batch of `reading`.
+
+        Args:
+            inputs: on the teacher's device, but for what is stored; padding is on the right.
+            wanted: keyword arguments of `capture`.
 
         Returns:
-            States in the teacher's precision on the inputs' device, 0 where there is padding.
+            States in the teacher's precision; where there is padding they are 0, or, of queries,
+            keys and values that are made again, what the blocks make of 0.
         """
-        kept = {f"query-{layer}" for layer in wanted["attention"]}
-        kept |= {f"hidden-{layer}" for layer in wanted["hidden"]}
-        rows, ids = inputs[ROWS].tolist(), inputs["input_ids"]
+        device = inputs["input_ids"].device
 
         def read(name: str) -> Tensor:
-            return self._read(self._fields[name], rows, ids.shape[1], ids.device)
+            field = self._fields[name]
+            numbers = inputs[STORED + name].to(device, non_blocking=True).to(field.dtype)
+            entries = numbers.reshape(*numbers.shape[:2], *field.shape)
+            return entries[:, 0] if field.token_dim is None else entries.movedim(1, field.token_dim)
 
-        return rebuilt(self._template, kept, read)
-
-    def _read(self, field: Field, rows: list[int], width: int, device: torch.device) -> Tensor:
-        stored = self._stored[field.name]
-        places = 1 if field.token_dim is None else width
-        bits = np.zeros((len(rows), places, field.numbers), dtype=stored.dtype)
-        for place, row in enumerate(rows):
-            first, end = self._rows.span(field, row)
-            bits[place, : end - first] = stored[first:end]
-        numbers = torch.from_numpy(bits).view(field.stored).to(device, non_blocking=True)
-        entries = numbers.to(field.dtype).reshape(len(rows), places, *field.shape)
-        return entries[:, 0] if field.token_dim is None else entries.movedim(1, field.token_dim)
+        return self._layout.rebuilt(inputs, wanted, read)
 
 
-def _open(folder: Path, field: Field, entries: int) -> npt.NDArray[Any]:
-    path = flat_file(folder, field.name)
-    bits = torch.empty(0, dtype=BITS[field.stored.itemsize]).numpy().dtype
-    try:
-        return np.memmap(path, dtype=bits, mode="r", shape=(entries, field.numbers))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"teacher.cache_folder: {path} can't be read ({error}); remove {folder} and run again"
-        ) from error
+class _WithStates:
+    """`MicroBatches` with what is stored of their rows."""
+
+    def __init__(
+        self, micro_batches: MicroBatches, layout: Layout, rows: StoredRows, wanted_at: WantedAt
+    ) -> None:
+        self._micro_batches = micro_batches
+        self._layout = layout
+        self._rows = rows
+        self._wanted_at = wanted_at
+
+    @property
+    def epoch(self) -> int:
+        return self._micro_batches.epoch
+
+    def next_step(self, step: int) -> Sequence[Inputs]:
+        # the epoch that a step belongs to is that before it was read
+        names = self._layout.names(self._wanted_at(Progress(step, self._micro_batches.epoch)))
+        return [self._with_states(part, names) for part in self._micro_batches.next_step(step)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._micro_batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._micro_batches.load_state_dict(state)
+
+    def close(self) -> None:
+        self._micro_batches.close()
+
+    def _with_states(self, inputs: Inputs, names: Sequence[str]) -> Inputs:
+        rows, width = inputs[ROWS].tolist(), inputs["input_ids"].shape[1]
+        found = self._rows.read(names, rows, width)
+        return {**inputs, **{STORED + name: numbers for name, numbers in found.items()}}

@@ -1,0 +1,141 @@
+"""Try a model once on packed sequences: whether it makes of them what it makes of padded ones.
+
+Whether attention stays within a sequence, from which number positions count, and where a head reads
+is nothing that a model's configuration says; here it is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastkd.capture.blocks import find_blocks, no_cache
+from fastkd.capture.packed_attention import pack_attention
+from fastkd.capture.packed_pass import note_first_position, reading_row
+from fastkd.capture.recording import capture
+from fastkd.capture.routing import runnable
+from fastkd.capture.trial import trial_inputs
+from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
+from fastkd.packed_row import PackedRow
+from fastkd.types import Inputs
+
+_REMEDY = "set task.padding=buckets"
+# of the states' norm: kernels for other shapes round otherwise
+_LEAST = 1e-4
+
+
+def try_packed(model: PreTrainedModel, tokens: int = 8) -> None:
+    """Let a model read packed rows from now on, and see that it makes of them what it made of
+    padded batches.
+
+    Args:
+        model: on one device, which `try_model` took.
+        tokens: length of the longest sequence that it will read.
+
+    Raises:
+        UserError: its attention takes no packed rows, or it gives other states or another output.
+    """
+    training = model.training
+    model.eval()
+    with torch.no_grad(), runnable(model), _known_padding(model) as pad:
+        padded = trial_inputs(model, tokens)
+        expected = _run(model, {**padded, **no_cache(model)}, None)
+        inputs, row = _packed(padded)
+        running = model.config._attn_implementation
+        pack_attention(model)
+        # RoBERTa and its kin count positions from the one after that of padding
+        candidates = [0] if pad < 0 else [0, pad + 1]
+        problems = {first: _differs(model, inputs, row, first, expected) for first in candidates}
+        right = [first for first, problem in problems.items() if problem is None]
+        if not right:
+            # a model that is refused is left as it came
+            model.config._attn_implementation = running
+            model.train(training)
+            _, said = max(problem for problem in problems.values() if problem is not None)
+            raise UserError(
+                f"{type(model).__name__} can't read packed sequences ({said}); {_REMEDY}"
+            )
+        note_first_position(model, right[0])
+    model.train(training)
+    # `runnable` put the name of before back
+    pack_attention(model)
+
+
+@contextmanager
+def _known_padding(model: PreTrainedModel) -> Iterator[int]:
+    """Let a decoder that names no padding have one, by which its classifier finds a last token."""
+    config: Any = model.config
+    pad = getattr(config, "pad_token_id", None)
+    if pad is None:
+        config.pad_token_id = 0
+    try:
+        yield -1 if pad is None else pad
+    finally:
+        if pad is None:
+            config.pad_token_id = None
+
+
+def _packed(padded: dict[str, Tensor]) -> tuple[Inputs, PackedRow]:
+    """The sequences of a padded batch in one row."""
+    mask = padded["attention_mask"].bool()
+    lengths = mask.sum(dim=1)
+    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    positions = mask.cumsum(dim=1) - 1
+    inputs = {
+        "input_ids": padded["input_ids"][mask][None],
+        "position_ids": positions[mask][None],
+    }
+    return inputs, PackedRow(tuple(lengths.tolist()), starts)
+
+
+def _differs(
+    model: PreTrainedModel, inputs: Inputs, row: PackedRow, first: int, expected: dict[str, Tensor]
+) -> tuple[int, str] | None:
+    """How far a packed pass is as expected, and what then isn't, in words; `None` where all is."""
+    try:
+        with reading_row(model, inputs, row, first) as read:
+            found = _run(model, {**read, **no_cache(model)}, row)
+    except UserError:
+        raise
+    except FOREIGN_ERRORS as error:
+        return -1, f"{type(error).__name__}: {one_line(error)}"
+    eps = torch.finfo(model.dtype).eps
+    for number, (name, state) in enumerate(expected.items()):
+        given = found.get(name)
+        if given is None or given.shape != state.shape:
+            shape = None if given is None else list(given.shape)
+            return number, f"{name} is {shape}, expected {list(state.shape)}"
+        valid = row.mask if state.ndim == 3 else None
+        off = _distance(given, state, valid)
+        # rounding adds up over the layers; embeddings hardly have any
+        if not off <= max(_LEAST, eps * (2 * number + 0.25)):
+            return number, f"{name} is off by {off:.2g} of its norm"
+    return None
+
+
+def _run(
+    model: PreTrainedModel, keywords: dict[str, Any], row: PackedRow | None
+) -> dict[str, Tensor]:
+    """States of all layers, of the end, and what the head gives, by name, as of a padded batch."""
+    layers = range(len(find_blocks(model)) + 1)
+    with capture(model, hidden=layers, outputs=True) as states:
+        output = model(**keywords)
+    made = {f"the state of layer {n}": states.hidden[n] for n in layers}
+    if row is not None:
+        made = {name: row.padded(state) for name, state in made.items()}
+    assert states.outputs is not None, "it was captured"
+    made["the last state"] = states.outputs
+    logits = getattr(output, "logits", None)
+    return made if logits is None else {**made, "what the head gives": logits}
+
+
+def _distance(given: Tensor, expected: Tensor, valid: Tensor | None) -> float:
+    given, expected = given.double(), expected.double()
+    if valid is not None:
+        given, expected = given[valid], expected[valid]
+    return float((given - expected).norm() / expected.norm().clamp(min=1e-30))

@@ -1,0 +1,184 @@
+"""Whether a cache of teacher states pays: measured before the first step, for every form of it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastkd.capture import RecomputedAttention, try_recomputing
+from fastkd.errors import UserError
+from fastkd.files.disk import disk_errors
+from fastkd.losses import model_inputs
+from fastkd.reporting.console import Reporter
+from fastkd.training.engine import TeacherRunner
+from fastkd.training.setup import Run
+from fastkd.training.teacher_cache.plan import (
+    CachePlan,
+    Form,
+    existing,
+    first_batches,
+    size_of,
+)
+from fastkd.types import Inputs
+
+_TIMED_BATCHES = 3
+_PROBE_BYTES = 1 << 25
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What was measured, in seconds of a token that is no padding."""
+
+    teacher: float
+    """Of a pass."""
+    recomputing: float | None
+    """Of attention from the hidden states below it; `None` where it can't be made so."""
+    rate: float
+    """Bytes a second that the disk reads."""
+
+
+def describe(run: Run, plan: CachePlan, reporter: Reporter) -> None:
+    """Say what a cache takes in each of its forms, and measure whether it pays; collective."""
+    when = "is there" if plan.filled else "is filled before the first step"
+    reporter.say(
+        f"teacher cache: {plan.form}, {_each(plan, plan.form):,.0f} bytes a token, "
+        f"{size_of(plan.size)}; {plan.folder} {when}"
+    )
+    costs = run.ranks.from_main(lambda: _measured(run, plan))
+    train = run.recipe.train
+    times = train.steps * train.batch_size / len(plan.rows)
+    reporter.say(
+        f"teacher cache: 1,000 tokens take {1e6 * costs.teacher:.3g} ms of the teacher; the data "
+        f"is read {times:.2f} times, ahead of the steps, by a disk of {costs.rate / 1e9:.3g} GB/s"
+    )
+    reporter.table(
+        "teacher cache, 1,000 tokens",
+        ("form", "bytes a token", "on disk", "read", "recomputed", "pays"),
+        [_row(plan, form, costs, times) for form in plan.sizes],
+    )
+
+
+def verdict(costs: Costs, form: Form, each: float, times: float, *, filled: bool) -> str:
+    """Whether a form pays.
+
+    A step waits for the longer of reading, which goes on beside it, and recomputing, at most: what
+    the student takes meanwhile is not counted.
+
+    Args:
+        costs: of this teacher and this disk.
+        form: of the states.
+        each: bytes a token.
+        times: how often the data is read.
+        filled: whether the states are there, which otherwise take a pass of the teacher.
+    """
+    if form.attention == "recomputed" and costs.recomputing is None:
+        return "can't be made"
+    made = costs.recomputing or 0.0 if form.attention == "recomputed" else 0.0
+    waits = max(each / costs.rate, made)
+    cached, passes = times * waits + (0 if filled else costs.teacher), times * costs.teacher
+    if cached < passes:
+        return "yes"
+    return "if shared by runs" if not filled and waits < costs.teacher else "no"
+
+
+def disk_rate(folder: Path) -> float:
+    """Bytes a second that are read where a folder is or will be, of a file that is not in memory;
+    the file is gone afterwards."""
+    place = existing(folder)
+    with disk_errors(place, "try again"), tempfile.TemporaryFile(dir=place) as file:
+        # what can't be compressed, and changes no generator of the run
+        file.write(np.random.default_rng(0).bytes(_PROBE_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        start = time.perf_counter()
+        file.read()
+        return _PROBE_BYTES / (time.perf_counter() - start)
+
+
+def _row(plan: CachePlan, form: Form, costs: Costs, times: float) -> tuple[str, ...]:
+    each, made = _each(plan, form), costs.recomputing
+    stored = plan.sizes[form._replace(attention="stored")]
+    said = verdict(costs, form, each, times, filled=plan.filled and form == plan.form)
+    if form.attention == "recomputed" and plan.sizes[form] >= stored:
+        said += ", no smaller"
+    return (
+        str(form),
+        f"{each:,.0f}",
+        size_of(plan.sizes[form]),
+        f"{1e6 * each / costs.rate:.3g} ms",
+        f"{1e6 * made:.3g} ms" if form.attention == "recomputed" and made is not None else "",
+        said,
+    )
+
+
+def _each(plan: CachePlan, form: Form) -> float:
+    """Bytes a token."""
+    return plan.sizes[form] / plan.rows.tokens
+
+
+def _measured(run: Run, plan: CachePlan) -> Costs:
+    teacher = run.teacher
+    assert isinstance(teacher, TeacherRunner), "a plan is made for a teacher"
+    batches = first_batches(run, 1 + _TIMED_BATCHES)
+    layers = sorted(plan.layout.template.attention)
+    recorded = plan.layout.recorded
+    # one pass gives both its time and what attention is recomputed from
+    wanted = {**recorded, "hidden": recorded["hidden"] | {layer - 1 for layer in layers}}
+    hidden: list[Mapping[int, Tensor]] = []
+
+    def run_teacher(number: int) -> None:
+        hidden.append(teacher.record(batches[number], wanted).hidden)
+
+    passes = _seconds(run, batches, run_teacher)
+    recomputed = _recomputed(teacher, plan, batches[0], layers)
+    making = None
+    if recomputed is not None:
+        inputs = [model_inputs(batch) for batch in batches]
+        making = _seconds(run, batches, lambda n: recomputed(inputs[n], hidden[n], layers))
+    return Costs(passes, making, disk_rate(plan.folder.parent))
+
+
+def _recomputed(
+    teacher: TeacherRunner, plan: CachePlan, inputs: Inputs, layers: list[int]
+) -> RecomputedAttention | None:
+    """What recomputes the attention of the teacher, if it can be."""
+    if plan.layout.recomputed is not None or not layers:
+        return plan.layout.recomputed
+    try:
+        return try_recomputing(teacher.model, model_inputs(inputs), layers)
+    except UserError:
+        return None
+
+
+def _seconds(run: Run, batches: list[Inputs], work: Callable[[int], object]) -> float:
+    """Of a token that is no padding, in the fastest batch after the first, which warms up: whatever
+    else a machine does only adds."""
+    work(0)
+    _wait(run)
+    each = []
+    for number, inputs in enumerate(batches[1:], start=1):
+        start = time.perf_counter()
+        work(number)
+        _wait(run)
+        each.append((time.perf_counter() - start) / _tokens(inputs))
+    return min(each)
+
+
+def _wait(run: Run) -> None:
+    if run.ranks.device.type == "cuda":
+        torch.cuda.synchronize(run.ranks.device)
+
+
+def _tokens(inputs: Inputs) -> int:
+    mask = inputs.get("attention_mask")
+    return inputs["input_ids"].numel() if mask is None else int(mask.sum())

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 AnyPath: TypeAlias = str | os.PathLike[str]
 Head = Literal["none", "sequence_classification", "causal_lm", "masked_lm"]
 """What stands on a model's blocks."""
+EightBits = Literal["float8", "int8"]
+"""Kinds of numbers of a byte that a teacher's linear layers multiply."""
 Side = Literal["student", "teacher"]
 Inputs: TypeAlias = "Mapping[str, Tensor]"
 """What both models read: `input_ids` [batch, tokens] and what goes with them."""

@@ -46,6 +46,17 @@ def test_a_teacher_in_half_precision_teaches(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("compiles", ["false", "true"])
+def test_a_teacher_in_float8_teaches(recipe: Path, compiles: str) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a CUDA device that multiplies float8")
+    option = f"train.compile={compiles}"
+    folder = distilled(recipe, f"float8-{compiles}", "teacher.dtype=float8", option)
+    expected = distilled(recipe, f"bfloat16-{compiles}", "teacher.dtype=bfloat16", option)
+    for ours, theirs in zip(read_losses(folder), read_losses(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=0.15)
+
+
+@pytest.mark.parametrize("compiles", ["false", "true"])
 def test_recorded_steps_are_the_plain_ones(recipe: Path, whole: Path, compiles: str) -> None:
     options = ["train.cuda_graph=true", f"train.compile={compiles}"]
     folder = distilled(recipe, f"recorded-{compiles}", *options)

@@ -201,8 +201,8 @@ def test_adamw_is_left_as_it_was() -> None:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sizes that three ranks can't cut evenly."""
-    student = {"layers": 2, "hidden_size": 20, "heads": 4, "intermediate_size": 37}
+    """Sizes of which two ranks cut a matrix."""
+    student = {"layers": 3, "hidden_size": 20, "heads": 4, "intermediate_size": 37}
     train = {
         "batch_size": 12,
         "optimizer": "muon",
@@ -257,7 +257,7 @@ def test_ranks_and_stages_change_nothing(recipe: Path) -> None:
             *[variant(recipe, name, **given) for name, given in {**stages, **lower}.items()],
             variant(recipe, "moved", train__zero_stage=2),
         ],
-        ranks=3,
+        ranks=2,
     )
     folder = recipe.parent
     for name in (*stages, "moved"):

@@ -61,7 +61,8 @@ def device_tests(device: str) -> list[Path]:
     """Files that do something else where there is a GPU."""
     if device == "cpu":
         return [TESTS / name for name in DRY]
-    found = [*sorted(TESTS.glob("test_kernels_*.py")), TESTS / "test_gpu_runs.py"]
+    runs = [TESTS / f"test_{name}.py" for name in ("ahead", "gpu_runs", "quantised")]
+    found = [*sorted(TESTS.glob("test_kernels_*.py")), *runs]
     return [path for path in found if "cuda.is_available" in path.read_text(encoding="utf-8")]
 
 

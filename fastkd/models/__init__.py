@@ -3,8 +3,8 @@
 `locate.py` finds what a name means, `load.py` reads it whole or refuses it, `checking.py` says why,
 `student.py` shrinks a configuration and copies the mapped layers (`per_layer.py`: what a
 configuration says of each layer), `classifier.py` fits a head to a task, `vocabulary.py` compares
-tokenizers, `digests.py` notes which bytes a run was made from. Which heads there are is
-`fastkd/head_spec.py`.
+tokenizers, `digests.py` notes which bytes a run was made from, `quantised.py`
+rounds a teacher's linear layers to eight bits. Which heads there are is `fastkd/head_spec.py`.
 
 May import transformers, `capture` (to see that a model's attention can be recorded), `data.tasks`
 for what labels are called, and of the recipe the student's section and the models that a run starts

@@ -11,7 +11,7 @@ from fastkd.section import (
     Place,
     Section,
 )
-from fastkd.types import Head, ModelSource
+from fastkd.types import EightBits, Head, ModelSource
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 CacheForm = Literal["none", "exact", "bfloat16"]
@@ -47,13 +47,17 @@ class Teacher(Section):
     """Branch, tag or commit on the hub."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """Expected digest of `model.safetensors`, checked before use."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float8", "int8"] = "auto"
     """Precision of the teacher's weights and activations; `auto` is bfloat16 on a GPU that computes
-    in it, float32 elsewhere."""
+    in it, float32 elsewhere. In `float8` (GPUs) and `int8` (CPUs) its linear layers multiply eight
+    bits, and all else is bfloat16 and float32."""
     attention: Attention = "sdpa"
     """Attention implementation that the teacher runs."""
     placement: Literal["replicate", "shard", "offload"] = "replicate"
     """A copy on every rank, ZeRO-3 shards, or ZeRO-3 shards in CPU memory."""
+    overlap: bool = False
+    """On a GPU, run the teacher on the next micro-batch of a step, on a CUDA stream of its own,
+    while the student trains on this one. Takes the memory of one more micro-batch's states."""
     cache: CacheForm = "none"
     """Whether what the losses read of the teacher is stored once, before the first step, and read
     afterwards: `exact` in the teacher's own precision, `bfloat16` rounded to that."""
@@ -73,12 +77,33 @@ class Teacher(Section):
                 f"cache is {self.cache}, but placement is {self.placement}, and states are stored "
                 "of a whole teacher only; use replicate, or leave cache out"
             )
+        if self.overlap and (self.cache != "none" or self.placement != "replicate"):
+            found = f"placement is {self.placement}, whose weights are gathered in turn"
+            if self.cache != "none":
+                found = f"cache is {self.cache}, and a teacher whose states are read does not run"
+            raise ValueError(f"overlap is on, but {found}; leave one of them out")
+        if self.eight_bits is not None and self.placement != "replicate":
+            raise ValueError(
+                f"dtype is {self.dtype}, but placement is {self.placement}, which shards weights "
+                "of 16 and 32 bits only; use replicate, or another dtype"
+            )
         return self
 
     @property
+    def eight_bits(self) -> EightBits | None:
+        """What its linear layers are rounded to, if they are."""
+        return self.dtype if self.dtype in ("float8", "int8") else None
+
+    @property
+    def states(self) -> str:
+        """The precision that it is loaded in and that its states come in, by torch's name; `auto`
+        is settled before."""
+        return {"float8": "bfloat16", "int8": "float32"}.get(self.dtype, self.dtype)
+
+    @property
     def number_bytes(self) -> int:
-        """Of one of its numbers; `auto` is settled before."""
-        return 4 if self.dtype == "float32" else 2
+        """Of one of its numbers that is not rounded to eight bits."""
+        return 4 if self.states == "float32" else 2
 
     @property
     def source(self) -> ModelSource:

@@ -98,10 +98,20 @@ class Recipe(Section):
                 "losses.reduction is tinybert, which counts padding, but task.padding is none; "
                 "leave one of them out"
             )
+        if self._is_packed and self.teacher.eight_bits is not None:
+            raise ValueError(
+                f"teacher.dtype is {self.teacher.dtype}, which is tried on padded batches, but "
+                "task.padding is none; leave one of them out"
+            )
         if self.train.compile and self.teacher.placement != "replicate":
             raise ValueError(
                 f"train.compile is on and teacher.placement {self.teacher.placement}, which "
                 "gathers weights between the layers of a graph; use replicate, or leave compile out"
+            )
+        if self.train.cuda_graph and self.teacher.overlap:
+            raise ValueError(
+                "train.cuda_graph and teacher.overlap are on, but a graph holds both models in "
+                "turn; leave one of them out"
             )
         return self
 

@@ -17,6 +17,8 @@ class Chip:
     """Bytes."""
     half: float
     """Dense operations a second of matrix products in bf16 or fp16."""
+    float8: float | None
+    """The same in float8; `None` where it is not multiplied."""
     single: float
     """The same in fp32, without tensor cores, as torch runs them where TF32 is off."""
     link: float
@@ -36,6 +38,7 @@ CHIPS: dict[ChipName, Chip] = {
         label="A100 80 GB SXM",
         memory=80e9,
         half=312e12,
+        float8=None,
         single=19.5e12,
         link=300e9,
         host=32e9,
@@ -45,6 +48,7 @@ CHIPS: dict[ChipName, Chip] = {
         label="H100 SXM",
         memory=80e9,
         half=989.5e12,
+        float8=1979e12,
         single=67e12,
         link=450e9,
         host=64e9,
@@ -54,6 +58,7 @@ CHIPS: dict[ChipName, Chip] = {
         label="H200 SXM",
         memory=141e9,
         half=989.5e12,
+        float8=1979e12,
         single=67e12,
         link=450e9,
         host=64e9,
@@ -63,6 +68,7 @@ CHIPS: dict[ChipName, Chip] = {
         label="L4",
         memory=24e9,
         half=121e12,
+        float8=242e12,
         single=30.3e12,
         link=32e9,
         host=32e9,

@@ -197,12 +197,12 @@ def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
             ("training", _duration(seconds * train.steps)),
         ],
     )
-    _describe_cache(run, reporter)
     if run.graphed is None:
         reporter.table("time of a step", time_columns(profile), time_rows(profile))
     kind = "GPU" if ranks.device.type == "cuda" else "process"
     rows = memory_rows(profile["memory_bytes"], peak, kind)
     reporter.table(f"memory of each {kind}", ("", "size"), rows)
+    _describe_cache(run, reporter)
 
 
 def measure_steps(run: Run) -> dict[str, Any]:
@@ -253,6 +253,11 @@ def _describe_cache(run: Run, reporter: Reporter) -> None:
     if plan is None:
         plan = plan_cache(run, Form("exact"))
         reporter.say("teacher.cache is none; with teacher.cache=exact:")
+    else:
+        reporter.say(
+            "these steps ran the teacher; those of the run take what is stored of it, which is "
+            "read with their data"
+        )
     describe(run, plan, reporter)
 
 

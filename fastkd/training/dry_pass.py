@@ -31,6 +31,8 @@ class DryPass:
     captured: Capture
     products: int = 0
     """Floating-point operations of its matrix products, attention left out."""
+    float8: int = 0
+    """Those of them that multiply float8."""
     attention: int = 0
     """Those of its attention; of what a causal model does not see, none."""
     saved: int = 0
@@ -77,6 +79,7 @@ def dry_pass(
     return DryPass(
         captured,
         counter.get_total_flops(),
+        counter.get_flop_counts()["Global"].get(torch.ops.aten._scaled_mm, 0),
         attention.operations,
         saved.bytes,
         largest[0],

@@ -30,6 +30,7 @@ from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.layer_map import Progress
 from fastkd.losses.objective import DistilledStudent, Objective
+from fastkd.models.quantised import Quantised
 from fastkd.recipe import AnyRecipe, Recipe, Train
 from fastkd.training.checkpoint.layout import find_places
 from fastkd.training.deepspeed_config import student_config, teacher_config, uses_deepspeed
@@ -67,6 +68,8 @@ class TeacherRunner:
         model: PreTrainedModel,
         objective: Objective,
         engine: nn.Module | None = None,
+        *,
+        quantised: Quantised | None = None,
     ) -> None:
         """Let a teacher run.
 
@@ -74,9 +77,11 @@ class TeacherRunner:
             model: frozen, on the device where it runs.
             objective: whose layers are captured.
             engine: from `shard_teacher`, where the model is not whole.
+            quantised: what of it is in eight bits.
         """
         self.model = model
         self.objective = objective
+        self.quantised = quantised
         self._run = model if engine is None else engine
         # of DeepSpeed's engine it returns nothing
         self._run.eval()

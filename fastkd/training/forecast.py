@@ -25,12 +25,14 @@ from fastkd.models import build_student
 from fastkd.models.load import auto_model, read_config
 from fastkd.models.locate import locate_model
 from fastkd.models.poolers import drop_pooler
+from fastkd.models.quantised import replace_linear
 from fastkd.recipe import Recipe
 from fastkd.training.chips import Chip
 from fastkd.training.deepspeed_config import uses_deepspeed
 from fastkd.training.dry_pass import DryPass, bytes_of, dry_pass, tensors_of
 from fastkd.training.engine import matrix_numbers
 from fastkd.training.memory import memory_parts, parts_on_cpu
+from fastkd.types import EightBits
 
 EFFICIENCY = 0.4
 """Assumed: what matrix products of whole models reach of a chip's rate."""
@@ -54,6 +56,7 @@ class Passes:
     teacher: DryPass
     student: DryPass
     teacher_numbers: int
+    teacher_bytes: int
     trained_numbers: int
     matrix_numbers: int
     """Of those trained, what Muon updates."""
@@ -119,6 +122,8 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
             traits = dry_pass(student, inputs, {}).traits, dry_pass(teacher, inputs, {}).traits
             head = recipe.student.head
             objective = make_objective(recipe.losses, layers, student, teacher, traits, head=head)
+            if recipe.teacher.eight_bits is not None:
+                replace_linear(teacher, recipe.teacher.eight_bits)
         depth = objective.teacher_depth
         taught = dry_pass(teacher, inputs, objective.layers("teacher"), depth=depth)
         learnt = dry_pass(student, inputs, objective.layers("student"), train=True)
@@ -134,6 +139,7 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
         teacher=taught,
         student=learnt,
         teacher_numbers=_numbers(teacher),
+        teacher_bytes=sum(p.numel() * p.element_size() for p in teacher.parameters()),
         trained_numbers=_numbers(student) + _numbers(objective),
         matrix_numbers=matrix_numbers(student, recipe.train),
         teacher_block=_largest(teacher),
@@ -153,12 +159,14 @@ def forecast(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> Forecast
         ranks: how many.
 
     Raises:
-        UserError: the batch doesn't divide by them.
+        UserError: the batch doesn't divide by them, or they don't multiply what the teacher is
+            rounded to.
     """
+    _check_multiplied(recipe.teacher.eight_bits, chip)
     plan = plan_batches(recipe, ranks)
     times = plan.micro_batch_size / passes.rows
-    numbers = passes.teacher_numbers, passes.trained_numbers
-    kept = memory_parts(recipe, *numbers, ranks, passes.matrix_numbers)
+    sizes = passes.teacher_bytes, passes.trained_numbers
+    kept = memory_parts(recipe, *sizes, ranks, passes.matrix_numbers)
     away = parts_on_cpu(recipe)
     parts = {name: size for name, size in kept.items() if name not in away}
     parts |= _worked_with(recipe, passes, plan)
@@ -175,9 +183,13 @@ def layouts(recipe: Recipe, ranks: int) -> Iterator[tuple[str, Recipe]]:
     """Ways to lay the same run out that need less memory, the cheapest first, as overrides."""
     rows = plan_batches(recipe, ranks).micro_batch_size
     places: list[tuple[str, dict[str, str]]] = [("", {})]
-    if ranks > 1:
-        places += [("teacher.placement=shard", {"placement": "shard"})]
-    places += [("teacher.placement=offload", {"placement": "offload"})]
+    given = recipe.teacher
+    # a recipe refuses these with what needs the teacher whole
+    whole = recipe.train.compile or given.overlap or given.cache != "none"
+    if not whole and given.eight_bits is None:
+        if ranks > 1:
+            places += [("teacher.placement=shard", {"placement": "shard"})]
+        places += [("teacher.placement=offload", {"placement": "offload"})]
     stages = [recipe.train.zero_stage, *([2, 3] if ranks > 1 else [])]
     for place, teacher in places:
         for stage in sorted({stage for stage in stages if stage >= recipe.train.zero_stage}):
@@ -197,7 +209,7 @@ def layouts(recipe: Recipe, ranks: int) -> Iterator[tuple[str, Recipe]]:
 
 
 def _teacher(recipe: Recipe, config: Any) -> PreTrainedModel:
-    dtype = getattr(torch, recipe.teacher.dtype)
+    dtype = getattr(torch, recipe.teacher.states)
     model: PreTrainedModel = auto_model(recipe.student.head).from_config(config, dtype=dtype)
     if recipe.student.head == "none":
         drop_pooler(model)
@@ -233,16 +245,29 @@ def _check_counted(model: PreTrainedModel, found: DryPass, depth: int | None, to
         )
 
 
+def _check_multiplied(kind: EightBits | None, chip: Chip) -> None:
+    if kind == "int8":
+        raise UserError("teacher.dtype is int8, which CPUs multiply; give float8 or bfloat16")
+    if kind == "float8" and chip.float8 is None:
+        raise UserError(
+            f"teacher.dtype is float8, which an {chip.label} does not multiply; give bfloat16"
+        )
+
+
 def _worked_with(recipe: Recipe, passes: Passes, plan: BatchPlan) -> dict[str, int]:
     """Bytes that come and go within a step."""
     train, sizes = recipe.train, recipe.train.number_bytes
     times, deepspeed = plan.micro_batch_size / passes.rows, uses_deepspeed(recipe, plan.world_size)
     student = tensors_of(passes.student.captured)
+    # what is rounded to a byte is divided in fp32 before
+    at_work = 3 if recipe.teacher.eight_bits is None else 4
+    # beside those that the student is compared with
+    captured = bytes_of(tensors_of(passes.teacher.captured)) * (1 + recipe.teacher.overlap)
     parts = {
         # the losses form the gradients of what is compared as they read it
         "activations": int((passes.student.saved + bytes_of(student)) * times),
-        "captured of the teacher": int(bytes_of(tensors_of(passes.teacher.captured)) * times),
-        "the teacher at work": int(3 * passes.teacher.largest * times),
+        "captured of the teacher": int(captured * times),
+        "the teacher at work": int(at_work * passes.teacher.largest * times),
     }
     if train.precision == "bf16" and not (deepspeed and train.zero_stage > 1):
         # beside the sum in fp32; one process keeps a micro-batch's own until it has added it
@@ -268,8 +293,11 @@ def _operations_seconds(recipe: Recipe, passes: Passes, chip: Chip) -> float:
     """Seconds of both models' passes over one micro-batch."""
     teacher, student = passes.teacher, passes.student
     single = chip.tf32 if recipe.train.tf32 else chip.single
-    teaching = teacher.products + teacher.attention + _head(teacher)
-    seconds = teaching / (single if recipe.teacher.dtype == "float32" else chip.half)
+    teaching = teacher.products - teacher.float8 + teacher.attention + _head(teacher)
+    seconds = teaching / (single if recipe.teacher.states == "float32" else chip.half)
+    if teacher.float8:
+        assert chip.float8 is not None, "others are refused"
+        seconds += teacher.float8 / chip.float8
     again = 1.0 if recipe.student.gradient_checkpointing else 0.0
     learning = (1 + _BACKWARD + again) * (student.products + _head(student))
     learning += (1 + _ATTENTION_BACKWARD + again) * student.attention

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastkd.layer_map import CONVENTION, LayerMap
 from fastkd.recipe import Recipe, write_yaml
 from fastkd.reporting.console import Reporter
-from fastkd.training.engine import NoTeacher
+from fastkd.training.engine import NoTeacher, TeacherRunner
 from fastkd.training.export import export_notes
 from fastkd.training.precision import describe_precision
 from fastkd.training.setup import Run
@@ -28,6 +28,8 @@ def introduce(run: Run, reporter: Reporter) -> None:
         head = "drawn by train.seed" if initialisation.new_head else "its own"
         reporter.say(f"model: {recipe.model.name}, {size}, head {head}")
     reporter.say(describe_precision(recipe, run.ranks.device))
+    if isinstance(run.teacher, TeacherRunner) and run.teacher.quantised is not None:
+        reporter.say(f"teacher: {run.teacher.quantised}")
     for note in _handed_on(run):
         reporter.say(note)
     there, step = run.datamodule.introduction(recipe.train.batch_size)

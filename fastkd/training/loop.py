@@ -163,22 +163,25 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
         fp32 [2, labels] on the device: this rank's part of the step's raw and weighted losses; the
         sum over ranks is the mean over the global batch.
     """
-    teacher, student, engine = run.teacher, run.student, run.engine
+    student, engine = run.student, run.engine
     objective, ranks, phase = run.objective, run.ranks, run.profile.phase
     micro_batches = [run.move(batch) for batch in step_batches]
     loss_scales = run.loss_scales(micro_batches)
     if objective.needs_look:
         _look(run, micro_batches, loss_scales)
     totals = torch.zeros(2, len(objective.labels), device=ranks.device)
+    teacher_states = run.teacher_states(micro_batches)
     for batch, scale in zip(micro_batches, loss_scales, strict=True):
         if run.graphed is not None:
             parts = run.graphed(batch, scale)
             engine.take_gradients()
         else:
             with phase("teacher"):
-                teacher_states = teacher(batch)
+                states = next(teacher_states)
             with phase("student"):
-                loss, parts = student(batch, teacher_states, scale)
+                loss, parts = student(batch, states, scale)
+                # autograd has what the backward reads of them
+                del states
             with phase("backward"):
                 engine.backward(loss)
         with phase("optimiser"):

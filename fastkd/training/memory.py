@@ -88,7 +88,7 @@ def memory_parts(
 
     Args:
         recipe: precision, stage and placement.
-        teacher: parameters of the teacher; a fine-tuning run has none.
+        teacher: bytes of the teacher's weights; a fine-tuning run has none.
         trained: parameters of the student and the projections.
         world_size: ranks that shards are spread over.
         matrices: parameters that Muon updates, among those.
@@ -97,8 +97,7 @@ def memory_parts(
     shard = [1, world_size]
     parts = {}
     if isinstance(recipe, Recipe):
-        size = teacher * recipe.teacher.number_bytes
-        parts["teacher weights"] = size // shard[recipe.teacher.placement != "replicate"]
+        parts["teacher weights"] = teacher // shard[recipe.teacher.placement != "replicate"]
     # bf16 keeps fp32 master weights beside Adam's two moments, and so does ZeRO of fp32 ones; Muon
     # has one moment
     zero = stage > 0 and uses_deepspeed(recipe, world_size)

@@ -41,7 +41,7 @@ from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, TaskData, resolve_s
 from fastkd.training.export import load_projections
 from fastkd.training.finite import check_weights
 from fastkd.training.memory import check_micro_batch
-from fastkd.training.precision import settle_precision
+from fastkd.training.precision import check_eight_bits, settle_precision
 from fastkd.training.run_folder import RunFolder
 from fastkd.types import ModelSource
 
@@ -105,9 +105,10 @@ def _distillation(
 ) -> Parts:
     task = None if recipe.task is None else task_of(recipe.task)
     source, head = recipe.teacher.source, recipe.student.head
+    check_eight_bits(recipe.teacher.eight_bits, ranks.device)
     teacher = load_teacher(
         source,
-        dtype=getattr(torch, recipe.teacher.dtype),
+        dtype=getattr(torch, recipe.teacher.states),
         attention=recipe.teacher.attention,
         head=head,
     )

@@ -9,10 +9,14 @@ from typing import Any, TypeVar, cast
 import torch
 
 from fastkd.distributed import Ranks
+from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, Recipe, load_any_recipe
 from fastkd.training.run_folder import RunFolder
+from fastkd.types import EightBits
 
 R = TypeVar("R", bound=AnyRecipe)
+FLOAT8_CAPABILITY = "8.9"
+"""From which on torch multiplies float8 with scales of rows."""
 
 
 def settle_precision(recipe: R, ranks: Ranks, made: RunFolder | None = None) -> R:
@@ -69,6 +73,42 @@ def _chosen(recipe: AnyRecipe) -> tuple[str, ...]:
 def takes_bf16(device: torch.device) -> bool:
     """Whether a device is a GPU that computes in bf16 itself."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def check_eight_bits(kind: EightBits | None, device: torch.device) -> None:
+    """See that a device multiplies what a teacher's linear layers are rounded to.
+
+    Args:
+        kind: `Teacher.eight_bits`; `None` is right everywhere.
+        device: of the run.
+
+    Raises:
+        UserError: it doesn't, and what to give instead.
+    """
+    if kind == "int8" and device.type != "cpu":
+        raise UserError(
+            "teacher.dtype is int8, which CPUs multiply, but this run is on a GPU; give float8 or "
+            "bfloat16"
+        )
+    if kind != "float8":
+        return
+    expected = f"expected a GPU of compute capability {FLOAT8_CAPABILITY} or more (L4, H100, H200)"
+    if device.type != "cuda":
+        raise UserError(
+            f"teacher.dtype is float8, but this run is on a {device.type.upper()}, {expected}; "
+            "give int8 or float32"
+        )
+    if torch.version.hip is not None:
+        raise UserError(
+            f"teacher.dtype is float8, but this torch is of ROCm {torch.version.hip}, {expected}; "
+            "give bfloat16"
+        )
+    found = torch.cuda.get_device_capability(device)
+    if found < tuple(map(int, FLOAT8_CAPABILITY.split("."))):
+        raise UserError(
+            f"teacher.dtype is float8, but {torch.cuda.get_device_name(device)} has compute "
+            f"capability {found[0]}.{found[1]}, {expected}; give bfloat16"
+        )
 
 
 @contextmanager

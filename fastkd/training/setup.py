@@ -8,7 +8,7 @@ nothing, so their student stands in no engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.capture import CompiledCapture
+from fastkd.capture import Capture, CompiledCapture
 from fastkd.capture.compiled import check_compiler
 from fastkd.data.batching import plan_batches
 from fastkd.data.datamodule import MicroBatches
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError
+from fastkd.models.quantised import quantise
 from fastkd.recipe import AnyRecipe, Recipe
+from fastkd.training.ahead import TeacherAhead, check_overlap
 from fastkd.training.deepspeed_config import check_packages, student_config, uses_deepspeed
 from fastkd.training.engine import (
     NoTeacher,
@@ -53,6 +55,8 @@ class Run(Parts):
     """Around `module`, see `make_engine`; `module` itself where nothing is trained."""
     graphed: GraphedStep | None = None
     """What makes a micro-batch's forward and backward, where that is recorded."""
+    ahead: TeacherAhead | None = None
+    """What runs the teacher beside the student."""
     profile: Profile | NoProfile = field(default_factory=NoProfile)
     """What is told of the phases of a step."""
 
@@ -60,6 +64,10 @@ class Run(Parts):
     def student(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """What to call on a micro-batch: DeepSpeed's engine, which has to see it, else `module`."""
         return self.module if isinstance(self.engine, LocalEngine) else self.engine
+
+    def teacher_states(self, batches: Iterable[Inputs]) -> Iterator[Capture]:
+        """What the teacher leaves of each micro-batch of a step, made as it is asked for."""
+        return map(self.teacher, batches) if self.ahead is None else self.ahead(batches)
 
     @property
     def teacher_parameters(self) -> int:
@@ -69,12 +77,20 @@ class Run(Parts):
         # a sharded parameter keeps its real size in ds_numel
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.teacher_model.parameters())
 
+    @property
+    def teacher_bytes(self) -> int:
+        """Of these numbers, on all ranks together where they are sharded."""
+        if self.teacher_model is None:
+            return 0
+        weights = self.teacher_model.parameters()
+        return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in weights)
+
     def computed_parts(self) -> dict[str, int]:
         """Bytes of weights, gradients and moments on this rank's device, see `memory_parts`."""
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
         world = self.ranks.world_size
         matrices = matrix_numbers(self.module.student, self.recipe.train)
-        parts = memory_parts(self.recipe, self.teacher_parameters, trained, world, matrices)
+        parts = memory_parts(self.recipe, self.teacher_bytes, trained, world, matrices)
         away = parts_on_cpu(self.recipe) if self.ranks.device.type == "cuda" else set()
         return {name: size for name, size in parts.items() if name not in away}
 
@@ -139,6 +155,9 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
         _compile(run)
     if recipe.train.cuda_graph:
         run.graphed = graphed_step(run)
+    if isinstance(recipe, Recipe) and recipe.teacher.overlap:
+        assert isinstance(teacher, TeacherRunner), "a distillation has one"
+        run.ahead = TeacherAhead(teacher, ranks.device)
     if recipe.train.profile:
         run.profile = make_profile(run)
     return run
@@ -150,7 +169,9 @@ def make_profile(run: Run) -> Profile:
     # its hooks would be recorded, and called no more
     if run.graphed is None:
         computed = run.computed_parts()
-        memory = StepMemory(run.module, run.teacher_model, run.engine, device, computed)
+        models = run.module, run.teacher_model
+        captured = 1 if run.ahead is None else 2
+        memory = StepMemory(*models, run.engine, device, computed, captured=captured)
     return Profile(clocks_of(device), run.objective, memory)
 
 
@@ -188,6 +209,8 @@ def _gathered(recipe: AnyRecipe, ranks: Ranks, progress: bool) -> Parts:
         model = recipe.student if isinstance(recipe, Recipe) else recipe.model
         recomputes = model.gradient_checkpointing and not recipe.train.compile
         check_graphs(ranks.device, by_deepspeed=by_deepspeed, recomputes=recomputes)
+    if isinstance(recipe, Recipe) and recipe.teacher.overlap:
+        check_overlap(ranks.device, plan.accumulation)
     if by_deepspeed:
         check_config(student_config(recipe, plan))
     check_micro_batch(recipe, plan.micro_batch_size, ranks.device)
@@ -207,7 +230,12 @@ def _teacher(parts: Parts, *, sharded: bool) -> TeacherRunner | NoTeacher:
         return NoTeacher()
     if sharded and recipe.teacher.placement != "replicate":
         return TeacherRunner(model, parts.objective, shard_teacher(model, recipe))
-    return TeacherRunner(model.to(parts.ranks.device), parts.objective)
+    device, kind = parts.ranks.device, recipe.teacher.eight_bits
+    if kind is None:
+        return TeacherRunner(model.to(device), parts.objective)
+    # only now: the student was made of its weights
+    quantised = quantise(model, kind, device)
+    return TeacherRunner(model, parts.objective, quantised=quantised)
 
 
 def graphed_step(run: Run, record: Record | None = None) -> GraphedStep:

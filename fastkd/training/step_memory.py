@@ -32,6 +32,8 @@ class StepMemory:
         engine: Any,
         device: torch.device,
         computed: Mapping[str, int],
+        *,
+        captured: int = 1,
     ) -> None:
         """Listen.
 
@@ -42,6 +44,7 @@ class StepMemory:
             device: whose memory is meant.
             computed: bytes as `memory_parts` has them, of the parts that lie on the device. Those
                 of gradients stay what they are under DeepSpeed, which keeps them to itself.
+            captured: micro-batches whose states of the teacher are there at a time.
         """
         self.parts = dict(computed)
         """Bytes by part."""
@@ -49,6 +52,7 @@ class StepMemory:
         self._teacher = teacher
         self._engine = engine
         self._device = device
+        self._captured = captured
         self._largest = 0
         self._looking = False
         self._start = 0
@@ -85,7 +89,7 @@ class StepMemory:
             return
         self._largest, self._looking = size, True
         if self._teacher is not None:
-            self.parts[CAPTURED] = bytes_of(tensors_of(teacher))
+            self.parts[CAPTURED] = self._captured * bytes_of(tensors_of(teacher))
         if self._device.type == "cuda":
             self._start = torch.cuda.memory_allocated(self._device)
             return

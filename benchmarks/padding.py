@@ -7,8 +7,6 @@ must agree. Batches are cut from so many examples that lengths are as similar as
 """
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.machine import machine, report
 from benchmarks.teacher_cache import BATCH, STAGES, STUDENTS, WARM, first_examples, tune_teacher
 from fastkd.distributed import Ranks, joined_ranks
 from fastkd.recipe import AnyRecipe, parse_any_recipe
@@ -113,9 +112,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "what": f"up to {EXAMPLES} examples of each task, {BATCH} a step, {given.steps} steps",
         "student": STUDENT,
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **machine(),
         "cases": {},
     }
     with tempfile.TemporaryDirectory() as name, joined_ranks() as ranks:
@@ -138,10 +135,7 @@ def main() -> None:
             key = f"{task}, {stage}, micro-batches of {size}"
             found["cases"][key] = compared(recipes, ranks)
             print(key, found["cases"][key], file=sys.stderr, flush=True)
-    text = json.dumps(found, indent=2) + "\n"
-    print(text, end="")
-    if given.output is not None:
-        given.output.write_text(text, encoding="utf-8")
+    report(found, given.output)
 
 
 if __name__ == "__main__":

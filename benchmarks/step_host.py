@@ -11,8 +11,6 @@ their PyTorch path, which starts more than their kernels do.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections import Counter
@@ -26,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.engine_step import ZERO, engine_step
+from benchmarks.machine import machine, report
 from benchmarks.training_step import Size, Step, make_inputs, make_steps
 from fastkd.training.graphs import Replay
 
@@ -103,11 +102,4 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path)
     output = parser.parse_args().output
     torch.set_num_threads(1)
-    result = {
-        "processor": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "a step": measure(),
-    }
-    text = json.dumps(result, indent=1) + "\n"
-    print(text) if output is None else output.write_text(text)
+    report({**machine(), "a step": measure()}, output)

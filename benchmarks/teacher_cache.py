@@ -11,9 +11,7 @@ before the first epoch.
 
 import argparse
 import gzip
-import json
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -26,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import machine, report
 from fastkd.data.datamodule import MicroBatches
 from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import Ranks, joined_ranks
@@ -191,9 +190,7 @@ def main() -> None:
     given = parser.parse_args()
     found: dict[str, Any] = {
         "what": f"SST-2, first {given.examples} examples, batches of {BATCH}",
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **machine(),
         "epochs": {},
     }
     with tempfile.TemporaryDirectory() as name, joined_ranks() as ranks:
@@ -208,10 +205,7 @@ def main() -> None:
             key = f"{stage}, student {student}, {form}"
             found["epochs"][key] = compared(recipe, form, folder, ranks)
             print(key, found["epochs"][key], file=sys.stderr, flush=True)
-    text = json.dumps(found, indent=2) + "\n"
-    print(text, end="")
-    if given.output is not None:
-        given.output.write_text(text, encoding="utf-8")
+    report(found, given.output)
 
 
 if __name__ == "__main__":

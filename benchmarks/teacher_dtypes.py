@@ -9,8 +9,6 @@ in one pass and in several: what a teacher would win that reads all micro-batche
 
 import argparse
 import copy
-import json
-import platform
 import statistics
 import time
 import warnings
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertModel
 
+from benchmarks.machine import machine, report
 from benchmarks.training_step import bert_config, make_inputs
 from fastkd.capture import Capture, CompiledCapture, capture, route_attention
 from fastkd.models.quantised import replace_linear
@@ -131,18 +130,12 @@ def main() -> None:
     run = passes()
     found = {
         "what": "forward of a BERT-base-shaped teacher, every third layer captured",
-        "processor": platform.processor() or platform.machine(),
-        "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **machine(),
         "rounds": ROUNDS,
         "rows x tokens": {f"{rows} x {t}": precisions(run, (rows, t)) for rows, t in SHAPES},
         "8 x 128, fp32": cuts(run["fp32"], SHAPES[0]),
     }
-    text = json.dumps(found, indent=2) + "\n"
-    print(text, end="")
-    if given.output is not None:
-        given.output.write_text(text, encoding="utf-8")
+    report(found, given.output)
 
 
 if __name__ == "__main__":

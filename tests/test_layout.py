@@ -62,7 +62,7 @@ PACKAGES: tuple[set[str], ...] = (
     {"torch", "transformers", "safetensors"},
     {"typer"},
 )
-DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "ot": "pot"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "ot": "pot", "cpuinfo": "py-cpuinfo"}
 EXTRAS = ("demo", "study", "tasks", "tensorboard", "trainer", "dev")
 LINES = 600
 

@@ -80,7 +80,9 @@ def head_groups(pair: Pair, dtype: torch.dtype, rows: int | None = None) -> Iter
     tokens = min(tokens, rows or tokens)
     groups = pair.groups
     row = max(dim, pair.teacher_query.shape[-1]) * torch.finfo(dtype).bits // 8
-    fits = max(1, group_bytes() // (heads // groups * tokens * row))
+    size = heads // groups * tokens * row
+    # a product a thread, where so many fit
+    fits = max(1, group_bytes() // size, min(torch.get_num_threads(), MOST_BYTES // size))
     # groups that add into one student key head stay together
     if fits >= groups or groups != pair.key.shape[1]:
         step = max(1, fits // groups)

@@ -159,6 +159,10 @@ def test_further_complaints_are_counted() -> None:
             "train.compile is on and teacher.placement shard, .*; use replicate, or leave",
         ),
         (
+            {"teacher": {"cache_attention": "recomputed"}},
+            "teacher: cache_attention is recomputed, but cache is none, .*; give cache=exact or",
+        ),
+        (
             {"train": {"steps": 10, "warmup_steps": 10}},
             r"train.warmup_steps is 10, expected fewer than train.steps \(10\)",
         ),

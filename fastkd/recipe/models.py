@@ -77,6 +77,11 @@ class Teacher(Section):
                 f"cache is {self.cache}, but placement is {self.placement}, and states are stored "
                 "of a whole teacher only; use replicate, or leave cache out"
             )
+        if self.cache == "none" and self.cache_attention != "stored":
+            raise ValueError(
+                f"cache_attention is {self.cache_attention}, but cache is none, so nothing is "
+                "stored; give cache=exact or bfloat16, or leave cache_attention out"
+            )
         if self.overlap and (self.cache != "none" or self.placement != "replicate"):
             found = f"placement is {self.placement}, whose weights are gathered in turn"
             if self.cache != "none":

@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fastkd.capture.blocks import find_blocks
 from fastkd.errors import UserError
 from fastkd.recipe import Train, load_recipe
+from fastkd.training import muon
 from fastkd.training.checkpoint.states import read_state
 from fastkd.training.deepspeed_config import student_config
 from fastkd.training.engine import make_optimizer
@@ -77,6 +78,34 @@ def test_steps_are_torchs_up_to_its_bf16() -> None:
             optimizer.step()
     difference = (ours - plain).norm() / (ours - weight).norm()
     assert 0 < difference < 0.02
+
+
+@pytest.mark.parametrize("broken", [0.0, 1.0])
+def test_matrices_of_one_shape_are_updated_at_once(
+    broken: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 12)] * 5 + [(12, 8)] * 2 + [(4, 4)]
+    weights = [torch.randn(shape, generator=generator) for shape in shapes]
+    gradients = [torch.randn(shape, generator=generator) for shape in shapes]
+    made = []
+    # each by itself, three of a kind at most, all
+    for numbers in (0, 3 * 96, 1 << 20):
+        monkeypatch.setattr(muon, "_together", lambda device, numbers=numbers: numbers)
+        parameters = [torch.nn.Parameter(weight.clone()) for weight in weights]
+        groups = [{"params": parameters, "weight_decay": DECAY, "muon": True}]
+        optimizer: Any = Muon(groups, lr=RATE, betas=BETAS)
+        optimizer.found_inf, optimizer.grad_scale = torch.tensor(broken), torch.tensor(2.0)
+        for factor in (1.0, -0.5):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = factor * gradient
+            optimizer.step()
+        made.append([*parameters, *(optimizer.state[p]["momentum"] for p in parameters)])
+    for other in made[1:]:
+        for one, same in zip(made[0], other, strict=True):
+            torch.testing.assert_close(one, same, rtol=1e-4, atol=1e-5)
+    unmoved = all(map(torch.equal, made[0], weights))
+    assert unmoved == bool(broken)
 
 
 def engine_of(module: Model, accumulation: int, max_grad_norm: float, bf16: bool) -> LocalEngine:

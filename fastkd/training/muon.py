@@ -11,16 +11,18 @@ the result. Products read TF32 where the run lets them.
 
 A matrix must be whole for that. ZeRO 1 and 2 lay the matrices of a group one after the other and
 give each rank an equal piece, so all but those at the edges of a piece are whole on one rank; these
-are added up from their pieces. The road not taken is DeepSpeed's own Muon, which clips and reports
+are added up from their pieces. Matrices of one shape are multiplied at once, which spares a GPU's
+host hundreds of launches. The road not taken is DeepSpeed's own Muon, which clips and reports
 the norm of the update in the place of the gradient's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -52,6 +54,18 @@ class Piece:
         return flat[self.offset : self.offset + self.length]
 
 
+class _Matrix(NamedTuple):
+    """What an update reads and changes."""
+
+    weight: Tensor
+    gradient: Tensor
+    momentum: Tensor
+
+    def cut(self, piece: Piece) -> _Matrix:
+        """A matrix that is whole in a flat tensor."""
+        return _Matrix(*(piece.cut(flat).view(piece.shape) for flat in self))
+
+
 class Muon(torch.optim.AdamW):
     """Fused AdamW, but for groups with `muon` set, which hold matrices.
 
@@ -79,28 +93,51 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
         for group in groups:
             if group.get("muon"):
-                for weight in group["params"]:
-                    self._update(weight, group["lr"], group["weight_decay"])
+                self._update(group["params"], group["lr"], group["weight_decay"])
 
-    def _update(self, weight: Tensor, rate: float, decay: float) -> None:
-        """Change a matrix, or this rank's pieces of many; collective where matrices are shared."""
-        if weight.grad is None:
+    def _update(self, weights: Sequence[Tensor], rate: float, decay: float) -> None:
+        """Change matrices, or this rank's pieces of many; collective where they are shared."""
+        whole: list[_Matrix] = []
+        for weight in weights:
+            if weight.grad is None:
+                continue
+            state = self.state[weight]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(weight)
+            there = _Matrix(weight, weight.grad, state["momentum"])
+            if weight not in self._pieces:
+                whole.append(there)
+                continue
+            pieces = self._pieces[weight]
+            whole += [there.cut(p) for p in pieces if p.length and not p.shared]
+            self._update_shared(there, [p for p in pieces if p.shared], rate, decay)
+        for alike in _alike(whole):
+            self._update_whole(alike, rate, decay)
+
+    def _update_whole(self, alike: Sequence[_Matrix], rate: float, decay: float) -> None:
+        """Change matrices of one shape, all in one product."""
+        if len(alike) == 1:
+            weight, gradient, momentum = alike[0]
+            self._change(weight, orthogonal(self._look_ahead(gradient, momentum)), rate, decay)
             return
-        state = self.state[weight]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(weight)
-        there = weight.grad, state["momentum"]
-        if weight not in self._pieces:
-            self._change(weight, orthogonal(self._look_ahead(*there)), rate, decay)
+        weights, gradients, momenta = (torch.stack(each) for each in zip(*alike, strict=True))
+        ahead = self._look_ahead(gradients, momenta)
+        self._change(weights, orthogonal(ahead), rate, decay)
+        torch._foreach_copy_([matrix.momentum for matrix in alike], list(momenta.unbind()))
+        torch._foreach_copy_([matrix.weight for matrix in alike], list(weights.unbind()))
+
+    def _update_shared(
+        self, there: _Matrix, pieces: Sequence[Piece], rate: float, decay: float
+    ) -> None:
+        """Change this rank's pieces of matrices that others have pieces of."""
+        if not pieces:
             return
-        pieces = [piece for piece in self._pieces[weight] if piece.shared or piece.length]
-        ahead = [self._look_ahead(*(piece.cut(tensor) for tensor in there)) for piece in pieces]
-        matrices = _whole(pieces, ahead)
-        for piece, matrix in zip(pieces, matrices, strict=True):
+        ahead = [self._look_ahead(p.cut(there.gradient), p.cut(there.momentum)) for p in pieces]
+        for piece, matrix in zip(pieces, _summed(pieces, ahead), strict=True):
             if piece.length:
                 made = orthogonal(matrix.view(piece.shape)).reshape(-1)
                 made = made[piece.start : piece.start + piece.length]
-                self._change(piece.cut(weight), made, rate, decay)
+                self._change(piece.cut(there.weight), made, rate, decay)
 
     def _look_ahead(self, gradient: Tensor, momentum: Tensor) -> Tensor:
         """Move the momentum, and give what is made orthogonal."""
@@ -120,31 +157,43 @@ class Muon(torch.optim.AdamW):
         tensor.copy_(value)
 
 
-def _whole(pieces: Sequence[Piece], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Of pieces of matrices the matrices, flat; those that ranks share are added up."""
-    shared = [number for number, piece in enumerate(pieces) if piece.shared]
-    found = list(tensors)
-    if not shared:
-        return found
-    sizes = [pieces[number].shape.numel() for number in shared]
+def _alike(matrices: Sequence[_Matrix]) -> Iterator[list[_Matrix]]:
+    """Matrices of one shape, so many that they take what is multiplied at once."""
+    of_shape: dict[torch.Size, list[_Matrix]] = defaultdict(list)
+    for matrix in matrices:
+        of_shape[matrix.weight.shape].append(matrix)
+    for shape, same in of_shape.items():
+        count = max(1, _together(same[0].weight.device) // shape.numel())
+        yield from (same[start : start + count] for start in range(0, len(same), count))
+
+
+def _together(device: torch.device) -> int:
+    """Numbers that are made orthogonal at once: 64 MiB, or on a CPU, which multiplies one matrix
+    faster than many, those of one."""
+    return 1 << 24 if device.type == "cuda" else 0
+
+
+def _summed(pieces: Sequence[Piece], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Of pieces that ranks share the matrices, flat."""
+    sizes = [piece.shape.numel() for piece in pieces]
     flat = tensors[0].new_zeros(sum(sizes))
-    for number, matrix in zip(shared, torch.split(flat, sizes), strict=True):
-        piece = pieces[number]
-        matrix[piece.start : piece.start + piece.length] = tensors[number]
-        found[number] = matrix
+    matrices = list(torch.split(flat, sizes))
+    for piece, matrix, tensor in zip(pieces, matrices, tensors, strict=True):
+        matrix[piece.start : piece.start + piece.length] = tensor
     dist.all_reduce(flat)
-    return found
+    return matrices
 
 
 def orthogonal(update: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix, about, times the factor that makes it as large as an
+    """The nearest semi-orthogonal matrices, about, times the factor that makes them as large as an
     update of AdamW: singular values between 0.7 and 1.2 of one.
 
     Args:
-        update: [rows, columns].
+        update: [..., rows, columns].
     """
-    rows, columns = update.shape
-    made: Tensor = update / (update.norm() + _EPSILON)
+    rows, columns = update.shape[-2:]
+    norm = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True)
+    made: Tensor = update / (norm + _EPSILON)
     if rows > columns:
         made = made.mT
     for _ in range(_STEPS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -42,9 +43,14 @@ def _groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def make_engine(
-    module: nn.Module, accumulation: int, max_grad_norm: float, bf16: bool
+    module: nn.Module,
+    accumulation: int,
+    max_grad_norm: float,
+    bf16: bool,
+    optimizer: torch.optim.AdamW | None = None,
 ) -> LocalEngine:
-    optimizer = torch.optim.AdamW(_groups(module), lr=RATE, betas=BETAS, fused=True)
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(_groups(module), lr=RATE, betas=BETAS, fused=True)
     schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
     return LocalEngine(
         module,
@@ -68,10 +74,18 @@ def data_of(accumulation: int) -> list[list[tuple[Tensor, bool]]]:
     ]
 
 
-def _by_hand(accumulation: int, max_grad_norm: float, bf16: bool) -> dict[str, Tensor]:
-    """AdamW (arXiv 1711.05101) on fp64 masters; gradients are those of weights as they compute."""
+def run_by_hand(
+    accumulation: int,
+    max_grad_norm: float,
+    bf16: bool,
+    matrix_update: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """AdamW (arXiv 1711.05101) on fp64 masters; gradients are those of weights as they compute.
+
+    With `matrix_update` matrices are updated otherwise: it moves their first moment by a gradient,
+    both of which it is given, and returns what is subtracted at a rate of 1.
+    """
     lower = Model().bfloat16() if bf16 else Model()
-    names = [name for name, _ in lower.named_parameters()]
     masters = {name: p.detach().double() for name, p in lower.named_parameters()}
     first = {name: torch.zeros_like(m) for name, m in masters.items()}
     second = copy.deepcopy(first)
@@ -80,7 +94,7 @@ def _by_hand(accumulation: int, max_grad_norm: float, bf16: bool) -> dict[str, T
         for rows, reach in micro_batches:
             loss = lower(rows, reach) / accumulation
             found = torch.autograd.grad(loss, list(lower.parameters()), allow_unused=True)
-            for name, gradient in zip(names, found, strict=True):
+            for name, gradient in zip(masters, found, strict=True):
                 if gradient is not None:
                     total[name] += gradient
         norm = torch.stack([g.square().sum() for g in total.values()]).sum().sqrt()
@@ -88,9 +102,12 @@ def _by_hand(accumulation: int, max_grad_norm: float, bf16: bool) -> dict[str, T
         rate = RATE / (1 + step)
         for name, master in masters.items():
             gradient = total[name] * clip
+            master *= 1 - rate * (DECAY if master.ndim > 1 else 0)
+            if matrix_update is not None and master.ndim > 1:
+                master -= rate * matrix_update(first[name], gradient)
+                continue
             first[name].lerp_(gradient, 1 - BETAS[0])
             second[name].lerp_(gradient.square(), 1 - BETAS[1])
-            master *= 1 - rate * (DECAY if master.ndim > 1 else 0)
             root = (second[name] / (1 - BETAS[1] ** (step + 1))).sqrt()
             master -= rate * first[name] / (1 - BETAS[0] ** (step + 1)) / (root + EPS)
         with torch.no_grad():
@@ -129,7 +146,7 @@ def test_steps_are_those_written_out(
         engine.hold_gradients()
         gradients = [p.grad for p in module.parameters()]
     run_steps(engine, accumulation)
-    expected = _by_hand(accumulation, max_grad_norm, bf16)
+    expected = run_by_hand(accumulation, max_grad_norm, bf16)
     # a step is as long as the rate, whatever the gradient: rounding stays far below one
     assert_weights(engine, expected, 1e-5)
     assert engine.global_steps == STEPS and engine.global_samples == STEPS * ROWS

@@ -12,19 +12,18 @@ import torch
 from test_local_engine import (
     BETAS,
     DECAY,
-    EPS,
     RATE,
     ROWS,
     STEPS,
     Model,
     assert_weights,
-    data_of,
+    make_engine,
+    run_by_hand,
     run_steps,
 )
 from tiny_models import tiny_model
 from tiny_runs import assert_same_run, keys, make_recipe, run_variants
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from fastkd.capture.blocks import find_blocks
 from fastkd.errors import UserError
@@ -115,49 +114,13 @@ def engine_of(module: Model, accumulation: int, max_grad_norm: float, bf16: bool
         {"params": [bias, rare], "weight_decay": 0.0, "muon": False},
     ]
     optimizer = Muon(groups, lr=RATE, betas=BETAS)
-    return LocalEngine(
-        module,
-        optimizer,
-        LambdaLR(optimizer, lambda step: 1 / (1 + step)),
-        accumulation=accumulation,
-        batch_size=ROWS,
-        max_grad_norm=max_grad_norm,
-        bf16=bf16,
-    )
+    return make_engine(module, accumulation, max_grad_norm, bf16, optimizer)
 
 
-def run_by_hand(accumulation: int, max_grad_norm: float, bf16: bool) -> dict[str, Tensor]:
-    """On fp64 masters; gradients are those of weights as they compute."""
-    lower = Model().bfloat16() if bf16 else Model()
-    masters = {name: p.detach().double() for name, p in lower.named_parameters()}
-    first = {name: torch.zeros_like(m) for name, m in masters.items()}
-    second = {name: torch.zeros_like(m) for name, m in masters.items()}
-    for step, micro_batches in enumerate(data_of(accumulation)):
-        total = {name: torch.zeros_like(m) for name, m in masters.items()}
-        for rows, reach in micro_batches:
-            loss = lower(rows, reach) / accumulation
-            found = torch.autograd.grad(loss, list(lower.parameters()), allow_unused=True)
-            for name, gradient in zip(masters, found, strict=True):
-                if gradient is not None:
-                    total[name] += gradient
-        norm = torch.stack([g.square().sum() for g in total.values()]).sum().sqrt()
-        clip = (max_grad_norm / (norm + 1e-6)).clamp(max=1) if max_grad_norm else 1.0
-        rate = RATE / (1 + step)
-        for name, master in masters.items():
-            gradient = total[name] * clip
-            if name == "matrix":
-                first[name] = 0.95 * first[name] + 0.05 * gradient
-                master *= 1 - rate * DECAY
-                master -= rate * by_hand(0.05 * gradient + 0.95 * first[name])
-                continue
-            first[name] = BETAS[0] * first[name] + (1 - BETAS[0]) * gradient
-            second[name] = BETAS[1] * second[name] + (1 - BETAS[1]) * gradient.square()
-            root = (second[name] / (1 - BETAS[1] ** (step + 1))).sqrt()
-            master -= rate * first[name] / (1 - BETAS[0] ** (step + 1)) / (root + EPS)
-        with torch.no_grad():
-            for name, parameter in lower.named_parameters():
-                parameter.copy_(masters[name])
-    return masters
+def matrix_by_hand(momentum: Tensor, gradient: Tensor) -> Tensor:
+    """Move the momentum; the orthogonal matrix of Nesterov's look ahead."""
+    momentum.copy_(0.95 * momentum + 0.05 * gradient)
+    return by_hand(0.05 * gradient + 0.95 * momentum)
 
 
 @pytest.mark.parametrize("held", [False, True])
@@ -170,7 +133,7 @@ def test_steps_of_one_process_are_those_written_out(
     if held:
         engine.hold_gradients()
     run_steps(engine, accumulation)
-    expected = run_by_hand(accumulation, max_grad_norm, bf16)
+    expected = run_by_hand(accumulation, max_grad_norm, bf16, matrix_by_hand)
     assert_weights(engine, expected, 2e-5)
     assert engine.global_steps == STEPS
 

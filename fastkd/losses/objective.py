@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -170,15 +169,15 @@ class Objective(nn.Module):
     def divisors(self, inputs: Inputs) -> Tensor:
         """What a micro-batch contributes to the divisors of a step: fp64 [DIVISORS]."""
         labels = target_labels(inputs, self.pair.head)
-        count = partial(count_divisors, inputs, self.pair.causal, self.reduction, labels)
-        if labels is not None or not _PLAIN.issuperset(inputs):
-            return count()
-        # their shape says it all, and a step starts a dozen kernels less
-        ids = inputs["input_ids"]
-        shape = ids.shape, ids.device
-        if shape not in self._divisors:
-            self._divisors[shape] = count()
-        return self._divisors[shape]
+        # where their shape says it all, a step starts a dozen kernels less
+        plain = labels is None and _PLAIN.issuperset(inputs)
+        shape = inputs["input_ids"].shape, inputs["input_ids"].device
+        if plain and shape in self._divisors:
+            return self._divisors[shape]
+        found = count_divisors(inputs, self.pair.causal, self.reduction, labels)
+        if plain:
+            self._divisors[shape] = found
+        return found
 
     def forward(
         self, student: Capture, teacher: Capture, inputs: Inputs, shares: Tensor

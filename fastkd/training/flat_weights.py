@@ -32,9 +32,10 @@ class FlatWeights:
         """
         groups = optimizer.param_groups
         self._parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
-        self._starts = [0, *accumulate(_padded(p.numel()) for p in self._parameters)]
+        *starts, end = accumulate((_padded(p.numel()) for p in self._parameters), initial=0)
+        self._starts = dict(zip(self._parameters, starts, strict=True))
         device, dtype = self._parameters[0].device, self._parameters[0].dtype
-        length = _padded(self._starts[-1], _ROW)
+        length = _padded(end, _ROW)
         self._weights, self._gradients = torch.zeros(2, length, device=device).unbind()
         with torch.no_grad():
             torch._foreach_copy_(self._views(self._weights), list(self._parameters))
@@ -47,7 +48,6 @@ class FlatWeights:
         self.places: dict[nn.Parameter, tuple[Tensor, int | None]] = {}
         """By parameter the tensor that is updated, and where in it the parameter starts; `None`
         where the tensor is that of the parameter alone."""
-        of = dict(zip(self._parameters, self._starts, strict=False))
         matrices = dict(zip(self._parameters, self._views(self._weights), strict=True))
         for group in groups:
             own: list[nn.Parameter] = group["params"]
@@ -55,11 +55,14 @@ class FlatWeights:
                 group["params"] = [matrices[parameter] for parameter in own]
                 self.places |= {parameter: (matrices[parameter], None) for parameter in own}
                 continue
-            begin, end = of[own[0]], of[own[-1]] + _padded(own[-1].numel())
+            begin = self._starts[own[0]]
+            end = self._starts[own[-1]] + _padded(own[-1].numel())
             segment = self._weights[begin:end]
             segment.grad = self._gradients[begin:end]
             group["params"] = [segment]
-            self.places |= {parameter: (segment, of[parameter] - begin) for parameter in own}
+            self.places |= {
+                parameter: (segment, self._starts[parameter] - begin) for parameter in own
+            }
         for parameter, gradient in zip(self._parameters, self._into, strict=True):
             matrices[parameter].grad = gradient
 
@@ -121,7 +124,7 @@ class FlatWeights:
         # cut one by one: what `split` returns may not be written in place
         return [
             flat.narrow(0, start, parameter.numel()).view(parameter.shape)
-            for parameter, start in zip(self._parameters, self._starts[:-1], strict=True)
+            for parameter, start in self._starts.items()
         ]
 
 

@@ -52,6 +52,8 @@ class ModelPair:
     embeddings: tuple[EmbeddingModules, EmbeddingModules] | None = None
     """What makes an embedding of each model's final states: the student's where nothing is
     projected, and the teacher's own; the mean of the tokens where not given."""
+    last_is_output: bool = False
+    """Whether both models hand on the state of their last block as it is, without a norm."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,11 @@ class Term(nn.Module):
         """Peak learning rates of those of its parameters that have another than the run's."""
         return {}
 
+    embeds: ClassVar[bool] = False
+    """Whether its losses compare embeddings, so that no other term says what those are."""
+
     def student_modules(self) -> EmbeddingModules | None:
-        """What makes the student's embedding, where the term decides that; its parameters must be
+        """What makes the student's embedding, where the term says that; its parameters must be
         whole, and what is returned holds copies of them."""
         return None
 

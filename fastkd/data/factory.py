@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fastkd.data.augmentation import Augmentation, augment
 from fastkd.data.datamodule import DataModule
+from fastkd.data.sequences import uses_token_types
 from fastkd.data.tasks import (
     Columns,
     EncodedExamples,
@@ -20,7 +21,6 @@ from fastkd.data.tasks import (
     glue_task,
     padding_id,
     read_examples,
-    uses_token_types,
 )
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.tasks.read import ExampleSource

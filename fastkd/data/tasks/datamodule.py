@@ -42,6 +42,15 @@ class TaskDataModule:
     reads: Reading = field(default="predictions", init=False)
 
     @property
+    def compares(self) -> bool:
+        return False
+
+    @property
+    def pad_id(self) -> int:
+        """What examples are padded with."""
+        return self.train.pad_id
+
+    @property
     def sets(self) -> list[EncodedExamples]:
         """All examples that are read."""
         return [self.train, *self.evaluations.values()]

@@ -20,6 +20,7 @@ from fastkd.losses.counts import Divisor, Reduction
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.packed_row import PackedRow
 from fastkd.recipe.weights import LossConfig as LossConfig
+from fastkd.row_form import RowForm
 from fastkd.types import Head, Side
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class ModelPair:
     embeddings: tuple[EmbeddingModules, EmbeddingModules] | None = None
     """What makes an embedding of each model's final states: the student's where nothing is
     projected, and the teacher's own; the mean of the tokens where not given."""
+    row: tuple[str, ...] = ("text",)
+    """What each of the sequences of a row is, in order, see `RowForm.sequences`: a batch has so
+    many for each of its rows."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ class Setting:
     """Registered names of all losses that are on."""
     field: str = "student.head"
     """What says which head it is."""
+    rows: RowForm | None = None
+    """What a row of texts is; `None` where blocks of text, or a task, are read."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,8 @@ class Batch:
     """Where the sequences stand that were read packed, for a term that `reads_packed`."""
     teacher_mask: Tensor | None = None
     """As `mask`, of what the teacher reads."""
+    scores: Tensor | None = None
+    """A teacher's scores from the data, fp32 [rows, candidates], where it has some."""
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,9 @@ from fastkd.losses.weighting import (
 from fastkd.packed_row import PackedRow, valid_tokens
 from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses
-from fastkd.types import ROWS, Inputs, Side
+from fastkd.types import ROWS, SCORES, Inputs, Side, teacher_inputs
 
-_PLAIN = frozenset(("input_ids", "token_type_ids", ROWS))
+_PLAIN = frozenset(("input_ids", "token_type_ids", ROWS, SCORES))
 """Inputs that hide nothing and label nothing."""
 
 
@@ -198,7 +198,10 @@ class Objective(nn.Module):
         """
         row, mask = PackedRow.of(inputs), valid_tokens(inputs)
         labels = target_labels(inputs, self.pair.head)
-        batch = Batch(mask, labels, row, teacher_mask=mask)
+        read = teacher_inputs(inputs)
+        theirs = mask if read is inputs else valid_tokens(read)
+        scores = inputs.get(SCORES)
+        batch = Batch(mask, labels, row, teacher_mask=theirs, scores=scores)
         views = self._views(student, teacher, row)
         values = []
         for term, where, count in zip(self.each(), self._keys, self._counts, strict=True):

@@ -46,7 +46,7 @@ from fastkd.training.precision import settle_precision
 from fastkd.training.profile import NoProfile, Profile, clocks_of
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.step_memory import StepMemory
-from fastkd.types import LENGTHS, ROWS, STORED, Inputs, Side
+from fastkd.types import LENGTHS, ROWS, STORED, Inputs, Side, teacher_inputs
 
 
 @dataclass
@@ -141,7 +141,8 @@ class Run(Parts):
             else:
                 assert isinstance(self.teacher, TeacherRunner), "it was looked at above"
                 states = self.teacher.embed(inputs)
-            found: Tensor = modules(states, valid_tokens(inputs))
+            read = inputs if side == "student" else teacher_inputs(inputs)
+            found: Tensor = modules(states, valid_tokens(read))
         return found
 
     def move(self, inputs: Inputs) -> Inputs:

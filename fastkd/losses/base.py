@@ -56,6 +56,8 @@ class ModelPair:
     row: tuple[str, ...] = ("text",)
     """What each of the sequences of a row is, in order, see `RowForm.sequences`: a batch has so
     many for each of its rows."""
+    last_is_output: bool = False
+    """Whether both models hand on the state of their last block as it is, without a norm."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,11 @@ class Term(nn.Module):
         """Peak learning rates of those of its parameters that have another than the run's."""
         return {}
 
+    embeds: ClassVar[bool] = False
+    """Whether its losses compare embeddings, so that no other term says what those are."""
+
     def student_modules(self) -> EmbeddingModules | None:
-        """What makes the student's embedding, where the term decides that; its parameters must be
+        """What makes the student's embedding, where the term says that; its parameters must be
         whole, and what is returned holds copies of them."""
         return None
 

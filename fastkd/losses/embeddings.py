@@ -94,6 +94,8 @@ class EmbeddingGroup(LossGroup):
     pooling.
     """
 
+    embeds: ClassVar[bool] = True
+
     def __init__(self, members: Sequence[Loss], shared: Shared) -> None:
         """Choose the modules and make the projection.
 
@@ -120,7 +122,8 @@ class EmbeddingGroup(LossGroup):
         if self.projection is None:
             return teacher.of_student(width)
         weight = self.projection.weight.detach().clone()
-        return teacher.of_student(width, Dense(weight))
+        name = next(loss.name for loss in self.losses if loss.wants_projection)
+        return teacher.of_student(width, Dense(weight, learned_by=name))
 
     def parameter_rates(self) -> dict[str, float]:
         rate = self.shared.projection_learning_rate

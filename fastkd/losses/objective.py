@@ -328,10 +328,18 @@ class Objective(nn.Module):
         """What makes a model's embedding of its final states, as its user gets it: the teacher's by
         its own modules, the student's by those that it is exported with; `None` where fastkd
         doesn't know the teacher's. The objective's parameters must be whole."""
-        if self.pair.embeddings is None or side == "teacher":
-            return None if self.pair.embeddings is None else self.pair.embeddings[1]
-        made = (term.student_modules() for term in self.each())
-        return next((found for found in made if found is not None), self.pair.embeddings[0])
+        known = self.pair.embeddings
+        if known is None or side == "teacher":
+            return None if known is None else known[1]
+        return self.student_modules() or known[0]
+
+    def student_modules(self) -> EmbeddingModules | None:
+        """The same of the student where its losses say it: those of embeddings or, without any, a
+        hidden loss that projects its last layer to the teacher's; `None` elsewhere."""
+        terms = self.each()
+        deciding = [term for term in terms if term.embeds] or terms
+        made = (term.student_modules() for term in deciding)
+        return next((found for found in made if found is not None), None)
 
     def kept(self) -> dict[str, Tensor]:
         """The weights that an evaluation needs later: projections, no log-variances."""

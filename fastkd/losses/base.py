@@ -191,7 +191,7 @@ class Loss(Term):
     """What it reads; an instance may have one of its own, which reads no more layers."""
     mean_over: Divisor = "examples"
     """What its values are means over within a micro-batch; a property where that depends."""
-    group: ClassVar[type[LossGroup] | None] = None
+    group: type[LossGroup] | None = None
     """What computes it together with others; `None` is its own `forward`."""
     heads: ClassVar[tuple[Head, ...]] = tuple(HEADS)
     """Heads of the models that it can be computed for."""

@@ -362,7 +362,7 @@ class Objective(nn.Module):
                 loss = kind(name, config, layer_map, shared)
             if loss.least_rows > 1:
                 self.least_rows[name] = loss.least_rows
-            made.setdefault(kind.group or name, []).append(loss)
+            made.setdefault(loss.group or name, []).append(loss)
         return [
             group(losses, shared)
             if isinstance(group, type) and issubclass(group, LossGroup)

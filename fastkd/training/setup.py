@@ -181,7 +181,7 @@ class Run(Parts):
         random numbers that dropout draws, the same come again."""
         device, phase = self.ranks.device, self.profile.phase
         teacher_states = self.teacher_states(batches)
-        # a compiled model without gradients is another graph, which draws other numbers
+        # without gradients a compiled model is another graph, which may draw other numbers
         grad = self.module.compiled is not None and torch.is_grad_enabled()
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.set_grad_enabled(grad):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import keys, make_recipe, run_script
+from tiny_runs import assert_same_run, keys, make_recipe, run_script
+
+import fastkd
 
 SHARDED = {
     "train.zero_stage": 3,
@@ -65,3 +68,12 @@ def test_a_step_is_that_of_the_whole_batch(steps: dict[str, list[float]], name: 
     loss, norm, expected_loss, expected_norm = steps[name]
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+def test_weights_that_follow_the_losses_see_all_rows_too(tmp_path: Path) -> None:
+    """The first step of `ratio` is looked at before it is made, and evaluations stand between."""
+    recipe = make_recipe(tmp_path, losses={"rkd": {}, "balance": "ratio"}, train={"steps": 3})
+    for name, size in (("whole", None), ("cut", 2)):
+        overrides = {"run.output": str(tmp_path / name), "train.micro_batch_size": size}
+        fastkd.distill(str(recipe), {**overrides, "train.evaluate_every": 1})
+    assert_same_run(tmp_path / "cut", tmp_path / "whole", losses=1e-5, weights=2e-5)

@@ -46,6 +46,7 @@ def make_objective(
     traits: tuple[AttentionTraits, AttentionTraits],
     *,
     head: Head = "none",
+    row: tuple[str, ...] = (),
     seed: int = 0,
     steps: int = 1,
     embeddings: tuple[EmbeddingModules, EmbeddingModules] | None = None,
@@ -60,6 +61,7 @@ def make_objective(
         teacher: to learn from.
         traits: what trying the two models showed, the student's first.
         head: what stands on the blocks of both.
+        row: what each of the sequences of a row is, see `ModelPair`; one text where not given.
         seed: of the draws of a random mapping that names none.
         steps: optimiser steps of the run, which schedules are stretched over.
         embeddings: what makes embeddings of each model, as of `ModelPair`.
@@ -83,6 +85,7 @@ def make_objective(
         head=head,
         outputs=teacher.config.num_labels,
         embeddings=embeddings,
+        row=row or ("text",),
         last_is_output=last_is_output,
     )
     depths = layers.student_layers, layers.teacher_layers

@@ -23,6 +23,7 @@ from fastkd.capture import (
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import DataModule
 from fastkd.data.factory import make_datamodule, task_of
+from fastkd.data.rows.datamodule import RowDataModule
 from fastkd.data.tasks import Task, hand_on_padding, reads_padding
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.text.mlm import Masking
@@ -152,6 +153,7 @@ def _distillation(
         teacher,
         traits,
         head=head,
+        row=() if recipe.row_form is None else recipe.row_form.sequences,
         seed=recipe.train.seed,
         embeddings=embeddings,
         last_is_output=bool(recipe.losses.of("hidden"))
@@ -300,8 +302,8 @@ def pad_alike(
     """
     config = models[0].config
     kept = getattr(config, "pad_token_id", None)
-    if isinstance(datamodule, TaskDataModule):
-        pad = datamodule.train.pad_id
+    if isinstance(datamodule, TaskDataModule | RowDataModule):
+        pad = datamodule.pad_id
         if reads_padding(models[0]):
             kept = hand_on_padding(config, tokenizer, pad, datamodule.sets)
     else:

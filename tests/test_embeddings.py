@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer, models
 from tiny_exports import save_sentences
 from tiny_models import WIDTH, save_teacher, tiny_batch, tiny_model
+from tiny_rows import row_recipe
 from tiny_runs import assert_same_run, keys, make_recipe, run_variants
 from tiny_training import summary_of
 from torch import Tensor, nn
@@ -328,3 +329,30 @@ def test_a_run_is_the_same_however_it_is_cut_and_sharded(tmp_path: Path) -> None
             torch.testing.assert_close(found[key], expected[key], atol=2e-5, rtol=0)
         cosines = [summary_of(tmp_path / n)["after"]["sentence_cosine"] for n in (name, same)]
         assert cosines[0] == pytest.approx(cosines[1], abs=1e-5)
+
+
+def test_prompts_of_the_data_are_handed_on_beside_the_teachers(tmp_path: Path) -> None:
+    teacher = save_sentences(tmp_path, pooling("mean"), models.Normalize())
+    prompts = {"query": "w9 w9 ", "positive": "w8 "}
+    recipe = row_recipe(
+        tmp_path,
+        teacher={"model": str(teacher)},
+        student={"hidden_size": WIDTH},
+        losses={"hidden": {}},
+        data={"prompts": prompts},
+        train={"steps": 1},
+    )
+    result = fastkd.distill(recipe, quiet=True)
+    own = SentenceTransformer(str(result.folder / "student"), device="cpu")
+    assert {name: own.prompts[name] for name in prompts} == prompts
+    assert chain_of(own) == ["Transformer", "Pooling", "Normalize"]
+    expected = own.encode(["w8 w20"])
+    assert (own.encode(["w20"], prompt_name="positive") == expected).all()
+    with pytest.raises(UserError, match=r"data.prompts: query is 'w7 ', but teacher.model .*w9 w9"):
+        other = {"run.output": str(tmp_path / "other")}
+        fastkd.distill(recipe, {**other, "data.prompts": {"query": "w7 "}}, quiet=True)
+    # a plain teacher's student has prompts too
+    plain = {**other, "teacher.model": str(tmp_path / "plain")}
+    result = fastkd.distill(recipe, plain, quiet=True)
+    own = SentenceTransformer(str(result.folder / "student"), device="cpu")
+    assert own.prompts["query"] == "w9 w9 " and chain_of(own) == ["Transformer", "Pooling"]

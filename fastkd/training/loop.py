@@ -136,7 +136,8 @@ def train(
             step += 1
             books.close_step(step, window, stop)
     summary = summarise(run, folder, time.perf_counter() - started)
-    export_student(run.engine, run.source, run.handed_on, run.tokenizer, folder, ranks)
+    handed_on = run.source, run.handed_on, run.tokenizer
+    export_student(run.engine, *handed_on, folder, ranks, run.prompts)
     if ranks.is_main:
         # last, because it is what makes the run finished
         folder.write_summary(summary)

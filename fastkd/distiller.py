@@ -207,7 +207,8 @@ class Distiller(nn.Module):
     def forward(
         self, batch: Inputs, counts: Tensor | None = None, pieces: int = 1
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run both models on a batch and compare them.
+        """Run both models on a batch and compare them; losses that compare rows with each other
+        (`rkd`, `similarity`, ...) compare those of this batch.
 
         Args:
             batch: `input_ids` [batch, tokens], where padded `attention_mask` of that shape, what

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from fastkd.head_spec import HEADS, TASK_HEAD
+from fastkd.head_spec import TASK_HEAD
 from fastkd.layer_map.sections import Layers, PairsMap
 from fastkd.recipe.data import Data
 from fastkd.recipe.losses import Losses
@@ -64,10 +64,11 @@ class Recipe(Section):
     def _head_of_a_task(cls, tree: Any) -> Any:
         if not isinstance(tree, Mapping) or tree.get("task") is None:
             return tree
-        student = tree.get("student")
+        student, task = tree.get("student"), tree["task"]
         if not isinstance(student, Mapping) or "head" in student:
             return tree
-        return {**tree, "student": {**student, "head": TASK_HEAD}}
+        kind = task.get("kind", TASK_HEAD) if isinstance(task, Mapping) else task.kind
+        return {**tree, "student": {**student, "head": kind}}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -160,10 +161,10 @@ class Recipe(Section):
         from fastkd.losses.registry import loss_class
 
         head = self.student.head
-        if self.task is not None and HEADS[head].data != "task":
+        if self.task is not None and head != self.task.kind:
             raise ValueError(
-                f"student.head is {head}, but a task is learned by {TASK_HEAD}; leave "
-                "student.head out"
+                f"student.head is {head}, but a task is learned by {self.task.kind}; leave "
+                "student.head out, or change task.kind"
             )
         losses = frozenset(config.loss for config in self.losses.terms.values())
         setting = Setting(head, self.task is not None, losses)

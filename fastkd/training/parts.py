@@ -233,7 +233,7 @@ def _finetuning(
     if made is None:
         recipe = _resolved(recipe, datamodule)
     handed_on = tuned.rates | pad_alike(datamodule, tokenizer, model)
-    objective, layers = hard_objective(model, recipe.train.steps)
+    objective, layers = hard_objective(model, task.kind, recipe.train.steps)
     return Parts(
         recipe=recipe,
         ranks=ranks,

@@ -87,6 +87,8 @@ def table_rows(rows: Any, columns: Columns, task: Task, name: str) -> Iterator[R
     """
     _require(columns, rows.column_names, name)
     feature = rows.features[columns.label]
+    listed = getattr(feature, "feature", None)
+    feature = feature if listed is None else listed
     spelled: list[str] | None = None
     if isinstance(feature, ClassLabel):
         spelled = _spelled(feature.names, task)
@@ -101,10 +103,15 @@ def table_rows(rows: Any, columns: Columns, task: Task, name: str) -> Iterator[R
             *(batch[column] for column in (*columns.texts, columns.label)), strict=True
         ):
             number += 1
-            # the hub marks rows without a label, those of test sets, by -1
-            if spelled is not None and label is not None and label >= 0:
-                label = spelled[label]
+            if spelled is not None and label is not None:
+                many = listed is not None
+                label = [_label(n, spelled) for n in label] if many else _label(label, spelled)
             yield Row(f"{name}, row {number}", tuple(texts), label)
+
+
+def _label(number: int | None, spelled: Sequence[str]) -> int | str | None:
+    # the hub marks rows without a label, those of test sets, by -1
+    return number if number is None or number < 0 else spelled[number]
 
 
 def _spelled(names: Sequence[str], task: Task) -> list[str] | None:

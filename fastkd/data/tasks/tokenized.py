@@ -7,19 +7,19 @@ from it can depend on where it was padded to.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase
 
 from fastkd.data.tasks.read import Example, ExampleSource
 from fastkd.data.text.cache import (
@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 """`input_ids`, `attention_mask`, perhaps `token_type_ids`, all int64 [examples, tokens], and
-`labels` [examples], int64 classes or fp32 scores; on the CPU, padded on the right, or packed."""
+`labels` [examples], int64 classes or fp32 scores, or int64 [examples, tokens]; on the CPU, padded
+on the right, or packed."""
 PAD_MULTIPLE = 8
 """Lengths of batches are rounded up to this, which tensor cores like."""
 _CHUNK = 2048
@@ -60,8 +61,8 @@ class EncodedExamples:
     """[tokens of all examples] the text that a token belongs to, for models that are told."""
     offsets: npt.NDArray[np.int64]
     """[examples + 1] where each starts in `tokens`."""
-    labels: npt.NDArray[np.int64] | npt.NDArray[np.float32]
-    """[examples]."""
+    labels: npt.NDArray[np.integer] | npt.NDArray[np.float32]
+    """[examples], or [tokens of all examples] where tokens have labels."""
     pad_id: int
     max_length: int
     """No example is longer, and no batch padded further."""
@@ -69,7 +70,7 @@ class EncodedExamples:
     """Key of content, tokenizer and settings."""
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.offsets) - 1
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -98,8 +99,18 @@ class EncodedExamples:
         if self.types is not None:
             batch["token_type_ids"] = np.zeros_like(ids)
             batch["token_type_ids"][mask] = self.types[stored]
-        batch["labels"] = self.labels[chosen]
+        batch["labels"] = self._labels_of(chosen, mask, stored)
         return {name: torch.from_numpy(value) for name, value in batch.items()}
+
+    def _labels_of(
+        self,
+        chosen: npt.NDArray[np.int64],
+        mask: npt.NDArray[np.bool_],
+        stored: npt.NDArray[np.int64],
+    ) -> npt.NDArray[Any]:
+        """Labels of a batch: of the chosen examples, whose tokens are `stored` and stand where the
+        mask is true."""
+        return self.labels[chosen]
 
     def packed(self, rows: Sequence[int]) -> Batch:
         """The examples of the given numbers, one after another in one row without padding.
@@ -127,6 +138,73 @@ class EncodedExamples:
         return {name: torch.from_numpy(value) for name, value in row.items()}
 
 
+class Beside(NamedTuple):
+    """A file of numbers that are stored beside the tokens."""
+
+    dtype: npt.DTypeLike
+    per_token: bool = False
+    """Whether it holds one a token, or one an example."""
+
+
+class Tokenised(NamedTuple):
+    """Some examples as rows of tokens."""
+
+    ids: Sequence[Sequence[int]]
+    types: Sequence[Sequence[int]]
+    beside: Mapping[str, Iterable[int | float]]
+    """By file, the numbers of all of them one after another."""
+    cut: int
+    """How many were too long."""
+
+
+class Form(Protocol):
+    """How examples of one kind become rows of tokens, and what is stored beside these."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What of it decides what is stored."""
+
+    @property
+    def files(self) -> Mapping[str, Beside]:
+        """What is stored beside tokens, token types and offsets; `labels` are among it."""
+
+    def tokenise(
+        self, chunk: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> Tokenised:
+        """Rows of some examples; a tokenizer that cuts texts is left as it came."""
+
+    def opened(
+        self, found: EncodedExamples, beside: Mapping[str, npt.NDArray[Any]]
+    ) -> EncodedExamples:
+        """What was stored, with all that is read of it."""
+
+
+@dataclass(frozen=True)
+class TextForm:
+    """A `Form` of texts or pairs of texts with a class or a score each."""
+
+    regression: bool
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {}
+
+    @property
+    def files(self) -> Mapping[str, Beside]:
+        return {"labels": Beside(np.float32 if self.regression else np.int64)}
+
+    def tokenise(
+        self, chunk: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> Tokenised:
+        ids, types, cut = _tokenise(chunk, tokenizer, max_length)
+        return Tokenised(ids, types, {"labels": [example.label for example in chunk]}, cut)
+
+    def opened(
+        self, found: EncodedExamples, beside: Mapping[str, npt.NDArray[Any]]
+    ) -> EncodedExamples:
+        return found
+
+
 def padded_length(longest: int, multiple: int, limit: int) -> int:
     """`longest` rounded up to a multiple, but not above `limit`."""
     return min(-(-longest // multiple) * multiple, limit)
@@ -146,6 +224,7 @@ def encode_examples(
     cache: str | Path,
     build: bool = True,
     progress: bool = True,
+    form: Form | None = None,
 ) -> EncodedExamples:
     """Tokenise examples, or open what an earlier run stored.
 
@@ -161,16 +240,19 @@ def encode_examples(
         cache: folder of all cached data.
         build: whether to make what is not there.
         progress: whether to show a bar.
+        form: of the examples; that of texts with a label each where not given.
 
     Raises:
         UserError: no room for text in `max_length`, or a cache that can't be read or written.
     """
+    form = form or TextForm(examples.regression)
     settings = {
         "task": _FORMAT,
         "examples": examples.digest,
         "tokenizer": tokenizer_digest(tokenizer),
         "max_length": max_length,
         "token_types": token_types,
+        **form.settings,
     }
     key = cache_key(settings)
     folder = Path(cache).expanduser() / key
@@ -180,7 +262,7 @@ def encode_examples(
                 f"task.cache: {folder} is missing; rank 0 builds it first, so all ranks must see "
                 "the same files and the same cache folder"
             )
-        _build(folder, examples, tokenizer, max_length, token_types, progress)
+        _build(folder, examples, tokenizer, max_length, token_types, progress, form)
     meta = read_meta(folder, "task.cache")
     if meta["truncated"]:
         logger.warning(
@@ -190,16 +272,21 @@ def encode_examples(
             max_length,
         )
     pad_id = tokenizer.pad_token_id
-    return EncodedExamples(
+    beside = {
+        name: open_flat(folder, name, of.dtype, meta["tokens" if of.per_token else "examples"])
+        for name, of in form.files.items()
+    }
+    found = EncodedExamples(
         tokens=open_flat(folder, "tokens", _token_dtype(tokenizer), meta["tokens"]),
         types=open_flat(folder, "types", np.uint8, meta["tokens"]) if token_types else None,
         offsets=open_flat(folder, "offsets", np.int64, meta["examples"] + 1),
-        labels=open_flat(folder, "labels", _label_dtype(examples), meta["examples"]),
+        labels=beside["labels"],
         # without one of its own any id will do, because it is masked
         pad_id=tokenizer.eos_token_id or 0 if pad_id is None else pad_id,
         max_length=max_length,
         fingerprint=key,
     )
+    return form.opened(found, beside)
 
 
 def _build(
@@ -209,27 +296,29 @@ def _build(
     max_length: int,
     token_types: bool,
     progress: bool,
+    form: Form,
 ) -> None:
     meta = {"examples": 0, "tokens": 0, "truncated": 0}
-    tokens, label = _token_dtype(tokenizer), _label_dtype(examples)
+    tokens = _token_dtype(tokenizer)
     with ExitStack() as stack:
         temporary = stack.enter_context(new_folder(folder, "task.cache"))
         bar = stack.enter_context(progress_bar(progress))
         task = bar.add_task("tokenising examples", total=None)
-        names = ("tokens", "offsets", "labels", *(["types"] if token_types else []))
+        names = ("tokens", "offsets", *form.files, *(["types"] if token_types else []))
         write = {name: stack.enter_context(flat_file(temporary, name).open("wb")) for name in names}
         append(write["offsets"], [0], np.int64)
         for chunk in _chunks(examples):
-            ids, types, cut = _tokenise(chunk, tokenizer, max_length)
-            ends = meta["tokens"] + np.cumsum([len(row) for row in ids])
-            append(write["tokens"], chain.from_iterable(ids), tokens)
+            found = form.tokenise(chunk, tokenizer, max_length)
+            ends = meta["tokens"] + np.cumsum([len(row) for row in found.ids])
+            append(write["tokens"], chain.from_iterable(found.ids), tokens)
             if token_types:
-                append(write["types"], chain.from_iterable(types), np.uint8)
+                append(write["types"], chain.from_iterable(found.types), np.uint8)
             append(write["offsets"], ends, np.int64)
-            append(write["labels"], [example.label for example in chunk], label)
-            meta["examples"] += len(chunk)
+            for name, of in form.files.items():
+                append(write[name], found.beside[name], of.dtype)
+            meta["examples"] += len(found.ids)
             meta["tokens"] = int(ends[-1])
-            meta["truncated"] += cut
+            meta["truncated"] += found.cut
             bar.update(task, completed=meta["examples"])
         write_meta(temporary, meta)
 
@@ -241,10 +330,32 @@ def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
 
 
 def _tokenise(
-    chunk: list[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+    chunk: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[list[int]], list[list[int]], int]:
     """Ids and token types of each example, and how many examples were cut."""
-    first, *second = zip(*(example.texts for example in chunk), strict=True)
+    encoded = cut_texts([example.texts for example in chunk], tokenizer, max_length)
+    cut = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+    return encoded["input_ids"], encoded["token_type_ids"], cut
+
+
+def cut_texts(
+    texts: Sequence[tuple[str, ...]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    **options: Any,
+) -> BatchEncoding:
+    """Texts or pairs of texts as tokens, cut to a length.
+
+    Args:
+        texts: as many in each.
+        tokenizer: is left as it came.
+        max_length: tokens, special ones included.
+        options: further ones of the tokenizer.
+
+    Raises:
+        UserError: the tokenizer is no fast one, or there is no room for text.
+    """
+    first, *second = zip(*texts, strict=True)
     if not tokenizer.is_fast:
         raise UserError(
             f"tokenizer {type(tokenizer).__name__}: not a fast one; give the model's folder a "
@@ -256,24 +367,19 @@ def _tokenise(
             f"max_length: {max_length} given, but special tokens take {special} of an example; "
             "give a larger one"
         )
-    encoded = tokenizer(
+    encoded: BatchEncoding = tokenizer(
         list(first),
         list(second[0]) if second else None,
-        truncation=True,
         max_length=max_length,
         return_attention_mask=False,
         return_token_type_ids=True,
         verbose=False,
+        **{"truncation": True, **options},
     )
     # or an exported tokenizer would cut texts
     tokenizer.backend_tokenizer.no_truncation()
-    cut = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
-    return encoded["input_ids"], encoded["token_type_ids"], cut
+    return encoded
 
 
 def _token_dtype(tokenizer: PreTrainedTokenizerBase) -> npt.DTypeLike:
     return np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.int32
-
-
-def _label_dtype(examples: ExampleSource) -> npt.DTypeLike:
-    return np.float32 if examples.regression else np.int64

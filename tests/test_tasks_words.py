@@ -72,10 +72,12 @@ def test_every_form_of_a_file_is_the_same_split(tmp_path: Path) -> None:
         ),
     )
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "saved")
-    forms = ("spelled", "numbered", "conll", "saved")
+    (tmp_path / "parquet").mkdir()
+    table.to_parquet(tmp_path / "parquet" / "train.parquet")
+    forms = ("spelled", "numbered", "conll", "saved", "parquet")
     read = [read_words(TASK, tmp_path / form, "train", tmp_path) for form in forms]
     assert len({found.digest for found in read}) == 1
-    assert [found.words for found in read] == [[words for words, _ in TEXTS]] * 4
+    assert [found.words for found in read] == [[words for words, _ in TEXTS]] * 5
     assert [LABELS[n] for n in read[0].labels] == [tag for _, tags in TEXTS for tag in tags]
 
 
@@ -376,6 +378,10 @@ def test_cuts_ranks_and_a_cached_teacher_change_nothing(tuned: Path) -> None:
 
 
 WRONG = {
+    "text": (
+        {"task": None, "data": {"train": "x"}},
+        "student.head is token_classification, which learns from words with classes; give task",
+    ),
     "no labels": ({"task": {"labels": None}}, "labels: missing; kind is token_classification"),
     "packed": ({"task": {"padding": "none"}}, "padding: none is for a task of whole texts"),
     "a score": ({"task": {"bounds": [0, 1]}}, "bounds is for a task of whole texts"),
@@ -391,7 +397,8 @@ def test_what_does_not_go_together_is_refused(name: str, tmp_path: Path) -> None
     changes, said = WRONG[name]
     tree = distillation(tmp_path, "run")
     for section, values in changes.items():
-        tree[section] = {**tree[section], **values}
+        tree[section] = None if values is None else {**tree.get(section, {}), **values}
+        tree["student"]["head"] = tree["student"].get("head", "token_classification")
     with pytest.raises(UserError) as refused:
         parse_recipe(tree)
     assert said in str(refused.value)

@@ -75,7 +75,7 @@ class HeadLoss(Loss):
     """A member of a `HeadGroup`."""
 
     captures = Captures(logits=True)
-    group: ClassVar[type[LossGroup] | None] = HeadGroup
+    group: type[LossGroup] | None = HeadGroup
 
     @classmethod
     def reads_labels(cls, head: Head) -> bool:

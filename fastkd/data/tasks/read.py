@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -27,13 +27,14 @@ from fastkd.data.text.hub import (
     hub_table,
     is_hub_name,
     is_saved,
+    parquet_file,
     saved_folder,
 )
 from fastkd.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-ENDINGS = (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz")
+ENDINGS = (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet")
 """Of a split's file, tried in this order."""
 BROKEN_SHARE = 0.001
 """Of a split's rows, at most, may be left out as broken."""
@@ -100,9 +101,9 @@ def read_examples(task: Task, source: str | Path, split: str, cache: str | Path)
 
     Args:
         task: what it is.
-        source: the folder that holds `SPLIT.tsv`, `.tsv.gz`, `.jsonl` or `.jsonl.gz`, or holds such
-            folders by task names; a folder that `datasets.save_to_disk` wrote; or a hub data set
-            that has the task as a configuration, such as `nyu-mll/glue`.
+        source: the folder that holds `SPLIT.tsv`, `.tsv.gz`, `.jsonl`, `.jsonl.gz` or `.parquet`,
+            or holds such folders by task names; a folder that `datasets.save_to_disk` wrote; or a
+            hub data set that has the task as a configuration, such as `nyu-mll/glue`.
         split: `task.train` or one of `task.evaluations`.
         cache: folder for what the hub sends.
 
@@ -172,7 +173,7 @@ def _rows(
         folder = folder / task.name if (folder / task.name).is_dir() else folder
     if folder.is_dir() and is_saved(folder):
         table = saved_folder(folder, stored, columns.label, "task.train or task.evaluate")
-        return table_rows(table.rows, columns, task, table.name)
+        return table_rows(table, columns, task)
     if folder.is_dir():
         path = _split_file(folder, task, split, (*ENDINGS, *others))
         for ending, rows in others.items():
@@ -180,6 +181,8 @@ def _rows(
                 return rows(path)
         if path.name.removesuffix(".gz").endswith(".jsonl"):
             return json_rows(path, task.columns)
+        if path.name.endswith(".parquet"):
+            return table_rows(parquet_file(path, task.columns.label), task.columns, task)
         return tsv_rows(path, task.columns, task.header)
     if folder.exists() or not is_hub_name(str(source)) or str(source).startswith((".", "~")):
         raise UserError(
@@ -188,7 +191,7 @@ def _rows(
         )
     name = f"{source}:{task.hub_name or task.name}"
     table = hub_table(name, stored, columns.label, cache, streaming=False, field="task.source")
-    return table_rows(table.rows, columns, task, f"{name} {stored}")
+    return table_rows(replace(table, name=f"{name} {stored}"), columns, task)
 
 
 def _split_file(folder: Path, task: Task, split: str, endings: Sequence[str]) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,12 +17,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from fastkd.data.sequences import (
+    PAD_MULTIPLE,
+    Batch,
+    Sequences,
+    Tokenised,
+    frame,
+    tokenised,
+)
 from fastkd.data.tasks.read import Example, read_split
 from fastkd.data.tasks.rows import Row
 from fastkd.data.tasks.task import Task
-from fastkd.data.tasks.tokenized import Beside, EncodedExamples, Tokenised, cut_texts
+from fastkd.data.tasks.tokenized import Beside, EncodedExamples
 from fastkd.data.text.files import checked_text, text_lines
 from fastkd.errors import UserError
 from fastkd.types import IGNORE_INDEX
@@ -72,15 +81,13 @@ class EncodedWords(EncodedExamples):
     the others."""
     source: TaggedTexts
 
-    def _labels_of(
-        self,
-        chosen: npt.NDArray[np.int64],
-        mask: npt.NDArray[np.bool_],
-        stored: npt.NDArray[np.int64],
-    ) -> npt.NDArray[Any]:
-        labels = np.full(mask.shape, IGNORE_INDEX, dtype=np.int64)
-        labels[mask] = self.labels[stored]
-        return labels
+    def batch(self, rows: Sequence[int], multiple: int = PAD_MULTIPLE) -> Batch:
+        batch = Sequences.batch(self, rows, multiple)
+        labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
+        for place, row in enumerate(rows):
+            first, end = self.offsets[row : row + 2]
+            labels[place, : end - first] = torch.from_numpy(self.labels[first:end].astype(np.int64))
+        return {**batch, "labels": labels}
 
     def of_words(self, found: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Of classes of tokens those of words.
@@ -114,18 +121,16 @@ class WordForm:
 
     def tokenise(
         self, chunk: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> Tokenised:
-        texts = [(" ".join(example.texts),) for example in chunk]
-        encoded = cut_texts(texts, tokenizer, max_length, return_offsets_mapping=True)
+    ) -> tuple[Tokenised, Mapping[str, Iterable[float]]]:
+        texts = [" ".join(example.texts) for example in chunk]
+        encoded = frame(texts, None, tokenizer, max_length, return_offsets_mapping=True)
         words: list[int] = []
         labels: list[int] = []
         for example, offsets in zip(chunk, encoded["offset_mapping"], strict=True):
             found = first_tokens(example.texts, offsets)
             words += found
             labels += [IGNORE_INDEX if n == _NO_WORD else example.label[n] for n in found]
-        cut = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
-        beside = {"labels": labels, "words": words}
-        return Tokenised(encoded["input_ids"], encoded["token_type_ids"], beside, cut)
+        return tokenised(encoded), {"labels": labels, "words": words}
 
     def opened(
         self, found: EncodedExamples, beside: Mapping[str, npt.NDArray[Any]]
@@ -212,7 +217,7 @@ def _tagged(task: Task, row: Row) -> Example:
         if not isinstance(given, list | tuple):
             raise UserError(
                 f"{row.where}: column {name!r} holds {type(given).__name__}, expected a list with "
-                "an entry a word; give JSON lines, a datasets folder, or files of CoNLL"
+                "an entry a word; give JSON lines, Parquet, a datasets folder, or files of CoNLL"
             )
     assert isinstance(words, list | tuple) and isinstance(classes, list | tuple)
     if not words:

@@ -65,10 +65,11 @@ class Recipe(Section):
     def _head_of_a_task(cls, tree: Any) -> Any:
         if not isinstance(tree, Mapping) or tree.get("task") is None:
             return tree
-        student = tree.get("student")
+        student, task = tree.get("student"), tree["task"]
         if not isinstance(student, Mapping) or "head" in student:
             return tree
-        return {**tree, "student": {**student, "head": TASK_HEAD}}
+        kind = task.get("kind", TASK_HEAD) if isinstance(task, Mapping) else task.kind
+        return {**tree, "student": {**student, "head": kind}}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -122,7 +123,7 @@ class Recipe(Section):
         """What a row of the data is; `None` where blocks or examples of a task are read."""
         if self.data is None or self.data.documents != "row":
             return None
-        return self.data.form(paired=HEADS[self.student.head].data == "task")
+        return self.data.form(paired=HEADS[self.student.head].labels == "example")
 
     def _check_rows(self) -> None:
         masked = any(config.loss == "mlm" for config in self.losses.terms.values())
@@ -178,10 +179,15 @@ class Recipe(Section):
         from fastkd.losses.registry import loss_class
 
         head = self.student.head
-        if self.task is not None and HEADS[head].data != "task":
+        if self.task is not None and head != self.task.kind:
             raise ValueError(
-                f"student.head is {head}, but a task is learned by {TASK_HEAD}; leave "
-                "student.head out"
+                f"student.head is {head}, but a task is learned by {self.task.kind}; leave "
+                "student.head out, or change task.kind"
+            )
+        if self.task is None and HEADS[head].labels == "token":
+            raise ValueError(
+                f"student.head is {head}, which learns from words with classes; give task in place "
+                "of data"
             )
         losses = frozenset(config.loss for config in self.losses.terms.values())
         setting = Setting(head, self.task is not None, losses, rows=self.row_form)

@@ -120,7 +120,8 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
             depths = recipe.student.layers, config.num_hidden_layers
             layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
             # neither where it starts from matters, nor which attention is installed here
-            changed = {"init": "random", "attention": "sdpa"}
+            kept = recipe.student.init == "importance"
+            changed = {"init": "importance" if kept else "random", "attention": "sdpa"}
             section = recipe.student.model_copy(update=changed)
             student = build_student(teacher, section, layers)[0]
             if recipe.train.precision == "bf16":

@@ -104,7 +104,9 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
     Raises:
         UserError: a model that can't be run so.
     """
-    tokens = _tokens(recipe)
+    form, tokens = recipe.row_form, _tokens(recipe)
+    row = () if form is None else form.sequences
+    sequences = rows * max(1, len(row))
     source = recipe.teacher.source
     config = read_config(locate_model(source.name), f"teacher.model {source.name}", source.revision)
     try:
@@ -118,10 +120,11 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
             student = build_student(teacher, section, layers)[0]
             if recipe.train.precision == "bf16":
                 student.to(torch.bfloat16)
-            inputs = {"input_ids": torch.zeros(rows, tokens, dtype=torch.long)}
+            inputs = {"input_ids": torch.zeros(sequences, tokens, dtype=torch.long)}
             traits = dry_pass(student, inputs, {}).traits, dry_pass(teacher, inputs, {}).traits
             head = recipe.student.head
-            objective = make_objective(recipe.losses, layers, student, teacher, traits, head=head)
+            pair = student, teacher, traits
+            objective = make_objective(recipe.losses, layers, *pair, head=head, row=row)
             if recipe.teacher.eight_bits is not None:
                 replace_linear(teacher, recipe.teacher.eight_bits)
         depth = objective.teacher_depth
@@ -134,7 +137,7 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
             f"teacher.model {source.name}: --gpu can't run a {type(config).__name__} model without "
             f"its numbers ({one_line(error)}); leave --gpu out, which makes a few real steps"
         ) from error
-    _check_counted(teacher, taught, depth, rows * tokens)
+    _check_counted(teacher, taught, depth, sequences * tokens)
     return Passes(
         teacher=taught,
         student=learnt,
@@ -145,7 +148,7 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
         teacher_block=_largest(teacher),
         student_block=_largest(student),
         rows=rows,
-        tokens=tokens,
+        tokens=tokens * max(1, len(row)),
     )
 
 
@@ -182,6 +185,7 @@ def forecast(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> Forecast
 def layouts(recipe: Recipe, ranks: int) -> Iterator[tuple[str, Recipe]]:
     """Ways to lay the same run out that need less memory, the cheapest first, as overrides."""
     rows = plan_batches(recipe, ranks).micro_batch_size
+    budgeted = recipe.data is not None and recipe.data.batch_tokens is not None
     places: list[tuple[str, dict[str, str]]] = [("", {})]
     given = recipe.teacher
     # a recipe refuses these with what needs the teacher whole
@@ -197,12 +201,16 @@ def layouts(recipe: Recipe, ranks: int) -> Iterator[tuple[str, Recipe]]:
             while size >= 1:
                 said = [place] if teacher else []
                 said += [f"train.zero_stage={stage}"] * (stage != recipe.train.zero_stage)
-                said += [f"train.micro_batch_size={size}"] * (size != rows)
-                train = {"zero_stage": stage, "micro_batch_size": size}
-                changed = {
-                    "train": recipe.train.model_copy(update=train),
-                    "teacher": recipe.teacher.model_copy(update=teacher),
-                }
+                train: dict[str, int] = {"zero_stage": stage}
+                changed: dict[str, Any] = {"teacher": recipe.teacher.model_copy(update=teacher)}
+                if budgeted and recipe.data is not None:
+                    budget = size * (recipe.row_tokens or 0)
+                    said += [f"data.batch_tokens={budget}"] * (size != rows)
+                    changed["data"] = recipe.data.model_copy(update={"batch_tokens": budget})
+                else:
+                    said += [f"train.micro_batch_size={size}"] * (size != rows)
+                    train["micro_batch_size"] = size
+                changed["train"] = recipe.train.model_copy(update=train)
                 if said:
                     yield " ".join(said), recipe.model_copy(update=changed)
                 size = size // 2 if size % 2 == 0 else 0

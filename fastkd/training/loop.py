@@ -171,7 +171,9 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
         _look(run, micro_batches, loss_scales)
     totals = torch.zeros(2, len(objective.labels), device=ranks.device)
     teacher_states = run.teacher_states(micro_batches)
-    for batch, scale in zip(micro_batches, loss_scales, strict=True):
+    for number, (batch, scale) in enumerate(zip(micro_batches, loss_scales, strict=True), start=1):
+        if run.plan.tokens is not None:
+            engine.set_gradient_accumulation_boundary(number == len(micro_batches))
         if run.graphed is not None:
             parts = run.graphed(batch, scale)
             engine.take_gradients()

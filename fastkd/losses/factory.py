@@ -9,7 +9,7 @@ from fastkd.errors import UserError
 from fastkd.head_spec import TASK_HEAD
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.base import ModelPair, Term
-from fastkd.losses.embeddings import EmbeddingLoss
+from fastkd.losses.embeddings import EmbeddingConfig
 from fastkd.losses.objective import Objective, key_of
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.losses.registry import loss_class
@@ -32,10 +32,10 @@ def capture_needs(losses: Losses) -> dict[str, bool]:
     }
 
 
-def reads_embeddings(losses: Losses) -> list[str]:
+def embedding_losses(losses: Losses) -> dict[str, EmbeddingConfig]:
     """The losses that compare embeddings, by their names in the recipe."""
     found = losses.terms.items()
-    return [name for name, config in found if issubclass(loss_class(config.loss), EmbeddingLoss)]
+    return {name: config for name, config in found if isinstance(config, EmbeddingConfig)}
 
 
 def make_objective(
@@ -50,6 +50,7 @@ def make_objective(
     seed: int = 0,
     steps: int = 1,
     embeddings: tuple[EmbeddingModules, EmbeddingModules] | None = None,
+    last_is_output: bool = False,
 ) -> Objective:
     """The objective of some losses for two models.
 
@@ -64,6 +65,7 @@ def make_objective(
         seed: of the draws of a random mapping that names none.
         steps: optimiser steps of the run, which schedules are stretched over.
         embeddings: what makes embeddings of each model, as of `ModelPair`.
+        last_is_output: as of `ModelPair`.
 
     Raises:
         UserError: the models don't fit together.
@@ -84,6 +86,7 @@ def make_objective(
         outputs=teacher.config.num_labels,
         embeddings=embeddings,
         row=row or ("text",),
+        last_is_output=last_is_output,
     )
     depths = layers.student_layers, layers.teacher_layers
     own = {

@@ -98,9 +98,10 @@ def test_the_cosine_is_that_of_texts_read_one_by_one(runs: Path) -> None:
 def test_a_reranker_is_compared_with_its_teacher(tmp_path: Path) -> None:
     save_classifier(tmp_path / "teacher", num_labels=1)
     data = {"columns": ["query", "passages"], "candidates": 2, "scores": "scores"}
+    scored = {"kind": "margin_mse", "target": "file"}
     recipe = row_recipe(
         tmp_path,
-        losses={"logits": {"kind": "mse"}, "attention": {}},
+        losses={"logits": {"kind": "mse"}, "attention": {}, "score": scored},
         student={"head": "sequence_classification"},
         data=data,
     )
@@ -148,6 +149,7 @@ REFUSED = {
         ["data.batch_tokens=64", "losses.balance.kind=uncertainty"],
         "losses.balance is uncertainty, which counts micro-batches",
     ),
+    "unread": (["data.scores=scores"], "data.scores is given, but no loss reads scores of a file"),
     "mlm": (["student.head=masked_lm", "losses={mlm: {}, logits: {}}"], "losses.mlm masks blocks"),
 }
 

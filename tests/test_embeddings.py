@@ -232,7 +232,7 @@ def test_a_decoder_that_pools_the_last_token_is_read_with_padding_on_the_left(
     inputs, expected = encoded(own, TEXTS, "left")
     with finished(result) as run:
         torch.testing.assert_close(run.embed("student", inputs), expected, atol=1e-6, rtol=1e-6)
-    assert "last over 24 channels, Dense 24 to 32" in (folder / "README.md").read_text()
+    assert "last pooling of 24 numbers, Dense 24 to 32" in (folder / "README.md").read_text()
 
 
 def test_the_projection_of_the_last_hidden_layer_is_handed_on(tmp_path: Path) -> None:

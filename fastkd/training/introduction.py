@@ -34,10 +34,10 @@ def introduce(run: Run, reporter: Reporter) -> None:
         reporter.say(note)
     there, step = run.datamodule.introduction(recipe.train.batch_size)
     reporter.say(there)
-    reporter.say(
-        f"batch: {step} = {plan.world_size} ranks x {plan.accumulation} micro-batches x "
-        f"{plan.micro_batch_size}; {recipe.train.steps} steps"
-    )
+    cut = f"{plan.accumulation} micro-batches x {plan.micro_batch_size}"
+    if plan.tokens is not None:
+        cut = f"micro-batches of up to {plan.tokens:,} tokens"
+    reporter.say(f"batch: {step} = {plan.world_size} ranks x {cut}; {recipe.train.steps} steps")
     if recipe.train.compile:
         reporter.say("compile: the first steps compile the models, which takes a while")
     if not isinstance(recipe, Recipe):

@@ -21,11 +21,15 @@ from fastkd.errors import UserError
 from fastkd.recipe import load_recipe
 
 LOSSES = {"attention": {}, "hidden": {}, "embedding_output": {}}
-VARIANTS = {
+# of a row of three sequences at most 48
+ZERO = {f"tokens, zero {stage}": stage for stage in (1, 3)}
+TOKENS = {"train.micro_batch_size": None, "data.batch_tokens": 64}
+VARIANTS: dict[str, dict[str, Any]] = {
     "whole": {},
     "micro": {"train.micro_batch_size": 2},
     "cached": {"teacher.cache": "exact"},
-    "half": {"train.steps": 3, "train.epochs": None},
+    "tokens": TOKENS,
+    "half": {"train.steps": 3},
 }
 
 
@@ -41,7 +45,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     variants = [run(name, **values) for name, values in VARIANTS.items()]
     run_variants(recipe, [*variants, run("half")])
-    run_variants(recipe, [run("ranks", **{"train.micro_batch_size": 2})], ranks=2)
+    shared = [run("ranks", **{"train.micro_batch_size": 2})]
+    shared += [run(name, **TOKENS, **{"train.zero_stage": n}) for name, n in ZERO.items()]
+    run_variants(recipe, shared, ranks=2)
     return folder
 
 
@@ -49,7 +55,7 @@ def _stored(folder: Path) -> dict[str, Any]:
     return {"model": str(save_teacher(folder / "teacher")), "cache_folder": str(folder / "states")}
 
 
-@pytest.mark.parametrize("name", ["micro", "ranks", "cached", "half"])
+@pytest.mark.parametrize("name", ["micro", "ranks", "cached", "half", "tokens", *ZERO])
 def test_a_run_is_the_same_however_it_is_made(name: str, runs: Path) -> None:
     assert_same_run(runs / name, runs / "whole", losses=2e-4, weights=2e-5)
     if name == "half":
@@ -134,6 +140,15 @@ REFUSED = {
     "prompt": (["data.prompts={passage: x}"], "prompts has one for 'passage', which is not read"),
     "scores": (["data.columns=query", "data.scores=good"], "scores is given, but a row is one te"),
     "number": (["data.scores=[a, b, c]"], "scores names 3 columns for 2 texts after the first"),
+    "budget": (["data.batch_tokens=40"], "data.batch_tokens is 40, but a row may take 48"),
+    "both": (
+        ["data.batch_tokens=64", "train.micro_batch_size=2"],
+        "data.batch_tokens is 64 and train.micro_batch_size 2; give one of them",
+    ),
+    "uncertain": (
+        ["data.batch_tokens=64", "losses.balance.kind=uncertainty"],
+        "losses.balance is uncertainty, which counts micro-batches",
+    ),
     "mlm": (["student.head=masked_lm", "losses={mlm: {}, logits: {}}"], "losses.mlm masks blocks"),
 }
 

@@ -6,7 +6,7 @@ from fastkd.layer_map import CONVENTION, LayerMap
 from fastkd.recipe import Recipe, write_yaml
 from fastkd.reporting.console import Reporter
 from fastkd.training.engine import NoTeacher, TeacherRunner, whole_weights
-from fastkd.training.export import export_notes
+from fastkd.training.export import export_notes, own_embedding
 from fastkd.training.precision import describe_precision
 from fastkd.training.setup import Run
 
@@ -34,10 +34,10 @@ def introduce(run: Run, reporter: Reporter) -> None:
         reporter.say(note)
     there, step = run.datamodule.introduction(recipe.train.batch_size)
     reporter.say(there)
-    reporter.say(
-        f"batch: {step} = {plan.world_size} ranks x {plan.accumulation} micro-batches x "
-        f"{plan.micro_batch_size}; {recipe.train.steps} steps"
-    )
+    cut = f"{plan.accumulation} micro-batches x {plan.micro_batch_size}"
+    if plan.tokens is not None:
+        cut = f"micro-batches of up to {plan.tokens:,} tokens"
+    reporter.say(f"batch: {step} = {plan.world_size} ranks x {cut}; {recipe.train.steps} steps")
     if recipe.train.compile:
         reporter.say("compile: the first steps compile the models, which takes a while")
     if not isinstance(recipe, Recipe):
@@ -58,7 +58,7 @@ def _handed_on(run: Run) -> list[str]:
     if not isinstance(run.teacher, NoTeacher):
         theirs = run.teacher.model.config
     with whole_weights(run.engine, run.objective.parameters()):
-        own = run.objective.student_modules()
+        own = own_embedding(run.objective, run.prompts)
     return export_notes(student, theirs, run.source, head, own)
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fastkd.data.batching import BatchPlan
-from fastkd.data.datamodule import EvalBatch
+from fastkd.data.datamodule import EvalBatch, Evaluator
 from fastkd.data.sampler import BucketedMicroBatches, ExampleStream, evaluation_parts
 from fastkd.data.sequences import PAD_MULTIPLE, padded_length
 from fastkd.data.tasks import EncodedExamples, Task
+from fastkd.data.tasks.entities import WordEvaluator
 from fastkd.data.tasks.metrics import (
     Judged,
     constant_score,
@@ -22,6 +23,7 @@ from fastkd.data.tasks.metrics import (
     task_score,
 )
 from fastkd.distributed import Ranks
+from fastkd.head_spec import Labels
 from fastkd.types import ROWS, Inputs, Reading
 
 
@@ -92,12 +94,15 @@ class TaskDataModule:
         longest = int(self.train.lengths[rows[-1]])
         return padded_length(longest, PAD_MULTIPLE, self.train.max_length)
 
-    def evaluator(self, ranks: Ranks, whose: Judged = "student") -> ScoreEvaluator:
-        return ScoreEvaluator(self.task, self.evaluations, ranks.device, whose)
+    def evaluator(self, ranks: Ranks, whose: Judged = "student") -> Evaluator:
+        kind = _EVALUATORS[self.task.labels_of]
+        evaluator: Evaluator = kind(self.task, self.evaluations, ranks.device, whose)
+        return evaluator
 
     def constant_score(self) -> float | None:
-        labels = {name: examples.labels for name, examples in self.evaluations.items()}
-        return constant_score(self.task.metrics, labels, self.task.outputs)
+        kind = _EVALUATORS[self.task.labels_of]
+        score: float = kind.constant_score(self.task, self.evaluations)
+        return score
 
     def totals(self, rows: int) -> dict[str, Any]:
         return {"train_examples": rows, "task_examples": len(self.train)}
@@ -140,3 +145,13 @@ class ScoreEvaluator:
             scores[name] = measure(self._task.metrics, predictions, examples.labels)
             first += len(examples)
         return {"score": task_score(scores), "scores": scores, "examples": first}
+
+    @staticmethod
+    def constant_score(task: Task, evaluations: dict[str, EncodedExamples]) -> float:
+        """The best score that one answer to everything gets."""
+        labels = {name: examples.labels for name, examples in evaluations.items()}
+        return constant_score(task.metrics, labels, task.outputs)
+
+
+_EVALUATORS: dict[Labels | None, Any] = {"example": ScoreEvaluator, "token": WordEvaluator}
+"""By what a label is of."""

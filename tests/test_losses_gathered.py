@@ -311,11 +311,12 @@ def test_a_loss_that_gathers_in_another_way_is_refused(
             r"losses\.mine compares rows, 2 at .* 1;",
         ),
         ({"loss": "rkd", "kind": "angle"}, (2, 1, 2), False, r"3 at least, .* which has 2; raise"),
+        ({"loss": "rkd"}, (1, 8, 1, 64), False, r"which has 1; raise data\.batch_tokens or train"),
         ({"loss": "rkd"}, (2, 4, 1), True, r"train\.cuda_graph is on, but losses\.mine compares"),
     ],
 )
 def test_rows_that_can_not_be_compared_are_refused(
-    section: dict[str, Any], plan: tuple[int, int, int], recorded: bool, said: str
+    section: dict[str, Any], plan: tuple[int, ...], recorded: bool, said: str
 ) -> None:
     objective = made(section, ("text",))
     with pytest.raises(UserError, match=said):

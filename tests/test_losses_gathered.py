@@ -38,7 +38,8 @@ SECTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"loss": "contrastive", "symmetric": True, "dimensions": [2]}, GROUP),
     ({"loss": "contrastive", "temperature": 0.3, "distilled": True, "symmetric": True}, GROUP),
     ({"loss": "score"}, PAIR),
-    ({"loss": "score", "similarity": "dot", "scale": 2.0, "dimensions": [4]}, GROUP),
+    ({"loss": "score", "similarity": "dot", "scale": 2.0}, GROUP),
+    ({"loss": "score", "scale": 2.0, "dimensions": [4, 5]}, GROUP),
     ({"loss": "score", "kind": "margin_mse", "scale": 3.0}, GROUP),
     ({"loss": "score", "kind": "listwise_kl", "temperature": 0.5}, GROUP),
     ({"loss": "score", "kind": "listwise_kl", "target": "file", "scale": 5.0}, GROUP),
@@ -189,9 +190,7 @@ def defined(
     whole = formulas[section["loss"]](section, s, t, texts, *more)
     cut = []
     for size in section.get("dimensions", ()):
-        # each of length one: only a dot product sees it
-        prefixes = [v[:size] / v[:size].norm() for v in s]
-        cut.append(formulas[section["loss"]](section, prefixes, t, texts, *more))
+        cut.append(formulas[section["loss"]](section, [v[:size] for v in s], t, texts, *more))
     return torch.stack([whole, *cut]).mean()
 
 

@@ -104,6 +104,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"losses": {"score": {"temperature": 2}}},
         r"losses\.score: temperature is read by listwise_kl only, but kind is mse; leave it out",
     ),
+    "prefixes of dot products": (
+        {"losses": {"score": {"similarity": "dot", "dimensions": [8]}}},
+        r"losses\.score: similarity is dot, but dimensions names prefixes, which are scaled to",
+    ),
     "temperature of mse": (
         {"losses": {"similarity": {"temperature": 2}}},
         r"losses\.similarity: temperature is read by kl only, but kind is mse; leave it out",

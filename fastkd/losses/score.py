@@ -58,6 +58,11 @@ class ScoreLoss(EmbeddingLoss):
                     f"temperature is read by listwise_kl only, but kind is {self.kind}; leave it "
                     "out"
                 )
+            if self.similarity == "dot" and self.dimensions:
+                raise ValueError(
+                    "similarity is dot, but dimensions names prefixes, which are scaled to length "
+                    "one; take cosine, or leave dimensions out"
+                )
             return self
 
     config: Config

@@ -80,9 +80,6 @@ class DataModule(Protocol):
     def evaluator(self, ranks: Ranks, whose: Judged = "student") -> Evaluator:
         """A new one, of the outputs of the student or of the teacher."""
 
-    def constant_score(self) -> float | None:
-        """What one answer to everything would score; `None` where nothing has a score."""
-
     def totals(self, rows: int) -> dict[str, Any]:
         """For the summary: what `rows` rows that were trained on come to, and what there is."""
 

@@ -13,18 +13,19 @@ from fastkd.reporting.html import (
     html_table,
 )
 from fastkd.reporting.profile import memory_rows, time_columns, time_rows
+from fastkd.reporting.scores import one_class, score_table
 from fastkd.reporting.svg import Line, Panel, chart
 from fastkd.training.run_folder import RunFolder
 
 _NAMED_LINES = 16
-# where in a summary the scores of a model stand
-_SCORED = {"teacher": "teacher", "student": "after"}
 Rows = list[tuple[str, ...]]
 
 
 def print_summary(summary: dict[str, Any], reporter: Reporter) -> None:
     """Print the tables of a finished run."""
     reporter.table("held-out loss", ("term/student-teacher", "before", "after"), _losses(summary))
+    for columns, rows in _score_tables(summary):
+        reporter.table("scores", columns, rows)
     reporter.table("run", ("", *_model_names(summary)), _models(summary))
     for title, columns, rows in _profile(summary):
         reporter.table(title, columns, rows)
@@ -36,6 +37,11 @@ def print_evaluation(result: dict[str, Any], reporter: Reporter) -> None:
     """Print the table of one evaluation."""
     rows = [(row[0], row[2]) for row in _losses({"before": result, "after": result})]
     reporter.table("held-out loss", ("term/student-teacher", "value"), rows)
+    columns, values = score_table({"value": result})
+    if values:
+        reporter.table("scores", columns, values)
+    if same := one_class(result):
+        reporter.say(f"warning: the model predicts {same}")
     reporter.say(f"held out: {_heldout(result)}")
 
 
@@ -49,6 +55,7 @@ def write_report(run: RunFolder) -> None:
     body = [
         f"<p>{escaped(_subject(recipe))}</p>",
         html_table(("term/student-teacher", "before", "after"), _losses(summary)),
+        *(html_table(columns, rows) for columns, rows in _score_tables(summary)),
         html_table(("", *_model_names(summary)), _models(summary)),
         html_table(("", ""), _facts(summary)),
         *(
@@ -80,21 +87,15 @@ def _losses(summary: dict[str, Any]) -> Rows:
             for e in (before, after)
         ]
         rows.append(("sentence embeddings, cosine", *cosines))
-    early, late = _scores(before), _scores(after)
-    rows += [(name, f"{early[name]:.4f}", f"{value:.4f}") for name, value in late.items()]
     return rows
 
 
-def _scores(judged: dict[str, Any]) -> dict[str, float]:
-    """The score of a task and each metric behind it; nothing of text."""
-    if "score" not in judged:
-        return {}
-    metrics = {
-        f"{split}, {metric}": value
-        for split, scores in judged["scores"].items()
-        for metric, value in scores.items()
-    }
-    return {"score": judged["score"], **metrics}
+def _score_tables(summary: dict[str, Any]) -> list[tuple[tuple[str, ...], Rows]]:
+    """Heads and rows of the scores, where there are any."""
+    teacher = {"teacher": summary["teacher"]} if "teacher" in summary else {}
+    models = {**teacher, "before": summary["before"], "after": summary["after"]}
+    columns, rows = score_table(models)
+    return [(columns, rows)] if rows else []
 
 
 def _model_names(summary: dict[str, Any]) -> list[str]:
@@ -107,17 +108,10 @@ def _models(summary: dict[str, Any]) -> Rows:
     def row(title: str, values: dict[str, float]) -> tuple[str, ...]:
         return (title, *(f"{values[name]:,.0f}" for name in names))
 
-    rows: Rows = [
+    return [
         row("parameters", summary["parameters"]),
         row("forward tokens/s", summary["forward_tokens_per_second"]),
     ]
-    if "score" in summary["after"] and "teacher" in names:
-        scores = {name: _scores(summary[key]) for name, key in _SCORED.items()}
-        rows += [
-            (title, *(f"{scores[name][title]:.4f}" for name in names))
-            for title in scores["student"]
-        ]
-    return rows
 
 
 def _facts(summary: dict[str, Any]) -> Rows:
@@ -131,10 +125,12 @@ def _facts(summary: dict[str, Any]) -> Rows:
         )
     # summaries of fastkd 0.1 don't say
     worse = "; ".join(summary.get("worse", []))
+    same = one_class(summary["after"])
     return [
         ("trained on", trained),
         ("held out", _heldout(summary["after"])),
         *([("worse than before", worse)] if worse else []),
+        *([("warning", f"the student predicts {same}")] if same else []),
         (
             f"peak memory of the {summary['peak_memory_of']}",
             f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB",

@@ -17,6 +17,7 @@ from fastkd.data.prefetch import Prefetched
 from fastkd.errors import Interrupted, UserError
 from fastkd.recipe import AnyRecipe
 from fastkd.reporting.console import Reporter
+from fastkd.reporting.scores import one_class
 from fastkd.signals import Signalled, stop_signals
 from fastkd.training.checkpoint import Checkpoints
 from fastkd.training.evaluate import Evaluation, evaluate
@@ -131,7 +132,7 @@ class Bookkeeper:
             self.folder.append_metrics({"kind": "heldout", "step": step, **result.as_dict()})
         if result.teacher is not None:
             self.reporter.say("  ".join(["teacher", *judged_parts(result.teacher)]))
-            _doubt(result.teacher, self.run.datamodule.constant_score(), self.reporter)
+            _doubt(result.teacher, self.reporter)
         said = [f"held out at step {step}", f"loss {result.total:.4g}"]
         self.reporter.say("  ".join([*said, *judged_parts(result.judged)]))
         if self.callbacks.on_evaluate is not None and self.run.ranks.is_main:
@@ -192,12 +193,14 @@ def _take_over(folder: RunFolder, recipe: AnyRecipe, tag: str | None) -> str | N
     return longer
 
 
-def _doubt(teacher: dict[str, Any], constant: float | None, reporter: Reporter) -> None:
+def _doubt(teacher: dict[str, Any], reporter: Reporter) -> None:
     """Say so of a teacher that knows no more than one that gives one answer to everything."""
-    score = teacher.get("score")
+    score, constant = teacher.get("score"), teacher.get("baseline", {}).get("score")
     if score is not None and constant is not None and score <= constant and score < 1:
+        said = one_class(teacher)
+        predicts = "" if said is None else f" (it predicts {said})"
         reporter.say(
-            f"warning: the teacher scores {score:.4f}, and one answer to everything "
+            f"warning: the teacher scores {score:.4f}{predicts}, and one answer to everything "
             f"{constant:.4f}; see that it was trained on this task, and that the names of its "
             "outputs (id2label) and task.labels stand in the same order"
         )

@@ -17,11 +17,13 @@ from fastkd.data.datamodule import EvalBatch
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import Progress
+from fastkd.losses import target_labels
 from fastkd.losses.objective import Objective
 from fastkd.recipe import Recipe, stage_recipes
 from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.engine import TeacherRunner
 from fastkd.training.finite import blame, first_broken, teacher_fault
+from fastkd.training.perplexity import heard_perplexity
 from fastkd.training.precision import tf32_products
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up_evaluation
@@ -43,7 +45,9 @@ class Evaluation:
     """Weighted sum of the losses, see `Objective.total`."""
     judged: dict[str, Any]
     """Of text `sentence_cosine` (cosine of mean-pooled last hidden states, `None` where the widths
-    differ), `blocks` and `tokens`; of a task `score`, `scores` by set and metric, `examples`."""
+    differ), `blocks` and `tokens`, of a language model `perplexity` or, of masked tokens,
+    `pseudo_perplexity`; of a task `score`, `scores` by set and metric, `class_f1` by set and class,
+    `baseline` (the scores of one answer to everything), `one_class`, `examples`."""
     teacher: dict[str, Any] | None = None
     """The same of the teacher, where it was asked for."""
 
@@ -77,15 +81,26 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
     losses = torch.zeros(len(objective.labels), dtype=torch.float64, device=ranks.device)
     compares = datamodule.reads == "states"
     evaluator, of_teacher = datamodule.evaluator(ranks), None
+    head = objective.pair.head
+    teacher_tokens = None
     with ExitStack() as stack:
-        student_heard = stack.enter_context(overheard(run.module.student, datamodule.reads))
+        student = run.module.student
+        tokens = stack.enter_context(heard_perplexity(student, head, ranks.device))
+        student_heard = stack.enter_context(overheard(student, datamodule.reads))
         teacher_heard = None
         if isinstance(teacher, TeacherRunner) and (compares or judge_teacher):
             teacher_heard = stack.enter_context(overheard(teacher.model, datamodule.reads))
             of_teacher = None if compares else datamodule.evaluator(ranks, "teacher")
+            if judge_teacher:
+                listening = heard_perplexity(teacher.model, head, ranks.device)
+                teacher_tokens = stack.enter_context(listening)
         stack.enter_context(torch.no_grad())
         for batch in batches:
             inputs = run.move(batch.inputs)
+            labels = target_labels(inputs, head) if len(batch.rows) else None
+            tokens.expect(labels)
+            if teacher_tokens:
+                teacher_tokens.expect(labels)
             loss_scales = (objective.divisors(inputs) / whole).float()
             # a teacher's outputs need all of its layers, its losses perhaps not
             teacher_states = teacher(inputs, whole=teacher_heard is not None)
@@ -105,8 +120,10 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
 
     if broken := first_broken(by_label):
         refuse(f"loss {broken}")
-    found = of_teacher.results(ranks) if of_teacher else None
-    result = Evaluation(by_label, objective.total(by_label), evaluator.results(ranks), found)
+    found = of_teacher.results(ranks) if of_teacher else {}
+    found |= teacher_tokens.results(ranks) if teacher_tokens else {}
+    judged = evaluator.results(ranks) | tokens.results(ranks)
+    result = Evaluation(by_label, objective.total(by_label), judged, found or None)
     if broken := first_broken(result.as_dict()):
         refuse(broken)
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastkd.reporting.scores import score_parts
 from fastkd.training.engine import NoTeacher
 from fastkd.training.evaluate import (
     peak_memory,
@@ -96,18 +97,8 @@ def worsened(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 def judged_parts(judged: Mapping[str, Any]) -> list[str]:
     """What a evaluator said, for a line of a log."""
-    parts = []
-    if judged.get("sentence_cosine") is not None:
-        parts.append(f"cosine {judged['sentence_cosine']:.4f}")
-    if "score" in judged:
-        parts.append(f"score {judged['score']:.4f}")
-    several = len(judged.get("scores", {})) > 1
-    for name, scores in judged.get("scores", {}).items():
-        parts += [
-            f"{name} {metric} {value:.4f}" if several else f"{metric} {value:.4f}"
-            for metric, value in scores.items()
-        ]
-    return parts
+    cosine = judged.get("sentence_cosine")
+    return ([] if cosine is None else [f"cosine {cosine:.4f}"]) + score_parts(judged)
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:

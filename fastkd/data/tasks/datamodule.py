@@ -20,7 +20,9 @@ from fastkd.data.tasks import (
 )
 from fastkd.data.tasks.metrics import (
     Judged,
-    constant_score,
+    Scores,
+    constant_scores,
+    f1_by_class,
     measure,
     predictions_of,
     task_score,
@@ -84,10 +86,6 @@ class TaskDataModule:
 
     def evaluator(self, ranks: Ranks, whose: Judged = "student") -> ScoreEvaluator:
         return ScoreEvaluator(self.task, self.evaluations, ranks.device, whose)
-
-    def constant_score(self) -> float | None:
-        labels = {name: examples.labels for name, examples in self.evaluations.items()}
-        return constant_score(self.task.metrics, labels, self.task.outputs)
 
     def totals(self, rows: int) -> dict[str, Any]:
         return {"train_examples": rows, "task_examples": len(self.train)}
@@ -167,13 +165,28 @@ class ScoreEvaluator:
         self._outputs[rows.to(student.device)] = student[: len(rows)].to(self._outputs)
 
     def results(self, ranks: Ranks) -> dict[str, Any]:
-        """`score` of the task, `scores` of each set by metric, `examples`."""
+        """`score` of the task, `scores` of each set by metric, what one answer to everything would
+        score (`baseline`), `examples`; of classes also `class_f1` of each set, and `one_class`, the
+        class that is predicted for all of a set."""
         # every row was written by one rank
-        outputs = ranks.sum(self._outputs).cpu().numpy()
-        scores, first = {}, 0
+        outputs, task = ranks.sum(self._outputs).cpu().numpy(), self._task
+        scores: dict[str, Scores] = {}
+        class_f1: dict[str, Scores] = {}
+        one_class, first = {}, 0
         for name, examples in self._evaluations.items():
             part = outputs[first : first + len(examples)]
-            predictions = predictions_of(part, regression=self._task.regression, whose=self._whose)
-            scores[name] = measure(self._task.metrics, predictions, examples.labels)
+            predictions = predictions_of(part, regression=task.regression, whose=self._whose)
+            scores[name] = measure(task.metrics, predictions, examples.labels)
+            if not task.regression:
+                class_f1[name] = f1_by_class(predictions, examples.labels, task.labels)
+                if (predictions == predictions[0]).all():
+                    one_class[name] = task.labels[int(predictions[0])]
             first += len(examples)
-        return {"score": task_score(scores), "scores": scores, "examples": first}
+        found = {"score": task_score(scores), "scores": scores, "examples": first}
+        found["baseline"] = self._baseline()
+        return found if task.regression else found | {"class_f1": class_f1, "one_class": one_class}
+
+    def _baseline(self) -> dict[str, Any]:
+        labels = {name: examples.labels for name, examples in self._evaluations.items()}
+        scores = constant_scores(self._task.metrics, labels, self._task.outputs)
+        return {"score": task_score(scores), "scores": scores}

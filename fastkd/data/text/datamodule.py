@@ -58,9 +58,6 @@ class TextDataModule:
     def evaluator(self, ranks: Ranks, whose: Judged = "student") -> CosineEvaluator:
         return CosineEvaluator(self.corpus.heldout, ranks.device)
 
-    def constant_score(self) -> float | None:
-        return None
-
     def totals(self, rows: int) -> dict[str, Any]:
         return {
             "train_tokens": rows * self.block_size,

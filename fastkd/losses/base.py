@@ -84,6 +84,8 @@ class Batch:
     """Bool [batch, tokens], `None` where nothing is padded."""
     labels: Tensor | None = None
     """From `target_labels`."""
+    label_weights: Tensor | None = None
+    """What each label counts in a mean over labels, fp64 and of their shape; `None`: all alike."""
     row: PackedRow | None = None
     """Where the sequences stand that were read packed, for a term that `reads_packed`."""
 

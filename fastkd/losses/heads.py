@@ -46,7 +46,7 @@ class HeadGroup(LossGroup):
         ]
         if labels is not None:
             assert isinstance(logits, Tensor)
-            losses.append(_hard_loss(logits, labels).reshape(1))
+            losses.append(_hard_loss(logits, labels, batch.label_weights).reshape(1))
         return torch.cat(losses)
 
     def _of_language_models(
@@ -102,9 +102,15 @@ def _vector(found: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     return found.reshape(1) if isinstance(found, Tensor) else torch.stack(found)
 
 
-def _hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of classes, or squared error of one number; a mean over labelled examples."""
+def _hard_loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """Cross-entropy of classes, or squared error of one number; a mean over labelled examples, of
+    classes perhaps weighted."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if logits.shape[-1] == 1:
         return mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
-    return cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+    if weights is None:
+        return cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+    # each as its example, or its token, counts
+    counted = weights.to(logits.dtype) * (labels != IGNORE_INDEX)
+    losses = cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    return (losses * counted).sum() / counted.sum()

@@ -42,7 +42,7 @@ from fastkd.losses.weighting import (
 from fastkd.packed_row import PackedRow
 from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses
-from fastkd.types import ROWS, Inputs, Side
+from fastkd.types import LABEL_WEIGHTS, ROWS, Inputs, Side
 
 _PLAIN = frozenset(("input_ids", "token_type_ids", ROWS))
 """Inputs that hide nothing and label nothing."""
@@ -198,7 +198,8 @@ class Objective(nn.Module):
         row, mask = PackedRow.of(inputs), inputs.get("attention_mask")
         valid = None if mask is None else mask.bool()
         labels = target_labels(inputs, self.pair.head)
-        batch = Batch(valid if row is None else row.mask, labels, row)
+        mask = valid if row is None else row.mask
+        batch = Batch(mask, labels, label_weights=inputs.get(LABEL_WEIGHTS), row=row)
         views = self._views(student, teacher, row)
         values = []
         for term, where, count in zip(self.each(), self._keys, self._counts, strict=True):

@@ -93,6 +93,15 @@ class Recipe(Section):
                 "teacher.attention": self.teacher.attention,
             },
         )
+        if (
+            self.task is not None
+            and self.task.class_weights is not None
+            and not self.losses.of("labels")
+        ):
+            raise ValueError(
+                "task.class_weights is given, which losses.labels alone reads, but that is off; "
+                "switch it on, or leave class_weights out"
+            )
         if self._is_packed and self.losses.reduction == "tinybert":
             raise ValueError(
                 "losses.reduction is tinybert, which counts padding, but task.padding is none; "

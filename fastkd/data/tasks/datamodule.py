@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ from fastkd.data.tasks.metrics import (
 )
 from fastkd.data.tasks.tokenized import PAD_MULTIPLE, padded_length
 from fastkd.distributed import Ranks
-from fastkd.types import ROWS, Inputs, Reading
+from fastkd.types import LABEL_WEIGHTS, ROWS, Inputs, Reading
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class TaskDataModule:
     packed: bool = False
     """Whether the examples of a micro-batch follow each other in one row, in place of being
     padded."""
+    class_weights: npt.NDArray[np.float64] | None = None
+    """[classes] what the label of an example counts, at least 1; `None`: all alike."""
     reads: Reading = field(default="predictions", init=False)
 
     @property
@@ -65,9 +69,14 @@ class TaskDataModule:
         self, batch_size: int, seed: int, plan: BatchPlan, rank: int
     ) -> ExampleMicroBatches:
         stream = ExampleStream(self.train, batch_size, seed)
-        return ExampleMicroBatches(
-            self.train, stream, plan, rank, self.counts_padding, packed=self.packed
-        )
+        return ExampleMicroBatches(self, stream, plan, rank)
+
+    def weighed(self, batch: Inputs) -> Inputs:
+        """A batch with what each of its labels counts, where they don't count alike."""
+        if self.class_weights is None:
+            return batch
+        weights = self.class_weights[batch["labels"].numpy()]
+        return {**batch, LABEL_WEIGHTS: torch.from_numpy(weights)}
 
     def heldout(self, size: int, ranks: Ranks) -> Iterator[EvalBatch]:
         first = 0
@@ -81,7 +90,7 @@ class TaskDataModule:
                 multiple=multiple,
                 packed=self.packed,
             ):
-                yield EvalBatch(batch, rows + first)
+                yield EvalBatch(self.weighed(batch), rows + first)
             first += len(examples)
 
     def evaluator(self, ranks: Ranks, whose: Judged = "student") -> ScoreEvaluator:
@@ -103,21 +112,12 @@ class ExampleMicroBatches:
     packed."""
 
     def __init__(
-        self,
-        examples: EncodedExamples,
-        stream: ExampleStream,
-        plan: BatchPlan,
-        rank: int,
-        counts_padding: bool,
-        *,
-        packed: bool = False,
+        self, data: TaskDataModule, stream: ExampleStream, plan: BatchPlan, rank: int
     ) -> None:
-        self._examples = examples
-        self._packed = packed
+        self._data = data
         self._stream = stream
         self._plan = plan
         self._rank = rank
-        self._counts_padding = counts_padding
 
     @property
     def epoch(self) -> int:
@@ -125,14 +125,14 @@ class ExampleMicroBatches:
 
     def next_step(self, step: int) -> Sequence[Inputs]:
         rows, multiple = self._stream.next_rows(), PAD_MULTIPLE
-        if self._counts_padding:
+        data, examples, inputs = self._data, self._data.train, []
+        if data.counts_padding:
             # all of the step as wide as its longest example
-            longest = int(self._examples.lengths[rows[-1]])
-            multiple = padded_length(longest, PAD_MULTIPLE, self._examples.max_length)
-        examples, inputs = self._examples, []
+            longest = int(examples.lengths[rows[-1]])
+            multiple = padded_length(longest, PAD_MULTIPLE, examples.max_length)
         for part in cut(rows, self._plan, self._rank):
-            batch = examples.packed(part) if self._packed else examples.batch(part, multiple)
-            inputs.append({**batch, ROWS: torch.tensor(part)})
+            batch = examples.packed(part) if data.packed else examples.batch(part, multiple)
+            inputs.append({**data.weighed(batch), ROWS: torch.tensor(part)})
         return inputs
 
     def state_dict(self) -> dict[str, Any]:

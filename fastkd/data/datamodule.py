@@ -71,6 +71,10 @@ class DataModule(Protocol):
         """What a evaluator is given of a model. Predictions say something about a single model, so
         that a teacher has a score; states are compared."""
 
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        """Numbers of its evaluators that steps can be compared by, the larger the better."""
+
     def micro_batches(self, batch_size: int, seed: int, plan: BatchPlan, rank: int) -> MicroBatches:
         """A rank's micro-batches from the start of the order of `seed`; every rank calls this."""
 

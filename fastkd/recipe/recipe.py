@@ -14,7 +14,7 @@ from fastkd.recipe.losses import Losses
 from fastkd.recipe.models import Student, Teacher
 from fastkd.recipe.presets import Preset
 from fastkd.recipe.task import TaskData, check_padding
-from fastkd.recipe.train import RunOutput, Train, check_train
+from fastkd.recipe.train import RunOutput, Train, check_steering, check_train
 from fastkd.section import Extras, Plugins, Section
 
 
@@ -85,6 +85,7 @@ class Recipe(Section):
                 f"teacher.cache is {self.teacher.cache}, but {reason}; leave teacher.cache out"
             )
         check_train(self.train)
+        check_steering(self.train, self.run)
         check_padding(
             self.task,
             self.train,

@@ -126,8 +126,10 @@ def _facts(summary: dict[str, Any]) -> Rows:
     # summaries of fastkd 0.1 don't say
     worse = "; ".join(summary.get("worse", []))
     same = one_class(summary["after"])
+    kept, stopped = summary.get("kept_best"), summary.get("stopped_early")
     return [
-        ("trained on", trained),
+        ("trained on", f"{trained}, stopped early" if stopped else trained),
+        *([("exported", _exported(summary["exported_step"], kept))] if kept else []),
         ("held out", _heldout(summary["after"])),
         *([("worse than before", worse)] if worse else []),
         *([("warning", f"the student predicts {same}")] if same else []),
@@ -138,6 +140,10 @@ def _facts(summary: dict[str, Any]) -> Rows:
         ("time", f"{summary['seconds']:.0f} s on {summary['world_size']} rank(s)"),
         ("run folder", summary["run"]),
     ]
+
+
+def _exported(step: int, kept: dict[str, Any]) -> str:
+    return f"the student of step {step}, whose {kept['metric']} is the best ({kept['value']:.4g})"
 
 
 def _profile(summary: dict[str, Any]) -> list[tuple[str, tuple[str, ...], Rows]]:

@@ -12,7 +12,23 @@ from transformers import PreTrainedModel
 from fastkd.capture.token_loss import TokenLoss, heard_token_loss
 from fastkd.distributed import Ranks
 from fastkd.head_spec import HEADS
+from fastkd.losses.objective import Objective
 from fastkd.types import Head
+
+
+def perplexity_name(objective: Objective) -> str | None:
+    """What an evaluation calls the perplexity of a run's models; `None` where it finds none."""
+    spec = HEADS[objective.pair.head]
+    # tokens are masked where a loss asks for them
+    masked = any(match.divisor == "labels" for match in objective.matches)
+    if not spec.language_model or not (spec.labels == "next_token" or masked):
+        return None
+    return _name(objective.pair.head)
+
+
+def _name(head: Head) -> str:
+    # of a masked token the model has seen both sides, so it is no perplexity of the text
+    return "pseudo_perplexity" if HEADS[head].labels == "masked_token" else "perplexity"
 
 
 class Perplexity:
@@ -20,10 +36,7 @@ class Perplexity:
 
     def __init__(self, head: Head, heard: TokenLoss | None) -> None:
         self._heard = heard
-        # of a masked token the model has seen both sides, so it is no perplexity of the text
-        self.name = "perplexity"
-        if HEADS[head].labels == "masked_token":
-            self.name = "pseudo_perplexity"
+        self._head = head
 
     def expect(self, labels: Tensor | None) -> None:
         """Say before a pass what it is to predict, see `target_labels`; `None` counts nowhere."""
@@ -35,7 +48,7 @@ class Perplexity:
         if self._heard is None:
             return {}
         total, count = ranks.sum(torch.stack([self._heard.sum, self._heard.count]))
-        return {self.name: (total / count).exp().item()} if count else {}
+        return {_name(self._head): (total / count).exp().item()} if count else {}
 
 
 @contextmanager

@@ -14,13 +14,24 @@ from fastkd.training.evaluate import (
 from fastkd.training.profile import REST, Profile
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run
+from fastkd.training.steering import Steering
 
 # as much as two evaluations of the same weights may differ by, relatively
 _NOISE = 1e-5
 
 
-def summarise(run: Run, folder: RunFolder, seconds: float) -> dict[str, Any]:
-    """The summary of a run that has made its last step; collective over the ranks."""
+def summarise(
+    run: Run, folder: RunFolder, seconds: float, steps: int, steering: Steering
+) -> dict[str, Any]:
+    """The summary of a run that has made its last step; collective over the ranks.
+
+    Args:
+        run: which has ended.
+        folder: where it is written.
+        seconds: that it took.
+        steps: that it made.
+        steering: what its evaluations decided; `after` is of the student that is exported.
+    """
     recipe, ranks, datamodule = run.recipe, run.ranks, run.datamodule
     part = next(iter(datamodule.heldout(run.plan.micro_batch_size, ranks)))
     inputs = run.move(part.inputs)
@@ -31,14 +42,17 @@ def summarise(run: Run, folder: RunFolder, seconds: float) -> dict[str, Any]:
         speeds["teacher"] = tokens_per_second(run.teacher.embed, inputs, ranks)
         parameters["teacher"] = run.teacher_parameters
     records = folder.read_metrics() if ranks.is_main else []
-    heldout = [_numbers(record) for record in records if record["kind"] == "heldout"]
+    exported = steering.exported_step(steps)
+    evaluated = [r for r in records if r["kind"] == "heldout" and r["step"] <= exported]
+    heldout = [_numbers(record) for record in evaluated]
     teacher = [_numbers(record) for record in records if record["kind"] == "teacher"]
     profile = profile_of(run)
     has_layers = not isinstance(run.teacher, NoTeacher)
     return {
         "run": str(folder.path),
-        "steps": recipe.train.steps,
-        **datamodule.totals(recipe.train.steps * recipe.train.batch_size),
+        "steps": steps,
+        **steering.summary(steps),
+        **datamodule.totals(steps * recipe.train.batch_size),
         "layer_map": run.layers.rows() if has_layers else None,
         "before": heldout[0] if heldout else None,
         "after": heldout[-1] if heldout else None,

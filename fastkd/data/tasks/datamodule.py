@@ -65,6 +65,10 @@ class TaskDataModule:
     def counted(self) -> tuple[str, int]:
         return "examples", 1
 
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        return ("score",)
+
     def micro_batches(
         self, batch_size: int, seed: int, plan: BatchPlan, rank: int
     ) -> ExampleMicroBatches:

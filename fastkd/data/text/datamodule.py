@@ -37,6 +37,10 @@ class TextDataModule:
     def counted(self) -> tuple[str, int]:
         return "tokens", self.block_size
 
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        return ("sentence_cosine",)
+
     def micro_batches(
         self, batch_size: int, seed: int, plan: BatchPlan, rank: int
     ) -> BlockMicroBatches:

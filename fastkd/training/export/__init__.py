@@ -4,6 +4,7 @@ from fastkd.training.export.student import (
     export_notes,
     export_student,
     load_projections,
+    whole_weights,
 )
 
-__all__ = ["export_notes", "export_student", "load_projections"]
+__all__ = ["export_notes", "export_student", "load_projections", "whole_weights"]

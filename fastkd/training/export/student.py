@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.distributed import Ranks
@@ -59,6 +60,7 @@ def export_student(
     tokenizer: PreTrainedTokenizerBase,
     run: RunFolder,
     ranks: Ranks,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write `student/` and `projections.safetensors` of a run; called by all ranks.
 
@@ -69,13 +71,18 @@ def export_student(
         tokenizer: of both.
         run: where to.
         ranks: this process among all.
+        weights: of an earlier step, by the names of the module's parameters, which are exported in
+            place of those of now; on the first rank.
 
     Raises:
         UserError: the disk is full, or failed.
     """
     module: DistilledStudent = engine.module
-    with _whole_weights(engine, module), disk_errors(run.student):
+    with whole_weights(engine, module), disk_errors(run.student):
         if ranks.is_main:
+            if weights is not None:
+                for name, parameter in module.named_parameters():
+                    parameter.data.copy_(weights[name])
             folder, projections = temporary_of(run.student), temporary_of(run.projections)
             shutil.rmtree(folder, ignore_errors=True)
             # whoever trains on from here expects the usual rates
@@ -84,8 +91,8 @@ def export_student(
             _write_model(module.student, folder)
             tokenizer.save_pretrained(folder)
             _write_around(module.student, source, module.objective.pair.head, folder)
-            weights = {k: v.contiguous() for k, v in module.objective.kept().items()}
-            save_file(weights, projections)
+            kept = {k: v.contiguous() for k, v in module.objective.kept().items()}
+            save_file(kept, projections)
             settle(projections)
             settle(folder)
             os.replace(projections, run.projections)
@@ -119,7 +126,8 @@ def load_projections(objective: Objective, run: RunFolder) -> None:
     objective.load_state_dict(weights, strict=False)
 
 
-def _whole_weights(engine: Any, module: DistilledStudent) -> AbstractContextManager[Any]:
+def whole_weights(engine: Any, module: DistilledStudent) -> AbstractContextManager[Any]:
+    """A context in which no parameter of a module is sharded; collective over the ranks."""
     if engine.zero_optimization_stage() < 3:
         return nullcontext()
     import deepspeed

@@ -32,6 +32,8 @@ from fastkd.losses.counts import (
     count_divisors,
     target_labels,
 )
+from fastkd.losses.gathering import Gather, alone, undeclared
+from fastkd.losses.pooling import EmbeddingModules
 from fastkd.losses.registry import loss_class
 from fastkd.losses.transports import Mapped, Transports
 from fastkd.losses.weighting import (
@@ -39,12 +41,12 @@ from fastkd.losses.weighting import (
     Uncertainty,
     factor,
 )
-from fastkd.packed_row import PackedRow
+from fastkd.packed_row import PackedRow, valid_tokens
 from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses
-from fastkd.types import LABEL_WEIGHTS, ROWS, Inputs, Side
+from fastkd.types import LABEL_WEIGHTS, ROWS, SCORES, Inputs, Side, teacher_inputs
 
-_PLAIN = frozenset(("input_ids", "token_type_ids", ROWS))
+_PLAIN = frozenset(("input_ids", "token_type_ids", ROWS, SCORES))
 """Inputs that hide nothing and label nothing."""
 
 
@@ -80,6 +82,8 @@ class Objective(nn.Module):
         self.moment = Progress()
         self.maps = {name: (own_layers or {}).get(name, layers) for name in losses.terms}
         self.reduction: Reduction = losses.reduction
+        self.least_rows: dict[str, int] = {}
+        """Of the losses that compare rows, how many a batch must have."""
         self.terms = nn.ModuleList(self._terms())
         self._check_rates()
         if losses.projection_learning_rate is not None and not self.parameter_rates():
@@ -180,7 +184,12 @@ class Objective(nn.Module):
         return found
 
     def forward(
-        self, student: Capture, teacher: Capture, inputs: Inputs, shares: Tensor
+        self,
+        student: Capture,
+        teacher: Capture,
+        inputs: Inputs,
+        shares: Tensor,
+        gather: Gather = alone,
     ) -> tuple[Tensor, Tensor]:
         """Add the terms up.
 
@@ -189,17 +198,25 @@ class Objective(nn.Module):
             teacher: captured tensors without.
             inputs: what both models read; of it the mask and the labels.
             shares: [DIVISORS], this micro-batch's part of the step's divisors.
+            gather: what gives rows of the whole step, see `Batch.gather`.
 
         Returns:
             The weighted total, a scalar, and [2, labels], detached: the raw losses, then what each
             adds to the total. All are scaled by the shares. The total of `uncertainty` holds the
             log-variances whole: an engine averages over micro-batches and ranks.
         """
-        row, mask = PackedRow.of(inputs), inputs.get("attention_mask")
-        valid = None if mask is None else mask.bool()
+        row, mask = PackedRow.of(inputs), valid_tokens(inputs)
         labels = target_labels(inputs, self.pair.head)
-        mask = valid if row is None else row.mask
-        batch = Batch(mask, labels, label_weights=inputs.get(LABEL_WEIGHTS), row=row)
+        read = teacher_inputs(inputs)
+        batch = Batch(
+            mask,
+            labels,
+            row,
+            teacher_mask=mask if read is inputs else valid_tokens(read),
+            scores=inputs.get(SCORES),
+            gather=gather if self.least_rows else undeclared,
+            label_weights=inputs.get(LABEL_WEIGHTS),
+        )
         views = self._views(student, teacher, row)
         values = []
         for term, where, count in zip(self.each(), self._keys, self._counts, strict=True):
@@ -322,6 +339,23 @@ class Objective(nn.Module):
                         f"{name}, which is none of its parameters ({', '.join(own) or 'none'})"
                     )
 
+    def embedding(self, side: Side) -> EmbeddingModules | None:
+        """What makes a model's embedding of its final states, as its user gets it: the teacher's by
+        its own modules, the student's by those that it is exported with; `None` where fastkd
+        doesn't know the teacher's. The objective's parameters must be whole."""
+        known = self.pair.embeddings
+        if known is None or side == "teacher":
+            return None if known is None else known[1]
+        return self.student_modules() or known[0]
+
+    def student_modules(self) -> EmbeddingModules | None:
+        """The same of the student where its losses say it: those of embeddings or, without any, a
+        hidden loss that projects its last layer to the teacher's; `None` elsewhere."""
+        terms = self.each()
+        deciding = [term for term in terms if term.embeds] or terms
+        made = (term.student_modules() for term in deciding)
+        return next((found for found in made if found is not None), None)
+
     def kept(self) -> dict[str, Tensor]:
         """The weights that an evaluation needs later: projections, no log-variances."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("uncertainty.")}
@@ -342,7 +376,9 @@ class Objective(nn.Module):
             layer_map = self.maps[name] if kind.is_mapped() else None
             with plugin_errors(f"losses.{name}", kind):
                 loss = kind(name, config, layer_map, shared)
-            made.setdefault(kind.group or name, []).append(loss)
+            if loss.least_rows > 1:
+                self.least_rows[name] = loss.least_rows
+            made.setdefault(loss.group or name, []).append(loss)
         return [
             group(losses, shared)
             if isinstance(group, type) and issubclass(group, LossGroup)
@@ -495,6 +531,7 @@ class DistilledStudent(nn.Module):
         inputs: Inputs,
         teacher: Capture | None = None,
         shares: Tensor | None = None,
+        gather: Gather = alone,
     ) -> tuple[Tensor, Tensor]:
         """Run the student on a micro-batch and, given what the teacher left, compare the two.
 
@@ -503,6 +540,7 @@ class DistilledStudent(nn.Module):
                 models read, and perhaps `labels`; or a packed row in their place.
             teacher: what the teacher left on the same inputs.
             shares: fp32 [DIVISORS], see `Objective.forward`.
+            gather: likewise.
 
         Returns:
             The total, a scalar, and raw and weighted losses [2, labels], detached. Without a
@@ -520,7 +558,7 @@ class DistilledStudent(nn.Module):
                     self.student(**read)
         # ops choose their own precision, whatever the models run under
         with torch.autocast(shares.device.type, enabled=False):
-            total, parts = self.objective(states, teacher, inputs, shares)
+            total, parts = self.objective(states, teacher, inputs, shares, gather)
         if self.training and torch.is_grad_enabled() and not total.requires_grad:
             raise UserError(
                 f"losses: none of {', '.join(self.objective.names)} has a gradient; compute one "

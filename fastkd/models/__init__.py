@@ -13,6 +13,7 @@ from. Trains nothing and knows no engine.
 
 from fastkd.models.checking import LOADING_ERRORS, not_loadable, optional_file
 from fastkd.models.digests import model_digests, note_models
+from fastkd.models.embedding import UnknownModule, read_embedding
 from fastkd.models.load import (
     load_student,
     load_teacher,
@@ -43,6 +44,7 @@ __all__ = [
     "ListingError",
     "Module",
     "Pooler",
+    "UnknownModule",
     "build_student",
     "check_attention",
     "check_same_vocabulary",
@@ -57,6 +59,7 @@ __all__ = [
     "note_models",
     "optional_file",
     "read_config",
+    "read_embedding",
     "read_model",
     "read_modules",
     "resolve_model",

@@ -18,6 +18,8 @@ from fastkd.reporting.svg import Line, Panel, chart
 from fastkd.training.run_folder import RunFolder
 
 _NAMED_LINES = 16
+# what data is counted in that is not text in blocks, and where a summary says how much there is
+_COUNTED = (("examples", "task_examples"), ("rows", "data_rows"))
 Rows = list[tuple[str, ...]]
 
 
@@ -83,10 +85,18 @@ def _losses(summary: dict[str, Any]) -> Rows:
     rows.append(("total, weighted", f"{before['total']:.4g}", f"{after['total']:.4g}"))
     if "sentence_cosine" in after:
         cosines = [
-            "widths differ" if e["sentence_cosine"] is None else f"{e['sentence_cosine']:.4f}"
+            "not comparable" if e["sentence_cosine"] is None else f"{e['sentence_cosine']:.4f}"
             for e in (before, after)
         ]
         rows.append(("sentence embeddings, cosine", *cosines))
+    if "agreement" in after:
+        rows += [
+            (
+                f"student and teacher, {name.replace('_', ' ')}",
+                *(f"{e['agreement'][name]:.4f}" for e in (before, after)),
+            )
+            for name in after["agreement"]
+        ]
     return rows
 
 
@@ -119,10 +129,9 @@ def _facts(summary: dict[str, Any]) -> Rows:
     if "train_tokens" in summary:
         trained = f"{summary['train_tokens']:,} tokens in {steps}"
     else:
-        trained = (
-            f"{summary['train_examples']:,} examples in {steps}, "
-            f"{summary['train_examples'] / summary['task_examples']:.2f} passes"
-        )
+        kind, there = _COUNTED["train_rows" in summary]
+        read = summary[f"train_{kind}"]
+        trained = f"{read:,} {kind} in {steps}, {read / summary[there]:.2f} passes"
     # summaries of fastkd 0.1 don't say
     worse = "; ".join(summary.get("worse", []))
     same = one_class(summary["after"])
@@ -160,8 +169,9 @@ def _profile(summary: dict[str, Any]) -> list[tuple[str, tuple[str, ...], Rows]]
 
 
 def _heldout(judged: dict[str, Any]) -> str:
-    if "examples" in judged:
-        return f"{judged['examples']:,} examples"
+    for kind, _ in _COUNTED:
+        if kind in judged:
+            return f"{judged[kind]:,} {kind}"
     return f"{judged['tokens']:,} tokens in {judged['blocks']} blocks"
 
 

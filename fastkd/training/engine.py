@@ -13,7 +13,7 @@ import copy
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -36,7 +36,7 @@ from fastkd.training.checkpoint.layout import find_places
 from fastkd.training.deepspeed_config import student_config, teacher_config, uses_deepspeed
 from fastkd.training.local_engine import LocalEngine
 from fastkd.training.muon import Muon, Piece, block_matrices
-from fastkd.types import STORED, Inputs
+from fastkd.types import STORED, Inputs, teacher_inputs
 
 Wanted = Mapping[str, Any]
 """Keyword arguments of `capture`."""
@@ -97,7 +97,7 @@ class TeacherRunner:
             return self.stored(inputs, self.objective.layers("teacher"))
         wanted = self.objective.layers("teacher")
         cut = nullcontext() if whole else self._cut
-        with torch.no_grad(), cut, reading(self.model, inputs) as read:
+        with torch.no_grad(), cut, reading(self.model, teacher_inputs(inputs)) as read:
             if self.compiled is not None and self.objective.training and not whole:
                 return self.compiled(read, wanted)
             with capture(self.model, **wanted) as states:
@@ -109,13 +109,14 @@ class TeacherRunner:
         named."""
         wanted = self.objective.all_layers("teacher") if wanted is None else wanted
         recorded = capture(self.model, **wanted)
-        with torch.no_grad(), self._cut, reading(self.model, inputs) as read, recorded as states:
+        reads = reading(self.model, teacher_inputs(inputs))
+        with torch.no_grad(), self._cut, reads as read, recorded as states:
             self._run(**read)
         return states
 
     def embed(self, inputs: Inputs) -> Tensor:
         """The teacher's last hidden state [batch, tokens, width], at full depth."""
-        with torch.no_grad(), reading(self.model, inputs) as read:
+        with torch.no_grad(), reading(self.model, teacher_inputs(inputs)) as read:
             return last_hidden_state(self._run, self.model, read)
 
     def _find_cut(self) -> AbstractContextManager[None]:
@@ -269,6 +270,22 @@ def parameter_groups(module: nn.Module, train: Train) -> list[dict[str, Any]]:
             {"params": [p for p in same if p.ndim <= 1], "weight_decay": 0.0, **own},
         ]
     return [group for group in groups if group["params"]]
+
+
+def whole_weights(engine: Any, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Let parameters of what an engine trains be whole while the context is open; collective under
+    ZeRO-3, and nothing elsewhere.
+
+    Args:
+        engine: from `make_engine`, or the module itself where nothing is trained.
+        parameters: which.
+    """
+    if isinstance(engine, DistilledStudent) or engine.zero_optimization_stage() < 3:
+        return nullcontext()
+    # a parameter that a last prefetch left in flight would be skipped below, and read half-filled
+    engine.empty_partition_cache()
+    gathered: AbstractContextManager[Any] = _deepspeed().zero.GatheredParameters(list(parameters))
+    return gathered
 
 
 def check_config(config: dict[str, Any]) -> None:

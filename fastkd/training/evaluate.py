@@ -8,17 +8,19 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 
-from fastkd.capture.lm_head import overheard
+from fastkd.capture.lm_head import Overheard, overheard
 from fastkd.data.datamodule import EvalBatch
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import Progress
 from fastkd.losses import target_labels
 from fastkd.losses.objective import Objective
+from fastkd.losses.pooling import EmbeddingModules
+from fastkd.packed_row import valid_tokens
 from fastkd.recipe import Recipe, stage_recipes
 from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.engine import TeacherRunner
@@ -27,7 +29,7 @@ from fastkd.training.perplexity import heard_perplexity
 from fastkd.training.precision import tf32_products
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up_evaluation
-from fastkd.types import Inputs
+from fastkd.types import Inputs, Reading, Side, teacher_inputs
 
 _REMEDY = "train it with a smaller train.learning_rate, in another run.output"
 
@@ -44,10 +46,11 @@ class Evaluation:
     total: float
     """Weighted sum of the losses, see `Objective.total`."""
     judged: dict[str, Any]
-    """Of text `sentence_cosine` (cosine of mean-pooled last hidden states, `None` where the widths
-    differ), `blocks` and `tokens`, of a language model `perplexity` or, of masked tokens,
-    `pseudo_perplexity`; of a task `score`, `scores` by set and metric, `class_f1` by set and class,
-    `baseline` (the scores of one answer to everything), `one_class`, `examples`."""
+    """Of text `sentence_cosine` (cosine of both models' embeddings, `None` where their lengths
+    differ or fastkd can't make them), `blocks` and `tokens`, of a language model `perplexity` or,
+    of masked tokens, `pseudo_perplexity`; of a task `score`, `scores` by set and metric, `class_f1`
+    by set and class, `baseline` (the scores of one answer to everything), `one_class`,
+    `examples`."""
     teacher: dict[str, Any] | None = None
     """The same of the teacher, where it was asked for."""
 
@@ -79,17 +82,19 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
     batches = list(datamodule.heldout(run.plan.micro_batch_size, ranks))
     whole = ranks.sum(sum_divisors(objective, batches).to(ranks.device)).clamp(min=1)
     losses = torch.zeros(len(objective.labels), dtype=torch.float64, device=ranks.device)
-    compares = datamodule.reads == "states"
+    compares, embeds = datamodule.compares, datamodule.reads == "embeddings"
+    heard: Reading = "states" if embeds else datamodule.reads
+    embeddings = [run.embedding(side) for side in get_args(Side)] if embeds else []
     evaluator, of_teacher = datamodule.evaluator(ranks), None
     head = objective.pair.head
     teacher_tokens = None
     with ExitStack() as stack:
         student = run.module.student
         tokens = stack.enter_context(heard_perplexity(student, head, ranks.device))
-        student_heard = stack.enter_context(overheard(student, datamodule.reads))
+        student_heard = stack.enter_context(overheard(student, heard))
         teacher_heard = None
         if isinstance(teacher, TeacherRunner) and (compares or judge_teacher):
-            teacher_heard = stack.enter_context(overheard(teacher.model, datamodule.reads))
+            teacher_heard = stack.enter_context(overheard(teacher.model, heard))
             of_teacher = None if compares else datamodule.evaluator(ranks, "teacher")
             if judge_teacher:
                 listening = heard_perplexity(teacher.model, head, ranks.device)
@@ -106,9 +111,12 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
             teacher_states = teacher(inputs, whole=teacher_heard is not None)
             parts = run.student(inputs, teacher_states, loss_scales)[1]
             losses += float(len(batch.rows) > 0) * parts[0]
-            evaluator.add(
-                batch.rows, student_heard.output, teacher_heard.output if teacher_heard else None
-            )
+            if embeds:
+                if found := _embedded(embeddings, (student_heard, teacher_heard), inputs):
+                    evaluator.add(batch.rows, *found)
+            else:
+                theirs = teacher_heard.output if teacher_heard and compares else None
+                evaluator.add(batch.rows, student_heard.output, theirs)
             if teacher_heard and of_teacher:
                 of_teacher.add(batch.rows, teacher_heard.output, None)
     by_label = dict(zip(objective.labels, ranks.sum(losses).tolist(), strict=True))
@@ -120,13 +128,28 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
 
     if broken := first_broken(by_label):
         refuse(f"loss {broken}")
-    found = of_teacher.results(ranks) if of_teacher else {}
-    found |= teacher_tokens.results(ranks) if teacher_tokens else {}
+    of_alone = of_teacher.results(ranks) if of_teacher else {}
+    of_alone |= teacher_tokens.results(ranks) if teacher_tokens else {}
     judged = evaluator.results(ranks) | tokens.results(ranks)
-    result = Evaluation(by_label, objective.total(by_label), judged, found or None)
+    result = Evaluation(by_label, objective.total(by_label), judged, of_alone or None)
     if broken := first_broken(result.as_dict()):
         refuse(broken)
     return result
+
+
+def _embedded(
+    modules: Sequence[EmbeddingModules | None],
+    heard: Sequence[Overheard | None],
+    inputs: Inputs,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Embeddings of student and teacher of what both gave; `None` where they aren't known."""
+    masks = valid_tokens(inputs), valid_tokens(teacher_inputs(inputs))
+    made = [
+        embed(given.output, mask)
+        for embed, given, mask in zip(modules, heard, masks, strict=True)
+        if embed is not None and given is not None
+    ]
+    return (made[0], made[1]) if len(made) == 2 else None
 
 
 def sum_divisors(objective: Objective, batches: Sequence[EvalBatch]) -> torch.Tensor:
@@ -164,7 +187,8 @@ def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> E
     changed: dict[str, Any] = {"train": train}
     if overrides and isinstance(recipe, Recipe) and recipe.data is not None:
         # a stream reads no more of the text than it needs
-        changed["data"] = recipe.data.model_copy(update={"streaming": True})
+        streaming = recipe.data.documents != "row"
+        changed["data"] = recipe.data.model_copy(update={"streaming": streaming})
     with tf32_products(ranks.device, train.tf32):
         return evaluate(set_up_evaluation(recipe.model_copy(update=changed), folder, ranks))
 

@@ -140,7 +140,9 @@ def train(
     books.steering.describe(step, reporter)
     summary = summarise(run, folder, time.perf_counter() - started, step, books.steering)
     weights = books.steering.weights
-    export_student(run.engine, run.source, run.handed_on, run.tokenizer, folder, ranks, weights)
+    export_student(
+        run.engine, run.source, run.handed_on, run.tokenizer, folder, ranks, weights=weights
+    )
     if ranks.is_main:
         # last, because it is what makes the run finished
         folder.write_summary(summary)
@@ -174,8 +176,9 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
     if objective.needs_look:
         _look(run, micro_batches, loss_scales)
     totals = torch.zeros(2, len(objective.labels), device=ranks.device)
+    gathers = run.gathers(micro_batches, loss_scales)
     teacher_states = run.teacher_states(micro_batches)
-    for batch, scale in zip(micro_batches, loss_scales, strict=True):
+    for batch, scale, gather in zip(micro_batches, loss_scales, gathers, strict=True):
         if run.graphed is not None:
             parts = run.graphed(batch, scale)
             engine.take_gradients()
@@ -183,7 +186,7 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
             with phase("teacher"):
                 states = next(teacher_states)
             with phase("student"):
-                loss, parts = student(batch, states, scale)
+                loss, parts = student(batch, states, scale, gather)
                 # autograd has what the backward reads of them
                 del states
             with phase("backward"):
@@ -199,9 +202,12 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
 def _look(run: Run, micro_batches: Sequence[Inputs], loss_scales: Tensor) -> None:
     """Observe the losses of a step that is not made: weights that follow losses start from it."""
     run.engine.eval()
-    pairs = zip(micro_batches, loss_scales, strict=True)
     with torch.no_grad():
-        found = [run.student(batch, run.teacher(batch), scale)[1] for batch, scale in pairs]
+        gathers = run.gathers(micro_batches, loss_scales)
+        found = [
+            run.student(batch, run.teacher(batch), scale, gather)[1]
+            for batch, scale, gather in zip(micro_batches, loss_scales, gathers, strict=True)
+        ]
     run.engine.train()
     run.objective.observe(run.ranks.sum(torch.stack(found).sum(dim=0)[0] / run.plan.pieces))
 

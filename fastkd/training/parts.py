@@ -13,10 +13,17 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastkd.capture import AttentionTraits, try_model, try_packed, vocabulary_size
+from fastkd.capture import (
+    AttentionTraits,
+    hands_on_last_block,
+    try_model,
+    try_packed,
+    vocabulary_size,
+)
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import DataModule
 from fastkd.data.factory import make_datamodule, task_of
+from fastkd.data.rows.datamodule import RowDataModule
 from fastkd.data.tasks import Task, hand_on_padding, reads_padding
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.text.mlm import Masking
@@ -24,17 +31,25 @@ from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, make_layer_map
-from fastkd.losses.factory import capture_needs, hard_objective, make_objective
+from fastkd.losses.factory import (
+    capture_needs,
+    embedding_losses,
+    hard_objective,
+    make_objective,
+)
 from fastkd.losses.mlm import MlmLoss
 from fastkd.losses.objective import DistilledStudent, Objective
+from fastkd.losses.pooling import EmbeddingModules, PoolingMode
 from fastkd.models import (
     Initialisation,
+    UnknownModule,
     build_student,
     check_same_vocabulary,
     dropout_rates,
     load_student,
     load_teacher,
     load_tokenizer,
+    read_embedding,
 )
 from fastkd.models.classifier import check_start, fit_classifier, load_tuned, name_outputs
 from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, TaskData, resolve_steps
@@ -129,6 +144,7 @@ def _distillation(
     traits = _traits(student, recipe), teacher_traits
     if made is None:
         check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
+    embeddings = _embeddings(recipe, teacher, student)
     # before the data, which takes long to read, and may tell how many steps there are
     objective = make_objective(
         recipe.losses,
@@ -137,7 +153,11 @@ def _distillation(
         teacher,
         traits,
         head=head,
+        row=() if recipe.row_form is None else recipe.row_form.sequences,
         seed=recipe.train.seed,
+        embeddings=embeddings,
+        last_is_output=bool(recipe.losses.of("hidden"))
+        and all(map(hands_on_last_block, (student, teacher))),
     )
     if made is not None:
         load_projections(objective, made)
@@ -169,6 +189,29 @@ def _distillation(
         source=source,
         handed_on=handed_on,
     )
+
+
+def _embeddings(
+    recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedModel
+) -> tuple[EmbeddingModules, EmbeddingModules] | None:
+    """What makes embeddings of student and teacher; `None` where fastkd doesn't know the teacher's
+    modules and no loss asks.
+
+    Raises:
+        UserError: it doesn't, and one asks.
+    """
+    readers = embedding_losses(recipe.losses)
+    stated = [config.pooling for config in readers.values() if config.pooling is not None]
+    pooling: PoolingMode = stated[0] if stated else "mean"
+    source, head = recipe.teacher.source, recipe.student.head
+    try:
+        found = read_embedding(source, teacher.config, head, pooling)
+    except UnknownModule as error:
+        if not readers:
+            return None
+        name = next(iter(readers))
+        raise UserError(f"losses.{name} compares embeddings, but teacher.{error}") from error
+    return found.of_student(student.config.hidden_size), found
 
 
 def _masking(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Masking | None:
@@ -259,8 +302,8 @@ def pad_alike(
     """
     config = models[0].config
     kept = getattr(config, "pad_token_id", None)
-    if isinstance(datamodule, TaskDataModule):
-        pad = datamodule.train.pad_id
+    if isinstance(datamodule, TaskDataModule | RowDataModule):
+        pad = datamodule.pad_id
         if reads_padding(models[0]):
             kept = hand_on_padding(config, tokenizer, pad, datamodule.sets)
     else:

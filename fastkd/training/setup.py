@@ -8,7 +8,7 @@ nothing, so their student stands in no engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,10 @@ from fastkd.data.batching import plan_batches
 from fastkd.data.datamodule import MicroBatches
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError
+from fastkd.losses.gathering import Gather, alone
+from fastkd.losses.pooling import EmbeddingModules
 from fastkd.models.quantised import quantise
+from fastkd.packed_row import valid_tokens
 from fastkd.recipe import AnyRecipe, Recipe
 from fastkd.training.ahead import TeacherAhead, check_overlap
 from fastkd.training.deepspeed_config import check_packages, student_config, uses_deepspeed
@@ -34,7 +37,9 @@ from fastkd.training.engine import (
     matrix_numbers,
     refusal,
     shard_teacher,
+    whole_weights,
 )
+from fastkd.training.gathering import check_gathering, step_gathers
 from fastkd.training.graphs import GraphedStep, Record, check_graphs
 from fastkd.training.local_engine import LocalEngine
 from fastkd.training.memory import check_micro_batch, memory_parts, parts_on_cpu
@@ -43,7 +48,7 @@ from fastkd.training.precision import settle_precision
 from fastkd.training.profile import NoProfile, Profile, clocks_of
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.step_memory import StepMemory
-from fastkd.types import LENGTHS, ROWS, STORED, Inputs
+from fastkd.types import LENGTHS, ROWS, STORED, Inputs, Side, teacher_inputs
 
 
 @dataclass
@@ -105,6 +110,43 @@ class Run(Parts):
             return micro_batches
         return stored.reading(micro_batches, partial(self.objective.layers, "teacher"))
 
+    def embedding(self, side: Side) -> EmbeddingModules | None:
+        """What makes a model's embeddings of its final states, as its user gets them, with the
+        student's projection as it is now; `None` where fastkd doesn't know the teacher's modules.
+        Collective under ZeRO-3."""
+        with whole_weights(self.engine, self.objective.parameters()):
+            return self.objective.embedding(side)
+
+    def embed(self, side: Side, inputs: Inputs) -> Tensor:
+        """Embeddings of a micro-batch, as `SentenceTransformer.encode` gives them of the model's
+        folder; of the student's once it is exported. Collective under ZeRO-3.
+
+        Args:
+            side: whose.
+            inputs: on this rank's device.
+
+        Returns:
+            [batch, dim], fp32, without gradient.
+
+        Raises:
+            UserError: the teacher has modules that fastkd doesn't know, or is none.
+        """
+        modules = self.embedding(side)
+        if modules is None or (side == "teacher" and isinstance(self.teacher, NoTeacher)):
+            raise UserError(
+                f"the {side} gives no embeddings: there is no teacher, or fastkd doesn't know its "
+                "modules of sentence-transformers"
+            )
+        with torch.no_grad():
+            if side == "student":
+                states = self.student(inputs)[0]
+            else:
+                assert isinstance(self.teacher, TeacherRunner), "it was looked at above"
+                states = self.teacher.embed(inputs)
+            read = inputs if side == "student" else teacher_inputs(inputs)
+            found: Tensor = modules(states, valid_tokens(read))
+        return found
+
     def move(self, inputs: Inputs) -> Inputs:
         """Inputs on this rank's device, without the numbers of their rows; lengths are read on the
         host, and stored states of the teacher stay where they are until they are used."""
@@ -125,6 +167,30 @@ class Run(Parts):
         counts = torch.stack([self.objective.divisors(batch) for batch in batches])
         shares = counts / self.ranks.sum(counts.sum(dim=0)).clamp(min=1)
         return (shares * self.plan.pieces).float()
+
+    def gathers(self, batches: Sequence[Inputs], loss_scales: Tensor) -> Sequence[Gather]:
+        """What gives the losses of each micro-batch of a step the rows of all of it, for one pass
+        over them in order; without losses that compare rows it does nothing."""
+        if not self.objective.least_rows or self.plan.pieces == 1:
+            return [alone] * len(batches)
+        return step_gathers(self.ranks, len(batches), partial(self._read, batches, loss_scales))
+
+    def _read(
+        self, batches: Sequence[Inputs], loss_scales: Tensor, gathers: Sequence[Gather]
+    ) -> None:
+        """Let the losses see what they will see when these micro-batches are trained on: of the
+        random numbers that dropout draws, the same come again."""
+        device, phase = self.ranks.device, self.profile.phase
+        teacher_states = self.teacher_states(batches)
+        # without gradients a compiled model is another graph, which may draw other numbers
+        grad = self.module.compiled is not None and torch.is_grad_enabled()
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.set_grad_enabled(grad):
+            for batch, scale, gather in zip(batches, loss_scales, gathers, strict=True):
+                with phase("teacher"):
+                    states = next(teacher_states)
+                with phase("student"):
+                    self.student(batch, states, scale, gather)
 
 
 def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
@@ -153,6 +219,7 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
     run = Run(**vars(parts), teacher=teacher, engine=engine)
     if recipe.train.compile:
         _compile(run)
+    check_gathering(run.objective, run.plan, recorded=recipe.train.cuda_graph)
     if recipe.train.cuda_graph:
         run.graphed = graphed_step(run)
     if isinstance(recipe, Recipe) and recipe.teacher.overlap:

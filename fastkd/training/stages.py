@@ -13,7 +13,7 @@ from fastkd.reporting.console import Reporter
 from fastkd.training.rehearsal import check_recipe
 from fastkd.training.run_folder import RunFolder
 
-_ADDED_UP = ("steps", "seconds", "train_examples", "train_tokens")
+_ADDED_UP = ("steps", "seconds", "train_examples", "train_rows", "train_tokens")
 
 
 def check_later(stages: list[Recipe], ranks: Ranks, reporter: Reporter) -> None:

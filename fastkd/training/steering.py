@@ -18,8 +18,8 @@ from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe
 from fastkd.reporting.console import Reporter
 from fastkd.section import did_you_mean
+from fastkd.training.engine import whole_weights
 from fastkd.training.evaluate import Evaluation
-from fastkd.training.export import whole_weights
 from fastkd.training.parts import Parts
 from fastkd.training.perplexity import perplexity_name
 from fastkd.training.setup import Run
@@ -173,7 +173,7 @@ class Steering:
 
     def _keep(self) -> None:
         engine, module = self._run.engine, self._run.module
-        with whole_weights(engine, module):
+        with whole_weights(engine, module.parameters()):
             if self._run.ranks.is_main:
                 self.weights = {
                     name: parameter.detach().to("cpu", copy=True)
@@ -187,7 +187,9 @@ def metric_value(evaluation: Evaluation, name: str) -> float:
     Raises:
         UserError: it was not computed.
     """
-    numbers = {**evaluation.judged, **evaluation.losses, "total": evaluation.total}
+    judged = evaluation.judged
+    numbers = {**judged, **judged.get("agreement", {}), **evaluation.losses}
+    numbers["total"] = evaluation.total
     value = numbers.get(name)
     if value is None:
         raise UserError(

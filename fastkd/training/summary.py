@@ -112,7 +112,10 @@ def worsened(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 def judged_parts(judged: Mapping[str, Any]) -> list[str]:
     """What a evaluator said, for a line of a log."""
     cosine = judged.get("sentence_cosine")
-    return ([] if cosine is None else [f"cosine {cosine:.4f}"]) + score_parts(judged)
+    parts = [] if cosine is None else [f"cosine {cosine:.4f}"]
+    for name, value in judged.get("agreement", {}).items():
+        parts.append(f"{name.replace('_', ' ')} {value:.4f}")
+    return parts + score_parts(judged)
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:

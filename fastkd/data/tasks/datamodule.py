@@ -13,13 +13,9 @@ from torch import Tensor
 
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import EvalBatch
-from fastkd.data.tasks import (
-    EncodedExamples,
-    ExampleStream,
-    Task,
-    cut,
-    evaluation_batches,
-)
+from fastkd.data.sampler import BucketedMicroBatches, ExampleStream, evaluation_parts
+from fastkd.data.sequences import PAD_MULTIPLE, padded_length
+from fastkd.data.tasks import EncodedExamples, Task
 from fastkd.data.tasks.metrics import (
     Judged,
     Scores,
@@ -29,7 +25,6 @@ from fastkd.data.tasks.metrics import (
     predictions_of,
     task_score,
 )
-from fastkd.data.tasks.tokenized import PAD_MULTIPLE, padded_length
 from fastkd.distributed import Ranks
 from fastkd.types import LABEL_WEIGHTS, ROWS, Inputs, Reading
 
@@ -53,6 +48,15 @@ class TaskDataModule:
     reads: Reading = field(default="predictions", init=False)
 
     @property
+    def compares(self) -> bool:
+        return False
+
+    @property
+    def pad_id(self) -> int:
+        """What examples are padded with."""
+        return self.train.pad_id
+
+    @property
     def sets(self) -> list[EncodedExamples]:
         """All examples that are read."""
         return [self.train, *self.evaluations.values()]
@@ -71,31 +75,36 @@ class TaskDataModule:
 
     def micro_batches(
         self, batch_size: int, seed: int, plan: BatchPlan, rank: int
-    ) -> ExampleMicroBatches:
+    ) -> BucketedMicroBatches:
         stream = ExampleStream(self.train, batch_size, seed)
-        return ExampleMicroBatches(self, stream, plan, rank)
 
-    def weighed(self, batch: Inputs) -> Inputs:
-        """A batch with what each of its labels counts, where they don't count alike."""
-        if self.class_weights is None:
-            return batch
-        weights = self.class_weights[batch["labels"].numpy()]
-        return {**batch, LABEL_WEIGHTS: torch.from_numpy(weights)}
+        def read(rows: Sequence[int], multiple: int) -> Inputs:
+            return {**self._batch(self.train, rows, multiple), ROWS: torch.tensor(rows)}
+
+        longest = self._longest if self.counts_padding else None
+        return BucketedMicroBatches(stream, read, plan, rank, longest=longest)
 
     def heldout(self, size: int, ranks: Ranks) -> Iterator[EvalBatch]:
         first = 0
         for examples in self.evaluations.values():
             multiple = examples.max_length if self.counts_padding else PAD_MULTIPLE
-            for rows, batch in evaluation_batches(
-                examples,
-                size,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-                multiple=multiple,
-                packed=self.packed,
-            ):
-                yield EvalBatch(self.weighed(batch), rows + first)
+            parts = evaluation_parts(
+                examples.lengths, size, rank=ranks.rank, world_size=ranks.world_size
+            )
+            for counted, rows in parts:
+                yield EvalBatch(self._batch(examples, rows, multiple), counted + first)
             first += len(examples)
+
+    def _batch(self, examples: EncodedExamples, rows: Sequence[int], multiple: int) -> Inputs:
+        batch = examples.packed(rows) if self.packed else examples.batch(rows, multiple)
+        if self.class_weights is None:
+            return batch
+        weights = self.class_weights[examples.labels[list(rows)]]
+        return {**batch, LABEL_WEIGHTS: torch.from_numpy(weights)}
+
+    def _longest(self, rows: Sequence[int]) -> int:
+        longest = int(self.train.lengths[rows[-1]])
+        return padded_length(longest, PAD_MULTIPLE, self.train.max_length)
 
     def evaluator(self, ranks: Ranks, whose: Judged = "student") -> ScoreEvaluator:
         return ScoreEvaluator(self.task, self.evaluations, ranks.device, whose)
@@ -109,44 +118,6 @@ class TaskDataModule:
         )
         there = f"task {self.task.name}: {len(self.train):,} examples to train on, {held_out}"
         return there, f"{batch_size} examples"
-
-
-class ExampleMicroBatches:
-    """A `MicroBatches` of examples: each micro-batch is padded to its own longest example, or
-    packed."""
-
-    def __init__(
-        self, data: TaskDataModule, stream: ExampleStream, plan: BatchPlan, rank: int
-    ) -> None:
-        self._data = data
-        self._stream = stream
-        self._plan = plan
-        self._rank = rank
-
-    @property
-    def epoch(self) -> int:
-        return self._stream.epoch
-
-    def next_step(self, step: int) -> Sequence[Inputs]:
-        rows, multiple = self._stream.next_rows(), PAD_MULTIPLE
-        data, examples, inputs = self._data, self._data.train, []
-        if data.counts_padding:
-            # all of the step as wide as its longest example
-            longest = int(examples.lengths[rows[-1]])
-            multiple = padded_length(longest, PAD_MULTIPLE, examples.max_length)
-        for part in cut(rows, self._plan, self._rank):
-            batch = examples.packed(part) if data.packed else examples.batch(part, multiple)
-            inputs.append({**data.weighed(batch), ROWS: torch.tensor(part)})
-        return inputs
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._stream.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._stream.load_state_dict(state)
-
-    def close(self) -> None:
-        """Nothing works for it."""
 
 
 class ScoreEvaluator:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from fastkd.data.text.files import (
-    Source,
-    checked_text,
+    TEXT_COLUMN,
+    Records,
     file_digest,
-    require_column,
+    require_columns,
 )
+from fastkd.data.text.parquet import ParquetRows
 from fastkd.errors import FOREIGN_ERRORS, UserError
 
 # what `datasets` and Arrow raise over files that are not what they seem
@@ -35,8 +35,11 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
-class Table(Source):
-    """Rows of a `datasets.Dataset` or `IterableDataset`; the digest covers `key` and `files`."""
+class Table(Records):
+    """Rows of a `datasets.Dataset`, an `IterableDataset` or a Parquet file.
+
+    The digest covers `key` and `files`.
+    """
 
     name: str
     rows: Any
@@ -44,21 +47,21 @@ class Table(Source):
     key: str = ""
     files: tuple[Path, ...] = ()
 
-    def documents(self) -> Iterator[str]:
+    def records(
+        self, columns: Sequence[str], field: str = TEXT_COLUMN
+    ) -> Iterator[tuple[str, Mapping[str, Any]]]:
         rows = self.rows
         # a streamed hub data set may not know its columns before its first row
         if rows.column_names is not None:
-            require_column(self.column, rows.column_names, self.name)
-            rows = rows.select_columns([self.column])
+            require_columns(columns, rows.column_names, self.name, field)
+            rows = rows.select_columns([*columns])
         number = 0
         try:
             for batch in rows.iter(batch_size=_BATCH):
-                require_column(self.column, list(batch), self.name)
-                for value in batch[self.column]:
+                require_columns(columns, list(batch), self.name, field)
+                for values in zip(*(batch[column] for column in columns), strict=True):
                     number += 1
-                    text = checked_text(value, self.column, f"{self.name}, row {number}")
-                    if text.strip():
-                        yield text
+                    yield f"{self.name}, row {number}", dict(zip(columns, values, strict=True))
         except UserError:
             raise
         except _READING_ERRORS as error:
@@ -69,26 +72,17 @@ class Table(Source):
         combined = hashlib.sha256(" ".join(content).encode()).hexdigest()
         return f"table {self.column} {self.key} {combined}"
 
+    def called(self) -> str:
+        return self.name
+
     def stored_in(self) -> Sequence[Path]:
         return self.files
 
 
-def parquet_file(path: Path, column: str, cache: Path) -> Table:
+def parquet_file(path: Path, column: str) -> Table:
     """Rows of a Parquet file, read in batches; it may have none."""
-    # it logs what it raises
-    datasets.logging.set_verbosity(logging.CRITICAL)
     try:
-        rows = datasets.load_dataset(
-            "parquet",
-            data_files=[str(path)],
-            split="train",
-            streaming=True,
-            cache_dir=str(cache / "datasets"),
-            # else as many as the first row group has, which may be none
-            batch_size=_BATCH,
-        )
-        # a stream finds a damaged file only at its first row
-        _ = rows.column_names or next(iter(rows), None)
+        rows = ParquetRows.of(path)
     except _READING_ERRORS as error:
         raise UserError(f"{path}: cannot be read as Parquet: {_reason(error)}") from error
     return Table(str(path), rows, column, files=(path,))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,9 @@ from fastkd.files.disk import (
     temporary_of,
 )
 from fastkd.losses.objective import DistilledStudent, Objective
+from fastkd.losses.pooling import EmbeddingModules
 from fastkd.models import locate_model, read_config
+from fastkd.training.engine import whole_weights
 from fastkd.training.export.poolers import (
     mark_pooler,
     pooler_note,
@@ -39,7 +40,11 @@ from fastkd.types import Head, ModelSource
 
 
 def export_notes(
-    student: PreTrainedModel, teacher_config: PreTrainedConfig, source: ModelSource, head: Head
+    student: PreTrainedModel,
+    teacher_config: PreTrainedConfig,
+    source: ModelSource,
+    head: Head,
+    own: EmbeddingModules | None = None,
 ) -> list[str]:
     """What a student will be handed on without, or with what is not its own, one line each.
 
@@ -48,8 +53,9 @@ def export_notes(
         teacher_config: configuration of the model that it was made from.
         source: that model.
         head: what stands on the student.
+        own: what the losses say of the student's embedding.
     """
-    found = sentence_modules(source, teacher_config, student.config, head)
+    found = sentence_modules(source, teacher_config, student.config, head, own)
     return [*found.notes(source), *pooler_note(student)]
 
 
@@ -60,6 +66,7 @@ def export_student(
     tokenizer: PreTrainedTokenizerBase,
     run: RunFolder,
     ranks: Ranks,
+    prompts: Mapping[str, str] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write `student/` and `projections.safetensors` of a run; called by all ranks.
@@ -71,6 +78,7 @@ def export_student(
         tokenizer: of both.
         run: where to.
         ranks: this process among all.
+        prompts: that the texts were read with, by name.
         weights: of an earlier step, by the names of the module's parameters, which are exported in
             place of those of now; on the first rank.
 
@@ -78,7 +86,7 @@ def export_student(
         UserError: the disk is full, or failed.
     """
     module: DistilledStudent = engine.module
-    with whole_weights(engine, module), disk_errors(run.student):
+    with whole_weights(engine, module.parameters()), disk_errors(run.student):
         if ranks.is_main:
             if weights is not None:
                 for name, parameter in module.named_parameters():
@@ -90,7 +98,7 @@ def export_student(
                 setattr(module.student.config, name, rate)
             _write_model(module.student, folder)
             tokenizer.save_pretrained(folder)
-            _write_around(module.student, source, module.objective.pair.head, folder)
+            _write_around(module, source, prompts or {}, folder)
             kept = {k: v.contiguous() for k, v in module.objective.kept().items()}
             save_file(kept, projections)
             settle(projections)
@@ -107,12 +115,16 @@ def _write_model(student: PreTrainedModel, folder: Path) -> None:
     student.save_pretrained(folder, state_dict=state)
 
 
-def _write_around(student: PreTrainedModel, source: ModelSource, head: Head, folder: Path) -> None:
+def _write_around(
+    module: DistilledStudent, source: ModelSource, prompts: Mapping[str, str], folder: Path
+) -> None:
     """What other libraries read, and what people should."""
+    student, head = module.student, module.objective.pair.head
     teacher_config = read_config(locate_model(source.name), f"model {source.name}", source.revision)
-    modules = sentence_modules(source, teacher_config, student.config, head)
-    write_modules(modules, source, folder, student.config.hidden_size)
-    notes = export_notes(student, teacher_config, source, head)
+    own = module.objective.student_modules()
+    modules = sentence_modules(source, teacher_config, student.config, head, own)
+    write_modules(modules, source, folder, student.config.hidden_size, prompts)
+    notes = export_notes(student, teacher_config, source, head, own)
     if notes:
         lines = "".join(f"- {note}\n" for note in notes)
         text = f"# Student\n\nMade by fastkd. What is not as in its teacher:\n\n{lines}"
@@ -124,17 +136,3 @@ def load_projections(objective: Objective, run: RunFolder) -> None:
     weights = load_file(run.projections)
     assert weights.keys() == objective.kept().keys(), "the recipe is that of the run"
     objective.load_state_dict(weights, strict=False)
-
-
-def whole_weights(engine: Any, module: DistilledStudent) -> AbstractContextManager[Any]:
-    """A context in which no parameter of a module is sharded; collective over the ranks."""
-    if engine.zero_optimization_stage() < 3:
-        return nullcontext()
-    import deepspeed
-
-    # a parameter that a last prefetch left in flight would be skipped below, and read half-filled
-    engine.empty_partition_cache()
-    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
-        list(module.parameters())
-    )
-    return gathered

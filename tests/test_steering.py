@@ -39,7 +39,10 @@ def test_the_best_is_better_by_the_least_change(larger: bool) -> None:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("steered")
-    return make_recipe(folder, "gpt2", student={"head": "causal_lm"}, train=TRAIN)
+    rows = [f"w{n} w{9 + n % 5}\tw{7 + n % 3} w30 w{n}\t{n * n % 7}" for n in range(5, 18)]
+    (folder / "pairs.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *rows]) + "\n")
+    pairs = {"pairs": {"few": str(folder / "pairs.tsv")}}
+    return make_recipe(folder, "gpt2", student={"head": "causal_lm"}, train=TRAIN, evaluate=pairs)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +123,9 @@ def test_sharded_ranks_decide_and_measure_alike(steered: fastkd.RunResult, recip
     for key in ("before", "after", "teacher"):
         expected = steered.summary[key]["perplexity"]
         assert summary[key]["perplexity"] == pytest.approx(expected, rel=1e-3), key
+    for key in ("before", "teacher"):
+        expected = steered.summary[key]["pairs"]["few"]
+        assert summary[key]["pairs"]["few"] == pytest.approx(expected, abs=1e-6), key
     found = fastkd.evaluate(output, quiet=True)
     assert found.total == pytest.approx(summary["after"]["total"], rel=1e-5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fastkd.files.disk import disk_errors, write_whole
@@ -13,7 +14,7 @@ from fastkd.reporting.html import (
     html_table,
 )
 from fastkd.reporting.profile import memory_rows, time_columns, time_rows
-from fastkd.reporting.scores import one_class, score_table
+from fastkd.reporting.scores import headline_scores, one_class, score_table
 from fastkd.reporting.svg import Line, Panel, chart
 from fastkd.training.run_folder import RunFolder
 
@@ -68,7 +69,7 @@ def write_report(run: RunFolder) -> None:
         _curves(training, "loss, mean over log_every steps"),
         "<h2>Held out</h2>",
         _curves(heldout, "loss on held-out data"),
-        *_score_section(heldout, summary.get("teacher")),
+        *_score_section(heldout, summary.get("teacher", {})),
         f"<h2>Recipe</h2><pre>{escaped(run.recipe.read_text(encoding='utf-8'))}</pre>",
     ]
     with disk_errors(run.path):
@@ -181,15 +182,19 @@ def _subject(recipe: AnyRecipe) -> str:
     return f"{recipe.model.name}, fine-tuned on {recipe.task.name}"
 
 
-def _score_section(heldout: list[dict[str, Any]], teacher: dict[str, Any] | None) -> list[str]:
-    """The task's score over the run, beside the teacher's."""
-    if not heldout or "score" not in heldout[0]:
-        return []
-    steps = [record["step"] for record in heldout]
-    lines = [Line("this model", steps, [record["score"] for record in heldout])]
-    if teacher is not None:
-        lines.append(Line("teacher", steps, [teacher["score"]] * len(steps), reference=True))
-    return ["<h2>Score of the task</h2>", chart([Panel(lines, y_label="score", legend="")])]
+def _score_section(heldout: list[dict[str, Any]], teacher: dict[str, Any]) -> list[str]:
+    """Scores over the run, beside the teacher's."""
+    steps, taught = [record["step"] for record in heldout], headline_scores(teacher)
+    over = [headline_scores(record) for record in heldout]
+    panels = []
+    for name in over[0] if over else ():
+        # stages may judge by other things
+        lines = [Line("this model", steps, [found.get(name, math.nan) for found in over])]
+        if name in taught:
+            lines.append(Line("teacher", steps, [taught[name]] * len(steps), reference=True))
+        panels.append(Panel(lines, name, y_label="score", legend=""))
+    title = "Score of the task" if over and "score" in over[0] else "Scores"
+    return [f"<h2>{title}</h2>", chart(panels)] if panels else []
 
 
 def _curves(records: list[dict[str, Any]], title: str) -> str:

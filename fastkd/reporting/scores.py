@@ -18,10 +18,18 @@ def score_values(judged: Judged) -> dict[str, str]:
         found |= _by_split(judged["scores"], "{}, {}")
         # runs of fastkd 0.1 don't say
         found |= _by_split(judged.get("class_f1", {}), "{}, F1 of {}")
+    found |= {f"{name}, Spearman": value for name, value in judged.get("pairs", {}).items()}
+    found |= judged.get("mteb", {})
     written = {title: f"{value:.4f}" for title, value in found.items()}
     return written | {
         title: f"{judged[key]:,.2f}" for key, title in _TITLES.items() if key in judged
     }
+
+
+def headline_scores(judged: Judged) -> dict[str, float]:
+    """The scores that a run is followed by, the larger the better."""
+    task = {"score": judged["score"]} if "score" in judged else {}
+    return {**task, **judged.get("pairs", {}), **judged.get("mteb", {})}
 
 
 def score_table(columns: Mapping[str, Judged]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -53,6 +61,8 @@ def score_parts(judged: Judged) -> list[str]:
             f"{name} {metric} {value:.4f}" if several else f"{metric} {value:.4f}"
             for metric, value in scores.items()
         ]
+    for section in ("pairs", "mteb"):
+        parts += [f"{name} {value:.4f}" for name, value in judged.get(section, {}).items()]
     parts += [f"{title} {judged[key]:,.2f}" for key, title in _TITLES.items() if key in judged]
     return parts
 

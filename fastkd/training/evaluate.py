@@ -25,6 +25,7 @@ from fastkd.recipe import Recipe, stage_recipes
 from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.engine import TeacherRunner
 from fastkd.training.finite import blame, first_broken, teacher_fault
+from fastkd.training.judging import judge_embeddings
 from fastkd.training.perplexity import heard_perplexity
 from fastkd.training.precision import tf32_products
 from fastkd.training.run_folder import RunFolder
@@ -34,7 +35,10 @@ from fastkd.types import Inputs, Reading, Side, teacher_inputs
 _REMEDY = "train it with a smaller train.learning_rate, in another run.output"
 
 # what an evaluation may replace
-_REPLACEABLE = ("data", "task", "teacher", "train", "student.attention", "model.attention")
+_REPLACEABLE = (
+    *("data", "task", "evaluate", "teacher", "train"),
+    *("student.attention", "model.attention"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Evaluation:
     differ or fastkd can't make them), `blocks` and `tokens`, of a language model `perplexity` or,
     of masked tokens, `pseudo_perplexity`; of a task `score`, `scores` by set and metric, `class_f1`
     by set and class, `baseline` (the scores of one answer to everything), `one_class`,
-    `examples`."""
+    `examples`; of embeddings that are judged `pairs` and `mteb`, scores by name."""
     teacher: dict[str, Any] | None = None
     """The same of the teacher, where it was asked for."""
 
@@ -130,7 +134,10 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
         refuse(f"loss {broken}")
     of_alone = of_teacher.results(ranks) if of_teacher else {}
     of_alone |= teacher_tokens.results(ranks) if teacher_tokens else {}
+    if judge_teacher:
+        of_alone |= judge_embeddings(run, "teacher")
     judged = evaluator.results(ranks) | tokens.results(ranks)
+    judged |= judge_embeddings(run, "student")
     result = Evaluation(by_label, objective.total(by_label), judged, of_alone or None)
     if broken := first_broken(result.as_dict()):
         refuse(broken)

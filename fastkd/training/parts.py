@@ -8,10 +8,11 @@ run exported.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.capture import (
     AttentionTraits,
@@ -23,7 +24,9 @@ from fastkd.capture import (
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import DataModule
 from fastkd.data.factory import make_datamodule, task_of
+from fastkd.data.pairs import encode_pairs, read_pairs
 from fastkd.data.rows.datamodule import RowDataModule
+from fastkd.data.rows.tokenized import EncodedRows
 from fastkd.data.tasks import Task, hand_on_padding, reads_padding
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.text.mlm import Masking
@@ -53,6 +56,7 @@ from fastkd.models import (
 )
 from fastkd.models.classifier import check_start, fit_classifier, load_tuned, name_outputs
 from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, TaskData, resolve_steps
+from fastkd.row_form import RowForm
 from fastkd.training.export import load_projections
 from fastkd.training.finite import check_weights
 from fastkd.training.memory import check_micro_batch
@@ -80,6 +84,8 @@ class Parts:
     """`None` where hard labels teach."""
     source: ModelSource
     """The model that the student was made from."""
+    pairs: dict[str, EncodedRows]
+    """Pairs of texts with scores, by name, that embeddings are judged by."""
     handed_on: dict[str, Any]
     """Values of its configuration that the student is handed on with: dropout rates, padding."""
 
@@ -146,6 +152,7 @@ def _distillation(
         check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
     embeddings = _embeddings(recipe, teacher, student)
     # before the data, which takes long to read, and may tell how many steps there are
+    pairs = _pairs(recipe, tokenizer, teacher.config, ranks)
     objective = make_objective(
         recipe.losses,
         layers,
@@ -187,6 +194,7 @@ def _distillation(
         module=DistilledStudent(student, objective),
         teacher_model=teacher,
         source=source,
+        pairs=pairs,
         handed_on=handed_on,
     )
 
@@ -201,17 +209,36 @@ def _embeddings(
         UserError: it doesn't, and one asks.
     """
     readers = embedding_losses(recipe.losses)
+    asks = [f"losses.{name}" for name in readers]
+    if recipe.evaluate is not None:
+        asks.append("evaluate")
     stated = [config.pooling for config in readers.values() if config.pooling is not None]
     pooling: PoolingMode = stated[0] if stated else "mean"
     source, head = recipe.teacher.source, recipe.student.head
     try:
         found = read_embedding(source, teacher.config, head, pooling)
     except UnknownModule as error:
-        if not readers:
+        if not asks:
             return None
-        name = next(iter(readers))
-        raise UserError(f"losses.{name} compares embeddings, but teacher.{error}") from error
+        raise UserError(f"{asks[0]} compares embeddings, but teacher.{error}") from error
     return found.of_student(student.config.hidden_size), found
+
+
+def _pairs(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, ranks: Ranks
+) -> dict[str, EncodedRows]:
+    """Pairs of texts that embeddings are scored on, by name; the first rank reads their files."""
+    given = {} if recipe.evaluate is None else recipe.evaluate.pairs
+    data, found = recipe.data, {}
+    for name, pairs in given.items():
+        assert data is not None, "a recipe that evaluates embeddings has text"
+        columns = pairs.sentence1, pairs.sentence2
+        prompts = dict.fromkeys(columns, pairs.prompt)
+        form = RowForm(columns=columns, named=True, scores=(pairs.score,), prompts=prompts)
+        place = pairs.path, pairs.split, form, data.cache, f"evaluate.pairs.{name}"
+        rows = ranks.from_main(partial(read_pairs, *place))
+        found[name] = encode_pairs(rows, form, tokenizer, config, data.block_size, name)
+    return found
 
 
 def _masking(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Masking | None:
@@ -288,6 +315,7 @@ def _finetuning(
         module=DistilledStudent(model, objective),
         teacher_model=None,
         source=source,
+        pairs={},
         handed_on=handed_on,
     )
 

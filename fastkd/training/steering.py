@@ -9,13 +9,14 @@ and are part of every checkpoint: what a run is continued from is then all there
 from __future__ import annotations
 
 import operator
+from collections import ChainMap
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from fastkd.errors import UserError
-from fastkd.recipe import AnyRecipe
+from fastkd.recipe import AnyRecipe, Recipe
 from fastkd.reporting.console import Reporter
 from fastkd.section import did_you_mean
 from fastkd.training.engine import whole_weights
@@ -32,7 +33,9 @@ def metric_directions(parts: Parts) -> dict[str, bool]:
     name = perplexity_name(objective)
     if name is not None:
         found[name] = False
-    return found | dict.fromkeys(parts.datamodule.headlines, True)
+    found |= dict.fromkeys(parts.datamodule.headlines, True)
+    evaluate = parts.recipe.evaluate if isinstance(parts.recipe, Recipe) else None
+    return found if evaluate is None else found | dict.fromkeys(evaluate.names, True)
 
 
 def check_metrics(parts: Parts) -> None:
@@ -188,7 +191,8 @@ def metric_value(evaluation: Evaluation, name: str) -> float:
         UserError: it was not computed.
     """
     judged = evaluation.judged
-    numbers = {**judged, **judged.get("agreement", {}), **evaluation.losses}
+    sections = [judged.get(name, {}) for name in ("agreement", "pairs", "mteb")]
+    numbers = dict(ChainMap(evaluation.losses, *sections, judged))
     numbers["total"] = evaluation.total
     value = numbers.get(name)
     if value is None:

@@ -106,6 +106,12 @@ def worsened(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
         found.append(f"held-out loss {after['total']:.4g}, before {before['total']:.4g}")
     if after.get("score", 0.0) < before.get("score", 0.0):
         found.append(f"score {after['score']:.4f}, before {before['score']:.4f}")
+    for section in ("pairs", "mteb"):
+        for name, value in after.get(section, {}).items():
+            # the evaluations of a run name the same
+            was = before[section][name]
+            if value < was:
+                found.append(f"{name} {value:.4f}, before {was:.4f}")
     return found
 
 

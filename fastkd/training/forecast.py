@@ -32,6 +32,7 @@ from fastkd.training.deepspeed_config import uses_deepspeed
 from fastkd.training.dry_pass import DryPass, bytes_of, dry_pass, tensors_of
 from fastkd.training.engine import matrix_numbers
 from fastkd.training.memory import memory_parts, parts_on_cpu
+from fastkd.training.parts import find_embeddings
 from fastkd.types import EightBits
 
 EFFICIENCY = 0.4
@@ -127,7 +128,9 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
             inputs = {"input_ids": torch.zeros(rows, tokens, dtype=torch.long)}
             traits = dry_pass(student, inputs, {}).traits, dry_pass(teacher, inputs, {}).traits
             head = recipe.student.head
-            objective = make_objective(recipe.losses, layers, student, teacher, traits, head=head)
+            embeddings = find_embeddings(recipe, config, student.config)
+            found = recipe.losses, layers, student, teacher, traits
+            objective = make_objective(*found, head=head, embeddings=embeddings)
             if recipe.teacher.eight_bits is not None:
                 replace_linear(teacher, recipe.teacher.eight_bits)
         depth = objective.teacher_depth

@@ -6,7 +6,7 @@ from fastkd.layer_map import CONVENTION, LayerMap
 from fastkd.recipe import Recipe, write_yaml
 from fastkd.reporting.console import Reporter
 from fastkd.training.engine import NoTeacher, TeacherRunner, whole_weights
-from fastkd.training.export import export_notes
+from fastkd.training.export import export_notes, own_embedding
 from fastkd.training.precision import describe_precision
 from fastkd.training.setup import Run
 
@@ -58,7 +58,7 @@ def _handed_on(run: Run) -> list[str]:
     if not isinstance(run.teacher, NoTeacher):
         theirs = run.teacher.model.config
     with whole_weights(run.engine, run.objective.parameters()):
-        own = run.objective.student_modules()
+        own = own_embedding(run.objective, run.prompts)
     return export_notes(student, theirs, run.source, head, own)
 
 

@@ -139,10 +139,8 @@ def train(
             books.close_step(step, window, stop)
     books.steering.describe(step, reporter)
     summary = summarise(run, folder, time.perf_counter() - started, step, books.steering)
-    weights = books.steering.weights
-    export_student(
-        run.engine, run.source, run.handed_on, run.tokenizer, folder, ranks, weights=weights
-    )
+    handed_on, best = (run.source, run.handed_on, run.tokenizer), books.steering.weights
+    export_student(run.engine, *handed_on, folder, ranks, run.prompts, best)
     if ranks.is_main:
         # last, because it is what makes the run finished
         folder.write_summary(summary)

@@ -7,6 +7,7 @@ run exported.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -57,7 +58,7 @@ from fastkd.models import (
 from fastkd.models.classifier import check_start, fit_classifier, load_tuned, name_outputs
 from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, TaskData, resolve_steps
 from fastkd.row_form import RowForm
-from fastkd.training.export import load_projections
+from fastkd.training.export import check_prompts, load_projections
 from fastkd.training.finite import check_weights
 from fastkd.training.memory import check_micro_batch
 from fastkd.training.precision import check_eight_bits, settle_precision
@@ -93,6 +94,12 @@ class Parts:
     def objective(self) -> Objective:
         """The losses."""
         return self.module.objective
+
+    @property
+    def prompts(self) -> Mapping[str, str]:
+        """What stands before the texts that are read, by the name of their column."""
+        data = self.recipe.data if isinstance(self.recipe, Recipe) else None
+        return {} if data is None else data.prompts
 
 
 def gather(
@@ -150,7 +157,7 @@ def _distillation(
     traits = _traits(student, recipe), teacher_traits
     if made is None:
         check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
-    embeddings = _embeddings(recipe, teacher, student)
+    embeddings = find_embeddings(recipe, teacher.config, student.config)
     # before the data, which takes long to read, and may tell how many steps there are
     pairs = _pairs(recipe, tokenizer, teacher.config, ranks)
     objective = make_objective(
@@ -199,14 +206,14 @@ def _distillation(
     )
 
 
-def _embeddings(
-    recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedModel
+def find_embeddings(
+    recipe: Recipe, teacher: PreTrainedConfig, student: PreTrainedConfig
 ) -> tuple[EmbeddingModules, EmbeddingModules] | None:
-    """What makes embeddings of student and teacher; `None` where fastkd doesn't know the teacher's
-    modules and no loss asks.
+    """What makes embeddings of student and teacher, as of `ModelPair`; `None` where fastkd doesn't
+    know the teacher's modules and no loss asks.
 
     Raises:
-        UserError: it doesn't, and one asks.
+        UserError: it doesn't, and one asks; or prompts of the data contradict the teacher's.
     """
     readers = embedding_losses(recipe.losses)
     asks = [f"losses.{name}" for name in readers]
@@ -215,13 +222,15 @@ def _embeddings(
     stated = [config.pooling for config in readers.values() if config.pooling is not None]
     pooling: PoolingMode = stated[0] if stated else "mean"
     source, head = recipe.teacher.source, recipe.student.head
+    if recipe.data is not None:
+        check_prompts(source, recipe.data.prompts)
     try:
-        found = read_embedding(source, teacher.config, head, pooling)
+        found = read_embedding(source, teacher, head, pooling)
     except UnknownModule as error:
         if not asks:
             return None
         raise UserError(f"{asks[0]} compares embeddings, but teacher.{error}") from error
-    return found.of_student(student.config.hidden_size), found
+    return found.of_student(student.hidden_size), found
 
 
 def _pairs(

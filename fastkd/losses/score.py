@@ -116,6 +116,11 @@ class ScoreLoss(EmbeddingLoss):
                     f"{setting.head}, whose output is the score; leave {field} out"
                 )
 
+    @classmethod
+    def reads_scores(cls, config: LossConfig) -> bool:
+        assert isinstance(config, cls.Config)
+        return config.target == "file"
+
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         """A scalar, fp32; of rerankers."""
         found, expected = (_scores(one, len(self.shared.pair.row)) for one in (student, teacher))

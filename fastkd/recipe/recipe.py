@@ -10,11 +10,12 @@ from pydantic import Field, model_validator
 from fastkd.head_spec import HEADS, TASK_HEAD
 from fastkd.layer_map.sections import Layers, PairsMap
 from fastkd.recipe.data import Data
+from fastkd.recipe.evaluate import Evaluate
 from fastkd.recipe.losses import Losses
 from fastkd.recipe.models import Student, Teacher
 from fastkd.recipe.presets import Preset
 from fastkd.recipe.task import TaskData, check_padding
-from fastkd.recipe.train import RunOutput, Train, check_train
+from fastkd.recipe.train import RunOutput, Train, check_steering, check_train
 from fastkd.row_form import RowForm
 from fastkd.section import Extras, Plugins, Section
 
@@ -40,6 +41,8 @@ class Recipe(Section):
     """Text that both models read."""
     task: TaskData | None = None
     """Examples with labels that both models read, in place of text."""
+    evaluate: Evaluate | None = None
+    """What else both models' embeddings are scored on, at every evaluation."""
     train: Train = Train()
     """How it is trained."""
     run: RunOutput
@@ -87,7 +90,9 @@ class Recipe(Section):
                 f"teacher.cache is {self.teacher.cache}, but {reason}; leave teacher.cache out"
             )
         check_train(self.train)
+        check_steering(self.train, self.run)
         self._check_rows()
+        self._check_evaluate()
         check_padding(
             self.task,
             self.train,
@@ -96,6 +101,15 @@ class Recipe(Section):
                 "teacher.attention": self.teacher.attention,
             },
         )
+        if (
+            self.task is not None
+            and self.task.class_weights is not None
+            and not self.losses.of("labels")
+        ):
+            raise ValueError(
+                "task.class_weights is given, which losses.labels alone reads, but that is off; "
+                "switch it on, or leave class_weights out"
+            )
         if self._is_packed and self.losses.reduction == "tinybert":
             raise ValueError(
                 "losses.reduction is tinybert, which counts padding, but task.padding is none; "
@@ -183,6 +197,21 @@ class Recipe(Section):
             )
         return None
 
+    def _check_evaluate(self) -> None:
+        if self.evaluate is None:
+            return
+        if HEADS[self.student.head].data == "task":
+            raise ValueError(
+                f"evaluate scores embeddings, but student.head is {self.student.head}, which gives "
+                "predictions; leave evaluate out"
+            )
+        for name in self.evaluate.names:
+            if name in self.losses.terms:
+                raise ValueError(
+                    f"evaluate has pairs or a task called {name!r}, as is losses.{name}; give the "
+                    "pairs another name"
+                )
+
     def _check_maps(self) -> None:
         maps: dict[str, object] = {"layer_map": self.layer_map}
         for name, term in self.losses.terms.items():
@@ -219,5 +248,12 @@ class Recipe(Section):
             )
         losses = frozenset(config.loss for config in self.losses.terms.values())
         setting = Setting(head, self.task is not None, losses, rows=self.row_form)
-        for name, config in self.losses.terms.items():
-            loss_class(config.loss).check_setting(name, config, setting)
+        terms = {name: (loss_class(c.loss), c) for name, c in self.losses.terms.items()}
+        for name, (kind, config) in terms.items():
+            kind.check_setting(name, config, setting)
+        scored = setting.rows is not None and bool(setting.rows.scores)
+        if scored and not any(kind.reads_scores(config) for kind, config in terms.values()):
+            raise ValueError(
+                "data.scores is given, but no loss reads scores of a file; set target to file in "
+                "losses.score, or leave data.scores out"
+            )

@@ -27,6 +27,7 @@ from fastkd.training.rehearsal import try_losses
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up
 from fastkd.training.stages import check_later, finish_stages, stage_folders
+from fastkd.training.steering import check_metrics
 from fastkd.training.summary import summarise
 from fastkd.training.teacher_cache.forecast import describe
 from fastkd.training.teacher_cache.plan import plan_for_run
@@ -112,6 +113,7 @@ def train(
     folder = RunFolder(recipe.run.output)
     started = time.perf_counter()
     run = set_up(recipe, ranks, progress=not reporter.console.quiet)
+    check_metrics(run)
     try_losses(run)
     cache = plan_for_run(run)
     ranks.from_main(lambda: _claim(folder, recipe, claim))
@@ -130,14 +132,15 @@ def train(
         closing(books.micro_batches) as micro_batches,
     ):
         window = Window(run, micro_batches, step)
-        while step < steps:
+        while step < steps and not books.steering.is_over:
             with run.profile.step():
                 window.add(train_step(run, read_step(run, micro_batches, step)))
             step += 1
             books.close_step(step, window, stop)
-    summary = summarise(run, folder, time.perf_counter() - started)
-    handed_on = run.source, run.handed_on, run.tokenizer
-    export_student(run.engine, *handed_on, folder, ranks, run.prompts)
+    books.steering.describe(step, reporter)
+    summary = summarise(run, folder, time.perf_counter() - started, step, books.steering)
+    handed_on, best = (run.source, run.handed_on, run.tokenizer), books.steering.weights
+    export_student(run.engine, *handed_on, folder, ranks, run.prompts, best)
     if ranks.is_main:
         # last, because it is what makes the run finished
         folder.write_summary(summary)

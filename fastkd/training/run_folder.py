@@ -284,7 +284,8 @@ def _found_from(tree: Mapping[str, Any], folder: Path, given: Sequence[str] = ()
     """A recipe whose relative paths are absolute where something is there, seen from a folder; any
     other name is on the hub or nowhere. Keys in `given`, and what is below them, stay."""
     found = dict(tree)
-    for place in _PLACES:
+    pairs = (tree.get("evaluate") or {}).get("pairs", ())
+    for place in (*_PLACES, *(f"evaluate.pairs.{name}.path" for name in pairs)):
         if not any(f"{place}.".startswith(f"{key}.") for key in given):
             found = _replaced(found, place, folder)
     if found.get("stages"):

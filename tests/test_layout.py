@@ -57,7 +57,7 @@ PACKAGES: tuple[set[str], ...] = (
     {"torch", "transformers", "safetensors", "deepspeed"},
     {"torch"},
     {"torch", "transformers", "safetensors", "deepspeed"},
-    {"torch", "numpy", "transformers", "psutil", "matplotlib"},
+    {"torch", "numpy", "transformers", "huggingface_hub", "yaml", "psutil", "matplotlib"},
     {"torch", "numpy", "pydantic", "scipy", "matplotlib", "optuna", "rich", "transformers"},
     {"torch", "transformers", "safetensors"},
     {"typer"},

@@ -12,7 +12,13 @@ from. Trains nothing and knows no engine.
 """
 
 from fastkd.models.checking import LOADING_ERRORS, not_loadable, optional_file
-from fastkd.models.digests import model_digests, note_models
+from fastkd.models.digests import (
+    model_bytes,
+    model_digests,
+    model_sources,
+    note_models,
+    noted_models,
+)
 from fastkd.models.load import (
     load_student,
     load_teacher,
@@ -52,9 +58,12 @@ __all__ = [
     "load_tokenizer",
     "locate_model",
     "locate_source",
+    "model_bytes",
     "model_digests",
+    "model_sources",
     "not_loadable",
     "note_models",
+    "noted_models",
     "optional_file",
     "read_config",
     "read_model",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import resource
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ from fastkd.training.finite import blame, first_broken, teacher_fault
 from fastkd.training.precision import tf32_products
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up_evaluation
-from fastkd.types import Inputs
 
 _REMEDY = "train it with a smaller train.learning_rate, in another run.output"
 
@@ -167,28 +165,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
             )
 
 
-def tokens_per_second(run: Callable[[Inputs], object], inputs: Inputs, ranks: Ranks) -> float:
-    """Forward throughput of one rank: the median of five passes after a warm-up."""
-    times = []
-    with torch.no_grad():
-        for _ in range(6):
-            _synchronise(ranks)
-            start = time.perf_counter()
-            run(inputs)
-            _synchronise(ranks)
-            times.append(time.perf_counter() - start)
-    mask = inputs.get("attention_mask")
-    tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
-    return tokens / sorted(times[1:])[2]
-
-
 def peak_memory(ranks: Ranks) -> int:
     """Peak bytes of this rank so far: of the GPU where there is one, else of the process."""
     if ranks.device.type == "cuda":
         return torch.cuda.max_memory_allocated(ranks.device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _synchronise(ranks: Ranks) -> None:
-    if ranks.device.type == "cuda":
-        torch.cuda.synchronize(ranks.device)

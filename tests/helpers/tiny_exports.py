@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer, models
+from tiny_cards import tiny_summary
 from tiny_models import POSITIONS, VOCABULARY, save_teacher
 from transformers import PreTrainedModel
 
@@ -15,8 +16,9 @@ from fastkd.layer_map import make_layer_map
 from fastkd.losses import ModelPair
 from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.models import build_student, load_teacher, load_tokenizer
-from fastkd.recipe import Losses, Student
-from fastkd.training.export import export_student
+from fastkd.recipe import Losses, Student, parse_recipe
+from fastkd.training.card import write_card
+from fastkd.training.export import export_notes, export_student
 from fastkd.training.run_folder import RunFolder
 from fastkd.types import Head, ModelSource
 
@@ -48,6 +50,15 @@ def exported(folder: Path, teacher: Path, head: Head = "none", **numbers: Any) -
     run = RunFolder(str(folder))
     source = ModelSource(str(teacher))
     export_student(engine, source, {}, load_tokenizer(source, 2 * VOCABULARY), run, ranks)
+    tree = {
+        "teacher": {"model": str(teacher)},
+        "student": {"layers": 2, "head": head, **numbers},
+        "losses": {"hidden": {}},
+        "data": {"train": "python-docs"},
+        "run": {"output": str(folder)},
+    }
+    notes = export_notes(student, large.config, source, head)
+    write_card(run, parse_recipe(tree), tiny_summary(notes=notes), {})
     return run.student
 
 

@@ -34,7 +34,7 @@ LEVELS: tuple[set[str], ...] = (
     {"training.run_folder", "training.beginnings", "training.continuation", "training.environment"},
     {"training.export"},
     {"training", "reporting.report", "layer_similarity"},
-    {"study", "api", "distiller"},
+    {"study", "api", "distiller", "publishing"},
     {"integrations"},
     {"cli", "__main__"},
 )
@@ -58,7 +58,10 @@ PACKAGES: tuple[set[str], ...] = (
     {"torch"},
     {"torch", "transformers", "safetensors", "deepspeed"},
     {"torch", "numpy", "transformers", "huggingface_hub", "yaml", "psutil", "matplotlib"},
-    {"torch", "numpy", "pydantic", "scipy", "matplotlib", "optuna", "rich", "transformers"},
+    {
+        *("torch", "numpy", "pydantic", "scipy", "matplotlib", "optuna", "rich", "transformers"),
+        *("huggingface_hub", "onnx", "onnxruntime"),
+    },
     {"torch", "transformers", "safetensors"},
     {"typer"},
 )

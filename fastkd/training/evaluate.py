@@ -128,12 +128,7 @@ def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> E
         UserError: the run is not finished, or an override does not fit.
     """
     check_overrides(overrides)
-    summary = folder.read_summary()
-    if summary is None or not folder.student.is_dir():
-        raise UserError(
-            f"{folder.path} holds no finished run; give the folder of one, or finish it with "
-            "--resume"
-        )
+    summary = folder.read_finished()
     recipe = folder.read_recipe(overrides)
     check_packages(recipe)
     if isinstance(recipe, Recipe) and recipe.stages:

@@ -102,3 +102,12 @@ class PackedRow:
             f"sequences with {self.total} tokens, expected [1, tokens, ...] or [sequences, ...]; "
             "set task.padding=buckets"
         )
+
+
+def valid_tokens(inputs: Inputs) -> Tensor | None:
+    """Bool [sequences, tokens], true where a micro-batch, or the padded view of a packed one, holds
+    a token; `None` where all of it does."""
+    row, mask = PackedRow.of(inputs), inputs.get("attention_mask")
+    if row is not None:
+        return row.mask
+    return None if mask is None else mask.bool()

@@ -18,8 +18,9 @@ EightBits = Literal["float8", "int8"]
 Side = Literal["student", "teacher"]
 Inputs: TypeAlias = "Mapping[str, Tensor]"
 """What both models read: `input_ids` [batch, tokens] and what goes with them."""
-Reading = Literal["states", "predictions"]
-"""Last hidden states [batch, tokens, width], or [batch, outputs] of a classification head."""
+Reading = Literal["states", "embeddings", "predictions"]
+"""Last hidden states [batch, tokens, width], embeddings made of them [batch, dim], or
+[batch, outputs] of a classification head."""
 
 ROWS = "rows"
 """Key of a micro-batch to train on: numbers of its blocks or examples among all, int64 [batch], for

@@ -50,6 +50,7 @@ PACKAGES: tuple[set[str], ...] = (
         "transformers",
         "huggingface_hub",
         "datasets",
+        "pyarrow",
         "safetensors",
         "rich",
         "sklearn",

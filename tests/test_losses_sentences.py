@@ -21,7 +21,7 @@ LENGTHS = (5, 2, 4, 3, 1)
 NARROW, WIDE = 6, 8
 WHOLE = torch.ones(len(DIVISORS)).double()
 SECTIONS: list[dict[str, Any]] = [
-    {"loss": "sentence", "pooling": pooling} for pooling in ("mean", "cls", "last")
+    {"loss": "embedding_output", "pooling": pooling} for pooling in ("mean", "cls", "last")
 ]
 SECTIONS += [{"loss": "rkd", "kind": kind} for kind in ("distance", "angle")]
 
@@ -72,7 +72,7 @@ def defined(
 ) -> Tensor:
     pooling = section.get("pooling", "mean")
     points, targets = (embedded(states, given, pooling) for states in (student, teacher))
-    if section["loss"] == "sentence":
+    if section["loss"] == "embedding_output":
         pairs = zip(points, targets, strict=True)
         return torch.stack([1 - a @ b / (a.norm() * b.norm()) for a, b in pairs]).mean()
     pairs = zip(*(related(p, section["kind"]) for p in (points, targets)), strict=True)
@@ -105,7 +105,7 @@ def test_models_of_different_widths_are_compared(section: dict[str, Any]) -> Non
     made = objective({"mine": section})
     student, teacher = outputs(NARROW, 1), outputs(WIDE, 2)
     total = run(made, student, teacher, inputs())
-    if section["loss"] == "sentence":
+    if section["loss"] == "embedding_output":
         assert parameters(made) == {"terms.0.projection.weight": (WIDE, NARROW)}
         weight = made.get_parameter("terms.0.projection.weight")
         # a linear layer commutes with the pooling
@@ -116,7 +116,7 @@ def test_models_of_different_widths_are_compared(section: dict[str, Any]) -> Non
 
 
 def test_a_step_of_sentences_is_the_same_however_it_is_cut() -> None:
-    made = objective({"sentence": {}}, (WIDE, WIDE))
+    made = objective({"embedding_output": {}}, (WIDE, WIDE))
     student, teacher, given = outputs(WIDE, 1), outputs(WIDE, 2), inputs()
     divisors = made.divisors(given).clamp(min=1)
     total = torch.zeros((), dtype=torch.float64)
@@ -183,11 +183,11 @@ def test_outputs_are_the_states_after_the_final_norm(name: str) -> None:
 
 
 def test_a_teacher_whose_outputs_are_read_runs_whole() -> None:
-    assert objective({"sentence": {}}).teacher_depth is None
-    assert objective({"sentence": {}}).layers("teacher")["outputs"]
+    assert objective({"embedding_output": {}}).teacher_depth is None
+    assert objective({"embedding_output": {}}).layers("teacher")["outputs"]
 
 
 def test_different_widths_need_a_projection() -> None:
-    with pytest.raises(UserError, match=r"losses.mine.projection is none, but the student is 6 w"):
-        objective({"mine": {"loss": "sentence", "projection": "none"}})
+    with pytest.raises(UserError, match=r"losses.mine.projection is none, but the student's p"):
+        objective({"mine": {"loss": "embedding_output", "projection": "none"}})
     assert refusal(tree(losses={"rkd": {"kind": "angles"}})).startswith("losses.rkd.kind: input")

@@ -69,7 +69,7 @@ class DataModule(Protocol):
     @property
     def reads(self) -> Reading:
         """What a evaluator is given of a model. Predictions say something about a single model, so
-        that a teacher has a score; states are compared."""
+        that a teacher has a score; embeddings are compared."""
 
     def micro_batches(self, batch_size: int, seed: int, plan: BatchPlan, rank: int) -> MicroBatches:
         """A rank's micro-batches from the start of the order of `seed`; every rank calls this."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, Link, Progress
 from fastkd.losses.counts import Divisor, Reduction
+from fastkd.losses.pooling import EmbeddingModules
 from fastkd.packed_row import PackedRow
 from fastkd.recipe.weights import LossConfig as LossConfig
 from fastkd.types import Head, Side
@@ -48,6 +49,9 @@ class ModelPair:
     """Of the queries, keys and values of each model's layers."""
     sinks: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
     """Layers with attention sinks."""
+    embeddings: tuple[EmbeddingModules, EmbeddingModules] | None = None
+    """What makes an embedding of each model's final states: the student's where nothing is
+    projected, and the teacher's own; the mean of the tokens where not given."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Batch:
     """From `target_labels`."""
     row: PackedRow | None = None
     """Where the sequences stand that were read packed, for a term that `reads_packed`."""
+    teacher_mask: Tensor | None = None
+    """As `mask`, of what the teacher reads."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,11 @@ class Term(nn.Module):
     def parameter_rates(self) -> dict[str, float]:
         """Peak learning rates of those of its parameters that have another than the run's."""
         return {}
+
+    def student_modules(self) -> EmbeddingModules | None:
+        """What makes the student's embedding, where the term decides that; its parameters must be
+        whole, and what is returned holds copies of them."""
+        return None
 
 
 class Loss(Term):

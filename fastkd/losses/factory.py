@@ -9,7 +9,9 @@ from fastkd.errors import UserError
 from fastkd.head_spec import TASK_HEAD
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.base import ModelPair, Term
+from fastkd.losses.embeddings import EmbeddingLoss
 from fastkd.losses.objective import Objective, key_of
+from fastkd.losses.pooling import EmbeddingModules
 from fastkd.losses.registry import loss_class
 from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses
@@ -30,6 +32,12 @@ def capture_needs(losses: Losses) -> dict[str, bool]:
     }
 
 
+def reads_embeddings(losses: Losses) -> list[str]:
+    """The losses that compare embeddings, by their names in the recipe."""
+    found = losses.terms.items()
+    return [name for name, config in found if issubclass(loss_class(config.loss), EmbeddingLoss)]
+
+
 def make_objective(
     losses: Losses,
     layers: LayerMap,
@@ -40,6 +48,7 @@ def make_objective(
     head: Head = "none",
     seed: int = 0,
     steps: int = 1,
+    embeddings: tuple[EmbeddingModules, EmbeddingModules] | None = None,
 ) -> Objective:
     """The objective of some losses for two models.
 
@@ -52,6 +61,7 @@ def make_objective(
         head: what stands on the blocks of both.
         seed: of the draws of a random mapping that names none.
         steps: optimiser steps of the run, which schedules are stretched over.
+        embeddings: what makes embeddings of each model, as of `ModelPair`.
 
     Raises:
         UserError: the models don't fit together.
@@ -70,6 +80,7 @@ def make_objective(
         windows=(traits[0].windows, traits[1].windows),
         head=head,
         outputs=teacher.config.num_labels,
+        embeddings=embeddings,
     )
     depths = layers.student_layers, layers.teacher_layers
     own = {

@@ -32,6 +32,7 @@ from fastkd.losses.counts import (
     count_divisors,
     target_labels,
 )
+from fastkd.losses.pooling import EmbeddingModules
 from fastkd.losses.registry import loss_class
 from fastkd.losses.transports import Mapped, Transports
 from fastkd.losses.weighting import (
@@ -39,7 +40,7 @@ from fastkd.losses.weighting import (
     Uncertainty,
     factor,
 )
-from fastkd.packed_row import PackedRow
+from fastkd.packed_row import PackedRow, valid_tokens
 from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses
 from fastkd.types import ROWS, Inputs, Side
@@ -195,10 +196,9 @@ class Objective(nn.Module):
             adds to the total. All are scaled by the shares. The total of `uncertainty` holds the
             log-variances whole: an engine averages over micro-batches and ranks.
         """
-        row, mask = PackedRow.of(inputs), inputs.get("attention_mask")
-        valid = None if mask is None else mask.bool()
+        row, mask = PackedRow.of(inputs), valid_tokens(inputs)
         labels = target_labels(inputs, self.pair.head)
-        batch = Batch(valid if row is None else row.mask, labels, row)
+        batch = Batch(mask, labels, row, teacher_mask=mask)
         views = self._views(student, teacher, row)
         values = []
         for term, where, count in zip(self.each(), self._keys, self._counts, strict=True):
@@ -320,6 +320,15 @@ class Objective(nn.Module):
                         f"{key_of(term)}: {type(term).__name__}.parameter_rates names "
                         f"{name}, which is none of its parameters ({', '.join(own) or 'none'})"
                     )
+
+    def embedding(self, side: Side) -> EmbeddingModules | None:
+        """What makes a model's embedding of its final states, as its user gets it: the teacher's by
+        its own modules, the student's by those that it is exported with; `None` where fastkd
+        doesn't know the teacher's. The objective's parameters must be whole."""
+        if self.pair.embeddings is None or side == "teacher":
+            return None if self.pair.embeddings is None else self.pair.embeddings[1]
+        made = (term.student_modules() for term in self.each())
+        return next((found for found in made if found is not None), self.pair.embeddings[0])
 
     def kept(self) -> dict[str, Tensor]:
         """The weights that an evaluation needs later: projections, no log-variances."""

@@ -19,6 +19,7 @@ from fastkd.models.digests import (
     note_models,
     noted_models,
 )
+from fastkd.models.embedding import UnknownModule, read_embedding
 from fastkd.models.load import (
     load_student,
     load_teacher,
@@ -49,6 +50,7 @@ __all__ = [
     "ListingError",
     "Module",
     "Pooler",
+    "UnknownModule",
     "build_student",
     "check_attention",
     "check_same_vocabulary",
@@ -66,6 +68,7 @@ __all__ = [
     "noted_models",
     "optional_file",
     "read_config",
+    "read_embedding",
     "read_model",
     "read_modules",
     "resolve_model",

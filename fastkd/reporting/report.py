@@ -76,7 +76,7 @@ def loss_rows(summary: dict[str, Any]) -> Rows:
     rows.append(("total, weighted", f"{before['total']:.4g}", f"{after['total']:.4g}"))
     if "sentence_cosine" in after:
         cosines = [
-            "widths differ" if e["sentence_cosine"] is None else f"{e['sentence_cosine']:.4f}"
+            "not comparable" if e["sentence_cosine"] is None else f"{e['sentence_cosine']:.4f}"
             for e in (before, after)
         ]
         rows.append(("sentence embeddings, cosine", *cosines))

@@ -13,7 +13,7 @@ import copy
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -269,6 +269,22 @@ def parameter_groups(module: nn.Module, train: Train) -> list[dict[str, Any]]:
             {"params": [p for p in same if p.ndim <= 1], "weight_decay": 0.0, **own},
         ]
     return [group for group in groups if group["params"]]
+
+
+def whole_weights(engine: Any, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Let parameters of what an engine trains be whole while the context is open; collective under
+    ZeRO-3, and nothing elsewhere.
+
+    Args:
+        engine: from `make_engine`, or the module itself where nothing is trained.
+        parameters: which.
+    """
+    if isinstance(engine, DistilledStudent) or engine.zero_optimization_stage() < 3:
+        return nullcontext()
+    # a parameter that a last prefetch left in flight would be skipped below, and read half-filled
+    engine.empty_partition_cache()
+    gathered: AbstractContextManager[Any] = _deepspeed().zero.GatheredParameters(list(parameters))
+    return gathered
 
 
 def check_config(config: dict[str, Any]) -> None:

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 
-from fastkd.capture.lm_head import overheard
+from fastkd.capture.lm_head import Overheard, overheard
 from fastkd.data.datamodule import EvalBatch
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import Progress
 from fastkd.losses.objective import Objective
+from fastkd.losses.pooling import EmbeddingModules
+from fastkd.packed_row import valid_tokens
 from fastkd.recipe import Recipe, stage_recipes
 from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.engine import TeacherRunner
@@ -24,6 +26,7 @@ from fastkd.training.finite import blame, first_broken, teacher_fault
 from fastkd.training.precision import tf32_products
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up_evaluation
+from fastkd.types import Inputs, Reading, Side
 
 _REMEDY = "train it with a smaller train.learning_rate, in another run.output"
 
@@ -40,8 +43,9 @@ class Evaluation:
     total: float
     """Weighted sum of the losses, see `Objective.total`."""
     judged: dict[str, Any]
-    """Of text `sentence_cosine` (cosine of mean-pooled last hidden states, `None` where the widths
-    differ), `blocks` and `tokens`; of a task `score`, `scores` by set and metric, `examples`."""
+    """Of text `sentence_cosine` (cosine of both models' embeddings, `None` where their lengths
+    differ or fastkd can't make them), `blocks` and `tokens`; of a task `score`, `scores` by set and
+    metric, `examples`."""
     teacher: dict[str, Any] | None = None
     """The same of the teacher, where it was asked for."""
 
@@ -73,13 +77,15 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
     batches = list(datamodule.heldout(run.plan.micro_batch_size, ranks))
     whole = ranks.sum(sum_divisors(objective, batches).to(ranks.device)).clamp(min=1)
     losses = torch.zeros(len(objective.labels), dtype=torch.float64, device=ranks.device)
-    compares = datamodule.reads == "states"
+    compares = datamodule.reads == "embeddings"
+    heard: Reading = "states" if compares else datamodule.reads
+    embeddings = [run.embedding(side) for side in get_args(Side)] if compares else []
     evaluator, of_teacher = datamodule.evaluator(ranks), None
     with ExitStack() as stack:
-        student_heard = stack.enter_context(overheard(run.module.student, datamodule.reads))
+        student_heard = stack.enter_context(overheard(run.module.student, heard))
         teacher_heard = None
         if isinstance(teacher, TeacherRunner) and (compares or judge_teacher):
-            teacher_heard = stack.enter_context(overheard(teacher.model, datamodule.reads))
+            teacher_heard = stack.enter_context(overheard(teacher.model, heard))
             of_teacher = None if compares else datamodule.evaluator(ranks, "teacher")
         stack.enter_context(torch.no_grad())
         for batch in batches:
@@ -89,9 +95,11 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
             teacher_states = teacher(inputs, whole=teacher_heard is not None)
             parts = run.student(inputs, teacher_states, loss_scales)[1]
             losses += float(len(batch.rows) > 0) * parts[0]
-            evaluator.add(
-                batch.rows, student_heard.output, teacher_heard.output if teacher_heard else None
-            )
+            if compares:
+                if found := _embedded(embeddings, (student_heard, teacher_heard), inputs):
+                    evaluator.add(batch.rows, *found)
+            else:
+                evaluator.add(batch.rows, student_heard.output, None)
             if teacher_heard and of_teacher:
                 of_teacher.add(batch.rows, teacher_heard.output, None)
     by_label = dict(zip(objective.labels, ranks.sum(losses).tolist(), strict=True))
@@ -103,11 +111,26 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
 
     if broken := first_broken(by_label):
         refuse(f"loss {broken}")
-    found = of_teacher.results(ranks) if of_teacher else None
-    result = Evaluation(by_label, objective.total(by_label), evaluator.results(ranks), found)
+    judged = of_teacher.results(ranks) if of_teacher else None
+    result = Evaluation(by_label, objective.total(by_label), evaluator.results(ranks), judged)
     if broken := first_broken(result.as_dict()):
         refuse(broken)
     return result
+
+
+def _embedded(
+    modules: Sequence[EmbeddingModules | None],
+    heard: Sequence[Overheard | None],
+    inputs: Inputs,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Embeddings of student and teacher of what both gave; `None` where they aren't known."""
+    mask = valid_tokens(inputs)
+    made = [
+        embed(given.output, mask)
+        for embed, given in zip(modules, heard, strict=True)
+        if embed is not None and given is not None
+    ]
+    return (made[0], made[1]) if len(made) == 2 else None
 
 
 def sum_divisors(objective: Objective, batches: Sequence[EvalBatch]) -> torch.Tensor:

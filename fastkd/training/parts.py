@@ -24,17 +24,25 @@ from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, make_layer_map
-from fastkd.losses.factory import capture_needs, hard_objective, make_objective
+from fastkd.losses.factory import (
+    capture_needs,
+    hard_objective,
+    make_objective,
+    reads_embeddings,
+)
 from fastkd.losses.mlm import MlmLoss
 from fastkd.losses.objective import DistilledStudent, Objective
+from fastkd.losses.pooling import EmbeddingModules
 from fastkd.models import (
     Initialisation,
+    UnknownModule,
     build_student,
     check_same_vocabulary,
     dropout_rates,
     load_student,
     load_teacher,
     load_tokenizer,
+    read_embedding,
 )
 from fastkd.models.classifier import check_start, fit_classifier, load_tuned, name_outputs
 from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, TaskData, resolve_steps
@@ -129,6 +137,7 @@ def _distillation(
     traits = _traits(student, recipe), teacher_traits
     if made is None:
         check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
+    embeddings = _embeddings(recipe, teacher, student)
     # before the data, which takes long to read, and may tell how many steps there are
     objective = make_objective(
         recipe.losses,
@@ -138,6 +147,7 @@ def _distillation(
         traits,
         head=head,
         seed=recipe.train.seed,
+        embeddings=embeddings,
     )
     if made is not None:
         load_projections(objective, made)
@@ -169,6 +179,25 @@ def _distillation(
         source=source,
         handed_on=handed_on,
     )
+
+
+def _embeddings(
+    recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedModel
+) -> tuple[EmbeddingModules, EmbeddingModules] | None:
+    """What makes embeddings of student and teacher; `None` where fastkd doesn't know the teacher's
+    modules and no loss asks.
+
+    Raises:
+        UserError: it doesn't, and one asks.
+    """
+    try:
+        found = read_embedding(recipe.teacher.source, teacher.config, recipe.student.head)
+    except UnknownModule as error:
+        readers = reads_embeddings(recipe.losses)
+        if not readers:
+            return None
+        raise UserError(f"losses.{readers[0]} compares embeddings, but teacher.{error}") from error
+    return found.of_student(student.config.hidden_size), found
 
 
 def _masking(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Masking | None:

@@ -22,7 +22,9 @@ from fastkd.data.batching import plan_batches
 from fastkd.data.datamodule import MicroBatches
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError
+from fastkd.losses.pooling import EmbeddingModules
 from fastkd.models.quantised import quantise
+from fastkd.packed_row import valid_tokens
 from fastkd.recipe import AnyRecipe, Recipe
 from fastkd.training.ahead import TeacherAhead, check_overlap
 from fastkd.training.deepspeed_config import check_packages, student_config, uses_deepspeed
@@ -34,6 +36,7 @@ from fastkd.training.engine import (
     matrix_numbers,
     refusal,
     shard_teacher,
+    whole_weights,
 )
 from fastkd.training.graphs import GraphedStep, Record, check_graphs
 from fastkd.training.local_engine import LocalEngine
@@ -43,7 +46,7 @@ from fastkd.training.precision import settle_precision
 from fastkd.training.profile import NoProfile, Profile, clocks_of
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.step_memory import StepMemory
-from fastkd.types import LENGTHS, ROWS, STORED, Inputs
+from fastkd.types import LENGTHS, ROWS, STORED, Inputs, Side
 
 
 @dataclass
@@ -104,6 +107,42 @@ class Run(Parts):
         if stored is None:
             return micro_batches
         return stored.reading(micro_batches, partial(self.objective.layers, "teacher"))
+
+    def embedding(self, side: Side) -> EmbeddingModules | None:
+        """What makes a model's embeddings of its final states, as its user gets them, with the
+        student's projection as it is now; `None` where fastkd doesn't know the teacher's modules.
+        Collective under ZeRO-3."""
+        with whole_weights(self.engine, self.objective.parameters()):
+            return self.objective.embedding(side)
+
+    def embed(self, side: Side, inputs: Inputs) -> Tensor:
+        """Embeddings of a micro-batch, as `SentenceTransformer.encode` gives them of the model's
+        folder; of the student's once it is exported. Collective under ZeRO-3.
+
+        Args:
+            side: whose.
+            inputs: on this rank's device.
+
+        Returns:
+            [batch, dim], fp32, without gradient.
+
+        Raises:
+            UserError: the teacher has modules that fastkd doesn't know, or is none.
+        """
+        modules = self.embedding(side)
+        if modules is None or (side == "teacher" and isinstance(self.teacher, NoTeacher)):
+            raise UserError(
+                f"the {side} gives no embeddings: there is no teacher, or fastkd doesn't know its "
+                "modules of sentence-transformers"
+            )
+        with torch.no_grad():
+            if side == "student":
+                states = self.student(inputs)[0]
+            else:
+                assert isinstance(self.teacher, TeacherRunner), "it was looked at above"
+                states = self.teacher.embed(inputs)
+            found: Tensor = modules(states, valid_tokens(inputs))
+        return found
 
     def move(self, inputs: Inputs) -> Inputs:
         """Inputs on this rank's device, without the numbers of their rows; lengths are read on the

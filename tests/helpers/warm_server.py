@@ -25,7 +25,7 @@ import threading
 from typing import Any
 
 LOSSES = ("attention", "embedding", "fsp", "hidden", "labels", "logits", "mlm", "relations", "rkd")
-LOSSES += ("sentence",)
+LOSSES += ("embedding_output",)
 # what a run imports, also late
 MODULES = (
     "fastkd.cli",

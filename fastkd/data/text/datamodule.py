@@ -27,7 +27,7 @@ class TextDataModule:
     masking: Masking | None = None
     ranks: Ranks | None = None
     """Which take their micro-batches together, and share the work; each alone where not given."""
-    reads: Reading = field(default="states", init=False)
+    reads: Reading = field(default="embeddings", init=False)
 
     @property
     def rows(self) -> int | None:
@@ -109,23 +109,24 @@ class BlockMicroBatches:
 
 
 class CosineEvaluator:
-    """A `Evaluator` of sentence embeddings: cosines of mean-pooled last hidden states."""
+    """An `Evaluator` of embeddings: cosines of the student's and the teacher's."""
 
     def __init__(self, blocks: Tensor, device: torch.device) -> None:
         self._blocks = blocks
         self._sum = torch.zeros((), dtype=torch.float64, device=device)
-        self._comparable = True
+        # of models whose embeddings aren't known nothing is added
+        self._comparable = False
 
     def add(self, rows: Tensor, student: Tensor, teacher: Tensor | None) -> None:
         assert teacher is not None, "text is read by two models"
         self._comparable = student.shape[-1] == teacher.shape[-1]
         if self._comparable:
-            means = student.double().mean(dim=1), teacher.double().mean(dim=1)
-            cosines = torch.nn.functional.cosine_similarity(*means, dim=-1)
+            pair = student.double(), teacher.double()
+            cosines = torch.nn.functional.cosine_similarity(*pair, dim=-1)
             self._sum += cosines[: len(rows)].sum()
 
     def results(self, ranks: Ranks) -> dict[str, Any]:
-        """`sentence_cosine` (`None` where the widths differ), `blocks`, `tokens`."""
+        """`sentence_cosine` (`None` where nothing could be compared), `blocks`, `tokens`."""
         total = ranks.sum(self._sum).item()
         blocks = len(self._blocks)
         return {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from fastkd.data.text.files import (
     file_digest,
     require_column,
 )
+from fastkd.data.text.parquet import ParquetRows
 from fastkd.errors import FOREIGN_ERRORS, UserError
 
 # what `datasets` and Arrow raise over files that are not what they seem
@@ -36,7 +36,10 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Table(Source):
-    """Rows of a `datasets.Dataset` or `IterableDataset`; the digest covers `key` and `files`."""
+    """Rows of a `datasets.Dataset`, an `IterableDataset` or a Parquet file.
+
+    The digest covers `key` and `files`.
+    """
 
     name: str
     rows: Any
@@ -73,22 +76,10 @@ class Table(Source):
         return self.files
 
 
-def parquet_file(path: Path, column: str, cache: Path) -> Table:
+def parquet_file(path: Path, column: str) -> Table:
     """Rows of a Parquet file, read in batches; it may have none."""
-    # it logs what it raises
-    datasets.logging.set_verbosity(logging.CRITICAL)
     try:
-        rows = datasets.load_dataset(
-            "parquet",
-            data_files=[str(path)],
-            split="train",
-            streaming=True,
-            cache_dir=str(cache / "datasets"),
-            # else as many as the first row group has, which may be none
-            batch_size=_BATCH,
-        )
-        # a stream finds a damaged file only at its first row
-        _ = rows.column_names or next(iter(rows), None)
+        rows = ParquetRows.of(path)
     except _READING_ERRORS as error:
         raise UserError(f"{path}: cannot be read as Parquet: {_reason(error)}") from error
     return Table(str(path), rows, column, files=(path,))

@@ -67,7 +67,7 @@ def _open_file(path: Path, data: TextSettings) -> Source:
     if name.endswith((".jsonl", ".jsonl.gz")):
         return JsonLines(path, data.text_column)
     if name.endswith(".parquet"):
-        return parquet_file(path, data.text_column, data.cache_root)
+        return parquet_file(path, data.text_column)
     registered = by_suffix(path)
     if registered is not None:
         return registered

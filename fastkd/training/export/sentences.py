@@ -15,25 +15,25 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedConfig
 
-from fastkd.head_spec import HEADS
-from fastkd.models import ListingError, Module, locate_source, optional_file, read_modules
+from fastkd.models import Module
+from fastkd.models.sentence_folder import (
+    CONFIGS,
+    SETTINGS,
+    WEIGHTS,
+    joined,
+    list_modules,
+    module_file,
+    read_object,
+    source_file,
+)
 from fastkd.types import Head, ModelSource
 
-_TRANSFORMERS = ("Transformer", "MLMTransformer")
 _WEIGHTLESS = ("Pooling", "Normalize", "Dropout", "WordWeights", "SpladePooling")
 _WIDE = ("Dense", "LayerNorm", "CNN", "LSTM", "SparseAutoEncoder")
 _DEEP = ("WeightedLayerPooling",)
-_CONFIGS = ("config.json", "cnn_config.json", "lstm_config.json")
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# of the transformer module, one for each kind of model that older releases told apart
-_SETTINGS = tuple(
-    f"sentence_{kind}_config.json"
-    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-)
 
 
 @dataclass(frozen=True)
@@ -69,23 +69,9 @@ def sentence_modules(
         student_config: the student's.
         head: the student's.
     """
-    listing = _file(teacher, "modules.json")
-    if listing is None:
-        return SentenceModules()
-    try:
-        modules = read_modules(listing)
-    except ListingError as error:
-        return SentenceModules(lost=(f"all ({error})",))
-    kinds = ", ".join(module.kind for module in modules) or "all"
-    if not modules or modules[0].kind not in _TRANSFORMERS or not modules[0].is_known:
-        return SentenceModules(lost=(f"{kinds} (the first one is no Transformer)",))
-    if not modules[0].stays_inside:
-        return SentenceModules(lost=(f"{kinds} (the first one's path is {modules[0].path!r})",))
-    task = _task(teacher, modules[0])
-    if task not in HEADS[head].sentence_tasks:
-        if HEADS[head].data == "task" and task == "feature-extraction":
-            return SentenceModules()
-        return SentenceModules(lost=(f"{kinds} (made for {task}, but student.head is {head})",))
+    modules, reason = list_modules(teacher, head)
+    if not modules:
+        return SentenceModules(lost=() if reason is None else (reason,))
     kept, lost = [modules[0]], []
     for module in modules[1:]:
         reason = _why_not(teacher, module, teacher_config, student_config)
@@ -114,8 +100,8 @@ def write_modules(found: SentenceModules, teacher: ModelSource, folder: Path, wi
         entries.append({**module.entry, "idx": number, "name": str(number), "path": path})
         if number:
             _write_module(module, teacher, folder / path, width)
-    for name in _SETTINGS:
-        _copy(teacher, _joined(found.kept[0].path, name), folder / name)
+    for name in SETTINGS:
+        _copy(teacher, joined(found.kept[0].path, name), folder / name)
     name = "config_sentence_transformers.json"
     _copy(teacher, name, folder / name)
     _write(folder / "modules.json", entries)
@@ -123,12 +109,12 @@ def write_modules(found: SentenceModules, teacher: ModelSource, folder: Path, wi
 
 def _write_module(module: Module, teacher: ModelSource, folder: Path, width: int) -> None:
     folder.mkdir(parents=True)
-    for name in (*_CONFIGS, *_WEIGHTS):
-        _copy(teacher, _joined(module.path, name), folder / name)
+    for name in (*CONFIGS, *WEIGHTS):
+        _copy(teacher, joined(module.path, name), folder / name)
     config = folder / "config.json"
     # a sparse vector is as wide as the vocabulary
     if module.kind == "Pooling":
-        settings = _read(config)
+        settings = read_object(config) or {}
         known = {"word_embedding_dimension", "embedding_dimension"} & settings.keys()
         _write(config, {**settings, **dict.fromkeys(known, width)})
 
@@ -144,13 +130,14 @@ def _why_not(
         return "fastkd doesn't know it"
     if not module.stays_inside or not module.path:
         return f"its path is {module.path!r}"
-    if module.kind != "Normalize" and not _have(teacher, module, _CONFIGS):
+    config = module_file(teacher, module, CONFIGS)
+    if module.kind != "Normalize" and config is None:
         return "its configuration is missing"
-    if module.kind == "Pooling" and not _is_object(teacher, module):
+    if module.kind == "Pooling" and (config is None or read_object(config) is None):
         return "its configuration can't be read"
     if module.kind in _WEIGHTLESS:
         return None
-    if not _have(teacher, module, _WEIGHTS):
+    if module_file(teacher, module, WEIGHTS) is None:
         return "its weights are missing"
     if student_config.hidden_size != teacher_config.hidden_size:
         return (
@@ -168,47 +155,10 @@ def _why_not(
     return None
 
 
-def _task(teacher: ModelSource, first: Module) -> str:
-    """What the transformer module asks of the model, in the library's words."""
-    default = "fill-mask" if first.kind == "MLMTransformer" else "feature-extraction"
-    for name in _SETTINGS:
-        source = _file(teacher, _joined(first.path, name))
-        if source is not None:
-            try:
-                return str(_read(source).get("transformer_task", default))
-            except (OSError, ValueError, RecursionError, AttributeError):
-                return f"what {name} can't be read for"
-    return default
-
-
-def _have(teacher: ModelSource, module: Module, names: tuple[str, ...]) -> bool:
-    return any(_file(teacher, _joined(module.path, name)) is not None for name in names)
-
-
-def _is_object(teacher: ModelSource, module: Module) -> bool:
-    source = _file(teacher, _joined(module.path, "config.json"))
-    try:
-        return source is not None and isinstance(_read(source), dict)
-    except (OSError, ValueError, RecursionError):
-        return False
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}/{name}" if path else name
-
-
-def _file(teacher: ModelSource, name: str) -> Path | None:
-    return optional_file(locate_source(teacher.name), name, teacher.revision)
-
-
 def _copy(teacher: ModelSource, name: str, target: Path) -> None:
-    source = _file(teacher, name)
+    source = source_file(teacher, name)
     if source is not None:
         shutil.copyfile(source, target)
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write(path: Path, content: object) -> None:

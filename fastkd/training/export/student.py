@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from fastkd.files.disk import (
 )
 from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.models import locate_model, read_config
+from fastkd.training.engine import whole_weights
 from fastkd.training.export.poolers import (
     mark_pooler,
     pooler_note,
@@ -74,7 +74,7 @@ def export_student(
         UserError: the disk is full, or failed.
     """
     module: DistilledStudent = engine.module
-    with _whole_weights(engine, module), disk_errors(run.student):
+    with whole_weights(engine, module.parameters()), disk_errors(run.student):
         if ranks.is_main:
             folder, projections = temporary_of(run.student), temporary_of(run.projections)
             shutil.rmtree(folder, ignore_errors=True)
@@ -112,16 +112,3 @@ def load_projections(objective: Objective, run: RunFolder) -> None:
     weights = load_file(run.projections)
     assert weights.keys() == objective.kept().keys(), "the recipe is that of the run"
     objective.load_state_dict(weights, strict=False)
-
-
-def _whole_weights(engine: Any, module: DistilledStudent) -> AbstractContextManager[Any]:
-    if engine.zero_optimization_stage() < 3:
-        return nullcontext()
-    import deepspeed
-
-    # a parameter that a last prefetch left in flight would be skipped below, and read half-filled
-    engine.empty_partition_cache()
-    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
-        list(module.parameters())
-    )
-    return gathered

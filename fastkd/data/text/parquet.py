@@ -1,0 +1,44 @@
+"""Parquet files, read in batches by Arrow itself.
+
+`datasets` can stream them too, but through a scanner that reads ahead in threads of its own: where
+one is left unfinished, the process can abort at its exit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+
+@dataclass(frozen=True)
+class ParquetRows:
+    """Rows of a Parquet file, with what is read of a `datasets.Dataset`."""
+
+    path: Path
+    column_names: list[str]
+
+    @staticmethod
+    def of(path: Path) -> ParquetRows:
+        """Those of a file with all of its columns.
+
+        Raises:
+            ValueError: it is no Parquet file, or a damaged one (`pyarrow.ArrowInvalid`); other
+                damage raises other errors of Arrow.
+        """
+        with pq.ParquetFile(path, memory_map=True) as file:
+            return ParquetRows(path, file.schema_arrow.names)
+
+    def select_columns(self, names: Sequence[str]) -> ParquetRows:
+        """The same rows with some columns alone."""
+        return ParquetRows(self.path, list(names))
+
+    def iter(self, batch_size: int) -> Iterator[dict[str, list[Any]]]:
+        """Values by column, up to so many rows at a time."""
+        with pq.ParquetFile(self.path, memory_map=True) as file:
+            batches = file.iter_batches(batch_size, columns=self.column_names, use_threads=False)
+            for batch in batches:
+                yield batch.to_pydict()

@@ -1,4 +1,5 @@
-"""The command line: `fastkd distill | finetune | evaluate | push | study | inspect | doctor`.
+"""The command line: `fastkd distill`, `finetune`, `evaluate`, `push`, `export`, `study`, `inspect`
+and `doctor`.
 
 A mistake that the user can mend is one line on stderr and exit code 2; a run that was interrupted,
 by whatever signal, is 130, and one that lost another rank is 1.
@@ -138,6 +139,27 @@ def push(
     pushed = push_run(RunFolder(run), repo, private=private, revision=revision, overwrite=overwrite)
     for line in pushed.lines():
         Reporter().say(line)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="As a graph for ONNX Runtime.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder to make; RUN/student/onnx otherwise.")
+    ] = None,
+) -> None:
+    """Write the student of a finished run in another format, checked against what it computes."""
+    if not onnx:
+        raise UserError("no format is given; give --onnx, which is the one there is")
+    from fastkd.publishing.onnx_graph import export_onnx
+    from fastkd.reporting.console import Reporter
+    from fastkd.training.run_folder import RunFolder
+    from fastkd.training.session import quietened
+
+    with quietened():
+        made = export_onnx(RunFolder(run), output)
+    Reporter().say(str(made))
 
 
 @app.command()

@@ -61,13 +61,13 @@ PACKAGES: tuple[set[str], ...] = (
     {"torch", "numpy", "transformers", "huggingface_hub", "yaml", "psutil", "matplotlib"},
     {
         *("torch", "numpy", "pydantic", "scipy", "matplotlib", "optuna", "rich", "transformers"),
-        *("huggingface_hub", "onnx", "onnxruntime"),
+        *("huggingface_hub", "onnxruntime"),
     },
     {"torch", "transformers", "safetensors"},
     {"typer"},
 )
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "ot": "pot", "cpuinfo": "py-cpuinfo"}
-EXTRAS = ("demo", "study", "tasks", "tensorboard", "trainer", "dev")
+EXTRAS = ("demo", "onnx", "study", "tasks", "tensorboard", "trainer", "dev")
 LINES = 600
 
 
@@ -210,7 +210,7 @@ def undeclared(path: Path, declared: set[str]) -> set[str]:
 
 
 def test_everything_imported_is_declared() -> None:
-    packages = dependencies("study", "tasks")
+    packages = dependencies("onnx", "study", "tasks")
     tests = dependencies(*EXTRAS)
     found = {named(path): undeclared(path, packages) for path in PACKAGE_FILES}
     found |= {named(path): undeclared(path, tests) for path in python_files("tests", "benchmarks")}

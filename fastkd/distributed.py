@@ -241,6 +241,15 @@ class Ranks:
         if self.world_size > 1:
             dist.reduce(tensor, dst=rank)
 
+    def rows_of_all(self, rows: Tensor) -> Tensor:
+        """The rows [n, ...] of every rank after each other, in the order of ranks; n and all other
+        sizes are the same on all of them. Without gradient."""
+        if self.world_size == 1:
+            return rows
+        found = [torch.empty_like(rows) for _ in range(self.world_size)]
+        dist.all_gather(found, rows.contiguous())
+        return torch.cat(found)
+
     def from_main(self, function: Callable[[], T]) -> T:
         """Run a function on rank 0 and give every rank its result, or its `UserError`."""
         outcome: list[Any] = [None, None]

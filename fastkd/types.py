@@ -23,8 +23,8 @@ Reading = Literal["states", "embeddings", "predictions"]
 [batch, outputs] of a classification head."""
 
 ROWS = "rows"
-"""Key of a micro-batch to train on: numbers of its blocks or examples among all, int64 [batch], for
-what is stored by row; always on the CPU."""
+"""Key of a micro-batch to train on: numbers of its blocks, examples or sequences among all, int64
+[batch], for what is stored by row; always on the CPU."""
 LENGTHS = "lengths"
 """Key of a micro-batch whose sequences follow each other in one row, see `fastkd.packed_row`: their
 lengths, int64 [sequences]; always on the CPU."""
@@ -33,6 +33,12 @@ STARTS = "cu_seq_lens"
 STORED = "stored/"
 """What keys of a micro-batch to train on begin with under which the teacher's states are found, as
 they are stored: [batch, places, numbers]."""
+SCORES = "scores"
+"""Key of a micro-batch of rows of texts: a teacher's scores of each row's candidates, fp32 [rows,
+candidates], where the data has some."""
+TEACHER = "teacher."
+"""What keys of a micro-batch begin with under which a teacher with a tokenizer of its own finds its
+inputs: the same texts in the same order, padded to their own length."""
 IGNORE_INDEX = -100
 """A label that counts nowhere, as in `torch.nn.functional.cross_entropy`."""
 
@@ -51,9 +57,15 @@ class ModelSource:
 
 def model_inputs(inputs: Inputs) -> dict[str, Tensor]:
     """What a model reads of a micro-batch: of labels it would compute a loss of its own."""
-    others = ("labels", ROWS, LENGTHS, STARTS)
+    others = ("labels", ROWS, LENGTHS, STARTS, SCORES)
     return {
         name: tensor
         for name, tensor in inputs.items()
-        if name not in others and not name.startswith(STORED)
+        if name not in others and not name.startswith((STORED, TEACHER))
     }
+
+
+def teacher_inputs(inputs: Inputs) -> Inputs:
+    """A micro-batch as the teacher reads it: other tokens, where it has a tokenizer of its own."""
+    own = {n.removeprefix(TEACHER): tensor for n, tensor in inputs.items() if n.startswith(TEACHER)}
+    return own or inputs

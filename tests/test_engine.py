@@ -11,7 +11,8 @@ from tiny_runs import assert_same_run, keys, make_recipe, read_losses, read_weig
 from tiny_training import summary_of
 from transformers import get_scheduler
 
-from fastkd.data.text import TextSettings, prepare_corpus
+from fastkd.data.factory import text_settings
+from fastkd.data.text import prepare_corpus
 from fastkd.layer_map import make_layer_map
 from fastkd.models import build_student, load_teacher, load_tokenizer
 from fastkd.recipe import Recipe, load_recipe
@@ -148,7 +149,7 @@ def _plain_run(recipe: Recipe) -> tuple[list[dict[str, float]], dict[str, torch.
         num_warmup_steps=recipe.train.warmup_steps,
         num_training_steps=recipe.train.steps,
     )
-    settings = TextSettings(**dict(recipe.data))
+    settings = text_settings(recipe.data)
     stream = prepare_corpus(settings, tokenizer, progress=False).stream(8, recipe.train.seed)
     history = []
     for _ in range(recipe.train.steps):

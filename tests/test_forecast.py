@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fastkd.recipe import Recipe, load_recipe, parse_recipe
 from fastkd.training.chips import CHIPS, Chip
 from fastkd.training.doctor import does_not_fit
 from fastkd.training.dry_pass import bytes_of, dry_pass, tensors_of
-from fastkd.training.forecast import EFFICIENCY, forecast, run_dry
+from fastkd.training.forecast import EFFICIENCY, forecast, layouts, run_dry
 from fastkd.training.precision import precision_on_gpus
 
 ROWS, TOKENS = 3, 16
@@ -176,6 +177,23 @@ def test_time_is_what_both_models_multiply(recipe: Recipe) -> None:
     rounded = forecast(recipe, passes, chip, 1)
     assert rounded.computing == pytest.approx(2 * operations / chip.half / EFFICIENCY)
     assert found.moving == 0 and found.speed == pytest.approx(8 * 16 / found.computing)
+
+
+def test_micro_batches_whose_rows_are_compared_are_read_twice(recipe: Recipe) -> None:
+    chip, small = CHIPS["h100"], _laid_out(recipe, micro_batch_size=2, tf32=False)
+    passes = run_dry(small, 2)
+    compared = replace(passes, least_rows=2)
+    found = [forecast(small, one, chip, 1).computing for one in (passes, compared)]
+    again = passes.teacher.products + passes.teacher.attention
+    again += passes.student.products + passes.student.attention
+    assert found[1] - found[0] == pytest.approx(4 * again / chip.single / EFFICIENCY)
+    whole = [forecast(recipe, one, chip, 1).computing for one in (passes, compared)]
+    assert whole[0] == whole[1]
+    sizes = {changed.train.micro_batch_size for _, changed in layouts(recipe, 2, 2)}
+    assert min(size for size in sizes if size is not None) == 2
+    tree = recipe.model_dump(mode="json", exclude_none=True)
+    angles = Recipe.model_validate({**tree, "losses": {"rkd": {"kind": "angle"}}})
+    assert run_dry(angles, 4).least_rows == 3
 
 
 def test_what_does_not_fit_is_one_line_with_a_layout_that_does(recipe: Recipe) -> None:

@@ -20,6 +20,7 @@ LEVELS: tuple[set[str], ...] = (
         "head_spec",
         "types",
         "packed_row",
+        "row_form",
         "section",
         "plugins",
         "signals",

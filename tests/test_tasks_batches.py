@@ -15,11 +15,7 @@ from tiny_models import tiny_model
 from tiny_tasks import encoded
 
 from fastkd.data.batching import BatchPlan
-from fastkd.data.tasks import (
-    ExampleStream,
-    cut,
-    evaluation_batches,
-)
+from fastkd.data.sampler import ExampleStream, cut, evaluation_parts
 from fastkd.errors import UserError
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
@@ -178,16 +174,16 @@ def test_evaluation_counts_every_example_once_on_equally_many_batches(
 ) -> None:
     examples = encoded(lengths)
     ranks = [
-        list(evaluation_batches(examples, size, rank=rank, world_size=world))
+        list(evaluation_parts(examples.lengths, size, rank=rank, world_size=world))
         for rank in range(world)
     ]
     assert len({len(batches) for batches in ranks}) == 1
     found = [row for batches in ranks for rows, _ in batches for row in rows.tolist()]
     assert sorted(found) == list(range(len(lengths)))
     for batches in ranks:
-        for rows, batch in batches:
-            assert 1 <= len(batch["labels"]) <= size
-            assert batch["labels"][: len(rows)].tolist() == rows.tolist()
+        for rows, part in batches:
+            assert 1 <= len(part) <= size
+            assert part[: len(rows)] == rows.tolist()
     if world == 1:
         longest = [lengths[row] for row in found]
         assert longest == sorted(longest, reverse=True)

@@ -15,11 +15,11 @@ from tiny_models import tiny_config
 from tiny_tasks import SENTENCES, WORDS, word_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from fastkd.data.sequences import uses_token_types
 from fastkd.data.tasks import (
     EncodedExamples,
     Examples,
     encode_examples,
-    uses_token_types,
 )
 from fastkd.data.tasks import (
     tokenized as encoded,
@@ -101,7 +101,7 @@ def test_second_run_reads_the_cache(
     def never(*_: object) -> None:
         raise AssertionError("examples were tokenised again")
 
-    monkeypatch.setattr(encoded, "_tokenise", never)
+    monkeypatch.setattr(encoded, "tokenise", never)
     again = encode(PAIRS, tokenizer, tmp_path, token_types=True, build=False)
     assert again.fingerprint == first.fingerprint
     for name, value in first.batch(range(5)).items():

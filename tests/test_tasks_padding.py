@@ -25,7 +25,7 @@ from transformers import (
 
 from fastkd.data.batching import BatchPlan
 from fastkd.data.factory import make_datamodule
-from fastkd.data.tasks import evaluation_batches
+from fastkd.data.sampler import evaluation_parts
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.tasks.padding import hand_on_padding, padding_id
 from fastkd.distributed import Ranks
@@ -132,7 +132,8 @@ def one_by_one(model: PreTrainedModel, data: TaskDataModule) -> Tensor:
 def in_batches(model: PreTrainedModel, data: TaskDataModule, size: int) -> Tensor:
     dev = data.evaluations["dev"]
     found = torch.zeros(len(dev), 2)
-    for rows, batch in evaluation_batches(dev, size):
+    for rows, part in evaluation_parts(dev.lengths, size):
+        batch = dev.batch(part)
         del batch["labels"]
         found[rows] = model(**batch).logits
     return found

@@ -24,7 +24,7 @@ from fastkd.capture.recompute import RecomputedAttention, try_recomputing
 from fastkd.capture.recording import capture
 from fastkd.capture.routing import route_attention, set_attention
 from fastkd.capture.states import Capture, PaddedStates
-from fastkd.capture.trial import try_model, vocabulary_size
+from fastkd.capture.trial import hands_on_last_block, try_model, vocabulary_size
 
 __all__ = [
     "AttentionShape",
@@ -37,6 +37,7 @@ __all__ = [
     "capture",
     "find_blocks",
     "find_module",
+    "hands_on_last_block",
     "no_cache",
     "reading",
     "route_attention",

@@ -106,6 +106,18 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return int(weight.shape[0])
 
 
+def hands_on_last_block(model: PreTrainedModel) -> bool:
+    """Whether a model's output is the state of its last block, with no norm behind it; of one whose
+    blocks can be captured."""
+    depth, training = len(find_blocks(model)), model.training
+    model.eval()
+    recorded = capture(model, hidden={depth}, outputs=True)
+    with torch.no_grad(), runnable(model), _padded(model), recorded as states:
+        model(**trial_inputs(model, 4), **no_cache(model))
+    model.train(training)
+    return states.outputs is not None and torch.equal(states.outputs, states.hidden[depth])
+
+
 def trial_inputs(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
     """Two sequences, of which the second is half padding; of a vision model two images."""
     config, name = model.config, type(model).__name__

@@ -68,8 +68,12 @@ class DataModule(Protocol):
 
     @property
     def reads(self) -> Reading:
-        """What a evaluator is given of a model. Predictions say something about a single model, so
-        that a teacher has a score; embeddings are compared."""
+        """What an evaluator is given of a model."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether an evaluator is given that of student and teacher, to compare them; else of one
+        of them, so that a teacher has a score of its own."""
 
     def micro_batches(self, batch_size: int, seed: int, plan: BatchPlan, rank: int) -> MicroBatches:
         """A rank's micro-batches from the start of the order of `seed`; every rank calls this."""

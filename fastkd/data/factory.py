@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fastkd.data.augmentation import Augmentation, augment
 from fastkd.data.datamodule import DataModule
+from fastkd.data.rows import RowSets, RowSettings, prepare_rows
+from fastkd.data.rows.datamodule import RowDataModule
+from fastkd.data.sequences import uses_token_types
 from fastkd.data.tasks import (
     Columns,
     EncodedExamples,
@@ -20,7 +23,6 @@ from fastkd.data.tasks import (
     glue_task,
     padding_id,
     read_examples,
-    uses_token_types,
 )
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.tasks.read import ExampleSource
@@ -31,11 +33,14 @@ from fastkd.data.text.tokenize import stream_workers
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.extras import need
-from fastkd.recipe import AnyRecipe, Recipe, TaskAugmentation, TaskData
+from fastkd.head_spec import HEADS
+from fastkd.recipe import AnyRecipe, Data, Recipe, TaskAugmentation, TaskData
+from fastkd.row_form import RowForm
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_TEXT_FIELDS = tuple(field.name for field in fields(TextSettings))
 
 
 def make_datamodule(
@@ -46,6 +51,8 @@ def make_datamodule(
     *,
     masking: Masking | None = None,
     counts_padding: bool = False,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_config: PreTrainedConfig | None = None,
     progress: bool,
 ) -> DataModule:
     """Read, tokenise and store the data of a recipe, or open what an earlier run stored.
@@ -58,6 +65,8 @@ def make_datamodule(
         ranks: this process among all; every rank calls this.
         masking: replaces tokens of text for a loss that asks what they were.
         counts_padding: whether padded tokens of examples count in the losses' means.
+        teacher_tokenizer: of a teacher that reads rows of texts by a tokenizer of its own.
+        teacher_config: of that teacher.
         progress: whether to show bars.
 
     Raises:
@@ -73,10 +82,28 @@ def make_datamodule(
             counts_padding=counts_padding,
         )
     assert isinstance(recipe, Recipe) and recipe.data is not None, "a recipe has data or a task"
-    settings = TextSettings(**dict(recipe.data))
+    settings, form = text_settings(recipe.data), recipe.row_form
+    if form is not None:
+        by = [(tokenizer, config)]
+        if teacher_tokenizer is not None:
+            assert teacher_config is not None, "a teacher with a tokenizer has a configuration"
+            by.append((teacher_tokenizer, teacher_config))
+        own, *teachers = [
+            _encoded_rows(settings, form, *one, ranks, progress=progress) for one in by
+        ]
+        for theirs in teachers:
+            own = own.with_teacher(theirs)
+        outputs = config.num_labels if HEADS[recipe.student.head].data == "task" else None
+        return RowDataModule(own, settings.heldout_blocks, outputs, counts_padding)
+    assert teacher_tokenizer is None, "blocks and examples are read by one tokenizer"
     if settings.streaming and settings.workers is None:
         settings = replace(settings, workers=stream_workers(ranks.here))
     return _text_datamodule(settings, tokenizer, masking, ranks, progress=progress)
+
+
+def text_settings(section: Data) -> TextSettings:
+    """The plain counterpart of a section, but for what is of rows alone."""
+    return TextSettings(**{name: getattr(section, name) for name in _TEXT_FIELDS})
 
 
 def task_of(section: TaskData) -> Task:
@@ -114,6 +141,25 @@ def _text_datamodule(
         lambda first: prepare_corpus(data, tokenizer, build=first, progress=first and progress),
     )
     return TextDataModule(corpus, data.block_size, masking, ranks)
+
+
+def _encoded_rows(
+    data: TextSettings,
+    form: RowForm,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    ranks: Ranks,
+    *,
+    progress: bool,
+) -> RowSets:
+    # where texts stand alone, all types are those that a model takes for granted
+    types = form.paired and uses_token_types(config)
+    settings = RowSettings(text=data, form=form, token_types=types)
+    made = _in_turn(
+        ranks,
+        lambda first: prepare_rows(settings, tokenizer, build=first, progress=first and progress),
+    )
+    return made.padded_with(padding_id(config, tokenizer, made.sequences))
 
 
 def _task_datamodule(

@@ -22,13 +22,15 @@ def append(file: BinaryIO, values: Iterable[float], dtype: npt.DTypeLike) -> Non
     np.fromiter(values, dtype=dtype).tofile(file)
 
 
-def open_flat(folder: Path, name: str, dtype: npt.DTypeLike, size: int) -> npt.NDArray[Any]:
-    """The array of a name, [size], read-only.
+def open_flat(
+    folder: Path, name: str, dtype: npt.DTypeLike, size: int, field: str
+) -> npt.NDArray[Any]:
+    """The array of a name, [size], read-only; `field` of the recipe says where the folder is.
 
     Raises:
         UserError: it is not there, or has another size.
     """
-    remedy = f"task.cache: {folder} is damaged; delete it and run again"
+    remedy = f"{field}: {folder} is damaged; delete it and run again"
     path = flat_file(folder, name)
     try:
         # an empty file can't be mapped

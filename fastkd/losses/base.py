@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, Link, Progress
 from fastkd.losses.counts import Divisor, Reduction
+from fastkd.losses.gathering import Gather, alone
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.packed_row import PackedRow
 from fastkd.recipe.weights import LossConfig as LossConfig
+from fastkd.row_form import RowForm
 from fastkd.types import Head, Side
 
 if TYPE_CHECKING:
@@ -52,6 +54,11 @@ class ModelPair:
     embeddings: tuple[EmbeddingModules, EmbeddingModules] | None = None
     """What makes an embedding of each model's final states: the student's where nothing is
     projected, and the teacher's own; the mean of the tokens where not given."""
+    row: tuple[str, ...] = ("text",)
+    """What each of the sequences of a row is, in order, see `RowForm.sequences`: a batch has so
+    many for each of its rows."""
+    last_is_output: bool = False
+    """Whether both models hand on the state of their last block as it is, without a norm."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,8 @@ class Setting:
     """Registered names of all losses that are on."""
     field: str = "student.head"
     """What says which head it is."""
+    rows: RowForm | None = None
+    """What a row of texts is; `None` where blocks of text, or a task, are read."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +99,16 @@ class Batch:
     """From `target_labels`."""
     row: PackedRow | None = None
     """Where the sequences stand that were read packed, for a term that `reads_packed`."""
+    gather: Gather = alone
+    """Of this micro-batch's [n, ...] makes the [N, ...] of the whole optimiser step: all ranks in
+    turn, of each all micro-batches, in the same order whatever is gathered. Its own n alone carry
+    gradient, so return `gathered_value`. In an evaluation, and in a loop of one's own, the batch at
+    hand is the whole. It is for losses with `least_rows`, and takes what no gathered rows went
+    into; above it there are no parameters, whose gradient each micro-batch would count."""
     teacher_mask: Tensor | None = None
     """As `mask`, of what the teacher reads."""
+    scores: Tensor | None = None
+    """A teacher's scores from the data, fp32 [rows, candidates], where it has some."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +182,11 @@ class Term(nn.Module):
         """Peak learning rates of those of its parameters that have another than the run's."""
         return {}
 
+    embeds: ClassVar[bool] = False
+    """Whether its losses compare embeddings, so that no other term says what those are."""
+
     def student_modules(self) -> EmbeddingModules | None:
-        """What makes the student's embedding, where the term decides that; its parameters must be
+        """What makes the student's embedding, where the term says that; its parameters must be
         whole, and what is returned holds copies of them."""
         return None
 
@@ -184,10 +204,13 @@ class Loss(Term):
     """What it reads; an instance may have one of its own, which reads no more layers."""
     mean_over: Divisor = "examples"
     """What its values are means over within a micro-batch; a property where that depends."""
-    group: ClassVar[type[LossGroup] | None] = None
+    group: type[LossGroup] | None = None
     """What computes it together with others; `None` is its own `forward`."""
     heads: ClassVar[tuple[Head, ...]] = tuple(HEADS)
     """Heads of the models that it can be computed for."""
+    least_rows: int = 1
+    """Rows that a batch must have to be compared; more than one say that the loss compares rows
+    with each other, and may call `batch.gather`."""
     official_kind: ClassVar[str | None] = None
     """The only `kind` that `reduction: tinybert` is defined for; `None` where all are."""
     once: ClassVar[bool] = False

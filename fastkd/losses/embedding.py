@@ -19,7 +19,7 @@ class EmbeddingLoss(StateLoss):
 
     config: Config
     captures = Captures(hidden=True)
-    group: ClassVar[type[LossGroup] | None] = StateGroup
+    group: type[LossGroup] | None = StateGroup
     official_kind: ClassVar[str | None] = "mse"
 
     @property

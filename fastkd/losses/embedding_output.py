@@ -33,7 +33,7 @@ class EmbeddingOutputLoss(EmbeddingLoss):
         where widths differ."""
 
     config: Config
-    group: ClassVar[type[LossGroup] | None] = EmbeddingGroup
+    group: type[LossGroup] | None = EmbeddingGroup
     wants_projection: ClassVar[bool] = True
 
     @property

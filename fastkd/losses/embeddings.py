@@ -29,7 +29,8 @@ class EmbeddingConfig(LossConfig):
     models' own pooling; their own where not given. All losses of embeddings share it."""
     dimensions: tuple[Annotated[int, Field(gt=0)], ...] = ()
     """Further lengths that embeddings are cut to (Matryoshka, arXiv 2205.13147): the loss is the
-    mean over these prefixes, each scaled to length one, and the whole embedding."""
+    mean over these prefixes, each scaled to length one, and the whole embedding. Where a loss
+    compares each model with itself, prefixes of the student learn from the whole teacher."""
 
 
 class EmbeddingLoss(Loss):
@@ -63,8 +64,9 @@ class EmbeddingLoss(Loss):
         """The mean of `compare` over the whole embeddings and their prefixes."""
         pairs = [(student, teacher)]
         for size in self.config.dimensions:
-            if size < max(student.shape[-1], teacher.shape[-1]):
-                pairs.append((prefix(student, size), prefix(teacher, size)))
+            if size < student.shape[-1]:
+                target = prefix(teacher, size) if self.wants_projection else teacher
+                pairs.append((prefix(student, size), target))
         return torch.stack([self.compare(*pair, batch) for pair in pairs]).mean()
 
     def check_dims(self, student: int, teacher: int) -> None:
@@ -74,7 +76,7 @@ class EmbeddingLoss(Loss):
             UserError: a prefix that is longer than one of them.
         """
         longest = max(self.config.dimensions, default=0)
-        if longest > min(student, teacher):
+        if longest > (min(student, teacher) if self.wants_projection else student):
             raise UserError(
                 f"losses.{self.name}.dimensions has {longest}, but the student's embedding has "
                 f"{student} numbers and the teacher's {teacher}; give no more than those"
@@ -93,6 +95,8 @@ class EmbeddingGroup(LossGroup):
     teacher's pooled vectors where a member wants one, and all that stands behind the teacher's
     pooling.
     """
+
+    embeds: ClassVar[bool] = True
 
     def __init__(self, members: Sequence[Loss], shared: Shared) -> None:
         """Choose the modules and make the projection.
@@ -120,7 +124,8 @@ class EmbeddingGroup(LossGroup):
         if self.projection is None:
             return teacher.of_student(width)
         weight = self.projection.weight.detach().clone()
-        return teacher.of_student(width, Dense(weight))
+        name = next(loss.name for loss in self.losses if loss.wants_projection)
+        return teacher.of_student(width, Dense(weight, learned_by=name))
 
     def parameter_rates(self) -> dict[str, float]:
         rate = self.shared.projection_learning_rate

@@ -9,7 +9,7 @@ from fastkd.errors import UserError
 from fastkd.head_spec import TASK_HEAD
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.base import ModelPair, Term
-from fastkd.losses.embeddings import EmbeddingLoss
+from fastkd.losses.embeddings import EmbeddingConfig
 from fastkd.losses.objective import Objective, key_of
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.losses.registry import loss_class
@@ -32,10 +32,10 @@ def capture_needs(losses: Losses) -> dict[str, bool]:
     }
 
 
-def reads_embeddings(losses: Losses) -> list[str]:
+def embedding_losses(losses: Losses) -> dict[str, EmbeddingConfig]:
     """The losses that compare embeddings, by their names in the recipe."""
     found = losses.terms.items()
-    return [name for name, config in found if issubclass(loss_class(config.loss), EmbeddingLoss)]
+    return {name: config for name, config in found if isinstance(config, EmbeddingConfig)}
 
 
 def make_objective(
@@ -46,9 +46,11 @@ def make_objective(
     traits: tuple[AttentionTraits, AttentionTraits],
     *,
     head: Head = "none",
+    row: tuple[str, ...] = (),
     seed: int = 0,
     steps: int = 1,
     embeddings: tuple[EmbeddingModules, EmbeddingModules] | None = None,
+    last_is_output: bool = False,
 ) -> Objective:
     """The objective of some losses for two models.
 
@@ -59,9 +61,11 @@ def make_objective(
         teacher: to learn from.
         traits: what trying the two models showed, the student's first.
         head: what stands on the blocks of both.
+        row: what each of the sequences of a row is, see `ModelPair`; one text where not given.
         seed: of the draws of a random mapping that names none.
         steps: optimiser steps of the run, which schedules are stretched over.
         embeddings: what makes embeddings of each model, as of `ModelPair`.
+        last_is_output: as of `ModelPair`.
 
     Raises:
         UserError: the models don't fit together.
@@ -81,6 +85,8 @@ def make_objective(
         head=head,
         outputs=teacher.config.num_labels,
         embeddings=embeddings,
+        row=row or ("text",),
+        last_is_output=last_is_output,
     )
     depths = layers.student_layers, layers.teacher_layers
     own = {

@@ -64,7 +64,7 @@ class HeadLoss(Loss):
     """A member of a `HeadGroup`."""
 
     captures = Captures(logits=True)
-    group: ClassVar[type[LossGroup] | None] = HeadGroup
+    group: type[LossGroup] | None = HeadGroup
 
 
 class SoftLoss(HeadLoss):

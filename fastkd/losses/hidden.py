@@ -53,7 +53,7 @@ class HiddenLoss(StateLoss):
 
     config: Config
     captures = Captures(hidden=True)
-    group: ClassVar[type[LossGroup] | None] = StateGroup
+    group: type[LossGroup] | None = StateGroup
     official_kind: ClassVar[str | None] = "mse"
 
     def __init__(

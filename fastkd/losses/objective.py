@@ -32,6 +32,7 @@ from fastkd.losses.counts import (
     count_divisors,
     target_labels,
 )
+from fastkd.losses.gathering import Gather, alone, undeclared
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.losses.registry import loss_class
 from fastkd.losses.transports import Mapped, Transports
@@ -43,9 +44,9 @@ from fastkd.losses.weighting import (
 from fastkd.packed_row import PackedRow, valid_tokens
 from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses
-from fastkd.types import ROWS, Inputs, Side
+from fastkd.types import ROWS, SCORES, Inputs, Side, teacher_inputs
 
-_PLAIN = frozenset(("input_ids", "token_type_ids", ROWS))
+_PLAIN = frozenset(("input_ids", "token_type_ids", ROWS, SCORES))
 """Inputs that hide nothing and label nothing."""
 
 
@@ -81,6 +82,8 @@ class Objective(nn.Module):
         self.moment = Progress()
         self.maps = {name: (own_layers or {}).get(name, layers) for name in losses.terms}
         self.reduction: Reduction = losses.reduction
+        self.least_rows: dict[str, int] = {}
+        """Of the losses that compare rows, how many a batch must have."""
         self.terms = nn.ModuleList(self._terms())
         self._check_rates()
         if losses.projection_learning_rate is not None and not self.parameter_rates():
@@ -181,7 +184,12 @@ class Objective(nn.Module):
         return found
 
     def forward(
-        self, student: Capture, teacher: Capture, inputs: Inputs, shares: Tensor
+        self,
+        student: Capture,
+        teacher: Capture,
+        inputs: Inputs,
+        shares: Tensor,
+        gather: Gather = alone,
     ) -> tuple[Tensor, Tensor]:
         """Add the terms up.
 
@@ -190,6 +198,7 @@ class Objective(nn.Module):
             teacher: captured tensors without.
             inputs: what both models read; of it the mask and the labels.
             shares: [DIVISORS], this micro-batch's part of the step's divisors.
+            gather: what gives rows of the whole step, see `Batch.gather`.
 
         Returns:
             The weighted total, a scalar, and [2, labels], detached: the raw losses, then what each
@@ -198,7 +207,11 @@ class Objective(nn.Module):
         """
         row, mask = PackedRow.of(inputs), valid_tokens(inputs)
         labels = target_labels(inputs, self.pair.head)
-        batch = Batch(mask, labels, row, teacher_mask=mask)
+        read = teacher_inputs(inputs)
+        theirs = mask if read is inputs else valid_tokens(read)
+        scores = inputs.get(SCORES)
+        gather = gather if self.least_rows else undeclared
+        batch = Batch(mask, labels, row, teacher_mask=theirs, scores=scores, gather=gather)
         views = self._views(student, teacher, row)
         values = []
         for term, where, count in zip(self.each(), self._keys, self._counts, strict=True):
@@ -325,10 +338,18 @@ class Objective(nn.Module):
         """What makes a model's embedding of its final states, as its user gets it: the teacher's by
         its own modules, the student's by those that it is exported with; `None` where fastkd
         doesn't know the teacher's. The objective's parameters must be whole."""
-        if self.pair.embeddings is None or side == "teacher":
-            return None if self.pair.embeddings is None else self.pair.embeddings[1]
-        made = (term.student_modules() for term in self.each())
-        return next((found for found in made if found is not None), self.pair.embeddings[0])
+        known = self.pair.embeddings
+        if known is None or side == "teacher":
+            return None if known is None else known[1]
+        return self.student_modules() or known[0]
+
+    def student_modules(self) -> EmbeddingModules | None:
+        """The same of the student where its losses say it: those of embeddings or, without any, a
+        hidden loss that projects its last layer to the teacher's; `None` elsewhere."""
+        terms = self.each()
+        deciding = [term for term in terms if term.embeds] or terms
+        made = (term.student_modules() for term in deciding)
+        return next((found for found in made if found is not None), None)
 
     def kept(self) -> dict[str, Tensor]:
         """The weights that an evaluation needs later: projections, no log-variances."""
@@ -350,7 +371,9 @@ class Objective(nn.Module):
             layer_map = self.maps[name] if kind.is_mapped() else None
             with plugin_errors(f"losses.{name}", kind):
                 loss = kind(name, config, layer_map, shared)
-            made.setdefault(kind.group or name, []).append(loss)
+            if loss.least_rows > 1:
+                self.least_rows[name] = loss.least_rows
+            made.setdefault(loss.group or name, []).append(loss)
         return [
             group(losses, shared)
             if isinstance(group, type) and issubclass(group, LossGroup)
@@ -503,6 +526,7 @@ class DistilledStudent(nn.Module):
         inputs: Inputs,
         teacher: Capture | None = None,
         shares: Tensor | None = None,
+        gather: Gather = alone,
     ) -> tuple[Tensor, Tensor]:
         """Run the student on a micro-batch and, given what the teacher left, compare the two.
 
@@ -511,6 +535,7 @@ class DistilledStudent(nn.Module):
                 models read, and perhaps `labels`; or a packed row in their place.
             teacher: what the teacher left on the same inputs.
             shares: fp32 [DIVISORS], see `Objective.forward`.
+            gather: likewise.
 
         Returns:
             The total, a scalar, and raw and weighted losses [2, labels], detached. Without a
@@ -528,7 +553,7 @@ class DistilledStudent(nn.Module):
                     self.student(**read)
         # ops choose their own precision, whatever the models run under
         with torch.autocast(shares.device.type, enabled=False):
-            total, parts = self.objective(states, teacher, inputs, shares)
+            total, parts = self.objective(states, teacher, inputs, shares, gather)
         if self.training and torch.is_grad_enabled() and not total.requires_grad:
             raise UserError(
                 f"losses: none of {', '.join(self.objective.names)} has a gradient; compute one "

@@ -56,13 +56,25 @@ class Dense(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, activation: nn.Module | None = None
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: nn.Module | None = None,
+        learned_by: str = "",
     ) -> None:
-        """Take weights over; `weight` is [out, in], `bias` [out]."""
+        """Take weights over.
+
+        Args:
+            weight: [out, in].
+            bias: [out].
+            activation: without weights of its own.
+            learned_by: the loss that trains what this is a copy of, for people.
+        """
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.activation = activation
+        self.learned_by = learned_by
 
     def forward(self, vectors: Tensor) -> Tensor:
         """[batch, in] to [batch, out]."""
@@ -193,6 +205,19 @@ class EmbeddingModules(nn.Module):
         fits = projection is not None or width == self.width
         kept = [step for step in self.given() if fits or isinstance(step, Normalize)]
         return EmbeddingModules(width, self.pooling, kept, projection)
+
+    def describe(self) -> str:
+        """The modules, for people."""
+        parts = [f"{' and '.join(self.pooling).replace('_', ' ')} over {self.width} channels"]
+        if self.projection is not None:
+            size, given = self.projection.weight.shape
+            parts.append(f"Dense {given} to {size} from losses.{self.projection.learned_by}")
+        for step in self.given():
+            kind, sizes = type(step).__name__, ""
+            if isinstance(step, Dense):
+                sizes = " {1} to {0}".format(*step.weight.shape)
+            parts.append(kind + sizes)
+        return ", ".join(parts)
 
     def _follow(self, states: Tensor) -> None:
         buffer = next(self.buffers(), None)

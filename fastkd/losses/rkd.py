@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, smooth_l1_loss
+from torch.nn.functional import normalize, pdist, smooth_l1_loss
 
 from fastkd.losses.base import Batch, Captures, Loss, LossConfig
+from fastkd.losses.gathering import gathered_value
 from fastkd.losses.pooling import Pooling, pool_tokens
 from fastkd.losses.registry import register_loss
 
@@ -20,14 +21,13 @@ if TYPE_CHECKING:
 class RelationalLoss(Loss):
     """Distances or angles among pooled embeddings (RKD, Park et al., arXiv 1904.05068, eq. 5 to 8).
 
-    Widths may differ, as each model is compared with itself. Only sentences of one micro-batch of
-    one rank meet, so unlike other losses the value depends on how a step is cut: it is the mean of
-    the micro-batches' means, each weighted by its examples. A micro-batch with fewer than two
-    sentences (three for angles) has nothing to compare and gives zero.
+    Widths may differ, as each model is compared with itself. All sentences of an optimiser step
+    meet, see `Batch.gather`; in an evaluation those of a micro-batch. Fewer than two sentences
+    (three for angles) have nothing to compare and give zero.
     """
 
     class Config(LossConfig):
-        """Distances or angles among the sentences of a micro-batch."""
+        """Distances or angles among the sentences of a step."""
 
         kind: Literal["distance", "angle"] = "distance"
         """Distances of all pairs over their mean, or cosines of the angles of all triplets; both
@@ -38,17 +38,23 @@ class RelationalLoss(Loss):
     config: Config
     captures = Captures(outputs=True)
 
+    @property
+    def least_rows(self) -> int:  # type: ignore[override]
+        return 2 if self.config.kind == "distance" else 3
+
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         """A scalar, fp32."""
         assert student.outputs is not None and teacher.outputs is not None, "both were captured"
-        relations = distances if self.config.kind == "distance" else angles
-        found, expected = (
-            relations(pool_tokens(states, batch.mask, self.config.pooling))
+        points, targets = (
+            batch.gather(pool_tokens(states, batch.mask, self.config.pooling))
             for states in (student.outputs, teacher.outputs)
         )
+        relations = distances if self.config.kind == "distance" else angles
+        found = relations(points)
         if found.numel() == 0:
             return found.sum()
-        return smooth_l1_loss(found, expected)
+        value = smooth_l1_loss(found, relations(targets))
+        return gathered_value(value, len(student.outputs), len(points))
 
 
 def distances(points: Tensor) -> Tensor:
@@ -60,11 +66,9 @@ def distances(points: Tensor) -> Tensor:
     Returns:
         [batch (batch - 1) / 2].
     """
-    first, second = torch.triu_indices(len(points), len(points), 1, device=points.device)
-    # of points that coincide the distance has no gradient
-    squares = (points[first] - points[second]).square().sum(dim=-1)
-    apart = squares.clamp(min=torch.finfo(points.dtype).tiny).sqrt()
-    return apart / apart.mean() if apart.numel() else apart
+    # of points that coincide it gives no gradient
+    apart = pdist(points)
+    return apart / apart.mean().clamp(min=torch.finfo(points.dtype).tiny) if len(apart) else apart
 
 
 def angles(points: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fastkd.errors import UserError
-from fastkd.layer_map import AttentionMap, LayerMap
+from fastkd.layer_map import AttentionMap, LayerMap, Progress
 from fastkd.losses.base import Batch, Loss, LossConfig, LossGroup, Shared
 from fastkd.losses.counts import Divisor
+from fastkd.losses.pooling import Dense, EmbeddingModules
 
 if TYPE_CHECKING:
     from fastkd.capture import Capture
@@ -55,6 +56,18 @@ class StateLoss(Loss):
     @property
     def mean_over(self) -> Divisor:  # type: ignore[override]
         return "tokens" if self.config.tokens == "all" else "examples"
+
+    @property
+    def last_place(self) -> int | None:
+        """Of its links the one that alone ties the student's last layer to the teacher's last, by
+        squared differences and at any time; `None` where there is none."""
+        layers = self.layer_map
+        if layers is None or layers.moves or self.config.kind != "mse" or not self.config.weight:
+            return None
+        links = enumerate(self.links_at(Progress()))
+        last = [(n, link) for n, link in links if link.student == layers.student_layers]
+        tied = len(last) == 1 and last[0][1].teachers == (layers.teacher_layers,)
+        return last[0][0] if tied else None
 
     def states(self, student: Capture, teacher: Capture) -> list[tuple[Tensor, list[Tensor]]]:
         """Of every label the student's state, and the teacher's that make its target."""
@@ -113,6 +126,26 @@ class StateGroup(LossGroup):
             for name, _ in self.named_parameters()
             if (rate := self.rates[int(name.rpartition("_")[2])]) is not None
         }
+
+    def student_modules(self) -> EmbeddingModules | None:
+        """The embedding through the projection of the last layer. A linear map may stand before or
+        behind a pooling whose weights add up to one; so it is exported as Dense behind it."""
+        pair = self.shared.pair
+        if pair.embeddings is None or not pair.last_is_output:
+            return None
+        teacher = pair.embeddings[1]
+        if len(teacher.pooling) > 1 or teacher.pooling[0] in ("max", "mean_sqrt_len"):
+            return None
+        for loss, start in zip(self.losses, self.starts, strict=True):
+            place = loss.last_place
+            number = None if place is None else self.projection_of[start + place]
+            if number is not None:
+                own = dict(self.named_parameters())
+                weight, bias = own[f"weight_{number}"], own.get(f"bias_{number}")
+                copies = weight.detach().clone(), None if bias is None else bias.detach().clone()
+                made = Dense(*copies, learned_by=loss.name)
+                return teacher.of_student(pair.widths[0], made)
+        return None
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         """Losses [matches], fp32."""

@@ -48,16 +48,19 @@ class UnknownModule(UserError):
 
 
 def read_embedding(
-    source: ModelSource, config: PreTrainedConfig, head: Head = "none"
+    source: ModelSource,
+    config: PreTrainedConfig,
+    head: Head = "none",
+    pooling: PoolingMode = "mean",
 ) -> EmbeddingModules:
     """What makes embeddings of a model's final states, as `SentenceTransformer.encode` does.
 
     Args:
-        source: where the model lies; without modules of sentence-transformers it is the mean over
-            the tokens, as that library has it.
+        source: where the model lies.
         config: the model's configuration.
         head: what stands on the model; one with a classification head has none of an encoder's
             modules.
+        pooling: of a model without such modules; the library then takes the mean.
 
     Raises:
         UnknownModule: a module that fastkd doesn't know, or whose files can't be read.
@@ -67,7 +70,7 @@ def read_embedding(
     if reason is not None:
         raise UnknownModule(f"{given}: fastkd can't use its modules {reason}")
     if not modules:
-        return EmbeddingModules(config.hidden_size)
+        return EmbeddingModules(config.hidden_size, (pooling,))
     if len(modules) == 1 or modules[1].kind != "Pooling":
         kind = modules[1].kind if len(modules) > 1 else "nothing"
         raise UnknownModule(
@@ -75,11 +78,18 @@ def read_embedding(
             "can't be compared"
         )
     try:
-        pooling = _pooling(source, modules[1])
+        modes = _pooling(source, modules[1])
         steps = [step for m in modules[2:] if (step := _step(source, m)) is not None]
-        return EmbeddingModules(config.hidden_size, pooling, steps)
+        return EmbeddingModules(config.hidden_size, modes, steps)
     except ValueError as error:
         raise UnknownModule(f"{given}: {one_line(error, None)}") from error
+
+
+def pooling_settings(modules: EmbeddingModules) -> dict[str, Any]:
+    """The configuration of a Pooling module, in words that all releases of the library read."""
+    modes = {word for word, mode in POOLING_MODES.items() if mode in modules.pooling}
+    keys = {key: word in modes for key, word in _OLD_KEYS.items()}
+    return {"word_embedding_dimension": modules.width, **keys, "include_prompt": True}
 
 
 def _pooling(source: ModelSource, module: Module) -> list[PoolingMode]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.capture import vocabulary_size
-from fastkd.data.tasks import uses_token_types
+from fastkd.data.sequences import uses_token_types
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.extras import need
 from fastkd.files.disk import disk_errors, replace_folder, settle, temporary_of
@@ -154,10 +154,9 @@ def _make(
     # the exporter needs it where it is used, and so do we
     from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 
-    errors: tuple[type[Exception], ...] = tuple(
-        kind
-        for kind in vars(runtime).values()
-        if isinstance(kind, type) and issubclass(kind, Exception)
+    errors: tuple[type[Exception], ...] = (
+        *FOREIGN_ERRORS,
+        *(k for k in vars(runtime).values() if isinstance(k, type) and issubclass(k, Exception)),
     )
     model = student.model
     names = _inputs_of(model, tokenizer)
@@ -178,7 +177,7 @@ def _make(
                 verbose=False,
             )
         differences = _differences(student, path, batches, outputs)
-    except (*FOREIGN_ERRORS, *errors) as error:
+    except errors as error:
         raise UserError(
             f"{given}: no ONNX graph can be made of {type(model).__name__} "
             f"({one_line(_root(error))}); read the student with transformers"

@@ -15,6 +15,7 @@ from fastkd.recipe.models import Student, Teacher
 from fastkd.recipe.presets import Preset
 from fastkd.recipe.task import TaskData, check_padding
 from fastkd.recipe.train import RunOutput, Train, check_train
+from fastkd.row_form import RowForm
 from fastkd.section import Extras, Plugins, Section
 
 
@@ -85,6 +86,7 @@ class Recipe(Section):
                 f"teacher.cache is {self.teacher.cache}, but {reason}; leave teacher.cache out"
             )
         check_train(self.train)
+        self._check_rows()
         check_padding(
             self.task,
             self.train,
@@ -116,6 +118,21 @@ class Recipe(Section):
         return self
 
     @property
+    def row_form(self) -> RowForm | None:
+        """What a row of the data is; `None` where blocks or examples of a task are read."""
+        if self.data is None or self.data.documents != "row":
+            return None
+        return self.data.form(paired=HEADS[self.student.head].data == "task")
+
+    def _check_rows(self) -> None:
+        masked = any(config.loss == "mlm" for config in self.losses.terms.values())
+        if masked and self.row_form is not None:
+            raise ValueError(
+                "losses.mlm masks blocks of text, but data.documents is row; set it to paragraph "
+                "or line, or leave losses.mlm out"
+            )
+
+    @property
     def _is_packed(self) -> bool:
         return self.task is not None and self.task.padding == "none"
 
@@ -129,10 +146,11 @@ class Recipe(Section):
             return "losses.mlm masks other tokens in every step, so no states come again"
         if self._is_packed:
             return "task.padding is none, and states are stored of padded examples"
-        if self.task is not None and self.losses.reduction == "tinybert":
+        padded = self.task is not None or self.row_form is not None
+        if padded and self.losses.reduction == "tinybert":
             return (
-                "losses.reduction is tinybert, which reads the teacher's states of padding, and an "
-                "example is stored without any"
+                "losses.reduction is tinybert, which reads the teacher's states of padding, and "
+                "examples and rows are stored without any"
             )
         return None
 
@@ -166,6 +184,6 @@ class Recipe(Section):
                 "student.head out"
             )
         losses = frozenset(config.loss for config in self.losses.terms.values())
-        setting = Setting(head, self.task is not None, losses)
+        setting = Setting(head, self.task is not None, losses, rows=self.row_form)
         for name, config in self.losses.terms.items():
             loss_class(config.loss).check_setting(name, config, setting)

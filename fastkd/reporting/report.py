@@ -17,6 +17,8 @@ from fastkd.reporting.svg import Line, Panel, chart
 from fastkd.training.run_folder import RunFolder
 
 _NAMED_LINES = 16
+# what data is counted in that is not text in blocks, and where a summary says how much there is
+_COUNTED = (("examples", "task_examples"), ("rows", "data_rows"))
 # where in a summary the scores of a model stand
 _SCORED = {"teacher": "teacher", "student": "after"}
 Rows = list[tuple[str, ...]]
@@ -80,6 +82,14 @@ def loss_rows(summary: dict[str, Any]) -> Rows:
             for e in (before, after)
         ]
         rows.append(("sentence embeddings, cosine", *cosines))
+    if "agreement" in after:
+        rows += [
+            (
+                f"student and teacher, {name.replace('_', ' ')}",
+                *(f"{e['agreement'][name]:.4f}" for e in (before, after)),
+            )
+            for name in after["agreement"]
+        ]
     early, late = _scores(before), _scores(after)
     rows += [(name, f"{early[name]:.4f}", f"{value:.4f}") for name, value in late.items()]
     return rows
@@ -124,9 +134,11 @@ def model_rows(summary: dict[str, Any]) -> Rows:
 def _speeds(speed: dict[str, Any], names: list[str]) -> Rows:
     """Latency and throughput of a forward pass, see `fastkd.training.speed`."""
     rows: Rows = []
+    # a teacher with a tokenizer of its own makes other tokens of the same text
+    lengths = dict.fromkeys(str(speed["tokens"][name]) for name in names)
     for batch, models in speed["batches"].items():
         found = [models.get(name) for name in names]
-        size = f"{batch} x {speed['tokens']}"
+        size = f"{batch} x {'/'.join(lengths)}"
         latencies = [f"{one['milliseconds']:,.4g} ms" if one else "-" for one in found]
         rates = [f"{one['tokens_per_second']:,.0f}" if one else "-" for one in found]
         rows += [(f"forward of {size} tokens", *latencies), (f"tokens/s at {size}", *rates)]
@@ -138,10 +150,9 @@ def _facts(summary: dict[str, Any]) -> Rows:
     if "train_tokens" in summary:
         trained = f"{summary['train_tokens']:,} tokens in {steps}"
     else:
-        trained = (
-            f"{summary['train_examples']:,} examples in {steps}, "
-            f"{summary['train_examples'] / summary['task_examples']:.2f} passes"
-        )
+        kind, there = _COUNTED["train_rows" in summary]
+        read = summary[f"train_{kind}"]
+        trained = f"{read:,} {kind} in {steps}, {read / summary[there]:.2f} passes"
     # summaries of fastkd 0.1 don't say
     worse = "; ".join(summary.get("worse", []))
     return [
@@ -171,8 +182,9 @@ def _profile(summary: dict[str, Any]) -> list[tuple[str, tuple[str, ...], Rows]]
 
 
 def _heldout(judged: dict[str, Any]) -> str:
-    if "examples" in judged:
-        return f"{judged['examples']:,} examples"
+    for kind, _ in _COUNTED:
+        if kind in judged:
+            return f"{judged[kind]:,} {kind}"
     return f"{judged['tokens']:,} tokens in {judged['blocks']} blocks"
 
 

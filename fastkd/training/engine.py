@@ -36,7 +36,7 @@ from fastkd.training.checkpoint.layout import find_places
 from fastkd.training.deepspeed_config import student_config, teacher_config, uses_deepspeed
 from fastkd.training.local_engine import LocalEngine
 from fastkd.training.muon import Muon, Piece, block_matrices
-from fastkd.types import STORED, Inputs
+from fastkd.types import STORED, Inputs, teacher_inputs
 
 Wanted = Mapping[str, Any]
 """Keyword arguments of `capture`."""
@@ -97,7 +97,7 @@ class TeacherRunner:
             return self.stored(inputs, self.objective.layers("teacher"))
         wanted = self.objective.layers("teacher")
         cut = nullcontext() if whole else self._cut
-        with torch.no_grad(), cut, reading(self.model, inputs) as read:
+        with torch.no_grad(), cut, reading(self.model, teacher_inputs(inputs)) as read:
             if self.compiled is not None and self.objective.training and not whole:
                 return self.compiled(read, wanted)
             with capture(self.model, **wanted) as states:
@@ -109,13 +109,14 @@ class TeacherRunner:
         named."""
         wanted = self.objective.all_layers("teacher") if wanted is None else wanted
         recorded = capture(self.model, **wanted)
-        with torch.no_grad(), self._cut, reading(self.model, inputs) as read, recorded as states:
+        reads = reading(self.model, teacher_inputs(inputs))
+        with torch.no_grad(), self._cut, reads as read, recorded as states:
             self._run(**read)
         return states
 
     def embed(self, inputs: Inputs) -> Tensor:
         """The teacher's last hidden state [batch, tokens, width], at full depth."""
-        with torch.no_grad(), reading(self.model, inputs) as read:
+        with torch.no_grad(), reading(self.model, teacher_inputs(inputs)) as read:
             return last_hidden_state(self._run, self.model, read)
 
     def _find_cut(self) -> AbstractContextManager[None]:

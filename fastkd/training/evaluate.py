@@ -26,7 +26,7 @@ from fastkd.training.finite import blame, first_broken, teacher_fault
 from fastkd.training.precision import tf32_products
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up_evaluation
-from fastkd.types import Inputs, Reading, Side
+from fastkd.types import Inputs, Reading, Side, teacher_inputs
 
 _REMEDY = "train it with a smaller train.learning_rate, in another run.output"
 
@@ -77,9 +77,9 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
     batches = list(datamodule.heldout(run.plan.micro_batch_size, ranks))
     whole = ranks.sum(sum_divisors(objective, batches).to(ranks.device)).clamp(min=1)
     losses = torch.zeros(len(objective.labels), dtype=torch.float64, device=ranks.device)
-    compares = datamodule.reads == "embeddings"
-    heard: Reading = "states" if compares else datamodule.reads
-    embeddings = [run.embedding(side) for side in get_args(Side)] if compares else []
+    compares, embeds = datamodule.compares, datamodule.reads == "embeddings"
+    heard: Reading = "states" if embeds else datamodule.reads
+    embeddings = [run.embedding(side) for side in get_args(Side)] if embeds else []
     evaluator, of_teacher = datamodule.evaluator(ranks), None
     with ExitStack() as stack:
         student_heard = stack.enter_context(overheard(run.module.student, heard))
@@ -95,11 +95,12 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
             teacher_states = teacher(inputs, whole=teacher_heard is not None)
             parts = run.student(inputs, teacher_states, loss_scales)[1]
             losses += float(len(batch.rows) > 0) * parts[0]
-            if compares:
+            if embeds:
                 if found := _embedded(embeddings, (student_heard, teacher_heard), inputs):
                     evaluator.add(batch.rows, *found)
             else:
-                evaluator.add(batch.rows, student_heard.output, None)
+                theirs = teacher_heard.output if teacher_heard and compares else None
+                evaluator.add(batch.rows, student_heard.output, theirs)
             if teacher_heard and of_teacher:
                 of_teacher.add(batch.rows, teacher_heard.output, None)
     by_label = dict(zip(objective.labels, ranks.sum(losses).tolist(), strict=True))
@@ -124,10 +125,10 @@ def _embedded(
     inputs: Inputs,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Embeddings of student and teacher of what both gave; `None` where they aren't known."""
-    mask = valid_tokens(inputs)
+    masks = valid_tokens(inputs), valid_tokens(teacher_inputs(inputs))
     made = [
         embed(given.output, mask)
-        for embed, given in zip(modules, heard, strict=True)
+        for embed, given, mask in zip(modules, heard, masks, strict=True)
         if embed is not None and given is not None
     ]
     return (made[0], made[1]) if len(made) == 2 else None
@@ -163,7 +164,8 @@ def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> E
     changed: dict[str, Any] = {"train": train}
     if overrides and isinstance(recipe, Recipe) and recipe.data is not None:
         # a stream reads no more of the text than it needs
-        changed["data"] = recipe.data.model_copy(update={"streaming": True})
+        streaming = recipe.data.documents != "row"
+        changed["data"] = recipe.data.model_copy(update={"streaming": streaming})
     with tf32_products(ranks.device, train.tf32):
         return evaluate(set_up_evaluation(recipe.model_copy(update=changed), folder, ranks))
 

@@ -66,6 +66,12 @@ class Passes:
     rows: int
     tokens: int
     """Of a row."""
+    least_rows: int = 1
+    """That a micro-batch must have; more than one where losses compare rows with each other."""
+
+    def readings(self, plan: BatchPlan) -> int:
+        """Forward passes of both models over a micro-batch, see `fastkd.training.gathering`."""
+        return 2 if self.least_rows > 1 and plan.accumulation > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,7 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
         student_block=_largest(student),
         rows=rows,
         tokens=tokens,
+        least_rows=max(objective.least_rows.values(), default=1),
     )
 
 
@@ -173,14 +180,15 @@ def forecast(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> Forecast
     return Forecast(
         parts=parts,
         machine=sum(size for name, size in kept.items() if name in away),
-        computing=_operations_seconds(recipe, passes, chip) * times * plan.accumulation,
+        computing=_operations_seconds(recipe, passes, chip, plan) * times * plan.accumulation,
         moving=_moving_seconds(recipe, passes, chip, plan),
         tokens=recipe.train.batch_size * passes.tokens,
     )
 
 
-def layouts(recipe: Recipe, ranks: int) -> Iterator[tuple[str, Recipe]]:
-    """Ways to lay the same run out that need less memory, the cheapest first, as overrides."""
+def layouts(recipe: Recipe, ranks: int, least_rows: int = 1) -> Iterator[tuple[str, Recipe]]:
+    """Ways to lay the same run out that need less memory, the cheapest first, as overrides;
+    micro-batches have `least_rows`, or more."""
     rows = plan_batches(recipe, ranks).micro_batch_size
     places: list[tuple[str, dict[str, str]]] = [("", {})]
     given = recipe.teacher
@@ -194,7 +202,7 @@ def layouts(recipe: Recipe, ranks: int) -> Iterator[tuple[str, Recipe]]:
     for place, teacher in places:
         for stage in sorted({stage for stage in stages if stage >= recipe.train.zero_stage}):
             size = rows
-            while size >= 1:
+            while size >= least_rows:
                 said = [place] if teacher else []
                 said += [f"train.zero_stage={stage}"] * (stage != recipe.train.zero_stage)
                 said += [f"train.micro_batch_size={size}"] * (size != rows)
@@ -289,18 +297,19 @@ def _worked_with(recipe: Recipe, passes: Passes, plan: BatchPlan) -> dict[str, i
     return {**parts, "CUDA and NCCL, assumed": LIBRARIES}
 
 
-def _operations_seconds(recipe: Recipe, passes: Passes, chip: Chip) -> float:
+def _operations_seconds(recipe: Recipe, passes: Passes, chip: Chip, plan: BatchPlan) -> float:
     """Seconds of both models' passes over one micro-batch."""
-    teacher, student = passes.teacher, passes.student
+    teacher, student, forward = passes.teacher, passes.student, passes.readings(plan)
     single = chip.tf32 if recipe.train.tf32 else chip.single
     teaching = teacher.products - teacher.float8 + teacher.attention + _head(teacher)
     seconds = teaching / (single if recipe.teacher.states == "float32" else chip.half)
     if teacher.float8:
         assert chip.float8 is not None, "others are refused"
         seconds += teacher.float8 / chip.float8
+    seconds *= forward
     again = 1.0 if recipe.student.gradient_checkpointing else 0.0
-    learning = (1 + _BACKWARD + again) * (student.products + _head(student))
-    learning += (1 + _ATTENTION_BACKWARD + again) * student.attention
+    learning = (forward + _BACKWARD + again) * (student.products + _head(student))
+    learning += (forward + _ATTENTION_BACKWARD + again) * student.attention
     seconds += learning / (chip.half if recipe.train.precision == "bf16" else single)
     return seconds / EFFICIENCY
 
@@ -319,19 +328,20 @@ def _moving_seconds(recipe: Recipe, passes: Passes, chip: Chip, plan: BatchPlan)
     """Seconds that a rank receives or reads weights and gradients for in a step."""
     ranks, train = plan.world_size, recipe.train
     link = chip.link if ranks <= NODE else min(chip.link, NETWORK)
+    passed = plan.accumulation * passes.readings(plan)
     others = (ranks - 1) / ranks
     student = passes.trained_numbers * train.number_bytes
     # gradients are reduced and weights or gradients gathered
     moved = 2 * student * others
     if train.zero_stage == 3:
-        # before the forward and before the backward of each micro-batch
-        moved += 2 * student * others * plan.accumulation
+        # before each forward and before the backward of each micro-batch
+        moved += student * others * (passed + plan.accumulation)
     seconds = moved / link
     teacher = passes.teacher_numbers * recipe.teacher.number_bytes
     if recipe.teacher.placement != "replicate":
-        seconds += teacher * others * plan.accumulation / link
+        seconds += teacher * others * passed / link
     if recipe.teacher.placement == "offload":
-        seconds += teacher / ranks * plan.accumulation / chip.host
+        seconds += teacher / ranks * passed / chip.host
     zero = recipe.deepspeed.get("zero_optimization", {})
     if "offload_optimizer" in zero:
         # gradients go there and weights come back

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastkd.layer_map import CONVENTION, LayerMap
 from fastkd.recipe import Recipe, write_yaml
 from fastkd.reporting.console import Reporter
-from fastkd.training.engine import NoTeacher, TeacherRunner
+from fastkd.training.engine import NoTeacher, TeacherRunner, whole_weights
 from fastkd.training.export import export_notes
 from fastkd.training.precision import describe_precision
 from fastkd.training.setup import Run
@@ -57,7 +57,9 @@ def handed_on_notes(run: Run) -> list[str]:
     theirs = student.config
     if not isinstance(run.teacher, NoTeacher):
         theirs = run.teacher.model.config
-    return export_notes(student, theirs, run.source, head)
+    with whole_weights(run.engine, run.objective.parameters()):
+        own = run.objective.student_modules()
+    return export_notes(student, theirs, run.source, head, own)
 
 
 def expanded(recipe: Recipe) -> str:

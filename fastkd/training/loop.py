@@ -173,8 +173,9 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
     if objective.needs_look:
         _look(run, micro_batches, loss_scales)
     totals = torch.zeros(2, len(objective.labels), device=ranks.device)
+    gathers = run.gathers(micro_batches, loss_scales)
     teacher_states = run.teacher_states(micro_batches)
-    for batch, scale in zip(micro_batches, loss_scales, strict=True):
+    for batch, scale, gather in zip(micro_batches, loss_scales, gathers, strict=True):
         if run.graphed is not None:
             parts = run.graphed(batch, scale)
             engine.take_gradients()
@@ -182,7 +183,7 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
             with phase("teacher"):
                 states = next(teacher_states)
             with phase("student"):
-                loss, parts = student(batch, states, scale)
+                loss, parts = student(batch, states, scale, gather)
                 # autograd has what the backward reads of them
                 del states
             with phase("backward"):
@@ -198,9 +199,12 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
 def _look(run: Run, micro_batches: Sequence[Inputs], loss_scales: Tensor) -> None:
     """Observe the losses of a step that is not made: weights that follow losses start from it."""
     run.engine.eval()
-    pairs = zip(micro_batches, loss_scales, strict=True)
     with torch.no_grad():
-        found = [run.student(batch, run.teacher(batch), scale)[1] for batch, scale in pairs]
+        gathers = run.gathers(micro_batches, loss_scales)
+        found = [
+            run.student(batch, run.teacher(batch), scale, gather)[1]
+            for batch, scale, gather in zip(micro_batches, loss_scales, gathers, strict=True)
+        ]
     run.engine.train()
     run.objective.observe(run.ranks.sum(torch.stack(found).sum(dim=0)[0] / run.plan.pieces))
 

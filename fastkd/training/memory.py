@@ -41,7 +41,8 @@ def check_micro_batch(
         UserError: it could not.
     """
     # examples are as long as their texts, and may be short
-    tokens = recipe.data.block_size if isinstance(recipe, Recipe) and recipe.data else 1
+    text = recipe.data if isinstance(recipe, Recipe) and recipe.row_form is None else None
+    tokens = text.block_size if text else 1
     needed = rows * tokens * (8 + recipe.train.number_bytes * width * layers)
     there = memory_of(device)
     if needed > there:

@@ -13,10 +13,17 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastkd.capture import AttentionTraits, try_model, try_packed, vocabulary_size
+from fastkd.capture import (
+    AttentionTraits,
+    hands_on_last_block,
+    try_model,
+    try_packed,
+    vocabulary_size,
+)
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import DataModule
 from fastkd.data.factory import make_datamodule, task_of
+from fastkd.data.rows.datamodule import RowDataModule
 from fastkd.data.tasks import Task, hand_on_padding, reads_padding
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.text.mlm import Masking
@@ -26,13 +33,13 @@ from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.factory import (
     capture_needs,
+    embedding_losses,
     hard_objective,
     make_objective,
-    reads_embeddings,
 )
 from fastkd.losses.mlm import MlmLoss
 from fastkd.losses.objective import DistilledStudent, Objective
-from fastkd.losses.pooling import EmbeddingModules
+from fastkd.losses.pooling import EmbeddingModules, PoolingMode
 from fastkd.models import (
     Initialisation,
     UnknownModule,
@@ -146,8 +153,11 @@ def _distillation(
         teacher,
         traits,
         head=head,
+        row=() if recipe.row_form is None else recipe.row_form.sequences,
         seed=recipe.train.seed,
         embeddings=embeddings,
+        last_is_output=bool(recipe.losses.of("hidden"))
+        and all(map(hands_on_last_block, (student, teacher))),
     )
     if made is not None:
         load_projections(objective, made)
@@ -190,13 +200,17 @@ def _embeddings(
     Raises:
         UserError: it doesn't, and one asks.
     """
+    readers = embedding_losses(recipe.losses)
+    stated = [config.pooling for config in readers.values() if config.pooling is not None]
+    pooling: PoolingMode = stated[0] if stated else "mean"
+    source, head = recipe.teacher.source, recipe.student.head
     try:
-        found = read_embedding(recipe.teacher.source, teacher.config, recipe.student.head)
+        found = read_embedding(source, teacher.config, head, pooling)
     except UnknownModule as error:
-        readers = reads_embeddings(recipe.losses)
         if not readers:
             return None
-        raise UserError(f"losses.{readers[0]} compares embeddings, but teacher.{error}") from error
+        name = next(iter(readers))
+        raise UserError(f"losses.{name} compares embeddings, but teacher.{error}") from error
     return found.of_student(student.config.hidden_size), found
 
 
@@ -288,8 +302,8 @@ def pad_alike(
     """
     config = models[0].config
     kept = getattr(config, "pad_token_id", None)
-    if isinstance(datamodule, TaskDataModule):
-        pad = datamodule.train.pad_id
+    if isinstance(datamodule, TaskDataModule | RowDataModule):
+        pad = datamodule.pad_id
         if reads_padding(models[0]):
             kept = hand_on_padding(config, tokenizer, pad, datamodule.sets)
     else:

@@ -8,7 +8,7 @@ nothing, so their student stands in no engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from fastkd.data.batching import plan_batches
 from fastkd.data.datamodule import MicroBatches
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError
+from fastkd.losses.gathering import Gather, alone
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.models.quantised import quantise
 from fastkd.packed_row import valid_tokens
@@ -38,6 +39,7 @@ from fastkd.training.engine import (
     shard_teacher,
     whole_weights,
 )
+from fastkd.training.gathering import check_gathering, step_gathers
 from fastkd.training.graphs import GraphedStep, Record, check_graphs
 from fastkd.training.local_engine import LocalEngine
 from fastkd.training.memory import check_micro_batch, memory_parts, parts_on_cpu
@@ -46,7 +48,7 @@ from fastkd.training.precision import settle_precision
 from fastkd.training.profile import NoProfile, Profile, clocks_of
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.step_memory import StepMemory
-from fastkd.types import LENGTHS, ROWS, STORED, Inputs, Side
+from fastkd.types import LENGTHS, ROWS, STORED, Inputs, Side, teacher_inputs
 
 
 @dataclass
@@ -141,7 +143,8 @@ class Run(Parts):
             else:
                 assert isinstance(self.teacher, TeacherRunner), "it was looked at above"
                 states = self.teacher.embed(inputs)
-            found: Tensor = modules(states, valid_tokens(inputs))
+            read = inputs if side == "student" else teacher_inputs(inputs)
+            found: Tensor = modules(states, valid_tokens(read))
         return found
 
     def move(self, inputs: Inputs) -> Inputs:
@@ -164,6 +167,30 @@ class Run(Parts):
         counts = torch.stack([self.objective.divisors(batch) for batch in batches])
         shares = counts / self.ranks.sum(counts.sum(dim=0)).clamp(min=1)
         return (shares * self.plan.pieces).float()
+
+    def gathers(self, batches: Sequence[Inputs], loss_scales: Tensor) -> Sequence[Gather]:
+        """What gives the losses of each micro-batch of a step the rows of all of it, for one pass
+        over them in order; without losses that compare rows it does nothing."""
+        if not self.objective.least_rows or self.plan.pieces == 1:
+            return [alone] * len(batches)
+        return step_gathers(self.ranks, len(batches), partial(self._read, batches, loss_scales))
+
+    def _read(
+        self, batches: Sequence[Inputs], loss_scales: Tensor, gathers: Sequence[Gather]
+    ) -> None:
+        """Let the losses see what they will see when these micro-batches are trained on: of the
+        random numbers that dropout draws, the same come again."""
+        device, phase = self.ranks.device, self.profile.phase
+        teacher_states = self.teacher_states(batches)
+        # without gradients a compiled model is another graph, which may draw other numbers
+        grad = self.module.compiled is not None and torch.is_grad_enabled()
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.set_grad_enabled(grad):
+            for batch, scale, gather in zip(batches, loss_scales, gathers, strict=True):
+                with phase("teacher"):
+                    states = next(teacher_states)
+                with phase("student"):
+                    self.student(batch, states, scale, gather)
 
 
 def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
@@ -192,6 +219,7 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
     run = Run(**vars(parts), teacher=teacher, engine=engine)
     if recipe.train.compile:
         _compile(run)
+    check_gathering(run.objective, run.plan, recorded=recipe.train.cuda_graph)
     if recipe.train.cuda_graph:
         run.graphed = graphed_step(run)
     if isinstance(recipe, Recipe) and recipe.teacher.overlap:

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from fastkd.distributed import Ranks
 from fastkd.training.engine import NoTeacher
 from fastkd.training.setup import Run
-from fastkd.types import LENGTHS, Inputs
+from fastkd.types import LENGTHS, Inputs, teacher_inputs
 
 BATCHES = (1, 32)
 """Sequences of a pass."""
@@ -39,24 +39,27 @@ def measure_speed(run: Run) -> dict[str, Any]:
         run: its models in eval mode.
 
     Returns:
-        `tokens` of a sequence, `threads` on a CPU, and in `batches`, by number of sequences as
-        text, of each model `milliseconds` of a pass and `tokens_per_second`.
+        `tokens` of each model's sequence, `threads` on a CPU, and in `batches`, by number of
+        sequences as text, of each model `milliseconds` of a pass and `tokens_per_second`.
     """
     ranks = run.ranks
     part = next(iter(run.datamodule.heldout(run.plan.micro_batch_size, ranks)))
-    sequence = run.move(longest_sequence(part.inputs))
-    # a rank's own held-out part may have other lengths, and passes may be collective
-    tokens = sequence["input_ids"].shape[1]
-    models: dict[str, tuple[Callable[[Inputs], object], PreTrainedConfig]] = {}
+    models: dict[str, tuple[Callable[[Inputs], object], PreTrainedConfig, Inputs]] = {
+        "student": (run.student, run.module.student.config, part.inputs)
+    }
     if not isinstance(run.teacher, NoTeacher):
-        models["teacher"] = run.teacher.embed, run.teacher.model.config
-    models["student"] = run.student, run.module.student.config
+        own = teacher_inputs(part.inputs)
+        models["teacher"] = run.teacher.embed, run.teacher.model.config, own
+    lengths: dict[str, int] = {}
     found: dict[str, dict[str, Any]] = {str(batch): {} for batch in BATCHES}
-    for name, (model, config) in models.items():
+    for name, (model, config, inputs) in models.items():
+        sequence = run.move(longest_sequence(inputs))
+        tokens = lengths[name] = sequence["input_ids"].shape[1]
         alone = 0.0
         for batch in BATCHES:
             needed = pass_bytes(config, batch, tokens)
-            # one sequence is what every evaluation reads; the first rank decides for all
+            # one sequence is what every evaluation reads; the first rank decides for all, as it
+            # may have others held out and passes may be collective
             decide = partial(_is_bounded, batch * alone, needed, ranks)
             if batch > 1 and not ranks.from_main(decide):
                 continue
@@ -68,7 +71,7 @@ def measure_speed(run: Run) -> dict[str, Any]:
             }
     on_cpu = ranks.device.type == "cpu"
     threads = {"threads": torch.get_num_threads()} if on_cpu else {}
-    return {"tokens": tokens, **threads, "batches": found}
+    return {"tokens": lengths, **threads, "batches": found}
 
 
 def _is_bounded(seconds: float, needed: int, ranks: Ranks) -> bool:

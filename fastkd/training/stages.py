@@ -15,7 +15,7 @@ from fastkd.training.card import write_card
 from fastkd.training.rehearsal import check_recipe
 from fastkd.training.run_folder import RunFolder
 
-_ADDED_UP = ("steps", "seconds", "train_examples", "train_tokens")
+_ADDED_UP = ("steps", "seconds", "train_examples", "train_rows", "train_tokens")
 
 
 def check_later(stages: list[Recipe], ranks: Ranks, reporter: Reporter) -> None:

@@ -83,7 +83,7 @@ class StepMemory:
     def _before(self, module: nn.Module, given: tuple[Any, ...]) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
-        inputs, teacher, _ = given
+        inputs, teacher, *_ = given
         size = inputs["input_ids"].numel()
         if size <= self._largest:
             return

@@ -107,6 +107,8 @@ def judged_parts(judged: Mapping[str, Any]) -> list[str]:
     parts = []
     if judged.get("sentence_cosine") is not None:
         parts.append(f"cosine {judged['sentence_cosine']:.4f}")
+    for name, value in judged.get("agreement", {}).items():
+        parts.append(f"{name.replace('_', ' ')} {value:.4f}")
     if "score" in judged:
         parts.append(f"score {judged['score']:.4f}")
     several = len(judged.get("scores", {})) > 1

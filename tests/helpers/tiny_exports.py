@@ -62,9 +62,9 @@ def exported(folder: Path, teacher: Path, head: Head = "none", **numbers: Any) -
     return run.student
 
 
-def save_sentences(folder: Path, *modules: Any, **changes: Any) -> Path:
-    """A tiny BERT with modules behind it, as sentence-transformers saves them."""
-    save_teacher(folder / "plain", **changes)
+def save_sentences(folder: Path, *modules: Any, architecture: str = "bert", **changes: Any) -> Path:
+    """A tiny model with modules behind it, as sentence-transformers saves them."""
+    save_teacher(folder / "plain", architecture, **changes)
     transformer = models.Transformer(str(folder / "plain"), max_seq_length=POSITIONS - 4)
     whole = SentenceTransformer(modules=[transformer, *modules], device="cpu")
     whole.prompts = {**whole.prompts, "query": "w9 w9 "}

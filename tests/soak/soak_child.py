@@ -139,13 +139,14 @@ def _build_cache(recipe: Path, overrides: list[str]) -> None:
     """Build or open the token cache of a recipe and print the digest of its blocks."""
     from transformers import AutoTokenizer
 
-    from fastkd.data.text import TextSettings, prepare_corpus
+    from fastkd.data.factory import text_settings
+    from fastkd.data.text import prepare_corpus
     from fastkd.recipe import load_recipe
 
     chosen = load_recipe(recipe, overrides)
     assert chosen.data is not None
     tokenizer = AutoTokenizer.from_pretrained(chosen.teacher.model)
-    corpus = prepare_corpus(TextSettings(**dict(chosen.data)), tokenizer, progress=False)
+    corpus = prepare_corpus(text_settings(chosen.data), tokenizer, progress=False)
     digest = hashlib.sha256(corpus.heldout.numpy().tobytes())
     stream = corpus.stream(8, 0)
     for _ in range(20):

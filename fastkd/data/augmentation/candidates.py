@@ -45,6 +45,7 @@ _APOSTROPHES = "'\N{RIGHT SINGLE QUOTATION MARK}"
 _BEFORE_NOT = re.compile(rf" ?[{_APOSTROPHES}]t\b", re.IGNORECASE)
 _NONE = -1
 _SPELLINGS = "words.json"
+_FIELD = "task.cache"
 
 
 class Replaceable(NamedTuple):
@@ -116,21 +117,21 @@ def find_candidates(
         batch_size: masked texts in one forward pass.
         progress: whether to show a bar.
     """
-    if not is_complete(folder, "task.cache"):
+    if not is_complete(folder, _FIELD):
         finder = _Finder(texts, masked, neighbours, count)
         with ExitStack() as stack:
-            temporary = stack.enter_context(new_folder(folder, "task.cache"))
+            temporary = stack.enter_context(new_folder(folder, _FIELD))
             bar = stack.enter_context(progress_bar(progress and bool(finder.jobs)))
             task = bar.add_task("masked words", total=len(finder.jobs))
             for done in finder.ask(batch_size):
                 bar.update(task, completed=done)
             finder.write(temporary)
-    meta = read_meta(folder, "task.cache")
+    meta = read_meta(folder, _FIELD)
     words, width = meta["words"], meta["candidates"]
     return CandidateTable(
-        offsets=open_flat(folder, "offsets", np.int64, meta["texts"] + 1),
-        spans=open_flat(folder, "spans", np.int32, words * 2).reshape(words, 2),
-        choices=open_flat(folder, "choices", np.int32, words * width).reshape(words, width),
+        offsets=open_flat(folder, "offsets", np.int64, meta["texts"] + 1, _FIELD),
+        spans=open_flat(folder, "spans", np.int32, words * 2, _FIELD).reshape(words, 2),
+        choices=open_flat(folder, "choices", np.int32, words * width, _FIELD).reshape(words, width),
         spellings=_read_spellings(folder),
     )
 

@@ -1,7 +1,6 @@
 """Tasks with labels: read, tokenised once, and cut into batches of similar length.
 
-read_examples -> (augmentation.augment) -> encode_examples -> ExampleStream -> cut
-                                              -> evaluation_batches
+read_examples -> (augmentation.augment) -> encode_examples -> data.sampler
 """
 
 from fastkd.data.tasks.glue import GLUE, glue_task
@@ -16,29 +15,20 @@ from fastkd.data.tasks.padding import (
     reads_padding,
 )
 from fastkd.data.tasks.read import Examples, read_examples
-from fastkd.data.tasks.sampler import (
-    ExampleStream,
-    cut,
-    evaluation_batches,
-)
 from fastkd.data.tasks.task import Columns, Task
 from fastkd.data.tasks.tokenized import (
     EncodedExamples,
     encode_examples,
-    uses_token_types,
 )
 
 __all__ = [
     "GLUE",
     "Columns",
     "EncodedExamples",
-    "ExampleStream",
     "Examples",
     "Task",
-    "cut",
     "described",
     "encode_examples",
-    "evaluation_batches",
     "glue_task",
     "hand_on_padding",
     "is_generic",
@@ -46,5 +36,4 @@ __all__ = [
     "padding_id",
     "read_examples",
     "reads_padding",
-    "uses_token_types",
 ]

@@ -11,13 +11,9 @@ from torch import Tensor
 
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import EvalBatch
-from fastkd.data.tasks import (
-    EncodedExamples,
-    ExampleStream,
-    Task,
-    cut,
-    evaluation_batches,
-)
+from fastkd.data.sampler import BucketedMicroBatches, ExampleStream, evaluation_parts
+from fastkd.data.sequences import PAD_MULTIPLE, padded_length
+from fastkd.data.tasks import EncodedExamples, Task
 from fastkd.data.tasks.metrics import (
     Judged,
     constant_score,
@@ -25,7 +21,6 @@ from fastkd.data.tasks.metrics import (
     predictions_of,
     task_score,
 )
-from fastkd.data.tasks.tokenized import PAD_MULTIPLE, padded_length
 from fastkd.distributed import Ranks
 from fastkd.types import ROWS, Inputs, Reading
 
@@ -47,6 +42,15 @@ class TaskDataModule:
     reads: Reading = field(default="predictions", init=False)
 
     @property
+    def compares(self) -> bool:
+        return False
+
+    @property
+    def pad_id(self) -> int:
+        """What examples are padded with."""
+        return self.train.pad_id
+
+    @property
     def sets(self) -> list[EncodedExamples]:
         """All examples that are read."""
         return [self.train, *self.evaluations.values()]
@@ -61,26 +65,32 @@ class TaskDataModule:
 
     def micro_batches(
         self, batch_size: int, seed: int, plan: BatchPlan, rank: int
-    ) -> ExampleMicroBatches:
+    ) -> BucketedMicroBatches:
         stream = ExampleStream(self.train, batch_size, seed)
-        return ExampleMicroBatches(
-            self.train, stream, plan, rank, self.counts_padding, packed=self.packed
-        )
+
+        def read(rows: Sequence[int], multiple: int) -> Inputs:
+            return {**self._batch(self.train, rows, multiple), ROWS: torch.tensor(rows)}
+
+        longest = self._longest if self.counts_padding else None
+        return BucketedMicroBatches(stream, read, plan, rank, longest=longest)
 
     def heldout(self, size: int, ranks: Ranks) -> Iterator[EvalBatch]:
         first = 0
         for examples in self.evaluations.values():
             multiple = examples.max_length if self.counts_padding else PAD_MULTIPLE
-            for rows, batch in evaluation_batches(
-                examples,
-                size,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-                multiple=multiple,
-                packed=self.packed,
-            ):
-                yield EvalBatch(batch, rows + first)
+            parts = evaluation_parts(
+                examples.lengths, size, rank=ranks.rank, world_size=ranks.world_size
+            )
+            for counted, rows in parts:
+                yield EvalBatch(self._batch(examples, rows, multiple), counted + first)
             first += len(examples)
+
+    def _batch(self, examples: EncodedExamples, rows: Sequence[int], multiple: int) -> Inputs:
+        return examples.packed(rows) if self.packed else examples.batch(rows, multiple)
+
+    def _longest(self, rows: Sequence[int]) -> int:
+        longest = int(self.train.lengths[rows[-1]])
+        return padded_length(longest, PAD_MULTIPLE, self.train.max_length)
 
     def evaluator(self, ranks: Ranks, whose: Judged = "student") -> ScoreEvaluator:
         return ScoreEvaluator(self.task, self.evaluations, ranks.device, whose)
@@ -103,53 +113,6 @@ class TaskDataModule:
         )
         there = f"task {self.task.name}: {len(self.train):,} examples to train on, {held_out}"
         return there, f"{batch_size} examples"
-
-
-class ExampleMicroBatches:
-    """A `MicroBatches` of examples: each micro-batch is padded to its own longest example, or
-    packed."""
-
-    def __init__(
-        self,
-        examples: EncodedExamples,
-        stream: ExampleStream,
-        plan: BatchPlan,
-        rank: int,
-        counts_padding: bool,
-        *,
-        packed: bool = False,
-    ) -> None:
-        self._examples = examples
-        self._packed = packed
-        self._stream = stream
-        self._plan = plan
-        self._rank = rank
-        self._counts_padding = counts_padding
-
-    @property
-    def epoch(self) -> int:
-        return self._stream.epoch
-
-    def next_step(self, step: int) -> Sequence[Inputs]:
-        rows, multiple = self._stream.next_rows(), PAD_MULTIPLE
-        if self._counts_padding:
-            # all of the step as wide as its longest example
-            longest = int(self._examples.lengths[rows[-1]])
-            multiple = padded_length(longest, PAD_MULTIPLE, self._examples.max_length)
-        examples, inputs = self._examples, []
-        for part in cut(rows, self._plan, self._rank):
-            batch = examples.packed(part) if self._packed else examples.batch(part, multiple)
-            inputs.append({**batch, ROWS: torch.tensor(part)})
-        return inputs
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._stream.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._stream.load_state_dict(state)
-
-    def close(self) -> None:
-        """Nothing works for it."""
 
 
 class ScoreEvaluator:

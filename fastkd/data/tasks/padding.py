@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastkd.data.tasks.tokenized import EncodedExamples
+from fastkd.data.sequences import Sequences
 from fastkd.errors import UserError
 
 _CHUNK = 1 << 22
@@ -33,7 +33,7 @@ def own_padding(config: PreTrainedConfig) -> int | None:
 
 
 def padding_id(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, sets: Iterable[EncodedExamples]
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, sets: Iterable[Sequences]
 ) -> int:
     """The id that examples are padded with: the model's, else one that none of them holds.
 
@@ -64,7 +64,7 @@ def hand_on_padding(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     pad: int,
-    sets: Iterable[EncodedExamples],
+    sets: Iterable[Sequences],
 ) -> int | None:
     """Let a tokenizer pad as its decoder does, or not at all.
 
@@ -92,7 +92,7 @@ def hand_on_padding(
     return _named(config)
 
 
-def _held_ids(sets: Iterable[EncodedExamples], vocabulary: int) -> npt.NDArray[np.bool_]:
+def _held_ids(sets: Iterable[Sequences], vocabulary: int) -> npt.NDArray[np.bool_]:
     """Whether any example holds an id, [vocabulary]."""
     held = np.zeros(vocabulary, dtype=bool)
     for examples in sets:
@@ -105,7 +105,7 @@ def _may_pad(
     tokenizer: PreTrainedTokenizerBase,
     pad: int,
     own: int | None,
-    sets: Iterable[EncodedExamples],
+    sets: Iterable[Sequences],
 ) -> bool:
     """Whether a tokenizer reads every text as before when a token of its becomes its padding."""
     token = tokenizer.convert_ids_to_tokens(pad)

@@ -1,8 +1,4 @@
-"""Tokenised examples, each as long as it is, in flat files that are read memory-mapped.
-
-Padding belongs to a batch, not to an example: what is stored has none, so nothing that is computed
-from it can depend on where it was padded to.
-"""
+"""Tokenised examples of a task: sequences of tokens, each with its label."""
 
 from __future__ import annotations
 
@@ -10,17 +6,23 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from fastkd.data.sequences import (
+    PAD_MULTIPLE,
+    Batch,
+    Sequences,
+    SequenceWriter,
+    open_sequences,
+    token_dtype,
+    tokenise,
+)
 from fastkd.data.tasks.read import Example, ExampleSource
 from fastkd.data.text.cache import (
     cache_key,
@@ -37,104 +39,32 @@ from fastkd.files.flat import (
     open_flat,
 )
 from fastkd.reporting.progress import progress_bar
-from fastkd.types import LENGTHS, STARTS
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, Tensor]
-"""`input_ids`, `attention_mask`, perhaps `token_type_ids`, all int64 [examples, tokens], and
-`labels` [examples], int64 classes or fp32 scores; on the CPU, padded on the right, or packed."""
-PAD_MULTIPLE = 8
-"""Lengths of batches are rounded up to this, which tensor cores like."""
 _CHUNK = 2048
 _FORMAT = 1
+_FIELD = "task.cache"
 
 
 @dataclass(frozen=True)
-class EncodedExamples:
-    """Token ids of examples, special tokens included."""
+class EncodedExamples(Sequences):
+    """Token ids of examples, special tokens included, with `labels` [examples] in every batch,
+    int64 classes or fp32 scores."""
 
-    tokens: npt.NDArray[Any]
-    """[tokens of all examples] uint16 or int32."""
-    types: npt.NDArray[np.uint8] | None
-    """[tokens of all examples] the text that a token belongs to, for models that are told."""
-    offsets: npt.NDArray[np.int64]
-    """[examples + 1] where each starts in `tokens`."""
     labels: npt.NDArray[np.int64] | npt.NDArray[np.float32]
     """[examples]."""
-    pad_id: int
-    max_length: int
-    """No example is longer, and no batch padded further."""
     fingerprint: str
     """Key of content, tokenizer and settings."""
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @cached_property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each example, [examples]."""
-        return np.diff(self.offsets)
-
     def batch(self, rows: Sequence[int], multiple: int = PAD_MULTIPLE) -> Batch:
-        """The examples of the given numbers, in that order, padded to the longest of them.
-
-        Args:
-            rows: numbers of examples, at least one.
-            multiple: the length is rounded up to a multiple of this, up to `max_length`.
-        """
-        chosen = np.asarray(rows)
-        starts, lengths = self.offsets[chosen], self.lengths[chosen]
-        width = padded_length(int(lengths.max()), multiple, self.max_length)
-        places = np.arange(width)
-        mask = places < lengths[:, None]
-        stored = (starts[:, None] + places)[mask]
-        ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
-        ids[mask] = self.tokens[stored]
-        batch: dict[str, npt.NDArray[Any]] = {
-            "input_ids": ids,
-            "attention_mask": mask.astype(np.int64),
-        }
-        if self.types is not None:
-            batch["token_type_ids"] = np.zeros_like(ids)
-            batch["token_type_ids"][mask] = self.types[stored]
-        batch["labels"] = self.labels[chosen]
-        return {name: torch.from_numpy(value) for name, value in batch.items()}
+        return {**super().batch(rows, multiple), "labels": self._labels_of(rows)}
 
     def packed(self, rows: Sequence[int]) -> Batch:
-        """The examples of the given numbers, one after another in one row without padding.
+        return {**super().packed(rows), "labels": self._labels_of(rows)}
 
-        Args:
-            rows: numbers of examples, at least one.
-
-        Returns:
-            As `fastkd.packed_row` shows: `input_ids`, `position_ids`, perhaps `token_type_ids`, all
-            int64 [1, tokens], where each example begins, all lengths, and `labels` [examples].
-        """
-        chosen = np.asarray(rows)
-        lengths = self.lengths[chosen]
-        ends = np.cumsum(lengths)
-        starts = np.concatenate([[0], ends])
-        positions = np.arange(ends[-1]) - np.repeat(starts[:-1], lengths)
-        stored = positions + np.repeat(self.offsets[chosen], lengths)
-        row: dict[str, npt.NDArray[Any]] = {
-            "input_ids": self.tokens[stored].astype(np.int64)[None],
-            "position_ids": positions[None],
-        }
-        if self.types is not None:
-            row["token_type_ids"] = self.types[stored].astype(np.int64)[None]
-        row |= {STARTS: starts.astype(np.int32), LENGTHS: lengths, "labels": self.labels[chosen]}
-        return {name: torch.from_numpy(value) for name, value in row.items()}
-
-
-def padded_length(longest: int, multiple: int, limit: int) -> int:
-    """`longest` rounded up to a multiple, but not above `limit`."""
-    return min(-(-longest // multiple) * multiple, limit)
-
-
-def uses_token_types(config: PreTrainedConfig) -> bool:
-    """Whether a model of this configuration tells the texts of a pair apart by token types."""
-    return int(getattr(config, "type_vocab_size", None) or 0) > 1
+    def _labels_of(self, rows: Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(self.labels[np.asarray(rows)])
 
 
 def encode_examples(
@@ -174,14 +104,14 @@ def encode_examples(
     }
     key = cache_key(settings)
     folder = Path(cache).expanduser() / key
-    if not is_complete(folder, "task.cache", build=build):
+    if not is_complete(folder, _FIELD, build=build):
         if not build:
             raise UserError(
                 f"task.cache: {folder} is missing; rank 0 builds it first, so all ranks must see "
                 "the same files and the same cache folder"
             )
         _build(folder, examples, tokenizer, max_length, token_types, progress)
-    meta = read_meta(folder, "task.cache")
+    meta = read_meta(folder, _FIELD)
     if meta["truncated"]:
         logger.warning(
             "%d of %d examples are longer than %d tokens and were cut",
@@ -189,15 +119,18 @@ def encode_examples(
             meta["examples"],
             max_length,
         )
-    pad_id = tokenizer.pad_token_id
-    return EncodedExamples(
-        tokens=open_flat(folder, "tokens", _token_dtype(tokenizer), meta["tokens"]),
-        types=open_flat(folder, "types", np.uint8, meta["tokens"]) if token_types else None,
-        offsets=open_flat(folder, "offsets", np.int64, meta["examples"] + 1),
-        labels=open_flat(folder, "labels", _label_dtype(examples), meta["examples"]),
-        # without one of its own any id will do, because it is masked
-        pad_id=tokenizer.eos_token_id or 0 if pad_id is None else pad_id,
+    sequences = open_sequences(
+        folder,
+        tokenizer,
+        sequences=meta["examples"],
+        tokens=meta["tokens"],
+        token_types=token_types,
         max_length=max_length,
+        field=_FIELD,
+    )
+    return EncodedExamples(
+        **vars(sequences),
+        labels=open_flat(folder, "labels", _label_dtype(examples), meta["examples"], _FIELD),
         fingerprint=key,
     )
 
@@ -210,27 +143,25 @@ def _build(
     token_types: bool,
     progress: bool,
 ) -> None:
-    meta = {"examples": 0, "tokens": 0, "truncated": 0}
-    tokens, label = _token_dtype(tokenizer), _label_dtype(examples)
+    label = _label_dtype(examples)
     with ExitStack() as stack:
-        temporary = stack.enter_context(new_folder(folder, "task.cache"))
+        temporary = stack.enter_context(new_folder(folder, _FIELD))
         bar = stack.enter_context(progress_bar(progress))
         task = bar.add_task("tokenising examples", total=None)
-        names = ("tokens", "offsets", "labels", *(["types"] if token_types else []))
-        write = {name: stack.enter_context(flat_file(temporary, name).open("wb")) for name in names}
-        append(write["offsets"], [0], np.int64)
-        for chunk in _chunks(examples):
-            ids, types, cut = _tokenise(chunk, tokenizer, max_length)
-            ends = meta["tokens"] + np.cumsum([len(row) for row in ids])
-            append(write["tokens"], chain.from_iterable(ids), tokens)
-            if token_types:
-                append(write["types"], chain.from_iterable(types), np.uint8)
-            append(write["offsets"], ends, np.int64)
-            append(write["labels"], [example.label for example in chunk], label)
-            meta["examples"] += len(chunk)
-            meta["tokens"] = int(ends[-1])
-            meta["truncated"] += cut
-            bar.update(task, completed=meta["examples"])
+        kind = token_dtype(tokenizer)
+        writer = stack.enter_context(SequenceWriter(temporary, kind, token_types=token_types))
+        with flat_file(temporary, "labels").open("wb") as labels:
+            for chunk in _chunks(examples):
+                first, *second = zip(*(example.texts for example in chunk), strict=True)
+                writer.write(tokenise(first, second[0] if second else None, tokenizer, max_length))
+                append(labels, [example.label for example in chunk], label)
+                bar.update(task, completed=writer.sequences)
+        writer.close()
+        meta = {
+            "examples": writer.sequences,
+            "tokens": writer.tokens,
+            "truncated": writer.cut,
+        }
         write_meta(temporary, meta)
 
 
@@ -238,41 +169,6 @@ def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
     source = iter(examples)
     while chunk := list(islice(source, _CHUNK)):
         yield chunk
-
-
-def _tokenise(
-    chunk: list[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[list[int]], list[list[int]], int]:
-    """Ids and token types of each example, and how many examples were cut."""
-    first, *second = zip(*(example.texts for example in chunk), strict=True)
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"tokenizer {type(tokenizer).__name__}: not a fast one; give the model's folder a "
-            "tokenizer.json"
-        )
-    special = tokenizer.num_special_tokens_to_add(pair=bool(second))
-    if max_length <= special + len(second):
-        raise UserError(
-            f"max_length: {max_length} given, but special tokens take {special} of an example; "
-            "give a larger one"
-        )
-    encoded = tokenizer(
-        list(first),
-        list(second[0]) if second else None,
-        truncation=True,
-        max_length=max_length,
-        return_attention_mask=False,
-        return_token_type_ids=True,
-        verbose=False,
-    )
-    # or an exported tokenizer would cut texts
-    tokenizer.backend_tokenizer.no_truncation()
-    cut = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
-    return encoded["input_ids"], encoded["token_type_ids"], cut
-
-
-def _token_dtype(tokenizer: PreTrainedTokenizerBase) -> npt.DTypeLike:
-    return np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.int32
 
 
 def _label_dtype(examples: ExampleSource) -> npt.DTypeLike:

@@ -30,6 +30,10 @@ class TextDataModule:
     reads: Reading = field(default="embeddings", init=False)
 
     @property
+    def compares(self) -> bool:
+        return True
+
+    @property
     def rows(self) -> int | None:
         return self.corpus.train_blocks
 

@@ -1,4 +1,5 @@
-"""Documents from text, JSON lines and Python's own help topics, each a `Source`.
+"""Documents from text, JSON lines and Python's own help topics, each a `Source`; those that have
+columns are `Records`.
 
 These are read here rather than by the builders of `datasets`, which report a bad byte or row
 without its place, split documents at chunk borders of CRLF files, and leave files in the user's
@@ -12,7 +13,7 @@ import hashlib
 import json
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,10 @@ DOCUMENT_LIMIT = 1 << 24
 """Bytes of the longest line or document of a text file; tokenising takes about 140 times that."""
 QUICK_BYTES = 1 << 16
 """Bytes at each end of a file that a quick digest reads."""
+
+
+TEXT_COLUMN = "data.text_column"
+"""Field that names the column of a document."""
 
 
 class Source(ABC):
@@ -36,9 +41,39 @@ class Source(ABC):
     def digest(self, *, quick: bool) -> str:
         """Key of the content and of how it is read; `quick` reads sizes, heads and tails only."""
 
+    @abstractmethod
+    def called(self) -> str:
+        """What it is called in messages."""
+
     def stored_in(self) -> Sequence[Path]:
         """The files that documents are read from, as far as there are any here."""
         return ()
+
+
+class Records(Source):
+    """Rows with named columns, of which one holds the documents."""
+
+    column: str
+
+    @abstractmethod
+    def records(
+        self, columns: Sequence[str], field: str = TEXT_COLUMN
+    ) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """All rows that are not blank, each with its place.
+
+        Args:
+            columns: that a row has, at least.
+            field: of the recipe that names them.
+
+        Raises:
+            UserError: one that a row lacks, or what can't be read.
+        """
+
+    def documents(self) -> Iterator[str]:
+        for where, row in self.records((self.column,)):
+            text = checked_text(row[self.column], self.column, where)
+            if text.strip():
+                yield text
 
 
 @dataclass(frozen=True)
@@ -46,10 +81,10 @@ class TextFile(Source):
     """UTF-8 text, plain or gzipped; line ends may be LF, CRLF or CR."""
 
     path: Path
-    unit: Literal["paragraph", "line"]
+    unit: Literal["paragraph", "line", "row"]
 
     def documents(self) -> Iterator[str]:
-        if self.unit == "line":
+        if self.unit != "paragraph":
             return (line for line in text_lines(self.path) if line.strip())
         return self._paragraphs()
 
@@ -74,26 +109,32 @@ class TextFile(Source):
     def digest(self, *, quick: bool) -> str:
         return f"text {self.unit} {file_digest(self.path, quick=quick)}"
 
+    def called(self) -> str:
+        return str(self.path)
+
     def stored_in(self) -> Sequence[Path]:
         return (self.path,)
 
 
 @dataclass(frozen=True)
-class JsonLines(Source):
+class JsonLines(Records):
     """One JSON object a line, plain or gzipped."""
 
     path: Path
     column: str
 
-    def documents(self) -> Iterator[str]:
+    def records(
+        self, columns: Sequence[str], field: str = TEXT_COLUMN
+    ) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for where, row in json_objects(self.path):
-            require_column(self.column, list(row), where)
-            text = checked_text(row[self.column], self.column, where)
-            if text.strip():
-                yield text
+            require_columns(columns, list(row), where, field)
+            yield where, row
 
     def digest(self, *, quick: bool) -> str:
         return f"jsonl {self.column} {file_digest(self.path, quick=quick)}"
+
+    def called(self) -> str:
+        return str(self.path)
 
     def stored_in(self) -> Sequence[Path]:
         return (self.path,)
@@ -110,6 +151,9 @@ class PythonDocs(Source):
         content = json.dumps(_python_topics()).encode()
         return f"python-docs {hashlib.sha256(content).hexdigest()}"
 
+    def called(self) -> str:
+        return "python-docs"
+
 
 def file_digest(path: Path, *, quick: bool) -> str:
     """sha256 of a file's bytes, or of its size and two ends."""
@@ -125,13 +169,14 @@ def file_digest(path: Path, *, quick: bool) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def require_column(column: str, names: Sequence[str], where: str) -> None:
-    """Raise unless the text column is there."""
-    if column not in names:
-        raise UserError(
-            f"{where}: no column {column!r}; it has {', '.join(map(repr, names)) or 'none'}: "
-            "set data.text_column to one of them"
-        )
+def require_columns(columns: Sequence[str], names: Sequence[str], where: str, field: str) -> None:
+    """Raise unless the columns are there, which `field` of the recipe names."""
+    for column in columns:
+        if column not in names:
+            raise UserError(
+                f"{where}: no column {column!r}; it has {', '.join(map(repr, names)) or 'none'}: "
+                f"set {field} to {'one' if field == TEXT_COLUMN else 'some'} of them"
+            )
 
 
 def checked_text(value: object, column: str, where: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from fastkd.data.text.files import (
-    Source,
-    checked_text,
+    TEXT_COLUMN,
+    Records,
     file_digest,
-    require_column,
+    require_columns,
 )
 from fastkd.data.text.parquet import ParquetRows
 from fastkd.errors import FOREIGN_ERRORS, UserError
@@ -35,7 +35,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
-class Table(Source):
+class Table(Records):
     """Rows of a `datasets.Dataset`, an `IterableDataset` or a Parquet file.
 
     The digest covers `key` and `files`.
@@ -47,21 +47,21 @@ class Table(Source):
     key: str = ""
     files: tuple[Path, ...] = ()
 
-    def documents(self) -> Iterator[str]:
+    def records(
+        self, columns: Sequence[str], field: str = TEXT_COLUMN
+    ) -> Iterator[tuple[str, Mapping[str, Any]]]:
         rows = self.rows
         # a streamed hub data set may not know its columns before its first row
         if rows.column_names is not None:
-            require_column(self.column, rows.column_names, self.name)
-            rows = rows.select_columns([self.column])
+            require_columns(columns, rows.column_names, self.name, field)
+            rows = rows.select_columns([*columns])
         number = 0
         try:
             for batch in rows.iter(batch_size=_BATCH):
-                require_column(self.column, list(batch), self.name)
-                for value in batch[self.column]:
+                require_columns(columns, list(batch), self.name, field)
+                for values in zip(*(batch[column] for column in columns), strict=True):
                     number += 1
-                    text = checked_text(value, self.column, f"{self.name}, row {number}")
-                    if text.strip():
-                        yield text
+                    yield f"{self.name}, row {number}", dict(zip(columns, values, strict=True))
         except UserError:
             raise
         except _READING_ERRORS as error:
@@ -71,6 +71,9 @@ class Table(Source):
         content = [file_digest(file, quick=quick) for file in self.files]
         combined = hashlib.sha256(" ".join(content).encode()).hexdigest()
         return f"table {self.column} {self.key} {combined}"
+
+    def called(self) -> str:
+        return self.name
 
     def stored_in(self) -> Sequence[Path]:
         return self.files

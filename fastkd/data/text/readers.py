@@ -26,7 +26,10 @@ Reader = Callable[[str], Iterable[str]]
 """From a path, or from what stands behind `NAME:`, to documents: the same ones in the same order
 whenever it is called."""
 
-KNOWN = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
+KNOWN = (
+    *(".txt", ".txt.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz"),
+    *(".jsonl", ".jsonl.gz", ".parquet"),
+)
 """Suffixes that fastkd reads itself."""
 # of documents that are no file, a quick digest reads this many
 _QUICK_DOCUMENTS = 64
@@ -91,15 +94,13 @@ class Registered(Source):
     place: str
     reader: Reader
 
-    @property
-    def name(self) -> str:
-        """As the user wrote it."""
+    def called(self) -> str:
         return self.place if self.form.startswith(".") else f"{self.form}:{self.place}"
 
     def documents(self) -> Iterator[str]:
         try:
             for number, text in enumerate(self.reader(self.place), start=1):
-                where = f"data: {self.name}: reader {place_of(self.reader)} gave"
+                where = f"data: {self.called()}: reader {place_of(self.reader)} gave"
                 if not isinstance(text, str) or not is_text(text):
                     given = type(text).__name__ if not isinstance(text, str) else "half a character"
                     raise UserError(f"{where} {given} as document {number}, expected text")
@@ -107,7 +108,7 @@ class Registered(Source):
                     yield text
         except (*FOREIGN_ERRORS, OSError) as error:
             raise UserError(
-                f"data: {self.name}: reader {place_of(self.reader)} failed "
+                f"data: {self.called()}: reader {place_of(self.reader)} failed "
                 f"({type(error).__name__}: {one_line(error)}); mend the file or the reader"
             ) from error
 

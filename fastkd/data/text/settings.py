@@ -9,7 +9,8 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings:
-    """What `prepare_corpus` is asked for; every field means what it means in `recipe.Data`."""
+    """What `prepare_corpus` is asked for; every field means what it means in `recipe.Data`,
+    whose other fields are of `documents: row`."""
 
     train: tuple[str, ...]
     """Files, folders, globs, hub names, or `FORMAT:PLACE` of a reader from outside."""
@@ -18,7 +19,7 @@ class TextSettings:
     heldout_blocks: int = 256
     split: str = "train"
     text_column: str = "text"
-    documents: Literal["paragraph", "line"] = "paragraph"
+    documents: Literal["paragraph", "line", "row"] = "paragraph"
     block_size: int = 128
     streaming: bool = False
     shuffle_buffer: int = 1000

@@ -6,6 +6,7 @@ import glob
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from fastkd.data.text.delimited import Delimited
 from fastkd.data.text.files import (
     JsonLines,
     PythonDocs,
@@ -64,6 +65,8 @@ def _open_file(path: Path, data: TextSettings) -> Source:
     name = path.name.lower()
     if name.endswith((".txt", ".txt.gz")):
         return TextFile(path, data.documents)
+    if name.endswith((".csv", ".csv.gz", ".tsv", ".tsv.gz")):
+        return Delimited(path, data.text_column)
     if name.endswith((".jsonl", ".jsonl.gz")):
         return JsonLines(path, data.text_column)
     if name.endswith(".parquet"):
@@ -83,7 +86,7 @@ def _has_extension(path: Path) -> bool:
 
 
 def _looks_like_path(name: str) -> bool:
-    common = (".json", ".csv", ".tsv", ".gz", ".zip", ".zst", ".bz2", ".xz", ".md")
+    common = (".json", ".gz", ".zip", ".zst", ".bz2", ".xz", ".md")
     return name.startswith(("/", ".", "~")) or name.lower().endswith((*_extensions(), *common))
 
 

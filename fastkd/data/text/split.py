@@ -49,17 +49,15 @@ class Split:
     def remember_heldout(self) -> Iterator[str]:
         """Documents of `data.heldout`, noted so that training leaves them out."""
         for text in _chained(self._heldout_sources or []):
-            self._known.add(_hash(text))
+            self._known.add(content_hash(text))
             yield text
 
     def labelled(self, sources: Iterable[Source]) -> Iterator[tuple[Part, str]]:
         """Documents of training sources with their part; those in `data.heldout` are dropped."""
         for text in _chained(sources):
-            key = _hash(text)
             if self._heldout_sources is None:
-                below = int.from_bytes(key[:8]) < self._fraction * 2**64
-                yield ("heldout" if below else "train"), text
-            elif key in self._known:
+                yield ("heldout" if is_held_out(text, self._fraction) else "train"), text
+            elif content_hash(text) in self._known:
                 self.dropped += 1
             else:
                 yield "train", text
@@ -69,5 +67,11 @@ def _chained(sources: Iterable[Source]) -> Iterator[str]:
     return chain.from_iterable(source.documents() for source in sources)
 
 
-def _hash(text: str) -> bytes:
+def content_hash(text: str) -> bytes:
+    """16 bytes that stand for a text."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a text is of the share of texts that is held out."""
+    return int.from_bytes(content_hash(text)[:8]) < fraction * 2**64

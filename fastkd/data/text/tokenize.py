@@ -24,6 +24,7 @@ from fastkd.data.workers import Workers
 
 A = TypeVar("A")
 R = TypeVar("R")
+T = TypeVar("T")
 Part = Literal["train", "heldout"]
 
 BATCH_CHARACTERS = 250_000
@@ -92,14 +93,31 @@ def encode(
     encoder: Encoder, documents: Iterable[tuple[Part, str]], workers: int | None
 ) -> Iterator[Encoded]:
     """Encode documents in their order; `workers` is one a core where not given, 0 for none."""
-    batches = _batches(documents)
+    return in_order(encoder.batch, documents, len, workers)
+
+
+def in_order(
+    function: Callable[[dict[Part, list[T]]], list[R]],
+    texts: Iterable[tuple[Part, T]],
+    characters: Callable[[T], int],
+    workers: int | None,
+) -> Iterator[R]:
+    """Call a function that tokenises on batches of texts, and give what it made in their order.
+
+    Args:
+        function: of a batch, its parts apart.
+        texts: each with its part.
+        characters: of one.
+        workers: processes; one a core where not given, 0 for none.
+    """
+    batches = _batches(texts, characters)
     first = list(islice(batches, SMALL_BATCHES))
     workers = cores() if workers is None else workers
     if workers == 0 or len(first) < SMALL_BATCHES:
         for batch in chain(first, batches):
-            yield from encoder.batch(batch)
+            yield from function(batch)
     else:
-        yield from _encode_in_processes(encoder, chain(first, batches), workers)
+        yield from _in_processes(function, chain(first, batches), workers)
 
 
 def tokenisers(function: Callable[[A], R], count: int) -> Workers[A, R]:
@@ -118,11 +136,13 @@ def stream_workers(ranks: int) -> int:
     return max(0, min(STREAM_WORKERS, cores() // ranks - 1))
 
 
-def _encode_in_processes(
-    encoder: Encoder, batches: Iterable[dict[Part, list[str]]], workers: int
-) -> Iterator[Encoded]:
-    waiting: deque[Future[list[Encoded]]] = deque()
-    with closing(tokenisers(encoder.batch, workers)) as processes:
+def _in_processes(
+    function: Callable[[dict[Part, list[T]]], list[R]],
+    batches: Iterable[dict[Part, list[T]]],
+    workers: int,
+) -> Iterator[R]:
+    waiting: deque[Future[list[R]]] = deque()
+    with closing(tokenisers(function, workers)) as processes:
         for batch in batches:
             waiting.append(processes.submit(batch))
             # a bounded queue: the reader never runs far ahead of the writer
@@ -132,12 +152,14 @@ def _encode_in_processes(
             yield from waiting.popleft().result()
 
 
-def _batches(documents: Iterable[tuple[Part, str]]) -> Iterator[dict[Part, list[str]]]:
-    batch: dict[Part, list[str]] = {}
+def _batches(
+    texts: Iterable[tuple[Part, T]], characters: Callable[[T], int]
+) -> Iterator[dict[Part, list[T]]]:
+    batch: dict[Part, list[T]] = {}
     length = 0
-    for part, text in documents:
+    for part, text in texts:
         batch.setdefault(part, []).append(text)
-        length += len(text)
+        length += characters(text)
         if length >= BATCH_CHARACTERS:
             yield batch
             batch, length = {}, 0

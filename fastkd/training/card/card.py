@@ -78,7 +78,7 @@ def make_card(
         "": _introduction(public, recipe, made_on),
         "Loading it": _loading(recipe, head, has_modules, run.student),
         "What is not as in its teacher": [
-            f"- {_text(said(note))}" for note in summary.get("notes", ())
+            f"- {_text(said(note))}" for note in summary["notes"]
         ],
         "Held-out losses": _held_out(summary),
         "Size and speed": _size(summary, made_on),
@@ -199,14 +199,14 @@ def _held_out(summary: dict[str, Any]) -> list[str]:
 
 
 def _size(summary: dict[str, Any], made_on: Mapping[str, Any]) -> list[str]:
-    # a stage that fastkd 0.1 finished says nothing of it
-    threads = summary.get("speed", {}).get("threads")
-    on = f"a CPU ({made_on['machine']}), {threads} thread(s)" if threads else made_on["gpu"]
+    on = str(made_on["gpu"])
+    if summary["peak_memory_of"] == "process":
+        on = f"a CPU ({made_on['machine']}), {summary['speed']['threads']} thread(s)"
     packages = [f"{name} {version}" for name, version in made_on["packages"].items()]
     return [
         *markdown_table(("", *model_names(summary)), model_rows(summary)[:_ROWS]),
         "",
-        f"Timed on {_text(str(on))}: medians of a few passes to the last hidden state, of copies "
+        f"Timed on {_text(on)}: medians of a few passes to the last hidden state, of copies "
         "of one held-out sequence.",
         "",
         f"Made with Python {made_on['python']}, {_text(', '.join(packages))}.",
@@ -247,7 +247,8 @@ def _data(public: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
         names = {"task": [task["name"]], "from": [task["source"]], "trained on": [task["train"]]}
         names["scored on"] = list(summary["after"].get("scores", {}))
     lines = [f"- {what}: {_text(', '.join(found))}" for what, found in names.items()]
-    for what, key in (("tokens", "train_tokens"), ("examples", "train_examples")):
+    for what in ("tokens", "examples", "rows"):
+        key = f"train_{what}"
         if key in summary:
             lines.append(f"- {summary[key]:,} {what} in {summary['steps']:,} steps")
     for part, digest in summary.get("data_digests", {}).items():
@@ -260,7 +261,8 @@ def _limits(recipe: AnyRecipe, summary: Mapping[str, Any], said: PublicText) -> 
         longest = f"examples of up to {recipe.task.max_length:,} tokens"
     else:
         assert isinstance(recipe, Recipe) and recipe.data is not None, "data or a task"
-        longest = f"blocks of {recipe.data.block_size:,} tokens"
+        kind = "rows of up to" if recipe.data.documents == "row" else "blocks of"
+        longest = f"{kind} {recipe.data.block_size:,} tokens"
     known = "its teacher's" if isinstance(recipe, Recipe) else "those of the model it was made from"
     return [
         f"- It was trained on {longest}; longer ones were not tried.",
@@ -268,7 +270,7 @@ def _limits(recipe: AnyRecipe, summary: Mapping[str, Any], said: PublicText) -> 
         f"- Biases and limits are likely {known}.",
         *(
             f"- Worse than before training: {_text(said(word))}"
-            for word in summary.get("worse", ())
+            for word in summary["worse"]
         ),
     ]
 

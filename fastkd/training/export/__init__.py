@@ -1,9 +1,10 @@
 """Write the student as others expect to find it, and say beforehand what can't be handed on."""
 
+from fastkd.training.export.sentences import check_prompts
 from fastkd.training.export.student import (
     export_notes,
     export_student,
     load_projections,
 )
 
-__all__ = ["export_notes", "export_student", "load_projections"]
+__all__ = ["check_prompts", "export_notes", "export_student", "load_projections"]

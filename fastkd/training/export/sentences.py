@@ -1,9 +1,15 @@
-"""The modules of a sentence-transformers teacher that its student takes over.
+"""The modules of a sentence-transformers model that a student is exported with.
 
-Pooling, normalisation and the like have no weights and are carried at the student's width. Weights
-(Dense, LayerNorm, ...) are carried byte for byte where the student is as wide as its teacher, those
-that weigh layers where it is as deep too: they were trained on the teacher's vectors, which such a
-student learns to give. What is left out is named before the first step.
+Those of such a teacher are carried: pooling, normalisation and the like have no weights and are
+carried at the student's width. Weights (Dense, LayerNorm, ...) are carried byte for byte where the
+vectors that they are given are as wide as the teacher's, those that weigh layers where the student
+is as deep too: they were trained on the teacher's vectors, which such a student learns to give.
+What is left out is named before the first step.
+
+Where the losses say how the student's embedding is made (`Objective.student_modules`), its pooling
+is theirs, and a projection that they learn stands behind it as a Dense, in front of all that the
+teacher has there: the student's embeddings lie in the teacher's space. A teacher that is a plain
+transformer then gets a student with modules too.
 
 A student with a classification head is no encoder of sentences: it takes modules over from a
 reranker alone, and those of an encoder are left out without a note.
@@ -13,12 +19,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
-from fastkd.models import Module
+from fastkd.errors import UserError
+from fastkd.head_spec import HEADS
+from fastkd.losses.pooling import Dense, EmbeddingModules
+from fastkd.models import Module, read_embedding
+from fastkd.models.embedding import pooling_settings
 from fastkd.models.sentence_folder import (
     CONFIGS,
     SETTINGS,
@@ -34,25 +47,35 @@ from fastkd.types import Head, ModelSource
 _WEIGHTLESS = ("Pooling", "Normalize", "Dropout", "WordWeights", "SpladePooling")
 _WIDE = ("Dense", "LayerNorm", "CNN", "LSTM", "SparseAutoEncoder")
 _DEEP = ("WeightedLayerPooling",)
+_PROMPTS = "config_sentence_transformers.json"
 
 
 @dataclass(frozen=True)
 class SentenceModules:
-    """What is carried, and what isn't."""
+    """What a student is exported with, and what of its teacher's isn't."""
 
     kept: tuple[Module, ...] = ()
-    """In order, the transformer first; nothing of a teacher that is no such model."""
+    """In order, the transformer first; nothing of a student that is no such model."""
     lost: tuple[str, ...] = ()
     """Each with the reason."""
+    own: EmbeddingModules | None = None
+    """What the losses say of the student's embedding."""
+    new_pooling: bool = False
+    """Whether the pooling is theirs, not the teacher's."""
 
     def notes(self, teacher: ModelSource) -> list[str]:
         """What the user must know."""
-        if not self.lost:
-            return []
-        return [
-            f"teacher.model {teacher.name}: of its sentence-transformers modules the student goes "
-            f"without {'; '.join(self.lost)}"
-        ]
+        found = []
+        if self.lost:
+            found.append(
+                f"teacher.model {teacher.name}: of its sentence-transformers modules the student "
+                f"goes without {'; '.join(self.lost)}"
+            )
+        if self.own is not None and (self.new_pooling or self.own.projection is not None):
+            other = self.new_pooling and self.kept is not _PLAIN
+            space = "; the teacher's own modules pool otherwise, to another space" if other else ""
+            found.append(f"embedding of the student: {self.own.describe()}{space}")
+        return found
 
 
 def sentence_modules(
@@ -60,58 +83,137 @@ def sentence_modules(
     teacher_config: PreTrainedConfig,
     student_config: PreTrainedConfig,
     head: Head,
+    own: EmbeddingModules | None = None,
 ) -> SentenceModules:
-    """Which modules of a teacher its student takes over; reads small files alone.
+    """Which modules a student is exported with; reads small files alone.
 
     Args:
-        teacher: where they lie.
+        teacher: where its modules lie.
         teacher_config: the teacher's configuration.
         student_config: the student's.
         head: the student's.
+        own: what the losses say of the student's embedding.
     """
     modules, reason = list_modules(teacher, head)
     if not modules:
+        if reason is None and own is not None and HEADS[head].data != "task":
+            return SentenceModules(_PLAIN, (), own, new_pooling=True)
         return SentenceModules(lost=() if reason is None else (reason,))
+    projected = own is not None and own.projection is not None
     kept, lost = [modules[0]], []
     for module in modules[1:]:
-        reason = _why_not(teacher, module, teacher_config, student_config)
-        if reason is None:
+        why = _why_not(teacher, module, teacher_config, student_config, projected)
+        if why is None:
             kept.append(module)
         else:
-            lost.append(f"{module.kind} ({reason})")
-    return SentenceModules(tuple(kept), tuple(lost))
+            lost.append(f"{module.kind} ({why})")
+    new = own is not None and own.pooling != read_embedding(teacher, teacher_config, head).pooling
+    return SentenceModules(tuple(kept), tuple(lost), own, new)
 
 
-def write_modules(found: SentenceModules, teacher: ModelSource, folder: Path, width: int) -> None:
-    """Write what is carried into the student's folder.
+def _entry(kind: str, path: str) -> dict[str, Any]:
+    return {"type": f"sentence_transformers.models.{kind}", "path": path}
+
+
+_PLAIN = (Module(_entry("Transformer", "")), Module(_entry("Pooling", "1_Pooling")))
+
+
+def write_modules(
+    found: SentenceModules,
+    teacher: ModelSource,
+    folder: Path,
+    width: int,
+    prompts: Mapping[str, str],
+) -> None:
+    """Write what a student is exported with into its folder.
 
     Args:
         found: from `sentence_modules`.
         teacher: where the modules lie.
         folder: the student's, which holds its model and tokenizer.
         width: of its hidden states.
+        prompts: further than the teacher's, by name; checked by `check_prompts`.
     """
     if not found.kept:
         return
-    entries = []
-    for number, module in enumerate(found.kept):
+    entries: list[dict[str, Any]] = []
+
+    def enter(kind: str, entry: Mapping[str, Any]) -> Path:
         # a folder of ours, whatever the teacher calls it
-        path = f"{number}_{module.kind}" if number else ""
-        entries.append({**module.entry, "idx": number, "name": str(number), "path": path})
-        if number:
-            _write_module(module, teacher, folder / path, width)
+        number, path = len(entries), f"{len(entries)}_{kind}" if entries else ""
+        entries.append({**entry, "idx": number, "name": str(number), "path": path})
+        return folder / path
+
+    for module in found.kept:
+        place = enter(module.kind, module.entry)
+        if place == folder:
+            continue
+        place.mkdir(parents=True)
+        if module.kind == "Pooling" and found.own is not None and found.new_pooling:
+            _write(place / "config.json", pooling_settings(found.own))
+        else:
+            _carry(module, teacher, place, width)
+        if module.kind == "Pooling" and found.own is not None and found.own.projection is not None:
+            _write_dense(found.own.projection, enter("Dense", _entry("Dense", "")))
     for name in SETTINGS:
         _copy(teacher, joined(found.kept[0].path, name), folder / name)
-    name = "config_sentence_transformers.json"
-    _copy(teacher, name, folder / name)
+    _write_prompts(teacher, prompts, folder)
     _write(folder / "modules.json", entries)
 
 
-def _write_module(module: Module, teacher: ModelSource, folder: Path, width: int) -> None:
-    folder.mkdir(parents=True)
+def check_prompts(teacher: ModelSource, prompts: Mapping[str, str]) -> None:
+    """See that prompts of a recipe say nothing else than those of the teacher of the same name.
+
+    Args:
+        teacher: whose prompts a student is exported with.
+        prompts: the recipe's, by name.
+
+    Raises:
+        UserError: one does.
+    """
+    known = _known_prompts(teacher)
+    for name, text in prompts.items():
+        if known.get(name) and known[name] != text:
+            raise UserError(
+                f"data.prompts: {name} is {text!r:.100}, but teacher.model {teacher.name} was "
+                f"trained with {known[name]!r:.100} under that name; give that, or another name"
+            )
+
+
+def _known_prompts(teacher: ModelSource) -> dict[str, str]:
+    path = source_file(teacher, _PROMPTS)
+    found = None if path is None else (read_object(path) or {}).get("prompts")
+    given = found if isinstance(found, dict) else {}
+    return {name: text for name, text in given.items() if isinstance(text, str)}
+
+
+def _write_prompts(teacher: ModelSource, prompts: Mapping[str, str], folder: Path) -> None:
+    _copy(teacher, _PROMPTS, folder / _PROMPTS)
+    if prompts:
+        settings = read_object(folder / _PROMPTS) or {}
+        _write(folder / _PROMPTS, {**settings, "prompts": {**_known_prompts(teacher), **prompts}})
+
+
+def _write_dense(dense: Dense, place: Path) -> None:
+    place.mkdir(parents=True)
+    weights = {"linear.weight": dense.weight} | (
+        {} if dense.bias is None else {"linear.bias": dense.bias}
+    )
+    # the library reads fp32 into a module of fp32
+    save_file(
+        {name: tensor.float().cpu().contiguous() for name, tensor in weights.items()},
+        place / "model.safetensors",
+    )
+    size, given = dense.weight.shape
+    settings = {"in_features": given, "out_features": size, "bias": dense.bias is not None}
+    identity = "torch.nn.modules.linear.Identity"
+    _write(place / "config.json", {**settings, "activation_function": identity})
+
+
+def _carry(module: Module, teacher: ModelSource, place: Path, width: int) -> None:
     for name in (*CONFIGS, *WEIGHTS):
-        _copy(teacher, joined(module.path, name), folder / name)
-    config = folder / "config.json"
+        _copy(teacher, joined(module.path, name), place / name)
+    config = place / "config.json"
     # a sparse vector is as wide as the vocabulary
     if module.kind == "Pooling":
         settings = read_object(config) or {}
@@ -124,6 +226,7 @@ def _why_not(
     module: Module,
     teacher_config: PreTrainedConfig,
     student_config: PreTrainedConfig,
+    projected: bool,
 ) -> str | None:
     """Why a module can't be carried, `None` where it can."""
     if not module.is_known or module.kind not in (*_WEIGHTLESS, *_WIDE, *_DEEP):
@@ -139,7 +242,7 @@ def _why_not(
         return None
     if module_file(teacher, module, WEIGHTS) is None:
         return "its weights are missing"
-    if student_config.hidden_size != teacher_config.hidden_size:
+    if not projected and student_config.hidden_size != teacher_config.hidden_size:
         return (
             f"its weights are for vectors of {teacher_config.hidden_size}, the student's have "
             f"{student_config.hidden_size}"

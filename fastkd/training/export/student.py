@@ -25,6 +25,7 @@ from fastkd.files.disk import (
     temporary_of,
 )
 from fastkd.losses.objective import DistilledStudent, Objective
+from fastkd.losses.pooling import EmbeddingModules
 from fastkd.models import locate_model, read_config
 from fastkd.training.engine import whole_weights
 from fastkd.training.export.poolers import (
@@ -38,7 +39,11 @@ from fastkd.types import Head, ModelSource
 
 
 def export_notes(
-    student: PreTrainedModel, teacher_config: PreTrainedConfig, source: ModelSource, head: Head
+    student: PreTrainedModel,
+    teacher_config: PreTrainedConfig,
+    source: ModelSource,
+    head: Head,
+    own: EmbeddingModules | None = None,
 ) -> list[str]:
     """What a student will be handed on without, or with what is not its own, one line each.
 
@@ -47,8 +52,9 @@ def export_notes(
         teacher_config: configuration of the model that it was made from.
         source: that model.
         head: what stands on the student.
+        own: what the losses say of the student's embedding.
     """
-    found = sentence_modules(source, teacher_config, student.config, head)
+    found = sentence_modules(source, teacher_config, student.config, head, own)
     return [*found.notes(source), *pooler_note(student)]
 
 
@@ -59,6 +65,7 @@ def export_student(
     tokenizer: PreTrainedTokenizerBase,
     run: RunFolder,
     ranks: Ranks,
+    prompts: Mapping[str, str] | None = None,
 ) -> None:
     """Write `student/` and `projections.safetensors` of a run; called by all ranks.
 
@@ -69,6 +76,7 @@ def export_student(
         tokenizer: of both.
         run: where to.
         ranks: this process among all.
+        prompts: that the texts were read with, by name.
 
     Raises:
         UserError: the disk is full, or failed.
@@ -83,7 +91,7 @@ def export_student(
                 setattr(module.student.config, name, rate)
             _write_model(module.student, folder)
             tokenizer.save_pretrained(folder)
-            _write_around(module.student, source, module.objective.pair.head, folder)
+            _write_around(module, source, prompts or {}, folder)
             weights = {k: v.contiguous() for k, v in module.objective.kept().items()}
             save_file(weights, projections)
             settle(projections)
@@ -100,11 +108,15 @@ def _write_model(student: PreTrainedModel, folder: Path) -> None:
     student.save_pretrained(folder, state_dict=state)
 
 
-def _write_around(student: PreTrainedModel, source: ModelSource, head: Head, folder: Path) -> None:
+def _write_around(
+    module: DistilledStudent, source: ModelSource, prompts: Mapping[str, str], folder: Path
+) -> None:
     """What other libraries read, and what people should."""
+    student, head = module.student, module.objective.pair.head
     teacher_config = read_config(locate_model(source.name), f"model {source.name}", source.revision)
-    modules = sentence_modules(source, teacher_config, student.config, head)
-    write_modules(modules, source, folder, student.config.hidden_size)
+    own = module.objective.student_modules()
+    modules = sentence_modules(source, teacher_config, student.config, head, own)
+    write_modules(modules, source, folder, student.config.hidden_size, prompts)
 
 
 def load_projections(objective: Objective, run: RunFolder) -> None:

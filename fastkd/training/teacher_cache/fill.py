@@ -97,7 +97,9 @@ def _write_share(run: Run, folder: Path, layout: Layout, rows: Rows, progress: b
         files = [stack.enter_context(flat_file(folder, f.name).open("r+b")) for f in layout.fields]
         bar = stack.enter_context(progress_bar(progress))
         task = bar.add_task("storing the teacher's states", total=len(rows))
-        for number in range(-(-len(rows) // size)):
+        count = run.datamodule.rows
+        assert count is not None, "a stream is refused before"
+        for number in range(-(-count // size)):
             (inputs,) = batches.next_step(number)
             places = [place for place, row in enumerate(inputs[ROWS].tolist()) if not seen[row]]
             seen[inputs[ROWS].numpy()] = True

@@ -54,7 +54,9 @@ def describe(run: Run, plan: CachePlan, reporter: Reporter) -> None:
     )
     costs = run.ranks.from_main(lambda: _measured(run, plan))
     train = run.recipe.train
-    times = train.steps * train.batch_size / len(plan.rows)
+    rows = run.datamodule.rows
+    assert rows is not None, "a stream is refused before"
+    times = train.steps * train.batch_size / rows
     reporter.say(
         f"teacher cache: 1,000 tokens take {1e6 * costs.teacher:.3g} ms of the teacher; the data "
         f"is read {times:.2f} times, ahead of the steps, by a disk of {costs.rate / 1e9:.3g} GB/s"

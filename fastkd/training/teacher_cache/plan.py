@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fastkd.capture import Capture, try_recomputing
+from fastkd.data.rows.datamodule import RowDataModule
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.text.cache import cache_key, is_complete
 from fastkd.data.text.datamodule import TextDataModule
@@ -227,7 +228,9 @@ def _data_of(run: Run) -> dict[str, Any]:
     if isinstance(data, TaskDataModule):
         # outputs of the teacher stand in the order of the task's labels
         return {"data": data.train.fingerprint, "task": repr(data.task)}
-    assert isinstance(data, TextDataModule), "there are two kinds of data"
+    if isinstance(data, RowDataModule):
+        return {"data": data.encoded.train.fingerprint}
+    assert isinstance(data, TextDataModule), "there are three kinds of data"
     return {"data": data.corpus.fingerprint}
 
 
@@ -235,6 +238,9 @@ def _rows_of(run: Run) -> Rows:
     data = run.datamodule
     if isinstance(data, TaskDataModule):
         return Rows(np.asarray(data.train.offsets))
+    if isinstance(data, RowDataModule):
+        # of each sequence apart
+        return Rows(np.asarray(data.encoded.train.sequences.offsets))
     assert isinstance(data, TextDataModule) and data.rows is not None, "a stream is refused before"
     return Rows(np.arange(data.rows + 1, dtype=np.int64) * data.block_size)
 

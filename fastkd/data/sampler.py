@@ -1,14 +1,15 @@
-"""Batches of examples of similar length, to train on in random order or to evaluate on.
+"""Rows of similar length in batches, to train on in random order or to evaluate on.
 
-A batch to train on is the global batch of one optimiser step, the same on every rank; `cut` says
-which of its rows are a rank's, and those alone are read and padded. The road not taken: a sampler
-for each rank, whose order would depend on the number of ranks.
+A row is an example of a task, or one of texts. A batch to train on is the global batch of one
+optimiser step, the same on every rank; `cut` says which of its rows are a rank's, and those alone
+are read and padded. The road not taken: a sampler for each rank, whose order would depend on the
+number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +17,26 @@ import torch
 from torch import Tensor
 
 from fastkd.data.batching import BatchPlan
-from fastkd.data.tasks.tokenized import PAD_MULTIPLE, Batch, EncodedExamples
+from fastkd.data.sequences import PAD_MULTIPLE
 from fastkd.data.text.stream import epoch_seed, require_same
+from fastkd.types import Inputs
 
 POOL = 50
 """Batches whose examples are sorted by length together, at most."""
 POOLS = 4
 """Pools in an epoch, at least, where it has so many batches: who shares a batch shall change."""
+
+
+class Measured(Protocol):
+    """Rows of known lengths."""
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens that each takes a sequence, [rows]."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Key of the content."""
 
 
 class ExampleStream:
@@ -32,7 +46,7 @@ class ExampleStream:
     little padding.
     """
 
-    def __init__(self, examples: EncodedExamples, batch_size: int, seed: int) -> None:
+    def __init__(self, examples: Measured, batch_size: int, seed: int) -> None:
         """Start at the beginning of the order of `seed`.
 
         Args:
@@ -40,7 +54,7 @@ class ExampleStream:
             batch_size: examples of an optimiser step, over all ranks and micro-batches.
             seed: of the order.
         """
-        self._examples = examples
+        self._lengths = examples.lengths
         self._batch_size = batch_size
         self._identity = {
             "fingerprint": examples.fingerprint,
@@ -56,20 +70,20 @@ class ExampleStream:
     @property
     def epoch(self) -> int:
         """Passes over the examples that are done."""
-        return self._position // len(self._examples)
+        return self._position // len(self._lengths)
 
     def next_rows(self) -> list[int]:
         """Numbers of the examples of the next batch, sorted by length."""
         rows: list[int] = []
         while len(rows) < self._batch_size:
-            epoch, start = divmod(self._position, len(self._examples))
+            epoch, start = divmod(self._position, len(self._lengths))
             if epoch != self._epoch:
-                self._order = _order(self._examples.lengths, self._batch_size, self._seed, epoch)
+                self._order = _order(self._lengths, self._batch_size, self._seed, epoch)
                 self._epoch = epoch
             taken = self._order[start : start + self._batch_size - len(rows)].tolist()
             rows += taken
             self._position += len(taken)
-        lengths = self._examples.lengths[rows]
+        lengths = self._lengths[rows]
         return [rows[place] for place in np.argsort(lengths, kind="stable")]
 
     def state_dict(self) -> dict[str, Any]:
@@ -102,39 +116,77 @@ def cut(rows: Sequence[int], plan: BatchPlan, rank: int) -> list[Sequence[int]]:
     return [rows[start : start + size] for start in starts]
 
 
-def evaluation_batches(
-    examples: EncodedExamples,
-    batch_size: int,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    multiple: int = PAD_MULTIPLE,
-    packed: bool = False,
-) -> Iterator[tuple[Tensor, Batch]]:
-    """A rank's share of all examples, longest first, as many batches on every rank.
+class BucketedMicroBatches:
+    """A `MicroBatches` of rows of similar length: each micro-batch is as wide as its own longest
+    row."""
+
+    def __init__(
+        self,
+        stream: ExampleStream,
+        read: Callable[[Sequence[int], int], Inputs],
+        plan: BatchPlan,
+        rank: int,
+        *,
+        longest: Callable[[Sequence[int]], int] | None = None,
+    ) -> None:
+        """Cut what a stream gives.
+
+        Args:
+            stream: of the numbers of rows.
+            read: makes of such numbers, and of what lengths are rounded up to, what a model reads.
+            plan: how a step is cut.
+            rank: whose part.
+            longest: says of the rows of a step how wide all of it is, where padding counts in the
+                losses; each micro-batch by itself where not given.
+        """
+        self._stream = stream
+        self._read = read
+        self._plan = plan
+        self._rank = rank
+        self._longest = longest
+
+    @property
+    def epoch(self) -> int:
+        return self._stream.epoch
+
+    def next_step(self, step: int) -> Sequence[Inputs]:
+        rows = self._stream.next_rows()
+        multiple = PAD_MULTIPLE if self._longest is None else self._longest(rows)
+        return [self._read(part, multiple) for part in cut(rows, self._plan, self._rank)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._stream.load_state_dict(state)
+
+    def close(self) -> None:
+        """Nothing works for it."""
+
+
+def evaluation_parts(
+    lengths: npt.NDArray[np.int64], batch_size: int, *, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """A rank's share of all rows, longest first, as many parts on every rank.
 
     Args:
-        examples: to evaluate on.
-        batch_size: examples of one forward pass of one rank.
+        lengths: of the rows to evaluate on.
+        batch_size: rows of one forward pass of one rank.
         rank: whose share.
-        world_size: number of ranks; a forward pass may be collective, so a rank without a batch of
+        world_size: number of ranks; a forward pass may be collective, so a rank without a part of
             its own gets one that doesn't count.
-        multiple: as in `EncodedExamples.batch`.
-        packed: whether examples follow each other in one row, in place of being padded.
 
     Yields:
-        Numbers of the examples, int64 [counted], and the batch; its first `counted` rows are these
-        examples, and all others don't count.
+        Numbers of the rows that count, int64 [counted], and of all rows of the part, which begin
+        with those.
     """
-    order = np.argsort(-examples.lengths, kind="stable")
+    order = np.argsort(-lengths, kind="stable")
     starts = range(0, len(order), batch_size)
     for number in range(rank, -(-len(starts) // world_size) * world_size, world_size):
         start = starts[min(number, len(starts) - 1)]
         rows = order[start : start + batch_size]
         counted = rows if number < len(starts) else rows[:0]
-        chosen = rows.tolist()
-        batch = examples.packed(chosen) if packed else examples.batch(chosen, multiple)
-        yield torch.from_numpy(counted.copy()), batch
+        yield torch.from_numpy(counted.copy()), rows.tolist()
 
 
 def _order(

@@ -1,0 +1,111 @@
+"""Rows as they stand in files and tables, checked: texts, and a teacher's scores of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from fastkd.data.text.files import TEXT_COLUMN, Records, Source, checked_text
+from fastkd.errors import UserError
+from fastkd.row_form import RowForm
+
+_REMEDY = "mend or remove the row"
+
+
+class TextRow(NamedTuple):
+    """The texts of a row, without prompts, and the scores of those after the first."""
+
+    texts: tuple[str, ...]
+    scores: tuple[float, ...]
+
+    @property
+    def characters(self) -> int:
+        """Of all texts."""
+        return sum(map(len, self.texts))
+
+
+def read_rows(sources: Iterable[Source], form: RowForm) -> Iterator[TextRow]:
+    """All rows of some sources, in their order.
+
+    Args:
+        sources: with columns or, where a row is one text and no column is named, without.
+        form: what a row is.
+
+    Raises:
+        UserError: with file and line: a missing column, a text that is empty or no text, a list of
+            candidates or scores that is none or of another length, a score that is not finite.
+    """
+    wanted = (*form.columns, *form.scores)
+    field = "data.columns or data.scores" if form.named or form.scores else TEXT_COLUMN
+    for source in sources:
+        if isinstance(source, Records):
+            for where, record in source.records(wanted, field):
+                texts = tuple(_texts(record, form, where))
+                yield TextRow(texts, tuple(_scores(record, form, where)))
+        else:
+            _check_plain(source, form)
+            # a line without words is no row
+            yield from (TextRow((text,), ()) for text in source.documents())
+
+
+def _check_plain(source: Source, form: RowForm) -> None:
+    given = "columns" if form.named else "scores"
+    if form.named or form.scores:
+        raise UserError(
+            f"data.{given} is given, but {source.called()} is plain text, which has no columns; "
+            f"give .csv, .tsv, .jsonl or .parquet, or leave {given} out"
+        )
+
+
+def _texts(record: Mapping[str, Any], form: RowForm, where: str) -> Iterator[str]:
+    single = form.columns if form.candidates is None else form.columns[:-1]
+    for column in single:
+        yield _text(record[column], column, where)
+    if form.candidates is not None:
+        column = form.columns[-1]
+        listed = _listed(record[column], form.candidates, column, where, "texts")
+        for number, value in enumerate(listed):
+            yield _text(value, f"{column}[{number}]", where)
+
+
+def _text(value: object, column: str, where: str) -> str:
+    text = checked_text(value, column, where)
+    if not text.strip():
+        raise UserError(f"{where}: column {column!r} is empty, expected text; {_REMEDY}")
+    return text
+
+
+def _scores(record: Mapping[str, Any], form: RowForm, where: str) -> Iterator[float]:
+    if not form.scores:
+        return
+    if len(form.scores) == form.scored:
+        for column in form.scores:
+            yield _score(record[column], column, where)
+        return
+    (column,) = form.scores
+    for number, value in enumerate(_listed(record[column], form.scored, column, where, "scores")):
+        yield _score(value, f"{column}[{number}]", where)
+
+
+def _score(value: object, column: str, where: str) -> float:
+    try:
+        score = float(value) if isinstance(value, str | float | int) else math.nan
+    except (ValueError, OverflowError):
+        score = math.nan
+    if isinstance(value, bool) or not math.isfinite(score):
+        raise UserError(
+            f"{where}: column {column!r} holds {value!r:.50}, expected a finite score; {_REMEDY}"
+        )
+    return score
+
+
+def _listed(value: object, count: int, column: str, where: str, what: str) -> list[Any]:
+    if not isinstance(value, list) or len(value) != count:
+        given = "null" if value is None else type(value).__name__
+        found = f"{len(value) or 'no'} {what}" if isinstance(value, list) else given
+        raise UserError(
+            f"{where}: column {column!r} holds {found}, expected a list of {count} {what}; "
+            f"{_REMEDY}"
+        )
+    return value

@@ -1,0 +1,279 @@
+"""Token sequences, each as long as it is, in flat files that are read memory-mapped.
+
+Padding belongs to a batch, not to a sequence: what is stored has none, so nothing that is computed
+from it can depend on where it was padded to. Labelled examples (`tasks`) and rows of texts (`rows`)
+are both stored so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from fastkd.errors import UserError
+from fastkd.files.flat import flat_file, open_flat
+from fastkd.types import LENGTHS, STARTS
+
+Batch = dict[str, Tensor]
+"""`input_ids`, `attention_mask`, perhaps `token_type_ids`, all int64 [sequences, tokens], and what
+belongs to them; on the CPU, padded on the right, or packed."""
+PAD_MULTIPLE = 8
+"""Lengths of batches are rounded up to this, which tensor cores like."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token ids, special tokens included."""
+
+    tokens: npt.NDArray[Any]
+    """[tokens of all sequences] uint16 or int32."""
+    types: npt.NDArray[np.uint8] | None
+    """[tokens of all sequences] the text that a token belongs to, for models that are told."""
+    offsets: npt.NDArray[np.int64]
+    """[sequences + 1] where each starts in `tokens`."""
+    pad_id: int
+    max_length: int
+    """No sequence is longer, and no batch padded further."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each sequence, [sequences]."""
+        return np.diff(self.offsets)
+
+    def batch(self, rows: Sequence[int], multiple: int = PAD_MULTIPLE) -> Batch:
+        """The sequences of the given numbers, in that order, padded to the longest of them.
+
+        Args:
+            rows: numbers of sequences, at least one.
+            multiple: the length is rounded up to a multiple of this, up to `max_length`.
+        """
+        chosen = np.asarray(rows)
+        starts, lengths = self.offsets[chosen], self.lengths[chosen]
+        width = padded_length(int(lengths.max()), multiple, self.max_length)
+        places = np.arange(width)
+        mask = places < lengths[:, None]
+        stored = (starts[:, None] + places)[mask]
+        ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
+        ids[mask] = self.tokens[stored]
+        batch: dict[str, npt.NDArray[Any]] = {
+            "input_ids": ids,
+            "attention_mask": mask.astype(np.int64),
+        }
+        if self.types is not None:
+            batch["token_type_ids"] = np.zeros_like(ids)
+            batch["token_type_ids"][mask] = self.types[stored]
+        return {name: torch.from_numpy(value) for name, value in batch.items()}
+
+    def packed(self, rows: Sequence[int]) -> Batch:
+        """The sequences of the given numbers, one after another in one row without padding.
+
+        Args:
+            rows: numbers of sequences, at least one.
+
+        Returns:
+            As `fastkd.packed_row` shows: `input_ids`, `position_ids`, perhaps `token_type_ids`, all
+            int64 [1, tokens], where each sequence begins, and all lengths.
+        """
+        chosen = np.asarray(rows)
+        lengths = self.lengths[chosen]
+        ends = np.cumsum(lengths)
+        starts = np.concatenate([[0], ends])
+        positions = np.arange(ends[-1]) - np.repeat(starts[:-1], lengths)
+        stored = positions + np.repeat(self.offsets[chosen], lengths)
+        row: dict[str, npt.NDArray[Any]] = {
+            "input_ids": self.tokens[stored].astype(np.int64)[None],
+            "position_ids": positions[None],
+        }
+        if self.types is not None:
+            row["token_type_ids"] = self.types[stored].astype(np.int64)[None]
+        row |= {STARTS: starts.astype(np.int32), LENGTHS: lengths}
+        return {name: torch.from_numpy(value) for name, value in row.items()}
+
+
+def padded_length(longest: int, multiple: int, limit: int) -> int:
+    """`longest` rounded up to a multiple, but not above `limit`."""
+    return min(-(-longest // multiple) * multiple, limit)
+
+
+def uses_token_types(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration tells the texts of a pair apart by token types."""
+    return int(getattr(config, "type_vocab_size", None) or 0) > 1
+
+
+class Tokenised(NamedTuple):
+    """Sequences on their way to a file."""
+
+    ids: npt.NDArray[np.int32]
+    """Of all sequences, one after another."""
+    types: npt.NDArray[np.uint8]
+    """Of each of these tokens."""
+    lengths: npt.NDArray[np.int64]
+    """[sequences]."""
+    cut: int
+    """Sequences whose texts were longer."""
+
+
+def tokenise(
+    first: Sequence[str],
+    second: Sequence[str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    field: str = "max_length",
+) -> Tokenised:
+    """Frame texts, or pairs of them, as a tokenizer frames them.
+
+    Args:
+        first: texts.
+        second: the other text of each pair, `None` where texts stand alone.
+        tokenizer: a fast one.
+        max_length: tokens of a sequence, special tokens included; longer ones are cut, the longer
+            text of a pair first.
+        field: of the recipe, which says how many.
+
+    Raises:
+        UserError: a tokenizer that is not fast, or no room for text.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"tokenizer {type(tokenizer).__name__}: not a fast one; give the model's folder a "
+            "tokenizer.json"
+        )
+    special = tokenizer.num_special_tokens_to_add(pair=second is not None)
+    if max_length <= special + (second is not None):
+        raise UserError(
+            f"{field}: {max_length} given, but special tokens take {special} of an example; "
+            "give a larger one"
+        )
+    encoded = tokenizer(
+        list(first),
+        None if second is None else list(second),
+        truncation=True,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_token_type_ids=True,
+        verbose=False,
+    )
+    # or an exported tokenizer would cut texts
+    tokenizer.backend_tokenizer.no_truncation()
+    ids = encoded["input_ids"]
+    return Tokenised(
+        _flat(ids, np.int32),
+        _flat(encoded["token_type_ids"], np.uint8),
+        np.fromiter(map(len, ids), dtype=np.int64),
+        sum(bool(encoding.overflowing) for encoding in encoded.encodings),
+    )
+
+
+class SequenceWriter:
+    """Appends sequences to flat files; what was written is whole once the context is left."""
+
+    def __init__(
+        self, folder: Path, dtype: npt.DTypeLike, *, token_types: bool, prefix: str = ""
+    ) -> None:
+        """Begin with none.
+
+        Args:
+            folder: where the files are made.
+            dtype: of token ids, see `token_dtype`.
+            token_types: whether the model wants them.
+            prefix: of the files' names.
+        """
+        self._dtype = dtype
+        self._stack = ExitStack()
+        names = ("tokens", "offsets", *(["types"] if token_types else []))
+        self._files = {
+            name: self._stack.enter_context(flat_file(folder, prefix + name).open("wb"))
+            for name in names
+        }
+        self.sequences = self.tokens = self.cut = 0
+        np.zeros(1, np.int64).tofile(self._files["offsets"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the files."""
+        self._stack.close()
+
+    def write(self, made: Tokenised) -> None:
+        """Append them."""
+        made.ids.astype(self._dtype).tofile(self._files["tokens"])
+        if "types" in self._files:
+            made.types.tofile(self._files["types"])
+        (self.tokens + np.cumsum(made.lengths)).tofile(self._files["offsets"])
+        self.sequences += len(made.lengths)
+        self.tokens += len(made.ids)
+        self.cut += made.cut
+
+
+def open_sequences(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequences: int,
+    tokens: int,
+    token_types: bool,
+    max_length: int,
+    field: str,
+    prefix: str = "",
+) -> Sequences:
+    """What a `SequenceWriter` wrote, memory-mapped.
+
+    Args:
+        folder: a whole one.
+        tokenizer: that made the tokens.
+        sequences: how many there are.
+        tokens: of all of them.
+        token_types: whether they were written.
+        max_length: that they were cut to.
+        field: of the recipe, which says where the folder is.
+        prefix: of the files' names.
+
+    Raises:
+        UserError: a file that is not there, or has another size.
+    """
+
+    def stored(name: str, dtype: npt.DTypeLike, size: int) -> npt.NDArray[Any]:
+        return open_flat(folder, prefix + name, dtype, size, field)
+
+    pad = tokenizer.pad_token_id
+    return Sequences(
+        tokens=stored("tokens", token_dtype(tokenizer), tokens),
+        types=stored("types", np.uint8, tokens) if token_types else None,
+        offsets=stored("offsets", np.int64, sequences + 1),
+        # without one of its own any id will do, because it is masked
+        pad_id=tokenizer.eos_token_id or 0 if pad is None else pad,
+        max_length=max_length,
+    )
+
+
+def token_dtype(tokenizer: PreTrainedTokenizerBase) -> npt.DTypeLike:
+    """The smallest of two that holds every id."""
+    return np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.int32
+
+
+def _flat(rows: Sequence[Sequence[int]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    return np.fromiter(chain.from_iterable(rows), dtype=dtype)

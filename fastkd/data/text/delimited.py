@@ -1,0 +1,110 @@
+"""Rows of CSV and TSV files, whose first line names the columns.
+
+CSV is as RFC 4180 has it, read by Python's `csv`: a cell in quotes may hold commas, doubled quotes
+and line ends. TSV has no quotes: a row is a line, split at every TAB.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastkd.data.text.files import (
+    DOCUMENT_LIMIT,
+    TEXT_COLUMN,
+    Records,
+    file_digest,
+    require_columns,
+    text_lines,
+)
+from fastkd.errors import UserError, one_line
+
+
+@dataclass(frozen=True)
+class Delimited(Records):
+    """A CSV or TSV file, plain or gzipped."""
+
+    path: Path
+    column: str
+
+    def records(
+        self, columns: Sequence[str], field: str = TEXT_COLUMN
+    ) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        return delimited_rows(self.path, columns, field)
+
+    def digest(self, *, quick: bool) -> str:
+        return f"delimited {self.column} {file_digest(self.path, quick=quick)}"
+
+    def called(self) -> str:
+        return str(self.path)
+
+    def stored_in(self) -> Sequence[Path]:
+        return (self.path,)
+
+
+def is_tsv(path: Path) -> bool:
+    """Whether a file's name says that cells end at a TAB."""
+    return path.name.lower().removesuffix(".gz").endswith(".tsv")
+
+
+def delimited_rows(
+    path: Path, columns: Sequence[str], field: str
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows of a CSV or TSV file by column, each with its place; empty lines are passed over.
+
+    Args:
+        path: UTF-8, plain or gzipped; its name says which of the two it is.
+        columns: that there are, at least.
+        field: of the recipe that names them.
+
+    Raises:
+        UserError: the file can't be read, lacks a column or names one twice, or a row has another
+            number of cells than the first line.
+    """
+    lines = _tsv_cells(path) if is_tsv(path) else _csv_cells(path)
+    split = "TAB" if is_tsv(path) else "comma"
+    names: list[str] = []
+    for number, cells in lines:
+        where = f"{path}, line {number}"
+        if not names:
+            names = cells
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise UserError(f"{where}: column {twice[0]!r} stands twice; rename one of them")
+            require_columns(columns, names, where, field)
+        elif len(cells) != len(names):
+            raise UserError(
+                f"{where}: {len(cells)} cells, expected {len(names)} split by {split}, as the "
+                "first line has; mend or remove the row"
+            )
+        else:
+            yield where, dict(zip(names, cells, strict=True))
+
+
+def _tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    for number, line in enumerate(text_lines(path), start=1):
+        if line.strip():
+            yield number, line.split("\t")
+
+
+def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Cells of each row, with the line that it begins in."""
+    # of the process; its own limit is 128 KiB a cell
+    csv.field_size_limit(DOCUMENT_LIMIT)
+    reader = csv.reader((line + "\n" for line in text_lines(path)), strict=True)
+    while True:
+        first = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(
+                f"{path}, line {first}: not CSV ({one_line(error)}); put a cell that holds quotes, "
+                "commas or line ends in quotes, and double the quotes in it"
+            ) from error
+        if cells:
+            yield first, cells

@@ -1,0 +1,145 @@
+"""Distilling on rows: the same however a step is cut, continued, or its teacher stored."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from tiny_models import save_teacher, tiny_tokenizer
+from tiny_rows import Row, random_rows, row_recipe
+from tiny_runs import assert_same_run, keys, read_weights, run_variants
+from tiny_training import save_classifier, summary_of
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from fastkd.errors import UserError
+from fastkd.recipe import load_recipe
+
+LOSSES = {"attention": {}, "hidden": {}, "embedding_output": {}}
+VARIANTS = {
+    "whole": {},
+    "micro": {"train.micro_batch_size": 2},
+    "cached": {"teacher.cache": "exact"},
+    "half": {"train.steps": 3, "train.epochs": None},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one run on the whole, and others that should be the same."""
+    folder = tmp_path_factory.mktemp("rows")
+    train = {"schedule": "constant", "checkpoint_every": 3, "micro_batch_size": 4}
+    recipe = row_recipe(folder, losses=LOSSES, train=train, teacher=_stored(folder))
+
+    def run(name: str, **values: Any) -> list[str]:
+        return keys({"run.output": str(folder / name), **values})
+
+    variants = [run(name, **values) for name, values in VARIANTS.items()]
+    run_variants(recipe, [*variants, run("half")])
+    run_variants(recipe, [run("ranks", **{"train.micro_batch_size": 2})], ranks=2)
+    return folder
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    return {"model": str(save_teacher(folder / "teacher")), "cache_folder": str(folder / "states")}
+
+
+@pytest.mark.parametrize("name", ["micro", "ranks", "cached", "half"])
+def test_a_run_is_the_same_however_it_is_made(name: str, runs: Path) -> None:
+    assert_same_run(runs / name, runs / "whole", losses=2e-4, weights=2e-5)
+    if name == "half":
+        # continued: bit for bit
+        one, other = read_weights(runs / name), read_weights(runs / "whole")
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    before, after = (summary_of(runs / run)["after"] for run in (name, "whole"))
+    assert abs(before["sentence_cosine"] - after["sentence_cosine"]) < 1e-5
+    assert before["rows"] == after["rows"]
+
+
+def held_out() -> list[Row]:
+    """By the definition."""
+    rows = random_rows()
+    digests = [hashlib.blake2b(row["query"].encode(), digest_size=16).digest() for row in rows]
+    return [
+        row
+        for row, digest in zip(rows, digests, strict=True)
+        if int.from_bytes(digest[:8], "big") / 2**64 < 0.3
+    ]
+
+
+@torch.no_grad()
+def test_the_cosine_is_that_of_texts_read_one_by_one(runs: Path) -> None:
+    teacher = AutoModel.from_pretrained(runs / "teacher")
+    student = AutoModel.from_pretrained(runs / "whole" / "student")
+    projections = read_weights(runs / "whole")
+    weight = projections["terms.2.projection.weight"]
+    tokenizer, cosines = tiny_tokenizer(), []
+    for row in held_out():
+        for column in ("query", "positive", "negative"):
+            read = tokenizer(row[column], truncation=True, max_length=16, return_tensors="pt")
+            read.pop("token_type_ids", None)
+            theirs, own = (m(**read).last_hidden_state.mean(dim=1) for m in (teacher, student))
+            cosines.append(cosine_similarity(own @ weight.T, theirs).item())
+    after = summary_of(runs / "whole")["after"]
+    assert after["rows"] == len(held_out())
+    assert abs(sum(cosines) / len(cosines) - after["sentence_cosine"]) < 1e-5
+
+
+def test_a_reranker_is_compared_with_its_teacher(tmp_path: Path) -> None:
+    save_classifier(tmp_path / "teacher", num_labels=1)
+    data = {"columns": ["query", "passages"], "candidates": 2, "scores": "scores"}
+    recipe = row_recipe(
+        tmp_path,
+        losses={"logits": {"kind": "mse"}, "attention": {}},
+        student={"head": "sequence_classification"},
+        data=data,
+    )
+    run_variants(recipe, [[]])
+    after = summary_of(tmp_path / "run")["after"]
+    student, teacher = _scores(tmp_path / "run" / "student"), _scores(tmp_path / "teacher")
+    found = after["agreement"]
+    assert after["rows"] == len(student) == len(held_out())
+    assert abs(found["mean_absolute_difference"] - (student - teacher).abs().mean()) < 1e-5
+    assert abs(found["spearman"] - spearmanr(student.flatten(), teacher.flatten())[0]) < 1e-6
+    assert found["same_first"] == (student.argmax(1) == teacher.argmax(1)).double().mean()
+    assert 0 < found["same_first"] < 1
+
+
+@torch.no_grad()
+def _scores(folder: Path) -> Tensor:
+    """[rows, candidates], each pair read by itself."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer, scores = tiny_tokenizer(), []
+    settings = {"truncation": True, "max_length": 16, "return_token_type_ids": True}
+    for row in held_out():
+        for passage in row["passages"]:
+            read = tokenizer(row["query"], passage, return_tensors="pt", **settings)
+            scores.append(model(**read).logits.item())
+    return torch.tensor(scores).reshape(-1, 2)
+
+
+REFUSED = {
+    "blocks": (
+        ["data.documents=line"],
+        "columns is given, but documents is line",
+    ),
+    "streaming": (["data.streaming=true"], "streaming is true and documents is row"),
+    "twice": (["data.columns=[query, query]"], "columns names 'query' twice"),
+    "alone": (["data.columns=query", "data.candidates=2"], "candidates is 2, but columns names 1"),
+    "prompt": (["data.prompts={passage: x}"], "prompts has one for 'passage', which is not read"),
+    "scores": (["data.columns=query", "data.scores=good"], "scores is given, but a row is one te"),
+    "number": (["data.scores=[a, b, c]"], "scores names 3 columns for 2 texts after the first"),
+    "mlm": (["student.head=masked_lm", "losses={mlm: {}, logits: {}}"], "losses.mlm masks blocks"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_recipes_that_cannot_be_are_refused(case: str, tmp_path: Path) -> None:
+    overrides, message = REFUSED[case]
+    with pytest.raises(UserError, match=message):
+        load_recipe(row_recipe(tmp_path), overrides)

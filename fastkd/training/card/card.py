@@ -77,9 +77,7 @@ def make_card(
     sections = {
         "": _introduction(public, recipe, made_on),
         "Loading it": _loading(recipe, head, has_modules, run.student),
-        "What is not as in its teacher": [
-            f"- {_text(said(note))}" for note in summary["notes"]
-        ],
+        "What is not as in its teacher": [f"- {_text(said(note))}" for note in summary["notes"]],
         "Held-out losses": _held_out(summary),
         "Size and speed": _size(summary, made_on),
         "Made from": _sources(sources, public, licences, digests),
@@ -268,10 +266,7 @@ def _limits(recipe: AnyRecipe, summary: Mapping[str, Any], said: PublicText) -> 
         f"- It was trained on {longest}; longer ones were not tried.",
         "- It was measured on the held-out data above and nowhere else.",
         f"- Biases and limits are likely {known}.",
-        *(
-            f"- Worse than before training: {_text(said(word))}"
-            for word in summary["worse"]
-        ),
+        *(f"- Worse than before training: {_text(said(word))}" for word in summary["worse"]),
     ]
 
 

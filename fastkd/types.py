@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 AnyPath: TypeAlias = str | os.PathLike[str]
-Head = Literal["none", "sequence_classification", "causal_lm", "masked_lm"]
+TaskKind = Literal["sequence_classification", "token_classification"]
+"""What a task asks of a model, which is also the head that answers."""
+Head = Literal["none", TaskKind, "causal_lm", "masked_lm"]
 """What stands on a model's blocks."""
 EightBits = Literal["float8", "int8"]
 """Kinds of numbers of a byte that a teacher's linear layers multiply."""
@@ -19,8 +21,8 @@ Side = Literal["student", "teacher"]
 Inputs: TypeAlias = "Mapping[str, Tensor]"
 """What both models read: `input_ids` [batch, tokens] and what goes with them."""
 Reading = Literal["states", "embeddings", "predictions"]
-"""Last hidden states [batch, tokens, width], embeddings made of them [batch, dim], or
-[batch, outputs] of a classification head."""
+"""Last hidden states [batch, tokens, width], embeddings made of them [batch, dim], or what a task's
+head gives, see `Capture.logits`."""
 
 ROWS = "rows"
 """Key of a micro-batch to train on: numbers of its blocks, examples or sequences among all, int64
@@ -33,6 +35,9 @@ STARTS = "cu_seq_lens"
 STORED = "stored/"
 """What keys of a micro-batch to train on begin with under which the teacher's states are found, as
 they are stored: [batch, places, numbers]."""
+LABEL_WEIGHTS = "label_weights"
+"""Key of a micro-batch: what each of its labels counts in a mean over labels, fp64 and of their
+shape; all alike where it is not there."""
 SCORES = "scores"
 """Key of a micro-batch of rows of texts: a teacher's scores of each row's candidates, fp32 [rows,
 candidates], where the data has some."""
@@ -57,7 +62,7 @@ class ModelSource:
 
 def model_inputs(inputs: Inputs) -> dict[str, Tensor]:
     """What a model reads of a micro-batch: of labels it would compute a loss of its own."""
-    others = ("labels", ROWS, LENGTHS, STARTS, SCORES)
+    others = ("labels", LABEL_WEIGHTS, ROWS, LENGTHS, STARTS, SCORES)
     return {
         name: tensor
         for name, tensor in inputs.items()

@@ -57,11 +57,18 @@ def check_next_words(pipe: Any, model: PreTrainedModel, encoded: Any) -> None:
     assert made["generated_token_ids"] == [*encoded["input_ids"][0].tolist(), int(word)]
 
 
+def check_words(pipe: Any, model: PreTrainedModel, encoded: Any) -> None:
+    with torch.no_grad():
+        numbers = model(**encoded).logits[0, 1:-1].argmax(dim=-1).tolist()
+    assert [found["entity"] for found in pipe(TEXT)] == [LABELS[number] for number in numbers]
+
+
 CHECKS = {
     "feature-extraction": check_features,
     "text-classification": check_classes,
     "fill-mask": check_masked_words,
     "text-generation": check_next_words,
+    "token-classification": check_words,
 }
 
 

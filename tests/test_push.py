@@ -47,6 +47,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 def test_a_new_repository_holds_the_students_folder(run: RunFolder, hub: FakeHub) -> None:
+    (run.student / ".onnx.123").mkdir()
+    (run.student / ".onnx.123" / "model.onnx").write_text("half")
     pushed = push_run(run, "owner/name", private=True)
     assert hub.files == {"main": PUSHED} and hub.private
     # what checks the card's metadata needs none

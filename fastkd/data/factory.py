@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fastkd.data.augmentation import Augmentation, augment
@@ -26,6 +28,7 @@ from fastkd.data.tasks import (
 )
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.tasks.read import ExampleSource
+from fastkd.data.tasks.words import TaggedTexts, WordForm, read_words
 from fastkd.data.text import TextSettings, prepare_corpus
 from fastkd.data.text.datamodule import TextDataModule
 from fastkd.data.text.mlm import Masking
@@ -33,7 +36,7 @@ from fastkd.data.text.tokenize import stream_workers
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.extras import need
-from fastkd.head_spec import HEADS
+from fastkd.head_spec import HEADS, Labels
 from fastkd.recipe import AnyRecipe, Data, Recipe, TaskAugmentation, TaskData
 from fastkd.row_form import RowForm
 
@@ -114,16 +117,29 @@ def task_of(section: TaskData) -> Task:
             description contradicts itself.
     """
     need("a task", "tasks")
-    if section.columns is None:
+    columns = section.read_columns
+    if columns is None:
         task = glue_task(section.name)
     else:
         task = Task(
             name=section.name,
-            columns=Columns(texts=section.columns.texts, label=section.columns.label),
+            columns=Columns(texts=columns.texts, label=columns.label),
+            kind=section.kind,
             labels=section.labels or (),
             meanings=tuple((meaning,) for meaning in section.meanings or ()),
             bounds=section.bounds,
             metrics=section.metrics or (),
+        )
+    given = section.class_weights
+    if given is not None and task.regression:
+        raise UserError(
+            f"task.class_weights is given, but task {task.name} has scores and no classes; leave "
+            "it out"
+        )
+    if isinstance(given, tuple) and len(given) != len(task.labels):
+        raise UserError(
+            f"task.class_weights has {len(given)} weights, expected {len(task.labels)}, one for "
+            f"each of {', '.join(task.labels)}"
         )
     return task
 
@@ -174,6 +190,7 @@ def _task_datamodule(
     task = task_of(section)
 
     def encode(examples: ExampleSource, first: bool) -> EncodedExamples:
+        form = WordForm(examples) if isinstance(examples, TaggedTexts) else None
         return encode_examples(
             examples,
             tokenizer,
@@ -182,12 +199,16 @@ def _task_datamodule(
             cache=section.cache,
             build=first,
             progress=first and progress,
+            form=form,
         )
 
+    read_split = _READERS[task.labels_of]
+
     def prepare(first: bool) -> TaskDataModule:
-        read = read_examples(task, section.source, section.train, section.cache)
+        read = read_split(task, section.source, section.train, section.cache)
         train: ExampleSource = read
         if section.augmentation is not None:
+            assert isinstance(read, Examples), "a recipe augments texts alone"
             settings = Augmentation(**section.augmentation.model_dump())
             train = augment(
                 read,
@@ -199,7 +220,7 @@ def _task_datamodule(
             )
         evaluations = {}
         for split in section.evaluate or task.evaluations:
-            scored = read_examples(task, section.source, split, section.cache)
+            scored = read_split(task, section.source, split, section.cache)
             if first:
                 _warn_of_scores(scored, read)
             evaluations[split] = encode(scored, first)
@@ -209,7 +230,8 @@ def _task_datamodule(
         if section.augmentation is not None and len(encoded) == len(read):
             raise UserError(_nothing_augmented(section.augmentation, len(read)))
         packed = section.padding == "none"
-        return TaskDataModule(task, encoded, evaluations, counts_padding, packed)
+        weights = _class_weights(section.class_weights, task, encoded)
+        return TaskDataModule(task, encoded, evaluations, counts_padding, packed, weights)
 
     made = _in_turn(ranks, prepare)
     pad = padding_id(config, tokenizer, made.sets)
@@ -217,7 +239,37 @@ def _task_datamodule(
     return replace(made, train=replace(made.train, pad_id=pad), evaluations=padded)
 
 
-def _warn_of_scores(scored: Examples, train: Examples) -> None:
+_Read = Examples | TaggedTexts
+_READERS: dict[Labels | None, Callable[..., _Read]] = {
+    "example": read_examples,
+    "token": read_words,
+}
+"""By what a label is of, what reads a split."""
+
+
+def _class_weights(
+    given: Literal["balanced"] | tuple[float, ...] | None, task: Task, train: EncodedExamples
+) -> npt.NDArray[np.float64] | None:
+    """[classes] as a recipe says, the smallest 1: of their ratios alone a mean depends, and the sum
+    of a step's is then no smaller than 1."""
+    if given is None:
+        return None
+    if given == "balanced":
+        counts = np.bincount(train.labels, minlength=len(task.labels)).astype(np.float64)
+        absent = [label for label, count in zip(task.labels, counts, strict=True) if not count]
+        if absent:
+            raise UserError(
+                f"task.class_weights is balanced, but no example to train on is {absent[0]}, which "
+                "then has no weight; give a list of weights"
+            )
+        weights = counts.sum() / (len(counts) * counts)
+    else:
+        weights = np.asarray(given, dtype=np.float64)
+    found: npt.NDArray[np.float64] = weights / weights.min()
+    return found
+
+
+def _warn_of_scores(scored: _Read, train: _Read) -> None:
     if scored.name != train.name and scored.digest == train.digest:
         logger.warning("%s holds the same examples as %s", scored.name, train.name)
     if (scored.labels == scored.labels[0]).all():
@@ -226,7 +278,7 @@ def _warn_of_scores(scored: Examples, train: Examples) -> None:
         )
 
 
-def _warn_of_classes(train: Examples, task: Task) -> None:
+def _warn_of_classes(train: _Read, task: Task) -> None:
     held = set(train.labels.tolist())
     absent = [label for number, label in enumerate(task.labels) if number not in held]
     if absent:

@@ -44,7 +44,7 @@ from fastkd.losses.weighting import (
 from fastkd.packed_row import PackedRow, valid_tokens
 from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses
-from fastkd.types import ROWS, SCORES, Inputs, Side, teacher_inputs
+from fastkd.types import LABEL_WEIGHTS, ROWS, SCORES, Inputs, Side, teacher_inputs
 
 _PLAIN = frozenset(("input_ids", "token_type_ids", ROWS, SCORES))
 """Inputs that hide nothing and label nothing."""
@@ -208,10 +208,15 @@ class Objective(nn.Module):
         row, mask = PackedRow.of(inputs), valid_tokens(inputs)
         labels = target_labels(inputs, self.pair.head)
         read = teacher_inputs(inputs)
-        theirs = mask if read is inputs else valid_tokens(read)
-        scores = inputs.get(SCORES)
-        gather = gather if self.least_rows else undeclared
-        batch = Batch(mask, labels, row, teacher_mask=theirs, scores=scores, gather=gather)
+        batch = Batch(
+            mask,
+            labels,
+            row,
+            teacher_mask=mask if read is inputs else valid_tokens(read),
+            scores=inputs.get(SCORES),
+            gather=gather if self.least_rows else undeclared,
+            label_weights=inputs.get(LABEL_WEIGHTS),
+        )
         views = self._views(student, teacher, row)
         values = []
         for term, where, count in zip(self.each(), self._keys, self._counts, strict=True):

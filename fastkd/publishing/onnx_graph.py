@@ -25,7 +25,7 @@ from fastkd.data.sequences import uses_token_types
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.extras import need
 from fastkd.files.disk import disk_errors, replace_folder, settle, temporary_of
-from fastkd.head_spec import HEADS, TASK_HEAD
+from fastkd.head_spec import HEADS
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.models import load_student, load_tokenizer, read_embedding
 from fastkd.recipe import AnyRecipe, Recipe
@@ -105,7 +105,7 @@ def export_onnx(run: RunFolder, output: Path | None = None) -> OnnxGraph:
 
 def head_of(recipe: AnyRecipe) -> Head:
     """What stands on the student of a recipe of either kind."""
-    return recipe.student.head if isinstance(recipe, Recipe) else TASK_HEAD
+    return recipe.student.head if isinstance(recipe, Recipe) else recipe.task.kind
 
 
 def _embedding(run: RunFolder, model: PreTrainedModel, head: Head) -> EmbeddingModules | None:

@@ -23,6 +23,8 @@ from fastkd.training.run_folder import RunFolder
 # what the hub's client raises: refusals, connections, tokens that can't be read, uploads by xet
 _HUB_ERRORS = (HTTPError, OSError, HFValidationError, RuntimeError)
 _NAMED = 8
+# what a killed process left, see `temporary_of`
+_HALF_MADE = (".*", "*/.*")
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,8 @@ def push_run(
     """
     run.read_finished()
     _check(repo)
-    files = {
-        path.relative_to(run.student).as_posix()
-        for path in run.student.rglob("*")
-        if path.is_file()
-    }
+    inside = [path.relative_to(run.student) for path in run.student.rglob("*") if path.is_file()]
+    files = {path.as_posix() for path in inside if not any(p.startswith(".") for p in path.parts)}
     api = HfApi()
     try:
         found = _look(api, repo, revision)
@@ -98,6 +97,7 @@ def push_run(
         commit = api.upload_folder(
             repo_id=repo,
             folder_path=run.student,
+            ignore_patterns=list(_HALF_MADE),
             revision=revision,
             commit_message=f"Student of fastkd run {run.path.resolve().name}",
             parent_commit=found.commit if found else None,

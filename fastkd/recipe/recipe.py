@@ -10,11 +10,12 @@ from pydantic import Field, model_validator
 from fastkd.head_spec import HEADS, TASK_HEAD
 from fastkd.layer_map.sections import Layers, PairsMap
 from fastkd.recipe.data import Data
+from fastkd.recipe.evaluate import Evaluate
 from fastkd.recipe.losses import Losses
 from fastkd.recipe.models import Student, Teacher
 from fastkd.recipe.presets import Preset
 from fastkd.recipe.task import TaskData, check_padding
-from fastkd.recipe.train import RunOutput, Train, check_train
+from fastkd.recipe.train import RunOutput, Train, check_steering, check_train
 from fastkd.row_form import RowForm
 from fastkd.section import Extras, Plugins, Section
 
@@ -40,6 +41,8 @@ class Recipe(Section):
     """Text that both models read."""
     task: TaskData | None = None
     """Examples with labels that both models read, in place of text."""
+    evaluate: Evaluate | None = None
+    """What else both models' embeddings are scored on, at every evaluation."""
     train: Train = Train()
     """How it is trained."""
     run: RunOutput
@@ -65,10 +68,11 @@ class Recipe(Section):
     def _head_of_a_task(cls, tree: Any) -> Any:
         if not isinstance(tree, Mapping) or tree.get("task") is None:
             return tree
-        student = tree.get("student")
+        student, task = tree.get("student"), tree["task"]
         if not isinstance(student, Mapping) or "head" in student:
             return tree
-        return {**tree, "student": {**student, "head": TASK_HEAD}}
+        kind = task.get("kind", TASK_HEAD) if isinstance(task, Mapping) else task.kind
+        return {**tree, "student": {**student, "head": kind}}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -86,7 +90,9 @@ class Recipe(Section):
                 f"teacher.cache is {self.teacher.cache}, but {reason}; leave teacher.cache out"
             )
         check_train(self.train)
+        check_steering(self.train, self.run)
         self._check_rows()
+        self._check_evaluate()
         check_padding(
             self.task,
             self.train,
@@ -95,6 +101,15 @@ class Recipe(Section):
                 "teacher.attention": self.teacher.attention,
             },
         )
+        if (
+            self.task is not None
+            and self.task.class_weights is not None
+            and not self.losses.of("labels")
+        ):
+            raise ValueError(
+                "task.class_weights is given, which losses.labels alone reads, but that is off; "
+                "switch it on, or leave class_weights out"
+            )
         if self._is_packed and self.losses.reduction == "tinybert":
             raise ValueError(
                 "losses.reduction is tinybert, which counts padding, but task.padding is none; "
@@ -122,14 +137,42 @@ class Recipe(Section):
         """What a row of the data is; `None` where blocks or examples of a task are read."""
         if self.data is None or self.data.documents != "row":
             return None
-        return self.data.form(paired=HEADS[self.student.head].data == "task")
+        return self.data.form(paired=HEADS[self.student.head].labels == "example")
+
+    @property
+    def row_tokens(self) -> int | None:
+        """Tokens that a row of the data takes at most; `None` where blocks or examples are read."""
+        if self.row_form is None or self.data is None:
+            return None
+        return len(self.row_form.sequences) * self.data.block_size
 
     def _check_rows(self) -> None:
-        masked = any(config.loss == "mlm" for config in self.losses.terms.values())
-        if masked and self.row_form is not None:
+        largest = self.row_tokens
+        if largest is None or self.data is None:
+            return
+        if any(config.loss == "mlm" for config in self.losses.terms.values()):
             raise ValueError(
                 "losses.mlm masks blocks of text, but data.documents is row; set it to paragraph "
                 "or line, or leave losses.mlm out"
+            )
+        budget = self.data.batch_tokens
+        if budget is None:
+            return
+        if budget < largest:
+            raise ValueError(
+                f"data.batch_tokens is {budget}, but a row may take {largest} (data.block_size "
+                f"{self.data.block_size} for each of its sequences); raise it"
+            )
+        if self.train.micro_batch_size is not None:
+            raise ValueError(
+                f"data.batch_tokens is {budget} and train.micro_batch_size "
+                f"{self.train.micro_batch_size}; give one of them"
+            )
+        if self.losses.balance.kind == "uncertainty":
+            raise ValueError(
+                "losses.balance is uncertainty, which counts micro-batches, but with "
+                "data.batch_tokens each step has another number of them; set "
+                "train.micro_batch_size in its place"
             )
 
     @property
@@ -153,6 +196,21 @@ class Recipe(Section):
                 "examples and rows are stored without any"
             )
         return None
+
+    def _check_evaluate(self) -> None:
+        if self.evaluate is None:
+            return
+        if HEADS[self.student.head].data == "task":
+            raise ValueError(
+                f"evaluate scores embeddings, but student.head is {self.student.head}, which gives "
+                "predictions; leave evaluate out"
+            )
+        for name in self.evaluate.names:
+            if name in self.losses.terms:
+                raise ValueError(
+                    f"evaluate has pairs or a task called {name!r}, as is losses.{name}; give the "
+                    "pairs another name"
+                )
 
     def _check_maps(self) -> None:
         maps: dict[str, object] = {"layer_map": self.layer_map}
@@ -178,12 +236,24 @@ class Recipe(Section):
         from fastkd.losses.registry import loss_class
 
         head = self.student.head
-        if self.task is not None and HEADS[head].data != "task":
+        if self.task is not None and head != self.task.kind:
             raise ValueError(
-                f"student.head is {head}, but a task is learned by {TASK_HEAD}; leave "
-                "student.head out"
+                f"student.head is {head}, but a task is learned by {self.task.kind}; leave "
+                "student.head out, or change task.kind"
+            )
+        if self.task is None and HEADS[head].labels == "token":
+            raise ValueError(
+                f"student.head is {head}, which learns from words with classes; give task in place "
+                "of data"
             )
         losses = frozenset(config.loss for config in self.losses.terms.values())
         setting = Setting(head, self.task is not None, losses, rows=self.row_form)
-        for name, config in self.losses.terms.items():
-            loss_class(config.loss).check_setting(name, config, setting)
+        terms = {name: (loss_class(c.loss), c) for name, c in self.losses.terms.items()}
+        for name, (kind, config) in terms.items():
+            kind.check_setting(name, config, setting)
+        scored = setting.rows is not None and bool(setting.rows.scores)
+        if scored and not any(kind.reads_scores(config) for kind, config in terms.values()):
+            raise ValueError(
+                "data.scores is given, but no loss reads scores of a file; set target to file in "
+                "losses.score, or leave data.scores out"
+            )

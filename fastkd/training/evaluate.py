@@ -16,6 +16,7 @@ from fastkd.data.datamodule import EvalBatch
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import Progress
+from fastkd.losses import target_labels
 from fastkd.losses.objective import Objective
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.packed_row import valid_tokens
@@ -23,6 +24,8 @@ from fastkd.recipe import Recipe, stage_recipes
 from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.engine import TeacherRunner
 from fastkd.training.finite import blame, first_broken, teacher_fault
+from fastkd.training.judging import judge_embeddings
+from fastkd.training.perplexity import heard_perplexity
 from fastkd.training.precision import tf32_products
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up_evaluation
@@ -31,7 +34,10 @@ from fastkd.types import Inputs, Reading, Side, teacher_inputs
 _REMEDY = "train it with a smaller train.learning_rate, in another run.output"
 
 # what an evaluation may replace
-_REPLACEABLE = ("data", "task", "teacher", "train", "student.attention", "model.attention")
+_REPLACEABLE = (
+    *("data", "task", "evaluate", "teacher", "train"),
+    *("student.attention", "model.attention"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,10 @@ class Evaluation:
     """Weighted sum of the losses, see `Objective.total`."""
     judged: dict[str, Any]
     """Of text `sentence_cosine` (cosine of both models' embeddings, `None` where their lengths
-    differ or fastkd can't make them), `blocks` and `tokens`; of a task `score`, `scores` by set and
-    metric, `examples`."""
+    differ or fastkd can't make them), `blocks` and `tokens`, of a language model `perplexity` or,
+    of masked tokens, `pseudo_perplexity`; of a task `score`, `scores` by set and metric, `class_f1`
+    by set and class, `baseline` (the scores of one answer to everything), `one_class`,
+    `examples`; of embeddings that are judged `pairs` and `mteb`, scores by name."""
     teacher: dict[str, Any] | None = None
     """The same of the teacher, where it was asked for."""
 
@@ -81,15 +89,26 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
     heard: Reading = "states" if embeds else datamodule.reads
     embeddings = [run.embedding(side) for side in get_args(Side)] if embeds else []
     evaluator, of_teacher = datamodule.evaluator(ranks), None
+    head = objective.pair.head
+    teacher_tokens = None
     with ExitStack() as stack:
-        student_heard = stack.enter_context(overheard(run.module.student, heard))
+        student = run.module.student
+        tokens = stack.enter_context(heard_perplexity(student, head, ranks.device))
+        student_heard = stack.enter_context(overheard(student, heard))
         teacher_heard = None
         if isinstance(teacher, TeacherRunner) and (compares or judge_teacher):
             teacher_heard = stack.enter_context(overheard(teacher.model, heard))
             of_teacher = None if compares else datamodule.evaluator(ranks, "teacher")
+            if judge_teacher:
+                listening = heard_perplexity(teacher.model, head, ranks.device)
+                teacher_tokens = stack.enter_context(listening)
         stack.enter_context(torch.no_grad())
         for batch in batches:
             inputs = run.move(batch.inputs)
+            labels = target_labels(inputs, head) if len(batch.rows) else None
+            tokens.expect(labels)
+            if teacher_tokens:
+                teacher_tokens.expect(labels)
             loss_scales = (objective.divisors(inputs) / whole).float()
             # a teacher's outputs need all of its layers, its losses perhaps not
             teacher_states = teacher(inputs, whole=teacher_heard is not None)
@@ -112,8 +131,13 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
 
     if broken := first_broken(by_label):
         refuse(f"loss {broken}")
-    judged = of_teacher.results(ranks) if of_teacher else None
-    result = Evaluation(by_label, objective.total(by_label), evaluator.results(ranks), judged)
+    of_alone = of_teacher.results(ranks) if of_teacher else {}
+    of_alone |= teacher_tokens.results(ranks) if teacher_tokens else {}
+    if judge_teacher:
+        of_alone |= judge_embeddings(run, "teacher")
+    judged = evaluator.results(ranks) | tokens.results(ranks)
+    judged |= judge_embeddings(run, "student")
+    result = Evaluation(by_label, objective.total(by_label), judged, of_alone or None)
     if broken := first_broken(result.as_dict()):
         refuse(broken)
     return result

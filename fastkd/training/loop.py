@@ -28,6 +28,7 @@ from fastkd.training.rehearsal import try_losses
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up
 from fastkd.training.stages import check_later, finish_stages, stage_folders
+from fastkd.training.steering import check_metrics
 from fastkd.training.summary import disk_bytes, summarise
 from fastkd.training.teacher_cache.forecast import describe
 from fastkd.training.teacher_cache.plan import plan_for_run
@@ -113,6 +114,7 @@ def train(
     folder = RunFolder(recipe.run.output)
     started = time.perf_counter()
     run = set_up(recipe, ranks, progress=not reporter.console.quiet)
+    check_metrics(run)
     try_losses(run)
     cache = plan_for_run(run)
     ranks.from_main(lambda: _claim(folder, recipe, claim))
@@ -131,13 +133,15 @@ def train(
         closing(books.micro_batches) as micro_batches,
     ):
         window = Window(run, micro_batches, step)
-        while step < steps:
+        while step < steps and not books.steering.is_over:
             with run.profile.step():
                 window.add(train_step(run, read_step(run, micro_batches, step)))
             step += 1
             books.close_step(step, window, stop)
-    summary = summarise(run, folder, time.perf_counter() - started)
-    export_student(run.engine, run.source, run.handed_on, run.tokenizer, folder, ranks)
+    books.steering.describe(step, reporter)
+    summary = summarise(run, folder, time.perf_counter() - started, step, books.steering)
+    handed_on, best = (run.source, run.handed_on, run.tokenizer), books.steering.weights
+    export_student(run.engine, *handed_on, folder, ranks, run.prompts, best)
     summary["disk_bytes"] = ranks.from_main(partial(disk_bytes, run, folder))
     if ranks.is_main:
         write_card(folder, run.recipe, summary, noted_models(folder.path))
@@ -175,7 +179,10 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
     totals = torch.zeros(2, len(objective.labels), device=ranks.device)
     gathers = run.gathers(micro_batches, loss_scales)
     teacher_states = run.teacher_states(micro_batches)
-    for batch, scale, gather in zip(micro_batches, loss_scales, gathers, strict=True):
+    together = zip(micro_batches, loss_scales, gathers, strict=True)
+    for number, (batch, scale, gather) in enumerate(together, start=1):
+        if run.plan.tokens is not None:
+            engine.set_gradient_accumulation_boundary(number == len(micro_batches))
         if run.graphed is not None:
             parts = run.graphed(batch, scale)
             engine.take_gradients()

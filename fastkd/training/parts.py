@@ -7,11 +7,14 @@ run exported.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.capture import (
     AttentionTraits,
@@ -23,7 +26,9 @@ from fastkd.capture import (
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import DataModule
 from fastkd.data.factory import make_datamodule, task_of
+from fastkd.data.pairs import encode_pairs, read_pairs
 from fastkd.data.rows.datamodule import RowDataModule
+from fastkd.data.rows.tokenized import EncodedRows
 from fastkd.data.tasks import Task, hand_on_padding, reads_padding
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.text.mlm import Masking
@@ -52,15 +57,19 @@ from fastkd.models import (
     read_embedding,
 )
 from fastkd.models.classifier import check_start, fit_classifier, load_tuned, name_outputs
+from fastkd.models.importance import start_by_importance
 from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, TaskData, resolve_steps
-from fastkd.training.export import load_projections
+from fastkd.row_form import RowForm
+from fastkd.training.export import check_prompts, load_projections
 from fastkd.training.finite import check_weights
 from fastkd.training.memory import check_micro_batch
 from fastkd.training.precision import check_eight_bits, settle_precision
 from fastkd.training.run_folder import RunFolder
-from fastkd.types import ModelSource
+from fastkd.types import Inputs, ModelSource
 
 R = TypeVar("R", Recipe, FinetuneRecipe)
+# by which a teacher's channels are chosen; Minitron takes 1,024 samples of calibration data
+_READ_ROWS = 256
 
 
 @dataclass
@@ -80,6 +89,8 @@ class Parts:
     """`None` where hard labels teach."""
     source: ModelSource
     """The model that the student was made from."""
+    pairs: dict[str, EncodedRows]
+    """Pairs of texts with scores, by name, that embeddings are judged by."""
     handed_on: dict[str, Any]
     """Values of its configuration that the student is handed on with: dropout rates, padding."""
 
@@ -87,6 +98,12 @@ class Parts:
     def objective(self) -> Objective:
         """The losses."""
         return self.module.objective
+
+    @property
+    def prompts(self) -> Mapping[str, str]:
+        """What stands before the texts that are read, by the name of their column."""
+        data = self.recipe.data if isinstance(self.recipe, Recipe) else None
+        return {} if data is None else data.prompts
 
 
 def gather(
@@ -144,8 +161,9 @@ def _distillation(
     traits = _traits(student, recipe), teacher_traits
     if made is None:
         check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
-    embeddings = _embeddings(recipe, teacher, student)
+    embeddings = find_embeddings(recipe, teacher.config, student.config)
     # before the data, which takes long to read, and may tell how many steps there are
+    pairs = _pairs(recipe, tokenizer, teacher.config, ranks)
     objective = make_objective(
         recipe.losses,
         layers,
@@ -176,6 +194,12 @@ def _distillation(
     handed_on = dropout_rates(teacher.config)
     if HEADS[head].data == "task":
         handed_on |= pad_alike(datamodule, tokenizer, student, teacher)
+    if made is None and recipe.student.init == "importance":
+        read = first_inputs(datamodule, recipe, plan, ranks)
+        if recipe.teacher.placement == "replicate":
+            teacher.to(ranks.device)
+        found = start_by_importance(student, teacher, layers, read, ranks)
+        initialisation = replace(initialisation, copied=found)
     return Parts(
         recipe=recipe,
         ranks=ranks,
@@ -187,31 +211,65 @@ def _distillation(
         module=DistilledStudent(student, objective),
         teacher_model=teacher,
         source=source,
+        pairs=pairs,
         handed_on=handed_on,
     )
 
 
-def _embeddings(
-    recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedModel
+def first_inputs(
+    datamodule: DataModule, recipe: Recipe, plan: BatchPlan, ranks: Ranks
+) -> Iterator[Inputs]:
+    """This rank's micro-batches of the first steps of a run, of some rows or one step at least."""
+    train = recipe.train
+    steps = range(-(-_READ_ROWS // train.batch_size))
+    order = train.batch_size, train.seed, plan, ranks.rank
+    with closing(datamodule.micro_batches(*order)) as micro_batches:
+        for step in steps:
+            yield from micro_batches.next_step(step)
+
+
+def find_embeddings(
+    recipe: Recipe, teacher: PreTrainedConfig, student: PreTrainedConfig
 ) -> tuple[EmbeddingModules, EmbeddingModules] | None:
-    """What makes embeddings of student and teacher; `None` where fastkd doesn't know the teacher's
-    modules and no loss asks.
+    """What makes embeddings of student and teacher, as of `ModelPair`; `None` where fastkd doesn't
+    know the teacher's modules and no loss asks.
 
     Raises:
-        UserError: it doesn't, and one asks.
+        UserError: it doesn't, and one asks; or prompts of the data contradict the teacher's.
     """
     readers = embedding_losses(recipe.losses)
+    asks = [f"losses.{name}" for name in readers]
+    if recipe.evaluate is not None:
+        asks.append("evaluate")
     stated = [config.pooling for config in readers.values() if config.pooling is not None]
     pooling: PoolingMode = stated[0] if stated else "mean"
     source, head = recipe.teacher.source, recipe.student.head
+    if recipe.data is not None:
+        check_prompts(source, recipe.data.prompts)
     try:
-        found = read_embedding(source, teacher.config, head, pooling)
+        found = read_embedding(source, teacher, head, pooling)
     except UnknownModule as error:
-        if not readers:
+        if not asks:
             return None
-        name = next(iter(readers))
-        raise UserError(f"losses.{name} compares embeddings, but teacher.{error}") from error
-    return found.of_student(student.config.hidden_size), found
+        raise UserError(f"{asks[0]} compares embeddings, but teacher.{error}") from error
+    return found.of_student(student.hidden_size), found
+
+
+def _pairs(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, ranks: Ranks
+) -> dict[str, EncodedRows]:
+    """Pairs of texts that embeddings are scored on, by name; the first rank reads their files."""
+    given = {} if recipe.evaluate is None else recipe.evaluate.pairs
+    data, found = recipe.data, {}
+    for name, pairs in given.items():
+        assert data is not None, "a recipe that evaluates embeddings has text"
+        columns = pairs.sentence1, pairs.sentence2
+        prompts = dict.fromkeys(columns, pairs.prompt)
+        form = RowForm(columns=columns, named=True, scores=(pairs.score,), prompts=prompts)
+        place = pairs.path, pairs.split, form, data.cache, f"evaluate.pairs.{name}"
+        rows = ranks.from_main(partial(read_pairs, *place))
+        found[name] = encode_pairs(rows, form, tokenizer, config, data.block_size, name)
+    return found
 
 
 def _masking(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Masking | None:
@@ -276,7 +334,7 @@ def _finetuning(
     if made is None:
         recipe = _resolved(recipe, datamodule)
     handed_on = tuned.rates | pad_alike(datamodule, tokenizer, model)
-    objective, layers = hard_objective(model, recipe.train.steps)
+    objective, layers = hard_objective(model, task.kind, recipe.train.steps)
     return Parts(
         recipe=recipe,
         ranks=ranks,
@@ -288,6 +346,7 @@ def _finetuning(
         module=DistilledStudent(model, objective),
         teacher_model=None,
         source=source,
+        pairs={},
         handed_on=handed_on,
     )
 

@@ -22,6 +22,7 @@ from fastkd.files.disk import (
     write_whole,
 )
 from fastkd.recipe import AnyRecipe, dump_recipe, load_any_recipe, parse_any_recipe
+from fastkd.recipe.models import STARTS
 from fastkd.training.beginnings import (
     FILES,
     FOLDERS,
@@ -297,7 +298,8 @@ def _found_from(tree: Mapping[str, Any], folder: Path, given: Sequence[str] = ()
     """A recipe whose relative paths are absolute where something is there, seen from a folder; any
     other name is on the hub or nowhere. Keys in `given`, and what is below them, stay."""
     found = dict(tree)
-    for place in _PLACES:
+    pairs = (tree.get("evaluate") or {}).get("pairs", ())
+    for place in (*_PLACES, *(f"evaluate.pairs.{name}.path" for name in pairs)):
         if not any(f"{place}.".startswith(f"{key}.") for key in given):
             found = _replaced(found, place, folder)
     if found.get("stages"):
@@ -315,7 +317,7 @@ def _replaced(section: dict[str, Any], key: str, folder: Path) -> dict[str, Any]
     if isinstance(value, list):
         return {**section, head: [_absolute(name, folder) for name in value]}
     # words, which the recipe reads before it looks for a folder
-    word = head == "init" and value in ("teacher", "random")
+    word = head == "init" and value in STARTS
     return section if word else {**section, head: _absolute(value, folder)}
 
 

@@ -12,6 +12,7 @@ from tiny_cards import tiny_summary
 from tiny_models import POSITIONS, VOCABULARY, save_teacher
 from transformers import PreTrainedModel
 
+from fastkd.head_spec import HEADS
 from fastkd.layer_map import make_layer_map
 from fastkd.losses import ModelPair
 from fastkd.losses.objective import DistilledStudent, Objective
@@ -49,17 +50,25 @@ def exported(folder: Path, teacher: Path, head: Head = "none", **numbers: Any) -
     folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(str(folder))
     source = ModelSource(str(teacher))
-    export_student(engine, source, {}, load_tokenizer(source, 2 * VOCABULARY), run, ranks)
+    tokenizer = load_tokenizer(source, 2 * VOCABULARY)
+    export_student(engine, source, {}, tokenizer, run, ranks, prompts={})
     tree = {
         "teacher": {"model": str(teacher)},
         "student": {"layers": 2, "head": head, **numbers},
         "losses": {"hidden": {}},
-        "data": {"train": "python-docs"},
+        **_read(head),
         "run": {"output": str(folder)},
     }
     notes = export_notes(student, large.config, source, head)
     write_card(run, parse_recipe(tree), tiny_summary(notes=notes), {})
     return run.student
+
+
+def _read(head: Head) -> dict[str, Any]:
+    """A section of what a student with a head learns from, text where it may."""
+    if not HEADS[head].columns:
+        return {"data": {"train": "python-docs"}}
+    return {"task": {"name": "t", "kind": head, "source": "org/t", "labels": ["O", "B-x"]}}
 
 
 def save_sentences(folder: Path, *modules: Any, architecture: str = "bert", **changes: Any) -> Path:

@@ -60,6 +60,12 @@ class RowDataModule:
     def counted(self) -> tuple[str, int]:
         return "rows", 1
 
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        if self.outputs is None:
+            return ("sentence_cosine",)
+        return ("spearman",) if self.outputs == 1 else ("same_class",)
+
     def micro_batches(
         self, batch_size: int, seed: int, plan: BatchPlan, rank: int
     ) -> BucketedMicroBatches:
@@ -69,10 +75,13 @@ class RowDataModule:
             numbers = torch.from_numpy(train.numbers(rows))
             return {**train.batch(rows, multiple), ROWS: numbers}
 
+        def tokens(multiple: int, row: int) -> int:
+            longest = int(train.lengths[row])
+            return train.each * padded_length(longest, multiple, train.sequences.max_length)
+
         stream = ExampleStream(train, batch_size, seed)
-        return BucketedMicroBatches(
-            stream, read, plan, rank, longest=self._longest if self.counts_padding else None
-        )
+        longest = self._longest if self.counts_padding else None
+        return BucketedMicroBatches(stream, read, plan, rank, longest=longest, tokens=tokens)
 
     def heldout(self, size: int, ranks: Ranks) -> Iterator[EvalBatch]:
         rows, chosen = self.encoded.heldout, self._chosen
@@ -88,9 +97,6 @@ class RowDataModule:
         if self.outputs is None:
             return EmbeddingEvaluator(count, each, ranks.device)
         return OutputEvaluator(count, each, self.outputs, ranks.device)
-
-    def constant_score(self) -> float | None:
-        return None
 
     def totals(self, rows: int) -> dict[str, Any]:
         train = self.encoded.train

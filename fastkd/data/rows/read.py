@@ -25,19 +25,22 @@ class TextRow(NamedTuple):
         return sum(map(len, self.texts))
 
 
-def read_rows(sources: Iterable[Source], form: RowForm) -> Iterator[TextRow]:
+def read_rows(
+    sources: Iterable[Source], form: RowForm, field: str = "data.columns or data.scores"
+) -> Iterator[TextRow]:
     """All rows of some sources, in their order.
 
     Args:
         sources: with columns or, where a row is one text and no column is named, without.
         form: what a row is.
+        field: of the recipe that names columns.
 
     Raises:
         UserError: with file and line: a missing column, a text that is empty or no text, a list of
             candidates or scores that is none or of another length, a score that is not finite.
     """
     wanted = (*form.columns, *form.scores)
-    field = "data.columns or data.scores" if form.named or form.scores else TEXT_COLUMN
+    field = field if form.named or form.scores else TEXT_COLUMN
     for source in sources:
         if isinstance(source, Records):
             for where, record in source.records(wanted, field):

@@ -41,6 +41,10 @@ class TextDataModule:
     def counted(self) -> tuple[str, int]:
         return "tokens", self.block_size
 
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        return ("sentence_cosine",)
+
     def micro_batches(
         self, batch_size: int, seed: int, plan: BatchPlan, rank: int
     ) -> BlockMicroBatches:
@@ -61,9 +65,6 @@ class TextDataModule:
 
     def evaluator(self, ranks: Ranks, whose: Judged = "student") -> CosineEvaluator:
         return CosineEvaluator(self.corpus.heldout, ranks.device)
-
-    def constant_score(self) -> float | None:
-        return None
 
     def totals(self, rows: int) -> dict[str, Any]:
         return {

@@ -17,11 +17,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from fastkd.data.factory import task_of
 from fastkd.errors import printable
 from fastkd.files.disk import disk_errors, write_whole
-from fastkd.head_spec import HEADS, TASK_HEAD
+from fastkd.head_spec import HEADS
 from fastkd.models import ListingError, model_sources, read_modules
 from fastkd.recipe import AnyRecipe, Recipe, write_yaml
 from fastkd.reporting.html import fenced, markdown, markdown_table, shortened
-from fastkd.reporting.report import loss_rows, model_names, model_rows
+from fastkd.reporting.report import loss_rows, model_names, model_rows, score_tables
 from fastkd.training.card.licence import Licence, licence_of
 from fastkd.training.card.names import PublicText, is_path, public_tree
 from fastkd.training.environment import environment
@@ -68,7 +68,7 @@ def make_card(
     digests: Mapping[str, Mapping[str, str]],
 ) -> ModelCard:
     """The card of a run's student, likewise."""
-    head: Head = recipe.student.head if isinstance(recipe, Recipe) else TASK_HEAD
+    head: Head = recipe.student.head if isinstance(recipe, Recipe) else recipe.task.kind
     tree, made_on = recipe.model_dump(mode="json"), environment()
     public, said = public_tree(tree), PublicText(tree)
     sources = model_sources(recipe)
@@ -79,6 +79,7 @@ def make_card(
         "Loading it": _loading(recipe, head, has_modules, run.student),
         "What is not as in its teacher": [f"- {_text(said(note))}" for note in summary["notes"]],
         "Held-out losses": _held_out(summary),
+        "Scores": _scores(summary),
         "Size and speed": _size(summary, made_on),
         "Made from": _sources(sources, public, licences, digests),
         "Data": _data(public, summary),
@@ -193,6 +194,15 @@ def _held_out(summary: dict[str, Any]) -> list[str]:
     lines = markdown_table(("term/student-teacher", "before", "after"), rows[:_ROWS])
     if len(rows) > _ROWS:
         lines += ["", f"{len(rows) - _ROWS} more are left out."]
+    return lines
+
+
+def _scores(summary: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for columns, rows in score_tables(summary):
+        lines += markdown_table(columns, rows[:_ROWS])
+        if len(rows) > _ROWS:
+            lines += ["", f"{len(rows) - _ROWS} more are left out."]
     return lines
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.distributed import Ranks
@@ -52,10 +53,16 @@ def export_notes(
         teacher_config: configuration of the model that it was made from.
         source: that model.
         head: what stands on the student.
-        own: what the losses say of the student's embedding.
+        own: from `own_embedding`.
     """
     found = sentence_modules(source, teacher_config, student.config, head, own)
     return [*found.notes(source), *pooler_note(student)]
+
+
+def own_embedding(objective: Objective, prompts: Mapping[str, str]) -> EmbeddingModules | None:
+    """The student's embedding where its folder must say it, because losses decide it or prompts are
+    handed on; the objective's parameters must be whole."""
+    return objective.student_modules() or (objective.embedding("student") if prompts else None)
 
 
 def export_student(
@@ -65,7 +72,8 @@ def export_student(
     tokenizer: PreTrainedTokenizerBase,
     run: RunFolder,
     ranks: Ranks,
-    prompts: Mapping[str, str] | None = None,
+    prompts: Mapping[str, str],
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write `student/` and `projections.safetensors` of a run; called by all ranks.
 
@@ -77,6 +85,8 @@ def export_student(
         run: where to.
         ranks: this process among all.
         prompts: that the texts were read with, by name.
+        weights: of an earlier step, by the names of the module's parameters, which are exported in
+            place of those of now; on the first rank.
 
     Raises:
         UserError: the disk is full, or failed.
@@ -84,6 +94,9 @@ def export_student(
     module: DistilledStudent = engine.module
     with whole_weights(engine, module.parameters()), disk_errors(run.student):
         if ranks.is_main:
+            if weights is not None:
+                for name, parameter in module.named_parameters():
+                    parameter.data.copy_(weights[name])
             folder, projections = temporary_of(run.student), temporary_of(run.projections)
             shutil.rmtree(folder, ignore_errors=True)
             # whoever trains on from here expects the usual rates
@@ -91,9 +104,9 @@ def export_student(
                 setattr(module.student.config, name, rate)
             _write_model(module.student, folder)
             tokenizer.save_pretrained(folder)
-            _write_around(module, source, prompts or {}, folder)
-            weights = {k: v.contiguous() for k, v in module.objective.kept().items()}
-            save_file(weights, projections)
+            _write_around(module, source, prompts, folder)
+            kept = {k: v.contiguous() for k, v in module.objective.kept().items()}
+            save_file(kept, projections)
             settle(projections)
             settle(folder)
             os.replace(projections, run.projections)
@@ -114,7 +127,7 @@ def _write_around(
     """What other libraries read, and what people should."""
     student, head = module.student, module.objective.pair.head
     teacher_config = read_config(locate_model(source.name), f"model {source.name}", source.revision)
-    own = module.objective.student_modules()
+    own = own_embedding(module.objective, prompts)
     modules = sentence_modules(source, teacher_config, student.config, head, own)
     write_modules(modules, source, folder, student.config.hidden_size, prompts)
 

@@ -55,17 +55,18 @@ PACKAGES: tuple[set[str], ...] = (
         "safetensors",
         "rich",
         "sklearn",
+        "mteb",
     },
     {"torch", "transformers", "safetensors", "deepspeed"},
     {"torch"},
     {"torch", "transformers", "safetensors", "deepspeed"},
-    {"torch", "numpy", "transformers", "psutil", "matplotlib"},
+    {"torch", "numpy", "transformers", "psutil", "matplotlib", "mteb"},
     {"torch", "numpy", "pydantic", "scipy", "matplotlib", "optuna", "rich", "transformers"},
     {"torch", "transformers", "safetensors"},
     {"typer"},
 )
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "ot": "pot", "cpuinfo": "py-cpuinfo"}
-EXTRAS = ("demo", "study", "tasks", "tensorboard", "trainer", "dev")
+EXTRAS = ("demo", "mteb", "study", "tasks", "tensorboard", "trainer", "dev")
 LINES = 600
 
 
@@ -208,7 +209,7 @@ def undeclared(path: Path, declared: set[str]) -> set[str]:
 
 
 def test_everything_imported_is_declared() -> None:
-    packages = dependencies("study", "tasks")
+    packages = dependencies("mteb", "study", "tasks")
     tests = dependencies(*EXTRAS)
     found = {named(path): undeclared(path, packages) for path in PACKAGE_FILES}
     found |= {named(path): undeclared(path, tests) for path in python_files("tests", "benchmarks")}

@@ -11,7 +11,9 @@ import json
 import sys
 from typing import Any
 
-ABSENT = {"accelerate", "optuna", "cmaes", "matplotlib", "sklearn", "tensorboard", "wandb"}
+ABSENT = {
+    *("accelerate", "cmaes", "matplotlib", "mteb", "optuna", "sklearn", "tensorboard", "wandb"),
+}
 
 
 class _WithoutThem(importlib.machinery.PathFinder):

@@ -23,7 +23,6 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.errors import UserError
-from fastkd.head_spec import TASK_HEAD
 from fastkd.models import read_model
 from fastkd.recipe import (
     AnyRecipe,
@@ -136,7 +135,7 @@ def finetune(
     given = _tree(recipe), {**(overrides or {}), **dotted}
     parsed = parse_finetune_recipe(_replaced(*given), _name(recipe))
     callbacks = Callbacks(on_step, on_evaluate)
-    return _run(parsed, TASK_HEAD, resume, quiet, callbacks)
+    return _run(parsed, parsed.task.kind, resume, quiet, callbacks)
 
 
 def _run(

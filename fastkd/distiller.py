@@ -22,7 +22,7 @@ from fastkd.layer_map.sections import Layers
 from fastkd.losses import DIVISORS, model_inputs
 from fastkd.losses.base import Setting
 from fastkd.losses.factory import capture_needs, embedding_losses, make_objective
-from fastkd.losses.heads import HardLoss
+from fastkd.losses.heads import HeadLoss
 from fastkd.losses.objective import DistilledStudent
 from fastkd.losses.registry import loss_class
 from fastkd.recipe import Losses, complain
@@ -133,9 +133,12 @@ class Distiller(nn.Module):
         self._runs: list[TeacherRunner] = []
         self._compiled = self._compile() if compile else None
         self._listens = needs["attention"]
-        hard = (n for n, c in section.terms.items() if issubclass(loss_class(c.loss), HardLoss))
-        # the loss that learns from labels
-        self._labels_read = next(hard, None)
+        of_heads = ((n, loss_class(c.loss)) for n, c in section.terms.items())
+        # the loss that learns from labels, or where they are
+        self._labels_read = next(
+            (n for n, kind in of_heads if issubclass(kind, HeadLoss) and kind.reads_labels(head)),
+            None,
+        )
         self._keywords = [set(signature(model.forward).parameters) for model in (student, teacher)]
         self._found: list[tuple[list[str], bool]] = []
 

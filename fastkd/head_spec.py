@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fastkd.types import Head
+from fastkd.types import Head, TaskKind
 
-Labels = Literal["example", "next_token", "masked_token"]
+Labels = Literal["example", "token", "next_token", "masked_token"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,12 @@ class HeadSpec:
     losses: tuple[str, ...] = ()
     """Losses that need it, beside those of layers, which fit every head."""
     labels: Labels | None = None
-    """What a label is of: an example of a task, or a token of text; `None`: it learns none."""
+    """What a label is of: an example of a task, the first token of each of its words, or a token of
+    text; `None`: it learns none."""
     data: Literal["text", "task"] = "text"
     """Section of the recipe that it is trained on where its labels are read."""
+    columns: tuple[tuple[str, ...], str] | None = None
+    """Columns of the texts and of the label of its tasks, where a recipe names none."""
     language_model: bool = False
     """Whether it multiplies the last hidden state with the vocabulary, so that its logits are
     never written out."""
@@ -49,6 +52,15 @@ HEADS: dict[Head, HeadSpec] = {
         untrained_teacher="train it with fastkd finetune first",
         sentence_tasks=("sequence-classification",),
     ),
+    "token_classification": HeadSpec(
+        auto_model="AutoModelForTokenClassification",
+        classes="MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+        losses=("logits", "labels"),
+        labels="token",
+        data="task",
+        columns=(("tokens",), "tags"),
+        untrained_teacher="train it with fastkd finetune first",
+    ),
     "causal_lm": HeadSpec(
         auto_model="AutoModelForCausalLM",
         classes="MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -67,8 +79,8 @@ HEADS: dict[Head, HeadSpec] = {
     ),
 }
 
-TASK_HEAD: Head = next(head for head, spec in HEADS.items() if spec.data == "task")
-"""The head that learns a task where a recipe names none."""
+TASK_HEAD: TaskKind = "sequence_classification"
+"""The head that learns a task whose kind a recipe does not name."""
 
 
 def heads_of_loss(loss: str) -> tuple[Head, ...]:

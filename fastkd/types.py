@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 AnyPath: TypeAlias = str | os.PathLike[str]
-Head = Literal["none", "sequence_classification", "causal_lm", "masked_lm"]
+TaskKind = Literal["sequence_classification", "token_classification"]
+"""What a task asks of a model, which is also the head that answers."""
+Head = Literal["none", TaskKind, "causal_lm", "masked_lm"]
 """What stands on a model's blocks."""
 EightBits = Literal["float8", "int8"]
 """Kinds of numbers of a byte that a teacher's linear layers multiply."""
@@ -19,8 +21,8 @@ Side = Literal["student", "teacher"]
 Inputs: TypeAlias = "Mapping[str, Tensor]"
 """What both models read: `input_ids` [batch, tokens] and what goes with them."""
 Reading = Literal["states", "embeddings", "predictions"]
-"""Last hidden states [batch, tokens, width], embeddings made of them [batch, dim], or
-[batch, outputs] of a classification head."""
+"""Last hidden states [batch, tokens, width], embeddings made of them [batch, dim], or what a task's
+head gives, see `Capture.logits`."""
 
 ROWS = "rows"
 """Key of a micro-batch to train on: numbers of its blocks, examples or sequences among all, int64

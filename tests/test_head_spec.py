@@ -13,7 +13,7 @@ from fastkd.errors import UserError
 from fastkd.head_spec import HEADS, TASK_HEAD, heads_of_loss
 from fastkd.losses.registry import loss_names
 from fastkd.recipe import parse_recipe
-from fastkd.types import Head
+from fastkd.types import Head, TaskKind
 
 ROOT = Path(__file__).parents[1] / "fastkd"
 # a published method has its head
@@ -27,11 +27,13 @@ def test_every_head_has_a_row_and_its_class_exists() -> None:
         assert set(spec.losses) <= set(loss_names())
         assert (spec.labels is None) == (not spec.losses)
     assert TASK_HEAD == "sequence_classification"
+    assert get_args(TaskKind) == tuple(head for head in HEADS if HEADS[head].data == "task")
 
 
 def test_which_losses_need_which_heads() -> None:
-    assert heads_of_loss("logits") == ("sequence_classification", "causal_lm", "masked_lm")
-    assert heads_of_loss("labels") == ("sequence_classification", "causal_lm")
+    classes = "sequence_classification", "token_classification"
+    assert heads_of_loss("logits") == (*classes, "causal_lm", "masked_lm")
+    assert heads_of_loss("labels") == (*classes, "causal_lm")
     assert heads_of_loss("mlm") == ("masked_lm",)
     assert heads_of_loss("hidden") == ()
 
@@ -40,7 +42,9 @@ def test_which_losses_need_which_heads() -> None:
 @pytest.mark.parametrize("loss", ["logits", "labels", "mlm", "hidden"])
 def test_a_recipe_takes_what_the_table_says(head: Head, loss: str) -> None:
     losses = {"logits": {}, loss: {}} if HEADS[head].language_model else {loss: {}}
-    task = {"name": "SST-2", "source": "x"}
+    kind = {"kind": head} if HEADS[head].data == "task" else {}
+    own = {"columns": {"texts": "a", "label": "b"}, "labels": ["O", "B-X"]}
+    task = {"name": "own", "source": "x", **own, **kind}
     data = {"task": task} if HEADS[head].data == "task" else {"data": {"train": "x"}}
     tree = {
         **data,

@@ -38,7 +38,8 @@ SECTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"loss": "contrastive", "symmetric": True, "dimensions": [2]}, GROUP),
     ({"loss": "contrastive", "temperature": 0.3, "distilled": True, "symmetric": True}, GROUP),
     ({"loss": "score"}, PAIR),
-    ({"loss": "score", "similarity": "dot", "scale": 2.0, "dimensions": [4]}, GROUP),
+    ({"loss": "score", "similarity": "dot", "scale": 2.0}, GROUP),
+    ({"loss": "score", "scale": 2.0, "dimensions": [4, 5]}, GROUP),
     ({"loss": "score", "kind": "margin_mse", "scale": 3.0}, GROUP),
     ({"loss": "score", "kind": "listwise_kl", "temperature": 0.5}, GROUP),
     ({"loss": "score", "kind": "listwise_kl", "target": "file", "scale": 5.0}, GROUP),
@@ -189,9 +190,7 @@ def defined(
     whole = formulas[section["loss"]](section, s, t, texts, *more)
     cut = []
     for size in section.get("dimensions", ()):
-        # each of length one: only a dot product sees it
-        prefixes = [v[:size] / v[:size].norm() for v in s]
-        cut.append(formulas[section["loss"]](section, prefixes, t, texts, *more))
+        cut.append(formulas[section["loss"]](section, [v[:size] for v in s], t, texts, *more))
     return torch.stack([whole, *cut]).mean()
 
 
@@ -301,6 +300,17 @@ def test_a_loss_that_gathers_in_another_way_is_refused(
         total(made({"loss": "odd"}, ("text",)), *states, inputs(1), 1, CUTS)
 
 
+def test_other_losses_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    called: list[int] = []
+    register_loss("odd")(gathering(lambda batch: called.append(1) or 0, 1))
+    losses = Losses.model_validate({"similarity": {}, "odd": {}})
+    layers, pair = make_layer_map("uniform", 2, 4), ModelPair(widths=(NARROW, WIDE))
+    states = drawn(ROWS, TOKENS, NARROW, seed=1), drawn(ROWS, TOKENS, WIDE, seed=2)
+    total(Objective(losses, layers, pair), *states, inputs(1), 1, CUTS)
+    assert len(called) == len(CUTS)
+
+
 @pytest.mark.parametrize(
     ("section", "plan", "recorded", "said"),
     [
@@ -311,11 +321,12 @@ def test_a_loss_that_gathers_in_another_way_is_refused(
             r"losses\.mine compares rows, 2 at .* 1;",
         ),
         ({"loss": "rkd", "kind": "angle"}, (2, 1, 2), False, r"3 at least, .* which has 2; raise"),
+        ({"loss": "rkd"}, (1, 8, 1, 64), False, r"which has 1; raise data\.batch_tokens or train"),
         ({"loss": "rkd"}, (2, 4, 1), True, r"train\.cuda_graph is on, but losses\.mine compares"),
     ],
 )
 def test_rows_that_can_not_be_compared_are_refused(
-    section: dict[str, Any], plan: tuple[int, int, int], recorded: bool, said: str
+    section: dict[str, Any], plan: tuple[int, ...], recorded: bool, said: str
 ) -> None:
     objective = made(section, ("text",))
     with pytest.raises(UserError, match=said):

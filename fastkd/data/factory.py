@@ -28,6 +28,7 @@ from fastkd.data.tasks import (
 )
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.tasks.read import ExampleSource
+from fastkd.data.tasks.words import TaggedTexts, WordForm, read_words
 from fastkd.data.text import TextSettings, prepare_corpus
 from fastkd.data.text.datamodule import TextDataModule
 from fastkd.data.text.mlm import Masking
@@ -35,7 +36,7 @@ from fastkd.data.text.tokenize import stream_workers
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.extras import need
-from fastkd.head_spec import HEADS
+from fastkd.head_spec import HEADS, Labels
 from fastkd.recipe import AnyRecipe, Data, Recipe, TaskAugmentation, TaskData
 from fastkd.row_form import RowForm
 
@@ -116,12 +117,14 @@ def task_of(section: TaskData) -> Task:
             description contradicts itself.
     """
     need("a task", "tasks")
-    if section.columns is None:
+    columns = section.read_columns
+    if columns is None:
         task = glue_task(section.name)
     else:
         task = Task(
             name=section.name,
-            columns=Columns(texts=section.columns.texts, label=section.columns.label),
+            columns=Columns(texts=columns.texts, label=columns.label),
+            kind=section.kind,
             labels=section.labels or (),
             meanings=tuple((meaning,) for meaning in section.meanings or ()),
             bounds=section.bounds,
@@ -187,6 +190,7 @@ def _task_datamodule(
     task = task_of(section)
 
     def encode(examples: ExampleSource, first: bool) -> EncodedExamples:
+        form = WordForm(examples) if isinstance(examples, TaggedTexts) else None
         return encode_examples(
             examples,
             tokenizer,
@@ -195,12 +199,16 @@ def _task_datamodule(
             cache=section.cache,
             build=first,
             progress=first and progress,
+            form=form,
         )
 
+    read_split = _READERS[task.labels_of]
+
     def prepare(first: bool) -> TaskDataModule:
-        read = read_examples(task, section.source, section.train, section.cache)
+        read = read_split(task, section.source, section.train, section.cache)
         train: ExampleSource = read
         if section.augmentation is not None:
+            assert isinstance(read, Examples), "a recipe augments texts alone"
             settings = Augmentation(**section.augmentation.model_dump())
             train = augment(
                 read,
@@ -212,7 +220,7 @@ def _task_datamodule(
             )
         evaluations = {}
         for split in section.evaluate or task.evaluations:
-            scored = read_examples(task, section.source, split, section.cache)
+            scored = read_split(task, section.source, split, section.cache)
             if first:
                 _warn_of_scores(scored, read)
             evaluations[split] = encode(scored, first)
@@ -229,6 +237,14 @@ def _task_datamodule(
     pad = padding_id(config, tokenizer, made.sets)
     padded = {name: replace(found, pad_id=pad) for name, found in made.evaluations.items()}
     return replace(made, train=replace(made.train, pad_id=pad), evaluations=padded)
+
+
+_Read = Examples | TaggedTexts
+_READERS: dict[Labels | None, Callable[..., _Read]] = {
+    "example": read_examples,
+    "token": read_words,
+}
+"""By what a label is of, what reads a split."""
 
 
 def _class_weights(
@@ -253,7 +269,7 @@ def _class_weights(
     return found
 
 
-def _warn_of_scores(scored: Examples, train: Examples) -> None:
+def _warn_of_scores(scored: _Read, train: _Read) -> None:
     if scored.name != train.name and scored.digest == train.digest:
         logger.warning("%s holds the same examples as %s", scored.name, train.name)
     if (scored.labels == scored.labels[0]).all():
@@ -262,7 +278,7 @@ def _warn_of_scores(scored: Examples, train: Examples) -> None:
         )
 
 
-def _warn_of_classes(train: Examples, task: Task) -> None:
+def _warn_of_classes(train: _Read, task: Task) -> None:
     held = set(train.labels.tolist())
     absent = [label for number, label in enumerate(task.labels) if number not in held]
     if absent:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase
 
 from fastkd.errors import UserError
 from fastkd.files.flat import flat_file, open_flat
@@ -135,6 +135,29 @@ def tokenise(
     max_length: int,
     field: str = "max_length",
 ) -> Tokenised:
+    """Texts, or pairs of them, as `frame` frames them."""
+    return tokenised(frame(first, second, tokenizer, max_length, field))
+
+
+def tokenised(encoded: BatchEncoding) -> Tokenised:
+    """What a tokenizer made, on its way to a file."""
+    ids = encoded["input_ids"]
+    return Tokenised(
+        _flat(ids, np.int32),
+        _flat(encoded["token_type_ids"], np.uint8),
+        np.fromiter(map(len, ids), dtype=np.int64),
+        sum(bool(encoding.overflowing) for encoding in encoded.encodings),
+    )
+
+
+def frame(
+    first: Sequence[str],
+    second: Sequence[str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    field: str = "max_length",
+    **options: Any,
+) -> BatchEncoding:
     """Frame texts, or pairs of them, as a tokenizer frames them.
 
     Args:
@@ -144,6 +167,7 @@ def tokenise(
         max_length: tokens of a sequence, special tokens included; longer ones are cut, the longer
             text of a pair first.
         field: of the recipe, which says how many.
+        options: further ones of the tokenizer.
 
     Raises:
         UserError: a tokenizer that is not fast, or no room for text.
@@ -159,24 +183,18 @@ def tokenise(
             f"{field}: {max_length} given, but special tokens take {special} of an example; "
             "give a larger one"
         )
-    encoded = tokenizer(
+    encoded: BatchEncoding = tokenizer(
         list(first),
         None if second is None else list(second),
-        truncation=True,
         max_length=max_length,
         return_attention_mask=False,
         return_token_type_ids=True,
         verbose=False,
+        **{"truncation": True, **options},
     )
     # or an exported tokenizer would cut texts
     tokenizer.backend_tokenizer.no_truncation()
-    ids = encoded["input_ids"]
-    return Tokenised(
-        _flat(ids, np.int32),
-        _flat(encoded["token_type_ids"], np.uint8),
-        np.fromiter(map(len, ids), dtype=np.int64),
-        sum(bool(encoding.overflowing) for encoding in encoded.encodings),
-    )
+    return encoded
 
 
 class SequenceWriter:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from fastkd.capture import find_module
 from fastkd.errors import UserError
-from fastkd.head_spec import TASK_HEAD
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.base import ModelPair, Term
 from fastkd.losses.embeddings import EmbeddingConfig
@@ -110,9 +109,9 @@ def _check_modules(term: Term, model: PreTrainedModel, side: Side) -> None:
             raise UserError(f"{key_of(term)}: {error}") from error
 
 
-def hard_objective(model: PreTrainedModel, steps: int) -> tuple[Objective, LayerMap]:
+def hard_objective(model: PreTrainedModel, head: Head, steps: int) -> tuple[Objective, LayerMap]:
     """The objective of a fine-tuning run, hard labels alone, and a map that it doesn't use."""
     depth, width = model.config.num_hidden_layers, model.config.hidden_size
     layers = make_layer_map("uniform", depth, depth)
-    pair = ModelPair(widths=(width, width), head=TASK_HEAD, outputs=model.config.num_labels)
+    pair = ModelPair(widths=(width, width), head=head, outputs=model.config.num_labels)
     return Objective(Losses.model_validate({"labels": {}}), layers, pair, steps=steps), layers

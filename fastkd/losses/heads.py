@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from fastkd.head_spec import HEADS
 from fastkd.losses.base import Batch, Captures, Loss, LossConfig, LossGroup, Setting, Shared
 from fastkd.losses.counts import Divisor
-from fastkd.types import IGNORE_INDEX
+from fastkd.types import IGNORE_INDEX, Head
 
 if TYPE_CHECKING:
     from fastkd.capture import Capture
@@ -24,6 +24,9 @@ Output = Tensor | LogitsHead
 
 class HeadGroup(LossGroup):
     """Divergences of what two heads give, then the loss of hard labels.
+
+    Tokens that are classified are compared where they have a label, which is at the first of each
+    word.
 
     A language model's logits are never stored: both models hand over what their heads multiply,
     and one op makes divergence and cross-entropy from it. Under ZeRO-3 the student's head belongs
@@ -41,13 +44,21 @@ class HeadGroup(LossGroup):
         labels = batch.labels if self.is_hard else None
         if HEADS[self.shared.pair.head].language_model:
             return self._of_language_models(logits, _output(teacher), batch.mask, labels)
+        mask = self._counted(batch)
         losses = [
-            _vector(loss.divergence(logits, _output(teacher), None, None)) for loss in self.soft
+            _vector(loss.divergence(logits, _output(teacher), mask, None)) for loss in self.soft
         ]
         if labels is not None:
             assert isinstance(logits, Tensor)
             losses.append(_hard_loss(logits, labels, batch.label_weights).reshape(1))
         return torch.cat(losses)
+
+    def _counted(self, batch: Batch) -> Tensor | None:
+        """Which rows of the logits count, bool of their shape without classes; `None`: all."""
+        if not labels_count(self.shared.pair.head):
+            return None
+        assert batch.labels is not None, "where labels say which tokens count, they are given"
+        return batch.labels != IGNORE_INDEX
 
     def _of_language_models(
         self, student: Output, teacher: Output, mask: Tensor | None, labels: Tensor | None
@@ -65,6 +76,11 @@ class HeadLoss(Loss):
 
     captures = Captures(logits=True)
     group: type[LossGroup] | None = HeadGroup
+
+    @classmethod
+    def reads_labels(cls, head: Head) -> bool:
+        """Whether it needs the labels of a batch, of models that have a head."""
+        return labels_count(head)
 
 
 class SoftLoss(HeadLoss):
@@ -84,6 +100,10 @@ class HardLoss(HeadLoss):
     once: ClassVar[bool] = True
 
     @classmethod
+    def reads_labels(cls, head: Head) -> bool:
+        return True
+
+    @classmethod
     def check_setting(cls, name: str, config: LossConfig, setting: Setting) -> None:
         super().check_setting(name, config, setting)
         if HEADS[setting.head].language_model and "logits" not in setting.losses:
@@ -91,6 +111,11 @@ class HardLoss(HeadLoss):
                 f"losses.{name} of a {setting.head} head is computed together with losses.logits, "
                 "which is off; switch it on, with weight 0 where it should not count"
             )
+
+
+def labels_count(head: Head) -> bool:
+    """Whether what a head gives is compared where there is a label, and nowhere else."""
+    return HEADS[head].labels == "token"
 
 
 def _output(captured: Capture) -> Output:
@@ -103,14 +128,18 @@ def _vector(found: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _hard_loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    """Cross-entropy of classes, or squared error of one number; a mean over labelled examples, of
-    classes perhaps weighted."""
+    """Cross-entropy of classes, perhaps weighted, or squared error of one number; a mean over
+    labelled examples, or over labelled tokens, of which a micro-batch may have none."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if logits.shape[-1] == 1:
         return mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
-    if weights is None:
+    if weights is None and labels.ndim == 1:
         return cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
-    # each as its example, or its token, counts
-    counted = weights.to(logits.dtype) * (labels != IGNORE_INDEX)
-    losses = cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
-    return (losses * counted).sum() / counted.sum()
+    losses = cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    counted = (labels.flatten() != IGNORE_INDEX).to(logits.dtype)
+    if weights is not None:
+        # each as its example, or its token, counts
+        counted = counted * weights.flatten().to(logits.dtype)
+    return (losses * counted).sum() / counted.sum().clamp(min=torch.finfo(logits.dtype).tiny)

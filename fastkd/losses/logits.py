@@ -15,7 +15,7 @@ from fastkd.layer_map import LayerMap
 from fastkd.layer_map.sections import Temperature
 from fastkd.losses.base import LossConfig, Setting, Shared
 from fastkd.losses.counts import Divisor
-from fastkd.losses.heads import Output, SoftLoss
+from fastkd.losses.heads import Output, SoftLoss, labels_count
 from fastkd.losses.registry import register_loss
 from fastkd.losses.temperature import check_temperatures, temperature_at
 from fastkd.recipe.weights import Schedule
@@ -110,7 +110,10 @@ class LogitsLoss(SoftLoss):
 
     @property
     def mean_over(self) -> Divisor:  # type: ignore[override]
-        return "rows" if HEADS[self.shared.pair.head].language_model else "examples"
+        head = self.shared.pair.head
+        if labels_count(head):
+            return "labels"
+        return "rows" if HEADS[head].language_model else "examples"
 
     def divergence(
         self, student: Output, teacher: Output, mask: Tensor | None, labels: Tensor | None
@@ -120,7 +123,7 @@ class LogitsLoss(SoftLoss):
         if config.standardize:
             student, teacher = standardized(student), standardized(teacher)
         if kind == "total_variation":
-            found = total_variation(student, teacher, temperature)
+            found = total_variation(student, teacher, temperature, mask)
             return found * temperature**2 if config.scale_by_temperature else found
         return logits_divergence(
             student,
@@ -136,21 +139,27 @@ class LogitsLoss(SoftLoss):
 
 
 def standardized(logits: Output) -> Tensor:
-    """Logits [batch, classes] less their mean, over their standard deviation (arXiv 2403.01427)."""
+    """Logits [..., classes] less their mean, over their standard deviation (arXiv 2403.01427)."""
     assert isinstance(logits, Tensor), "a recipe standardises classification heads only"
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     spread, mean = torch.std_mean(logits, dim=-1, correction=0, keepdim=True)
     return (logits - mean) / (spread + 1e-7)
 
 
-def total_variation(student: Output, teacher: Output, temperature: float) -> Tensor:
-    """Half the sum of absolute differences of probabilities, mean over [batch, classes]' rows."""
+def total_variation(
+    student: Output, teacher: Output, temperature: float, mask: Tensor | None = None
+) -> Tensor:
+    """Half the sum of absolute differences of probabilities of logits [..., classes], a mean over
+    the rows, or those of them where the mask [...] is true."""
     assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
     found, expected = (
         (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).softmax(dim=-1)
         for logits in (student, teacher)
     )
-    return (found - expected).abs().sum(dim=-1).mean() / 2
+    rows = (found - expected).abs().sum(dim=-1) / 2
+    if mask is None:
+        return rows.mean()
+    return rows.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def _near_an_end(field: str, share: float, ends: str) -> str:

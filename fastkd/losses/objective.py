@@ -32,7 +32,7 @@ from fastkd.losses.counts import (
     count_divisors,
     target_labels,
 )
-from fastkd.losses.gathering import Gather, alone, undeclared
+from fastkd.losses.gathering import Gather, Notes, alone, undeclared
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.losses.registry import loss_class
 from fastkd.losses.transports import Mapped, Transports
@@ -218,12 +218,15 @@ class Objective(nn.Module):
             label_weights=inputs.get(LABEL_WEIGHTS),
         )
         views = self._views(student, teacher, row)
-        values = []
+        values, takes_notes = [], isinstance(gather, Notes)
         for term, where, count in zip(self.each(), self._keys, self._counts, strict=True):
+            if takes_notes and not self._compares(term):
+                values.append(shares.new_zeros(count))
+                continue
             with _errors_at(where, term):
                 found = term(*views(term), batch)
             values.append(_values(term, found, count))
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and not takes_notes:
             self._check_gradients(values)
         losses = torch.cat(values)
         raw = losses * shares[self._divisor_of]
@@ -317,6 +320,10 @@ class Objective(nn.Module):
             for number, term in enumerate(self.each())
             for name, rate in term.parameter_rates().items()
         }
+
+    def _compares(self, term: Term) -> bool:
+        """Whether a term compares rows with each other."""
+        return any(match.term in self.least_rows for match in term.matches)
 
     def _check_gradients(self, values: Sequence[Tensor]) -> None:
         """See that no loss is a constant beside others that train the student."""

@@ -1,4 +1,4 @@
-"""Models with a classification head for a task: fitted with one, checked for one, named outputs."""
+"""Models with the head of a task: fitted with one, checked for one, named outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from fastkd.data.tasks import (
     order_of,
 )
 from fastkd.errors import UserError
-from fastkd.head_spec import TASK_HEAD
 from fastkd.models import check_attention, dropout_rates, read_config, read_model, resolve_model
 from fastkd.types import ModelSource
 
@@ -63,7 +62,7 @@ def load_tuned(
         for rate in rates:
             setattr(config, rate, dropout)
     check_attention("model", attention, dropout_rates(config))
-    model, drawn = read_model(name, given, torch.float32, source.revision, TASK_HEAD, config)
+    model, drawn = read_model(name, given, torch.float32, source.revision, task.kind, config)
     order = order_of(_names(model.config), task)
     if order is not None:
         _reorder(model, order, given)
@@ -79,7 +78,9 @@ def name_outputs(config: PreTrainedConfig, task: Task) -> None:
 
     Names that say more than a number and mean the task's labels stay as they are.
     """
-    config.problem_type = _problem_type(task)
+    problem = _problem_type(task)
+    if problem is not None:
+        config.problem_type = problem
     if not task.labels:
         return
     names = _names(config)
@@ -91,7 +92,7 @@ def fit_classifier(model: PreTrainedModel, task: Task, given: str) -> None:
     """See that a model's head answers the task's question, and give its outputs the task's order.
 
     Args:
-        model: with a head for classification; the rows of its last layer change places.
+        model: with the task's head; the rows of its last layer change places.
         task: whose labels the head gives.
         given: what the user calls the model.
 
@@ -106,10 +107,11 @@ def fit_classifier(model: PreTrainedModel, task: Task, given: str) -> None:
             f"{given}: its head gives {config.num_labels} numbers, but task {task.name} needs "
             f"{task.outputs} ({what}); fine-tune it on this task first"
         )
-    if config.problem_type not in (None, _problem_type(task)):
+    problem = _problem_type(task)
+    if problem is not None and config.problem_type not in (None, problem):
         raise UserError(
             f"{given}: its problem_type is {config.problem_type}, but task {task.name} needs "
-            f"{_problem_type(task)}; fine-tune it on this task first"
+            f"{problem}; fine-tune it on this task first"
         )
     if task.regression:
         return
@@ -181,5 +183,8 @@ def _write_names(config: PreTrainedConfig, names: Sequence[str]) -> None:
     config.label2id = {name: number for number, name in enumerate(names)}
 
 
-def _problem_type(task: Task) -> str:
+def _problem_type(task: Task) -> str | None:
+    """What a configuration says of a head for texts; `None` of one that classifies tokens."""
+    if task.labels_of != "example":
+        return None
     return "regression" if task.regression else "single_label_classification"

@@ -74,16 +74,17 @@ def student_config(
             f"student.hidden_size {config.hidden_size} is not a multiple of its "
             f"{config.num_attention_heads} heads; change student.hidden_size or student.heads"
         )
-    _set_head_size(config, teacher)
+    if student.init != "importance" or getattr(teacher, "head_dim", None) is None:
+        _set_head_size(config, teacher)
     _set_kv_heads(config, teacher, student)
     if student.intermediate_size is not None:
-        names = [name for name in _FEED_FORWARD if hasattr(config, name)]
-        if not names:
+        name = feed_forward_name(config)
+        if name is None:
             raise UserError(
                 f"student.intermediate_size: {type(config).__name__} has no such number; "
                 "leave it out"
             )
-        setattr(config, names[0], student.intermediate_size)
+        setattr(config, name, student.intermediate_size)
     for name, value in cut_layers(teacher, layers.sources()).items():
         setattr(config, name, value)
     if student.dropout is not None:
@@ -91,6 +92,11 @@ def student_config(
             setattr(config, name, student.dropout)
     check_attention("student", student.attention, dropout_rates(config))
     return config
+
+
+def feed_forward_name(config: PreTrainedConfig) -> str | None:
+    """What a configuration calls the width of its feed-forward layers, if it says it."""
+    return next((name for name in _FEED_FORWARD if hasattr(config, name)), None)
 
 
 def check_attention(given: str, attention: str, rates: Mapping[str, float]) -> None:
@@ -122,16 +128,17 @@ def build_student(
     """A student in fp32 on the CPU, initialised as the recipe says.
 
     `init: teacher` copies block by block along the map, and everything outside the blocks by name,
-    wherever shapes agree; the rest is drawn as the architecture draws it. With the name of a model
-    all of that model's weights are taken; a head or pooler that it lacks is copied from the
-    teacher where shapes agree, else drawn.
+    wherever shapes agree; the rest is drawn as the architecture draws it. So is everything of
+    `init: importance`, until the teacher has read some text: see `fastkd.models.importance`. With
+    the name of a model all of that model's weights are taken; a head or pooler that it lacks is
+    copied from the teacher where shapes agree, else drawn.
 
     Raises:
         UserError: numbers that don't fit, or a model to start from of another shape.
     """
     config = student_config(teacher.config, student, layers)
     missing: list[str] = []
-    if student.init == "teacher":
+    if student.init in ("teacher", "importance"):
         sources = layers.sources()
         missing = check_same_blocks(teacher, cut_layers(teacher.config, sources), sources)
     if student.starts_from is None:
@@ -156,6 +163,10 @@ def _continued(
     name, given = resolve_model(source), f"student.init {source.name}"
     own = read_config(name, given)
     _check_same_shape(own, config, given)
+    size = getattr(own, "head_dim", None)
+    if size is not None and size == getattr(teacher.config, "head_dim", None):
+        # heads that were kept whole, whatever the width
+        config.head_dim = size
     # its blocks are what they are, whatever teacher layers they learn from
     for setting in cut_layers(config, range(1, student.layers + 1)):
         if hasattr(own, setting):
@@ -184,13 +195,12 @@ def _check_same_shape(own: PreTrainedConfig, wanted: PreTrainedConfig, given: st
             f"{given} is a {own.model_type} model, but the teacher is a {wanted.model_type} model; "
             "start from a student of the same architecture"
         )
-    feed_forward = next((name for name in _FEED_FORWARD if hasattr(wanted, name)), "")
     numbers = {
         "layers": "num_hidden_layers",
         "hidden_size": "hidden_size",
         "heads": "num_attention_heads",
         "kv_heads": "num_key_value_heads",
-        "intermediate_size": feed_forward,
+        "intermediate_size": feed_forward_name(wanted) or "",
     }
     for field, name in numbers.items():
         there, here = getattr(own, name, None), getattr(wanted, name, None)

@@ -16,6 +16,8 @@ from fastkd.types import EightBits, Head, ModelSource
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 CacheForm = Literal["none", "exact", "bfloat16"]
 CacheAttention = Literal["stored", "recomputed"]
+STARTS = ("teacher", "importance", "random")
+"""Words of `student.init`, which name no folder."""
 # more than any model has
 _WIDEST = 2**20
 
@@ -130,9 +132,10 @@ class Student(Section):
     intermediate_size: int | None = Field(default=None, gt=0, le=_WIDEST)
     """Width of the feed-forward layer; the teacher's where not given."""
     init: Place = "teacher"
-    """`teacher` copies the mapped teacher layers where shapes agree, `random` draws everything;
-    or the folder, hub name or `package:NAME/FOLDER` of a student to start from, which was trained
-    with the teacher's tokenizer."""
+    """`teacher` copies the mapped teacher layers where shapes agree, `importance` also takes the
+    most active of their channels, neurons and heads where the student has fewer, `random` draws
+    everything; or the folder, hub name or `package:NAME/FOLDER` of a student to start from, which
+    was trained with the teacher's tokenizer."""
     dropout: float | None = Field(default=0.0, ge=0, lt=1)
     """Every dropout rate of the student; `null` keeps the teacher's rates."""
     head: Head = "none"
@@ -150,4 +153,4 @@ class Student(Section):
     @property
     def starts_from(self) -> ModelSource | None:
         """The model that `init` names, `None` where it names none."""
-        return None if self.init in ("teacher", "random") else ModelSource(self.init)
+        return None if self.init in STARTS else ModelSource(self.init)

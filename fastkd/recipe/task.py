@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from fastkd.head_spec import HEADS, TASK_HEAD
 from fastkd.recipe.models import Attention
 from fastkd.recipe.train import Train
 from fastkd.section import (
@@ -18,8 +19,9 @@ from fastkd.section import (
     Seed,
     short,
 )
+from fastkd.types import TaskKind
 
-Metric = Literal["matthews", "accuracy", "f1", "pearson", "spearman"]
+Metric = Literal["matthews", "accuracy", "f1", "pearson", "spearman", "entity_f1", "token_accuracy"]
 
 
 def _one_or_many(value: object) -> object:
@@ -85,10 +87,14 @@ class TaskData(Section):
     """Task of GLUE (CoLA, SST-2, MRPC, QQP, STS-B, MNLI, QNLI, RTE, WNLI), whose columns, labels
     and metrics are known; with `columns` any name."""
     source: Place
-    """Folder of the official TSV files, or of JSON lines (.tsv, .tsv.gz, .jsonl, .jsonl.gz), a
-    saved `datasets` folder, or a hub name such as `nyu-mll/glue`."""
+    """Folder of the official TSV files, or of CSV, JSON lines or Parquet (.tsv, .csv, .jsonl, also
+    with .gz, and .parquet), a saved `datasets` folder, or a hub name such as `nyu-mll/glue`."""
     columns: TaskColumns | None = None
-    """Columns of a task that GLUE doesn't have."""
+    """Columns of a task that GLUE doesn't have; of words with classes `tokens` and `tags`, which
+    hold lists, where not given."""
+    kind: TaskKind = TASK_HEAD
+    """What is asked of both models: a class or score of a text or pair of texts, or a class of each
+    word of a text (`token_classification`), whose files may also be those of CoNLL (.conll)."""
     labels: tuple[str, ...] | None = None
     """Every label of such a task as its files spell it, class 0 first."""
     meanings: tuple[Name, ...] | None = None
@@ -97,7 +103,8 @@ class TaskData(Section):
     bounds: tuple[float, float] | None = None
     """Smallest and largest score of such a task, in place of labels: a regression."""
     metrics: tuple[Metric, ...] | None = None
-    """Metrics of such a task; accuracy, or Pearson's and Spearman's correlation if not given."""
+    """Metrics of such a task; accuracy, or Pearson's and Spearman's correlation if not given; of
+    words `token_accuracy`, before it `entity_f1` where labels are `O`, `B-TYPE` and `I-TYPE`."""
     class_weights: ClassWeights | None = None
     """What the examples of each class count in the mean of `losses.labels`, class 0 first, or
     `balanced`: examples / (classes x examples of the class), so that all classes count alike. Their
@@ -124,7 +131,9 @@ class TaskData(Section):
             for name in ("labels", "meanings", "bounds", "metrics")
             if getattr(self, name) is not None
         ]
-        if own and self.columns is None:
+        if self.kind != TASK_HEAD:
+            self._check_kind()
+        elif own and self.columns is None:
             raise ValueError(
                 f"{own[0]} is given without columns; name the columns of a task of your own, or "
                 f"leave {own[0]} out for a task of GLUE"
@@ -135,6 +144,33 @@ class TaskData(Section):
                 "out"
             )
         return self
+
+    @property
+    def read_columns(self) -> TaskColumns | None:
+        """Columns of a task that GLUE doesn't have, those of its kind where none are given."""
+        usual = HEADS[self.kind].columns
+        if self.columns is not None or usual is None:
+            return self.columns
+        return TaskColumns(texts=usual[0], label=usual[1])
+
+    def _check_kind(self) -> None:
+        if self.labels is None:
+            raise ValueError(
+                f"labels: missing; kind is {self.kind}, so give every class of a word, such as "
+                "[O, B-PER, I-PER]"
+            )
+        refused = {
+            "bounds": self.bounds is not None,
+            "augmentation": self.augmentation is not None,
+            "class_weights": self.class_weights is not None,
+            "padding: none": self.padding == "none",
+        }
+        for field, given in refused.items():
+            if given:
+                raise ValueError(
+                    f"{field} is for a task of whole texts, but kind is {self.kind}; leave one of "
+                    "them out"
+                )
 
 
 def check_padding(task: TaskData | None, train: Train, attention: Mapping[str, Attention]) -> None:

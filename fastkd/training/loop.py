@@ -176,7 +176,10 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
     totals = torch.zeros(2, len(objective.labels), device=ranks.device)
     gathers = run.gathers(micro_batches, loss_scales)
     teacher_states = run.teacher_states(micro_batches)
-    for batch, scale, gather in zip(micro_batches, loss_scales, gathers, strict=True):
+    together = zip(micro_batches, loss_scales, gathers, strict=True)
+    for number, (batch, scale, gather) in enumerate(together, start=1):
+        if run.plan.tokens is not None:
+            engine.set_gradient_accumulation_boundary(number == len(micro_batches))
         if run.graphed is not None:
             parts = run.graphed(batch, scale)
             engine.take_gradients()

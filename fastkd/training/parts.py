@@ -7,8 +7,9 @@ run exported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -57,6 +58,7 @@ from fastkd.models import (
     read_embedding,
 )
 from fastkd.models.classifier import check_start, fit_classifier, load_tuned, name_outputs
+from fastkd.models.importance import start_by_importance
 from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, TaskData, resolve_steps
 from fastkd.row_form import RowForm
 from fastkd.training.export import check_prompts, load_projections
@@ -64,9 +66,11 @@ from fastkd.training.finite import check_weights
 from fastkd.training.memory import check_micro_batch
 from fastkd.training.precision import check_eight_bits, settle_precision
 from fastkd.training.run_folder import RunFolder
-from fastkd.types import ModelSource
+from fastkd.types import Inputs, ModelSource
 
 R = TypeVar("R", Recipe, FinetuneRecipe)
+# by which a teacher's channels are chosen; Minitron takes 1,024 samples of calibration data
+_READ_ROWS = 256
 
 
 @dataclass
@@ -194,6 +198,12 @@ def _distillation(
     handed_on = dropout_rates(teacher.config)
     if HEADS[head].data == "task":
         handed_on |= pad_alike(datamodule, tokenizer, student, teacher)
+    if made is None and recipe.student.init == "importance":
+        read = first_inputs(datamodule, recipe, plan, ranks)
+        if recipe.teacher.placement == "replicate":
+            teacher.to(ranks.device)
+        found = start_by_importance(student, teacher, layers, read, ranks)
+        initialisation = replace(initialisation, copied=found)
     return Parts(
         recipe=recipe,
         ranks=ranks,
@@ -209,6 +219,18 @@ def _distillation(
         mteb_tasks=tasks,
         handed_on=handed_on,
     )
+
+
+def first_inputs(
+    datamodule: DataModule, recipe: Recipe, plan: BatchPlan, ranks: Ranks
+) -> Iterator[Inputs]:
+    """This rank's micro-batches of the first steps of a run, of some rows or one step at least."""
+    train = recipe.train
+    steps = range(-(-_READ_ROWS // train.batch_size))
+    order = train.batch_size, train.seed, plan, ranks.rank
+    with closing(datamodule.micro_batches(*order)) as micro_batches:
+        for step in steps:
+            yield from micro_batches.next_step(step)
 
 
 def find_embeddings(
@@ -317,7 +339,7 @@ def _finetuning(
     if made is None:
         recipe = _resolved(recipe, datamodule)
     handed_on = tuned.rates | pad_alike(datamodule, tokenizer, model)
-    objective, layers = hard_objective(model, recipe.train.steps)
+    objective, layers = hard_objective(model, task.kind, recipe.train.steps)
     return Parts(
         recipe=recipe,
         ranks=ranks,

@@ -22,6 +22,7 @@ from fastkd.files.disk import (
     write_whole,
 )
 from fastkd.recipe import AnyRecipe, dump_recipe, load_any_recipe, parse_any_recipe
+from fastkd.recipe.models import STARTS
 from fastkd.training.beginnings import (
     FILES,
     FOLDERS,
@@ -302,7 +303,7 @@ def _replaced(section: dict[str, Any], key: str, folder: Path) -> dict[str, Any]
     if isinstance(value, list):
         return {**section, head: [_absolute(name, folder) for name in value]}
     # words, which the recipe reads before it looks for a folder
-    word = head == "init" and value in ("teacher", "random")
+    word = head == "init" and value in STARTS
     return section if word else {**section, head: _absolute(value, folder)}
 
 

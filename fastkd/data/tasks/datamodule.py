@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fastkd.data.batching import BatchPlan
-from fastkd.data.datamodule import EvalBatch
+from fastkd.data.datamodule import EvalBatch, Evaluator
 from fastkd.data.sampler import BucketedMicroBatches, ExampleStream, evaluation_parts
 from fastkd.data.sequences import PAD_MULTIPLE, padded_length
 from fastkd.data.tasks import EncodedExamples, Task
+from fastkd.data.tasks.entities import WordEvaluator
 from fastkd.data.tasks.metrics import (
     Judged,
     Scores,
@@ -26,6 +27,7 @@ from fastkd.data.tasks.metrics import (
     task_score,
 )
 from fastkd.distributed import Ranks
+from fastkd.head_spec import Labels
 from fastkd.types import LABEL_WEIGHTS, ROWS, Inputs, Reading
 
 
@@ -106,8 +108,10 @@ class TaskDataModule:
         longest = int(self.train.lengths[rows[-1]])
         return padded_length(longest, PAD_MULTIPLE, self.train.max_length)
 
-    def evaluator(self, ranks: Ranks, whose: Judged = "student") -> ScoreEvaluator:
-        return ScoreEvaluator(self.task, self.evaluations, ranks.device, whose)
+    def evaluator(self, ranks: Ranks, whose: Judged = "student") -> Evaluator:
+        kind = _EVALUATORS[self.task.labels_of]
+        evaluator: Evaluator = kind(self.task, self.evaluations, ranks.device, whose)
+        return evaluator
 
     def totals(self, rows: int) -> dict[str, Any]:
         return {"train_examples": rows, "task_examples": len(self.train)}
@@ -165,3 +169,7 @@ class ScoreEvaluator:
         labels = {name: examples.labels for name, examples in self._evaluations.items()}
         scores = constant_scores(self._task.metrics, labels, self._task.outputs)
         return {"score": task_score(scores), "scores": scores}
+
+
+_EVALUATORS: dict[Labels | None, Any] = {"example": ScoreEvaluator, "token": WordEvaluator}
+"""By what a label is of."""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from fastkd.errors import UserError
 
-Metric = Literal["matthews", "accuracy", "f1", "pearson", "spearman"]
+Metric = Literal["matthews", "accuracy", "f1", "pearson", "spearman", "entity_f1", "token_accuracy"]
 Scores = dict[str, float]
 Judged = Literal["student", "teacher"]
 _REMEDY: dict[Judged, str] = {
@@ -44,13 +44,26 @@ def predictions_of(
         UserError: an output is not finite.
     """
     values = np.asarray(outputs, dtype=np.float64)
-    broken = int((~np.isfinite(values)).any(axis=1).sum())
+    refuse_broken(int((~np.isfinite(values)).any(axis=1).sum()), len(values), whose)
+    return values[:, 0] if regression else values.argmax(axis=1)
+
+
+def refuse_broken(broken: int, examples: int, whose: Judged) -> None:
+    """See that every example had outputs that predict something.
+
+    Args:
+        broken: examples that have outputs that are not finite.
+        examples: in all.
+        whose: outputs they are.
+
+    Raises:
+        UserError: some hadn't.
+    """
     if broken:
         raise UserError(
-            f"the {whose}'s outputs for {broken} of {len(values)} examples are not finite, so "
+            f"the {whose}'s outputs for {broken} of {examples} examples are not finite, so "
             f"nothing is predicted; {_REMEDY[whose]}"
         )
-    return values[:, 0] if regression else values.argmax(axis=1)
 
 
 def measure(metrics: Iterable[Metric], predictions: npt.ArrayLike, labels: npt.ArrayLike) -> Scores:

@@ -6,18 +6,18 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fastkd.data.tasks.rows import (
     Row,
-    json_rows,
+    record_rows,
     table_rows,
     tsv_rows,
 )
@@ -27,23 +27,29 @@ from fastkd.data.text.hub import (
     hub_table,
     is_hub_name,
     is_saved,
+    parquet_file,
     saved_folder,
 )
 from fastkd.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-ENDINGS = (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz")
+ENDINGS = (".tsv", ".tsv.gz", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
 """Of a split's file, tried in this order."""
 BROKEN_SHARE = 0.001
 """Of a split's rows, at most, may be left out as broken."""
 
 
+T = TypeVar("T")
+FileReader = Callable[[Path], Iterator[Row]]
+"""From a file to the rows of a task."""
+
+
 class Example(NamedTuple):
-    """One text or pair, and its class or score."""
+    """One text or pair, and its class or score; or words and their classes."""
 
     texts: tuple[str, ...]
-    label: int | float
+    label: Any
 
 
 class ExampleSource(Protocol):
@@ -95,9 +101,9 @@ def read_examples(task: Task, source: str | Path, split: str, cache: str | Path)
 
     Args:
         task: what it is.
-        source: the folder that holds `SPLIT.tsv`, `.tsv.gz`, `.jsonl` or `.jsonl.gz`, or holds such
-            folders by task names; a folder that `datasets.save_to_disk` wrote; or a hub data set
-            that has the task as a configuration, such as `nyu-mll/glue`.
+        source: the folder that holds `SPLIT` with one of `ENDINGS`, or holds such folders by task
+            names; a folder that `datasets.save_to_disk` wrote; or a hub data set that has the task
+            as a configuration, such as `nyu-mll/glue`.
         split: `task.train` or one of `task.evaluations`.
         cache: folder for what the hub sends.
 
@@ -105,33 +111,61 @@ def read_examples(task: Task, source: str | Path, split: str, cache: str | Path)
         UserError: with file and line: no such split, a missing column, a wrong number of columns,
             text that is empty or not UTF-8, a label that the task does not have.
     """
-    texts: list[tuple[str, ...]] = []
-    labels: list[float] = []
+
+    def example(row: Row) -> Example:
+        label = _score(row, task) if task.regression else _class(row, task)
+        return Example(_texts(row, task), label)
+
+    name, found = read_split(task, source, split, cache, example)
+    labels = [label for _, label in found]
+    scores = np.asarray(labels, np.float32) if task.regression else np.asarray(labels, np.int64)
+    return Examples(name, [texts for texts, _ in found], scores)
+
+
+def read_split(
+    task: Task,
+    source: str | Path,
+    split: str,
+    cache: str | Path,
+    read: Callable[[Row], T],
+    others: Mapping[str, FileReader] | None = None,
+) -> tuple[str, list[T]]:
+    """Task and split for people, and what every row of it is read as.
+
+    Args:
+        task: as `read_examples` takes it; so are `source`, `split` and `cache`.
+        read: makes an example of a row, or refuses it.
+        others: readers of files that this kind of task may come in, by their endings.
+
+    Raises:
+        UserError: as `read_examples`.
+    """
+    examples: list[T] = []
     broken: list[str] = []
-    for row in _rows(task, source, split, Path(cache).expanduser()):
+    for row in _rows(task, source, split, Path(cache).expanduser(), others or {}):
         problem = row.problem or _empty(row)
         if problem is None:
-            texts.append(_texts(row, task))
-            labels.append(_score(row, task) if task.regression else _class(row, task))
+            examples.append(read(row))
         elif task.skip_broken_rows:
             broken.append(f"{row.where}: {problem}")
         else:
             raise UserError(f"{row.where}: {problem}; mend or remove the row")
     name = f"{task.name} {split}"
-    if not texts:
+    if not examples:
         raise UserError(f"{source}: {name} has no rows; give the file that holds them")
-    if len(broken) > BROKEN_SHARE * len(texts) + 1:
+    if len(broken) > BROKEN_SHARE * len(examples) + 1:
         raise UserError(
-            f"{broken[0]}, and {len(broken) - 1} more broken rows beside {len(texts)} whole ones; "
-            "fetch the file again"
+            f"{broken[0]}, and {len(broken) - 1} more broken rows beside {len(examples)} whole "
+            "ones; fetch the file again"
         )
     if broken:
         logger.warning("%s: %d broken rows left out; %s", name, len(broken), broken[0])
-    scores = np.asarray(labels, np.float32) if task.regression else np.asarray(labels, np.int64)
-    return Examples(name, texts, scores)
+    return name, examples
 
 
-def _rows(task: Task, source: str | Path, split: str, cache: Path) -> Iterator[Row]:
+def _rows(
+    task: Task, source: str | Path, split: str, cache: Path, others: Mapping[str, FileReader]
+) -> Iterator[Row]:
     folder = Path(source).expanduser()
     columns = task.hub_columns or task.columns
     stored = task.hub_splits.get(split, split)
@@ -139,11 +173,16 @@ def _rows(task: Task, source: str | Path, split: str, cache: Path) -> Iterator[R
         folder = folder / task.name if (folder / task.name).is_dir() else folder
     if folder.is_dir() and is_saved(folder):
         table = saved_folder(folder, stored, columns.label, "task.train or task.evaluate")
-        return table_rows(table.rows, columns, task, table.name)
+        return table_rows(table, columns, task)
     if folder.is_dir():
-        path = _split_file(folder, task, split)
-        if path.name.removesuffix(".gz").endswith(".jsonl"):
-            return json_rows(path, task.columns)
+        path = _split_file(folder, task, split, (*ENDINGS, *others))
+        for ending, rows in others.items():
+            if path.name.endswith(ending):
+                return rows(path)
+        if path.name.removesuffix(".gz").endswith((".csv", ".jsonl")):
+            return record_rows(path, task.columns)
+        if path.name.endswith(".parquet"):
+            return table_rows(parquet_file(path, task.columns.label), task.columns, task)
         return tsv_rows(path, task.columns, task.header)
     if folder.exists() or not is_hub_name(str(source)) or str(source).startswith((".", "~")):
         raise UserError(
@@ -152,18 +191,18 @@ def _rows(task: Task, source: str | Path, split: str, cache: Path) -> Iterator[R
         )
     name = f"{source}:{task.hub_name or task.name}"
     table = hub_table(name, stored, columns.label, cache, streaming=False, field="task.source")
-    return table_rows(table.rows, columns, task, f"{name} {stored}")
+    return table_rows(replace(table, name=f"{name} {stored}"), columns, task)
 
 
-def _split_file(folder: Path, task: Task, split: str) -> Path:
-    for ending in ENDINGS:
+def _split_file(folder: Path, task: Task, split: str, endings: Sequence[str]) -> Path:
+    for ending in endings:
         if (folder / (split + ending)).is_file():
             return folder / (split + ending)
     there = sorted(path.name for path in folder.iterdir())
     shown = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
     raise UserError(
         f"{folder}: no {split}.tsv of {task.name}; it holds {shown or 'nothing'}, expected "
-        f"{split} with one of {', '.join(ENDINGS)}"
+        f"{split} with one of {', '.join(endings)}"
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from datasets import ClassLabel
 
@@ -19,7 +19,9 @@ from fastkd.data.tasks.labels import (
     order_of,
 )
 from fastkd.data.tasks.task import Columns, Task
-from fastkd.data.text.files import json_objects, text_lines
+from fastkd.data.text.delimited import Delimited
+from fastkd.data.text.files import JsonLines, Records, text_lines
+from fastkd.data.text.hub import Table
 from fastkd.errors import UserError
 
 
@@ -61,32 +63,35 @@ def tsv_rows(path: Path, columns: Columns, header: Sequence[str] | None) -> Iter
             yield Row(where, (), None, f"{found}, expected {len(names)} split by TAB")
 
 
-def json_rows(path: Path, columns: Columns) -> Iterator[Row]:
-    """Rows of a file with one JSON object a line.
+def record_rows(path: Path, columns: Columns) -> Iterator[Row]:
+    """Rows of a CSV file, or of one with one JSON object a line.
 
     Raises:
-        UserError: the file can't be read, or a line is no object or lacks a column.
+        UserError: the file can't be read, or a row lacks a column.
     """
-    for where, row in json_objects(path):
-        _require(columns, list(row), where)
+    read = JsonLines if path.name.removesuffix(".gz").endswith(".jsonl") else Delimited
+    source: Records = read(path, columns.label)
+    for where, row in source.records((*columns.texts, columns.label), "task.columns"):
         yield Row(where, tuple(row[name] for name in columns.texts), row[columns.label])
 
 
-def table_rows(rows: Any, columns: Columns, task: Task, name: str) -> Iterator[Row]:
-    """Rows of a `datasets.Dataset`; classes come as the task spells them.
+def table_rows(table: Table, columns: Columns, task: Task) -> Iterator[Row]:
+    """Rows of a table whose columns have types; classes come as the task spells them.
 
     Args:
-        rows: the table.
+        table: of `datasets` or a Parquet file.
         columns: that are read.
         task: that is read. A class of the table is found by its name, and by its number where the
             task's labels are numbers without a meaning or the table's names are.
-        name: of the table, in messages.
 
     Raises:
-        UserError: the table lacks a column, or has other classes.
+        UserError: the table lacks a column, has other classes, or can't be read.
     """
+    rows, name = table.rows, table.name
     _require(columns, rows.column_names, name)
     feature = rows.features[columns.label]
+    listed = getattr(feature, "feature", None)
+    feature = feature if listed is None else listed
     spelled: list[str] | None = None
     if isinstance(feature, ClassLabel):
         spelled = _spelled(feature.names, task)
@@ -95,16 +100,17 @@ def table_rows(rows: Any, columns: Columns, task: Task, name: str) -> Iterator[R
                 f"{name}: column {columns.label!r} has the classes {', '.join(feature.names)}, "
                 f"expected {described(task) or 'scores'}"
             )
-    number = 0
-    for batch in rows.select_columns([*columns.texts, columns.label]).iter(batch_size=1024):
-        for *texts, label in zip(
-            *(batch[column] for column in (*columns.texts, columns.label)), strict=True
-        ):
-            number += 1
-            # the hub marks rows without a label, those of test sets, by -1
-            if spelled is not None and label is not None and label >= 0:
-                label = spelled[label]
-            yield Row(f"{name}, row {number}", tuple(texts), label)
+    for where, row in table.records([*columns.texts, columns.label]):
+        label = row[columns.label]
+        if spelled is not None and label is not None:
+            many = listed is not None
+            label = [_label(n, spelled) for n in label] if many else _label(label, spelled)
+        yield Row(where, tuple(row[name] for name in columns.texts), label)
+
+
+def _label(number: int | None, spelled: Sequence[str]) -> int | str | None:
+    # the hub marks rows without a label, those of test sets, by -1
+    return number if number is None or number < 0 else spelled[number]
 
 
 def _spelled(names: Sequence[str], task: Task) -> list[str] | None:

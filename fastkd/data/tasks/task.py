@@ -8,8 +8,11 @@ from typing import get_args
 
 from fastkd.data.tasks.metrics import Metric
 from fastkd.errors import UserError
+from fastkd.head_spec import HEADS, TASK_HEAD, Labels
+from fastkd.types import TaskKind
 
 _CORRELATIONS: tuple[Metric, ...] = ("pearson", "spearman")
+_OF_WORDS: tuple[Metric, ...] = ("entity_f1", "token_accuracy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,8 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A classification of texts or pairs of texts, or a regression on them.
+    """A classification of texts or pairs of texts, a regression on them, or a classification of
+    the words of texts.
 
     Raises:
         UserError: parts that contradict each other.
@@ -34,6 +38,8 @@ class Task:
     """Its folder's name where a folder holds several tasks."""
     columns: Columns
     """In files."""
+    kind: TaskKind = TASK_HEAD
+    """What is asked of a model."""
     labels: tuple[str, ...] = ()
     """Every label as the files spell it, class 0 first; empty for a regression."""
     meanings: tuple[tuple[str, ...], ...] = ()
@@ -42,7 +48,8 @@ class Task:
     bounds: tuple[float, float] | None = None
     """Smallest and largest score of a regression; `None` for a classification."""
     metrics: tuple[Metric, ...] = ()
-    """The official ones; accuracy, or both correlations, where not given."""
+    """The official ones; where not given accuracy, both correlations, or of words the F1 of
+    entities, if labels name these, and the accuracy."""
     header: tuple[str, ...] | None = None
     """Columns of a TSV file without a header line."""
     train: str = "train"
@@ -60,8 +67,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if not self.metrics:
-            default = _CORRELATIONS if self.regression else ("accuracy",)
-            object.__setattr__(self, "metrics", default)
+            object.__setattr__(self, "metrics", self._default_metrics())
         for problem in self._problems():
             raise UserError(f"task {self.name}: {problem}")
 
@@ -71,8 +77,20 @@ class Task:
         return self.bounds is not None
 
     @property
+    def labels_of(self) -> Labels | None:
+        """What a label is of."""
+        return HEADS[self.kind].labels
+
+    @property
+    def names_entities(self) -> bool:
+        """Whether labels are those of words in entities: `O`, and `B-TYPE` or `I-TYPE`."""
+        named = [label for label in self.labels if label != "O"]
+        return bool(named) and all(label[:2] in ("B-", "I-") and label[2:] for label in named)
+
+    @property
     def outputs(self) -> int:
-        """Numbers that a model of the task gives an example: its classes, or one score."""
+        """Numbers that a model of the task gives an example, or a token: its classes, or one
+        score."""
         return 1 if self.regression else len(self.labels)
 
     @property
@@ -82,10 +100,19 @@ class Task:
         pairs = zip(self.labels, meanings, strict=True)
         return tuple((label, *meaning) for label, meaning in pairs)
 
+    def _default_metrics(self) -> tuple[Metric, ...]:
+        if self.labels_of == "token":
+            return _OF_WORDS if self.names_entities else ("token_accuracy",)
+        return _CORRELATIONS if self.regression else ("accuracy",)
+
     def _problems(self) -> list[str]:
         found = []
-        if len(self.columns.texts) not in (1, 2):
-            found.append(f"{len(self.columns.texts)} text columns given, expected one or two")
+        most = 1 if self.labels_of == "token" else 2
+        if not 1 <= len(self.columns.texts) <= most:
+            expected = "one or two" if most == 2 else "one, of the words"
+            found.append(f"{len(self.columns.texts)} text columns given, expected {expected}")
+        if self.labels_of == "token" and self.bounds:
+            found.append("bounds given, but words have classes; give labels in their place")
         if self.regression and self.labels:
             found.append("labels and bounds given, expected one: classes or a score's range")
         if not self.regression and len(set(self.labels)) < 2:
@@ -102,9 +129,17 @@ class Task:
         unknown = set(self.metrics) - set(get_args(Metric))
         if unknown:
             found.append(f"metrics {sorted(unknown)} unknown, expected some of {get_args(Metric)}")
+        elif any((metric in _OF_WORDS) != (self.labels_of == "token") for metric in self.metrics):
+            kind = "words" if self.labels_of == "token" else "texts"
+            found.append(f"metrics {self.metrics} given, which do not all score {kind}")
         elif any((metric in _CORRELATIONS) != self.regression for metric in self.metrics):
             kind = "a regression" if self.regression else "a classification"
             found.append(f"metrics {self.metrics} given, which do not all score {kind}")
         if "f1" in self.metrics and len(self.labels) != 2:
             found.append(f"f1 scores two classes, but there are {len(self.labels)}; leave it out")
+        if "entity_f1" in self.metrics and not self.names_entities:
+            found.append(
+                f"entity_f1 scores entities, but labels are {', '.join(self.labels)}; expected O, "
+                "and B-TYPE or I-TYPE, or leave it out"
+            )
         return found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from fastkd.data.sequences import (
     Batch,
     Sequences,
     SequenceWriter,
+    Tokenised,
     open_sequences,
     token_dtype,
     tokenise,
@@ -52,8 +54,8 @@ class EncodedExamples(Sequences):
     """Token ids of examples, special tokens included, with `labels` [examples] in every batch,
     int64 classes or fp32 scores."""
 
-    labels: npt.NDArray[np.int64] | npt.NDArray[np.float32]
-    """[examples]."""
+    labels: npt.NDArray[np.integer] | npt.NDArray[np.float32]
+    """[examples], or what another kind of task has."""
     fingerprint: str
     """Key of content, tokenizer and settings."""
 
@@ -67,6 +69,63 @@ class EncodedExamples(Sequences):
         return torch.from_numpy(self.labels[np.asarray(rows)])
 
 
+class Beside(NamedTuple):
+    """A file of numbers that are stored beside the tokens."""
+
+    dtype: npt.DTypeLike
+    per_token: bool = False
+    """Whether it holds one a token, or one an example."""
+
+
+class Form(Protocol):
+    """How examples of one kind become sequences, and what is stored beside these."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What of it decides what is stored."""
+
+    @property
+    def files(self) -> Mapping[str, Beside]:
+        """What is stored beside the sequences; `labels` are among it."""
+
+    def tokenise(
+        self, chunk: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> tuple[Tokenised, Mapping[str, Iterable[float]]]:
+        """Sequences of some examples and, by file, the numbers beside all of them."""
+
+    def opened(
+        self, found: EncodedExamples, beside: Mapping[str, npt.NDArray[Any]]
+    ) -> EncodedExamples:
+        """What was stored, with all that is read of it."""
+
+
+@dataclass(frozen=True)
+class TextForm:
+    """A `Form` of texts or pairs of texts with a class or a score each."""
+
+    regression: bool
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {}
+
+    @property
+    def files(self) -> Mapping[str, Beside]:
+        return {"labels": Beside(np.float32 if self.regression else np.int64)}
+
+    def tokenise(
+        self, chunk: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> tuple[Tokenised, Mapping[str, Iterable[float]]]:
+        first, *second = zip(*(example.texts for example in chunk), strict=True)
+        made = tokenise(first, second[0] if second else None, tokenizer, max_length)
+        return made, {"labels": [example.label for example in chunk]}
+
+    def opened(
+        self, found: EncodedExamples, beside: Mapping[str, npt.NDArray[Any]]
+    ) -> EncodedExamples:
+        return found
+
+
 def encode_examples(
     examples: ExampleSource,
     tokenizer: PreTrainedTokenizerBase,
@@ -76,6 +135,7 @@ def encode_examples(
     cache: str | Path,
     build: bool = True,
     progress: bool = True,
+    form: Form | None = None,
 ) -> EncodedExamples:
     """Tokenise examples, or open what an earlier run stored.
 
@@ -91,16 +151,19 @@ def encode_examples(
         cache: folder of all cached data.
         build: whether to make what is not there.
         progress: whether to show a bar.
+        form: of the examples; that of texts with a label each where not given.
 
     Raises:
         UserError: no room for text in `max_length`, or a cache that can't be read or written.
     """
+    form = form or TextForm(examples.regression)
     settings = {
         "task": _FORMAT,
         "examples": examples.digest,
         "tokenizer": tokenizer_digest(tokenizer),
         "max_length": max_length,
         "token_types": token_types,
+        **form.settings,
     }
     key = cache_key(settings)
     folder = Path(cache).expanduser() / key
@@ -110,7 +173,7 @@ def encode_examples(
                 f"task.cache: {folder} is missing; rank 0 builds it first, so all ranks must see "
                 "the same files and the same cache folder"
             )
-        _build(folder, examples, tokenizer, max_length, token_types, progress)
+        _build(folder, examples, tokenizer, max_length, token_types, progress, form)
     meta = read_meta(folder, _FIELD)
     if meta["truncated"]:
         logger.warning(
@@ -128,11 +191,13 @@ def encode_examples(
         max_length=max_length,
         field=_FIELD,
     )
-    return EncodedExamples(
-        **vars(sequences),
-        labels=open_flat(folder, "labels", _label_dtype(examples), meta["examples"], _FIELD),
-        fingerprint=key,
-    )
+    sizes = meta["examples"], meta["tokens"]
+    beside = {
+        name: open_flat(folder, name, of.dtype, sizes[of.per_token], _FIELD)
+        for name, of in form.files.items()
+    }
+    found = EncodedExamples(**vars(sequences), labels=beside["labels"], fingerprint=key)
+    return form.opened(found, beside)
 
 
 def _build(
@@ -142,19 +207,24 @@ def _build(
     max_length: int,
     token_types: bool,
     progress: bool,
+    form: Form,
 ) -> None:
-    label = _label_dtype(examples)
     with ExitStack() as stack:
         temporary = stack.enter_context(new_folder(folder, _FIELD))
         bar = stack.enter_context(progress_bar(progress))
         task = bar.add_task("tokenising examples", total=None)
         kind = token_dtype(tokenizer)
         writer = stack.enter_context(SequenceWriter(temporary, kind, token_types=token_types))
-        with flat_file(temporary, "labels").open("wb") as labels:
+        with ExitStack() as files:
+            write = {
+                name: files.enter_context(flat_file(temporary, name).open("wb"))
+                for name in form.files
+            }
             for chunk in _chunks(examples):
-                first, *second = zip(*(example.texts for example in chunk), strict=True)
-                writer.write(tokenise(first, second[0] if second else None, tokenizer, max_length))
-                append(labels, [example.label for example in chunk], label)
+                made, beside = form.tokenise(chunk, tokenizer, max_length)
+                writer.write(made)
+                for name, of in form.files.items():
+                    append(write[name], beside[name], of.dtype)
                 bar.update(task, completed=writer.sequences)
         writer.close()
         meta = {
@@ -169,7 +239,3 @@ def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
     source = iter(examples)
     while chunk := list(islice(source, _CHUNK)):
         yield chunk
-
-
-def _label_dtype(examples: ExampleSource) -> npt.DTypeLike:
-    return np.float32 if examples.regression else np.int64

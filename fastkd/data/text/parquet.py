@@ -7,10 +7,11 @@ one is left unfinished, the process can abort at its exit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow.parquet as pq
 
 
@@ -20,6 +21,8 @@ class ParquetRows:
 
     path: Path
     column_names: list[str]
+    features: datasets.Features
+    """Types of all columns; `datasets` writes the names of classes into its files."""
 
     @staticmethod
     def of(path: Path) -> ParquetRows:
@@ -30,11 +33,12 @@ class ParquetRows:
                 damage raises other errors of Arrow.
         """
         with pq.ParquetFile(path, memory_map=True) as file:
-            return ParquetRows(path, file.schema_arrow.names)
+            features = datasets.Features.from_arrow_schema(file.schema_arrow)
+            return ParquetRows(path, file.schema_arrow.names, features)
 
     def select_columns(self, names: Sequence[str]) -> ParquetRows:
         """The same rows with some columns alone."""
-        return ParquetRows(self.path, list(names))
+        return replace(self, column_names=list(names))
 
     def iter(self, batch_size: int) -> Iterator[dict[str, list[Any]]]:
         """Values by column, up to so many rows at a time."""

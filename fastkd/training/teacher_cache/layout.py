@@ -4,7 +4,8 @@ Of attention either queries, keys and values are stored, or the hidden states be
 which the teacher's own blocks make them again.
 
 A row is stored at its own length, without padding: its tokens follow each other in each file, and
-those of the next row follow them. What a head of a classifier gives is one entry a row.
+those of the next row follow them. What a head that classifies texts gives is one
+entry a row.
 """
 
 from __future__ import annotations
@@ -212,7 +213,7 @@ def _tensors(states: Capture) -> Iterator[tuple[str, Tensor, int | None]]:
     for layer, hidden in sorted(states.hidden.items()):
         yield f"hidden-{layer}", hidden, 1
     if isinstance(states.logits, Tensor):
-        yield "logits", states.logits, None
+        yield "logits", states.logits, 1 if states.logits.ndim == 3 else None
     elif states.logits is not None:
         # of a language model what stands before its head: logits of all tokens have no room
         yield "logits", states.logits.hidden, 1

@@ -1,0 +1,179 @@
+"""Scores of classes of words: F1 of entities as CoNLL-2003 counts them, accuracy, F1 by class.
+
+An entity is right where its first word, its last word and its type are (Tjong Kim Sang and De
+Meulder, "Introduction to the CoNLL-2003 Shared Task", section 2.3). It begins at `B-TYPE`, and at
+an `I-TYPE` that no word of its type stands before, as conlleval and seqeval have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastkd.data.tasks.metrics import Judged, Scores, refuse_broken
+from fastkd.data.tasks.task import Task
+from fastkd.data.tasks.words import EncodedWords
+from fastkd.distributed import Ranks
+
+_Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Entities:
+    """Where entities stand among the words of all texts."""
+
+    begins: npt.NDArray[np.bool_]
+    """[words] whether one begins there."""
+    ends: _Array
+    """[words] behind the last word of the one that begins there."""
+    types: _Array
+    """[words] a number for its type."""
+
+
+def find_entities(task: Task, classes: _Array, starts: npt.NDArray[np.bool_]) -> Entities:
+    """The entities that classes of words name.
+
+    Args:
+        task: whose labels are `O`, `B-TYPE` and `I-TYPE`.
+        classes: [words of all texts]; -1 is outside of entities.
+        starts: [words] whether a text starts there.
+    """
+    kinds = entity_types(task)
+    # of every label, and last of -1
+    of_label = [kinds.index(label[2:]) if label != "O" else -1 for label in task.labels]
+    types = np.asarray([*of_label, -1])[classes]
+    begin = np.asarray([*(label.startswith("B-") for label in task.labels), False])[classes]
+    before = np.concatenate([[-1], types[:-1]])
+    inside = types >= 0
+    begins = inside & (begin | starts | (before != types))
+    edges = np.flatnonzero(begins | ~inside | starts)
+    after = np.append(edges, len(classes))
+    places = np.arange(len(classes))
+    return Entities(begins, after[np.searchsorted(after, places, side="right")], types)
+
+
+def entity_types(task: Task) -> list[str]:
+    """What the entities of a task are called, in the order of its labels."""
+    return list(dict.fromkeys(label[2:] for label in task.labels if label != "O"))
+
+
+def measure_words(
+    task: Task, predicted: _Array, right: _Array, offsets: _Array
+) -> tuple[Scores, Scores]:
+    """Every metric of the task, and the F1 of each of its types of entities, or its classes.
+
+    Args:
+        task: with classes of words.
+        predicted: [words of all texts] classes; -1 where nothing was predicted.
+        right: [words] classes.
+        offsets: [texts + 1] where each text starts.
+    """
+    hits = predicted == right
+    if not task.names_entities:
+        names = list(task.labels)
+        counts = [(right == n, predicted == n) for n in range(len(names))]
+        by_class = {n: _f1(int((r & p).sum()), r, p) for n, (r, p) in enumerate(counts)}
+        found = {"token_accuracy": float(hits.mean())}
+    else:
+        starts = np.zeros(len(right), dtype=bool)
+        starts[offsets[:-1]] = True
+        there, said = (find_entities(task, of, starts) for of in (right, predicted))
+        matched = there.begins & said.begins
+        matched &= (there.ends == said.ends) & (there.types == said.types)
+        names = entity_types(task)
+        by_class = {}
+        for number in range(len(names)):
+            chosen = [of.begins & (of.types == number) for of in (there, said)]
+            by_class[number] = _f1(int((matched & chosen[0]).sum()), *chosen)
+        whole = _f1(int(matched.sum()), there.begins, said.begins)
+        found = {"entity_f1": whole, "token_accuracy": float(hits.mean())}
+    scores: Scores = {metric: found[metric] for metric in task.metrics}
+    return scores, {names[number]: value for number, value in by_class.items()}
+
+
+def _f1(hits: int, right: npt.NDArray[np.bool_], predicted: npt.NDArray[np.bool_]) -> float:
+    """0 where there is nothing to find and nothing was found."""
+    return 2 * hits / max(int(right.sum() + predicted.sum()), 1)
+
+
+class WordEvaluator:
+    """An `Evaluator` of classes of words; a word whose text was cut before it counts as missed."""
+
+    def __init__(
+        self,
+        task: Task,
+        evaluations: Mapping[str, EncodedWords],
+        device: torch.device,
+        whose: Judged = "student",
+    ) -> None:
+        self._task, self._evaluations, self._whose = task, evaluations, whose
+        lengths = np.concatenate([examples.lengths for examples in evaluations.values()])
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        self._lengths = torch.from_numpy(lengths).to(device)
+        self._offsets = torch.from_numpy(offsets[:-1].astype(np.int64)).to(device)
+        self._classes = torch.zeros(int(offsets[-1]), dtype=torch.int64, device=device)
+        self._broken = torch.zeros(len(lengths), dtype=torch.int64, device=device)
+
+    def add(self, rows: Tensor, student: Tensor, teacher: Tensor | None) -> None:
+        rows = rows.to(student.device)
+        logits = student[: len(rows)]
+        places = torch.arange(logits.shape[1], device=logits.device)
+        there = places < self._lengths[rows, None]
+        broken = (~logits.isfinite()).any(dim=-1) & there
+        self._broken[rows] = broken.any(dim=-1).long()
+        stored = self._offsets[rows, None] + places
+        self._classes[stored[there]] = logits.argmax(dim=-1)[there]
+
+    def results(self, ranks: Ranks) -> dict[str, Any]:
+        """`score`, the mean over sets of the first metric, `scores` of each set by metric,
+        `baseline` and `class_f1` as of a `ScoreEvaluator`, `examples`; `one_class` likewise."""
+        # every row was written by one rank
+        classes, broken = (ranks.sum(found).cpu() for found in (self._classes, self._broken))
+        refuse_broken(int(broken.sum()), len(broken), self._whose)
+        scores: dict[str, Scores] = {}
+        class_f1: dict[str, Scores] = {}
+        one_class, first = {}, 0
+        for name, examples in self._evaluations.items():
+            end = first + len(examples.tokens)
+            predicted = examples.of_words(classes[first:end].numpy())
+            source = examples.source
+            found = measure_words(self._task, predicted, source.labels, source.offsets)
+            scores[name], class_f1[name] = found
+            if (predicted == predicted[0]).all():
+                one_class[name] = self._task.labels[int(predicted[0])]
+            first = end
+        return {
+            "score": first_metric(self._task, scores),
+            "scores": scores,
+            "baseline": self._baseline(),
+            "class_f1": class_f1,
+            "one_class": one_class,
+            "examples": len(broken),
+        }
+
+    def _baseline(self) -> dict[str, Any]:
+        """What the best one class for every word scores."""
+        sources = {name: examples.source for name, examples in self._evaluations.items()}
+        found = [
+            {
+                name: measure_words(
+                    self._task, np.full_like(of.labels, answer), of.labels, of.offsets
+                )[0]
+                for name, of in sources.items()
+            }
+            for answer in range(self._task.outputs)
+        ]
+        best = max(found, key=lambda scores: first_metric(self._task, scores))
+        return {"score": first_metric(self._task, best), "scores": best}
+
+
+def first_metric(task: Task, scores: Mapping[str, Scores]) -> float:
+    """One number for a task: the mean over its sets of the metric that is named first."""
+    return fmean(found[task.metrics[0]] for found in scores.values())

@@ -14,7 +14,13 @@ student's section and the models that a run starts from. Trains nothing and know
 """
 
 from fastkd.models.checking import LOADING_ERRORS, not_loadable, optional_file
-from fastkd.models.digests import model_digests, note_models
+from fastkd.models.digests import (
+    model_bytes,
+    model_digests,
+    model_sources,
+    note_models,
+    noted_models,
+)
 from fastkd.models.embedding import UnknownModule, read_embedding
 from fastkd.models.load import (
     load_student,
@@ -56,9 +62,12 @@ __all__ = [
     "load_tokenizer",
     "locate_model",
     "locate_source",
+    "model_bytes",
     "model_digests",
+    "model_sources",
     "not_loadable",
     "note_models",
+    "noted_models",
     "optional_file",
     "read_config",
     "read_embedding",

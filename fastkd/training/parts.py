@@ -26,6 +26,7 @@ from fastkd.capture import (
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import DataModule
 from fastkd.data.factory import make_datamodule, task_of
+from fastkd.data.mteb_tasks import load_tasks
 from fastkd.data.pairs import encode_pairs, read_pairs
 from fastkd.data.rows.datamodule import RowDataModule
 from fastkd.data.rows.tokenized import EncodedRows
@@ -92,6 +93,8 @@ class Parts:
     """The model that the student was made from."""
     pairs: dict[str, EncodedRows]
     """Pairs of texts with scores, by name, that embeddings are judged by."""
+    mteb_tasks: dict[str, Any]
+    """Tasks of mteb, likewise."""
     handed_on: dict[str, Any]
     """Values of its configuration that the student is handed on with: dropout rates, padding."""
 
@@ -165,6 +168,7 @@ def _distillation(
     embeddings = find_embeddings(recipe, teacher.config, student.config)
     # before the data, which takes long to read, and may tell how many steps there are
     pairs = _pairs(recipe, tokenizer, teacher.config, ranks)
+    tasks = load_tasks(() if recipe.evaluate is None else recipe.evaluate.mteb, ranks)
     objective = make_objective(
         recipe.losses,
         layers,
@@ -215,6 +219,7 @@ def _distillation(
         teacher_model=teacher,
         source=source,
         pairs=pairs,
+        mteb_tasks=tasks,
         handed_on=handed_on,
     )
 
@@ -364,6 +369,7 @@ def _finetuning(
         teacher_model=None,
         source=source,
         pairs={},
+        mteb_tasks={},
         handed_on=handed_on,
     )
 

@@ -15,11 +15,16 @@ from transformers import AutoModelForSequenceClassification
 from fastkd.errors import UserError
 from fastkd.recipe import load_recipe
 
-MODULE = {
-    "idx": 0,
-    "name": "0",
-    "path": "",
-    "type": "sentence_transformers.base.modules.Transformer",
+SAVED = {
+    "modules.json": [
+        {
+            "idx": 0,
+            "name": "0",
+            "path": "",
+            "type": "sentence_transformers.base.modules.transformer.Transformer",
+        }
+    ],
+    "sentence_bert_config.json": {"transformer_task": "sequence-classification"},
 }
 CUT = {"train.micro_batch_size": 2}
 # a softmax does not see key biases: Adam would make noise of their gradient
@@ -52,7 +57,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = {0: "irrelevant"}
     save_classifier(folder / "reranker", num_labels=1, id2label=names)
     # as a CrossEncoder leaves it: no Pooling stands behind the transformer
-    (folder / "reranker" / "modules.json").write_text(json.dumps([MODULE]))
+    for name, content in SAVED.items():
+        (folder / "reranker" / name).write_text(json.dumps(content))
     given = {**RERANKER, "teacher.model": str(folder / "reranker")}
 
     def run(name: str, **values: Any) -> list[str]:

@@ -53,7 +53,7 @@ def test_cutting_a_step_changes_no_weighted_mean(cuts: tuple[int, ...]) -> None:
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
-    objective, _ = hard_objective(model, 1)
+    objective, _ = hard_objective(model, "sequence_classification", 1)
     student = DistilledStudent(model, objective)
     parts = [dict(zip(inputs, part, strict=True)) for part in _split(inputs, cuts)]
     counts = [objective.divisors(part) for part in parts]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import scipy.stats
 import yaml
-from sentence_transformers import SentenceTransformer, models
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules as models
 from tiny_exports import save_sentences
 from tiny_models import INTERMEDIATE, WIDTH, tiny_model
 from tiny_runs import make_recipe

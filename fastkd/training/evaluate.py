@@ -188,7 +188,7 @@ def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> E
     changed: dict[str, Any] = {"train": train}
     if overrides and isinstance(recipe, Recipe) and recipe.data is not None:
         # a stream reads no more of the text than it needs
-        streaming = recipe.data.documents != "row"
+        streaming = not recipe.data.by_rows
         changed["data"] = recipe.data.model_copy(update={"streaming": streaming})
     with tf32_products(ranks.device, train.tf32):
         return evaluate(set_up_evaluation(recipe.model_copy(update=changed), folder, ranks))

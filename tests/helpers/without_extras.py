@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 ABSENT = {
-    *("accelerate", "optuna", "cmaes", "matplotlib", "onnx", "onnxruntime", "onnxscript"),
+    *("accelerate", "optuna", "cmaes", "matplotlib", "mteb", "onnx", "onnxruntime", "onnxscript"),
     *("sklearn", "tensorboard", "wandb"),
 }
 

@@ -15,6 +15,7 @@ from fastkd.training.profile import REST, Profile
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run
 from fastkd.training.steering import Steering
+from fastkd.types import teacher_inputs
 
 # as much as two evaluations of the same weights may differ by, relatively
 _NOISE = 1e-5
@@ -39,7 +40,7 @@ def summarise(
     speeds = {"student": tokens_per_second(run.student, inputs, ranks)}
     parameters = {"student": run.initialisation.total}
     if not isinstance(run.teacher, NoTeacher):
-        speeds["teacher"] = tokens_per_second(run.teacher.embed, inputs, ranks)
+        speeds["teacher"] = tokens_per_second(run.teacher.embed, teacher_inputs(inputs), ranks)
         parameters["teacher"] = run.teacher_parameters
     records = folder.read_metrics() if ranks.is_main else []
     exported = steering.exported_step(steps)

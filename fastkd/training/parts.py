@@ -37,6 +37,7 @@ from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, make_layer_map
+from fastkd.losses.embeddings import EmbeddingGroup
 from fastkd.losses.factory import (
     capture_needs,
     embedding_losses,
@@ -183,6 +184,8 @@ def _distillation(
     )
     if made is not None:
         load_projections(objective, made)
+    else:
+        _begin_projection(recipe, objective, student)
     datamodule = make_datamodule(
         recipe,
         tokenizer,
@@ -275,6 +278,20 @@ def _pairs(
         rows = ranks.from_main(partial(read_pairs, *place))
         found[name] = encode_pairs(rows, form, tokenizer, config, data.block_size, name)
     return found
+
+
+def _begin_projection(recipe: Recipe, objective: Objective, student: PreTrainedModel) -> None:
+    """Let a student that starts from another model go on with that model's projection."""
+    start = recipe.student.starts_from
+    groups = [term for term in objective.each() if isinstance(term, EmbeddingGroup)]
+    if start is None or not groups:
+        return
+    try:
+        found = read_embedding(start, student.config, recipe.student.head)
+    except UnknownModule:
+        # one that ends otherwise has no such projection
+        return
+    groups[0].begin_from(found)
 
 
 def _masking(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Masking | None:

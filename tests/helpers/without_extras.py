@@ -12,7 +12,8 @@ import sys
 from typing import Any
 
 ABSENT = {
-    *("accelerate", "cmaes", "matplotlib", "mteb", "optuna", "sklearn", "tensorboard", "wandb"),
+    *("accelerate", "cmaes", "matplotlib", "mteb", "onnx", "onnxruntime", "onnxscript"),
+    *("optuna", "sklearn", "tensorboard", "wandb"),
 }
 
 

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from fastkd.errors import UserError
 from fastkd.losses.base import Batch, Captures, Loss, LossConfig, LossGroup, ModelPair, Shared
 from fastkd.losses.pooling import Dense, EmbeddingModules, Pooling
+from fastkd.types import Head
 
 if TYPE_CHECKING:
     from fastkd.capture import Capture
@@ -40,6 +41,11 @@ class EmbeddingLoss(Loss):
     captures = Captures(outputs=True)
     wants_projection: ClassVar[bool] = False
     """Whether it reads the student in the teacher's space; others only see what there is."""
+
+    @classmethod
+    def compares_tokens(cls, head: Head) -> bool:
+        """No: an embedding is of a whole sequence."""
+        return False
 
     @property
     def projects(self) -> ToTeacher:
@@ -110,22 +116,25 @@ class EmbeddingGroup(LossGroup):
             one for one in members if isinstance(one, EmbeddingLoss)
         ]
         teacher = _pooled(shared.pair, self.losses)
-        width = shared.pair.widths[0]
-        sizes = width * len(teacher.pooling), teacher.pooled_dim
+        self._pooling = teacher.pooling
+        if shared.pair.embeddings is not None and self.losses[0].config.pooling is None:
+            self._pooling = shared.pair.embeddings[0].pooling
+        sizes = shared.pair.widths[0] * len(self._pooling), teacher.pooled_dim
         self.projection: nn.Linear | None = None
         if _projects(self.losses, *sizes):
             self.projection = nn.Linear(*sizes, bias=False)
         # in a tuple they are no submodules: nothing of them trains, or is saved
-        self._modules_of = (self._student_modules(teacher, width), teacher)
+        self._modules_of = (self._student_modules(teacher), teacher)
         for loss in self.losses:
             loss.check_dims(self._modules_of[0].dim, teacher.dim)
 
-    def _student_modules(self, teacher: EmbeddingModules, width: int) -> EmbeddingModules:
+    def _student_modules(self, teacher: EmbeddingModules) -> EmbeddingModules:
+        width = self.shared.pair.widths[0]
         if self.projection is None:
-            return teacher.of_student(width)
+            return teacher.of_student(width, pooling=self._pooling)
         weight = self.projection.weight.detach().clone()
         name = next(loss.name for loss in self.losses if loss.wants_projection)
-        return teacher.of_student(width, Dense(weight, learned_by=name))
+        return teacher.of_student(width, Dense(weight, learned_by=name), self._pooling)
 
     def parameter_rates(self) -> dict[str, float]:
         rate = self.shared.projection_learning_rate
@@ -134,14 +143,20 @@ class EmbeddingGroup(LossGroup):
     def student_modules(self) -> EmbeddingModules:
         """What makes the student's embedding, with a copy of the projection as it is now, which
         must be whole."""
-        return self._student_modules(self._modules_of[1], self.shared.pair.widths[0])
+        return self._student_modules(self._modules_of[1])
+
+    def teacher_embedding(self, teacher: Capture, mask: Tensor | None) -> Tensor:
+        assert teacher.outputs is not None, "they were captured"
+        with torch.no_grad():
+            made: Tensor = self._modules_of[1](teacher.outputs, mask)
+        return made
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         """Losses [matches], fp32."""
-        assert student.outputs is not None and teacher.outputs is not None, "both were captured"
-        own, theirs = self._modules_of
-        with torch.no_grad():
-            target = theirs(teacher.outputs, batch.teacher_mask)
+        assert student.outputs is not None, "they were captured"
+        own, target = self._modules_of[0], teacher.embedding
+        if target is None:
+            target = self.teacher_embedding(teacher, batch.teacher_mask)
         vectors = own.pool(student.outputs, batch.mask)
         if self.projection is not None:
             # as wide as the weight, which an engine may have cast; its own forward gathers it

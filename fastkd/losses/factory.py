@@ -37,6 +37,12 @@ def embedding_losses(losses: Losses) -> dict[str, EmbeddingConfig]:
     return {name: config for name, config in found if isinstance(config, EmbeddingConfig)}
 
 
+def token_losses(losses: Losses, head: Head) -> list[str]:
+    """The losses that need models of one vocabulary, by their names in the recipe."""
+    found = losses.terms.items()
+    return [name for name, config in found if loss_class(config.loss).compares_tokens(head)]
+
+
 def make_objective(
     losses: Losses,
     layers: LayerMap,

@@ -194,17 +194,24 @@ class EmbeddingModules(nn.Module):
         """
         return EmbeddingModules(self.width, pooling, self.given(), self.projection)
 
-    def of_student(self, width: int, projection: Dense | None = None) -> EmbeddingModules:
+    def of_student(
+        self,
+        width: int,
+        projection: Dense | None = None,
+        pooling: Sequence[PoolingMode] | None = None,
+    ) -> EmbeddingModules:
         """The modules of a student of this model, a teacher.
 
         Args:
             width: of the student's states.
             projection: from its pooled vectors to the teacher's, behind which stands all that the
                 teacher has; without one weights for another width are left out.
+            pooling: of the student; the teacher's where not given.
         """
-        fits = projection is not None or width == self.width
+        pooling = self.pooling if pooling is None else pooling
+        fits = projection is not None or width * len(pooling) == self.pooled_dim
         kept = [step for step in self.given() if fits or isinstance(step, Normalize)]
-        return EmbeddingModules(width, self.pooling, kept, projection)
+        return EmbeddingModules(width, pooling, kept, projection)
 
     def describe(self) -> str:
         """The modules, for people."""

@@ -31,6 +31,7 @@ from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.layer_map import Progress
 from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.models.quantised import Quantised
+from fastkd.packed_row import valid_tokens
 from fastkd.recipe import AnyRecipe, Recipe, Train
 from fastkd.training.checkpoint.layout import find_places
 from fastkd.training.deepspeed_config import student_config, teacher_config, uses_deepspeed
@@ -99,10 +100,11 @@ class TeacherRunner:
         cut = nullcontext() if whole else self._cut
         with torch.no_grad(), cut, reading(self.model, teacher_inputs(inputs)) as read:
             if self.compiled is not None and self.objective.training and not whole:
-                return self.compiled(read, wanted)
-            with capture(self.model, **wanted) as states:
-                self._run(**read)
-        return states
+                states = self.compiled(read, wanted)
+            else:
+                with capture(self.model, **wanted) as states:
+                    self._run(**read)
+            return self.objective.condensed(states, valid_tokens(teacher_inputs(inputs)))
 
     def record(self, inputs: Inputs, wanted: Wanted | None = None) -> Capture:
         """Run as deep as the objective ever needs, and return what it may ever need, or what is
@@ -112,7 +114,7 @@ class TeacherRunner:
         reads = reading(self.model, teacher_inputs(inputs))
         with torch.no_grad(), self._cut, reads as read, recorded as states:
             self._run(**read)
-        return states
+        return self.objective.condensed(states, valid_tokens(teacher_inputs(inputs)))
 
     def embed(self, inputs: Inputs) -> Tensor:
         """The teacher's last hidden state [batch, tokens, width], at full depth."""

@@ -19,7 +19,7 @@ def introduce(run: Run, reporter: Reporter) -> None:
         share = initialisation.copied / initialisation.total
         origin = "the teacher" if recipe.student.starts_from is None else recipe.student.init
         reporter.say(
-            f"student: {recipe.student.layers} layers, {size}, {share:.0%} of them copied from "
+            f"student: {run.layers.student_layers} layers, {size}, {share:.0%} of them copied from "
             f"{origin}"
         )
         for missing in initialisation.missing:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.capture import (
     AttentionTraits,
@@ -35,32 +35,29 @@ from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.factory import (
     capture_needs,
-    embedding_losses,
     hard_objective,
     make_objective,
 )
 from fastkd.losses.mlm import MlmLoss
 from fastkd.losses.objective import DistilledStudent, Objective
-from fastkd.losses.pooling import EmbeddingModules, PoolingMode
 from fastkd.models import (
     Initialisation,
-    UnknownModule,
     build_student,
-    check_same_vocabulary,
-    dropout_rates,
     load_student,
     load_teacher,
     load_tokenizer,
-    read_embedding,
+    student_layers,
 )
 from fastkd.models.classifier import check_start, fit_classifier, load_tuned, name_outputs
 from fastkd.models.importance import start_by_importance
 from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, TaskData, resolve_steps
-from fastkd.training.export import check_prompts, load_projections
+from fastkd.training.embeddings import find_embeddings, own_pooling
+from fastkd.training.export import load_projections
 from fastkd.training.finite import check_weights
 from fastkd.training.memory import check_micro_batch
 from fastkd.training.precision import check_eight_bits, settle_precision
 from fastkd.training.run_folder import RunFolder
+from fastkd.training.vocabularies import Tokenizers, choose_tokenizers, share_token_types
 from fastkd.types import Inputs, ModelSource
 
 R = TypeVar("R", Recipe, FinetuneRecipe)
@@ -145,17 +142,25 @@ def _distillation(
         if made is None and start is not None:
             check_start(start, task)
     teacher_traits = _traits(teacher, recipe)
-    tokenizer = load_tokenizer(source, vocabulary_size(teacher))
-    depths = recipe.student.layers, teacher.config.num_hidden_layers
-    layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
+
+    def mapped(depth: int) -> LayerMap:
+        depths = depth, teacher.config.num_hidden_layers
+        return make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
+
+    start = recipe.student.starts_from
     if made is None:
-        student, initialisation = _new_student(recipe, teacher, layers, tokenizer, task)
+        layers = mapped(student_layers(recipe.student, teacher.config))
+        student, initialisation = _new_student(recipe, teacher, layers, task)
     else:
         student, initialisation = _made_student(recipe, made, task)
+        layers = mapped(student.config.num_hidden_layers)
+        start = None if start is None else ModelSource(str(made.student))
+    tokenizers = choose_tokenizers(recipe, student, teacher, start)
     traits = _traits(student, recipe), teacher_traits
     if made is None:
         check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
-    embeddings = find_embeddings(recipe, teacher.config, student.config)
+    pooling = own_pooling(recipe, student, teacher, start)
+    embeddings = find_embeddings(recipe, teacher.config, student.config, pooling)
     # before the data, which takes long to read, and may tell how many steps there are
     objective = make_objective(
         recipe.losses,
@@ -172,21 +177,24 @@ def _distillation(
     )
     if made is not None:
         load_projections(objective, made)
+    first = student if tokenizers.teacher else share_token_types(student, teacher)
     datamodule = make_datamodule(
         recipe,
-        tokenizer,
-        teacher.config,
+        tokenizers.student,
+        first.config,
         ranks,
-        masking=_masking(recipe, tokenizer),
+        masking=_masking(recipe, tokenizers.student),
         counts_padding=recipe.losses.reduction == "tinybert",
+        teacher_tokenizer=tokenizers.teacher,
+        teacher_config=teacher.config,
         progress=progress,
     )
     if made is None:
         recipe = _resolved(recipe, datamodule)
     objective.steps = recipe.train.steps
-    handed_on = dropout_rates(teacher.config)
+    handed_on: dict[str, Any] = dict(initialisation.rates)
     if HEADS[head].data == "task":
-        handed_on |= pad_alike(datamodule, tokenizer, student, teacher)
+        handed_on |= _pad_both(datamodule, tokenizers, student, teacher)
     if made is None and recipe.student.init == "importance":
         read = first_inputs(datamodule, recipe, plan, ranks)
         if recipe.teacher.placement == "replicate":
@@ -198,7 +206,7 @@ def _distillation(
         ranks=ranks,
         plan=plan,
         datamodule=datamodule,
-        tokenizer=tokenizer,
+        tokenizer=tokenizers.student,
         layers=layers,
         initialisation=initialisation,
         module=DistilledStudent(student, objective),
@@ -220,31 +228,6 @@ def first_inputs(
             yield from micro_batches.next_step(step)
 
 
-def find_embeddings(
-    recipe: Recipe, teacher: PreTrainedConfig, student: PreTrainedConfig
-) -> tuple[EmbeddingModules, EmbeddingModules] | None:
-    """What makes embeddings of student and teacher, as of `ModelPair`; `None` where fastkd doesn't
-    know the teacher's modules and no loss asks.
-
-    Raises:
-        UserError: it doesn't, and one asks; or prompts of the data contradict the teacher's.
-    """
-    readers = embedding_losses(recipe.losses)
-    stated = [config.pooling for config in readers.values() if config.pooling is not None]
-    pooling: PoolingMode = stated[0] if stated else "mean"
-    source, head = recipe.teacher.source, recipe.student.head
-    if recipe.data is not None:
-        check_prompts(source, recipe.data.prompts)
-    try:
-        found = read_embedding(source, teacher, head, pooling)
-    except UnknownModule as error:
-        if not readers:
-            return None
-        name = next(iter(readers))
-        raise UserError(f"losses.{name} compares embeddings, but teacher.{error}") from error
-    return found.of_student(student.hidden_size), found
-
-
 def _masking(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Masking | None:
     """What hides tokens where a loss asks for them."""
     for loss in recipe.losses.of("mlm"):
@@ -254,17 +237,10 @@ def _masking(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Masking | No
 
 
 def _new_student(
-    recipe: Recipe,
-    teacher: PreTrainedModel,
-    layers: LayerMap,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task | None,
+    recipe: Recipe, teacher: PreTrainedModel, layers: LayerMap, task: Task | None
 ) -> tuple[PreTrainedModel, Initialisation]:
     student, initialisation = build_student(teacher, recipe.student, layers)
-    start = recipe.student.starts_from
     check_weights(student, f"student.init {recipe.student.init}")
-    if start is not None:
-        check_same_vocabulary(start, f"student.init {start.name}", tokenizer)
     if task is not None:
         name_outputs(student.config, task)
     return student, initialisation
@@ -321,6 +297,20 @@ def _finetuning(
         source=source,
         handed_on=handed_on,
     )
+
+
+def _pad_both(
+    datamodule: DataModule,
+    tokenizers: Tokenizers,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+) -> dict[str, Any]:
+    """`pad_alike` of both models, each as its own tokenizer's sequences are padded."""
+    if tokenizers.teacher is None:
+        return pad_alike(datamodule, tokenizers.student, student, teacher)
+    assert isinstance(datamodule, RowDataModule), "rows alone are read by two tokenizers"
+    teacher.config.pad_token_id = datamodule.teacher_pad_id
+    return pad_alike(datamodule, tokenizers.student, student)
 
 
 def pad_alike(

@@ -13,6 +13,7 @@ from fastkd.training.evaluate import (
 from fastkd.training.profile import REST, Profile
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run
+from fastkd.types import teacher_inputs
 
 # as much as two evaluations of the same weights may differ by, relatively
 _NOISE = 1e-5
@@ -27,7 +28,7 @@ def summarise(run: Run, folder: RunFolder, seconds: float) -> dict[str, Any]:
     speeds = {"student": tokens_per_second(run.student, inputs, ranks)}
     parameters = {"student": run.initialisation.total}
     if not isinstance(run.teacher, NoTeacher):
-        speeds["teacher"] = tokens_per_second(run.teacher.embed, inputs, ranks)
+        speeds["teacher"] = tokens_per_second(run.teacher.embed, teacher_inputs(inputs), ranks)
         parameters["teacher"] = run.teacher_parameters
     records = folder.read_metrics() if ranks.is_main else []
     heldout = [_numbers(record) for record in records if record["kind"] == "heldout"]

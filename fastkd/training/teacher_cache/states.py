@@ -62,7 +62,7 @@ class TeacherStates:
 
         def read(name: str) -> Tensor:
             field = self._fields[name]
-            numbers = inputs[STORED + name].to(device, non_blocking=True).to(field.dtype)
+            numbers = field.decoded(inputs[STORED + name].to(device, non_blocking=True))
             entries = numbers.reshape(*numbers.shape[:2], *field.shape)
             return entries[:, 0] if field.token_dim is None else entries.movedim(1, field.token_dim)
 

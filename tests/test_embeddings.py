@@ -232,7 +232,7 @@ def test_a_decoder_that_pools_the_last_token_is_read_with_padding_on_the_left(
     inputs, expected = encoded(own, TEXTS, "left")
     with finished(result) as run:
         torch.testing.assert_close(run.embed("student", inputs), expected, atol=1e-6, rtol=1e-6)
-    assert "last over 24 channels, Dense 24 to 32" in (folder / "README.md").read_text()
+    assert "last pooling of 24 numbers, Dense 24 to 32" in (folder / "README.md").read_text()
 
 
 def test_the_projection_of_the_last_hidden_layer_is_handed_on(tmp_path: Path) -> None:
@@ -273,14 +273,18 @@ def test_a_projection_that_is_none_of_the_embedding_stays(name: str, tmp_path: P
     assert modules is not None and modules.dim == 24 * len(given["modes"])
 
 
-def test_a_loss_of_embeddings_needs_modules_that_are_known(tmp_path: Path) -> None:
+def test_a_loss_of_embeddings_needs_modules_that_are_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     teacher = save_sentences(tmp_path, pooling("mean"), models.CNN(WIDTH, out_channels=8))
     given: dict[str, Any] = {"teacher": {"model": str(teacher)}}
     recipe = make_recipe(tmp_path, **given, losses={**ALONE, "embedding_output": {}})
     with pytest.raises(UserError, match=r"losses.embedding_output compares embeddings, but t.*CNN"):
         fastkd.distill(recipe, quiet=True)
     recipe = make_recipe(tmp_path, **given, train={"steps": 1, "warmup_steps": 0})
-    assert fastkd.distill(recipe, quiet=True).summary["after"]["sentence_cosine"] is None
+    assert fastkd.distill(recipe).summary["after"]["sentence_cosine"] is None
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"embeddings are not compared: model {teacher}: fastkd doesn't know its module" in said
 
 
 def test_prefixes_of_a_narrow_student_search_an_index_of_the_teacher(tmp_path: Path) -> None:

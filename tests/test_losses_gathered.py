@@ -38,7 +38,8 @@ SECTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"loss": "contrastive", "symmetric": True, "dimensions": [2]}, GROUP),
     ({"loss": "contrastive", "temperature": 0.3, "distilled": True, "symmetric": True}, GROUP),
     ({"loss": "score"}, PAIR),
-    ({"loss": "score", "similarity": "dot", "scale": 2.0, "dimensions": [4]}, GROUP),
+    ({"loss": "score", "similarity": "dot", "scale": 2.0}, GROUP),
+    ({"loss": "score", "scale": 2.0, "dimensions": [4, 5]}, GROUP),
     ({"loss": "score", "kind": "margin_mse", "scale": 3.0}, GROUP),
     ({"loss": "score", "kind": "listwise_kl", "temperature": 0.5}, GROUP),
     ({"loss": "score", "kind": "listwise_kl", "target": "file", "scale": 5.0}, GROUP),
@@ -189,9 +190,7 @@ def defined(
     whole = formulas[section["loss"]](section, s, t, texts, *more)
     cut = []
     for size in section.get("dimensions", ()):
-        # each of length one: only a dot product sees it
-        prefixes = [v[:size] / v[:size].norm() for v in s]
-        cut.append(formulas[section["loss"]](section, prefixes, t, texts, *more))
+        cut.append(formulas[section["loss"]](section, [v[:size] for v in s], t, texts, *more))
     return torch.stack([whole, *cut]).mean()
 
 
@@ -311,11 +310,12 @@ def test_a_loss_that_gathers_in_another_way_is_refused(
             r"losses\.mine compares rows, 2 at .* 1;",
         ),
         ({"loss": "rkd", "kind": "angle"}, (2, 1, 2), False, r"3 at least, .* which has 2; raise"),
+        ({"loss": "rkd"}, (1, 8, 1, 64), False, r"which has 1; raise data\.batch_tokens or train"),
         ({"loss": "rkd"}, (2, 4, 1), True, r"train\.cuda_graph is on, but losses\.mine compares"),
     ],
 )
 def test_rows_that_can_not_be_compared_are_refused(
-    section: dict[str, Any], plan: tuple[int, int, int], recorded: bool, said: str
+    section: dict[str, Any], plan: tuple[int, ...], recorded: bool, said: str
 ) -> None:
     objective = made(section, ("text",))
     with pytest.raises(UserError, match=said):

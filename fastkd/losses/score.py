@@ -58,6 +58,11 @@ class ScoreLoss(EmbeddingLoss):
                     f"temperature is read by listwise_kl only, but kind is {self.kind}; leave it "
                     "out"
                 )
+            if self.similarity == "dot" and self.dimensions:
+                raise ValueError(
+                    "similarity is dot, but dimensions names prefixes, which are scaled to length "
+                    "one; take cosine, or leave dimensions out"
+                )
             return self
 
     config: Config
@@ -110,6 +115,11 @@ class ScoreLoss(EmbeddingLoss):
                     f"losses.{name}.{field} is of embeddings, but {setting.field} is "
                     f"{setting.head}, whose output is the score; leave {field} out"
                 )
+
+    @classmethod
+    def reads_scores(cls, config: LossConfig) -> bool:
+        assert isinstance(config, cls.Config)
+        return config.target == "file"
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         """A scalar, fp32; of rerankers."""

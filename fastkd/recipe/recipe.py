@@ -223,5 +223,12 @@ class Recipe(Section):
             )
         losses = frozenset(config.loss for config in self.losses.terms.values())
         setting = Setting(head, self.task is not None, losses, rows=self.row_form)
-        for name, config in self.losses.terms.items():
-            loss_class(config.loss).check_setting(name, config, setting)
+        terms = {name: (loss_class(c.loss), c) for name, c in self.losses.terms.items()}
+        for name, (kind, config) in terms.items():
+            kind.check_setting(name, config, setting)
+        scored = setting.rows is not None and bool(setting.rows.scores)
+        if scored and not any(kind.reads_scores(config) for kind, config in terms.values()):
+            raise ValueError(
+                "data.scores is given, but no loss reads scores of a file; set target to file in "
+                "losses.score, or leave data.scores out"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastkd.layer_map import CONVENTION, LayerMap
+from fastkd.models import UnknownModule, read_embedding
 from fastkd.recipe import Recipe, write_yaml
 from fastkd.reporting.console import Reporter
 from fastkd.training.engine import NoTeacher, TeacherRunner, whole_weights
@@ -30,7 +31,7 @@ def introduce(run: Run, reporter: Reporter) -> None:
     reporter.say(describe_precision(recipe, run.ranks.device))
     if isinstance(run.teacher, TeacherRunner) and run.teacher.quantised is not None:
         reporter.say(f"teacher: {run.teacher.quantised}")
-    for note in _handed_on(run):
+    for note in (*_handed_on(run), *_not_compared(run)):
         reporter.say(note)
     there, step = run.datamodule.introduction(recipe.train.batch_size)
     reporter.say(there)
@@ -60,6 +61,18 @@ def _handed_on(run: Run) -> list[str]:
     with whole_weights(run.engine, run.objective.parameters()):
         own = own_embedding(run.objective, run.prompts)
     return export_notes(student, theirs, run.source, head, own)
+
+
+def _not_compared(run: Run) -> list[str]:
+    """Why an evaluation says nothing of embeddings, where it would."""
+    if run.objective.pair.embeddings is not None or run.datamodule.reads != "embeddings":
+        return []
+    assert isinstance(run.teacher, TeacherRunner), "embeddings are compared with a teacher's"
+    try:
+        read_embedding(run.source, run.teacher.model.config, run.objective.pair.head)
+    except UnknownModule as error:
+        return [f"embeddings are not compared: {error}"]
+    return []
 
 
 def expanded(recipe: Recipe) -> str:

@@ -13,6 +13,7 @@ from fastkd.distributed import Ranks, start_ranks, stop_ranks
 from fastkd.errors import UserError
 from fastkd.recipe import load_recipe
 from fastkd.training.engine import TeacherRunner
+from fastkd.training.finite import teacher_fault
 from fastkd.training.setup import Run, set_up
 from fastkd.training.teacher_cache.layout import Field
 from fastkd.training.teacher_cache.plan import CachePlan, Form, plan_for_run
@@ -110,3 +111,12 @@ def test_another_pooling_has_another_folder(tmp_path: Path, ranks: Ranks) -> Non
 def test_what_another_loss_reads_of_the_outputs_stays(tmp_path: Path, ranks: Ranks) -> None:
     _, plan = planned(tmp_path, ranks, "exact", rkd={})
     assert {field.name for field in plan.layout.fields} == {"embedding", "outputs"}
+
+
+def test_a_teacher_whose_embedding_is_not_finite_is_named(tmp_path: Path, ranks: Ranks) -> None:
+    run, _ = planned(tmp_path, ranks, "exact")
+    assert isinstance(run.teacher, TeacherRunner)
+    batches = run.micro_batches().next_step(0)
+    assert teacher_fault(run.teacher, batches, ranks) is None
+    run.teacher.model.encoder.layer[-1].output.LayerNorm.bias.data[0] = torch.nan
+    assert teacher_fault(run.teacher, batches, ranks) == "the embedding"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, Link, Progress
 from fastkd.losses.counts import Divisor, Reduction
+from fastkd.losses.ensemble import Ensemble
 from fastkd.losses.gathering import Gather, alone
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.packed_row import PackedRow
@@ -57,6 +58,8 @@ class ModelPair:
     row: tuple[str, ...] = ("text",)
     """What each of the sequences of a row is, in order, see `RowForm.sequences`: a batch has so
     many for each of its rows."""
+    ensemble: Ensemble | None = None
+    """What the embeddings and scores of several teachers come to."""
     last_is_output: bool = False
     """Whether both models hand on the state of their last block as it is, without a norm."""
 

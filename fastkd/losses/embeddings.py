@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from fastkd.errors import UserError
 from fastkd.losses.base import Batch, Captures, Loss, LossConfig, LossGroup, ModelPair, Shared
-from fastkd.losses.pooling import Dense, EmbeddingModules, Pooling
+from fastkd.losses.pooling import Dense, EmbeddingModules, Normalize, Pooling
 from fastkd.types import Head
 
 if TYPE_CHECKING:
@@ -119,14 +119,20 @@ class EmbeddingGroup(LossGroup):
         self._pooling = teacher.pooling
         if shared.pair.embeddings is not None and self.losses[0].config.pooling is None:
             self._pooling = shared.pair.embeddings[0].pooling
-        sizes = shared.pair.widths[0] * len(self._pooling), teacher.pooled_dim
+        # what stands in for a teacher where there are several, whose spaces no module joins
+        several, dims = shared.pair.ensemble, (teacher.pooled_dim, teacher.dim)
+        whole = teacher
+        if several is not None:
+            dims = several.dim, several.dim
+            whole = EmbeddingModules(teacher.width, teacher.pooling, [Normalize()], alone=True)
+        sizes = shared.pair.widths[0] * len(self._pooling), dims[0]
         self.projection: nn.Linear | None = None
         if _projects(self.losses, *sizes):
             self.projection = nn.Linear(*sizes, bias=False)
         # in a tuple they are no submodules: nothing of them trains, or is saved
-        self._modules_of = (self._student_modules(teacher), teacher)
+        self._modules_of = (self._student_modules(whole), teacher, whole)
         for loss in self.losses:
-            loss.check_dims(self._modules_of[0].dim, teacher.dim)
+            loss.check_dims(self._modules_of[0].dim, dims[1])
 
     def _student_modules(self, teacher: EmbeddingModules) -> EmbeddingModules:
         width = self.shared.pair.widths[0]
@@ -143,7 +149,7 @@ class EmbeddingGroup(LossGroup):
     def student_modules(self) -> EmbeddingModules:
         """What makes the student's embedding, with a copy of the projection as it is now, which
         must be whole."""
-        return self._student_modules(self._modules_of[1])
+        return self._student_modules(self._modules_of[2])
 
     def teacher_embedding(self, teacher: Capture, mask: Tensor | None) -> Tensor:
         assert teacher.outputs is not None, "they were captured"

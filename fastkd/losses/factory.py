@@ -9,6 +9,7 @@ from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.base import ModelPair, Term
 from fastkd.losses.embeddings import EmbeddingConfig
+from fastkd.losses.ensemble import Ensemble
 from fastkd.losses.objective import Objective, key_of
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.losses.registry import loss_class
@@ -55,6 +56,7 @@ def make_objective(
     seed: int = 0,
     steps: int = 1,
     embeddings: tuple[EmbeddingModules, EmbeddingModules] | None = None,
+    ensemble: Ensemble | None = None,
     last_is_output: bool = False,
 ) -> Objective:
     """The objective of some losses for two models.
@@ -70,6 +72,7 @@ def make_objective(
         seed: of the draws of a random mapping that names none.
         steps: optimiser steps of the run, which schedules are stretched over.
         embeddings: what makes embeddings of each model, as of `ModelPair`.
+        ensemble: what several teachers come to, of which `teacher` is the first.
         last_is_output: as of `ModelPair`.
 
     Raises:
@@ -91,6 +94,7 @@ def make_objective(
         outputs=teacher.config.num_labels,
         embeddings=embeddings,
         row=row or ("text",),
+        ensemble=ensemble,
         last_is_output=last_is_output,
     )
     depths = layers.student_layers, layers.teacher_layers

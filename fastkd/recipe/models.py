@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from fastkd.section import (
     MOST_HEADS,
     Place,
     Section,
 )
-from fastkd.types import EightBits, Head, ModelSource
+from fastkd.types import Combine, EightBits, Head, ModelSource
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 CacheForm = Literal["none", "exact", "bfloat16", "float16", "int8"]
@@ -40,6 +40,27 @@ def check_flex(attention: Attention, dropout: float | None, gradient_checkpointi
         )
 
 
+class OtherTeacher(Section):
+    """A further teacher, which reads text by the first one's tokenizer."""
+
+    model: Place
+    """As `teacher.model`."""
+    revision: Place | None = None
+    """Branch, tag or commit on the hub."""
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Expected digest of `model.safetensors`, checked before use."""
+
+    @property
+    def source(self) -> ModelSource:
+        """Where it is loaded from."""
+        return ModelSource(self.model, self.revision, self.sha256)
+
+
+def _named(given: object) -> object:
+    """A name alone as the section that it is short for."""
+    return {"model": given} if isinstance(given, str) else given
+
+
 class Teacher(Section):
     """The large model. It is never trained and always runs in eval mode."""
 
@@ -49,6 +70,12 @@ class Teacher(Section):
     """Branch, tag or commit on the hub."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """Expected digest of `model.safetensors`, checked before use."""
+    others: tuple[Annotated[OtherTeacher, BeforeValidator(_named)], ...] = ()
+    """Further teachers, by name or as a section: what losses read of embeddings, or of a
+    classification head, is then what all of them give. Losses of layers read the first one."""
+    combine: Combine = "mean"
+    """What the embeddings of several teachers come to, each scaled to length one: their mean, or
+    all of them one behind the other. Of classification heads it is the mean of their outputs."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float8", "int8"] = "auto"
     """Precision of the teacher's weights and activations; `auto` is bfloat16 on a GPU that computes
     in it, float32 elsewhere. In `float8` (GPUs) and `int8` (CPUs) its linear layers multiply eight
@@ -91,6 +118,11 @@ class Teacher(Section):
             if self.cache != "none":
                 found = f"cache is {self.cache}, and a teacher whose states are read does not run"
             raise ValueError(f"overlap is on, but {found}; leave one of them out")
+        if self.others and (self.eight_bits is not None or self.placement != "replicate"):
+            found = f"dtype is {self.dtype}, in which one teacher"
+            if self.placement != "replicate":
+                found = f"placement is {self.placement}, in which one"
+            raise ValueError(f"others are given, but {found} can run; change one of them")
         if self.eight_bits is not None and self.placement != "replicate":
             raise ValueError(
                 f"dtype is {self.dtype}, but placement is {self.placement}, which shards weights "

@@ -79,6 +79,11 @@ class Recipe(Section):
             raise ValueError(
                 "data and task are both given; give data (text) or task (examples with labels)"
             )
+        if self.teacher.others and self.task is not None:
+            raise ValueError(
+                "teacher.others are given, but a task is learned from one teacher; leave others "
+                "out, or give data"
+            )
         self._check_maps()
         self._check_head()
         reason = self.why_not_cached()

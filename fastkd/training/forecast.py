@@ -111,6 +111,11 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
     Raises:
         UserError: a model that can't be run so.
     """
+    if recipe.teacher.others:
+        raise UserError(
+            "teacher.others are given, but --gpu forecasts one teacher; leave --gpu out, which "
+            "makes a few real steps"
+        )
     form, tokens = recipe.row_form, _tokens(recipe)
     row = () if form is None else form.sequences
     sequences = rows * max(1, len(row))

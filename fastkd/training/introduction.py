@@ -31,6 +31,9 @@ def introduce(run: Run, reporter: Reporter) -> None:
     reporter.say(describe_precision(recipe, run.ranks.device))
     if isinstance(run.teacher, TeacherRunner) and run.teacher.quantised is not None:
         reporter.say(f"teacher: {run.teacher.quantised}")
+    several = run.objective.pair.ensemble
+    if several is not None:
+        reporter.say(f"teachers: {1 + len(run.others)}, {several}")
     for note in (*_handed_on(run), *_not_compared(run)):
         reporter.say(note)
     there, step = run.datamodule.introduction(recipe.train.batch_size)

@@ -52,9 +52,11 @@ from fastkd.models.classifier import check_start, fit_classifier, load_tuned, na
 from fastkd.models.importance import start_by_importance
 from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, TaskData, resolve_steps
 from fastkd.training.embeddings import find_embeddings, own_pooling
+from fastkd.training.engine import OtherTeacher
 from fastkd.training.export import load_projections
 from fastkd.training.finite import check_weights
 from fastkd.training.memory import check_micro_batch
+from fastkd.training.others import ensemble_of, load_others
 from fastkd.training.precision import check_eight_bits, settle_precision
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.vocabularies import Tokenizers, choose_tokenizers, share_token_types
@@ -79,7 +81,8 @@ class Parts:
     initialisation: Initialisation
     module: DistilledStudent
     teacher_model: PreTrainedModel | None
-    """`None` where hard labels teach."""
+    """The first teacher; `None` where hard labels teach."""
+    others: list[OtherTeacher]
     source: ModelSource
     """The model that the student was made from."""
     handed_on: dict[str, Any]
@@ -161,6 +164,7 @@ def _distillation(
         check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
     pooling = own_pooling(recipe, student, teacher, start)
     embeddings = find_embeddings(recipe, teacher.config, student.config, pooling)
+    others = load_others(recipe, teacher, tokenizers.teacher or tokenizers.student)
     # before the data, which takes long to read, and may tell how many steps there are
     objective = make_objective(
         recipe.losses,
@@ -172,12 +176,14 @@ def _distillation(
         row=() if recipe.row_form is None else recipe.row_form.sequences,
         seed=recipe.train.seed,
         embeddings=embeddings,
+        ensemble=ensemble_of(recipe, None if embeddings is None else embeddings[1], others),
         last_is_output=bool(recipe.losses.of("hidden"))
         and all(map(hands_on_last_block, (student, teacher))),
     )
     if made is not None:
         load_projections(objective, made)
-    first = student if tokenizers.teacher else share_token_types(student, teacher)
+    typed = share_token_types(teacher, *(other.model for other in others))
+    first = student if tokenizers.teacher else share_token_types(typed, student)
     datamodule = make_datamodule(
         recipe,
         tokenizers.student,
@@ -186,7 +192,7 @@ def _distillation(
         masking=_masking(recipe, tokenizers.student),
         counts_padding=recipe.losses.reduction == "tinybert",
         teacher_tokenizer=tokenizers.teacher,
-        teacher_config=teacher.config,
+        teacher_config=typed.config,
         progress=progress,
     )
     if made is None:
@@ -195,6 +201,8 @@ def _distillation(
     handed_on: dict[str, Any] = dict(initialisation.rates)
     if HEADS[head].data == "task":
         handed_on |= _pad_both(datamodule, tokenizers, student, teacher)
+        for other in others:
+            other.model.config.pad_token_id = teacher.config.pad_token_id
     if made is None and recipe.student.init == "importance":
         read = first_inputs(datamodule, recipe, plan, ranks)
         if recipe.teacher.placement == "replicate":
@@ -211,6 +219,7 @@ def _distillation(
         initialisation=initialisation,
         module=DistilledStudent(student, objective),
         teacher_model=teacher,
+        others=others,
         source=source,
         handed_on=handed_on,
     )
@@ -294,6 +303,7 @@ def _finetuning(
         initialisation=_nothing_drawn(model, tuned.new_head),
         module=DistilledStudent(model, objective),
         teacher_model=None,
+        others=[],
         source=source,
         handed_on=handed_on,
     )

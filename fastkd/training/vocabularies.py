@@ -79,16 +79,16 @@ def choose_tokenizers(
     return Tokenizers(load_tokenizer(start, vocabulary_size(student)), theirs)
 
 
-def share_token_types(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedModel:
-    """Let two models read the same inputs, of which one may tell the texts of a pair apart by
-    token types and the other not.
+def share_token_types(*models: PreTrainedModel) -> PreTrainedModel:
+    """Let models read the same inputs, of which some tell the texts of a pair apart by token types
+    and others not.
 
     Returns:
         The one for which inputs are made.
     """
-    typed = [model for model in (teacher, student) if uses_token_types(model.config)]
+    typed = [model for model in models if uses_token_types(model.config)]
     if typed:
-        for model in (teacher, student):
+        for model in models:
             if model not in typed:
                 leave_types_out(model)
-    return (typed or [teacher])[0]
+    return (typed or models)[0]

@@ -140,6 +140,7 @@ def plan_cache(run: Run, form: Form) -> CachePlan:
         "device": run.ranks.device.type,
         "states": [field.as_dict() for field in layout.fields],
         **_pooling_of(recipe),
+        **_others_of(run, recipe),
         **_data_of(run),
     }
     folder = Path(recipe.teacher.cache_folder).expanduser() / cache_key(settings)
@@ -234,6 +235,15 @@ def _fields_of_forms(
         for precision, dtype in precisions.items()
         for attention, kept in stored.items()
     }
+
+
+def _others_of(run: Run, recipe: Recipe) -> dict[str, Any]:
+    """The further teachers, where there are some."""
+    given = recipe.teacher.others
+    if not given:
+        return {}
+    found = run.ranks.from_main(lambda: [model_digests(other.source) for other in given])
+    return {"others": found, "combine": recipe.teacher.combine}
 
 
 def _pooling_of(recipe: Recipe) -> dict[str, Any]:

@@ -127,6 +127,7 @@ class EmbeddingGroup(LossGroup):
             whole = EmbeddingModules(teacher.width, teacher.pooling, [Normalize()], alone=True)
         sizes = shared.pair.widths[0] * len(self._pooling), dims[0]
         self.projection: nn.Linear | None = None
+        self._begun = ""
         if _projects(self.losses, *sizes):
             self.projection = nn.Linear(*sizes, bias=False)
         # in a tuple they are no submodules: nothing of them trains, or is saved
@@ -140,7 +141,20 @@ class EmbeddingGroup(LossGroup):
             return teacher.of_student(width, pooling=self._pooling)
         weight = self.projection.weight.detach().clone()
         name = next(loss.name for loss in self.losses if loss.wants_projection)
-        return teacher.of_student(width, Dense(weight, learned_by=name), self._pooling)
+        dense = Dense(weight, learned_by=name + self._begun)
+        return teacher.of_student(width, dense, self._pooling)
+
+    def begin_from(self, start: EmbeddingModules) -> None:
+        """Let the projection begin as that of the model that the student starts from, if it is one
+        of the same vectors, so that a run goes on where another ended; its bias is left out."""
+        first = next(iter(start.given()), None)
+        if self.projection is None or not isinstance(first, Dense) or first.activation is not None:
+            return
+        same = start.pooling == self._pooling
+        if same and first.weight.shape == self.projection.weight.shape:
+            with torch.no_grad():
+                self.projection.weight.copy_(first.weight)
+            self._begun = ", begun as that of student.init"
 
     def parameter_rates(self) -> dict[str, float]:
         rate = self.shared.projection_learning_rate

@@ -36,6 +36,9 @@ def find_embeddings(
         UserError: it doesn't, and one asks; or prompts of the data contradict the teacher's.
     """
     readers = embedding_losses(recipe.losses)
+    asks = [f"losses.{name}" for name in readers]
+    if recipe.evaluate is not None:
+        asks.append("evaluate")
     stated = [config.pooling for config in readers.values() if config.pooling is not None]
     default: PoolingMode = stated[0] if stated else "mean"
     source, head = recipe.teacher.source, recipe.student.head
@@ -44,10 +47,9 @@ def find_embeddings(
     try:
         found = read_embedding(source, teacher, head, default)
     except UnknownModule as error:
-        if not readers:
+        if not asks:
             return None
-        name = next(iter(readers))
-        raise UserError(f"losses.{name} compares embeddings, but teacher.{error}") from error
+        raise UserError(f"{asks[0]} compares embeddings, but teacher.{error}") from error
     return found.of_student(student.hidden_size, pooling=pooling), found
 
 

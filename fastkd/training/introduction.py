@@ -34,7 +34,7 @@ def introduce(run: Run, reporter: Reporter) -> None:
     several = run.objective.pair.ensemble
     if several is not None:
         reporter.say(f"teachers: {1 + len(run.others)}, {several}")
-    for note in (*_handed_on(run), *_not_compared(run)):
+    for note in (*handed_on_notes(run), *_not_compared(run)):
         reporter.say(note)
     there, step = run.datamodule.introduction(recipe.train.batch_size)
     reporter.say(there)
@@ -55,7 +55,7 @@ def introduce(run: Run, reporter: Reporter) -> None:
     reporter.say(CONVENTION)
 
 
-def _handed_on(run: Run) -> list[str]:
+def handed_on_notes(run: Run) -> list[str]:
     """What the student will be exported without."""
     student, head = run.module.student, run.objective.pair.head
     theirs = student.config

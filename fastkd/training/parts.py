@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.capture import (
     AttentionTraits,
@@ -25,7 +26,9 @@ from fastkd.capture import (
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import DataModule
 from fastkd.data.factory import make_datamodule, task_of
+from fastkd.data.pairs import encode_pairs, read_pairs
 from fastkd.data.rows.datamodule import RowDataModule
+from fastkd.data.rows.tokenized import EncodedRows
 from fastkd.data.tasks import Task, hand_on_padding, reads_padding
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.text.mlm import Masking
@@ -33,6 +36,7 @@ from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, make_layer_map
+from fastkd.losses.embeddings import EmbeddingGroup
 from fastkd.losses.factory import (
     capture_needs,
     hard_objective,
@@ -42,15 +46,18 @@ from fastkd.losses.mlm import MlmLoss
 from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.models import (
     Initialisation,
+    UnknownModule,
     build_student,
     load_student,
     load_teacher,
     load_tokenizer,
+    read_embedding,
     student_layers,
 )
 from fastkd.models.classifier import check_start, fit_classifier, load_tuned, name_outputs
 from fastkd.models.importance import start_by_importance
 from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, TaskData, resolve_steps
+from fastkd.row_form import RowForm
 from fastkd.training.embeddings import find_embeddings, own_pooling
 from fastkd.training.engine import OtherTeacher
 from fastkd.training.export import load_projections
@@ -85,6 +92,8 @@ class Parts:
     others: list[OtherTeacher]
     source: ModelSource
     """The model that the student was made from."""
+    pairs: dict[str, EncodedRows]
+    """Pairs of texts with scores, by name, that embeddings are judged by."""
     handed_on: dict[str, Any]
     """Values of its configuration that the student is handed on with: dropout rates, padding."""
 
@@ -182,8 +191,11 @@ def _distillation(
     )
     if made is not None:
         load_projections(objective, made)
+    else:
+        _begin_projection(recipe, objective, student)
     typed = share_token_types(teacher, *(other.model for other in others))
     first = student if tokenizers.teacher else share_token_types(typed, student)
+    pairs = _pairs(recipe, tokenizers, first.config, typed.config, ranks)
     datamodule = make_datamodule(
         recipe,
         tokenizers.student,
@@ -221,6 +233,7 @@ def _distillation(
         teacher_model=teacher,
         others=others,
         source=source,
+        pairs=pairs,
         handed_on=handed_on,
     )
 
@@ -235,6 +248,53 @@ def first_inputs(
     with closing(datamodule.micro_batches(*order)) as micro_batches:
         for step in steps:
             yield from micro_batches.next_step(step)
+
+
+def _pairs(
+    recipe: Recipe,
+    tokenizers: Tokenizers,
+    config: PreTrainedConfig,
+    teacher: PreTrainedConfig,
+    ranks: Ranks,
+) -> dict[str, EncodedRows]:
+    """Pairs of texts that embeddings are scored on, by name; the first rank reads their files.
+
+    Args:
+        recipe: of the run.
+        tokenizers: of both models.
+        config: of the model that the first tokenizer's inputs are made for.
+        teacher: of the one that the teacher's own are made for.
+        ranks: this process among all.
+    """
+    given = {} if recipe.evaluate is None else recipe.evaluate.pairs
+    data, found = recipe.data, {}
+    for name, pairs in given.items():
+        assert data is not None, "a recipe that evaluates embeddings has text"
+        columns = pairs.sentence1, pairs.sentence2
+        prompts = dict.fromkeys(columns, pairs.prompt)
+        form = RowForm(columns=columns, named=True, scores=(pairs.score,), prompts=prompts)
+        place = pairs.path, pairs.split, form, data.cache, f"evaluate.pairs.{name}"
+        rows = ranks.from_main(partial(read_pairs, *place))
+        read = partial(encode_pairs, rows, form, max_length=data.block_size, name=name)
+        found[name] = read(tokenizers.student, config)
+        if tokenizers.teacher is not None:
+            theirs = read(tokenizers.teacher, teacher)
+            found[name] = replace(found[name], teacher=theirs.sequences)
+    return found
+
+
+def _begin_projection(recipe: Recipe, objective: Objective, student: PreTrainedModel) -> None:
+    """Let a student that starts from another model go on with that model's projection."""
+    start = recipe.student.starts_from
+    groups = [term for term in objective.each() if isinstance(term, EmbeddingGroup)]
+    if start is None or not groups:
+        return
+    try:
+        found = read_embedding(start, student.config, recipe.student.head)
+    except UnknownModule:
+        # one that ends otherwise has no such projection
+        return
+    groups[0].begin_from(found)
 
 
 def _masking(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Masking | None:
@@ -305,6 +365,7 @@ def _finetuning(
         teacher_model=None,
         others=[],
         source=source,
+        pairs={},
         handed_on=handed_on,
     )
 

@@ -64,8 +64,10 @@ def entity_types(task: Task) -> list[str]:
     return list(dict.fromkeys(label[2:] for label in task.labels if label != "O"))
 
 
-def measure_words(task: Task, predicted: _Array, right: _Array, offsets: _Array) -> Scores:
-    """Every metric of the task, and `f1 CLASS` of each of its types of entities or its classes.
+def measure_words(
+    task: Task, predicted: _Array, right: _Array, offsets: _Array
+) -> tuple[Scores, Scores]:
+    """Every metric of the task, and the F1 of each of its types of entities, or its classes.
 
     Args:
         task: with classes of words.
@@ -92,8 +94,8 @@ def measure_words(task: Task, predicted: _Array, right: _Array, offsets: _Array)
             by_class[number] = _f1(int((matched & chosen[0]).sum()), *chosen)
         whole = _f1(int(matched.sum()), there.begins, said.begins)
         found = {"entity_f1": whole, "token_accuracy": float(hits.mean())}
-    scores = {metric: found[metric] for metric in task.metrics}
-    return scores | {f"f1 {names[number]}": value for number, value in by_class.items()}
+    scores: Scores = {metric: found[metric] for metric in task.metrics}
+    return scores, {names[number]: value for number, value in by_class.items()}
 
 
 def _f1(hits: int, right: npt.NDArray[np.bool_], predicted: npt.NDArray[np.bool_]) -> float:
@@ -130,33 +132,46 @@ class WordEvaluator:
         self._classes[stored[there]] = logits.argmax(dim=-1)[there]
 
     def results(self, ranks: Ranks) -> dict[str, Any]:
-        """`score`, the mean over sets of the first metric, `scores` of each set by metric and
-        class, `examples`."""
+        """`score`, the mean over sets of the first metric, `scores` of each set by metric,
+        `baseline` and `class_f1` as of a `ScoreEvaluator`, `examples`; `one_class` likewise."""
         # every row was written by one rank
         classes, broken = (ranks.sum(found).cpu() for found in (self._classes, self._broken))
         refuse_broken(int(broken.sum()), len(broken), self._whose)
-        scores, first = {}, 0
+        scores: dict[str, Scores] = {}
+        class_f1: dict[str, Scores] = {}
+        one_class, first = {}, 0
         for name, examples in self._evaluations.items():
             end = first + len(examples.tokens)
             predicted = examples.of_words(classes[first:end].numpy())
             source = examples.source
-            scores[name] = measure_words(self._task, predicted, source.labels, source.offsets)
+            found = measure_words(self._task, predicted, source.labels, source.offsets)
+            scores[name], class_f1[name] = found
+            if (predicted == predicted[0]).all():
+                one_class[name] = self._task.labels[int(predicted[0])]
             first = end
-        score = first_metric(self._task, scores)
-        return {"score": score, "scores": scores, "examples": len(broken)}
+        return {
+            "score": first_metric(self._task, scores),
+            "scores": scores,
+            "baseline": self._baseline(),
+            "class_f1": class_f1,
+            "one_class": one_class,
+            "examples": len(broken),
+        }
 
-    @staticmethod
-    def constant_score(task: Task, evaluations: Mapping[str, EncodedWords]) -> float:
-        """The best score that one class for every word gets."""
-        sources = {name: examples.source for name, examples in evaluations.items()}
+    def _baseline(self) -> dict[str, Any]:
+        """What the best one class for every word scores."""
+        sources = {name: examples.source for name, examples in self._evaluations.items()}
         found = [
             {
-                name: measure_words(task, np.full_like(of.labels, answer), of.labels, of.offsets)
+                name: measure_words(
+                    self._task, np.full_like(of.labels, answer), of.labels, of.offsets
+                )[0]
                 for name, of in sources.items()
             }
-            for answer in range(task.outputs)
+            for answer in range(self._task.outputs)
         ]
-        return max(first_metric(task, scores) for scores in found)
+        best = max(found, key=lambda scores: first_metric(self._task, scores))
+        return {"score": first_metric(self._task, best), "scores": best}
 
 
 def first_metric(task: Task, scores: Mapping[str, Scores]) -> float:

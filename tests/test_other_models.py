@@ -68,6 +68,7 @@ def test_a_student_of_another_vocabulary_learns_the_teachers_embeddings(
     assert before < 0.3 and after > 0.8
     again = evaluate(str(done.folder), quiet=True)
     assert again.judged["sentence_cosine"] == pytest.approx(after, abs=1e-6)
+    assert "\nA student, distilled from" in (done.folder / "student" / "README.md").read_text()
     # its folder is a whole model, of its own tokenizer and in the teacher's space
     student, teacher = done.folder / "student", tmp_path / "teacher"
     assert vocabulary_difference(AutoTokenizer.from_pretrained(student), letter_tokenizer()) is None
@@ -79,15 +80,17 @@ def test_a_student_of_another_vocabulary_learns_the_teachers_embeddings(
     assert torch.cosine_similarity(found, expected).mean() > 0.8
 
 
-def test_ranks_and_micro_batches_change_nothing(tmp_path: Path) -> None:
+def test_ranks_micro_batches_and_a_cache_change_nothing(tmp_path: Path) -> None:
     recipe = recipe_of(
         tmp_path, save_other(tmp_path / "other"), data={"columns": ["query", "positive"]}
     )
-    outputs = {name: [f"run.output={tmp_path / name}"] for name in ("one", "two")}
-    cut = [*outputs["two"], "train.micro_batch_size=2"]
-    run_variants(recipe, [outputs["one"]])
-    run_variants(recipe, [cut], ranks=2)
-    assert_same_run(tmp_path / "two", tmp_path / "one", losses=1e-5, weights=2e-5)
+    one, two, cached = (tmp_path / name for name in ("one", "two", "cached"))
+    cache = ["teacher.cache=exact", f"teacher.cache_folder={tmp_path / 'states'}"]
+    run_variants(recipe, [[f"run.output={one}"], [f"run.output={cached}", *cache]])
+    run_variants(recipe, [[f"run.output={two}", "train.micro_batch_size=2"]], ranks=2)
+    assert_same_run(two, one, losses=1e-5, weights=2e-5)
+    # states of tokens are the teacher's tokens'
+    assert_same_run(cached, one, losses=1e-5, weights=2e-5)
 
 
 def test_each_model_reads_its_own_tokens(tmp_path: Path, ranks: Ranks) -> None:

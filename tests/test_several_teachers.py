@@ -151,6 +151,7 @@ def test_a_student_of_two_teachers_is_exported_to_the_space_of_both(tmp_path: Pa
     assert torch.cosine_similarity(found, expected).mean() > 0.6
     notes = (done.folder / "student" / "README.md").read_text()
     assert "Dense 24 to 56 from losses.embedding_output, Normalize" in notes
+    assert "teacher.others.1: whole; licence" in notes and str(tmp_path) not in notes
 
 
 def test_a_cache_holds_what_the_teachers_come_to(tmp_path: Path, ranks: Ranks) -> None:

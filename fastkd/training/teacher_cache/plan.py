@@ -34,7 +34,7 @@ from fastkd.training.teacher_cache.layout import (
 )
 from fastkd.training.teacher_cache.rows import Rows
 from fastkd.training.teacher_cache.states import TeacherStates
-from fastkd.types import Inputs
+from fastkd.types import Inputs, teacher_inputs
 
 FORMAT = 1
 """Raised when the same settings would give other files."""
@@ -222,7 +222,7 @@ def _fields_of_forms(
     states: Capture, wanted: Mapping[str, Any], inputs: Inputs
 ) -> dict[Form, tuple[Field, ...]]:
     """What each form stores of a capture that holds what attention is recomputed from."""
-    batch, tokens = inputs["input_ids"].shape
+    batch, tokens = teacher_inputs(inputs)["input_ids"].shape
     hidden = {n: state for n, state in states.hidden.items() if n in wanted["hidden"]}
     stored: dict[CacheAttention, Capture] = {"stored": replace(states, hidden=hidden)}
     if wanted["attention"]:
@@ -268,8 +268,9 @@ def _rows_of(run: Run) -> Rows:
     if isinstance(data, TaskDataModule):
         return Rows(np.asarray(data.train.offsets))
     if isinstance(data, RowDataModule):
-        # of each sequence apart
-        return Rows(np.asarray(data.encoded.train.sequences.offsets))
+        # of each sequence apart, as the teacher reads it
+        train = data.encoded.train
+        return Rows(np.asarray((train.teacher or train.sequences).offsets))
     assert isinstance(data, TextDataModule) and data.rows is not None, "a stream is refused before"
     return Rows(np.arange(data.rows + 1, dtype=np.int64) * data.block_size)
 

@@ -13,7 +13,7 @@ from fastkd.data.datamodule import MicroBatches
 from fastkd.layer_map import Progress
 from fastkd.training.teacher_cache.layout import Layout
 from fastkd.training.teacher_cache.rows import Rows, StoredRows
-from fastkd.types import ROWS, STORED, Inputs
+from fastkd.types import ROWS, STORED, Inputs, teacher_inputs
 
 WantedAt = Callable[[Progress], Mapping[str, Any]]
 """Keyword arguments of `capture` at a moment of the run."""
@@ -99,6 +99,6 @@ class _WithStates:
         self._micro_batches.close()
 
     def _with_states(self, inputs: Inputs, names: Sequence[str]) -> Inputs:
-        rows, width = inputs[ROWS].tolist(), inputs["input_ids"].shape[1]
+        rows, width = inputs[ROWS].tolist(), teacher_inputs(inputs)["input_ids"].shape[1]
         found = self._rows.read(names, rows, width)
         return {**inputs, **{STORED + name: numbers for name, numbers in found.items()}}

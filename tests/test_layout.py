@@ -55,11 +55,12 @@ PACKAGES: tuple[set[str], ...] = (
         "safetensors",
         "rich",
         "sklearn",
+        "mteb",
     },
     {"torch", "transformers", "safetensors", "deepspeed"},
     {"torch"},
     {"torch", "transformers", "safetensors", "deepspeed"},
-    {"torch", "numpy", "transformers", "huggingface_hub", "yaml", "psutil", "matplotlib"},
+    {"torch", "numpy", "transformers", "huggingface_hub", "yaml", "psutil", "matplotlib", "mteb"},
     {
         *("torch", "numpy", "pydantic", "scipy", "matplotlib", "optuna", "rich", "transformers"),
         *("huggingface_hub", "onnxruntime"),
@@ -68,7 +69,7 @@ PACKAGES: tuple[set[str], ...] = (
     {"typer"},
 )
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "ot": "pot", "cpuinfo": "py-cpuinfo"}
-EXTRAS = ("demo", "onnx", "study", "tasks", "tensorboard", "trainer", "dev")
+EXTRAS = ("demo", "mteb", "onnx", "study", "tasks", "tensorboard", "trainer", "dev")
 LINES = 600
 
 
@@ -211,7 +212,7 @@ def undeclared(path: Path, declared: set[str]) -> set[str]:
 
 
 def test_everything_imported_is_declared() -> None:
-    packages = dependencies("onnx", "study", "tasks")
+    packages = dependencies("mteb", "onnx", "study", "tasks")
     tests = dependencies(*EXTRAS)
     found = {named(path): undeclared(path, packages) for path in PACKAGE_FILES}
     found |= {named(path): undeclared(path, tests) for path in python_files("tests", "benchmarks")}

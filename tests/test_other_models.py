@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer, models
 from test_recipe import refusal as recipe_refusal
 from test_recipe import tree
@@ -25,6 +26,7 @@ from fastkd.distributed import Ranks, start_ranks, stop_ranks
 from fastkd.errors import UserError
 from fastkd.models import own_model, vocabulary_difference
 from fastkd.recipe import Recipe, Student, load_recipe
+from fastkd.training.judging import RunEncoder, judge_embeddings
 from fastkd.training.parts import Parts, gather
 from fastkd.training.setup import set_up
 from fastkd.types import TEACHER
@@ -108,6 +110,25 @@ def test_each_model_reads_its_own_tokens(tmp_path: Path, ranks: Ranks) -> None:
         with torch.no_grad():
             states = plain(input_ids=ids[valid][None]).last_hidden_state
         torch.testing.assert_close(embedding[place], states[0].mean(dim=0), atol=1e-5, rtol=1e-5)
+
+
+def test_embeddings_are_judged_by_each_models_own_tokens(tmp_path: Path, ranks: Ranks) -> None:
+    rows = random_rows(20, longest=5)
+    place = str(write_rows(tmp_path / "pairs.jsonl", rows))
+    columns = {"sentence1": "query", "sentence2": "positive", "score": "good"}
+    evaluated = {"pairs": {"sts": {"path": place, **columns}}}
+    recipe = recipe_of(tmp_path, save_other(tmp_path / "other"), evaluate=evaluated)
+    run = set_up(load_recipe(recipe), ranks, progress=False)
+    teacher = SentenceTransformer(str(tmp_path / "teacher"), device="cpu")
+    one, other = (
+        torch.from_numpy(teacher.encode([row[name] for row in rows]))
+        for name in ("query", "positive")
+    )
+    expected = spearmanr(torch.cosine_similarity(one, other), [row["good"] for row in rows])[0]
+    assert judge_embeddings(run, "teacher")["pairs"]["sts"] == pytest.approx(expected, abs=1e-6)
+    found = RunEncoder(run, "teacher").embed([row["query"] for row in rows])
+    torch.testing.assert_close(torch.from_numpy(found), one, atol=1e-5, rtol=1e-5)
+    assert RunEncoder(run, "student").embed(["w12 w5"]).shape == (1, 32)
 
 
 def save_pooling(folder: Path, pooling: str, *, name: str = "bert", other: bool = False) -> Path:

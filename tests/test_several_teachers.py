@@ -238,7 +238,7 @@ def test_teachers_that_have_nothing_in_common_are_refused(
 def test_heads_that_have_no_mean_are_refused(tmp_path: Path, ranks: Ranks) -> None:
     with pytest.raises(UserError, match="its head gives 2 numbers, but the first teacher's 1"):
         run_of(rerankers(tmp_path, 1, 2), ranks)
-    with pytest.raises(UserError, match=r"combine is concatenate, but student.head is sequence_cl"):
+    with pytest.raises(UserError, match=r"is concatenate, but losses.score reads what heads"):
         run_of(rerankers(tmp_path, 1, 1, combine="concatenate"), ranks)
 
 

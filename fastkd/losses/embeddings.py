@@ -47,6 +47,11 @@ class EmbeddingLoss(Loss):
         """No: an embedding is of a whole sequence."""
         return False
 
+    @classmethod
+    def reads_embeddings(cls, head: Head) -> bool:
+        """Whether it compares embeddings of models with a head, and not what the head gives."""
+        return True
+
     @property
     def projects(self) -> ToTeacher:
         """From the student's pooled vectors to the teacher's: no layer, one, or one where their

@@ -35,7 +35,7 @@ def find_embeddings(
     Raises:
         UserError: it doesn't, and one asks; or prompts of the data contradict the teacher's.
     """
-    readers = embedding_losses(recipe.losses)
+    readers = embedding_losses(recipe.losses, recipe.student.head)
     asks = [f"losses.{name}" for name in readers]
     if recipe.evaluate is not None:
         asks.append("evaluate")
@@ -72,7 +72,7 @@ def own_pooling(
     Raises:
         UserError: its own modules can't be read.
     """
-    readers = embedding_losses(recipe.losses).values()
+    readers = embedding_losses(recipe.losses, recipe.student.head).values()
     stated = any(config.pooling is not None for config in readers)
     if start is None or not readers or stated:
         return None

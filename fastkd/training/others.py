@@ -11,9 +11,8 @@ from fastkd.capture import try_model, vocabulary_size
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.losses.ensemble import Ensemble
-from fastkd.losses.factory import embedding_losses
+from fastkd.losses.factory import embedding_losses, score_losses
 from fastkd.losses.pooling import EmbeddingModules
-from fastkd.losses.registry import loss_class
 from fastkd.models import (
     UnknownModule,
     load_teacher,
@@ -64,7 +63,7 @@ def ensemble_of(
     """
     if not others:
         return None
-    if HEADS[recipe.student.head].labels == "example" or modules is None:
+    if modules is None or not embedding_losses(recipe.losses, recipe.student.head):
         # scores alone are read
         return Ensemble((), "mean")
     dims = (modules.dim, *(other.modules.dim for other in others))
@@ -73,22 +72,17 @@ def ensemble_of(
 
 def _check_read(recipe: Recipe) -> None:
     """See that losses read what several teachers come to."""
-    head, terms = recipe.student.head, recipe.losses.terms.values()
-    scored = HEADS[head].labels == "example"
-    if scored and recipe.teacher.combine == "concatenate":
-        raise UserError(
-            f"teacher.combine is concatenate, but student.head is {head}, whose scores have a mean "
-            "only; leave it out"
-        )
-    reads = embedding_losses(recipe.losses)
-    if scored:
-        read = any(loss_class(config.loss).captures.logits for config in terms) or bool(reads)
-    else:
-        read = bool(reads)
-    if not read:
+    head = recipe.student.head
+    reads, scores = embedding_losses(recipe.losses, head), score_losses(recipe.losses, head)
+    if not reads and not scores:
         raise UserError(
             "teacher.others is given, but no loss reads embeddings or scores, in which alone "
             "several teachers come together; give losses.embedding_output, or leave others out"
+        )
+    if scores and recipe.teacher.combine == "concatenate":
+        raise UserError(
+            f"teacher.combine is concatenate, but losses.{scores[0]} reads what heads give, of "
+            "which there is a mean only; leave combine out"
         )
     stated = next((name for name, config in reads.items() if config.pooling is not None), None)
     if stated is not None:

@@ -26,6 +26,7 @@ from fastkd.capture import (
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import DataModule
 from fastkd.data.factory import make_datamodule, task_of
+from fastkd.data.mteb_tasks import load_tasks
 from fastkd.data.pairs import encode_pairs, read_pairs
 from fastkd.data.rows.datamodule import RowDataModule
 from fastkd.data.rows.tokenized import EncodedRows
@@ -84,6 +85,8 @@ class Parts:
     plan: BatchPlan
     datamodule: DataModule
     tokenizer: PreTrainedTokenizerBase
+    teacher_tokenizer: PreTrainedTokenizerBase | None
+    """Of the teacher, where it has one of its own."""
     layers: LayerMap
     initialisation: Initialisation
     module: DistilledStudent
@@ -94,6 +97,8 @@ class Parts:
     """The model that the student was made from."""
     pairs: dict[str, EncodedRows]
     """Pairs of texts with scores, by name, that embeddings are judged by."""
+    mteb_tasks: dict[str, Any]
+    """Tasks of mteb, likewise."""
     handed_on: dict[str, Any]
     """Values of its configuration that the student is handed on with: dropout rates, padding."""
 
@@ -175,6 +180,7 @@ def _distillation(
     embeddings = find_embeddings(recipe, teacher.config, student.config, pooling)
     others = load_others(recipe, teacher, tokenizers.teacher or tokenizers.student)
     # before the data, which takes long to read, and may tell how many steps there are
+    tasks = load_tasks(() if recipe.evaluate is None else recipe.evaluate.mteb, ranks)
     objective = make_objective(
         recipe.losses,
         layers,
@@ -227,6 +233,7 @@ def _distillation(
         plan=plan,
         datamodule=datamodule,
         tokenizer=tokenizers.student,
+        teacher_tokenizer=tokenizers.teacher,
         layers=layers,
         initialisation=initialisation,
         module=DistilledStudent(student, objective),
@@ -234,6 +241,7 @@ def _distillation(
         others=others,
         source=source,
         pairs=pairs,
+        mteb_tasks=tasks,
         handed_on=handed_on,
     )
 
@@ -359,6 +367,7 @@ def _finetuning(
         plan=plan,
         datamodule=datamodule,
         tokenizer=tokenizer,
+        teacher_tokenizer=None,
         layers=layers,
         initialisation=_nothing_drawn(model, tuned.new_head),
         module=DistilledStudent(model, objective),
@@ -366,6 +375,7 @@ def _finetuning(
         others=[],
         source=source,
         pairs={},
+        mteb_tasks={},
         handed_on=handed_on,
     )
 

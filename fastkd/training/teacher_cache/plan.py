@@ -248,7 +248,8 @@ def _others_of(run: Run, recipe: Recipe) -> dict[str, Any]:
 
 def _pooling_of(recipe: Recipe) -> dict[str, Any]:
     """How losses have embeddings pooled, where that is not what the teacher's own files say."""
-    asked = {config.pooling for config in embedding_losses(recipe.losses).values()}
+    readers = embedding_losses(recipe.losses, recipe.student.head)
+    asked = {config.pooling for config in readers.values()}
     return {"pooling": asked.pop()} if asked - {None} else {}
 
 

@@ -157,6 +157,9 @@ def test_what_can_not_decide_is_refused_before_anything_is_written(recipe: Path)
     assert "expected one of attention/1-2" in said
     said = refusal(recipe, {**output, "train.early_stopping": {**STOPPING, "metric": "score"}})
     assert said.startswith("train.early_stopping.metric is 'score', which no evaluation")
+    # the student is narrower, and nothing takes its embeddings to the teacher's
+    alone = {"losses": {"attention": {}}, "run.keep_best": "sentence_cosine"}
+    assert "'sentence_cosine', which no evaluation" in refusal(recipe, {**output, **alone})
     said = refusal(recipe, {**output, "run.keep_best": "total", "train.evaluate_every": 0})
     assert "run.keep_best is given, but train.evaluate_every is 0" in said
     said = refusal(recipe, {**output, "train.early_stopping": {"metric": "total"}})

@@ -60,10 +60,7 @@ PACKAGES: tuple[set[str], ...] = (
     {"torch", "transformers", "safetensors", "deepspeed"},
     {"torch"},
     {"torch", "transformers", "safetensors", "deepspeed"},
-    {
-        *("torch", "numpy", "transformers", "huggingface_hub", "yaml", "psutil", "matplotlib"),
-        "mteb",
-    },
+    {"torch", "numpy", "transformers", "huggingface_hub", "yaml", "psutil", "matplotlib", "mteb"},
     {
         *("torch", "numpy", "pydantic", "scipy", "matplotlib", "optuna", "rich", "transformers"),
         *("huggingface_hub", "onnxruntime"),

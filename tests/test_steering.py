@@ -79,14 +79,12 @@ def test_a_run_stops_and_hands_on_its_best_student(steered: fastkd.RunResult, re
     assert "stopped early" in page
 
 
-@pytest.mark.parametrize("at", [3, 5])
-def test_an_interrupted_run_comes_to_the_same_end(
-    at: int, steered: fastkd.RunResult, recipe: Path
-) -> None:
-    output = {"run.output": recipe.parent / f"stopped{at}"}
+def test_an_interrupted_run_comes_to_the_same_end(steered: fastkd.RunResult, recipe: Path) -> None:
+    output = {"run.output": recipe.parent / "stopped"}
 
     def stop(step: int, _found: fastkd.Evaluation) -> None:
-        if step == at:
+        # the best student is older than the last checkpoint
+        if step == 5:
             raise KeyError("stopped")
 
     with pytest.raises(KeyError, match="stopped"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from tiny_models import save_teacher, tiny_tokenizer
-from tiny_rows import Row, random_rows, row_recipe
+from tiny_rows import Row, recipe_rows, row_recipe
 from tiny_runs import assert_same_run, keys, read_weights, run_variants
 from tiny_training import save_classifier, summary_of
 from torch import Tensor
@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one run on the whole, and others that should be the same."""
     folder = tmp_path_factory.mktemp("rows")
-    train = {"schedule": "constant", "checkpoint_every": 2, "micro_batch_size": 4}
+    train = {"batch_size": 16, "schedule": "constant", "checkpoint_every": 2, "micro_batch_size": 4}
     recipe = row_recipe(folder, losses=LOSSES, train=train, teacher=_stored(folder))
 
     def run(name: str, **values: Any) -> list[str]:
@@ -68,7 +68,7 @@ def test_a_run_is_the_same_however_it_is_made(name: str, runs: Path) -> None:
 
 def held_out() -> list[Row]:
     """By the definition."""
-    rows = random_rows()
+    rows = recipe_rows()
     digests = [hashlib.blake2b(row["query"].encode(), digest_size=16).digest() for row in rows]
     return [
         row

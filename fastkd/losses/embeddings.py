@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from fastkd.errors import UserError
 from fastkd.losses.base import Batch, Captures, Loss, LossConfig, LossGroup, ModelPair, Shared
 from fastkd.losses.pooling import Dense, EmbeddingModules, Pooling
+from fastkd.types import Head
 
 if TYPE_CHECKING:
     from fastkd.capture import Capture
@@ -40,6 +41,11 @@ class EmbeddingLoss(Loss):
     captures = Captures(outputs=True)
     wants_projection: ClassVar[bool] = False
     """Whether it reads the student in the teacher's space; others only see what there is."""
+
+    @classmethod
+    def reads_embeddings(cls, head: Head) -> bool:
+        """Whether it compares embeddings of models with a head, and not what the head gives."""
+        return True
 
     @property
     def projects(self) -> ToTeacher:

@@ -245,7 +245,7 @@ def find_embeddings(
     Raises:
         UserError: it doesn't, and one asks; or prompts of the data contradict the teacher's.
     """
-    readers = embedding_losses(recipe.losses)
+    readers = embedding_losses(recipe.losses, recipe.student.head)
     asks = [f"losses.{name}" for name in readers]
     if recipe.evaluate is not None:
         asks.append("evaluate")

@@ -18,6 +18,8 @@ Head = Literal["none", TaskKind, "causal_lm", "masked_lm"]
 EightBits = Literal["float8", "int8"]
 """Kinds of numbers of a byte that a teacher's linear layers multiply."""
 Side = Literal["student", "teacher"]
+Unit = Literal["paragraph", "line", "row", "sentence"]
+"""What of a text is a document, or is read by itself."""
 Inputs: TypeAlias = "Mapping[str, Tensor]"
 """What both models read: `input_ids` [batch, tokens] and what goes with them."""
 Reading = Literal["states", "embeddings", "predictions"]

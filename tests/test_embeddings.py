@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 import fastkd
-from fastkd.capture import capture, no_cache
+from fastkd.capture import capture, hands_on_last_block, no_cache
 from fastkd.distributed import joined_ranks
 from fastkd.errors import UserError
 from fastkd.models import UnknownModule, read_embedding
 from fastkd.recipe import load_recipe
 from fastkd.training.run_folder import RunFolder
-from fastkd.training.setup import Run, set_up, set_up_evaluation
+from fastkd.training.setup import Run, set_up_evaluation
 from fastkd.types import ModelSource
 
 TEXTS = ["w7 w9 w20 w30 w31", "w11", "w12 w13 w40"]
@@ -104,7 +104,7 @@ def test_outputs_are_the_states_that_the_model_hands_on(name: str) -> None:
         with capture(model, outputs=True, hidden={4}) as seen:
             expected = model(**batch, **no_cache(model)).last_hidden_state
     assert seen.outputs is not None and torch.equal(seen.outputs, expected)
-    assert torch.equal(seen.hidden[4], expected) == (name == "bert")
+    assert torch.equal(seen.hidden[4], expected) == (name == "bert") == hands_on_last_block(model)
 
 
 def edited(folder: Path, name: str, **changes: Any) -> Path:
@@ -126,6 +126,7 @@ REFUSED = {
     ),
     "prompts": (lambda f: edited(f, "1_Pooling", include_prompt=False), "leaves prompts out"),
     "a mode": (lambda f: edited(f, "1_Pooling", pooling_mode="best"), "Pooling is ['best']"),
+    "no mode": (lambda f: edited(f, "1_Pooling", pooling_mode=[{}]), "Pooling is [{}], expected"),
 }
 
 
@@ -247,32 +248,6 @@ def test_the_projection_of_the_last_hidden_layer_is_handed_on(tmp_path: Path) ->
     assert "Dense 24 to 32 from losses.hidden, Dense 32 to 6" in readme
 
 
-NO_DENSE: dict[str, dict[str, Any]] = {
-    "a norm behind the last block": {"architecture": "llama"},
-    "several poolings": {"modes": ("mean", "cls")},
-    "another kind": {"losses": {"kind": "cosine"}},
-    "another layer": {"losses": {"layer_map": [0, 3]}},
-    "layers that are drawn": {"losses": {"layer_map": "random"}},
-    "several layers": {"losses": {"layer_map": "mean_target"}},
-}
-
-
-@pytest.mark.parametrize("name", NO_DENSE)
-def test_a_projection_that_is_none_of_the_embedding_stays(name: str, tmp_path: Path) -> None:
-    given = {"architecture": "bert", "modes": ("mean",), "losses": {}, **NO_DENSE[name]}
-    teacher = save_sentences(tmp_path, pooling(*given["modes"]), architecture=given["architecture"])
-    recipe = make_recipe(
-        tmp_path,
-        teacher={"model": str(teacher)},
-        losses={**ALONE, "hidden": given["losses"]},
-    )
-    with joined_ranks() as ranks:
-        run = set_up(load_recipe(recipe), ranks, progress=False)
-        assert run.objective.kept() and run.objective.student_modules() is None
-        modules = run.embedding("student")
-    assert modules is not None and modules.dim == 24 * len(given["modes"])
-
-
 def test_a_loss_of_embeddings_needs_modules_that_are_known(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -360,3 +335,22 @@ def test_prompts_of_the_data_are_handed_on_beside_the_teachers(tmp_path: Path) -
     result = fastkd.distill(recipe, plain, quiet=True)
     own = SentenceTransformer(str(result.folder / "student"), device="cpu")
     assert own.prompts["query"] == "w9 w9 " and chain_of(own) == ["Transformer", "Pooling"]
+
+
+def test_a_stage_goes_on_with_the_projection_of_the_one_before(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    teacher = save_sentences(tmp_path, pooling("mean"), models.Normalize())
+    recipe = make_recipe(
+        tmp_path,
+        teacher={"model": str(teacher)},
+        train={"steps": 2, "warmup_steps": 0},
+    )
+    hidden = {"hidden": {}, "projection_bias": False}
+    stages = [{"losses": hidden}, {"losses": {"embedding_output": {}}}]
+    result = fastkd.distill(recipe, {"stages": stages}, quiet=True)
+    first, second = result.summary["stages"]
+    assert second["before"]["sentence_cosine"] == pytest.approx(
+        first["after"]["sentence_cosine"], abs=1e-6
+    )
+    said = (result.folder / "student" / "README.md").read_text()
+    assert "Dense 24 to 32 from losses.embedding_output, begun as that of student.init" in said

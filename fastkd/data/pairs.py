@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fastkd.data.rows.read import TextRow, read_rows
 from fastkd.data.rows.tokenized import EncodedRows, RowEncoder
-from fastkd.data.sequences import Sequences, uses_token_types
+from fastkd.data.sequences import sequences_of, uses_token_types
 from fastkd.data.text import TextSettings
 from fastkd.data.text.files import Records
 from fastkd.data.text.sources import resolve
@@ -80,13 +80,6 @@ def encode_pairs(
             *(name, made.cut, len(made.lengths), max_length),
         )
     scores: npt.NDArray[np.float32] = np.asarray([row.scores for row in rows], np.float32)
-    pad = tokenizer.pad_token_id
-    sequences = Sequences(
-        tokens=made.ids,
-        types=made.types if uses_token_types(config) else None,
-        offsets=np.concatenate([[0], np.cumsum(made.lengths)]),
-        # without one of its own any id will do, because it is masked
-        pad_id=tokenizer.eos_token_id or 0 if pad is None else pad,
-        max_length=max_length,
-    )
+    types = uses_token_types(config)
+    sequences = sequences_of(made, tokenizer, token_types=types, max_length=max_length)
     return EncodedRows(sequences, each=2, scores=scores, fingerprint=name)

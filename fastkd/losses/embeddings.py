@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from fastkd.errors import UserError
 from fastkd.losses.base import Batch, Captures, Loss, LossConfig, LossGroup, ModelPair, Shared
 from fastkd.losses.pooling import Dense, EmbeddingModules, Pooling
+from fastkd.types import Head
 
 if TYPE_CHECKING:
     from fastkd.capture import Capture
@@ -40,6 +41,11 @@ class EmbeddingLoss(Loss):
     captures = Captures(outputs=True)
     wants_projection: ClassVar[bool] = False
     """Whether it reads the student in the teacher's space; others only see what there is."""
+
+    @classmethod
+    def reads_embeddings(cls, head: Head) -> bool:
+        """Whether it compares embeddings of models with a head, and not what the head gives."""
+        return True
 
     @property
     def projects(self) -> ToTeacher:
@@ -113,6 +119,7 @@ class EmbeddingGroup(LossGroup):
         width = shared.pair.widths[0]
         sizes = width * len(teacher.pooling), teacher.pooled_dim
         self.projection: nn.Linear | None = None
+        self._begun = ""
         if _projects(self.losses, *sizes):
             self.projection = nn.Linear(*sizes, bias=False)
         # in a tuple they are no submodules: nothing of them trains, or is saved
@@ -125,7 +132,19 @@ class EmbeddingGroup(LossGroup):
             return teacher.of_student(width)
         weight = self.projection.weight.detach().clone()
         name = next(loss.name for loss in self.losses if loss.wants_projection)
-        return teacher.of_student(width, Dense(weight, learned_by=name))
+        return teacher.of_student(width, Dense(weight, learned_by=name + self._begun))
+
+    def begin_from(self, start: EmbeddingModules) -> None:
+        """Let the projection begin as that of the model that the student starts from, if it is one
+        of the same vectors, so that a run goes on where another ended; its bias is left out."""
+        first = next(iter(start.given()), None)
+        if self.projection is None or not isinstance(first, Dense) or first.activation is not None:
+            return
+        same = start.pooling == self._modules_of[1].pooling
+        if same and first.weight.shape == self.projection.weight.shape:
+            with torch.no_grad():
+                self.projection.weight.copy_(first.weight)
+            self._begun = ", begun as that of student.init"
 
     def parameter_rates(self) -> dict[str, float]:
         rate = self.shared.projection_learning_rate

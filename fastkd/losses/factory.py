@@ -8,7 +8,7 @@ from fastkd.capture import find_module
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.base import ModelPair, Term
-from fastkd.losses.embeddings import EmbeddingConfig
+from fastkd.losses.embeddings import EmbeddingConfig, EmbeddingLoss
 from fastkd.losses.objective import Objective, key_of
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.losses.registry import loss_class
@@ -31,10 +31,15 @@ def capture_needs(losses: Losses) -> dict[str, bool]:
     }
 
 
-def embedding_losses(losses: Losses) -> dict[str, EmbeddingConfig]:
-    """The losses that compare embeddings, by their names in the recipe."""
-    found = losses.terms.items()
-    return {name: config for name, config in found if isinstance(config, EmbeddingConfig)}
+def embedding_losses(losses: Losses, head: Head) -> dict[str, EmbeddingConfig]:
+    """The losses that compare embeddings of models with a head, by their names in the recipe."""
+    found = {}
+    for name, config in losses.terms.items():
+        kind = loss_class(config.loss)
+        reads = issubclass(kind, EmbeddingLoss) and kind.reads_embeddings(head)
+        if reads and isinstance(config, EmbeddingConfig):
+            found[name] = config
+    return found
 
 
 def make_objective(

@@ -83,7 +83,7 @@ class Dense(nn.Module):
         return made if self.activation is None else self.activation(made)
 
 
-class VectorNorm(nn.Module):
+class LayerNorm(nn.Module):
     """A frozen layer norm."""
 
     weight: Tensor
@@ -110,7 +110,7 @@ class Normalize(nn.Module):
         return normalize(vectors, dim=-1)
 
 
-Step = Dense | VectorNorm | Normalize
+Step = Dense | LayerNorm | Normalize
 """What may stand behind the pooling."""
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from fastkd.errors import UserError, one_line
-from fastkd.losses.pooling import Dense, EmbeddingModules, Normalize, PoolingMode, Step, VectorNorm
+from fastkd.losses.pooling import Dense, EmbeddingModules, LayerNorm, Normalize, PoolingMode, Step
 from fastkd.models.checking import LOADING_ERRORS
 from fastkd.models.modules import Module
 from fastkd.models.sentence_folder import (
@@ -105,12 +105,12 @@ def _pooling(source: ModelSource, module: Module) -> list[PoolingMode]:
     if words is None:
         words = [word for key, word in _OLD_KEYS.items() if settings.get(key)] or ["mean"]
     words = [words] if isinstance(words, str) else words
-    known = isinstance(words, list) and words and all(word in POOLING_MODES for word in words)
-    if not known:
+    modes = words if isinstance(words, list) else []
+    if not modes or not all(isinstance(word, str) and word in POOLING_MODES for word in modes):
         raise ValueError(
             f"its Pooling is {words!r:.100}, expected some of {', '.join(POOLING_MODES)}"
         )
-    return [POOLING_MODES[word] for word in words]
+    return [POOLING_MODES[word] for word in modes]
 
 
 def _step(source: ModelSource, module: Module) -> Step | None:
@@ -168,7 +168,7 @@ def _norm(source: ModelSource, module: Module) -> Step:
     weight, bias = weights.get("norm.weight"), weights.get("norm.bias")
     if weight is None or bias is None or weight.ndim != 1 or bias.shape != weight.shape:
         raise ValueError("the weights of its LayerNorm are no layer norm's")
-    return VectorNorm(weight, bias)
+    return LayerNorm(weight, bias)
 
 
 def _normalize(source: ModelSource, module: Module) -> Step:

@@ -135,7 +135,7 @@ class Recipe(Section):
     @property
     def row_form(self) -> RowForm | None:
         """What a row of the data is; `None` where blocks or examples of a task are read."""
-        if self.data is None or self.data.documents != "row":
+        if self.data is None or not self.data.by_rows:
             return None
         return self.data.form(paired=HEADS[self.student.head].labels == "example")
 
@@ -152,8 +152,8 @@ class Recipe(Section):
             return
         if any(config.loss == "mlm" for config in self.losses.terms.values()):
             raise ValueError(
-                "losses.mlm masks blocks of text, but data.documents is row; set it to paragraph "
-                "or line, or leave losses.mlm out"
+                "losses.mlm masks blocks of text, but data.documents is "
+                f"{self.data.documents}; set it to paragraph or line, or leave losses.mlm out"
             )
         budget = self.data.batch_tokens
         if budget is None:

@@ -26,10 +26,10 @@ Rows = list[tuple[str, ...]]
 
 def print_summary(summary: dict[str, Any], reporter: Reporter) -> None:
     """Print the tables of a finished run."""
-    reporter.table("held-out loss", ("term/student-teacher", "before", "after"), _losses(summary))
-    for columns, rows in _score_tables(summary):
+    reporter.table("held-out loss", ("term/student-teacher", "before", "after"), loss_rows(summary))
+    for columns, rows in score_tables(summary):
         reporter.table("scores", columns, rows)
-    reporter.table("run", ("", *_model_names(summary)), _models(summary))
+    reporter.table("run", ("", *model_names(summary)), model_rows(summary))
     for title, columns, rows in _profile(summary):
         reporter.table(title, columns, rows)
     for name, value in _facts(summary):
@@ -38,7 +38,7 @@ def print_summary(summary: dict[str, Any], reporter: Reporter) -> None:
 
 def print_evaluation(result: dict[str, Any], reporter: Reporter) -> None:
     """Print the table of one evaluation."""
-    rows = [(row[0], row[2]) for row in _losses({"before": result, "after": result})]
+    rows = [(row[0], row[2]) for row in loss_rows({"before": result, "after": result})]
     reporter.table("held-out loss", ("term/student-teacher", "value"), rows)
     columns, values = score_table({"value": result})
     if values:
@@ -57,9 +57,9 @@ def write_report(run: RunFolder) -> None:
     heldout = [record for record in metrics if record["kind"] == "heldout"]
     body = [
         f"<p>{escaped(_subject(recipe))}</p>",
-        html_table(("term/student-teacher", "before", "after"), _losses(summary)),
-        *(html_table(columns, rows) for columns, rows in _score_tables(summary)),
-        html_table(("", *_model_names(summary)), _models(summary)),
+        html_table(("term/student-teacher", "before", "after"), loss_rows(summary)),
+        *(html_table(columns, rows) for columns, rows in score_tables(summary)),
+        html_table(("", *model_names(summary)), model_rows(summary)),
         html_table(("", ""), _facts(summary)),
         *(
             f"<h2>{escaped(title.capitalize())}</h2>{html_table(columns, rows)}"
@@ -76,7 +76,7 @@ def write_report(run: RunFolder) -> None:
         write_whole(run.report, document(run.path.name, body))
 
 
-def _losses(summary: dict[str, Any]) -> Rows:
+def loss_rows(summary: dict[str, Any]) -> Rows:
     before, after = summary["before"], summary["after"]
     # the first of several stages may have had other terms
     first = {label: f"{value:.4g}" for label, value in before["losses"].items()}
@@ -101,7 +101,7 @@ def _losses(summary: dict[str, Any]) -> Rows:
     return rows
 
 
-def _score_tables(summary: dict[str, Any]) -> list[tuple[tuple[str, ...], Rows]]:
+def score_tables(summary: dict[str, Any]) -> list[tuple[tuple[str, ...], Rows]]:
     """Heads and rows of the scores, where there are any."""
     teacher = {"teacher": summary["teacher"]} if "teacher" in summary else {}
     models = {**teacher, "before": summary["before"], "after": summary["after"]}
@@ -109,20 +109,36 @@ def _score_tables(summary: dict[str, Any]) -> list[tuple[tuple[str, ...], Rows]]
     return [(columns, rows)] if rows else []
 
 
-def _model_names(summary: dict[str, Any]) -> list[str]:
+def model_names(summary: dict[str, Any]) -> list[str]:
     return [name for name in ("teacher", "student") if name in summary["parameters"]]
 
 
-def _models(summary: dict[str, Any]) -> Rows:
-    names = _model_names(summary)
+def model_rows(summary: dict[str, Any]) -> Rows:
+    names = model_names(summary)
 
-    def row(title: str, values: dict[str, float]) -> tuple[str, ...]:
-        return (title, *(f"{values[name]:,.0f}" for name in names))
+    parameters = summary["parameters"]
+    rows: Rows = [("parameters", *(f"{parameters[name]:,}" for name in names))]
+    # summaries of fastkd 0.1 hold neither
+    if "disk_bytes" in summary:
+        sizes = [f"{summary['disk_bytes'][name] / 2**20:,.1f} MiB" for name in names]
+        rows.append(("size on disk", *sizes))
+    if "speed" in summary:
+        rows += _speeds(summary["speed"], names)
+    return rows
 
-    return [
-        row("parameters", summary["parameters"]),
-        row("forward tokens/s", summary["forward_tokens_per_second"]),
-    ]
+
+def _speeds(speed: dict[str, Any], names: list[str]) -> Rows:
+    """Latency and throughput of a forward pass, see `fastkd.training.speed`."""
+    rows: Rows = []
+    # a teacher with a tokenizer of its own makes other tokens of the same text
+    lengths = dict.fromkeys(str(speed["tokens"][name]) for name in names)
+    for batch, models in speed["batches"].items():
+        found = [models.get(name) for name in names]
+        size = f"{batch} x {'/'.join(lengths)}"
+        latencies = [f"{one['milliseconds']:,.4g} ms" if one else "-" for one in found]
+        rates = [f"{one['tokens_per_second']:,.0f}" if one else "-" for one in found]
+        rows += [(f"forward of {size} tokens", *latencies), (f"tokens/s at {size}", *rates)]
+    return rows
 
 
 def _facts(summary: dict[str, Any]) -> Rows:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import resource
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,12 +176,7 @@ def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> E
         UserError: the run is not finished, or an override does not fit.
     """
     check_overrides(overrides)
-    summary = folder.read_summary()
-    if summary is None or not folder.student.is_dir():
-        raise UserError(
-            f"{folder.path} holds no finished run; give the folder of one, or finish it with "
-            "--resume"
-        )
+    summary = folder.read_finished()
     recipe = folder.read_recipe(overrides)
     check_packages(recipe)
     if isinstance(recipe, Recipe) and recipe.stages:
@@ -194,7 +188,7 @@ def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> E
     changed: dict[str, Any] = {"train": train}
     if overrides and isinstance(recipe, Recipe) and recipe.data is not None:
         # a stream reads no more of the text than it needs
-        streaming = recipe.data.documents != "row"
+        streaming = not recipe.data.by_rows
         changed["data"] = recipe.data.model_copy(update={"streaming": streaming})
     with tf32_products(ranks.device, train.tf32):
         return evaluate(set_up_evaluation(recipe.model_copy(update=changed), folder, ranks))
@@ -215,28 +209,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
             )
 
 
-def tokens_per_second(run: Callable[[Inputs], object], inputs: Inputs, ranks: Ranks) -> float:
-    """Forward throughput of one rank: the median of five passes after a warm-up."""
-    times = []
-    with torch.no_grad():
-        for _ in range(6):
-            _synchronise(ranks)
-            start = time.perf_counter()
-            run(inputs)
-            _synchronise(ranks)
-            times.append(time.perf_counter() - start)
-    mask = inputs.get("attention_mask")
-    tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
-    return tokens / sorted(times[1:])[2]
-
-
 def peak_memory(ranks: Ranks) -> int:
     """Peak bytes of this rank so far: of the GPU where there is one, else of the process."""
     if ranks.device.type == "cuda":
         return torch.cuda.max_memory_allocated(ranks.device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _synchronise(ranks: Ranks) -> None:
-    if ranks.device.type == "cuda":
-        torch.cuda.synchronize(ranks.device)

@@ -14,10 +14,11 @@ from torch import Tensor
 from fastkd.data.datamodule import MicroBatches
 from fastkd.distributed import Ranks
 from fastkd.layer_map import Progress
-from fastkd.models import note_models
+from fastkd.models import note_models, noted_models
 from fastkd.recipe import AnyRecipe, Recipe, stage_recipes
 from fastkd.reporting.console import Reporter
 from fastkd.training.bookkeeping import SILENT, Bookkeeper, Callbacks, stop_asked
+from fastkd.training.card import write_card
 from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.export import export_student
 from fastkd.training.hold import hold_run
@@ -28,7 +29,7 @@ from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up
 from fastkd.training.stages import check_later, finish_stages, stage_folders
 from fastkd.training.steering import check_metrics
-from fastkd.training.summary import summarise
+from fastkd.training.summary import disk_bytes, summarise
 from fastkd.training.teacher_cache.forecast import describe
 from fastkd.training.teacher_cache.plan import plan_for_run
 from fastkd.training.window import Window
@@ -141,7 +142,9 @@ def train(
     summary = summarise(run, folder, time.perf_counter() - started, step, books.steering)
     handed_on, best = (run.source, run.handed_on, run.tokenizer), books.steering.weights
     export_student(run.engine, *handed_on, folder, ranks, run.prompts, best)
+    summary["disk_bytes"] = ranks.from_main(partial(disk_bytes, run, folder))
     if ranks.is_main:
+        write_card(folder, run.recipe, summary, noted_models(folder.path))
         # last, because it is what makes the run finished
         folder.write_summary(summary)
     # a launcher ends all ranks when one fails at its exit, so none leaves while the first writes

@@ -26,6 +26,7 @@ from fastkd.capture import (
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import DataModule
 from fastkd.data.factory import make_datamodule, task_of
+from fastkd.data.mteb_tasks import load_tasks
 from fastkd.data.pairs import encode_pairs, read_pairs
 from fastkd.data.rows.datamodule import RowDataModule
 from fastkd.data.rows.tokenized import EncodedRows
@@ -36,6 +37,7 @@ from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, make_layer_map
+from fastkd.losses.embeddings import EmbeddingGroup
 from fastkd.losses.factory import (
     capture_needs,
     embedding_losses,
@@ -91,6 +93,8 @@ class Parts:
     """The model that the student was made from."""
     pairs: dict[str, EncodedRows]
     """Pairs of texts with scores, by name, that embeddings are judged by."""
+    mteb_tasks: dict[str, Any]
+    """Tasks of mteb, likewise."""
     handed_on: dict[str, Any]
     """Values of its configuration that the student is handed on with: dropout rates, padding."""
 
@@ -164,6 +168,7 @@ def _distillation(
     embeddings = find_embeddings(recipe, teacher.config, student.config)
     # before the data, which takes long to read, and may tell how many steps there are
     pairs = _pairs(recipe, tokenizer, teacher.config, ranks)
+    tasks = load_tasks(() if recipe.evaluate is None else recipe.evaluate.mteb, ranks)
     objective = make_objective(
         recipe.losses,
         layers,
@@ -179,6 +184,8 @@ def _distillation(
     )
     if made is not None:
         load_projections(objective, made)
+    else:
+        _begin_projection(recipe, objective, student)
     datamodule = make_datamodule(
         recipe,
         tokenizer,
@@ -212,6 +219,7 @@ def _distillation(
         teacher_model=teacher,
         source=source,
         pairs=pairs,
+        mteb_tasks=tasks,
         handed_on=handed_on,
     )
 
@@ -237,7 +245,7 @@ def find_embeddings(
     Raises:
         UserError: it doesn't, and one asks; or prompts of the data contradict the teacher's.
     """
-    readers = embedding_losses(recipe.losses)
+    readers = embedding_losses(recipe.losses, recipe.student.head)
     asks = [f"losses.{name}" for name in readers]
     if recipe.evaluate is not None:
         asks.append("evaluate")
@@ -270,6 +278,20 @@ def _pairs(
         rows = ranks.from_main(partial(read_pairs, *place))
         found[name] = encode_pairs(rows, form, tokenizer, config, data.block_size, name)
     return found
+
+
+def _begin_projection(recipe: Recipe, objective: Objective, student: PreTrainedModel) -> None:
+    """Let a student that starts from another model go on with that model's projection."""
+    start = recipe.student.starts_from
+    groups = [term for term in objective.each() if isinstance(term, EmbeddingGroup)]
+    if start is None or not groups:
+        return
+    try:
+        found = read_embedding(start, student.config, recipe.student.head)
+    except UnknownModule:
+        # one that ends otherwise has no such projection
+        return
+    groups[0].begin_from(found)
 
 
 def _masking(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Masking | None:
@@ -347,6 +369,7 @@ def _finetuning(
         teacher_model=None,
         source=source,
         pairs={},
+        mteb_tasks={},
         handed_on=handed_on,
     )
 

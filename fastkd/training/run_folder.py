@@ -256,6 +256,20 @@ class RunFolder:
         with disk_errors(self.path):
             write_whole(self.summary, json.dumps(summary, indent=2) + "\n")
 
+    def read_finished(self) -> dict[str, Any]:
+        """The summary of the run, which has left a student.
+
+        Raises:
+            UserError: it is not finished.
+        """
+        summary = self.read_summary()
+        if summary is None or not self.student.is_dir():
+            raise UserError(
+                f"{self.path} holds no finished run; give the folder of one, or finish it with "
+                "--resume"
+            )
+        return summary
+
     def read_summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, else `None`.
 

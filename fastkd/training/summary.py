@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastkd.models import model_bytes
 from fastkd.reporting.scores import score_parts
 from fastkd.training.engine import NoTeacher
-from fastkd.training.evaluate import (
-    peak_memory,
-    tokens_per_second,
-)
+from fastkd.training.evaluate import peak_memory
+from fastkd.training.introduction import handed_on_notes
 from fastkd.training.profile import REST, Profile
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run
+from fastkd.training.speed import measure_speed
 from fastkd.training.steering import Steering
-from fastkd.types import teacher_inputs
+from fastkd.types import ModelSource
 
 # as much as two evaluations of the same weights may differ by, relatively
 _NOISE = 1e-5
@@ -34,13 +34,11 @@ def summarise(
         steering: what its evaluations decided; `after` is of the student that is exported.
     """
     recipe, ranks, datamodule = run.recipe, run.ranks, run.datamodule
-    part = next(iter(datamodule.heldout(run.plan.micro_batch_size, ranks)))
-    inputs = run.move(part.inputs)
+    # before passes that are larger than those of training
+    peak = peak_memory(ranks)
     run.engine.eval()
-    speeds = {"student": tokens_per_second(run.student, inputs, ranks)}
     parameters = {"student": run.initialisation.total}
     if not isinstance(run.teacher, NoTeacher):
-        speeds["teacher"] = tokens_per_second(run.teacher.embed, teacher_inputs(inputs), ranks)
         parameters["teacher"] = run.teacher_parameters
     records = folder.read_metrics() if ranks.is_main else []
     exported = steering.exported_step(steps)
@@ -60,13 +58,22 @@ def summarise(
         "worse": worsened(heldout[0], heldout[-1]) if heldout else [],
         **({"teacher": teacher[0]} if teacher else {}),
         "parameters": parameters,
-        "forward_tokens_per_second": speeds,
-        "peak_memory_bytes": peak_memory(ranks),
+        "notes": handed_on_notes(run),
+        "speed": measure_speed(run),
+        "peak_memory_bytes": peak,
         "peak_memory_of": "GPU" if ranks.device.type == "cuda" else "process",
         "world_size": ranks.world_size,
         "seconds": seconds,
         **({} if profile is None else {"profile": profile}),
     }
+
+
+def disk_bytes(run: Run, folder: RunFolder) -> dict[str, int]:
+    """Bytes of the files of a run's models that are read of them; the student is exported."""
+    found = {"student": model_bytes(ModelSource(str(folder.student)))}
+    if not isinstance(run.teacher, NoTeacher):
+        found["teacher"] = model_bytes(run.source)
+    return found
 
 
 def profile_of(run: Run) -> dict[str, Any] | None:

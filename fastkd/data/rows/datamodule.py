@@ -99,7 +99,9 @@ class RowDataModule:
         return OutputEvaluator(count, each, self.outputs, ranks.device)
 
     def totals(self, rows: int) -> dict[str, Any]:
-        return {"train_rows": rows, "data_rows": len(self.encoded.train)}
+        train = self.encoded.train
+        digests = {"all rows": train.fingerprint}
+        return {"train_rows": rows, "data_rows": len(train), "data_digests": digests}
 
     def introduction(self, batch_size: int) -> tuple[str, str]:
         train, each = self.encoded.train, self.encoded.train.each

@@ -70,6 +70,7 @@ class TextDataModule:
         return {
             "train_tokens": rows * self.block_size,
             "corpus_tokens": self.corpus.train_tokens,
+            "data_digests": self.corpus.digests,
         }
 
     def introduction(self, batch_size: int) -> tuple[str, str]:

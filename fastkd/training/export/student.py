@@ -2,8 +2,8 @@
 
 Where the teacher is a sentence-transformers model, so is the student (`sentences.py`); where its
 architecture has a pooler, it has one (`poolers.py`). What can't be handed on is said before the
-first step, and stands in the student's README.md. Everything is written beside its place and
-renamed at the end.
+first step, and stands in the student's model card (`fastkd.training.card`). Everything is written
+beside its place and renamed at the end.
 """
 
 from __future__ import annotations
@@ -130,11 +130,6 @@ def _write_around(
     own = own_embedding(module.objective, prompts)
     modules = sentence_modules(source, teacher_config, student.config, head, own)
     write_modules(modules, source, folder, student.config.hidden_size, prompts)
-    notes = export_notes(student, teacher_config, source, head, own)
-    if notes:
-        lines = "".join(f"- {note}\n" for note in notes)
-        text = f"# Student\n\nMade by fastkd. What is not as in its teacher:\n\n{lines}"
-        (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def load_projections(objective: Objective, run: RunFolder) -> None:

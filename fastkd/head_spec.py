@@ -11,7 +11,7 @@ from typing import Literal
 
 from fastkd.types import Head, TaskKind
 
-Labels = Literal["example", "token", "next_token", "masked_token"]
+Labels = Literal["example", "token", "span", "next_token", "masked_token"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class HeadSpec:
     losses: tuple[str, ...] = ()
     """Losses that need it, beside those of layers, which fit every head."""
     labels: Labels | None = None
-    """What a label is of: an example of a task, the first token of each of its words, or a token of
-    text; `None`: it learns none."""
+    """What a label is of: an example of a task, the first token of each of its words, the first and
+    the last token of a span of it, or a token of text; `None`: it learns none."""
     data: Literal["text", "task"] = "text"
     """Section of the recipe that it is trained on where its labels are read."""
     columns: tuple[tuple[str, ...], str] | None = None
@@ -59,6 +59,15 @@ HEADS: dict[Head, HeadSpec] = {
         labels="token",
         data="task",
         columns=(("tokens",), "tags"),
+        untrained_teacher="train it with fastkd finetune first",
+    ),
+    "question_answering": HeadSpec(
+        auto_model="AutoModelForQuestionAnswering",
+        classes="MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+        losses=("logits", "labels"),
+        labels="span",
+        data="task",
+        columns=(("question", "context"), "answers"),
         untrained_teacher="train it with fastkd finetune first",
     ),
     "causal_lm": HeadSpec(

@@ -20,8 +20,8 @@ class Capture:
     [batch, kv_heads, tokens, head_dim], the scale of block i and, where it has them, the cap of its
     scores and its sinks, after rotary embeddings and before grouped heads are repeated; `hidden[i]`
     is [batch, tokens, width]. `logits` is what the head gave, [batch, outputs] or, of one that
-    classifies tokens, [batch, tokens, outputs], or of a language model what its last layer would
-    have multiplied.
+    classifies tokens or finds spans, [batch, tokens, outputs], or of a language model what its last
+    layer would have multiplied.
     """
 
     attention: dict[int, AttentionState] = field(default_factory=dict)

@@ -184,10 +184,9 @@ class Recipe(Section):
                 f"student.head is {head}, but a task is learned by {self.task.kind}; leave "
                 "student.head out, or change task.kind"
             )
-        if self.task is None and HEADS[head].labels == "token":
+        if self.task is None and HEADS[head].labels in ("token", "span"):
             raise ValueError(
-                f"student.head is {head}, which learns from words with classes; give task in place "
-                "of data"
+                f"student.head is {head}, whose labels a task has; give task in place of data"
             )
         losses = frozenset(config.loss for config in self.losses.terms.values())
         setting = Setting(head, self.task is not None, losses, rows=self.row_form)

@@ -21,7 +21,7 @@ from fastkd.layer_map import Progress, make_layer_map
 from fastkd.layer_map.sections import Layers
 from fastkd.losses import DIVISORS, model_inputs
 from fastkd.losses.base import Setting
-from fastkd.losses.factory import capture_needs, make_objective
+from fastkd.losses.factory import capture_needs, embedding_losses, make_objective
 from fastkd.losses.heads import HeadLoss
 from fastkd.losses.objective import DistilledStudent
 from fastkd.losses.registry import loss_class
@@ -102,6 +102,7 @@ class Distiller(nn.Module):
         section = given.losses
         head = _common_head(student, teacher)
         _check_head(section, head)
+        _check_pooling(section)
         depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
         layers = make_layer_map(given.layer_map, *depths, seed=seed)
         needs = capture_needs(section)
@@ -209,7 +210,8 @@ class Distiller(nn.Module):
     def forward(
         self, batch: Inputs, counts: Tensor | None = None, pieces: int = 1
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run both models on a batch and compare them.
+        """Run both models on a batch and compare them; losses that compare rows with each other
+        (`rkd`, `similarity`, ...) compare those of this batch.
 
         Args:
             batch: `input_ids` [batch, tokens], where padded `attention_mask` of that shape, what
@@ -408,6 +410,20 @@ def _common_head(student: PreTrainedModel, teacher: PreTrainedModel) -> Head:
     heads = _head_of(student), _head_of(teacher)
     # what stands on a model is only read where both have it
     return heads[0] if heads[0] == heads[1] else "none"
+
+
+def _check_pooling(losses: Losses) -> None:
+    """See that losses of embeddings say how these are made: no folder says it here.
+
+    Raises:
+        UserError: one doesn't.
+    """
+    for name, config in embedding_losses(losses).items():
+        if config.pooling is None:
+            raise UserError(
+                f"losses.{name}.pooling is not given, and a Distiller sees two transformers alone, "
+                "not the modules that their folders have behind them; give mean, cls or last"
+            )
 
 
 def _check_head(losses: Losses, head: Head) -> None:

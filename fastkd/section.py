@@ -35,6 +35,8 @@ LONGEST = 2**20
 """Tokens of a block or an example."""
 MOST_ROWS = 2**24
 """Blocks or examples of a batch."""
+MOST_TOKENS = 2**40
+"""Tokens of a batch."""
 LONGEST_RUN = 10_000_000
 """Steps of a run."""
 # of a section that is handed on as it is

@@ -261,6 +261,10 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: fastkd.Distiller(*models(), {**LOSSES, "balance": "ratio"}),
         "losses.balance ratio and layer_map emd follow the losses of whole steps",
     ),
+    "embeddings that nothing says": (
+        lambda: fastkd.Distiller(*models(), {"embedding_output": {}}),
+        "losses.embedding_output.pooling is not given, and a Distiller sees two transformers",
+    ),
     "no context": (
         lambda: fastkd.Distiller(*models(), LOSSES)(tiny_batch()),
         "call it inside `with distiller:`",

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer, models
 from tiny_exports import save_sentences
 from tiny_models import WIDTH, save_teacher, tiny_batch, tiny_model
-from tiny_runs import make_recipe
+from tiny_rows import row_recipe
+from tiny_runs import assert_same_run, keys, make_recipe, run_variants
+from tiny_training import summary_of
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -229,7 +232,7 @@ def test_a_decoder_that_pools_the_last_token_is_read_with_padding_on_the_left(
     inputs, expected = encoded(own, TEXTS, "left")
     with finished(result) as run:
         torch.testing.assert_close(run.embed("student", inputs), expected, atol=1e-6, rtol=1e-6)
-    assert "last over 24 channels, Dense 24 to 32" in (folder / "README.md").read_text()
+    assert "last pooling of 24 numbers, Dense 24 to 32" in (folder / "README.md").read_text()
 
 
 def test_the_projection_of_the_last_hidden_layer_is_handed_on(tmp_path: Path) -> None:
@@ -270,14 +273,18 @@ def test_a_projection_that_is_none_of_the_embedding_stays(name: str, tmp_path: P
     assert modules is not None and modules.dim == 24 * len(given["modes"])
 
 
-def test_a_loss_of_embeddings_needs_modules_that_are_known(tmp_path: Path) -> None:
+def test_a_loss_of_embeddings_needs_modules_that_are_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     teacher = save_sentences(tmp_path, pooling("mean"), models.CNN(WIDTH, out_channels=8))
     given: dict[str, Any] = {"teacher": {"model": str(teacher)}}
     recipe = make_recipe(tmp_path, **given, losses={**ALONE, "embedding_output": {}})
     with pytest.raises(UserError, match=r"losses.embedding_output compares embeddings, but t.*CNN"):
         fastkd.distill(recipe, quiet=True)
     recipe = make_recipe(tmp_path, **given, train={"steps": 1, "warmup_steps": 0})
-    assert fastkd.distill(recipe, quiet=True).summary["after"]["sentence_cosine"] is None
+    assert fastkd.distill(recipe).summary["after"]["sentence_cosine"] is None
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"embeddings are not compared: model {teacher}: fastkd doesn't know its module" in said
 
 
 def test_prefixes_of_a_narrow_student_search_an_index_of_the_teacher(tmp_path: Path) -> None:
@@ -292,3 +299,64 @@ def test_prefixes_of_a_narrow_student_search_an_index_of_the_teacher(tmp_path: P
     assert own.shape == index.shape == (3, 8)
     whole = SentenceTransformer(folder, device="cpu").encode(TEXTS)
     torch.testing.assert_close(torch.tensor(own), torch.tensor(whole)[:, :8])
+
+
+def test_a_run_is_the_same_however_it_is_cut_and_sharded(tmp_path: Path) -> None:
+    """Under ZeRO-3 also what is exported and reported is whole."""
+    torch.manual_seed(2)
+    teacher = save_sentences(tmp_path, pooling("mean"), dense(6, activation=nn.Tanh()))
+    # a softmax does not see key biases, of whose gradient Adam would make noise; scores do
+    losses = {"embedding": None, "embedding_output": {"dimensions": [3]}}
+    numbers = {"steps": 3, "warmup_steps": 0}
+    recipe = make_recipe(tmp_path, teacher={"model": str(teacher)}, losses=losses, train=numbers)
+    hidden = {"losses.embedding_output": None}
+    sharded = {
+        "train.zero_stage": 3,
+        "deepspeed.zero_optimization": {"stage3_param_persistence_threshold": 0},
+        "teacher.placement": "shard",
+    }
+    small = {"train.micro_batch_size": 2}
+
+    def variants(**named: dict[str, Any]) -> list[list[str]]:
+        return [keys({"run.output": str(tmp_path / name), **v}) for name, v in named.items()]
+
+    run_variants(recipe, variants(whole={}, cut=small, hidden=hidden))
+    run_variants(recipe, variants(whole3=sharded, hidden3={**sharded, **hidden}), ranks=2)
+    for name, same in (("cut", "whole"), ("whole3", "whole"), ("hidden3", "hidden")):
+        assert_same_run(tmp_path / name, tmp_path / same, losses=2e-5, weights=2e-5)
+        found, expected = (
+            load_file(tmp_path / n / "student" / "2_Dense" / "model.safetensors")
+            for n in (name, same)
+        )
+        assert found.keys() == expected.keys()
+        for key in found:
+            torch.testing.assert_close(found[key], expected[key], atol=2e-5, rtol=0)
+        cosines = [summary_of(tmp_path / n)["after"]["sentence_cosine"] for n in (name, same)]
+        assert cosines[0] == pytest.approx(cosines[1], abs=1e-5)
+
+
+def test_prompts_of_the_data_are_handed_on_beside_the_teachers(tmp_path: Path) -> None:
+    teacher = save_sentences(tmp_path, pooling("mean"), models.Normalize())
+    prompts = {"query": "w9 w9 ", "positive": "w8 "}
+    recipe = row_recipe(
+        tmp_path,
+        teacher={"model": str(teacher)},
+        student={"hidden_size": WIDTH},
+        losses={"hidden": {}},
+        data={"prompts": prompts},
+        train={"steps": 1},
+    )
+    result = fastkd.distill(recipe, quiet=True)
+    own = SentenceTransformer(str(result.folder / "student"), device="cpu")
+    assert {name: own.prompts[name] for name in prompts} == prompts
+    assert chain_of(own) == ["Transformer", "Pooling", "Normalize"]
+    expected = own.encode(["w8 w20"])
+    assert (own.encode(["w20"], prompt_name="positive") == expected).all()
+    with pytest.raises(UserError, match=r"data.prompts: query is 'w7 ', but teacher.model .*w9 w9"):
+        other = {"run.output": str(tmp_path / "other")}
+        fastkd.distill(recipe, {**other, "data.prompts": {"query": "w7 "}}, quiet=True)
+    # a plain teacher's student has prompts too
+    plain = {**other, "teacher.model": str(tmp_path / "plain")}
+    result = fastkd.distill(recipe, plain, quiet=True)
+    own = SentenceTransformer(str(result.folder / "student"), device="cpu")
+    assert own.prompts["query"] == "w9 w9 " and chain_of(own) == ["Transformer", "Pooling"]

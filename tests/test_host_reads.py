@@ -86,8 +86,13 @@ RECIPES = {
     "text": lambda folder: text_recipe(folder),
     "text, micro-batches, checkpointing": lambda folder: text_recipe(
         folder,
-        train={"micro_batch_size": 2, "log_every": 100},
+        train={"micro_batch_size": 4, "log_every": 100},
         student={"layers": 2, "gradient_checkpointing": True},
+        losses={
+            "rkd": {"kind": "angle"},
+            "far": {"loss": "rkd"},
+            "similarity": {"kind": "kl", "dimensions": [8]},
+        },
     ),
     "text, more losses": lambda folder: text_recipe(
         folder,

@@ -127,7 +127,7 @@ def test_a_step_of_sentences_is_the_same_however_it_is_cut() -> None:
     torch.testing.assert_close(total, run(made, student, teacher, given))
 
 
-def test_relations_of_a_cut_step_are_the_mean_of_means_by_examples() -> None:
+def test_relations_of_batches_of_their_own_are_the_mean_of_means_by_examples() -> None:
     section = {"loss": "rkd"}
     made = objective({"rkd": section}, (WIDE, WIDE))
     student, teacher, given = outputs(WIDE, 1), outputs(WIDE, 2), inputs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -227,9 +228,39 @@ def _contents(parts: list[Any]) -> list[list[int]]:
     ]
 
 
+@pytest.mark.parametrize("counts_padding", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_micro_batches_hold_as_many_rows_as_tokens_allow(
+    world: int, counts_padding: bool, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "a.jsonl", random_rows(200, longest=28))
+    form, budget = replace(FORM, columns=("query", "positive")), 128
+    sets = prepared(path, form, block_size=32)
+    data = RowDataModule(sets, 10, None, counts_padding)
+    whole = _steps(data, BatchPlan(8, 1, 1), 0)
+    plan = BatchPlan(1, 8 // world, world, tokens=budget)
+    ranks = [_steps(data, plan, rank) for rank in range(world)]
+    sizes = set()
+    for number, (expected,) in enumerate(whole):
+        turns = list(zip(*(steps[number] for steps in ranks), strict=True))
+        parts = [part for turn in turns for part in turn]
+        assert torch.equal(torch.cat([p[ROWS] for p in parts]), expected[ROWS])
+        assert _contents(parts) == _contents([expected])
+        for turn in turns:
+            (count,) = {len(part["input_ids"]) for part in turn}
+            assert max(part["input_ids"].numel() for part in turn) <= budget
+            sizes.add(count // 2)
+        for turn, following in itertools.pairwise(turns):
+            # the next rows in length, one on each rank, would have been too many
+            nearest = max(part["input_ids"].shape[1] for part in following)
+            if len(following[0]["input_ids"]) == 2:
+                assert (len(turn[0]["input_ids"]) + 2) * nearest > budget
+    assert len(sizes) > 1 or counts_padding or world == 4
+
+
 def test_a_feed_goes_on_where_it_stood(tmp_path: Path) -> None:
     sets = prepared(write_rows(tmp_path / "a.jsonl", random_rows()))
-    data, plan = RowDataModule(sets, 10), BatchPlan(4, 1, 2)
+    data, plan = RowDataModule(sets, 10), BatchPlan(1, 4, 2, tokens=96)
     whole = _steps(data, plan, 1)
     first = data.micro_batches(8, 3, plan, 1)
     for step in range(7):

@@ -20,12 +20,16 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from fastkd.errors import UserError
 from fastkd.recipe import load_recipe
 
-LOSSES = {"attention": {}, "hidden": {}, "embedding_output": {}}
-VARIANTS = {
+# the last compares rows of a whole step
+LOSSES = {"attention": {}, "hidden": {}, "embedding_output": {}, "rkd": {}}
+# of a row of three sequences at most 48
+TOKENS = {"train.micro_batch_size": None, "data.batch_tokens": 96}
+VARIANTS: dict[str, dict[str, Any]] = {
     "whole": {},
     "micro": {"train.micro_batch_size": 2},
     "cached": {"teacher.cache": "exact"},
-    "half": {"train.steps": 3, "train.epochs": None},
+    "tokens": TOKENS,
+    "half": {"train.steps": 2},
 }
 
 
@@ -33,7 +37,7 @@ VARIANTS = {
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one run on the whole, and others that should be the same."""
     folder = tmp_path_factory.mktemp("rows")
-    train = {"schedule": "constant", "checkpoint_every": 3, "micro_batch_size": 4}
+    train = {"schedule": "constant", "checkpoint_every": 2, "micro_batch_size": 4}
     recipe = row_recipe(folder, losses=LOSSES, train=train, teacher=_stored(folder))
 
     def run(name: str, **values: Any) -> list[str]:
@@ -41,7 +45,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     variants = [run(name, **values) for name, values in VARIANTS.items()]
     run_variants(recipe, [*variants, run("half")])
-    run_variants(recipe, [run("ranks", **{"train.micro_batch_size": 2})], ranks=2)
+    shared = [run("ranks", **TOKENS), run("zero 3", **TOKENS, **{"train.zero_stage": 3})]
+    run_variants(recipe, shared, ranks=2)
     return folder
 
 
@@ -49,7 +54,7 @@ def _stored(folder: Path) -> dict[str, Any]:
     return {"model": str(save_teacher(folder / "teacher")), "cache_folder": str(folder / "states")}
 
 
-@pytest.mark.parametrize("name", ["micro", "ranks", "cached", "half"])
+@pytest.mark.parametrize("name", ["micro", "ranks", "cached", "half", "tokens", "zero 3"])
 def test_a_run_is_the_same_however_it_is_made(name: str, runs: Path) -> None:
     assert_same_run(runs / name, runs / "whole", losses=2e-4, weights=2e-5)
     if name == "half":
@@ -77,7 +82,7 @@ def test_the_cosine_is_that_of_texts_read_one_by_one(runs: Path) -> None:
     teacher = AutoModel.from_pretrained(runs / "teacher")
     student = AutoModel.from_pretrained(runs / "whole" / "student")
     projections = read_weights(runs / "whole")
-    weight = projections["terms.2.projection.weight"]
+    weight = projections["terms.3.projection.weight"]
     tokenizer, cosines = tiny_tokenizer(), []
     for row in held_out():
         for column in ("query", "positive", "negative"):
@@ -93,9 +98,10 @@ def test_the_cosine_is_that_of_texts_read_one_by_one(runs: Path) -> None:
 def test_a_reranker_is_compared_with_its_teacher(tmp_path: Path) -> None:
     save_classifier(tmp_path / "teacher", num_labels=1)
     data = {"columns": ["query", "passages"], "candidates": 2, "scores": "scores"}
+    scored = {"kind": "margin_mse", "target": "file"}
     recipe = row_recipe(
         tmp_path,
-        losses={"logits": {"kind": "mse"}, "attention": {}},
+        losses={"logits": {"kind": "mse"}, "attention": {}, "score": scored},
         student={"head": "sequence_classification"},
         data=data,
     )
@@ -134,6 +140,16 @@ REFUSED = {
     "prompt": (["data.prompts={passage: x}"], "prompts has one for 'passage', which is not read"),
     "scores": (["data.columns=query", "data.scores=good"], "scores is given, but a row is one te"),
     "number": (["data.scores=[a, b, c]"], "scores names 3 columns for 2 texts after the first"),
+    "budget": (["data.batch_tokens=40"], "data.batch_tokens is 40, but a row may take 48"),
+    "both": (
+        ["data.batch_tokens=64", "train.micro_batch_size=2"],
+        "data.batch_tokens is 64 and train.micro_batch_size 2; give one of them",
+    ),
+    "uncertain": (
+        ["data.batch_tokens=64", "losses.balance.kind=uncertainty"],
+        "losses.balance is uncertainty, which counts micro-batches",
+    ),
+    "unread": (["data.scores=scores"], "data.scores is given, but no loss reads scores of a file"),
     "mlm": (["student.head=masked_lm", "losses={mlm: {}, logits: {}}"], "losses.mlm masks blocks"),
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from tiny_rows import write_rows
 from tiny_tasks import GLUE_FOLDER, PAIRS, SCORES, needs_glue, write_lines
 
 from fastkd.data.tasks import (
@@ -198,6 +199,10 @@ def test_custom_tasks(tmp_path: Path) -> None:
     assert list(read(PAIRS, tmp_path)) == [(("first", "second"), 1)]
     write_lines(tmp_path / "scores" / "train.jsonl", '{"a": "text", "y": 4}', "", '{"a":"b","y":0}')
     assert list(read(SCORES, tmp_path)) == [(("text",), 4.0), (("b",), 0.0)]
+    for ending in ("csv", "parquet"):
+        folder = tmp_path / ending / "scores"
+        write_rows(folder / f"train.{ending}", [{"a": 'a "b",\nc', "y": 4}, {"a": "d", "y": 0}])
+        assert list(read(SCORES, tmp_path / ending)) == [(('a "b",\nc',), 4.0), (("d",), 0.0)]
     assert SCORES.metrics == ("pearson", "spearman")
     assert PAIRS.metrics == ("accuracy",)
 

@@ -1,10 +1,12 @@
-"""What a run learns from and is measured on: text, or a task with labels, behind one protocol.
+"""What a run learns from and is measured on: text, rows of texts, or a task with labels, behind one
+protocol.
 
 `datamodule.py` is what the loop sees: `DataModule`, `MicroBatches`, `Evaluator`; `batching.py` is
 the one rule that cuts a batch into ranks and micro-batches; `sequences.py` stores sequences of
 tokens and pads them, `sampler.py` makes batches of those of similar length; `factory.py` reads a
-recipe's section and builds either kind. `text/` goes from documents to packed blocks, `tasks/` from
-labelled examples to padded batches and scores, `augmentation/` makes more examples.
+recipe's section and builds either kind. `text/` goes from documents to packed blocks, `rows/` from
+rows of texts to padded batches, `tasks/` from labelled examples to padded batches and scores,
+`augmentation/` makes more examples.
 
 May import recipes (`factory.py` and `batching.py` alone; all else takes plain arguments), `files`,
 `reporting`'s progress bar, transformers' tokenizers and `datasets`. Imports neither engine nor

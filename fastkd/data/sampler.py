@@ -9,6 +9,7 @@ number of ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -100,20 +101,48 @@ class ExampleStream:
         self._position = state["examples"]
 
 
-def cut(rows: Sequence[int], plan: BatchPlan, rank: int) -> list[Sequence[int]]:
-    """The micro-batches of one rank, as numbers of examples.
+def cut(
+    rows: Sequence[int],
+    plan: BatchPlan,
+    rank: int,
+    tokens: Callable[[int], int] | None = None,
+) -> list[Sequence[int]]:
+    """The micro-batches of one rank, as numbers of rows.
 
-    Rows that follow each other go to the ranks in turn: at any time all of them work on similar
-    lengths.
+    Rows that follow each other go to the ranks in turn: at any time all of them work on as many
+    rows of similar lengths.
 
     Args:
         rows: of a global batch, sorted by length.
         plan: how it is cut.
         rank: whose part.
+        tokens: that a row takes in a micro-batch of which it is the longest; where the plan has a
+            budget of them.
     """
-    size, world_size = plan.micro_batch_size, plan.world_size
-    starts = [(number * world_size + rank) * size for number in range(plan.accumulation)]
-    return [rows[start : start + size] for start in starts]
+    parts, start = [], 0
+    for count in _counts(rows, plan, tokens):
+        first = start + rank * count
+        parts.append(rows[first : first + count])
+        start += count * plan.world_size
+    return parts
+
+
+def _counts(rows: Sequence[int], plan: BatchPlan, tokens: Callable[[int], int] | None) -> list[int]:
+    """Rows of each micro-batch, the same on every rank."""
+    if plan.tokens is None:
+        return [plan.micro_batch_size] * plan.accumulation
+    assert tokens is not None, "a plan with a budget is of rows whose tokens are known"
+    counts, start, world = [], 0, plan.world_size
+    while start < len(rows):
+        count = 1
+        # rows come sorted: the last one that is taken is the longest
+        while (end := start + (count + 1) * world) <= len(rows):
+            if (count + 1) * tokens(rows[end - 1]) > plan.tokens:
+                break
+            count += 1
+        counts.append(count)
+        start += count * world
+    return counts
 
 
 class BucketedMicroBatches:
@@ -128,6 +157,7 @@ class BucketedMicroBatches:
         rank: int,
         *,
         longest: Callable[[Sequence[int]], int] | None = None,
+        tokens: Callable[[int, int], int] | None = None,
     ) -> None:
         """Cut what a stream gives.
 
@@ -138,12 +168,15 @@ class BucketedMicroBatches:
             rank: whose part.
             longest: says of the rows of a step how wide all of it is, where padding counts in the
                 losses; each micro-batch by itself where not given.
+            tokens: that a row takes where it is the longest of a micro-batch and lengths are
+                rounded up so; where the plan has a budget of them.
         """
         self._stream = stream
         self._read = read
         self._plan = plan
         self._rank = rank
         self._longest = longest
+        self._tokens = tokens
 
     @property
     def epoch(self) -> int:
@@ -152,7 +185,9 @@ class BucketedMicroBatches:
     def next_step(self, step: int) -> Sequence[Inputs]:
         rows = self._stream.next_rows()
         multiple = PAD_MULTIPLE if self._longest is None else self._longest(rows)
-        return [self._read(part, multiple) for part in cut(rows, self._plan, self._rank)]
+        tokens = None if self._tokens is None else partial(self._tokens, multiple)
+        parts = cut(rows, self._plan, self._rank, tokens)
+        return [self._read(part, multiple) for part in parts]
 
     def state_dict(self) -> dict[str, Any]:
         return self._stream.state_dict()

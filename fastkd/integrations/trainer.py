@@ -8,7 +8,8 @@ The script of a `Trainer` stays as it is but for three lines: the import, the te
 What is exact: every loss is a mean over the whole optimiser step, whatever its micro-batches
 (`gradient_accumulation_steps`) and ranks (DDP) are; the Trainer hands a step's batches over before
 the first of them is run, and they are counted then. `loss` in the logs is that mean. What is not:
-`eval_loss` is the Trainer's own mean over evaluation batches, weighed by their size.
+`eval_loss` is the Trainer's own mean over evaluation batches, weighed by their size. And losses
+that compare rows with each other (`rkd`, `similarity`, ...) see those of one batch of one rank.
 
 The projections train with the student while `train` runs: they are in the optimiser and, as
 `projections.safetensors`, in every checkpoint. What is saved as the model is the student alone.

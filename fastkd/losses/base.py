@@ -108,7 +108,8 @@ class Batch:
     teacher_mask: Tensor | None = None
     """As `mask`, of what the teacher reads."""
     scores: Tensor | None = None
-    """A teacher's scores from the data, fp32 [rows, candidates], where it has some."""
+    """A teacher's scores from the data, fp32 [rows, candidates], where it has some; for losses that
+    say so in `reads_scores`."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,11 @@ class Loss(Term):
         self.layer_map = layer_map
         self.shared = shared
         self.at(Progress())
+
+    @classmethod
+    def reads_scores(cls, config: LossConfig) -> bool:
+        """Whether it reads scores of the data, `Batch.scores`."""
+        return False
 
     @classmethod
     def is_mapped(cls) -> bool:

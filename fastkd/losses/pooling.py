@@ -208,7 +208,8 @@ class EmbeddingModules(nn.Module):
 
     def describe(self) -> str:
         """The modules, for people."""
-        parts = [f"{' and '.join(self.pooling).replace('_', ' ')} over {self.width} channels"]
+        modes = " and ".join(self.pooling).replace("_", " ")
+        parts = [f"{modes} pooling of {self.width} numbers"]
         if self.projection is not None:
             size, given = self.projection.weight.shape
             parts.append(f"Dense {given} to {size} from losses.{self.projection.learned_by}")

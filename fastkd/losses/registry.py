@@ -26,6 +26,9 @@ BUILT_IN = (
     "rkd",
     "fsp",
     "embedding_output",
+    "similarity",
+    "contrastive",
+    "score",
 )
 """Losses of fastkd, each a module of this folder; their order is that of terms and metrics."""
 

@@ -49,12 +49,13 @@ class RelationalLoss(Loss):
             batch.gather(pool_tokens(states, batch.mask, self.config.pooling))
             for states in (student.outputs, teacher.outputs)
         )
-        relations = distances if self.config.kind == "distance" else angles
-        found = relations(points)
-        if found.numel() == 0:
-            return found.sum()
-        value = smooth_l1_loss(found, relations(targets))
-        return gathered_value(value, len(student.outputs), len(points))
+        number = len(points)
+        if self.config.kind == "distance":
+            relations, count = distances, number * (number - 1) // 2
+        else:
+            relations, count = angles, number * (number - 1) * (number - 2)
+        total = smooth_l1_loss(relations(points), relations(targets), reduction="sum")
+        return gathered_value(total / max(count, 1), len(student.outputs), number)
 
 
 def distances(points: Tensor) -> Tensor:
@@ -78,12 +79,12 @@ def angles(points: Tensor) -> Tensor:
         points: [batch, width].
 
     Returns:
-        [batch (batch - 1) (batch - 2)].
+        [batch, batch, batch], the second of the points first; 0 where two of them are the same.
     """
     batch = len(points)
     # directions from the point of the first dimension to that of the second
     directions = normalize(points[None] - points[:, None], dim=-1)
     cosines = directions @ directions.mT
     same = torch.eye(batch, dtype=torch.bool, device=points.device)
-    different = ~(same[:, :, None] | same[:, None, :] | same[None])
-    return cosines[different]
+    # by a mask, as numbers that are picked out would be counted on the host
+    return cosines.masked_fill(same[:, :, None] | same[:, None, :] | same[None], 0)

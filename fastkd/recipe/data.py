@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from fastkd.row_form import RowForm
 from fastkd.section import (
     LONGEST,
+    MOST_TOKENS,
     Name,
     Place,
     Section,
@@ -22,7 +23,7 @@ def _one_or_many(value: object) -> object:
 
 Sources = Annotated[tuple[Place, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
-_OF_ROWS = ("columns", "candidates", "scores", "prompts")
+_OF_ROWS = ("columns", "candidates", "scores", "prompts", "batch_tokens")
 
 
 class Data(Section):
@@ -59,6 +60,10 @@ class Data(Section):
     or one that holds a list."""
     prompts: dict[Name, str] = Field(default_factory=dict)
     """With `row`, what is put before the texts of a column, as `{query: "query: "}`."""
+    batch_tokens: int | None = Field(default=None, ge=8, le=MOST_TOKENS)
+    """With `row`, tokens of a micro-batch at most, padding included: a micro-batch has as many rows
+    as that allows, and a step as many micro-batches as its rows take, in place of
+    `train.micro_batch_size`. Results don't depend on it, and a run can be resumed with another."""
     block_size: int = Field(default=128, ge=8, le=LONGEST)
     """Tokens in a block, or of a sequence of a row at most, special tokens included."""
     streaming: bool = False

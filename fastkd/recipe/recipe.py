@@ -125,12 +125,40 @@ class Recipe(Section):
             return None
         return self.data.form(paired=HEADS[self.student.head].labels == "example")
 
+    @property
+    def row_tokens(self) -> int | None:
+        """Tokens that a row of the data takes at most; `None` where blocks or examples are read."""
+        if self.row_form is None or self.data is None:
+            return None
+        return len(self.row_form.sequences) * self.data.block_size
+
     def _check_rows(self) -> None:
-        masked = any(config.loss == "mlm" for config in self.losses.terms.values())
-        if masked and self.row_form is not None:
+        largest = self.row_tokens
+        if largest is None or self.data is None:
+            return
+        if any(config.loss == "mlm" for config in self.losses.terms.values()):
             raise ValueError(
                 "losses.mlm masks blocks of text, but data.documents is row; set it to paragraph "
                 "or line, or leave losses.mlm out"
+            )
+        budget = self.data.batch_tokens
+        if budget is None:
+            return
+        if budget < largest:
+            raise ValueError(
+                f"data.batch_tokens is {budget}, but a row may take {largest} (data.block_size "
+                f"{self.data.block_size} for each of its sequences); raise it"
+            )
+        if self.train.micro_batch_size is not None:
+            raise ValueError(
+                f"data.batch_tokens is {budget} and train.micro_batch_size "
+                f"{self.train.micro_batch_size}; give one of them"
+            )
+        if self.losses.balance.kind == "uncertainty":
+            raise ValueError(
+                "losses.balance is uncertainty, which counts micro-batches, but with "
+                "data.batch_tokens each step has another number of them; set "
+                "train.micro_batch_size in its place"
             )
 
     @property
@@ -190,5 +218,12 @@ class Recipe(Section):
             )
         losses = frozenset(config.loss for config in self.losses.terms.values())
         setting = Setting(head, self.task is not None, losses, rows=self.row_form)
-        for name, config in self.losses.terms.items():
-            loss_class(config.loss).check_setting(name, config, setting)
+        terms = {name: (loss_class(c.loss), c) for name, c in self.losses.terms.items()}
+        for name, (kind, config) in terms.items():
+            kind.check_setting(name, config, setting)
+        scored = setting.rows is not None and bool(setting.rows.scores)
+        if scored and not any(kind.reads_scores(config) for kind, config in terms.values()):
+            raise ValueError(
+                "data.scores is given, but no loss reads scores of a file; set target to file in "
+                "losses.score, or leave data.scores out"
+            )

@@ -82,8 +82,8 @@ class TaskData(Section):
     """Task of GLUE (CoLA, SST-2, MRPC, QQP, STS-B, MNLI, QNLI, RTE, WNLI), whose columns, labels
     and metrics are known; with `columns` any name."""
     source: Place
-    """Folder of the official TSV files, of JSON lines or Parquet (.tsv, .tsv.gz, .jsonl, .jsonl.gz,
-    .parquet), a saved `datasets` folder, or a hub name such as `nyu-mll/glue`."""
+    """Folder of the official TSV files, or of CSV, JSON lines or Parquet (.tsv, .csv, .jsonl, also
+    with .gz, and .parquet), a saved `datasets` folder, or a hub name such as `nyu-mll/glue`."""
     columns: TaskColumns | None = None
     """Columns of a task that GLUE doesn't have; where not given `tokens` and `tags` of words,
     which hold lists, `question`, `context` and `answers` of questions."""

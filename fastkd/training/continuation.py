@@ -20,6 +20,7 @@ from fastkd.recipe import AnyRecipe, Recipe, Schedule, parse_any_recipe, stage_r
 # nothing here changes a weight, but for rounding and the draws of dropout
 _FREE = frozenset(
     {
+        "data.batch_tokens",
         "data.cache",
         "data.workers",
         "task.cache",
@@ -52,6 +53,7 @@ _TAKEN_OVER = {
     "train": ("micro_batch_size", "zero_stage", "compile", "cuda_graph", "profile", *_LENGTHS),
     "teacher": ("placement", "cache_folder", "cache_limit"),
     "task": ("padding",),
+    "data": ("batch_tokens",),
 }
 
 

@@ -32,6 +32,7 @@ from fastkd.training.deepspeed_config import uses_deepspeed
 from fastkd.training.dry_pass import DryPass, bytes_of, dry_pass, tensors_of
 from fastkd.training.engine import matrix_numbers
 from fastkd.training.memory import memory_parts, parts_on_cpu
+from fastkd.training.parts import find_embeddings
 from fastkd.types import EightBits
 
 EFFICIENCY = 0.4
@@ -110,7 +111,9 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
     Raises:
         UserError: a model that can't be run so.
     """
-    tokens = _tokens(recipe)
+    form, tokens = recipe.row_form, _tokens(recipe)
+    row = () if form is None else form.sequences
+    sequences = rows * max(1, len(row))
     source = recipe.teacher.source
     config = read_config(locate_model(source.name), f"teacher.model {source.name}", source.revision)
     try:
@@ -125,10 +128,12 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
             student = build_student(teacher, section, layers)[0]
             if recipe.train.precision == "bf16":
                 student.to(torch.bfloat16)
-            inputs = {"input_ids": torch.zeros(rows, tokens, dtype=torch.long)}
+            inputs = {"input_ids": torch.zeros(sequences, tokens, dtype=torch.long)}
             traits = dry_pass(student, inputs, {}).traits, dry_pass(teacher, inputs, {}).traits
             head = recipe.student.head
-            objective = make_objective(recipe.losses, layers, student, teacher, traits, head=head)
+            embeddings = find_embeddings(recipe, config, student.config)
+            found = recipe.losses, layers, student, teacher, traits
+            objective = make_objective(*found, head=head, embeddings=embeddings, row=row)
             if recipe.teacher.eight_bits is not None:
                 replace_linear(teacher, recipe.teacher.eight_bits)
         depth = objective.teacher_depth
@@ -141,7 +146,7 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
             f"teacher.model {source.name}: --gpu can't run a {type(config).__name__} model without "
             f"its numbers ({one_line(error)}); leave --gpu out, which makes a few real steps"
         ) from error
-    _check_counted(teacher, taught, depth, rows * tokens)
+    _check_counted(teacher, taught, depth, sequences * tokens)
     return Passes(
         teacher=taught,
         student=learnt,
@@ -152,7 +157,7 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
         teacher_block=_largest(teacher),
         student_block=_largest(student),
         rows=rows,
-        tokens=tokens,
+        tokens=tokens * max(1, len(row)),
         least_rows=max(objective.least_rows.values(), default=1),
     )
 
@@ -191,6 +196,7 @@ def layouts(recipe: Recipe, ranks: int, least_rows: int = 1) -> Iterator[tuple[s
     """Ways to lay the same run out that need less memory, the cheapest first, as overrides;
     micro-batches have `least_rows`, or more."""
     rows = plan_batches(recipe, ranks).micro_batch_size
+    budgeted = recipe.data is not None and recipe.data.batch_tokens is not None
     places: list[tuple[str, dict[str, str]]] = [("", {})]
     given = recipe.teacher
     # a recipe refuses these with what needs the teacher whole
@@ -206,12 +212,16 @@ def layouts(recipe: Recipe, ranks: int, least_rows: int = 1) -> Iterator[tuple[s
             while size >= least_rows:
                 said = [place] if teacher else []
                 said += [f"train.zero_stage={stage}"] * (stage != recipe.train.zero_stage)
-                said += [f"train.micro_batch_size={size}"] * (size != rows)
-                train = {"zero_stage": stage, "micro_batch_size": size}
-                changed = {
-                    "train": recipe.train.model_copy(update=train),
-                    "teacher": recipe.teacher.model_copy(update=teacher),
-                }
+                train: dict[str, int] = {"zero_stage": stage}
+                changed: dict[str, Any] = {"teacher": recipe.teacher.model_copy(update=teacher)}
+                if budgeted and recipe.data is not None:
+                    budget = size * (recipe.row_tokens or 0)
+                    said += [f"data.batch_tokens={budget}"] * (size != rows)
+                    changed["data"] = recipe.data.model_copy(update={"batch_tokens": budget})
+                else:
+                    said += [f"train.micro_batch_size={size}"] * (size != rows)
+                    train["micro_batch_size"] = size
+                changed["train"] = recipe.train.model_copy(update=train)
                 if said:
                     yield " ".join(said), recipe.model_copy(update=changed)
                 size = size // 2 if size % 2 == 0 else 0

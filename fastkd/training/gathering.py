@@ -110,10 +110,11 @@ def check_gathering(objective: Objective, plan: BatchPlan, *, recorded: bool) ->
     """
     for name, least in objective.least_rows.items():
         if plan.micro_batch_size < least:
+            field = "train.micro_batch_size" if plan.tokens is None else "data.batch_tokens"
             raise UserError(
                 f"losses.{name} compares rows, {least} at least, of a step and, in an evaluation, "
-                f"of a micro-batch, which has {plan.micro_batch_size}; raise train.micro_batch_size"
-                " or train.batch_size"
+                f"of a micro-batch, which has {plan.micro_batch_size}; raise {field} or "
+                "train.batch_size"
             )
         if recorded and plan.pieces > 1:
             raise UserError(

@@ -68,6 +68,7 @@ class LocalEngine:
         self._batch_size = batch_size
         self._max_grad_norm = max_grad_norm
         self._micro_batches = 0
+        self._ends: bool | None = None
         self.trained: list[nn.Parameter] = [
             p for group in optimizer.param_groups for p in group["params"]
         ]
@@ -93,6 +94,11 @@ class LocalEngine:
     def eval(self) -> None:
         self.module.eval()
 
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Say of every micro-batch before its forward whether it is the last of its step, where
+        steps have other numbers of them than `accumulation`, by which gradients are divided."""
+        self._ends = is_boundary
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch to that of the step, which is their mean."""
         self.differentiate(loss)
@@ -106,13 +112,15 @@ class LocalEngine:
     def take_gradients(self) -> None:
         """Add what autograd left to the gradient of the step."""
         if self.flat is not None:
-            self.flat.add_gradients(self._micro_batches % self._accumulation == 0)
+            self.flat.add_gradients(self._micro_batches == 0)
 
     def step(self) -> None:
         """Count a micro-batch, and update the weights after the last one of a step."""
         self._micro_batches += 1
-        if self._micro_batches % self._accumulation:
+        ends = self._micro_batches == self._accumulation if self._ends is None else self._ends
+        if not ends:
             return
+        self._micro_batches = 0
         self._norm = self._gradient_norm()
         broken = (~torch.isfinite(self._norm)).float()
         # what torch's GradScaler sets: the update divides by one, and is left out by the other

@@ -136,7 +136,8 @@ def train(
             step += 1
             books.close_step(step, window, stop)
     summary = summarise(run, folder, time.perf_counter() - started)
-    export_student(run.engine, run.source, run.handed_on, run.tokenizer, folder, ranks)
+    handed_on = run.source, run.handed_on, run.tokenizer
+    export_student(run.engine, *handed_on, folder, ranks, run.prompts)
     if ranks.is_main:
         # last, because it is what makes the run finished
         folder.write_summary(summary)
@@ -172,7 +173,10 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
     totals = torch.zeros(2, len(objective.labels), device=ranks.device)
     gathers = run.gathers(micro_batches, loss_scales)
     teacher_states = run.teacher_states(micro_batches)
-    for batch, scale, gather in zip(micro_batches, loss_scales, gathers, strict=True):
+    together = zip(micro_batches, loss_scales, gathers, strict=True)
+    for number, (batch, scale, gather) in enumerate(together, start=1):
+        if run.plan.tokens is not None:
+            engine.set_gradient_accumulation_boundary(number == len(micro_batches))
         if run.graphed is not None:
             parts = run.graphed(batch, scale)
             engine.take_gradients()

@@ -67,11 +67,13 @@ def memory_errors(recipe: AnyRecipe, device: torch.device) -> Iterator[None]:
             tried = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
             asked = f" ({tried[1]} asked at once)" if tried else ""
         train = recipe.train
-        rows = train.micro_batch_size or train.batch_size
+        size = f"{train.micro_batch_size or train.batch_size:,} rows"
+        field = "train.micro_batch_size"
+        if isinstance(recipe, Recipe) and recipe.data and recipe.data.batch_tokens:
+            size, field = f"up to {recipe.data.batch_tokens:,} tokens", "data.batch_tokens"
         raise UserError(
             f"out of memory{asked}: this {_kind(device)} has {_gib(memory_of(device))}, and "
-            f"micro-batches are {rows:,} rows; give a smaller train.micro_batch_size, or set "
-            "gradient_checkpointing"
+            f"micro-batches are {size}; give a smaller {field}, or set gradient_checkpointing"
         ) from error
 
 

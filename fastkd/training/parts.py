@@ -7,13 +7,13 @@ run exported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.capture import (
     AttentionTraits,
@@ -56,7 +56,7 @@ from fastkd.models import (
 from fastkd.models.classifier import check_start, fit_classifier, load_tuned, name_outputs
 from fastkd.models.importance import start_by_importance
 from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, TaskData, resolve_steps
-from fastkd.training.export import load_projections
+from fastkd.training.export import check_prompts, load_projections
 from fastkd.training.finite import check_weights
 from fastkd.training.memory import check_micro_batch
 from fastkd.training.precision import check_eight_bits, settle_precision
@@ -92,6 +92,12 @@ class Parts:
     def objective(self) -> Objective:
         """The losses."""
         return self.module.objective
+
+    @property
+    def prompts(self) -> Mapping[str, str]:
+        """What stands before the texts that are read, by the name of their column."""
+        data = self.recipe.data if isinstance(self.recipe, Recipe) else None
+        return {} if data is None else data.prompts
 
 
 def gather(
@@ -149,7 +155,7 @@ def _distillation(
     traits = _traits(student, recipe), teacher_traits
     if made is None:
         check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
-    embeddings = _embeddings(recipe, teacher, student)
+    embeddings = find_embeddings(recipe, teacher.config, student.config)
     # before the data, which takes long to read, and may tell how many steps there are
     objective = make_objective(
         recipe.losses,
@@ -214,27 +220,29 @@ def first_inputs(
             yield from micro_batches.next_step(step)
 
 
-def _embeddings(
-    recipe: Recipe, teacher: PreTrainedModel, student: PreTrainedModel
+def find_embeddings(
+    recipe: Recipe, teacher: PreTrainedConfig, student: PreTrainedConfig
 ) -> tuple[EmbeddingModules, EmbeddingModules] | None:
-    """What makes embeddings of student and teacher; `None` where fastkd doesn't know the teacher's
-    modules and no loss asks.
+    """What makes embeddings of student and teacher, as of `ModelPair`; `None` where fastkd doesn't
+    know the teacher's modules and no loss asks.
 
     Raises:
-        UserError: it doesn't, and one asks.
+        UserError: it doesn't, and one asks; or prompts of the data contradict the teacher's.
     """
     readers = embedding_losses(recipe.losses)
     stated = [config.pooling for config in readers.values() if config.pooling is not None]
     pooling: PoolingMode = stated[0] if stated else "mean"
     source, head = recipe.teacher.source, recipe.student.head
+    if recipe.data is not None:
+        check_prompts(source, recipe.data.prompts)
     try:
-        found = read_embedding(source, teacher.config, head, pooling)
+        found = read_embedding(source, teacher, head, pooling)
     except UnknownModule as error:
         if not readers:
             return None
         name = next(iter(readers))
         raise UserError(f"losses.{name} compares embeddings, but teacher.{error}") from error
-    return found.of_student(student.config.hidden_size), found
+    return found.of_student(student.hidden_size), found
 
 
 def _masking(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Masking | None:

@@ -219,7 +219,6 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
     run = Run(**vars(parts), teacher=teacher, engine=engine)
     if recipe.train.compile:
         _compile(run)
-    check_gathering(run.objective, run.plan, recorded=recipe.train.cuda_graph)
     if recipe.train.cuda_graph:
         run.graphed = graphed_step(run)
     if isinstance(recipe, Recipe) and recipe.teacher.overlap:
@@ -262,7 +261,9 @@ def set_up_evaluation(recipe: AnyRecipe, made: RunFolder, ranks: Ranks) -> Run:
         UserError: as `set_up`.
     """
     plan = plan_batches(recipe, ranks.world_size)
-    return _still(gather(recipe, plan, ranks, progress=False, made=made), sharded=True)
+    parts = gather(recipe, plan, ranks, progress=False, made=made)
+    check_gathering(parts.objective, plan, recorded=False)
+    return _still(parts, sharded=True)
 
 
 def _gathered(recipe: AnyRecipe, ranks: Ranks, progress: bool) -> Parts:
@@ -282,7 +283,9 @@ def _gathered(recipe: AnyRecipe, ranks: Ranks, progress: bool) -> Parts:
         check_config(student_config(recipe, plan))
     check_micro_batch(recipe, plan.micro_batch_size, ranks.device)
     torch.manual_seed(recipe.train.seed)
-    return gather(recipe, plan, ranks, progress=progress)
+    parts = gather(recipe, plan, ranks, progress=progress)
+    check_gathering(parts.objective, plan, recorded=recipe.train.cuda_graph)
+    return parts
 
 
 def _still(parts: Parts, *, sharded: bool) -> Run:

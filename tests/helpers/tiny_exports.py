@@ -47,7 +47,8 @@ def exported(folder: Path, teacher: Path, head: Head = "none", **numbers: Any) -
     folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(str(folder))
     source = ModelSource(str(teacher))
-    export_student(engine, source, {}, load_tokenizer(source, 2 * VOCABULARY), run, ranks)
+    tokenizer = load_tokenizer(source, 2 * VOCABULARY)
+    export_student(engine, source, {}, tokenizer, run, ranks, prompts={})
     return run.student
 
 

@@ -37,6 +37,7 @@ def random_rows(count: int = 60, *, longest: int = 20, seed: int = 0) -> list[Ro
 
 def write_rows(path: Path, rows: list[Row]) -> Path:
     """Write rows as the name of the file says; one without an ending is a saved data set."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     elif path.suffix == ".parquet":
@@ -71,7 +72,7 @@ def row_recipe(folder: Path, **sections: Any) -> Path:
             "workers": 0,
             "cache": str(folder / "cache"),
         },
-        "train": {"steps": 6, "batch_size": 8, "learning_rate": 1e-3, "log_every": 1},
+        "train": {"steps": 4, "batch_size": 8, "learning_rate": 1e-3, "log_every": 1},
         "run": {"output": str(folder / "run")},
     }
     for name, values in sections.items():

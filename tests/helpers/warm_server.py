@@ -25,7 +25,7 @@ import threading
 from typing import Any
 
 LOSSES = ("attention", "embedding", "fsp", "hidden", "labels", "logits", "mlm", "relations", "rkd")
-LOSSES += ("embedding_output",)
+LOSSES += ("contrastive", "embedding_output", "score", "similarity")
 # what a run imports, also late
 MODULES = (
     "fastkd.cli",

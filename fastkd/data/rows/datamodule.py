@@ -69,10 +69,13 @@ class RowDataModule:
             numbers = torch.from_numpy(train.numbers(rows))
             return {**train.batch(rows, multiple), ROWS: numbers}
 
+        def tokens(multiple: int, row: int) -> int:
+            longest = int(train.lengths[row])
+            return train.each * padded_length(longest, multiple, train.sequences.max_length)
+
         stream = ExampleStream(train, batch_size, seed)
-        return BucketedMicroBatches(
-            stream, read, plan, rank, longest=self._longest if self.counts_padding else None
-        )
+        longest = self._longest if self.counts_padding else None
+        return BucketedMicroBatches(stream, read, plan, rank, longest=longest, tokens=tokens)
 
     def heldout(self, size: int, ranks: Ranks) -> Iterator[EvalBatch]:
         rows, chosen = self.encoded.heldout, self._chosen

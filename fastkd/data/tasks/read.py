@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from fastkd.data.tasks.rows import (
     Row,
-    json_rows,
+    record_rows,
     table_rows,
     tsv_rows,
 )
@@ -34,7 +34,7 @@ from fastkd.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-ENDINGS = (".tsv", ".tsv.gz", ".jsonl", ".jsonl.gz", ".parquet")
+ENDINGS = (".tsv", ".tsv.gz", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
 """Of a split's file, tried in this order."""
 BROKEN_SHARE = 0.001
 """Of a split's rows, at most, may be left out as broken."""
@@ -101,9 +101,9 @@ def read_examples(task: Task, source: str | Path, split: str, cache: str | Path)
 
     Args:
         task: what it is.
-        source: the folder that holds `SPLIT.tsv`, `.tsv.gz`, `.jsonl`, `.jsonl.gz` or `.parquet`,
-            or holds such folders by task names; a folder that `datasets.save_to_disk` wrote; or a
-            hub data set that has the task as a configuration, such as `nyu-mll/glue`.
+        source: the folder that holds `SPLIT` with one of `ENDINGS`, or holds such folders by task
+            names; a folder that `datasets.save_to_disk` wrote; or a hub data set that has the task
+            as a configuration, such as `nyu-mll/glue`.
         split: `task.train` or one of `task.evaluations`.
         cache: folder for what the hub sends.
 
@@ -179,8 +179,8 @@ def _rows(
         for ending, rows in others.items():
             if path.name.endswith(ending):
                 return rows(path)
-        if path.name.removesuffix(".gz").endswith(".jsonl"):
-            return json_rows(path, task.columns)
+        if path.name.removesuffix(".gz").endswith((".csv", ".jsonl")):
+            return record_rows(path, task.columns)
         if path.name.endswith(".parquet"):
             return table_rows(parquet_file(path, task.columns.label), task.columns, task)
         return tsv_rows(path, task.columns, task.header)

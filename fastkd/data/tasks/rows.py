@@ -19,7 +19,8 @@ from fastkd.data.tasks.labels import (
     order_of,
 )
 from fastkd.data.tasks.task import Columns, Task
-from fastkd.data.text.files import json_objects, text_lines
+from fastkd.data.text.delimited import Delimited
+from fastkd.data.text.files import JsonLines, Records, text_lines
 from fastkd.data.text.hub import Table
 from fastkd.errors import UserError
 
@@ -62,14 +63,15 @@ def tsv_rows(path: Path, columns: Columns, header: Sequence[str] | None) -> Iter
             yield Row(where, (), None, f"{found}, expected {len(names)} split by TAB")
 
 
-def json_rows(path: Path, columns: Columns) -> Iterator[Row]:
-    """Rows of a file with one JSON object a line.
+def record_rows(path: Path, columns: Columns) -> Iterator[Row]:
+    """Rows of a CSV file, or of one with one JSON object a line.
 
     Raises:
-        UserError: the file can't be read, or a line is no object or lacks a column.
+        UserError: the file can't be read, or a row lacks a column.
     """
-    for where, row in json_objects(path):
-        _require(columns, list(row), where)
+    read = JsonLines if path.name.removesuffix(".gz").endswith(".jsonl") else Delimited
+    source: Records = read(path, columns.label)
+    for where, row in source.records((*columns.texts, columns.label), "task.columns"):
         yield Row(where, tuple(row[name] for name in columns.texts), row[columns.label])
 
 

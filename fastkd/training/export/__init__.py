@@ -5,6 +5,7 @@ from fastkd.training.export.student import (
     export_notes,
     export_student,
     load_projections,
+    own_embedding,
 )
 
-__all__ = ["check_prompts", "export_notes", "export_student", "load_projections"]
+__all__ = ["check_prompts", "export_notes", "export_student", "load_projections", "own_embedding"]

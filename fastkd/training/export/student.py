@@ -52,10 +52,16 @@ def export_notes(
         teacher_config: configuration of the model that it was made from.
         source: that model.
         head: what stands on the student.
-        own: what the losses say of the student's embedding.
+        own: from `own_embedding`.
     """
     found = sentence_modules(source, teacher_config, student.config, head, own)
     return [*found.notes(source), *pooler_note(student)]
+
+
+def own_embedding(objective: Objective, prompts: Mapping[str, str]) -> EmbeddingModules | None:
+    """The student's embedding where its folder must say it, because losses decide it or prompts are
+    handed on; the objective's parameters must be whole."""
+    return objective.student_modules() or (objective.embedding("student") if prompts else None)
 
 
 def export_student(
@@ -65,7 +71,7 @@ def export_student(
     tokenizer: PreTrainedTokenizerBase,
     run: RunFolder,
     ranks: Ranks,
-    prompts: Mapping[str, str] | None = None,
+    prompts: Mapping[str, str],
 ) -> None:
     """Write `student/` and `projections.safetensors` of a run; called by all ranks.
 
@@ -91,7 +97,7 @@ def export_student(
                 setattr(module.student.config, name, rate)
             _write_model(module.student, folder)
             tokenizer.save_pretrained(folder)
-            _write_around(module, source, prompts or {}, folder)
+            _write_around(module, source, prompts, folder)
             weights = {k: v.contiguous() for k, v in module.objective.kept().items()}
             save_file(weights, projections)
             settle(projections)
@@ -114,7 +120,7 @@ def _write_around(
     """What other libraries read, and what people should."""
     student, head = module.student, module.objective.pair.head
     teacher_config = read_config(locate_model(source.name), f"model {source.name}", source.revision)
-    own = module.objective.student_modules()
+    own = own_embedding(module.objective, prompts)
     modules = sentence_modules(source, teacher_config, student.config, head, own)
     write_modules(modules, source, folder, student.config.hidden_size, prompts)
     notes = export_notes(student, teacher_config, source, head, own)

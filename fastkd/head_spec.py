@@ -6,8 +6,9 @@ row, not the name. It stands below recipes and models, and loads neither torch n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from fastkd.types import Head, TaskKind
 
@@ -95,3 +96,9 @@ TASK_HEAD: TaskKind = "sequence_classification"
 def heads_of_loss(loss: str) -> tuple[Head, ...]:
     """The heads that a loss needs one of; none of a loss that fits every head."""
     return tuple(head for head, spec in HEADS.items() if loss in spec.losses)
+
+
+def head_of_task(section: object) -> TaskKind:
+    """The head that a task is learned by, from its section before that is read."""
+    kind = section.get("kind") if isinstance(section, Mapping) else getattr(section, "kind", None)
+    return next((head for head in get_args(TaskKind) if head == kind), TASK_HEAD)

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from fastkd.head_spec import HEADS, TASK_HEAD
+from fastkd.head_spec import HEADS, head_of_task
 from fastkd.layer_map.sections import Layers, PairsMap
 from fastkd.recipe.data import Data
 from fastkd.recipe.losses import Losses
@@ -68,8 +68,7 @@ class Recipe(Section):
         student, task = tree.get("student"), tree["task"]
         if not isinstance(student, Mapping) or "head" in student:
             return tree
-        kind = task.get("kind", TASK_HEAD) if isinstance(task, Mapping) else task.kind
-        return {**tree, "student": {**student, "head": kind}}
+        return {**tree, "student": {**student, "head": head_of_task(task)}}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

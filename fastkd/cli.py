@@ -1,4 +1,5 @@
-"""The command line: `fastkd distill | finetune | evaluate | study | inspect | doctor`.
+"""The command line: `fastkd distill`, `finetune`, `evaluate`, `push`, `export`, `study`, `inspect`
+and `doctor`.
 
 A mistake that the user can mend is one line on stderr and exit code 2; a run that was interrupted,
 by whatever signal, is 130, and one that lost another rank is 1.
@@ -116,6 +117,49 @@ def evaluate(
         if output is not None and ranks.is_main:
             with disk_errors(output.parent, "give another --output"):
                 write_whole(output, json.dumps(found, indent=2) + "\n")
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="For nobody else to see.")] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, made if it is not there.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that fastkd did not push, too.")
+    ] = False,
+) -> None:
+    """Put the student of a finished run on the Hugging Face hub, with its model card."""
+    from fastkd.publishing.push import push_run
+    from fastkd.reporting.console import Reporter
+    from fastkd.training.run_folder import RunFolder
+
+    pushed = push_run(RunFolder(run), repo, private=private, revision=revision, overwrite=overwrite)
+    for line in pushed.lines():
+        Reporter().say(line)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="As a graph for ONNX Runtime.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder to make; RUN/student/onnx otherwise.")
+    ] = None,
+) -> None:
+    """Write the student of a finished run in another format, checked against what it computes."""
+    if not onnx:
+        raise UserError("no format is given; give --onnx, which is the one there is")
+    from fastkd.publishing.onnx_graph import export_onnx
+    from fastkd.reporting.console import Reporter
+    from fastkd.training.run_folder import RunFolder
+    from fastkd.training.session import quietened
+
+    with quietened():
+        made = export_onnx(RunFolder(run), output)
+    Reporter().say(str(made))
 
 
 @app.command()

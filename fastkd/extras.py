@@ -8,10 +8,12 @@ from typing import Literal
 
 from fastkd.errors import UserError
 
-Extra = Literal["study", "tasks", "tensorboard", "trainer", "wandb"]
+Extra = Literal["mteb", "onnx", "study", "tasks", "tensorboard", "trainer", "wandb"]
 # what is imported, and what installs it
 PACKAGES: dict[Extra, dict[str, str]] = {
+    "mteb": {"mteb": "mteb"},
     "study": {"optuna": "optuna", "cmaes": "cmaes", "matplotlib": "matplotlib"},
+    "onnx": {"onnx": "onnx", "onnxruntime": "onnxruntime", "onnxscript": "onnxscript"},
     "tasks": {"sklearn": "scikit-learn"},
     "tensorboard": {"tensorboard": "tensorboard"},
     "trainer": {"accelerate": "accelerate"},

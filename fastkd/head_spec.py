@@ -21,6 +21,8 @@ class HeadSpec:
 
     auto_model: str
     """Class of transformers that loads a model with it."""
+    pipeline: str = ""
+    """Task that a pipeline of transformers and the hub do with it."""
     classes: str = ""
     """Table of `transformers.models.auto.modeling_auto` that names the classes that have it."""
     losses: tuple[str, ...] = ()
@@ -43,9 +45,14 @@ class HeadSpec:
 
 
 HEADS: dict[Head, HeadSpec] = {
-    "none": HeadSpec(auto_model="AutoModel", sentence_tasks=("feature-extraction",)),
+    "none": HeadSpec(
+        auto_model="AutoModel",
+        pipeline="feature-extraction",
+        sentence_tasks=("feature-extraction",),
+    ),
     "sequence_classification": HeadSpec(
         auto_model="AutoModelForSequenceClassification",
+        pipeline="text-classification",
         classes="MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
         losses=("logits", "labels"),
         labels="example",
@@ -55,6 +62,7 @@ HEADS: dict[Head, HeadSpec] = {
     ),
     "token_classification": HeadSpec(
         auto_model="AutoModelForTokenClassification",
+        pipeline="token-classification",
         classes="MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
         losses=("logits", "labels"),
         labels="token",
@@ -73,6 +81,7 @@ HEADS: dict[Head, HeadSpec] = {
     ),
     "causal_lm": HeadSpec(
         auto_model="AutoModelForCausalLM",
+        pipeline="text-generation",
         classes="MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
         losses=("logits", "labels"),
         labels="next_token",
@@ -81,6 +90,7 @@ HEADS: dict[Head, HeadSpec] = {
     ),
     "masked_lm": HeadSpec(
         auto_model="AutoModelForMaskedLM",
+        pipeline="fill-mask",
         classes="MODEL_FOR_MASKED_LM_MAPPING_NAMES",
         losses=("logits", "mlm"),
         labels="masked_token",

@@ -21,6 +21,8 @@ class RowForm:
 
     columns: tuple[str, ...] = ("text",)
     """Columns with texts; the first is the query where there are several."""
+    sentences: bool = False
+    """Whether every sentence of a text is a row of its own."""
     named: bool = False
     """Whether a recipe names them, so that plain text has none of them."""
     candidates: int | None = None

@@ -18,6 +18,8 @@ Head = Literal["none", TaskKind, "causal_lm", "masked_lm"]
 EightBits = Literal["float8", "int8"]
 """Kinds of numbers of a byte that a teacher's linear layers multiply."""
 Side = Literal["student", "teacher"]
+Unit = Literal["paragraph", "line", "row", "sentence"]
+"""What of a text is a document, or is read by itself."""
 Inputs: TypeAlias = "Mapping[str, Tensor]"
 """What both models read: `input_ids` [batch, tokens] and what goes with them."""
 Reading = Literal["states", "embeddings", "predictions"]
@@ -35,6 +37,9 @@ STARTS = "cu_seq_lens"
 STORED = "stored/"
 """What keys of a micro-batch to train on begin with under which the teacher's states are found, as
 they are stored: [batch, places, numbers]."""
+LABEL_WEIGHTS = "label_weights"
+"""Key of a micro-batch: what each of its labels counts in a mean over labels, fp64 and of their
+shape; all alike where it is not there."""
 SCORES = "scores"
 """Key of a micro-batch of rows of texts: a teacher's scores of each row's candidates, fp32 [rows,
 candidates], where the data has some."""
@@ -59,7 +64,7 @@ class ModelSource:
 
 def model_inputs(inputs: Inputs) -> dict[str, Tensor]:
     """What a model reads of a micro-batch: of labels it would compute a loss of its own."""
-    others = ("labels", ROWS, LENGTHS, STARTS, SCORES)
+    others = ("labels", LABEL_WEIGHTS, ROWS, LENGTHS, STARTS, SCORES)
     return {
         name: tensor
         for name, tensor in inputs.items()

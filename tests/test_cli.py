@@ -201,6 +201,12 @@ def test_a_run_leaves_what_it_promises(recipe: Path) -> None:
     assert summary["after"]["total"] < summary["before"]["total"]
     assert summary["parameters"]["student"] < summary["parameters"]["teacher"]
     assert summary["peak_memory_bytes"] > 2**20
+    for models in (summary["disk_bytes"], *summary["speed"]["batches"].values()):
+        assert models.keys() == {"student", "teacher"}
+    assert summary["disk_bytes"]["student"] < summary["disk_bytes"]["teacher"]
+    card = (run / "student" / "README.md").read_text()
+    assert "| forward of 32 x 16 tokens |" in card and str(recipe.parent) not in card
+    assert summary["data_digests"]["train"] in card
     assert yaml.safe_load((run / "recipe.yaml").read_text())["train"]["evaluate_every"] == 3
     heldout = [
         record["step"]

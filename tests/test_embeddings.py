@@ -126,6 +126,7 @@ REFUSED = {
     ),
     "prompts": (lambda f: edited(f, "1_Pooling", include_prompt=False), "leaves prompts out"),
     "a mode": (lambda f: edited(f, "1_Pooling", pooling_mode="best"), "Pooling is ['best']"),
+    "no mode": (lambda f: edited(f, "1_Pooling", pooling_mode=[{}]), "Pooling is [{}], expected"),
 }
 
 
@@ -360,3 +361,22 @@ def test_prompts_of_the_data_are_handed_on_beside_the_teachers(tmp_path: Path) -
     result = fastkd.distill(recipe, plain, quiet=True)
     own = SentenceTransformer(str(result.folder / "student"), device="cpu")
     assert own.prompts["query"] == "w9 w9 " and chain_of(own) == ["Transformer", "Pooling"]
+
+
+def test_a_stage_goes_on_with_the_projection_of_the_one_before(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    teacher = save_sentences(tmp_path, pooling("mean"), models.Normalize())
+    recipe = make_recipe(
+        tmp_path,
+        teacher={"model": str(teacher)},
+        train={"steps": 2, "warmup_steps": 0},
+    )
+    hidden = {"hidden": {}, "projection_bias": False}
+    stages = [{"losses": hidden}, {"losses": {"embedding_output": {}}}]
+    result = fastkd.distill(recipe, {"stages": stages}, quiet=True)
+    first, second = result.summary["stages"]
+    assert second["before"]["sentence_cosine"] == pytest.approx(
+        first["after"]["sentence_cosine"], abs=1e-6
+    )
+    said = (result.folder / "student" / "README.md").read_text()
+    assert "Dense 24 to 32 from losses.embedding_output, begun as that of student.init" in said

@@ -227,7 +227,7 @@ def test_doctor_estimates_every_stage(there: Path, monkeypatch: pytest.MonkeyPat
 
 REFUSED = {
     "another student": (["student.layers=3"], "'student.layers=3': the run is made, so"),
-    "other losses": (["losses.hidden={}"], "takes values of data, task, teacher, train, stu"),
+    "other losses": (["losses.hidden={}"], "takes values of data, task, evaluate, teacher, tr"),
     "another model": (["model.name=encoder"], "'model.name=encoder': the run is made, so"),
     "an unknown key": (["task.evalute=test"], "did you mean 'evaluate'?"),
     "no such split": (["task.evaluate=nothing"], "no nothing.tsv of tiny"),

@@ -35,7 +35,7 @@ LEVELS: tuple[set[str], ...] = (
     {"training.run_folder", "training.beginnings", "training.continuation", "training.environment"},
     {"training.export"},
     {"training", "reporting.report", "layer_similarity"},
-    {"study", "api", "distiller"},
+    {"study", "api", "distiller", "publishing"},
     {"integrations"},
     {"cli", "__main__"},
 )
@@ -55,17 +55,21 @@ PACKAGES: tuple[set[str], ...] = (
         "safetensors",
         "rich",
         "sklearn",
+        "mteb",
     },
     {"torch", "transformers", "safetensors", "deepspeed"},
     {"torch"},
     {"torch", "transformers", "safetensors", "deepspeed"},
-    {"torch", "numpy", "transformers", "psutil", "matplotlib"},
-    {"torch", "numpy", "pydantic", "scipy", "matplotlib", "optuna", "rich", "transformers"},
+    {"torch", "numpy", "transformers", "huggingface_hub", "yaml", "psutil", "matplotlib", "mteb"},
+    {
+        *("torch", "numpy", "pydantic", "scipy", "matplotlib", "optuna", "rich", "transformers"),
+        *("huggingface_hub", "onnxruntime"),
+    },
     {"torch", "transformers", "safetensors"},
     {"typer"},
 )
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "ot": "pot", "cpuinfo": "py-cpuinfo"}
-EXTRAS = ("demo", "study", "tasks", "tensorboard", "trainer", "dev")
+EXTRAS = ("demo", "mteb", "onnx", "study", "tasks", "tensorboard", "trainer", "dev")
 LINES = 600
 
 
@@ -208,7 +212,7 @@ def undeclared(path: Path, declared: set[str]) -> set[str]:
 
 
 def test_everything_imported_is_declared() -> None:
-    packages = dependencies("study", "tasks")
+    packages = dependencies("mteb", "onnx", "study", "tasks")
     tests = dependencies(*EXTRAS)
     found = {named(path): undeclared(path, packages) for path in PACKAGE_FILES}
     found |= {named(path): undeclared(path, tests) for path in python_files("tests", "benchmarks")}

@@ -300,6 +300,17 @@ def test_a_loss_that_gathers_in_another_way_is_refused(
         total(made({"loss": "odd"}, ("text",)), *states, inputs(1), 1, CUTS)
 
 
+def test_other_losses_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    called: list[int] = []
+    register_loss("odd")(gathering(lambda batch: called.append(1) or 0, 1))
+    losses = Losses.model_validate({"similarity": {}, "odd": {}})
+    layers, pair = make_layer_map("uniform", 2, 4), ModelPair(widths=(NARROW, WIDE))
+    states = drawn(ROWS, TOKENS, NARROW, seed=1), drawn(ROWS, TOKENS, WIDE, seed=2)
+    total(Objective(losses, layers, pair), *states, inputs(1), 1, CUTS)
+    assert len(called) == len(CUTS)
+
+
 @pytest.mark.parametrize(
     ("section", "plan", "recorded", "said"),
     [

@@ -11,6 +11,7 @@ import torch
 
 from fastkd.data.tasks.metrics import (
     Metric,
+    f1_by_class,
     measure,
     predictions_of,
     task_score,
@@ -69,6 +70,19 @@ def test_f1_is_that_of_class_one() -> None:
     assert measure(["f1"], [0, 0, 0, 0], labels)["f1"] == 0
     # no class 1 anywhere leaves the formula undefined
     assert measure(["f1"], [0, 0], [0, 0])["f1"] == 0
+
+
+def test_every_class_has_an_f1() -> None:
+    generator = np.random.default_rng(0)
+    labels, found = generator.integers(0, 3, 60), generator.integers(0, 3, 60)
+    scores = f1_by_class(found, labels, ["a", "b", "c", "none"])
+    for number, name in enumerate("abc"):
+        hit = int(((found == number) & (labels == number)).sum())
+        wrong = int(((found == number) != (labels == number)).sum())
+        assert scores[name] == pytest.approx(2 * hit / (2 * hit + wrong), abs=1e-12)
+    # a class that is nowhere leaves the formula undefined
+    assert scores["none"] == 0
+    assert scores["b"] != pytest.approx(scores["c"])
 
 
 def test_three_classes_have_accuracy_and_matthews() -> None:

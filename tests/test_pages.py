@@ -107,7 +107,7 @@ def report(folder: Path, name: str) -> str:
     summary = {
         **{"before": judged, "after": judged, "teacher": judged, "steps": 1, "seconds": 1.0},
         **{"train_examples": 3, "task_examples": 3, "world_size": 1, "parameters": models},
-        **{"forward_tokens_per_second": models, "peak_memory_of": name, "peak_memory_bytes": 1},
+        **{"disk_bytes": models, "peak_memory_of": name, "peak_memory_bytes": 1},
         "run": str(run.path),
     }
     run.summary.write_text(json.dumps(summary))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from fastkd.data.batching import BatchPlan
 from fastkd.data.rows import RowSets, RowSettings, prepare_rows, tokenized
 from fastkd.data.rows.datamodule import RowDataModule
+from fastkd.data.rows.read import sentences
 from fastkd.data.text.settings import TextSettings
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
@@ -145,6 +147,36 @@ def test_lines_of_plain_text_are_rows(tmp_path: Path) -> None:
     batch = sets.train.batch(range(len(sets.train)), multiple=1)
     found = [i[m.bool()].tolist() for i, m in zip(*list(batch.values())[:2], strict=True)]
     assert found == ids
+
+
+SENTENCES = [
+    ('He said "No." Then he left.', ['He said "No."', "Then he left."]),
+    ("Dr. Smith came at 5 p.m. on Monday! It rained.", ["Dr. Smith came at 5 p.m. on Monday!"]),
+    ("One line\nand the next. A second\nline here.", ["One line and the next."]),
+    ("It is 3.5 m (11 feet.) 4 people saw it", ["It is 3.5 m (11 feet.)", "4 people saw it"]),
+    ("no end and no capital. at all", ["no end and no capital. at all"]),
+    ("Why? Because it rained.", ["Why? Because it rained."]),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), SENTENCES)
+def test_sentences_end_where_the_next_one_begins(text: str, expected: list[str]) -> None:
+    found = list(sentences(text))
+    assert found[: len(expected)] == expected and len(found) <= 2
+    assert " ".join(found) == " ".join(text.split())
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_sentences_of_documents_are_rows(plain: bool, tmp_path: Path) -> None:
+    texts = [f"W{n} w1 w2 w3. W4 w5 w{n}\nw6 w7. W8 w9 w{n} w10" for n in range(5, 25)]
+    path = tmp_path / ("a.txt" if plain else "a.jsonl")
+    rows = "\n\n".join(texts) if plain else "\n".join(json.dumps({"text": t}) for t in texts)
+    path.write_text(rows + "\n")
+    made = prepared(path, RowForm(sentences=True), documents="sentence", block_size=64)
+    each = [sentence for text in texts for sentence in sentences(text)]
+    held = sum(is_held_out({"text": sentence}, "text") for sentence in each)
+    assert len(each) == 60 and 0 < held < 60
+    assert (len(made.train), len(made.heldout)) == (60 - held, held)
 
 
 def test_rows_are_made_once_and_cuts_are_counted(

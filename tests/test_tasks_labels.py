@@ -31,7 +31,7 @@ from fastkd.data.tasks import (
     order_of,
     read_examples,
 )
-from fastkd.data.tasks.metrics import constant_score
+from fastkd.data.tasks.metrics import constant_scores, task_score
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.models.classifier import (
@@ -261,8 +261,9 @@ def test_meanings_must_fit_the_labels() -> None:
 def test_what_knowing_nothing_is_worth(
     metrics: Any, labels: dict[str, list[int]], expected: float
 ) -> None:
-    assert constant_score(metrics, labels, 2) == pytest.approx(expected)
-    assert constant_score(("pearson", "spearman"), {"dev": np.arange(4.0)}, 1) == 0
+    assert task_score(constant_scores(metrics, labels, 2)) == pytest.approx(expected)
+    numbers = constant_scores(("pearson", "spearman"), {"dev": np.arange(4.0)}, 1)
+    assert numbers == {"dev": {"pearson": 0, "spearman": 0}}
 
 
 @pytest.fixture(scope="module")

@@ -188,6 +188,10 @@ def test_stages_follow_each_other_and_resume_where_they_stopped(folder: Path) ->
     model = AutoModelForSequenceClassification.from_pretrained(run / "student")
     assert all(last[name].equal(weight) for name, weight in model.named_parameters())
     assert (run / "stage-1" / "report.html").is_file()
+    card = (run / "student" / "README.md").read_text()
+    digest = json.loads((run / "stage-1" / "models.json").read_text())["teacher.model"]
+    assert "\n# staged\n" in card and digest["model.safetensors"] in card
+    assert str(folder) not in card and "\n# stage-2\n" not in card
     # finished: nothing is run again
     run_whole("distill", recipe, "--resume")
     assert len(read_losses(run / "stage-2")) == 3

@@ -177,7 +177,7 @@ def test_entities_are_counted_as_they_are_defined() -> None:
         said = np.where(
             generator.random(len(right)) < 0.6, right, generator.integers(-1, 5, size=len(right))
         )
-        found = measure_words(TASK, said, right, offsets)
+        found, by_type = measure_words(TASK, said, right, offsets)
         there, given = (
             {
                 (text, *entity)
@@ -188,13 +188,12 @@ def test_entities_are_counted_as_they_are_defined() -> None:
             }
             for of in (right, said)
         )
-        for name in ("entity_f1", "f1 PER", "f1 LOC"):
-            kind = name[3:] if name.startswith("f1") else ""
+        for kind in ("", "PER", "LOC"):
             one, two = ({e for e in of if kind in ("", e[1])} for of in (there, given))
             hits = len(one & two)
             precision, recall = hits / max(len(two), 1), hits / max(len(one), 1)
             f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
-            assert found[name] == pytest.approx(f1), name
+            assert ({"": found["entity_f1"]} | by_type)[kind] == pytest.approx(f1), kind
         assert found["token_accuracy"] == pytest.approx(float(np.mean(said == right)))
 
 
@@ -206,13 +205,9 @@ def test_classes_that_name_no_entities_are_scored_by_themselves() -> None:
         labels=("NOUN", "VERB", "DET"),
     )
     right, said = np.array([0, 0, 1, 1]), np.array([0, 1, 1, -1])
-    found = measure_words(task, said, right, np.array([0, 4]))
-    assert found == {
-        "token_accuracy": 0.5,
-        "f1 NOUN": pytest.approx(2 / 3),
-        "f1 VERB": 0.5,
-        "f1 DET": 0.0,
-    }
+    found, by_class = measure_words(task, said, right, np.array([0, 4]))
+    assert found == {"token_accuracy": 0.5}
+    assert by_class == {"NOUN": pytest.approx(2 / 3), "VERB": 0.5, "DET": 0.0}
     with pytest.raises(UserError, match="entity_f1 scores entities, but labels are NOUN, VERB"):
         Task(
             name="parts",
@@ -303,7 +298,10 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = fastkd.finetune(tree, quiet=True)
     before, after = (result.summary[key]["scores"]["dev"] for key in ("before", "after"))
     assert before["entity_f1"] < 0.4 and after["entity_f1"] > 0.7, (before, after)
-    assert set(after) == {"entity_f1", "token_accuracy", "f1 PER", "f1 LOC"}
+    assert set(after) == {"entity_f1", "token_accuracy"}
+    assert set(result.summary["after"]["class_f1"]["dev"]) == {"PER", "LOC"}
+    # one class for every word names no entity
+    assert result.summary["after"]["baseline"]["score"] < 0.4
     assert result.summary["after"]["score"] == after["entity_f1"]
     return folder
 

@@ -75,6 +75,10 @@ class DataModule(Protocol):
         """Whether an evaluator is given that of student and teacher, to compare them; else of one
         of them, so that a teacher has a score of its own."""
 
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        """Numbers of its evaluators that steps can be compared by, the larger the better."""
+
     def micro_batches(self, batch_size: int, seed: int, plan: BatchPlan, rank: int) -> MicroBatches:
         """A rank's micro-batches from the start of the order of `seed`; every rank calls this."""
 
@@ -84,11 +88,9 @@ class DataModule(Protocol):
     def evaluator(self, ranks: Ranks, whose: Judged = "student") -> Evaluator:
         """A new one, of the outputs of the student or of the teacher."""
 
-    def constant_score(self) -> float | None:
-        """What one answer to everything would score; `None` where nothing has a score."""
-
     def totals(self, rows: int) -> dict[str, Any]:
-        """For the summary: what `rows` rows that were trained on come to, and what there is."""
+        """For the summary: what `rows` rows that were trained on come to, what there is, and in
+        `data_digests` by part of the data the digest of what was read."""
 
     def introduction(self, batch_size: int) -> tuple[str, str]:
         """For the user: what there is, and what a step reads."""

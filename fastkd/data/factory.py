@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fastkd.data.augmentation import Augmentation, augment
@@ -130,6 +132,17 @@ def task_of(section: TaskData) -> Task:
             bounds=section.bounds,
             metrics=section.metrics or (),
         )
+    given = section.class_weights
+    if given is not None and task.regression:
+        raise UserError(
+            f"task.class_weights is given, but task {task.name} has scores and no classes; leave "
+            "it out"
+        )
+    if isinstance(given, tuple) and len(given) != len(task.labels):
+        raise UserError(
+            f"task.class_weights has {len(given)} weights, expected {len(task.labels)}, one for "
+            f"each of {', '.join(task.labels)}"
+        )
     return task
 
 
@@ -223,7 +236,8 @@ def _task_datamodule(
         if section.augmentation is not None and len(encoded) == len(read):
             raise UserError(_nothing_augmented(section.augmentation, len(read)))
         packed = section.padding == "none"
-        return TaskDataModule(task, encoded, evaluations, counts_padding, packed)
+        weights = _class_weights(section.class_weights, task, encoded)
+        return TaskDataModule(task, encoded, evaluations, counts_padding, packed, weights)
 
     made = _in_turn(ranks, prepare)
     pad = padding_id(config, tokenizer, made.sets)
@@ -238,6 +252,28 @@ _READERS: dict[Labels | None, Callable[..., _Read]] = {
     "span": read_questions,
 }
 """By what a label is of, what reads a split."""
+
+
+def _class_weights(
+    given: Literal["balanced"] | tuple[float, ...] | None, task: Task, train: EncodedExamples
+) -> npt.NDArray[np.float64] | None:
+    """[classes] as a recipe says, the smallest 1: of their ratios alone a mean depends, and the sum
+    of a step's is then no smaller than 1."""
+    if given is None:
+        return None
+    if given == "balanced":
+        counts = np.bincount(train.labels, minlength=len(task.labels)).astype(np.float64)
+        absent = [label for label, count in zip(task.labels, counts, strict=True) if not count]
+        if absent:
+            raise UserError(
+                f"task.class_weights is balanced, but no example to train on is {absent[0]}, which "
+                "then has no weight; give a list of weights"
+            )
+        weights = counts.sum() / (len(counts) * counts)
+    else:
+        weights = np.asarray(given, dtype=np.float64)
+    found: npt.NDArray[np.float64] = weights / weights.min()
+    return found
 
 
 def _warn_of_scores(scored: _Read, train: _Read) -> None:

@@ -277,15 +277,39 @@ def open_sequences(
     def stored(name: str, dtype: npt.DTypeLike, size: int) -> npt.NDArray[Any]:
         return open_flat(folder, prefix + name, dtype, size, field)
 
-    pad = tokenizer.pad_token_id
     return Sequences(
         tokens=stored("tokens", token_dtype(tokenizer), tokens),
         types=stored("types", np.uint8, tokens) if token_types else None,
         offsets=stored("offsets", np.int64, sequences + 1),
-        # without one of its own any id will do, because it is masked
-        pad_id=tokenizer.eos_token_id or 0 if pad is None else pad,
+        pad_id=_padding(tokenizer),
         max_length=max_length,
     )
+
+
+def sequences_of(
+    made: Tokenised, tokenizer: PreTrainedTokenizerBase, *, token_types: bool, max_length: int
+) -> Sequences:
+    """Sequences in memory, of what `tokenise` made with a tokenizer.
+
+    Args:
+        made: all of them.
+        tokenizer: that made them.
+        token_types: whether the model wants them.
+        max_length: that they were cut to.
+    """
+    return Sequences(
+        tokens=made.ids,
+        types=made.types if token_types else None,
+        offsets=np.concatenate([[0], np.cumsum(made.lengths)]).astype(np.int64),
+        pad_id=_padding(tokenizer),
+        max_length=max_length,
+    )
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    pad = tokenizer.pad_token_id
+    # without one of its own any id will do, because it is masked
+    return int(tokenizer.eos_token_id or 0 if pad is None else pad)
 
 
 def token_dtype(tokenizer: PreTrainedTokenizerBase) -> npt.DTypeLike:

@@ -110,6 +110,8 @@ class Batch:
     scores: Tensor | None = None
     """A teacher's scores from the data, fp32 [rows, candidates], where it has some; for losses that
     say so in `reads_scores`."""
+    label_weights: Tensor | None = None
+    """What each label counts in a mean over labels, fp64 and of their shape; `None`: all alike."""
 
 
 @dataclass(frozen=True)

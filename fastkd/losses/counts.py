@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastkd.head_spec import HEADS
 from fastkd.packed_row import PackedRow
-from fastkd.types import IGNORE_INDEX, Head, Inputs
+from fastkd.types import IGNORE_INDEX, LABEL_WEIGHTS, Head, Inputs
 
 Reduction = Literal["valid", "tinybert"]
 Divisor = Literal["pairs", "tokens", "rows", "examples", "labels"]
@@ -37,11 +37,12 @@ def count_divisors(
 
     Returns:
         fp64 [5] on the inputs' device, in the order of `DIVISORS`: query-key pairs, tokens, valid
-        rows (tokens that are no padding, whatever the reduction), examples, labels.
+        rows (tokens that are no padding, whatever the reduction), examples, labels, or the sum of
+        their weights where the inputs have those.
     """
-    row = PackedRow.of(inputs)
+    row, weights = PackedRow.of(inputs), inputs.get(LABEL_WEIGHTS)
     if row is not None:
-        return _count_row(row, causal, labels)
+        return _count_row(row, causal, labels, weights)
     ids = inputs["input_ids"]
     given = inputs.get("attention_mask")
     ones = torch.ones_like(ids, dtype=torch.float64)
@@ -49,21 +50,27 @@ def count_divisors(
     valid = rows if reduction == "valid" else ones
     visible = causal and reduction == "valid"
     keys = valid.cumsum(dim=1) if visible else valid.sum(dim=1, keepdim=True)
-    labelled = _labelled(labels, ones)
+    labelled = _labelled(labels, weights, ones)
     # of the size of the batch, without a copy from the host
     examples = ones[:, 0].sum()
     return torch.stack([(valid * keys).sum(), valid.sum(), rows.sum(), examples, labelled])
 
 
-def _count_row(row: PackedRow, causal: bool, labels: Tensor | None) -> Tensor:
+def _count_row(
+    row: PackedRow, causal: bool, labels: Tensor | None, weights: Tensor | None
+) -> Tensor:
     sizes = row.starts.diff().double()
     keys = (sizes + 1) / 2 if causal else sizes
     tokens, examples = sizes.sum(), torch.ones_like(sizes).sum()
-    return torch.stack([(sizes * keys).sum(), tokens, tokens, examples, _labelled(labels, sizes)])
+    labelled = _labelled(labels, weights, sizes)
+    return torch.stack([(sizes * keys).sum(), tokens, tokens, examples, labelled])
 
 
-def _labelled(labels: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_zeros(()) if labels is None else (labels != IGNORE_INDEX).sum().double()
+def _labelled(labels: Tensor | None, weights: Tensor | None, like: Tensor) -> Tensor:
+    if labels is None:
+        return like.new_zeros(())
+    counted = (labels != IGNORE_INDEX).double()
+    return counted.sum() if weights is None else (counted * weights).sum()
 
 
 def target_labels(inputs: Inputs, head: Head) -> Tensor | None:

@@ -113,6 +113,7 @@ class EmbeddingGroup(LossGroup):
         width = shared.pair.widths[0]
         sizes = width * len(teacher.pooling), teacher.pooled_dim
         self.projection: nn.Linear | None = None
+        self._begun = ""
         if _projects(self.losses, *sizes):
             self.projection = nn.Linear(*sizes, bias=False)
         # in a tuple they are no submodules: nothing of them trains, or is saved
@@ -125,7 +126,19 @@ class EmbeddingGroup(LossGroup):
             return teacher.of_student(width)
         weight = self.projection.weight.detach().clone()
         name = next(loss.name for loss in self.losses if loss.wants_projection)
-        return teacher.of_student(width, Dense(weight, learned_by=name))
+        return teacher.of_student(width, Dense(weight, learned_by=name + self._begun))
+
+    def begin_from(self, start: EmbeddingModules) -> None:
+        """Let the projection begin as that of the model that the student starts from, if it is one
+        of the same vectors, so that a run goes on where another ended; its bias is left out."""
+        first = next(iter(start.given()), None)
+        if self.projection is None or not isinstance(first, Dense) or first.activation is not None:
+            return
+        same = start.pooling == self._modules_of[1].pooling
+        if same and first.weight.shape == self.projection.weight.shape:
+            with torch.no_grad():
+                self.projection.weight.copy_(first.weight)
+            self._begun = ", begun as that of student.init"
 
     def parameter_rates(self) -> dict[str, float]:
         rate = self.shared.projection_learning_rate

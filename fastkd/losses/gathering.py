@@ -29,6 +29,18 @@ def undeclared(rows: Tensor) -> Tensor:
     )
 
 
+class Notes:
+    """The `Gather` of a pass that is made to know the rows of a step, and whose losses nobody
+    reads: takes down what is gathered."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] = []
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        self.rows.append(rows.detach())
+        return rows
+
+
 def gathered_value(loss: Tensor, own: int, whole: int) -> Tensor:
     """What a micro-batch returns of a loss of the whole step.
 

@@ -56,7 +56,7 @@ class HeadGroup(LossGroup):
         if labels is not None:
             assert isinstance(logits, Tensor)
             given = over_tokens(logits, batch.mask, raw=False) if spans else logits
-            losses.append(_hard_loss(given, labels).reshape(1))
+            losses.append(_hard_loss(given, labels, batch.label_weights).reshape(1))
         return torch.cat(losses)
 
     def _counted(self, batch: Batch) -> Tensor | None:
@@ -155,15 +155,19 @@ def _vector(found: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     return found.reshape(1) if isinstance(found, Tensor) else torch.stack(found)
 
 
-def _hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of classes, or squared error of one number; a mean over labelled examples, or
-    over labels of tokens and spans, of which a micro-batch may have none."""
+def _hard_loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """Cross-entropy of classes, perhaps weighted, or squared error of one number; a mean over
+    labelled examples, or over labels of tokens and spans, of which a micro-batch may have none."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if labels.ndim == 1:
-        if logits.shape[-1] == 1:
-            return mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+    if labels.ndim == 1 and logits.shape[-1] == 1:
+        return mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+    if weights is None and labels.ndim == 1:
         return cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
-    summed = cross_entropy(
-        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    losses = cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     )
-    return summed / (labels != IGNORE_INDEX).sum().clamp(min=1)
+    counted = (labels.flatten() != IGNORE_INDEX).to(logits.dtype)
+    if weights is not None:
+        # each as its example, or its token, counts
+        counted = counted * weights.flatten().to(logits.dtype)
+    return (losses * counted).sum() / counted.sum().clamp(min=torch.finfo(logits.dtype).tiny)

@@ -32,7 +32,7 @@ from fastkd.losses.counts import (
     count_divisors,
     target_labels,
 )
-from fastkd.losses.gathering import Gather, alone, undeclared
+from fastkd.losses.gathering import Gather, Notes, alone, undeclared
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.losses.registry import loss_class
 from fastkd.losses.transports import Mapped, Transports
@@ -44,7 +44,7 @@ from fastkd.losses.weighting import (
 from fastkd.packed_row import PackedRow, valid_tokens
 from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses
-from fastkd.types import ROWS, SCORES, Inputs, Side, teacher_inputs
+from fastkd.types import LABEL_WEIGHTS, ROWS, SCORES, Inputs, Side, teacher_inputs
 
 _PLAIN = frozenset(("input_ids", "token_type_ids", ROWS, SCORES))
 """Inputs that hide nothing and label nothing."""
@@ -208,17 +208,25 @@ class Objective(nn.Module):
         row, mask = PackedRow.of(inputs), valid_tokens(inputs)
         labels = target_labels(inputs, self.pair.head)
         read = teacher_inputs(inputs)
-        theirs = mask if read is inputs else valid_tokens(read)
-        scores = inputs.get(SCORES)
-        gather = gather if self.least_rows else undeclared
-        batch = Batch(mask, labels, row, teacher_mask=theirs, scores=scores, gather=gather)
+        batch = Batch(
+            mask,
+            labels,
+            row,
+            teacher_mask=mask if read is inputs else valid_tokens(read),
+            scores=inputs.get(SCORES),
+            gather=gather if self.least_rows else undeclared,
+            label_weights=inputs.get(LABEL_WEIGHTS),
+        )
         views = self._views(student, teacher, row)
-        values = []
+        values, takes_notes = [], isinstance(gather, Notes)
         for term, where, count in zip(self.each(), self._keys, self._counts, strict=True):
+            if takes_notes and not self._compares(term):
+                values.append(shares.new_zeros(count))
+                continue
             with _errors_at(where, term):
                 found = term(*views(term), batch)
             values.append(_values(term, found, count))
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and not takes_notes:
             self._check_gradients(values)
         losses = torch.cat(values)
         raw = losses * shares[self._divisor_of]
@@ -312,6 +320,10 @@ class Objective(nn.Module):
             for number, term in enumerate(self.each())
             for name, rate in term.parameter_rates().items()
         }
+
+    def _compares(self, term: Term) -> bool:
+        """Whether a term compares rows with each other."""
+        return any(match.term in self.least_rows for match in term.matches)
 
     def _check_gradients(self, values: Sequence[Tensor]) -> None:
         """See that no loss is a constant beside others that train the student."""

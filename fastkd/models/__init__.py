@@ -4,15 +4,23 @@
 `student.py` shrinks a configuration and copies the mapped layers (`per_layer.py`: what a
 configuration says of each layer), `classifier.py` fits a head to a task, `vocabulary.py` compares
 tokenizers, `digests.py` notes which bytes a run was made from, `quantised.py`
-rounds a teacher's linear layers to eight bits. Which heads there are is `fastkd/head_spec.py`.
+rounds a teacher's linear layers to eight bits, `sentence_folder.py` finds the modules of
+sentence-transformers behind a model and `embedding.py` reads them. Which heads there are is
+`fastkd/head_spec.py`.
 
 May import transformers, `capture` (to see that a model's attention can be recorded), `data.tasks`
-for what labels are called, and of the recipe the student's section and the models that a run starts
-from. Trains nothing and knows no engine.
+for what labels are called, `losses.pooling` for what makes embeddings, and of the recipe the
+student's section and the models that a run starts from. Trains nothing and knows no engine.
 """
 
 from fastkd.models.checking import LOADING_ERRORS, not_loadable, optional_file
-from fastkd.models.digests import model_digests, note_models
+from fastkd.models.digests import (
+    model_bytes,
+    model_digests,
+    model_sources,
+    note_models,
+    noted_models,
+)
 from fastkd.models.embedding import UnknownModule, read_embedding
 from fastkd.models.load import (
     load_student,
@@ -54,9 +62,12 @@ __all__ = [
     "load_tokenizer",
     "locate_model",
     "locate_source",
+    "model_bytes",
     "model_digests",
+    "model_sources",
     "not_loadable",
     "note_models",
+    "noted_models",
     "optional_file",
     "read_config",
     "read_embedding",

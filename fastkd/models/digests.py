@@ -67,6 +67,16 @@ def model_digests(source: ModelSource) -> dict[str, str]:
     return {**digests, **({_COMMIT: commit} if commit else {})}
 
 
+def model_bytes(source: ModelSource) -> int:
+    """Bytes of the files that are read of a model: weights, configuration, tokenizer, modules."""
+    root, _ = _folder(source)
+    files = list(_files(root, source))
+    if any(path.suffix == ".safetensors" for path in files):
+        # a second copy of the weights, which then nobody reads
+        files = [path for path in files if path.suffix != ".bin"]
+    return sum(path.stat().st_size for path in files)
+
+
 def note_models(run: Path, recipe: AnyRecipe) -> None:
     """Note the models of a run that starts, or see that one that continues still has them.
 
@@ -83,7 +93,7 @@ def note_models(run: Path, recipe: AnyRecipe) -> None:
         with disk_errors(run):
             write_whole(path, json.dumps(found, indent=2) + "\n")
         return
-    for field, noted in _noted(path).items():
+    for field, noted in noted_models(run).items():
         source, now = model_sources(recipe).get(field), found.get(field, {})
         given = f"{field} {source.name}" if source else field
         for name in sorted(noted.keys() | now.keys()):
@@ -102,7 +112,13 @@ def _change(name: str, noted: Mapping[str, str], now: Mapping[str, str]) -> str:
     return "is gone" if name in noted else "was added"
 
 
-def _noted(path: Path) -> dict[str, dict[str, str]]:
+def noted_models(run: Path) -> dict[str, dict[str, str]]:
+    """What `note_models` noted in a run's folder.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    path = run / NOTE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {str(field): dict(digests) for field, digests in found.items()}

@@ -105,12 +105,12 @@ def _pooling(source: ModelSource, module: Module) -> list[PoolingMode]:
     if words is None:
         words = [word for key, word in _OLD_KEYS.items() if settings.get(key)] or ["mean"]
     words = [words] if isinstance(words, str) else words
-    known = isinstance(words, list) and words and all(word in POOLING_MODES for word in words)
-    if not known:
+    modes = words if isinstance(words, list) else []
+    if not modes or not all(isinstance(word, str) and word in POOLING_MODES for word in modes):
         raise ValueError(
             f"its Pooling is {words!r:.100}, expected some of {', '.join(POOLING_MODES)}"
         )
-    return [POOLING_MODES[word] for word in words]
+    return [POOLING_MODES[word] for word in modes]
 
 
 def _step(source: ModelSource, module: Module) -> Step | None:

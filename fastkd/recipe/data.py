@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -15,6 +15,7 @@ from fastkd.section import (
     Place,
     Section,
 )
+from fastkd.types import Unit
 
 
 def _one_or_many(value: object) -> object:
@@ -45,10 +46,12 @@ class Data(Section):
     """Split of a hub data set or folder."""
     text_column: str = "text"
     """Column that holds the text (.csv, .tsv, .jsonl, .parquet, data sets)."""
-    documents: Literal["paragraph", "line", "row"] = "paragraph"
+    documents: Unit = "paragraph"
     """In plain text a document ends at an empty line, or at every line end; documents are packed.
     With `row` every row (of plain text, every line) is read by itself, framed by the tokenizer and
-    padded with rows of similar length; longer ones are cut."""
+    padded with rows of similar length; longer ones are cut. With `sentence` so is every sentence:
+    it ends at `.`, `!` or `?` before a blank and a capital letter, digit or quote, but not within
+    its first two words."""
     columns: Names | None = None
     """With `row`, the columns of the texts of a row, `text_column` where not given. A model without
     a task head reads each text by itself, the query first; a classifier reads the first text in a
@@ -83,6 +86,11 @@ class Data(Section):
             raise ValueError(problem)
         return self
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether texts are read by themselves, in place of packed blocks."""
+        return self.documents in ("row", "sentence")
+
     def form(self, *, paired: bool) -> RowForm:
         """What a row is; of text in blocks, one text.
 
@@ -92,6 +100,7 @@ class Data(Section):
         columns = self.columns or (self.text_column,)
         return RowForm(
             columns=columns,
+            sentences=self.documents == "sentence",
             named=self.columns is not None,
             candidates=self.candidates,
             scores=self.scores or (),
@@ -100,7 +109,7 @@ class Data(Section):
         )
 
     def _problems(self) -> Iterator[str]:
-        if self.documents != "row":
+        if not self.by_rows:
             given = [name for name in _OF_ROWS if getattr(self, name)]
             if given:
                 yield (
@@ -110,10 +119,15 @@ class Data(Section):
             return
         if self.streaming:
             yield (
-                "streaming is true and documents is row, whose rows are sorted by length before "
-                "they are read; set streaming to false"
+                f"streaming is true and documents is {self.documents}, whose rows are sorted by "
+                "length before they are read; set streaming to false"
             )
         columns = self.columns or (self.text_column,)
+        if self.documents == "sentence" and len(columns) > 1:
+            yield (
+                f"documents is sentence, which splits one text, but columns names {len(columns)}; "
+                "set documents to row"
+            )
         twice = [name for name in columns if columns.count(name) > 1]
         if twice:
             yield f"columns names {twice[0]!r} twice; give each column once"

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fastkd.recipe.models import Attention, check_flex
 from fastkd.recipe.task import TaskData, check_padding
-from fastkd.recipe.train import RunOutput, Train, check_train
+from fastkd.recipe.train import RunOutput, Train, check_steering, check_train
 from fastkd.section import (
     Extras,
     Place,
@@ -68,5 +68,6 @@ class FinetuneRecipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         check_train(self.train)
+        check_steering(self.train, self.run)
         check_padding(self.task, self.train, {"model.attention": self.model.attention})
         return self

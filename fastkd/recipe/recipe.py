@@ -10,11 +10,12 @@ from pydantic import Field, model_validator
 from fastkd.head_spec import HEADS, head_of_task
 from fastkd.layer_map.sections import Layers, PairsMap
 from fastkd.recipe.data import Data
+from fastkd.recipe.evaluate import Evaluate
 from fastkd.recipe.losses import Losses
 from fastkd.recipe.models import Student, Teacher
 from fastkd.recipe.presets import Preset
 from fastkd.recipe.task import TaskData, check_padding
-from fastkd.recipe.train import RunOutput, Train, check_train
+from fastkd.recipe.train import RunOutput, Train, check_steering, check_train
 from fastkd.row_form import RowForm
 from fastkd.section import Extras, Plugins, Section
 
@@ -40,6 +41,8 @@ class Recipe(Section):
     """Text that both models read."""
     task: TaskData | None = None
     """Examples with labels that both models read, in place of text."""
+    evaluate: Evaluate | None = None
+    """What else both models' embeddings are scored on, at every evaluation."""
     train: Train = Train()
     """How it is trained."""
     run: RunOutput
@@ -86,7 +89,9 @@ class Recipe(Section):
                 f"teacher.cache is {self.teacher.cache}, but {reason}; leave teacher.cache out"
             )
         check_train(self.train)
+        check_steering(self.train, self.run)
         self._check_rows()
+        self._check_evaluate()
         check_padding(
             self.task,
             self.train,
@@ -95,6 +100,15 @@ class Recipe(Section):
                 "teacher.attention": self.teacher.attention,
             },
         )
+        if (
+            self.task is not None
+            and self.task.class_weights is not None
+            and not self.losses.of("labels")
+        ):
+            raise ValueError(
+                "task.class_weights is given, which losses.labels alone reads, but that is off; "
+                "switch it on, or leave class_weights out"
+            )
         if self._is_packed and self.losses.reduction == "tinybert":
             raise ValueError(
                 "losses.reduction is tinybert, which counts padding, but task.padding is none; "
@@ -120,7 +134,7 @@ class Recipe(Section):
     @property
     def row_form(self) -> RowForm | None:
         """What a row of the data is; `None` where blocks or examples of a task are read."""
-        if self.data is None or self.data.documents != "row":
+        if self.data is None or not self.data.by_rows:
             return None
         return self.data.form(paired=HEADS[self.student.head].labels == "example")
 
@@ -137,8 +151,8 @@ class Recipe(Section):
             return
         if any(config.loss == "mlm" for config in self.losses.terms.values()):
             raise ValueError(
-                "losses.mlm masks blocks of text, but data.documents is row; set it to paragraph "
-                "or line, or leave losses.mlm out"
+                "losses.mlm masks blocks of text, but data.documents is "
+                f"{self.data.documents}; set it to paragraph or line, or leave losses.mlm out"
             )
         budget = self.data.batch_tokens
         if budget is None:
@@ -181,6 +195,21 @@ class Recipe(Section):
                 "examples and rows are stored without any"
             )
         return None
+
+    def _check_evaluate(self) -> None:
+        if self.evaluate is None:
+            return
+        if HEADS[self.student.head].data == "task":
+            raise ValueError(
+                f"evaluate scores embeddings, but student.head is {self.student.head}, which gives "
+                "predictions; leave evaluate out"
+            )
+        for name in self.evaluate.names:
+            if name in self.losses.terms:
+                raise ValueError(
+                    f"evaluate has pairs or a task called {name!r}, as is losses.{name}; give the "
+                    "pairs another name"
+                )
 
     def _check_maps(self) -> None:
         maps: dict[str, object] = {"layer_map": self.layer_map}

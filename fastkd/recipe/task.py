@@ -17,6 +17,7 @@ from fastkd.section import (
     Place,
     Section,
     Seed,
+    short,
 )
 from fastkd.types import TaskKind
 
@@ -37,7 +38,21 @@ def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _balanced_or_numbers(value: object) -> object:
+    numbers = value if isinstance(value, list | tuple) else ()
+    right = [isinstance(n, int | float) and n is not True and 0 < n <= 1e9 for n in numbers]
+    if value != "balanced" and not (right and all(right)):
+        raise ValueError(
+            "expected balanced, or a list with a number above 0 for each class (given "
+            f"{short(value)})"
+        )
+    return value
+
+
 Names = Annotated[tuple[Name, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+ClassWeights = Annotated[
+    Literal["balanced"] | tuple[float, ...], BeforeValidator(_balanced_or_numbers)
+]
 Places = Annotated[tuple[Place, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 
 
@@ -102,6 +117,10 @@ class TaskData(Section):
     """Metrics of such a task; accuracy, or Pearson's and Spearman's correlation if not given; of
     words `token_accuracy`, before it `entity_f1` where labels are `O`, `B-TYPE` and `I-TYPE`; of
     answers `answer_f1` and `exact_match`. Of words and answers the first one is the score."""
+    class_weights: ClassWeights | None = None
+    """What the examples of each class count in the mean of `losses.labels`, class 0 first, or
+    `balanced`: examples / (classes x examples of the class), so that all classes count alike. Their
+    ratios decide; all examples count alike where not given."""
     train: Place = "train"
     """Split that is trained on: its file's name without the ending."""
     evaluate: Places | None = None
@@ -138,6 +157,11 @@ class TaskData(Section):
                 f"{own[0]} is given without columns; name the columns of a task of your own, or "
                 f"leave {own[0]} out for a task of GLUE"
             )
+        if self.class_weights is not None and self.bounds is not None:
+            raise ValueError(
+                "class_weights and bounds are given, but scores have no classes; leave one of them "
+                "out"
+            )
         return self
 
     @property
@@ -165,6 +189,7 @@ class TaskData(Section):
             "meanings": not of_words and self.meanings is not None,
             "bounds": self.bounds is not None,
             "augmentation": self.augmentation is not None,
+            "class_weights": self.class_weights is not None,
             "padding: none": self.padding == "none",
         }
         for field, given in refused.items():

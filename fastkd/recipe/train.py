@@ -9,12 +9,26 @@ from pydantic import Field, model_validator
 from fastkd.section import (
     LONGEST_RUN,
     MOST_ROWS,
+    Name,
     Place,
     Section,
     Seed,
 )
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class EarlyStopping(Section):
+    """The end of a run whose evaluations become no better."""
+
+    metric: Name
+    """Number of an evaluation that decides: `total`, `score` of a task, `sentence_cosine`,
+    `perplexity`, the name of a set of pairs, or the label of a loss; whether more or less is better
+    is known."""
+    patience: int = Field(gt=0, le=LONGEST_RUN)
+    """Evaluations without a better number after which the run ends."""
+    minimum_change: float = Field(default=0.0, ge=0)
+    """By how much a better number is better, at least."""
 
 
 class Train(Section):
@@ -73,6 +87,8 @@ class Train(Section):
     """Steps between two lines of metrics."""
     evaluate_every: int = Field(default=0, ge=0)
     """Steps between held-out evaluations; 0 is before and after only."""
+    early_stopping: EarlyStopping | None = None
+    """When the run ends before its last step; never where not given."""
     checkpoint_every: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0 is at the end only."""
     keep_checkpoints: int = Field(default=2, gt=0)
@@ -102,6 +118,23 @@ class Train(Section):
         if self.warmup_steps and self.warmup_share:
             raise ValueError("warmup_steps and warmup_share are both given; give one of them")
         return self
+
+
+def check_steering(train: Train, run: RunOutput) -> None:
+    """Refuse evaluations that shall decide, but are not made while the run trains.
+
+    Raises:
+        ValueError: naming what they shall decide.
+    """
+    for field, given in (
+        ("train.early_stopping", train.early_stopping),
+        ("run.keep_best", run.keep_best),
+    ):
+        if given is not None and not train.evaluate_every:
+            raise ValueError(
+                f"{field} is given, but train.evaluate_every is 0, so nothing is evaluated before "
+                "the last step; set it to a number of steps"
+            )
 
 
 def check_train(train: Train) -> None:
@@ -170,5 +203,8 @@ class RunOutput(Section):
 
     output: Place
     """Folder of the run; it must not hold another run."""
+    keep_best: Name | None = None
+    """Number of an evaluation, as in `train.early_stopping.metric`: the student that is exported is
+    the one of the step with the best. That of the last step where not given."""
     monitor: Literal["none", "tensorboard", "wandb"] = "none"
     """Tracker that DeepSpeed's monitor writes to; its package is an extra of fastkd's."""

@@ -8,6 +8,7 @@ should one have been forgotten.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 
 from fastkd.errors import printable
@@ -69,3 +70,17 @@ def markdown(text: str) -> str:
     """Text as Markdown shows it: no HTML, no link, no end of a table's cell."""
     plain = html.escape(printable(text), quote=False)
     return plain.replace("|", "\\|").replace("](", "]\\(").replace("][", "]\\[")
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table of text cells; the first column is left, the others are right."""
+    ruler = [":--", *("--:" for _ in columns[1:])]
+    return [f"| {' | '.join(map(markdown, cells))} |" for cells in (columns, ruler, *rows)]
+
+
+def fenced(text: str, language: str = "") -> list[str]:
+    """Lines of a block of code in Markdown that holds a text, whatever backticks it has."""
+    plain = "".join(c if c in "\n\t" else printable(c) for c in text)
+    longest = max((len(run) for run in re.findall("`+", plain)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}{language}", *plain.rstrip().split("\n"), fence]

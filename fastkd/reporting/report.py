@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fastkd.files.disk import disk_errors, write_whole
@@ -13,21 +14,22 @@ from fastkd.reporting.html import (
     html_table,
 )
 from fastkd.reporting.profile import memory_rows, time_columns, time_rows
+from fastkd.reporting.scores import headline_scores, one_class, score_table
 from fastkd.reporting.svg import Line, Panel, chart
 from fastkd.training.run_folder import RunFolder
 
 _NAMED_LINES = 16
 # what data is counted in that is not text in blocks, and where a summary says how much there is
 _COUNTED = (("examples", "task_examples"), ("rows", "data_rows"))
-# where in a summary the scores of a model stand
-_SCORED = {"teacher": "teacher", "student": "after"}
 Rows = list[tuple[str, ...]]
 
 
 def print_summary(summary: dict[str, Any], reporter: Reporter) -> None:
     """Print the tables of a finished run."""
-    reporter.table("held-out loss", ("term/student-teacher", "before", "after"), _losses(summary))
-    reporter.table("run", ("", *_model_names(summary)), _models(summary))
+    reporter.table("held-out loss", ("term/student-teacher", "before", "after"), loss_rows(summary))
+    for columns, rows in score_tables(summary):
+        reporter.table("scores", columns, rows)
+    reporter.table("run", ("", *model_names(summary)), model_rows(summary))
     for title, columns, rows in _profile(summary):
         reporter.table(title, columns, rows)
     for name, value in _facts(summary):
@@ -36,8 +38,13 @@ def print_summary(summary: dict[str, Any], reporter: Reporter) -> None:
 
 def print_evaluation(result: dict[str, Any], reporter: Reporter) -> None:
     """Print the table of one evaluation."""
-    rows = [(row[0], row[2]) for row in _losses({"before": result, "after": result})]
+    rows = [(row[0], row[2]) for row in loss_rows({"before": result, "after": result})]
     reporter.table("held-out loss", ("term/student-teacher", "value"), rows)
+    columns, values = score_table({"value": result})
+    if values:
+        reporter.table("scores", columns, values)
+    if same := one_class(result):
+        reporter.say(f"warning: the model predicts {same}")
     reporter.say(f"held out: {_heldout(result)}")
 
 
@@ -50,8 +57,9 @@ def write_report(run: RunFolder) -> None:
     heldout = [record for record in metrics if record["kind"] == "heldout"]
     body = [
         f"<p>{escaped(_subject(recipe))}</p>",
-        html_table(("term/student-teacher", "before", "after"), _losses(summary)),
-        html_table(("", *_model_names(summary)), _models(summary)),
+        html_table(("term/student-teacher", "before", "after"), loss_rows(summary)),
+        *(html_table(columns, rows) for columns, rows in score_tables(summary)),
+        html_table(("", *model_names(summary)), model_rows(summary)),
         html_table(("", ""), _facts(summary)),
         *(
             f"<h2>{escaped(title.capitalize())}</h2>{html_table(columns, rows)}"
@@ -61,14 +69,14 @@ def write_report(run: RunFolder) -> None:
         _curves(training, "loss, mean over log_every steps"),
         "<h2>Held out</h2>",
         _curves(heldout, "loss on held-out data"),
-        *_score_section(heldout, summary.get("teacher")),
+        *_score_section(heldout, summary.get("teacher", {})),
         f"<h2>Recipe</h2><pre>{escaped(run.recipe.read_text(encoding='utf-8'))}</pre>",
     ]
     with disk_errors(run.path):
         write_whole(run.report, document(run.path.name, body))
 
 
-def _losses(summary: dict[str, Any]) -> Rows:
+def loss_rows(summary: dict[str, Any]) -> Rows:
     before, after = summary["before"], summary["after"]
     # the first of several stages may have had other terms
     first = {label: f"{value:.4g}" for label, value in before["losses"].items()}
@@ -90,43 +98,46 @@ def _losses(summary: dict[str, Any]) -> Rows:
             )
             for name in after["agreement"]
         ]
-    early, late = _scores(before), _scores(after)
-    rows += [(name, f"{early[name]:.4f}", f"{value:.4f}") for name, value in late.items()]
     return rows
 
 
-def _scores(judged: dict[str, Any]) -> dict[str, float]:
-    """The score of a task and each metric behind it; nothing of text."""
-    if "score" not in judged:
-        return {}
-    metrics = {
-        f"{split}, {metric}": value
-        for split, scores in judged["scores"].items()
-        for metric, value in scores.items()
-    }
-    return {"score": judged["score"], **metrics}
+def score_tables(summary: dict[str, Any]) -> list[tuple[tuple[str, ...], Rows]]:
+    """Heads and rows of the scores, where there are any."""
+    teacher = {"teacher": summary["teacher"]} if "teacher" in summary else {}
+    models = {**teacher, "before": summary["before"], "after": summary["after"]}
+    columns, rows = score_table(models)
+    return [(columns, rows)] if rows else []
 
 
-def _model_names(summary: dict[str, Any]) -> list[str]:
+def model_names(summary: dict[str, Any]) -> list[str]:
     return [name for name in ("teacher", "student") if name in summary["parameters"]]
 
 
-def _models(summary: dict[str, Any]) -> Rows:
-    names = _model_names(summary)
+def model_rows(summary: dict[str, Any]) -> Rows:
+    names = model_names(summary)
 
-    def row(title: str, values: dict[str, float]) -> tuple[str, ...]:
-        return (title, *(f"{values[name]:,.0f}" for name in names))
+    parameters = summary["parameters"]
+    rows: Rows = [("parameters", *(f"{parameters[name]:,}" for name in names))]
+    # summaries of fastkd 0.1 hold neither
+    if "disk_bytes" in summary:
+        sizes = [f"{summary['disk_bytes'][name] / 2**20:,.1f} MiB" for name in names]
+        rows.append(("size on disk", *sizes))
+    if "speed" in summary:
+        rows += _speeds(summary["speed"], names)
+    return rows
 
-    rows: Rows = [
-        row("parameters", summary["parameters"]),
-        row("forward tokens/s", summary["forward_tokens_per_second"]),
-    ]
-    if "score" in summary["after"] and "teacher" in names:
-        scores = {name: _scores(summary[key]) for name, key in _SCORED.items()}
-        rows += [
-            (title, *(f"{scores[name][title]:.4f}" for name in names))
-            for title in scores["student"]
-        ]
+
+def _speeds(speed: dict[str, Any], names: list[str]) -> Rows:
+    """Latency and throughput of a forward pass, see `fastkd.training.speed`."""
+    rows: Rows = []
+    # a teacher with a tokenizer of its own makes other tokens of the same text
+    lengths = dict.fromkeys(str(speed["tokens"][name]) for name in names)
+    for batch, models in speed["batches"].items():
+        found = [models.get(name) for name in names]
+        size = f"{batch} x {'/'.join(lengths)}"
+        latencies = [f"{one['milliseconds']:,.4g} ms" if one else "-" for one in found]
+        rates = [f"{one['tokens_per_second']:,.0f}" if one else "-" for one in found]
+        rows += [(f"forward of {size} tokens", *latencies), (f"tokens/s at {size}", *rates)]
     return rows
 
 
@@ -140,10 +151,14 @@ def _facts(summary: dict[str, Any]) -> Rows:
         trained = f"{read:,} {kind} in {steps}, {read / summary[there]:.2f} passes"
     # summaries of fastkd 0.1 don't say
     worse = "; ".join(summary.get("worse", []))
+    same = one_class(summary["after"])
+    kept, stopped = summary.get("kept_best"), summary.get("stopped_early")
     return [
-        ("trained on", trained),
+        ("trained on", f"{trained}, stopped early" if stopped else trained),
+        *([("exported", _exported(summary["exported_step"], kept))] if kept else []),
         ("held out", _heldout(summary["after"])),
         *([("worse than before", worse)] if worse else []),
+        *([("warning", f"the student predicts {same}")] if same else []),
         (
             f"peak memory of the {summary['peak_memory_of']}",
             f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB",
@@ -151,6 +166,10 @@ def _facts(summary: dict[str, Any]) -> Rows:
         ("time", f"{summary['seconds']:.0f} s on {summary['world_size']} rank(s)"),
         ("run folder", summary["run"]),
     ]
+
+
+def _exported(step: int, kept: dict[str, Any]) -> str:
+    return f"the student of step {step}, whose {kept['metric']} is the best ({kept['value']:.4g})"
 
 
 def _profile(summary: dict[str, Any]) -> list[tuple[str, tuple[str, ...], Rows]]:
@@ -179,15 +198,19 @@ def _subject(recipe: AnyRecipe) -> str:
     return f"{recipe.model.name}, fine-tuned on {recipe.task.name}"
 
 
-def _score_section(heldout: list[dict[str, Any]], teacher: dict[str, Any] | None) -> list[str]:
-    """The task's score over the run, beside the teacher's."""
-    if not heldout or "score" not in heldout[0]:
-        return []
-    steps = [record["step"] for record in heldout]
-    lines = [Line("this model", steps, [record["score"] for record in heldout])]
-    if teacher is not None:
-        lines.append(Line("teacher", steps, [teacher["score"]] * len(steps), reference=True))
-    return ["<h2>Score of the task</h2>", chart([Panel(lines, y_label="score", legend="")])]
+def _score_section(heldout: list[dict[str, Any]], teacher: dict[str, Any]) -> list[str]:
+    """Scores over the run, beside the teacher's."""
+    steps, taught = [record["step"] for record in heldout], headline_scores(teacher)
+    over = [headline_scores(record) for record in heldout]
+    panels = []
+    for name in over[0] if over else ():
+        # stages may judge by other things
+        lines = [Line("this model", steps, [found.get(name, math.nan) for found in over])]
+        if name in taught:
+            lines.append(Line("teacher", steps, [taught[name]] * len(steps), reference=True))
+        panels.append(Panel(lines, name, y_label="score", legend=""))
+    title = "Score of the task" if over and "score" in over[0] else "Scores"
+    return [f"<h2>{title}</h2>", chart(panels)] if panels else []
 
 
 def _curves(records: list[dict[str, Any]], title: str) -> str:

@@ -16,6 +16,7 @@ from fastkd.reporting.html import (
     escaped,
     html_table,
     markdown,
+    markdown_table,
 )
 from fastkd.reporting.plotting import png
 from fastkd.study.naming import shown
@@ -86,9 +87,7 @@ def _markdown(plan: Plan, tables: Iterable[Table], pictures: Mapping[str, bytes]
     for table in tables:
         lines += ["", f"## {markdown(table.title)}", ""]
         if table.rows:
-            ruler = [":--", *("--:" for _ in table.columns[1:])]
-            for cells in (table.columns, ruler, *table.rows):
-                lines.append("| " + " | ".join(map(markdown, cells)) + " |")
+            lines += markdown_table(table.columns, table.rows)
         lines += [line for note in table.notes for line in ("", markdown(note))]
         if table.name in pictures:
             lines += ["", f"![{markdown(table.title)}]({table.name}.png)"]

@@ -3,9 +3,10 @@
 `parts.py` gathers what a run is made of and `setup.py` lets it stand: to train, to be tried, or to
 be evaluated. `loop.py` is the run: its stages, its steps, the step. `bookkeeping.py` writes down
 what is due between steps, by way of `window.py` (metrics), `evaluate.py`, `checkpoint/` and
-`summary.py`; `engine.py` is DeepSpeed, or `local_engine.py` in one process, `export/` what is
-handed on. `run_folder.py`, `hold.py`, `continuation.py` and `beginnings.py` know the folder,
-`session.py` what stands around a run in a process.
+`summary.py` (`speed.py`: what its models take to run); `engine.py` is DeepSpeed, or
+`local_engine.py` in one process, `export/` what is handed on, `card/` what is said of it.
+`run_folder.py`, `hold.py`, `continuation.py` and `beginnings.py` know the folder, `session.py` what
+stands around a run in a process.
 
 It may import data, models, losses, capture, recipe and reporting; not the command line or
 `fastkd.api`, which stand on it, and no loss by name. `tests/test_layout.py` has the levels.

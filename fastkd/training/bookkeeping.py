@@ -17,12 +17,14 @@ from fastkd.data.prefetch import Prefetched
 from fastkd.errors import Interrupted, UserError
 from fastkd.recipe import AnyRecipe
 from fastkd.reporting.console import Reporter
+from fastkd.reporting.scores import one_class
 from fastkd.signals import Signalled, stop_signals
 from fastkd.training.checkpoint import Checkpoints
 from fastkd.training.evaluate import Evaluation, evaluate
 from fastkd.training.finite import broken_weights
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run
+from fastkd.training.steering import Steering
 from fastkd.training.summary import judged_parts
 from fastkd.training.window import SMALLER, Window
 
@@ -60,6 +62,7 @@ class Bookkeeper:
         self.checkpoints = Checkpoints(
             folder.checkpoints, run.ranks, run.recipe.train.keep_checkpoints
         )
+        self.steering = Steering(run)
         self.micro_batches = Prefetched(run.micro_batches(), run.ranks.device)
 
     def restore(self, recipe: AnyRecipe) -> int:
@@ -76,6 +79,7 @@ class Bookkeeper:
             state = self.checkpoints.load(run.engine, tag, seed, reporter.say)
             self.micro_batches.load_state_dict(state["stream"])
             run.objective.load_feedback(state["objective"], run.ranks.device)
+            self.steering.load(state.get("steering", {}))
             step = state["step"]
             reporter.say(f"continuing from {folder.checkpoints / tag}")
         # after what may still refuse
@@ -108,22 +112,29 @@ class Bookkeeper:
         # ranks can only agree on a stop where they talk anyway
         alone = bool(stop) and run.ranks.world_size == 1
         stopping = False
+        evaluates = last or bool(train.evaluate_every and step % train.evaluate_every == 0)
+        ends = evaluates and self.steering.may_stop
         # nothing is saved of a window that was not looked at
-        if step % train.log_every == 0 or due or alone or window.skipped:
+        if step % train.log_every == 0 or due or alone or ends or window.skipped:
             record, stopping = window.close(bool(stop))
             self._write(step, record)
         paused = time.perf_counter()
         # before the checkpoint: a run that is resumed from it has this evaluation behind it
-        if last or (train.evaluate_every and step % train.evaluate_every == 0):
+        if evaluates:
             self.evaluate(step)
-        if due or stopping:
+        ended = last or self.steering.is_over
+        if due or stopping or ended:
             self._save(step)
-        if stopping and not last:
+        if stopping and not ended:
             raise Interrupted(f"stopped after step {step}; continue with --resume")
         window.exclude(time.perf_counter() - paused)
 
     def evaluate(self, step: int) -> None:
-        """Evaluate the student, before the first step also the teacher, and write it down."""
+        """Evaluate the student, before the first step also the teacher, and write it down.
+
+        Raises:
+            UserError: a number that is not finite, or one that was to decide and isn't there.
+        """
         result = evaluate(self.run, judge_teacher=step == 0)
         if self.run.ranks.is_main:
             if result.teacher is not None:
@@ -131,9 +142,10 @@ class Bookkeeper:
             self.folder.append_metrics({"kind": "heldout", "step": step, **result.as_dict()})
         if result.teacher is not None:
             self.reporter.say("  ".join(["teacher", *judged_parts(result.teacher)]))
-            _doubt(result.teacher, self.run.datamodule.constant_score(), self.reporter)
+            _doubt(result.teacher, self.reporter)
         said = [f"held out at step {step}", f"loss {result.total:.4g}"]
         self.reporter.say("  ".join([*said, *judged_parts(result.judged)]))
+        self.steering.observe(step, result)
         if self.callbacks.on_evaluate is not None and self.run.ranks.is_main:
             self.callbacks.on_evaluate(step, result)
 
@@ -162,6 +174,7 @@ class Bookkeeper:
             "step": step,
             "stream": self.micro_batches.state_dict(),
             "objective": self.run.objective.feedback(),
+            "steering": self.steering.state(),
         }
         self.checkpoints.save(self.run.engine, step, position)
 
@@ -192,12 +205,14 @@ def _take_over(folder: RunFolder, recipe: AnyRecipe, tag: str | None) -> str | N
     return longer
 
 
-def _doubt(teacher: dict[str, Any], constant: float | None, reporter: Reporter) -> None:
+def _doubt(teacher: dict[str, Any], reporter: Reporter) -> None:
     """Say so of a teacher that knows no more than one that gives one answer to everything."""
-    score = teacher.get("score")
+    score, constant = teacher.get("score"), teacher.get("baseline", {}).get("score")
     if score is not None and constant is not None and score <= constant and score < 1:
+        said = one_class(teacher)
+        predicts = "" if said is None else f" (it predicts {said})"
         reporter.say(
-            f"warning: the teacher scores {score:.4f}, and one answer to everything "
+            f"warning: the teacher scores {score:.4f}{predicts}, and one answer to everything "
             f"{constant:.4f}; see that it was trained on this task, and that the names of its "
             "outputs (id2label) and task.labels stand in the same order"
         )

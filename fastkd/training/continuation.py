@@ -41,6 +41,7 @@ _FREE = frozenset(
         "run.monitor",
     }
 )
+_DECIDES = ("train.early_stopping.metric", "run.keep_best")
 _ZERO = "deepspeed.zero_optimization"
 # where ZeRO keeps things, and how much of them moves at once; other keys there change numbers
 _MOVES = re.compile(
@@ -65,13 +66,21 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, 
         now: the recipe that it is continued with, likewise.
     """
     one, other = dict(_flat(before)), dict(_flat(now))
+    # evaluations that decide change what a run comes to
+    decided = any(_field(key) in _DECIDES and one[key] is not None for key in one)
+    free = _FREE - {"train.evaluate_every"} if decided else _FREE
     for key in sorted(one.keys() | other.keys()):
-        field = re.sub(r"^stages\.\d+\.", "", key)
-        may = field in _FREE or field in [f"train.{name}" for name in _LENGTHS]
+        field = _field(key)
+        may = field in free or field in [f"train.{name}" for name in _LENGTHS]
         may = may or _MOVES.fullmatch(field) is not None
         if not may and one.get(key) != other.get(key):
             return key, one.get(key), other.get(key)
     return None
+
+
+def _field(key: str) -> str:
+    """A field of a stage's recipe as that of any recipe."""
+    return re.sub(r"^stages\.\d+\.", "", key)
 
 
 def why_not_longer(before: AnyRecipe, now: AnyRecipe) -> str | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import resource
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from fastkd.data.datamodule import EvalBatch
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import Progress
+from fastkd.losses import target_labels
 from fastkd.losses.objective import Objective
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.packed_row import valid_tokens
@@ -24,6 +24,8 @@ from fastkd.recipe import Recipe, stage_recipes
 from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.engine import TeacherRunner
 from fastkd.training.finite import blame, first_broken, teacher_fault
+from fastkd.training.judging import judge_embeddings
+from fastkd.training.perplexity import heard_perplexity
 from fastkd.training.precision import tf32_products
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up_evaluation
@@ -32,7 +34,10 @@ from fastkd.types import Inputs, Reading, Side, teacher_inputs
 _REMEDY = "train it with a smaller train.learning_rate, in another run.output"
 
 # what an evaluation may replace
-_REPLACEABLE = ("data", "task", "teacher", "train", "student.attention", "model.attention")
+_REPLACEABLE = (
+    *("data", "task", "evaluate", "teacher", "train"),
+    *("student.attention", "model.attention"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,10 @@ class Evaluation:
     """Weighted sum of the losses, see `Objective.total`."""
     judged: dict[str, Any]
     """Of text `sentence_cosine` (cosine of both models' embeddings, `None` where their lengths
-    differ or fastkd can't make them), `blocks` and `tokens`; of a task `score`, `scores` by set and
-    metric, `examples`."""
+    differ or fastkd can't make them), `blocks` and `tokens`, of a language model `perplexity` or,
+    of masked tokens, `pseudo_perplexity`; of a task `score`, `scores` by set and metric, `class_f1`
+    by set and class, `baseline` (the scores of one answer to everything), `one_class`,
+    `examples`; of embeddings that are judged `pairs` and `mteb`, scores by name."""
     teacher: dict[str, Any] | None = None
     """The same of the teacher, where it was asked for."""
 
@@ -82,15 +89,26 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
     heard: Reading = "states" if embeds else datamodule.reads
     embeddings = [run.embedding(side) for side in get_args(Side)] if embeds else []
     evaluator, of_teacher = datamodule.evaluator(ranks), None
+    head = objective.pair.head
+    teacher_tokens = None
     with ExitStack() as stack:
-        student_heard = stack.enter_context(overheard(run.module.student, heard))
+        student = run.module.student
+        tokens = stack.enter_context(heard_perplexity(student, head, ranks.device))
+        student_heard = stack.enter_context(overheard(student, heard))
         teacher_heard = None
         if isinstance(teacher, TeacherRunner) and (compares or judge_teacher):
             teacher_heard = stack.enter_context(overheard(teacher.model, heard))
             of_teacher = None if compares else datamodule.evaluator(ranks, "teacher")
+            if judge_teacher:
+                listening = heard_perplexity(teacher.model, head, ranks.device)
+                teacher_tokens = stack.enter_context(listening)
         stack.enter_context(torch.no_grad())
         for batch in batches:
             inputs = run.move(batch.inputs)
+            labels = target_labels(inputs, head) if len(batch.rows) else None
+            tokens.expect(labels)
+            if teacher_tokens:
+                teacher_tokens.expect(labels)
             loss_scales = (objective.divisors(inputs) / whole).float()
             # a teacher's outputs need all of its layers, its losses perhaps not
             teacher_states = teacher(inputs, whole=teacher_heard is not None)
@@ -113,8 +131,13 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
 
     if broken := first_broken(by_label):
         refuse(f"loss {broken}")
-    judged = of_teacher.results(ranks) if of_teacher else None
-    result = Evaluation(by_label, objective.total(by_label), evaluator.results(ranks), judged)
+    of_alone = of_teacher.results(ranks) if of_teacher else {}
+    of_alone |= teacher_tokens.results(ranks) if teacher_tokens else {}
+    if judge_teacher:
+        of_alone |= judge_embeddings(run, "teacher")
+    judged = evaluator.results(ranks) | tokens.results(ranks)
+    judged |= judge_embeddings(run, "student")
+    result = Evaluation(by_label, objective.total(by_label), judged, of_alone or None)
     if broken := first_broken(result.as_dict()):
         refuse(broken)
     return result
@@ -153,12 +176,7 @@ def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> E
         UserError: the run is not finished, or an override does not fit.
     """
     check_overrides(overrides)
-    summary = folder.read_summary()
-    if summary is None or not folder.student.is_dir():
-        raise UserError(
-            f"{folder.path} holds no finished run; give the folder of one, or finish it with "
-            "--resume"
-        )
+    summary = folder.read_finished()
     recipe = folder.read_recipe(overrides)
     check_packages(recipe)
     if isinstance(recipe, Recipe) and recipe.stages:
@@ -170,7 +188,7 @@ def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> E
     changed: dict[str, Any] = {"train": train}
     if overrides and isinstance(recipe, Recipe) and recipe.data is not None:
         # a stream reads no more of the text than it needs
-        streaming = recipe.data.documents != "row"
+        streaming = not recipe.data.by_rows
         changed["data"] = recipe.data.model_copy(update={"streaming": streaming})
     with tf32_products(ranks.device, train.tf32):
         return evaluate(set_up_evaluation(recipe.model_copy(update=changed), folder, ranks))
@@ -191,28 +209,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
             )
 
 
-def tokens_per_second(run: Callable[[Inputs], object], inputs: Inputs, ranks: Ranks) -> float:
-    """Forward throughput of one rank: the median of five passes after a warm-up."""
-    times = []
-    with torch.no_grad():
-        for _ in range(6):
-            _synchronise(ranks)
-            start = time.perf_counter()
-            run(inputs)
-            _synchronise(ranks)
-            times.append(time.perf_counter() - start)
-    mask = inputs.get("attention_mask")
-    tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
-    return tokens / sorted(times[1:])[2]
-
-
 def peak_memory(ranks: Ranks) -> int:
     """Peak bytes of this rank so far: of the GPU where there is one, else of the process."""
     if ranks.device.type == "cuda":
         return torch.cuda.max_memory_allocated(ranks.device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _synchronise(ranks: Ranks) -> None:
-    if ranks.device.type == "cuda":
-        torch.cuda.synchronize(ranks.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastkd.data.batching import BatchPlan
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
-from fastkd.losses.gathering import Gather
+from fastkd.losses.gathering import Gather, Notes
 from fastkd.losses.objective import Objective
 
 
@@ -37,7 +37,7 @@ def step_gathers(
     """
     if micro_batches == 1:
         return [_Live(ranks)]
-    notes = [_Notes() for _ in range(micro_batches)]
+    notes = [Notes() for _ in range(micro_batches)]
     read(notes)
     if len({len(note.rows) for note in notes}) > 1:
         raise UserError(
@@ -63,17 +63,6 @@ class _Live:
 
     def __call__(self, rows: Tensor) -> Tensor:
         return _with(self._ranks.rows_of_all(rows.detach()), self._ranks.rank * len(rows), rows)
-
-
-class _Notes:
-    """Takes down what is gathered."""
-
-    def __init__(self) -> None:
-        self.rows: list[Tensor] = []
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        self.rows.append(rows.detach())
-        return rows
 
 
 class _Known:

@@ -31,7 +31,7 @@ def introduce(run: Run, reporter: Reporter) -> None:
     reporter.say(describe_precision(recipe, run.ranks.device))
     if isinstance(run.teacher, TeacherRunner) and run.teacher.quantised is not None:
         reporter.say(f"teacher: {run.teacher.quantised}")
-    for note in (*_handed_on(run), *_not_compared(run)):
+    for note in (*handed_on_notes(run), *_not_compared(run)):
         reporter.say(note)
     there, step = run.datamodule.introduction(recipe.train.batch_size)
     reporter.say(there)
@@ -52,7 +52,7 @@ def introduce(run: Run, reporter: Reporter) -> None:
     reporter.say(CONVENTION)
 
 
-def _handed_on(run: Run) -> list[str]:
+def handed_on_notes(run: Run) -> list[str]:
     """What the student will be exported without."""
     student, head = run.module.student, run.objective.pair.head
     theirs = student.config

@@ -14,10 +14,11 @@ from torch import Tensor
 from fastkd.data.datamodule import MicroBatches
 from fastkd.distributed import Ranks
 from fastkd.layer_map import Progress
-from fastkd.models import note_models
+from fastkd.models import note_models, noted_models
 from fastkd.recipe import AnyRecipe, Recipe, stage_recipes
 from fastkd.reporting.console import Reporter
 from fastkd.training.bookkeeping import SILENT, Bookkeeper, Callbacks, stop_asked
+from fastkd.training.card import write_card
 from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.export import export_student
 from fastkd.training.hold import hold_run
@@ -27,7 +28,8 @@ from fastkd.training.rehearsal import try_losses
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up
 from fastkd.training.stages import check_later, finish_stages, stage_folders
-from fastkd.training.summary import summarise
+from fastkd.training.steering import check_metrics
+from fastkd.training.summary import disk_bytes, summarise
 from fastkd.training.teacher_cache.forecast import describe
 from fastkd.training.teacher_cache.plan import plan_for_run
 from fastkd.training.window import Window
@@ -112,6 +114,7 @@ def train(
     folder = RunFolder(recipe.run.output)
     started = time.perf_counter()
     run = set_up(recipe, ranks, progress=not reporter.console.quiet)
+    check_metrics(run)
     try_losses(run)
     cache = plan_for_run(run)
     ranks.from_main(lambda: _claim(folder, recipe, claim))
@@ -130,15 +133,18 @@ def train(
         closing(books.micro_batches) as micro_batches,
     ):
         window = Window(run, micro_batches, step)
-        while step < steps:
+        while step < steps and not books.steering.is_over:
             with run.profile.step():
                 window.add(train_step(run, read_step(run, micro_batches, step)))
             step += 1
             books.close_step(step, window, stop)
-    summary = summarise(run, folder, time.perf_counter() - started)
-    handed_on = run.source, run.handed_on, run.tokenizer
-    export_student(run.engine, *handed_on, folder, ranks, run.prompts)
+    books.steering.describe(step, reporter)
+    summary = summarise(run, folder, time.perf_counter() - started, step, books.steering)
+    handed_on, best = (run.source, run.handed_on, run.tokenizer), books.steering.weights
+    export_student(run.engine, *handed_on, folder, ranks, run.prompts, best)
+    summary["disk_bytes"] = ranks.from_main(partial(disk_bytes, run, folder))
     if ranks.is_main:
+        write_card(folder, run.recipe, summary, noted_models(folder.path))
         # last, because it is what makes the run finished
         folder.write_summary(summary)
     # a launcher ends all ranks when one fails at its exit, so none leaves while the first writes

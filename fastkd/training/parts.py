@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +26,10 @@ from fastkd.capture import (
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import DataModule
 from fastkd.data.factory import make_datamodule, task_of
+from fastkd.data.mteb_tasks import load_tasks
+from fastkd.data.pairs import encode_pairs, read_pairs
 from fastkd.data.rows.datamodule import RowDataModule
+from fastkd.data.rows.tokenized import EncodedRows
 from fastkd.data.tasks import Task, hand_on_padding, reads_padding
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.text.mlm import Masking
@@ -33,6 +37,7 @@ from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, make_layer_map
+from fastkd.losses.embeddings import EmbeddingGroup
 from fastkd.losses.factory import (
     capture_needs,
     embedding_losses,
@@ -56,6 +61,7 @@ from fastkd.models import (
 from fastkd.models.classifier import check_start, fit_classifier, load_tuned, name_outputs
 from fastkd.models.importance import start_by_importance
 from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, TaskData, resolve_steps
+from fastkd.row_form import RowForm
 from fastkd.training.export import check_prompts, load_projections
 from fastkd.training.finite import check_weights
 from fastkd.training.memory import check_micro_batch
@@ -85,6 +91,10 @@ class Parts:
     """`None` where hard labels teach."""
     source: ModelSource
     """The model that the student was made from."""
+    pairs: dict[str, EncodedRows]
+    """Pairs of texts with scores, by name, that embeddings are judged by."""
+    mteb_tasks: dict[str, Any]
+    """Tasks of mteb, likewise."""
     handed_on: dict[str, Any]
     """Values of its configuration that the student is handed on with: dropout rates, padding."""
 
@@ -157,6 +167,8 @@ def _distillation(
         check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
     embeddings = find_embeddings(recipe, teacher.config, student.config)
     # before the data, which takes long to read, and may tell how many steps there are
+    pairs = _pairs(recipe, tokenizer, teacher.config, ranks)
+    tasks = load_tasks(() if recipe.evaluate is None else recipe.evaluate.mteb, ranks)
     objective = make_objective(
         recipe.losses,
         layers,
@@ -172,6 +184,8 @@ def _distillation(
     )
     if made is not None:
         load_projections(objective, made)
+    else:
+        _begin_projection(recipe, objective, student)
     datamodule = make_datamodule(
         recipe,
         tokenizer,
@@ -204,6 +218,8 @@ def _distillation(
         module=DistilledStudent(student, objective),
         teacher_model=teacher,
         source=source,
+        pairs=pairs,
+        mteb_tasks=tasks,
         handed_on=handed_on,
     )
 
@@ -230,6 +246,9 @@ def find_embeddings(
         UserError: it doesn't, and one asks; or prompts of the data contradict the teacher's.
     """
     readers = embedding_losses(recipe.losses)
+    asks = [f"losses.{name}" for name in readers]
+    if recipe.evaluate is not None:
+        asks.append("evaluate")
     stated = [config.pooling for config in readers.values() if config.pooling is not None]
     pooling: PoolingMode = stated[0] if stated else "mean"
     source, head = recipe.teacher.source, recipe.student.head
@@ -238,11 +257,41 @@ def find_embeddings(
     try:
         found = read_embedding(source, teacher, head, pooling)
     except UnknownModule as error:
-        if not readers:
+        if not asks:
             return None
-        name = next(iter(readers))
-        raise UserError(f"losses.{name} compares embeddings, but teacher.{error}") from error
+        raise UserError(f"{asks[0]} compares embeddings, but teacher.{error}") from error
     return found.of_student(student.hidden_size), found
+
+
+def _pairs(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, ranks: Ranks
+) -> dict[str, EncodedRows]:
+    """Pairs of texts that embeddings are scored on, by name; the first rank reads their files."""
+    given = {} if recipe.evaluate is None else recipe.evaluate.pairs
+    data, found = recipe.data, {}
+    for name, pairs in given.items():
+        assert data is not None, "a recipe that evaluates embeddings has text"
+        columns = pairs.sentence1, pairs.sentence2
+        prompts = dict.fromkeys(columns, pairs.prompt)
+        form = RowForm(columns=columns, named=True, scores=(pairs.score,), prompts=prompts)
+        place = pairs.path, pairs.split, form, data.cache, f"evaluate.pairs.{name}"
+        rows = ranks.from_main(partial(read_pairs, *place))
+        found[name] = encode_pairs(rows, form, tokenizer, config, data.block_size, name)
+    return found
+
+
+def _begin_projection(recipe: Recipe, objective: Objective, student: PreTrainedModel) -> None:
+    """Let a student that starts from another model go on with that model's projection."""
+    start = recipe.student.starts_from
+    groups = [term for term in objective.each() if isinstance(term, EmbeddingGroup)]
+    if start is None or not groups:
+        return
+    try:
+        found = read_embedding(start, student.config, recipe.student.head)
+    except UnknownModule:
+        # one that ends otherwise has no such projection
+        return
+    groups[0].begin_from(found)
 
 
 def _masking(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Masking | None:
@@ -319,6 +368,8 @@ def _finetuning(
         module=DistilledStudent(model, objective),
         teacher_model=None,
         source=source,
+        pairs={},
+        mteb_tasks={},
         handed_on=handed_on,
     )
 

@@ -9,6 +9,7 @@ from fastkd.errors import UserError, one_line
 from fastkd.layer_map import Progress
 from fastkd.recipe import Recipe
 from fastkd.training.setup import Run, set_up_trial
+from fastkd.training.steering import check_metrics
 
 
 def check_recipe(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> None:
@@ -16,9 +17,11 @@ def check_recipe(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> None
     collective over the ranks.
 
     Raises:
-        UserError: as `set_up` and `try_losses`.
+        UserError: as `set_up`, `check_metrics` and `try_losses`.
     """
-    try_losses(set_up_trial(recipe, ranks, progress=progress))
+    run = set_up_trial(recipe, ranks, progress=progress)
+    check_metrics(run)
+    try_losses(run)
 
 
 def try_losses(run: Run) -> None:

@@ -256,6 +256,20 @@ class RunFolder:
         with disk_errors(self.path):
             write_whole(self.summary, json.dumps(summary, indent=2) + "\n")
 
+    def read_finished(self) -> dict[str, Any]:
+        """The summary of the run, which has left a student.
+
+        Raises:
+            UserError: it is not finished.
+        """
+        summary = self.read_summary()
+        if summary is None or not self.student.is_dir():
+            raise UserError(
+                f"{self.path} holds no finished run; give the folder of one, or finish it with "
+                "--resume"
+            )
+        return summary
+
     def read_summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, else `None`.
 
@@ -284,7 +298,8 @@ def _found_from(tree: Mapping[str, Any], folder: Path, given: Sequence[str] = ()
     """A recipe whose relative paths are absolute where something is there, seen from a folder; any
     other name is on the hub or nowhere. Keys in `given`, and what is below them, stay."""
     found = dict(tree)
-    for place in _PLACES:
+    pairs = (tree.get("evaluate") or {}).get("pairs", ())
+    for place in (*_PLACES, *(f"evaluate.pairs.{name}.path" for name in pairs)):
         if not any(f"{place}.".startswith(f"{key}.") for key in given):
             found = _replaced(found, place, folder)
     if found.get("stages"):

@@ -55,7 +55,7 @@ def session(
     try:
         with ExitStack() as stack:
             stack.enter_context(quietened())
-            stack.enter_context(_kept_random_numbers())
+            stack.enter_context(kept_random_numbers())
             ranks = stack.enter_context(joined_ranks())
             again = "start all ranks again" + (" with --resume to continue" if recipe else "")
             if recipe is not None:
@@ -99,7 +99,8 @@ def _stopped() -> Iterator[None]:
 
 
 @contextmanager
-def _kept_random_numbers() -> Iterator[None]:
+def kept_random_numbers() -> Iterator[None]:
+    """Let random numbers go on after the context as if nothing had been drawn in it."""
     gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     python, numpy = random.getstate(), np.random.get_state()
     try:

@@ -8,8 +8,10 @@ from typing import Any
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.files.disk import disk_errors, replace_folder, settle, temporary_of
+from fastkd.models import noted_models
 from fastkd.recipe import AnyRecipe, Recipe, stage_recipes
 from fastkd.reporting.console import Reporter
+from fastkd.training.card import write_card
 from fastkd.training.rehearsal import check_recipe
 from fastkd.training.run_folder import RunFolder
 
@@ -48,7 +50,10 @@ def finish_stages(recipe: Recipe, summaries: list[dict[str, Any]], ranks: Ranks)
     summary = _joined(folder, summaries)
     if ranks.is_main:
         folder.take_over(recipe)
-        _take_student(folder, stage_folders(recipe)[-1])
+        stages = stage_folders(recipe)
+        _take_student(folder, stages[-1])
+        # the first stage started from the recipe's models, a later one from a stage
+        write_card(folder, recipe, summary, noted_models(stages[0].path))
         # last, because it is what makes the run finished
         folder.write_summary(summary)
     ranks.barrier()

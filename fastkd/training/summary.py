@@ -5,52 +5,75 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastkd.models import model_bytes
+from fastkd.reporting.scores import score_parts
 from fastkd.training.engine import NoTeacher
-from fastkd.training.evaluate import (
-    peak_memory,
-    tokens_per_second,
-)
+from fastkd.training.evaluate import peak_memory
+from fastkd.training.introduction import handed_on_notes
 from fastkd.training.profile import REST, Profile
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run
+from fastkd.training.speed import measure_speed
+from fastkd.training.steering import Steering
+from fastkd.types import ModelSource
 
 # as much as two evaluations of the same weights may differ by, relatively
 _NOISE = 1e-5
 
 
-def summarise(run: Run, folder: RunFolder, seconds: float) -> dict[str, Any]:
-    """The summary of a run that has made its last step; collective over the ranks."""
+def summarise(
+    run: Run, folder: RunFolder, seconds: float, steps: int, steering: Steering
+) -> dict[str, Any]:
+    """The summary of a run that has made its last step; collective over the ranks.
+
+    Args:
+        run: which has ended.
+        folder: where it is written.
+        seconds: that it took.
+        steps: that it made.
+        steering: what its evaluations decided; `after` is of the student that is exported.
+    """
     recipe, ranks, datamodule = run.recipe, run.ranks, run.datamodule
-    part = next(iter(datamodule.heldout(run.plan.micro_batch_size, ranks)))
-    inputs = run.move(part.inputs)
+    # before passes that are larger than those of training
+    peak = peak_memory(ranks)
     run.engine.eval()
-    speeds = {"student": tokens_per_second(run.student, inputs, ranks)}
     parameters = {"student": run.initialisation.total}
     if not isinstance(run.teacher, NoTeacher):
-        speeds["teacher"] = tokens_per_second(run.teacher.embed, inputs, ranks)
         parameters["teacher"] = run.teacher_parameters
     records = folder.read_metrics() if ranks.is_main else []
-    heldout = [_numbers(record) for record in records if record["kind"] == "heldout"]
+    exported = steering.exported_step(steps)
+    evaluated = [r for r in records if r["kind"] == "heldout" and r["step"] <= exported]
+    heldout = [_numbers(record) for record in evaluated]
     teacher = [_numbers(record) for record in records if record["kind"] == "teacher"]
     profile = profile_of(run)
     has_layers = not isinstance(run.teacher, NoTeacher)
     return {
         "run": str(folder.path),
-        "steps": recipe.train.steps,
-        **datamodule.totals(recipe.train.steps * recipe.train.batch_size),
+        "steps": steps,
+        **steering.summary(steps),
+        **datamodule.totals(steps * recipe.train.batch_size),
         "layer_map": run.layers.rows() if has_layers else None,
         "before": heldout[0] if heldout else None,
         "after": heldout[-1] if heldout else None,
         "worse": worsened(heldout[0], heldout[-1]) if heldout else [],
         **({"teacher": teacher[0]} if teacher else {}),
         "parameters": parameters,
-        "forward_tokens_per_second": speeds,
-        "peak_memory_bytes": peak_memory(ranks),
+        "notes": handed_on_notes(run),
+        "speed": measure_speed(run),
+        "peak_memory_bytes": peak,
         "peak_memory_of": "GPU" if ranks.device.type == "cuda" else "process",
         "world_size": ranks.world_size,
         "seconds": seconds,
         **({} if profile is None else {"profile": profile}),
     }
+
+
+def disk_bytes(run: Run, folder: RunFolder) -> dict[str, int]:
+    """Bytes of the files of a run's models that are read of them; the student is exported."""
+    found = {"student": model_bytes(ModelSource(str(folder.student)))}
+    if not isinstance(run.teacher, NoTeacher):
+        found["teacher"] = model_bytes(run.source)
+    return found
 
 
 def profile_of(run: Run) -> dict[str, Any] | None:
@@ -91,25 +114,22 @@ def worsened(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
         found.append(f"held-out loss {after['total']:.4g}, before {before['total']:.4g}")
     if after.get("score", 0.0) < before.get("score", 0.0):
         found.append(f"score {after['score']:.4f}, before {before['score']:.4f}")
+    for section in ("pairs", "mteb"):
+        for name, value in after.get(section, {}).items():
+            # the evaluations of a run name the same
+            was = before[section][name]
+            if value < was:
+                found.append(f"{name} {value:.4f}, before {was:.4f}")
     return found
 
 
 def judged_parts(judged: Mapping[str, Any]) -> list[str]:
     """What a evaluator said, for a line of a log."""
-    parts = []
-    if judged.get("sentence_cosine") is not None:
-        parts.append(f"cosine {judged['sentence_cosine']:.4f}")
+    cosine = judged.get("sentence_cosine")
+    parts = [] if cosine is None else [f"cosine {cosine:.4f}"]
     for name, value in judged.get("agreement", {}).items():
         parts.append(f"{name.replace('_', ' ')} {value:.4f}")
-    if "score" in judged:
-        parts.append(f"score {judged['score']:.4f}")
-    several = len(judged.get("scores", {})) > 1
-    for name, scores in judged.get("scores", {}).items():
-        parts += [
-            f"{name} {metric} {value:.4f}" if several else f"{metric} {value:.4f}"
-            for metric, value in scores.items()
-        ]
-    return parts
+    return parts + score_parts(judged)
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:

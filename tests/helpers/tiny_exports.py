@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer, models
+from tiny_cards import tiny_summary
 from tiny_models import POSITIONS, VOCABULARY, save_teacher
 from transformers import PreTrainedModel
 
+from fastkd.head_spec import HEADS
 from fastkd.layer_map import make_layer_map
 from fastkd.losses import ModelPair
 from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.models import build_student, load_teacher, load_tokenizer
-from fastkd.recipe import Losses, Student
-from fastkd.training.export import export_student
+from fastkd.recipe import Losses, Student, parse_recipe
+from fastkd.training.card import write_card
+from fastkd.training.export import export_notes, export_student
 from fastkd.training.run_folder import RunFolder
 from fastkd.types import Head, ModelSource
 
@@ -49,7 +52,23 @@ def exported(folder: Path, teacher: Path, head: Head = "none", **numbers: Any) -
     source = ModelSource(str(teacher))
     tokenizer = load_tokenizer(source, 2 * VOCABULARY)
     export_student(engine, source, {}, tokenizer, run, ranks, prompts={})
+    tree = {
+        "teacher": {"model": str(teacher)},
+        "student": {"layers": 2, "head": head, **numbers},
+        "losses": {"hidden": {}},
+        **_read(head),
+        "run": {"output": str(folder)},
+    }
+    notes = export_notes(student, large.config, source, head)
+    write_card(run, parse_recipe(tree), tiny_summary(notes=notes), {})
     return run.student
+
+
+def _read(head: Head) -> dict[str, Any]:
+    """A section of what a student with a head learns from, text where it may."""
+    if not HEADS[head].columns:
+        return {"data": {"train": "python-docs"}}
+    return {"task": {"name": "t", "kind": head, "source": "org/t", "labels": ["O", "B-x"]}}
 
 
 def save_sentences(folder: Path, *modules: Any, architecture: str = "bert", **changes: Any) -> Path:

@@ -11,7 +11,10 @@ import json
 import sys
 from typing import Any
 
-ABSENT = {"accelerate", "optuna", "cmaes", "matplotlib", "sklearn", "tensorboard", "wandb"}
+ABSENT = {
+    *("accelerate", "optuna", "cmaes", "matplotlib", "mteb", "onnx", "onnxruntime", "onnxscript"),
+    *("sklearn", "tensorboard", "wandb"),
+}
 
 
 class _WithoutThem(importlib.machinery.PathFinder):

@@ -60,6 +60,12 @@ class RowDataModule:
     def counted(self) -> tuple[str, int]:
         return "rows", 1
 
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        if self.outputs is None:
+            return ("sentence_cosine",)
+        return ("spearman",) if self.outputs == 1 else ("same_class",)
+
     def micro_batches(
         self, batch_size: int, seed: int, plan: BatchPlan, rank: int
     ) -> BucketedMicroBatches:
@@ -92,11 +98,10 @@ class RowDataModule:
             return EmbeddingEvaluator(count, each, ranks.device)
         return OutputEvaluator(count, each, self.outputs, ranks.device)
 
-    def constant_score(self) -> float | None:
-        return None
-
     def totals(self, rows: int) -> dict[str, Any]:
-        return {"train_rows": rows, "data_rows": len(self.encoded.train)}
+        train = self.encoded.train
+        digests = {"all rows": train.fingerprint}
+        return {"train_rows": rows, "data_rows": len(train), "data_digests": digests}
 
     def introduction(self, batch_size: int) -> tuple[str, str]:
         train, each = self.encoded.train, self.encoded.train.each

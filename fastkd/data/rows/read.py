@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +12,10 @@ from fastkd.errors import UserError
 from fastkd.row_form import RowForm
 
 _REMEDY = "mend or remove the row"
+# a mark, perhaps with what closes a quote or bracket, then a blank before what begins a sentence
+_SENTENCE_END = re.compile(r"""(?<=[.!?])["')\]”]*\s+(?=["'(\[“]*[A-Z0-9À-ÖØ-Þ])""")
+# of what ends sooner, the mark is rather of an abbreviation or a number
+_FEWEST_WORDS = 3
 
 
 class TextRow(NamedTuple):
@@ -25,28 +30,58 @@ class TextRow(NamedTuple):
         return sum(map(len, self.texts))
 
 
-def read_rows(sources: Iterable[Source], form: RowForm) -> Iterator[TextRow]:
+def read_rows(
+    sources: Iterable[Source], form: RowForm, field: str = "data.columns or data.scores"
+) -> Iterator[TextRow]:
     """All rows of some sources, in their order.
 
     Args:
         sources: with columns or, where a row is one text and no column is named, without.
         form: what a row is.
+        field: of the recipe that names columns.
 
     Raises:
         UserError: with file and line: a missing column, a text that is empty or no text, a list of
             candidates or scores that is none or of another length, a score that is not finite.
     """
     wanted = (*form.columns, *form.scores)
-    field = "data.columns or data.scores" if form.named or form.scores else TEXT_COLUMN
+    field = field if form.named or form.scores else TEXT_COLUMN
     for source in sources:
         if isinstance(source, Records):
             for where, record in source.records(wanted, field):
                 texts = tuple(_texts(record, form, where))
-                yield TextRow(texts, tuple(_scores(record, form, where)))
+                if form.sentences:
+                    yield from _sentence_rows(texts[0])
+                else:
+                    yield TextRow(texts, tuple(_scores(record, form, where)))
         else:
             _check_plain(source, form)
-            # a line without words is no row
-            yield from (TextRow((text,), ()) for text in source.documents())
+            for text in source.documents():
+                # a line without words is no row
+                yield from _sentence_rows(text) if form.sentences else [TextRow((text,), ())]
+
+
+def sentences(text: str) -> Iterator[str]:
+    """The sentences of a text, each with single blanks between its words.
+
+    One ends at `.`, `!` or `?`, and what closes a quote or a bracket, before a blank and a capital
+    letter or a digit; but not within its first two words, as in `Dr. Smith` or `1. Introduction`.
+    """
+    held: list[str] = []
+    start = 0
+    for end in _SENTENCE_END.finditer(text):
+        held += text[start : end.end()].split()
+        start = end.end()
+        if len(held) >= _FEWEST_WORDS:
+            yield " ".join(held)
+            held = []
+    held += text[start:].split()
+    if held:
+        yield " ".join(held)
+
+
+def _sentence_rows(text: str) -> Iterator[TextRow]:
+    return (TextRow((sentence,), ()) for sentence in sentences(text))
 
 
 def _check_plain(source: Source, form: RowForm) -> None:

@@ -186,6 +186,7 @@ def prepare_rows(
             "heldout": None if heldout is None else [s.digest(quick=False) for s in heldout],
             "heldout_fraction": data.heldout_fraction if heldout is None else None,
             "columns": form.columns,
+            "sentences": form.sentences,
             "candidates": form.candidates,
             "scores": form.scores,
             "prompts": form.prompt_of,

@@ -135,8 +135,3 @@ class AnswerEvaluator:
             scores[name] = measure_answers(self._task, found, right)
             count += len(found)
         return judged(self._task, scores, count)
-
-    @staticmethod
-    def constant_score(task: Task, evaluations: Mapping[str, EncodedQuestions]) -> float:
-        """What one answer to everything scores, which is hardly ever right."""
-        return 0.0

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,14 +20,16 @@ from fastkd.data.tasks.answers import AnswerEvaluator
 from fastkd.data.tasks.entities import WordEvaluator
 from fastkd.data.tasks.metrics import (
     Judged,
-    constant_score,
+    Scores,
+    constant_scores,
+    f1_by_class,
     measure,
     predictions_of,
     task_score,
 )
 from fastkd.distributed import Ranks
 from fastkd.head_spec import Labels
-from fastkd.types import ROWS, Inputs, Reading
+from fastkd.types import LABEL_WEIGHTS, ROWS, Inputs, Reading
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class TaskDataModule:
     packed: bool = False
     """Whether the examples of a micro-batch follow each other in one row, in place of being
     padded."""
+    class_weights: npt.NDArray[np.float64] | None = None
+    """[classes] what the label of an example counts, at least 1; `None`: all alike."""
     reads: Reading = field(default="predictions", init=False)
 
     @property
@@ -66,6 +72,10 @@ class TaskDataModule:
     def counted(self) -> tuple[str, int]:
         return "examples", 1
 
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        return ("score",)
+
     def micro_batches(
         self, batch_size: int, seed: int, plan: BatchPlan, rank: int
     ) -> BucketedMicroBatches:
@@ -89,7 +99,11 @@ class TaskDataModule:
             first += len(examples)
 
     def _batch(self, examples: EncodedExamples, rows: Sequence[int], multiple: int) -> Inputs:
-        return examples.packed(rows) if self.packed else examples.batch(rows, multiple)
+        batch = examples.packed(rows) if self.packed else examples.batch(rows, multiple)
+        if self.class_weights is None:
+            return batch
+        weights = self.class_weights[examples.labels[list(rows)]]
+        return {**batch, LABEL_WEIGHTS: torch.from_numpy(weights)}
 
     def _longest(self, rows: Sequence[int]) -> int:
         longest = int(self.train.lengths[rows[-1]])
@@ -100,13 +114,13 @@ class TaskDataModule:
         evaluator: Evaluator = kind(self.task, self.evaluations, ranks.device, whose)
         return evaluator
 
-    def constant_score(self) -> float | None:
-        kind = _EVALUATORS[self.task.labels_of]
-        score: float = kind.constant_score(self.task, self.evaluations)
-        return score
-
     def totals(self, rows: int) -> dict[str, Any]:
-        return {"train_examples": rows, "task_examples": len(self.train)}
+        sets = {"train": self.train, **self.evaluations}
+        return {
+            "train_examples": rows,
+            "task_examples": len(self.train),
+            "data_digests": {name: examples.fingerprint for name, examples in sets.items()},
+        }
 
     def introduction(self, batch_size: int) -> tuple[str, str]:
         held_out = ", ".join(
@@ -136,22 +150,31 @@ class ScoreEvaluator:
         self._outputs[rows.to(student.device)] = student[: len(rows)].to(self._outputs)
 
     def results(self, ranks: Ranks) -> dict[str, Any]:
-        """`score` of the task, `scores` of each set by metric, `examples`."""
+        """`score` of the task, `scores` of each set by metric, what one answer to everything would
+        score (`baseline`), `examples`; of classes also `class_f1` of each set, and `one_class`, the
+        class that is predicted for all of a set."""
         # every row was written by one rank
-        outputs = ranks.sum(self._outputs).cpu().numpy()
-        scores, first = {}, 0
+        outputs, task = ranks.sum(self._outputs).cpu().numpy(), self._task
+        scores: dict[str, Scores] = {}
+        class_f1: dict[str, Scores] = {}
+        one_class, first = {}, 0
         for name, examples in self._evaluations.items():
             part = outputs[first : first + len(examples)]
-            predictions = predictions_of(part, regression=self._task.regression, whose=self._whose)
-            scores[name] = measure(self._task.metrics, predictions, examples.labels)
+            predictions = predictions_of(part, regression=task.regression, whose=self._whose)
+            scores[name] = measure(task.metrics, predictions, examples.labels)
+            if not task.regression:
+                class_f1[name] = f1_by_class(predictions, examples.labels, task.labels)
+                if (predictions == predictions[0]).all():
+                    one_class[name] = task.labels[int(predictions[0])]
             first += len(examples)
-        return {"score": task_score(scores), "scores": scores, "examples": first}
+        found = {"score": task_score(scores), "scores": scores, "examples": first}
+        found["baseline"] = self._baseline()
+        return found if task.regression else found | {"class_f1": class_f1, "one_class": one_class}
 
-    @staticmethod
-    def constant_score(task: Task, evaluations: dict[str, EncodedExamples]) -> float:
-        """The best score that one answer to everything gets."""
-        labels = {name: examples.labels for name, examples in evaluations.items()}
-        return constant_score(task.metrics, labels, task.outputs)
+    def _baseline(self) -> dict[str, Any]:
+        labels = {name: examples.labels for name, examples in self._evaluations.items()}
+        scores = constant_scores(self._task.metrics, labels, self._task.outputs)
+        return {"score": task_score(scores), "scores": scores}
 
 
 _EVALUATORS: dict[Labels | None, Any] = {

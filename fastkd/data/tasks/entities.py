@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastkd.data.tasks.metrics import Judged, Scores
 from fastkd.data.tasks.task import Task
-from fastkd.data.tasks.token_outputs import TokenOutputs, judged
+from fastkd.data.tasks.token_outputs import TokenOutputs, first_metric, judged
 from fastkd.data.tasks.words import EncodedWords
 from fastkd.distributed import Ranks
 
@@ -64,8 +64,10 @@ def entity_types(task: Task) -> list[str]:
     return list(dict.fromkeys(label[2:] for label in task.labels if label != "O"))
 
 
-def measure_words(task: Task, predicted: _Array, right: _Array, offsets: _Array) -> Scores:
-    """Every metric of the task, and `f1 CLASS` of each of its types of entities or its classes.
+def measure_words(
+    task: Task, predicted: _Array, right: _Array, offsets: _Array
+) -> tuple[Scores, Scores]:
+    """Every metric of the task, and the F1 of each of its types of entities, or its classes.
 
     Args:
         task: with classes of words.
@@ -92,8 +94,8 @@ def measure_words(task: Task, predicted: _Array, right: _Array, offsets: _Array)
             by_class[number] = _f1(int((matched & chosen[0]).sum()), *chosen)
         whole = _f1(int(matched.sum()), there.begins, said.begins)
         found = {"entity_f1": whole, "token_accuracy": float(hits.mean())}
-    scores = {metric: found[metric] for metric in task.metrics}
-    return scores | {f"f1 {names[number]}": value for number, value in by_class.items()}
+    scores: Scores = {metric: found[metric] for metric in task.metrics}
+    return scores, {names[number]: value for number, value in by_class.items()}
 
 
 def _f1(hits: int, right: npt.NDArray[np.bool_], predicted: npt.NDArray[np.bool_]) -> float:
@@ -111,33 +113,43 @@ class WordEvaluator:
         device: torch.device,
         whose: Judged = "student",
     ) -> None:
-        self._task = task
+        self._task, self._evaluations = task, evaluations
         self._classes = TokenOutputs(evaluations, device, whose, dtype=torch.int64)
 
     def add(self, rows: Tensor, student: Tensor, teacher: Tensor | None) -> None:
         self._classes.add(rows, student, student.argmax(dim=-1))
 
     def results(self, ranks: Ranks) -> dict[str, Any]:
-        """`score`, the mean over sets of the first metric, `scores` of each set by metric and
-        class, `examples`."""
-        scores, count = {}, 0
+        """`score`, the mean over sets of the first metric, `scores` of each set by metric,
+        `baseline` and `class_f1` as of a `ScoreEvaluator`, `examples`; `one_class` likewise."""
+        scores: dict[str, Scores] = {}
+        class_f1: dict[str, Scores] = {}
+        one_class, count = {}, 0
         for name, examples, classes in self._classes.sets(ranks):
-            source = examples.source
-            predicted = examples.of_words(classes)
-            scores[name] = measure_words(self._task, predicted, source.labels, source.offsets)
+            predicted, source = examples.of_words(classes), examples.source
+            found = measure_words(self._task, predicted, source.labels, source.offsets)
+            scores[name], class_f1[name] = found
+            if predicted[0] >= 0 and (predicted == predicted[0]).all():
+                one_class[name] = self._task.labels[int(predicted[0])]
             count += len(examples)
-        return judged(self._task, scores, count)
+        return {
+            **judged(self._task, scores, count),
+            "baseline": self._baseline(),
+            "class_f1": class_f1,
+            "one_class": one_class,
+        }
 
-    @staticmethod
-    def constant_score(task: Task, evaluations: Mapping[str, EncodedWords]) -> float:
-        """The best score that one class for every word gets."""
-
-        def score(answer: int) -> float:
-            sources = {name: examples.source for name, examples in evaluations.items()}
-            scores = {
-                name: measure_words(task, np.full_like(of.labels, answer), of.labels, of.offsets)
+    def _baseline(self) -> dict[str, Any]:
+        """What the best one class for every word scores."""
+        sources = {name: examples.source for name, examples in self._evaluations.items()}
+        found = [
+            {
+                name: measure_words(
+                    self._task, np.full_like(of.labels, answer), of.labels, of.offsets
+                )[0]
                 for name, of in sources.items()
             }
-            return float(judged(task, scores, 0)["score"])
-
-        return max(map(score, range(task.outputs)))
+            for answer in range(self._task.outputs)
+        ]
+        best = max(found, key=lambda scores: first_metric(self._task, scores))
+        return {"score": first_metric(self._task, best), "scores": best}

@@ -106,10 +106,10 @@ def task_score(results: Mapping[str, Mapping[str, float]]) -> float:
     return fmean(fmean(scores.values()) for scores in results.values())
 
 
-def constant_score(
+def constant_scores(
     metrics: Sequence[Metric], labels: Mapping[str, npt.ArrayLike], outputs: int
-) -> float:
-    """The best score of a task that one answer to everything gets: what knowing nothing is worth.
+) -> dict[str, Scores]:
+    """Scores of the best one answer to everything: what knowing nothing is worth.
 
     That is mostly the largest class; its Matthews correlation, and that of any score, is 0.
 
@@ -117,12 +117,34 @@ def constant_score(
         metrics: of the task.
         labels: of each evaluation set, classes or scores.
         outputs: numbers that a model gives an example: classes, or 1 of a regression.
+
+    Returns:
+        Of each evaluation set its scores by metric, all of the answer with the best `task_score`.
     """
     sets = {name: np.asarray(right, dtype=np.float64) for name, right in labels.items()}
-    return max(
-        task_score({n: measure(metrics, np.full_like(r, answer), r) for n, r in sets.items()})
+    answers = (
+        {n: measure(metrics, np.full_like(r, answer), r) for n, r in sets.items()}
         for answer in range(outputs)
     )
+    return max(answers, key=task_score)
+
+
+def f1_by_class(
+    predictions: npt.ArrayLike, labels: npt.ArrayLike, names: Sequence[str]
+) -> dict[str, float]:
+    """F1 of each class against all others; 0 of one that nobody predicts and no label is.
+
+    Args:
+        predictions: [examples] classes.
+        labels: [examples] classes.
+        names: of the classes, class 0 first.
+    """
+    import sklearn.metrics
+
+    found = sklearn.metrics.f1_score(
+        labels, predictions, labels=range(len(names)), average=None, zero_division=0.0
+    )
+    return dict(zip(names, found.tolist(), strict=True))
 
 
 def _undefined(predictions: _Array, labels: _Array) -> bool:

@@ -82,5 +82,9 @@ class TokenOutputs(Generic[E]):
 def judged(task: Task, scores: Mapping[str, Scores], examples: int) -> dict[str, Any]:
     """What an evaluator says: `score`, the mean over sets of the metric that is named first,
     `scores` of each set, `examples`."""
-    score = fmean(found[task.metrics[0]] for found in scores.values())
-    return {"score": score, "scores": dict(scores), "examples": examples}
+    return {"score": first_metric(task, scores), "scores": dict(scores), "examples": examples}
+
+
+def first_metric(task: Task, scores: Mapping[str, Scores]) -> float:
+    """One number for a task: the mean over its sets of the metric that is named first."""
+    return fmean(found[task.metrics[0]] for found in scores.values())

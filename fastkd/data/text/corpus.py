@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,6 +62,9 @@ class Corpus:
     train_blocks: int | None
     fingerprint: str
     """Key of the content, the tokenizer and the settings that shape the blocks."""
+    digests: dict[str, str]
+    """sha256 of the sources of `train` and `heldout` as they are read, in their order; of a stream
+    of their sizes and ends alone."""
     _open_stream: Callable[[int, int, Ranks | None], BlockStream] = field(repr=False)
 
     def stream(self, batch_size: int, seed: int, ranks: Ranks | None = None) -> BlockStream:
@@ -91,7 +96,7 @@ def prepare_corpus(
     train = resolve(data.train, data)
     heldout = None if data.heldout is None else resolve(data.heldout, data)
     split = Split(data, train, heldout)
-    settings = {
+    settings: dict[str, Any] = {
         "train": _digests(train, data),
         "heldout": None if heldout is None else _digests(heldout, data),
         "heldout_fraction": data.heldout_fraction if heldout is None else None,
@@ -99,8 +104,9 @@ def prepare_corpus(
         "frame": [frame.prefix, frame.suffix, frame.separator, frame.block_size],
     }
     key = cache_key(settings)
+    digests = {part: _joined(settings[part]) for part in ("train", "heldout") if settings[part]}
     if data.streaming:
-        return _streamed(data, split, encoder, frame, key)
+        return _streamed(data, split, encoder, frame, key, digests)
     folder = data.cache_root / key
     if not is_complete(folder, build=build):
         if not build:
@@ -109,7 +115,7 @@ def prepare_corpus(
                 "the same files and the same cache folder"
             )
         _build(folder, data, split, encoder, frame, progress)
-    return _open(folder, data, key)
+    return _open(folder, data, key, digests)
 
 
 def _digests(sources: list[Source], data: TextSettings) -> list[str]:
@@ -117,7 +123,11 @@ def _digests(sources: list[Source], data: TextSettings) -> list[str]:
     return [source.digest(quick=data.streaming) for source in sources]
 
 
-def _open(folder: Path, data: TextSettings, key: str) -> Corpus:
+def _joined(digests: list[str]) -> str:
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _open(folder: Path, data: TextSettings, key: str, digests: dict[str, str]) -> Corpus:
     meta = read_meta(folder)
     train = open_blocks(folder, "train.arrow", meta["train_blocks"])
     heldout = open_blocks(folder, "heldout.arrow", meta["heldout_blocks"])
@@ -133,6 +143,7 @@ def _open(folder: Path, data: TextSettings, key: str) -> Corpus:
         train_tokens=meta["train_tokens"],
         train_blocks=meta["train_blocks"],
         fingerprint=key,
+        digests=digests,
         _open_stream=lambda batch_size, seed, _: ShuffledBlocks(train, batch_size, seed, key),
     )
 
@@ -212,7 +223,14 @@ def _no_text(field: str, names: Sequence[str]) -> UserError:
     return UserError(f"{field}: {', '.join(names)}: no text in it; give files that hold documents")
 
 
-def _streamed(data: TextSettings, split: Split, encoder: Encoder, frame: Frame, key: str) -> Corpus:
+def _streamed(
+    data: TextSettings,
+    split: Split,
+    encoder: Encoder,
+    frame: Frame,
+    key: str,
+    digests: dict[str, str],
+) -> Corpus:
     packer = Packer(frame)
     documents = 0
     for text in split.heldout():
@@ -253,5 +271,6 @@ def _streamed(data: TextSettings, split: Split, encoder: Encoder, frame: Frame, 
         train_tokens=None,
         train_blocks=None,
         fingerprint=key,
+        digests=digests,
         _open_stream=open_stream,
     )

@@ -41,6 +41,10 @@ class TextDataModule:
     def counted(self) -> tuple[str, int]:
         return "tokens", self.block_size
 
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        return ("sentence_cosine",)
+
     def micro_batches(
         self, batch_size: int, seed: int, plan: BatchPlan, rank: int
     ) -> BlockMicroBatches:
@@ -62,13 +66,11 @@ class TextDataModule:
     def evaluator(self, ranks: Ranks, whose: Judged = "student") -> CosineEvaluator:
         return CosineEvaluator(self.corpus.heldout, ranks.device)
 
-    def constant_score(self) -> float | None:
-        return None
-
     def totals(self, rows: int) -> dict[str, Any]:
         return {
             "train_tokens": rows * self.block_size,
             "corpus_tokens": self.corpus.train_tokens,
+            "data_digests": self.corpus.digests,
         }
 
     def introduction(self, batch_size: int) -> tuple[str, str]:

@@ -16,9 +16,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fastkd.errors import UserError, is_text
+from fastkd.types import Unit
 
 DOCUMENT_LIMIT = 1 << 24
 """Bytes of the longest line or document of a text file; tokenising takes about 140 times that."""
@@ -81,10 +82,10 @@ class TextFile(Source):
     """UTF-8 text, plain or gzipped; line ends may be LF, CRLF or CR."""
 
     path: Path
-    unit: Literal["paragraph", "line", "row"]
+    unit: Unit
 
     def documents(self) -> Iterator[str]:
-        if self.unit != "paragraph":
+        if self.unit in ("line", "row"):
             return (line for line in text_lines(self.path) if line.strip())
         return self._paragraphs()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+
+from fastkd.types import Unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class TextSettings:
     heldout_blocks: int = 256
     split: str = "train"
     text_column: str = "text"
-    documents: Literal["paragraph", "line", "row"] = "paragraph"
+    documents: Unit = "paragraph"
     block_size: int = 128
     streaming: bool = False
     shuffle_buffer: int = 1000

@@ -2,8 +2,8 @@
 
 Where the teacher is a sentence-transformers model, so is the student (`sentences.py`); where its
 architecture has a pooler, it has one (`poolers.py`). What can't be handed on is said before the
-first step, and stands in the student's README.md. Everything is written beside its place and
-renamed at the end.
+first step, and stands in the student's model card (`fastkd.training.card`). Everything is written
+beside its place and renamed at the end.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.distributed import Ranks
@@ -72,6 +73,7 @@ def export_student(
     run: RunFolder,
     ranks: Ranks,
     prompts: Mapping[str, str],
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write `student/` and `projections.safetensors` of a run; called by all ranks.
 
@@ -83,6 +85,8 @@ def export_student(
         run: where to.
         ranks: this process among all.
         prompts: that the texts were read with, by name.
+        weights: of an earlier step, by the names of the module's parameters, which are exported in
+            place of those of now; on the first rank.
 
     Raises:
         UserError: the disk is full, or failed.
@@ -90,6 +94,9 @@ def export_student(
     module: DistilledStudent = engine.module
     with whole_weights(engine, module.parameters()), disk_errors(run.student):
         if ranks.is_main:
+            if weights is not None:
+                for name, parameter in module.named_parameters():
+                    parameter.data.copy_(weights[name])
             folder, projections = temporary_of(run.student), temporary_of(run.projections)
             shutil.rmtree(folder, ignore_errors=True)
             # whoever trains on from here expects the usual rates
@@ -98,8 +105,8 @@ def export_student(
             _write_model(module.student, folder)
             tokenizer.save_pretrained(folder)
             _write_around(module, source, prompts, folder)
-            weights = {k: v.contiguous() for k, v in module.objective.kept().items()}
-            save_file(weights, projections)
+            kept = {k: v.contiguous() for k, v in module.objective.kept().items()}
+            save_file(kept, projections)
             settle(projections)
             settle(folder)
             os.replace(projections, run.projections)
@@ -123,11 +130,6 @@ def _write_around(
     own = own_embedding(module.objective, prompts)
     modules = sentence_modules(source, teacher_config, student.config, head, own)
     write_modules(modules, source, folder, student.config.hidden_size, prompts)
-    notes = export_notes(student, teacher_config, source, head, own)
-    if notes:
-        lines = "".join(f"- {note}\n" for note in notes)
-        text = f"# Student\n\nMade by fastkd. What is not as in its teacher:\n\n{lines}"
-        (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def load_projections(objective: Objective, run: RunFolder) -> None:

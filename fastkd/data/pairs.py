@@ -1,0 +1,85 @@
+"""Pairs of texts that people have scored, as models read them: to judge embeddings by."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from fastkd.data.rows.read import TextRow, read_rows
+from fastkd.data.rows.tokenized import EncodedRows, RowEncoder
+from fastkd.data.sequences import sequences_of, uses_token_types
+from fastkd.data.text import TextSettings
+from fastkd.data.text.files import Records
+from fastkd.data.text.sources import resolve
+from fastkd.errors import UserError
+from fastkd.row_form import RowForm
+
+logger = logging.getLogger(__name__)
+
+
+def read_pairs(path: str, split: str, form: RowForm, cache: str, field: str) -> list[TextRow]:
+    """Read pairs of texts with their scores.
+
+    Args:
+        path: one place, as a recipe names text.
+        split: of a data set.
+        form: two columns, and one of scores.
+        cache: folder for what the hub sends.
+        field: of the recipe, for messages.
+
+    Raises:
+        UserError: what can't be read, with its place; too few pairs, or one score for all of them.
+    """
+    settings = TextSettings(
+        train=(path,), split=split, text_column=form.columns[0], documents="row", cache=cache
+    )
+    try:
+        sources = resolve(settings.train, settings)
+        for source in sources:
+            if not isinstance(source, Records):
+                raise UserError(
+                    f"{source.called()} is text without columns; give .tsv, .csv or .jsonl"
+                )
+        rows = list(read_rows(sources, form, f"{field}.sentence1, .sentence2 and .score"))
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from error
+    if len({row.scores for row in rows}) < 2:
+        raise UserError(
+            f"{field}: {path} holds {len(rows)} pairs and no two scores that differ, with which "
+            "nothing correlates; give other pairs"
+        )
+    return rows
+
+
+def encode_pairs(
+    rows: Sequence[TextRow],
+    form: RowForm,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    max_length: int,
+    name: str,
+) -> EncodedRows:
+    """Tokenise pairs, each text by itself, in memory.
+
+    Args:
+        rows: from `read_pairs`.
+        form: of them, with what stands before each text.
+        tokenizer: of the models.
+        config: of the model: whether it is told the texts of a pair apart.
+        max_length: tokens of a text, special tokens included; longer ones are cut, with a warning.
+        name: of the pairs, for people.
+    """
+    made = RowEncoder(tokenizer, form, max_length)(rows)
+    if made.cut:
+        logger.warning(
+            "%s: %d of %d texts are longer than %d tokens and were cut",
+            *(name, made.cut, len(made.lengths), max_length),
+        )
+    scores: npt.NDArray[np.float32] = np.asarray([row.scores for row in rows], np.float32)
+    types = uses_token_types(config)
+    sequences = sequences_of(made, tokenizer, token_types=types, max_length=max_length)
+    return EncodedRows(sequences, each=2, scores=scores, fingerprint=name)

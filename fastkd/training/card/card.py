@@ -1,0 +1,325 @@
+"""A student's model card: what it is, what it was made of, how it scores, how it is loaded.
+
+It is made of what the run's folder holds and its summary says, so that it says no more than they
+do. Paths are replaced by names (`names.py`), the text of others is text, and nothing is longer than
+a reader wants.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from fastkd.data.factory import task_of
+from fastkd.errors import printable
+from fastkd.files.disk import disk_errors, write_whole
+from fastkd.head_spec import HEADS
+from fastkd.models import ListingError, model_sources, read_modules
+from fastkd.recipe import AnyRecipe, Recipe, write_yaml
+from fastkd.reporting.html import fenced, markdown, markdown_table, shortened
+from fastkd.reporting.report import loss_rows, model_names, model_rows, score_tables
+from fastkd.training.card.licence import Licence, licence_of
+from fastkd.training.card.names import PublicText, is_path, public_tree
+from fastkd.training.environment import environment
+from fastkd.training.run_folder import RunFolder
+from fastkd.types import Head, ModelSource
+
+CARD_TAG = "fastkd"
+"""Tag of every card, by which `fastkd push` knows its own."""
+_SENTENCE_PIPELINES = {
+    "feature-extraction": "sentence-similarity",
+    "text-classification": "text-ranking",
+}
+# characters of a line, lines of the recipe, rows of a table
+_LINE = 400
+_RECIPE = 400
+_ROWS = 80
+
+
+def write_card(
+    run: RunFolder,
+    recipe: AnyRecipe,
+    summary: dict[str, Any],
+    digests: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Write README.md of a run's student, which is there.
+
+    Args:
+        run: its folder.
+        recipe: with its numbers of steps.
+        summary: that the run will have.
+        digests: of the files of its models, by field, as in `models.json`.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    with disk_errors(run.student):
+        write_whole(run.student / "README.md", str(make_card(run, recipe, summary, digests)))
+
+
+def make_card(
+    run: RunFolder,
+    recipe: AnyRecipe,
+    summary: dict[str, Any],
+    digests: Mapping[str, Mapping[str, str]],
+) -> ModelCard:
+    """The card of a run's student, likewise."""
+    head: Head = recipe.student.head if isinstance(recipe, Recipe) else recipe.task.kind
+    tree, made_on = recipe.model_dump(mode="json"), environment()
+    public, said = public_tree(tree), PublicText(tree)
+    sources = model_sources(recipe)
+    licences = {field: licence_of(source) for field, source in sources.items()}
+    name, has_modules = said(run.path.resolve().name), _has_modules(run.student)
+    sections = {
+        "": _introduction(public, recipe, made_on),
+        "Loading it": _loading(recipe, head, has_modules, run.student),
+        "What is not as in its teacher": [f"- {_text(said(note))}" for note in summary["notes"]],
+        "Held-out losses": _held_out(summary),
+        "Scores": _scores(summary),
+        "Size and speed": _size(summary, made_on),
+        "Made from": _sources(sources, public, licences, digests),
+        "Data": _data(public, summary),
+        "Limits": _limits(recipe, summary, said),
+        "Recipe": _recipe(public, recipe, summary),
+    }
+    metadata = _metadata(name, head, has_modules, recipe, licences, summary)
+    lines = [f"# {_text(name)}"]
+    for title, section in sections.items():
+        if section:
+            lines += [*(["", f"## {title}"] if title else []), "", *section]
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")
+
+
+def _metadata(
+    name: str,
+    head: Head,
+    has_modules: bool,
+    recipe: AnyRecipe,
+    licences: Mapping[str, Licence],
+    summary: Mapping[str, Any],
+) -> ModelCardData:
+    """What the hub reads: only what it can find there."""
+    pipeline = HEADS[head].pipeline
+    if has_modules:
+        pipeline = _SENTENCE_PIPELINES.get(pipeline, pipeline)
+    method = "knowledge-distillation" if isinstance(recipe, Recipe) else "fine-tuning"
+    texts: Sequence[str] = [] if recipe.task is None else [recipe.task.source]
+    if isinstance(recipe, Recipe) and recipe.data is not None:
+        texts = recipe.data.train
+    known = set(licences.values())
+    return ModelCardData(
+        base_model=[s.name for s in model_sources(recipe).values() if _is_of_hub(s.name)] or None,
+        datasets=[text.partition(":")[0] for text in texts if _is_of_hub(text)] or None,
+        library_name="sentence-transformers" if has_modules else "transformers",
+        pipeline_tag=pipeline or None,
+        tags=[CARD_TAG, method, *(["sentence-transformers"] if has_modules else [])],
+        # of several models the one that holds for all
+        **(known.pop().metadata() if len(known) == 1 else {}),
+        **_results(name, pipeline, recipe, summary),
+    )
+
+
+def _results(
+    name: str, pipeline: str, recipe: AnyRecipe, summary: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Scores of a task as the hub's tables take them."""
+    scores = summary["after"].get("scores")
+    if not scores or recipe.task is None:
+        return {}
+    task = _plain(recipe.task.name)
+    found = [
+        EvalResult(
+            task_type=pipeline,
+            dataset_type=task,
+            dataset_name=task,
+            dataset_split=_plain(split),
+            metric_type=metric,
+            metric_value=value,
+        )
+        for split, metrics in scores.items()
+        for metric, value in metrics.items()
+    ]
+    return {"model_name": _plain(name), "eval_results": found}
+
+
+def _introduction(
+    public: Mapping[str, Any], recipe: AnyRecipe, made_on: Mapping[str, Any]
+) -> list[str]:
+    by = f"by fastkd {made_on['packages']['fastkd']}"
+    if isinstance(recipe, Recipe):
+        layers, teacher = recipe.student.layers, _text(public["teacher"]["model"])
+        return [f"A student of {layers} layers, distilled from {teacher} {by}."]
+    name, task = _text(public["model"]["name"]), _text(public["task"]["name"])
+    return [f"{name}, fine-tuned on {task} {by}."]
+
+
+def _loading(recipe: AnyRecipe, head: Head, has_modules: bool, student: Path) -> list[str]:
+    """Code that reads it; MODEL is its folder, or where it was pushed to."""
+    spec = HEADS[head]
+    if has_modules:
+        kind, use = "SentenceTransformer", 'print(model.encode(["a text", "another"]))'
+        if spec.data == "task":
+            kind, use = "CrossEncoder", 'print(model.predict([("a text", "another")]))'
+        lines = [f"from sentence_transformers import {kind}", "", f'model = {kind}("MODEL")', use]
+    elif spec.pipeline:
+        text = '"a text"'
+        if spec.pipeline == "fill-mask":
+            text = 'f"a {model.tokenizer.mask_token} text"'
+        elif recipe.task is not None and len(task_of(recipe.task).columns.texts) == 2:
+            text = '{"text": "a text", "text_pair": "another"}'
+        made = f'model = pipeline("{spec.pipeline}", "MODEL")'
+        lines = ["from transformers import pipeline", "", made, f"print(model({text}))"]
+    else:
+        lines = [
+            f"from transformers import AutoTokenizer, {spec.auto_model}",
+            "",
+            'tokenizer = AutoTokenizer.from_pretrained("MODEL")',
+            f'model = {spec.auto_model}.from_pretrained("MODEL")',
+        ]
+    found = fenced("\n".join(lines), "python")
+    found += ["", "MODEL is the folder that holds this card, or the repository that it stands in."]
+    labels = _labels(student, head)
+    if labels:
+        more = f", and {len(labels) - _ROWS} more" if len(labels) > _ROWS else ""
+        found += ["", f"Labels, in order: {', '.join(map(_text, labels[:_ROWS]))}{more}."]
+    return found
+
+
+def _held_out(summary: dict[str, Any]) -> list[str]:
+    rows = loss_rows(summary)
+    lines = markdown_table(("term/student-teacher", "before", "after"), rows[:_ROWS])
+    if len(rows) > _ROWS:
+        lines += ["", f"{len(rows) - _ROWS} more are left out."]
+    return lines
+
+
+def _scores(summary: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for columns, rows in score_tables(summary):
+        lines += markdown_table(columns, rows[:_ROWS])
+        if len(rows) > _ROWS:
+            lines += ["", f"{len(rows) - _ROWS} more are left out."]
+    return lines
+
+
+def _size(summary: dict[str, Any], made_on: Mapping[str, Any]) -> list[str]:
+    on = str(made_on["gpu"])
+    if summary["peak_memory_of"] == "process":
+        on = f"a CPU ({made_on['machine']}), {summary['speed']['threads']} thread(s)"
+    packages = [f"{name} {version}" for name, version in made_on["packages"].items()]
+    return [
+        *markdown_table(("", *model_names(summary)), model_rows(summary)[:_ROWS]),
+        "",
+        f"Timed on {_text(on)}: medians of a few passes to the last hidden state, of copies "
+        "of one held-out sequence.",
+        "",
+        f"Made with Python {made_on['python']}, {_text(', '.join(packages))}.",
+    ]
+
+
+def _sources(
+    sources: Mapping[str, ModelSource],
+    public: Mapping[str, Any],
+    licences: Mapping[str, Licence],
+    digests: Mapping[str, Mapping[str, str]],
+) -> list[str]:
+    """Models with their licences, and the digests of what was read of them."""
+    lines = []
+    for field, source in sources.items():
+        section, _, key = field.partition(".")
+        revision = f", revision {source.revision}" if source.revision else ""
+        licence = licences[field]
+        called = " ".join(part for part in (licence.identifier, licence.name, licence.link) if part)
+        said = f"licence {called}, as its own card says" if called else "licence unknown"
+        lines.append(f"- {field}: {_text(str(public[section][key]) + revision)}; {_text(said)}")
+        files = digests.get(field, {})
+        weights = [name for name in files if name.endswith((".safetensors", ".bin"))]
+        for name in [*(["commit"] if "commit" in files else []), *weights[:8]]:
+            kind = "commit" if name == "commit" else f"sha256 of {name}"
+            lines.append(f"  - {_text(kind)}: {_text(files[name])}")
+    if any(not licence.identifier for licence in licences.values()):
+        lines += ["", "Ask whoever made a model of unknown licence before you hand this one on."]
+    return lines
+
+
+def _data(public: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
+    data, task = public.get("data"), public.get("task")
+    names: dict[str, Sequence[str]] = {}
+    if data is not None:
+        names = {"trained on": data["train"], "held out": data.get("heldout") or ["a part of it"]}
+    elif task is not None:
+        names = {"task": [task["name"]], "from": [task["source"]], "trained on": [task["train"]]}
+        names["scored on"] = list(summary["after"].get("scores", {}))
+    lines = [f"- {what}: {_text(', '.join(found))}" for what, found in names.items()]
+    for what in ("tokens", "examples", "rows"):
+        key = f"train_{what}"
+        if key in summary:
+            lines.append(f"- {summary[key]:,} {what} in {summary['steps']:,} steps")
+    for part, digest in summary.get("data_digests", {}).items():
+        lines.append(f"- digest of {_text(part)}: {_text(digest)}")
+    return lines
+
+
+def _limits(recipe: AnyRecipe, summary: Mapping[str, Any], said: PublicText) -> list[str]:
+    if recipe.task is not None:
+        longest = f"examples of up to {recipe.task.max_length:,} tokens"
+    else:
+        assert isinstance(recipe, Recipe) and recipe.data is not None, "data or a task"
+        kind = "rows of up to" if recipe.data.documents == "row" else "blocks of"
+        longest = f"{kind} {recipe.data.block_size:,} tokens"
+    known = "its teacher's" if isinstance(recipe, Recipe) else "those of the model it was made from"
+    return [
+        f"- It was trained on {longest}; longer ones were not tried.",
+        "- It was measured on the held-out data above and nowhere else.",
+        f"- Biases and limits are likely {known}.",
+        *(f"- Worse than before training: {_text(said(word))}" for word in summary["worse"]),
+    ]
+
+
+def _recipe(public: Mapping[str, Any], recipe: AnyRecipe, summary: Mapping[str, Any]) -> list[str]:
+    command = "distill" if isinstance(recipe, Recipe) else "finetune"
+    ranks = summary["world_size"]
+    start = "fastkd" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m fastkd"
+    lines = write_yaml(public).rstrip().split("\n")
+    kept = [shortened(line, _LINE) for line in lines[:_RECIPE]]
+    if len(lines) > _RECIPE:
+        kept.append(f"# {len(lines) - _RECIPE} more lines are left out")
+    return [
+        "Every default is written out; files and folders stand by their names alone.",
+        "",
+        *fenced(f"{start} {command} recipe.yaml", "sh"),
+        "",
+        *fenced("\n".join(kept), "yaml"),
+    ]
+
+
+def _labels(student: Path, head: Head) -> list[str]:
+    """What the outputs of a classifier are called, in order."""
+    if HEADS[head].data != "task":
+        return []
+    config = json.loads((student / "config.json").read_text(encoding="utf-8"))
+    labels = config.get("id2label") or {}
+    return [str(labels[key]) for key in sorted(labels, key=int)]
+
+
+def _has_modules(student: Path) -> bool:
+    try:
+        return bool(read_modules(student / "modules.json"))
+    except ListingError:
+        return False
+
+
+def _is_of_hub(name: str) -> bool:
+    return "/" in name and not name.startswith("package:") and not is_path(name)
+
+
+def _plain(text: str) -> str:
+    return printable(shortened(text, _LINE))
+
+
+def _text(text: str) -> str:
+    return markdown(shortened(text, _LINE))

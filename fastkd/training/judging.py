@@ -1,0 +1,162 @@
+"""What a model's embeddings are worth: Spearman's correlation with scores of people, and MTEB."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastkd.data.rows.tokenized import EncodedRows
+from fastkd.data.sampler import evaluation_parts
+from fastkd.data.sequences import sequences_of, tokenise, uses_token_types
+from fastkd.data.tasks.metrics import measure
+from fastkd.recipe import Recipe
+from fastkd.training.session import kept_random_numbers
+from fastkd.training.setup import Run
+from fastkd.types import Side
+
+
+def judge_embeddings(run: Run, side: Side) -> dict[str, Any]:
+    """Score a model's embeddings on everything that a recipe names; collective over the ranks.
+
+    Returns:
+        `pairs` and `mteb`, scores by name, where there are any; empty where a recipe names nothing.
+
+    Raises:
+        UserError: the model's embeddings can't be made.
+    """
+    found = {"pairs": {name: correlation(run, side, given) for name, given in run.pairs.items()}}
+    if run.mteb_tasks:
+        found["mteb"] = _main_scores(RunEncoder(run, side), run.mteb_tasks)
+    return {kind: scores for kind, scores in found.items() if scores}
+
+
+def correlation(run: Run, side: Side, pairs: EncodedRows) -> float:
+    """Spearman's correlation of the cosines of pairs with their scores; each text is read once, by
+    one rank."""
+    ranks = run.ranks
+    assert pairs.scores is not None, "pairs have scores"
+    cosines = torch.zeros(len(pairs), dtype=torch.float64, device=ranks.device)
+    # two texts a pair
+    size = max(1, run.plan.micro_batch_size // 2)
+    for counted, rows in evaluation_parts(
+        pairs.lengths, size, rank=ranks.rank, world_size=ranks.world_size
+    ):
+        embeddings = run.embed(side, run.move(pairs.batch(rows))).double()
+        found = torch.nn.functional.cosine_similarity(embeddings[::2], embeddings[1::2], dim=-1)
+        cosines[counted.to(found.device)] = found[: len(counted)]
+    # every pair was written by one rank
+    found = ranks.sum(cosines).cpu()
+    return measure(["spearman"], found, pairs.scores[:, 0])["spearman"]
+
+
+def _main_scores(encoder: RunEncoder, tasks: Mapping[str, Any]) -> dict[str, float]:
+    """The main score of each task of mteb; every rank goes through all of them."""
+    import mteb
+
+    quiet = {"batch_size": encoder.batch_size, "show_progress_bar": False}
+    found = {}
+    # its tasks draw numbers, and a run must not depend on whether it was evaluated
+    with kept_random_numbers(), warnings.catch_warnings():
+        # of classifiers that it fits, whose scores say as much
+        warnings.simplefilter("ignore")
+        for name, task in tasks.items():
+            result = mteb.evaluate(
+                encoder,
+                task,
+                cache=None,
+                co2_tracker=False,
+                encode_kwargs=quiet,
+                show_progress_bar=False,
+            )
+            found[name] = float(result.task_results[0].get_score())
+    return found
+
+
+class RunEncoder:
+    """An encoder as `mteb.EncoderProtocol` has it, of a model of a run: every rank is asked for the
+    embeddings of the same texts, makes its share of them, and has all."""
+
+    def __init__(self, run: Run, side: Side) -> None:
+        self._run = run
+        self._side = side
+        recipe = run.recipe
+        assert isinstance(recipe, Recipe) and recipe.data and recipe.evaluate, "it names tasks"
+        self._max_length = recipe.data.block_size
+        self._prompts = recipe.evaluate.mteb_prompts
+
+    @property
+    def batch_size(self) -> int:
+        """Texts of a forward pass of one rank."""
+        return self._run.plan.micro_batch_size
+
+    @property
+    def mteb_model_meta(self) -> Any:
+        """That nothing is known of it."""
+        from mteb.models import ModelMeta
+
+        return ModelMeta.create_empty()
+
+    def encode(
+        self,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: Any = None,
+        **_settings: Any,
+    ) -> npt.NDArray[np.float32]:
+        """Embeddings [texts, dim] of the `text` of batches; collective over the ranks.
+
+        Args:
+            inputs: batches, each with a list of texts.
+            task_metadata: what the task is; all tasks are read alike.
+            hf_split: its split.
+            hf_subset: and subset.
+            prompt_type: `query` or `document` of retrieval, which decides what is put before.
+        """
+        prompt = self._prompts.get(getattr(prompt_type, "value", prompt_type), "")
+        return self.embed([prompt + text for batch in inputs for text in batch["text"]])
+
+    def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Embeddings [texts, dim] of texts, cut to `data.block_size`; collective."""
+        run, ranks = self._run, self._run.ranks
+        made = tokenise(texts, None, run.tokenizer, self._max_length, "data.block_size")
+        sequences = sequences_of(
+            made,
+            run.tokenizer,
+            token_types=uses_token_types(run.module.student.config),
+            max_length=self._max_length,
+        )
+        parts = evaluation_parts(
+            sequences.lengths, self.batch_size, rank=ranks.rank, world_size=ranks.world_size
+        )
+        found: Tensor | None = None
+        for counted, rows in parts:
+            embeddings = run.embed(self._side, run.move(sequences.batch(rows)))
+            if found is None:
+                found = embeddings.new_zeros(len(texts), embeddings.shape[-1])
+            found[counted.to(found.device)] = embeddings[: len(counted)]
+        assert found is not None, "mteb asks for texts"
+        summed: npt.NDArray[np.float32] = ranks.sum(found).cpu().numpy()
+        return summed
+
+    def similarity(self, one: npt.ArrayLike, other: npt.ArrayLike) -> Tensor:
+        """Cosines of all pairs, [n, m]."""
+        return _unit(one) @ _unit(other).T
+
+    def similarity_pairwise(self, one: npt.ArrayLike, other: npt.ArrayLike) -> Tensor:
+        """Cosines of the pairs at the same places, [n]."""
+        return (_unit(one) * _unit(other)).sum(dim=-1)
+
+
+def _unit(vectors: npt.ArrayLike) -> Tensor:
+    # of one text it is a vector
+    rows = torch.as_tensor(vectors).reshape(-1, np.shape(vectors)[-1])
+    return torch.nn.functional.normalize(rows, dim=-1)

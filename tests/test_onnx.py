@@ -1,0 +1,152 @@
+"""`fastkd export --onnx`: the graph computes what the student does, or nothing is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from sentence_transformers import SentenceTransformer, models
+from tiny_exports import exported, save_sentences
+from tiny_models import save_teacher
+from tiny_training import fastkd, save_classifier
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from fastkd.errors import UserError
+from fastkd.publishing import onnx_graph
+from fastkd.training.run_folder import RunFolder
+from fastkd.types import Head
+
+runtime = pytest.importorskip("onnxruntime", reason="the extra of ONNX is not installed")
+TEXTS = ["w7 w8 w9", "w10"]
+
+
+def finished(student: Path, head: Head = "none") -> RunFolder:
+    """The folder of a run that has exported a student, as if it were finished."""
+    run = RunFolder(student.parent)
+    tree = {
+        "teacher": {"model": "org/large"},
+        "student": {"layers": 2, "head": head},
+        "losses": {"hidden": {}},
+        "data": {"train": "python-docs"},
+        "run": {"output": str(run.path)},
+    }
+    run.recipe.write_text(yaml.safe_dump(tree))
+    run.summary.write_text('{"steps": 1}')
+    return run
+
+
+def computed(graph: Path, texts: list[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """What ONNX Runtime makes of texts, from the graph's folder alone."""
+    session = runtime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    tokenizer = AutoTokenizer.from_pretrained(graph.parent)
+    encoded = tokenizer(texts, padding=True, return_tensors="np")
+    names = [value.name for value in session.get_outputs()]
+    ids = encoded["input_ids"]
+    fed = {"attention_mask": encoded["attention_mask"], "token_type_ids": np.zeros_like(ids)}
+    fed = {i.name: {"input_ids": ids, **fed}[i.name].astype(np.int64) for i in session.get_inputs()}
+    return dict(zip(names, session.run(names, fed), strict=True))
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A student of a sentence-transformers model whose vectors go through a Dense."""
+    folder = tmp_path_factory.mktemp("onnx")
+    teacher = save_sentences(folder, models.Pooling(32), models.Dense(32, 6), models.Normalize())
+    return finished(exported(folder / "run", teacher))
+
+
+@pytest.fixture(scope="module")
+def graph(sentences: RunFolder) -> onnx_graph.OnnxGraph:
+    return onnx_graph.export_onnx(sentences)
+
+
+def test_vectors_are_those_of_sentence_transformers(
+    sentences: RunFolder, graph: onnx_graph.OnnxGraph
+) -> None:
+    assert graph.path == sentences.student / "onnx" / "model.onnx"
+    assert graph.inputs == ("input_ids", "attention_mask", "token_type_ids")
+    assert graph.outputs == ("last_hidden_state", "sentence_embedding")
+    assert graph.difference < 1e-5
+    assert {path.name for path in graph.path.parent.iterdir()} >= {"config.json", "tokenizer.json"}
+    model = SentenceTransformer(str(sentences.student), device="cpu")
+    for texts in (TEXTS, TEXTS[:1], [*TEXTS, "w7 " * 40]):
+        expected = model.encode(texts)
+        np.testing.assert_allclose(
+            computed(graph.path, texts)["sentence_embedding"], expected, atol=1e-5
+        )
+
+
+def test_a_graph_that_computes_something_else_is_not_kept(
+    sentences: RunFolder,
+    graph: onnx_graph.OnnxGraph,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def wrong(student: Any, *, f: Path, **_: Any) -> None:
+        f.write_bytes(graph.path.read_bytes())
+        with torch.no_grad():
+            student.model.embeddings.word_embeddings.weight.mul_(1.01)
+
+    monkeypatch.setattr(torch.onnx, "export", wrong)
+    with pytest.raises(UserError, match=r"ONNX Runtime computes another (sentence|last).*kept$"):
+        onnx_graph.export_onnx(sentences, tmp_path / "graph")
+
+    def not_a_number(student: Any, *, f: Path, **_: Any) -> None:
+        f.write_bytes(graph.path.read_bytes())
+        with torch.no_grad():
+            student.model.encoder.layer[0].output.LayerNorm.weight.fill_(torch.nan)
+
+    monkeypatch.setattr(torch.onnx, "export", not_a_number)
+    with pytest.raises(UserError, match="by inf, expected"):
+        onnx_graph.export_onnx(sentences, tmp_path / "graph")
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, f, **__: f.write_bytes(b"no graph"))
+    with pytest.raises(UserError, match=r"no ONNX graph can be made of BertModel \("):
+        onnx_graph.export_onnx(sentences, tmp_path / "graph")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_classifier_gives_its_logits_to_the_folder_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = save_classifier(tmp_path / "t", num_labels=3)
+    student = exported(tmp_path / "run", teacher, "sequence_classification")
+    run = finished(student, "sequence_classification")
+    folder = tmp_path / "graph"
+    given = ("export", str(run.path), "--onnx", "--output", str(folder))
+    assert fastkd(*given, monkeypatch=monkeypatch) == 0
+    assert f"{folder / 'model.onnx'}: from input_ids, attention_mask" in capsys.readouterr().out
+    assert not (student / "onnx").exists()
+    model = AutoModelForSequenceClassification.from_pretrained(student).eval()
+    encoded = AutoTokenizer.from_pretrained(student)(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**encoded).logits
+    np.testing.assert_allclose(
+        computed(folder / "model.onnx", TEXTS)["logits"], expected, atol=1e-5
+    )
+    assert fastkd(*given, monkeypatch=monkeypatch) == 2
+    assert f"fastkd: {folder} exists already; remove it" in capsys.readouterr().err
+
+
+def test_what_has_no_graph_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = exported(tmp_path / "run", save_teacher(tmp_path / "t"))
+    run = finished(student, "causal_lm")
+    for arguments, expected in (
+        (["--onnx"], f"{run.path}: its student generates text (student.head is causal_lm), and "),
+        ([], "no format is given; give --onnx, which is the one there is"),
+    ):
+        assert fastkd("export", str(run.path), *arguments, monkeypatch=monkeypatch) == 2
+        assert f"fastkd: {expected}" in capsys.readouterr().err
+    finished(student)
+    (student / "modules.json").write_text('[{"type": "their_code.Own", "path": ""}]')
+    with pytest.raises(UserError, match="fastkd can't use its modules Own"):
+        onnx_graph.export_onnx(run)
+    run.summary.unlink()
+    with pytest.raises(UserError, match="holds no finished run"):
+        onnx_graph.export_onnx(run)
+    assert not (student / "onnx").exists()

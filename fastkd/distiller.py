@@ -102,7 +102,7 @@ class Distiller(nn.Module):
         section = given.losses
         head = _common_head(student, teacher)
         _check_head(section, head)
-        _check_pooling(section)
+        _check_pooling(section, head)
         depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
         layers = make_layer_map(given.layer_map, *depths, seed=seed)
         needs = capture_needs(section)
@@ -412,13 +412,13 @@ def _common_head(student: PreTrainedModel, teacher: PreTrainedModel) -> Head:
     return heads[0] if heads[0] == heads[1] else "none"
 
 
-def _check_pooling(losses: Losses) -> None:
+def _check_pooling(losses: Losses, head: Head) -> None:
     """See that losses of embeddings say how these are made: no folder says it here.
 
     Raises:
         UserError: one doesn't.
     """
-    for name, config in embedding_losses(losses).items():
+    for name, config in embedding_losses(losses, head).items():
         if config.pooling is None:
             raise UserError(
                 f"losses.{name}.pooling is not given, and a Distiller sees two transformers alone, "

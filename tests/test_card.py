@@ -17,6 +17,7 @@ from tiny_training import save_classifier
 
 from fastkd.head_spec import HEADS
 from fastkd.recipe import parse_any_recipe
+from fastkd.reporting.html import fenced
 from fastkd.training.card import write_card
 from fastkd.training.card.licence import Licence, licence_of
 from fastkd.training.card.names import PublicText, public_name, public_tree
@@ -206,6 +207,11 @@ def test_text_of_others_is_text(tmp_path: Path) -> None:
     # a fence opens and closes, and what stands in the last one is the recipe
     assert fences == 6 and "<script" not in outside and "](javascript" not in outside
     assert "\n---" not in outside
+
+
+def test_code_stays_in_its_fence() -> None:
+    assert fenced("a\n```\nb\x1b\n", "sh") == ["````sh", "a", "```", "b\\x1b", "````"]
+    assert fenced("a") == ["```", "a", "```"]
 
 
 def test_it_is_bounded(tmp_path: Path) -> None:

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 import fastkd
-from fastkd.capture import capture, no_cache
+from fastkd.capture import capture, hands_on_last_block, no_cache
 from fastkd.distributed import joined_ranks
 from fastkd.errors import UserError
 from fastkd.models import UnknownModule, read_embedding
 from fastkd.recipe import load_recipe
 from fastkd.training.run_folder import RunFolder
-from fastkd.training.setup import Run, set_up, set_up_evaluation
+from fastkd.training.setup import Run, set_up_evaluation
 from fastkd.types import ModelSource
 
 TEXTS = ["w7 w9 w20 w30 w31", "w11", "w12 w13 w40"]
@@ -104,7 +104,7 @@ def test_outputs_are_the_states_that_the_model_hands_on(name: str) -> None:
         with capture(model, outputs=True, hidden={4}) as seen:
             expected = model(**batch, **no_cache(model)).last_hidden_state
     assert seen.outputs is not None and torch.equal(seen.outputs, expected)
-    assert torch.equal(seen.hidden[4], expected) == (name == "bert")
+    assert torch.equal(seen.hidden[4], expected) == (name == "bert") == hands_on_last_block(model)
 
 
 def edited(folder: Path, name: str, **changes: Any) -> Path:
@@ -246,32 +246,6 @@ def test_the_projection_of_the_last_hidden_layer_is_handed_on(tmp_path: Path) ->
     assert own[2].linear.bias is not None
     readme = (result.folder / "student" / "README.md").read_text()
     assert "Dense 24 to 32 from losses.hidden, Dense 32 to 6" in readme
-
-
-NO_DENSE: dict[str, dict[str, Any]] = {
-    "a norm behind the last block": {"architecture": "llama"},
-    "several poolings": {"modes": ("mean", "cls")},
-    "another kind": {"losses": {"kind": "cosine"}},
-    "another layer": {"losses": {"layer_map": [0, 3]}},
-    "layers that are drawn": {"losses": {"layer_map": "random"}},
-    "several layers": {"losses": {"layer_map": "mean_target"}},
-}
-
-
-@pytest.mark.parametrize("name", NO_DENSE)
-def test_a_projection_that_is_none_of_the_embedding_stays(name: str, tmp_path: Path) -> None:
-    given = {"architecture": "bert", "modes": ("mean",), "losses": {}, **NO_DENSE[name]}
-    teacher = save_sentences(tmp_path, pooling(*given["modes"]), architecture=given["architecture"])
-    recipe = make_recipe(
-        tmp_path,
-        teacher={"model": str(teacher)},
-        losses={**ALONE, "hidden": given["losses"]},
-    )
-    with joined_ranks() as ranks:
-        run = set_up(load_recipe(recipe), ranks, progress=False)
-        assert run.objective.kept() and run.objective.student_modules() is None
-        modules = run.embedding("student")
-    assert modules is not None and modules.dim == 24 * len(given["modes"])
 
 
 def test_a_loss_of_embeddings_needs_modules_that_are_known(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from fastkd.capture import Capture
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.losses import DIVISORS, ModelPair
+from fastkd.losses.embeddings import EmbeddingGroup
 from fastkd.losses.objective import Objective
-from fastkd.losses.pooling import Dense, EmbeddingModules, Normalize, VectorNorm
+from fastkd.losses.pooling import Dense, EmbeddingModules, LayerNorm, Normalize
 from fastkd.recipe import Losses, parse_recipe
 
 NARROW, WIDE, DIM, BATCH, TOKENS = 5, 8, 6, 4, 5
@@ -31,7 +33,7 @@ LINEAR = drawn(DIM, 2 * WIDE, seed=5), drawn(DIM, seed=6)
 CHAIN = EmbeddingModules(
     WIDE,
     ("mean", "last"),
-    [VectorNorm(*NORM), Dense(*LINEAR, activation=nn.Tanh()), Normalize()],
+    [LayerNorm(*NORM), Dense(*LINEAR, activation=nn.Tanh()), Normalize()],
 )
 
 
@@ -155,7 +157,7 @@ REFUSED = {
     ),
     "a pooling that fits nothing": (
         own("a", pooling="cls"),
-        "losses.a.pooling is cls: VectorNorm is for vectors of 16, but is given 8; leave it out",
+        "losses.a.pooling is cls: LayerNorm is for vectors of 16, but is given 8; leave it out",
     ),
     "long prefixes": (
         own("a", dimensions=[7]),
@@ -196,3 +198,69 @@ def test_divisors_are_examples() -> None:
     assert [match.divisor for match in made.matches] == ["examples"]
     assert made.divisors(inputs())[DIVISORS.index("examples")] == BATCH
     assert made.teacher_depth is None
+
+
+def hidden(width: int = NARROW, **changes: Any) -> ModelPair:
+    teacher = EmbeddingModules(WIDE, ("mean",), [Normalize()])
+    return replace(pair(width, teacher), **{"last_is_output": True, **changes})
+
+
+def test_a_hidden_loss_of_the_last_layers_says_what_the_embedding_is() -> None:
+    for losses in ({"hidden": {}}, {"hidden": {"projection": "per_pair"}}):
+        made = objective(losses, hidden())
+        modules = made.student_modules()
+        assert modules is not None and modules.projection is not None
+        number = len(made.kept()) // 2 - 1
+        weight, bias = (made.kept()[f"terms.0.{kind}_{number}"] for kind in ("weight", "bias"))
+        states = drawn(BATCH, TOKENS, NARROW, seed=1)
+        expected = (states @ weight.mT + bias).mean(1)
+        found = modules(states)
+        torch.testing.assert_close(found, expected / expected.norm(dim=-1, keepdim=True))
+        assert "from losses.hidden, Normalize" in modules.describe()
+    # what is compared wins
+    made = objective({"hidden": {}, "embedding_output": {}}, hidden())
+    modules = made.student_modules()
+    assert modules is not None and "from losses.embedding_output" in modules.describe()
+
+
+NOT_OF_THE_EMBEDDING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a norm behind the last block": ({}, {"last_is_output": False}),
+    "modules that are not known": ({}, {"embeddings": None}),
+    "several poolings": ({}, {"embeddings": (CHAIN.of_student(NARROW), CHAIN)}),
+    "another kind": ({"kind": "cosine"}, {}),
+    "another layer": ({"layer_map": [0, 3]}, {}),
+    "layers that are drawn": ({"layer_map": "random"}, {}),
+    "several layers": ({"layer_map": "mean_target"}, {}),
+    "all layers": ({"layer_map": "emd"}, {}),
+    "no weight": ({"weight": 0}, {}),
+}
+
+
+@pytest.mark.parametrize("name", NOT_OF_THE_EMBEDDING)
+def test_a_projection_that_is_none_of_the_embedding_stays(name: str) -> None:
+    section, changes = NOT_OF_THE_EMBEDDING[name]
+    losses = Losses.model_validate({"hidden": section})
+    given = getattr(losses.terms["hidden"], "layer_map", None) or "uniform"
+    made = Objective(losses, make_layer_map(given, 2, 4), hidden(**changes))
+    assert made.kept() and made.student_modules() is None
+
+
+def test_a_projection_begins_as_that_of_the_model_that_a_student_starts_from() -> None:
+    for start, kept in (
+        (EmbeddingModules(NARROW, ("mean", "last"), [Dense(drawn(16, 10))]), True),
+        (EmbeddingModules(NARROW, ("mean", "cls"), [Dense(drawn(16, 10))]), False),
+        (EmbeddingModules(NARROW, ("mean", "last"), [Dense(drawn(6, 10))]), False),
+        (
+            EmbeddingModules(NARROW, ("mean", "last"), [Dense(drawn(16, 10), None, nn.Tanh())]),
+            False,
+        ),
+        (EmbeddingModules(NARROW, ("mean", "last"), [Normalize()]), False),
+    ):
+        made = objective({"embedding_output": {}}, pair())
+        (group,) = made.each()
+        assert isinstance(group, EmbeddingGroup)
+        group.begin_from(start)
+        weight = made.get_parameter("terms.0.projection.weight")
+        assert torch.equal(weight, drawn(16, 10)) == kept
+        modules = group.student_modules()
+        assert ("begun as that of student.init" in modules.describe()) == kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,17 @@ from transformers import AutoModelForSequenceClassification
 from fastkd.errors import UserError
 from fastkd.recipe import load_recipe
 
+SAVED = {
+    "modules.json": [
+        {
+            "idx": 0,
+            "name": "0",
+            "path": "",
+            "type": "sentence_transformers.base.modules.transformer.Transformer",
+        }
+    ],
+    "sentence_bert_config.json": {"transformer_task": "sequence-classification"},
+}
 CUT = {"train.micro_batch_size": 2}
 # a softmax does not see key biases: Adam would make noise of their gradient
 ATTENTION: dict[str, Any] = {"attention": {}}
@@ -44,6 +56,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = row_recipe(folder, losses=EMBEDDINGS, data=data, train={"steps": 4})
     names = {0: "irrelevant"}
     save_classifier(folder / "reranker", num_labels=1, id2label=names)
+    # as a CrossEncoder leaves it: no Pooling stands behind the transformer
+    for name, content in SAVED.items():
+        (folder / "reranker" / name).write_text(json.dumps(content))
     given = {**RERANKER, "teacher.model": str(folder / "reranker")}
 
     def run(name: str, **values: Any) -> list[str]:

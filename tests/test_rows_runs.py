@@ -10,13 +10,15 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from tiny_models import save_teacher, tiny_tokenizer
-from tiny_rows import Row, random_rows, row_recipe
+from tiny_rows import Row, recipe_rows, row_recipe
 from tiny_runs import assert_same_run, keys, read_weights, run_variants
 from tiny_training import save_classifier, summary_of
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoModelForSequenceClassification
 
+from fastkd.data.rows.evaluators import OutputEvaluator
+from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.recipe import load_recipe
 
@@ -37,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one run on the whole, and others that should be the same."""
     folder = tmp_path_factory.mktemp("rows")
-    train = {"schedule": "constant", "checkpoint_every": 2, "micro_batch_size": 4}
+    train = {"batch_size": 16, "schedule": "constant", "checkpoint_every": 2, "micro_batch_size": 4}
     recipe = row_recipe(folder, losses=LOSSES, train=train, teacher=_stored(folder))
 
     def run(name: str, **values: Any) -> list[str]:
@@ -68,7 +70,7 @@ def test_a_run_is_the_same_however_it_is_made(name: str, runs: Path) -> None:
 
 def held_out() -> list[Row]:
     """By the definition."""
-    rows = random_rows()
+    rows = recipe_rows()
     digests = [hashlib.blake2b(row["query"].encode(), digest_size=16).digest() for row in rows]
     return [
         row
@@ -127,6 +129,24 @@ def _scores(folder: Path) -> Tensor:
             read = tokenizer(row["query"], passage, return_tensors="pt", **settings)
             scores.append(model(**read).logits.item())
     return torch.tensor(scores).reshape(-1, 2)
+
+
+def test_classes_of_two_models_agree_as_often_as_counted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 5, 3, generator=generator)
+    evaluator = OutputEvaluator(5, 1, 3, torch.device("cpu"))
+    for rows in (torch.tensor([3, 1]), torch.tensor([0, 2, 4])):
+        # what a rank repeats stands behind what counts
+        both = (torch.cat([one[rows], one[:1]]) for one in (student, teacher))
+        evaluator.add(rows, *both)
+    found = evaluator.results(Ranks(0, 1, torch.device("cpu")))
+    same = (student.argmax(1) == teacher.argmax(1)).double().mean().item()
+    expected = {
+        "same_class": same,
+        "mean_absolute_difference": (student - teacher).abs().mean().item(),
+    }
+    assert 0 < same < 1
+    assert found == {"rows": 5, "agreement": pytest.approx(expected)}
 
 
 REFUSED = {

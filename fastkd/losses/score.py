@@ -73,7 +73,7 @@ class ScoreLoss(EmbeddingLoss):
     ) -> None:
         super().__init__(name, config, layer_map, shared)
         pair = shared.pair
-        if not _reranks(pair.head):
+        if self.reads_embeddings(pair.head):
             return
         if pair.outputs != 1:
             raise UserError(
@@ -106,7 +106,7 @@ class ScoreLoss(EmbeddingLoss):
                 f"losses.{name}.target is file, but data.scores names no column; name those with "
                 "the scores of the candidates, or set target to teacher"
             )
-        if _reranks(setting.head):
+        if not cls.reads_embeddings(setting.head):
             # a resolved recipe names every field
             fields = cls.Config.model_fields
             unread = [n for n in _OF_EMBEDDINGS if getattr(config, n) != fields[n].default]
@@ -120,6 +120,11 @@ class ScoreLoss(EmbeddingLoss):
     def reads_scores(cls, config: LossConfig) -> bool:
         assert isinstance(config, cls.Config)
         return config.target == "file"
+
+    @classmethod
+    def reads_embeddings(cls, head: Head) -> bool:
+        # a reranker reads query and candidate together
+        return HEADS[head].labels != "example"
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         """A scalar, fp32; of rerankers."""
@@ -148,11 +153,6 @@ class ScoreLoss(EmbeddingLoss):
         if self.config.kind == "margin_mse":
             found, expected = (one[:, :1] - one[:, 1:] for one in (found, expected))
         return mse_loss(found, expected)
-
-
-def _reranks(head: Head) -> bool:
-    """Whether models with a head read query and candidate together."""
-    return HEADS[head].labels == "example"
 
 
 def _scores(captured: Capture, candidates: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from fastkd.errors import UserError, one_line
-from fastkd.losses.pooling import Dense, EmbeddingModules, Normalize, PoolingMode, Step, VectorNorm
+from fastkd.losses.pooling import Dense, EmbeddingModules, LayerNorm, Normalize, PoolingMode, Step
 from fastkd.models.checking import LOADING_ERRORS
 from fastkd.models.modules import Module
 from fastkd.models.sentence_folder import (
@@ -168,7 +168,7 @@ def _norm(source: ModelSource, module: Module) -> Step:
     weight, bias = weights.get("norm.weight"), weights.get("norm.bias")
     if weight is None or bias is None or weight.ndim != 1 or bias.shape != weight.shape:
         raise ValueError("the weights of its LayerNorm are no layer norm's")
-    return VectorNorm(weight, bias)
+    return LayerNorm(weight, bias)
 
 
 def _normalize(source: ModelSource, module: Module) -> Step:

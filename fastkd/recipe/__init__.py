@@ -12,6 +12,7 @@ another function.
 """
 
 from fastkd.recipe.data import Data
+from fastkd.recipe.evaluate import Evaluate
 from fastkd.recipe.finetune import FinetuneRecipe, TunedModel
 from fastkd.recipe.loading import (
     AnyRecipe,
@@ -41,6 +42,7 @@ __all__ = [
     "AnyRecipe",
     "Balance",
     "Data",
+    "Evaluate",
     "FinetuneRecipe",
     "LossConfig",
     "Losses",

@@ -17,7 +17,7 @@ from fastkd.capture import Capture
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.training.engine import NoTeacher, TeacherRunner
-from fastkd.types import Inputs
+from fastkd.types import Inputs, teacher_inputs
 
 TEACHER_REMEDY = "give teacher.dtype float32, or a teacher whose weights are whole"
 
@@ -77,7 +77,8 @@ def teacher_fault(
         return None
     counts: dict[str, Tensor] = {}
     for inputs in batches:
-        for name, state in _states(teacher(inputs), inputs.get("attention_mask")):
+        mask = teacher_inputs(inputs).get("attention_mask")
+        for name, state in _states(teacher(inputs), mask):
             flag = (~torch.isfinite(state).all()).float()
             counts[name] = counts.get(name, torch.zeros_like(flag)) + flag
     if not counts:
@@ -147,6 +148,10 @@ def _states(found: Capture, mask: Tensor | None) -> Iterator[tuple[str, Tensor]]
         yield "the output", logits
     elif logits is not None:
         yield "the state below the head", _seen(logits.hidden, mask)
+    if found.outputs is not None:
+        yield "the last state", _seen(found.outputs, mask)
+    if found.embedding is not None:
+        yield "the embedding", found.embedding
 
 
 def _seen(state: Tensor, mask: Tensor | None) -> Tensor:

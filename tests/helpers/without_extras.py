@@ -12,8 +12,8 @@ import sys
 from typing import Any
 
 ABSENT = {
-    *("accelerate", "optuna", "cmaes", "matplotlib", "mteb", "onnx", "onnxruntime", "onnxscript"),
-    *("sklearn", "tensorboard", "wandb"),
+    *("accelerate", "cmaes", "matplotlib", "mteb", "onnx", "onnxruntime", "onnxscript"),
+    *("optuna", "sklearn", "tensorboard", "wandb"),
 }
 
 

@@ -183,7 +183,9 @@ def _distillation(
         seed=recipe.train.seed,
         embeddings=embeddings,
         ensemble=ensemble_of(recipe, None if embeddings is None else embeddings[1], others),
-        last_is_output=bool(recipe.losses.of("hidden"))
+        # a task's models hand on no embedding, and read no padded batch where they are packed
+        last_is_output=recipe.task is None
+        and bool(recipe.losses.of("hidden"))
         and all(map(hands_on_last_block, (student, teacher))),
     )
     if made is not None:

@@ -15,6 +15,8 @@ TaskKind = Literal["sequence_classification", "token_classification"]
 """What a task asks of a model, which is also the head that answers."""
 Head = Literal["none", TaskKind, "causal_lm", "masked_lm"]
 """What stands on a model's blocks."""
+Combine = Literal["mean", "concatenate"]
+"""What embeddings of several teachers come to."""
 EightBits = Literal["float8", "int8"]
 """Kinds of numbers of a byte that a teacher's linear layers multiply."""
 Side = Literal["student", "teacher"]

@@ -130,6 +130,11 @@ def test_blank_rows_are_no_documents(tmp_path: Path) -> None:
 def test_text_column_and_split(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "one"}\n')
     assert documents(tmp_path / "a.jsonl", text_column="body") == ["one"]
+    (tmp_path / "a.csv").write_text('n,body\n1,"one, ""two"""\n2, \n\n3,"three\nfour"\n')
+    expected = ['one, "two"', "three\nfour"]
+    assert documents(tmp_path / "a.csv", text_column="body") == expected
+    (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(b'n\tbody\n1\tone "two\n\n2\t\n3\tthree\n'))
+    assert documents(tmp_path / "a.tsv.gz", text_column="body") == ['one "two', "three"]
     saved = as_saved_dict(tmp_path / "saved")
     assert documents(saved, split="test") == DOCUMENTS[:1]
 

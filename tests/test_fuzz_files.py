@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import re
 import shutil
@@ -169,6 +171,12 @@ def parquet_bytes(folder: Path) -> bytes:
     return path.read_bytes()
 
 
+def csv_bytes(_: Path) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("text", "label"), *ROWS])
+    return text.getvalue().encode()
+
+
 FILES: dict[str, Callable[[Path], bytes]] = {
     "tsv": lambda _: "\n".join(["text\tlabel", *map("\t".join, ROWS)]).encode(),
     "tsv.gz": lambda f: gzip.compress(FILES["tsv"](f)),
@@ -177,11 +185,11 @@ FILES: dict[str, Callable[[Path], bytes]] = {
     "txt": lambda _: "\n\n".join(text for text, _ in ROWS).encode(),
     "txt.gz": lambda f: gzip.compress(FILES["txt"](f)),
     "parquet": parquet_bytes,
-    "csv": lambda _: b"text,label\nw5,no\n",
+    "csv": csv_bytes,
 }
 
 
-@pytest.mark.parametrize("ending", ["tsv", "tsv.gz", "jsonl", "jsonl.gz"])
+@pytest.mark.parametrize("ending", ["tsv", "tsv.gz", "csv", "jsonl", "jsonl.gz"])
 def test_damaged_tasks_are_refused_in_one_line(tmp_path: Path, ending: str) -> None:
     content = FILES[ending](tmp_path)
     path = tmp_path / f"train.{ending}"
@@ -195,7 +203,7 @@ def test_damaged_tasks_are_refused_in_one_line(tmp_path: Path, ending: str) -> N
     try_one()
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "txt", "txt.gz", "parquet", "csv"])
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "txt", "txt.gz", "parquet", "csv", "tsv"])
 def test_damaged_texts_are_refused_in_one_line(tmp_path: Path, ending: str) -> None:
     content = FILES[ending](tmp_path)
     path = tmp_path / f"text.{ending}"
@@ -264,7 +272,7 @@ def test_architectures_that_are_no_list_of_names_are_refused(restored: Path, giv
 
 def test_the_undamaged_are_read(folder: Path, tmp_path: Path) -> None:
     read_both(folder)
-    for ending in ("tsv", "tsv.gz", "jsonl", "jsonl.gz"):
+    for ending in ("tsv", "tsv.gz", "csv", "jsonl", "jsonl.gz"):
         (tmp_path / ending).mkdir()
         (tmp_path / ending / f"train.{ending}").write_bytes(FILES[ending](tmp_path))
         found = read_examples(TASK, tmp_path / ending, "train", tmp_path / "cache")

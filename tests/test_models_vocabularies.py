@@ -139,7 +139,8 @@ def test_a_start_of_another_vocabulary_is_refused_before_anything_is_written(
     assert fastkd("distill", str(recipe), monkeypatch=monkeypatch) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"fastkd: student.init {start}: its tokenizer is not the teacher's: id 9 is 'w12' there "
-        "and 'w9' in the teacher's; give a model that was trained with the teacher's tokenizer"
+        "and 'w9' in the teacher's; set data.documents to row, where each model reads by its own "
+        "tokenizer, or give a model that was trained with the teacher's"
     )
     assert not (tmp_path / "run").exists()
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoModelForSequenceClassification
 
+from fastkd.data.rows.evaluators import OutputEvaluator
+from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.recipe import load_recipe
 
@@ -127,6 +129,24 @@ def _scores(folder: Path) -> Tensor:
             read = tokenizer(row["query"], passage, return_tensors="pt", **settings)
             scores.append(model(**read).logits.item())
     return torch.tensor(scores).reshape(-1, 2)
+
+
+def test_classes_of_two_models_agree_as_often_as_counted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 5, 3, generator=generator)
+    evaluator = OutputEvaluator(5, 1, 3, torch.device("cpu"))
+    for rows in (torch.tensor([3, 1]), torch.tensor([0, 2, 4])):
+        # what a rank repeats stands behind what counts
+        both = (torch.cat([one[rows], one[:1]]) for one in (student, teacher))
+        evaluator.add(rows, *both)
+    found = evaluator.results(Ranks(0, 1, torch.device("cpu")))
+    same = (student.argmax(1) == teacher.argmax(1)).double().mean().item()
+    expected = {
+        "same_class": same,
+        "mean_absolute_difference": (student - teacher).abs().mean().item(),
+    }
+    assert 0 < same < 1
+    assert found == {"rows": 5, "agreement": pytest.approx(expected)}
 
 
 REFUSED = {

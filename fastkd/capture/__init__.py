@@ -18,13 +18,13 @@ from fastkd.capture.attention_traits import AttentionShape, AttentionTraits
 from fastkd.capture.blocks import at_depth, find_blocks, no_cache
 from fastkd.capture.compiled import CompiledCapture
 from fastkd.capture.modules import find_module
-from fastkd.capture.packed_pass import reading
+from fastkd.capture.packed_pass import leave_types_out, reading
 from fastkd.capture.packed_trial import try_packed
 from fastkd.capture.recompute import RecomputedAttention, try_recomputing
 from fastkd.capture.recording import capture
 from fastkd.capture.routing import route_attention, set_attention
 from fastkd.capture.states import Capture, PaddedStates
-from fastkd.capture.trial import hands_on_last_block, try_model, vocabulary_size
+from fastkd.capture.trial import hands_on_last_block, sees_ahead, try_model, vocabulary_size
 
 __all__ = [
     "AttentionShape",
@@ -38,9 +38,11 @@ __all__ = [
     "find_blocks",
     "find_module",
     "hands_on_last_block",
+    "leave_types_out",
     "no_cache",
     "reading",
     "route_attention",
+    "sees_ahead",
     "set_attention",
     "try_model",
     "try_packed",

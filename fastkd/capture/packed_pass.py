@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,6 +24,8 @@ from fastkd.types import Inputs, model_inputs
 
 _FIRST_POSITION: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """Of models that were tried packed, the number of a sequence's first position."""
+_UNTYPED: WeakSet[nn.Module] = WeakSet()
+"""Models that are given no token types."""
 
 
 @contextmanager
@@ -38,6 +40,8 @@ def reading(model: PreTrainedModel, inputs: Inputs) -> Iterator[dict[str, Any]]:
         Its keyword arguments.
     """
     read, row = model_inputs(inputs), PackedRow.of(inputs)
+    if model in _UNTYPED:
+        read.pop("token_type_ids", None)
     if row is None:
         yield {**read, **no_cache(model)}
         return
@@ -84,6 +88,11 @@ def reading_row(
             keywords["input_ids"] = row.padded(ids, fill=0 if pad is None else max(pad, 0))
             keywords["attention_mask"] = row.mask
         yield keywords
+
+
+def leave_types_out(model: PreTrainedModel) -> None:
+    """Let a model read inputs without their token types, which it has no embeddings of."""
+    _UNTYPED.add(model)
 
 
 def note_first_position(model: PreTrainedModel, first: int) -> None:

@@ -21,7 +21,8 @@ class Capture:
     scores and its sinks, after rotary embeddings and before grouped heads are repeated; `hidden[i]`
     is [batch, tokens, width]. `logits` is what the head gave, [batch, outputs] or, of one that
     classifies tokens, [batch, tokens, outputs], or of a language model what its last layer would
-    have multiplied.
+    have multiplied. `embedding`, one vector a sequence [batch, dim], was made of `outputs` and
+    stands in their place where nothing else reads these.
     """
 
     attention: dict[int, AttentionState] = field(default_factory=dict)
@@ -29,6 +30,7 @@ class Capture:
     logits: Tensor | LogitsHead | None = None
     outputs: Tensor | None = None
     modules: dict[str, Tensor] = field(default_factory=dict)
+    embedding: Tensor | None = None
 
 
 @dataclass
@@ -82,6 +84,7 @@ class PaddedStates:
                 path: self._row.padded_module(found.modules[path])
                 for path in wanted.get("modules", ())
             },
+            embedding=found.embedding,
         )
 
     def _padded_attention(self, layer: int) -> AttentionState:

@@ -106,6 +106,23 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return int(weight.shape[0])
 
 
+def sees_ahead(model: PreTrainedModel) -> bool:
+    """Whether a model's first token sees the ones behind it; of one that reads tokens."""
+    training, first = model.training, trial_inputs(model, 4)["input_ids"][0]
+    changed = first.clone()
+    changed[-1] = first[first != first[-1]][0]
+    model.eval()
+    states = []
+    with torch.no_grad(), runnable(model):
+        for ids in (first, changed):
+            with capture(model, outputs=True) as seen:
+                model(input_ids=ids[None], **no_cache(model))
+            assert seen.outputs is not None, "it was captured"
+            states.append(seen.outputs[0, 0])
+    model.train(training)
+    return not torch.equal(*states)
+
+
 def hands_on_last_block(model: PreTrainedModel) -> bool:
     """Whether a model's output is the state of its last block, with no norm behind it; of one whose
     blocks can be captured."""

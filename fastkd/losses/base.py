@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, Link, Progress
 from fastkd.losses.counts import Divisor, Reduction
+from fastkd.losses.ensemble import Ensemble
 from fastkd.losses.gathering import Gather, alone
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.packed_row import PackedRow
@@ -57,6 +58,8 @@ class ModelPair:
     row: tuple[str, ...] = ("text",)
     """What each of the sequences of a row is, in order, see `RowForm.sequences`: a batch has so
     many for each of its rows."""
+    ensemble: Ensemble | None = None
+    """What the embeddings and scores of several teachers come to."""
     last_is_output: bool = False
     """Whether both models hand on the state of their last block as it is, without a norm."""
 
@@ -188,6 +191,16 @@ class Term(nn.Module):
     embeds: ClassVar[bool] = False
     """Whether its losses compare embeddings, so that no other term says what those are."""
 
+    def teacher_embedding(self, teacher: Capture, mask: Tensor | None) -> Tensor | None:
+        """What the term reads of the teacher's outputs, [batch, dim], where that is one vector a
+        sequence.
+
+        Args:
+            teacher: what was captured of it.
+            mask: bool [batch, tokens] of what it read, `None` where nothing is padded.
+        """
+        return None
+
     def student_modules(self) -> EmbeddingModules | None:
         """What makes the student's embedding, where the term says that; its parameters must be
         whole, and what is returned holds copies of them."""
@@ -284,6 +297,19 @@ class Loss(Term):
         Raises:
             UserError: they can't.
         """
+
+    @classmethod
+    def compares_tokens(cls, head: Head) -> bool:
+        """Whether the models must read the same tokens, because what it compares of them is of
+        tokens, or may be.
+
+        Args:
+            head: of the models.
+        """
+        seen = cls.captures
+        of_tokens = seen.logits and HEADS[head].labels != "example"
+        states = seen.attention or seen.hidden or seen.outputs or seen.modules is not None
+        return of_tokens or states
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from fastkd.errors import UserError
 from fastkd.losses.base import Batch, Captures, Loss, LossConfig, LossGroup, ModelPair, Shared
-from fastkd.losses.pooling import Dense, EmbeddingModules, Pooling
+from fastkd.losses.pooling import Dense, EmbeddingModules, Normalize, Pooling
 from fastkd.types import Head
 
 if TYPE_CHECKING:
@@ -41,6 +41,11 @@ class EmbeddingLoss(Loss):
     captures = Captures(outputs=True)
     wants_projection: ClassVar[bool] = False
     """Whether it reads the student in the teacher's space; others only see what there is."""
+
+    @classmethod
+    def compares_tokens(cls, head: Head) -> bool:
+        """No: an embedding is of a whole sequence."""
+        return False
 
     @classmethod
     def reads_embeddings(cls, head: Head) -> bool:
@@ -116,23 +121,33 @@ class EmbeddingGroup(LossGroup):
             one for one in members if isinstance(one, EmbeddingLoss)
         ]
         teacher = _pooled(shared.pair, self.losses)
-        width = shared.pair.widths[0]
-        sizes = width * len(teacher.pooling), teacher.pooled_dim
+        self._pooling = teacher.pooling
+        if shared.pair.embeddings is not None and self.losses[0].config.pooling is None:
+            self._pooling = shared.pair.embeddings[0].pooling
+        # what stands in for a teacher where there are several, whose spaces no module joins
+        several, dims = shared.pair.ensemble, (teacher.pooled_dim, teacher.dim)
+        whole = teacher
+        if several is not None:
+            dims = several.dim, several.dim
+            whole = EmbeddingModules(teacher.width, teacher.pooling, [Normalize()], alone=True)
+        sizes = shared.pair.widths[0] * len(self._pooling), dims[0]
         self.projection: nn.Linear | None = None
         self._begun = ""
         if _projects(self.losses, *sizes):
             self.projection = nn.Linear(*sizes, bias=False)
         # in a tuple they are no submodules: nothing of them trains, or is saved
-        self._modules_of = (self._student_modules(teacher, width), teacher)
+        self._modules_of = (self._student_modules(whole), teacher, whole)
         for loss in self.losses:
-            loss.check_dims(self._modules_of[0].dim, teacher.dim)
+            loss.check_dims(self._modules_of[0].dim, dims[1])
 
-    def _student_modules(self, teacher: EmbeddingModules, width: int) -> EmbeddingModules:
+    def _student_modules(self, teacher: EmbeddingModules) -> EmbeddingModules:
+        width = self.shared.pair.widths[0]
         if self.projection is None:
-            return teacher.of_student(width)
+            return teacher.of_student(width, pooling=self._pooling)
         weight = self.projection.weight.detach().clone()
         name = next(loss.name for loss in self.losses if loss.wants_projection)
-        return teacher.of_student(width, Dense(weight, learned_by=name + self._begun))
+        dense = Dense(weight, learned_by=name + self._begun)
+        return teacher.of_student(width, dense, self._pooling)
 
     def begin_from(self, start: EmbeddingModules) -> None:
         """Let the projection begin as that of the model that the student starts from, if it is one
@@ -140,7 +155,7 @@ class EmbeddingGroup(LossGroup):
         first = next(iter(start.given()), None)
         if self.projection is None or not isinstance(first, Dense) or first.activation is not None:
             return
-        same = start.pooling == self._modules_of[1].pooling
+        same = start.pooling == self._pooling
         if same and first.weight.shape == self.projection.weight.shape:
             with torch.no_grad():
                 self.projection.weight.copy_(first.weight)
@@ -153,14 +168,20 @@ class EmbeddingGroup(LossGroup):
     def student_modules(self) -> EmbeddingModules:
         """What makes the student's embedding, with a copy of the projection as it is now, which
         must be whole."""
-        return self._student_modules(self._modules_of[1], self.shared.pair.widths[0])
+        return self._student_modules(self._modules_of[2])
+
+    def teacher_embedding(self, teacher: Capture, mask: Tensor | None) -> Tensor:
+        assert teacher.outputs is not None, "they were captured"
+        with torch.no_grad():
+            made: Tensor = self._modules_of[1](teacher.outputs, mask)
+        return made
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         """Losses [matches], fp32."""
-        assert student.outputs is not None and teacher.outputs is not None, "both were captured"
-        own, theirs = self._modules_of
-        with torch.no_grad():
-            target = theirs(teacher.outputs, batch.teacher_mask)
+        assert student.outputs is not None, "they were captured"
+        own, target = self._modules_of[0], teacher.embedding
+        if target is None:
+            target = self.teacher_embedding(teacher, batch.teacher_mask)
         vectors = own.pool(student.outputs, batch.mask)
         if self.projection is not None:
             # as wide as the weight, which an engine may have cast; its own forward gathers it

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 from fastkd.capture import find_module
 from fastkd.errors import UserError
+from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.base import ModelPair, Term
 from fastkd.losses.embeddings import EmbeddingConfig, EmbeddingLoss
+from fastkd.losses.ensemble import Ensemble
 from fastkd.losses.objective import Objective, key_of
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.losses.registry import loss_class
@@ -42,6 +44,25 @@ def embedding_losses(losses: Losses, head: Head) -> dict[str, EmbeddingConfig]:
     return found
 
 
+def score_losses(losses: Losses, head: Head) -> list[str]:
+    """The losses that compare what classification heads give of a text, by their names."""
+    if HEADS[head].labels != "example":
+        return []
+    found = []
+    for name, config in losses.terms.items():
+        kind = loss_class(config.loss)
+        scores = issubclass(kind, EmbeddingLoss) and not kind.reads_embeddings(head)
+        if scores or kind.captures.logits:
+            found.append(name)
+    return found
+
+
+def token_losses(losses: Losses, head: Head) -> list[str]:
+    """The losses that need models of one vocabulary, by their names in the recipe."""
+    found = losses.terms.items()
+    return [name for name, config in found if loss_class(config.loss).compares_tokens(head)]
+
+
 def make_objective(
     losses: Losses,
     layers: LayerMap,
@@ -54,6 +75,7 @@ def make_objective(
     seed: int = 0,
     steps: int = 1,
     embeddings: tuple[EmbeddingModules, EmbeddingModules] | None = None,
+    ensemble: Ensemble | None = None,
     last_is_output: bool = False,
 ) -> Objective:
     """The objective of some losses for two models.
@@ -69,6 +91,7 @@ def make_objective(
         seed: of the draws of a random mapping that names none.
         steps: optimiser steps of the run, which schedules are stretched over.
         embeddings: what makes embeddings of each model, as of `ModelPair`.
+        ensemble: what several teachers come to, of which `teacher` is the first.
         last_is_output: as of `ModelPair`.
 
     Raises:
@@ -90,6 +113,7 @@ def make_objective(
         outputs=teacher.config.num_labels,
         embeddings=embeddings,
         row=row or ("text",),
+        ensemble=ensemble,
         last_is_output=last_is_output,
     )
     depths = layers.student_layers, layers.teacher_layers

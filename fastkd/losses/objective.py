@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -237,6 +238,23 @@ class Objective(nn.Module):
         else:
             total = weighted.sum()
         return total, torch.stack([raw.detach(), weighted.detach()])
+
+    def condensed(self, teacher: Capture, mask: Tensor | None) -> Capture:
+        """A teacher's pass as the losses read it: where they read embeddings, made here, and no
+        states of tokens, these are let go.
+
+        Args:
+            teacher: what was captured.
+            mask: bool [batch, tokens] of what it read, `None` where nothing is padded.
+        """
+        made = {term: term.teacher_embedding(teacher, mask) for term in self.each()}
+        found = [vectors for vectors in made.values() if vectors is not None]
+        if not found:
+            return teacher
+        others = [term for term in self.each() if made[term] is None]
+        kept = merged_layers(term.layers("teacher") for term in others).get("outputs", False)
+        outputs = teacher.outputs if kept else None
+        return replace(teacher, outputs=outputs, embedding=found[0])
 
     def _views(
         self, student: Capture, teacher: Capture, row: PackedRow | None

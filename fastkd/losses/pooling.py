@@ -127,6 +127,8 @@ class EmbeddingModules(nn.Module):
         pooling: Sequence[PoolingMode] = ("mean",),
         steps: Sequence[Step] = (),
         projection: Dense | None = None,
+        *,
+        alone: bool = False,
     ) -> None:
         """Put modules behind each other.
 
@@ -135,6 +137,8 @@ class EmbeddingModules(nn.Module):
             pooling: what the pooled vector is made of, one after the other.
             steps: what stands behind it.
             projection: what stands between the two.
+            alone: whether the steps are those of no one teacher, so that a student of several
+                carries none of a teacher's folder.
 
         Raises:
             ValueError: weights for vectors of another width than they would be given.
@@ -143,6 +147,7 @@ class EmbeddingModules(nn.Module):
         self.width = width
         self.pooling = tuple(pooling)
         self.projection = projection
+        self.alone = alone
         self.steps = nn.ModuleList(steps)
         self.dim = self.pooled_dim
         for step in (*([] if projection is None else [projection]), *steps):
@@ -194,17 +199,24 @@ class EmbeddingModules(nn.Module):
         """
         return EmbeddingModules(self.width, pooling, self.given(), self.projection)
 
-    def of_student(self, width: int, projection: Dense | None = None) -> EmbeddingModules:
+    def of_student(
+        self,
+        width: int,
+        projection: Dense | None = None,
+        pooling: Sequence[PoolingMode] | None = None,
+    ) -> EmbeddingModules:
         """The modules of a student of this model, a teacher.
 
         Args:
             width: of the student's states.
             projection: from its pooled vectors to the teacher's, behind which stands all that the
                 teacher has; without one weights for another width are left out.
+            pooling: of the student; the teacher's where not given.
         """
-        fits = projection is not None or width == self.width
+        pooling = self.pooling if pooling is None else pooling
+        fits = projection is not None or width * len(pooling) == self.pooled_dim
         kept = [step for step in self.given() if fits or isinstance(step, Normalize)]
-        return EmbeddingModules(width, self.pooling, kept, projection)
+        return EmbeddingModules(width, pooling, kept, projection, alone=self.alone)
 
     def describe(self) -> str:
         """The modules, for people."""

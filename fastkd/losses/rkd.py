@@ -12,6 +12,7 @@ from fastkd.losses.base import Batch, Captures, Loss, LossConfig
 from fastkd.losses.gathering import gathered_value
 from fastkd.losses.pooling import Pooling, pool_tokens
 from fastkd.losses.registry import register_loss
+from fastkd.types import Head
 
 if TYPE_CHECKING:
     from fastkd.capture import Capture
@@ -42,12 +43,17 @@ class RelationalLoss(Loss):
     def least_rows(self) -> int:  # type: ignore[override]
         return 2 if self.config.kind == "distance" else 3
 
+    @classmethod
+    def compares_tokens(cls, head: Head) -> bool:
+        """No: it pools them."""
+        return False
+
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         """A scalar, fp32."""
         assert student.outputs is not None and teacher.outputs is not None, "both were captured"
+        read = (student.outputs, batch.mask), (teacher.outputs, batch.teacher_mask)
         points, targets = (
-            batch.gather(pool_tokens(states, batch.mask, self.config.pooling))
-            for states in (student.outputs, teacher.outputs)
+            batch.gather(pool_tokens(states, mask, self.config.pooling)) for states, mask in read
         )
         number = len(points)
         if self.config.kind == "distance":

@@ -40,10 +40,18 @@ from fastkd.models.student import (
     Initialisation,
     build_student,
     check_attention,
+    drawn_model,
     dropout_rates,
+    own_model,
+    stands_apart,
     student_config,
+    student_layers,
 )
-from fastkd.models.vocabulary import check_same_vocabulary, vocabulary_difference
+from fastkd.models.vocabulary import (
+    check_same_vocabulary,
+    read_tokenizer,
+    vocabulary_difference,
+)
 
 __all__ = [
     "LOADING_ERRORS",
@@ -56,6 +64,7 @@ __all__ = [
     "build_student",
     "check_attention",
     "check_same_vocabulary",
+    "drawn_model",
     "dropout_rates",
     "load_student",
     "load_teacher",
@@ -69,12 +78,16 @@ __all__ = [
     "note_models",
     "noted_models",
     "optional_file",
+    "own_model",
     "read_config",
     "read_embedding",
     "read_model",
     "read_modules",
+    "read_tokenizer",
     "resolve_model",
     "set_aside_pooler",
+    "stands_apart",
     "student_config",
+    "student_layers",
     "vocabulary_difference",
 ]

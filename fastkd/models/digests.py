@@ -48,7 +48,11 @@ def model_sources(recipe: AnyRecipe) -> dict[str, ModelSource]:
         return {"model.name": recipe.model.source}
     start = recipe.student.starts_from
     starts = {} if start is None else {"student.init": start}
-    return {"teacher.model": recipe.teacher.source, **starts}
+    others = {
+        f"teacher.others.{number}": other.source
+        for number, other in enumerate(recipe.teacher.others, start=1)
+    }
+    return {"teacher.model": recipe.teacher.source, **others, **starts}
 
 
 def model_digests(source: ModelSource) -> dict[str, str]:

@@ -44,6 +44,7 @@ def load_teacher(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
     head: Head = "none",
+    field: str = "teacher.model",
 ) -> PreTrainedModel:
     """The teacher, frozen, in eval mode, on the CPU.
 
@@ -52,11 +53,12 @@ def load_teacher(
         dtype: of its weights.
         attention: implementation that it runs.
         head: what it must have; `none` also takes its pooler off.
+        field: of the recipe, which names it.
 
     Raises:
         UserError: it can't be found, read or run with that attention.
     """
-    given = f"teacher.model {source.name}"
+    given = f"{field} {source.name}"
     model, missing = read_model(resolve_model(source), given, dtype, source.revision, head)
     remedy = HEADS[head].untrained_teacher
     if missing and remedy:

@@ -58,9 +58,11 @@ def set_aside_pooler(model: PreTrainedModel) -> Pooler | None:
     return found
 
 
-def lend_pooler(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Lay the teacher's pooler aside for a student that had one of the same shape."""
-    own, theirs = set_aside_pooler(student), set_aside_pooler(teacher)
+def lend_pooler(student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+    """Lay the teacher's pooler aside for a student that had one of the same shape; nobody's, that
+    is to say an untrained one, where no teacher is given."""
+    own = set_aside_pooler(student)
+    theirs = None if teacher is None else set_aside_pooler(teacher)
     if own is None:
         return
     fits = theirs is not None and _shapes(theirs) == _shapes(own)

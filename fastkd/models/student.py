@@ -1,6 +1,7 @@
 """The student: the teacher's architecture with a recipe's numbers, and what it starts from.
 
 Every model that transformers can build from a configuration can be shrunk without code of its own.
+A model to start from may be another one than the teacher: then it is taken as it is.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastkd.capture import find_blocks, set_attention
 from fastkd.errors import UserError
+from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap
 from fastkd.models.load import (
     auto_model,
@@ -26,7 +29,7 @@ from fastkd.models.locate import resolve_model
 from fastkd.models.per_layer import check_same_blocks, cut_layers
 from fastkd.models.poolers import POOLER_MARK, drop_pooler, lend_pooler
 from fastkd.recipe import Student
-from fastkd.types import ModelSource
+from fastkd.types import Head, ModelSource
 
 # one idea, four names
 _FEED_FORWARD = ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim")
@@ -48,6 +51,17 @@ class Initialisation:
     """Whether a model to fine-tune came without a head for its task."""
     missing: tuple[str, ...] = ()
     """What student layers do without that their teacher layers have, in words."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Dropout rates that a student is handed on with."""
+
+
+class OwnModel(NamedTuple):
+    """A student that is another model than its teacher, taken as it is."""
+
+    config: PreTrainedConfig
+    """With the recipe's dropout, and labels of a head that are the teacher's."""
+    rates: dict[str, float]
+    """Its dropout rates, as it came."""
 
 
 def student_config(
@@ -87,11 +101,16 @@ def student_config(
         setattr(config, name, student.intermediate_size)
     for name, value in cut_layers(teacher, layers.sources()).items():
         setattr(config, name, value)
+    _set_dropout(config, student)
+    return config
+
+
+def _set_dropout(config: PreTrainedConfig, student: Student) -> None:
+    """Give a configuration the section's dropout, where it has any, and see that it can be had."""
     if student.dropout is not None:
-        for name in dropout_rates(teacher):
+        for name in dropout_rates(config):
             setattr(config, name, student.dropout)
     check_attention("student", student.attention, dropout_rates(config))
-    return config
 
 
 def feed_forward_name(config: PreTrainedConfig) -> str | None:
@@ -131,29 +150,116 @@ def build_student(
     wherever shapes agree; the rest is drawn as the architecture draws it. So is everything of
     `init: importance`, until the teacher has read some text: see `fastkd.models.importance`. With
     the name of a model all of that model's weights are taken; a head or pooler that it lacks is
-    copied from the teacher where shapes agree, else drawn.
+    copied from the teacher where shapes agree, else drawn, or drawn in any case where the model is
+    another one, see `own_model`.
 
     Raises:
         UserError: numbers that don't fit, or a model to start from of another shape.
     """
-    config = student_config(teacher.config, student, layers)
     missing: list[str] = []
-    if student.init in ("teacher", "importance"):
-        sources = layers.sources()
-        missing = check_same_blocks(teacher, cut_layers(teacher.config, sources), sources)
-    if student.starts_from is None:
-        model: PreTrainedModel = auto_model(student.head).from_config(config, dtype=torch.float32)
-        if student.head == "none":
-            drop_pooler(model)
-        copied = _copy_from_teacher(model, teacher, layers) if student.init == "teacher" else 0
+    own, rates = own_model(student, teacher.config), dropout_rates(teacher.config)
+    if own is not None:
+        model, copied = _as_it_is(own.config, student)
+        rates = own.rates
+        lend_pooler(model, None)
     else:
-        model, copied = _continued(student.starts_from, config, student, teacher)
-    lend_pooler(model, teacher)
+        config = student_config(teacher.config, student, layers)
+        if student.init in ("teacher", "importance"):
+            sources = layers.sources()
+            missing = check_same_blocks(teacher, cut_layers(teacher.config, sources), sources)
+        if student.starts_from is None:
+            model = drawn_model(config, student.head)
+            copied = _copy_from_teacher(model, teacher, layers) if student.init == "teacher" else 0
+        else:
+            model, copied = _continued(student.starts_from, config, student, teacher)
+        lend_pooler(model, teacher)
     set_attention(model, student.attention)
     if student.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     total = sum(p.numel() for p in model.parameters())
-    return model, Initialisation(copied, total, missing=tuple(missing))
+    return model, Initialisation(copied, total, missing=tuple(missing), rates=rates)
+
+
+def own_model(student: Student, teacher: PreTrainedConfig) -> OwnModel | None:
+    """A model to start from that is of another architecture or vocabulary, or of which the recipe
+    doesn't say how many layers it has.
+
+    Args:
+        student: section of the recipe.
+        teacher: configuration of the teacher.
+
+    Returns:
+        `None` of a student that has its teacher's architecture and the section's numbers.
+
+    Raises:
+        UserError: a number that the section gives is not the model's.
+    """
+    source = student.starts_from
+    if source is None:
+        return None
+    given = f"student.init {source.name}"
+    config = read_config(resolve_model(source), given, source.revision)
+    if not stands_apart(config, student, teacher):
+        return None
+    for key, name in _numbers_of(config).items():
+        there, here = getattr(config, name, None), getattr(student, key)
+        if here is not None and here != there:
+            raise UserError(
+                f"{given} has {name} {there}, but student.{key} is {here}; leave student.{key} "
+                "out, or start from another model"
+            )
+    vars(config).pop(POOLER_MARK, None)
+    if HEADS[student.head].data == "task":
+        config.id2label, config.label2id = dict(teacher.id2label), dict(teacher.label2id)
+    rates = dropout_rates(config)
+    _set_dropout(config, student)
+    return OwnModel(config, rates)
+
+
+def stands_apart(config: PreTrainedConfig, student: Student, teacher: PreTrainedConfig) -> bool:
+    """Whether a model to start from is another one than the teacher, and taken as it is.
+
+    Args:
+        config: its configuration.
+        student: section of the recipe.
+        teacher: configuration of the teacher.
+    """
+    same = all(
+        getattr(config, name, None) == getattr(teacher, name, None)
+        for name in ("model_type", "vocab_size")
+    )
+    return not same or student.layers is None
+
+
+def student_layers(student: Student, teacher: PreTrainedConfig) -> int:
+    """How many blocks a student will have.
+
+    Raises:
+        UserError: as `own_model`.
+    """
+    own = own_model(student, teacher)
+    depth = student.layers if own is None else own.config.num_hidden_layers
+    assert depth is not None, "a recipe says how many, but of a model to start from"
+    return depth
+
+
+def drawn_model(config: PreTrainedConfig, head: Head) -> PreTrainedModel:
+    """A model in fp32 whose weights are drawn; without a head its pooler is set aside."""
+    model: PreTrainedModel = auto_model(head).from_config(config, dtype=torch.float32)
+    if head == "none":
+        drop_pooler(model)
+    return model
+
+
+def _as_it_is(config: PreTrainedConfig, student: Student) -> tuple[PreTrainedModel, int]:
+    """A student that is another model, and how many numbers were not drawn."""
+    source = student.starts_from
+    assert source is not None, "it has a configuration of its own"
+    given = f"student.init {source.name}"
+    where = resolve_model(source)
+    model, drawn = read_model(where, given, torch.float32, source.revision, student.head, config)
+    fresh = sum(p.numel() for name, p in model.named_parameters() if name in drawn)
+    return model, sum(p.numel() for p in model.parameters()) - fresh
 
 
 def _continued(
@@ -168,7 +274,7 @@ def _continued(
         # heads that were kept whole, whatever the width
         config.head_dim = size
     # its blocks are what they are, whatever teacher layers they learn from
-    for setting in cut_layers(config, range(1, student.layers + 1)):
+    for setting in cut_layers(config, range(1, config.num_hidden_layers + 1)):
         if hasattr(own, setting):
             setattr(config, setting, getattr(own, setting))
     _check_same_behaviour(own, config, given)
@@ -190,30 +296,24 @@ def _continued(
 
 def _check_same_shape(own: PreTrainedConfig, wanted: PreTrainedConfig, given: str) -> None:
     """See that a model to start from is what the student's section describes."""
-    if own.model_type != wanted.model_type:
-        raise UserError(
-            f"{given} is a {own.model_type} model, but the teacher is a {wanted.model_type} model; "
-            "start from a student of the same architecture"
-        )
-    numbers = {
-        "layers": "num_hidden_layers",
-        "hidden_size": "hidden_size",
-        "heads": "num_attention_heads",
-        "kv_heads": "num_key_value_heads",
-        "intermediate_size": feed_forward_name(wanted) or "",
-    }
-    for field, name in numbers.items():
+    for key, name in _numbers_of(wanted).items():
         there, here = getattr(own, name, None), getattr(wanted, name, None)
         if there != here:
             raise UserError(
                 f"{given} has {name} {there}, but the student is to have {here}; set "
-                f"student.{field}={there}, or start from another model"
+                f"student.{key}={there}, or start from another model"
             )
-    if own.vocab_size != wanted.vocab_size:
-        raise UserError(
-            f"{given} embeds {own.vocab_size} tokens, but the teacher {wanted.vocab_size}; start "
-            "from a student of the same vocabulary"
-        )
+
+
+def _numbers_of(config: PreTrainedConfig) -> dict[str, str]:
+    """What a configuration calls the numbers of the student's section."""
+    return {
+        "layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "intermediate_size": feed_forward_name(config) or "",
+    }
 
 
 def _check_same_behaviour(own: PreTrainedConfig, wanted: PreTrainedConfig, given: str) -> None:

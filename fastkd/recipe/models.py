@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from fastkd.section import (
     MOST_HEADS,
     Place,
     Section,
 )
-from fastkd.types import EightBits, Head, ModelSource
+from fastkd.types import Combine, EightBits, Head, ModelSource
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
-CacheForm = Literal["none", "exact", "bfloat16"]
+CacheForm = Literal["none", "exact", "bfloat16", "float16", "int8"]
 CacheAttention = Literal["stored", "recomputed"]
 STARTS = ("teacher", "importance", "random")
 """Words of `student.init`, which name no folder."""
@@ -40,6 +40,27 @@ def check_flex(attention: Attention, dropout: float | None, gradient_checkpointi
         )
 
 
+class OtherTeacher(Section):
+    """A further teacher, which reads text by the first one's tokenizer."""
+
+    model: Place
+    """As `teacher.model`."""
+    revision: Place | None = None
+    """Branch, tag or commit on the hub."""
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Expected digest of `model.safetensors`, checked before use."""
+
+    @property
+    def source(self) -> ModelSource:
+        """Where it is loaded from."""
+        return ModelSource(self.model, self.revision, self.sha256)
+
+
+def _named(given: object) -> object:
+    """A name alone as the section that it is short for."""
+    return {"model": given} if isinstance(given, str) else given
+
+
 class Teacher(Section):
     """The large model. It is never trained and always runs in eval mode."""
 
@@ -49,6 +70,12 @@ class Teacher(Section):
     """Branch, tag or commit on the hub."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """Expected digest of `model.safetensors`, checked before use."""
+    others: tuple[Annotated[OtherTeacher, BeforeValidator(_named)], ...] = ()
+    """Further teachers, by name or as a section: what losses read of embeddings, or of a
+    classification head, is then what all of them give. Losses of layers read the first one."""
+    combine: Combine = "mean"
+    """What the embeddings of several teachers come to, each scaled to length one: their mean, or
+    all of them one behind the other. Of classification heads it is the mean of their outputs."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float8", "int8"] = "auto"
     """Precision of the teacher's weights and activations; `auto` is bfloat16 on a GPU that computes
     in it, float32 elsewhere. In `float8` (GPUs) and `int8` (CPUs) its linear layers multiply eight
@@ -62,7 +89,9 @@ class Teacher(Section):
     while the student trains on this one. Takes the memory of one more micro-batch's states."""
     cache: CacheForm = "none"
     """Whether what the losses read of the teacher is stored once, before the first step, and read
-    afterwards: `exact` in the teacher's own precision, `bfloat16` rounded to that."""
+    afterwards: `exact` in the teacher's own precision, `bfloat16` rounded to that. Of losses that
+    read embeddings that is one vector a sequence, which `float16` and `int8`, with a scale a
+    vector, round too."""
     cache_attention: CacheAttention = "stored"
     """Of the attention that losses read, queries, keys and values are stored, or the hidden states
     below their blocks, from which the teacher's own norms and projections make them in every step:
@@ -89,6 +118,11 @@ class Teacher(Section):
             if self.cache != "none":
                 found = f"cache is {self.cache}, and a teacher whose states are read does not run"
             raise ValueError(f"overlap is on, but {found}; leave one of them out")
+        if self.others and (self.eight_bits is not None or self.placement != "replicate"):
+            found = f"dtype is {self.dtype}, in which one teacher"
+            if self.placement != "replicate":
+                found = f"placement is {self.placement}, in which one"
+            raise ValueError(f"others are given, but {found} can run; change one of them")
         if self.eight_bits is not None and self.placement != "replicate":
             raise ValueError(
                 f"dtype is {self.dtype}, but placement is {self.placement}, which shards weights "
@@ -119,10 +153,17 @@ class Teacher(Section):
 
 
 class Student(Section):
-    """The small model: the teacher's architecture with these numbers in place of the teacher's."""
+    """The small model: the teacher's architecture with these numbers in place of the teacher's, or
+    a model to start from."""
 
-    layers: int = Field(gt=0, le=10_000)
-    """Transformer blocks."""
+    init: Place = "teacher"
+    """`teacher` copies the mapped teacher layers where shapes agree, `importance` also takes the
+    most active of their channels, neurons and heads where the student has fewer, `random` draws
+    everything; or the folder, hub name or `package:NAME/FOLDER` of a model to start from. One of
+    another architecture or vocabulary is taken as it is, with its own tokenizer, and so is any
+    where `layers` is not given; numbers that are given must be its own."""
+    layers: int | None = Field(default=None, gt=0, le=10_000, validate_default=True)
+    """Transformer blocks; may be left out where `init` names a model."""
     hidden_size: int | None = Field(default=None, gt=0, le=_WIDEST)
     """Width; the teacher's where not given."""
     heads: int | None = Field(default=None, gt=0, le=MOST_HEADS)
@@ -131,11 +172,6 @@ class Student(Section):
     """Key and value heads of grouped-query attention; scaled with `heads` where not given."""
     intermediate_size: int | None = Field(default=None, gt=0, le=_WIDEST)
     """Width of the feed-forward layer; the teacher's where not given."""
-    init: Place = "teacher"
-    """`teacher` copies the mapped teacher layers where shapes agree, `importance` also takes the
-    most active of their channels, neurons and heads where the student has fewer, `random` draws
-    everything; or the folder, hub name or `package:NAME/FOLDER` of a student to start from, which
-    was trained with the teacher's tokenizer."""
     dropout: float | None = Field(default=0.0, ge=0, lt=1)
     """Every dropout rate of the student; `null` keeps the teacher's rates."""
     head: Head = "none"
@@ -144,6 +180,14 @@ class Student(Section):
     """Attention implementation that the student runs."""
     gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass (non-reentrant)."""
+
+    @field_validator("layers")
+    @classmethod
+    def _known(cls, layers: int | None, info: ValidationInfo) -> int | None:
+        # of an `init` that was refused nothing is said here
+        if layers is None and info.data.get("init") in STARTS:
+            raise ValueError("missing; it has no default, so give a value")
+        return layers
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

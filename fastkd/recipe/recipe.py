@@ -82,6 +82,11 @@ class Recipe(Section):
             raise ValueError(
                 "data and task are both given; give data (text) or task (examples with labels)"
             )
+        if self.teacher.others and self.task is not None:
+            raise ValueError(
+                "teacher.others are given, but a task is learned from one teacher; leave others "
+                "out, or give data"
+            )
         self._check_maps()
         self._check_head()
         reason = self.why_not_cached()
@@ -213,21 +218,25 @@ class Recipe(Section):
                 )
 
     def _check_maps(self) -> None:
+        depth = self.student.layers
+        if depth is None:
+            # of a model to start from, which says it once it is read
+            return
         maps: dict[str, object] = {"layer_map": self.layer_map}
         for name, term in self.losses.terms.items():
             maps[f"losses.{name}.layer_map"] = getattr(term, "layer_map", None)
         for field, layers in maps.items():
-            if isinstance(layers, tuple) and len(layers) != self.student.layers:
+            if isinstance(layers, tuple) and len(layers) != depth:
                 raise ValueError(
                     f"{field} names {len(layers)} teacher layers, but student.layers is "
-                    f"{self.student.layers}; give one for each student layer, 0 for none"
+                    f"{depth}; give one for each student layer, 0 for none"
                 )
             if isinstance(layers, PairsMap):
                 deepest = max(pair.student for pair in layers.pairs)
-                if deepest > self.student.layers:
+                if deepest > depth:
                     raise ValueError(
                         f"{field} names student layer {deepest}, but student.layers is "
-                        f"{self.student.layers}; give layers from 1 to that"
+                        f"{depth}; give layers from 1 to that"
                     )
 
     def _check_head(self) -> None:

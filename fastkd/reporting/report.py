@@ -194,7 +194,9 @@ def _heldout(judged: dict[str, Any]) -> str:
 
 def _subject(recipe: AnyRecipe) -> str:
     if isinstance(recipe, Recipe):
-        return f"{recipe.teacher.model} to {recipe.student.layers} layers"
+        layers = recipe.student.layers
+        made = recipe.student.init if layers is None else f"{layers} layers"
+        return f"{recipe.teacher.model} to {made}"
     return f"{recipe.model.name}, fine-tuned on {recipe.task.name}"
 
 

@@ -94,7 +94,8 @@ def tensors_of(captured: Capture) -> list[Tensor]:
         found += [t for t in (state.query, state.key, state.value) if t is not None]
     logits = captured.logits
     found += [] if logits is None else [logits if isinstance(logits, Tensor) else logits.hidden]
-    return found if captured.outputs is None else [*found, captured.outputs]
+    whole = captured.outputs, captured.embedding
+    return [*found, *(tensor for tensor in whole if tensor is not None)]
 
 
 def bytes_of(tensors: list[Tensor]) -> int:

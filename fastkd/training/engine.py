@@ -13,8 +13,9 @@ import copy
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +31,9 @@ from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.layer_map import Progress
 from fastkd.losses.objective import DistilledStudent, Objective
+from fastkd.losses.pooling import EmbeddingModules
 from fastkd.models.quantised import Quantised
+from fastkd.packed_row import valid_tokens
 from fastkd.recipe import AnyRecipe, Recipe, Train
 from fastkd.training.checkpoint.layout import find_places
 from fastkd.training.deepspeed_config import student_config, teacher_config, uses_deepspeed
@@ -60,6 +63,32 @@ class StoredStates(Protocol):
         """What `capture` would have recorded of the teacher on a micro-batch of `reading`."""
 
 
+@dataclass(frozen=True)
+class OtherTeacher:
+    """A frozen teacher beside the first, which reads the same tokens."""
+
+    model: PreTrainedModel
+    modules: EmbeddingModules
+    """What makes its embeddings."""
+
+    def __call__(self, inputs: Inputs, first: Capture) -> Capture:
+        """Its embedding and its scores, where those of the first teacher are there.
+
+        Args:
+            inputs: as the first teacher reads them.
+            first: what was captured of that.
+        """
+        embeds, scores = first.embedding is not None, isinstance(first.logits, Tensor)
+        recorded = capture(self.model, outputs=embeds, logits=scores)
+        with torch.no_grad(), reading(self.model, inputs) as read, recorded as states:
+            self.model(**read)
+        made = None
+        if states.outputs is not None:
+            with torch.no_grad():
+                made = self.modules(states.outputs, valid_tokens(inputs))
+        return Capture(logits=states.logits, embedding=made)
+
+
 class TeacherRunner:
     """A frozen teacher, called on a micro-batch for what the losses need of it."""
 
@@ -70,6 +99,7 @@ class TeacherRunner:
         engine: nn.Module | None = None,
         *,
         quantised: Quantised | None = None,
+        others: Sequence[OtherTeacher] = (),
     ) -> None:
         """Let a teacher run.
 
@@ -78,10 +108,12 @@ class TeacherRunner:
             objective: whose layers are captured.
             engine: from `shard_teacher`, where the model is not whole.
             quantised: what of it is in eight bits.
+            others: further teachers, on that device.
         """
         self.model = model
         self.objective = objective
         self.quantised = quantised
+        self.others = tuple(others)
         self._run = model if engine is None else engine
         # of DeepSpeed's engine it returns nothing
         self._run.eval()
@@ -99,10 +131,11 @@ class TeacherRunner:
         cut = nullcontext() if whole else self._cut
         with torch.no_grad(), cut, reading(self.model, teacher_inputs(inputs)) as read:
             if self.compiled is not None and self.objective.training and not whole:
-                return self.compiled(read, wanted)
-            with capture(self.model, **wanted) as states:
-                self._run(**read)
-        return states
+                states = self.compiled(read, wanted)
+            else:
+                with capture(self.model, **wanted) as states:
+                    self._run(**read)
+        return self._condensed(states, inputs)
 
     def record(self, inputs: Inputs, wanted: Wanted | None = None) -> Capture:
         """Run as deep as the objective ever needs, and return what it may ever need, or what is
@@ -112,10 +145,18 @@ class TeacherRunner:
         reads = reading(self.model, teacher_inputs(inputs))
         with torch.no_grad(), self._cut, reads as read, recorded as states:
             self._run(**read)
-        return states
+        return self._condensed(states, inputs)
+
+    def _condensed(self, states: Capture, inputs: Inputs) -> Capture:
+        """What the losses read of all teachers, once the first has run."""
+        read, several = teacher_inputs(inputs), self.objective.pair.ensemble
+        found = self.objective.condensed(states, valid_tokens(read))
+        if several is None:
+            return found
+        return several(found, [other(read, found) for other in self.others])
 
     def embed(self, inputs: Inputs) -> Tensor:
-        """The teacher's last hidden state [batch, tokens, width], at full depth."""
+        """The first teacher's last hidden state [batch, tokens, width], at full depth."""
         with torch.no_grad(), reading(self.model, teacher_inputs(inputs)) as read:
             return last_hidden_state(self._run, self.model, read)
 

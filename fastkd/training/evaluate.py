@@ -11,6 +11,7 @@ from typing import Any, NoReturn, get_args
 
 import torch
 
+from fastkd.capture import Capture
 from fastkd.capture.lm_head import Overheard, overheard
 from fastkd.data.datamodule import EvalBatch
 from fastkd.distributed import Ranks
@@ -114,7 +115,10 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
             teacher_states = teacher(inputs, whole=teacher_heard is not None)
             parts = run.student(inputs, teacher_states, loss_scales)[1]
             losses += float(len(batch.rows) > 0) * parts[0]
-            if embeds:
+            if isinstance(teacher, TeacherRunner) and teacher.others and compares:
+                given = embeddings[0] if embeds else None, student_heard.output, inputs
+                evaluator.add(batch.rows, *_beside_several(*given, teacher_states))
+            elif embeds:
                 if found := _embedded(embeddings, (student_heard, teacher_heard), inputs):
                     evaluator.add(batch.rows, *found)
             else:
@@ -156,6 +160,18 @@ def _embedded(
         if embed is not None and given is not None
     ]
     return (made[0], made[1]) if len(made) == 2 else None
+
+
+def _beside_several(
+    modules: EmbeddingModules | None, given: torch.Tensor, inputs: Inputs, teachers: Capture
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the student gives, and what several teachers come to: embeddings, or predictions where
+    no modules are given."""
+    if modules is None:
+        assert isinstance(teachers.logits, torch.Tensor), "a loss reads scores"
+        return given, teachers.logits
+    assert teachers.embedding is not None, "a loss reads embeddings"
+    return modules(given, valid_tokens(inputs)), teachers.embedding
 
 
 def sum_divisors(objective: Objective, batches: Sequence[EvalBatch]) -> torch.Tensor:

@@ -148,6 +148,10 @@ def _states(found: Capture, mask: Tensor | None) -> Iterator[tuple[str, Tensor]]
         yield "the output", logits
     elif logits is not None:
         yield "the state below the head", _seen(logits.hidden, mask)
+    if found.outputs is not None:
+        yield "the last state", _seen(found.outputs, mask)
+    if found.embedding is not None:
+        yield "the embedding", found.embedding
 
 
 def _seen(state: Tensor, mask: Tensor | None) -> Tensor:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastkd.capture import find_blocks
+from fastkd.capture import find_blocks, set_attention
 from fastkd.data.batching import BatchPlan, plan_batches
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.layer_map import make_layer_map
 from fastkd.losses.factory import make_objective
-from fastkd.models import build_student
+from fastkd.models import build_student, drawn_model, own_model, student_layers
 from fastkd.models.load import auto_model, read_config
 from fastkd.models.locate import locate_model
 from fastkd.models.poolers import drop_pooler
@@ -30,9 +30,9 @@ from fastkd.recipe import Recipe
 from fastkd.training.chips import Chip
 from fastkd.training.deepspeed_config import uses_deepspeed
 from fastkd.training.dry_pass import DryPass, bytes_of, dry_pass, tensors_of
+from fastkd.training.embeddings import find_embeddings
 from fastkd.training.engine import matrix_numbers
 from fastkd.training.memory import memory_parts, parts_on_cpu
-from fastkd.training.parts import find_embeddings
 from fastkd.types import EightBits
 
 EFFICIENCY = 0.4
@@ -111,6 +111,11 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
     Raises:
         UserError: a model that can't be run so.
     """
+    if recipe.teacher.others:
+        raise UserError(
+            "teacher.others are given, but --gpu forecasts one teacher; leave --gpu out, which "
+            "makes a few real steps"
+        )
     form, tokens = recipe.row_form, _tokens(recipe)
     row = () if form is None else form.sequences
     sequences = rows * max(1, len(row))
@@ -119,13 +124,18 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
     try:
         with torch.device("meta"):
             teacher = _teacher(recipe, config)
-            depths = recipe.student.layers, config.num_hidden_layers
+            own = own_model(recipe.student, config)
+            depths = student_layers(recipe.student, config), config.num_hidden_layers
             layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
             # neither where it starts from matters, nor which attention is installed here
             kept = recipe.student.init == "importance"
             changed = {"init": "importance" if kept else "random", "attention": "sdpa"}
             section = recipe.student.model_copy(update=changed)
-            student = build_student(teacher, section, layers)[0]
+            if own is None:
+                student = build_student(teacher, section, layers)[0]
+            else:
+                student = drawn_model(own.config, section.head)
+                set_attention(student, section.attention)
             if recipe.train.precision == "bf16":
                 student.to(torch.bfloat16)
             inputs = {"input_ids": torch.zeros(sequences, tokens, dtype=torch.long)}

@@ -20,7 +20,7 @@ def introduce(run: Run, reporter: Reporter) -> None:
         share = initialisation.copied / initialisation.total
         origin = "the teacher" if recipe.student.starts_from is None else recipe.student.init
         reporter.say(
-            f"student: {recipe.student.layers} layers, {size}, {share:.0%} of them copied from "
+            f"student: {run.layers.student_layers} layers, {size}, {share:.0%} of them copied from "
             f"{origin}"
         )
         for missing in initialisation.missing:
@@ -31,6 +31,9 @@ def introduce(run: Run, reporter: Reporter) -> None:
     reporter.say(describe_precision(recipe, run.ranks.device))
     if isinstance(run.teacher, TeacherRunner) and run.teacher.quantised is not None:
         reporter.say(f"teacher: {run.teacher.quantised}")
+    several = run.objective.pair.ensemble
+    if several is not None:
+        reporter.say(f"teachers: {1 + len(run.others)}, {several}")
     for note in (*handed_on_notes(run), *_not_compared(run)):
         reporter.say(note)
     there, step = run.datamodule.introduction(recipe.train.batch_size)

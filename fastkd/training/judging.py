@@ -127,11 +127,15 @@ class RunEncoder:
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Embeddings [texts, dim] of texts, cut to `data.block_size`; collective."""
         run, ranks = self._run, self._run.ranks
-        made = tokenise(texts, None, run.tokenizer, self._max_length, "data.block_size")
+        tokenizer, config = run.tokenizer, run.module.student.config
+        if self._side == "teacher" and run.teacher_tokenizer is not None:
+            assert run.teacher_model is not None, "a tokenizer is a model's"
+            tokenizer, config = run.teacher_tokenizer, run.teacher_model.config
+        made = tokenise(texts, None, tokenizer, self._max_length, "data.block_size")
         sequences = sequences_of(
             made,
-            run.tokenizer,
-            token_types=uses_token_types(run.module.student.config),
+            tokenizer,
+            token_types=uses_token_types(config),
             max_length=self._max_length,
         )
         parts = evaluation_parts(

@@ -40,33 +40,34 @@ from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.embeddings import EmbeddingGroup
 from fastkd.losses.factory import (
     capture_needs,
-    embedding_losses,
     hard_objective,
     make_objective,
 )
 from fastkd.losses.mlm import MlmLoss
 from fastkd.losses.objective import DistilledStudent, Objective
-from fastkd.losses.pooling import EmbeddingModules, PoolingMode
 from fastkd.models import (
     Initialisation,
     UnknownModule,
     build_student,
-    check_same_vocabulary,
-    dropout_rates,
     load_student,
     load_teacher,
     load_tokenizer,
     read_embedding,
+    student_layers,
 )
 from fastkd.models.classifier import check_start, fit_classifier, load_tuned, name_outputs
 from fastkd.models.importance import start_by_importance
 from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, TaskData, resolve_steps
 from fastkd.row_form import RowForm
-from fastkd.training.export import check_prompts, load_projections
+from fastkd.training.embeddings import find_embeddings, own_pooling
+from fastkd.training.engine import OtherTeacher
+from fastkd.training.export import load_projections
 from fastkd.training.finite import check_weights
 from fastkd.training.memory import check_micro_batch
+from fastkd.training.others import ensemble_of, load_others
 from fastkd.training.precision import check_eight_bits, settle_precision
 from fastkd.training.run_folder import RunFolder
+from fastkd.training.vocabularies import Tokenizers, choose_tokenizers, share_token_types
 from fastkd.types import Inputs, ModelSource
 
 R = TypeVar("R", Recipe, FinetuneRecipe)
@@ -84,11 +85,14 @@ class Parts:
     plan: BatchPlan
     datamodule: DataModule
     tokenizer: PreTrainedTokenizerBase
+    teacher_tokenizer: PreTrainedTokenizerBase | None
+    """Of the teacher, where it has one of its own."""
     layers: LayerMap
     initialisation: Initialisation
     module: DistilledStudent
     teacher_model: PreTrainedModel | None
-    """`None` where hard labels teach."""
+    """The first teacher; `None` where hard labels teach."""
+    others: list[OtherTeacher]
     source: ModelSource
     """The model that the student was made from."""
     pairs: dict[str, EncodedRows]
@@ -155,19 +159,27 @@ def _distillation(
         if made is None and start is not None:
             check_start(start, task)
     teacher_traits = _traits(teacher, recipe)
-    tokenizer = load_tokenizer(source, vocabulary_size(teacher))
-    depths = recipe.student.layers, teacher.config.num_hidden_layers
-    layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
+
+    def mapped(depth: int) -> LayerMap:
+        depths = depth, teacher.config.num_hidden_layers
+        return make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
+
+    start = recipe.student.starts_from
     if made is None:
-        student, initialisation = _new_student(recipe, teacher, layers, tokenizer, task)
+        layers = mapped(student_layers(recipe.student, teacher.config))
+        student, initialisation = _new_student(recipe, teacher, layers, task)
     else:
         student, initialisation = _made_student(recipe, made, task)
+        layers = mapped(student.config.num_hidden_layers)
+        start = None if start is None else ModelSource(str(made.student))
+    tokenizers = choose_tokenizers(recipe, student, teacher, start)
     traits = _traits(student, recipe), teacher_traits
     if made is None:
         check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
-    embeddings = find_embeddings(recipe, teacher.config, student.config)
+    pooling = own_pooling(recipe, student, teacher, start)
+    embeddings = find_embeddings(recipe, teacher.config, student.config, pooling)
+    others = load_others(recipe, teacher, tokenizers.teacher or tokenizers.student)
     # before the data, which takes long to read, and may tell how many steps there are
-    pairs = _pairs(recipe, tokenizer, teacher.config, ranks)
     tasks = load_tasks(() if recipe.evaluate is None else recipe.evaluate.mteb, ranks)
     objective = make_objective(
         recipe.losses,
@@ -179,6 +191,7 @@ def _distillation(
         row=() if recipe.row_form is None else recipe.row_form.sequences,
         seed=recipe.train.seed,
         embeddings=embeddings,
+        ensemble=ensemble_of(recipe, None if embeddings is None else embeddings[1], others),
         last_is_output=bool(recipe.losses.of("hidden"))
         and all(map(hands_on_last_block, (student, teacher))),
     )
@@ -186,21 +199,28 @@ def _distillation(
         load_projections(objective, made)
     else:
         _begin_projection(recipe, objective, student)
+    typed = share_token_types(teacher, *(other.model for other in others))
+    first = student if tokenizers.teacher else share_token_types(typed, student)
+    pairs = _pairs(recipe, tokenizers, first.config, typed.config, ranks)
     datamodule = make_datamodule(
         recipe,
-        tokenizer,
-        teacher.config,
+        tokenizers.student,
+        first.config,
         ranks,
-        masking=_masking(recipe, tokenizer),
+        masking=_masking(recipe, tokenizers.student),
         counts_padding=recipe.losses.reduction == "tinybert",
+        teacher_tokenizer=tokenizers.teacher,
+        teacher_config=typed.config,
         progress=progress,
     )
     if made is None:
         recipe = _resolved(recipe, datamodule)
     objective.steps = recipe.train.steps
-    handed_on = dropout_rates(teacher.config)
+    handed_on: dict[str, Any] = dict(initialisation.rates)
     if HEADS[head].data == "task":
-        handed_on |= pad_alike(datamodule, tokenizer, student, teacher)
+        handed_on |= _pad_both(datamodule, tokenizers, student, teacher)
+        for other in others:
+            other.model.config.pad_token_id = teacher.config.pad_token_id
     if made is None and recipe.student.init == "importance":
         read = first_inputs(datamodule, recipe, plan, ranks)
         if recipe.teacher.placement == "replicate":
@@ -212,11 +232,13 @@ def _distillation(
         ranks=ranks,
         plan=plan,
         datamodule=datamodule,
-        tokenizer=tokenizer,
+        tokenizer=tokenizers.student,
+        teacher_tokenizer=tokenizers.teacher,
         layers=layers,
         initialisation=initialisation,
         module=DistilledStudent(student, objective),
         teacher_model=teacher,
+        others=others,
         source=source,
         pairs=pairs,
         mteb_tasks=tasks,
@@ -236,37 +258,22 @@ def first_inputs(
             yield from micro_batches.next_step(step)
 
 
-def find_embeddings(
-    recipe: Recipe, teacher: PreTrainedConfig, student: PreTrainedConfig
-) -> tuple[EmbeddingModules, EmbeddingModules] | None:
-    """What makes embeddings of student and teacher, as of `ModelPair`; `None` where fastkd doesn't
-    know the teacher's modules and no loss asks.
-
-    Raises:
-        UserError: it doesn't, and one asks; or prompts of the data contradict the teacher's.
-    """
-    readers = embedding_losses(recipe.losses, recipe.student.head)
-    asks = [f"losses.{name}" for name in readers]
-    if recipe.evaluate is not None:
-        asks.append("evaluate")
-    stated = [config.pooling for config in readers.values() if config.pooling is not None]
-    pooling: PoolingMode = stated[0] if stated else "mean"
-    source, head = recipe.teacher.source, recipe.student.head
-    if recipe.data is not None:
-        check_prompts(source, recipe.data.prompts)
-    try:
-        found = read_embedding(source, teacher, head, pooling)
-    except UnknownModule as error:
-        if not asks:
-            return None
-        raise UserError(f"{asks[0]} compares embeddings, but teacher.{error}") from error
-    return found.of_student(student.hidden_size), found
-
-
 def _pairs(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, ranks: Ranks
+    recipe: Recipe,
+    tokenizers: Tokenizers,
+    config: PreTrainedConfig,
+    teacher: PreTrainedConfig,
+    ranks: Ranks,
 ) -> dict[str, EncodedRows]:
-    """Pairs of texts that embeddings are scored on, by name; the first rank reads their files."""
+    """Pairs of texts that embeddings are scored on, by name; the first rank reads their files.
+
+    Args:
+        recipe: of the run.
+        tokenizers: of both models.
+        config: of the model that the first tokenizer's inputs are made for.
+        teacher: of the one that the teacher's own are made for.
+        ranks: this process among all.
+    """
     given = {} if recipe.evaluate is None else recipe.evaluate.pairs
     data, found = recipe.data, {}
     for name, pairs in given.items():
@@ -276,7 +283,11 @@ def _pairs(
         form = RowForm(columns=columns, named=True, scores=(pairs.score,), prompts=prompts)
         place = pairs.path, pairs.split, form, data.cache, f"evaluate.pairs.{name}"
         rows = ranks.from_main(partial(read_pairs, *place))
-        found[name] = encode_pairs(rows, form, tokenizer, config, data.block_size, name)
+        read = partial(encode_pairs, rows, form, max_length=data.block_size, name=name)
+        found[name] = read(tokenizers.student, config)
+        if tokenizers.teacher is not None:
+            theirs = read(tokenizers.teacher, teacher)
+            found[name] = replace(found[name], teacher=theirs.sequences)
     return found
 
 
@@ -303,17 +314,10 @@ def _masking(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Masking | No
 
 
 def _new_student(
-    recipe: Recipe,
-    teacher: PreTrainedModel,
-    layers: LayerMap,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task | None,
+    recipe: Recipe, teacher: PreTrainedModel, layers: LayerMap, task: Task | None
 ) -> tuple[PreTrainedModel, Initialisation]:
     student, initialisation = build_student(teacher, recipe.student, layers)
-    start = recipe.student.starts_from
     check_weights(student, f"student.init {recipe.student.init}")
-    if start is not None:
-        check_same_vocabulary(start, f"student.init {start.name}", tokenizer)
     if task is not None:
         name_outputs(student.config, task)
     return student, initialisation
@@ -363,15 +367,31 @@ def _finetuning(
         plan=plan,
         datamodule=datamodule,
         tokenizer=tokenizer,
+        teacher_tokenizer=None,
         layers=layers,
         initialisation=_nothing_drawn(model, tuned.new_head),
         module=DistilledStudent(model, objective),
         teacher_model=None,
+        others=[],
         source=source,
         pairs={},
         mteb_tasks={},
         handed_on=handed_on,
     )
+
+
+def _pad_both(
+    datamodule: DataModule,
+    tokenizers: Tokenizers,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+) -> dict[str, Any]:
+    """`pad_alike` of both models, each as its own tokenizer's sequences are padded."""
+    if tokenizers.teacher is None:
+        return pad_alike(datamodule, tokenizers.student, student, teacher)
+    assert isinstance(datamodule, RowDataModule), "rows alone are read by two tokenizers"
+    teacher.config.pad_token_id = datamodule.teacher_pad_id
+    return pad_alike(datamodule, tokenizers.student, student)
 
 
 def pad_alike(

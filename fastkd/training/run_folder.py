@@ -45,6 +45,7 @@ from fastkd.training.environment import (
 _PLACES = (
     "model.name",
     "teacher.model",
+    "teacher.others.model",
     "student.init",
     "data.train",
     "data.heldout",
@@ -312,6 +313,8 @@ def _replaced(section: dict[str, Any], key: str, folder: Path) -> dict[str, Any]
     value = section.get(head)
     if rest and isinstance(value, dict):
         return {**section, head: _replaced(value, rest, folder)}
+    if rest and isinstance(value, list):
+        return {**section, head: [_replaced(one, rest, folder) for one in value]}
     if rest or not value:
         return section
     if isinstance(value, list):

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastkd.capture import Capture, CompiledCapture
 from fastkd.capture.compiled import check_compiler
@@ -76,19 +76,21 @@ class Run(Parts):
 
     @property
     def teacher_parameters(self) -> int:
-        """Numbers in the teacher, its pooler left out; 0 without one."""
-        if self.teacher_model is None:
-            return 0
+        """Numbers in the teacher, or all of them, poolers left out; 0 without one."""
         # a sharded parameter keeps its real size in ds_numel
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.teacher_model.parameters())
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self._teacher_weights())
 
     @property
     def teacher_bytes(self) -> int:
         """Of these numbers, on all ranks together where they are sharded."""
-        if self.teacher_model is None:
-            return 0
-        weights = self.teacher_model.parameters()
+        weights = self._teacher_weights()
         return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in weights)
+
+    def _teacher_weights(self) -> Iterator[nn.Parameter]:
+        """Of all teachers."""
+        first = [] if self.teacher_model is None else [self.teacher_model]
+        for model in (*first, *(other.model for other in self.others)):
+            yield from model.parameters()
 
     def computed_parts(self) -> dict[str, int]:
         """Bytes of weights, gradients and moments on this rank's device, see `memory_parts`."""
@@ -122,7 +124,7 @@ class Run(Parts):
         folder; of the student's once it is exported. Collective under ZeRO-3.
 
         Args:
-            side: whose.
+            side: whose; of several teachers it is what their embeddings come to.
             inputs: on this rank's device.
 
         Returns:
@@ -131,6 +133,10 @@ class Run(Parts):
         Raises:
             UserError: the teacher has modules that fastkd doesn't know, or is none.
         """
+        if side == "teacher" and self.others:
+            found = self.teacher(inputs, whole=True).embedding
+            if found is not None:
+                return found
         modules = self.embedding(side)
         if modules is None or (side == "teacher" and isinstance(self.teacher, NoTeacher)):
             raise UserError(
@@ -144,8 +150,8 @@ class Run(Parts):
                 assert isinstance(self.teacher, TeacherRunner), "it was looked at above"
                 states = self.teacher.embed(inputs)
             read = inputs if side == "student" else teacher_inputs(inputs)
-            found: Tensor = modules(states, valid_tokens(read))
-        return found
+            made: Tensor = modules(states, valid_tokens(read))
+        return made
 
     def move(self, inputs: Inputs) -> Inputs:
         """Inputs on this rank's device, without the numbers of their rows; lengths are read on the
@@ -302,7 +308,9 @@ def _teacher(parts: Parts, *, sharded: bool) -> TeacherRunner | NoTeacher:
         return TeacherRunner(model, parts.objective, shard_teacher(model, recipe))
     device, kind = parts.ranks.device, recipe.teacher.eight_bits
     if kind is None:
-        return TeacherRunner(model.to(device), parts.objective)
+        for other in parts.others:
+            other.model.to(device)
+        return TeacherRunner(model.to(device), parts.objective, others=parts.others)
     # only now: the student was made of its weights
     quantised = quantise(model, kind, device)
     return TeacherRunner(model, parts.objective, quantised=quantised)

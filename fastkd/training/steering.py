@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections import ChainMap
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -21,31 +21,37 @@ from fastkd.reporting.console import Reporter
 from fastkd.section import did_you_mean
 from fastkd.training.engine import whole_weights
 from fastkd.training.evaluate import Evaluation
-from fastkd.training.parts import Parts
 from fastkd.training.perplexity import perplexity_name
 from fastkd.training.setup import Run
+from fastkd.types import Side
 
 
-def metric_directions(parts: Parts) -> dict[str, bool]:
-    """Every number that can decide, by name, and whether the larger one is the better."""
-    objective = parts.objective
+def metric_directions(run: Run) -> dict[str, bool]:
+    """Every number that can decide, by name, and whether the larger one is the better; collective
+    under ZeRO-3."""
+    objective = run.objective
     found = dict.fromkeys((*objective.labels, "total"), False)
     name = perplexity_name(objective)
     if name is not None:
         found[name] = False
-    found |= dict.fromkeys(parts.datamodule.headlines, True)
-    evaluate = parts.recipe.evaluate if isinstance(parts.recipe, Recipe) else None
+    found |= dict.fromkeys(run.datamodule.headlines, True)
+    dims = {None if (made := run.embedding(side)) is None else made.dim for side in get_args(Side)}
+    if len(dims) > 1 or None in dims:
+        # there is nothing to compare
+        found.pop("sentence_cosine", None)
+    evaluate = run.recipe.evaluate if isinstance(run.recipe, Recipe) else None
     return found if evaluate is None else found | dict.fromkeys(evaluate.names, True)
 
 
-def check_metrics(parts: Parts) -> None:
+def check_metrics(run: Run) -> None:
     """See that an evaluation finds the numbers that decide.
 
     Raises:
         UserError: naming one that it doesn't, and those that it does.
     """
-    known = metric_directions(parts)
-    for field, name in _chosen(parts.recipe).items():
+    chosen = _chosen(run.recipe)
+    known = metric_directions(run) if chosen else {}
+    for field, name in chosen.items():
         if name not in known:
             raise UserError(
                 f"{field} is {name!r}, which no evaluation of this run finds; "
@@ -97,8 +103,8 @@ class Steering:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        recipe, known = run.recipe, metric_directions(run)
-        stopping, kept = recipe.train.early_stopping, recipe.run.keep_best
+        stopping, kept = run.recipe.train.early_stopping, run.recipe.run.keep_best
+        known = metric_directions(run) if stopping or kept else {}
         self._patience = 0 if stopping is None else stopping.patience
         self._stopping = (
             None

@@ -53,6 +53,12 @@ class RowDataModule:
         return self.encoded.train.sequences.pad_id
 
     @property
+    def teacher_pad_id(self) -> int | None:
+        """What a teacher's own sequences are padded with, where it has a tokenizer of its own."""
+        own = self.encoded.train.teacher
+        return None if own is None else own.pad_id
+
+    @property
     def rows(self) -> int | None:
         return len(self.encoded.train)
 

@@ -151,8 +151,10 @@ def _introduction(
 ) -> list[str]:
     by = f"by fastkd {made_on['packages']['fastkd']}"
     if isinstance(recipe, Recipe):
-        layers, teacher = recipe.student.layers, _text(public["teacher"]["model"])
-        return [f"A student of {layers} layers, distilled from {teacher} {by}."]
+        given, teacher = public["teacher"], _text(public["teacher"]["model"])
+        of = f" of {recipe.student.layers} layers" if recipe.student.layers else ""
+        teachers = [teacher, *(_text(other["model"]) for other in given["others"][:_ROWS])]
+        return [f"A student{of}, distilled from {', '.join(teachers)} {by}."]
     name, task = _text(public["model"]["name"]), _text(public["task"]["name"])
     return [f"{name}, fine-tuned on {task} {by}."]
 
@@ -230,12 +232,11 @@ def _sources(
     """Models with their licences, and the digests of what was read of them."""
     lines = []
     for field, source in sources.items():
-        section, _, key = field.partition(".")
         revision = f", revision {source.revision}" if source.revision else ""
         licence = licences[field]
         called = " ".join(part for part in (licence.identifier, licence.name, licence.link) if part)
         said = f"licence {called}, as its own card says" if called else "licence unknown"
-        lines.append(f"- {field}: {_text(str(public[section][key]) + revision)}; {_text(said)}")
+        lines.append(f"- {field}: {_text(_named(public, field) + revision)}; {_text(said)}")
         files = digests.get(field, {})
         weights = [name for name in files if name.endswith((".safetensors", ".bin"))]
         for name in [*(["commit"] if "commit" in files else []), *weights[:8]]:
@@ -244,6 +245,13 @@ def _sources(
     if any(not licence.identifier for licence in licences.values()):
         lines += ["", "Ask whoever made a model of unknown licence before you hand this one on."]
     return lines
+
+
+def _named(public: Any, field: str) -> str:
+    """What a field that names a model says, as in `model_sources`."""
+    for key in field.split("."):
+        public = public[int(key) - 1]["model"] if isinstance(public, list) else public[key]
+    return str(public)
 
 
 def _data(public: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:

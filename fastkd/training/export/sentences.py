@@ -72,7 +72,7 @@ class SentenceModules:
                 f"goes without {'; '.join(self.lost)}"
             )
         if self.own is not None and (self.new_pooling or self.own.projection is not None):
-            other = self.new_pooling and self.kept is not _PLAIN
+            other = self.new_pooling and self.kept not in (_PLAIN, _OF_SEVERAL)
             space = "; the teacher's own modules pool otherwise, to another space" if other else ""
             found.append(f"embedding of the student: {self.own.describe()}{space}")
         return found
@@ -94,6 +94,8 @@ def sentence_modules(
         head: the student's.
         own: what the losses say of the student's embedding.
     """
+    if own is not None and own.alone:
+        return SentenceModules(_OF_SEVERAL, (), own, new_pooling=True)
     modules, reason = list_modules(teacher, head)
     if not modules:
         if reason is None and own is not None and HEADS[head].data != "task":
@@ -116,6 +118,8 @@ def _entry(kind: str, path: str) -> dict[str, Any]:
 
 
 _PLAIN = (Module(_entry("Transformer", "")), Module(_entry("Pooling", "1_Pooling")))
+_OF_SEVERAL = (*_PLAIN, Module(_entry("Normalize", "2_Normalize")))
+"""Of a student of several teachers, of whose own modules it has none."""
 
 
 def write_modules(

@@ -27,7 +27,7 @@ from fastkd.training.teacher_cache.plan import (
     first_batches,
     size_of,
 )
-from fastkd.types import Inputs
+from fastkd.types import Inputs, teacher_inputs
 
 _TIMED_BATCHES = 3
 _PROBE_BYTES = 1 << 25
@@ -182,5 +182,6 @@ def _wait(run: Run) -> None:
 
 
 def _tokens(inputs: Inputs) -> int:
-    mask = inputs.get("attention_mask")
-    return inputs["input_ids"].numel() if mask is None else int(mask.sum())
+    read = teacher_inputs(inputs)
+    mask = read.get("attention_mask")
+    return read["input_ids"].numel() if mask is None else int(mask.sum())

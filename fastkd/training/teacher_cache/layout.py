@@ -4,8 +4,8 @@ Of attention either queries, keys and values are stored, or the hidden states be
 which the teacher's own blocks make them again.
 
 A row is stored at its own length, without padding: its tokens follow each other in each file, and
-those of the next row follow them. What a head that classifies texts gives is one
-entry a row.
+those of the next row follow them. What a head that classifies texts gives is one entry a row, and
+so is an embedding, in whose place no states of tokens are stored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from fastkd.losses import model_inputs
 from fastkd.types import Inputs
 
 # numbers of these sizes are stored, whatever they stand for
-BITS = {2: torch.int16, 4: torch.int32}
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+# what stands behind the numbers of an entry in int8: its scale, fp32
+_SCALE_BYTES = 4
+_LARGEST = 127
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,34 @@ class Field:
         return int(torch.Size(self.shape).numel())
 
     @property
+    def stored_numbers(self) -> int:
+        """Of an entry, on disk."""
+        return self.numbers + (_SCALE_BYTES if self.stored == torch.int8 else 0)
+
+    @property
     def entry_bytes(self) -> int:
         """Of an entry, on disk."""
-        return self.numbers * self.stored.itemsize
+        return self.stored_numbers * self.stored.itemsize
+
+    def encoded(self, numbers: Tensor) -> Tensor:
+        """Numbers of entries [..., numbers] as they are stored, [..., stored_numbers].
+
+        In int8 they are counted in steps of an entry's own, its largest number over 127: none is
+        off by more than half a step.
+        """
+        if self.stored != torch.int8:
+            return numbers.to(self.stored)
+        largest = numbers.float().abs().amax(dim=-1, keepdim=True)
+        scales = largest.clamp(min=torch.finfo(torch.float32).tiny) / _LARGEST
+        counted = (numbers.float() / scales).round().to(torch.int8)
+        return torch.cat([counted, scales.view(torch.int8)], dim=-1)
+
+    def decoded(self, stored: Tensor) -> Tensor:
+        """What `encoded` was given, up to rounding."""
+        if self.stored != torch.int8:
+            return stored.to(self.dtype)
+        scales = stored[..., self.numbers :].contiguous().view(torch.float32)
+        return (stored[..., : self.numbers] * scales).to(self.dtype)
 
     def as_dict(self) -> dict[str, Any]:
         """What decides its bytes, for the key of a cache."""
@@ -106,6 +134,7 @@ class Layout:
             logits=head,
             outputs=None if self.template.outputs is None else read("outputs"),
             modules={path: read(f"module-{path}") for path in self.template.modules},
+            embedding=None if self.template.embedding is None else read("embedding"),
         )
 
     def _below(self, wanted: Mapping[str, Any]) -> set[int]:
@@ -192,6 +221,7 @@ def constant_part(states: Capture) -> Capture:
         logits=head,
         outputs=None if states.outputs is None else empty(states.outputs),
         modules={path: empty(given) for path, given in states.modules.items()},
+        embedding=None if states.embedding is None else empty(states.embedding),
     )
 
 
@@ -199,7 +229,7 @@ def to_store(states: Capture, field: Field) -> Tensor:
     """A field of a capture as it is stored, on the CPU: bits [batch, entries, numbers]."""
     tensor = next(t for name, t, _ in _tensors(states) if name == field.name)
     entries = tensor[:, None] if field.token_dim is None else tensor.movedim(field.token_dim, 1)
-    flat = entries.flatten(2).to(field.stored).contiguous().cpu()
+    flat = field.encoded(entries.flatten(2)).contiguous().cpu()
     return flat.view(BITS[field.stored.itemsize])
 
 
@@ -221,3 +251,5 @@ def _tensors(states: Capture) -> Iterator[tuple[str, Tensor, int | None]]:
         yield "outputs", states.outputs, 1
     for path, given in sorted(states.modules.items()):
         yield f"module-{path}", given, 1
+    if states.embedding is not None:
+        yield "embedding", states.embedding, None

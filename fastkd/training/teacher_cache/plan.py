@@ -18,6 +18,7 @@ from fastkd.data.text.cache import cache_key, is_complete
 from fastkd.data.text.datamodule import TextDataModule
 from fastkd.errors import UserError
 from fastkd.losses import model_inputs
+from fastkd.losses.factory import embedding_losses
 from fastkd.models.digests import model_digests
 from fastkd.recipe import Recipe
 from fastkd.recipe.models import CacheAttention, CacheForm
@@ -33,11 +34,13 @@ from fastkd.training.teacher_cache.layout import (
 )
 from fastkd.training.teacher_cache.rows import Rows
 from fastkd.training.teacher_cache.states import TeacherStates
-from fastkd.types import Inputs
+from fastkd.types import Inputs, teacher_inputs
 
 FORMAT = 1
 """Raised when the same settings would give other files."""
 _PRECISIONS: Mapping[CacheForm, torch.dtype | None] = {"exact": None, "bfloat16": torch.bfloat16}
+_OF_EMBEDDINGS: Mapping[CacheForm, torch.dtype] = {"float16": torch.float16, "int8": torch.int8}
+"""Further ones where nothing but an embedding is read, which has no numbers far from its others."""
 _GIB = 2**30
 
 
@@ -112,6 +115,12 @@ def plan_cache(run: Run, form: Form) -> CachePlan:
     if not run.objective.reads_values:
         states = without_values(states)
     fields = _fields_of_forms(states, wanted, inputs)
+    if form not in fields:
+        read = [field.name for field in fields[Form("exact")] if field.name != "embedding"]
+        raise UserError(
+            f"teacher.cache is {form.precision}, which stores embeddings alone, but the losses "
+            f"read {read[0]} of the teacher; take exact or bfloat16"
+        )
     recomputed = form.attention == "recomputed"
     layout = Layout(
         fields=fields[form],
@@ -130,6 +139,8 @@ def plan_cache(run: Run, form: Form) -> CachePlan:
         "tf32": recipe.train.tf32,
         "device": run.ranks.device.type,
         "states": [field.as_dict() for field in layout.fields],
+        **_pooling_of(recipe),
+        **_others_of(run, recipe),
         **_data_of(run),
     }
     folder = Path(recipe.teacher.cache_folder).expanduser() / cache_key(settings)
@@ -211,16 +222,35 @@ def _fields_of_forms(
     states: Capture, wanted: Mapping[str, Any], inputs: Inputs
 ) -> dict[Form, tuple[Field, ...]]:
     """What each form stores of a capture that holds what attention is recomputed from."""
-    batch, tokens = inputs["input_ids"].shape
+    batch, tokens = teacher_inputs(inputs)["input_ids"].shape
     hidden = {n: state for n, state in states.hidden.items() if n in wanted["hidden"]}
     stored: dict[CacheAttention, Capture] = {"stored": replace(states, hidden=hidden)}
     if wanted["attention"]:
         stored["recomputed"] = replace(states, attention={})
+    precisions = dict(_PRECISIONS)
+    if [field.name for field in fields_of(states, (batch, tokens), None)] == ["embedding"]:
+        precisions |= _OF_EMBEDDINGS
     return {
         Form(precision, attention): fields_of(kept, (batch, tokens), dtype)
-        for precision, dtype in _PRECISIONS.items()
+        for precision, dtype in precisions.items()
         for attention, kept in stored.items()
     }
+
+
+def _others_of(run: Run, recipe: Recipe) -> dict[str, Any]:
+    """The further teachers, where there are some."""
+    given = recipe.teacher.others
+    if not given:
+        return {}
+    found = run.ranks.from_main(lambda: [model_digests(other.source) for other in given])
+    return {"others": found, "combine": recipe.teacher.combine}
+
+
+def _pooling_of(recipe: Recipe) -> dict[str, Any]:
+    """How losses have embeddings pooled, where that is not what the teacher's own files say."""
+    readers = embedding_losses(recipe.losses, recipe.student.head)
+    asked = {config.pooling for config in readers.values()}
+    return {"pooling": asked.pop()} if asked - {None} else {}
 
 
 def _data_of(run: Run) -> dict[str, Any]:
@@ -239,8 +269,9 @@ def _rows_of(run: Run) -> Rows:
     if isinstance(data, TaskDataModule):
         return Rows(np.asarray(data.train.offsets))
     if isinstance(data, RowDataModule):
-        # of each sequence apart
-        return Rows(np.asarray(data.encoded.train.sequences.offsets))
+        # of each sequence apart, as the teacher reads it
+        train = data.encoded.train
+        return Rows(np.asarray((train.teacher or train.sequences).offsets))
     assert isinstance(data, TextDataModule) and data.rows is not None, "a stream is refused before"
     return Rows(np.arange(data.rows + 1, dtype=np.int64) * data.block_size)
 

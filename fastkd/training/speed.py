@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from fastkd.distributed import Ranks
 from fastkd.training.engine import NoTeacher
 from fastkd.training.setup import Run
-from fastkd.types import LENGTHS, Inputs, teacher_inputs
+from fastkd.types import LENGTHS, STARTS, Inputs, teacher_inputs
 
 BATCHES = (1, 32)
 """Sequences of a pass."""
@@ -63,7 +63,8 @@ def measure_speed(run: Run) -> dict[str, Any]:
             decide = partial(_is_bounded, batch * alone, needed, ranks)
             if batch > 1 and not ranks.from_main(decide):
                 continue
-            seconds = time_passes(model, repeated(sequence, batch), ranks)
+            copies = repeated(sequence, batch, packed=LENGTHS in inputs)
+            seconds = time_passes(model, copies, ranks)
             alone = alone or seconds
             found[str(batch)][name] = {
                 "milliseconds": seconds * 1e3,
@@ -95,9 +96,17 @@ def longest_sequence(inputs: Inputs) -> Inputs:
     return {**found, "attention_mask": mask[row : row + 1, kept]}
 
 
-def repeated(sequence: Inputs, batch: int) -> Inputs:
-    """A batch of copies, [batch, tokens]."""
-    return {name: tensor.repeat(batch, 1) for name, tensor in sequence.items()}
+def repeated(sequence: Inputs, batch: int, *, packed: bool = False) -> Inputs:
+    """A batch of copies, [batch, tokens]; or packed, for models that read no other."""
+    if not packed:
+        return {name: tensor.repeat(batch, 1) for name, tensor in sequence.items()}
+    ids = sequence["input_ids"]
+    tokens = ids.shape[1]
+    row = {name: tensor.repeat(1, batch) for name, tensor in sequence.items()}
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=ids.device) * tokens
+    positions = torch.arange(tokens, device=ids.device).repeat(batch)[None]
+    lengths = torch.full((batch,), tokens)
+    return {**row, "position_ids": positions, STARTS: starts, LENGTHS: lengths}
 
 
 def time_passes(run: Callable[[Inputs], object], inputs: Inputs, ranks: Ranks) -> float:

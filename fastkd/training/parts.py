@@ -192,8 +192,7 @@ def _distillation(
         seed=recipe.train.seed,
         embeddings=embeddings,
         ensemble=ensemble_of(recipe, None if embeddings is None else embeddings[1], others),
-        last_is_output=bool(recipe.losses.of("hidden"))
-        and all(map(hands_on_last_block, (student, teacher))),
+        last_is_output=_hand_on_last_block(recipe, student, teacher),
     )
     if made is not None:
         load_projections(objective, made)
@@ -289,6 +288,13 @@ def _pairs(
             theirs = read(tokenizers.teacher, teacher)
             found[name] = replace(found[name], teacher=theirs.sequences)
     return found
+
+
+def _hand_on_last_block(recipe: Recipe, *models: PreTrainedModel) -> bool:
+    """Whether a hidden loss may say what the student's embedding is, as of `ModelPair`; a model of
+    a task has none."""
+    asked = recipe.losses.of("hidden") and HEADS[recipe.student.head].data != "task"
+    return bool(asked) and all(map(hands_on_last_block, models))
 
 
 def _begin_projection(recipe: Recipe, objective: Objective, student: PreTrainedModel) -> None:

@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cached": {"teacher.cache": "exact"},
     "tokens": TOKENS,
     "half": {"train.steps": 2},
+    "recut": {"train.steps": 2},
 }
 
 
@@ -46,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return keys({"run.output": str(folder / name), **values})
 
     variants = [run(name, **values) for name, values in VARIANTS.items()]
-    run_variants(recipe, [*variants, run("half")])
+    run_variants(recipe, [*variants, run("half"), run("recut", **TOKENS)])
     shared = [run("ranks", **TOKENS), run("zero 3", **TOKENS, **{"train.zero_stage": 3})]
     run_variants(recipe, shared, ranks=2)
     return folder
@@ -56,7 +57,7 @@ def _stored(folder: Path) -> dict[str, Any]:
     return {"model": str(save_teacher(folder / "teacher")), "cache_folder": str(folder / "states")}
 
 
-@pytest.mark.parametrize("name", ["micro", "ranks", "cached", "half", "tokens", "zero 3"])
+@pytest.mark.parametrize("name", ["micro", "ranks", "cached", "half", "tokens", "recut", "zero 3"])
 def test_a_run_is_the_same_however_it_is_made(name: str, runs: Path) -> None:
     assert_same_run(runs / name, runs / "whole", losses=2e-4, weights=2e-5)
     if name == "half":

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from fastkd.distributed import Ranks
 from fastkd.training.engine import NoTeacher
 from fastkd.training.setup import Run
-from fastkd.types import LENGTHS, Inputs, teacher_inputs
+from fastkd.types import LENGTHS, STARTS, Inputs, teacher_inputs
 
 BATCHES = (1, 32)
 """Sequences of a pass."""
@@ -79,13 +79,17 @@ def _is_bounded(seconds: float, needed: int, ranks: Ranks) -> bool:
 
 
 def longest_sequence(inputs: Inputs) -> Inputs:
-    """The longest sequence of a micro-batch, padded or packed, without its padding, [1, tokens]."""
+    """The longest sequence of a micro-batch, without its padding, [1, tokens]; of a packed one a
+    packed row again, as its models may read nothing else."""
     names = [name for name in ("input_ids", "token_type_ids") if name in inputs]
     if LENGTHS in inputs:
         lengths = inputs[LENGTHS]
         last = int(lengths.argmax())
-        start = int(lengths[:last].sum())
-        return {name: inputs[name][:, start : start + int(lengths[last])] for name in names}
+        start, size = int(lengths[:last].sum()), int(lengths[last])
+        names += ["position_ids"]
+        found = {name: inputs[name][:, start : start + size] for name in names}
+        starts = torch.tensor([0, size], dtype=torch.int32)
+        return {**found, STARTS: starts, LENGTHS: lengths[[last]]}
     mask = inputs.get("attention_mask")
     if mask is None:
         return {name: inputs[name][:1] for name in names}
@@ -96,7 +100,12 @@ def longest_sequence(inputs: Inputs) -> Inputs:
 
 
 def repeated(sequence: Inputs, batch: int) -> Inputs:
-    """A batch of copies, [batch, tokens]."""
+    """A batch of copies, [batch, tokens], or one packed row of them."""
+    if LENGTHS in sequence:
+        starts = sequence[STARTS]
+        row = {n: t.repeat(1, batch) for n, t in sequence.items() if n not in (LENGTHS, STARTS)}
+        steps = torch.arange(batch + 1, dtype=starts.dtype, device=starts.device)
+        return {**row, STARTS: steps * starts[-1], LENGTHS: sequence[LENGTHS].repeat(batch)}
     return {name: tensor.repeat(batch, 1) for name, tensor in sequence.items()}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastkd.distributed import Ranks
 from fastkd.training import speed
 from fastkd.training.engine import NoTeacher
-from fastkd.types import LENGTHS
+from fastkd.types import LENGTHS, STARTS
 
 RANKS = Ranks(0, 1, torch.device("cpu"))
 PADDED = {
@@ -25,7 +25,16 @@ PADDED = {
 PACKED = {
     "input_ids": torch.tensor([[1, 2, 3, 4, 5]]),
     "token_type_ids": torch.tensor([[0, 0, 0, 1, 1]]),
+    "position_ids": torch.tensor([[0, 1, 0, 1, 2]]),
+    STARTS: torch.tensor([0, 2, 5], dtype=torch.int32),
     LENGTHS: torch.tensor([2, 3]),
+}
+ALONE = {
+    "input_ids": [[3, 4, 5]],
+    "token_type_ids": [[0, 1, 1]],
+    "position_ids": [[0, 1, 2]],
+    STARTS: [0, 3],
+    LENGTHS: [3],
 }
 
 
@@ -33,7 +42,7 @@ PACKED = {
     ("inputs", "expected"),
     [
         (PADDED, {"input_ids": [[3, 4, 5]], "attention_mask": [[1, 1, 1]]}),
-        (PACKED, {"input_ids": [[3, 4, 5]], "token_type_ids": [[0, 1, 1]]}),
+        (PACKED, ALONE),
         ({"input_ids": torch.tensor([[1, 2], [3, 4]])}, {"input_ids": [[1, 2]]}),
     ],
     ids=["padded", "packed", "blocks"],
@@ -42,7 +51,13 @@ def test_the_longest_sequence_stands_alone(inputs: Any, expected: dict[str, Any]
     found = speed.longest_sequence(inputs)
     assert {name: tensor.tolist() for name, tensor in found.items()} == expected
     batch = speed.repeated(found, 3)
-    assert batch["input_ids"].shape == (3, len(expected["input_ids"][0]))
+    size = len(expected["input_ids"][0])
+    if LENGTHS not in inputs:
+        assert batch["input_ids"].shape == (3, size)
+        return
+    # a packed row stays one, as its models may read nothing else
+    assert batch["input_ids"].shape == batch["position_ids"].shape == (1, 3 * size)
+    assert batch[STARTS].tolist() == [0, 3, 6, 9] and batch[LENGTHS].tolist() == [3, 3, 3]
 
 
 def measured(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[int]]:

@@ -63,8 +63,7 @@ def measure_speed(run: Run) -> dict[str, Any]:
             decide = partial(_is_bounded, batch * alone, needed, ranks)
             if batch > 1 and not ranks.from_main(decide):
                 continue
-            copies = repeated(sequence, batch, packed=LENGTHS in inputs)
-            seconds = time_passes(model, copies, ranks)
+            seconds = time_passes(model, repeated(sequence, batch), ranks)
             alone = alone or seconds
             found[str(batch)][name] = {
                 "milliseconds": seconds * 1e3,
@@ -80,13 +79,17 @@ def _is_bounded(seconds: float, needed: int, ranks: Ranks) -> bool:
 
 
 def longest_sequence(inputs: Inputs) -> Inputs:
-    """The longest sequence of a micro-batch, padded or packed, without its padding, [1, tokens]."""
+    """The longest sequence of a micro-batch, without its padding, [1, tokens]; of a packed one a
+    packed row again, as its models may read nothing else."""
     names = [name for name in ("input_ids", "token_type_ids") if name in inputs]
     if LENGTHS in inputs:
         lengths = inputs[LENGTHS]
         last = int(lengths.argmax())
-        start = int(lengths[:last].sum())
-        return {name: inputs[name][:, start : start + int(lengths[last])] for name in names}
+        start, size = int(lengths[:last].sum()), int(lengths[last])
+        names += ["position_ids"]
+        found = {name: inputs[name][:, start : start + size] for name in names}
+        starts = torch.tensor([0, size], dtype=torch.int32)
+        return {**found, STARTS: starts, LENGTHS: lengths[[last]]}
     mask = inputs.get("attention_mask")
     if mask is None:
         return {name: inputs[name][:1] for name in names}
@@ -96,17 +99,14 @@ def longest_sequence(inputs: Inputs) -> Inputs:
     return {**found, "attention_mask": mask[row : row + 1, kept]}
 
 
-def repeated(sequence: Inputs, batch: int, *, packed: bool = False) -> Inputs:
-    """A batch of copies, [batch, tokens]; or packed, for models that read no other."""
-    if not packed:
-        return {name: tensor.repeat(batch, 1) for name, tensor in sequence.items()}
-    ids = sequence["input_ids"]
-    tokens = ids.shape[1]
-    row = {name: tensor.repeat(1, batch) for name, tensor in sequence.items()}
-    starts = torch.arange(batch + 1, dtype=torch.int32, device=ids.device) * tokens
-    positions = torch.arange(tokens, device=ids.device).repeat(batch)[None]
-    lengths = torch.full((batch,), tokens)
-    return {**row, "position_ids": positions, STARTS: starts, LENGTHS: lengths}
+def repeated(sequence: Inputs, batch: int) -> Inputs:
+    """A batch of copies, [batch, tokens], or one packed row of them."""
+    if LENGTHS in sequence:
+        starts = sequence[STARTS]
+        row = {n: t.repeat(1, batch) for n, t in sequence.items() if n not in (LENGTHS, STARTS)}
+        steps = torch.arange(batch + 1, dtype=starts.dtype, device=starts.device)
+        return {**row, STARTS: steps * starts[-1], LENGTHS: sequence[LENGTHS].repeat(batch)}
+    return {name: tensor.repeat(batch, 1) for name, tensor in sequence.items()}
 
 
 def time_passes(run: Callable[[Inputs], object], inputs: Inputs, ranks: Ranks) -> float:

@@ -301,7 +301,9 @@ class Distiller(nn.Module):
         """
         reader, head = self._labels_read, self.objective.pair.head
         labels, ids = batch.get("labels"), batch["input_ids"]
-        shape = ids.shape[:1] if HEADS[head].labels == "example" else ids.shape
+        of = HEADS[head].labels
+        # the first token of a span and the last one
+        shape = ids.shape[:1] if of == "example" else (len(ids), 2) if of == "span" else ids.shape
         if isinstance(labels, Tensor) and labels.shape == shape:
             return batch
         # a causal model's are its ids where not given

@@ -6,12 +6,13 @@ row, not the name. It stands below recipes and models, and loads neither torch n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from fastkd.types import Head, TaskKind
 
-Labels = Literal["example", "token", "next_token", "masked_token"]
+Labels = Literal["example", "token", "span", "next_token", "masked_token"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,8 @@ class HeadSpec:
     losses: tuple[str, ...] = ()
     """Losses that need it, beside those of layers, which fit every head."""
     labels: Labels | None = None
-    """What a label is of: an example of a task, the first token of each of its words, or a token of
-    text; `None`: it learns none."""
+    """What a label is of: an example of a task, the first token of each of its words, the first and
+    the last token of a span of it, or a token of text; `None`: it learns none."""
     data: Literal["text", "task"] = "text"
     """Section of the recipe that it is trained on where its labels are read."""
     columns: tuple[tuple[str, ...], str] | None = None
@@ -69,6 +70,15 @@ HEADS: dict[Head, HeadSpec] = {
         columns=(("tokens",), "tags"),
         untrained_teacher="train it with fastkd finetune first",
     ),
+    "question_answering": HeadSpec(
+        auto_model="AutoModelForQuestionAnswering",
+        classes="MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+        losses=("logits", "labels"),
+        labels="span",
+        data="task",
+        columns=(("question", "context"), "answers"),
+        untrained_teacher="train it with fastkd finetune first",
+    ),
     "causal_lm": HeadSpec(
         auto_model="AutoModelForCausalLM",
         pipeline="text-generation",
@@ -96,3 +106,9 @@ TASK_HEAD: TaskKind = "sequence_classification"
 def heads_of_loss(loss: str) -> tuple[Head, ...]:
     """The heads that a loss needs one of; none of a loss that fits every head."""
     return tuple(head for head, spec in HEADS.items() if loss in spec.losses)
+
+
+def head_of_task(section: object) -> TaskKind:
+    """The head that a task is learned by, from its section before that is read."""
+    kind = section.get("kind") if isinstance(section, Mapping) else getattr(section, "kind", None)
+    return next((head for head in get_args(TaskKind) if head == kind), TASK_HEAD)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 AnyPath: TypeAlias = str | os.PathLike[str]
-TaskKind = Literal["sequence_classification", "token_classification"]
+TaskKind = Literal["sequence_classification", "token_classification", "question_answering"]
 """What a task asks of a model, which is also the head that answers."""
 Head = Literal["none", TaskKind, "causal_lm", "masked_lm"]
 """What stands on a model's blocks."""

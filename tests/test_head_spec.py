@@ -31,7 +31,7 @@ def test_every_head_has_a_row_and_its_class_exists() -> None:
 
 
 def test_which_losses_need_which_heads() -> None:
-    classes = "sequence_classification", "token_classification"
+    classes = "sequence_classification", "token_classification", "question_answering"
     assert heads_of_loss("logits") == (*classes, "causal_lm", "masked_lm")
     assert heads_of_loss("labels") == (*classes, "causal_lm")
     assert heads_of_loss("mlm") == ("masked_lm",)
@@ -43,7 +43,8 @@ def test_which_losses_need_which_heads() -> None:
 def test_a_recipe_takes_what_the_table_says(head: Head, loss: str) -> None:
     losses = {"logits": {}, loss: {}} if HEADS[head].language_model else {loss: {}}
     kind = {"kind": head} if HEADS[head].data == "task" else {}
-    own = {"columns": {"texts": "a", "label": "b"}, "labels": ["O", "B-X"]}
+    classed = HEADS[head].labels in ("example", "token")
+    own = {"columns": {"texts": "a", "label": "b"}, **({"labels": ["O", "B-X"]} if classed else {})}
     task = {"name": "own", "source": "x", **own, **kind}
     data = {"task": task} if HEADS[head].data == "task" else {"data": {"train": "x"}}
     tree = {

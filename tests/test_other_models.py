@@ -31,7 +31,7 @@ from fastkd.training.parts import Parts, gather
 from fastkd.training.setup import set_up
 from fastkd.types import TEACHER
 
-LOSSES = {"embedding_output": {}, "rkd": {}}
+LOSSES = {"embedding_output": {}, "rkd": {}, "similarity": {}}
 
 
 def recipe_of(folder: Path, start: Path, **sections: Any) -> Path:

@@ -292,12 +292,12 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = {
         "model": str(folder / "encoder"),
         "task": task_section(folder),
-        "train": {"steps": 120, "batch_size": 16, "learning_rate": 5e-3, "warmup_steps": 10},
+        "train": {"steps": 80, "batch_size": 16, "learning_rate": 5e-3, "warmup_steps": 10},
         "run": {"output": str(folder / "teacher")},
     }
     result = fastkd.finetune(tree, quiet=True)
     before, after = (result.summary[key]["scores"]["dev"] for key in ("before", "after"))
-    assert before["entity_f1"] < 0.4 and after["entity_f1"] > 0.8, (before, after)
+    assert before["entity_f1"] < 0.4 and after["entity_f1"] > 0.7, (before, after)
     assert set(after) == {"entity_f1", "token_accuracy"}
     assert set(result.summary["after"]["class_f1"]["dev"]) == {"PER", "LOC"}
     # one class for every word names no entity
@@ -324,7 +324,7 @@ def distillation(folder: Path, name: str, **train: Any) -> dict[str, Any]:
         "losses": {"attention": {}, "hidden": {}, "logits": {}, "labels": {}},
         "task": task_section(folder),
         "train": {
-            "steps": 4,
+            "steps": 2,
             "batch_size": 16,
             "learning_rate": 2e-3,
             "max_grad_norm": 0.5,
@@ -336,10 +336,10 @@ def distillation(folder: Path, name: str, **train: Any) -> dict[str, Any]:
 
 
 def test_a_student_learns_from_a_tuned_teacher_and_works_in_a_pipeline(tuned: Path) -> None:
-    tree = distillation(tuned, "student", steps=100, learning_rate=5e-3)
+    tree = distillation(tuned, "student", steps=60, learning_rate=8e-3)
     result = fastkd.distill(tree, quiet=True)
     scores = {key: result.summary[key]["score"] for key in ("teacher", "before", "after")}
-    assert scores["after"] > 0.75 > scores["before"], scores
+    assert scores["after"] > 0.7 > 0.4 > scores["before"], scores
     folder = str(tuned / "student" / "student")
     model = AutoModelForTokenClassification.from_pretrained(folder)
     assert model.config.num_hidden_layers == 3
@@ -357,17 +357,16 @@ def test_a_student_learns_from_a_tuned_teacher_and_works_in_a_pipeline(tuned: Pa
     assert evaluated.judged["scores"] == result.summary["after"]["scores"]
 
 
-def test_cuts_ranks_and_a_cached_teacher_change_nothing(tuned: Path) -> None:
+def test_ranks_and_a_cached_teacher_change_nothing(tuned: Path) -> None:
     fastkd.distill(distillation(tuned, "whole"), quiet=True)
-    fastkd.distill(distillation(tuned, "cut", micro_batch_size=4), quiet=True)
     cached = distillation(tuned, "cached")
     cached["teacher"]["cache"] = "exact"
     cached["teacher"]["cache_folder"] = str(tuned / "states")
     fastkd.distill(cached, quiet=True)
     recipe = tuned / "ranks.yaml"
-    recipe.write_text(json.dumps(distillation(tuned, "ranks")))
+    recipe.write_text(json.dumps(distillation(tuned, "ranks", micro_batch_size=4)))
     run_variants(recipe, [[]], ranks=2)
-    for name in ("cut", "cached", "ranks"):
+    for name in ("cached", "ranks"):
         assert_same_run(tuned / name, tuned / "whole", losses=1e-5, weights=1e-5)
     whole, ranks = (
         json.loads((tuned / name / "summary.json").read_text()) for name in ("whole", "ranks")
@@ -378,11 +377,11 @@ def test_cuts_ranks_and_a_cached_teacher_change_nothing(tuned: Path) -> None:
 WRONG = {
     "text": (
         {"task": None, "data": {"train": "x"}},
-        "student.head is token_classification, which learns from words with classes; give task",
+        "student.head is token_classification, whose labels a task has; give task in place of data",
     ),
     "no labels": ({"task": {"labels": None}}, "labels: missing; kind is token_classification"),
-    "packed": ({"task": {"padding": "none"}}, "padding: none is for a task of whole texts"),
-    "a score": ({"task": {"bounds": [0, 1]}}, "bounds is for a task of whole texts"),
+    "packed": ({"task": {"padding": "none"}}, "padding: none is for another kind of task"),
+    "a score": ({"task": {"bounds": [0, 1]}}, "bounds is for another kind of task"),
     "another head": (
         {"student": {"head": "sequence_classification"}},
         "student.head is sequence_classification, but a task is learned by token_classification",

@@ -129,7 +129,7 @@ def overheard(model: PreTrainedModel, reading: Reading) -> Iterator[Overheard]:
     states = reading == "states"
 
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        heard.output = output.last_hidden_state if states else output.logits
+        heard.output = output.last_hidden_state if states else _given(output)
 
     handle = (model.base_model if states else model).register_forward_hook(hook)
     try:
@@ -141,9 +141,23 @@ def overheard(model: PreTrainedModel, reading: Reading) -> Iterator[Overheard]:
 def _output_hook(slot: Slot) -> Any:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         if slot.states is not None:
-            slot.states.logits = output.logits
+            slot.states.logits = _given(output)
 
     return hook
+
+
+def _given(output: Any) -> Tensor:
+    """The logits that a head gives; of one that finds spans those of first and last tokens,
+    [batch, tokens, 2]."""
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    if "logits" not in output:
+        raise UserError(
+            f"{type(output).__name__} has neither logits nor start_logits and end_logits, so what "
+            "its head gives can't be compared; give a model of another family"
+        )
+    found: Tensor = output.logits
+    return found
 
 
 def _whole(parameter: Tensor) -> Tensor:

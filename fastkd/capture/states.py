@@ -20,9 +20,9 @@ class Capture:
     [batch, kv_heads, tokens, head_dim], the scale of block i and, where it has them, the cap of its
     scores and its sinks, after rotary embeddings and before grouped heads are repeated; `hidden[i]`
     is [batch, tokens, width]. `logits` is what the head gave, [batch, outputs] or, of one that
-    classifies tokens, [batch, tokens, outputs], or of a language model what its last layer would
-    have multiplied. `embedding`, one vector a sequence [batch, dim], was made of `outputs` and
-    stands in their place where nothing else reads these.
+    classifies tokens or finds spans, [batch, tokens, outputs], or of a language model what its last
+    layer would have multiplied. `embedding`, one vector a sequence [batch, dim], was made of
+    `outputs` and stands in their place where nothing else reads these.
     """
 
     attention: dict[int, AttentionState] = field(default_factory=dict)

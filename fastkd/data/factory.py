@@ -27,7 +27,9 @@ from fastkd.data.tasks import (
     read_examples,
 )
 from fastkd.data.tasks.datamodule import TaskDataModule
+from fastkd.data.tasks.questions import QuestionForm, Questions, read_questions
 from fastkd.data.tasks.read import ExampleSource
+from fastkd.data.tasks.tokenized import Form
 from fastkd.data.tasks.words import TaggedTexts, WordForm, read_words
 from fastkd.data.text import TextSettings, prepare_corpus
 from fastkd.data.text.datamodule import TextDataModule
@@ -190,7 +192,11 @@ def _task_datamodule(
     task = task_of(section)
 
     def encode(examples: ExampleSource, first: bool) -> EncodedExamples:
-        form = WordForm(examples) if isinstance(examples, TaggedTexts) else None
+        form: Form | None = None
+        if isinstance(examples, TaggedTexts):
+            form = WordForm(examples)
+        elif isinstance(examples, Questions):
+            form = QuestionForm(examples, section.shared_tokens)
         return encode_examples(
             examples,
             tokenizer,
@@ -239,10 +245,11 @@ def _task_datamodule(
     return replace(made, train=replace(made.train, pad_id=pad), evaluations=padded)
 
 
-_Read = Examples | TaggedTexts
+_Read = Examples | TaggedTexts | Questions
 _READERS: dict[Labels | None, Callable[..., _Read]] = {
     "example": read_examples,
     "token": read_words,
+    "span": read_questions,
 }
 """By what a label is of, what reads a split."""
 
@@ -272,7 +279,7 @@ def _class_weights(
 def _warn_of_scores(scored: _Read, train: _Read) -> None:
     if scored.name != train.name and scored.digest == train.digest:
         logger.warning("%s holds the same examples as %s", scored.name, train.name)
-    if (scored.labels == scored.labels[0]).all():
+    if len(scored.labels) and (scored.labels == scored.labels[0]).all():
         logger.warning(
             "%s: one label for all %d examples, so its scores say little", scored.name, len(scored)
         )

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from fastkd.capture import Capture
 
 Output = Tensor | LogitsHead
+# finite at every temperature, and far below any logit
+_NEVER = -1e6
 
 
 class HeadGroup(LossGroup):
     """Divergences of what two heads give, then the loss of hard labels.
 
     Tokens that are classified are compared where they have a label, which is at the first of each
-    word.
+    word. First and last tokens of spans are two distributions over the tokens of an example.
 
     A language model's logits are never stored: both models hand over what their heads multiply,
     and one op makes divergence and cross-entropy from it. Under ZeRO-3 the student's head belongs
@@ -44,13 +46,17 @@ class HeadGroup(LossGroup):
         labels = batch.labels if self.is_hard else None
         if HEADS[self.shared.pair.head].language_model:
             return self._of_language_models(logits, _output(teacher), batch.mask, labels)
-        mask = self._counted(batch)
-        losses = [
-            _vector(loss.divergence(logits, _output(teacher), mask, None)) for loss in self.soft
-        ]
+        mask, spans = self._counted(batch), HEADS[self.shared.pair.head].labels == "span"
+        losses = []
+        for loss in self.soft:
+            own, target = logits, _output(teacher)
+            if spans:
+                own, target = (over_tokens(of, batch.mask, raw=loss.raw) for of in (own, target))
+            losses.append(_vector(loss.divergence(own, target, mask, None)))
         if labels is not None:
             assert isinstance(logits, Tensor)
-            losses.append(_hard_loss(logits, labels, batch.label_weights).reshape(1))
+            given = over_tokens(logits, batch.mask, raw=False) if spans else logits
+            losses.append(_hard_loss(given, labels, batch.label_weights).reshape(1))
         return torch.cat(losses)
 
     def _counted(self, batch: Batch) -> Tensor | None:
@@ -86,6 +92,11 @@ class HeadLoss(Loss):
 class SoftLoss(HeadLoss):
     """A loss of the teacher's logits."""
 
+    @property
+    def raw(self) -> bool:
+        """Whether it compares logits as they are, a mean over classes, and no probabilities."""
+        return False
+
     @abstractmethod
     def divergence(
         self, student: Output, teacher: Output, mask: Tensor | None, labels: Tensor | None
@@ -118,6 +129,23 @@ def labels_count(head: Head) -> bool:
     return HEADS[head].labels == "token"
 
 
+def over_tokens(logits: Output, mask: Tensor | None, *, raw: bool) -> Tensor:
+    """Logits [batch, tokens, 2] of first and last tokens as distributions, [batch, 2, tokens].
+
+    Padding has no probability; `raw` logits are 0 there, and weighted so that their mean square
+    over all places is that over the tokens.
+    """
+    assert isinstance(logits, Tensor)
+    found = logits.mT.to(torch.promote_types(logits.dtype, torch.float32))
+    if mask is None:
+        return found
+    shown = mask[:, None]
+    if not raw:
+        return found.masked_fill(~shown, _NEVER)
+    share = shown.sum(dim=-1, keepdim=True).clamp(min=1) / mask.shape[1]
+    return found.masked_fill(~shown, 0.0) / share.to(found.dtype).sqrt()
+
+
 def _output(captured: Capture) -> Output:
     assert captured.logits is not None, "a model with a head was captured with its logits"
     return captured.logits
@@ -129,9 +157,9 @@ def _vector(found: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 
 def _hard_loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     """Cross-entropy of classes, perhaps weighted, or squared error of one number; a mean over
-    labelled examples, or over labelled tokens, of which a micro-batch may have none."""
+    labelled examples, or over labels of tokens and spans, of which a micro-batch may have none."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if logits.shape[-1] == 1:
+    if labels.ndim == 1 and logits.shape[-1] == 1:
         return mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
     if weights is None and labels.ndim == 1:
         return cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)

@@ -97,6 +97,11 @@ class LogitsLoss(SoftLoss):
     def check_setting(cls, name: str, config: LossConfig, setting: Setting) -> None:
         super().check_setting(name, config, setting)
         assert isinstance(config, cls.Config)
+        if HEADS[setting.head].labels == "span" and config.standardize:
+            raise ValueError(
+                f"losses.{name} has standardize, which is for logits of classes, but "
+                f"{setting.field} is {setting.head}; leave it out"
+            )
         if HEADS[setting.head].language_model:
             for field, given in (
                 ("kind: total_variation", config.kind == "total_variation"),
@@ -107,6 +112,10 @@ class LogitsLoss(SoftLoss):
                         f"losses.{name} has {field}, which is computed for sequence_classification "
                         f"heads only, but {setting.field} is {setting.head}; leave it out"
                     )
+
+    @property
+    def raw(self) -> bool:
+        return self.config.kind == "mse"
 
     @property
     def mean_over(self) -> Divisor:  # type: ignore[override]

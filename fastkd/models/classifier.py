@@ -103,6 +103,7 @@ def fit_classifier(model: PreTrainedModel, task: Task, given: str) -> None:
     config = model.config
     if config.num_labels != task.outputs:
         what = "scores of a regression" if task.regression else ", ".join(task.labels)
+        what = what or "the first and the last token of an answer"
         raise UserError(
             f"{given}: its head gives {config.num_labels} numbers, but task {task.name} needs "
             f"{task.outputs} ({what}); fine-tune it on this task first"
@@ -113,7 +114,7 @@ def fit_classifier(model: PreTrainedModel, task: Task, given: str) -> None:
             f"{given}: its problem_type is {config.problem_type}, but task {task.name} needs "
             f"{problem}; fine-tune it on this task first"
         )
-    if task.regression:
+    if not task.labels:
         return
     names = _names(config)
     order = order_of(names, task)
@@ -137,7 +138,7 @@ def check_start(source: ModelSource, task: Task) -> None:
     Raises:
         UserError: it can't be read, or gives them in another order.
     """
-    if task.regression:
+    if not task.labels:
         return
     given = f"student.init {source.name}"
     names = _names(read_config(resolve_model(source), given))
@@ -184,7 +185,7 @@ def _write_names(config: PreTrainedConfig, names: Sequence[str]) -> None:
 
 
 def _problem_type(task: Task) -> str | None:
-    """What a configuration says of a head for texts; `None` of one that classifies tokens."""
+    """What a configuration says of a head for texts; `None` of a head for tokens."""
     if task.labels_of != "example":
         return None
     return "regression" if task.regression else "single_label_classification"

@@ -35,7 +35,7 @@ from fastkd.models.pruning import (
 )
 from fastkd.models.student import feed_forward_name
 from fastkd.packed_row import PackedRow
-from fastkd.types import LENGTHS, Inputs
+from fastkd.types import LENGTHS, Inputs, teacher_inputs
 
 
 @dataclass
@@ -123,7 +123,7 @@ def measure(
         for batch in batches:
             inputs = {
                 name: tensor if name == LENGTHS else tensor.to(teacher.device)
-                for name, tensor in batch.items()
+                for name, tensor in teacher_inputs(batch).items()
             }
             with reading(teacher, inputs) as read:
                 row = PackedRow.of(inputs)

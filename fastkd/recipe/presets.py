@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 from fastkd.errors import UserError
-from fastkd.head_spec import TASK_HEAD
+from fastkd.head_spec import TASK_HEAD, head_of_task
 from fastkd.recipe.merge import Tree, laid_over
 from fastkd.section import short
 
@@ -210,7 +210,6 @@ def expand(tree: Mapping[str, Any]) -> Tree:
     # a section without a word leaves the preset's as it is
     given = {k: v for k, v in tree.items() if v is not None or k not in ("losses", "student")}
     preset, task = PRESETS[name](), tree.get("task")
-    head = preset.get("student", {}).get("head")
-    if head == TASK_HEAD and isinstance(task, Mapping) and "kind" in task:
-        preset["student"] = {**preset["student"], "head": task["kind"]}
+    if preset.get("student", {}).get("head") == TASK_HEAD:
+        preset["student"] = {**preset["student"], "head": head_of_task(task)}
     return laid_over(preset, given, _WHOLE)

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from fastkd.head_spec import HEADS, TASK_HEAD
+from fastkd.head_spec import HEADS, head_of_task
 from fastkd.layer_map.sections import Layers, PairsMap
 from fastkd.recipe.data import Data
 from fastkd.recipe.evaluate import Evaluate
@@ -71,8 +71,7 @@ class Recipe(Section):
         student, task = tree.get("student"), tree["task"]
         if not isinstance(student, Mapping) or "head" in student:
             return tree
-        kind = task.get("kind", TASK_HEAD) if isinstance(task, Mapping) else task.kind
-        return {**tree, "student": {**student, "head": kind}}
+        return {**tree, "student": {**student, "head": head_of_task(task)}}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -250,10 +249,9 @@ class Recipe(Section):
                 f"student.head is {head}, but a task is learned by {self.task.kind}; leave "
                 "student.head out, or change task.kind"
             )
-        if self.task is None and HEADS[head].labels == "token":
+        if self.task is None and HEADS[head].labels in ("token", "span"):
             raise ValueError(
-                f"student.head is {head}, which learns from words with classes; give task in place "
-                "of data"
+                f"student.head is {head}, whose labels a task has; give task in place of data"
             )
         losses = frozenset(config.loss for config in self.losses.terms.values())
         setting = Setting(head, self.task is not None, losses, rows=self.row_form)

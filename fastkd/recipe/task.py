@@ -21,7 +21,17 @@ from fastkd.section import (
 )
 from fastkd.types import TaskKind
 
-Metric = Literal["matthews", "accuracy", "f1", "pearson", "spearman", "entity_f1", "token_accuracy"]
+Metric = Literal[
+    "matthews",
+    "accuracy",
+    "f1",
+    "pearson",
+    "spearman",
+    "entity_f1",
+    "token_accuracy",
+    "exact_match",
+    "answer_f1",
+]
 
 
 def _one_or_many(value: object) -> object:
@@ -90,11 +100,12 @@ class TaskData(Section):
     """Folder of the official TSV files, or of CSV, JSON lines or Parquet (.tsv, .csv, .jsonl, also
     with .gz, and .parquet), a saved `datasets` folder, or a hub name such as `nyu-mll/glue`."""
     columns: TaskColumns | None = None
-    """Columns of a task that GLUE doesn't have; of words with classes `tokens` and `tags`, which
-    hold lists, where not given."""
+    """Columns of a task that GLUE doesn't have; where not given `tokens` and `tags` of words,
+    which hold lists, `question`, `context` and `answers` of questions."""
     kind: TaskKind = TASK_HEAD
-    """What is asked of both models: a class or score of a text or pair of texts, or a class of each
-    word of a text (`token_classification`), whose files may also be those of CoNLL (.conll)."""
+    """What is asked of both models: a class or score of a text or pair of texts, a class of each
+    word of a text (`token_classification`), whose files may also be those of CoNLL (.conll), or
+    which part of a text answers a question (`question_answering`), as in SQuAD."""
     labels: tuple[str, ...] | None = None
     """Every label of such a task as its files spell it, class 0 first."""
     meanings: tuple[Name, ...] | None = None
@@ -104,7 +115,8 @@ class TaskData(Section):
     """Smallest and largest score of such a task, in place of labels: a regression."""
     metrics: tuple[Metric, ...] | None = None
     """Metrics of such a task; accuracy, or Pearson's and Spearman's correlation if not given; of
-    words `token_accuracy`, before it `entity_f1` where labels are `O`, `B-TYPE` and `I-TYPE`."""
+    words `token_accuracy`, before it `entity_f1` where labels are `O`, `B-TYPE` and `I-TYPE`; of
+    answers `answer_f1` and `exact_match`. Of words and answers the first one is the score."""
     class_weights: ClassWeights | None = None
     """What the examples of each class count in the mean of `losses.labels`, class 0 first, or
     `balanced`: examples / (classes x examples of the class), so that all classes count alike. Their
@@ -114,7 +126,10 @@ class TaskData(Section):
     evaluate: Places | None = None
     """Splits that both models are scored on; those of GLUE, or `dev`, where not given."""
     max_length: int = Field(default=128, ge=4, le=LONGEST)
-    """Tokens of an example, special tokens included; longer ones are cut."""
+    """Tokens of an example, special tokens included; longer ones are cut, the contexts of questions
+    into several examples that overlap."""
+    stride: int | None = Field(default=None, ge=0, lt=LONGEST)
+    """Tokens that examples of one context share; a third of `max_length` where not given."""
     padding: Literal["buckets", "none"] = "buckets"
     """Whether the examples of a micro-batch, which are of similar length, are padded to the longest
     of them, or follow each other in one row without padding: the same losses up to rounding. `none`
@@ -131,6 +146,10 @@ class TaskData(Section):
             for name in ("labels", "meanings", "bounds", "metrics")
             if getattr(self, name) is not None
         ]
+        if self.stride is not None and HEADS[self.kind].labels != "span":
+            raise ValueError(
+                f"stride is for contexts of questions, but kind is {self.kind}; leave it out"
+            )
         if self.kind != TASK_HEAD:
             self._check_kind()
         elif own and self.columns is None:
@@ -153,13 +172,21 @@ class TaskData(Section):
             return self.columns
         return TaskColumns(texts=usual[0], label=usual[1])
 
+    @property
+    def shared_tokens(self) -> int:
+        """That examples of one context have in common."""
+        return self.max_length // 3 if self.stride is None else self.stride
+
     def _check_kind(self) -> None:
-        if self.labels is None:
+        of_words = HEADS[self.kind].labels == "token"
+        if of_words and self.labels is None:
             raise ValueError(
                 f"labels: missing; kind is {self.kind}, so give every class of a word, such as "
                 "[O, B-PER, I-PER]"
             )
         refused = {
+            "labels": not of_words and self.labels is not None,
+            "meanings": not of_words and self.meanings is not None,
             "bounds": self.bounds is not None,
             "augmentation": self.augmentation is not None,
             "class_weights": self.class_weights is not None,
@@ -168,7 +195,7 @@ class TaskData(Section):
         for field, given in refused.items():
             if given:
                 raise ValueError(
-                    f"{field} is for a task of whole texts, but kind is {self.kind}; leave one of "
+                    f"{field} is for another kind of task, but kind is {self.kind}; leave one of "
                     "them out"
                 )
 

@@ -159,19 +159,10 @@ def _distillation(
         if made is None and start is not None:
             check_start(start, task)
     teacher_traits = _traits(teacher, recipe)
-
-    def mapped(depth: int) -> LayerMap:
-        depths = depth, teacher.config.num_hidden_layers
-        return make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
-
+    student, initialisation, layers = _student(recipe, teacher, made, task)
     start = recipe.student.starts_from
-    if made is None:
-        layers = mapped(student_layers(recipe.student, teacher.config))
-        student, initialisation = _new_student(recipe, teacher, layers, task)
-    else:
-        student, initialisation = _made_student(recipe, made, task)
-        layers = mapped(student.config.num_hidden_layers)
-        start = None if start is None else ModelSource(str(made.student))
+    if made is not None and start is not None:
+        start = ModelSource(str(made.student))
     tokenizers = choose_tokenizers(recipe, student, teacher, start)
     traits = _traits(student, recipe), teacher_traits
     if made is None:
@@ -192,7 +183,9 @@ def _distillation(
         seed=recipe.train.seed,
         embeddings=embeddings,
         ensemble=ensemble_of(recipe, None if embeddings is None else embeddings[1], others),
-        last_is_output=bool(recipe.losses.of("hidden"))
+        # a task's models hand on no embedding, and read no padded batch where they are packed
+        last_is_output=recipe.task is None
+        and bool(recipe.losses.of("hidden"))
         and all(map(hands_on_last_block, (student, teacher))),
     )
     if made is not None:
@@ -311,6 +304,23 @@ def _masking(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Masking | No
         assert isinstance(loss, MlmLoss.Config)
         return Masking(tokenizer, loss.probability, recipe.train.seed)
     return None
+
+
+def _student(
+    recipe: Recipe, teacher: PreTrainedModel, made: RunFolder | None, task: Task | None
+) -> tuple[PreTrainedModel, Initialisation, LayerMap]:
+    """The student, new or as a run made it, and the mapping of its layers."""
+    source = teacher.config
+
+    def mapped(depth: int) -> LayerMap:
+        depths = depth, source.num_hidden_layers
+        return make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
+
+    if made is None:
+        layers = mapped(student_layers(recipe.student, source))
+        return *_new_student(recipe, teacher, layers, task), layers
+    student, initialisation = _made_student(recipe, made, task)
+    return student, initialisation, mapped(student.config.num_hidden_layers)
 
 
 def _new_student(

@@ -16,6 +16,7 @@ from fastkd.data.datamodule import EvalBatch, Evaluator
 from fastkd.data.sampler import BucketedMicroBatches, ExampleStream, evaluation_parts
 from fastkd.data.sequences import PAD_MULTIPLE, padded_length
 from fastkd.data.tasks import EncodedExamples, Task
+from fastkd.data.tasks.answers import AnswerEvaluator
 from fastkd.data.tasks.entities import WordEvaluator
 from fastkd.data.tasks.metrics import (
     Judged,
@@ -176,5 +177,9 @@ class ScoreEvaluator:
         return {"score": task_score(scores), "scores": scores}
 
 
-_EVALUATORS: dict[Labels | None, Any] = {"example": ScoreEvaluator, "token": WordEvaluator}
+_EVALUATORS: dict[Labels | None, Any] = {
+    "example": ScoreEvaluator,
+    "token": WordEvaluator,
+    "span": AnswerEvaluator,
+}
 """By what a label is of."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastkd.data.tasks.metrics import Judged, Scores, refuse_broken
+from fastkd.data.tasks.metrics import Judged, Scores
 from fastkd.data.tasks.task import Task
+from fastkd.data.tasks.token_outputs import TokenOutputs, first_metric, judged
 from fastkd.data.tasks.words import EncodedWords
 from fastkd.distributed import Ranks
 
@@ -113,49 +113,30 @@ class WordEvaluator:
         device: torch.device,
         whose: Judged = "student",
     ) -> None:
-        self._task, self._evaluations, self._whose = task, evaluations, whose
-        lengths = np.concatenate([examples.lengths for examples in evaluations.values()])
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        self._lengths = torch.from_numpy(lengths).to(device)
-        self._offsets = torch.from_numpy(offsets[:-1].astype(np.int64)).to(device)
-        self._classes = torch.zeros(int(offsets[-1]), dtype=torch.int64, device=device)
-        self._broken = torch.zeros(len(lengths), dtype=torch.int64, device=device)
+        self._task, self._evaluations = task, evaluations
+        self._classes = TokenOutputs(evaluations, device, whose, dtype=torch.int64)
 
     def add(self, rows: Tensor, student: Tensor, teacher: Tensor | None) -> None:
-        rows = rows.to(student.device)
-        logits = student[: len(rows)]
-        places = torch.arange(logits.shape[1], device=logits.device)
-        there = places < self._lengths[rows, None]
-        broken = (~logits.isfinite()).any(dim=-1) & there
-        self._broken[rows] = broken.any(dim=-1).long()
-        stored = self._offsets[rows, None] + places
-        self._classes[stored[there]] = logits.argmax(dim=-1)[there]
+        self._classes.add(rows, student, student.argmax(dim=-1))
 
     def results(self, ranks: Ranks) -> dict[str, Any]:
         """`score`, the mean over sets of the first metric, `scores` of each set by metric,
         `baseline` and `class_f1` as of a `ScoreEvaluator`, `examples`; `one_class` likewise."""
-        # every row was written by one rank
-        classes, broken = (ranks.sum(found).cpu() for found in (self._classes, self._broken))
-        refuse_broken(int(broken.sum()), len(broken), self._whose)
         scores: dict[str, Scores] = {}
         class_f1: dict[str, Scores] = {}
-        one_class, first = {}, 0
-        for name, examples in self._evaluations.items():
-            end = first + len(examples.tokens)
-            predicted = examples.of_words(classes[first:end].numpy())
-            source = examples.source
+        one_class, count = {}, 0
+        for name, examples, classes in self._classes.sets(ranks):
+            predicted, source = examples.of_words(classes), examples.source
             found = measure_words(self._task, predicted, source.labels, source.offsets)
             scores[name], class_f1[name] = found
-            if (predicted == predicted[0]).all():
+            if predicted[0] >= 0 and (predicted == predicted[0]).all():
                 one_class[name] = self._task.labels[int(predicted[0])]
-            first = end
+            count += len(examples)
         return {
-            "score": first_metric(self._task, scores),
-            "scores": scores,
+            **judged(self._task, scores, count),
             "baseline": self._baseline(),
             "class_f1": class_f1,
             "one_class": one_class,
-            "examples": len(broken),
         }
 
     def _baseline(self) -> dict[str, Any]:
@@ -172,8 +153,3 @@ class WordEvaluator:
         ]
         best = max(found, key=lambda scores: first_metric(self._task, scores))
         return {"score": first_metric(self._task, best), "scores": best}
-
-
-def first_metric(task: Task, scores: Mapping[str, Scores]) -> float:
-    """One number for a task: the mean over its sets of the metric that is named first."""
-    return fmean(found[task.metrics[0]] for found in scores.values())

@@ -12,7 +12,18 @@ from fastkd.head_spec import HEADS, TASK_HEAD, Labels
 from fastkd.types import TaskKind
 
 _CORRELATIONS: tuple[Metric, ...] = ("pearson", "spearman")
-_OF_WORDS: tuple[Metric, ...] = ("entity_f1", "token_accuracy")
+_METRICS: dict[Labels | None, tuple[Metric, ...]] = {
+    "example": ("matthews", "accuracy", "f1", *_CORRELATIONS),
+    "token": ("entity_f1", "token_accuracy"),
+    "span": ("answer_f1", "exact_match"),
+}
+"""By what a label is of."""
+_SCORED: dict[Labels | None, str] = {"example": "texts", "token": "words", "span": "answers"}
+_TEXTS: dict[Labels | None, tuple[str, tuple[int, ...]]] = {
+    "example": ("one or two", (1, 2)),
+    "token": ("one, of the words", (1,)),
+    "span": ("two, of the question and its context", (2,)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +38,8 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A classification of texts or pairs of texts, a regression on them, or a classification of
-    the words of texts.
+    """A classification of texts or pairs of texts, a regression on them, a classification of the
+    words of texts, or answers to questions that stand in a text.
 
     Raises:
         UserError: parts that contradict each other.
@@ -48,8 +59,8 @@ class Task:
     bounds: tuple[float, float] | None = None
     """Smallest and largest score of a regression; `None` for a classification."""
     metrics: tuple[Metric, ...] = ()
-    """The official ones; where not given accuracy, both correlations, or of words the F1 of
-    entities, if labels name these, and the accuracy."""
+    """The official ones; where not given accuracy, both correlations, of words the F1 of entities,
+    if labels name these, and the accuracy, of answers F1 and exact match."""
     header: tuple[str, ...] | None = None
     """Columns of a TSV file without a header line."""
     train: str = "train"
@@ -89,8 +100,10 @@ class Task:
 
     @property
     def outputs(self) -> int:
-        """Numbers that a model of the task gives an example, or a token: its classes, or one
-        score."""
+        """Numbers that a model of the task gives an example, or a token: its classes, one score, or
+        whether an answer begins and ends there."""
+        if self.labels_of == "span":
+            return 2
         return 1 if self.regression else len(self.labels)
 
     @property
@@ -101,16 +114,24 @@ class Task:
         return tuple((label, *meaning) for label, meaning in pairs)
 
     def _default_metrics(self) -> tuple[Metric, ...]:
-        if self.labels_of == "token":
-            return _OF_WORDS if self.names_entities else ("token_accuracy",)
-        return _CORRELATIONS if self.regression else ("accuracy",)
+        if self.labels_of == "example":
+            return _CORRELATIONS if self.regression else ("accuracy",)
+        of_kind = _METRICS[self.labels_of]
+        named = self.labels_of != "token" or self.names_entities
+        return of_kind if named else ("token_accuracy",)
 
     def _problems(self) -> list[str]:
         found = []
-        most = 1 if self.labels_of == "token" else 2
-        if not 1 <= len(self.columns.texts) <= most:
-            expected = "one or two" if most == 2 else "one, of the words"
+        expected, counts = _TEXTS[self.labels_of]
+        if len(self.columns.texts) not in counts:
             found.append(f"{len(self.columns.texts)} text columns given, expected {expected}")
+        return [*found, *self._wrong_labels(), *self._wrong_metrics()]
+
+    def _wrong_labels(self) -> list[str]:
+        found = []
+        if self.labels_of == "span":
+            given = self.labels or self.meanings or self.bounds
+            return ["labels, meanings or bounds given, but answers have none"] if given else []
         if self.labels_of == "token" and self.bounds:
             found.append("bounds given, but words have classes; give labels in their place")
         if self.regression and self.labels:
@@ -126,12 +147,16 @@ class Task:
             )
         if self.bounds and not self.bounds[0] < self.bounds[1]:
             found.append(f"bounds {self.bounds} given, expected the smaller score first")
+        return found
+
+    def _wrong_metrics(self) -> list[str]:
+        found = []
         unknown = set(self.metrics) - set(get_args(Metric))
         if unknown:
             found.append(f"metrics {sorted(unknown)} unknown, expected some of {get_args(Metric)}")
-        elif any((metric in _OF_WORDS) != (self.labels_of == "token") for metric in self.metrics):
-            kind = "words" if self.labels_of == "token" else "texts"
-            found.append(f"metrics {self.metrics} given, which do not all score {kind}")
+        elif not set(self.metrics) <= set(_METRICS[self.labels_of]):
+            scored = _SCORED[self.labels_of]
+            found.append(f"metrics {self.metrics} given, which do not all score {scored}")
         elif any((metric in _CORRELATIONS) != self.regression for metric in self.metrics):
             kind = "a regression" if self.regression else "a classification"
             found.append(f"metrics {self.metrics} given, which do not all score {kind}")

@@ -74,7 +74,9 @@ class Beside(NamedTuple):
 
     dtype: npt.DTypeLike
     per_token: bool = False
-    """Whether it holds one a token, or one an example."""
+    """Whether it holds some a token, or some an example."""
+    width: int = 1
+    """How many."""
 
 
 class Form(Protocol):
@@ -193,7 +195,7 @@ def encode_examples(
     )
     sizes = meta["examples"], meta["tokens"]
     beside = {
-        name: open_flat(folder, name, of.dtype, sizes[of.per_token], _FIELD)
+        name: open_flat(folder, name, of.dtype, sizes[of.per_token] * of.width, _FIELD)
         for name, of in form.files.items()
     }
     found = EncodedExamples(**vars(sequences), labels=beside["labels"], fingerprint=key)

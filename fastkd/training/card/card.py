@@ -277,7 +277,7 @@ def _limits(recipe: AnyRecipe, summary: Mapping[str, Any], said: PublicText) -> 
         longest = f"examples of up to {recipe.task.max_length:,} tokens"
     else:
         assert isinstance(recipe, Recipe) and recipe.data is not None, "data or a task"
-        kind = "rows of up to" if recipe.data.documents == "row" else "blocks of"
+        kind = "rows of up to" if recipe.data.by_rows else "blocks of"
         longest = f"{kind} {recipe.data.block_size:,} tokens"
     known = "its teacher's" if isinstance(recipe, Recipe) else "those of the model it was made from"
     return [

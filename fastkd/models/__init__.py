@@ -5,7 +5,8 @@
 configuration says of each layer), `classifier.py` fits a head to a task, `vocabulary.py` compares
 tokenizers, `digests.py` notes which bytes a run was made from, `quantised.py`
 rounds a teacher's linear layers to eight bits, `sentence_folder.py` finds the modules of
-sentence-transformers behind a model and `embedding.py` reads them. Which heads there are is
+sentence-transformers behind a model and `embedding.py` reads them. `importance.py` chooses which of
+the teacher's channels a narrower student takes, `pruning.py` cuts them. Which heads there are is
 `fastkd/head_spec.py`.
 
 May import transformers, `capture` (to see that a model's attention can be recorded), `data.tasks`

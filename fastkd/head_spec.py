@@ -21,8 +21,10 @@ class HeadSpec:
 
     auto_model: str
     """Class of transformers that loads a model with it."""
-    pipeline: str = ""
-    """Task that a pipeline of transformers and the hub do with it."""
+    hub_task: str
+    """What the hub calls what it does."""
+    has_pipeline: bool = True
+    """Whether transformers has a pipeline of that name."""
     classes: str = ""
     """Table of `transformers.models.auto.modeling_auto` that names the classes that have it."""
     losses: tuple[str, ...] = ()
@@ -47,12 +49,12 @@ class HeadSpec:
 HEADS: dict[Head, HeadSpec] = {
     "none": HeadSpec(
         auto_model="AutoModel",
-        pipeline="feature-extraction",
+        hub_task="feature-extraction",
         sentence_tasks=("feature-extraction",),
     ),
     "sequence_classification": HeadSpec(
         auto_model="AutoModelForSequenceClassification",
-        pipeline="text-classification",
+        hub_task="text-classification",
         classes="MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
         losses=("logits", "labels"),
         labels="example",
@@ -62,7 +64,7 @@ HEADS: dict[Head, HeadSpec] = {
     ),
     "token_classification": HeadSpec(
         auto_model="AutoModelForTokenClassification",
-        pipeline="token-classification",
+        hub_task="token-classification",
         classes="MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
         losses=("logits", "labels"),
         labels="token",
@@ -72,6 +74,8 @@ HEADS: dict[Head, HeadSpec] = {
     ),
     "question_answering": HeadSpec(
         auto_model="AutoModelForQuestionAnswering",
+        hub_task="question-answering",
+        has_pipeline=False,
         classes="MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
         losses=("logits", "labels"),
         labels="span",
@@ -81,7 +85,7 @@ HEADS: dict[Head, HeadSpec] = {
     ),
     "causal_lm": HeadSpec(
         auto_model="AutoModelForCausalLM",
-        pipeline="text-generation",
+        hub_task="text-generation",
         classes="MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
         losses=("logits", "labels"),
         labels="next_token",
@@ -90,7 +94,7 @@ HEADS: dict[Head, HeadSpec] = {
     ),
     "masked_lm": HeadSpec(
         auto_model="AutoModelForMaskedLM",
-        pipeline="fill-mask",
+        hub_task="fill-mask",
         classes="MODEL_FOR_MASKED_LM_MAPPING_NAMES",
         losses=("logits", "mlm"),
         labels="masked_token",

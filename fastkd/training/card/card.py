@@ -103,9 +103,9 @@ def _metadata(
     summary: Mapping[str, Any],
 ) -> ModelCardData:
     """What the hub reads: only what it can find there."""
-    pipeline = HEADS[head].pipeline
+    task = HEADS[head].hub_task
     if has_modules:
-        pipeline = _SENTENCE_PIPELINES.get(pipeline, pipeline)
+        task = _SENTENCE_PIPELINES.get(task, task)
     method = "knowledge-distillation" if isinstance(recipe, Recipe) else "fine-tuning"
     texts: Sequence[str] = [] if recipe.task is None else [recipe.task.source]
     if isinstance(recipe, Recipe) and recipe.data is not None:
@@ -115,17 +115,15 @@ def _metadata(
         base_model=[s.name for s in model_sources(recipe).values() if _is_of_hub(s.name)] or None,
         datasets=[text.partition(":")[0] for text in texts if _is_of_hub(text)] or None,
         library_name="sentence-transformers" if has_modules else "transformers",
-        pipeline_tag=pipeline or None,
+        pipeline_tag=task,
         tags=[CARD_TAG, method, *(["sentence-transformers"] if has_modules else [])],
         # of several models the one that holds for all
         **(known.pop().metadata() if len(known) == 1 else {}),
-        **_results(name, pipeline, recipe, summary),
+        **_results(name, task, recipe, summary),
     )
 
 
-def _results(
-    name: str, pipeline: str, recipe: AnyRecipe, summary: Mapping[str, Any]
-) -> dict[str, Any]:
+def _results(name: str, task: str, recipe: AnyRecipe, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Scores of a task as the hub's tables take them."""
     scores = summary["after"].get("scores")
     if not scores or recipe.task is None:
@@ -133,7 +131,7 @@ def _results(
     task = _plain(recipe.task.name)
     found = [
         EvalResult(
-            task_type=pipeline,
+            task_type=hub_task,
             dataset_type=task,
             dataset_name=task,
             dataset_split=_plain(split),
@@ -167,13 +165,13 @@ def _loading(recipe: AnyRecipe, head: Head, has_modules: bool, student: Path) ->
         if spec.data == "task":
             kind, use = "CrossEncoder", 'print(model.predict([("a text", "another")]))'
         lines = [f"from sentence_transformers import {kind}", "", f'model = {kind}("MODEL")', use]
-    elif spec.pipeline:
+    elif spec.has_pipeline:
         text = '"a text"'
-        if spec.pipeline == "fill-mask":
+        if spec.hub_task == "fill-mask":
             text = 'f"a {model.tokenizer.mask_token} text"'
         elif recipe.task is not None and len(task_of(recipe.task).columns.texts) == 2:
             text = '{"text": "a text", "text_pair": "another"}'
-        made = f'model = pipeline("{spec.pipeline}", "MODEL")'
+        made = f'model = pipeline("{spec.hub_task}", "MODEL")'
         lines = ["from transformers import pipeline", "", made, f"print(model({text}))"]
     else:
         lines = [

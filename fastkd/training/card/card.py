@@ -123,7 +123,9 @@ def _metadata(
     )
 
 
-def _results(name: str, task: str, recipe: AnyRecipe, summary: Mapping[str, Any]) -> dict[str, Any]:
+def _results(
+    name: str, hub_task: str, recipe: AnyRecipe, summary: Mapping[str, Any]
+) -> dict[str, Any]:
     """Scores of a task as the hub's tables take them."""
     scores = summary["after"].get("scores")
     if not scores or recipe.task is None:

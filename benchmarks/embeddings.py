@@ -120,18 +120,17 @@ def _stepper(run: Any) -> Callable[[], object]:
 def trained(
     name: str, texts: Path, folder: Path, steps: int, seed: int
 ) -> tuple[Path, dict[str, Any]]:
-    """The folder of a student, and what its training took."""
+    """The folder of a student, and what all of its run took, from reading the models on."""
+    start = time.perf_counter()
     if name == PEER:
         lines = texts.read_text(encoding="utf-8").splitlines()
         loop: Loop = distil(get_model_path(), lines, steps, size=SIZE, rate=RATE, seed=seed)
-        start = time.perf_counter()
         for _ in range(steps):
             loop.step()
-        taken = time.perf_counter() - start
         loop.save(folder)
+        taken = time.perf_counter() - start
         return folder, {"seconds": round(taken, 1), "tokens": loop.tokens}
     recipe = recipe_of(LOSSES[name], texts, folder, steps, seed)
-    start = time.perf_counter()
     result = fastkd.distill(recipe)
     taken = time.perf_counter() - start
     return result.folder / "student", {"seconds": round(taken, 1)}

@@ -134,16 +134,20 @@ def _check_module(name: str) -> str:
 
 
 def _one_or_many(value: object) -> object:
-    if value is None:
-        return []
     return [value] if isinstance(value, str) else value
+
+
+def _none_or_more(value: object) -> object:
+    return [] if value is None else _one_or_many(value)
 
 
 Name = Annotated[str, Field(min_length=1)]
 Place = Annotated[Name, AfterValidator(check_place)]
+Names = Annotated[tuple[Name, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
+Places = Annotated[tuple[Place, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST)]
 Plugins = Annotated[
-    tuple[Annotated[Name, AfterValidator(_check_module)], ...], BeforeValidator(_one_or_many)
+    tuple[Annotated[Name, AfterValidator(_check_module)], ...], BeforeValidator(_none_or_more)
 ]
 Extras = Annotated[dict[str, Any], BeforeValidator(check_plain)]
 

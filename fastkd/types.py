@@ -13,6 +13,18 @@ if TYPE_CHECKING:
 AnyPath: TypeAlias = str | os.PathLike[str]
 TaskKind = Literal["sequence_classification", "token_classification", "question_answering"]
 """What a task asks of a model, which is also the head that answers."""
+Metric = Literal[
+    "matthews",
+    "accuracy",
+    "f1",
+    "pearson",
+    "spearman",
+    "entity_f1",
+    "token_accuracy",
+    "exact_match",
+    "answer_f1",
+]
+"""What predictions of a task are scored by."""
 Head = Literal["none", TaskKind, "causal_lm", "masked_lm"]
 """What stands on a model's blocks."""
 Combine = Literal["mean", "concatenate"]

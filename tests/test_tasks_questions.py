@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_runs import assert_same_run
-from tiny_tasks import word_tokenizer, write_lines
+from tiny_tasks import tuned_student, word_tokenizer, write_lines
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerFast
@@ -298,14 +298,9 @@ def task_section(folder: Path) -> dict[str, Any]:
 
 
 def distillation(folder: Path, name: str, **train: Any) -> dict[str, Any]:
-    return {
-        "teacher": {"model": str(folder / "teacher" / "student")},
-        "student": {"layers": 3, "init": "random"},
-        "losses": {"attention": {}, "logits": {"kind": "mse"}, "labels": {}},
-        "task": task_section(folder),
-        "train": {"steps": 4, "batch_size": 16, "learning_rate": 5e-3, "log_every": 1, **train},
-        "run": {"output": str(folder / name)},
-    }
+    losses = {"attention": {}, "logits": {"kind": "mse"}, "labels": {}}
+    given = {"steps": 4, "learning_rate": 5e-3, **train}
+    return tuned_student(folder, name, task_section(folder), losses, **given)
 
 
 def test_a_student_learns_from_a_tuned_teacher_and_answers(tuned: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_runs import assert_same_run, run_variants
-from tiny_tasks import word_tokenizer, write_lines
+from tiny_tasks import tuned_student, word_tokenizer, write_lines
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForTokenClassification, pipeline
 
@@ -318,21 +318,9 @@ def task_section(folder: Path) -> dict[str, Any]:
 
 
 def distillation(folder: Path, name: str, **train: Any) -> dict[str, Any]:
-    return {
-        "teacher": {"model": str(folder / "teacher" / "student")},
-        "student": {"layers": 3, "init": "random"},
-        "losses": {"attention": {}, "hidden": {}, "logits": {}, "labels": {}},
-        "task": task_section(folder),
-        "train": {
-            "steps": 2,
-            "batch_size": 16,
-            "learning_rate": 2e-3,
-            "max_grad_norm": 0.5,
-            "log_every": 1,
-            **train,
-        },
-        "run": {"output": str(folder / name)},
-    }
+    losses: dict[str, Any] = {"attention": {}, "hidden": {}, "logits": {}, "labels": {}}
+    given = {"steps": 2, "learning_rate": 2e-3, "max_grad_norm": 0.5, **train}
+    return tuned_student(folder, name, task_section(folder), losses, **given)
 
 
 def test_a_student_learns_from_a_tuned_teacher_and_works_in_a_pipeline(tuned: Path) -> None:

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Self
+from typing import Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from fastkd.row_form import RowForm
 from fastkd.section import (
     LONGEST,
     MOST_TOKENS,
     Name,
+    Names,
     Place,
+    Places,
     Section,
 )
 from fastkd.types import Unit
 
-
-def _one_or_many(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-Sources = Annotated[tuple[Place, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
-Names = Annotated[tuple[Name, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 _OF_ROWS = ("columns", "candidates", "scores", "prompts", "batch_tokens")
 
 
@@ -31,11 +26,11 @@ class Data(Section):
     """Text, tokenised once: cut into documents and packed into blocks without padding, or one text
     a row, or several, each read by itself."""
 
-    train: Sources
+    train: Places
     """Files, folders or globs (.txt, .csv, .tsv, .jsonl, also with .gz, and .parquet), a saved
     `datasets` folder, a hub name (`NAME`, `NAME:SUBSET`), or `python-docs`, the help texts inside
     every Python."""
-    heldout: Sources | None = None
+    heldout: Places | None = None
     """Text that is never trained on, in the same forms; else a part of `train` is held out."""
     heldout_fraction: float = Field(default=0.02, gt=0, lt=1)
     """Share of the documents that is held out where `heldout` is not given."""

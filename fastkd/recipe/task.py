@@ -14,28 +14,14 @@ from fastkd.section import (
     LONGEST,
     MOST_ROWS,
     Name,
+    Names,
     Place,
+    Places,
     Section,
     Seed,
     short,
 )
-from fastkd.types import TaskKind
-
-Metric = Literal[
-    "matthews",
-    "accuracy",
-    "f1",
-    "pearson",
-    "spearman",
-    "entity_f1",
-    "token_accuracy",
-    "exact_match",
-    "answer_f1",
-]
-
-
-def _one_or_many(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+from fastkd.types import Metric, TaskKind
 
 
 def _balanced_or_numbers(value: object) -> object:
@@ -49,11 +35,9 @@ def _balanced_or_numbers(value: object) -> object:
     return value
 
 
-Names = Annotated[tuple[Name, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 ClassWeights = Annotated[
     Literal["balanced"] | tuple[float, ...], BeforeValidator(_balanced_or_numbers)
 ]
-Places = Annotated[tuple[Place, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 
 
 class TaskColumns(Section):

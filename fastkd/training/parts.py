@@ -144,23 +144,12 @@ def _distillation(
     recipe: Recipe, plan: BatchPlan, ranks: Ranks, progress: bool, made: RunFolder | None
 ) -> Parts:
     task = None if recipe.task is None else task_of(recipe.task)
-    source, head = recipe.teacher.source, recipe.student.head
-    check_eight_bits(recipe.teacher.eight_bits, ranks.device)
-    teacher = load_teacher(
-        source,
-        dtype=getattr(torch, recipe.teacher.states),
-        attention=recipe.teacher.attention,
-        head=head,
-    )
-    check_weights(teacher, f"teacher.model {source.name}")
-    if task is not None:
-        fit_classifier(teacher, task, f"teacher.model {source.name}")
-        start = recipe.student.starts_from
-        if made is None and start is not None:
-            check_start(start, task)
+    start = recipe.student.starts_from
+    teacher = _teacher(recipe, ranks, task)
+    if task is not None and made is None and start is not None:
+        check_start(start, task)
     teacher_traits = _traits(teacher, recipe)
     student, initialisation, layers = _student(recipe, teacher, made, task)
-    start = recipe.student.starts_from
     if made is not None and start is not None:
         start = ModelSource(str(made.student))
     tokenizers = choose_tokenizers(recipe, student, teacher, start)
@@ -178,7 +167,7 @@ def _distillation(
         student,
         teacher,
         traits,
-        head=head,
+        head=recipe.student.head,
         row=() if recipe.row_form is None else recipe.row_form.sequences,
         seed=recipe.train.seed,
         embeddings=embeddings,
@@ -210,14 +199,14 @@ def _distillation(
         recipe = _resolved(recipe, datamodule)
     objective.steps = recipe.train.steps
     handed_on: dict[str, Any] = dict(initialisation.rates)
-    if HEADS[head].data == "task":
+    if HEADS[recipe.student.head].data == "task":
         handed_on |= _pad_both(datamodule, tokenizers, student, teacher)
         for other in others:
             other.model.config.pad_token_id = teacher.config.pad_token_id
     if made is None and recipe.student.init == "importance":
-        read = first_inputs(datamodule, recipe, plan, ranks)
         if recipe.teacher.placement == "replicate":
             teacher.to(ranks.device)
+        read = first_inputs(datamodule, recipe, plan, ranks)
         found = start_by_importance(student, teacher, layers, read, ranks)
         initialisation = replace(initialisation, copied=found)
     return Parts(
@@ -232,11 +221,27 @@ def _distillation(
         module=DistilledStudent(student, objective),
         teacher_model=teacher,
         others=others,
-        source=source,
+        source=recipe.teacher.source,
         pairs=pairs,
         mteb_tasks=tasks,
         handed_on=handed_on,
     )
+
+
+def _teacher(recipe: Recipe, ranks: Ranks, task: Task | None) -> PreTrainedModel:
+    """The first teacher, with a head for the task where there is one."""
+    section, called = recipe.teacher, f"teacher.model {recipe.teacher.source.name}"
+    check_eight_bits(section.eight_bits, ranks.device)
+    teacher = load_teacher(
+        section.source,
+        dtype=getattr(torch, section.states),
+        attention=section.attention,
+        head=recipe.student.head,
+    )
+    check_weights(teacher, called)
+    if task is not None:
+        fit_classifier(teacher, task, called)
+    return teacher
 
 
 def first_inputs(

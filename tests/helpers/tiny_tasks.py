@@ -125,3 +125,17 @@ def augmented(
 def texts_of(source: Augmented) -> list[tuple[str, ...]]:
     """Examples and copies without their labels."""
     return [example.texts for example in source]
+
+
+def tuned_student(
+    folder: Path, name: str, task: dict[str, Any], losses: dict[str, Any], **train: Any
+) -> dict[str, Any]:
+    """A recipe of three layers, drawn anew, that learn a task from the teacher tuned there."""
+    return {
+        "teacher": {"model": str(folder / "teacher" / "student")},
+        "student": {"layers": 3, "init": "random"},
+        "losses": losses,
+        "task": task,
+        "train": {"batch_size": 16, "log_every": 1, **train},
+        "run": {"output": str(folder / name)},
+    }

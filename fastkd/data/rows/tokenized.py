@@ -32,7 +32,7 @@ from fastkd.data.sequences import (
 )
 from fastkd.data.text.cache import (
     cache_key,
-    is_complete,
+    needs_build,
     new_folder,
     read_meta,
     tokenizer_digest,
@@ -197,12 +197,7 @@ def prepare_rows(
         }
     )
     folder = data.cache_root / key
-    if not is_complete(folder, build=build):
-        if not build:
-            raise UserError(
-                f"{_FIELD}: {folder} is missing; rank 0 builds it first, so all ranks must see "
-                "the same files and the same cache folder"
-            )
+    if needs_build(folder, _FIELD, build=build):
         split = _Split(form, train, heldout, data.heldout_fraction)
         _build(folder, settings, split, RowEncoder(tokenizer, form, data.block_size), progress)
     return _open(folder, settings, tokenizer, key)

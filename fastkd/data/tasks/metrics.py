@@ -16,18 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastkd.errors import UserError
+from fastkd.types import Metric
 
-Metric = Literal[
-    "matthews",
-    "accuracy",
-    "f1",
-    "pearson",
-    "spearman",
-    "entity_f1",
-    "token_accuracy",
-    "exact_match",
-    "answer_f1",
-]
 Scores = dict[str, float]
 Judged = Literal["student", "teacher"]
 _REMEDY: dict[Judged, str] = {

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
-from fastkd.data.tasks.metrics import Metric
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS, TASK_HEAD, Labels
-from fastkd.types import TaskKind
+from fastkd.types import Metric, TaskKind
 
 _CORRELATIONS: tuple[Metric, ...] = ("pearson", "spearman")
 _METRICS: dict[Labels | None, tuple[Metric, ...]] = {

@@ -28,13 +28,12 @@ from fastkd.data.sequences import (
 from fastkd.data.tasks.read import Example, ExampleSource
 from fastkd.data.text.cache import (
     cache_key,
-    is_complete,
+    needs_build,
     new_folder,
     read_meta,
     tokenizer_digest,
     write_meta,
 )
-from fastkd.errors import UserError
 from fastkd.files.flat import (
     append,
     flat_file,
@@ -169,12 +168,7 @@ def encode_examples(
     }
     key = cache_key(settings)
     folder = Path(cache).expanduser() / key
-    if not is_complete(folder, _FIELD, build=build):
-        if not build:
-            raise UserError(
-                f"task.cache: {folder} is missing; rank 0 builds it first, so all ranks must see "
-                "the same files and the same cache folder"
-            )
+    if needs_build(folder, _FIELD, build=build):
         _build(folder, examples, tokenizer, max_length, token_types, progress, form)
     meta = read_meta(folder, _FIELD)
     if meta["truncated"]:

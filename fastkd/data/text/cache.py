@@ -119,6 +119,26 @@ def is_complete(folder: Path, field: str = "data.cache", *, build: bool = True) 
     return True
 
 
+def needs_build(folder: Path, field: str = "data.cache", *, build: bool) -> bool:
+    """Whether this process has to build a folder, which several ranks read.
+
+    Args:
+        folder: of one key.
+        field: of the recipe, which says where it is.
+        build: whether it builds what is missing, as the first rank does.
+
+    Raises:
+        UserError: it is missing, and another should have built it.
+    """
+    missing = not is_complete(folder, field, build=build)
+    if missing and not build:
+        raise UserError(
+            f"{field}: {folder} is missing; rank 0 builds it first, so all ranks must see the same "
+            "files and the same cache folder"
+        )
+    return missing
+
+
 def _check(folder: Path, *, content: bool) -> None:
     if folder.is_symlink() or not folder.is_dir():
         raise Damaged("it is no folder")

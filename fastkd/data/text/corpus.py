@@ -20,7 +20,7 @@ from fastkd.data.text.cache import (
     TOKENS,
     BlockWriter,
     cache_key,
-    is_complete,
+    needs_build,
     new_folder,
     open_blocks,
     read_meta,
@@ -108,12 +108,7 @@ def prepare_corpus(
     if data.streaming:
         return _streamed(data, split, encoder, frame, key, digests)
     folder = data.cache_root / key
-    if not is_complete(folder, build=build):
-        if not build:
-            raise UserError(
-                f"data.cache: {folder} is missing; rank 0 builds it first, so all ranks must see "
-                "the same files and the same cache folder"
-            )
+    if needs_build(folder, build=build):
         _build(folder, data, split, encoder, frame, progress)
     return _open(folder, data, key, digests)
 

@@ -15,6 +15,7 @@ from typing import Any
 from fastkd.data.text.files import (
     DOCUMENT_LIMIT,
     TEXT_COLUMN,
+    OneFile,
     Records,
     file_digest,
     require_columns,
@@ -24,10 +25,9 @@ from fastkd.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
-class Delimited(Records):
+class Delimited(OneFile, Records):
     """A CSV or TSV file, plain or gzipped."""
 
-    path: Path
     column: str
 
     def records(
@@ -37,12 +37,6 @@ class Delimited(Records):
 
     def digest(self, *, quick: bool) -> str:
         return f"delimited {self.column} {file_digest(self.path, quick=quick)}"
-
-    def called(self) -> str:
-        return str(self.path)
-
-    def stored_in(self) -> Sequence[Path]:
-        return (self.path,)
 
 
 def is_tsv(path: Path) -> bool:

@@ -78,10 +78,22 @@ class Records(Source):
 
 
 @dataclass(frozen=True)
-class TextFile(Source):
-    """UTF-8 text, plain or gzipped; line ends may be LF, CRLF or CR."""
+class OneFile(Source):
+    """What a single file holds."""
 
     path: Path
+
+    def called(self) -> str:
+        return str(self.path)
+
+    def stored_in(self) -> Sequence[Path]:
+        return (self.path,)
+
+
+@dataclass(frozen=True)
+class TextFile(OneFile):
+    """UTF-8 text, plain or gzipped; line ends may be LF, CRLF or CR."""
+
     unit: Unit
 
     def documents(self) -> Iterator[str]:
@@ -110,18 +122,11 @@ class TextFile(Source):
     def digest(self, *, quick: bool) -> str:
         return f"text {self.unit} {file_digest(self.path, quick=quick)}"
 
-    def called(self) -> str:
-        return str(self.path)
-
-    def stored_in(self) -> Sequence[Path]:
-        return (self.path,)
-
 
 @dataclass(frozen=True)
-class JsonLines(Records):
+class JsonLines(OneFile, Records):
     """One JSON object a line, plain or gzipped."""
 
-    path: Path
     column: str
 
     def records(
@@ -133,12 +138,6 @@ class JsonLines(Records):
 
     def digest(self, *, quick: bool) -> str:
         return f"jsonl {self.column} {file_digest(self.path, quick=quick)}"
-
-    def called(self) -> str:
-        return str(self.path)
-
-    def stored_in(self) -> Sequence[Path]:
-        return (self.path,)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from fastkd.recipe import parse_recipe
 from fastkd.training.loop import read_step, train_step
 from fastkd.training.setup import set_up
 
+TEACHER = str(get_model_path())
 INSIDE: dict[str, Any] = {
     "attention": {"weight": 1},
     "hidden": {"weight": 10},
@@ -67,7 +68,7 @@ def sentences(corpus: Path, folder: Path) -> Path:
 
 def recipe_of(losses: dict[str, Any], texts: Path, folder: Path, steps: int, seed: int) -> Any:
     return {
-        "teacher": {"model": get_model_path()},
+        "teacher": {"model": TEACHER},
         "student": {"layers": 3},
         "losses": losses,
         "data": {
@@ -93,7 +94,7 @@ def recipe_of(losses: dict[str, Any], texts: Path, folder: Path, steps: int, see
 def step_times(texts: Path, folder: Path) -> dict[str, float]:
     """Median seconds of a step of each, made in turn by one process."""
     lines = texts.read_text(encoding="utf-8").splitlines()
-    loop = distil(get_model_path(), lines, 10_000, size=SIZE, rate=RATE, seed=0)
+    loop = distil(TEACHER, lines, 10_000, size=SIZE, rate=RATE, seed=0)
     stepping: dict[str, Callable[[], object]] = {PEER: loop.step}
     with joined_ranks() as ranks:
         for name, losses in LOSSES.items():
@@ -124,7 +125,7 @@ def trained(
     start = time.perf_counter()
     if name == PEER:
         lines = texts.read_text(encoding="utf-8").splitlines()
-        loop: Loop = distil(get_model_path(), lines, steps, size=SIZE, rate=RATE, seed=seed)
+        loop: Loop = distil(TEACHER, lines, steps, size=SIZE, rate=RATE, seed=seed)
         for _ in range(steps):
             loop.step()
         loop.save(folder)
@@ -138,7 +139,7 @@ def trained(
 
 def score(model: PreTrainedModel, pairs: list[tuple[str, str, float]]) -> float:
     """Spearman of the cosine of mean-pooled embeddings and the scores of pairs."""
-    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     found = []
     with torch.no_grad():
         for start in range(0, len(pairs), 50):
@@ -202,8 +203,8 @@ def _started(given: Any, texts: Path, folder: Path, pairs: Any) -> dict[str, Any
         held: dict[str, Any] = json.loads(given.output.read_text(encoding="utf-8"))
         return held
     models = {
-        "teacher": AutoModel.from_pretrained(get_model_path()).eval(),
-        "truncated": truncated(get_model_path(), (2, 4, 6)).eval(),
+        "teacher": AutoModel.from_pretrained(TEACHER).eval(),
+        "truncated": truncated(TEACHER, (2, 4, 6)).eval(),
     }
     return {
         "what": f"steps of {SIZE} sentences in {given.seconds:g} s, scored on STS-B dev",

@@ -13,7 +13,7 @@ from tiny_tasks import masked_model
 
 from fastkd import distill
 from fastkd.capture import token_loss
-from fastkd.capture.token_loss import token_losses
+from fastkd.capture.token_loss import label_losses
 from fastkd.distributed import start_ranks, stop_ranks
 from fastkd.training.evaluate import evaluate
 from fastkd.training.run_folder import RunFolder
@@ -25,7 +25,7 @@ TRAIN = {"steps": 2, "warmup_steps": 0, "batch_size": 6, "micro_batch_size": 3}
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("logits", [1, 40, 1 << 24])
-def test_token_losses_are_cross_entropies(
+def test_label_losses_are_cross_entropies(
     logits: int, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # parts of one word, of eight, of all
@@ -36,13 +36,13 @@ def test_token_losses_are_cross_entropies(
     labels = torch.tensor([0, 7, 8, 22, 13])
     made = torch.nn.functional.linear(hidden, weight, bias)
     expected = torch.nn.functional.cross_entropy(made, labels, reduction="none")
-    assert torch.allclose(token_losses(hidden, weight, bias, labels), expected, rtol=1e-12)
+    assert torch.allclose(label_losses(hidden, weight, bias, labels), expected, rtol=1e-12)
     # bf16 is read, not computed in
     half = hidden.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16()
     wide = [None if part is None else part.double() for part in half]
     made = torch.nn.functional.linear(*wide)
     expected = torch.nn.functional.cross_entropy(made, labels, reduction="none")
-    assert torch.allclose(token_losses(*half, labels).double(), expected, rtol=1e-5)
+    assert torch.allclose(label_losses(*half, labels).double(), expected, rtol=1e-5)
 
 
 def heldout_perplexities(run: Run) -> list[float]:

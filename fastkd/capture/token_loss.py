@@ -38,7 +38,7 @@ class TokenLoss:
             return
         counted = self.labels != IGNORE_INDEX
         hidden, labels = arguments[0][counted], self.labels[counted]
-        self.sum += token_losses(hidden, layer.weight, layer.bias, labels).double().sum()
+        self.sum += label_losses(hidden, layer.weight, layer.bias, labels).double().sum()
         self.count += counted.sum()
 
 
@@ -54,7 +54,7 @@ def heard_token_loss(model: PreTrainedModel, device: torch.device) -> Iterator[T
         handle.remove()
 
 
-def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def label_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     """Negative log-probability of each label, fp32 or better.
 
     Args:

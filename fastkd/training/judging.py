@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from fastkd.data.rows.tokenized import EncodedRows
 from fastkd.data.sampler import evaluation_parts
 from fastkd.data.sequences import sequences_of, tokenise, uses_token_types
 from fastkd.data.tasks.metrics import measure
+from fastkd.distributed import Ranks
 from fastkd.recipe import Recipe
 from fastkd.training.session import kept_random_numbers
 from fastkd.training.setup import Run
@@ -39,20 +40,31 @@ def judge_embeddings(run: Run, side: Side) -> dict[str, Any]:
 def correlation(run: Run, side: Side, pairs: EncodedRows) -> float:
     """Spearman's correlation of the cosines of pairs with their scores; each text is read once, by
     one rank."""
-    ranks = run.ranks
     assert pairs.scores is not None, "pairs have scores"
-    cosines = torch.zeros(len(pairs), dtype=torch.float64, device=ranks.device)
+
+    def cosines(rows: Sequence[int]) -> Tensor:
+        embeddings = run.embed(side, run.move(pairs.batch(rows))).double()
+        return torch.nn.functional.cosine_similarity(embeddings[::2], embeddings[1::2], dim=-1)
+
     # two texts a pair
     size = max(1, run.plan.micro_batch_size // 2)
-    for counted, rows in evaluation_parts(
-        pairs.lengths, size, rank=ranks.rank, world_size=ranks.world_size
-    ):
-        embeddings = run.embed(side, run.move(pairs.batch(rows))).double()
-        found = torch.nn.functional.cosine_similarity(embeddings[::2], embeddings[1::2], dim=-1)
-        cosines[counted.to(found.device)] = found[: len(counted)]
-    # every pair was written by one rank
-    found = ranks.sum(cosines).cpu()
+    found = _shared_out(run.ranks, pairs.lengths, size, cosines)
     return measure(["spearman"], found, pairs.scores[:, 0])["spearman"]
+
+
+def _shared_out(
+    ranks: Ranks, lengths: npt.NDArray[np.int64], size: int, made: Callable[[Sequence[int]], Tensor]
+) -> Tensor:
+    """What is made of rows, [rows, ...], each by one rank, `size` at a time; all ranks have all."""
+    found: Tensor | None = None
+    parts = evaluation_parts(lengths, size, rank=ranks.rank, world_size=ranks.world_size)
+    for counted, rows in parts:
+        values = made(rows)
+        if found is None:
+            found = values.new_zeros(len(lengths), *values.shape[1:])
+        found[counted.to(values.device)] = values[: len(counted)]
+    assert found is not None, "every rank has a part of any rows"
+    return ranks.sum(found).cpu()
 
 
 def _main_scores(encoder: RunEncoder, tasks: Mapping[str, Any]) -> dict[str, float]:
@@ -126,30 +138,25 @@ class RunEncoder:
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Embeddings [texts, dim] of texts, cut to `data.block_size`; collective."""
-        run, ranks = self._run, self._run.ranks
+        run = self._run
         tokenizer, config = run.tokenizer, run.module.student.config
         if self._side == "teacher" and run.teacher_tokenizer is not None:
             assert run.teacher_model is not None, "a tokenizer is a model's"
             tokenizer, config = run.teacher_tokenizer, run.teacher_model.config
-        made = tokenise(texts, None, tokenizer, self._max_length, "data.block_size")
+        tokens = tokenise(texts, None, tokenizer, self._max_length, "data.block_size")
         sequences = sequences_of(
-            made,
+            tokens,
             tokenizer,
             token_types=uses_token_types(config),
             max_length=self._max_length,
         )
-        parts = evaluation_parts(
-            sequences.lengths, self.batch_size, rank=ranks.rank, world_size=ranks.world_size
-        )
-        found: Tensor | None = None
-        for counted, rows in parts:
-            embeddings = run.embed(self._side, run.move(sequences.batch(rows)))
-            if found is None:
-                found = embeddings.new_zeros(len(texts), embeddings.shape[-1])
-            found[counted.to(found.device)] = embeddings[: len(counted)]
-        assert found is not None, "mteb asks for texts"
-        summed: npt.NDArray[np.float32] = ranks.sum(found).cpu().numpy()
-        return summed
+
+        def embeddings(rows: Sequence[int]) -> Tensor:
+            return run.embed(self._side, run.move(sequences.batch(rows)))
+
+        made = _shared_out(run.ranks, sequences.lengths, self.batch_size, embeddings)
+        found: npt.NDArray[np.float32] = made.numpy()
+        return found
 
     def similarity(self, one: npt.ArrayLike, other: npt.ArrayLike) -> Tensor:
         """Cosines of all pairs, [n, m]."""

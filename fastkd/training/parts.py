@@ -45,6 +45,7 @@ from fastkd.losses.factory import (
 )
 from fastkd.losses.mlm import MlmLoss
 from fastkd.losses.objective import DistilledStudent, Objective
+from fastkd.losses.pooling import EmbeddingModules
 from fastkd.models import (
     Initialisation,
     UnknownModule,
@@ -140,9 +141,71 @@ def gather(
     return _finetuning(recipe, plan, ranks, progress, made)
 
 
+@dataclass
+class _Models:
+    """What a distillation reads and trains, before there is data."""
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    others: list[OtherTeacher]
+    initialisation: Initialisation
+    layers: LayerMap
+    tokenizers: Tokenizers
+    traits: tuple[AttentionTraits, AttentionTraits]
+    """Of the student and the teacher."""
+    embeddings: tuple[EmbeddingModules, EmbeddingModules] | None
+    """What makes embeddings of them, likewise."""
+    configs: tuple[PreTrainedConfig, PreTrainedConfig]
+    """Of the models that the student's and the teacher's inputs are made for."""
+
+
 def _distillation(
     recipe: Recipe, plan: BatchPlan, ranks: Ranks, progress: bool, made: RunFolder | None
 ) -> Parts:
+    models = _models(recipe, plan, ranks, made)
+    # before the data, which takes long to read, and may tell how many steps there are
+    tasks = load_tasks(() if recipe.evaluate is None else recipe.evaluate.mteb, ranks)
+    objective = _objective(recipe, models, made)
+    tokenizers, configs = models.tokenizers, models.configs
+    pairs = _pairs(recipe, tokenizers, *configs, ranks)
+    datamodule = make_datamodule(
+        recipe,
+        tokenizers.student,
+        configs[0],
+        ranks,
+        masking=_masking(recipe, tokenizers.student),
+        counts_padding=recipe.losses.reduction == "tinybert",
+        teacher_tokenizer=tokenizers.teacher,
+        teacher_config=configs[1],
+        progress=progress,
+    )
+    if made is None:
+        recipe = _resolved(recipe, datamodule)
+    objective.steps = recipe.train.steps
+    handed_on = {**models.initialisation.rates, **_padded(recipe, datamodule, models)}
+    if made is None and recipe.student.init == "importance":
+        _choose_channels(recipe, models, first_inputs(datamodule, recipe, plan, ranks), ranks)
+    return Parts(
+        recipe=recipe,
+        ranks=ranks,
+        plan=plan,
+        datamodule=datamodule,
+        tokenizer=tokenizers.student,
+        teacher_tokenizer=tokenizers.teacher,
+        layers=models.layers,
+        initialisation=models.initialisation,
+        module=DistilledStudent(models.student, objective),
+        teacher_model=models.teacher,
+        others=models.others,
+        source=recipe.teacher.source,
+        pairs=pairs,
+        mteb_tasks=tasks,
+        handed_on=handed_on,
+    )
+
+
+def _models(recipe: Recipe, plan: BatchPlan, ranks: Ranks, made: RunFolder | None) -> _Models:
+    """Load, build and try both models, and what makes embeddings of them."""
     task = None if recipe.task is None else task_of(recipe.task)
     start = recipe.student.starts_from
     teacher = _teacher(recipe, ranks, task)
@@ -157,75 +220,56 @@ def _distillation(
     if made is None:
         check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
     pooling = own_pooling(recipe, student, teacher, start)
-    embeddings = find_embeddings(recipe, teacher.config, student.config, pooling)
     others = load_others(recipe, teacher, tokenizers.teacher or tokenizers.student)
-    # before the data, which takes long to read, and may tell how many steps there are
-    tasks = load_tasks(() if recipe.evaluate is None else recipe.evaluate.mteb, ranks)
+    typed = share_token_types(teacher, *(other.model for other in others))
+    first = student if tokenizers.teacher else share_token_types(typed, student)
+    return _Models(
+        student=student,
+        teacher=teacher,
+        others=others,
+        initialisation=initialisation,
+        layers=layers,
+        tokenizers=tokenizers,
+        traits=traits,
+        embeddings=find_embeddings(recipe, teacher.config, student.config, pooling),
+        configs=(first.config, typed.config),
+    )
+
+
+def _objective(recipe: Recipe, models: _Models, made: RunFolder | None) -> Objective:
+    """The losses, whose projections begin at random, as another model's, or as a run left them."""
+    embeddings = models.embeddings
+    both = models.student, models.teacher
+    ends = None if embeddings is None else embeddings[1]
     objective = make_objective(
         recipe.losses,
-        layers,
-        student,
-        teacher,
-        traits,
+        models.layers,
+        *both,
+        models.traits,
         head=recipe.student.head,
         row=() if recipe.row_form is None else recipe.row_form.sequences,
         seed=recipe.train.seed,
         embeddings=embeddings,
-        ensemble=ensemble_of(recipe, None if embeddings is None else embeddings[1], others),
+        ensemble=ensemble_of(recipe, ends, models.others),
         # a task's models hand on no embedding, and read no padded batch where they are packed
         last_is_output=recipe.task is None
         and bool(recipe.losses.of("hidden"))
-        and all(map(hands_on_last_block, (student, teacher))),
+        and all(map(hands_on_last_block, both)),
     )
     if made is not None:
         load_projections(objective, made)
     else:
-        _begin_projection(recipe, objective, student)
-    typed = share_token_types(teacher, *(other.model for other in others))
-    first = student if tokenizers.teacher else share_token_types(typed, student)
-    pairs = _pairs(recipe, tokenizers, first.config, typed.config, ranks)
-    datamodule = make_datamodule(
-        recipe,
-        tokenizers.student,
-        first.config,
-        ranks,
-        masking=_masking(recipe, tokenizers.student),
-        counts_padding=recipe.losses.reduction == "tinybert",
-        teacher_tokenizer=tokenizers.teacher,
-        teacher_config=typed.config,
-        progress=progress,
-    )
-    if made is None:
-        recipe = _resolved(recipe, datamodule)
-    objective.steps = recipe.train.steps
-    handed_on: dict[str, Any] = dict(initialisation.rates)
-    if HEADS[recipe.student.head].data == "task":
-        handed_on |= _pad_both(datamodule, tokenizers, student, teacher)
-        for other in others:
-            other.model.config.pad_token_id = teacher.config.pad_token_id
-    if made is None and recipe.student.init == "importance":
-        if recipe.teacher.placement == "replicate":
-            teacher.to(ranks.device)
-        read = first_inputs(datamodule, recipe, plan, ranks)
-        found = start_by_importance(student, teacher, layers, read, ranks)
-        initialisation = replace(initialisation, copied=found)
-    return Parts(
-        recipe=recipe,
-        ranks=ranks,
-        plan=plan,
-        datamodule=datamodule,
-        tokenizer=tokenizers.student,
-        teacher_tokenizer=tokenizers.teacher,
-        layers=layers,
-        initialisation=initialisation,
-        module=DistilledStudent(student, objective),
-        teacher_model=teacher,
-        others=others,
-        source=recipe.teacher.source,
-        pairs=pairs,
-        mteb_tasks=tasks,
-        handed_on=handed_on,
-    )
+        _begin_projection(recipe, objective, models.student)
+    return objective
+
+
+def _choose_channels(recipe: Recipe, models: _Models, read: Iterator[Inputs], ranks: Ranks) -> None:
+    """Let a narrower student start from its teacher's most active channels."""
+    teacher = models.teacher
+    if recipe.teacher.placement == "replicate":
+        teacher.to(ranks.device)
+    found = start_by_importance(models.student, teacher, models.layers, read, ranks)
+    models.initialisation = replace(models.initialisation, copied=found)
 
 
 def _teacher(recipe: Recipe, ranks: Ranks, task: Task | None) -> PreTrainedModel:
@@ -395,18 +439,20 @@ def _finetuning(
     )
 
 
-def _pad_both(
-    datamodule: DataModule,
-    tokenizers: Tokenizers,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-) -> dict[str, Any]:
-    """`pad_alike` of both models, each as its own tokenizer's sequences are padded."""
+def _padded(recipe: Recipe, datamodule: DataModule, models: _Models) -> dict[str, Any]:
+    """`pad_alike` of all models that classify, each as its own tokenizer's sequences are padded."""
+    if HEADS[recipe.student.head].data != "task":
+        return {}
+    student, teacher, tokenizers = models.student, models.teacher, models.tokenizers
     if tokenizers.teacher is None:
-        return pad_alike(datamodule, tokenizers.student, student, teacher)
-    assert isinstance(datamodule, RowDataModule), "rows alone are read by two tokenizers"
-    teacher.config.pad_token_id = datamodule.teacher_pad_id
-    return pad_alike(datamodule, tokenizers.student, student)
+        kept = pad_alike(datamodule, tokenizers.student, student, teacher)
+    else:
+        assert isinstance(datamodule, RowDataModule), "rows alone are read by two tokenizers"
+        teacher.config.pad_token_id = datamodule.teacher_pad_id
+        kept = pad_alike(datamodule, tokenizers.student, student)
+    for other in models.others:
+        other.model.config.pad_token_id = teacher.config.pad_token_id
+    return kept
 
 
 def pad_alike(

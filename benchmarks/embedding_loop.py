@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer, BatchEncoding, PreTrainedModel
 
-LONGEST = 128
+LONGEST = 32
 
 
 def embed(model: nn.Module, batch: BatchEncoding) -> Tensor:

@@ -41,12 +41,13 @@ INSIDE: dict[str, Any] = {
     "hidden": {"weight": 10},
     "embedding": {"weight": 10},
 }
-OUTSIDE: dict[str, Any] = {"embedding_output": {"weight": 10}, "similarity": {"weight": 100}}
+OUTSIDE: dict[str, Any] = {"embedding_output": {"weight": 10}}
+SIMILARITY: dict[str, Any] = {"similarity": {"weight": 100}}
 LOSSES: dict[str, dict[str, Any]] = {
     "inside": INSIDE,
     "outside": OUTSIDE,
-    "embedding alone": {"embedding_output": {"weight": 10}},
     "both": {**INSIDE, **OUTSIDE},
+    "both and similarity": {**INSIDE, **OUTSIDE, **SIMILARITY},
 }
 PEER = "loop"
 SIZE, RATE = 32, 3e-4
@@ -137,28 +138,21 @@ def trained(
     return result.folder / "student", {"seconds": round(taken, 1)}
 
 
-def score(model: PreTrainedModel, pairs: list[tuple[str, str, float]]) -> float:
-    """Spearman of the cosine of mean-pooled embeddings and the scores of pairs."""
+def cosines(model: PreTrainedModel, pairs: list[tuple[str, str, float]]) -> list[float]:
+    """Of the mean-pooled embeddings of pairs."""
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    read = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
     found = []
     with torch.no_grad():
         for start in range(0, len(pairs), 50):
             first, second, _ = zip(*pairs[start : start + 50], strict=True)
-            both = [
-                embed(
-                    model,
-                    tokenizer(
-                        list(side),
-                        padding=True,
-                        truncation=True,
-                        max_length=LONGEST,
-                        return_tensors="pt",
-                    ),
-                )
-                for side in (first, second)
-            ]
+            both = [embed(model, tokenizer(list(side), **read)) for side in (first, second)]
             found += torch.cosine_similarity(*both).tolist()
-    return float(spearmanr(found, [label for *_, label in pairs]).statistic)
+    return found
+
+
+def spearman(one: list[float], other: list[float]) -> float:
+    return round(float(spearmanr(one, other).statistic), 4)
 
 
 def read_pairs(path: Path) -> list[tuple[str, str, float]]:
@@ -179,10 +173,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     pairs = read_pairs(given.glue / "STS-B" / "dev.tsv")
+    labels = [label for *_, label in pairs]
+    teacher = cosines(AutoModel.from_pretrained(TEACHER).eval(), pairs)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         texts = sentences(given.corpus, folder)
-        found = _started(given, texts, folder, pairs)
+        if given.output.is_file():
+            found = json.loads(given.output.read_text(encoding="utf-8"))
+        else:
+            start = cosines(truncated(TEACHER, (2, 4, 6)).eval(), pairs)
+            found = {
+                "what": f"steps of {SIZE} sentences in {given.seconds:g} s, scored on STS-B dev",
+                **machine(),
+                "losses": LOSSES,
+                "teacher": spearman(teacher, labels),
+                "truncated": spearman(start, labels),
+                "seconds of a step": step_times(texts, folder),
+                "runs": {},
+            }
         for seed in range(given.seeds):
             for name in given.only or (PEER, *LOSSES):
                 key = f"{name}, seed {seed}"
@@ -191,29 +199,11 @@ def main() -> None:
                 steps = round(given.seconds / found["seconds of a step"][name])
                 run = folder / key.replace(", ", "-").replace(" ", "-")
                 student, taken = trained(name, texts, run, steps, seed)
-                spearman = score(AutoModel.from_pretrained(student).eval(), pairs)
-                found["runs"][key] = {"spearman": round(spearman, 4), "steps": steps, **taken}
+                made = cosines(AutoModel.from_pretrained(student).eval(), pairs)
+                scores = {"spearman": spearman(made, labels), "teacher's": spearman(made, teacher)}
+                found["runs"][key] = {**scores, "steps": steps, **taken}
                 print(key, found["runs"][key], file=sys.stderr, flush=True)
                 given.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
-def _started(given: Any, texts: Path, folder: Path, pairs: Any) -> dict[str, Any]:
-    """What an earlier call began, or a new result with the times of steps."""
-    if given.output.is_file():
-        held: dict[str, Any] = json.loads(given.output.read_text(encoding="utf-8"))
-        return held
-    models = {
-        "teacher": AutoModel.from_pretrained(TEACHER).eval(),
-        "truncated": truncated(TEACHER, (2, 4, 6)).eval(),
-    }
-    return {
-        "what": f"steps of {SIZE} sentences in {given.seconds:g} s, scored on STS-B dev",
-        **machine(),
-        "losses": LOSSES,
-        "before": {name: round(score(model, pairs), 4) for name, model in models.items()},
-        "seconds of a step": step_times(texts, folder),
-        "runs": {},
-    }
 
 
 if __name__ == "__main__":

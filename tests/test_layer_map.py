@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, MapKind, Progress, Transport, make_layer_map
 from fastkd.layer_map import sections as recipe
-from fastkd.layer_map.emd import exact_flow
+from fastkd.layer_map.emd import Matrix, exact_flow
 
 NOW = Progress()
 
@@ -164,6 +164,8 @@ def test_many_to_many_maps_link_every_pair() -> None:
         (s, (t,)) for s in (1, 2) for t in (1, 2, 3)
     ]
     assert sum(link.weight for link in links) == pytest.approx(1)
+    heavier = make_layer_map(recipe.TransportMap(total=2), 2, 3).links(NOW)
+    assert sum(link.weight for link in heavier) == pytest.approx(2)
     mixed = make_layer_map(recipe.AttentionMap(), 2, 3).links(NOW)
     assert [tuple(link) for link in mixed] == [(1, (1, 2, 3), 1.0), (2, (1, 2, 3), 1.0)]
 
@@ -265,23 +267,55 @@ def test_the_flow_is_as_cheap_as_that_of_another_exact_solver(
     assert (flow * cost).sum() == pytest.approx(ot.emd2(supply, demand, cost), rel=1e-7, abs=1e-9)
 
 
-def test_cost_attention_favours_layers_that_are_cheap_to_serve() -> None:
+def test_cost_attention_gives_cheap_layers_their_part_of_the_scores() -> None:
+    """As the official code of BERT-EMD has it: (sum / own unit cost), divided by its sum."""
     transport = Transport.even(1, 3)
     cost = np.array([[1.0, 2.0, 4.0]])
     flow = transport.flow(cost)
     np.testing.assert_allclose(flow, [[1 / 3, 1 / 3, 1 / 3]], atol=1e-12)
-    transport.attend([cost], [flow], temperature=2.0)
-    # unit costs 1, 2, 4 of 7: scores 7, 3.5, 1.75 over the temperature
-    powers = np.exp(np.array([3.5, 1.75, 0.875]))
-    np.testing.assert_allclose(transport.teacher, powers / powers.sum(), rtol=1e-9)
+    transport.attend([cost], [flow])
+    # unit costs 1, 2, 4: scores 7, 3.5, 1.75
+    np.testing.assert_allclose(transport.teacher, np.array([7, 3.5, 1.75]) / 12.25, rtol=1e-9)
     np.testing.assert_allclose(transport.student, [1.0])
 
 
-def test_cost_attention_survives_layers_that_cost_nothing() -> None:
+def official_rule(spent: Matrix, weights: Matrix, axis: int) -> Matrix:
+    unit = spent.sum(axis=axis) / weights
+    scores = unit.sum() / unit
+    return scores / scores.sum()
+
+
+def test_layer_weights_stay_calm_on_costs_that_stay() -> None:
+    """Of a teacher whose layers differ in size, as MiniLM's: no layer takes or loses nearly all."""
+    cost = np.array([2.0, 2.6, 1.4, 2.2, 1.9, 0.8]) * np.array([[1.0], [1.3], [0.9]])
+    transport = Transport.even(3, 6)
+    expected = transport.student, transport.teacher
+    for _ in range(5):
+        flow = transport.flow(cost)
+        spent = cost * flow
+        expected = official_rule(spent, expected[0], 1), official_rule(spent, expected[1], 0)
+        transport.attend([cost], [flow])
+        np.testing.assert_allclose(transport.student, expected[0], rtol=1e-9)
+        np.testing.assert_allclose(transport.teacher, expected[1], rtol=1e-9)
+        assert transport.teacher.max() < 0.5 and transport.teacher.min() > 0.05
+
+
+@pytest.mark.parametrize("deeper", [1, 4])
+def test_the_softmax_of_cost_attention_does_not_sharpen_with_depth(deeper: int) -> None:
+    cost = np.tile([1.0, 2.0, 4.0], deeper)[None]
+    transport = Transport.even(1, 3 * deeper)
+    transport.attend([cost], [transport.flow(cost)], temperature=2.0)
+    # over the mean unit cost, 7 / 3
+    powers = np.tile(np.exp(np.array([7 / 3, 7 / 6, 7 / 12]) / 2), deeper)
+    np.testing.assert_allclose(transport.teacher, powers / powers.sum(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_cost_attention_survives_layers_that_cost_nothing(temperature: float | None) -> None:
     transport = Transport.even(2, 2)
     for cost in (np.zeros((2, 2)), np.array([[0.0, 1.0], [1.0, 3.0]])):
         flow = transport.flow(cost)
-        transport.attend([cost], [flow], temperature=1.0)
+        transport.attend([cost], [flow], temperature)
         for weights in (transport.student, transport.teacher):
             assert np.isfinite(weights).all() and (weights > 0).all()
             assert weights.sum() == pytest.approx(1)

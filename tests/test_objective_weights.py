@@ -213,6 +213,24 @@ def test_a_random_map_is_compared_in_its_present_draw() -> None:
     assert run.objective.labels == ("hidden/1-*", "hidden/2-*")
 
 
+@pytest.mark.parametrize("layer_weights", ["cost", "softmax", "equal"])
+def test_a_transport_moves_the_weights_of_layers_as_it_is_told(layer_weights: Any) -> None:
+    run = Run(recipe.TransportMap(layer_weights=layer_weights, total=3), embedding=None)
+    raw = run()[1]
+    run.objective.observe(raw)
+    flows = []
+    for _ in range(2):
+        _, raw, weighted = run()
+        flows.append((weighted / (2.0 * raw)).view(2, 4))
+        assert flows[-1].sum().item() == pytest.approx(3)
+        run.objective.observe(raw)
+    parts = flows[-1].sum(0) / 3
+    if layer_weights == "equal":
+        torch.testing.assert_close(parts, torch.full((4,), 0.25).double())
+    else:
+        assert parts.max() - parts.min() > 1e-3
+
+
 def test_a_transport_comes_back_from_a_checkpoint_and_counts_in_the_total() -> None:
     run = Run(recipe.TransportMap(), embedding=None)
     _, raw, before = run()
@@ -327,6 +345,10 @@ def base(**changes: Any) -> dict[str, Any]:
         (
             {"layer_map": {"kind": "random", "redrew": "step"}},
             "layer_map.redrew: unknown key; did you mean 'redraw'? expected one of kind, redraw",
+        ),
+        (
+            {"layer_map": {"kind": "emd", "temperature": 2}},
+            "layer_map: temperature is read by softmax only, but layer_weights is cost; leave it out",
         ),
         (
             {"losses": {"hidden": {"layer_map": {"kind": "emd", "temperature": 0}}}},

@@ -322,8 +322,9 @@ def emd_costs(c: Case, s: Seen, t: Seen) -> dict[str, np.ndarray]:
 
 def cost_attention(spent: np.ndarray, weights: np.ndarray, axis: int) -> np.ndarray:
     unit = spent.sum(axis=axis) / weights
-    powers = np.exp(unit.sum() / unit - (unit.sum() / unit).max())
-    return powers / powers.sum()
+    # the official code's `get_new_layer_weight`
+    scores = unit.sum() / unit
+    return scores / scores.sum()
 
 
 @torch.no_grad()

@@ -62,17 +62,19 @@ class Transport:
         """The exact flow between the layers as they weigh now."""
         return exact_flow(cost, self.student, self.teacher)
 
-    def attend(self, costs: list[Matrix], flows: list[Matrix], temperature: float) -> None:
+    def attend(
+        self, costs: list[Matrix], flows: list[Matrix], temperature: float | None = None
+    ) -> None:
         """Give layers that are cheap to serve more weight (BERT-EMD's cost attention).
 
-        For each matrix a layer's unit cost is what its flow costs over its weight, and its new
-        weight the softmax of (sum of unit costs / own unit cost) / temperature; several matrices
-        (attention, hidden states) are averaged.
+        For each matrix a layer's unit cost is what its flow costs over its weight. Its score is the
+        mean unit cost over its own, and its new weight its part of all scores, as the official code
+        has it, or their softmax. Several matrices (attention, hidden states) are averaged.
 
         Args:
             costs: [students, teachers], one a term.
             flows: likewise, the flow of each.
-            temperature: of the softmax.
+            temperature: of the softmax; `None` takes parts.
         """
         spent = [cost * flow for cost, flow in zip(costs, flows, strict=True)]
         pairs = ((1, self.student), (0, self.teacher))
@@ -82,13 +84,14 @@ class Transport:
         )
 
 
-def _attention(unit_cost: Matrix, temperature: float) -> Matrix:
+def _attention(unit_cost: Matrix, temperature: float | None) -> Matrix:
     # a layer that costs nothing would have an infinite score: it is served as it is
-    total = unit_cost.sum()
-    if not total:
+    mean = unit_cost.mean()
+    if not mean:
         return np.full(unit_cost.shape, 1 / unit_cost.size)
-    scores = total / np.maximum(unit_cost, total * 1e-6) / temperature
-    powers = np.exp(scores - scores.max())
-    share: Matrix = powers / powers.sum()
+    scores = mean / np.maximum(unit_cost, mean * 1e-6)
+    if temperature is not None:
+        scores = np.exp((scores - scores.max()) / temperature)
+    share: Matrix = scores / scores.sum()
     floored: Matrix = np.maximum(share, 1e-6)
     return floored / float(floored.sum())

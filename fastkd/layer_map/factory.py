@@ -68,7 +68,7 @@ def make_layer_map(
     if isinstance(given, recipe.RandomMap):
         return RandomMap(*depths, given.redraw, seed if given.seed is None else given.seed)
     if isinstance(given, recipe.TransportMap):
-        return TransportMap(*depths, given.temperature)
+        return TransportMap(*depths, given.layer_weights, given.temperature, given.total)
     if isinstance(given, recipe.AttentionMap):
         return AttentionMap(*depths, given.temperature)
     layers: LayerMap

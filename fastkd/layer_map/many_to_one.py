@@ -10,6 +10,7 @@ from fastkd.layer_map.base import (
     Progress,
     blocks,
 )
+from fastkd.layer_map.sections import LayerWeights
 
 
 class MeanTargetMap(LayerMap):
@@ -41,11 +42,13 @@ class MeanLossMap(LayerMap):
 class TransportMap(LayerMap):
     """Every pair of layers, weighted by an exact transport (BERT-EMD, arXiv 2010.06133)."""
 
-    temperature: float | None = 1.0
+    layer_weights: LayerWeights = "cost"
+    temperature: float = 1.0
+    total: float = 1.0
 
     def links(self, moment: Progress) -> tuple[Link, ...]:
         students, teachers = self.student_layers, self.teacher_layers
-        even = 1 / (students * teachers)
+        even = self.total / (students * teachers)
         return tuple(
             Link(s, (t,), even) for s in range(1, students + 1) for t in range(1, teachers + 1)
         )

@@ -18,6 +18,7 @@ from fastkd.section import (
 # between these fp32 tells scores over the temperature apart, and the kernels take them
 COLDEST, HOTTEST = 1e-3, 1e3
 Temperature = Annotated[float, Field(ge=COLDEST, le=HOTTEST)]
+LayerWeights = Literal["cost", "softmax", "equal"]
 MapKind = Literal[
     "uniform", "last", "first", "skip", "below_last", "final", "mean_target", "mean_loss"
 ]
@@ -46,8 +47,23 @@ class TransportMap(MapConfig):
 
     kind: Literal["emd"] = "emd"
     """Name of the mapping."""
-    temperature: Temperature | None = 1.0
-    """Of the cost attention that moves the weights of the layers; `null` keeps them equal."""
+    layer_weights: LayerWeights = "cost"
+    """How much of the flow each layer has: by what it costs, cheap ones more, as the official code
+    divides it (`cost`) or by a `softmax`; or all as much (`equal`)."""
+    temperature: Temperature = 1.0
+    """Of the `softmax`, whose scores are the layers' mean cost over the own one, of any depth."""
+    total: float = Field(default=1.0, gt=0, le=1e6)
+    """What all weights of pairs add up to; with the number of student layers it weighs as much as
+    a mapping of one teacher layer each."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.layer_weights != "softmax" and self.temperature != 1.0:
+            raise ValueError(
+                f"temperature is read by softmax only, but layer_weights is {self.layer_weights}; "
+                "leave it out"
+            )
+        return self
 
 
 class AttentionMap(MapConfig):

@@ -46,8 +46,10 @@ class Transports:
             costs = [np.array(losses[g.start : g.stop]).reshape(shape) for g in members]
             flows = [transport.flow(cost) for cost in costs]
             for group, flow in zip(members, flows, strict=True):
-                group.flow = flow.ravel().tolist()
-            if layer_map.temperature is not None:
+                group.flow = (layer_map.total * flow).ravel().tolist()
+            if layer_map.layer_weights == "cost":
+                transport.attend(costs, flows)
+            elif layer_map.layer_weights == "softmax":
                 transport.attend(costs, flows, layer_map.temperature)
         self.observed = True
 

@@ -140,7 +140,7 @@ def bert_emd() -> Tree:
     and the soft cross-entropy of the predictions."""
     return {
         "student": {"head": "sequence_classification"},
-        "layer_map": {"kind": "emd", "temperature": 1.0},
+        "layer_map": {"kind": "emd", "layer_weights": "cost"},
         "losses": {
             "attention": {"kind": "score_mse", "weight": 1.0},
             "hidden": {"kind": "mse", "weight": 1.0},

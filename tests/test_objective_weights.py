@@ -348,7 +348,8 @@ def base(**changes: Any) -> dict[str, Any]:
         ),
         (
             {"layer_map": {"kind": "emd", "temperature": 2}},
-            "layer_map: temperature is read by softmax only, but layer_weights is cost; leave it out",
+            "layer_map: temperature is read by softmax only, but layer_weights is cost; leave it "
+            "out",
         ),
         (
             {"losses": {"hidden": {"layer_map": {"kind": "emd", "temperature": 0}}}},

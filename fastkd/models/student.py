@@ -174,10 +174,30 @@ def build_student(
             model, copied = _continued(student.starts_from, config, student, teacher)
         lend_pooler(model, teacher)
     set_attention(model, student.attention)
+    if student.freeze_word_embeddings:
+        _freeze_word_embeddings(model, teacher, student)
     if student.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     total = sum(p.numel() for p in model.parameters())
     return model, Initialisation(copied, total, missing=tuple(missing), rates=rates)
+
+
+def _freeze_word_embeddings(
+    model: PreTrainedModel, teacher: PreTrainedModel, student: Student
+) -> None:
+    """Let a student's vocabulary stay as it is.
+
+    Raises:
+        UserError: it was drawn, as the teacher's has another width.
+    """
+    table, theirs = (one.get_input_embeddings().weight for one in (model, teacher))
+    if student.init == "teacher" and table.shape != theirs.shape:
+        raise UserError(
+            f"student.freeze_word_embeddings is on, but the teacher's have {theirs.shape[1]} "
+            f"numbers each and the student's {table.shape[1]}, which are drawn and have to be "
+            "trained; leave it out, or set student.init to importance"
+        )
+    table.requires_grad_(False)
 
 
 def own_model(student: Student, teacher: PreTrainedConfig) -> OwnModel | None:

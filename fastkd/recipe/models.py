@@ -174,6 +174,9 @@ class Student(Section):
     """Width of the feed-forward layer; the teacher's where not given."""
     dropout: float | None = Field(default=0.0, ge=0, lt=1)
     """Every dropout rate of the student; `null` keeps the teacher's rates."""
+    freeze_word_embeddings: bool = False
+    """Leave the table of the vocabulary as it is copied: most of the numbers of a small student,
+    which then need neither gradient nor update. A head that is tied to it stays too."""
     head: Head = "none"
     """What stands on the blocks of both models; `logits`, `labels` and `mlm` need one."""
     attention: Attention = "sdpa"
@@ -191,6 +194,11 @@ class Student(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.freeze_word_embeddings and self.init == "random":
+            raise ValueError(
+                "freeze_word_embeddings is on, but init is random, and what is drawn has to be "
+                "trained; set init to teacher, or leave freeze_word_embeddings out"
+            )
         check_flex(self.attention, self.dropout, self.gradient_checkpointing)
         return self
 

@@ -170,7 +170,8 @@ def does_not_fit(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> str:
 
 
 def _models(passes: Passes) -> str:
-    return f"{passes.teacher_numbers:,}, {passes.trained_numbers:,} with projections"
+    frozen = f", {passes.frozen_numbers:,} frozen" if passes.frozen_numbers else ""
+    return f"{passes.teacher_numbers:,}, {passes.trained_numbers:,} with projections{frozen}"
 
 
 def _gib(size: int) -> str:

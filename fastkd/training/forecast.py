@@ -59,6 +59,8 @@ class Passes:
     teacher_numbers: int
     teacher_bytes: int
     trained_numbers: int
+    frozen_numbers: int
+    """Of the student, beside those."""
     matrix_numbers: int
     """Of those trained, what Muon updates."""
     teacher_block: int
@@ -157,12 +159,14 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
             f"its numbers ({one_line(error)}); leave --gpu out, which makes a few real steps"
         ) from error
     _check_counted(teacher, taught, depth, sequences * tokens)
+    frozen = sum(p.numel() for p in student.parameters() if not p.requires_grad)
     return Passes(
         teacher=taught,
         student=learnt,
         teacher_numbers=_numbers(teacher),
         teacher_bytes=sum(p.numel() * p.element_size() for p in teacher.parameters()),
-        trained_numbers=_numbers(student) + _numbers(objective),
+        trained_numbers=_numbers(student) - frozen + _numbers(objective),
+        frozen_numbers=frozen,
         matrix_numbers=matrix_numbers(student, recipe.train),
         teacher_block=_largest(teacher),
         student_block=_largest(student),
@@ -189,7 +193,7 @@ def forecast(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> Forecast
     plan = plan_batches(recipe, ranks)
     times = plan.micro_batch_size / passes.rows
     sizes = passes.teacher_bytes, passes.trained_numbers
-    kept = memory_parts(recipe, *sizes, ranks, passes.matrix_numbers)
+    kept = memory_parts(recipe, *sizes, ranks, passes.matrix_numbers, passes.frozen_numbers)
     away = parts_on_cpu(recipe)
     parts = {name: size for name, size in kept.items() if name not in away}
     parts |= _worked_with(recipe, passes, plan)
@@ -355,8 +359,9 @@ def _moving_seconds(recipe: Recipe, passes: Passes, chip: Chip, plan: BatchPlan)
     # gradients are reduced and weights or gradients gathered
     moved = 2 * student * others
     if train.zero_stage == 3:
+        whole = student + passes.frozen_numbers * train.number_bytes
         # before each forward and before the backward of each micro-batch
-        moved += student * others * (passed + plan.accumulation)
+        moved += whole * others * (passed + plan.accumulation)
     seconds = moved / link
     teacher = passes.teacher_numbers * recipe.teacher.number_bytes
     if recipe.teacher.placement != "replicate":

@@ -21,7 +21,7 @@ def introduce(run: Run, reporter: Reporter) -> None:
         origin = "the teacher" if recipe.student.starts_from is None else recipe.student.init
         reporter.say(
             f"student: {run.layers.student_layers} layers, {size}, {share:.0%} of them copied from "
-            f"{origin}"
+            f"{origin}" + (", word embeddings frozen" * recipe.student.freeze_word_embeddings)
         )
         for missing in initialisation.missing:
             reporter.say(f"student: {missing}: the architecture has none in its place")

@@ -85,7 +85,12 @@ def memory_of(device: torch.device) -> int:
 
 
 def memory_parts(
-    recipe: AnyRecipe, teacher: int, trained: int, world_size: int, matrices: int = 0
+    recipe: AnyRecipe,
+    teacher: int,
+    trained: int,
+    world_size: int,
+    matrices: int = 0,
+    frozen: int = 0,
 ) -> dict[str, int]:
     """Bytes that one rank holds for weights, gradients and optimiser, by ZeRO stage.
 
@@ -95,6 +100,7 @@ def memory_parts(
         trained: parameters of the student and the projections.
         world_size: ranks that shards are spread over.
         matrices: parameters that Muon updates, among those.
+        frozen: further parameters of the student, which stay as they are.
     """
     stage = recipe.train.zero_stage
     shard = [1, world_size]
@@ -108,7 +114,7 @@ def memory_parts(
     trained_weights = "student weights" if parts else "model weights"
     return {
         **parts,
-        trained_weights: trained * recipe.train.number_bytes // shard[stage >= 3],
+        trained_weights: (trained + frozen) * recipe.train.number_bytes // shard[stage >= 3],
         "gradients": trained * 4 // shard[stage >= 2],
         "optimiser": optimiser // shard[stage >= 1],
     }

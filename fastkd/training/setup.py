@@ -94,10 +94,14 @@ class Run(Parts):
 
     def computed_parts(self) -> dict[str, int]:
         """Bytes of weights, gradients and moments on this rank's device, see `memory_parts`."""
-        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+        weights = list(self.module.parameters())
+        trained, frozen = (
+            sum(getattr(p, "ds_numel", p.numel()) for p in weights if p.requires_grad == trains)
+            for trains in (True, False)
+        )
         world = self.ranks.world_size
         matrices = matrix_numbers(self.module.student, self.recipe.train)
-        parts = memory_parts(self.recipe, self.teacher_bytes, trained, world, matrices)
+        parts = memory_parts(self.recipe, self.teacher_bytes, trained, world, matrices, frozen)
         away = parts_on_cpu(self.recipe) if self.ranks.device.type == "cuda" else set()
         return {name: size for name, size in parts.items() if name not in away}
 

@@ -2,8 +2,8 @@
 
 `python -m benchmarks.embeddings --glue FOLDER --corpus FILE [--seconds 450] [--output FILE]`.
 all-MiniLM-L6-v2 is distilled to 3 layers on single sentences of the corpus, by `embedding_loop.py`
-and by recipes that match what is inside, what is given out, or both. First all make steps in turn;
-from their medians follows how many steps each makes in the given time. Then each is trained with
+and by recipes that match what is inside, what is given out, or both. First all make steps in turn,
+from which follows how many each makes in the given time. Then each is trained with
 every seed, and scored on pairs of STS-B: Spearman of the cosine of embeddings. A run that the
 output holds already is not made again.
 """
@@ -14,11 +14,10 @@ import gzip
 import json
 import random
 import re
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,27 +49,51 @@ LOSSES: dict[str, dict[str, Any]] = {
     "both and similarity": {**INSIDE, **OUTSIDE, **SIMILARITY},
 }
 PEER = "loop"
+# where a task's file has its texts, and whether it has a header
+TASKS = {
+    "MRPC": (slice(3, 5), True),
+    "RTE": (slice(1, 3), True),
+    "CoLA": (slice(3, 4), False),
+    "SST-2": (slice(0, 1), True),
+}
+FROM_CORPUS, FROM_TASK = 30_000, 12_000
 SIZE, RATE = 32, 3e-4
-WARM, TIMED = 3, 20
+TURNS, IN_A_ROW = 6, 16
 _END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
 
 
-def sentences(corpus: Path, folder: Path) -> Path:
-    """A file with a sentence of the corpus in each line, in an order that is drawn once."""
+def sentences(corpus: Path, glue: Path, folder: Path) -> Path:
+    """A file with a sentence in each line, in an order that is drawn once: of the corpus and, as it
+    has one kind of text, of training sets of GLUE. None is in a pair of STS-B."""
     opened = gzip.open if corpus.suffix == ".gz" else open
     with opened(corpus, "rt", encoding="utf-8") as file:
-        found = [part.strip() for line in file for part in _END.split(line)]
-    kept = [text for text in found if len(text.split()) >= 4]
-    random.Random(0).shuffle(kept)
+        found = {"corpus": {part.strip() for line in file for part in _END.split(line)}}
+    found |= {task: _column_texts(glue / task, *places) for task, places in TASKS.items()}
+    scored = {text for name in ("train", "dev") for pair in _pairs(glue, name) for text in pair[:2]}
+    draw = random.Random(0)
+    kept: list[str] = []
+    for name, texts in found.items():
+        own = sorted(text for text in texts - scored if len(text.split()) >= 4)
+        draw.shuffle(own)
+        kept += own[: FROM_CORPUS if name == "corpus" else FROM_TASK]
+    draw.shuffle(kept)
     path = folder / "sentences.txt"
     path.write_text("\n".join(kept) + "\n", encoding="utf-8")
     return path
 
 
+def _column_texts(task: Path, columns: slice, header: bool) -> set[str]:
+    path = next(task.glob("train.tsv*"))
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return {text for row in rows[header:] for text in row[columns]}
+
+
 def recipe_of(losses: dict[str, Any], texts: Path, folder: Path, steps: int, seed: int) -> Any:
     return {
-        "teacher": {"model": TEACHER},
-        "student": {"layers": 3},
+        "teacher": {"model": TEACHER, "dtype": "int8"},
+        "student": {"layers": 3, "freeze_word_embeddings": True},
         "losses": losses,
         "data": {
             "train": str(texts),
@@ -93,7 +116,7 @@ def recipe_of(losses: dict[str, Any], texts: Path, folder: Path, steps: int, see
 
 
 def step_times(texts: Path, folder: Path) -> dict[str, float]:
-    """Median seconds of a step of each, made in turn by one process."""
+    """Mean seconds of a step of each, some in a row at a time by one process."""
     lines = texts.read_text(encoding="utf-8").splitlines()
     loop = distil(TEACHER, lines, 10_000, size=SIZE, rate=RATE, seed=0)
     stepping: dict[str, Callable[[], object]] = {PEER: loop.step}
@@ -101,13 +124,17 @@ def step_times(texts: Path, folder: Path) -> dict[str, float]:
         for name, losses in LOSSES.items():
             recipe = recipe_of(losses, texts, folder / "timed" / name, 10_000, 0)
             stepping[name] = _stepper(set_up(parse_recipe(recipe), ranks, progress=False))
-        taken: dict[str, list[float]] = {name: [] for name in stepping}
-        for _ in range(WARM + TIMED):
+        taken = dict.fromkeys(stepping, 0.0)
+        for turn in range(1 + TURNS):
             for name, step in stepping.items():
-                start = time.perf_counter()
+                # what another left in the caches is no step's own
                 step()
-                taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[WARM:]) for name, values in taken.items()}
+                start = time.perf_counter()
+                for _ in range(IN_A_ROW):
+                    step()
+                # the first turn warms up
+                taken[name] += (time.perf_counter() - start) * (turn > 0)
+    return {name: seconds / (TURNS * IN_A_ROW) for name, seconds in taken.items()}
 
 
 def _stepper(run: Any) -> Callable[[], object]:
@@ -155,11 +182,10 @@ def spearman(one: list[float], other: list[float]) -> float:
     return round(float(spearmanr(one, other).statistic), 4)
 
 
-def read_pairs(path: Path) -> list[tuple[str, str, float]]:
+def _pairs(glue: Path, name: str) -> list[tuple[str, str, float]]:
+    path = glue / "STS-B" / f"{name}.tsv"
     with path.open(encoding="utf-8", newline="") as file:
-        rows: Iterable[dict[str, str]] = csv.DictReader(
-            file, delimiter="\t", quoting=csv.QUOTE_NONE
-        )
+        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         return [(row["sentence1"], row["sentence2"], float(row["score"])) for row in rows]
 
 
@@ -172,12 +198,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=(PEER, *LOSSES))
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
-    pairs = read_pairs(given.glue / "STS-B" / "dev.tsv")
+    pairs = _pairs(given.glue, "dev")
     labels = [label for *_, label in pairs]
     teacher = cosines(AutoModel.from_pretrained(TEACHER).eval(), pairs)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        texts = sentences(given.corpus, folder)
+        texts = sentences(given.corpus, given.glue, folder)
         if given.output.is_file():
             found = json.loads(given.output.read_text(encoding="utf-8"))
         else:

@@ -193,7 +193,7 @@ def ahead(folder: Path, tokenizer: PreTrainedTokenizerBase, kind: str) -> Any:
 
 @contextmanager
 def _by_thread(feed: MicroBatches) -> Iterator[Callable[[int], Sequence[Inputs]]]:
-    with closing(Prefetched(feed, torch.device("cpu"))) as prefetched:
+    with closing(Prefetched(feed, torch.device("cpu"), DEPTH)) as prefetched:
         yield prefetched.next_step
 
 

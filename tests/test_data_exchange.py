@@ -17,7 +17,7 @@ from tiny_models import tiny_tokenizer
 from tiny_runs import assert_same_run, keys, make_recipe, run_command, run_environment, run_script
 from warm_processes import start_ranks
 
-from fastkd.data.prefetch import Prefetched
+from fastkd.data.prefetch import DEPTH, Prefetched
 from fastkd.data.text.exchange import Exchange
 from fastkd.data.text.packing import Frame, IntArray, Packer
 from fastkd.data.text.settings import TextSettings
@@ -239,7 +239,8 @@ def test_ranks_of_different_speed_leave_and_start_again_together(tmp_path: Path)
         exchange = threads.of(number)
         stream, _ = stream_of(tmp_path, exchange)
         made = []
-        with closing(Prefetched(Streamed(stream, 0.02 * number), torch.device("cpu"))) as feed:
+        streamed = Streamed(stream, 0.02 * number)
+        with closing(Prefetched(streamed, torch.device("cpu"), DEPTH)) as feed:
             start = feed.state_dict()
             # a round of four chunks is about four batches
             for steps in range(1, 6):

@@ -64,15 +64,24 @@ def settle(source: Counted, count: int) -> None:
 
 def test_steps_come_in_their_order_and_a_few_ahead() -> None:
     source = Counted()
-    with closing(Prefetched(source, CPU)) as prefetched:
+    with closing(Prefetched(source, CPU, DEPTH)) as prefetched:
         assert not source.steps
         assert taken(prefetched, range(100, 103)) == [[0, 100], [1, 101], [2, 102]]
         settle(source, 3 + DEPTH)
 
 
-def test_position_and_epoch_are_those_of_the_steps_that_were_taken() -> None:
+def test_beside_a_processor_that_trains_runs_no_thread() -> None:
+    before = set(threading.enumerate())
     source = Counted()
     with closing(Prefetched(source, CPU)) as prefetched:
+        assert taken(prefetched, range(100, 103)) == [[0, 100], [1, 101], [2, 102]]
+        assert len(source.steps) == 3 and set(threading.enumerate()) == before
+        assert prefetched.state_dict() == {"position": 3}
+
+
+def test_position_and_epoch_are_those_of_the_steps_that_were_taken() -> None:
+    source = Counted()
+    with closing(Prefetched(source, CPU, DEPTH)) as prefetched:
         assert (prefetched.state_dict(), prefetched.epoch) == ({"position": 0}, 0)
         for step in range(25):
             prefetched.next_step(step)
@@ -81,24 +90,26 @@ def test_position_and_epoch_are_those_of_the_steps_that_were_taken() -> None:
             assert prefetched.epoch == (step + 1) // 10
 
 
-def test_steps_are_read_again() -> None:
+@pytest.mark.parametrize("depth", [0, DEPTH])
+def test_steps_are_read_again(depth: int) -> None:
     source = Counted()
-    with closing(Prefetched(source, CPU)) as prefetched:
+    with closing(Prefetched(source, CPU, depth)) as prefetched:
         taken(prefetched, range(4))
         position = prefetched.state_dict()
         expected = taken(prefetched, range(4, 9))
         prefetched.load_state_dict(position)
         assert prefetched.state_dict() == position
         assert taken(prefetched, range(4, 9)) == expected
-    fresh = Prefetched(Counted(), CPU)
+    fresh = Prefetched(Counted(), CPU, depth)
     with closing(fresh):
         fresh.load_state_dict(position)
         assert taken(fresh, range(4, 9)) == expected
 
 
-def test_what_goes_wrong_is_raised_at_its_step() -> None:
+@pytest.mark.parametrize("depth", [0, DEPTH])
+def test_what_goes_wrong_is_raised_at_its_step(depth: int) -> None:
     source = Counted(damaged=4)
-    with closing(Prefetched(source, CPU)) as prefetched:
+    with closing(Prefetched(source, CPU, depth)) as prefetched:
         assert taken(prefetched, range(4))[-1] == [3, 3]
         with pytest.raises(UserError, match="byte 4"):
             prefetched.next_step(4)
@@ -109,7 +120,7 @@ def test_what_goes_wrong_is_raised_at_its_step() -> None:
 def test_nothing_is_left_behind(steps: int) -> None:
     before = set(threading.enumerate())
     source = Counted()
-    with pytest.raises(KeyboardInterrupt), closing(Prefetched(source, CPU)) as prefetched:
+    with pytest.raises(KeyboardInterrupt), closing(Prefetched(source, CPU, DEPTH)) as prefetched:
         taken(prefetched, range(steps))
         raise KeyboardInterrupt
     assert source.closed
@@ -119,10 +130,11 @@ def test_nothing_is_left_behind(steps: int) -> None:
     assert len(source.steps) == made
 
 
-def test_random_numbers_of_the_process_stay_as_they_are() -> None:
+@pytest.mark.parametrize("depth", [0, DEPTH])
+def test_random_numbers_of_the_process_stay_as_they_are(depth: int) -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
-    with closing(Prefetched(Counted(), CPU)) as prefetched:
+    with closing(Prefetched(Counted(), CPU, depth)) as prefetched:
         taken(prefetched, range(5))
     gc.collect()
     assert torch.equal(torch.get_rng_state(), before[0])

@@ -14,7 +14,7 @@ from tiny_training import save_classifier, write_recipe, write_task
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastkd.data.prefetch import Prefetched
+from fastkd.data.prefetch import DEPTH, Prefetched
 from fastkd.distributed import joined_ranks
 from fastkd.recipe import Recipe, load_recipe
 from fastkd.training.loop import read_step, train_step
@@ -119,7 +119,7 @@ def test_a_step_reads_nothing(tmp_path: Path, name: str) -> None:
         cache = plan_for_run(run)
         if cache is not None:
             cache.use(run, progress=False)
-        with closing(Prefetched(run.micro_batches(), ranks.device)) as micro_batches:
+        with closing(Prefetched(run.micro_batches(), ranks.device, DEPTH)) as micro_batches:
             window = Window(run, micro_batches, 0)
             for step in range(WARM_UP + 3):
                 reads = Counter[str]()

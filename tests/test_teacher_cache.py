@@ -19,7 +19,7 @@ from tiny_training import save_classifier, summary_of, write_recipe, write_task
 from transformers import AutoModelForCausalLM
 
 from fastkd.capture import Capture
-from fastkd.data.prefetch import Prefetched
+from fastkd.data.prefetch import DEPTH, Prefetched
 from fastkd.distributed import Ranks, start_ranks, stop_ranks
 from fastkd.errors import DiskError, UserError
 from fastkd.layer_map import Progress
@@ -253,7 +253,7 @@ def test_a_thread_reads_ahead_what_the_losses_of_its_step_read(
             torch.testing.assert_close(valid(name, tensor, mask), theirs, rtol=0, atol=1e-5)
         return {name for name in inputs if name.startswith(STORED)}
 
-    with closing(Prefetched(run.micro_batches(), ranks.device)) as feed:
+    with closing(Prefetched(run.micro_batches(), ranks.device, DEPTH)) as feed:
         # over the end of an epoch
         names = [check(step) for step in range(7)]
         position = feed.state_dict()
@@ -269,7 +269,7 @@ def test_a_disk_that_fails_is_said_at_its_step(folder: Path, ranks: Ranks) -> No
     run, plan = states_of(folder, ranks, EXACT)
     (plan.folder / "hidden-2.bin").write_bytes(b"")
     said = pytest.raises(DiskError, match=r"hidden-2\.bin can't be read \(it ends at byte \d+\)")
-    with closing(Prefetched(run.micro_batches(), ranks.device)) as feed, said:
+    with closing(Prefetched(run.micro_batches(), ranks.device, DEPTH)) as feed, said:
         feed.next_step(0)
 
 

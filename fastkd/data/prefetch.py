@@ -7,8 +7,7 @@ inputs, states of a teacher that come from a disk, is read by the same thread, s
 for a disk that keeps up.
 
 Where the processor trains there is no such thread. It takes its time from the same cores, and a
-second thread that computes makes OpenMP's workers sleep between one operation and the next: a step
-of 32 short texts took 1.2 times as long.
+second thread that computes makes OpenMP's workers sleep between one operation and the next.
 """
 
 from __future__ import annotations

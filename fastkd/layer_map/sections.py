@@ -24,6 +24,25 @@ MapKind = Literal[
 ]
 
 
+def check_temperature_read(section: Section, reader: str, choice: str) -> None:
+    """See that a section's `temperature` is not given where nothing reads it.
+
+    Args:
+        section: with that field.
+        reader: the one choice that reads it.
+        choice: the field that makes it.
+
+    Raises:
+        ValueError: it is given beside another choice.
+    """
+    values, default = dict(section), type(section).model_fields["temperature"].default
+    chosen = values[choice]
+    if chosen != reader and values["temperature"] != default:
+        raise ValueError(
+            f"temperature is read by {reader} only, but {choice} is {chosen}; leave it out"
+        )
+
+
 class MapConfig(Section):
     """What the section of every mapping has."""
 
@@ -58,11 +77,7 @@ class TransportMap(MapConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.layer_weights != "softmax" and self.temperature != 1.0:
-            raise ValueError(
-                f"temperature is read by softmax only, but layer_weights is {self.layer_weights}; "
-                "leave it out"
-            )
+        check_temperature_read(self, "softmax", "layer_weights")
         return self
 
 

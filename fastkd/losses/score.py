@@ -12,7 +12,7 @@ from torch.nn.functional import mse_loss, normalize
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap
-from fastkd.layer_map.sections import Temperature
+from fastkd.layer_map.sections import Temperature, check_temperature_read
 from fastkd.losses.base import Batch, Captures, LossConfig, LossGroup, Setting, Shared
 from fastkd.losses.embeddings import EmbeddingConfig, EmbeddingGroup, EmbeddingLoss
 from fastkd.losses.pairs import divergence, queries_and_documents
@@ -53,11 +53,7 @@ class ScoreLoss(EmbeddingLoss):
 
         @model_validator(mode="after")
         def _consistent(self) -> Self:
-            if self.kind != "listwise_kl" and self.temperature != 1:
-                raise ValueError(
-                    f"temperature is read by listwise_kl only, but kind is {self.kind}; leave it "
-                    "out"
-                )
+            check_temperature_read(self, "listwise_kl", "kind")
             if self.similarity == "dot" and self.dimensions:
                 raise ValueError(
                     "similarity is dot, but dimensions names prefixes, which are scaled to length "

@@ -8,7 +8,7 @@ from pydantic import model_validator
 from torch import Tensor
 from torch.nn.functional import mse_loss, normalize
 
-from fastkd.layer_map.sections import Temperature
+from fastkd.layer_map.sections import Temperature, check_temperature_read
 from fastkd.losses.base import Batch, LossConfig, LossGroup, Setting
 from fastkd.losses.embeddings import EmbeddingConfig, EmbeddingGroup, EmbeddingLoss
 from fastkd.losses.gathering import gathered_value
@@ -40,10 +40,7 @@ class SimilarityLoss(EmbeddingLoss):
 
         @model_validator(mode="after")
         def _consistent(self) -> Self:
-            if self.kind != "kl" and self.temperature != 0.05:
-                raise ValueError(
-                    f"temperature is read by kl only, but kind is {self.kind}; leave it out"
-                )
+            check_temperature_read(self, "kl", "kind")
             return self
 
     config: Config

@@ -19,9 +19,10 @@ def introduce(run: Run, reporter: Reporter) -> None:
     if isinstance(recipe, Recipe):
         share = initialisation.copied / initialisation.total
         origin = "the teacher" if recipe.student.starts_from is None else recipe.student.init
+        frozen = ", word embeddings frozen" if recipe.student.freeze_word_embeddings else ""
         reporter.say(
             f"student: {run.layers.student_layers} layers, {size}, {share:.0%} of them copied from "
-            f"{origin}" + (", word embeddings frozen" * recipe.student.freeze_word_embeddings)
+            f"{origin}{frozen}"
         )
         for missing in initialisation.missing:
             reporter.say(f"student: {missing}: the architecture has none in its place")

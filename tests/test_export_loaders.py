@@ -91,3 +91,10 @@ def test_a_classifier_of_pairs_is_a_cross_encoder(tmp_path: Path) -> None:
     found = model.predict([("w7 w8", "w9")], apply_softmax=True)
     assert found.shape == (1, 3) and float(found.sum()) == pytest.approx(1)
     assert model.config.id2label == dict(enumerate(LABELS))
+    # it reads pairs as they were trained on, though the teacher's tokenizer didn't hand types on
+    read = tiny_tokenizer()("w7 w8", "w9", return_token_type_ids=True, return_tensors="pt")
+    assert read["token_type_ids"].any()
+    with torch.no_grad():
+        expected = model.model(**read).logits
+    logits = model.predict([("w7 w8", "w9")], activation_fn=torch.nn.Identity())
+    torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-6, rtol=0)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from tiny_models import tiny_config
 from tiny_tasks import SENTENCES, WORDS, word_tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fastkd.data.sequences import uses_token_types
+from fastkd.data.sequences import name_token_types, uses_token_types
 from fastkd.data.tasks import (
     EncodedExamples,
     Examples,
@@ -163,9 +163,26 @@ def test_no_room_for_text(
     assert not list(tmp_path.iterdir())
 
 
-def test_models_that_want_token_types() -> None:
+def test_models_that_want_token_types(tokenizer: PreTrainedTokenizerFast) -> None:
     wanted = {"bert": True, "roberta": False, "distilbert": False, "gpt2": False, "modernbert": 0}
-    assert {name: uses_token_types(tiny_config(name)) for name in wanted} == wanted
+    assert {name: uses_token_types(tiny_config(name), tokenizer) for name in wanted} == wanted
+
+
+def test_tokenizers_that_give_token_types(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    bert = tiny_config("bert")
+    # transformers' default leaves them out, though the frame of a pair has them
+    assert "token_type_ids" not in tokenizer.model_input_names
+    assert uses_token_types(bert, tokenizer)
+    name_token_types(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again("a", "the")["token_type_ids"] == [0, 0, 0, 1, 1]
+    assert uses_token_types(bert, again)
+    # what a folder says decides
+    again.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]
+    assert not uses_token_types(bert, again)
 
 
 def test_padding_of_a_tokenizer_without_a_token_for_it(

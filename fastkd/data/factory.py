@@ -171,7 +171,7 @@ def _encoded_rows(
     progress: bool,
 ) -> RowSets:
     # where texts stand alone, all types are those that a model takes for granted
-    types = form.paired and uses_token_types(config)
+    types = form.paired and uses_token_types(config, tokenizer)
     settings = RowSettings(text=data, form=form, token_types=types)
     made = _in_turn(
         ranks,
@@ -190,6 +190,7 @@ def _task_datamodule(
     counts_padding: bool,
 ) -> TaskDataModule:
     task = task_of(section)
+    types = uses_token_types(config, tokenizer)
 
     def encode(examples: ExampleSource, first: bool) -> EncodedExamples:
         form: Form | None = None
@@ -201,7 +202,7 @@ def _task_datamodule(
             examples,
             tokenizer,
             max_length=section.max_length,
-            token_types=uses_token_types(config),
+            token_types=types,
             cache=section.cache,
             build=first,
             progress=first and progress,

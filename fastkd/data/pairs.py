@@ -80,6 +80,6 @@ def encode_pairs(
             *(name, made.cut, len(made.lengths), max_length),
         )
     scores: npt.NDArray[np.float32] = np.asarray([row.scores for row in rows], np.float32)
-    types = uses_token_types(config)
+    types = uses_token_types(config, tokenizer)
     sequences = sequences_of(made, tokenizer, token_types=types, max_length=max_length)
     return EncodedRows(sequences, each=2, scores=scores, fingerprint=name)

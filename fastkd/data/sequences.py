@@ -31,6 +31,7 @@ Batch = dict[str, Tensor]
 belongs to them; on the CPU, padded on the right, or packed."""
 PAD_MULTIPLE = 8
 """Lengths of batches are rounded up to this, which tensor cores like."""
+_TYPES = "token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,31 @@ def padded_length(longest: int, multiple: int, limit: int) -> int:
     return min(-(-longest // multiple) * multiple, limit)
 
 
-def uses_token_types(config: PreTrainedConfig) -> bool:
-    """Whether a model of this configuration tells the texts of a pair apart by token types."""
+def has_token_types(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration can tell the texts of a pair apart by token types."""
     return int(getattr(config, "type_vocab_size", None) or 0) > 1
+
+
+def uses_token_types(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model is told the texts of a pair apart: it can be, and its tokenizer marks them.
+
+    What a folder says of `model_input_names` decides; the default of a class doesn't, for since
+    transformers 5 it leaves types out also where models were trained with them, as ALBERT was.
+    """
+    if not has_token_types(config):
+        return False
+    named = tokenizer.init_kwargs.get("model_input_names")
+    if named is not None:
+        return _TYPES in named
+    return any(tokenizer("a", "b", return_token_type_ids=True)[_TYPES])
+
+
+def name_token_types(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer's folder say that its model is told the texts of a pair apart, so that who
+    reads by it does so."""
+    if _TYPES not in tokenizer.model_input_names:
+        tokenizer.model_input_names = [*tokenizer.model_input_names, _TYPES]
+        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names
 
 
 class Tokenised(NamedTuple):

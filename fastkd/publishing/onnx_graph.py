@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.capture import vocabulary_size
-from fastkd.data.sequences import uses_token_types
+from fastkd.data.sequences import has_token_types
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.extras import need
 from fastkd.files.disk import disk_errors, replace_folder, settle, temporary_of
@@ -192,9 +192,8 @@ def _make(
 
 
 def _inputs_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """What the graph takes: ids and mask, and which text a token is of where the model was told or
-    its tokenizer tells."""
-    told = uses_token_types(model.config) or "token_type_ids" in tokenizer.model_input_names
+    """What the graph takes: ids, mask, and types of tokens where the tokenizer hands them on."""
+    told = "token_type_ids" in tokenizer.model_input_names
     has = inspect.signature(model.forward).parameters
     return tuple(n for n in _INPUTS if n in has and (n != "token_type_ids" or told))
 
@@ -256,7 +255,7 @@ def _example(
         # a sequence holds none, which some families count by
         ids = torch.where(ids == pad, (pad + 1) % len(tokenizer), ids).masked_fill(mask == 0, pad)
     second = torch.arange(tokens) >= tokens // 2
-    types = second.long().expand_as(ids) * int(uses_token_types(model.config))
+    types = second.long().expand_as(ids) * int(has_token_types(model.config))
     made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
     return {name: made[name] for name in names}
 

@@ -147,7 +147,7 @@ class RunEncoder:
         sequences = sequences_of(
             tokens,
             tokenizer,
-            token_types=uses_token_types(config),
+            token_types=uses_token_types(config, tokenizer),
             max_length=self._max_length,
         )
 

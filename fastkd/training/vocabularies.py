@@ -12,7 +12,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.capture import leave_types_out, vocabulary_size
-from fastkd.data.sequences import uses_token_types
+from fastkd.data.sequences import has_token_types
 from fastkd.errors import UserError
 from fastkd.losses.factory import token_losses
 from fastkd.models import load_tokenizer, read_tokenizer, vocabulary_difference
@@ -86,7 +86,7 @@ def share_token_types(*models: PreTrainedModel) -> PreTrainedModel:
     Returns:
         The one for which inputs are made.
     """
-    typed = [model for model in models if uses_token_types(model.config)]
+    typed = [model for model in models if has_token_types(model.config)]
     if typed:
         for model in models:
             if model not in typed:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastkd.data.sequences import name_token_types, uses_token_types
 from fastkd.distributed import Ranks
 from fastkd.files.disk import (
     disk_errors,
@@ -103,6 +104,8 @@ def export_student(
             for name, rate in rates.items():
                 setattr(module.student.config, name, rate)
             _write_model(module.student, folder)
+            if uses_token_types(module.student.config, tokenizer):
+                name_token_types(tokenizer)
             tokenizer.save_pretrained(folder)
             _write_around(module, source, prompts, folder)
             kept = {k: v.contiguous() for k, v in module.objective.kept().items()}

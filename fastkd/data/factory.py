@@ -29,6 +29,7 @@ from fastkd.data.tasks import (
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.tasks.questions import QuestionForm, Questions, read_questions
 from fastkd.data.tasks.read import ExampleSource
+from fastkd.data.tasks.selection import SELECTION, split_off
 from fastkd.data.tasks.tokenized import Form
 from fastkd.data.tasks.words import TaggedTexts, WordForm, read_words
 from fastkd.data.text import TextSettings, prepare_corpus
@@ -212,7 +213,12 @@ def _task_datamodule(
     read_split = _READERS[task.labels_of]
 
     def prepare(first: bool) -> TaskDataModule:
-        read = read_split(task, section.source, section.train, section.cache)
+        whole = read_split(task, section.source, section.train, section.cache)
+        read, sets = whole, {}
+        if section.selection is not None:
+            assert isinstance(whole, Examples), "a recipe selects from texts alone"
+            read, part = split_off(whole, section.selection.share)
+            sets = {SELECTION: part} if section.selection.scored else {}
         train: ExampleSource = read
         if section.augmentation is not None:
             assert isinstance(read, Examples), "a recipe augments texts alone"
@@ -226,10 +232,11 @@ def _task_datamodule(
                 progress=first and progress,
             )
         evaluations = {}
-        for split in section.evaluate or task.evaluations:
-            scored = read_split(task, section.source, split, section.cache)
+        for split in sets or section.evaluate or task.evaluations:
+            given: _Read | None = sets.get(split)
+            scored = given or read_split(task, section.source, split, section.cache)
             if first:
-                _warn_of_scores(scored, read)
+                _warn_of_scores(scored, whole)
             evaluations[split] = encode(scored, first)
         if first:
             _warn_of_classes(read, task)

@@ -19,6 +19,7 @@ from fastkd.recipe.loading import (
     apply_overrides,
     complain,
     dump_recipe,
+    each_stage,
     load_any_recipe,
     load_finetune_recipe,
     load_recipe,
@@ -32,7 +33,7 @@ from fastkd.recipe.loading import (
 from fastkd.recipe.losses import Losses
 from fastkd.recipe.models import Student, Teacher
 from fastkd.recipe.recipe import Recipe
-from fastkd.recipe.task import TaskAugmentation, TaskColumns, TaskData
+from fastkd.recipe.task import TaskAugmentation, TaskColumns, TaskData, TaskSelection
 from fastkd.recipe.train import RunOutput, Train, resolve_steps
 from fastkd.recipe.weights import Balance, LossConfig, Schedule
 from fastkd.recipe.yaml_text import write_yaml
@@ -54,12 +55,14 @@ __all__ = [
     "TaskAugmentation",
     "TaskColumns",
     "TaskData",
+    "TaskSelection",
     "Teacher",
     "Train",
     "TunedModel",
     "apply_overrides",
     "complain",
     "dump_recipe",
+    "each_stage",
     "load_any_recipe",
     "load_finetune_recipe",
     "load_recipe",

@@ -131,6 +131,16 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
     return found
 
 
+def each_stage(recipe: AnyRecipe) -> list[AnyRecipe]:
+    """The recipe of each stage, in order; the recipe itself where it has none.
+
+    Raises:
+        UserError: as `stage_recipes`.
+    """
+    stages: list[AnyRecipe] = list(stage_recipes(recipe)) if isinstance(recipe, Recipe) else []
+    return stages or [recipe]
+
+
 def parse_finetune_recipe(tree: Mapping[str, Any], name: str = "recipe") -> FinetuneRecipe:
     """Validate a mapping as a recipe of a fine-tuning run, likewise."""
     try:

@@ -74,6 +74,19 @@ class TaskAugmentation(Section):
     """Masked texts in one forward pass; decides speed and memory alone."""
 
 
+class TaskSelection(Section):
+    """Training examples that are not trained on, so that recipes are chosen without the sets that
+    they are judged by in the end."""
+
+    share: float = Field(gt=0, lt=1)
+    """Share of the examples of `train`. A hash of the text decides which, of a pair that of the
+    first one: the same in every run, and all examples of a text are on one side."""
+    scored: bool = True
+    """Whether both models are scored on these examples, as the set `selection`, in place of the
+    evaluation splits. Where not they stay out of training all the same: a last run that is scored
+    on `dev` then trains on what the chosen one did."""
+
+
 class TaskData(Section):
     """Texts or pairs of texts with classes or scores, padded to the longest of a batch, or not."""
 
@@ -120,6 +133,9 @@ class TaskData(Section):
     takes models that read such rows as they read padded batches, which is tried before a run."""
     augmentation: TaskAugmentation | None = None
     """How training examples are multiplied; not at all where not given."""
+    selection: TaskSelection | None = None
+    """Which examples of `train` are kept out of training, of a task of texts; none where not given.
+    Those that are trained on are counted and multiplied without them."""
     cache: Place = "~/.cache/fastkd"
     """Folder of tokenised examples, shared by all runs."""
 
@@ -140,6 +156,11 @@ class TaskData(Section):
             raise ValueError(
                 f"{own[0]} is given without columns; name the columns of a task of your own, or "
                 f"leave {own[0]} out for a task of GLUE"
+            )
+        if self.evaluate is not None and self.selection is not None and self.selection.scored:
+            raise ValueError(
+                f"evaluate is {', '.join(self.evaluate)}, but selection.scored is true, so nothing "
+                "else is scored; set selection.scored to false, or leave evaluate out"
             )
         if self.class_weights is not None and self.bounds is not None:
             raise ValueError(
@@ -173,6 +194,7 @@ class TaskData(Section):
             "meanings": not of_words and self.meanings is not None,
             "bounds": self.bounds is not None,
             "augmentation": self.augmentation is not None,
+            "selection": self.selection is not None,
             "class_weights": self.class_weights is not None,
             "padding: none": self.padding == "none",
         }

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastkd.recipe import AnyRecipe, Recipe, Schedule, parse_any_recipe, stage_recipes
+from fastkd.recipe import AnyRecipe, Recipe, Schedule, each_stage, parse_any_recipe
 
 # nothing here changes a weight, but for rounding and the draws of dropout
 _FREE = frozenset(
@@ -85,7 +85,7 @@ def _field(key: str) -> str:
 
 def why_not_longer(before: AnyRecipe, now: AnyRecipe) -> str | None:
     """Why a run can't be continued to the length of a recipe; `None` where it can, or needn't."""
-    ours, theirs = _parts(before), _parts(now)
+    ours, theirs = each_stage(before), each_stage(now)
     for number, (old, new) in enumerate(zip(ours, theirs, strict=True), start=1):
         for name in _LENGTHS:
             was, given = getattr(old.train, name), getattr(new.train, name)
@@ -105,7 +105,7 @@ def why_not_longer(before: AnyRecipe, now: AnyRecipe) -> str | None:
 
 def longer(before: AnyRecipe, now: AnyRecipe) -> str | None:
     """What a recipe makes longer about a run, and what that does to the learning rate."""
-    old, new = _parts(before)[-1].train, _parts(now)[-1].train
+    old, new = each_stage(before)[-1].train, each_stage(now)[-1].train
     for name in _LENGTHS:
         was, given = getattr(old, name), getattr(new, name)
         if was != given:
@@ -131,12 +131,6 @@ def in_force(before: AnyRecipe, now: AnyRecipe) -> AnyRecipe:
     # nothing else of this section may differ
     tree["deepspeed"] = given["deepspeed"]
     return parse_any_recipe(tree)
-
-
-def _parts(recipe: AnyRecipe) -> list[AnyRecipe]:
-    """The recipes of all stages, or the recipe itself."""
-    stages: list[AnyRecipe] = list(stage_recipes(recipe)) if isinstance(recipe, Recipe) else []
-    return stages or [recipe]
 
 
 def _depends_on_length(recipe: AnyRecipe) -> str | None:

@@ -21,7 +21,7 @@ from fastkd.losses import target_labels
 from fastkd.losses.objective import Objective
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.packed_row import valid_tokens
-from fastkd.recipe import Recipe, stage_recipes
+from fastkd.recipe import AnyRecipe, Recipe, TaskSelection, each_stage
 from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.engine import TeacherRunner
 from fastkd.training.finite import blame, first_broken, teacher_fault
@@ -195,8 +195,10 @@ def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> E
     summary = folder.read_finished()
     recipe = folder.read_recipe(overrides)
     check_packages(recipe)
+    if overrides:
+        _check_selection(folder.read_recipe(), recipe)
     if isinstance(recipe, Recipe) and recipe.stages:
-        recipe = stage_recipes(recipe)[-1]
+        recipe = each_stage(recipe)[-1]
         summary = summary["stages"][-1]
         folder = RunFolder(folder.path / Path(recipe.run.output).name)
     # those that are counted in passes over the data came to so many
@@ -223,6 +225,22 @@ def check_overrides(overrides: Sequence[str]) -> None:
                 f"override {override!r}: the run is made, so an evaluation takes values of "
                 f"{', '.join(_REPLACEABLE)} alone"
             )
+
+
+def _check_selection(made: AnyRecipe, now: AnyRecipe) -> None:
+    """Refuse to score a run on examples that it was trained on, as if it had not seen them."""
+    kept, scored = ([_selection(stage) for stage in each_stage(recipe)] for recipe in (made, now))
+    share, last = min(0.0 if one is None else one.share for one in kept), scored[-1]
+    if last is not None and last.scored and last.share > share:
+        raise UserError(
+            f"task.selection.share is {last.share:g}, but the run kept {share:g} of its examples "
+            "out of training, so some of the others would be scored too; give at most that, or set "
+            "task.selection to null"
+        )
+
+
+def _selection(recipe: AnyRecipe) -> TaskSelection | None:
+    return None if recipe.task is None else recipe.task.selection
 
 
 def peak_memory(ranks: Ranks) -> int:

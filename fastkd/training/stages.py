@@ -9,7 +9,7 @@ from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.files.disk import disk_errors, replace_folder, settle, temporary_of
 from fastkd.models import noted_models
-from fastkd.recipe import AnyRecipe, Recipe, stage_recipes
+from fastkd.recipe import AnyRecipe, Recipe, each_stage
 from fastkd.reporting.console import Reporter
 from fastkd.training.card import write_card
 from fastkd.training.rehearsal import check_recipe
@@ -40,8 +40,7 @@ def check_later(stages: list[Recipe], ranks: Ranks, reporter: Reporter) -> None:
 
 def stage_folders(recipe: AnyRecipe) -> list[RunFolder]:
     """The folders of all stages of a recipe; its own where it has none."""
-    stages: list[AnyRecipe] = list(stage_recipes(recipe)) if isinstance(recipe, Recipe) else []
-    return [RunFolder(stage.run.output) for stage in stages or [recipe]]
+    return [RunFolder(stage.run.output) for stage in each_stage(recipe)]
 
 
 def finish_stages(recipe: Recipe, summaries: list[dict[str, Any]], ranks: Ranks) -> dict[str, Any]:

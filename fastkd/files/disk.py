@@ -17,12 +17,12 @@ _LOST = {errno.EROFS, errno.EIO, errno.ESTALE}
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Replace a file in one step: readers see the old one or the new one, also after a crash."""
     temporary = temporary_of(path)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -7,7 +7,7 @@ from typing import Annotated, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from fastkd.recipe.models import Attention, check_flex
-from fastkd.recipe.task import TaskData, check_padding
+from fastkd.recipe.task import TaskData, check_padding, check_predictions
 from fastkd.recipe.train import RunOutput, Train, check_steering, check_train
 from fastkd.section import (
     Extras,
@@ -69,5 +69,6 @@ class FinetuneRecipe(Section):
     def _consistent(self) -> Self:
         check_train(self.train)
         check_steering(self.train, self.run)
+        check_predictions(self.task, self.run)
         check_padding(self.task, self.train, {"model.attention": self.model.attention})
         return self

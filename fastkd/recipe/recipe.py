@@ -14,7 +14,7 @@ from fastkd.recipe.evaluate import Evaluate
 from fastkd.recipe.losses import Losses
 from fastkd.recipe.models import Student, Teacher
 from fastkd.recipe.presets import Preset
-from fastkd.recipe.task import TaskData, check_padding
+from fastkd.recipe.task import TaskData, check_padding, check_predictions
 from fastkd.recipe.train import RunOutput, Train, check_steering, check_train
 from fastkd.row_form import RowForm
 from fastkd.section import Extras, Plugins, Section
@@ -105,6 +105,21 @@ class Recipe(Section):
                 "teacher.attention": self.teacher.attention,
             },
         )
+        self._check_task()
+        if self.train.compile and self.teacher.placement != "replicate":
+            raise ValueError(
+                f"train.compile is on and teacher.placement {self.teacher.placement}, which "
+                "gathers weights between the layers of a graph; use replicate, or leave compile out"
+            )
+        if self.train.cuda_graph and self.teacher.overlap:
+            raise ValueError(
+                "train.cuda_graph and teacher.overlap are on, but a graph holds both models in "
+                "turn; leave one of them out"
+            )
+        return self
+
+    def _check_task(self) -> None:
+        check_predictions(self.task, self.run)
         if (
             self.task is not None
             and self.task.class_weights is not None
@@ -124,17 +139,6 @@ class Recipe(Section):
                 f"teacher.dtype is {self.teacher.dtype}, which is tried on padded batches, but "
                 "task.padding is none; leave one of them out"
             )
-        if self.train.compile and self.teacher.placement != "replicate":
-            raise ValueError(
-                f"train.compile is on and teacher.placement {self.teacher.placement}, which "
-                "gathers weights between the layers of a graph; use replicate, or leave compile out"
-            )
-        if self.train.cuda_graph and self.teacher.overlap:
-            raise ValueError(
-                "train.cuda_graph and teacher.overlap are on, but a graph holds both models in "
-                "turn; leave one of them out"
-            )
-        return self
 
     @property
     def row_form(self) -> RowForm | None:

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fastkd.head_spec import HEADS, TASK_HEAD
 from fastkd.recipe.models import Attention
-from fastkd.recipe.train import Train
+from fastkd.recipe.train import RunOutput, Train
 from fastkd.section import (
     LONGEST,
     MOST_ROWS,
@@ -204,6 +204,24 @@ class TaskData(Section):
                     f"{field} is for another kind of task, but kind is {self.kind}; leave one of "
                     "them out"
                 )
+
+
+def check_predictions(task: TaskData | None, run: RunOutput) -> None:
+    """Refuse predictions of what gives an example no class or score.
+
+    Args:
+        task: of the recipe.
+        run: likewise.
+
+    Raises:
+        ValueError: saying what it is.
+    """
+    if run.predictions and (task is None or task.kind != TASK_HEAD):
+        found = "the recipe has no task" if task is None else f"task.kind is {task.kind}"
+        raise ValueError(
+            f"run.predictions is true, but {found}; examples of a task of kind {TASK_HEAD} alone "
+            "have a class or score each, so set it to false"
+        )
 
 
 def check_padding(task: TaskData | None, train: Train, attention: Mapping[str, Attention]) -> None:

@@ -206,5 +206,10 @@ class RunOutput(Section):
     keep_best: Name | None = None
     """Number of an evaluation, as in `train.early_stopping.metric`: the student that is exported is
     the one of the step with the best. That of the last step where not given."""
+    predictions: bool = False
+    """Whether the folder holds `predictions.npz`, of a task with a class or score for each example:
+    of every set that is scored `SET/outputs` [examples, outputs] of the exported student, and
+    `SET/teacher` of the teacher, fp32 in the order of the set's file, `SET/labels` [examples], and
+    the student's `step`. While the run trains, they are those of its best or last evaluation."""
     monitor: Literal["none", "tensorboard", "wandb"] = "none"
     """Tracker that DeepSpeed's monitor writes to; its package is an extra of fastkd's."""

@@ -15,6 +15,7 @@ FILES = (
     "environment.json",
     "models.json",
     "metrics.jsonl",
+    "predictions.npz",
     "projections.safetensors",
     "summary.json",
     "report.html",

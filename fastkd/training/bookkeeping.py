@@ -22,6 +22,7 @@ from fastkd.signals import Signalled, stop_signals
 from fastkd.training.checkpoint import Checkpoints
 from fastkd.training.evaluate import Evaluation, evaluate
 from fastkd.training.finite import broken_weights
+from fastkd.training.predictions import Predictions
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run
 from fastkd.training.steering import Steering
@@ -63,6 +64,7 @@ class Bookkeeper:
             folder.checkpoints, run.ranks, run.recipe.train.keep_checkpoints
         )
         self.steering = Steering(run)
+        self.predictions = Predictions(run, folder)
         self.micro_batches = Prefetched(run.micro_batches(), run.ranks.device)
 
     def restore(self, recipe: AnyRecipe) -> int:
@@ -72,7 +74,7 @@ class Bookkeeper:
             recipe: as it was given, which the run goes on under.
         """
         run, folder, reporter = self.run, self.folder, self.reporter
-        step = 0
+        step, predictions = 0, {}
         tag = self.checkpoints.newest(reporter.say)
         if tag is not None:
             seed = run.recipe.train.seed
@@ -80,12 +82,14 @@ class Bookkeeper:
             self.micro_batches.load_state_dict(state["stream"])
             run.objective.load_feedback(state["objective"], run.ranks.device)
             self.steering.load(state.get("steering", {}))
+            predictions = state.get("predictions", {})
             step = state["step"]
             reporter.say(f"continuing from {folder.checkpoints / tag}")
         # after what may still refuse
         longer = run.ranks.from_main(lambda: _take_over(folder, recipe, tag))
         if longer is not None:
             reporter.say(longer)
+        self.predictions.load(predictions)
         if run.ranks.is_main:
             if step:
                 folder.rewind_metrics(step)
@@ -146,6 +150,8 @@ class Bookkeeper:
         said = [f"held out at step {step}", f"loss {result.total:.4g}"]
         self.reporter.say("  ".join([*said, *judged_parts(result.judged)]))
         self.steering.observe(step, result)
+        if self.steering.exported_step(step) == step:
+            self.predictions.observe(step, result)
         if self.callbacks.on_evaluate is not None and self.run.ranks.is_main:
             self.callbacks.on_evaluate(step, result)
 
@@ -175,6 +181,7 @@ class Bookkeeper:
             "stream": self.micro_batches.state_dict(),
             "objective": self.run.objective.feedback(),
             "steering": self.steering.state(),
+            "predictions": self.predictions.state(),
         }
         self.checkpoints.save(self.run.engine, step, position)
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import resource
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastkd.capture import Capture
 from fastkd.capture.lm_head import Overheard, overheard
-from fastkd.data.datamodule import EvalBatch
+from fastkd.data.datamodule import EvalBatch, Evaluator
+from fastkd.data.tasks.datamodule import ScoreEvaluator
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import Progress
@@ -32,6 +35,7 @@ from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up_evaluation
 from fastkd.types import Inputs, Reading, Side, teacher_inputs
 
+Outputs = dict[str, npt.NDArray[np.float32]]
 _REMEDY = "train it with a smaller train.learning_rate, in another run.output"
 
 # what an evaluation may replace
@@ -56,6 +60,11 @@ class Evaluation:
     by set and class, `baseline` (the scores of one answer to everything), `one_class`,
     `examples`; of embeddings that are judged `pairs` and `mteb`, scores by name."""
     teacher: dict[str, Any] | None = None
+    """The same of the teacher, where it was asked for."""
+    outputs: Outputs = field(default_factory=dict, repr=False, compare=False)
+    """What the student gives each example by set, [examples, outputs] in the order of its file, of
+    a task with a class or score an example."""
+    teacher_outputs: Outputs = field(default_factory=dict, repr=False, compare=False)
     """The same of the teacher, where it was asked for."""
 
     def as_dict(self) -> dict[str, Any]:
@@ -141,10 +150,15 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
         of_alone |= judge_embeddings(run, "teacher")
     judged = evaluator.results(ranks) | tokens.results(ranks)
     judged |= judge_embeddings(run, "student")
-    result = Evaluation(by_label, objective.total(by_label), judged, of_alone or None)
+    outputs = [_outputs_of(one) for one in (evaluator, of_teacher)]
+    result = Evaluation(by_label, objective.total(by_label), judged, of_alone or None, *outputs)
     if broken := first_broken(result.as_dict()):
         refuse(broken)
     return result
+
+
+def _outputs_of(evaluator: Evaluator | None) -> Outputs:
+    return evaluator.outputs if isinstance(evaluator, ScoreEvaluator) else {}
 
 
 def _embedded(

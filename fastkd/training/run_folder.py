@@ -1,8 +1,9 @@
 """The folder that a run is written to: what is in it, and how files get there whole.
 
 recipe.yaml, environment.json, models.json (digests), metrics.jsonl, checkpoints/, student/ (Hugging
-Face format), projections.safetensors, summary.json, report.html. A run never writes into a folder
-that it did not make, and a reader never sees half of a file.
+Face format), projections.safetensors, predictions.npz (where `run.predictions` asks for it),
+summary.json, report.html. A run never writes into a folder that it did not make, and a reader never
+sees half of a file.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.student = self.path / "student"
         self.projections = self.path / "projections.safetensors"
+        self.predictions = self.path / "predictions.npz"
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
 
@@ -251,6 +253,11 @@ class RunFolder:
         with disk_errors(self.path):
             kept = [record for record in self.read_metrics() if record["step"] <= step]
             write_whole(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def write_predictions(self, content: bytes) -> None:
+        """Write predictions.npz."""
+        with disk_errors(self.path):
+            write_whole(self.predictions, content)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""

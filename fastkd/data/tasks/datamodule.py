@@ -145,6 +145,8 @@ class ScoreEvaluator:
         self._evaluations = evaluations
         count = sum(len(examples) for examples in evaluations.values())
         self._outputs = torch.zeros(count, task.outputs, dtype=torch.float64, device=device)
+        self.outputs: dict[str, npt.NDArray[np.float32]] = {}
+        """[examples, outputs] of each set, in its order, once there are results."""
 
     def add(self, rows: Tensor, student: Tensor, teacher: Tensor | None) -> None:
         self._outputs[rows.to(student.device)] = student[: len(rows)].to(self._outputs)
@@ -160,6 +162,7 @@ class ScoreEvaluator:
         one_class, first = {}, 0
         for name, examples in self._evaluations.items():
             part = outputs[first : first + len(examples)]
+            self.outputs[name] = part.astype(np.float32)
             predictions = predictions_of(part, regression=task.regression, whose=self._whose)
             scores[name] = measure(task.metrics, predictions, examples.labels)
             if not task.regression:

@@ -71,6 +71,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.student = self.path / "student"
         self.projections = self.path / "projections.safetensors"
+        self.predictions = self.path / "predictions.npz"
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
 

@@ -55,8 +55,10 @@ TASKS = {
     "RTE": (slice(1, 3), True),
     "CoLA": (slice(3, 4), False),
     "SST-2": (slice(0, 1), True),
+    "STS-B": (slice(7, 9), True),
 }
-FROM_CORPUS, FROM_TASK = 30_000, 12_000
+# of the corpus and of each task
+FROM_EACH = 12_000
 SIZE, RATE = 32, 3e-4
 TURNS, IN_A_ROW = 6, 16
 _END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
@@ -64,17 +66,17 @@ _END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
 
 def sentences(corpus: Path, glue: Path, folder: Path) -> Path:
     """A file with a sentence in each line, in an order that is drawn once: of the corpus and, as it
-    has one kind of text, of training sets of GLUE. None is in a pair of STS-B."""
+    has one kind of text, of training sets of GLUE. None is in a pair that is scored."""
     with _opened(corpus) as file:
         found = {"corpus": {part.strip() for line in file for part in _END.split(line)}}
     found |= {task: _column_texts(glue / task, *places) for task, places in TASKS.items()}
-    scored = {text for name in ("train", "dev") for pair in _pairs(glue, name) for text in pair[:2]}
+    scored = {text for pair in _pairs(glue) for text in pair[:2]}
     draw = random.Random(0)
     kept: list[str] = []
-    for name, texts in found.items():
+    for texts in found.values():
         own = sorted(text for text in texts - scored if len(text.split()) >= 4)
         draw.shuffle(own)
-        kept += own[: FROM_CORPUS if name == "corpus" else FROM_TASK]
+        kept += own[:FROM_EACH]
     draw.shuffle(kept)
     path = folder / "sentences.txt"
     path.write_text("\n".join(kept) + "\n", encoding="utf-8")
@@ -186,9 +188,8 @@ def spearman(one: list[float], other: list[float]) -> float:
     return round(float(spearmanr(one, other).statistic), 4)
 
 
-def _pairs(glue: Path, name: str) -> list[tuple[str, str, float]]:
-    path = glue / "STS-B" / f"{name}.tsv"
-    with _opened(path) as file:
+def _pairs(glue: Path) -> list[tuple[str, str, float]]:
+    with _opened(glue / "STS-B" / "dev.tsv") as file:
         rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         return [(row["sentence1"], row["sentence2"], float(row["score"])) for row in rows]
 
@@ -202,7 +203,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=(PEER, *LOSSES))
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
-    pairs = _pairs(given.glue, "dev")
+    pairs = _pairs(given.glue)
     labels = [label for *_, label in pairs]
     teacher = cosines(AutoModel.from_pretrained(TEACHER).eval(), pairs)
     with tempfile.TemporaryDirectory() as place:

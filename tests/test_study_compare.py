@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from scipy import stats
 
+from fastkd.study.predictions import Number
 from fastkd.study.statistics import (
     Mean,
+    Sample,
     Score,
-    choose_test,
-    compare,
+    estimate,
     holm,
+    improvement,
     mean_over_seeds,
-    paired_values,
+    paired_samples,
+    sampled,
     seed_means,
 )
 
+Values = dict[tuple[str | None, int], float]
 
-def _scores(values: dict[tuple[str | None, int], float], other: str = "x") -> list[Score]:
+
+def _scores(values: Values, other: str = "x") -> list[Score]:
     return [Score("level", (other,), task, seed, v) for (task, seed), v in values.items()]
 
 
@@ -31,7 +37,7 @@ def test_mean_and_deviation_by_hand() -> None:
 
 
 def test_tasks_are_averaged_within_a_seed_first() -> None:
-    values = {("a", 0): 1.0, ("b", 0): 3.0, ("a", 1): 5.0, ("b", 1): 7.0}
+    values: Values = {("a", 0): 1.0, ("b", 0): 3.0, ("a", 1): 5.0, ("b", 1): 7.0}
     found = mean_over_seeds(_scores(values))
     # seeds 2 and 6: the spread between tasks is not the spread between seeds
     assert found == Mean(2, 4.0, math.sqrt(8.0))
@@ -45,93 +51,141 @@ def test_one_seed_is_no_result() -> None:
 
 
 def test_a_seed_without_all_tasks_does_not_count() -> None:
-    values = {("a", 0): 1.0, ("b", 0): 3.0, ("a", 1): 5.0, ("b", 1): 7.0, ("a", 2): 100.0}
+    values: Values = {("a", 0): 1.0, ("b", 0): 3.0, ("a", 1): 5.0, ("b", 1): 7.0, ("a", 2): 100.0}
     assert seed_means(_scores(values)) == {0: 2.0, 1: 6.0}
     only = mean_over_seeds(_scores({("a", 0): 1.0, ("b", 0): 3.0, ("a", 1): 5.0}))
     assert str(only) == "1 seed"
 
 
-def test_pairs_are_of_the_same_task_and_seed() -> None:
-    ours = _scores({("a", 0): 1.0, ("a", 1): 2.0, ("b", 0): 3.0})
-    theirs = _scores({("a", 1): 20.0, ("b", 0): 30.0, ("b", 1): 40.0})
-    assert paired_values(ours, theirs) == {("a", 1): (2.0, 20.0), ("b", 0): (3.0, 30.0)}
+def test_pairs_are_of_seeds_that_both_have_on_every_task() -> None:
+    ours = _scores({("a", 0): 1.0, ("a", 1): 2.0, ("b", 0): 3.0, ("b", 1): 4.0, ("b", 2): 5.0})
+    theirs = _scores({("a", 1): 20.0, ("b", 0): 30.0, ("b", 1): 40.0, ("b", 2): 50.0})
+    assert _values(ours, theirs, "ab") == [([2.0], [20.0]), ([4.0], [40.0])]
+    assert _values(ours, theirs, "b") == [([3.0, 4.0, 5.0], [30.0, 40.0, 50.0])]
+    assert [one.values.tolist() for one in sampled(ours, "ab")] == [[1.0, 2.0], [3.0, 4.0]]
 
 
 def test_other_axes_are_averaged_where_both_have_them() -> None:
-    pair = (None, 0)
+    pair = ("a", 0)
     ours = _scores({pair: 1.0}, "x") + _scores({pair: 3.0}, "y") + _scores({pair: 99.0}, "z")
     theirs = _scores({pair: 10.0}, "x") + _scores({pair: 30.0}, "y")
-    assert paired_values(ours, theirs) == {pair: (2.0, 20.0)}
+    assert _values(ours, theirs, "a") == [([2.0], [20.0])]
     # what stands outside the axes has no levels to match
-    outside = [Score("none", (), None, 0, 5.0)]
-    assert paired_values(ours, outside) == {}
-    assert paired_values(ours, outside, match_others=False) == {pair: (103.0 / 3, 5.0)}
+    outside = [Score("none", (), "a", 0, 5.0)]
+    assert _values(ours, outside, "a") == [([], [])]
+    (found,) = paired_samples(ours, outside, "a", match_others=False)
+    assert [one.values.tolist() for one in found] == [[pytest.approx(103.0 / 3)], [5.0]]
 
 
-OURS = (0.81, 0.84, 0.80, 0.86, 0.79, 0.88, 0.83)
-THEIRS = (0.78, 0.80, 0.81, 0.81, 0.77, 0.80, 0.82)
+def _values(
+    ours: list[Score], theirs: list[Score], tasks: str
+) -> list[tuple[list[float], list[float]]]:
+    pairs = paired_samples(ours, theirs, tasks)
+    return [(one.values.tolist(), other.values.tolist()) for one, other in pairs]
 
 
-def _pairs(count: int, tasks: int = 1) -> dict[tuple[str | None, int], tuple[float, float]]:
-    return {(str(i % tasks), i): (OURS[i], THEIRS[i]) for i in range(count)}
+OURS = np.array((0.81, 0.84, 0.80, 0.86, 0.79, 0.88, 0.83))
+THEIRS = np.array((0.78, 0.80, 0.81, 0.81, 0.77, 0.80, 0.82))
 
 
-def test_difference_by_hand() -> None:
-    found = compare({(None, 0): (3.0, 2.0), (None, 1): (5.0, 2.0), (None, 2): (7.0, 5.0)})
-    # differences 1, 3, 2: mean 2, deviation 1, t = 2 sqrt(3) with 2 degrees of freedom, for which
-    # the distribution is 1/2 + t / (2 sqrt(2 + t^2)) and its 97.5 % point is 4.302653
-    assert found.mean == pytest.approx(2.0)
-    assert found.low == pytest.approx(2 - 4.302653 / math.sqrt(3), abs=1e-6)
-    assert found.high == pytest.approx(2 + 4.302653 / math.sqrt(3), abs=1e-6)
-    assert found.t_p == pytest.approx(1 - 2 * math.sqrt(3) / math.sqrt(14))
-    # all three ranks positive: 2 of 2^3 assignments of signs
-    assert found.wilcoxon_p == pytest.approx(0.25)
-    assert (found.pairs, found.test, found.p) == (3, "paired t-test", found.t_p)
-
-
-def test_difference_equals_scipys_paired_tests() -> None:
-    found = compare(_pairs(7))
+def test_without_predictions_an_interval_is_that_of_the_paired_t_test() -> None:
+    found = estimate([Sample(OURS) - Sample(THEIRS)])
+    assert found is not None
     t = stats.ttest_rel(OURS, THEIRS)
-    assert found.t_p == pytest.approx(t.pvalue)
-    assert (found.low, found.high) == pytest.approx(tuple(t.confidence_interval(0.95)))
-    assert found.wilcoxon_p == pytest.approx(stats.wilcoxon(OURS, THEIRS).pvalue)
-    # and not those of samples that are not paired
-    assert found.t_p != pytest.approx(stats.ttest_ind(OURS, THEIRS).pvalue, rel=0.2)
+    assert found.mean == pytest.approx((OURS - THEIRS).mean())
+    assert found.interval() == pytest.approx(tuple(t.confidence_interval(0.95)))
+    assert (found.freedom, found.by_seed) == (6, tuple(OURS - THEIRS))
+    # as large is the sum of all gains, and with one of the two smallest as a loss
+    assert t.pvalue < 2 * 3 / 2**7 == found.p_difference
 
 
-def test_the_other_way_round_is_the_same_with_the_other_sign() -> None:
-    there = compare(_pairs(7))
-    back = compare({pair: (b, a) for pair, (a, b) in _pairs(7).items()})
-    assert back.mean == pytest.approx(-there.mean)  # type: ignore[operator]
-    assert (back.t_p, back.wilcoxon_p) == pytest.approx((there.t_p, there.wilcoxon_p))
+def test_the_unit_is_a_seed_over_all_tasks() -> None:
+    # what a seed does to one task it does to the other: no more is known than of one
+    one, both = estimate([Sample(OURS)]), estimate([Sample(OURS), Sample(OURS)])
+    assert one == both
+    apart = estimate([Sample(OURS), Sample(THEIRS)])
+    assert apart is not None and one is not None
+    assert apart.error == pytest.approx(stats.sem((OURS + THEIRS) / 2))
 
 
-def test_the_design_chooses_the_test() -> None:
-    assert choose_test(tasks=1, pairs=50, comparisons=1) == "paired t-test"
-    # 2 / 2^6 = 0.031 could pass alone, three times that could not
-    assert choose_test(tasks=2, pairs=6, comparisons=1) == "Wilcoxon signed-rank"
-    assert choose_test(tasks=2, pairs=6, comparisons=3) == "paired t-test"
-    assert choose_test(tasks=2, pairs=5, comparisons=1) == "paired t-test"
-    assert choose_test(tasks=5, pairs=15, comparisons=8) == "Wilcoxon signed-rank"
-    found = compare(_pairs(7, tasks=2))
-    assert found.p == found.wilcoxon_p != found.t_p
+def test_examples_add_what_seeds_do_not_show() -> None:
+    rng = np.random.default_rng(0)
+    common, own = rng.normal(0, 0.3, 4000), rng.normal(0, 0.05, (5, 4000))
+    seeds = np.array([-0.2, 0.1, 0.0, 0.05, 0.05])
+    of_seeds = stats.sem(seeds)
+    # examples alone: their variance is added, and is known well
+    found = estimate([Sample(seeds, seeds[:, None] + common)])
+    assert found is not None
+    assert found.error == pytest.approx(math.hypot(of_seeds, common.std(ddof=1)))
+    share = of_seeds**2 / found.error**2
+    assert found.freedom == pytest.approx(4 / share**2)
+    # what each seed makes of the examples is in the spread between seeds already
+    apart = estimate([Sample(seeds, seeds[:, None] + common + own)])
+    assert apart is not None and apart.error == pytest.approx(found.error, rel=0.01)
+    # two tasks have examples of their own
+    two = estimate([Sample(seeds, seeds[:, None] + common)] * 2)
+    assert two is not None
+    assert two.error == pytest.approx(math.hypot(of_seeds, common.std(ddof=1) / math.sqrt(2)))
 
 
-def test_smallest_wilcoxon_p_is_what_the_choice_assumes() -> None:
-    for pairs in (3, 6, 9):
-        found = compare({(None, i): (1.0 + 0.1 * i, 0.0) for i in range(pairs)})
-        assert found.wilcoxon_p == pytest.approx(2.0 ** (1 - pairs))
+def test_differences_of_draws_are_made_draw_by_draw() -> None:
+    one = Sample(np.array([1.0, 2.0]), np.array([[1.0, 3.0], [2.0, 6.0]]))
+    gap = one - Sample(np.array([4.0, 4.0]), np.array([[2.0, 4.0], [2.0, 4.0]]))
+    assert gap.values.tolist() == [-3.0, -2.0]
+    assert gap.drawn is not None and gap.drawn.tolist() == [[-1.0, -1.0], [0.0, 2.0]]
+    assert (one - Sample(np.array([4.0, 4.0]))).drawn is None
 
 
-@pytest.mark.parametrize(("step", "p"), [(0.0, 1.0), (0.25, None)])
-def test_differences_without_spread_are_not_tested(step: float, p: float | None) -> None:
-    found = compare({(None, i): (i + step, float(i)) for i in range(3)})
-    assert (found.mean, found.t_p, found.wilcoxon_p) == (step, p, p)
+def test_a_share_of_draws_is_the_ratio_to_first_order() -> None:
+    rng = np.random.default_rng(0)
+    middle, off = np.array([0.7, 0.5, 0.8]), 1e-4 * rng.normal(size=(3, 100))
+    student, floor, teacher = (Number(m, m + o) for m, o in zip(middle, off, strict=True))
+    share = student.between(floor, teacher)
+    assert share.value == pytest.approx(2 / 3)
+    drawn = middle[:, None] + off
+    ratio = (drawn[0] - drawn[1]) / (drawn[2] - drawn[1])
+    assert share.drawn == pytest.approx(ratio, abs=1e-6) and np.std(ratio) > 1e-4
+    assert student.between(floor, Number(0.8)) == Number(share.value)
 
 
-def test_one_pair_is_not_a_difference() -> None:
-    found = compare({(None, 0): (1.0, 2.0)})
-    assert (found.pairs, found.mean, found.p) == (1, None, None)
+def test_signs_are_flipped_with_the_seed_as_the_unit() -> None:
+    # all alike: 2 of 2^n, however large the differences are
+    for seeds in (3, 6, 9):
+        found = estimate([Sample(1.0 + 1e-3 * np.arange(seeds))])
+        assert found is not None and found.p_difference == 2.0 ** (1 - seeds)
+    many = estimate([Sample(1.0 + 1e-3 * np.arange(20))])
+    assert many is not None and 0 < many.p_difference < 1e-4
+
+
+def test_equivalence_is_two_one_sided_tests() -> None:
+    found = estimate([Sample(OURS - THEIRS)])
+    assert found is not None
+    low = stats.ttest_1samp(OURS - THEIRS, -0.05, alternative="greater").pvalue
+    high = stats.ttest_1samp(OURS - THEIRS, 0.05, alternative="less").pvalue
+    assert found.p_equivalence(0.05) == pytest.approx(max(low, high))
+    # the 90 % interval lies inside the margin exactly where p is below 0.05
+    edge = max(map(abs, found.interval(0.9)))
+    assert found.p_equivalence(edge * 1.01) < 0.05 < found.p_equivalence(edge * 0.99)
+
+
+@pytest.mark.parametrize(("step", "p"), [(0.0, 1.0), (0.25, 0.25)])
+def test_differences_without_spread(step: float, p: float) -> None:
+    found = estimate([Sample(np.full(3, step))])
+    assert found is not None and found.interval() == (step, step)
+    assert (found.error, found.p_difference) == (0.0, p)
+    assert (found.p_equivalence(0.3), found.p_equivalence(0.2)) == (0.0, float(step > 0))
+
+
+def test_one_seed_is_not_a_difference() -> None:
+    assert estimate([Sample(np.array([1.0]))]) is None
+    assert estimate([Sample(np.zeros(0))]) is None and estimate([]) is None
+
+
+def test_wins_are_counted_over_all_pairs_of_runs() -> None:
+    one, other = Sample(np.array([1.0, 3.0])), Sample(np.array([2.0, 3.0]))
+    # 1 loses twice, 3 wins once and ties once
+    assert improvement([one], [other]) == 1.5 / 4
+    assert improvement([one, one], [other, Sample(np.zeros(2))]) == (1.5 / 4 + 1) / 2
 
 
 def test_holm_by_hand() -> None:

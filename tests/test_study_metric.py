@@ -9,20 +9,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 from study_files import MAPPINGS, WEIGHTS, journal, run, write_study
 
 from fastkd.errors import UserError
 from fastkd.reporting.console import Reporter
-from fastkd.study.results import Row
-from fastkd.study.statistics import (
-    Mean,
-    Score,
-    compare,
-    decimals,
-)
-from fastkd.study.tables import _difference_cells
+from fastkd.study.statistics import Mean, Sample, decimals, estimate
+from fastkd.study.tables import _interval
 
 RUNS = {f"mapping={m}/seed-{s}" for m in MAPPINGS for s in (0, 1)}
 RIGHT = {"path": "after.score", "direction": "maximize"}
@@ -136,8 +131,9 @@ def test_digits_follow_the_deviation(mean: float, deviation: float, expected: st
 
 
 def test_digits_of_a_difference_follow_its_interval() -> None:
-    pairs = {(None, seed): (0.0368 + seed * 1e-6, 0.0367) for seed in range(3)}
-    score = Score("a", (), None, 0, 0.0)
-    row = Row("a", [score], (3, 3), differences={"b": compare(pairs)}, corrected={"b": 0.01})
-    assert _difference_cells(row, "b")[0] == "+0.0001010 [+0.0000985, +0.0001035]"
+    found = estimate([Sample(1e-4 + 1e-6 * np.arange(3))])
+    assert _interval(found) == "+0.0001010 [+0.0000985, +0.0001035]"
+    assert _interval(found, share=True) == "0.01010% [0.00985, 0.01035]"
+    assert _interval(estimate([Sample(np.full(2, 0.25))])) == "+0.25 [+0.25, +0.25]"
+    assert _interval(None) == ""
     assert decimals(0.0) is None and decimals(float("inf")) is None and decimals(250.0) == 0

@@ -139,7 +139,7 @@ def test_values_that_are_none_or_the_same_are_refused(
         ("mapping=uniform,weight=0.1", "mapping=uniform,weight=0.1"),
         ("x=-1e+06", "x=-1e+06"),
         ("x=two words", "x=two words"),
-        ("no_distillation", "no_distillation"),
+        ("labels_alone", "labels_alone"),
         ("trial-0003", "trial-0003"),
     ],
 )

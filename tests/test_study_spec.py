@@ -20,6 +20,11 @@ def _plan(folder: Path, **changes: Any) -> Plan:
     return Plan(load_study(path), path)
 
 
+def _asked(**changes: Any) -> dict[str, Any]:
+    """A hypothesis of the mapping, with something else in it."""
+    return {"hypotheses": [{"axis": "mapping", "level": "last", **changes}]}
+
+
 def _axes(**axes: Any) -> dict[str, Any]:
     return {"axes": {"mapping": MAPPINGS, **axes}}
 
@@ -56,7 +61,24 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "student.layers: input should be greater than 0",
     ),
     "unknown field in a task": ({"tasks": {"a": {"tusk.name": "x"}}}, "did you mean 'task'?"),
-    "unknown field without distillation": ({"no_distillation": {"loses": 1}}, "no_distillation/"),
+    "unknown field of a control": ({"controls": {"alone": {"loses": 1}}}, "alone/"),
+    "a control named as a row": ({"controls": {"teacher": {}}}, "controls.teacher: the name is"),
+    "seeds in a control": ({"controls": {"a": {"train.seed": 1}}}, "controls.a: train.seed is set"),
+    "a hypothesis of no axis": (_asked(axis="map"), "hypotheses.0: no axis 'map'; expected one of"),
+    "a hypothesis of no condition": (
+        _asked(level="top"),
+        "hypotheses.0.level: no condition 'top'; expected one of uniform, last",
+    ),
+    "a hypothesis against nothing": (
+        _asked(against="alone"),
+        "hypotheses.0.against: no condition 'alone'; expected one of uniform, last",
+    ),
+    "a hypothesis of one": (_asked(level="uniform"), "compares uniform with itself"),
+    "a margin of nothing": (_asked(margin=0), "hypotheses.0.margin: input should be greater"),
+    "hypotheses of a search": (
+        {"search": SEARCH, **_asked()},
+        "hypotheses: a search chooses by the numbers that it shows",
+    ),
     "unknown field of a shared step": (
         {"shared": {"teacher": {**STEP, "overrides": {"train.stepz": 1}}}},
         "shared.teacher: train.stepz: unknown key",
@@ -136,10 +158,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"shared": {"teacher": {**STEP, "per_task": True}}},
         "shared.teacher: per_task, but the study has no tasks",
     ),
-    "a teacher that is not there": (
-        {"teacher": "t"},
-        "teacher: no shared step 't'; shared has none",
-    ),
     "missing recipe": ({"recipe": "nowhere.yaml"}, "nowhere.yaml: not a readable recipe"),
 }
 
@@ -207,7 +225,7 @@ def test_a_run_is_the_recipe_with_everything_laid_over_it(tmp_path: Path) -> Non
             "a": {"task.name": "x"},
             "b": {"task.name": "y", "train.steps": 8, "losses.hidden.weight": 5},
         },
-        no_distillation={"losses.hidden.weight": 0},
+        controls={"alone": {"losses.hidden.weight": 0}},
         seeds=[5, 9],
     )
     off, _, last = plan.conditions
@@ -220,7 +238,7 @@ def test_a_run_is_the_recipe_with_everything_laid_over_it(tmp_path: Path) -> Non
     without = plan.recipe(Run(off, "b", 5))
     assert without.losses.terms["hidden"].weight == 0
     assert [run.key for run in plan.runs(off)] == [
-        f"{task}/no_distillation/seed-{seed}" for task in "ab" for seed in (5, 9)
+        f"{task}/alone/seed-{seed}" for task in "ab" for seed in (5, 9)
     ]
     # the base is not touched on the way
     assert plan.spec.recipe == RECIPE

@@ -21,13 +21,13 @@ from fastkd.study.tables import make_tables
 
 TASKS = {"a": {"task.name": "x"}, "b": {"task.name": "y"}}
 AXES = {"mapping": MAPPINGS, "size": {"small": {}, "large": {"train.batch_size": 8}}}
-OFF = {"losses.hidden.weight": 0}
+OFF = {"alone": {"losses.hidden.weight": 0}}
 # what each level adds
 ADDED = {"uniform": 0.0, "last": -0.1, "small": 0.0, "large": 0.4, None: -1.0, "a": 0.0, "b": 3.0}
 
 
 def _plan(folder: Path, **changes: Any) -> Plan:
-    path = write_study(folder, **{"tasks": TASKS, "axes": AXES, "no_distillation": OFF, **changes})
+    path = write_study(folder, **{"tasks": TASKS, "axes": AXES, "controls": OFF, **changes})
     return Plan(load_study(path), path)
 
 
@@ -64,17 +64,17 @@ def test_a_full_grid_averages_the_other_axes(tmp_path: Path) -> None:
     plan = _plan(tmp_path)
     results = Results(plan, _records(plan))
     tables = {table.name: table for table in make_tables(results, {})}
-    uniform, last = tables["axis-mapping"].numbers
+    alone, uniform, last = tables["axis-mapping"].numbers
     assert last["all mean"] == pytest.approx(_mean(plan, mapping="last"))
     expected = _mean(plan, mapping="last") - _mean(plan, mapping="uniform")
-    assert last["baseline difference"] == pytest.approx(expected)
-    assert last["baseline pairs"] == 4 and "baseline pairs" not in uniform
+    assert last["difference mean"] == pytest.approx(expected)
+    assert last["difference seeds"] == 2 and "difference seeds" not in uniform
     # what stands outside the axes is compared with the average over the other axes
     without = [_value(run) for run in plan.runs(plan.conditions[0])]
-    assert last["no_distillation pairs"] == uniform["no_distillation pairs"] == 4
-    assert last["no_distillation difference"] == pytest.approx(
-        _mean(plan, mapping="last") - sum(without) / 4
+    assert alone["difference mean"] == pytest.approx(
+        sum(without) / 4 - _mean(plan, mapping="uniform")
     )
+    assert tables["axis-mapping"].rows[0][0] == "alone (control)"
     assert last["a mean"] == pytest.approx(last["b mean"] - 3, abs=0.01)
     names = [row["condition"] for row in tables["conditions"].numbers]
     assert names == [condition.name for condition in plan.conditions] and len(names) == 5
@@ -82,7 +82,7 @@ def test_a_full_grid_averages_the_other_axes(tmp_path: Path) -> None:
 
 def test_other_grids_hold_the_other_axes_at_the_baseline(tmp_path: Path) -> None:
     plan = _plan(tmp_path, grid="one_axis_at_a_time")
-    rows = Results(plan, _records(plan)).axis("mapping")
+    rows = Results(plan, _records(plan)).axis("mapping")[1:]
     # the run with the large size counts for its own axis alone, not for mapping=uniform
     assert [len(row.scores) for row in rows] == [4, 4]
     assert {score.others for row in rows for score in row.scores} == {("small",)}
@@ -92,7 +92,7 @@ def test_each_task_is_compared_alone_too(tmp_path: Path) -> None:
     plan = _plan(tmp_path)
     made = make_tables(Results(plan, _records(plan)), {})
     tables = {table.name: table for table in made}
-    found = tables["axis-mapping-b"].numbers[1]
+    found = tables["axis-mapping-b"].numbers[2]
     levels = {"mapping": "last"}, {"mapping": "uniform"}
     mine, base = (
         statistics.fmean(
@@ -105,9 +105,8 @@ def test_each_task_is_compared_alone_too(tmp_path: Path) -> None:
         for of in levels
     )
     assert found["all mean"] == found["b mean"] == pytest.approx(mine)
-    assert found["baseline difference"] == pytest.approx(mine - base)
-    # two seeds, and the t-test, for one task has differences of one kind
-    assert found["baseline pairs"] == 2 and found["baseline test"] == "paired t-test"
+    assert found["difference mean"] == pytest.approx(mine - base)
+    assert found["difference seeds"] == 2
     assert "a mean" not in found and tables["axis-mapping-b"].columns[1] == "mean"
     # too many for a terminal
     assert not tables["axis-mapping-b"].brief and tables["axis-mapping"].brief
@@ -121,9 +120,9 @@ def test_no_average_over_tasks_while_one_is_missing(tmp_path: Path) -> None:
 
     results = Results(plan, _records(plan, missing))
     tables = {table.name: table for table in make_tables(results, {})}
-    row, columns = tables["axis-mapping"].rows[1], tables["axis-mapping"].columns
+    row, columns = tables["axis-mapping"].rows[2], tables["axis-mapping"].columns
     assert row[columns.index("a")] == row[columns.index("all")] == "0 seeds"
-    assert "±" in row[columns.index("b")] and "±" in tables["axis-mapping-b"].rows[1][1]
+    assert "±" in row[columns.index("b")] and "±" in tables["axis-mapping-b"].rows[2][1]
 
 
 def test_what_failed_is_counted_and_said(tmp_path: Path) -> None:
@@ -134,13 +133,14 @@ def test_what_failed_is_counted_and_said(tmp_path: Path) -> None:
 
     results = Results(plan, _records(plan, missing))
     tables = {table.name: table for table in make_tables(results, {})}
-    row = tables["axis-mapping"].rows[1]
+    row = tables["axis-mapping"].rows[2]
     columns = tables["axis-mapping"].columns
     assert row[0] == "last (6 of 8 runs)"
     assert row[columns.index("a")] == row[columns.index("all")] == "1 seed"
     assert "±" in row[columns.index("b")]
-    # pairs that are whole are still compared
-    assert tables["axis-mapping"].numbers[1]["baseline pairs"] == 3
+    # one seed is left that both have on all tasks, and one is no result
+    assert "difference mean" not in tables["axis-mapping"].numbers[2]
+    assert tables["axis-mapping-b"].numbers[2]["difference seeds"] == 2
     failed = tables["runs"].rows
     assert [cells[0] for cells in failed] == [
         f"a/mapping=last,size={size}/seed-1" for size in ("small", "large")
@@ -150,7 +150,7 @@ def test_what_failed_is_counted_and_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("direction", "best"),
-    [("maximize", "mapping=uniform,size=large"), ("minimize", "no_distillation")],
+    [("maximize", "mapping=uniform,size=large"), ("minimize", "alone")],
 )
 def test_best_is_the_best_of_those_that_are_finished(
     direction: str, best: str, tmp_path: Path
@@ -177,7 +177,7 @@ def test_a_search_shows_its_best_candidates_after_what_they_are_compared_with(
     results = Results(plan, _records(plan, lambda run: run.condition.name == "trial-0003", extra))
     table = {t.name: t for t in make_tables(results, {})}["conditions"]
     names = [row[0] for row in table.rows]
-    assert names[:3] == ["no_distillation", "baseline", "trial-0001 mapping=last weight=0.1"]
+    assert names[:3] == ["alone (control)", "baseline", "trial-0001 mapping=last weight=0.1"]
     assert len(names) == 12 and not any("trial-0003" in name or "0012" in name for name in names)
     assert "optimistic" in table.notes[0]
 

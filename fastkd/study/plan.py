@@ -16,10 +16,16 @@ from typing import Any
 from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, parse_finetune_recipe, parse_recipe, read_tree, replace_value
 from fastkd.study.naming import Level, folder_name, same_level, shown
-from fastkd.study.spec import MOST_RUNS, OUTPUT, SEED, Command, Step, StudySpec
-
-NO_DISTILLATION = "no_distillation"
-BASELINE = "baseline"
+from fastkd.study.spec import (
+    BASELINE,
+    MOST_RUNS,
+    OUTPUT,
+    SEED,
+    Command,
+    Hypothesis,
+    Step,
+    StudySpec,
+)
 
 _PLACEHOLDER = re.compile(r"\{shared\.([^{}]*)\}")
 
@@ -33,6 +39,20 @@ class Condition:
     """Level of each axis; none where a condition stands outside the axes."""
     sources: tuple[tuple[str, Mapping[str, Any]], ...]
     """Overrides by the axis that they come from."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A hypothesis, worked out."""
+
+    axis: str
+    level: str
+    against: str
+    """Another level of the axis, or a control."""
+    is_control: bool
+    """Whether the other one stands outside the axes."""
+    margin: float | None
+    """Below which they are taken to be alike; `None` asks whether they differ."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +130,7 @@ class Plan:
         self.baseline_levels = self._baseline_levels()
         self.conditions = tuple(self._conditions())
         self.baseline = self._baseline()
+        self.asked = tuple(self._asked(n, h) for n, h in enumerate(spec.hypotheses))
         self.shared = tuple(self._shared())
         self._check()
 
@@ -182,7 +203,7 @@ class Plan:
         levels: dict[str, Level] = {}
         for axis, known in self.axes.items():
             level = given.get(axis, next(iter(known)))
-            levels[axis] = self._named(axis, level, "baseline") if axis in given else level
+            levels[axis] = self._named(axis, level, f"baseline.{axis}") if axis in given else level
         return levels | {axis: level for axis, level in given.items() if axis not in levels}
 
     def _named(self, axis: str, level: Level, where: str) -> Level:
@@ -193,20 +214,22 @@ class Plan:
             if same_level(value, level):
                 return shown(value)
         raise UserError(
-            f"{self.path}: {where}.{axis}: no value {shown(level)}; expected one of "
+            f"{self.path}: {where}: no value {shown(level)}; expected one of "
             + ", ".join(map(str, self.axes[axis]))
         )
 
     def _conditions(self) -> Iterator[Condition]:
         """The conditions known beforehand: a grid's, or what a search is compared with."""
-        if self.spec.no_distillation is not None:
-            sources = ((NO_DISTILLATION, self.spec.no_distillation),)
-            yield Condition(NO_DISTILLATION, {}, sources)
+        for name, overrides in self.spec.controls.items():
+            yield Condition(name, {}, ((name, overrides),))
         if self.spec.search is not None:
             yield Condition(BASELINE, {}, self._sources(self.baseline_levels))
             return
         skipped = [
-            {axis: self._named(axis, level, f"skip.{index}") for axis, level in levels.items()}
+            {
+                axis: self._named(axis, level, f"skip.{index}.{axis}")
+                for axis, level in levels.items()
+            }
             for index, levels in enumerate(self.spec.skip)
         ]
         for levels in self._combinations():
@@ -214,6 +237,33 @@ class Plan:
                 continue
             name = ",".join(f"{axis}={level}" for axis, level in levels.items())
             yield Condition(name, levels, self._sources(levels))
+
+    def _asked(self, index: int, hypothesis: Hypothesis) -> Asked:
+        where = f"hypotheses.{index}"
+        axis = hypothesis.axis
+        if axis not in self.axes:
+            known = ", ".join(self.axes)
+            raise UserError(f"{self.path}: {where}: no axis {axis!r}; expected one of {known}")
+        level = self._level(axis, hypothesis.level, f"{where}.level")
+        control = None
+        against = self.baseline_levels[axis]
+        if hypothesis.against in self.spec.controls:
+            control, against = str(hypothesis.against), str(hypothesis.against)
+        elif hypothesis.against is not None:
+            against = self._level(axis, hypothesis.against, f"{where}.against")
+        if control is None and same_level(level, against):
+            raise UserError(
+                f"{self.path}: {where} compares {shown(level)} with itself; give another against"
+            )
+        return Asked(axis, str(level), str(against), control is not None, hypothesis.margin)
+
+    def _level(self, axis: str, level: Level, where: str) -> Level:
+        if axis in self.spec.axes and level not in self.axes[axis]:
+            known = ", ".join(map(str, [*self.axes[axis], *self.spec.controls]))
+            raise UserError(
+                f"{self.path}: {where}: no condition {level!r}; expected one of {known}"
+            )
+        return self._named(axis, level, where)
 
     def _baseline(self) -> Condition:
         for condition in self.conditions:

@@ -22,6 +22,7 @@ from fastkd.study.statistics import (
     seed_means,
 )
 
+_STYLES = ("--", ":", "-.", "-")
 _POINT, _DOTS, _REFERENCE = "#1f5fa8", "#9db8d6", "#b3403a"
 
 
@@ -47,11 +48,13 @@ def _axis_plot(results: Results, axis: str) -> Figure:
     """One panel a task: mean and deviation of each level, its seeds as dots."""
     rows = results.axis(axis)
     tasks = results.plan.tasks
+    controls = {row.level: row.scores for row in rows if row.is_control}
+    rows = [row for row in rows if not row.is_control]
+    references = [{name: _of_task(s, task) for name, s in controls.items()} for task in tasks]
     panels = [(task or "", [_of_task(row.scores, task) for row in rows]) for task in tasks]
-    references = [_of_task(results.reference, task) for task in tasks]
     if len(tasks) > 1:
         panels.append(("all tasks", [of_all_tasks(row.scores, tasks) for row in rows]))
-        references.append(of_all_tasks(results.reference, tasks))
+        references.append({name: of_all_tasks(s, tasks) for name, s in controls.items()})
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
     width = max(3.6, 0.62 * len(rows) + 1.4)
@@ -61,9 +64,7 @@ def _axis_plot(results: Results, axis: str) -> Figure:
         axes.set_axis_off()
     for axes, (title, cells), reference in zip(grid, panels, references, strict=False):
         _draw_levels(axes, [row.level for row in rows], cells)
-        mean = mean_over_seeds(reference).mean
-        if mean is not None:
-            axes.axhline(mean, color=_REFERENCE, ls="--", lw=1.2, label="no distillation")
+        _draw_controls(axes, reference)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(axis)
         if axes in grid[::columns]:
@@ -71,6 +72,14 @@ def _axis_plot(results: Results, axis: str) -> Figure:
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return figure
+
+
+def _draw_controls(axes: Axes, controls: Mapping[str, Sequence[Score]]) -> None:
+    """A line across for each, of its mean."""
+    for (name, scores), style in zip(controls.items(), itertools.cycle(_STYLES), strict=False):
+        mean = mean_over_seeds(scores).mean
+        if mean is not None:
+            axes.axhline(mean, color=_REFERENCE, ls=style, lw=1.2, label=plain(name))
 
 
 def _draw_levels(axes: Axes, levels: Sequence[str], cells: Sequence[Sequence[Score]]) -> None:
@@ -173,9 +182,7 @@ def _search_plot(results: Results) -> Figure:
             ms=5,
             label="candidates, mean ± standard deviation over seeds",
         )
-        reference = mean_over_seeds(results.reference).mean
-        if reference is not None:
-            axes.axhline(reference, color=_REFERENCE, ls="--", lw=1.2, label="no distillation")
+        _draw_controls(axes, {row.level: row.scores for row in results.controls()})
         if name in spaces and spaces[name].log:
             axes.set_xscale("log")
         if name not in spaces:

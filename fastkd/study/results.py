@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from fastkd.study.metric import read_metric
 from fastkd.study.naming import Level
-from fastkd.study.plan import BASELINE, NO_DISTILLATION, Plan
+from fastkd.study.plan import Asked, Plan
+from fastkd.study.predictions import Evidence, Predictions
 from fastkd.study.statistics import (
-    Difference,
+    Estimate,
     Mean,
+    Sample,
     Score,
-    compare,
+    estimate,
     holm,
+    improvement,
     mean_over_seeds,
-    paired_values,
+    paired_samples,
+    sampled,
 )
 from fastkd.study.storage import Record
-from fastkd.training.run_folder import RunFolder
 
 # how many of a search's candidates are shown
 BEST = 10
+Tasks = Sequence[str | None]
 
 
 @dataclass
 class Row:
-    """A level of an axis, or a condition, with what it is compared with."""
+    """A level of an axis, a condition or a control, with what it is compared with."""
 
     level: str
     scores: list[Score]
@@ -35,9 +38,25 @@ class Row:
     """Runs finished, and all of them."""
     levels: Mapping[str, Level] = field(default_factory=dict)
     """Level of each axis, where a row is one condition."""
-    differences: dict[str, Difference] = field(default_factory=dict)
-    """By what it is compared with."""
-    corrected: dict[str, float | None] = field(default_factory=dict)
+    is_control: bool = False
+    kept: Estimate | None = None
+    """Share of the teacher that is kept once chance is taken out."""
+    difference: Estimate | None = None
+    """To the baseline: of one task in its score, of several in that share where it is known."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A hypothesis and what the runs say of it."""
+
+    asked: Asked
+    difference: Estimate | None
+    """`None` while there are fewer than two seeds."""
+    improvement: float | None
+    """How often a run of the one scores more than one of the other."""
+    p: float | None
+    corrected: float | None = None
+    """By Holm's procedure over all hypotheses."""
 
 
 class Results:
@@ -47,18 +66,33 @@ class Results:
         self.plan = plan
         self.records = records
         self.baseline = plan.baseline.name
-        self.teacher = _teacher_scores(plan)
         self.full = plan.spec.search is None and plan.spec.grid in (None, "full")
-        self.reference = self._scores(
-            [r for r in records if r.run.condition.name == NO_DISTILLATION], NO_DISTILLATION, ()
-        )
+
+    @cached_property
+    def evidence(self) -> dict[str, Evidence]:
+        """What every finished run left, by its key."""
+        read = Predictions(self.plan)
+        return {r.run.key: read.of(r.run, r.value) for r in self.records if r.value is not None}
+
+    @cached_property
+    def comparable(self) -> tuple[str | None, ...]:
+        """Tasks whose teacher knows more than one answer to everything: of these shares of it mean
+        something."""
+        lacking = {r.run.task for r in self.records if not self._has_share(r)}
+        return tuple(task for task in self.plan.tasks if task not in lacking)
+
+    def controls(self) -> list[Row]:
+        """One row a control, in the order of the study file."""
+        names = list(self.plan.spec.controls)
+        found = {name: [r for r in self.records if r.run.condition.name == name] for name in names}
+        return [self._row(n, records, (), is_control=True) for n, records in found.items()]
 
     def levels(self, axis: str) -> list[str]:
         """The levels of an axis, in the order of the study file."""
         return [str(level) for level in self.plan.axes[axis]]
 
     def axis(self, axis: str, task: str | None = None) -> list[Row]:
-        """One row a level of an axis of a grid, of all tasks or of one.
+        """The controls, and one row a level of an axis of a grid, of all tasks or of one.
 
         Other axes are averaged over in a full grid, and stand at the baseline in the others.
         """
@@ -74,8 +108,9 @@ class Results:
                 and (self.full or all(r.run.condition.levels[n] == base[n] for n in names))
             ]
             rows.append(self._row(level, records, names))
-        self._compare(rows, str(self.plan.baseline_levels[axis]))
-        return rows
+        controls = [_alone(row, task) for row in self.controls()] if task else self.controls()
+        self._compare([*controls, *rows], str(self.plan.baseline_levels[axis]), task)
+        return [*controls, *rows]
 
     def conditions(self) -> list[Row]:
         """One row a condition; a search's candidates best first."""
@@ -99,15 +134,39 @@ class Results:
                 found.setdefault((str(levels[one]), str(levels[two])), []).append(record)
         return {key: self._scores(records, "", names) for key, records in found.items()}
 
-    def kept(self, row: Row, tasks: Sequence[str | None]) -> float | None:
-        """Share of the teacher's score that a row keeps, averaged over tasks."""
-        shares = []
-        for task in tasks if self.teacher else ():
-            mean = mean_over_seeds(s for s in row.scores if s.task == task).mean
-            if mean is None:
-                return None
-            shares.append(mean / self.teacher[task])
-        return statistics.fmean(shares) if shares else None
+    def ends(self, task: str | None) -> tuple[Mean, Mean]:
+        """What one answer to everything and the teacher score on a task, over the runs."""
+        of_task = [r for r in self.records if r.run.task == task and r.value is not None]
+        found: list[dict[int, float]] = [{}, {}]
+        for record in of_task:
+            evidence = self.evidence[record.run.key]
+            for number, by_seed in zip((evidence.floor, evidence.teacher), found, strict=True):
+                if number is not None:
+                    by_seed[record.run.seed] = number.value
+        floor, teacher = (
+            mean_over_seeds(Score("", (), task, seed, value) for seed, value in by_seed.items())
+            for by_seed in found
+        )
+        return floor, teacher
+
+    def answers(self) -> list[Answer]:
+        """What the runs say of the study's hypotheses, p corrected over all of them."""
+        rows = {axis: self.axis(axis) for axis in {asked.axis for asked in self.plan.asked}}
+        found = []
+        for asked in self.plan.asked:
+            one, other = (
+                next(r for r in rows[asked.axis] if (r.level, r.is_control) == place)
+                for place in ((asked.level, False), (asked.against, asked.is_control))
+            )
+            pairs = self._pairs(one, other, None)
+            made = estimate([ours - theirs for ours, theirs in pairs])
+            better, p = None, None
+            if made is not None:
+                better = improvement([ours for ours, _ in pairs], [t for _, t in pairs])
+                p = made.p_equivalence(asked.margin) if asked.margin else made.p_difference
+            found.append(Answer(asked, made, better, p))
+        corrected = holm([answer.p for answer in found])
+        return [replace(a, corrected=p) for a, p in zip(found, corrected, strict=True)]
 
     def best(self) -> tuple[str, Mean] | None:
         """The condition that leads, of those that are finished."""
@@ -120,7 +179,7 @@ class Results:
             groups.setdefault(record.run.condition.name, []).append(record)
         rows = []
         for name, records in groups.items():
-            row = self._row(name, records, ())
+            row = self._row(name, records, (), is_control=name in self.plan.spec.controls)
             row.levels = records[0].run.condition.levels
             rows.append(row)
         return rows
@@ -137,9 +196,16 @@ class Results:
         found = [(sign * mean, row) for mean, row in known if mean is not None]
         return [row for _, row in sorted(found, key=lambda item: item[0])]
 
-    def _row(self, level: str, records: Sequence[Record], names: Sequence[str]) -> Row:
+    def _row(
+        self,
+        level: str,
+        records: Sequence[Record],
+        names: Sequence[str],
+        *,
+        is_control: bool = False,
+    ) -> Row:
         scores = self._scores(records, level, names)
-        return Row(level, scores, (len(scores), len(records)))
+        return Row(level, scores, (len(scores), len(records)), is_control=is_control)
 
     def _scores(self, records: Sequence[Record], level: str, names: Sequence[str]) -> list[Score]:
         return [
@@ -149,42 +215,52 @@ class Results:
                 r.run.task,
                 r.run.seed,
                 r.value,
+                r.run.key,
             )
             for r in records
             if r.value is not None
         ]
 
-    def _compare(self, rows: list[Row], baseline: str) -> None:
-        """Fill in the differences of all rows, p values corrected over the rows."""
-        base = next((row for row in rows if row.level == baseline), None)
-        pairs = {
-            BASELINE: [
-                (row, paired_values(row.scores, base.scores))
-                for row in rows
-                if base is not None and row is not base
-            ],
-            NO_DISTILLATION: [
-                (row, paired_values(row.scores, self.reference, match_others=False))
-                for row in rows
-                if self.reference and row.level != NO_DISTILLATION
-            ],
-        }
-        for name, compared in pairs.items():
-            for row, values in compared:
-                row.differences[name] = compare(values, len(compared))
-            corrected = holm([row.differences[name].p for row, _ in compared])
-            for (row, _), p in zip(compared, corrected, strict=True):
-                row.corrected[name] = p
+    def _compare(self, rows: list[Row], baseline: str, task: str | None = None) -> None:
+        """Fill in what all rows keep of the teacher, and their differences to the baseline."""
+        base = next((row for row in rows if row.level == baseline and not row.is_control), None)
+        tasks = self.comparable if task is None else (task,)
+        for row in rows:
+            if tasks and set(tasks) <= set(self.comparable):
+                row.kept = estimate(sampled(self._shares(row.scores), tasks))
+            if base is not None and row is not base:
+                pairs = self._pairs(row, base, task)
+                row.difference = estimate([ours - theirs for ours, theirs in pairs])
+
+    def _pairs(self, row: Row, other: Row, task: str | None) -> list[tuple[Sample, Sample]]:
+        """Both rows' numbers of every task that is compared, as `Row.difference` has them."""
+        several = task is None and len(self.plan.tasks) > 1
+        made = self._shares if several and self.comparable else self._drawn
+        tasks = self.plan.tasks if task is None else (task,)
+        if several and self.comparable:
+            tasks = self.comparable
+        # a control has no levels that could match
+        apart = row.is_control or other.is_control
+        return paired_samples(made(row.scores), made(other.scores), tasks, match_others=not apart)
+
+    def _drawn(self, scores: Iterable[Score]) -> list[Score]:
+        """Scores, with those of resampled examples."""
+        return [replace(s, drawn=self.evidence[s.run].student.drawn) for s in scores]
+
+    def _shares(self, scores: Iterable[Score]) -> list[Score]:
+        """Shares of the teacher in place of scores, where they are known."""
+        found = []
+        for score in scores:
+            kept = self.evidence[score.run].kept
+            if kept is not None:
+                found.append(replace(score, value=kept.value, drawn=kept.drawn))
+        return found
+
+    def _has_share(self, record: Record) -> bool:
+        return record.value is None or self.evidence[record.run.key].kept is not None
 
 
-def _teacher_scores(plan: Plan) -> dict[str | None, float]:
-    """The score of the shared step that teaches, by task; empty where none is named or known."""
-    found: dict[str | None, float] = {}
-    for step in plan.shared:
-        if step.name == plan.spec.teacher and RunFolder(step.place.run).summary.is_file():
-            value = read_metric(step.place.run, plan.spec.metric.path)
-            if isinstance(value, float):
-                found[step.task] = value
-    if None in found:
-        return dict.fromkeys(plan.tasks, found[None])
-    return found if found.keys() == set(plan.tasks) else {}
+def _alone(row: Row, task: str | None) -> Row:
+    """A row's runs of one task."""
+    scores = [score for score in row.scores if score.task == task]
+    return replace(row, scores=scores, runs=(len(scores), len(scores)))

@@ -26,6 +26,9 @@ Levels = dict[str, Value]
 
 SEED = "train.seed"
 OUTPUT = "run.output"
+BASELINE, CONSTANT, TEACHER = "baseline", "one answer", "teacher"
+"""What rows of the report are called that stand beside conditions."""
+_TAKEN = {BASELINE, CONSTANT, TEACHER}
 # more runs than a storage, or anyone's time, takes
 MOST_SEEDS = 1000
 MOST_RUNS = 100_000
@@ -154,6 +157,20 @@ class Step(Section):
     """Further overrides of the step on some of the tasks."""
 
 
+class Hypothesis(Section):
+    """What a study asks of two conditions, written down before it is run."""
+
+    axis: Annotated[str, Field(min_length=1)]
+    """On which the conditions lie; other axes are as in its table."""
+    level: Value
+    """Condition of the axis."""
+    against: Value | None = None
+    """Another one, or a control; the axis's baseline where not given."""
+    margin: float | None = Field(default=None, gt=0)
+    """Asks whether they differ by less than this, in place of whether they differ: of a study with
+    a teacher in shares of what it is above one answer to everything, else of the metric."""
+
+
 class StudySpec(Section):
     """Everything about a study."""
 
@@ -176,8 +193,12 @@ class StudySpec(Section):
     baseline: Levels = Field(default_factory=dict)
     """The condition of each axis that others are compared with; its first where not given. With a
     search, a space that is not named keeps the recipe's value."""
-    no_distillation: Overrides | None = None
-    """Overrides that switch distillation off; run as a condition of its own."""
+    controls: dict[FileName, Overrides] = Field(default_factory=dict)
+    """Named conditions outside the axes, each a set of overrides, that results are held against: a
+    student that learns from labels alone, one that makes a single step."""
+    hypotheses: tuple[Hypothesis, ...] = ()
+    """Comparisons that are tested, all corrected together; whatever else the report compares has an
+    interval and no p."""
     skip: tuple[Levels, ...] = ()
     """Combinations that make no sense and are left out, as in `{loss: none, weight: 10}`."""
     seeds: Seeds = (0, 1, 2)
@@ -191,8 +212,6 @@ class StudySpec(Section):
     """What is measured."""
     shared: dict[FileName, Step] = Field(default_factory=dict)
     """Runs done once before the others; `{shared.NAME}` in an override is the run's folder."""
-    teacher: str | None = None
-    """Shared step whose score the students are measured by: the report says how much they keep."""
     keep: Literal["scores", "students", "all"] = "students"
     """What stays of a finished run besides its numbers: nothing, the student, or the checkpoints
     as well."""
@@ -207,11 +226,10 @@ class StudySpec(Section):
             self.axes.keys() | self.spaces.keys()
         ):
             raise ValueError(f"{sorted(twice)[0]}: the name is taken; give the axis another")
+        if taken := _TAKEN & self.controls.keys():
+            raise ValueError(f"controls.{sorted(taken)[0]}: the name is taken; give it another")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds holds a seed twice (given {list(self.seeds)})")
-        if self.teacher is not None and self.teacher not in self.shared:
-            known = ", ".join(self.shared) or "none"
-            raise ValueError(f"teacher: no shared step {self.teacher!r}; shared has {known}")
         for name, step in self.shared.items():
             if strange := step.tasks.keys() - self.tasks.keys():
                 raise ValueError(
@@ -240,7 +258,8 @@ class StudySpec(Section):
 
     def _sets(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield "overrides", self.overrides
-        yield "no_distillation", self.no_distillation or {}
+        for control, overrides in self.controls.items():
+            yield f"controls.{control}", overrides
         for task, overrides in self.tasks.items():
             yield f"tasks.{task}", overrides
         for axis, levels in self.axes.items():
@@ -265,6 +284,11 @@ class StudySpec(Section):
                     )
         if self.search and self.skip:
             raise ValueError("skip: a search takes any combination; leave skip out")
+        if self.search and self.hypotheses:
+            raise ValueError(
+                "hypotheses: a search chooses by the numbers that it shows, so they can't test "
+                "anything; leave hypotheses out, and test its best in a study with other seeds"
+            )
 
     def _check_search(self) -> None:
         search = self.search

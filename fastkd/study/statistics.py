@@ -1,37 +1,43 @@
-"""How conditions compare: means over seeds, differences over pairs of the same task and seed.
+"""How conditions compare: means over seeds, and intervals of differences over seeds and examples.
 
-What is paired: two conditions meet the same training data, initial weights and order of batches
-where task and seed agree, so their difference there is free of those. A pair is one task with one
-seed; levels of the other axes are averaged within it first, so that a full grid does not pass as
-more independent evidence than it is.
+What is paired: two conditions meet the same data, initial weights and order of batches where task
+and seed agree, and are scored on the same examples, so their difference is free of those. Levels of
+other axes are averaged within a task and seed first.
 
-Which test, fixed by the design and never by the outcome: the paired t-test on one task, where
-differences are between seeds of the same kind; Wilcoxon's signed-rank test where there are several
-tasks, whose differences have scales of their own (Demsar, JMLR 7, 2006, section 3.1), unless there
-are so few pairs that it could never give a corrected p below 0.05. Both are always computed. Holm's
-correction (Scandinavian Journal of Statistics 6, 1979) covers the comparisons of one table.
+An interval has two sources, seeds and evaluation examples, which are crossed: every seed is scored
+on the same examples. The spread between seeds is that of their means over all tasks, for a seed may
+mean something to several tasks; that between examples is bootstrapped within each task
+(`resampling`). What both contribute together is in the spread between seeds already and taken out
+of the other, as an analysis of variance has it (Searle, Casella and McCulloch, "Variance
+Components", 1992, chapter 4). The sum is read by Student's t with the degrees of freedom of
+Welch and Satterthwaite (Biometrics Bulletin 2, 1946). Resampling five or ten seeds as well would
+give intervals that are too short: they have ten of a normal spread's values and none of its tails.
+
+A p of a difference is that of its interval, or of flipping signs with the seed as the unit where
+that is larger; one of equivalence is of two one-sided tests (Schuirmann, Journal of
+Pharmacokinetics and Biopharmaceutics 15, 1987). Which of them counts is said by a study's
+hypotheses, and Holm's procedure (Scandinavian Journal of Statistics 6, 1979) covers all of these.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
 
+import numpy as np
 from scipy import stats
 
-Test = Literal["paired t-test", "Wilcoxon signed-rank"]
-Pair = tuple[str | None, int]
-"""A task and a seed."""
-
-LEVEL = 0.05
-"""What a p value should be able to fall below."""
+from fastkd.study.resampling import Array
 
 # below this a spread is taken for rounding
 _LEAST_SPREAD = 1e-15
+# flips of more seeds than this are drawn, of fewer all are tried
+_EXACT_SEEDS = 16
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class Score:
     task: str | None
     seed: int
     value: float
+    run: str = ""
+    """The run's key."""
+    drawn: Array | None = None
+    """[draws] the same of resampled examples, where predictions are kept."""
 
 
 @dataclass(frozen=True)
@@ -68,25 +78,112 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How much more one condition scores than another, over pairs."""
+class Sample:
+    """A number of one task with every seed: a score, or a difference of two."""
 
-    pairs: int
-    mean: float | None
-    low: float | None
-    """Lower end of the 95 % interval of the mean by the t distribution."""
-    high: float | None
-    t_p: float | None
-    """p of the paired t-test, two-sided."""
-    wilcoxon_p: float | None
-    """p of Wilcoxon's signed-rank test, two-sided."""
-    test: Test
-    """Which of the two counts."""
+    values: Array
+    """[seeds]."""
+    drawn: Array | None = None
+    """[seeds, draws] the same of resampled examples."""
+
+    def __sub__(self, other: Sample) -> Sample:
+        drawn = None
+        if self.drawn is not None and other.drawn is not None:
+            drawn = self.drawn - other.drawn
+        return Sample(self.values - other.values, drawn)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over tasks, seeds and examples, and how well it is known."""
+
+    mean: float
+    error: float
+    """Standard error."""
+    freedom: float
+    """Degrees of freedom of the error."""
+    by_seed: tuple[float, ...]
+    """Its mean over tasks with every seed."""
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """Its ends; both are the mean where nothing varies."""
+        half = float(stats.t.ppf((1 + level) / 2, self.freedom)) * self.error if self.error else 0.0
+        return self.mean - half, self.mean + half
 
     @property
-    def p(self) -> float | None:
-        """p of the test that counts."""
-        return self.t_p if self.test == "paired t-test" else self.wilcoxon_p
+    def p_difference(self) -> float:
+        """Two-sided p of a mean of 0, the larger one of two.
+
+        One is that of the interval. The other takes no shape of the spread for granted: the share
+        of all signs of the seeds that give a mean as far from 0, which is 2 / 2^n at least of n
+        seeds. It takes the examples for all there are, so alone it finds differences of any two
+        models that no other examples would show.
+        """
+        return max(self._p_of_interval, self._p_of_signs)
+
+    @property
+    def _p_of_interval(self) -> float:
+        if not self.error:
+            return float(self.mean == 0)
+        return 2 * float(stats.t.sf(abs(self.mean) / self.error, self.freedom))
+
+    @property
+    def _p_of_signs(self) -> float:
+        values = np.array(self.by_seed)
+        if len(values) <= _EXACT_SEEDS:
+            signs = _all_signs(len(values))
+        else:
+            drawn = np.random.default_rng(0).choice((1.0, -1.0), (2**_EXACT_SEEDS, len(values)))
+            signs = np.vstack([np.ones(len(values)), drawn])
+        sums = np.abs(signs @ values)
+        return float(np.mean(sums >= sums[0] * (1 - 1e-9)))
+
+    def p_equivalence(self, margin: float) -> float:
+        """p of a mean at least `margin` from 0, the larger one of two one-sided tests."""
+        room = margin - abs(self.mean)
+        if not self.error:
+            return float(room <= 0)
+        return float(stats.t.sf(room / self.error, self.freedom))
+
+
+@cache
+def _all_signs(seeds: int) -> Array:
+    """Every choice of signs, [2^seeds, seeds], all positive first."""
+    return np.array(list(itertools.product((1.0, -1.0), repeat=seeds)))
+
+
+def estimate(tasks: Sequence[Sample]) -> Estimate | None:
+    """The mean of numbers of several tasks with the same seeds; `None` with fewer than two."""
+    by_seed = np.mean([task.values for task in tasks], axis=0) if tasks else np.zeros(0)
+    if len(by_seed) < 2:
+        return None
+    seeds = float(np.var(by_seed, ddof=1)) / len(by_seed)
+    examples = sum(map(_example_variance, tasks)) / len(tasks) ** 2
+    spread = seeds + examples
+    # the variance of examples is known far better than that of seeds
+    freedom = (len(by_seed) - 1) * (spread / seeds) ** 2 if seeds else math.inf
+    error = math.sqrt(spread) if spread > _LEAST_SPREAD**2 else 0.0
+    return Estimate(float(by_seed.mean()), error, freedom, tuple(by_seed.tolist()))
+
+
+def _example_variance(task: Sample) -> float:
+    """Of the mean over seeds, by the examples alone: without what a seed makes of them."""
+    if task.drawn is None:
+        return 0.0
+    of_mean = float(np.var(task.drawn.mean(axis=0), ddof=1))
+    of_one = float(np.mean(np.var(task.drawn, axis=1, ddof=1)))
+    together = max(of_one - of_mean, 0.0) / (len(task.drawn) - 1)
+    return max(of_mean - together, 0.0)
+
+
+def improvement(ours: Sequence[Sample], theirs: Sequence[Sample]) -> float:
+    """How often a run of ours scores more than one of theirs, ties half, averaged over tasks
+    (Agarwal et al., arXiv 2108.13264, section 4.3)."""
+    found = []
+    for mine, other in zip(ours, theirs, strict=True):
+        gaps = mine.values[:, None] - other.values
+        found.append(float(np.mean((gaps > 0) + 0.5 * (gaps == 0))))
+    return statistics.fmean(found)
 
 
 def decimals(spread: float) -> int | None:
@@ -129,73 +226,48 @@ def mean_over_seeds(scores: Iterable[Score]) -> Mean:
     return Mean(len(whole), statistics.fmean(whole), statistics.stdev(whole))
 
 
-def paired_values(
-    ours: Iterable[Score], theirs: Iterable[Score], *, match_others: bool = True
-) -> dict[Pair, tuple[float, float]]:
-    """The two conditions' values at every task and seed that both have.
+def paired_samples(
+    ours: Iterable[Score],
+    theirs: Iterable[Score],
+    tasks: Sequence[str | None],
+    *,
+    match_others: bool = True,
+) -> list[tuple[Sample, Sample]]:
+    """Two conditions' scores of every task, with the seeds that both have on all of them.
 
     Args:
         ours: runs of one condition.
         theirs: runs of the other.
+        tasks: which are compared.
         match_others: take only levels of the other axes that both have; without it, `theirs` stands
             outside the axes and has one run a pair.
+
+    Returns:
+        [tasks]; without seeds where a task or every seed is missing.
     """
-    left, right = _by_pair(ours), _by_pair(theirs)
-    found: dict[Pair, tuple[float, float]] = {}
-    for pair in left.keys() & right.keys():
-        mine, others = left[pair], right[pair]
+    left, right = _by_place(ours), _by_place(theirs)
+    places: dict[tuple[str | None, int], tuple[list[Score], list[Score]]] = {}
+    for place in left.keys() & right.keys():
+        mine, others = left[place], right[place]
         if match_others:
-            both = mine.keys() & others.keys()
+            both = sorted(mine.keys() & others.keys())
             mine = {key: mine[key] for key in both}
             others = {key: others[key] for key in both}
         if mine and others:
-            found[pair] = statistics.fmean(mine.values()), statistics.fmean(others.values())
-    # sorted, so that sums don't depend on the order of a set
-    return dict(sorted(found.items(), key=lambda item: (item[0][0] or "", item[0][1])))
+            places[place] = list(mine.values()), list(others.values())
+    by_task = [{seed for place, seed in places if place == task} for task in tasks]
+    seeds = sorted(set.intersection(*by_task)) if by_task else []
+    found = []
+    for task in tasks:
+        cells = [places[task, seed] for seed in seeds]
+        found.append((_sample([c[0] for c in cells]), _sample([c[1] for c in cells])))
+    return found
 
 
-def choose_test(tasks: int, pairs: int, comparisons: int) -> Test:
-    """The test that counts, by the design alone.
-
-    Args:
-        tasks: how many there are.
-        pairs: how many differences are tested.
-        comparisons: how many tests are corrected together.
-    """
-    # the smallest two-sided p of a signed-rank test is that of all signs alike
-    smallest = 2.0 ** (1 - pairs) * comparisons
-    return "Wilcoxon signed-rank" if tasks > 1 and smallest < LEVEL else "paired t-test"
-
-
-def compare(values: Mapping[Pair, tuple[float, float]], comparisons: int = 1) -> Difference:
-    """The difference between two conditions, tested over their pairs.
-
-    Args:
-        values: from `paired_values`.
-        comparisons: how many differences are corrected together.
-    """
-    differences = [ours - theirs for ours, theirs in values.values()]
-    count = len(differences)
-    test = choose_test(len({task for task, _ in values}), count, comparisons)
-    if count < 2:
-        return Difference(count, None, None, None, None, None, test)
-    mean = statistics.fmean(differences)
-    largest = max(map(abs, differences))
-    if max(differences) - min(differences) <= 1e-9 * largest:
-        # no spread but rounding: the tests have nothing to say unless there is no difference at all
-        p = 1.0 if mean == 0 else None
-        return Difference(count, mean, mean, mean, p, p, test)
-    error = statistics.stdev(differences) / math.sqrt(count)
-    half = float(stats.t.ppf(0.975, count - 1)) * error
-    return Difference(
-        count,
-        mean,
-        mean - half,
-        mean + half,
-        float(stats.ttest_1samp(differences, 0.0).pvalue),
-        float(stats.wilcoxon(differences).pvalue),
-        test,
-    )
+def sampled(scores: Iterable[Score], tasks: Sequence[str | None]) -> list[Sample]:
+    """A condition's scores of every task, with the seeds that all tasks have."""
+    scores = list(scores)
+    return [sample for sample, _ in paired_samples(scores, scores, tasks)]
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
@@ -209,8 +281,18 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def _by_pair(scores: Iterable[Score]) -> dict[Pair, dict[tuple[str, ...], float]]:
-    found: dict[Pair, dict[tuple[str, ...], float]] = defaultdict(dict)
+def _sample(by_seed: Sequence[Sequence[Score]]) -> Sample:
+    """Of each seed the average of its runs."""
+    values = np.array([statistics.fmean(score.value for score in cell) for cell in by_seed])
+    drawn = [[score.drawn for score in cell if score.drawn is not None] for cell in by_seed]
+    whole = by_seed and all(len(d) == len(c) for d, c in zip(drawn, by_seed, strict=True))
+    return Sample(values, np.array([np.mean(d, axis=0) for d in drawn]) if whole else None)
+
+
+def _by_place(
+    scores: Iterable[Score],
+) -> Mapping[tuple[str | None, int], dict[tuple[str, ...], Score]]:
+    found: dict[tuple[str | None, int], dict[tuple[str, ...], Score]] = defaultdict(dict)
     for score in scores:
-        found[score.task, score.seed][score.others] = score.value
+        found[score.task, score.seed][score.others] = score
     return found

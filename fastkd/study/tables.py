@@ -1,4 +1,4 @@
-"""The tables of a study: one an axis, one of all conditions, and what a search found."""
+"""The tables of a study: one an axis, its hypotheses, all conditions, and what a search found."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastkd.study.naming import Level, shown
-from fastkd.study.plan import BASELINE, NO_DISTILLATION
-from fastkd.study.results import BEST, Results, Row
-from fastkd.study.statistics import (
-    Mean,
-    Test,
-    decimals,
-    mean_over_seeds,
-    of_all_tasks,
-)
+from fastkd.study.results import BEST, Answer, Results, Row
+from fastkd.study.spec import BASELINE, CONSTANT, TEACHER
+from fastkd.study.statistics import Estimate, Mean, decimals, mean_over_seeds, of_all_tasks
 
 Tasks = Sequence[str | None]
-_SIGN: dict[Test, str] = {"paired t-test": "t", "Wilcoxon signed-rank": "W"}
+_LEVEL = 0.05
+"""What a corrected p is below where a hypothesis is answered."""
 
 
 @dataclass(frozen=True)
@@ -45,50 +40,43 @@ def make_tables(results: Results, importances: Mapping[str, Mapping[str, float]]
         importances: of a search's axes and spaces, by evaluator; empty for a grid.
     """
     tables = []
-    tasks = results.plan.tasks
-    if results.plan.spec.search is None:
+    tasks, search = results.plan.tasks, results.plan.spec.search
+    if search is None:
         for axis in results.plan.axes:
-            base = str(results.plan.baseline_levels[axis])
             # differences of tasks have scales of their own, and one task's may say what all don't
             for task in (None, *tasks) if len(tasks) > 1 else (None,):
-                alone = tasks if task is None else (task,)
-                of_task = "" if task is None else f"-{task}"
-                tables.append(
-                    _table(
-                        results,
-                        f"axis-{axis}{of_task}",
-                        f"axis: {axis}" + (f", {task} alone" if task else ""),
-                        axis,
-                        results.axis(axis, task),
-                        base,
-                        (_axis_note(results, axis, alone), *_test_notes(results, alone)),
-                        alone,
-                    )
-                )
-    notes = _test_notes(results, tasks)
-    if results.plan.spec.search is not None:
+                tables.append(_axis_table(results, axis, task))
+    if results.plan.asked:
+        tables.append(_hypothesis_table(results))
+    notes = _notes(results, tasks)
+    if search is not None:
         notes = (
             f"The best {BEST} candidates are chosen by the numbers that are shown, so these are "
-            "optimistic, and p takes no account of the choice; run the best again with other seeds "
-            "before you rely on it.",
+            "optimistic, and no interval takes account of the choice; run the best again with "
+            "other seeds, on data that chose nothing, before you rely on it.",
             *notes,
         )
-    tables.append(
-        _table(
-            results,
-            "conditions",
-            "conditions",
-            "condition",
-            results.conditions(),
-            results.baseline,
-            notes,
-            tasks,
-        )
-    )
+    rows, baseline = results.conditions(), results.baseline
+    name = "conditions"
+    tables.append(_table(results, name, name, "condition", rows, baseline, notes, tasks))
     if importances:
         tables.append(_importance_table(importances))
     tables.append(_run_table(results))
     return tables
+
+
+def _axis_table(results: Results, axis: str, task: str | None) -> Table:
+    tasks = results.plan.tasks if task is None else (task,)
+    return _table(
+        results,
+        f"axis-{axis}" + ("" if task is None else f"-{task}"),
+        f"axis: {axis}" + ("" if task is None else f", {task} alone"),
+        axis,
+        results.axis(axis, task),
+        str(results.plan.baseline_levels[axis]),
+        (_axis_note(results, axis, tasks), *_notes(results, tasks)),
+        tasks,
+    )
 
 
 def _axis_note(results: Results, axis: str, tasks: Tasks) -> str:
@@ -104,25 +92,68 @@ def _axis_note(results: Results, axis: str, tasks: Tasks) -> str:
     return f"Means and standard deviations over seeds, {how}."
 
 
-def _test_notes(results: Results, tasks: Tasks) -> tuple[str, ...]:
-    metric = results.plan.spec.metric
-    several = len(tasks) > 1
+def _notes(results: Results, tasks: Tasks) -> tuple[str, ...]:
+    metric, several = results.plan.spec.metric, len(tasks) > 1
     better = "higher" if metric.direction == "maximize" else "lower"
-    pairs = "task and seed" if several else "seed"
-    note = (
-        f"{metric.path}, {better} is better. Differences are paired by {pairs}, with the 95 % "
-        "interval of their mean by the t distribution and a two-sided p, corrected by Holm's "
-        "procedure over the rows of the table: p of the paired t-test (t)"
-    )
-    if several:
-        note += (
-            ", or of Wilcoxon's signed-rank test (W) where there are enough pairs for it to give a "
-            "corrected p below 0.05 at all"
+    shares = any(task in results.comparable for task in tasks)
+    notes = [f"{metric.path}, {better} is better."]
+    if shares:
+        notes.append(
+            "Of the teacher: (score - floor) / (teacher - floor), where the floor is the best one "
+            "answer to everything" + (", averaged over the tasks." if several else ".")
         )
-    note += ". The CSV has both tests and the uncorrected values."
-    if several:
-        note += " p speaks for these tasks, not for tasks in general."
-    return (note,)
+    notes.append(
+        f"Differences{' in that share' * (shares and several)} are paired by seed. Brackets are "
+        "95 % intervals over seeds and, where predictions are kept, over evaluation examples. What "
+        "is tested stands under hypotheses alone."
+    )
+    left_out = [str(task) for task in tasks if task not in results.comparable]
+    if shares and left_out:
+        notes.append(
+            f"{', '.join(left_out)}: the teacher is not above one answer to everything by two "
+            "standard errors, so shares and differences leave this out."
+        )
+    return (" ".join(notes),)
+
+
+def _hypothesis_table(results: Results) -> Table:
+    answers = results.answers()
+    rows: list[tuple[str, ...]] = [
+        (
+            f"{a.asked.axis}: {a.asked.level}",
+            a.asked.against,
+            "differ" if a.asked.margin is None else f"by less than {a.asked.margin:g}",
+            _interval(a.difference),
+            "" if a.improvement is None else f"{a.improvement:.0%}",
+            "" if a.corrected is None else f"{a.corrected:.2g}",
+            _verdict(a),
+        )
+        for a in answers
+    ]
+    numbers = [
+        {
+            **vars(a.asked),
+            **_estimate_numbers("difference ", a.difference),
+            "improvement": a.improvement,
+            "p": a.p,
+            "p corrected": a.corrected,
+        }
+        for a in answers
+    ]
+    note = (
+        "Written down before the study was run. p of a difference is the larger one of that of its "
+        "interval and that of flipping signs with the seed as the unit; of a margin that of two "
+        "one-sided tests. All are corrected together by Holm's procedure. Wins is how often a run "
+        "of the one scores more than one of the other."
+    )
+    columns = ("condition", "against", "asked", "difference", "wins", "p", "answer")
+    return Table("hypotheses", "hypotheses", columns, rows, numbers, (note,), tuple(range(7)))
+
+
+def _verdict(answer: Answer) -> str:
+    if answer.corrected is None:
+        return "too few seeds"
+    return "open" if answer.corrected > _LEVEL else "yes"
 
 
 def _table(
@@ -136,43 +167,53 @@ def _table(
     tasks: Tasks,
 ) -> Table:
     named = [task for task in tasks if task is not None]
-    against = [n for n in (NO_DISTILLATION, BASELINE) if any(n in row.differences for row in rows)]
-    columns = [
-        first,
-        *(named if len(named) > 1 else ()),
-        "all" if len(named) > 1 else "mean",
-        "seeds",
-    ]
-    columns += ["of the teacher"] if results.teacher else []
-    for other in against:
-        columns += [f"less {other.replace('_', ' ')}", "p"]
-    # what a terminal shows: the condition, its mean, seeds, differences
-    last = 2 + bool(results.teacher) + 2 * len(against)
-    brief = [0, *range(len(columns) - last, len(columns))]
-    if results.plan.spec.search is not None:
-        # what was searched needs the room of p
-        brief = [index for index in brief if columns[index] != "p"]
+    several, keeps = len(named) > 1, any(row.kept is not None for row in rows)
+    # of scores of several kinds an average says less than one of shares
+    averages = [] if several and keeps else ["all" if several else "mean"]
+    summed = [*averages, *(["of the teacher"] if keeps else []), "seeds", "less baseline"]
+    columns = [first, *(named if several else ()), *summed]
+    brief = [0, *range(len(columns) - len(summed), len(columns))]
     if len(tasks) < len(results.plan.tasks):
         brief = []
-    cells_of, numbers = [], []
+    cells_of, numbers = _ends(results, tasks, columns) if keeps else ([], [])
     for row in rows:
         overall = mean_over_seeds(of_all_tasks(row.scores, tasks))
         by_task = {t: mean_over_seeds([s for s in row.scores if s.task == t]) for t in named}
         cells = [_label(row, baseline, results)]
-        cells += [str(mean) for mean in by_task.values()] if len(named) > 1 else []
-        cells += [str(overall), str(overall.seeds)]
-        kept = results.kept(row, tasks)
-        cells += ["" if kept is None else f"{kept:.1%}"] if results.teacher else []
-        for other in against:
-            cells += _difference_cells(row, other)
+        cells += [str(mean) for mean in by_task.values()] if several else []
+        cells += [str(overall)] if averages else []
+        cells += [_interval(row.kept, share=True)] if keeps else []
+        cells += [str(overall.seeds), _interval(row.difference)]
         if row.runs[0] < row.runs[1]:
             cells[0] += f" ({row.runs[0]} of {row.runs[1]} runs)"
         cells_of.append(tuple(cells))
-        numbers.append(_numbers(first, row, overall, by_task) | {"kept": kept})
+        numbers.append(_numbers(first, row, overall, by_task))
     return Table(name, title, tuple(columns), cells_of, numbers, notes, tuple(brief))
 
 
+def _ends(
+    results: Results, tasks: Tasks, columns: Sequence[str]
+) -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
+    """Rows of what scores are read between: one answer to everything, and the teacher."""
+    ends = {task: results.ends(task) for task in tasks}
+    rows, numbers = [], []
+    for place, name in enumerate((CONSTANT, TEACHER)):
+        means = {task: both[place] for task, both in ends.items()}
+        cells = [name, *map(_plain, means.values())]
+        rows.append(tuple(cells + [""] * (len(columns) - len(cells))))
+        found = {f"{task or 'all'} mean": mean for task, mean in means.items()}
+        numbers.append({columns[0]: name, **{key: mean.mean for key, mean in found.items()}})
+    return rows, numbers
+
+
+def _plain(mean: Mean) -> str:
+    """A number that seeds change or don't."""
+    return f"{mean.mean:.3f}" if mean.mean is not None and not mean.deviation else str(mean)
+
+
 def _label(row: Row, baseline: str, results: Results) -> str:
+    if row.is_control:
+        return f"{row.level} (control)"
     if row.levels and results.plan.spec.search is not None:
         return " ".join([row.level, *(f"{n}={_rounded(v)}" for n, v in row.levels.items())])
     return row.level + (" (baseline)" if row.level == baseline != BASELINE else "")
@@ -182,17 +223,16 @@ def _rounded(level: Level) -> str:
     return f"{level:.3g}" if isinstance(level, float) else shown(level)
 
 
-def _difference_cells(row: Row, other: str) -> list[str]:
-    found = row.differences.get(other)
+def _interval(found: Estimate | None, *, share: bool = False) -> str:
+    """A difference or a share with its ends, to two digits of half of what is between them."""
     if found is None:
-        return ["", ""]
-    if found.mean is None or found.low is None or found.high is None:
-        return [f"{found.pairs} pair" + ("" if found.pairs == 1 else "s"), ""]
-    p = row.corrected[other]
-    places = decimals((found.high - found.low) / 2)
-    form = "+.4g" if places is None else f"+.{places}f"
-    interval = f"{found.mean:{form}} [{found.low:{form}}, {found.high:{form}}]"
-    return [interval, "" if p is None else f"{p:.2g} ({_SIGN[found.test]}, n={found.pairs})"]
+        return ""
+    scale, unit, sign = (100.0, "%", "") if share else (1.0, "", "+")
+    low, high = found.interval()
+    places = decimals(scale * (high - low) / 2)
+    form = f"{sign}.4g" if places is None else f"{sign}.{places}f"
+    mean, least, most = (f"{scale * value:{form}}" for value in (found.mean, low, high))
+    return f"{mean}{unit} [{least}, {most}]"
 
 
 def _numbers(first: str, row: Row, overall: Mean, by_task: Mapping[str, Mean]) -> dict[str, Any]:
@@ -201,20 +241,22 @@ def _numbers(first: str, row: Row, overall: Mean, by_task: Mapping[str, Mean]) -
     for name, mean in {"all": overall, **by_task}.items():
         found[f"{name} seeds"], found[f"{name} mean"] = mean.seeds, mean.mean
         found[f"{name} deviation"] = mean.deviation
-    for other in (NO_DISTILLATION, BASELINE):
-        difference = row.differences.get(other)
-        if difference is not None:
-            found |= {
-                f"{other} pairs": difference.pairs,
-                f"{other} difference": difference.mean,
-                f"{other} low": difference.low,
-                f"{other} high": difference.high,
-                f"{other} t p": difference.t_p,
-                f"{other} wilcoxon p": difference.wilcoxon_p,
-                f"{other} test": difference.test,
-                f"{other} p corrected": row.corrected[other],
-            }
-    return found
+    found |= _estimate_numbers("kept ", row.kept)
+    return found | _estimate_numbers("difference ", row.difference)
+
+
+def _estimate_numbers(prefix: str, found: Estimate | None) -> dict[str, Any]:
+    if found is None:
+        return {}
+    low, high = found.interval()
+    return {
+        f"{prefix}mean": found.mean,
+        f"{prefix}low": low,
+        f"{prefix}high": high,
+        f"{prefix}error": found.error,
+        f"{prefix}freedom": found.freedom,
+        f"{prefix}seeds": len(found.by_seed),
+    }
 
 
 def _importance_table(importances: Mapping[str, Mapping[str, float]]) -> Table:

@@ -1,0 +1,171 @@
+"""Tables of a study from predictions that were kept: shares of the teacher, and what is tested."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from study_files import MAPPINGS, write_study
+
+from fastkd.errors import UserError
+from fastkd.study import load_study
+from fastkd.study.plan import Plan, Run
+from fastkd.study.results import Results
+from fastkd.study.storage import Record
+from fastkd.study.tables import Table, make_tables
+
+EXAMPLES, SEEDS = 120, 6
+LABELS = (np.arange(EXAMPLES) % 10 >= 6).astype(np.int64)
+# shares of the examples that are answered rightly
+TEACHER = {"good": 0.9, "poor": 0.62}
+STUDENT = {"uniform": 0.85, "last": 0.75, "again": 0.845, None: 0.7}
+FLOOR = 0.6
+
+
+def logits(share: float, rng: np.random.Generator, of: str = "") -> NDArray[np.float32]:
+    """Outputs of two classes, the right one larger for so many examples, mostly the same ones."""
+    hard = np.random.default_rng([*of.encode()]).permutation(EXAMPLES)
+    order = np.argsort(np.argsort(hard + rng.normal(0, 10, EXAMPLES)))
+    wrong = order >= round(share * EXAMPLES)
+    said = np.where(wrong, 1 - LABELS, LABELS)
+    return np.eye(2, dtype=np.float32)[said]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    task = {"labels": ["0", "1"], "columns": {"texts": "a", "label": "b"}, "source": "nowhere"}
+    path = write_study(
+        tmp_path,
+        tasks={name: {"task": {**task, "name": name}} for name in TEACHER},
+        axes={"mapping": {**MAPPINGS, "again": {"layer_map": "mean_loss"}}},
+        controls={"alone": {"losses.hidden.weight": 0}},
+        hypotheses=[
+            {"axis": "mapping", "level": "last"},
+            {"axis": "mapping", "level": "again", "margin": 0.3},
+            {"axis": "mapping", "level": "uniform", "against": "alone"},
+            {"axis": "mapping", "level": "again", "against": "last", "margin": 0.1},
+        ],
+        seeds=SEEDS,
+    )
+    return Plan(load_study(path), path)
+
+
+def kept(plan: Plan) -> list[Record]:
+    """Every run of a study, with its predictions."""
+    records = []
+    for condition in plan.conditions:
+        for run in plan.runs(condition):
+            assert run.task is not None
+            rng = np.random.default_rng([run.seed, *run.key.encode()])
+            level = condition.levels.get("mapping")
+            outputs = logits(STUDENT[level] + rng.uniform(-0.02, 0.02), rng, str(level))
+            folder = plan.place(run).run
+            folder.mkdir(parents=True)
+            teacher = logits(TEACHER[run.task], np.random.default_rng(0))
+            arrays = {"outputs": outputs, "labels": LABELS, "teacher": teacher}
+            np.savez_compressed(
+                folder / "predictions.npz", **{f"dev/{name}": a for name, a in arrays.items()}
+            )
+            score = float((outputs.argmax(axis=1) == LABELS).mean())
+            records.append(Record(run, "finished", score, 1.0))
+    return records
+
+
+def tables(plan: Plan, records: list[Record]) -> dict[str, Table]:
+    return {table.name: table for table in make_tables(Results(plan, records), {})}
+
+
+def of(table: Table, column: str, name: str) -> dict[str, Any]:
+    return next(row for row in table.numbers if row[column] == name)
+
+
+def test_scores_are_read_between_one_answer_and_the_teacher(plan: Plan) -> None:
+    records = kept(plan)
+    found = tables(plan, records)
+    whole, good = found["axis-mapping"], found["axis-mapping-good"]
+    assert whole.columns == (
+        *("mapping", "good", "poor", "of the teacher", "seeds", "less baseline"),
+    )
+    assert [row[0] for row in whole.rows] == [
+        *("one answer", "teacher", "alone (control)", "uniform (baseline)", "last", "again"),
+    ]
+    assert whole.rows[0][1:3] == ("0.600", "0.600")
+    assert of(whole, "mapping", "teacher")["good mean"] == pytest.approx(0.9)
+    # the poor teacher is above 0.6 by less than two standard errors
+    assert "poor: the teacher is not above one answer" in " ".join(whole.notes)
+    assert "kept mean" not in of(found["axis-mapping-poor"], "mapping", "last")
+    scores = [r.value for r in records if r.run.key.startswith("good/mapping=last/")]
+    share = (np.mean(scores) - FLOOR) / (0.9 - FLOOR)
+    for table in (whole, good):
+        assert of(table, "mapping", "last")["kept mean"] == pytest.approx(share)
+    base = [r.value for r in records if r.run.key.startswith("good/mapping=uniform/")]
+    gap = np.mean(scores) - np.mean(base)
+    # of one task a difference is in its score, of several in the share
+    assert of(good, "mapping", "last")["difference mean"] == pytest.approx(gap)
+    assert of(whole, "mapping", "last")["difference mean"] == pytest.approx(gap / 0.3)
+
+
+def test_examples_make_intervals_wider_than_seeds_alone(plan: Plan) -> None:
+    records = kept(plan)
+    wide = of(tables(plan, records)["axis-mapping-good"], "mapping", "last")
+    for record in records:
+        (plan.place(record.run).run / "predictions.npz").unlink()
+    narrow = of(tables(plan, records)["axis-mapping-good"], "mapping", "last")
+    assert narrow["difference mean"] == pytest.approx(wide["difference mean"])
+    assert narrow["difference freedom"] == SEEDS - 1 < wide["difference freedom"]
+    assert narrow["difference error"] < wide["difference error"]
+    # nothing says what the scores are read between
+    assert "kept mean" not in narrow and wide["kept mean"]
+
+
+def test_hypotheses_are_answered_and_nothing_else_is_tested(plan: Plan) -> None:
+    found = tables(plan, kept(plan))
+    table = found.pop("hypotheses")
+    answers = {row[:3]: row[-1] for row in table.rows}
+    assert answers == {
+        ("mapping: last", "uniform", "differ"): "open",
+        ("mapping: again", "uniform", "by less than 0.3"): "yes",
+        ("mapping: uniform", "alone", "differ"): "open",
+        ("mapping: again", "last", "by less than 0.1"): "open",
+    }
+    ps = [row["p"] for row in table.numbers]
+    # of 6 seeds 2 / 64 is the smallest, and after one of a margin three times that is no answer
+    assert ps[2] == pytest.approx(2 / 64) and ps[0] > 2 / 64
+    assert table.numbers[2]["p corrected"] == pytest.approx(3 * 2 / 64)
+    assert table.numbers[2]["improvement"] == 1.0 and ps[3] > 0.5
+    for other in found.values():
+        assert not any("p" in row or "p corrected" in row for row in other.numbers)
+
+
+def test_summaries_say_what_scores_are_read_between_where_nothing_is_kept(plan: Plan) -> None:
+    records = kept(plan)
+    for record in records:
+        folder = plan.place(record.run).run
+        (folder / "predictions.npz").unlink()
+        teacher = TEACHER[str(record.run.task)]
+        after = f'{{"score": {record.value}, "baseline": {{"score": {FLOOR}}}}}'
+        (folder / "summary.json").write_text(
+            f'{{"after": {after}, "teacher": {{"score": {teacher}}}}}'
+        )
+    found = of(tables(plan, records)["axis-mapping"], "mapping", "last")
+    # without examples there is no standard error to be above
+    scores = [
+        (r.value - FLOOR) / (TEACHER[str(r.run.task)] - FLOOR)
+        for r in records
+        if r.value is not None and "mapping=last/" in r.run.key
+    ]
+    assert found["kept mean"] == pytest.approx(np.mean(scores))
+    assert found["kept seeds"] == SEEDS
+
+
+def test_a_broken_file_is_named(plan: Plan) -> None:
+    records = kept(plan)
+    run: Run = records[0].run
+    path = plan.place(run).run / "predictions.npz"
+    for content in (b"PK", b"no file of arrays", path.read_bytes()[:200]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"predictions\.npz can't be read"):
+            tables(plan, records)

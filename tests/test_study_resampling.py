@@ -1,0 +1,69 @@
+"""Metrics of resampled examples are those of scikit-learn and SciPy on the examples themselves."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fastkd.data.tasks.metrics import measure
+from fastkd.study.resampling import draw_weights, drawn_scores, mean_over_sets
+from fastkd.types import Metric
+
+EXAMPLES = 41
+CLASSES: tuple[Metric, ...] = ("accuracy", "f1", "matthews")
+SCORES: tuple[Metric, ...] = ("pearson", "spearman")
+
+
+def _made(metric: Metric) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Predictions and labels with ties, that agree now and then."""
+    rng = np.random.default_rng(3)
+    if metric in CLASSES:
+        labels = rng.integers(0, 3, EXAMPLES)
+        wrong = rng.random(EXAMPLES) < 0.4
+        return np.where(wrong, rng.integers(0, 3, EXAMPLES), labels), labels
+    labels = rng.integers(0, 11, EXAMPLES) / 2
+    return (labels + rng.normal(0, 2, EXAMPLES)).round(), labels
+
+
+@pytest.mark.parametrize("metric", [*CLASSES, *SCORES])
+def test_a_draw_scores_as_its_examples_do(metric: Metric) -> None:
+    predictions, labels = _made(metric)
+    weights = draw_weights(EXAMPLES, 25, seed=1)
+    assert weights.sum(axis=1).tolist() == [EXAMPLES] * 25
+    found = drawn_scores([metric], predictions, labels, weights)
+    for counts, score in zip(weights.astype(int), found, strict=True):
+        rows = np.repeat(np.arange(EXAMPLES), counts)
+        assert score == pytest.approx(measure([metric], predictions[rows], labels[rows])[metric])
+    whole = drawn_scores([metric], predictions, labels, np.ones((1, EXAMPLES)))
+    assert whole[0] == pytest.approx(measure([metric], predictions, labels)[metric])
+
+
+@pytest.mark.parametrize("metric", [*CLASSES[1:], *SCORES])
+def test_one_answer_to_everything_is_worth_nothing(metric: Metric) -> None:
+    labels = _made(metric)[1]
+    found = drawn_scores([metric], np.full(EXAMPLES, 0.1), labels, draw_weights(EXAMPLES, 9))
+    assert found.tolist() == [0.0] * 9
+
+
+def test_metrics_and_sets_are_averaged() -> None:
+    predictions, labels = _made("f1")
+    weights = draw_weights(EXAMPLES, 5)
+    both, *each = (
+        drawn_scores(names, predictions, labels, weights)
+        for names in (["f1", "accuracy"], ["f1"], ["accuracy"])
+    )
+    assert both == pytest.approx(sum(each) / 2)
+    assert mean_over_sets(each) == pytest.approx(both)
+
+
+def test_draws_are_the_same_again_and_no_others() -> None:
+    assert (draw_weights(7, 4) == draw_weights(7, 4)).all()
+    assert (draw_weights(7, 4) != draw_weights(7, 4, seed=1)).any()
+
+
+def test_every_metric_of_an_example_is_known() -> None:
+    of_words = {"token_accuracy", "entity_f1", "exact_match", "answer_f1"}
+    assert {*CLASSES, *SCORES} == set(get_args(Metric)) - of_words

@@ -58,7 +58,7 @@ def test_candidates_run_on_every_task_and_seed_and_score_their_mean(
         assert 0.1 <= trial.params["weight"] <= 100
     best = _rows(tmp_path, "conditions")[1]
     assert float(best["all mean"]) == pytest.approx(max(trial.value or 0 for trial in trials))
-    assert best["baseline pairs"] == "4"
+    assert best["difference seeds"] == "2"
     # more candidates may be asked for later; those that are there stay
     run(_search(tmp_path, tasks=TASKS, search={"trials": 4}))
     assert [t.params for t in _optuna(tmp_path).trials[:3]] == [t.params for t in trials]

@@ -30,6 +30,9 @@ def _axes(**axes: Any) -> dict[str, Any]:
 
 
 SEARCH = {"trials": 4}
+STEPS = {"train.evaluate_every": 2}
+REPORTED = {"task.selection": None}
+OTHERS = {"one": {"train.steps": 3}, "two": {}}
 STEP = {"command": "finetune", "recipe": TUNING}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"metrics": {}}, "metrics: unknown key; did you mean 'metric'?"),
@@ -75,6 +78,39 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a hypothesis of one": (_asked(level="uniform"), "compares uniform with itself"),
     "a margin of nothing": (_asked(margin=0), "hypotheses.0.margin: input should be greater"),
+    "seeds of maps in an axis": (
+        _axes(x={"a": {"layer_map.seed": 1}, "b": {}}),
+        "layer_map.seed is set by seeds; leave it out",
+    ),
+    "a seed of maps in a level": (
+        _axes(x={"a": {"layer_map": {"kind": "random", "seed": 1}}, "b": {}}, mapping=OTHERS),
+        "layer_map.seed is set by seeds; leave it out of the recipe",
+    ),
+    "a teacher of each seed for one student": (
+        {
+            "shared": {
+                "teacher": {**STEP, "per_seed": True},
+                "student": {**STEP, "overrides": {"model.name": "{shared.teacher}"}},
+            }
+        },
+        "{shared.teacher} is one a seed; set per_seed to true here as well",
+    ),
+    "a choice by what is reported": (
+        {"search": {**SEARCH}, "spaces": {"w": WEIGHTS}, "overrides": REPORTED},
+        "search chooses by the examples that the study reports; set task.selection",
+    ),
+    "stopping by what is reported": (
+        {"overrides": {**STEPS, "train.early_stopping": {"metric": "score", "patience": 2}}},
+        "train.early_stopping chooses by the examples",
+    ),
+    "the best by what is reported": (
+        {"overrides": {**STEPS, "run.keep_best": "score"}},
+        "run.keep_best chooses by the examples",
+    ),
+    "an axis that is not there": (
+        {"chosen": {"study": "other.yaml", "axis": "map"}},
+        "other.yaml: not a readable study",
+    ),
     "hypotheses of a search": (
         {"search": SEARCH, **_asked()},
         "hypotheses: a search chooses by the numbers that it shows",
@@ -242,6 +278,59 @@ def test_a_run_is_the_recipe_with_everything_laid_over_it(tmp_path: Path) -> Non
     ]
     # the base is not touched on the way
     assert plan.spec.recipe == RECIPE
+
+
+def test_seeds_drive_what_the_study_varies(tmp_path: Path) -> None:
+    maps = {"drawn": {"layer_map": {"kind": "random", "redraw": "step"}}, "last": MAPPINGS["last"]}
+    drawn = {"axes": {"mapping": maps}, "seeds": [5, 9]}
+
+    def seeds(vary: list[str] | None, level: int = 0) -> tuple[int, int, int, int | None]:
+        plan = _plan(tmp_path, **drawn, vary=vary)
+        recipe = plan.recipe(Run(plan.conditions[level], None, 9))
+        train, mapped = recipe.train, recipe.layer_map
+        return train.seed, train.order, train.dropping, getattr(mapped, "seed", None)
+
+    # a map that is drawn follows train.seed
+    assert seeds(None) == (9, 9, 9, None)
+    assert seeds(["order"]) == (5, 9, 5, None)
+    assert seeds(["weights", "dropout"]) == (9, 5, 9, 5)
+    assert seeds(["maps"]) == (5, 5, 5, 9)
+    # one that is not has no seed
+    assert seeds(["maps"], 1) == (5, 5, 5, None)
+    digests = set()
+    for vary in (None, ["order"], ["maps"]):
+        plan = _plan(tmp_path, **drawn, vary=vary)
+        digests.add(plan.digest(Run(plan.conditions[0], None, 9)))
+    assert len(digests) == 3
+
+
+def test_a_shared_step_of_each_seed_is_its_runs_own(tmp_path: Path) -> None:
+    plan = _plan(
+        tmp_path,
+        tasks={"a": {"task.name": "x"}, "b": {"task.name": "y"}},
+        shared={"teacher": {**STEP, "per_task": True, "per_seed": True}},
+        overrides={"teacher.model": "{shared.teacher}/student"},
+        seeds=[5, 9],
+    )
+    out = tmp_path / "out" / "shared" / "teacher"
+    places = {(step.task, step.seed): step for step in plan.shared}
+    assert places.keys() == {(task, seed) for task in "ab" for seed in (5, 9)}
+    step = places["b", 9]
+    assert (step.place.folder, step.label) == (out / "b" / "seed-9", "shared.teacher (b, seed 9)")
+    assert plan.shared_recipe(step).train.seed == 9
+    recipe = plan.recipe(Run(plan.conditions[0], "b", 9))
+    assert recipe.teacher.model == str(out / "b" / "seed-9" / "run" / "student")
+
+
+def test_predictions_are_kept_where_examples_have_any(tmp_path: Path) -> None:
+    plan = _plan(tmp_path)
+    assert plan.recipe(Run(plan.conditions[0], None, 0)).run.predictions
+    words = {"name": "w", "source": "x", "kind": "token_classification", "labels": ["O", "B-x"]}
+    plan = _plan(tmp_path, recipe={**RECIPE, "task": words})
+    assert not plan.recipe(Run(plan.conditions[0], None, 0)).run.predictions
+    other = {"path": "after.total", "direction": "minimize"}
+    plan = _plan(tmp_path, metric=other)
+    assert not plan.recipe(Run(plan.conditions[0], None, 0)).run.predictions
 
 
 def test_shared_steps_are_named_by_their_folder(tmp_path: Path) -> None:

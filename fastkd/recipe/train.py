@@ -82,7 +82,12 @@ class Train(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage of the student."""
     seed: Seed = 0
-    """Seed of initial weights, data order and dropout."""
+    """Seed of weights that are drawn and, unless they have one of their own, of the order of the
+    data, of dropout and of layer maps that are drawn."""
+    order_seed: Seed | None = None
+    """Seed of the order of the data and of the words that are masked; `seed` where not given."""
+    dropout_seed: Seed | None = None
+    """Seed of dropout; `seed` where not given."""
     log_every: int = Field(default=10, gt=0)
     """Steps between two lines of metrics."""
     evaluate_every: int = Field(default=0, ge=0)
@@ -93,6 +98,16 @@ class Train(Section):
     """Steps between checkpoints; 0 is at the end only."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """Newest checkpoints that are kept."""
+
+    @property
+    def order(self) -> int:
+        """The seed of the order of the data."""
+        return self.seed if self.order_seed is None else self.order_seed
+
+    @property
+    def dropping(self) -> int:
+        """The seed of dropout."""
+        return self.seed if self.dropout_seed is None else self.dropout_seed
 
     @property
     def number_bytes(self) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from fastkd.errors import Interrupted, UserError
 from fastkd.files.disk import write_whole
 from fastkd.reporting.console import Reporter
+from fastkd.study.chosen import read_chosen
 from fastkd.study.plan import Plan
 from fastkd.study.plots import make_plots
 from fastkd.study.progress import Watcher
@@ -60,7 +61,8 @@ def run_study(
     if workers < 1:
         raise UserError(f"--workers is {workers}, expected at least 1")
     reporter = reporter or Reporter()
-    plan = Plan(load_study(path), Path(path))
+    spec = load_study(path)
+    plan = Plan(spec, Path(path), read_chosen(spec, Path(path)))
     if report_only and not (plan.output / "study.db").is_file():
         raise UserError(f"{plan.output} holds no study yet; run it without --report-only")
     store = _open(plan)

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.errors import UserError
+from fastkd.head_spec import TASK_HEAD
 from fastkd.recipe import AnyRecipe, parse_finetune_recipe, parse_recipe, read_tree, replace_value
 from fastkd.study.naming import Level, folder_name, same_level, shown
 from fastkd.study.spec import (
     BASELINE,
     MOST_RUNS,
     OUTPUT,
+    SCORE,
     SEED,
+    SEEDS,
     Command,
     Hypothesis,
     Step,
@@ -99,6 +102,7 @@ class SharedRun:
     name: str
     step: Step
     task: str | None
+    seed: int | None
     place: Place
     needs: tuple[Place, ...]
     """What must be finished before it."""
@@ -106,7 +110,13 @@ class SharedRun:
     @property
     def label(self) -> str:
         """For people."""
-        return f"shared.{self.name}" + ("" if self.task is None else f" ({self.task})")
+        of = [self.task, None if self.seed is None else f"seed {self.seed}"]
+        shown = ", ".join(part for part in of if part is not None)
+        return f"shared.{self.name}" + (f" ({shown})" if shown else "")
+
+
+Chosen = Mapping[tuple[str, str | None], Mapping[str, Any]]
+"""What is taken over from another study, by condition of an axis, or control, and task."""
 
 
 class Plan:
@@ -115,18 +125,25 @@ class Plan:
     Args:
         spec: the study.
         path: its file; recipes are named from its folder.
+        chosen: from `read_chosen`.
 
     Raises:
         UserError: a recipe that can't be read, or any combination that is not a recipe.
     """
 
-    def __init__(self, spec: StudySpec, path: Path) -> None:
+    def __init__(self, spec: StudySpec, path: Path, chosen: Chosen | None = None) -> None:
         self.spec = spec
+        self.chosen = chosen or {}
         self.path = path
         self.output = Path(spec.output)
         self.tasks: tuple[str | None, ...] = tuple(spec.tasks) or (None,)
         self._base = self._tree(spec.recipe)
         self.axes = self._axes()
+        if spec.chosen is not None and spec.chosen.axis not in self.axes:
+            known = ", ".join(self.axes)
+            raise UserError(
+                f"{path}: chosen.axis: no axis {spec.chosen.axis!r}; expected one of {known}"
+            )
         self.baseline_levels = self._baseline_levels()
         self.conditions = tuple(self._conditions())
         self.baseline = self._baseline()
@@ -158,8 +175,10 @@ class Plan:
         """The recipe of a shared step, likewise."""
         sources = self._step_sources(run.step, run.task)
         where = f"{self.path}: {run.label}"
-        tree = self._apply(self._tree(run.step.recipe), sources, run.task, where)
+        tree = self._apply(self._tree(run.step.recipe), sources, run.task, run.seed, where)
         replace_value(tree, OUTPUT, str(run.place.run))
+        if run.seed is not None:
+            replace_value(tree, SEED, run.seed)
         return self._parse(run.step.command, tree, where)
 
     def digest(self, run: Run) -> str:
@@ -170,6 +189,8 @@ class Plan:
             self.spec.overrides,
             self._task(run.task),
             run.condition.sources,
+            self._taken(run),
+            self.spec.vary,
             run.seed,
         ]
         return digest(said)
@@ -314,73 +335,117 @@ class Plan:
         for name, step in self.spec.shared.items():
             if step.per_task and not self.spec.tasks:
                 raise UserError(f"{self.path}: shared.{name}: per_task, but the study has no tasks")
-            for task in self.tasks if step.per_task else (None,):
+            tasks = self.tasks if step.per_task else (None,)
+            seeds = self.spec.seeds if step.per_seed else (None,)
+            for task, seed in itertools.product(tasks, seeds):
                 sets = [overrides for _, overrides in self._step_sources(step, task)]
                 found = {n for values in sets for n in _PLACEHOLDER.findall(json.dumps(values))}
                 where = f"{self.path}: shared.{name}"
-                needs = tuple(self._shared_place(other, task, where, name) for other in found)
-                yield SharedRun(name, step, task, self._step_place(name, task), needs)
+                others = sorted(found)
+                needs = tuple(self._shared_place(o, task, seed, where, name) for o in others)
+                yield SharedRun(name, step, task, seed, self._step_place(name, task, seed), needs)
 
-    def _step_place(self, name: str, task: str | None) -> Place:
+    def _step_place(self, name: str, task: str | None, seed: int | None) -> Place:
         folder = self.output / "shared" / name
-        return Place(folder if task is None else folder / task)
+        folder = folder if task is None else folder / task
+        return Place(folder if seed is None else folder / f"seed-{seed}")
 
     def _shared_place(
-        self, name: str, task: str | None, where: str, before: str | None = None
+        self, name: str, task: str | None, seed: int | None, where: str, before: str | None = None
     ) -> Place:
         names = list(self.spec.shared)
         known = names if before is None else names[: names.index(before)]
         if name not in known:
             expected = f"one of {', '.join(known)}" if known else "none, for there are none before"
             raise UserError(f"{where}: no shared step {name!r}; expected {expected}")
-        per_task = self.spec.shared[name].per_task
-        if per_task and task is None:
-            raise UserError(
-                f"{where}: {{shared.{name}}} is one a task; set per_task to true here as well"
-            )
-        return self._step_place(name, task if per_task else None)
+        step = self.spec.shared[name]
+        for each, given in (("task", task), ("seed", seed)):
+            if getattr(step, f"per_{each}") and given is None:
+                raise UserError(
+                    f"{where}: {{shared.{name}}} is one a {each}; set per_{each} to true here as "
+                    "well"
+                )
+        return self._step_place(
+            name, task if step.per_task else None, seed if step.per_seed else None
+        )
 
     def _place_name(self, run: Run) -> str:
         return f"{self.path}: {run.key}"
 
     def _run_tree(self, run: Run) -> dict[str, Any]:
         sources = [("overrides", self.spec.overrides), ("task", self._task(run.task))]
-        sources += run.condition.sources
+        sources += [("chosen", self._taken(run)), *run.condition.sources]
         if run.condition.levels:
             _check_apart(sources[1:], self._place_name(run))
-        tree = self._apply(self._base, sources, run.task, self._place_name(run))
-        replace_value(tree, SEED, run.seed)
+        tree = self._apply(self._base, sources, run.task, run.seed, self._place_name(run))
+        self._seed(tree, run)
         replace_value(tree, OUTPUT, str(self.place(run).run))
+        task = tree.get("task")
+        if (
+            self.spec.metric.path == SCORE
+            and isinstance(task, dict)
+            and task.get("kind", TASK_HEAD) == TASK_HEAD
+        ):
+            replace_value(tree, "run.predictions", True)
         return tree
+
+    def _taken(self, run: Run) -> Mapping[str, Any]:
+        """What a run takes over from another study."""
+        if self.spec.chosen is None:
+            return {}
+        levels = run.condition.levels
+        name = str(levels[self.spec.chosen.axis]) if levels else run.condition.name
+        return self.chosen.get((name, run.task), {})
+
+    def _seed(self, tree: dict[str, Any], run: Run) -> None:
+        """Give a recipe the seeds of what the study varies, and the first one for the rest."""
+        first, vary = self.spec.seeds[0], self.spec.vary
+        seeds = {what: run.seed if what in vary else first for what in SEEDS}
+        given = tree.get("layer_map")
+        mapped = given if isinstance(given, dict) else {"kind": given}
+        if mapped.get("seed") is not None:
+            raise UserError(
+                f"{self._place_name(run)}: {SEEDS['maps']} is set by seeds; leave it out of the "
+                "recipe, and maps out of vary where it should not differ"
+            )
+        for what, key in SEEDS.items():
+            if what == "maps" and mapped.get("kind") != "random":
+                continue
+            # the others follow where nothing else is said
+            if what == "weights" or seeds[what] != seeds["weights"]:
+                if what == "maps":
+                    tree["layer_map"] = dict(mapped)
+                replace_value(tree, key, seeds[what])
 
     def _apply(
         self,
         base: dict[str, Any],
         sources: Sequence[tuple[str, Mapping[str, Any]]],
         task: str | None,
+        seed: int | None,
         where: str,
     ) -> dict[str, Any]:
         tree = copy.deepcopy(base)
         for source, overrides in sources:
             for key, value in overrides.items():
                 try:
-                    replace_value(tree, key, self._fill(value, task, f"{where}: {source}"))
+                    replace_value(tree, key, self._fill(value, task, seed, f"{where}: {source}"))
                 except UserError as error:
                     if str(error).startswith(where):
                         raise
                     raise UserError(f"{where}: {source}: {error}") from error
         return tree
 
-    def _fill(self, value: Any, task: str | None, where: str) -> Any:
+    def _fill(self, value: Any, task: str | None, seed: int | None, where: str) -> Any:
         """Put the folders of shared steps into a value."""
         if isinstance(value, dict):
-            return {key: self._fill(inner, task, where) for key, inner in value.items()}
+            return {key: self._fill(inner, task, seed, where) for key, inner in value.items()}
         if isinstance(value, list):
-            return [self._fill(inner, task, where) for inner in value]
+            return [self._fill(inner, task, seed, where) for inner in value]
         if not isinstance(value, str):
             return value
         return _PLACEHOLDER.sub(
-            lambda match: str(self._shared_place(match[1], task, where).run), value
+            lambda match: str(self._shared_place(match[1], task, seed, where).run), value
         )
 
     def _parse(self, command: Command, tree: Mapping[str, Any], where: str) -> AnyRecipe:
@@ -395,10 +460,33 @@ class Plan:
             for task in self.tasks:
                 # seeds differ in nothing that could be wrong
                 run = Run(condition, task, self.spec.seeds[0])
-                self.recipe(run)
+                self._check_choice(run, self.recipe(run))
                 if run.key in keys:
                     raise UserError(f"{self.path}: two conditions share the name {condition.name}")
                 keys.add(run.key)
+
+    @property
+    def selects(self) -> bool:
+        """Whether all runs are scored on examples that are kept to choose by."""
+        recipes = [self.recipe(Run(self.baseline, t, self.spec.seeds[0])) for t in self.tasks]
+        return all(_scores_selection(recipe) for recipe in recipes)
+
+    def _check_choice(self, run: Run, recipe: AnyRecipe) -> None:
+        """Refuse to choose by the examples that are reported."""
+        if recipe.task is None or _scores_selection(recipe):
+            return
+        chooses = {
+            "search": self.spec.search is not None,
+            "train.early_stopping": recipe.train.early_stopping is not None,
+            "run.keep_best": recipe.run.keep_best is not None,
+        }
+        for field, given in chooses.items():
+            if given:
+                raise UserError(
+                    f"{self._place_name(run)}: {field} chooses by the examples that the study "
+                    "reports; set task.selection, whose share of the training examples is scored "
+                    f"in their place, or leave {field} out"
+                )
 
     def _corners(self) -> Iterator[Condition]:
         """Every level of a search's axes and both ends of its spaces, the rest at the baseline."""
@@ -413,6 +501,11 @@ class Plan:
         for axis, levels in ends.items():
             for level in levels:
                 yield self.candidate(f"{axis}={level}", {**self.baseline_levels, axis: level})
+
+
+def _scores_selection(recipe: AnyRecipe) -> bool:
+    selection = None if recipe.task is None else recipe.task.selection
+    return selection is not None and selection.scored
 
 
 def digest(said: object) -> str:

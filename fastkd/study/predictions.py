@@ -24,12 +24,11 @@ from fastkd.errors import UserError, one_line
 from fastkd.study.metric import follow
 from fastkd.study.plan import Plan, Run
 from fastkd.study.resampling import Array, draw_weights, drawn_scores, mean_over_sets
+from fastkd.study.spec import SCORE
 from fastkd.training.run_folder import RunFolder
 
 AnyArray = npt.NDArray[Any]
 _LABELS = "/labels"
-SCORE = "after.score"
-"""Where a summary has the score of a task."""
 
 
 @dataclass(frozen=True)

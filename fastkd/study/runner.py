@@ -94,9 +94,8 @@ class Runner:
                 stopping.wait(_IDLE_SECONDS)
 
     def _share_one(self, step: SharedRun, number: int) -> bool:
-        claim = Claim.take(
-            self.plan.output / "claims" / "shared" / step.name / (step.task or "all")
-        )
+        each = (step.task or "all") + ("" if step.seed is None else f"-seed-{step.seed}")
+        claim = Claim.take(self.plan.output / "claims" / "shared" / step.name / each)
         if claim is None:
             return False
         try:

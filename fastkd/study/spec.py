@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, model_validator
 
@@ -23,9 +23,19 @@ Overrides = dict[str, Any]
 Conditions = Annotated[dict[FileName, Overrides], Field(min_length=2)]
 Command = Literal["distill", "finetune"]
 Levels = dict[str, Value]
+Varied = Literal["weights", "order", "dropout", "maps"]
 
 SEED = "train.seed"
+SEEDS = {
+    "weights": SEED,
+    "order": "train.order_seed",
+    "dropout": "train.dropout_seed",
+    "maps": "layer_map.seed",
+}
+"""Where a recipe has the seed of what a study varies."""
 OUTPUT = "run.output"
+SCORE = "after.score"
+"""Where a summary has the score of a task."""
 BASELINE, CONSTANT, TEACHER = "baseline", "one answer", "teacher"
 """What rows of the report are called that stand beside conditions."""
 _TAKEN = {BASELINE, CONSTANT, TEACHER}
@@ -153,6 +163,8 @@ class Step(Section):
     per_task: bool = False
     """One a task, with the task's overrides in force; a fine-tuning run, which has no student,
     takes those of the section `task` alone."""
+    per_seed: bool = False
+    """One a seed of the study, as `train.seed`: what it makes is then drawn as the runs are."""
     tasks: dict[FileName, Overrides] = Field(default_factory=dict)
     """Further overrides of the step on some of the tasks."""
 
@@ -169,6 +181,17 @@ class Hypothesis(Section):
     margin: float | None = Field(default=None, gt=0)
     """Asks whether they differ by less than this, in place of whether they differ: of a study with
     a teacher in shares of what it is above one answer to everything, else of the metric."""
+
+
+class Takeover(Section):
+    """What another study found best, which was scored on examples that this one doesn't report."""
+
+    study: Place
+    """Its file, from the study file's folder: a grid with `task.selection`, run to its end."""
+    axis: Annotated[str, Field(min_length=1)]
+    """Axis that both studies have. A condition of this study takes over what was best with its own
+    condition of the axis, on its own task; a control what was best with the condition named as it
+    is."""
 
 
 class StudySpec(Section):
@@ -202,12 +225,17 @@ class StudySpec(Section):
     skip: tuple[Levels, ...] = ()
     """Combinations that make no sense and are left out, as in `{loss: none, weight: 10}`."""
     seeds: Seeds = (0, 1, 2)
-    """Values of `train.seed`, or how many: at least 2, because one run is no result."""
+    """The seeds, or how many: at least 2, because one run is no result."""
+    vary: Annotated[tuple[Varied, ...], Field(min_length=1)] = get_args(Varied)
+    """What the seeds drive: weights that are drawn, the order of the data, dropout, layer maps that
+    are drawn. The rest has the first seed in every run. Shared steps say `per_seed` themselves."""
     grid: Literal["full", "one_axis_at_a_time", "ends"] | None = None
     """All combinations (the default), the baseline and every other condition alone, or the
     baseline and the first and last condition of every axis."""
     search: Search | None = None
-    """A search, in place of a grid."""
+    """A search, in place of a grid. Of a task it is scored on the selection part."""
+    chosen: Takeover | None = None
+    """What is taken over from a study that chose weights or learning rates."""
     metric: Metric
     """What is measured."""
     shared: dict[FileName, Step] = Field(default_factory=dict)
@@ -243,7 +271,7 @@ class StudySpec(Section):
 
     def _check_fields(self) -> None:
         for where, overrides in self._sets():
-            for key, instead in ((SEED, "seeds"), (OUTPUT, "output")):
+            for key, instead in (*((seed, "seeds") for seed in SEEDS.values()), (OUTPUT, "output")):
                 if key in overrides:
                     raise ValueError(f"{where}: {key} is set by {instead}; leave it out")
         varied = {key for axis in self.axes.values() for level in axis.values() for key in level}

@@ -77,7 +77,7 @@ class Bookkeeper:
         step, predictions = 0, {}
         tag = self.checkpoints.newest(reporter.say)
         if tag is not None:
-            seed = run.recipe.train.seed
+            seed = run.recipe.train.dropping
             state = self.checkpoints.load(run.engine, tag, seed, reporter.say)
             self.micro_batches.load_state_dict(state["stream"])
             run.objective.load_feedback(state["objective"], run.ranks.device)

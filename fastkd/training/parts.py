@@ -294,7 +294,7 @@ def first_inputs(
     """This rank's micro-batches of the first steps of a run, of some rows or one step at least."""
     train = recipe.train
     steps = range(-(-_READ_ROWS // train.batch_size))
-    order = train.batch_size, train.seed, plan, ranks.rank
+    order = train.batch_size, train.order, plan, ranks.rank
     with closing(datamodule.micro_batches(*order)) as micro_batches:
         for step in steps:
             yield from micro_batches.next_step(step)
@@ -351,7 +351,7 @@ def _masking(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Masking | No
     """What hides tokens where a loss asks for them."""
     for loss in recipe.losses.of("mlm"):
         assert isinstance(loss, MlmLoss.Config)
-        return Masking(tokenizer, loss.probability, recipe.train.seed)
+        return Masking(tokenizer, loss.probability, recipe.train.order)
     return None
 
 

@@ -109,7 +109,7 @@ class Run(Parts):
         """What this rank trains on, from the first step; every rank calls this."""
         train = self.recipe.train
         micro_batches = self.datamodule.micro_batches(
-            train.batch_size, train.seed, self.plan, self.ranks.rank
+            train.batch_size, train.order, self.plan, self.ranks.rank
         )
         stored = self.teacher.stored if isinstance(self.teacher, TeacherRunner) else None
         if stored is None:
@@ -225,7 +225,7 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
             raise
         raise UserError(refusal(error)) from error
     # dropout must differ between ranks; everything before must not
-    torch.manual_seed(recipe.train.seed + 1 + ranks.rank)
+    torch.manual_seed(recipe.train.dropping + 1 + ranks.rank)
     run = Run(**vars(parts), teacher=teacher, engine=engine)
     if recipe.train.compile:
         _compile(run)

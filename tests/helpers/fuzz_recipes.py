@@ -91,6 +91,7 @@ STUDY: Tree = {
 SEARCH: Tree = {
     **{key: value for key, value in STUDY.items() if key != "skip"},
     "spaces": {"weight": WEIGHTS},
+    "overrides": {"task.selection": {"share": 0.5}},
     "search": {"trials": 3, "pruner": "median"},
 }
 BASES: dict[str, tuple[Tree, type[BaseModel]]] = {

@@ -39,6 +39,9 @@ def study_tree(folder: Path, **changes: Any) -> dict[str, Any]:
         "metric": {"path": "after.score", "direction": "maximize", "heldout": "score"},
         **changes,
     }
+    if tree.get("search"):
+        # it chooses by examples that are not reported
+        tree["overrides"] = {"task.selection": {"share": 0.5}, **tree.get("overrides", {})}
     return {key: value for key, value in tree.items() if value is not None}
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from study_files import RECIPE, journal, run, study_tree, write_study
+from study_files import journal, run, study_tree, write_study
 
 from fastkd.errors import UserError
-from fastkd.study import PROGRAM, StudySpec, load_study
+from fastkd.study import StudySpec, load_study
 from fastkd.study.naming import folder_name, shown
 from fastkd.study.plan import Plan
 from fastkd.study.spec import Space
@@ -211,7 +211,3 @@ def test_points_between_ends_that_are_far_apart(log: bool) -> None:
     found = Space(field="a", low=low, high=1.7e308, points=3, log=log).grid()
     assert found[0] == low and found[2] == 1.7e308
     assert found[1] == (pytest.approx(1.30384e4, rel=1e-5) if log else 0.0)
-
-
-def test_the_children_of_a_study_import_nothing_from_the_working_folder() -> None:
-    assert "-P" in PROGRAM and RECIPE["run"]["output"] == "unused"

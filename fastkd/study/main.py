@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,10 +23,6 @@ from fastkd.study.storage import Record, Store
 from fastkd.study.tables import make_tables
 from fastkd.study.worker import Children
 
-# -P: a study must not import what lies in the working folder
-PROGRAM = (sys.executable, "-P", "-m", "fastkd")
-"""The command that makes a run."""
-
 
 def run_study(
     path: str | Path,
@@ -35,7 +30,7 @@ def run_study(
     workers: int = 1,
     report_only: bool = False,
     retry_failed: bool = False,
-    program: Sequence[str] = PROGRAM,
+    program: Sequence[str] | None = None,
     reporter: Reporter | None = None,
 ) -> Path:
     """Run or continue a study and write its report.
@@ -47,7 +42,7 @@ def run_study(
         workers: runs at a time in this process; the GPUs are shared out among them.
         report_only: run nothing, write the report of what is there.
         retry_failed: also try again what failed before.
-        program: the `fastkd` command; a run is `*program distill RECIPE --resume`.
+        program: a command that makes a run in place of ours, by `*program distill RECIPE --resume`.
         reporter: what the user sees.
 
     Returns:
@@ -89,7 +84,7 @@ def _work(
     store: Store,
     workers: int,
     retry_failed: bool,
-    program: Sequence[str],
+    program: Sequence[str] | None,
     reporter: Reporter,
 ) -> None:
     write_whole(plan.output / "study.yaml", plan.path.read_text(encoding="utf-8"))

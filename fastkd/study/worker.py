@@ -10,14 +10,17 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from fastkd.errors import UserError
 from fastkd.files.disk import disk_errors, write_whole
 from fastkd.recipe import AnyRecipe, dump_recipe
+from fastkd.study.forks import start_fork
 from fastkd.study.locks import Claim
 from fastkd.study.plan import Place
 from fastkd.study.spec import Command
@@ -42,11 +45,11 @@ class Children:
     """Starts children and stops them all.
 
     Args:
-        program: the `fastkd` command, to which `distill RECIPE --resume` is added.
+        program: a command in place of ours, to which `distill RECIPE --resume` is added.
         environments: environment variables of each worker's children beside our own.
     """
 
-    program: Sequence[str]
+    program: Sequence[str] | None
     environments: Sequence[dict[str, str]]
     stopping: threading.Event = field(default_factory=threading.Event)
     """Ask running children to write a checkpoint and end."""
@@ -86,22 +89,18 @@ class Children:
             raise UserError(
                 f"{place.folder} can't be written to ({error.strerror}); give another output"
             ) from error
-        with place.log.open("ab") as log:
-            child = subprocess.Popen(
-                [*self.program, command, str(place.recipe), "--resume"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **self.environments[worker]},
-                pass_fds=(claim.handle,),
-                # Ctrl-C is for us; we pass it on
-                start_new_session=True,
-            )
-            asked = self._attend(child, watch)
+        arguments = [command, str(place.recipe), "--resume"]
+        environment = self.environments[worker]
+        child: _Child
+        if self.program is None:
+            child = _Fork(start_fork(arguments, place.log, environment, claim.handle))
+        else:
+            child = _command([*self.program, *arguments], place.log, environment, claim.handle)
+        asked = self._attend(child, watch)
         return _ending(child.returncode, asked, place, time.monotonic() - started)
 
     def _attend(
-        self, child: subprocess.Popen[bytes], watch: Callable[[], bool]
+        self, child: _Child, watch: Callable[[], bool]
     ) -> Literal["stopped", "pruned"] | None:
         asked: Literal["stopped", "pruned"] | None = None
         while True:
@@ -111,10 +110,75 @@ class Children:
             except subprocess.TimeoutExpired:
                 pass
             if self.killing.is_set():
-                os.killpg(child.pid, signal.SIGKILL)
+                _kill_group(child.pid)
             elif asked is None and (self.stopping.is_set() or watch()):
                 asked = "stopped" if self.stopping.is_set() else "pruned"
                 child.send_signal(signal.SIGTERM)
+
+
+class _Child(Protocol):
+    """A process as `subprocess` has it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int: ...
+
+    def wait(self, timeout: float) -> object: ...
+
+    def send_signal(self, number: int) -> None: ...
+
+
+class _Fork:
+    """The same of a fork."""
+
+    def __init__(self, process: ForkServerProcess) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None, "it was started"
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int:
+        assert self._process.exitcode is not None, "it has ended"
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> None:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("fastkd", timeout)
+
+    def send_signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+
+def _command(
+    words: Sequence[str], log: Path, environment: Mapping[str, str], claim: int
+) -> subprocess.Popen[bytes]:
+    with log.open("ab") as said:
+        return subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            pass_fds=(claim,),
+            # Ctrl-C is for us; we pass it on
+            start_new_session=True,
+        )
+
+
+def _kill_group(pid: int) -> None:
+    """A child and what it started; itself alone where it is too young to lead a group."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _ending(

@@ -1,0 +1,115 @@
+"""Processes that make a run each and don't wait for their imports.
+
+A server imports what runs need and nothing else: no threads, no GPU. Every run is a fork of it, so
+it has a process of its own, as DeepSpeed and the process group want, and starts at once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fastkd.errors import UserError, one_line
+
+_SERVER = multiprocessing.get_context("forkserver")
+_STARTING = threading.Lock()
+
+
+def start_fork(
+    arguments: Sequence[str], log: Path, environment: Mapping[str, str], claim: int
+) -> ForkServerProcess:
+    """Start a `fastkd` command in a process of its own.
+
+    Args:
+        arguments: of the command.
+        log: file that all it says is added to.
+        environment: variables that it has beside ours.
+        claim: file descriptor that it holds for as long as it lives.
+
+    Raises:
+        UserError: there is no server, and none can be started.
+    """
+    shown = {**os.environ, **environment}
+    with _STARTING:
+        _SERVER.set_forkserver_preload(["fastkd.study.imports"])
+        with _safe_path():
+            forkserver.ensure_running()
+        child = _SERVER.Process(target=_run, args=(list(arguments), str(log), shown, _Held(claim)))
+        try:
+            with _without_main():
+                child.start()
+        except (EOFError, ConnectionError) as error:
+            raise UserError(
+                f"the process that starts the runs has ended ({one_line(error)}); run the study "
+                "again to go on"
+            ) from error
+    return child
+
+
+class _Held:
+    """A file descriptor on its way to a child."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    def __getstate__(self) -> Any:
+        return {"handle": DupFd(self.handle)}
+
+    def __setstate__(self, state: Any) -> None:
+        self.handle = state["handle"].detach()
+
+
+def _run(arguments: list[str], log: str, environment: dict[str, str], claim: _Held) -> None:
+    # Ctrl-C is for the study, which passes it on
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(environment)
+    said = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nothing, 0), (said, 1), (said, 2)):
+        os.dup2(source, target)
+    # OpenMP read its own variable when it was imported
+    if threads := environment.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
+    sys.argv = ["fastkd", *arguments]
+    runpy.run_module("fastkd", run_name="__main__", alter_sys=True)
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Let the server import nothing from the working folder."""
+    name, before = "PYTHONSAFEPATH", os.environ.get("PYTHONSAFEPATH")
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Or every child would import the caller's script, which may start a study."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

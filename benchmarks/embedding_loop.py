@@ -62,7 +62,6 @@ class Loop:
             self.optimizer, lambda step: min((step + 1) / warmup, (steps - step) / steps)
         )
         self.batches = batches(texts, size)
-        self.tokens = 0
 
     def step(self) -> None:
         batch = self.tokenizer(
@@ -72,7 +71,6 @@ class Loop:
             max_length=LONGEST,
             return_tensors="pt",
         )
-        self.tokens += int(batch["attention_mask"].sum())
         with torch.no_grad():
             target = embed(self.teacher, batch)
         loss = (1 - cosine_similarity(embed(self.student, batch), target)).mean()

@@ -3,9 +3,10 @@
 `python -m benchmarks.embeddings --glue FOLDER --corpus FILE [--seconds 450] [--output FILE]`.
 all-MiniLM-L6-v2 is distilled to 3 layers on single sentences of the corpus and of GLUE, by
 `embedding_loop.py` and by recipes that match what is inside, what is given out, or both. First all
-make steps in turn, from which follows how many each makes in the given time. Then each is trained
-with every seed, and scored on pairs of STS-B: Spearman of the cosine of embeddings. A run that the
-output holds already is not made again.
+make steps in turn, on a machine that should do nothing else, from which follows how many each makes
+in the given time. Then each is trained for so many with every seed, whatever else the machine does,
+and scored on pairs of STS-B: Spearman of the cosine of embeddings. A run that the output holds
+already is not made again; `--times` takes the times of a step from another output.
 """
 
 import argparse
@@ -152,23 +153,17 @@ def _stepper(run: Any) -> Callable[[], object]:
     return step
 
 
-def trained(
-    name: str, texts: Path, folder: Path, steps: int, seed: int
-) -> tuple[Path, dict[str, Any]]:
-    """The folder of a student, and what all of its run took, from reading the models on."""
-    start = time.perf_counter()
+def trained(name: str, texts: Path, folder: Path, steps: int, seed: int) -> Path:
+    """The folder of a student."""
     if name == PEER:
         lines = texts.read_text(encoding="utf-8").splitlines()
         loop: Loop = distil(TEACHER, lines, steps, size=SIZE, rate=RATE, seed=seed)
         for _ in range(steps):
             loop.step()
         loop.save(folder)
-        taken = time.perf_counter() - start
-        return folder, {"seconds": round(taken, 1), "tokens": loop.tokens}
-    recipe = recipe_of(LOSSES[name], texts, folder, steps, seed)
-    result = fastkd.distill(recipe)
-    taken = time.perf_counter() - start
-    return result.folder / "student", {"seconds": round(taken, 1)}
+        return folder
+    result = fastkd.distill(recipe_of(LOSSES[name], texts, folder, steps, seed))
+    return result.folder / "student"
 
 
 def cosines(model: PreTrainedModel, pairs: list[tuple[str, str, float]]) -> list[float]:
@@ -201,6 +196,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=450)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", choices=(PEER, *LOSSES))
+    parser.add_argument("--times", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     pairs = _pairs(given.glue)
@@ -213,13 +209,17 @@ def main() -> None:
             found = json.loads(given.output.read_text(encoding="utf-8"))
         else:
             start = cosines(truncated(TEACHER, (2, 4, 6)).eval(), pairs)
+            if given.times is None:
+                times = step_times(texts, folder)
+            else:
+                times = json.loads(given.times.read_text(encoding="utf-8"))["seconds of a step"]
             found = {
                 "what": f"steps of {SIZE} sentences in {given.seconds:g} s, scored on STS-B dev",
                 **machine(),
                 "losses": LOSSES,
                 "teacher": spearman(teacher, labels),
                 "truncated": spearman(start, labels),
-                "seconds of a step": step_times(texts, folder),
+                "seconds of a step": times,
                 "runs": {},
             }
         for seed in range(given.seeds):
@@ -229,10 +229,10 @@ def main() -> None:
                     continue
                 steps = round(given.seconds / found["seconds of a step"][name])
                 run = folder / key.replace(", ", "-").replace(" ", "-")
-                student, taken = trained(name, texts, run, steps, seed)
+                student = trained(name, texts, run, steps, seed)
                 made = cosines(AutoModel.from_pretrained(student).eval(), pairs)
                 scores = {"spearman": spearman(made, labels), "teacher's": spearman(made, teacher)}
-                found["runs"][key] = {**scores, "steps": steps, **taken}
+                found["runs"][key] = {**scores, "steps": steps}
                 print(key, found["runs"][key], file=sys.stderr, flush=True)
                 given.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

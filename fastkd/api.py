@@ -58,7 +58,13 @@ class RunResult:
 
     @property
     def losses_before(self) -> dict[str, float]:
-        """Raw held-out losses before the first step, by label as in `attention/1-2`."""
+        """Raw held-out losses before the first step, by label as in `attention/1-2`.
+
+        Raises:
+            UserError: of a lean run, which left this evaluation out.
+        """
+        if self.summary["before"] is None:
+            raise UserError(f"{self.folder} was not evaluated before its first step (run.lean)")
         return dict(self.summary["before"]["losses"])
 
     @property

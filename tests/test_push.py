@@ -176,3 +176,13 @@ def test_many_names_are_counted() -> None:
     names = tuple(f"f{n}" for n in range(10))
     said = Pushed("u", 1, names, ()).lines()
     assert said == ["1 files pushed: u", f"replaced: {', '.join(names[:8])} and 2 more"]
+
+
+def test_a_student_without_a_card_stays_here(run: RunFolder, hub: FakeHub) -> None:
+    card = run.student / "README.md"
+    text = card.read_text()
+    card.unlink()
+    with pytest.raises(UserError, match=r"has no model card \(README.md\); a run with run.lean"):
+        push_run(run, "owner/name")
+    card.write_text(text)
+    assert not hub.files

@@ -181,6 +181,19 @@ def test_one_seed_is_not_a_difference() -> None:
     assert estimate([Sample(np.zeros(0))]) is None and estimate([]) is None
 
 
+def test_what_is_detectable_is_found_four_times_in_five() -> None:
+    rng, seeds, spread = np.random.default_rng(0), 10, 0.02
+    drawn = rng.normal(0, spread, (4000, seeds))
+    pilot = [estimate([Sample(values)]) for values in drawn[:500]]
+    wanted = float(np.median([found.detectable for found in pilot if found is not None]))
+    seen = 0
+    for values in drawn:
+        found = estimate([Sample(values + wanted)])
+        assert found is not None
+        seen += found.interval()[0] > 0
+    assert 0.75 < seen / len(drawn) < 0.85
+
+
 def test_wins_are_counted_over_all_pairs_of_runs() -> None:
     one, other = Sample(np.array([1.0, 3.0])), Sample(np.array([2.0, 3.0]))
     # 1 loses twice, 3 wins once and ties once

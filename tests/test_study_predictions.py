@@ -97,6 +97,7 @@ def test_scores_are_read_between_one_answer_and_the_teacher(plan: Plan) -> None:
     # the poor teacher is above 0.6 by less than two standard errors
     assert "poor: the teacher is not above one answer" in " ".join(whole.notes)
     assert "kept mean" not in of(found["axis-mapping-poor"], "mapping", "last")
+    assert [row[0] for row in found["axis-mapping-poor"].rows[:2]] == ["one answer", "teacher"]
     scores = [r.value for r in records if r.run.key.startswith("good/mapping=last/")]
     share = (np.mean(scores) - FLOOR) / (0.9 - FLOOR)
     for table in (whole, good):

@@ -322,6 +322,16 @@ def test_a_shared_step_of_each_seed_is_its_runs_own(tmp_path: Path) -> None:
     assert recipe.teacher.model == str(out / "b" / "seed-9" / "run" / "student")
 
 
+def test_runs_of_which_scores_stay_are_lean(tmp_path: Path) -> None:
+    def is_lean(**changes: Any) -> bool:
+        plan = _plan(tmp_path, **changes)
+        return plan.recipe(Run(plan.conditions[0], None, 0)).run.lean
+
+    assert is_lean(keep="scores") and not is_lean() and not is_lean(keep="all")
+    before = {"path": "before.score", "direction": "maximize"}
+    assert not is_lean(keep="scores", metric=before)
+
+
 def test_predictions_are_kept_where_examples_have_any(tmp_path: Path) -> None:
     plan = _plan(tmp_path)
     assert plan.recipe(Run(plan.conditions[0], None, 0)).run.predictions

@@ -78,10 +78,15 @@ def push_run(
         overwrite: replace files also of a repository that fastkd did not push to before.
 
     Raises:
-        UserError: the run is not finished, there is no token or no connection, the hub refuses, or
-            the push would overwrite files of somebody else.
+        UserError: the run is not finished or has no card, there is no token or no connection, the
+            hub refuses, or the push would overwrite files of somebody else.
     """
     run.read_finished()
+    if not (run.student / "README.md").is_file():
+        raise UserError(
+            f"{run.student} has no model card (README.md); a run with run.lean leaves it out, so "
+            "make one without, or write a card"
+        )
     _check(repo)
     inside = [path.relative_to(run.student) for path in run.student.rglob("*") if path.is_file()]
     files = {path.as_posix() for path in inside if not any(p.startswith(".") for p in path.parts)}

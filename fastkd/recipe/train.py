@@ -226,5 +226,8 @@ class RunOutput(Section):
     of every set that is scored `SET/outputs` [examples, outputs] of the exported student, and
     `SET/teacher` of the teacher, fp32 in the order of the set's file, `SET/labels` [examples], and
     the student's `step`. While the run trains, they are those of its best or last evaluation."""
+    lean: bool = False
+    """Whether a run leaves out what only people read: the evaluation before the first step, the
+    speed of the models, `report.html` and the model card. For many runs that are compared."""
     monitor: Literal["none", "tensorboard", "wandb"] = "none"
     """Tracker that DeepSpeed's monitor writes to; its package is an extra of fastkd's."""

@@ -25,10 +25,13 @@ Rows = list[tuple[str, ...]]
 
 
 def print_summary(summary: dict[str, Any], reporter: Reporter) -> None:
-    """Print the tables of a finished run."""
-    reporter.table("held-out loss", ("term/student-teacher", "before", "after"), loss_rows(summary))
-    for columns, rows in score_tables(summary):
-        reporter.table("scores", columns, rows)
+    """Print the tables of a finished run; of a lean one, which holds nothing against its end, what
+    it was trained on."""
+    if summary["before"] is not None:
+        heads = ("term/student-teacher", "before", "after")
+        reporter.table("held-out loss", heads, loss_rows(summary))
+        for columns, rows in score_tables(summary):
+            reporter.table("scores", columns, rows)
     reporter.table("run", ("", *model_names(summary)), model_rows(summary))
     for title, columns, rows in _profile(summary):
         reporter.table(title, columns, rows)

@@ -30,6 +30,8 @@ from fastkd.study.spec import (
     StudySpec,
 )
 
+# of a summary, what lean runs have not
+_NOT_LEAN = {"before", "worse", "speed"}
 _PLACEHOLDER = re.compile(r"\{shared\.([^{}]*)\}")
 
 
@@ -380,6 +382,8 @@ class Plan:
         tree = self._apply(self._base, sources, run.task, run.seed, self._place_name(run))
         self._seed(tree, run)
         replace_value(tree, OUTPUT, str(self.place(run).run))
+        if self.spec.keep == "scores" and self.spec.metric.path.split(".")[0] not in _NOT_LEAN:
+            replace_value(tree, "run.lean", True)
         task = tree.get("task")
         if (
             self.spec.metric.path == SCORE

@@ -241,8 +241,8 @@ class StudySpec(Section):
     shared: dict[FileName, Step] = Field(default_factory=dict)
     """Runs done once before the others; `{shared.NAME}` in an override is the run's folder."""
     keep: Literal["scores", "students", "all"] = "students"
-    """What stays of a finished run besides its numbers: nothing, the student, or the checkpoints
-    as well."""
+    """What stays of a finished run besides its numbers: nothing, so that runs are lean, the
+    student, or the checkpoints as well."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -111,6 +111,12 @@ class Estimate:
         return self.mean - half, self.mean + half
 
     @property
+    def detectable(self) -> float:
+        """The mean that four of five studies with this error would tell from 0 by their interval;
+        that of a pilot says how many seeds a study wants."""
+        return float(stats.t.ppf([0.975, 0.8], self.freedom).sum()) * self.error
+
+    @property
     def p_difference(self) -> float:
         """Two-sided p of a mean of 0, the larger one of two.
 

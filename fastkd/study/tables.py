@@ -67,23 +67,34 @@ def make_tables(results: Results, importances: Mapping[str, Mapping[str, float]]
 
 def _axis_table(results: Results, axis: str, task: str | None) -> Table:
     tasks = results.plan.tasks if task is None else (task,)
+    rows = results.axis(axis, task)
     return _table(
         results,
         f"axis-{axis}" + ("" if task is None else f"-{task}"),
         f"axis: {axis}" + ("" if task is None else f", {task} alone"),
         axis,
-        results.axis(axis, task),
+        rows,
         str(results.plan.baseline_levels[axis]),
-        (_axis_note(results, axis, tasks), *_notes(results, tasks)),
+        (_axis_note(results, axis), *_notes(results, tasks), *_power_note(rows)),
         tasks,
     )
 
 
-def _axis_note(results: Results, axis: str, tasks: Tasks) -> str:
+def _power_note(rows: Sequence[Row]) -> tuple[str, ...]:
+    """How large a difference must be to be seen."""
+    found = [row.difference.detectable for row in rows if row.difference is not None]
+    if not found:
+        return ()
+    return (
+        f"Four of five studies with as many seeds and examples would see a difference of "
+        f"{statistics.median(found):.2g} (median of the rows).",
+    )
+
+
+def _axis_note(results: Results, axis: str) -> str:
     others = [name for name in results.plan.axes if name != axis]
     if not others:
-        average = ", of the average of the tasks" if len(tasks) > 1 else ""
-        return f"Means and standard deviations are over seeds{average}."
+        return "Means and standard deviations are over seeds."
     how = (
         f"averaged over {', '.join(others)}"
         if results.full
@@ -102,6 +113,8 @@ def _notes(results: Results, tasks: Tasks) -> tuple[str, ...]:
             "Of the teacher: (score - floor) / (teacher - floor), where the floor is the best one "
             "answer to everything" + (", averaged over the tasks." if several else ".")
         )
+    elif several:
+        notes.append("All is the average of the tasks.")
     notes.append(
         f"Differences{' in that share' * (shares and several)} are paired by seed. Brackets are "
         "95 % intervals over seeds and, where predictions are kept, over evaluation examples. What "
@@ -175,7 +188,7 @@ def _table(
     brief = [0, *range(len(columns) - len(summed), len(columns))]
     if len(tasks) < len(results.plan.tasks):
         brief = []
-    cells_of, numbers = _ends(results, tasks, columns) if keeps else ([], [])
+    cells_of, numbers = _ends(results, tasks, columns)
     for row in rows:
         overall = mean_over_seeds(of_all_tasks(row.scores, tasks))
         by_task = {t: mean_over_seeds([s for s in row.scores if s.task == t]) for t in named}
@@ -194,11 +207,14 @@ def _table(
 def _ends(
     results: Results, tasks: Tasks, columns: Sequence[str]
 ) -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
-    """Rows of what scores are read between: one answer to everything, and the teacher."""
+    """Rows of what scores are read between, where it is known: one answer to everything, and the
+    teacher."""
     ends = {task: results.ends(task) for task in tasks}
     rows, numbers = [], []
     for place, name in enumerate((CONSTANT, TEACHER)):
         means = {task: both[place] for task, both in ends.items()}
+        if not any(mean.seeds for mean in means.values()):
+            continue
         cells = [name, *map(_plain, means.values())]
         rows.append(tuple(cells + [""] * (len(columns) - len(cells))))
         found = {f"{task or 'all'} mean": mean for task, mean in means.items()}
@@ -230,7 +246,8 @@ def _interval(found: Estimate | None, *, share: bool = False) -> str:
     scale, unit, sign = (100.0, "%", "") if share else (1.0, "", "+")
     low, high = found.interval()
     places = decimals(scale * (high - low) / 2)
-    form = f"{sign}.4g" if places is None else f"{sign}.{places}f"
+    # z: what rounds to 0 has no sign of its own
+    form = f"{sign}z.4g" if places is None else f"{sign}z.{places}f"
     mean, least, most = (f"{scale * value:{form}}" for value in (found.mean, low, high))
     return f"{mean}{unit} [{least}, {most}]"
 
@@ -251,6 +268,7 @@ def _estimate_numbers(prefix: str, found: Estimate | None) -> dict[str, Any]:
     low, high = found.interval()
     return {
         f"{prefix}mean": found.mean,
+        f"{prefix}detectable": found.detectable,
         f"{prefix}low": low,
         f"{prefix}high": high,
         f"{prefix}error": found.error,

@@ -134,12 +134,14 @@ class Bookkeeper:
         window.exclude(time.perf_counter() - paused)
 
     def evaluate(self, step: int) -> None:
-        """Evaluate the student, before the first step also the teacher, and write it down.
+        """Evaluate the student, the first time also the teacher, and write it down.
 
         Raises:
             UserError: a number that is not finite, or one that was to decide and isn't there.
         """
-        result = evaluate(self.run, judge_teacher=step == 0)
+        train = self.run.recipe.train
+        first = 0 if not self.run.recipe.run.lean else train.evaluate_every or train.steps
+        result = evaluate(self.run, judge_teacher=step == min(first, train.steps))
         if self.run.ranks.is_main:
             if result.teacher is not None:
                 self.folder.append_metrics({"kind": "teacher", "step": step, **result.teacher})

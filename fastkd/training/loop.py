@@ -76,7 +76,7 @@ def run_recipe(
             summary = _run_stages(recipe, ranks, resume, reporter, callbacks)
         elif summary is None:
             summary = train(recipe, ranks, reporter, callbacks)
-        if report is not None and ranks.is_main:
+        if report is not None and ranks.is_main and not recipe.run.lean:
             for finished in stage_folders(recipe):
                 report(finished)
     return summary
@@ -125,7 +125,7 @@ def train(
     books = Bookkeeper(run, folder, reporter, callbacks)
     steps = run.recipe.train.steps
     step = books.restore(recipe)
-    if step == 0:
+    if step == 0 and not recipe.run.lean:
         books.evaluate(step)
     with (
         stop_asked() as stop,
@@ -144,7 +144,8 @@ def train(
     export_student(run.engine, *handed_on, folder, ranks, run.prompts, best)
     summary["disk_bytes"] = ranks.from_main(partial(disk_bytes, run, folder))
     if ranks.is_main:
-        write_card(folder, run.recipe, summary, noted_models(folder.path))
+        if not recipe.run.lean:
+            write_card(folder, run.recipe, summary, noted_models(folder.path))
         # last, because it is what makes the run finished
         folder.write_summary(summary)
     # a launcher ends all ranks when one fails at its exit, so none leaves while the first writes

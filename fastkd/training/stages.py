@@ -54,7 +54,8 @@ def finish_stages(recipe: Recipe, summaries: list[dict[str, Any]], ranks: Ranks)
         if recipe.run.predictions:
             folder.write_predictions(stages[-1].predictions.read_bytes())
         # the first stage started from the recipe's models, a later one from a stage
-        write_card(folder, recipe, summary, noted_models(stages[0].path))
+        if not recipe.run.lean:
+            write_card(folder, recipe, summary, noted_models(stages[0].path))
         # last, because it is what makes the run finished
         folder.write_summary(summary)
     ranks.barrier()

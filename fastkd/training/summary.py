@@ -45,6 +45,7 @@ def summarise(
     evaluated = [r for r in records if r["kind"] == "heldout" and r["step"] <= exported]
     heldout = [_numbers(record) for record in evaluated]
     teacher = [_numbers(record) for record in records if record["kind"] == "teacher"]
+    before = heldout[0] if heldout and not evaluated[0]["step"] else None
     profile = profile_of(run)
     has_layers = not isinstance(run.teacher, NoTeacher)
     return {
@@ -53,13 +54,13 @@ def summarise(
         **steering.summary(steps),
         **datamodule.totals(steps * recipe.train.batch_size),
         "layer_map": run.layers.rows() if has_layers else None,
-        "before": heldout[0] if heldout else None,
+        "before": before,
         "after": heldout[-1] if heldout else None,
-        "worse": worsened(heldout[0], heldout[-1]) if heldout else [],
+        "worse": worsened(before, heldout[-1]) if before else [],
         **({"teacher": teacher[0]} if teacher else {}),
         "parameters": parameters,
         "notes": handed_on_notes(run),
-        "speed": measure_speed(run),
+        **({} if recipe.run.lean else {"speed": measure_speed(run)}),
         "peak_memory_bytes": peak,
         "peak_memory_of": "GPU" if ranks.device.type == "cuda" else "process",
         "world_size": ranks.world_size,

@@ -343,6 +343,14 @@ def test_predictions_are_kept_where_examples_have_any(tmp_path: Path) -> None:
     assert not plan.recipe(Run(plan.conditions[0], None, 0)).run.predictions
 
 
+def test_all_conditions_have_a_seed_before_any_has_the_next(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, tasks={"a": {}, "b": {"train.steps": 8}}, seeds=[9, 5])
+    names = [condition.name for condition in plan.conditions]
+    assert [run.key for run in plan.all_runs()] == [
+        f"{task}/{name}/seed-{seed}" for seed in (9, 5) for task in "ab" for name in names
+    ]
+
+
 def test_shared_steps_are_named_by_their_folder(tmp_path: Path) -> None:
     out = tmp_path / "out" / "shared"
     plan = _plan(

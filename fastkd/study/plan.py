@@ -157,6 +157,13 @@ class Plan:
         """The runs of a condition: every task with every seed."""
         return [Run(condition, task, seed) for task in self.tasks for seed in self.spec.seeds]
 
+    def all_runs(self) -> list[Run]:
+        """The runs of all conditions that are known beforehand, one seed after the other: what is
+        done when a study is stopped compares them all."""
+        seeds = {seed: place for place, seed in enumerate(self.spec.seeds)}
+        runs = [run for condition in self.conditions for run in self.runs(condition)]
+        return sorted(runs, key=lambda run: (seeds[run.seed], self.tasks.index(run.task)))
+
     def place(self, run: Run) -> Place:
         """Where a run works."""
         return Place(self.output / "runs" / run.key)

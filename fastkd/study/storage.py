@@ -77,7 +77,7 @@ class Store:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.path = plan.output / "study.db"
-        self._runs = {run.key: run for c in plan.conditions for run in plan.runs(c)}
+        self._runs = {run.key: run for run in plan.all_runs()}
         with self._alone():
             check_file(self.path, plan.output)
             self._open()

@@ -92,3 +92,24 @@ def test_a_fork_imports_neither_its_callers_script_nor_the_working_folder(tmp_pa
     assert (made.stdout, made.returncode) == ("ended with 2\n", 0), made.stderr
     (said,) = (place / "log.txt").read_text().splitlines()
     assert said.startswith("fastkd: nowhere")
+
+
+# a driver that was asked anything in the server answers no more in its forks
+LOOKING = """
+import sys
+import torch
+
+def asked(*given, **named):
+    raise SystemExit("a GPU was asked for")
+
+for name in ("is_available", "device_count", "init", "_lazy_init", "current_device"):
+    setattr(torch.cuda, name, asked)
+import fastkd.study.imports
+print(sorted({"deepspeed"} & set(sys.modules)), flush=True)
+"""
+
+
+def test_the_server_asks_no_gpu() -> None:
+    command = [sys.executable, "-c", LOOKING]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (made.stdout, made.returncode) == ("[]\n", 0), made.stderr

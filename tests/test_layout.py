@@ -30,7 +30,10 @@ LEVELS: tuple[set[str], ...] = (
     },
     {"capture", "losses", "recipe", "training.flat_weights"},
     {"reporting", "data.tasks.metrics", "data.batching", "training.deepspeed_config"},
-    {"models", "data", "training.memory", "training.local_engine", "training.muon"},
+    {
+        *("models", "data", "training.memory", "training.local_engine", "training.muon"),
+        "training.sharded",
+    },
     {"training.engine", "training.finite", "training.checkpoint"},
     {"training.run_folder", "training.beginnings", "training.continuation", "training.environment"},
     {"training.export"},

@@ -43,6 +43,7 @@ from fastkd.training.loop import read_step, train_step
 from fastkd.training.precision import precision_on_gpus
 from fastkd.training.profile import NoProfile
 from fastkd.training.setup import Run, make_profile, set_up
+from fastkd.training.sharded import whole_numbers
 from fastkd.training.summary import profile_of
 from fastkd.training.teacher_cache.forecast import describe
 from fastkd.training.teacher_cache.plan import Form, plan_cache, plan_for_run
@@ -266,7 +267,7 @@ def _parameters(run: Run) -> list[tuple[str, str]]:
     own = run.initialisation.total
     if isinstance(run.teacher, NoTeacher):
         return [("model parameters", f"{own:,}")]
-    projections = sum(getattr(p, "ds_numel", p.numel()) for p in run.objective.parameters())
+    projections = whole_numbers(run.objective.parameters())
     return [
         ("teacher parameters", f"{run.teacher_parameters:,}"),
         ("student parameters", f"{own:,}"),

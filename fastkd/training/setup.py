@@ -47,6 +47,7 @@ from fastkd.training.parts import Parts, gather
 from fastkd.training.precision import settle_precision
 from fastkd.training.profile import NoProfile, Profile, clocks_of
 from fastkd.training.run_folder import RunFolder
+from fastkd.training.sharded import whole_numbers
 from fastkd.training.step_memory import StepMemory
 from fastkd.types import LENGTHS, ROWS, STORED, Inputs, Side, teacher_inputs
 
@@ -77,14 +78,13 @@ class Run(Parts):
     @property
     def teacher_parameters(self) -> int:
         """Numbers in the teacher, or all of them, poolers left out; 0 without one."""
-        # a sharded parameter keeps its real size in ds_numel
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self._teacher_weights())
+        return whole_numbers(self._teacher_weights())
 
     @property
     def teacher_bytes(self) -> int:
         """Of these numbers, on all ranks together where they are sharded."""
         weights = self._teacher_weights()
-        return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in weights)
+        return sum(whole_numbers([weight]) * weight.element_size() for weight in weights)
 
     def _teacher_weights(self) -> Iterator[nn.Parameter]:
         """Of all teachers."""
@@ -96,7 +96,7 @@ class Run(Parts):
         """Bytes of weights, gradients and moments on this rank's device, see `memory_parts`."""
         weights = list(self.module.parameters())
         trained, frozen = (
-            sum(getattr(p, "ds_numel", p.numel()) for p in weights if p.requires_grad == trains)
+            whole_numbers(p for p in weights if p.requires_grad == trains)
             for trains in (True, False)
         )
         world = self.ranks.world_size

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.training.local_engine import LocalEngine
+from fastkd.training.sharded import whole_shape
 
 WEIGHT = "weight"
 
@@ -129,11 +130,6 @@ def follow_masters(engine: Any) -> None:
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
-
-
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of a parameter, which under ZeRO-3 is empty outside the forward."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _of_one_process(engine: LocalEngine) -> Iterator[tuple[nn.Parameter, Place]]:

@@ -24,8 +24,8 @@ from fastkd.training.checkpoint.layout import (
     find_places,
     follow_masters,
     settled_weights,
-    whole_shape,
 )
+from fastkd.training.sharded import whole_shape
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 

@@ -22,6 +22,7 @@ from fastkd.study.spec import load_study
 from fastkd.study.storage import Record, Store
 from fastkd.study.tables import make_tables
 from fastkd.study.worker import Children
+from fastkd.training.run_folder import RunFolder
 
 
 def run_study(
@@ -87,6 +88,11 @@ def _work(
     program: Sequence[str] | None,
     reporter: Reporter,
 ) -> None:
+    for label, place in plan.steps.borrowed():
+        if not RunFolder(place.run).summary.is_file():
+            raise UserError(
+                f"{plan.path}: {label}: {place.run} is not finished; run the study that makes it"
+            )
     write_whole(plan.output / "study.yaml", plan.path.read_text(encoding="utf-8"))
     store.add_work(retry_failed=retry_failed)
     done, total = store.counts()

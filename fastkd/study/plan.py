@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from fastkd.errors import UserError
 from fastkd.head_spec import TASK_HEAD
 from fastkd.recipe import AnyRecipe, parse_finetune_recipe, parse_recipe, read_tree, replace_value
 from fastkd.study.naming import Level, folder_name, same_level, shown
+from fastkd.study.shared import Place, SharedRun, SharedSteps
 from fastkd.study.spec import (
     BASELINE,
     MOST_RUNS,
@@ -26,13 +26,11 @@ from fastkd.study.spec import (
     SEEDS,
     Command,
     Hypothesis,
-    Step,
     StudySpec,
 )
 
 # of a summary, what lean runs have not
 _NOT_LEAN = {"before", "worse", "speed"}
-_PLACEHOLDER = re.compile(r"\{shared\.([^{}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -75,48 +73,6 @@ class Run:
         return f"{task}{folder_name(self.condition.name)}/seed-{self.seed}"
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where one child process works."""
-
-    folder: Path
-
-    @property
-    def recipe(self) -> Path:
-        """What it is given."""
-        return self.folder / "recipe.yaml"
-
-    @property
-    def run(self) -> Path:
-        """The run folder that it writes."""
-        return self.folder / "run"
-
-    @property
-    def log(self) -> Path:
-        """What it says."""
-        return self.folder / "log.txt"
-
-
-@dataclass(frozen=True)
-class SharedRun:
-    """A shared step, on one task where it is done once a task."""
-
-    name: str
-    step: Step
-    task: str | None
-    seed: int | None
-    place: Place
-    needs: tuple[Place, ...]
-    """What must be finished before it."""
-
-    @property
-    def label(self) -> str:
-        """For people."""
-        of = [self.task, None if self.seed is None else f"seed {self.seed}"]
-        shown = ", ".join(part for part in of if part is not None)
-        return f"shared.{self.name}" + (f" ({shown})" if shown else "")
-
-
 Chosen = Mapping[tuple[str, str | None], Mapping[str, Any]]
 """What is taken over from another study, by condition of an axis, or control, and task."""
 
@@ -139,6 +95,7 @@ class Plan:
         self.path = path
         self.output = Path(spec.output)
         self.tasks: tuple[str | None, ...] = tuple(spec.tasks) or (None,)
+        self.steps = SharedSteps(spec, path)
         self._base = self._tree(spec.recipe)
         self.axes = self._axes()
         if spec.chosen is not None and spec.chosen.axis not in self.axes:
@@ -150,7 +107,7 @@ class Plan:
         self.conditions = tuple(self._conditions())
         self.baseline = self._baseline()
         self.asked = tuple(self._asked(n, h) for n, h in enumerate(spec.hypotheses))
-        self.shared = tuple(self._shared())
+        self.shared = tuple(self.steps.runs())
         self._check()
 
     def runs(self, condition: Condition) -> list[Run]:
@@ -182,7 +139,7 @@ class Plan:
 
     def shared_recipe(self, run: SharedRun) -> AnyRecipe:
         """The recipe of a shared step, likewise."""
-        sources = self._step_sources(run.step, run.task)
+        sources = self.steps.sources(run.step, run.task)
         where = f"{self.path}: {run.label}"
         tree = self._apply(self._tree(run.step.recipe), sources, run.task, run.seed, where)
         replace_value(tree, OUTPUT, str(run.place.run))
@@ -209,14 +166,6 @@ class Plan:
 
     def _task(self, task: str | None) -> Mapping[str, Any]:
         return {} if task is None else self.spec.tasks[task]
-
-    def _step_sources(self, step: Step, task: str | None) -> list[tuple[str, Mapping[str, Any]]]:
-        shared = self._task(task)
-        if step.command == "finetune":
-            # the others are about students
-            shared = {key: value for key, value in shared.items() if key.split(".")[0] == "task"}
-        own = step.tasks.get(task or "", {})
-        return [("task", shared), ("overrides", step.overrides), ("tasks", own)]
 
     def _axes(self) -> dict[str, dict[Level, Mapping[str, Any]]]:
         axes: dict[str, dict[Level, Mapping[str, Any]]] = {
@@ -340,44 +289,6 @@ class Plan:
 
         return tuple((axis, overrides(axis, level)) for axis, level in levels.items())
 
-    def _shared(self) -> Iterator[SharedRun]:
-        for name, step in self.spec.shared.items():
-            if step.per_task and not self.spec.tasks:
-                raise UserError(f"{self.path}: shared.{name}: per_task, but the study has no tasks")
-            tasks = self.tasks if step.per_task else (None,)
-            seeds = self.spec.seeds if step.per_seed else (None,)
-            for task, seed in itertools.product(tasks, seeds):
-                sets = [overrides for _, overrides in self._step_sources(step, task)]
-                found = {n for values in sets for n in _PLACEHOLDER.findall(json.dumps(values))}
-                where = f"{self.path}: shared.{name}"
-                others = sorted(found)
-                needs = tuple(self._shared_place(o, task, seed, where, name) for o in others)
-                yield SharedRun(name, step, task, seed, self._step_place(name, task, seed), needs)
-
-    def _step_place(self, name: str, task: str | None, seed: int | None) -> Place:
-        folder = self.output / "shared" / name
-        folder = folder if task is None else folder / task
-        return Place(folder if seed is None else folder / f"seed-{seed}")
-
-    def _shared_place(
-        self, name: str, task: str | None, seed: int | None, where: str, before: str | None = None
-    ) -> Place:
-        names = list(self.spec.shared)
-        known = names if before is None else names[: names.index(before)]
-        if name not in known:
-            expected = f"one of {', '.join(known)}" if known else "none, for there are none before"
-            raise UserError(f"{where}: no shared step {name!r}; expected {expected}")
-        step = self.spec.shared[name]
-        for each, given in (("task", task), ("seed", seed)):
-            if getattr(step, f"per_{each}") and given is None:
-                raise UserError(
-                    f"{where}: {{shared.{name}}} is one a {each}; set per_{each} to true here as "
-                    "well"
-                )
-        return self._step_place(
-            name, task if step.per_task else None, seed if step.per_seed else None
-        )
-
     def _place_name(self, run: Run) -> str:
         return f"{self.path}: {run.key}"
 
@@ -440,24 +351,14 @@ class Plan:
         for source, overrides in sources:
             for key, value in overrides.items():
                 try:
-                    replace_value(tree, key, self._fill(value, task, seed, f"{where}: {source}"))
+                    replace_value(
+                        tree, key, self.steps.fill(value, task, seed, f"{where}: {source}")
+                    )
                 except UserError as error:
                     if str(error).startswith(where):
                         raise
                     raise UserError(f"{where}: {source}: {error}") from error
         return tree
-
-    def _fill(self, value: Any, task: str | None, seed: int | None, where: str) -> Any:
-        """Put the folders of shared steps into a value."""
-        if isinstance(value, dict):
-            return {key: self._fill(inner, task, seed, where) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [self._fill(inner, task, seed, where) for inner in value]
-        if not isinstance(value, str):
-            return value
-        return _PLACEHOLDER.sub(
-            lambda match: str(self._shared_place(match[1], task, seed, where).run), value
-        )
 
     def _parse(self, command: Command, tree: Mapping[str, Any], where: str) -> AnyRecipe:
         return (parse_finetune_recipe if command == "finetune" else parse_recipe)(tree, where)

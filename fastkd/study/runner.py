@@ -19,7 +19,8 @@ from fastkd.recipe import AnyRecipe
 from fastkd.signals import stop_signals
 from fastkd.study.locks import Claim
 from fastkd.study.metric import follow, is_missing, read_metric
-from fastkd.study.plan import Plan, Run, SharedRun
+from fastkd.study.plan import Plan, Run
+from fastkd.study.shared import SharedRun
 from fastkd.study.storage import Store, Work
 from fastkd.study.worker import Children
 from fastkd.training.run_folder import RunFolder

@@ -240,6 +240,9 @@ class StudySpec(Section):
     """What is measured."""
     shared: dict[FileName, Step] = Field(default_factory=dict)
     """Runs done once before the others; `{shared.NAME}` in an override is the run's folder."""
+    borrowed: dict[FileName, Place] = Field(default_factory=dict)
+    """Shared steps of other studies that this one takes as they are, by their names there: the
+    other study's file, from the study file's folder, which has done them before."""
     keep: Literal["scores", "students", "all"] = "students"
     """What stays of a finished run besides its numbers: nothing, so that runs are lean, the
     student, or the checkpoints as well."""
@@ -258,6 +261,8 @@ class StudySpec(Section):
             raise ValueError(f"controls.{sorted(taken)[0]}: the name is taken; give it another")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds holds a seed twice (given {list(self.seeds)})")
+        if twice := self.shared.keys() & self.borrowed.keys():
+            raise ValueError(f"{sorted(twice)[0]} is shared and borrowed; leave one of them out")
         for name, step in self.shared.items():
             if strange := step.tasks.keys() - self.tasks.keys():
                 raise ValueError(

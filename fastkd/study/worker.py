@@ -22,7 +22,7 @@ from fastkd.files.disk import disk_errors, write_whole
 from fastkd.recipe import AnyRecipe, dump_recipe
 from fastkd.study.forks import start_fork
 from fastkd.study.locks import Claim
-from fastkd.study.plan import Place
+from fastkd.study.shared import Place
 from fastkd.study.spec import Command
 from fastkd.training.run_folder import RunFolder
 

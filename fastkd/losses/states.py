@@ -28,6 +28,9 @@ class StateConfig(LossConfig):
     kind: Literal["mse", "normalized_mse", "cosine"] = "mse"
     """Squared difference after the projection, the same of states scaled to length one (PKD, arXiv
     1908.09355, eq. 7), or one minus the cosine (DistilBERT, arXiv 1910.01108)."""
+    average: bool = False
+    """Whether `normalized_mse` is divided by the width of the teacher and the number of layer
+    pairs, as PKD's own code has it, where its paper has sums."""
     tokens: Tokens = "all"
     """Every token, the first one, or the mean over all."""
     projection: Literal["none", "shared", "own", "per_pair"] | None = None
@@ -38,7 +41,11 @@ class StateConfig(LossConfig):
     given."""
 
     @model_validator(mode="after")
-    def _own_rate(self) -> Self:
+    def _consistent(self) -> Self:
+        if self.average and self.kind != "normalized_mse":
+            raise ValueError(
+                f"average is of normalized_mse, but kind is {self.kind}; leave average out"
+            )
         given = self.projection_learning_rate is not None
         if given and self.projection not in ("own", "per_pair"):
             raise ValueError(
@@ -160,6 +167,10 @@ class StateGroup(LossGroup):
             found = self._compare(student, teacher, batch, members)
             sizes = [len(self.losses[m].labels) for m in members]
             losses |= dict(zip(members, torch.split(found, sizes), strict=True))
+        width = self.shared.pair.widths[1]
+        for number, loss in enumerate(self.losses):
+            if loss.config.average:
+                losses[number] = losses[number] / (width * len(loss.labels))
         return torch.cat([losses[number] for number in range(len(self.losses))])
 
     def _compare(

@@ -133,7 +133,9 @@ def minilmv2() -> Tree:
 def mobilebert() -> Tree:
     """MobileBERT, auxiliary knowledge transfer (arXiv 2004.02984, eq. 1 to 3): feature maps (mean
     squared error) and attention (KL divergence) of all layers together with the pre-training
-    distillation a L_MLM + (1 - a) L_KD, a = 0.5; without L_NSP, for text without sentence pairs."""
+    distillation a L_MLM + (1 - a) L_KD, a = 0.5; without L_NSP, for text without sentence pairs.
+    The official code learns layer after layer instead: feature maps after a normalisation, with a
+    weight of 100, beside their means and variances, then the predictions alone."""
     return {
         "student": {"head": "masked_lm"},
         "layer_map": "uniform",

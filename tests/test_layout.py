@@ -24,6 +24,7 @@ LEVELS: tuple[set[str], ...] = (
         "section",
         "plugins",
         "signals",
+        "variables",
         "files",
         "layer_map",
         "distributed",

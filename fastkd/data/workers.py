@@ -12,9 +12,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
@@ -22,6 +21,7 @@ from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from fastkd.errors import UserError
+from fastkd.variables import variable
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -43,7 +43,8 @@ class Workers(Generic[A, R]):
         context = multiprocessing.get_context("fork")
         ours: list[Connection] = []
         processes: list[BaseProcess] = []
-        with _quiet_fork():
+        # tokenizers warns about a fork after its threads were used, unless told what is wanted
+        with variable("TOKENIZERS_PARALLELISM", "false"):
             for _ in range(count):
                 here, there = context.Pipe()
                 ours.append(here)
@@ -110,18 +111,3 @@ def _end(threads: ThreadPoolExecutor, processes: list[BaseProcess], ours: list[C
     for process, end in zip(processes, ours, strict=True):
         process.join()
         end.close()
-
-
-@contextmanager
-def _quiet_fork() -> Iterator[None]:
-    """Tokenizers warns about a fork after its threads were used, unless told what is wanted."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from fastkd.errors import UserError, one_line
+from fastkd.variables import variable
 
 _SERVER = multiprocessing.get_context("forkserver")
 _STARTING = threading.Lock()
@@ -46,7 +47,8 @@ def start_fork(
     shown = {**os.environ, **environment}
     with _STARTING:
         _SERVER.set_forkserver_preload(["fastkd.study.imports"])
-        with _safe_path():
+        # the server imports nothing from the working folder
+        with variable("PYTHONSAFEPATH", "1"):
             forkserver.ensure_running()
         child = _SERVER.Process(target=_run, args=(list(arguments), str(log), shown, _Held(claim)))
         try:
@@ -88,20 +90,6 @@ def _run(arguments: list[str], log: str, environment: dict[str, str], claim: _He
         torch.set_num_threads(int(threads))
     sys.argv = ["fastkd", *arguments]
     runpy.run_module("fastkd", run_name="__main__", alter_sys=True)
-
-
-@contextmanager
-def _safe_path() -> Iterator[None]:
-    """Let the server import nothing from the working folder."""
-    name, before = "PYTHONSAFEPATH", os.environ.get("PYTHONSAFEPATH")
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 @contextmanager

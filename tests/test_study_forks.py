@@ -7,34 +7,35 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from fastkd.study.forks import start_fork
+from fastkd.study.forks import Fork
 from fastkd.study.locks import Claim
-from fastkd.study.worker import _Fork, _kill_group
+from fastkd.study.worker import _kill_group
 
 # without a guard: a child that imports it would start a child
 CALLER = """
 from pathlib import Path
-from fastkd.study.forks import start_fork
+from fastkd.study.forks import Fork
 from fastkd.study.locks import Claim
 
 claim = Claim.take(Path("claim"))
-child = start_fork(["evaluate", "nowhere"], Path("log.txt"), {"OMP_NUM_THREADS": "1"}, claim.handle)
-child.join()
-print("ended with", child.exitcode, flush=True)
+child = Fork(["evaluate", "nowhere"], Path("log.txt"), {"OMP_NUM_THREADS": "1"}, claim.handle)
+child.wait(100)
+print("ended with", child.returncode, flush=True)
 """
 
 
-def started(folder: Path, *arguments: str) -> tuple[_Fork, Claim]:
+def started(folder: Path, *arguments: str) -> tuple[Fork, Claim]:
     claim = Claim.take(folder / "claim")
     assert claim is not None
-    return _Fork(start_fork(arguments, folder / "log.txt", {}, claim.handle)), claim
+    return Fork(arguments, folder / "log.txt", {}, claim.handle), claim
 
 
-def waiting(folder: Path) -> tuple[_Fork, Claim]:
+def waiting(folder: Path) -> tuple[Fork, Claim]:
     """A command that waits for its recipe to be written."""
     os.mkfifo(folder / "recipe.yaml")
     child, claim = started(folder, "distill", str(folder / "recipe.yaml"))
@@ -67,6 +68,22 @@ def test_a_fork_holds_its_claim_and_stops_when_asked(tmp_path: Path) -> None:
     again.release()
     # nobody is there to be signalled
     child.send_signal(signal.SIGTERM)
+
+
+def test_many_threads_wait_for_the_ends_of_their_own(tmp_path: Path) -> None:
+    def made(number: int) -> list[int | None]:
+        codes = []
+        for turn in range(4):
+            folder = tmp_path / f"{number}-{turn}"
+            folder.mkdir()
+            child, claim = started(folder, "evaluate", "nowhere")
+            child.wait(120)
+            claim.release()
+            codes.append(child.returncode)
+        return codes
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(made, range(4))) == [[2] * 4] * 4
 
 
 def test_a_fork_is_killed_with_what_it_started(tmp_path: Path) -> None:

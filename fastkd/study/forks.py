@@ -10,12 +10,12 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerProcess
+from contextlib import contextmanager, suppress
+from multiprocessing import connection, forkserver
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from types import ModuleType
@@ -27,13 +27,13 @@ from fastkd.errors import UserError, one_line
 from fastkd.variables import variable
 
 _SERVER = multiprocessing.get_context("forkserver")
-_STARTING = threading.Lock()
+# multiprocessing looks after all children whenever it starts one, and an exit code is read once: a
+# thread that waits for its child must not look at the same time
+_LOCK = threading.Lock()
 
 
-def start_fork(
-    arguments: Sequence[str], log: Path, environment: Mapping[str, str], claim: int
-) -> ForkServerProcess:
-    """Start a `fastkd` command in a process of its own.
+class Fork:
+    """A `fastkd` command in a process of its own, as `subprocess` would have it.
 
     Args:
         arguments: of the command.
@@ -42,24 +42,49 @@ def start_fork(
         claim: file descriptor that it holds for as long as it lives.
 
     Raises:
-        UserError: there is no server, and none can be started.
+        UserError: the server has ended.
     """
-    shown = {**os.environ, **environment}
-    with _STARTING:
-        _SERVER.set_forkserver_preload(["fastkd.study.imports"])
-        # the server imports nothing from the working folder
-        with variable("PYTHONSAFEPATH", "1"):
-            forkserver.ensure_running()
-        child = _SERVER.Process(target=_run, args=(list(arguments), str(log), shown, _Held(claim)))
-        try:
-            with _without_main():
-                child.start()
-        except (EOFError, ConnectionError) as error:
-            raise UserError(
-                f"the process that starts the runs has ended ({one_line(error)}); run the study "
-                "again to go on"
-            ) from error
-    return child
+
+    def __init__(
+        self, arguments: Sequence[str], log: Path, environment: Mapping[str, str], claim: int
+    ) -> None:
+        shown = {**os.environ, **environment}
+        with _LOCK:
+            _SERVER.set_forkserver_preload(["fastkd.study.imports"])
+            # the server imports nothing from the working folder
+            with variable("PYTHONSAFEPATH", "1"):
+                forkserver.ensure_running()
+            given = list(arguments), str(log), shown, _Held(claim)
+            self._process = _SERVER.Process(target=_run, args=given)
+            try:
+                with _without_main():
+                    self._process.start()
+            except (EOFError, ConnectionError) as error:
+                raise UserError(
+                    f"the process that starts the runs has ended ({one_line(error)}); run the "
+                    "study again to go on"
+                ) from error
+        assert self._process.pid is not None, "it was started"
+        self.pid = self._process.pid
+        self.returncode: int | None = None
+        """Exit code, or a signal's number below 0; `None` until `wait` has seen its end."""
+
+    def wait(self, timeout: float) -> None:
+        """Wait for its end.
+
+        Raises:
+            TimeoutExpired: it lives on after so many seconds.
+        """
+        if not connection.wait([self._process.sentinel], timeout):
+            raise subprocess.TimeoutExpired("fastkd", timeout)
+        with _LOCK:
+            self._process.join()
+            self.returncode = self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it is there still."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
 
 class _Held:

@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Literal, Protocol
 
 from fastkd.errors import UserError
 from fastkd.files.disk import disk_errors, write_whole
 from fastkd.recipe import AnyRecipe, dump_recipe
-from fastkd.study.forks import start_fork
+from fastkd.study.forks import Fork
 from fastkd.study.locks import Claim
 from fastkd.study.shared import Place
 from fastkd.study.spec import Command
@@ -93,10 +92,11 @@ class Children:
         environment = self.environments[worker]
         child: _Child
         if self.program is None:
-            child = _Fork(start_fork(arguments, place.log, environment, claim.handle))
+            child = Fork(arguments, place.log, environment, claim.handle)
         else:
             child = _command([*self.program, *arguments], place.log, environment, claim.handle)
         asked = self._attend(child, watch)
+        assert child.returncode is not None, "it has ended"
         return _ending(child.returncode, asked, place, time.monotonic() - started)
 
     def _attend(
@@ -106,7 +106,8 @@ class Children:
         while True:
             try:
                 child.wait(_POLL_SECONDS)
-                return asked
+                # Ctrl-C may end one that was just started before we pass it on
+                return asked or ("stopped" if self.stopping.is_set() else None)
             except subprocess.TimeoutExpired:
                 pass
             if self.killing.is_set():
@@ -123,37 +124,11 @@ class _Child(Protocol):
     def pid(self) -> int: ...
 
     @property
-    def returncode(self) -> int: ...
+    def returncode(self) -> int | None: ...
 
     def wait(self, timeout: float) -> object: ...
 
     def send_signal(self, number: int) -> None: ...
-
-
-class _Fork:
-    """The same of a fork."""
-
-    def __init__(self, process: ForkServerProcess) -> None:
-        self._process = process
-
-    @property
-    def pid(self) -> int:
-        assert self._process.pid is not None, "it was started"
-        return self._process.pid
-
-    @property
-    def returncode(self) -> int:
-        assert self._process.exitcode is not None, "it has ended"
-        return self._process.exitcode
-
-    def wait(self, timeout: float) -> None:
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired("fastkd", timeout)
-
-    def send_signal(self, number: int) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, number)
 
 
 def _command(

@@ -12,7 +12,7 @@ from study_files import MAPPINGS, RECIPE, TUNING, WEIGHTS, run, study_tree, writ
 from fastkd.errors import UserError
 from fastkd.study import load_study
 from fastkd.study.plan import Plan, Run
-from fastkd.study.spec import Space
+from fastkd.study.spec import Space, parse_study
 
 
 def _plan(folder: Path, **changes: Any) -> Plan:
@@ -341,6 +341,15 @@ def test_predictions_are_kept_where_examples_have_any(tmp_path: Path) -> None:
     other = {"path": "after.total", "direction": "minimize"}
     plan = _plan(tmp_path, metric=other)
     assert not plan.recipe(Run(plan.conditions[0], None, 0)).run.predictions
+
+
+def test_the_files_of_the_page_on_studies_are_studies() -> None:
+    page = (Path(__file__).parents[1] / "fastkd" / "study" / "README.md").read_text()
+    first, more = (yaml.safe_load(part.split("```")[0]) for part in page.split("```yaml\n")[1:])
+    spec = parse_study(first)
+    assert [h.margin for h in spec.hypotheses] == [None, 0.02, None] and spec.seeds == (*range(10),)
+    reports = {key: value for key, value in first.items() if key != "shared"}
+    assert parse_study({**reports, **more}).borrowed == {"teacher": "weights.yaml"}
 
 
 def test_all_conditions_have_a_seed_before_any_has_the_next(tmp_path: Path) -> None:

@@ -217,16 +217,16 @@ def test_what_has_no_predictions_is_refused(sections: dict[str, Any], said: str)
 
 def test_a_lean_run_is_the_same_without_what_people_read(folder: Path) -> None:
     runs = {}
-    for name, lean in (("whole", False), ("lean", True)):
+    for name, lean in (("read", False), ("lean", True)):
         changes = {"run.predictions": True, "train.evaluate_every": 0, "train.steps": 4}
         output = {"run.output": str(folder / name), "run.lean": lean}
         runs[name] = fastkd.distill(folder / "student.yaml", {**changes, **output}, quiet=True)
-    whole, lean = runs["whole"].summary, runs["lean"].summary
+    whole, lean = runs["read"].summary, runs["lean"].summary
     assert lean["after"] == whole["after"]
     assert lean["before"] is None and not lean["worse"] and "speed" not in lean
     # the teacher is judged where it was heard first, to other last bits of sums
     assert lean["teacher"]["scores"] == whole["teacher"]["scores"]
-    found, expected = read(folder / "lean"), read(folder / "whole")
+    found, expected = read(folder / "lean"), read(folder / "read")
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_allclose(found[name], array, atol=1e-5)
@@ -234,7 +234,7 @@ def test_a_lean_run_is_the_same_without_what_people_read(folder: Path) -> None:
     assert not (folder / "lean" / "student" / "README.md").exists()
     with pytest.raises(UserError, match=r"was not evaluated before its first step \(run.lean\)"):
         runs["lean"].losses_before  # noqa: B018
-    assert runs["lean"].losses_after == runs["whole"].losses_after
+    assert runs["lean"].losses_after == runs["read"].losses_after
     # and again, where it is finished
     again = fastkd.distill(folder / "lean" / "recipe.yaml", resume=True)
     assert again.summary == lean

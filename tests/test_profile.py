@@ -221,9 +221,9 @@ def test_activations_are_those_of_the_shapes(
 
 
 def off(predicted: list[dict[str, Any]], measured: list[dict[str, Any]]) -> dict[str, float]:
-    """What of the predictions is further from the measurements than is allowed, relatively: of pairs
-    that were made in turns the median. Time is the processor's, which this process does not share
-    with others of the machine."""
+    """What of the predictions is too far from the measurements, relatively: of pairs that were made
+    in turns the median. Time is the processor's, which this process does not share with others of
+    the machine."""
 
     def taken(profile: dict[str, Any]) -> dict[str, float]:
         phases = {name: phase[PROCESSOR] for name, phase in profile["phases"].items()}
@@ -258,7 +258,7 @@ def test_doctor_predicts_what_a_run_measures(
     # with fewer losses it would not hold
     other = measure_steps(run_of(path, ranks, "losses={embedding: {}}"))
     wrong = off([other] * PAIRS, measured)
-    assert {"a step", "share of losses", "captured of the teacher"} <= wrong.keys()
+    assert {"share of losses", "captured of the teacher"} <= wrong.keys()
 
 
 def test_a_profile_changes_no_number_and_is_told(path: Path, ranks: Ranks) -> None:

@@ -35,8 +35,6 @@ from fastkd.training.window import Window
 
 PAIRS = 5
 WITHIN = 0.25
-# a processor that others use changes its speed between two runs, and all phases with it
-WITHIN_OF_A_STEP = 0.45
 # asks for DeepSpeed's engine
 ZERO = "{wall_clock_breakdown: false}"
 PROCESSOR = "processor_milliseconds"
@@ -221,9 +219,9 @@ def test_activations_are_those_of_the_shapes(
 
 
 def off(predicted: list[dict[str, Any]], measured: list[dict[str, Any]]) -> dict[str, float]:
-    """What of the predictions is too far from the measurements, relatively: of pairs that were made
-    in turns the median. Time is the processor's, which this process does not share with others of
-    the machine."""
+    """What of the predictions is further from the measurements than `WITHIN`, relatively: of pairs
+    that were made in turns the median. Time is the processor's, which this process does not share
+    with others of the machine."""
 
     def taken(profile: dict[str, Any]) -> dict[str, float]:
         phases = {name: phase[PROCESSOR] for name, phase in profile["phases"].items()}
@@ -234,31 +232,35 @@ def off(predicted: list[dict[str, Any]], measured: list[dict[str, Any]]) -> dict
     pairs = [(taken(p), taken(m)) for p, m in zip(predicted, measured, strict=True)]
     ratios = {name: median(p[name] / m[name] for p, m in pairs) for name in pairs[0][1]}
     small = {name for name in ratios if median(m[name] for _, m in pairs) < 0.1}
-    bounds = {"a step": WITHIN_OF_A_STEP}
-    return {
-        name: ratio
-        for name, ratio in ratios.items()
-        if name not in small and abs(ratio - 1) > bounds.get(name, WITHIN)
-    }
+    return {name: r for name, r in ratios.items() if name not in small and abs(r - 1) > WITHIN}
+
+
+def fastest(profiles: list[dict[str, Any]]) -> float:
+    """The least time of the processor of a step."""
+    return min(sum(p[PROCESSOR] for p in profile["phases"].values()) for profile in profiles)
 
 
 def test_doctor_predicts_what_a_run_measures(
     path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "_TIMED_SECONDS", 0.4)
-    predicted, measured = [], []
+    predicted, measured, other = [], [], []
     for number in range(PAIRS):
         predicted.append(measure_steps(run_of(path, ranks, "train.profile=false")))
         measured.append(trained(path, ranks, f"run-{number}")["profile"])
+        other.append(measure_steps(run_of(path, ranks, "losses={embedding: {}}")))
     assert measured[0].keys() == predicted[0].keys() and measured[0]["steps"] == 19
     assert measured[0]["phases"].keys() == {*PHASES, REST}
     assert measured[0]["memory_bytes"].keys() == predicted[0]["memory_bytes"].keys()
     assert sum(phase["share"] for phase in measured[0]["phases"].values()) == pytest.approx(1)
-    assert not off(predicted, measured)
+    found = off(predicted, measured)
+    # a processor that is slower for a part of a second parts a pair, but not the fastest of all
+    if abs(fastest(predicted) / fastest(measured) - 1) <= WITHIN:
+        found.pop("a step", None)
+    assert not found
     # with fewer losses it would not hold
-    other = measure_steps(run_of(path, ranks, "losses={embedding: {}}"))
-    wrong = off([other] * PAIRS, measured)
-    assert {"share of losses", "captured of the teacher"} <= wrong.keys()
+    wrong = off(other, measured)
+    assert {"a step", "share of losses", "captured of the teacher"} <= wrong.keys()
 
 
 def test_a_profile_changes_no_number_and_is_told(path: Path, ranks: Ranks) -> None:

@@ -121,7 +121,9 @@ def asked(*given, **named):
 
 for name in ("is_available", "device_count", "init", "_lazy_init", "current_device"):
     setattr(torch.cuda, name, asked)
-import fastkd.study.imports
+from importlib import import_module
+from fastkd.study.forks import IMPORTED
+list(map(import_module, IMPORTED))
 print(sorted({"deepspeed"} & set(sys.modules)), flush=True)
 """
 

@@ -27,6 +27,8 @@ from fastkd.errors import UserError, one_line
 from fastkd.variables import variable
 
 _SERVER = multiprocessing.get_context("forkserver")
+IMPORTED = ["fastkd.study.forks", "fastkd.cli", "fastkd.api", "sklearn.metrics", "scipy.stats"]
+"""What the server imports: what every run does, whatever its models are."""
 # multiprocessing looks after all children whenever it starts one, and an exit code is read once: a
 # thread that waits for its child must not look at the same time
 _LOCK = threading.Lock()
@@ -50,7 +52,7 @@ class Fork:
     ) -> None:
         shown = {**os.environ, **environment}
         with _LOCK:
-            _SERVER.set_forkserver_preload(["fastkd.study.imports"])
+            _SERVER.set_forkserver_preload(IMPORTED)
             # the server imports nothing from the working folder
             with variable("PYTHONSAFEPATH", "1"):
                 forkserver.ensure_running()

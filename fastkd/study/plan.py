@@ -224,17 +224,16 @@ class Plan:
             known = ", ".join(self.axes)
             raise UserError(f"{self.path}: {where}: no axis {axis!r}; expected one of {known}")
         level = self._level(axis, hypothesis.level, f"{where}.level")
-        control = None
-        against = self.baseline_levels[axis]
-        if hypothesis.against in self.spec.controls:
-            control, against = str(hypothesis.against), str(hypothesis.against)
-        elif hypothesis.against is not None:
-            against = self._level(axis, hypothesis.against, f"{where}.against")
-        if control is None and same_level(level, against):
+        against: Level = self.baseline_levels[axis]
+        is_control = hypothesis.against in self.spec.controls
+        if hypothesis.against is not None:
+            given = hypothesis.against
+            against = given if is_control else self._level(axis, given, f"{where}.against")
+        if not is_control and same_level(level, against):
             raise UserError(
                 f"{self.path}: {where} compares {shown(level)} with itself; give another against"
             )
-        return Asked(axis, str(level), str(against), control is not None, hypothesis.margin)
+        return Asked(axis, str(level), str(against), is_control, hypothesis.margin)
 
     def _level(self, axis: str, level: Level, where: str) -> Level:
         if axis in self.spec.axes and level not in self.axes[axis]:
@@ -330,14 +329,13 @@ class Plan:
                 f"{self._place_name(run)}: {SEEDS['maps']} is set by seeds; leave it out of the "
                 "recipe, and maps out of vary where it should not differ"
             )
-        for what, key in SEEDS.items():
-            if what == "maps" and mapped.get("kind") != "random":
-                continue
-            # the others follow where nothing else is said
-            if what == "weights" or seeds[what] != seeds["weights"]:
-                if what == "maps":
-                    tree["layer_map"] = dict(mapped)
-                replace_value(tree, key, seeds[what])
+        replace_value(tree, SEED, seeds["weights"])
+        # the others follow it where nothing else is said
+        apart = {what for what, seed in seeds.items() if seed != seeds["weights"]}
+        for what in apart & {"order", "dropout"}:
+            replace_value(tree, SEEDS[what], seeds[what])
+        if "maps" in apart and mapped.get("kind") == "random":
+            tree["layer_map"] = {**mapped, "seed": seeds["maps"]}
 
     def _apply(
         self,

@@ -112,11 +112,8 @@ class Predictions:
         judge = self._judges.setdefault(key, _Judge(task, labels))
         taught = all(f"{name}/teacher" in arrays for name in sets)
         student = judge.of_outputs({name: arrays[f"{name}/outputs"] for name in sets})
-        return Evidence(
-            Number(value, student.drawn),
-            judge.floor,
-            judge.of_outputs({n: arrays[f"{n}/teacher"] for n in sets}) if taught else None,
-        )
+        teacher = judge.of_teacher({n: arrays[f"{n}/teacher"] for n in sets}) if taught else None
+        return Evidence(Number(value, student.drawn), judge.floor, teacher)
 
     def _read_task(self, name: str | None) -> Task:
         plan = self._plan
@@ -130,6 +127,7 @@ class _Judge:
 
     def __init__(self, task: Task, labels: Mapping[str, AnyArray]) -> None:
         self._task, self._labels = task, labels
+        self._teachers: dict[bytes, Number] = {}
 
     @cached_property
     def floor(self) -> Number:
@@ -146,6 +144,13 @@ class _Judge:
         """Of what a model gives every example, [examples, outputs] of each set."""
         scores = self._task.regression
         return self._number({n: predictions_of(o, regression=scores) for n, o in outputs.items()})
+
+    def of_teacher(self, outputs: Mapping[str, AnyArray]) -> Number:
+        """The same of outputs that many runs have, computed once."""
+        key = b"".join(array.tobytes() for array in outputs.values())
+        if key not in self._teachers:
+            self._teachers[key] = self.of_outputs(outputs)
+        return self._teachers[key]
 
     @cached_property
     def _weights(self) -> dict[str, Array]:

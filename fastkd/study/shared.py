@@ -81,9 +81,7 @@ class SharedSteps:
                 raise UserError(
                     f"{self._path}: shared.{name}: per_task, but the study has no tasks"
                 )
-            tasks = tuple(self._spec.tasks) if step.per_task else (None,)
-            seeds = self._spec.seeds if step.per_seed else (None,)
-            for task, seed in itertools.product(tasks, seeds):
+            for task, seed in self._each(step):
                 sets = [overrides for _, overrides in self.sources(step, task)]
                 found = {n for values in sets for n in _PLACEHOLDER.findall(json.dumps(values))}
                 where = f"{self._path}: shared.{name}"
@@ -123,11 +121,13 @@ class SharedSteps:
     def borrowed(self) -> Iterator[tuple[str, Place]]:
         """What other studies must have done before this one is run: a label and where it is."""
         for name, other in self._borrowed.items():
-            step = other.shared[name]
-            tasks = tuple(self._spec.tasks) if step.per_task else (None,)
-            seeds = self._spec.seeds if step.per_seed else (None,)
-            for task, seed in itertools.product(tasks, seeds):
+            for task, seed in self._each(other.shared[name]):
                 yield f"borrowed.{name}", _place_of(other, name, task, seed)
+
+    def _each(self, step: Step) -> Iterator[tuple[str | None, int | None]]:
+        """The tasks and seeds of this study that a step is done for."""
+        tasks = tuple(self._spec.tasks) if step.per_task else (None,)
+        return itertools.product(tasks, self._spec.seeds if step.per_seed else (None,))
 
     def _other(self, name: str, file: str) -> StudySpec:
         given = f"{self._path}: borrowed.{name}"

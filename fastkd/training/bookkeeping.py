@@ -139,9 +139,9 @@ class Bookkeeper:
         Raises:
             UserError: a number that is not finite, or one that was to decide and isn't there.
         """
-        train = self.run.recipe.train
-        first = 0 if not self.run.recipe.run.lean else train.evaluate_every or train.steps
-        result = evaluate(self.run, judge_teacher=step == min(first, train.steps))
+        train, lean = self.run.recipe.train, self.run.recipe.run.lean
+        first = min(train.evaluate_every or train.steps, train.steps) if lean else 0
+        result = evaluate(self.run, judge_teacher=step == first)
         if self.run.ranks.is_main:
             if result.teacher is not None:
                 self.folder.append_metrics({"kind": "teacher", "step": step, **result.teacher})

@@ -37,14 +37,15 @@ from benchmarks.family_checks import (
 from benchmarks.family_models import LAYERS, all_families, family_model, heads_of
 from fastkd.capture import AttentionTraits, capture, no_cache, try_model, try_recomputing
 from fastkd.errors import UserError, one_line
+from fastkd.head_spec import HEADS
 from fastkd.layer_map import make_layer_map
 from fastkd.losses import DIVISORS
 from fastkd.losses.factory import make_objective
 from fastkd.models import build_student, load_student, load_teacher
 from fastkd.recipe import Recipe, Student, parse_recipe
-from fastkd.types import Head, ModelSource
+from fastkd.types import IGNORE_INDEX, Head, ModelSource
 
-TOKENS = 20
+TOKENS, CLASSES = 20, 3
 SOURCES = (2, 4)
 _ATTENTION = ("score_mse", "kl", "reverse_kl", "js", "mse", "cosine", "cross_entropy")
 _HIDDEN = ("mse", "normalized_mse", "cosine")
@@ -102,7 +103,7 @@ def sweep(family: str) -> Row | None:
 
 
 def _take_through(row: Row, family: str, head: Head, folder: Path) -> None:
-    changes = {"num_labels": 3} if head == "sequence_classification" else {}
+    changes = {"num_labels": CLASSES} if HEADS[head].labels in ("example", "token") else {}
     family_model(family, head, **changes).save_pretrained(folder / "teacher")
     attention = "sdpa"
     try:
@@ -220,9 +221,24 @@ def _recipe(section: dict[str, Any], head: Head) -> Recipe:
         "losses": section,
         "run": {"output": "none"},
     }
-    if head == "sequence_classification":
-        return parse_recipe({**tree, "task": {"name": "CoLA", "source": "none"}})
-    return parse_recipe({**tree, "data": {"train": "none"}})
+    if HEADS[head].data == "text":
+        return parse_recipe({**tree, "data": {"train": "none"}})
+    task: dict[str, Any] = {"name": "drawn", "source": "none", "kind": head}
+    if HEADS[head].labels in ("example", "token"):
+        task["labels"] = [str(label) for label in range(CLASSES)]
+    if HEADS[head].labels == "example":
+        task["columns"] = {"texts": "text", "label": "label"}
+    return parse_recipe({**tree, "task": task})
+
+
+def _labels(head: Head, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of words and spans, the labels that say what of the outputs counts."""
+    if HEADS[head].labels == "span":
+        return {"labels": torch.tensor([[1, 3], [2, 2]])}
+    if HEADS[head].labels == "token":
+        classes = torch.arange(TOKENS) % CLASSES
+        return {"labels": classes.where(inputs["attention_mask"] == 1, IGNORE_INDEX)}
+    return {}
 
 
 def _step(
@@ -245,7 +261,7 @@ def _step(
         ):
             model(**inputs, **no_cache(model))
         states.append(seen)
-    read = dict(inputs)
+    read = {**inputs, **_labels(recipe.student.head, inputs)}
     if "pixel_values" in inputs:
         first = next(iter({**states[1].hidden, **_queries(states[1])}.values()))
         read = {"input_ids": torch.zeros(first.shape[0], first.shape[-2], dtype=torch.long)}

@@ -7,13 +7,9 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 
+from fastkd.head_spec import HEADS as HEAD_SPECS
 from fastkd.models.load import auto_model
 from fastkd.types import Head
 
@@ -132,22 +128,20 @@ _OWN: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
-_HEADS: dict[Head, Any] = {
-    "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "masked_lm": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "sequence_classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+_CLASSES: dict[Head, Any] = {
+    head: getattr(modeling_auto, spec.classes) for head, spec in HEAD_SPECS.items() if spec.classes
 }
 
 
 def all_families() -> list[str]:
     """Every `model_type` whose base model is a stack of blocks by itself, as far as its default
     configuration says."""
-    return [name for name in sorted(MODEL_MAPPING_NAMES) if _is_stack(name)]
+    return [name for name in sorted(modeling_auto.MODEL_MAPPING_NAMES) if _is_stack(name)]
 
 
 def heads_of(family: str) -> list[Head]:
     """Heads that transformers has for a family."""
-    return [head for head, known in _HEADS.items() if family in known]
+    return [head for head, known in _CLASSES.items() if family in known]
 
 
 def family_config(family: str, **changes: Any) -> PreTrainedConfig:

@@ -22,8 +22,8 @@ def first(folder: Path, **changes: Any) -> Path:
     """A study that tries weights for each mapping, and for one that is a control in the other."""
     (folder / "first").mkdir(exist_ok=True)
     axes = {"mapping": {**MAPPINGS, "alone": {"layer_map": "first"}}}
-    options = {"axes": axes, "spaces": {"weight": WEIGHTS}, "overrides": SELECTED, **changes}
-    return write_study(folder / "first", tasks=TASKS, **options)
+    options = {"axes": axes, "spaces": {"weight": WEIGHTS}, "overrides": SELECTED, "tasks": TASKS}
+    return write_study(folder / "first", **{**options, **changes})
 
 
 def second(folder: Path, **changes: Any) -> Path:
@@ -56,7 +56,7 @@ def test_each_condition_takes_over_what_was_best_for_it(done: Path) -> None:
         assert recipe.losses.terms["hidden"].weight == 10
         # the reported study has its own examples
         assert recipe.task is not None and recipe.task.selection is None
-    plain = plan_of(second(done, chosen=None))
+    plain = plan_of(second(done, chosen=[]))
     key = Run(plan.conditions[0], "hard", 1)
     assert plan.digest(key) != plain.digest(key)
 
@@ -67,6 +67,30 @@ def test_best_is_best_on_each_task(done: Path) -> None:
     assert chosen.keys() == {(m, t) for m in ("uniform", "last", "alone") for t in TASKS}
     assert all(taken == {"losses.hidden.weight": 10} for taken in chosen.values())
     assert plan.selects
+
+
+def test_several_studies_choose_for_conditions_of_their_own(done: Path, tmp_path: Path) -> None:
+    (tmp_path / "rates").mkdir()
+    rates = write_study(
+        tmp_path / "rates",
+        tasks=TASKS,
+        axes={"mapping": {"labels": {"layer_map": "first"}, "logits": {"layer_map": "skip"}}},
+        spaces={"rate": {"field": "train.learning_rate", "values": [1e-4, 1e-3]}},
+        overrides=SELECTED,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAKE_JOURNAL", str(tmp_path / "journal"))
+        run(rates, workers=2)
+    both = [{**CHOSEN, "study": str(done / "first" / "study.yaml")}]
+    both += [{**CHOSEN, "study": str(rates)}]
+    path = second(tmp_path, chosen=both, controls={"labels": {"layer_map": "first"}})
+    chosen = read_chosen(load_study(path), path)
+    assert {level for level, _ in chosen} == {"uniform", "last", "alone", "labels", "logits"}
+    assert chosen["last", "hard"] == {"losses.hidden.weight": 10}
+    assert chosen["labels", "hard"].keys() == {"train.learning_rate"}
+    labels, *_ = plan_of(path).conditions
+    taken = plan_of(path).recipe(Run(labels, "hard", 1))
+    assert taken.train.learning_rate == chosen["labels", "hard"]["train.learning_rate"]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -80,6 +104,16 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"spaces": {}},
         {},
         "expected a grid of the axis mapping and at least one more",
+    ),
+    "no such task": (
+        {"tasks": {"hard": TASKS["hard"]}},
+        {},
+        "it has chosen nothing for the task easy",
+    ),
+    "two for one condition": (
+        {},
+        {"chosen": [CHOSEN, CHOSEN]},
+        "another one has chosen for mapping alone as well; leave the condition out of one of them",
     ),
     "no such axis here": (
         {},

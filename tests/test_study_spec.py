@@ -111,6 +111,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"chosen": {"study": "other.yaml", "axis": "map"}},
         "other.yaml: not a readable study",
     ),
+    "choices along two axes": (
+        {"chosen": [{"study": "a.yaml", "axis": "map"}, {"study": "b.yaml", "axis": "loss"}]},
+        "chosen names the axes map and loss; expected one for all",
+    ),
     "hypotheses of a search": (
         {"search": SEARCH, **_asked()},
         "hypotheses: a search chooses by the numbers that it shows",

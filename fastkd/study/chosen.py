@@ -9,28 +9,44 @@ from typing import Any
 
 from fastkd.errors import UserError
 from fastkd.study.plan import Chosen, Condition, Plan
-from fastkd.study.spec import StudySpec, load_study
+from fastkd.study.spec import StudySpec, Takeover, load_study
 from fastkd.study.storage import Record, Store
 
 
 def read_chosen(spec: StudySpec, path: Path) -> Chosen:
     """The overrides of the best condition of the other study, for each condition of the axis that
-    both have and each task; empty where a study takes nothing over.
+    both have and each task; of all studies that are named, empty where none is.
 
     Best is the mean over all of its seeds; axes beside the one that both have are what was chosen.
 
     Args:
         spec: of the study that takes over.
-        path: its file; the other one is named from its folder.
+        path: its file; the other ones are named from its folder.
 
     Raises:
-        UserError: the other study is not finished, has nothing to choose from, or chose by examples
-            that are reported.
+        UserError: another study is not finished, has nothing to choose from, lacks a task, or chose
+            by examples that are reported; or two chose for the same condition.
     """
-    if spec.chosen is None:
-        return {}
-    file, axis = path.parent / spec.chosen.study, spec.chosen.axis
-    given = f"{path}: chosen.study {spec.chosen.study}"
+    found: dict[tuple[str, str | None], Mapping[str, Any]] = {}
+    for takeover in spec.chosen:
+        given = f"{path}: chosen.study {takeover.study}"
+        made = _read(takeover, path, given)
+        lacking = [task for task in spec.tasks or (None,) if not any(t == task for _, t in made)]
+        if lacking:
+            raise UserError(f"{given}: it has chosen nothing for the task {lacking[0]}")
+        if twice := sorted({level for level, _ in made} & {level for level, _ in found}):
+            raise UserError(
+                f"{given}: another one has chosen for {takeover.axis} {twice[0]} as well; leave "
+                "the condition out of one of them"
+            )
+        found |= made
+    return found
+
+
+def _read(
+    takeover: Takeover, path: Path, given: str
+) -> dict[tuple[str, str | None], Mapping[str, Any]]:
+    file, axis = path.parent / takeover.study, takeover.axis
     other = Plan(load_study(file), file)
     _check(other, axis, given)
     if not (other.output / "study.db").is_file():

@@ -98,11 +98,12 @@ class Plan:
         self.steps = SharedSteps(spec, path)
         self._base = self._tree(spec.recipe)
         self.axes = self._axes()
-        if spec.chosen is not None and spec.chosen.axis not in self.axes:
-            known = ", ".join(self.axes)
-            raise UserError(
-                f"{path}: chosen.axis: no axis {spec.chosen.axis!r}; expected one of {known}"
-            )
+        for takeover in spec.chosen:
+            if takeover.axis not in self.axes:
+                known = ", ".join(self.axes)
+                raise UserError(
+                    f"{path}: chosen.axis: no axis {takeover.axis!r}; expected one of {known}"
+                )
         self.baseline_levels = self._baseline_levels()
         self.conditions = tuple(self._conditions())
         self.baseline = self._baseline()
@@ -312,10 +313,10 @@ class Plan:
 
     def _taken(self, run: Run) -> Mapping[str, Any]:
         """What a run takes over from another study."""
-        if self.spec.chosen is None:
+        if not self.spec.chosen:
             return {}
         levels = run.condition.levels
-        name = str(levels[self.spec.chosen.axis]) if levels else run.condition.name
+        name = str(levels[self.spec.chosen[0].axis]) if levels else run.condition.name
         return self.chosen.get((name, run.task), {})
 
     def _seed(self, tree: dict[str, Any], run: Run) -> None:

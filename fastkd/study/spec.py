@@ -53,6 +53,10 @@ def _count_to_seeds(value: object) -> object:
     return seeds
 
 
+def _one_to_some(value: object) -> object:
+    return [value] if isinstance(value, Mapping) else value
+
+
 Seeds = Annotated[
     tuple[Seed, ...],
     BeforeValidator(_count_to_seeds),
@@ -189,9 +193,9 @@ class Takeover(Section):
     study: Place
     """Its file, from the study file's folder: a grid with `task.selection`, run to its end."""
     axis: Annotated[str, Field(min_length=1)]
-    """Axis that both studies have. A condition of this study takes over what was best with its own
-    condition of the axis, on its own task; a control what was best with the condition named as it
-    is."""
+    """Axis that both studies have, the same for all that are named. A condition of this study takes
+    over what was best with its own condition of the axis, on its own task; a control what was best
+    with the condition named as it is."""
 
 
 class StudySpec(Section):
@@ -234,8 +238,9 @@ class StudySpec(Section):
     baseline and the first and last condition of every axis."""
     search: Search | None = None
     """A search, in place of a grid. Of a task it is scored on the selection part."""
-    chosen: Takeover | None = None
-    """What is taken over from a study that chose weights or learning rates."""
+    chosen: Annotated[tuple[Takeover, ...], BeforeValidator(_one_to_some)] = ()
+    """What is taken over from a study that chose weights or learning rates, or from several of
+    them, each of which chose for conditions of its own."""
     metric: Metric
     """What is measured."""
     shared: dict[FileName, Step] = Field(default_factory=dict)
@@ -251,6 +256,8 @@ class StudySpec(Section):
     def _consistent(self) -> Self:
         if self.grid and self.search:
             raise ValueError("give grid or search, not both")
+        if len(axes := dict.fromkeys(takeover.axis for takeover in self.chosen)) > 1:
+            raise ValueError(f"chosen names the axes {' and '.join(axes)}; expected one for all")
         if not self.axes and not self.spaces:
             raise ValueError("nothing to compare; give axes or spaces")
         if twice := self.axes.keys() & self.spaces.keys() or {"task", "seed"} & (

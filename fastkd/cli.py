@@ -1,5 +1,5 @@
-"""The command line: `fastkd distill`, `finetune`, `evaluate`, `push`, `export`, `study`, `inspect`
-and `doctor`.
+"""The command line: `fastkd distill`, `finetune`, `evaluate`, `push`, `export`, `study`, `inspect`,
+`doctor` and `fields`.
 
 A mistake that the user can mend is one line on stderr and exit code 2; a run that was interrupted,
 by whatever signal, is 130, and one that lost another rank is 1.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,13 +20,19 @@ import fastkd
 from fastkd.errors import Interrupted, LostRank, RankError, UserError
 from fastkd.extras import need
 from fastkd.files.disk import disk_errors, write_whole
-from fastkd.recipe import load_any_recipe, load_finetune_recipe, load_recipe
+from fastkd.recipe import (
+    FinetuneRecipe,
+    Recipe,
+    load_any_recipe,
+    load_finetune_recipe,
+    load_recipe,
+)
+from fastkd.section import Section
 from fastkd.signals import Signalled, signals_raised
 from fastkd.training.chips import CHIPS, ChipName
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Distil a large transformer into a small one by matching what happens inside.",
 )
@@ -242,6 +249,25 @@ def doctor(
     if chosen is not None:
         with session() as (joined, reporter):
             estimate_run(chosen, joined, reporter)
+
+
+@app.command()
+def fields(
+    key: Annotated[
+        str | None, typer.Argument(help="A field or section alone, as train or losses.hidden.")
+    ] = None,
+    of: Annotated[
+        Literal["distill", "finetune", "study"], typer.Option("--of", help="Whose file it is.")
+    ] = "distill",
+) -> None:
+    """List the fields of a recipe or a study: what they take, their defaults, and what they do."""
+    from fastkd.recipe.fields import fields_of
+    from fastkd.reporting.fields import chosen_fields, listed
+
+    root: type[Section] = FinetuneRecipe if of == "finetune" else Recipe
+    if of == "study":
+        from fastkd.study.spec import StudySpec as root
+    print(listed(chosen_fields(fields_of(root), key), shutil.get_terminal_size().columns))
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from fastkd.errors import UserError, one_line
 from fastkd.layer_map.sections import MAP_SECTIONS
 from fastkd.plugins import load_plugins
+from fastkd.recipe.fields import place_of
 from fastkd.recipe.finetune import FinetuneRecipe
 from fastkd.recipe.losses import Losses
 from fastkd.recipe.presets import expand
@@ -106,6 +107,7 @@ def parse_recipe(tree: Mapping[str, Any], name: str = "recipe") -> Recipe:
         UserError: with the field, what was given and what was expected.
     """
     try:
+        _check_kind(tree, "distill")
         load_plugins(tree.get("plugins"))
         recipe = Recipe.model_validate(expand(tree))
         stage_recipes(recipe)
@@ -144,6 +146,7 @@ def each_stage(recipe: AnyRecipe) -> list[AnyRecipe]:
 def parse_finetune_recipe(tree: Mapping[str, Any], name: str = "recipe") -> FinetuneRecipe:
     """Validate a mapping as a recipe of a fine-tuning run, likewise."""
     try:
+        _check_kind(tree, "finetune")
         load_plugins(tree.get("plugins"))
         return FinetuneRecipe.model_validate(tree)
     except UserError as error:
@@ -155,6 +158,18 @@ def parse_finetune_recipe(tree: Mapping[str, Any], name: str = "recipe") -> Fine
 def parse_any_recipe(tree: Mapping[str, Any], name: str = "recipe") -> AnyRecipe:
     """Validate a mapping as a recipe of either kind, likewise."""
     return parse_finetune_recipe(tree, name) if "model" in tree else parse_recipe(tree, name)
+
+
+def _check_kind(tree: Mapping[str, Any], command: str) -> None:
+    """Refuse the file of another command, of which no field would fit."""
+    others = {
+        "study": "recipe" in tree and ("axes" in tree or "spaces" in tree),
+        "finetune": "model" in tree and not {"teacher", "student", "preset"} & tree.keys(),
+        "distill": {"teacher", "student"} <= tree.keys() and "model" not in tree,
+    }
+    for other, found in others.items():
+        if found and other != command:
+            raise UserError(f"this is a file of fastkd {other}, not of fastkd {command}")
 
 
 def dump_recipe(recipe: AnyRecipe) -> str:
@@ -218,7 +233,8 @@ def complain(error: ValidationError, root: type[BaseModel]) -> str:
     field = _field(first["loc"])
     if first["type"] == "extra_forbidden":
         allowed = list(_section(root, first["loc"][:-1]).model_fields)
-        hint = did_you_mean(str(first["loc"][-1]), allowed)
+        leaf = str(first["loc"][-1])
+        hint = place_of(leaf, root) or did_you_mean(leaf, allowed)
         text = f"{field}: unknown key; {hint}expected one of {', '.join(allowed)}"
     elif first["type"] == "missing":
         text = f"{field}: missing; it has no default, so give a value"

@@ -1,5 +1,5 @@
-"""The command line: `fastkd distill`, `finetune`, `evaluate`, `push`, `export`, `study`, `inspect`,
-`doctor` and `fields`.
+"""The command line: `fastkd distill`, `finetune`, `evaluate`, `report`, `push`, `export`, `study`,
+`inspect`, `doctor` and `fields`.
 
 A mistake that the user can mend is one line on stderr and exit code 2; a run that was interrupted,
 by whatever signal, is 130, and one that lost another rank is 1.
@@ -124,6 +124,17 @@ def evaluate(
         if output is not None and ranks.is_main:
             with disk_errors(output.parent, "give another --output"):
                 write_whole(output, json.dumps(found, indent=2) + "\n")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+) -> None:
+    """Show what a finished run came to, or what several did, beside each other."""
+    from fastkd.reporting.console import Reporter
+    from fastkd.reporting.side_by_side import report_runs
+
+    report_runs(runs, Reporter())
 
 
 @app.command()

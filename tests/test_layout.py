@@ -38,7 +38,7 @@ LEVELS: tuple[set[str], ...] = (
     {"training.engine", "training.finite", "training.checkpoint"},
     {"training.run_folder", "training.beginnings", "training.continuation", "training.environment"},
     {"training.export"},
-    {"training", "reporting.report", "layer_similarity"},
+    {"training", "reporting.report", "reporting.side_by_side", "layer_similarity"},
     {"study", "api", "distiller", "publishing"},
     {"integrations"},
     {"cli", "__main__"},

@@ -18,6 +18,8 @@ from fastkd.reporting.scores import headline_scores, one_class, score_table
 from fastkd.reporting.svg import Line, Panel, chart
 from fastkd.training.run_folder import RunFolder
 
+TOTAL = "total, weighted"
+"""What the row of the weighted sum of losses is called."""
 _NAMED_LINES = 16
 # what data is counted in that is not text in blocks, and where a summary says how much there is
 _COUNTED = (("examples", "task_examples"), ("rows", "data_rows"))
@@ -86,7 +88,7 @@ def loss_rows(summary: dict[str, Any]) -> Rows:
     rows: Rows = [
         (label, first.get(label, "-"), f"{value:.4g}") for label, value in after["losses"].items()
     ]
-    rows.append(("total, weighted", f"{before['total']:.4g}", f"{after['total']:.4g}"))
+    rows.append((TOTAL, f"{before['total']:.4g}", f"{after['total']:.4g}"))
     if "sentence_cosine" in after:
         cosines = [
             "not comparable" if e["sentence_cosine"] is None else f"{e['sentence_cosine']:.4f}"

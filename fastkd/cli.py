@@ -1,5 +1,5 @@
-"""The command line: `fastkd distill`, `finetune`, `evaluate`, `report`, `push`, `export`, `study`,
-`inspect`, `doctor` and `fields`.
+"""The command line: `fastkd init`, `distill`, `finetune`, `evaluate`, `report`, `push`, `export`,
+`study`, `inspect`, `doctor` and `fields`.
 
 A mistake that the user can mend is one line on stderr and exit code 2; a run that was interrupted,
 by whatever signal, is 130, and one that lost another rank is 1.
@@ -60,6 +60,31 @@ def _launched(
     # the deepspeed launcher passes its rank as an option as well as in the environment
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
+
+
+@app.command()
+def init(
+    teacher: Annotated[str, typer.Argument(help="Folder, hub name or package:NAME/FOLDER.")],
+    data: Annotated[str, typer.Argument(help="Text, as data.train takes it, or a task's folder.")],
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="Of the student; half if not given.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="Task of GLUE that the teacher was tuned on.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", help="File to write, which must not be there.")
+    ] = Path("recipe.yaml"),
+) -> None:
+    """Write a first recipe, with comments, for a teacher and some data."""
+    if output.exists():
+        raise UserError(f"--output {output} exists already; give another file")
+    from fastkd.starter import first_recipe
+
+    text = first_recipe(teacher, data, layers=layers, task=task)
+    with disk_errors(output.parent, "give another --output"):
+        write_whole(output, text)
+    print(f"written to {output}; next: fastkd distill {output}")
 
 
 @app.command()

@@ -39,7 +39,7 @@ LEVELS: tuple[set[str], ...] = (
     {"training.run_folder", "training.beginnings", "training.continuation", "training.environment"},
     {"training.export"},
     {"training", "reporting.report", "reporting.side_by_side", "layer_similarity"},
-    {"study", "api", "distiller", "publishing"},
+    {"study", "api", "distiller", "publishing", "starter"},
     {"integrations"},
     {"cli", "__main__"},
 )

@@ -1,0 +1,190 @@
+"""`fastkd init`: a first recipe for a teacher and some data, with a word about every choice.
+
+What the teacher's folder says of itself decides: an embedding model is matched by what it gives
+out, a decoder by its logits, an encoder by what is inside, a classifier of a task by both. Nothing
+is loaded but small files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
+
+from fastkd.data.tasks import glue_task
+from fastkd.errors import UserError, printable
+from fastkd.head_spec import HEADS
+from fastkd.layer_map import make_layer_map
+from fastkd.models import read_config, resolve_model
+from fastkd.models.sentence_folder import list_modules
+from fastkd.types import Head, ModelSource
+
+Job = Literal["embedding", "decoder", "encoder", "task"]
+
+# texts that are told apart by their lines; others are read by the column `text`
+_PLAIN = (".txt", ".txt.gz")
+_LOSSES: dict[Job, str] = {
+    "embedding": """
+      # what the model gives out: its own pooling makes one vector of a text
+      embedding_output: {weight: 10}
+      # how the texts of a batch lie to each other, and what is inside, may be added:
+      # similarity: {weight: 100}
+      # hidden: {weight: 10}
+    """,
+    "decoder": """
+      # the next token's probabilities, never stored as logits, and what each layer hands on
+      logits: {kind: kl, weight: 1}
+      hidden: {kind: cosine, weight: 1}
+    """,
+    "encoder": """
+      # scores of attention, hidden states and embeddings, as TinyBERT matches them
+      attention: {kind: score_mse, weight: 1}
+      hidden: {weight: 1}
+      embedding: {weight: 1}
+    """,
+    "task": """
+      # inside, and the teacher's answers; labels: {weight: 1} would add those of the file
+      attention: {kind: score_mse, weight: 1}
+      hidden: {weight: 1}
+      logits: {kind: KIND, weight: 1}
+    """,
+}
+# tokens of a block or row, where the model reads as many, and how fast it learns
+_LENGTHS: dict[Job, int] = {"embedding": 128, "decoder": 512, "encoder": 128, "task": 128}
+_RATES: dict[Job, str] = {
+    "embedding": "3.0e-4",
+    "decoder": "5.0e-4",
+    "encoder": "3.0e-4",
+    "task": "1.0e-4",
+}
+
+
+def first_recipe(teacher: str, data: str, *, layers: int | None, task: str | None) -> str:
+    """A recipe as text, with comments.
+
+    Args:
+        teacher: folder, hub name or `package:NAME/FOLDER`.
+        data: what `data.train` takes, or the folder of the task.
+        layers: of the student; half of the teacher's where not given.
+        task: name of a task of GLUE that the teacher was tuned on.
+
+    Raises:
+        UserError: a teacher that can't be read, is no stack of layers or fits no job, more layers
+            than it has, or an unknown task.
+    """
+    source = ModelSource(teacher)
+    config = read_config(resolve_model(source), f"teacher {teacher}")
+    depth = getattr(config, "num_hidden_layers", None)
+    if not isinstance(depth, int) or depth < 2 or config.is_encoder_decoder:
+        raise UserError(
+            f"teacher {teacher}: a {config.model_type} with no single stack of layers; fastkd "
+            "distils encoders and decoders"
+        )
+    if layers is not None and layers > depth:
+        raise UserError(f"--layers {layers}, but the teacher has {depth}; give fewer")
+    layers = layers or depth // 2
+    job = _job(source, config, task)
+    copied = ", ".join(map(str, make_layer_map("uniform", layers, depth).sources()))
+    head = _HEAD.format(
+        teacher=printable(teacher), depth=depth, width=config.hidden_size, layers=layers
+    )
+    body = _BODY.format(
+        teacher=json.dumps(teacher),
+        layers=layers,
+        copied=copied,
+        head="\n  head: causal_lm" if job == "decoder" else "",
+        losses=_losses(job, task),
+        data=_data(job, data, task, _length(job, config)),
+        rate=_RATES[job],
+        output=json.dumps(f"runs/{_short(teacher)}-{layers}"),
+    )
+    return head + body
+
+
+_HEAD = """\
+# {teacher} of {depth} layers and width {width}, made smaller: {layers} layers.
+#   fastkd doctor FILE      what the run will need, in time and memory
+#   fastkd distill FILE     the run; --resume continues it
+#   fastkd fields           everything that may stand here
+"""
+_BODY = """\
+teacher:
+  model: {teacher}
+student:
+  # copies of the teacher's layers {copied}; fastkd inspect shows which are alike
+  layers: {layers}{head}
+layer_map: uniform
+losses:
+{losses}
+{data}
+train:
+  # a try: good students take thousands
+  steps: 500
+  batch_size: 32
+  learning_rate: {rate}
+  warmup_share: 0.1
+  evaluate_every: 100
+run:
+  output: {output}
+"""
+
+
+def _job(source: ModelSource, config: PreTrainedConfig, task: str | None) -> Job:
+    if task is not None:
+        return "task"
+    if list_modules(source, "none").modules:
+        return "embedding"
+    if _has_head(config, "causal_lm"):
+        return "decoder"
+    for head, spec in HEADS.items():
+        if spec.data == "task" and _has_head(config, head):
+            raise UserError(
+                f"teacher {source.name} has a head for {spec.hub_task}; give --task with its task "
+                "of GLUE, or begin with a recipe of recipes/ for another one"
+            )
+    return "encoder"
+
+
+def _has_head(config: PreTrainedConfig, head: Head) -> bool:
+    known: Any = getattr(modeling_auto, HEADS[head].classes).get(config.model_type, ())
+    own = set(config.architectures or ())
+    return bool(own & {known} if isinstance(known, str) else own & set(known))
+
+
+def _losses(job: Job, task: str | None) -> str:
+    text = textwrap.indent(textwrap.dedent(_LOSSES[job]).strip("\n"), "  ").rstrip()
+    if task is None:
+        return text
+    # a score has no probabilities
+    return text.replace("KIND", "mse" if glue_task(task).regression else "kl")
+
+
+def _data(job: Job, data: str, task: str | None, length: int) -> str:
+    given = json.dumps(data)
+    if task is not None:
+        name = json.dumps(glue_task(task).name)
+        return f"task:\n  name: {name}\n  source: {given}\n  max_length: {length}"
+    lines = [f"data:\n  train: {given}"]
+    if data.endswith((".csv", ".tsv", ".jsonl", ".parquet", ".gz")) and not data.endswith(_PLAIN):
+        lines.append("  # of the columns the one that holds the text\n  text_column: text")
+    if job == "embedding":
+        lines.append("  # every row, or line, is a text by itself; sentence makes some of prose")
+        lines.append(f"  documents: {'sentence' if data == 'python-docs' else 'row'}")
+    # more than the default, so that little text has something to be judged by
+    lines.append(f"  heldout_fraction: 0.05\n  block_size: {length}")
+    return "\n".join(lines)
+
+
+def _length(job: Job, config: PreTrainedConfig) -> int:
+    longest = getattr(config, "max_position_embeddings", None)
+    return min(_LENGTHS[job], longest) if isinstance(longest, int) else _LENGTHS[job]
+
+
+def _short(teacher: str) -> str:
+    """Of a package its name, of a folder or hub name the last part."""
+    name = teacher.removeprefix("package:").split("/")[0 if teacher.startswith("package:") else -1]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:100] or "student"

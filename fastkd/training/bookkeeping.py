@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -142,10 +142,9 @@ class Bookkeeper:
         train, lean = self.run.recipe.train, self.run.recipe.run.lean
         first = min(train.evaluate_every or train.steps, train.steps) if lean else 0
         result = evaluate(self.run, judge_teacher=step == first)
-        if self.run.ranks.is_main:
-            if result.teacher is not None:
-                self.folder.append_metrics({"kind": "teacher", "step": step, **result.teacher})
-            self.folder.append_metrics({"kind": "heldout", "step": step, **result.as_dict()})
+        if result.teacher is not None:
+            self._note({"kind": "teacher", "step": step, **result.teacher})
+        self._note({"kind": "heldout", "step": step, **result.as_dict()})
         if result.teacher is not None:
             self.reporter.say("  ".join(["teacher", *judged_parts(result.teacher)]))
             _doubt(result.teacher, self.reporter)
@@ -157,10 +156,15 @@ class Bookkeeper:
         if self.callbacks.on_evaluate is not None and self.run.ranks.is_main:
             self.callbacks.on_evaluate(step, result)
 
-    def _write(self, step: int, record: dict[str, Any]) -> None:
+    def _note(self, record: dict[str, Any]) -> None:
+        """Write a line of metrics, here and in the tracker."""
         if self.run.ranks.is_main:
             self.folder.append_metrics(record)
-            _write_events(self.run, record)
+            if self.run.engine.monitor is not None:
+                self.run.engine.monitor.write_events(list(events(record)))
+
+    def _write(self, step: int, record: dict[str, Any]) -> None:
+        self._note(record)
         self.reporter.metrics(step, self.run.recipe.train.steps, _parts(record))
         if self.callbacks.on_step is not None and self.run.ranks.is_main:
             self.callbacks.on_step(step, record)
@@ -239,10 +243,19 @@ def _parts(record: dict[str, Any]) -> list[str]:
     return parts + [f"{record[name]:,.0f} {name.removesuffix('_per_second')}/s" for name in speeds]
 
 
-def _write_events(run: Run, record: dict[str, Any]) -> None:
-    if run.engine.monitor is None:
-        return
-    step = record["step"]
-    events = [("train/loss", record["loss"], step), ("train/lr", record["learning_rate"], step)]
-    events += [(f"train/{label}", value, step) for label, value in record["losses"].items()]
-    run.engine.monitor.write_events(events)
+def events(record: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
+    """The numbers of a line of `metrics.jsonl` for a tracker: name, value and step.
+
+    Names are those of the line, put together: `train/learning_rate`, `heldout/pairs/stsb`; losses
+    are `train/hidden/1-2`, and what each adds to the total is left to their weights.
+    """
+    yield from _numbers(record["kind"], record, record["step"])
+
+
+def _numbers(name: str, value: Any, step: int) -> Iterator[tuple[str, float, int]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key not in ("step", "weighted"):
+                yield from _numbers(name if key == "losses" else f"{name}/{key}", inner, step)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, float(value), step

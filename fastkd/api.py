@@ -117,7 +117,7 @@ def distill(
     """
     if isinstance(recipe, FinetuneRecipe):
         raise UserError("recipe is a FinetuneRecipe, expected a Recipe; call fastkd.finetune")
-    given = _tree(recipe), {**(overrides or {}), **dotted}
+    given = _tree(recipe), _together(overrides, dotted)
     parsed = parse_recipe(_replaced(*given), _name(recipe))
     return _run(parsed, parsed.student.head, resume, quiet, Callbacks(on_step, on_evaluate))
 
@@ -138,7 +138,7 @@ def finetune(
     """
     if isinstance(recipe, Recipe):
         raise UserError("recipe is a Recipe, expected a FinetuneRecipe; call fastkd.distill")
-    given = _tree(recipe), {**(overrides or {}), **dotted}
+    given = _tree(recipe), _together(overrides, dotted)
     parsed = parse_finetune_recipe(_replaced(*given), _name(recipe))
     callbacks = Callbacks(on_step, on_evaluate)
     return _run(parsed, parsed.task.kind, resume, quiet, callbacks)
@@ -183,11 +183,20 @@ def evaluate(
         UserError: the run is not finished, or an override does not fit.
     """
     folder = RunFolder(str(run.folder) if isinstance(run, RunResult) else os.fspath(run))
-    given = _written({**(overrides or {}), **dotted})
+    given = _written(_together(overrides, dotted))
     with session(quiet=quiet) as (ranks, reporter):
         found = evaluate_run(folder, given, ranks)
         print_evaluation(found.as_dict(), reporter)
     return found
+
+
+def _together(overrides: Mapping[str, Any] | None, dotted: dict[str, Any]) -> dict[str, Any]:
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise UserError(
+            f"overrides is a {type(overrides).__name__}, expected a mapping of dotted keys to "
+            'values, as in {"train.steps": 10}'
+        )
+    return {**(overrides or {}), **dotted}
 
 
 def _tree(recipe: AnyPath | Mapping[str, Any] | Recipe | FinetuneRecipe) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def test_a_model_is_tuned(tmp_path: Path) -> None:
     assert found.summary["after"]["score"] == fastkd.evaluate(found, quiet=True).judged["score"]
 
 
-BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
+BAD: dict[str, tuple[Any, Any, str]] = {
     "no file": ("absent.yaml", {}, "absent.yaml: not a readable recipe"),
     "no recipe": (3, {}, "recipe is a int, expected the path of a YAML file, a mapping"),
     "a key that is none": (
@@ -188,6 +188,11 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "an argument that is none": (None, {"resum": True}, "resum: unknown key"),
     "a value that no file holds": (None, {"train.steps": object()}, "override train.steps: "),
+    "overrides as a command line has them": (
+        None,
+        ["train.steps=3"],
+        "overrides is a list, expected a mapping of dotted keys to values",
+    ),
     "two overrides of one": (
         None,
         {"train.steps": 3, "train": {"steps": 4}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +197,7 @@ def written(run: Path) -> set[tuple[str, int, float]]:
     found: set[tuple[str, int, float]] = set()
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
+        assert datetime.fromisoformat(record["time"]).tzinfo is not None
         kind, step = record["kind"], record["step"]
         names = {"train": ["loss", "learning_rate", "gradient_norm"], "heldout": ["total"]}[kind]
         found |= {(f"{kind}/{name}", step, rounded(record[name])) for name in names}

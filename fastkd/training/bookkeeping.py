@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from fastkd.data.prefetch import Prefetched
@@ -156,18 +157,20 @@ class Bookkeeper:
         if self.callbacks.on_evaluate is not None and self.run.ranks.is_main:
             self.callbacks.on_evaluate(step, result)
 
-    def _note(self, record: dict[str, Any]) -> None:
-        """Write a line of metrics, here and in the tracker."""
+    def _note(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Write a line of metrics, here and in the tracker; the line, with the time of day."""
+        line = {**record, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
         if self.run.ranks.is_main:
-            self.folder.append_metrics(record)
+            self.folder.append_metrics(line)
             if self.run.engine.monitor is not None:
-                self.run.engine.monitor.write_events(list(events(record)))
+                self.run.engine.monitor.write_events(list(events(line)))
+        return line
 
     def _write(self, step: int, record: dict[str, Any]) -> None:
-        self._note(record)
+        line = self._note(record)
         self.reporter.metrics(step, self.run.recipe.train.steps, _parts(record))
         if self.callbacks.on_step is not None and self.run.ranks.is_main:
-            self.callbacks.on_step(step, record)
+            self.callbacks.on_step(step, line)
 
     def _save(self, step: int) -> None:
         """Write a checkpoint of weights that are finite.

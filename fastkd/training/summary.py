@@ -134,4 +134,4 @@ def judged_parts(judged: Mapping[str, Any]) -> list[str]:
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in ("kind", "step")}
+    return {key: value for key, value in record.items() if key not in ("kind", "step", "time")}

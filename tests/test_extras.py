@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 def test_pyproject_and_what_is_asked_for_agree() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
+    assert extras["all"] == [f"fastkd[{','.join(sorted(PACKAGES))}]"]
     for extra, packages in PACKAGES.items():
         named = {re.split(r"[^A-Za-z0-9._-]", line)[0] for line in extras[extra]}
         assert named == set(packages.values()), extra

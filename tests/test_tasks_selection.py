@@ -18,7 +18,7 @@ import fastkd
 from fastkd.data.factory import make_datamodule
 from fastkd.data.tasks import Examples, read_examples
 from fastkd.data.tasks.datamodule import TaskDataModule
-from fastkd.data.tasks.selection import split_off
+from fastkd.data.tasks.selection import first_of, split_off
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.recipe import parse_finetune_recipe
@@ -61,6 +61,21 @@ def test_neither_order_nor_form_of_the_files_decides(tmp_path: Path) -> None:
     there = read_examples(PAIRS, tmp_path, "train", tmp_path)
     for found, expected in zip(split_off(there, SHARE), split_off(pairs(), SHARE), strict=True):
         assert sorted(found) == sorted(expected)
+
+
+def test_some_are_the_same_whatever_the_order_and_more_hold_fewer() -> None:
+    examples = pairs()
+    mixed = list(range(len(examples)))
+    random.Random(0).shuffle(mixed)
+    other = Examples(examples.name, [examples.texts[n] for n in mixed], examples.labels[mixed])
+    some = first_of(examples, 20)
+    assert len(some) == 20 and sorted(some) == sorted(first_of(other, 20))
+    assert set(some.texts) < set(first_of(examples, 50).texts)
+    # in the order of the file
+    assert [row for row in examples if row in list(some)] == list(some)
+    assert list(first_of(examples, 1000)) == list(examples)
+    with pytest.raises(UserError, match=r"task\.examples is 1, which takes 1 of .* one label"):
+        first_of(examples, 1)
 
 
 def test_scores_stay_scores() -> None:

@@ -320,6 +320,60 @@ def test_other_teachers_data_and_losses_have_other_folders(folder: Path, ranks: 
     assert len(folders) == 7
 
 
+def of_all(folder: Path, ranks: Ranks, **sections: Any) -> tuple[Run, CachePlan]:
+    """A run that stores what any losses and mapping of layers read."""
+    teacher = {**cached(folder, "exact"), "cache_attention": "recomputed", "cache_states": "all"}
+    run = set_up(load_recipe(write_recipe(folder, "run", teacher=teacher, **sections)), ranks)
+    plan = plan_cache(run, REMADE)
+    plan.use(run, progress=False)
+    return run, plan
+
+
+def test_runs_of_other_losses_and_mappings_share_what_all_could_read(
+    folder: Path, ranks: Ranks
+) -> None:
+    # the first reads nothing above its second layer, and fills all the same
+    first = {"losses": {"hidden": {}, "labels": {}}, "layer_map": "first"}
+    drawn = {"kind": "random", "redraw": "step"}
+    others: list[dict[str, Any]] = [
+        {"losses": LOSSES},
+        {"losses": {"logits": {}}},
+        {"losses": {"attention": {"kind": "kl"}}, "layer_map": "last"},
+        {"losses": {"attention": {}, "hidden": {}}, "layer_map": drawn},
+        {"losses": {"hidden": {}}, "layer_map": "emd"},
+    ]
+    folders = set()
+    for number, sections in enumerate([first, *others]):
+        run, plan = of_all(folder, ranks, **sections)
+        assert plan.filled == (number > 0)
+        folders.add(plan.folder)
+        (inputs,) = run.micro_batches().next_step(0)
+        wanted = run.objective.layers("teacher")
+        mask = inputs["attention_mask"].bool()
+        found, expected = tensors(run.teacher(inputs)), tensors(run.teacher.record(inputs, wanted))
+        if not run.objective.reads_values:
+            expected = {n: tensor for n, tensor in expected.items() if not n.startswith("value")}
+        assert expected.keys() <= found.keys() <= expected.keys() | {"logits"}
+        for name, tensor in expected.items():
+            ours, theirs = valid(name, found[name], mask), valid(name, tensor, mask)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert len(folders) == 1
+    assert {field.name for field in plan.layout.fields} == {
+        *(f"hidden-{layer}" for layer in range(5)),
+        "logits",
+    }
+
+
+def test_what_all_does_not_hold_is_refused(folder: Path, ranks: Ranks) -> None:
+    path = "bert.encoder.layer.1.output"
+    named = {"hidden": {"student_module": path, "teacher_module": path}}
+    with pytest.raises(UserError, match=r"cache_states is all, .* read submodules; set it to read"):
+        of_all(folder, ranks, losses=named)
+    wrong = {**cached(folder, "exact"), "cache_states": "all"}
+    with pytest.raises(UserError, match="cache_states is all, but cache_attention is stored; set"):
+        load_recipe(write_recipe(folder, "run", teacher=wrong))
+
+
 def test_no_room_is_refused_before_anything_is_written(
     folder: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,7 @@ from fastkd.data.tasks import (
 from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.tasks.questions import QuestionForm, Questions, read_questions
 from fastkd.data.tasks.read import ExampleSource
-from fastkd.data.tasks.selection import SELECTION, split_off
+from fastkd.data.tasks.selection import SELECTION, first_of, split_off
 from fastkd.data.tasks.tokenized import Form
 from fastkd.data.tasks.words import TaggedTexts, WordForm, read_words
 from fastkd.data.text import TextSettings, prepare_corpus
@@ -219,6 +219,9 @@ def _task_datamodule(
             assert isinstance(whole, Examples), "a recipe selects from texts alone"
             read, part = split_off(whole, section.selection.share)
             sets = {SELECTION: part} if section.selection.scored else {}
+        if section.examples is not None:
+            assert isinstance(read, Examples), "a recipe takes some of texts alone"
+            read = first_of(read, section.examples)
         train: ExampleSource = read
         if section.augmentation is not None:
             assert isinstance(read, Examples), "a recipe augments texts alone"

@@ -16,6 +16,7 @@ from fastkd.types import Combine, EightBits, Head, ModelSource
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 CacheForm = Literal["none", "exact", "bfloat16", "float16", "int8"]
 CacheAttention = Literal["stored", "recomputed"]
+CacheStates = Literal["read", "all"]
 STARTS = ("teacher", "importance", "random")
 """Words of `student.init`, which name no folder."""
 # more than any model has
@@ -96,6 +97,10 @@ class Teacher(Section):
     """Of the attention that losses read, queries, keys and values are stored, or the hidden states
     below their blocks, from which the teacher's own norms and projections make them in every step:
     most often less room, for a part of the teacher's work."""
+    cache_states: CacheStates = "read"
+    """Whether what the losses of this recipe read is stored, or with `cache_attention: recomputed`
+    the states of all layers and what the head gives, which runs with other losses and mappings of
+    the same teacher and data read as well."""
     cache_folder: Place = "~/.cache/fastkd"
     """Folder of stored states, shared by all runs."""
     cache_limit: float = Field(default=100, gt=0, le=1e6)
@@ -112,6 +117,11 @@ class Teacher(Section):
             raise ValueError(
                 f"cache_attention is {self.cache_attention}, but cache is none, so nothing is "
                 "stored; give cache=exact or bfloat16, or leave cache_attention out"
+            )
+        if self.cache_states == "all" and self.cache_attention != "recomputed":
+            raise ValueError(
+                f"cache_states is all, but cache_attention is {self.cache_attention}; set it to "
+                "recomputed, or cache_states to read"
             )
         if self.overlap and (self.cache != "none" or self.placement != "replicate"):
             found = f"placement is {self.placement}, whose weights are gathered in turn"

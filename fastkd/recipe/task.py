@@ -136,6 +136,9 @@ class TaskData(Section):
     selection: TaskSelection | None = None
     """Which examples of `train` are kept out of training, of a task of texts; none where not given.
     Those that are trained on are counted and multiplied without them."""
+    examples: int | None = Field(default=None, ge=1, le=MOST_ROWS)
+    """How many examples of `train` are trained on, at most, of a task of texts: those whose texts
+    come first by a hash, whatever the order of the file; all where not given."""
     cache: Place = "~/.cache/fastkd"
     """Folder of tokenised examples, shared by all runs."""
 
@@ -195,6 +198,7 @@ class TaskData(Section):
             "bounds": self.bounds is not None,
             "augmentation": self.augmentation is not None,
             "selection": self.selection is not None,
+            "examples": self.examples is not None,
             "class_weights": self.class_weights is not None,
             "padding: none": self.padding == "none",
         }

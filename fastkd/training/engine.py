@@ -137,13 +137,16 @@ class TeacherRunner:
                     self._run(**read)
         return self._condensed(states, inputs)
 
-    def record(self, inputs: Inputs, wanted: Wanted | None = None) -> Capture:
-        """Run as deep as the objective ever needs, and return what it may ever need, or what is
-        named."""
+    def record(
+        self, inputs: Inputs, wanted: Wanted | None = None, *, whole: bool = False
+    ) -> Capture:
+        """Run as deep as the objective ever needs, or all of it, and return what it may ever need,
+        or what is named."""
         wanted = self.objective.all_layers("teacher") if wanted is None else wanted
         recorded = capture(self.model, **wanted)
         reads = reading(self.model, teacher_inputs(inputs))
-        with torch.no_grad(), self._cut, reads as read, recorded as states:
+        cut = nullcontext() if whole else self._cut
+        with torch.no_grad(), cut, reads as read, recorded as states:
             self._run(**read)
         return self._condensed(states, inputs)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastkd.data.tasks.read import Examples
-from fastkd.data.text.split import is_held_out
+from fastkd.data.text.split import content_hash, is_held_out
 from fastkd.errors import UserError
 
 SELECTION = "selection"
@@ -44,6 +44,24 @@ def split_off(examples: Examples, share: float) -> tuple[Examples, Examples]:
             "a larger share, or leave task.selection out"
         )
     return _taken(examples, ~chosen, examples.name), part
+
+
+def first_of(examples: Examples, count: int) -> Examples:
+    """So many examples, in the order of the file; all where there are no more.
+
+    Raises:
+        UserError: of a classification, they all have one label.
+    """
+    places = sorted(range(len(examples)), key=lambda n: content_hash("\0".join(examples.texts[n])))
+    chosen = np.zeros(len(examples), dtype=bool)
+    chosen[places[:count]] = True
+    part = _taken(examples, chosen, examples.name)
+    if len(np.unique(part.labels)) < 2:
+        raise UserError(
+            f"task.examples is {count}, which takes {len(part)} of {examples.name} that all have "
+            "one label; give more"
+        )
+    return part
 
 
 def _taken(examples: Examples, chosen: np.ndarray, name: str) -> Examples:

@@ -17,6 +17,7 @@ from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.text.cache import cache_key, is_complete
 from fastkd.data.text.datamodule import TextDataModule
 from fastkd.errors import UserError
+from fastkd.head_spec import HEADS
 from fastkd.losses import model_inputs
 from fastkd.losses.factory import embedding_losses
 from fastkd.models.digests import model_digests
@@ -108,10 +109,13 @@ def plan_cache(run: Run, form: Form) -> CachePlan:
     recipe, teacher = run.recipe, run.teacher
     assert isinstance(recipe, Recipe) and isinstance(teacher, TeacherRunner)
     (inputs,), rows = first_batches(run, 1), _rows_of(run)
+    whole = recipe.teacher.cache_states == "all"
     wanted = run.objective.all_layers("teacher")
+    if whole:
+        wanted = _of_all_layers(run, recipe, wanted)
     if not wanted["attention"]:
         form = Form(form.precision)
-    states = teacher.record(inputs, _recorded(wanted, recomputed=True))
+    states = teacher.record(inputs, _recorded(wanted, recomputed=True), whole=whole)
     if not run.objective.reads_values:
         states = without_values(states)
     fields = _fields_of_forms(states, wanted, inputs)
@@ -126,6 +130,7 @@ def plan_cache(run: Run, form: Form) -> CachePlan:
         fields=fields[form],
         recorded=_recorded(wanted, recomputed),
         template=constant_part(states),
+        whole=whole,
         recomputed=try_recomputing(teacher.model, model_inputs(inputs), wanted["attention"])
         if recomputed
         else None,
@@ -235,6 +240,29 @@ def _fields_of_forms(
         for precision, dtype in precisions.items()
         for attention, kept in stored.items()
     }
+
+
+def _of_all_layers(run: Run, recipe: Recipe, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `capture` that other losses and mappings read as well.
+
+    Raises:
+        UserError: the losses read something besides layers and the head.
+    """
+    besides = {
+        "several teachers": bool(recipe.teacher.others),
+        "embeddings of whole texts": wanted["outputs"],
+        "submodules": bool(wanted["modules"]),
+    }
+    for what, given in besides.items():
+        if given:
+            raise UserError(
+                "teacher.cache_states is all, which stores the states of layers and what the head "
+                f"gives, but the losses read {what}; set it to read"
+            )
+    assert isinstance(run.teacher, TeacherRunner)
+    depth = run.teacher.model.config.num_hidden_layers
+    has_head = bool(HEADS[recipe.student.head].losses)
+    return {**wanted, "hidden": set(range(depth + 1)), "logits": has_head}
 
 
 def _others_of(run: Run, recipe: Recipe) -> dict[str, Any]:

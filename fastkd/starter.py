@@ -24,6 +24,7 @@ from fastkd.models.sentence_folder import list_modules
 from fastkd.types import Head, ModelSource
 
 Job = Literal["embedding", "decoder", "encoder", "task"]
+_DECODER: Head = next(head for head, spec in HEADS.items() if spec.labels == "next_token")
 
 # texts that are told apart by their lines; others are read by the column `text`
 _PLAIN = (".txt", ".txt.gz")
@@ -96,7 +97,7 @@ def first_recipe(teacher: str, data: str, *, layers: int | None, task: str | Non
         teacher=json.dumps(teacher),
         layers=layers,
         copied=copied,
-        head="\n  head: causal_lm" if job == "decoder" else "",
+        head=f"\n  head: {_DECODER}" if job == "decoder" else "",
         losses=_losses(job, task),
         data=_data(job, data, task, _length(job, config)),
         rate=_RATES[job],
@@ -138,7 +139,7 @@ def _job(source: ModelSource, config: PreTrainedConfig, task: str | None) -> Job
         return "task"
     if list_modules(source, "none").modules:
         return "embedding"
-    if _has_head(config, "causal_lm"):
+    if _has_head(config, _DECODER):
         return "decoder"
     for head, spec in HEADS.items():
         if spec.data == "task" and _has_head(config, head):

@@ -302,6 +302,7 @@ def fields(
 
     root: type[Section] = FinetuneRecipe if of == "finetune" else Recipe
     if of == "study":
+        need("fastkd fields --of study", "study")
         from fastkd.study.spec import StudySpec as root
     print(listed(chosen_fields(fields_of(root), key), shutil.get_terminal_size().columns))
 

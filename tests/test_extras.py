@@ -60,6 +60,7 @@ def test_a_run_needs_no_extra_and_what_does_says_so(tmp_path: Path) -> None:
         "distill": ["distill", str(recipe)],
         "evaluate": ["evaluate", str(tmp_path / "run")],
         "study": ["study", str(write_study(tmp_path))],
+        "fields": ["fields", "--of", "study"],
         "export": ["export", str(tmp_path / "run"), "--onnx"],
         "inspect": ["inspect", teacher, teacher, "--data", "none", "--output", "pictures"],
         "task": ["distill", str(task)],
@@ -70,12 +71,14 @@ def test_a_run_needs_no_extra_and_what_does_says_so(tmp_path: Path) -> None:
     codes, imported = json.loads(done.stdout.splitlines()[-1])
     assert dict(zip(commands, codes, strict=True)) == {
         **dict.fromkeys(("distill", "evaluate"), 0),
-        **dict.fromkeys(("study", "export", "inspect", "task", "monitor"), 2),
+        **dict.fromkeys(("study", "fields", "export", "inspect", "task", "monitor"), 2),
     }
     assert imported == []
     assert "<svg" in (tmp_path / "run" / "report.html").read_text()
     assert [line for line in done.stderr.splitlines() if line.startswith("fastkd: ")] == [
         "fastkd: fastkd study needs optuna and cmaes and matplotlib; pip install 'fastkd[study]'",
+        "fastkd: fastkd fields --of study needs optuna and cmaes and matplotlib; pip install "
+        "'fastkd[study]'",
         "fastkd: fastkd export --onnx needs onnx and onnxruntime and onnxscript; pip install "
         "'fastkd[onnx]'",
         "fastkd: fastkd inspect --output needs matplotlib; pip install 'fastkd[study]'",

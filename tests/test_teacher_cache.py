@@ -333,7 +333,7 @@ def test_runs_of_other_losses_and_mappings_share_what_all_could_read(
     folder: Path, ranks: Ranks
 ) -> None:
     # the first reads nothing above its second layer, and fills all the same
-    first = {"losses": {"hidden": {}, "labels": {}}, "layer_map": "first"}
+    first = {"losses": {"hidden": {}}, "layer_map": "first"}
     drawn = {"kind": "random", "redraw": "step"}
     others: list[dict[str, Any]] = [
         {"losses": LOSSES},
@@ -346,6 +346,7 @@ def test_runs_of_other_losses_and_mappings_share_what_all_could_read(
     for number, sections in enumerate([first, *others]):
         run, plan = of_all(folder, ranks, **sections)
         assert plan.filled == (number > 0)
+        describe(run, plan, Reporter(silent=True))
         folders.add(plan.folder)
         (inputs,) = run.micro_batches().next_step(0)
         wanted = run.objective.layers("teacher")

@@ -137,15 +137,15 @@ class TeacherRunner:
                     self._run(**read)
         return self._condensed(states, inputs)
 
-    def record(
-        self, inputs: Inputs, wanted: Wanted | None = None, *, whole: bool = False
-    ) -> Capture:
-        """Run as deep as the objective ever needs, or all of it, and return what it may ever need,
-        or what is named."""
+    def record(self, inputs: Inputs, wanted: Wanted | None = None) -> Capture:
+        """Run as deep as the objective ever needs, and return what it may ever need; or what is
+        named, be it deeper."""
         wanted = self.objective.all_layers("teacher") if wanted is None else wanted
+        depth = self.objective.teacher_depth
+        deepest = max(wanted["attention"] | wanted["hidden"], default=0)
+        cut = self._cut if depth is None or deepest <= depth else nullcontext()
         recorded = capture(self.model, **wanted)
         reads = reading(self.model, teacher_inputs(inputs))
-        cut = nullcontext() if whole else self._cut
         with torch.no_grad(), cut, reads as read, recorded as states:
             self._run(**read)
         return self._condensed(states, inputs)

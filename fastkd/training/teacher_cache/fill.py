@@ -104,7 +104,7 @@ def _write_share(run: Run, folder: Path, layout: Layout, rows: Rows, progress: b
             places = [place for place, row in enumerate(inputs[ROWS].tolist()) if not seen[row]]
             seen[inputs[ROWS].numpy()] = True
             if number % ranks.world_size == ranks.rank:
-                states = run.teacher.record(run.move(inputs), layout.recorded, whole=layout.whole)
+                states = run.teacher.record(run.move(inputs), layout.recorded)
                 for field, file in zip(layout.fields, files, strict=True):
                     bits = to_store(states, field).numpy()
                     for place in places:

@@ -98,8 +98,6 @@ class Layout:
     """Keyword arguments of `capture` for the pass that fills it."""
     template: Capture
     """Of one batch: what is the same for all rows, such as scales and the weights of a head."""
-    whole: bool = False
-    """Whether the pass that fills it goes through all layers, not only those that losses read."""
     recomputed: RecomputedAttention | None = None
     """What makes queries, keys and values, where they are not stored."""
 

@@ -109,13 +109,12 @@ def plan_cache(run: Run, form: Form) -> CachePlan:
     recipe, teacher = run.recipe, run.teacher
     assert isinstance(recipe, Recipe) and isinstance(teacher, TeacherRunner)
     (inputs,), rows = first_batches(run, 1), _rows_of(run)
-    whole = recipe.teacher.cache_states == "all"
     wanted = run.objective.all_layers("teacher")
-    if whole:
+    if recipe.teacher.cache_states == "all":
         wanted = _of_all_layers(run, recipe, wanted)
     if not wanted["attention"]:
         form = Form(form.precision)
-    states = teacher.record(inputs, _recorded(wanted, recomputed=True), whole=whole)
+    states = teacher.record(inputs, _recorded(wanted, recomputed=True))
     if not run.objective.reads_values:
         states = without_values(states)
     fields = _fields_of_forms(states, wanted, inputs)
@@ -130,7 +129,6 @@ def plan_cache(run: Run, form: Form) -> CachePlan:
         fields=fields[form],
         recorded=_recorded(wanted, recomputed),
         template=constant_part(states),
-        whole=whole,
         recomputed=try_recomputing(teacher.model, model_inputs(inputs), wanted["attention"])
         if recomputed
         else None,

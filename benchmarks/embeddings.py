@@ -4,11 +4,11 @@
 all-MiniLM-L6-v2 is distilled to 3 layers on single sentences of the corpus and of GLUE, by
 `embedding_loop.py` and by recipes that match what is inside, what is given out, or both; `stored`
 matches what is given out as well, by embeddings of the teacher in fp32 that are made first, and
-trains the vocabulary. First all make steps in turn, on a machine that should do nothing else, from
-which follows how many each makes in the given time. Then each is trained for so many with every
-seed, whatever else the machine does, and scored on pairs of STS-B: Spearman of the cosine of
-embeddings. A run that the output holds already is not made again; `--times` takes the times of a
-step from another output.
+trains the vocabulary, or leaves it as it was. First all make steps in turn, on a machine that
+should do nothing else, from which follows how many each makes in the given time. Then each is
+trained for so many with every seed, whatever else the machine does, and scored on pairs of STS-B:
+Spearman of the cosine of embeddings. A run that the output holds already is not made again;
+`--times` takes the times of a step from another output.
 """
 
 import argparse
@@ -52,6 +52,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "both": {**INSIDE, **OUTSIDE},
     "both and similarity": {**INSIDE, **OUTSIDE, **SIMILARITY},
     "stored": OUTSIDE,
+    "stored, frozen vocabulary": OUTSIDE,
 }
 PEER, STORED = "loop", "stored"
 STEP, BEFORE = "seconds of a step", "seconds before the first step"
@@ -103,9 +104,11 @@ def _column_texts(task: Path, columns: slice, header: bool) -> set[str]:
 
 
 def recipe_of(name: str, texts: Path, folder: Path, steps: int, seed: int) -> Any:
-    stored = {"cache": "exact", "cache_folder": str(texts.parent / "embeddings")}
+    # a folder for each, so that each is timed with its own
+    stored = {"cache": "exact", "cache_folder": str(texts.parent / name)}
+    teacher = stored if name.startswith(STORED) else {"dtype": "int8"}
     return {
-        "teacher": {"model": TEACHER, **(stored if name == STORED else {"dtype": "int8"})},
+        "teacher": {"model": TEACHER, **teacher},
         "student": {"layers": 3, "freeze_word_embeddings": name != STORED},
         "losses": LOSSES[name],
         "data": {

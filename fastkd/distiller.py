@@ -11,7 +11,6 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from fastkd.capture import CompiledCapture, route_attention, try_model
 from fastkd.capture.compiled import check_not_compiled
@@ -25,6 +24,7 @@ from fastkd.losses.factory import capture_needs, embedding_losses, make_objectiv
 from fastkd.losses.heads import HeadLoss
 from fastkd.losses.objective import DistilledStudent
 from fastkd.losses.registry import loss_class
+from fastkd.models import head_of_classes
 from fastkd.recipe import Losses, complain
 from fastkd.section import Section
 from fastkd.training.engine import TeacherRunner
@@ -395,15 +395,7 @@ def _given(losses: object, layer_map: object) -> _Given:
 
 
 def _head_of(model: PreTrainedModel) -> Head:
-    names = {kind.__name__ for kind in type(model).__mro__}
-    # a class that is listed as both predicts masked tokens
-    for head in reversed(HEADS):
-        classes: Mapping[str, str | tuple[str, ...]]
-        classes = getattr(modeling_auto, HEADS[head].classes) if HEADS[head].classes else {}
-        for found in classes.values():
-            if names & ({found} if isinstance(found, str) else set(found)):
-                return head
-    return "none"
+    return head_of_classes({kind.__name__ for kind in type(model).__mro__})
 
 
 def _common_head(student: PreTrainedModel, teacher: PreTrainedModel) -> Head:

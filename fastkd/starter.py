@@ -10,16 +10,15 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import PreTrainedConfig
-from transformers.models.auto import modeling_auto
 
 from fastkd.data.tasks import glue_task
 from fastkd.errors import UserError, printable
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import make_layer_map
-from fastkd.models import read_config, resolve_model
+from fastkd.models import head_of_classes, read_config, resolve_model
 from fastkd.models.sentence_folder import list_modules
 from fastkd.types import Head, ModelSource
 
@@ -139,21 +138,13 @@ def _job(source: ModelSource, config: PreTrainedConfig, task: str | None) -> Job
         return "task"
     if list_modules(source, "none").modules:
         return "embedding"
-    if _has_head(config, _DECODER):
-        return "decoder"
-    for head, spec in HEADS.items():
-        if spec.data == "task" and _has_head(config, head):
-            raise UserError(
-                f"teacher {source.name} has a head for {spec.hub_task}; give --task with its task "
-                "of GLUE, or begin with a recipe of recipes/ for another one"
-            )
-    return "encoder"
-
-
-def _has_head(config: PreTrainedConfig, head: Head) -> bool:
-    known: Any = getattr(modeling_auto, HEADS[head].classes).get(config.model_type, ())
-    own = set(config.architectures or ())
-    return bool(own & {known} if isinstance(known, str) else own & set(known))
+    head = head_of_classes(set(config.architectures or ()))
+    if HEADS[head].data == "task":
+        raise UserError(
+            f"teacher {source.name} has a head for {HEADS[head].hub_task}; give --task with its "
+            "task of GLUE, or begin with a recipe of recipes/ for another one"
+        )
+    return "decoder" if head == _DECODER else "encoder"
 
 
 def _losses(job: Job, task: str | None) -> str:

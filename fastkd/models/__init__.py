@@ -24,6 +24,7 @@ from fastkd.models.digests import (
 )
 from fastkd.models.embedding import UnknownModule, read_embedding
 from fastkd.models.load import (
+    head_of_classes,
     load_student,
     load_teacher,
     load_tokenizer,
@@ -67,6 +68,7 @@ __all__ = [
     "check_same_vocabulary",
     "drawn_model",
     "dropout_rates",
+    "head_of_classes",
     "load_student",
     "load_teacher",
     "load_tokenizer",

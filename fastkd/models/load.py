@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto import modeling_auto
 
 from fastkd.capture import set_attention
 from fastkd.errors import UserError
@@ -36,6 +38,18 @@ from fastkd.types import Head, ModelSource
 def auto_model(head: Head) -> Any:
     """The class of transformers that loads a model with a head."""
     return getattr(transformers, HEADS[head].auto_model)
+
+
+def head_of_classes(names: Set[str]) -> Head:
+    """The head of a model whose class, or one above it, has one of these names."""
+    # a class that is listed as both predicts masked tokens
+    for head in reversed(HEADS):
+        classes: Mapping[str, str | tuple[str, ...]]
+        classes = getattr(modeling_auto, HEADS[head].classes) if HEADS[head].classes else {}
+        for found in classes.values():
+            if names & ({found} if isinstance(found, str) else set(found)):
+                return head
+    return "none"
 
 
 def load_teacher(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from fastkd.recipe import read_tree
 from fastkd.reporting.console import Reporter
 from fastkd.reporting.report import TOTAL, Rows, loss_rows, model_rows, print_summary
 from fastkd.reporting.scores import score_values
+from fastkd.training.continuation import flat
 from fastkd.training.run_folder import RunFolder
 
 _NOTHING = "-"
@@ -35,7 +36,7 @@ def report_runs(folders: Sequence[Path], reporter: Reporter) -> None:
         print_summary(summaries[0], reporter)
         return
     heads = ("", *_names(folders))
-    recipes = [dict(_leaves(read_tree(run.recipe))) for run in runs]
+    recipes = [_fields(read_tree(run.recipe)) for run in runs]
     tables = {
         "recipe, what differs": differences(recipes),
         "scores of the student": _beside(summaries, lambda s: score_values(s["after"])),
@@ -58,12 +59,10 @@ def differences(recipes: Sequence[Mapping[str, str]]) -> Rows:
     ]
 
 
-def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(tree, dict) and tree:
-        for name, value in tree.items():
-            yield from _leaves(value, f"{key}.{name}" if key else str(name))
-    elif tree is not None:
-        yield key, tree if isinstance(tree, str) else json.dumps(tree)
+def _fields(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """What a recipe gives, by dotted key, as a file would have it."""
+    given = {key: value for key, value in flat(recipe) if value is not None}
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in given.items()}
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

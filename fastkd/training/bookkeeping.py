@@ -145,10 +145,9 @@ class Bookkeeper:
         result = evaluate(self.run, judge_teacher=step == first)
         if result.teacher is not None:
             self._note({"kind": "teacher", "step": step, **result.teacher})
-        self._note({"kind": "heldout", "step": step, **result.as_dict()})
-        if result.teacher is not None:
             self.reporter.say("  ".join(["teacher", *judged_parts(result.teacher)]))
             _doubt(result.teacher, self.reporter)
+        self._note({"kind": "heldout", "step": step, **result.as_dict()})
         said = [f"held out at step {step}", f"loss {result.total:.4g}"]
         self.reporter.say("  ".join([*said, *judged_parts(result.judged)]))
         self.steering.observe(step, result)

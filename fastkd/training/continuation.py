@@ -65,7 +65,7 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, 
         before: the recipe of the run, as a mapping, its files found.
         now: the recipe that it is continued with, likewise.
     """
-    one, other = dict(_flat(before)), dict(_flat(now))
+    one, other = dict(flat(before)), dict(flat(now))
     # evaluations that decide change what a run comes to
     decided = any(_field(key) in _DECIDES and one[key] is not None for key in one)
     free = _FREE - {"train.evaluate_every"} if decided else _FREE
@@ -151,14 +151,15 @@ def _depends_on_length(recipe: AnyRecipe) -> str | None:
     return None
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field of a recipe, a mapping, by its dotted key; stages are counted from 1."""
     for key, value in tree.items():
         if key == "stages" and not prefix:
             for number, stage in enumerate(value, start=1):
-                yield from _flat(stage, f"stages.{number}.")
+                yield from flat(stage, f"stages.{number}.")
             yield "stages", len(value)
         elif isinstance(value, dict) and (value or f"{prefix}{key}.".startswith("deepspeed.")):
             # an empty section of DeepSpeed's says what a missing one does
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from own_registries import registries_apart
-from pages import Block, all_blocks
+from pages import all_blocks
 from tiny_models import write_text
 from tiny_runs import make_recipe
 from transformers import AutoModel

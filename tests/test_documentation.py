@@ -21,6 +21,7 @@ from pages import (
     all_blocks,
     anchors_of,
     blocks_of,
+    commands_of,
     page_names,
     read_page,
     without_code,
@@ -114,11 +115,6 @@ def test_readme_and_quick_start_have_the_same_recipe() -> None:
     assert not isinstance(recipe, FinetuneRecipe)
     assert recipe.losses is not None and recipe.losses.terms["hidden"].weight == 10
     assert laid_over(long[0], short) == long[0]
-
-
-def commands_of(block: Block) -> list[list[str]]:
-    lines = block.text.replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def file_of(block: Block, path: str) -> Tree:

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo check test lint format benchmark gpu families soak clean
+.PHONY: setup demo check test lint format docs docs-serve benchmark gpu families soak clean
 
 setup: $(VENV)/.installed
 
@@ -33,6 +33,13 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# the documentation, into site/; a link that leads nowhere is an error
+docs: setup
+	$(BIN)/mkdocs build --strict
+
+docs-serve: setup
+	$(BIN)/mkdocs serve
+
 benchmark: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-enable
 
@@ -50,4 +57,4 @@ soak: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/soak/soak.py --seed 0 --minutes 5 --output tests/soak/results.md
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache

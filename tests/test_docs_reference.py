@@ -1,0 +1,192 @@
+"""The reference has a place for all that is registered, and for every key of what runs write."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import fastkd_kernels
+import pytest
+from entries import FILES
+from maps import map_names
+from messages import GAP, refusals
+from pydantic import ValidationError
+from records import Summary, read_line
+from reference import FOLDER, navigation, pages
+from tiny_rows import row_recipe
+from tiny_runs import make_recipe
+from tiny_training import save_classifier, save_encoder, task_section, write_task
+
+import fastkd
+from fastkd.cli import app
+from fastkd.layer_map.sections import MAP_SECTIONS, MapKind
+from fastkd.losses.hidden import HiddenLoss
+from fastkd.losses.registry import BUILT_IN
+from fastkd.recipe.fields import fields_of
+from fastkd.recipe.presets import PRESETS
+from fastkd.recipe.weights import Balance, Schedule
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, str]:
+    return pages()
+
+
+def words(section: Any, field: str) -> tuple[str, ...]:
+    return get_args(section.model_fields[field].annotation)
+
+
+def test_every_kind_has_a_page_that_the_index_links_to(made: dict[str, str]) -> None:
+    maps = {*get_args(MapKind), *MAP_SECTIONS, "list"}
+    assert set(map_names()) == maps
+    kinds = {
+        "losses": BUILT_IN,
+        "maps": maps,
+        "weights": (*words(Balance, "kind"), "schedule"),
+        "fields": ("distill", "finetune", "study"),
+    }
+    for place, names in kinds.items():
+        index = made[f"{FOLDER}/{place}/index.md"]
+        for name in names:
+            assert f"({name}.md)" in index
+            # a title, a paragraph and something in a table or a list
+            assert len(made[f"{FOLDER}/{place}/{name}.md"]) > 200, name
+    assert set(re.findall(r"^## (\S+)$", made[f"{FOLDER}/presets.md"], re.MULTILINE)) == {*PRESETS}
+    schedule = made[f"{FOLDER}/weights/schedule.md"]
+    assert all(f"| `{kind}` | " in schedule for kind in words(Schedule, "kind"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_field_has_a_row(made: dict[str, str], name: str) -> None:
+    page = made[f"{FOLDER}/fields/{name}.md"]
+    entries = list(fields_of(FILES[name][0]))
+    assert len(entries) > 20
+    for entry in entries:
+        assert f"\n| `{entry.key}` | " in page, entry.key
+    assert page.count("\n| `") == len(entries)
+
+
+def test_every_field_of_a_loss_is_on_its_page(made: dict[str, str]) -> None:
+    from fastkd.losses.registry import loss_class
+
+    for name in BUILT_IN:
+        own = loss_class(name).Config.model_fields.keys() - fastkd.LossConfig.model_fields.keys()
+        assert all(f"\n| `{field}` | " in made[f"{FOLDER}/losses/{name}.md"] for field in own)
+
+
+def test_every_command_and_every_public_name_is_there(made: dict[str, str]) -> None:
+    commands = made[f"{FOLDER}/commands.md"]
+    names = [command.name or command.callback.__name__ for command in app.registered_commands]  # type: ignore[union-attr]
+    assert len(names) == 11
+    for name in names:
+        assert f"\n## `fastkd {name}`\n" in commands and f"(#fastkd-{name})" in commands
+    assert "`--resume`" in commands
+    for package in (fastkd, fastkd_kernels):
+        page = made[f"{FOLDER}/python/{package.__name__}.md"]
+        for name in package.__all__:
+            said = f"::: {package.__name__}.{name}\n"
+            assert (said in page) != name.startswith("_")
+            row = rf"\n\| \[`{name}`\]\([^)]+\) \| .{{10,}} \|\n"
+            index = made[f"{FOLDER}/python/index.md"]
+            assert name.startswith("_") or re.search(row, index), name
+
+
+def test_every_page_stands_in_the_navigation(made: dict[str, str]) -> None:
+    def paths(entries: Any) -> list[str]:
+        if isinstance(entries, str):
+            return [entries]
+        inner = entries.values() if isinstance(entries, dict) else entries
+        return [path for one in inner for path in paths(one)]
+
+    assert sorted(paths(navigation())) == sorted(made)
+
+
+def test_pages_link_to_pages(made: dict[str, str]) -> None:
+    for path, text in made.items():
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+            place = os.path.normpath(Path(path).parent / target)
+            assert place in made or (ROOT / "docs" / place).is_file(), (path, target)
+
+
+def test_refusals_are_the_words_of_the_code(made: dict[str, str]) -> None:
+    found = refusals([HiddenLoss.Config], {})
+    assert found[0] == (
+        "student_module and teacher_module are compared with each other; give both, or neither"
+    )
+    assert (
+        f"losses.attention compares heads one by one, but the student has {GAP} and the teacher "
+        f"{GAP}; set student.heads={GAP}, or leave the term out"
+    ) in made[f"{FOLDER}/losses/attention.md"]
+    # a name of something else keeps its gap
+    relations = made[f"{FOLDER}/losses/relations.md"]
+    assert f"`layer_map {GAP} mixes several teacher layers" in relations
+    assert "register" not in relations
+
+
+def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Lines and summary of a run, each checked key by key."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        read_line(line)
+    summary = json.loads((folder / "summary.json").read_text())
+    Summary.model_validate(summary)
+    return lines, summary
+
+
+def test_what_a_run_of_text_writes_is_described(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.tsv"
+    rows = [f"w{n} w7\tw{n} w8\t{n}" for n in range(5, 12)]
+    pairs.write_text("\n".join(["sentence1\tsentence2\tscore", *rows]) + "\n")
+    recipe = make_recipe(
+        tmp_path,
+        evaluate={"pairs": {"mine": str(pairs)}},
+        train={"steps": 2, "warmup_steps": 0, "evaluate_every": 1, "profile": True},
+        run={"output": str(tmp_path / "run"), "keep_best": "total"},
+    )
+    result = fastkd.distill(recipe, quiet=True)
+    lines, summary = read_run(result.folder)
+    assert {line["kind"] for line in lines} == {"train", "heldout", "teacher"}
+    assert {"profile", "kept_best", "teacher", "corpus_tokens"} <= summary.keys()
+    with pytest.raises(ValidationError, match="extra_forbidden"):
+        read_line({**lines[0], "another": 1})
+
+
+def test_what_runs_of_rows_and_tasks_write_is_described(tmp_path: Path) -> None:
+    rows = fastkd.distill(row_recipe(tmp_path / "rows", train={"steps": 2}), quiet=True)
+    assert "data_rows" in read_run(rows.folder)[1]
+    folder = tmp_path / "task"
+    write_task(folder / "task")
+    save_encoder(folder / "encoder")
+    save_classifier(folder / "teacher")
+    tree = {
+        "teacher": {"model": str(folder / "teacher")},
+        "student": {"layers": 2},
+        "losses": {"logits": {}, "labels": {}},
+        "task": task_section(folder),
+        "train": {"steps": 2, "batch_size": 8, "log_every": 1},
+        "run": {"output": str(folder / "run")},
+    }
+    lines, summary = read_run(fastkd.distill(tree, quiet=True).folder)
+    assert "examples_per_second" in lines[-2] and "class_f1" in summary["after"]
+    tuned = {"model": str(folder / "encoder"), **{k: tree[k] for k in ("task", "train")}}
+    done = fastkd.finetune({**tuned, "run": {"output": str(folder / "tuned")}}, quiet=True)
+    assert read_run(done.folder)[1]["layer_map"] is None
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("mkdocstrings") is None,
+    reason="the site is built by what the docs extra installs",
+)
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'class="doc doc-heading"' in (tmp_path / "reference/python/fastkd.html").read_text()

@@ -34,15 +34,11 @@ format: setup
 	$(BIN)/ruff format .
 
 # the documentation, into site/; a link that leads nowhere is an error
-docs: $(VENV)/.documented
+docs: setup
 	$(BIN)/mkdocs build --strict
 
-docs-serve: $(VENV)/.documented
+docs-serve: setup
 	$(BIN)/mkdocs serve
-
-$(VENV)/.documented: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
-	touch $@
 
 benchmark: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-enable

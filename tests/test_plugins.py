@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 import yaml
+from own_registries import registries_apart
 from test_recipe import refusal, tree
 from tiny_runs import make_recipe, read_losses, run_command, run_variants
 
 from fastkd import plugins
 from fastkd.cli import main
 from fastkd.errors import UserError
-from fastkd.layer_map import make_layer_map, sections
-from fastkd.layer_map import registry as map_registry
-from fastkd.losses import registry
+from fastkd.layer_map import make_layer_map
 from fastkd.recipe import load_any_recipe, parse_any_recipe, parse_recipe
 
 LOSS = '''
@@ -79,19 +78,8 @@ class CrossedMap(LayerMap):
 @pytest.fixture(autouse=True)
 def own_registries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """What a test registers and imports is gone after it."""
-    registry.loss_names()
-    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
-    monkeypatch.setattr(map_registry, "_MAPS", dict(map_registry._MAPS))
-    before = dict(sections.MAP_SECTIONS)
-    modules = set(sys.modules)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield
-    sections.MAP_SECTIONS.clear()
-    sections.MAP_SECTIONS.update(before)
-    for name in set(sys.modules) - modules:
-        path = getattr(sys.modules[name], "__file__", None) or ""
-        if path.startswith(str(tmp_path)):
-            del sys.modules[name]
+    with registries_apart(monkeypatch, tmp_path):
+        yield
 
 
 def write(folder: Path, name: str, text: str) -> str:

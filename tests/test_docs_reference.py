@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +12,7 @@ import pytest
 from entries import FILES
 from maps import map_names
 from messages import GAP, refusals
+from pages import broken_links
 from pydantic import ValidationError
 from records import Summary, read_line
 from reference import FOLDER, navigation, pages
@@ -31,8 +28,6 @@ from fastkd.losses.registry import BUILT_IN
 from fastkd.recipe.fields import fields_of
 from fastkd.recipe.presets import PRESETS
 from fastkd.recipe.weights import Balance, Schedule
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +106,7 @@ def test_every_page_stands_in_the_navigation(made: dict[str, str]) -> None:
 
 def test_pages_link_to_pages(made: dict[str, str]) -> None:
     for path, text in made.items():
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
-            place = os.path.normpath(Path(path).parent / target)
-            assert place in made or (ROOT / "docs" / place).is_file(), (path, target)
+        assert not broken_links(f"docs/{path}", text), path
 
 
 def test_refusals_are_the_words_of_the_code(made: dict[str, str]) -> None:
@@ -179,14 +172,3 @@ def test_what_runs_of_rows_and_tasks_write_is_described(tmp_path: Path) -> None:
     tuned = {"model": str(folder / "encoder"), **{k: tree[k] for k in ("task", "train")}}
     done = fastkd.finetune({**tuned, "run": {"output": str(folder / "tuned")}}, quiet=True)
     assert read_run(done.folder)[1]["layer_map"] is None
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("mkdocstrings") is None,
-    reason="the site is built by what the docs extra installs",
-)
-def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert 'class="doc doc-heading"' in (tmp_path / "reference/python/fastkd.html").read_text()

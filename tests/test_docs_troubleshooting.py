@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 from messages import GAP, texts
+from pages import ROOT, read_page
 
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+PAGE = read_page("docs/troubleshooting.md")
 QUOTES = [quote.strip("` ") for quote in re.findall(r"^> (.+)$", PAGE, flags=re.MULTILINE)]
 # fewer letters stand in too much
 LEAST = 12

@@ -44,7 +44,7 @@ def _command(name: str, command: Any) -> str:
     # of what is hidden there is none
     records = [one.get_help_record(context) for one in command.get_params(context)]
     rows = [(code(shown), said) for shown, said in filter(None, records)]
-    said = f"{command.help}\n\n```console\n{usage}\n```"
+    said = f"{command.help}\n\n{code(usage)}"
     return section(f"`fastkd {name}`", f"{said}\n\n{table(('argument', 'what it is'), rows)}")
 
 

@@ -43,7 +43,8 @@ def loss_pages() -> Iterator[tuple[str, str]]:
             "What `losses` of a recipe may name. Each has a `weight`, a `schedule` and options, "
             "and is logged apart, raw and weighted; a loss may stand several times, under names of "
             "your own, as in `low: {loss: hidden}`. [A loss of your own](../../extend/loss.md) is "
-            "a class in a file.",
+            "a class in a file. Some fit few models: [every family and what it "
+            "allows](../../../benchmarks/results/families.md).",
             table(("loss", "what is compared", "presets"), rows),
             section("Fields that all have", fields_table(recipe_fields(), "losses.*.")),
         ),

@@ -9,12 +9,13 @@ from typing import Any, get_args
 
 import fastkd_kernels
 import pytest
+import yaml
 from entries import FILES
 from maps import map_names
-from messages import GAP, refusals
+from messages import GAP, refusals, texts
 from pages import broken_links
 from pydantic import ValidationError
-from records import Summary, read_line
+from records import LINES, Summary, read_line
 from reference import FOLDER, navigation, pages
 from tiny_rows import row_recipe
 from tiny_runs import make_recipe
@@ -150,6 +151,25 @@ def test_what_a_run_of_text_writes_is_described(tmp_path: Path) -> None:
     assert {"profile", "kept_best", "teacher", "corpus_tokens"} <= summary.keys()
     with pytest.raises(ValidationError, match="extra_forbidden"):
         read_line({**lines[0], "another": 1})
+
+
+def test_a_recipe_with_stages_has_a_summary_of_each(tmp_path: Path) -> None:
+    stages = [{"losses": {"hidden": {}}}, {"losses": {"embedding": {}}}]
+    recipe = yaml.safe_load(
+        make_recipe(tmp_path, train={"steps": 1, "warmup_steps": 0}).read_text()
+    )
+    result = fastkd.distill({**recipe, "stages": stages, "run.lean": True}, quiet=True)
+    summary = Summary.model_validate(result.summary)
+    assert summary.stages is not None and len(summary.stages) == 2
+    for stage in summary.stages:
+        Summary.model_validate(stage)
+
+
+def test_what_is_described_is_written_somewhere() -> None:
+    said = texts(ROOT / "fastkd")
+    keys = {entry.key for root in (*LINES.values(), Summary) for entry in fields_of(root)}
+    parts = {part.removesuffix("_per_second") for key in keys for part in key.split(".")}
+    assert len(parts) > 50 and not parts - said
 
 
 def test_what_runs_of_rows_and_tasks_write_is_described(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ from losses import presets_link, presets_with
 from markup import bullets, code, line, linked, page, prose, section, table
 from messages import refusals
 
-from fastkd.layer_map import LayerMap, make_layer_map
+from fastkd.layer_map import LayerMap, Progress, make_layer_map
 from fastkd.layer_map.base import CONVENTION
 from fastkd.layer_map.sections import MAP_SECTIONS, LayerPair, MapConfig, MapKind, PairsMap
 from fastkd.recipe.fields import fields_of
 
 FOLDER = "reference/maps"
 DEPTHS = ((3, 6), (4, 12))
+EPOCHS = 4
 Given = str | Sequence[int] | MapConfig
 
 
@@ -53,6 +54,7 @@ def _page_of(name: str) -> str:
     made = "".join(
         f"\nA student of {student} layers, a teacher of {teacher}:\n\n"
         + table(("student layer", "learns from"), _rows(name, student, teacher))
+        + _draws(_built(name, student, teacher))
         for student, teacher in DEPTHS
     )
     sources = [] if config is None else [config, LayerPair] if name == "pairs" else [config]
@@ -88,6 +90,18 @@ def _built(name: str, student: int, teacher: int) -> LayerMap:
 def _rows(name: str, student: int, teacher: int) -> list[tuple[str, str]]:
     rows = _built(name, student, teacher).rows()
     return [(str(layer), "-" if said is None else linked(str(said))) for layer, said in rows]
+
+
+def _draws(layers: LayerMap) -> str:
+    """Of a map that changes, what it comes to in the first passes over the data."""
+    if not layers.moves:
+        return ""
+    moments = (Progress(epoch=epoch) for epoch in range(EPOCHS))
+    rows = [
+        (str(at.epoch), ", ".join(str(link.teachers[0]) for link in layers.links(at)))
+        for at in moments
+    ]
+    return "\n" + table(("epoch", "teacher layers, with seed 0"), rows)
 
 
 def _targets(name: str, student: int, teacher: int) -> str:

@@ -213,6 +213,9 @@ class Summary(Section):
     """With `train.profile`."""
     disk_bytes: dict[str, int]
     """Files of student and teacher that are read of them."""
+    stages: list[dict[str, Any]] | None = None
+    """The summaries of a recipe's stages; their sum has the times and steps of all, `before` of the
+    first, and all else of the last."""
 
 
 LINES: dict[str, type[Section]] = {
@@ -236,9 +239,8 @@ def record_pages() -> Iterator[tuple[str, str]]:
     lines = [_part(f"metrics.jsonl, kind {kind}", line) for kind, line in LINES.items()]
     about = (
         "`metrics.jsonl` has one JSON object a line, of three kinds; `run.monitor` gives a tracker "
-        "the same numbers by the same names. `summary.json` is written when a run ends; a recipe "
-        "with stages has one for each in `stages`, and its own is the last one's, with what the "
-        "first began from."
+        "the same numbers by the same names. `summary.json` is written when a run ends. What "
+        "does not apply has no key, or null where the table says so."
     )
     yield PATH, page("Files of a run", about, *lines, _part("summary.json", Summary))
 

@@ -16,20 +16,26 @@ from fastkd.recipe.yaml_text import write_yaml
 
 FOLDER = "reference/weights"
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-_BALANCES: dict[str, object] = {"constant": Balance, "ratio": Ratio, "uncertainty": Uncertainty}
+_BALANCES = {
+    "constant": "Every loss counts as its own `weight` says, whatever its size.",
+    "ratio": prose(Ratio),
+    "uncertainty": prose(Uncertainty),
+}
 
 
 def weight_pages() -> Iterator[tuple[str, str]]:
     """Path and text of the index and of every weighting."""
     kinds = get_args(Balance.model_fields["kind"].annotation)
-    rows = [(f"[`balance: {kind}`]({kind}.md)", line(prose(_BALANCES[kind]))) for kind in kinds]
+    rows = [(f"[`balance: {kind}`]({kind}.md)", line(_BALANCES[kind])) for kind in kinds]
     rows.append(("[`schedule`](schedule.md)", line(prose(factor))))
     yield (
         f"{FOLDER}/index.md",
         page(
             "Weights",
             "The total is the sum of all losses, each times its `weight`, what its `schedule` says "
-            "at this step, and what `losses.balance` makes of its size.",
+            "at this step, and what `losses.balance` makes of its size. Pairs of layers have weights "
+            "of their own in a [layer map of pairs](../maps/pairs.md), classes in "
+            "`task.class_weights`.",
             table(("weighting", "what it does"), rows),
         ),
     )
@@ -40,7 +46,7 @@ def weight_pages() -> Iterator[tuple[str, str]]:
             f"{FOLDER}/{kind}.md",
             page(
                 f"`{kind}`",
-                prose(_BALANCES[kind]),
+                _BALANCES[kind],
                 section("Fields of a loss" if kind == "constant" else "Fields of balance", own),
             ),
         )

@@ -13,7 +13,7 @@ import yaml
 from entries import FILES
 from maps import map_names
 from messages import GAP, refusals, texts
-from pages import broken_links
+from pages import ROOT, broken_links
 from pydantic import ValidationError
 from records import LINES, Summary, read_line
 from reference import FOLDER, navigation, pages
@@ -155,10 +155,9 @@ def test_what_a_run_of_text_writes_is_described(tmp_path: Path) -> None:
 
 def test_a_recipe_with_stages_has_a_summary_of_each(tmp_path: Path) -> None:
     stages = [{"losses": {"hidden": {}}}, {"losses": {"embedding": {}}}]
-    recipe = yaml.safe_load(
-        make_recipe(tmp_path, train={"steps": 1, "warmup_steps": 0}).read_text()
-    )
-    result = fastkd.distill({**recipe, "stages": stages, "run.lean": True}, quiet=True)
+    given = make_recipe(tmp_path, train={"steps": 1, "warmup_steps": 0}).read_text()
+    recipe = {**yaml.safe_load(given), "stages": stages}
+    result = fastkd.distill(recipe, {"run.lean": True}, quiet=True)
     summary = Summary.model_validate(result.summary)
     assert summary.stages is not None and len(summary.stages) == 2
     for stage in summary.stages:

@@ -33,8 +33,8 @@ def weight_pages() -> Iterator[tuple[str, str]]:
         page(
             "Weights",
             "The total is the sum of all losses, each times its `weight`, what its `schedule` says "
-            "at this step, and what `losses.balance` makes of its size. Pairs of layers have weights "
-            "of their own in a [layer map of pairs](../maps/pairs.md), classes in "
+            "at this step, and what `losses.balance` makes of its size. Pairs of layers have "
+            "weights of their own in a [layer map of pairs](../maps/pairs.md), classes in "
             "`task.class_weights`.",
             table(("weighting", "what it does"), rows),
         ),

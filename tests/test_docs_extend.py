@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from own_registries import registries_apart
-from pages import blocks_of
+from pages import blocks_of, commands_of
 from tiny_models import save_teacher, write_text
+from tiny_training import fastkd
 
-from fastkd.cli import main
 from fastkd.data.text import readers
 
 BEFORE = ("PYTHONPATH=.", "fastkd", "distill")
@@ -26,6 +24,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     save_teacher(tmp_path / "teacher")
     write_text(tmp_path / "text.txt", documents=60, words=60)
     monkeypatch.chdir(tmp_path)
+    # where packed text is cached
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(readers, "_readers", dict(readers._readers))
     with registries_apart(monkeypatch, tmp_path):
         yield tmp_path
@@ -58,11 +58,10 @@ def test_a_page_runs(
             exec(compile(block.text, block.place, "exec"), {})
         else:
             assert block.language == "sh", block.place
-            *command, recipe = shlex.split(block.text)
-            assert tuple(command) == BEFORE, block.place
-            monkeypatch.setattr(sys, "argv", ["fastkd", "distill", recipe])
-            main_ended(recipe)
-            ran.append(Path(recipe).stem)
+            for *command, recipe in commands_of(block):
+                assert tuple(command) == BEFORE, block.place
+                assert fastkd("distill", recipe, monkeypatch=monkeypatch) == 0, recipe
+                ran.append(Path(recipe).stem)
     assert ran == recipes
     found: set[str] = set()
     for name in recipes:
@@ -71,9 +70,3 @@ def test_a_page_runs(
         assert all(value > 0 for value in summary["before"]["losses"].values())
         found |= summary["before"]["losses"].keys()
     assert found == labels
-
-
-def main_ended(recipe: str) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code, recipe

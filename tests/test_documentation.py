@@ -21,6 +21,7 @@ from pages import (
     all_blocks,
     blocks_of,
     broken_links,
+    commands_of,
     page_names,
     read_page,
 )
@@ -127,11 +128,6 @@ def test_readme_and_quick_start_have_the_same_recipe() -> None:
     assert not isinstance(recipe, FinetuneRecipe)
     assert recipe.losses is not None and recipe.losses.terms["hidden"].weight == 10
     assert laid_over(long[0], short) == long[0]
-
-
-def commands_of(block: Block) -> list[list[str]]:
-    lines = block.text.replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def file_of(block: Block, path: str) -> Tree:

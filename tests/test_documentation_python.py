@@ -1,4 +1,5 @@
-"""Python of README and documentation runs as it stands there, each page from top to bottom."""
+"""Python of README and documentation runs as it stands there, each page from top to bottom, and
+so do the commands of the quick start."""
 
 from __future__ import annotations
 
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from own_registries import registries_apart
-from pages import all_blocks
-from tiny_models import write_text
+from pages import all_blocks, blocks_of, commands_of
+from tiny_models import save_teacher, write_text
 from tiny_runs import make_recipe
+from tiny_training import fastkd as run_fastkd
 from transformers import AutoModel
 
 import fastkd
@@ -119,3 +122,30 @@ def test_python_of_a_page(
 def test_what_is_checked_is_there() -> None:
     there = {(block.page, block.heading) for block in BLOCKS if block.title is None}
     assert LEFT.keys() <= there
+
+
+def test_commands_of_the_quick_start_follow_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = (
+        block
+        for block in blocks_of("docs/quick-start.md")
+        if block.language == "sh" and block.heading == "Your own teacher and text"
+        if "fastkd init" in block.text
+    )
+    save_teacher(tmp_path / "TEACHER")
+    write_text(tmp_path / "text.txt", documents=200, words=60)
+    write_text(tmp_path / "other.txt", documents=40, words=30, seed=3)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for program, *arguments in commands_of(block):
+        assert program == ".venv/bin/fastkd"
+        if arguments[0] in ("distill", "doctor"):
+            # a few of the recipe's steps
+            has_steps = any(word.startswith("train.steps=") for word in arguments)
+            arguments += ["train.batch_size=4", *([] if has_steps else ["train.steps=8"])]
+        if arguments[0] == "evaluate":
+            arguments[1] = yaml.safe_load(Path("recipe.yaml").read_text())["run"]["output"]
+        code = run_fastkd(*arguments, monkeypatch=monkeypatch)
+        assert code == 0, (arguments, capsys.readouterr().err)
+    assert Path("runs/try/student/config.json").is_file()

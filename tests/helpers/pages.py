@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,12 @@ def all_blocks(language: str) -> list[Block]:
     return [
         block for name in page_names() for block in blocks_of(name) if block.language == language
     ]
+
+
+def commands_of(block: Block) -> list[list[str]]:
+    """Words of each command of a block of `sh`."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def without_code(text: str) -> str:

@@ -7,7 +7,7 @@ import io
 import json
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ from pages import (
     ROOT,
     Block,
     all_blocks,
-    anchors_of,
     blocks_of,
+    broken_links,
     commands_of,
     page_names,
     read_page,
-    without_code,
 )
 from rich.console import Console
 from torch.distributed.run import get_args_parser
@@ -90,8 +89,22 @@ def study_parts(page: str) -> list[Tree]:
     return [tree for tree in trees if tree.keys() & {"axes", "spaces", "chosen"}]
 
 
+@pytest.fixture
+def own_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[Block], None]]:
+    """Lets the Python files of a block's page be imported, as plugins are, while a test runs."""
+
+    def write(block: Block) -> None:
+        for other in blocks_of(block.page):
+            if other.title is not None and other.title.endswith(".py"):
+                (tmp_path / other.title).write_text(other.text, encoding="utf-8")
+
+    with registries_apart(monkeypatch, tmp_path):
+        yield write
+
+
 @pytest.mark.parametrize("block", places(all_blocks("yaml")))
-def test_yaml_is_what_a_file_may_say(block: Block) -> None:
+def test_yaml_is_what_a_file_may_say(block: Block, own_files: Callable[[Block], None]) -> None:
+    own_files(block)
     tree = yaml.safe_load(block.text)
     if tree in (studies := study_parts(block.page)):
         # a study that reports has the sections of the first one but for what it borrows
@@ -197,17 +210,12 @@ def check_command(words: list[str], block: Block) -> None:
 
 
 @pytest.mark.parametrize("block", places(all_blocks("sh")))
-def test_commands_are_commands(
-    block: Block, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for other in blocks_of(block.page):
-        if other.title is not None and other.title.endswith(".py"):
-            (tmp_path / other.title).write_text(other.text, encoding="utf-8")
+def test_commands_are_commands(block: Block, own_files: Callable[[Block], None]) -> None:
+    own_files(block)
     commands = commands_of(block)
     assert commands
-    with registries_apart(monkeypatch, tmp_path):
-        for words in commands:
-            check_command(words, block)
+    for words in commands:
+        check_command(words, block)
 
 
 @pytest.mark.parametrize(
@@ -249,14 +257,12 @@ def test_layer_maps_are_those_of_the_table() -> None:
 
 @pytest.mark.parametrize("name", page_names())
 def test_links_lead_somewhere(name: str) -> None:
-    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(read_page(name))):
-        place, _, anchor = link.partition("#")
-        if re.match(r"https?:", place):
-            continue
-        target = (ROOT / name).parent / place if place else ROOT / name
-        assert target.exists(), link
-        if anchor:
-            assert anchor in anchors_of(target.read_text(encoding="utf-8")), link
+    assert not broken_links(name, read_page(name))
+
+
+def test_links_that_lead_nowhere_are_found() -> None:
+    text = "[a](reference/losses/hidden.md#fields) [b](reference/losses/hiden.md) [c](index.md#no)"
+    assert broken_links("docs/measured.md", text) == ["reference/losses/hiden.md", "index.md#no"]
 
 
 def test_readme_is_short() -> None:

@@ -73,7 +73,7 @@ PACKAGES: tuple[set[str], ...] = (
     {"typer"},
 )
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "ot": "pot", "cpuinfo": "py-cpuinfo"}
-EXTRAS = ("demo", "mteb", "onnx", "study", "tasks", "tensorboard", "trainer", "dev")
+EXTRAS = ("demo", "docs", "mteb", "onnx", "study", "tasks", "tensorboard", "trainer", "dev")
 LINES = 600
 
 
@@ -82,7 +82,7 @@ def python_files(*folders: str) -> list[Path]:
 
 
 PACKAGE_FILES = python_files("fastkd", "kernels")
-ALL_FILES = python_files("fastkd", "kernels", "tests", "benchmarks")
+ALL_FILES = python_files("fastkd", "kernels", "tests", "benchmarks", "docs")
 
 
 def named(path: Path) -> str:
@@ -135,8 +135,8 @@ def third_party(path: Path) -> set[str]:
     """The packages from elsewhere that a file imports."""
     local = {file.stem for file in path.parent.glob("*.py")}
     if not path.is_relative_to(ROOT / "fastkd") and not path.is_relative_to(ROOT / "kernels"):
-        # benchmarks and the soak share the helpers of the tests, which try the soak
-        local |= {file.stem for file in python_files("tests")}
+        # benchmarks and the soak share the helpers of the tests, which try the soak and the pages
+        local |= {file.stem for file in python_files("tests", "docs")}
     ours = {"fastkd", "fastkd_kernels", "benchmarks"}
     names = {module.split(".")[0] for module in imports(path)}
     return names - set(sys.stdlib_module_names) - local - ours
@@ -219,7 +219,8 @@ def test_everything_imported_is_declared() -> None:
     packages = dependencies("mteb", "onnx", "study", "tasks")
     tests = dependencies(*EXTRAS)
     found = {named(path): undeclared(path, packages) for path in PACKAGE_FILES}
-    found |= {named(path): undeclared(path, tests) for path in python_files("tests", "benchmarks")}
+    others = python_files("tests", "benchmarks", "docs")
+    found |= {named(path): undeclared(path, tests) for path in others}
     assert not {name: names for name, names in found.items() if names}
 
 

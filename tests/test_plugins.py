@@ -219,6 +219,21 @@ def test_installed_packages_bring_plugins(monkeypatch: pytest.MonkeyPatch) -> No
     plugins._load_installed.cache_clear()
 
 
+def test_fields_lists_what_installed_packages_bring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, entry = write(tmp_path, "norms_plugin", LOSS), Entry()
+    monkeypatch.setattr(entry, "load", lambda: importlib.import_module(name))
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(sys, "argv", ["fastkd", "fields", "losses.norms"])
+    plugins._load_installed.cache_clear()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    plugins._load_installed.cache_clear()
+    said = capsys.readouterr().out
+    assert not ended.value.code and "losses.norms.power: a number; default 1.0\n" in said
+
+
 def test_a_loss_from_outside_trains_resumes_and_evaluates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("mkdocs-material builds the site; it is in the docs extra")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     # a link or an anchor that leads nowhere is a warning, and strict
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -45,6 +45,13 @@ def test_files_of_the_repository_are_part_of_it(site: Path) -> None:
     # a README beside the code is a page, and leads back into docs/
     benchmarks = (site / "repository" / "benchmarks" / "index.html").read_text(encoding="utf-8")
     assert 'href="../../measured.html#the-three-axes-on-glue"' in benchmarks
+
+
+def test_the_reference_is_made(site: Path) -> None:
+    made = (site / "reference" / "losses" / "hidden.html").read_text(encoding="utf-8")
+    assert "normalized_mse" in made and 'href="../presets.html#tinybert"' in made
+    python = (site / "reference" / "python" / "fastkd.html").read_text(encoding="utf-8")
+    assert 'id="fastkd.Distiller"' in python
 
 
 def test_notebooks_are_pages(site: Path) -> None:

@@ -10,10 +10,13 @@ says what the tests should know:
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+
+from reference import pages
 
 ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(
@@ -93,9 +96,37 @@ def without_code(text: str) -> str:
     return _BLOCK.sub("", text)
 
 
+def broken_links(name: str, text: str) -> list[str]:
+    """Links of a page that lead to no file, no page that is made when the site is, or no heading.
+
+    Args:
+        name: where the page stands or would stand, from the root of the repository.
+        text: of the page.
+    """
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
+        place, _, anchor = link.partition("#")
+        if re.match(r"https?:", place):
+            continue
+        target = _target(os.path.normpath((ROOT / name).parent / place)) if place else text
+        if target is None or (anchor and anchor not in anchors_of(target)):
+            broken.append(link)
+    return broken
+
+
+def _target(path: str) -> str | None:
+    """What a link leads to, empty where it is no page; `None` where nothing is."""
+    if path.startswith(f"{ROOT / 'docs' / 'reference'}{os.sep}"):
+        return pages().get(os.path.relpath(path, ROOT / "docs"))
+    if not os.path.exists(path):
+        return None
+    return Path(path).read_text(encoding="utf-8") if path.endswith(".md") else ""
+
+
 def anchors_of(text: str) -> set[str]:
-    """What a link may name of a page, as it is made of its headings."""
+    """What a link may name of a page, as it is made of its headings and of what it documents."""
     words = (
         re.sub(r"[`*]|\]\([^)]*\)|\[", "", head) for head in _HEADING.findall(without_code(text))
     )
-    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in words}
+    made = {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in words}
+    return made | set(re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE))

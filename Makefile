@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo check test lint format docs docs-serve benchmark gpu families soak clean
+.PHONY: setup demo check test lint format docs docs-serve benchmark gpu families soak versions dist clean
 
 setup: $(VENV)/.installed
 
@@ -55,6 +55,17 @@ families: setup
 # runs that are killed or short of disk at random moments, and continued; about five minutes
 soak: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/soak/soak.py --seed 0 --minutes 5 --output tests/soak/results.md
+
+# both wheels on every Python that is here, with the lowest and the newest packages
+versions: setup
+	$(BIN)/python tests/versions/versions.py --output tests/versions/results.md
+
+# sdist and wheel of both distributions; PYTHON has build and twine
+dist:
+	rm -rf dist
+	$(PYTHON) -m build --outdir dist/kernels kernels
+	$(PYTHON) -m build --outdir dist/fastkd .
+	$(PYTHON) -m twine check --strict dist/*/*
 
 clean:
 	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache

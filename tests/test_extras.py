@@ -41,6 +41,15 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     need("a picture", "study", "json")
 
 
+def test_a_trainer_without_accelerate_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastkd.extras.is_installed", lambda package: package != "accelerate")
+    with pytest.raises(UserError) as refused:
+        from fastkd.integrations import DistillationTrainer  # noqa: F401
+    assert str(refused.value) == (
+        "fastkd.integrations.DistillationTrainer needs accelerate; pip install 'fastkd[trainer]'"
+    )
+
+
 def test_a_folder_without_code_is_no_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,24 +1,19 @@
-"""Hugging Face's `kernels` loads the package from a folder, beside another copy or without fastkd.
-
-Layout and metadata are those of its "kernel requirements" page: `build/<variant>/` holds the
-package's files and `metadata.json`, whose id is also the name of the module and of its ops.
-"""
+"""`kernels` loads what `tools/kernel_hub.py` lays out, alone or beside another copy."""
 
 from __future__ import annotations
 
 import ast
 import json
 import os
-import shutil
 import subprocess
 import sys
-from base64 import b64encode
-from hashlib import sha256
 from importlib.util import find_spec
 from inspect import isfunction
 from pathlib import Path
 
 import pytest
+
+from tools.kernel_hub import lay_out
 
 pytestmark = pytest.mark.skipif(
     find_spec("kernels") is None or find_spec("kernels").origin is None,  # type: ignore[union-attr]
@@ -27,9 +22,8 @@ pytestmark = pytest.mark.skipif(
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kernels" / "fastkd_kernels"
-IDENTIFIER = "_fastkd_kernels_0123abc"
 # what a child process runs before its own lines
-LOAD = f"""
+LOAD = """
 import json, sys
 from pathlib import Path
 import torch
@@ -54,36 +48,36 @@ def result(package):
 def load():
     return get_local_kernel(Path(sys.argv[1]), backend="cpu")
 
-IDENTIFIER = {IDENTIFIER!r}
+def identifier():
+    return json.loads((Path(sys.argv[1]) / "build/torch-cpu/metadata.json").read_text())["id"]
 """
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A kernel repository with one variant, as `kernel-builder` would lay it out."""
+    """The repository, as the Hub would serve it."""
     root = tmp_path_factory.mktemp("repository")
-    variant = root / "build" / "torch-cpu"
-    shutil.copytree(PACKAGE, variant, ignore=shutil.ignore_patterns("__pycache__"))
-    metadata = {
-        "name": "fastkd-kernels",
-        "id": IDENTIFIER,
-        "version": 1,
-        "license": "Apache-2.0",
-        "python-depends": [],
-        "backend": {"type": "cpu"},
-        "digest": {
-            "algorithm": "sha256",
-            "files": {
-                str(path.relative_to(variant)): b64encode(
-                    sha256(path.read_bytes()).digest()
-                ).decode()
-                for path in sorted(variant.rglob("*"))
-                if path.is_file()
-            },
-        },
-    }
-    (variant / "metadata.json").write_text(json.dumps(metadata))
+    lay_out(root, "owner/fastkd-kernels")
     return root
+
+
+def test_the_layout_is_what_kernels_reads(repository: Path) -> None:
+    from kernels._rust import Build, Digest, Metadata
+
+    Build.open(repository)  # refuses what is not of its format
+    variants = {path.name: path for path in (repository / "build").iterdir()}
+    assert set(variants) == {"torch-cpu", "torch-cuda"}
+    metadata = {
+        name: Metadata.read_from_file(at / "metadata.json") for name, at in variants.items()
+    }
+    assert len({one.id for one in metadata.values()}) == len(variants)
+    for name, one in metadata.items():
+        assert f"torch-{one.backend.backend_type}".lower() == name
+        assert one.name.python_name == PACKAGE.name
+        assert one.digest is not None
+        found = Digest.hash_variant(one.digest.algorithm, variants[name])
+        assert one.digest.files == found.files
+    assert "{{" not in (repository / "README.md").read_text(encoding="utf-8")
 
 
 def child(repository: Path, lines: str, *, paths: tuple[Path, ...] = ()) -> dict[str, object]:
@@ -93,8 +87,10 @@ def child(repository: Path, lines: str, *, paths: tuple[Path, ...] = ()) -> dict
     hidden = (
         "import sys\n"
         "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]\n"
-        f"sys.path = [path for path in sys.path if not path.startswith({str(ROOT)!r})"
-        " or 'site-packages' in path]\n"
+        "from pathlib import Path\n"
+        "names = 'fastkd', 'fastkd_kernels'\n"
+        "ours = lambda path: any((Path(path) / name).is_dir() for name in names)\n"
+        "sys.path = [path for path in sys.path if 'site-packages' in path or not ours(path)]\n"
         f"sys.path[:0] = {[str(path) for path in paths]!r}\n"
     )
     environment.pop("PYTHONPATH", None)
@@ -123,14 +119,15 @@ print(json.dumps({
     "missing": [name for name in package.__all__ if not hasattr(package, name)],
     "name": package.__name__,
     "installed": [name for name in ("fastkd", "fastkd_kernels") if find_spec(name)],
-    "ours": ops(IDENTIFIER),
+    "id": identifier(),
+    "ours": ops(identifier()),
     "plain": ops("fastkd_kernels"),
 }))
 """,
     )
     import fastkd_kernels
 
-    assert found["name"] == IDENTIFIER
+    assert found["name"] == found["id"]
     assert found["installed"] == []
     assert found["all"] == sorted(fastkd_kernels.__all__)
     assert found["missing"] == []
@@ -156,7 +153,7 @@ def test_two_copies_in_one_process(repository: Path, first: str) -> None:
 assert plain is not package
 print(json.dumps({
     "results": [result(plain), result(package), result(plain)],
-    "ops": [ops("fastkd_kernels"), ops(IDENTIFIER)],
+    "ops": [ops("fastkd_kernels"), ops(identifier())],
 }))
 """,
         paths=(PACKAGE.parent,),

@@ -82,7 +82,7 @@ def python_files(*folders: str) -> list[Path]:
 
 
 PACKAGE_FILES = python_files("fastkd", "kernels")
-ALL_FILES = python_files("fastkd", "kernels", "tests", "benchmarks", "docs")
+ALL_FILES = python_files("fastkd", "kernels", "tests", "benchmarks", "docs", "tools")
 
 
 def named(path: Path) -> str:
@@ -137,7 +137,7 @@ def third_party(path: Path) -> set[str]:
     if not path.is_relative_to(ROOT / "fastkd") and not path.is_relative_to(ROOT / "kernels"):
         # benchmarks and the soak share the helpers of the tests, which try the soak and the pages
         local |= {file.stem for file in python_files("tests", "docs")}
-    ours = {"fastkd", "fastkd_kernels", "benchmarks"}
+    ours = {"fastkd", "fastkd_kernels", "benchmarks", "tools"}
     names = {module.split(".")[0] for module in imports(path)}
     return names - set(sys.stdlib_module_names) - local - ours
 
@@ -198,9 +198,9 @@ def test_packages_are_where_they_belong() -> None:
     assert not stray, "these would shadow packages or change how tests are imported"
 
 
-def dependencies(*extras: str) -> set[str]:
-    """Distributions that pyproject.toml declares, in lower case with hyphens."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+def dependencies(*extras: str, of: Path = ROOT) -> set[str]:
+    """Distributions that a folder's pyproject.toml declares, in lower case with hyphens."""
+    project = tomllib.loads((of / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = list(project["dependencies"])
     for extra in extras:
         lines += project["optional-dependencies"][extra]
@@ -216,18 +216,24 @@ def undeclared(path: Path, declared: set[str]) -> set[str]:
 
 
 def test_everything_imported_is_declared() -> None:
-    packages = dependencies("mteb", "onnx", "study", "tasks")
-    tests = dependencies(*EXTRAS)
-    found = {named(path): undeclared(path, packages) for path in PACKAGE_FILES}
-    others = python_files("tests", "benchmarks", "docs")
-    found |= {named(path): undeclared(path, tests) for path in others}
+    kernels = dependencies(of=ROOT / "kernels")
+    declared = {
+        "fastkd": dependencies("mteb", "onnx", "study", "tasks"),
+        "kernels": kernels,
+        **dict.fromkeys(("tests", "benchmarks", "docs"), dependencies(*EXTRAS) | kernels),
+    }
+    found = {
+        named(path): undeclared(path, names)
+        for folder, names in declared.items()
+        for path in python_files(folder)
+    }
     assert not {name: names for name, names in found.items() if names}
 
 
 def test_no_module_is_named_after_another_package() -> None:
     # `torchrun fastkd/cli.py` puts fastkd/ first on the path
-    taken = {name.replace("-", "_") for name in dependencies(*EXTRAS)}
-    taken |= {"kernels", *DISTRIBUTIONS}
+    taken = {name.replace("-", "_") for name in dependencies(*EXTRAS)} - {"fastkd_kernels"}
+    taken |= {"kernels", "triton", *DISTRIBUTIONS}
     assert not {named(path) for path in ALL_FILES if path.stem in taken}
 
 

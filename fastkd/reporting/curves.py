@@ -44,7 +44,8 @@ def heldout_panels(records: Sequence[Record]) -> list[Panel]:
         return []
     panels = [_alone(records, "total", "total, weighted", log=True), *loss_panels(records)]
     for name, title in _FURTHER.items():
-        if any(f"{record['kind']}/{name}" in record for record in records):
+        # embeddings of other lengths have no cosine
+        if any(record.get(f"{record['kind']}/{name}") is not None for record in records):
             panels.append(_alone(records, name, title))
     steps = [record["step"] for record in records]
     for line in _lines(steps, [values_of(record, "agreement") for record in records]):

@@ -151,7 +151,7 @@ def _weights(term: str, weights: Mapping[Drawn, float]) -> str:
     rows = []
     for student in sorted({link.student for link in weights}):
         of = {link.teachers[0]: w for link, w in weights.items() if link.student == student}
-        cells = (number(of[column]) if column in of else "" for column in columns)
-        rows.append((f"student layer {student}", *cells))
-    heads = (f"{term}: weight", *(f"teacher {column}" for column in columns))
-    return html_table(heads, rows, f"weights of {term}")
+        cells = (f"{of[column]:.3g}" if column in of else "" for column in columns)
+        rows.append((f"student {student}", *cells))
+    heads = (f"{term}: weights", *(f"{column}" for column in columns))
+    return html_table(heads, rows, f"weights of {term} by student and teacher layer")

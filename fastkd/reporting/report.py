@@ -244,6 +244,6 @@ def _profile_sections(summary: dict[str, Any]) -> list[str]:
     found = []
     for (title, columns, rows), sizes in zip(tables, drawn, strict=True):
         made = [Bar(*size) for size in sizes]
-        parts = f"<div class='panels'>{bars(title, made)}</div>" + html_table(columns, rows, title)
-        found += _section(title.capitalize(), parts)
+        parts = bars(columns[0] or "by part", made), html_table(columns, rows, title)
+        found += _section(title.capitalize(), f"<div class='panels'>{''.join(parts)}</div>")
     return found

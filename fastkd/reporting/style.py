@@ -49,7 +49,7 @@ caption { text-align: left; color: var(--soft); padding: .2rem 0; white-space: n
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid var(--rule) }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom }
-tbody th { font-weight: 400 }
+tbody th { font-weight: 400; min-width: 8.5rem }
 td { white-space: nowrap }
 pre { background: var(--panel); padding: 1rem; overflow-x: auto; font-size: .85rem;
   line-height: 1.45 }

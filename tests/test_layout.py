@@ -36,9 +36,18 @@ LEVELS: tuple[set[str], ...] = (
         "training.sharded",
     },
     {"training.engine", "training.finite", "training.checkpoint"},
-    {"training.run_folder", "training.beginnings", "training.continuation", "training.environment"},
+    {
+        *("training.run_folder", "training.beginnings", "training.continuation"),
+        *("training.environment", "training.metric_lines"),
+    },
     {"training.export"},
-    {"training", "reporting.report", "reporting.side_by_side", "layer_similarity"},
+    {
+        "training",
+        "reporting.report",
+        "reporting.curves",
+        "reporting.side_by_side",
+        "layer_similarity",
+    },
     {"study", "api", "distiller", "publishing", "starter"},
     {"integrations"},
     {"cli", "__main__"},
@@ -64,7 +73,17 @@ PACKAGES: tuple[set[str], ...] = (
     {"torch", "transformers", "safetensors", "deepspeed"},
     {"torch"},
     {"torch", "transformers", "safetensors", "deepspeed"},
-    {"torch", "numpy", "transformers", "huggingface_hub", "yaml", "psutil", "matplotlib", "mteb"},
+    {
+        "torch",
+        "numpy",
+        "transformers",
+        "huggingface_hub",
+        "yaml",
+        "psutil",
+        "matplotlib",
+        "mteb",
+        "trackio",
+    },
     {
         *("torch", "numpy", "pydantic", "scipy", "matplotlib", "optuna", "rich", "transformers"),
         *("huggingface_hub", "onnxruntime"),
@@ -73,7 +92,7 @@ PACKAGES: tuple[set[str], ...] = (
     {"typer"},
 )
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "ot": "pot", "cpuinfo": "py-cpuinfo"}
-EXTRAS = ("demo", "docs", "mteb", "onnx", "study", "tasks", "tensorboard", "trainer", "dev")
+EXTRAS = ("demo", "docs", "mteb", "onnx", "study", "tasks", "tensorboard", "trackio", "trainer", "dev")
 LINES = 600
 
 
@@ -218,7 +237,7 @@ def undeclared(path: Path, declared: set[str]) -> set[str]:
 def test_everything_imported_is_declared() -> None:
     kernels = dependencies(of=ROOT / "kernels")
     declared = {
-        "fastkd": dependencies("mteb", "onnx", "study", "tasks"),
+        "fastkd": dependencies("mteb", "onnx", "study", "tasks", "trackio"),
         "kernels": kernels,
         **dict.fromkeys(("tests", "benchmarks", "docs"), dependencies(*EXTRAS) | kernels),
     }

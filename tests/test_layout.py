@@ -73,7 +73,7 @@ PACKAGES: tuple[set[str], ...] = (
     {"typer"},
 )
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "ot": "pot", "cpuinfo": "py-cpuinfo"}
-EXTRAS = ("demo", "mteb", "onnx", "study", "tasks", "tensorboard", "trainer", "dev")
+EXTRAS = ("demo", "mteb", "onnx", "peers", "study", "tasks", "tensorboard", "trainer", "dev")
 LINES = 600
 
 

@@ -26,6 +26,7 @@ from fastkd.layer_map import Progress
 from fastkd.recipe import load_recipe
 from fastkd.reporting.console import Reporter
 from fastkd.training.engine import TeacherRunner
+from fastkd.training.evaluate import evaluate
 from fastkd.training.setup import Run, set_up
 from fastkd.training.teacher_cache.forecast import Costs, describe, verdict
 from fastkd.training.teacher_cache.layout import fields_of
@@ -158,6 +159,41 @@ def test_exact_holds_the_bits_of_the_pass_that_filled_it(folder: Path, ranks: Ra
     found, expected = tensors(run.teacher(inputs)), tensors(run.teacher.record(inputs))
     for name, tensor in expected.items():
         assert torch.equal(valid(name, found[name], mask), valid(name, tensor, mask)), name
+
+
+@pytest.mark.parametrize(
+    ("form", "passes", "tolerance"), [(EXACT, 0, 0), (REMADE, 0, 1e-5), (ROUNDED, 1, 0)]
+)
+def test_an_evaluation_reads_what_is_held_out_as_well(
+    folder: Path, ranks: Ranks, form: Form, passes: int, tolerance: float
+) -> None:
+    run, plan = planned(folder, ranks, form)
+    expected = evaluate(run, judge_teacher=True)
+    plan.use(run, progress=False)
+    assert isinstance(run.teacher, TeacherRunner)
+    calls: list[object] = []
+    run.teacher.model.register_forward_hook(lambda *_: calls.append(_))
+    found = evaluate(run, judge_teacher=True)
+    # of a form that rounds, the teacher runs as without a cache
+    batches = len(list(run.datamodule.heldout(run.plan.micro_batch_size, ranks)))
+    assert len(calls) == passes * batches
+    assert found.losses == pytest.approx(expected.losses, rel=tolerance, abs=0)
+    assert found.judged == expected.judged and found.teacher == expected.teacher
+    assert found.teacher_outputs["dev"].tolist() == expected.teacher_outputs["dev"].tolist()
+    assert len(expected.losses) > 5 and len(expected.teacher_outputs["dev"]) > 1
+
+
+def test_a_teacher_whose_scores_no_loss_reads_is_judged_by_a_pass(
+    folder: Path, ranks: Ranks
+) -> None:
+    run, plan = planned(folder, ranks, EXACT, losses={"hidden": {}})
+    expected = evaluate(run, judge_teacher=True)
+    plan.use(run, progress=False)
+    assert isinstance(run.teacher, TeacherRunner)
+    calls: list[object] = []
+    run.teacher.model.register_forward_hook(lambda *_: calls.append(_))
+    assert evaluate(run).losses == expected.losses and not calls
+    assert evaluate(run, judge_teacher=True) == expected and calls
 
 
 def test_rows_are_not_mixed_up(folder: Path, ranks: Ranks) -> None:

@@ -228,6 +228,7 @@ class RunOutput(Section):
     the student's `step`. While the run trains, they are those of its best or last evaluation."""
     lean: bool = False
     """Whether a run leaves out what only people read: the evaluation before the first step, the
-    speed of the models, `report.html` and the model card. For many runs that are compared."""
+    speed of the models and of a teacher's cache, `report.html` and the model card. For many runs
+    that are compared."""
     monitor: Literal["none", "tensorboard", "wandb"] = "none"
     """Tracker that DeepSpeed's monitor writes to; its package is an extra of fastkd's."""

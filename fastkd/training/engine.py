@@ -46,7 +46,20 @@ Wanted = Mapping[str, Any]
 
 
 class StoredStates(Protocol):
-    """States of a teacher on rows to train on, from a disk, in the place of a teacher that runs."""
+    """States of a teacher by row, from a disk, in the place of a teacher that runs."""
+
+    heldout: bool
+    """Whether they are also of held-out rows; else of those to train on alone."""
+    has_scores: bool
+    """Whether they hold what a head for a task gives."""
+
+    def beside(self, inputs: Inputs, wanted: Wanted) -> Inputs:
+        """A micro-batch that also holds what is stored of its rows.
+
+        Args:
+            inputs: with numbers of rows, on the CPU.
+            wanted: keyword arguments of `capture`.
+        """
 
     def reading(
         self, micro_batches: MicroBatches, wanted_at: Callable[[Progress], Wanted]
@@ -60,7 +73,7 @@ class StoredStates(Protocol):
         """
 
     def __call__(self, inputs: Inputs, wanted: Wanted) -> Capture:
-        """What `capture` would have recorded of the teacher on a micro-batch of `reading`."""
+        """What `capture` would have recorded of the teacher on a micro-batch that holds it."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ class TeacherRunner:
         self.compiled: CompiledCapture | None = None
         """What runs it while the objective is in training mode, where that is compiled."""
         self.stored: StoredStates | None = None
-        """What gives its states of rows to train on, where they are stored."""
+        """What gives its states of rows, where they are stored."""
         self._cut = self._find_cut()
 
     def __call__(self, inputs: Inputs, *, whole: bool = False) -> Capture:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -26,7 +26,7 @@ from fastkd.losses.pooling import EmbeddingModules
 from fastkd.packed_row import valid_tokens
 from fastkd.recipe import AnyRecipe, Recipe, TaskSelection, each_stage
 from fastkd.training.deepspeed_config import check_packages
-from fastkd.training.engine import TeacherRunner
+from fastkd.training.engine import StoredStates, TeacherRunner
 from fastkd.training.finite import blame, first_broken, teacher_fault
 from fastkd.training.judging import judge_embeddings
 from fastkd.training.perplexity import heard_perplexity
@@ -105,36 +105,34 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
         student = run.module.student
         tokens = stack.enter_context(heard_perplexity(student, head, ranks.device))
         student_heard = stack.enter_context(overheard(student, heard))
-        teacher_heard = None
-        if isinstance(teacher, TeacherRunner) and (compares or judge_teacher):
-            teacher_heard = stack.enter_context(overheard(teacher.model, heard))
+        asks = compares or judge_teacher
+        reads_teacher = stack.enter_context(_read_teacher(run, heard if asks else None))
+        if isinstance(teacher, TeacherRunner) and asks:
             of_teacher = None if compares else datamodule.evaluator(ranks, "teacher")
             if judge_teacher:
                 listening = heard_perplexity(teacher.model, head, ranks.device)
                 teacher_tokens = stack.enter_context(listening)
         stack.enter_context(torch.no_grad())
         for batch in batches:
-            inputs = run.move(batch.inputs)
+            inputs = reads_teacher.inputs(batch.inputs)
             labels = target_labels(inputs, head) if len(batch.rows) else None
             tokens.expect(labels)
             if teacher_tokens:
                 teacher_tokens.expect(labels)
             loss_scales = (objective.divisors(inputs) / whole).float()
-            # a teacher's outputs need all of its layers, its losses perhaps not
-            teacher_states = teacher(inputs, whole=teacher_heard is not None)
+            teacher_states, theirs = reads_teacher(inputs)
             parts = run.student(inputs, teacher_states, loss_scales)[1]
             losses += float(len(batch.rows) > 0) * parts[0]
             if isinstance(teacher, TeacherRunner) and teacher.others and compares:
                 given = embeddings[0] if embeds else None, student_heard.output, inputs
                 evaluator.add(batch.rows, *_beside_several(*given, teacher_states))
             elif embeds:
-                if found := _embedded(embeddings, (student_heard, teacher_heard), inputs):
+                if found := _embedded(embeddings, (student_heard.output, theirs), inputs):
                     evaluator.add(batch.rows, *found)
             else:
-                theirs = teacher_heard.output if teacher_heard and compares else None
-                evaluator.add(batch.rows, student_heard.output, theirs)
-            if teacher_heard and of_teacher:
-                of_teacher.add(batch.rows, teacher_heard.output, None)
+                evaluator.add(batch.rows, student_heard.output, theirs if compares else None)
+            if of_teacher and theirs is not None:
+                of_teacher.add(batch.rows, theirs, None)
     by_label = dict(zip(objective.labels, ranks.sum(losses).tolist(), strict=True))
 
     def refuse(name: str) -> NoReturn:
@@ -157,20 +155,65 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
     return result
 
 
+@dataclass(frozen=True)
+class _TeacherReading:
+    """The teacher in an evaluation: a pass of it, or what is stored of that."""
+
+    run: Run
+    stored: StoredStates | None
+    heard: Overheard | None
+    """What it gives in a pass, where that is asked for and not stored."""
+    gives_scores: bool
+    """Whether what it gives is asked for and stored."""
+
+    def inputs(self, held_out: Inputs) -> Inputs:
+        """A batch on the device, with what is stored of it."""
+        if self.stored is not None:
+            wanted = self.run.objective.layers("teacher")
+            held_out = self.stored.beside(held_out, wanted)
+        return self.run.move(held_out)
+
+    def __call__(self, inputs: Inputs) -> tuple[Capture, torch.Tensor | None]:
+        """What the losses read of it, and what it gives, where that is asked for."""
+        # what it gives needs all of its layers, the losses perhaps not
+        states = self.run.teacher(inputs, whole=self.heard is not None)
+        if self.gives_scores:
+            assert isinstance(states.logits, torch.Tensor), "they are stored"
+            return states, states.logits
+        return states, None if self.heard is None else self.heard.output
+
+
+@contextmanager
+def _read_teacher(run: Run, asked: Reading | None) -> Iterator[_TeacherReading]:
+    """Read a run's teacher while the context is open; `asked`: what of that it gives, if it is."""
+    teacher = run.teacher
+    if not isinstance(teacher, TeacherRunner):
+        yield _TeacherReading(run, None, None, gives_scores=False)
+        return
+    stored = teacher.stored if teacher.stored and teacher.stored.heldout else None
+    # of several teachers their mean is stored, and the first one is judged
+    gives_scores = bool(asked and stored and stored.has_scores and not teacher.others)
+    if asked is None or gives_scores:
+        yield _TeacherReading(run, stored, None, gives_scores)
+        return
+    with overheard(teacher.model, asked) as heard:
+        yield _TeacherReading(run, None, heard, gives_scores=False)
+
+
 def _outputs_of(evaluator: Evaluator | None) -> Outputs:
     return evaluator.outputs if isinstance(evaluator, ScoreEvaluator) else {}
 
 
 def _embedded(
     modules: Sequence[EmbeddingModules | None],
-    heard: Sequence[Overheard | None],
+    outputs: Sequence[torch.Tensor | None],
     inputs: Inputs,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Embeddings of student and teacher of what both gave; `None` where they aren't known."""
     masks = valid_tokens(inputs), valid_tokens(teacher_inputs(inputs))
     made = [
-        embed(given.output, mask)
-        for embed, given, mask in zip(modules, heard, masks, strict=True)
+        embed(given, mask)
+        for embed, given, mask in zip(modules, outputs, masks, strict=True)
         if embed is not None and given is not None
     ]
     return (made[0], made[1]) if len(made) == 2 else None

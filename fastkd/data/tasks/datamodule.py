@@ -95,7 +95,10 @@ class TaskDataModule:
                 examples.lengths, size, rank=ranks.rank, world_size=ranks.world_size
             )
             for counted, rows in parts:
-                yield EvalBatch(self._batch(examples, rows, multiple), counted + first)
+                # those of all that is read: examples to train on stand before them
+                numbers = torch.tensor(rows) + len(self.train) + first
+                batch = {**self._batch(examples, rows, multiple), ROWS: numbers}
+                yield EvalBatch(batch, counted + first)
             first += len(examples)
 
     def _batch(self, examples: EncodedExamples, rows: Sequence[int], multiple: int) -> Inputs:

@@ -1,5 +1,8 @@
 """Fill a folder with a teacher's states: every rank runs its share of the rows, rank 0 finishes.
 
+What is held out, where that is stored, is run in the batches of an evaluation, so that its states
+are those to the bit.
+
 The folder has a temporary name until all of it is there and its digests are written. Two jobs that
 fill the same one do so beside each other: the first to finish gives it its name, and what the
 second made, of the same teacher and data, is thrown away.
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +29,7 @@ from fastkd.training.engine import TeacherRunner
 from fastkd.training.setup import Run
 from fastkd.training.teacher_cache.layout import Field, Layout, to_store
 from fastkd.training.teacher_cache.rows import Rows
-from fastkd.types import ROWS
+from fastkd.types import ROWS, Inputs
 
 FIELD = "teacher.cache_folder"
 SETTINGS = "settings.json"
@@ -72,7 +76,7 @@ def fill(
         temporary = Path(ranks.from_main(begin))
         problem = None
         try:
-            _write_share(run, temporary, layout, rows, progress and ranks.is_main)
+            _write_share(run, temporary, layout, rows, progress=progress and ranks.is_main)
         except OSError as error:
             problem = f"{FIELD}: rank {ranks.rank} can't write to {temporary}: {error}"
         problems = [found for found in ranks.gather(problem) if found is not None]
@@ -87,29 +91,37 @@ def epoch_batches(run: Run) -> MicroBatches:
     return run.datamodule.micro_batches(size, 0, BatchPlan(size, 1, 1), 0)
 
 
-def _write_share(run: Run, folder: Path, layout: Layout, rows: Rows, progress: bool) -> None:
+def _write_share(run: Run, folder: Path, layout: Layout, rows: Rows, *, progress: bool) -> None:
     assert isinstance(run.teacher, TeacherRunner), "a plan is made for a teacher"
-    ranks, size = run.ranks, run.plan.micro_batch_size
-    # all batches on every rank: which rows are written twice must not depend on theirs
-    batches = epoch_batches(run)
-    seen = np.zeros(len(rows), dtype=bool)
     with ExitStack() as stack:
         files = [stack.enter_context(flat_file(folder, f.name).open("r+b")) for f in layout.fields]
         bar = stack.enter_context(progress_bar(progress))
         task = bar.add_task("storing the teacher's states", total=len(rows))
-        count = run.datamodule.rows
-        assert count is not None, "a stream is refused before"
-        for number in range(-(-count // size)):
-            (inputs,) = batches.next_step(number)
-            places = [place for place, row in enumerate(inputs[ROWS].tolist()) if not seen[row]]
-            seen[inputs[ROWS].numpy()] = True
-            if number % ranks.world_size == ranks.rank:
-                states = run.teacher.record(run.move(inputs), layout.recorded)
-                for field, file in zip(layout.fields, files, strict=True):
-                    bits = to_store(states, field).numpy()
-                    for place in places:
-                        _write(file, field, rows, int(inputs[ROWS][place]), bits[place])
-            bar.update(task, completed=int(seen.sum()))
+        for inputs, places in _batches(run, heldout=rows.heldout):
+            states = run.teacher.record(run.move(inputs), layout.recorded)
+            for field, file in zip(layout.fields, files, strict=True):
+                bits = to_store(states, field).numpy()
+                for place in places:
+                    _write(file, field, rows, int(inputs[ROWS][place]), bits[place])
+            bar.advance(task, run.ranks.world_size * len(places))
+
+
+def _batches(run: Run, *, heldout: bool) -> Iterator[tuple[Inputs, Sequence[int]]]:
+    """This rank's batches of all that is stored, and the places in each of the rows to write."""
+    ranks, size, count = run.ranks, run.plan.micro_batch_size, run.datamodule.rows
+    assert count is not None, "a stream is refused before"
+    # all batches on every rank: which rows are written twice must not depend on theirs
+    batches = epoch_batches(run)
+    seen = np.zeros(count, dtype=bool)
+    for number in range(-(-count // size)):
+        (inputs,) = batches.next_step(number)
+        places = [place for place, row in enumerate(inputs[ROWS].tolist()) if not seen[row]]
+        seen[inputs[ROWS].numpy()] = True
+        if number % ranks.world_size == ranks.rank:
+            yield inputs, places
+    if heldout:
+        for batch in run.datamodule.heldout(size, ranks):
+            yield batch.inputs, range(len(batch.rows))
 
 
 def _write(file: BinaryIO, field: Field, rows: Rows, row: int, bits: Any) -> None:

@@ -46,12 +46,15 @@ class Costs:
 
 
 def describe(run: Run, plan: CachePlan, reporter: Reporter) -> None:
-    """Say what a cache takes in each of its forms, and measure whether it pays; collective."""
+    """Say what a cache takes in each of its forms, and measure whether it pays, but for a lean run;
+    collective."""
     when = "is there" if plan.filled else "is filled before the first step"
     reporter.say(
         f"teacher cache: {plan.form}, {_each(plan, plan.form):,.0f} bytes a token, "
         f"{size_of(plan.size)}; {plan.folder} {when}"
     )
+    if run.recipe.run.lean:
+        return
     costs = run.ranks.from_main(lambda: _measured(run, plan))
     train = run.recipe.train
     rows = run.datamodule.rows
@@ -125,7 +128,7 @@ def _row(plan: CachePlan, form: Form, costs: Costs, times: float) -> tuple[str, 
 
 def _each(plan: CachePlan, form: Form) -> float:
     """Bytes a token."""
-    return plan.sizes[form] / plan.rows.tokens
+    return plan.sizes[form] / plan.rows_of[form].tokens
 
 
 def _measured(run: Run, plan: CachePlan) -> Costs:

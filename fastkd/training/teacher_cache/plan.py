@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,12 +65,18 @@ class CachePlan:
     form: Form
     folder: Path
     layout: Layout
-    rows: Rows
+    rows_of: Mapping[Form, Rows]
+    """Of every form in which these states may be stored."""
     sizes: Mapping[Form, int]
-    """Bytes on disk of every form in which these states may be stored."""
+    """Bytes on disk of each of these."""
     settings: dict[str, Any]
     """What the folder's name is made of."""
     filled: bool
+
+    @property
+    def rows(self) -> Rows:
+        """What is stored, and where each stands."""
+        return self.rows_of[self.form]
 
     @property
     def size(self) -> int:
@@ -92,7 +98,8 @@ class CachePlan:
                 f"{FIELD}: {self.folder} is not whole on every rank; all ranks must see the same "
                 "folder"
             )
-        run.teacher.stored = TeacherStates(self.folder, self.layout, self.rows)
+        given = self.folder, self.layout, self.rows
+        run.teacher.stored = TeacherStates(*given, heldout=self.rows.heldout)
 
 
 def plan_cache(run: Run, form: Form) -> CachePlan:
@@ -108,7 +115,7 @@ def plan_cache(run: Run, form: Form) -> CachePlan:
     """
     recipe, teacher = run.recipe, run.teacher
     assert isinstance(recipe, Recipe) and isinstance(teacher, TeacherRunner)
-    (inputs,), rows = first_batches(run, 1), _rows_of(run)
+    (inputs,) = first_batches(run, 1)
     wanted = run.objective.all_layers("teacher")
     if recipe.teacher.cache_states == "all":
         wanted = _of_all_layers(run, recipe, wanted)
@@ -144,16 +151,17 @@ def plan_cache(run: Run, form: Form) -> CachePlan:
         "states": [field.as_dict() for field in layout.fields],
         **_pooling_of(recipe),
         **_others_of(run, recipe),
-        **_data_of(run),
+        **_data_of(run, heldout=_stores_heldout(run, layout.fields)),
     }
+    rows_of = {one: _rows_of(run, heldout=_stores_heldout(run, its)) for one, its in fields.items()}
     folder = Path(recipe.teacher.cache_folder).expanduser() / cache_key(settings)
     return CachePlan(
         form=form,
         folder=folder,
         layout=layout,
-        rows=rows,
+        rows_of=rows_of,
         sizes={
-            one: sum(rows.entries(field) * field.entry_bytes for field in its)
+            one: sum(rows_of[one].entries(field) * field.entry_bytes for field in its)
             for one, its in fields.items()
         },
         settings=settings,
@@ -279,21 +287,31 @@ def _pooling_of(recipe: Recipe) -> dict[str, Any]:
     return {"pooling": asked.pop()} if asked - {None} else {}
 
 
-def _data_of(run: Run) -> dict[str, Any]:
+def _stores_heldout(run: Run, fields: Iterable[Field]) -> bool:
+    """Whether held-out rows are stored as well: an evaluation must not read what was rounded, and
+    what is no task is judged by more than the losses read."""
+    exact = all(field.stored == field.dtype for field in fields)
+    return exact and isinstance(run.datamodule, TaskDataModule)
+
+
+def _data_of(run: Run, *, heldout: bool) -> dict[str, Any]:
     data = run.datamodule
     if isinstance(data, TaskDataModule):
+        sets = data.sets if heldout else [data.train]
         # outputs of the teacher stand in the order of the task's labels
-        return {"data": data.train.fingerprint, "task": repr(data.task)}
+        return {"data": [one.fingerprint for one in sets], "task": repr(data.task)}
     if isinstance(data, RowDataModule):
         return {"data": data.encoded.train.fingerprint}
     assert isinstance(data, TextDataModule), "there are three kinds of data"
     return {"data": data.corpus.fingerprint}
 
 
-def _rows_of(run: Run) -> Rows:
+def _rows_of(run: Run, *, heldout: bool) -> Rows:
     data = run.datamodule
     if isinstance(data, TaskDataModule):
-        return Rows(np.asarray(data.train.offsets))
+        sets = data.sets if heldout else [data.train]
+        lengths = np.concatenate([np.diff(one.offsets) for one in sets])
+        return Rows(np.concatenate([[0], np.cumsum(lengths)]), heldout)
     if isinstance(data, RowDataModule):
         # of each sequence apart, as the teacher reads it
         train = data.encoded.train

@@ -25,6 +25,8 @@ class Rows:
 
     offsets: npt.NDArray[np.int64]
     """[rows + 1], in tokens of all rows."""
+    heldout: bool = False
+    """Whether held-out rows stand behind those to train on."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -22,17 +22,20 @@ WantedAt = Callable[[Progress], Mapping[str, Any]]
 class TeacherStates:
     """What a teacher left on each row, in the place of a teacher that runs."""
 
-    def __init__(self, folder: Path, layout: Layout, rows: Rows) -> None:
+    def __init__(self, folder: Path, layout: Layout, rows: Rows, *, heldout: bool) -> None:
         """Open a whole folder.
 
         Args:
             folder: filled by `fill`, and checked.
             layout: of what it holds.
             rows: where each stands.
+            heldout: whether held-out rows are among them.
 
         Raises:
             DiskError: a file that isn't as long as it should be.
         """
+        self.heldout = heldout
+        self.has_scores = isinstance(layout.template.logits, Tensor)
         self._layout = layout
         self._fields = {field.name: field for field in layout.fields}
         self._rows = StoredRows(folder, layout.fields, rows)
@@ -45,10 +48,21 @@ class TeacherStates:
             wanted_at: what is wanted at a moment of the run; is called by whatever thread asks for
                 a step.
         """
-        return _WithStates(micro_batches, self._layout, self._rows, wanted_at)
+        return _WithStates(micro_batches, self, wanted_at)
+
+    def beside(self, inputs: Inputs, wanted: Mapping[str, Any]) -> Inputs:
+        """A micro-batch that also holds what is stored of its rows, in the precision of the disk.
+
+        Args:
+            inputs: with numbers of rows, on the CPU.
+            wanted: keyword arguments of `capture`.
+        """
+        rows, width = inputs[ROWS].tolist(), teacher_inputs(inputs)["input_ids"].shape[1]
+        found = self._rows.read(self._layout.names(wanted), rows, width)
+        return {**inputs, **{STORED + name: numbers for name, numbers in found.items()}}
 
     def __call__(self, inputs: Inputs, wanted: Mapping[str, Any]) -> Capture:
-        """What `capture` would have recorded of the teacher on a micro-batch of `reading`.
+        """What `capture` would have recorded of the teacher on a micro-batch of `beside`.
 
         Args:
             inputs: on the teacher's device, but for what is stored; padding is on the right.
@@ -73,11 +87,10 @@ class _WithStates:
     """`MicroBatches` with what is stored of their rows."""
 
     def __init__(
-        self, micro_batches: MicroBatches, layout: Layout, rows: StoredRows, wanted_at: WantedAt
+        self, micro_batches: MicroBatches, states: TeacherStates, wanted_at: WantedAt
     ) -> None:
         self._micro_batches = micro_batches
-        self._layout = layout
-        self._rows = rows
+        self._states = states
         self._wanted_at = wanted_at
 
     @property
@@ -86,8 +99,8 @@ class _WithStates:
 
     def next_step(self, step: int) -> Sequence[Inputs]:
         # the epoch that a step belongs to is that before it was read
-        names = self._layout.names(self._wanted_at(Progress(step, self._micro_batches.epoch)))
-        return [self._with_states(part, names) for part in self._micro_batches.next_step(step)]
+        wanted = self._wanted_at(Progress(step, self._micro_batches.epoch))
+        return [self._states.beside(part, wanted) for part in self._micro_batches.next_step(step)]
 
     def state_dict(self) -> dict[str, Any]:
         return self._micro_batches.state_dict()
@@ -97,8 +110,3 @@ class _WithStates:
 
     def close(self) -> None:
         self._micro_batches.close()
-
-    def _with_states(self, inputs: Inputs, names: Sequence[str]) -> Inputs:
-        rows, width = inputs[ROWS].tolist(), teacher_inputs(inputs)["input_ids"].shape[1]
-        found = self._rows.read(names, rows, width)
-        return {**inputs, **{STORED + name: numbers for name, numbers in found.items()}}

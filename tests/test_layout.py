@@ -92,7 +92,10 @@ PACKAGES: tuple[set[str], ...] = (
     {"typer"},
 )
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "ot": "pot", "cpuinfo": "py-cpuinfo"}
-EXTRAS = ("demo", "docs", "mteb", "onnx", "study", "tasks", "tensorboard", "trackio", "trainer", "dev")
+EXTRAS = (
+    *("demo", "docs", "mteb", "onnx", "peers", "study", "tasks", "tensorboard", "trackio"),
+    *("trainer", "dev"),
+)
 LINES = 600
 
 
@@ -212,7 +215,7 @@ def test_only_losses_call_kernels() -> None:
 
 
 def test_packages_are_where_they_belong() -> None:
-    found = {named(path) for path in ROOT.glob("*/**/__init__.py") if ".venv" not in path.parts}
+    found = {named(path) for path in ROOT.glob("[!.]*/**/__init__.py")}
     stray = {path for path in found if not path.startswith(("fastkd/", "kernels/fastkd_kernels/"))}
     assert not stray, "these would shadow packages or change how tests are imported"
 

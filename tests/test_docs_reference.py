@@ -187,7 +187,7 @@ def test_what_runs_of_rows_and_tasks_write_is_described(tmp_path: Path) -> None:
         "run": {"output": str(folder / "run")},
     }
     lines, summary = read_run(fastkd.distill(tree, quiet=True).folder)
-    assert "examples_per_second" in lines[-2] and "class_f1" in summary["after"]
+    assert "train/examples_per_second" in lines[-2] and "class_f1" in summary["after"]
     tuned = {"model": str(folder / "encoder"), **{k: tree[k] for k in ("task", "train")}}
     done = fastkd.finetune({**tuned, "run": {"output": str(folder / "tuned")}}, quiet=True)
     assert read_run(done.folder)[1]["layer_map"] is None

@@ -6,14 +6,15 @@ no key may be missing from here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from entries import keys_table
 from markup import page, prose, section
 
-from fastkd.recipe.fields import fields_of
+from fastkd.recipe.fields import Entry, fields_of
 from fastkd.section import Section
+from fastkd.training.metric_lines import evaluation_of
 
 Scores = dict[str, dict[str, float]]
 PATH = "reference/records.md"
@@ -185,6 +186,8 @@ class Summary(Section):
     """Examples that there were."""
     data_digests: dict[str, str]
     """Digests of what was read, by part."""
+    depths: tuple[int, int] | None
+    """Layers of student and teacher; null of a fine-tuning run."""
     layer_map: list[tuple[int, int | str | None]] | None
     """Of each student layer what it learnt from; null of a fine-tuning run."""
     before: Evaluated | None
@@ -226,24 +229,46 @@ LINES: dict[str, type[Section]] = {
 
 
 def read_line(record: dict[str, Any]) -> Section:
-    """A line of metrics.jsonl, checked key by key.
+    """A line of metrics.jsonl, checked column by column.
 
     Raises:
-        ValidationError: a key that isn't here, or a value of another kind.
+        ValidationError: a column that isn't here, or a value of another kind.
     """
-    return LINES[record["kind"]].model_validate(record)
+    head = {key: value for key, value in record.items() if "/" not in key}
+    return LINES[record["kind"]].model_validate(head | evaluation_of(record))
 
 
 def record_pages() -> Iterator[tuple[str, str]]:
     """The page of what a run writes down."""
-    lines = [_part(f"metrics.jsonl, kind {kind}", line) for kind, line in LINES.items()]
+    lines = [
+        _part(f"metrics.jsonl, kind {kind}", line, _columns(kind, line))
+        for kind, line in LINES.items()
+    ]
     about = (
-        "`metrics.jsonl` has one JSON object a line, of three kinds; `run.monitor` gives a tracker "
-        "the same numbers by the same names. `summary.json` is written when a run ends. What "
-        "does not apply has no key, or null where the table says so."
+        "`metrics.jsonl` has one flat JSON object a line, of three kinds, so that "
+        "`pandas.read_json(path, lines=True)` is a table; `*` stands for names of a run, such as "
+        "`hidden/1-2`. `run.monitor` gives a tracker the same numbers by the same names. "
+        "`summary.json`, an object of objects, is written when a run ends. What does not apply "
+        "has no key, or null where the table says so."
     )
-    yield PATH, page("Files of a run", about, *lines, _part("summary.json", Summary))
+    summary = _part("summary.json", Summary, fields_of(Summary))
+    yield PATH, page("Files of a run", about, *lines, summary)
 
 
-def _part(title: str, root: type[Section]) -> str:
-    return section(title, f"{prose(root)}\n\n{keys_table(fields_of(root))}")
+def _columns(kind: str, line: type[Section]) -> Iterator[Entry]:
+    """The columns of a line: all but the first three are called after its kind."""
+    for entry in fields_of(line):
+        key = entry.key.replace(".", "/")
+        if entry.takes.startswith("a section"):
+            # what is inside it has lines of its own, or names that a run gives
+            if any(other.key.startswith(f"{entry.key}.") for other in fields_of(line)):
+                continue
+            takes = "text" if entry.key == "one_class" else "a number"
+            entry = entry._replace(takes=takes)
+            key += "/*"
+        named = entry.key in ("kind", "step", "time")
+        yield entry._replace(key=key if named else f"{kind}/{key}")
+
+
+def _part(title: str, root: type[Section], entries: Iterable[Entry]) -> str:
+    return section(title, f"{prose(root)}\n\n{keys_table(entries)}")

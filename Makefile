@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo check test lint format benchmark gpu families soak versions dist clean
+.PHONY: setup demo check test lint format docs docs-serve benchmark bench peers gpu families soak versions dist clean
 
 setup: $(VENV)/.installed
 
@@ -33,8 +33,33 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# the documentation, into site/; a link that leads nowhere is an error
+docs: setup
+	$(BIN)/mkdocs build --strict
+
+docs-serve: setup
+	$(BIN)/mkdocs serve
+
 benchmark: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-enable
+
+# the CPU's figures of README again, in fewer rounds, against the committed ones; ten minutes
+bench: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.rerun
+
+# fastkd against TextBrewer, torchdistill, TRL, Liger-Kernel and sentence-transformers, in an
+# environment of their own; on a GPU: PEERS_DEVICE=cuda
+PEERS := .venv-peers
+PEERS_PINS := --constraint constraints.txt --constraint benchmarks/peers/constraints.txt
+PEERS_DEVICE ?= cpu
+peers: $(PEERS)/.installed
+	HF_HUB_OFFLINE=1 $(PEERS)/bin/python -m benchmarks.peers --page --device $(PEERS_DEVICE)
+
+$(PEERS)/.installed: pyproject.toml constraints.txt benchmarks/peers/constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(PEERS)/bin/python -m pip install --quiet $(PEERS_PINS) --editable '.[demo,peers]' py-cpuinfo
+	touch $@
 
 # everything that needs a GPU, in eight minutes and one page; without one: GPU_DEVICE=cpu
 GPU_DEVICE ?= cuda
@@ -61,4 +86,4 @@ dist:
 	$(PYTHON) -m twine check --strict dist/*/*
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) dist build site .pytest_cache .mypy_cache .ruff_cache

@@ -17,7 +17,14 @@ from transformers import BertModel
 
 import fastkd
 from benchmarks.machine import machine, report
-from benchmarks.training_step import bert_config, dtype_on, make_inputs, step_seconds, update
+from benchmarks.training_step import (
+    bert_config,
+    dtype_on,
+    make_inputs,
+    paired_ratios,
+    seconds_in_turn,
+    update,
+)
 
 # rows and tokens of a batch
 SHAPES = ((2, 16), (8, 128))
@@ -44,7 +51,7 @@ def make_step(shape: tuple[int, int], device: str, compiles: bool) -> Callable[[
     return lambda: update(distiller(inputs)[0], optimizer)
 
 
-def measured(shape: tuple[int, int], device: str) -> dict[str, Any]:
+def measured(shape: tuple[int, int], device: str, rounds: int) -> dict[str, Any]:
     """Medians in milliseconds, and how many times as long the eager step takes.
 
     Raises:
@@ -56,18 +63,15 @@ def measured(shape: tuple[int, int], device: str) -> dict[str, Any]:
     compiling = time.perf_counter() - start
     tolerance = 1e-4 if device == "cpu" else 1e-2
     assert abs(first["compiled"] / first["eager"] - 1) < tolerance, first
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(2 + ROUNDS):
-        for name, step in steps.items():
-            times[name].append(step_seconds(step, device))
     # the first rounds warm caches and heap
-    kept = {name: values[2:] for name, values in times.items()}
-    pairs = zip(kept["eager"], kept["compiled"], strict=True)
-    ratios = [eager / compiled for eager, compiled in pairs]
+    seconds_in_turn(steps, device, 2)
+    kept = seconds_in_turn(steps, device, rounds)
+    ratios = paired_ratios(kept, "compiled")["eager"]
     return {
         "milliseconds": {name: 1e3 * statistics.median(values) for name, values in kept.items()},
         "eager step / compiled step, median of pairs": statistics.median(ratios),
         "quartiles of it": statistics.quantiles(ratios, n=4)[::2],
+        "lowest and highest of pairs": [min(ratios), max(ratios)],
         "seconds until the first step of both is done": compiling,
     }
 
@@ -75,18 +79,21 @@ def measured(shape: tuple[int, int], device: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     found = {
         "what": "training step, 6 x 384 teacher, 3 x 384 student",
         **machine(),
-        "rounds": ROUNDS,
+        "rounds": given.rounds,
         "rows x tokens": {},
     }
     if given.device == "cuda":
         found["processor"] = torch.cuda.get_device_name()
     for rows, tokens in SHAPES:
-        found["rows x tokens"] |= {f"{rows} x {tokens}": measured((rows, tokens), given.device)}
+        found["rows x tokens"] |= {
+            f"{rows} x {tokens}": measured((rows, tokens), given.device, given.rounds)
+        }
         torch._dynamo.reset()
     report(found, given.output)
 

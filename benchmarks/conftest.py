@@ -1,6 +1,5 @@
 """What every kernel benchmark shares: threads, paired runs on either device, what is recorded."""
 
-import os
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.costs import Cost
+from benchmarks.machine import set_threads
 from benchmarks.timing import (
     SLOW_SECONDS,
     Functions,
@@ -19,8 +19,9 @@ from benchmarks.timing import (
     peak_bytes,
     seconds_of,
 )
+from benchmarks.training_step import paired_ratios
 
-torch.set_num_threads(int(os.environ.get("FASTKD_BENCH_THREADS", min(2, os.cpu_count() or 1))))
+set_threads()
 
 
 def _against_the_chip(seconds: float, cost: Cost) -> dict[str, Any]:
@@ -65,12 +66,8 @@ def compare(benchmark: Any) -> Callable[..., dict[str, float]]:
     ) -> dict[str, float]:
         seconds = paired_seconds(functions, device)
         medians = {name: statistics.median(taken) for name, taken in seconds.items()}
-        ratios = {
-            name: statistics.median(
-                theirs / own for theirs, own in zip(taken, seconds[op], strict=True)
-            )
-            for name, taken in seconds.items()
-        }
+        paired = paired_ratios(seconds, op)
+        ratios = {name: statistics.median(values) for name, values in paired.items()}
         benchmark.extra_info.update(
             shape=shape,
             **_environment(device),
@@ -78,6 +75,10 @@ def compare(benchmark: Any) -> Callable[..., dict[str, float]]:
             flops=cost.flops,
             milliseconds={name: round(1e3 * median, 3) for name, median in medians.items()},
             times_the_op={name: round(ratio, 2) for name, ratio in ratios.items()},
+            range_of_times_the_op={
+                name: [round(min(values), 2), round(max(values), 2)]
+                for name, values in paired.items()
+            },
             peak_megabytes={
                 name: round(peak_bytes(function, device) / 1e6, 2)
                 for name, function in functions.items()

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
 
 import cpuinfo
 import torch
+
+
+def set_threads() -> None:
+    """Two threads, or one of one core, or as many as `FASTKD_BENCH_THREADS` says."""
+    torch.set_num_threads(int(os.environ.get("FASTKD_BENCH_THREADS", min(2, os.cpu_count() or 1))))
 
 
 def machine() -> dict[str, Any]:

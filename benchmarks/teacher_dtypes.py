@@ -72,11 +72,11 @@ def passes() -> dict[str, Pass]:
     return found
 
 
-def in_turn(functions: dict[str, Callable[[], Any]], against: str) -> dict[str, Any]:
+def in_turn(functions: dict[str, Callable[[], Any]], against: str, rounds: int) -> dict[str, Any]:
     """Medians in milliseconds of the processor, which other work on the machine moves least, and
     how many times as long one of them takes as each other."""
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(1 + ROUNDS):
+    for _ in range(1 + rounds):
         for name, function in functions.items():
             start = time.process_time()
             function()
@@ -93,21 +93,23 @@ def in_turn(functions: dict[str, Callable[[], Any]], against: str) -> dict[str, 
             ratios = [a / b for a, b in zip(kept[against], kept[name], strict=True)]
             found[f"{against} / {name}, median of pairs"] = statistics.median(ratios)
             found[f"{against} / {name}, quartiles"] = statistics.quantiles(ratios, n=4)[::2]
+            found[f"{against} / {name}, lowest and highest"] = [min(ratios), max(ratios)]
     return found
 
 
-def precisions(run: dict[str, Pass], shape: tuple[int, int]) -> dict[str, Any]:
+def precisions(run: dict[str, Pass], shape: tuple[int, int], rounds: int) -> dict[str, Any]:
     inputs = make_inputs(*shape, "cpu", words=WORDS)
     last = {name: one(inputs).hidden[12].float() for name, one in run.items()}
     moved = {
         name: float((state - last["fp32"]).norm() / last["fp32"].norm())
         for name, state in last.items()
     }
-    found = in_turn({name: lambda one=one: one(inputs) for name, one in run.items()}, "fp32")
+    reading = {name: lambda one=one: one(inputs) for name, one in run.items()}
+    found = in_turn(reading, "fp32", rounds)
     return {**found, "last state moves by": moved}
 
 
-def cuts(run: Pass, shape: tuple[int, int]) -> dict[str, Any]:
+def cuts(run: Pass, shape: tuple[int, int], rounds: int) -> dict[str, Any]:
     """One pass over all rows against passes over a few at a time."""
     inputs = make_inputs(*shape, "cpu", words=WORDS)
 
@@ -119,21 +121,24 @@ def cuts(run: Pass, shape: tuple[int, int]) -> dict[str, Any]:
     return in_turn(
         {f"{rows} rows at a time": lambda rows=rows: read(rows) for rows in sizes},
         f"{shape[0]} rows at a time",
+        rounds,
     )
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    run = passes()
+    run, rounds = passes(), given.rounds
+    precise = {f"{rows} x {t}": precisions(run, (rows, t), rounds) for rows, t in SHAPES}
     found = {
         "what": "forward of a BERT-base-shaped teacher, every third layer captured",
         **machine(),
-        "rounds": ROUNDS,
-        "rows x tokens": {f"{rows} x {t}": precisions(run, (rows, t)) for rows, t in SHAPES},
-        "8 x 128, fp32": cuts(run["fp32"], SHAPES[0]),
+        "rounds": rounds,
+        "rows x tokens": precise,
+        "8 x 128, fp32": cuts(run["fp32"], SHAPES[0], rounds),
     }
     report(found, given.output)
 

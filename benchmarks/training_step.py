@@ -51,12 +51,14 @@ TINY = Size(teacher=(4, 32, 64), student=(2, 24, 48), heads=4)
 def make_inputs(
     batch: int, tokens: int, device: str, *, padded: bool = False, words: int = 30000
 ) -> Inputs:
-    """Random ids; if `padded`, right padding of lengths from an eighth of the tokens to all."""
+    """Random ids; if `padded`, right padding of lengths from an eighth of the tokens to all; a row
+    alone lacks an eighth."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(words // 30, words, (batch, tokens), generator=generator)
     if not padded:
         return {"input_ids": ids.to(device)}
-    lengths = torch.linspace(tokens // 8, tokens, batch).long()
+    shortest = tokens // 8 if batch > 1 else tokens - tokens // 8
+    lengths = torch.linspace(shortest, tokens, batch).long()
     mask = torch.arange(tokens)[None, :] < lengths[:, None]
     return {
         "input_ids": ids.masked_fill(~mask, 0).to(device),
@@ -78,11 +80,14 @@ def dtype_on(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else torch.bfloat16
 
 
-def bert_config(shape: tuple[int, int, int], heads: int, words: int = 30522) -> BertConfig:
+def bert_config(
+    shape: tuple[int, int, int], heads: int, words: int = 30522, positions: int = 512
+) -> BertConfig:
     """Of layers, width and inner width; without dropout."""
     layers, width, inner = shape
     return BertConfig(
         vocab_size=words,
+        max_position_embeddings=positions,
         num_hidden_layers=layers,
         hidden_size=width,
         num_attention_heads=heads,
@@ -199,6 +204,23 @@ def step_seconds(step: Step, device: str) -> float:
     return time.perf_counter() - start
 
 
+def seconds_in_turn(steps: dict[str, Step], device: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step in rounds that make one of every kind."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(step_seconds(step, device))
+    return times
+
+
+def paired_ratios(times: dict[str, list[float]], base: str) -> dict[str, list[float]]:
+    """Of every round, how many times the seconds of `base` each took."""
+    return {
+        name: [own / of_base for own, of_base in zip(values, times[base], strict=True)]
+        for name, values in times.items()
+    }
+
+
 def timed_in_turn(steps: dict[str, Step], device: str, rounds: int) -> dict[str, Any]:
     """Median seconds of each, and how many times those of the trivial step, by paired rounds.
 
@@ -209,19 +231,16 @@ def timed_in_turn(steps: dict[str, Step], device: str, rounds: int) -> dict[str,
     """
     for name, step in steps.items():
         assert torch.isfinite(step()), f"the loss of {name} is not finite"
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(step_seconds(step, device))
-    ratios = {
-        name: statistics.median(
-            own / base for own, base in zip(times[name], times["trivial loss"], strict=True)
-        )
-        for name in steps
-    }
+    times = seconds_in_turn(steps, device, rounds)
+    ratios = paired_ratios(times, "trivial loss")
     return {
         "seconds": {name: statistics.median(values) for name, values in times.items()},
-        "times the trivial step, median of paired rounds": ratios,
+        "times the trivial step, median of paired rounds": {
+            name: statistics.median(values) for name, values in ratios.items()
+        },
+        "lowest and highest of the rounds": {
+            name: [min(values), max(values)] for name, values in ratios.items()
+        },
     }
 
 

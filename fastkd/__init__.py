@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastkd.api import RunResult, distill, evaluate, finetune
+    from fastkd.capture import Capture
     from fastkd.data.text import register_reader
     from fastkd.distiller import Distiller
     from fastkd.errors import Interrupted, LostRank, UserError
-    from fastkd.layer_map import LayerMap, Link, Progress, register_layer_map
+    from fastkd.layer_map import LayerMap, Link, MapConfig, Progress, register_layer_map
     from fastkd.layer_similarity import inspect_layers
     from fastkd.losses import Batch, Captures, Loss, LossConfig, register_loss
     from fastkd.recipe import FinetuneRecipe, Recipe
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
+    "Capture",
     "Captures",
     "Distiller",
     "FinetuneRecipe",
@@ -34,6 +36,7 @@ __all__ = [
     "Loss",
     "LossConfig",
     "LostRank",
+    "MapConfig",
     "Progress",
     "Recipe",
     "RunResult",
@@ -50,10 +53,11 @@ __all__ = [
 
 _MODULES = {
     "fastkd.api": ("RunResult", "distill", "evaluate", "finetune"),
+    "fastkd.capture": ("Capture",),
     "fastkd.data.text": ("register_reader",),
     "fastkd.distiller": ("Distiller",),
     "fastkd.errors": ("Interrupted", "LostRank", "UserError"),
-    "fastkd.layer_map": ("LayerMap", "Link", "Progress", "register_layer_map"),
+    "fastkd.layer_map": ("LayerMap", "Link", "MapConfig", "Progress", "register_layer_map"),
     "fastkd.layer_similarity": ("inspect_layers",),
     "fastkd.losses": ("Batch", "Captures", "Loss", "LossConfig", "register_loss"),
     "fastkd.recipe": ("FinetuneRecipe", "Recipe"),

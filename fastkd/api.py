@@ -104,7 +104,7 @@ def distill(
         overrides: values to replace by dotted key, as in `{"train.steps": 10}`.
         resume: continue the run in `run.output`, if there is one; a finished one is left alone.
         quiet: say nothing but warnings.
-        on_step: called on rank 0 every `train.log_every` steps with the step and the record that
+        on_step: called on rank 0 every `train.log_every` steps with the step and the line that
             `metrics.jsonl` has of it; what it raises ends the run, which can be resumed.
         on_evaluate: called on rank 0 after every held-out evaluation with the step and an
             `Evaluation`, likewise.

@@ -297,9 +297,11 @@ def fields(
     ] = "distill",
 ) -> None:
     """List the fields of a recipe or a study: what they take, their defaults, and what they do."""
+    from fastkd.plugins import load_plugins
     from fastkd.recipe.fields import fields_of
     from fastkd.reporting.fields import chosen_fields, listed
 
+    load_plugins()
     root: type[Section] = FinetuneRecipe if of == "finetune" else Recipe
     if of == "study":
         need("fastkd fields --of study", "study")

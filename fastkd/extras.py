@@ -8,7 +8,7 @@ from typing import Literal
 
 from fastkd.errors import UserError
 
-Extra = Literal["mteb", "onnx", "study", "tasks", "tensorboard", "trainer", "wandb"]
+Extra = Literal["mteb", "onnx", "study", "tasks", "tensorboard", "trackio", "trainer", "wandb"]
 # what is imported, and what installs it
 PACKAGES: dict[Extra, dict[str, str]] = {
     "mteb": {"mteb": "mteb"},
@@ -16,6 +16,7 @@ PACKAGES: dict[Extra, dict[str, str]] = {
     "onnx": {"onnx": "onnx", "onnxruntime": "onnxruntime", "onnxscript": "onnxscript"},
     "tasks": {"sklearn": "scikit-learn"},
     "tensorboard": {"tensorboard": "tensorboard"},
+    "trackio": {"trackio": "trackio"},
     "trainer": {"accelerate": "accelerate"},
     "wandb": {"wandb": "wandb"},
 }

@@ -108,12 +108,12 @@ def test_callbacks_are_told_what_is_written(recipe: Path) -> None:
         recipe,
         "callbacks",
         quiet=True,
-        on_step=lambda step, record: steps.append((step, record["loss"])),
+        on_step=lambda step, record: steps.append((step, record["train/loss"])),
         on_evaluate=lambda step, result: evaluations.append((step, result.total)),
     )
     lines = [json.loads(line) for line in (found.folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [(x["step"], x["loss"]) for x in lines if x["kind"] == "train"]
-    assert evaluations == [(x["step"], x["total"]) for x in lines if x["kind"] == "heldout"]
+    assert steps == [(x["step"], x["train/loss"]) for x in lines if x["kind"] == "train"]
+    assert evaluations == [(x["step"], x["heldout/total"]) for x in lines if x["kind"] == "heldout"]
     assert [step for step, _ in steps] == [1, 2, 3] and [s for s, _ in evaluations] == [0, 3]
 
 

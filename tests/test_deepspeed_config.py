@@ -113,6 +113,8 @@ def test_what_a_checkpoint_cannot_hold_is_refused() -> None:
 def test_a_monitor_is_switched_on_by_name(monitor: str) -> None:
     assert configure(run={"monitor": monitor})[monitor]["enabled"] is True
     assert monitor not in configure()
+    # of trackio DeepSpeed knows nothing
+    assert configure(run={"monitor": "trackio"}) == configure()
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     )
 
 
-@pytest.mark.parametrize("monitor", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("monitor", ["tensorboard", "trackio", "wandb"])
 @pytest.mark.parametrize("stages", [False, True])
 def test_a_monitor_that_is_not_installed_is_refused_before_anything_is_written(
     tmp_path: Path,

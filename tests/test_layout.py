@@ -36,9 +36,18 @@ LEVELS: tuple[set[str], ...] = (
         "training.sharded",
     },
     {"training.engine", "training.finite", "training.checkpoint"},
-    {"training.run_folder", "training.beginnings", "training.continuation", "training.environment"},
+    {
+        *("training.run_folder", "training.beginnings", "training.continuation"),
+        *("training.environment", "training.metric_lines"),
+    },
     {"training.export"},
-    {"training", "reporting.report", "reporting.side_by_side", "layer_similarity"},
+    {
+        "training",
+        "reporting.report",
+        "reporting.curves",
+        "reporting.side_by_side",
+        "layer_similarity",
+    },
     {"study", "api", "distiller", "publishing", "starter"},
     {"integrations"},
     {"cli", "__main__"},
@@ -64,7 +73,17 @@ PACKAGES: tuple[set[str], ...] = (
     {"torch", "transformers", "safetensors", "deepspeed"},
     {"torch"},
     {"torch", "transformers", "safetensors", "deepspeed"},
-    {"torch", "numpy", "transformers", "huggingface_hub", "yaml", "psutil", "matplotlib", "mteb"},
+    {
+        "torch",
+        "numpy",
+        "transformers",
+        "huggingface_hub",
+        "yaml",
+        "psutil",
+        "matplotlib",
+        "mteb",
+        "trackio",
+    },
     {
         *("torch", "numpy", "pydantic", "scipy", "matplotlib", "optuna", "rich", "transformers"),
         *("huggingface_hub", "onnxruntime"),
@@ -73,7 +92,10 @@ PACKAGES: tuple[set[str], ...] = (
     {"typer"},
 )
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "ot": "pot", "cpuinfo": "py-cpuinfo"}
-EXTRAS = ("demo", "mteb", "onnx", "study", "tasks", "tensorboard", "trainer", "dev")
+EXTRAS = (
+    *("demo", "docs", "mteb", "onnx", "peers", "study", "tasks", "tensorboard", "trackio"),
+    *("trainer", "dev"),
+)
 LINES = 600
 
 
@@ -82,7 +104,7 @@ def python_files(*folders: str) -> list[Path]:
 
 
 PACKAGE_FILES = python_files("fastkd", "kernels")
-ALL_FILES = python_files("fastkd", "kernels", "tests", "benchmarks", "tools")
+ALL_FILES = python_files("fastkd", "kernels", "tests", "benchmarks", "docs", "tools")
 
 
 def named(path: Path) -> str:
@@ -135,8 +157,8 @@ def third_party(path: Path) -> set[str]:
     """The packages from elsewhere that a file imports."""
     local = {file.stem for file in path.parent.glob("*.py")}
     if not path.is_relative_to(ROOT / "fastkd") and not path.is_relative_to(ROOT / "kernels"):
-        # benchmarks and the soak share the helpers of the tests, which try the soak
-        local |= {file.stem for file in python_files("tests")}
+        # benchmarks and the soak share the helpers of the tests, which try the soak and the pages
+        local |= {file.stem for file in python_files("tests", "docs")}
     ours = {"fastkd", "fastkd_kernels", "benchmarks", "tools"}
     names = {module.split(".")[0] for module in imports(path)}
     return names - set(sys.stdlib_module_names) - local - ours
@@ -193,7 +215,7 @@ def test_only_losses_call_kernels() -> None:
 
 
 def test_packages_are_where_they_belong() -> None:
-    found = {named(path) for path in ROOT.glob("*/**/__init__.py") if ".venv" not in path.parts}
+    found = {named(path) for path in ROOT.glob("[!.]*/**/__init__.py")}
     stray = {path for path in found if not path.startswith(("fastkd/", "kernels/fastkd_kernels/"))}
     assert not stray, "these would shadow packages or change how tests are imported"
 
@@ -218,9 +240,9 @@ def undeclared(path: Path, declared: set[str]) -> set[str]:
 def test_everything_imported_is_declared() -> None:
     kernels = dependencies(of=ROOT / "kernels")
     declared = {
-        "fastkd": dependencies("mteb", "onnx", "study", "tasks"),
+        "fastkd": dependencies("mteb", "onnx", "study", "tasks", "trackio"),
         "kernels": kernels,
-        **dict.fromkeys(("tests", "benchmarks"), dependencies(*EXTRAS) | kernels),
+        **dict.fromkeys(("tests", "benchmarks", "docs"), dependencies(*EXTRAS) | kernels),
     }
     found = {
         named(path): undeclared(path, names)

@@ -123,7 +123,7 @@ def test_tasks_are_scored_by_what_students_give_out(
     student = expected(result.folder / "student")
     assert summary["after"]["mteb"] == {"Retrieval": pytest.approx(student, abs=1e-5)}
     assert abs(student - teacher) > 1e-4
-    assert "<td>Retrieval</td>" in (result.folder / "report.html").read_text()
+    assert "<th scope='row'>Retrieval</th>" in (result.folder / "report.html").read_text()
     # a run that is not judged draws the same dropout
     plain = fastkd.distill(recipe, {"run.output": tmp_path / "plain"}, quiet=True)
     assert plain.losses_after == summary["after"]["losses"]

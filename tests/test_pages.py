@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import dump, needs_chromium
 from fuzz_recipes import LABELLED, TEXT
 from study_files import RECIPE, write_study
 
@@ -55,6 +54,10 @@ class Structure(HTMLParser):
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)
         self.elements: list[tuple[str, tuple[str, ...]]] = []
+        # outside of pictures, and what pictures are made of: their ticks follow the labels' lengths
+        self.outside: list[tuple[str, tuple[str, ...]]] = []
+        self.drawn: set[str] = set()
+        self.pictures = 0
         self.values: list[str] = []
         self.text = ""
         self.feed(page)
@@ -62,7 +65,15 @@ class Structure(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, tuple(name for name, _ in attrs)))
+        self.pictures += tag == "svg"
+        if self.pictures:
+            self.drawn.add(tag)
+        else:
+            self.outside.append(self.elements[-1])
         self.values += [value or "" for _, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        self.pictures -= tag == "svg"
 
     def handle_comment(self, data: str) -> None:
         self.elements.append(("comment", ()))
@@ -166,8 +177,8 @@ def test_a_study_shows_hostile_names_as_text(
     recipe = {**RECIPE, "teacher": {"model": name}}
     page, text = study(tmp_path, name, metric=metric, recipe=recipe)
     found = check_harmless(page)
-    assert found.elements == plain_study.elements
-    assert found.text.count(shown(name)) >= 3
+    assert found.outside == plain_study.outside and found.drawn == plain_study.drawn
+    assert found.text.count(shown(name)) >= 3 and found.pictures == 0
     assert "<script" not in text and "<img" not in text and "](http" not in text
 
 
@@ -183,23 +194,15 @@ def test_markdown_of_names_has_no_markup_of_theirs() -> None:
     assert markdown("+0.1 [+0.05, +0.2]") == "+0.1 [+0.05, +0.2]"
 
 
-def chromium() -> str | None:
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
-    return next((found for name in names if (found := shutil.which(name))), None)
-
-
-@pytest.mark.skipif(chromium() is None, reason="no Chromium or Chrome on this machine")
+@needs_chromium
 def test_a_browser_runs_nothing_of_a_page(tmp_path: Path) -> None:
-    browser = str(chromium())
     # also where something was not escaped, the policy stands
     raw = document("page", ["<script>document.title='ran'</script>", html_table(["a"], [HOSTILE])])
     pages = [raw, report(tmp_path, HOSTILE[1]), study(tmp_path / "s", HOSTILE[2])[0]]
     for number, page in enumerate(pages):
         path = tmp_path / f"{number}.html"
         path.write_text(page)
-        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", str(path)]
-        dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-        title = dom.split("<title>")[1].split("</title>")[0]
+        title = dump(path).stdout.split("<title>")[1].split("</title>")[0]
         assert title not in ("ran", "1") and title
 
 

@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 import yaml
+from own_registries import registries_apart
 from test_recipe import refusal, tree
 from tiny_runs import make_recipe, read_losses, run_command, run_variants
 
 from fastkd import plugins
 from fastkd.cli import main
 from fastkd.errors import UserError
-from fastkd.layer_map import make_layer_map, sections
-from fastkd.layer_map import registry as map_registry
-from fastkd.losses import registry
+from fastkd.layer_map import make_layer_map
 from fastkd.recipe import load_any_recipe, parse_any_recipe, parse_recipe
 
 LOSS = '''
@@ -79,19 +78,8 @@ class CrossedMap(LayerMap):
 @pytest.fixture(autouse=True)
 def own_registries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """What a test registers and imports is gone after it."""
-    registry.loss_names()
-    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
-    monkeypatch.setattr(map_registry, "_MAPS", dict(map_registry._MAPS))
-    before = dict(sections.MAP_SECTIONS)
-    modules = set(sys.modules)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield
-    sections.MAP_SECTIONS.clear()
-    sections.MAP_SECTIONS.update(before)
-    for name in set(sys.modules) - modules:
-        path = getattr(sys.modules[name], "__file__", None) or ""
-        if path.startswith(str(tmp_path)):
-            del sys.modules[name]
+    with registries_apart(monkeypatch, tmp_path):
+        yield
 
 
 def write(folder: Path, name: str, text: str) -> str:
@@ -229,6 +217,21 @@ def test_installed_packages_bring_plugins(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UserError, match=r"^plugin losses \(their.losses\) of a package fails"):
         plugins.load_plugins()
     plugins._load_installed.cache_clear()
+
+
+def test_fields_lists_what_installed_packages_bring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, entry = write(tmp_path, "norms_plugin", LOSS), Entry()
+    monkeypatch.setattr(entry, "load", lambda: importlib.import_module(name))
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(sys, "argv", ["fastkd", "fields", "losses.norms"])
+    plugins._load_installed.cache_clear()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    plugins._load_installed.cache_clear()
+    said = capsys.readouterr().out
+    assert not ended.value.code and "losses.norms.power: a number; default 1.0\n" in said
 
 
 def test_a_loss_from_outside_trains_resumes_and_evaluates(

@@ -278,7 +278,7 @@ def test_a_profile_changes_no_number_and_is_told(path: Path, ranks: Ranks) -> No
         assert said in page
     rows = [*time_rows(profile), *memory_rows(profile["memory_bytes"], 0, "process")]
     for name, *_ in rows:
-        assert f"<td>{name}</td>" in page
+        assert f"<th scope='row'>{name}</th>" in page
     # what is resumed tells of its own steps, of which the first is not timed
     shutil.rmtree(folder.checkpoints / "step-00000006")
     assert trained(path, ranks, "told", *short)["profile"]["steps"] == 1

@@ -8,21 +8,37 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fastkd.reporting.svg import Line, Panel, chart, make_axis
+from fastkd.reporting.layer_figure import layer_figures
+from fastkd.reporting.svg import Bar, Line, Panel, bars, chart, make_axis, number
 
 STEPS = (1.0, 2.0, 3.0, 4.0)
 
 
-def curves(svg: str) -> list[list[tuple[float, float]]]:
+def elements(page: str, tag: str) -> list[ElementTree.Element]:
+    return list(ElementTree.fromstring(page).iter(tag))
+
+
+def curves(page: str) -> list[list[tuple[float, float]]]:
     """The points of every curve, as they stand in the picture."""
-    paths = [path.get("d", "") for path in ElementTree.fromstring(svg).iter("path") if len(path)]
+    drawn = [path for path in elements(page, "path") if "line" in path.get("class", "").split()]
+    paths = [path.get("d", "") for path in drawn if "dot" not in path.get("class", "")]
+    # those of legends begin at a place that no curve has
     return [
-        [(float(x), float(y)) for x, y in re.findall(r"[ML]([-\d.]+) ([-\d.]+)", d)] for d in paths
+        [(float(x), float(y)) for x, y in re.findall(r"[ML]([-\d.]+) ([-\d.]+)", d)]
+        for d in paths
+        if d != "M1 5H21"
     ]
 
 
+def told(page: str) -> list[list[str]]:
+    """What a pointer is told at each place, line by line."""
+    bands = [rect for rect in elements(page, "rect") if rect.get("class") == "band"]
+    return [(band.findtext("title") or "").splitlines() for band in bands]
+
+
 def texts(svg: str) -> list[str]:
-    return [text.text or "" for text in ElementTree.fromstring(svg).iter("text")]
+    tags = ("text", "figcaption", "li")
+    return ["".join(one.itertext()) for tag in tags for one in elements(svg, tag)]
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -45,7 +61,12 @@ def test_what_a_scale_can_not_show_is_a_gap() -> None:
     svg = chart([Panel([line], log=True)])
     (points,) = curves(svg)
     assert len(points) == 3
-    assert re.search(r'd="M[^L"]*M[^L"]*M[^L"]*" stroke-width="1.5"', svg)
+    assert re.search(r'class="line line-0" d="M[^L"]*M[^L"]*M[^L"]*"', svg)
+    # what the scale can't show is told all the same, but for what is no number
+    assert told(svg) == [
+        *(["step 1", "x: 1"], ["step 2", "x: 0"], ["step 3", "x: 2"], ["step 4"]),
+        ["step 5", "x: 3"],
+    ]
     # without any value that it can show, the scale is linear
     (zeros,) = curves(chart([Panel([Line("x", STEPS, (0.0,) * 4)], log=True)]))
     assert len(zeros) == 4
@@ -88,10 +109,96 @@ def test_ticks_are_round() -> None:
 def test_lines_are_named_and_no_name_is_markup() -> None:
     hostile = "</text><script>x</script>"
     lines = [Line(hostile, STEPS, STEPS), Line("teacher", STEPS, STEPS, reference=True)]
-    svg = chart([Panel(lines, title="t", y_label="score", legend="layers")] * 3)
-    assert texts(svg).count(hostile) == 3 and "<script" not in svg
-    assert texts(svg).count("teacher") == texts(svg).count("score") == 3
-    assert svg == chart([Panel(lines, title="t", y_label="score", legend="layers")] * 3)
-    # two side by side, the third below
-    assert 'viewBox="0 0 880 580"' in svg
+    page = chart([Panel(lines, title="t", legend="layers")] * 3)
+    assert texts(page).count(hostile) == 3 and "<script" not in page
+    assert texts(page).count("teacher") == texts(page).count("t") == 3
+    assert page == chart([Panel(lines, title="t", legend="layers")] * 3)
     assert hostile not in texts(chart([Panel(lines)]))
+    assert told(page)[0] == ["step 1", f"{hostile}: 1", "teacher: 1"]
+    # also for who sees no picture
+    said = [svg.get("aria-label") for svg in elements(page, "svg") if svg.get("role") == "img"]
+    assert len(said) == 3 and f"{hostile} from 1 at 1 to 4 at 4; teacher from 1" in str(said[0])
+
+
+@pytest.mark.parametrize("steps", [240, 241, 5000])
+def test_a_long_run_keeps_its_extremes_and_every_value_is_inside_what_is_told(steps: int) -> None:
+    x = [10.0 * n for n in range(1, steps + 1)]
+    y = [1.0 + 0.5 * math.sin(n) for n in range(steps)]
+    y[steps // 3], y[steps // 2] = 9.0, 0.01
+    page = chart([Panel([Line("a", x, y)], log=True)])
+    (points,), bands = curves(page), told(page)
+    assert len(bands) <= 240 and len(points) <= 480
+    top, bottom = min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])
+    assert len([p for p in points if p[1] == top[1]]) == 1 and top[0] < bottom[0]
+    number, found = 0, []
+    for where, value in bands:
+        first, _, last = where.removeprefix("step ").replace(",", "").partition(" to ")
+        low, _, high = value.removeprefix("a: ").partition(" to ")
+        while number < steps and x[number] <= float(last or first):
+            assert float(low) - 1e-3 <= y[number] <= float(high or low) + 1e-3
+            number += 1
+        found += [low, high]
+    assert number == steps and {"9", "0.01"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        *((0.0, "0"), (12345.6, "12,346"), (0.00001, "1e-5"), (1e12, "1e12"), (-0.25, "-0.25")),
+        *((0.123456, "0.1235"), (999.99, "1000"), (2e-7, "2e-7"), (1e9, "1e9"), (math.nan, "nan")),
+    ],
+)
+def test_a_number_has_four_digits(value: float, said: str) -> None:
+    assert number(value) == said
+
+
+def test_steps_have_no_fractions() -> None:
+    page = chart([Panel([Line("", (0, 1, 2), (1, 2, 3))])])
+    assert {"0", "1", "2"} <= set(texts(page)) and "0.5" not in texts(page)
+
+
+def test_bars_are_as_long_as_what_they_say() -> None:
+    page = bars("memory", [Bar("weights", 40.0, "40 MiB"), Bar("<b>", 10.0, "10 MiB")])
+    rects = elements(page, "rect")
+    long, short = (float(rect.get("width", "")) for rect in rects)
+    assert long == pytest.approx(4 * short, abs=0.2)
+    assert [rect.findtext("title") for rect in rects] == ["weights: 40 MiB", "<b>: 10 MiB"]
+    assert "b>" not in page.replace("&lt;b&gt;", "")
+
+
+LABELS = ("attention/1-2", "attention/2-4", "hidden/1-2", "hidden/2-4", "embedding/0-0", "labels")
+
+
+def links(page: str) -> list[str]:
+    paths = [path for path in elements(page, "path") if path.get("class") == "link"]
+    return [path.findtext("title") or "" for path in paths]
+
+
+def test_layers_that_terms_share_are_drawn_once() -> None:
+    weights = {"attention/1-2": 1.0, "hidden/1-2": 10.0}
+    (page,) = layer_figures(LABELS, weights, (2, 4))
+    assert links(page) == [
+        "student layer 0 from teacher layer 0",
+        "student layer 1 from teacher layer 2, weight in attention 1, weight in hidden 10",
+        "student layer 2 from teacher layer 4",
+    ]
+    kinds = [circle.get("class") for circle in elements(page, "circle")]
+    # three layers of the student with the embeddings, of the teacher two that are not compared
+    assert kinds == ["node"] * 3 + ["node", "unused", "node", "unused", "node"]
+    assert texts(page)[-1] == "embedding, attention, hidden"
+
+
+def test_several_teacher_layers_are_drawn_with_their_weights() -> None:
+    labels = [f"hidden/{s}-{t}" for s in (1, 2) for t in (1, 2, 3)]
+    weights = {label: 0.1 * n for n, label in enumerate(labels, start=1)}
+    drawn, table = layer_figures(labels, weights, (2, 3))
+    paths = [path for path in elements(drawn, "path") if path.get("class") == "link"]
+    widths = [float(path.get("stroke-width", "")) for path in paths]
+    assert widths == sorted(widths) and widths[-1] == 4.0 and len(links(drawn)) == 6
+    cells = [cell.text for cell in elements(table, "td")]
+    assert cells == ["0.1", "0.2", "0.3", "0.4", "0.5", "0.6"]
+    # a mean of several is one loss; another mapping is another figure
+    mean, drawn_anew = layer_figures(["hidden/1-1..3", "norms/1-*"], {}, None)
+    assert links(mean) == ["student layer 1 from teacher layers together 1 to 3"] * 3
+    assert links(drawn_anew) == [] and "drawn anew" in drawn_anew
+    assert layer_figures(["logits", "labels"], {}, None) == []

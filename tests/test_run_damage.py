@@ -21,17 +21,17 @@ def test_a_broken_summary(tmp_path: Path, content: bytes) -> None:
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("content", [*BROKEN, b"", b'{"loss": 1}'])
+@pytest.mark.parametrize("content", [*BROKEN, b"", b'{"loss": 1}', b'{"step": 1}'])
 def test_a_broken_line_of_metrics(tmp_path: Path, content: bytes) -> None:
     run = RunFolder(tmp_path)
-    whole = b'{"step": 1}\n'
+    whole = b'{"kind": "train", "step": 1}\n'
     run.metrics.write_bytes(whole + content + b"\n" + whole)
     with pytest.raises(UserError, match=r"metrics.jsonl, line 2 is damaged .*; repair") as raised:
         run.rewind_metrics(1)
     assert "\n" not in str(raised.value)
     # the last line of a run that was killed
     run.metrics.write_bytes(whole + content)
-    assert run.read_metrics() == [{"step": 1}]
+    assert run.read_metrics() == [{"kind": "train", "step": 1}]
 
 
 @pytest.mark.parametrize("content", BROKEN)

@@ -239,6 +239,11 @@ def test_inspect_writes_a_table_and_pictures(
     }
     for name in ("cka.png", "attention.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out" / "similarity.html").read_text()
+    assert page.count('role="img"') == 2 and "few tokens for 32 features" in page
+    # every field of both maps has its value
+    values = [*found.cka.ravel(), *found.divergence.ravel()]
+    assert all(f">{value:.3f}</text>" in page for value in values)
     print_similarity(found, Reporter())
     said = capsys.readouterr().out
     best = int(found.cka[2].argmax())

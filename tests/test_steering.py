@@ -52,7 +52,7 @@ def steered(recipe: Path) -> fastkd.RunResult:
 
 def heldout(run: Path) -> dict[int, float]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["perplexity"] for line in lines if line["kind"] == "heldout"}
+    return {x["step"]: x["heldout/perplexity"] for x in lines if x["kind"] == "heldout"}
 
 
 def test_a_run_stops_and_hands_on_its_best_student(steered: fastkd.RunResult, recipe: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_score_is_better_where_it_is_larger(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, "tuned", train=train)
     result = fastkd.finetune(path, {"run.keep_best": "score"}, quiet=True)
     lines = map(json.loads, (result.folder / "metrics.jsonl").read_text().splitlines())
-    scores = {x["step"]: x["score"] for x in lines if x["kind"] == "heldout" and x["step"]}
+    scores = {x["step"]: x["heldout/score"] for x in lines if x["kind"] == "heldout" and x["step"]}
     best = max(scores.values())
     assert result.summary["exported_step"] == min(s for s, v in scores.items() if v == best)
     assert fastkd.evaluate(result, quiet=True).judged["score"] == best > scores[14] - 1e-9

@@ -22,7 +22,8 @@ class MeanTargetMap(LayerMap):
 
 
 class MeanLossMap(LayerMap):
-    """The same blocks; layer i has the mean of its losses against each layer of block i."""
+    """The teacher's layers in N blocks of neighbours; layer i has the mean of its losses against
+    each layer of block i."""
 
     def links(self, moment: Progress) -> tuple[Link, ...]:
         cut = blocks(self.student_layers, self.teacher_layers)
@@ -40,7 +41,14 @@ class MeanLossMap(LayerMap):
 
 @dataclass(frozen=True)
 class TransportMap(LayerMap):
-    """Every pair of layers, weighted by an exact transport (BERT-EMD, arXiv 2010.06133)."""
+    """Every pair of layers, weighted by an exact transport (BERT-EMD, arXiv 2010.06133).
+
+        sum over pairs of f_ij loss_ij,    f the cheapest flow between the layers' weights
+
+    Flows are those of the losses of the step before, the first ones those of a look at its own
+    batch. Layer weights begin equal; with `cost` and `softmax` layers that are cheap to serve get
+    more, once a step.
+    """
 
     layer_weights: LayerWeights = "cost"
     temperature: float = 1.0
@@ -60,7 +68,12 @@ class TransportMap(LayerMap):
 
 @dataclass(frozen=True)
 class AttentionMap(LayerMap):
-    """Every layer learns from a softmax mixture of the teacher's (ALP-KD, arXiv 2012.14022)."""
+    """Every layer learns from a softmax mixture of the teacher's (ALP-KD, arXiv 2012.14022).
+
+        target of a token = sum over layers l of a_l v_l,    a = softmax(<u, v_l> / temperature)
+
+    u is the student's state, v_l the teacher's of layer l; the weights carry no gradient.
+    """
 
     temperature: float = 1.0
 

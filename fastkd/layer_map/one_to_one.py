@@ -72,7 +72,7 @@ class FinalMap(FixedMap):
 
 @dataclass(frozen=True)
 class ExplicitMap(FixedMap):
-    """What a list says."""
+    """A list of one teacher layer for each student layer, 0 for none."""
 
     layers: tuple[int, ...] = field(default=())
 

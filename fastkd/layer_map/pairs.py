@@ -9,7 +9,10 @@ from fastkd.layer_map.base import LayerMap, Link, Progress
 
 @dataclass(frozen=True)
 class PairsMap(LayerMap):
-    """Pairs of a student and a teacher layer with a weight each; a layer may stand in several."""
+    """Pairs of a student and a teacher layer with a weight each; a layer may stand in several.
+
+    `layer_map: [[1, 2], [3, 6, 0.5]]` compares layers 1 and 2, and layers 3 and 6 at half weight.
+    """
 
     layers: tuple[tuple[int, int, float], ...] = ()
 

@@ -8,14 +8,15 @@ from matplotlib.patches import Rectangle
 
 from fastkd.layer_similarity.compare import Similarity
 from fastkd.layer_similarity.views import View
-from fastkd.reporting.plotting import draw_map, png
+from fastkd.reporting.plotting import draw_map, themed
 
 # where a map's mark stands in a field, and its shape
 _MARKS = {"uniform": ("o", -0.34), "last": ("^", 0.0), "first": ("s", 0.34)}
 
 
-def draw_view(similarity: Similarity, view: View) -> bytes:
-    """A heat map, as PNG, with the layers of three maps marked and the best of every row framed."""
+@themed()
+def draw_view(similarity: Similarity, view: View) -> Figure:
+    """A heat map with the layers of three maps marked and the best of every row framed."""
     rows, columns = (
         [f"{n + view.first}" if n + view.first else "0" for n in range(size)]
         for size in view.values.shape
@@ -31,8 +32,8 @@ def draw_view(similarity: Similarity, view: View) -> bytes:
     figure.colorbar(axes.images[0], ax=axes)
     _mark(axes, similarity, view)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    return png(figure)
+    figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
+    return figure
 
 
 def _mark(axes: Axes, similarity: Similarity, view: View) -> None:

@@ -33,7 +33,21 @@ if TYPE_CHECKING:
 @register_loss("attention")
 class AttentionLoss(Loss):
     """Attention of the mapped blocks: mean squared difference of the scores (TinyBERT, arXiv
-    1909.10351, eq. 7), or a divergence of their softmax (MiniLM, arXiv 2002.10957)."""
+    1909.10351, eq. 7), or a divergence of their softmax (MiniLM, arXiv 2002.10957).
+
+    Of a head, A = scale Q K^T are the scores, t and p the softmax of the teacher's and the
+    student's over the temperature; heads are compared one by one, in their order.
+
+        score_mse      mean over heads and query-key pairs of (A_student - A_teacher)^2
+        kl             sum over keys of t log(t / p), mean over heads and queries
+        cross_entropy  - sum of t log p
+        reverse_kl     sum of p log(p / t)
+        js             (KL(t, m) + KL(p, m)) / 2, m = (p + t) / 2
+        mse            sum of (p - t)^2
+        cosine         1 - cos(p, t)
+
+    Keys that a query does not see are left out. No attention map is stored.
+    """
 
     class Config(LossConfig):
         """Attention of the mapped blocks."""

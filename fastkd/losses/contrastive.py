@@ -18,6 +18,8 @@ from fastkd.losses.registry import register_loss
 class ContrastiveLoss(EmbeddingLoss):
     """InfoNCE with in-batch negatives (van den Oord et al., arXiv 1807.03748, eq. 4).
 
+        - log(exp(cos(q, d) / temperature) / sum over documents d' of exp(cos(q, d') / temperature))
+
     The first text of a row is its query, the second the document to be found, others are negatives.
     Each query chooses among the documents and negatives of all rows of an optimiser step, see
     `Batch.gather`; in an evaluation of a micro-batch. Mean over rows.

@@ -12,7 +12,11 @@ from fastkd.losses.states import StateConfig, StateGroup, StateLoss
 
 @register_loss("embedding")
 class EmbeddingLoss(StateLoss):
-    """Embeddings, layer 0 of both models (TinyBERT, arXiv 1909.10351, eq. 9)."""
+    """Embeddings, layer 0 of both models (TinyBERT, arXiv 1909.10351, eq. 9).
+
+    What enters the first block, compared as `hidden` compares the states of a layer: `mse`,
+    `normalized_mse` or `cosine`, through the same projection where the widths differ.
+    """
 
     class Config(StateConfig):
         """Embedding outputs."""

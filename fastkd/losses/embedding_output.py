@@ -16,6 +16,11 @@ from fastkd.losses.registry import register_loss
 class EmbeddingOutputLoss(EmbeddingLoss):
     """The student's embedding against the teacher's, mean over examples.
 
+    Of embeddings u and v of a sequence:
+
+        cosine  1 - cos(u, v)
+        mse     mean over numbers of (u / |u| - v / |v|)^2
+
     Both are what the users of the models get, by the modules of the teacher's folder. Where the
     widths differ, a linear layer without bias takes the student's pooled states to the teacher's
     and is exported with the student, whose queries then search an index of the teacher's (LEAF,

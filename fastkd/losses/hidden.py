@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 class HiddenLoss(StateLoss):
     """Hidden states of the mapped layers (TinyBERT, arXiv 1909.10351, eq. 8).
 
+    With u = W h_student + b, where the widths differ or a projection is asked for, and v the
+    teacher's state of the same token:
+
+        mse             mean over tokens and width of (u - v)^2
+        normalized_mse  mean over tokens of |u / |u| - v / |v||^2
+        cosine          mean over tokens of 1 - cos(u, v)
+
     With `student_module` and `teacher_module` what these submodules give, [batch, tokens, width]
     with the width of the model, is compared in place of layers.
     """

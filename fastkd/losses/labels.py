@@ -13,7 +13,11 @@ from fastkd.types import Head
 
 @register_loss("labels")
 class LabelsLoss(HardLoss):
-    """Cross-entropy of classes or of the next token, squared error of a number."""
+    """Cross-entropy of classes or of the next token, squared error of a number.
+
+    The student alone against the labels of a task, or against the text: - log p(label) of its
+    softmax at temperature 1, a mean over labels, weighted where `task.class_weights` says so.
+    """
 
     class Config(LossConfig):
         """Hard labels: cross-entropy of classes or of the next token, squared error of a number."""

@@ -33,7 +33,20 @@ def _one_word(kind: object) -> object:
 @register_loss("logits")
 class LogitsLoss(SoftLoss):
     """Divergence of the outputs of the models' heads (Hinton et al., arXiv 1503.02531; TinyBERT,
-    arXiv 1909.10351, eq. 10)."""
+    arXiv 1909.10351, eq. 10).
+
+    t and p are the softmax of the teacher's and the student's logits z over the temperature:
+
+        kl               sum over classes of t log(t / p)
+        cross_entropy    - sum of t log p
+        reverse_kl       sum of p log(p / t)
+        js               beta KL(t, m) + (1 - beta) KL(p, m), m = beta t + (1 - beta) p
+        skew_kl          KL(t, m), m = skew t + (1 - skew) p
+        total_variation  sum of |p - t| / 2
+        mse              mean over classes of (z_student - z_teacher)^2
+
+    Of a language model classes are tokens, and its logits are never stored whole.
+    """
 
     class Config(LossConfig):
         """Outputs of the heads."""

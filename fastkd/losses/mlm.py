@@ -15,7 +15,11 @@ from fastkd.types import Head
 
 @register_loss("mlm")
 class MlmLoss(HardLoss):
-    """Cross-entropy of masked tokens (BERT, arXiv 1810.04805, section 3.1)."""
+    """Cross-entropy of masked tokens (BERT, arXiv 1810.04805, section 3.1).
+
+    The student alone: - log p of the token that stood at each masked place, a mean over those.
+    Both models read the masked text, so that `logits` compares what they predict of it.
+    """
 
     class Config(LossConfig):
         """Masked tokens."""

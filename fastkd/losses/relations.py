@@ -37,7 +37,16 @@ Relation = Literal["qq", "kk", "vv", "qk"]
 @register_loss("relations")
 class RelationsLoss(Loss):
     """Divergence of relations among queries, keys and values (MiniLM, arXiv 2002.10957; MiniLMv2,
-    arXiv 2012.15828, eq. 5 to 7)."""
+    arXiv 2012.15828, eq. 5 to 7).
+
+    All heads of a layer are put side by side and cut anew into `relation_heads` r, so that models
+    with other numbers of heads compare. A relation of X and Y is, for each of them,
+
+        softmax(X_r Y_r^T / sqrt(width / relation_heads) / temperature)
+
+    and the student's is compared with the teacher's row by row, as `attention` compares
+    probabilities. Each relation is logged apart: `relations.vv/3-6`.
+    """
 
     class Config(LossConfig):
         """Query, key and value relations of the mapped blocks."""

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 class RelationalLoss(Loss):
     """Distances or angles among pooled embeddings (RKD, Park et al., arXiv 1904.05068, eq. 5 to 8).
 
+    With points x of the sequences, pooled, and a Huber loss of each relation:
+
+        distance  |x_i - x_j| over the mean of all pairs
+        angle     cos of the angle at x_j between x_i and x_k
+
     Widths may differ, as each model is compared with itself. All sentences of an optimiser step
     meet, see `Batch.gather`; in an evaluation those of a micro-batch. Fewer than two sentences
     (three for angles) have nothing to compare and give zero.

@@ -21,6 +21,11 @@ class SimilarityLoss(EmbeddingLoss):
     """Cosines of the embeddings of a step, the student's against the teacher's (Tung and Mori,
     arXiv 1907.09682; as distributions over the others: Fang et al., arXiv 2101.04731, eq. 3).
 
+    S holds the cosines of each sequence with the others:
+
+        mse  mean over pairs of (S_student - S_teacher)^2
+        kl   mean over sequences of KL(softmax(S_teacher / temperature), softmax(S_student / ...))
+
     Each model is compared with itself, so that dims may differ. All sequences of an optimiser step
     meet, see `Batch.gather`; in an evaluation those of a micro-batch. One sequence has no others
     and gives zero.

@@ -12,7 +12,13 @@ from fastkd.recipe.weights import Schedule
 
 
 def factor(schedule: Schedule | None, progress: float) -> float:
-    """What a schedule puts on a weight.
+    """A factor on the weight of one loss that changes over the run.
+
+    With s the share of the run that is done, and x = (s - begin) / (end - begin) held to [0, 1]:
+
+        linear  first + (last - first) x
+        cosine  first + (last - first) (1 - cos(pi x)) / 2
+        step    first where s < begin, else last
 
     Args:
         schedule: section of a term; 1 throughout where there is none.
@@ -32,6 +38,11 @@ def factor(schedule: Schedule | None, progress: float) -> float:
 
 class Ratio:
     """Every term scaled to the running size of a reference term, by detached values.
+
+        scale = mean of the reference / mean of the term,    mean = decay mean + (1 - decay) size
+
+    A term then weighs as its `weight` says, whatever its size; the first step looks at its own
+    batch before it trains on it.
 
     The means live outside the module's parameters and buffers: an engine in bf16 would round them.
     """
@@ -64,7 +75,8 @@ class Ratio:
 
 
 class Uncertainty(nn.Module):
-    """Learned log-variances s of the terms (Kendall et al., arXiv 1705.07115, eq. 7).
+    """Weights that are learned, as log-variances s of the terms (Kendall et al., arXiv 1705.07115,
+    eq. 7).
 
         total = sum over terms of exp(-s) L / 2 + s / 2,    s = limit tanh(parameter / limit)
 

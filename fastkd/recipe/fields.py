@@ -6,6 +6,7 @@ through, and a complaint about an unknown key looks here for where a recipe has 
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
@@ -122,7 +123,9 @@ def _losses(within: str) -> Iterator[Entry]:
     yield from fields_of(LossConfig, f"{within}.*")
     for name in loss_names():
         loss = loss_class(name)
-        yield Entry(f"{within}.{name}", "a section or null", "null", _line(loss.__doc__))
+        # its first paragraph: formulas and remarks take more than a line
+        about = _line(inspect.cleandoc(loss.__doc__ or "").partition("\n\n")[0])
+        yield Entry(f"{within}.{name}", "a section or null", "null", about)
         for entry in fields_of(loss.Config, f"{within}.{name}"):
             _, _, own, *below = entry.key.split(".")
             # sections that stand in many places are opened where they stand first

@@ -230,5 +230,6 @@ class RunOutput(Section):
     """Whether a run leaves out what only people read: the evaluation before the first step, the
     speed of the models and of a teacher's cache, `report.html` and the model card. For many runs
     that are compared."""
-    monitor: Literal["none", "tensorboard", "wandb"] = "none"
-    """Tracker that DeepSpeed's monitor writes to; its package is an extra of fastkd's."""
+    monitor: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Tracker that is told every number of `metrics.jsonl` by its name and step; its package is an
+    extra of fastkd's."""

@@ -12,15 +12,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from fastkd.errors import printable
+from fastkd.reporting.style import STYLE
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 }
-th, td { padding: .2rem .9rem; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child { text-align: left }
-svg { max-width: 100%; height: auto }
-pre { background: #f6f6f6; padding: 1rem; overflow-x: auto }
-"""
 # pictures stand in the page itself, and so does its style
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
@@ -28,22 +21,23 @@ POLICY = (
 )
 
 
-def document(title: str, body: Iterable[str], style: str = "") -> str:
+def document(title: str, body: Iterable[str]) -> str:
     """A whole page.
 
     Args:
         title: as text.
         body: as HTML.
-        style: CSS beside the common one.
     """
     named = escaped(title)
     head = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-        f"<title>{named}</title><style>{STYLE}{style}</style></head><body>",
+        f"<title>{named}</title>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<style>{STYLE}</style></head><body><main>",
         f"<h1>{named}</h1>",
     ]
-    return "\n".join([*head, *body, "</body></html>"])
+    return "\n".join([*head, *body, "</main></body></html>"])
 
 
 def escaped(text: str) -> str:
@@ -57,13 +51,39 @@ def shortened(text: str, most: int = 40) -> str:
     return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
-def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of text cells; the first column is left, the others are right."""
-    head = "".join(f"<th>{escaped(column)}</th>" for column in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows
+def html_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "numbers"
+) -> str:
+    """A table of text cells, which scrolls by itself where it is wide; the first column is left and
+    names its row, the others are right.
+
+    Args:
+        columns: their heads; none of them has text where the rows need no heads.
+        rows: as long as the heads.
+        caption: what is said of it to those who don't see it.
+    """
+    heads = "".join(
+        f"<th scope='col'>{escaped(column)}</th>" if column else "<td></td>" for column in columns
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    head = f"<thead><tr>{heads}</tr></thead>" if any(columns) else ""
+    body = "".join(
+        f"<tr><th scope='row'>{escaped(first)}</th>"
+        + "".join(f"<td>{escaped(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for first, *cells in rows
+    )
+    return scrolling(f"<table>{head}<tbody>{body}</tbody></table>", caption)
+
+
+def scrolling(content: str, caption: str) -> str:
+    """HTML that may be wider than the page, in a part that scrolls, also by keys.
+
+    Args:
+        content: as HTML.
+        caption: what is said of it to those who don't see it.
+    """
+    region = f"role='region' tabindex='0' aria-label='{escaped(caption)}'"
+    return f"<div class='scroll' {region}>{content}</div>"
 
 
 def markdown(text: str) -> str:

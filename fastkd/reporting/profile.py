@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 Rows = list[tuple[str, ...]]
+Bars = list[tuple[str, float, str]]
+"""Of each bar its name, its size, and the size as text."""
 _SAID = {"data": "data, waiting for it", "student": "student, forward", "rest": "the rest"}
 # further columns that a profile may have, by their names in a summary
 _SLOWEST = "slowest_milliseconds"
@@ -46,6 +48,18 @@ def time_rows(profile: Mapping[str, Any]) -> Rows:
     return [*rows, ("a step", _milliseconds(profile["milliseconds"]), "100.0%", *sums)]
 
 
+def time_bars(profile: Mapping[str, Any]) -> Bars:
+    """One bar a phase, as `time_rows` says it."""
+    return [
+        (
+            _SAID.get(name, name),
+            phase["milliseconds"],
+            f"{_milliseconds(phase['milliseconds'])} ms, {phase['share']:.0%}",
+        )
+        for name, phase in profile["phases"].items()
+    ]
+
+
 def memory_rows(parts: Mapping[str, int], peak: int, kind: str) -> Rows:
     """One row a part, then what the peak is above them, and the peak.
 
@@ -54,10 +68,18 @@ def memory_rows(parts: Mapping[str, int], peak: int, kind: str) -> Rows:
         peak: likewise.
         kind: what they are of, GPU or process.
     """
-    above = max(0, peak - sum(parts.values()))
-    rest = "the rest" if kind == "GPU" else "libraries and the rest"
-    sizes = {**parts, rest: above, "peak": peak}
+    sizes = {**_parts(parts, peak, kind), "peak": peak}
     return [(name, _size(size)) for name, size in sizes.items()]
+
+
+def memory_bars(parts: Mapping[str, int], peak: int, kind: str) -> Bars:
+    """One bar a part, as `memory_rows` says it."""
+    return [(name, size, _size(size)) for name, size in _parts(parts, peak, kind).items()]
+
+
+def _parts(parts: Mapping[str, int], peak: int, kind: str) -> dict[str, int]:
+    rest = "the rest" if kind == "GPU" else "libraries and the rest"
+    return {**parts, rest: max(0, peak - sum(parts.values()))}
 
 
 def _more(profile: Mapping[str, Any]) -> dict[str, str]:

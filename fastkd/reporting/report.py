@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from fastkd.files.disk import disk_errors, write_whole
 from fastkd.recipe import AnyRecipe, Recipe, load_any_recipe
 from fastkd.reporting.console import Reporter
+from fastkd.reporting.curves import heldout_panels, last_weights, score_panels, training_panels
 from fastkd.reporting.html import (
     document,
     escaped,
     html_table,
 )
-from fastkd.reporting.profile import memory_rows, time_columns, time_rows
-from fastkd.reporting.scores import headline_scores, one_class, score_table
-from fastkd.reporting.svg import Line, Panel, chart
+from fastkd.reporting.layer_figure import layer_figures
+from fastkd.reporting.profile import (
+    memory_bars,
+    memory_rows,
+    time_bars,
+    time_columns,
+    time_rows,
+)
+from fastkd.reporting.scores import one_class, score_table
+from fastkd.reporting.svg import Bar, Panel, bars, chart
 from fastkd.training.run_folder import RunFolder
 
 TOTAL = "total, weighted"
 """What the row of the weighted sum of losses is called."""
-_NAMED_LINES = 16
 # what data is counted in that is not text in blocks, and where a summary says how much there is
 _COUNTED = (("examples", "task_examples"), ("rows", "data_rows"))
 Rows = list[tuple[str, ...]]
@@ -58,23 +64,27 @@ def write_report(run: RunFolder) -> None:
     summary, metrics = run.read_summary(), run.read_metrics()
     assert summary is not None, "a report is written after the summary"
     recipe = load_any_recipe(run.recipe)
-    training = [record for record in metrics if record["kind"] == "train"]
-    heldout = [record for record in metrics if record["kind"] == "heldout"]
+    training = [line for line in metrics if line["kind"] == "train"]
+    heldout = [line for line in metrics if line["kind"] == "heldout"]
+    weights = last_weights(training)
+    depths = summary.get("depths")
+    layers = layer_figures(list(summary["after"]["losses"]), weights, depths and tuple(depths))
+    scores = score_panels(heldout, summary.get("teacher", {}))
     body = [
-        f"<p>{escaped(_subject(recipe))}</p>",
-        html_table(("term/student-teacher", "before", "after"), loss_rows(summary)),
-        *(html_table(columns, rows) for columns, rows in score_tables(summary)),
-        html_table(("", *model_names(summary)), model_rows(summary)),
-        html_table(("", ""), _facts(summary)),
-        *(
-            f"<h2>{escaped(title.capitalize())}</h2>{html_table(columns, rows)}"
-            for title, columns, rows in _profile(summary)
+        f"<p class='lead'>{escaped(_subject(recipe))}</p>",
+        "<h2>Held out, before and after</h2>",
+        html_table(
+            ("term/student-teacher", "before", "after"), loss_rows(summary), "held-out losses"
         ),
-        "<h2>Training</h2>",
-        _curves(training, "loss, mean over log_every steps"),
-        "<h2>Held out</h2>",
-        _curves(heldout, "loss on held-out data"),
-        *_score_section(heldout, summary.get("teacher", {})),
+        *(html_table(columns, rows, "scores") for columns, rows in score_tables(summary)),
+        *_section(_scores_title(summary), chart(scores) if scores else ""),
+        *_section("Layers", f"<div class='panels'>{''.join(layers)}</div>" if layers else ""),
+        *_section("Training, mean over log_every steps", _panels(training_panels(training))),
+        *_section("Held-out losses over the run", _panels(heldout_panels(heldout))),
+        *_profile_sections(summary),
+        "<h2>Run</h2>",
+        html_table(("", *model_names(summary)), model_rows(summary), "models"),
+        html_table(("", ""), _facts(summary), "facts of the run"),
         f"<h2>Recipe</h2><pre>{escaped(run.recipe.read_text(encoding='utf-8'))}</pre>",
     ]
     with disk_errors(run.path):
@@ -182,12 +192,20 @@ def _profile(summary: dict[str, Any]) -> list[tuple[str, tuple[str, ...], Rows]]
     profile = summary.get("profile")
     if profile is None:
         return []
-    kind = summary["peak_memory_of"]
-    memory = memory_rows(profile["memory_bytes"], summary["peak_memory_bytes"], kind)
     return [
         ("time of a step", time_columns(profile), time_rows(profile)),
-        (f"memory of the {kind}", ("", "size"), memory),
+        (
+            f"memory of the {summary['peak_memory_of']}",
+            ("", "size"),
+            memory_rows(*_memory(summary)),
+        ),
     ]
+
+
+def _memory(summary: dict[str, Any]) -> tuple[dict[str, int], int, str]:
+    """What memory held by part, its peak, and what it is of."""
+    parts = summary["profile"]["memory_bytes"]
+    return parts, summary["peak_memory_bytes"], summary["peak_memory_of"]
 
 
 def _heldout(judged: dict[str, Any]) -> str:
@@ -205,39 +223,27 @@ def _subject(recipe: AnyRecipe) -> str:
     return f"{recipe.model.name}, fine-tuned on {recipe.task.name}"
 
 
-def _score_section(heldout: list[dict[str, Any]], teacher: dict[str, Any]) -> list[str]:
-    """Scores over the run, beside the teacher's."""
-    steps, taught = [record["step"] for record in heldout], headline_scores(teacher)
-    over = [headline_scores(record) for record in heldout]
-    panels = []
-    for name in over[0] if over else ():
-        # stages may judge by other things
-        lines = [Line("this model", steps, [found.get(name, math.nan) for found in over])]
-        if name in taught:
-            lines.append(Line("teacher", steps, [taught[name]] * len(steps), reference=True))
-        panels.append(Panel(lines, name, y_label="score", legend=""))
-    title = "Score of the task" if over and "score" in over[0] else "Scores"
-    return [f"<h2>{title}</h2>", chart(panels)] if panels else []
+def _scores_title(summary: dict[str, Any]) -> str:
+    return "Score of the task" if "score" in summary["after"] else "Scores over the run"
 
 
-def _curves(records: list[dict[str, Any]], title: str) -> str:
-    """One panel a term, one line a layer pair, as inline SVG."""
-    if not records:
-        return "<p>nothing was recorded</p>"
-    labels = list(records[0]["losses"])
-    terms = list(dict.fromkeys(label.split("/")[0] for label in labels))
-    steps = [record["step"] for record in records]
-    panels = []
-    for term in terms:
-        names = [label for label in labels if label.split("/")[0] == term]
-        lines = [
-            Line(name.partition("/")[2], steps, [record["losses"][name] for record in records])
-            for name in names
-        ]
-        # a term without layers is one line; a many-to-many map has too many to name
-        named = "/" in names[0] and len(names) <= _NAMED_LINES
-        # a student that starts from its teacher has losses of exactly zero
-        panels.append(
-            Panel(lines, f"{term}: {title}", log=True, legend="student-teacher" if named else None)
-        )
-    return chart(panels)
+def _section(title: str, content: str) -> list[str]:
+    return [f"<h2>{escaped(title)}</h2>", content] if content else []
+
+
+def _panels(panels: list[Panel]) -> str:
+    return chart(panels) if panels else "<p>nothing was recorded</p>"
+
+
+def _profile_sections(summary: dict[str, Any]) -> list[str]:
+    """Where the time of a step goes and what memory holds, drawn and as tables."""
+    tables = _profile(summary)
+    if not tables:
+        return []
+    drawn = time_bars(summary["profile"]), memory_bars(*_memory(summary))
+    found = []
+    for (title, columns, rows), sizes in zip(tables, drawn, strict=True):
+        made = [Bar(*size) for size in sizes]
+        parts = bars(columns[0] or "by part", made), html_table(columns, rows, title)
+        found += _section(title.capitalize(), f"<div class='panels'>{''.join(parts)}</div>")
+    return found

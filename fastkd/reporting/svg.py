@@ -1,29 +1,35 @@
-"""Line charts as inline SVG, drawn here: a run's report needs a few panels and no plotting library.
+"""Charts as inline SVG, drawn here: a report needs a few panels and no plotting library.
 
-Text stays text, the same values give the same bytes, and nothing is loaded or run.
+Text stays text, the same values give the same bytes, and nothing is loaded or run: colours are
+those of the page's style sheet, in its light or dark mode, and a pointer that rests on a step is
+told the values of all lines there.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastkd.reporting.html import escaped, shortened
+from fastkd.reporting.style import LINES
 
-# colours that stay apart for most of the colour-blind; a second round is dashed
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#6b6b6b", "#a65628")
-_REFERENCE = "#000000"
-_COLUMNS = 2
-# of one panel, in pixels
-_WIDTH, _HEIGHT = 440.0, 290.0
-_LEFT, _TOP, _BOTTOM, _RIGHT = 62.0, 30.0, 46.0, 14.0
-_CHARACTER = 6.4
-_LEGEND_LINE = 15.0
+# of one panel, in pixels; the page shows it at about this size
+WIDTH = 360.0
+_HEIGHT = 220.0
+_TOP, _BOTTOM, _RIGHT = 8.0, 40.0, 10.0
+CHARACTER = 7.6
+_BAR = 26.0
+Point = tuple[float, float]
 # no float32 is as large, and spans of these are finite
 _LARGEST = 1e300
 # fewer points than this are marked
 _MARKED = 30
+# a panel has no more places that a pointer can tell apart
+_PLACES = 240
+_DASHES = 3
 
 
 @dataclass(frozen=True)
@@ -31,12 +37,14 @@ class Line:
     """Values over steps."""
 
     label: str
-    """Its name in the legend; text from anywhere."""
+    """Its name; text from anywhere."""
     x: Sequence[float]
     y: Sequence[float]
     """As long as `x`; one that the scale can't show leaves a gap."""
     reference: bool = False
-    """Whether it is what the others are held against: black and dashed."""
+    """Whether it is what the others are held against: dotted."""
+    group: str | None = None
+    """Lines of one group look alike and have one entry of the legend."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +53,22 @@ class Panel:
 
     lines: Sequence[Line]
     title: str = ""
-    y_label: str = ""
     x_label: str = "step"
     log: bool = False
     """A logarithmic y axis; a linear one where no value is above 0."""
     legend: str | None = None
     """Heading of the legend; `None`: there is none."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar of a chart of bars."""
+
+    label: str
+    size: float
+    """Not negative."""
+    said: str
+    """The size as text, with its unit."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +88,14 @@ class Axis:
         return (at - low) / (high - low)
 
 
-def make_axis(values: Sequence[float], *, log: bool = False, margin: float = 0.05) -> Axis:
+def make_axis(
+    values: Sequence[float],
+    *,
+    log: bool = False,
+    margin: float = 0.05,
+    parts: int = 6,
+    whole: bool = False,
+) -> Axis:
     """An axis around values, a little longer than they reach.
 
     Args:
@@ -78,6 +103,8 @@ def make_axis(values: Sequence[float], *, log: bool = False, margin: float = 0.0
             logarithmic axis are left out.
         log: logarithmic, if any value is positive.
         margin: what is added at either end, as a share of the whole.
+        parts: about as many ticks there are, linearly.
+        whole: whether values between whole numbers have no tick.
     """
     shown = [value for value in values if _is_shown(value)]
     positive = [value for value in shown if value > 0]
@@ -87,7 +114,7 @@ def make_axis(values: Sequence[float], *, log: bool = False, margin: float = 0.0
     room = (high - low) * margin or (0.05 if log else abs(low) / 10 or 0.5)
     low, high = low - room, high + room
     if not log:
-        return Axis(low, high, False, _linear_ticks(low, high))
+        return Axis(low, high, False, _linear_ticks(low, high, parts, whole))
     low, high = 10 ** max(low, -307.0), 10 ** min(high, 308.0)
     return Axis(low, high, True, _log_ticks(low, high))
 
@@ -96,9 +123,11 @@ def _is_shown(value: float) -> bool:
     return abs(value) <= _LARGEST
 
 
-def _linear_ticks(low: float, high: float) -> tuple[float, ...]:
-    """Four to nine multiples of 1, 2 or 5 times a power of ten."""
-    rough = (high - low) / 6
+def _linear_ticks(
+    low: float, high: float, parts: int = 6, whole: bool = False
+) -> tuple[float, ...]:
+    """Multiples of 1, 2 or 5 times a power of ten, of six parts four to nine."""
+    rough = max((high - low) / parts, 1.0 if whole else 0.0)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.ceil(low / step), math.floor(high / step)
@@ -118,33 +147,84 @@ def _log_ticks(low: float, high: float) -> tuple[float, ...]:
     return tuple(tick for tick in _linear_ticks(low, high) if tick > 0)
 
 
+def number(value: float) -> str:
+    """A number of an axis or a tooltip: four digits, thousands apart, `1e-5`."""
+    if math.isfinite(value) and 1000 <= abs(value) < 1e9:
+        return f"{value:,.0f}"
+    mantissa, mark, power = f"{value:.4g}".partition("e")
+    return f"{mantissa}e{int(power)}" if mark else mantissa
+
+
 def chart(panels: Sequence[Panel]) -> str:
-    """Panels side by side, as one element of HTML."""
-    columns = min(len(panels), _COLUMNS)
-    rows = -(-len(panels) // columns)
-    width, height = columns * _WIDTH, rows * _HEIGHT
-    body = []
-    for number, panel in enumerate(panels):
-        right, down = number % columns * _WIDTH, number // columns * _HEIGHT
-        body += [f'<g transform="translate({right:g} {down:g})">', *_draw(panel), "</g>"]
-    head = (
-        f'<svg width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}" '
-        'font-family="system-ui, sans-serif" font-size="11" fill="none">'
-    )
-    return "\n".join([head, *body, "</svg>"])
+    """Panels beside and below each other, as one element of HTML."""
+    return "\n".join(["<div class='panels'>", *map(_figure, panels), "</div>"])
+
+
+def bars(title: str, rows: Sequence[Bar]) -> str:
+    """Bars below each other, as one figure of HTML."""
+    names = [shortened(row.label, 24) for row in rows]
+    left = max(map(len, names)) * CHARACTER + 8
+    longest = max(len(row.said) for row in rows) * CHARACTER + 8
+    room = WIDTH - left - longest
+    largest = max(row.size for row in rows) or 1.0
+    parts = []
+    for place, (name, row) in enumerate(zip(names, rows, strict=True)):
+        top, width = place * _BAR, max(row.size / largest * room, 1.0)
+        parts += [
+            text(left - 8, top + 17, name, "end"),
+            f'<rect class="bar" x="{left:.1f}" y="{top + 4:g}" width="{width:.1f}" '
+            f'height="{_BAR - 8:g}">{tooltip(f"{row.label}: {row.said}")}</rect>',
+            text(left + width + 6, top + 17, row.said, "start"),
+        ]
+    said = "; ".join(f"{row.label} {row.said}" for row in rows)
+    return figure(title, picture(len(rows) * _BAR, parts, f"{title}: {said}"))
+
+
+def figure(title: str, content: str) -> str:
+    """A figure with a title above."""
+    return f"<figure><figcaption>{escaped(title)}</figcaption>{content}</figure>"
+
+
+def picture(height: float, parts: Sequence[str], said: str, width: float = WIDTH) -> str:
+    """An SVG of some height, and what is said of it to those who don't see it."""
+    head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escaped(said)}">'
+    return "\n".join([head, *parts, "</svg>"])
+
+
+def text(x: float, y: float, shown: str, anchor: str, kind: str = "") -> str:
+    """A text of a picture."""
+    marked = f' class="{kind}"' if kind else ""
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{marked}'
+    return f"<text {place}>{escaped(shortened(shown, 60))}</text>"
+
+
+def tooltip(shown: str) -> str:
+    """What a pointer that rests on the element around it is told."""
+    return f"<title>{escaped(shown)}</title>"
+
+
+def _figure(panel: Panel) -> str:
+    said = "; ".join(map(_said, panel.lines[:_MARKED]))
+    drawn = picture(_HEIGHT, _draw(panel), f"{panel.title} by {panel.x_label}: {said}")
+    return figure(panel.title, drawn + _legend(panel))
+
+
+def _said(line: Line) -> str:
+    if not len(line.x):
+        return f"{line.label} without values"
+    first, last = number(line.y[0]), number(line.y[-1])
+    return f"{line.label} from {first} at {number(line.x[0])} to {last} at {number(line.x[-1])}"
 
 
 def _draw(panel: Panel) -> list[str]:
     """The elements of a panel."""
-    x_axis = make_axis([x for line in panel.lines for x in line.x])
     y_axis = make_axis([y for line in panel.lines for y in line.y], log=panel.log)
-    left, right, top, bottom = (
-        _LEFT,
-        _WIDTH - _RIGHT - _legend_width(panel),
-        _TOP,
-        _HEIGHT - _BOTTOM,
-    )
-    middle = (left + right) / 2
+    left = max(len(number(tick)) for tick in y_axis.ticks) * CHARACTER + 12
+    right, bottom = WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+    places = [x for line in panel.lines for x in line.x]
+    longest = max((len(number(x)) for x in places), default=1)
+    parts = 6 if longest < 4 else 4
+    x_axis = make_axis(places, margin=0.02, parts=parts, whole=True)
 
     def across(x: float) -> float | None:
         place = x_axis.place(x)
@@ -152,33 +232,88 @@ def _draw(panel: Panel) -> list[str]:
 
     def up(y: float) -> float | None:
         place = y_axis.place(y)
-        return None if place is None else bottom - place * (bottom - top)
+        return None if place is None else bottom - place * (bottom - _TOP)
 
-    parts = []
-    for tick in x_axis.ticks:
-        at = across(tick)
-        parts.append(f'<path d="M{at:.1f} {top:g}V{bottom:g}" stroke="#e4e4e4"/>')
-        parts.append(_text(at or 0.0, bottom + 15, f"{tick:.10g}", "middle"))
+    found = []
     for tick in y_axis.ticks:
-        at = up(tick)
-        parts.append(f'<path d="M{left:g} {at:.1f}H{right:g}" stroke="#e4e4e4"/>')
-        parts.append(_text(left - 5, (at or 0.0) + 4, f"{tick:.4g}", "end"))
-    frame = f'x="{left:g}" y="{top:g}" width="{right - left:.1f}" height="{bottom - top:g}"'
-    parts.append(f'<rect {frame} stroke="#888"/>')
-    parts.append(_text(middle, top - 12, panel.title, "middle"))
-    parts.append(_text(middle, bottom + 33, panel.x_label, "middle"))
-    turned = f' transform="rotate(-90 13 {(top + bottom) / 2:g})"'
-    parts.append(_text(13, (top + bottom) / 2, panel.y_label, "middle", turned))
-    for number, line in enumerate(panel.lines):
-        points = [(across(x), up(y)) for x, y in zip(line.x, line.y, strict=True)]
-        parts += _curve(points, _stroke(number, line), line.label)
-    return parts + _legend(panel, right + 10, top)
+        at = up(tick) or 0.0
+        found.append(f'<path class="grid" d="M{left:.1f} {at:.1f}H{right:g}"/>')
+        found.append(text(left - 6, at + 4, number(tick), "end"))
+    for tick in x_axis.ticks:
+        at = across(tick) or 0.0
+        found.append(f'<path class="axis" d="M{at:.1f} {bottom:g}v4"/>')
+        found.append(text(at, bottom + 17, number(tick), "middle"))
+    found.append(f'<path class="axis" d="M{left:.1f} {bottom:g}H{right:g}"/>')
+    found.append(text((left + right) / 2, _HEIGHT - 5, panel.x_label, "middle"))
+    groups = _groups(places)
+    found += _bands(panel, groups, across, (left, right))
+    for line, looks in zip(panel.lines, _looks(panel.lines), strict=True):
+        points = [(across(x), up(y)) for x, y in _thinned(line, groups)]
+        found += _curve(points, looks)
+    return found
 
 
-def _curve(
-    points: Sequence[tuple[float | None, float | None]], stroke: str, label: str
+def _groups(places: Sequence[float]) -> list[tuple[float, float]]:
+    """First and last x of neighbours that are one place for a pointer."""
+    known = sorted({x for x in places if _is_shown(x)})
+    size = max(1, -(-len(known) // _PLACES))
+    return [(known[n], known[min(n + size, len(known)) - 1]) for n in range(0, len(known), size)]
+
+
+def _by_place(line: Line, groups: Sequence[tuple[float, float]]) -> list[list[Point]]:
+    """The points of a line, one list a place."""
+    lasts = [last for _, last in groups]
+    found: list[list[Point]] = [[] for _ in groups]
+    for x, y in zip(line.x, line.y, strict=True):
+        if _is_shown(x):
+            found[bisect_left(lasts, x)].append((x, y))
+    return found
+
+
+def _thinned(line: Line, groups: Sequence[tuple[float, float]]) -> list[Point]:
+    """The points of a line; of neighbours that fall together the least and the largest."""
+    if all(first == last for first, last in groups):
+        return list(zip(line.x, line.y, strict=True))
+    found = []
+    for points in filter(None, _by_place(line, groups)):
+        found += sorted({min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])})
+    return found
+
+
+def _bands(
+    panel: Panel,
+    groups: Sequence[tuple[float, float]],
+    across: Callable[[float], float | None],
+    ends: tuple[float, float],
 ) -> list[str]:
-    """A line with gaps, and its points where there are few; a pointer that rests on it names it."""
+    """Parts of the panel that tell a pointer the values there, one a place."""
+    middles = [((across(a) or 0.0) + (across(b) or 0.0)) / 2 for a, b in groups]
+    borders = [ends[0], *((a + b) / 2 for a, b in itertools.pairwise(middles)), ends[1]]
+    by_place = zip(*(_by_place(line, groups) for line in panel.lines), strict=True)
+    found = []
+    for group, inside, edges in zip(groups, by_place, itertools.pairwise(borders), strict=True):
+        (left, right), named = edges, zip(panel.lines, inside, strict=True)
+        told = [_told(line.label, [y for _, y in points]) for line, points in named]
+        where = " to ".join(number(x) for x in dict.fromkeys(group))
+        shown = "\n".join([f"{panel.x_label} {where}", *(one for one in told if one)])
+        found.append(
+            f'<rect class="band" x="{left:.1f}" y="{_TOP:g}" width="{right - left:.1f}" '
+            f'height="{_HEIGHT - _BOTTOM - _TOP:g}">{tooltip(shown)}</rect>'
+        )
+    return found
+
+
+def _told(label: str, values: Sequence[float]) -> str:
+    """What a line is at a place, or from what to what it goes there."""
+    shown = [value for value in values if _is_shown(value)]
+    if not shown:
+        return ""
+    ends = dict.fromkeys(number(end) for end in (min(shown), max(shown)))
+    return (f"{label}: " if label else "") + " to ".join(ends)
+
+
+def _curve(points: Sequence[tuple[float | None, float | None]], looks: str) -> list[str]:
+    """A line with gaps, and its points where there are few."""
     path, pen = [], "M"
     for x, y in points:
         if x is None or y is None:
@@ -188,44 +323,37 @@ def _curve(
         pen = "L"
     # a stroke of no length with round ends is a dot
     dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in points if x is not None and y is not None)
-    parts = [f'<path d="{"".join(path)}" stroke-width="1.5" {stroke}>{_title(label)}</path>']
-    if len(points) < _MARKED:
-        solid = stroke.split(" stroke-dasharray")[0]
-        parts.append(f'<path d="{dots}" stroke-width="5" stroke-linecap="round" {solid}/>')
+    parts = [f'<path class="line {looks}" d="{"".join(path)}"/>']
+    if len(points) < _MARKED and "reference" not in looks:
+        parts.append(f'<path class="line dot {looks.split(" ")[0]}" d="{dots}"/>')
     return parts
 
 
-def _stroke(number: int, line: Line) -> str:
-    if line.reference:
-        return f'stroke="{_REFERENCE}" stroke-dasharray="5 4"'
-    colour = _COLOURS[number % len(_COLOURS)]
-    dashes = ' stroke-dasharray="7 3"' if number // len(_COLOURS) % 2 else ""
-    return f'stroke="{colour}"{dashes}'
+def _looks(lines: Sequence[Line]) -> list[str]:
+    """Classes of the lines; each group has a colour, and further rounds of colours are dashed."""
+    groups: dict[str | int, int] = {}
+    found = []
+    for own, line in enumerate(lines):
+        if line.reference:
+            found.append("reference")
+            continue
+        place = groups.setdefault(own if line.group is None else line.group, len(groups))
+        dashes = place // LINES % _DASHES
+        found.append(f"line-{place % LINES}" + (f" dash-{dashes}" if dashes else ""))
+    return found
 
 
-def _legend_width(panel: Panel) -> float:
+def _legend(panel: Panel) -> str:
     if panel.legend is None:
-        return 0.0
-    names = [panel.legend, *(f"    {shortened(line.label)}" for line in panel.lines)]
-    return min(max(map(len, names)) * _CHARACTER + 8, _WIDTH / 2)
-
-
-def _legend(panel: Panel, left: float, top: float) -> list[str]:
-    if panel.legend is None:
-        return []
-    parts = [_text(left, top + 8, panel.legend, "start")] if panel.legend else []
-    for number, line in enumerate(panel.lines):
-        at = top + 8 + (number + bool(panel.legend)) * _LEGEND_LINE
-        stroke = _stroke(number, line)
-        parts.append(f'<path d="M{left:g} {at - 4:g}h16" stroke-width="2" {stroke}/>')
-        parts.append(_text(left + 21, at, line.label, "start"))
-    return parts
-
-
-def _text(x: float, y: float, text: str, anchor: str, more: str = "") -> str:
-    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="#222"'
-    return f"<text {place}{more}>{escaped(shortened(text, 60))}</text>"
-
-
-def _title(text: str) -> str:
-    return f"<title>{escaped(text)}</title>"
+        return ""
+    entries = {
+        line.label if line.group is None else line.group: looks
+        for line, looks in zip(panel.lines, _looks(panel.lines), strict=True)
+    }
+    heading = f"<li>{escaped(panel.legend)}</li>" if panel.legend else ""
+    swatch = '<svg viewBox="0 0 22 10" aria-hidden="true"><path class="line {}" d="M1 5H21"/></svg>'
+    items = "".join(
+        f"<li>{swatch.format(looks)}{escaped(shortened(label))}</li>"
+        for label, looks in entries.items()
+    )
+    return f"<ul class='legend'>{heading}{items}</ul>"

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from fastkd.reporting.plotting import draw_map, plain
+from fastkd.reporting.plotting import DOTS, POINT, REFERENCE, draw_map, plain, say, themed
 from fastkd.study.naming import Level, shown
 from fastkd.study.results import Results
 from fastkd.study.statistics import (
@@ -23,9 +23,9 @@ from fastkd.study.statistics import (
 )
 
 _STYLES = ("--", ":", "-.", "-")
-_POINT, _DOTS, _REFERENCE = "#1f5fa8", "#9db8d6", "#b3403a"
 
 
+@themed()
 def make_plots(
     results: Results, importances: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Figure]:
@@ -70,7 +70,7 @@ def _axis_plot(results: Results, axis: str) -> Figure:
         if axes in grid[::columns]:
             axes.set_ylabel(plain(results.plan.spec.metric.path))
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
     return figure
 
 
@@ -79,35 +79,42 @@ def _draw_controls(axes: Axes, controls: Mapping[str, Sequence[Score]]) -> None:
     for (name, scores), style in zip(controls.items(), itertools.cycle(_STYLES), strict=False):
         mean = mean_over_seeds(scores).mean
         if mean is not None:
-            axes.axhline(mean, color=_REFERENCE, ls=style, lw=1.2, label=plain(name))
+            line = axes.axhline(mean, color=REFERENCE, ls=style, lw=1.2, label=plain(name))
+            say(line, [f"{name}: {mean:.4g}"])
 
 
 def _draw_levels(axes: Axes, levels: Sequence[str], cells: Sequence[Sequence[Score]]) -> None:
     """Points with errors; numbers stand by their logarithm with a line, other levels beside."""
     places, numbers = _places(levels)
-    for place, scores in zip(places, cells, strict=True):
-        dots = list(seed_means(scores).values())
+    for place, level, scores in zip(places, levels, cells, strict=True):
+        dots = seed_means(scores)
         label = "seeds" if place == places[0] else None
-        axes.plot([place] * len(dots), dots, ".", color=_DOTS, ms=8, label=label)
+        (marks,) = axes.plot(
+            [place] * len(dots), list(dots.values()), ".", color=DOTS, ms=8, label=label
+        )
+        say(marks, [f"{level}, seed {seed}: {value:.4g}" for seed, value in dots.items()])
     means = [mean_over_seeds(scores) for scores in cells]
-    known = [(p, m) for p, m in zip(places, means, strict=True) if m.mean is not None]
-    axes.errorbar(
-        [p for p, _ in known],
-        _numbers(m.mean for _, m in known),
-        yerr=_numbers(m.deviation for _, m in known),
+    found = zip(places, levels, means, strict=True)
+    known = [(p, level, m) for p, level, m in found if m.mean is not None]
+    drawn = axes.errorbar(
+        [p for p, _, _ in known],
+        _numbers(m.mean for _, _, m in known),
+        yerr=_numbers(m.deviation for _, _, m in known),
         fmt="o",
-        color=_POINT,
+        color=POINT,
         capsize=4,
         ms=5,
         label="mean ± standard deviation",
     )
-    line = sorted((p, m.mean or 0.0) for p, m in known if p in numbers)
-    axes.plot([p for p, _ in line], [m for _, m in line], color=_POINT, lw=1)
+    say(drawn.lines[0], [f"{level}: {mean}" for _, level, mean in known])
+    line = sorted((p, m.mean or 0.0) for p, _, m in known if p in numbers)
+    axes.plot([p for p, _ in line], [m for _, m in line], color=POINT, lw=1)
     axes.set_xticks(
         places, list(map(plain, levels)), rotation=30, ha="right", rotation_mode="anchor"
     )
     axes.margins(x=0.1)
-    axes.grid(axis="y", alpha=0.3)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
 
 
 def _places(levels: Sequence[str]) -> tuple[list[float], set[float]]:
@@ -172,27 +179,34 @@ def _search_plot(results: Results) -> Figure:
     for axes in grid[len(names) :]:
         axes.set_axis_off()
     for axes, name in zip(grid, names, strict=False):
-        axes.errorbar(
+        drawn = axes.errorbar(
             _along([row.levels[name] for row, _ in points]),
             _numbers(mean.mean for _, mean in points),
             yerr=_numbers(mean.deviation for _, mean in points),
             fmt="o",
-            color=_POINT,
-            ecolor=_DOTS,
+            color=POINT,
+            ecolor=DOTS,
             ms=5,
             label="candidates, mean ± standard deviation over seeds",
+        )
+        say(
+            drawn.lines[0],
+            [f"{row.level}, {name} {shown(row.levels[name])}: {mean}" for row, mean in points],
         )
         _draw_controls(axes, {row.level: row.scores for row in results.controls()})
         if name in spaces and spaces[name].log:
             axes.set_xscale("log")
+            # powers of ten have exponents too small to read
+            axes.xaxis.set_major_formatter("{x:g}")
         if name not in spaces:
             axes.margins(x=0.3)
         axes.set_xlabel(name)
         if axes in grid[::columns]:
             axes.set_ylabel(plain(results.plan.spec.metric.path))
-        axes.grid(alpha=0.3)
+        axes.grid()
+        axes.set_axisbelow(True)
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
     return figure
 
 
@@ -211,12 +225,16 @@ def _importance_plot(importances: Mapping[str, Mapping[str, float]]) -> Figure:
         places = [
             number + (index - (len(importances) - 1) / 2) * height for number in range(len(names))
         ]
-        axes.barh(places, [values.get(n, 0.0) for n in names], height * 0.9, label=evaluator)
+        sizes, colour = [values.get(n, 0.0) for n in names], (POINT, REFERENCE)[index % 2]
+        drawn = axes.barh(places, sizes, height * 0.9, color=colour, label=evaluator)
+        for bar, name, size in zip(drawn, names, sizes, strict=True):
+            say(bar, [f"{name}, {evaluator}: {size:.3f}"])
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(xlabel="importance", xlim=(0, 1))
-    axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=len(importances), frameon=False)
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside upper left", ncols=len(importances), frameon=False)
     return figure
 
 

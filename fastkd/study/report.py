@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -17,14 +17,12 @@ from fastkd.reporting.html import (
     html_table,
     markdown,
     markdown_table,
+    scrolling,
 )
-from fastkd.reporting.plotting import png
+from fastkd.reporting.plotting import inline_svg, png
 from fastkd.study.naming import shown
 from fastkd.study.plan import Plan
 from fastkd.study.tables import Table
-
-# tables of a study are wide, and a number should not be broken
-_STYLE = "body { max-width: 84rem } td { white-space: nowrap } img { max-width: min(100%, 66rem) }"
 
 
 def write_page(plan: Plan, tables: Iterable[Table], figures: Mapping[str, Figure]) -> Path:
@@ -42,7 +40,7 @@ def write_page(plan: Plan, tables: Iterable[Table], figures: Mapping[str, Figure
         (folder / f"{name}.png").write_bytes(picture)
     write_whole(folder / "report.md", _markdown(plan, tables, pictures))
     page = folder / "report.html"
-    write_whole(page, _html(plan, tables, pictures))
+    write_whole(page, _html(plan, tables, figures))
     return page
 
 
@@ -96,30 +94,30 @@ def _markdown(plan: Plan, tables: Iterable[Table], pictures: Mapping[str, bytes]
     return "\n".join(lines) + "\n"
 
 
-def _html(plan: Plan, tables: Iterable[Table], pictures: Mapping[str, bytes]) -> str:
+def _html(plan: Plan, tables: Iterable[Table], figures: Mapping[str, Figure]) -> str:
     page = [
-        "<ul>",
+        "<ul class='lead'>",
         *(f"<li>{escaped(line)}</li>" for line in describe(plan)),
         "</ul>",
     ]
     for table in tables:
         page.append(f"<h2>{escaped(table.title)}</h2>")
         if table.rows:
-            page.append(html_table(table.columns, table.rows))
+            page.append(html_table(table.columns, table.rows, table.title))
         page += [f"<p>{escaped(note)}</p>" for note in table.notes]
-        if table.name in pictures:
-            page.append(_image(table.title, pictures[table.name]))
-    page += [_image(name, pictures[name]) for name in _left_over(tables, pictures)]
+        if table.name in figures:
+            page.append(_picture(table.title, figures[table.name]))
+    for name in _left_over(tables, figures):
+        page += [f"<h2>{escaped(name)}</h2>", _picture(name, figures[name])]
     source = escaped(plan.path.read_text(encoding="utf-8"))
     page.append(f"<h2>Study file</h2><pre>{source}</pre>")
-    return document(plan.spec.name, page, _STYLE)
+    return document(plan.spec.name, page)
 
 
-def _image(text: str, picture: bytes) -> str:
-    data = base64.b64encode(picture).decode()
-    return f"<p><img alt='{escaped(text)}' src='data:image/png;base64,{data}'></p>"
+def _picture(title: str, figure: Figure) -> str:
+    return f"<figure>{scrolling(inline_svg(figure, title), title)}</figure>"
 
 
-def _left_over(tables: Iterable[Table], pictures: Mapping[str, bytes]) -> list[str]:
+def _left_over(tables: Iterable[Table], pictures: Mapping[str, Any]) -> list[str]:
     names = {table.name for table in tables}
     return [name for name in pictures if name not in names]

@@ -23,6 +23,7 @@ from fastkd.study.plan import Plan, Run
 from fastkd.study.shared import SharedRun
 from fastkd.study.storage import Store, Work
 from fastkd.study.worker import Children
+from fastkd.training.metric_lines import evaluation_of
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.stages import stage_folders
 
@@ -200,12 +201,12 @@ class _Watch:
             return False
         self.seen = changed
         values = {}
-        for record in self.folder.read_metrics():
+        for line in self.folder.read_metrics():
             # before the first step all candidates are the same student
-            if record["kind"] == "heldout" and record["step"] > 0:
-                value = follow(record, self.path)
+            if line["kind"] == "heldout" and line["step"] > 0:
+                value = follow(evaluation_of(line), self.path)
                 if isinstance(value, int | float) and math.isfinite(value):
-                    values[record["step"]] = float(value)
+                    values[line["step"]] = float(value)
         return bool(values) and self.store.report(self.work, self.run, values)
 
 

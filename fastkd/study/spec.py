@@ -130,7 +130,7 @@ class Metric(Section):
     direction: Literal["maximize", "minimize"]
     """Which way is better."""
     heldout: str | None = None
-    """The same number's dotted path in the held-out lines of metrics.jsonl, for a pruner."""
+    """The same number's dotted path in an evaluation, as in `sentence_cosine`, for a pruner."""
 
 
 class Search(Section):
@@ -336,7 +336,7 @@ class StudySpec(Section):
             return
         if search.pruner != "none" and self.metric.heldout is None:
             raise ValueError(
-                "search.pruner needs metric.heldout, the metric's path in metrics.jsonl"
+                "search.pruner needs metric.heldout, the metric's path in an evaluation"
             )
         chosen = self.axes or any(space.values is not None for space in self.spaces.values())
         if search.sampler == "cmaes" and (chosen or len(self.spaces) < 2):

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from fastkd.data.prefetch import Prefetched
@@ -23,11 +22,13 @@ from fastkd.signals import Signalled, stop_signals
 from fastkd.training.checkpoint import Checkpoints
 from fastkd.training.evaluate import Evaluation, evaluate
 from fastkd.training.finite import broken_weights
+from fastkd.training.metric_lines import Line, make_line, numbers_of
 from fastkd.training.predictions import Predictions
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run
 from fastkd.training.steering import Steering
 from fastkd.training.summary import judged_parts
+from fastkd.training.tracker import TrackioMonitor
 from fastkd.training.window import SMALLER, Window
 
 
@@ -67,6 +68,7 @@ class Bookkeeper:
         self.steering = Steering(run)
         self.predictions = Predictions(run, folder)
         self.micro_batches = Prefetched(run.micro_batches(), run.ranks.device)
+        self.trackio: TrackioMonitor | None = None
 
     def restore(self, recipe: AnyRecipe) -> int:
         """Load the newest whole checkpoint, if there is one; return the step it stands at.
@@ -96,7 +98,14 @@ class Bookkeeper:
                 folder.rewind_metrics(step)
             else:
                 folder.metrics.unlink(missing_ok=True)
+            if run.recipe.run.monitor == "trackio":
+                self.trackio = TrackioMonitor(folder.path, goes_on=step > 0)
         return step
+
+    def close(self) -> None:
+        """Let the tracker write what it holds."""
+        if self.trackio is not None:
+            self.trackio.close()
 
     def close_step(self, step: int, window: Window, stop: list[int]) -> None:
         """Write down, evaluate and save what is due after a step.
@@ -144,10 +153,10 @@ class Bookkeeper:
         first = min(train.evaluate_every or train.steps, train.steps) if lean else 0
         result = evaluate(self.run, judge_teacher=step == first)
         if result.teacher is not None:
-            self._note({"kind": "teacher", "step": step, **result.teacher})
+            self._note("teacher", step, result.teacher)
             self.reporter.say("  ".join(["teacher", *judged_parts(result.teacher)]))
             _doubt(result.teacher, self.reporter)
-        self._note({"kind": "heldout", "step": step, **result.as_dict()})
+        self._note("heldout", step, result.as_dict())
         said = [f"held out at step {step}", f"loss {result.total:.4g}"]
         self.reporter.say("  ".join([*said, *judged_parts(result.judged)]))
         self.steering.observe(step, result)
@@ -156,18 +165,19 @@ class Bookkeeper:
         if self.callbacks.on_evaluate is not None and self.run.ranks.is_main:
             self.callbacks.on_evaluate(step, result)
 
-    def _note(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Write a line of metrics, here and in the tracker; the line, with the time of day."""
-        line = {**record, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+    def _note(self, kind: str, step: int, values: dict[str, Any]) -> Line:
+        """Write a line of metrics, here and in the tracker."""
+        line = make_line(kind, step, values)
         if self.run.ranks.is_main:
             self.folder.append_metrics(line)
-            if self.run.engine.monitor is not None:
-                self.run.engine.monitor.write_events(list(events(line)))
+            for monitor in (self.run.engine.monitor, self.trackio):
+                if monitor is not None:
+                    monitor.write_events(list(numbers_of(line)))
         return line
 
-    def _write(self, step: int, record: dict[str, Any]) -> None:
-        line = self._note(record)
-        self.reporter.metrics(step, self.run.recipe.train.steps, _parts(record))
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        line = self._note("train", step, values)
+        self.reporter.metrics(step, self.run.recipe.train.steps, _parts(values))
         if self.callbacks.on_step is not None and self.run.ranks.is_main:
             self.callbacks.on_step(step, line)
 
@@ -233,31 +243,13 @@ def _doubt(teacher: dict[str, Any], reporter: Reporter) -> None:
         )
 
 
-def _parts(record: dict[str, Any]) -> list[str]:
+def _parts(values: dict[str, Any]) -> list[str]:
     """The loss and what each term adds to it."""
     terms: dict[str, float] = {}
-    for label, value in record["weighted"].items():
+    for label, value in values["weighted"].items():
         term = label.split("/")[0]
         terms[term] = terms.get(term, 0.0) + value
-    parts = [f"loss {record['loss']:.4g}"]
+    parts = [f"loss {values['loss']:.4g}"]
     parts += [f"{term} {value:.4g}" for term, value in terms.items()]
-    speeds = [name for name in record if name.endswith("_per_second")]
-    return parts + [f"{record[name]:,.0f} {name.removesuffix('_per_second')}/s" for name in speeds]
-
-
-def events(record: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
-    """The numbers of a line of `metrics.jsonl` for a tracker: name, value and step.
-
-    Names are those of the line, put together: `train/learning_rate`, `heldout/pairs/stsb`; losses
-    are `train/hidden/1-2`, and what each adds to the total is left to their weights.
-    """
-    yield from _numbers(record["kind"], record, record["step"])
-
-
-def _numbers(name: str, value: Any, step: int) -> Iterator[tuple[str, float, int]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if key not in ("step", "weighted"):
-                yield from _numbers(name if key == "losses" else f"{name}/{key}", inner, step)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield name, float(value), step
+    speeds = [name for name in values if name.endswith("_per_second")]
+    return parts + [f"{values[name]:,.0f} {name.removesuffix('_per_second')}/s" for name in speeds]

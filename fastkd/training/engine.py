@@ -228,9 +228,9 @@ def make_engine(module: DistilledStudent, recipe: AnyRecipe, plan: BatchPlan, ra
             batch_size=train.batch_size,
             max_grad_norm=train.max_grad_norm,
             bf16=train.precision == "bf16",
-            monitor=None
-            if recipe.run.monitor == "none"
-            else _monitor(student_config(recipe, plan)),
+            monitor=_monitor(student_config(recipe, plan))
+            if recipe.run.monitor in ("tensorboard", "wandb")
+            else None,
         )
     if train.zero_stage == 3:
         _lend_head(module)

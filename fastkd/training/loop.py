@@ -131,6 +131,7 @@ def train(
         stop_asked() as stop,
         reporter.steps(step, steps),
         closing(books.micro_batches) as micro_batches,
+        closing(books),
     ):
         window = Window(run, micro_batches, step)
         while step < steps and not books.steering.is_over:

@@ -41,6 +41,7 @@ from fastkd.training.environment import (
     start_of,
     started_from,
 )
+from fastkd.training.metric_lines import Line, as_flat
 
 # fields that name files and folders, or something on the hub
 _PLACES = (
@@ -228,13 +229,13 @@ class RunFolder:
         tree = _found_from(recipe.model_dump(mode="json"), started, given)
         return parse_any_recipe(tree, str(self.recipe))
 
-    def append_metrics(self, record: Mapping[str, Any]) -> None:
+    def append_metrics(self, line: Line) -> None:
         """Add one line to metrics.jsonl."""
         with disk_errors(self.path), self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(line) + "\n")
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of metrics.jsonl.
+    def read_metrics(self) -> list[Line]:
+        """All whole lines of metrics.jsonl, see `metric_lines`.
 
         Raises:
             UserError: a line is no record.
@@ -243,7 +244,14 @@ class RunFolder:
             return []
         lines = self.metrics.read_bytes().splitlines(keepends=True)
         return [
-            _parsed(line, f"{self.metrics}, line {number}", "repair or remove that line", "step")
+            as_flat(
+                _parsed(
+                    line,
+                    f"{self.metrics}, line {number}",
+                    "repair or remove that line",
+                    *("kind", "step"),
+                )
+            )
             for number, line in enumerate(lines, start=1)
             if line.endswith(b"\n")
         ]
@@ -251,8 +259,8 @@ class RunFolder:
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of steps after `step`, which will be run again."""
         with disk_errors(self.path):
-            kept = [record for record in self.read_metrics() if record["step"] <= step]
-            write_whole(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+            kept = [line for line in self.read_metrics() if line["step"] <= step]
+            write_whole(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write_predictions(self, content: bytes) -> None:
         """Write predictions.npz."""

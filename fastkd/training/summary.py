@@ -10,6 +10,7 @@ from fastkd.reporting.scores import score_parts
 from fastkd.training.engine import NoTeacher
 from fastkd.training.evaluate import peak_memory
 from fastkd.training.introduction import handed_on_notes
+from fastkd.training.metric_lines import evaluation_of
 from fastkd.training.profile import REST, Profile
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run
@@ -40,11 +41,11 @@ def summarise(
     parameters = {"student": run.initialisation.total}
     if not isinstance(run.teacher, NoTeacher):
         parameters["teacher"] = run.teacher_parameters
-    records = folder.read_metrics() if ranks.is_main else []
+    lines = folder.read_metrics() if ranks.is_main else []
     exported = steering.exported_step(steps)
-    evaluated = [r for r in records if r["kind"] == "heldout" and r["step"] <= exported]
-    heldout = [_numbers(record) for record in evaluated]
-    teacher = [_numbers(record) for record in records if record["kind"] == "teacher"]
+    evaluated = [x for x in lines if x["kind"] == "heldout" and x["step"] <= exported]
+    heldout = [evaluation_of(line) for line in evaluated]
+    teacher = [evaluation_of(line) for line in lines if line["kind"] == "teacher"]
     before = heldout[0] if heldout and not evaluated[0]["step"] else None
     profile = profile_of(run)
     has_layers = not isinstance(run.teacher, NoTeacher)
@@ -54,6 +55,7 @@ def summarise(
         **steering.summary(steps),
         **datamodule.totals(steps * recipe.train.batch_size),
         "layer_map": run.layers.rows() if has_layers else None,
+        "depths": [run.layers.student_layers, run.layers.teacher_layers] if has_layers else None,
         "before": before,
         "after": heldout[-1] if heldout else None,
         "worse": worsened(before, heldout[-1]) if before else [],
@@ -131,7 +133,3 @@ def judged_parts(judged: Mapping[str, Any]) -> list[str]:
     for name, value in judged.get("agreement", {}).items():
         parts.append(f"{name.replace('_', ' ')} {value:.4f}")
     return parts + score_parts(judged)
-
-
-def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in ("kind", "step", "time")}

@@ -89,8 +89,6 @@ class Window:
         counted, each = run.datamodule.counted
         rows = steps * run.recipe.train.batch_size
         record = {
-            "kind": "train",
-            "step": self.step,
             "loss": total,
             "losses": losses,
             "weighted": weighted,

@@ -70,8 +70,8 @@ def main() -> int:
         time.sleep(float(os.environ.get("FAKE_STEP", "0")))
         step += 1
         with (last / "metrics.jsonl").open("a") as file:
-            record = {"kind": "heldout", "step": step, "score": score(recipe, step)}
-            file.write(json.dumps(record) + "\n")
+            line = {"kind": "heldout", "step": step, "heldout/score": score(recipe, step)}
+            file.write(json.dumps(line) + "\n")
         checkpoint.write_text(str(step))
         if stop and step < STEPS:
             journal(f"stop@{step}", run)

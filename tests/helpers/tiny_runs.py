@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 from tiny_models import save_teacher, write_text
 from warm_processes import no_signal_ignored
 
+from fastkd.training.metric_lines import values_of
+from fastkd.training.run_folder import RunFolder
+
 
 def make_recipe(folder: Path, architecture: str = "bert", **sections: dict[str, Any]) -> Path:
     """Write a recipe, its teacher and its corpus into a folder; sections update the defaults."""
@@ -112,8 +115,8 @@ def run_environment(gpu: bool = False) -> dict[str, str]:
 
 def read_losses(run: Path) -> list[dict[str, float]]:
     """The losses of every logged step."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["losses"] for line in lines if line["kind"] == "train"]
+    lines = RunFolder(run).read_metrics()
+    return [values_of(line, "losses") for line in lines if line["kind"] == "train"]
 
 
 def read_weights(run: Path) -> dict[str, torch.Tensor]:

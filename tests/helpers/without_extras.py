@@ -13,7 +13,7 @@ from typing import Any
 
 ABSENT = {
     *("accelerate", "cmaes", "matplotlib", "mteb", "onnx", "onnxruntime", "onnxscript"),
-    *("optuna", "sklearn", "tensorboard", "wandb"),
+    *("optuna", "sklearn", "tensorboard", "trackio", "wandb"),
 }
 
 

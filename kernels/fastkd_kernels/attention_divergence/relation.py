@@ -45,15 +45,14 @@ def relation_divergence(
     2012.15828, section 3.1), which sums the losses of all three.
 
     Args:
-        student, teacher: One `AttentionState` a pair. Heads and sizes of both sides may differ;
-            their scales, soft caps and sinks are not read: a relation is of vectors, which no model
-            caps.
+        student: One `AttentionState` a pair. Heads and sizes of both sides may differ; their
+            scales, soft caps and sinks are not read: a relation is of vectors, which no model caps.
+        teacher: Likewise.
         relation: Which of queries, keys and values (X, Y). With GQA, "kk" and "vv" take the key
             heads as they are, and "qk" repeats every key head for the query heads that share it.
         relation_heads: Heads to cut both sides into; divides the width (heads times head size) of
             every tensor that the relation reads.
-        kind, temperature, key_mask, query_mask, causal, window, reduction, backend: As in
-            `attention_divergence`.
+        kind: As this and all further arguments of `attention_divergence`.
 
     Returns:
         `[pairs]` in fp32 (fp64 where a student is fp64). Gradients reach the student's tensors that

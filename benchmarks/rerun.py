@@ -1,0 +1,250 @@
+"""Figures of the README measured again, and held against the committed results.
+
+`python -m benchmarks.rerun [--only PART ...] [--keep FOLDER]`, which is `make bench`: the CPU's
+benchmarks that need no data of others, in fewer rounds. A ratio has moved if it lies further from
+the committed one than its rounds lie apart, memory if it differs by more than `MEMORY`. What has
+moved is named, and the exit code is 1. Milliseconds are not compared: they are of a machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.slim import slim
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+# part by which what torch allocates may differ, of which there are no rounds
+MEMORY = 0.02
+ROUNDS = "7"
+TINYBERT, SIX_LAYERS = "bert-base-to-tinybert-4", "bert-base-to-6-layers"
+# the kernels that README has in its table
+QUOTED = {
+    "attention_score_mse": (
+        *(f"test_attention_score_mse[{TINYBERT}-{tokens}]" for tokens in (128, 512, 2048)),
+        f"test_attention_score_mse[{SIX_LAYERS}-512]",
+        "test_attention_score_mse[minilm-6-to-3-512]",
+        "test_attention_score_mse[llama-like-2048]",
+    ),
+    "attention_divergence": (
+        f"test_attention_divergence[{TINYBERT}-512-kl]",
+        "test_attention_divergence[llama-like-2048-kl]",
+    ),
+    "hidden": (
+        f"test_hidden_mse[{TINYBERT}]",
+        "test_hidden_mse[minilm-6-to-3]",
+        f"test_hidden_cosine[{TINYBERT}]",
+    ),
+    "logits_divergence": (
+        "test_logits_divergence[logits-32k-2048-width-256-kl]",
+        "test_logits_divergence[logits-32k-2048-width-768-kl]",
+        "test_logits_divergence[logits-32k-256-kl]",
+    ),
+}
+
+
+class Figure(NamedTuple):
+    """A number of a result, and between which numbers its rounds lie, where there are rounds."""
+
+    value: float
+    rounds: tuple[float, float] | None = None
+
+
+Figures = dict[str, Figure]
+
+
+class Part(NamedTuple):
+    """A benchmark: what measures it, and what is read of its result."""
+
+    committed: str
+    command: tuple[str, ...]
+    figures: Callable[[dict[str, Any]], Figures]
+    environment: dict[str, str]
+    """What it is told by variables; `{folder}` is where results go, as in the command."""
+
+
+def of_training_step(found: dict[str, Any]) -> Figures:
+    ratios = found["times the trivial step, median of paired rounds"]
+    rounds = found.get("lowest and highest of the rounds", {})
+    return {
+        name: Figure(value, _pair(rounds.get(name)))
+        for name, value in ratios.items()
+        if name != "trivial loss"
+    }
+
+
+def of_kernels(found: dict[str, Any]) -> Figures:
+    made: Figures = {}
+    for name in (name for names in QUOTED.values() for name in names):
+        entry = found["benchmarks"][name]
+        rounds = entry.get("range_of_times_the_op", {}).get("definition")
+        made[f"{name}, definition / op"] = Figure(
+            entry["times_the_op"]["definition"], _pair(rounds)
+        )
+        for kind, size in entry["peak_megabytes"].items():
+            made[f"{name}, MB of {kind}"] = Figure(size)
+    return made
+
+
+def of_compiled(found: dict[str, Any]) -> Figures:
+    return {
+        f"{shape}, eager / compiled": Figure(
+            entry["eager step / compiled step, median of pairs"],
+            _pair(entry.get("lowest and highest of pairs")),
+        )
+        for shape, entry in found["rows x tokens"].items()
+    }
+
+
+def of_teacher_dtypes(found: dict[str, Any]) -> Figures:
+    entries = {**found["rows x tokens"], "8 x 128, fp32": found["8 x 128, fp32"]}
+    median = ", median of pairs"
+    return {
+        f"{shape}, {key.removesuffix(median)}": Figure(
+            value, _pair(entry.get(f"{key.removesuffix(median)}, lowest and highest"))
+        )
+        for shape, entry in entries.items()
+        for key, value in entry.items()
+        if key.endswith(median)
+    }
+
+
+def _pair(values: list[float] | None) -> tuple[float, float] | None:
+    return None if values is None else (values[0], values[1])
+
+
+PYTEST = (sys.executable, "-m", "pytest", "--quiet")
+STEP = "benchmarks/test_bench_training_step.py::test_losses_are_almost_free"
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+PARTS = {
+    **{
+        f"step-{batch}x{tokens}": Part(
+            f"training-step-cpu-{batch}x{tokens}.json",
+            (*PYTEST, f"{STEP}[cpu-{batch}-{tokens}]"),
+            of_training_step,
+            {"FASTKD_BENCH_WRITE": "{folder}", "FASTKD_BENCH_ROUNDS": ROUNDS},
+        )
+        for batch, tokens in ((8, 128), (2, 512))
+    },
+    "kernels": Part(
+        "kernels-cpu.json",
+        (
+            *PYTEST,
+            "--benchmark-enable",
+            "--benchmark-json={folder}/full.json",
+            *(
+                f"benchmarks/test_bench_{file}.py::{name}"
+                for file, names in QUOTED.items()
+                for name in names
+            ),
+        ),
+        of_kernels,
+        {},
+    ),
+    "compiled": Part(
+        "compiled-cpu.json",
+        (
+            *(sys.executable, "-m", "benchmarks.compiled", "--rounds", ROUNDS),
+            *("--output", "{folder}/compiled-cpu.json"),
+        ),
+        of_compiled,
+        ONE_THREAD,
+    ),
+    "teacher-dtypes": Part(
+        "teacher-dtypes.json",
+        (
+            *(sys.executable, "-m", "benchmarks.teacher_dtypes", "--rounds", "3"),
+            *("--output", "{folder}/teacher-dtypes.json"),
+        ),
+        of_teacher_dtypes,
+        ONE_THREAD,
+    ),
+}
+
+
+def moved(committed: Figure, now: Figure) -> bool:
+    """Whether two figures lie further apart than chance takes them."""
+    distance = abs(now.value - committed.value)
+    ranges = [figure.rounds for figure in (committed, now) if figure.rounds is not None]
+    if not ranges:
+        return distance > MEMORY * abs(committed.value)
+    return distance > sum(high - low for low, high in ranges)
+
+
+def measure(name: str, part: Part, folder: Path) -> tuple[dict[str, Any] | None, int]:
+    """A part's new result, `None` where it left none, and its exit code."""
+
+    def filled(text: str) -> str:
+        return text.replace("{folder}", str(folder))
+
+    with (folder / f"{name}.log").open("w", encoding="utf-8") as log:
+        done = subprocess.run(
+            [filled(word) for word in part.command],
+            cwd=ROOT,
+            env={**os.environ, **{key: filled(value) for key, value in part.environment.items()}},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    path = folder / part.committed
+    full = folder / "full.json"
+    if full.is_file() and not path.is_file():
+        path.write_text(json.dumps(slim([json.loads(full.read_text("utf-8"))])), encoding="utf-8")
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return found, done.returncode
+
+
+def compared(part: Part, found: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """A line for each figure, and whether it has moved."""
+    old = part.figures(json.loads((RESULTS / part.committed).read_text(encoding="utf-8")))
+    new = part.figures(found)
+    for name, figure in old.items():
+        now = new.get(name)
+        if now is None:
+            yield f"{name}: {figure.value:.3g} committed, not measured now", True
+            continue
+        has_moved = moved(figure, now)
+        rounds = "" if now.rounds is None else f" ({now.rounds[0]:.3g} to {now.rounds[1]:.3g})"
+        line = f"{name}: {figure.value:.3g} committed, {now.value:.3g} now{rounds}"
+        yield line + (", MOVED" if has_moved else ""), has_moved
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Measure and compare; 1 if a figure has moved or a benchmark failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rerun")
+    parser.add_argument("--only", nargs="+", choices=tuple(PARTS))
+    parser.add_argument("--keep", type=Path, help="folder for the new results and logs")
+    given = parser.parse_args(arguments)
+    wrong = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) if given.keep is None else given.keep
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in given.only or PARTS:
+            start = time.perf_counter()
+            found, code = measure(name, PARTS[name], folder)
+            print(f"{name}, {time.perf_counter() - start:.0f} s", flush=True)
+            if code:
+                wrong.append(f"{name}: it ended with exit code {code}")
+                print((folder / f"{name}.log").read_text(encoding="utf-8")[-2000:])
+            elif found is None:
+                wrong.append(f"{name}: it left no result")
+            if found is None:
+                continue
+            for line, has_moved in compared(PARTS[name], found):
+                print(f"  {line}", flush=True)
+                wrong += [f"{name}: {line}"] if has_moved else []
+    print("\n".join(["", "not as committed:", *wrong] if wrong else ["", "all as committed"]))
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,107 @@
+"""`python -m benchmarks.rerun`: what it reads of results, what has moved, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import rerun
+from benchmarks.rerun import PARTS, QUOTED, Figure, Part, moved
+
+ALONE = "import json, sys; json.dump({found}, open(sys.argv[1], 'w')); sys.exit({code})"
+
+
+def committed(part: Part) -> dict[str, Any]:
+    return json.loads((rerun.RESULTS / part.committed).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_part_reads_figures_of_its_committed_result(name: str) -> None:
+    found = PARTS[name].figures(committed(PARTS[name]))
+    assert found and all(figure.value > 0 for figure in found.values())
+    if name == "kernels":
+        # a ratio, and the memory of both ways or, where there are two algorithms, of three
+        assert len(found) == sum(3 + ("score_mse" in op) for op in QUOTED for _ in QUOTED[op])
+    if name.startswith("step"):
+        assert "output_attentions" in found and "trivial loss" not in found
+    if name == "teacher-dtypes":
+        assert found["8 x 128, fp32 / int8"].value == pytest.approx(1.561, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        (Figure(1.0), Figure(1.2, (1.1, 1.35)), False),
+        (Figure(1.0), Figure(1.2, (1.15, 1.3)), True),
+        (Figure(1.0, (0.9, 1.1)), Figure(1.2, (1.15, 1.3)), False),
+        (Figure(1.3), Figure(1.2, (1.15, 1.3)), False),
+        (Figure(100.0), Figure(101.9), False),
+        (Figure(100.0), Figure(97.9), True),
+    ],
+    ids=["near", "far", "both have rounds", "above", "memory", "other memory"],
+)
+def test_a_figure_has_moved_if_its_rounds_lie_nearer(
+    before: Figure, now: Figure, expected: bool
+) -> None:
+    assert moved(before, now) is expected
+
+
+@pytest.fixture
+def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes the one part: a command that leaves a result, or none, and ends with a code."""
+    results = tmp_path / "results"
+    results.mkdir()
+    monkeypatch.setattr(rerun, "RESULTS", results)
+    (results / "it.json").write_text(json.dumps({"ratio": 1.5, "other": 2.0}), encoding="utf-8")
+
+    def make(found: dict[str, float] | None, code: int = 0) -> None:
+        script = f"import sys; sys.exit({code})"
+        if found is not None:
+            script = ALONE.format(found=found, code=code)
+        monkeypatch.setattr(
+            rerun,
+            "PARTS",
+            {
+                "it": Part(
+                    "it.json",
+                    (sys.executable, "-c", script, "{folder}/it.json"),
+                    lambda result: {name: Figure(value) for name, value in result.items()},
+                    {},
+                )
+            },
+        )
+
+    return make
+
+
+def test_what_is_as_committed_is_said(
+    part: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    part({"ratio": 1.51, "other": 2.0})
+    assert rerun.run(["--keep", str(tmp_path / "kept")]) == 0
+    said = capsys.readouterr().out
+    assert "ratio: 1.5 committed, 1.51 now" in said and said.endswith("all as committed\n")
+    assert json.loads((tmp_path / "kept" / "it.json").read_text())["ratio"] == 1.51
+
+
+@pytest.mark.parametrize(
+    ("found", "code", "named"),
+    [
+        ({"ratio": 1.6, "other": 2.0}, 0, "it: ratio: 1.5 committed, 1.6 now, MOVED"),
+        ({"ratio": 1.5}, 0, "it: other: 2 committed, not measured now"),
+        ({"ratio": 1.5, "other": 2.0}, 3, "it: it ended with exit code 3"),
+        (None, 1, "it: it ended with exit code 1"),
+        (None, 0, "it: it left no result"),
+    ],
+    ids=["moved", "missing", "failed", "nothing", "silent"],
+)
+def test_what_is_not_is_named(
+    found: Any, code: int, named: str, part: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part(found, code)
+    assert rerun.run([]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == named

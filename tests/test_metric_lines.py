@@ -1,0 +1,143 @@
+"""metrics.jsonl: one flat table that pandas reads alone, the same names in trackers; files that
+fastkd 0.1 wrote are read, reported and continued."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from tiny_runs import make_recipe, read_losses
+
+import fastkd
+from fastkd.reporting.report import write_report
+from fastkd.training.metric_lines import (
+    as_flat,
+    evaluation_of,
+    make_line,
+    numbers_of,
+    values_of,
+)
+from fastkd.training.run_folder import RunFolder
+
+EVALUATION: dict[str, Any] = {
+    "losses": {"attention/1-2": 0.5, "hidden/2-4..6": 0.25, "logits": 2.0},
+    "total": 2.75,
+    "sentence_cosine": None,
+    "score": 0.75,
+    "scores": {"dev": {"accuracy": 0.5}, "dev_mismatched": {"accuracy": 1.0}},
+    "class_f1": {"dev": {"and/or": 0.25}},
+    "baseline": {"score": 0.5, "scores": {"dev": {"accuracy": 0.5}}},
+    "one_class": {"dev": "and/or"},
+    "pairs": {"a/b": 0.9},
+    "mteb": {"STS": 0.8},
+    "agreement": {"spearman": 0.7},
+    "examples": 3,
+}
+
+
+def test_a_line_is_flat_and_gives_its_evaluation_back() -> None:
+    line = make_line("heldout", 7, EVALUATION)
+    assert not any(isinstance(value, dict) for value in line.values())
+    assert evaluation_of(line) == EVALUATION
+    assert evaluation_of(json.loads(json.dumps(line))) == EVALUATION
+    assert line["heldout/losses/attention/1-2"] == 0.5
+    assert line["heldout/scores/dev_mismatched/accuracy"] == 1.0
+    assert values_of(line, "losses") == EVALUATION["losses"]
+    told = {name: value for name, value, step in numbers_of(line) if step == 7}
+    # neither words nor what is not there
+    assert told.keys() == line.keys() - {
+        *("kind", "step", "time", "heldout/sentence_cosine", "heldout/one_class/dev")
+    }
+    assert all(isinstance(value, float) for value in told.values())
+
+
+def test_a_line_of_old_is_the_same_line() -> None:
+    old = {"kind": "heldout", "step": 7, "time": "then", **EVALUATION}
+    assert as_flat(old) == {**make_line("heldout", 7, EVALUATION), "time": "then"}
+    assert as_flat(as_flat(old)) == as_flat(old)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    recipe = make_recipe(
+        tmp_path_factory.mktemp("flat"), train={"steps": 4, "evaluate_every": 2, "log_every": 2}
+    )
+    return RunFolder(fastkd.distill(recipe, {"train.checkpoint_every": 2}, quiet=True).folder)
+
+
+def test_pandas_alone_makes_a_table_of_a_run(run: RunFolder) -> None:
+    frame = pd.read_json(run.metrics, lines=True)
+    assert not frame.map(lambda value: isinstance(value, dict | list)).any(axis=None)
+    assert frame["step"].is_monotonic_increasing
+    assert pd.to_datetime(frame["time"]).is_monotonic_increasing
+    by_step = frame.groupby("step").first()
+    assert by_step["heldout/losses/hidden/1-2"].notna().tolist() == [True, True, True]
+    columns = ["loss", "losses/attention/2-4", "weighted/attention/2-4", "learning_rate"]
+    columns += ["gradient_norm", "tokens_per_second"]
+    for column in columns:
+        assert by_step[f"train/{column}"].notna().tolist() == [False, True, True]
+
+
+def as_of_old(line: dict[str, Any]) -> dict[str, Any]:
+    """A line as fastkd 0.1 wrote it."""
+    return {"kind": line["kind"], "step": line["step"], **evaluation_of(line)}
+
+
+def test_a_run_with_lines_of_old_is_reported_and_goes_on(run: RunFolder, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        tmp_path, train={"steps": 4, "evaluate_every": 2, "log_every": 2, "checkpoint_every": 2}
+    )
+
+    def stop(step: int, line: dict[str, Any]) -> None:
+        if step == 4:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        fastkd.distill(recipe, quiet=True, on_step=stop)
+    cut = RunFolder(tmp_path / "run")
+    lines = cut.read_metrics()
+    old = [as_of_old(line) for line in lines]
+    assert all("losses" in line for line in old)
+    cut.metrics.write_text("".join(json.dumps(line) + "\n" for line in old))
+    fastkd.distill(recipe, quiet=True, resume=True)
+    again = [json.loads(line) for line in cut.metrics.read_text().splitlines()]
+    assert all("/" in key for line in again for key in line.keys() - {"kind", "step", "time"})
+    assert [(line["kind"], line["step"]) for line in again] == [
+        (line["kind"], line["step"]) for line in run.read_metrics()
+    ]
+    assert read_losses(cut.path) == read_losses(run.path)
+    summary, whole = cut.read_summary(), run.read_summary()
+    assert summary is not None and whole is not None
+    assert (summary["before"], summary["after"]) == (whole["before"], whole["after"])
+    page = cut.report
+    write_report(cut)
+    new = page.read_text()
+    cut.metrics.write_text("".join(json.dumps(as_of_old(line)) + "\n" for line in again))
+    write_report(cut)
+    assert page.read_text() == new and "step 4" in new
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("trackio") is None, reason="trackio (an extra) is not installed"
+)
+def test_trackio_is_told_every_number_here_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import trackio.utils
+    from trackio import sqlite_storage
+
+    for module in (trackio.utils, sqlite_storage):
+        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+    recipe = make_recipe(tmp_path, train={"steps": 2, "warmup_steps": 0})
+    run = RunFolder(fastkd.distill(recipe, {"run.monitor": "trackio"}, quiet=True).folder)
+    with sqlite3.connect(tmp_path / "trackio" / "fastkd.db") as storage:
+        rows = storage.execute("select run_name, step, metrics from metrics").fetchall()
+    assert {name for name, *_ in rows} == {str(run.path)}
+    told = {(name, step, v) for _, step, text in rows for name, v in json.loads(text).items()}
+    made = {(n, s, v) for line in run.read_metrics() for n, v, s in numbers_of(line)}
+    assert told == made and len(made) > 20

@@ -153,7 +153,7 @@ class Row:
         return printed.splitlines()[-1]
 
     def _demo(self) -> str:
-        overrides = ("train.steps=10", "train.evaluate_every=10", "train.checkpoint_every=10")
+        overrides = ("train.steps=10", "train.warmup_steps=1", "train.evaluate_every=10")
         self._run(str(self.bin / "fastkd"), "distill", "recipes/demo.yaml", *overrides)
         summary = json.loads((self.work / "runs" / "demo" / "summary.json").read_text())
         before, after = (summary[when]["total"] for when in ("before", "after"))

@@ -200,6 +200,7 @@ CHECKS: dict[str, Callable[[list[str], Block], None]] = {
     "torchrun": check_launcher,
     "deepspeed": check_launcher,
     "python": check_python,
+    ".venv-peers/bin/python": check_python,
     "make": check_make,
 }
 

@@ -97,7 +97,7 @@ def _write_share(run: Run, folder: Path, layout: Layout, rows: Rows, *, progress
         files = [stack.enter_context(flat_file(folder, f.name).open("r+b")) for f in layout.fields]
         bar = stack.enter_context(progress_bar(progress))
         task = bar.add_task("storing the teacher's states", total=len(rows))
-        for inputs, places in _batches(run, heldout=rows.heldout):
+        for inputs, places in _batches(run, rows):
             states = run.teacher.record(run.move(inputs), layout.recorded)
             for field, file in zip(layout.fields, files, strict=True):
                 bits = to_store(states, field).numpy()
@@ -106,20 +106,20 @@ def _write_share(run: Run, folder: Path, layout: Layout, rows: Rows, *, progress
             bar.advance(task, run.ranks.world_size * len(places))
 
 
-def _batches(run: Run, *, heldout: bool) -> Iterator[tuple[Inputs, Sequence[int]]]:
+def _batches(run: Run, rows: Rows) -> Iterator[tuple[Inputs, Sequence[int]]]:
     """This rank's batches of all that is stored, and the places in each of the rows to write."""
     ranks, size, count = run.ranks, run.plan.micro_batch_size, run.datamodule.rows
     assert count is not None, "a stream is refused before"
     # all batches on every rank: which rows are written twice must not depend on theirs
     batches = epoch_batches(run)
-    seen = np.zeros(count, dtype=bool)
+    seen = np.zeros(len(rows), dtype=bool)
     for number in range(-(-count // size)):
         (inputs,) = batches.next_step(number)
         places = [place for place, row in enumerate(inputs[ROWS].tolist()) if not seen[row]]
         seen[inputs[ROWS].numpy()] = True
         if number % ranks.world_size == ranks.rank:
             yield inputs, places
-    if heldout:
+    if rows.heldout:
         for batch in run.datamodule.heldout(size, ranks):
             yield batch.inputs, range(len(batch.rows))
 

@@ -257,11 +257,12 @@ def record_pages() -> Iterator[tuple[str, str]]:
 
 def _columns(kind: str, line: type[Section]) -> Iterator[Entry]:
     """The columns of a line: all but the first three are called after its kind."""
-    for entry in fields_of(line):
+    entries = list(fields_of(line))
+    for entry in entries:
         key = entry.key.replace(".", "/")
         if entry.takes.startswith("a section"):
             # what is inside it has lines of its own, or names that a run gives
-            if any(other.key.startswith(f"{entry.key}.") for other in fields_of(line)):
+            if any(other.key.startswith(f"{entry.key}.") for other in entries):
                 continue
             takes = "text" if entry.key == "one_class" else "a number"
             entry = entry._replace(takes=takes)

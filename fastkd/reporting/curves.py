@@ -9,7 +9,7 @@ from typing import Any
 from fastkd.reporting.scores import headline_scores
 from fastkd.reporting.svg import Line, Panel
 from fastkd.training.metric_lines import Line as Record
-from fastkd.training.metric_lines import evaluation_of, values_of
+from fastkd.training.metric_lines import by_term, evaluation_of, values_of
 
 # more curves than these are told apart by the student's layer alone
 _NAMED = 15
@@ -26,7 +26,7 @@ def training_panels(records: Sequence[Record]) -> list[Panel]:
         return []
     steps = [record["step"] for record in records]
     total = Line("total", steps, [_value(record, "loss") for record in records], reference=True)
-    adds = [_summed(values_of(record, "weighted")) for record in records]
+    adds = [by_term(values_of(record, "weighted")) for record in records]
     terms = _lines(steps, adds)
     weighted = Panel([*terms, total], "loss, and what each term adds to it", log=True, legend="")
     panels = [weighted, *loss_panels(records), _alone(records, "learning_rate", "learning rate")]
@@ -109,14 +109,6 @@ def _lines(steps: Sequence[float], values: Sequence[Mapping[str, float]]) -> lis
 def _value(record: Record, name: str) -> float:
     value = record.get(f"{record['kind']}/{name}")
     return math.nan if value is None else float(value)
-
-
-def _summed(weighted: Mapping[str, float]) -> dict[str, float]:
-    terms: dict[str, float] = {}
-    for label, value in weighted.items():
-        term = label.partition("/")[0]
-        terms[term] = terms.get(term, 0.0) + value
-    return terms
 
 
 def _student(pair: str) -> str:

@@ -22,7 +22,7 @@ from fastkd.signals import Signalled, stop_signals
 from fastkd.training.checkpoint import Checkpoints
 from fastkd.training.evaluate import Evaluation, evaluate
 from fastkd.training.finite import broken_weights
-from fastkd.training.metric_lines import Line, make_line, numbers_of
+from fastkd.training.metric_lines import Line, by_term, make_line, numbers_of
 from fastkd.training.predictions import Predictions
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run
@@ -245,11 +245,7 @@ def _doubt(teacher: dict[str, Any], reporter: Reporter) -> None:
 
 def _parts(values: dict[str, Any]) -> list[str]:
     """The loss and what each term adds to it."""
-    terms: dict[str, float] = {}
-    for label, value in values["weighted"].items():
-        term = label.split("/")[0]
-        terms[term] = terms.get(term, 0.0) + value
     parts = [f"loss {values['loss']:.4g}"]
-    parts += [f"{term} {value:.4g}" for term, value in terms.items()]
+    parts += [f"{term} {value:.4g}" for term, value in by_term(values["weighted"]).items()]
     speeds = [name for name in values if name.endswith("_per_second")]
     return parts + [f"{values[name]:,.0f} {name.removesuffix('_per_second')}/s" for name in speeds]

@@ -32,7 +32,7 @@ def make_line(kind: str, step: int, values: Mapping[str, Any]) -> Line:
 
 
 def as_flat(line: Line) -> Line:
-    """A line as `make_line` makes it, also of one that fastkd 0.1 wrote as a tree."""
+    """A line as `make_line` makes it, also of one from when lines were trees."""
     values = {key: value for key, value in line.items() if key not in _HEAD}
     if all("/" in key for key in values):
         return line
@@ -43,6 +43,15 @@ def values_of(line: Line, section: str) -> dict[str, float]:
     """The values of a section of a line by name, as in `losses`."""
     start = f"{line['kind']}/{section}/"
     return {key.removeprefix(start): v for key, v in line.items() if key.startswith(start)}
+
+
+def by_term(values: Mapping[str, float]) -> dict[str, float]:
+    """The sums of a term's values, of values by label: the term, or `term/pair of layers`."""
+    terms: dict[str, float] = {}
+    for label, value in values.items():
+        term = label.partition("/")[0]
+        terms[term] = terms.get(term, 0.0) + value
+    return terms
 
 
 def evaluation_of(line: Line) -> dict[str, Any]:

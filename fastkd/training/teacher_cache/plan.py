@@ -98,8 +98,7 @@ class CachePlan:
                 f"{FIELD}: {self.folder} is not whole on every rank; all ranks must see the same "
                 "folder"
             )
-        given = self.folder, self.layout, self.rows
-        run.teacher.stored = TeacherStates(*given, heldout=self.rows.heldout)
+        run.teacher.stored = TeacherStates(self.folder, self.layout, self.rows)
 
 
 def plan_cache(run: Run, form: Form) -> CachePlan:

@@ -22,19 +22,18 @@ WantedAt = Callable[[Progress], Mapping[str, Any]]
 class TeacherStates:
     """What a teacher left on each row, in the place of a teacher that runs."""
 
-    def __init__(self, folder: Path, layout: Layout, rows: Rows, *, heldout: bool) -> None:
+    def __init__(self, folder: Path, layout: Layout, rows: Rows) -> None:
         """Open a whole folder.
 
         Args:
             folder: filled by `fill`, and checked.
             layout: of what it holds.
             rows: where each stands.
-            heldout: whether held-out rows are among them.
 
         Raises:
             DiskError: a file that isn't as long as it should be.
         """
-        self.heldout = heldout
+        self.heldout = rows.heldout
         self.has_scores = isinstance(layout.template.logits, Tensor)
         self._layout = layout
         self._fields = {field.name: field for field in layout.fields}

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 ROWS = ("3.11-lowest", "3.11-newest", "3.12-newest", "3.13-newest")
 EXTRAS = ("demo", "onnx", "study", "tasks", "tensorboard", "trainer")
 TOOLS = ("hypothesis", "POT", "pytest", "pytest-benchmark")
-# what touches each dependency, in about two minutes
+# what touches each dependency
 TESTS = (
     "test_card",
     "test_data_readers",

@@ -17,7 +17,13 @@ import fastkd
 from fastkd.distributed import joined_ranks
 from fastkd.recipe import FinetuneRecipe, Recipe, load_recipe, parse_finetune_recipe
 from fastkd.training import precision
-from fastkd.training.precision import describe_precision, settle_precision, tf32_products
+from fastkd.training.precision import (
+    PLAIN_ATTENTION_TOKENS,
+    attention_on_cpus,
+    describe_precision,
+    settle_precision,
+    tf32_products,
+)
 
 MATMUL: Any = torch.backends.cuda.matmul
 GPU = torch.device("cuda")
@@ -134,3 +140,23 @@ def test_kernels_products_in_torch_are_fp32(
     arguments[_rows.names.index("backend")] = backend
     assert _rows.run(lambda: None, arguments) == expected
     assert MATMUL.fp32_precision == "tf32"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "length", "fused"),
+    [
+        ("cpu", "bf16", PLAIN_ATTENTION_TOKENS, False),
+        ("cpu", "bf16", PLAIN_ATTENTION_TOKENS + 1, True),
+        ("cpu", "fp32", PLAIN_ATTENTION_TOKENS, True),
+        ("cuda", "bf16", PLAIN_ATTENTION_TOKENS, True),
+    ],
+)
+def test_short_rows_in_bf16_are_attended_to_plainly_on_a_cpu(
+    tmp_path: Path, device: str, dtype: str, length: int, fused: bool
+) -> None:
+    given = [f"train.precision={dtype}", f"data.block_size={length}"]
+    recipe = load_recipe(make_recipe(tmp_path), given)
+    assert torch.backends.cuda.flash_sdp_enabled()
+    with attention_on_cpus(torch.device(device), recipe):
+        assert torch.backends.cuda.flash_sdp_enabled() == fused
+    assert torch.backends.cuda.flash_sdp_enabled()

@@ -245,6 +245,17 @@ def test_shared_steps_are_done_once_before_what_needs_them(tmp_path: Path, notes
     assert last["difference seeds"] == "2"
 
 
+def test_shared_steps_of_a_seed_come_before_its_runs(tmp_path: Path, notes: Path) -> None:
+    """So that a study that is stopped has whole seeds."""
+    step = {"command": "finetune", "recipe": TUNING, "per_seed": True}
+    run(write_study(tmp_path, shared={"teacher": step}), workers=2)
+    _ended_once(notes, RUNS | {f"shared/teacher/seed-{seed}" for seed in (0, 1)})
+    ended = [name for word, name in journal(notes) if word == "end"]
+    seeds = [int(name[-1]) for name in ended]
+    assert seeds == sorted(seeds)
+    assert [n for n, name in enumerate(ended) if name.startswith("shared/")] == [0, 3]
+
+
 def test_a_shared_step_that_fails_ends_the_study(
     tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,8 +125,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "one seed": (
         {"seeds": 1},
-        "seeds: expected at least 2, because one run is no result (given 1)",
+        "seeds: expected at least 2, because one run is no result (given [0]); one is enough where "
+        "task.selection scores all runs",
     ),
+    "no seed": ({"seeds": 0}, "seeds: expected at least 1 (given 0)"),
     "the same seed": ({"seeds": [3, 4, 3]}, "seeds holds a seed twice"),
     "nothing to compare": ({"axes": {}}, "nothing to compare; give axes or spaces"),
     "one condition": ({"axes": {"mapping": {"a": {}}}}, "at least 2 items"),

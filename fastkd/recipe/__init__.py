@@ -28,6 +28,7 @@ from fastkd.recipe.loading import (
     parse_recipe,
     read_tree,
     replace_value,
+    sequence_limit,
     stage_recipes,
 )
 from fastkd.recipe.losses import Losses
@@ -72,6 +73,7 @@ __all__ = [
     "read_tree",
     "replace_value",
     "resolve_steps",
+    "sequence_limit",
     "stage_recipes",
     "write_yaml",
 ]

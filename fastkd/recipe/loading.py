@@ -133,6 +133,14 @@ def stage_recipes(recipe: Recipe) -> list[Recipe]:
     return found
 
 
+def sequence_limit(recipe: AnyRecipe) -> int:
+    """Tokens that a sequence of a recipe's data is cut at."""
+    if isinstance(recipe, Recipe) and recipe.data is not None:
+        return recipe.data.block_size
+    assert recipe.task is not None, "a recipe has data or a task"
+    return recipe.task.max_length
+
+
 def each_stage(recipe: AnyRecipe) -> list[AnyRecipe]:
     """The recipe of each stage, in order; the recipe itself where it has none.
 

@@ -375,6 +375,11 @@ class Plan:
                 if run.key in keys:
                     raise UserError(f"{self.path}: two conditions share the name {condition.name}")
                 keys.add(run.key)
+        if len(self.spec.seeds) < 2 and not self.selects:
+            raise UserError(
+                f"{self.path}: seeds: expected at least 2, because one run is no result (given "
+                f"{list(self.spec.seeds)}); one is enough where task.selection scores all runs"
+            )
 
     @property
     def selects(self) -> bool:

@@ -81,14 +81,16 @@ class Runner:
             raise Interrupted("stopped; run the same command again to continue")
 
     def _work(self, number: int) -> None:
-        self._share(number)
+        self._share(number, None)
         self._try_all(number)
 
-    def _share(self, number: int) -> None:
-        """Do the shared steps, each in one process at most, none before those it needs."""
+    def _share(self, number: int, seed: int | None) -> None:
+        """Do the shared steps of a seed, or those that all share, each in one process at most, none
+        before those it needs: a study that is stopped has whole seeds."""
         stopping = self.children.stopping
+        steps = [step for step in self.plan.shared if step.seed == seed]
         while not stopping.is_set():
-            open_steps = [step for step in self.plan.shared if not _is_done(step.place.run)]
+            open_steps = [step for step in steps if not _is_done(step.place.run)]
             if not open_steps:
                 return
             ready = [step for step in open_steps if all(_is_done(n.run) for n in step.needs)]
@@ -144,10 +146,11 @@ class Runner:
     def _try_run(self, work: Work, run: Run, number: int) -> str | None:
         """What there is to say of a run once it has a value; `None` where it came to none."""
         plan, store = self.plan, self.store
-        if self.children.stopping.is_set():
-            return None
         if store.has_score(work, run):
             return ""
+        self._share(number, run.seed)
+        if self.children.stopping.is_set():
+            return None
         place = plan.place(run)
         try:
             recipe = plan.recipe(run)

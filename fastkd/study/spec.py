@@ -48,8 +48,8 @@ def _count_to_seeds(value: object) -> object:
     if type(value) is int and value > MOST_SEEDS:
         raise ValueError(f"expected at most {MOST_SEEDS} (given {value})")
     seeds = list(range(value)) if type(value) is int else value
-    if isinstance(seeds, list) and len(seeds) < 2:
-        raise ValueError(f"expected at least 2, because one run is no result (given {value})")
+    if seeds == []:
+        raise ValueError(f"expected at least 1 (given {value})")
     return seeds
 
 
@@ -229,7 +229,8 @@ class StudySpec(Section):
     skip: tuple[Levels, ...] = ()
     """Combinations that make no sense and are left out, as in `{loss: none, weight: 10}`."""
     seeds: Seeds = (0, 1, 2)
-    """The seeds, or how many: at least 2, because one run is no result."""
+    """The seeds, or how many: at least 2, because one run is no result, but where all are scored on
+    `task.selection`, whose choice another study tests."""
     vary: Annotated[tuple[Varied, ...], Field(min_length=1)] = get_args(Varied)
     """What the seeds drive: weights that are drawn, the order of the data, dropout, layer maps that
     are drawn. The rest has the first seed in every run. Shared steps say `per_seed` themselves."""

@@ -26,7 +26,7 @@ from fastkd.models.load import auto_model, read_config
 from fastkd.models.locate import locate_model
 from fastkd.models.poolers import drop_pooler
 from fastkd.models.quantised import replace_linear
-from fastkd.recipe import Recipe
+from fastkd.recipe import Recipe, sequence_limit
 from fastkd.training.chips import Chip
 from fastkd.training.deepspeed_config import uses_deepspeed
 from fastkd.training.dry_pass import DryPass, bytes_of, dry_pass, tensors_of
@@ -118,7 +118,7 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
             "teacher.others are given, but --gpu forecasts one teacher; leave --gpu out, which "
             "makes a few real steps"
         )
-    form, tokens = recipe.row_form, _tokens(recipe)
+    form, tokens = recipe.row_form, sequence_limit(recipe)
     row = () if form is None else form.sequences
     sequences = rows * max(1, len(row))
     source = recipe.teacher.source
@@ -247,13 +247,6 @@ def _teacher(recipe: Recipe, config: Any) -> PreTrainedModel:
     if recipe.student.head == "none":
         drop_pooler(model)
     return model.requires_grad_(False)
-
-
-def _tokens(recipe: Recipe) -> int:
-    if recipe.data is not None:
-        return recipe.data.block_size
-    assert recipe.task is not None, "a recipe has data or a task"
-    return recipe.task.max_length
 
 
 def _numbers(module: torch.nn.Module) -> int:

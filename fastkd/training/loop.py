@@ -23,7 +23,7 @@ from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.export import export_student
 from fastkd.training.hold import hold_run
 from fastkd.training.introduction import introduce
-from fastkd.training.precision import settle_precision, tf32_products
+from fastkd.training.precision import attention_on_cpus, settle_precision, tf32_products
 from fastkd.training.rehearsal import try_losses
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up
@@ -70,6 +70,7 @@ def run_recipe(
     recipe = settle_precision(recipe, ranks, folder if resume else None)
     with (
         tf32_products(ranks.device, recipe.train.tf32),
+        attention_on_cpus(ranks.device, recipe),
         hold_run(folder, recipe, ranks, resume=resume, reporter=reporter) as summary,
     ):
         if summary is None and isinstance(recipe, Recipe) and recipe.stages:

@@ -7,16 +7,20 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
-from fastkd.recipe import AnyRecipe, Recipe, load_any_recipe
+from fastkd.recipe import AnyRecipe, Recipe, load_any_recipe, sequence_limit
 from fastkd.training.run_folder import RunFolder
 from fastkd.types import EightBits
 
 R = TypeVar("R", bound=AnyRecipe)
 FLOAT8_CAPABILITY = "8.9"
 """From which on torch multiplies float8 with scales of rows."""
+PLAIN_ATTENTION_TOKENS = 128
+"""Up to which length a CPU trains faster in bf16 on maps of attention than without
+(`benchmarks/cpu_attention.py`)."""
 
 
 def settle_precision(recipe: R, ranks: Ranks, made: RunFolder | None = None) -> R:
@@ -130,6 +134,19 @@ def tf32_products(device: torch.device, wanted: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision("highest")
         # as nobody had said anything
         matmul.fp32_precision = "none"
+
+
+@contextmanager
+def attention_on_cpus(device: torch.device, recipe: AnyRecipe) -> Iterator[None]:
+    """Let a CPU that trains short sequences in bf16 attend by plain products while the context is
+    open: the backward pass of torch's fused attention takes several times as long there, where it
+    does not in fp32. A recipe without `auto`."""
+    short = sequence_limit(recipe) <= PLAIN_ATTENTION_TOKENS
+    if device.type != "cpu" or recipe.train.precision != "bf16" or not short:
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def describe_precision(recipe: AnyRecipe, device: torch.device) -> str:

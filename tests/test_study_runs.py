@@ -248,7 +248,7 @@ def test_shared_steps_are_done_once_before_what_needs_them(tmp_path: Path, notes
 def test_shared_steps_of_a_seed_come_before_its_runs(tmp_path: Path, notes: Path) -> None:
     """So that a study that is stopped has whole seeds."""
     step = {"command": "finetune", "recipe": TUNING, "per_seed": True}
-    run(write_study(tmp_path, shared={"teacher": step}), workers=2)
+    run(write_study(tmp_path, shared={"teacher": step}))
     _ended_once(notes, RUNS | {f"shared/teacher/seed-{seed}" for seed in (0, 1)})
     ended = [name for word, name in journal(notes) if word == "end"]
     seeds = [int(name[-1]) for name in ended]

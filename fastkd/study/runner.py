@@ -68,7 +68,7 @@ class Runner:
         """
         stopping = self.children.stopping
         with ThreadPoolExecutor(self.workers) as pool, _signals(self.children) as received:
-            futures = [pool.submit(self._work, number) for number in range(self.workers)]
+            futures = [pool.submit(self._try_all, number) for number in range(self.workers)]
             while wait(futures, _LOOK_SECONDS).not_done:
                 look()
                 if any(future.done() and future.exception() for future in futures):
@@ -79,10 +79,6 @@ class Runner:
             future.result()
         if received:
             raise Interrupted("stopped; run the same command again to continue")
-
-    def _work(self, number: int) -> None:
-        self._share(number, None)
-        self._try_all(number)
 
     def _share(self, number: int, seed: int | None) -> None:
         """Do the shared steps of a seed, or those that all share, each in one process at most, none
@@ -148,7 +144,8 @@ class Runner:
         plan, store = self.plan, self.store
         if store.has_score(work, run):
             return ""
-        self._share(number, run.seed)
+        for seed in (None, run.seed):
+            self._share(number, seed)
         if self.children.stopping.is_set():
             return None
         place = plan.place(run)

@@ -143,14 +143,14 @@ def test_a_reader_that_goes_wrong_is_one_line(tmp_path: Path, place: str, said: 
 
 @pytest.mark.parametrize("form", ["", ".", "md.", "a:b", ".MD", "a b", "é", "../x"])
 def test_a_form_is_a_suffix_or_a_name(form: str) -> None:
-    with pytest.raises(ValueError, match="expected a suffix such as"):
+    with pytest.raises(UserError, match="expected a suffix such as"):
         register_reader(form)
 
 
 def test_a_form_has_one_reader() -> None:
     register_reader("mail")(pieces)
     register_reader("mail")(pieces)
-    with pytest.raises(ValueError, match=r"reader 'mail': .*pieces reads it already"):
+    with pytest.raises(UserError, match=r"reader 'mail': .*pieces reads it already"):
         register_reader("mail")(broken)
-    with pytest.raises(ValueError, match=r"reader '.txt': fastkd reads it already"):
+    with pytest.raises(UserError, match=r"reader '.txt': fastkd reads it already"):
         register_reader(".txt")(pieces)

@@ -46,10 +46,10 @@ def register_reader(form: str) -> Callable[[Reader], Reader]:
             before a colon.
 
     Raises:
-        ValueError: neither, or one that is taken.
+        UserError: neither, or one that is taken.
     """
     if not (_SUFFIX if form.startswith(".") else _NAME).fullmatch(form):
-        raise ValueError(
+        raise UserError(
             f"reader {form!r}: expected a suffix such as '.md' or a name such as 'mail'"
         )
 
@@ -57,7 +57,7 @@ def register_reader(form: str) -> Callable[[Reader], Reader]:
         taken = _readers.get(form)
         if form in KNOWN or (taken is not None and place_of(taken) != place_of(reader)):
             by = "fastkd" if taken is None else place_of(taken)
-            raise ValueError(f"reader {form!r}: {by} reads it already; give another name")
+            raise UserError(f"reader {form!r}: {by} reads it already; give another name")
         _readers[form] = reader
         return reader
 

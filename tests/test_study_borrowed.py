@@ -1,4 +1,4 @@
-"""A study takes the teachers that another one made, and none that are not there."""
+"""A study takes the teachers of another one, and makes there what is not there."""
 
 from __future__ import annotations
 
@@ -22,26 +22,63 @@ def study(folder: Path, name: str, **changes: Any) -> Path:
     return write_study(folder / name, **{"tasks": TASKS, "overrides": TAUGHT, **changes})
 
 
+@pytest.fixture
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "journal"
+    monkeypatch.setenv("FAKE_JOURNAL", str(path))
+    return path
+
+
+def ended(notes: Path) -> list[str]:
+    """The shared steps that were made."""
+    return [name for word, name in journal(notes) if word == "end" and name.startswith("shared/")]
+
+
+@pytest.mark.parametrize("first", ["lends", "borrows"])
 def test_what_is_borrowed_is_made_once_and_read_where_it_lies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, notes: Path, first: str
 ) -> None:
-    notes = tmp_path / "journal"
-    monkeypatch.setenv("FAKE_JOURNAL", str(notes))
     lends = study(tmp_path, "lends", shared={"teacher": TEACHER})
     path = study(tmp_path, "borrows", borrowed={"teacher": "../lends/study.yaml"}, seeds=[1, 0])
-    with pytest.raises(UserError, match=r"borrowed\.teacher: .* is not finished; run the study"):
-        run(path)
-    assert not (tmp_path / "borrows" / "out" / "runs").exists()
-    run(lends, workers=2)
-    run(path, workers=2)
-    ended = [name for word, name in journal(notes) if word == "end"]
-    teachers = {name for name in ended if name.startswith("shared/")}
-    assert teachers == {f"shared/teacher/{task}/seed-{seed}" for task in TASKS for seed in (0, 1)}
-    assert len([name for name in ended if name.startswith("shared/")]) == 4
+    for each in (lends, path) if first == "lends" else (path, lends):
+        run(each, workers=2)
+    teachers = [f"shared/teacher/{task}/seed-{seed}" for task in TASKS for seed in (0, 1)]
+    assert sorted(ended(notes)) == sorted(teachers)
+    assert not (tmp_path / "borrows" / "out" / "shared").exists()
     plan = Plan(load_study(path), path)
     recipe = plan.recipe(Run(plan.conditions[0], "hard", 1))
     made = tmp_path / "lends" / "out" / "shared" / "teacher" / "hard" / "seed-1" / "run"
     assert recipe.teacher.model == str(made / "student")
+
+
+def test_what_a_borrowed_step_needs_is_made_as_well(tmp_path: Path, notes: Path) -> None:
+    """And nothing else of the study that lends it, or of one that lends to that one."""
+    needs = {"overrides": {"model": "{shared.general}/student"}}
+    shared = {"teacher": {**TEACHER, **needs}, "unused": TEACHER}
+    general = {"general": {**ONCE, "overrides": {}}, "unused": TEACHER}
+    study(tmp_path, "first", shared=general, overrides={})
+    lent = {"general": "../first/study.yaml"}
+    study(tmp_path, "lends", shared=shared, borrowed=lent, seeds=3)
+    borrowed = {"teacher": "../lends/study.yaml"}
+    path = study(
+        tmp_path, "borrows", borrowed=borrowed, tasks={"easy": TASKS["easy"]}, seeds=[1, 2]
+    )
+    run(path)
+    assert ended(notes) == [
+        "shared/general/easy",
+        "shared/teacher/easy/seed-1",
+        "shared/teacher/easy/seed-2",
+    ]
+
+
+def test_studies_that_borrow_from_each_other_are_refused(tmp_path: Path, notes: Path) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        shared = {f"of_{name}": TEACHER}
+        borrowed = {f"of_{other}": f"../{other}/study.yaml"}
+        path = study(tmp_path, name, shared=shared, borrowed=borrowed, overrides={})
+    with pytest.raises(UserError, match="a study that it borrows from borrows from it"):
+        run(path)
+    assert journal(notes) == []
 
 
 @pytest.mark.parametrize(

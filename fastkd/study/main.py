@@ -22,7 +22,6 @@ from fastkd.study.spec import load_study
 from fastkd.study.storage import Record, Store
 from fastkd.study.tables import make_tables
 from fastkd.study.worker import Children
-from fastkd.training.run_folder import RunFolder
 
 
 def run_study(
@@ -88,18 +87,13 @@ def _work(
     program: Sequence[str] | None,
     reporter: Reporter,
 ) -> None:
-    for label, place in plan.steps.borrowed():
-        if not RunFolder(place.run).summary.is_file():
-            raise UserError(
-                f"{plan.path}: {label}: {place.run} is not finished; run the study that makes it"
-            )
+    children = Children(program, environments(workers))
+    runner = Runner(plan, store, children, workers)
     write_whole(plan.output / "study.yaml", plan.path.read_text(encoding="utf-8"))
     store.add_work(retry_failed=retry_failed)
     done, total = store.counts()
     what = "runs" if plan.spec.search is None else "runs and candidates"
     reporter.say(f"{plan.spec.name}: {total} {what}, {done} of them done; in {plan.output}")
-    children = Children(program, environments(workers))
-    runner = Runner(plan, store, children, workers)
     watcher = Watcher(store, runner, reporter)
     try:
         with watcher.watching():

@@ -18,7 +18,9 @@ BUSY_SECONDS = 120
 def check_file(path: Path, output: Path) -> None:
     """Refuse a file or folder that is somebody else's, before anything is written to it."""
     if not path.exists():
-        others = [p.name for p in output.iterdir() if p.name != "study.lock"]
+        # another study may have made what it borrows from this one
+        ours = {"study.lock", "shared", "claims"}
+        others = [p.name for p in output.iterdir() if p.name not in ours]
         if others:
             raise UserError(
                 f"{output} is not empty and holds no study ({others[0]}); give another output"

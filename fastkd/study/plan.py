@@ -27,6 +27,7 @@ from fastkd.study.spec import (
     Command,
     Hypothesis,
     StudySpec,
+    load_study,
 )
 
 # of a summary, what lean runs have not
@@ -147,6 +148,33 @@ class Plan:
         if run.seed is not None:
             replace_value(tree, SEED, run.seed)
         return self._parse(run.step.command, tree, where)
+
+    def all_shared(self, borrowers: tuple[Path, ...] = ()) -> list[tuple[Plan, SharedRun]]:
+        """The shared steps of this study and those that it borrows, each after what it needs, with
+        the study that says what it is.
+
+        Args:
+            borrowers: files of the studies that borrow from this one.
+
+        Raises:
+            UserError: a study that can't be read, or that borrows from one that borrows from it.
+        """
+        path = self.path.resolve()
+        if path in borrowers:
+            raise UserError(
+                f"{self.path}: borrowed: a study that it borrows from borrows from it; make the "
+                "steps in one of them"
+            )
+        lent: dict[Place, tuple[Plan, SharedRun]] = {}
+        for file in dict.fromkeys(self.spec.borrowed.values()):
+            lender = Plan(load_study(self.path.parent / file), self.path.parent / file)
+            lent |= {step.place: (p, step) for p, step in lender.all_shared((*borrowers, path))}
+        wanted = set(self.steps.borrowed())
+        for place, (_, step) in reversed(lent.items()):
+            if place in wanted:
+                wanted.update(step.needs)
+        own = [(self, step) for step in self.shared]
+        return [given for place, given in lent.items() if place in wanted] + own
 
     def digest(self, run: Run) -> str:
         """Digest of what the study file says about a run; where its folders lie is left out."""

@@ -49,6 +49,7 @@ class Runner:
         self.store = store
         self.children = children
         self.workers = workers
+        self.shared = plan.all_shared()
         self.said: queue.Queue[str] = queue.Queue()
         """Lines for the user."""
         self.began: float | None = None
@@ -84,25 +85,25 @@ class Runner:
         """Do the shared steps of a seed, or those that all share, each in one process at most, none
         before those it needs: a study that is stopped has whole seeds."""
         stopping = self.children.stopping
-        steps = [step for step in self.plan.shared if step.seed == seed]
+        steps = [(owner, step) for owner, step in self.shared if step.seed == seed]
         while not stopping.is_set():
-            open_steps = [step for step in steps if not _is_done(step.place.run)]
-            if not open_steps:
+            steps = [(owner, step) for owner, step in steps if not _is_done(step.place.run)]
+            if not steps:
                 return
-            ready = [step for step in open_steps if all(_is_done(n.run) for n in step.needs)]
-            if not any(self._share_one(step, number) for step in ready):
+            ready = [given for given in steps if all(_is_done(n.run) for n in given[1].needs)]
+            if not any(self._share_one(owner, step, number) for owner, step in ready):
                 stopping.wait(_IDLE_SECONDS)
 
-    def _share_one(self, step: SharedRun, number: int) -> bool:
+    def _share_one(self, owner: Plan, step: SharedRun, number: int) -> bool:
         each = (step.task or "all") + ("" if step.seed is None else f"-seed-{step.seed}")
-        claim = Claim.take(self.plan.output / "claims" / "shared" / step.name / each)
+        claim = Claim.take(owner.output / "claims" / "shared" / step.name / each)
         if claim is None:
             return False
         try:
             if _is_done(step.place.run):
                 return True
             self.said.put(f"{step.label}: started")
-            recipe = self.plan.shared_recipe(step)
+            recipe = owner.shared_recipe(step)
             ending = self.children.run(step.step.command, recipe, step.place, claim, number)
         finally:
             claim.release()

@@ -118,11 +118,11 @@ class SharedSteps:
             return value
         return _PLACEHOLDER.sub(lambda m: str(self._place(m[1], task, seed, where).run), value)
 
-    def borrowed(self) -> Iterator[tuple[str, Place]]:
-        """What other studies must have done before this one is run: a label and where it is."""
+    def borrowed(self) -> Iterator[Place]:
+        """Where the steps of other studies are that this one reads."""
         for name, other in self._borrowed.items():
             for task, seed in self._each(other.shared[name]):
-                yield f"borrowed.{name}", _place_of(other, name, task, seed)
+                yield _place_of(other, name, task, seed)
 
     def _each(self, step: Step) -> Iterator[tuple[str | None, int | None]]:
         """The tasks and seeds of this study that a step is done for."""

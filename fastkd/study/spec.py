@@ -248,7 +248,7 @@ class StudySpec(Section):
     """Runs done once before the others; `{shared.NAME}` in an override is the run's folder."""
     borrowed: dict[FileName, Place] = Field(default_factory=dict)
     """Shared steps of other studies that this one takes as they are, by their names there: the
-    other study's file, from the study file's folder, which has done them before."""
+    other study's file, from the study file's folder. What is not made yet is made there."""
     keep: Literal["scores", "students", "all"] = "students"
     """What stays of a finished run besides its numbers: nothing, so that runs are lean, the
     student, or the checkpoints as well."""

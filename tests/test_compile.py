@@ -223,6 +223,7 @@ def test_models_that_are_compiled_already_are_refused() -> None:
         fastkd.Distiller(small, teacher, {"hidden": {}})
 
 
+@pytest.mark.slow
 def test_a_run_is_the_eager_one_and_can_be_resumed(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, train={"steps": 3, "precision": "fp32"})
     plain, whole, cut = (tmp_path / name for name in ("plain", "whole", "cut"))

@@ -163,6 +163,14 @@ def _reaches(functions: list[Any]) -> bool:
     return False
 
 
+@pytest.fixture
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What fake runs of a study write down (`study_files.journal`)."""
+    path = tmp_path / "journal"
+    monkeypatch.setenv("FAKE_JOURNAL", str(path))
+    return path
+
+
 @pytest.fixture(autouse=True)
 def no_plans() -> None:
     """Tests replace what plans of kernels' calls are made with."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_files import TASKS, TUNING, journal, run, write_study
+from study_files import TASKS, TUNING, ended, journal, run, write_study
 
 from fastkd.errors import UserError
 from fastkd.study import load_study
@@ -22,16 +22,9 @@ def study(folder: Path, name: str, **changes: Any) -> Path:
     return write_study(folder / name, **{"tasks": TASKS, "overrides": TAUGHT, **changes})
 
 
-@pytest.fixture
-def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "journal"
-    monkeypatch.setenv("FAKE_JOURNAL", str(path))
-    return path
-
-
-def ended(notes: Path) -> list[str]:
+def made(notes: Path) -> list[str]:
     """The shared steps that were made."""
-    return [name for word, name in journal(notes) if word == "end" and name.startswith("shared/")]
+    return [name for name in ended(notes) if name.startswith("shared/")]
 
 
 @pytest.mark.parametrize("first", ["lends", "borrows"])
@@ -43,12 +36,12 @@ def test_what_is_borrowed_is_made_once_and_read_where_it_lies(
     for each in (lends, path) if first == "lends" else (path, lends):
         run(each, workers=2)
     teachers = [f"shared/teacher/{task}/seed-{seed}" for task in TASKS for seed in (0, 1)]
-    assert sorted(ended(notes)) == sorted(teachers)
+    assert sorted(made(notes)) == sorted(teachers)
     assert not (tmp_path / "borrows" / "out" / "shared").exists()
     plan = Plan(load_study(path), path)
     recipe = plan.recipe(Run(plan.conditions[0], "hard", 1))
-    made = tmp_path / "lends" / "out" / "shared" / "teacher" / "hard" / "seed-1" / "run"
-    assert recipe.teacher.model == str(made / "student")
+    lent = tmp_path / "lends" / "out" / "shared" / "teacher" / "hard" / "seed-1" / "run"
+    assert recipe.teacher.model == str(lent / "student")
 
 
 def test_what_a_borrowed_step_needs_is_made_as_well(tmp_path: Path, notes: Path) -> None:
@@ -64,7 +57,7 @@ def test_what_a_borrowed_step_needs_is_made_as_well(tmp_path: Path, notes: Path)
         tmp_path, "borrows", borrowed=borrowed, tasks={"easy": TASKS["easy"]}, seeds=[1, 2]
     )
     run(path)
-    assert ended(notes) == [
+    assert made(notes) == [
         "shared/general/easy",
         "shared/teacher/easy/seed-1",
         "shared/teacher/easy/seed-2",

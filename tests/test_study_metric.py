@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from study_files import MAPPINGS, WEIGHTS, journal, run, write_study
+from study_files import MAPPINGS, WEIGHTS, ended, run, write_study
 
 from fastkd.errors import UserError
 from fastkd.reporting.console import Reporter
@@ -23,15 +23,8 @@ RUNS = {f"mapping={m}/seed-{s}" for m in MAPPINGS for s in (0, 1)}
 RIGHT = {"path": "after.score", "direction": "maximize"}
 
 
-@pytest.fixture
-def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "journal"
-    monkeypatch.setenv("FAKE_JOURNAL", str(path))
-    return path
-
-
-def ended(notes: Path) -> Counter[str]:
-    return Counter(name for word, name in journal(notes) if word == "end")
+def counts(notes: Path) -> Counter[str]:
+    return Counter(ended(notes))
 
 
 def values(folder: Path) -> dict[str, float]:
@@ -51,10 +44,10 @@ def test_a_path_that_is_not_there_stops_after_the_first_run(
         with pytest.raises(UserError, match=r"no number .*; it has after\.score; correct") as no:
             run(path, workers=workers)
         assert "\n" not in str(no.value)
-        assert 1 <= sum(ended(notes).values()) <= workers
+        assert 1 <= sum(counts(notes).values()) <= workers
     run(write_study(tmp_path, metric=RIGHT))
     # nothing is trained twice
-    assert ended(notes) == dict.fromkeys(RUNS, 1)
+    assert counts(notes) == dict.fromkeys(RUNS, 1)
     assert values(tmp_path).keys() == RUNS
 
 
@@ -70,10 +63,10 @@ def test_another_path_is_read_from_the_summaries_that_are_there(
     run(path, report_only=True)
     assert values(tmp_path) == pytest.approx({name: 10 * v for name, v in first.items()})
     run(path)
-    assert ended(notes) == dict.fromkeys(RUNS, 1)
+    assert counts(notes) == dict.fromkeys(RUNS, 1)
     # and back
     run(write_study(tmp_path, metric=RIGHT))
-    assert values(tmp_path) == first and ended(notes) == dict.fromkeys(RUNS, 1)
+    assert values(tmp_path) == first and counts(notes) == dict.fromkeys(RUNS, 1)
 
 
 def test_runs_that_failed_by_the_path_are_read_again(tmp_path: Path, notes: Path) -> None:
@@ -85,7 +78,7 @@ def test_runs_that_failed_by_the_path_are_read_again(tmp_path: Path, notes: Path
     with pytest.raises(UserError, match=r"3 of 4 runs failed, .* no number other; it has"):
         run(write_study(tmp_path, metric={**RIGHT, "path": "other"}))
     run(write_study(tmp_path, metric=RIGHT))
-    assert values(tmp_path).keys() == RUNS and ended(notes) == dict.fromkeys(RUNS, 1)
+    assert values(tmp_path).keys() == RUNS and counts(notes) == dict.fromkeys(RUNS, 1)
 
 
 def test_a_search_may_be_corrected_until_it_has_candidates(tmp_path: Path, notes: Path) -> None:
@@ -94,7 +87,7 @@ def test_a_search_may_be_corrected_until_it_has_candidates(tmp_path: Path, notes
     with pytest.raises(UserError, match=r"no number after\.scores"):
         run(wrong)
     run(write_study(tmp_path, metric=RIGHT, **options))
-    assert set(ended(notes).values()) == {1} and len(ended(notes)) == 6
+    assert set(counts(notes).values()) == {1} and len(counts(notes)) == 6
     with pytest.raises(UserError, match="made by a study file whose metric was another"):
         run(write_study(tmp_path, metric={**RIGHT, "path": "after.other"}, **options))
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import optuna
 import pytest
-from study_files import MAPPINGS, RECIPE, TASKS, TUNING, journal, run, write_study
+from study_files import MAPPINGS, RECIPE, TASKS, TUNING, ended, journal, run, write_study
 
 from fastkd.errors import Interrupted, UserError
 from fastkd.reporting.console import Reporter
@@ -31,15 +31,8 @@ from fastkd.study.progress import Watcher
 RUNS = {f"mapping={m}/seed-{s}" for m in MAPPINGS for s in (0, 1)}
 
 
-@pytest.fixture
-def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "journal"
-    monkeypatch.setenv("FAKE_JOURNAL", str(path))
-    return path
-
-
 def _ended_once(notes: Path, names: set[str]) -> None:
-    found = Counter(name for word, name in journal(notes) if word == "end")
+    found = Counter(ended(notes))
     assert found == dict.fromkeys(names, 1)
     assert "TWICE" not in [word for word, _ in journal(notes)]
 
@@ -250,10 +243,10 @@ def test_shared_steps_of_a_seed_come_before_its_runs(tmp_path: Path, notes: Path
     step = {"command": "finetune", "recipe": TUNING, "per_seed": True}
     run(write_study(tmp_path, shared={"teacher": step}))
     _ended_once(notes, RUNS | {f"shared/teacher/seed-{seed}" for seed in (0, 1)})
-    ended = [name for word, name in journal(notes) if word == "end"]
-    seeds = [int(name[-1]) for name in ended]
+    names = ended(notes)
+    seeds = [int(name[-1]) for name in names]
     assert seeds == sorted(seeds)
-    assert [n for n, name in enumerate(ended) if name.startswith("shared/")] == [0, 3]
+    assert [n for n, name in enumerate(names) if name.startswith("shared/")] == [0, 3]
 
 
 def test_a_shared_step_that_fails_ends_the_study(

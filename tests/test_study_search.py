@@ -9,20 +9,13 @@ from typing import Any
 
 import optuna
 import pytest
-from study_files import RECIPE, TASKS, WEIGHTS, journal, run, write_study
+from study_files import RECIPE, TASKS, WEIGHTS, ended, journal, run, write_study
 
 from fastkd.errors import UserError
 from fastkd.study import load_study
 from fastkd.study.plan import Plan
 from fastkd.study.search import importances, make_sampler
 from fastkd.study.storage import Store
-
-
-@pytest.fixture
-def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "journal"
-    monkeypatch.setenv("FAKE_JOURNAL", str(path))
-    return path
 
 
 def _search(folder: Path, **changes: Any) -> Path:
@@ -43,7 +36,7 @@ def test_candidates_run_on_every_task_and_seed_and_score_their_mean(
     tmp_path: Path, notes: Path
 ) -> None:
     run(_search(tmp_path, tasks=TASKS), workers=2)
-    ends = [name for word, name in journal(notes) if word == "end"]
+    ends = ended(notes)
     names = ["baseline", *(f"trial-{n:04d}" for n in range(3))]
     assert sorted(ends) == sorted(
         f"{task}/{name}/seed-{seed}" for task in TASKS for name in names for seed in (0, 1)
@@ -165,7 +158,7 @@ def test_a_failed_candidate_is_tried_again_with_its_own_values(
     trials = _optuna(tmp_path).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert trials[3].params == trials[1].params
-    ends = [name for word, name in journal(notes) if word == "end"]
+    ends = ended(notes)
     assert sorted(set(ends)) == sorted(ends)
     assert len(_rows(tmp_path, "conditions")) == 4
 

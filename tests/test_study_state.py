@@ -8,18 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from study_files import TUNING, journal, run, write_study
+from study_files import TUNING, ended, run, write_study
 
 from tools.study_state import pack, unpack
 
 TOOL = Path(__file__).parents[1] / "tools" / "study_state.py"
-
-
-@pytest.fixture
-def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "journal"
-    monkeypatch.setenv("FAKE_JOURNAL", str(path))
-    return path
 
 
 def test_a_study_goes_on_from_its_state(tmp_path: Path, notes: Path) -> None:
@@ -41,8 +34,7 @@ def test_a_study_goes_on_from_its_state(tmp_path: Path, notes: Path) -> None:
     assert not notes.exists()
     # a seed more, whose teacher alone is made
     run(write_study(tmp_path, shared={"teacher": step}, seeds=3))
-    ended = {name for word, name in journal(notes) if word == "end"}
-    assert ended == {
+    assert set(ended(notes)) == {
         "shared/teacher/seed-2",
         "mapping=uniform/seed-2",
         "mapping=last/seed-2",

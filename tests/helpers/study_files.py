@@ -64,3 +64,8 @@ def journal(path: Path) -> list[tuple[str, str]]:
     for word, folder, *_ in (line.split(" ") for line in lines):
         found.append((word, folder.split("/out/")[1].removesuffix("/run").removeprefix("runs/")))
     return found
+
+
+def ended(path: Path) -> list[str]:
+    """The fake runs that came to an end, in order."""
+    return [name for word, name in journal(path) if word == "end"]

@@ -43,10 +43,10 @@ def test_tasks_are_averaged_within_a_seed_first() -> None:
     assert found == Mean(2, 4.0, math.sqrt(8.0))
 
 
-def test_one_seed_is_no_result() -> None:
+def test_one_seed_has_a_value_and_no_deviation() -> None:
     found = mean_over_seeds(_scores({(None, 4): 0.9}))
-    assert (found.mean, found.deviation) == (None, None)
-    assert str(found) == "1 seed"
+    assert found == Mean(1, 0.9, None)
+    assert str(found) == "0.9 (1 seed)"
     assert str(mean_over_seeds([])) == "0 seeds"
 
 
@@ -54,7 +54,7 @@ def test_a_seed_without_all_tasks_does_not_count() -> None:
     values: Values = {("a", 0): 1.0, ("b", 0): 3.0, ("a", 1): 5.0, ("b", 1): 7.0, ("a", 2): 100.0}
     assert seed_means(_scores(values)) == {0: 2.0, 1: 6.0}
     only = mean_over_seeds(_scores({("a", 0): 1.0, ("b", 0): 3.0, ("a", 1): 5.0}))
-    assert str(only) == "1 seed"
+    assert str(only) == "2 (1 seed)"
 
 
 def test_pairs_are_of_seeds_that_both_have_on_every_task() -> None:

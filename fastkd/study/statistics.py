@@ -64,13 +64,15 @@ class Mean:
     seeds: int
     """Seeds for which every run is there."""
     mean: float | None
-    """`None` with fewer than two seeds: one run is no result."""
+    """`None` without seeds."""
     deviation: float | None
-    """Of a sample, with n - 1."""
+    """Of a sample, with n - 1; `None` with fewer than two seeds."""
 
     def __str__(self) -> str:
-        if self.mean is None or self.deviation is None:
-            return f"{self.seeds} seed" + ("" if self.seeds == 1 else "s")
+        if self.mean is None:
+            return "0 seeds"
+        if self.deviation is None:
+            return f"{self.mean:.4g} (1 seed)"
         places = decimals(self.deviation)
         if places is None:
             return f"{self.mean:.4g} ± 0"
@@ -227,9 +229,11 @@ def seed_means(scores: Iterable[Score]) -> dict[int, float]:
 def mean_over_seeds(scores: Iterable[Score]) -> Mean:
     """Mean and standard deviation of `seed_means`."""
     whole = list(seed_means(scores).values())
-    if len(whole) < 2:
-        return Mean(len(whole), None, None)
-    return Mean(len(whole), statistics.fmean(whole), statistics.stdev(whole))
+    return Mean(
+        len(whole),
+        statistics.fmean(whole) if whole else None,
+        statistics.stdev(whole) if len(whole) > 1 else None,
+    )
 
 
 def paired_samples(

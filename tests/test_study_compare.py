@@ -10,6 +10,7 @@ from scipy import stats
 
 from fastkd.study.predictions import Number
 from fastkd.study.statistics import (
+    Estimate,
     Mean,
     Sample,
     Score,
@@ -185,13 +186,29 @@ def test_what_is_detectable_is_found_four_times_in_five() -> None:
     rng, seeds, spread = np.random.default_rng(0), 10, 0.02
     drawn = rng.normal(0, spread, (4000, seeds))
     pilot = [estimate([Sample(values)]) for values in drawn[:500]]
-    wanted = float(np.median([found.detectable for found in pilot if found is not None]))
+    wanted = float(np.median([found.detectable() for found in pilot if found is not None]))
     seen = 0
     for values in drawn:
         found = estimate([Sample(values + wanted)])
         assert found is not None
         seen += found.interval()[0] > 0
     assert 0.75 < seen / len(drawn) < 0.85
+
+
+def test_a_pilot_says_what_more_seeds_would_see() -> None:
+    rng, spread, examples = np.random.default_rng(0), 0.02, 0.003**2
+    pilot = Estimate(tuple(rng.normal(0, spread, 200).tolist()), examples)
+    wanted = pilot.detectable(5)
+    # five seeds, and an error that the examples give to all of them
+    seen = 0
+    for values in rng.normal(wanted, spread, (4000, 5)):
+        found = Estimate(tuple((values + rng.normal(0, 0.003)).tolist()), examples)
+        seen += found.interval()[0] > 0
+    assert 0.75 < seen / 4000 < 0.85
+    assert pilot.detectable() == pilot.detectable(200) < wanted
+    # no number of seeds says what the examples don't
+    floor = stats.norm.ppf([0.975, 0.8]).sum() * math.sqrt(examples)
+    assert pilot.detectable(10**9) == pytest.approx(floor, rel=1e-3)
 
 
 def test_wins_are_counted_over_all_pairs_of_runs() -> None:

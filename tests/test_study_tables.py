@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -123,6 +124,21 @@ def test_no_average_over_tasks_while_one_is_missing(tmp_path: Path) -> None:
     row, columns = tables["axis-mapping"].rows[2], tables["axis-mapping"].columns
     assert row[columns.index("a")] == row[columns.index("all")] == "0 seeds"
     assert "±" in row[columns.index("b")] and "±" in tables["axis-mapping-b"].rows[2][1]
+
+
+def test_seeds_that_are_open_are_counted_on(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, seeds=5)
+
+    def said(missing: Callable[[Run], bool]) -> str:
+        results = Results(plan, _records(plan, missing))
+        (table,) = (one for one in make_tables(results, {}) if one.name == "axis-mapping")
+        return table.notes[-1]
+
+    assert "would see a difference of" in said(lambda run: False)
+    assert "all 5 seeds" not in said(lambda run: False)
+    early = said(lambda run: run.seed > 1)
+    (now, then) = re.findall(r"(?:difference of|stays,) ([0-9.e-]+[0-9])", early)
+    assert "; with all 5 seeds, if their spread stays, " in early and float(then) < float(now)
 
 
 def test_what_failed_is_counted_and_said(tmp_path: Path) -> None:

@@ -99,24 +99,51 @@ class Sample:
 class Estimate:
     """A mean over tasks, seeds and examples, and how well it is known."""
 
-    mean: float
-    error: float
-    """Standard error."""
-    freedom: float
-    """Degrees of freedom of the error."""
     by_seed: tuple[float, ...]
-    """Its mean over tasks with every seed."""
+    """Its mean over tasks with every seed, two at least."""
+    example_variance: float
+    """Of the mean, by the examples alone."""
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return float(np.mean(self.by_seed))
+
+    @property
+    def error(self) -> float:
+        """Standard error."""
+        return self._error(len(self.by_seed))
+
+    @property
+    def freedom(self) -> float:
+        """Degrees of freedom of the error."""
+        return self._freedom(len(self.by_seed))
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Its ends; both are the mean where nothing varies."""
         half = float(stats.t.ppf((1 + level) / 2, self.freedom)) * self.error if self.error else 0.0
         return self.mean - half, self.mean + half
 
-    @property
-    def detectable(self) -> float:
-        """The mean that four of five studies with this error would tell from 0 by their interval;
-        that of a pilot says how many seeds a study wants."""
-        return float(stats.t.ppf([0.975, 0.8], self.freedom).sum()) * self.error
+    def detectable(self, seeds: int | None = None) -> float:
+        """The mean that four of five studies would tell from 0 by their interval, of this spread
+        and as many seeds or of another number: that of a pilot says how many a study wants."""
+        number = len(self.by_seed) if seeds is None else seeds
+        quantiles = stats.t.ppf([0.975, 0.8], self._freedom(number))
+        return float(quantiles.sum()) * self._error(number)
+
+    def _variances(self, seeds: int) -> tuple[float, float]:
+        """Of the mean over so many seeds: what the seeds add, and all."""
+        of_seeds = float(np.var(self.by_seed, ddof=1)) / seeds
+        return of_seeds, of_seeds + self.example_variance
+
+    def _error(self, seeds: int) -> float:
+        _, spread = self._variances(seeds)
+        return math.sqrt(spread) if spread > _LEAST_SPREAD**2 else 0.0
+
+    def _freedom(self, seeds: int) -> float:
+        of_seeds, spread = self._variances(seeds)
+        # the variance of examples is known far better than that of seeds
+        return (seeds - 1) * (spread / of_seeds) ** 2 if of_seeds else math.inf
 
     @property
     def p_difference(self) -> float:
@@ -165,13 +192,8 @@ def estimate(tasks: Sequence[Sample]) -> Estimate | None:
     by_seed = np.mean([task.values for task in tasks], axis=0) if tasks else np.zeros(0)
     if len(by_seed) < 2:
         return None
-    seeds = float(np.var(by_seed, ddof=1)) / len(by_seed)
     examples = sum(map(_example_variance, tasks)) / len(tasks) ** 2
-    spread = seeds + examples
-    # the variance of examples is known far better than that of seeds
-    freedom = (len(by_seed) - 1) * (spread / seeds) ** 2 if seeds else math.inf
-    error = math.sqrt(spread) if spread > _LEAST_SPREAD**2 else 0.0
-    return Estimate(float(by_seed.mean()), error, freedom, tuple(by_seed.tolist()))
+    return Estimate(tuple(by_seed.tolist()), examples)
 
 
 def _example_variance(task: Sample) -> float:

@@ -75,20 +75,26 @@ def _axis_table(results: Results, axis: str, task: str | None) -> Table:
         axis,
         rows,
         str(results.plan.baseline_levels[axis]),
-        (_axis_note(results, axis), *_notes(results, tasks), *_power_note(rows)),
+        (_axis_note(results, axis), *_notes(results, tasks), *_power_note(results, rows)),
         tasks,
     )
 
 
-def _power_note(rows: Sequence[Row]) -> tuple[str, ...]:
-    """How large a difference must be to be seen."""
-    found = [row.difference.detectable for row in rows if row.difference is not None]
+def _power_note(results: Results, rows: Sequence[Row]) -> tuple[str, ...]:
+    """How large a difference must be to be seen, and while seeds are open, with all of them."""
+    found = [row.difference for row in rows if row.difference is not None]
     if not found:
         return ()
-    return (
-        f"Four of five studies with as many seeds and examples would see a difference of "
-        f"{statistics.median(found):.2g} (median of the rows).",
+    now = statistics.median(one.detectable() for one in found)
+    said = (
+        "Four of five studies with as many seeds and examples would see a difference of "
+        f"{now:.2g} (median of the rows)"
     )
+    planned = len(results.plan.spec.seeds)
+    if min(len(one.by_seed) for one in found) < planned:
+        then = statistics.median(one.detectable(planned) for one in found)
+        said += f"; with all {planned} seeds, if their spread stays, {then:.2g}"
+    return (f"{said}.",)
 
 
 def _axis_note(results: Results, axis: str) -> str:
@@ -268,7 +274,7 @@ def _estimate_numbers(prefix: str, found: Estimate | None) -> dict[str, Any]:
     low, high = found.interval()
     return {
         f"{prefix}mean": found.mean,
-        f"{prefix}detectable": found.detectable,
+        f"{prefix}detectable": found.detectable(),
         f"{prefix}low": low,
         f"{prefix}high": high,
         f"{prefix}error": found.error,

@@ -123,6 +123,33 @@ def test_a_run_with_lines_of_old_is_reported_and_goes_on(run: RunFolder, tmp_pat
 
 
 @pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard") is None, reason="tensorboard (an extra) is missing"
+)
+@pytest.mark.parametrize("checkpoint_every", [2, 0])
+def test_tensorboard_forgets_the_steps_that_are_made_again(
+    tmp_path: Path, checkpoint_every: int
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train = {"steps": 4, "evaluate_every": 2, "log_every": 1, "checkpoint_every": checkpoint_every}
+    recipe = make_recipe(tmp_path, train=train, run={"monitor": "tensorboard"})
+
+    def stop(step: int, line: dict[str, Any]) -> None:
+        if step == 4:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        fastkd.distill(recipe, quiet=True, on_step=stop)
+    run = RunFolder(fastkd.distill(recipe, quiet=True, resume=True).folder)
+    (folder,) = {file.parent for file in run.path.glob("tensorboard/**/events*")}
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    told = [(name, e.step) for name in board.Tags()["scalars"] for e in board.Scalars(name)]
+    made = [(name, step) for line in run.read_metrics() for name, _, step in numbers_of(line)]
+    assert sorted(told) == sorted(made)
+
+
+@pytest.mark.skipif(
     importlib.util.find_spec("trackio") is None, reason="trackio (an extra) is not installed"
 )
 def test_trackio_is_told_every_number_here_and_nowhere_else(

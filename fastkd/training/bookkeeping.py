@@ -28,7 +28,7 @@ from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run
 from fastkd.training.steering import Steering
 from fastkd.training.summary import judged_parts
-from fastkd.training.tracker import TrackioMonitor
+from fastkd.training.tracker import TrackioMonitor, rewind_tensorboard
 from fastkd.training.window import SMALLER, Window
 
 
@@ -94,6 +94,8 @@ class Bookkeeper:
             reporter.say(longer)
         self.predictions.load(predictions)
         if run.ranks.is_main:
+            if folder.metrics.exists():
+                rewind_tensorboard(run.engine.monitor, step if step else -1)
             if step:
                 folder.rewind_metrics(step)
             else:

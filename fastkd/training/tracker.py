@@ -1,9 +1,11 @@
-"""trackio as a tracker of a run; TensorBoard and W&B are written to by DeepSpeed's monitor."""
+"""trackio as a tracker of a run; TensorBoard and W&B are written to by DeepSpeed's monitor, which
+knows of no run that goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 _PROJECT = "fastkd"
 
@@ -43,3 +45,17 @@ class TrackioMonitor:
         import trackio
 
         trackio.finish()
+
+
+def rewind_tensorboard(monitor: Any, step: int) -> None:
+    """Let TensorBoard forget what a run that was stopped had told of steps that are made again.
+
+    Args:
+        monitor: DeepSpeed's `MonitorMaster`, with TensorBoard or without, or nothing.
+        step: the last one that stays.
+    """
+    writer = getattr(getattr(monitor, "tb_monitor", None), "summary_writer", None)
+    if writer is not None:
+        # the writer says so in the file that it opens with the next number
+        writer.close()
+        writer.purge_step = step + 1

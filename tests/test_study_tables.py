@@ -126,6 +126,20 @@ def test_no_average_over_tasks_while_one_is_missing(tmp_path: Path) -> None:
     assert "±" in row[columns.index("b")] and "±" in tables["axis-mapping-b"].rows[2][1]
 
 
+def test_runs_that_wait_are_counted_and_those_of_a_control_by_task(tmp_path: Path) -> None:
+    plan = _plan(tmp_path)
+    records = [
+        Record(r.run, "waiting") if r.run.seed and not r.run.condition.levels else r
+        for r in _records(plan)
+    ]
+    tables = {table.name: table for table in make_tables(Results(plan, records), {})}
+    runs = tables["runs"]
+    assert runs.rows == [] and runs.notes == ("2 runs have not begun.",)
+    assert runs.title == "runs that are not finished" and len(runs.numbers) == len(records)
+    assert tables["axis-mapping"].rows[0][0] == "alone (control) (2 of 4 runs)"
+    assert tables["axis-mapping-a"].rows[0][0] == "alone (control) (1 of 2 runs)"
+
+
 def test_seeds_that_are_open_are_counted_on(tmp_path: Path) -> None:
     plan = _plan(tmp_path, seeds=5)
 

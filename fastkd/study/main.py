@@ -112,17 +112,22 @@ def _report(plan: Plan, store: Store, records: Sequence[Record], reporter: Repor
         # all conditions of a grid are for the report
         if table.rows and table.brief and not (table.name == "conditions" and store.search is None):
             columns = [table.columns[index] for index in table.brief]
+            # intervals and tests are for the report; what a run failed of is said whole
+            short = str if table.name == "runs" else _without_brackets
             reporter.table(
                 table.title,
                 columns,
-                # intervals and tests are for the report
-                [
-                    [row[0], *(re.split(r" [\[(]", row[index])[0] for index in table.brief[1:])]
-                    for row in table.rows
-                ],
+                [[row[0], *(short(row[index]) for index in table.brief[1:])] for row in table.rows],
             )
+    waiting = sum(record.state == "waiting" for record in records)
+    if waiting:
+        reporter.say(f"{waiting} runs have not begun")
     reporter.say(f"report: {os.path.relpath(page)}")
     return page
+
+
+def _without_brackets(cell: str) -> str:
+    return re.split(r" [\[(]", cell)[0]
 
 
 def _complain_of_failures(plan: Plan, records: Sequence[Record]) -> None:

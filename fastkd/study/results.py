@@ -81,11 +81,17 @@ class Results:
         lacking = {r.run.task for r in self.records if not self._has_share(r)}
         return tuple(task for task in self.plan.tasks if task not in lacking)
 
-    def controls(self) -> list[Row]:
-        """One row a control, in the order of the study file."""
-        names = list(self.plan.spec.controls)
-        found = {name: [r for r in self.records if r.run.condition.name == name] for name in names}
-        return [self._row(n, records, (), is_control=True) for n, records in found.items()]
+    def controls(self, task: str | None = None) -> list[Row]:
+        """One row a control, in the order of the study file, of all tasks or of one."""
+        rows = []
+        for name in self.plan.spec.controls:
+            records = [
+                r
+                for r in self.records
+                if r.run.condition.name == name and task in (None, r.run.task)
+            ]
+            rows.append(self._row(name, records, (), is_control=True))
+        return rows
 
     def levels(self, axis: str) -> list[str]:
         """The levels of an axis, in the order of the study file."""
@@ -108,7 +114,7 @@ class Results:
                 and (self.full or all(r.run.condition.levels[n] == base[n] for n in names))
             ]
             rows.append(self._row(level, records, names))
-        controls = [_alone(row, task) for row in self.controls()] if task else self.controls()
+        controls = self.controls(task)
         self._compare([*controls, *rows], str(self.plan.baseline_levels[axis]), task)
         return [*controls, *rows]
 
@@ -258,9 +264,3 @@ class Results:
 
     def _has_share(self, record: Record) -> bool:
         return record.value is None or self.evidence[record.run.key].kept is not None
-
-
-def _alone(row: Row, task: str | None) -> Row:
-    """A row's runs of one task."""
-    scores = [score for score in row.scores if score.task == task]
-    return replace(row, scores=scores, runs=(len(scores), len(scores)))

@@ -312,7 +312,7 @@ def _importance_table(importances: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _run_table(results: Results) -> Table:
-    """Every run; people see those that are not finished."""
+    """Every run; people see those that are begun and not finished."""
     numbers = [
         {
             **dict.fromkeys((*results.plan.axes, *results.plan.spec.spaces), None),
@@ -328,10 +328,12 @@ def _run_table(results: Results) -> Table:
         }
         for record in results.records
     ]
+    open_ = [record for record in results.records if record.state == "waiting"]
     rows: list[tuple[str, ...]] = [
         (record.run.key, record.state, record.message)
         for record in results.records
-        if record.state != "finished"
+        if record.state not in ("finished", "waiting")
     ]
-    title = "runs that are not finished" if rows else "all runs are finished"
-    return Table("runs", title, ("run", "state", "message"), rows, numbers, (), (0, 1, 2))
+    title = "runs that are not finished" if rows or open_ else "all runs are finished"
+    note = (f"{len(open_)} runs have not begun.",) if open_ else ()
+    return Table("runs", title, ("run", "state", "message"), rows, numbers, note, (0, 1, 2))

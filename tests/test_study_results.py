@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import io
-import json
+import os
 import re
-import tarfile
+import shutil
+import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import pytest
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from committed_studies import ROOT, TASKS, Runs, archive_of, read_runs
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-TASKS = ("STS-B", "MRPC", "CoLA", "SST-2")
-SET = "selection"
+from tools.study_state import unpack
+
+AXES = "study-glue-axes"
 
 
 class Chosen(NamedTuple):
@@ -36,93 +34,103 @@ CHOSEN = {
     "study-glue-rates": Chosen("rate", 5, ("logits", "labels", "general")),
 }
 
-Array = npt.NDArray[np.float32]
 
-
-def score(task: str, outputs: Array, labels: Array) -> float:
-    """GLUE's own number of a task."""
-    if task == "STS-B":
-        given = outputs[:, 0]
-        return float(pearsonr(given, labels)[0] + spearmanr(given, labels)[0]) / 2
-    said = outputs.argmax(1)
-    if task == "MRPC":
-        return float(accuracy_score(labels, said) + f1_score(labels, said)) / 2
-    return float((matthews_corrcoef if task == "CoLA" else accuracy_score)(labels, said))
-
-
-class Found(NamedTuple):
-    """A run's scores: recomputed, of the best one answer, and as the run noted it."""
-
-    student: float
-    teacher: float
-    constant: float
-    noted: float
-
-
-# by task, loss and value
-Scores = dict[tuple[str, str, float], Found]
-
-
-def one_answer(task: str, labels: Array) -> float:
-    """What the best one answer to everything scores; of STS-B nothing goes along with it."""
-    if task == "STS-B":
-        return 0.0
-    return max(score(task, np.eye(2)[np.full(len(labels), of)], labels) for of in (0, 1))
-
-
-@pytest.fixture(scope="module", params=CHOSEN)
+@pytest.fixture(scope="module", params=[*CHOSEN, AXES])
 def study(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
 
 
 @pytest.fixture(scope="module")
-def scores(study: str) -> Scores:
-    pattern = rf"runs/(.*)/loss=(.*),{CHOSEN[study].field}=(.*)/seed-0/run/summary.json"
-    found = {}
-    with tarfile.open(RESULTS / f"{study}.tar.xz") as file:
-        members = {member.name: member for member in file.getmembers()}
-
-        def read(name: str) -> bytes:
-            content = file.extractfile(members[name])
-            assert content is not None
-            return content.read()
-
-        for name in members:
-            if where := re.fullmatch(pattern, name):
-                noted = json.loads(read(name))["after"]["score"]
-                kept = np.load(io.BytesIO(read(name.replace("summary.json", "predictions.npz"))))
-                labels = kept[f"{SET}/labels"]
-                student, teacher = (
-                    score(where[1], kept[f"{SET}/{model}"], labels)
-                    for model in ("outputs", "teacher")
-                )
-                constant = one_answer(where[1], labels)
-                found[where[1], where[2], float(where[3])] = Found(
-                    student, teacher, constant, noted
-                )
-    return found
+def runs(study: str) -> Runs:
+    return read_runs(study)
 
 
-def test_scores_are_those_of_the_predictions(study: str, scores: Scores) -> None:
-    assert len(scores) == len(TASKS) * len(CHOSEN[study].losses) * CHOSEN[study].values
-    for found in scores.values():
+@pytest.fixture(scope="module")
+def page() -> str:
+    return (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
+
+
+def test_scores_are_those_of_the_predictions(runs: Runs) -> None:
+    for found in runs.values():
         assert found.student == pytest.approx(found.noted, abs=1e-6)
 
 
-def test_the_page_has_the_best_of_each_loss(study: str, scores: Scores) -> None:
-    page = (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
-    of_tasks = [next(found for key, found in scores.items() if key[0] == task) for task in TASKS]
+@pytest.mark.parametrize("study", CHOSEN, indirect=True)
+def test_the_page_has_the_best_of_each_loss(study: str, runs: Runs, page: str) -> None:
+    chosen = CHOSEN[study]
+    assert len(runs) == len(TASKS) * len(chosen.losses) * chosen.values
+    of_tasks = [next(found for key, found in runs.items() if key[0] == task) for task in TASKS]
     rows = [
         f"| {name} | " + " | ".join(f"{getattr(found, field):.3f}" for found in of_tasks) + " |"
         for name, field in (("one answer", "constant"), ("teacher", "teacher"))
     ]
-    for loss in CHOSEN[study].losses:
+    for loss in chosen.losses:
         row = [f"`{loss}`"]
         for task in TASKS:
-            of_task = {k[2]: v.student for k, v in scores.items() if k[:2] == (task, loss)}
+            of_task = {}
+            for (name, condition, _), found in runs.items():
+                if name == task and condition.startswith(f"loss={loss},"):
+                    of_task[float(condition.rpartition("=")[2])] = found.student
             best = max(of_task, key=lambda value: of_task[value])
             row.append(f"{of_task[best]:.3f} ({best:g}), {min(of_task.values()):.3f}")
         rows.append("| " + " | ".join(row) + " |")
     missing = [row for row in rows if row not in page]
     assert not missing, "\n".join(missing)
+
+
+@pytest.mark.parametrize("study", [AXES], indirect=True)
+def test_the_means_of_the_axes_are_those_of_the_predictions(runs: Runs, page: str) -> None:
+    conditions = {condition for _, condition, _ in runs}
+    baseline = "loss=tinybert,mapping=uniform,start=every_second"
+    by_level = {name.rpartition("/")[2]: name for name in conditions if "=" not in name}
+    for name in conditions - by_level.keys():
+        own = set(name.split(",")) - set(baseline.split(","))
+        for level in own or baseline.split(","):
+            by_level[level.partition("=")[2]] = name
+    seeds = sorted({seed for _, _, seed in runs})
+    rows = axis_rows(page)
+    assert {row[0] for row in rows} == {"one answer", "teacher", *by_level}
+    for label, *cells in rows:
+        condition = by_level.get(label, baseline)
+        of = {"one answer": "constant", "teacher": "teacher"}.get(label, "student")
+        for task, cell in zip(TASKS, cells, strict=False):
+            values = [getattr(runs[task, condition, seed], of) for seed in seeds]
+            mean, _, deviation = cell.partition(" ± ")
+            assert agrees(mean, statistics.fmean(values)), (label, task, cell)
+            assert not deviation or agrees(deviation, statistics.stdev(values)), (label, task, cell)
+
+
+@pytest.mark.slow
+def test_the_tables_of_the_axes_are_the_report(page: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    for name in (*CHOSEN, AXES):
+        unpack(archive_of(name), tmp_path / "runs" / name)
+    command = [sys.executable, "-m", "fastkd", "study", f"recipes/{AXES}.yaml", "--report-only"]
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+    subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": paths})
+    report = (tmp_path / "runs" / AXES / "report" / "report.md").read_text(encoding="utf-8")
+    made = {re.sub(r" \(.*", "", row[0]): row[1:] for row in axis_rows(report, "## axis: ")}
+    for label, *cells in axis_rows(page):
+        # the report has the number of seeds before the last column
+        theirs = made[label]
+        assert cells == [*theirs[:-2], theirs[-1]], label
+
+
+def axis_rows(text: str, heading: str = "### Axis: ") -> list[list[str]]:
+    """The cells of the tables under the headings of axes, of all tasks together."""
+    found = []
+    for part in text.split(f"\n{heading}")[1:]:
+        title, _, rest = part.partition("\n")
+        if not title.endswith(" alone"):
+            section = re.split(r"\n##", rest)[0]
+            rows = [line for line in section.splitlines() if line.startswith("| ")]
+            found += [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows]
+    # without the columns' names
+    return [row for row in found if not row[1].startswith((":", "STS-B"))]
+
+
+def agrees(said: str, value: float) -> bool:
+    """Whether a number is a value, rounded."""
+    places = len(said.partition(".")[2])
+    return abs(float(said) - value) <= 0.5 * 10.0**-places + 1e-9

@@ -1,0 +1,85 @@
+"""Scores of the committed studies, recomputed from predictions by scikit-learn and SciPy."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+TASKS = ("STS-B", "MRPC", "CoLA", "SST-2")
+
+Array = npt.NDArray[np.float32]
+
+
+class Found(NamedTuple):
+    """A run's scores: recomputed, of the best one answer, and as the run noted it."""
+
+    student: float
+    teacher: float
+    constant: float
+    noted: float
+
+
+# by task, condition and seed
+Runs = dict[tuple[str, str, int], Found]
+
+
+def archive_of(study: str) -> Path:
+    """Where a study's state lies."""
+    return RESULTS / f"{study}.tar.xz"
+
+
+def read_runs(study: str) -> Runs:
+    """Every finished run of a study."""
+    found = {}
+    with tarfile.open(archive_of(study)) as file:
+        members = {member.name: member for member in file.getmembers()}
+
+        def read(name: str) -> bytes:
+            content = file.extractfile(members[name])
+            assert content is not None
+            return content.read()
+
+        for name in members:
+            where = re.fullmatch(r"runs/(.*)/(.*)/seed-(\d+)/run/summary.json", name)
+            if where is not None:
+                noted = json.loads(read(name))["after"]["score"]
+                kept = np.load(io.BytesIO(read(name.replace("summary.json", "predictions.npz"))))
+                task, condition, seed = where.groups()
+                found[task, condition, int(seed)] = _found(task, dict(kept), noted)
+    return found
+
+
+def _found(task: str, kept: dict[str, Array], noted: float) -> Found:
+    (name,) = {key.split("/")[0] for key in kept if "/" in key}
+    labels = kept[f"{name}/labels"]
+    student, teacher = (score(task, kept[f"{name}/{of}"], labels) for of in ("outputs", "teacher"))
+    return Found(student, teacher, one_answer(task, labels), noted)
+
+
+def score(task: str, outputs: Array, labels: Array) -> float:
+    """GLUE's own number of a task."""
+    if task == "STS-B":
+        given = outputs[:, 0]
+        return float(pearsonr(given, labels)[0] + spearmanr(given, labels)[0]) / 2
+    said = outputs.argmax(1)
+    if task == "MRPC":
+        return float(accuracy_score(labels, said) + f1_score(labels, said)) / 2
+    return float((matthews_corrcoef if task == "CoLA" else accuracy_score)(labels, said))
+
+
+def one_answer(task: str, labels: Array) -> float:
+    """What the best one answer to everything scores; of STS-B nothing goes along with it."""
+    if task == "STS-B":
+        return 0.0
+    return max(score(task, np.eye(2)[np.full(len(labels), of)], labels) for of in (0, 1))

@@ -109,19 +109,20 @@ def _report(plan: Plan, store: Store, records: Sequence[Record], reporter: Repor
     tables = make_tables(results, shares)
     page = write_page(plan, tables, make_plots(results, shares))
     for table in tables:
+        of_runs = table.name == "runs"
         # all conditions of a grid are for the report
         if table.rows and table.brief and not (table.name == "conditions" and store.search is None):
             columns = [table.columns[index] for index in table.brief]
             # intervals and tests are for the report; what a run failed of is said whole
-            short = str if table.name == "runs" else _without_brackets
+            short = str if of_runs else _without_brackets
             reporter.table(
                 table.title,
                 columns,
                 [[row[0], *(short(row[index]) for index in table.brief[1:])] for row in table.rows],
             )
-    waiting = sum(record.state == "waiting" for record in records)
-    if waiting:
-        reporter.say(f"{waiting} runs have not begun")
+        # other notes explain what is in the report alone
+        for note in table.notes if of_runs else ():
+            reporter.say(note)
     reporter.say(f"report: {os.path.relpath(page)}")
     return page
 

@@ -328,12 +328,12 @@ def _run_table(results: Results) -> Table:
         }
         for record in results.records
     ]
-    open_ = [record for record in results.records if record.state == "waiting"]
+    waiting = sum(record.state == "waiting" for record in results.records)
     rows: list[tuple[str, ...]] = [
         (record.run.key, record.state, record.message)
         for record in results.records
         if record.state not in ("finished", "waiting")
     ]
-    title = "runs that are not finished" if rows or open_ else "all runs are finished"
-    note = (f"{len(open_)} runs have not begun.",) if open_ else ()
-    return Table("runs", title, ("run", "state", "message"), rows, numbers, note, (0, 1, 2))
+    title = "runs that are not finished" if rows or waiting else "all runs are finished"
+    notes = (f"{waiting} runs have not begun.",) if waiting else ()
+    return Table("runs", title, ("run", "state", "message"), rows, numbers, notes, (0, 1, 2))

@@ -56,7 +56,7 @@ HOPPER = {
 
 
 # one in so many is compiled again, whether or not the committed table has it
-ANEW = 10
+ANEW = 25
 # what `python -m benchmarks.machine_code` prints, with the rows of `benchmarks.floor` where source,
 # launch and Triton are the same
 COMPILE = f"""

@@ -152,7 +152,7 @@ def test_batches_of_any_size_say_what_the_model_says_without_padding(
     expected = one_by_one(model, data)
     handed_on = pad_alike(data, tokenizer, student, model)
     assert model.config.pad_token_id == student.config.pad_token_id == given.pads
-    for size in (1, 2, 7, 40):
+    for size in (2, 7, 40):
         torch.testing.assert_close(in_batches(model, data, size), expected, atol=1e-5, rtol=1e-4)
     assert (handed_on["pad_token_id"], tokenizer.pad_token_id) == given.handed_on
     assert tokenizer.padding_side == "right"

@@ -218,6 +218,13 @@ def compared(part: Part, found: dict[str, Any]) -> Iterator[tuple[str, bool]]:
         yield line + (", MOVED" if has_moved else ""), has_moved
 
 
+def processors(part: Part, found: dict[str, Any]) -> str | None:
+    """What the two results are of, unless that is one processor: reason enough to move."""
+    committed = json.loads((RESULTS / part.committed).read_text(encoding="utf-8"))
+    old, new = (result.get("processor", "one without a name") for result in (committed, found))
+    return None if old == new else f"committed: {old}; now: {new}"
+
+
 def run(arguments: list[str] | None = None) -> int:
     """Measure and compare; 1 if a figure has moved or a benchmark failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rerun")
@@ -239,6 +246,8 @@ def run(arguments: list[str] | None = None) -> int:
                 wrong.append(f"{name}: it left no result")
             if found is None:
                 continue
+            if (differ := processors(PARTS[name], found)) is not None:
+                print(f"  {differ}", flush=True)
             for line, has_moved in compared(PARTS[name], found):
                 print(f"  {line}", flush=True)
                 wrong += [f"{name}: {line}"] if has_moved else []

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.engine_step import ZERO, engine_step
+from benchmarks.machine import machine
 from benchmarks.training_step import (
     dtype_on,
     make_inputs,
@@ -50,8 +51,7 @@ def test_losses_are_almost_free(device: str, batch: int, tokens: int) -> None:
         "dtype": str(dtype_on(device)).removeprefix("torch."),
         "batch": batch,
         "tokens": tokens,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **machine(),
         "rounds": ROUNDS,
         **times,
     }

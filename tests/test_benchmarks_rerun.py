@@ -58,7 +58,7 @@ def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(rerun, "RESULTS", results)
     (results / "it.json").write_text(json.dumps({"ratio": 1.5, "other": 2.0}), encoding="utf-8")
 
-    def make(found: dict[str, float] | None, code: int = 0) -> None:
+    def make(found: dict[str, Any] | None, code: int = 0) -> None:
         script = f"import sys; sys.exit({code})"
         if found is not None:
             script = ALONE.format(found=found, code=code)
@@ -85,7 +85,14 @@ def test_what_is_as_committed_is_said(
     assert rerun.run(["--keep", str(tmp_path / "kept")]) == 0
     said = capsys.readouterr().out
     assert "ratio: 1.5 committed, 1.51 now" in said and said.endswith("all as committed\n")
+    assert "committed: " not in said
     assert json.loads((tmp_path / "kept" / "it.json").read_text())["ratio"] == 1.51
+
+
+def test_another_processor_is_named(part: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    part({"ratio": 1.5, "other": 2.0, "processor": "a new one"})
+    assert rerun.run([]) == 0
+    assert "  committed: one without a name; now: a new one\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

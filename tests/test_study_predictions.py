@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.container import ErrorbarContainer
 from numpy.typing import NDArray
 from study_files import MAPPINGS, write_study
 
 from fastkd.errors import UserError
 from fastkd.study import load_study
 from fastkd.study.plan import Plan, Run
+from fastkd.study.plots import make_plots
 from fastkd.study.results import Results
 from fastkd.study.storage import Record
 from fastkd.study.tables import Table, make_tables
@@ -107,6 +109,20 @@ def test_scores_are_read_between_one_answer_and_the_teacher(plan: Plan) -> None:
     # of one task a difference is in its score, of several in the share
     assert of(good, "mapping", "last")["difference mean"] == pytest.approx(gap)
     assert of(whole, "mapping", "last")["difference mean"] == pytest.approx(gap / 0.3)
+
+
+def test_all_tasks_are_drawn_as_they_are_compared(plan: Plan) -> None:
+    results = Results(plan, kept(plan))
+    row = next(row for row in results.axis("mapping") if row.level == "last")
+    assert row.kept is not None
+    panel = make_plots(results, {})["axis-mapping"].axes[-1]
+    assert panel.get_title() == "of the teacher, with 95 % intervals"
+    (bars,) = panel.containers
+    assert isinstance(bars, ErrorbarContainer)
+    points, _, (ends,) = bars.lines
+    place = [label.get_text() for label in panel.get_xticklabels()].index("last")
+    assert np.asarray(points.get_ydata())[place] == pytest.approx(row.kept.mean)
+    assert ends.get_segments()[place][:, 1] == pytest.approx(row.kept.interval())
 
 
 def test_examples_make_intervals_wider_than_seeds_alone(plan: Plan) -> None:

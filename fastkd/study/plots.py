@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastkd.reporting.plotting import DOTS, POINT, REFERENCE, draw_map, plain, say, themed
 from fastkd.study.naming import Level, shown
-from fastkd.study.results import Results
+from fastkd.study.results import Results, Row
 from fastkd.study.statistics import (
     Score,
     mean_over_seeds,
@@ -44,27 +45,37 @@ def make_plots(
     return figures
 
 
+class _Marks(NamedTuple):
+    """What is drawn of a level or a control: its seeds, its mean, and that one's error."""
+
+    level: str
+    is_control: bool
+    dots: list[tuple[float, str]]
+    """Each with what is said of it."""
+    mean: float | None
+    error: float
+    """To both sides; NaN where it is not known."""
+    said: str
+
+
 def _axis_plot(results: Results, axis: str) -> Figure:
-    """One panel a task: mean and deviation of each level, its seeds as dots."""
-    rows = results.axis(axis)
-    tasks = results.plan.tasks
-    controls = {row.level: row.scores for row in rows if row.is_control}
-    rows = [row for row in rows if not row.is_control]
-    references = [{name: _of_task(s, task) for name, s in controls.items()} for task in tasks]
-    panels = [(task or "", [_of_task(row.scores, task) for row in rows]) for task in tasks]
+    """One panel a task: mean and deviation of each level, its seeds as dots; and one of all."""
+    rows, tasks = results.axis(axis), results.plan.tasks
+    panels = [
+        (task or "", [_scored(row, _of_task(row.scores, task)) for row in rows]) for task in tasks
+    ]
     if len(tasks) > 1:
-        panels.append(("all tasks", [of_all_tasks(row.scores, tasks) for row in rows]))
-        references.append({name: of_all_tasks(s, tasks) for name, s in controls.items()})
+        panels.append(_together(rows, tasks))
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
-    width = max(3.6, 0.62 * len(rows) + 1.4)
+    width = max(3.6, 0.62 * sum(not row.is_control for row in rows) + 1.4)
     figure = Figure(figsize=(width * columns, 3.5 * lines + 0.3), layout="constrained")
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    for axes, (title, cells), reference in zip(grid, panels, references, strict=False):
-        _draw_levels(axes, [row.level for row in rows], cells)
-        _draw_controls(axes, reference)
+    for axes, (title, marks) in zip(grid, panels, strict=False):
+        _draw_levels(axes, [mark for mark in marks if not mark.is_control])
+        _draw_controls(axes, [mark for mark in marks if mark.is_control])
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(axis)
         if axes in grid[::columns]:
@@ -74,44 +85,63 @@ def _axis_plot(results: Results, axis: str) -> Figure:
     return figure
 
 
-def _draw_controls(axes: Axes, controls: Mapping[str, Sequence[Score]]) -> None:
+def _together(rows: Sequence[Row], tasks: Sequence[str | None]) -> tuple[str, list[_Marks]]:
+    """The panel of all tasks: what the tables compare them by."""
+    if any(row.kept is not None for row in rows):
+        return "of the teacher, with 95 % intervals", list(map(_kept, rows))
+    return "all tasks", [_scored(row, of_all_tasks(row.scores, tasks)) for row in rows]
+
+
+def _scored(row: Row, scores: Sequence[Score]) -> _Marks:
+    mean = mean_over_seeds(scores)
+    dots = [(v, f"{row.level}, seed {seed}: {v:.4g}") for seed, v in seed_means(scores).items()]
+    error = math.nan if mean.deviation is None else mean.deviation
+    return _Marks(row.level, row.is_control, dots, mean.mean, error, f"{row.level}: {mean}")
+
+
+def _kept(row: Row) -> _Marks:
+    kept = row.kept
+    if kept is None:
+        return _Marks(row.level, row.is_control, [], None, math.nan, "")
+    dots = [(share, f"{row.level}, a seed: {share:.1%}") for share in kept.by_seed]
+    low, high = kept.interval()
+    said = f"{row.level}: {kept.mean:.1%} [{low:.1%}, {high:.1%}]"
+    return _Marks(row.level, row.is_control, dots, kept.mean, high - kept.mean, said)
+
+
+def _draw_controls(axes: Axes, controls: Sequence[_Marks]) -> None:
     """A line across for each, of its mean."""
-    for (name, scores), style in zip(controls.items(), itertools.cycle(_STYLES), strict=False):
-        mean = mean_over_seeds(scores).mean
-        if mean is not None:
-            line = axes.axhline(mean, color=REFERENCE, ls=style, lw=1.2, label=plain(name))
-            say(line, [f"{name}: {mean:.4g}"])
+    for control, style in zip(controls, itertools.cycle(_STYLES), strict=False):
+        if control.mean is not None:
+            label = plain(control.level)
+            line = axes.axhline(control.mean, color=REFERENCE, ls=style, lw=1.2, label=label)
+            say(line, [control.said])
 
 
-def _draw_levels(axes: Axes, levels: Sequence[str], cells: Sequence[Sequence[Score]]) -> None:
+def _draw_levels(axes: Axes, levels: Sequence[_Marks]) -> None:
     """Points with errors; numbers stand by their logarithm with a line, other levels beside."""
-    places, numbers = _places(levels)
-    for place, level, scores in zip(places, levels, cells, strict=True):
-        dots = seed_means(scores)
+    places, numbers = _places([mark.level for mark in levels])
+    for place, mark in zip(places, levels, strict=True):
         label = "seeds" if place == places[0] else None
-        (marks,) = axes.plot(
-            [place] * len(dots), list(dots.values()), ".", color=DOTS, ms=8, label=label
-        )
-        say(marks, [f"{level}, seed {seed}: {value:.4g}" for seed, value in dots.items()])
-    means = [mean_over_seeds(scores) for scores in cells]
-    found = zip(places, levels, means, strict=True)
-    known = [(p, level, m) for p, level, m in found if m.mean is not None]
+        values = [value for value, _ in mark.dots]
+        (dots,) = axes.plot([place] * len(values), values, ".", color=DOTS, ms=8, label=label)
+        say(dots, [said for _, said in mark.dots])
+    known = [(p, mark) for p, mark in zip(places, levels, strict=True) if mark.mean is not None]
     drawn = axes.errorbar(
-        [p for p, _, _ in known],
-        _numbers(m.mean for _, _, m in known),
-        yerr=_numbers(m.deviation for _, _, m in known),
+        [p for p, _ in known],
+        _numbers(mark.mean for _, mark in known),
+        yerr=_numbers(mark.error for _, mark in known),
         fmt="o",
         color=POINT,
         capsize=4,
         ms=5,
         label="mean ± standard deviation",
     )
-    say(drawn.lines[0], [f"{level}: {mean}" for _, level, mean in known])
-    line = sorted((p, m.mean or 0.0) for p, _, m in known if p in numbers)
-    axes.plot([p for p, _ in line], [m for _, m in line], color=POINT, lw=1)
-    axes.set_xticks(
-        places, list(map(plain, levels)), rotation=30, ha="right", rotation_mode="anchor"
-    )
+    say(drawn.lines[0], [mark.said for _, mark in known])
+    line = sorted((p, mark.mean or 0.0) for p, mark in known if p in numbers)
+    axes.plot([p for p, _ in line], [mean for _, mean in line], color=POINT, lw=1)
+    names = [plain(mark.level) for mark in levels]
+    axes.set_xticks(places, names, rotation=30, ha="right", rotation_mode="anchor")
     axes.margins(x=0.1)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
@@ -172,6 +202,7 @@ def _search_plot(results: Results) -> Figure:
         for row in results.candidates()
         if (mean := mean_over_seeds(row.scores)).mean is not None
     ]
+    controls = [_scored(row, row.scores) for row in results.controls()]
     columns = min(len(names), 3)
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.4 * lines + 0.3), layout="constrained")
@@ -193,7 +224,7 @@ def _search_plot(results: Results) -> Figure:
             drawn.lines[0],
             [f"{row.level}, {name} {shown(row.levels[name])}: {mean}" for row, mean in points],
         )
-        _draw_controls(axes, {row.level: row.scores for row in results.controls()})
+        _draw_controls(axes, controls)
         if name in spaces and spaces[name].log:
             axes.set_xscale("log")
             # powers of ten have exponents too small to read

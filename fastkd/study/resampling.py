@@ -101,7 +101,8 @@ def _correlation(found: Array, right: Array, weights: Array) -> Array:
     total = weights.sum(axis=1)
 
     def mean(values: Array) -> Array:
-        made: Array = (weights * values).sum(axis=1) / total
+        # without a product of that size
+        made: Array = np.einsum("de,de->d", weights, np.broadcast_to(values, weights.shape)) / total
         return made
 
     means = mean(found), mean(right)

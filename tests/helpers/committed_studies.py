@@ -41,23 +41,21 @@ def archive_of(study: str) -> Path:
 
 def read_runs(study: str) -> Runs:
     """Every finished run of a study."""
-    found = {}
+    kept, noted = {}, {}
     with tarfile.open(archive_of(study)) as file:
-        members = {member.name: member for member in file.getmembers()}
-
-        def read(name: str) -> bytes:
-            content = file.extractfile(members[name])
-            assert content is not None
-            return content.read()
-
-        for name in members:
-            where = re.fullmatch(r"runs/(.*)/(.*)/seed-(\d+)/run/summary.json", name)
-            if where is not None:
-                noted = json.loads(read(name))["after"]["score"]
-                kept = np.load(io.BytesIO(read(name.replace("summary.json", "predictions.npz"))))
-                task, condition, seed = where.groups()
-                found[task, condition, int(seed)] = _found(task, dict(kept), noted)
-    return found
+        # in the archive's order: a step back would unpack it from its start again
+        for member in file:
+            where = re.fullmatch(r"runs/(.*)/(.*)/seed-(\d+)/run/(.*)", member.name)
+            content = file.extractfile(member)
+            if where is None or content is None:
+                continue
+            task, condition, seed, name = where.groups()
+            run = task, condition, int(seed)
+            if name == "summary.json":
+                noted[run] = json.loads(content.read())["after"]["score"]
+            elif name == "predictions.npz":
+                kept[run] = dict(np.load(io.BytesIO(content.read())))
+    return {run: _found(run[0], kept[run], score) for run, score in noted.items()}
 
 
 def _found(task: str, kept: dict[str, Array], noted: float) -> Found:

@@ -12,7 +12,7 @@ import pytest
 from study_files import RECIPE, TASKS, WEIGHTS, ended, journal, run, write_study
 
 from fastkd.errors import UserError
-from fastkd.study import load_study
+from fastkd.study import load_study, worker
 from fastkd.study.plan import Plan
 from fastkd.study.search import importances, make_sampler
 from fastkd.study.storage import Store
@@ -82,7 +82,9 @@ def test_a_search_whose_scores_would_mean_something_else_is_refused(
 def test_hopeless_candidates_are_pruned(
     stages: Any, tmp_path: Path, notes: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setenv("FAKE_STEP", "0.25")
+    # every step is seen
+    monkeypatch.setattr(worker, "_POLL_SECONDS", 0.02)
+    monkeypatch.setenv("FAKE_STEP", "0.1")
     # good ones first, and then two that are behind from the first step on
     spaces = {"weight": {"field": "losses.hidden.weight", "values": [10, 9, 8, 0.1, 0.11]}}
     search = {"sampler": "grid", "pruner": "median", "startup_trials": 2}

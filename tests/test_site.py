@@ -44,7 +44,7 @@ def test_files_of_the_repository_are_part_of_it(site: Path) -> None:
     assert demo == (ROOT / "benchmarks" / "results" / "demo.json").read_bytes()
     # a README beside the code is a page, and leads back into docs/
     benchmarks = (site / "repository" / "benchmarks" / "index.html").read_text(encoding="utf-8")
-    assert 'href="../../measured.html#the-three-axes-on-glue"' in benchmarks
+    assert 'href="../../glue.html#before"' in benchmarks
 
 
 def test_the_reference_is_made(site: Path) -> None:

@@ -9,8 +9,10 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from committed_studies import ROOT, TASKS, Runs, archive_of, read_runs
+from matplotlib.image import imread
 from study_files import run
 
 from tools.study_state import unpack
@@ -47,7 +49,7 @@ def runs(study: str) -> Runs:
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return (ROOT / "docs" / "measured.md").read_text(encoding="utf-8")
+    return (ROOT / "docs" / "glue.md").read_text(encoding="utf-8")
 
 
 def test_scores_are_those_of_the_predictions(runs: Runs) -> None:
@@ -88,7 +90,7 @@ def test_the_means_of_the_axes_are_those_of_the_predictions(runs: Runs, page: st
         for level in own or baseline.split(","):
             by_level[level.partition("=")[2]] = name
     seeds = sorted({seed for _, _, seed in runs})
-    assert len(seeds) == 8 and "Eight of ten seeds" in page
+    assert len(seeds) == 10 and "with ten seeds" in page
     rows = axis_rows(page)
     assert {row[0] for row in rows} == {"one answer", "teacher", *by_level}
     for label, *cells in rows:
@@ -116,16 +118,27 @@ def test_the_tables_of_the_axes_are_the_report(
         # the report has the number of seeds before the last column
         theirs = cells_of[label]
         assert cells == [*theirs[:-2], theirs[-1]], label
-    for label, *cells in section_rows(page, "### Beside what others found"):
+    for label, *cells in section_rows(page, "## Beside what others found"):
         assert cells[:-1] == [points_of(made.parent, label, task) for task in TASKS], label
+    asked, answered = section_rows(page, "## What was asked"), section_rows(report, "## hypotheses")
+    assert [[cell.replace("`", "") for cell in row] for row in asked] == answered[1:]
     # what the page says of power
-    power = (
-        "difference of 0.065 (median of the rows); with all 10 seeds, if their spread stays, 0.059"
-    )
-    assert power in report.partition("## axis: loss, ")[0]
+    power = "a difference between two losses of 0.056 (median of the rows)"
+    assert power in page.replace("\n", " ")
+    assert "difference of 0.056 (median" in report.partition("## axis: loss, ")[0]
+    for axis in ("loss", "mapping", "start"):
+        shown = imread(ROOT / "docs" / "figures" / f"study-{axis}.png")
+        np.testing.assert_allclose(imread(made.parent / f"axis-{axis}.png"), shown, atol=0.05)
 
 
-def axis_rows(text: str, heading: str = "### Axis: ") -> list[list[str]]:
+def test_shares_that_are_said_are_those_of_the_tables(page: str) -> None:
+    shares = {cell for row in axis_rows(page) for cell in row}
+    for text in (page, (ROOT / "README.md").read_text(encoding="utf-8")):
+        said = re.findall(r"[\d.]+ % \[[^]]*\]", text.replace("\n", " "))
+        assert len(said) >= 3 and {one.replace(" %", "%") for one in said} <= shares
+
+
+def axis_rows(text: str, heading: str = "## Axis: ") -> list[list[str]]:
     """The cells of the tables under the headings of axes, of all tasks together."""
     found = []
     for part in text.split(f"\n{heading}")[1:]:

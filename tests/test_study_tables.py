@@ -81,6 +81,35 @@ def test_a_full_grid_averages_the_other_axes(tmp_path: Path) -> None:
     assert names == [condition.name for condition in plan.conditions] and len(names) == 5
 
 
+def test_axes_are_averaged_over_what_every_level_has(tmp_path: Path) -> None:
+    loss = {"one": {}, "other": {"train.steps": 9}}
+    ADDED.update({"one": 0.0, "other": -0.3})
+    plan = _plan(
+        tmp_path,
+        axes={**AXES, "loss": loss},
+        skip=[{"mapping": "last", "loss": "other"}],
+    )
+    results = Results(plan, _records(plan))
+    tables = {table.name: table for table in make_tables(results, {})}
+    _, uniform, last = tables["axis-mapping"].numbers
+    # or the worse loss would count for the one mapping that has it
+    assert uniform["all mean"] == pytest.approx(_mean(plan, mapping="uniform", loss="one"))
+    assert last["all mean"] == pytest.approx(_mean(plan, mapping="last"))
+    assert last["difference mean"] == pytest.approx(last["all mean"] - uniform["all mean"])
+    note = "averaged over size, loss, of combinations that every level has."
+    assert note in tables["axis-mapping"].notes[0]
+    assert "averaged over mapping, loss." in tables["axis-size"].notes[0]
+    cells = results.cells("mapping", "size", "a")
+    assert {score.others for scores in cells.values() for score in scores} == {("one",)}
+    # two levels that have nothing in common
+    apart = [{"mapping": "last", "loss": "one"}, {"mapping": "uniform", "loss": "other"}]
+    plan = _plan(tmp_path, axes={"mapping": MAPPINGS, "loss": loss}, skip=apart)
+    (table, *_) = make_tables(Results(plan, _records(plan)), {})
+    assert "these means are of different things" in table.notes[0]
+    assert table.numbers[2]["all mean"] == pytest.approx(_mean(plan, mapping="last"))
+    make_plots(Results(plan, []), {})
+
+
 def test_other_grids_hold_the_other_axes_at_the_baseline(tmp_path: Path) -> None:
     plan = _plan(tmp_path, grid="one_axis_at_a_time")
     rows = Results(plan, _records(plan)).axis("mapping")[1:]

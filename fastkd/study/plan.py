@@ -44,6 +44,10 @@ class Condition:
     sources: tuple[tuple[str, Mapping[str, Any]], ...]
     """Overrides by the axis that they come from."""
 
+    def at(self, axes: Sequence[str]) -> tuple[str, ...]:
+        """Its levels of some axes, as they are called."""
+        return tuple(str(self.levels[axis]) for axis in axes)
+
 
 @dataclass(frozen=True)
 class Asked:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 from fastkd.study.naming import Level
 from fastkd.study.plan import Asked, Plan
@@ -26,6 +27,7 @@ from fastkd.study.storage import Record
 # how many of a search's candidates are shown
 BEST = 10
 Tasks = Sequence[str | None]
+Key = TypeVar("Key")
 
 
 @dataclass
@@ -100,20 +102,22 @@ class Results:
     def axis(self, axis: str, task: str | None = None) -> list[Row]:
         """The controls, and one row a level of an axis of a grid, of all tasks or of one.
 
-        Other axes are averaged over in a full grid, and stand at the baseline in the others.
+        Other axes are averaged over in a full grid, where some combinations are skipped over those
+        that every level has; in other grids they stand at the baseline.
         """
         names = [name for name in self.plan.axes if name != axis]
         base = {name: self.plan.baseline_levels[name] for name in names}
-        rows = []
-        for level in self.levels(axis):
-            records = [
+        of_levels = {
+            level: [
                 r
                 for r in self.records
                 if str(r.run.condition.levels.get(axis)) == level
                 and task in (None, r.run.task)
                 and (self.full or all(r.run.condition.levels[n] == base[n] for n in names))
             ]
-            rows.append(self._row(level, records, names))
+            for level in self.levels(axis)
+        }
+        rows = [self._row(lev, runs, names) for lev, runs in alike(of_levels, names).items()]
         controls = self.controls(task)
         self._compare([*controls, *rows], str(self.plan.baseline_levels[axis]), task)
         return [*controls, *rows]
@@ -131,14 +135,14 @@ class Results:
         return [row for row in self._all_conditions() if row.levels]
 
     def cells(self, one: str, two: str, task: str | None) -> dict[tuple[str, str], list[Score]]:
-        """The runs of a task by the levels of two axes of a full grid."""
+        """The runs of a task by the levels of two axes of a full grid, averaged as in `axis`."""
         names = [name for name in self.plan.axes if name not in (one, two)]
         found: dict[tuple[str, str], list[Record]] = {}
         for record in self.records:
             levels = record.run.condition.levels
             if levels and record.run.task == task:
                 found.setdefault((str(levels[one]), str(levels[two])), []).append(record)
-        return {key: self._scores(records, "", names) for key, records in found.items()}
+        return {key: self._scores(runs, "", names) for key, runs in alike(found, names).items()}
 
     def ends(self, task: str | None) -> tuple[Mean, Mean]:
         """What one answer to everything and the teacher score on a task, over the runs."""
@@ -217,7 +221,7 @@ class Results:
         return [
             Score(
                 level,
-                tuple(str(r.run.condition.levels[n]) for n in names),
+                r.run.condition.at(names),
                 r.run.task,
                 r.run.seed,
                 r.value,
@@ -264,3 +268,18 @@ class Results:
 
     def _has_share(self, record: Record) -> bool:
         return record.value is None or self.evidence[record.run.key].kept is not None
+
+
+def alike(groups: Mapping[Key, Sequence[Record]], names: Sequence[str]) -> dict[Key, list[Record]]:
+    """The runs of each group at levels of other axes that every group has, or all where none has.
+
+    Args:
+        groups: runs; empty ones have no part in it.
+        names: of the other axes.
+    """
+    had = [{record.run.condition.at(names) for record in group} for group in groups.values()]
+    shared = set.intersection(*filter(None, had)) if any(had) else set()
+    return {
+        key: [one for one in group if not shared or one.run.condition.at(names) in shared]
+        for key, group in groups.items()
+    }

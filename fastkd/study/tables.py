@@ -102,11 +102,26 @@ def _axis_note(results: Results, axis: str) -> str:
     if not others:
         return "Means and standard deviations are over seeds."
     how = (
-        f"averaged over {', '.join(others)}"
+        f"averaged over {', '.join(others)}" + _uneven(results, axis, others)
         if results.full
         else "with " + ", ".join(f"{n}={results.plan.baseline_levels[n]}" for n in others)
     )
     return f"Means and standard deviations over seeds, {how}."
+
+
+def _uneven(results: Results, axis: str, others: Sequence[str]) -> str:
+    """What is said of a grid some of whose combinations are skipped."""
+    had = {
+        level: {condition.at(others) for condition in conditions}
+        for level in results.levels(axis)
+        if (conditions := [c for c in results.plan.conditions if str(c.levels.get(axis)) == level])
+    }
+    shared, any_has = set.intersection(*had.values()), set.union(*had.values())
+    if shared == any_has:
+        return ""
+    if shared:
+        return ", of combinations that every level has"
+    return ", which no two levels need have in common: these means are of different things"
 
 
 def _notes(results: Results, tasks: Tasks) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from study_files import run
 
 from tools.study_state import unpack
 
-AXES = "study-glue-axes"
+AXES, STARTS = "study-glue-axes", "study-glue-starts"
 
 
 class Chosen(NamedTuple):
@@ -28,6 +28,7 @@ class Chosen(NamedTuple):
     losses: tuple[str, ...]
 
 
+CROSSED = "## Starts crossed with mappings"
 CHOSEN = {
     "study-glue-weights": Chosen(
         "weight", 5, ("tinybert", "score_mse", "prob_mse", "kl", "cosine", "relations", "hidden")
@@ -36,7 +37,7 @@ CHOSEN = {
 }
 
 
-@pytest.fixture(scope="module", params=[*CHOSEN, AXES])
+@pytest.fixture(scope="module", params=[*CHOSEN, AXES, STARTS])
 def study(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -103,14 +104,49 @@ def test_the_means_of_the_axes_are_those_of_the_predictions(runs: Runs, page: st
             assert not deviation or agrees(deviation, statistics.stdev(values)), (label, task, cell)
 
 
-@pytest.mark.slow
-def test_the_tables_of_the_axes_are_the_report(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("study", [STARTS], indirect=True)
+def test_the_means_of_the_starts_are_those_of_the_predictions(runs: Runs, page: str) -> None:
+    assert len({seed for _, _, seed in runs}) == 3 and "Three of five seeds" in page
+    rows = section_rows(page, CROSSED)
+    assert len(rows) == 2 + 3 * 7
+    for start, mapping, *cells in rows:
+        of = {"one answer": "constant", "teacher": "teacher"}.get(start, "student")
+        for task, cell in zip(("STS-B", "CoLA"), cells, strict=False):
+            by_seed = {
+                key[2]: getattr(found, of)
+                for key, found in runs.items()
+                if key[0] == task and (not mapping or key[1] == crossed(start, mapping))
+            }
+            mean, _, deviation = cell.partition(" ± ")
+            values = by_seed.values()
+            assert agrees(mean, statistics.fmean(values)), (start, mapping, task)
+            assert not deviation or agrees(deviation, statistics.stdev(values)), (start, mapping)
+
+
+@pytest.fixture
+def studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Studies and what they have come to, in the working folder."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    for name in (*CHOSEN, AXES):
+    for name in (*CHOSEN, AXES, STARTS):
         unpack(archive_of(name), tmp_path / "runs" / name)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("studies")
+def test_the_table_of_the_starts_is_the_report(page: str) -> None:
+    made = run(Path("recipes", f"{STARTS}.yaml"), report_only=True)
+    rows = section_rows(made.with_suffix(".md").read_text(encoding="utf-8"), "## conditions")
+    cells_of = {re.sub(r" \(.*", "", row[0]): row[1:] for row in rows}
+    for start, mapping, *cells in section_rows(page, CROSSED):
+        theirs = cells_of[crossed(start, mapping) if mapping else start]
+        assert cells == [*theirs[:-2], theirs[-1]], (start, mapping)
+    compare_pictures("study-starts.png", made.parent / "map-start-mapping.png")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("studies")
+def test_the_tables_of_the_axes_are_the_report(page: str) -> None:
     made = run(Path("recipes", f"{AXES}.yaml"), report_only=True)
     report = made.with_suffix(".md").read_text(encoding="utf-8")
     cells_of = {re.sub(r" \(.*", "", row[0]): row[1:] for row in axis_rows(report, "## axis: ")}
@@ -127,8 +163,7 @@ def test_the_tables_of_the_axes_are_the_report(
     assert power in page.replace("\n", " ")
     assert "difference of 0.056 (median" in report.partition("## axis: loss, ")[0]
     for axis in ("loss", "mapping", "start"):
-        shown = imread(ROOT / "docs" / "figures" / f"study-{axis}.png")
-        np.testing.assert_allclose(imread(made.parent / f"axis-{axis}.png"), shown, atol=0.05)
+        compare_pictures(f"study-{axis}.png", made.parent / f"axis-{axis}.png")
 
 
 def test_shares_that_are_said_are_those_of_the_tables(page: str) -> None:
@@ -136,6 +171,17 @@ def test_shares_that_are_said_are_those_of_the_tables(page: str) -> None:
     for text in (page, (ROOT / "README.md").read_text(encoding="utf-8")):
         said = re.findall(r"[\d.]+ % \[[^]]*\]", text.replace("\n", " "))
         assert len(said) >= 3 and {one.replace(" %", "%") for one in said} <= shares
+
+
+def crossed(start: str, mapping: str) -> str:
+    """The condition of a row of the starts' table."""
+    loss, mapping = ("logits", "uniform") if mapping == "none" else ("tinybert", mapping)
+    return f"start={start},mapping={mapping},loss={loss}"
+
+
+def compare_pictures(shown: str, drawn: Path) -> None:
+    committed = imread(ROOT / "docs" / "figures" / shown)
+    np.testing.assert_allclose(imread(drawn), committed, atol=0.05, err_msg=shown)
 
 
 def axis_rows(text: str, heading: str = "## Axis: ") -> list[list[str]]:

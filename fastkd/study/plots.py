@@ -53,8 +53,8 @@ class _Marks(NamedTuple):
     dots: list[tuple[float, str]]
     """Each with what is said of it."""
     mean: float | None
-    error: float
-    """To both sides; NaN where it is not known."""
+    error: float | None
+    """To both sides, where it is known."""
     said: str
 
 
@@ -95,14 +95,14 @@ def _together(rows: Sequence[Row], tasks: Sequence[str | None]) -> tuple[str, li
 def _scored(row: Row, scores: Sequence[Score]) -> _Marks:
     mean = mean_over_seeds(scores)
     dots = [(v, f"{row.level}, seed {seed}: {v:.4g}") for seed, v in seed_means(scores).items()]
-    error = math.nan if mean.deviation is None else mean.deviation
-    return _Marks(row.level, row.is_control, dots, mean.mean, error, f"{row.level}: {mean}")
+    said = f"{row.level}: {mean}"
+    return _Marks(row.level, row.is_control, dots, mean.mean, mean.deviation, said)
 
 
 def _kept(row: Row) -> _Marks:
     kept = row.kept
     if kept is None:
-        return _Marks(row.level, row.is_control, [], None, math.nan, "")
+        return _Marks(row.level, row.is_control, [], None, None, "")
     dots = [(share, f"{row.level}, a seed: {share:.1%}") for share in kept.by_seed]
     low, high = kept.interval()
     said = f"{row.level}: {kept.mean:.1%} [{low:.1%}, {high:.1%}]"

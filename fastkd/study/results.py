@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import NamedTuple
 
 from fastkd.study.naming import Level
 from fastkd.study.plan import Asked, Plan
@@ -27,7 +27,6 @@ from fastkd.study.storage import Record
 # how many of a search's candidates are shown
 BEST = 10
 Tasks = Sequence[str | None]
-Key = TypeVar("Key")
 
 
 @dataclass
@@ -59,6 +58,22 @@ class Answer:
     p: float | None
     corrected: float | None = None
     """By Holm's procedure over all hypotheses."""
+
+
+class Others(NamedTuple):
+    """The other axes, beside the levels of some."""
+
+    names: list[str]
+    shared: set[tuple[str, ...]]
+    """Combinations of their levels that stand beside each; the baseline's in a grid that is not
+    full."""
+    found: set[tuple[str, ...]]
+    """All that stand beside any."""
+
+    @property
+    def averaged(self) -> set[tuple[str, ...]]:
+        """What is averaged over: of different ones, averages could not be compared."""
+        return self.shared or self.found
 
 
 class Results:
@@ -99,25 +114,35 @@ class Results:
         """The levels of an axis, in the order of the study file."""
         return [str(level) for level in self.plan.axes[axis]]
 
+    def others(self, *axes: str) -> Others:
+        """What stands beside the levels of some axes of a grid."""
+        names = [name for name in self.plan.axes if name not in axes]
+        if not self.full:
+            base = {tuple(str(self.plan.baseline_levels[name]) for name in names)}
+            return Others(names, base, base)
+        beside: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+        for condition in self.plan.conditions:
+            if condition.levels:
+                beside.setdefault(condition.at(axes), set()).add(condition.at(names))
+        return Others(names, set.intersection(*beside.values()), set.union(*beside.values()))
+
     def axis(self, axis: str, task: str | None = None) -> list[Row]:
         """The controls, and one row a level of an axis of a grid, of all tasks or of one.
 
         Other axes are averaged over in a full grid, where some combinations are skipped over those
         that every level has; in other grids they stand at the baseline.
         """
-        names = [name for name in self.plan.axes if name != axis]
-        base = {name: self.plan.baseline_levels[name] for name in names}
-        of_levels = {
-            level: [
+        others = self.others(axis)
+        rows = []
+        for level in self.levels(axis):
+            records = [
                 r
                 for r in self.records
                 if str(r.run.condition.levels.get(axis)) == level
                 and task in (None, r.run.task)
-                and (self.full or all(r.run.condition.levels[n] == base[n] for n in names))
+                and r.run.condition.at(others.names) in others.averaged
             ]
-            for level in self.levels(axis)
-        }
-        rows = [self._row(lev, runs, names) for lev, runs in alike(of_levels, names).items()]
+            rows.append(self._row(level, records, others.names))
         controls = self.controls(task)
         self._compare([*controls, *rows], str(self.plan.baseline_levels[axis]), task)
         return [*controls, *rows]
@@ -134,15 +159,17 @@ class Results:
         """One row a candidate of a search, in the order they were drawn."""
         return [row for row in self._all_conditions() if row.levels]
 
-    def cells(self, one: str, two: str, task: str | None) -> dict[tuple[str, str], list[Score]]:
+    def cells(self, one: str, two: str, task: str | None) -> dict[tuple[str, ...], list[Score]]:
         """The runs of a task by the levels of two axes of a full grid, averaged as in `axis`."""
-        names = [name for name in self.plan.axes if name not in (one, two)]
-        found: dict[tuple[str, str], list[Record]] = {}
+        others = self.others(one, two)
+        found: dict[tuple[str, ...], list[Record]] = {}
         for record in self.records:
-            levels = record.run.condition.levels
-            if levels and record.run.task == task:
-                found.setdefault((str(levels[one]), str(levels[two])), []).append(record)
-        return {key: self._scores(runs, "", names) for key, runs in alike(found, names).items()}
+            condition = record.run.condition
+            if not condition.levels or record.run.task != task:
+                continue
+            if condition.at(others.names) in others.averaged:
+                found.setdefault(condition.at((one, two)), []).append(record)
+        return {key: self._scores(records, "", others.names) for key, records in found.items()}
 
     def ends(self, task: str | None) -> tuple[Mean, Mean]:
         """What one answer to everything and the teacher score on a task, over the runs."""
@@ -268,18 +295,3 @@ class Results:
 
     def _has_share(self, record: Record) -> bool:
         return record.value is None or self.evidence[record.run.key].kept is not None
-
-
-def alike(groups: Mapping[Key, Sequence[Record]], names: Sequence[str]) -> dict[Key, list[Record]]:
-    """The runs of each group at levels of other axes that every group has, or all where none has.
-
-    Args:
-        groups: runs; empty ones have no part in it.
-        names: of the other axes.
-    """
-    had = [{record.run.condition.at(names) for record in group} for group in groups.values()]
-    shared = set.intersection(*filter(None, had)) if any(had) else set()
-    return {
-        key: [one for one in group if not shared or one.run.condition.at(names) in shared]
-        for key, group in groups.items()
-    }

@@ -98,30 +98,19 @@ def _power_note(results: Results, rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def _axis_note(results: Results, axis: str) -> str:
-    others = [name for name in results.plan.axes if name != axis]
-    if not others:
+    others = results.others(axis)
+    if not others.names:
         return "Means and standard deviations are over seeds."
-    how = (
-        f"averaged over {', '.join(others)}" + _uneven(results, axis, others)
-        if results.full
-        else "with " + ", ".join(f"{n}={results.plan.baseline_levels[n]}" for n in others)
-    )
+    if results.full:
+        how = f"averaged over {', '.join(others.names)}"
+        if not others.shared:
+            how += ", differently for each level: these means are of different things"
+        elif others.shared != others.found:
+            how += ", of combinations that every level has"
+    else:
+        base = results.plan.baseline_levels
+        how = "with " + ", ".join(f"{name}={base[name]}" for name in others.names)
     return f"Means and standard deviations over seeds, {how}."
-
-
-def _uneven(results: Results, axis: str, others: Sequence[str]) -> str:
-    """What is said of a grid some of whose combinations are skipped."""
-    had = {
-        level: {condition.at(others) for condition in conditions}
-        for level in results.levels(axis)
-        if (conditions := [c for c in results.plan.conditions if str(c.levels.get(axis)) == level])
-    }
-    shared, any_has = set.intersection(*had.values()), set.union(*had.values())
-    if shared == any_has:
-        return ""
-    if shared:
-        return ", of combinations that every level has"
-    return ", which no two levels need have in common: these means are of different things"
 
 
 def _notes(results: Results, tasks: Tasks) -> tuple[str, ...]:

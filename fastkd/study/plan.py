@@ -29,6 +29,7 @@ from fastkd.study.spec import (
     StudySpec,
     load_study,
 )
+from fastkd.study.statistics import LEVEL, least_p
 
 # of a summary, what lean runs have not
 _NOT_LEAN = {"before", "worse", "speed"}
@@ -407,10 +408,22 @@ class Plan:
                 if run.key in keys:
                     raise UserError(f"{self.path}: two conditions share the name {condition.name}")
                 keys.add(run.key)
+        self._check_seeds()
+
+    def _check_seeds(self) -> None:
         if len(self.spec.seeds) < 2 and not self.selects:
             raise UserError(
                 f"{self.path}: seeds: expected at least 2, because one run is no result (given "
                 f"{list(self.spec.seeds)}); one is enough where task.selection scores all runs"
+            )
+        seeds = len(self.spec.seeds)
+        differences = sum(asked.margin is None for asked in self.asked)
+        if (least := least_p(seeds, differences)) > LEVEL:
+            wanted = next(n for n in itertools.count(seeds) if least_p(n, differences) <= LEVEL)
+            raise UserError(
+                f"{self.path}: hypotheses: {differences} ask for a difference, and the smallest "
+                f"corrected p of {seeds} seeds is {least:.2g}, so none could be answered; give "
+                f"seeds: {wanted} or more, or leave hypotheses out: intervals stand without them"
             )
 
     @property

@@ -34,6 +34,8 @@ from scipy import stats
 
 from fastkd.study.resampling import Array
 
+LEVEL = 0.05
+"""What a corrected p is at most where a hypothesis is answered."""
 # below this a spread is taken for rounding
 _LEAST_SPREAD = 1e-15
 # flips of more seeds than this are drawn, of fewer all are tried
@@ -302,13 +304,20 @@ def sampled(scores: Iterable[Score], tasks: Sequence[str | None]) -> list[Sample
     return [sample for sample, _ in paired_samples(scores, scores, tasks)]
 
 
+def least_p(seeds: int, differences: int) -> float:
+    """The smallest p that so many seeds can give so many differences, all corrected together: of
+    2^n choices of signs two are the rarest."""
+    return min(1.0, differences * 2.0 ** (1 - seeds))
+
+
 def holm(values: Sequence[float | None]) -> list[float | None]:
-    """p values corrected for their number by Holm's step-down procedure; `None` stays."""
+    """p values corrected for their number by Holm's step-down procedure; `None`, one that is not
+    known yet, stays and counts as the largest."""
     known = sorted((p, index) for index, p in enumerate(values) if p is not None)
     corrected: list[float | None] = [None] * len(values)
     largest = 0.0
     for rank, (p, index) in enumerate(known):
-        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        largest = max(largest, min(1.0, (len(values) - rank) * p))
         corrected[index] = largest
     return corrected
 

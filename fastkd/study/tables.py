@@ -10,11 +10,17 @@ from typing import Any
 from fastkd.study.naming import Level, shown
 from fastkd.study.results import BEST, Answer, Results, Row
 from fastkd.study.spec import BASELINE, CONSTANT, TEACHER
-from fastkd.study.statistics import Estimate, Mean, decimals, mean_over_seeds, of_all_tasks
+from fastkd.study.statistics import (
+    LEVEL,
+    Estimate,
+    Mean,
+    decimals,
+    least_p,
+    mean_over_seeds,
+    of_all_tasks,
+)
 
 Tasks = Sequence[str | None]
-_LEVEL = 0.05
-"""What a corrected p is below where a hypothesis is answered."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,7 @@ def _notes(results: Results, tasks: Tasks) -> tuple[str, ...]:
 
 def _hypothesis_table(results: Results) -> Table:
     answers = results.answers()
+    differences = sum(answer.asked.margin is None for answer in answers)
     rows: list[tuple[str, ...]] = [
         (
             f"{a.asked.axis}: {a.asked.level}",
@@ -149,7 +156,7 @@ def _hypothesis_table(results: Results) -> Table:
             _interval(a.difference),
             "" if a.improvement is None else f"{a.improvement:.0%}",
             "" if a.corrected is None else f"{a.corrected:.2g}",
-            _verdict(a),
+            _verdict(a, differences),
         )
         for a in answers
     ]
@@ -173,10 +180,15 @@ def _hypothesis_table(results: Results) -> Table:
     return Table("hypotheses", "hypotheses", columns, rows, numbers, (note,), tuple(range(7)))
 
 
-def _verdict(answer: Answer) -> str:
-    if answer.corrected is None:
+def _verdict(answer: Answer, differences: int) -> str:
+    """What a hypothesis has come to, of so many that ask for a difference."""
+    if answer.corrected is None or answer.difference is None:
         return "too few seeds"
-    return "open" if answer.corrected > _LEVEL else "yes"
+    if answer.corrected <= LEVEL:
+        return "yes"
+    seeds = len(answer.difference.by_seed)
+    lacking = answer.asked.margin is None and least_p(seeds, differences) > LEVEL
+    return "too few seeds" if lacking else "open"
 
 
 def _table(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastkd.study.predictions import Number
+from fastkd.data.tasks.retention import Number
 from fastkd.study.statistics import (
     Estimate,
     Mean,

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from fastkd.study.predictions import Number
-from fastkd.study.resampling import Array, draw_weights
+from fastkd.data.tasks.resampling import Array, draw_weights
+from fastkd.data.tasks.retention import Number
 from fastkd.study.statistics import Sample, estimate
 
 TASKS, EXAMPLES, DRAWS, STUDIES = 2, 150, 150, 1500

@@ -2,9 +2,9 @@
 
 A study is a YAML file (`spec`), worked out into conditions and runs (`plan`, `chosen`), which queue
 in SQLite (`storage`) for child processes (`runner`, `worker`, `forks`), with one lock a
-piece of work (`locks`). What its runs predicted (`predictions`, `resampling`) becomes intervals and
-answers to its hypotheses (`statistics`, `results`), tables, pictures and a report (`tables`,
-`plots`, `report`).
+piece of work (`locks`). What its runs predicted (`predictions`) becomes intervals and answers to
+its hypotheses (`statistics`, `results`), tables, pictures and a report (`tables`, `plots`,
+`report`).
 
 Of the extra `study`: may import Optuna, matplotlib and SciPy, recipes, tasks, `reporting` and
 `files`. Runs are `fastkd` commands in processes of their own, and are known by their folders.

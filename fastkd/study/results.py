@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from fastkd.data.tasks.retention import Evidence
 from fastkd.study.naming import Level
 from fastkd.study.plan import Asked, Plan
-from fastkd.study.predictions import Evidence, Predictions
+from fastkd.study.predictions import Predictions
 from fastkd.study.statistics import (
     Estimate,
     Mean,

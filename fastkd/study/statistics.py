@@ -7,8 +7,8 @@ other axes are averaged within a task and seed first.
 An interval has two sources, seeds and evaluation examples, which are crossed: every seed is scored
 on the same examples. The spread between seeds is that of their means over all tasks, for a seed may
 mean something to several tasks; that between examples is bootstrapped within each task
-(`resampling`). What both contribute together is in the spread between seeds already and taken out
-of the other, as an analysis of variance has it (Searle, Casella and McCulloch, "Variance
+(`data.tasks.resampling`). What both contribute together is in the spread between seeds already and
+taken out of the other, as an analysis of variance has it (Searle, Casella and McCulloch, "Variance
 Components", 1992, chapter 4). The sum is read by Student's t with the degrees of freedom of
 Welch and Satterthwaite (Biometrics Bulletin 2, 1946). Resampling five or ten seeds as well would
 give intervals that are too short: they have ten of a normal spread's values and none of its tails.
@@ -32,7 +32,7 @@ from functools import cache
 import numpy as np
 from scipy import stats
 
-from fastkd.study.resampling import Array
+from fastkd.data.tasks.resampling import Array
 
 LEVEL = 0.05
 """What a corrected p is at most where a hypothesis is answered."""

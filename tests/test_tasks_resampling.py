@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fastkd.data.tasks.metrics import measure
-from fastkd.study.resampling import draw_weights, drawn_scores, mean_over_sets
+from fastkd.data.tasks.resampling import Draws, draw_weights, drawn_scores, mean_over_sets
 from fastkd.types import Metric
 
 EXAMPLES = 41
@@ -62,6 +62,16 @@ def test_metrics_and_sets_are_averaged() -> None:
 def test_draws_are_the_same_again_and_no_others() -> None:
     assert (draw_weights(7, 4) == draw_weights(7, 4)).all()
     assert (draw_weights(7, 4) != draw_weights(7, 4, seed=1)).any()
+
+
+def test_large_sets_are_drawn_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastkd.data.tasks.resampling._BLOCK", 30)
+    blocks = list(Draws(7, 10))
+    assert [block.shape for block in blocks] == [(4, 7), (4, 7), (2, 7)]
+    np.testing.assert_array_equal(np.concatenate(blocks), draw_weights(7, 10))
+    assert [block.shape for block in Draws(40, 2)] == [(1, 40)] * 2
+    (only,) = Draws(7, 4)
+    np.testing.assert_array_equal(only, draw_weights(7, 4))
 
 
 def test_every_metric_of_an_example_is_known() -> None:

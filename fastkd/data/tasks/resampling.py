@@ -8,7 +8,8 @@ drawn, ties in the middle. Where a metric is undefined it is 0, as there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from statistics import fmean
 
 import numpy as np
@@ -22,17 +23,41 @@ DRAWS = 1000
 """Of a set: the spread of so many is known to about 2 %."""
 
 
-def draw_weights(examples: int, draws: int = DRAWS, seed: int = 0) -> Array:
+_BLOCK = 2**24
+"""As many weights are held at a time; metrics take a few times the memory."""
+
+
+def draw_weights(examples: int, draws: int = DRAWS, seed: int | np.random.Generator = 0) -> Array:
     """How often each draw takes each example, [draws, examples]; the same for all that is compared.
 
     Args:
         examples: of the set.
         draws: how many.
-        seed: of the draws.
+        seed: of the draws, or what goes on drawing.
     """
     shares = np.full(examples, 1 / examples)
     counts = np.random.default_rng(seed).multinomial(examples, shares, size=draws)
     return counts.astype(np.float64)
+
+
+class Draws:
+    """The draws of a set in blocks of `draw_weights`, however large it is; the same every time."""
+
+    def __init__(self, examples: int, draws: int = DRAWS) -> None:
+        self._examples, self._draws = examples, draws
+        self._rows = max(1, _BLOCK // examples)
+
+    def __iter__(self) -> Iterator[Array]:
+        if self._rows >= self._draws:
+            yield self._only
+            return
+        rng = np.random.default_rng(0)
+        for first in range(0, self._draws, self._rows):
+            yield draw_weights(self._examples, min(self._rows, self._draws - first), rng)
+
+    @cached_property
+    def _only(self) -> Array:
+        return draw_weights(self._examples, self._draws)
 
 
 def drawn_scores(

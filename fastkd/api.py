@@ -170,7 +170,8 @@ def evaluate(
     quiet: bool = False,
     **dotted: Any,
 ) -> Evaluation:
-    """Evaluate what a finished run made, on its held-out text or task, or on another.
+    """Evaluate what a finished run made, and its teacher, on its held-out text or task, or on
+    another.
 
     Args:
         run: its folder, or what `distill` or `finetune` returned.

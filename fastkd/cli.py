@@ -135,7 +135,8 @@ def evaluate(
         Path | None, typer.Option("--output", help="Also write the numbers to this JSON file.")
     ] = None,
 ) -> None:
-    """Evaluate what a finished run made, on its held-out text or task, or on another."""
+    """Evaluate what a finished run made, and its teacher, on its held-out text or task, or on
+    another."""
     if output is not None and output.exists():
         raise UserError(f"--output {output} exists already; give another file")
     from fastkd.reporting.report import print_evaluation

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from tiny_models import write_text
@@ -25,6 +27,7 @@ from fastkd.errors import UserError
 from fastkd.recipe import load_any_recipe
 from fastkd.training.evaluate import (
     Evaluation,
+    Kept,
     check_overrides,
     evaluate_run,
 )
@@ -90,6 +93,36 @@ def test_a_run_of_epochs_and_relative_paths_is_evaluated_from_elsewhere(
     (tmp_path / "task" / "test.tsv").write_text("text\tlabel\nw5 w6\tyes\n")
     here = evaluated(there / name, "task.source=task", "task.evaluate=test")
     assert here.judged["examples"] == 1
+    # one answer is all there is to one example
+    assert here.kept == (Kept(None, None, None) if name == "student" else None)
+
+
+def test_what_a_student_keeps_of_its_teacher_is_known_as_well_as_the_examples_tell(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    numbers = tmp_path / "n.json"
+    said = run_whole("evaluate", there / "student", "--output", str(numbers))
+    found = json.loads(numbers.read_text())
+    floor, teacher = found["baseline"]["score"], found["teacher"]["score"]
+    kept = found["kept"]
+    assert kept["share"] == pytest.approx((found["score"] - floor) / (teacher - floor))
+    assert f"of the teacher: {kept['share']:.1%} [" in said
+    # of means over examples the spread is that of what each of them adds
+    _, *rows = (there / "task" / "dev.tsv").read_text().splitlines()
+    labels = np.array([row.endswith("\tyes") for row in rows])
+    again = evaluated(there / "student")
+    right = [found["dev"].argmax(1) == labels for found in (again.outputs, again.teacher_outputs)]
+    added = right[0] - (1 - kept["share"]) * (labels == 0) - kept["share"] * right[1]
+    error = float(np.std(added)) / math.sqrt(len(labels)) / (teacher - floor)
+    # that of 1,000 draws is known to 2 %
+    assert kept["high"] - kept["share"] == pytest.approx(1.96 * error, rel=0.1)
+    assert kept["low"] + kept["high"] == pytest.approx(2 * kept["share"])
+    # where the teacher knows nothing there is nothing to keep
+    write_task(tmp_path / "task", seed=5)
+    (tmp_path / "task" / "dev.tsv").write_text("text\tlabel\nw5 w6\tyes\n")
+    said = run_whole("evaluate", there / "student", "task.source=task")
+    assert "it is not above one answer to everything by two standard errors" in said
 
 
 def test_the_command_line_scores_a_teacher_on_a_test_split(

@@ -51,12 +51,23 @@ def print_evaluation(result: dict[str, Any], reporter: Reporter) -> None:
     """Print the table of one evaluation."""
     rows = [(row[0], row[2]) for row in loss_rows({"before": result, "after": result})]
     reporter.table("held-out loss", ("term/student-teacher", "value"), rows)
-    columns, values = score_table({"value": result})
+    teacher = {"teacher": result["teacher"]} if "teacher" in result else {}
+    columns, values = score_table({**teacher, "student" if teacher else "value": result})
     if values:
         reporter.table("scores", columns, values)
     if same := one_class(result):
         reporter.say(f"warning: the model predicts {same}")
     reporter.say(f"held out: {_heldout(result)}")
+    if "kept" in result:
+        reporter.say(f"of the teacher: {_kept(result['kept'])}")
+
+
+def _kept(kept: dict[str, float | None]) -> str:
+    share, low, high = kept["share"], kept["low"], kept["high"]
+    if share is None or low is None or high is None:
+        return "nothing to keep; it is not above one answer to everything by two standard errors"
+    ends = f"{share:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{ends} of what it is above one answer; 95 % interval over the examples"
 
 
 def write_report(run: RunFolder) -> None:

@@ -158,7 +158,7 @@ class Bookkeeper:
             self._note("teacher", step, result.teacher)
             self.reporter.say("  ".join(["teacher", *judged_parts(result.teacher)]))
             _doubt(result.teacher, self.reporter)
-        self._note("heldout", step, result.as_dict())
+        self._note("heldout", step, result.of_student())
         said = [f"held out at step {step}", f"loss {result.total:.4g}"]
         self.reporter.say("  ".join([*said, *judged_parts(result.judged)]))
         self.steering.observe(step, result)

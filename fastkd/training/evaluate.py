@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -16,7 +16,8 @@ import torch
 from fastkd.capture import Capture
 from fastkd.capture.lm_head import Overheard, overheard
 from fastkd.data.datamodule import EvalBatch, Evaluator
-from fastkd.data.tasks.datamodule import ScoreEvaluator
+from fastkd.data.tasks.datamodule import ScoreEvaluator, TaskDataModule
+from fastkd.data.tasks.retention import Evidence, Judge
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import Progress
@@ -46,6 +47,18 @@ _REPLACEABLE = (
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What a student keeps of its teacher on a task, of what that scores above one answer to
+    everything, and the ends of a 95 % interval over the examples."""
+
+    share: float | None
+    """1 of a student as good as its teacher; `None` where the teacher is not above one answer by
+    two standard errors."""
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Means over the held-out data."""
 
@@ -66,10 +79,18 @@ class Evaluation:
     a task with a class or score an example."""
     teacher_outputs: Outputs = field(default_factory=dict, repr=False, compare=False)
     """The same of the teacher, where it was asked for."""
+    kept: Kept | None = None
+    """Of a task with a class or score an example, where the teacher was asked for."""
+
+    def of_student(self) -> dict[str, Any]:
+        """For JSON, without the teacher."""
+        return {"losses": self.losses, "total": self.total, **self.judged}
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"losses": self.losses, "total": self.total, **self.judged}
+        """For JSON; `teacher` and `kept` stand in it where they are known."""
+        teacher = {} if self.teacher is None else {"teacher": self.teacher}
+        kept = {} if self.kept is None else {"kept": asdict(self.kept)}
+        return self.of_student() | teacher | kept
 
 
 def evaluate(run: Run, *, judge_teacher: bool = False) -> Evaluation:
@@ -148,9 +169,9 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
         of_alone |= judge_embeddings(run, "teacher")
     judged = evaluator.results(ranks) | tokens.results(ranks)
     judged |= judge_embeddings(run, "student")
-    outputs = [_outputs_of(one) for one in (evaluator, of_teacher)]
-    result = Evaluation(by_label, objective.total(by_label), judged, of_alone or None, *outputs)
-    if broken := first_broken(result.as_dict()):
+    total, outputs = objective.total(by_label), _outputs_of(evaluator)
+    result = Evaluation(by_label, total, judged, of_alone or None, outputs, _outputs_of(of_teacher))
+    if broken := first_broken(result.of_student()):
         refuse(broken)
     return result
 
@@ -238,7 +259,7 @@ def sum_divisors(objective: Objective, batches: Sequence[EvalBatch]) -> torch.Te
 
 
 def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Evaluation:
-    """Evaluate what a run exported, on its own held-out data or on another.
+    """Evaluate what a run exported, and its teacher, on its own held-out data or on another.
 
     Args:
         folder: of a finished run, of a distillation or a fine-tuning.
@@ -266,7 +287,21 @@ def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> E
         streaming = not recipe.data.by_rows
         changed["data"] = recipe.data.model_copy(update={"streaming": streaming})
     with tf32_products(ranks.device, train.tf32):
-        return evaluate(set_up_evaluation(recipe.model_copy(update=changed), folder, ranks))
+        run = set_up_evaluation(recipe.model_copy(update=changed), folder, ranks)
+        found = evaluate(run, judge_teacher=True)
+    return replace(found, kept=_kept(run, found))
+
+
+def _kept(run: Run, found: Evaluation) -> Kept | None:
+    data = run.datamodule
+    if not (isinstance(data, TaskDataModule) and found.outputs and found.teacher_outputs):
+        return None
+    judge = Judge(data.task, {name: one.labels for name, one in data.evaluations.items()})
+    teacher, student = map(judge.of_outputs, (found.teacher_outputs, found.outputs))
+    share = Evidence(student, judge.floor, teacher).kept
+    if share is None:
+        return Kept(None, None, None)
+    return Kept(share.value, *share.interval())
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

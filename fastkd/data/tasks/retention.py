@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,13 @@ class Number:
         ends = (1 - value) * (floor.drawn - floor.value) + value * (teacher.drawn - teacher.value)
         drawn: Array = value + (own - ends) / way
         return Number(value, drawn)
+
+    def interval(self) -> tuple[float, float]:
+        """The ends of 95 % over the examples, of which it must know the draws; those of a score
+        are taken for normal."""
+        assert self.drawn is not None, "predictions are at hand"
+        half = NormalDist().inv_cdf(0.975) * float(np.std(self.drawn, ddof=1))
+        return self.value - half, self.value + half
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from fastkd.reporting.plotting import DOTS, POINT, REFERENCE, draw_map, plain, s
 from fastkd.study.naming import Level, shown
 from fastkd.study.results import Results, Row
 from fastkd.study.statistics import (
+    Mean,
     Score,
+    decimals,
     mean_over_seeds,
     of_all_tasks,
     seed_means,
@@ -183,14 +185,21 @@ def _map_plot(results: Results, one: str, two: str) -> Figure:
         axes.set_axis_off()
     for axes, task in zip(grid, tasks, strict=False):
         found = results.cells(one, two, task)
-        means = [mean_over_seeds(found.get((r, c), [])).mean for r in rows for c in columns]
-        values = _numbers(means).reshape(len(rows), len(columns))
-        draw_map(axes, values, rows, columns, text="{:.4g}")
+        means = [mean_over_seeds(found.get((r, c), [])) for r in rows for c in columns]
+        values = _numbers(mean.mean for mean in means).reshape(len(rows), len(columns))
+        draw_map(axes, values, rows, columns, text=_form(means))
         axes.set(xlabel=two, ylabel=one)
         axes.set_title(task or "", fontsize=10)
         figure.colorbar(axes.images[0], ax=axes, label=plain(results.plan.spec.metric.path))
     figure.suptitle("mean over seeds", fontsize=11)
     return figure
+
+
+def _form(means: Iterable[Mean]) -> str:
+    """How numbers beside each other are written: to two digits of what seeds make of most."""
+    spreads = [mean.deviation for mean in means if mean.deviation]
+    places = decimals(statistics.median(spreads)) if spreads else None
+    return "{:z.4g}" if places is None else f"{{:z.{places}f}}"
 
 
 def _search_plot(results: Results) -> Figure:

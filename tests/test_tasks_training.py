@@ -80,7 +80,7 @@ def test_each_model_reads_the_held_out_data_once(
     assert sorted(passes.values()) == [5 + 2, 5 + 2]
     after = summary_of(folder / "run")["after"]
     assert {"score", "scores", "examples"} <= found.judged.keys()
-    assert found.as_dict().keys() == after.keys()
+    assert found.of_student().keys() == after.keys()
     assert found.judged == {key: after[key] for key in found.judged}
 
 

@@ -147,6 +147,15 @@ def test_further_complaints_are_counted() -> None:
             "losses: no term is given; expected attention, relations, hidden, emb",
         ),
         (
+            {"losses": {"hidden": {"weight": 0}, "embedding": {"schedule": {"first": 0}}}},
+            "losses: the weight of hidden and embedding is 0 throughout, so nothing is learned",
+        ),
+        (
+            # a stage's losses stand in place of the recipe's
+            {"stages": [{"losses": {"hidden": {}}}, {"losses": {"hidden": {"weight": 0}}}]},
+            "stages.2: losses: the weight of hidden is 0 throughout, so nothing is learned",
+        ),
+        (
             {"train": {"precision": "bf16", "zero_stage": 0}},
             "train.precision is bf16 and train.zero_stage 0, .*; use zero_stage 1",
         ),

@@ -43,7 +43,7 @@ def plan(tmp_path: Path) -> Plan:
         tmp_path,
         tasks={name: {"task": {**task, "name": name}} for name in TEACHER},
         axes={"mapping": {**MAPPINGS, "again": {"layer_map": "mean_loss"}}},
-        controls={"alone": {"losses.hidden.weight": 0}},
+        controls={"alone": {"losses.hidden.weight": 0.5}},
         hypotheses=[
             {"axis": "mapping", "level": "last"},
             {"axis": "mapping", "level": "again", "margin": 0.3},

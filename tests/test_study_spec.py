@@ -272,7 +272,7 @@ def test_a_run_is_the_recipe_with_everything_laid_over_it(tmp_path: Path) -> Non
             "a": {"task.name": "x"},
             "b": {"task.name": "y", "train.steps": 8, "losses.hidden.weight": 5},
         },
-        controls={"alone": {"losses.hidden.weight": 0}},
+        controls={"alone": {"losses.hidden.weight": 0.5}},
         seeds=[5, 9],
     )
     off, _, last = plan.conditions
@@ -283,7 +283,7 @@ def test_a_run_is_the_recipe_with_everything_laid_over_it(tmp_path: Path) -> Non
     assert recipe.losses.terms["hidden"].weight == 5
     # also where a task says otherwise
     without = plan.recipe(Run(off, "b", 5))
-    assert without.losses.terms["hidden"].weight == 0
+    assert without.losses.terms["hidden"].weight == 0.5
     assert [run.key for run in plan.runs(off)] == [
         f"{task}/alone/seed-{seed}" for task in "ab" for seed in (5, 9)
     ]

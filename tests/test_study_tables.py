@@ -22,7 +22,7 @@ from fastkd.study.tables import make_tables
 
 TASKS = {"a": {"task.name": "x"}, "b": {"task.name": "y"}}
 AXES = {"mapping": MAPPINGS, "size": {"small": {}, "large": {"train.batch_size": 8}}}
-OFF = {"alone": {"losses.hidden.weight": 0}}
+OFF = {"alone": {"losses.hidden.weight": 0.5}}
 # what each level adds
 ADDED = {"uniform": 0.0, "last": -0.1, "small": 0.0, "large": 0.4, None: -1.0, "a": 0.0, "b": 3.0}
 

@@ -148,6 +148,11 @@ class Losses(Section):
         if not self.terms:
             *names, last = loss_names()
             raise ValueError(f"no term is given; expected {', '.join(names)} or {last}")
+        if not any(config.is_learned for config in self.terms.values()):
+            raise ValueError(
+                f"the weight of {' and '.join(self.terms)} is 0 throughout, so nothing is learned; "
+                "give a weight above 0"
+            )
         reference = self.balance.reference
         if reference is not None and reference not in self.terms:
             raise ValueError(

@@ -48,8 +48,8 @@ class Recipe(Section):
     run: RunOutput
     """Where it is written."""
     stages: tuple[dict[str, Any], ...] = ()
-    """Stages of the run, one after the other: of each what differs in `losses`, `layer_map`,
-    `train` and `task`."""
+    """Stages of the run, one after the other. What a stage says of `losses` or `layer_map` stands
+    in place of all that the recipe says there, of `train` and `task` key by key."""
     deepspeed: Extras = Field(default_factory=dict)
     """Further keys of DeepSpeed's configuration; those that the recipe sets itself are refused."""
 

@@ -44,6 +44,12 @@ class LossConfig(Section):
     loss: str = ""
     """Registered name of the loss; the key that the section stands under where not given."""
 
+    @property
+    def is_learned(self) -> bool:
+        """Whether its weight is above 0 at any time; else it is but shown."""
+        factors = (1.0,) if self.schedule is None else (self.schedule.first, self.schedule.last)
+        return self.weight > 0 and max(factors) > 0
+
 
 class Balance(Section):
     """How the terms are weighed against each other, on top of their own weights."""

@@ -82,7 +82,7 @@ STUDY: Tree = {
     "axes": {"mapping": MAPPINGS},
     "spaces": {"weight": {**WEIGHTS, "points": 3}},
     "tasks": TASKS,
-    "controls": {"alone": {"losses.hidden.weight": 0}},
+    "controls": {"alone": {"losses.hidden.weight": 0.5}},
     "seeds": 2,
     "metric": {"path": "after.score", "direction": "maximize", "heldout": "score"},
     "shared": {"teacher": {"command": "finetune", "recipe": TUNING, "per_task": True}},

@@ -6,6 +6,7 @@ import csv
 import re
 import shutil
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from study_files import run
 
 from tools.study_state import unpack
 
-AXES, STARTS = "study-glue-axes", "study-glue-starts"
+AXES, STARTS, RECIPES = "study-glue-axes", "study-glue-starts", "study-glue-recipes"
 
 
 class Chosen(NamedTuple):
@@ -28,7 +29,49 @@ class Chosen(NamedTuple):
     losses: tuple[str, ...]
 
 
-CROSSED = "## Starts crossed with mappings"
+class Section(NamedTuple):
+    """A study with a section of its own, and what that says of it."""
+
+    heading: str
+    condition: Callable[[str, str], str]
+    """What the study calls the condition of a row, by its first two cells."""
+    tasks: tuple[str, str]
+    seeds: int
+    said: str
+    rows: int
+    picture: str
+    """Of the page, and of the report."""
+    drawn: str
+
+
+def crossed(start: str, mapping: str) -> str:
+    # students without losses inside have no map
+    loss, mapping = ("logits", "uniform") if mapping == "none" else ("tinybert", mapping)
+    return f"start={start},mapping={mapping},loss={loss}"
+
+
+SECTIONS = {
+    STARTS: Section(
+        heading="## Starts crossed with mappings",
+        condition=crossed,
+        tasks=("STS-B", "CoLA"),
+        seeds=5,
+        said="Five seeds",
+        rows=3 * 7,
+        picture="study-starts",
+        drawn="map-start-mapping",
+    ),
+    RECIPES: Section(
+        heading="## More steps, two stages, augmented data",
+        condition="loss={},recipe={}".format,
+        tasks=("MRPC", "CoLA"),
+        seeds=4,
+        said="Four of ten seeds",
+        rows=7,
+        picture="study-recipes",
+        drawn="axis-recipe",
+    ),
+}
 CHOSEN = {
     "study-glue-weights": Chosen(
         "weight", 5, ("tinybert", "score_mse", "prob_mse", "kl", "cosine", "relations", "hidden")
@@ -37,7 +80,7 @@ CHOSEN = {
 }
 
 
-@pytest.fixture(scope="module", params=[*CHOSEN, AXES, STARTS])
+@pytest.fixture(scope="module", params=[*CHOSEN, AXES, *SECTIONS])
 def study(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -102,19 +145,24 @@ def test_the_means_of_the_axes_are_those_of_the_predictions(runs: Runs, page: st
             assert says(cell, values), (label, task, cell)
 
 
-@pytest.mark.parametrize("study", [STARTS], indirect=True)
-def test_the_means_of_the_starts_are_those_of_the_predictions(runs: Runs, page: str) -> None:
+@pytest.mark.parametrize("study", SECTIONS, indirect=True)
+def test_the_means_of_a_section_are_those_of_the_predictions(
+    study: str, runs: Runs, page: str
+) -> None:
+    section = SECTIONS[study]
     seeds = sorted({seed for _, _, seed in runs})
-    assert len(seeds) == 5 and "\nFive seeds ([runs]" in page
-    baseline = crossed("every_second", "uniform")
-    rows = section_rows(page, CROSSED)
-    assert len(rows) == 2 + 3 * 7
-    for start, mapping, *cells in rows:
-        of = {"one answer": "constant", "teacher": "teacher"}.get(start, "student")
-        for task, cell in zip(("STS-B", "CoLA"), cells, strict=False):
-            condition = crossed(start, mapping) if of == "student" else baseline
+    assert len(seeds) == section.seeds and f"\n{section.said} ([runs]" in page
+    rows = section_rows(page, section.heading)
+    assert len(rows) == 2 + section.rows
+    for one, two, *cells in rows:
+        of = {"one answer": "constant", "teacher": "teacher"}.get(one, "student")
+        for task, cell in zip(section.tasks, cells, strict=False):
+            # all of a task and seed have the same ends
+            condition = section.condition(one, two) if two else one
+            if of != "student":
+                condition = next(name for name_of, name, _ in runs if name_of == task)
             values = [getattr(runs[task, condition, seed], of) for seed in seeds]
-            assert says(cell, values), (start, mapping, task, cell)
+            assert says(cell, values), (one, two, task, cell)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +170,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Studies and what they have come to."""
     made = tmp_path_factory.mktemp("studies")
     shutil.copytree(ROOT / "recipes", made / "recipes")
-    for name in (*CHOSEN, AXES, STARTS):
+    for name in (*CHOSEN, AXES, *SECTIONS):
         unpack(archive_of(name), made / "runs" / name)
     return made
 
@@ -135,14 +183,17 @@ def studies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("studies")
-def test_the_table_of_the_starts_is_the_report(page: str) -> None:
-    made = run(Path("recipes", f"{STARTS}.yaml"), report_only=True)
+@pytest.mark.parametrize("name", SECTIONS)
+def test_the_table_of_a_section_is_the_report(name: str, page: str) -> None:
+    section = SECTIONS[name]
+    made = run(Path("recipes", f"{name}.yaml"), report_only=True)
     rows = section_rows(made.with_suffix(".md").read_text(encoding="utf-8"), "## conditions")
     cells_of = {re.sub(r" \(.*", "", row[0]): row[1:] for row in rows}
-    for start, mapping, *cells in section_rows(page, CROSSED):
-        theirs = cells_of[crossed(start, mapping) if mapping else start]
-        assert cells == [*theirs[:-2], theirs[-1]], (start, mapping)
-    compare_pictures("study-starts.png", made.parent / "map-start-mapping.png")
+    for one, two, *cells in section_rows(page, section.heading):
+        # the report has the number of seeds before the last column
+        *theirs, _, difference = cells_of[section.condition(one, two) if two else one]
+        assert cells == [*theirs, difference], (one, two)
+    compare_pictures(f"{section.picture}.png", made.parent / f"{section.drawn}.png")
 
 
 @pytest.mark.slow
@@ -172,12 +223,6 @@ def test_shares_that_are_said_are_those_of_the_tables(page: str) -> None:
     for text in (page, (ROOT / "README.md").read_text(encoding="utf-8")):
         said = re.findall(r"[\d.]+ % \[[^]]*\]", text.replace("\n", " "))
         assert len(said) >= 3 and {one.replace(" %", "%") for one in said} <= shares
-
-
-def crossed(start: str, mapping: str) -> str:
-    """The condition of a row of the starts' table."""
-    loss, mapping = ("logits", "uniform") if mapping == "none" else ("tinybert", mapping)
-    return f"start={start},mapping={mapping},loss={loss}"
 
 
 def compare_pictures(shown: str, drawn: Path) -> None:

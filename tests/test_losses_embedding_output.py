@@ -239,7 +239,9 @@ NOT_OF_THE_EMBEDDING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", NOT_OF_THE_EMBEDDING)
 def test_a_projection_that_is_none_of_the_embedding_stays(name: str) -> None:
     section, changes = NOT_OF_THE_EMBEDDING[name]
-    losses = Losses.model_validate({"hidden": section})
+    # something must be learned
+    beside = {"embedding": {}} if section.get("weight") == 0 else {}
+    losses = Losses.model_validate({"hidden": section, **beside})
     given = getattr(losses.terms["hidden"], "layer_map", None) or "uniform"
     made = Objective(losses, make_layer_map(given, 2, 4), hidden(**changes))
     assert made.kept() and made.student_modules() is None

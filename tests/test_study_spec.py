@@ -78,8 +78,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "hypotheses that no p could answer": (
         {**_asked(), "seeds": 5},
-        "hypotheses: 1 ask for a difference, and the smallest corrected p of 5 seeds is 0.062, so "
-        "none could be answered; give seeds: 6 or more, or leave hypotheses out",
+        "hypotheses: the smallest corrected p that 5 seeds can give to those that ask for a "
+        "difference (1) is 0.062, so none could be answered; give seeds: 6 or more, or leave",
     ),
     "a hypothesis of one": (_asked(level="uniform"), "compares uniform with itself"),
     "a margin of nothing": (_asked(margin=0), "hypotheses.0.margin: input should be greater"),

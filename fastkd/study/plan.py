@@ -421,9 +421,10 @@ class Plan:
         if (least := least_p(seeds, differences)) > LEVEL:
             wanted = next(n for n in itertools.count(seeds) if least_p(n, differences) <= LEVEL)
             raise UserError(
-                f"{self.path}: hypotheses: {differences} ask for a difference, and the smallest "
-                f"corrected p of {seeds} seeds is {least:.2g}, so none could be answered; give "
-                f"seeds: {wanted} or more, or leave hypotheses out: intervals stand without them"
+                f"{self.path}: hypotheses: the smallest corrected p that {seeds} seeds can give to "
+                f"those that ask for a difference ({differences}) is {least:.2g}, so none could be "
+                f"answered; give seeds: {wanted} or more, or leave hypotheses out: intervals stand "
+                "without them"
             )
 
     @property

@@ -221,7 +221,6 @@ def test_wins_are_counted_over_all_pairs_of_runs() -> None:
 def test_holm_by_hand() -> None:
     # sorted .005 .01 .03 .04, times 4 3 2 1, never falling
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    # what is not tested is not counted
     # what is not known yet may come to anything
     assert holm([0.02, None, 0.4]) == pytest.approx([0.06, None, 0.8])
     assert holm([0.9, 0.8]) == [1.0, 1.0]

@@ -21,8 +21,6 @@ Array = npt.NDArray[np.float64]
 
 DRAWS = 1000
 """Of a set: the spread of so many is known to about 2 %."""
-
-
 _BLOCK = 2**24
 """As many weights are held at a time; metrics take a few times the memory."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shutil
 import statistics
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from committed_studies import ROOT, TASKS, Runs, archive_of, read_runs
+from committed_studies import RESULTS, ROOT, TASKS, Runs, archive_of, read_runs
 from matplotlib.image import imread
 from study_files import run
 
@@ -216,6 +217,17 @@ def test_the_tables_of_the_axes_are_the_report(page: str) -> None:
     assert "difference of 0.056 (median" in report.partition("## axis: loss, ")[0]
     for axis in ("loss", "mapping", "start"):
         compare_pictures(f"study-{axis}.png", made.parent / f"axis-{axis}.png")
+
+
+def test_the_table_before_any_training_is_the_result(page: str) -> None:
+    result = json.loads((RESULTS / "zero-shot.json").read_text(encoding="utf-8"))
+    said = section_rows(page, "## Before any training")
+    assert len(said) == len(result["models"]) == 3
+    for row, found in zip(said, result["models"].values(), strict=True):
+        for cell, task in zip(row[1:], ("STS-B", "MRPC"), strict=True):
+            expected = [found[task]["score"], *found[task]["interval"]]
+            numbers = [float(number) for number in re.findall(r"[\d.]+", cell)]
+            assert numbers == pytest.approx(expected, abs=0.0005 + 1e-9), (row[0], task)
 
 
 def test_shares_that_are_said_are_those_of_the_tables(page: str) -> None:

@@ -59,9 +59,9 @@ class Predictions:
         key = b"".join([task.name.encode(), *(right.tobytes() for right in labels.values())])
         judge = self._judges.setdefault(key, Judge(task, labels))
         taught = all(f"{name}/teacher" in arrays for name in sets)
-        student = judge.of_outputs({name: arrays[f"{name}/outputs"] for name in sets})
+        drawn = judge.draws_of({name: arrays[f"{name}/outputs"] for name in sets})
         teacher = judge.of_teacher({n: arrays[f"{n}/teacher"] for n in sets}) if taught else None
-        return Evidence(Number(value, student.drawn), judge.floor, teacher)
+        return Evidence(Number(value, drawn), judge.floor, teacher)
 
     def _read_task(self, name: str | None) -> Task:
         plan = self._plan

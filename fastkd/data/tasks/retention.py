@@ -91,8 +91,11 @@ class Judge:
 
     def of_outputs(self, outputs: Mapping[str, AnyArray]) -> Number:
         """Of what a model gives every example, [examples, outputs] of each set."""
-        scores = self._task.regression
-        return self._number({n: predictions_of(o, regression=scores) for n, o in outputs.items()})
+        return self._number(self._predicted(outputs))
+
+    def draws_of(self, outputs: Mapping[str, AnyArray]) -> Array:
+        """The same of resampled examples alone, where the score itself is known, [draws]."""
+        return self._drawn(self._predicted(outputs))
 
     def of_teacher(self, outputs: Mapping[str, AnyArray]) -> Number:
         """The same of outputs that many runs have, computed once."""
@@ -100,6 +103,10 @@ class Judge:
         if key not in self._teachers:
             self._teachers[key] = self.of_outputs(outputs)
         return self._teachers[key]
+
+    def _predicted(self, outputs: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        scores = self._task.regression
+        return {name: predictions_of(o, regression=scores) for name, o in outputs.items()}
 
     def _same(self, answer: int) -> dict[str, AnyArray]:
         """One answer to everything."""
@@ -114,11 +121,14 @@ class Judge:
         return {name: Draws(len(right)) for name, right in self._labels.items()}
 
     def _number(self, predicted: Mapping[str, AnyArray]) -> Number:
+        return Number(self._score(predicted), self._drawn(predicted))
+
+    def _drawn(self, predicted: Mapping[str, AnyArray]) -> Array:
         drawn = []
         for name, found in predicted.items():
             given = self._task.metrics, found, self._labels[name]
             drawn.append(np.concatenate([drawn_scores(*given, w) for w in self._draws[name]]))
-        return Number(self._score(predicted), mean_over_sets(drawn))
+        return mean_over_sets(drawn)
 
 
 def _is_above(one: Number, other: Number) -> bool:

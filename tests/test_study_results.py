@@ -43,6 +43,8 @@ class Section(NamedTuple):
     picture: str
     """Of the page, and of the report."""
     drawn: str
+    asked: str = ""
+    """Heading of what is tested, where something is."""
 
 
 def crossed(start: str, mapping: str) -> str:
@@ -66,11 +68,12 @@ SECTIONS = {
         heading="## More steps, two stages, augmented data",
         condition="loss={},recipe={}".format,
         tasks=("MRPC", "CoLA"),
-        seeds=4,
-        said="Four of ten seeds",
+        seeds=10,
+        said="Ten seeds",
         rows=7,
         picture="study-recipes",
         drawn="axis-recipe",
+        asked="### What was asked of the recipes",
     ),
 }
 CHOSEN = {
@@ -188,12 +191,15 @@ def studies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_table_of_a_section_is_the_report(name: str, page: str) -> None:
     section = SECTIONS[name]
     made = run(Path("recipes", f"{name}.yaml"), report_only=True)
-    rows = section_rows(made.with_suffix(".md").read_text(encoding="utf-8"), "## conditions")
+    report = made.with_suffix(".md").read_text(encoding="utf-8")
+    rows = section_rows(report, "## conditions")
     cells_of = {re.sub(r" \(.*", "", row[0]): row[1:] for row in rows}
     for one, two, *cells in section_rows(page, section.heading):
         # the report has the number of seeds before the last column
         *theirs, _, difference = cells_of[section.condition(one, two) if two else one]
         assert cells == [*theirs, difference], (one, two)
+    if section.asked:
+        compare_answers(section_rows(page, section.asked), report)
     compare_pictures(f"{section.picture}.png", made.parent / f"{section.drawn}.png")
 
 
@@ -209,8 +215,7 @@ def test_the_tables_of_the_axes_are_the_report(page: str) -> None:
         assert cells == [*theirs[:-2], theirs[-1]], label
     for label, *cells in section_rows(page, "## Beside what others found"):
         assert cells[:-1] == [points_of(made.parent, label, task) for task in TASKS], label
-    asked, answered = section_rows(page, "## What was asked"), section_rows(report, "## hypotheses")
-    assert [[cell.replace("`", "") for cell in row] for row in asked] == answered[1:]
+    compare_answers(section_rows(page, "## What was asked"), report)
     # what the page says of power
     power = "a difference between two losses of 0.056 (median of the rows)"
     assert power in page.replace("\n", " ")
@@ -235,6 +240,11 @@ def test_shares_that_are_said_are_those_of_the_tables(page: str) -> None:
     for text in (page, (ROOT / "README.md").read_text(encoding="utf-8")):
         said = re.findall(r"[\d.]+ % \[[^]]*\]", text.replace("\n", " "))
         assert len(said) >= 3 and {one.replace(" %", "%") for one in said} <= shares
+
+
+def compare_answers(asked: list[list[str]], report: str) -> None:
+    answered = section_rows(report, "## hypotheses")
+    assert [[cell.replace("`", "") for cell in row] for row in asked] == answered[1:]
 
 
 def compare_pictures(shown: str, drawn: Path) -> None:

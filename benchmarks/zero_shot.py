@@ -21,8 +21,7 @@ from benchmarks.embeddings import TEACHER, cosines
 from benchmarks.machine import machine, report
 from fastkd.data.tasks import GLUE, Examples, Task, read_examples
 from fastkd.data.tasks.metrics import measure, task_score
-from fastkd.data.tasks.resampling import draw_weights, drawn_scores
-from fastkd.data.tasks.retention import Number
+from fastkd.data.tasks.retention import Judge
 
 LAYERS = {"whole": (1, 2, 3, 4, 5, 6), "every second": (2, 4, 6), "first three": (1, 2, 3)}
 
@@ -35,21 +34,18 @@ def answers_of(model: Any, examples: Examples) -> Answers:
     return np.array(cosines(model, pairs))
 
 
-def score(task: Task, given: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """GLUE's number of answers."""
-    return task_score({"dev": measure(task.metrics, given, labels)})
-
-
 def best_threshold(task: Task, found: Answers, labels: npt.ArrayLike) -> float:
     """From which cosine on pairs are equal, in hundredths."""
-    tried = np.arange(0, 100) / 100
-    return float(max(tried, key=lambda least: score(task, found >= least, labels)))
+
+    def score(least: float) -> float:
+        return task_score({"train": measure(task.metrics, found >= least, labels)})
+
+    return float(max(np.arange(0, 100) / 100, key=score))
 
 
-def judged(task: Task, given: npt.ArrayLike, labels: npt.ArrayLike) -> dict[str, Any]:
-    """A score and its interval."""
-    weights = draw_weights(len(np.asarray(labels)))
-    number = Number(score(task, given, labels), drawn_scores(task.metrics, given, labels, weights))
+def judged(task: Task, outputs: Answers, labels: Any) -> dict[str, Any]:
+    """GLUE's number of outputs [examples, outputs], and its interval."""
+    number = Judge(task, {"dev": labels}).of_outputs({"dev": outputs})
     return {
         "score": round(number.value, 4),
         "interval": [round(end, 4) for end in number.interval()],
@@ -65,11 +61,13 @@ def of_model(layers: Sequence[int], glue: Path, cache: Path) -> dict[str, Any]:
         return answers_of(model, examples), examples.labels
 
     similarity, paraphrase = GLUE["STS-B"], GLUE["MRPC"]
+    found, labels = read(similarity, "dev")
     least = best_threshold(paraphrase, *read(paraphrase, "train"))
-    found, labels = read(paraphrase, "dev")
+    paired, equal = read(paraphrase, "dev")
+    said = np.eye(2)[(paired >= least).astype(int)]
     return {
-        "STS-B": judged(similarity, *read(similarity, "dev")),
-        "MRPC": {**judged(paraphrase, found >= least, labels), "equal from": least},
+        "STS-B": judged(similarity, found[:, None], labels),
+        "MRPC": {**judged(paraphrase, said, equal), "equal from": least},
     }
 
 

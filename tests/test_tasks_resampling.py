@@ -64,14 +64,17 @@ def test_draws_are_the_same_again_and_no_others() -> None:
     assert (draw_weights(7, 4) != draw_weights(7, 4, seed=1)).any()
 
 
-def test_large_sets_are_drawn_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", [70, 69])
+def test_draws_come_in_blocks(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastkd.data.tasks.resampling._KEPT", kept)
     monkeypatch.setattr("fastkd.data.tasks.resampling._BLOCK", 30)
-    blocks = list(Draws(7, 10))
-    assert [block.shape for block in blocks] == [(4, 7), (4, 7), (2, 7)]
-    np.testing.assert_array_equal(np.concatenate(blocks), draw_weights(7, 10))
+    draws = Draws(7, 10)
+    for _ in range(2):
+        blocks = list(draws)
+        assert [block.shape for block in blocks] == [(4, 7), (4, 7), (2, 7)]
+        np.testing.assert_array_equal(np.concatenate(blocks), draw_weights(7, 10))
+    assert ("_kept" in vars(draws)) == (kept == 70)
     assert [block.shape for block in Draws(40, 2)] == [(1, 40)] * 2
-    (only,) = Draws(7, 4)
-    np.testing.assert_array_equal(only, draw_weights(7, 4))
 
 
 def test_every_metric_of_an_example_is_known() -> None:

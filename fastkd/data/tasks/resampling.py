@@ -20,8 +20,10 @@ Array = npt.NDArray[np.float64]
 
 DRAWS = 1000
 """Of a set: the spread of so many is known to about 2 %."""
-_BLOCK = 2**24
-"""As many weights are held at a time; metrics take a few times the memory."""
+_KEPT = 2**24
+"""As many weights of a set are kept; those of a larger one are drawn anew every time."""
+_BLOCK = 2**17
+"""As many are given at a time: what a metric makes of them stays in a processor's cache."""
 
 
 def draw_weights(examples: int, draws: int = DRAWS, seed: int | np.random.Generator = 0) -> Array:
@@ -42,18 +44,19 @@ class Draws:
 
     def __init__(self, examples: int, draws: int = DRAWS) -> None:
         self._examples, self._draws = examples, draws
-        self._rows = max(1, _BLOCK // examples)
 
     def __iter__(self) -> Iterator[Array]:
-        if self._rows >= self._draws:
-            yield self._only
+        rows = max(1, _BLOCK // self._examples)
+        starts = range(0, self._draws, rows)
+        if self._examples * self._draws <= _KEPT:
+            yield from (self._kept[first : first + rows] for first in starts)
             return
         rng = np.random.default_rng(0)
-        for first in range(0, self._draws, self._rows):
-            yield draw_weights(self._examples, min(self._rows, self._draws - first), rng)
+        for first in starts:
+            yield draw_weights(self._examples, min(rows, self._draws - first), rng)
 
     @cached_property
-    def _only(self) -> Array:
+    def _kept(self) -> Array:
         return draw_weights(self._examples, self._draws)
 
 

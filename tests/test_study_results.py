@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from committed_studies import RESULTS, ROOT, TASKS, Runs, archive_of, read_runs
 from matplotlib.image import imread
+from page_tables import agrees, section_rows, table_rows
 from study_files import run
 
 from tools.study_state import unpack
@@ -263,18 +264,6 @@ def axis_rows(text: str, heading: str = "## Axis: ") -> list[list[str]]:
     return [row for row in found if not row[1].startswith((":", "STS-B"))]
 
 
-def section_rows(text: str, heading: str) -> list[list[str]]:
-    """The cells of the table under one heading, without the columns' names."""
-    return table_rows(text.partition(f"\n{heading}\n")[2])[1:]
-
-
-def table_rows(text: str) -> list[list[str]]:
-    """The cells of the tables up to the next heading."""
-    section = re.split(r"\n##", text)[0]
-    rows = [line for line in section.splitlines() if line.startswith("| ")]
-    return [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows]
-
-
 def points_of(report: Path, label: str, task: str) -> str:
     """By how many points of a task a condition lies above the baseline, and the interval."""
     for path in report.glob(f"axis-*-{task}.csv"):
@@ -292,9 +281,3 @@ def says(cell: str, values: list[float]) -> bool:
     mean, _, deviation = cell.partition(" ± ")
     spread_agrees = not deviation or agrees(deviation, statistics.stdev(values))
     return agrees(mean, statistics.fmean(values)) and spread_agrees
-
-
-def agrees(said: str, value: float) -> bool:
-    """Whether a number is a value, rounded."""
-    places = len(said.partition(".")[2])
-    return abs(float(said) - value) <= 0.5 * 10.0**-places + 1e-9

@@ -145,7 +145,7 @@ def test_two_ranks_change_nothing(folder: Path) -> None:
     recipe = write_recipe(folder, "one", train=train)
     run_whole("distill", recipe)
     recipe = write_recipe(folder, "two", train=train)
-    done = run_script("run_recipes.py", str(recipe), "[[]]", ranks=2, fresh=True)
+    done = run_script("run_recipes.py", str(recipe), "[[]]", ranks=2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert_same_run(folder / "two", folder / "one", losses=1e-5, weights=1e-5)
     one, two = (summary_of(folder / name) for name in ("one", "two"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ OPS = [
     "test_hidden_cosine",
     "test_logits_divergence",
 ]
+KINDS = ("attention", "hidden")
 QUOTED_BY_README = "test_attention_score_mse[bert-base-to-tinybert-4-2048]"
 
 
@@ -102,3 +104,114 @@ def test_the_readme_has_its_peers_from_the_whole_tables() -> None:
         for cell, ratio, size in zip(cells, row[::2], row[1::2], strict=True):
             times = "1" if name.startswith("fastkd") else ratio.split()[0]
             assert cell == f"{times}, {size} MB", name
+
+
+def test_an_embedding_model_at_equal_time() -> None:
+    found = result("embeddings-cpu")
+    heading = "## An embedding model at equal time"
+    short, long = (
+        page("docs/measured.md").partition(heading)[2].split("\nAt four times the time")[:2]
+    )
+    rows = table_rows(short)[1:]
+    assert len(rows) == 4
+    for name, seconds, steps, score in rows:
+        name = name.rpartition(", ")[2]
+        assert agrees(seconds, found["seconds of a step"][name])
+        of_name = runs_of(found, name)
+        assert {steps.replace(",", "")} == {str(run["steps"]) for run in of_name}
+        says_range(score, of_name)
+    found = result("embeddings-cpu-4x")
+    names = ("loop", "stored", "stored, frozen vocabulary", "outside")
+    for (_, score), name in zip(table_rows(long)[1:], names, strict=True):
+        says_range(score, runs_of(found, name))
+
+
+def runs_of(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Of every seed."""
+    return [run for key, run in found["runs"].items() if key.startswith(f"{name}, seed ")]
+
+
+def says_range(said: str, runs: list[dict[str, Any]]) -> None:
+    """`mean (least to most)`, or one number."""
+    scores = [run["spearman"] for run in runs]
+    numbers = re.findall(r"\d\.\d+", said)
+    assert len(numbers) in (1, 3)
+    for number, value in zip(numbers, [fmean(scores), min(scores), max(scores)], strict=False):
+        # means were taken of more digits than the result has
+        assert abs(float(number) - value) < 1e-4, (said, scores)
+
+
+def test_real_text_and_a_decoder() -> None:
+    wiki, decoder = result("wiki-minilm"), result("decoder")
+    rows = section_rows(page("docs/measured.md"), "## Real text")
+    assert len(rows) == len(wiki["layer_map"])
+    for pair, *cells in rows:
+        values = [wiki[w]["losses"][f"{of}/{pair}"] for of in KINDS for w in ("before", "after")]
+        assert all(agrees(cell, value) for cell, value in zip(cells, values, strict=True)), pair
+    text = page("docs/measured.md").replace("\n", " ")
+    (said,) = re.findall(r"sentence embeddings rose from ([\d.]+) to ([\d.]+)\.", text)
+    for number, when in zip(said, ("before", "after"), strict=True):
+        assert agrees(number, wiki[when]["sentence_cosine"])
+    pattern = (
+        r"makes (\d+) million parameters of (\d+) million\. Perplexity was (\d+) after 200 steps"
+    )
+    (said,) = re.findall(
+        pattern + r", ([\d.]+) million before them, and the teacher's is (\d+)", text
+    )
+    parameters = decoder["parameters"]
+    values = (parameters["student"] / 1e6, parameters["teacher"] / 1e6)
+    values += (decoder["after"]["perplexity"], decoder["before"]["perplexity"] / 1e6)
+    values += (decoder["teacher"]["perplexity"],)
+    assert all(map(agrees, said, values)), said
+
+
+def test_padding() -> None:
+    text = page("docs/measured.md").replace("\n", " ")
+    cases = result("padding")["cases"]
+    layers, words = (cases[f"SST-2, {of}, micro-batches of 32"] for of in ("layers", "predictions"))
+    others = (cases[f"{of}, layers, micro-batches of 32"] for of in ("MRPC", "RTE"))
+    tokens, median = "tokens, padded / none", "quartiles of pairs"
+    (said,) = re.findall(
+        r"SST-2 compute ([\d.]+) times .*? take ([\d.]+) times .*? and ([\d.]+) times .*? "
+        r"RTE have ([\d.]+) and ([\d.]+) times",
+        text,
+    )
+    values = [layers[tokens], layers[median][1], words[median][1], *(one[tokens] for one in others)]
+    assert all(map(agrees, said, values)), said
+
+
+def test_the_readmes_demo_and_embeddings() -> None:
+    text = page("README.md").replace("\n", " ")
+    demo, embeddings = result("demo"), result("embeddings-cpu")
+    (said,) = re.findall(
+        r"student has ([\d.]+) of its teacher's ([\d.]+) million parameters and reads ([\d.]+) "
+        r"times .*? rises from ([\d.]+) to ([\d.]+) ",
+        text,
+    )
+    speed = demo["speed"]["batches"]["32"]
+    rates = [speed[of]["tokens_per_second"] for of in ("student", "teacher")]
+    values = [demo["parameters"][of] / 1e6 for of in ("student", "teacher")]
+    values += [rates[0] / rates[1], *(demo[w]["sentence_cosine"] for w in ("before", "after"))]
+    assert all(map(agrees, said, values)), said
+    (said,) = re.findall(
+        r"correlation of ([\d.]+) on STS-B.*? and ([\d.]+) with a plain loop", text
+    )
+    for number, name in zip(said, ("outside", "loop"), strict=True):
+        mean = fmean(run["spearman"] for run in runs_of(embeddings, name))
+        assert abs(float(number) - mean) < 1e-4, name
+
+
+def test_attention_in_bf16() -> None:
+    cases = {
+        (dtype, int(shape.split(" x ")[1]), int(heads.rpartition(" ")[2])): entry["fused / plain"][
+            1
+        ]
+        for name, entry in result("cpu-attention")["cases"].items()
+        for dtype, shape, heads in [name.split(", ")]
+    }
+    rows = section_rows(page("docs/measured.md"), "## Attention in bf16 on a CPU")
+    assert len(rows) == 5
+    for tokens, *cells in rows:
+        columns = [(dtype, int(tokens), heads) for dtype in ("bf16", "fp32") for heads in (32, 64)]
+        for cell, column in zip(cells, columns, strict=True):
+            assert agrees(cell, cases[column]), column

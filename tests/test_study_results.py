@@ -13,14 +13,24 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from committed_studies import RESULTS, ROOT, TASKS, Runs, archive_of, read_runs
+from committed_studies import (
+    RESULTS,
+    ROOT,
+    TASKS,
+    Runs,
+    archive_of,
+    read_predictions,
+    read_runs,
+)
 from matplotlib.image import imread
 from page_tables import agrees, section_rows, table_rows
 from study_files import run
 
+from fastkd.data.tasks.resampling import draw_weights, drawn_scores
 from tools.study_state import unpack
 
 AXES, STARTS, RECIPES = "study-glue-axes", "study-glue-starts", "study-glue-recipes"
+TEACHERS = "study-glue-teachers"
 
 
 class Chosen(NamedTuple):
@@ -85,7 +95,7 @@ CHOSEN = {
 }
 
 
-@pytest.fixture(scope="module", params=[*CHOSEN, AXES, *SECTIONS])
+@pytest.fixture(scope="module", params=[TEACHERS, *CHOSEN, AXES, *SECTIONS])
 def study(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -104,6 +114,49 @@ def page() -> str:
 def test_scores_are_those_of_the_predictions(runs: Runs) -> None:
     for found in runs.values():
         assert found.student == pytest.approx(found.noted, abs=1e-6)
+
+
+@pytest.mark.parametrize("study", [TEACHERS], indirect=True)
+def test_the_page_has_the_teachers_by_their_rates(runs: Runs, page: str) -> None:
+    rates = ("5e-5", "1e-4", "2e-4")
+    rows = section_rows(page, "## Teachers")
+    assert [row[0] for row in rows] == [*TASKS]
+    assert len(runs) == len(TASKS) * len(rates)
+    for task, *cells in rows:
+        for rate, cell in zip(rates, cells, strict=True):
+            assert says(cell, [runs[task, f"rate={rate}", 0].student]), (task, rate)
+
+
+def test_rates_that_would_have_been_chosen_are_not_shown_better(page: str) -> None:
+    (said,) = re.findall(
+        r"MRPC's teacher would learn at 5e-5 and SST-2's at 2e-4, "
+        r"([\d.]+) points \[(\S+), (\S+)\] and ([\d.]+) \[(\S+), (\S+)\] above the rate",
+        re.sub(r"\s+", " ", page),
+    )
+    kept = read_predictions(TEACHERS)
+    expected = []
+    for task, rate, metrics in (
+        ("MRPC", "5e-5", ("accuracy", "f1")),
+        ("SST-2", "2e-4", ("accuracy",)),
+    ):
+        better, taken = (kept[task, f"rate={of}", 0] for of in (rate, "1e-4"))
+        labels = better["selection/labels"]
+        weights = np.concatenate([np.ones((1, len(labels))), draw_weights(len(labels))])
+        by_draw = [
+            100 * drawn_scores(metrics, of["selection/outputs"].argmax(1), labels, weights)
+            for of in (better, taken)
+        ]
+        difference = by_draw[0] - by_draw[1]
+        expected += [difference[0], *np.percentile(difference[1:], [2.5, 97.5])]
+    assert all(agrees(number, value) for number, value in zip(said, expected, strict=True)), (
+        expected
+    )
+    assert all(low < 0 < high for low, high in (expected[1:3], expected[4:]))
+
+
+def test_the_page_says_how_many_examples_chose(page: str) -> None:
+    sizes = {len(kept["selection/labels"]) for kept in read_predictions(TEACHERS).values()}
+    assert f"one seed, {min(sizes)} to {max(sizes):,} examples a task" in page
 
 
 @pytest.mark.parametrize("study", CHOSEN, indirect=True)

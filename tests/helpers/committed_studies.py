@@ -6,6 +6,7 @@ import io
 import json
 import re
 import tarfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ class Found(NamedTuple):
     """A run's scores: recomputed, of the best one answer, and as the run noted it."""
 
     student: float
-    teacher: float
+    teacher: float | None
     constant: float
     noted: float
 
@@ -42,27 +43,39 @@ def archive_of(study: str) -> Path:
 
 def read_runs(study: str) -> Runs:
     """Every finished run of a study."""
-    kept, noted = {}, {}
+    noted = {
+        run: json.loads(content)["after"]["score"] for run, content in _files(study, "summary.json")
+    }
+    kept = read_predictions(study)
+    return {run: _found(run[0], kept[run], score) for run, score in noted.items()}
+
+
+def read_predictions(study: str) -> dict[tuple[str, str, int], dict[str, Array]]:
+    """What every finished run of a study gave out, by task, condition and seed."""
+    files = _files(study, "predictions.npz")
+    return {run: dict(np.load(io.BytesIO(content))) for run, content in files}
+
+
+def _files(study: str, wanted: str) -> Iterator[tuple[tuple[str, str, int], bytes]]:
     with tarfile.open(archive_of(study)) as file:
         # in the archive's order: a step back would unpack it from its start again
         for member in file:
             where = re.fullmatch(r"runs/(.*)/(.*)/seed-(\d+)/run/(.*)", member.name)
-            content = file.extractfile(member)
-            if where is None or content is None:
-                continue
-            task, condition, seed, name = where.groups()
-            run = task, condition, int(seed)
-            if name == "summary.json":
-                noted[run] = json.loads(content.read())["after"]["score"]
-            elif name == "predictions.npz":
-                kept[run] = dict(np.load(io.BytesIO(content.read())))
-    return {run: _found(run[0], kept[run], score) for run, score in noted.items()}
+            if where is not None and where[4] == wanted:
+                content = file.extractfile(member)
+                assert content is not None
+                yield (where[1], where[2], int(where[3])), content.read()
 
 
 def _found(task: str, kept: dict[str, Array], noted: float) -> Found:
     (name,) = {key.split("/")[0] for key in kept if "/" in key}
     labels = kept[f"{name}/labels"]
-    student, teacher = (score(task, kept[f"{name}/{of}"], labels) for of in ("outputs", "teacher"))
+    # a teacher that is fine-tuned has none itself
+    student, teacher = (
+        score(task, kept[key], labels) if (key := f"{name}/{of}") in kept else None
+        for of in ("outputs", "teacher")
+    )
+    assert student is not None
     return Found(student, teacher, one_answer(task, labels), noted)
 
 

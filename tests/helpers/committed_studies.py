@@ -19,6 +19,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 TASKS = ("STS-B", "MRPC", "CoLA", "SST-2")
+PREDICTIONS = "predictions.npz"
 
 Array = npt.NDArray[np.float32]
 
@@ -32,8 +33,9 @@ class Found(NamedTuple):
     noted: float
 
 
-# by task, condition and seed
-Runs = dict[tuple[str, str, int], Found]
+# task, condition and seed
+Run = tuple[str, str, int]
+Runs = dict[Run, Found]
 
 
 def archive_of(study: str) -> Path:
@@ -43,39 +45,43 @@ def archive_of(study: str) -> Path:
 
 def read_runs(study: str) -> Runs:
     """Every finished run of a study."""
-    noted = {
-        run: json.loads(content)["after"]["score"] for run, content in _files(study, "summary.json")
-    }
-    kept = read_predictions(study)
+    kept, noted = {}, {}
+    for run, name, content in _files(study):
+        if name == "summary.json":
+            noted[run] = json.loads(content)["after"]["score"]
+        elif name == PREDICTIONS:
+            kept[run] = _arrays(content)
     return {run: _found(run[0], kept[run], score) for run, score in noted.items()}
 
 
-def read_predictions(study: str) -> dict[tuple[str, str, int], dict[str, Array]]:
-    """What every finished run of a study gave out, by task, condition and seed."""
-    files = _files(study, "predictions.npz")
-    return {run: dict(np.load(io.BytesIO(content))) for run, content in files}
+def read_predictions(study: str) -> dict[Run, dict[str, Array]]:
+    """What every finished run of a study gave out."""
+    return {run: _arrays(content) for run, name, content in _files(study) if name == PREDICTIONS}
 
 
-def _files(study: str, wanted: str) -> Iterator[tuple[tuple[str, str, int], bytes]]:
+def _files(study: str) -> Iterator[tuple[Run, str, bytes]]:
+    """The files of its runs, by their names."""
     with tarfile.open(archive_of(study)) as file:
         # in the archive's order: a step back would unpack it from its start again
         for member in file:
             where = re.fullmatch(r"runs/(.*)/(.*)/seed-(\d+)/run/(.*)", member.name)
-            if where is not None and where[4] == wanted:
-                content = file.extractfile(member)
-                assert content is not None
-                yield (where[1], where[2], int(where[3])), content.read()
+            content = file.extractfile(member)
+            if where is not None and content is not None:
+                task, condition, seed, name = where.groups()
+                yield (task, condition, int(seed)), name, content.read()
+
+
+def _arrays(content: bytes) -> dict[str, Array]:
+    return dict(np.load(io.BytesIO(content)))
 
 
 def _found(task: str, kept: dict[str, Array], noted: float) -> Found:
     (name,) = {key.split("/")[0] for key in kept if "/" in key}
     labels = kept[f"{name}/labels"]
+    student = score(task, kept[f"{name}/outputs"], labels)
     # a teacher that is fine-tuned has none itself
-    student, teacher = (
-        score(task, kept[key], labels) if (key := f"{name}/{of}") in kept else None
-        for of in ("outputs", "teacher")
-    )
-    assert student is not None
+    taught = kept.get(f"{name}/teacher")
+    teacher = None if taught is None else score(task, taught, labels)
     return Found(student, teacher, one_answer(task, labels), noted)
 
 

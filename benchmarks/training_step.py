@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType
@@ -237,6 +238,9 @@ def timed_in_turn(steps: dict[str, Step], device: str, rounds: int) -> dict[str,
         "seconds": {name: statistics.median(values) for name, values in times.items()},
         "times the trivial step, median of paired rounds": {
             name: statistics.median(values) for name, values in ratios.items()
+        },
+        "quartiles of the rounds": {
+            name: np.quantile(values, (0.25, 0.75)).tolist() for name, values in ratios.items()
         },
         "lowest and highest of the rounds": {
             name: [min(values), max(values)] for name, values in ratios.items()

@@ -248,7 +248,7 @@ def run(arguments: list[str] | None = None) -> int:
     wrong = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if given.keep is None else given.keep
-        for name in given.only or (name for name in PARTS if name not in LONG):
+        for name in dict.fromkeys(given.only or (name for name in PARTS if name not in LONG)):
             start = time.perf_counter()
             found, code = measure(PARTS[name], folder / name)
             print(f"{name}, {time.perf_counter() - start:.0f} s", flush=True)

@@ -98,9 +98,9 @@ def test_what_takes_long_is_measured_when_it_is_asked_for(
 ) -> None:
     part({"ratio": 1.5, "other": 2.0})
     monkeypatch.setattr(rerun, "LONG", ("it",))
-    for asked, measured in (([], False), (["--only", "it"], True)):
+    for asked, measured in (([], 0), (["--only", "it"], 1), (["--only", "it", "it"], 1)):
         assert rerun.run(asked) == 0
-        assert ("it, " in capsys.readouterr().out) is measured
+        assert capsys.readouterr().out.count("it, ") == measured
 
 
 def test_another_processor_is_named(part: Any, capsys: pytest.CaptureFixture[str]) -> None:

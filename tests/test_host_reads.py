@@ -69,16 +69,20 @@ def test_reads_are_seen() -> None:
     assert reads["tolist"] == 1 and reads["__bool__"] == 1 and reads["index"] == 1, reads
 
 
-def text_recipe(folder: Path, **sections: Any) -> Recipe:
-    return load_recipe(make_recipe(folder, **sections), [])
+def text_recipe(folder: Path, architecture: str = "bert", **sections: Any) -> Recipe:
+    return load_recipe(make_recipe(folder, architecture, **sections), [])
 
 
-def task_recipe(folder: Path, padding: str = "buckets", **teacher: str) -> Recipe:
+def task_recipe(
+    folder: Path, padding: str = "buckets", losses: Any = None, **teacher: str
+) -> Recipe:
     """Padded or packed batches of a classifier."""
     write_task(folder / "task")
     save_classifier(folder / "classifier")
     teacher = {**teacher, "model": str(folder / "classifier"), "cache_folder": str(folder / "c")}
     sections = {"train": {"micro_batch_size": 4}, "task": {"padding": padding}}
+    if losses is not None:
+        sections["losses"] = losses
     return load_recipe(write_recipe(folder, "run", teacher=teacher, **sections), [])
 
 
@@ -102,8 +106,18 @@ RECIPES = {
             "balance": {"kind": "ratio", "reference": "hidden"},
         },
     ),
+    "text, hidden states alone": lambda folder: text_recipe(folder, losses={"attention": None}),
+    **{
+        # a decoder's positions may be those of several sequences in a row
+        f"text, {decoder}": lambda folder, decoder=decoder: text_recipe(folder, decoder)
+        for decoder in ("llama", "gpt2")
+    },
+    "text, a decoder's hidden states alone": lambda folder: text_recipe(
+        folder, "llama", losses={"attention": None}
+    ),
     "text, profiled": lambda folder: text_recipe(folder, train={"profile": True}),
     "task": task_recipe,
+    "task, logits alone": lambda folder: task_recipe(folder, losses={"logits": {}}),
     "task, packed": lambda folder: task_recipe(folder, "none"),
     "task, stored states": lambda folder: task_recipe(
         folder, cache="bfloat16", cache_attention="recomputed"

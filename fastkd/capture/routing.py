@@ -94,7 +94,8 @@ def route_attention(model: PreTrainedModel, implementation: str | None = None) -
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         AttentionInterface.register(name, listening_function(running))
         if running in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
-            AttentionMaskInterface.register(name, _unread(ALL_MASK_ATTENTION_FUNCTIONS[running]))
+            make_mask = _unread(ALL_MASK_ATTENTION_FUNCTIONS[running], running)
+            AttentionMaskInterface.register(name, make_mask)
     # the setter above would try to load a flash kernel of this name
     model.config._attn_implementation = name
 
@@ -179,14 +180,43 @@ def listening_function(implementation: str) -> Callable[..., tuple[Tensor, Tenso
     return attend
 
 
-def _unread(make_mask: Callable[..., Any]) -> Callable[..., Any]:
-    """A mask function that takes a mask for padding without reading it: transformers' own looks at
-    each for padding, which waits for the device. Whoever has no padding gives no mask."""
+def hiding_nothing(ids: Tensor) -> Tensor:
+    """A padding mask [batch, tokens] that hides nothing: one number at all places, which its
+    strides say without a read. Of a decoder without a mask transformers would read the positions,
+    to see whether several sequences follow each other in a row."""
+    return torch.ones((), dtype=torch.bool, device=ids.device).expand(ids.shape)
 
-    def make(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        if attention_mask is not None:
-            kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return make_mask(*args, attention_mask=attention_mask, **kwargs)
+
+def _unread(make_mask: Callable[..., Any], implementation: str) -> Callable[..., Any]:
+    """A mask function that takes a mask for padding without reading it: transformers' own looks at
+    each for padding, which waits for the device. Whoever has no padding gives no mask, or one of
+    `hiding_nothing`."""
+
+    def make(
+        *,
+        q_length: int,
+        kv_length: int,
+        attention_mask: Tensor | None = None,
+        local_size: int | None = None,
+        allow_is_causal_skip: bool = True,
+        allow_is_bidirectional_skip: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        padded = attention_mask is not None and attention_mask.stride(-1) != 0
+        may_skip = allow_is_bidirectional_skip or (allow_is_causal_skip and q_length == kv_length)
+        fits = local_size is None or kv_length < local_size
+        # while a graph is compiled or recorded transformers would make a mask of it
+        if implementation == "sdpa" and may_skip and fits and not padded:
+            return None
+        return make_mask(
+            q_length=q_length,
+            kv_length=kv_length,
+            attention_mask=attention_mask if padded else None,
+            local_size=local_size,
+            allow_is_causal_skip=allow_is_causal_skip and not padded,
+            allow_is_bidirectional_skip=allow_is_bidirectional_skip and not padded,
+            **kwargs,
+        )
 
     return make
 

@@ -34,7 +34,8 @@ def try_model(
     """Run a model on sequences of a length, and see that what a run needs of it can be captured.
 
     Args:
-        model: on one device; it is routed where its attention is wanted, and stays so.
+        model: on one device; it is routed where its attention is wanted, and where that changes
+            nothing, and stays so.
         tokens: length of the longest sequence that it will read.
         field: of the recipe, which says so.
         attention: whether queries and keys are captured; without, the traits say nothing.
@@ -47,12 +48,14 @@ def try_model(
     check_single_stack(model)
     _check_positions(model, tokens, field)
     layers = range(len(find_blocks(model)) + 1) if attention or hidden else range(0)
+    deepest = _deepest(model)
     traits = AttentionTraits()
     training = model.training
     model.eval()
     with torch.no_grad(), runnable(model), _padded(model):
         inputs = trial_inputs(model, tokens)
-        plain = _try(model, inputs, layers, f"{tokens} tokens", field)
+        heard = {*layers} if deepest is None else {*layers, deepest}
+        plain = _try(model, inputs, heard, f"{tokens} tokens", field)
         _check_states(model, plain, inputs, layers)
         if hidden and not attention:
             _check_repeats(model, inputs, layers)
@@ -66,8 +69,11 @@ def try_model(
                 # a model that can't be captured is left as it came
                 model.config._attn_implementation = running
                 raise
+        routed = attention or (
+            deepest is not None and _takes_routes(model, inputs, deepest, plain.hidden.get(deepest))
+        )
     model.train(training)
-    if attention:
+    if routed:
         # `runnable` put the name of before back
         route_attention(model)
     return traits
@@ -249,7 +255,8 @@ def _check_states(
             f"{type(model).__name__} has no hidden_size; give a model whose blocks hand on one "
             "vector of that size a token"
         )
-    for layer, state in states.hidden.items():
+    for layer in layers:
+        state = states.hidden[layer]
         expected = (state.shape[:2] if ids is None else ids.shape) + (width,)
         if state.shape != expected:
             raise UserError(
@@ -298,6 +305,40 @@ def _try_attention(
             f"can't be captured; {TAKE_OUT}"
         )
     return traits_of(name, {layer: calls[0] for layer, calls in found.items()})
+
+
+def _deepest(model: PreTrainedModel) -> int | None:
+    """The last layer of a model, where its blocks are found."""
+    try:
+        return len(find_blocks(model))
+    except UserError:
+        return None
+
+
+def _takes_routes(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], deepest: int, state: Tensor | None
+) -> bool:
+    """Whether a model whose attention nobody listens to gives the same through the listener, where
+    its masks are made without a read.
+
+    Args:
+        model: unrouted.
+        inputs: of the trial.
+        deepest: its last layer.
+        state: what that gave.
+    """
+    mask = inputs.get("attention_mask")
+    if state is None or state.ndim != 3 or not model._can_set_attn_implementation():
+        return False
+    running = model.config._attn_implementation
+    route_attention(model)
+    try:
+        routed = _try(model, inputs, {deepest}, "its inputs through the listener").hidden[deepest]
+    except UserError:
+        return False
+    finally:
+        model.config._attn_implementation = running
+    return _near(routed, state, None if mask is None else mask.bool())
 
 
 def _near(given: Tensor, expected: Tensor, valid: Tensor | None) -> bool:

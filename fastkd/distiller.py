@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkd.capture import CompiledCapture, route_attention, try_model
+from fastkd.capture import CompiledCapture, is_routed, route_attention, try_model
 from fastkd.capture.compiled import check_not_compiled
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
@@ -112,11 +112,13 @@ class Distiller(nn.Module):
                 try_model(student, tokens, "tokens", **needs),
                 try_model(teacher, tokens, "tokens", **needs),
             )
+            routed = [is_routed(student), is_routed(teacher)]
         finally:
             for model, name in zip((student, teacher), running, strict=True):
                 model.config._attn_implementation = name
+        # those of GPUs are the caller's: nothing here is drawn there
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             objective = make_objective(
                 section, layers, student, teacher, traits, head=head, seed=seed
             )
@@ -132,7 +134,7 @@ class Distiller(nn.Module):
         self._pair = [DistilledStudent(student, objective)]
         self._runs: list[TeacherRunner] = []
         self._compiled = self._compile() if compile else None
-        self._listens = needs["attention"]
+        self._routed = routed
         of_heads = ((n, loss_class(c.loss)) for n, c in section.terms.items())
         # the loss that learns from labels, or where they are
         self._labels_read = next(
@@ -155,8 +157,8 @@ class Distiller(nn.Module):
     def __enter__(self) -> Self:
         models = self.student, self.teacher
         running = [model.config._attn_implementation for model in models]
-        if self._listens:
-            for model in models:
+        for model, routed in zip(models, self._routed, strict=True):
+            if routed:
                 route_attention(model)
         self._found.append((running, self.teacher.training))
         self._runs.append(TeacherRunner(self.teacher, self.objective))

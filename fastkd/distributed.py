@@ -228,7 +228,9 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait for all."""
-        dist.barrier()
+        if self.world_size > 1:
+            gpu = None if self.device.type == "cpu" else [self.device.index]
+            dist.barrier(device_ids=gpu)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add a tensor up over all ranks, in place."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_marks import on_cpu
 from tiny_runs import assert_same_run, make_recipe
 from torch import Tensor
 
@@ -99,6 +100,7 @@ def test_a_step_of_one_micro_batch_is_taken_in_turn(streams: Streams) -> None:
     assert states.hidden[1] == 5 and not list(TeacherAhead(run, GPU)([]))
 
 
+@on_cpu
 def test_a_run_is_the_same(
     tmp_path: Path, streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +124,7 @@ def test_a_run_is_the_same(
     assert len(streams.kept) >= 3 * 4 * 5
 
 
+@on_cpu
 def test_where_no_teacher_runs_ahead(tmp_path: Path) -> None:
     path = make_recipe(tmp_path)
     with pytest.raises(UserError, match="overlap is on, but this run is on a CPU, which has no"):

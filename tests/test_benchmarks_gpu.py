@@ -182,7 +182,13 @@ def test_one_line_of_what_pytest_says() -> None:
 
 def test_tests_of_a_gpu_are_found_with_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {path.name for path in tests.device_tests("cuda")}
-    assert {"test_kernels_triton.py", "test_kernels_capture.py", "test_gpu_runs.py"} <= names
+    assert {
+        "test_kernels_triton.py",
+        "test_kernels_capture.py",
+        "test_gpu_runs.py",
+        "test_graphs.py",
+        "test_host_reads.py",
+    } <= names
     assert "test_kernels_compile.py" not in names
     runs = tests.TESTS / "test_gpu_runs.py"
     assert tests.missing(runs) == set()
@@ -190,6 +196,10 @@ def test_tests_of_a_gpu_are_found_with_what_they_need(monkeypatch: pytest.Monkey
     monkeypatch.setattr(tests, "find_spec", lambda name: None if name == "yaml" else found(name))
     # imported by a helper of a helper
     assert tests.missing(runs) == {"yaml"}
+    absent = {"yaml", "datasets"}
+    monkeypatch.setattr(tests, "find_spec", lambda name: None if name in absent else found(name))
+    # imported by what a test imports of fastkd
+    assert tests.missing(runs) == absent
     assert version_of("no-such-distribution") is None
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from device_marks import on_cpu
 from tiny_models import tiny_batch, tiny_model
 from tiny_runs import assert_same_run, make_recipe
 from torch import Tensor
@@ -151,6 +154,7 @@ def test_a_map_that_moves_unannounced_gets_a_graph_for_each_draw(
     assert stub.records > 2
 
 
+@on_cpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_of_recorded_steps(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -164,6 +168,60 @@ def test_a_run_of_recorded_steps(
         overrides = {"run.output": tmp_path / name, "train.cuda_graph": recorded}
         fastkd.distill(recipe, overrides, quiet=True)
     assert_same_run(tmp_path / "graph", tmp_path / "plain", losses=1e-6, weights=1e-7)
+
+
+@pytest.fixture
+def broken_recording(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """CUDA without a GPU, whose graphs say at their end that they are broken, and stop there; the
+    streams that are set."""
+    chosen: list[str] = []
+
+    @contextmanager
+    def graph(*_given: Any, **_options: Any) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    anything: Any = lambda *_given: nullcontext()  # noqa: E731
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, anything)
+    monkeypatch.setattr(torch.random, "fork_rng", anything)
+    stream = SimpleNamespace(wait_stream=lambda _other: None, name="before")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda one: chosen.append(one.name))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("reason", "raised", "said"),
+    [
+        (
+            RuntimeError("it waits"),
+            UserError,
+            r"can't be recorded \(RuntimeError: it waits\); leave",
+        ),
+        (torch.OutOfMemoryError("no room"), torch.OutOfMemoryError, "no room"),
+        (None, UserError, r"\(RuntimeError: operation failed due to a previous error"),
+    ],
+)
+def test_what_broke_a_recording_is_said(
+    reason: Exception | None, raised: type[Exception], said: str, broken_recording: list[str]
+) -> None:
+    calls = iter([None] * graphs._WARM_UP + [reason])
+
+    def function() -> Tensor:
+        if (error := next(calls)) is not None:
+            raise error
+        return torch.zeros(1)
+
+    with pytest.raises(raised, match=said):
+        graphs.Recorder(GPU)(function)
+    # the one of the recording would stay
+    assert broken_recording == ["before"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

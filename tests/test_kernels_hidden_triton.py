@@ -155,6 +155,24 @@ def test_low_precision_stays_near_plain_pytorch(
     check_rounding(define, given, plain=plain, inputs=op is hidden_cosine)
 
 
+@pytest.mark.parametrize("weights", ["shared", "each+bias"])
+@pytest.mark.parametrize("op", DEFINITIONS)
+def test_half_precision_in_chunks_of_masked_rows(
+    op: Callable[..., Tensor], weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the sizes of BERT where there is a GPU."""
+    monkeypatch.setattr(triton_path, "WORKSPACE_BYTES", 1)
+    dtype, tokens, widths = (
+        (torch.bfloat16, 300, (312, 768)) if GPU else (torch.float16, 70, (32, 48))
+    )
+    case = hidden_case(2, 2, tokens, widths, weights).cast(dtype).on(DEVICE)
+    options = {"mask": masks(2, tokens).to(DEVICE), "gain": 2**10}
+    given = case.run(op, backend="triton", **options)
+    plain = case.run(DEFINITIONS[op], **options)
+    define = case.defined(DEFINITIONS[op], **options)
+    check_rounding(define, given, plain=plain, inputs=op is hidden_cosine)
+
+
 @interpreted
 @pytest.mark.parametrize("weights", ["none", "shared+bias"])
 @pytest.mark.parametrize("op", [hidden_mse, hidden_cosine])

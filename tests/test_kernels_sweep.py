@@ -116,3 +116,31 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton_path.takes_sweep(128, (26, 64), half)
     assert not triton_path.takes_sweep(128, (26, 64), half, "hip")
     assert not triton_path.takes_sweep(128, (26, 128), half)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dims", [(26, 64), (64, 64)])
+def test_half_precision_with_masks(
+    dims: Any, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the sizes of BERT where there is a GPU."""
+    monkeypatch.setattr(triton_path, "FEWEST_PROGRAMS", 8)
+    seen: dict[str, int] = {}
+    monkeypatch.setattr(
+        triton_path, "_sweep_kernel", Counted(triton_path._sweep_kernel, seen, "sweep")
+    )
+    dtype, tokens, heads = (torch.bfloat16, 500, 12) if GPU else (torch.float16, 270, 2)
+    states = attention_states(2, 2, heads, tokens, dims, dtype=dtype, device=DEVICE)
+    mask = holes(2, tokens).to(DEVICE)
+    options: dict[str, Any] = {"causal": causal, "key_mask": mask, "query_mask": mask.flip(1)}
+    given = loss_and_gradients(
+        attention_score_mse, leaves_of(states[0]), *states, **options, **TILES
+    )
+    assert seen == {"sweep": 1}
+    sides = [cast(side, torch.float64) for side in states]
+    student = trained(sides[0])
+    expected = loss_and_gradients(
+        reference.attention_score_mse, leaves_of(student), student, sides[1], **options
+    )
+    # what tensor cores do to operands is not in the model of conditioning.py
+    assert max(errors(given, expected)) <= 4 * torch.finfo(dtype).eps

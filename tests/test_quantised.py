@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from device_marks import on_cpu
 from tiny_models import tiny_batch, tiny_config, tiny_model
 from tiny_runs import make_recipe, read_losses
 from torch import Tensor, nn
@@ -279,6 +280,7 @@ def test_a_model_that_can_not_run_in_eight_bits_is_one_line(
         quantise(odd, "int8", CPU)
 
 
+@on_cpu
 def test_where_eight_bits_are_not_multiplied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +313,7 @@ def opened(path: Path, *overrides: str) -> Run:
         return set_up(load_recipe(path, list(overrides)), ranks, progress=False)
 
 
+@on_cpu
 def test_a_run_whose_teacher_is_in_eight_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -331,6 +334,7 @@ def test_a_run_whose_teacher_is_in_eight_bits(
             assert found == pytest.approx(expected, rel=near), (dtype, found, expected)
 
 
+@on_cpu
 def test_states_of_eight_bits_are_stored_and_recomputed(tmp_path: Path) -> None:
     path = make_recipe(tmp_path)
     losses = {}
@@ -346,6 +350,7 @@ def test_states_of_eight_bits_are_stored_and_recomputed(tmp_path: Path) -> None:
             assert found == pytest.approx(expected, rel=5e-3), attention
 
 
+@on_cpu
 def test_memory_and_stored_states_are_those_of_eight_bits(tmp_path: Path) -> None:
     path = make_recipe(tmp_path)
     plain, found = (opened(path, f"teacher.dtype={dtype}") for dtype in ("float32", "int8"))

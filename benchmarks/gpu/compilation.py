@@ -23,8 +23,6 @@ def run(record: Record) -> None:
     stages find what these leave."""
     work = jobs(record)
     processes = min(MOST_PROCESSES, len(work), os.cpu_count() or 1)
-    # inductor's own processes, of each of ours
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
     # forked ones could not use a GPU
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:

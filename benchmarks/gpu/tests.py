@@ -14,12 +14,14 @@ from typing import Any
 
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.recorder import VARIABLE
-from benchmarks.gpu.stages import ROOT
+from benchmarks.gpu.stages import ROOT, RUNS
 
 TESTS = ROOT / "tests"
 # enough to see that tests run, pass and are skipped where there is no GPU
 DRY = ("test_kernels_capture.py",)
 MOST_WORKERS = 14
+# without it tests see no GPU
+GPU_TESTS = "FASTKD_GPU_TESTS"
 SHOWN = 10
 
 
@@ -37,14 +39,14 @@ def run(record: Record) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.recorder", "-q"]
     # the options of pyproject.toml are those of plugins that may not be there
     command += ["-o", "addopts=", "-p", "no:cacheprovider", "--tb=short"]
+    command += ["--continue-on-collection-errors"]
     if record.device != "cpu" and find_spec("xdist") is not None:
         workers = min(MOST_WORKERS, os.cpu_count() or 1)
         command += ["-n", str(workers), "--dist", "worksteal"]
     elif record.device != "cpu":
         record.skip("in parallel: pytest-xdist is not installed")
-    process = subprocess.Popen(
-        [*command, *map(str, files)], cwd=ROOT, env={**os.environ, VARIABLE: str(outcomes)}
-    )
+    env = {**os.environ, VARIABLE: str(outcomes), GPU_TESTS: str(int(record.device != "cpu"))}
+    process = subprocess.Popen([*command, *map(str, files)], cwd=ROOT, env=env)
     code = None
     while code is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -61,7 +63,10 @@ def device_tests(device: str) -> list[Path]:
     """Files that do something else where there is a GPU."""
     if device == "cpu":
         return [TESTS / name for name in DRY]
-    runs = [TESTS / f"test_{name}.py" for name in ("ahead", "gpu_runs", "quantised")]
+    runs = [
+        TESTS / f"test_{name}.py"
+        for name in ("ahead", "gpu_runs", "graphs", "host_reads", "quantised")
+    ]
     found = [*sorted(TESTS.glob("test_kernels_*.py")), *runs]
     return [path for path in found if "cuda.is_available" in path.read_text(encoding="utf-8")]
 
@@ -73,6 +78,8 @@ def missing(path: Path) -> set[str]:
         helper = TESTS / "helpers" / f"{name}.py"
         if helper.exists():
             absent |= missing(helper)
+        elif name == "fastkd":
+            absent |= {package for package in RUNS if find_spec(package) is None}
         elif find_spec(name) is None:
             absent.add(name)
     return absent

@@ -22,7 +22,7 @@ from fastkd.capture.packed_pass import leave_types_out, reading
 from fastkd.capture.packed_trial import try_packed
 from fastkd.capture.recompute import RecomputedAttention, try_recomputing
 from fastkd.capture.recording import capture
-from fastkd.capture.routing import route_attention, set_attention
+from fastkd.capture.routing import is_routed, route_attention, set_attention
 from fastkd.capture.states import Capture, PaddedStates
 from fastkd.capture.trial import hands_on_last_block, sees_ahead, try_model, vocabulary_size
 
@@ -38,6 +38,7 @@ __all__ = [
     "find_blocks",
     "find_module",
     "hands_on_last_block",
+    "is_routed",
     "leave_types_out",
     "no_cache",
     "reading",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastkd.capture.blocks import holder_of_blocks, no_cache
-from fastkd.capture.routing import PREFIX, hiding_nothing
+from fastkd.capture.routing import hiding_nothing, is_routed
 from fastkd.errors import UserError
 from fastkd.packed_row import PackedRow
 from fastkd.types import Inputs, model_inputs
@@ -44,8 +44,8 @@ def reading(model: PreTrainedModel, inputs: Inputs) -> Iterator[dict[str, Any]]:
     if model in _UNTYPED:
         read.pop("token_type_ids", None)
     if row is None:
-        decodes, routed = no_cache(model), model.config._attn_implementation.startswith(PREFIX)
-        if decodes and routed and "attention_mask" not in read:
+        decodes = no_cache(model)
+        if decodes and is_routed(model) and "attention_mask" not in read:
             read["attention_mask"] = hiding_nothing(read["input_ids"])
         yield {**read, **decodes}
         return

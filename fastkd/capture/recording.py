@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from fastkd.capture.blocks import find_blocks
 from fastkd.capture.lm_head import recorded_head
 from fastkd.capture.modules import find_module, module_recorder
-from fastkd.capture.routing import PREFIX, AttentionCall, Listener, listening
+from fastkd.capture.routing import AttentionCall, Listener, is_routed, listening
 from fastkd.capture.states import Capture, Slot, missing
 from fastkd.errors import UserError
 
@@ -85,7 +85,7 @@ def hooks(
     Raises:
         UserError: as `capture` on entry.
     """
-    if attention and not model.config._attn_implementation.startswith(PREFIX):
+    if attention and not is_routed(model):
         raise UserError(
             f"{type(model).__name__} was not routed, so its attention can't be captured; call "
             "route_attention(model) first"

@@ -88,7 +88,7 @@ def route_attention(model: PreTrainedModel, implementation: str | None = None) -
         )
     # where flash attention is not installed transformers may choose a kernel of the same kind
     running = model.config._attn_implementation
-    if running.startswith(PREFIX):
+    if is_routed(model):
         return
     name = PREFIX + running
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
@@ -98,6 +98,11 @@ def route_attention(model: PreTrainedModel, implementation: str | None = None) -
             AttentionMaskInterface.register(name, make_mask)
     # the setter above would try to load a flash kernel of this name
     model.config._attn_implementation = name
+
+
+def is_routed(model: PreTrainedModel) -> bool:
+    """Whether a model's attention goes through the listener."""
+    return bool(model.config._attn_implementation.startswith(PREFIX))
 
 
 @contextmanager

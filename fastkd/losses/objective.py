@@ -297,7 +297,8 @@ class Objective(nn.Module):
                 self._transports.observe(costs)
         if self.ratio is not None:
             values = losses.double()
-            links = torch.tensor(self._link_weights(), dtype=values.dtype).to(values.device)
+            links = torch.tensor(self._link_weights(), dtype=values.dtype)
+            links = links.to(values.device, non_blocking=True)
             self.ratio.observe(self._by_term(values * links))
 
     def feedback(self) -> dict[str, Any]:

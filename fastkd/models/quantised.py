@@ -50,8 +50,8 @@ def quantise_rows(rows: Tensor, codes: torch.dtype) -> tuple[Tensor, Tensor]:
     most = 448.0 if codes.is_floating_point else 127.0
     # faster than the maximum of absolute values, which are another tensor
     largest = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True))
-    # a row of zeros stays one
-    scales = (largest.float() / most).clamp(min=torch.finfo(torch.float32).tiny)
+    # a product, as GPUs divide by a number; a row of zeros stays one
+    scales = (largest.float() * (1 / most)).clamp(min=torch.finfo(torch.float32).tiny)
     scaled = rows / scales
     if not codes.is_floating_point:
         scaled.round_()

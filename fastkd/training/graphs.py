@@ -159,16 +159,26 @@ class Recorder:
                 for _ in range(_WARM_UP):
                     function()
             torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            broke: BaseException | None = None
             # the thread that prepares the next inputs allocates and copies meanwhile
             mode = "thread_local"
             try:
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
-                    made = function()
+                    try:
+                        made = function()
+                    except FOREIGN_ERRORS as error:
+                        broke = error
+                        raise
             except FOREIGN_ERRORS as error:
+                # what ends a broken recording says no more than that it is broken, and stops there
+                torch.cuda.set_stream(stream)
+                reason = broke or error
+                if isinstance(reason, torch.OutOfMemoryError):
+                    raise reason from None
                 raise UserError(
-                    f"train.cuda_graph: this step can't be recorded ({type(error).__name__}: "
-                    f"{one_line(error)}); leave cuda_graph out"
-                ) from error
+                    f"train.cuda_graph: this step can't be recorded ({type(reason).__name__}: "
+                    f"{one_line(reason)}); leave cuda_graph out"
+                ) from reason
             self._pool = graph.pool()
         return graph.replay, made

@@ -55,8 +55,9 @@ def session(
     try:
         with ExitStack() as stack:
             stack.enter_context(quietened())
-            stack.enter_context(kept_random_numbers())
             ranks = stack.enter_context(joined_ranks())
+            # of this rank's GPU, which is chosen by now
+            stack.enter_context(kept_random_numbers())
             again = "start all ranks again" + (" with --resume to continue" if recipe else "")
             if recipe is not None:
                 stack.enter_context(_stopped())

@@ -19,7 +19,8 @@ def multiply(
 ) -> None:
     """fp32 `out` `[rows, columns]` is, or grows by, `left @ right`, plus `bias` `[columns]`.
 
-    Without `add` and `bias`, `out` may have the operands' dtype, and is rounded to it once.
+    Without `add` and `bias`, `out` may have the operands' dtype. The library may then add parts up
+    in it, where `torch.backends.cuda.matmul` lets reductions be of reduced precision.
     """
     if out.dtype == left.dtype and not add and bias is None:
         torch.mm(left, right, out=out)

@@ -22,7 +22,7 @@ def _rescale_kernel(
     """
     pair = tl.program_id(1).to(tl.int64)
     value = tl.load(factor + pair)
-    block = tl.program_id(0)
+    block = tl.program_id(0).to(tl.int64)
     first_blocks = tl.cdiv(first_size, BLOCK)
     if block < first_blocks:
         o_one = block * BLOCK + tl.arange(0, BLOCK)

@@ -104,9 +104,10 @@ def _copied(table: Tensor, device: torch.device) -> Tensor:
     """Copied from pinned memory, without waiting."""
     if device.type != "cuda":
         return table.to(device)
-    if _lasting.is_empty() or torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing():
         pinned = _lasting.copy(table)
     else:
+        _lasting.fill()
         pinned = table.pin_memory()
     return pinned.to(device, non_blocking=True)
 
@@ -114,24 +115,26 @@ def _copied(table: Tensor, device: torch.device) -> Tensor:
 class _Lasting:
     """Pinned memory that is never freed: a captured graph copies from it whenever it is replayed.
 
-    It is taken before the first capture, which may not allocate.
+    It is taken between captures, which may not allocate.
     """
 
     def __init__(self) -> None:
         self.left: Tensor | None = None
         self.full: list[Tensor] = []
 
-    def is_empty(self) -> bool:
-        return self.left is None
-
-    def copy(self, table: Tensor) -> Tensor:
-        size = -(-table.nbytes // 16) * 16
-        if self.left is None or self.left.numel() < size:
+    def fill(self, least: int = PINNED_BYTES // 2) -> None:
+        """Let there be so many bytes."""
+        if self.left is None or self.left.numel() < least:
             # a view keeps the whole of its memory
             self.full += [] if self.left is None else [self.left]
             self.left = torch.empty(
-                max(size, PINNED_BYTES), dtype=torch.uint8, device="cpu", pin_memory=True
+                max(least, PINNED_BYTES), dtype=torch.uint8, device="cpu", pin_memory=True
             )
+
+    def copy(self, table: Tensor) -> Tensor:
+        size = -(-table.nbytes // 16) * 16
+        self.fill(size)
+        assert self.left is not None, "it was filled"
         place, self.left = self.left[: table.nbytes], self.left[size:]
         return place.view(table.dtype).view(table.shape).copy_(table)
 

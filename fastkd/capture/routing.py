@@ -102,7 +102,7 @@ def route_attention(model: PreTrainedModel, implementation: str | None = None) -
 
 def is_routed(model: PreTrainedModel) -> bool:
     """Whether a model's attention goes through the listener."""
-    return bool(model.config._attn_implementation.startswith(PREFIX))
+    return str(model.config._attn_implementation).startswith(PREFIX)
 
 
 @contextmanager

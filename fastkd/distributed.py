@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, NoReturn, TypeVar
 
 import psutil
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
+from torch.distributed.rendezvous import rendezvous
 
 from fastkd.errors import LostRank, RankError, UserError
 from fastkd.signals import Signalled, stop_signals
@@ -37,6 +39,8 @@ TIMEOUT = "FASTKD_RANK_TIMEOUT"
 """Environment variable: seconds that a rank waits for the others."""
 
 _DEFAULT_SECONDS = 7200.0
+# of this process, one after the other
+_groups = count()
 # environment variables that `start_ranks` sets where they are not
 _SET = ("LOCAL_RANK", "DS_ACCELERATOR")
 # a process that was killed closes its sockets a moment before it is gone
@@ -167,7 +171,7 @@ def watched_ranks(peers: Sequence[Peer], rank: int, then: str) -> Iterator[None]
         yield
         if others:
             # who leaves while others have something to do would be taken for lost
-            dist.barrier()
+            dist.barrier(device_ids=_own_gpu())
     finally:
         done.set()
 
@@ -202,7 +206,8 @@ def _said(others: Sequence[Peer], rank: int, error: str, then: str) -> str:
         return (
             f"{of}: no answer in time from {there}; end what hangs and {then}, or raise {TIMEOUT}"
         )
-    return f"{of}: the connection to another rank was lost ({there}); {then}"
+    said = f" ({' '.join(error.split())})" if error else ""
+    return f"{of}: the connection to another rank was lost ({there}){said}; {then}"
 
 
 @dataclass(frozen=True)
@@ -229,13 +234,17 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for all."""
         if self.world_size > 1:
-            gpu = None if self.device.type == "cpu" else [self.device.index]
-            dist.barrier(device_ids=gpu)
+            dist.barrier(device_ids=_own_gpu())
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add a tensor up over all ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            # NCCL adds up on GPUs alone
+            gpu = _own_gpu()
+            moved = tensor if gpu is None else tensor.to(torch.device("cuda", gpu[0]))
+            dist.all_reduce(moved)
+            if moved is not tensor:
+                tensor.copy_(moved)
         return tensor
 
     def sum_to(self, rank: int, tensor: Tensor) -> None:
@@ -282,11 +291,14 @@ def start_ranks() -> Ranks:
 
     Raises:
         UserError: the environment gives a timeout that is none, see `fastkd.distributed`.
-        RankError: this rank has no GPU where the first has one.
+        RankError: this rank has no GPU where the first has one, or shares one with another rank.
     """
     gpu = torch.cuda.is_available()
     if not gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if gpu and torch.cuda.device_count() == 1:
+        # a scheduler may show each rank one GPU, and that to each as its first
+        os.environ["LOCAL_RANK"] = "0"
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
     if gpu and local_rank >= torch.cuda.device_count():
@@ -303,7 +315,15 @@ def start_ranks() -> Ranks:
         if "RANK" in os.environ:
             _check_launcher()
             _wait_as_told()
-            dist.init_process_group(backend, timeout=default_timeout())
+            timeout = default_timeout()
+            store, rank, size = next(rendezvous("env://", timeout=timeout))
+            # a launcher's store outlives a group, and the next one would read what that wrote
+            store = dist.PrefixStore(f"fastkd-{next(_groups)}", store)  # type: ignore[attr-defined]
+            if gpu:
+                _check_gpus(store, rank, size, device)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timeout
+            )
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -320,13 +340,33 @@ def _check_launcher() -> None:
         )
 
 
+def _check_gpus(store: Any, rank: int, size: int, device: torch.device) -> None:
+    """See that each rank has a GPU of its own, before NCCL does: collective.
+
+    Raises:
+        RankError: another rank has the same one.
+    """
+    gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+    store.set(f"gpu/{rank}", gpu)
+    same = [other for other in range(size) if store.get(f"gpu/{other}").decode() == gpu]
+    if len(same) > 1:
+        raise RankError(
+            f"ranks {', '.join(map(str, same))} have one GPU of {socket.gethostname()}, expected "
+            "one for each; start as many ranks as GPUs, with LOCAL_RANK set as torchrun does, or "
+            "show each rank one of its own"
+        )
+
+
+def _own_gpu() -> list[int] | None:
+    """The GPU of this rank, where ranks talk by NCCL."""
+    return [torch.cuda.current_device()] if dist.get_backend() == "nccl" else None
+
+
 def _wait_as_told() -> None:
-    """Let the groups that DeepSpeed makes wait as long as the environment says: it gives them no
-    time of their own, and torch takes its default then."""
-    given = rank_timeout()
-    if given is not None:
-        for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
-            setattr(distributed_c10d, name, given)
+    """Let the groups that DeepSpeed makes wait as long as the first one: it gives them no time of
+    their own, and torch takes its default then."""
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, default_timeout())
 
 
 def stop_ranks() -> None:
@@ -334,6 +374,13 @@ def stop_ranks() -> None:
     if dist.is_initialized():
         _forget_groups()
         dist.destroy_process_group()
+
+
+def _leaves_together() -> bool:
+    """Whether a group is left by all ranks or by none: NCCL waits for those that are still at work,
+    and what ended this rank would never be said."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    return several and dist.get_backend() == "nccl"
 
 
 def _forget_groups() -> None:
@@ -354,16 +401,20 @@ def _uses_deepspeed() -> bool:
 def joined_ranks() -> Iterator[Ranks]:
     """The ranks while the context is open; a process that had a group keeps it, and no more.
 
+    What ends one of several ranks on GPUs leaves its group to the end of the process.
+
     Raises:
         UserError: as `start_ranks`.
     """
     had_group, had_deepspeed = dist.is_initialized(), _uses_deepspeed()
     environment = {name: os.environ.get(name) for name in _SET}
     gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+    ended = False
     try:
         yield start_ranks()
+        ended = True
     finally:
-        if not had_group:
+        if not had_group and (ended or not _leaves_together()):
             stop_ranks()
         elif not had_deepspeed:
             _forget_groups()

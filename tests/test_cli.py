@@ -298,14 +298,14 @@ def test_a_rank_without_a_gpu_says_so_itself(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first rank, which speaks for all where they fail alike, has one."""
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(cli, "app", lambda **_: start_ranks())
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert said.startswith("fastkd: rank 1 of this machine has no GPU of its own")
+    assert said.startswith("fastkd: rank 2 of this machine has no GPU of its own")
     assert said.count("\n") == 1

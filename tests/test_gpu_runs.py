@@ -123,5 +123,7 @@ def test_more_ranks_than_gpus_are_one_line(recipe: Path) -> None:
     output = recipe.parent / "many"
     done = run_command("distill", str(recipe), f"run.output={output}", ranks=ranks, gpu=True)
     assert done.returncode != 0
-    assert f"rank {ranks - 1} of this machine has no GPU of its own" in done.stderr
+    alone = f"rank {ranks - 1} of this machine has no GPU of its own"
+    # one GPU is taken for what a scheduler shows each rank
+    assert (alone if ranks > 2 else "ranks 0, 1 have one GPU of") in done.stderr
     assert not output.exists()

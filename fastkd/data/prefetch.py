@@ -70,7 +70,7 @@ class Prefetched:
         self._copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._thread = ThreadPoolExecutor(1, "fastkd-data")
+        self._thread = ThreadPoolExecutor(1, "fastkd-data", _on, (device,))
         self._ahead: deque[Future[_Prepared]] = deque()
         self._stand()
 
@@ -146,6 +146,12 @@ class Prefetched:
             for tensor in part.values():
                 if tensor.is_cuda:
                     tensor.record_stream(stream)
+
+
+def _on(device: torch.device) -> None:
+    """Let a thread work on a GPU: of the first one, which it stands on, it would take memory."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _read_by_models(inputs: Inputs) -> Inputs:

@@ -192,7 +192,12 @@ class NoTeacher:
 
 def shard_teacher(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
     """A second ZeRO-3 engine, without an optimiser, that holds the teacher's weights in shards."""
-    engine: nn.Module = _deepspeed().initialize(model=model, config=teacher_config(recipe))[0]
+    config, deepspeed = teacher_config(recipe), _deepspeed()
+    # one weight at a time: of a model that is whole the engine puts all of it on each GPU first
+    parts = deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(parts.local_device)
+    engine: nn.Module = deepspeed.initialize(model=model, config=config)[0]
     return engine
 
 

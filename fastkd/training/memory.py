@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fastkd.errors import UserError
+from fastkd.errors import RankError, UserError
 from fastkd.recipe import AnyRecipe, Recipe
 from fastkd.training.deepspeed_config import uses_deepspeed
 
@@ -55,7 +55,7 @@ def check_micro_batch(
 
 @contextmanager
 def memory_errors(recipe: AnyRecipe, device: torch.device) -> Iterator[None]:
-    """Turn a failed allocation into a `UserError` that says what was asked and what there is."""
+    """Turn a failed allocation into a `RankError` that says what was asked and what there is."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -71,7 +71,7 @@ def memory_errors(recipe: AnyRecipe, device: torch.device) -> Iterator[None]:
         field = "train.micro_batch_size"
         if isinstance(recipe, Recipe) and recipe.data and recipe.data.batch_tokens:
             size, field = f"up to {recipe.data.batch_tokens:,} tokens", "data.batch_tokens"
-        raise UserError(
+        raise RankError(
             f"out of memory{asked}: this {_kind(device)} has {_gib(memory_of(device))}, and "
             f"micro-batches are {size}; give a smaller {field}, or set gradient_checkpointing"
         ) from error

@@ -1,0 +1,118 @@
+"""The process group: made anew in one process, and what of it only GPUs would show."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_models import tiny_model
+from tiny_runs import make_recipe, run_script
+
+from fastkd import distributed
+from fastkd.distributed import TIMEOUT, joined_ranks, start_ranks
+from fastkd.errors import RankError, UserError
+from fastkd.recipe import Recipe, load_recipe
+from fastkd.training.engine import shard_teacher
+
+
+def test_a_second_group_reads_nothing_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TIMEOUT, "20")
+    done = run_script("two_groups.py", ranks=2, fresh=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["turn 0: 3", "turn 1: 3"]
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """This process as the second of two ranks of NCCL, each of which is shown one GPU; what it
+    asks for."""
+    asked: dict[str, Any] = {"ended": 0}
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    gpu = SimpleNamespace(uuid="GPU-1")
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_properties": gpu,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_given, value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(device=device))
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+
+    def begun(backend: str, **given: Any) -> None:
+        asked.update(backend=backend, **given)
+        for name, value in {
+            "is_initialized": True,
+            "get_rank": 1,
+            "get_world_size": 2,
+            "get_backend": "nccl",
+        }.items():
+            monkeypatch.setattr(dist, name, lambda value=value: value)
+
+    monkeypatch.setattr(dist, "init_process_group", begun)
+    monkeypatch.setattr(distributed, "meet", lambda: ())
+    monkeypatch.setattr(distributed, "_groups", iter([7]))
+    ended: Any = lambda: asked.update(ended=asked["ended"] + 1)  # noqa: E731
+    monkeypatch.setattr(distributed, "stop_ranks", ended)
+    first = dist.PrefixStore("fastkd-7", store)  # type: ignore[attr-defined]
+    first.set("gpu/0", f"{socket.gethostname()} GPU-0")
+    asked["first"] = first
+    return asked
+
+
+def test_the_one_gpu_that_a_rank_is_shown_is_its_own(two_gpus: dict[str, Any]) -> None:
+    ranks = start_ranks()
+    assert (ranks.rank, ranks.world_size, ranks.device) == (1, 2, torch.device("cuda", 0))
+    assert two_gpus["device"] == ranks.device and os.environ["LOCAL_RANK"] == "0"
+    asked = two_gpus["backend"], two_gpus["rank"], two_gpus["world_size"]
+    assert asked == ("nccl", 1, 2)
+
+
+def test_two_ranks_of_one_gpu_are_refused(two_gpus: dict[str, Any]) -> None:
+    two_gpus["first"].set("gpu/0", f"{socket.gethostname()} GPU-1")
+    with pytest.raises(RankError, match=r"ranks 0, 1 have one GPU of .*, expected one"):
+        start_ranks()
+    assert "backend" not in two_gpus
+
+
+def test_who_fails_alone_does_not_wait_for_the_others(two_gpus: dict[str, Any]) -> None:
+    """NCCL leaves a group only together."""
+    with pytest.raises(UserError, match="a mistake"), joined_ranks():
+        raise UserError("a mistake")
+    assert two_gpus["ended"] == 0
+
+
+def test_all_leave_the_group_at_the_end(two_gpus: dict[str, Any]) -> None:
+    with joined_ranks():
+        pass
+    assert two_gpus["ended"] == 1
+
+
+def test_a_teacher_in_shards_is_never_moved_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be larger than a GPU."""
+    recipe = load_recipe(make_recipe(tmp_path), ["teacher.placement=shard"])
+    assert isinstance(recipe, Recipe)
+    model, ids = tiny_model("bert"), torch.arange(5, 13)[None]
+    expected = model(ids).last_hidden_state
+
+    def moved(*_arguments: Any, **_keywords: Any) -> None:
+        raise AssertionError("all of it was moved")
+
+    monkeypatch.setattr(type(model), "to", moved)
+    with joined_ranks(), torch.no_grad():
+        engine = shard_teacher(model.requires_grad_(False), recipe)
+        # which returns nothing
+        engine.eval()
+        assert torch.equal(engine(ids).last_hidden_state, expected)

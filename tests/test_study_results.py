@@ -30,7 +30,7 @@ from fastkd.study.spec import load_study
 from tools.study_state import unpack
 
 AXES, STARTS, RECIPES = "study-glue-axes", "study-glue-starts", "study-glue-recipes"
-TEACHERS = "study-glue-teachers"
+TEACHERS, LONG = "study-glue-teachers", "study-glue-teachers-long"
 RATES = ("5e-5", "1e-4", "2e-4")
 
 
@@ -96,7 +96,7 @@ CHOSEN = {
 }
 
 
-@pytest.fixture(scope="module", params=[TEACHERS, *CHOSEN, AXES, *SECTIONS])
+@pytest.fixture(scope="module", params=[TEACHERS, LONG, *CHOSEN, AXES, *SECTIONS])
 def study(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -152,6 +152,26 @@ def test_the_rates_of_the_studies_are_the_best_but_one(runs: Runs, page: str) ->
     ahead = statistics.fmean(found["2e-4"]) - statistics.fmean(found["1e-4"])
     expected = ahead, statistics.stdev(found["2e-4"])
     assert all(agrees(n, 100 * value) for n, value in zip(said, expected, strict=True)), expected
+
+
+@pytest.mark.parametrize("study", [LONG], indirect=True)
+def test_what_longer_training_is_said_to_bring(runs: Runs, page: str) -> None:
+    (said,) = re.findall(
+        r"CoLA's has ([\d.]+) on the selection part and ([\d.]+) on dev, where those of the "
+        r"studies have ([\d. ±]+); .* SST-2's has ([\d.]+) and ([\d.]+), those of the studies "
+        r"([\d. ±]+)\. ",
+        re.sub(r"\s+", " ", page),
+    )
+    teacher = next(row for row in table_rows(page.split("\n## Axis: ")[1]) if row[0] == "teacher")
+    for task, rate, of in (("CoLA", "5e-5", said[:3]), ("SST-2", "1e-4", said[3:])):
+        scores = {of: runs[task, f"rate={of}", 0].student for of in ("5e-5", "1e-4")}
+        assert rate == max(scores, key=lambda of: scores[of]), scores
+        dev = json.loads((RESULTS / f"teachers-long-dev-{task}.json").read_text())["score"]
+        assert agrees(of[0], scores[rate]) and agrees(of[1], dev), (task, scores, dev)
+        assert of[2] == teacher[1 + TASKS.index(task)]
+        mean, deviation = map(float, of[2].split(" ± "))
+        # no gain: within what seeds differ by, or below
+        assert dev < mean + deviation
 
 
 def test_the_page_says_how_many_examples_chose(page: str) -> None:

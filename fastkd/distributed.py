@@ -45,6 +45,8 @@ _groups = count()
 _SET = ("LOCAL_RANK", "DS_ACCELERATOR")
 # a process that was killed closes its sockets a moment before it is gone
 _GONE_WITHIN_SECONDS = 2.0
+# characters of what a library says of it
+_SAID = 200
 LOOK_SECONDS = 1.0
 """Between two looks at the processes of the others."""
 GRACE_SECONDS = 15.0
@@ -206,7 +208,7 @@ def _said(others: Sequence[Peer], rank: int, error: str, then: str) -> str:
         return (
             f"{of}: no answer in time from {there}; end what hangs and {then}, or raise {TIMEOUT}"
         )
-    said = f" ({' '.join(error.split())})" if error else ""
+    said = f" ({' '.join(error.split())[:_SAID]})" if error else ""
     return f"{of}: the connection to another rank was lost ({there}){said}; {then}"
 
 

@@ -282,7 +282,9 @@ def doctor(
     from fastkd.training.doctor import describe_machine, estimate_run
     from fastkd.training.session import session
 
-    describe_machine(Reporter(silent=os.environ.get("RANK", "0") != "0"))
+    # the others would take memory of every GPU to ask for what they don't say
+    if os.environ.get("RANK", "0") == "0":
+        describe_machine(Reporter())
     if chosen is not None:
         with session() as (joined, reporter):
             estimate_run(chosen, joined, reporter)

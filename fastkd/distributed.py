@@ -208,7 +208,8 @@ def _said(others: Sequence[Peer], rank: int, error: str, then: str) -> str:
         return (
             f"{of}: no answer in time from {there}; end what hangs and {then}, or raise {TIMEOUT}"
         )
-    said = f" ({' '.join(error.split())[:_SAID]})" if error else ""
+    # gloo's says no more than that; NCCL's may be of something else
+    said = f" ({' '.join(error.split())[:_SAID]})" if error and "gloo/" not in error else ""
     return f"{of}: the connection to another rank was lost ({there}){said}; {then}"
 
 

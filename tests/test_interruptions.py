@@ -189,6 +189,11 @@ def test_errors_that_are_no_lost_rank_pass() -> None:
     lost = pytest.raises(LostRank, match=r"connection to another rank was lost \(rank 1")
     with lost, lost_ranks(peers, 0):
         raise closed
+    # whose errors may be of something else
+    refused = RuntimeError("NCCL error in: x.cpp:1,\nunhandled cuda error: out of memory")
+    lost = pytest.raises(LostRank, match=r"lost \(.*\) \(NCCL .*, unhandled .* out of memory\); st")
+    with lost, lost_ranks(peers, 0):
+        raise refused
 
 
 @pytest.mark.parametrize("given", ["", "soon", "-1", "0", "nan", "inf", "1e99"])

@@ -103,6 +103,7 @@ def test_half_precision_takes_one_launch(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks of keys a pass where registers hold their gradients; ahead as memory allows."""
+    monkeypatch.setattr(triton_path, "_TRITON_3_6", False)
     half = (torch.bfloat16, torch.bfloat16)
     blocks = {}
     for tokens, dims in [(512, (26, 64)), (384, (26, 64)), (256, (26, 64)), (512, (64, 64))]:
@@ -116,6 +117,17 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton_path.takes_sweep(128, (26, 64), half)
     assert not triton_path.takes_sweep(128, (26, 64), half, "hip")
     assert not triton_path.takes_sweep(128, (26, 128), half)
+
+
+def test_triton_3_6_gets_no_single_pass_of_two_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def blocks(tokens: int) -> tuple[object, object]:
+        constants = triton_path.sweep_launch(tokens, (26, 64), (torch.bfloat16,) * 2).constants
+        return constants["KEY_BLOCKS"], constants["PASSES"]
+
+    monkeypatch.setattr(triton_path, "_TRITON_3_6", False)
+    assert [*map(blocks, (256, 500))] == [(2, 1), (2, 2)]
+    monkeypatch.setattr(triton_path, "_TRITON_3_6", True)
+    assert [*map(blocks, (256, 500))] == [(1, 2), (2, 2)]
 
 
 @pytest.mark.parametrize("causal", [False, True])

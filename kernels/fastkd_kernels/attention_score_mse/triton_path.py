@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from ..common.attention_call import Call, Heads, type_constants
@@ -101,6 +102,10 @@ def takes_sweep(
     return programs >= FEWEST_PROGRAMS // 2 and takes_whole(dims, dtypes, on)
 
 
+# whose compiler fails at a single pass of two blocks with Hopper's products
+_TRITON_3_6 = triton.__version__.startswith("3.6.")
+
+
 def sweep_launch(
     tokens: int,
     dims: tuple[int, int],
@@ -113,6 +118,7 @@ def sweep_launch(
     blocks = cdiv(tokens, held)
     # three blocks would leave half of a second pass empty; fp16 has wider operands
     two = blocks not in (1, 3) and widths[0] <= 32 and torch.float16 not in dtypes
+    two &= blocks > 2 or not _TRITON_3_6
     constants = whole_head_blocks(block, held, dims, dtypes[0], on)
     constants |= {"KEY_BLOCKS": 1 + two, "PASSES": cdiv(blocks, 1 + two)}
     wide = product_dtype(dtypes[0]).itemsize

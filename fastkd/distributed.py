@@ -243,8 +243,7 @@ class Ranks:
         """Add a tensor up over all ranks, in place."""
         if self.world_size > 1:
             # NCCL adds up on GPUs alone
-            gpu = _own_gpu()
-            moved = tensor if gpu is None else tensor.to(torch.device("cuda", gpu[0]))
+            moved = tensor if _own_gpu() is None else tensor.cuda()
             dist.all_reduce(moved)
             if moved is not tensor:
                 tensor.copy_(moved)
@@ -317,8 +316,8 @@ def start_ranks() -> Ranks:
         backend = "nccl" if gpu else "gloo"
         if "RANK" in os.environ:
             _check_launcher()
-            _wait_as_told()
             timeout = default_timeout()
+            _let_groups_wait(timeout)
             store, rank, size = next(rendezvous("env://", timeout=timeout))
             # a launcher's store outlives a group, and the next one would read what that wrote
             store = dist.PrefixStore(f"fastkd-{next(_groups)}", store)  # type: ignore[attr-defined]
@@ -365,11 +364,11 @@ def _own_gpu() -> list[int] | None:
     return [torch.cuda.current_device()] if dist.get_backend() == "nccl" else None
 
 
-def _wait_as_told() -> None:
+def _let_groups_wait(timeout: datetime.timedelta) -> None:
     """Let the groups that DeepSpeed makes wait as long as the first one: it gives them no time of
     their own, and torch takes its default then."""
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
-        setattr(distributed_c10d, name, default_timeout())
+        setattr(distributed_c10d, name, timeout)
 
 
 def stop_ranks() -> None:
@@ -383,7 +382,7 @@ def _leaves_together() -> bool:
     """Whether a group is left by all ranks or by none: NCCL waits for those that are still at work,
     and what ended this rank would never be said."""
     several = dist.is_initialized() and dist.get_world_size() > 1
-    return several and dist.get_backend() == "nccl"
+    return several and _own_gpu() is not None
 
 
 def _forget_groups() -> None:
@@ -417,10 +416,11 @@ def joined_ranks() -> Iterator[Ranks]:
         yield start_ranks()
         ended = True
     finally:
-        if not had_group and (ended or not _leaves_together()):
+        if had_group:
+            if not had_deepspeed:
+                _forget_groups()
+        elif ended or not _leaves_together():
             stop_ranks()
-        elif not had_deepspeed:
-            _forget_groups()
         if gpu is not None:
             torch.cuda.set_device(gpu)
         for name, value in environment.items():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, tiny_model
 from torch import Tensor
-from transformers import AutoModel, GptOssConfig, MistralConfig
+from transformers import AutoModel, GptOssConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from fastkd.capture import reading, route_attention
@@ -20,9 +20,9 @@ TOKENS = 12
 WINDOW = 4
 
 
-def _windowed(kind: type, **changes: Any) -> Any:
+def _with_sinks() -> Any:
     torch.manual_seed(0)
-    config = kind(
+    config = GptOssConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=64,
@@ -30,20 +30,19 @@ def _windowed(kind: type, **changes: Any) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
         sliding_window=WINDOW,
-        pad_token_id=0,
-        **changes,
     )
     return AutoModel.from_config(config).eval()
 
 
+SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
 DECODERS = {
     "llama": lambda: tiny_model("llama"),
     "gpt2": lambda: tiny_model("gpt2"),
-    "windows": lambda: _windowed(MistralConfig),
-    "windows and sinks": lambda: _windowed(
-        GptOssConfig, num_local_experts=2, num_experts_per_tok=1
-    ),
+    "windows": lambda: tiny_model("qwen2", **SLIDING),
+    "windows and sinks": _with_sinks,
 }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from device_marks import no_wait
 from tiny_runs import make_recipe
 from tiny_training import save_classifier, write_recipe, write_task
 from torch.overrides import TorchFunctionMode
@@ -124,20 +124,6 @@ RECIPES = {
         folder, cache="bfloat16", cache_attention="recomputed"
     ),
 }
-
-
-@contextmanager
-def no_wait() -> Iterator[None]:
-    """Let what waits for a GPU raise, where there is one."""
-    gpu = torch.cuda.is_available()
-    before = torch.cuda.get_sync_debug_mode() if gpu else 0
-    if gpu:
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        if gpu:
-            torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("name", RECIPES)

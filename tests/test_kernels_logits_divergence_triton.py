@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conditioning import bounds, check_rounding, check_within
+from device_marks import no_wait
 from fastkd_kernels import logits_divergence
 from fastkd_kernels.logits_divergence import triton_path
 from kernel_cases import fresh_tensors_are_nan
@@ -274,8 +275,5 @@ def test_on_a_gpu_without_synchronisation(kind: str, monkeypatch: pytest.MonkeyP
     )
     check_precision(case, "triton", "cuda")
     case = case.on("cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait():
         case.run(logits_divergence)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -63,12 +63,10 @@ def device_tests(device: str) -> list[Path]:
     """Files that do something else where there is a GPU."""
     if device == "cpu":
         return [TESTS / name for name in DRY]
-    runs = [
-        TESTS / f"test_{name}.py"
-        for name in ("ahead", "gpu_runs", "graphs", "host_reads", "quantised")
-    ]
-    found = [*sorted(TESTS.glob("test_kernels_*.py")), *runs]
-    return [path for path in found if "cuda.is_available" in path.read_text(encoding="utf-8")]
+    kernels = sorted(TESTS.glob("test_kernels_*.py"))
+    asking = [path for path in kernels if "cuda.is_available" in path.read_text(encoding="utf-8")]
+    runs = ("ahead", "gpu_runs", "graphs", "host_reads", "quantised")
+    return [*asking, *(TESTS / f"test_{name}.py" for name in runs)]
 
 
 def missing(path: Path) -> set[str]:

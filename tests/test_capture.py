@@ -236,6 +236,29 @@ def test_nothing_stays_on_a_model_that_raises() -> None:
     assert sorted(states.attention) == list(BLOCKS)
 
 
+def test_a_capture_within_a_capture_hears_alone_and_hands_back() -> None:
+    model = routed(tiny_model("bert"))
+    with torch.no_grad(), capture(model, attention=[1]) as outer:
+        with capture(model, attention=[1]) as inner:
+            run(model)
+        assert not outer.attention
+        run(model)
+    assert torch.equal(inner.attention[1].query, outer.attention[1].query)
+    assert not list(traces(model))
+
+
+def test_a_module_that_stands_in_a_block_twice_is_left_clean() -> None:
+    model = routed(tiny_model("bert"))
+    block = find_blocks(model)[0]
+    block.again = block.attention
+    with torch.no_grad(), capture(model, attention=[1]) as outer:
+        with capture(model, attention=[1], whole=False):
+            pass
+        run(model)
+    assert sorted(outer.attention) == [1]
+    assert not list(traces(model))
+
+
 def test_tensors_go_with_the_capture() -> None:
     model = routed(tiny_model("bert"))
     with torch.no_grad(), capture(model, attention=[2], hidden=[0, 3]) as states:

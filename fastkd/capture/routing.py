@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,18 +108,29 @@ def is_routed(model: PreTrainedModel) -> bool:
 @contextmanager
 def listening(block: nn.Module, listener: Listener) -> Iterator[None]:
     """Let `listener` hear every attention inside a block while the context is open."""
-    with ExitStack() as stack:
-        for module in block.modules():
-            stack.callback(_put_back, module, module.__dict__.get(_LISTENER))
-            module.__dict__[_LISTENER] = listener
+    parts = [module.__dict__ for module in _inside(block)]
+    before = [part.get(_LISTENER) for part in parts]
+    for part in parts:
+        part[_LISTENER] = listener
+    try:
         yield
+    finally:
+        for part, earlier in zip(parts, before, strict=True):
+            if earlier is None:
+                # a module that stands in a block twice is left once
+                part.pop(_LISTENER, None)
+            else:
+                part[_LISTENER] = earlier
 
 
-def _put_back(module: nn.Module, listener: Listener | None) -> None:
-    if listener is None:
-        del module.__dict__[_LISTENER]
-    else:
-        module.__dict__[_LISTENER] = listener
+def _inside(module: nn.Module) -> list[nn.Module]:
+    """`module.modules()`, some perhaps twice: torch also makes the name of each, and a step asks
+    for every block that it captures."""
+    found = [module]
+    for child in module._modules.values():
+        if child is not None:
+            found += _inside(child)
+    return found
 
 
 @contextmanager

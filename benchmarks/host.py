@@ -1,11 +1,8 @@
 """Host time of the ops' calls, without a GPU: CPU microseconds of forward and backward, as JSON.
 
 `python -m benchmarks.host [NAME...] [--output FILE] [--profile]`, without TRITON_INTERPRET; a name
-is the start of a case's. Tiny CPU tensors walk through what CUDA tensors walk through: checks,
-tables, launch parameters, autograd, torch's own small operations, and Triton's launcher. Triton
-compiles for sm_90 and does everything in Python that it does there; in the place of the last step,
-the call into the CUDA driver, a stand-in does nothing. So what a GPU adds is the driver's part of
-each launch and copy. Backend "torch" is what CPU tensors run.
+is the start of a case's. Triton's ops run on a stand-in for a GPU (`stand_in.py`), so what a GPU
+adds is the driver's part of each launch and copy. Backend "torch" is what CPU tensors run.
 """
 
 import argparse
@@ -19,15 +16,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import GPUDriver
 
 # inputs are those of the tests
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
@@ -38,6 +31,7 @@ from kernel_cases import attention_states, hidden_case, leaves_of
 from logits_cases import logits_case, tensors_of
 
 from benchmarks.machine import machine
+from benchmarks.stand_in import Launcher, stand_in_gpu
 
 # the first calls compile
 WARM_UP = 5
@@ -61,48 +55,6 @@ class Case(NamedTuple):
 
     name: str
     make: Callable[[], Step]
-
-
-class _Launcher:
-    """In the place of Triton's launcher: the driver's part of a launch is left out."""
-
-    launches = 0
-
-    def __init__(self, src: Any, metadata: Any) -> None:
-        pass
-
-    def __call__(self, *arguments: Any) -> None:
-        _Launcher.launches += 1
-
-
-class _Driver(GPUDriver):
-    """A GPU of sm_90 that runs nothing."""
-
-    def __init__(self) -> None:
-        self.launcher_cls = _Launcher
-        self.get_current_device = lambda: 0
-        self.get_current_stream = lambda device: 0
-        self.utils = SimpleNamespace(
-            load_binary=lambda *arguments: (1, 1, 0, 0, 1024),
-            unload_module=lambda module: None,
-            get_device_properties=lambda device: {"max_shared_mem": 232_448},
-        )
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    @staticmethod
-    def is_active() -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError
 
 
 def _attention(op: str, backend: str, **options: Any) -> Step:
@@ -206,11 +158,11 @@ def _run(step: Step, taken: dict[str, list[float]]) -> None:
 
 
 def _launches(step: Step) -> dict[str, int]:
-    _Launcher.launches = 0
+    Launcher.launches = 0
     loss = step.forward()
-    forward = _Launcher.launches
+    forward = Launcher.launches
     torch.autograd.grad(loss, step.leaves, torch.ones_like(loss))
-    return {"forward": forward, "backward": _Launcher.launches - forward}
+    return {"forward": forward, "backward": Launcher.launches - forward}
 
 
 def yardstick() -> float:
@@ -274,15 +226,13 @@ def main() -> None:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: the interpreter has no launcher")
     torch.set_num_threads(1)
-    triton.runtime.driver.set_active(_Driver())
     found: dict[str, Any] = {
         **machine(),
         "triton": triton.__version__,
         "pairs": PAIRS,
         "microseconds": {},
     }
-    # CPU tensors pass for what Triton takes
-    with patch("fastkd_kernels.checks.triton_interprets", lambda: True):
+    with stand_in_gpu():
         for case in cases():
             if given.names and not case.name.startswith(tuple(given.names)):
                 continue

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from fastkd.errors import UserError, one_line
 
 PREFIX = "fastkd-"
 _LISTENER = "_fastkd_listener"
+_AS_IT_IS = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ def _other(model: PreTrainedModel, refused: str) -> str:
 
 def listening_function(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """An attention function that lets a listener hear, and calls an implementation."""
+    flash = "flash" in implementation
 
     def attend(
         module: nn.Module,
@@ -172,28 +174,42 @@ def listening_function(implementation: str) -> Callable[..., tuple[Tensor, Tenso
         else:
             function = ALL_ATTENTION_FUNCTIONS[implementation]
         tensors = query, key, value, attention_mask
-
-        def again(dtype: torch.dtype) -> Tensor:
-            cast = [_in(dtype, tensor) for tensor in tensors]
-            given = {name: _in(dtype, value) for name, value in kwargs.items()}
-            output: Tensor = function(module, *cast, scaling=scaling, **given)[0]
-            return output
-
         listener: Listener | None = module.__dict__.get(_LISTENER)
         if listener is not None:
-            state = _state(query, key, value, scaling, kwargs)
-            flag = kwargs.get("is_causal")
-            flag = getattr(module, "is_causal", True) if flag is None else flag
-            # an eager function without a mask hides nothing
-            causal = bool(flag) and implementation != "eager"
-            listener(AttentionCall(state, attention_mask, causal, kwargs, again))
-        with _plain_name(module, implementation):
+            listener(_call(module, function, tensors, scaling, kwargs, implementation))
+        with _plain_name(module, implementation) if flash else _AS_IT_IS:
             result: tuple[Tensor, Tensor | None] = function(
                 module, *tensors, scaling=scaling, **kwargs
             )
         return result
 
     return attend
+
+
+def _call(
+    module: nn.Module,
+    function: Callable[..., tuple[Tensor, Tensor | None]],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    scaling: float | None,
+    keywords: dict[str, Any],
+    implementation: str,
+) -> AttentionCall:
+    """What a listener is told of queries, keys, values and their mask."""
+
+    def again(dtype: torch.dtype) -> Tensor:
+        cast = [_in(dtype, tensor) for tensor in tensors]
+        given = {name: _in(dtype, value) for name, value in keywords.items()}
+        output: Tensor = function(module, *cast, scaling=scaling, **given)[0]
+        return output
+
+    query, key, value, mask = tensors
+    flag = keywords.get("is_causal")
+    flag = getattr(module, "is_causal", True) if flag is None else flag
+    # an eager function without a mask hides nothing
+    causal = bool(flag) and implementation != "eager"
+    return AttentionCall(
+        _state(query, key, value, scaling, keywords), mask, causal, keywords, again
+    )
 
 
 def hiding_nothing(ids: Tensor) -> Tensor:
@@ -254,9 +270,6 @@ def _state(
 @contextmanager
 def _plain_name(module: nn.Module, implementation: str) -> Iterator[None]:
     """Flash attention looks up in the configuration which of its kernels to load."""
-    if "flash" not in implementation:
-        yield
-        return
     config: Any = module.config
     config._attn_implementation = implementation
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from fastkd.layer_map.base import (
     LayerMap,
@@ -22,6 +23,10 @@ class FixedMap(LayerMap):
 
     def links(self, moment: Progress) -> tuple[Link, ...]:
         """One link for each student layer that has a target."""
+        return self._links
+
+    @cached_property
+    def _links(self) -> tuple[Link, ...]:
         return tuple(Link(s, (t,)) for s, t in enumerate(self.targets(), start=1) if t)
 
 

@@ -231,8 +231,10 @@ class StateGroup(LossGroup):
         numbers = [self.projection_of[place] for place in places]
         if numbers[0] is None or (name == "bias" and not self.shared.projection_bias):
             return None
-        found: list[Tensor] = [self.get_parameter(f"{name}_{number}") for number in numbers]
-        return found[0] if len(set(numbers)) == 1 else found
+        found: dict[int | None, Tensor] = {
+            number: self.get_parameter(f"{name}_{number}") for number in set(numbers)
+        }
+        return found[numbers[0]] if len(found) == 1 else [found[number] for number in numbers]
 
 
 _NAMES = ("weight", "bias")

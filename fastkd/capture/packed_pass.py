@@ -99,6 +99,11 @@ def leave_types_out(model: PreTrainedModel) -> None:
     _UNTYPED.add(model)
 
 
+def reads_rows(model: PreTrainedModel) -> bool:
+    """Whether a model was let read packed rows, in place of padded batches."""
+    return model in _FIRST_POSITION
+
+
 def note_first_position(model: PreTrainedModel, first: int) -> None:
     """Keep what trying a model showed."""
     _FIRST_POSITION[model] = first

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 
 from fastkd.capture.blocks import find_blocks, no_cache
 from fastkd.capture.packed_attention import pack_attention
-from fastkd.capture.packed_pass import note_first_position, reading_row
+from fastkd.capture.packed_pass import note_first_position, reading_row, reads_rows
 from fastkd.capture.recording import capture
 from fastkd.capture.routing import runnable
 from fastkd.capture.trial import trial_inputs
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.packed_row import PackedRow
-from fastkd.types import Inputs
+from fastkd.types import LENGTHS, STARTS, Inputs, model_inputs
 
 _REMEDY = "set task.padding=buckets"
 # of the states' norm: kernels for other shapes round otherwise
@@ -45,12 +45,12 @@ def try_packed(model: PreTrainedModel, tokens: int = 8) -> None:
     with torch.no_grad(), runnable(model), _known_padding(model) as pad:
         padded = trial_inputs(model, tokens)
         expected = _run(model, {**padded, **no_cache(model)}, None)
-        inputs, row = _packed(padded)
+        inputs = in_one_row(padded)
         running = model.config._attn_implementation
         pack_attention(model)
         # RoBERTa and its kin count positions from the one after that of padding
         candidates = [0] if pad < 0 else [0, pad + 1]
-        problems = {first: _differs(model, inputs, row, first, expected) for first in candidates}
+        problems = {first: _differs(model, inputs, first, expected) for first in candidates}
         right = [first for first, problem in problems.items() if problem is None]
         if not right:
             # a model that is refused is left as it came
@@ -80,25 +80,34 @@ def _known_padding(model: PreTrainedModel) -> Iterator[int]:
             config.pad_token_id = None
 
 
-def _packed(padded: dict[str, Tensor]) -> tuple[Inputs, PackedRow]:
-    """The sequences of a padded batch in one row."""
+def trial_batch(model: PreTrainedModel, tokens: int) -> Inputs:
+    """`trial_inputs`, of a model that `try_packed` took in one row."""
+    padded = trial_inputs(model, tokens)
+    return in_one_row(padded) if reads_rows(model) else padded
+
+
+def in_one_row(padded: Inputs) -> Inputs:
+    """The sequences of a padded batch as a packed one."""
     mask = padded["attention_mask"].bool()
     lengths = mask.sum(dim=1)
     starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     positions = mask.cumsum(dim=1) - 1
-    inputs = {
+    return {
         "input_ids": padded["input_ids"][mask][None],
         "position_ids": positions[mask][None],
+        LENGTHS: lengths,
+        STARTS: starts,
     }
-    return inputs, PackedRow(tuple(lengths.tolist()), starts)
 
 
 def _differs(
-    model: PreTrainedModel, inputs: Inputs, row: PackedRow, first: int, expected: dict[str, Tensor]
+    model: PreTrainedModel, inputs: Inputs, first: int, expected: dict[str, Tensor]
 ) -> tuple[int, str] | None:
     """How far a packed pass is as expected, and what then isn't, in words; `None` where all is."""
+    row = PackedRow.of(inputs)
+    assert row is not None, "it is packed"
     try:
-        with reading_row(model, inputs, row, first) as read:
+        with reading_row(model, model_inputs(inputs), row, first) as read:
             found = _run(model, {**read, **no_cache(model)}, row)
     except UserError:
         raise

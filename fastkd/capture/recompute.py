@@ -18,10 +18,12 @@ from fastkd_kernels import AttentionState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkd.capture.blocks import find_blocks, no_cache
+from fastkd.capture.blocks import find_blocks
+from fastkd.capture.packed_pass import reading
 from fastkd.capture.recording import capture
 from fastkd.capture.routing import AttentionCall, listening
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
+from fastkd.types import Inputs
 
 _STORED = "take teacher.cache_attention=stored"
 # of the norm of what is captured: the same code reads the same numbers again
@@ -51,12 +53,12 @@ class RecomputedAttention:
         self._sizes = {n: None if isinstance(o, Tensor) else len(o) for n, o in outputs.items()}
 
     def __call__(
-        self, inputs: Mapping[str, Tensor], hidden: Mapping[int, Tensor], layers: Collection[int]
+        self, inputs: Inputs, hidden: Mapping[int, Tensor], layers: Collection[int]
     ) -> dict[int, AttentionState]:
         """The attention states of some layers, as `capture` gives them.
 
         Args:
-            inputs: what the model reads.
+            inputs: a micro-batch that the model reads, padded or packed.
             hidden: states [batch, tokens, width] of at least the layers below these.
             layers: block numbers from 1.
         """
@@ -70,9 +72,10 @@ class RecomputedAttention:
                 else:
                     forward = self._left_out(number)
                 stack.enter_context(_in_place_of_forward(block, forward))
+            read = stack.enter_context(reading(self._model, inputs))
             # nothing above the last of them is run either
             stack.enter_context(suppress(_Reached))
-            self._model(**inputs, **no_cache(self._model))
+            self._model(**read)
         return found
 
     def _begun(
@@ -107,13 +110,13 @@ class RecomputedAttention:
 
 
 def try_recomputing(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], layers: Collection[int]
+    model: PreTrainedModel, inputs: Inputs, layers: Collection[int]
 ) -> RecomputedAttention:
     """Recompute attention states once, and see that they are those of a whole pass.
 
     Args:
         model: as `RecomputedAttention`.
-        inputs: what the model reads, with padding if it will ever read any.
+        inputs: a micro-batch that it reads, with padding if it will ever read any.
         layers: block numbers from 1.
 
     Raises:
@@ -125,7 +128,7 @@ def try_recomputing(
         for number, block in enumerate(find_blocks(model), start=1):
             stack.callback(block.register_forward_hook(_note(outputs, number)).remove)
         with capture(model, attention=layers, hidden=below) as states:
-            model(**inputs, **no_cache(model))
+            model(**stack.enter_context(reading(model, inputs)))
     mask = inputs.get("attention_mask")
     # as it is stored, without padding
     hidden = {n: _valid(state, mask) for n, state in states.hidden.items()}

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fastkd.capture import no_cache
+from fastkd.capture import reading
 from fastkd.capture.lm_head import last_hidden_state, last_layer
+from fastkd.capture.packed_attention import pack_attention
+from fastkd.capture.packed_pass import reads_rows
+from fastkd.capture.packed_trial import trial_batch
 from fastkd.capture.routing import runnable
-from fastkd.capture.trial import trial_inputs
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
-from fastkd.types import EightBits, Inputs
+from fastkd.packed_row import valid_tokens
+from fastkd.types import LENGTHS, EightBits, Inputs
 
 CODES = {"float8": torch.float8_e4m3fn, "int8": torch.int8}
 STATES = {"float8": torch.bfloat16, "int8": torch.float32}
@@ -142,8 +145,11 @@ def quantise(model: PreTrainedModel, kind: EightBits, device: torch.device) -> Q
             other states.
     """
     name, remedy = type(model).__name__, f"give teacher.dtype {str(STATES[kind]).split('.')[1]}"
-    inputs = trial_inputs(model, _TRIAL_TOKENS)
+    inputs = trial_batch(model, _TRIAL_TOKENS)
     with runnable(model):
+        if reads_rows(model):
+            # also what runs in the place of flash attention
+            pack_attention(model)
         before = _last_state(model, inputs)
     layers, linear = replace_linear(model, kind)
     if not layers:
@@ -153,7 +159,9 @@ def quantise(model: PreTrainedModel, kind: EightBits, device: torch.device) -> Q
         )
     model.to(device)
     try:
-        after = _last_state(model, {key: tensor.to(device) for key, tensor in inputs.items()})
+        after = _last_state(
+            model, {k: t if k == LENGTHS else t.to(device) for k, t in inputs.items()}
+        )
     except FOREIGN_ERRORS as error:
         raise UserError(
             f"teacher.dtype is {kind}, but {name} can't run in it ({type(error).__name__}: "
@@ -210,6 +218,7 @@ def _quantised(layer: nn.Module, kind: EightBits) -> QuantisedLinear:
 @torch.no_grad()
 def _last_state(model: PreTrainedModel, inputs: Inputs) -> Tensor:
     """fp32 [tokens, width] on the CPU, of what is no padding."""
-    state = last_hidden_state(model, model, {**inputs, **no_cache(model)}).float().cpu()
-    mask = inputs.get("attention_mask")
-    return state if mask is None else state[mask.bool().cpu()]
+    with reading(model, inputs) as read:
+        state = last_hidden_state(model, model, read).float().cpu()
+    valid = valid_tokens(inputs)
+    return state if valid is None else state[valid.cpu()]

@@ -134,11 +134,6 @@ class Recipe(Section):
                 "losses.reduction is tinybert, which counts padding, but task.padding is none; "
                 "leave one of them out"
             )
-        if self._is_packed and self.teacher.eight_bits is not None:
-            raise ValueError(
-                f"teacher.dtype is {self.teacher.dtype}, which is tried on padded batches, but "
-                "task.padding is none; leave one of them out"
-            )
 
     @property
     def row_form(self) -> RowForm | None:
@@ -195,8 +190,6 @@ class Recipe(Section):
             return "train.cuda_graph is on, whose graph can't read from a disk"
         if any(config.loss == "mlm" for config in self.losses.terms.values()):
             return "losses.mlm masks other tokens in every step, so no states come again"
-        if self._is_packed:
-            return "task.padding is none, and states are stored of padded examples"
         padded = self.task is not None or self.row_form is not None
         if padded and self.losses.reduction == "tinybert":
             return (

@@ -18,16 +18,24 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import MicroBatches
 from fastkd.data.text.cache import new_folder, write_meta
 from fastkd.errors import UserError
 from fastkd.files.flat import flat_file
+from fastkd.packed_row import PackedRow
 from fastkd.reporting.progress import progress_bar
 from fastkd.training.engine import TeacherRunner
 from fastkd.training.setup import Run
-from fastkd.training.teacher_cache.layout import Field, Layout, to_store
+from fastkd.training.teacher_cache.layout import (
+    Field,
+    Layout,
+    is_of_block,
+    to_store,
+    with_padded_modules,
+)
 from fastkd.training.teacher_cache.rows import Rows
 from fastkd.types import ROWS, Inputs
 
@@ -98,12 +106,20 @@ def _write_share(run: Run, folder: Path, layout: Layout, rows: Rows, *, progress
         bar = stack.enter_context(progress_bar(progress))
         task = bar.add_task("storing the teacher's states", total=len(rows))
         for inputs, places in _batches(run, rows):
-            states = run.teacher.record(run.move(inputs), layout.recorded)
+            moved = run.move(inputs)
+            states = with_padded_modules(run.teacher.record(moved, layout.recorded), moved)
             for field, file in zip(layout.fields, files, strict=True):
-                bits = to_store(states, field).numpy()
+                bits = _by_row(to_store(states, field).numpy(), field, PackedRow.of(inputs))
                 for place in places:
                     _write(file, field, rows, int(inputs[ROWS][place]), bits[place])
             bar.advance(task, run.ranks.world_size * len(places))
+
+
+def _by_row(bits: npt.NDArray[Any], field: Field, row: PackedRow | None) -> Sequence[Any]:
+    """Entries of each row of a batch, or of a packed one in which they follow each other."""
+    if row is None or not is_of_block(field.name):
+        return list(bits)
+    return np.split(bits[0], np.cumsum(row.lengths)[:-1])
 
 
 def _batches(run: Run, rows: Rows) -> Iterator[tuple[Inputs, Sequence[int]]]:

@@ -16,7 +16,6 @@ from torch import Tensor
 from fastkd.capture import RecomputedAttention, try_recomputing
 from fastkd.errors import UserError
 from fastkd.files.disk import disk_errors
-from fastkd.losses import model_inputs
 from fastkd.reporting.console import Reporter
 from fastkd.training.engine import TeacherRunner
 from fastkd.training.setup import Run
@@ -148,8 +147,7 @@ def _measured(run: Run, plan: CachePlan) -> Costs:
     recomputed = _recomputed(teacher, plan, batches[0], layers)
     making = None
     if recomputed is not None:
-        inputs = [model_inputs(batch) for batch in batches]
-        making = _seconds(run, batches, lambda n: recomputed(inputs[n], hidden[n], layers))
+        making = _seconds(run, batches, lambda n: recomputed(batches[n], hidden[n], layers))
     return Costs(passes, making, disk_rate(plan.folder.parent))
 
 
@@ -160,7 +158,7 @@ def _recomputed(
     if plan.layout.recomputed is not None or not layers:
         return plan.layout.recomputed
     try:
-        return try_recomputing(teacher.model, model_inputs(inputs), layers)
+        return try_recomputing(teacher.model, inputs, layers)
     except UserError:
         return None
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastkd.capture import Capture, RecomputedAttention
 from fastkd.errors import UserError
-from fastkd.losses import model_inputs
+from fastkd.packed_row import PackedRow
 from fastkd.types import Inputs
 
 # numbers of these sizes are stored, whatever they stand for
@@ -108,9 +108,8 @@ class Layout:
         if self.recomputed is None:
             parts = ("query", "key", "value")
             kept |= {f"{part}-{layer}" for part in parts for layer in wanted["attention"]}
-        of_layers = ("query-", "key-", "value-", "hidden-")
         names = [field.name for field in self.fields]
-        return [name for name in names if name in kept or not name.startswith(of_layers)]
+        return [name for name in names if name in kept or not is_of_block(name)]
 
     def rebuilt(
         self, inputs: Inputs, wanted: Mapping[str, Any], read: Callable[[str], Tensor]
@@ -151,7 +150,7 @@ class Layout:
         """A capture of attention alone."""
         template = self.template.attention
         if self.recomputed is not None and layers:
-            made = self.recomputed(model_inputs(inputs), hidden, layers)
+            made = self.recomputed(inputs, hidden, layers)
         else:
             made = {
                 layer: template[layer]._replace(
@@ -165,6 +164,11 @@ class Layout:
         return Capture({n: s._replace(value=None) if n in without else s for n, s in made.items()})
 
 
+def is_of_block(name: str) -> bool:
+    """Whether a field of that name is of embeddings or blocks, by their numbers."""
+    return name.startswith(("query-", "key-", "value-", "hidden-"))
+
+
 def fields_of(
     states: Capture, tokens: tuple[int, int], stored: torch.dtype | None
 ) -> tuple[Field, ...]:
@@ -172,7 +176,7 @@ def fields_of(
 
     Args:
         states: from a pass over inputs of that shape.
-        tokens: [batch, tokens] of the inputs.
+        tokens: [batch, tokens] of the inputs, if need be padded.
         stored: precision on disk; each tensor's own where not given.
 
     Raises:
@@ -190,6 +194,16 @@ def fields_of(
         dtype = tensor.dtype if stored is None else stored
         found.append(Field(name, token_dim, tuple(shape[1:]), tensor.dtype, dtype))
     return tuple(found)
+
+
+def with_padded_modules(states: Capture, inputs: Inputs) -> Capture:
+    """A capture of a micro-batch whose submodules give padded states also where it is packed, as
+    what stands above the blocks does anyway."""
+    row = PackedRow.of(inputs)
+    if row is None:
+        return states
+    modules = {path: row.padded_module(given) for path, given in states.modules.items()}
+    return replace(states, modules=modules)
 
 
 def without_values(states: Capture) -> Capture:

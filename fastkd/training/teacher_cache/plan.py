@@ -18,9 +18,9 @@ from fastkd.data.text.cache import cache_key, is_complete
 from fastkd.data.text.datamodule import TextDataModule
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
-from fastkd.losses import model_inputs
 from fastkd.losses.factory import embedding_losses
 from fastkd.models.digests import model_digests
+from fastkd.packed_row import PackedRow
 from fastkd.recipe import Recipe
 from fastkd.recipe.models import CacheAttention, CacheForm
 from fastkd.training.engine import TeacherRunner
@@ -31,6 +31,7 @@ from fastkd.training.teacher_cache.layout import (
     Layout,
     constant_part,
     fields_of,
+    with_padded_modules,
     without_values,
 )
 from fastkd.training.teacher_cache.rows import Rows
@@ -121,6 +122,7 @@ def plan_cache(run: Run, form: Form) -> CachePlan:
     if not wanted["attention"]:
         form = Form(form.precision)
     states = teacher.record(inputs, _recorded(wanted, recomputed=True))
+    states = with_padded_modules(states, inputs)
     if not run.objective.reads_values:
         states = without_values(states)
     fields = _fields_of_forms(states, wanted, inputs)
@@ -135,7 +137,7 @@ def plan_cache(run: Run, form: Form) -> CachePlan:
         fields=fields[form],
         recorded=_recorded(wanted, recomputed),
         template=constant_part(states),
-        recomputed=try_recomputing(teacher.model, model_inputs(inputs), wanted["attention"])
+        recomputed=try_recomputing(teacher.model, inputs, wanted["attention"])
         if recomputed
         else None,
     )
@@ -232,7 +234,10 @@ def _fields_of_forms(
     states: Capture, wanted: Mapping[str, Any], inputs: Inputs
 ) -> dict[Form, tuple[Field, ...]]:
     """What each form stores of a capture that holds what attention is recomputed from."""
+    row = PackedRow.of(inputs)
     batch, tokens = teacher_inputs(inputs)["input_ids"].shape
+    if row is not None:
+        batch, tokens = len(row.lengths), row.longest
     hidden = {n: state for n, state in states.hidden.items() if n in wanted["hidden"]}
     stored: dict[CacheAttention, Capture] = {"stored": replace(states, hidden=hidden)}
     if wanted["attention"]:

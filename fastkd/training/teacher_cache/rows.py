@@ -70,16 +70,19 @@ class StoredRows:
         self._fields = {field.name: field for field in fields}
         self._files = {field.name: self._open(field) for field in fields}
 
-    def read(self, names: Collection[str], rows: Sequence[int], width: int) -> dict[str, Tensor]:
+    def read(
+        self, names: Collection[str], rows: Sequence[int], width: int | None
+    ) -> dict[str, Tensor]:
         """The entries of some rows, 0 behind the last of each.
 
         Args:
             names: of fields.
             rows: numbers of the rows.
-            width: tokens that each is padded to.
+            width: tokens that each is padded to; `None` to let them follow each other.
 
         Returns:
-            By field [rows, width or 1, numbers] on the CPU, in the precision of the disk.
+            By field [rows, width, numbers] or [1, tokens of all, numbers], [rows, 1, numbers] of
+            fields with one entry a row; on the CPU, in the precision of the disk.
 
         Raises:
             DiskError: the disk fails.
@@ -95,15 +98,18 @@ class StoredRows:
                         os.posix_fadvise(self._files[field.name], at, size, os.POSIX_FADV_WILLNEED)
         return {field.name: self._read(field, rows, width) for field in fields}
 
-    def _read(self, field: Field, rows: Sequence[int], width: int) -> Tensor:
-        places = 1 if field.token_dim is None else width
-        bits = torch.zeros(
-            len(rows), places, field.stored_numbers, dtype=BITS[field.stored.itemsize]
-        )
-        found = bits.numpy()
-        for place, row in enumerate(rows):
-            first, end = self._rows.span(field, row)
-            self._fill(found[place, : end - first], field, first)
+    def _read(self, field: Field, rows: Sequence[int], width: int | None) -> Tensor:
+        spans = [self._rows.span(field, row) for row in rows]
+        sizes = [end - first for first, end in spans]
+        places = 1 if field.token_dim is None else sum(sizes) if width is None else width
+        in_a_row = field.token_dim is not None and width is None
+        shape = 1 if in_a_row else len(rows), places, field.stored_numbers
+        bits = torch.zeros(shape, dtype=BITS[field.stored.itemsize])
+        # entries of all rows after each other, of which each begins at a place of its own
+        entries, start = bits.numpy().reshape(-1, field.stored_numbers), 0
+        for (first, _), size in zip(spans, sizes, strict=True):
+            self._fill(entries[start : start + size], field, first)
+            start += size if in_a_row else places
         return bits.view(field.stored)
 
     def _fill(self, entries: npt.NDArray[np.signedinteger], field: Field, first: int) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from fastkd.capture import Capture
 from fastkd.data.datamodule import MicroBatches
 from fastkd.layer_map import Progress
-from fastkd.training.teacher_cache.layout import Layout
+from fastkd.packed_row import PackedRow
+from fastkd.training.teacher_cache.layout import Layout, is_of_block
 from fastkd.training.teacher_cache.rows import Rows, StoredRows
 from fastkd.types import ROWS, STORED, Inputs, teacher_inputs
 
@@ -56,15 +57,23 @@ class TeacherStates:
             inputs: with numbers of rows, on the CPU.
             wanted: keyword arguments of `capture`.
         """
-        rows, width = inputs[ROWS].tolist(), teacher_inputs(inputs)["input_ids"].shape[1]
-        found = self._rows.read(self._layout.names(wanted), rows, width)
+        rows, names = inputs[ROWS].tolist(), self._layout.names(wanted)
+        if (row := PackedRow.of(inputs)) is None:
+            found = self._rows.read(names, rows, teacher_inputs(inputs)["input_ids"].shape[1])
+        else:
+            # as a pass leaves them: padded are those above the blocks
+            of_blocks = [name for name in names if is_of_block(name)]
+            above = [name for name in names if not is_of_block(name)]
+            found = self._rows.read(of_blocks, rows, None)
+            found |= self._rows.read(above, rows, row.longest)
         return {**inputs, **{STORED + name: numbers for name, numbers in found.items()}}
 
     def __call__(self, inputs: Inputs, wanted: Mapping[str, Any]) -> Capture:
         """What `capture` would have recorded of the teacher on a micro-batch of `beside`.
 
         Args:
-            inputs: on the teacher's device, but for what is stored; padding is on the right.
+            inputs: on the teacher's device, but for what is stored; padding is on the right, or
+                sequences follow each other in one row.
             wanted: keyword arguments of `capture`.
 
         Returns:

@@ -76,7 +76,7 @@ def hidden_inputs(work: HiddenWorkload, pairs: int, dtype: torch.dtype, device: 
 
 def logits_inputs(work: LogitsWorkload, dtype: torch.dtype, kind: str, device: str) -> LogitsCase:
     """Two heads without biases, every row counted."""
-    case = logits_case(
+    return logits_case(
         (work.batch, work.tokens),
         ("head", "head"),
         vocabularies=(work.vocabulary, work.vocabulary),
@@ -84,6 +84,6 @@ def logits_inputs(work: LogitsWorkload, dtype: torch.dtype, kind: str, device: s
         biases=(False, False),
         masked=False,
         dtype=dtype,
+        device=device,
         kind=kind,
     )
-    return case.on(device)

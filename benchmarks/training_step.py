@@ -101,10 +101,12 @@ def bert_config(
 def _bert(shape: tuple[int, int, int], heads: int, attention: str, device: str) -> BertModel:
     config = bert_config(shape, heads)
     config._attn_implementation = "eager" if attention == "eager" else "sdpa"
-    model = BertModel(config, add_pooling_layer=False)
+    # a GPU draws weights in no time
+    with torch.device(device):
+        model = BertModel(config, add_pooling_layer=False)
     if attention == "captured":
         route_attention(model, "sdpa")
-    return model.to(device, dtype_on(device))
+    return model.to(dtype_on(device))
 
 
 def _models(size: Size, attention: str, device: str) -> tuple[BertModel, BertModel, Objective]:

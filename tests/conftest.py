@@ -102,6 +102,9 @@ SLOW_FILES = {
 }
 # what takes longest begins first, so that no process waits for another at the end
 LONGEST = (
+    "test_gpu_runs",
+    "test_host_reads",
+    "test_ahead",
     "test_benchmarks_gpu",
     "test_study_real",
     "test_kernels_properties",

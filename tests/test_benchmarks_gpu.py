@@ -189,7 +189,8 @@ def test_tests_of_a_gpu_are_found_with_what_they_need(monkeypatch: pytest.Monkey
         "test_graphs.py",
         "test_host_reads.py",
     } <= names
-    assert "test_kernels_compile.py" not in names
+    # on a GPU these do what they do without one
+    assert not names & {"test_kernels_compile.py", "test_kernels_properties.py"}
     runs = tests.TESTS / "test_gpu_runs.py"
     assert tests.missing(runs) == set()
     found = tests.find_spec

@@ -43,7 +43,9 @@ def arguments() -> argparse.Namespace:
     ours = [file_of(stage, given.out) for stage in STAGES]
     if given.out.exists() and any(given.out.iterdir()) and not any(f.exists() for f in ours):
         refuse(f"--out {given.out} holds other files; give a new folder, or one of earlier results")
-    others = {read(file)["device"] for file in ours if file.exists()} - {given.device}
+    # one that was killed has said nothing
+    there = [read(file).get("device", given.device) for file in ours if file.exists()]
+    others = set(there) - {given.device}
     if given.only and others:
         refuse(f"--out {given.out} has results of --device {others.pop()}; give another folder")
     if given.device == "cuda":

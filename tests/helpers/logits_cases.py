@@ -84,13 +84,15 @@ def logits_case(
     labelled: bool = False,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    device: str = "cpu",
     **options: Any,
 ) -> LogitsCase:
     """Random sides with leading dimensions `lead`; about a third of the rows does not count."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    drawn: dict[str, Any] = {"generator": generator, "device": device}
 
     def made(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, **drawn).to(dtype)
 
     def side(index: int) -> Side:
         vocabulary, width = vocabularies[index], widths[index]
@@ -101,10 +103,10 @@ def logits_case(
 
     student, teacher = side(0), side(1)
     if masked:
-        options["mask"] = torch.rand(lead, generator=generator) > 0.3
+        options["mask"] = torch.rand(lead, **drawn) > 0.3
     if labelled:
-        labels = torch.randint(0, vocabularies[0], lead, generator=generator)
-        options["labels"] = labels.masked_fill(torch.rand(lead, generator=generator) < 0.3, -100)
+        labels = torch.randint(0, vocabularies[0], lead, **drawn)
+        options["labels"] = labels.masked_fill(torch.rand(lead, **drawn) < 0.3, -100)
     return LogitsCase(student, teacher, options).mapped(lambda tensor: tensor)
 
 

@@ -3,11 +3,11 @@
 `locate.py` finds what a name means, `load.py` reads it whole or refuses it, `checking.py` says why,
 `student.py` shrinks a configuration and copies the mapped layers (`per_layer.py`: what a
 configuration says of each layer), `classifier.py` fits a head to a task, `vocabulary.py` compares
-tokenizers, `digests.py` notes which bytes a run was made from, `quantised.py`
-rounds a teacher's linear layers to eight bits, `sentence_folder.py` finds the modules of
-sentence-transformers behind a model and `embedding.py` reads them. `importance.py` chooses which of
-the teacher's channels a narrower student takes, `pruning.py` cuts them. Which heads there are is
-`fastkd/head_spec.py`.
+tokenizers, `digests.py` notes which bytes a run was made from, `half.py` lets a student compute in
+bf16, `quantised.py` rounds a teacher's linear layers to eight bits, `sentence_folder.py` finds the
+modules of sentence-transformers behind a model and `embedding.py` reads them. `importance.py`
+chooses which of the teacher's channels a narrower student takes, `pruning.py` cuts them. Which
+heads there are is `fastkd/head_spec.py`.
 
 May import transformers, `capture` (to see that a model's attention can be recorded), `data.tasks`
 for what labels are called, `losses.pooling` for what makes embeddings, and of the recipe the

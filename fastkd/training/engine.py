@@ -32,6 +32,7 @@ from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.layer_map import Progress
 from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.losses.pooling import EmbeddingModules
+from fastkd.models.half import round_buffers
 from fastkd.models.quantised import Quantised
 from fastkd.packed_row import valid_tokens
 from fastkd.recipe import AnyRecipe, Recipe, Train
@@ -223,6 +224,9 @@ def make_engine(module: DistilledStudent, recipe: AnyRecipe, plan: BatchPlan, ra
     scheduler = get_scheduler(
         schedule, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=train.steps
     )
+    if train.precision == "bf16":
+        # either engine rounds the parameters
+        round_buffers(module.student)
     module.to(ranks.device)
     if not uses_deepspeed(recipe, ranks.world_size):
         return LocalEngine(

@@ -22,6 +22,7 @@ from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.layer_map import make_layer_map
 from fastkd.losses.factory import make_objective
 from fastkd.models import build_student, drawn_model, own_model, student_layers
+from fastkd.models.half import round_buffers, round_parameters
 from fastkd.models.load import auto_model, read_config
 from fastkd.models.locate import locate_model
 from fastkd.models.poolers import drop_pooler
@@ -139,7 +140,8 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
                 student = drawn_model(own.config, section.head)
                 set_attention(student, section.attention)
             if recipe.train.precision == "bf16":
-                student.to(torch.bfloat16)
+                round_buffers(student)
+                round_parameters(student)
             inputs = {"input_ids": torch.zeros(sequences, tokens, dtype=torch.long)}
             traits = dry_pass(student, inputs, {}).traits, dry_pass(teacher, inputs, {}).traits
             head = recipe.student.head

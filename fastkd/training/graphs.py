@@ -26,6 +26,7 @@ Replay = Callable[[], Any]
 Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 """Makes of a function what replays it, and the tensor that it returns at every replay."""
 MOST_SHAPES = 32
+"""That are recorded, those that come first; steps of others run from Python."""
 _WARM_UP = 3
 
 
@@ -71,10 +72,13 @@ class GraphedStep:
             scale: fp32 [DIVISORS], see `Objective.forward`.
 
         Raises:
-            UserError: something in it waits for the GPU, or there are too many shapes.
+            UserError: something in it waits for the GPU.
         """
         key = self._key(inputs)
         if key not in self._graphs:
+            if len(self._graphs) == MOST_SHAPES:
+                self._objective.refresh_weights()
+                return self._step(inputs, scale)
             self._graphs[key] = self._recorded(inputs, scale)
         given, its_scale, replay, parts = self._graphs[key]
         for name, tensor in inputs.items():
@@ -91,11 +95,6 @@ class GraphedStep:
         return shapes, self._objective.linked
 
     def _recorded(self, inputs: Inputs, scale: Tensor) -> tuple[Inputs, Tensor, Replay, Tensor]:
-        if len(self._graphs) == MOST_SHAPES:
-            raise UserError(
-                f"train.cuda_graph keeps a graph a shape, and more than {MOST_SHAPES} have come; "
-                "pad to fewer lengths, or leave cuda_graph out"
-            )
         given, its_scale = {name: t.clone() for name, t in inputs.items()}, scale.clone()
         gradients = [parameter.grad for parameter in self._trained]
         kept = [gradient.clone() for gradient in gradients if gradient is not None]
@@ -144,6 +143,7 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None
+        self._stream: Any = None
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         """What replays a function, and the tensor that it returns at every replay.
@@ -153,7 +153,11 @@ class Recorder:
         """
         # a run that is continued records at another step, and draws what it would have drawn
         with torch.cuda.device(self._device), torch.random.fork_rng([self._device]):
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            if self._stream is None:
+                # one for all shapes, as libraries keep memory for each; of a priority that no other
+                # has, as streams are given out twice, and this one may copy nothing meanwhile
+                self._stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
+            side = self._stream
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UP):
@@ -164,7 +168,7 @@ class Recorder:
             # the thread that prepares the next inputs allocates and copies meanwhile
             mode = "thread_local"
             try:
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
+                with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode=mode):
                     try:
                         made = function()
                     except FOREIGN_ERRORS as error:
@@ -178,7 +182,7 @@ class Recorder:
                     raise reason from None
                 raise UserError(
                     f"train.cuda_graph: this step can't be recorded ({type(reason).__name__}: "
-                    f"{one_line(reason)}); leave cuda_graph out"
+                    f"{one_line(reason)}); leave cuda_graph out, in a new process"
                 ) from reason
             self._pool = graph.pool()
         return graph.replay, made

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from fastkd.models.half import round_parameters
 from fastkd.training.flat_weights import FlatWeights
 
 # as torch.nn.utils.clip_grad_norm_ and DeepSpeed have it
@@ -45,7 +46,7 @@ class LocalEngine:
         """Take a module over.
 
         Args:
-            module: on its device, in fp32; with `bf16` it is turned into bf16.
+            module: on its device, in fp32; with `bf16` its parameters are turned into bf16.
             optimizer: fused, over those of its parameters that train; with `bf16` it gets masters
                 in their place.
             scheduler: of that optimiser.
@@ -78,7 +79,7 @@ class LocalEngine:
         self.flat: FlatWeights | None = None
         """What the optimiser updates, where that is not the parameters themselves."""
         if bf16:
-            module.to(torch.bfloat16)
+            round_parameters(module)
             self.flat = FlatWeights(optimizer)
 
     def hold_gradients(self) -> None:

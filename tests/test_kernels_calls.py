@@ -7,6 +7,7 @@ lay, captured graphs, fake tensors.
 import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -36,13 +37,31 @@ BACKENDS = ["triton"] if CUDA else ["torch", "triton"]
 BATCH, TOKENS = 2, 6
 
 Step = Callable[[Tensor], list[Tensor]]
+Change = Callable[[Any], Any]
 
 
-def attention_step(op: Callable[..., Tensor], backend: str, **options: Any) -> Step:
-    """Losses and gradients of one op for a mask."""
+def as_it_is(given: Any) -> Any:
+    return given
+
+
+def inferred(given: Any) -> Any:
+    """The same numbers, as inference mode makes them."""
+    if isinstance(given, Tensor):
+        with torch.inference_mode():
+            return given.clone()
+    if isinstance(given, tuple) and hasattr(given, "_make"):
+        return given._make(map(inferred, given))
+    return [*map(inferred, given)] if isinstance(given, list) else given
+
+
+def attention_step(
+    op: Callable[..., Tensor], backend: str, change: Change = as_it_is, **options: Any
+) -> Step:
+    """Losses and gradients of one op for a mask, with a changed teacher."""
     student, teacher = attention_states(
         2, BATCH, 2, TOKENS, (3, 5), dtype=torch.float32, device=DEVICE
     )
+    teacher = change(teacher)
 
     def step(mask: Tensor) -> list[Tensor]:
         loss = op(student, teacher, key_mask=mask, query_mask=mask, backend=backend, **options)
@@ -51,42 +70,47 @@ def attention_step(op: Callable[..., Tensor], backend: str, **options: Any) -> S
     return step
 
 
-def hidden_step(backend: str) -> Step:
+def hidden_step(backend: str, change: Change = as_it_is) -> Step:
     case = hidden_case(2, BATCH, TOKENS, (3, 5), "shared+bias", torch.float32).on(DEVICE)
+    teacher = change(case.teacher)
 
     def step(mask: Tensor) -> list[Tensor]:
         options: dict[str, Any] = {**case.trained, "mask": mask, "backend": backend}
-        loss = hidden_mse(case.student, case.teacher, **options)
+        loss = hidden_mse(case.student, teacher, **options)
         return [loss.detach(), *torch.autograd.grad(loss.sum(), case.leaves)]
 
     return step
 
 
-def indexer_step(backend: str) -> Step:
+def indexer_step(backend: str, change: Change = as_it_is) -> Step:
     case = indexer_case(2, BATCH, TOKENS, (3, 5), sinks=True, dtype=torch.float32, device=DEVICE)
+    teacher = change(case.teacher)
 
     def step(mask: Tensor) -> list[Tensor]:
         options: dict[str, Any] = {"key_mask": mask, "query_mask": mask, "backend": backend}
-        loss = indexer_divergence(case.student, case.teacher, **options)
+        loss = indexer_divergence(case.student, teacher, **options)
         # its upstream gradient is made on the GPU, which a capture asks for
         return [loss.detach(), *torch.autograd.grad(loss.sum(), case.leaves)]
 
     return step
 
 
-def logits_step(backend: str) -> Step:
-    case = logits_case((BATCH, TOKENS), ("head", "head"), masked=False, dtype=torch.float32)
-    case = case.on(DEVICE)
+def logits_step(backend: str, change: Change = as_it_is, labelled: bool = False) -> Step:
+    given: dict[str, Any] = {"masked": False, "labelled": labelled, "dtype": torch.float32}
+    case = logits_case((BATCH, TOKENS), ("head", "head"), **given).on(DEVICE)
+    options = {word: change(value) for word, value in case.options.items()}
+    case = replace(case, teacher=change(case.teacher), options=options)
     return lambda mask: case.run(logits_divergence, mask=mask, backend=backend)
 
 
-STEPS: dict[str, Callable[[str], Step]] = {
-    "tiles": lambda backend: attention_step(attention_score_mse, backend, algorithm="tiles"),
-    "gram": lambda backend: attention_step(attention_score_mse, backend, algorithm="gram"),
-    "divergence": lambda backend: attention_step(attention_divergence, backend),
+STEPS: dict[str, Callable[..., Step]] = {
+    "tiles": partial(attention_step, attention_score_mse, algorithm="tiles"),
+    "gram": partial(attention_step, attention_score_mse, algorithm="gram"),
+    "divergence": partial(attention_step, attention_divergence),
     "hidden": hidden_step,
     "indexer": indexer_step,
     "logits": logits_step,
+    "labelled logits": partial(logits_step, labelled=True),
 }
 
 
@@ -106,6 +130,28 @@ def test_a_mask_that_is_changed_in_place_is_seen(name: str, backend: str) -> Non
     changed = step(mask)
     assert not torch.equal(changed[0], before[0])
     assert all(map(torch.equal, changed, step(mask.clone())))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", STEPS)
+def test_autocast_changes_nothing(name: str, backend: str) -> None:
+    step = STEPS[name](backend)
+    mask = torch.ones(BATCH, TOKENS, dtype=torch.bool, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        first = step(mask)
+    plain = step(mask)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        again = step(mask)
+    assert all(map(torch.equal, first, plain)) and all(map(torch.equal, again, plain))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", STEPS)
+def test_a_teacher_may_run_in_inference_mode(name: str, backend: str) -> None:
+    mask = torch.ones(BATCH, TOKENS, dtype=torch.bool, device=DEVICE)
+    expected = STEPS[name](backend)(mask)
+    found = STEPS[name](backend, inferred)(inferred(mask))
+    assert all(map(torch.equal, found, expected))
 
 
 def test_what_is_made_of_a_mask_is_made_once_and_goes_with_it() -> None:

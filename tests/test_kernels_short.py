@@ -13,7 +13,7 @@ from fastkd_kernels import attention_divergence, attention_score_mse, reference
 from fastkd_kernels.attention_divergence import triton_path as divergence_path
 from fastkd_kernels.attention_score_mse import triton_path as score_path
 from fastkd_kernels.common import launch
-from fastkd_kernels.common.rescale import rescaled
+from fastkd_kernels.common.rescale import rescaled, stacked_gradient
 from fastkd_kernels.common.short_sequences import heads_of_program, short_launch
 from kernel_cases import (
     Counted,
@@ -126,6 +126,15 @@ def test_gradients_are_laid_out_as_their_inputs(op: Any, tokens: int) -> None:
     for gradient, given in zip(made, (query, key), strict=True):
         assert gradient.dtype == given.dtype
         assert gradient.stride() == given.stride()
+
+
+@pytest.mark.parametrize(("tokens", "apart"), [(1 << 19, 128), ((1 << 19) - 1, 32 * 128)])
+def test_gradients_whose_rows_lie_far_apart_lie_head_by_head(tokens: int, apart: int) -> None:
+    """Kernels find a row of a head by 32 bits."""
+    heads = torch.empty(1, tokens, 32, 128, device="meta").transpose(1, 2)
+    made = stacked_gradient(2, heads, torch.bfloat16)
+    assert made.shape == (2, *heads.shape) and made.stride()[-2:] == (apart, 1)
+    assert made.stride(-2) * (tokens - 1) < 1 << 31
 
 
 @interpreted

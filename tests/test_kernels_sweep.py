@@ -11,6 +11,7 @@ from divergence_cases import holes
 from fastkd_kernels import AttentionState, attention_score_mse, reference
 from fastkd_kernels.attention_score_mse import triton_path
 from fastkd_kernels.common import launch, plan
+from fastkd_kernels.common.head_groups import pairs_of
 from kernel_cases import (
     Counted,
     attention_states,
@@ -156,3 +157,17 @@ def test_half_precision_with_masks(
     )
     # what tensor cores do to operands is not in the model of conditioning.py
     assert max(errors(given, expected)) <= 4 * torch.finfo(dtype).eps
+
+
+def test_heads_out_of_the_reach_of_32_bits_are_left_to_other_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[str] = []
+    monkeypatch.setattr(triton_path, "takes_sweep", lambda *_: True)
+    monkeypatch.setattr(triton_path, "_sweep", lambda *_: taken.append("sweep"))
+    monkeypatch.setattr(triton_path, "_tiles", lambda *_: taken.append("tiles"))
+    for tokens in ((1 << 21) - 1, 1 << 21):
+        side = torch.empty(1, 16, tokens, 64, dtype=torch.bfloat16, device="meta")
+        pair = pairs_of([side], [side], [side], [side], [0.1], [0.1])
+        triton_path.one_pass(pair, False, False, "tiles", True)
+    assert taken == ["sweep", "tiles"]

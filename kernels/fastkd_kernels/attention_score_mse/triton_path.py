@@ -196,9 +196,11 @@ def one_pass(
     dtype = gradient_dtype(call.dtypes[0], algorithm)
     gradients = call.gradients(pairs[0].query, pairs[0].key, dtype, need_grad)
     programs = call.count * call.sizes["batch"] * call.sizes["kv_heads"]
+    # the sweep finds heads of a gradient by 32 bits
+    near = call.sizes["heads"] * tokens * call.sizes["dim"] < 1 << 31
     if chunk == tokens and takes_short(tokens, call.dims, call.dtypes, platform()):
         fills = [_short(call, causal, need_grad)]
-    elif chunk == tokens and takes_sweep(programs, call.dims, call.dtypes, platform()):
+    elif near and chunk == tokens and takes_sweep(programs, call.dims, call.dtypes, platform()):
         fills = [_sweep(call, causal, need_grad)]
     else:
         fills = [_tiles(call, causal, chunk, need_grad)]

@@ -6,6 +6,7 @@ multiplied by twice as much.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial, wraps
 from inspect import signature
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..types import NAMESPACE
-from .fp32_products import fp32_products
+from .fp32_products import fp32_products, without_autocast
 from .plan import PLAIN_OR_NONE, look_of_call, plan_for
 from .remembered import forgetting, is_eager
 
@@ -157,8 +158,9 @@ class Op:
         """`function` of the arguments, on the GPU of the first tensor."""
         at, many = self.slots[0]
         tensor = arguments[at][0] if many else arguments[at]
-        if tensor.is_cuda and self.backend_at and arguments[self.backend_at] == "torch":
-            with fp32_products():
+        if self.backend_at and arguments[self.backend_at] == "torch":
+            fp32 = fp32_products() if tensor.is_cuda else nullcontext()
+            with without_autocast(tensor.device.type), fp32:
                 return on_its_device(tensor, function, arguments)
         return on_its_device(tensor, function, arguments)
 
@@ -221,7 +223,10 @@ class _Kept:
         self.places: dict[str, int | slice] = {}
         self.plain: dict[str, Any] = {}
         for word, value in values.items():
-            if isinstance(value, Tensor):
+            if _is_inferred(value):
+                # autograd takes no tensor of inference mode, which nobody writes to or trains
+                self.plain[word] = value
+            elif isinstance(value, Tensor):
                 self.places[word] = len(tensors)
                 tensors.append(value)
             elif _is_list(value):
@@ -260,6 +265,13 @@ def _register_autograd(
         )
 
     op.register_autograd(backward, setup_context=save)
+
+
+def _is_inferred(value: Any) -> bool:
+    """Whether this is, or has in it, a tensor of inference mode."""
+    if isinstance(value, Tensor):
+        return value.is_inference()
+    return _is_list(value) and any([one is not None and one.is_inference() for one in value])
 
 
 def _is_list(value: Any) -> bool:

@@ -1,4 +1,5 @@
-"""Products of fp32 matrices that stay so, where a program lets its GPU round them to TF32.
+"""Products of fp32 matrices that stay so, where a program lets its GPU round them to TF32, or runs
+under autocast.
 
 Triton kernels say for each product what it reads, and the vendor's library multiplies half
 precision alone (`library_products.py`). What is left are torch's own products of a call that runs
@@ -7,8 +8,17 @@ on a GPU by `backend="torch"`, and sums over pairs in a backward.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
+
+
+def without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """A context in which products of a kind of device, such as "cuda", are of what they are given,
+    whatever autocast would make of them; nothing where they are already."""
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def fp32_products() -> AbstractContextManager[None]:

@@ -5,6 +5,7 @@ keys. bf16 has the exponents of fp32, so they wait in their input's dtype; those
 underflow, and wait in fp32.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -22,8 +23,9 @@ def waiting_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def tokens_first(like: Tensor) -> bool:
-    """Whether heads `[batch, heads, tokens, dim]` are views of `[batch, tokens, heads, dim]`."""
-    return like.stride(2) > like.stride(1)
+    """Whether heads `[batch, heads, tokens, dim]` are views of `[batch, tokens, heads, dim]`, in
+    which 32-bit offsets reach all rows of a head."""
+    return like.stride(2) > like.stride(1) and math.prod(like.shape[1:]) < 1 << 31
 
 
 def gradient_maker(pairs: int, like: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:

@@ -10,7 +10,6 @@ digits as the student nears the teacher.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from ..checks import as_list, check_hidden, check_reduction, look_at_hidden
 from ..common.autograd import Named, accumulator, inverse, planned, register, scaled
-from ..common.fp32_products import fp32_products
+from ..common.fp32_products import fp32_products, without_autocast
 from ..common.plan import Plan, losses_in, plan_by_shape, plan_for
 from ..common.remembered import remembered
 from ..common.rescale import rescaled, waiting_dtype
@@ -245,14 +244,6 @@ def _plan(
     return lambda *given: run(arguments(*given))[0]
 
 
-def _exact_products(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Products keep the precision of their accumulators, whatever autocast would make of them."""
-    kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
-
-
 def _keeps_rows(student: Tensor, weights: int, need_weight_grad: bool, backend: str) -> bool:
     batch, tokens, width = student.shape
     wants = need_weight_grad and weights > 0 and backend == "torch"
@@ -288,7 +279,7 @@ def _forward(
 
     def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         inverse_count = arguments[5]
-        with _exact_products(inverse_count):
+        with without_autocast(inverse_count.device.type):
             squares, *grads = plan(*arguments[:5], inverse_count + inverse_count)
         return squares.mul_(inverse_count), grads[0], grads[1], grads[2], inverse_count.new_empty(0)
 
@@ -298,8 +289,7 @@ def _forward(
 def _torch_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inverse_count = arguments[5]
     tensors_and_needs: Any = (*arguments[:5], *arguments[6:9], inverse_count.dtype)
-    with _exact_products(inverse_count):
-        squares, *grads = torch_path.hidden_forward(*tensors_and_needs)
+    squares, *grads = torch_path.hidden_forward(*tensors_and_needs)
     return squares * inverse_count, grads[0], grads[1], grads[2], grads[3]
 
 
@@ -330,7 +320,7 @@ def _backward(
     need_input_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of student, weight and bias, stacked, from kept row gradients."""
-    with _exact_products(row_grad), fp32_products():
+    with without_autocast(row_grad.device.type), fp32_products():
         return torch_path.hidden_backward(
             row_grad, student, weight, biases, mask, factor, need_input_grad
         )
@@ -377,7 +367,7 @@ def _gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
         )
     else:
         by_triton = kept.inverse_count is None
-        with _exact_products(upstream), fp32_products():
+        with without_autocast(upstream.device.type), fp32_products():
             stacked = [
                 _applied(unit, factor, dtype, count, by_triton) if dtype is not None else unit
                 for unit, dtype, count in zip(kept.units, kept.dtypes, kept.counts, strict=True)

@@ -143,8 +143,7 @@ def alignment(tensors: Sequence[Tensor]) -> int:
     for tensor in tensors:
         bits |= tensor.data_ptr() // size
     for strides in {tensor.stride() for tensor in tensors}:
-        for stride, count in zip(strides[:-1], shape[:-1], strict=True):
-            # where there is one row, its stride says nothing
-            if count > 1:
-                bits |= stride
+        # also where there is one row: addresses of the next, which are masked, are aligned as well
+        for stride in strides[:-1]:
+            bits |= stride
     return bits & -bits

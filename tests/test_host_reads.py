@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fastkd.data.prefetch import DEPTH, Prefetched
 from fastkd.distributed import joined_ranks
 from fastkd.recipe import Recipe, load_recipe
 from fastkd.training.loop import read_step, train_step
-from fastkd.training.setup import set_up
+from fastkd.training.setup import Run, set_up
 from fastkd.training.teacher_cache.plan import plan_for_run
 from fastkd.training.window import Window
 from fastkd.types import LENGTHS
@@ -126,26 +127,56 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_step_reads_nothing(tmp_path: Path, name: str) -> None:
-    recipe = RECIPES[name](tmp_path)
+@contextmanager
+def steps_of(recipe: Recipe) -> Iterator[tuple[Run, Prefetched, Window]]:
+    """A run, what it reads, and the window that its losses are added to."""
     with joined_ranks() as ranks:
         run = set_up(recipe, ranks, progress=False)
         cache = plan_for_run(run)
         if cache is not None:
             cache.use(run, progress=False)
         with closing(Prefetched(run.micro_batches(), ranks.device, DEPTH)) as micro_batches:
-            window = Window(run, micro_batches, 0)
-            for step in range(WARM_UP + 3):
-                reads = Counter[str]()
-                methods = ReadMethods(reads)
-                steady = step >= WARM_UP
-                waits = no_wait() if steady else nullcontext()
-                with ReadOps(reads), methods, waits, run.profile.step():
-                    inputs = read_step(run, micro_batches, step)
-                    methods.kept = {id(part[LENGTHS]) for part in inputs if LENGTHS in part}
-                    window.add(train_step(run, inputs))
-                if steady:
-                    assert not reads, (step, reads)
-            record, _ = window.close(stop=False)
-            assert record["loss"] > 0
+            yield run, micro_batches, Window(run, micro_batches, 0)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_step_reads_nothing(tmp_path: Path, name: str) -> None:
+    with steps_of(RECIPES[name](tmp_path)) as (run, micro_batches, window):
+        for step in range(WARM_UP + 3):
+            reads = Counter[str]()
+            methods = ReadMethods(reads)
+            steady = step >= WARM_UP
+            waits = no_wait() if steady else nullcontext()
+            with ReadOps(reads), methods, waits, run.profile.step():
+                inputs = read_step(run, micro_batches, step)
+                methods.kept = {id(part[LENGTHS]) for part in inputs if LENGTHS in part}
+                window.add(train_step(run, inputs))
+            if steady:
+                assert not reads, (step, reads)
+        record, _ = window.close(stop=False)
+        assert record["loss"] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": {"compile": True}},
+        {"train": {"cuda_graph": True}},
+        {"train": {"cuda_graph": True, "compile": True}},
+        {"train": {"optimizer": "muon"}},
+        {"teacher": {"overlap": True}},
+        {"teacher": {"dtype": "float8"}},
+    ],
+)
+def test_a_step_that_is_compiled_recorded_or_overlapped_waits_for_nothing(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    if "float8" in str(changes) and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a CUDA device that multiplies float8")
+    with steps_of(text_recipe(tmp_path, **changes)) as (run, micro_batches, window):
+        for step in range(WARM_UP + 3):
+            with no_wait() if step >= WARM_UP else nullcontext():
+                window.add(train_step(run, read_step(run, micro_batches, step)))
+        record, _ = window.close(stop=False)
+        assert record["loss"] > 0

@@ -142,6 +142,22 @@ def test_a_layer_multiplies_codes_exactly(kind: EightBits, bias: bool, device: s
     assert (error <= 1.01 * unit * expected.abs() + sums * size).all()
 
 
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("sizes", [(768, 3072), (3072, 768), (9216, 3072)])
+@pytest.mark.parametrize("rows", [1, 8, 12, 16, 127, 257])
+def test_a_gpu_multiplies_any_number_of_rows(
+    rows: int, sizes: tuple[int, int], device: str
+) -> None:
+    width, outputs = sizes
+    weight, states = drawn(outputs, width, kind="float8"), drawn(rows, width, kind="float8")
+    bias = nn.Parameter(drawn(outputs, kind="float8"), requires_grad=False)
+    linear = QuantisedLinear(weight, bias, "float8")
+    expected = linear.to(device)(states.to(device).repeat(512 // rows, 1))[:rows]
+    found = linear(states.to(device))
+    # other blocks add up in another order
+    assert (found - expected).norm() <= 2**-7 * expected.norm()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_is_the_plain_one_up_to_its_bits(kind: EightBits) -> None:
     """Three bits of mantissa are wrong by a 16th at most, or, next to zero, by half of 2^-9 codes;

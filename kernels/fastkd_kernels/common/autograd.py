@@ -271,7 +271,7 @@ def _is_inferred(value: Any) -> bool:
     """Whether this is, or has in it, a tensor of inference mode."""
     if isinstance(value, Tensor):
         return value.is_inference()
-    return _is_list(value) and any([one is not None and one.is_inference() for one in value])
+    return _is_list(value) and True in map(Tensor.is_inference, value)
 
 
 def _is_list(value: Any) -> bool:

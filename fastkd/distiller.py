@@ -33,6 +33,10 @@ from fastkd.types import IGNORE_INDEX, Head, Inputs
 _EXAMPLES = DIVISORS.index("examples")
 
 
+_WINDOWS = ("sliding_window", "local_attention", "attention_chunk_size", "window_size")
+"""What configurations call the tokens that local attention sees."""
+
+
 class Distiller(nn.Module):
     """What a student loses against a teacher, for any loop, optimiser and launcher.
 
@@ -88,7 +92,9 @@ class Distiller(nn.Module):
             teacher: to learn from, frozen by `teacher.requires_grad_(False)`.
             losses: as the section `losses` of a recipe, such as `{"hidden": {"weight": 10}}`.
             layer_map: as in a recipe: a word, a mapping with options, or a list of teacher layers.
-            tokens: length of the sequences that both models are tried on.
+            tokens: length of the sequences that both models are tried on. What their attention
+                hides of longer ones is not seen: a batch beyond it of a model with windows is
+                refused.
             seed: of a random mapping, and of the projections.
             compile: whether both models run under `torch.compile` while the distiller is in
                 training mode; give them as they are, not compiled.
@@ -128,7 +134,9 @@ class Distiller(nn.Module):
                 "Distiller does not see; give other ones, or use fastkd.distill"
             )
         self.student = student
-        self.objective = objective.to(student.device, student.dtype)
+        # in half precision an optimiser would round most updates of projections away
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        self.objective = objective.to(student.device, dtype)
         # no submodules: a list hides them from parameters() and state_dict()
         self._teacher = [teacher]
         self._pair = [DistilledStudent(student, objective)]
@@ -141,6 +149,7 @@ class Distiller(nn.Module):
             (n for n, kind in of_heads if issubclass(kind, HeadLoss) and kind.reads_labels(head)),
             None,
         )
+        self._tokens = tokens if needs["attention"] else None
         self._keywords = [set(signature(model.forward).parameters) for model in (student, teacher)]
         self._found: list[tuple[list[str], bool]] = []
 
@@ -253,6 +262,26 @@ class Distiller(nn.Module):
         if teacher.device != device and getattr(teacher, "hf_device_map", None) is None:
             teacher.to(device)
 
+    def _check_length(self, tokens: int) -> None:
+        """See that what attention hides of so many tokens was tried.
+
+        Raises:
+            UserError: a window that the trial was too short to show.
+        """
+        if self._tokens is None or tokens <= self._tokens:
+            return
+        for model in (self.student, self.teacher):
+            config = model.config.get_text_config()
+            for field in _WINDOWS:
+                width = getattr(config, field, None)
+                # one more than the width may be seen, where it counts both sides apart
+                if isinstance(width, int) and self._tokens - 1 <= width < tokens:
+                    raise UserError(
+                        f"the batch has {tokens} tokens, of which {type(model).__name__} may hide "
+                        f"some ({field} {width}), but both models were tried on {self._tokens}; "
+                        f"give Distiller(tokens={tokens}), or the most that any batch has"
+                    )
+
     def _checked(self, batch: Inputs) -> Inputs:
         """The batch, once it is seen to hold what is read.
 
@@ -271,6 +300,7 @@ class Distiller(nn.Module):
                 f"the batch has the keys {', '.join(map(str, batch)) or 'none'}, and input_ids "
                 f"{found}; expected input_ids [batch, tokens]"
             )
+        self._check_length(ids.shape[1])
         mask = batch.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
             shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__

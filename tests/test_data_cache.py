@@ -123,6 +123,9 @@ def test_what_another_caller_did_with_the_tokenizer_does_not_count() -> None:
     before = cache.tokenizer_digest(tokenizer)
     tokenizer("a", truncation=True, max_length=16, padding="max_length")
     assert cache.tokenizer_digest(tokenizer) == before
+    # which end of a long text is kept
+    tokenizer.truncation_side = "left"
+    assert cache.tokenizer_digest(tokenizer) != before
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,7 @@ def leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[s
 
 
 FREE = {
+    ("communication_data_type",),
     ("steps_per_print",),
     ("wandb", "project"),
     ("zero_optimization", "stage3_gather_16bit_weights_on_model_save"),

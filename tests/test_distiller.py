@@ -22,6 +22,7 @@ from transformers import (
 
 import fastkd
 from fastkd.distributed import joined_ranks
+from fastkd.errors import UserError
 from fastkd.recipe import load_recipe
 from fastkd.training.loop import train_step
 from fastkd.training.setup import set_up
@@ -147,6 +148,36 @@ def test_parameters_are_the_students_and_the_projections() -> None:
     assert {key.split(".")[0] for key in distiller.state_dict()} == {"student", "objective"}
     distiller.train()
     assert student.training and not teacher.training
+
+
+def test_projections_of_half_precision_have_all_their_digits() -> None:
+    """In bf16 an update of a thousandth would be rounded away."""
+    student, teacher = (tiny_model("bert", hidden_size=size).bfloat16() for size in (24, 32))
+    losses = {"hidden": {}, "attention": {}, "balance": {"kind": "uncertainty"}}
+    distiller = fastkd.Distiller(student, teacher.requires_grad_(False), losses)
+    own = list(distiller.objective.parameters())
+    assert own and {p.dtype for p in own} == {torch.float32}
+    with distiller:
+        loss, _ = distiller(tiny_batch())
+        loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in own)
+
+
+def test_batches_with_more_tokens_than_a_window_want_to_be_tried() -> None:
+    models = [tiny_model("modernbert", seed, num_hidden_layers=2) for seed in (1, 2)]
+    models[1].requires_grad_(False)
+    width = models[0].config.local_attention
+    batch = tiny_batch((width + 4, width + 2))
+    said = r"may hide some \(\w+ \d+\), but both models were tried on 2; give Distiller"
+    with (
+        pytest.raises(UserError, match=said),
+        fastkd.Distiller(*models, {"attention": {}}, tokens=2) as distiller,
+    ):
+        distiller(batch)
+    # as long as it was tried on, or without attention
+    for losses, tokens in (({"attention": {"kind": "kl"}}, width + 4), ({"hidden": {}}, 2)):
+        with fastkd.Distiller(*models, losses, tokens=tokens) as distiller:
+            assert torch.isfinite(distiller(batch)[0])
 
 
 def test_projections_train() -> None:

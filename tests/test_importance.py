@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import fastkd
+from benchmarks.family_models import family_model
 from fastkd.distributed import Ranks, start_ranks, stop_ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
@@ -217,6 +219,18 @@ def test_what_can_not_be_cut_is_refused(name: str, ranks: Ranks) -> None:
     with pytest.raises(UserError) as refused:
         pruned(tiny_model(family), ranks, **sizes)
     assert str(refused.value).startswith("student.init importance: ") and said in str(refused.value)
+
+
+def test_embeddings_that_are_scaled_by_the_width_are_refused(ranks: Ranks) -> None:
+    teacher = family_model("gemma2")
+    layers = make_layer_map("uniform", 2, teacher.config.num_hidden_layers)
+    width = teacher.config.hidden_size
+    section = {"layers": 2, "init": "importance", "attention": "eager"}
+    for size in (width, width // 2):
+        student, _ = build_student(teacher, Student(**section, hidden_size=size), layers)
+        said = pytest.raises(UserError, match=r"Gemma2Model multiplies embeddings by [\d.]+, a stu")
+        with nullcontext() if size == width else said:
+            start_by_importance(student, teacher, layers, [], ranks)
 
 
 def test_channels_that_are_taken_for_others_are_found_out(

@@ -23,6 +23,7 @@ LEVELS: tuple[set[str], ...] = (
         "row_form",
         "section",
         "plugins",
+        "seeds",
         "signals",
         "variables",
         "files",

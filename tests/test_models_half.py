@@ -19,7 +19,9 @@ from fastkd.training.setup import set_up
 
 BF16 = torch.bfloat16
 # rotary frequencies, and buffers that are multiplied with states as they stand
-FAMILIES = ["bert", "llama", "modernbert", "gemma2", "xglm", "openai-gpt", "minimax"]
+FAMILIES = [
+    *("bert", "llama", "modernbert", "gemma2", "xglm", "openai-gpt", "minimax", "deepseek_v3"),
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fastkd.errors import UserError
-from fastkd.recipe import Recipe, dump_recipe, load_any_recipe, load_recipe, parse_recipe
+from fastkd.recipe import (
+    Recipe,
+    Train,
+    dump_recipe,
+    load_any_recipe,
+    load_recipe,
+    parse_recipe,
+)
+from fastkd.recipe.train import resolve_steps
 
 RECIPES = (Path(__file__).parents[1] / "recipes").glob("*.yaml")
 SHIPPED = sorted(path for path in RECIPES if not path.name.startswith("study-"))
@@ -322,3 +330,13 @@ def test_every_field_is_described_in_a_sentence(section: type[BaseModel], field:
     assert description
     assert description[0].isupper() or not description[0].isalpha()
     assert description.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "expected"), [(0.29, 100, 29), (0.58, 100, 58), (0.1, 205, 20)]
+)
+def test_a_share_of_the_steps_is_that_of_its_digits(
+    share: float, steps: int, expected: int
+) -> None:
+    train = resolve_steps(Train(warmup_share=share, steps=steps), None)
+    assert train.warmup_steps == expected

@@ -18,6 +18,8 @@ from tiny_training import (
 )
 
 from fastkd.losses.objective import Objective
+from fastkd.recipe import Train
+from fastkd.recipe.stages import stage_trees
 
 FIRST = {"losses": {"hidden": {}}, "train": {"steps": 1}}
 LATER: dict[str, tuple[dict[str, Any], str]] = {
@@ -42,6 +44,23 @@ def folder(tmp_path: Path) -> Path:
     save_encoder(tmp_path / "encoder")
     save_classifier(tmp_path / "classifier")
     return tmp_path
+
+
+def test_stages_draw_apart_unless_they_say_how() -> None:
+    tree: dict[str, Any] = {
+        "train": {"seed": 3, "dropout_seed": 5},
+        "student": {"layers": 2},
+        "run": {"output": "runs/x"},
+        "stages": [{}, {}, {"train": {"order_seed": 8}}, {"train": {"seed": 9}}],
+    }
+    found = [Train.model_validate(made["train"]) for made in stage_trees(tree)]
+    assert (found[0].order, found[0].dropping) == (3, 5)
+    assert found[2].order == 8
+    # what a stage says of itself holds, what all share is drawn anew
+    assert found[3].order == 9 and found[3].dropping == 5
+    assert len({train.order for train in found}) == 4
+    assert len({train.dropping for train in found[:3]}) == 3
+    assert stage_trees(tree) == stage_trees(tree)
 
 
 @pytest.mark.parametrize("name", LATER)

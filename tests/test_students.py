@@ -19,9 +19,11 @@ from tiny_models import (
     tiny_config,
     tiny_model,
 )
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from benchmarks.family_models import family_model
 from fastkd.capture import capture, find_blocks, no_cache, route_attention
+from fastkd.distributed import joined_ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.models import (
@@ -31,6 +33,7 @@ from fastkd.models import (
     load_student,
     student_config,
 )
+from fastkd.models.importance import start_by_importance
 from fastkd.recipe import Student
 
 BATCH = tiny_batch()
@@ -252,6 +255,37 @@ def test_a_random_start_is_drawn_from_the_seed() -> None:
     first, second, third = (model.get_input_embeddings().weight for model in (*drawn, other))
     assert torch.equal(first, second)
     assert not torch.equal(first, third)
+
+
+@pytest.mark.parametrize("start", ["teacher", "importance"])
+def test_trained_buffers_are_taken_over(start: str) -> None:
+    """A router's bias is no parameter, and 0 in every model that is drawn."""
+    teacher = family_model("deepseek_v3")
+    for name, buffer in teacher.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn_like(buffer))
+    depth = teacher.config.num_hidden_layers
+    layers = make_layer_map("uniform", depth, depth)
+    student, _ = build_student(teacher, Student(layers=depth, init=start), layers)
+    if start == "importance":
+        with joined_ranks() as ranks:
+            start_by_importance(student, teacher, layers, [], ranks)
+    ids = torch.arange(20).view(1, 20) + 3
+    with torch.no_grad():
+        ours, theirs = (m.eval()(input_ids=ids, use_cache=False)[0] for m in (student, teacher))
+    assert torch.equal(ours, theirs)
+
+
+def test_how_a_decoder_ends_is_taken_over(tmp_path: Path) -> None:
+    teacher = AutoModelForCausalLM.from_config(tiny_config("qwen2"))
+    teacher.generation_config.update(eos_token_id=[7, 9, 11], pad_token_id=5, temperature=0.6)
+    teacher.generation_config.do_sample = True
+    student, _ = student_of(teacher, head="causal_lm")
+    student.save_pretrained(tmp_path)
+    found = GenerationConfig.from_pretrained(tmp_path)
+    assert found.eos_token_id == [7, 9, 11] and found.pad_token_id == 5
+    assert found.temperature == 0.6 and found.do_sample
+    assert student.generation_config is not teacher.generation_config
 
 
 def test_the_copy_is_a_copy() -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fastkd.data.batching import BatchPlan
 from fastkd.data.sequences import PAD_MULTIPLE
-from fastkd.data.text.stream import epoch_seed, require_same
+from fastkd.data.text.stream import require_same
+from fastkd.seeds import derived_seed
 from fastkd.types import Inputs
 
 POOL = 50
@@ -234,7 +235,7 @@ def _order(
     Only whole batches are made of similar lengths: the ends share a batch with another epoch.
     """
     count = len(lengths)
-    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
+    generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
     drawn = torch.randperm(count, generator=generator).numpy()
     head = min(-epoch * count % batch_size, count)
     batches = (count - head) // batch_size

@@ -17,6 +17,7 @@ The projections train with the student while `train` runs: they are in the optim
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -60,6 +61,7 @@ class DistillationMixin:
         teacher: Any = None,
         losses: Any = None,
         layer_map: Any = "uniform",
+        tokens: int = 8,
         **keywords: Any,
     ) -> None:
         """Set a trainer up; all but these goes to its own class.
@@ -69,6 +71,7 @@ class DistillationMixin:
             teacher: a model as the student is, frozen by `requires_grad_(False)`.
             losses: as the section `losses` of a recipe.
             layer_map: as in a recipe.
+            tokens: as of a Distiller.
 
         Raises:
             UserError: models and losses that don't fit, or a setting of the trainer that would
@@ -82,7 +85,12 @@ class DistillationMixin:
         student = transformer_of(self.model, "model")
         seed = self.args.seed
         self.distiller = Distiller(
-            student, transformer_of(teacher, "teacher"), losses, layer_map, seed=seed
+            student,
+            transformer_of(teacher, "teacher"),
+            losses,
+            layer_map,
+            tokens=tokens,
+            seed=seed,
         )
         # the counts of a step are handed down as its number of items: it is not divided again
         self.model_accepts_loss_kwargs = True
@@ -326,6 +334,13 @@ def _check_arguments(trainer: Any) -> None:
         raise UserError(
             f"{type(trainer).__name__}: {', '.join(found)} is set, which the losses don't pass "
             "through; leave it out, or use fastkd.distill"
+        )
+    half = {p.dtype for p in trainer.model.parameters() if p.requires_grad and p.itemsize < 4}
+    if half:
+        warnings.warn(
+            f"{type(trainer).__name__}: the student's weights are {half.pop()}, which round most "
+            "updates away; load it with dtype=torch.float32 and set bf16=True",
+            stacklevel=3,
         )
     if args.n_gpu > 1:
         raise UserError(

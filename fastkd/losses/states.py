@@ -241,11 +241,13 @@ _NAMES = ("weight", "bias")
 
 
 def pooled(state: Tensor, tokens: Tokens, mask: Tensor | None) -> Tensor:
-    """All of [batch, tokens, width], or one vector an example: [batch, 1, width]."""
+    """All of [batch, tokens, width], or one vector an example: [batch, 1, width], a mean of them in
+    fp32 or better."""
     if tokens == "all":
         return state
     if tokens == "cls":
         return state[:, :1]
+    state = state.to(torch.promote_types(state.dtype, torch.float32))
     if mask is None:
         return state.mean(dim=1, keepdim=True)
     valid = mask.unsqueeze(-1).to(state.dtype)

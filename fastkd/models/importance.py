@@ -10,6 +10,7 @@ changes by on the text, so that activations keep their size. Minitron leaves tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -85,6 +86,7 @@ def start_by_importance(
     sources, name = layers.sources(), feed_forward_name(teacher.config)
     widths = Widths.of(student.config, name), Widths.of(teacher.config, name)
     _check_narrower(*widths)
+    _check_scales(student, teacher)
     roles = read_roles(teacher, student, sources, widths)
     check_roles(teacher, roles, widths[1])
     named = {role for dims in roles.values() for role in dims if role is not None}
@@ -281,9 +283,7 @@ def _copy(
     copied = 0
     with torch.no_grad():
         for name, parameter in student.named_parameters():
-            number, _, path = name.removeprefix(prefix).partition(".")
-            inside = name.startswith(prefix)
-            of = f"{prefix}{sources[int(number)] - 1}.{path}" if inside else name
+            of = _source_of(name, sources, prefix)
             if of not in parameters:
                 continue
             given = cut(parameters[of], roles[of], kept)
@@ -291,7 +291,59 @@ def _copy(
                 given = given.float() * float(factors[of.removesuffix(".weight")])
             parameter.copy_(given)
             copied += parameter.numel()
+        _copy_buffers(student, teacher, sources, prefix)
     return copied
+
+
+def _copy_buffers(
+    student: PreTrainedModel, teacher: PreTrainedModel, sources: Sequence[int], prefix: str
+) -> None:
+    """Take over buffers that are saved: some models keep trained numbers in them.
+
+    Raises:
+        UserError: one has another shape.
+    """
+    saved, theirs = student.state_dict().keys(), dict(teacher.named_buffers())
+    for name, buffer in student.named_buffers():
+        given = theirs.get(_source_of(name, sources, prefix))
+        if name not in saved or given is None:
+            continue
+        if given.shape != buffer.shape:
+            raise UserError(
+                f"student.init importance: {name} has the shape {list(buffer.shape)}, the "
+                f"teacher's {list(given.shape)}, of which no channels can be chosen; set "
+                "student.init to teacher"
+            )
+        buffer.copy_(given)
+
+
+def _source_of(name: str, sources: Sequence[int], prefix: str) -> str:
+    """What a number of the student is called in the teacher."""
+    if not name.startswith(prefix):
+        return name
+    number, _, path = name.removeprefix(prefix).partition(".")
+    return f"{prefix}{sources[int(number)] - 1}.{path}"
+
+
+def _check_scales(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """See that both scale what they read from their tables alike.
+
+    Raises:
+        UserError: a family whose scale follows its width, as Gemma's does.
+    """
+    scales = []
+    for model in (student, teacher):
+        table = model.get_input_embeddings()
+        ids = torch.arange(min(8, table.weight.shape[0]), device=table.weight.device)
+        with torch.no_grad():
+            given, rows = table(ids[None])[0].double(), table.weight[ids].double()
+        scales.append(float(given.norm() / rows.norm()))
+    if not math.isclose(*scales, rel_tol=0.02):
+        raise UserError(
+            f"student.init importance: {type(teacher).__name__} multiplies embeddings by "
+            f"{scales[1]:.3g}, a student of this width by {scales[0]:.3g}, which its blocks were "
+            "not trained with; set student.init to teacher"
+        )
 
 
 def _check_narrower(small: Widths, large: Widths) -> None:

@@ -173,6 +173,9 @@ def build_student(
         else:
             model, copied = _continued(student.starts_from, config, student, teacher)
         lend_pooler(model, teacher)
+    if own is None and student.starts_from is None and teacher.can_generate():
+        # which tokens end a text, and how the next one is chosen
+        model.generation_config = copy.deepcopy(teacher.generation_config)
     set_attention(model, student.attention)
     if student.freeze_word_embeddings:
         _freeze_word_embeddings(model, teacher, student)
@@ -390,10 +393,17 @@ def _copy_from_teacher(student: PreTrainedModel, teacher: PreTrainedModel, layer
 
 
 def _copy_matching(target: nn.Module, source: nn.Module, outside: str | None = None) -> int:
-    """Copy parameters of the same name and shape; return how many numbers were copied."""
-    found = dict(source.named_parameters())
+    """Copy parameters of the same name and shape; return how many numbers were copied. Buffers that
+    are saved are copied as well: some models keep trained numbers in them."""
+    found, buffers = dict(source.named_parameters()), dict(source.named_buffers())
+    saved = target.state_dict().keys()
     copied = 0
     with torch.no_grad():
+        for name, buffer in target.named_buffers():
+            given = buffers.get(name)
+            inside = outside is not None and name.startswith(outside)
+            if name in saved and not inside and given is not None and given.shape == buffer.shape:
+                buffer.copy_(given)
         for name, parameter in target.named_parameters():
             given = found.get(name)
             if outside is not None and name.startswith(outside):

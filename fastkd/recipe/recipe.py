@@ -49,7 +49,8 @@ class Recipe(Section):
     """Where it is written."""
     stages: tuple[dict[str, Any], ...] = ()
     """Stages of the run, one after the other. What a stage says of `losses` or `layer_map` stands
-    in place of all that the recipe says there, of `train` and `task` key by key."""
+    in place of all that the recipe says there, of `train` and `task` key by key. Stages after the
+    first read the data in orders of their own, unless they give a seed."""
     deepspeed: Extras = Field(default_factory=dict)
     """Further keys of DeepSpeed's configuration; those that the recipe sets itself are refused."""
 

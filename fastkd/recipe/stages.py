@@ -7,6 +7,7 @@ from typing import Any
 
 from fastkd.errors import UserError
 from fastkd.recipe.merge import Tree, laid_over
+from fastkd.seeds import derived_seed
 
 MAY_DIFFER = ("losses", "layer_map", "train", "task")
 """Sections that a stage may give."""
@@ -21,7 +22,9 @@ def stage_trees(tree: Mapping[str, Any]) -> list[Tree]:
     """The recipe of each stage of a recipe, in order, as mappings.
 
     A stage's `losses` and `layer_map` take the place of the recipe's, its other sections are laid
-    over them key by key. Stages write to `stage-1`, `stage-2`... of `run.output`.
+    over them key by key. Stages write to `stage-1`, `stage-2`... of `run.output`. A later stage
+    that gives no seed reads its data in an order of its own, and draws masks and dropout of its
+    own: else a short one would read what the one before it read.
 
     Args:
         tree: of the whole recipe, its preset written out.
@@ -42,9 +45,25 @@ def stage_trees(tree: Mapping[str, Any]) -> list[Tree]:
         made = laid_over(base, _without_rivals(stage), _WHOLE)
         made["run"] = {**made["run"], "output": f"{output}/stage-{number}"}
         if number > 1:
+            made["train"] = {**made.get("train", {}), **_own_seeds(made, stage, number)}
             init = f"{output}/stage-{number - 1}/student"
             made["student"] = {**made["student"], "init": init}
         found.append(made)
+    return found
+
+
+def _own_seeds(made: Mapping[str, Any], stage: Mapping[str, Any], number: int) -> Tree:
+    """Seeds of a stage that is not the first, but for those that it gives itself."""
+    train, given = made.get("train") or {}, stage.get("train") or {}
+    found: Tree = {}
+    for name in ("order_seed", "dropout_seed"):
+        if name in given or "seed" in given:
+            continue
+        shared = train.get(name)
+        shared = train.get("seed", 0) if shared is None else shared
+        # what is no number is refused where the recipe is read
+        if isinstance(shared, int):
+            found[name] = derived_seed(shared, number) % (1 << 31)
     return found
 
 

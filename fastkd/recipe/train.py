@@ -207,7 +207,8 @@ def resolve_steps(train: Train, rows: int | None) -> Train:
             )
     steps = found.get("steps", train.steps)
     if train.warmup_share:
-        found["warmup_steps"] = int(train.warmup_share * steps)
+        # 0.29 of 100 is a little less than 29 in binary
+        found["warmup_steps"] = int(train.warmup_share * steps + 1e-6)
     resolved = train.model_copy(update=found)
     check_train(resolved)
     return resolved

@@ -65,7 +65,9 @@ def student_config(recipe: AnyRecipe, plan: BatchPlan) -> dict[str, Any]:
         "bf16": {"enabled": train.precision == "bf16"},
     }
     if train.precision == "bf16":
+        # as one process does: else gradients would be rounded on their way between ranks
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
     if train.optimizer == "muon":
         _check_on_device(recipe.deepspeed)
         # which of the optimisers DeepSpeed knows work under ZeRO; ours is tested here

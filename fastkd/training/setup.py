@@ -27,6 +27,7 @@ from fastkd.losses.pooling import EmbeddingModules
 from fastkd.models.quantised import quantise
 from fastkd.packed_row import valid_tokens
 from fastkd.recipe import AnyRecipe, Recipe
+from fastkd.seeds import derived_seed
 from fastkd.training.ahead import TeacherAhead, check_overlap
 from fastkd.training.deepspeed_config import check_packages, student_config, uses_deepspeed
 from fastkd.training.engine import (
@@ -225,7 +226,8 @@ def set_up(recipe: AnyRecipe, ranks: Ranks, *, progress: bool = True) -> Run:
             raise
         raise UserError(refusal(error)) from error
     # dropout must differ between ranks; everything before must not
-    torch.manual_seed(recipe.train.dropping + 1 + ranks.rank)
+    dropping = recipe.train.dropping
+    torch.manual_seed(derived_seed(dropping, ranks.rank) if ranks.rank else dropping + 1)
     run = Run(**vars(parts), teacher=teacher, engine=engine)
     if recipe.train.compile:
         _compile(run)

@@ -91,7 +91,12 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         state["truncation"] = state["padding"] = None
     else:
         state = [type(tokenizer).__name__, tokenizer.get_vocab(), repr(tokenizer.init_kwargs)]
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(state, sort_keys=True)
+    # told at every call; as most have it, it is left out of the key
+    for name, usual in (("truncation_side", "right"), ("split_special_tokens", False)):
+        if (given := getattr(tokenizer, name, usual)) != usual:
+            text += f" {name} {given}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def is_complete(folder: Path, field: str = "data.cache", *, build: bool = True) -> bool:

@@ -29,6 +29,7 @@ from fastkd.data.text.split import Split
 from fastkd.data.text.tokenize import Encoder, tokenisers
 from fastkd.data.workers import Workers
 from fastkd.errors import UserError
+from fastkd.seeds import derived_seed
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class ShuffledBlocks:
         """Nothing works for it."""
 
     def _shuffle(self, epoch: int) -> None:
-        generator = torch.Generator().manual_seed(epoch_seed(self._seed, epoch))
+        generator = torch.Generator().manual_seed(derived_seed(self._seed, epoch))
         self._order = torch.randperm(
             len(self._blocks), generator=generator, dtype=torch.int32, device="cpu"
         )
@@ -344,7 +345,7 @@ class StreamedDocuments:
 
     def _start_epoch(self, epoch: int) -> None:
         self._split.dropped = 0
-        generator = random.Random(epoch_seed(self._seed, epoch))
+        generator = random.Random(derived_seed(self._seed, epoch))
         sources = generator.sample(self._split.train_sources, len(self._split.train_sources))
         self._digest = _new_digest()
         texts = (text for part, text in self._split.labelled(sources) if part == "train")
@@ -413,11 +414,6 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _date(seconds: int) -> str:
     moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
-
-
-def epoch_seed(seed: int, epoch: int) -> int:
-    """Unrelated for every pair, where seed + epoch would repeat orders across seeds."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:8]) >> 1
 
 
 def require_same(state: dict[str, Any], identity: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from tiny_models import LAYERS, VOCABULARY, tiny_batch, tiny_config, tiny_model
 from tiny_runs import make_recipe, read_weights, run_variants
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import fastkd
 from benchmarks.family_models import family_model
@@ -104,10 +105,13 @@ def of_zeros(name: str) -> tuple[PreTrainedModel, torch.Tensor]:
     return model, kept
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize(("name", "base"), [("bert", 0), ("llama", 0), ("llama", 1)])
 def test_channels_that_do_nothing_are_left_out_without_a_trace(
-    name: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+    name: str, base: int, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if base:
+        # as Gemma's norms multiply
+        monkeypatch.setattr(LlamaRMSNorm, "forward", plus_one)
     teacher, kept = of_zeros(name)
     inputs = tiny_batch(seed=1)
     expected = output(teacher, inputs)[:, kept]
@@ -117,6 +121,12 @@ def test_channels_that_do_nothing_are_left_out_without_a_trace(
     monkeypatch.setattr(importance, "norm_factors", lambda *_: {})
     other = output(pruned(teacher, ranks, **NARROW), inputs)
     assert (other - expected).abs().max() > 1e-2
+
+
+def plus_one(norm: Any, states: torch.Tensor) -> torch.Tensor:
+    """An RMS norm that multiplies by one and its weight."""
+    size = states.square().mean(dim=-1, keepdim=True) + norm.variance_epsilon
+    return (1 + norm.weight) * states * size.rsqrt()
 
 
 @pytest.fixture(scope="module")

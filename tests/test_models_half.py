@@ -13,7 +13,8 @@ from transformers import AutoModel
 from benchmarks.family_models import family_model
 from fastkd.capture import no_cache
 from fastkd.distributed import joined_ranks
-from fastkd.models.half import round_buffers, round_parameters
+from fastkd.errors import UserError
+from fastkd.models.half import check_rounding, round_buffers, round_parameters
 from fastkd.recipe import load_recipe
 from fastkd.training.setup import set_up
 
@@ -56,3 +57,10 @@ def test_a_student_that_trains_in_bf16_turns_by_the_teachers_angles(
             assert model.rotary_emb.inv_freq.dtype == torch.float32
         assert torch.equal(student.rotary_emb.inv_freq, teacher.rotary_emb.inv_freq)
         assert {parameter.dtype for parameter in student.parameters()} == {BF16}
+
+
+def test_parameters_that_stay_whole_are_refused() -> None:
+    check_rounding(family_model("deepseek_v3"))
+    said = r"^train.precision is bf16, but Ernie4_5_MoeModel keeps \S+ in fp32, of \d+ parameters"
+    with pytest.raises(UserError, match=said):
+        check_rounding(family_model("ernie4_5_moe"))

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fastkd.errors import UserError
+
 
 def round_parameters(module: nn.Module) -> None:
     """Let all parameters of a module be bf16, and its buffers what they are."""
@@ -25,9 +27,26 @@ def round_buffers(model: PreTrainedModel) -> None:
     with torch.device("meta"):
         twin = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.bfloat16)
     half = {name for name, buffer in twin.named_buffers() if buffer.dtype == torch.bfloat16}
-    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     for name, buffer in model.named_buffers():
-        # a name of a module, or of several in a row
-        stays = any(f".{part}." in f".{name}." for part in kept)
-        if name in half and not stays:
+        if name in half and not _stays_whole(model, name):
             buffer.data = buffer.data.to(torch.bfloat16)
+
+
+def check_rounding(model: PreTrainedModel) -> None:
+    """See that all parameters of a model may be bf16.
+
+    Raises:
+        UserError: transformers keeps some in fp32.
+    """
+    whole = [name for name, _ in model.named_parameters() if _stays_whole(model, name)]
+    if whole:
+        raise UserError(
+            f"train.precision is bf16, but {type(model).__name__} keeps {whole[0]} in fp32, of "
+            f"{len(whole)} parameters; set train.precision to fp32"
+        )
+
+
+def _stays_whole(model: PreTrainedModel, name: str) -> bool:
+    """Whether a model names it, or a module that it is in, as what stays in fp32."""
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return any(f".{part}." in f".{name}." for part in kept)

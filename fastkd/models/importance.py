@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ class Activity:
     """What channels are worth; of heads one number each."""
     energy: dict[str, Tensor] = field(default_factory=dict)
     """By norm, each channel's share of the squares of its input, which adds up to the tokens."""
+    bases: dict[str, int] = field(default_factory=dict)
+    """By norm, what is added to its weight where it multiplies: 0, or 1 in families of Gemma's."""
 
     def add(self, role: Role, values: Tensor) -> None:
         """Sums of more tokens."""
@@ -57,6 +59,7 @@ class Activity:
         return Activity(
             {role: ranks.sum(values).cpu() for role, values in self.channels.items()},
             {name: ranks.sum(values).cpu() for name, values in self.energy.items()},
+            self.bases,
         )
 
 
@@ -97,7 +100,8 @@ def start_by_importance(
         # sums are the same on all ranks, and so is what follows once one of them has chosen
         kept = ranks.from_main(lambda: choose(activity, named, sources, *widths))
         factors = ranks.from_main(lambda: norm_factors(activity, kept, *widths))
-    return _copy(student, teacher, sources, roles, kept, factors)
+    bases = activity.bases if named else {}
+    return _copy(student, teacher, sources, roles, kept, factors, bases)
 
 
 def measure(
@@ -153,14 +157,16 @@ def _hooks(
     """What is to be noted of a module's passes."""
     dims = roles.get(f"{path}.weight", ())
     if len(dims) == 1 and dims[0] == ("hidden", HIDDEN):
-        centred = norm_centres(module, widths.hidden)
+        form = norm_form(module, widths.hidden)
+        if form is not None:
+            activity.bases[path] = form.base
 
         def of_norm(_module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             states, given = (_tokens(t, counted[0]) for t in (_input(args, kwargs), output))
             activity.add(("hidden", HIDDEN), given.abs().sum(dim=0))
-            if centred is None:
+            if form is None:
                 return
-            states = states - states.mean(dim=1, keepdim=True) if centred else states
+            states = states - states.mean(dim=1, keepdim=True) if form.centres else states
             squares = states.square()
             shares = (squares / squares.sum(dim=1, keepdim=True).clamp(min=1e-30)).sum(dim=0)
             before = activity.energy.get(path)
@@ -191,9 +197,18 @@ def _tokens(states: Tensor, mask: Tensor | None) -> Tensor:
     return found.double()
 
 
-def norm_centres(module: nn.Module, width: int) -> bool | None:
-    """Whether a norm takes the mean off its input first; `None` of a module that is no norm whose
-    output is its weight times the input of length one."""
+class NormForm(NamedTuple):
+    """What a norm makes of its input."""
+
+    centres: bool
+    """Whether it takes the mean off first."""
+    base: int
+    """What it adds to its weight."""
+
+
+def norm_form(module: nn.Module, width: int) -> NormForm | None:
+    """The form of a norm whose output is its weight, or one and its weight, times the input of
+    length one; `None` of another module."""
     weight = next(module.parameters(recurse=False))
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, 4, width, generator=generator).to(weight.device, weight.dtype)
@@ -201,17 +216,20 @@ def norm_centres(module: nn.Module, width: int) -> bool | None:
     with torch.no_grad():
         plain, longer, moved = (module(given) for given in (states, 3 * states, states + 2))
         kept = weight.clone()
-        weight.copy_(2 * weight)
-        doubled = module(states)
+        doubled = []
+        for base in (0, 1):
+            weight.copy_(2 * kept + base)
+            doubled.append(module(states))
         weight.copy_(kept)
     shift = torch.zeros_like(plain) if bias is None else bias.expand_as(plain)
 
     def near(found: Tensor, expected: Tensor) -> bool:
         return torch.allclose(found.float(), expected.float(), rtol=3e-2, atol=1e-2)
 
-    if not near(longer, plain) or not near(doubled - shift, 2 * (plain - shift)):
+    bases = [base for base in (0, 1) if near(doubled[base] - shift, 2 * (plain - shift))]
+    if not near(longer, plain) or not bases:
         return None
-    return near(moved, plain)
+    return NormForm(near(moved, plain), bases[0])
 
 
 def choose(
@@ -276,6 +294,7 @@ def _copy(
     roles: Roles,
     kept: Mapping[Role, Tensor],
     factors: Mapping[str, Tensor],
+    bases: Mapping[str, int],
 ) -> int:
     parameters = dict(teacher.named_parameters())
     theirs = find_blocks(teacher)
@@ -287,8 +306,9 @@ def _copy(
             if of not in parameters:
                 continue
             given = cut(parameters[of], roles[of], kept)
-            if of.endswith(".weight") and of.removesuffix(".weight") in factors:
-                given = given.float() * float(factors[of.removesuffix(".weight")])
+            path = of.removesuffix(".weight")
+            if path != of and path in factors:
+                given = (given.float() + bases[path]) * float(factors[path]) - bases[path]
             parameter.copy_(given)
             copied += parameter.numel()
         _copy_buffers(student, teacher, sources, prefix)

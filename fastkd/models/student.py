@@ -37,7 +37,8 @@ _DROPOUT = re.compile(r"dropout|_pdrop$|drop_path")
 # what a model computes with its weights, by the names of transformers
 _BEHAVIOUR = re.compile(
     r"act(ivation)?(_function)?$|eps(ilon)?$|rope|rotary|sliding|window|layer_types|local_|global_|"
-    r"_bias$|scal|softcap|norm|^is_decoder$|^position_embedding_type$|^head_dim$"
+    r"_bias$|scal|softcap|norm|^is_decoder$|^position_embedding_type$|^head_dim$|multiplier$|"
+    r"experts_per_tok$|^(n|topk)_group$|^attention_chunk"
 )
 
 

@@ -32,7 +32,7 @@ from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.layer_map import Progress
 from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.losses.pooling import EmbeddingModules
-from fastkd.models.half import round_buffers
+from fastkd.models.half import check_rounding, round_buffers
 from fastkd.models.quantised import Quantised
 from fastkd.packed_row import valid_tokens
 from fastkd.recipe import AnyRecipe, Recipe, Train
@@ -229,6 +229,8 @@ def make_engine(module: DistilledStudent, recipe: AnyRecipe, plan: BatchPlan, ra
         round_buffers(module.student)
     module.to(ranks.device)
     if not uses_deepspeed(recipe, ranks.world_size):
+        if train.precision == "bf16":
+            check_rounding(module.student)
         return LocalEngine(
             module,
             optimizer,

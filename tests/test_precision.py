@@ -130,6 +130,7 @@ def test_kernels_products_in_torch_are_fp32(
 
     class OnGpu:
         is_cuda = True
+        device = GPU
 
     def seen(*_call: object) -> str:
         return str(MATMUL.fp32_precision)

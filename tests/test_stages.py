@@ -61,6 +61,9 @@ def test_stages_draw_apart_unless_they_say_how() -> None:
     assert len({train.order for train in found}) == 4
     assert len({train.dropping for train in found[:3]}) == 3
     assert stage_trees(tree) == stage_trees(tree)
+    # refused where the recipe is read
+    for nonsense in (None, "fast", 3):
+        assert stage_trees({**tree, "stages": [{}, {"train": nonsense}]})[1]["train"] == nonsense
 
 
 @pytest.mark.parametrize("name", LATER)

@@ -45,24 +45,23 @@ def stage_trees(tree: Mapping[str, Any]) -> list[Tree]:
         made = laid_over(base, _without_rivals(stage), _WHOLE)
         made["run"] = {**made["run"], "output": f"{output}/stage-{number}"}
         if number > 1:
-            made["train"] = {**made.get("train", {}), **_own_seeds(made, stage, number)}
+            made["train"] = _drawing_apart(made.get("train", {}), stage.get("train", {}), number)
             init = f"{output}/stage-{number - 1}/student"
             made["student"] = {**made["student"], "init": init}
         found.append(made)
     return found
 
 
-def _own_seeds(made: Mapping[str, Any], stage: Mapping[str, Any], number: int) -> Tree:
-    """Seeds of a stage that is not the first, but for those that it gives itself."""
-    train, given = made.get("train") or {}, stage.get("train") or {}
-    found: Tree = {}
+def _drawing_apart(train: Any, given: Any, number: int) -> Any:
+    """A stage's section `train` with seeds of its own, but for those that it gave itself."""
+    # what is no section, or no seed, is refused where the recipe is read
+    if not isinstance(train, Mapping) or not isinstance(given, Mapping):
+        return train
+    found = dict(train)
     for name in ("order_seed", "dropout_seed"):
-        if name in given or "seed" in given:
-            continue
         shared = train.get(name)
         shared = train.get("seed", 0) if shared is None else shared
-        # what is no number is refused where the recipe is read
-        if isinstance(shared, int):
+        if name not in given and "seed" not in given and isinstance(shared, int):
             found[name] = derived_seed(shared, number) % (1 << 31)
     return found
 

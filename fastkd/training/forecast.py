@@ -351,8 +351,8 @@ def _moving_seconds(recipe: Recipe, passes: Passes, chip: Chip, plan: BatchPlan)
     passed = plan.accumulation * passes.readings(plan)
     others = (ranks - 1) / ranks
     student = passes.trained_numbers * train.number_bytes
-    # gradients are reduced and weights or gradients gathered
-    moved = 2 * student * others
+    # gradients are reduced, in fp32, and weights gathered
+    moved = (4 * passes.trained_numbers + student) * others
     if train.zero_stage == 3:
         whole = student + passes.frozen_numbers * train.number_bytes
         # before each forward and before the backward of each micro-batch

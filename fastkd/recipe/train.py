@@ -75,7 +75,8 @@ class Train(Section):
     training, of which the first ones compile. It needs a C++ compiler, on a GPU one of C."""
     cuda_graph: bool = False
     """Whether forward and backward of a micro-batch are recorded in a CUDA graph, one for each of
-    its shapes; of a run on one GPU, whose losses no number of Python changes from step to step."""
+    its first 32 shapes; of a run on one GPU, whose losses no number of Python changes from step to
+    step."""
     profile: bool = False
     """Whether time and memory of the steps are measured by phase and by part, for the summary and
     the report."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import sys
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
@@ -48,6 +50,14 @@ def place_of(registered: Any) -> str:
     """Where a class or function from a plugin stands, for messages and to know it again: a module
     that is imported again brings the same one once more."""
     return f"{registered.__module__}.{registered.__qualname__}"
+
+
+def source_digest(registered: Any) -> str | None:
+    """sha256 of the file of a class's or function's module; `None` where it has none."""
+    file = getattr(sys.modules.get(registered.__module__), "__file__", None)
+    if file is None or not Path(file).is_file():
+        return None
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager

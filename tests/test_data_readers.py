@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -99,6 +100,26 @@ def test_the_cache_knows_content_and_reader(tmp_path: Path) -> None:
     before = digest(f"list:{path}")
     path.write_text("b")
     assert digest(f"list:{path}") != before
+
+
+def test_the_cache_knows_what_the_module_of_a_reader_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "readers_of_a_test.py"
+    module.write_text("def read(place):\n    return [open(place).read()]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    register_reader(".md")(importlib.import_module(module.stem).read)
+    (tmp_path / "a.md").write_text("a")
+    (source,) = resolve([str(tmp_path / "a.md")], settings(tmp_path))
+    before = source.digest(quick=False)
+    assert before == source.digest(quick=False)
+    module.write_text(module.read_text().replace("read()", "read().upper()"))
+    assert source.digest(quick=False) != before
+    # code that lies in no file is known by what it gives
+    module.unlink()
+    without = source.digest(quick=False)
+    (tmp_path / "a.md").write_text("b")
+    assert len({before, without, source.digest(quick=False)}) == 3
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -139,6 +139,15 @@ def test_text_column_and_split(tmp_path: Path) -> None:
     assert documents(saved, split="test") == DOCUMENTS[:1]
 
 
+def test_a_file_of_another_form_is_other_text(tmp_path: Path) -> None:
+    digests = set()
+    for name in ("a.csv", "b.csv", "a.tsv"):
+        (tmp_path / name).write_text('text\n"one"\n')
+        (source,) = resolve([str(tmp_path / name)], TextSettings(train=()))
+        digests.add(source.digest(quick=False))
+    assert len(digests) == 2
+
+
 def test_python_docs_are_in_every_python() -> None:
     topics = documents("python-docs")
     assert len(topics) > 50

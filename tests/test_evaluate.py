@@ -233,15 +233,25 @@ def test_a_run_is_continued_with_the_same_files_wherever_they_are_named_from(
     run.check_continues(load_any_recipe(path, [f"teacher.model={tmp_path / 'one' / 'model'}"]))
 
 
-def test_text_runs_of_epochs_are_evaluated_on_other_text_too(tmp_path: Path) -> None:
-    recipe = make_recipe(tmp_path, train={**EPOCHS, "warmup_steps": 0})
+def test_text_runs_of_epochs_are_evaluated_on_other_text_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = make_recipe(tmp_path, train={**EPOCHS, "warmup_steps": 0}, data={"heldout_blocks": 3})
     done = run_command("distill", str(recipe))
     assert done.returncode == 0, done.stderr[-2000:]
     run = tmp_path / "run"
-    assert evaluated(run).losses == pytest.approx(summary_of(run)["after"]["losses"], rel=1e-5)
+    after = summary_of(run)["after"]
+    assert after["blocks"] == 3
+    # what is no text leaves the blocks as they were, spread over all that is held out
+    for overrides in ([], ["train.micro_batch_size=2"], ["data.workers=0", "data.cache=elsewhere"]):
+        overrides = [text.replace("elsewhere", str(tmp_path / "elsewhere")) for text in overrides]
+        assert evaluated(run, *overrides).losses == pytest.approx(after["losses"], rel=1e-5)
+    assert not caplog.records
+    assert evaluated(run, "data.heldout_blocks=4").judged["blocks"] == 4
     other = write_text(tmp_path / "other.txt", documents=20, seed=9)
     found = evaluated(run, f"data.heldout={other}")
-    assert found.losses.keys() == summary_of(run)["after"]["losses"].keys()
+    assert found.losses.keys() == after["losses"].keys()
+    assert "held-out blocks are the first of this text" in caplog.text
 
 
 def test_doctor_estimates_every_stage(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -44,6 +45,10 @@ _REPLACEABLE = (
     *("data", "task", "evaluate", "teacher", "train"),
     *("student.attention", "model.attention"),
 )
+# of `data`: where and by how many text is read, and how much of it is judged
+_OF_READING = ("workers", "cache", "shuffle_buffer", "heldout_blocks")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -271,21 +276,22 @@ def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> E
     """
     check_overrides(overrides)
     summary = folder.read_finished()
-    recipe = folder.read_recipe(overrides)
+    made, recipe = folder.read_recipe(), folder.read_recipe(overrides)
     check_packages(recipe)
-    if overrides:
-        _check_selection(folder.read_recipe(), recipe)
+    _check_selection(made, recipe)
     if isinstance(recipe, Recipe) and recipe.stages:
-        recipe = each_stage(recipe)[-1]
+        made, recipe = each_stage(made)[-1], each_stage(recipe)[-1]
         summary = summary["stages"][-1]
         folder = RunFolder(folder.path / Path(recipe.run.output).name)
     # those that are counted in passes over the data came to so many
     train = recipe.train.model_copy(update={"steps": recipe.train.steps or summary["steps"]})
     changed: dict[str, Any] = {"train": train}
-    if overrides and isinstance(recipe, Recipe) and recipe.data is not None:
+    if isinstance(recipe, Recipe) and recipe.data is not None and _reads_other_text(made, recipe):
         # a stream reads no more of the text than it needs
-        streaming = not recipe.data.by_rows
-        changed["data"] = recipe.data.model_copy(update={"streaming": streaming})
+        changed["data"] = recipe.data.model_copy(update={"streaming": True})
+        logger.warning(
+            "held-out blocks are the first of this text; those of the run were spread over its own"
+        )
     with tf32_products(ranks.device, train.tf32):
         run = set_up_evaluation(recipe.model_copy(update=changed), folder, ranks)
         found = evaluate(run, judge_teacher=True)
@@ -317,6 +323,15 @@ def check_overrides(overrides: Sequence[str]) -> None:
                 f"override {override!r}: the run is made, so an evaluation takes values of "
                 f"{', '.join(_REPLACEABLE)} alone"
             )
+
+
+def _reads_other_text(made: AnyRecipe, now: Recipe) -> bool:
+    """Whether `now` packs other text than a run that did not stream its own."""
+    before = made.data if isinstance(made, Recipe) else None
+    if now.data is None or now.data.by_rows or now.data.streaming:
+        return False
+    same = {} if before is None else {name: getattr(before, name) for name in _OF_READING}
+    return now.data.model_copy(update=same) != before
 
 
 def _check_selection(made: AnyRecipe, now: AnyRecipe) -> None:

@@ -36,7 +36,8 @@ class Delimited(OneFile, Records):
         return delimited_rows(self.path, columns, field)
 
     def digest(self, *, quick: bool) -> str:
-        return f"delimited {self.column} {file_digest(self.path, quick=quick)}"
+        form = "tsv" if is_tsv(self.path) else "csv"
+        return f"{form} {self.column} {file_digest(self.path, quick=quick)}"
 
 
 def is_tsv(path: Path) -> bool:

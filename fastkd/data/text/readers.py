@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fastkd.data.text.files import Source, file_digest
 from fastkd.errors import FOREIGN_ERRORS, UserError, is_text, one_line
-from fastkd.plugins import place_of
+from fastkd.plugins import place_of, source_digest
 
 Reader = Callable[[str], Iterable[str]]
 """From a path, or from what stands behind `NAME:`, to documents: the same ones in the same order
@@ -113,10 +113,10 @@ class Registered(Source):
             ) from error
 
     def digest(self, *, quick: bool) -> str:
-        files = self.stored_in()
+        files, source = self.stored_in(), source_digest(self.reader)
         who = f"{self.form} {place_of(self.reader)}"
-        if files:
-            return f"{who} {file_digest(files[0], quick=quick)}"
+        if files and source is not None:
+            return f"{who} {source} {file_digest(files[0], quick=quick)}"
         found = hashlib.sha256(self.place.encode())
         for text in islice(self.documents(), _QUICK_DOCUMENTS if quick else None):
             found.update(hashlib.sha256(text.encode()).digest())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fastkd.distributed import Ranks, start_ranks, stop_ranks
 from fastkd.errors import UserError
 from fastkd.losses.ensemble import Ensemble
 from fastkd.recipe import load_recipe
+from fastkd.reporting.report import model_heads
 from fastkd.training.setup import Run, set_up
 from fastkd.training.teacher_cache.plan import plan_for_run
 from fastkd.types import Combine, model_inputs
@@ -201,6 +203,10 @@ def test_rerankers_are_held_against_the_mean(tmp_path: Path) -> None:
     train = {"steps": 2, "log_every": 2}
     done = distill(str(rerankers(tmp_path, 1, 1, train=train)), quiet=True)
     agreement = done.summary["after"]["agreement"]
+    # what stands beside the student's numbers is one model's
+    first = AutoModelForSequenceClassification.from_pretrained(tmp_path / "r0")
+    assert done.summary["parameters"]["teacher"] == first.num_parameters()
+    assert model_heads(done.summary) == ["first of 2 teachers", "student"]
     again = evaluate(str(done.folder), quiet=True).judged["agreement"]
     assert again == pytest.approx(agreement, abs=1e-5)
     alone = evaluate(str(done.folder), {"teacher.others": []}, quiet=True).judged["agreement"]
@@ -240,6 +246,50 @@ def test_heads_that_have_no_mean_are_refused(tmp_path: Path, ranks: Ranks) -> No
         run_of(rerankers(tmp_path, 1, 2), ranks)
     with pytest.raises(UserError, match=r"is concatenate, but losses.score reads what heads"):
         run_of(rerankers(tmp_path, 1, 1, combine="concatenate"), ranks)
+
+
+NLI = ("entailment", "neutral", "contradiction")
+
+
+def classifiers(folder: Path, second: Sequence[str], **config: Any) -> Path:
+    """A recipe of two teachers that are one, but for the order of the second's classes."""
+    recipe = rerankers(folder, 3, 3, losses={"logits": {}})
+    first = AutoModelForSequenceClassification.from_pretrained(folder / "r0")
+    first.config.id2label = dict(enumerate(NLI))
+    first.save_pretrained(folder / "r0")
+    order = [NLI.index(name.lower()) if name.lower() in NLI else n for n, name in enumerate(second)]
+    with torch.no_grad():
+        for weight in first.classifier.parameters():
+            weight.copy_(weight[order].clone())
+    first.config.id2label = dict(enumerate(second))
+    first.config.update(config)
+    first.save_pretrained(folder / "r1")
+    return recipe
+
+
+def test_classes_of_a_second_teacher_follow_the_first(tmp_path: Path, ranks: Ranks) -> None:
+    run = run_of(classifiers(tmp_path, ("Contradiction", "ENTAILMENT", "neutral")), ranks)
+    (batch,) = run.micro_batches().next_step(0)
+    first = AutoModelForSequenceClassification.from_pretrained(tmp_path / "r0")
+    with torch.no_grad():
+        expected = first(**model_inputs(batch)).logits
+    torch.testing.assert_close(run.teacher(batch).logits, expected)
+
+
+def test_classes_that_are_not_the_first_teachers_are_refused(
+    tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(UserError, match=r"gives yes, no, maybe, but the first teacher's entailm"):
+        run_of(classifiers(tmp_path, ("yes", "no", "maybe")), ranks)
+    other = {"problem_type": "multi_label_classification"}
+    recipe = classifiers(tmp_path, NLI, **other)
+    first = AutoModelForSequenceClassification.from_pretrained(tmp_path / "r0")
+    first.config.problem_type = "single_label_classification"
+    first.save_pretrained(tmp_path / "r0")
+    with pytest.raises(UserError, match="its problem_type is multi_label_classification, but"):
+        run_of(recipe, ranks)
+    run_of(classifiers(tmp_path, ("LABEL_0", "LABEL_1", "LABEL_2")), ranks)
+    assert "taken to be of one order" in caplog.text
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path, ranks: Ranks) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,10 +16,13 @@ from fastkd.data.tasks import (
     described,
     is_generic,
     order_of,
+    same_name,
 )
 from fastkd.errors import UserError
 from fastkd.models import check_attention, dropout_rates, read_config, read_model, resolve_model
 from fastkd.types import ModelSource
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,44 @@ def fit_classifier(model: PreTrainedModel, task: Task, given: str) -> None:
         _reorder(model, order, given)
 
 
+def follow_labels(model: PreTrainedModel, first: PreTrainedConfig, given: str) -> None:
+    """Give a head's outputs the order of another model's, by what both call them.
+
+    Args:
+        model: whose head gives as many; the rows of its last layer change places.
+        first: the other model's configuration.
+        given: what the user calls the model.
+
+    Raises:
+        UserError: names that are not the other's, a head for another kind of labels, or outputs in
+            another order that can't be changed.
+    """
+    if model.config.num_labels == 1:
+        return
+    kinds = model.config.problem_type, first.problem_type
+    if None not in kinds and kinds[0] != kinds[1]:
+        raise UserError(
+            f"{given}: its problem_type is {kinds[0]}, but the first teacher's {kinds[1]}; give "
+            "teachers of one task"
+        )
+    names, wanted = _names(model.config), _names(first)
+    if is_generic(names) or is_generic(wanted):
+        if not (is_generic(names) and is_generic(wanted)):
+            logger.warning(
+                "%s: its outputs are called %s, the first teacher's %s; taken to be of one order",
+                *(given, ", ".join(names), ", ".join(wanted)),
+            )
+        return
+    places = {same_name(name): place for place, name in enumerate(names)}
+    order = [places.get(same_name(name), -1) for name in wanted]
+    if sorted(order) != list(range(len(names))):
+        raise UserError(
+            f"{given}: its head gives {', '.join(names)}, but the first teacher's "
+            f"{', '.join(wanted)}; say which is which by the names in its config.json (id2label)"
+        )
+    _reorder(model, order, given)
+
+
 def check_start(source: ModelSource, task: Task) -> None:
     """See that a model to start from counts the task's labels as the task does.
 
@@ -165,8 +207,8 @@ def _reorder(model: PreTrainedModel, order: Sequence[int], given: str) -> None:
     ]
     if len(layers) != 1:
         raise UserError(
-            f"{given}: its head gives {', '.join(names)}, which is not the task's order, and has "
-            f"{len(layers)} layers that could be its last; give a model of the task's order"
+            f"{given}: its head gives {', '.join(names)}, which is not the order wanted, and has "
+            f"{len(layers)} layers that could be its last; give a model of the other order"
         )
     with torch.no_grad():
         for weight in layers[0].parameters():

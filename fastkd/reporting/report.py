@@ -40,7 +40,7 @@ def print_summary(summary: dict[str, Any], reporter: Reporter) -> None:
         reporter.table("held-out loss", heads, loss_rows(summary))
         for columns, rows in score_tables(summary):
             reporter.table("scores", columns, rows)
-    reporter.table("run", ("", *model_names(summary)), model_rows(summary))
+    reporter.table("run", ("", *model_heads(summary)), model_rows(summary))
     for title, columns, rows in _profile(summary):
         reporter.table(title, columns, rows)
     for name, value in _facts(summary):
@@ -94,7 +94,7 @@ def write_report(run: RunFolder) -> None:
         *_section("Held-out losses over the run", _panels(heldout_panels(heldout))),
         *_profile_sections(summary),
         "<h2>Run</h2>",
-        html_table(("", *model_names(summary)), model_rows(summary), "models"),
+        html_table(("", *model_heads(summary)), model_rows(summary), "models"),
         html_table(("", ""), _facts(summary), "facts of the run"),
         f"<h2>Recipe</h2><pre>{escaped(run.recipe.read_text(encoding='utf-8'))}</pre>",
     ]
@@ -135,13 +135,18 @@ def score_tables(summary: dict[str, Any]) -> list[tuple[tuple[str, ...], Rows]]:
     return [(columns, rows)] if rows else []
 
 
-def model_names(summary: dict[str, Any]) -> list[str]:
+def _model_names(summary: dict[str, Any]) -> list[str]:
     return [name for name in ("teacher", "student") if name in summary["parameters"]]
 
 
-def model_rows(summary: dict[str, Any]) -> Rows:
-    names = model_names(summary)
+def model_heads(summary: dict[str, Any]) -> list[str]:
+    """Of the columns of `model_rows`, which are of the first of several teachers."""
+    first = f"first of {summary['teachers']} teachers" if "teachers" in summary else "teacher"
+    return [first if name == "teacher" else name for name in _model_names(summary)]
 
+
+def model_rows(summary: dict[str, Any]) -> Rows:
+    names = _model_names(summary)
     parameters = summary["parameters"]
     rows: Rows = [("parameters", *(f"{parameters[name]:,}" for name in names))]
     # summaries of fastkd 0.1 hold neither

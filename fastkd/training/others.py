@@ -20,6 +20,7 @@ from fastkd.models import (
     read_tokenizer,
     vocabulary_difference,
 )
+from fastkd.models.classifier import follow_labels
 from fastkd.recipe import Recipe
 from fastkd.recipe.models import OtherTeacher as Section
 from fastkd.training.engine import OtherTeacher
@@ -127,6 +128,8 @@ def _load(
             f"{given}: its head gives {model.config.num_labels} numbers, but the first teacher's "
             f"{teacher.config.num_labels}; give teachers whose scores have a mean"
         )
+    if HEADS[head].labels == "example":
+        follow_labels(model, teacher.config, given)
     assert recipe.data is not None, "a task has one teacher"
     try_model(model, recipe.data.block_size, "data.block_size", attention=False, hidden=False)
     try:

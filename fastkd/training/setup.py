@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -80,6 +81,12 @@ class Run(Parts):
     def teacher_parameters(self) -> int:
         """Numbers in the teacher, or all of them, poolers left out; 0 without one."""
         return whole_numbers(self._teacher_weights())
+
+    @property
+    def first_teacher_parameters(self) -> int:
+        """Of these numbers, in the first of several teachers."""
+        others = chain.from_iterable(other.model.parameters() for other in self.others)
+        return self.teacher_parameters - whole_numbers(others)
 
     @property
     def teacher_bytes(self) -> int:

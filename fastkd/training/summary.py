@@ -40,7 +40,7 @@ def summarise(
     run.engine.eval()
     parameters = {"student": run.initialisation.total}
     if not isinstance(run.teacher, NoTeacher):
-        parameters["teacher"] = run.teacher_parameters
+        parameters["teacher"] = run.first_teacher_parameters
     lines = folder.read_metrics() if ranks.is_main else []
     exported = steering.exported_step(steps)
     evaluated = [x for x in lines if x["kind"] == "heldout" and x["step"] <= exported]
@@ -61,6 +61,7 @@ def summarise(
         "worse": worsened(before, heldout[-1]) if before else [],
         **({"teacher": teacher[0]} if teacher else {}),
         "parameters": parameters,
+        **({"teachers": 1 + len(run.others)} if run.others else {}),
         "notes": handed_on_notes(run),
         **({} if recipe.run.lean else {"speed": measure_speed(run)}),
         "peak_memory_bytes": peak,

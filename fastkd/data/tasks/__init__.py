@@ -8,6 +8,7 @@ from fastkd.data.tasks.labels import (
     described,
     is_generic,
     order_of,
+    same_name,
 )
 from fastkd.data.tasks.padding import (
     hand_on_padding,
@@ -36,4 +37,5 @@ __all__ = [
     "padding_id",
     "read_examples",
     "reads_padding",
+    "same_name",
 ]

@@ -21,7 +21,7 @@ from fastkd.head_spec import HEADS
 from fastkd.models import ListingError, model_sources, read_modules
 from fastkd.recipe import AnyRecipe, Recipe, write_yaml
 from fastkd.reporting.html import fenced, markdown, markdown_table, shortened
-from fastkd.reporting.report import loss_rows, model_names, model_rows, score_tables
+from fastkd.reporting.report import loss_rows, model_heads, model_rows, score_tables
 from fastkd.training.card.licence import Licence, licence_of
 from fastkd.training.card.names import PublicText, is_path, public_tree
 from fastkd.training.environment import environment
@@ -214,7 +214,7 @@ def _size(summary: dict[str, Any], made_on: Mapping[str, Any]) -> list[str]:
         on = f"a CPU ({made_on['machine']}), {summary['speed']['threads']} thread(s)"
     packages = [f"{name} {version}" for name, version in made_on["packages"].items()]
     return [
-        *markdown_table(("", *model_names(summary)), model_rows(summary)[:_ROWS]),
+        *markdown_table(("", *model_heads(summary)), model_rows(summary)[:_ROWS]),
         "",
         f"Timed on {_text(on)}: medians of a few passes to the last hidden state, of copies "
         "of one held-out sequence.",

@@ -324,12 +324,22 @@ def test_prompts_of_the_data_are_handed_on_beside_the_teachers(tmp_path: Path) -
     result = fastkd.distill(recipe, quiet=True)
     own = SentenceTransformer(str(result.folder / "student"), device="cpu")
     assert {name: own.prompts[name] for name in prompts} == prompts
+    # by the names that the library asks for, too
+    assert (own.encode_document(["w20"]) == own.encode(["w8 w20"])).all()
+    assert (own.encode_query(["w20"]) == own.encode(["w9 w9 w20"])).all()
     assert chain_of(own) == ["Transformer", "Pooling", "Normalize"]
     expected = own.encode(["w8 w20"])
     assert (own.encode(["w20"], prompt_name="positive") == expected).all()
     with pytest.raises(UserError, match=r"data.prompts: query is 'w7 ', but teacher.model .*w9 w9"):
         other = {"run.output": str(tmp_path / "other")}
         fastkd.distill(recipe, {**other, "data.prompts": {"query": "w7 "}}, quiet=True)
+    # nor is a column's another than the teacher's of the same use
+    settings = teacher / "config_sentence_transformers.json"
+    known = json.loads(settings.read_text())
+    known["prompts"]["document"] = "w6 "
+    settings.write_text(json.dumps(known))
+    with pytest.raises(UserError, match=r"positive is 'w8 ', but .* 'w6 ' before a document; give"):
+        fastkd.distill(recipe, {"run.output": str(tmp_path / "other")}, quiet=True)
     # a plain teacher's student has prompts too
     plain = {**other, "teacher.model": str(tmp_path / "plain")}
     result = fastkd.distill(recipe, plain, quiet=True)

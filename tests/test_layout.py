@@ -67,6 +67,7 @@ PACKAGES: tuple[set[str], ...] = (
         "datasets",
         "pyarrow",
         "safetensors",
+        "tokenizers",
         "rich",
         "sklearn",
         "mteb",

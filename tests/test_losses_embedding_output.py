@@ -266,3 +266,16 @@ def test_a_projection_begins_as_that_of_the_model_that_a_student_starts_from() -
         assert torch.equal(weight, drawn(16, 10)) == kept
         modules = group.student_modules()
         assert ("begun as that of student.init" in modules.describe()) == kept
+
+
+def test_lengths_count_where_they_are_asked_for() -> None:
+    made = objective({"embedding_output": {"kind": "vector_mse"}}, pair())
+    group = made.terms[0]
+    assert isinstance(group, EmbeddingGroup)
+    (loss,) = group.losses
+    one, other = drawn(3, DIM, 1, seed=1)[..., 0], drawn(3, DIM, 1, seed=2)[..., 0]
+    found = loss.compare(one, 2 * other, None)  # type: ignore[arg-type]
+    assert found == pytest.approx(float(((one - 2 * other) ** 2).mean()))
+    assert "kind is vector_mse, but dimensions names" in refusal(
+        tree(losses=own(kind="vector_mse", dimensions=[2]))
+    )

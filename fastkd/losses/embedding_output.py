@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
+from pydantic import model_validator
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
@@ -18,8 +19,9 @@ class EmbeddingOutputLoss(EmbeddingLoss):
 
     Of embeddings u and v of a sequence:
 
-        cosine  1 - cos(u, v)
-        mse     mean over numbers of (u / |u| - v / |v|)^2
+        cosine      1 - cos(u, v)
+        mse         mean over numbers of (u / |u| - v / |v|)^2
+        vector_mse  mean over numbers of (u - v)^2
 
     Both are what the users of the models get, by the modules of the teacher's folder. Where the
     widths differ, a linear layer without bias takes the student's pooled states to the teacher's
@@ -30,12 +32,26 @@ class EmbeddingOutputLoss(EmbeddingLoss):
     class Config(EmbeddingConfig):
         """Embeddings as the models give them out."""
 
-        kind: Literal["cosine", "mse"] = "cosine"
-        """One minus the cosine, or the mean over numbers of the squared difference of embeddings
-        scaled to length one, which is 2 / dim times that."""
+        kind: Literal["cosine", "mse", "vector_mse"] = "cosine"
+        """One minus the cosine; the mean over numbers of the squared difference of embeddings
+        scaled to length one, which is 2 / dim times that; or of the embeddings as they are, whose
+        lengths count where they are compared by dot product."""
         projection: ToTeacher = "auto"
         """From the student's pooled states to the teacher's: none, a layer of this loss, or one
         where widths differ."""
+
+        @model_validator(mode="after")
+        def _consistent(self) -> Self:
+            if self.reads_lengths and self.dimensions:
+                raise ValueError(
+                    "kind is vector_mse, but dimensions names prefixes, which are scaled to length "
+                    "one; take cosine or mse, or leave dimensions out"
+                )
+            return self
+
+        @property
+        def reads_lengths(self) -> bool:
+            return self.kind == "vector_mse"
 
     config: Config
     group: type[LossGroup] | None = EmbeddingGroup
@@ -49,4 +65,6 @@ class EmbeddingOutputLoss(EmbeddingLoss):
         """A scalar; both [n, dim]."""
         if self.config.kind == "cosine":
             return (1 - cosine_similarity(student, teacher, dim=-1)).mean()
+        if self.config.kind == "vector_mse":
+            return (student - teacher).square().mean()
         return (normalize(student, dim=-1) - normalize(teacher, dim=-1)).square().mean()

@@ -33,6 +33,11 @@ class EmbeddingConfig(LossConfig):
     mean over these prefixes, each scaled to length one, and the whole embedding. Where a loss
     compares each model with itself, prefixes of the student learn from the whole teacher."""
 
+    @property
+    def reads_lengths(self) -> bool:
+        """Whether the lengths of embeddings count, and not their directions alone."""
+        return False
+
 
 class EmbeddingLoss(Loss):
     """A member of an `EmbeddingGroup`: it compares embeddings and makes none."""

@@ -44,6 +44,12 @@ def embedding_losses(losses: Losses, head: Head) -> dict[str, EmbeddingConfig]:
     return found
 
 
+def compares_directions(losses: Losses, head: Head) -> bool:
+    """Whether losses compare embeddings, and none reads their lengths."""
+    found = embedding_losses(losses, head).values()
+    return bool(found) and not any(config.reads_lengths for config in found)
+
+
 def score_losses(losses: Losses, head: Head) -> list[str]:
     """The losses that compare what classification heads give of a text, by their names."""
     if HEADS[head].labels != "example":

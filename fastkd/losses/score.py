@@ -61,6 +61,10 @@ class ScoreLoss(EmbeddingLoss):
                 )
             return self
 
+        @property
+        def reads_lengths(self) -> bool:
+            return self.similarity == "dot"
+
     config: Config
     group: type[LossGroup] | None = EmbeddingGroup
 

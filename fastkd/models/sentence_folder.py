@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
 from fastkd.head_spec import HEADS
 from fastkd.models.checking import optional_file
 from fastkd.models.locate import locate_source
@@ -22,6 +25,11 @@ SETTINGS = tuple(
 """Of the transformer module, one for each kind of model that older releases told apart."""
 
 
+LISTING = "modules.json"
+LIBRARY = "config_sentence_transformers.json"
+"""Of the whole model: its prompts, and what its embeddings are compared by."""
+
+
 class Listed(NamedTuple):
     """The modules of a model, the transformer first, or why it has none that can be used."""
 
@@ -35,7 +43,7 @@ def list_modules(source: ModelSource, head: Head) -> Listed:
     Both are empty for a model that is none of sentence-transformers, and for one that became a
     classifier: it is no encoder of sentences.
     """
-    listing = source_file(source, "modules.json")
+    listing = source_file(source, LISTING)
     if listing is None:
         return Listed()
     try:
@@ -53,6 +61,19 @@ def list_modules(source: ModelSource, head: Head) -> Listed:
             return Listed()
         return Listed(reason=f"{kinds} (made for {task}, but student.head is {head})")
     return Listed(tuple(modules))
+
+
+def is_unsure(source: ModelSource) -> bool:
+    """Whether a hub model may have modules that can't be seen: neither are they in the cache, nor
+    has the hub said that there are none."""
+    place = locate_source(source.name)
+    if Path(place).is_dir() or source_file(source, LISTING) is not None:
+        return False
+    try:
+        found = try_to_load_from_cache(place, LISTING, revision=source.revision)
+    except HFValidationError:
+        return False
+    return found is None
 
 
 def module_file(source: ModelSource, module: Module, names: tuple[str, ...]) -> Path | None:
@@ -81,14 +102,51 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def settings_file(source: ModelSource, first: Module) -> Path | None:
+    """What the transformer module reads its texts by, `None` where nothing says so."""
+    files = (source_file(source, joined(first.path, name)) for name in SETTINGS)
+    return next((path for path in files if path is not None), None)
+
+
+def reading_settings(source: ModelSource) -> dict[str, Any]:
+    """What sentence-transformers reads a model's texts by: `max_seq_length`, `do_lower_case` and
+    others; empty where nothing says so."""
+    listing = source_file(source, LISTING)
+    try:
+        modules = [] if listing is None else read_modules(listing)
+    except ListingError:
+        return {}
+    if not modules or modules[0].kind not in TRANSFORMERS or not modules[0].stays_inside:
+        return {}
+    path = settings_file(source, modules[0])
+    return {} if path is None else read_object(path) or {}
+
+
+def known_prompts(source: ModelSource) -> dict[str, str]:
+    """The prompts of a model by name, empty ones too."""
+    found = _library_settings(source).get("prompts")
+    given = found if isinstance(found, dict) else {}
+    return {name: text for name, text in given.items() if isinstance(text, str)}
+
+
+def similarity_name(source: ModelSource) -> str:
+    """What a model's embeddings are compared by, in the library's words."""
+    found = _library_settings(source).get("similarity_fn_name")
+    return found if isinstance(found, str) else "cosine"
+
+
+def _library_settings(source: ModelSource) -> dict[str, Any]:
+    path = source_file(source, LIBRARY)
+    return {} if path is None else read_object(path) or {}
+
+
 def _task(source: ModelSource, first: Module) -> str:
     """What the transformer module asks of the model, in the library's words."""
     default = "fill-mask" if first.kind == "MLMTransformer" else "feature-extraction"
-    for name in SETTINGS:
-        path = source_file(source, joined(first.path, name))
-        if path is not None:
-            settings = read_object(path)
-            if settings is None:
-                return f"what {name} can't be read for"
-            return str(settings.get("transformer_task", default))
-    return default
+    path = settings_file(source, first)
+    if path is None:
+        return default
+    settings = read_object(path)
+    if settings is None:
+        return f"what {path.name} can't be read for"
+    return str(settings.get("transformer_task", default))

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 
+from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastkd.errors import UserError
 from fastkd.models.checking import LOADING_ERRORS, not_loadable, optional_file
 from fastkd.models.locate import locate_model
+from fastkd.models.sentence_folder import reading_settings
 from fastkd.types import ModelSource
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,8 @@ _SAMPLE = 2000
 
 
 def read_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder or hub model, `None` where it holds none.
+    """The tokenizer of a folder or hub model, `None` where it holds none; it makes text lower-case
+    where the model's sentence-transformers settings say so.
 
     Raises:
         UserError: there is one that can't be read.
@@ -67,7 +70,18 @@ def read_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     # transformers makes one of special tokens alone where a folder has no tokenizer
     if len(tokenizer) <= len(special):
         return None
+    if reading_settings(source).get("do_lower_case") is True:
+        _lower_case(tokenizer)
     return tokenizer
+
+
+def _lower_case(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Read text as sentence-transformers does, which makes it lower-case first."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # Python's own tokenizers have none, and are no encoder's
+    if backend is not None:
+        then = [] if backend.normalizer is None else [backend.normalizer]
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *then])
 
 
 def check_same_vocabulary(

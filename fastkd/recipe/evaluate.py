@@ -44,7 +44,8 @@ class Evaluate(Section):
     """Tasks of the package `mteb` (an extra of fastkd's), such as `NanoSciFactRetrieval`; of each
     its main score."""
     mteb_prompts: dict[Name, str] = Field(default_factory=dict)
-    """What is put before texts of retrieval tasks, by `query` and `document`."""
+    """What is put before texts of retrieval tasks, by `query` and `document`. Where not
+    given what the student is exported with: the teacher's own prompts, and those of the data."""
 
     @field_validator("pairs", mode="before")
     @classmethod

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.capture import sees_ahead
 from fastkd.errors import UserError
 from fastkd.losses.factory import embedding_losses
 from fastkd.losses.pooling import EmbeddingModules, PoolingMode
 from fastkd.models import UnknownModule, read_embedding, stands_apart
-from fastkd.models.sentence_folder import list_modules
-from fastkd.recipe import Recipe
+from fastkd.models.sentence_folder import (
+    is_unsure,
+    known_prompts,
+    list_modules,
+    reading_settings,
+)
+from fastkd.recipe import Data, Recipe
 from fastkd.training.export import check_prompts
 from fastkd.types import ModelSource
+
+logger = logging.getLogger(__name__)
 
 
 def find_embeddings(
@@ -44,6 +52,13 @@ def find_embeddings(
     source, head = recipe.teacher.source, recipe.student.head
     if recipe.data is not None:
         check_prompts(source, recipe.data.prompts)
+        handed_on_prompts(recipe.data, source)
+    if asks and not stated and is_unsure(source):
+        raise UserError(
+            f"{asks[0]} compares embeddings, but modules.json of teacher.model {source.name} is "
+            "not in the cache and the hub can't be asked whether there is one; run once with a "
+            "connection, or give the losses' pooling"
+        )
     try:
         found = read_embedding(source, teacher, head, default)
     except UnknownModule as error:
@@ -51,6 +66,52 @@ def find_embeddings(
             return None
         raise UserError(f"{asks[0]} compares embeddings, but teacher.{error}") from error
     return found.of_student(student.hidden_size, pooling=pooling), found
+
+
+def handed_on_prompts(data: Data, teacher: ModelSource) -> dict[str, str]:
+    """What a student is exported with: the prompts of the data by their columns and, as other
+    programs ask for them, of the first of several columns as `query`, of the second as `document`.
+
+    Args:
+        data: what is read.
+        teacher: whose prompts of these names must be the same.
+
+    Raises:
+        UserError: they aren't.
+    """
+    columns, known, found = data.columns or (), known_prompts(teacher), dict(data.prompts)
+    for name, column in zip(("query", "document"), columns, strict=False):
+        text = data.prompts.get(column)
+        if len(columns) < 2 or text is None or name in found:
+            continue
+        if known.get(name) and known[name] != text:
+            raise UserError(
+                f"data.prompts: {column} is {text!r:.100}, but teacher.model {teacher.name} was "
+                f"trained with {known[name]!r:.100} before a {name}; give that"
+            )
+        found[name] = text
+    return found
+
+
+def compare_lengths(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say where embeddings are made of longer texts than those that their users get.
+
+    Args:
+        recipe: of the run.
+        tokenizer: the teacher's.
+    """
+    source, head = recipe.teacher.source, recipe.student.head
+    judged = recipe.evaluate is not None or embedding_losses(recipe.losses, head)
+    if recipe.data is None or not judged or not list_modules(source, head).modules:
+        return
+    said = reading_settings(source).get("max_seq_length")
+    longest = said if isinstance(said, int) else tokenizer.model_max_length
+    if recipe.data.block_size > longest:
+        logger.warning(
+            "data.block_size is %d, but SentenceTransformer cuts texts of teacher.model %s after "
+            "%d tokens: of longer ones fastkd reads more than that does",
+            *(recipe.data.block_size, source.name, longest),
+        )
 
 
 def own_pooling(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastkd.layer_map import CONVENTION, LayerMap
+from fastkd.losses.factory import compares_directions
 from fastkd.models import UnknownModule, read_embedding
 from fastkd.recipe import Recipe, write_yaml
 from fastkd.reporting.console import Reporter
@@ -64,7 +65,8 @@ def handed_on_notes(run: Run) -> list[str]:
         theirs = run.teacher.model.config
     with whole_weights(run.engine, run.objective.parameters()):
         own = own_embedding(run.objective, run.prompts)
-    return export_notes(student, theirs, run.source, head, own)
+    directions = compares_directions(run.objective.losses, head)
+    return export_notes(student, theirs, run.source, head, own, directions)
 
 
 def _not_compared(run: Run) -> list[str]:

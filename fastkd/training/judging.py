@@ -16,10 +16,17 @@ from fastkd.data.sampler import evaluation_parts
 from fastkd.data.sequences import sequences_of, tokenise, uses_token_types
 from fastkd.data.tasks.metrics import measure
 from fastkd.distributed import Ranks
+from fastkd.losses.factory import compares_directions
+from fastkd.models.sentence_folder import known_prompts, similarity_name
 from fastkd.recipe import Recipe
 from fastkd.training.session import kept_random_numbers
 from fastkd.training.setup import Run
 from fastkd.types import Side
+
+# what distances are, in the library's words
+_NORMS = {"euclidean": 2.0, "manhattan": 1.0}
+# of `encode_query` and `encode_document`
+_ASKED = {"query": ("query",), "document": ("document", "passage", "corpus")}
 
 
 def judge_embeddings(run: Run, side: Side) -> dict[str, Any]:
@@ -100,7 +107,15 @@ class RunEncoder:
         recipe = run.recipe
         assert isinstance(recipe, Recipe) and recipe.data and recipe.evaluate, "it names tasks"
         self._max_length = recipe.data.block_size
-        self._prompts = recipe.evaluate.mteb_prompts
+        # as its exported folder has them, and so the library's own encoder of it
+        self._prompts = {
+            **_retrieval_prompts(known_prompts(run.source)),
+            **_retrieval_prompts(run.prompts),
+            **recipe.evaluate.mteb_prompts,
+        }
+        self._by = similarity_name(run.source)
+        if side == "student" and compares_directions(recipe.losses, recipe.student.head):
+            self._by = "cosine"
 
     @property
     def batch_size(self) -> int:
@@ -159,15 +174,30 @@ class RunEncoder:
         return found
 
     def similarity(self, one: npt.ArrayLike, other: npt.ArrayLike) -> Tensor:
-        """Cosines of all pairs, [n, m]."""
-        return _unit(one) @ _unit(other).T
+        """Of all pairs, [n, m]: cosines, or what the model's folder says."""
+        ones, others = _rows(one), _rows(other)
+        if self._by in _NORMS:
+            return -torch.cdist(ones, others, p=_NORMS[self._by])
+        return self._scaled(ones) @ self._scaled(others).T
 
     def similarity_pairwise(self, one: npt.ArrayLike, other: npt.ArrayLike) -> Tensor:
-        """Cosines of the pairs at the same places, [n]."""
-        return (_unit(one) * _unit(other)).sum(dim=-1)
+        """Of the pairs at the same places, [n]."""
+        ones, others = _rows(one), _rows(other)
+        if self._by in _NORMS:
+            away: Tensor = torch.linalg.vector_norm(ones - others, _NORMS[self._by], dim=-1)
+            return -away
+        return (self._scaled(ones) * self._scaled(others)).sum(dim=-1)
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        return rows if self._by == "dot" else torch.nn.functional.normalize(rows, dim=-1)
 
 
-def _unit(vectors: npt.ArrayLike) -> Tensor:
+def _retrieval_prompts(known: Mapping[str, str]) -> dict[str, str]:
+    """What stands before queries and documents, by the names that the library looks for."""
+    found = {kind: [known[name] for name in _ASKED[kind] if name in known] for kind in _ASKED}
+    return {kind: texts[0] for kind, texts in found.items() if texts}
+
+
+def _rows(vectors: npt.ArrayLike) -> Tensor:
     # of one text it is a vector
-    rows = torch.as_tensor(vectors).reshape(-1, np.shape(vectors)[-1])
-    return torch.nn.functional.normalize(rows, dim=-1)
+    return torch.as_tensor(vectors).reshape(-1, np.shape(vectors)[-1])

@@ -143,7 +143,7 @@ def train(
     books.steering.describe(step, reporter)
     summary = summarise(run, folder, time.perf_counter() - started, step, books.steering)
     handed_on, best = (run.source, run.handed_on, run.tokenizer), books.steering.weights
-    export_student(run.engine, *handed_on, folder, ranks, run.prompts, best)
+    export_student(run.engine, *handed_on, folder, ranks, run.prompts, run.start, best)
     summary["disk_bytes"] = ranks.from_main(partial(disk_bytes, run, folder))
     if ranks.is_main:
         if not recipe.run.lean:

@@ -54,13 +54,19 @@ from fastkd.models import (
     load_teacher,
     load_tokenizer,
     read_embedding,
+    stands_apart,
     student_layers,
 )
 from fastkd.models.classifier import check_start, fit_classifier, load_tuned, name_outputs
 from fastkd.models.importance import start_by_importance
 from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, TaskData, resolve_steps
 from fastkd.row_form import RowForm
-from fastkd.training.embeddings import find_embeddings, own_pooling
+from fastkd.training.embeddings import (
+    compare_lengths,
+    find_embeddings,
+    handed_on_prompts,
+    own_pooling,
+)
 from fastkd.training.engine import OtherTeacher
 from fastkd.training.export import load_projections
 from fastkd.training.finite import check_weights
@@ -96,6 +102,8 @@ class Parts:
     others: list[OtherTeacher]
     source: ModelSource
     """The model that the student was made from."""
+    start: ModelSource | None
+    """The model that the student began as, where it is another one."""
     pairs: dict[str, EncodedRows]
     """Pairs of texts with scores, by name, that embeddings are judged by."""
     mteb_tasks: dict[str, Any]
@@ -112,7 +120,7 @@ class Parts:
     def prompts(self) -> Mapping[str, str]:
         """What stands before the texts that are read, by the name of their column."""
         data = self.recipe.data if isinstance(self.recipe, Recipe) else None
-        return {} if data is None else data.prompts
+        return {} if data is None else handed_on_prompts(data, self.source)
 
 
 def gather(
@@ -157,6 +165,8 @@ class _Models:
     """What makes embeddings of them, likewise."""
     configs: tuple[PreTrainedConfig, PreTrainedConfig]
     """Of the models that the student's and the teacher's inputs are made for."""
+    start: ModelSource | None
+    """Of a student that is another model than its teacher."""
 
 
 def _distillation(
@@ -198,6 +208,7 @@ def _distillation(
         teacher_model=models.teacher,
         others=models.others,
         source=recipe.teacher.source,
+        start=models.start,
         pairs=pairs,
         mteb_tasks=tasks,
         handed_on=handed_on,
@@ -216,6 +227,7 @@ def _models(recipe: Recipe, plan: BatchPlan, ranks: Ranks, made: RunFolder | Non
     if made is not None and start is not None:
         start = ModelSource(str(made.student))
     tokenizers = choose_tokenizers(recipe, student, teacher, start)
+    compare_lengths(recipe, tokenizers.teacher or tokenizers.student)
     traits = _traits(student, recipe), teacher_traits
     if made is None:
         check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
@@ -233,6 +245,7 @@ def _models(recipe: Recipe, plan: BatchPlan, ranks: Ranks, made: RunFolder | Non
         traits=traits,
         embeddings=find_embeddings(recipe, teacher.config, student.config, pooling),
         configs=(first.config, typed.config),
+        start=start if stands_apart(student.config, recipe.student, teacher.config) else None,
     )
 
 
@@ -433,6 +446,7 @@ def _finetuning(
         teacher_model=None,
         others=[],
         source=source,
+        start=None,
         pairs={},
         mteb_tasks={},
         handed_on=handed_on,

@@ -34,12 +34,16 @@ from fastkd.models import Module, read_embedding
 from fastkd.models.embedding import pooling_settings
 from fastkd.models.sentence_folder import (
     CONFIGS,
-    SETTINGS,
+    LIBRARY,
     WEIGHTS,
     joined,
+    known_prompts,
     list_modules,
     module_file,
     read_object,
+    reading_settings,
+    settings_file,
+    similarity_name,
     source_file,
 )
 from fastkd.types import Head, ModelSource
@@ -47,7 +51,6 @@ from fastkd.types import Head, ModelSource
 _WEIGHTLESS = ("Pooling", "Normalize", "Dropout", "WordWeights", "SpladePooling")
 _WIDE = ("Dense", "LayerNorm", "CNN", "LSTM", "SparseAutoEncoder")
 _DEEP = ("WeightedLayerPooling",)
-_PROMPTS = "config_sentence_transformers.json"
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class SentenceModules:
     """What the losses say of the student's embedding."""
     new_pooling: bool = False
     """Whether the pooling is theirs, not the teacher's."""
+    similarity: str = "cosine"
+    """What the teacher's embeddings are compared by."""
+    directions_only: bool = False
+    """Whether the lengths of the student's were not learned, so that cosines alone mean something
+    where the teacher's similarity reads lengths."""
 
     def notes(self, teacher: ModelSource) -> list[str]:
         """What the user must know."""
@@ -75,6 +83,13 @@ class SentenceModules:
             other = self.new_pooling and self.kept not in (_PLAIN, _OF_SEVERAL)
             space = "; the teacher's own modules pool otherwise, to another space" if other else ""
             found.append(f"embedding of the student: {self.own.describe()}{space}")
+        if self.directions_only:
+            found.append(
+                f"teacher.model {teacher.name}: its embeddings are compared by {self.similarity}, "
+                "but the losses compare directions alone, so the student's are by cosine; "
+                "losses.embedding_output.kind vector_mse and losses.score.similarity dot learn "
+                "lengths too"
+            )
         return found
 
 
@@ -84,6 +99,7 @@ def sentence_modules(
     student_config: PreTrainedConfig,
     head: Head,
     own: EmbeddingModules | None = None,
+    directions: bool = False,
 ) -> SentenceModules:
     """Which modules a student is exported with; reads small files alone.
 
@@ -93,6 +109,7 @@ def sentence_modules(
         student_config: the student's.
         head: the student's.
         own: what the losses say of the student's embedding.
+        directions: whether these compare embeddings scaled to length one.
     """
     if own is not None and own.alone:
         return SentenceModules(_OF_SEVERAL, (), own, new_pooling=True)
@@ -110,7 +127,11 @@ def sentence_modules(
         else:
             lost.append(f"{module.kind} ({why})")
     new = own is not None and own.pooling != read_embedding(teacher, teacher_config, head).pooling
-    return SentenceModules(tuple(kept), tuple(lost), own, new)
+    similarity = similarity_name(teacher)
+    lengths = not any(module.kind == "Normalize" for module in kept) and similarity != "cosine"
+    return SentenceModules(
+        tuple(kept), tuple(lost), own, new, similarity, directions_only=directions and lengths
+    )
 
 
 def _entry(kind: str, path: str) -> dict[str, Any]:
@@ -126,8 +147,9 @@ def write_modules(
     found: SentenceModules,
     teacher: ModelSource,
     folder: Path,
-    width: int,
+    config: PreTrainedConfig,
     prompts: Mapping[str, str],
+    start: ModelSource | None,
 ) -> None:
     """Write what a student is exported with into its folder.
 
@@ -135,8 +157,9 @@ def write_modules(
         found: from `sentence_modules`.
         teacher: where the modules lie.
         folder: the student's, which holds its model and tokenizer.
-        width: of its hidden states.
+        config: the student's.
         prompts: further than the teacher's, by name; checked by `check_prompts`.
+        start: the model that the student began as, where it is another one than the teacher.
     """
     if not found.kept:
         return
@@ -156,12 +179,11 @@ def write_modules(
         if module.kind == "Pooling" and found.own is not None and found.new_pooling:
             _write(place / "config.json", pooling_settings(found.own))
         else:
-            _carry(module, teacher, place, width)
+            _carry(module, teacher, place, config.hidden_size)
         if module.kind == "Pooling" and found.own is not None and found.own.projection is not None:
             _write_dense(found.own.projection, enter("Dense", _entry("Dense", "")))
-    for name in SETTINGS:
-        _copy(teacher, joined(found.kept[0].path, name), folder / name)
-    _write_prompts(teacher, prompts, folder)
+    _write_reading(teacher, found.kept[0], start, config, folder)
+    _write_library(teacher, prompts, folder, found)
     _write(folder / "modules.json", entries)
 
 
@@ -175,7 +197,7 @@ def check_prompts(teacher: ModelSource, prompts: Mapping[str, str]) -> None:
     Raises:
         UserError: one does.
     """
-    known = _known_prompts(teacher)
+    known = known_prompts(teacher)
     for name, text in prompts.items():
         if known.get(name) and known[name] != text:
             raise UserError(
@@ -184,18 +206,42 @@ def check_prompts(teacher: ModelSource, prompts: Mapping[str, str]) -> None:
             )
 
 
-def _known_prompts(teacher: ModelSource) -> dict[str, str]:
-    path = source_file(teacher, _PROMPTS)
-    found = None if path is None else (read_object(path) or {}).get("prompts")
-    given = found if isinstance(found, dict) else {}
-    return {name: text for name, text in given.items() if isinstance(text, str)}
+def _write_reading(
+    teacher: ModelSource,
+    first: Module,
+    start: ModelSource | None,
+    config: PreTrainedConfig,
+    folder: Path,
+) -> None:
+    """Write how texts are read: as the teacher reads them, but no longer ones than the student
+    has positions for, and of another model as many tokens as that one's folder says."""
+    path = settings_file(teacher, first)
+    if path is None:
+        return
+    settings = reading_settings(teacher)
+    # the exported tokenizer does that itself
+    settings.pop("do_lower_case", None)
+    if start is not None:
+        settings["max_seq_length"] = reading_settings(start).get("max_seq_length")
+    longest = settings.pop("max_seq_length", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    # without it as many as the model and its tokenizer say
+    if isinstance(longest, int) and not 0 < positions < longest:
+        settings["max_seq_length"] = longest
+    _write(folder / path.name, settings)
 
 
-def _write_prompts(teacher: ModelSource, prompts: Mapping[str, str], folder: Path) -> None:
-    _copy(teacher, _PROMPTS, folder / _PROMPTS)
+def _write_library(
+    teacher: ModelSource, prompts: Mapping[str, str], folder: Path, found: SentenceModules
+) -> None:
+    _copy(teacher, LIBRARY, folder / LIBRARY)
+    changed: dict[str, Any] = {}
     if prompts:
-        settings = read_object(folder / _PROMPTS) or {}
-        _write(folder / _PROMPTS, {**settings, "prompts": {**_known_prompts(teacher), **prompts}})
+        changed["prompts"] = {**known_prompts(teacher), **prompts}
+    if found.directions_only:
+        changed["similarity_fn_name"] = "cosine"
+    if changed:
+        _write(folder / LIBRARY, {**(read_object(folder / LIBRARY) or {}), **changed})
 
 
 def _write_dense(dense: Dense, place: Path) -> None:

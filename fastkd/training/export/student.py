@@ -26,6 +26,7 @@ from fastkd.files.disk import (
     settle,
     temporary_of,
 )
+from fastkd.losses.factory import compares_directions
 from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.models import locate_model, read_config
@@ -46,6 +47,7 @@ def export_notes(
     source: ModelSource,
     head: Head,
     own: EmbeddingModules | None = None,
+    directions: bool = False,
 ) -> list[str]:
     """What a student will be handed on without, or with what is not its own, one line each.
 
@@ -55,8 +57,9 @@ def export_notes(
         source: that model.
         head: what stands on the student.
         own: from `own_embedding`.
+        directions: from `compares_directions`.
     """
-    found = sentence_modules(source, teacher_config, student.config, head, own)
+    found = sentence_modules(source, teacher_config, student.config, head, own, directions)
     return [*found.notes(source), *pooler_note(student)]
 
 
@@ -74,6 +77,7 @@ def export_student(
     run: RunFolder,
     ranks: Ranks,
     prompts: Mapping[str, str],
+    start: ModelSource | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write `student/` and `projections.safetensors` of a run; called by all ranks.
@@ -86,6 +90,7 @@ def export_student(
         run: where to.
         ranks: this process among all.
         prompts: that the texts were read with, by name.
+        start: the model that the student began as, where it is another one than the teacher.
         weights: of an earlier step, by the names of the module's parameters, which are exported in
             place of those of now; on the first rank.
 
@@ -107,7 +112,7 @@ def export_student(
             if uses_token_types(module.student.config, tokenizer):
                 name_token_types(tokenizer)
             tokenizer.save_pretrained(folder)
-            _write_around(module, source, prompts, folder)
+            _write_around(module, source, prompts, start, folder)
             kept = {k: v.contiguous() for k, v in module.objective.kept().items()}
             save_file(kept, projections)
             settle(projections)
@@ -125,14 +130,19 @@ def _write_model(student: PreTrainedModel, folder: Path) -> None:
 
 
 def _write_around(
-    module: DistilledStudent, source: ModelSource, prompts: Mapping[str, str], folder: Path
+    module: DistilledStudent,
+    source: ModelSource,
+    prompts: Mapping[str, str],
+    start: ModelSource | None,
+    folder: Path,
 ) -> None:
     """What other libraries read, and what people should."""
     student, head = module.student, module.objective.pair.head
+    directions = compares_directions(module.objective.losses, head)
     teacher_config = read_config(locate_model(source.name), f"model {source.name}", source.revision)
     own = own_embedding(module.objective, prompts)
-    modules = sentence_modules(source, teacher_config, student.config, head, own)
-    write_modules(modules, source, folder, student.config.hidden_size, prompts)
+    modules = sentence_modules(source, teacher_config, student.config, head, own, directions)
+    write_modules(modules, source, folder, student.config, prompts, start)
 
 
 def load_projections(objective: Objective, run: RunFolder) -> None:

@@ -212,7 +212,7 @@ class Distiller(nn.Module):
         self.objective.at(Progress(step, epoch))
 
     def count(self, batch: Inputs) -> Tensor:
-        """What a batch holds of everything that losses are means over, to be added up: fp64 [5].
+        """What a batch holds of everything that losses are means over, to be added up: fp64 [6].
 
         On the batch's device; in the order of `fastkd.losses.DIVISORS`.
         """
@@ -227,8 +227,9 @@ class Distiller(nn.Module):
         Args:
             batch: `input_ids` [batch, tokens], where padded `attention_mask` of that shape, what
                 else both models read, and `labels` where a loss reads them: one an example for
-                classifiers, one a token for language models (-100 counts nowhere; those of causal
-                models are shifted here, and are the ids where not given).
+                classifiers, one a token for language models (-100 counts nowhere, in `logits` as
+                in `labels`; those of causal models are shifted here, and are the ids where not
+                given).
             counts: sum of `count` over all batches of the step; of this batch where not given.
             pieces: over how many losses their gradients are averaged afterwards.
 

@@ -222,6 +222,52 @@ def test_a_causal_models_labels_are_those_that_it_would_learn() -> None:
     assert not torch.isclose(every["labels"], expected)
 
 
+def answers(batch: dict[str, Tensor], prompts: tuple[int, ...]) -> Tensor:
+    """Labels of what follows each prompt."""
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for row, prompt in enumerate(prompts):
+        labels[row, :prompt] = -100
+    return labels
+
+
+@pytest.mark.parametrize("kind", ["kl", "mse"])
+def test_a_causal_models_prompts_are_not_compared(kind: str) -> None:
+    student, teacher = headed(AutoModelForCausalLM, "gpt2")
+    batch = tiny_batch((12, 7, 3))
+    # the last row has no answer
+    labels = answers(batch, (2, 6, 3))
+    losses = {"logits": {"kind": kind}, "labels": {}}
+    distiller = fastkd.Distiller(student, teacher, losses)
+    with torch.no_grad(), distiller:
+        _, parts = distiller({**batch, "labels": labels})
+        both = [model(**batch).logits.double() for model in (student, teacher)]
+        rows = [{**rows_of(batch, n), "labels": labels[n : n + 1]} for n in range(3)]
+        counts = sum(distiller.count(row) for row in rows)
+        pieces = [distiller(row, counts)[1]["logits"] for row in rows]
+    own, target = (of[:, :-1][labels[:, 1:] != -100] for of in both)
+    if kind == "kl":
+        each = torch.nn.functional.kl_div(
+            own.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True
+        ).sum(-1)
+    else:
+        each = (own - target).square().mean(-1)
+    assert len(each) == 10 + 1
+    torch.testing.assert_close(parts["logits"].double(), each.mean(), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(sum(pieces), parts["logits"], rtol=1e-5, atol=1e-7)
+    assert pieces[2] == 0
+
+
+def rows_of(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    return {name: tensor[row : row + 1] for name, tensor in batch.items()}
+
+
+def test_a_causal_models_labels_have_the_shape_of_its_ids() -> None:
+    distiller = fastkd.Distiller(*headed(AutoModelForCausalLM, "gpt2"), {"logits": {}})
+    batch = tiny_batch()
+    with distiller, pytest.raises(UserError, match=r"losses.logits learns from labels of shape"):
+        distiller({**batch, "labels": torch.zeros(3, 5)})
+
+
 def test_masked_tokens_are_those_of_the_labels() -> None:
     student, teacher = headed(AutoModelForMaskedLM)
     batch = tiny_batch((12, 7, 3))

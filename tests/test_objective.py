@@ -102,7 +102,8 @@ def test_divisors_count_pairs_tokens_rows_and_examples(
         del inputs["attention_mask"]
     divisors = count_divisors(inputs, causal, reduction)
     assert divisors.dtype == torch.float64
-    assert divisors.tolist() == [*expected, 2, 0]
+    # what a language model gives is compared at every row
+    assert divisors.tolist() == [*expected, 2, 0, expected[2]]
 
 
 def test_divisors_count_padding_on_the_left_as_well() -> None:
@@ -110,8 +111,8 @@ def test_divisors_count_padding_on_the_left_as_well() -> None:
         "input_ids": torch.ones(1, 4, dtype=torch.long),
         "attention_mask": torch.tensor([[0, 1, 1, 1]]),
     }
-    assert count_divisors(inputs, True, "valid").tolist() == [6, 3, 3, 1, 0]
-    assert count_divisors(inputs, False, "valid").tolist() == [9, 3, 3, 1, 0]
+    assert count_divisors(inputs, True, "valid").tolist() == [6, 3, 3, 1, 0, 3]
+    assert count_divisors(inputs, False, "valid").tolist() == [9, 3, 3, 1, 0, 3]
 
 
 def test_labels_name_term_and_layers_in_the_order_of_the_losses() -> None:

@@ -23,7 +23,7 @@ from fastkd.losses.pooling import EmbeddingModules
 from fastkd.packed_row import PackedRow
 from fastkd.recipe.weights import LossConfig as LossConfig
 from fastkd.row_form import RowForm
-from fastkd.types import Head, Side
+from fastkd.types import IGNORE_INDEX, Head, Side
 
 if TYPE_CHECKING:
     # a recipe is read without loading transformers
@@ -115,6 +115,16 @@ class Batch:
     say so in `reads_scores`."""
     label_weights: Tensor | None = None
     """What each label counts in a mean over labels, fp64 and of their shape; `None`: all alike."""
+    told: bool = False
+    """From `tells_predictions`: tokens of a language model without a label are not compared."""
+
+    @property
+    def predicted(self) -> Tensor | None:
+        """Where what a language model's head gives counts: bool [batch, tokens], `None`: all."""
+        if not self.told:
+            return self.mask
+        assert self.labels is not None, "they tell it"
+        return self.labels != IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,18 @@ from fastkd.packed_row import PackedRow
 from fastkd.types import IGNORE_INDEX, LABEL_WEIGHTS, Head, Inputs
 
 Reduction = Literal["valid", "tinybert"]
-Divisor = Literal["pairs", "tokens", "rows", "examples", "labels"]
+Divisor = Literal["pairs", "tokens", "rows", "examples", "labels", "predictions"]
 
-DIVISORS: tuple[Divisor, ...] = ("pairs", "tokens", "rows", "examples", "labels")
+DIVISORS: tuple[Divisor, ...] = ("pairs", "tokens", "rows", "examples", "labels", "predictions")
 
 
 def count_divisors(
-    inputs: Inputs, causal: bool, reduction: Reduction, labels: Tensor | None = None
+    inputs: Inputs,
+    causal: bool,
+    reduction: Reduction,
+    labels: Tensor | None = None,
+    *,
+    told: bool = False,
 ) -> Tensor:
     """What a micro-batch contributes to the divisors of a step.
 
@@ -34,15 +39,17 @@ def count_divisors(
         causal: whether queries see earlier keys only.
         reduction: whether padding counts in pairs and tokens.
         labels: from `target_labels`; one a token, or one an example.
+        told: from `tells_predictions`.
 
     Returns:
-        fp64 [5] on the inputs' device, in the order of `DIVISORS`: query-key pairs, tokens, valid
+        fp64 [6] on the inputs' device, in the order of `DIVISORS`: query-key pairs, tokens, valid
         rows (tokens that are no padding, whatever the reduction), examples, labels, or the sum of
-        their weights where the inputs have those.
+        their weights where the inputs have those, and predictions of a language model, which are
+        the labels where the batch tells them and else the valid rows.
     """
     row, weights = PackedRow.of(inputs), inputs.get(LABEL_WEIGHTS)
     if row is not None:
-        return _count_row(row, causal, labels, weights)
+        return _count_row(row, causal, labels, weights, told)
     ids = inputs["input_ids"]
     given = inputs.get("attention_mask")
     ones = torch.ones_like(ids, dtype=torch.float64)
@@ -53,17 +60,20 @@ def count_divisors(
     labelled = _labelled(labels, weights, ones)
     # of the size of the batch, without a copy from the host
     examples = ones[:, 0].sum()
-    return torch.stack([(valid * keys).sum(), valid.sum(), rows.sum(), examples, labelled])
+    whole = rows.sum()
+    predicted = labelled if told else whole
+    return torch.stack([(valid * keys).sum(), valid.sum(), whole, examples, labelled, predicted])
 
 
 def _count_row(
-    row: PackedRow, causal: bool, labels: Tensor | None, weights: Tensor | None
+    row: PackedRow, causal: bool, labels: Tensor | None, weights: Tensor | None, told: bool
 ) -> Tensor:
     sizes = row.starts.diff().double()
     keys = (sizes + 1) / 2 if causal else sizes
     tokens, examples = sizes.sum(), torch.ones_like(sizes).sum()
     labelled = _labelled(labels, weights, sizes)
-    return torch.stack([(sizes * keys).sum(), tokens, tokens, examples, labelled])
+    predicted = labelled if told else tokens
+    return torch.stack([(sizes * keys).sum(), tokens, tokens, examples, labelled, predicted])
 
 
 def _labelled(labels: Tensor | None, weights: Tensor | None, like: Tensor) -> Tensor:
@@ -71,6 +81,11 @@ def _labelled(labels: Tensor | None, weights: Tensor | None, like: Tensor) -> Te
         return like.new_zeros(())
     counted = (labels != IGNORE_INDEX).double()
     return counted.sum() if weights is None else (counted * weights).sum()
+
+
+def tells_predictions(inputs: Inputs, head: Head) -> bool:
+    """Whether a batch says which next tokens count, as a chat does of its answers."""
+    return HEADS[head].labels == "next_token" and "labels" in inputs
 
 
 def target_labels(inputs: Inputs, head: Head) -> Tensor | None:

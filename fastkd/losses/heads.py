@@ -28,7 +28,8 @@ class HeadGroup(LossGroup):
     """Divergences of what two heads give, then the loss of hard labels.
 
     Tokens that are classified are compared where they have a label, which is at the first of each
-    word. First and last tokens of spans are two distributions over the tokens of an example.
+    word; those of a causal language model, where a batch has labels, where the next one is no -100.
+    First and last tokens of spans are two distributions over the tokens of an example.
 
     A language model's logits are never stored: both models hand over what their heads multiply,
     and one op makes divergence and cross-entropy from it. Under ZeRO-3 the student's head belongs
@@ -45,7 +46,7 @@ class HeadGroup(LossGroup):
         logits = _output(student)
         labels = batch.labels if self.is_hard else None
         if HEADS[self.shared.pair.head].language_model:
-            return self._of_language_models(logits, _output(teacher), batch.mask, labels)
+            return self._of_language_models(logits, _output(teacher), batch.predicted, labels)
         mask, spans = self._counted(batch), HEADS[self.shared.pair.head].labels == "span"
         losses = []
         for loss in self.soft:
@@ -85,8 +86,8 @@ class HeadLoss(Loss):
 
     @classmethod
     def reads_labels(cls, head: Head) -> bool:
-        """Whether it needs the labels of a batch, of models that have a head."""
-        return labels_count(head)
+        """Whether it reads the labels of a batch, of models that have a head."""
+        return labels_count(head) or HEADS[head].labels == "next_token"
 
 
 class SoftLoss(HeadLoss):

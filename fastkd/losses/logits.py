@@ -135,7 +135,7 @@ class LogitsLoss(SoftLoss):
         head = self.shared.pair.head
         if labels_count(head):
             return "labels"
-        return "rows" if HEADS[head].language_model else "examples"
+        return "predictions" if HEADS[head].language_model else "examples"
 
     def divergence(
         self, student: Output, teacher: Output, mask: Tensor | None, labels: Tensor | None

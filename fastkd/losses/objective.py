@@ -32,6 +32,7 @@ from fastkd.losses.counts import (
     Reduction,
     count_divisors,
     target_labels,
+    tells_predictions,
 )
 from fastkd.losses.gathering import Gather, Notes, alone, undeclared
 from fastkd.losses.pooling import EmbeddingModules
@@ -179,7 +180,8 @@ class Objective(nn.Module):
         shape = inputs["input_ids"].shape, inputs["input_ids"].device
         if plain and shape in self._divisors:
             return self._divisors[shape]
-        found = count_divisors(inputs, self.pair.causal, self.reduction, labels)
+        told = tells_predictions(inputs, self.pair.head)
+        found = count_divisors(inputs, self.pair.causal, self.reduction, labels, told=told)
         if plain:
             self._divisors[shape] = found
         return found
@@ -217,6 +219,7 @@ class Objective(nn.Module):
             scores=inputs.get(SCORES),
             gather=gather if self.least_rows else undeclared,
             label_weights=inputs.get(LABEL_WEIGHTS),
+            told=tells_predictions(inputs, self.pair.head),
         )
         views = self._views(student, teacher, row)
         values, takes_notes = [], isinstance(gather, Notes)

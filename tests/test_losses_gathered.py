@@ -60,8 +60,10 @@ def drawn(*shape: int, seed: int) -> Tensor:
 
 def inputs(texts: int) -> dict[str, Tensor]:
     lengths = torch.arange(ROWS * texts) % TOKENS + 1
+    # so few that some texts are equal, behind whose ends other things stand
+    ids = (drawn(ROWS * texts, TOKENS, seed=7) > 0).long()
     return {
-        "input_ids": torch.ones(ROWS * texts, TOKENS, dtype=torch.long),
+        "input_ids": ids,
         "attention_mask": (torch.arange(TOKENS) < lengths[:, None]).long(),
         "scores": drawn(ROWS, texts - 1, seed=3).float(),
     }
@@ -127,7 +129,18 @@ def similarity(section: dict[str, Any], s: Vectors, t: Vectors, texts: int) -> T
     return torch.stack(values).mean()
 
 
-def contrastive(section: dict[str, Any], s: Vectors, t: Vectors, texts: int) -> Tensor:
+def also_right(ids: Sequence[list[int]], texts: int, query: int, choice: int) -> bool:
+    """Whether a choice is right for a row of this query, and not the row's own."""
+    if choice % texts > 1:
+        return ids[choice] == ids[query + 1]
+    other = choice - choice % texts
+    same = ids[other] == ids[query] or ids[other + 1] == ids[query + 1]
+    return other != query and same
+
+
+def contrastive(
+    section: dict[str, Any], s: Vectors, t: Vectors, texts: int, ids: Sequence[list[int]]
+) -> Tensor:
     temperature = section.get("temperature", 0.05)
     queries = list(range(0, ROWS * texts, texts))
     documents = [j for j in range(ROWS * texts) if j % texts]
@@ -137,6 +150,12 @@ def contrastive(section: dict[str, Any], s: Vectors, t: Vectors, texts: int) -> 
         choices += [(i + 1, queries, queries.index(i)) for i in queries]
     values = []
     for one, among, own in choices:
+        if not section.get("distilled"):
+            query = one - one % texts
+            right = [j for j in among if also_right(ids, texts, query, j)]
+            kept = among[own]
+            among = [j for j in among if j not in right]
+            own = among.index(kept)
         found, expected = ([cosine(v[one], v[j]) / temperature for j in among] for v in (s, t))
         chosen = -torch.stack(found).log_softmax(0)[own]
         values.append(kl(found, expected) if section.get("distilled") else chosen)
@@ -185,8 +204,11 @@ def defined(
         "contrastive": contrastive,
         "score": score,
     }
-    scores = [given["scores"] if section.get("target") == "file" else None]
-    more = scores if section["loss"] == "score" else []
+    masked = zip(given["input_ids"], given["attention_mask"].bool(), strict=True)
+    more = {
+        "score": [given["scores"] if section.get("target") == "file" else None],
+        "contrastive": [[ids[valid].tolist() for ids, valid in masked]],
+    }.get(section["loss"], [])
     whole = formulas[section["loss"]](section, s, t, texts, *more)
     cut = []
     for size in section.get("dimensions", ()):
@@ -210,6 +232,17 @@ def test_a_step_is_the_definition_on_all_of_its_rows(
     (right,) = torch.autograd.grad(expected, student)
     torch.testing.assert_close(gradient, right, rtol=1e-8, atol=1e-12)
     assert gradient.any() and not gradient[given["attention_mask"] == 0].any()
+
+
+def test_texts_are_told_apart_by_their_tokens_alone() -> None:
+    ids = torch.tensor([[5, 6, 0], [0, 5, 6], [5, 6, 9], [6, 5, 0], [5, 0, 0], [5, 6, 0]])
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 1, 0], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    found = Batch(mask=mask.bool(), ids=ids).texts.tolist()
+    assert found[0] == found[1] == found[2] and len(set(found)) == 4
+    whole = Batch(ids=ids).texts
+    assert whole[0] == found[5] and len(whole.unique()) == 5
+    # of a whole vocabulary none meet
+    assert len(Batch(ids=torch.arange(100_000)[:, None]).texts.unique()) == 100_000
 
 
 @pytest.mark.parametrize("target", ["teacher", "file"])

@@ -115,6 +115,8 @@ class Batch:
     say so in `reads_scores`."""
     label_weights: Tensor | None = None
     """What each label counts in a mean over labels, fp64 and of their shape; `None`: all alike."""
+    ids: Tensor | None = None
+    """What the student reads, [batch, tokens]."""
     told: bool = False
     """From `tells_predictions`: tokens of a language model without a label are not compared."""
 
@@ -125,6 +127,22 @@ class Batch:
             return self.mask
         assert self.labels is not None, "they tell it"
         return self.labels != IGNORE_INDEX
+
+    @property
+    def texts(self) -> Tensor:
+        """A number for each sequence, int64 [batch]: that of another one is the same where it holds
+        the same tokens and, but for a chance of 2^-64, nowhere else."""
+        assert self.ids is not None and self.row is None, "it is asked of padded batches"
+        mask = self.ids.new_ones(self.ids.shape) if self.mask is None else self.mask.to(self.ids)
+        # padding on the left moves no token
+        return (_mixed(self.ids + _mixed(mask.cumsum(dim=1))) * mask).sum(dim=1)
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """Numbers scattered over all of int64 (splitmix64, Steele et al., OOPSLA 2014)."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        numbers = (numbers ^ (numbers >> shift)) * factor
+    return numbers
 
 
 @dataclass(frozen=True)

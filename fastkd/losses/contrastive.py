@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
@@ -22,7 +24,9 @@ class ContrastiveLoss(EmbeddingLoss):
 
     The first text of a row is its query, the second the document to be found, others are negatives.
     Each query chooses among the documents and negatives of all rows of an optimiser step, see
-    `Batch.gather`; in an evaluation of a micro-batch. Mean over rows.
+    `Batch.gather`; in an evaluation of a micro-batch. Mean over rows. What is right for a row is
+    wrong for none: texts equal to its document, and documents of rows with the same query, are no
+    choices of its own.
     """
 
     class Config(EmbeddingConfig):
@@ -52,7 +56,11 @@ class ContrastiveLoss(EmbeddingLoss):
             expected = self._logits(batch.gather(normalize(teacher, dim=-1)))
             values = [divergence(*both) for both in zip(logits, expected, strict=True)]
         else:
-            values = [cross_entropy(found, self._own(found)) for found in logits]
+            right = self._also_right(batch.gather(batch.texts))
+            values = [
+                cross_entropy(found.masked_fill(where, -math.inf), self._own(found))
+                for found, where in zip(logits, right, strict=False)
+            ]
         return gathered_value(torch.stack(values).mean(), len(student), len(points))
 
     def _logits(self, points: Tensor) -> list[Tensor]:
@@ -62,6 +70,16 @@ class ContrastiveLoss(EmbeddingLoss):
         if self.config.symmetric:
             pairs.append((documents[:, 0], queries))
         return [of @ among.mT / self.config.temperature for of, among in pairs]
+
+    def _also_right(self, texts: Tensor) -> list[Tensor]:
+        """Which choices are right beside a row's own, bool, in the order of `_logits`."""
+        rows = texts.view(-1, len(self.shared.pair.row))
+        # each row's document among the documents of all rows and their negatives
+        same_text = rows[:, 1, None, None] == rows[None, :, 1:]
+        same_query = rows[:, :1] == rows[:, 0]
+        right = same_text[..., 0] | same_query
+        right &= ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+        return [torch.cat([right[..., None], same_text[..., 1:]], dim=-1).flatten(1), right]
 
     @staticmethod
     def _own(logits: Tensor) -> Tensor:

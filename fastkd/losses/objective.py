@@ -219,6 +219,7 @@ class Objective(nn.Module):
             scores=inputs.get(SCORES),
             gather=gather if self.least_rows else undeclared,
             label_weights=inputs.get(LABEL_WEIGHTS),
+            ids=inputs["input_ids"],
             told=tells_predictions(inputs, self.pair.head),
         )
         views = self._views(student, teacher, row)

@@ -158,7 +158,7 @@ def timed(runs: dict[str, Run], feeds: dict[str, MicroBatches], steps: range) ->
 
 
 def ratios(times: Times) -> dict[str, Any]:
-    """Medians, and those of the other runs by that of the cache, with quartiles of pairs."""
+    """Medians, and those of the other runs by that of the cache, with what pairs of steps say."""
     kept = {name: [step for step, _ in found[WARM:]] for name, found in times.items()}
     waits = {name: [waited for _, waited in found[WARM:]] for name, found in times.items()}
     medians = {name: statistics.median(values) for name, values in kept.items()}
@@ -172,6 +172,7 @@ def ratios(times: Times) -> dict[str, Any]:
         pairs = [a / b for a, b in zip(kept[name], kept["cache"], strict=True)]
         found[f"{name} / cache"] = {
             "ratio of medians": round(medians[name] / medians["cache"], 3),
+            "median of pairs": round(statistics.median(pairs), 3),
             "quartiles of pairs": [round(q, 3) for q in statistics.quantiles(pairs, n=4)[::2]],
         }
     return found

@@ -43,8 +43,12 @@ def test_training_steps(name: str, heading: str) -> None:
     for (batch, tokens), shape in STEPS.items():
         found = result(f"training-step-cpu-{batch}x{tokens}")
         ratios = found["times the trivial step, median of paired rounds"]
+        rounds = found["lowest and highest of the rounds"]
+        assert found["rounds"] == 21 and "highest of 21 rounds" in page(name)
         for column, cell in zip(COLUMNS, rows[shape], strict=True):
-            assert agrees(cell.removesuffix(" x"), ratios[column]), (shape, column)
+            said = re.findall(r"[\d.]+", cell)
+            assert all(map(agrees, said, (ratios[column], *rounds[column]))), (shape, column)
+            assert len(said) == 3
 
 
 def test_ops() -> None:
@@ -178,6 +182,30 @@ def test_padding() -> None:
     )
     values = [layers[tokens], layers[median][1], words[median][1], *(one[tokens] for one in others)]
     assert all(map(agrees, said, values)), said
+
+
+def test_a_stored_teacher() -> None:
+    epochs = result("teacher-cache-cpu")["epochs"]
+    rows = section_rows(page("docs/measured.md"), "## A stored teacher")[:4]
+    layers, words = "layers, student", "predictions, student"
+    exact, rounded = "exact", "bfloat16, attention recomputed"
+    names = [
+        [f"{layers} 3 x 384, {exact}", f"{words} 3 x 384, {exact}"],
+        [f"{layers} 3 x 384, {rounded}"],
+        [f"{layers} 2 x 192, {exact}"],
+        [f"{layers} 2 x 192, {rounded}"],
+    ]
+    assert {name for of in names for name in of} == set(epochs)
+    for (*_, size, ratio), of in zip(rows, names, strict=True):
+        assert int(size.replace(",", "")) == epochs[of[0]]["bytes a token"]
+        quartiles = [
+            quartile
+            for name in of
+            for epoch in ("first epoch, from the disk", "second epoch, from memory")
+            for quartile in epochs[name][epoch]["teacher / cache"]["quartiles of pairs"]
+        ]
+        said = re.findall(r"[\d.]+", ratio)
+        assert all(map(agrees, said, (min(quartiles), max(quartiles)))), (of, quartiles)
 
 
 def test_the_readmes_demo_and_embeddings() -> None:

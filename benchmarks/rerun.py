@@ -1,10 +1,12 @@
-"""Figures of the README measured again, and held against the committed results.
+"""Figures of README and docs/measured.md measured again, and held against the committed results.
 
 `python -m benchmarks.rerun [--only PART ...] [--keep FOLDER]`, which is `make bench`: the CPU's
 benchmarks that need no data of others, in fewer rounds. What the README does not quote and takes
 minutes (`LONG`) has to be asked for. A ratio has moved if it lies further from the committed one
-than its rounds lie apart, memory if it differs by more than `MEMORY`. What has moved is named, and
-the exit code is 1. Milliseconds are not compared: they are of a machine.
+than twice what lies between the quartiles of its rounds, the mean of those results that have them;
+where neither has, than twice the range of the rounds. Memory has moved if it differs by more than
+`MEMORY`. What has moved is named, and the exit code is 1. Milliseconds are not compared: they are
+of a machine.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from benchmarks.slim import slim
@@ -54,11 +57,16 @@ QUOTED_LONG = {
 }
 
 
+Ends = tuple[float, float]
+
+
 class Figure(NamedTuple):
-    """A number of a result, and between which numbers its rounds lie, where there are rounds."""
+    """A number of a result, and where its rounds lie, if it has rounds."""
 
     value: float
-    rounds: tuple[float, float] | None = None
+    rounds: Ends | None = None
+    """The lowest and the highest."""
+    quartiles: Ends | None = None
 
 
 Figures = dict[str, Figure]
@@ -78,8 +86,9 @@ class Part(NamedTuple):
 def of_training_step(found: dict[str, Any]) -> Figures:
     ratios = found["times the trivial step, median of paired rounds"]
     rounds = found.get("lowest and highest of the rounds", {})
+    quartiles = found.get("quartiles of the rounds", {})
     return {
-        name: Figure(value, _pair(rounds.get(name)))
+        name: Figure(value, _pair(rounds.get(name)), _pair(quartiles.get(name)))
         for name, value in ratios.items()
         if name != "trivial loss"
     }
@@ -103,6 +112,7 @@ def of_compiled(found: dict[str, Any]) -> Figures:
         f"{shape}, eager / compiled": Figure(
             entry["eager step / compiled step, median of pairs"],
             _pair(entry.get("lowest and highest of pairs")),
+            _pair(entry.get("quartiles of it")),
         )
         for shape, entry in found["rows x tokens"].items()
     }
@@ -112,16 +122,17 @@ def of_teacher_dtypes(found: dict[str, Any]) -> Figures:
     entries = {**found["rows x tokens"], "8 x 128, fp32": found["8 x 128, fp32"]}
     median = ", median of pairs"
     return {
-        f"{shape}, {key.removesuffix(median)}": Figure(
-            value, _pair(entry.get(f"{key.removesuffix(median)}, lowest and highest"))
+        f"{shape}, {name}": Figure(
+            entry[name + median],
+            _pair(entry.get(f"{name}, lowest and highest")),
+            _pair(entry.get(f"{name}, quartiles")),
         )
         for shape, entry in entries.items()
-        for key, value in entry.items()
-        if key.endswith(median)
+        for name in (key.removesuffix(median) for key in entry if key.endswith(median))
     }
 
 
-def _pair(values: list[float] | None) -> tuple[float, float] | None:
+def _pair(values: list[float] | None) -> Ends | None:
     return None if values is None else (values[0], values[1])
 
 
@@ -182,10 +193,15 @@ LONG = ("teacher-dtypes", "kernels-long")
 def moved(committed: Figure, now: Figure) -> bool:
     """Whether two figures lie further apart than chance takes them."""
     distance = abs(now.value - committed.value)
-    ranges = [figure.rounds for figure in (committed, now) if figure.rounds is not None]
-    if not ranges:
+    both = (committed, now)
+    # a median moves by less than a single round
+    ends = [figure.quartiles for figure in both if figure.quartiles is not None] or [
+        figure.rounds for figure in both if figure.rounds is not None
+    ]
+    if not ends:
         return distance > MEMORY * abs(committed.value)
-    return distance > sum(high - low for low, high in ranges)
+    # of either result; one that does not say it is taken to spread as the other does
+    return distance > 2 * fmean(high - low for low, high in ends)
 
 
 def measure(part: Part, folder: Path) -> tuple[dict[str, Any] | None, int]:
@@ -222,9 +238,16 @@ def compared(part: Part, found: dict[str, Any]) -> Iterator[tuple[str, bool]]:
             yield f"{name}: {figure.value:.3g} committed, not measured now", True
             continue
         has_moved = moved(figure, now)
-        rounds = "" if now.rounds is None else f" ({now.rounds[0]:.3g} to {now.rounds[1]:.3g})"
-        line = f"{name}: {figure.value:.3g} committed, {now.value:.3g} now{rounds}"
+        line = f"{name}: {figure.value:.3g} committed, {now.value:.3g} now{spread(now)}"
         yield line + (", MOVED" if has_moved else ""), has_moved
+
+
+def spread(figure: Figure) -> str:
+    """What is said of a figure's rounds: their quartiles, or the range where they have none."""
+    ends = figure.quartiles or figure.rounds
+    if ends is None:
+        return ""
+    return f" ({'quartiles' if figure.quartiles else 'rounds'} {ends[0]:.3g} to {ends[1]:.3g})"
 
 
 def processors(part: Part, found: dict[str, Any]) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import rerun
-from benchmarks.rerun import LONG, PARTS, QUOTED, QUOTED_LONG, Figure, Part, moved
+from benchmarks.rerun import LONG, PARTS, QUOTED, QUOTED_LONG, Figure, Part, compared, moved
 
 ALONE = "import json, sys; json.dump({found}, open(sys.argv[1], 'w')); sys.exit({code})"
 
@@ -29,26 +29,66 @@ def test_every_part_reads_figures_of_its_committed_result(name: str) -> None:
         assert len(found) == sum(3 + ("score_mse" in op) for op in quoted for _ in quoted[op])
     if name.startswith("step"):
         assert "output_attentions" in found and "trivial loss" not in found
+    # a result of two kinds has no quartiles yet
+    without = name.startswith(("step", "kernels"))
+    assert all((figure.quartiles is None) == without for figure in found.values())
+    for value, rounds, quartiles in found.values():
+        if rounds is not None:
+            ends = quartiles or rounds
+            assert rounds[0] <= ends[0] <= value <= ends[1] <= rounds[1]
     if name == "teacher-dtypes":
         assert found["8 x 128, fp32 / int8"].value == pytest.approx(1.986, abs=1e-3)
+        assert found["8 x 128, fp32 / int8"].quartiles == pytest.approx((1.658, 2.026), abs=1e-3)
 
 
 @pytest.mark.parametrize(
     ("before", "now", "expected"),
     [
-        (Figure(1.0), Figure(1.2, (1.1, 1.35)), False),
-        (Figure(1.0), Figure(1.2, (1.15, 1.3)), True),
+        (Figure(1.0), Figure(1.2, (1.14, 1.25)), False),
+        (Figure(1.0), Figure(1.2, (1.16, 1.25)), True),
         (Figure(1.0, (0.9, 1.1)), Figure(1.2, (1.15, 1.3)), False),
         (Figure(1.3), Figure(1.2, (1.15, 1.3)), False),
+        (Figure(1.0, (0.6, 1.4)), Figure(1.2, (0.8, 1.5), (1.14, 1.25)), False),
+        (Figure(1.0, (0.6, 1.4)), Figure(1.2, (0.8, 1.5), (1.16, 1.25)), True),
+        (Figure(1.0, (0.6, 1.4), (0.97, 1.05)), Figure(1.2, None, (1.14, 1.28)), False),
+        (Figure(1.0, (0.6, 1.4), (0.97, 1.05)), Figure(1.2, None, (1.17, 1.28)), True),
+        (Figure(1.0, None, (0.8, 1.2)), Figure(1.2, (1.19, 1.21)), False),
         (Figure(100.0), Figure(101.9), False),
         (Figure(100.0), Figure(97.9), True),
     ],
-    ids=["near", "far", "both have rounds", "above", "memory", "other memory"],
+    ids=[
+        "near",
+        "far",
+        "both have rounds",
+        "above",
+        "quartiles near",
+        "quartiles far",
+        "quartiles of both near",
+        "quartiles of both far",
+        "quartiles before",
+        "memory",
+        "other memory",
+    ],
 )
 def test_a_figure_has_moved_if_its_rounds_lie_nearer(
     before: Figure, now: Figure, expected: bool
 ) -> None:
     assert moved(before, now) is expected
+
+
+def test_a_step_moves_by_the_quartiles_of_its_rounds() -> None:
+    """Not by single rounds, of which the committed ones lie between 0.6 and 1.4."""
+    part, name = PARTS["step-8x128"], "fastkd distill"
+    for by, expected in ((0.19, []), (0.21, [name])):
+        found = committed(part)
+        medians = found["times the trivial step, median of paired rounds"]
+        medians[name] += by
+        found["quartiles of the rounds"] = {
+            of: [median - 0.05, median + 0.05] for of, median in medians.items()
+        }
+        lines = [line for line, has_moved in compared(part, found) if has_moved]
+        assert [line.partition(":")[0] for line in lines] == expected
+    assert lines == [f"{name}: 1.07 committed, 1.28 now (quartiles 1.23 to 1.33), MOVED"]
 
 
 @pytest.fixture

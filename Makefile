@@ -43,7 +43,7 @@ docs-serve: setup
 benchmark: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-enable
 
-# the CPU's figures of README again, in fewer rounds, against the committed ones
+# steps and ops of README and docs/measured.md again, on the CPU, against the committed figures
 bench: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.rerun
 

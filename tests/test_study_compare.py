@@ -78,6 +78,20 @@ def test_other_axes_are_averaged_where_both_have_them() -> None:
     assert [one.values.tolist() for one in found] == [[pytest.approx(103.0 / 3)], [5.0]]
 
 
+def test_a_seed_without_all_combinations_is_in_no_pair_and_no_share() -> None:
+    x, y = (
+        _scores({("a", s): v + s for s in range(n)}, o) for o, v, n in (("x", 1, 3), ("y", 9, 2))
+    )
+    # of the third seed only the smaller half is made
+    assert mean_over_seeds(x + y) == Mean(2, 5.5, math.sqrt(0.5))
+    assert [one.values.tolist() for one in sampled(x + y, "a")] == [[5.0, 6.0]]
+    outside = [Score("none", (), "a", seed, 5.0) for seed in range(3)]
+    (pair,) = paired_samples(x + y, outside, "a", match_others=False)
+    assert [one.values.tolist() for one in pair] == [[5.0, 6.0], [5.0, 5.0]]
+    whole = _scores({("a", s): 0.0 for s in range(3)}, "y")
+    assert _values(x + y, x + whole, "a") == [([5.0, 6.0], [0.5, 1.0])]
+
+
 def _values(
     ours: list[Score], theirs: list[Score], tasks: str
 ) -> list[tuple[list[float], list[float]]]:
@@ -214,8 +228,9 @@ def test_a_pilot_says_what_more_seeds_would_see() -> None:
 def test_wins_are_counted_over_all_pairs_of_runs() -> None:
     one, other = Sample(np.array([1.0, 3.0])), Sample(np.array([2.0, 3.0]))
     # 1 loses twice, 3 wins once and ties once
-    assert improvement([one], [other]) == 1.5 / 4
-    assert improvement([one, one], [other, Sample(np.zeros(2))]) == (1.5 / 4 + 1) / 2
+    assert improvement([one], [other], "maximize") == 1.5 / 4
+    assert improvement([one], [other], "minimize") == 2.5 / 4
+    assert improvement([one, one], [other, Sample(np.zeros(2))], "maximize") == (1.5 / 4 + 1) / 2
 
 
 def test_holm_by_hand() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.container import ErrorbarContainer
 from study_files import MAPPINGS, WEIGHTS, write_study
 
 from fastkd.study import load_study
@@ -239,6 +240,31 @@ def test_a_search_shows_its_best_candidates_after_what_they_are_compared_with(
     assert names[:3] == ["alone (control)", "baseline", "trial-0001 mapping=last weight=0.1"]
     assert len(names) == 12 and not any("trial-0003" in name or "0012" in name for name in names)
     assert "optimistic" in table.notes[0]
+
+
+def test_a_candidate_that_was_stopped_is_not_drawn(tmp_path: Path) -> None:
+    """It may have finished the task alone on which all scores are high."""
+    plan = _plan(tmp_path, axes=None, spaces={"weight": WEIGHTS}, search={"trials": 2})
+    ADDED.update({"1.0": 0.0, "2.0": 0.0, "baseline": 0.0})
+    weights = {f"trial-{n:04d}": {"weight": float(n + 1)} for n in range(2)}
+    extra = [plan.candidate(name, levels) for name, levels in weights.items()]
+    records = _records(
+        plan, lambda run: run.condition.name == "trial-0001" and run.task == "a", extra
+    )
+    (axes,) = make_plots(Results(plan, records), {})["search"].axes
+    (bars,) = axes.containers
+    assert isinstance(bars, ErrorbarContainer)
+    assert list(bars.lines[0].get_xdata()) == [1.0]
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_wins_are_of_the_better_one(direction: str, tmp_path: Path) -> None:
+    metric = {"path": "after.total", "direction": direction}
+    asked = [{"axis": "mapping", "level": "last"}]
+    plan = _plan(tmp_path, metric=metric, seeds=6, hypotheses=asked)
+    (answer,) = Results(plan, _records(plan)).answers()
+    assert answer.difference is not None and answer.difference.mean < 0
+    assert answer.improvement == (direction == "minimize")
 
 
 def test_every_picture_is_drawn_also_of_nothing(tmp_path: Path) -> None:

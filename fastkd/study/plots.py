@@ -206,12 +206,14 @@ def _search_plot(results: Results) -> Figure:
     """One panel an axis or space: the candidates' means and deviations over its values."""
     names = [*results.plan.axes, *results.plan.spec.spaces]
     spaces = results.plan.spec.spaces
+    # what was stopped early has an average of something else
     points = [
-        (row, mean)
+        (row, mean_over_seeds(row.scores))
         for row in results.candidates()
-        if (mean := mean_over_seeds(row.scores)).mean is not None
+        if row.scores and row.is_whole
     ]
-    controls = [_scored(row, row.scores) for row in results.controls()]
+    tasks = results.plan.tasks
+    controls = [_scored(row, of_all_tasks(row.scores, tasks)) for row in results.controls()]
     columns = min(len(names), 3)
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.4 * lines + 0.3), layout="constrained")

@@ -46,6 +46,11 @@ class Row:
     difference: Estimate | None = None
     """To the baseline: of one task in its score, of several in that share where it is known."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of its runs are finished."""
+        return self.runs[0] == self.runs[1]
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -55,7 +60,7 @@ class Answer:
     difference: Estimate | None
     """`None` while there are fewer than two seeds."""
     improvement: float | None
-    """How often a run of the one scores more than one of the other."""
+    """How often a run of the one is better than one of the other."""
     p: float | None
     corrected: float | None = None
     """By Holm's procedure over all hypotheses."""
@@ -200,7 +205,11 @@ class Results:
             made = estimate([ours - theirs for ours, theirs in pairs])
             better, p = None, None
             if made is not None:
-                better = improvement([ours for ours, _ in pairs], [t for _, t in pairs])
+                better = improvement(
+                    [ours for ours, _ in pairs],
+                    [theirs for _, theirs in pairs],
+                    self.plan.spec.metric.direction,
+                )
                 p = made.p_equivalence(asked.margin) if asked.margin else made.p_difference
             found.append(Answer(asked, made, better, p))
         corrected = holm([answer.p for answer in found])
@@ -229,7 +238,7 @@ class Results:
     def _ordered(self, rows: list[Row]) -> list[Row]:
         """Best first; rows that are not finished are left out."""
         sign = -1 if self.plan.spec.metric.direction == "maximize" else 1
-        whole = [row for row in rows if row.runs[0] == row.runs[1]]
+        whole = [row for row in rows if row.is_whole]
         known = [(mean_over_seeds(row.scores).mean, row) for row in whole]
         found = [(sign * mean, row) for mean, row in known if mean is not None]
         return [row for _, row in sorted(found, key=lambda item: item[0])]

@@ -25,9 +25,10 @@ import itertools
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import numpy as np
 from scipy import stats
@@ -40,6 +41,7 @@ LEVEL = 0.05
 _LEAST_SPREAD = 1e-15
 # flips of more seeds than this are drawn, of fewer all are tried
 _EXACT_SEEDS = 16
+_Cell = tuple[str | None, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -208,12 +210,15 @@ def _example_variance(task: Sample) -> float:
     return max(of_mean - together, 0.0)
 
 
-def improvement(ours: Sequence[Sample], theirs: Sequence[Sample]) -> float:
-    """How often a run of ours scores more than one of theirs, ties half, averaged over tasks
+def improvement(
+    ours: Sequence[Sample], theirs: Sequence[Sample], direction: Literal["maximize", "minimize"]
+) -> float:
+    """How often a run of ours is better than one of theirs, ties half, averaged over tasks
     (Agarwal et al., arXiv 2108.13264, section 4.3)."""
+    sign = 1 if direction == "maximize" else -1
     found = []
     for mine, other in zip(ours, theirs, strict=True):
-        gaps = mine.values[:, None] - other.values
+        gaps = sign * (mine.values[:, None] - other.values)
         found.append(float(np.mean((gaps > 0) + 0.5 * (gaps == 0))))
     return statistics.fmean(found)
 
@@ -233,20 +238,28 @@ def of_all_tasks(scores: Sequence[Score], tasks: Iterable[str | None]) -> list[S
     return list(scores) if {score.task for score in scores} >= set(tasks) else []
 
 
-def seed_means(scores: Iterable[Score]) -> dict[int, float]:
-    """The average of the runs of each seed.
+def whole_seeds(scores: Iterable[Score]) -> dict[int, list[Score]]:
+    """The runs of each seed that counts.
 
     A seed counts where it has every combination of task and other levels that any seed has:
     otherwise its average would be one of something else.
     """
-    by_seed: dict[int, dict[tuple[str | None, tuple[str, ...]], float]] = defaultdict(dict)
+    by_seed: dict[int, dict[_Cell, Score]] = defaultdict(dict)
     for score in scores:
-        by_seed[score.seed][score.task, score.others] = score.value
+        by_seed[score.seed][_cell(score)] = score
     everything = {cell for cells in by_seed.values() for cell in cells}
     return {
-        seed: statistics.fmean(cells.values())
+        seed: list(cells.values())
         for seed, cells in sorted(by_seed.items())
         if cells.keys() == everything
+    }
+
+
+def seed_means(scores: Iterable[Score]) -> dict[int, float]:
+    """The average of the runs of each of `whole_seeds`."""
+    return {
+        seed: statistics.fmean(score.value for score in runs)
+        for seed, runs in whole_seeds(scores).items()
     }
 
 
@@ -267,7 +280,7 @@ def paired_samples(
     *,
     match_others: bool = True,
 ) -> list[tuple[Sample, Sample]]:
-    """Two conditions' scores of every task, with the seeds that both have on all of them.
+    """Two conditions' scores of every task, with the seeds that count for both (`whole_seeds`).
 
     Args:
         ours: runs of one condition.
@@ -279,27 +292,20 @@ def paired_samples(
     Returns:
         [tasks]; without seeds where a task or every seed is missing.
     """
-    left, right = _by_place(ours), _by_place(theirs)
-    places: dict[tuple[str | None, int], tuple[list[Score], list[Score]]] = {}
-    for place in left.keys() & right.keys():
-        mine, others = left[place], right[place]
-        if match_others:
-            both = sorted(mine.keys() & others.keys())
-            mine = {key: mine[key] for key in both}
-            others = {key: others[key] for key in both}
-        if mine and others:
-            places[place] = list(mine.values()), list(others.values())
-    by_task = [{seed for place, seed in places if place == task} for task in tasks]
-    seeds = sorted(set.intersection(*by_task)) if by_task else []
-    found = []
-    for task in tasks:
-        cells = [places[task, seed] for seed in seeds]
-        found.append((_sample([c[0] for c in cells]), _sample([c[1] for c in cells])))
-    return found
+    left, right = ([s for s in scores if s.task in tasks] for scores in (ours, theirs))
+    if match_others:
+        both = set(map(_cell, left)) & set(map(_cell, right))
+        left, right = ([s for s in scores if _cell(s) in both] for scores in (left, right))
+    mine, others = (whole_seeds(of_all_tasks(scores, tasks)) for scores in (left, right))
+    seeds = sorted(mine.keys() & others.keys())
+    return [
+        (_sample([mine[s] for s in seeds], task), _sample([others[s] for s in seeds], task))
+        for task in tasks
+    ]
 
 
 def sampled(scores: Iterable[Score], tasks: Sequence[str | None]) -> list[Sample]:
-    """A condition's scores of every task, with the seeds that all tasks have."""
+    """A condition's scores of every task, with the seeds that count."""
     scores = list(scores)
     return [sample for sample, _ in paired_samples(scores, scores, tasks)]
 
@@ -322,18 +328,16 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def _sample(by_seed: Sequence[Sequence[Score]]) -> Sample:
-    """Of each seed the average of its runs."""
-    values = np.array([statistics.fmean(score.value for score in cell) for cell in by_seed])
-    drawn = [[score.drawn for score in cell if score.drawn is not None] for cell in by_seed]
-    whole = by_seed and all(len(d) == len(c) for d, c in zip(drawn, by_seed, strict=True))
+def _cell(score: Score) -> _Cell:
+    return score.task, score.others
+
+
+def _sample(by_seed: Sequence[Sequence[Score]], task: str | None) -> Sample:
+    """Of each seed the average of its runs on a task."""
+    cells = [
+        sorted((s for s in runs if s.task == task), key=lambda s: s.others) for runs in by_seed
+    ]
+    values = np.array([statistics.fmean(score.value for score in cell) for cell in cells])
+    drawn = [[score.drawn for score in cell if score.drawn is not None] for cell in cells]
+    whole = cells and all(len(d) == len(c) for d, c in zip(drawn, cells, strict=True))
     return Sample(values, np.array([np.mean(d, axis=0) for d in drawn]) if whole else None)
-
-
-def _by_place(
-    scores: Iterable[Score],
-) -> Mapping[tuple[str | None, int], dict[tuple[str, ...], Score]]:
-    found: dict[tuple[str | None, int], dict[tuple[str, ...], Score]] = defaultdict(dict)
-    for score in scores:
-        found[score.task, score.seed][score.others] = score
-    return found

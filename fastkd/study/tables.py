@@ -174,7 +174,7 @@ def _hypothesis_table(results: Results) -> Table:
         "Written down before the study was run. p of a difference is the larger one of that of its "
         "interval and that of flipping signs with the seed as the unit; of a margin that of two "
         "one-sided tests. All are corrected together by Holm's procedure. Wins is how often a run "
-        "of the one scores more than one of the other."
+        "of the one is better than one of the other."
     )
     columns = ("condition", "against", "asked", "difference", "wins", "p", "answer")
     return Table("hypotheses", "hypotheses", columns, rows, numbers, (note,), tuple(range(7)))
@@ -219,7 +219,7 @@ def _table(
         cells += [str(overall)] if averages else []
         cells += [_interval(row.kept, share=True)] if keeps else []
         cells += [str(overall.seeds), _interval(row.difference)]
-        if row.runs[0] < row.runs[1]:
+        if not row.is_whole:
             cells[0] += f" ({row.runs[0]} of {row.runs[1]} runs)"
         cells_of.append(tuple(cells))
         numbers.append(_numbers(first, row, overall, by_task))

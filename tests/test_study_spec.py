@@ -10,6 +10,7 @@ import yaml
 from study_files import MAPPINGS, RECIPE, TUNING, WEIGHTS, run, study_tree, write_study
 
 from fastkd.errors import UserError
+from fastkd.recipe import each_stage
 from fastkd.study import load_study
 from fastkd.study.plan import Plan, Run
 from fastkd.study.spec import Space, parse_study
@@ -34,6 +35,19 @@ STEPS = {"train.evaluate_every": 2}
 REPORTED = {"task.selection": None}
 OTHERS = {"one": {"train.steps": 3}, "two": {}}
 STEP = {"command": "finetune", "recipe": TUNING}
+BEST = {"train.evaluate_every": 2, "run.keep_best": "score"}
+KEPT, REPORTING = {"share": 0.5}, {"share": 0.5, "scored": False}
+STOPS = {"metric": "score", "patience": 1}
+
+
+def _recipe(**changes: Any) -> dict[str, Any]:
+    return {"recipe": {**RECIPE, **changes}}
+
+
+def _stages(**last: Any) -> list[dict[str, Any]]:
+    return [{"train": {"steps": 3}}, {"train": {"steps": 3}, **last}]
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"metrics": {}}, "metrics: unknown key; did you mean 'metric'?"),
     "unknown key inside": (
@@ -111,6 +125,68 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "the best by what is reported": (
         {"overrides": {**STEPS, "run.keep_best": "score"}},
         "run.keep_best chooses by the examples",
+    ),
+    "the best of a shared step by what is reported": (
+        {"shared": {"teacher": {**STEP, "overrides": BEST}}},
+        "shared.teacher: run.keep_best chooses by the examples that scores are reported of; set",
+    ),
+    "the best of a start by what is reported": (
+        {"shared": {"start": {"command": "distill", "recipe": RECIPE, "overrides": BEST}}},
+        "shared.start: run.keep_best chooses by the examples",
+    ),
+    "a stage that stops by what is reported": (
+        _recipe(stages=_stages(train={"steps": 3, "evaluate_every": 1, "early_stopping": STOPS})),
+        "stages.2.train.early_stopping chooses by the examples that the study reports",
+    ),
+    "a search whose last stage is scored on what is reported": (
+        {
+            **_recipe(stages=_stages(task={"selection": REPORTING})),
+            "search": SEARCH,
+            "spaces": {"w": WEIGHTS},
+        },
+        "search chooses by the examples that the study reports",
+    ),
+    "one seed, and a last stage that is scored on what is reported": (
+        {
+            **_recipe(
+                task={**RECIPE["task"], "selection": KEPT},
+                stages=_stages(task={"selection": REPORTING}),
+            ),
+            "seeds": 1,
+        },
+        "seeds: expected at least 2",
+    ),
+    "a condition that is scored on other examples": (
+        {
+            **_axes(mapping=OTHERS, scored={"a": {}, "b": {"task.selection.scored": False}}),
+            "overrides": {"task.selection": KEPT},
+        },
+        "mapping=one,scored=b/seed-0: task.selection.scored makes it scored on other examples than "
+        "mapping=one,scored=a/seed-0, so they can't be compared; give both the same",
+    ),
+    "a seed of the order in the recipe": (
+        _recipe(train={"steps": 5, "order_seed": 7}),
+        "train.order_seed is set by seeds; leave it out of the recipe, and order out of vary",
+    ),
+    "a seed of dropout inside an override": (
+        {"overrides": {"train": {"steps": 5, "dropout_seed": 7}}},
+        "train.dropout_seed is set by seeds",
+    ),
+    "a seed of a stage": (
+        _recipe(stages=_stages(train={"steps": 3, "seed": 9})),
+        "stages.2.train.seed is set by seeds; leave it out of the recipe, and weights out of vary",
+    ),
+    "a seed of a term's map": (
+        _recipe(losses={"hidden": {"layer_map": {"kind": "random", "seed": 3}}}),
+        "losses.hidden.layer_map.seed is set by seeds",
+    ),
+    "a seed of a map of a stage": (
+        _recipe(stages=_stages(layer_map={"kind": "random", "seed": 3})),
+        "stages.2.layer_map.seed is set by seeds; leave it out of the recipe, and maps out of vary",
+    ),
+    "a seed of a step of each seed": (
+        {"shared": {"teacher": {**STEP, "per_seed": True, "overrides": {"train.order_seed": 1}}}},
+        "shared.teacher (seed 0): train.order_seed is set by seeds",
     ),
     "an axis that is not there": (
         {"chosen": {"study": "other.yaml", "axis": "map"}},
@@ -313,6 +389,40 @@ def test_seeds_drive_what_the_study_varies(tmp_path: Path) -> None:
         plan = _plan(tmp_path, **drawn, vary=vary)
         digests.add(plan.digest(Run(plan.conditions[0], None, 9)))
     assert len(digests) == 3
+
+
+def test_every_map_that_is_drawn_has_the_seed_of_maps(tmp_path: Path) -> None:
+    drawn = {"hidden": {"layer_map": {"kind": "random"}}, "attention": {"layer_map": "random"}}
+    plan = _plan(
+        tmp_path,
+        **_recipe(losses=drawn, stages=[{"losses": drawn, "layer_map": "random"}]),
+        axes={"size": {"small": {}, "large": {"train.batch_size": 8}}},
+        seeds=[5, 9],
+        vary=["weights", "order"],
+    )
+    recipe = plan.recipe(Run(plan.conditions[0], None, 9))
+    (stage,) = each_stage(recipe)
+    for made in (recipe, stage):
+        assert [term.layer_map.seed for term in made.losses.terms.values()] == [5, 5]
+    assert stage.layer_map.seed == 5 and recipe.train.seed == 9
+    # a preset's too
+    rail = {key: value for key, value in RECIPE.items() if key != "losses"}
+    plan = _plan(
+        tmp_path,
+        recipe={**rail, "preset": "rail-kd"},
+        axes={"size": {"small": {}, "large": {"train.batch_size": 8}}},
+        seeds=[5, 9],
+        vary=["weights"],
+    )
+    recipe = plan.recipe(Run(plan.conditions[0], None, 9))
+    assert recipe.layer_map.seed == 5 and recipe.train.seed == 9
+
+
+def test_what_stages_are_scored_on_last_decides_whether_a_study_selects(tmp_path: Path) -> None:
+    task = {**RECIPE["task"], "selection": REPORTING}
+    recipe = _recipe(task=task, stages=_stages(task={"selection": {"scored": True}}))
+    assert _plan(tmp_path, **recipe, seeds=1).selects
+    assert not _plan(tmp_path, **_recipe(task=task)).selects
 
 
 def test_a_shared_step_of_each_seed_is_its_runs_own(tmp_path: Path) -> None:

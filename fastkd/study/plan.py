@@ -15,7 +15,9 @@ from typing import Any
 from fastkd.errors import UserError
 from fastkd.head_spec import TASK_HEAD
 from fastkd.recipe import AnyRecipe, parse_finetune_recipe, parse_recipe, read_tree, replace_value
+from fastkd.study.choosing import check_alike, check_choice, scores_selection
 from fastkd.study.naming import Level, folder_name, same_level, shown
+from fastkd.study.seeding import check_free, set_seeds
 from fastkd.study.shared import Place, SharedRun, SharedSteps
 from fastkd.study.spec import (
     BASELINE,
@@ -115,6 +117,8 @@ class Plan:
         self.baseline = self._baseline()
         self.asked = tuple(self._asked(n, h) for n, h in enumerate(spec.hypotheses))
         self.shared = tuple(self.steps.runs())
+        self.selects = True
+        """Whether all runs are scored on examples that are kept to choose by."""
         self._check()
 
     def runs(self, condition: Condition) -> list[Run]:
@@ -151,6 +155,7 @@ class Plan:
         tree = self._apply(self._tree(run.step.recipe), sources, run.task, run.seed, where)
         replace_value(tree, OUTPUT, str(run.place.run))
         if run.seed is not None:
+            check_free(tree, where)
             replace_value(tree, SEED, run.seed)
         return self._parse(run.step.command, tree, where)
 
@@ -331,7 +336,8 @@ class Plan:
         if run.condition.levels:
             _check_apart(sources[1:], self._place_name(run))
         tree = self._apply(self._base, sources, run.task, run.seed, self._place_name(run))
-        self._seed(tree, run)
+        check_free(tree, self._place_name(run))
+        set_seeds(tree, self._seeds(run))
         replace_value(tree, OUTPUT, str(self.place(run).run))
         if self.spec.keep == "scores" and self.spec.metric.path.split(".")[0] not in _NOT_LEAN:
             replace_value(tree, "run.lean", True)
@@ -352,24 +358,10 @@ class Plan:
         name = str(levels[self.spec.chosen[0].axis]) if levels else run.condition.name
         return self.chosen.get((name, run.task), {})
 
-    def _seed(self, tree: dict[str, Any], run: Run) -> None:
-        """Give a recipe the seeds of what the study varies, and the first one for the rest."""
+    def _seeds(self, run: Run) -> dict[str, int]:
+        """The run's seed for what the study varies, and the first one for the rest."""
         first, vary = self.spec.seeds[0], self.spec.vary
-        seeds = {what: run.seed if what in vary else first for what in SEEDS}
-        given = tree.get("layer_map")
-        mapped = given if isinstance(given, dict) else {"kind": given}
-        if mapped.get("seed") is not None:
-            raise UserError(
-                f"{self._place_name(run)}: {SEEDS['maps']} is set by seeds; leave it out of the "
-                "recipe, and maps out of vary where it should not differ"
-            )
-        replace_value(tree, SEED, seeds["weights"])
-        # the others follow it where nothing else is said
-        apart = {what for what, seed in seeds.items() if seed != seeds["weights"]}
-        for what in apart & {"order", "dropout"}:
-            replace_value(tree, SEEDS[what], seeds[what])
-        if "maps" in apart and mapped.get("kind") == "random":
-            tree["layer_map"] = {**mapped, "seed": seeds["maps"]}
+        return {what: run.seed if what in vary else first for what in SEEDS}
 
     def _apply(
         self,
@@ -399,12 +391,19 @@ class Plan:
         """See that everything the study may run is a recipe, before anything is run."""
         keys: set[str] = set()
         for shared in self.shared:
-            self.shared_recipe(shared)
+            recipe = self.shared_recipe(shared)
+            check_choice(recipe, f"{self.path}: {shared.label}", "scores are reported of")
+        # seeds differ in nothing that could be wrong
+        first = {t: Run(self.baseline, t, self.spec.seeds[0]) for t in self.tasks}
+        against = {task: self.recipe(run) for task, run in first.items()}
+        searched = self.spec.search is not None
         for condition in [*self.conditions, *self._corners()]:
             for task in self.tasks:
-                # seeds differ in nothing that could be wrong
                 run = Run(condition, task, self.spec.seeds[0])
-                self._check_choice(run, self.recipe(run))
+                recipe, where = self.recipe(run), self._place_name(run)
+                check_choice(recipe, where, "the study reports", search=searched)
+                check_alike(recipe, against[task], where, first[task].key)
+                self.selects &= scores_selection(recipe)
                 if run.key in keys:
                     raise UserError(f"{self.path}: two conditions share the name {condition.name}")
                 keys.add(run.key)
@@ -427,29 +426,6 @@ class Plan:
                 "without them"
             )
 
-    @property
-    def selects(self) -> bool:
-        """Whether all runs are scored on examples that are kept to choose by."""
-        recipes = [self.recipe(Run(self.baseline, t, self.spec.seeds[0])) for t in self.tasks]
-        return all(_scores_selection(recipe) for recipe in recipes)
-
-    def _check_choice(self, run: Run, recipe: AnyRecipe) -> None:
-        """Refuse to choose by the examples that are reported."""
-        if recipe.task is None or _scores_selection(recipe):
-            return
-        chooses = {
-            "search": self.spec.search is not None,
-            "train.early_stopping": recipe.train.early_stopping is not None,
-            "run.keep_best": recipe.run.keep_best is not None,
-        }
-        for field, given in chooses.items():
-            if given:
-                raise UserError(
-                    f"{self._place_name(run)}: {field} chooses by the examples that the study "
-                    "reports; set task.selection, whose share of the training examples is scored "
-                    f"in their place, or leave {field} out"
-                )
-
     def _corners(self) -> Iterator[Condition]:
         """Every level of a search's axes and both ends of its spaces, the rest at the baseline."""
         if self.spec.search is None:
@@ -463,11 +439,6 @@ class Plan:
         for axis, levels in ends.items():
             for level in levels:
                 yield self.candidate(f"{axis}={level}", {**self.baseline_levels, axis: level})
-
-
-def _scores_selection(recipe: AnyRecipe) -> bool:
-    selection = None if recipe.task is None else recipe.task.selection
-    return selection is not None and selection.scored
 
 
 def digest(said: object) -> str:

@@ -64,6 +64,42 @@ def test_what_a_borrowed_step_needs_is_made_as_well(tmp_path: Path, notes: Path)
     ]
 
 
+@pytest.mark.parametrize("whose", ["lends", "borrows"])
+def test_a_step_that_was_made_with_another_recipe_is_not_taken(
+    tmp_path: Path, notes: Path, whose: str
+) -> None:
+    lends = study(tmp_path, "lends", shared={"teacher": TEACHER})
+    path = study(tmp_path, "borrows", borrowed={"teacher": "../lends/study.yaml"})
+    for each in (lends, path):
+        run(each)
+    done = ended(notes)
+    changed = {**TEACHER, "overrides": {"train.steps": 9}}
+    study(tmp_path, "lends", shared={"teacher": changed})
+    for report_only in (False, True):
+        with pytest.raises(UserError) as refused:
+            run(tmp_path / whose / "study.yaml", report_only=report_only)
+        said = "shared.teacher (easy, seed 0) was made with another recipe before; put that back"
+        assert said in str(refused.value) and "\n" not in str(refused.value)
+    # one that was made before this was noted is taken as it is
+    for noted in (tmp_path / "lends" / "out").rglob("digest.txt"):
+        noted.unlink()
+    run(tmp_path / whose / "study.yaml")
+    assert ended(notes) == done
+
+
+def test_a_step_that_failed_may_get_another_recipe(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = study(tmp_path, "one", shared={"teacher": ONCE | {"overrides": {}}})
+    monkeypatch.setenv("FAKE_FAIL", "shared/teacher/hard")
+    with pytest.raises(UserError, match=r"shared\.teacher \(hard\) failed"):
+        run(path)
+    monkeypatch.delenv("FAKE_FAIL")
+    mended = {**ONCE, "overrides": {}, "tasks": {"hard": {"train.steps": 9}}}
+    run(study(tmp_path, "one", shared={"teacher": mended}))
+    assert made(notes) == ["shared/teacher/easy", "shared/teacher/hard"]
+
+
 def test_studies_that_borrow_from_each_other_are_refused(tmp_path: Path, notes: Path) -> None:
     for name, other in (("a", "b"), ("b", "a")):
         shared = {f"of_{name}": TEACHER}

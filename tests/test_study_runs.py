@@ -284,6 +284,15 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def test_another_first_seed_is_another_study_where_something_has_it(
+    tmp_path: Path, notes: Path
+) -> None:
+    run(write_study(tmp_path, vary=["order"]))
+    with pytest.raises(UserError, match="mapping=uniform/seed-0 was run with another recipe"):
+        run(write_study(tmp_path, vary=["order"], seeds=[5, 0, 1]))
+    _ended_once(notes, RUNS)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_storage_of_another_study_is_refused_and_kept(
     name: str, tmp_path: Path, notes: Path
@@ -292,10 +301,11 @@ def test_the_storage_of_another_study_is_refused_and_kept(
     trials = _trials(tmp_path / "out" / "study.db")
     changes, expected = OTHERS[name]
     path = write_study(tmp_path, **changes)
-    with pytest.raises(UserError) as caught:
-        run(path)
-    assert expected in str(caught.value) and "\n" not in str(caught.value)
-    assert _trials(tmp_path / "out" / "study.db") == trials
+    for report_only in (False, True):
+        with pytest.raises(UserError) as caught:
+            run(path, report_only=report_only)
+        assert expected in str(caught.value) and "\n" not in str(caught.value)
+        assert _trials(tmp_path / "out" / "study.db") == trials
     _ended_once(notes, RUNS)
 
 

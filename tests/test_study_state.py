@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from study_files import TUNING, ended, run, write_study
 
+from fastkd.errors import UserError
 from tools.study_state import pack, unpack
 
 TOOL = Path(__file__).parents[1] / "tools" / "study_state.py"
@@ -32,6 +33,10 @@ def test_a_study_goes_on_from_its_state(tmp_path: Path, notes: Path) -> None:
     run(write_study(tmp_path, shared={"teacher": step}))
     assert {file.name: file.read_text() for file in (out / "report").glob("*.csv")} == runs
     assert not notes.exists()
+    # also what its teachers were
+    other = {**step, "overrides": {"train.steps": 9}}
+    with pytest.raises(UserError, match=r"teacher \(seed 0\) was made with another"):
+        run(write_study(tmp_path, shared={"teacher": other}))
     # a seed more, whose teacher alone is made
     run(write_study(tmp_path, shared={"teacher": step}, seeds=3))
     assert set(ended(notes)) == {

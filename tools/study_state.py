@@ -3,8 +3,9 @@
     python tools/study_state.py pack runs/study-maps maps.tar.xz
     python tools/study_state.py unpack maps.tar.xz runs/study-maps
 
-An archive has the queue (`study.db`), the study file, and of every finished run its recipe, summary
-and predictions; no teacher, which a study makes again when a run wants it. What is unfinished is
+An archive has the queue (`study.db`), the study file, of every finished run its recipe, summary and
+predictions, and what shared steps were made with; no teacher, which a study makes again when a run
+wants it. What is unfinished is
 left out. The same state makes the same members. A folder that is there is not unpacked into.
 """
 
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 QUEUE = "study.db"
+DIGEST = "digest.txt"
 KEPT = ("recipe.yaml", "run/summary.json", "run/predictions.npz")
 
 
@@ -76,6 +78,10 @@ def unpack(archive: Path, study: Path) -> int:
 def _members(study: Path, runs: list[Path]) -> Iterator[tuple[str, bytes]]:
     yield QUEUE, _queue(study / QUEUE)
     yield "study.yaml", (study / "study.yaml").read_bytes()
+    # what a shared step was made with: made again of another recipe it would be another one
+    for noted in sorted((study / "shared").rglob(DIGEST)):
+        if (noted.parent / "run" / "summary.json").is_file():
+            yield noted.relative_to(study).as_posix(), noted.read_bytes()
     # alike next to alike, which packs best
     for kept in KEPT:
         for run in runs:

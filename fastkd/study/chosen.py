@@ -51,7 +51,9 @@ def _read(
     _check(other, axis, given)
     if not (other.output / "study.db").is_file():
         raise UserError(f"{given}: {other.output} holds no study yet; run it first")
-    records = Store(other).records()
+    store = Store(other)
+    store.check_recipes()
+    records = store.records()
     done = [record for record in records if record.value is not None]
     if len(done) < len(records):
         raise UserError(

@@ -50,7 +50,8 @@ def run_study(
 
     Raises:
         UserError: a mistake in the study file, found before anything is run; another study's
-            storage; a shared step that failed; or runs that failed, after the report is written.
+            storage; runs or shared steps that were made with another recipe; a shared step that
+            failed; or runs that failed, after the report is written.
         Interrupted: after SIGINT or SIGTERM; the next call continues.
     """
     if workers < 1:
@@ -60,8 +61,11 @@ def run_study(
     plan = Plan(spec, Path(path), read_chosen(spec, Path(path)))
     if report_only and not (plan.output / "study.db").is_file():
         raise UserError(f"{plan.output} holds no study yet; run it without --report-only")
+    plan.check_shared()
     store = _open(plan)
-    if not report_only:
+    if report_only:
+        store.check_recipes()
+    else:
         _work(plan, store, workers, retry_failed, program, reporter)
     records = store.records()
     page = _report(plan, store, records, reporter)

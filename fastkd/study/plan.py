@@ -188,7 +188,7 @@ class Plan:
 
     def digest(self, run: Run) -> str:
         """Digest of what the study file says about a run; where its folders lie is left out."""
-        said = [
+        said: list[object] = [
             self.spec.command,
             self._base,
             self.spec.overrides,
@@ -198,7 +198,31 @@ class Plan:
             self.spec.vary,
             run.seed,
         ]
+        if not set(SEEDS) <= set(self.spec.vary):
+            # what does not vary has it
+            said.append(self.spec.seeds[0])
         return digest(said)
+
+    def shared_digest(self, run: SharedRun) -> str:
+        """Digest of what the study file says about a shared step, likewise."""
+        sources = self.steps.sources(run.step, run.task)
+        return digest([run.step.command, self._tree(run.step.recipe), sources, run.seed])
+
+    def check_shared(self) -> None:
+        """See that shared steps, borrowed ones too, are made as the study file says.
+
+        One that was made before digests were kept is taken as it is.
+
+        Raises:
+            UserError: a step was made with another recipe.
+        """
+        for owner, step in self.all_shared():
+            noted = step.place.digest
+            if noted.is_file() and noted.read_text(encoding="utf-8") != owner.shared_digest(step):
+                raise UserError(
+                    f"{owner.path}: {step.label} was made with another recipe before; put that "
+                    "back, or give the study another output"
+                )
 
     def _tree(self, recipe: str | dict[str, Any]) -> dict[str, Any]:
         return read_tree(self.path.parent / recipe) if isinstance(recipe, str) else recipe

@@ -22,7 +22,7 @@ from fastkd.study.metric import follow, is_missing, read_metric
 from fastkd.study.plan import Plan, Run
 from fastkd.study.shared import SharedRun
 from fastkd.study.storage import Store, Work
-from fastkd.study.worker import Children
+from fastkd.study.worker import Children, write_beside
 from fastkd.training.metric_lines import evaluation_of
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.stages import stage_folders
@@ -104,7 +104,12 @@ class Runner:
                 return True
             self.said.put(f"{step.label}: started")
             recipe = owner.shared_recipe(step)
+            # first: a child outlives a worker that is killed
+            write_beside(step.place, step.place.digest, owner.shared_digest(step))
             ending = self.children.run(step.step.command, recipe, step.place, claim, number)
+            if ending.kind == "failed":
+                # nothing was made, and another recipe may be right
+                step.place.digest.unlink()
         finally:
             claim.release()
         if ending.kind == "failed":

@@ -33,6 +33,11 @@ class Place:
         return self.folder / "run"
 
     @property
+    def digest(self) -> Path:
+        """Of a shared step: the digest of what it was made with."""
+        return self.folder / "digest.txt"
+
+    @property
     def log(self) -> Path:
         """What it says."""
         return self.folder / "log.txt"

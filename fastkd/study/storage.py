@@ -96,15 +96,10 @@ class Store:
                         f"{self.path} waits for {key}, which {self.plan.path} no longer has; put "
                         "it back, or give the study another output"
                     )
+            self.check_recipes()
             for key, run in self._runs.items():
-                made_with = self.plan.digest(run)
                 if key not in known:
-                    self._queue(self.grid, {"name": key, "recipe": made_with})
-                elif known[key].user_attrs["recipe"] != made_with:
-                    raise UserError(
-                        f"{self.plan.path}: {key} was run with another recipe before; give the "
-                        "condition another name, or the study another output"
-                    )
+                    self._queue(self.grid, {"name": key, "recipe": self.plan.digest(run)})
             if self.search is not None and self.plan.spec.search is not None:
                 if self.plan.spec.search.sampler == "grid" and not self.search.get_trials(False):
                     for number, params in enumerate(self.plan.combinations()):
@@ -115,6 +110,20 @@ class Store:
                     study = self.grid if trial.user_attrs["name"] in self._runs else self.search
                     assert study is not None
                     self._queue(study, {**trial.user_attrs, "message": ""}, trial)
+
+    def check_recipes(self) -> None:
+        """See that the runs that are there are those of the study file.
+
+        Raises:
+            UserError: a run is there with another recipe.
+        """
+        known = self._newest(self.grid)
+        for key, run in self._runs.items():
+            if key in known and known[key].user_attrs["recipe"] != self.plan.digest(run):
+                raise UserError(
+                    f"{self.plan.path}: {key} was run with another recipe before; give the "
+                    "condition another name, or the study another output"
+                )
 
     def take(self) -> Work | None:
         """The next piece of work, claimed; `None` while there is none to be had."""

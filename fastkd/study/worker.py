@@ -80,14 +80,7 @@ class Children:
         started = time.monotonic()
         if RunFolder(place.run).summary.is_file():
             return Ending("finished", 0.0)
-        try:
-            with disk_errors(place.folder):
-                place.folder.mkdir(parents=True, exist_ok=True)
-                write_whole(place.recipe, dump_recipe(recipe))
-        except PermissionError as error:
-            raise UserError(
-                f"{place.folder} can't be written to ({error.strerror}); give another output"
-            ) from error
+        write_beside(place, place.recipe, dump_recipe(recipe))
         arguments = [command, str(place.recipe), "--resume"]
         environment = self.environments[worker]
         child: _Child
@@ -115,6 +108,22 @@ class Children:
             elif asked is None and (self.stopping.is_set() or watch()):
                 asked = "stopped" if self.stopping.is_set() else "pruned"
                 child.send_signal(signal.SIGTERM)
+
+
+def write_beside(place: Place, path: Path, text: str) -> None:
+    """Write a file beside a run.
+
+    Raises:
+        UserError: the folder can't be written to.
+    """
+    try:
+        with disk_errors(place.folder):
+            place.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text)
+    except PermissionError as error:
+        raise UserError(
+            f"{place.folder} can't be written to ({error.strerror}); give another output"
+        ) from error
 
 
 class _Child(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,75 @@ def test_summaries_say_what_scores_are_read_between_where_nothing_is_kept(plan: 
     ]
     assert found["kept mean"] == pytest.approx(np.mean(scores))
     assert found["kept seeds"] == SEEDS
+
+
+@pytest.mark.parametrize("control", ["small", "large"])
+def test_conditions_with_teachers_of_their_own_are_compared_in_scores(
+    tmp_path: Path, control: str
+) -> None:
+    taught = {"small": 0.7, "large": 0.9}
+    levels = {name: {"teacher.model": name} for name in taught}
+    path = write_study(
+        tmp_path,
+        tasks={name: {"task.name": name} for name in ("a", "b")},
+        axes={"teacher": levels, "mapping": MAPPINGS},
+        controls={"alone": {"teacher.model": control}},
+        hypotheses=[{"axis": "teacher", "level": "large", "margin": 0.1}],
+        seeds=3,
+    )
+    plan = Plan(load_study(path), path)
+    records = []
+    for run in plan.all_runs():
+        whose = str(run.condition.levels.get("teacher", control))
+        # of each teacher half of what it is above one answer
+        score = FLOOR + (taught[whose] - FLOOR) / 2
+        summary = {
+            "after": {"score": score, "baseline": {"score": FLOOR}},
+            "teacher": {"score": taught[whose]},
+        }
+        plan.place(run).run.mkdir(parents=True)
+        (plan.place(run).run / "summary.json").write_text(json.dumps(summary))
+        records.append(Record(run, "finished", score, 1.0))
+    found = tables(plan, records)
+    for name in ("axis-teacher", "axis-teacher-a"):
+        table = found[name]
+        ends = [row[:2] for row in table.rows if row[0].startswith("teacher")]
+        expected = [("teacher of alone, small", "0.700"), ("teacher of large", "0.900")]
+        if control == "large":
+            expected = [("teacher of alone, large", "0.900"), ("teacher of small", "0.700")]
+        assert ends == expected
+        row = of(table, "teacher", "large")
+        assert row["kept mean"] == pytest.approx(0.5) and row["all mean"] == pytest.approx(0.75)
+        assert row["difference mean"] == pytest.approx(0.1)
+        assert "Teachers differ between these rows" in " ".join(table.notes)
+        assert "in that share" not in " ".join(table.notes)
+    answer = found["hypotheses"]
+    assert answer.numbers[0]["difference mean"] == pytest.approx(0.1)
+    assert "teacher: teachers differ between conditions" in answer.notes[1]
+    panel = make_plots(Results(plan, records), {})["axis-teacher"].axes[-1]
+    assert panel.get_title() == "all tasks"
+
+
+def test_the_same_teachers_beside_each_level_are_no_difference(tmp_path: Path) -> None:
+    """Each mapping is averaged over both teachers, so shares compare and their row is of both."""
+    taught = {"small": 0.7, "large": 0.9}
+    path = write_study(
+        tmp_path,
+        tasks={name: {"task.name": name} for name in ("a", "b")},
+        axes={"teacher": {n: {"teacher.model": n} for n in taught}, "mapping": MAPPINGS},
+    )
+    plan = Plan(load_study(path), path)
+    records = []
+    for run in plan.all_runs():
+        teacher = taught[str(run.condition.levels["teacher"])]
+        after = {"score": 0.65, "baseline": {"score": FLOOR}}
+        plan.place(run).run.mkdir(parents=True)
+        text = json.dumps({"after": after, "teacher": {"score": teacher}})
+        (plan.place(run).run / "summary.json").write_text(text)
+        records.append(Record(run, "finished", 0.65, 1.0))
+    table = tables(plan, records)["axis-mapping"]
+    assert [row[:2] for row in table.rows][:2] == [("one answer", "0.600"), ("teacher", "0.800")]
+    assert "in that share" in " ".join(table.notes) and "Teachers differ" not in table.notes[1]
 
 
 def test_a_broken_file_is_named(plan: Plan) -> None:

@@ -8,13 +8,21 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastkd.errors import UserError
 from fastkd.head_spec import TASK_HEAD
-from fastkd.recipe import AnyRecipe, parse_finetune_recipe, parse_recipe, read_tree, replace_value
+from fastkd.recipe import (
+    AnyRecipe,
+    Recipe,
+    parse_finetune_recipe,
+    parse_recipe,
+    read_tree,
+    replace_value,
+)
 from fastkd.study.choosing import check_alike, check_choice, scores_selection
 from fastkd.study.naming import Level, folder_name, same_level, shown
 from fastkd.study.seeding import check_free, set_seeds
@@ -117,6 +125,7 @@ class Plan:
         self.baseline = self._baseline()
         self.asked = tuple(self._asked(n, h) for n, h in enumerate(spec.hypotheses))
         self.shared = tuple(self.steps.runs())
+        self._teachers: dict[tuple[str, str | None], str | None] = {}
         self.selects = True
         """Whether all runs are scored on examples that are kept to choose by."""
         self._check()
@@ -147,6 +156,17 @@ class Plan:
             UserError: naming the condition, if its overrides make no recipe.
         """
         return self._parse(self.spec.command, self._run_tree(run), self._place_name(run))
+
+    def teacher(self, condition: Condition, task: str | None) -> str | None:
+        """What says which teacher a condition has on a task; `None` where there is none."""
+        key = condition.name, task
+        if key not in self._teachers:
+            self._teachers[key] = None
+            # values of a candidate may not go together
+            with suppress(UserError):
+                recipe = self.recipe(Run(condition, task, self.spec.seeds[0]))
+                self._teachers[key] = _teacher_of(recipe)
+        return self._teachers[key]
 
     def shared_recipe(self, run: SharedRun) -> AnyRecipe:
         """The recipe of a shared step, likewise."""
@@ -428,6 +448,7 @@ class Plan:
                 check_choice(recipe, where, "the study reports", search=searched)
                 check_alike(recipe, against[task], where, first[task].key)
                 self.selects &= scores_selection(recipe)
+                self._teachers[condition.name, task] = _teacher_of(recipe)
                 if run.key in keys:
                     raise UserError(f"{self.path}: two conditions share the name {condition.name}")
                 keys.add(run.key)
@@ -463,6 +484,14 @@ class Plan:
         for axis, levels in ends.items():
             for level in levels:
                 yield self.candidate(f"{axis}={level}", {**self.baseline_levels, axis: level})
+
+
+def _teacher_of(recipe: AnyRecipe) -> str | None:
+    if not isinstance(recipe, Recipe):
+        return None
+    # what decides its answers; the rest is how it runs
+    named = {"model", "others", "combine", "dtype"}
+    return json.dumps(recipe.teacher.model_dump(mode="json", include=named), sort_keys=True)
 
 
 def digest(said: object) -> str:

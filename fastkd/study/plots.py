@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastkd.reporting.plotting import DOTS, POINT, REFERENCE, draw_map, plain, say, themed
 from fastkd.study.naming import Level, shown
-from fastkd.study.results import Results, Row
+from fastkd.study.results import Results, Row, differ
 from fastkd.study.statistics import (
     Mean,
     Score,
@@ -89,7 +89,7 @@ def _axis_plot(results: Results, axis: str) -> Figure:
 
 def _together(rows: Sequence[Row], tasks: Sequence[str | None]) -> tuple[str, list[_Marks]]:
     """The panel of all tasks: what the tables compare them by."""
-    if any(row.kept is not None for row in rows):
+    if any(row.kept is not None for row in rows) and not differ(rows):
         return "of the teacher, with 95 % intervals", list(map(_kept, rows))
     return "all tasks", [_scored(row, of_all_tasks(row.scores, tasks)) for row in rows]
 

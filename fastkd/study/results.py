@@ -44,7 +44,10 @@ class Row:
     kept: Estimate | None = None
     """Share of the teacher that is kept once chance is taken out."""
     difference: Estimate | None = None
-    """To the baseline: of one task in its score, of several in that share where it is known."""
+    """To the baseline: of one task in its score, of several in that share where it is known and the
+    rows that are compared have the same teachers."""
+    teachers: frozenset[tuple[str | None, str | None]] = frozenset()
+    """Of its runs: task, and what says which one it is."""
 
     @property
     def is_whole(self) -> bool:
@@ -156,9 +159,9 @@ class Results:
     def conditions(self) -> list[Row]:
         """One row a condition; a search's candidates best first."""
         rows = self._all_conditions()
-        self._compare(rows, self.baseline)
         if self.plan.spec.search is not None:
             rows = self._ranked(rows)
+        self._compare(rows, self.baseline)
         return rows
 
     def candidates(self) -> list[Row]:
@@ -177,20 +180,29 @@ class Results:
                 found.setdefault(condition.at((one, two)), []).append(record)
         return {key: self._scores(records, "", others.names) for key, records in found.items()}
 
-    def ends(self, task: str | None) -> tuple[Mean, Mean]:
-        """What one answer to everything and the teacher score on a task, over the runs."""
-        of_task = [r for r in self.records if r.run.task == task and r.value is not None]
-        found: list[dict[int, float]] = [{}, {}]
-        for record in of_task:
-            evidence = self.evidence[record.run.key]
-            for number, by_seed in zip((evidence.floor, evidence.teacher), found, strict=True):
-                if number is not None:
-                    by_seed[record.run.seed] = number.value
-        floor, teacher = (
-            mean_over_seeds(Score("", (), task, seed, value) for seed, value in by_seed.items())
-            for by_seed in found
+    def floor(self, task: str | None) -> Mean:
+        """What one answer to everything scores on a task, over the runs."""
+        by_seed = {}
+        for record in self.records:
+            if record.run.task == task and record.value is not None:
+                floor = self.evidence[record.run.key].floor
+                if floor is not None:
+                    by_seed[record.run.seed] = floor.value
+        return mean_over_seeds(Score("", (), task, seed, v) for seed, v in by_seed.items())
+
+    def teacher(self, rows: Iterable[Row], task: str | None) -> Mean:
+        """What the teachers of some rows score on a task, over the runs."""
+        wanted = {teacher for row in rows for teacher in row.teachers}
+        cells = {}
+        for record in self.records:
+            if record.run.task == task and record.value is not None:
+                teacher = self.evidence[record.run.key].teacher
+                which = self.plan.teacher(record.run.condition, task)
+                if teacher is not None and (task, which) in wanted:
+                    cells[record.run.seed, str(which)] = teacher.value
+        return mean_over_seeds(
+            Score("", (which,), task, seed, value) for (seed, which), value in cells.items()
         )
-        return floor, teacher
 
     def answers(self) -> list[Answer]:
         """What the runs say of the study's hypotheses, p corrected over all of them."""
@@ -201,7 +213,7 @@ class Results:
                 next(r for r in rows[asked.axis] if (r.level, r.is_control) == place)
                 for place in ((asked.level, False), (asked.against, asked.is_control))
             )
-            pairs = self._pairs(one, other, None)
+            pairs = self._pairs(one, other, None, own=differ(rows[asked.axis]))
             made = estimate([ours - theirs for ours, theirs in pairs])
             better, p = None, None
             if made is not None:
@@ -214,6 +226,12 @@ class Results:
             found.append(Answer(asked, made, better, p))
         corrected = holm([answer.p for answer in found])
         return [replace(a, corrected=p) for a, p in zip(found, corrected, strict=True)]
+
+    def is_own(self, axis: str) -> bool:
+        """Whether an axis is compared over tasks in scores, because its rows have teachers of their
+        own."""
+        several = len(self.plan.tasks) > 1 and bool(self.comparable)
+        return several and differ(self.axis(axis))
 
     def best(self) -> tuple[str, Mean] | None:
         """The condition that leads, of those that are finished."""
@@ -251,8 +269,14 @@ class Results:
         *,
         is_control: bool = False,
     ) -> Row:
-        scores = self._scores(records, level, names)
-        return Row(level, scores, (len(scores), len(records)), is_control=is_control)
+        scores, teacher = self._scores(records, level, names), self.plan.teacher
+        return Row(
+            level,
+            scores,
+            (len(scores), len(records)),
+            is_control=is_control,
+            teachers=frozenset((r.run.task, teacher(r.run.condition, r.run.task)) for r in records),
+        )
 
     def _scores(self, records: Sequence[Record], level: str, names: Sequence[str]) -> list[Score]:
         return [
@@ -272,20 +296,24 @@ class Results:
         """Fill in what all rows keep of the teacher, and their differences to the baseline."""
         base = next((row for row in rows if row.level == baseline and not row.is_control), None)
         tasks = self.comparable if task is None else (task,)
+        own = differ(rows)
         for row in rows:
             if tasks and set(tasks) <= set(self.comparable):
                 row.kept = estimate(sampled(self._shares(row.scores), tasks))
             if base is not None and row is not base:
-                pairs = self._pairs(row, base, task)
+                pairs = self._pairs(row, base, task, own=own)
                 row.difference = estimate([ours - theirs for ours, theirs in pairs])
 
-    def _pairs(self, row: Row, other: Row, task: str | None) -> list[tuple[Sample, Sample]]:
-        """Both rows' numbers of every task that is compared, as `Row.difference` has them."""
+    def _pairs(
+        self, row: Row, other: Row, task: str | None, *, own: bool
+    ) -> list[tuple[Sample, Sample]]:
+        """Both rows' numbers of every task that is compared, as `Row.difference` has them; of
+        scores where rows have teachers of their `own`."""
         several = task is None and len(self.plan.tasks) > 1
-        made = self._shares if several and self.comparable else self._drawn
+        shared = several and bool(self.comparable) and not own
+        made = self._shares if shared else self._drawn
         tasks = self.plan.tasks if task is None else (task,)
-        if several and self.comparable:
-            tasks = self.comparable
+        tasks = self.comparable if shared else tasks
         # a control has no levels that could match
         apart = row.is_control or other.is_control
         return paired_samples(made(row.scores), made(other.scores), tasks, match_others=not apart)
@@ -305,3 +333,8 @@ class Results:
 
     def _has_share(self, record: Record) -> bool:
         return record.value is None or self.evidence[record.run.key].kept is not None
+
+
+def differ(rows: Sequence[Row]) -> bool:
+    """Whether rows have different teachers: a share of one is no share of the other."""
+    return len({row.teachers for row in rows}) > 1

@@ -183,8 +183,9 @@ class Hypothesis(Section):
     against: Value | None = None
     """Another one, or a control; the axis's baseline where not given."""
     margin: float | None = Field(default=None, gt=0)
-    """Asks whether they differ by less than this, in place of whether they differ: of a study with
-    a teacher in shares of what it is above one answer to everything, else of the metric."""
+    """Asks whether they differ by less than this, in place of whether they differ: over several
+    tasks of conditions with the same teacher in shares of what it is above one answer to
+    everything, else of the metric."""
 
 
 class Takeover(Section):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastkd.study.naming import Level, shown
-from fastkd.study.results import BEST, Answer, Results, Row
+from fastkd.study.results import BEST, Answer, Results, Row, differ
 from fastkd.study.spec import BASELINE, CONSTANT, TEACHER
 from fastkd.study.statistics import (
     LEVEL,
@@ -21,6 +21,8 @@ from fastkd.study.statistics import (
 )
 
 Tasks = Sequence[str | None]
+# conditions that a row of their teacher names
+_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def make_tables(results: Results, importances: Mapping[str, Mapping[str, float]]
                 tables.append(_axis_table(results, axis, task))
     if results.plan.asked:
         tables.append(_hypothesis_table(results))
-    notes = _notes(results, tasks)
+    rows, baseline = results.conditions(), results.baseline
+    notes = _notes(results, tasks, rows)
     if search is not None:
         notes = (
             f"The best {BEST} candidates are chosen by the numbers that are shown, so these are "
@@ -62,7 +65,6 @@ def make_tables(results: Results, importances: Mapping[str, Mapping[str, float]]
             "other seeds, on data that chose nothing, before you rely on it.",
             *notes,
         )
-    rows, baseline = results.conditions(), results.baseline
     name = "conditions"
     tables.append(_table(results, name, name, "condition", rows, baseline, notes, tasks))
     if importances:
@@ -81,7 +83,7 @@ def _axis_table(results: Results, axis: str, task: str | None) -> Table:
         axis,
         rows,
         str(results.plan.baseline_levels[axis]),
-        (_axis_note(results, axis), *_notes(results, tasks), *_power_note(results, rows)),
+        (_axis_note(results, axis), *_notes(results, tasks, rows), *_power_note(results, rows)),
         tasks,
     )
 
@@ -119,28 +121,36 @@ def _axis_note(results: Results, axis: str) -> str:
     return f"Means and standard deviations over seeds, {how}."
 
 
-def _notes(results: Results, tasks: Tasks) -> tuple[str, ...]:
+def _notes(results: Results, tasks: Tasks, rows: Sequence[Row]) -> tuple[str, ...]:
     metric, several = results.plan.spec.metric, len(tasks) > 1
     better = "higher" if metric.direction == "maximize" else "lower"
     shares = any(task in results.comparable for task in tasks)
+    own = shares and differ(rows)
     notes = [f"{metric.path}, {better} is better."]
     if shares:
         notes.append(
             "Of the teacher: (score - floor) / (teacher - floor), where the floor is the best one "
             "answer to everything" + (", averaged over the tasks." if several else ".")
         )
-    elif several:
+    if several and (own or not shares):
         notes.append("All is the average of the tasks.")
+    if own:
+        notes.append(
+            "Teachers differ between these rows, so each share is one of its own teacher, and "
+            "differences are in the score."
+        )
+    in_shares = " in that share" if shares and several and not own else ""
     notes.append(
-        f"Differences{' in that share' * (shares and several)} are paired by seed. Brackets are "
-        "95 % intervals over seeds and, where predictions are kept, over evaluation examples. What "
-        "is tested stands under hypotheses alone."
+        f"Differences{in_shares} are paired by seed. Brackets are 95 % intervals over seeds and, "
+        "where predictions are kept, over evaluation examples. What is tested stands under "
+        "hypotheses alone."
     )
     left_out = [str(task) for task in tasks if task not in results.comparable]
     if shares and left_out:
         notes.append(
             f"{', '.join(left_out)}: the teacher is not above one answer to everything by two "
-            "standard errors, so shares and differences leave this out."
+            "standard errors, so shares"
+            f"{'' if own else ' and differences'} leave this out."
         )
     return (" ".join(notes),)
 
@@ -176,8 +186,14 @@ def _hypothesis_table(results: Results) -> Table:
         "one-sided tests. All are corrected together by Holm's procedure. Wins is how often a run "
         "of the one is better than one of the other."
     )
+    notes = [note]
+    if own := [axis for axis in {a.asked.axis: None for a in answers} if results.is_own(axis)]:
+        notes.append(
+            f"{', '.join(own)}: teachers differ between conditions, so differences and margins are "
+            "in the score, not in shares of the teacher."
+        )
     columns = ("condition", "against", "asked", "difference", "wins", "p", "answer")
-    return Table("hypotheses", "hypotheses", columns, rows, numbers, (note,), tuple(range(7)))
+    return Table("hypotheses", "hypotheses", columns, rows, numbers, tuple(notes), tuple(range(7)))
 
 
 def _verdict(answer: Answer, differences: int) -> str:
@@ -204,13 +220,13 @@ def _table(
     named = [task for task in tasks if task is not None]
     several, keeps = len(named) > 1, any(row.kept is not None for row in rows)
     # of scores of several kinds an average says less than one of shares
-    averages = [] if several and keeps else ["all" if several else "mean"]
+    averages = [] if several and keeps and not differ(rows) else ["all" if several else "mean"]
     summed = [*averages, *(["of the teacher"] if keeps else []), "seeds", "less baseline"]
     columns = [first, *(named if several else ()), *summed]
     brief = [0, *range(len(columns) - len(summed), len(columns))]
     if len(tasks) < len(results.plan.tasks):
         brief = []
-    cells_of, numbers = _ends(results, tasks, columns)
+    cells_of, numbers = _ends(results, rows, tasks, columns)
     for row in rows:
         overall = mean_over_seeds(of_all_tasks(row.scores, tasks))
         by_task = {t: mean_over_seeds([s for s in row.scores if s.task == t]) for t in named}
@@ -227,21 +243,33 @@ def _table(
 
 
 def _ends(
-    results: Results, tasks: Tasks, columns: Sequence[str]
+    results: Results, rows: Sequence[Row], tasks: Tasks, columns: Sequence[str]
 ) -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
     """Rows of what scores are read between, where it is known: one answer to everything, and the
-    teacher."""
-    ends = {task: results.ends(task) for task in tasks}
-    rows, numbers = [], []
-    for place, name in enumerate((CONSTANT, TEACHER)):
-        means = {task: both[place] for task, both in ends.items()}
+    teacher, or the teachers of rows that have different ones."""
+    by_teacher: dict[object, list[Row]] = {}
+    for row in rows:
+        by_teacher.setdefault(row.teachers, []).append(row)
+    found = [(CONSTANT, {task: results.floor(task) for task in tasks})]
+    for group in by_teacher.values():
+        name = TEACHER if len(by_teacher) == 1 else f"{TEACHER} of {_some(group)}"
+        found.append((name, {task: results.teacher(group, task) for task in tasks}))
+    cells_of, numbers = [], []
+    for name, means in found:
         if not any(mean.seeds for mean in means.values()):
             continue
         cells = [name, *map(_plain, means.values())]
-        rows.append(tuple(cells + [""] * (len(columns) - len(cells))))
-        found = {f"{task or 'all'} mean": mean for task, mean in means.items()}
-        numbers.append({columns[0]: name, **{key: mean.mean for key, mean in found.items()}})
-    return rows, numbers
+        cells_of.append(tuple(cells + [""] * (len(columns) - len(cells))))
+        keyed = {f"{task or 'all'} mean": mean.mean for task, mean in means.items()}
+        numbers.append({columns[0]: name, **keyed})
+    return cells_of, numbers
+
+
+def _some(rows: Sequence[Row]) -> str:
+    """The names of rows, of many the first ones."""
+    names = [row.level for row in rows]
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _plain(mean: Mean) -> str:

@@ -185,6 +185,14 @@ def test_seeds_that_are_open_are_counted_on(tmp_path: Path) -> None:
     assert "; with all 5 seeds, if their spread stays, " in early and float(then) < float(now)
 
 
+@pytest.mark.parametrize("seeds", [4, 5])
+def test_intervals_of_few_seeds_say_so(seeds: int, tmp_path: Path) -> None:
+    plan = _plan(tmp_path, seeds=seeds)
+    for table in make_tables(Results(plan, _records(plan)), {}):
+        said = "of three in about 92, of two in about 88." in " ".join(table.notes)
+        assert said == (seeds < 5 and table.name != "runs")
+
+
 def test_what_failed_is_counted_and_said(tmp_path: Path) -> None:
     plan = _plan(tmp_path)
 

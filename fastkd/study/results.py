@@ -65,6 +65,7 @@ class Answer:
     improvement: float | None
     """How often a run of the one is better than one of the other."""
     p: float | None
+    """`None` while seeds of either are open: who looks on the way finds more than there is."""
     corrected: float | None = None
     """By Holm's procedure over all hypotheses."""
 
@@ -222,7 +223,8 @@ class Results:
                     [theirs for _, theirs in pairs],
                     self.plan.spec.metric.direction,
                 )
-                p = made.p_equivalence(asked.margin) if asked.margin else made.p_difference
+                if len(made.by_seed) == len(self.plan.spec.seeds):
+                    p = made.p_equivalence(asked.margin) if asked.margin else made.p_difference
             found.append(Answer(asked, made, better, p))
         corrected = holm([answer.p for answer in found])
         return [replace(a, corrected=p) for a, p in zip(found, corrected, strict=True)]

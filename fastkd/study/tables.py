@@ -15,7 +15,6 @@ from fastkd.study.statistics import (
     Estimate,
     Mean,
     decimals,
-    least_p,
     mean_over_seeds,
     of_all_tasks,
 )
@@ -23,6 +22,8 @@ from fastkd.study.statistics import (
 Tasks = Sequence[str | None]
 # conditions that a row of their teacher names
 _NAMED = 4
+# seeds of which intervals are as long as they say (`tests/test_study_coverage.py`)
+_ENOUGH = 5
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,12 @@ def _notes(results: Results, tasks: Tasks, rows: Sequence[Row]) -> tuple[str, ..
         "where predictions are kept, over evaluation examples. What is tested stands under "
         "hypotheses alone."
     )
+    known = [one for row in rows for one in (row.kept, row.difference) if one is not None]
+    if any(len(one.by_seed) < _ENOUGH for one in known):
+        notes.append(
+            "Intervals hold the truth in 95 of 100 from five seeds on; of three in about 92, of "
+            "two in about 88."
+        )
     left_out = [str(task) for task in tasks if task not in results.comparable]
     if shares and left_out:
         notes.append(
@@ -157,7 +164,7 @@ def _notes(results: Results, tasks: Tasks, rows: Sequence[Row]) -> tuple[str, ..
 
 def _hypothesis_table(results: Results) -> Table:
     answers = results.answers()
-    differences = sum(answer.asked.margin is None for answer in answers)
+    planned = len(results.plan.spec.seeds)
     rows: list[tuple[str, ...]] = [
         (
             f"{a.asked.axis}: {a.asked.level}",
@@ -166,7 +173,7 @@ def _hypothesis_table(results: Results) -> Table:
             _interval(a.difference),
             "" if a.improvement is None else f"{a.improvement:.0%}",
             "" if a.corrected is None else f"{a.corrected:.2g}",
-            _verdict(a, differences),
+            _verdict(a, planned),
         )
         for a in answers
     ]
@@ -187,6 +194,11 @@ def _hypothesis_table(results: Results) -> Table:
         "of the one is better than one of the other."
     )
     notes = [note]
+    if planned > 1 and any(answer.p is None for answer in answers):
+        notes.append(
+            f"Not yet: what is asked is tested once, with all {planned} seeds of both conditions. "
+            "Differences that stand here before say nothing of it."
+        )
     if own := [axis for axis in {a.asked.axis: None for a in answers} if results.is_own(axis)]:
         notes.append(
             f"{', '.join(own)}: teachers differ between conditions, so differences and margins are "
@@ -196,15 +208,11 @@ def _hypothesis_table(results: Results) -> Table:
     return Table("hypotheses", "hypotheses", columns, rows, numbers, tuple(notes), tuple(range(7)))
 
 
-def _verdict(answer: Answer, differences: int) -> str:
-    """What a hypothesis has come to, of so many that ask for a difference."""
-    if answer.corrected is None or answer.difference is None:
-        return "too few seeds"
-    if answer.corrected <= LEVEL:
-        return "yes"
-    seeds = len(answer.difference.by_seed)
-    lacking = answer.asked.margin is None and least_p(seeds, differences) > LEVEL
-    return "too few seeds" if lacking else "open"
+def _verdict(answer: Answer, planned: int) -> str:
+    """What a hypothesis has come to, of so many seeds."""
+    if answer.corrected is None:
+        return "not yet" if planned > 1 else "too few seeds"
+    return "yes" if answer.corrected <= LEVEL else "open"
 
 
 def _table(

@@ -110,6 +110,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "it has chosen nothing for the task easy",
     ),
+    "made with another recipe": (
+        {"overrides": {**SELECTED, "train.steps": 9}},
+        {},
+        "mapping=uniform,weight=0.1/seed-0 was run with another recipe before",
+    ),
     "two for one condition": (
         {},
         {"chosen": [CHOSEN, CHOSEN]},

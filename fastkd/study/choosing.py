@@ -6,7 +6,7 @@ from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, each_stage
 
 # of a task, what decides on which examples both models are scored, and by which number
-_SCORED = ("name", "source", "kind", "columns", "evaluate", "metrics")
+_SCORED = ("name", "source", "kind", "evaluate", "metrics")
 
 
 def scores_selection(recipe: AnyRecipe) -> bool:

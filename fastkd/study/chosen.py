@@ -51,6 +51,7 @@ def _read(
     _check(other, axis, given)
     if not (other.output / "study.db").is_file():
         raise UserError(f"{given}: {other.output} holds no study yet; run it first")
+    other.check_shared()
     store = Store(other)
     store.check_recipes()
     records = store.records()

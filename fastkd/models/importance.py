@@ -297,13 +297,16 @@ def _copy(
     bases: Mapping[str, int],
 ) -> int:
     parameters = dict(teacher.named_parameters())
+    first = {id(parameter): name for name, parameter in parameters.items()}
+    # what is tied has several names, one of which stands for it
+    known = {n: first[id(p)] for n, p in teacher.named_parameters(remove_duplicate=False)}
     theirs = find_blocks(teacher)
     prefix = next(name for name, module in teacher.named_modules() if module is theirs) + "."
     copied = 0
     with torch.no_grad():
         for name, parameter in student.named_parameters():
-            of = _source_of(name, sources, prefix)
-            if of not in parameters:
+            of = known.get(_source_of(name, sources, prefix))
+            if of is None:
                 continue
             given = cut(parameters[of], roles[of], kept)
             path = of.removesuffix(".weight")

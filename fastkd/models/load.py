@@ -191,6 +191,7 @@ def read_model(
     except LOADING_ERRORS as error:
         raise UserError(not_loadable(given, error)) from error
     check_settings(given, own, model)
+    _say_what_is_tied(model)
     require_read(given, model, report["unexpected_keys"])
     # transformers draws what it doesn't find, and goes on
     drawn = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
@@ -199,3 +200,13 @@ def read_model(
     missing = sorted(drawn & {name for name, _ in model.named_parameters()})
     require_whole(given, [name for name in missing if not is_above(model, name)])
     return model, missing
+
+
+def _say_what_is_tied(model: PreTrainedModel) -> None:
+    """Have a configuration say that the output layer is not the embeddings: transformers keeps one
+    of its own that a checkpoint holds, and what is made from the configuration would not have it.
+    """
+    output = getattr(model.get_output_embeddings(), "weight", None)
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    if tied and output is not None and output is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False

@@ -306,7 +306,7 @@ def _continued(
     if hasattr(own, POOLER_MARK):
         # written for others to load, but trained by nobody
         drawn += [name for name, _ in model.named_parameters() if "pooler." in name]
-    fresh, found = 0, dict(teacher.named_parameters())
+    fresh, found = 0, dict(teacher.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for weight, parameter in model.named_parameters():
             if weight not in drawn:
@@ -396,7 +396,9 @@ def _copy_from_teacher(student: PreTrainedModel, teacher: PreTrainedModel, layer
 def _copy_matching(target: nn.Module, source: nn.Module, outside: str | None = None) -> int:
     """Copy parameters of the same name and shape; return how many numbers were copied. Buffers that
     are saved are copied as well: some models keep trained numbers in them."""
-    found, buffers = dict(source.named_parameters()), dict(source.named_buffers())
+    # what is tied has several names
+    found = dict(source.named_parameters(remove_duplicate=False))
+    buffers = dict(source.named_buffers())
     saved = target.state_dict().keys()
     copied = 0
     with torch.no_grad():

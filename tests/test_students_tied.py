@@ -80,3 +80,20 @@ def test_a_run_exports_an_output_layer_that_the_configuration_denies(tmp_path: P
     assert float(result.summary["before"]["losses"]["logits"]) < 1e-6
     again = load_student(result.folder / "student", head=head)
     assert not again.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_start_keeps_its_own_output_layer(tied: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = {}
+    for name, depth, own in (("teacher", LAYERS, not tied), ("start", 2, tied)):
+        config = tiny_config("qwen3", num_hidden_layers=depth, tie_word_embeddings=own)
+        config.max_window_layers = LAYERS
+        made[name] = auto_model("causal_lm").from_config(config)
+        made[name].save_pretrained(tmp_path / name)
+    teacher = load_teacher(ModelSource(str(tmp_path / "teacher")), head="causal_lm")
+    section = Student(layers=2, head="causal_lm", init=str(tmp_path / "start"))
+    student, started = build_student(teacher, section, make_layer_map("uniform", 2, LAYERS))
+    assert student.config.tie_word_embeddings == tied
+    assert started.copied == started.total
+    assert logits(student).equal(logits(made["start"]))

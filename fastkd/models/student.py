@@ -302,6 +302,9 @@ def _continued(
         if hasattr(own, setting):
             setattr(config, setting, getattr(own, setting))
     _check_same_behaviour(own, config, given)
+    # whose output layer stays as it is as well
+    if hasattr(own, "tie_word_embeddings"):
+        config.tie_word_embeddings = own.tie_word_embeddings
     model, drawn = read_model(name, given, torch.float32, None, student.head, config)
     if hasattr(own, POOLER_MARK):
         # written for others to load, but trained by nobody

@@ -24,6 +24,7 @@ from fastkd.capture import find_blocks, reading
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap
+from fastkd.models.feed_forward import feed_forward_name
 from fastkd.models.pruning import (
     HIDDEN,
     Role,
@@ -34,7 +35,6 @@ from fastkd.models.pruning import (
     cut,
     read_roles,
 )
-from fastkd.models.student import feed_forward_name
 from fastkd.packed_row import PackedRow
 from fastkd.types import LENGTHS, Inputs, teacher_inputs
 

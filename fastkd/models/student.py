@@ -20,6 +20,7 @@ from fastkd.capture import find_blocks, set_attention
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap
+from fastkd.models.feed_forward import check_feed_forward, feed_forward_name, set_feed_forward
 from fastkd.models.load import (
     auto_model,
     read_config,
@@ -31,8 +32,6 @@ from fastkd.models.poolers import POOLER_MARK, drop_pooler, lend_pooler
 from fastkd.recipe import Student
 from fastkd.types import Head, ModelSource
 
-# one idea, four names
-_FEED_FORWARD = ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim")
 _DROPOUT = re.compile(r"dropout|_pdrop$|drop_path")
 # what a model computes with its weights, by the names of transformers
 _BEHAVIOUR = re.compile(
@@ -92,16 +91,10 @@ def student_config(
     if student.init != "importance" or getattr(teacher, "head_dim", None) is None:
         _set_head_size(config, teacher)
     _set_kv_heads(config, teacher, student)
-    if student.intermediate_size is not None:
-        name = feed_forward_name(config)
-        if name is None:
-            raise UserError(
-                f"student.intermediate_size: {type(config).__name__} has no such number; "
-                "leave it out"
-            )
-        setattr(config, name, student.intermediate_size)
     for name, value in cut_layers(teacher, layers.sources()).items():
         setattr(config, name, value)
+    if student.intermediate_size is not None:
+        set_feed_forward(config, student.intermediate_size)
     _set_dropout(config, student)
     return config
 
@@ -112,11 +105,6 @@ def _set_dropout(config: PreTrainedConfig, student: Student) -> None:
         for name in dropout_rates(config):
             setattr(config, name, student.dropout)
     check_attention("student", student.attention, dropout_rates(config))
-
-
-def feed_forward_name(config: PreTrainedConfig) -> str | None:
-    """What a configuration calls the width of its feed-forward layers, if it says it."""
-    return next((name for name in _FEED_FORWARD if hasattr(config, name)), None)
 
 
 def check_attention(given: str, attention: str, rates: Mapping[str, float]) -> None:
@@ -169,6 +157,7 @@ def build_student(
             sources = layers.sources()
             missing = check_same_blocks(teacher, cut_layers(teacher.config, sources), sources)
         if student.starts_from is None:
+            check_feed_forward(config, teacher.config)
             model = drawn_model(config, student.head)
             copied = _copy_from_teacher(model, teacher, layers) if student.init == "teacher" else 0
         else:

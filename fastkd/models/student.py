@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastkd.capture import find_blocks, set_attention
-from fastkd.errors import UserError
+from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap
+from fastkd.models.attention_heads import (
+    head_size,
+    keep_head_size,
+    set_head_size,
+    set_kv_heads,
+    weights_of_heads,
+)
 from fastkd.models.feed_forward import check_feed_forward, feed_forward_name, set_feed_forward
 from fastkd.models.load import (
     auto_model,
@@ -51,6 +59,8 @@ class Initialisation:
     """Whether a model to fine-tune came without a head for its task."""
     missing: tuple[str, ...] = ()
     """What student layers do without that their teacher layers have, in words."""
+    drawn: tuple[str, ...] = ()
+    """What of the teacher's would fit by its shape alone, in words."""
     rates: Mapping[str, float] = field(default_factory=dict)
     """Dropout rates that a student is handed on with."""
 
@@ -89,14 +99,34 @@ def student_config(
             f"{config.num_attention_heads} heads; change student.hidden_size or student.heads"
         )
     if student.init != "importance" or getattr(teacher, "head_dim", None) is None:
-        _set_head_size(config, teacher)
-    _set_kv_heads(config, teacher, student)
+        set_head_size(config, teacher)
+    set_kv_heads(config, teacher, student)
     for name, value in cut_layers(teacher, layers.sources()).items():
         setattr(config, name, value)
     if student.intermediate_size is not None:
         set_feed_forward(config, student.intermediate_size)
     _set_dropout(config, student)
-    return config
+    return _read_again(config)
+
+
+def _read_again(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A configuration as it will be read where the student is loaded.
+
+    Raises:
+        UserError: it won't be.
+    """
+    try:
+        again: PreTrainedConfig = type(config).from_dict(config.to_dict())
+    except (StrictDataclassError, *FOREIGN_ERRORS) as error:
+        raise UserError(_unmade(config, error)) from error
+    return again
+
+
+def _unmade(config: PreTrainedConfig, error: Exception) -> str:
+    return (
+        f"no {type(config).__name__} can have the student's numbers ({one_line(error)}); give the "
+        "student section others"
+    )
 
 
 def _set_dropout(config: PreTrainedConfig, student: Student) -> None:
@@ -136,7 +166,8 @@ def build_student(
     """A student in fp32 on the CPU, initialised as the recipe says.
 
     `init: teacher` copies block by block along the map, and everything outside the blocks by name,
-    wherever shapes agree; the rest is drawn as the architecture draws it. So is everything of
+    wherever shapes agree; the rest is drawn as the architecture draws it, and so is attention whose
+    heads have another width. So is everything of
     `init: importance`, until the teacher has read some text: see `fastkd.models.importance`. With
     the name of a model all of that model's weights are taken; a head or pooler that it lacks is
     copied from the teacher where shapes agree, else drawn, or drawn in any case where the model is
@@ -146,6 +177,7 @@ def build_student(
         UserError: numbers that don't fit, or a model to start from of another shape.
     """
     missing: list[str] = []
+    drawn: list[str] = []
     own, rates = own_model(student, teacher.config), dropout_rates(teacher.config)
     if own is not None:
         model, copied = _as_it_is(own.config, student)
@@ -159,7 +191,9 @@ def build_student(
         if student.starts_from is None:
             check_feed_forward(config, teacher.config)
             model = drawn_model(config, student.head)
-            copied = _copy_from_teacher(model, teacher, layers) if student.init == "teacher" else 0
+            copied = 0
+            if student.init == "teacher":
+                copied, drawn = _copy_from_teacher(model, teacher, layers)
         else:
             model, copied = _continued(student.starts_from, config, student, teacher)
         lend_pooler(model, teacher)
@@ -172,7 +206,8 @@ def build_student(
     if student.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     total = sum(p.numel() for p in model.parameters())
-    return model, Initialisation(copied, total, missing=tuple(missing), rates=rates)
+    said = Initialisation(copied, total, missing=tuple(missing), drawn=tuple(drawn), rates=rates)
+    return model, said
 
 
 def _freeze_word_embeddings(
@@ -257,8 +292,15 @@ def student_layers(student: Student, teacher: PreTrainedConfig) -> int:
 
 
 def drawn_model(config: PreTrainedConfig, head: Head) -> PreTrainedModel:
-    """A model in fp32 whose weights are drawn; without a head its pooler is set aside."""
-    model: PreTrainedModel = auto_model(head).from_config(config, dtype=torch.float32)
+    """A model in fp32 whose weights are drawn; without a head its pooler is set aside.
+
+    Raises:
+        UserError: the architecture can't be built with these numbers.
+    """
+    try:
+        model: PreTrainedModel = auto_model(head).from_config(config, dtype=torch.float32)
+    except FOREIGN_ERRORS as error:
+        raise UserError(_unmade(config, error)) from error
     if head == "none":
         drop_pooler(model)
     return model
@@ -284,8 +326,7 @@ def _continued(
     _check_same_shape(own, config, given)
     size = getattr(own, "head_dim", None)
     if size is not None and size == getattr(teacher.config, "head_dim", None):
-        # heads that were kept whole, whatever the width
-        config.head_dim = size
+        keep_head_size(config, teacher.config)
     # its blocks are what they are, whatever teacher layers they learn from
     for setting in cut_layers(config, range(1, config.num_hidden_layers + 1)):
         if hasattr(own, setting):
@@ -343,67 +384,50 @@ def _check_same_behaviour(own: PreTrainedConfig, wanted: PreTrainedConfig, given
             )
 
 
-def _set_head_size(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
-    size = config.hidden_size // config.num_attention_heads
-    resized = size != teacher.hidden_size // teacher.num_attention_heads
-    if resized and getattr(teacher, "head_dim", None):
-        config.head_dim = size
-    if size % 2 and getattr(config, "rope_parameters", None):
-        raise UserError(
-            f"student heads are {size} wide, but rotary embeddings need an even width; "
-            "change student.hidden_size or student.heads"
-        )
-
-
-def _set_kv_heads(config: PreTrainedConfig, teacher: PreTrainedConfig, student: Student) -> None:
-    grouped = getattr(teacher, "num_key_value_heads", None)
-    if grouped is None:
-        if student.kv_heads is not None:
-            raise UserError(
-                f"student.kv_heads: {type(config).__name__} has no grouped-query attention; "
-                "leave it out"
-            )
-        return
-    heads = config.num_attention_heads
-    kv_heads = student.kv_heads or max(1, heads * grouped // teacher.num_attention_heads)
-    if heads % kv_heads:
-        raise UserError(
-            f"student has {heads} heads and {kv_heads} key-value heads, expected a multiple; "
-            "set student.kv_heads"
-        )
-    config.num_key_value_heads = kv_heads
-
-
-def _copy_from_teacher(student: PreTrainedModel, teacher: PreTrainedModel, layers: LayerMap) -> int:
+def _copy_from_teacher(
+    student: PreTrainedModel, teacher: PreTrainedModel, layers: LayerMap
+) -> tuple[int, list[str]]:
+    """Copy what fits; how many numbers that was, and what was drawn although its shape fits, in
+    words."""
     student_blocks, teacher_blocks = find_blocks(student), find_blocks(teacher)
     pairs: list[tuple[nn.Module, nn.Module]] = [
         (student_blocks[index], teacher_blocks[source - 1])
         for index, source in enumerate(layers.sources())
     ]
-    copied = sum(_copy_matching(target, source) for target, source in pairs)
+    here, there = head_size(student.config), head_size(teacher.config)
+    held = [set(weights_of_heads(target)) if here != there else set() for target, _ in pairs]
+    copied = sum(_copy_matching(*pair, names) for pair, names in zip(pairs, held, strict=True))
     prefix = next(name for name, module in student.named_modules() if module is student_blocks)
-    return copied + _copy_matching(student, teacher, outside=prefix + ".")
+    inside = {name for name, _ in student.named_parameters() if name.startswith(prefix + ".")}
+    inside |= {name for name, _ in student.named_buffers() if name.startswith(prefix + ".")}
+    copied += _copy_matching(student, teacher, inside)
+    fits = any(_matching(*pair, names) for pair, names in zip(pairs, held, strict=True))
+    said = f"its heads are {here} wide and the teacher's {there}, so its attention is drawn"
+    return copied, [said] if fits else []
 
 
-def _copy_matching(target: nn.Module, source: nn.Module, outside: str | None = None) -> int:
-    """Copy parameters of the same name and shape; return how many numbers were copied. Buffers that
-    are saved are copied as well: some models keep trained numbers in them."""
+def _matching(target: nn.Module, source: nn.Module, names: Set[str]) -> bool:
+    """Whether a parameter of these names has the same shape in both."""
+    own, found = dict(target.named_parameters()), dict(source.named_parameters())
+    return any(n in found and n in own and own[n].shape == found[n].shape for n in names)
+
+
+def _copy_matching(target: nn.Module, source: nn.Module, but: Set[str]) -> int:
+    """Copy parameters of the same name and shape, but for some; return how many numbers were
+    copied. Buffers that are saved are copied as well: some models keep trained numbers in them."""
     # what is tied has several names
     found = dict(source.named_parameters(remove_duplicate=False))
     buffers = dict(source.named_buffers())
-    saved = target.state_dict().keys()
+    saved = target.state_dict().keys() - but
     copied = 0
     with torch.no_grad():
         for name, buffer in target.named_buffers():
             given = buffers.get(name)
-            inside = outside is not None and name.startswith(outside)
-            if name in saved and not inside and given is not None and given.shape == buffer.shape:
+            if name in saved and given is not None and given.shape == buffer.shape:
                 buffer.copy_(given)
         for name, parameter in target.named_parameters():
             given = found.get(name)
-            if outside is not None and name.startswith(outside):
-                continue
-            if given is not None and given.shape == parameter.shape:
+            if name not in but and given is not None and given.shape == parameter.shape:
                 parameter.copy_(given)
                 copied += parameter.numel()
     return copied

@@ -27,6 +27,8 @@ def introduce(run: Run, reporter: Reporter) -> None:
         )
         for missing in initialisation.missing:
             reporter.say(f"student: {missing}: the architecture has none in its place")
+        for drawn in initialisation.drawn:
+            reporter.say(f"student: {drawn}; student.init importance keeps heads whole")
     else:
         head = "drawn by train.seed" if initialisation.new_head else "its own"
         reporter.say(f"model: {recipe.model.name}, {size}, head {head}")

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_model
-from transformers import PreTrainedModel
+from tiny_models import LAYERS, tiny_model
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from benchmarks.family_checks import blocks_in_a_row, inputs_of
 from benchmarks.family_models import family_config, family_model
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
-from fastkd.models import Initialisation, build_student, load_student
+from fastkd.models import Initialisation, build_student, load_student, student_config
 from fastkd.models.per_layer import cut_layers
 from fastkd.recipe import Student
 
@@ -75,6 +75,27 @@ def test_only_what_counts_layers_is_cut() -> None:
     config = family_config("smollm3")
     config.something = [1, 2, 3]
     assert set(cut_layers(config, (2, 4))) == {"no_rope_layers", "layer_types"}
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [
+        ("llama", "eos_token_id", [5, 6, 7, 8]),
+        ("llama", "architectures", ["A", "B", "C", "D"]),
+        ("whisper", "begin_suppress_tokens", [1, 2, 3, 4]),
+        ("falcon_h1", "ssm_multipliers", [1.0, 2.0, 3.0, 4.0]),
+        ("vit", "image_size", [1, 2, 3, 4]),
+    ],
+)
+def test_a_list_that_is_as_long_by_chance_is_left_whole(
+    family: str, name: str, value: list[Any]
+) -> None:
+    config = CONFIG_MAPPING[family](num_hidden_layers=LAYERS)
+    setattr(config, name, value)
+    assert name not in cut_layers(config, (2, 4))
+    layers = make_layer_map((2, 4), 2, config.num_hidden_layers)
+    if family == "llama":
+        assert getattr(student_config(config, Student(layers=2), layers), name) == value
 
 
 @pytest.mark.parametrize(

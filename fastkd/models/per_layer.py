@@ -9,6 +9,7 @@ The first three are carried over; whether that was all is seen on blocks without
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,6 +38,11 @@ _FIRST = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
 _LAST = ("num_kv_shared_layers",)
 # the last layer, from 0, that is of another kind
 _UNTIL = ("moe_layer_end_index",)
+# lists that may happen to be as long as a model is deep
+_NO_LAYERS = re.compile(
+    r"_token_ids?$|_tokens$|^architectures$|^lang(s|uages)$|^(image|patch|tubelet)_size$|"
+    r"_(shape|limit|kernel_size|mean|std)$|(mlp|ssm)_multipliers$|^_"
+)
 # what tells blocks apart that are the same outside of training
 _NUMBERS = frozenset({"layer_id", "layer_idx", "layer_index", "layer_number", "drop_prob"})
 _PLAIN = (bool, int, float, str, type(None))
@@ -64,6 +70,8 @@ def cut_layers(config: PreTrainedConfig, sources: Sequence[int]) -> dict[str, An
             found[name] = sum(old >= depth - value for old in chosen)
         elif name in _UNTIL and isinstance(value, int) and value >= 0:
             found[name] = sum(old <= value for old in chosen) - 1
+        elif _NO_LAYERS.search(name):
+            continue
         elif isinstance(value, list | tuple) and len(value) == depth:
             found[name] = [value[old] for old in chosen]
     # backbones count their blocks in names, the stem first, and hand on some of them

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer, models
 from test_recipe import refusal as recipe_refusal
 from test_recipe import tree
-from tiny_models import save_teacher, tiny_model, tiny_tokenizer
+from tiny_models import save_teacher, tiny_config, tiny_model, tiny_tokenizer
 from tiny_others import letter_tokenizer, save_other
 from tiny_rows import random_rows, row_recipe, write_rows
 from tiny_runs import assert_same_run, make_recipe, run_variants
@@ -29,7 +29,7 @@ from fastkd.recipe import Recipe, Student, load_recipe
 from fastkd.training.judging import RunEncoder, judge_embeddings
 from fastkd.training.parts import Parts, gather
 from fastkd.training.setup import set_up
-from fastkd.types import TEACHER
+from fastkd.types import TEACHER, Head
 
 LOSSES = {"embedding_output": {}, "rkd": {}, "similarity": {}}
 
@@ -204,6 +204,27 @@ def test_a_reranker_of_another_vocabulary_learns_scores(tmp_path: Path) -> None:
     assert loss < 0.7 * next(iter(done.losses_before.values()))
     config = json.loads((done.folder / "student" / "config.json").read_text())
     assert (config["model_type"], config["pad_token_id"]) == ("llama", 1)
+
+
+IDENTITY = {"activation_fn": "torch.nn.modules.linear.Identity"}
+
+
+@pytest.mark.parametrize("head", ["sequence_classification", "none"])
+@pytest.mark.parametrize("theirs", [IDENTITY, None])
+def test_a_score_means_what_the_teachers_means(
+    theirs: dict[str, str] | None, head: Head, tmp_path: Path
+) -> None:
+    start = save_other(tmp_path, scores=True)
+    own = json.loads((tmp_path / "config.json").read_text())
+    own["sentence_transformers"] = {"activation_fn": "torch.nn.modules.activation.Tanh"}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    teacher = tiny_config("bert", num_labels=1)
+    if theirs is not None:
+        teacher.sentence_transformers = theirs
+    found = own_model(Student(init=str(start), head=head), teacher)
+    assert found is not None
+    expected = theirs if head != "none" else own["sentence_transformers"]
+    assert getattr(found.config, "sentence_transformers", None) == expected
 
 
 def test_a_model_of_another_architecture_and_the_same_words_is_compared_inside(

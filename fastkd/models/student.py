@@ -41,6 +41,8 @@ from fastkd.recipe import Student
 from fastkd.types import Head, ModelSource
 
 _DROPOUT = re.compile(r"dropout|_pdrop$|drop_path")
+# where sentence-transformers keeps the activation of a cross-encoder, now and before its 4.0
+_CROSS_ENCODER = ("sentence_transformers", "sbert_ce_default_activation_function")
 # what a model computes with its weights, by the names of transformers
 _BEHAVIOUR = re.compile(
     r"act(ivation)?(_function)?$|eps(ilon)?$|rope|rotary|sliding|window|layer_types|local_|global_|"
@@ -69,7 +71,7 @@ class OwnModel(NamedTuple):
     """A student that is another model than its teacher, taken as it is."""
 
     config: PreTrainedConfig
-    """With the recipe's dropout, and labels of a head that are the teacher's."""
+    """With the recipe's dropout, and labels and activation of a head that are the teacher's."""
     rates: dict[str, float]
     """Its dropout rates, as it came."""
 
@@ -259,6 +261,11 @@ def own_model(student: Student, teacher: PreTrainedConfig) -> OwnModel | None:
     vars(config).pop(POOLER_MARK, None)
     if HEADS[student.head].data == "task":
         config.id2label, config.label2id = dict(teacher.id2label), dict(teacher.label2id)
+        # what a CrossEncoder makes of a score is the teacher's as well
+        for name in _CROSS_ENCODER:
+            vars(config).pop(name, None)
+            if hasattr(teacher, name):
+                setattr(config, name, copy.deepcopy(getattr(teacher, name)))
     rates = dropout_rates(config)
     _set_dropout(config, student)
     return OwnModel(config, rates)

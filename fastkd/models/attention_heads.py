@@ -66,15 +66,16 @@ def keep_head_size(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
 
 def _set_scale(config: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
     """Let a scale of scores that is the width of heads in other words follow it."""
-    before, size = head_size(teacher), head_size(config)
     scalar = getattr(teacher, "query_pre_attn_scalar", None)
     if scalar is not None:
-        config.query_pre_attn_scalar = size if scalar == before else scalar
+        same = scalar == head_size(teacher)
+        config.query_pre_attn_scalar = head_size(config) if same else scalar
     multiplier = getattr(teacher, "attention_multiplier", None)
     if multiplier is not None:
+        before = head_size(teacher)
         powers = (p for p in (-1.0, -0.5) if math.isclose(multiplier, before**p, rel_tol=1e-6))
         power = next(powers, None)
-        config.attention_multiplier = multiplier if power is None else size**power
+        config.attention_multiplier = multiplier if power is None else head_size(config) ** power
 
 
 def set_kv_heads(config: PreTrainedConfig, teacher: PreTrainedConfig, student: Student) -> None:

@@ -126,8 +126,8 @@ def _read_again(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def _unmade(config: PreTrainedConfig, error: Exception) -> str:
     return (
-        f"no {type(config).__name__} can have the student's numbers ({one_line(error)}); give the "
-        "student section others"
+        f"no {type(config).__name__} can have the student's numbers and layers "
+        f"({one_line(error)}); give the student section others, or another layer_map"
     )
 
 

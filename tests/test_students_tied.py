@@ -12,6 +12,7 @@ from tiny_runs import make_recipe
 from transformers import PreTrainedModel
 
 import fastkd
+from benchmarks.family_models import family_model
 from fastkd.distributed import joined_ranks
 from fastkd.layer_map import make_layer_map
 from fastkd.models import build_student, load_student, load_teacher
@@ -97,3 +98,9 @@ def test_a_start_keeps_its_own_output_layer(tied: bool, tmp_path: Path) -> None:
     assert student.config.tie_word_embeddings == tied
     assert started.copied == started.total
     assert logits(student).equal(logits(made["start"]))
+
+
+@pytest.mark.parametrize(("family", "head"), [("luke", "masked_lm"), ("cpmant", "causal_lm")])
+def test_what_is_tied_in_another_way_stays_tied(family: str, head: Head, tmp_path: Path) -> None:
+    family_model(family, head).save_pretrained(tmp_path)
+    assert load_teacher(ModelSource(str(tmp_path)), head=head).config.tie_word_embeddings

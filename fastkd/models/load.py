@@ -203,10 +203,10 @@ def read_model(
 
 
 def _say_what_is_tied(model: PreTrainedModel) -> None:
-    """Have a configuration say that the output layer is not the embeddings: transformers keeps one
-    of its own that a checkpoint holds, and what is made from the configuration would not have it.
+    """Have a configuration say what is not tied: transformers keeps an output layer that a
+    checkpoint holds beside the embeddings, and what is made from the configuration would lose it.
     """
-    output = getattr(model.get_output_embeddings(), "weight", None)
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    if tied and output is not None and output is not model.get_input_embeddings().weight:
+    pairs = model.get_expanded_tied_weights_keys(all_submodels=True).items()
+    found = model.get_parameter_or_buffer
+    if any(found(target) is not found(source) for target, source in pairs):
         model.config.tie_word_embeddings = False

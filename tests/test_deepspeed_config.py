@@ -98,6 +98,13 @@ def test_zero_3_gathers_the_weights_that_are_saved() -> None:
     assert key not in configure(train={"zero_stage": 2})["zero_optimization"]
 
 
+def test_zero_3_leaves_torchs_linear_alone_unless_it_is_asked_to() -> None:
+    key = "memory_efficient_linear"
+    assert configure(train={"zero_stage": 3})["zero_optimization"][key] is False
+    given = {"zero_optimization": {key: True}}
+    assert configure(given, train={"zero_stage": 3})["zero_optimization"][key] is True
+
+
 def test_what_a_checkpoint_cannot_hold_is_refused() -> None:
     with pytest.raises(UserError, match=r"offload_optimizer.device is nvme.*give cpu"):
         configure(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "nvme"}}})
@@ -229,6 +236,7 @@ FREE = {
     ("communication_data_type",),
     ("steps_per_print",),
     ("wandb", "project"),
+    ("zero_optimization", "memory_efficient_linear"),
     ("zero_optimization", "stage3_gather_16bit_weights_on_model_save"),
 }
 

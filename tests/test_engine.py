@@ -35,6 +35,7 @@ PROCESSES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
                 "train.micro_batch_size": 2,
                 **DEEPSPEED,
             },
+            "bf16, stage 2": {"train.precision": "bf16", "train.zero_stage": 2, **DEEPSPEED},
             "4 micro-batches": {"train.micro_batch_size": 2},
             "gradient checkpointing": {"student.gradient_checkpointing": True},
             "shallow": {"layer_map": "first"},
@@ -44,6 +45,7 @@ PROCESSES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         1,
         {
             "stage 3": {"train.zero_stage": 3, **SHARDED},
+            "bf16, stage 3": {"train.precision": "bf16", "train.zero_stage": 3, **SHARDED},
             "stage 1, offloaded teacher": {"teacher.placement": "offload"},
         },
     ),
@@ -76,7 +78,7 @@ PROCESSES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         },
     ),
 }
-BASELINES = ("baseline", "shallow")
+BASELINES = ("baseline", "shallow", "bf16, stage 2")
 VARIANTS = [name for _, runs in PROCESSES.values() for name in runs if name not in BASELINES]
 
 
@@ -97,6 +99,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_equals_baseline(runs: dict[str, Path], name: str) -> None:
+    if name.startswith("bf16"):
+        # what rounding leaves of sums in another order
+        assert_same_run(runs[name], runs["bf16, stage 2"], losses=1e-3, weights=4e-3)
+        return
     baseline = "shallow" if name.startswith("shallow") else "baseline"
     assert_same_run(runs[name], runs[baseline], losses=1e-6, weights=1e-5)
 

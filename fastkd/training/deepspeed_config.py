@@ -55,6 +55,8 @@ def student_config(recipe: AnyRecipe, plan: BatchPlan) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": train.zero_stage}
     if train.zero_stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
+        # it rounds bf16 twice, and in every model of the process: a teacher's numbers change too
+        zero["memory_efficient_linear"] = False
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation,

@@ -114,6 +114,10 @@ def test_what_a_checkpoint_cannot_hold_is_refused() -> None:
     for key, value in (("zenflow", {"topk_ratio": 0.1}), ("mics_shard_size", 2)):
         with pytest.raises(UserError, match=rf"zero_optimization.{key} is given.*leave it out"):
             configure(deepspeed={"zero_optimization": {key: value}})
+    for key, value in (("ratio", 0.5), ("super_offload", True)):
+        offload = {"device": "cpu", key: value}
+        with pytest.raises(UserError, match=rf"offload_optimizer.{key} is given.*leave it out"):
+            configure(deepspeed={"zero_optimization": {"offload_optimizer": offload}})
 
 
 @pytest.mark.parametrize("monitor", ["tensorboard", "wandb"])
@@ -143,10 +147,20 @@ def test_a_monitor_is_switched_on_by_name(monitor: str) -> None:
         ),
         ({"zero_optimization": 2}, "deepspeed.zero_optimization .* train.zero_stage"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "deepspeed.data_types.* train.precision"),
-        ({"bf16": {"enabled": True}}, "deepspeed.bf16.enabled .* train.precision"),
+        ({"data_types": {"buffer_dtype": "bf16"}}, "deepspeed.data_types.* train.precision"),
+        ({"bf16": {"enabled": True}}, "deepspeed.bf16 .* train.precision"),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "deepspeed.bf16 .* train.precision"),
         ({"bf16": True}, "deepspeed.bf16 .* train.precision"),
-        ({"fp16": {"enabled": True}}, "deepspeed.fp16.enabled .* train.precision"),
+        ({"fp16": {"enabled": True}}, "deepspeed.fp16 .* train.precision"),
         ({"fp16": True}, "deepspeed.fp16 .* train.precision"),
+        ({"torch_autocast": {"enabled": True}}, "deepspeed.torch_autocast .* train.precision"),
+        ({"managed_gradient_accumulation": False}, "_accumulation .* train.micro_batch_size"),
+        ({"gradient_allreduce_op": "sum"}, "deepspeed.gradient_allreduce_op .* train.batch_size"),
+        ({"gradient_predivide_factor": 2}, "deepspeed.gradient_predivide.* train.batch_size"),
+        ({"sequence_parallel_size": 2}, "deepspeed.sequence_parallel.* train.batch_size"),
+        ({"data_parallel_size": 2}, "deepspeed.data_parallel.* train.batch_size"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "deepspeed.tensor_parallel.* train.batch_size"),
+        ({"expert_parallel": {"enabled": True}}, "deepspeed.expert_parallel.* train.batch_size"),
         ({"optimizer": {"type": "Adam"}}, "deepspeed.optimizer.* train.learning_rate"),
         ({"optimizer": "Adam"}, "deepspeed.optimizer .* train.learning_rate"),
         ({"optimizer": {"params": {"lr": 1}}}, "deepspeed.optimizer.* train.learning_rate"),

@@ -120,6 +120,13 @@ def _check_kept(section: dict[str, Any]) -> None:
             "deepspeed.zero_optimization.offload_optimizer.device is nvme, which no checkpoint of "
             "fastkd holds; give cpu"
         )
+    # a second optimiser, or one in a process of its own
+    for key in ("ratio", "super_offload"):
+        if isinstance(offload, dict) and key in offload:
+            raise UserError(
+                f"deepspeed.zero_optimization.offload_optimizer.{key} is given, whose optimiser "
+                "follows no schedule and no checkpoint of fastkd holds; leave it out"
+            )
     # states of its own on the GPU; pieces that are not one for each rank
     for key in ("zenflow", "mics_shard_size"):
         if key in zero:
@@ -165,11 +172,20 @@ _RECIPE_DECIDES = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.batch_size and train.micro_batch_size",
+    "managed_gradient_accumulation": "train.batch_size and train.micro_batch_size",
+    "gradient_allreduce_op": "train.batch_size and losses.reduction",
+    "gradient_predivide_factor": "train.batch_size and losses.reduction",
+    # ranks would share rows, or parts of a model, that are cut by row here
+    "sequence_parallel_size": "train.batch_size and train.zero_stage",
+    "data_parallel_size": "train.batch_size and train.zero_stage",
+    "tensor_parallel": "train.batch_size and train.zero_stage",
+    "expert_parallel": "train.batch_size and train.zero_stage",
     "gradient_clipping": "train.max_grad_norm",
     "zero_optimization.stage": "train.zero_stage",
-    "bf16.enabled": "train.precision",
-    "fp16.enabled": "train.precision",
-    "data_types.grad_accum_dtype": "train.precision",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
     "optimizer": "train.learning_rate and its neighbours",
     "zero_force_ds_cpu_optimizer": "train.learning_rate and its neighbours",
     "scheduler": "train.schedule",

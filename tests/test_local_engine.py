@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.step_host import Ops
 from fastkd.training.checkpoint.layout import WEIGHT, find_places
+from fastkd.training.flat_weights import norm_of
 from fastkd.training.local_engine import LocalEngine
 
 STEPS, ROWS, WIDTH = 5, 8, 6
@@ -171,14 +172,24 @@ def test_an_update_whose_gradient_is_not_finite_is_left_out(bf16: bool) -> None:
     assert engine.get_global_grad_norm() > 0 and engine.skipped_steps == 1
 
 
-def test_the_norm_of_millions_of_numbers_is_exact() -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_norm_of_millions_of_numbers_is_exact(bf16: bool) -> None:
     # torch's own sum over all of them at once misses a hundredth
     layer = nn.Linear(16_000, 1000, bias=False)
-    engine = make_engine(layer, 1, 0.0, bf16=True)
+    engine = make_engine(layer, 1, 0.0, bf16=bf16)
     engine.backward(0.1 * layer.weight.sum())
     engine.step()
-    each = float(torch.tensor(0.1).bfloat16())
+    each = float(torch.tensor(0.1).bfloat16()) if bf16 else 0.1
     assert engine.get_global_grad_norm() == pytest.approx(each * 16e6**0.5, rel=1e-5)
+
+
+def test_the_norm_of_tensors_of_any_size_is_of_all_their_numbers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3,), (4096,), (4097,), (100, 99), (2, 4096))
+    drawn = [torch.randn(shape, generator=generator) for shape in shapes]
+    for tensors in (drawn, drawn[-1:]):
+        numbers = torch.cat([tensor.double().flatten() for tensor in tensors])
+        assert norm_of(tensors).item() == pytest.approx(numbers.norm().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

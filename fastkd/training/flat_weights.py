@@ -7,6 +7,7 @@ views; the gradients of those that compute in bf16 are added up in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -91,10 +92,7 @@ class FlatWeights:
 
     def gradient_norm(self) -> Tensor:
         """Over all gradients, fp32 []."""
-        # the sum that torch makes on a CPU loses digits over millions of numbers
-        rows = torch.linalg.vector_norm(self._gradients.view(-1, _ROW), dim=1)
-        norm: Tensor = torch.linalg.vector_norm(rows)
-        return norm
+        return _norm_of_rows(self._gradients)
 
     @property
     def _rounds(self) -> bool:
@@ -126,6 +124,30 @@ class FlatWeights:
             flat.narrow(0, start, parameter.numel()).view(parameter.shape)
             for parameter, start in self._starts.items()
         ]
+
+
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Over all numbers of several tensors, fp32 []."""
+    # many small ones in one call
+    small = [tensor for tensor in tensors if not _loses_digits(tensor)]
+    parts = [] if not small else list(torch._foreach_norm(small))
+    for tensor in filter(_loses_digits, tensors):
+        flat = tensor.flatten()
+        whole = flat.numel() // _ROW * _ROW
+        parts += [_norm_of_rows(flat[:whole]), torch.linalg.vector_norm(flat[whole:])]
+    found: Tensor = torch.linalg.vector_norm(torch.stack(parts))
+    return found
+
+
+def _loses_digits(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.numel() > _ROW
+
+
+def _norm_of_rows(flat: Tensor) -> Tensor:
+    # the sum that torch makes on a CPU loses digits over millions of numbers
+    rows = torch.linalg.vector_norm(flat.view(-1, _ROW), dim=1)
+    found: Tensor = torch.linalg.vector_norm(rows)
+    return found
 
 
 def _padded(numbers: int, unit: int = _ALIGNMENT) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastkd.models.half import round_parameters
-from fastkd.training.flat_weights import FlatWeights
+from fastkd.training.flat_weights import FlatWeights, norm_of
 
 # as torch.nn.utils.clip_grad_norm_ and DeepSpeed have it
 _CLIP_EPSILON = 1e-6
@@ -161,6 +161,4 @@ class LocalEngine:
         for parameter in self.trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in self.trained if p.grad is not None]
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        return norm
+        return norm_of([p.grad for p in self.trained if p.grad is not None])

@@ -5,6 +5,7 @@ import json
 import os
 import random
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from fastkd.data.text import (
 )
 from fastkd.data.text.settings import TextSettings
 from fastkd.data.text.stream import shuffled
+from fastkd.data.text.tokenize import Encoder
 from fastkd.errors import UserError
 
 SETTINGS: dict[str, Any] = {
@@ -80,6 +82,28 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     file.seek(0)
     loaded: dict[str, Any] = torch.load(file, weights_only=True)
     return loaded
+
+
+def test_a_stream_is_not_cut_where_others_call_its_tokenizer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read() -> list[Any]:
+        with closing(corpus_of(tmp_path, tokenizer, streaming=True).stream(4, 0)) as stream:
+            return batches(stream, 5)
+
+    expected, set_up = read(), Encoder._ids
+
+    def disturbed(self: Encoder, texts: Sequence[str]) -> Any:
+        found = set_up(self, texts)
+        # what an evaluation in another thread does meanwhile
+        tokenizer.backend_tokenizer.enable_truncation(2)
+        return found
+
+    monkeypatch.setattr(Encoder, "_ids", disturbed)
+    try:
+        assert read() == expected
+    finally:
+        tokenizer.backend_tokenizer.no_truncation()
 
 
 def test_batches(corpus: Corpus) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections import Counter
@@ -92,7 +93,9 @@ def prepare_corpus(
     `build=False`, which opens the cache and raises `UserError` where there is none.
     """
     frame = Frame.of(tokenizer, data.block_size)
-    encoder = Encoder(tokenizer, frame.separator)
+    # a thread streams beside whoever else calls the tokenizer, and calls set it up, each its way
+    own = copy.deepcopy(tokenizer) if data.streaming else tokenizer
+    encoder = Encoder(own, frame.separator)
     train = resolve(data.train, data)
     heldout = None if data.heldout is None else resolve(data.heldout, data)
     split = Split(data, train, heldout)

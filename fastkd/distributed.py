@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -284,6 +284,27 @@ class Ranks:
         if self.world_size > 1:
             dist.all_gather_object(found, value)
         return found
+
+    def require_same(self, parts: Callable[[], Mapping[str, str]], then: str) -> None:
+        """See that all ranks were given the same; collective, and nothing on one rank.
+
+        Args:
+            parts: gives digests, by what they are of.
+            then: what to do where one differs.
+
+        Raises:
+            UserError: naming the first rank whose digest isn't that of rank 0.
+        """
+        if self.world_size == 1:
+            return
+        first, *others = self.gather(parts())
+        for name, digest in first.items():
+            for rank, found in enumerate(others, start=1):
+                if found.get(name) != digest:
+                    raise UserError(f"{name}: {self._called(rank)} has another than rank 0; {then}")
+
+    def _called(self, rank: int) -> str:
+        return next((str(peer) for peer in self.peers if peer.rank == rank), f"rank {rank}")
 
 
 def start_ranks() -> Ranks:

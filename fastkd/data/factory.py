@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -33,6 +35,7 @@ from fastkd.data.tasks.selection import SELECTION, first_of, split_off
 from fastkd.data.tasks.tokenized import Form
 from fastkd.data.tasks.words import TaggedTexts, WordForm, read_words
 from fastkd.data.text import TextSettings, prepare_corpus
+from fastkd.data.text.cache import tokenizer_digest
 from fastkd.data.text.datamodule import TextDataModule
 from fastkd.data.text.mlm import Masking
 from fastkd.data.text.tokenize import stream_workers
@@ -76,10 +79,15 @@ def make_datamodule(
         progress: whether to show bars.
 
     Raises:
-        UserError: data that can't be read.
+        UserError: data that can't be read, or that other ranks read otherwise.
     """
+    by = [(tokenizer, config)]
+    if teacher_tokenizer is not None:
+        assert teacher_config is not None, "a teacher with a tokenizer has a configuration"
+        by.append((teacher_tokenizer, teacher_config))
+    made: DataModule
     if recipe.task is not None:
-        return _task_datamodule(
+        made = _task_datamodule(
             recipe.task,
             tokenizer,
             config,
@@ -87,24 +95,29 @@ def make_datamodule(
             progress=progress,
             counts_padding=counts_padding,
         )
-    assert isinstance(recipe, Recipe) and recipe.data is not None, "a recipe has data or a task"
-    settings, form = text_settings(recipe.data), recipe.row_form
-    if form is not None:
-        by = [(tokenizer, config)]
-        if teacher_tokenizer is not None:
-            assert teacher_config is not None, "a teacher with a tokenizer has a configuration"
-            by.append((teacher_tokenizer, teacher_config))
-        own, *teachers = [
-            _encoded_rows(settings, form, *one, ranks, progress=progress) for one in by
-        ]
-        for theirs in teachers:
-            own = own.with_teacher(theirs)
-        outputs = config.num_labels if HEADS[recipe.student.head].data == "task" else None
-        return RowDataModule(own, settings.heldout_blocks, outputs, counts_padding)
-    assert teacher_tokenizer is None, "blocks and examples are read by one tokenizer"
-    if settings.streaming and settings.workers is None:
-        settings = replace(settings, workers=stream_workers(ranks.here))
-    return _text_datamodule(settings, tokenizer, masking, ranks, progress=progress)
+    else:
+        assert isinstance(recipe, Recipe), "a recipe has data or a task"
+        if recipe.row_form is not None:
+            made = _row_datamodule(recipe, by, ranks, counts_padding, progress=progress)
+        else:
+            assert teacher_tokenizer is None, "blocks and examples are read by one tokenizer"
+            made = _text_datamodule(recipe, tokenizer, masking, ranks, progress=progress)
+    ranks.require_same(
+        partial(_digests, made, [each for each, _ in by]),
+        "let every machine see the same files, or copy those of rank 0 to it",
+    )
+    return made
+
+
+def _digests(made: DataModule, tokenizers: Sequence[PreTrainedTokenizerBase]) -> dict[str, str]:
+    """Of all that a rank reads, by what the user knows it as."""
+    found = {"tokenizer": " ".join(map(tokenizer_digest, tokenizers))}
+    for part, digest in made.totals(0)["data_digests"].items():
+        found[f"data ({part})"] = digest
+    if isinstance(made, TextDataModule):
+        held_out = hashlib.sha256(made.corpus.heldout.numpy().tobytes()).hexdigest()
+        found["data (in blocks)"] = f"{made.corpus.fingerprint} {held_out}"
+    return found
 
 
 def text_settings(section: Data) -> TextSettings:
@@ -148,18 +161,42 @@ def task_of(section: TaskData) -> Task:
 
 
 def _text_datamodule(
-    data: TextSettings,
+    recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     masking: Masking | None,
     ranks: Ranks,
     *,
     progress: bool,
 ) -> TextDataModule:
+    assert recipe.data is not None, "a recipe has data or a task"
+    data = text_settings(recipe.data)
+    if data.streaming and data.workers is None:
+        data = replace(data, workers=stream_workers(ranks.here))
     corpus = _in_turn(
         ranks,
         lambda first: prepare_corpus(data, tokenizer, build=first, progress=first and progress),
     )
     return TextDataModule(corpus, data.block_size, masking, ranks)
+
+
+def _row_datamodule(
+    recipe: Recipe,
+    by: Sequence[tuple[PreTrainedTokenizerBase, PreTrainedConfig]],
+    ranks: Ranks,
+    counts_padding: bool,
+    *,
+    progress: bool,
+) -> RowDataModule:
+    """Rows as each tokenizer reads them for a model of a configuration, the student's first."""
+    assert recipe.data is not None and recipe.row_form is not None, "asked before"
+    settings = text_settings(recipe.data)
+    own, *teachers = [
+        _encoded_rows(settings, recipe.row_form, *one, ranks, progress=progress) for one in by
+    ]
+    for theirs in teachers:
+        own = own.with_teacher(theirs)
+    outputs = by[0][1].num_labels if HEADS[recipe.student.head].data == "task" else None
+    return RowDataModule(own, settings.heldout_blocks, outputs, counts_padding)
 
 
 def _encoded_rows(

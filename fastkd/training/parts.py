@@ -61,6 +61,7 @@ from fastkd.models.classifier import check_start, fit_classifier, load_tuned, na
 from fastkd.models.importance import start_by_importance
 from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, TaskData, resolve_steps
 from fastkd.row_form import RowForm
+from fastkd.training.alike import check_alike
 from fastkd.training.embeddings import (
     compare_lengths,
     find_embeddings,
@@ -233,6 +234,13 @@ def _models(recipe: Recipe, plan: BatchPlan, ranks: Ranks, made: RunFolder | Non
         check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
     pooling = own_pooling(recipe, student, teacher, start)
     others = load_others(recipe, teacher, tokenizers.teacher or tokenizers.student)
+    # a folder may have another name on another machine
+    read = {f"teacher.others.{number}": each.model for number, each in enumerate(others, start=1)}
+    if recipe.teacher.placement == "replicate":
+        read["teacher.model"] = teacher
+    if made is not None:
+        read["student"] = student
+    check_alike(read, ranks)
     typed = share_token_types(teacher, *(other.model for other in others))
     first = student if tokenizers.teacher else share_token_types(typed, student)
     return _Models(

@@ -1,0 +1,83 @@
+"""Ranks that read other data or another teacher than rank 0 are told so before the first step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_models import save_teacher, write_text
+from tiny_runs import make_recipe, run_script
+from transformers import PreTrainedModel
+
+from fastkd.models import load_teacher
+from fastkd.training.alike import model_digest
+from fastkd.types import ModelSource
+
+
+def apart(folder: Path) -> Path:
+    """A recipe that names its teacher and its text by where it is run, and both for two ranks."""
+    recipe = make_recipe(folder)
+    tree = yaml.safe_load(recipe.read_text())
+    tree["teacher"] = {"model": "teacher"}
+    tree["data"] |= {"train": "corpus.txt", "streaming": True, "shuffle_buffer": 5}
+    tree["train"]["steps"] = 3
+    recipe.write_text(yaml.safe_dump(tree))
+    for rank in ("0", "1"):
+        (folder / rank).mkdir()
+        shutil.copytree(folder / "teacher", folder / rank / "teacher")
+        shutil.copy(folder / "corpus.txt", folder / rank)
+    return recipe
+
+
+def said(folder: Path, recipe: Path) -> list[str]:
+    done = run_script("run_apart.py", str(folder), str(recipe), ranks=2)
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return [line for line in done.stderr.splitlines() if line.startswith("fastkd: ")]
+
+
+def test_ranks_that_read_the_same_train(tmp_path: Path) -> None:
+    assert said(tmp_path, apart(tmp_path)) == []
+    assert (tmp_path / "run" / "student").is_dir()
+
+
+@pytest.mark.parametrize("what", ["text", "teacher", "tokenizer"])
+def test_a_rank_that_reads_something_else_is_named(tmp_path: Path, what: str) -> None:
+    recipe, second = apart(tmp_path), tmp_path / "1"
+    if what == "text":
+        write_text(second / "corpus.txt", documents=59, words=60)
+    elif what == "teacher":
+        save_teacher(second / "teacher", seed=1)
+    else:
+        file = second / "teacher" / "tokenizer.json"
+        tree = json.loads(file.read_text())
+        tree["model"]["vocab"] |= {"w10": 11, "w11": 10}
+        file.write_text(json.dumps(tree))
+    named = {"text": "data (train)", "teacher": "teacher.model", "tokenizer": "tokenizer"}[what]
+    lines = said(tmp_path, recipe)
+    assert lines and all(line.startswith(f"fastkd: {named}: rank 1 (") for line in lines), lines
+    assert "another than rank 0; let every machine see the same" in lines[0]
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_the_digest_of_a_model_is_of_its_weights_and_settings(tmp_path: Path) -> None:
+    def read(name: str) -> PreTrainedModel:
+        return load_teacher(ModelSource(str(tmp_path / name)))
+
+    save_teacher(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    first, second = read("one"), read("other")
+    digest = model_digest(first)
+    assert model_digest(second) == digest
+    with torch.no_grad():
+        weight = next(p for p in second.parameters() if p.ndim > 1)
+        weight[-1, -2] = torch.nextafter(weight[-1, -2], weight.new_tensor(9.0))
+    assert model_digest(second) != digest
+    with torch.no_grad():
+        weight.copy_(next(p for p in first.parameters() if p.ndim > 1))
+    assert model_digest(second) == digest
+    second.config.layer_norm_eps *= 2
+    assert model_digest(second) != digest

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import save_teacher, tiny_config
-from tiny_runs import assert_same_run, make_recipe, read_weights, run_variants
+from tiny_runs import assert_same_run, make_recipe, read_weights, run_script, run_variants
 from tiny_training import save_classifier, summary_of, write_recipe, write_task
 from transformers import AutoModelForCausalLM
 
@@ -286,6 +286,25 @@ def test_a_run_reads_what_it_would_have_computed(folder: Path) -> None:
     run_variants(path, [variant(folder, "two", **exact, **other)], ranks=2)
     assert_same_run(folder / "two", folder / "exact", losses=1e-4, weights=1e-4)
     assert {path.name for path in (folder / "other").iterdir()} < there
+
+
+@pytest.mark.parametrize("padding", ["buckets", "none"])
+def test_machines_write_no_file_together(folder: Path, padding: str) -> None:
+    """What ranks of several machines fill is to the byte what those of one do."""
+    path = write_recipe(folder, "base", teacher=cached(folder, "exact"), losses=LOSSES)
+    size = {"train.steps": 1, "train.warmup_steps": 0, "train.micro_batch_size": 2}
+
+    def filled(script: str, states: str) -> dict[str, bytes]:
+        given = {"teacher.cache_folder": str(folder / states), "task.padding": padding, **size}
+        overrides = variant(folder, f"run-{states}", **given)
+        done = run_script(script, str(path), json.dumps([overrides]), ranks=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (made,) = (folder / states).iterdir()
+        return {file.name: file.read_bytes() for file in made.iterdir()}
+
+    together = filled("run_recipes.py", "together")
+    assert "logits.bin" in together
+    assert filled("run_on_machines.py", "apart") == together
 
 
 @pytest.mark.parametrize("form", [EXACT, REMADE])

@@ -254,7 +254,7 @@ def _put_aside(folder: Path) -> None:
 def _own_folder(root: Path, kind: str) -> tuple[Path, int | None]:
     """A new folder and a lock on it, which ends with this process; `None` where none can be had."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f"{kind}{_machine()}-", dir=root))
+        folder = Path(tempfile.mkdtemp(prefix=f"{kind}{machine()}-", dir=root))
         try:
             lock = _lock(folder)
         except (BlockingIOError, FileNotFoundError):
@@ -267,7 +267,7 @@ def _own_folder(root: Path, kind: str) -> tuple[Path, int | None]:
         os.close(lock)
 
 
-def _machine() -> str:
+def machine() -> str:
     """A word for this machine since it was started: locks are sure to be seen here alone."""
     try:
         started = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
@@ -298,7 +298,7 @@ def _remove_stale(root: Path) -> None:
 
 def _remove_leftover(folder: Path) -> None:
     lock = None
-    if folder.name.startswith((f"{_BUILDING}{_machine()}-", f"{_DAMAGED}{_machine()}-")):
+    if folder.name.startswith((f"{_BUILDING}{machine()}-", f"{_DAMAGED}{machine()}-")):
         try:
             lock = _lock(folder)
         except BlockingIOError:

@@ -15,14 +15,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import MicroBatches
-from fastkd.data.text.cache import new_folder, write_meta
+from fastkd.data.text.cache import machine, new_folder, write_meta
 from fastkd.errors import UserError
 from fastkd.files.flat import flat_file
 from fastkd.packed_row import PackedRow
@@ -37,6 +37,7 @@ from fastkd.training.teacher_cache.layout import (
     with_padded_modules,
 )
 from fastkd.training.teacher_cache.rows import Rows
+from fastkd.training.teacher_cache.writing import RowWriter, take_over
 from fastkd.types import ROWS, Inputs
 
 FIELD = "teacher.cache_folder"
@@ -66,6 +67,8 @@ def fill(
         UserError: a disk that is full or can't be written, on any rank.
     """
     ranks = run.ranks
+    first, *others = ranks.gather(machine())
+    apart = [rank for rank, each in enumerate(others, start=1) if each != first]
     with ExitStack() as stack:
 
         def begin() -> str:
@@ -77,6 +80,11 @@ def fill(
             return str(temporary)
 
         def finish() -> None:
+            try:
+                for rank in apart:
+                    take_over(temporary, layout.fields, rows, rank)
+            except OSError as error:
+                raise UserError(f"{FIELD}: rank 0 can't take over rank {rank}: {error}") from error
             (temporary / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
             write_meta(temporary, {"rows": len(rows), "tokens": rows.tokens})
             stack.close()
@@ -84,7 +92,9 @@ def fill(
         temporary = Path(ranks.from_main(begin))
         problem = None
         try:
-            _write_share(run, temporary, layout, rows, progress=progress and ranks.is_main)
+            own = ranks.rank if ranks.rank in apart else None
+            with RowWriter(temporary, layout.fields, rows, own) as writer:
+                _write_share(run, writer, layout, rows, progress=progress and ranks.is_main)
         except OSError as error:
             problem = f"{FIELD}: rank {ranks.rank} can't write to {temporary}: {error}"
         problems = [found for found in ranks.gather(problem) if found is not None]
@@ -99,19 +109,21 @@ def epoch_batches(run: Run) -> MicroBatches:
     return run.datamodule.micro_batches(size, 0, BatchPlan(size, 1, 1), 0)
 
 
-def _write_share(run: Run, folder: Path, layout: Layout, rows: Rows, *, progress: bool) -> None:
+def _write_share(
+    run: Run, writer: RowWriter, layout: Layout, rows: Rows, *, progress: bool
+) -> None:
     assert isinstance(run.teacher, TeacherRunner), "a plan is made for a teacher"
-    with ExitStack() as stack:
-        files = [stack.enter_context(flat_file(folder, f.name).open("r+b")) for f in layout.fields]
-        bar = stack.enter_context(progress_bar(progress))
+    with progress_bar(progress) as bar:
         task = bar.add_task("storing the teacher's states", total=len(rows))
         for inputs, places in _batches(run, rows):
             moved = run.move(inputs)
             states = with_padded_modules(run.teacher.record(moved, layout.recorded), moved)
-            for field, file in zip(layout.fields, files, strict=True):
+            there = inputs[ROWS].tolist()
+            numbers = [there[place] for place in places]
+            writer.begin(numbers)
+            for field in layout.fields:
                 bits = _by_row(to_store(states, field).numpy(), field, PackedRow.of(inputs))
-                for place in places:
-                    _write(file, field, rows, int(inputs[ROWS][place]), bits[place])
+                writer.write(field, numbers, [bits[place] for place in places])
             bar.advance(task, run.ranks.world_size * len(places))
 
 
@@ -138,9 +150,3 @@ def _batches(run: Run, rows: Rows) -> Iterator[tuple[Inputs, Sequence[int]]]:
     if rows.heldout:
         for batch in run.datamodule.heldout(size, ranks):
             yield batch.inputs, range(len(batch.rows))
-
-
-def _write(file: BinaryIO, field: Field, rows: Rows, row: int, bits: Any) -> None:
-    first, end = rows.span(field, row)
-    file.seek(first * field.entry_bytes)
-    file.write(bits[: end - first].data)

@@ -106,6 +106,24 @@ def _laid_out(recipe: Recipe, *, teacher: Any = None, zero: Any = None, **train:
     )
 
 
+@pytest.mark.parametrize("how", ["linear", "checkpointing"])
+def test_weights_stay_gathered_until_the_backward_pass_unless_they_are_let_go(
+    recipe: Recipe, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chip, passes = CHIPS["h100"], run_dry(recipe, 4)
+    monkeypatch.setattr("fastkd.training.forecast._PREFETCH", 0)
+    name, three = "weights gathered at a time", _laid_out(recipe, zero_stage=3)
+    assert forecast(three, passes, chip, 2).parts[name] == 4 * passes.trained_numbers
+    if how == "linear":
+        section = {"zero_optimization": {"memory_efficient_linear": True}}
+        less = three.model_copy(update={"deepspeed": section})
+    else:
+        student = three.student.model_copy(update={"gradient_checkpointing": True})
+        less = three.model_copy(update={"student": student})
+    found = forecast(less, passes, chip, 2).parts[name]
+    assert found == 4 * passes.student_block < 4 * passes.trained_numbers
+
+
 def test_a_forecast_follows_the_layout(recipe: Recipe) -> None:
     chip, passes = CHIPS["h100"], run_dry(recipe, 4)
     weights = 4 * passes.trained_numbers

@@ -301,18 +301,21 @@ def _worked_with(recipe: Recipe, passes: Passes, plan: BatchPlan) -> dict[str, i
         # beside the sum in fp32; one process keeps a micro-batch's own until it has added it
         each = 2 if deepspeed or plan.accumulation == 1 else 6
         parts["gradients of a micro-batch"] = each * passes.trained_numbers
+    zero = recipe.deepspeed.get("zero_optimization", {})
     gathered = 0
     if recipe.teacher.placement != "replicate":
         gathered += recipe.teacher.number_bytes * int(
             min(passes.teacher_numbers, passes.teacher_block + _PREFETCH)
         )
     if deepspeed and train.zero_stage == 3:
-        gathered += sizes * int(min(passes.trained_numbers, passes.student_block + _PREFETCH))
+        # torch's linear layers hold theirs from forward to backward
+        goes = recipe.student.gradient_checkpointing or zero.get("memory_efficient_linear")
+        most = passes.student_block + _PREFETCH if goes else passes.trained_numbers
+        gathered += sizes * int(min(passes.trained_numbers, most))
     if gathered:
         parts["weights gathered at a time"] = gathered
     # stage 1 in bf16 has none
     if deepspeed and (train.zero_stage > 1 or (train.zero_stage, sizes) == (1, 4)):
-        zero = recipe.deepspeed.get("zero_optimization", {})
         parts["bucket of gradients"] = sizes * int(zero.get("reduce_bucket_size", _BUCKET))
     return {**parts, "CUDA and NCCL, assumed": LIBRARIES}
 

@@ -176,6 +176,25 @@ def test_what_one_rank_cannot_tokenise_ends_all_at_the_same_batch(
     assert exchanges == so_many
 
 
+def test_a_rank_that_reads_other_text_ends_all_before_it_is_trained_on(tmp_path: Path) -> None:
+    """Of as many bytes, in the middle of a file of which a stream looks at both ends."""
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        folder.mkdir()
+        stream_of(folder)
+    path = folders[1] / "a.txt"
+    path.write_text(path.read_text().replace(LINES[150], LINES[150].replace("follows", "w9     ")))
+    expected, threads = batches(stream_of(folders[0])[0], 20), Threads(2)
+
+    def rank(number: int) -> tuple[list[Any], str]:
+        return made_and_said(stream_of(folders[number], threads.of(number))[0])
+
+    (made, said), other = in_ranks(2, rank)
+    assert other == (made, said)
+    assert said.startswith("data.train: rank 1 has read other text than rank 0; let every machine")
+    assert made == expected[: len(made)] and len(made) < 15
+
+
 def test_what_one_rank_cannot_read_ends_all(tmp_path: Path) -> None:
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"
     for folder in (whole, damaged):

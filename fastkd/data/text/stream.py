@@ -11,7 +11,7 @@ import hashlib
 import logging
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import islice
 from pathlib import Path
@@ -295,9 +295,10 @@ class StreamedDocuments:
         tokens = [chunk.tokens for chunk in current.chunks if chunk.tokens is not None]
         mine = [_settled(each) for each in tokens[self._rank :: self._ranks]]
         mine += [None] * (self._share - len(mine))
-        # the last one says whether this rank reads on
-        whole = np.empty(0, dtype=np.int32) if current.fault is None else None
-        found = self._exchange([*mine, whole])
+        # the last one says what this rank has read, and that it reads on
+        read = None if current.fault else _as_numbers(current.chunks[-1].read)
+        found = self._exchange([*mine, read])
+        _require_same_text([arrays[-1] for arrays in found])
         for number, each in enumerate(tokens):
             turn, rank = divmod(number, self._ranks)
             array = found[rank][turn]
@@ -375,6 +376,23 @@ def _read_round(chunks: Iterator[_Chunk], count: int) -> _Round:
 def _settled(tokens: Future[IntArray]) -> IntArray | None:
     """What a chunk came to, once that is known; `None` where it failed."""
     return None if tokens.exception() is not None else tokens.result()
+
+
+def _as_numbers(digest: str) -> IntArray:
+    # a copy, which torch may take over
+    return np.frombuffer(bytes.fromhex(digest), dtype=np.int32).copy()
+
+
+def _require_same_text(read: Sequence[IntArray | None]) -> None:
+    """Raise where a rank has read other text than the first; of one that failed nothing is said."""
+    known = {rank: each.tobytes() for rank, each in enumerate(read) if each is not None}
+    first = min(known, default=0)
+    for rank, digest in known.items():
+        if digest != known[first]:
+            raise UserError(
+                f"data.train: rank {rank} has read other text than rank {first}; let every machine "
+                "see the same files, or copy those of rank 0 to it"
+            )
 
 
 def _rank_failed(rank: int) -> UserError:

@@ -1,10 +1,12 @@
 """Processes that call a function: results, errors, kills, and nothing left behind."""
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 
@@ -75,6 +77,19 @@ def test_forgotten_ones_end() -> None:
     workers.submit(1).result()
     del workers
     assert children() == before
+
+
+def test_forgotten_ones_wait_for_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, joined = children(), []
+    workers = Workers(double, 1, "lost")
+    workers.submit(1).result()
+    # in a cycle, so that the collector finds it: within a lock of threading's, if it likes
+    cycle = [workers]
+    cycle.append(cycle)  # type: ignore[arg-type]
+    monkeypatch.setattr(threading.Thread, "join", lambda thread, *_: joined.append(thread))
+    del workers, cycle
+    gc.collect()
+    assert children() == before and not joined
 
 
 _ENDS = """

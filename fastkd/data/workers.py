@@ -56,6 +56,7 @@ class Workers(Generic[A, R]):
                 there.close()
                 processes.append(process)
                 self._idle.put(here)
+        self._processes = processes
         # before multiprocessing's own, which would wait for who heeds no SIGTERM
         self._end = Finalize(self, _end, (self._threads, processes, ours), exitpriority=10)
 
@@ -65,6 +66,10 @@ class Workers(Generic[A, R]):
 
     def close(self) -> None:
         """End the processes, whatever they do."""
+        if self._end.still_active():
+            _kill(self._processes)
+            # what is being asked fails at once
+            self._threads.shutdown(cancel_futures=True)
         self._end()
 
     def _ask(self, argument: A) -> R:
@@ -103,11 +108,19 @@ def _answer(function: Callable[[A], R], argument: A) -> tuple[R | None, Exceptio
         return None, error
 
 
-def _end(threads: ThreadPoolExecutor, processes: list[BaseProcess], ours: list[Connection]) -> None:
+def _kill(processes: list[BaseProcess]) -> None:
     for process in processes:
         process.kill()
-    # what is being asked fails at once
-    threads.shutdown(cancel_futures=True)
+
+
+def _end(threads: ThreadPoolExecutor, processes: list[BaseProcess], ours: list[Connection]) -> None:
+    """End what nobody asks any more: a call in a thread would hold the `Workers`.
+
+    The garbage collector runs this wherever it likes, also within threading's own locks, so it
+    waits for no thread.
+    """
+    _kill(processes)
+    threads.shutdown(wait=False, cancel_futures=True)
     for process, end in zip(processes, ours, strict=True):
         process.join()
         end.close()

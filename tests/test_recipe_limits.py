@@ -120,7 +120,7 @@ REFUSED = [
     {"communication_data_type": "x"},
     {"wall_clock_breakdown": "x"},
     {"csv_monitor": {"enabled": 3}},
-    {"bf16": {"x": 1}},
+    {"comms_logger": {"enabled": "x"}},
     {"timers": 3},
 ]
 

@@ -18,7 +18,7 @@ from fastkd.models.sentence_folder import (
     list_modules,
     reading_settings,
 )
-from fastkd.recipe import Data, Recipe
+from fastkd.recipe import Recipe
 from fastkd.training.export import check_prompts
 from fastkd.types import ModelSource
 
@@ -41,7 +41,7 @@ def find_embeddings(
         pooling: of the student, from `own_pooling`; the teacher's where not given.
 
     Raises:
-        UserError: it doesn't, and one asks; or prompts of the data contradict the teacher's.
+        UserError: it doesn't, and one asks.
     """
     readers = embedding_losses(recipe.losses, recipe.student.head)
     asks = [f"losses.{name}" for name in readers]
@@ -50,9 +50,6 @@ def find_embeddings(
     stated = [config.pooling for config in readers.values() if config.pooling is not None]
     default: PoolingMode = stated[0] if stated else "mean"
     source, head = recipe.teacher.source, recipe.student.head
-    if recipe.data is not None:
-        check_prompts(source, recipe.data.prompts)
-        handed_on_prompts(recipe.data, source)
     if asks and not stated and is_unsure(source):
         raise UserError(
             f"{asks[0]} compares embeddings, but modules.json of teacher.model {source.name} is "
@@ -68,17 +65,20 @@ def find_embeddings(
     return found.of_student(student.hidden_size, pooling=pooling), found
 
 
-def handed_on_prompts(data: Data, teacher: ModelSource) -> dict[str, str]:
+def handed_on_prompts(recipe: Recipe) -> dict[str, str]:
     """What a student is exported with: the prompts of the data by their columns and, as other
     programs ask for them, of the first of several columns as `query`, of the second as `document`.
 
     Args:
-        data: what is read.
-        teacher: whose prompts of these names must be the same.
+        recipe: of the run.
 
     Raises:
-        UserError: they aren't.
+        UserError: the teacher has others of these names.
     """
+    data, teacher = recipe.data, recipe.teacher.source
+    if data is None:
+        return {}
+    check_prompts(teacher, data.prompts)
     columns, known, found = data.columns or (), known_prompts(teacher), dict(data.prompts)
     for name, column in zip(("query", "document"), columns, strict=False):
         text = data.prompts.get(column)

@@ -31,7 +31,7 @@ from fastkd.recipe import Recipe, sequence_limit
 from fastkd.training.chips import Chip
 from fastkd.training.deepspeed_config import uses_deepspeed
 from fastkd.training.dry_pass import DryPass, bytes_of, dry_pass, tensors_of
-from fastkd.training.embeddings import find_embeddings
+from fastkd.training.embeddings import find_embeddings, handed_on_prompts
 from fastkd.training.engine import matrix_numbers
 from fastkd.training.memory import memory_parts, parts_on_cpu
 from fastkd.types import EightBits
@@ -145,6 +145,8 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
             inputs = {"input_ids": torch.zeros(sequences, tokens, dtype=torch.long)}
             traits = dry_pass(student, inputs, {}).traits, dry_pass(teacher, inputs, {}).traits
             head = recipe.student.head
+            # refused as a run would refuse them
+            handed_on_prompts(recipe)
             embeddings = find_embeddings(recipe, config, student.config)
             found = recipe.losses, layers, student, teacher, traits
             objective = make_objective(*found, head=head, embeddings=embeddings, row=row)

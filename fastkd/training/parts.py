@@ -111,17 +111,13 @@ class Parts:
     """Tasks of mteb, likewise."""
     handed_on: dict[str, Any]
     """Values of its configuration that the student is handed on with: dropout rates, padding."""
+    prompts: Mapping[str, str]
+    """What stands before the texts that are read, as the student is exported with it, by name."""
 
     @property
     def objective(self) -> Objective:
         """The losses."""
         return self.module.objective
-
-    @property
-    def prompts(self) -> Mapping[str, str]:
-        """What stands before the texts that are read, by the name of their column."""
-        data = self.recipe.data if isinstance(self.recipe, Recipe) else None
-        return {} if data is None else handed_on_prompts(data, self.source)
 
 
 def gather(
@@ -168,6 +164,8 @@ class _Models:
     """Of the models that the student's and the teacher's inputs are made for."""
     start: ModelSource | None
     """Of a student that is another model than its teacher."""
+    prompts: Mapping[str, str]
+    """That it is exported with."""
 
 
 def _distillation(
@@ -213,6 +211,7 @@ def _distillation(
         pairs=pairs,
         mteb_tasks=tasks,
         handed_on=handed_on,
+        prompts=models.prompts,
     )
 
 
@@ -233,6 +232,7 @@ def _models(recipe: Recipe, plan: BatchPlan, ranks: Ranks, made: RunFolder | Non
     if made is None:
         check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
     pooling = own_pooling(recipe, student, teacher, start)
+    prompts = handed_on_prompts(recipe)
     others = load_others(recipe, teacher, tokenizers.teacher or tokenizers.student)
     # a folder may have another name on another machine
     read = {f"teacher.others.{number}": each.model for number, each in enumerate(others, start=1)}
@@ -254,6 +254,7 @@ def _models(recipe: Recipe, plan: BatchPlan, ranks: Ranks, made: RunFolder | Non
         embeddings=find_embeddings(recipe, teacher.config, student.config, pooling),
         configs=(first.config, typed.config),
         start=start if stands_apart(student.config, recipe.student, teacher.config) else None,
+        prompts=prompts,
     )
 
 
@@ -458,6 +459,7 @@ def _finetuning(
         pairs={},
         mteb_tasks={},
         handed_on=handed_on,
+        prompts={},
     )
 
 

@@ -218,7 +218,7 @@ def _write_reading(
     path = settings_file(teacher, first)
     if path is None:
         return
-    settings = reading_settings(teacher)
+    settings = read_object(path) or {}
     # the exported tokenizer does that itself
     settings.pop("do_lower_case", None)
     if start is not None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 
 from fastkd.capture import Capture, try_recomputing
 from fastkd.data.rows.datamodule import RowDataModule
@@ -144,6 +145,8 @@ def plan_cache(run: Run, form: Form) -> CachePlan:
     settings = {
         "format": FORMAT,
         "teacher": run.ranks.from_main(lambda: model_digests(recipe.teacher.source)),
+        # other code of the same model may give other states
+        "transformers": transformers.__version__,
         "head": recipe.student.head,
         "dtype": recipe.teacher.dtype,
         "attention": recipe.teacher.attention,

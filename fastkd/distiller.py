@@ -20,11 +20,17 @@ from fastkd.layer_map import Progress, make_layer_map
 from fastkd.layer_map.sections import Layers
 from fastkd.losses import DIVISORS, model_inputs
 from fastkd.losses.base import Setting
-from fastkd.losses.factory import capture_needs, embedding_losses, make_objective
+from fastkd.losses.factory import (
+    capture_needs,
+    compared_outputs,
+    embedding_losses,
+    make_objective,
+)
 from fastkd.losses.heads import HeadLoss
 from fastkd.losses.objective import DistilledStudent
 from fastkd.losses.registry import loss_class
 from fastkd.models import head_of_classes
+from fastkd.models.classifier import check_same_outputs
 from fastkd.recipe import Losses, complain
 from fastkd.section import Section
 from fastkd.training.engine import TeacherRunner
@@ -109,6 +115,8 @@ class Distiller(nn.Module):
         head = _common_head(student, teacher)
         _check_head(section, head)
         _check_pooling(section, head)
+        for name in compared_outputs(section, head):
+            check_same_outputs(student.config, teacher.config, name)
         depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
         layers = make_layer_map(given.layer_map, *depths, seed=seed)
         needs = capture_needs(section)

@@ -48,6 +48,9 @@ class ModelPair:
     """What stands on the blocks of both."""
     outputs: int = 2
     """Numbers that a classification head gives; 1 is a regression."""
+    no_classes: tuple[str | None, str | None] = (None, None)
+    """What each model's `problem_type` is, where it says of a head for texts that its numbers are
+    not classes of which one is right."""
     shapes: tuple[tuple[AttentionShape, ...], tuple[AttentionShape, ...]] = ((), ())
     """Of the queries, keys and values of each model's layers."""
     sinks: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())

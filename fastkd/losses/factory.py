@@ -11,6 +11,7 @@ from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.base import ModelPair, Term
 from fastkd.losses.embeddings import EmbeddingConfig, EmbeddingLoss
 from fastkd.losses.ensemble import Ensemble
+from fastkd.losses.heads import HardLoss
 from fastkd.losses.objective import Objective, key_of
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.losses.registry import loss_class
@@ -61,6 +62,15 @@ def score_losses(losses: Losses, head: Head) -> list[str]:
         if scores or kind.captures.logits:
             found.append(name)
     return found
+
+
+def compared_outputs(losses: Losses, head: Head) -> list[str]:
+    """The losses that compare the outputs of two classification heads one by one, by their names in
+    the recipe."""
+    if HEADS[head].data != "task":
+        return []
+    kinds = {name: loss_class(config.loss) for name, config in losses.terms.items()}
+    return [n for n, k in kinds.items() if k.captures.logits and not issubclass(k, HardLoss)]
 
 
 def token_losses(losses: Losses, head: Head) -> list[str]:
@@ -117,6 +127,7 @@ def make_objective(
         windows=(traits[0].windows, traits[1].windows),
         head=head,
         outputs=teacher.config.num_labels,
+        no_classes=(_no_classes(student, head), _no_classes(teacher, head)),
         embeddings=embeddings,
         row=row or ("text",),
         ensemble=ensemble,
@@ -135,6 +146,15 @@ def make_objective(
     return objective
 
 
+def _no_classes(model: PreTrainedModel, head: Head) -> str | None:
+    """What a configuration calls the numbers of a head for texts that has no softmax."""
+    if HEADS[head].labels != "example":
+        return None
+    problem: str | None = model.config.problem_type
+    several = problem == "regression" and model.config.num_labels > 1
+    return problem if several or problem == "multi_label_classification" else None
+
+
 def _check_modules(term: Term, model: PreTrainedModel, side: Side) -> None:
     """See that a model has the modules that a term reads."""
     for path in sorted(term.layers(side).get("modules", ())):
@@ -148,5 +168,6 @@ def hard_objective(model: PreTrainedModel, head: Head, steps: int) -> tuple[Obje
     """The objective of a fine-tuning run, hard labels alone, and a map that it doesn't use."""
     depth, width = model.config.num_hidden_layers, model.config.hidden_size
     layers = make_layer_map("uniform", depth, depth)
-    pair = ModelPair(widths=(width, width), head=head, outputs=model.config.num_labels)
+    outputs, none = model.config.num_labels, _no_classes(model, head)
+    pair = ModelPair(widths=(width, width), head=head, outputs=outputs, no_classes=(none, none))
     return Objective(Losses.model_validate({"labels": {}}), layers, pair, steps=steps), layers

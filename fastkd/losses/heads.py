@@ -11,7 +11,9 @@ from fastkd_kernels import LogitsHead
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
+from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
+from fastkd.layer_map import LayerMap
 from fastkd.losses.base import Batch, Captures, Loss, LossConfig, LossGroup, Setting, Shared
 from fastkd.losses.counts import Divisor
 from fastkd.types import IGNORE_INDEX, Head
@@ -110,6 +112,17 @@ class HardLoss(HeadLoss):
 
     mean_over: Divisor = "labels"
     once: ClassVar[bool] = True
+
+    def __init__(
+        self, name: str, config: LossConfig, layer_map: LayerMap | None, shared: Shared
+    ) -> None:
+        super().__init__(name, config, layer_map, shared)
+        problem = shared.pair.no_classes[0]
+        if problem is not None:
+            raise UserError(
+                f"losses.{name} learns one class, or one number, an example, but the problem_type "
+                f"of the student's head is {problem}; leave losses.{name} out"
+            )
 
     @classmethod
     def reads_labels(cls, head: Head) -> bool:

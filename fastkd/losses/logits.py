@@ -100,6 +100,14 @@ class LogitsLoss(SoftLoss):
                 f"losses.{name}.kind is {kind}, but the models' heads give one number, which has "
                 "no probabilities; set it to mse"
             )
+        independent = next(filter(None, pair.no_classes), None)
+        if independent is not None and (kind != "mse" or self.config.standardize):
+            given = f"kind is {kind}" if kind != "mse" else "standardize is on"
+            raise UserError(
+                f"losses.{name}: {given}, which is of classes that exclude each other, but the "
+                f"problem_type of the models' heads is {independent}; take kind: mse without "
+                "standardize"
+            )
         if pair.outputs == 1 and self.config.standardize:
             raise UserError(
                 f"losses.{name}.standardize is on, but the models' heads give one number, which "

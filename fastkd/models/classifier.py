@@ -170,6 +170,40 @@ def follow_labels(model: PreTrainedModel, first: PreTrainedConfig, given: str) -
     _reorder(model, order, given)
 
 
+def check_same_outputs(student: PreTrainedConfig, teacher: PreTrainedConfig, name: str) -> None:
+    """See that two heads give the same outputs in the same order, by what both call them.
+
+    Args:
+        student: whose head learns.
+        teacher: whose head it learns from.
+        name: the loss that compares them.
+
+    Raises:
+        UserError: another number, another kind of labels, or other names at the same places.
+    """
+    if student.num_labels != teacher.num_labels:
+        raise UserError(
+            f"losses.{name} compares the outputs of both heads, but the student's gives "
+            f"{student.num_labels} numbers and the teacher's {teacher.num_labels}; give models of "
+            "one task (num_labels)"
+        )
+    kinds = student.problem_type, teacher.problem_type
+    if None not in kinds and kinds[0] != kinds[1]:
+        raise UserError(
+            f"losses.{name} compares the outputs of both heads, but the student's problem_type is "
+            f"{kinds[0]} and the teacher's {kinds[1]}; give models of one task"
+        )
+    names = _names(student), _names(teacher)
+    spelled = [[same_name(one) for one in each] for each in names]
+    # names that are but numbers say nothing
+    if student.num_labels > 1 and spelled[0] != spelled[1] and not any(map(is_generic, names)):
+        raise UserError(
+            f"losses.{name} compares the outputs of both heads one by one, but the student's are "
+            f"called {', '.join(names[0])} and the teacher's {', '.join(names[1])}; give heads of "
+            "one order, with one set of names in their config.json (id2label)"
+        )
+
+
 def check_start(source: ModelSource, task: Task) -> None:
     """See that a model to start from counts the task's labels as the task does.
 

@@ -129,6 +129,33 @@ def test_a_term_that_is_zero_keeps_its_scale() -> None:
     torch.testing.assert_close(weighted[2], 5 * raw[2])
 
 
+def test_the_mean_of_a_term_begins_at_its_first_size() -> None:
+    run = Run(balance={"kind": "ratio", "decay": 0.9})
+    for last in (0.0, 0.0, 1e-6, 3e-6):
+        run.objective.observe(torch.tensor([1.0, 1.0, last], dtype=torch.float64))
+    _, raw, weighted = run()
+    mean = 0.9 * 1e-6 + 0.1 * 3e-6
+    torch.testing.assert_close(weighted[2], 5 * 2 / mean * raw[2])
+    torch.testing.assert_close(weighted[:2], 2 * raw[:2])
+
+
+@pytest.mark.parametrize(
+    ("reference", "first", "use"),
+    [
+        ("embedding", [1.0, 1.0, 0.0], "name another reference, such as hidden"),
+        (None, [0.0, 0.0, 1.0], "name another reference, such as embedding"),
+        (None, [0.0, 0.0, 0.0], "leave balance out"),
+    ],
+)
+def test_a_reference_without_a_size_is_refused(
+    reference: str | None, first: list[float], use: str
+) -> None:
+    run = Run(balance={"kind": "ratio", "reference": reference})
+    said = f"all terms to {reference or 'hidden'}, which is 0 before the first step, .*; {use}$"
+    with pytest.raises(UserError, match=said):
+        run.objective.observe(torch.tensor(first))
+
+
 def test_uncertainty_has_the_loss_and_the_gradients_of_its_formula() -> None:
     run = Run(balance={"kind": "uncertainty", "limit": 3.0})
     learned = run.objective.uncertainty

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.errors import UserError
 from fastkd.recipe.weights import Schedule
 
 
@@ -42,27 +43,51 @@ class Ratio:
         scale = mean of the reference / mean of the term,    mean = decay mean + (1 - decay) size
 
     A term then weighs as its `weight` says, whatever its size; the first step looks at its own
-    batch before it trains on it.
+    batch before it trains on it. A term that is 0 there, such as a student's embeddings that are
+    its teacher's, is not scaled before it has a size, with which its mean then begins.
 
     The means live outside the module's parameters and buffers: an engine in bf16 would round them.
     """
 
     def __init__(self, terms: tuple[str, ...], reference: str | None, decay: float) -> None:
+        self.terms = terms
         self.reference = terms.index(reference) if reference else 0
         self.decay = decay
         self.means: Tensor | None = None
 
     def observe(self, sizes: Tensor) -> None:
-        """Take in the terms [terms] of a step, over all ranks; the first ones count whole."""
+        """Take in the terms [terms] of a step, over all ranks; the first ones count whole.
+
+        Raises:
+            UserError: the reference is 0 at the first of them.
+        """
         old = self.means
-        self.means = sizes if old is None else self.decay * old + (1 - self.decay) * sizes
+        if old is None:
+            self._check_reference(sizes)
+            self.means = sizes
+        else:
+            # from a mean of 0 it would take 1 / (1 - decay) steps to come near
+            moved = self.decay * old + (1 - self.decay) * sizes
+            self.means = torch.where(old == 0, sizes, moved)
 
     def scales(self) -> Tensor | None:
         """Running mean of the reference over that of each term, [terms]; `None` before a step."""
         if self.means is None:
             return None
-        # a term that is zero has nothing to scale
+        # a term that was zero throughout has nothing to scale
         return torch.where(self.means > 0, self.means[self.reference] / self.means, 1.0)
+
+    def _check_reference(self, sizes: Tensor) -> None:
+        """See that there is something to scale to; reads the device, once a run."""
+        found = sizes.tolist()
+        if found[self.reference] != 0:
+            return
+        others = [term for term, size in zip(self.terms, found, strict=True) if size > 0]
+        use = f"name another reference, such as {others[0]}" if others else "leave balance out"
+        raise UserError(
+            f"losses.balance scales all terms to {self.terms[self.reference]}, which is 0 before "
+            f"the first step, so all would be; {use}"
+        )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

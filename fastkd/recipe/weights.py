@@ -58,7 +58,8 @@ class Balance(Section):
     """Not at all; every term scaled to the running size of a reference term; or by learned
     variances (Kendall et al., arXiv 1705.07115, eq. 7)."""
     reference: Name | None = None
-    """Term that `ratio` scales the others to; the first one where not given."""
+    """Term that `ratio` scales the others to; the first one where not given. It must not be 0 at
+    the first step."""
     decay: float = Field(default=0.99, ge=0, lt=1)
     """Of the running means of `ratio`, per step."""
     limit: float = Field(default=5.0, gt=0)

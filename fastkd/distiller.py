@@ -56,7 +56,8 @@ class Distiller(nn.Module):
         student.save_pretrained("student")
 
     Its parameters are the student's and the projections from student to teacher width: give
-    `distiller.parameters()` to the optimiser, not the student's alone. The teacher is no submodule:
+    `distiller.parameters()` to the optimiser, not the student's alone; `parameter_groups()` where
+    projections have a learning rate of their own. The teacher is no submodule:
     it is in no `parameters()` or `state_dict()`, gets no gradient, and follows the student to its
     device.
 
@@ -157,6 +158,7 @@ class Distiller(nn.Module):
             (n for n, kind in of_heads if issubclass(kind, HeadLoss) and kind.reads_labels(head)),
             None,
         )
+        self._rates_unread = bool(objective.parameter_rates())
         self._tokens = tokens if needs["attention"] else None
         self._keywords = [set(signature(model.forward).parameters) for model in (student, teacher)]
         self._found: list[tuple[list[str], bool]] = []
@@ -170,6 +172,17 @@ class Distiller(nn.Module):
     def labels(self) -> tuple[str, ...]:
         """Names of the losses, as in `attention/1-2`: the keys of `parts`."""
         return self.objective.labels
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """All parameters, for an optimiser: `{"params": [...]}` first, then for each
+        `projection_learning_rate` a group with that as its `lr`."""
+        self._rates_unread = False
+        rates = self.objective.parameter_rates()
+        own = {p: rates[n] for n, p in self.objective.named_parameters() if n in rates}
+        groups: list[dict[str, Any]] = [{"params": [p for p in self.parameters() if p not in own]}]
+        for rate in sorted(set(own.values())):
+            groups.append({"params": [p for p in own if own[p] == rate], "lr": rate})
+        return groups
 
     def __enter__(self) -> Self:
         models = self.student, self.teacher
@@ -246,11 +259,17 @@ class Distiller(nn.Module):
             batch's part of the step's means, times `pieces`.
 
         Raises:
-            UserError: a batch that lacks what is read, or no context is open.
+            UserError: a batch that lacks what is read, no context is open, or learning rates that
+                no optimiser was told.
         """
         inputs = self._checked(batch)
         if not self._found:
             raise UserError("the distiller is not listening; call it inside `with distiller:`")
+        if self._rates_unread and self.training and torch.is_grad_enabled():
+            raise UserError(
+                "losses have a projection_learning_rate, which the optimiser was not told; make it "
+                "from distiller.parameter_groups(), or leave projection_learning_rate out"
+            )
         own = self.objective.divisors(inputs)
         whole = own if counts is None else counts.to(own)
         # what counts nothing has no share, and divides by nothing

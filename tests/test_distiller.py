@@ -194,6 +194,27 @@ def test_projections_train() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def test_projections_have_their_own_learning_rate() -> None:
+    rates = {"projection": "own", "projection_learning_rate": 0.5}
+    losses = {"hidden": rates, "embedding": {}}
+    distiller = fastkd.Distiller(*models(), losses)
+    with distiller, pytest.raises(UserError, match=r"make it from distiller\.parameter_groups\(\)"):
+        distiller(tiny_batch())
+    optimizer = torch.optim.SGD(distiller.parameter_groups(), lr=1e-3)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(
+        list(distiller.parameters())
+    )
+    own = dict(distiller.objective.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in own.items()}
+    with distiller:
+        distiller(tiny_batch())[0].backward()
+    optimizer.step()
+    for name, rate in {"weight_0": 0.5, "bias_0": 0.5, "weight_1": 1e-3, "bias_1": 1e-3}.items():
+        parameter, old = own[f"terms.0.{name}"], before[f"terms.0.{name}"]
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.detach(), old - rate * parameter.grad)
+
+
 def test_a_schedule_follows_the_step() -> None:
     schedule = {"kind": "linear", "first": 0.0, "last": 1.0, "begin": 0.0, "end": 1.0}
     distiller = fastkd.Distiller(*models(), {"hidden": {"schedule": schedule}})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,14 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return batch
 
 
-def trainer(folder: Path, model: PreTrainedModel, losses: Any = LOSSES, **changes: Any) -> Any:
+def trainer(
+    folder: Path,
+    model: PreTrainedModel | None,
+    losses: Any = LOSSES,
+    beside: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Any:
+    """A trainer with arguments `changes`, and `beside` them."""
     from transformers import TrainingArguments
 
     from fastkd.integrations import DistillationTrainer
@@ -92,6 +99,7 @@ def trainer(folder: Path, model: PreTrainedModel, losses: Any = LOSSES, **change
         data_collator=collate,
         teacher=classifier(0).requires_grad_(False),
         losses=losses,
+        **(beside or {}),
     )
 
 
@@ -206,6 +214,75 @@ def test_text_without_labels_has_a_loss(tmp_path: Path) -> None:
     assert made.evaluate()["eval_loss"] < losses_of(made)[0]
 
 
+def copies(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def test_an_optimizer_made_before_training_trains_the_projections(tmp_path: Path) -> None:
+    losses = {"hidden": {}, "labels": {}, "balance": "uncertainty"}
+    made = trainer(tmp_path, student(), losses, max_steps=1)
+    made.create_optimizer()
+    before = copies(made.distiller.parameters())
+    made.train()
+    own = list(made.distiller.objective.parameters())
+    assert len(own) == 3 and made.optimizer.param_groups[1]["weight_decay"] == 0
+    changed = zip(before[-3:], own, strict=True)
+    assert not any(torch.equal(a, b) for a, b in changed)
+
+
+def test_an_optimizer_of_the_student_alone_is_refused(tmp_path: Path) -> None:
+    model = student()
+    alone = torch.optim.SGD(model.parameters(), lr=0.1)
+    made = trainer(tmp_path, model, beside={"optimizers": (alone, None)}, max_steps=1)
+    said = r"lacks 2 parameters of the losses, such as terms.*, or set trainer\.optimizer to one"
+    with pytest.raises(fastkd.UserError, match=said):
+        made.train()
+    made.optimizer = torch.optim.SGD(made.distiller.parameters(), lr=0.1)
+    before = copies(made.distiller.objective.parameters())
+    made.train()
+    after = made.distiller.objective.parameters()
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_projections_have_their_own_learning_rate(tmp_path: Path) -> None:
+    losses = {"hidden": {"projection": "own", "projection_learning_rate": 0.5}, "embedding": {}}
+    made = trainer(tmp_path, student(), losses, max_steps=1, learning_rate=1e-3)
+    own = dict(made.distiller.objective.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in own.items()}
+    made.train()
+    moved = {name: (own[name] - old).abs().max().item() for name, old in before.items()}
+    # the first update of Adam is the learning rate, whatever the gradient
+    expected = {"weight_0": 0.5, "bias_0": 0.5, "weight_1": 1e-3, "bias_1": 1e-3}
+    assert moved == pytest.approx({f"terms.0.{n}": size for n, size in expected.items()}, rel=1e-2)
+    made.optimizer = torch.optim.SGD(made.distiller.parameters(), lr=0.1)
+    with pytest.raises(fastkd.UserError, match=r"doesn't have the projection_learning_rate 0\.5"):
+        made.train()
+    made.optimizer = torch.optim.SGD(made.distiller.parameter_groups(), lr=1e-3)
+    made.train()
+
+
+def test_held_out_losses_know_no_schedule_and_no_learned_weight(tmp_path: Path) -> None:
+    cold = {"first": 1.0, "last": 5.0}
+    losses = {
+        "hidden": {"weight": 2, "schedule": {"first": 0.1, "last": 1.0}},
+        "attention": {"kind": "kl", "temperature": 2, "temperature_schedule": cold},
+        "balance": "uncertainty",
+    }
+    still = {"learning_rate": 0.0, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
+    made = trainer(tmp_path, student(), losses, **still)
+    made.train()
+    found = [line["eval_loss"] for line in made.state.log_history if "eval_loss" in line]
+    constant = {"hidden": {"weight": 2}, "attention": {"kind": "kl", "temperature": 2}}
+    own = fastkd.Distiller(made.model, classifier(0).requires_grad_(False), constant)
+    own.objective.load_state_dict(made.distiller.objective.kept())
+    with torch.no_grad(), own:
+        expected = own(collate(examples(8)))[0].item()
+    assert found == pytest.approx([expected] * 3, rel=1e-6)
+    # training goes on where it stood
+    assert made.distiller.objective.moment.step == 2
+    assert len({round(loss, 4) for loss in losses_of(made)}) == 3
+
+
 def test_ranks_change_nothing(whole: Any, tmp_path: Path) -> None:
     done = run_script("ddp_trainer.py", str(tmp_path), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -257,6 +334,10 @@ def test_a_sentence_transformers_model_is_distilled(tmp_path: Path) -> None:
 def test_what_would_bypass_the_losses_is_refused(tmp_path: Path) -> None:
     with pytest.raises(fastkd.UserError, match="label_smoothing_factor is set"):
         trainer(tmp_path, student(), label_smoothing_factor=0.1)
+    with pytest.raises(fastkd.UserError, match="model_init is given, which makes a new student"):
+        trainer(tmp_path, None, beside={"model_init": lambda: student()})
+    with pytest.raises(fastkd.UserError, match="make a trainer for each trial"):
+        trainer(tmp_path, student()).hyperparameter_search()
     with pytest.raises(fastkd.UserError, match="losses is not given"):
         trainer(tmp_path, student(), None)
     with pytest.raises(fastkd.UserError, match="the student has 5 layers and the teacher 4"):

@@ -8,8 +8,10 @@ The script of a `Trainer` stays as it is but for three lines: the import, the te
 What is exact: every loss is a mean over the whole optimiser step, whatever its micro-batches
 (`gradient_accumulation_steps`) and ranks (DDP) are; the Trainer hands a step's batches over before
 the first of them is run, and they are counted then. `loss` in the logs is that mean. What is not:
-`eval_loss` is the Trainer's own mean over evaluation batches, weighed by their size. And losses
-that compare rows with each other (`rkd`, `similarity`, ...) see those of one batch of one rank.
+`eval_loss` is the Trainer's own mean over evaluation batches, weighed by their size; it has the
+losses' constant weights and first temperatures, without schedules and learned variances, so that
+checkpoints can be told apart by it. And losses that compare rows with each other (`rkd`,
+`similarity`, ...) see those of one batch of one rank.
 
 The projections train with the student while `train` runs: they are in the optimiser and, as
 `projections.safetensors`, in every checkpoint. What is saved as the model is the student alone.
@@ -31,6 +33,7 @@ from transformers import PreTrainedModel, Trainer
 
 from fastkd.distiller import Distiller
 from fastkd.errors import UserError
+from fastkd.layer_map import Progress
 from fastkd.types import Inputs
 
 PROJECTIONS = "projections.safetensors"
@@ -52,6 +55,7 @@ class DistillationMixin:
     args: Any
     state: Any
     accelerator: Any
+    optimizer: Any
     model_accepts_loss_kwargs: bool
 
     def __init__(
@@ -103,7 +107,7 @@ class DistillationMixin:
             return super().train(*arguments, **keywords)  # type: ignore[misc]
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> Any:
-        """As the trainer's own; `eval_loss` is the distillation loss."""
+        """As the trainer's own; `eval_loss` is the distillation loss, by the constant weights."""
         with self._distilling():
             return super().evaluate(*arguments, **keywords)  # type: ignore[misc]
 
@@ -111,6 +115,17 @@ class DistillationMixin:
         """As the trainer's own."""
         with self._distilling():
             return super().predict(*arguments, **keywords)  # type: ignore[misc]
+
+    def hyperparameter_search(self, *_arguments: Any, **_keywords: Any) -> Any:
+        """None: it makes a new student for each trial.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"{type(self).__name__}: hyperparameter_search makes a new student for each trial, but "
+            "the losses are of one student; make a trainer for each trial, or use fastkd study"
+        )
 
     def get_batch_samples(self, *arguments: Any, **keywords: Any) -> tuple[list[Any], Any]:
         """The batches of a step, and what all of them on all ranks hold of what losses are means
@@ -143,7 +158,8 @@ class DistillationMixin:
                 # through the model as it is wrapped, so that DDP sees the pass
                 self._asked = parts, num_items_in_batch
                 return model(inputs)
-            loss = self._loss(parts, None, 1)
+            of = self._loss if torch.is_grad_enabled() else self._held_out_loss
+            loss = of(parts)
         if not return_outputs:
             return loss
         sentences = isinstance(self.model, nn.Sequential)
@@ -168,6 +184,20 @@ class DistillationMixin:
             with torch.no_grad():
                 loss = self.compute_loss(model, prepared).detach()
         return loss, logits, labels
+
+    def create_optimizer(self, *arguments: Any, **keywords: Any) -> Any:
+        """As the trainer's own, of the student and what trains beside it, also before `train`."""
+        given = self.optimizer is not None
+        with self._distilling():
+            optimizer = super().create_optimizer(*arguments, **keywords)  # type: ignore[misc]
+        if not given:
+            _give_rates(optimizer, self.distiller)
+        return optimizer
+
+    def create_scheduler(self, *arguments: Any, **keywords: Any) -> Any:
+        """As the trainer's own, of an optimizer that trains all that it must."""
+        _check_optimizer(self)
+        return super().create_scheduler(*arguments, **keywords)  # type: ignore[misc]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of what weight decay pulls at: no learned weight of a loss."""
@@ -221,11 +251,27 @@ class DistillationMixin:
         check_padded(features)
         return [{key: f[key] for key in known if key in f} for f in features]
 
-    def _loss(self, parts: list[Inputs], counts: Tensor | None, pieces: int) -> Tensor:
-        if counts is None:
-            counts = torch.stack([self.distiller.count(part) for part in parts]).sum(dim=0)
+    def _counts(self, parts: list[Inputs]) -> Tensor:
+        return torch.stack([self.distiller.count(part) for part in parts]).sum(dim=0)
+
+    def _loss(self, parts: list[Inputs], counts: Tensor | None = None, pieces: int = 1) -> Tensor:
+        counts = self._counts(parts) if counts is None else counts
         losses = [self.distiller(part, counts=counts, pieces=pieces)[0] for part in parts]
         return torch.stack(losses).sum()
+
+    def _held_out_loss(self, parts: list[Inputs]) -> Tensor:
+        """The loss of a batch that can be compared over a run, see `Objective.total`: by the same
+        layers, temperatures and weights at any step."""
+        objective, counts = self.distiller.objective, self._counts(parts)
+        moment = objective.moment
+        objective.at(Progress())
+        try:
+            found = [self.distiller(part, counts=counts)[1].values() for part in parts]
+            raw = torch.stack([torch.stack(list(values)) for values in found]).sum(dim=0)
+            total = objective.total(dict(zip(objective.labels, raw.tolist(), strict=True)))
+        finally:
+            objective.at(moment)
+        return torch.tensor(total, device=raw.device)
 
     @contextmanager
     def _distilling(self) -> Iterator[None]:
@@ -319,6 +365,46 @@ def check_padded(features: Iterable[Mapping[str, Any]]) -> None:
         )
 
 
+def _give_rates(optimizer: Any, distiller: Distiller) -> None:
+    """Let parameters that have a learning rate of their own stand in groups apart."""
+    for own in distiller.parameter_groups()[1:]:
+        apart = set(own["params"])
+        for group in list(optimizer.param_groups):
+            same = [p for p in group["params"] if p in apart]
+            if same:
+                group["params"] = [p for p in group["params"] if p not in apart]
+                optimizer.add_param_group({**group, "params": same, "lr": own["lr"]})
+
+
+def _check_optimizer(trainer: Any) -> None:
+    """See that an optimizer trains what stands beside the student, each at its learning rate.
+
+    Raises:
+        UserError: one that was made of the student's parameters alone, or knows no such rate.
+    """
+    # a scheduler moves `lr`, and keeps what it was
+    rates = {
+        parameter: group.get("initial_lr", group["lr"])
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    said = f"{type(trainer).__name__}: the optimizer"
+    use = "give optimizer_cls_and_kwargs in place of optimizers"
+    missing = [n for n, p in trainer.distiller.objective.named_parameters() if p not in rates]
+    if missing:
+        raise UserError(
+            f"{said} lacks {len(missing)} parameters of the losses, such as {missing[0]}, which "
+            f"would never train; {use}, or set trainer.optimizer to one made from "
+            "trainer.distiller.parameters()"
+        )
+    for own in trainer.distiller.parameter_groups()[1:]:
+        if any(rates[parameter] != own["lr"] for parameter in own["params"]):
+            raise UserError(
+                f"{said} doesn't have the projection_learning_rate {own['lr']:g}; {use}, or set "
+                "trainer.optimizer to one made from trainer.distiller.parameter_groups()"
+            )
+
+
 def _check_arguments(trainer: Any) -> None:
     args = trainer.args
     refused = {
@@ -334,6 +420,11 @@ def _check_arguments(trainer: Any) -> None:
         raise UserError(
             f"{type(trainer).__name__}: {', '.join(found)} is set, which the losses don't pass "
             "through; leave it out, or use fastkd.distill"
+        )
+    if trainer.model_init is not None:
+        raise UserError(
+            f"{type(trainer).__name__}: model_init is given, which makes a new student at every "
+            "train, but the losses are of one student; give model"
         )
     half = {p.dtype for p in trainer.model.parameters() if p.requires_grad and p.itemsize < 4}
     if half:

@@ -264,6 +264,12 @@ def test_scores_out_of_range(score: str, tmp_path: Path) -> None:
         read(SCORES, tmp_path)
 
 
+def test_a_score_that_stands_for_no_label(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.tsv", "a\ty", "fine\t-99", "text\t-100")
+    with pytest.raises(UserError, match=r"line 3: score '-100' of column 'y' .* on another scale"):
+        read(replace(SCORES, bounds=(-200, 0)), tmp_path)
+
+
 @pytest.mark.parametrize("value", [True, None, [1], "x", 6])
 def test_scores_in_json(value: object, tmp_path: Path) -> None:
     write_lines(tmp_path / "train.jsonl", json.dumps({"a": "text", "y": value}))

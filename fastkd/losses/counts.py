@@ -53,7 +53,8 @@ def count_divisors(
     ids = inputs["input_ids"]
     given = inputs.get("attention_mask")
     ones = torch.ones_like(ids, dtype=torch.float64)
-    rows = ones if given is None else given.to(torch.float64)
+    # any number but 0 is a token, as models read it
+    rows = ones if given is None else (given != 0).to(torch.float64)
     valid = rows if reduction == "valid" else ones
     visible = causal and reduction == "valid"
     keys = valid.cumsum(dim=1) if visible else valid.sum(dim=1, keepdim=True)
@@ -89,16 +90,20 @@ def tells_predictions(inputs: Inputs, head: Head) -> bool:
 
 
 def target_labels(inputs: Inputs, head: Head) -> Tensor | None:
-    """The labels that a head is to predict, `IGNORE_INDEX` where there is none.
+    """The labels that a head is to predict, `IGNORE_INDEX` where there is none, and at padding.
 
     Returns:
         For a causal language model the next token, [batch, tokens] int64, from `labels` of the
         inputs where they are given; else those labels, one an example or one a token, or `None`.
     """
-    if HEADS[head].labels != "next_token":
-        return inputs.get("labels")
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    following = inputs.get("labels", ids)[:, 1:]
-    if mask is not None:
-        following = following.masked_fill(mask[:, 1:] == 0, IGNORE_INDEX)
-    return torch.nn.functional.pad(following, (0, 1), value=IGNORE_INDEX)
+    of, labels, mask = HEADS[head].labels, inputs.get("labels"), inputs.get("attention_mask")
+    if of == "next_token":
+        labels = inputs["input_ids"] if labels is None else labels
+        following = labels[:, 1:]
+        if mask is not None:
+            following = following.masked_fill(mask[:, 1:] == 0, IGNORE_INDEX)
+        labels = torch.nn.functional.pad(following, (0, 1), value=IGNORE_INDEX)
+    elif labels is None or of not in ("token", "masked_token"):
+        return labels
+    # what padding on the left predicts is no prediction either
+    return labels if mask is None else labels.masked_fill(mask == 0, IGNORE_INDEX)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from fastkd_kernels import LogitsHead
 from torch import Tensor
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy
 
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
@@ -171,15 +171,14 @@ def _vector(found: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 
 def _hard_loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     """Cross-entropy of classes, perhaps weighted, or squared error of one number; a mean over
-    labelled examples, or over labels of tokens and spans, of which a micro-batch may have none."""
+    labels of examples, tokens or spans, of which a micro-batch may have none."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if labels.ndim == 1 and logits.shape[-1] == 1:
-        return mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
-    if weights is None and labels.ndim == 1:
-        return cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
-    losses = cross_entropy(
-        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-    )
+        losses = (logits.squeeze(-1) - labels.to(logits.dtype)).square()
+    else:
+        losses = cross_entropy(
+            logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+        )
     counted = (labels.flatten() != IGNORE_INDEX).to(logits.dtype)
     if weights is not None:
         # each as its example, or its token, counts

@@ -31,6 +31,7 @@ from fastkd.data.text.hub import (
     saved_folder,
 )
 from fastkd.errors import UserError
+from fastkd.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -241,5 +242,10 @@ def _score(row: Row, task: Task) -> float:
         raise UserError(
             f"{row.where}: score {row.label!r} of column {task.columns.label!r}, expected a "
             f"number from {low:g} to {high:g}"
+        )
+    if score == IGNORE_INDEX:
+        raise UserError(
+            f"{row.where}: score {row.label!r} of column {task.columns.label!r} is what stands for "
+            "no label; give scores on another scale"
         )
     return score

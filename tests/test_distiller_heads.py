@@ -1,4 +1,4 @@
-"""`Distiller` with models that have heads: which are compared, which labels count, and where."""
+"""`Distiller`: which heads are compared, which labels count, and padding on either side."""
 
 from __future__ import annotations
 
@@ -207,6 +207,17 @@ def test_labels_at_padding_count_nowhere(auto: Any) -> None:
         found, expected = ({**batch, "labels": given} for given in (labels, blank))
         assert torch.equal(own.count(found), own.count(expected))
         assert own(found)[1] == own(expected)[1]
+
+
+@pytest.mark.parametrize("losses", [{"hidden": {"tokens": "cls"}}, {"rkd": {"pooling": "cls"}}])
+def test_the_first_token_is_none_of_the_padding(losses: dict[str, Any]) -> None:
+    student, teacher = classifiers({}, {})
+    batch = tiny_batch((12, 7, 3))
+    turned = on_the_left(batch)
+    with torch.no_grad(), fastkd.Distiller(student, teacher, losses) as distiller:
+        (_, right), (_, left) = distiller(batch), distiller(turned)
+    for label, value in right.items():
+        torch.testing.assert_close(left[label], value, rtol=1e-4, atol=1e-6)
 
 
 def test_a_mask_of_other_numbers_counts_its_tokens() -> None:

@@ -32,12 +32,11 @@ def pool_tokens(states: Tensor, mask: Tensor | None, pooling: PoolingMode) -> Te
         mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     if pooling == "max":
         return states.masked_fill(~mask.unsqueeze(-1), -torch.inf).max(dim=1).values
-    if pooling in ("cls", "last"):
+    if pooling == "cls":
+        return first_tokens(states, mask)
+    if pooling == "last":
         places = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-        if pooling == "cls":
-            chosen = places.masked_fill(~mask, mask.shape[1] - 1).min(dim=1).values
-        else:
-            chosen = places.masked_fill(~mask, 0).max(dim=1).values
+        chosen = places.masked_fill(~mask, 0).max(dim=1).values
         return states[torch.arange(len(states), device=states.device), chosen]
     weights = mask.unsqueeze(-1).to(states.dtype)
     if pooling == "weighted_mean":
@@ -47,6 +46,16 @@ def pool_tokens(states: Tensor, mask: Tensor | None, pooling: PoolingMode) -> Te
     if pooling == "mean_sqrt_len":
         divisors = divisors.sqrt()
     return (states * weights).sum(dim=1) / divisors
+
+
+def first_tokens(states: Tensor, mask: Tensor | None) -> Tensor:
+    """Of states [batch, tokens, width] those of each row's first token that is no padding, by a
+    mask as of `pool_tokens`: [batch, width]."""
+    if mask is None:
+        return states[:, 0]
+    places = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    chosen = places.masked_fill(~mask, mask.shape[1] - 1).min(dim=1).values
+    return states[torch.arange(len(states), device=states.device), chosen]
 
 
 class Dense(nn.Module):

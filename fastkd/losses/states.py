@@ -14,7 +14,7 @@ from fastkd.errors import UserError
 from fastkd.layer_map import AttentionMap, LayerMap, Progress
 from fastkd.losses.base import Batch, Loss, LossConfig, LossGroup, Shared
 from fastkd.losses.counts import Divisor
-from fastkd.losses.pooling import Dense, EmbeddingModules
+from fastkd.losses.pooling import Dense, EmbeddingModules, first_tokens
 
 if TYPE_CHECKING:
     from fastkd.capture import Capture
@@ -32,7 +32,7 @@ class StateConfig(LossConfig):
     """Whether `normalized_mse` is divided by the width of the teacher and the number of layer
     pairs, as PKD's own code has it, where its paper has sums."""
     tokens: Tokens = "all"
-    """Every token, the first one, or the mean over all."""
+    """Every token, the first one that is no padding, or the mean over all."""
     projection: Literal["none", "shared", "own", "per_pair"] | None = None
     """From student to teacher width: none, the one that all losses share, one for this loss, or one
     a pair; as `losses.projection` says where not given."""
@@ -246,7 +246,7 @@ def pooled(state: Tensor, tokens: Tokens, mask: Tensor | None) -> Tensor:
     if tokens == "all":
         return state
     if tokens == "cls":
-        return state[:, :1]
+        return first_tokens(state, mask).unsqueeze(1)
     state = state.to(torch.promote_types(state.dtype, torch.float32))
     if mask is None:
         return state.mean(dim=1, keepdim=True)

@@ -138,6 +138,18 @@ def test_models_are_left_as_found() -> None:
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+def test_a_teacher_never_teaches_with_dropout() -> None:
+    student, teacher = models()
+    batch = tiny_batch()
+    with torch.no_grad(), fastkd.Distiller(student, teacher, LOSSES) as distiller:
+        expected = distiller(batch)[0]
+        # as of a loop whose module holds the teacher too
+        for module in (teacher, teacher.encoder):
+            module.train()
+            assert distiller(batch)[0] == expected
+            assert not teacher.encoder.training
+
+
 def test_parameters_are_the_students_and_the_projections() -> None:
     student, teacher = models()
     distiller = fastkd.Distiller(student, teacher, LOSSES)

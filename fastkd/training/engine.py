@@ -129,8 +129,7 @@ class TeacherRunner:
         self.quantised = quantised
         self.others = tuple(others)
         self._run = model if engine is None else engine
-        # of DeepSpeed's engine it returns nothing
-        self._run.eval()
+        self._settle()
         self.compiled: CompiledCapture | None = None
         """What runs it while the objective is in training mode, where that is compiled."""
         self.stored: StoredStates | None = None
@@ -141,6 +140,7 @@ class TeacherRunner:
         """Run as deep as the objective ever needs, or all of it, and return what is needed now."""
         if self.stored is not None and not whole and any(n.startswith(STORED) for n in inputs):
             return self.stored(inputs, self.objective.layers("teacher"))
+        self._settle()
         wanted = self.objective.layers("teacher")
         cut = nullcontext() if whole else self._cut
         with torch.no_grad(), cut, reading(self.model, teacher_inputs(inputs)) as read:
@@ -150,6 +150,11 @@ class TeacherRunner:
                 with capture(self.model, **wanted) as states:
                     self._run(**read)
         return self._condensed(states, inputs)
+
+    def _settle(self) -> None:
+        """Put the teacher into eval mode, whatever a module that holds it was put into since."""
+        if any(module.training for module in self._run.modules()):
+            self._run.eval()
 
     def record(self, inputs: Inputs, wanted: Wanted | None = None) -> Capture:
         """Run as deep as the objective ever needs, and return what it may ever need; or what is

@@ -24,6 +24,7 @@ from test_local_engine import (
 from tiny_models import tiny_model
 from tiny_runs import assert_same_run, keys, make_recipe, run_variants
 from torch import Tensor
+from transformers import AutoModel, GptOssConfig
 
 from fastkd.capture.blocks import find_blocks
 from fastkd.errors import UserError
@@ -31,7 +32,7 @@ from fastkd.recipe import Train, load_recipe
 from fastkd.training import muon
 from fastkd.training.checkpoint.states import read_state
 from fastkd.training.deepspeed_config import student_config
-from fastkd.training.engine import make_optimizer
+from fastkd.training.engine import make_optimizer, parameter_groups
 from fastkd.training.local_engine import LocalEngine
 from fastkd.training.muon import Muon, block_matrices, orthogonal
 
@@ -166,6 +167,28 @@ def test_matrices_are_those_of_the_blocks(architecture: str, expected: set[str])
     assert len(names) == len(matrices)
     assert {name[-2] for name in names} == expected
     assert all(name[-1] == "weight" and {"layer", "layers", "h"} & set(name) for name in names)
+
+
+def test_biases_of_stacked_experts_are_biases() -> None:
+    """A row of one is no direction in the space of states: neither orthogonal nor pulled to 0."""
+    config = GptOssConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    student = AutoModel.from_config(config)
+    names = {p: name.split(".")[-1] for name, p in student.named_parameters()}
+    assert {names[p] for p in block_matrices(find_blocks(student))} == {"weight"}
+    groups = parameter_groups(student, Train(weight_decay=0.1))
+    decayed, free = ({names[p] for p in group["params"]} for group in groups)
+    assert decayed == {"weight", "gate_up_proj", "down_proj"}
+    assert free == {"weight", "bias", "sinks", "gate_up_proj_bias", "down_proj_bias"}
 
 
 def test_groups_keep_their_decay() -> None:

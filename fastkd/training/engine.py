@@ -39,7 +39,7 @@ from fastkd.recipe import AnyRecipe, Recipe, Train
 from fastkd.training.checkpoint.layout import find_places
 from fastkd.training.deepspeed_config import student_config, teacher_config, uses_deepspeed
 from fastkd.training.local_engine import LocalEngine
-from fastkd.training.muon import Muon, Piece, block_matrices
+from fastkd.training.muon import Muon, Piece, block_matrices, is_bias
 from fastkd.types import STORED, Inputs, teacher_inputs
 
 Wanted = Mapping[str, Any]
@@ -336,11 +336,13 @@ def parameter_groups(module: nn.Module, train: Train) -> list[dict[str, Any]]:
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     groups = []
     for rate in (None, *sorted(set(rates.values()))):
-        same = [p for name, p in trained.items() if rates.get(name) == rate]
+        same = {name: p for name, p in trained.items() if rates.get(name) == rate}
         own = {} if rate is None else {"lr": rate}
+        pulled = [p for name, p in same.items() if p.ndim > 1 and not is_bias(name)]
+        free = [p for name, p in same.items() if p.ndim <= 1 or is_bias(name)]
         groups += [
-            {"params": [p for p in same if p.ndim > 1], "weight_decay": train.weight_decay, **own},
-            {"params": [p for p in same if p.ndim <= 1], "weight_decay": 0.0, **own},
+            {"params": pulled, "weight_decay": train.weight_decay, **own},
+            {"params": free, "weight_decay": 0.0, **own},
         ]
     return [group for group in groups if group["params"]]
 

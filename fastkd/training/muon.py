@@ -212,4 +212,13 @@ def block_matrices(blocks: nn.Module) -> set[nn.Parameter]:
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters()
     }
-    return {p for p in blocks.parameters() if p.ndim == 2 and p not in looked_up}
+    return {
+        parameter
+        for name, parameter in blocks.named_parameters()
+        if parameter.ndim == 2 and parameter not in looked_up and not is_bias(name)
+    }
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter is added, be it one vector or, of experts that are stacked, one each."""
+    return name.rpartition(".")[2].endswith("bias")

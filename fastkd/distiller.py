@@ -277,10 +277,9 @@ class Distiller(nn.Module):
         self._follow(inputs["input_ids"].device)
         teacher_states = self._runs[-1](inputs)
         total, values = self._pair[0](inputs, teacher_states, shares.float())
-        uncertainty = self.objective.uncertainty
-        if uncertainty is not None:
+        if self.objective.uncertainty is not None:
             # the log-variances stand in the total of every batch, and count once a step
-            alone, _ = uncertainty(torch.zeros_like(uncertainty.log_variances))
+            alone = self.objective.variance_total()
             total = total + (shares[_EXAMPLES].to(alone) - 1) * alone
         return total, dict(zip(self.labels, values[0].unbind(), strict=True))
 

@@ -181,16 +181,42 @@ def test_uncertainty_has_the_loss_and_the_gradients_of_its_formula() -> None:
     torch.testing.assert_close(own.grad, gradient.detach(), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("how", ["weight", "schedule"])
+def test_a_variance_stands_still_while_its_term_is_off(how: str) -> None:
+    late = {"kind": "step", "first": 0, "last": 1, "begin": 0.5}
+    off = {"weight": 0.0} if how == "weight" else {"weight": 5.0, "schedule": late}
+    run = Run(embedding=off, balance={"kind": "uncertainty", "limit": 3.0})
+    learned = run.objective.uncertainty
+    assert learned is not None
+    with torch.no_grad():
+        learned.log_variances.copy_(torch.tensor([0.7, -1.2]))
+    total, raw, weighted = run()
+    total.backward()
+    s = 3 * math.tanh(0.7 / 3)
+    expected = math.exp(-s) * 2 * float(raw[:2].sum()) / 2 + s / 2
+    assert float(total) == pytest.approx(expected, rel=1e-6)
+    assert float(run.objective.variance_total()) == pytest.approx(s / 2, rel=1e-6)
+    assert weighted[2] == 0
+    slopes = learned.log_variances.grad
+    assert slopes is not None and slopes[0] != 0 and slopes[1] == 0
+    if how == "schedule":
+        run.objective.at(Progress(STEPS // 2))
+        learned.log_variances.grad = None
+        run()[0].backward()
+        assert learned.log_variances.grad is not None and learned.log_variances.grad[1] != 0
+
+
 @pytest.mark.parametrize("value", [-50.0, 50.0])
 def test_variances_stay_within_their_limit_and_come_back_from_it(value: float) -> None:
     learned = Uncertainty(1, limit=2.0)
     with torch.no_grad():
         learned.log_variances.fill_(value)
-    _, scales = learned(torch.ones(1, dtype=torch.float64))
+    on = torch.ones(1, dtype=torch.bool)
+    _, scales = learned(torch.ones(1, dtype=torch.float64), on)
     assert scales.item() == pytest.approx(math.exp(-math.copysign(2.0, value)) / 2, rel=1e-6)
     with torch.no_grad():
         learned.log_variances.fill_(math.copysign(4.0, value))
-    learned(torch.full((1,), 1.0, dtype=torch.float64))[0].backward()
+    learned(torch.full((1,), 1.0, dtype=torch.float64), on)[0].backward()
     # at a loss of 1 the best variance is 1: away from the limit
     assert learned.log_variances.grad is not None
     assert math.copysign(1.0, learned.log_variances.grad.item()) == math.copysign(1.0, value)

@@ -8,7 +8,7 @@ name, `objective.py` adds all of them up and knows none by name, `factory.py` ma
 models, `counts.py` counts what values are means over, `weighting.py`, `temperature.py` and
 `transports.py` move factors, `comparable.py`, `relation_heads.py`, `pooling.py` and `pairs.py` are
 what several losses share, `gathering.py` what losses need that compare all rows of a step with each
-other.
+other, `term_errors.py` names the losses of what goes wrong.
 
 This folder alone calls the kernels. It may import `layer_map`, `recipe.weights`, `section`,
 `errors` and `types`; of `capture` all but the factory takes types only, so that a recipe is read

@@ -12,9 +12,10 @@ from fastkd.losses.base import ModelPair, Term
 from fastkd.losses.embeddings import EmbeddingConfig, EmbeddingLoss
 from fastkd.losses.ensemble import Ensemble
 from fastkd.losses.heads import HardLoss
-from fastkd.losses.objective import Objective, key_of
+from fastkd.losses.objective import Objective
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.losses.registry import loss_class
+from fastkd.losses.term_errors import key_of
 from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses
 from fastkd.types import Head, Side

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from fastkd.capture import Capture, CompiledCapture, PaddedStates, capture, reading
 from fastkd.capture.lm_head import last_hidden_state
-from fastkd.errors import UserError, one_line
+from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, Progress, TransportMap
 from fastkd.losses.base import (
     Batch,
@@ -37,12 +36,9 @@ from fastkd.losses.counts import (
 from fastkd.losses.gathering import Gather, Notes, alone, undeclared
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.losses.registry import loss_class
+from fastkd.losses.term_errors import checked_values, errors_at, key_of
 from fastkd.losses.transports import Mapped, Transports
-from fastkd.losses.weighting import (
-    Ratio,
-    Uncertainty,
-    factor,
-)
+from fastkd.losses.weighting import Ratio, Uncertainty, factor
 from fastkd.packed_row import PackedRow, valid_tokens
 from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses
@@ -228,20 +224,29 @@ class Objective(nn.Module):
             if takes_notes and not self._compares(term):
                 values.append(shares.new_zeros(count))
                 continue
-            with _errors_at(where, term):
+            with errors_at(where, term):
                 found = term(*views(term), batch)
-            values.append(_values(term, found, count))
+            values.append(checked_values(term, found, count))
         if self.training and torch.is_grad_enabled() and not takes_notes:
             self._check_gradients(values)
         losses = torch.cat(values)
         raw = losses * shares[self._divisor_of]
-        weighted = raw * self._weights(raw)
+        weights = self._weights(raw)
+        weighted = raw * weights
         if self.uncertainty is not None:
-            total, scales = self.uncertainty(self._by_term(weighted))
+            on = self._by_term(weights) > 0
+            total, scales = self.uncertainty(self._by_term(weighted), on)
             weighted = weighted.detach() * self._spread(scales)
         else:
             total = weighted.sum()
         return total, torch.stack([raw.detach(), weighted.detach()])
+
+    def variance_total(self) -> Tensor:
+        """What the log-variances of `uncertainty` are in the total of every micro-batch."""
+        assert self.uncertainty is not None, "it is asked where they are learned"
+        on = self._by_term(self._weights(self.uncertainty.log_variances)) > 0
+        total: Tensor = self.uncertainty(torch.zeros_like(self.uncertainty.log_variances), on)[0]
+        return total
 
     def condensed(self, teacher: Capture, mask: Tensor | None) -> Capture:
         """A teacher's pass as the losses read it: where they read embeddings, made here, and no
@@ -501,45 +506,6 @@ class Objective(nn.Module):
         """One value a term to one a loss."""
         parts = zip(scales.unbind(), self._sizes, strict=True)
         return torch.cat([scale.expand(size) for scale, size in parts])
-
-
-def key_of(term: Term) -> str:
-    """What a term is in a recipe, for messages: `losses.NAME`, or several names."""
-    return f"losses.{', '.join(dict.fromkeys(match.term for match in term.matches))}"
-
-
-@contextlib.contextmanager
-def _errors_at(where: str, term: Term) -> Iterator[None]:
-    """Let what a term's ops refuse, or a plugin's term raises, name its losses.
-
-    Raises:
-        UserError: that.
-    """
-    try:
-        with plugin_errors(where, type(term)):
-            yield
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{where}: {one_line(error, None)}") from error
-
-
-def _values(term: Term, found: Any, expected: int) -> Tensor:
-    """What a term gave, `expected` values.
-
-    Raises:
-        UserError: a loss gives another number of values.
-    """
-    shape = tuple(found.shape) if isinstance(found, Tensor) else None
-    if shape == (expected,) or (shape == () and expected == 1):
-        values: Tensor = found.reshape(expected)
-        return values
-    given = type(found).__name__ if shape is None else f"a tensor of shape {list(shape)}"
-    wanted = f"[{expected}]" if expected > 1 else "[] or [1]"
-    raise UserError(
-        f"{key_of(term)}: {type(term).__name__}.forward gives {given}; expected a tensor of shape "
-        f"{wanted}, one value for each of its labels"
-    )
 
 
 class DistilledStudent(nn.Module):

@@ -106,7 +106,9 @@ class Uncertainty(nn.Module):
         total = sum over terms of exp(-s) L / 2 + s / 2,    s = limit tanh(parameter / limit)
 
     Their form for classification, exp(-s) L + s / 2, is the same with s shifted by log 2. A hard
-    clamp would leave a variance that once reaches the limit without a gradient.
+    clamp would leave a variance that once reaches the limit without a gradient. A term that is
+    switched off, by its weight or its schedule, is left out of the sum: its variance would shrink
+    to the limit, and weigh that much when it is switched on.
     """
 
     def __init__(self, terms: int, limit: float) -> None:
@@ -115,8 +117,10 @@ class Uncertainty(nn.Module):
         # one dimension, so that the optimiser puts no weight decay on them
         self.log_variances = nn.Parameter(torch.zeros(terms))
 
-    def forward(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """The total of the weighted terms [terms], a scalar, and their scales [terms]."""
+    def forward(self, sizes: Tensor, on: Tensor) -> tuple[Tensor, Tensor]:
+        """The total of the weighted terms [terms], of which some are on, bool [terms]: a scalar;
+        and their scales [terms]."""
         clamped = self.limit * torch.tanh(self.log_variances.to(sizes.dtype) / self.limit)
+        clamped = clamped.masked_fill(~on, 0.0)
         scales = (-clamped).exp() / 2
         return (scales * sizes).sum() + clamped.sum() / 2, scales.detach()

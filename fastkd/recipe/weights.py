@@ -56,7 +56,7 @@ class Balance(Section):
 
     kind: Literal["constant", "ratio", "uncertainty"] = "constant"
     """Not at all; every term scaled to the running size of a reference term; or by learned
-    variances (Kendall et al., arXiv 1705.07115, eq. 7)."""
+    variances (Kendall et al., arXiv 1705.07115, eq. 7), of the terms that are on."""
     reference: Name | None = None
     """Term that `ratio` scales the others to; the first one where not given. It must not be 0 at
     the first step."""

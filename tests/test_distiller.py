@@ -175,6 +175,29 @@ def test_projections_of_half_precision_have_all_their_digits() -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in own)
 
 
+def test_a_student_in_half_precision_weighs_the_teachers_layers() -> None:
+    losses, batch = {"hidden": {}}, tiny_batch()
+    student, teacher = models()
+    found = []
+    for model in (student, copy.deepcopy(student).bfloat16()):
+        with torch.no_grad(), fastkd.Distiller(model, teacher, losses, "attention") as distiller:
+            found.append(distiller(batch)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=0)
+
+
+def test_blocks_that_are_recomputed_within_a_backward_have_no_gradients() -> None:
+    student, teacher = models()
+    distiller = fastkd.Distiller(student, teacher, LOSSES)
+    student.train()
+    student.gradient_checkpointing_enable({"use_reentrant": True})
+    said = r"losses.attention: .* has no gradient; .*under gradient checkpointing with use_reentr"
+    with distiller, pytest.raises(UserError, match=said):
+        distiller(tiny_batch())
+    student.gradient_checkpointing_enable({"use_reentrant": False})
+    with distiller:
+        distiller(tiny_batch())[0].backward()
+
+
 def test_batches_with_more_tokens_than_a_window_want_to_be_tried() -> None:
     models = [tiny_model("modernbert", seed, num_hidden_layers=2) for seed in (1, 2)]
     models[1].requires_grad_(False)

@@ -302,7 +302,7 @@ WRONG = {
     "no gradient": (
         LOSS.replace(RETURN, f"{RETURN}.detach()"),
         "losses.norms: what NormsLoss gives has no gradient; compute it from states of the student "
-        "that train, or leave it out",
+        "that train (under gradient checkpointing with use_reentrant=False), or leave it out",
     ),
     "no such module": (
         LOSS.replace("hidden=True", "hidden=True, modules=('nowhere', 'nowhere')"),

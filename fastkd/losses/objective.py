@@ -46,6 +46,8 @@ from fastkd.types import LABEL_WEIGHTS, ROWS, SCORES, Inputs, Side, teacher_inpu
 
 _PLAIN = frozenset(("input_ids", "token_type_ids", ROWS, SCORES))
 """Inputs that hide nothing and label nothing."""
+# the other kind runs blocks without gradients first, and what is captured then has none
+_RECOMPUTED = " (under gradient checkpointing with use_reentrant=False)"
 
 
 class Objective(nn.Module):
@@ -361,7 +363,7 @@ class Objective(nn.Module):
             if not value.requires_grad:
                 raise UserError(
                     f"{key_of(term)}: what {type(term).__name__} gives has no gradient; compute it "
-                    "from states of the student that train, or leave it out"
+                    f"from states of the student that train{_RECOMPUTED}, or leave it out"
                 )
 
     def _check_rates(self) -> None:
@@ -558,6 +560,6 @@ class DistilledStudent(nn.Module):
         if self.training and torch.is_grad_enabled() and not total.requires_grad:
             raise UserError(
                 f"losses: none of {', '.join(self.objective.names)} has a gradient; compute one "
-                "from the student's states, of a student that trains"
+                f"from the student's states, of a student that trains{_RECOMPUTED}"
             )
         return total, parts

@@ -215,6 +215,8 @@ class StateGroup(LossGroup):
             return torch.stack(targets).mean(dim=0)
         weight, bias = (self._chosen(name, [place]) for name in _NAMES)
         if isinstance(weight, Tensor):
+            # a student in half precision, whose projections are not
+            state = state.to(weight.dtype)
             state = nn.functional.linear(state, weight, bias if isinstance(bias, Tensor) else None)
         # a token's own weights: softmax over layers of <student state, teacher state>; the weights
         # are detached, so the target does not move with the student (ALP-KD, arXiv 2012.14022)

@@ -237,6 +237,8 @@ def test_an_optimizer_of_the_student_alone_is_refused(tmp_path: Path) -> None:
     said = r"lacks 2 parameters of the losses, such as terms.*, or set trainer\.optimizer to one"
     with pytest.raises(fastkd.UserError, match=said):
         made.train()
+    with pytest.raises(fastkd.UserError, match=said):
+        made.create_scheduler(1, alone)
     made.optimizer = torch.optim.SGD(made.distiller.parameters(), lr=0.1)
     before = copies(made.distiller.objective.parameters())
     made.train()

@@ -194,10 +194,11 @@ class DistillationMixin:
             _give_rates(optimizer, self.distiller)
         return optimizer
 
-    def create_scheduler(self, *arguments: Any, **keywords: Any) -> Any:
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As the trainer's own, of an optimizer that trains all that it must."""
-        _check_optimizer(self)
-        return super().create_scheduler(*arguments, **keywords)  # type: ignore[misc]
+        given = self.optimizer if optimizer is None else optimizer
+        _check_optimizer(given, self.distiller, type(self).__name__)
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of what weight decay pulls at: no learned weight of a loss."""
@@ -376,7 +377,7 @@ def _give_rates(optimizer: Any, distiller: Distiller) -> None:
                 optimizer.add_param_group({**group, "params": same, "lr": own["lr"]})
 
 
-def _check_optimizer(trainer: Any) -> None:
+def _check_optimizer(optimizer: Any, distiller: Distiller, trainer: str) -> None:
     """See that an optimizer trains what stands beside the student, each at its learning rate.
 
     Raises:
@@ -385,19 +386,19 @@ def _check_optimizer(trainer: Any) -> None:
     # a scheduler moves `lr`, and keeps what it was
     rates = {
         parameter: group.get("initial_lr", group["lr"])
-        for group in trainer.optimizer.param_groups
+        for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    said = f"{type(trainer).__name__}: the optimizer"
+    said = f"{trainer}: the optimizer"
     use = "give optimizer_cls_and_kwargs in place of optimizers"
-    missing = [n for n, p in trainer.distiller.objective.named_parameters() if p not in rates]
+    missing = [n for n, p in distiller.objective.named_parameters() if p not in rates]
     if missing:
         raise UserError(
             f"{said} lacks {len(missing)} parameters of the losses, such as {missing[0]}, which "
             f"would never train; {use}, or set trainer.optimizer to one made from "
             "trainer.distiller.parameters()"
         )
-    for own in trainer.distiller.parameter_groups()[1:]:
+    for own in distiller.parameter_groups()[1:]:
         if any(rates[parameter] != own["lr"] for parameter in own["params"]):
             raise UserError(
                 f"{said} doesn't have the projection_learning_rate {own['lr']:g}; {use}, or set "

@@ -129,6 +129,7 @@ class TeacherRunner:
         self.quantised = quantised
         self.others = tuple(others)
         self._run = model if engine is None else engine
+        self._parts = tuple(self._run.modules())
         self._settle()
         self.compiled: CompiledCapture | None = None
         """What runs it while the objective is in training mode, where that is compiled."""
@@ -153,7 +154,8 @@ class TeacherRunner:
 
     def _settle(self) -> None:
         """Put the teacher into eval mode, whatever a module that holds it was put into since."""
-        if any(module.training for module in self._run.modules()):
+        if any(module.training for module in self._parts):
+            # of DeepSpeed's engine it returns nothing
             self._run.eval()
 
     def record(self, inputs: Inputs, wanted: Wanted | None = None) -> Capture:

@@ -3,8 +3,13 @@
 A unit gradient is the gradient of the undivided sum, in fp32, made in the forward pass; the
 backward multiplies it by `upstream / count` on the device. That of squares is over two, and
 multiplied by twice as much.
+
+So a backward computes what is linear in the upstream gradient and constant in all else. Under
+`create_graph` it says so: its gradients may be differentiated by the upstream one, and nothing may
+ask them for a derivative by what the op was given.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial, wraps
@@ -14,6 +19,8 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..types import NAMESPACE
 from .fp32_products import fp32_products, without_autocast
@@ -101,7 +108,7 @@ class Op:
         self.registered.register_fake(lambda *arguments: fake(self.named(arguments)))
         self.function = None
         if keep is not None and gradient is not None:
-            _register_autograd(self.registered, self.named, keep, gradient)
+            _register_autograd(name, self.registered, self.named, keep, gradient)
             self.function = _function(name, self.run, self.named, keep, gradient)
 
     def __call__(self, *arguments: Any, **more: Any) -> Any:
@@ -121,6 +128,8 @@ class Op:
 
     def planned(self, arguments: Sequence[Any]) -> Callable[[Sequence[Any]], Any]:
         """The call for all arguments that look like these."""
+        if forward_ad._current_level >= 0:
+            self.refuse_tangents(arguments)
         if not is_eager():
             return lambda arguments: self.registered(*arguments)
         columns = [arguments[at] if many else (arguments[at],) for at, many in self.slots]
@@ -145,9 +154,22 @@ class Op:
             given = [
                 arguments[at] if place is None else arguments[at][place] for at, place in trained
             ]
-            return (function.apply(forward, arguments, places, *given),)
+            return function.apply(forward, arguments, places, *given)
 
         return call
+
+    def refuse_tangents(self, arguments: Sequence[Any]) -> None:
+        """Refuse what would lose its derivative in forward mode, which plans don't see."""
+        tensors = [arguments[at] if many else (arguments[at],) for at, many in self.slots]
+        for tensor in itertools.chain(*tensors):
+            if tensor is None:
+                continue
+            _, tangent = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
+            if tangent is not None:
+                raise NotImplementedError(
+                    f"{self.name} has no derivative in forward mode (torch.func.jvp, "
+                    "torch.autograd.forward_ad), got a tensor with a tangent: use backward"
+                )
 
     def named(self, arguments: Sequence[Any]) -> Named:
         given = Named()
@@ -172,7 +194,10 @@ def _function(
     keep: Keep,
     gradient: Gradient,
 ) -> Any:
-    """Losses of arguments in a tuple; what of them is trained follows, and where it stands."""
+    """Losses of arguments in a tuple; what of them is trained follows, and where it stands.
+
+    The output behind them is none for the caller: it ties a differentiated gradient to the inputs.
+    """
 
     class Eager(torch.autograd.Function):
         @staticmethod
@@ -182,16 +207,17 @@ def _function(
             arguments: tuple[Any, ...],
             places: list[tuple[str, int | None]],
             *trained: Tensor,
-        ) -> Tensor:
+        ) -> tuple[Tensor, Tensor]:
             made = run(forward, arguments)
+            # none where nothing asks for a gradient, as of the second output
+            ctx.set_materialize_grads(False)
             ctx.places = places
-            ctx.kept = _Kept(ctx, keep(named(arguments), made))
-            losses: Tensor = made[0]
-            return losses
+            ctx.kept = _Kept(ctx, keep(named(arguments), made), made[1])
+            return made[0], made[1]
 
         @staticmethod
-        def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-            made = gradient(ctx.kept.named(ctx), upstream)
+        def backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+            made = _gradients(name, ctx, gradient, upstream)
             parts = {}
             grads = []
             for word, place in ctx.places:
@@ -216,10 +242,13 @@ def on_its_device(tensor: Tensor, function: Callable[..., Any], arguments: Seque
 
 
 class _Kept:
-    """What a backward needs: tensors, in autograd's care, by their places, and plain values."""
+    """What a backward needs: tensors, in autograd's care, by their places, and plain values.
 
-    def __init__(self, ctx: Any, values: Mapping[str, Any]) -> None:
-        tensors: list[Tensor | None] = []
+    `tie` is an output of the function, which leads to the inputs without keeping them.
+    """
+
+    def __init__(self, ctx: Any, values: Mapping[str, Any], tie: Tensor) -> None:
+        tensors: list[Tensor | None] = [tie]
         self.places: dict[str, int | slice] = {}
         self.plain: dict[str, Any] = {}
         for word, value in values.items():
@@ -236,13 +265,91 @@ class _Kept:
                 self.plain[word] = value
         ctx.save_for_backward(*tensors)
 
-    def named(self, ctx: Any) -> Named:
+    def named(self, ctx: Any) -> tuple[Named, Tensor]:
+        """All of them by name, and the tie."""
         saved = ctx.saved_tensors
-        return Named(**self.plain, **{word: saved[at] for word, at in self.places.items()})
+        named = Named(**self.plain, **{word: saved[at] for word, at in self.places.items()})
+        return named, saved[0]
+
+
+def _gradients(
+    name: str, ctx: Any, gradient: Gradient, upstream: Tensor | None
+) -> Mapping[str, Any]:
+    """What `gradient` makes of what `ctx` kept, by name."""
+    if upstream is None:
+        return {}
+    kept, tie = ctx.kept.named(ctx)
+    if not torch.is_grad_enabled():
+        return gradient(kept, upstream)
+    specs = []
+
+    def made(upstream: Tensor) -> list[Tensor | None]:
+        # a gradient may take names out of what it is given
+        leaves, spec = tree_flatten(dict(gradient(Named(**vars(kept)), upstream)))
+        specs.append(spec)
+        return leaves
+
+    leaves = _apply(_Differentiable, made, upstream, _apply(_NoSecond, name, tie))
+    by_name: Mapping[str, Any] = tree_unflatten(leaves, specs[0])
+    return by_name
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    return function.apply(*arguments)  # type: ignore[no-untyped-call]
+
+
+class _NoSecond(torch.autograd.Function):
+    """A zero that leads to where `tie` does, and refuses to be differentiated by that."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, tie: Tensor) -> Tensor:
+        ctx.name = name
+        return tie.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise NotImplementedError(
+            f"{ctx.name} has no second derivative by what it was given: differentiate its "
+            "gradients by their upstream gradient alone, or take the op of "
+            "fastkd_kernels.reference"
+        )
+
+
+class _Differentiable(torch.autograd.Function):
+    """`made` of an upstream gradient `[losses]`, in which it is linear.
+
+    `tie` is a zero, through which goes any derivative by what else `made` depends on.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, made: Callable[[Tensor], list[Tensor | None]], upstream: Tensor, tie: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        ctx.made = made
+        ctx.save_for_backward(upstream, tie)
+        return tuple(made(upstream))
+
+    @staticmethod
+    def backward(ctx: Any, *seconds: Tensor | None) -> tuple[None, Tensor | None, Tensor]:
+        upstream, tie = ctx.saved_tensors
+        nothing = torch.zeros_like(tie)
+        if not ctx.needs_input_grad[1]:
+            return None, None, nothing
+        by_loss = []
+        for one in torch.eye(len(upstream), dtype=upstream.dtype, device=upstream.device):
+            with torch.no_grad():
+                units = ctx.made(one)
+            products = [
+                (unit.to(one.dtype) * second.to(one.dtype)).sum()
+                for unit, second in zip(units, seconds, strict=True)
+                if unit is not None and second is not None
+            ]
+            by_loss.append(torch.stack(products).sum())
+        return None, torch.stack(by_loss) + tie, nothing
 
 
 def _register_autograd(
-    op: Any, named: Callable[[Sequence[Any]], Named], keep: Keep, gradient: Gradient
+    name: str, op: Any, named: Callable[[Sequence[Any]], Named], keep: Keep, gradient: Gradient
 ) -> None:
     """Autograd of the registered op, for traces."""
 
@@ -252,12 +359,10 @@ def _register_autograd(
             word: len(value) if _is_list(value) else None for word, value in vars(given).items()
         }
         ctx.set_materialize_grads(False)
-        ctx.kept = _Kept(ctx, keep(given, output))
+        ctx.kept = _Kept(ctx, keep(given, output), output[1])
 
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-        made: Mapping[str, Any] = {}
-        if upstream is not None:
-            made = gradient(ctx.kept.named(ctx), upstream)
+        made = _gradients(name, ctx, gradient, upstream)
         given = ((made.get(word), count) for word, count in ctx.counts.items())
         return tuple(
             value if count is None else [None] * count if value is None else list(value)
@@ -308,7 +413,7 @@ def squared_sum(value: Tensor) -> Tensor:
 def scaled(unit: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Unit gradients `[pairs, ...]` times `factor`, `[pairs]` or `[pairs, batch]`, in `dtype`."""
     factor = factor.view(*factor.shape, *[1] * (unit.ndim - factor.ndim))
-    if unit.dtype == dtype or (torch.is_grad_enabled() and factor.requires_grad):
+    if unit.dtype == dtype:
         return (unit * factor).to(dtype)
     # one pass, without a product in fp32
     return torch.mul(unit, factor, out=torch.empty_like(unit, dtype=dtype))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .remembered import PLAIN, Recent, is_eager, lasts, place
 
@@ -34,11 +35,11 @@ def look_of_call(what: Hashable, tensors: Sequence[Any]) -> Look | None:
     """What plans may depend on: `what`, modes of torch, and tensors but for addresses and values.
 
     Of an address it has what Triton's launcher tells apart, whether 16 divides it, and by how much
-    it does not. None if this call must see for itself: it is traced or captured into a graph, or
-    what is given is no plain tensor. The first one is a tensor.
+    it does not. None if this call must see for itself: it is traced or captured into a graph, in
+    forward mode, or what is given is no plain tensor. The first one is a tensor.
     """
     kinds = (*map(type, tensors),)
-    if not is_eager() or not PLAIN_OR_NONE.issuperset(kinds):
+    if forward_ad._current_level >= 0 or not is_eager() or not PLAIN_OR_NONE.issuperset(kinds):
         return None
     given = [tensor for tensor in tensors if tensor is not None]
     device = given[0].device

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .autograd import Named, planned, register, scaled
+from .autograd import Named, planned, register
 
 _BLOCK = 4096
 
@@ -51,8 +51,6 @@ def rescaled(
     first: Tensor, second: Tensor, factor: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Two stacks `[pairs, ...]`, dense or empty, times `factor` `[pairs]`, in `dtype`: Triton."""
-    if torch.is_grad_enabled() and factor.requires_grad:
-        return scaled(first, factor, dtype), scaled(second, factor, dtype)
     made: tuple[Tensor, Tensor] = _registered(first, second, factor, dtype)
     return made
 

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 import triton
 from fastkd_kernels import checks
-from fastkd_kernels.common import plan
+from fastkd_kernels.common import plan, remembered
 from fastkd_kernels.common.remembered import Recent
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import GPUDriver
@@ -69,9 +69,12 @@ class _Driver(GPUDriver):
 @contextmanager
 def stand_in_gpu() -> Iterator[None]:
     """CPU tensors pass for what Triton takes while the context is open; in a process that has no
-    use for Triton's own driver afterwards."""
+    use for Triton's own driver afterwards. Masks are told by their versions, as on a GPU."""
     triton.runtime.driver.set_active(_Driver())
-    with patch.object(checks, "triton_interprets", lambda: True):
+    with (
+        patch.object(checks, "triton_interprets", lambda: True),
+        patch.object(remembered, "copy_to_compare", lambda source: None),
+    ):
         yield
 
 

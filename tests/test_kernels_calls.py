@@ -132,6 +132,32 @@ def test_a_mask_that_is_changed_in_place_is_seen(name: str, backend: str) -> Non
     assert all(map(torch.equal, changed, step(mask.clone())))
 
 
+@pytest.mark.skipif(CUDA, reason="where masks are compared")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", STEPS)
+def test_what_is_written_behind_torch_is_seen_on_the_cpu(name: str, backend: str) -> None:
+    """As collectives of torch.distributed write, which raise no version either."""
+    step = STEPS[name](backend)
+    mask = torch.ones(BATCH, TOKENS, dtype=torch.bool)
+    before, version = step(mask), mask._version
+    mask.numpy()[1, 2:] = False
+    assert mask._version == version
+    changed = step(mask)
+    assert not torch.equal(changed[0], before[0])
+    assert all(map(torch.equal, changed, step(mask.clone())))
+
+
+@pytest.mark.skipif(CUDA, reason="where labels are compared")
+def test_labels_that_are_written_behind_torch_are_seen_on_the_cpu() -> None:
+    student, teacher = torch.randn(2, 1, 4, 5)
+    labels = torch.tensor([[1, 2, -100, -100]])
+    logits_divergence(student, teacher, labels=labels)
+    labels.numpy()[0, 2:] = 3, 4
+    _, hard = logits_divergence(student, teacher, labels=labels)
+    expected = torch.nn.functional.cross_entropy(student[0], labels[0])
+    torch.testing.assert_close(hard, expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", STEPS)
 def test_autocast_changes_nothing(name: str, backend: str) -> None:

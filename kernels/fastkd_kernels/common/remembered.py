@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -121,10 +121,19 @@ def place(device: torch.device) -> Hashable:
     return device, _raw_stream(device.index)
 
 
-class _Made(NamedTuple):
-    """What was made, of which tensors, by their places, and what these were like then."""
+class _Source(NamedTuple):
+    """A tensor that something was made of, its place among others, and what it was like then."""
 
-    sources: list[tuple[int, weakref.ref[Tensor], tuple[object, ...]]]
+    at: int
+    ref: weakref.ref[Tensor]
+    state: tuple[object, ...]
+    copy: Tensor | None
+
+
+class _Made(NamedTuple):
+    """What was made, and of which tensors."""
+
+    sources: list[_Source]
     value: Any
 
 
@@ -140,9 +149,9 @@ def remembered(
     """`make()`, or what it gave for the same, unchanged `sources` and the same `what`.
 
     `sources` are masks or labels, told apart as objects and by their version, which every in-place
-    operation of torch raises. What writes to their memory behind torch's back, such as numpy, is
-    not seen. They are not kept alive, and with them goes what was made of them: it must be no view
-    of theirs.
+    operation of torch raises; on the CPU also by their values. On a GPU what writes to their memory
+    without raising it, such as a collective of torch.distributed, is not seen. They are not kept
+    alive, and with them goes what was made of them: it must be no view of theirs.
     """
     if not (is_eager() and keeps(device)):
         return make()
@@ -151,7 +160,12 @@ def remembered(
     found = _made.get(key)
     # an object that died may have left its place in memory to another
     if found is not None and all(
-        [ref() is sources[at] and _state(sources[at]) == state for at, ref, state in found.sources]
+        [
+            ref() is (source := sources[at])
+            and _state(source) == state
+            and (copy is None or torch.equal(cast(Tensor, source), copy))
+            for at, ref, state, copy in found.sources
+        ]
     ):
         value: Value = found.value
         return value
@@ -162,9 +176,22 @@ def remembered(
     value = make()
     # bound to the cache, which is still there when the interpreter ends
     forget = partial(_made.forget, key)
-    refs = [(at, weakref.ref(source, forget), _state(source)) for at, source in given]
-    _made.put(key, _Made(refs, value))
+    seen = [
+        _Source(
+            at,
+            weakref.ref(source, forget),
+            _state(source),
+            copy_to_compare(source),
+        )
+        for at, source in given
+    ]
+    _made.put(key, _Made(seen, value))
     return value
+
+
+def copy_to_compare(source: Tensor) -> Tensor | None:
+    """Values on the CPU, where a look at them takes microseconds; on a GPU the host would wait."""
+    return source.clone() if source.device.type == "cpu" else None
 
 
 def _state(source: Any) -> tuple[object, ...]:

@@ -257,6 +257,24 @@ def test_pairs_may_differ_in_shape() -> None:
     assert max(errors(given, expected)) < 1e-12
 
 
+@pytest.mark.parametrize("reduction", ["valid", "tinybert"])
+def test_pairs_may_differ_in_their_heads(reduction: Any) -> None:
+    """Each is averaged over its own, by the op and by its definition."""
+    valid = masks(2, 5)
+    options: dict[str, Any] = {"key_mask": valid, "query_mask": valid, "reduction": reduction}
+    sides = zip(*(attention_states(1, 2, heads, 5, (3, 4)) for heads in (1, 3, 2)), strict=True)
+    student, teacher = ([states[0] for states in side] for side in sides)
+    rows = valid if reduction == "valid" else torch.ones_like(valid)
+    expected = []
+    for state, target in zip(student, teacher, strict=True):
+        given, wanted = (s.scale * s.query @ s.key.mT for s in (state, target))
+        counted = (rows[:, None, :, None] & valid[:, None, None, :]).expand_as(given)
+        squares = (given - wanted)[counted].square()
+        expected.append(squares.mean() if reduction == "valid" else squares.sum() / given.numel())
+    for op in (reference.attention_score_mse, attention_score_mse):
+        torch.testing.assert_close(op(student, teacher, **options), torch.stack(expected))
+
+
 @BOTH
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck(causal: bool, algorithm: str) -> None:

@@ -34,21 +34,23 @@ def attention_score_mse(
     reduction: Reduction = "valid",
 ) -> Tensor:
     """Mean squared difference of attention scores (arXiv 1909.10351, eq. 7), one value a pair."""
-    batch, heads, tokens, _ = student[0].query.shape
+    batch, _, tokens, _ = student[0].query.shape
     device = student[0].query.device
-    entries = torch.ones(batch, heads, tokens, tokens, dtype=torch.bool, device=device)
+    # of one head
+    entries = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool, device=device)
     if key_mask is not None:
         entries = entries & key_mask[:, None, None, :]
     if query_mask is not None and reduction == "valid":
         entries = entries & query_mask[:, None, :, None]
     if causal:
         entries = entries.tril()
-    count = entries.sum() if reduction == "valid" else entries.numel()
+    count = entries.sum() if reduction == "valid" else torch.tensor(entries.numel(), device=device)
     losses = []
     weights = teacher_weights or [None] * len(student)
     for student_state, teacher_state, given in zip(student, teacher, weights, strict=True):
         difference = attention_scores(student_state) - weighted_scores(teacher_state, given)
         dtype = torch.promote_types(difference.dtype, torch.float32)
         squares = difference.masked_fill(~entries, 0.0).square().sum(dtype=dtype)
-        losses.append(squares / torch.as_tensor(count, device=device).clamp(min=1).to(dtype))
+        heads = student_state.query.shape[1]
+        losses.append(squares / (heads * count).clamp(min=1).to(dtype))
     return torch.stack(losses)

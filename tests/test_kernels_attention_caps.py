@@ -345,9 +345,11 @@ def changed(side: int, **changes: Any) -> Callable[[], Tensor]:
 
 
 ERRORS: list[tuple[Callable[[], Any], Any, str]] = [
-    (changed(0, softcap=0.0), ValueError, r"student\[0\].softcap is 0.0; .*above 0, or None"),
+    (changed(0, softcap=0.0), ValueError, r"student\[0\].softcap is 0.0; .* 1e\+20, or None"),
     (changed(1, softcap=-50.0), ValueError, r"teacher\[0\].softcap is -50.0"),
-    (changed(1, softcap=float("inf")), ValueError, "softcap is inf; expected a finite"),
+    (changed(1, softcap=float("inf")), ValueError, "softcap is inf; expected a number from 1e-20"),
+    (changed(0, softcap=1e39), ValueError, r"softcap is 1e\+39; expected a number from 1e-20"),
+    (changed(1, softcap=1e-40), ValueError, "softcap is 1e-40; expected a number from 1e-20"),
     (changed(0, softcap="50"), TypeError, "softcap must be a float or None, got str"),
     (changed(0, softcap=True), TypeError, "softcap must be a float or None, got bool"),
     (

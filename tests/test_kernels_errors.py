@@ -1,11 +1,21 @@
 """Every message for a wrong argument: what was given, what was expected, what to do."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from fastkd_kernels import AttentionState, attention_score_mse, checks
+from fastkd_kernels import (
+    AttentionState,
+    IndexerState,
+    attention_divergence,
+    attention_score_mse,
+    checks,
+    indexer_divergence,
+    logits_divergence,
+    relation_divergence,
+)
 from kernel_cases import attention_states
 
 
@@ -50,6 +60,7 @@ ATTENTION = [
     (_replace(0, key=torch.ones(2, 4, 6, 4)), ValueError, "does not fit its query"),
     (_replace(0, key=torch.ones(2, 3, 6, 3)), ValueError, "4 query heads and 3 key heads"),
     (_replace(0, scale="1"), TypeError, "scale must be a float, got str"),
+    (_replace(0, scale=True), TypeError, "scale must be a float, got bool"),
     (_replace(0, scale=0.0), ValueError, "scale is 0.0; .*head_dim"),
     (_replace(0, scale=float("nan")), ValueError, "scale is nan"),
     (_replace(1, query=torch.ones(2, 4, 6, 5, requires_grad=True)), ValueError, "detach"),
@@ -85,6 +96,13 @@ ATTENTION = [
     (_several([{}, {}], [[0.5]]), ValueError, r"teacher_weights\[0\] has 1 weights for 2 teacher"),
     (_several([{}, {}], [[0.5, float("nan")]]), ValueError, r"\[0\] has nan; expected finite"),
     (_several([{}, {}], [[0.5, "1"]]), ValueError, r"\[0\] has '1'; expected finite"),
+    (_several([{}, {}], [[0.5, True]]), ValueError, r"\[0\] has True; expected finite"),
+    (
+        _several([{}, {}], [[1e39, 1.0]]),
+        ValueError,
+        r"largest of teacher_weights of teacher\[0\], times its layer's scale, is 4.*e\+38; exp",
+    ),
+    (_several([{}], [[-1e-30]]), ValueError, "is 4.*e-31; expected a size from 1e-20 to 1e"),
     (_several([{}, {}], [[0, 0.0]]), ValueError, r"teacher_weights\[0\] is all zeros; give"),
     (
         _several(
@@ -107,6 +125,50 @@ ATTENTION = [
     (_options(algorithm="fast"), ValueError, "algorithm='fast' is not known"),
     (_options(backend="cuda"), ValueError, "backend='cuda' is not known"),
 ]
+
+
+def _logits(**options: Any) -> Callable[[], Any]:
+    return lambda: logits_divergence(torch.ones(3, 4), torch.ones(3, 4), **options)
+
+
+def _of(op: Callable[..., Any], **options: Any) -> Callable[[], Any]:
+    return lambda: op(*states(), **options)
+
+
+def _relations(**options: Any) -> Callable[[], Any]:
+    return _of(relation_divergence, relation="qq", relation_heads=2, **options)
+
+
+def _indexer(**options: Any) -> Callable[[], Any]:
+    indexer = IndexerState(torch.ones(2, 3, 6, 4), torch.ones(2, 6, 4), torch.ones(2, 6, 3))
+    return lambda: indexer_divergence([indexer], states()[1], **options)
+
+
+@pytest.mark.parametrize("value", ["False", None, 0, 4.0, [], torch.tensor(True)])
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (_options, "causal"),
+        (partial(_of, attention_divergence), "causal"),
+        (_relations, "causal"),
+        (_indexer, "causal"),
+        (_logits, "scale_by_temperature"),
+    ],
+    ids=["score", "divergence", "relation", "indexer", "logits"],
+)
+def test_flags_are_true_or_false(call: Any, name: str, value: Any) -> None:
+    for _ in range(2):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got"):
+            call(**{name: value})()
+        call(**{name: True})()
+
+
+def test_true_is_no_number() -> None:
+    for name in ("temperature", "beta", "skew"):
+        with pytest.raises(TypeError, match=f"{name} must be a float, got bool"):
+            _logits(**{name: True})()
+    with pytest.raises(TypeError, match="temperature must be a float, got bool"):
+        _of(attention_divergence, temperature=True)()
 
 
 @pytest.mark.parametrize(("call", "kind", "message"), ATTENTION)

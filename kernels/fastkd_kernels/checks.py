@@ -1,6 +1,5 @@
 """Checks of what a caller hands in; each message says what was given, expected, and what to do."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -26,6 +25,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # colder, hardly any gradient is left; hotter, fp32 rounds away what tells the models apart
 TEMPERATURES = (1e-3, 1e3)
+# of scales and soft caps, which fp32 holds, with their reciprocals
 SCALES = (1e-20, 1e20)
 
 # of a mixture: the logarithm of the rest keeps four digits in fp32
@@ -60,8 +60,18 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
 
 
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
+def is_number(value: object) -> bool:
+    """Whether this is a Python number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_temperature(temperature: float) -> None:
-    if not isinstance(temperature, (int, float)):
+    if not is_number(temperature):
         raise TypeError(f"temperature must be a float, got {type(temperature).__name__}")
     lowest, highest = TEMPERATURES
     if not lowest <= temperature <= highest:
@@ -232,9 +242,11 @@ def check_softcap(name: str, softcap: object) -> None:
         return
     if not isinstance(softcap, (int, float)) or isinstance(softcap, bool):
         raise TypeError(f"{name} must be a float or None, got {type(softcap).__name__}")
-    if not (math.isfinite(softcap) and softcap > 0.0):
+    smallest, largest = SCALES
+    if not smallest <= softcap <= largest:
         raise ValueError(
-            f"{name} is {softcap}; expected a finite number above 0, or None for no cap"
+            f"{name} is {softcap}; expected a number from {smallest:g} to {largest:g}, or None for "
+            "no cap"
         )
 
 
@@ -268,7 +280,7 @@ def check_state(name: str, state: object) -> None:
             f"{name} has {query.shape[1]} query heads and {key.shape[1]} key heads; "
             "the key heads must divide the query heads"
         )
-    if not isinstance(state.scale, (int, float)):
+    if not is_number(state.scale):
         raise TypeError(f"{name}.scale must be a float, got {type(state.scale).__name__}")
     smallest, largest = SCALES
     if not smallest <= abs(state.scale) <= largest:
@@ -384,8 +396,11 @@ def _check_trained(
         raise TypeError(f"{label} is {values[index].dtype} and {name}[0] is {values[0].dtype}")
 
 
-def check_options(kind: str, temperature: float, beta: float, skew: float) -> None:
+def check_options(
+    kind: str, temperature: float, scale_by_temperature: bool, beta: float, skew: float
+) -> None:
     check_choice("kind", kind, get_args(LogitsDivergenceKind))
+    check_flag("scale_by_temperature", scale_by_temperature)
     check_temperature(temperature)
     if kind == "mse" and temperature != 1.0:
         raise ValueError(
@@ -399,7 +414,7 @@ def check_options(kind: str, temperature: float, beta: float, skew: float) -> No
 
 def _check_teacher_share(name: str, teacher_share: float, ends: tuple[float, ...]) -> None:
     """The teacher's part of a mixture: one of `ends`, or far enough from both."""
-    if not isinstance(teacher_share, (int, float)):
+    if not is_number(teacher_share):
         raise TypeError(f"{name} must be a float, got {type(teacher_share).__name__}")
     if teacher_share not in ends and not LEAST_SHARE <= teacher_share <= 1.0 - LEAST_SHARE:
         allowed = " or ".join(f"{end:g}" for end in ends)

@@ -30,10 +30,10 @@ class AttentionState(NamedTuple):
     where `kv_heads` divides `heads`. `value` may be None for an op that does not read it. `scale`
     is the factor that the model puts on `query @ key^T`, of a size from 1e-20 to 1e20.
 
-    `softcap` is the soft cap of Gemma 2: scores become `softcap * tanh(score / softcap)` before the
-    softmax. `sinks` `[heads]` are the attention sinks of GPT-OSS: a logit a head that joins the
-    softmax of each row and holds no value. `attention_divergence` and `indexer_divergence` alone
-    read these two.
+    `softcap`, from 1e-20 to 1e20, is Gemma 2's: scores become `softcap * tanh(score / softcap)`
+    before the softmax. `sinks` `[heads]` are the attention sinks of GPT-OSS: a logit a head that
+    joins the softmax of each row and holds no value. `attention_divergence` and
+    `indexer_divergence` alone read these two.
     """
 
     query: Tensor

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..checks import (
     check_caps_and_sinks,
     check_choice,
+    check_flag,
     check_mask,
     check_states,
     check_temperature,
@@ -137,6 +138,7 @@ def checked_plan(
     check_choice("kind", kind, get_args(AttentionDivergenceKind))
     check_choice("reduction", reduction, get_args(AttentionReduction))
     check_temperature(temperature)
+    check_flag("causal", causal)
     _check_window(window)
     check_mask("key_mask", masks[0], batch, tokens, device)
     check_mask("query_mask", masks[1], batch, tokens, device)

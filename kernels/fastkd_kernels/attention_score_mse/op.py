@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..checks import (
     check_choice,
+    check_flag,
     check_mask,
     check_reduction,
     look_at_states,
@@ -85,8 +86,9 @@ def attention_score_mse(
             are compared as they are before a cap, and a sink is no score. A teacher entry may be a
             list of states, which share dtype and key heads: the target is the weighted sum of their
             scores.
-        teacher_weights: For each pair the weights of its teacher layers, any finite numbers, or
-            None for an even average. None is an even average everywhere.
+        teacher_weights: For each pair the weights of its teacher layers, or None for an even
+            average: numbers, the largest of which is in size from 1e-20 to 1e20 together with the
+            layer's scale. None is an even average everywhere.
         key_mask: Bool `[batch, tokens]`, True at valid keys; None counts every key.
         query_mask: Bool `[batch, tokens]`, True at valid query rows; None counts every row, also
             where `key_mask` is given. Not read by "tinybert".
@@ -139,6 +141,7 @@ def _checked_plan(
     device = student[0].query.device
     check_mask("key_mask", masks[0], batch, tokens, device)
     check_mask("query_mask", masks[1], batch, tokens, device)
+    check_flag("causal", causal)
     check_reduction(reduction)
     check_choice("algorithm", algorithm, get_args(Algorithm))
     queries = [state.query for state in (*student, *teachers)]

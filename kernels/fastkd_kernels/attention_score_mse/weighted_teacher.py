@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_pairs, check_teacher
+from ..checks import SCALES, check_pairs, check_teacher, is_number
 from ..types import AttentionState, TeacherLayers, TeacherWeights
 
 
@@ -66,7 +66,7 @@ def _checked_weights(pair: int, given: Sequence[float] | None, layers: int) -> l
             f"{name} has {len(given)} weights for {layers} teacher layers; give one for each"
         )
     for weight in given:
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if not is_number(weight) or not math.isfinite(weight):
             raise ValueError(f"{name} has {weight!r}; expected finite numbers")
     if not any(given):
         raise ValueError(f"{name} is all zeros; give at least one layer another weight")
@@ -93,10 +93,16 @@ def _joined(
         for layer, weight in zip(layers, weights, strict=True)
         if weight
     ]
+    scale = max(abs(factor) for _, factor in factors)
+    smallest, largest = SCALES
+    if not smallest <= scale <= largest:
+        raise ValueError(
+            f"the largest of teacher_weights of {name}, times its layer's scale, is {scale:g}; "
+            f"expected a size from {smallest:g} to {largest:g}, which fp32 holds"
+        )
     if len(factors) == 1:
         layer, factor = factors[0]
         return layer._replace(scale=factor)
-    scale = max(abs(factor) for _, factor in factors)
     dtype = first.query.dtype
     if any(abs(factor) != scale for _, factor in factors):
         dtype = torch.promote_types(dtype, torch.float32)

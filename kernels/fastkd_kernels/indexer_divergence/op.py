@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_mask, resolve_backend
+from ..checks import check_flag, check_mask, resolve_backend
 from ..common.attention_columns import Masks
 from ..common.autograd import Named, accumulator, inverse, planned, register, scaled, value_of
 from ..common.counted_rows import counted_rows
@@ -96,6 +96,7 @@ def _checked_plan(
     device = student[0].query.device
     check_mask("key_mask", masks[0], batch, tokens, device)
     check_mask("query_mask", masks[1], batch, tokens, device)
+    check_flag("causal", causal)
     floats = [tensor for indexer in student for tensor in (indexer.query, indexer.weights)]
     floats += [state.query for state in teacher]
     chosen = resolve_backend(backend, device, accumulator(*floats))

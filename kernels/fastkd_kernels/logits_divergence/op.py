@@ -104,7 +104,7 @@ def _checked_plan(
     backend: str,
 ) -> Plan:
     """Losses of sides, mask and labels that look like those of this call, if all fits."""
-    check_options(kind, temperature, beta, skew)
+    check_options(kind, temperature, scale_by_temperature, beta, skew)
     check_logits(student, teacher, kind, mask, labels)
     given = (_tensors_of(student), _tensors_of(teacher), mask, labels)
     sides = given[:2]

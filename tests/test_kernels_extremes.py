@@ -80,3 +80,44 @@ def test_squares_beyond_fp16_are_summed_in_fp32(projected: bool, backend: Any, d
     (gradient,) = torch.autograd.grad(loss.sum(), student)
     assert gradient.isfinite().all()
     assert gradient.abs().max() > 0
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("kind", ["kl", "reverse_kl", "js", "skew_kl", "cross_entropy"])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_words_masked_by_the_lowest_number_count_for_nothing_at_any_temperature(
+    kind: Any, labelled: bool, backend: Any, device: str
+) -> None:
+    """As without them, which the division of that number by less than 1 must not change."""
+    # more words than a block has, so that the last one is cut
+    student, teacher = (3 * torch.randn(2, 1, 40, generator=seeded())).to(device)
+    lowest = torch.full((1, 3), torch.finfo(torch.float32).min, device=device)
+    labels = torch.tensor([7], device=device) if labelled else None
+    for temperature in (0.3, 1.0):
+        options: dict[str, Any] = {"kind": kind, "temperature": temperature, "labels": labels}
+        found = []
+        for masked in (False, True):
+            leaf = student.clone().requires_grad_()
+            sides = [torch.cat([of, lowest], 1) if masked else of for of in (leaf, teacher)]
+            loss = logits_divergence(sides[0], sides[1], backend=backend, **options)
+            total = sum(loss) if isinstance(loss, tuple) else loss
+            found.append([total.detach(), *torch.autograd.grad(total, leaf)])
+        for given, expected in zip(*found, strict=True):
+            torch.testing.assert_close(expected, given, rtol=1e-5, atol=1e-6)
+
+
+@EVERY_BACKEND
+def test_logits_that_are_no_numbers_still_show(backend: Any, device: str) -> None:
+    for value in (math.nan, math.inf):
+        student, teacher = torch.randn(2, 1, 40, generator=seeded()).to(device)
+        student[0, 3] = value
+        assert logits_divergence(student, teacher, temperature=0.3, backend=backend).isnan()
+
+
+@EVERY_BACKEND
+def test_a_row_of_lowest_numbers_is_even(backend: Any, device: str) -> None:
+    student = torch.full((1, 40), torch.finfo(torch.float32).min, device=device)
+    teacher = torch.randn(1, 40, generator=seeded()).to(device)
+    found = logits_divergence(student, teacher, temperature=0.5, backend=backend)
+    expected = reference.logits_divergence(0 * teacher, teacher.double(), temperature=0.5)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)

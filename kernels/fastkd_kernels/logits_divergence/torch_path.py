@@ -120,22 +120,30 @@ def _chunk(
     dtype, factor = factors.dtype, factors[0] * (how.scale / how.temperature)
     if labels is None:
         values, gradient = _row_divergence(
-            _logits(student, at, dtype).div_(how.temperature),
-            _logits(teacher, at, dtype).div_(how.temperature),
+            _bounded(_logits(student, at, dtype).div_(how.temperature), how.temperature),
+            _bounded(_logits(teacher, at, dtype).div_(how.temperature), how.temperature),
             how.kind,
             how.teacher_share,
         )
         return (values.sum() * how.scale)[None], gradient.mul_(factor)
     logits = _logits(student, at, dtype)
     values, gradient = _row_divergence(
-        logits[:, : how.shared] / how.temperature,
-        _logits(teacher, at, dtype).div_(how.temperature),
+        _bounded(logits[:, : how.shared] / how.temperature, how.temperature),
+        _bounded(_logits(teacher, at, dtype).div_(how.temperature), how.temperature),
         how.kind,
         how.teacher_share,
     )
     hard, total = _cross_entropy(logits, labels[at], factors[1])
     total[:, : how.shared] += gradient.mul_(factor)
     return torch.stack([values.sum() * how.scale, hard]), total
+
+
+def _bounded(scores: Tensor, temperature: float) -> Tensor:
+    """Logits over the temperature, with the dtype's lowest number where they overflow below.
+
+    That is how words are masked, in both sides alike, and `inf - inf` is no number.
+    """
+    return scores if temperature >= 1.0 else scores.clamp_(min=torch.finfo(scores.dtype).min)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:

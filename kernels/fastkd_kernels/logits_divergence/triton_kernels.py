@@ -110,14 +110,30 @@ def row_start(logits, row, first, tokens, batch_step, token_step, STORED: tl.con
 
 
 @triton.jit
-def softmax_base(start, columns, scale, SUM_TYPE: tl.constexpr, BLOCK: tl.constexpr):
+def over_temperature(b_logits, scale, SUM_TYPE: tl.constexpr, COLD: tl.constexpr):
+    """A block of logits times `scale`, which overflows no further than to SUM_TYPE's lowest."""
+    b_scores = b_logits.to(SUM_TYPE) * scale
+    if COLD:
+        LOWEST: tl.constexpr = (
+            -1.7976931348623157e308 if tl.float64 == SUM_TYPE else -3.4028234663852886e38
+        )
+        b_scores = tl.maximum(b_scores, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    return b_scores
+
+
+@triton.jit
+def softmax_base(
+    start, columns, scale, SUM_TYPE: tl.constexpr, BLOCK: tl.constexpr, COLD: tl.constexpr
+):
     """Maximum of a row of logits times `scale`, and the logarithm of the sum of exponentials."""
     maximum = tl.full([], float("-inf"), SUM_TYPE)
     total = tl.full([], 0.0, SUM_TYPE)
     for begin in range(0, columns, BLOCK):
         o_column = begin + tl.arange(0, BLOCK)
         b_logits = tl.load(start + o_column, mask=o_column < columns, other=float("-inf"))
-        b_logits = b_logits.to(SUM_TYPE) * scale
+        b_logits = over_temperature(b_logits, scale, SUM_TYPE, COLD)
+        if COLD:
+            b_logits = tl.where(o_column < columns, b_logits, float("-inf"))
         higher = tl.maximum(maximum, tl.max(b_logits))
         total = total * tl.exp(maximum - higher) + tl.sum(tl.exp(b_logits - higher))
         maximum = higher
@@ -140,6 +156,7 @@ def block_terms(
     KIND: tl.constexpr,
     SMALL: tl.constexpr,
     EVEN: tl.constexpr,
+    COLD: tl.constexpr,
 ):
     """`divergence_terms` of one block of a row; value and weighted are 0 where masked."""
     b_student = tl.load(student_start + o_column, mask=m_column, other=0.0).to(SUM_TYPE)
@@ -148,8 +165,8 @@ def block_terms(
         difference = tl.where(m_column, b_student - b_teacher, 0.0)
         return difference * difference / shared, difference, 2.0 * difference / shared, difference
     value, weighted, point, p = divergence_terms(
-        b_student * scale - student_base[0] - student_base[1],
-        b_teacher * scale - teacher_base[0] - teacher_base[1],
+        over_temperature(b_student, scale, SUM_TYPE, COLD) - student_base[0] - student_base[1],
+        over_temperature(b_teacher, scale, SUM_TYPE, COLD) - teacher_base[0] - teacher_base[1],
         shares,
         KIND,
         SMALL,
@@ -185,6 +202,7 @@ def _row_kernel(
     KIND: tl.constexpr,
     SMALL: tl.constexpr,
     EVEN: tl.constexpr,
+    COLD: tl.constexpr,
     STUDENT_STORED: tl.constexpr,
     TEACHER_STORED: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -197,7 +215,7 @@ def _row_kernel(
     the student's logits for upstream gradients `factors` `[1 or 2]`, which may take the place of
     the logits and is 0 beyond them up to `gradient_columns`. `scalars` are 1 / temperature, the
     shares of teacher and student in the mixture, and the scales of the divergence and of its
-    gradient.
+    gradient. COLD is a temperature below 1.
     """
     row = first + tl.program_id(0)
     student_start = row_start(
@@ -215,8 +233,8 @@ def _row_kernel(
     student_base = (scale, scale)
     teacher_base = (scale, scale)
     if KIND != "mse":
-        student_base = softmax_base(student_start, compared, scale, SUM_TYPE, BLOCK)
-        teacher_base = softmax_base(teacher_start, compared, scale, SUM_TYPE, BLOCK)
+        student_base = softmax_base(student_start, compared, scale, SUM_TYPE, BLOCK, COLD)
+        teacher_base = softmax_base(teacher_start, compared, scale, SUM_TYPE, BLOCK, COLD)
     CENTRED: tl.constexpr = KIND == "reverse_kl" or KIND == "js" or KIND == "skew_kl"
     value = tl.full([], 0.0, SUM_TYPE)
     mean = tl.full([], 0.0, SUM_TYPE)
@@ -237,6 +255,7 @@ def _row_kernel(
                 KIND,
                 SMALL,
                 EVEN,
+                COLD,
             )
             value += tl.sum(b_value)
             mean += tl.sum(b_weighted)
@@ -244,7 +263,7 @@ def _row_kernel(
         label = tl.load(labels + row)
         counted = (label != -100) & (read > 0)
         inside = (label >= 0) & (label < read)
-        hard_maximum, hard_log = softmax_base(student_start, read, 1.0, SUM_TYPE, BLOCK)
+        hard_maximum, hard_log = softmax_base(student_start, read, 1.0, SUM_TYPE, BLOCK, False)
         picked = tl.load(student_start + label, mask=inside, other=float("nan")).to(SUM_TYPE)
         hard = tl.where(counted, hard_maximum - picked + hard_log, 0.0)
         tl.store(values + rows + row, hard)
@@ -272,6 +291,7 @@ def _row_kernel(
                 KIND,
                 SMALL,
                 EVEN,
+                COLD,
             )
             if not CENTRED:
                 value += tl.sum(b_value)

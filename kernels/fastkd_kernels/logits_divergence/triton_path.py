@@ -432,6 +432,7 @@ def _row_step(call: _Call, first: int, last: int) -> Step:
         KIND=how.kind,
         SMALL=small(call.total),
         EVEN=how.kind == "js" and how.teacher_share == 0.5,
+        COLD=how.temperature < 1.0,
         STUDENT_STORED=stored,
         TEACHER_STORED=sides[1].stored,
         HAS_MASK=call.masked,

@@ -8,7 +8,9 @@ import torch
 from fastkd_kernels import (
     AttentionState,
     attention_divergence,
+    hidden_cosine,
     hidden_mse,
+    hidden_normalized_mse,
     logits_divergence,
     reference,
 )
@@ -121,3 +123,24 @@ def test_a_row_of_lowest_numbers_is_even(backend: Any, device: str) -> None:
     found = logits_divergence(student, teacher, temperature=0.5, backend=backend)
     expected = reference.logits_divergence(0 * teacher, teacher.double(), temperature=0.5)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_norms_beyond_fp32_are_no_zero_vectors(
+    side: str, projected: bool, backend: Any, device: str
+) -> None:
+    """Visible as NaN, by the definition in fp32 too."""
+    student, teacher = torch.randn(2, 1, 3, 8, generator=seeded()).to(device)
+    (student if side == "student" else teacher)[0, 1] *= 1e25
+    leaf = student.requires_grad_()
+    weight = torch.eye(8, device=device) if projected else None
+    for op in (hidden_cosine, hidden_normalized_mse):
+        loss = op([leaf], [teacher], weight=weight, backend=backend)
+        assert loss.isnan().all()
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        # of other rows it is what it was
+        assert gradient[0, 1].isnan().any() and gradient[0, ::2].isfinite().all()
+        defined = getattr(reference, op.__name__)([leaf], [teacher], weight=weight)
+        assert defined.isnan().all()

@@ -120,6 +120,21 @@ def test_all_at_once_stays_near_plain_pytorch_in_fp32(
 
 @interpreted
 @pytest.mark.usefixtures("all_at_once")
+@pytest.mark.parametrize("value", [1e25, float("inf"), float("nan")])
+@pytest.mark.parametrize("op", [hidden_normalized_mse, hidden_cosine])
+def test_all_at_once_shows_norms_that_are_no_numbers(
+    op: Callable[..., Tensor], value: float
+) -> None:
+    for side in ("student", "teacher"):
+        case = hidden_case(1, 1, 20, (7, 12), "shared+bias", torch.float32)
+        with torch.no_grad():
+            getattr(case, side)[0][0, 3] = value
+        loss, *gradients = case.run(op, backend="triton")
+        assert loss.isnan().all() and all(gradient.isnan().any() for gradient in gradients)
+
+
+@interpreted
+@pytest.mark.usefixtures("all_at_once")
 def test_all_at_once_keeps_what_near_and_missing_directions_are_worth() -> None:
     """A student next to its teacher, and opposite; rows of zeros on either side, and on both."""
     case = hidden_case(1, 1, 9, (12, 12), "shared")

@@ -88,9 +88,13 @@ def _mean(difference: Tensor, valid: Tensor | None, entries: int) -> Tensor:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Rows over their norms, as torch's normalize; rows without a direction are 0."""
+    """Rows over their norms, as torch's normalize; rows without a direction are 0.
+
+    NaN where squares overflow.
+    """
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return rows * torch.where(norm > 1e-12, 1.0 / norm.clamp(min=1e-12), 0.0)
+    norm = norm.masked_fill(norm.isinf(), torch.nan)
+    return rows * torch.where(norm <= 1e-12, 0.0, 1.0 / norm.clamp(min=1e-12))
 
 
 def _mean_square(difference: Tensor, count: Tensor | int) -> Tensor:

@@ -147,9 +147,10 @@ def _unit_difference(source: Tensor, teacher_state: Tensor, out: Tensor) -> Tens
 
 
 def _inverse_norm(rows: Tensor) -> Tensor:
-    """`1 / |row|` as `[rows, 1]`, 0 for rows without a direction."""
+    """`1 / |row|` as `[rows, 1]`, 0 for rows without a direction, NaN where that is infinite."""
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    inverse: Tensor = norm.reciprocal().masked_fill_(norm <= ZERO_NORM, 0.0)
+    # inf - inf is NaN
+    inverse: Tensor = norm.reciprocal().add_(norm - norm).masked_fill_(norm <= ZERO_NORM, 0.0)
     return inverse
 
 

@@ -506,7 +506,7 @@ def unit_distance(b_squares, b_cosine, b_student_inverse, b_teacher_inverse):
 
     `1 - cos` is `(1 - cos^2) / (1 + cos)`: by subtraction it loses its digits as `u` nears `v`.
     """
-    m_student, m_teacher = b_student_inverse > 0, b_teacher_inverse > 0
+    m_student, m_teacher = b_student_inverse != 0, b_teacher_inverse != 0
     near = 2.0 * b_squares / (1.0 + tl.maximum(b_cosine, 0.0))
     b_made = tl.where(b_cosine > 0, near, 2.0 - 2.0 * b_cosine)
     # a row without a direction is 0, and has a distance of 1 from one that has
@@ -516,9 +516,14 @@ def unit_distance(b_squares, b_cosine, b_student_inverse, b_teacher_inverse):
 
 @triton.jit
 def inverse_of_norm(squares, ZERO_NORM: tl.constexpr):
-    """`1 / |row|` from a row's sum of squares, 0 for rows without a direction."""
+    """`1 / |row|` from a row's sum of squares, 0 for rows without a direction.
+
+    NaN where the sum is infinite or NaN.
+    """
     norms = tl.sqrt(squares)
-    return tl.where(norms > ZERO_NORM, 1.0 / tl.maximum(norms, ZERO_NORM), 0.0)
+    # inf - inf is NaN
+    inverse = 1.0 / tl.maximum(norms, ZERO_NORM) + (norms - norms)
+    return tl.where(norms <= ZERO_NORM, 0.0, inverse)
 
 
 @triton.jit

@@ -207,8 +207,8 @@ def test_micro_batches_whose_rows_are_compared_are_read_twice(recipe: Recipe) ->
     assert found[1] - found[0] == pytest.approx(4 * again / chip.single / EFFICIENCY)
     whole = [forecast(recipe, one, chip, 1).computing for one in (passes, compared)]
     assert whole[0] == whole[1]
-    sizes = {changed.train.micro_batch_size for _, changed in layouts(recipe, 2, 2)}
-    assert min(size for size in sizes if size is not None) == 2
+    sizes = {changed.train.micro_batch_size for _, changed in layouts(recipe, 2)}
+    assert min(size for size in sizes if size is not None) == 1
     tree = recipe.model_dump(mode="json", exclude_none=True)
     angles = Recipe.model_validate({**tree, "losses": {"rkd": {"kind": "angle"}}})
     assert run_dry(angles, 4).least_rows == 3

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_rows import row_recipe
 from tiny_runs import assert_same_run, keys, make_recipe, run_script
 
 import fastkd
+from fastkd.training.run_folder import RunFolder
 
 SHARDED = {
     "train.zero_stage": 3,
@@ -77,3 +79,30 @@ def test_weights_that_follow_the_losses_see_all_rows_too(tmp_path: Path) -> None
         overrides = {"run.output": str(tmp_path / name), "train.micro_batch_size": size}
         fastkd.distill(str(recipe), {**overrides, "train.evaluate_every": 1})
     assert_same_run(tmp_path / "cut", tmp_path / "whole", losses=1e-5, weights=2e-5)
+
+
+def test_a_run_that_goes_on_with_smaller_micro_batches_keeps_the_same_best(tmp_path: Path) -> None:
+    """An evaluation compares as many rows as a step has, whatever a micro-batch holds."""
+    losses = {"rkd": {}, "similarity": {"weight": 30}}
+    # the rate is so large that the best student is one in the middle
+    train = {"learning_rate": 0.02, "schedule": "constant", "evaluate_every": 1}
+    recipe = row_recipe(tmp_path, losses=losses, train=train, run={"keep_best": "rkd"})
+
+    def run(name: str, size: int | None, **given: Any) -> dict[str, Any]:
+        overrides = {"run.output": str(tmp_path / name), "train.steps": 6}
+        overrides |= {"train.micro_batch_size": size, "train.checkpoint_every": 1}
+        return fastkd.distill(str(recipe), overrides, quiet=True, **given).summary
+
+    whole = run("whole", None)
+    assert 0 < whole["exported_step"] < 6
+    with pytest.raises(ZeroDivisionError):
+        run("cut", 8, on_evaluate=lambda step, _: 1 // (3 - step))
+    cut = run("cut", 1, resume=True)
+    assert cut["exported_step"] == whole["exported_step"]
+    lines = [RunFolder(tmp_path / name).read_metrics() for name in ("whole", "cut")]
+    one, other = ([x for x in each if x["kind"] == "heldout"] for each in lines)
+    assert len(one) == 7
+    for expected, found in zip(one, other, strict=True):
+        for label in ("rkd", "similarity"):
+            key = f"heldout/losses/{label}"
+            assert found[key] == pytest.approx(expected[key], rel=1e-4)

@@ -349,12 +349,12 @@ def test_other_losses_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None
     [
         (
             {"loss": "similarity"},
-            (1, 4, 1),
+            (1, 1, 1),
             False,
-            r"losses\.mine compares rows, 2 at .* 1;",
+            r"losses\.mine compares the rows of a step, 2 at least, but one has 1; raise train",
         ),
-        ({"loss": "rkd", "kind": "angle"}, (2, 1, 2), False, r"3 at least, .* which has 2; raise"),
-        ({"loss": "rkd"}, (1, 8, 1, 64), False, r"which has 1; raise data\.batch_tokens or train"),
+        ({"loss": "rkd", "kind": "angle"}, (2, 1, 1), False, r"3 at least, but one has 2; raise"),
+        ({"loss": "rkd"}, (1, 1, 1, 64), False, r"but one has 1; raise train\.batch_size"),
         ({"loss": "rkd"}, (2, 4, 1), True, r"train\.cuda_graph is on, but losses\.mine compares"),
     ],
 )
@@ -365,4 +365,5 @@ def test_rows_that_can_not_be_compared_are_refused(
     with pytest.raises(UserError, match=said):
         check_gathering(objective, BatchPlan(*plan), recorded=recorded)
     check_gathering(objective, BatchPlan(4, 1, 1), recorded=recorded)
+    check_gathering(objective, BatchPlan(1, 2, 2), recorded=False)
     check_gathering(made({"loss": "hidden"}, ("text",)), BatchPlan(*plan), recorded=recorded)

@@ -14,7 +14,7 @@ from tiny_rows import Row, recipe_rows, row_recipe
 from tiny_runs import assert_same_run, keys, read_weights, run_variants
 from tiny_training import save_classifier, summary_of
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, pdist, smooth_l1_loss
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from fastkd.data.rows.evaluators import OutputEvaluator
@@ -65,6 +65,8 @@ def test_a_run_is_the_same_however_it_is_made(name: str, runs: Path) -> None:
     before, after = (summary_of(runs / run)["after"] for run in (name, "whole"))
     assert abs(before["sentence_cosine"] - after["sentence_cosine"]) < 1e-5
     assert before["rows"] == after["rows"]
+    # of rows that are compared, too, which are as many in any micro-batch and on any rank
+    assert before["losses"] == pytest.approx(after["losses"], rel=2e-4)
 
 
 def held_out() -> list[Row]:
@@ -79,21 +81,38 @@ def held_out() -> list[Row]:
 
 
 @torch.no_grad()
-def test_the_cosine_is_that_of_texts_read_one_by_one(runs: Path) -> None:
+def test_held_out_numbers_are_those_of_texts_read_one_by_one(runs: Path) -> None:
     teacher = AutoModel.from_pretrained(runs / "teacher")
     student = AutoModel.from_pretrained(runs / "whole" / "student")
     projections = read_weights(runs / "whole")
     weight = projections["terms.3.projection.weight"]
     tokenizer, cosines = tiny_tokenizer(), []
+    rows: list[tuple[int, Tensor, Tensor]] = []
     for row in held_out():
+        pooled, longest = [], 0
         for column in ("query", "positive", "negative"):
             read = tokenizer(row[column], truncation=True, max_length=16, return_tensors="pt")
             read.pop("token_type_ids", None)
             theirs, own = (m(**read).last_hidden_state.mean(dim=1) for m in (teacher, student))
             cosines.append(cosine_similarity(own @ weight.T, theirs).item())
+            pooled.append((own, theirs))
+            longest = max(longest, read["input_ids"].shape[1])
+        rows.append((longest, *(torch.cat(states) for states in zip(*pooled, strict=True))))
     after = summary_of(runs / "whole")["after"]
     assert after["rows"] == len(held_out())
     assert abs(sum(cosines) / len(cosines) - after["sentence_cosine"]) < 1e-5
+    # sixteen rows of similar length at a time, as many as a step has
+    rows.sort(key=lambda row: -row[0])
+    groups = [rows[at : at + 16] for at in range(0, len(rows), 16)]
+    assert len(groups) > 1
+    values = [len(group) * _apart(*list(zip(*group, strict=True))[1:]) for group in groups]
+    assert after["losses"]["rkd"] == pytest.approx(sum(values) / len(rows), rel=1e-3)
+
+
+def _apart(*points: tuple[Tensor, ...]) -> float:
+    """What RKD's distances of the student's and the teacher's texts come to."""
+    own, theirs = (pdist(torch.cat(of_rows)) for of_rows in points)
+    return float(smooth_l1_loss(own / own.mean(), theirs / theirs.mean()))
 
 
 def test_a_reranker_is_compared_with_its_teacher(tmp_path: Path) -> None:

@@ -168,22 +168,30 @@ def test_position_of_another_run_is_refused(changes: dict[str, Any], message: st
         ExampleStream(examples, 8, 3).load_state_dict({**state, "fingerprint": "other"})
 
 
-@given(lengths=LENGTHS, size=SIZES, world=st.integers(1, 4))
+@given(lengths=LENGTHS, size=SIZES, world=st.integers(1, 4), together=st.integers(1, 4))
 def test_evaluation_counts_every_example_once_on_equally_many_batches(
-    lengths: list[int], size: int, world: int
+    lengths: list[int], size: int, world: int, together: int
 ) -> None:
     examples = encoded(lengths)
     ranks = [
-        list(evaluation_parts(examples.lengths, size, rank=rank, world_size=world))
+        list(
+            evaluation_parts(examples.lengths, size, rank=rank, world_size=world, together=together)
+        )
         for rank in range(world)
     ]
-    assert len({len(batches) for batches in ranks}) == 1
-    found = [row for batches in ranks for rows, _ in batches for row in rows.tolist()]
+    assert len({tuple(begins for _, _, begins in batches) for batches in ranks}) == 1
+    found = [row for batches in ranks for rows, _, _ in batches for row in rows.tolist()]
     assert sorted(found) == list(range(len(lengths)))
+    groups: list[list[int]] = []
     for batches in ranks:
-        for rows, part in batches:
+        for rows, part, begins in batches:
             assert 1 <= len(part) <= size
             assert part[: len(rows)] == rows.tolist()
+            groups += [[]] if begins else []
+            groups[-1] += rows.tolist()
+    # those of one rank with parts as large
+    wide = evaluation_parts(examples.lengths, size * together)
+    assert sorted(filter(None, groups)) == sorted(rows.tolist() for rows, _, _ in wide)
     if world == 1:
         longest = [lengths[row] for row in found]
         assert longest == sorted(longest, reverse=True)

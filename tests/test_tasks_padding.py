@@ -132,7 +132,7 @@ def one_by_one(model: PreTrainedModel, data: TaskDataModule) -> Tensor:
 def in_batches(model: PreTrainedModel, data: TaskDataModule, size: int) -> Tensor:
     dev = data.evaluations["dev"]
     found = torch.zeros(len(dev), 2)
-    for rows, part in evaluation_parts(dev.lengths, size):
+    for rows, part, _ in evaluation_parts(dev.lengths, size):
         batch = dev.batch(part)
         del batch["labels"]
         found[rows] = model(**batch).logits

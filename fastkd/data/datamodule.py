@@ -43,6 +43,8 @@ class EvalBatch:
     rows: Tensor
     """Numbers of its blocks or examples among all, int64 [counted]; empty if it doesn't count,
     because this rank repeats it while others work."""
+    begins: bool = True
+    """Whether it is the first of a group whose rows losses may compare with each other."""
 
 
 class Evaluator(Protocol):
@@ -82,8 +84,9 @@ class DataModule(Protocol):
     def micro_batches(self, batch_size: int, seed: int, plan: BatchPlan, rank: int) -> MicroBatches:
         """A rank's micro-batches from the start of the order of `seed`; every rank calls this."""
 
-    def heldout(self, size: int, ranks: Ranks) -> Iterator[EvalBatch]:
-        """A rank's held-out parts of up to `size` rows, as many on every rank."""
+    def heldout(self, size: int, ranks: Ranks, together: int = 1) -> Iterator[EvalBatch]:
+        """A rank's held-out parts of up to `size` rows, as many on every rank; `together` of them
+        are a group, which one rank reads."""
 
     def evaluator(self, ranks: Ranks, whose: Judged = "student") -> Evaluator:
         """A new one, of the outputs of the student or of the teacher."""

@@ -201,28 +201,59 @@ class BucketedMicroBatches:
 
 
 def evaluation_parts(
-    lengths: npt.NDArray[np.int64], batch_size: int, *, rank: int = 0, world_size: int = 1
-) -> Iterator[tuple[Tensor, list[int]]]:
+    lengths: npt.NDArray[np.int64],
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    together: int = 1,
+) -> Iterator[tuple[Tensor, list[int], bool]]:
     """A rank's share of all rows, longest first, as many parts on every rank.
 
     Args:
         lengths: of the rows to evaluate on.
         batch_size: rows of one forward pass of one rank.
         rank: whose share.
-        world_size: number of ranks; a forward pass may be collective, so a rank without a part of
-            its own gets one that doesn't count.
+        world_size: number of ranks, see `shared_parts`.
+        together: parts of a group.
 
     Yields:
         Numbers of the rows that count, int64 [counted], and of all rows of the part, which begin
-        with those.
+        with those; whether it begins a group.
     """
     order = np.argsort(-lengths, kind="stable")
-    starts = range(0, len(order), batch_size)
-    for number in range(rank, -(-len(starts) // world_size) * world_size, world_size):
-        start = starts[min(number, len(starts) - 1)]
-        rows = order[start : start + batch_size]
-        counted = rows if number < len(starts) else rows[:0]
-        yield torch.from_numpy(counted.copy()), rows.tolist()
+    for places, counts, begins in shared_parts(
+        len(order), batch_size, rank=rank, world_size=world_size, together=together
+    ):
+        rows = order[places]
+        counted = rows if counts else rows[:0]
+        yield torch.from_numpy(counted.copy()), rows.tolist(), begins
+
+
+def shared_parts(
+    rows: int, size: int, *, rank: int, world_size: int, together: int = 1
+) -> Iterator[tuple[slice, bool, bool]]:
+    """A rank's parts of rows that follow each other, in groups that are the same whatever the ranks
+    are; as many parts on every rank.
+
+    Args:
+        rows: there are.
+        size: of a part, at most.
+        rank: whose parts.
+        world_size: number of ranks; a forward pass may be collective, so a rank without a part of
+            its own gets one that doesn't count.
+        together: parts of a group.
+
+    Yields:
+        Places of a part's rows, whether it counts, and whether it begins a group.
+    """
+    starts = range(0, rows, size)
+    for first in range(0, len(starts), world_size * together):
+        # the first rank's group is never shorter than those of the others
+        for place in range(min(together, len(starts) - first)):
+            number = first + rank * together + place
+            start = starts[min(number, len(starts) - 1)]
+            yield slice(start, start + size), number < len(starts), place == 0
 
 
 def _order(

@@ -108,9 +108,10 @@ class Batch:
     gather: Gather = alone
     """Of this micro-batch's [n, ...] makes the [N, ...] of the whole optimiser step: all ranks in
     turn, of each all micro-batches, in the same order whatever is gathered. Its own n alone carry
-    gradient, so return `gathered_value`. In an evaluation, and in a loop of one's own, the batch at
-    hand is the whole. It is for losses with `least_rows`, and takes what no gathered rows went
-    into; above it there are no parameters, whose gradient each micro-batch would count."""
+    gradient, so return `gathered_value`. In an evaluation as many held-out rows are the whole, in a
+    loop of one's own the batch at hand. It is for losses with `least_rows`, and takes what no
+    gathered rows went into; above it there are no parameters, whose gradient each micro-batch would
+    count."""
     teacher_mask: Tensor | None = None
     """As `mask`, of what the teacher reads."""
     scores: Tensor | None = None

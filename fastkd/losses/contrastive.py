@@ -24,7 +24,7 @@ class ContrastiveLoss(EmbeddingLoss):
 
     The first text of a row is its query, the second the document to be found, others are negatives.
     Each query chooses among the documents and negatives of all rows of an optimiser step, see
-    `Batch.gather`; in an evaluation of a micro-batch. Mean over rows. What is right for a row is
+    `Batch.gather`; in an evaluation of as many. Mean over rows. What is right for a row is
     wrong for none: texts equal to its document, and documents of rows with the same query, are no
     choices of its own.
     """

@@ -28,7 +28,7 @@ class RelationalLoss(Loss):
         angle     cos of the angle at x_j between x_i and x_k
 
     Widths may differ, as each model is compared with itself. All sentences of an optimiser step
-    meet, see `Batch.gather`; in an evaluation those of a micro-batch. Fewer than two sentences
+    meet, see `Batch.gather`; in an evaluation as many. Fewer than two sentences
     (three for angles) have nothing to compare and give zero.
     """
 

@@ -27,7 +27,7 @@ class SimilarityLoss(EmbeddingLoss):
         kl   mean over sequences of KL(softmax(S_teacher / temperature), softmax(S_student / ...))
 
     Each model is compared with itself, so that dims may differ. All sequences of an optimiser step
-    meet, see `Batch.gather`; in an evaluation those of a micro-batch. One sequence has no others
+    meet, see `Batch.gather`; in an evaluation as many. One sequence has no others
     and gives zero.
     """
 

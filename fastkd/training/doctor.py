@@ -163,7 +163,7 @@ def does_not_fit(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> str:
         f"does not fit: {_gib(found.total)} of {_gib(room)}, most of it {most} "
         f"({_gib(found.parts[most])}); "
     )
-    for overrides, changed in layouts(recipe, ranks, passes.least_rows):
+    for overrides, changed in layouts(recipe, ranks):
         total = forecast(changed, passes, chip, ranks).total
         if total <= room:
             return f"{said}give {overrides} ({_gib(total)})"

@@ -23,6 +23,7 @@ from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import Progress
 from fastkd.losses import target_labels
+from fastkd.losses.gathering import Gather
 from fastkd.losses.objective import Objective
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.packed_row import valid_tokens
@@ -30,6 +31,7 @@ from fastkd.recipe import AnyRecipe, Recipe, TaskSelection, each_stage
 from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.engine import StoredStates, TeacherRunner
 from fastkd.training.finite import blame, first_broken, teacher_fault
+from fastkd.training.gathering import group_gathers
 from fastkd.training.judging import judge_embeddings
 from fastkd.training.perplexity import heard_perplexity
 from fastkd.training.precision import tf32_products
@@ -118,7 +120,9 @@ def evaluate(run: Run, *, judge_teacher: bool = False) -> Evaluation:
 
 def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
     ranks, objective, datamodule, teacher = run.ranks, run.objective, run.datamodule, run.teacher
-    batches = list(datamodule.heldout(run.plan.micro_batch_size, ranks))
+    # rows that are compared are those of a step, however that is cut
+    together = run.plan.pieces if objective.least_rows else 1
+    batches = list(datamodule.heldout(run.plan.micro_batch_size, ranks, together))
     whole = ranks.sum(sum_divisors(objective, batches).to(ranks.device)).clamp(min=1)
     losses = torch.zeros(len(objective.labels), dtype=torch.float64, device=ranks.device)
     compares, embeds = datamodule.compares, datamodule.reads == "embeddings"
@@ -126,10 +130,10 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
     embeddings = [run.embedding(side) for side in get_args(Side)] if embeds else []
     evaluator, of_teacher = datamodule.evaluator(ranks), None
     head = objective.pair.head
-    teacher_tokens = None
     with ExitStack() as stack:
         student = run.module.student
         tokens = stack.enter_context(heard_perplexity(student, head, ranks.device))
+        listeners = {"student": tokens}
         student_heard = stack.enter_context(overheard(student, heard))
         asks = compares or judge_teacher
         reads_teacher = stack.enter_context(_read_teacher(run, heard if asks else None))
@@ -137,17 +141,18 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
             of_teacher = None if compares else datamodule.evaluator(ranks, "teacher")
             if judge_teacher:
                 listening = heard_perplexity(teacher.model, head, ranks.device)
-                teacher_tokens = stack.enter_context(listening)
+                listeners["teacher"] = stack.enter_context(listening)
         stack.enter_context(torch.no_grad())
-        for batch in batches:
+        for batch, gather in _with_gathers(run, batches, reads_teacher):
             inputs = reads_teacher.inputs(batch.inputs)
             labels = target_labels(inputs, head) if len(batch.rows) else None
-            tokens.expect(labels)
-            if teacher_tokens:
-                teacher_tokens.expect(labels)
+            for listener in listeners.values():
+                listener.expect(labels)
             loss_scales = (objective.divisors(inputs) / whole).float()
             teacher_states, theirs = reads_teacher(inputs)
-            parts = run.student(inputs, teacher_states, loss_scales)[1]
+            parts = run.student(inputs, teacher_states, loss_scales, gather)[1]
+            for listener in listeners.values():
+                listener.expect(None)
             losses += float(len(batch.rows) > 0) * parts[0]
             if isinstance(teacher, TeacherRunner) and teacher.others and compares:
                 given = embeddings[0] if embeds else None, student_heard.output, inputs
@@ -169,7 +174,7 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
     if broken := first_broken(by_label):
         refuse(f"loss {broken}")
     of_alone = of_teacher.results(ranks) if of_teacher else {}
-    of_alone |= teacher_tokens.results(ranks) if teacher_tokens else {}
+    of_alone |= listeners["teacher"].results(ranks) if "teacher" in listeners else {}
     if judge_teacher:
         of_alone |= judge_embeddings(run, "teacher")
     judged = evaluator.results(ranks) | tokens.results(ranks)
@@ -179,6 +184,28 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
     if broken := first_broken(result.of_student()):
         refuse(broken)
     return result
+
+
+def _with_gathers(
+    run: Run, batches: Sequence[EvalBatch], reads_teacher: _TeacherReading
+) -> Iterator[tuple[EvalBatch, Gather]]:
+    """Each batch with what brings its losses the rows of its group, which is read twice where it
+    has several."""
+    group: list[EvalBatch] = []
+
+    def read(gathers: Sequence[Gather]) -> None:
+        for batch, gather in zip(group, gathers, strict=True):
+            inputs = reads_teacher.inputs(batch.inputs)
+            loss_scales = run.objective.divisors(inputs).float()
+            run.student(inputs, reads_teacher(inputs)[0], loss_scales, gather)
+
+    ends = [*(batch.begins for batch in batches[1:]), True]
+    for batch, is_last in zip(batches, ends, strict=True):
+        group.append(batch)
+        if is_last:
+            gathers = group_gathers([len(one.rows) > 0 for one in group], read)
+            yield from zip(group, gathers, strict=True)
+            group.clear()
 
 
 @dataclass(frozen=True)

@@ -210,9 +210,8 @@ def forecast(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> Forecast
     )
 
 
-def layouts(recipe: Recipe, ranks: int, least_rows: int = 1) -> Iterator[tuple[str, Recipe]]:
-    """Ways to lay the same run out that need less memory, the cheapest first, as overrides;
-    micro-batches have `least_rows`, or more."""
+def layouts(recipe: Recipe, ranks: int) -> Iterator[tuple[str, Recipe]]:
+    """Ways to lay the same run out that need less memory, the cheapest first, as overrides."""
     rows = plan_batches(recipe, ranks).micro_batch_size
     budgeted = recipe.data is not None and recipe.data.batch_tokens is not None
     places: list[tuple[str, dict[str, str]]] = [("", {})]
@@ -227,7 +226,7 @@ def layouts(recipe: Recipe, ranks: int, least_rows: int = 1) -> Iterator[tuple[s
     for place, teacher in places:
         for stage in sorted({stage for stage in stages if stage >= recipe.train.zero_stage}):
             size = rows
-            while size >= least_rows:
+            while size:
                 said = [place] if teacher else []
                 said += [f"train.zero_stage={stage}"] * (stage != recipe.train.zero_stage)
                 train: dict[str, int] = {"zero_stage": stage}

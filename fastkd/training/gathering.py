@@ -4,7 +4,8 @@ Where a rank has one micro-batch, its rows meet those of the other ranks as the 
 Several are read twice, as GradCache does (Gao et al., arXiv 2101.06983): without gradients, to know
 all rows of the step, and again to train. So a step then costs another forward pass of both models,
 and memory of one micro-batch as ever; `train.micro_batch_size` as large as a rank's share costs
-nothing.
+nothing. An evaluation compares groups of as many rows as a step has, so that it finds the same
+however a step is cut.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastkd.data.batching import BatchPlan
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
-from fastkd.losses.gathering import Gather, Notes
+from fastkd.losses.gathering import Gather, Notes, alone
 from fastkd.losses.objective import Objective
 
 
@@ -39,17 +40,47 @@ def step_gathers(
         return [_Live(ranks)]
     notes = [Notes() for _ in range(micro_batches)]
     read(notes)
+    return _known(notes, ranks)
+
+
+def group_gathers(
+    counts: Sequence[bool], read: Callable[[Sequence[Gather]], None]
+) -> Sequence[Gather]:
+    """What gives each part of a group of held-out rows the rows of all of it, on this rank alone.
+
+    Args:
+        counts: of each part, whether it does: of one that doesn't, no other sees a row.
+        read: as of `step_gathers`.
+
+    Raises:
+        UserError: likewise.
+    """
+    if len(counts) == 1:
+        return [alone]
+    gathers: list[Gather] = [Notes() if counted else alone for counted in counts]
+    read(gathers)
+    notes = [gather for gather in gathers if isinstance(gather, Notes)]
+    known = iter(_known(notes, None))
+    return [next(known) if counted else alone for counted in counts]
+
+
+def _known(notes: Sequence[Notes], ranks: Ranks | None) -> Sequence[Gather]:
+    """Of what was taken down of each micro-batch, what gives it that of all of them; of all ranks
+    where these are given."""
     if len({len(note.rows) for note in notes}) > 1:
         raise UserError(
             f"losses: batch.gather is called {' and '.join(str(len(n.rows)) for n in notes)} times "
             "in the micro-batches of a step; call it equally often whatever a batch holds"
         )
     calls = list(zip(*(note.rows for note in notes), strict=True))
-    steps = [ranks.rows_of_all(torch.cat(rows)) for rows in calls]
-    # the rows of a rank follow each other
-    firsts = [ranks.rank * len(whole) // ranks.world_size for whole in steps]
-    found = []
-    for number in range(micro_batches):
+    steps = [torch.cat(rows) for rows in calls]
+    firsts = [0] * len(steps)
+    if ranks is not None:
+        steps = [ranks.rows_of_all(rows) for rows in steps]
+        # the rows of a rank follow each other
+        firsts = [ranks.rank * len(whole) // ranks.world_size for whole in steps]
+    found: list[Gather] = []
+    for number in range(len(notes)):
         found.append(_Known(steps, firsts))
         firsts = [first + len(rows[number]) for first, rows in zip(firsts, calls, strict=True)]
     return found
@@ -98,12 +129,11 @@ def check_gathering(objective: Objective, plan: BatchPlan, *, recorded: bool) ->
         UserError: they don't.
     """
     for name, least in objective.least_rows.items():
-        if plan.micro_batch_size < least:
-            field = "train.micro_batch_size" if plan.tokens is None else "data.batch_tokens"
+        rows = plan.micro_batch_size * plan.pieces
+        if rows < least:
             raise UserError(
-                f"losses.{name} compares rows, {least} at least, of a step and, in an evaluation, "
-                f"of a micro-batch, which has {plan.micro_batch_size}; raise {field} or "
-                "train.batch_size"
+                f"losses.{name} compares the rows of a step, {least} at least, but one has {rows}; "
+                "raise train.batch_size"
             )
         if recorded and plan.pieces > 1:
             raise UserError(

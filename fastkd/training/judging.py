@@ -65,7 +65,7 @@ def _shared_out(
     """What is made of rows, [rows, ...], each by one rank, `size` at a time; all ranks have all."""
     found: Tensor | None = None
     parts = evaluation_parts(lengths, size, rank=ranks.rank, world_size=ranks.world_size)
-    for counted, rows in parts:
+    for counted, rows, _ in parts:
         values = made(rows)
         if found is None:
             found = values.new_zeros(len(lengths), *values.shape[1:])

@@ -89,14 +89,18 @@ class RowDataModule:
         longest = self._longest if self.counts_padding else None
         return BucketedMicroBatches(stream, read, plan, rank, longest=longest, tokens=tokens)
 
-    def heldout(self, size: int, ranks: Ranks) -> Iterator[EvalBatch]:
+    def heldout(self, size: int, ranks: Ranks, together: int = 1) -> Iterator[EvalBatch]:
         rows, chosen = self.encoded.heldout, self._chosen
         multiple = rows.sequences.max_length if self.counts_padding else PAD_MULTIPLE
         parts = evaluation_parts(
-            rows.lengths[chosen], size, rank=ranks.rank, world_size=ranks.world_size
+            rows.lengths[chosen],
+            size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            together=together,
         )
-        for counted, part in parts:
-            yield EvalBatch(rows.batch(chosen[part].tolist(), multiple), counted)
+        for counted, part, begins in parts:
+            yield EvalBatch(rows.batch(chosen[part].tolist(), multiple), counted, begins)
 
     def evaluator(self, ranks: Ranks, whose: Judged = "student") -> Evaluator:
         count, each = len(self._chosen), self.encoded.heldout.each

@@ -87,18 +87,22 @@ class TaskDataModule:
         longest = self._longest if self.counts_padding else None
         return BucketedMicroBatches(stream, read, plan, rank, longest=longest)
 
-    def heldout(self, size: int, ranks: Ranks) -> Iterator[EvalBatch]:
+    def heldout(self, size: int, ranks: Ranks, together: int = 1) -> Iterator[EvalBatch]:
         first = 0
         for examples in self.evaluations.values():
             multiple = examples.max_length if self.counts_padding else PAD_MULTIPLE
             parts = evaluation_parts(
-                examples.lengths, size, rank=ranks.rank, world_size=ranks.world_size
+                examples.lengths,
+                size,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                together=together,
             )
-            for counted, rows in parts:
+            for counted, rows, begins in parts:
                 # those of all that is read: examples to train on stand before them
                 numbers = torch.tensor(rows) + len(self.train) + first
                 batch = {**self._batch(examples, rows, multiple), ROWS: numbers}
-                yield EvalBatch(batch, counted + first)
+                yield EvalBatch(batch, counted + first, begins)
             first += len(examples)
 
     def _batch(self, examples: EncodedExamples, rows: Sequence[int], multiple: int) -> Inputs:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import EvalBatch
+from fastkd.data.sampler import shared_parts
 from fastkd.data.tasks.metrics import Judged
 from fastkd.data.text import BlockStream, Corpus
 from fastkd.data.text.mlm import Masking
@@ -51,17 +52,14 @@ class TextDataModule:
         stream = self.corpus.stream(batch_size, seed, self.ranks)
         return BlockMicroBatches(stream, self.masking, plan, rank)
 
-    def heldout(self, size: int, ranks: Ranks) -> Iterator[EvalBatch]:
-        numbers = torch.arange(len(self.corpus.heldout))
-        starts = range(0, len(numbers), size)
-        rounds = -(-len(starts) // ranks.world_size)
-        for number in range(ranks.rank, rounds * ranks.world_size, ranks.world_size):
-            # a rank without a batch of its own repeats one that doesn't count
-            start = starts[min(number, len(starts) - 1)]
-            rows = slice(start, start + size)
-            counted = numbers[rows] if number < len(starts) else numbers[:0]
-            blocks = self.corpus.heldout[rows]
-            yield EvalBatch(as_inputs(blocks, self.masking, "heldout", start), counted)
+    def heldout(self, size: int, ranks: Ranks, together: int = 1) -> Iterator[EvalBatch]:
+        numbers, world = torch.arange(len(self.corpus.heldout)), ranks.world_size
+        for rows, counts, begins in shared_parts(
+            len(numbers), size, rank=ranks.rank, world_size=world, together=together
+        ):
+            counted = numbers[rows] if counts else numbers[:0]
+            inputs = as_inputs(self.corpus.heldout[rows], self.masking, "heldout", rows.start)
+            yield EvalBatch(inputs, counted, begins)
 
     def evaluator(self, ranks: Ranks, whose: Judged = "student") -> CosineEvaluator:
         return CosineEvaluator(self.corpus.heldout, ranks.device)

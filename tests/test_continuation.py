@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_runs import (
@@ -19,10 +22,13 @@ from tiny_runs import (
     run_command,
     run_variants,
 )
-from tiny_training import save_encoder, summary_of, write_recipe, write_task
+from tiny_training import save_classifier, save_encoder, summary_of, write_recipe, write_task
 
+import fastkd
+from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, Recipe, parse_any_recipe
+from fastkd.training import cost
 from fastkd.training.continuation import (
     difference,
     in_force,
@@ -249,6 +255,60 @@ def test_the_last_stage_is_made_longer(recipe: Path) -> None:
     said = run_variants(recipe, [keys(variant) for variant in variants])
     _assert_longer(run, whole, said)
     assert summary_of(run)["steps"] == 6
+
+
+def test_a_run_whose_last_stage_is_being_made_longer_is_not_finished(tmp_path: Path) -> None:
+    recipe, run = make_recipe(tmp_path, train=CONSTANT), tmp_path / "run"
+    short, long = ({"stages": [{"train": {"steps": n}} for n in (2, last)]} for last in (2, 4))
+    fastkd.distill(recipe, short, quiet=True)
+    # killed at the first step of those that are more
+    with pytest.raises(ZeroDivisionError):
+        fastkd.distill(recipe, long, resume=True, quiet=True, on_step=lambda step, _: 1 // 0)
+    assert not (run / "summary.json").exists()
+    with pytest.raises(
+        UserError, match=r"run was started with stages\.2\.train\.steps=4, now 2 is"
+    ):
+        fastkd.distill(recipe, short, resume=True, quiet=True)
+    with pytest.raises(UserError, match="holds no finished run"):
+        fastkd.evaluate(run, quiet=True)
+    assert fastkd.distill(recipe, long, resume=True, quiet=True).summary["steps"] == 6
+
+
+def test_time_and_memory_are_those_of_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(tmp_path, train=CONSTANT)
+    ticks = itertools.count()
+    # every look at the clock is a second later, and the first process needs the most memory
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    peaks = {"process": 8_000_000_000}
+    monkeypatch.setattr(cost, "peak_memory", lambda ranks: peaks["process"])
+    first = fastkd.distill(recipe, {"train.steps": 2}, quiet=True).summary
+    peaks["process"] = 5_000_000_000
+    looked = next(ticks) + 1
+    more = fastkd.distill(recipe, {"train.steps": 3}, quiet=True, resume=True).summary
+    # until the checkpoint of the last step, and what came after that was gone on from
+    assert more["seconds"] == (first["seconds"] - 1) + (next(ticks) - 1 - looked)
+    assert more["peak_memory_bytes"] == first["peak_memory_bytes"] == 8_000_000_000
+    gpu = cost.Cost(Ranks(0, 1, torch.device("cuda")))
+    gpu.load({"seconds": 2.0, "peak": 8_000_000_000, "peak_of": "process"})
+    assert (gpu.peak, gpu.peak_of) == (5_000_000_000, "GPU")
+
+
+def test_the_teacher_of_a_lean_run_is_judged_once_there_is_an_evaluation(tmp_path: Path) -> None:
+    write_task(tmp_path / "task")
+    save_classifier(tmp_path / "classifier")
+    train = {"steps": 6, "checkpoint_every": 1}
+    recipe = write_recipe(tmp_path, "run", train=train, run={"lean": True})
+    with pytest.raises(ZeroDivisionError):
+        fastkd.distill(recipe, quiet=True, on_step=lambda step, _: 1 // (4 - step))
+    # the evaluation that would have been the first is over
+    given = {"train.evaluate_every": 2}
+    done = fastkd.distill(recipe, given, quiet=True, resume=True)
+    lines = RunFolder(done.folder).read_metrics()
+    assert [x["step"] for x in lines if x["kind"] == "teacher"] == [4]
+    assert [x["step"] for x in lines if x["kind"] == "heldout"] == [4, 6]
+    assert done.summary["teacher"]["score"] == fastkd.evaluate(done, quiet=True).teacher["score"]
 
 
 def test_a_tuned_model_is_made_longer(tmp_path: Path) -> None:

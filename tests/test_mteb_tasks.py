@@ -31,7 +31,8 @@ class Task:
     """As mteb's: metadata, data that is loaded, a model that is scored."""
 
     def __init__(self, modality: str = "text") -> None:
-        self.metadata = types.SimpleNamespace(modalities=[modality])
+        dataset = {"path": "mteb/some", "revision": "0123"}
+        self.metadata = types.SimpleNamespace(modalities=[modality], dataset=dataset)
         self.loaded = False
 
     def load_data(self) -> None:

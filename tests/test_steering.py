@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import make_recipe, read_weights, run_command
-from tiny_training import save_encoder, summary_of, write_recipe, write_task
+from tiny_training import save_classifier, save_encoder, summary_of, write_recipe, write_task
 
 import fastkd
-from fastkd.training.steering import Best
+from fastkd.training import steering
+from fastkd.training.steering import Best, Steering
 
 # becomes better for some steps, then worse
 TRAIN = {
@@ -175,3 +177,45 @@ def test_a_run_goes_on_under_the_evaluations_that_it_began_with(
         ({"train.early_stopping": {**STOPPING, "patience": 2}}, "patience=3, now 2"),
     ):
         assert said in refusal(recipe, {**same, **changes}, resume=True)
+
+
+# by step; those of 10 and 13 are of no schedule: the best of all, and one more that is no better
+VALUES = {0: 9.0, 3: 5.0, 6: 4.0, 9: 3.0, 10: 1.0, 12: 6.0, 13: 7.0, 15: 8.0}
+
+
+def test_a_longer_run_decides_as_if_it_had_been_that_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation of a last step that is none of the schedule decides nothing of a longer run:
+    neither its student nor its end, nor the predictions that are kept."""
+    write_task(tmp_path / "task")
+    save_classifier(tmp_path / "classifier")
+    stopping = {"metric": "total", "patience": 2}
+    train = {**TRAIN, "evaluate_every": 3, "early_stopping": stopping}
+    kept = {"keep_best": "total", "predictions": True}
+    recipe = write_recipe(tmp_path, "run", train=train, run=kept)
+    observe, at = Steering.observe, [0]
+
+    def observed(one: Steering, step: int, evaluation: fastkd.Evaluation) -> None:
+        at[0] = step
+        observe(one, step, evaluation)
+
+    monkeypatch.setattr(Steering, "observe", observed)
+    monkeypatch.setattr(steering, "metric_value", lambda evaluation, name: VALUES[at[0]])
+
+    def run(name: str, steps: int, **given: Any) -> fastkd.RunResult:
+        overrides = {"run.output": str(tmp_path / name), "train.steps": steps}
+        return fastkd.distill(recipe, overrides, quiet=True, **given)
+
+    whole = run("whole", 15)
+    assert (whole.summary["exported_step"], whole.summary["steps"]) == (9, 15)
+    for short, exported in ((10, 10), (13, 9)):
+        # a run that ends there has that evaluation
+        assert run(f"{short}", short).summary["exported_step"] == exported
+        found = run(f"{short}", 15, resume=True)
+        for key in ("exported_step", "steps", "kept_best", "after", "stopped_early"):
+            assert found.summary[key] == whole.summary[key], (short, key)
+        expected, weights = read_weights(whole.folder), read_weights(found.folder)
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+        one, other = (np.load(each.folder / "predictions.npz") for each in (whole, found))
+        assert all(np.array_equal(one[name], other[name]) for name in one.files)

@@ -185,7 +185,7 @@ class Summary(Section):
     task_examples: int | None = None
     """Examples that there were."""
     data_digests: dict[str, str]
-    """Digests of what was read, by part."""
+    """Digests of what was read, by part; of pairs and tasks of mteb as well."""
     depths: tuple[int, int] | None
     """Layers of student and teacher; null of a fine-tuning run."""
     layer_map: list[tuple[int, int | str | None]] | None
@@ -211,7 +211,7 @@ class Summary(Section):
     world_size: int
     """Ranks."""
     seconds: float
-    """That it took; of a run that was resumed, since then."""
+    """That it took, in all processes that worked on it."""
     profile: Profile | None = None
     """With `train.profile`."""
     disk_bytes: dict[str, int]

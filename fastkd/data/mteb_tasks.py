@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +28,12 @@ def load_tasks(names: Sequence[str], ranks: Ranks) -> dict[str, Any]:
     made: list[dict[str, Any]] = []
     ranks.from_main(lambda: made.append(_load(names)))
     return made[0] if made else _load(names)
+
+
+def task_digest(task: Any) -> str:
+    """Digest of what says which data a task has: where it is on the hub, and its revision."""
+    said = json.dumps(dict(task.metadata.dataset), sort_keys=True, default=str)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def _load(names: Sequence[str]) -> dict[str, Any]:

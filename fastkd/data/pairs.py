@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 
@@ -82,4 +83,7 @@ def encode_pairs(
     scores: npt.NDArray[np.float32] = np.asarray([row.scores for row in rows], np.float32)
     types = uses_token_types(config, tokenizer)
     sequences = sequences_of(made, tokenizer, token_types=types, max_length=max_length)
-    return EncodedRows(sequences, each=2, scores=scores, fingerprint=name)
+    content = hashlib.sha256(scores.tobytes())
+    for part in (sequences.offsets, sequences.tokens.astype(np.int64)):
+        content.update(part.tobytes())
+    return EncodedRows(sequences, each=2, scores=scores, fingerprint=content.hexdigest())

@@ -40,6 +40,7 @@ _READ = (
     "chat_template*",
 )
 _COMMIT = "commit"
+_PUT_BACK = "put back what was there, or give another run.output"
 
 
 def model_sources(recipe: AnyRecipe) -> dict[str, ModelSource]:
@@ -81,32 +82,55 @@ def model_bytes(source: ModelSource) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def note_models(run: Path, recipe: AnyRecipe) -> None:
+def note_models(run: Path, recipe: AnyRecipe, first: Path | None = None) -> None:
     """Note the models of a run that starts, or see that one that continues still has them.
 
     Args:
         run: its folder.
         recipe: its recipe, the models of which were loaded.
+        first: folder of the run whose student this one starts from, as a later stage does: its
+            other models are the same.
 
     Raises:
         UserError: naming the first file that is not what it was.
     """
     found = {field: model_digests(source) for field, source in model_sources(recipe).items()}
     path = run / NOTE
-    if not path.exists():
-        with disk_errors(run):
-            write_whole(path, json.dumps(found, indent=2) + "\n")
+    if path.exists():
+        require_same_models(run, recipe, found, _PUT_BACK)
         return
+    if first is not None and (first / NOTE).exists():
+        teachers = {field: files for field, files in found.items() if field != "student.init"}
+        require_same_models(first, recipe, teachers, _PUT_BACK)
+    with disk_errors(run):
+        write_whole(path, json.dumps(found, indent=2) + "\n")
+
+
+def require_same_models(
+    run: Path, recipe: AnyRecipe, found: Mapping[str, Mapping[str, str]], remedy: str
+) -> None:
+    """See that models are those that a run was started with.
+
+    Args:
+        run: its folder.
+        recipe: which names them.
+        found: digests of some of them, as `model_digests` gives them, by field.
+        remedy: what to do where a file is another.
+
+    Raises:
+        UserError: naming the first file that is not what it was.
+    """
     for field, noted in noted_models(run).items():
-        source, now = model_sources(recipe).get(field), found.get(field, {})
+        if field not in found:
+            continue
+        source, now = model_sources(recipe).get(field), found[field]
         given = f"{field} {source.name}" if source else field
         for name in sorted(noted.keys() | now.keys()):
             # of the hub more files may have come since, of the same commit
             added = name not in noted and _COMMIT in noted
             if noted.get(name) != now.get(name) and not added:
                 raise UserError(
-                    f"{given}: {name} {_change(name, noted, now)} since {run} was started; put "
-                    "back what was there, or give another run.output"
+                    f"{given}: {name} {_change(name, noted, now)} since {run} was started; {remedy}"
                 )
 
 

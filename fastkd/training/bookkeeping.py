@@ -20,16 +20,21 @@ from fastkd.reporting.console import Reporter
 from fastkd.reporting.scores import one_class
 from fastkd.signals import Signalled, stop_signals
 from fastkd.training.checkpoint import Checkpoints
+from fastkd.training.cost import Cost
 from fastkd.training.evaluate import Evaluation, evaluate
 from fastkd.training.finite import broken_weights
 from fastkd.training.metric_lines import Line, by_term, make_line, numbers_of
 from fastkd.training.predictions import Predictions
 from fastkd.training.run_folder import RunFolder
+from fastkd.training.same_data import require_same_data
 from fastkd.training.setup import Run
+from fastkd.training.stages import Stage
 from fastkd.training.steering import Steering
 from fastkd.training.summary import judged_parts
 from fastkd.training.tracker import TrackioMonitor, rewind_tensorboard
 from fastkd.training.window import SMALLER, Window
+
+_PUT_BACK = "put back what was there, or start again in another run.output"
 
 
 @dataclass(frozen=True)
@@ -53,15 +58,17 @@ class Bookkeeper:
         folder: where it is written.
         reporter: what the user sees.
         callbacks: what else is told.
+        cost: what the run takes.
     """
 
     def __init__(
-        self, run: Run, folder: RunFolder, reporter: Reporter, callbacks: Callbacks
+        self, run: Run, folder: RunFolder, reporter: Reporter, callbacks: Callbacks, cost: Cost
     ) -> None:
         self.run = run
         self.folder = folder
         self.reporter = reporter
         self.callbacks = callbacks
+        self.cost = cost
         self.checkpoints = Checkpoints(
             folder.checkpoints, run.ranks, run.recipe.train.keep_checkpoints
         )
@@ -69,12 +76,19 @@ class Bookkeeper:
         self.predictions = Predictions(run, folder)
         self.micro_batches = Prefetched(run.micro_batches(), run.ranks.device)
         self.trackio: TrackioMonitor | None = None
+        self._teacher_judged = False
+        # what was decided before the evaluation of a last step that a longer run would not make
+        self._before_last: dict[str, Any] | None = None
 
-    def restore(self, recipe: AnyRecipe) -> int:
+    def restore(self, recipe: AnyRecipe, stage: Stage | None) -> int:
         """Load the newest whole checkpoint, if there is one; return the step it stands at.
 
         Args:
             recipe: as it was given, which the run goes on under.
+            stage: which one of another run this is, if it is one.
+
+        Raises:
+            UserError: the checkpoint is of other data, or the run can't be made longer.
         """
         run, folder, reporter = self.run, self.folder, self.reporter
         step, predictions = 0, {}
@@ -83,13 +97,20 @@ class Bookkeeper:
             seed = run.recipe.train.dropping
             state = self.checkpoints.load(run.engine, tag, seed, reporter.say)
             self.micro_batches.load_state_dict(state["stream"])
+            # checkpoints of fastkd 0.1 hold neither
+            if "data" in state:
+                require_same_data(state["data"], run.data_digests, str(folder.path), _PUT_BACK)
+            if "cost" in state:
+                self.cost.load(state["cost"])
             run.objective.load_feedback(state["objective"], run.ranks.device)
+            step = state["step"]
+            if step < run.recipe.train.steps and state.get("before_last"):
+                state |= state["before_last"]
             self.steering.load(state.get("steering", {}))
             predictions = state.get("predictions", {})
-            step = state["step"]
             reporter.say(f"continuing from {folder.checkpoints / tag}")
         # after what may still refuse
-        longer = run.ranks.from_main(lambda: _take_over(folder, recipe, tag))
+        longer = run.ranks.from_main(lambda: _take_over(folder, recipe, tag, stage))
         if longer is not None:
             reporter.say(longer)
         self.predictions.load(predictions)
@@ -100,8 +121,10 @@ class Bookkeeper:
                 folder.rewind_metrics(step)
             else:
                 folder.metrics.unlink(missing_ok=True)
+            self._teacher_judged = any(x["kind"] == "teacher" for x in folder.read_metrics())
             if run.recipe.run.monitor == "trackio":
                 self.trackio = TrackioMonitor(folder.path, goes_on=step > 0)
+        self._teacher_judged = run.ranks.from_main(lambda: self._teacher_judged)
         return step
 
     def close(self) -> None:
@@ -128,7 +151,8 @@ class Bookkeeper:
         # ranks can only agree on a stop where they talk anyway
         alone = bool(stop) and run.ranks.world_size == 1
         stopping = False
-        evaluates = last or bool(train.evaluate_every and step % train.evaluate_every == 0)
+        scheduled = bool(train.evaluate_every and step % train.evaluate_every == 0)
+        evaluates = last or scheduled
         ends = evaluates and self.steering.may_stop
         # nothing is saved of a window that was not looked at
         if step % train.log_every == 0 or due or alone or ends or window.skipped:
@@ -137,6 +161,7 @@ class Bookkeeper:
         paused = time.perf_counter()
         # before the checkpoint: a run that is resumed from it has this evaluation behind it
         if evaluates:
+            self._before_last = None if scheduled else self._decided()
             self.evaluate(step)
         ended = last or self.steering.is_over
         if due or stopping or ended:
@@ -146,14 +171,13 @@ class Bookkeeper:
         window.exclude(time.perf_counter() - paused)
 
     def evaluate(self, step: int) -> None:
-        """Evaluate the student, the first time also the teacher, and write it down.
+        """Evaluate the student, and the teacher where it has not been yet, and write it down.
 
         Raises:
             UserError: a number that is not finite, or one that was to decide and isn't there.
         """
-        train, lean = self.run.recipe.train, self.run.recipe.run.lean
-        first = min(train.evaluate_every or train.steps, train.steps) if lean else 0
-        result = evaluate(self.run, judge_teacher=step == first)
+        result = evaluate(self.run, judge_teacher=not self._teacher_judged)
+        self._teacher_judged = True
         if result.teacher is not None:
             self._note("teacher", step, result.teacher)
             self.reporter.say("  ".join(["teacher", *judged_parts(result.teacher)]))
@@ -200,10 +224,16 @@ class Bookkeeper:
             "step": step,
             "stream": self.micro_batches.state_dict(),
             "objective": self.run.objective.feedback(),
-            "steering": self.steering.state(),
-            "predictions": self.predictions.state(),
+            "data": self.run.data_digests,
+            "cost": self.cost.state(),
+            "before_last": self._before_last,
+            **self._decided(),
         }
         self.checkpoints.save(self.run.engine, step, position)
+
+    def _decided(self) -> dict[str, Any]:
+        """What the evaluations so far came to, for a checkpoint."""
+        return {"steering": self.steering.state(), "predictions": self.predictions.state()}
 
 
 @contextmanager
@@ -220,7 +250,9 @@ def stop_asked() -> Iterator[list[int]]:
         yield received
 
 
-def _take_over(folder: RunFolder, recipe: AnyRecipe, tag: str | None) -> str | None:
+def _take_over(
+    folder: RunFolder, recipe: AnyRecipe, tag: str | None, stage: Stage | None
+) -> str | None:
     """Let the run go on under a recipe that may continue it; what that makes longer."""
     longer = folder.longer(recipe)
     if longer is not None and tag is None and folder.read_summary() is not None:
@@ -228,6 +260,9 @@ def _take_over(folder: RunFolder, recipe: AnyRecipe, tag: str | None) -> str | N
             f"{folder.path} is finished and its checkpoints are gone, so it can't be {longer}; go "
             "on from its student in another run, with student.init"
         )
+    if stage is not None:
+        # first: else the whole would be finished while its last stage is not
+        stage.take_over()
     folder.take_over(recipe)
     return longer
 

@@ -26,9 +26,9 @@ from fastkd.recipe import AnyRecipe, Recipe, stage_recipes
 from fastkd.reporting.console import Reporter
 from fastkd.reporting.profile import memory_rows, time_columns, time_rows
 from fastkd.training.chips import Chip
+from fastkd.training.cost import peak_memory
 from fastkd.training.engine import NoTeacher
 from fastkd.training.environment import environment
-from fastkd.training.evaluate import peak_memory
 from fastkd.training.forecast import (
     EFFICIENCY,
     LIBRARIES,

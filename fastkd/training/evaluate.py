@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,6 +25,8 @@ from fastkd.losses import target_labels
 from fastkd.losses.gathering import Gather
 from fastkd.losses.objective import Objective
 from fastkd.losses.pooling import EmbeddingModules
+from fastkd.models import model_digests
+from fastkd.models.digests import NOTE, model_sources, require_same_models
 from fastkd.packed_row import valid_tokens
 from fastkd.recipe import AnyRecipe, Recipe, TaskSelection, each_stage
 from fastkd.training.deepspeed_config import check_packages
@@ -36,6 +37,7 @@ from fastkd.training.judging import judge_embeddings
 from fastkd.training.perplexity import heard_perplexity
 from fastkd.training.precision import tf32_products
 from fastkd.training.run_folder import RunFolder
+from fastkd.training.same_data import READ_ALIKE, field_of, judged_by, require_same_data
 from fastkd.training.setup import Run, set_up_evaluation
 from fastkd.types import Inputs, Reading, Side, teacher_inputs
 
@@ -299,7 +301,8 @@ def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> E
         ranks: from `start_ranks`.
 
     Raises:
-        UserError: the run is not finished, or an override does not fit.
+        UserError: the run is not finished, an override does not fit, or the teacher or the data
+            that no override names are not what they were.
     """
     check_overrides(overrides)
     summary = folder.read_finished()
@@ -321,8 +324,35 @@ def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> E
         )
     with tf32_products(ranks.device, train.tf32):
         run = set_up_evaluation(recipe.model_copy(update=changed), folder, ranks)
+        ranks.from_main(lambda: _check_same(run, folder, summary, overrides))
         found = evaluate(run, judge_teacher=True)
     return replace(found, kept=_kept(run, found))
+
+
+def _check_same(
+    run: Run, folder: RunFolder, summary: Mapping[str, Any], overrides: Sequence[str]
+) -> None:
+    """See that a run is judged against the teacher and by the data that it was made with, where no
+    override names others."""
+
+    def is_given(field: str) -> bool:
+        return any(f"{field}.".startswith(k) or k.startswith(f"{field}.") for k in keys)
+
+    keys = [f"{override.partition('=')[0]}." for override in overrides]
+    keys = [key for key in keys if not key.startswith(READ_ALIKE)]
+    sources = model_sources(run.recipe)
+    teachers = [f for f in sources if f.startswith("teacher.") and not is_given(f)]
+    if (folder.path / NOTE).exists() and not is_given("teacher.revision"):
+        found = {field: model_digests(sources[field]) for field in teachers}
+        remedy = "put it back, or name the teacher to judge against, as teacher.model=FOLDER"
+        require_same_models(folder.path, run.recipe, found, remedy)
+    section, place = ("data", "train") if run.recipe.task is None else ("task", "source")
+    if not is_given(section):
+        # summaries of fastkd 0.1 hold none
+        noted = judged_by(summary.get("data_digests", {}))
+        same = {part: d for part, d in noted.items() if not is_given(field_of(part) or section)}
+        remedy = f"put it back, or name what to judge by, as {section}.{place}=FOLDER"
+        require_same_data(same, run.data_digests, str(folder.path), remedy)
 
 
 def _kept(run: Run, found: Evaluation) -> Kept | None:
@@ -375,10 +405,3 @@ def _check_selection(made: AnyRecipe, now: AnyRecipe) -> None:
 
 def _selection(recipe: AnyRecipe) -> TaskSelection | None:
     return None if recipe.task is None else recipe.task.selection
-
-
-def peak_memory(ranks: Ranks) -> int:
-    """Peak bytes of this rank so far: of the GPU where there is one, else of the process."""
-    if ranks.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(ranks.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

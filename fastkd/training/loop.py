@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
@@ -19,6 +18,7 @@ from fastkd.recipe import AnyRecipe, Recipe, stage_recipes
 from fastkd.reporting.console import Reporter
 from fastkd.training.bookkeeping import SILENT, Bookkeeper, Callbacks, stop_asked
 from fastkd.training.card import write_card
+from fastkd.training.cost import Cost
 from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.export import export_student
 from fastkd.training.hold import hold_run
@@ -27,7 +27,7 @@ from fastkd.training.precision import attention_on_cpus, settle_precision, tf32_
 from fastkd.training.rehearsal import try_losses
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up
-from fastkd.training.stages import check_later, finish_stages, stage_folders
+from fastkd.training.stages import Stage, check_later, finish_stages, stage_folders
 from fastkd.training.steering import check_metrics
 from fastkd.training.summary import disk_bytes, summarise
 from fastkd.training.teacher_cache.forecast import describe
@@ -88,15 +88,15 @@ def _run_stages(
 ) -> dict[str, Any]:
     whole, stages = RunFolder(recipe.run.output), stage_recipes(recipe)
     check_later(stages, ranks, reporter)
-    summaries = []
+    summaries: list[dict[str, Any]] = []
     for number, given in enumerate(stages, start=1):
         reporter.say(f"stage {number} of {len(stages)}")
         folder = RunFolder(given.run.output)
         stage = settle_precision(given, ranks, folder if resume else None)
         with hold_run(folder, stage, ranks, resume=resume, reporter=reporter) as summary:
             if summary is None:
-                claim = partial(whole.create, recipe)
-                summary = train(stage, ranks, reporter, callbacks, claim)
+                place = Stage(whole, recipe, number, summaries)
+                summary = train(stage, ranks, reporter, callbacks, place)
         summaries.append(summary)
     return finish_stages(recipe, summaries, ranks)
 
@@ -106,26 +106,26 @@ def train(
     ranks: Ranks,
     reporter: Reporter,
     callbacks: Callbacks = SILENT,
-    claim: Callable[[], None] | None = None,
+    stage: Stage | None = None,
 ) -> dict[str, Any]:
     """As `run_recipe`, of one run whose folder is held and that is not finished.
 
-    `claim` is called on rank 0 once all is checked, before anything is written to the folder.
+    `stage` says which one of another run it is, if it is one.
     """
     folder = RunFolder(recipe.run.output)
-    started = time.perf_counter()
+    cost = Cost(ranks)
     run = set_up(recipe, ranks, progress=not reporter.console.quiet)
     check_metrics(run)
     try_losses(run)
     cache = plan_for_run(run)
-    ranks.from_main(lambda: _claim(folder, recipe, claim))
+    ranks.from_main(lambda: _claim(folder, recipe, run, stage))
     introduce(run, reporter)
     if cache is not None:
         describe(run, cache, reporter)
         cache.use(run, progress=not reporter.console.quiet)
-    books = Bookkeeper(run, folder, reporter, callbacks)
+    books = Bookkeeper(run, folder, reporter, callbacks, cost)
     steps = run.recipe.train.steps
-    step = books.restore(recipe)
+    step = books.restore(recipe, stage)
     if step == 0 and not recipe.run.lean:
         books.evaluate(step)
     with (
@@ -141,7 +141,7 @@ def train(
             step += 1
             books.close_step(step, window, stop)
     books.steering.describe(step, reporter)
-    summary = summarise(run, folder, time.perf_counter() - started, step, books.steering)
+    summary = summarise(run, folder, cost, step, books.steering)
     handed_on, best = (run.source, run.handed_on, run.tokenizer), books.steering.weights
     export_student(run.engine, *handed_on, folder, ranks, run.prompts, run.start, best)
     summary["disk_bytes"] = ranks.from_main(partial(disk_bytes, run, folder))
@@ -219,8 +219,9 @@ def _look(run: Run, micro_batches: Sequence[Inputs], loss_scales: Tensor) -> Non
     run.objective.observe(run.ranks.sum(torch.stack(found).sum(dim=0)[0] / run.plan.pieces))
 
 
-def _claim(folder: RunFolder, recipe: AnyRecipe, first: Callable[[], None] | None) -> None:
-    if first is not None:
-        first()
+def _claim(folder: RunFolder, recipe: AnyRecipe, run: Run, stage: Stage | None) -> None:
+    """Let the folder be that of the run, once all is checked, before anything else is written."""
+    if stage is not None:
+        stage.claim(run)
     folder.create(recipe)
-    note_models(folder.path, recipe)
+    note_models(folder.path, recipe, None if stage is None else stage.first_folder)

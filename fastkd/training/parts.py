@@ -26,7 +26,7 @@ from fastkd.capture import (
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import DataModule
 from fastkd.data.factory import make_datamodule, task_of
-from fastkd.data.mteb_tasks import load_tasks
+from fastkd.data.mteb_tasks import load_tasks, task_digest
 from fastkd.data.pairs import encode_pairs, read_pairs
 from fastkd.data.rows.datamodule import RowDataModule
 from fastkd.data.rows.tokenized import EncodedRows
@@ -118,6 +118,13 @@ class Parts:
     def objective(self) -> Objective:
         """The losses."""
         return self.module.objective
+
+    @property
+    def data_digests(self) -> dict[str, str]:
+        """By part of the data, of all that is trained on or scored, the digest of what was read."""
+        found: dict[str, str] = dict(self.datamodule.totals(0)["data_digests"])
+        found |= {f"pairs {name}": pairs.fingerprint for name, pairs in self.pairs.items()}
+        return found | {f"mteb {name}": task_digest(t) for name, t in self.mteb_tasks.items()}
 
 
 def gather(
@@ -351,7 +358,8 @@ def _pairs(
         found[name] = read(tokenizers.student, config)
         if tokenizers.teacher is not None:
             theirs = read(tokenizers.teacher, teacher)
-            found[name] = replace(found[name], teacher=theirs.sequences)
+            both = f"{found[name].fingerprint} {theirs.fingerprint}"
+            found[name] = replace(found[name], teacher=theirs.sequences, fingerprint=both)
     return found
 
 

@@ -1,8 +1,12 @@
-"""A recipe with stages: what is checked before the first, and what the last one leaves."""
+"""A recipe with stages: what is checked before the first and each later one, and what the last one
+leaves."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastkd.distributed import Ranks
@@ -14,8 +18,49 @@ from fastkd.reporting.console import Reporter
 from fastkd.training.card import write_card
 from fastkd.training.rehearsal import check_recipe
 from fastkd.training.run_folder import RunFolder
+from fastkd.training.same_data import require_same_data, shared_parts
+from fastkd.training.setup import Run
 
 _ADDED_UP = ("steps", "seconds", "train_examples", "train_rows", "train_tokens")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that is to be trained, of a run of several."""
+
+    whole: RunFolder
+    recipe: Recipe
+    """Of the whole run."""
+    number: int
+    """From 1."""
+    done: Sequence[Mapping[str, Any]]
+    """Summaries of the stages before it."""
+
+    @property
+    def first_folder(self) -> Path | None:
+        """Of the first stage, if this is a later one."""
+        return None if self.number == 1 else stage_folders(self.recipe)[0].path
+
+    def claim(self, run: Run) -> None:
+        """See that a later stage reads what the first one did, and claim the whole run's folder.
+
+        Raises:
+            UserError: data that both read has changed since.
+        """
+        if self.number > 1:
+            first, this = each_stage(self.recipe)[0], each_stage(self.recipe)[self.number - 1]
+            found = run.data_digests
+            require_same_data(
+                self.done[0].get("data_digests", {}),
+                {part: found[part] for part in shared_parts(first, this, found)},
+                str(self.first_folder),
+                "put back what was there, or give another run.output",
+            )
+        self.whole.create(self.recipe)
+
+    def take_over(self) -> None:
+        """Let the whole run go on under the recipe that it is continued with."""
+        self.whole.take_over(self.recipe)
 
 
 def check_later(stages: list[Recipe], ranks: Ranks, reporter: Reporter) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from fastkd.models import model_bytes
 from fastkd.reporting.scores import score_parts
+from fastkd.training.cost import Cost
 from fastkd.training.engine import NoTeacher
-from fastkd.training.evaluate import peak_memory
 from fastkd.training.introduction import handed_on_notes
 from fastkd.training.metric_lines import evaluation_of
 from fastkd.training.profile import REST, Profile
@@ -23,20 +23,20 @@ _NOISE = 1e-5
 
 
 def summarise(
-    run: Run, folder: RunFolder, seconds: float, steps: int, steering: Steering
+    run: Run, folder: RunFolder, cost: Cost, steps: int, steering: Steering
 ) -> dict[str, Any]:
     """The summary of a run that has made its last step; collective over the ranks.
 
     Args:
         run: which has ended.
         folder: where it is written.
-        seconds: that it took.
+        cost: that it took.
         steps: that it made.
         steering: what its evaluations decided; `after` is of the student that is exported.
     """
     recipe, ranks, datamodule = run.recipe, run.ranks, run.datamodule
     # before passes that are larger than those of training
-    peak = peak_memory(ranks)
+    seconds, peak = cost.seconds, cost.peak
     run.engine.eval()
     parameters = {"student": run.initialisation.total}
     if not isinstance(run.teacher, NoTeacher):
@@ -54,6 +54,7 @@ def summarise(
         "steps": steps,
         **steering.summary(steps),
         **datamodule.totals(steps * recipe.train.batch_size),
+        "data_digests": run.data_digests,
         "layer_map": run.layers.rows() if has_layers else None,
         "depths": [run.layers.student_layers, run.layers.teacher_layers] if has_layers else None,
         "before": before,
@@ -65,7 +66,7 @@ def summarise(
         "notes": handed_on_notes(run),
         **({} if recipe.run.lean else {"speed": measure_speed(run)}),
         "peak_memory_bytes": peak,
-        "peak_memory_of": "GPU" if ranks.device.type == "cuda" else "process",
+        "peak_memory_of": cost.peak_of,
         "world_size": ranks.world_size,
         "seconds": seconds,
         **({} if profile is None else {"profile": profile}),

@@ -72,6 +72,31 @@ def test_runs_stand_beside_each_other(
     assert "elsewhere" not in out and "train.batch_size" not in out
 
 
+def test_other_data_and_models_of_the_same_name_are_told(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = runs / "one" / "run", tmp_path / "other"
+    _, same, _ = said(monkeypatch, capsys, one, runs / "two" / "run")
+    assert "data (train)" not in same and "files of" not in same
+    shutil.copytree(one, other)
+    summary = json.loads((one / "summary.json").read_text())
+    was = summary["data_digests"]["train"]
+    summary["data_digests"] = {"train": "0" * 64}
+    (other / "summary.json").write_text(json.dumps(summary))
+    models = json.loads((one / "models.json").read_text())
+    models["teacher.model"]["config.json"] = "0" * 64
+    (other / "models.json").write_text(json.dumps(models))
+    _, out, _ = said(monkeypatch, capsys, one, other)
+    assert cells(out, "data (train)") == [was[:12], "0" * 12]
+    assert len(set(cells(out, "files of teacher.model"))) == 2
+    # of a run that says nothing nothing differs
+    del summary["data_digests"]
+    (other / "summary.json").write_text(json.dumps(summary))
+    (other / "models.json").unlink()
+    _, out, _ = said(monkeypatch, capsys, one, other)
+    assert "data (train)" not in out and "files of" not in out
+
+
 def test_a_run_alone_is_told_as_at_its_end(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

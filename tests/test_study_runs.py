@@ -6,6 +6,7 @@ import csv
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -25,8 +26,11 @@ from study_files import MAPPINGS, RECIPE, TASKS, TUNING, ended, journal, run, wr
 
 from fastkd.errors import Interrupted, UserError
 from fastkd.reporting.console import Reporter
+from fastkd.study.contents import other_content
 from fastkd.study.locks import Claim
+from fastkd.study.plan import Plan
 from fastkd.study.progress import Watcher
+from fastkd.study.spec import load_study
 
 RUNS = {f"mapping={m}/seed-{s}" for m in MAPPINGS for s in (0, 1)}
 
@@ -108,6 +112,50 @@ def test_a_failure_is_reported_kept_and_tried_again_when_asked(
     run(path, retry_failed=True)
     _ended_once(notes, RUNS)
     assert {row["state"] for row in _rows(tmp_path, "runs")} == {"finished"}
+
+
+def test_a_run_on_other_data_than_the_others_of_its_task_has_no_score(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_study(tmp_path)
+    monkeypatch.setenv("FAKE_FAIL", "mapping=last/seed-1")
+    with pytest.raises(UserError, match="1 of 4 runs failed"):
+        run(path)
+    monkeypatch.delenv("FAKE_FAIL")
+    monkeypatch.setenv("FAKE_DATA", "1")
+    said = r"mapping=last/seed-1: data \(dev\): not what mapping=uniform/seed-0 read: .* remove "
+    with pytest.raises(UserError, match=said):
+        run(path, retry_failed=True)
+    monkeypatch.delenv("FAKE_DATA")
+    shutil.rmtree(tmp_path / "out" / "runs" / "mapping=last" / "seed-1")
+    run(path, retry_failed=True)
+    assert {row["state"] for row in _rows(tmp_path, "runs")} == {"finished"}
+
+
+@pytest.mark.parametrize("change", ["teacher", "none", "added"])
+def test_a_model_of_the_same_name_with_other_files_is_told(
+    tmp_path: Path, notes: Path, change: str
+) -> None:
+    path = write_study(tmp_path)
+    run(path)
+    plan = Plan(load_study(path), path)
+    one, *_, other = plan.all_runs()
+    noted = {"teacher.model": {"config.json": "0"}}
+    for each in plan.all_runs():
+        (plan.place(each).run / "models.json").write_text(json.dumps(noted))
+    if change == "added":
+        # of the hub more may have come since
+        noted = {"teacher.model": {"config.json": "0", "added.json": "1"}}
+    if change == "teacher":
+        noted = {"teacher.model": {"config.json": "1"}}
+    (plan.place(other).run / "models.json").write_text(json.dumps(noted))
+    said = other_content(plan, other)
+    if change != "teacher":
+        assert said is None
+    else:
+        assert said is not None and said.startswith(
+            f"teacher.model nothing: config.json is not what {one.key} read; put back"
+        )
 
 
 def test_a_child_that_crashes_or_says_nothing_of_the_metric(tmp_path: Path, notes: Path) -> None:

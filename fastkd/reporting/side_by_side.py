@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.errors import UserError
+from fastkd.models.digests import NOTE, noted_models
 from fastkd.recipe import read_tree
 from fastkd.reporting.console import Reporter
 from fastkd.reporting.report import TOTAL, Rows, loss_rows, model_rows, print_summary
@@ -17,6 +19,8 @@ from fastkd.training.continuation import flat
 from fastkd.training.run_folder import RunFolder
 
 _NOTHING = "-"
+# of a digest, enough to tell a few apart
+_DIGITS = 12
 # where runs lie and what is kept of them makes no other student
 _APART = ("run.", "data.cache", "task.cache", "teacher.cache_folder", "teacher.cache_limit")
 
@@ -38,7 +42,7 @@ def report_runs(folders: Sequence[Path], reporter: Reporter) -> None:
     heads = ("", *_names(folders))
     recipes = [_fields(read_tree(run.recipe)) for run in runs]
     tables = {
-        "recipe, what differs": differences(recipes),
+        "recipe, what differs": differences(recipes) + _other_contents(runs, summaries),
         "scores of the student": _beside(summaries, lambda s: score_values(s["after"])),
         "held-out loss": _beside(summaries, _losses),
         "run": _beside(summaries, _facts),
@@ -57,6 +61,36 @@ def differences(recipes: Sequence[Mapping[str, str]]) -> Rows:
         for key, shown in values.items()
         if len(set(shown)) > 1 and not key.startswith(_APART)
     ]
+
+
+def _other_contents(runs: Sequence[RunFolder], summaries: Sequence[dict[str, Any]]) -> Rows:
+    """What runs read as other bytes, whatever it is called: parts of the data, models; a row each
+    with the start of every digest."""
+    found = [
+        {f"data ({part})": digest for part, digest in summary.get("data_digests", {}).items()}
+        | {f"files of {field}": digest for field, digest in _model_digests(run).items()}
+        for run, summary in zip(runs, summaries, strict=True)
+    ]
+    rows = []
+    for name in dict.fromkeys(name for one in found for name in one):
+        digests = [one.get(name) for one in found]
+        # a run that notes none of it says nothing
+        if len(set(filter(None, digests))) > 1:
+            rows.append((name, *(d[:_DIGITS] if d else _NOTHING for d in digests)))
+    return rows
+
+
+def _model_digests(run: RunFolder) -> dict[str, str]:
+    """One digest a model, of all that was read of it; a run of stages notes them in each."""
+    first = RunFolder(run.path / "stage-1")
+    for folder in (run.path, first.path):
+        if (folder / NOTE).exists():
+            noted = noted_models(folder)
+            return {
+                field: hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+                for field, files in noted.items()
+            }
+    return {}
 
 
 def _fields(recipe: Mapping[str, Any]) -> dict[str, str]:

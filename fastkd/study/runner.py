@@ -17,6 +17,7 @@ import torch
 from fastkd.errors import Interrupted, UserError
 from fastkd.recipe import AnyRecipe
 from fastkd.signals import stop_signals
+from fastkd.study.contents import other_content
 from fastkd.study.locks import Claim
 from fastkd.study.metric import follow, is_missing, read_metric
 from fastkd.study.plan import Plan, Run
@@ -175,6 +176,8 @@ class Runner:
         message = ending.message
         if ending.kind == "finished":
             value = read_metric(place.run, plan.spec.metric.path)
+            if isinstance(value, float) and (other := other_content(plan, run)):
+                value = other
             if isinstance(value, float):
                 store.score(work, run, value, ending.seconds)
                 self.found += not ending.seconds

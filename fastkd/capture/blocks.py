@@ -41,14 +41,14 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The transformer blocks of a model, in order.
 
     Raises:
-        UserError: no list, or more than one list, has as many blocks as the config has layers, or
-            the model is no single stack.
+        UserError: no list, or more than one list, has as many blocks as the config has layers, a
+            block stands in it more than once, or the model is no single stack.
     """
     depth = check_single_stack(model)
     # a step asks twice, and looking through a model takes a part of it
     with suppress(AttributeError):
         there = model.get_submodule(_PATHS.get(model, ""))
-        if isinstance(there, nn.ModuleList) and len(there) == depth:
+        if isinstance(there, nn.ModuleList) and len(set(there)) == depth:
             return there
     path, blocks = _search(model, depth)
     _PATHS[model] = path
@@ -67,14 +67,15 @@ _PATHS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def _search(model: PreTrainedModel, depth: int) -> tuple[str, nn.ModuleList]:
+    lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    # what a block holds may be as many, whatever the number of blocks (ALBERT's groups of layers),
+    # and so may what stands beside the blocks
+    inner = {id(part) for blocks in lists.values() for block in blocks for part in block.modules()}
     found = {
-        path: m
-        for path, m in model.named_modules()
-        if isinstance(m, nn.ModuleList) and len(m) == depth
+        path: blocks
+        for path, blocks in lists.items()
+        if len(blocks) == depth and id(blocks) not in inner
     }
-    # what a block holds may be as many, and so may what stands beside the blocks
-    inner = {id(part) for blocks in found.values() for block in blocks for part in block.modules()}
-    found = {path: blocks for path, blocks in found.items() if id(blocks) not in inner}
     if len(found) > 1:
         found = {
             path: blocks
@@ -86,7 +87,17 @@ def _search(model: PreTrainedModel, depth: int) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__}: found {len(found)} stacks of {depth} blocks, expected one; "
             f"{_SINGLE_STACK}"
         )
-    return next(iter(found.items()))
+    path, blocks = next(iter(found.items()))
+    numbers: dict[nn.Module, int] = {}
+    for number, block in enumerate(blocks, start=1):
+        first = numbers.setdefault(block, number)
+        if first != number:
+            raise UserError(
+                f"{type(model).__name__}: blocks {first} and {number} are one module, which is "
+                "called more than once in a forward pass, so neither can be captured; give a model "
+                "whose blocks are modules of their own"
+            )
+    return path, blocks
 
 
 def at_depth(model: PreTrainedModel, depth: int) -> Cut:

@@ -17,6 +17,10 @@ from fastkd.capture.states import Capture, Slot, missing
 from fastkd.errors import UserError
 
 
+class CalledAgain(UserError):
+    """A block is called more than once in a forward pass, so it has no one state."""
+
+
 @contextmanager
 def capture(
     model: PreTrainedModel,
@@ -46,8 +50,8 @@ def capture(
 
     Raises:
         UserError: attention is wanted of a model that is not routed, or it has no such submodule;
-            at the end, that something was not recorded, as of a model that `torch.compile` traced
-            without the hooks.
+            in a pass, that a block is called more than once; at the end, that something was not
+            recorded, as of a model that `torch.compile` traced without the hooks.
     """
     wanted: dict[str, Any] = {
         "attention": attention,
@@ -128,9 +132,19 @@ def _output_hook(slot: Slot, layer: int) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         if slot.states is not None:
             given = output[0] if isinstance(output, tuple | list) else output
-            slot.states.hidden[layer] = given
+            _note_state(slot.states, layer, given)
 
     return hook
+
+
+def _note_state(states: Capture, layer: int, state: Tensor) -> None:
+    if layer in states.hidden:
+        raise CalledAgain(
+            f"block {max(layer, 1)} is called more than once in a forward pass, so its states "
+            "can't be captured; leave losses.attention, losses.relations, losses.hidden and "
+            "losses.embedding out, or give a model that calls each block once"
+        )
+    states.hidden[layer] = state
 
 
 def _final_hook(slot: Slot) -> Callable[..., None]:
@@ -146,6 +160,6 @@ def _input_hook(slot: Slot) -> Callable[..., None]:
         if slot.states is not None:
             # a block takes its input first, under whatever name
             given = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-            slot.states.hidden[0] = given
+            _note_state(slot.states, 0, given)
 
     return hook

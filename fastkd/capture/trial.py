@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from fastkd.capture.attention_traits import TAKE_OUT, AttentionTraits, Prober, Seen, traits_of
 from fastkd.capture.blocks import check_single_stack, find_blocks, no_cache
 from fastkd.capture.lm_head import check_head, last_layer
-from fastkd.capture.recording import capture
+from fastkd.capture.recording import CalledAgain, capture
 from fastkd.capture.routing import listening, route_attention, runnable
 from fastkd.capture.states import Capture
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
@@ -54,8 +54,15 @@ def try_model(
     model.eval()
     with torch.no_grad(), runnable(model), _padded(model):
         inputs = trial_inputs(model, tokens)
-        heard = {*layers} if deepest is None else {*layers, deepest}
-        plain = _try(model, inputs, heard, f"{tokens} tokens", field)
+        what = f"{tokens} tokens"
+        try:
+            heard = {*layers} if deepest is None else {*layers, deepest}
+            plain = _try(model, inputs, heard, what, field)
+        except CalledAgain:
+            if layers:
+                raise
+            # nobody reads its states
+            deepest, plain = None, _try(model, inputs, layers, what, field)
         _check_states(model, plain, inputs, layers)
         if hidden and not attention:
             _check_repeats(model, inputs, layers)
@@ -291,18 +298,18 @@ def _try_attention(
                 "model does that chooses its masks by the attention's name, or draws numbers; "
                 f"{TAKE_OUT}"
             )
+    several = [layer for layer, calls in found.items() if len(calls) > 1]
+    if several:
+        raise UserError(
+            f"{name}: layers {several} attend more than once in a forward pass, so their attention "
+            f"can't be captured; {TAKE_OUT}"
+        )
     missing = [layer for layer, calls in found.items() if not calls]
     if missing:
         raise UserError(
             f"{name}: the attention of layers {missing} does not go through transformers' "
             f"attention interface, so it can't be captured; {TAKE_OUT}, or give a model whose "
             "attention does"
-        )
-    several = [layer for layer, calls in found.items() if len(calls) > 1]
-    if several:
-        raise UserError(
-            f"{name}: layers {several} attend more than once in a forward pass, so their attention "
-            f"can't be captured; {TAKE_OUT}"
         )
     return traits_of(name, {layer: calls[0] for layer, calls in found.items()})
 

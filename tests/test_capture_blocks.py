@@ -1,0 +1,112 @@
+"""Blocks are found, counted and cut as the model runs them, or the model is refused."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import LAYERS, tiny_batch, tiny_model
+from torch import Tensor
+from transformers import AlbertConfig, AlbertModel, PreTrainedModel
+
+from fastkd.capture import capture, find_blocks, try_model
+from fastkd.errors import UserError
+
+BATCH = tiny_batch()
+
+
+def looped() -> PreTrainedModel:
+    """A BERT whose second block runs the first one again."""
+    model = tiny_model("bert")
+    first, second = find_blocks(model)[:2]
+    forward = second.forward
+
+    def again(state: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        return forward(first(state, *arguments, **keywords), *arguments, **keywords)
+
+    second.forward = again
+    return model
+
+
+def tied() -> PreTrainedModel:
+    """A BERT whose third block is its first one."""
+    model = tiny_model("bert")
+    model.encoder.layer[2] = model.encoder.layer[0]
+    return model
+
+
+def tied_attention() -> PreTrainedModel:
+    """A BERT whose third block attends by the module of its first one."""
+    model = tiny_model("bert")
+    model.encoder.layer[2].attention = model.encoder.layer[0].attention
+    return model
+
+
+def albert(groups: int, inner: int, layers: int = 3) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AlbertConfig(
+        vocab_size=64,
+        embedding_size=16,
+        hidden_size=16,
+        num_hidden_layers=layers,
+        num_hidden_groups=groups,
+        inner_group_num=inner,
+        num_attention_heads=2,
+        intermediate_size=32,
+        initializer_range=0.2,
+    )
+    return AlbertModel(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (looped, "block 1 is called more than once in a forward pass, so its states can't be"),
+        (tied, "blocks 1 and 3 are one module, which is called more than once in a forward pass"),
+        (lambda: albert(1, 3), "found 0 stacks of 3 blocks"),
+        (lambda: albert(2, 3), "found 0 stacks of 3 blocks"),
+    ],
+    ids=["looped", "tied", "inner layers", "inner layers of two"],
+)
+@pytest.mark.parametrize("attention", [True, False])
+def test_a_block_without_one_state_is_refused(model: Any, message: str, attention: bool) -> None:
+    made = model()
+    with pytest.raises(UserError, match=message):
+        try_model(made, attention=attention)
+    # what reads no states of blocks goes on
+    try_model(made, attention=False, hidden=False)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_second_state_of_a_block_is_refused_in_every_pass(layer: int) -> None:
+    model = looped()
+    message = re.escape("block 1 is called more than once in a forward pass")
+    with torch.no_grad(), pytest.raises(UserError, match=message), capture(model, hidden={layer}):
+        model(**BATCH)
+    with torch.no_grad(), capture(model, hidden={LAYERS}) as states:
+        output = model(**BATCH)
+    assert torch.equal(states.hidden[LAYERS], output.last_hidden_state)
+
+
+def test_blocks_that_are_tied_later_are_refused() -> None:
+    model = tiny_model("bert")
+    assert len(find_blocks(model)) == LAYERS
+    model.encoder.layer[2] = model.encoder.layer[0]
+    with pytest.raises(UserError, match="blocks 1 and 3 are one module"):
+        find_blocks(model)
+
+
+def test_albert_with_a_group_for_each_layer_gives_its_own_states() -> None:
+    model = albert(3, 1)
+    try_model(model)
+    with torch.no_grad(), capture(model, hidden=range(4)) as states:
+        expected = model(**BATCH, output_hidden_states=True).hidden_states
+    assert all(torch.equal(states.hidden[n], expected[n]) for n in range(4))
+
+
+def test_attention_of_two_blocks_is_said_to_be_one_module() -> None:
+    with pytest.raises(UserError, match=r"layers \[3\] attend more than once in a forward pass"):
+        try_model(tied_attention())
+    try_model(tied_attention(), attention=False)

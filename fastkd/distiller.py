@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from inspect import signature
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkd.capture import CompiledCapture, is_routed, route_attention, try_model
+from fastkd.capture import CompiledCapture, evaluating, is_routed, route_attention, try_model
 from fastkd.capture.compiled import check_not_compiled
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
@@ -161,7 +162,7 @@ class Distiller(nn.Module):
         self._rates_unread = bool(objective.parameter_rates())
         self._tokens = tokens if needs["attention"] else None
         self._keywords = [set(signature(model.forward).parameters) for model in (student, teacher)]
-        self._found: list[tuple[list[str], bool]] = []
+        self._found: list[tuple[list[str], ExitStack]] = []
 
     @property
     def teacher(self) -> PreTrainedModel:
@@ -190,7 +191,9 @@ class Distiller(nn.Module):
         for model, routed in zip(models, self._routed, strict=True):
             if routed:
                 route_attention(model)
-        self._found.append((running, self.teacher.training))
+        modes = ExitStack()
+        modes.enter_context(evaluating(self.teacher))
+        self._found.append((running, modes))
         self._runs.append(TeacherRunner(self.teacher, self.objective))
         if self._compiled is not None:
             if len(self._runs) == 1:
@@ -210,11 +213,10 @@ class Distiller(nn.Module):
             for recorded in self._compiled:
                 recorded.close()
             self._pair[0].compiled = None
-        running, training = self._found.pop()
+        running, modes = self._found.pop()
         for model, name in zip((self.student, self.teacher), running, strict=True):
             model.config._attn_implementation = name
-        if training:
-            self.teacher.train()
+        modes.close()
         return False
 
     def _compile(self) -> tuple[CompiledCapture, CompiledCapture]:

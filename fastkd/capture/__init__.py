@@ -8,7 +8,8 @@ and any submodule by its path (`modules.py`). `compiled.py` does the same of a m
 `torch.compile` compiles, `recompute.py` makes attention again from the hidden states below it.
 `packed_pass.py` and `packed_attention.py` let a model read sequences that follow each other in one
 row. `trial.py` runs a model once before a run and sees that all of it can be captured,
-`packed_trial.py` that it reads such rows; `attention_traits.py` says what its queries see.
+`packed_trial.py` that it reads such rows, both in eval mode (`modes.py`); `attention_traits.py`
+says what its queries see.
 
 This folder may import `errors`, `types`, `packed_row`, transformers, and of the kernels the types
 of what is captured alone. It knows no loss and no recipe.
@@ -17,6 +18,7 @@ of what is captured alone. It knows no loss and no recipe.
 from fastkd.capture.attention_traits import AttentionShape, AttentionTraits
 from fastkd.capture.blocks import at_depth, find_blocks, no_cache
 from fastkd.capture.compiled import CompiledCapture
+from fastkd.capture.modes import evaluating
 from fastkd.capture.modules import find_module
 from fastkd.capture.packed_pass import leave_types_out, reading
 from fastkd.capture.packed_trial import try_packed
@@ -35,6 +37,7 @@ __all__ = [
     "RecomputedAttention",
     "at_depth",
     "capture",
+    "evaluating",
     "find_blocks",
     "find_module",
     "hands_on_last_block",

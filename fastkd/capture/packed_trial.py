@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastkd.capture.blocks import find_blocks, no_cache
+from fastkd.capture.modes import evaluating
 from fastkd.capture.packed_attention import pack_attention
 from fastkd.capture.packed_pass import note_first_position, reading_row, reads_rows
 from fastkd.capture.recording import capture
@@ -40,9 +41,7 @@ def try_packed(model: PreTrainedModel, tokens: int = 8) -> None:
     Raises:
         UserError: its attention takes no packed rows, or it gives other states or another output.
     """
-    training = model.training
-    model.eval()
-    with torch.no_grad(), runnable(model), _known_padding(model) as pad:
+    with evaluating(model), torch.no_grad(), runnable(model), _known_padding(model) as pad:
         padded = trial_inputs(model, tokens)
         expected = _run(model, {**padded, **no_cache(model)}, None)
         inputs = in_one_row(padded)
@@ -55,13 +54,11 @@ def try_packed(model: PreTrainedModel, tokens: int = 8) -> None:
         if not right:
             # a model that is refused is left as it came
             model.config._attn_implementation = running
-            model.train(training)
             _, said = max(problem for problem in problems.values() if problem is not None)
             raise UserError(
                 f"{type(model).__name__} can't read packed sequences ({said}); {_REMEDY}"
             )
         note_first_position(model, right[0])
-    model.train(training)
     # `runnable` put the name of before back
     pack_attention(model)
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from fastkd.capture.attention_traits import TAKE_OUT, AttentionTraits, Prober, Seen, traits_of
 from fastkd.capture.blocks import check_single_stack, find_blocks, no_cache
 from fastkd.capture.lm_head import check_head, last_layer
+from fastkd.capture.modes import evaluating
 from fastkd.capture.recording import CalledAgain, capture
 from fastkd.capture.routing import listening, route_attention, runnable
 from fastkd.capture.states import Capture
@@ -50,9 +51,7 @@ def try_model(
     layers = range(len(find_blocks(model)) + 1) if attention or hidden else range(0)
     deepest = _deepest(model)
     traits = AttentionTraits()
-    training = model.training
-    model.eval()
-    with torch.no_grad(), runnable(model), _padded(model):
+    with evaluating(model), torch.no_grad(), runnable(model), _padded(model):
         inputs = trial_inputs(model, tokens)
         what = f"{tokens} tokens"
         try:
@@ -79,7 +78,6 @@ def try_model(
         routed = attention or (
             deepest is not None and _takes_routes(model, inputs, deepest, plain.hidden.get(deepest))
         )
-    model.train(training)
     if routed:
         # `runnable` put the name of before back
         route_attention(model)
@@ -121,30 +119,26 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 def sees_ahead(model: PreTrainedModel) -> bool:
     """Whether a model's first token sees the ones behind it; of one that reads tokens."""
-    training, first = model.training, trial_inputs(model, 4)["input_ids"][0]
+    first = trial_inputs(model, 4)["input_ids"][0]
     changed = first.clone()
     changed[-1] = first[first != first[-1]][0]
-    model.eval()
     states = []
-    with torch.no_grad(), runnable(model):
+    with evaluating(model), torch.no_grad(), runnable(model):
         for ids in (first, changed):
             with capture(model, outputs=True) as seen:
                 model(input_ids=ids[None], **no_cache(model))
             assert seen.outputs is not None, "it was captured"
             states.append(seen.outputs[0, 0])
-    model.train(training)
     return not torch.equal(*states)
 
 
 def hands_on_last_block(model: PreTrainedModel) -> bool:
     """Whether a model's output is the state of its last block, with no norm behind it; of one whose
     blocks can be captured."""
-    depth, training = len(find_blocks(model)), model.training
-    model.eval()
+    depth = len(find_blocks(model))
     recorded = capture(model, hidden={depth}, outputs=True)
-    with torch.no_grad(), runnable(model), _padded(model), recorded as states:
+    with evaluating(model), torch.no_grad(), runnable(model), _padded(model), recorded as states:
         model(**trial_inputs(model, 4), **no_cache(model))
-    model.train(training)
     return states.outputs is not None and torch.equal(states.outputs, states.hidden[depth])
 
 

@@ -3,11 +3,11 @@
     set_attention -> try_model (-> route_attention) -> capture
 
 `recording.py` has `capture`, the one context in which hooks stand: attention (`routing.py`), states
-of blocks (`blocks.py`), what a head gives or reads (`lm_head.py`), the states after the final norm,
-and any submodule by its path (`modules.py`). `compiled.py` does the same of a model that
-`torch.compile` compiles, `recompute.py` makes attention again from the hidden states below it.
-`packed_pass.py` and `packed_attention.py` let a model read sequences that follow each other in one
-row. `trial.py` runs a model once before a run and sees that all of it can be captured,
+of blocks (`blocks.py`), what a head gives or reads (`lm_head.py`), the states after the final norm
+(`last_state.py`), and any submodule by its path (`modules.py`). `compiled.py` does the same of a
+model that `torch.compile` compiles, `recompute.py` makes attention again from the hidden states
+below it. `packed_pass.py` and `packed_attention.py` let a model read sequences that follow each
+other in one row. `trial.py` runs a model once before a run and sees that all of it can be captured,
 `packed_trial.py` that it reads such rows, both in eval mode (`modes.py`); `attention_traits.py`
 says what its queries see.
 

@@ -134,5 +134,8 @@ class Cut:
 
 
 def no_cache(model: PreTrainedModel) -> dict[str, bool]:
-    """The keyword that keeps a decoder from building a key-value cache."""
-    return {"use_cache": False} if getattr(model.config, "use_cache", None) else {}
+    """Keywords of a pass that is captured: a decoder builds no key-value cache, and a model that is
+    configured to give tuples names what it gives."""
+    config = model.config
+    keywords = {"use_cache": False} if getattr(config, "use_cache", None) else {}
+    return keywords if config.return_dict else {**keywords, "return_dict": True}

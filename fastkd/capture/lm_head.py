@@ -17,6 +17,7 @@ from fastkd_kernels import LogitsHead
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastkd.capture.last_state import hearing_last_state
 from fastkd.capture.states import Capture, Slot
 from fastkd.errors import UserError
 from fastkd.types import Reading
@@ -126,12 +127,18 @@ class Overheard:
 def overheard(model: PreTrainedModel, reading: Reading) -> Iterator[Overheard]:
     """Note what a model gives in every pass that is made while the context is open."""
     heard = Overheard()
-    states = reading == "states"
+
+    def note(state: Tensor, _first: bool) -> None:
+        heard.output = state
 
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        heard.output = output.last_hidden_state if states else _given(output)
+        heard.output = _given(output)
 
-    handle = (model.base_model if states else model).register_forward_hook(hook)
+    if reading == "states":
+        with hearing_last_state(model, note):
+            yield heard
+        return
+    handle = model.register_forward_hook(hook)
     try:
         yield heard
     finally:

@@ -44,10 +44,10 @@ def reading(model: PreTrainedModel, inputs: Inputs) -> Iterator[dict[str, Any]]:
     if model in _UNTYPED:
         read.pop("token_type_ids", None)
     if row is None:
-        decodes = no_cache(model)
-        if decodes and is_routed(model) and "attention_mask" not in read:
+        keywords = no_cache(model)
+        if "use_cache" in keywords and is_routed(model) and "attention_mask" not in read:
             read["attention_mask"] = hiding_nothing(read["input_ids"])
-        yield {**read, **decodes}
+        yield {**read, **keywords}
         return
     assert model in _FIRST_POSITION, "a model is tried before it reads packed rows"
     with reading_row(model, read, row, _FIRST_POSITION[model]) as packed:

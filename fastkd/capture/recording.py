@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastkd.capture.blocks import find_blocks
+from fastkd.capture.last_state import hearing_last_state
 from fastkd.capture.lm_head import recorded_head
 from fastkd.capture.modules import find_module, module_recorder
 from fastkd.capture.routing import AttentionCall, Listener, is_routed, listening
@@ -108,8 +109,7 @@ def hooks(
             hook = module_recorder(slot, path)
             stack.callback(find_module(model, path).register_forward_hook(hook).remove)
         if outputs:
-            handle = model.base_model.register_forward_hook(_final_hook(slot))
-            stack.callback(handle.remove)
+            stack.enter_context(hearing_last_state(model, _final_recorder(slot)))
         stack.enter_context(recorded_head(model, slot, record=logits))
         yield
 
@@ -147,12 +147,18 @@ def _note_state(states: Capture, layer: int, state: Tensor) -> None:
     states.hidden[layer] = state
 
 
-def _final_hook(slot: Slot) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        if slot.states is not None:
-            slot.states.outputs = output.last_hidden_state
+def _final_recorder(slot: Slot) -> Callable[[Tensor, bool], None]:
+    def note(state: Tensor, first: bool) -> None:
+        if slot.states is None:
+            return
+        if first and slot.states.outputs is not None:
+            raise UserError(
+                "the base model runs more than once in a forward pass, so its outputs can't be "
+                "captured; leave losses of embeddings out, or give a model that runs it once"
+            )
+        slot.states.outputs = state
 
-    return hook
+    return note
 
 
 def _input_hook(slot: Slot) -> Callable[..., None]:

@@ -31,6 +31,7 @@ def try_model(
     *,
     attention: bool = True,
     hidden: bool = True,
+    outputs: bool = False,
 ) -> AttentionTraits:
     """Run a model on sequences of a length, and see that what a run needs of it can be captured.
 
@@ -41,10 +42,12 @@ def try_model(
         field: of the recipe, which says so.
         attention: whether queries and keys are captured; without, the traits say nothing.
         hidden: whether hidden states are captured.
+        outputs: whether the states after the final norm are captured.
 
     Raises:
         UserError: the model has no positions for so many tokens, reads no tokens, changes when its
-            attention is captured, or has a block whose attention or hidden state can't be.
+            attention is captured, has a block whose attention or hidden state can't be, or hands on
+            no last hidden state.
     """
     check_single_stack(model)
     _check_positions(model, tokens, field)
@@ -56,13 +59,16 @@ def try_model(
         what = f"{tokens} tokens"
         try:
             heard = {*layers} if deepest is None else {*layers, deepest}
-            plain = _try(model, inputs, heard, what, field)
+            plain = _try(model, inputs, heard, what, field, outputs=outputs)
         except CalledAgain:
             if layers:
                 raise
             # nobody reads its states
-            deepest, plain = None, _try(model, inputs, layers, what, field)
+            deepest = None
+            plain = _try(model, inputs, layers, what, field, outputs=outputs)
         _check_states(model, plain, inputs, layers)
+        if outputs:
+            _check_outputs(model, plain, inputs)
         if hidden and not attention:
             _check_repeats(model, inputs, layers)
         if last_layer(model) is not None:
@@ -176,9 +182,11 @@ def _try(
     layers: Collection[int],
     what: str,
     field: str = "",
+    *,
+    outputs: bool = False,
 ) -> Capture:
     # what is missing is named below, with why
-    with capture(model, hidden=layers, whole=False) as states:
+    with capture(model, hidden=layers, outputs=outputs, whole=False) as states:
         try:
             model(**inputs, **no_cache(model))
         except UserError:
@@ -271,6 +279,18 @@ def _check_states(
                 f"{type(model).__name__}: the state of layer {layer} is not finite; give a model "
                 "whose weights are whole, or a precision in which they are"
             )
+
+
+def _check_outputs(model: PreTrainedModel, states: Capture, inputs: Mapping[str, Tensor]) -> None:
+    found, ids = states.outputs, inputs.get("input_ids")
+    if found is None or found.ndim != 3 or (ids is not None and found.shape[:2] != ids.shape):
+        given = "hands on no last_hidden_state"
+        if found is not None:
+            given = f"hands on a last_hidden_state {list(found.shape)}"
+        raise UserError(
+            f"{type(model).__name__} {given}, expected [batch, tokens, width], so no loss can read "
+            "it; leave losses of embeddings out, or give a model that hands on a state a token"
+        )
 
 
 def _try_attention(

@@ -32,6 +32,7 @@ def capture_needs(losses: Losses) -> dict[str, bool]:
     return {
         "attention": any(one.attention for one in captures),
         "hidden": any(one.hidden for one in captures),
+        "outputs": any(one.outputs for one in captures),
     }
 
 

@@ -11,7 +11,7 @@ from fastkd.capture import try_model, vocabulary_size
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.losses.ensemble import Ensemble
-from fastkd.losses.factory import embedding_losses, score_losses
+from fastkd.losses.factory import capture_needs, embedding_losses, score_losses
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.models import (
     UnknownModule,
@@ -131,7 +131,9 @@ def _load(
     if HEADS[head].labels == "example":
         follow_labels(model, teacher.config, given)
     assert recipe.data is not None, "a task has one teacher"
-    try_model(model, recipe.data.block_size, "data.block_size", attention=False, hidden=False)
+    # of further teachers embeddings and scores are read
+    needs = {**capture_needs(recipe.losses), "attention": False, "hidden": False}
+    try_model(model, recipe.data.block_size, "data.block_size", **needs)
     try:
         return OtherTeacher(model, read_embedding(source, model.config, head))
     except UnknownModule as error:

@@ -165,7 +165,8 @@ class MaskedWords:
         if self._typed:
             inputs["token_type_ids"] = types
         with _only_at(self._model, places.to(self._device)):
-            logits = self._model(**{k: v.to(self._device) for k, v in inputs.items()}).logits
+            moved = {k: v.to(self._device) for k, v in inputs.items()}
+            logits = self._model(**moved, return_dict=True).logits
         scores = logits[:, 0].float().masked_fill(~self._whole, -torch.inf)
         found: Tensor = scores.topk(min(count, int(self._whole.sum())), dim=1).indices
         return found.sort(dim=1).values.cpu()

@@ -11,7 +11,10 @@ from tiny_models import LAYERS, tiny_batch, tiny_model
 from torch import Tensor
 from transformers import AlbertConfig, AlbertModel, PreTrainedModel
 
-from fastkd.capture import capture, find_blocks, try_model
+from benchmarks.family_models import family_model
+from fastkd import Distiller
+from fastkd.capture import at_depth, capture, find_blocks, no_cache, try_model
+from fastkd.capture.trial import trial_inputs
 from fastkd.errors import UserError
 
 BATCH = tiny_batch()
@@ -110,3 +113,36 @@ def test_attention_of_two_blocks_is_said_to_be_one_module() -> None:
     with pytest.raises(UserError, match=r"layers \[3\] attend more than once in a forward pass"):
         try_model(tied_attention())
     try_model(tied_attention(), attention=False)
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "bert"])
+def test_a_cut_model_has_its_first_blocks_whatever_its_configuration_counts(family: str) -> None:
+    model = family_model(family)
+    blocks = list(find_blocks(model))
+    inputs = trial_inputs(model, 8)
+    with torch.no_grad(), capture(model, hidden={1, 2}) as whole:
+        model(**inputs, **no_cache(model))
+    with torch.no_grad(), at_depth(model, 2), capture(model, hidden={1, 2}) as cut:
+        assert list(find_blocks(model)) == blocks[:2]
+        with at_depth(model, 1):
+            assert list(find_blocks(model)) == blocks[:1]
+        assert list(find_blocks(model)) == blocks[:2]
+        model(**inputs, **no_cache(model))
+    assert list(find_blocks(model)) == blocks
+    assert all(torch.equal(cut.hidden[layer], whole.hidden[layer]) for layer in (1, 2))
+
+
+def test_a_teacher_that_counts_kinds_of_blocks_teaches_its_lower_ones() -> None:
+    student, teacher = (family_model("nemotron_h", seed=seed) for seed in (1, 2))
+    with torch.no_grad():
+        first, second = (
+            m(**BATCH, use_cache=False, output_hidden_states=True).hidden_states
+            for m in (student, teacher)
+        )
+    losses = {"hidden": {"layer_map": [1, 2, 0, 0]}}
+    with Distiller(student, teacher.requires_grad_(False), losses) as distiller:
+        parts = distiller(BATCH)[1]
+    mask = BATCH["attention_mask"].bool()
+    for layer in (1, 2):
+        expected = (first[layer] - second[layer])[mask].square().mean()
+        torch.testing.assert_close(parts[f"hidden/{layer}-{layer}"], expected)

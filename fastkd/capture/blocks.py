@@ -44,6 +44,9 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
         UserError: no list, or more than one list, has as many blocks as the config has layers, a
             block stands in it more than once, or the model is no single stack.
     """
+    cut = _CUT.get(model)
+    if cut is not None:
+        return cut
     depth = check_single_stack(model)
     # a step asks twice, and looking through a model takes a part of it
     with suppress(AttributeError):
@@ -64,6 +67,9 @@ def holder_of_blocks(model: PreTrainedModel) -> nn.Module:
 
 _PATHS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 """Where the blocks of a model were found."""
+_CUT: WeakKeyDictionary[nn.Module, nn.ModuleList] = WeakKeyDictionary()
+"""The blocks that a model has while it is cut: not every configuration can be told their number
+(Nemotron-H counts the kinds of its blocks)."""
 
 
 def _search(model: PreTrainedModel, depth: int) -> tuple[str, nn.ModuleList]:
@@ -113,8 +119,10 @@ class Cut:
     """
 
     def __init__(self, model: PreTrainedModel, depth: int) -> None:
+        self._model = model
         self._config: Any = model.config
         self._blocks = find_blocks(model)
+        self._before = _CUT.get(model)
         self._parent, self._name = next(
             (module, name)
             for module in model.modules()
@@ -127,10 +135,15 @@ class Cut:
     def __enter__(self) -> None:
         setattr(self._parent, self._name, self._first)
         self._config.num_hidden_layers = self._depth
+        _CUT[self._model] = self._first
 
     def __exit__(self, *_raised: object) -> None:
         setattr(self._parent, self._name, self._blocks)
         self._config.num_hidden_layers = self._full
+        if self._before is None:
+            del _CUT[self._model]
+        else:
+            _CUT[self._model] = self._before
 
 
 def no_cache(model: PreTrainedModel) -> dict[str, bool]:

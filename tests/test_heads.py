@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from tiny_models import CAUSAL, VOCABULARY, tiny_batch, tiny_config
 from torch import Tensor, nn
 from transformers import Gemma2Config, PreTrainedModel
 
+from fastkd import Distiller
 from fastkd.capture import capture, no_cache, route_attention, try_model
 from fastkd.capture.lm_head import last_hidden_state
 from fastkd.errors import UserError
@@ -90,6 +93,73 @@ def test_logits_that_are_changed_after_the_last_layer_are_refused() -> None:
     route_attention(model, "eager")
     with pytest.raises(UserError, match="Gemma2ForCausalLM changes its logits after the last"):
         try_model(model)
+
+
+class Adapted(nn.Module):
+    """A linear layer with an adapter beside it that does nothing yet."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+        self.weight, self.bias = base.weight, base.bias
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.base(state) + self.up(self.down(state))
+
+
+class Replaced(nn.Module):
+    """A linear layer that a trained one stands in for."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.original = base.requires_grad_(False)
+        self.active = copy.deepcopy(base).requires_grad_(True)
+        self.weight, self.bias = self.active.weight, self.active.bias
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.active(state)
+
+
+def with_last_layer(change: Callable[[nn.Module], nn.Module]) -> PreTrainedModel:
+    """A Llama that trains its last layer alone, which is another one now."""
+    model = model_with("llama", "AutoModelForCausalLM", tie_word_embeddings=False)
+    model.requires_grad_(False)
+    model.lm_head = change(model.lm_head.requires_grad_(True))
+    return model
+
+
+def test_an_adapter_of_the_last_layer_that_trains_is_refused() -> None:
+    """Logits are made of weight and bias alone: it would be left out, and never learn."""
+    student = with_last_layer(Adapted)
+    message = r"LlamaForCausalLM: its last layer \(Adapted\) trains down.weight beside its weight"
+    with pytest.raises(UserError, match=message):
+        try_model(student)
+    teacher = with_last_layer(Adapted).requires_grad_(False)
+    with pytest.raises(UserError, match=message):
+        Distiller(student, teacher, {"logits": {}})
+    # one that stays as it is does nothing, or it shows
+    try_model(teacher)
+    nn.init.ones_(teacher.lm_head.up.weight)
+    with pytest.raises(UserError, match="changes its logits after the last layer"):
+        try_model(teacher)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda layer: layer, Replaced, nn.utils.parametrizations.weight_norm]
+)
+def test_a_last_layer_whose_weight_learns_is_taken(
+    change: Callable[[nn.Module], nn.Module],
+) -> None:
+    student = with_last_layer(change)
+    teacher = with_last_layer(lambda layer: layer).requires_grad_(False)
+    nn.init.normal_(teacher.lm_head.weight)
+    with Distiller(student, teacher, {"logits": {}}) as distiller:
+        distiller(BATCH)[0].backward()
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    assert trained and all(p.grad is not None and bool(p.grad.any()) for p in trained)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])

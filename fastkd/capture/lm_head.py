@@ -8,7 +8,7 @@ cross-entropy are computed from the input and the layer's weight by an op that n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,8 +83,10 @@ def check_head(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     """Run a language model on some inputs and see that its logits are its last layer's output.
 
     Raises:
-        UserError: they are changed afterwards, so that they can't be computed in parts.
+        UserError: they are changed afterwards, or made with more than weight and bias, so that they
+            can't be computed in parts.
     """
+    _check_parameters(model)
     states = Capture()
     with torch.no_grad():
         given = model(**inputs).logits
@@ -101,6 +103,30 @@ def check_head(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
         raise UserError(
             f"{type(model).__name__} changes its logits after the last layer (a soft cap, or a "
             "scale), which fastkd can't compute in parts; leave losses.logits and student.head out"
+        )
+
+
+def _check_parameters(model: PreTrainedModel) -> None:
+    """See that all of the last layer that trains is its weight and its bias, or makes them; one
+    that is frozen shows in its logits."""
+    layer = last_layer(model)
+    assert layer is not None, "it is a language model"
+    trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    beside = {n: p for n, p in trained.items() if p is not layer.weight and p is not layer.bias}
+    if not beside:
+        return
+    with torch.enable_grad():
+        # a parametrisation makes its weight anew at each look
+        read = [t.sum() for t in (layer.weight, layer.bias) if t is not None and t.requires_grad]
+    reached: Sequence[Tensor | None] = [None] * len(beside)
+    if read:
+        reached = torch.autograd.grad(read, list(beside.values()), allow_unused=True)
+    unread = [n for n, gradient in zip(beside, reached, strict=True) if gradient is None]
+    if unread:
+        raise UserError(
+            f"{type(model).__name__}: its last layer ({type(layer).__name__}) trains {unread[0]} "
+            "beside its weight and bias, of which fastkd computes logits in parts, so that would "
+            "never learn; merge it into the weight first, or freeze it"
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import LAYERS, tiny_batch, tiny_model
 from torch import Tensor
-from transformers import AlbertConfig, AlbertModel, PreTrainedModel
+from transformers import AlbertConfig, AlbertModel, OPTConfig, OPTModel, PreTrainedModel
 
 from benchmarks.family_models import family_model
 from fastkd import Distiller
@@ -146,3 +146,36 @@ def test_a_teacher_that_counts_kinds_of_blocks_teaches_its_lower_ones() -> None:
     for layer in (1, 2):
         expected = (first[layer] - second[layer])[mask].square().mean()
         torch.testing.assert_close(parts[f"hidden/{layer}-{layer}"], expected)
+
+
+def opt(layerdrop: float) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=64,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        num_hidden_layers=2,
+        ffn_dim=32,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        layerdrop=layerdrop,
+    )
+    return OPTModel(config)
+
+
+@pytest.mark.parametrize("needs", [{"attention": False}, {"hidden": False}])
+def test_a_student_that_skips_blocks_while_it_trains_is_refused(needs: dict[str, bool]) -> None:
+    message = r"OPTModel skips blocks at random .*\(decoder.layerdrop is 0.5\).*set layerdrop to 0"
+    with pytest.raises(UserError, match=message):
+        try_model(opt(0.5), **needs)
+    # a model that does not train skips none, and outputs have no gaps
+    try_model(opt(0.5).requires_grad_(False), **needs)
+    try_model(opt(0.5), attention=False, hidden=False, outputs=True)
+    try_model(opt(0.0), **needs)
+
+
+def test_a_rate_that_a_configuration_alone_holds_is_refused() -> None:
+    model = tiny_model("bert")
+    model.config.layerdrop = 0.1
+    with pytest.raises(UserError, match=r"\(config.layerdrop is 0.1\)"):
+        try_model(model)

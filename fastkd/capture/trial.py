@@ -46,12 +46,14 @@ def try_model(
 
     Raises:
         UserError: the model has no positions for so many tokens, reads no tokens, changes when its
-            attention is captured, has a block whose attention or hidden state can't be, or hands on
-            no last hidden state.
+            attention is captured, has a block whose attention or hidden state can't be, skips
+            blocks while it trains, or hands on no last hidden state.
     """
     check_single_stack(model)
     _check_positions(model, tokens, field)
     layers = range(len(find_blocks(model)) + 1) if attention or hidden else range(0)
+    if layers and any(parameter.requires_grad for parameter in model.parameters()):
+        _check_no_skipping(model)
     deepest = _deepest(model)
     traits = AttentionTraits()
     with evaluating(model), torch.no_grad(), runnable(model), _padded(model):
@@ -102,6 +104,28 @@ def _check_positions(model: PreTrainedModel, tokens: int, field: str) -> None:
         raise UserError(
             f"{type(model).__name__} has {positions} positions, but {field} is {tokens}; give a "
             "smaller one"
+        )
+
+
+def _check_no_skipping(model: PreTrainedModel) -> None:
+    """See that a model that trains runs all of its blocks in every pass.
+
+    Raises:
+        UserError: it skips some at random (LayerDrop), which have no states then.
+    """
+    rates: dict[str, Any] = {
+        f"{path}.layerdrop": vars(module)["layerdrop"]
+        for path, module in model.named_modules()
+        if "layerdrop" in vars(module)
+    }
+    # modules that hold no rate of their own look it up
+    rates = rates or {"config.layerdrop": getattr(model.config, "layerdrop", 0)}
+    name = next((name for name, rate in rates.items() if rate), None)
+    if name is not None:
+        raise UserError(
+            f"{type(model).__name__} skips blocks at random while it trains ({name} is "
+            f"{rates[name]:g}), and a skipped block has nothing to capture; set layerdrop to 0, "
+            "in its configuration before it is made"
         )
 
 

@@ -149,7 +149,7 @@ def inspect_layers(
     places = [data] if isinstance(data, str | os.PathLike) else data
     teacher_source, student_source = _source("teacher", teacher), _source("student", student)
     large = load_teacher(teacher_source)
-    small = load_student(Path(locate_model(student_source.name)))
+    small = load_student(Path(locate_model(student_source.name))).requires_grad_(False)
     sides = (small, student_source), (large, teacher_source)
     vocabularies = [_vocabulary(model, source.name) for model, source in sides]
     if vocabularies[0] != vocabularies[1]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 from tiny_models import HEADS, VOCABULARY, WIDTH, tiny_batch, tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, FalconConfig, PreTrainedModel
+from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from benchmarks.family_models import family_model
 from fastkd.capture import (
@@ -22,6 +23,7 @@ from fastkd.capture import (
     set_attention,
     try_model,
 )
+from fastkd.capture.routing import listening_function
 from fastkd.errors import UserError
 from fastkd.models.poolers import drop_pooler
 
@@ -136,6 +138,36 @@ def test_attention_that_can_t_be_captured_is_refused_and_left_as_it_came(
     try_model(model, TOKENS, attention=False)
     with torch.no_grad():
         assert torch.equal(model(**ids, **no_cache(model)).last_hidden_state, before)
+
+
+class Inheriting(BertSelfAttention):
+    """An attention class of another module than its eager function."""
+
+
+class Calling(BertSelfAttention):
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        return super().forward(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("kind", [Inheriting, Calling])
+def test_attention_that_is_subclassed_elsewhere_runs_its_own_eager_function(kind: type) -> None:
+    model = tiny_model("bert")
+    set_attention(model, "eager")
+    ids = {"input_ids": tiny_batch()["input_ids"]}
+    with torch.no_grad():
+        before = model(**ids).last_hidden_state
+    for block in find_blocks(model):
+        block.attention.self.__class__ = kind
+    assert try_model(model, TOKENS).differs is None
+    with torch.no_grad(), capture(model, attention=[1]) as states:
+        assert torch.equal(model(**ids).last_hidden_state, before)
+    assert states.attention[1].query.shape[1] == HEADS
+
+
+def test_attention_without_an_eager_function_is_refused() -> None:
+    attend, state = listening_function("eager"), torch.ones(1, 2, 3, 4)
+    with pytest.raises(UserError, match="Linear has no eager_attention_forward beside its forward"):
+        attend(nn.Linear(4, 4), state, state, state, None)
 
 
 def test_composite_models_are_refused_by_their_parts() -> None:

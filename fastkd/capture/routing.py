@@ -14,7 +14,7 @@ The road not taken: `output_attentions=True` forces eager attention in all layer
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -168,9 +168,8 @@ def listening_function(implementation: str) -> Callable[..., tuple[Tensor, Tenso
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        # a model's eager function lives in its own module, not in the registry
         if implementation == "eager":
-            function = sys.modules[type(module).__module__].eager_attention_forward
+            function = _eager_function(type(module))
         else:
             function = ALL_ATTENTION_FUNCTIONS[implementation]
         tensors = query, key, value, attention_mask
@@ -184,6 +183,21 @@ def listening_function(implementation: str) -> Callable[..., tuple[Tensor, Tenso
         return result
 
     return attend
+
+
+def _eager_function(kind: type[nn.Module]) -> Callable[..., Any]:
+    """The eager function of an attention class: it lives beside the forward that calls it, not in
+    the registry, and a subclass elsewhere may call or inherit that."""
+    for base in kind.__mro__:
+        if "forward" in vars(base):
+            names = inspect.unwrap(vars(base)["forward"]).__globals__
+            if "eager_attention_forward" in names:
+                found: Callable[..., Any] = names["eager_attention_forward"]
+                return found
+    raise UserError(
+        f"{kind.__name__} has no eager_attention_forward beside its forward, so its eager "
+        "attention can't be captured; leave losses.attention and losses.relations out, or take sdpa"
+    )
 
 
 def _call(

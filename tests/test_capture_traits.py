@@ -32,7 +32,7 @@ EVERY = (1, 2, 3, 4)
 
 
 def tried(family: str, attention: str = "sdpa", **changes: Any) -> Any:
-    model = family_model(family, **changes)
+    model = family_model(family, **changes).requires_grad_(False)
     set_attention(model, attention)
     return try_model(model, TOKENS)
 
@@ -109,6 +109,53 @@ def test_probabilities_that_are_not_the_captured_ones_are_told(
 
 def test_what_is_added_to_scores_is_named() -> None:
     assert "as it adds position_bias" in tried("inkling_text").differs
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        # added to the mask, by the values of a layer; a table of relative positions
+        ("doge", {}),
+        ("beit", {"use_relative_position_bias": True}),
+        ("beit", {"use_shared_relative_position_bias": True}),
+    ],
+)
+def test_what_is_added_to_scores_once_it_has_learned_is_told_of_what_trains(
+    family: str, changes: dict[str, Any]
+) -> None:
+    model = family_model(family, **changes)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    drawn = torch.get_rng_state()
+    differs = try_model(model, TOKENS).differs
+    assert differs is not None
+    assert "is not the softmax" in differs and "as soon as parameters that are 0 now" in differs
+    assert torch.equal(torch.get_rng_state(), drawn)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    # as it is, and stays where it is frozen
+    assert try_model(model.requires_grad_(False), TOKENS).differs is None
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "modernbert", "qwen2"])
+def test_biases_that_are_0_make_no_difference(name: str) -> None:
+    model = tiny_model(name)
+    assert name == "modernbert" or any(not parameter.any() for parameter in model.parameters())
+    assert try_model(model, TOKENS).differs is None
+
+
+def test_parameters_are_put_back_after_an_error() -> None:
+    model = tiny_model("bert")
+    bias, seen = model.encoder.layer[0].attention.self.query.bias, []
+
+    def fail(*_: object) -> None:
+        seen.append(bool(bias.any()))
+        if seen[-1]:
+            raise UserError("no")
+
+    model.embeddings.register_forward_pre_hook(fail)
+    with pytest.raises(UserError, match="no"):
+        try_model(model)
+    assert seen[-1] and not bias.any()
 
 
 def test_shapes_are_measured() -> None:

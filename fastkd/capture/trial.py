@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from fastkd.capture.recording import CalledAgain, capture
 from fastkd.capture.routing import listening, route_attention, runnable
 from fastkd.capture.states import Capture
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
+
+# standard deviation of what stands in for parameters that have learned
+_NOISE = 0.1
 
 
 def try_model(
@@ -322,13 +326,8 @@ def _try_attention(
 ) -> AttentionTraits:
     name = type(model).__name__
     route_attention(model)
-    blocks = find_blocks(model)
-    found: dict[int, list[Seen]] = {number: [] for number in range(1, len(blocks) + 1)}
     mask = inputs.get("attention_mask")
-    with ExitStack() as stack:
-        for number, block in enumerate(blocks, start=1):
-            stack.enter_context(listening(block, Prober(found[number], mask)))
-        routed = _try(model, inputs, plain.hidden, "its inputs with its attention captured")
+    routed, found = _probe(model, inputs, plain.hidden)
     for layer, state in plain.hidden.items():
         if not _near(routed.hidden[layer], state, None if mask is None else mask.bool()):
             raise UserError(
@@ -349,7 +348,47 @@ def _try_attention(
             f"attention interface, so it can't be captured; {TAKE_OUT}, or give a model whose "
             "attention does"
         )
-    return traits_of(name, {layer: calls[0] for layer, calls in found.items()})
+    traits = traits_of(name, {layer: calls[0] for layer, calls in found.items()})
+    if traits.differs is None:
+        with _moved_zeros(model) as moved:
+            if moved:
+                _, found = _probe(model, inputs, ())
+                later = traits_of(name, {layer: calls[0] for layer, calls in found.items()})
+                if later.differs is not None:
+                    differs = f"{later.differs}, as soon as parameters that are 0 now have learned"
+                    traits = replace(traits, differs=differs)
+    return traits
+
+
+def _probe(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], layers: Collection[int]
+) -> tuple[Capture, dict[int, list[Seen]]]:
+    """Run a routed model: the hidden states of some layers, and what every call of an attention
+    function showed, by block."""
+    blocks, mask = find_blocks(model), inputs.get("attention_mask")
+    found: dict[int, list[Seen]] = {number: [] for number in range(1, len(blocks) + 1)}
+    with ExitStack() as stack:
+        for number, block in enumerate(blocks, start=1):
+            stack.enter_context(listening(block, Prober(found[number], mask)))
+        states = _try(model, inputs, layers, "its inputs with its attention captured")
+    return states, found
+
+
+@contextmanager
+def _moved_zeros(model: PreTrainedModel) -> Iterator[bool]:
+    """Let parameters that train and are 0 all over be as if they had learned, while the context is
+    open: what they add to scores, or to masks, does nothing before. Whether there are any."""
+    zeros = [p for p in model.parameters() if p.requires_grad and p.numel() and not p.any()]
+    kept = [parameter.clone() for parameter in zeros]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for parameter in zeros:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise.mul_(_NOISE))
+        yield bool(zeros)
+    finally:
+        for parameter, before in zip(zeros, kept, strict=True):
+            parameter.copy_(before)
 
 
 def _deepest(model: PreTrainedModel) -> int | None:

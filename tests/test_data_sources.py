@@ -1,5 +1,6 @@
 """Every form of text gives the same documents, and every mistake one clear line."""
 
+import csv
 import gzip
 import json
 import os
@@ -137,6 +138,30 @@ def test_text_column_and_split(tmp_path: Path) -> None:
     assert documents(tmp_path / "a.tsv.gz", text_column="body") == ['one "two', "three"]
     saved = as_saved_dict(tmp_path / "saved")
     assert documents(saved, split="test") == DOCUMENTS[:1]
+
+
+def test_a_tsv_file_that_looks_quoted_is_refused_or_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As pandas and spreadsheets write it; quotes of the text's own are read as they stand."""
+    path = tmp_path / "a.tsv"
+    rows = [['he said "no" to her', "0"], ["plain", "1"]]
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([["text", "n"], *rows])
+    with pytest.raises(UserError, match=r"a\.tsv, line 2: a cell looks quoted .* save it as \.csv"):
+        documents(path)
+    path.rename(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text((tmp_path / "a.csv").read_text().replace("\t", ","))
+    assert documents(tmp_path / "a.csv") == [text for text, _ in rows]
+
+    for texts in (['"Yes."', "Yes, no."], ['"a, b"', "c"], ['"a "b" c"'], ['"a"", b'], ['""']):
+        path.write_text("\n".join(["text", *texts]) + "\n")
+        assert documents(path) == texts
+    assert not caplog.records
+    texts = ["plain", '"one, two"', '"three, four"']
+    path.write_text("\n".join(["text", *texts]) + "\n")
+    assert documents(path) == texts
+    assert "a.tsv, line 3 and 1 more: quotes stand around all cells with a comma" in caplog.text
 
 
 def test_a_file_of_another_form_is_other_text(tmp_path: Path) -> None:

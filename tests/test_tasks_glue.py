@@ -23,6 +23,8 @@ from fastkd.data.tasks import (
     glue_task,
     read_examples,
 )
+from fastkd.data.text.delimited import unquoted
+from fastkd.data.text.files import text_lines
 from fastkd.errors import UserError
 
 # the first lines of the official files; MNLI's dev files have four more labels before the last
@@ -179,6 +181,24 @@ def test_the_same_content_has_the_same_digest_in_every_form(tmp_path: Path) -> N
         read(GLUE["RTE"], tmp_path / form).digest for form in ("tsv", "json", "saved", "other")
     ]
     assert digests[0] == digests[1] == digests[2] != digests[3]
+
+
+def test_quotes_of_the_official_files_are_text_and_others_look_written(tmp_path: Path) -> None:
+    text = '"say ""no"" now"'
+    write_lines(tmp_path / "RTE" / "train.tsv", HEADERS["RTE"], f"0\t{text}\tb\tentailment")
+    assert read(GLUE["RTE"], tmp_path).texts == [(text, "b")]
+    write_lines(tmp_path / "train.tsv", "a\tb\ty", f"{text}\tb\tyes")
+    with pytest.raises(UserError, match=r"train\.tsv, line 2: a cell looks quoted"):
+        read(PAIRS, tmp_path)
+
+
+@needs_glue
+def test_no_official_file_looks_quoted(caplog: pytest.LogCaptureFixture) -> None:
+    for path in GLUE_FOLDER.glob("*/*.tsv*"):
+        lines = enumerate(text_lines(path), start=1)
+        cells = ((number, line.split("\t")) for number, line in lines)
+        assert sum(1 for _ in unquoted(path, cells)) > 50
+    assert not caplog.records
 
 
 def test_folder_of_all_tasks(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from fastkd.data.tasks.glue import GLUE
 from fastkd.data.tasks.rows import (
     Row,
     record_rows,
@@ -184,7 +185,8 @@ def _rows(
             return record_rows(path, task.columns)
         if path.name.endswith(".parquet"):
             return table_rows(parquet_file(path, task.columns.label), task.columns, task)
-        return tsv_rows(path, task.columns, task.header)
+        official = task in GLUE.values()
+        return tsv_rows(path, task.columns, task.header, official=official)
     if folder.exists() or not is_hub_name(str(source)) or str(source).startswith((".", "~")):
         raise UserError(
             f"{source}: no folder (from {Path.cwd()}); expected one that holds {split}.tsv of "

@@ -19,7 +19,7 @@ from fastkd.data.tasks.labels import (
     order_of,
 )
 from fastkd.data.tasks.task import Columns, Task
-from fastkd.data.text.delimited import Delimited
+from fastkd.data.text.delimited import Delimited, unquoted
 from fastkd.data.text.files import JsonLines, Records, text_lines
 from fastkd.data.text.hub import Table
 from fastkd.errors import UserError
@@ -34,16 +34,19 @@ class Row(NamedTuple):
     problem: str | None = None
 
 
-def tsv_rows(path: Path, columns: Columns, header: Sequence[str] | None) -> Iterator[Row]:
+def tsv_rows(
+    path: Path, columns: Columns, header: Sequence[str] | None, *, official: bool = False
+) -> Iterator[Row]:
     """Rows of a TSV file.
 
     Args:
         path: UTF-8, plain or gzipped.
         columns: that are read.
         header: the file's columns, if its first line does not name them.
+        official: whether its quotes are known to be the texts' own, however they look.
 
     Raises:
-        UserError: the file can't be read or lacks a column.
+        UserError: the file can't be read, lacks a column, or looks quoted.
     """
     lines = enumerate(text_lines(path), start=1)
     if header is None:
@@ -53,13 +56,13 @@ def tsv_rows(path: Path, columns: Columns, header: Sequence[str] | None) -> Iter
         names = list(header)
     places = [names.index(name) for name in columns.texts]
     label = names.index(columns.label)
-    for number, line in lines:
-        cells = line.split("\t")
+    rows = ((number, line.split("\t")) for number, line in lines)
+    for number, cells in rows if official else unquoted(path, rows):
         where = f"{path}, line {number}"
         if len(cells) == len(names):
             yield Row(where, tuple(cells[place] for place in places), cells[label])
         else:
-            found = f"{len(cells)} columns" if line.strip() else "an empty line"
+            found = f"{len(cells)} columns" if "".join(cells).strip() else "an empty line"
             yield Row(where, (), None, f"{found}, expected {len(names)} split by TAB")
 
 

@@ -1,13 +1,15 @@
 """Rows of CSV and TSV files, whose first line names the columns.
 
 CSV is as RFC 4180 has it, read by Python's `csv`: a cell in quotes may hold commas, doubled quotes
-and line ends. TSV has no quotes: a row is a line, split at every TAB.
+and line ends. TSV has no quotes: a row is a line, split at every TAB, and what looks quoted as
+pandas and spreadsheets write it is refused or named.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,11 @@ from fastkd.data.text.files import (
     text_lines,
 )
 from fastkd.errors import UserError, one_line
+
+logger = logging.getLogger(__name__)
+
+# one sentence in quotes may well be a quotation
+_FEWEST_QUOTED = 2
 
 
 @dataclass(frozen=True)
@@ -79,10 +86,41 @@ def delimited_rows(
             yield where, dict(zip(names, cells, strict=True))
 
 
+def unquoted(path: Path, rows: Iterable[tuple[int, list[str]]]) -> Iterator[tuple[int, list[str]]]:
+    """Pass on the cells of a TSV file by line, which are read as they stand.
+
+    A cell in quotes whose own quotes are all doubled was written for a reader that undoes them, so
+    it is refused. Quotes around exactly those cells that hold a comma or a quote are what a
+    spreadsheet writes, but may be the text's own: they are named once the file has been read.
+
+    Raises:
+        UserError: with file and line, the former.
+    """
+    spreadsheet, found = True, []
+    for number, cells in rows:
+        for cell in cells:
+            quoted = len(cell) > 1 and cell[0] == cell[-1] == '"'
+            inner = cell[1:-1] if quoted else cell
+            if quoted and '""' in inner and '"' not in inner.replace('""', ""):
+                raise UserError(
+                    f"{path}, line {number}: a cell looks quoted ({cell!r:.50}), but TSV is read "
+                    "without quotes; save it as .csv"
+                )
+            spreadsheet = spreadsheet and quoted == ("," in inner or '"' in inner)
+            if spreadsheet and quoted:
+                found.append(number)
+        yield number, cells
+    if spreadsheet and len(found) >= _FEWEST_QUOTED:
+        logger.warning(
+            "%s, line %d and %d more: quotes stand around all cells with a comma and no others, "
+            "and TSV is read with them; if a spreadsheet put them there, save it as .csv",
+            *(path, found[0], len(found) - 1),
+        )
+
+
 def _tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    for number, line in enumerate(text_lines(path), start=1):
-        if line.strip():
-            yield number, line.split("\t")
+    lines = enumerate(text_lines(path), start=1)
+    return unquoted(path, ((number, line.split("\t")) for number, line in lines if line.strip()))
 
 
 def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Literal, TypeVar
@@ -62,6 +62,7 @@ def make_datamodule(
     counts_padding: bool = False,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     teacher_config: PreTrainedConfig | None = None,
+    trains: bool = True,
     progress: bool,
 ) -> DataModule:
     """Read, tokenise and store the data of a recipe, or open what an earlier run stored.
@@ -76,6 +77,8 @@ def make_datamodule(
         counts_padding: whether padded tokens of examples count in the losses' means.
         teacher_tokenizer: of a teacher that reads rows of texts by a tokenizer of its own.
         teacher_config: of that teacher.
+        trains: whether anything is trained on; where not, what is held out alone is read, if that
+            is data of its own and no weights are those of the rest.
         progress: whether to show bars.
 
     Raises:
@@ -94,14 +97,19 @@ def make_datamodule(
             ranks,
             progress=progress,
             counts_padding=counts_padding,
+            trains=trains,
         )
     else:
         assert isinstance(recipe, Recipe), "a recipe has data or a task"
+        assert recipe.data is not None, "a recipe has data or a task"
+        data = text_settings(recipe.data)
+        if not trains and data.heldout is not None:
+            data = replace(data, train=())
         if recipe.row_form is not None:
-            made = _row_datamodule(recipe, by, ranks, counts_padding, progress=progress)
+            made = _row_datamodule(recipe, data, by, ranks, counts_padding, progress=progress)
         else:
             assert teacher_tokenizer is None, "blocks and examples are read by one tokenizer"
-            made = _text_datamodule(recipe, tokenizer, masking, ranks, progress=progress)
+            made = _text_datamodule(data, tokenizer, masking, ranks, progress=progress)
     ranks.require_same(
         partial(_digests, made, [each for each, _ in by]),
         "let every machine see the same files, or copy those of rank 0 to it",
@@ -161,15 +169,13 @@ def task_of(section: TaskData) -> Task:
 
 
 def _text_datamodule(
-    recipe: Recipe,
+    data: TextSettings,
     tokenizer: PreTrainedTokenizerBase,
     masking: Masking | None,
     ranks: Ranks,
     *,
     progress: bool,
 ) -> TextDataModule:
-    assert recipe.data is not None, "a recipe has data or a task"
-    data = text_settings(recipe.data)
     if data.streaming and data.workers is None:
         data = replace(data, workers=stream_workers(ranks.here))
     corpus = _in_turn(
@@ -181,6 +187,7 @@ def _text_datamodule(
 
 def _row_datamodule(
     recipe: Recipe,
+    data: TextSettings,
     by: Sequence[tuple[PreTrainedTokenizerBase, PreTrainedConfig]],
     ranks: Ranks,
     counts_padding: bool,
@@ -188,15 +195,14 @@ def _row_datamodule(
     progress: bool,
 ) -> RowDataModule:
     """Rows as each tokenizer reads them for a model of a configuration, the student's first."""
-    assert recipe.data is not None and recipe.row_form is not None, "asked before"
-    settings = text_settings(recipe.data)
+    assert recipe.row_form is not None, "asked before"
     own, *teachers = [
-        _encoded_rows(settings, recipe.row_form, *one, ranks, progress=progress) for one in by
+        _encoded_rows(data, recipe.row_form, *one, ranks, progress=progress) for one in by
     ]
     for theirs in teachers:
         own = own.with_teacher(theirs)
     outputs = by[0][1].num_labels if HEADS[recipe.student.head].data == "task" else None
-    return RowDataModule(own, settings.heldout_blocks, outputs, counts_padding)
+    return RowDataModule(own, data.heldout_blocks, outputs, counts_padding)
 
 
 def _encoded_rows(
@@ -226,6 +232,7 @@ def _task_datamodule(
     *,
     progress: bool,
     counts_padding: bool,
+    trains: bool,
 ) -> TaskDataModule:
     task = task_of(section)
     types = uses_token_types(config, tokenizer)
@@ -249,9 +256,31 @@ def _task_datamodule(
 
     read_split = _READERS[task.labels_of]
 
+    def score(
+        first: bool, given: Mapping[str, _Read], whole: _Read | None
+    ) -> dict[str, EncodedExamples]:
+        found = {}
+        for split in given or section.evaluate or task.evaluations:
+            scored = given.get(split) or read_split(task, section.source, split, section.cache)
+            if first:
+                _warn_of_scores(scored, whole)
+            found[split] = encode(scored, first)
+        return found
+
+    packed = section.padding == "none"
+    selects = section.selection is not None and section.selection.scored
+    reads_train = trains or selects or section.class_weights == "balanced"
+
     def prepare(first: bool) -> TaskDataModule:
+        if not reads_train:
+            evaluations = score(first, {}, None)
+            # of what is trained on nothing is asked: some that are scored stand there
+            train = next(iter(evaluations.values()))
+            weights = _class_weights(section.class_weights, task, train)
+            return TaskDataModule(task, train, evaluations, counts_padding, packed, weights)
         whole = read_split(task, section.source, section.train, section.cache)
-        read, sets = whole, {}
+        read: _Read = whole
+        sets: dict[str, _Read] = {}
         if section.selection is not None:
             assert isinstance(whole, Examples), "a recipe selects from texts alone"
             read, part = split_off(whole, section.selection.share)
@@ -259,11 +288,11 @@ def _task_datamodule(
         if section.examples is not None:
             assert isinstance(read, Examples), "a recipe takes some of texts alone"
             read = first_of(read, section.examples)
-        train: ExampleSource = read
+        examples: ExampleSource = read
         if section.augmentation is not None:
             assert isinstance(read, Examples), "a recipe augments texts alone"
             settings = Augmentation(**section.augmentation.model_dump())
-            train = augment(
+            examples = augment(
                 read,
                 settings,
                 tokenizer,
@@ -271,19 +300,12 @@ def _task_datamodule(
                 device=ranks.device,
                 progress=first and progress,
             )
-        evaluations = {}
-        for split in sets or section.evaluate or task.evaluations:
-            given: _Read | None = sets.get(split)
-            scored = given or read_split(task, section.source, split, section.cache)
-            if first:
-                _warn_of_scores(scored, whole)
-            evaluations[split] = encode(scored, first)
+        evaluations = score(first, sets, whole)
         if first:
             _warn_of_classes(read, task)
-        encoded = encode(train, first)
+        encoded = encode(examples, first)
         if section.augmentation is not None and len(encoded) == len(read):
             raise UserError(_nothing_augmented(section.augmentation, len(read)))
-        packed = section.padding == "none"
         weights = _class_weights(section.class_weights, task, encoded)
         return TaskDataModule(task, encoded, evaluations, counts_padding, packed, weights)
 
@@ -324,8 +346,8 @@ def _class_weights(
     return found
 
 
-def _warn_of_scores(scored: _Read, train: _Read) -> None:
-    if scored.name != train.name and scored.digest == train.digest:
+def _warn_of_scores(scored: _Read, train: _Read | None) -> None:
+    if train is not None and scored.name != train.name and scored.digest == train.digest:
         logger.warning("%s holds the same examples as %s", scored.name, train.name)
     if len(scored.labels) and (scored.labels == scored.labels[0]).all():
         logger.warning(

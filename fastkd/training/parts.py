@@ -193,6 +193,7 @@ def _distillation(
         counts_padding=recipe.losses.reduction == "tinybert",
         teacher_tokenizer=tokenizers.teacher,
         teacher_config=configs[1],
+        trains=made is None,
         progress=progress,
     )
     if made is None:
@@ -445,7 +446,9 @@ def _finetuning(
     tokenizer = load_tokenizer(source, vocabulary_size(model))
     if made is None:
         check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(model))
-    datamodule = make_datamodule(recipe, tokenizer, model.config, ranks, progress=progress)
+    datamodule = make_datamodule(
+        recipe, tokenizer, model.config, ranks, trains=made is None, progress=progress
+    )
     if made is None:
         recipe = _resolved(recipe, datamodule)
     handed_on = tuned.rates | pad_alike(datamodule, tokenizer, model)

@@ -314,9 +314,9 @@ def _build(
 def _require_rows(meta: dict[str, int], data: TextSettings) -> None:
     """Raise where there is nothing to train on or nothing to evaluate on."""
     train, heldout = meta["train_sequences"], meta["heldout_sequences"]
-    if train and heldout:
+    if heldout and (train or not data.train):
         return
-    if not train + heldout + meta["dropped"]:
+    if data.train and not train + heldout + meta["dropped"]:
         raise UserError(f"data.train: {', '.join(data.train)}: no rows in it; give some")
     if data.heldout is not None and not heldout:
         raise UserError(f"data.heldout: {', '.join(data.heldout)}: no rows in it; give some")

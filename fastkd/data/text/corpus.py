@@ -185,15 +185,17 @@ def _require_blocks(meta: dict[str, int], data: TextSettings) -> None:
     """Raise where there is nothing to train on or nothing to evaluate on."""
     documents = meta["train_documents"] + meta["heldout_documents"]
     tokens = meta["train_tokens"] + meta["heldout_tokens"]
-    if meta["train_blocks"] and meta["heldout_blocks"]:
+    if meta["heldout_blocks"] and (meta["train_blocks"] or not data.train):
         return
-    if documents == 0 or (data.heldout and not meta["train_documents"] + meta["dropped"]):
+    none = documents == 0 or (data.heldout and not meta["train_documents"] + meta["dropped"])
+    if data.train and none:
         raise _no_text("data.train", data.train)
     if data.heldout is not None and meta["heldout_documents"] == 0:
         raise _no_text("data.heldout", data.heldout)
     if tokens < data.block_size:
+        field = "data.train" if data.train else "data.heldout"
         raise UserError(
-            f"data.train: {tokens} tokens in all, less than one block of data.block_size "
+            f"{field}: {tokens} tokens in all, less than one block of data.block_size "
             f"{data.block_size}; give more text or smaller blocks"
         )
     if data.heldout is None:
@@ -239,7 +241,8 @@ def _streamed(
             break
     if documents == 0 and data.heldout is not None:
         raise _no_text("data.heldout", data.heldout)
-    if (documents == 0 or data.heldout is not None) and not _has_text(split.train_sources):
+    asked = data.train and (documents == 0 or data.heldout is not None)
+    if asked and not _has_text(split.train_sources):
         raise _no_text("data.train", data.train)
     if packer.available() == 0:
         raise UserError(

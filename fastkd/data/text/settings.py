@@ -14,7 +14,8 @@ class TextSettings:
     whose other fields are of `documents: row`."""
 
     train: tuple[str, ...]
-    """Files, folders, globs, hub names, or `FORMAT:PLACE` of a reader from outside."""
+    """Files, folders, globs, hub names, or `FORMAT:PLACE` of a reader from outside; empty where
+    `heldout` alone is read."""
     heldout: tuple[str, ...] | None = None
     heldout_fraction: float = 0.02
     heldout_blocks: int = 256

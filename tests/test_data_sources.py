@@ -220,6 +220,14 @@ MISTAKES = [
     pytest.param(content("a.jsonl", '{"text": null}'), r"line 1: .* holds null", id="null"),
     pytest.param(content("a.jsonl", '{"text": 7}'), r"line 1: .* holds int", id="int"),
     pytest.param(
+        content("a.jsonl", '{"text": [{"role": "user", "content": "a", "n": 1}]}'),
+        r"line 1: column 'text' holds a conversation, .*\.apply_chat_template\(..., tok",
+        id="chat",
+    ),
+    pytest.param(
+        content("a.jsonl", '{"text": [{"role": "user"}]}'), r"holds list, .* remove or", id="role"
+    ),
+    pytest.param(
         content("a.jsonl", '{"text": "\\ud800"}'), r"half a surrogate pair", id="surrogate"
     ),
     pytest.param(content("a.parquet", b"PAR1"), r"cannot be read as Parquet", id="no parquet"),

@@ -349,6 +349,7 @@ BROKEN = {
     "hollow": ({**GOOD, "passages": ["", "w5"]}, r"'passages\[0\]' is empty, expected text"),
     "fewer": ({**GOOD, "scores": [1]}, "'scores' holds 1 scores, expected a list of 2 scores"),
     "nan": ({**GOOD, "scores": [1, float("nan")]}, r"'scores\[1\]' holds nan, expected a finite"),
+    "large": ({**GOOD, "scores": [1, -1e39]}, r"'scores\[1\]' holds -1e\+39, .* at most 3.4"),
     "switch": ({**GOOD, "scores": [True, 1]}, r"'scores\[0\]' holds True, expected a finite"),
     "word": ({**GOOD, "scores": [1, "best"]}, r"'scores\[1\]' holds 'best', expected a finite"),
 }

@@ -235,6 +235,7 @@ def test_custom_tasks(tmp_path: Path) -> None:
         ({"labels": ()}, "expected two different ones"),
         ({"bounds": (0, 1)}, "labels and bounds given"),
         ({"labels": (), "bounds": (1, 1)}, "expected the smaller score first"),
+        ({"labels": (), "bounds": (0, 1e39)}, r"scores of at most 3.403e\+38, as fp32"),
         ({"metrics": ("pearson",)}, "do not all score a classification"),
         ({"labels": (), "bounds": (0, 1), "metrics": ("pearson", "f1")}, "score a regression"),
         ({"metrics": ("recall",)}, r"metrics \['recall'\] unknown, expected some of"),

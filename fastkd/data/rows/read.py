@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from fastkd.data.text.files import TEXT_COLUMN, Records, Source, checked_text
 from fastkd.errors import UserError
 from fastkd.row_form import RowForm
+from fastkd.types import LARGEST_SCORE
 
 _REMEDY = "mend or remove the row"
 # a mark, perhaps with what closes a quote or bracket, then a blank before what begins a sentence
@@ -131,6 +132,11 @@ def _score(value: object, column: str, where: str) -> float:
     if isinstance(value, bool) or not math.isfinite(score):
         raise UserError(
             f"{where}: column {column!r} holds {value!r:.50}, expected a finite score; {_REMEDY}"
+        )
+    if abs(score) > LARGEST_SCORE:
+        raise UserError(
+            f"{where}: column {column!r} holds {value!r:.50}, expected a score of at most "
+            f"{LARGEST_SCORE:.4g}, as fp32 holds it; {_REMEDY}"
         )
     return score
 

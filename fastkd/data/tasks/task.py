@@ -8,7 +8,7 @@ from typing import get_args
 
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS, TASK_HEAD, Labels
-from fastkd.types import Metric, TaskKind
+from fastkd.types import LARGEST_SCORE, Metric, TaskKind
 
 _CORRELATIONS: tuple[Metric, ...] = ("pearson", "spearman")
 _METRICS: dict[Labels | None, tuple[Metric, ...]] = {
@@ -146,6 +146,11 @@ class Task:
             )
         if self.bounds and not self.bounds[0] < self.bounds[1]:
             found.append(f"bounds {self.bounds} given, expected the smaller score first")
+        if self.bounds and not all(abs(bound) <= LARGEST_SCORE for bound in self.bounds):
+            found.append(
+                f"bounds {self.bounds} given, expected scores of at most {LARGEST_SCORE:.4g}, as "
+                "fp32 holds them"
+            )
         return found
 
     def _wrong_metrics(self) -> list[str]:

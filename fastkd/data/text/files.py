@@ -181,6 +181,11 @@ def require_columns(columns: Sequence[str], names: Sequence[str], where: str, fi
 
 def checked_text(value: object, column: str, where: str) -> str:
     """The value, if it is text that UTF-8 can hold."""
+    if _is_conversation(value):
+        raise UserError(
+            f"{where}: column {column!r} holds a conversation, expected text; write what "
+            "tokenizer.apply_chat_template(..., tokenize=False) makes of it into a column of text"
+        )
     if not isinstance(value, str):
         given = "null" if value is None else type(value).__name__
         raise UserError(
@@ -192,6 +197,15 @@ def checked_text(value: object, column: str, where: str) -> str:
             "repair or remove such rows"
         )
     return value
+
+
+def _is_conversation(value: object) -> bool:
+    """Whether it is a list of messages as chat templates take them."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(each, dict) and each.keys() >= {"role", "content"} for each in value)
+    )
 
 
 def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

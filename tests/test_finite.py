@@ -145,7 +145,8 @@ def test_a_run_that_ends_worse_than_it_began_says_so(recipe: Path) -> None:
     run = recipe.parent / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"]["total"] > summary["before"]["total"]
-    (said,) = summary["worse"]
+    said, cosine = summary["worse"]
+    assert cosine.startswith("sentence cosine ")
     assert said.startswith("held-out loss ") and f"before {summary['before']['total']:.4g}" in said
     assert f"worse than before: {said}" in done.stdout
     assert said in (run / "report.html").read_text()
@@ -159,6 +160,39 @@ def test_what_got_worse() -> None:
     ]
     assert worsened(two, one) == worsened(one, one) == []
     assert worsened({"total": 1.0}, {"total": 1.0 + 1e-7}) == []
+
+
+def test_what_got_worse_in_numbers_that_have_a_direction_each() -> None:
+    one: dict[str, Any] = {
+        "total": 1.0,
+        "sentence_cosine": 0.9,
+        "perplexity": 20.0,
+        "pseudo_perplexity": 4.5,
+        "agreement": {"spearman": -0.1, "same_first": 0.8, "mean_absolute_difference": 0.25},
+        "pairs": {"a_b": 0.7},
+        "mteb": {},
+    }
+    two: dict[str, Any] = {
+        "total": 1.0,
+        "sentence_cosine": 0.5,
+        "perplexity": 32767.123,
+        "pseudo_perplexity": 5.5,
+        "agreement": {"spearman": -0.2, "same_first": 0.75, "mean_absolute_difference": 3.5},
+        "pairs": {"a_b": 0.625},
+        "mteb": {},
+    }
+    assert worsened(one, two) == [
+        "sentence cosine 0.5000, before 0.9000",
+        "perplexity 3.277e+04, before 20",
+        "pseudo perplexity 5.5, before 4.5",
+        "spearman -0.2000, before -0.1000",
+        "same first 0.7500, before 0.8000",
+        "mean absolute difference 3.5, before 0.25",
+        "a_b 0.6250, before 0.7000",
+    ]
+    assert worsened(two, one) == worsened(one, one) == []
+    unknown = {**one, "sentence_cosine": None}
+    assert worsened(one, unknown) == worsened(unknown, one) == []
 
 
 def test_a_run_without_a_teacher_blames_its_model() -> None:

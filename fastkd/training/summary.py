@@ -20,6 +20,16 @@ from fastkd.types import ModelSource
 
 # as much as two evaluations of the same weights may differ by, relatively
 _NOISE = 1e-5
+# other numbers of an evaluation, and whether the larger one is the better
+_LARGER_IS_BETTER = {
+    "sentence_cosine": True,
+    "perplexity": False,
+    "pseudo_perplexity": False,
+    "spearman": True,
+    "same_first": True,
+    "same_class": True,
+    "mean_absolute_difference": False,
+}
 
 
 def summarise(
@@ -119,6 +129,14 @@ def worsened(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
         found.append(f"held-out loss {after['total']:.4g}, before {before['total']:.4g}")
     if after.get("score", 0.0) < before.get("score", 0.0):
         found.append(f"score {after['score']:.4f}, before {before['score']:.4f}")
+    given, left = ({**x, **x.get("agreement", {})} for x in (before, after))
+    for name, larger in _LARGER_IS_BETTER.items():
+        value, was = left.get(name), given.get(name)
+        if value is None or was is None:
+            continue
+        if (was - value if larger else value - was) > _NOISE * abs(was):
+            form = ".4f" if larger else ".4g"
+            found.append(f"{name.replace('_', ' ')} {value:{form}}, before {was:{form}}")
     for section in ("pairs", "mteb"):
         for name, value in after.get(section, {}).items():
             # the evaluations of a run name the same

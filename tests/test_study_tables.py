@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,14 @@ def test_seeds_that_are_open_are_counted_on(tmp_path: Path) -> None:
     early = said(lambda run: run.seed > 1)
     (now, then) = re.findall(r"(?:difference of|stays,) ([0-9.e-]+[0-9])", early)
     assert "; with all 5 seeds, if their spread stays, " in early and float(then) < float(now)
+
+
+def test_runs_that_do_not_differ_see_no_difference_of_nothing(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, seeds=3)
+    same = [replace(record, value=0.5) for record in _records(plan)]
+    (table,) = (t for t in make_tables(Results(plan, same), {}) if t.name == "axis-mapping")
+    assert "nothing can be said" in table.notes[-1]
+    assert not any("would see a difference" in note for note in table.notes)
 
 
 @pytest.mark.parametrize("seeds", [4, 5])

@@ -95,6 +95,11 @@ def _power_note(results: Results, rows: Sequence[Row]) -> tuple[str, ...]:
     if not found:
         return ()
     now = statistics.median(one.detectable() for one in found)
+    if not now:
+        return (
+            "Half of these rows or more differ from the baseline by the same with every seed, so "
+            "nothing can be said of how large a difference would be seen.",
+        )
     said = (
         "Four of five studies with as many seeds and examples would see a difference of "
         f"{now:.2g} (median of the rows)"

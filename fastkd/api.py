@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastkd.errors import UserError
+from fastkd.errors import UserError, path_name
 from fastkd.models import read_model
 from fastkd.recipe import (
     AnyRecipe,
@@ -118,8 +118,9 @@ def distill(
     if isinstance(recipe, FinetuneRecipe):
         raise UserError("recipe is a FinetuneRecipe, expected a Recipe; call fastkd.finetune")
     given = _tree(recipe), _together(overrides, dotted)
+    callbacks = _callbacks(on_step, on_evaluate)
     parsed = parse_recipe(_replaced(*given), _name(recipe))
-    return _run(parsed, parsed.student.head, resume, quiet, Callbacks(on_step, on_evaluate))
+    return _run(parsed, parsed.student.head, resume, quiet, callbacks)
 
 
 def finetune(
@@ -139,8 +140,8 @@ def finetune(
     if isinstance(recipe, Recipe):
         raise UserError("recipe is a Recipe, expected a FinetuneRecipe; call fastkd.distill")
     given = _tree(recipe), _together(overrides, dotted)
+    callbacks = _callbacks(on_step, on_evaluate)
     parsed = parse_finetune_recipe(_replaced(*given), _name(recipe))
-    callbacks = Callbacks(on_step, on_evaluate)
     return _run(parsed, parsed.task.kind, resume, quiet, callbacks)
 
 
@@ -183,12 +184,20 @@ def evaluate(
     Raises:
         UserError: the run is not finished, or an override does not fit.
     """
-    folder = RunFolder(str(run.folder) if isinstance(run, RunResult) else os.fspath(run))
+    place = run.folder if isinstance(run, RunResult) else run
+    folder = RunFolder(path_name(place, "run", "the folder of a finished run, or a RunResult"))
     given = _written(_together(overrides, dotted))
     with session(quiet=quiet) as (ranks, reporter):
         found = evaluate_run(folder, given, ranks)
         print_evaluation(found.as_dict(), reporter)
     return found
+
+
+def _callbacks(on_step: OnStep | None, on_evaluate: OnEvaluate | None) -> Callbacks:
+    for name, given in (("on_step", on_step), ("on_evaluate", on_evaluate)):
+        if given is not None and not callable(given):
+            raise UserError(f"{name} is a {type(given).__name__}, expected a function, or None")
+    return Callbacks(on_step, on_evaluate)
 
 
 def _together(overrides: Mapping[str, Any] | None, dotted: dict[str, Any]) -> dict[str, Any]:

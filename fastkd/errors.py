@@ -1,5 +1,7 @@
 """What the command line turns into one line and an exit code."""
 
+import os
+
 # characters of a message
 _LONGEST = 2000
 
@@ -38,6 +40,17 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def path_name(given: object, what: str, expected: str) -> str:
+    """A path that a caller gives, as text; `what` it is of, and what was `expected` beside it.
+
+    Raises:
+        UserError: it is none.
+    """
+    if isinstance(given, str | os.PathLike):
+        return os.fspath(given)
+    raise UserError(f"{what} is a {type(given).__name__}, expected {expected}")
 
 
 def is_text(text: str) -> bool:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,47 @@ def test_bad_input_is_one_line(
         fastkd.distill(recipe if given is None else given, overrides)
     assert "\n" not in str(refused.value)
     assert not dist.is_initialized() and not list(tmp_path.iterdir())
+
+
+CALLS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a run": (lambda: fastkd.evaluate({"a": 1}), "run is a dict, expected the folder of a fin"),  # type: ignore[arg-type]
+    "overrides": (
+        lambda: fastkd.evaluate("run", [3]),  # type: ignore[arg-type]
+        "overrides is a list, expected a mapping",
+    ),
+    "a model": (
+        lambda: fastkd.inspect_layers(torch.nn.Linear(1, 1), "b", "c"),  # type: ignore[arg-type]
+        "teacher is a Linear, expected a hub name, folder",
+    ),
+    "text": (
+        lambda: fastkd.inspect_layers("a", "b", ["c", 3]),  # type: ignore[list-item]
+        "data is a int, expected a file, folder, pattern or name, or a list",
+    ),
+    "no text": (lambda: fastkd.inspect_layers("a", "b", []), "data is empty, expected a file"),
+    "blocks": (
+        lambda: fastkd.inspect_layers("a", "b", "c", blocks=0),
+        "blocks is 0, expected a whole number of at least 1",
+    ),
+    "kind": (
+        lambda: fastkd.inspect_layers("a", "b", "c", kind="l1"),  # type: ignore[arg-type]
+        "kind is 'l1', expected one of kl, reverse_kl, js",
+    ),
+    "a function": (
+        lambda: fastkd.distill({}, on_step=3),  # type: ignore[arg-type]
+        "on_step is a int, expected a function",
+    ),
+    "another": (
+        lambda: fastkd.finetune({}, on_evaluate="f"),  # type: ignore[arg-type]
+        "on_evaluate is a str, expected a function",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_arguments_of_another_type_are_one_line(name: str) -> None:
+    call, said = CALLS[name]
+    with pytest.raises(fastkd.UserError, match=said):
+        call()
 
 
 def test_a_run_works_in_a_thread(recipe: Path, result: fastkd.RunResult) -> None:

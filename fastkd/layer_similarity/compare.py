@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from fastkd.capture import AttentionTraits, Capture, capture, no_cache, try_model
 from fastkd.data.text import TextSettings, prepare_corpus
-from fastkd.errors import UserError
+from fastkd.errors import UserError, path_name
 from fastkd.layer_map import MapKind, make_layer_map
 from fastkd.layer_similarity.attention import attention_divergences
 from fastkd.layer_similarity.cka import LinearCKA, Matrix
@@ -146,7 +145,8 @@ def inspect_layers(
     Raises:
         UserError: a model or text that can't be read, or two models of different vocabularies.
     """
-    places = [data] if isinstance(data, str | os.PathLike) else data
+    _check_arguments(kind, blocks=blocks, block_size=block_size, batch_size=batch_size)
+    places = _places(data)
     teacher_source, student_source = _source("teacher", teacher), _source("student", student)
     large = load_teacher(teacher_source)
     small = load_student(Path(locate_model(student_source.name))).requires_grad_(False)
@@ -162,7 +162,7 @@ def inspect_layers(
     check_same_vocabulary(student_source, f"student {student_source.name}", tokenizer)
     # nothing is trained on, so nearly all of the text may be held out
     wanted = TextSettings(
-        train=tuple(os.fspath(place) for place in places),
+        train=places,
         heldout_fraction=0.999,
         heldout_blocks=blocks,
         block_size=block_size,
@@ -176,13 +176,30 @@ def inspect_layers(
     return measure(small, large, batches, traits, kind=kind)
 
 
+def _check_arguments(kind: str, **numbers: int) -> None:
+    for name, given in numbers.items():
+        if not isinstance(given, int) or given < 1:
+            raise UserError(f"{name} is {given!r:.50}, expected a whole number of at least 1")
+    if kind not in get_args(DivergenceKind):
+        known = ", ".join(get_args(DivergenceKind))
+        raise UserError(f"kind is {kind!r:.50}, expected one of {known}")
+
+
+def _places(data: AnyPath | Sequence[AnyPath]) -> tuple[str, ...]:
+    expected = "a file, folder, pattern or name, or a list of them"
+    listed = data if isinstance(data, list | tuple) else [data]
+    if not listed:
+        raise UserError(f"data is empty, expected {expected}")
+    return tuple(path_name(place, "data", expected) for place in listed)
+
+
 def _source(side: Side, given: AnyPath) -> ModelSource:
     """Where a model is loaded from that the user names.
 
     Raises:
         UserError: nothing can have such a name.
     """
-    name = os.fspath(given)
+    name = path_name(given, side, "a hub name, folder, or package:NAME/FOLDER")
     if not name:
         raise UserError(f"{side}: expected a hub name, folder, or package:NAME/FOLDER (given '')")
     try:

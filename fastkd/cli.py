@@ -19,7 +19,7 @@ import typer
 import fastkd
 from fastkd.errors import Interrupted, LostRank, RankError, UserError
 from fastkd.extras import need
-from fastkd.files.disk import disk_errors, write_whole
+from fastkd.files.disk import check_place, disk_errors, write_whole
 from fastkd.recipe import (
     FinetuneRecipe,
     Recipe,
@@ -77,8 +77,7 @@ def init(
     ] = Path("recipe.yaml"),
 ) -> None:
     """Write a first recipe, with comments, for a teacher and some data."""
-    if output.exists():
-        raise UserError(f"--output {output} exists already; give another file")
+    _check_new(output)
     from fastkd.starter import first_recipe
 
     text = first_recipe(teacher, data, layers=layers, task=task)
@@ -137,8 +136,8 @@ def evaluate(
 ) -> None:
     """Evaluate what a finished run made, and its teacher, on its held-out text or task, or on
     another."""
-    if output is not None and output.exists():
-        raise UserError(f"--output {output} exists already; give another file")
+    if output is not None:
+        _check_new(output)
     from fastkd.reporting.report import print_evaluation
     from fastkd.training.evaluate import evaluate_run
     from fastkd.training.run_folder import RunFolder
@@ -242,6 +241,7 @@ def inspect(
     """Show how alike the layers of two models are: CKA and attention divergence of all pairs."""
     if output is not None:
         need("fastkd inspect --output", "study", "matplotlib")
+        check_place(output / "similarity.csv", "--output", above=True)
     from fastkd.layer_similarity import inspect_layers, print_similarity, write_similarity
     from fastkd.reporting.console import Reporter
 
@@ -310,6 +310,15 @@ def fields(
         need("fastkd fields --of study", "study")
         from fastkd.study.spec import StudySpec as root
     print(listed(chosen_fields(fields_of(root), key), shutil.get_terminal_size().columns))
+
+
+def _check_new(output: Path) -> None:
+    """Refuse a file that is there or can't be made, before what takes long."""
+    # of several ranks the first one writes
+    if os.environ.get("RANK", "0") == "0":
+        check_place(output, "--output")
+    if output.exists():
+        raise UserError(f"--output {output} exists already; give another file")
 
 
 def main() -> None:

@@ -36,6 +36,31 @@ def temporary_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
+def check_place(path: Path, field: str, *, above: bool = False) -> None:
+    """See that a file or folder can be made, before what it is for; nothing is left of the trial.
+
+    Args:
+        path: where.
+        field: that names it, for the message.
+        above: whether folders above it are made where they are missing.
+
+    Raises:
+        UserError: it can't.
+    """
+    place = path
+    try:
+        while above and not place.parent.exists():
+            place = place.parent
+        trial = temporary_of(place)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{field} {path} can't be made ({error.strerror}); give a place in a folder that is "
+            "there and that you may write to"
+        ) from error
+
+
 def is_temporary(path: Path, *names: str) -> bool:
     """Whether a path is what a killed process left of one of the names, see `temporary_of`."""
     found = _TEMPORARY.fullmatch(path.name)

@@ -24,7 +24,7 @@ from fastkd.capture import vocabulary_size
 from fastkd.data.sequences import has_token_types
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.extras import need
-from fastkd.files.disk import disk_errors, replace_folder, settle, temporary_of
+from fastkd.files.disk import check_place, disk_errors, replace_folder, settle, temporary_of
 from fastkd.head_spec import HEADS
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.models import load_student, load_tokenizer, read_embedding
@@ -85,6 +85,7 @@ def export_onnx(run: RunFolder, output: Path | None = None) -> OnnxGraph:
     folder = output or run.student / "onnx"
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it, or give another --output")
+    check_place(folder, "--output", above=True)
     model = load_student(run.student, head=head)
     tokenizer = load_tokenizer(ModelSource(str(run.student)), vocabulary_size(model))
     student = _ExportedStudent(model, _embedding(run, model, head))

@@ -1,0 +1,49 @@
+"""Places that commands write to are tried before the work, and named as they were given."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tiny_training import fastkd
+
+from fastkd.errors import UserError
+from fastkd.files.disk import check_place
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "nowhere", "--output"),
+        ("init", "nowhere", "nothing.txt", "--output"),
+    ],
+)
+def test_a_place_that_can_not_be_written_is_named_before_the_work(
+    command: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for place in ("gone/n.json", "file/n.json", "n" * 300):
+        assert fastkd(*command, place, monkeypatch=monkeypatch) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"fastkd: --output {place} can't be made (")
+        assert str(os.getpid()) not in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_folders_above_a_place_may_be_made_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    check_place(tmp_path / "a" / "b", "--output", above=True)
+    with pytest.raises(UserError, match=r"x .*file/a/b can't be made \(Not a directory\)"):
+        check_place(tmp_path / "file" / "a" / "b", "x", above=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    output = str(tmp_path / "file" / "a")
+    models = ("nowhere", "nothing", "--data", "text")
+    assert fastkd("inspect", *models, "--output", output, monkeypatch=monkeypatch) == 2
+    assert f"--output {output}/similarity.csv can't be made" in capsys.readouterr().err

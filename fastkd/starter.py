@@ -2,7 +2,7 @@
 
 What the teacher's folder says of itself decides: an embedding model is matched by what it gives
 out, a decoder by its logits, an encoder by what is inside, a classifier of a task by both. Nothing
-is loaded but small files.
+is loaded but small files, and of text that is here the first row, which tells its columns.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ from typing import Literal
 
 from transformers import PreTrainedConfig
 
-from fastkd.data.tasks import glue_task
+from fastkd.data.tasks import Task, glue_task, read_examples
+from fastkd.data.text import TextSettings
+from fastkd.data.text.files import Records, checked_text
+from fastkd.data.text.hub import Table, is_hub_name
+from fastkd.data.text.sources import is_here, resolve
 from fastkd.errors import UserError, printable
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import make_layer_map
 from fastkd.models import head_of_classes, read_config, resolve_model
 from fastkd.models.sentence_folder import list_modules
+from fastkd.plugins import load_plugins
 from fastkd.types import Head, ModelSource
 
 Job = Literal["embedding", "decoder", "encoder", "task"]
 _DECODER: Head = next(head for head, spec in HEADS.items() if spec.labels == "next_token")
 
-# texts that are told apart by their lines; others are read by the column `text`
-_PLAIN = (".txt", ".txt.gz")
 _LOSSES: dict[Job, str] = {
     "embedding": """
       # what the model gives out: its own pooling makes one vector of a text
@@ -74,7 +77,7 @@ def first_recipe(teacher: str, data: str, *, layers: int | None, task: str | Non
 
     Raises:
         UserError: a teacher that can't be read, is no stack of layers or fits no job, more layers
-            than it has, or an unknown task.
+            than it has, an unknown task, or data of this machine without what is to be read.
     """
     source = ModelSource(teacher)
     config = read_config(resolve_model(source), f"teacher {teacher}")
@@ -92,13 +95,14 @@ def first_recipe(teacher: str, data: str, *, layers: int | None, task: str | Non
     head = _HEAD.format(
         teacher=printable(teacher), depth=depth, width=config.hidden_size, layers=layers
     )
+    read = _data(job, data, task, _length(job, config))
     body = _BODY.format(
         teacher=json.dumps(teacher),
         layers=layers,
         copied=copied,
         head=f"\n  head: {_DECODER}" if job == "decoder" else "",
         losses=_losses(job, task),
-        data=_data(job, data, task, _length(job, config)),
+        data=read,
         rate=_RATES[job],
         output=json.dumps(f"runs/{_short(teacher)}-{layers}"),
     )
@@ -159,16 +163,72 @@ def _data(job: Job, data: str, task: str | None, length: int) -> str:
     given = json.dumps(data)
     if task is not None:
         name = json.dumps(glue_task(task).name)
+        if is_here(data) or not is_hub_name(data):
+            _check_task(glue_task(task), data)
         return f"task:\n  name: {name}\n  source: {given}\n  max_length: {length}"
     lines = [f"data:\n  train: {given}"]
-    if data.endswith((".csv", ".tsv", ".jsonl", ".parquet", ".gz")) and not data.endswith(_PLAIN):
-        lines.append("  # of the columns the one that holds the text\n  text_column: text")
+    # readers of installed packages may know a format
+    load_plugins()
+    if is_here(data):
+        lines += _columns(data, all_of_them=job == "embedding")
     if job == "embedding":
         lines.append("  # every row, or line, is a text by itself; sentence makes some of prose")
         lines.append(f"  documents: {'sentence' if data == 'python-docs' else 'row'}")
     # more than the default, so that little text has something to be judged by
     lines.append(f"  heldout_fraction: 0.05\n  block_size: {length}")
     return "\n".join(lines)
+
+
+def _check_task(task: Task, source: str) -> None:
+    """See that a task's sets can be read."""
+    for split in (task.train, *task.evaluations):
+        read_examples(task, source, split, TextSettings(train=()).cache)
+
+
+def _columns(data: str, *, all_of_them: bool) -> list[str]:
+    """What a recipe says of the columns of text; nothing of text without any.
+
+    Args:
+        data: names files or folders of this machine.
+        all_of_them: whether every column with text is read, or one.
+
+    Raises:
+        UserError: there is nothing, or no text in the first row.
+    """
+    source = resolve((data,), TextSettings(train=(data,), documents="row"))[0]
+    if not isinstance(source, Records):
+        if next(source.documents(), None) is None:
+            raise UserError(f"{source.called()}: no text in it; give text to learn from")
+        return []
+    # a table gives the columns that it is asked for, a file all of them
+    asked = source.rows.column_names if isinstance(source, Table) else ()
+    where, row = next(source.records(asked), (source.called(), None))
+    if row is None:
+        raise UserError(f"{where}: no rows in it; give text to learn from")
+    found = [name for name, value in row.items() if _is_prose(value)]
+    if not found:
+        for name, value in row.items():
+            if isinstance(value, list):
+                # it may be a conversation, which is told what to do
+                checked_text(value, name, where)
+        raise UserError(f"{where}: no column holds text; it has {', '.join(map(repr, row))}")
+    if all_of_them and len(found) > 1:
+        names = ", ".join(map(json.dumps, found))
+        return [f"  # the columns that hold texts: leave out what is none\n  columns: [{names}]"]
+    name = "text" if "text" in found else max(found, key=lambda column: len(row[column]))
+    others = ", ".join(printable(column) for column in row)
+    return [f"  # of {others} the one that holds the text\n  text_column: {json.dumps(name)}"]
+
+
+def _is_prose(value: object) -> bool:
+    """Whether a cell is text and no number."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return True
+    return False
 
 
 def _length(job: Job, config: PreTrainedConfig) -> int:

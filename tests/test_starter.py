@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from sentence_transformers.sentence_transformer import modules
 from tiny_exports import save_sentences
 from tiny_models import WIDTH, save_teacher, tiny_config, tiny_tokenizer, write_text
+from tiny_tasks import write_lines
 from tiny_training import save_classifier
 from transformers import AutoModelForCausalLM, T5Config, T5Model
 
@@ -32,6 +34,8 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2, "vocab_size": 16}
     T5Model(T5Config(num_layers=2, **small)).save_pretrained(folder / "both")
     write_text(folder / "text.txt", documents=200)
+    for split in ("train", "dev"):
+        write_lines(folder / "sst" / f"{split}.tsv", "sentence\tlabel", "w5 w6\t0", "w7 w8\t1")
     return folder
 
 
@@ -60,7 +64,7 @@ def test_a_recipe_fits_its_teacher(
 ) -> None:
     options, losses, head = JOBS[job]
     file = tmp_path / "recipe.yaml"
-    data = teachers / "text.txt"
+    data = teachers / ("sst" if options else "text.txt")
     assert fastkd(monkeypatch, "init", teachers / job, data, *options, "--output", file) == 0
     recipe = load_recipe(file)
     assert recipe.losses.terms.keys() == losses and recipe.student.head == head
@@ -81,6 +85,80 @@ def test_it_runs_as_it_is(teachers: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert fastkd(monkeypatch, "init", teachers / "encoder", teachers / "text.txt") == 0
     assert fastkd(monkeypatch, "distill", "recipe.yaml", "train.steps=11") == 0
     assert (tmp_path / "runs" / "encoder-2" / "student" / "model.safetensors").is_file()
+
+
+FILES: dict[str, tuple[str, str, tuple[str | None, tuple[str, ...] | None]]] = {
+    "the one": ("encoder", '{"id": 1, "body": "w5"}', ("body", None)),
+    "the usual": ("decoder", '{"title": "w5 w6 w7", "text": "w5"}', ("text", None)),
+    "the longest": ("encoder", '{"a b": "w5", "c": "w5 w6", "n": "0.5"}', ("c", None)),
+    "one of rows": ("embedding/sentences", '{"id": 1, "body": "w5"}', ("body", None)),
+    "pairs": (
+        "embedding/sentences",
+        '{"query": "w5", "good": "w6", "score": 1.5}',
+        (None, ("query", "good")),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_columns_are_those_of_the_first_row(
+    case: str, teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, row, (column, columns) = FILES[case]
+    rows = write_lines(tmp_path / "rows.jsonl", row)
+    Dataset.from_json(str(rows), cache_dir=str(tmp_path / "c")).to_csv(str(tmp_path / "rows.csv"))
+    for data in (rows, tmp_path / "rows.csv", tmp_path / "*.jsonl"):
+        file = tmp_path / "recipe.yaml"
+        assert fastkd(monkeypatch, "init", teachers / teacher, data, "--output", file) == 0
+        read = load_recipe(file).data
+        assert read is not None and read.columns == columns
+        if column is not None:
+            assert read.text_column == column
+        file.unlink()
+
+
+UNREAD = {
+    "gone": ("encoder", None, "no file or folder 'rows.jsonl'"),
+    "numbers": ("encoder", '{"id": 1}', "line 1: no column holds text; it has 'id'"),
+    "empty": ("embedding/sentences", "", "rows.jsonl: no rows in it; give text to learn from"),
+    "chat": (
+        "decoder",
+        '{"messages": [{"role": "user", "content": "w5"}]}',
+        "line 1: column 'messages' holds a conversation",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_data_that_can_not_be_read_is_refused(
+    case: str,
+    teachers: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    teacher, row, expected = UNREAD[case]
+    if row is not None:
+        write_lines(tmp_path / "rows.jsonl", row)
+    assert fastkd(monkeypatch, "init", teachers / teacher, "rows.jsonl") == 2
+    said = capsys.readouterr().err
+    assert expected in said and said.count("\n") == 1
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_a_task_without_a_set_is_refused(
+    teachers: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "sst" / "train.tsv", "sentence\tlabel", "w5 w6\t0")
+    for source, expected in (("sst", "no dev.tsv of SST-2"), ("./gone", "./gone: no folder")):
+        given = ("init", teachers / "classifier", source, "--task", "sst2")
+        assert fastkd(monkeypatch, *given) == 2
+        assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

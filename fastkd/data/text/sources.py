@@ -30,6 +30,12 @@ def resolve(names: Iterable[str], data: TextSettings) -> list[Source]:
     return [source for name in names for source in _resolve_one(name, data)]
 
 
+def is_here(name: str) -> bool:
+    """Whether a name is one of files of this machine, there or not, and not one of elsewhere."""
+    path = Path(name).expanduser()
+    return path.exists() or glob.has_magic(name) or _looks_like_path(name)
+
+
 def _resolve_one(name: str, data: TextSettings) -> Iterator[Source]:
     if name == "python-docs":
         yield PythonDocs()

@@ -146,11 +146,10 @@ def test_rows_are_judged_by_what_was_held_out(tmp_path: Path) -> None:
     done = fastkd.distill(recipe, quiet=True)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[::2]))
-    with pytest.raises(UserError, match=r"data \(all rows\): not what"):
+    with pytest.raises(UserError, match=r"data \(heldout\): not what"):
         fastkd.evaluate(done, quiet=True)
-    assert json.loads((done.folder / "summary.json").read_text())["data_digests"].keys() == {
-        "all rows"
-    }
+    found = json.loads((done.folder / "summary.json").read_text())["data_digests"]
+    assert found.keys() == {"train", "heldout"}
 
 
 def test_parts_that_two_stages_read_alike(tmp_path: Path) -> None:
@@ -173,6 +172,6 @@ def test_parts_that_an_evaluation_is_of() -> None:
     assert judged_by({**text, "heldout": "3"}) == {"pairs few": "2", "heldout": "3"}
     assert judged_by({"train": "1", "dev": "2"}) == {"dev": "2"}
     # the student's own tokenizer comes first, and is another file with every student
-    require_same_data({"all rows": "1 2", "gone": "3"}, {"all rows": "4 2", "new": "5"}, "a", "b")
-    with pytest.raises(UserError, match=r"^data \(all rows\): not what a read: .*; b$"):
-        require_same_data({"all rows": "1 2"}, {"all rows": "1 4"}, "a", "b")
+    require_same_data({"heldout": "1 2", "gone": "3"}, {"heldout": "4 2", "new": "5"}, "a", "b")
+    with pytest.raises(UserError, match=r"^data \(heldout\): not what a read: .*; b$"):
+        require_same_data({"heldout": "1 2"}, {"heldout": "1 4"}, "a", "b")

@@ -109,8 +109,8 @@ class RowDataModule:
         return OutputEvaluator(count, each, self.outputs, ranks.device)
 
     def totals(self, rows: int) -> dict[str, Any]:
-        train = self.encoded.train
-        digests = {"all rows": train.fingerprint}
+        train, heldout = self.encoded
+        digests = {"train": train.fingerprint, "heldout": heldout.fingerprint}
         return {"train_rows": rows, "data_rows": len(train), "data_digests": digests}
 
     def introduction(self, batch_size: int) -> tuple[str, str]:

@@ -179,28 +179,29 @@ def prepare_rows(
     data, form = settings.text, settings.form
     train = resolve(data.train, data)
     heldout = None if data.heldout is None else resolve(data.heldout, data)
-    key = cache_key(
-        {
-            "rows": _FORMAT,
-            "train": [source.digest(quick=False) for source in train],
-            "heldout": None if heldout is None else [s.digest(quick=False) for s in heldout],
-            "heldout_fraction": data.heldout_fraction if heldout is None else None,
-            "columns": form.columns,
-            "sentences": form.sentences,
-            "candidates": form.candidates,
-            "scores": form.scores,
-            "prompts": form.prompt_of,
-            "paired": form.paired,
-            "tokenizer": tokenizer_digest(tokenizer),
-            "max_length": data.block_size,
-            "token_types": settings.token_types,
-        }
-    )
+    read = {
+        "rows": _FORMAT,
+        "train": [source.digest(quick=False) for source in train],
+        "heldout": None if heldout is None else [s.digest(quick=False) for s in heldout],
+        "heldout_fraction": data.heldout_fraction if heldout is None else None,
+        "columns": form.columns,
+        "sentences": form.sentences,
+        "candidates": form.candidates,
+        "scores": form.scores,
+        "prompts": form.prompt_of,
+        "paired": form.paired,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "max_length": data.block_size,
+        "token_types": settings.token_types,
+    }
+    key = cache_key(read)
+    # rows of their own are the same whatever is trained on
+    keys = key, key if heldout is None else cache_key(read | {"train": []})
     folder = data.cache_root / key
     if needs_build(folder, _FIELD, build=build):
         split = _Split(form, train, heldout, data.heldout_fraction)
         _build(folder, settings, split, RowEncoder(tokenizer, form, data.block_size), progress)
-    return _open(folder, settings, tokenizer, key)
+    return _open(folder, settings, tokenizer, keys)
 
 
 class _Split:
@@ -332,7 +333,7 @@ def _require_rows(meta: dict[str, int], data: TextSettings) -> None:
 
 
 def _open(
-    folder: Path, settings: RowSettings, tokenizer: PreTrainedTokenizerBase, key: str
+    folder: Path, settings: RowSettings, tokenizer: PreTrainedTokenizerBase, keys: tuple[str, str]
 ) -> RowSets:
     meta, each = read_meta(folder), len(settings.form.sequences)
     if meta["dropped"]:
@@ -346,7 +347,7 @@ def _open(
             settings.text.block_size,
         )
 
-    def part(name: Part) -> EncodedRows:
+    def part(name: Part, key: str) -> EncodedRows:
         count = meta[f"{name}_sequences"]
         return EncodedRows(
             sequences=open_sequences(
@@ -364,7 +365,7 @@ def _open(
             fingerprint=key,
         )
 
-    return RowSets(part("train"), part("heldout"))
+    return RowSets(part("train", keys[0]), part("heldout", keys[1]))
 
 
 def _open_scores(

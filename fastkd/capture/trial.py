@@ -56,8 +56,6 @@ def try_model(
     check_single_stack(model)
     _check_positions(model, tokens, field)
     layers = range(len(find_blocks(model)) + 1) if attention or hidden else range(0)
-    if layers and any(parameter.requires_grad for parameter in model.parameters()):
-        _check_no_skipping(model)
     deepest = _deepest(model)
     traits = AttentionTraits()
     with evaluating(model), torch.no_grad(), runnable(model), _padded(model):
@@ -73,6 +71,8 @@ def try_model(
             deepest = None
             plain = _try(model, inputs, layers, what, field, outputs=outputs)
         _check_states(model, plain, inputs, layers)
+        if layers and any(parameter.requires_grad for parameter in model.parameters()):
+            _check_no_skipping(model)
         if outputs:
             _check_outputs(model, plain, inputs)
         if hidden and not attention:
@@ -118,7 +118,7 @@ def _check_no_skipping(model: PreTrainedModel) -> None:
         UserError: it skips some at random (LayerDrop), which have no states then.
     """
     rates: dict[str, Any] = {
-        f"{path}.layerdrop": vars(module)["layerdrop"]
+        f"{path}.layerdrop".lstrip("."): vars(module)["layerdrop"]
         for path, module in model.named_modules()
         if "layerdrop" in vars(module)
     }

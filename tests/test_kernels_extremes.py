@@ -7,10 +7,12 @@ import pytest
 import torch
 from fastkd_kernels import (
     AttentionState,
+    IndexerState,
     attention_divergence,
     hidden_cosine,
     hidden_mse,
     hidden_normalized_mse,
+    indexer_divergence,
     logits_divergence,
     reference,
 )
@@ -144,3 +146,16 @@ def test_norms_beyond_fp32_are_no_zero_vectors(
         assert gradient[0, 1].isnan().any() and gradient[0, ::2].isfinite().all()
         defined = getattr(reference, op.__name__)([leaf], [teacher], weight=weight)
         assert defined.isnan().all()
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("place", ["query", "key", "teacher_query", "teacher_key"])
+def test_an_indexer_shows_what_is_no_number(place: str, backend: Any, device: str) -> None:
+    names = ("query", "key", "teacher_query", "teacher_key")
+    made = torch.randn(4, 1, 2, 6, 4, generator=seeded()).to(device)
+    tensors = dict(zip(names, made, strict=True))
+    tensors[place][0, 0, 0, 0] = math.nan
+    weights = torch.ones(1, 6, 2, device=device)
+    indexer = IndexerState(tensors["query"], tensors["key"][:, :1], weights)
+    teacher = AttentionState(tensors["teacher_query"], tensors["teacher_key"], None, 0.5)
+    assert indexer_divergence([indexer], [teacher], backend=backend).isnan().all()

@@ -231,7 +231,7 @@ def _scores_kernel(
             capped = soft_cap(tile, cap, CAP)
             b_target += power_of(below(capped, unit, log_sums[:, None]), BITS)
         # a key that no head looks at has the least probability, not none
-        b_target = tl.maximum(b_target, 1.17549435e-38)
+        b_target = tl.maximum(b_target, 1.17549435e-38, propagate_nan=tl.PropagateNan.ALL)
         b_target = tl.log2(b_target) if BITS else tl.log(b_target)
         out = workspace_rows(workspace, 0, pair, rows, padded, o_local)
         tl.store(out[:, None] + o_key[None, :], b_target)
@@ -247,7 +247,8 @@ def _scores_kernel(
             tile = score_tile(queries, keys, dim, 1.0, CHUNK, SUM_TYPE, ALIGN, SCORE_PRECISION)
             b_weights = tl.load(of_heads + head * tokens, mask=m_query, other=0.0)
             # I = sum of w relu(q k)
-            b_scores += tl.maximum(tile, 0.0) * b_weights[:, None]
+            positive = tl.maximum(tile, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            b_scores += positive * b_weights[:, None]
         out = workspace_rows(workspace, 1, pair, rows, padded, o_local)
         tl.store(out[:, None] + o_key[None, :], b_scores)
 

@@ -103,6 +103,8 @@ def attention_score_mse(
     Returns:
         `[pairs]` in fp32 (fp64 where a student is fp64). Gradients reach the student's queries and
         keys only. Without any valid entry the loss and its gradients are 0.
+        Tensors of inference mode may be read by the backward too, which can't tell whether they
+        were written to meanwhile: leave them as they are until then.
 
     Raises:
         ValueError: shapes, devices, modes that do not fit, or a teacher that requires grad.

@@ -253,7 +253,7 @@ class _Kept:
         self.plain: dict[str, Any] = {}
         for word, value in values.items():
             if _is_inferred(value):
-                # autograd takes no tensor of inference mode, which nobody writes to or trains
+                # autograd takes no tensor of inference mode; nothing tells whether it is written to
                 self.plain[word] = value
             elif isinstance(value, Tensor):
                 self.places[word] = len(tensors)

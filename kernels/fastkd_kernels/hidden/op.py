@@ -62,6 +62,8 @@ def hidden_mse(
     Returns:
         `[pairs]` in fp32 (fp64 where the student is fp64). Gradients reach student, weight and
         bias. Without any valid token the loss and its gradients are 0.
+        Tensors of inference mode may be read by the backward too, which can't tell whether they
+        were written to meanwhile: leave them as they are until then.
 
     Raises:
         ValueError: shapes, devices, modes that do not fit, or a teacher that requires grad.
@@ -100,6 +102,8 @@ def hidden_cosine(
     Returns:
         `[pairs]` in fp32 (fp64 where the student is fp64). Gradients reach student, weight and
         bias. Without any valid token the loss and its gradients are 0.
+        Tensors of inference mode may be read by the backward too, which can't tell whether they
+        were written to meanwhile: leave them as they are until then.
 
     Raises:
         ValueError: shapes, devices, modes that do not fit, or a teacher that requires grad.

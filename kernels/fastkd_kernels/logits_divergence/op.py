@@ -72,6 +72,8 @@ def logits_divergence(
         the cross-entropy of the student's whole vocabulary at temperature 1, each a mean over its
         own valid rows. Gradients reach the student's hidden states, weight and bias, or logits.
         Without any valid row the loss and its gradients are 0.
+        Tensors of inference mode may be read by the backward too, which can't tell whether they
+        were written to meanwhile: leave them as they are until then.
 
     Raises:
         ValueError: shapes, devices, options that do not fit, or a teacher that requires grad.

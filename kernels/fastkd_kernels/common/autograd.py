@@ -248,7 +248,7 @@ class _Kept:
     """
 
     def __init__(self, ctx: Any, values: Mapping[str, Any], tie: Tensor) -> None:
-        tensors: list[Tensor | None] = [tie]
+        tensors: list[Tensor | None] = []
         self.places: dict[str, int | slice] = {}
         self.plain: dict[str, Any] = {}
         for word, value in values.items():
@@ -263,13 +263,18 @@ class _Kept:
                 tensors += value
             else:
                 self.plain[word] = value
+        # most keep it anyway, and hooks such as `save_on_cpu` would copy it twice
+        same = (at for at, tensor in enumerate(tensors) if tensor is tie)
+        self.tie = next(same, len(tensors))
+        if self.tie == len(tensors):
+            tensors.append(tie)
         ctx.save_for_backward(*tensors)
 
     def named(self, ctx: Any) -> tuple[Named, Tensor]:
         """All of them by name, and the tie."""
         saved = ctx.saved_tensors
         named = Named(**self.plain, **{word: saved[at] for word, at in self.places.items()})
-        return named, saved[0]
+        return named, saved[self.tie]
 
 
 def _gradients(

@@ -92,8 +92,11 @@ class DataModule(Protocol):
         """A new one, of the outputs of the student or of the teacher."""
 
     def totals(self, rows: int) -> dict[str, Any]:
-        """For the summary: what `rows` rows that were trained on come to, what there is, and in
-        `data_digests` by part of the data the digest of what was read."""
+        """For the summary: what `rows` rows that were trained on come to, and what there is."""
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """By part of the data, the digest of what was read."""
 
     def introduction(self, batch_size: int) -> tuple[str, str]:
         """For the user: what there is, and what a step reads."""

@@ -82,8 +82,7 @@ def _other_contents(runs: Sequence[RunFolder], summaries: Sequence[dict[str, Any
 
 def _model_digests(run: RunFolder) -> dict[str, str]:
     """One digest a model, of all that was read of it; a run of stages notes them in each."""
-    first = RunFolder(run.path / "stage-1")
-    for folder in (run.path, first.path):
+    for folder in (run.path, run.path / "stage-1"):
         if (folder / NOTE).exists():
             noted = noted_models(folder)
             return {

@@ -122,9 +122,11 @@ class Parts:
     @property
     def data_digests(self) -> dict[str, str]:
         """By part of the data, of all that is trained on or scored, the digest of what was read."""
-        found: dict[str, str] = dict(self.datamodule.totals(0)["data_digests"])
-        found |= {f"pairs {name}": pairs.fingerprint for name, pairs in self.pairs.items()}
-        return found | {f"mteb {name}": task_digest(t) for name, t in self.mteb_tasks.items()}
+        return {
+            **self.datamodule.digests,
+            **{f"pairs {name}": pairs.fingerprint for name, pairs in self.pairs.items()},
+            **{f"mteb {name}": task_digest(task) for name, task in self.mteb_tasks.items()},
+        }
 
 
 def gather(

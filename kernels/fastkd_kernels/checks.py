@@ -1,7 +1,7 @@
 """Checks of what a caller hands in; each message says what was given, expected, and what to do."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether this is a Python number; True and False are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -240,7 +240,7 @@ def check_caps_and_sinks(
 def check_softcap(name: str, softcap: object) -> None:
     if softcap is None:
         return
-    if not isinstance(softcap, (int, float)) or isinstance(softcap, bool):
+    if not is_number(softcap):
         raise TypeError(f"{name} must be a float or None, got {type(softcap).__name__}")
     smallest, largest = SCALES
     if not smallest <= softcap <= largest:

@@ -109,9 +109,12 @@ class RowDataModule:
         return OutputEvaluator(count, each, self.outputs, ranks.device)
 
     def totals(self, rows: int) -> dict[str, Any]:
+        return {"train_rows": rows, "data_rows": len(self.encoded.train)}
+
+    @property
+    def digests(self) -> dict[str, str]:
         train, heldout = self.encoded
-        digests = {"train": train.fingerprint, "heldout": heldout.fingerprint}
-        return {"train_rows": rows, "data_rows": len(train), "data_digests": digests}
+        return {"train": train.fingerprint, "heldout": heldout.fingerprint}
 
     def introduction(self, batch_size: int) -> tuple[str, str]:
         train, each = self.encoded.train, self.encoded.train.each

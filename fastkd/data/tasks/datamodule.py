@@ -122,12 +122,12 @@ class TaskDataModule:
         return evaluator
 
     def totals(self, rows: int) -> dict[str, Any]:
+        return {"train_examples": rows, "task_examples": len(self.train)}
+
+    @property
+    def digests(self) -> dict[str, str]:
         sets = {"train": self.train, **self.evaluations}
-        return {
-            "train_examples": rows,
-            "task_examples": len(self.train),
-            "data_digests": {name: examples.fingerprint for name, examples in sets.items()},
-        }
+        return {name: examples.fingerprint for name, examples in sets.items()}
 
     def introduction(self, batch_size: int) -> tuple[str, str]:
         held_out = ", ".join(

@@ -68,8 +68,11 @@ class TextDataModule:
         return {
             "train_tokens": rows * self.block_size,
             "corpus_tokens": self.corpus.train_tokens,
-            "data_digests": self.corpus.digests,
         }
+
+    @property
+    def digests(self) -> dict[str, str]:
+        return self.corpus.digests
 
     def introduction(self, batch_size: int) -> tuple[str, str]:
         known = self.corpus.train_tokens

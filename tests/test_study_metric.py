@@ -16,6 +16,7 @@ from study_files import MAPPINGS, WEIGHTS, ended, run, write_study
 
 from fastkd.errors import UserError
 from fastkd.reporting.console import Reporter
+from fastkd.study.metric import is_missing, read_metric
 from fastkd.study.statistics import Mean, Sample, decimals, estimate
 from fastkd.study.tables import _interval
 
@@ -49,6 +50,31 @@ def test_a_path_that_is_not_there_stops_after_the_first_run(
     # nothing is trained twice
     assert counts(notes) == dict.fromkeys(RUNS, 1)
     assert values(tmp_path).keys() == RUNS
+
+
+def test_keys_that_hold_dots_are_found(tmp_path: Path) -> None:
+    after = {
+        "pairs": {"sts.dev": 0.8},
+        "class_f1": {"dev": {"U.S.": 0.7, "ok": 0.6}},
+        "losses": {"attention/1-1..3": 0.5},
+        # the longest that leads on
+        "a": {"b.c": 1.0, "b": {"d": 2.0}},
+        "a.b": {"c": 3.0},
+    }
+    (tmp_path / "summary.json").write_text(json.dumps({"after": after}))
+    for path, value in {
+        "after.pairs.sts.dev": 0.8,
+        "after.class_f1.dev.U.S.": 0.7,
+        "after.class_f1.dev.ok": 0.6,
+        "after.losses.attention/1-1..3": 0.5,
+        "after.a.b.c": 3.0,
+        "after.a.b.d": 2.0,
+    }.items():
+        assert read_metric(tmp_path, path) == value and not is_missing(tmp_path, path)
+    for wrong in ("after.pairs.sts", "after.class_f1.dev.U.S", "after.pairs.sts.dev.x", "after."):
+        said = read_metric(tmp_path, wrong)
+        assert isinstance(said, str) and "it has after.pairs.sts.dev, after.class_f1" in said
+        assert is_missing(tmp_path, wrong)
 
 
 def test_another_path_is_read_from_the_summaries_that_are_there(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastkd.training.run_folder import RunFolder
+
+_NOTHING = object()
 
 
 def read_metric(run: Path, path: str) -> float | str:
@@ -25,17 +27,28 @@ def read_metric(run: Path, path: str) -> float | str:
 
 def is_missing(run: Path, path: str) -> bool:
     """Whether the summary of a finished run has nothing at all at a path."""
-    parent, _, leaf = path.rpartition(".")
-    summary = RunFolder(run).read_summary()
-    above = follow(summary, parent) if parent else summary
-    return not isinstance(above, dict) or leaf not in above
+    return _find(RunFolder(run).read_summary(), path.split(".")) is _NOTHING
 
 
 def follow(tree: Any, path: str) -> Any:
-    """What stands at a dotted path, `None` where nothing does."""
-    for part in path.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
+    """What stands at a dotted path, `None` where nothing does.
+
+    A key may hold dots itself, as a set or a class that is named so: where several keys begin the
+    path, the longest that leads on counts.
+    """
+    found = _find(tree, path.split("."))
+    return None if found is _NOTHING else found
+
+
+def _find(tree: Any, parts: Sequence[str]) -> Any:
+    if not parts:
+        return tree
+    for end in range(len(parts), 0, -1) if isinstance(tree, dict) else ():
+        key = ".".join(parts[:end])
+        found = _find(tree[key], parts[end:]) if key in tree else _NOTHING
+        if found is not _NOTHING:
+            return found
+    return _NOTHING
 
 
 def _numbers(tree: Any, prefix: str = "") -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from study_files import journal, run, study_tree, write_study
+from study_files import MAPPINGS, journal, run, study_tree, write_study
 
 from fastkd.errors import UserError
 from fastkd.study import StudySpec, load_study
@@ -195,6 +195,58 @@ def test_what_no_storage_takes_is_refused(
     with pytest.raises(UserError) as refused:
         Plan(load_study(path), path)
     assert expected in str(refused.value) and "\n" not in str(refused.value)
+
+
+LENGTHS = {"short": {"train.steps": 3}, "long": {"train.steps": 4}}
+COLUMNS = ("condition", "state", "value", "seconds", "message", "folder", "runs", "planned")
+RTE = {"rte": {"task.name": "rte"}, "mrpc": {"task.name": "mrpc"}}
+WEIGHT = {"field": "losses.hidden.weight", "values": [5, 10]}
+CLASHES: list[tuple[dict[str, Any], str]] = [
+    *(
+        ({"axes": {name: MAPPINGS}}, f"{name}: the name is taken; give the axis")
+        for name in COLUMNS
+    ),
+    ({"spaces": {"value": WEIGHT}}, "value: the name is taken"),
+    *(
+        ({"tasks": {name: {}, **RTE}}, f"tasks.{name}: the name is taken; give it another")
+        for name in ("all", "seeds", "kept", "difference")
+    ),
+    (
+        {"controls": {"last": {"train.steps": 9}}},
+        "controls.last: axis mapping has a condition of that name; give the control another",
+    ),
+    (
+        {"spaces": {"weight": WEIGHT}, "controls": {"10": {"train.steps": 9}}},
+        "controls.10: axis weight has a condition of that name",
+    ),
+    (
+        {"axes": {"map": MAPPINGS, "map-rte": LENGTHS}, "tasks": RTE},
+        "axis map of task rte and axis map-rte would both be axis-map-rte in the report; give an",
+    ),
+    (
+        {"axes": {name: LENGTHS for name in ("a", "a-b", "b-c", "c")}},
+        "axes a and b-c and axes a-b and c would both be map-a-b-c in the report",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), CLASHES)
+def test_names_that_would_stand_for_two_things_in_the_report_are_refused(
+    tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        load_study(write_study(tmp_path, **changes))
+    assert expected in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_names_that_only_look_like_it_are_taken(tmp_path: Path) -> None:
+    """One task has no tables of its own, other grids no maps, and a search neither."""
+    for changes in (
+        {"axes": {"map": MAPPINGS, "map-rte": LENGTHS}, "tasks": {"rte": {"task.name": "rte"}}},
+        {"axes": {n: LENGTHS for n in ("a", "a-b", "b-c", "c")}, "grid": "one_axis_at_a_time"},
+        {"axes": {"map": MAPPINGS, "map-rte": LENGTHS}, "tasks": RTE, "search": {"trials": 2}},
+    ):
+        load_study(write_study(tmp_path, **changes))
 
 
 def test_more_combinations_than_anyone_runs_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -304,6 +305,21 @@ def test_every_picture_is_drawn_also_of_nothing(tmp_path: Path) -> None:
     axes = make_plots(Results(plan, _records(plan)), {})["axis-weight"].axes
     assert [a.get_title() for a in axes] == ["a", "b", "all tasks"]
     assert list(axes[0].get_xticks()) == pytest.approx([0, 0.30103, 0.60206], abs=1e-5)
+
+
+def test_a_level_named_as_the_teacher_is_no_teacher(tmp_path: Path) -> None:
+    init = {"teacher": {}, "random": {"student.init": "random"}}
+    plan = _plan(tmp_path, axes={"init": init}, tasks=None, controls=None)
+    ADDED.update({"teacher": 0.1, "random": 0.0})
+    for run in plan.all_runs():
+        folder = plan.place(run).run
+        folder.mkdir(parents=True)
+        summary = {"after": {"baseline": {"score": 0.5}}, "teacher": {"score": 2.0}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    (table, *_) = make_tables(Results(plan, _records(plan)), {})
+    assert [row["init"] for row in table.numbers] == [
+        *("one answer", "the teacher", "teacher", "random")
+    ]
 
 
 def test_a_trial_that_ends_while_it_is_looked_at_is_not_taken(

@@ -42,6 +42,16 @@ def folder_name(name: str) -> str:
     return f"{kept}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:16]}"
 
 
+def axis_table(axis: str, task: str | None = None) -> str:
+    """What the files of an axis' table and picture are called, of all tasks or of one."""
+    return f"axis-{axis}" + ("" if task is None else f"-{task}")
+
+
+def axes_map(one: str, two: str) -> str:
+    """What the picture of two axes is called."""
+    return f"map-{one}-{two}"
+
+
 def same_level(one: Level, other: Level) -> bool:
     """Whether two levels are the same value of the same kind: text, or a number."""
     return isinstance(one, str) == isinstance(other, str) and one == other

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from fastkd.reporting.plotting import DOTS, POINT, REFERENCE, draw_map, plain, say, themed
-from fastkd.study.naming import Level, shown
+from fastkd.study.naming import Level, axes_map, axis_table, shown
 from fastkd.study.results import Results, Row, differ
 from fastkd.study.statistics import (
     Mean,
@@ -40,10 +40,10 @@ def make_plots(
             figures["importance"] = _importance_plot(importances)
         return figures
     for axis in results.plan.axes:
-        figures[f"axis-{axis}"] = _axis_plot(results, axis)
+        figures[axis_table(axis)] = _axis_plot(results, axis)
     if results.full:
         for one, two in itertools.combinations(results.plan.axes, 2):
-            figures[f"map-{one}-{two}"] = _map_plot(results, one, two)
+            figures[axes_map(one, two)] = _map_plot(results, one, two)
     return figures
 
 

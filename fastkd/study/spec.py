@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -11,6 +12,7 @@ from pydantic import BeforeValidator, Field, StringConstraints, ValidationError,
 from fastkd.errors import UserError
 from fastkd.recipe import Section, complain, read_tree
 from fastkd.section import Place, Seed
+from fastkd.study.naming import axes_map, axis_table, shown
 
 FileName = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$", max_length=100)
@@ -39,6 +41,13 @@ SCORE = "after.score"
 BASELINE, CONSTANT, TEACHER = "baseline", "one answer", "teacher"
 """What rows of the report are called that stand beside conditions."""
 _TAKEN = {BASELINE, CONSTANT, TEACHER}
+# columns of the report's CSV files, which has one of each axis beside them
+_COLUMNS = {
+    *("condition", "task", "seed", "state", "value", "seconds", "message", "folder"),
+    *("runs", "planned"),
+}
+# what has columns beside those of the tasks
+_SUMS = {"all", "seeds", "kept", "difference"}
 # more runs than a storage, or anyone's time, takes
 MOST_SEEDS = 1000
 MOST_RUNS = 100_000
@@ -262,12 +271,7 @@ class StudySpec(Section):
             raise ValueError(f"chosen names the axes {' and '.join(axes)}; expected one for all")
         if not self.axes and not self.spaces:
             raise ValueError("nothing to compare; give axes or spaces")
-        if twice := self.axes.keys() & self.spaces.keys() or {"task", "seed"} & (
-            self.axes.keys() | self.spaces.keys()
-        ):
-            raise ValueError(f"{sorted(twice)[0]}: the name is taken; give the axis another")
-        if taken := _TAKEN & self.controls.keys():
-            raise ValueError(f"controls.{sorted(taken)[0]}: the name is taken; give it another")
+        self._check_names()
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds holds a seed twice (given {list(self.seeds)})")
         if twice := self.shared.keys() & self.borrowed.keys():
@@ -282,6 +286,46 @@ class StudySpec(Section):
         self._check_levels()
         self._check_search()
         return self
+
+    def _check_names(self) -> None:
+        """Refuse two things of one name where the report would show one in the other's place."""
+        axes = [*self.axes, *self.spaces]
+        if taken := self.axes.keys() & self.spaces.keys() or _COLUMNS & set(axes):
+            raise ValueError(f"{sorted(taken)[0]}: the name is taken; give the axis another")
+        for where, names, known in (
+            ("tasks", self.tasks, _SUMS),
+            ("controls", self.controls, _TAKEN),
+        ):
+            if taken := known & names.keys():
+                raise ValueError(f"{where}.{sorted(taken)[0]}: the name is taken; give it another")
+        if self.search is not None:
+            return
+        levels = {axis: set(known) for axis, known in self.axes.items()}
+        levels |= {name: set(map(shown, space.values or ())) for name, space in self.spaces.items()}
+        for axis, known in levels.items():
+            if taken := known & self.controls.keys():
+                raise ValueError(
+                    f"controls.{sorted(taken)[0]}: axis {axis} has a condition of that name; give "
+                    "the control another"
+                )
+        held: dict[str, str] = {}
+        for file, what in self._files(axes):
+            if file in held:
+                raise ValueError(
+                    f"{held[file]} and {what} would both be {file} in the report; give an axis or "
+                    "a task another name"
+                )
+            held[file] = what
+
+    def _files(self, axes: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """What the report of a grid has of axes, by file, and what each shows."""
+        for axis in axes:
+            yield axis_table(axis), f"axis {axis}"
+            for task in self.tasks if len(self.tasks) > 1 else ():
+                yield axis_table(axis, task), f"axis {axis} of task {task}"
+        if self.grid in (None, "full"):
+            for one, two in itertools.combinations(axes, 2):
+                yield axes_map(one, two), f"axes {one} and {two}"
 
     def _check_fields(self) -> None:
         for where, overrides in self._sets():

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastkd.study.naming import Level, shown
+from fastkd.study.naming import Level, axis_table, shown
 from fastkd.study.results import BEST, Answer, Results, Row, differ
 from fastkd.study.spec import BASELINE, CONSTANT, TEACHER
 from fastkd.study.statistics import (
@@ -79,7 +79,7 @@ def _axis_table(results: Results, axis: str, task: str | None) -> Table:
     rows = results.axis(axis, task)
     return _table(
         results,
-        f"axis-{axis}" + ("" if task is None else f"-{task}"),
+        axis_table(axis, task),
         f"axis: {axis}" + ("" if task is None else f", {task} alone"),
         axis,
         rows,
@@ -268,13 +268,16 @@ def _ends(
         name = TEACHER if len(by_teacher) == 1 else f"{TEACHER} of {_some(group)}"
         found.append((name, {task: results.teacher(group, task) for task in tasks}))
     cells_of, numbers = [], []
+    levels = {row.level for row in rows}
     for name, means in found:
         if not any(mean.seeds for mean in means.values()):
             continue
-        cells = [name, *map(_plain, means.values())]
+        # a student may begin as its teacher, and its level be called so
+        label = f"the {name}" if name in levels else name
+        cells = [label, *map(_plain, means.values())]
         cells_of.append(tuple(cells + [""] * (len(columns) - len(cells))))
         keyed = {f"{task or 'all'} mean": mean.mean for task, mean in means.items()}
-        numbers.append({columns[0]: name, **keyed})
+        numbers.append({columns[0]: label, **keyed})
     return cells_of, numbers
 
 

@@ -307,6 +307,17 @@ def test_every_picture_is_drawn_also_of_nothing(tmp_path: Path) -> None:
     assert list(axes[0].get_xticks()) == pytest.approx([0, 0.30103, 0.60206], abs=1e-5)
 
 
+def test_a_control_that_the_first_panel_lacks_is_in_the_legend(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, controls={**OFF, "short": {"train.steps": 2}})
+
+    def missing(run: Run) -> bool:
+        return run.task == "a" and run.condition.name == "alone"
+
+    (legend,) = make_plots(Results(plan, _records(plan, missing)), {})["axis-mapping"].legends
+    said = [text.get_text() for text in legend.get_texts()]
+    assert {"alone", "short"} <= set(said) and len(said) == len(set(said))
+
+
 def test_a_level_named_as_the_teacher_is_no_teacher(tmp_path: Path) -> None:
     init = {"teacher": {}, "random": {"student.init": "random"}}
     plan = _plan(tmp_path, axes={"init": init}, tasks=None, controls=None)

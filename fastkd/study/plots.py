@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -82,8 +83,7 @@ def _axis_plot(results: Results, axis: str) -> Figure:
         axes.set_xlabel(axis)
         if axes in grid[::columns]:
             axes.set_ylabel(plain(results.plan.spec.metric.path))
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
+    _explain(figure, grid)
     return figure
 
 
@@ -247,8 +247,7 @@ def _search_plot(results: Results) -> Figure:
             axes.set_ylabel(plain(results.plan.spec.metric.path))
         axes.grid()
         axes.set_axisbelow(True)
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
+    _explain(figure, grid)
     return figure
 
 
@@ -278,6 +277,16 @@ def _importance_plot(importances: Mapping[str, Mapping[str, float]]) -> Figure:
     axes.set_axisbelow(True)
     figure.legend(loc="outside upper left", ncols=len(importances), frameon=False)
     return figure
+
+
+def _explain(figure: Figure, panels: Iterable[Axes]) -> None:
+    """A legend of what stands in any panel: one may lack a control that others have."""
+    drawn: dict[str, Artist] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            drawn.setdefault(label, handle)
+    place = "outside upper left"
+    figure.legend(list(drawn.values()), list(drawn), loc=place, ncols=len(drawn), frameon=False)
 
 
 def _of_task(scores: Sequence[Score], task: str | None) -> list[Score]:

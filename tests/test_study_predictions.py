@@ -268,6 +268,95 @@ def test_the_same_teachers_beside_each_level_are_no_difference(tmp_path: Path) -
     assert "in that share" in " ".join(table.notes) and "Teachers differ" not in table.notes[1]
 
 
+LENGTHS = {"long": {"task.max_length": 128}, "short": {"task.max_length": 16}}
+OTHER_WAYS = {
+    "the recipe": (LENGTHS, 0.9 - 1e-3),
+    # of which no recipe says anything
+    "the scores": (MAPPINGS, 0.75),
+}
+
+
+def summed(plan: Plan, scores: dict[str, tuple[float, float]]) -> list[Record]:
+    """Runs whose summaries have what students and teachers score, by the level of the first axis;
+    every seed's a little better."""
+    records = []
+    for run in plan.all_runs():
+        student, teacher = scores[str(next(iter(run.condition.levels.values())))]
+        after = {"score": student + 1e-3 * run.seed, "baseline": {"score": FLOOR}}
+        plan.place(run).run.mkdir(parents=True)
+        text = json.dumps({"after": after, "teacher": {"score": teacher}})
+        (plan.place(run).run / "summary.json").write_text(text)
+        records.append(Record(run, "finished", after["score"], 1.0))
+    return records
+
+
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_a_teacher_that_scores_otherwise_is_another_one(tmp_path: Path, way: str) -> None:
+    """Of a worse teacher a worse student may have the larger share, and be the worse one."""
+    levels, taught = OTHER_WAYS[way]
+    (good, worse) = levels
+    path = write_study(
+        tmp_path,
+        tasks={name: {"task.name": name} for name in ("a", "b")},
+        axes={"level": levels},
+        hypotheses=[{"axis": "level", "level": worse}],
+        seeds=8,
+    )
+    plan = Plan(load_study(path), path)
+    found = tables(plan, summed(plan, {good: (0.8, 0.9), worse: (0.7, taught)}))
+    table = found["axis-level"]
+    assert of(table, "level", worse)["difference mean"] == pytest.approx(-0.1)
+    assert found["hypotheses"].numbers[0]["difference mean"] == pytest.approx(-0.1)
+    ends = [of(table, "level", f"teacher of {level}") for level in levels]
+    assert [end["a mean"] for end in ends] == pytest.approx([0.9, taught])
+    assert "Teachers differ between these rows" in " ".join(table.notes)
+
+
+ANOTHER: dict[str, Any] = {
+    "teacher.revision": "old",
+    "teacher.dtype": "bfloat16",
+    "task.max_length": 16,
+    "task.columns.texts": "c",
+}
+THE_SAME: dict[str, Any] = {
+    "teacher.attention": "eager",
+    "task.padding": "none",
+    "task.examples": 8,
+    "train.batch_size": 4,
+}
+
+
+@pytest.mark.parametrize("field", [*ANOTHER, *THE_SAME])
+def test_recipes_say_which_teacher_it_is(tmp_path: Path, field: str) -> None:
+    """Before any run, so that what a margin is of does not hang on how close two score."""
+    changed = (ANOTHER | THE_SAME)[field]
+    path = write_study(tmp_path, axes={"level": {"plain": {}, "changed": {field: changed}}})
+    plan = Plan(load_study(path), path)
+    plain, other = (plan.teacher(condition, None) for condition in plan.conditions)
+    assert (plain != other) == (field in ANOTHER)
+
+
+def test_the_same_teacher_of_other_batches_is_the_same(tmp_path: Path) -> None:
+    """Its score is added up in another order, and bf16 may move an example."""
+    path = write_study(tmp_path, tasks={name: {"task.name": name} for name in ("a", "b")})
+    plan = Plan(load_study(path), path)
+    found = tables(plan, summed(plan, {"uniform": (0.8, 0.9), "last": (0.7, 0.9 - 1e-9)}))
+    difference = of(found["axis-mapping"], "mapping", "last")["difference mean"]
+    assert difference == pytest.approx(-0.1 / 0.3)
+
+
+def test_one_example_makes_no_other_teacher(plan: Plan) -> None:
+    records = kept(plan)
+    for record in records:
+        if record.run.condition.levels.get("mapping") == "last":
+            file = plan.place(record.run).run / "predictions.npz"
+            arrays = dict(np.load(file))
+            (right, *_) = np.flatnonzero(arrays["dev/teacher"].argmax(axis=1) == LABELS)
+            arrays["dev/teacher"][right] = arrays["dev/teacher"][right, ::-1]
+            np.savez_compressed(file, **arrays)
+    assert "Teachers differ" not in " ".join(tables(plan, records)["axis-mapping"].notes)
+
+
 def test_a_broken_file_is_named(plan: Plan) -> None:
     records = kept(plan)
     run: Run = records[0].run

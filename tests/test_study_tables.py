@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
 from study_files import MAPPINGS, WEIGHTS, write_study
 
 from fastkd.study import load_study
@@ -52,6 +53,11 @@ def _records(
         for condition in [*plan.conditions, *extra]
         for run in plan.runs(condition)
     ]
+
+
+def _written(figure: Figure) -> str:
+    """Below its panels."""
+    return figure.get_supxlabel()
 
 
 def _mean(plan: Plan, **levels: str) -> float:
@@ -111,6 +117,91 @@ def test_axes_are_averaged_over_what_every_level_has(tmp_path: Path) -> None:
     assert "these means are of different things" in table.notes[0]
     assert table.numbers[2]["all mean"] == pytest.approx(_mean(plan, mapping="last"))
     make_plots(Results(plan, []), {})
+
+
+def test_levels_are_averaged_over_what_all_have_finished(tmp_path: Path) -> None:
+    """A level without its worst cell would look better than it is, in tables and pictures."""
+    plan = _plan(tmp_path, tasks=None)
+
+    def missing(run: Run) -> bool:
+        return run.condition.levels == {"mapping": "last", "size": "small"}
+
+    results = Results(plan, _records(plan, missing))
+    tables = {table.name: table for table in make_tables(results, {})}
+    table = tables["axis-mapping"]
+    found = {str(row["mapping"]): row for row in table.numbers}
+    for level in ("uniform", "last"):
+        mean = _mean(plan, mapping=level, size="large")
+        assert found[level]["all mean"] == pytest.approx(mean) and found[level]["all seeds"] == 2
+    assert found["last"]["difference mean"] == pytest.approx(
+        _mean(plan, mapping="last", size="large") - _mean(plan, mapping="uniform", size="large")
+    )
+    assert table.rows[2][0] == "last (2 of 4 runs)"
+    assert (
+        "averaged over size, of the 1 of 2 combinations that every level has finished"
+        in (table.notes[0])
+    )
+    figures = make_plots(results, {})
+    axes = figures["axis-mapping"].axes[0]
+    (bars,) = axes.containers
+    assert isinstance(bars, ErrorbarContainer)
+    assert next(iter(bars.lines[0].get_ydata())) == pytest.approx(found["uniform"]["all mean"])
+    assert _written(figures["axis-mapping"]) == "means of what all levels have finished"
+    assert _written(make_plots(Results(plan, _records(plan)), {})["axis-mapping"]) == ""
+
+
+def test_no_mean_where_levels_have_finished_nothing_alike(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, tasks=None)
+    apart = [{"mapping": "last", "size": "small"}, {"mapping": "uniform", "size": "large"}]
+    results = Results(plan, _records(plan, lambda run: run.condition.levels in apart))
+    table = next(t for t in make_tables(results, {}) if t.name == "axis-mapping")
+    assert [row[1] for row in table.rows[1:]] == ["0 seeds", "0 seeds"]
+    assert "no combination is finished at every level, so there are none" in table.notes[0]
+    assert not any("difference mean" in row for row in table.numbers)
+    # a level with nothing at all takes nothing from the others
+    results = Results(plan, _records(plan, lambda r: r.condition.levels.get("mapping") == "last"))
+    table = next(t for t in make_tables(results, {}) if t.name == "axis-mapping")
+    assert table.numbers[1]["all mean"] == pytest.approx(_mean(plan, mapping="uniform"))
+    assert table.rows[2][1] == "0 seeds" and "averaged over size." in table.notes[0]
+
+
+def test_a_map_averages_what_all_of_its_fields_have_finished(tmp_path: Path) -> None:
+    loss = {"one": {}, "other": {"train.steps": 9}}
+    ADDED.update({"one": 0.0, "other": -0.3})
+    plan = _plan(tmp_path, axes={**AXES, "loss": loss})
+    failed = {"mapping": "last", "size": "small", "loss": "other"}
+
+    def missing(run: Run) -> bool:
+        return run.task == "a" and run.condition.levels == failed
+
+    results = Results(plan, _records(plan, missing))
+    for task, expected in (("a", {("one",)}), ("b", {("one",), ("other",)})):
+        cells = results.cells("mapping", "size", task)
+        assert {score.others for scores in cells.values() for score in scores} == expected
+    picture = make_plots(results, {})["map-mapping-size"]
+    assert picture.get_suptitle() == "mean over seeds, of what all levels have finished"
+    # of the other task alone nothing is left out
+    tables = {table.name: table for table in make_tables(results, {})}
+    assert "averaged over size, loss." in tables["axis-mapping-b"].notes[0]
+    assert "of the 3 of 4 combinations" in tables["axis-mapping"].notes[0]
+    assert "of the 3 of 4 combinations" in tables["axis-mapping-a"].notes[0]
+
+
+def test_a_hypothesis_waits_for_every_run_of_its_own_conditions(tmp_path: Path) -> None:
+    """Not for those of a third one, by which its difference is no other either."""
+    levels = {**MAPPINGS, "first": {"layer_map": "first"}}
+    ADDED["first"] = -0.2
+    asked = [{"axis": "mapping", "level": level} for level in ("last", "first")]
+    plan = _plan(tmp_path, axes={**AXES, "mapping": levels}, seeds=8, hypotheses=asked)
+    small = {"mapping": "first", "size": "small"}
+    results = Results(
+        plan, _records(plan, lambda run: run.condition.levels.items() == small.items())
+    )
+    whole, open_ = results.answers()
+    assert whole.p is not None and open_.p is open_.corrected is None
+    assert whole.difference is not None
+    expected = _mean(plan, mapping="last") - _mean(plan, mapping="uniform")
+    assert whole.difference.mean == pytest.approx(expected)
 
 
 def test_other_grids_hold_the_other_axes_at_the_baseline(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fastkd.head_spec import TASK_HEAD
 from fastkd.recipe import (
     AnyRecipe,
     Recipe,
+    each_stage,
     parse_finetune_recipe,
     parse_recipe,
     read_tree,
@@ -487,11 +488,18 @@ class Plan:
 
 
 def _teacher_of(recipe: AnyRecipe) -> str | None:
-    if not isinstance(recipe, Recipe):
+    # the last stage's is what the student is scored beside
+    last = each_stage(recipe)[-1]
+    if not isinstance(last, Recipe):
         return None
     # what decides its answers; the rest is how it runs
-    named = {"model", "others", "combine", "dtype"}
-    return json.dumps(recipe.teacher.model_dump(mode="json", include=named), sort_keys=True)
+    named = {"model", "revision", "others", "combine", "dtype"}
+    said = [last.teacher.model_dump(mode="json", include=named)]
+    if last.task is not None:
+        # as it reads an example, and what its outputs are taken for
+        read = {"columns", "max_length", "stride", "labels", "meanings", "bounds"}
+        said.append(last.task.model_dump(mode="json", include=read))
+    return json.dumps(said, sort_keys=True)
 
 
 def digest(said: object) -> str:

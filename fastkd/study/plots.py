@@ -27,6 +27,8 @@ from fastkd.study.statistics import (
 )
 
 _STYLES = ("--", ":", "-.", "-")
+# where other axes are averaged over less than is planned
+_OF_FINISHED = "of what all levels have finished"
 
 
 @themed()
@@ -84,6 +86,8 @@ def _axis_plot(results: Results, axis: str) -> Figure:
         if axes in grid[::columns]:
             axes.set_ylabel(plain(results.plan.spec.metric.path))
     _explain(figure, grid)
+    if not results.others(axis).is_whole:
+        figure.supxlabel(f"means {_OF_FINISHED}", fontsize=9)
     return figure
 
 
@@ -191,7 +195,8 @@ def _map_plot(results: Results, one: str, two: str) -> Figure:
         axes.set(xlabel=two, ylabel=one)
         axes.set_title(task or "", fontsize=10)
         figure.colorbar(axes.images[0], ax=axes, label=plain(results.plan.spec.metric.path))
-    figure.suptitle("mean over seeds", fontsize=11)
+    whole = all(results.others(one, two, task=task).is_whole for task in tasks)
+    figure.suptitle("mean over seeds" if whole else f"mean over seeds, {_OF_FINISHED}", fontsize=11)
     return figure
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from fastkd.data.tasks.retention import Evidence
+from fastkd.data.tasks.retention import Evidence, Number
 from fastkd.study.naming import Level
 from fastkd.study.plan import Asked, Plan
 from fastkd.study.predictions import Predictions
@@ -46,8 +46,11 @@ class Row:
     difference: Estimate | None = None
     """To the baseline: of one task in its score, of several in that share where it is known and the
     rows that are compared have the same teachers."""
-    teachers: frozenset[tuple[str | None, str | None]] = frozenset()
-    """Of its runs: task, and what says which one it is."""
+    records: Sequence[Record] = ()
+    """The runs that its scores are of, once they are finished: not those of combinations of other
+    axes that some level has not finished."""
+    teachers: frozenset[tuple[str | None, str]] = frozenset()
+    """Of its runs, once it is compared: task, and which one it is."""
 
     @property
     def is_whole(self) -> bool:
@@ -65,7 +68,7 @@ class Answer:
     improvement: float | None
     """How often a run of the one is better than one of the other."""
     p: float | None
-    """`None` while seeds of either are open: who looks on the way finds more than there is."""
+    """`None` while runs of either are open: who looks on the way finds more than there is."""
     corrected: float | None = None
     """By Holm's procedure over all hypotheses."""
 
@@ -79,11 +82,20 @@ class Others(NamedTuple):
     full."""
     found: set[tuple[str, ...]]
     """All that stand beside any."""
+    finished: set[tuple[str, ...]]
+    """What is averaged over: of those that are planned what is finished, of some seed, at every
+    level and on every task of which anything is. Of different ones averages could not be
+    compared."""
 
     @property
-    def averaged(self) -> set[tuple[str, ...]]:
-        """What is averaged over: of different ones, averages could not be compared."""
+    def planned(self) -> set[tuple[str, ...]]:
+        """What is averaged over once all runs are finished."""
         return self.shared or self.found
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no combination is left out."""
+        return self.finished == self.planned
 
 
 class Results:
@@ -117,45 +129,60 @@ class Results:
                 for r in self.records
                 if r.run.condition.name == name and task in (None, r.run.task)
             ]
-            rows.append(self._row(name, records, (), is_control=True))
+            rows.append(self._row(name, records, is_control=True))
         return rows
 
     def levels(self, axis: str) -> list[str]:
         """The levels of an axis, in the order of the study file."""
         return [str(level) for level in self.plan.axes[axis]]
 
-    def others(self, *axes: str) -> Others:
-        """What stands beside the levels of some axes of a grid."""
+    def others(self, *axes: str, task: str | None = None) -> Others:
+        """What stands beside the levels of some axes of a grid, on all tasks or on one."""
         names = [name for name in self.plan.axes if name not in axes]
         if not self.full:
             base = {tuple(str(self.plan.baseline_levels[name]) for name in names)}
-            return Others(names, base, base)
+            return Others(names, base, base, base)
         beside: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
         for condition in self.plan.conditions:
             if condition.levels:
                 beside.setdefault(condition.at(axes), set()).add(condition.at(names))
-        return Others(names, set.intersection(*beside.values()), set.union(*beside.values()))
+        shared, found = set.intersection(*beside.values()), set.union(*beside.values())
+        finished: dict[object, set[tuple[str, ...]]] = {}
+        for record in self.records:
+            condition = record.run.condition
+            if record.value is not None and condition.levels and task in (None, record.run.task):
+                place = condition.at(axes), record.run.task
+                finished.setdefault(place, set()).add(condition.at(names))
+        # where levels share nothing by plan, each has an average of its own
+        by_level = finished.values() if shared else ()
+        return Others(names, shared, found, (shared or found).intersection(*by_level))
 
     def axis(self, axis: str, task: str | None = None) -> list[Row]:
         """The controls, and one row a level of an axis of a grid, of all tasks or of one.
 
-        Other axes are averaged over in a full grid, where some combinations are skipped over those
-        that every level has; in other grids they stand at the baseline.
+        Other axes are averaged over in a full grid, where some combinations are skipped, failed or
+        are open over those that every level has; in other grids they stand at the baseline.
         """
-        others = self.others(axis)
-        rows = []
+        return self._axis(axis, task, self.others(axis, task=task))
+
+    def _axis(self, axis: str, task: str | None, others: Others) -> list[Row]:
+        rows = self.controls(task)
         for level in self.levels(axis):
             records = [
                 r
                 for r in self.records
                 if str(r.run.condition.levels.get(axis)) == level
                 and task in (None, r.run.task)
-                and r.run.condition.at(others.names) in others.averaged
+                and r.run.condition.at(others.names) in others.planned
             ]
-            rows.append(self._row(level, records, others.names))
-        controls = self.controls(task)
-        self._compare([*controls, *rows], str(self.plan.baseline_levels[axis]), task)
-        return [*controls, *rows]
+            rows.append(self._row(level, records, others))
+        self._compare(rows, str(self.plan.baseline_levels[axis]), task)
+        return rows
+
+    def _asked_rows(self, axis: str) -> list[Row]:
+        """Those of `axis` for pairs: what two have finished is compared, whatever a third has."""
+        others = self.others(axis)
+        return self._axis(axis, None, others._replace(finished=others.planned))
 
     def conditions(self) -> list[Row]:
         """One row a condition; a search's candidates best first."""
@@ -171,13 +198,13 @@ class Results:
 
     def cells(self, one: str, two: str, task: str | None) -> dict[tuple[str, ...], list[Score]]:
         """The runs of a task by the levels of two axes of a full grid, averaged as in `axis`."""
-        others = self.others(one, two)
+        others = self.others(one, two, task=task)
         found: dict[tuple[str, ...], list[Record]] = {}
         for record in self.records:
             condition = record.run.condition
             if not condition.levels or record.run.task != task:
                 continue
-            if condition.at(others.names) in others.averaged:
+            if condition.at(others.names) in others.finished:
                 found.setdefault(condition.at((one, two)), []).append(record)
         return {key: self._scores(records, "", others.names) for key, records in found.items()}
 
@@ -198,16 +225,16 @@ class Results:
         for record in self.records:
             if record.run.task == task and record.value is not None:
                 teacher = self.evidence[record.run.key].teacher
-                which = self.plan.teacher(record.run.condition, task)
+                which = self._teachers[record.run.condition.name, task]
                 if teacher is not None and (task, which) in wanted:
-                    cells[record.run.seed, str(which)] = teacher.value
+                    cells[record.run.seed, which] = teacher.value
         return mean_over_seeds(
             Score("", (which,), task, seed, value) for (seed, which), value in cells.items()
         )
 
     def answers(self) -> list[Answer]:
         """What the runs say of the study's hypotheses, p corrected over all of them."""
-        rows = {axis: self.axis(axis) for axis in {asked.axis for asked in self.plan.asked}}
+        rows = {axis: self._asked_rows(axis) for axis in {a.axis for a in self.plan.asked}}
         found = []
         for asked in self.plan.asked:
             one, other = (
@@ -223,22 +250,47 @@ class Results:
                     [theirs for _, theirs in pairs],
                     self.plan.spec.metric.direction,
                 )
-                if len(made.by_seed) == len(self.plan.spec.seeds):
+                if one.is_whole and other.is_whole:
                     p = made.p_equivalence(asked.margin) if asked.margin else made.p_difference
             found.append(Answer(asked, made, better, p))
         corrected = holm([answer.p for answer in found])
         return [replace(a, corrected=p) for a, p in zip(found, corrected, strict=True)]
 
     def is_own(self, axis: str) -> bool:
-        """Whether an axis is compared over tasks in scores, because its rows have teachers of their
-        own."""
+        """Whether hypotheses of an axis are of scores over several tasks, because its rows have
+        teachers of their own."""
         several = len(self.plan.tasks) > 1 and bool(self.comparable)
-        return several and differ(self.axis(axis))
+        return several and differ(self._asked_rows(axis))
 
     def best(self) -> tuple[str, Mean] | None:
         """The condition that leads, of those that are finished."""
         rows = self._ordered(self._all_conditions())
         return (rows[0].level, mean_over_seeds(rows[0].scores)) if rows else None
+
+    @cached_property
+    def _teachers(self) -> dict[tuple[str, str | None], str]:
+        """Which teacher a condition, by its name, has on a task: another one where the recipe says
+        so, and where one scores otherwise with some seed."""
+        by_condition: dict[tuple[str, str | None], dict[int, Number]] = {}
+        said = {}
+        for record in self.records:
+            place = record.run.condition.name, record.run.task
+            said[place] = str(self.plan.teacher(record.run.condition, record.run.task))
+            scores = by_condition.setdefault(place, {})
+            if record.value is not None:
+                teacher = self.evidence[record.run.key].teacher
+                if teacher is not None:
+                    scores[record.run.seed] = teacher
+        found: dict[tuple[str, str | None], str] = {}
+        known: dict[tuple[str | None, str], list[dict[int, Number]]] = {}
+        for place, scores in by_condition.items():
+            alike = known.setdefault((place[1], said[place]), [])
+            number = next((n for n, one in enumerate(alike) if _agree(one, scores)), len(alike))
+            if number == len(alike):
+                alike.append({})
+            alike[number] |= scores
+            found[place] = f"{said[place]} {number}"
+        return found
 
     def _all_conditions(self) -> list[Row]:
         groups: dict[str, list[Record]] = {}
@@ -246,7 +298,7 @@ class Results:
             groups.setdefault(record.run.condition.name, []).append(record)
         rows = []
         for name, records in groups.items():
-            row = self._row(name, records, (), is_control=name in self.plan.spec.controls)
+            row = self._row(name, records, is_control=name in self.plan.spec.controls)
             row.levels = records[0].run.condition.levels
             rows.append(row)
         return rows
@@ -267,18 +319,16 @@ class Results:
         self,
         level: str,
         records: Sequence[Record],
-        names: Sequence[str],
+        others: Others | None = None,
         *,
         is_control: bool = False,
     ) -> Row:
-        scores, teacher = self._scores(records, level, names), self.plan.teacher
-        return Row(
-            level,
-            scores,
-            (len(scores), len(records)),
-            is_control=is_control,
-            teachers=frozenset((r.run.task, teacher(r.run.condition, r.run.task)) for r in records),
-        )
+        names = [] if others is None else others.names
+        finished = sum(record.value is not None for record in records), len(records)
+        if others is not None:
+            records = [r for r in records if r.run.condition.at(names) in others.finished]
+        scores = self._scores(records, level, names)
+        return Row(level, scores, finished, records=records, is_control=is_control)
 
     def _scores(self, records: Sequence[Record], level: str, names: Sequence[str]) -> list[Score]:
         return [
@@ -298,6 +348,11 @@ class Results:
         """Fill in what all rows keep of the teacher, and their differences to the baseline."""
         base = next((row for row in rows if row.level == baseline and not row.is_control), None)
         tasks = self.comparable if task is None else (task,)
+        for row in rows:
+            runs = [record.run for record in row.records]
+            row.teachers = frozenset(
+                (r.task, self._teachers[r.condition.name, r.task]) for r in runs
+            )
         own = differ(rows)
         for row in rows:
             if tasks and set(tasks) <= set(self.comparable):
@@ -337,6 +392,12 @@ class Results:
         return record.value is None or self.evidence[record.run.key].kept is not None
 
 
+def _agree(one: Mapping[int, Number], other: Mapping[int, Number]) -> bool:
+    """Whether two teachers score alike with every seed that both have."""
+    both = [(one[seed], other[seed]) for seed in one.keys() & other.keys()]
+    return not any(a.is_above(b) or b.is_above(a) for a, b in both)
+
+
 def differ(rows: Sequence[Row]) -> bool:
     """Whether rows have different teachers: a share of one is no share of the other."""
-    return len({row.teachers for row in rows}) > 1
+    return len({row.teachers for row in rows if row.teachers}) > 1

@@ -84,7 +84,11 @@ def _axis_table(results: Results, axis: str, task: str | None) -> Table:
         axis,
         rows,
         str(results.plan.baseline_levels[axis]),
-        (_axis_note(results, axis), *_notes(results, tasks, rows), *_power_note(results, rows)),
+        (
+            _axis_note(results, axis, task),
+            *_notes(results, tasks, rows),
+            *_power_note(results, rows),
+        ),
         tasks,
     )
 
@@ -111,14 +115,19 @@ def _power_note(results: Results, rows: Sequence[Row]) -> tuple[str, ...]:
     return (f"{said}.",)
 
 
-def _axis_note(results: Results, axis: str) -> str:
-    others = results.others(axis)
+def _axis_note(results: Results, axis: str, task: str | None) -> str:
+    others = results.others(axis, task=task)
     if not others.names:
         return "Means and standard deviations are over seeds."
     if results.full:
         how = f"averaged over {', '.join(others.names)}"
         if not others.shared:
             how += ", differently for each level: these means are of different things"
+        elif not others.finished:
+            how += ", of which no combination is finished at every level, so there are none"
+        elif not others.is_whole:
+            some = f"{len(others.finished)} of {len(others.planned)}"
+            how += f", of the {some} combinations that every level has finished"
         elif others.shared != others.found:
             how += ", of combinations that every level has"
     else:
@@ -201,8 +210,8 @@ def _hypothesis_table(results: Results) -> Table:
     notes = [note]
     if planned > 1 and any(answer.p is None for answer in answers):
         notes.append(
-            f"Not yet: what is asked is tested once, with all {planned} seeds of both conditions. "
-            "Differences that stand here before say nothing of it."
+            f"Not yet: what is asked is tested once, with all {planned} seeds of both conditions "
+            "and every run of these finished. Differences that stand here before say nothing of it."
         )
     if own := [axis for axis in {a.asked.axis: None for a in answers} if results.is_own(axis)]:
         notes.append(
@@ -262,7 +271,8 @@ def _ends(
     teacher, or the teachers of rows that have different ones."""
     by_teacher: dict[object, list[Row]] = {}
     for row in rows:
-        by_teacher.setdefault(row.teachers, []).append(row)
+        if row.teachers:
+            by_teacher.setdefault(row.teachers, []).append(row)
     found = [(CONSTANT, {task: results.floor(task) for task in tasks})]
     for group in by_teacher.values():
         name = TEACHER if len(by_teacher) == 1 else f"{TEACHER} of {_some(group)}"

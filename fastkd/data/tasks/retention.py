@@ -21,6 +21,8 @@ from fastkd.data.tasks.resampling import Array, Draws, drawn_scores, mean_over_s
 from fastkd.data.tasks.task import Task
 
 AnyArray = npt.NDArray[Any]
+# scores that differ by less were added up in another order
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,13 @@ class Number:
         drawn: Array = value + (own - ends) / way
         return Number(value, drawn)
 
+    def is_above(self, other: Number) -> bool:
+        """Whether it is above another one by two standard errors, as far as they are known."""
+        error = 0.0
+        if self.drawn is not None and other.drawn is not None:
+            error = float(np.std(self.drawn - other.drawn, ddof=1))
+        return self.value - other.value > max(2 * error, _ROUNDING)
+
     def interval(self) -> tuple[float, float]:
         """The ends of 95 % over the examples, of which it must know the draws; those of a score
         are taken for normal."""
@@ -66,7 +75,7 @@ class Evidence:
     @property
     def kept(self) -> Number | None:
         """Share of the teacher without chance; `None` where it knows no more than one answer."""
-        if self.floor is None or self.teacher is None or not _is_above(self.teacher, self.floor):
+        if self.floor is None or self.teacher is None or not self.teacher.is_above(self.floor):
             return None
         return self.student.between(self.floor, self.teacher)
 
@@ -129,11 +138,3 @@ class Judge:
             given = self._task.metrics, found, self._labels[name]
             drawn.append(np.concatenate([drawn_scores(*given, w) for w in self._draws[name]]))
         return mean_over_sets(drawn)
-
-
-def _is_above(one: Number, other: Number) -> bool:
-    """By two standard errors, as far as they are known."""
-    error = 0.0
-    if one.drawn is not None and other.drawn is not None:
-        error = float(np.std(one.drawn - other.drawn, ddof=1))
-    return one.value - other.value > 2 * error

@@ -357,6 +357,40 @@ def test_one_example_makes_no_other_teacher(plan: Plan) -> None:
     assert "Teachers differ" not in " ".join(tables(plan, records)["axis-mapping"].notes)
 
 
+def test_one_metric_of_one_set_is_read_between_its_own_ends(plan: Plan) -> None:
+    """Its floor is the best answer by this metric, which the summary's one may not be."""
+    kept(plan)
+    metric = plan.spec.metric.model_copy(update={"path": "after.scores.dev.f1"})
+    tasks = {
+        name: {"task": {**section["task"], "metrics": ["accuracy", "f1"]}}
+        for name, section in plan.spec.tasks.items()
+    }
+    spec = plan.spec.model_copy(update={"metric": metric, "tasks": tasks})
+    plan = Plan(spec, plan.path)
+    records = []
+    for run in plan.all_runs():
+        outputs = np.load(plan.place(run).run / "predictions.npz")["dev/outputs"]
+        records.append(Record(run, "finished", f1(outputs.argmax(axis=1)), 1.0))
+    table = tables(plan, records)["axis-mapping-good"]
+    # all of class 1
+    floor = f1(np.ones(EXAMPLES))
+    teacher = f1(logits(TEACHER["good"], np.random.default_rng(0)).argmax(axis=1))
+    assert of(table, "mapping", "one answer")["good mean"] == pytest.approx(floor)
+    assert of(table, "mapping", "teacher")["good mean"] == pytest.approx(teacher)
+    values = [r.value for r in records if r.run.key.startswith("good/mapping=last/")]
+    share = (np.mean(values) - floor) / (teacher - floor)
+    last = of(table, "mapping", "last")
+    assert last["kept mean"] == pytest.approx(share)
+    # examples count beside the seeds
+    assert last["difference freedom"] > SEEDS - 1
+
+
+def f1(said: NDArray[Any]) -> float:
+    """Of class 1."""
+    hits = ((said == 1) & (LABELS == 1)).sum()
+    return float(2 * hits / ((said == 1).sum() + (LABELS == 1).sum()))
+
+
 def test_a_broken_file_is_named(plan: Plan) -> None:
     records = kept(plan)
     run: Run = records[0].run

@@ -459,6 +459,9 @@ def test_predictions_are_kept_where_examples_have_any(tmp_path: Path) -> None:
     words = {"name": "w", "source": "x", "kind": "token_classification", "labels": ["O", "B-x"]}
     plan = _plan(tmp_path, recipe={**RECIPE, "task": words})
     assert not plan.recipe(Run(plan.conditions[0], None, 0)).run.predictions
+    one = {"path": "after.scores.dev.f1", "direction": "maximize"}
+    plan = _plan(tmp_path, metric=one)
+    assert plan.recipe(Run(plan.conditions[0], None, 0)).run.predictions
     other = {"path": "after.total", "direction": "minimize"}
     plan = _plan(tmp_path, metric=other)
     assert not plan.recipe(Run(plan.conditions[0], None, 0)).run.predictions

@@ -32,7 +32,6 @@ from fastkd.study.spec import (
     BASELINE,
     MOST_RUNS,
     OUTPUT,
-    SCORE,
     SEED,
     SEEDS,
     Command,
@@ -388,7 +387,7 @@ class Plan:
             replace_value(tree, "run.lean", True)
         task = tree.get("task")
         if (
-            self.spec.metric.path == SCORE
+            self.spec.metric.is_of_examples
             and isinstance(task, dict)
             and task.get("kind", TASK_HEAD) == TASK_HEAD
         ):

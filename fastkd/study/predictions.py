@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from zipfile import BadZipFile
 
@@ -14,7 +15,7 @@ from fastkd.data.tasks.retention import AnyArray, Evidence, Judge, Number
 from fastkd.errors import UserError, one_line
 from fastkd.study.metric import follow
 from fastkd.study.plan import Plan, Run
-from fastkd.study.spec import SCORE
+from fastkd.study.spec import SCORE, SCORES
 from fastkd.training.run_folder import RunFolder
 
 _LABELS = "/labels"
@@ -35,10 +36,8 @@ class Predictions:
             run: of the study.
             value: of the study's metric.
         """
-        if self._plan.spec.metric.path != SCORE:
-            return Evidence(Number(value), None, None)
-        folder = RunFolder(self._plan.place(run).run)
-        if folder.predictions.is_file():
+        metric, folder = self._plan.spec.metric, RunFolder(self._plan.place(run).run)
+        if metric.is_of_examples and folder.predictions.is_file():
             try:
                 with np.load(folder.predictions, allow_pickle=False) as arrays:
                     return self._judged(self._task(run.task), dict(arrays), value)
@@ -48,6 +47,9 @@ class Predictions:
                     "run's folder and try it again with --retry-failed, or remove the file to do "
                     "without it"
                 ) from error
+        if metric.path != SCORE:
+            # a summary has the answer that is best by the task's score
+            return Evidence(Number(value), None, None)
         summary = folder.read_summary()
         ends = [follow(summary, path) for path in ("after.baseline.score", "teacher.score")]
         floor, teacher = (None if end is None else Number(float(end)) for end in ends)
@@ -55,6 +57,11 @@ class Predictions:
 
     def _judged(self, task: Task, arrays: Mapping[str, AnyArray], value: float) -> Evidence:
         sets = [name.removesuffix(_LABELS) for name in arrays if name.endswith(_LABELS)]
+        path = self._plan.spec.metric.path
+        if path != SCORE:
+            scored, _, metric = path.removeprefix(SCORES).rpartition(".")
+            sets = [name for name in sets if name == scored]
+            task = replace(task, metrics=tuple(m for m in task.metrics if m == metric))
         labels = {name: arrays[name + _LABELS] for name in sets}
         key = b"".join([task.name.encode(), *(right.tobytes() for right in labels.values())])
         judge = self._judges.setdefault(key, Judge(task, labels))

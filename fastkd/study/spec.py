@@ -38,6 +38,8 @@ SEEDS = {
 OUTPUT = "run.output"
 SCORE = "after.score"
 """Where a summary has the score of a task."""
+SCORES = "after.scores."
+"""Where it has those of its sets, by metric."""
 BASELINE, CONSTANT, TEACHER = "baseline", "one answer", "teacher"
 """What rows of the report are called that stand beside conditions."""
 _TAKEN = {BASELINE, CONSTANT, TEACHER}
@@ -135,11 +137,18 @@ class Metric(Section):
     """The number by which runs are compared."""
 
     path: Annotated[str, Field(min_length=1)]
-    """Dotted path in a run's summary.json, as in `after.sentence_cosine`."""
+    """Dotted path in a run's summary.json, as in `after.sentence_cosine`; of `after.score` of a
+    task, and `after.scores.SET.METRIC`, the report has shares of the teacher."""
     direction: Literal["maximize", "minimize"]
     """Which way is better."""
     heldout: str | None = None
     """The same number's dotted path in an evaluation, as in `sentence_cosine`, for a pruner."""
+
+    @property
+    def is_of_examples(self) -> bool:
+        """Whether it is a task's score, or one metric of one of its sets: of resampled examples and
+        of the teacher the same can be said."""
+        return self.path == SCORE or self.path.startswith(SCORES)
 
 
 class Search(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ HOSTILE = ("[/x]", "[bold]", "[link=https://e.org]a[/link]", ":smile:", "[", "\\
 CONTROL = {"\x1b[2Ja": "\\x1b[2Ja", "a\rb": "a\\rb", "a\x07": "a\\x07", "\u202ea": "\\u202ea"}
 
 
-def reporter(*, live: bool = False) -> tuple[Reporter, io.StringIO]:
+def reporter(*, live: bool = False, width: int = 120) -> tuple[Reporter, io.StringIO]:
     written = io.StringIO()
     made = Reporter()
-    made.console = Console(file=written, width=120, highlight=False, force_terminal=live)
+    made.console = Console(file=written, width=width, highlight=False, force_terminal=live)
     return made, written
 
 
@@ -53,6 +54,46 @@ def test_names_are_text_beside_a_bar(name: str) -> None:
         made.advance(2)
     assert CONTROL.get(name, name) in written.getvalue()
     assert "\x1b[2Ja" not in written.getvalue()
+
+
+NAMES = [f"tinybert-losses-seed-{number}" for number in range(9)]
+SPEEDS = [f"{number},000,000,000" for number in range(1, 10)]
+
+
+def test_a_log_has_no_width(capsys: pytest.CaptureFixture[str]) -> None:
+    message = "loss hidden/2-4 is not finite at step 137; " + 20 * "say it all, "
+    Reporter().table("failed", ("run", "state", "message"), [(NAMES[0], "failed", message)])
+    Reporter().table("run", ("", *NAMES), [["tokens/s", *SPEEDS]], apart=True)
+    lines = capsys.readouterr().out.splitlines()
+    for cells in ((NAMES[0], "failed", message.strip()), NAMES, ("tokens/s", *SPEEDS)):
+        assert [line for line in lines if all(f" {cell} " in line for cell in cells)]
+    assert not any(len(line) > 1000 for line in lines)
+
+
+@pytest.mark.parametrize("width", [60, 25])
+def test_a_narrow_terminal_cuts_nothing(width: int) -> None:
+    made, written = reporter(live=True, width=width)
+    made.table("failed", ("run", "message"), [(NAMES[0], "start-again-with-a-smaller-rate" * 9)])
+    made.table("run", ("", *NAMES), [["tokens/s", *SPEEDS]], apart=True)
+    text = re.sub(r"\x1b\[[\d;]*m", "", written.getvalue())
+    assert "…" not in text and all(len(line) <= width for line in text.splitlines())
+    if width < 60:
+        return
+    failed, *tables = re.split(r"run \(\d of 5\)", text)
+    assert len(tables) == 5
+    bars = "│┃"
+    rows = [re.split(f"[{bars}]", line)[1:-1] for line in failed.splitlines() if line[:1] in bars]
+    folded = ["".join(row[index].strip() for row in rows) for index in (0, 1)]
+    assert folded == [f"run{NAMES[0]}", "message" + "start-again-with-a-smaller-rate" * 9]
+    # each with the row's name; the numbers are whole, and heads say of which run they are
+    told = []
+    for table in tables:
+        heads = [re.split("┃", line)[2:-1] for line in table.splitlines() if line.startswith("┃")]
+        (row,) = (re.split("│", line)[1:-1] for line in table.splitlines() if line[:1] == "│")
+        assert row[0].strip() == "tokens/s"
+        whole = ["".join(part.strip() for part in head) for head in zip(*heads, strict=True)]
+        told += zip(whole, (cell.strip() for cell in row[1:]), strict=True)
+    assert told == list(zip(NAMES, SPEEDS, strict=True))
 
 
 def test_several_lines_stay_several() -> None:

@@ -72,6 +72,18 @@ def test_runs_stand_beside_each_other(
     assert "elsewhere" not in out and "train.batch_size" not in out
 
 
+def test_many_runs_are_told_apart_in_a_log(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"tinybert-losses-seed-{number}" for number in range(6)]
+    for name in names:
+        shutil.copytree(runs / "one" / "run", tmp_path / name)
+    code, out, _ = said(monkeypatch, capsys, *(tmp_path / name for name in names))
+    heads = [line for line in out.splitlines() if line.startswith("┃")]
+    assert code == 0 and heads
+    assert all([cell.strip() for cell in head.split("┃")[2:-1]] == names for head in heads)
+
+
 def test_other_data_and_models_of_the_same_name_are_told(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
@@ -18,13 +19,18 @@ from rich.text import Text
 from fastkd.errors import printable
 from fastkd.reporting.progress import live_bar
 
+# wider than any table
+_NO_END = 1_000_000
+# in characters: what a column has around its cells, and what heads and texts are folded to
+_FRAME, _HEAD, _TEXT = 3, 16, 24
+
 
 class Reporter:
     """Speaks for rank 0; the other ranks hold one that is silent."""
 
     def __init__(self, *, silent: bool = False) -> None:
-        # a log has no width: lines must not be folded at 80 columns
-        width = None if sys.stdout.isatty() else 120
+        # a log has no width: nothing in it may be folded or cut
+        width = None if sys.stdout.isatty() else _NO_END
         self.console = Console(quiet=silent, highlight=False, width=width, soft_wrap=True)
         self._bar: tuple[Progress, TaskID] | None = None
 
@@ -37,14 +43,34 @@ class Reporter:
         """One line, or several."""
         self.console.print(_plain(text))
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table; the first column is text, the others are numbers."""
-        table = Table(title=_plain(title, "table.title"), title_justify="left")
-        for index, column in enumerate(columns):
-            table.add_column(_plain(column), justify="right" if index else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*map(_plain, row))
-        self.console.print(table)
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *,
+        apart: bool = False,
+    ) -> None:
+        """A table, no cell of which is cut; on a terminal that is too narrow cells are folded.
+
+        Args:
+            title: above it.
+            columns: heads; the first column is text, the others are numbers.
+            rows: as long as the heads.
+            apart: whether columns that don't fit beside each other may stand in tables of their
+                own, each with the first column.
+        """
+        parts = _parted(columns, rows, self.console.width) if apart else [[*range(len(columns))]]
+        for place, part in enumerate(parts, start=1):
+            of = f" ({place} of {len(parts)})" if len(parts) > 1 else ""
+            table = Table(title=_plain(title + of, "table.title"), title_justify="left")
+            for index in part:
+                table.add_column(
+                    _plain(columns[index]), justify="right" if index else "left", overflow="fold"
+                )
+            for row in rows:
+                table.add_row(*(_plain(row[index]) for index in part))
+            self.console.print(table, crop=False, soft_wrap=False)
 
     @contextmanager
     def steps(self, done: int, total: int) -> Iterator[None]:
@@ -76,3 +102,26 @@ class Reporter:
 
 def _plain(text: str, style: str = "") -> Text:
     return Text("\n".join(map(printable, text.split("\n"))), style)
+
+
+def _parted(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
+    """Columns of tables that each have room for their numbers: the first in every one, then as many
+    as fit, at least one."""
+    sizes = [
+        # long heads, and texts among the numbers, are folded
+        _FRAME
+        + max(
+            min(cell_len(head), _HEAD),
+            min(max((cell_len(row[index]) for row in rows), default=0), _TEXT),
+        )
+        for index, head in enumerate(columns)
+    ]
+    parts: list[list[int]] = []
+    left = 0
+    for index, size in enumerate(sizes[1:], start=1):
+        if not parts or size > left:
+            parts.append([0])
+            left = width - sizes[0] - 1
+        parts[-1].append(index)
+        left -= size
+    return parts

@@ -49,7 +49,7 @@ def report_runs(folders: Sequence[Path], reporter: Reporter) -> None:
     }
     for title, rows in tables.items():
         if rows:
-            reporter.table(title, heads, rows)
+            reporter.table(title, heads, rows, apart=True)
 
 
 def differences(recipes: Sequence[Mapping[str, str]]) -> Rows:

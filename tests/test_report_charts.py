@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 import pytest
 
 from fastkd.reporting.layer_figure import layer_figures
-from fastkd.reporting.svg import Bar, Line, Panel, bars, chart, make_axis, number
+from fastkd.reporting.numbers import number, tick_numbers
+from fastkd.reporting.svg import Bar, Line, Panel, bars, chart, make_axis
 
 STEPS = (1.0, 2.0, 3.0, 4.0)
 
@@ -150,6 +151,42 @@ def test_a_long_run_keeps_its_extremes_and_every_value_is_inside_what_is_told(st
 )
 def test_a_number_has_four_digits(value: float, said: str) -> None:
     assert number(value) == said
+
+
+@pytest.mark.parametrize(
+    ("ticks", "shown"),
+    [
+        ((0.89272, 0.89274, 0.89276), ["0.89272", "0.89274", "0.89276"]),
+        ((2.3701, 2.37015, 2.3702), ["2.3701", "2.37015", "2.3702"]),
+        ((12345.2, 12345.4), ["12,345.2", "12,345.4"]),
+        ((999.8, 1000.0, 1000.2), ["999.8", "1,000", "1,000.2"]),
+        ((0.9999999998, 1.0), ["0.9999999998", "1"]),
+        ((1e-5, 1e-3, 0.1), ["1e-5", "0.001", "0.1"]),
+        ((2_000_000.0, 2_000_005.0), ["2,000,000", "2,000,005"]),
+        ((0.1 + 0.2, 0.4), ["0.3", "0.4"]),
+        ((1.0, math.nextafter(1.0, 2.0)), ["1", "1.0000000000000002"]),
+        ((1 / 3,), ["0.3333"]),
+    ],
+)
+def test_ticks_have_the_digits_that_tell_them_apart(
+    ticks: tuple[float, ...], shown: list[str]
+) -> None:
+    assert tick_numbers(ticks) == shown
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("values", [(0.89271, 0.89278), (2.37011, 2.37035), (12345.2, 12345.9)])
+def test_an_axis_names_no_two_places_alike(values: tuple[float, ...], log: bool) -> None:
+    page = chart([Panel([Line("", (1, 2), values)], log=log)])
+    named = [text for text in texts(page) if re.fullmatch(r"[\d,]+\.\d+", text)]
+    assert len(named) >= 3 and len(set(named)) == len(named)
+
+
+def test_what_is_said_of_a_line_begins_and_ends_with_numbers() -> None:
+    line = Line("norm", (10, 20, 30, 40), (math.nan, 3.0, 2.0, math.inf))
+    page = chart([Panel([line], "t"), Panel([Line("x", (1,), (math.nan,))], "t")])
+    said = [svg.get("aria-label") for svg in elements(page, "svg") if svg.get("role") == "img"]
+    assert said == ["t by step: norm from 3 at 20 to 2 at 30", "t by step: x without values"]
 
 
 def test_steps_have_no_fractions() -> None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastkd.reporting.html import html_table
-from fastkd.reporting.svg import WIDTH, figure, number, picture, text, tooltip
+from fastkd.reporting.numbers import number
+from fastkd.reporting.svg import WIDTH, figure, picture, text, tooltip
 
 _STUDENT, _TEACHER = 70.0, WIDTH - 70.0
 _RADIUS, _PITCH, _NARROW_PITCH = 9.0, 24.0, 15.0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastkd.reporting.numbers import fixed, percent
+
 Rows = list[tuple[str, ...]]
 Bars = list[tuple[str, float, str]]
 """Of each bar its name, its size, and the size as text."""
@@ -35,7 +37,7 @@ def time_rows(profile: Mapping[str, Any]) -> Rows:
         (
             _SAID.get(name, name),
             _milliseconds(phase["milliseconds"]),
-            f"{phase['share']:.1%}",
+            percent(phase["share"], 1),
             *(_milliseconds(phase[key]) for key in more),
         )
         for name, phase in phases.items()
@@ -54,7 +56,7 @@ def time_bars(profile: Mapping[str, Any]) -> Bars:
         (
             _SAID.get(name, name),
             phase["milliseconds"],
-            f"{_milliseconds(phase['milliseconds'])} ms, {phase['share']:.0%}",
+            f"{_milliseconds(phase['milliseconds'])} ms, {percent(phase['share'])}",
         )
         for name, phase in profile["phases"].items()
     ]
@@ -88,9 +90,9 @@ def _more(profile: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _milliseconds(value: float) -> str:
-    return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+    return fixed(value, 2 if value < 100 else 0)
 
 
 def _size(size: int) -> str:
     mebibytes = size / 2**20
-    return f"{mebibytes:,.0f} MiB" if mebibytes >= 10 else f"{mebibytes:,.2f} MiB"
+    return f"{fixed(mebibytes, 0 if mebibytes >= 10 else 2)} MiB"

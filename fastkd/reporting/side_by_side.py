@@ -13,6 +13,7 @@ from fastkd.errors import UserError
 from fastkd.models.digests import NOTE, noted_models
 from fastkd.recipe import read_tree
 from fastkd.reporting.console import Reporter
+from fastkd.reporting.numbers import fixed
 from fastkd.reporting.report import TOTAL, Rows, loss_rows, model_rows, print_summary
 from fastkd.reporting.scores import score_values
 from fastkd.training.continuation import flat
@@ -127,7 +128,7 @@ def _facts(summary: dict[str, Any]) -> dict[str, str]:
     student = {row[0]: row[-1] for row in model_rows(summary)}
     return {
         "steps": f"{summary['steps']:,}",
-        "seconds": f"{summary['seconds']:,.0f}",
-        "peak memory": f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        "seconds": fixed(summary["seconds"]),
+        "peak memory": f"{fixed(summary['peak_memory_bytes'] / 2**20)} MiB",
         **student,
     }

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastkd.reporting.html import escaped, shortened
+from fastkd.reporting.numbers import number, tick_numbers
 from fastkd.reporting.style import LINES
 
 # of one panel, in pixels; the page shows it at about this size
@@ -131,7 +132,8 @@ def _linear_ticks(
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.ceil(low / step), math.floor(high / step)
-    return tuple(number * step for number in range(first, last + 1))
+    # neighbours nearer than floats can be are one
+    return tuple(dict.fromkeys(number * step for number in range(first, last + 1)))
 
 
 def _log_ticks(low: float, high: float) -> tuple[float, ...]:
@@ -145,14 +147,6 @@ def _log_ticks(low: float, high: float) -> tuple[float, ...]:
         if len(shown) >= 3:
             return shown
     return tuple(tick for tick in _linear_ticks(low, high) if tick > 0)
-
-
-def number(value: float) -> str:
-    """A number of an axis or a tooltip: four digits, thousands apart, `1e-5`."""
-    if math.isfinite(value) and 1000 <= abs(value) < 1e9:
-        return f"{value:,.0f}"
-    mantissa, mark, power = f"{value:.4g}".partition("e")
-    return f"{mantissa}e{int(power)}" if mark else mantissa
 
 
 def chart(panels: Sequence[Panel]) -> str:
@@ -210,16 +204,18 @@ def _figure(panel: Panel) -> str:
 
 
 def _said(line: Line) -> str:
-    if not len(line.x):
-        return f"{line.label} without values"
-    first, last = number(line.y[0]), number(line.y[-1])
-    return f"{line.label} from {first} at {number(line.x[0])} to {last} at {number(line.x[-1])}"
+    known = [(x, y) for x, y in zip(line.x, line.y, strict=True) if _is_shown(y)]
+    if not known:
+        return f"{line.label} without values".lstrip()
+    ends = (f"{number(y)} at {number(x)}" for x, y in (known[0], known[-1]))
+    return f"{line.label} from {' to '.join(ends)}".lstrip()
 
 
 def _draw(panel: Panel) -> list[str]:
     """The elements of a panel."""
     y_axis = make_axis([y for line in panel.lines for y in line.y], log=panel.log)
-    left = max(len(number(tick)) for tick in y_axis.ticks) * CHARACTER + 12
+    y_numbers = tick_numbers(y_axis.ticks)
+    left = max(map(len, y_numbers)) * CHARACTER + 12
     right, bottom = WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     places = [x for line in panel.lines for x in line.x]
     longest = max((len(number(x)) for x in places), default=1)
@@ -235,14 +231,14 @@ def _draw(panel: Panel) -> list[str]:
         return None if place is None else bottom - place * (bottom - _TOP)
 
     found = []
-    for tick in y_axis.ticks:
+    for tick, shown in zip(y_axis.ticks, y_numbers, strict=True):
         at = up(tick) or 0.0
         found.append(f'<path class="grid" d="M{left:.1f} {at:.1f}H{right:g}"/>')
-        found.append(text(left - 6, at + 4, number(tick), "end"))
-    for tick in x_axis.ticks:
+        found.append(text(left - 6, at + 4, shown, "end"))
+    for tick, shown in zip(x_axis.ticks, tick_numbers(x_axis.ticks), strict=True):
         at = across(tick) or 0.0
         found.append(f'<path class="axis" d="M{at:.1f} {bottom:g}v4"/>')
-        found.append(text(at, bottom + 17, number(tick), "middle"))
+        found.append(text(at, bottom + 17, shown, "middle"))
     found.append(f'<path class="axis" d="M{left:.1f} {bottom:g}H{right:g}"/>')
     found.append(text((left + right) / 2, _HEIGHT - 5, panel.x_label, "middle"))
     groups = _groups(places)

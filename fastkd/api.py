@@ -58,7 +58,8 @@ class RunResult:
 
     @property
     def losses_before(self) -> dict[str, float]:
-        """Raw held-out losses before the first step, by label as in `attention/1-2`.
+        """Raw held-out losses before the first step, by label as in `attention/1-2`; of a run in
+        stages those of its first, which may be others than `losses_after` has.
 
         Raises:
             UserError: of a lean run, which left this evaluation out.

@@ -217,6 +217,20 @@ def test_text_of_others_is_text(tmp_path: Path) -> None:
     assert "\n---" not in outside
 
 
+def test_losses_of_stages_are_told_apart(tmp_path: Path) -> None:
+    ends = [({"hidden/1-2": 8.0}, {"hidden/1-2": 2.0}), ({"logits": 0.5}, {"logits": 0.75})]
+    stages = [
+        tiny_summary(
+            **{"before": {"losses": before, "total": 1.0}, "after": {"losses": after, "total": 2.0}}
+        )
+        for before, after in ends
+    ]
+    whole = {**stages[1], "before": stages[0]["before"], "stages": stages}
+    said = card(tmp_path / "run", TREE, whole).content
+    assert "| stage 1: hidden/1-2 | 8 | 2 |\n| stage 1: total, weighted | 1 | 2 |\n" in said
+    assert "| stage 2: logits | 0.5 | 0.75 |" in said
+
+
 def test_code_stays_in_its_fence() -> None:
     assert fenced("a\n```\nb\x1b\n", "sh") == ["````sh", "a", "```", "b\\x1b", "````"]
     assert fenced("a") == ["```", "a", "```"]

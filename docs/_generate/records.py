@@ -217,8 +217,8 @@ class Summary(Section):
     disk_bytes: dict[str, int]
     """Files of student and teacher that are read of them."""
     stages: list[dict[str, Any]] | None = None
-    """The summaries of a recipe's stages; their sum has the times and steps of all, `before` of the
-    first, and all else of the last."""
+    """The summaries of a recipe's stages, each with its own losses; the whole has the times and
+    steps of all, their largest peak of memory, `before` of the first, and all else of the last."""
 
 
 LINES: dict[str, type[Section]] = {

@@ -14,6 +14,7 @@ from fastkd.reporting.html import (
     html_table,
 )
 from fastkd.reporting.layer_figure import layer_figures
+from fastkd.reporting.numbers import fixed, number
 from fastkd.reporting.profile import (
     memory_bars,
     memory_rows,
@@ -103,11 +104,27 @@ def write_report(run: RunFolder) -> None:
 
 
 def loss_rows(summary: dict[str, Any]) -> Rows:
-    before, after = summary["before"], summary["after"]
-    # the first of several stages may have had other terms
-    first = {label: f"{value:.4g}" for label, value in before["losses"].items()}
+    """Held-out losses and what else compares both models' outputs, before and after; of a run in
+    stages those of each stage, which has losses of its own."""
+    parts = stages_of(summary)
+    if len(parts) == 1:
+        return _loss_rows(summary["before"], summary["after"])
+    return [
+        (f"stage {place}: {label}", *values)
+        for place, part in enumerate(parts, start=1)
+        for label, *values in _loss_rows(part["before"], part["after"])
+    ]
+
+
+def stages_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The summaries of a run's stages; its own where it has none."""
+    return summary.get("stages") or [summary]
+
+
+def _loss_rows(before: dict[str, Any], after: dict[str, Any]) -> Rows:
     rows: Rows = [
-        (label, first.get(label, "-"), f"{value:.4g}") for label, value in after["losses"].items()
+        (label, f"{before['losses'][label]:.4g}", f"{value:.4g}")
+        for label, value in after["losses"].items()
     ]
     rows.append((TOTAL, f"{before['total']:.4g}", f"{after['total']:.4g}"))
     if "sentence_cosine" in after:
@@ -151,7 +168,7 @@ def model_rows(summary: dict[str, Any]) -> Rows:
     rows: Rows = [("parameters", *(f"{parameters[name]:,}" for name in names))]
     # summaries of fastkd 0.1 hold neither
     if "disk_bytes" in summary:
-        sizes = [f"{summary['disk_bytes'][name] / 2**20:,.1f} MiB" for name in names]
+        sizes = [f"{fixed(summary['disk_bytes'][name] / 2**20, 1)} MiB" for name in names]
         rows.append(("size on disk", *sizes))
     if "speed" in summary:
         rows += _speeds(summary["speed"], names)
@@ -166,54 +183,69 @@ def _speeds(speed: dict[str, Any], names: list[str]) -> Rows:
     for batch, models in speed["batches"].items():
         found = [models.get(name) for name in names]
         size = f"{batch} x {'/'.join(lengths)}"
-        latencies = [f"{one['milliseconds']:,.4g} ms" if one else "-" for one in found]
-        rates = [f"{one['tokens_per_second']:,.0f}" if one else "-" for one in found]
+        latencies = [f"{number(one['milliseconds'])} ms" if one else "-" for one in found]
+        rates = [fixed(one["tokens_per_second"]) if one else "-" for one in found]
         rows += [(f"forward of {size} tokens", *latencies), (f"tokens/s at {size}", *rates)]
     return rows
 
 
-def _facts(summary: dict[str, Any]) -> Rows:
-    steps = f"{summary['steps']} steps"
+def _trained(summary: dict[str, Any]) -> str:
+    """How much a run read, in which steps and passes; stages may read data of other sizes."""
+    steps = f"{summary['steps']:,} step{'s' if summary['steps'] != 1 else ''}"
     if "train_tokens" in summary:
-        trained = f"{summary['train_tokens']:,} tokens in {steps}"
-    else:
-        kind, there = _COUNTED["train_rows" in summary]
-        read = summary[f"train_{kind}"]
-        trained = f"{read:,} {kind} in {steps}, {read / summary[there]:.2f} passes"
+        return f"{summary['train_tokens']:,} tokens in {steps}"
+    kind, there = _COUNTED["train_rows" in summary]
+    passes = sum(part[f"train_{kind}"] / part[there] for part in stages_of(summary))
+    return f"{summary[f'train_{kind}']:,} {kind} in {steps}, {fixed(passes, 2)} passes"
+
+
+def _steering(summary: dict[str, Any]) -> Rows:
+    """What evaluations decided; each stage counts steps of its own."""
+    rows: Rows = []
+    parts = stages_of(summary)
+    for place, part in enumerate(parts, start=1):
+        of = f" by stage {place}" if len(parts) > 1 else ""
+        if part.get("stopped_early"):
+            rows.append((f"stopped early{of}", f"after {part['steps']:,} steps"))
+        if kept := part.get("kept_best"):
+            best = f"whose {kept['metric']} is the best ({number(kept['value'])})"
+            rows.append((f"exported{of}", f"the student of step {part['exported_step']:,}, {best}"))
+    return rows
+
+
+def _facts(summary: dict[str, Any]) -> Rows:
     # summaries of fastkd 0.1 don't say
     worse = "; ".join(summary.get("worse", []))
     same = one_class(summary["after"])
-    kept, stopped = summary.get("kept_best"), summary.get("stopped_early")
     return [
-        ("trained on", f"{trained}, stopped early" if stopped else trained),
-        *([("exported", _exported(summary["exported_step"], kept))] if kept else []),
+        ("trained on", _trained(summary)),
+        *_steering(summary),
         ("held out", _heldout(summary["after"])),
         *([("worse than before", worse)] if worse else []),
         *([("warning", f"the student predicts {same}")] if same else []),
         (
             f"peak memory of the {summary['peak_memory_of']}",
-            f"{summary['peak_memory_bytes'] / 2**20:,.0f} MiB",
+            f"{fixed(summary['peak_memory_bytes'] / 2**20)} MiB",
         ),
-        ("time", f"{summary['seconds']:.0f} s on {summary['world_size']} rank(s)"),
+        ("time", f"{fixed(summary['seconds'])} s on {summary['world_size']} rank(s)"),
         ("run folder", summary["run"]),
     ]
 
 
-def _exported(step: int, kept: dict[str, Any]) -> str:
-    return f"the student of step {step}, whose {kept['metric']} is the best ({kept['value']:.4g})"
-
-
 def _profile(summary: dict[str, Any]) -> list[tuple[str, tuple[str, ...], Rows]]:
-    """Title, heads and rows of time and of memory, where they were measured."""
-    profile = summary.get("profile")
+    """Title, heads and rows of time and of memory, where they were measured; of a run in stages
+    those of the last."""
+    *others, last = stages_of(summary)
+    profile = last.get("profile")
     if profile is None:
         return []
+    of = ", last stage" if others else ""
     return [
-        ("time of a step", time_columns(profile), time_rows(profile)),
+        (f"time of a step{of}", time_columns(profile), time_rows(profile)),
         (
-            f"memory of the {summary['peak_memory_of']}",
+            f"memory of the {last['peak_memory_of']}{of}",
             ("", "size"),
-            memory_rows(*_memory(summary)),
+            memory_rows(*_memory(last)),
         ),
     ]
 

@@ -91,7 +91,7 @@ def stage_folders(recipe: AnyRecipe) -> list[RunFolder]:
 def finish_stages(recipe: Recipe, summaries: list[dict[str, Any]], ranks: Ranks) -> dict[str, Any]:
     """Let the run's folder hold what its stages came to; its summary, on every rank."""
     folder = RunFolder(recipe.run.output)
-    summary = _joined(folder, summaries)
+    summary = join_summaries(folder, summaries)
     if ranks.is_main:
         folder.take_over(recipe)
         stages = stage_folders(recipe)
@@ -107,11 +107,17 @@ def finish_stages(recipe: Recipe, summaries: list[dict[str, Any]], ranks: Ranks)
     return summary
 
 
-def _joined(run: RunFolder, summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    sums = {key: sum(s[key] for s in summaries) for key in _ADDED_UP if key in summaries[0]}
+def join_summaries(run: RunFolder, summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The summary of a run of several stages, in order: steps, time and data of all, the largest
+    peak of memory, what was before the first, and all else of the last."""
+    last = summaries[-1]
+    sums = {key: sum(s[key] for s in summaries) for key in _ADDED_UP if key in last}
+    # the peak of another kind of memory compares with none here
+    alike = (s for s in summaries if s["peak_memory_of"] == last["peak_memory_of"])
     return {
-        **summaries[-1],
+        **last,
         **sums,
+        "peak_memory_bytes": max(s["peak_memory_bytes"] for s in alike),
         "run": str(run.path),
         "before": summaries[0]["before"],
         # losses of different stages don't compare, so each is held against itself

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.peers import command, page
+from benchmarks.peers import command, page, sentences
 from benchmarks.peers.command import agreement
 from benchmarks.peers.groups import FASTKD, PEERS, PLAIN, groups
 from benchmarks.peers.layers import WEIGHTS, make_pair, mean_of_pairs, mean_of_tokens
@@ -60,6 +62,24 @@ def test_a_row_makes_the_step_of_plain_pytorch(group: Group, row: Row) -> None:
     steps = {one.key: one.make(group.cases[0]) for one in (row, plain)}
     found = agreement([row, plain], group.cases[0], steps)
     assert set(found) == {row.loss}
+
+
+def test_models_that_a_row_reads_again_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    row, case = row_of("embeddings", "sentence-transformers", "mse")
+    if not row.installed:
+        pytest.skip("sentence-transformers is not installed here; make peers installs it")
+    made: list[Any] = []
+
+    def make(*given: Any) -> Any:
+        pair = make_pair(*given)
+        made.extend(weakref.ref(model) for model in (pair.teacher, pair.student))
+        return pair
+
+    monkeypatch.setattr(sentences, "make_pair", make)
+    step = row.make(case)
+    gc.collect()
+    assert len(made) == 2 and [ref() for ref in made] == [None, None]
+    assert torch.isfinite(step.run())
 
 
 @pytest.mark.parametrize("loss", ["scores", "probabilities"])

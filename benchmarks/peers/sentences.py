@@ -53,15 +53,18 @@ def sentence_transformers_row(case: Case) -> Step:
     from sentence_transformers.sentence_transformer.losses import MSELoss
 
     pair = make_pair(case, "sdpa")
+    inputs = pair.inputs
     teacher, student = (_modules(model, case) for model in (pair.teacher, pair.student))
+    # the models were read again, and the step is to hold them once
+    del pair
     assert isinstance(student, SentenceTransformer)
     module = MSELoss(student)
     optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, fused=True)
 
     def run() -> Tensor:
         with torch.no_grad():
-            target = teacher(dict(pair.inputs))["sentence_embedding"]
-        made: Tensor = module([dict(pair.inputs)], target)
+            target = teacher(dict(inputs))["sentence_embedding"]
+        made: Tensor = module([dict(inputs)], target)
         return update(made, optimizer)
 
     return Step(run=run, optimizer=optimizer)

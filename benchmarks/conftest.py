@@ -19,7 +19,7 @@ from benchmarks.timing import (
     peak_bytes,
     seconds_of,
 )
-from benchmarks.training_step import paired_ratios
+from benchmarks.training_step import ends_of, paired_ratios
 
 set_threads()
 
@@ -35,6 +35,10 @@ def _against_the_chip(seconds: float, cost: Cost) -> dict[str, Any]:
         "share_of_bf16_rate": round(multiplying / seconds, 3),
         "share_of_floor": round(max(moving, multiplying) / seconds, 3),
     }
+
+
+def _rounded(ends: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {name: [round(end, 2) for end in of] for name, of in ends.items()}
 
 
 def _environment(device: str) -> dict[str, Any]:
@@ -55,9 +59,10 @@ def _environment(device: str) -> dict[str, Any]:
 def compare(benchmark: Any) -> Callable[..., dict[str, float]]:
     """Time `functions[op]` with pytest-benchmark and all of them in paired rounds.
 
-    Records median milliseconds, how often the op is faster (median of the rounds' ratios), peak
-    memory, compulsory bytes and operations, and the environment; on the CPU also page faults, on a
-    GPU launches and the shares of the copy bandwidth and bf16 rate measured in the same run.
+    Records median milliseconds, how often the op is faster (median, quartiles and range of the
+    rounds' ratios), peak memory, compulsory bytes and operations, and the environment; on the CPU
+    also page faults, on a GPU launches and the shares of the copy bandwidth and bf16 rate measured
+    in the same run.
     Returns the ratios.
     """
 
@@ -68,6 +73,7 @@ def compare(benchmark: Any) -> Callable[..., dict[str, float]]:
         medians = {name: statistics.median(taken) for name, taken in seconds.items()}
         paired = paired_ratios(seconds, op)
         ratios = {name: statistics.median(values) for name, values in paired.items()}
+        quartiles, ranges = ends_of(paired)
         benchmark.extra_info.update(
             shape=shape,
             **_environment(device),
@@ -75,10 +81,8 @@ def compare(benchmark: Any) -> Callable[..., dict[str, float]]:
             flops=cost.flops,
             milliseconds={name: round(1e3 * median, 3) for name, median in medians.items()},
             times_the_op={name: round(ratio, 2) for name, ratio in ratios.items()},
-            range_of_times_the_op={
-                name: [round(min(values), 2), round(max(values), 2)]
-                for name, values in paired.items()
-            },
+            quartiles_of_times_the_op=_rounded(quartiles),
+            range_of_times_the_op=_rounded(ranges),
             peak_megabytes={
                 name: round(peak_bytes(function, device) / 1e6, 2)
                 for name, function in functions.items()

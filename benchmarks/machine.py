@@ -11,6 +11,8 @@ from typing import Any
 import cpuinfo
 import torch
 
+from benchmarks.processor import UNITS, units
+
 
 def set_threads() -> None:
     """Two threads, or one of one core, or as many as `FASTKD_BENCH_THREADS` says."""
@@ -22,6 +24,7 @@ def machine() -> dict[str, Any]:
     found = cpuinfo.get_cpu_info()
     return {
         "processor": found.get("brand_raw", platform.machine()),
+        UNITS: units(found.get("flags", [])),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -3,10 +3,10 @@
 `python -m benchmarks.rerun [--only PART ...] [--keep FOLDER]`, which is `make bench`: the CPU's
 benchmarks that need no data of others, in fewer rounds. What the README does not quote and takes
 minutes (`LONG`) has to be asked for. A ratio has moved if it lies further from the committed one
-than twice what lies between the quartiles of its rounds, the mean of those results that have them;
-where neither has, than twice the range of the rounds. Memory has moved if it differs by more than
-`MEMORY`. What has moved is named, and the exit code is 1. Milliseconds are not compared: they are
-of a machine.
+than twice what lies between the quartiles of its rounds, the mean of those results that have them
+(new ones all do); where neither has, than twice the range of the rounds. Memory has moved if it
+differs by more than `MEMORY`. What has moved is named, and the exit code is 1. Milliseconds are not
+compared: they are of a machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from benchmarks.slim import slim
+from benchmarks.processor import name_of
+from benchmarks.slim import read_full, slim
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -97,10 +98,15 @@ def of_training_step(found: dict[str, Any]) -> Figures:
 def of_kernels(found: dict[str, Any], quoted: Quoted) -> Figures:
     made: Figures = {}
     for name in (name for names in quoted.values() for name in names):
-        entry = found["benchmarks"][name]
-        rounds = entry.get("range_of_times_the_op", {}).get("definition")
+        # one that failed has left nothing
+        if (entry := found["benchmarks"].get(name)) is None:
+            continue
+        rounds, quartiles = (
+            entry.get(f"{ends}_of_times_the_op", {}).get("definition")
+            for ends in ("range", "quartiles")
+        )
         made[f"{name}, definition / op"] = Figure(
-            entry["times_the_op"]["definition"], _pair(rounds)
+            entry["times_the_op"]["definition"], _pair(rounds), _pair(quartiles)
         )
         for kind, size in entry["peak_megabytes"].items():
             made[f"{name}, MB of {kind}"] = Figure(size)
@@ -221,9 +227,8 @@ def measure(part: Part, folder: Path) -> tuple[dict[str, Any] | None, int]:
             check=False,
         )
     path = folder / part.committed
-    full = folder / "full.json"
-    if full.is_file():
-        path.write_text(json.dumps(slim([json.loads(full.read_text("utf-8"))])), encoding="utf-8")
+    if (full := read_full(folder / "full.json")) is not None:
+        path.write_text(json.dumps(slim([full])), encoding="utf-8")
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     return found, done.returncode
 
@@ -253,7 +258,7 @@ def spread(figure: Figure) -> str:
 def processors(part: Part, found: dict[str, Any]) -> str | None:
     """What the two results are of, unless that is one processor: reason enough to move."""
     committed = json.loads((RESULTS / part.committed).read_text(encoding="utf-8"))
-    old, new = (result.get("processor", "one without a name") for result in (committed, found))
+    old, new = name_of(committed), name_of(found)
     return None if old == new else f"committed: {old}; now: {new}"
 
 

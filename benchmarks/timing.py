@@ -44,7 +44,7 @@ def paired_seconds(functions: Functions, device: str) -> dict[str, list[float]]:
 
     On the CPU each is run twice untimed before it is timed: the one before it leaves cold caches
     behind, and a heap that the definition has just grown or shrunk by hundreds of megabytes. Once
-    is enough where a run takes seconds.
+    is enough for the definition, which is what moves that heap, and where a run takes seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     # on a GPU this compiles kernels

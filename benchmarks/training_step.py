@@ -29,6 +29,7 @@ from fastkd.recipe import Losses
 
 Step = Callable[[], Tensor]
 Inputs = dict[str, Tensor]
+Ends = list[float]
 # what a profiled step is marked with
 MARK = "whole step"
 TOP_KERNELS = 8
@@ -224,6 +225,12 @@ def paired_ratios(times: dict[str, list[float]], base: str) -> dict[str, list[fl
     }
 
 
+def ends_of(ratios: dict[str, list[float]]) -> tuple[dict[str, Ends], dict[str, Ends]]:
+    """Quartiles of each, and its lowest and highest."""
+    quartiles = {name: np.quantile(of, (0.25, 0.75)).tolist() for name, of in ratios.items()}
+    return quartiles, {name: [min(of), max(of)] for name, of in ratios.items()}
+
+
 def timed_in_turn(steps: dict[str, Step], device: str, rounds: int) -> dict[str, Any]:
     """Median seconds of each, and how many times those of the trivial step, by paired rounds.
 
@@ -236,17 +243,14 @@ def timed_in_turn(steps: dict[str, Step], device: str, rounds: int) -> dict[str,
         assert torch.isfinite(step()), f"the loss of {name} is not finite"
     times = seconds_in_turn(steps, device, rounds)
     ratios = paired_ratios(times, "trivial loss")
+    quartiles, ranges = ends_of(ratios)
     return {
         "seconds": {name: statistics.median(values) for name, values in times.items()},
         "times the trivial step, median of paired rounds": {
             name: statistics.median(values) for name, values in ratios.items()
         },
-        "quartiles of the rounds": {
-            name: np.quantile(values, (0.25, 0.75)).tolist() for name, values in ratios.items()
-        },
-        "lowest and highest of the rounds": {
-            name: [min(values), max(values)] for name, values in ratios.items()
-        },
+        "quartiles of the rounds": quartiles,
+        "lowest and highest of the rounds": ranges,
     }
 
 

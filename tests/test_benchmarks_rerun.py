@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import rerun
+from benchmarks import rerun, slim
+from benchmarks.machine import machine
+from benchmarks.processor import UNITS
 from benchmarks.rerun import LONG, PARTS, QUOTED, QUOTED_LONG, Figure, Part, compared, moved
+from benchmarks.training_step import ends_of
 
+MACHINE = {"processor": "x", "python_version": "3"}
 ALONE = "import json, sys; json.dump({found}, open(sys.argv[1], 'w')); sys.exit({code})"
 
 
@@ -91,6 +95,71 @@ def test_a_step_moves_by_the_quartiles_of_its_rounds() -> None:
     assert lines == [f"{name}: 1.07 committed, 1.28 now (quartiles 1.23 to 1.33), MOVED"]
 
 
+@pytest.mark.parametrize("name", ["kernels", "kernels-long"])
+def test_an_op_that_is_much_slower_is_noticed(name: str) -> None:
+    """By the quartiles that new results have: of the committed rounds the range alone is known,
+    and that of some is wider than a slow-down by ten."""
+    part = PARTS[name]
+    quoted = [of for names in (QUOTED_LONG if name in LONG else QUOTED).values() for of in names]
+    for slower, expected in ((1.0, False), (2.0, True), (10.0, True)):
+        found = committed(part)
+        for entry in found["benchmarks"].values():
+            ratio = entry["times_the_op"]["definition"] / slower
+            entry["times_the_op"]["definition"] = ratio
+            entry["quartiles_of_times_the_op"] = {"definition": [0.9 * ratio, 1.1 * ratio]}
+        moved_now = {line.partition(", def")[0]: has for line, has in compared(part, found)}
+        assert {of: moved_now[of] for of in quoted} == dict.fromkeys(quoted, expected)
+
+
+def test_results_have_quartiles_of_the_rounds() -> None:
+    rounds = {"definition": [8.0, 1.0, 2.0, 4.0, 3.0], "op": [1.0] * 5}
+    quartiles, ranges = ends_of(rounds)
+    assert quartiles == {"definition": [2.0, 4.0], "op": [1.0, 1.0]}
+    assert ranges == {"definition": [1.0, 8.0], "op": [1.0, 1.0]}
+
+
+def test_a_kernel_that_fails_is_named_and_the_others_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """pytest ends with 1, and its file lacks the benchmark."""
+    part = PARTS["kernels"]
+    found = committed(part)
+    failed, *others = (name for names in QUOTED.values() for name in names)
+    full = {
+        "machine_info": {"cpu": {"brand_raw": found["processor"]}, **MACHINE},
+        "benchmarks": [{"name": of, "extra_info": found["benchmarks"][of]} for of in others],
+    }
+    for left, lines in ((full, 1 + len(found_of(failed, part))), ({**full, "benchmarks": []}, 1)):
+        script = ALONE.format(found=left, code=1)
+        command = (sys.executable, "-c", script, "{folder}/full.json")
+        monkeypatch.setattr(rerun, "PARTS", {"it": part._replace(command=command)})
+        assert rerun.run([]) == 1
+        wrong = capsys.readouterr().out.partition("not as committed:\n")[2].splitlines()
+        assert wrong[0] == "it: it ended with exit code 1" and len(wrong) == lines
+        assert all(failed in line and "not measured now" in line for line in wrong[1:])
+
+
+def found_of(benchmark: str, part: Part) -> list[str]:
+    return [name for name in part.figures(committed(part)) if name.startswith(benchmark)]
+
+
+def test_no_result_is_made_of_no_benchmark(tmp_path: Path) -> None:
+    empty, target = tmp_path / "full.json", tmp_path / "kernels.json"
+    empty.write_text("")
+    for source in (empty, tmp_path / "none.json"):
+        with pytest.raises(SystemExit, match=f"{source.name} holds no benchmark; see what pytest"):
+            slim.run([str(source), str(target)])
+    assert not target.exists()
+    benchmarks = [{"name": "a", "extra_info": {"x": 1}}]
+    info = {"cpu": {"flags": ["fpu", "amx_bf16", "avx2"]}, **MACHINE}
+    empty.write_text(json.dumps({"machine_info": info, "benchmarks": benchmarks}))
+    slim.run([str(empty), str(target)])
+    assert json.loads(target.read_text()) == {
+        **{"processor": "x", UNITS: ["avx2", "amx_bf16"], "python": "3"},
+        "benchmarks": {"a": {"x": 1}},
+    }
+
+
 @pytest.fixture
 def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes the one part: a command that leaves a result, or none, and ends with a code."""
@@ -110,7 +179,9 @@ def part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                 "it": Part(
                     "it.json",
                     (sys.executable, "-c", script, "{folder}/it.json"),
-                    lambda result: {name: Figure(value) for name, value in result.items()},
+                    lambda result: {
+                        name: Figure(result[name]) for name in ("ratio", "other") if name in result
+                    },
                     {},
                 )
             },
@@ -143,10 +214,36 @@ def test_what_takes_long_is_measured_when_it_is_asked_for(
         assert capsys.readouterr().out.count("it, ") == measured
 
 
-def test_another_processor_is_named(part: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    part({"ratio": 1.5, "other": 2.0, "processor": "a new one"})
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ({}, {"processor": "b"}, "one without a name, its units not noted; now: b, its units"),
+        ({"processor": "b"}, {"processor": "b"}, None),
+        (
+            {"processor": "b", UNITS: ["avx2", "amx_bf16"]},
+            {"processor": "b", UNITS: ["avx2"]},
+            "committed: b with avx2, amx_bf16; now: b with avx2\n",
+        ),
+        ({"processor": "b", UNITS: ["avx2"]}, {"processor": "b", UNITS: ["avx2"]}, None),
+        ({"processor": "b"}, {"processor": "b", UNITS: []}, "not noted; now: b with no units"),
+    ],
+    ids=["name", "old ones alike", "units", "alike", "an old one"],
+)
+def test_another_processor_is_named(
+    old: dict[str, Any],
+    new: dict[str, Any],
+    said: str | None,
+    part: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Clouds give one name to processors with and without matrix units."""
+    ratios = {"ratio": 1.5, "other": 2.0}
+    part({**ratios, **new})
+    (rerun.RESULTS / "it.json").write_text(json.dumps({**ratios, **old}), encoding="utf-8")
     assert rerun.run([]) == 0
-    assert "  committed: one without a name; now: a new one\n" in capsys.readouterr().out
+    found = capsys.readouterr().out
+    assert said in found if said else "committed: " not in found
+    assert isinstance(machine()[UNITS], list)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from inspect import signature
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -13,8 +14,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkd.capture import CompiledCapture, evaluating, is_routed, route_attention, try_model
+from fastkd.capture import CompiledCapture, evaluating, is_routed, try_model
 from fastkd.capture.compiled import check_not_compiled
+from fastkd.capture.lm_head import head_traits
+from fastkd.capture.modes import shared
+from fastkd.capture.routing import routed
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import Progress, make_layer_map
@@ -128,7 +132,7 @@ class Distiller(nn.Module):
                 try_model(student, tokens, "tokens", **needs),
                 try_model(teacher, tokens, "tokens", **needs),
             )
-            routed = [is_routed(student), is_routed(teacher)]
+            heard = [model for model in (student, teacher) if is_routed(model)]
         finally:
             for model, name in zip((student, teacher), running, strict=True):
                 model.config._attn_implementation = name
@@ -152,7 +156,7 @@ class Distiller(nn.Module):
         self._pair = [DistilledStudent(student, objective)]
         self._runs: list[TeacherRunner] = []
         self._compiled = self._compile() if compile else None
-        self._routed = routed
+        self._routed = heard
         of_heads = ((n, loss_class(c.loss)) for n, c in section.terms.items())
         # the loss that learns from labels, or where they are
         self._labels_read = next(
@@ -160,9 +164,14 @@ class Distiller(nn.Module):
             None,
         )
         self._rates_unread = bool(objective.parameter_rates())
+        self._unmoved = objective.moving
+        self._by_epoch = any(one.moves_by_epoch for one in objective.maps.values())
+        parts = objective.all_layers("student")["logits"]
+        # the models whose logits are made here, and what was tried of their last layers
+        self._heads = [(m, head_traits(m)) for m in (student, teacher) if parts]
         self._tokens = tokens if needs["attention"] else None
         self._keywords = [set(signature(model.forward).parameters) for model in (student, teacher)]
-        self._found: list[tuple[list[str], ExitStack]] = []
+        self._listening: list[ExitStack] = []
 
     @property
     def teacher(self) -> PreTrainedModel:
@@ -186,14 +195,14 @@ class Distiller(nn.Module):
         return groups
 
     def __enter__(self) -> Self:
-        models = self.student, self.teacher
-        running = [model.config._attn_implementation for model in models]
-        for model, routed in zip(models, self._routed, strict=True):
-            if routed:
-                route_attention(model)
-        modes = ExitStack()
-        modes.enter_context(evaluating(self.teacher))
-        self._found.append((running, modes))
+        # other distillers may listen to the same teacher
+        with ExitStack() as opening:
+            for model in self._routed:
+                heard = shared(model.config, partial(routed, model), "attention")
+                opening.enter_context(heard)
+            modes = shared(self.teacher, partial(evaluating, self.teacher), "modes")
+            opening.enter_context(modes)
+            self._listening.append(opening.pop_all())
         self._runs.append(TeacherRunner(self.teacher, self.objective))
         if self._compiled is not None:
             if len(self._runs) == 1:
@@ -213,24 +222,34 @@ class Distiller(nn.Module):
             for recorded in self._compiled:
                 recorded.close()
             self._pair[0].compiled = None
-        running, modes = self._found.pop()
-        for model, name in zip((self.student, self.teacher), running, strict=True):
-            model.config._attn_implementation = name
-        modes.close()
+        self._listening.pop().close()
         return False
 
     def _compile(self) -> tuple[CompiledCapture, CompiledCapture]:
         student = CompiledCapture(self.student, self.objective.all_layers("student"))
         return student, CompiledCapture(self.teacher, self.objective.all_layers("teacher"))
 
-    def at(self, step: int, steps: int, epoch: int = 0) -> None:
+    def at(self, step: int, steps: int, epoch: int | None = None) -> None:
         """Move schedules and random mappings to a step, counted from 0, of so many.
 
+        Args:
+            step: optimiser steps that are done.
+            steps: of the whole run.
+            epoch: passes over the data that are done, which random mappings are drawn by.
+
         Raises:
-            UserError: a step that is none of them.
+            UserError: a step that is none of them, or no epoch where a mapping follows it.
         """
         if not 0 <= step <= steps or steps < 1:
             raise UserError(f"step {step} of {steps}: expected 0 to steps, and steps above 0")
+        if epoch is None:
+            if self._by_epoch:
+                raise UserError(
+                    "a layer_map is drawn anew every epoch, and at was told of none; give "
+                    "distiller.at(step, steps, epoch), the passes over the data that are done"
+                )
+            epoch = 0
+        self._unmoved = None
         self.objective.steps = steps
         self.objective.at(Progress(step, epoch))
 
@@ -261,17 +280,16 @@ class Distiller(nn.Module):
             batch's part of the step's means, times `pieces`.
 
         Raises:
-            UserError: a batch that lacks what is read, no context is open, or learning rates that
-                no optimiser was told.
+            UserError: a batch that lacks what is read, no context is open, learning rates that no
+                optimiser was told, losses that change over the run and `at` was not called, or a
+                model that was changed.
         """
         inputs = self._checked(batch)
-        if not self._found:
+        if not self._listening:
             raise UserError("the distiller is not listening; call it inside `with distiller:`")
-        if self._rates_unread and self.training and torch.is_grad_enabled():
-            raise UserError(
-                "losses have a projection_learning_rate, which the optimiser was not told; make it "
-                "from distiller.parameter_groups(), or leave projection_learning_rate out"
-            )
+        if self.training and torch.is_grad_enabled():
+            self._check_told()
+        self._check_same()
         own = self.objective.divisors(inputs)
         whole = own if counts is None else counts.to(own)
         # what counts nothing has no share, and divides by nothing
@@ -284,6 +302,42 @@ class Distiller(nn.Module):
             alone = self.objective.variance_total()
             total = total + (shares[_EXAMPLES].to(alone) - 1) * alone
         return total, dict(zip(self.labels, values[0].unbind(), strict=True))
+
+    def _check_told(self) -> None:
+        """See that a step which trains knows where the run is, and an optimiser its rates.
+
+        Raises:
+            UserError: what to call first.
+        """
+        if self._rates_unread:
+            raise UserError(
+                "losses have a projection_learning_rate, which the optimiser was not told; make it "
+                "from distiller.parameter_groups(), or leave projection_learning_rate out"
+            )
+        if self._unmoved is not None:
+            raise UserError(
+                f"{self._unmoved} changes over the run, and the distiller was not told where it "
+                "is; call distiller.at(step, steps, epoch) before each step"
+            )
+
+    def _check_same(self) -> None:
+        """See that the models are those that were tried.
+
+        Raises:
+            UserError: there is another student, or a last layer that was changed.
+        """
+        if self._pair[0].student is not self.student:
+            raise UserError(
+                "distiller.student is not the model that the distiller was made for; make a new "
+                "Distiller for it"
+            )
+        for model, tried in self._heads:
+            if head_traits(model) != tried:
+                raise UserError(
+                    f"the last layer of {type(model).__name__} was changed since the distiller was "
+                    "made (another layer, or adapters), and its logits may not be those of weight "
+                    "and bias; make a new Distiller"
+                )
 
     def _follow(self, device: torch.device) -> None:
         teacher = self.teacher

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from types import MethodType
 from typing import Any
 
 import torch
@@ -50,24 +52,11 @@ def recorded_head(model: PreTrainedModel, slot: Slot, *, record: bool) -> Iterat
             handle.remove()
         return
 
-    labelled = False
+    skip = _Skip(layer, slot, record=record)
 
     def look(_model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal labelled
-        labelled = kwargs.get("labels") is not None
+        skip.labelled = kwargs.get("labels") is not None
 
-    def skip(hidden: Tensor) -> Tensor:
-        if slot.states is None:
-            return forward(hidden)
-        if record:
-            bias = None if layer.bias is None else _whole(layer.bias)
-            slot.states.logits = LogitsHead(hidden, _whole(layer.weight), bias)
-        # the model makes a loss of its own from labels
-        made: Tensor = forward(hidden) if labelled else hidden[..., :0]
-        return made
-
-    # an engine may have put a forward of its own on the layer
-    forward: Callable[[Tensor], Tensor] = layer.forward
     held = {k: v for k, v in layer.__dict__.items() if k == "forward"}
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
     layer.__dict__["forward"] = skip
@@ -77,6 +66,48 @@ def recorded_head(model: PreTrainedModel, slot: Slot, *, record: bool) -> Iterat
         handle.remove()
         del layer.__dict__["forward"]
         layer.__dict__.update(held)
+
+
+class _Skip:
+    """What a last layer runs in place of its forward."""
+
+    def __init__(self, layer: nn.Linear, slot: Slot, *, record: bool) -> None:
+        self.layer = layer
+        self.slot = slot
+        self.record = record
+        self.labelled = False
+        # an engine may have put a forward of its own on the layer
+        self.forward: Callable[[Tensor], Tensor] = layer.forward
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        states, layer = self.slot.states, self.layer
+        if states is None:
+            return self.forward(hidden)
+        if self.record:
+            bias = None if layer.bias is None else _whole(layer.bias)
+            states.logits = LogitsHead(hidden, _whole(layer.weight), bias)
+        # the model makes a loss of its own from labels
+        made: Tensor = self.forward(hidden) if self.labelled else hidden[..., :0]
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[[Tensor], Tensor]:
+        # a copy of the model multiplies with its own weight, and nobody listens to it
+        copied: nn.Linear = deepcopy(self.layer, memo)
+        return MethodType(type(copied).forward, copied)
+
+
+def head_traits(model: PreTrainedModel) -> tuple[object, ...]:
+    """What `check_head` has tried of a language model's last layer, to be compared later: whatever
+    may make other logits of it than weight and bias do."""
+    layer = last_layer(model)
+    if layer is None:
+        return ()
+    names: tuple[object, ...] = tuple(name for name, _ in layer.named_parameters())
+    # of adapters, which can be switched on and merged
+    adapters: Any = layer if hasattr(layer, "merged") else None
+    if adapters is not None:
+        names += (adapters.merged, adapters.disable_adapters, *adapters.active_adapters)
+    return type(layer), type(layer.weight), *names
 
 
 def check_head(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
@@ -97,6 +128,12 @@ def check_head(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
         raise UserError(
             f"{type(model).__name__} does not run its last layer as a layer, so fastkd can't "
             "compute its logits in parts; leave losses.logits and student.head out"
+        )
+    if type(head.weight) not in (Tensor, nn.Parameter):
+        raise UserError(
+            f"{type(model).__name__}: the weight of its last layer is a "
+            f"{type(head.weight).__name__}, of which fastkd can't compute logits in parts; leave "
+            "that layer as it is when quantising, or losses.logits and student.head out"
         )
     made = nn.functional.linear(head.hidden, head.weight, head.bias)
     if made.shape != given.shape or not torch.allclose(made, given, atol=1e-3, rtol=1e-3):

@@ -107,6 +107,21 @@ def is_routed(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
+def routed(model: PreTrainedModel) -> Iterator[None]:
+    """Let `model` run through the listener while the context is open.
+
+    Raises:
+        UserError: as `route_attention`.
+    """
+    running = model.config._attn_implementation
+    route_attention(model)
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = running
+
+
+@contextmanager
 def listening(block: nn.Module, listener: Listener) -> Iterator[None]:
     """Let `listener` hear every attention inside a block while the context is open."""
     parts = [module.__dict__ for module in _inside(block)]

@@ -175,7 +175,8 @@ class Objective(nn.Module):
         labels = target_labels(inputs, self.pair.head)
         # where their shape says it all, a step starts a dozen kernels less
         plain = labels is None and _PLAIN.issuperset(inputs)
-        shape = inputs["input_ids"].shape, inputs["input_ids"].device
+        ids = inputs["input_ids"]
+        shape = ids.shape, ids.device, torch.is_inference_mode_enabled()
         if plain and shape in self._divisors:
             return self._divisors[shape]
         told = tells_predictions(inputs, self.pair.head)
@@ -476,6 +477,17 @@ class Objective(nn.Module):
         return None
 
     @property
+    def moving(self) -> str | None:
+        """The first of what a run's steps or epochs change, as its recipe calls it; `None` where
+        all stays as it is."""
+        for name, config in self.losses.terms.items():
+            for field in ("schedule", "temperature_schedule"):
+                if getattr(config, field, None) is not None:
+                    return f"losses.{name}.{field}"
+        moves = any(layers.moves for layers in self.maps.values())
+        return "layer_map random" if moves else None
+
+    @property
     def linked(self) -> tuple[object, ...]:
         """The layers that each mapping compares at this moment."""
         return tuple(
@@ -495,7 +507,10 @@ class Objective(nn.Module):
         links = self._link_weights()
         found = [of[m.term] * link for m, link in zip(self.matches, links, strict=True)]
         kept = self._factors
-        if found != self._factors_of or (kept.dtype, kept.device) != (like.dtype, like.device):
+        same = (kept.dtype, kept.device) == (like.dtype, like.device)
+        # a tensor of inference mode is of no use to a step that trains
+        same &= torch.is_inference_mode_enabled() or not kept.is_inference()
+        if found != self._factors_of or not same:
             self._factors = torch.tensor(found, dtype=like.dtype).to(like.device, non_blocking=True)
             self._factors_of = found
         scales = None if self.ratio is None else self.ratio.scales()
@@ -557,7 +572,7 @@ class DistilledStudent(nn.Module):
         # ops choose their own precision, whatever the models run under
         with torch.autocast(shares.device.type, enabled=False):
             total, parts = self.objective(states, teacher, inputs, shares, gather)
-        if self.training and torch.is_grad_enabled() and not total.requires_grad:
+        if self.objective.training and torch.is_grad_enabled() and not total.requires_grad:
             raise UserError(
                 f"losses: none of {', '.join(self.objective.names)} has a gradient; compute one "
                 f"from the student's states, of a student that trains{_RECOMPUTED}"

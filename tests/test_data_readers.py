@@ -137,6 +137,19 @@ def test_blocks_are_those_of_the_same_text_in_a_file(tmp_path: Path, streaming: 
     assert found[0].fingerprint != found[1].fingerprint
 
 
+@pytest.mark.parametrize(
+    "given", ["Hello", b"Hello", {"a": "Hello"}, {"Hello"}], ids=lambda given: type(given).__name__
+)
+def test_a_reader_that_gives_no_documents_is_one_line(tmp_path: Path, given: Any) -> None:
+    """Its characters, keys or elements without an order would be documents."""
+    register_reader("whole")(lambda place: given)
+    said = (
+        rf"^data: whole:x: reader \S+ gave {type(given).__name__}, expected documents in an order"
+    )
+    with pytest.raises(UserError, match=said):
+        documents(tmp_path, "whole:x")
+
+
 def broken(place: str) -> Iterator[Any]:
     """Gives what its place says."""
     yield "fine"
@@ -158,7 +171,7 @@ def broken(place: str) -> Iterator[Any]:
 )
 def test_a_reader_that_goes_wrong_is_one_line(tmp_path: Path, place: str, said: str) -> None:
     register_reader("broken")(broken)
-    with pytest.raises(UserError, match=rf"data: broken:{place}: reader [\w.]*broken {said}"):
+    with pytest.raises(UserError, match=rf"^data: broken:{place}: reader [\w.]*broken {said}"):
         documents(tmp_path, f"broken:{place}")
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -99,13 +99,22 @@ class Registered(Source):
 
     def documents(self) -> Iterator[str]:
         try:
-            for number, text in enumerate(self.reader(self.place), start=1):
-                where = f"data: {self.called()}: reader {place_of(self.reader)} gave"
+            where = f"data: {self.called()}: reader {place_of(self.reader)} gave"
+            found = self.reader(self.place)
+            # a text would give its characters, a table the names of its columns
+            if isinstance(found, str | bytes | Set) or hasattr(found, "keys"):
+                raise UserError(
+                    f"{where} {type(found).__name__}, expected documents in an order: a list of "
+                    "texts, or yield each"
+                )
+            for number, text in enumerate(found, start=1):
                 if not isinstance(text, str) or not is_text(text):
                     given = type(text).__name__ if not isinstance(text, str) else "half a character"
                     raise UserError(f"{where} {given} as document {number}, expected text")
                 if text.strip():
                     yield text
+        except UserError:
+            raise
         except (*FOREIGN_ERRORS, OSError) as error:
             raise UserError(
                 f"data: {self.called()}: reader {place_of(self.reader)} failed "

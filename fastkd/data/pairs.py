@@ -39,7 +39,7 @@ def read_pairs(path: str, split: str, form: RowForm, cache: str, field: str) -> 
         train=(path,), split=split, text_column=form.columns[0], documents="row", cache=cache
     )
     try:
-        sources = resolve(settings.train, settings)
+        sources = resolve(settings.train, settings, split_field=f"{field}.split")
         for source in sources:
             if not isinstance(source, Records):
                 raise UserError(

@@ -38,7 +38,8 @@ class Data(Section):
     """Held-out blocks or rows that an evaluation uses, at most: spread over the held-out text, or
     the first of them when streaming."""
     split: str = "train"
-    """Split of a hub data set or folder."""
+    """Split of a hub data set or saved folder. Of a folder that was saved as one split it has to be
+    that one; with `train` `heldout` may be of any."""
     text_column: str = "text"
     """Column that holds the text (.csv, .tsv, .jsonl, .parquet, data sets)."""
     documents: Unit = "paragraph"

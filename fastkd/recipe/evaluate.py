@@ -22,7 +22,7 @@ class SentencePairs(Section):
     """File (.tsv, .csv, .jsonl, .parquet, also gzipped), a saved `datasets` folder, or a hub
     name."""
     split: Name = "test"
-    """Split of a hub data set or folder."""
+    """Split of a hub data set or saved folder; its own, where it was saved as one split."""
     sentence1: Name = "sentence1"
     """Column of the first text."""
     sentence2: Name = "sentence2"

@@ -178,7 +178,7 @@ def prepare_rows(
     """
     data, form = settings.text, settings.form
     train = resolve(data.train, data)
-    heldout = None if data.heldout is None else resolve(data.heldout, data)
+    heldout = None if data.heldout is None else resolve(data.heldout, data, heldout=True)
     read = {
         "rows": _FORMAT,
         "train": [source.digest(quick=False) for source in train],

@@ -97,7 +97,7 @@ def prepare_corpus(
     own = copy.deepcopy(tokenizer) if data.streaming else tokenizer
     encoder = Encoder(own, frame.separator)
     train = resolve(data.train, data)
-    heldout = None if data.heldout is None else resolve(data.heldout, data)
+    heldout = None if data.heldout is None else resolve(data.heldout, data, heldout=True)
     split = Split(data, train, heldout)
     settings: dict[str, Any] = {
         "train": _digests(train, data),

@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from fastkd.data.text.files import (
     TEXT_COLUMN,
@@ -67,6 +68,17 @@ class Table(Records):
         except _READING_ERRORS as error:
             raise UserError(f"{self.name}: cannot be read: {_reason(error)}") from error
 
+    def feature(self, column: str) -> Any:
+        """Type of a column, as `datasets` has it.
+
+        Raises:
+            UserError: it has none for the column.
+        """
+        try:
+            return self.rows.select_columns([column]).features[column]
+        except _READING_ERRORS as error:
+            raise UserError(f"{self.name}: column {column!r}: {_reason(error)}") from error
+
     def digest(self, *, quick: bool) -> str:
         content = [file_digest(file, quick=quick) for file in self.files]
         combined = hashlib.sha256(" ".join(content).encode()).hexdigest()
@@ -93,9 +105,26 @@ def is_saved(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def saved_folder(folder: Path, split: str, column: str, field: str = "data.split") -> Table:
-    """Rows of a folder that `datasets.save_to_disk` wrote, memory-mapped; `field` of the recipe
-    names the split."""
+def saved_folder(
+    folder: Path,
+    split: str,
+    column: str,
+    field: str = "data.split",
+    *,
+    any_split: bool = False,
+) -> Table:
+    """Rows of a folder that `datasets.save_to_disk` wrote, memory-mapped.
+
+    Args:
+        folder: of one data set, or of several by their splits.
+        split: that is read; of one data set the one that it was saved as, where it has a name.
+        column: of the documents.
+        field: of the recipe, that names the split.
+        any_split: whether one data set may be of another split, too.
+
+    Raises:
+        UserError: it has another split, or is damaged.
+    """
     try:
         listing = folder / "dataset_dict.json"
         if listing.is_file():
@@ -103,7 +132,10 @@ def saved_folder(folder: Path, split: str, column: str, field: str = "data.split
             if split not in splits:
                 raise UserError(f"{folder}: no split {split!r}; set {field} to one of {splits}")
             folder = folder / split
-        rows = _load_saved(folder)
+        elif not any_split:
+            _check_split(folder, split, field)
+        # a format would make tensors of the cells, or leave columns out
+        rows = _load_saved(folder).with_format(None)
     except UserError:
         raise
     except _READING_ERRORS as error:
@@ -112,9 +144,27 @@ def saved_folder(folder: Path, split: str, column: str, field: str = "data.split
     return Table(str(folder), rows, column, files=files)
 
 
+def _check_split(folder: Path, split: str, field: str) -> None:
+    """Refuse one data set that was saved as another split than the one that is asked for."""
+    saved = _state(folder)["_split"]
+    if saved is None or saved == split:
+        return
+    # train[:10%]+train[50%:] is of train
+    if {part.partition("[")[0] for part in saved.split("+")} != {split}:
+        raise UserError(
+            f"{folder}: it holds the split {saved!r} alone, and {split!r} is asked for; set "
+            f"{field} to {saved!r}, or give the folder of {split!r}"
+        )
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """What `datasets` wrote about the rows of a folder."""
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return state
+
+
 def _load_saved(folder: Path) -> Any:
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if state["_data_files"]:
+    if _state(folder)["_data_files"]:
         return datasets.load_from_disk(str(folder))
     # one without rows has no file, which `datasets` doesn't expect
     info = datasets.DatasetInfo.from_directory(str(folder))
@@ -130,8 +180,22 @@ def hub_table(
     name: str, split: str, column: str, cache: Path, *, streaming: bool, field: str = "data"
 ) -> Table:
     """Rows of a data set of the hub, which `field` of the recipe names; code that it may carry is
-    never run."""
+    never run.
+
+    Raises:
+        UserError: it can't be loaded, or `datasets` would take the name for files of this machine.
+    """
     path, _, subset = name.partition(":")
+    if path in _PACKAGED_DATASETS_MODULES:
+        raise UserError(
+            f"{field}: {name!r} is no file or folder here, and as a hub name `datasets` takes "
+            f"{path!r} for its reader of all files below {Path.cwd()}; give a path, or OWNER/NAME"
+        )
+    if Path(path).is_dir():
+        raise UserError(
+            f"{field}: {name!r} names a subset of a hub data set, but {path!r} is a folder here; "
+            "give the path of what is to be read, or OWNER/NAME of the hub"
+        )
     try:
         rows = datasets.load_dataset(
             path,

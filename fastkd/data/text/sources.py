@@ -25,9 +25,27 @@ from fastkd.data.text.settings import TextSettings
 from fastkd.errors import UserError
 
 
-def resolve(names: Iterable[str], data: TextSettings) -> list[Source]:
-    """The sources behind the names, in the order given; files of a glob or folder by name."""
-    return [source for name in names for source in _resolve_one(name, data)]
+def resolve(
+    names: Iterable[str],
+    data: TextSettings,
+    *,
+    heldout: bool = False,
+    split_field: str = "data.split",
+) -> list[Source]:
+    """The sources behind the names, in the order given; files of a glob or folder by name.
+
+    Args:
+        names: as a recipe gives them.
+        data: how they are read.
+        heldout: whether they are those of `data.heldout`, where the usual `data.split` is the one
+            of the training text.
+        split_field: of the recipe, that names the split.
+
+    Raises:
+        UserError: nothing is there, or what is can't be read.
+    """
+    any_split = heldout and data.split == TextSettings.split
+    return [source for name in names for source in _resolve_one(name, data, any_split, split_field)]
 
 
 def is_here(name: str) -> bool:
@@ -36,7 +54,9 @@ def is_here(name: str) -> bool:
     return path.exists() or glob.has_magic(name) or _looks_like_path(name)
 
 
-def _resolve_one(name: str, data: TextSettings) -> Iterator[Source]:
+def _resolve_one(
+    name: str, data: TextSettings, any_split: bool, split_field: str
+) -> Iterator[Source]:
     if name == "python-docs":
         yield PythonDocs()
         return
@@ -47,9 +67,9 @@ def _resolve_one(name: str, data: TextSettings) -> Iterator[Source]:
     elif path.is_file():
         yield _open_file(path, data)
     elif path.is_dir() and is_saved(path):
-        yield saved_folder(path, data.split, data.text_column)
+        yield saved_folder(path, data.split, data.text_column, split_field, any_split=any_split)
     elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _has_extension(file) and file.is_file())
+        files = sorted(_files_below(path))
         if not files:
             raise UserError(f"data: folder {name!r} holds no {_accepted()} and no saved data set")
         yield from (_open_file(file, data) for file in files)
@@ -65,6 +85,14 @@ def _resolve_one(name: str, data: TextSettings) -> Iterator[Source]:
         yield hub_table(
             name, data.split, data.text_column, data.cache_root, streaming=data.streaming
         )
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Files that can be read in a folder and its folders; hidden ones are left out, as by globs."""
+    for file in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if _has_extension(file) and not hidden and file.is_file():
+            yield file
 
 
 def _open_file(path: Path, data: TextSettings) -> Source:

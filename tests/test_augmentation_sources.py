@@ -192,9 +192,16 @@ def test_glove_neighbours_are_nearest_by_cosine(tmp_path: Path) -> None:
     assert len(GloveFile(path).find(["aaa"], 99)["aaa"]) == 25
 
 
+def test_a_word_of_several_cases_is_one_word_with_the_first_vector(tmp_path: Path) -> None:
+    lines = ["The 1 0.1", "dog 0.9 0.3", "the -1 0", "THE 1 0.1", "cat 0.8 0.5"]
+    found = GloveFile(write_lines(tmp_path / "glove.txt", *lines)).find({"the", "dog"}, 9)
+    assert found == {"the": ("dog", "cat"), "dog": ("the", "cat")}
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
+        (["a 1 2", "b 1 1_0"], r"line 2: expected a word and 2 finite"),
         (["a 1 2", "b 1"], r"line 2: expected a word and 2 finite numbers, split by blanks"),
         (["a 1 2", "b 1 x"], r"line 2: expected a word and 2 finite"),
         (["a 1 2", "b 1 nan"], r"line 2: expected a word and 2 finite"),

@@ -29,7 +29,7 @@ from fastkd.data.tasks.read import Example, Examples
 from fastkd.data.text.cache import cache_key
 from fastkd.errors import UserError
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,7 +89,7 @@ class GloveFile(Neighbours):
 
     def find(self, words: Collection[str], count: int) -> Found:
         vocabulary, vectors = self._read()
-        place = {word: number for number, word in reversed(list(enumerate(vocabulary)))}
+        place = {word: number for number, word in enumerate(vocabulary)}
         known = sorted(word for word in words if word in place)
         found: Found = {}
         for start in range(0, len(known), _WORDS_AT_ONCE):
@@ -109,15 +109,17 @@ class GloveFile(Neighbours):
         return f"glove {file_digest(self.path, quick=False)}"
 
     def _read(self) -> tuple[list[str], npt.NDArray[np.float32]]:
-        vocabulary: list[str] = []
+        vocabulary: dict[str, None] = {}
         vectors: list[npt.NDArray[np.float32]] = []
         width = None
         for number, line in enumerate(islice(text_lines(self.path), GLOVE_WORDS), start=1):
             word, *numbers = line.rstrip(" ").split(" ")
             width = width or len(numbers)
+            # some words of the largest file have blanks inside
+            kept = numbers[-width:] if width else []
             try:
-                # some words of the largest file have blanks inside
-                vector = np.asarray(numbers[-width:] if width else [], dtype=np.float32)
+                # Python's spelling of 10 as 1_0 is no number of such a file
+                vector = np.asarray([] if "_" in "".join(kept) else kept, dtype=np.float32)
             except ValueError:
                 vector = np.empty(0, dtype=np.float32)
             if not len(vector) or len(vector) != width or not np.isfinite(vector).all():
@@ -126,12 +128,15 @@ class GloveFile(Neighbours):
                     "numbers, split by blanks"
                 )
             length = float(np.linalg.norm(vector))
-            if _plain(word).isalpha() and len(numbers) == width and length:
-                vocabulary.append(_plain(word))
+            spelled = _plain(word)
+            # of a word in several cases the first one, the most frequent, stands for it
+            known = spelled in vocabulary
+            if spelled.isalpha() and len(numbers) == width and length and not known:
+                vocabulary[spelled] = None
                 vectors.append(vector / length)
         if not vocabulary:
             raise UserError(f"{self.path}: no words in it; expected word vectors as GloVe's")
-        return vocabulary, np.stack(vectors)
+        return list(vocabulary), np.stack(vectors)
 
 
 def _plain(word: str) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fastkd.data.text import files as readers
@@ -200,6 +202,11 @@ MISTAKES = [
     ),
     pytest.param(content("a.txt.gz", b"plain text"), r"not a complete gzip file", id="no gzip"),
     pytest.param(
+        content("a.txt.gz", b""),
+        r"a\.txt\.gz: not a complete gzip file \(it has no b",
+        id="no bytes",
+    ),
+    pytest.param(
         content("a.txt.gz", gzip.compress(b"")[:10] + b"\xff" * 99),
         r"not a complete gzip file .*invalid block type",
         id="corrupt gzip",
@@ -282,6 +289,47 @@ def test_hub_name_that_cannot_be_reached(tmp_path: Path, streaming: bool) -> Non
         UserError, match=r"'nobody/nothing:sub' is no file or folder here, and as a"
     ):
         documents("nobody/nothing:sub", streaming=streaming, cache=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["text", "json", "pandas", "text:en", "webdataset"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_that_datasets_takes_for_its_readers_read_no_file(
+    name: str, streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`load_dataset("text")` is all files below the working folder, whatever their names."""
+    content("notes.log", '{"text": "private"}\n')(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"'{name}' is no file or folder here, and .* its reader"):
+        documents(name, streaming=streaming, cache=str(tmp_path / "cache"))
+
+
+def test_a_subset_of_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_folder(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"'mine:en' names a subset .* but 'mine' is a folder here"):
+        documents("mine:en", cache=str(tmp_path / "cache"))
+
+
+def test_hidden_files_of_a_folder_are_left_out(tmp_path: Path) -> None:
+    # whatever the folder itself is called
+    folder = tmp_path / ".data"
+    for name in ("a.txt", ".ipynb_checkpoints/a-checkpoint.txt", ".b.txt", "c/.d/e.txt", "c/f.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{name}\n")
+    assert documents(folder) == ["a.txt", "c/f.txt"]
+    assert documents(folder / "**" / "*.txt") == ["a.txt", "c/f.txt"]
+
+
+def test_parquet_reads_no_more_than_its_columns(tmp_path: Path) -> None:
+    """`datasets` has no type for maps; of two columns of one name Arrow gives the second."""
+    maps = pa.array([[("k", "v")], []], pa.map_(pa.string(), pa.string()))
+    text = pa.array(["one", "two"])
+    for names, columns in ((["text", "meta"], [text, maps]), (["text", "n", "n"], [text] * 3)):
+        pq.write_table(pa.Table.from_arrays(columns, names), tmp_path / "a.parquet")
+        assert documents(tmp_path / "a.parquet") == ["one", "two"]
+    pq.write_table(pa.Table.from_arrays([text, text], ["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: column 'text' stands twice; rename one"):
+        documents(tmp_path / "a.parquet")
 
 
 def test_hub_name_and_subset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -371,6 +371,9 @@ FILES = {
     "column": ("a.tsv", "quer\tb\nw5\tw6\n", r"tsv, line 1: no column 'query'; it has 'quer', 'b'"),
     "tabs": ("a.tsv", "query\tb\nw5\tw6\tw7\n", r"tsv, line 2: 3 cells, expected 2 split by TAB"),
     "score": ("a.csv", "query,b,s\nw5,w6,inf\n", r"line 2: column 's' holds 'inf', expected a fin"),
+    "score 1_0": ("a.csv", "query,b,s\nw5,w6,1_0\n", r"line 2: column 's' holds '1_0', expected a"),
+    "commas": ("a.csv", "query,b\nw5,w6\n,\n", r"csv, line 3: column 'query' is empty, expected"),
+    "empty": ("a.tsv", "query\tb\nw5\tw6\n\t\n", r"tsv, line 3: column 'query' is empty, expected"),
 }
 
 
@@ -378,7 +381,7 @@ FILES = {
 def test_broken_files_are_refused_with_their_line(case: str, tmp_path: Path) -> None:
     name, content, message = FILES[case]
     (tmp_path / name).write_text(content, encoding="utf-8")
-    scores = ("s",) if case == "score" else ()
+    scores = ("s",) if case.startswith("score") else ()
     with pytest.raises(UserError, match=message):
         prepared(tmp_path / name, RowForm(columns=("query", "b"), named=True, scores=scores))
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from fastkd.data.text.files import TEXT_COLUMN, Records, Source, checked_text
+from fastkd.data.text.files import TEXT_COLUMN, Records, Source, checked_text, number_in
 from fastkd.errors import UserError
 from fastkd.row_form import RowForm
 from fastkd.types import LARGEST_SCORE
@@ -125,11 +125,8 @@ def _scores(record: Mapping[str, Any], form: RowForm, where: str) -> Iterator[fl
 
 
 def _score(value: object, column: str, where: str) -> float:
-    try:
-        score = float(value) if isinstance(value, str | float | int) else math.nan
-    except (ValueError, OverflowError):
-        score = math.nan
-    if isinstance(value, bool) or not math.isfinite(score):
+    score = number_in(value)
+    if not math.isfinite(score):
         raise UserError(
             f"{where}: column {column!r} holds {value!r:.50}, expected a finite score; {_REMEDY}"
         )

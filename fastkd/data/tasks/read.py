@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,11 +18,12 @@ from fastkd.data.tasks.glue import GLUE
 from fastkd.data.tasks.rows import (
     Row,
     record_rows,
+    spelling_of,
     table_rows,
     tsv_rows,
 )
 from fastkd.data.tasks.task import Task
-from fastkd.data.text.files import checked_text
+from fastkd.data.text.files import checked_text, number_in
 from fastkd.data.text.hub import (
     hub_table,
     is_hub_name,
@@ -37,7 +37,7 @@ from fastkd.types import IGNORE_INDEX
 logger = logging.getLogger(__name__)
 
 ENDINGS = (".tsv", ".tsv.gz", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
-"""Of a split's file, tried in this order."""
+"""Of a split's file, of which there is one."""
 BROKEN_SHARE = 0.001
 """Of a split's rows, at most, may be left out as broken."""
 
@@ -198,9 +198,14 @@ def _rows(
 
 
 def _split_file(folder: Path, task: Task, split: str, endings: Sequence[str]) -> Path:
-    for ending in endings:
-        if (folder / (split + ending)).is_file():
-            return folder / (split + ending)
+    found = [split + ending for ending in endings if (folder / (split + ending)).is_file()]
+    if len(found) > 1:
+        raise UserError(
+            f"{folder}: {split} of {task.name} stands in {' and in '.join(found)}; expected one "
+            "file, so take away what is not to be read"
+        )
+    if found:
+        return folder / found[0]
     there = sorted(path.name for path in folder.iterdir())
     shown = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
     raise UserError(
@@ -224,8 +229,8 @@ def _texts(row: Row, task: Task) -> tuple[str, ...]:
 
 
 def _class(row: Row, task: Task) -> int:
-    label = row.label if isinstance(row.label, str) else json.dumps(row.label)
-    if label not in task.labels:
+    label = spelling_of(row.label)
+    if row.label is None or label not in task.labels:
         raise UserError(
             f"{row.where}: label {label!r} of column {task.columns.label!r}, expected one of "
             f"{', '.join(task.labels)}"
@@ -236,13 +241,10 @@ def _class(row: Row, task: Task) -> int:
 def _score(row: Row, task: Task) -> float:
     assert task.bounds is not None
     low, high = task.bounds
-    try:
-        score = float(row.label) if isinstance(row.label, str | float | int) else math.nan
-    except ValueError:
-        score = math.nan
-    if isinstance(row.label, bool) or not low <= score <= high:
+    score = number_in(row.label)
+    if not low <= score <= high:
         raise UserError(
-            f"{row.where}: score {row.label!r} of column {task.columns.label!r}, expected a "
+            f"{row.where}: score {row.label!r:.50} of column {task.columns.label!r}, expected a "
             f"number from {low:g} to {high:g}"
         )
     if score == IGNORE_INDEX:

@@ -6,7 +6,10 @@ quotes would join rows.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +23,7 @@ from fastkd.data.tasks.labels import (
 )
 from fastkd.data.tasks.task import Columns, Task
 from fastkd.data.text.delimited import Delimited, unquoted
-from fastkd.data.text.files import JsonLines, Records, text_lines
+from fastkd.data.text.files import JsonLines, Records, require_once, text_lines
 from fastkd.data.text.hub import Table
 from fastkd.errors import UserError
 
@@ -90,9 +93,9 @@ def table_rows(table: Table, columns: Columns, task: Task) -> Iterator[Row]:
     Raises:
         UserError: the table lacks a column, has other classes, or can't be read.
     """
-    rows, name = table.rows, table.name
-    _require(columns, rows.column_names, name)
-    feature = rows.features[columns.label]
+    name = table.name
+    _require(columns, table.rows.column_names, name)
+    feature = table.feature(columns.label)
     listed = getattr(feature, "feature", None)
     feature = feature if listed is None else listed
     spelled: list[str] | None = None
@@ -106,14 +109,27 @@ def table_rows(table: Table, columns: Columns, task: Task) -> Iterator[Row]:
     for where, row in table.records([*columns.texts, columns.label]):
         label = row[columns.label]
         if spelled is not None and label is not None:
-            many = listed is not None
-            label = [_label(n, spelled) for n in label] if many else _label(label, spelled)
+            named = partial(_label, spelled=spelled, place=f"{where}: column {columns.label!r}")
+            label = named(label) if listed is None else [named(number) for number in label]
         yield Row(where, tuple(row[name] for name in columns.texts), label)
 
 
-def _label(number: int | None, spelled: Sequence[str]) -> int | str | None:
+def spelling_of(label: object) -> str:
+    """How a file would spell a class that a cell holds: numbers are classes, too."""
+    if isinstance(label, str | Decimal):
+        return str(label)
+    return json.dumps(label, default=repr)
+
+
+def _label(number: int | None, spelled: Sequence[str], place: str) -> str | None:
+    if number is None or 0 <= number < len(spelled):
+        return None if number is None else spelled[number]
     # the hub marks rows without a label, those of test sets, by -1
-    return number if number is None or number < 0 else spelled[number]
+    given = "-1, which stands for no label" if number == -1 else f"class {number}"
+    raise UserError(
+        f"{place} holds {given}, expected a number from 0 to {len(spelled) - 1}; give a split "
+        "with labels, or remove such rows"
+    )
 
 
 def _spelled(names: Sequence[str], task: Task) -> list[str] | None:
@@ -130,6 +146,7 @@ def _spelled(names: Sequence[str], task: Task) -> list[str] | None:
 
 
 def _require(columns: Columns, names: Sequence[str], where: str) -> None:
+    require_once((*columns.texts, columns.label), names, where)
     missing = [name for name in (*columns.texts, columns.label) if name not in names]
     if missing:
         raise UserError(

@@ -29,7 +29,7 @@ from fastkd.data.sequences import (
     tokenised,
 )
 from fastkd.data.tasks.read import Example, read_split
-from fastkd.data.tasks.rows import Row
+from fastkd.data.tasks.rows import Row, spelling_of
 from fastkd.data.tasks.task import Task
 from fastkd.data.tasks.tokenized import Beside, EncodedExamples
 from fastkd.data.text.files import checked_text, text_lines
@@ -233,8 +233,8 @@ def _tagged(task: Task, row: Row) -> Example:
 
 def _number(given: object, task: Task, row: Row) -> int:
     """Which class of a task a cell names, by its spelling or its number."""
-    spelled = given if isinstance(given, str) else json.dumps(given)
-    if spelled in task.labels:
+    spelled = spelling_of(given)
+    if given is not None and spelled in task.labels:
         return task.labels.index(spelled)
     whole = isinstance(given, int) and not isinstance(given, bool)
     if whole and isinstance(given, int) and 0 <= given < len(task.labels):

@@ -21,6 +21,7 @@ from fastkd.data.text.files import (
     Records,
     file_digest,
     require_columns,
+    require_once,
     text_lines,
 )
 from fastkd.errors import UserError, one_line
@@ -73,9 +74,8 @@ def delimited_rows(
         where = f"{path}, line {number}"
         if not names:
             names = cells
-            twice = sorted({name for name in names if names.count(name) > 1})
-            if twice:
-                raise UserError(f"{where}: column {twice[0]!r} stands twice; rename one of them")
+            # rows have their cells by name
+            require_once(names, names, where)
             require_columns(columns, names, where, field)
         elif len(cells) != len(names):
             raise UserError(
@@ -120,7 +120,9 @@ def unquoted(path: Path, rows: Iterable[tuple[int, list[str]]]) -> Iterator[tupl
 
 def _tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     lines = enumerate(text_lines(path), start=1)
-    return unquoted(path, ((number, line.split("\t")) for number, line in lines if line.strip()))
+    # a line of TABs is a row of empty cells, as one of commas is
+    rows = ((number, line) for number, line in lines if "\t" in line or line.strip())
+    return unquoted(path, ((number, line.split("\t")) for number, line in rows))
 
 
 def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -170,13 +172,36 @@ def file_digest(path: Path, *, quick: bool) -> str:
 
 
 def require_columns(columns: Sequence[str], names: Sequence[str], where: str, field: str) -> None:
-    """Raise unless the columns are there, which `field` of the recipe names."""
+    """Raise unless the columns are there, each once, which `field` of the recipe names."""
+    require_once(columns, names, where)
     for column in columns:
         if column not in names:
             raise UserError(
                 f"{where}: no column {column!r}; it has {', '.join(map(repr, names)) or 'none'}: "
                 f"set {field} to {'one' if field == TEXT_COLUMN else 'some'} of them"
             )
+
+
+def require_once(columns: Iterable[str], names: Sequence[str], where: str) -> None:
+    """Raise where one of the columns stands twice."""
+    for column in columns:
+        if names.count(column) > 1:
+            raise UserError(f"{where}: column {column!r} stands twice; rename one of them")
+
+
+def number_in(value: object) -> float:
+    """The number that a cell holds or spells; NaN where it is none.
+
+    Of Python's spellings those with underscores are none: `1_000` may be any number.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | float | int | Decimal):
+        return math.nan
+    if isinstance(value, str) and "_" in value:
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def checked_text(value: object, column: str, where: str) -> str:
@@ -244,8 +269,12 @@ def text_lines(path: Path) -> Iterator[str]:
         UserError: the file can't be read, or a byte, named with its place, is not UTF-8.
     """
     offset = passed = 0
+    zipped = path.suffix.lower() == ".gz"
     try:
-        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        # gzip takes a file that was never written for one without text
+        if zipped and path.stat().st_size == 0:
+            raise EOFError("it has no bytes")
+        with gzip.open(path, "rb") if zipped else path.open("rb") as file:
             while raw := file.readline(DOCUMENT_LIMIT):
                 if len(raw) == DOCUMENT_LIMIT:
                     raise UserError(

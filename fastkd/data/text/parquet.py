@@ -7,11 +7,12 @@ one is left unfinished, the process can abort at its exit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 
@@ -21,8 +22,8 @@ class ParquetRows:
 
     path: Path
     column_names: list[str]
-    features: datasets.Features
-    """Types of all columns; `datasets` writes the names of classes into its files."""
+    schema: pa.Schema = field(repr=False)
+    """Arrow's types of all columns of the file."""
 
     @staticmethod
     def of(path: Path) -> ParquetRows:
@@ -33,8 +34,17 @@ class ParquetRows:
                 damage raises other errors of Arrow.
         """
         with pq.ParquetFile(path, memory_map=True) as file:
-            features = datasets.Features.from_arrow_schema(file.schema_arrow)
-            return ParquetRows(path, file.schema_arrow.names, features)
+            return ParquetRows(path, file.schema_arrow.names, file.schema_arrow)
+
+    @property
+    def features(self) -> datasets.Features:
+        """Types of the columns; `datasets` writes the names of classes into its files.
+
+        Raises:
+            ValueError: `datasets` has no such type, as for maps.
+        """
+        fields = [self.schema.field(name) for name in self.column_names]
+        return datasets.Features.from_arrow_schema(pa.schema(fields, self.schema.metadata))
 
     def select_columns(self, names: Sequence[str]) -> ParquetRows:
         """The same rows with some columns alone."""

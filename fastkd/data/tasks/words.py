@@ -28,17 +28,16 @@ from fastkd.data.sequences import (
     frame,
     tokenised,
 )
+from fastkd.data.tasks.conll import conll_rows
 from fastkd.data.tasks.read import Example, read_split
 from fastkd.data.tasks.rows import Row, spelling_of
 from fastkd.data.tasks.task import Task
 from fastkd.data.tasks.tokenized import Beside, EncodedExamples
-from fastkd.data.text.files import checked_text, text_lines
+from fastkd.data.text.files import checked_text
 from fastkd.errors import UserError
 from fastkd.types import IGNORE_INDEX
 
 _NO_WORD = -1
-# between documents in the files of CoNLL-2003
-_DOCUMENT = "-DOCSTART-"
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,8 @@ def read_words(task: Task, source: str | Path, split: str, cache: str | Path) ->
     Args:
         task: its text column holds lists of words, its label column as many classes.
         source: as `read_examples` takes it; files may be those of CoNLL, too (`SPLIT.conll`): a
-            word a line, its class in the last column, an empty line between texts.
+            word a line, its class in the last column, an empty line between texts, columns split
+            by TAB or by blanks.
         split: `task.train` or one of `task.evaluations`.
         cache: folder for what the hub sends.
 
@@ -183,31 +183,6 @@ def read_words(task: Task, source: str | Path, split: str, cache: str | Path) ->
     labels = [label for _, classes in examples for label in classes]
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     return TaggedTexts(name, [words for words, _ in examples], np.asarray(labels), offsets)
-
-
-def conll_rows(path: Path) -> Iterator[Row]:
-    """Rows of a file with a word and its class a line, in the first and the last column.
-
-    Raises:
-        UserError: the file can't be read.
-    """
-    words: list[str] = []
-    classes: list[str] = []
-    start = 1
-    for number, line in enumerate(text_lines(path), start=1):
-        cells = line.split()
-        if len(cells) == 1:
-            where = f"{path}, line {number}"
-            yield Row(where, (), None, f"one column, {line.strip()!r}, expected a word and a class")
-        elif cells and cells[0] != _DOCUMENT:
-            start = start if words else number
-            words.append(cells[0])
-            classes.append(cells[-1])
-        elif words:
-            yield Row(f"{path}, line {start}", (words,), classes)
-            words, classes = [], []
-    if words:
-        yield Row(f"{path}, line {start}", (words,), classes)
 
 
 def _tagged(task: Task, row: Row) -> Example:

@@ -9,7 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
-from study_files import RECIPE, TASKS, WEIGHTS, ended, journal, run, write_study
+from study_files import MAPPINGS, RECIPE, TASKS, WEIGHTS, ended, journal, run, write_study
 
 from fastkd.errors import UserError
 from fastkd.study import load_study, worker
@@ -65,14 +65,18 @@ def test_candidates_run_on_every_task_and_seed_and_score_their_mean(
         ({"overrides": {"train.steps": 6}}, "overrides"),
         ({"search": {"trials": 3, "seed": 1}}, "search"),
         ({"spaces": {"weight": {**WEIGHTS, "high": 10.0}}}, "spaces"),
+        # held-out values, choices and numbers of candidates are of things in an order
+        ({"tasks": dict(reversed(TASKS.items()))}, "tasks"),
+        ({"axes": {"mapping": dict(reversed(MAPPINGS.items()))}}, "axes"),
     ],
 )
 def test_a_search_whose_scores_would_mean_something_else_is_refused(
     changes: dict[str, Any], key: str, tmp_path: Path
 ) -> None:
-    path = _search(tmp_path)
+    same: dict[str, Any] = {"tasks": TASKS, "axes": {"mapping": MAPPINGS}}
+    path = _search(tmp_path, **same)
     Store(Plan(load_study(path), path))
-    path = _search(tmp_path, **changes)
+    path = _search(tmp_path, **{**same, **changes})
     changed = Plan(load_study(path), path)
     with pytest.raises(UserError, match=f"made by a study file whose {key} was another"):
         Store(changed)
@@ -147,6 +151,30 @@ def test_grid_sampler_tries_every_combination_once(tmp_path: Path, notes: Path) 
     run(_search(tmp_path, axes=axes, spaces=spaces, search={"sampler": "grid"}), workers=2)
     found = [(t.params["mapping"], t.params["weight"]) for t in _optuna(tmp_path).trials]
     assert found == [("uniform", 0.1), ("uniform", 100), ("last", 0.1), ("last", 100)]
+
+
+def test_a_grid_that_was_stopped_while_it_was_queued_is_queued_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = [0.1, 0.2, 0.3, 0.4, 0.5]
+    spaces = {"weight": {"field": "losses.hidden.weight", "values": values}}
+    path = _search(tmp_path, spaces=spaces, search={"sampler": "grid"})
+    store = Store(Plan(load_study(path), path))
+    queue, queued = optuna.Study.enqueue_trial, []
+
+    def stopped(study: optuna.Study, *arguments: Any, **options: Any) -> None:
+        if len(queued) == 2:
+            raise KeyboardInterrupt
+        queued.append(queue(study, *arguments, **options))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(optuna.Study, "enqueue_trial", stopped)
+        store.add_work()
+    for _ in range(2):
+        store.add_work()
+        trials = _optuna(tmp_path).trials
+        assert [t.system_attrs["fixed_params"]["weight"] for t in trials] == values
+        assert [t.user_attrs["name"] for t in trials] == [f"trial-{n:04d}" for n in range(5)]
 
 
 def test_a_failed_candidate_is_tried_again_with_its_own_values(

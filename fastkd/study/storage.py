@@ -101,10 +101,13 @@ class Store:
                 if key not in known:
                     self._queue(self.grid, {"name": key, "recipe": self.plan.digest(run)})
             if self.search is not None and self.plan.spec.search is not None:
-                if self.plan.spec.search.sampler == "grid" and not self.search.get_trials(False):
-                    for number, params in enumerate(self.plan.combinations()):
-                        self.search.enqueue_trial(params, {"name": _candidate(number)})
-                known |= self._newest(self.search)
+                candidates = self._newest(self.search)
+                is_grid = self.plan.spec.search.sampler == "grid"
+                for number, params in enumerate(self.plan.combinations() if is_grid else ()):
+                    # whoever queued them may have been stopped on the way
+                    if (name := _candidate(number)) not in candidates:
+                        self.search.enqueue_trial(params, {"name": name})
+                known |= candidates
             for trial in known.values() if retry_failed else ():
                 if trial.state == TrialState.FAIL:
                     study = self.grid if trial.user_attrs["name"] in self._runs else self.search
@@ -296,6 +299,9 @@ class Store:
         if self.plan.spec.search is not None:
             # scores of candidates are means over these
             kept += ["recipe", "overrides", "tasks", "axes", "spaces", "seeds"]
+            # numbers of candidates, choices and held-out values are of things in this order
+            said |= {key: list(said[key].items()) for key in ("tasks", "spaces")}
+            said["axes"] = [(axis, list(levels.items())) for axis, levels in said["axes"].items()]
         search = said["search"] and {**said["search"], "trials": None}
         return {key: digest(said[key]) for key in kept} | {"search": digest(search)}
 

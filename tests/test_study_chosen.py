@@ -69,6 +69,19 @@ def test_best_is_best_on_each_task(done: Path) -> None:
     assert plan.selects
 
 
+def test_what_a_search_is_compared_with_takes_over_as_its_candidates_do(tmp_path: Path) -> None:
+    rates = {"field": "train.learning_rate", "low": 1e-4, "high": 1e-2, "log": True}
+    options = {"search": {"trials": 2}, "spaces": {"rate": rates}, "baseline": {"mapping": "last"}}
+    path = second(tmp_path, **options)
+    best = {"uniform": 2, "last": 3, "alone": 4}
+    chosen = {(m, t): {"losses.hidden.weight": w} for m, w in best.items() for t in TASKS}
+    plan = Plan(load_study(path), path, chosen)
+    candidate = plan.candidate("trial-0000", {"mapping": "uniform", "rate": 3e-4})
+    for condition, weight in ((candidate, 2), (plan.baseline, 3), (plan.conditions[0], 4)):
+        recipe = plan.recipe(Run(condition, "hard", 0))
+        assert recipe.losses.terms["hidden"].weight == weight
+
+
 def test_several_studies_choose_for_conditions_of_their_own(done: Path, tmp_path: Path) -> None:
     (tmp_path / "rates").mkdir()
     rates = write_study(

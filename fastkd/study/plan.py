@@ -399,6 +399,9 @@ class Plan:
         if not self.spec.chosen:
             return {}
         levels = run.condition.levels
+        if run.condition.name == BASELINE:
+            # a search's stands outside the axes, and is held against what lies on them
+            levels = self.baseline_levels
         name = str(levels[self.spec.chosen[0].axis]) if levels else run.condition.name
         return self.chosen.get((name, run.task), {})
 

@@ -118,6 +118,17 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "expected a grid of the axis mapping and at least one more",
     ),
+    "one condition of most levels": (
+        {"grid": "one_axis_at_a_time"},
+        {},
+        "grid one_axis_at_a_time tries other axes at the baseline alone, .* expected a full grid",
+    ),
+    "no condition of some levels": ({"grid": "ends"}, {}, "grid ends tries other axes"),
+    "all conditions of a level skipped": (
+        {"skip": [{"mapping": "last"}]},
+        {},
+        "skip leaves out every condition of mapping last, so there is nothing to choose from",
+    ),
     "no such task": (
         {"tasks": {"hard": TASKS["hard"]}},
         {},

@@ -74,6 +74,17 @@ def _check(other: Plan, axis: str, given: str) -> None:
         raise UserError(
             f"{given}: expected a grid of the axis {axis} and at least one more to choose from"
         )
+    if other.spec.grid not in (None, "full"):
+        raise UserError(
+            f"{given}: grid {other.spec.grid} tries other axes at the baseline alone, which leaves "
+            "nothing to choose from; expected a full grid"
+        )
+    tried = {str(condition.levels[axis]) for condition in other.conditions if condition.levels}
+    if untried := [level for level in other.axes[axis] if str(level) not in tried]:
+        raise UserError(
+            f"{given}: skip leaves out every condition of {axis} {untried[0]}, so there is nothing "
+            "to choose from; leave it out of the axis as well"
+        )
     if not other.selects:
         raise UserError(
             f"{given}: it is scored on what is reported in the end; set task.selection there, with "

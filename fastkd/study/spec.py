@@ -210,7 +210,7 @@ class Takeover(Section):
     """What another study found best, which was scored on examples that this one doesn't report."""
 
     study: Place
-    """Its file, from the study file's folder: a grid with `task.selection`, run to its end."""
+    """Its file, from the study file's folder: a full grid with `task.selection`, run to its end."""
     axis: Annotated[str, Field(min_length=1)]
     """Axis that both studies have, the same for all that are named. A condition of this study takes
     over what was best with its own condition of the axis, on its own task; a control what was best

@@ -80,6 +80,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown field in a task": ({"tasks": {"a": {"tusk.name": "x"}}}, "did you mean 'task'?"),
     "unknown field of a control": ({"controls": {"alone": {"loses": 1}}}, "alone/"),
     "a control named as a row": ({"controls": {"teacher": {}}}, "controls.teacher: the name is"),
+    "a control named as a candidate": (
+        {"search": SEARCH, "spaces": {"w": WEIGHTS}, "controls": {"trial-0000": {}}},
+        "controls.trial-0000: a search calls its candidates so; give it another name",
+    ),
+    "a task named as a candidate": (
+        {"search": SEARCH, "spaces": {"w": WEIGHTS}, "tasks": {"trial-12345": {}}},
+        "tasks.trial-12345: a search calls its candidates so",
+    ),
     "seeds in a control": ({"controls": {"a": {"train.seed": 1}}}, "controls.a: train.seed is set"),
     "a hypothesis of no axis": (_asked(axis="map"), "hypotheses.0: no axis 'map'; expected one of"),
     "a hypothesis of no condition": (

@@ -20,6 +20,16 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.+=,@ -]+", re.ASCII)
 _MARKS = frozenset(",='\"")
 
 
+def candidate_name(number: int) -> str:
+    """What a search calls a candidate, also its folder."""
+    return f"trial-{number:04d}"
+
+
+def is_candidate_name(name: str) -> bool:
+    """Whether a search may call a candidate so."""
+    return bool(re.fullmatch(r"trial-\d{4,}", name))
+
+
 def shown(value: Level) -> str:
     """A level as its name; text that could be taken for something else stands in quotes."""
     if isinstance(value, float):

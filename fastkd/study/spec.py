@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, StringConstraints, ValidationError,
 from fastkd.errors import UserError
 from fastkd.recipe import Section, complain, read_tree
 from fastkd.section import Place, Seed
-from fastkd.study.naming import axes_map, axis_table, shown
+from fastkd.study.naming import axes_map, axis_table, is_candidate_name, shown
 
 FileName = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$", max_length=100)
@@ -389,6 +389,11 @@ class StudySpec(Section):
         search = self.search
         if search is None:
             return
+        for where, names in (("controls", self.controls), ("tasks", self.tasks)):
+            if taken := [name for name in names if is_candidate_name(name)]:
+                raise ValueError(
+                    f"{where}.{taken[0]}: a search calls its candidates so; give it another name"
+                )
         if search.pruner != "none" and self.metric.heldout is None:
             raise ValueError(
                 "search.pruner needs metric.heldout, the metric's path in an evaluation"

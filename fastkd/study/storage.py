@@ -22,6 +22,7 @@ from fastkd.errors import UserError, one_line
 from fastkd.section import LONGEST_RUN
 from fastkd.study.locks import Claim, alone
 from fastkd.study.metric import read_metric
+from fastkd.study.naming import candidate_name
 from fastkd.study.opening import BUSY_SECONDS, check_file, check_same
 from fastkd.study.plan import Condition, Plan, Run, digest
 from fastkd.study.search import draw, make_pruner, make_sampler
@@ -105,7 +106,7 @@ class Store:
                 is_grid = self.plan.spec.search.sampler == "grid"
                 for number, params in enumerate(self.plan.combinations() if is_grid else ()):
                     # whoever queued them may have been stopped on the way
-                    if (name := _candidate(number)) not in candidates:
+                    if (name := candidate_name(number)) not in candidates:
                         self.search.enqueue_trial(params, {"name": name})
                 known |= candidates
             for trial in known.values() if retry_failed else ():
@@ -146,7 +147,7 @@ class Store:
                         study.sampler = make_sampler(self.plan.spec.search, drawn)
                     trial = study.ask()
                     if "name" not in trial.user_attrs:
-                        trial.set_user_attr("name", _candidate(trial.number))
+                        trial.set_user_attr("name", candidate_name(trial.number))
                     claim = Claim.take(self._claim_path(trial))
                     assert claim, "a trial that was just asked for is nobody's"
                     return self._work(study, trial, claim)
@@ -314,7 +315,7 @@ class Store:
         """The last trial of each name; earlier ones failed and were tried again."""
         trials = study.get_trials(deepcopy=False)
         # a worker that is killed between two writes leaves a trial without a name
-        return {t.user_attrs.get("name", _candidate(t.number)): t for t in trials}
+        return {t.user_attrs.get("name", candidate_name(t.number)): t for t in trials}
 
     def _wants_more(self, study: optuna.Study) -> bool:
         search = self.plan.spec.search
@@ -335,7 +336,7 @@ class Store:
         )
 
     def _work(self, study: optuna.Study, trial: Trial, claim: Claim) -> Work:
-        name = trial.user_attrs.get("name", _candidate(trial.number))
+        name = trial.user_attrs.get("name", candidate_name(trial.number))
         if study is self.grid:
             run = self._runs[name]
             return Work(study, trial, claim, run.condition, [run])
@@ -346,7 +347,7 @@ class Store:
         return copy.deepcopy(work.study.get_trials(deepcopy=False)[work.trial.number])
 
     def _claim_path(self, trial: FrozenTrial | Trial) -> Path:
-        name: str = trial.user_attrs.get("name", _candidate(trial.number))
+        name: str = trial.user_attrs.get("name", candidate_name(trial.number))
         return self.plan.output / "claims" / name
 
     @contextmanager
@@ -369,7 +370,3 @@ def _records(trial: FrozenTrial | None, runs: Iterable[Run]) -> Iterator[Record]
 
 def _short(run: Run) -> str:
     return f"{run.task or ''}/{run.seed}"
-
-
-def _candidate(number: int) -> str:
-    return f"trial-{number:04d}"

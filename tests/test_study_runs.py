@@ -416,7 +416,7 @@ def test_report_only_of_nothing(tmp_path: Path) -> None:
 
 def test_the_forecast_counts_no_run_that_was_there_before() -> None:
     counts = iter([(4, 10), (6, 10), (6, 10)])
-    store: Any = SimpleNamespace(counts=lambda: next(counts))
+    store: Any = SimpleNamespace(run_counts=lambda: next(counts))
     runner: Any = SimpleNamespace(began=time.monotonic() - 100, found=1)
     watcher = Watcher(store, runner, Reporter(silent=True))
     assert watcher._remaining() == "7 min left"

@@ -145,6 +145,27 @@ def test_pruning_compares_the_same_step_of_the_same_run(tmp_path: Path) -> None:
     assert work([{2: 0.9}], finish=False) == [True]
 
 
+def test_runs_are_counted_also_inside_a_candidate(tmp_path: Path) -> None:
+    path = _search(tmp_path, tasks=TASKS)
+    store = Store(Plan(load_study(path), path))
+    store.add_work()
+    # what it is compared with and three candidates, each on two tasks with two seeds
+    assert store.run_counts() == (0, 16) and store.counts() == (0, 7)
+    done = 0
+    for trial in range(5):
+        work = store.take()
+        assert work is not None and (work.study is store.search) == (trial == 4)
+        for one in work.runs[:3]:
+            store.score(work, one, 0.5, 1.0)
+            done += 1
+        assert store.run_counts() == (done, 16)
+        if trial < 4:
+            store.finish(work)
+        work.claim.release()
+    store.fail(work, "out of memory")
+    assert store.run_counts() == (8, 16) and store.counts() == (5, 7)
+
+
 def test_grid_sampler_tries_every_combination_once(tmp_path: Path, notes: Path) -> None:
     axes = {"mapping": {"uniform": {"layer_map": "uniform"}, "last": {"layer_map": "last"}}}
     spaces = {"weight": {**WEIGHTS, "points": 2}}

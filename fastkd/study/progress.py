@@ -25,7 +25,7 @@ class Watcher:
     def __init__(self, store: Store, runner: Runner, reporter: Reporter) -> None:
         self.store, self.runner, self.reporter = store, runner, reporter
         self._bar: tuple[Progress, TaskID] | None = None
-        self._first, _ = store.counts()
+        self._first, _ = store.run_counts()
         self._next = 0.0
         self._said_best = ""
 
@@ -64,7 +64,7 @@ class Watcher:
             self.reporter.say("  ".join(part for part in (best, self._remaining()) if part))
 
     def _remaining(self) -> str:
-        done, total = self.store.counts()
+        done, total = self.store.run_counts()
         made = done - self._first - self.runner.found
         if made <= 0 or self.runner.began is None:
             return ""

@@ -167,8 +167,19 @@ class Store:
         for study in self._studies():
             names = self._newest(study)
             done += sum(trial.state.is_finished() for trial in names.values())
-            search = self.plan.spec.search if study is self.search else None
-            total += max(len(names), (search and search.trials) or 0)
+            total += self._planned(study, len(names))
+        return done, total
+
+    def run_counts(self) -> tuple[int, int]:
+        """Runs that are over, and all that there will be; a candidate is several."""
+        done = total = 0
+        for study in self._studies():
+            names = self._newest(study)
+            each = 1 if study is self.grid else len(self.plan.tasks) * len(self.plan.spec.seeds)
+            for trial in names.values():
+                scored = len(trial.user_attrs.get("scores", {}))
+                done += each if trial.state.is_finished() else scored
+            total += each * self._planned(study, len(names))
         return done, total
 
     def has_scores(self) -> bool:
@@ -317,11 +328,14 @@ class Store:
         # a worker that is killed between two writes leaves a trial without a name
         return {t.user_attrs.get("name", candidate_name(t.number)): t for t in trials}
 
+    def _planned(self, study: optuna.Study, known: int) -> int:
+        """How many trials there will be, of which some are known."""
+        search = self.plan.spec.search if study is self.search else None
+        return max(known, (search and search.trials) or 0)
+
     def _wants_more(self, study: optuna.Study) -> bool:
-        search = self.plan.spec.search
-        if study is not self.search or search is None or search.trials is None:
-            return False
-        return len(self._newest(study)) < search.trials
+        known = len(self._newest(study))
+        return known < self._planned(study, known)
 
     def _queue(
         self, study: optuna.Study, attributes: dict[str, Any], like: FrozenTrial | None = None

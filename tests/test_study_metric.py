@@ -16,8 +16,11 @@ from study_files import MAPPINGS, WEIGHTS, ended, run, write_study
 
 from fastkd.errors import UserError
 from fastkd.reporting.console import Reporter
+from fastkd.study import load_study
 from fastkd.study.metric import is_missing, read_metric
+from fastkd.study.plan import Plan
 from fastkd.study.statistics import Mean, Sample, decimals, estimate
+from fastkd.study.storage import Store, Work
 from fastkd.study.tables import _interval
 
 RUNS = {f"mapping={m}/seed-{s}" for m in MAPPINGS for s in (0, 1)}
@@ -116,6 +119,133 @@ def test_a_search_may_be_corrected_until_it_has_candidates(tmp_path: Path, notes
     assert set(counts(notes).values()) == {1} and len(counts(notes)) == 6
     with pytest.raises(UserError, match="made by a study file whose metric was another"):
         run(write_study(tmp_path, metric={**RIGHT, "path": "after.other"}, **options))
+
+
+def store_of(path: Path) -> Store:
+    store = Store(Plan(load_study(path), path))
+    store.add_work()
+    return store
+
+
+def take(store: Store) -> Work:
+    work = store.take()
+    assert work is not None
+    return work
+
+
+def candidate_of(store: Store) -> Work:
+    """The next candidate, once what it is compared with is done."""
+    work = take(store)
+    while work.study is store.grid:
+        store.score(work, work.runs[0], 0.0, 0.0)
+        store.finish(work)
+        work.claim.release()
+        work = take(store)
+    return work
+
+
+def test_what_was_refused_for_its_data_stays_refused_under_another_path(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the first condition fails, and is run on other data once the second one is there
+    monkeypatch.setenv("FAKE_FAIL", "mapping=uniform")
+    with pytest.raises(UserError, match="2 of 4 runs failed"):
+        run(write_study(tmp_path, metric=RIGHT))
+    monkeypatch.delenv("FAKE_FAIL")
+    monkeypatch.setenv("FAKE_DATA", "1")
+    with pytest.raises(UserError, match="2 of 4 runs failed"):
+        run(write_study(tmp_path, metric=RIGHT), retry_failed=True)
+    for summary in (tmp_path / "out" / "runs").rglob("summary.json"):
+        tree = json.loads(summary.read_text())
+        summary.write_text(json.dumps({**tree, "other": 1.5}))
+    said = (
+        r"2 of 4 runs failed, the first is mapping=uniform/seed-0: data \(dev\): not what mapping="
+    )
+    with pytest.raises(UserError, match=said):
+        run(write_study(tmp_path, metric={**RIGHT, "path": "other"}))
+    with pytest.raises(UserError, match=said):
+        run(write_study(tmp_path, metric=RIGHT))
+    store = Store(Plan(load_study(tmp_path / "study.yaml"), tmp_path / "study.yaml"))
+    assert {r.run.key: r.state for r in store.records()} == {
+        key: "failed" if "uniform" in key else "finished" for key in RUNS
+    }
+
+
+def test_a_run_whose_summary_is_gone_is_run_again_for_another_path(
+    tmp_path: Path, notes: Path
+) -> None:
+    run(write_study(tmp_path, metric={**RIGHT, "path": "after.score"}))
+    for summary in (tmp_path / "out" / "runs").rglob("summary.json"):
+        tree = json.loads(summary.read_text())
+        summary.write_text(json.dumps({**tree, "other": 1.5}))
+    (tmp_path / "out" / "runs" / "mapping=last" / "seed-1" / "run" / "summary.json").unlink()
+    path = write_study(tmp_path, metric={**RIGHT, "path": "other"})
+    states = {r.run.key: (r.state, r.value) for r in store_of(path).records()}
+    assert states.pop("mapping=last/seed-1") == ("waiting", None)
+    assert set(states.values()) == {("finished", 1.5)}
+
+
+PRUNED: dict[str, Any] = {
+    "axes": None,
+    "spaces": {"w": WEIGHTS},
+    "search": {"trials": 3, "pruner": "median", "startup_trials": 1},
+    "seeds": 2,
+}
+OLD, NEW = {**RIGHT, "heldout": "score"}, {**RIGHT, "heldout": "other"}
+
+
+def test_held_out_values_of_another_metric_prune_nothing(tmp_path: Path) -> None:
+    store = store_of(write_study(tmp_path, metric=OLD, **PRUNED))
+    work = candidate_of(store)
+    assert not store.report(work, work.runs[0], {1: 900.0, 2: 950.0})
+    store.score(work, work.runs[0], 900.0, 1.0)
+    work.claim.release()
+    store = store_of(write_study(tmp_path, metric=NEW, **PRUNED))
+    again = candidate_of(store)
+    assert (again.name, again.condition.levels) == (work.name, work.condition.levels)
+    assert not store.has_score(again, again.runs[0])
+    store.report(again, again.runs[0], {1: 0.1, 2: 0.2})
+    for one in again.runs:
+        store.score(again, one, 0.2, 1.0)
+    store.finish(again)
+    again.claim.release()
+    other = take(store)
+    assert other.name != again.name
+    # ahead of 0.1, and far behind 900
+    assert not store.report(other, other.runs[0], {1: 0.5})
+    assert store.counts()[1] == 2 + 3
+
+
+def test_values_of_a_candidate_that_failed_are_not_kept_for_another_metric(tmp_path: Path) -> None:
+    store = store_of(write_study(tmp_path, metric=OLD, **PRUNED))
+
+    def fail() -> None:
+        work = candidate_of(store)
+        store.score(work, work.runs[0], 900.0, 1.0)
+        store.fail(work, "out of memory")
+        work.claim.release()
+
+    fail()
+    fail()
+    # both wait to be tried again, and one fails again
+    store.add_work(retry_failed=True)
+    fail()
+    found = store_of(write_study(tmp_path, metric=NEW, **PRUNED)).records()
+    states = {(r.run.condition.name, r.state, r.value, r.message) for r in found[2:]}
+    assert states == {
+        ("trial-0000", "failed", None, "out of memory"),
+        ("trial-0001", "waiting", None, ""),
+    }
+
+
+def test_a_metric_is_not_changed_under_a_run(tmp_path: Path) -> None:
+    store = store_of(write_study(tmp_path, metric=RIGHT))
+    work = take(store)
+    path = write_study(tmp_path, metric={**RIGHT, "path": "after.other"})
+    with pytest.raises(UserError, match=r"seed-0 is under way by the metric as it was; stop the"):
+        store_of(path)
+    work.claim.release()
+    assert store_of(path).counts() == (0, 4)
 
 
 def test_what_is_said_counts_the_run_that_it_is_about(tmp_path: Path, notes: Path) -> None:

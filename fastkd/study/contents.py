@@ -1,22 +1,38 @@
-"""Whether the runs of a study that name the same data and models have read the same bytes."""
+"""What a finished run is worth, if runs that name the same data and models read the same bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from fastkd.errors import UserError
 from fastkd.models.digests import NOTE, model_sources, noted_models
 from fastkd.recipe import AnyRecipe, each_stage
+from fastkd.study.metric import read_metric
 from fastkd.study.plan import Plan, Run
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.same_data import require_same_data, shared_parts
 from fastkd.training.stages import stage_folders
 
 
-def other_content(plan: Plan, run: Run) -> str | None:
+def read_value(plan: Plan, run: Run, failed: Collection[str]) -> float | str:
+    """The metric of a finished run, or why it has none.
+
+    Args:
+        plan: of the study.
+        run: a run with a summary.
+        failed: keys of runs that others are not held against.
+    """
+    value = read_metric(plan.place(run).run, plan.spec.metric.path)
+    if isinstance(value, str):
+        return value
+    other = other_content(plan, run, failed)
+    return value if other is None else other
+
+
+def other_content(plan: Plan, run: Run, failed: Collection[str] = ()) -> str | None:
     """What a finished run has read as other bytes than the first finished ones of its task and of
-    its condition, which name the same; `None` where it hasn't."""
-    for other in _beside(plan, run):
+    its condition, which name the same and have not failed; `None` where it hasn't."""
+    for other in _beside(plan, run, failed):
         recipes = plan.recipe(run), plan.recipe(other)
         remedy = (
             f"put back what was there, remove {plan.place(run).folder} and run it again with "
@@ -38,12 +54,13 @@ def other_content(plan: Plan, run: Run) -> str | None:
     return None
 
 
-def _beside(plan: Plan, run: Run) -> Iterator[Run]:
+def _beside(plan: Plan, run: Run, failed: Collection[str]) -> Iterator[Run]:
     finished = [
         other
         for other in plan.all_runs()
         if other.task == run.task
         and other.key != run.key
+        and other.key not in failed
         and RunFolder(plan.place(other).run).summary.is_file()
     ]
     alike = [other for other in finished if other.condition.name == run.condition.name]

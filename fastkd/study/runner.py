@@ -17,9 +17,9 @@ import torch
 from fastkd.errors import Interrupted, UserError
 from fastkd.recipe import AnyRecipe
 from fastkd.signals import stop_signals
-from fastkd.study.contents import other_content
+from fastkd.study.contents import read_value
 from fastkd.study.locks import Claim
-from fastkd.study.metric import follow, is_missing, read_metric
+from fastkd.study.metric import follow, is_missing
 from fastkd.study.plan import Plan, Run
 from fastkd.study.shared import SharedRun
 from fastkd.study.storage import Store, Work
@@ -175,9 +175,7 @@ class Runner:
             return None
         message = ending.message
         if ending.kind == "finished":
-            value = read_metric(place.run, plan.spec.metric.path)
-            if isinstance(value, float) and (other := other_content(plan, run)):
-                value = other
+            value = read_value(plan, run, store.failed())
             if isinstance(value, float):
                 store.score(work, run, value, ending.seconds)
                 self.found += not ending.seconds

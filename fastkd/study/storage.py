@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fastkd.errors import UserError, one_line
 from fastkd.section import LONGEST_RUN
+from fastkd.study.contents import read_value
 from fastkd.study.locks import Claim, alone
 from fastkd.study.metric import read_metric
 from fastkd.study.naming import candidate_name
@@ -100,7 +101,7 @@ class Store:
             self.check_recipes()
             for key, run in self._runs.items():
                 if key not in known:
-                    self._queue(self.grid, {"name": key, "recipe": self.plan.digest(run)})
+                    self._add(self.grid, {"name": key, "recipe": self.plan.digest(run)})
             if self.search is not None and self.plan.spec.search is not None:
                 candidates = self._newest(self.search)
                 is_grid = self.plan.spec.search.sampler == "grid"
@@ -113,7 +114,7 @@ class Store:
                 if trial.state == TrialState.FAIL:
                     study = self.grid if trial.user_attrs["name"] in self._runs else self.search
                     assert study is not None
-                    self._queue(study, {**trial.user_attrs, "message": ""}, trial)
+                    self._add(study, {**trial.user_attrs, "message": ""}, trial)
 
     def check_recipes(self) -> None:
         """See that the runs that are there are those of the study file.
@@ -189,6 +190,11 @@ class Store:
             for study in self._studies()
             for trial in self._newest(study).values()
         )
+
+    def failed(self) -> set[str]:
+        """Keys of the runs known beforehand that failed."""
+        trials = self._newest(self.grid)
+        return {name for name, trial in trials.items() if trial.state == TrialState.FAIL}
 
     def has_score(self, work: Work, run: Run) -> bool:
         """Whether one of a trial's runs has a value already."""
@@ -282,27 +288,69 @@ class Store:
             self._read_again()
 
     def _read_again(self) -> None:
-        """Take another number from the summaries of runs that are over, which stay as they are."""
+        """Take another number from the summaries of runs that are over, which stay as they are.
+
+        Raises:
+            UserError: a run is under way, whose worker reads the number as it was.
+        """
+        for study in self._studies():
+            for trial in study.get_trials(False, (TrialState.RUNNING,)):
+                claim = Claim.take(self._claim_path(trial))
+                if claim is None:
+                    raise UserError(
+                        f"{self.path}: {_name(trial)} is under way by the metric as it was; stop "
+                        "the process that runs it, and run this again"
+                    )
+                claim.release()
+        self._read_grid_again()
+        for study in self._studies():
+            for trial in study.get_trials(False, (TrialState.WAITING, TrialState.RUNNING)):
+                if trial.user_attrs.get("scores"):
+                    Trial(study, trial._trial_id).set_user_attr("scores", {})
+        if self.search is not None:
+            self._forget_candidates(self.search)
+        self.grid.set_user_attr("fixed", self._fixed())
+
+    def _read_grid_again(self) -> None:
+        failed = self.failed()
         for name, trial in self._newest(self.grid).items():
             run = self._runs.get(name)
             if run is None or not trial.state.is_finished():
                 continue
-            place = self.plan.place(run)
-            if RunFolder(place.run).summary.is_file():
-                found = read_metric(place.run, self.plan.spec.metric.path)
+            attributes = {"name": name, "recipe": trial.user_attrs["recipe"]}
+            folder = self.plan.place(run).run
+            if not RunFolder(folder).summary.is_file():
+                if trial.state == TrialState.COMPLETE:
+                    # nothing is left to read
+                    self._add(self.grid, attributes)
+                continue
+            # one that has a value has read what the others have
+            is_known = trial.state == TrialState.COMPLETE
+            path = self.plan.spec.metric.path
+            found = read_metric(folder, path) if is_known else read_value(self.plan, run, failed)
+            if isinstance(found, float):
                 seconds = trial.user_attrs.get("scores", {}).get(_short(run), [0.0, 0.0])[1]
-                attributes = {"name": name, "recipe": trial.user_attrs["recipe"]}
-                if isinstance(found, float):
-                    attributes["scores"] = {_short(run): [found, seconds]}
-                    made = optuna.create_trial(value=found, user_attrs=attributes)
-                else:
-                    attributes["message"] = found
-                    made = optuna.create_trial(state=TrialState.FAIL, user_attrs=attributes)
-                self.grid.add_trial(made)
-        for study in self._studies():
-            for trial in study.get_trials(False, (TrialState.RUNNING,)):
-                Trial(study, trial._trial_id).set_user_attr("scores", {})
-        self.grid.set_user_attr("fixed", self._fixed())
+                attributes["scores"] = {_short(run): [found, seconds]}
+                failed.discard(name)
+                self.grid.add_trial(optuna.create_trial(value=found, user_attrs=attributes))
+            else:
+                attributes["message"] = found
+                failed.add(name)
+                self._add(self.grid, attributes, state=TrialState.FAIL)
+
+    def _forget_candidates(self, search: optuna.Study) -> None:
+        """Put others in the place of candidates that have what can't be taken back: held-out
+        values of those under way, values of single runs of those that failed."""
+        newest = self._newest(search)
+        for trial in search.get_trials(False, (TrialState.RUNNING,)):
+            if trial.intermediate_values:
+                # one that was stopped right here has its successor
+                if newest[_name(trial)].number == trial.number:
+                    self._add(search, {"name": _name(trial)}, trial)
+                search.tell(trial.number, state=TrialState.FAIL)
+        for trial in newest.values():
+            if trial.state == TrialState.FAIL and trial.user_attrs.get("scores"):
+                self._add(search, {**trial.user_attrs, "scores": {}}, trial, TrialState.FAIL)
 
     def _fixed(self) -> dict[str, str]:
         """Digests of what must not change once there are runs, by its name in the file."""
@@ -325,8 +373,7 @@ class Store:
     def _newest(self, study: optuna.Study) -> dict[str, FrozenTrial]:
         """The last trial of each name; earlier ones failed and were tried again."""
         trials = study.get_trials(deepcopy=False)
-        # a worker that is killed between two writes leaves a trial without a name
-        return {t.user_attrs.get("name", candidate_name(t.number)): t for t in trials}
+        return {_name(trial): trial for trial in trials}
 
     def _planned(self, study: optuna.Study, known: int) -> int:
         """How many trials there will be, of which some are known."""
@@ -337,12 +384,16 @@ class Store:
         known = len(self._newest(study))
         return known < self._planned(study, known)
 
-    def _queue(
-        self, study: optuna.Study, attributes: dict[str, Any], like: FrozenTrial | None = None
+    def _add(
+        self,
+        study: optuna.Study,
+        attributes: dict[str, Any],
+        like: FrozenTrial | None = None,
+        state: TrialState = TrialState.WAITING,
     ) -> None:
         study.add_trial(
             optuna.create_trial(
-                state=TrialState.WAITING,
+                state=state,
                 params=like.params if like else None,
                 distributions=like.distributions if like else None,
                 user_attrs=attributes,
@@ -350,7 +401,7 @@ class Store:
         )
 
     def _work(self, study: optuna.Study, trial: Trial, claim: Claim) -> Work:
-        name = trial.user_attrs.get("name", candidate_name(trial.number))
+        name = _name(trial)
         if study is self.grid:
             run = self._runs[name]
             return Work(study, trial, claim, run.condition, [run])
@@ -361,8 +412,7 @@ class Store:
         return copy.deepcopy(work.study.get_trials(deepcopy=False)[work.trial.number])
 
     def _claim_path(self, trial: FrozenTrial | Trial) -> Path:
-        name: str = trial.user_attrs.get("name", candidate_name(trial.number))
-        return self.plan.output / "claims" / name
+        return self.plan.output / "claims" / _name(trial)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -380,6 +430,12 @@ def _records(trial: FrozenTrial | None, runs: Iterable[Run]) -> Iterator[Record]
             yield Record(run, "finished", value, seconds)
         else:
             yield Record(run, state, message=attributes.get("message", ""))
+
+
+def _name(trial: FrozenTrial | Trial) -> str:
+    # a worker that is killed between two writes leaves a trial without a name
+    name: str = trial.user_attrs.get("name", candidate_name(trial.number))
+    return name
 
 
 def _short(run: Run) -> str:

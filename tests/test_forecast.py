@@ -255,6 +255,17 @@ def test_doctor_forecasts_without_weights(
     assert "does not fit" in said and "teacher.placement=shard" in said
 
 
+def test_each_stage_is_forecast_on_the_student_of_the_first(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = "stages=[{losses: {hidden: {}}}, {losses: {embedding: {}}, train: {steps: 3}}]"
+    assert _doctor(str(path), stages, "--gpu", "h100", monkeypatch=monkeypatch) == 0
+    first, second = capsys.readouterr().out.split("stage 2 of 2")
+    assert first.startswith("stage 1 of 2")
+    for said in (first, second):
+        assert "memory of the GPU" in said and "tokens a second" in said
+
+
 def test_the_committed_page_is_what_is_forecast() -> None:
     page = placement.page()
     assert placement.PAGE.read_text(encoding="utf-8") == page

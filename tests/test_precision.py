@@ -16,7 +16,8 @@ from tiny_runs import make_recipe
 import fastkd
 from fastkd.distributed import joined_ranks
 from fastkd.recipe import FinetuneRecipe, Recipe, load_recipe, parse_finetune_recipe
-from fastkd.training import precision
+from fastkd.reporting.console import Reporter
+from fastkd.training import doctor, loop, precision
 from fastkd.training.precision import (
     PLAIN_ATTENTION_TOKENS,
     attention_on_cpus,
@@ -161,3 +162,35 @@ def test_short_rows_in_bf16_are_attended_to_plainly_on_a_cpu(
     with attention_on_cpus(torch.device(device), recipe):
         assert torch.backends.cuda.flash_sdp_enabled() == fused
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.fixture
+def plain_attention(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether attention was made by plain products, wherever a run or doctor set one up."""
+    seen: list[bool] = []
+
+    def set_up(*_given: Any, **_options: Any) -> None:
+        seen.append(not torch.backends.cuda.flash_sdp_enabled())
+        raise fastkd.UserError("seen")
+
+    monkeypatch.setattr(doctor, "set_up", set_up)
+    monkeypatch.setattr(loop, "set_up", set_up)
+    return seen
+
+
+@pytest.mark.parametrize(("dtype", "plain"), [("bf16", True), ("fp32", False)])
+@pytest.mark.parametrize("staged", [False, True])
+def test_doctor_and_each_stage_multiply_as_their_run_does(
+    tmp_path: Path, plain_attention: list[bool], dtype: str, plain: bool, staged: bool
+) -> None:
+    other = "fp32" if plain else "bf16"
+    stages = [f"stages=[{{train: {{precision: {dtype}}}}}]", f"train.precision={other}"]
+    given = stages if staged else [f"train.precision={dtype}"]
+    recipe = load_recipe(make_recipe(tmp_path), given)
+    reporter = Reporter(silent=True)
+    with joined_ranks() as ranks:
+        with pytest.raises(fastkd.UserError, match="seen"):
+            doctor.estimate_run(recipe, ranks, reporter)
+        with pytest.raises(fastkd.UserError, match="seen"):
+            loop.run_recipe(recipe, ranks, resume=False, reporter=reporter)
+    assert plain_attention == [plain, plain]

@@ -305,3 +305,25 @@ def test_columns_say_what_was_measured() -> None:
 def test_a_recorded_step_has_no_phases(path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.profile and train\.cuda_graph are on, and"):
         load_recipe(path, ["train.cuda_graph=true"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["run.keep_best=nonsense", "train.evaluate_every=2"], "run.keep_best is 'nonsense'"),
+        (["losses={hidden: {}}"], "losses.hidden: an op refuses"),
+    ],
+)
+def test_doctor_refuses_what_a_run_refuses(
+    path: Path, ranks: Ranks, given: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_given: object) -> None:
+        raise ValueError("an op refuses")
+
+    # before the first step
+    monkeypatch.setattr(doctor, "measure_steps", None)
+    if said.startswith("losses"):
+        monkeypatch.setattr("fastkd.losses.states.StateGroup.forward", refuse)
+    recipe = load_recipe(path, given)
+    with pytest.raises(UserError, match=said):
+        doctor.estimate_run(recipe, ranks, Reporter(silent=True))

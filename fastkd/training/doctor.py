@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from fastkd.data.datamodule import MicroBatches
 from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
-from fastkd.recipe import AnyRecipe, Recipe, stage_recipes
+from fastkd.recipe import AnyRecipe, Recipe, each_stage
 from fastkd.reporting.console import Reporter
 from fastkd.reporting.profile import memory_rows, time_columns, time_rows
 from fastkd.training.chips import Chip
@@ -40,10 +41,12 @@ from fastkd.training.forecast import (
     run_dry,
 )
 from fastkd.training.loop import read_step, train_step
-from fastkd.training.precision import precision_on_gpus
+from fastkd.training.precision import precision_on_gpus, products_of, settle_precision
 from fastkd.training.profile import NoProfile
+from fastkd.training.rehearsal import try_losses
 from fastkd.training.setup import Run, make_profile, set_up
 from fastkd.training.sharded import whole_numbers
+from fastkd.training.steering import check_metrics
 from fastkd.training.summary import profile_of
 from fastkd.training.teacher_cache.forecast import describe
 from fastkd.training.teacher_cache.plan import Form, plan_cache, plan_for_run
@@ -87,16 +90,16 @@ def estimate_run(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
     Raises:
         UserError: whatever would stop the run itself.
     """
-    if not isinstance(recipe, Recipe) or not recipe.stages:
-        _estimate(recipe, ranks, reporter)
-        return
-    for number, stage in enumerate(stage_recipes(recipe), start=1):
-        reporter.say(f"stage {number} of {len(recipe.stages)}")
-        _estimate(stage.model_copy(update={"student": recipe.student}), ranks, reporter)
+    for stage in _stages(recipe, reporter):
+        settled = settle_precision(stage, ranks)
+        with products_of(settled, ranks.device):
+            _estimate(settled, ranks, reporter)
 
 
 def forecast_run(recipe: AnyRecipe, chip: Chip, ranks: int, reporter: Reporter) -> None:
     """Print what a recipe will need on GPUs that are not here, and how fast they can be.
+
+    Stages are forecast one by one, likewise.
 
     Args:
         recipe: of a distillation; of its teacher the configuration alone is read.
@@ -107,16 +110,24 @@ def forecast_run(recipe: AnyRecipe, chip: Chip, ranks: int, reporter: Reporter) 
     Raises:
         UserError: a recipe or a model that can't be forecast.
     """
-    if not isinstance(recipe, Recipe):
-        raise UserError(
-            "--gpu is given with a recipe of fine-tuning, expected one of distillation; leave "
-            "--gpu out, which makes a few real steps"
-        )
-    stages = stage_recipes(recipe) if recipe.stages else [recipe]
-    for number, stage in enumerate(stages, start=1):
-        if len(stages) > 1:
-            reporter.say(f"stage {number} of {len(stages)}")
+    for stage in _stages(recipe, reporter):
+        if not isinstance(stage, Recipe):
+            raise UserError(
+                "--gpu is given with a recipe of fine-tuning, expected one of distillation; leave "
+                "--gpu out, which makes a few real steps"
+            )
         _forecast(precision_on_gpus(stage), chip, ranks, reporter)
+
+
+def _stages(recipe: AnyRecipe, reporter: Reporter) -> Iterator[AnyRecipe]:
+    """What a run does one after the other, each said by its number where there are stages."""
+    stages = each_stage(recipe)
+    for number, stage in enumerate(stages, start=1):
+        if isinstance(recipe, Recipe) and recipe.stages:
+            reporter.say(f"stage {number} of {len(stages)}")
+            # what a later one starts from isn't there yet
+            stage = stage.model_copy(update={"student": recipe.student})
+        yield stage
 
 
 def _forecast(recipe: Recipe, chip: Chip, ranks: int, reporter: Reporter) -> None:
@@ -181,6 +192,8 @@ def _gib(size: int) -> str:
 
 def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
     run = set_up(recipe, ranks, progress=not reporter.console.quiet)
+    check_metrics(run)
+    try_losses(run)
     profile = measure_steps(run)
     # what follows takes memory, too
     peak = peak_memory(ranks)

@@ -23,7 +23,7 @@ from fastkd.training.deepspeed_config import check_packages
 from fastkd.training.export import export_student
 from fastkd.training.hold import hold_run
 from fastkd.training.introduction import introduce
-from fastkd.training.precision import attention_on_cpus, settle_precision, tf32_products
+from fastkd.training.precision import products_of, settle_precision
 from fastkd.training.rehearsal import try_losses
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run, set_up
@@ -68,15 +68,12 @@ def run_recipe(
     check_packages(recipe)
     folder = RunFolder(recipe.run.output)
     recipe = settle_precision(recipe, ranks, folder if resume else None)
-    with (
-        tf32_products(ranks.device, recipe.train.tf32),
-        attention_on_cpus(ranks.device, recipe),
-        hold_run(folder, recipe, ranks, resume=resume, reporter=reporter) as summary,
-    ):
+    with hold_run(folder, recipe, ranks, resume=resume, reporter=reporter) as summary:
         if summary is None and isinstance(recipe, Recipe) and recipe.stages:
             summary = _run_stages(recipe, ranks, resume, reporter, callbacks)
         elif summary is None:
-            summary = train(recipe, ranks, reporter, callbacks)
+            with products_of(recipe, ranks.device):
+                summary = train(recipe, ranks, reporter, callbacks)
         if report is not None and ranks.is_main and not recipe.run.lean:
             for finished in stage_folders(recipe):
                 report(finished)
@@ -96,7 +93,8 @@ def _run_stages(
         with hold_run(folder, stage, ranks, resume=resume, reporter=reporter) as summary:
             if summary is None:
                 place = Stage(whole, recipe, number, summaries)
-                summary = train(stage, ranks, reporter, callbacks, place)
+                with products_of(stage, ranks.device):
+                    summary = train(stage, ranks, reporter, callbacks, place)
         summaries.append(summary)
     return finish_stages(recipe, summaries, ranks)
 

@@ -149,6 +149,18 @@ def attention_on_cpus(device: torch.device, recipe: AnyRecipe) -> Iterator[None]
         yield
 
 
+@contextmanager
+def products_of(recipe: AnyRecipe, device: torch.device) -> Iterator[None]:
+    """Let models multiply as the steps of a run do while the context is open.
+
+    Args:
+        recipe: without `auto`; of stages each has its own.
+        device: of this rank.
+    """
+    with tf32_products(device, recipe.train.tf32), attention_on_cpus(device, recipe):
+        yield
+
+
 def describe_precision(recipe: AnyRecipe, device: torch.device) -> str:
     """The precisions of a run in a line; of a recipe without `auto`."""
     said = f"precision: model {recipe.train.precision}"

@@ -13,7 +13,7 @@ import torch
 from tiny_models import VOCABULARY, tiny_config, tiny_model
 from tiny_runs import make_recipe
 from torch import Tensor
-from transformers import AutoModel, MixtralConfig
+from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig
 
 from benchmarks import placement
 from fastkd import cli, training
@@ -62,12 +62,14 @@ def test_products_are_those_of_the_weights_and_of_attention(name: str) -> None:
         assert found.attention < 4 * 4 * ROWS * 4 * TOKENS * TOKENS * 8
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["bert", "llama"])
-def test_bytes_are_those_of_a_real_pass(name: str) -> None:
+def test_bytes_are_those_of_a_real_pass(name: str, attention: str) -> None:
     """On CPUs torch's attention keeps for its backward pass what flash attention keeps."""
-    found = dry_pass(_meta(name), {"input_ids": _ids("meta")}, LAYERS, train=True)
+    inputs, eager = {"input_ids": _ids("meta")}, attention == "eager"
+    found = dry_pass(_meta(name), inputs, LAYERS, train=True, eager=eager)
     model = tiny_model(name, **NO_MAPS[name]).train()
-    route_attention(model, "sdpa")
+    route_attention(model, attention)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Any] = {}
 
@@ -83,6 +85,73 @@ def test_bytes_are_those_of_a_real_pass(name: str) -> None:
     size = sum(storage.nbytes() for storage in kept.values())
     assert abs(found.saved - size) <= 0.03 * size, (found.saved, size)
     assert bytes_of(tensors_of(found.captured)) == bytes_of(tensors_of(real))
+    if eager:
+        # of all pairs, in the teacher's passes as well; nothing else is multiplied than without
+        plain = dry_pass(_meta(name), inputs, LAYERS)
+        assert found.attention == 4 * 4 * ROWS * 4 * TOKENS * TOKENS * 8
+        assert found.products == plain.products
+        maps = dry_pass(_meta(name), inputs, LAYERS, eager=True)
+        assert plain.largest < maps.largest == 4 * ROWS * 4 * TOKENS * TOKENS
+
+
+def _save_start(folder: Path, name: str, **changes: Any) -> int:
+    """Write a model to start from; its numbers, without a pooler."""
+    kind = AutoModelForCausalLM if name in ("llama", "qwen3") else AutoModel
+    model = kind.from_config(tiny_config(name, num_hidden_layers=2, **changes))
+    model.save_pretrained(folder)
+    named = model.named_parameters()
+    return sum(p.numel() for key, p in named if not key.startswith("pooler."))
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "changes"),
+    [
+        # another architecture, taken as it is
+        ("bert", "roberta", {}),
+        ("llama", "llama", {"tie_word_embeddings": False}),
+        ("qwen3", "qwen3", {"head_dim": 8, "hidden_size": 24}),
+    ],
+)
+def test_a_student_that_starts_from_a_model_is_that_model(
+    tmp_path: Path, name: str, start: str, changes: dict[str, Any]
+) -> None:
+    decoder = name != "bert"
+    numbers = _save_start(tmp_path / "start", start, **changes)
+    width = changes.get("hidden_size", 32)
+    sizes = {"layers": 2, "hidden_size": width, "intermediate_size": 48}
+    path = make_recipe(
+        tmp_path, name, student={**sizes, "head": "causal_lm" if decoder else "none"}
+    )
+    losses = "losses={logits: {}}" if decoder else "losses={hidden: {}}"
+    given = ["train.precision=fp32", "teacher.dtype=float32", losses]
+    given += [f"student.init={tmp_path / 'start'}"]
+    if name == "llama":
+        config = tiny_config(name, tie_word_embeddings=True)
+        config.save_pretrained(tmp_path / "teacher")
+    plain = run_dry(load_recipe(path, given), 4)
+    assert (plain.trained_numbers, plain.frozen_numbers) == (numbers, 0)
+    if not decoder:
+        given += ["student.freeze_word_embeddings=true", "student.gradient_checkpointing=true"]
+        found = run_dry(load_recipe(path, given), 4)
+        table = VOCABULARY * width
+        assert (found.trained_numbers, found.frozen_numbers) == (numbers - table, table)
+        assert found.student.saved < 0.5 * plain.student.saved
+
+
+def test_attention_with_maps_takes_their_memory_and_no_second_making(recipe: Recipe) -> None:
+    chip = CHIPS["h100"]
+    plain, maps = (
+        recipe.model_copy(
+            update={"student": recipe.student.model_copy(update={"attention": attention})}
+        )
+        for attention in ("flash_attention_2", "eager")
+    )
+    flash, eager = run_dry(plain, 8), run_dry(maps, 8)
+    # two layers of 4 heads, each a map in fp32 where flash attention keeps a sum a row
+    assert eager.student.saved - flash.student.saved >= 2 * 8 * 4 * 4 * (16 * 16 - 16)
+    operations = eager.student.attention / chip.tf32 / EFFICIENCY
+    found = [forecast(one, eager, chip, 1).computing for one in (plain, maps)]
+    assert found[0] - found[1] == pytest.approx(0.5 * operations)
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +347,8 @@ def test_the_committed_page_is_what_is_forecast() -> None:
 
 
 EXPERTS = ("teacher.model=MIXTRAL", "teacher.dtype=bfloat16", "train.precision=bf16")
+OF_ANOTHER = ("student.layers=null", "student.hidden_size=null", "student.intermediate_size=null")
+STUDENT_OF_EXPERTS = ("student.init=MIXTRAL", *OF_ANOTHER, "losses={hidden: {}}")
 
 
 @pytest.mark.parametrize(
@@ -287,6 +358,7 @@ EXPERTS = ("teacher.model=MIXTRAL", "teacher.dtype=bfloat16", "train.precision=b
         (["--gpu", "h100"], "--gpu h100 is given without a recipe"),
         (["RECIPE", "--gpu", "h100", "--ranks", "3"], "expected a multiple of the 3 ranks"),
         (["RECIPE", "--gpu", "h100", *EXPERTS], "can't forecast a mixture of experts"),
+        (["RECIPE", "--gpu", "h100", *STUDENT_OF_EXPERTS], "fastkd: student.init "),
     ],
 )
 def test_what_can_not_be_forecast_is_one_line(
@@ -300,8 +372,8 @@ def test_what_can_not_be_forecast_is_one_line(
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     sizes["num_key_value_heads"] = 4
     config = MixtralConfig(**sizes, num_hidden_layers=4, vocab_size=VOCABULARY)
-    config.save_pretrained(tmp_path)
-    names = {"RECIPE": str(path), "teacher.model=MIXTRAL": f"teacher.model={tmp_path}"}
-    arguments = [names.get(one, one) for one in given]
+    config.save_pretrained(tmp_path / "mixtral")
+    names = {"RECIPE": str(path), "MIXTRAL": str(tmp_path / "mixtral")}
+    arguments = [re.sub("RECIPE|MIXTRAL", lambda name: names[name[0]], one) for one in given]
     assert _doctor(*arguments, monkeypatch=monkeypatch) == 2
     assert said in capsys.readouterr().err.strip().splitlines()[-1]

@@ -184,7 +184,7 @@ def listening_function(implementation: str) -> Callable[..., tuple[Tensor, Tenso
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if implementation == "eager":
-            function = _eager_function(type(module))
+            function = eager_function(type(module))
         else:
             function = ALL_ATTENTION_FUNCTIONS[implementation]
         tensors = query, key, value, attention_mask
@@ -200,9 +200,13 @@ def listening_function(implementation: str) -> Callable[..., tuple[Tensor, Tenso
     return attend
 
 
-def _eager_function(kind: type[nn.Module]) -> Callable[..., Any]:
+def eager_function(kind: type[nn.Module]) -> Callable[..., Any]:
     """The eager function of an attention class: it lives beside the forward that calls it, not in
-    the registry, and a subclass elsewhere may call or inherit that."""
+    the registry, and a subclass elsewhere may call or inherit that.
+
+    Raises:
+        UserError: there is none.
+    """
     for base in kind.__mro__:
         if "forward" in vars(base):
             names = inspect.unwrap(vars(base)["forward"]).__globals__

@@ -186,14 +186,9 @@ def build_student(
         rates = own.rates
         lend_pooler(model, None)
     else:
-        config = student_config(teacher.config, student, layers)
-        if student.init in ("teacher", "importance"):
-            sources = layers.sources()
-            missing = check_same_blocks(teacher, cut_layers(teacher.config, sources), sources)
+        config, missing = _config_of(teacher, student, layers)
         if student.starts_from is None:
-            check_feed_forward(config, teacher.config)
-            model = drawn_model(config, student.head)
-            copied = 0
+            model, copied = _drawn_model(config, student.head), 0
             if student.init == "teacher":
                 copied, drawn = _copy_from_teacher(model, teacher, layers)
         else:
@@ -202,14 +197,60 @@ def build_student(
     if own is None and student.starts_from is None and teacher.can_generate():
         # which tokens end a text, and how the next one is chosen
         model.generation_config = copy.deepcopy(teacher.generation_config)
-    set_attention(model, student.attention)
+    _prepare(model, teacher, student, student.attention)
+    total = sum(p.numel() for p in model.parameters())
+    said = Initialisation(copied, total, missing=tuple(missing), drawn=tuple(drawn), rates=rates)
+    return model, said
+
+
+def outline_student(
+    teacher: PreTrainedModel, student: Student, layers: LayerMap, attention: str
+) -> PreTrainedModel:
+    """A student as `build_student` makes it, but for its numbers, which are drawn: of a model to
+    start from the configuration alone is read.
+
+    Args:
+        teacher: the model, likewise.
+        student: section of the recipe.
+        layers: the map.
+        attention: what it runs in place of the section's, which may not be installed here.
+
+    Raises:
+        UserError: as `build_student`, of what configurations say.
+    """
+    own = own_model(student, teacher.config)
+    config = _config_of(teacher, student, layers)[0] if own is None else own.config
+    model = _drawn_model(config, student.head)
+    _prepare(model, teacher, student, attention)
+    return model
+
+
+def _config_of(
+    teacher: PreTrainedModel, student: Student, layers: LayerMap
+) -> tuple[PreTrainedConfig, list[str]]:
+    """Configuration of a student that has its teacher's architecture, and what it does without, see
+    `check_same_blocks`."""
+    missing: list[str] = []
+    config = student_config(teacher.config, student, layers)
+    if student.init in ("teacher", "importance"):
+        sources = layers.sources()
+        missing = check_same_blocks(teacher, cut_layers(teacher.config, sources), sources)
+    if student.starts_from is None:
+        check_feed_forward(config, teacher.config)
+    else:
+        _take_settings(config, student.starts_from, teacher.config)
+    return config, missing
+
+
+def _prepare(
+    model: PreTrainedModel, teacher: PreTrainedModel, student: Student, attention: str
+) -> None:
+    """Let a student train as its section says."""
+    set_attention(model, attention)
     if student.freeze_word_embeddings:
         _freeze_word_embeddings(model, teacher, student)
     if student.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    total = sum(p.numel() for p in model.parameters())
-    said = Initialisation(copied, total, missing=tuple(missing), drawn=tuple(drawn), rates=rates)
-    return model, said
 
 
 def _freeze_word_embeddings(
@@ -298,7 +339,7 @@ def student_layers(student: Student, teacher: PreTrainedConfig) -> int:
     return depth
 
 
-def drawn_model(config: PreTrainedConfig, head: Head) -> PreTrainedModel:
+def _drawn_model(config: PreTrainedConfig, head: Head) -> PreTrainedModel:
     """A model in fp32 whose weights are drawn; without a head its pooler is set aside.
 
     Raises:
@@ -324,16 +365,16 @@ def _as_it_is(config: PreTrainedConfig, student: Student) -> tuple[PreTrainedMod
     return model, sum(p.numel() for p in model.parameters()) - fresh
 
 
-def _continued(
-    source: ModelSource, config: PreTrainedConfig, student: Student, teacher: PreTrainedModel
-) -> tuple[PreTrainedModel, int]:
-    """A student that starts from another model's weights, and how many numbers were not drawn."""
-    name, given = resolve_model(source), f"student.init {source.name}"
-    own = read_config(name, given)
+def _take_settings(
+    config: PreTrainedConfig, source: ModelSource, teacher: PreTrainedConfig
+) -> None:
+    """Give a student's configuration what is another model's own, whose weights it starts from."""
+    given = f"student.init {source.name}"
+    own = read_config(resolve_model(source), given)
     _check_same_shape(own, config, given)
     size = getattr(own, "head_dim", None)
-    if size is not None and size == getattr(teacher.config, "head_dim", None):
-        keep_head_size(config, teacher.config)
+    if size is not None and size == getattr(teacher, "head_dim", None):
+        keep_head_size(config, teacher)
     # its blocks are what they are, whatever teacher layers they learn from
     for setting in cut_layers(config, range(1, config.num_hidden_layers + 1)):
         if hasattr(own, setting):
@@ -342,8 +383,15 @@ def _continued(
     # whose output layer stays as it is as well
     if hasattr(own, "tie_word_embeddings"):
         config.tie_word_embeddings = own.tie_word_embeddings
+
+
+def _continued(
+    source: ModelSource, config: PreTrainedConfig, student: Student, teacher: PreTrainedModel
+) -> tuple[PreTrainedModel, int]:
+    """A student that starts from another model's weights, and how many numbers were not drawn."""
+    name, given = resolve_model(source), f"student.init {source.name}"
     model, drawn = read_model(name, given, torch.float32, None, student.head, config)
-    if hasattr(own, POOLER_MARK):
+    if hasattr(read_config(name, given), POOLER_MARK):
         # written for others to load, but trained by nobody
         drawn += [name for name, _ in model.named_parameters() if "pooler." in name]
     fresh, found = 0, dict(teacher.named_parameters(remove_duplicate=False))

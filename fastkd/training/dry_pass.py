@@ -2,7 +2,8 @@
 
 Models on torch's meta device have shapes alone, so that a pass of a model of any size takes a
 moment and no memory. Matrix products are counted by torch, the tensors that a backward pass would
-read by the hooks of autograd. Attention is counted as flash attention does it: no map is stored.
+read by the hooks of autograd. Attention is counted as flash attention does it, which stores no map,
+or as the model's own eager function does.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
 from fastkd.capture import AttentionShape, AttentionTraits, Capture, at_depth, capture, no_cache
-from fastkd.capture.routing import PREFIX, listening_function
+from fastkd.capture.routing import PREFIX, eager_function, listening_function
 from fastkd.types import Inputs
 
 _NAME = "counted"
@@ -34,7 +35,7 @@ class DryPass:
     float8: int = 0
     """Those of them that multiply float8."""
     attention: int = 0
-    """Those of its attention; of what a causal model does not see, none."""
+    """Those of its attention; of what a causal model does not see, none but of eager."""
     saved: int = 0
     """Bytes that a backward pass would read, weights left out."""
     largest: int = 0
@@ -49,6 +50,7 @@ def dry_pass(
     *,
     depth: int | None = None,
     train: bool = False,
+    eager: bool = False,
 ) -> DryPass:
     """Run a model on the meta device.
 
@@ -58,8 +60,12 @@ def dry_pass(
         layers: what is captured, as keyword arguments of `capture`.
         depth: blocks that run; all of them where not given.
         train: whether a backward pass would follow.
+        eager: whether its attention makes maps.
+
+    Raises:
+        UserError: there is no eager function of its attention.
     """
-    attention = _Attention()
+    attention = _Attention(eager)
     AttentionInterface.register(_NAME, attention)
     # without a mask function of this name transformers makes no mask
     AttentionInterface.register(PREFIX + _NAME, listening_function(_NAME))
@@ -78,7 +84,8 @@ def dry_pass(
         hook.remove()
     return DryPass(
         captured,
-        counter.get_total_flops(),
+        # what eager attention multiplies torch has counted as well
+        counter.get_total_flops() - eager * attention.operations,
         counter.get_flop_counts()["Global"].get(torch.ops.aten._scaled_mm, 0),
         attention.operations,
         saved.bytes,
@@ -135,7 +142,8 @@ def _noting(largest: list[int]) -> Any:
 class _Attention:
     """An attention function of transformers that counts what it would do."""
 
-    def __init__(self) -> None:
+    def __init__(self, eager: bool) -> None:
+        self._eager = eager
         self.operations = 0
         self.causal = False
         self.shapes: dict[AttentionShape, None] = {}
@@ -148,7 +156,7 @@ class _Attention:
         value: Tensor,
         attention_mask: Tensor | None,
         **given: Any,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         batch, heads, tokens, size = query.shape
         shape = AttentionShape(heads, key.shape[1], size, value.shape[3])
         self.shapes[shape] = None
@@ -157,7 +165,15 @@ class _Attention:
         window = given.get("sliding_window")
         seen = tokens if window is None else min(tokens, window)
         pairs = batch * heads * tokens * seen // (2 if causal and seen == tokens else 1)
+        if self._eager:
+            pairs = batch * heads * tokens * tokens
         self.operations += 2 * pairs * (size + value.shape[3])
+        if self._eager:
+            function = eager_function(type(module))
+            made: tuple[Tensor, Tensor | None] = function(
+                module, query, key, value, attention_mask, **given
+            )
+            return made
         output: Tensor = _Flash.apply(query, key, value)  # type: ignore[no-untyped-call]
         return output, None
 

@@ -8,20 +8,21 @@ from the memory of the machine while they are computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkd.capture import find_blocks, set_attention
+from fastkd.capture import find_blocks
 from fastkd.data.batching import BatchPlan, plan_batches
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
-from fastkd.layer_map import make_layer_map
+from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.factory import make_objective
-from fastkd.models import build_student, drawn_model, own_model, student_layers
+from fastkd.models import outline_student, student_layers
 from fastkd.models.half import round_buffers, round_parameters
 from fastkd.models.load import auto_model, read_config
 from fastkd.models.locate import locate_model
@@ -45,7 +46,7 @@ LIBRARIES = 2 * 2**30
 
 # DeepSpeed's own numbers, of elements
 _PREFETCH, _BUCKET = 5e7, 5e8
-# a backward pass has two products for one, flash attention's five for two
+# a backward pass has two products for one, flash attention's five for two as it makes maps again
 _BACKWARD, _ATTENTION_BACKWARD = 2.0, 2.5
 # of the products a dense model is known to make
 _COUNTED = 0.9
@@ -123,46 +124,30 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
     row = () if form is None else form.sequences
     sequences = rows * max(1, len(row))
     source = recipe.teacher.source
-    config = read_config(locate_model(source.name), f"teacher.model {source.name}", source.revision)
-    try:
-        with torch.device("meta"):
-            teacher = _teacher(recipe, config)
-            own = own_model(recipe.student, config)
-            depths = student_layers(recipe.student, config), config.num_hidden_layers
-            layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
-            # neither where it starts from matters, nor which attention is installed here
-            kept = recipe.student.init == "importance"
-            changed = {"init": "importance" if kept else "random", "attention": "sdpa"}
-            section = recipe.student.model_copy(update=changed)
-            if own is None:
-                student = build_student(teacher, section, layers)[0]
-            else:
-                student = drawn_model(own.config, section.head)
-                set_attention(student, section.attention)
-            if recipe.train.precision == "bf16":
-                round_buffers(student)
-                round_parameters(student)
-            inputs = {"input_ids": torch.zeros(sequences, tokens, dtype=torch.long)}
-            traits = dry_pass(student, inputs, {}).traits, dry_pass(teacher, inputs, {}).traits
-            head = recipe.student.head
-            # refused as a run would refuse them
-            handed_on_prompts(recipe)
-            embeddings = find_embeddings(recipe, config, student.config)
-            found = recipe.losses, layers, student, teacher, traits
-            objective = make_objective(*found, head=head, embeddings=embeddings, row=row)
-            if recipe.teacher.eight_bits is not None:
-                replace_linear(teacher, recipe.teacher.eight_bits)
-        depth = objective.teacher_depth
-        taught = dry_pass(teacher, inputs, objective.layers("teacher"), depth=depth)
-        learnt = dry_pass(student, inputs, objective.layers("student"), train=True)
-    except FOREIGN_ERRORS as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"teacher.model {source.name}: --gpu can't run a {type(config).__name__} model without "
-            f"its numbers ({one_line(error)}); leave --gpu out, which makes a few real steps"
-        ) from error
-    _check_counted(teacher, taught, depth, sequences * tokens)
+    given, started = f"teacher.model {source.name}", f"student.init {recipe.student.init}"
+    config = read_config(locate_model(source.name), given, source.revision)
+    with _without_numbers(given, config), torch.device("meta"):
+        teacher, student, layers = _outlined(recipe, config)
+        inputs = {"input_ids": torch.zeros(sequences, tokens, dtype=torch.long)}
+        seen = dry_pass(teacher, inputs, {}).traits
+        with _without_numbers(started, student.config):
+            traits = dry_pass(student, inputs, {}).traits, seen
+        # refused as a run would refuse them
+        handed_on_prompts(recipe)
+        embeddings = find_embeddings(recipe, config, student.config)
+        parts, head = (recipe.losses, layers, student, teacher, traits), recipe.student.head
+        objective = make_objective(*parts, head=head, embeddings=embeddings, row=row)
+        if recipe.teacher.eight_bits is not None:
+            replace_linear(teacher, recipe.teacher.eight_bits)
+    depth = objective.teacher_depth
+    with _without_numbers(given, config):
+        read, eager = objective.layers("teacher"), recipe.teacher.attention == "eager"
+        taught = dry_pass(teacher, inputs, read, depth=depth, eager=eager)
+    with _without_numbers(started, student.config):
+        read, eager = objective.layers("student"), recipe.student.attention == "eager"
+        learnt = dry_pass(student, inputs, read, train=True, eager=eager)
+    _check_counted(given, find_blocks(teacher)[:depth], taught, sequences * tokens)
+    _check_counted(started, find_blocks(student), learnt, sequences * tokens)
     frozen = sum(p.numel() for p in student.parameters() if not p.requires_grad)
     return Passes(
         teacher=taught,
@@ -244,6 +229,34 @@ def layouts(recipe: Recipe, ranks: int) -> Iterator[tuple[str, Recipe]]:
                 size = size // 2 if size % 2 == 0 else 0
 
 
+@contextmanager
+def _without_numbers(given: str, config: Any) -> Iterator[None]:
+    """Say which model can't run so."""
+    try:
+        yield
+    except FOREIGN_ERRORS as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{given}: --gpu can't run a {type(config).__name__} model without its numbers "
+            f"({one_line(error)}); leave --gpu out, which makes a few real steps"
+        ) from error
+
+
+def _outlined(recipe: Recipe, config: Any) -> tuple[PreTrainedModel, PreTrainedModel, LayerMap]:
+    """Teacher and student without numbers, and which of their layers are compared."""
+    teacher = _teacher(recipe, config)
+    depths = student_layers(recipe.student, config), config.num_hidden_layers
+    layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
+    # others keep what sdpa keeps, but may not be installed here
+    attention = "eager" if recipe.student.attention == "eager" else "sdpa"
+    student = outline_student(teacher, recipe.student, layers, attention)
+    if recipe.train.precision == "bf16":
+        round_buffers(student)
+        round_parameters(student)
+    return teacher, student, layers
+
+
 def _teacher(recipe: Recipe, config: Any) -> PreTrainedModel:
     dtype = getattr(torch, recipe.teacher.states)
     model: PreTrainedModel = auto_model(recipe.student.head).from_config(config, dtype=dtype)
@@ -262,15 +275,15 @@ def _largest(model: PreTrainedModel) -> int:
     return max(sizes + [_numbers(block) for block in find_blocks(model)])
 
 
-def _check_counted(model: PreTrainedModel, found: DryPass, depth: int | None, tokens: int) -> None:
-    blocks = find_blocks(model)[:depth]
+def _check_counted(given: str, blocks: Iterable[nn.Module], found: DryPass, tokens: int) -> None:
+    """See that a pass has multiplied by what its blocks hold."""
     matrices = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim > 1)
     share = found.products / max(1, 2 * tokens * matrices)
     if share < _COUNTED:
         raise UserError(
-            f"{type(model).__name__}: {share:.0%} of its weights were found at work in a pass, "
-            "expected all of a dense model; --gpu can't forecast a mixture of experts: leave it "
-            "out, which makes a few real steps"
+            f"{given}: {share:.0%} of its weights were found at work in a pass, expected all of a "
+            "dense model; --gpu can't forecast a mixture of experts: leave it out, which makes a "
+            "few real steps"
         )
 
 
@@ -333,7 +346,8 @@ def _operations_seconds(recipe: Recipe, passes: Passes, chip: Chip, plan: BatchP
     seconds *= forward
     again = 1.0 if recipe.student.gradient_checkpointing else 0.0
     learning = (forward + _BACKWARD + again) * (student.products + _head(student))
-    learning += (forward + _ATTENTION_BACKWARD + again) * student.attention
+    backward = _BACKWARD if recipe.student.attention == "eager" else _ATTENTION_BACKWARD
+    learning += (forward + backward + again) * student.attention
     seconds += learning / (chip.half if recipe.train.precision == "bf16" else single)
     return seconds / EFFICIENCY
 

@@ -105,6 +105,13 @@ def test_zero_3_leaves_torchs_linear_alone_unless_it_is_asked_to() -> None:
     assert configure(given, train={"zero_stage": 3})["zero_optimization"][key] is True
 
 
+@pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
+def test_old_names_of_offloading_are_refused(name: str) -> None:
+    old = {"offload_optimizer": "cpu_offload", "offload_param": "cpu_offload_param"}[name]
+    with pytest.raises(UserError, match=rf"{old} is given.* give {name}: {{device: cpu}}"):
+        configure(deepspeed={"zero_optimization": {old: True}})
+
+
 def test_what_a_checkpoint_cannot_hold_is_refused() -> None:
     with pytest.raises(UserError, match=r"offload_optimizer.device is nvme.*give cpu"):
         configure(deepspeed={"zero_optimization": {"offload_optimizer": {"device": "nvme"}}})

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig
 from benchmarks import placement
 from fastkd import cli, training
 from fastkd.capture import capture, route_attention
+from fastkd.errors import UserError
 from fastkd.recipe import Recipe, load_recipe, parse_recipe
 from fastkd.training.chips import CHIPS, Chip
 from fastkd.training.doctor import does_not_fit
@@ -177,15 +178,14 @@ def _laid_out(recipe: Recipe, *, teacher: Any = None, zero: Any = None, **train:
 
 @pytest.mark.parametrize("how", ["linear", "checkpointing"])
 def test_weights_stay_gathered_until_the_backward_pass_unless_they_are_let_go(
-    recipe: Recipe, how: str, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, how: str
 ) -> None:
     chip, passes = CHIPS["h100"], run_dry(recipe, 4)
-    monkeypatch.setattr("fastkd.training.forecast._PREFETCH", 0)
-    name, three = "weights gathered at a time", _laid_out(recipe, zero_stage=3)
+    alone = {"stage3_prefetch_bucket_size": 0}
+    name, three = "weights gathered at a time", _laid_out(recipe, zero=alone, zero_stage=3)
     assert forecast(three, passes, chip, 2).parts[name] == 4 * passes.trained_numbers
     if how == "linear":
-        section = {"zero_optimization": {"memory_efficient_linear": True}}
-        less = three.model_copy(update={"deepspeed": section})
+        less = _laid_out(recipe, zero={**alone, "memory_efficient_linear": True}, zero_stage=3)
     else:
         student = three.student.model_copy(update={"gradient_checkpointing": True})
         less = three.model_copy(update={"student": student})
@@ -223,6 +223,50 @@ def test_a_forecast_follows_the_layout(recipe: Recipe) -> None:
     assert not {"teacher weights", "optimiser"} & away.parts.keys()
     assert away.machine == 2 * passes.teacher_numbers + 3 * weights // 2
     assert away.parts["bucket of gradients"] == 4000
+
+
+@pytest.mark.parametrize(
+    ("zero", "numbers"),
+    [
+        ({"reduce_bucket_size": "auto", "memory_efficient_linear": "auto"}, 500_000_000),
+        ({"reduce_bucket_size": "3000"}, 3000),
+        ({"offload_optimizer": {"device": "none"}}, 500_000_000),
+        ({"offload_optimizer": None, "offload_param": {"device": "auto"}}, 500_000_000),
+    ],
+    ids=str,
+)
+def test_a_section_is_what_deepspeed_reads_in_it(
+    recipe: Recipe, zero: dict[str, Any], numbers: int
+) -> None:
+    chip, passes = CHIPS["h100"], run_dry(recipe, 4)
+    plain = forecast(_laid_out(recipe, zero_stage=3), passes, chip, 2)
+    found = forecast(_laid_out(recipe, zero=zero, zero_stage=3), passes, chip, 2)
+    assert found.parts["bucket of gradients"] == 4 * numbers
+    # all that is offloaded is nothing
+    assert found.machine == 0 and found.moving == plain.moving
+    assert found.parts["optimiser"] == plain.parts["optimiser"]
+    with pytest.raises(UserError, match="zero_optimization is given, but the recipe decides it"):
+        null = recipe.model_copy(update={"deepspeed": {"zero_optimization": None}})
+        forecast(null, passes, chip, 2)
+
+
+def test_what_is_offloaded_is_read_from_the_machine_from_its_stage_on(recipe: Recipe) -> None:
+    chip, passes = CHIPS["h100"], run_dry(recipe, 8)
+    cpu = {"device": "cpu"}
+    zero = {"offload_param": cpu, "offload_optimizer": cpu}
+    weights, found = 4 * passes.trained_numbers, {}
+    for stage in range(4):
+        plain, away = (
+            forecast(_laid_out(recipe, zero=given, zero_stage=stage), passes, chip, 1)
+            for given in ({"overlap_comm": True}, zero)
+        )
+        found[stage] = away.machine, (away.moving - plain.moving) * chip.host
+        assert away.total + away.machine == plain.total
+    # fp32 weights of ZeRO's own and two moments; gradients go there and weights come back
+    assert found[0] == (0, 0)
+    assert found[1] == found[2] == (3 * weights, pytest.approx(2 * weights))
+    # the weights as well, of which a forward and a backward pass read all
+    assert found[3] == (4 * weights, pytest.approx(4 * weights))
 
 
 def test_one_process_needs_no_bucket_but_gradients_of_a_micro_batch(recipe: Recipe) -> None:

@@ -47,9 +47,10 @@ def student_config(recipe: AnyRecipe, plan: BatchPlan) -> dict[str, Any]:
         plan: from `plan_batches`.
 
     Raises:
-        UserError: the `deepspeed` section sets a key that the recipe decides, or what a checkpoint
-            can't hold.
+        UserError: the `deepspeed` section sets a key that the recipe decides or that has another
+            name now, or what a checkpoint can't hold.
     """
+    _check_names(recipe.deepspeed)
     _check_kept(recipe.deepspeed)
     train = recipe.train
     zero: dict[str, Any] = {"stage": train.zero_stage}
@@ -107,6 +108,17 @@ def teacher_config(recipe: Recipe) -> dict[str, Any]:
         "fp16": {"enabled": dtype == "float16"},
         "zero_optimization": zero,
     }
+
+
+def _check_names(section: dict[str, Any]) -> None:
+    """Refuse offloading by DeepSpeed's old names, under which nothing here would look for it."""
+    zero = section.get("zero_optimization")
+    for key, name in _OLD_NAMES.items():
+        if isinstance(zero, dict) and key in zero:
+            raise UserError(
+                f"deepspeed.zero_optimization.{key} is given, whose name is {name} now; give "
+                f"{name}: {{device: cpu}}, or leave it out"
+            )
 
 
 def _check_kept(section: dict[str, Any]) -> None:
@@ -168,6 +180,7 @@ def _decided_by(where: str, *, is_section: bool) -> str | None:
     return _RECIPE_DECIDES[inside[0]] if inside and not is_section else None
 
 
+_OLD_NAMES = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 _RECIPE_DECIDES = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",

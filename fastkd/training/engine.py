@@ -365,8 +365,11 @@ def whole_weights(engine: Any, parameters: Iterable[nn.Parameter]) -> AbstractCo
     return gathered
 
 
-def check_config(config: dict[str, Any]) -> None:
+def check_config(config: dict[str, Any]) -> Any:
     """See that DeepSpeed takes a configuration, before anything is read or built.
+
+    Returns:
+        The `DeepSpeedConfig`: what it reads, with its defaults where nothing or `auto` is given.
 
     Raises:
         UserError: it doesn't, with its own words.
@@ -376,7 +379,7 @@ def check_config(config: dict[str, Any]) -> None:
 
     try:
         # it writes into what it is given
-        DeepSpeedConfig(copy.deepcopy(config))
+        return DeepSpeedConfig(copy.deepcopy(config))
     except (*FOREIGN_ERRORS, DeepSpeedConfigError) as error:
         raise UserError(refusal(error)) from error
 

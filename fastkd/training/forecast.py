@@ -30,10 +30,10 @@ from fastkd.models.poolers import drop_pooler
 from fastkd.models.quantised import replace_linear
 from fastkd.recipe import Recipe, sequence_limit
 from fastkd.training.chips import Chip
-from fastkd.training.deepspeed_config import uses_deepspeed
+from fastkd.training.deepspeed_config import student_config, uses_deepspeed
 from fastkd.training.dry_pass import DryPass, bytes_of, dry_pass, tensors_of
 from fastkd.training.embeddings import find_embeddings, handed_on_prompts
-from fastkd.training.engine import matrix_numbers
+from fastkd.training.engine import check_config, matrix_numbers
 from fastkd.training.memory import memory_parts, parts_on_cpu
 from fastkd.types import EightBits
 
@@ -44,8 +44,8 @@ NODE, NETWORK = 8, 50e9
 LIBRARIES = 2 * 2**30
 """Assumed: bytes that CUDA, NCCL and the allocator's gaps take."""
 
-# DeepSpeed's own numbers, of elements
-_PREFETCH, _BUCKET = 5e7, 5e8
+# DeepSpeed's own number of elements, by which it fetches a teacher ahead
+_PREFETCH = 50_000_000
 # a backward pass has two products for one, flash attention's five for two as it makes maps again
 _BACKWARD, _ATTENTION_BACKWARD = 2.0, 2.5
 # of the products a dense model is known to make
@@ -175,8 +175,8 @@ def forecast(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> Forecast
         ranks: how many.
 
     Raises:
-        UserError: the batch doesn't divide by them, or they don't multiply what the teacher is
-            rounded to.
+        UserError: the batch doesn't divide by them, they don't multiply what the teacher is
+            rounded to, or the `deepspeed` section is none that a run takes.
     """
     _check_multiplied(recipe.teacher.eight_bits, chip)
     plan = plan_batches(recipe, ranks)
@@ -299,7 +299,7 @@ def _check_multiplied(kind: EightBits | None, chip: Chip) -> None:
 def _worked_with(recipe: Recipe, passes: Passes, plan: BatchPlan) -> dict[str, int]:
     """Bytes that come and go within a step."""
     train, sizes = recipe.train, recipe.train.number_bytes
-    times, deepspeed = plan.micro_batch_size / passes.rows, uses_deepspeed(recipe, plan.world_size)
+    times, zero = plan.micro_batch_size / passes.rows, _zero_of(recipe, plan)
     student = tensors_of(passes.student.captured)
     # what is rounded to a byte is divided in fp32 before
     at_work = 3 if recipe.teacher.eight_bits is None else 4
@@ -311,27 +311,37 @@ def _worked_with(recipe: Recipe, passes: Passes, plan: BatchPlan) -> dict[str, i
         "captured of the teacher": int(captured * times),
         "the teacher at work": int(at_work * passes.teacher.largest * times),
     }
-    if train.precision == "bf16" and not (deepspeed and train.zero_stage > 1):
+    if train.precision == "bf16" and not (zero and train.zero_stage > 1):
         # beside the sum in fp32; one process keeps a micro-batch's own until it has added it
-        each = 2 if deepspeed or plan.accumulation == 1 else 6
+        each = 2 if zero or plan.accumulation == 1 else 6
         parts["gradients of a micro-batch"] = each * passes.trained_numbers
-    zero = recipe.deepspeed.get("zero_optimization", {})
     gathered = 0
     if recipe.teacher.placement != "replicate":
-        gathered += recipe.teacher.number_bytes * int(
-            min(passes.teacher_numbers, passes.teacher_block + _PREFETCH)
-        )
-    if deepspeed and train.zero_stage == 3:
+        most = passes.teacher_block + _PREFETCH
+        gathered += recipe.teacher.number_bytes * min(passes.teacher_numbers, most)
+    if zero and train.zero_stage == 3:
         # torch's linear layers hold theirs from forward to backward
-        goes = recipe.student.gradient_checkpointing or zero.get("memory_efficient_linear")
-        most = passes.student_block + _PREFETCH if goes else passes.trained_numbers
-        gathered += sizes * int(min(passes.trained_numbers, most))
+        goes = recipe.student.gradient_checkpointing or zero.memory_efficient_linear
+        ahead = passes.student_block + zero.prefetch_bucket_size
+        most = ahead if goes else passes.trained_numbers
+        gathered += sizes * min(passes.trained_numbers, most)
     if gathered:
         parts["weights gathered at a time"] = gathered
     # stage 1 in bf16 has none
-    if deepspeed and (train.zero_stage > 1 or (train.zero_stage, sizes) == (1, 4)):
-        parts["bucket of gradients"] = sizes * int(zero.get("reduce_bucket_size", _BUCKET))
+    if zero and (train.zero_stage > 1 or (train.zero_stage, sizes) == (1, 4)):
+        parts["bucket of gradients"] = sizes * zero.reduce_bucket_size
     return {**parts, "CUDA and NCCL, assumed": LIBRARIES}
+
+
+def _zero_of(recipe: Recipe, plan: BatchPlan) -> Any:
+    """What DeepSpeed reads of ZeRO's settings, its defaults with them; `None` without its engine.
+
+    Raises:
+        UserError: a run would refuse the `deepspeed` section.
+    """
+    if not uses_deepspeed(recipe, plan.world_size):
+        return None
+    return check_config(student_config(recipe, plan)).zero_config
 
 
 def _operations_seconds(recipe: Recipe, passes: Passes, chip: Chip, plan: BatchPlan) -> float:
@@ -371,18 +381,20 @@ def _moving_seconds(recipe: Recipe, passes: Passes, chip: Chip, plan: BatchPlan)
     student = passes.trained_numbers * train.number_bytes
     # gradients are reduced, in fp32, and weights gathered
     moved = (4 * passes.trained_numbers + student) * others
+    # before each forward and before the backward of each micro-batch
+    gathered = (student + passes.frozen_numbers * train.number_bytes) * (passed + plan.accumulation)
     if train.zero_stage == 3:
-        whole = student + passes.frozen_numbers * train.number_bytes
-        # before each forward and before the backward of each micro-batch
-        moved += whole * others * (passed + plan.accumulation)
+        moved += gathered * others
     seconds = moved / link
     teacher = passes.teacher_numbers * recipe.teacher.number_bytes
     if recipe.teacher.placement != "replicate":
         seconds += teacher * others * passed / link
     if recipe.teacher.placement == "offload":
         seconds += teacher / ranks * passed / chip.host
-    zero = recipe.deepspeed.get("zero_optimization", {})
-    if "offload_optimizer" in zero:
+    away = parts_on_cpu(recipe)
+    if "student weights" in away:
+        seconds += gathered / ranks / chip.host
+    if "optimiser" in away:
         # gradients go there and weights come back
         seconds += 2 * student / ranks / chip.host
     return seconds

@@ -14,9 +14,10 @@ from fastkd.recipe import AnyRecipe, Recipe
 from fastkd.training.deepspeed_config import uses_deepspeed
 
 _GIB = 2**30
+# from which stage on DeepSpeed heeds it, and what of
 _OFFLOADED = {
-    "offload_optimizer": {"optimiser"},
-    "offload_param": {"student weights", "model weights"},
+    "offload_optimizer": (1, {"optimiser"}),
+    "offload_param": (3, {"student weights", "model weights"}),
 }
 # torch says it in words only, where there is no GPU
 _CPU_REFUSAL = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
@@ -126,9 +127,10 @@ def parts_on_cpu(recipe: AnyRecipe) -> set[str]:
     if isinstance(recipe, Recipe) and recipe.teacher.placement == "offload":
         found.add("teacher weights")
     zero = recipe.deepspeed.get("zero_optimization")
-    for key, names in _OFFLOADED.items():
+    for key, (stage, names) in _OFFLOADED.items():
         section = zero.get(key) if isinstance(zero, dict) else None
-        if isinstance(section, dict) and section.get("device") == "cpu":
+        given = isinstance(section, dict) and section.get("device") == "cpu"
+        if given and recipe.train.zero_stage >= stage:
             found |= names
     return found
 

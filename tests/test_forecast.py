@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from fastkd.training.doctor import does_not_fit
 from fastkd.training.dry_pass import bytes_of, dry_pass, tensors_of
 from fastkd.training.forecast import EFFICIENCY, forecast, layouts, run_dry
 from fastkd.training.precision import precision_on_gpus
+from fastkd.training.session import quietened
 
 ROWS, TOKENS = 3, 16
 LAYERS: dict[str, Any] = {"attention": {2}, "hidden": {0, 3}}
@@ -368,6 +370,14 @@ def test_doctor_forecasts_without_weights(
     assert "does not fit" in said and "teacher.placement=shard" in said
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="DeepSpeed takes the GPU without a word")
+def test_deepspeed_is_told_what_it_would_warn_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    with quietened():
+        assert os.environ["DS_ACCELERATOR"] == "cpu"
+    assert "DS_ACCELERATOR" not in os.environ
+
+
 def test_each_stage_is_forecast_on_the_student_of_the_first(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -401,6 +411,9 @@ STUDENT_OF_EXPERTS = ("student.init=MIXTRAL", *OF_ANOTHER, "losses={hidden: {}}"
         (["--ranks", "2"], "--ranks 2 is given without --gpu"),
         (["--gpu", "h100"], "--gpu h100 is given without a recipe"),
         (["RECIPE", "--gpu", "h100", "--ranks", "3"], "expected a multiple of the 3 ranks"),
+        (["RECIPE", "--gpu", "h100", "--ranks", "2", "train.cuda_graph=true"], "cuda_graph is on"),
+        (["RECIPE", "--gpu", "h100", "teacher.overlap=true"], "a step is one micro-batch"),
+        (["RECIPE", "--gpu", "h100", "deepspeed={zero_optimization: null}"], "by train.zero_stage"),
         (["RECIPE", "--gpu", "h100", *EXPERTS], "can't forecast a mixture of experts"),
         (["RECIPE", "--gpu", "h100", *STUDENT_OF_EXPERTS], "fastkd: student.init "),
     ],

@@ -44,7 +44,7 @@ from fastkd.training.loop import read_step, train_step
 from fastkd.training.precision import precision_on_gpus, products_of, settle_precision
 from fastkd.training.profile import NoProfile
 from fastkd.training.rehearsal import try_losses
-from fastkd.training.setup import Run, make_profile, set_up
+from fastkd.training.setup import Run, check_layout, make_profile, set_up
 from fastkd.training.sharded import whole_numbers
 from fastkd.training.steering import check_metrics
 from fastkd.training.summary import profile_of
@@ -132,6 +132,7 @@ def _stages(recipe: AnyRecipe, reporter: Reporter) -> Iterator[AnyRecipe]:
 
 def _forecast(recipe: Recipe, chip: Chip, ranks: int, reporter: Reporter) -> None:
     plan = plan_batches(recipe, ranks)
+    check_layout(recipe, plan, torch.device("cuda"))
     passes = run_dry(recipe, plan.micro_batch_size)
     found = forecast(recipe, passes, chip, ranks)
     room = int(chip.memory)

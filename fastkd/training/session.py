@@ -74,8 +74,12 @@ def session(
 @contextmanager
 def quietened() -> Iterator[None]:
     """Keep libraries' own bars and notices from tearing the run's output apart."""
-    chosen = "TOKENIZERS_PARALLELISM" in os.environ
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    wanted = {"TOKENIZERS_PARALLELISM": "false"}
+    if not torch.cuda.is_available():
+        # DeepSpeed warns where it has to choose, also without ranks
+        wanted["DS_ACCELERATOR"] = "cpu"
+    added = wanted.keys() - os.environ.keys()
+    os.environ.update({name: wanted[name] for name in added})
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -84,8 +88,8 @@ def quietened() -> Iterator[None]:
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
             yield
     finally:
-        if not chosen:
-            os.environ.pop("TOKENIZERS_PARALLELISM", None)
+        for name in added:
+            os.environ.pop(name, None)
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastkd.capture import Capture, CompiledCapture
 from fastkd.capture.compiled import check_compiler
-from fastkd.data.batching import plan_batches
+from fastkd.data.batching import BatchPlan, plan_batches
 from fastkd.data.datamodule import MicroBatches
 from fastkd.distributed import Ranks
 from fastkd.errors import FOREIGN_ERRORS, UserError
@@ -285,21 +285,31 @@ def set_up_evaluation(recipe: AnyRecipe, made: RunFolder, ranks: Ranks) -> Run:
     return _still(parts, sharded=True)
 
 
+def check_layout(recipe: AnyRecipe, plan: BatchPlan, device: torch.device) -> None:
+    """See that steps can be made as a recipe says on devices of a kind, before anything is read.
+
+    Raises:
+        UserError: they can't be recorded in a graph or overlap, or DeepSpeed doesn't take the
+            section.
+    """
+    by_deepspeed = uses_deepspeed(recipe, plan.world_size)
+    if recipe.train.cuda_graph:
+        model = recipe.student if isinstance(recipe, Recipe) else recipe.model
+        recomputes = model.gradient_checkpointing and not recipe.train.compile
+        check_graphs(device, by_deepspeed=by_deepspeed, recomputes=recomputes)
+    if isinstance(recipe, Recipe) and recipe.teacher.overlap:
+        check_overlap(device, plan.accumulation)
+    if by_deepspeed:
+        check_config(student_config(recipe, plan))
+
+
 def _gathered(recipe: AnyRecipe, ranks: Ranks, progress: bool) -> Parts:
     """The parts of a run that is to be made, once all is checked that can be without them."""
     recipe = settle_precision(recipe, ranks)
     plan = plan_batches(recipe, ranks.world_size)
     if recipe.train.compile:
         check_compiler(ranks.device)
-    by_deepspeed = uses_deepspeed(recipe, ranks.world_size)
-    if recipe.train.cuda_graph:
-        model = recipe.student if isinstance(recipe, Recipe) else recipe.model
-        recomputes = model.gradient_checkpointing and not recipe.train.compile
-        check_graphs(ranks.device, by_deepspeed=by_deepspeed, recomputes=recomputes)
-    if isinstance(recipe, Recipe) and recipe.teacher.overlap:
-        check_overlap(ranks.device, plan.accumulation)
-    if by_deepspeed:
-        check_config(student_config(recipe, plan))
+    check_layout(recipe, plan, ranks.device)
     check_micro_batch(recipe, plan.micro_batch_size, ranks.device)
     torch.manual_seed(recipe.train.seed)
     parts = gather(recipe, plan, ranks, progress=progress)

@@ -97,9 +97,8 @@ def trainer(
         train_dataset=examples(24),
         eval_dataset=examples(8),
         data_collator=collate,
-        teacher=classifier(0).requires_grad_(False),
         losses=losses,
-        **(beside or {}),
+        **{"teacher": classifier(0).requires_grad_(False), **(beside or {})},
     )
 
 

@@ -20,8 +20,9 @@ The projections train with the student while `train` runs: they are in the optim
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,11 @@ from transformers import PreTrainedModel, Trainer
 
 from fastkd.distiller import Distiller
 from fastkd.errors import UserError
+from fastkd.integrations.beside import Beside, attached
 from fastkd.layer_map import Progress
 from fastkd.types import Inputs
 
 PROJECTIONS = "projections.safetensors"
-# of the student while it trains, so that optimisers and DDP find what trains beside it
-_BESIDE = "fastkd_losses"
 
 
 class DistillationMixin:
@@ -98,7 +98,9 @@ class DistillationMixin:
         )
         # the counts of a step are handed down as its number of items: it is not divided again
         self.model_accepts_loss_kwargs = True
-        self._asked: tuple[list[Inputs], Tensor | None] | None = None
+        self._beside = Beside(self.distiller.objective)
+        # accelerate's own states of a run have the student's weights without these
+        self.accelerator.register_for_checkpointing(self.distiller.objective)
         self._depth = 0
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
@@ -156,7 +158,7 @@ class DistillationMixin:
         with self._distilling():
             if torch.is_grad_enabled() and not return_outputs:
                 # through the model as it is wrapped, so that DDP sees the pass
-                self._asked = parts, num_items_in_batch
+                self._beside.asked = partial(self._step_loss, parts, num_items_in_batch)
                 return model(inputs)
             of = self._loss if torch.is_grad_enabled() else self._held_out_loss
             loss = of(parts)
@@ -215,23 +217,18 @@ class DistillationMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
-        if state_dict is not None:
-            state_dict = {k: v for k, v in state_dict.items() if f"{_BESIDE}." not in k}
-        with self._alone():
-            super()._save(output_dir, state_dict)  # type: ignore[misc]
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
         # every rank comes by here, and one writes
         if self.args.should_save:
             weights = {k: v.contiguous() for k, v in self.distiller.objective.state_dict().items()}
             save_file(weights, Path(folder) / PROJECTIONS)
 
     def _load_from_checkpoint(self, checkpoint: str, *arguments: Any, **keywords: Any) -> None:
-        with self._alone():
-            super()._load_from_checkpoint(checkpoint, *arguments, **keywords)  # type: ignore[misc]
+        super()._load_from_checkpoint(checkpoint, *arguments, **keywords)  # type: ignore[misc]
         self._load_projections(checkpoint)
 
     def _load_best_model(self) -> None:
-        with self._alone():
-            super()._load_best_model()  # type: ignore[misc]
+        super()._load_best_model()  # type: ignore[misc]
         self._load_projections(self.state.best_model_checkpoint)
 
     def _load_projections(self, checkpoint: str) -> None:
@@ -254,6 +251,11 @@ class DistillationMixin:
 
     def _counts(self, parts: list[Inputs]) -> Tensor:
         return torch.stack([self.distiller.count(part) for part in parts]).sum(dim=0)
+
+    def _step_loss(self, parts: list[Inputs], counts: Tensor | None) -> Tensor:
+        # a model that another trainer prepared has its autocast around other passes alone
+        with self.accelerator.autocast():
+            return self._loss(parts, counts, self.accelerator.num_processes)
 
     def _loss(self, parts: list[Inputs], counts: Tensor | None = None, pieces: int = 1) -> Tensor:
         counts = self._counts(parts) if counts is None else counts
@@ -281,55 +283,12 @@ class DistillationMixin:
             # a step within `train` finds all of it open
             if self._depth == 0:
                 stack.enter_context(self.distiller)
-                stack.enter_context(self._attached())
+                stack.enter_context(attached(self.model, self.distiller.student, self._beside))
             self._depth += 1
             try:
                 yield
             finally:
                 self._depth -= 1
-
-    @contextmanager
-    def _attached(self) -> Iterator[None]:
-        model, student = self.model, self.distiller.student
-        forward: Callable[..., Any] = model.forward
-        had = "forward" in model.__dict__
-
-        # transformers reads its keywords from it
-        def asked_forward(*arguments: Any, **keywords: Any) -> Any:
-            asked, self._asked = self._asked, None
-            if asked is None:
-                return forward(*arguments, **keywords)
-            # autocast around the forward can't be entered twice, and the student runs within it
-            around = model.__dict__["forward"]
-            model.__dict__["forward"] = forward
-            try:
-                return self._loss(*asked, self.accelerator.num_processes)
-            finally:
-                model.__dict__["forward"] = around
-
-        asked_forward.__wrapped__ = forward  # type: ignore[attr-defined]
-        model.__dict__["forward"] = asked_forward
-        student.add_module(_BESIDE, self.distiller.objective)
-        try:
-            yield
-        finally:
-            student._modules.pop(_BESIDE, None)
-            # mixed precision may have put its own around it, which calls on
-            if model.__dict__.get("forward") is asked_forward:
-                del model.__dict__["forward"]
-                if had:
-                    model.__dict__["forward"] = forward
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """The student without what trains beside it."""
-        modules = self.distiller.student._modules
-        beside = modules.pop(_BESIDE, None)
-        try:
-            yield
-        finally:
-            if beside is not None:
-                modules[_BESIDE] = beside
 
 
 class DistillationTrainer(DistillationMixin, Trainer):  # type: ignore[misc]

@@ -206,6 +206,19 @@ def test_evaluation_and_prediction(whole: Any) -> None:
     assert predicted.metrics["test_loss"] == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_predictions_need_no_labels(whole: Any, tmp_path: Path) -> None:
+    unlabelled = examples(8, labels=False)
+    found = whole.predict(unlabelled)
+    with torch.no_grad():
+        logits = whole.model(**collate(unlabelled)).logits
+    torch.testing.assert_close(torch.tensor(found.predictions), logits, rtol=1e-5, atol=1e-6)
+    assert found.label_ids is None and "test_loss" not in found.metrics
+    with pytest.raises(fastkd.UserError, match=r"losses\.labels learns from labels"):
+        whole.evaluate(unlabelled)
+    others = trainer(tmp_path, student(), {"logits": {}})
+    assert others.predict(unlabelled).metrics["test_loss"] > 0
+
+
 def test_text_without_labels_has_a_loss(tmp_path: Path) -> None:
     made = trainer(tmp_path, student(), {"hidden": {}})
     made.train_dataset, made.eval_dataset = (examples(n, labels=False) for n in (24, 8))
@@ -351,7 +364,42 @@ def test_a_checkpoint_of_another_trainer_is_refused(whole: Any, tmp_path: Path) 
     tiny_model("bert").save_pretrained(tmp_path / "checkpoint-1")
     made = trainer(tmp_path, student())
     with pytest.raises(fastkd.UserError, match=r"holds no projections\.safetensors"):
-        made._load_projections(str(tmp_path / "checkpoint-1"))
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+WRITTEN = r"checkpoint-2 was written with "
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        (
+            {"logits": {}, "labels": {}},
+            WRITTEN + r"the losses attention/1-2, .*, but those of the trainer are logits, labels;",
+        ),
+        (
+            {**LOSSES, "projection": "per_pair"},
+            WRITTEN + r"another setting .*: of terms\.1\.weight_\d it has",
+        ),
+        (
+            {**LOSSES, "balance": "uncertainty"},
+            WRITTEN
+            + r".*: of uncertainty\.log_variances it has none, .* have \[4\]; give the same",
+        ),
+        (
+            {**LOSSES, "projection_learning_rate": 0.1},
+            WRITTEN + r"the projection learning rates {}, .* \{\"terms\.1\.bias.*\": 0\.1",
+        ),
+    ],
+)
+def test_a_checkpoint_of_other_losses_is_refused(
+    whole: Any, tmp_path: Path, losses: dict[str, Any], said: str
+) -> None:
+    made = trainer(tmp_path, student(), losses)
+    before = copies(made.model.parameters())
+    with pytest.raises(fastkd.UserError, match=said):
+        made.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
+    assert all(torch.equal(a, b) for a, b in zip(before, made.model.parameters(), strict=True))
 
 
 def test_texts_in_one_row_are_refused() -> None:

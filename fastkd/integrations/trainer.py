@@ -28,17 +28,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from fastkd.distiller import Distiller
 from fastkd.errors import UserError
+from fastkd.head_spec import HEADS
 from fastkd.integrations.beside import Beside, attached
+from fastkd.integrations.projections import read_projections, save_projections
 from fastkd.layer_map import Progress
 from fastkd.types import Inputs
-
-PROJECTIONS = "projections.safetensors"
 
 
 class DistillationMixin:
@@ -114,7 +113,7 @@ class DistillationMixin:
             return super().evaluate(*arguments, **keywords)  # type: ignore[misc]
 
     def predict(self, *arguments: Any, **keywords: Any) -> Any:
-        """As the trainer's own."""
+        """As the trainer's own; without labels there is no loss where one reads them."""
         with self._distilling():
             return super().predict(*arguments, **keywords)  # type: ignore[misc]
 
@@ -174,7 +173,7 @@ class DistillationMixin:
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """As the trainer's own; there is a loss without labels too."""
+        """As the trainer's own; there is a loss without labels too, unless one reads them."""
         prepared = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
         if prediction_loss_only:
             with torch.no_grad():
@@ -182,7 +181,7 @@ class DistillationMixin:
         loss, logits, labels = super().prediction_step(  # type: ignore[misc]
             model, prepared, prediction_loss_only, ignore_keys
         )
-        if loss is None:
+        if loss is None and not self._lacks_labels(prepared):
             with torch.no_grad():
                 loss = self.compute_loss(model, prepared).detach()
         return loss, logits, labels
@@ -220,25 +219,18 @@ class DistillationMixin:
         super()._save(output_dir, state_dict)  # type: ignore[misc]
         # every rank comes by here, and one writes
         if self.args.should_save:
-            weights = {k: v.contiguous() for k, v in self.distiller.objective.state_dict().items()}
-            save_file(weights, Path(folder) / PROJECTIONS)
+            save_projections(Path(folder), self.distiller.objective)
 
     def _load_from_checkpoint(self, checkpoint: str, *arguments: Any, **keywords: Any) -> None:
+        # what doesn't fit is refused before the student's weights are others
+        kept = read_projections(Path(checkpoint), self.distiller.objective)
         super()._load_from_checkpoint(checkpoint, *arguments, **keywords)  # type: ignore[misc]
-        self._load_projections(checkpoint)
+        self.distiller.objective.load_state_dict(kept)
 
     def _load_best_model(self) -> None:
+        kept = read_projections(Path(self.state.best_model_checkpoint), self.distiller.objective)
         super()._load_best_model()  # type: ignore[misc]
-        self._load_projections(self.state.best_model_checkpoint)
-
-    def _load_projections(self, checkpoint: str) -> None:
-        path = Path(checkpoint) / PROJECTIONS
-        if not path.is_file():
-            raise UserError(
-                f"{checkpoint} holds no {PROJECTIONS}, so it was not written by a distillation "
-                "trainer; give one that was, or none"
-            )
-        self.distiller.objective.load_state_dict(load_file(path))
+        self.distiller.objective.load_state_dict(kept)
 
     def _parts(self, inputs: dict[str, Any]) -> list[Inputs]:
         """The batches of tokens in one of the trainer's: one, or one a text column."""
@@ -248,6 +240,12 @@ class DistillationMixin:
         features, _ = self.collect_features(inputs)  # type: ignore[attr-defined]
         check_padded(features)
         return [{key: f[key] for key in known if key in f} for f in features]
+
+    def _lacks_labels(self, inputs: dict[str, Any]) -> bool:
+        """Whether a loss reads labels that a batch doesn't have; a causal model's are its ids."""
+        of = HEADS[self.distiller.objective.pair.head].labels
+        reads = self.distiller._labels_read is not None and of != "next_token"
+        return reads and inputs.get("labels") is None
 
     def _counts(self, parts: list[Inputs]) -> Tensor:
         return torch.stack([self.distiller.count(part) for part in parts]).sum(dim=0)

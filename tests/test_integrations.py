@@ -12,14 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_exports import save_sentences
 from tiny_models import tiny_batch, tiny_config, tiny_model
 from tiny_runs import run_script
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import fastkd
-from fastkd.integrations.trainer import check_padded
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 
@@ -304,47 +302,6 @@ def test_ranks_change_nothing(whole: Any, tmp_path: Path) -> None:
     assert found["loss"] == pytest.approx(losses_of(whole), rel=1e-5)
 
 
-def test_a_sentence_transformers_model_is_distilled(tmp_path: Path) -> None:
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-        models,
-    )
-
-    datasets = pytest.importorskip("datasets")
-    from fastkd.integrations import DistillationMixin
-
-    class SentenceDistillation(DistillationMixin, SentenceTransformerTrainer): ...
-
-    def sentences(name: str, **changes: Any) -> Any:
-        pooling = models.Pooling(changes.get("hidden_size", 32))
-        folder = save_sentences(tmp_path / name, pooling, **changes)
-        return SentenceTransformer(str(folder), device="cpu")
-
-    small = sentences("small", num_hidden_layers=2, hidden_size=24)
-    large = sentences("large").requires_grad_(False)
-    rows = [f"w{i} w{i + 3} " * (1 + i % 4) for i in range(5, 37)]
-    data = datasets.Dataset.from_dict({"one": rows, "two": rows[::-1]})
-    made = SentenceDistillation(
-        model=small,
-        args=SentenceTransformerTrainingArguments(
-            str(tmp_path / "run"), max_steps=3, per_device_train_batch_size=8, logging_steps=1,
-            save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, learning_rate=1e-3,
-        ),
-        train_dataset=data,
-        teacher=large,
-        losses={"attention": {}, "hidden": {}},
-    )  # fmt: skip
-    before, first = small.encode("w7 w8"), made.evaluate(data)["eval_loss"]
-    made.train()
-    assert made.evaluate(data)["eval_loss"] < first
-    made.save_model(str(tmp_path / "saved"))
-    again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
-    assert (again.encode("w7 w8") == small.encode("w7 w8")).all()
-    assert (again.encode("w7 w8") != before).any()
-
-
 def test_what_would_bypass_the_losses_is_refused(tmp_path: Path) -> None:
     with pytest.raises(fastkd.UserError, match="label_smoothing_factor is set"):
         trainer(tmp_path, student(), label_smoothing_factor=0.1)
@@ -400,16 +357,6 @@ def test_a_checkpoint_of_other_losses_is_refused(
     with pytest.raises(fastkd.UserError, match=said):
         made.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
     assert all(torch.equal(a, b) for a, b in zip(before, made.model.parameters(), strict=True))
-
-
-def test_texts_in_one_row_are_refused() -> None:
-    padded, flat = (
-        dict(tiny_batch()),
-        {"input_ids": torch.ones(1, 9), "cu_seq_lens_q": torch.ones(3)},
-    )
-    check_padded([padded])
-    with pytest.raises(fastkd.UserError, match=r"set model\[0\]\.unpad_inputs = False"):
-        check_padded([padded, flat])
 
 
 def test_transformers_is_loaded_when_it_is_used() -> None:

@@ -20,7 +20,7 @@ The projections train with the student while `train` runs: they are in the optim
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,13 +29,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
 from fastkd.distiller import Distiller
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.integrations.beside import Beside, attached
 from fastkd.integrations.projections import read_projections, save_projections
+from fastkd.integrations.sentences import (
+    check_embeddings,
+    check_padded,
+    check_tokenized,
+    transformer_of,
+)
 from fastkd.layer_map import Progress
 from fastkd.types import Inputs
 
@@ -46,7 +52,8 @@ class DistillationMixin:
         class SentenceDistillation(DistillationMixin, SentenceTransformerTrainer): ...
 
     Of a `SentenceTransformer` the transformer inside is distilled, on every text column; the
-    trainer's own `loss` is not used.
+    trainer's own `loss` is not used. Losses of embeddings compare what their `pooling` makes of its
+    states, so both models must pool likewise, with a Normalize at most behind it.
     """
 
     # set by the trainer
@@ -85,6 +92,7 @@ class DistillationMixin:
             raise UserError(f"{type(self).__name__}: {missing} is not given; see fastkd.Distiller")
         super().__init__(model, *arguments, **keywords)  # type: ignore[call-arg]
         _check_arguments(self)
+        check_tokenized(self.model)
         student = transformer_of(self.model, "model")
         seed = self.args.seed
         self.distiller = Distiller(
@@ -95,6 +103,7 @@ class DistillationMixin:
             tokens=tokens,
             seed=seed,
         )
+        check_embeddings(self.model, teacher, self.distiller.objective)
         # the counts of a step are handed down as its number of items: it is not divided again
         self.model_accepts_loss_kwargs = True
         self._beside = Beside(self.distiller.objective)
@@ -291,36 +300,6 @@ class DistillationMixin:
 
 class DistillationTrainer(DistillationMixin, Trainer):  # type: ignore[misc]
     """A `Trainer` whose loss is what the student loses against a teacher."""
-
-
-def transformer_of(model: Any, field: str) -> PreTrainedModel:
-    """The model of transformers that is distilled: itself, or that of a `SentenceTransformer`.
-
-    Raises:
-        UserError: neither.
-    """
-    if isinstance(model, PreTrainedModel):
-        return model
-    found = getattr(model[0], "auto_model", None) if isinstance(model, nn.Sequential) else None
-    if not isinstance(found, PreTrainedModel):
-        raise UserError(
-            f"{field} is a {type(model).__name__}, expected a model of transformers, or a "
-            "SentenceTransformer with one"
-        )
-    return found
-
-
-def check_padded(features: Iterable[Mapping[str, Any]]) -> None:
-    """See that texts were padded: flash attention makes a SentenceTransformer flatten them.
-
-    Raises:
-        UserError: they follow each other in one row.
-    """
-    if any("cu_seq_lens_q" in one for one in features):
-        raise UserError(
-            "the SentenceTransformer flattens texts into one row, which the losses would read as "
-            "one text; set model[0].unpad_inputs = False"
-        )
 
 
 def _give_rates(optimizer: Any, distiller: Distiller) -> None:

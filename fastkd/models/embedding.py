@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def read_embedding(
             "can't be compared"
         )
     try:
-        modes = _pooling(source, modules[1])
+        modes = pooling_modes(_settings(source, modules[1]))
         steps = [step for m in modules[2:] if (step := _step(source, m)) is not None]
         return EmbeddingModules(config.hidden_size, modes, steps)
     except ValueError as error:
@@ -92,25 +93,35 @@ def pooling_settings(modules: EmbeddingModules) -> dict[str, Any]:
     return {"word_embedding_dimension": modules.width, **keys, "include_prompt": True}
 
 
-def _pooling(source: ModelSource, module: Module) -> list[PoolingMode]:
-    """How a module pools.
+def pooling_modes(settings: Mapping[str, Any]) -> list[PoolingMode]:
+    """How a Pooling module of such a configuration pools.
 
     Raises:
         ValueError: in a way that is not known.
     """
-    settings = _settings(source, module)
     if settings.get("include_prompt") is False:
         raise ValueError("its Pooling leaves prompts out, which fastkd doesn't")
     words = settings.get("pooling_mode")
     if words is None:
         words = [word for key, word in _OLD_KEYS.items() if settings.get(key)] or ["mean"]
     words = [words] if isinstance(words, str) else words
-    modes = words if isinstance(words, list) else []
+    modes = words if isinstance(words, list | tuple) else []
     if not modes or not all(isinstance(word, str) and word in POOLING_MODES for word in modes):
         raise ValueError(
             f"its Pooling is {words!r:.100}, expected some of {', '.join(POOLING_MODES)}"
         )
     return [POOLING_MODES[word] for word in modes]
+
+
+def check_on_vectors(kind: str, settings: Mapping[str, Any]) -> None:
+    """See that a module of such a configuration changes embeddings, and nothing else.
+
+    Raises:
+        ValueError: it doesn't.
+    """
+    for key in ("module_input_name", "module_output_name"):
+        if settings.get(key) not in (None, _VECTOR):
+            raise ValueError(f"its {kind} has {key} {settings[key]!r:.100}, expected {_VECTOR}")
 
 
 def _step(source: ModelSource, module: Module) -> Step | None:
@@ -131,9 +142,7 @@ def _step(source: ModelSource, module: Module) -> Step | None:
 def _dense(source: ModelSource, module: Module) -> Step:
     settings = _settings(source, module)
     weights = _weights(source, module)
-    for key in ("module_input_name", "module_output_name"):
-        if settings.get(key) not in (None, _VECTOR):
-            raise ValueError(f"its Dense has {key} {settings[key]!r:.100}, expected {_VECTOR}")
+    check_on_vectors("Dense", settings)
     if settings.get("use_residual"):
         raise ValueError("its Dense adds what it is given (use_residual), which fastkd doesn't")
     weight, bias = weights.get("linear.weight"), weights.get("linear.bias")
@@ -173,10 +182,7 @@ def _norm(source: ModelSource, module: Module) -> Step:
 
 def _normalize(source: ModelSource, module: Module) -> Step:
     path = module_file(source, module, CONFIGS)
-    settings = {} if path is None else read_object(path) or {}
-    for key in ("module_input_name", "module_output_name"):
-        if settings.get(key) not in (None, _VECTOR):
-            raise ValueError(f"its Normalize has {key} {settings[key]!r:.100}, expected {_VECTOR}")
+    check_on_vectors("Normalize", {} if path is None else read_object(path) or {})
     return Normalize()
 
 

@@ -17,6 +17,8 @@ from test_integrations import classifier, collate, copies, examples, losses_of, 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastkd.integrations.beside import Beside, attached
+
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 
 
@@ -136,6 +138,20 @@ def test_a_student_goes_on_in_mixed_precision(tmp_path: Path) -> None:
     first.train()
     assert losses_of(first)[-1] < losses_of(first)[0]
     assert first.model.forward.__func__ is not first.model.__class__.forward
+
+
+def test_a_forward_that_hides_another_one() -> None:
+    """As of a library that puts its own around what mixed precision left."""
+    model, given = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    expected, beside = model(given), Beside(torch.nn.Linear(1, 1))
+    for _ in range(3):
+        with attached(model, model, beside):
+            inner = model.forward
+            model.forward = lambda *found, inner=inner: inner(*found)
+            assert torch.equal(model(given), expected)
+            beside.asked = lambda: torch.zeros(())
+            assert model(given).ndim == 0 and torch.equal(model(given), expected)
+        assert torch.equal(model(given), expected) and not list(model.children())
 
 
 def test_a_student_of_another_trainers_mixed_precision(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ _NAME = "fastkd_losses"
 """The submodule of the student."""
 _ASKED = "_fastkd_beside"
 _PLAIN = "_fastkd_forward"
-"""Attributes of the model: what is asked for, and its forward without that."""
+"""Attributes of the model: what is asked for, and its forwards without that, numbered."""
 _MARK = "_fastkd_asks"
 
 
@@ -62,9 +62,10 @@ def attached(model: nn.Module, student: nn.Module, beside: Beside) -> Iterator[N
         beside: what belongs to its losses.
     """
     found = model.__dict__.get("forward")
-    placed = None if _asks(model.forward) else _asking(model)
+    plain = f"{_PLAIN}_{sum(name.startswith(_PLAIN) for name in model.__dict__)}"
+    placed = None if _asks(model.forward) else _asking(model, plain)
     if placed is not None:
-        model.__dict__.update({_PLAIN: model.forward, "forward": placed})
+        model.__dict__.update({plain: model.forward, "forward": placed})
     model.__dict__[_ASKED] = student._modules[_NAME] = beside
     try:
         yield
@@ -72,18 +73,19 @@ def attached(model: nn.Module, student: nn.Module, beside: Beside) -> Iterator[N
         beside.asked = None
         del model.__dict__[_ASKED], student._modules[_NAME]
         if placed is not None and model.__dict__.get("forward") is placed:
-            del model.__dict__["forward"], model.__dict__[_PLAIN]
+            del model.__dict__["forward"], model.__dict__[plain]
             if found is not None:
                 model.__dict__["forward"] = found
 
 
-def _asking(model: nn.Module) -> MethodType:
-    """A forward of a model that looks for what is asked of the model that it is bound to."""
+def _asking(model: nn.Module, name: str) -> MethodType:
+    """A forward of a model that looks for what is asked of the model that it is bound to, and else
+    runs that model's attribute of a name."""
 
     # copies bind it anew, and pickle finds methods by their name
     def forward(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
         attributes = self.__dict__
-        beside, plain = attributes.get(_ASKED), attributes[_PLAIN]
+        beside, plain = attributes.get(_ASKED), attributes[name]
         if beside is None or beside.asked is None:
             return plain(*arguments, **keywords)
         asked, beside.asked = beside.asked, None

@@ -36,6 +36,7 @@ from fastkd.losses.objective import DistilledStudent
 from fastkd.losses.registry import loss_class
 from fastkd.models import head_of_classes
 from fastkd.models.classifier import check_same_outputs
+from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses, complain
 from fastkd.section import Section
 from fastkd.training.engine import TeacherRunner
@@ -537,7 +538,9 @@ def _check_head(losses: Losses, head: Head) -> None:
     on = frozenset(config.loss for config in losses.terms.values())
     setting = Setting(head, True, on, field="the head that both models have")
     for name, config in losses.terms.items():
+        kind = loss_class(config.loss)
         try:
-            loss_class(config.loss).check_setting(name, config, setting)
+            with plugin_errors(f"losses.{name}", kind, agreed=ValueError):
+                kind.check_setting(name, config, setting)
         except ValueError as error:
             raise UserError(str(error)) from error

@@ -16,15 +16,13 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
+from fastkd.errors import Interrupted, LostRank, UserError, one_line
 
 GROUP = "fastkd.plugins"
-# what a module may raise while it is imported
-_ERRORS = (*FOREIGN_ERRORS, NameError, OSError, SyntaxError, SystemExit)
 # of torch, by name: what reads recipes loads no torch
-_OF_THE_DEVICE = ("OutOfMemoryError", "AcceleratorError")
+_OF_THE_MACHINE = {"OutOfMemoryError", "AcceleratorError", "DistError"}
 
 
 def load_plugins(names: object = ()) -> None:
@@ -61,29 +59,38 @@ def source_digest(registered: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def plugin_errors(where: str, registered: Any) -> Iterator[None]:
+def plugin_errors(
+    where: str, registered: Any, *, agreed: type[Exception] | None = None, remedy: str = ""
+) -> Iterator[None]:
     """Let what a plugin's class or function raises be one line: which fails, where, and why.
 
     Args:
         where: what it is in a recipe, as `losses.NAME`.
         registered: the class or function. What fastkd has itself raises what it raises, and so
-            does a device that is full or broken.
+            does a machine that is full or broken.
+        agreed: what it is asked to raise, which passes.
+        remedy: what else to do, behind all that.
 
     Raises:
         UserError: with the last line of the plugin's file that the error came through.
     """
     try:
         yield
-    except FOREIGN_ERRORS as error:
-        module = registered.__module__
-        ours = module.split(".")[0] == "fastkd"
-        if ours or isinstance(error, UserError) or type(error).__name__ in _OF_THE_DEVICE:
+    # code of others raises classes of its own and of any package: only what passes can be listed
+    except Exception as error:
+        passes = _is_no_fault(error) or (agreed is not None and isinstance(error, agreed))
+        if passes or is_built_in(registered):
             raise
-        file = getattr(sys.modules.get(module), "__file__", None)
+        file = getattr(sys.modules.get(registered.__module__), "__file__", None)
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
         line = f", line {lines[-1]} of {file}" if lines else ""
-        said = f"{type(error).__name__}: {one_line(error)}{line}"
-        raise UserError(f"{where}: {place_of(registered)} fails ({said})") from error
+        said = f"{_said(error)}{line}"
+        raise UserError(f"{where}: {place_of(registered)} fails ({said}){remedy}") from error
+
+
+def is_built_in(registered: Any) -> bool:
+    """Whether a class or function is fastkd's own."""
+    return str(registered.__module__).split(".")[0] == "fastkd"
 
 
 def is_module_name(name: str) -> bool:
@@ -97,15 +104,16 @@ def _load(name: str) -> None:
     except ModuleNotFoundError as error:
         # a plugin may miss a module of its own
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise _refusal(f"plugins: {name}", error) from error
+            _refuse(f"plugins: {name}", error)
         remedy = "install it, or put the folder of its file on PYTHONPATH"
         if name.endswith(".py"):
             remedy = f"name the module, {name.removesuffix('.py')}, not its file"
         raise UserError(
             f"plugins: {name} can't be imported, as there is no module {error.name}; {remedy}"
         ) from error
-    except _ERRORS as error:
-        raise _refusal(f"plugins: {name}", error) from error
+    # as of plugin_errors; a module that exits must not end the command without a word
+    except (Exception, SystemExit) as error:
+        _refuse(f"plugins: {name}", error)
 
 
 @functools.cache
@@ -114,14 +122,28 @@ def _load_installed() -> None:
     for entry in sorted(found, key=lambda entry: (entry.name, entry.value)):
         try:
             entry.load()
-        except _ERRORS as error:
+        # likewise
+        except (Exception, SystemExit) as error:
             package = "a package" if entry.dist is None else entry.dist.name
             where = f"plugin {entry.name} ({entry.value}) of {package}"
-            raise _refusal(where, error, "; mend or uninstall it") from error
+            _refuse(where, error, "; mend or uninstall it")
 
 
-def _refusal(where: str, error: BaseException, remedy: str = "") -> UserError:
+def _refuse(where: str, error: BaseException, remedy: str = "") -> NoReturn:
     if isinstance(error, UserError):
-        return UserError(f"{where}: {error}")
-    said = f"{type(error).__name__}: {one_line(error)}"
-    return UserError(f"{where} fails when it is imported ({said}){remedy}")
+        raise UserError(f"{where}: {error}") from error
+    if _is_no_fault(error):
+        raise error
+    raise UserError(f"{where} fails when it is imported ({_said(error)}){remedy}") from error
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _is_no_fault(error: BaseException) -> bool:
+    """Whether an error that came through a plugin says nothing of it: a refusal of fastkd, a stop,
+    a lost rank, or a machine that is full or broken."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    ours = isinstance(error, UserError | Interrupted | LostRank | MemoryError)
+    return ours or not names.isdisjoint(_OF_THE_MACHINE)

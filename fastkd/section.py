@@ -17,13 +17,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PydanticUndefinedAnnotation,
     TypeAdapter,
     ValidationInfo,
     field_validator,
 )
 
-from fastkd.errors import is_text
-from fastkd.plugins import is_module_name
+from fastkd.errors import UserError, is_text
+from fastkd.plugins import is_module_name, plugin_errors
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -65,14 +66,31 @@ def read_as(section: type[S], name: str, value: object) -> S:
 
     Raises:
         ValidationError: it is none.
+        UserError: a plugin's section that fails.
     """
-    read: S = _reader(section).validate_python({name: value})[name]
+    with plugin_errors(name, section, agreed=ValueError):
+        read: S = _reader(section).validate_python({name: value})[name]
     return read
 
 
 @functools.cache
 def _reader(section: type[BaseModel]) -> TypeAdapter[dict[str, Any]]:
     return TypeAdapter(dict[str, section])  # type: ignore[valid-type]
+
+
+def check_annotations(called: str, section: type[BaseModel]) -> None:
+    """See that the types of a plugin's section are known once it is read.
+
+    Raises:
+        UserError: naming the first that isn't.
+    """
+    try:
+        section.model_rebuild()
+    except PydanticUndefinedAnnotation as error:
+        raise UserError(
+            f"{called}: {error.name} is not known when Python runs; import or define it above, "
+            "outside of TYPE_CHECKING"
+        ) from error
 
 
 def check_place(text: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -157,6 +159,8 @@ def broken(place: str) -> Iterator[Any]:
         yield 7
     elif place == "half":
         yield "\ud800"
+    elif place == "database":
+        sqlite3.connect(":memory:").execute("SELECT body FROM mial")
     else:
         raise KeyError("no such field")
 
@@ -166,12 +170,16 @@ def broken(place: str) -> Iterator[Any]:
     [
         ("number", "gave int as document 2, expected text"),
         ("half", "gave half a character as document 2"),
-        ("raises", r"failed \(KeyError: .*no such field.*\); mend the file or the reader"),
+        ("database", r"fails \(OperationalError: no such table: mial, line \d+ of .*\.py\); mend"),
+        (
+            "raises",
+            r"fails \(KeyError: 'no such field', line \d+ of .*\.py\); mend the file or the",
+        ),
     ],
 )
 def test_a_reader_that_goes_wrong_is_one_line(tmp_path: Path, place: str, said: str) -> None:
     register_reader("broken")(broken)
-    with pytest.raises(UserError, match=rf"^data: broken:{place}: reader [\w.]*broken {said}"):
+    with pytest.raises(UserError, match=rf"data: broken:{place}: (reader )?[\w.]*broken {said}"):
         documents(tmp_path, f"broken:{place}")
 
 
@@ -179,6 +187,15 @@ def test_a_reader_that_goes_wrong_is_one_line(tmp_path: Path, place: str, said: 
 def test_a_form_is_a_suffix_or_a_name(form: str) -> None:
     with pytest.raises(UserError, match="expected a suffix such as"):
         register_reader(form)
+
+
+def test_what_has_no_name_of_its_own_reads_nothing() -> None:
+    # the cache would know a partial by the module of functools
+    for reader, kind in ((functools.partial(pieces), "partial"), ("pieces", "str")):
+        with pytest.raises(UserError, match=rf"^reader '.md': a {kind} has no name; give a func"):
+            register_reader(".md")(reader)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="expected a suffix such as"):
+        register_reader(pieces)  # type: ignore[arg-type]
 
 
 def test_a_form_has_one_reader() -> None:

@@ -17,7 +17,7 @@ from tiny_runs import make_recipe, read_losses, run_command, run_variants
 
 from fastkd import plugins
 from fastkd.cli import main
-from fastkd.errors import UserError
+from fastkd.errors import Interrupted, LostRank, UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.recipe import load_any_recipe, parse_any_recipe, parse_recipe
 
@@ -112,6 +112,14 @@ BROKEN = {
     "an end": (
         "raise SystemExit(3)",
         "plugins: broken fails when it is imported (SystemExit: 3)",
+    ),
+    "a class of its own": (
+        "class Unlicensed(Exception): pass\nraise Unlicensed('no licence')",
+        "plugins: broken fails when it is imported (Unlicensed: no licence)",
+    ),
+    "a file": (
+        "import sqlite3; sqlite3.connect('file:/nowhere/x?mode=ro', uri=True)",
+        "plugins: broken fails when it is imported (OperationalError: unable to open database",
     ),
     "missing": (
         "import no_such_module_at_all",
@@ -259,6 +267,8 @@ def test_a_loss_from_outside_trains_resumes_and_evaluates(
 
 RETURN = "return self.stack(values)"
 BEGIN = "def __init__(self, *given):\n        super().__init__(*given)\n        "
+LATER = """def at(self, moment, done=0.0):
+        {}[moment.step] if moment.step else super().at(moment, done)"""
 WRONG = {
     "another shape": (
         LOSS.replace(RETURN, f"{RETURN}[:1]"),
@@ -276,6 +286,21 @@ WRONG = {
         LOSS.replace(RETURN, "return values.stack()"),
         "losses.norms: wrong_plugin.NormsLoss fails (AttributeError: 'list' object has no "
         "attribute 'stack', line 30 of {folder}/wrong_plugin.py)",
+    ),
+    "a wrong word": (
+        LOSS.replace(RETURN, "return self.stack(valeus)"),
+        "losses.norms: wrong_plugin.NormsLoss fails (NameError: name 'valeus' is not defined, line "
+        "30 of {folder}/wrong_plugin.py)",
+    ),
+    "no file": (
+        LOSS.replace('mean_over = "tokens"', f"{BEGIN}open('/nowhere/weights.json')"),
+        "losses.norms: wrong_plugin.NormsLoss fails (FileNotFoundError: [Errno 2] No such file or "
+        "directory: '/nowhere/weights.json', line 21 of {folder}/wrong_plugin.py)",
+    ),
+    "a later moment": (
+        LOSS.replace('mean_over = "tokens"', LATER),
+        "losses.norms: wrong_plugin.NormsLoss fails (KeyError: 1, line 20 of "
+        "{folder}/wrong_plugin.py)",
     ),
     "a refusal": (
         LOSS.replace(RETURN, "raise ValueError('too short')"),
@@ -329,5 +354,85 @@ def test_a_loss_that_fails_is_one_line_before_anything_is_written(
     assert stopped.value.code == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said == f"fastkd: {expected.format(folder=tmp_path)}"
-    # only a step has gradients
-    assert (tmp_path / "run").exists() == (name == "no gradient")
+    # only a step has gradients, and a moment
+    assert (tmp_path / "run").exists() == (name in ("no gradient", "a later moment"))
+
+
+SETTING = """
+    @classmethod
+    def check_setting(cls, name, config, setting):
+        raise {}
+
+    def forward"""
+SECTION = """power: float = 1.0
+
+        @field_validator("power")
+        @classmethod
+        def check(cls, given):
+            raise {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            LOSS.replace("    def forward", SETTING.format("OSError('no lexicon')")),
+            "losses.norms: own_plugin.NormsLoss fails (OSError: no lexicon, line 24 of {file})",
+        ),
+        # what it is asked to raise
+        (
+            LOSS.replace("    def forward", SETTING.format("ValueError('losses.norms: no head')")),
+            "losses.norms: no head",
+        ),
+        (
+            "from pydantic import field_validator\n"
+            + LOSS.replace("power: float = 1.0", SECTION.format("KeyError(given)")),
+            "losses.norms: norms: own_plugin.NormsLoss.Config fails (KeyError: 2.0, line 21 of ",
+        ),
+        (
+            "from pydantic import field_validator\n"
+            + LOSS.replace("power: float = 1.0", SECTION.format("ValueError('no power')")),
+            "losses.norms.power: no power",
+        ),
+    ],
+)
+def test_what_a_loss_says_of_a_recipe_is_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    write(tmp_path, "own_plugin", text)
+    said = refusal(tree(plugins=["own_plugin"], losses={"norms": {"power": 2}}))
+    assert said.startswith(expected.format(file=tmp_path / "own_plugin.py"))
+
+
+class Unlicensed(Exception):
+    """A class that no list of ours has."""
+
+
+def fails(error: BaseException, **more: Any) -> str:
+    """What becomes of an error that a function of this file raises."""
+    expected = type(error) if more.get("passes") else UserError
+    kind, agreed = more.get("by", fails), more.get("agreed")
+    with pytest.raises(expected) as found, plugins.plugin_errors("losses.x", kind, agreed=agreed):
+        raise error
+    assert (found.value is error) == bool(more.get("passes"))
+    return str(found.value)
+
+
+def test_whatever_a_plugin_raises_is_one_line() -> None:
+    place = f"losses.x: {__name__}.fails fails ("
+    for error in (Unlicensed("no"), NameError("no"), OSError("no"), StopIteration("no")):
+        said = fails(error)
+        assert said.startswith(f"{place}{type(error).__name__}: no, line ")
+        assert said.endswith(f" of {__file__})")
+
+
+def test_what_says_nothing_of_a_plugin_passes() -> None:
+    import torch
+
+    for error in (
+        *(UserError("no"), Interrupted("stop"), LostRank("gone"), MemoryError(), KeyError("own")),
+        *(torch.OutOfMemoryError("full"), torch.AcceleratorError("broken"), KeyboardInterrupt()),
+        torch.distributed.DistBackendError("gone"),
+    ):
+        own = isinstance(error, KeyError)
+        fails(error, passes=True, by=parse_recipe if own else fails)
+    fails(KeyError("known"), passes=True, agreed=LookupError)

@@ -138,8 +138,9 @@ class Objective(nn.Module):
     def at(self, moment: Progress) -> None:
         """Move to a moment of the run: random mappings and schedules follow it."""
         self.moment = moment
-        for term in self.each():
-            term.at(moment, moment.step / self.steps)
+        for term, where in zip(self.each(), self._keys, strict=True):
+            with errors_at(where, term):
+                term.at(moment, moment.step / self.steps)
 
     def layers(self, side: Side, moment: Progress | None = None) -> dict[str, Any]:
         """What `capture` must record of one model now, as its keyword arguments; or at a moment,

@@ -6,11 +6,9 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import PydanticUndefinedAnnotation
-
 from fastkd.errors import UserError
 from fastkd.plugins import place_of
-from fastkd.section import did_you_mean
+from fastkd.section import check_annotations, did_you_mean
 
 if TYPE_CHECKING:
     from fastkd.losses.base import Loss
@@ -93,15 +91,9 @@ def _check_loss(name: str, loss: Any) -> None:
     if not (isinstance(loss, type) and issubclass(loss, Loss)):
         raise UserError(f"the loss {name} is {loss!r:.100}; give a subclass of fastkd's Loss")
     place, config, group, mean_over = place_of(loss), loss.Config, loss.group, loss.mean_over
-    if not issubclass(config, LossConfig):
+    if not (isinstance(config, type) and issubclass(config, LossConfig)):
         raise UserError(f"{place}.Config is no subclass of LossConfig; make it one")
-    try:
-        config.model_rebuild()
-    except PydanticUndefinedAnnotation as error:
-        raise UserError(
-            f"{place}.Config: {error.name} is not known when Python runs; import or define it "
-            "above, outside of TYPE_CHECKING"
-        ) from error
+    check_annotations(f"{place}.Config", config)
     if group is not None and not (isinstance(group, type) and issubclass(group, LossGroup)):
         raise UserError(f"{place}.group is {group!r:.100}; give a subclass of LossGroup, or None")
     if group is None and loss.forward is Loss.forward:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from fastkd.head_spec import HEADS, head_of_task
 from fastkd.layer_map.sections import Layers, PairsMap
+from fastkd.plugins import plugin_errors
 from fastkd.recipe.data import Data
 from fastkd.recipe.evaluate import Evaluate
 from fastkd.recipe.losses import Losses
@@ -255,7 +256,8 @@ class Recipe(Section):
         setting = Setting(head, self.task is not None, losses, rows=self.row_form)
         terms = {name: (loss_class(c.loss), c) for name, c in self.losses.terms.items()}
         for name, (kind, config) in terms.items():
-            kind.check_setting(name, config, setting)
+            with plugin_errors(f"losses.{name}", kind, agreed=ValueError):
+                kind.check_setting(name, config, setting)
         scored = setting.rows is not None and bool(setting.rows.scores)
         if scored and not any(kind.reads_scores(config) for kind, config in terms.values()):
             raise ValueError(

@@ -19,8 +19,8 @@ from itertools import islice
 from pathlib import Path
 
 from fastkd.data.text.files import Source, file_digest
-from fastkd.errors import FOREIGN_ERRORS, UserError, is_text, one_line
-from fastkd.plugins import place_of, source_digest
+from fastkd.errors import UserError, is_text
+from fastkd.plugins import place_of, plugin_errors, source_digest
 
 Reader = Callable[[str], Iterable[str]]
 """From a path, or from what stands behind `NAME:`, to documents: the same ones in the same order
@@ -46,14 +46,20 @@ def register_reader(form: str) -> Callable[[Reader], Reader]:
             before a colon.
 
     Raises:
-        UserError: neither, or one that is taken.
+        UserError: neither, or one that is taken; or what is to read it is no function or class.
     """
-    if not (_SUFFIX if form.startswith(".") else _NAME).fullmatch(form):
+    pattern = _SUFFIX if str(form).startswith(".") else _NAME
+    if not isinstance(form, str) or not pattern.fullmatch(form):
         raise UserError(
             f"reader {form!r}: expected a suffix such as '.md' or a name such as 'mail'"
         )
 
     def register(reader: Reader) -> Reader:
+        # by its module and name the cache and messages know it; a partial has none of its own
+        if not callable(reader) or not hasattr(reader, "__qualname__"):
+            raise UserError(
+                f"reader {form!r}: a {type(reader).__name__} has no name; give a function (def)"
+            )
         taken = _readers.get(form)
         if form in KNOWN or (taken is not None and place_of(taken) != place_of(reader)):
             by = "fastkd" if taken is None else place_of(taken)
@@ -98,7 +104,8 @@ class Registered(Source):
         return self.place if self.form.startswith(".") else f"{self.form}:{self.place}"
 
     def documents(self) -> Iterator[str]:
-        try:
+        remedy = "; mend the file or the reader"
+        with plugin_errors(f"data: {self.called()}", self.reader, remedy=remedy):
             where = f"data: {self.called()}: reader {place_of(self.reader)} gave"
             found = self.reader(self.place)
             # a text would give its characters, a table the names of its columns
@@ -113,13 +120,6 @@ class Registered(Source):
                     raise UserError(f"{where} {given} as document {number}, expected text")
                 if text.strip():
                     yield text
-        except UserError:
-            raise
-        except (*FOREIGN_ERRORS, OSError) as error:
-            raise UserError(
-                f"data: {self.called()}: reader {place_of(self.reader)} failed "
-                f"({type(error).__name__}: {one_line(error)}); mend the file or the reader"
-            ) from error
 
     def digest(self, *, quick: bool) -> str:
         files, source = self.stored_in(), source_digest(self.reader)

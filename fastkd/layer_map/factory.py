@@ -8,6 +8,7 @@ from typing import TypeAlias
 from fastkd.errors import UserError
 from fastkd.layer_map import sections as recipe
 from fastkd.layer_map.base import LayerMap
+from fastkd.layer_map.checks import check_map
 from fastkd.layer_map.many_to_one import (
     AttentionMap,
     MeanLossMap,
@@ -57,7 +58,7 @@ def make_layer_map(
 
     Raises:
         UserError: a student deeper than its teacher, a sequence of another length than the student,
-            or a layer that a model doesn't have.
+            a layer that a model doesn't have, or a class from outside that is no whole mapping.
     """
     if student_layers > teacher_layers:
         raise UserError(
@@ -82,19 +83,7 @@ def make_layer_map(
     else:
         _check_list(given, *depths)
         layers = ExplicitMap(*depths, tuple(given))
-    if not layers.pairs:
-        raise UserError(
-            f"layer_map {getattr(given, 'kind', given)} matches no layer of a "
-            f"{student_layers}-layer student and a {teacher_layers}-layer teacher; give at least "
-            "one pair"
-        )
-    for side, (name, depth) in enumerate(zip(("student", "teacher"), depths, strict=True)):
-        outside = [pair[side] for pair in layers.pairs if not 1 <= pair[side] <= depth]
-        if outside:
-            raise UserError(
-                f"layer_map names {name} layer {outside[0]}, but the {name}'s layers are 1 to "
-                f"{depth}"
-            )
+    check_map(layers, getattr(given, "kind", given))
     return layers
 
 

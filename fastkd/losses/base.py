@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from fastkd.head_spec import HEADS
-from fastkd.layer_map import LayerMap, Link, Progress
+from fastkd.layer_map import LayerMap, Link, Progress, checked_links
 from fastkd.losses.counts import Divisor, Reduction
 from fastkd.losses.ensemble import Ensemble
 from fastkd.losses.gathering import Gather, alone
@@ -361,7 +361,7 @@ class Loss(Term):
 
     def links_at(self, moment: Progress) -> tuple[Link, ...]:
         """What is compared at a moment."""
-        return () if self.layer_map is None else self.layer_map.links(moment)
+        return () if self.layer_map is None else checked_links(self.layer_map, moment)
 
     def layers(self, side: Side, moment: Progress | None = None) -> dict[str, Any]:
         links = self.links if moment is None else self.links_at(moment)

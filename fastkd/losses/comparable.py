@@ -10,7 +10,7 @@ from fastkd_kernels import AttentionDivergenceKind, AttentionState
 from torch import Tensor
 
 from fastkd.errors import UserError
-from fastkd.layer_map import AttentionMap, Link, Progress
+from fastkd.layer_map import AttentionMap, Link, Progress, checked_links
 from fastkd.losses.base import Loss, ModelPair
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def check_blend(loss: Loss, *, averages: bool) -> None:
     layer_map = loss.layer_map
     if layer_map is None:
         return
-    blended = any(len(link.teachers) > 1 for link in layer_map.links(Progress()))
+    blended = any(len(link.teachers) > 1 for link in checked_links(layer_map, Progress()))
     by_attention = isinstance(layer_map, AttentionMap)
     if not blended or (averages and not by_attention):
         return

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fastkd.capture import find_module
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
-from fastkd.layer_map import LayerMap, make_layer_map
+from fastkd.layer_map import LayerMap, foresee, make_layer_map
 from fastkd.losses.base import ModelPair, Term
 from fastkd.losses.embeddings import EmbeddingConfig, EmbeddingLoss
 from fastkd.losses.ensemble import Ensemble
@@ -141,6 +141,8 @@ def make_objective(
         for name, term in losses.terms.items()
         if (given := getattr(term, "layer_map", None)) is not None
     }
+    for each in (layers, *own.values()):
+        foresee(each, steps)
     objective = Objective(losses, layers, pair, own_layers=own, steps=steps)
     for term in objective.each():
         _check_modules(term, student, "student")

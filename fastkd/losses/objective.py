@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from fastkd.capture import Capture, CompiledCapture, PaddedStates, capture, reading
 from fastkd.capture.lm_head import last_hidden_state
 from fastkd.errors import UserError
-from fastkd.layer_map import LayerMap, Progress, TransportMap
+from fastkd.layer_map import LayerMap, Progress, TransportMap, checked_links
 from fastkd.losses.base import (
     Batch,
     Loss,
@@ -446,7 +446,7 @@ class Objective(nn.Module):
         weights: list[float] = []
         for _, members in itertools.groupby(self.matches, key=lambda match: match.group):
             first, *rest = members
-            links = self.maps[first.term].links(self.moment) if first.mapped else ()
+            links = checked_links(self.maps[first.term], self.moment) if first.mapped else ()
             weights += [link.weight for link in links] or [1.0] * (1 + len(rest))
         return weights
 
@@ -492,7 +492,7 @@ class Objective(nn.Module):
     def linked(self) -> tuple[object, ...]:
         """The layers that each mapping compares at this moment."""
         return tuple(
-            tuple((link.student, link.teachers) for link in layers.links(self.moment))
+            tuple((link.student, link.teachers) for link in checked_links(layers, self.moment))
             for layers in self.maps.values()
         )
 

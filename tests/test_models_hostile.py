@@ -137,6 +137,76 @@ def test_a_module_outside_of_its_folder_is_left_out_and_said(tmp_path: Path, pat
     assert {path.name for path in tmp_path.iterdir()} == {"t", "run"}
 
 
+LINKED = (
+    *("chat_template.jinja", "additional_chat_templates/tool.jinja", "tokenizer_config.json"),
+    *("1_Pooling/config.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
+)
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_a_link_out_of_a_models_folder_is_not_handed_on(tmp_path: Path, name: str) -> None:
+    teacher = save_sentences(tmp_path / "t", models.Pooling(WIDTH))
+    file = teacher / name
+    file.parent.mkdir(exist_ok=True)
+    secret = tmp_path / "secret"
+    secret.write_text(file.read_text() if file.exists() else "SECRET")
+    file.unlink(missing_ok=True)
+    file.symlink_to(secret)
+    with pytest.raises(UserError) as refused:
+        exported(tmp_path / "run", teacher)
+    assert str(refused.value).startswith(f"{file}: a link to {secret}, outside of its model's fol")
+    assert not (tmp_path / "run" / "student").exists()
+    # what lies in the folder may be a link, and so may the folder
+    file.unlink()
+    secret.rename(teacher / "inside")
+    file.symlink_to(teacher / "inside")
+    (tmp_path / "linked").symlink_to(teacher)
+    assert exported(tmp_path / "run", tmp_path / "linked").is_dir()
+
+
+@pytest.mark.parametrize("moved", ["1_Pooling", "2_Dense"])
+def test_a_folder_of_a_module_is_no_way_out_either(tmp_path: Path, moved: str) -> None:
+    teacher = save_sentences(tmp_path / "t", models.Pooling(WIDTH), models.Dense(WIDTH, 8))
+    (teacher / moved).rename(tmp_path / "elsewhere")
+    (teacher / moved).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(
+        UserError, match=rf"{moved}/.*: a link to .*, outside of its model's folder"
+    ):
+        exported(tmp_path / "run", teacher)
+
+
+def test_the_transformer_of_the_old_layout_is_no_way_out(tmp_path: Path) -> None:
+    teacher = tmp_path / "t"
+    save_teacher(tmp_path / "elsewhere")
+    teacher.mkdir()
+    entry = {"type": "sentence_transformers.models.Transformer", "path": "0_Transformer"}
+    (teacher / "modules.json").write_text(json.dumps([entry]))
+    (teacher / "0_Transformer").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"0_Transformer/.*: a link to .*/elsewhere/"):
+        locate_model(str(teacher))
+
+
+def test_weights_on_another_disk_and_the_hubs_cache_are_read(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "t")
+    (tmp_path / "t" / "model.safetensors").rename(tmp_path / "big")
+    (tmp_path / "t" / "model.safetensors").symlink_to(tmp_path / "big")
+    # as huggingface_hub lays a model out
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    (tmp_path / "models--org--name" / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in (tmp_path / "t").iterdir():
+        blob = tmp_path / "models--org--name" / "blobs" / f"sha-{file.name}"
+        blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/sha-{file.name}")
+    first, second = (load_teacher(ModelSource(str(f))) for f in (tmp_path / "t", snapshot))
+    assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
+    # a blob that is itself a link is none of the cache's
+    (tmp_path / "models--org--name" / "blobs" / "sha-config.json").unlink()
+    (tmp_path / "models--org--name" / "blobs" / "sha-config.json").symlink_to(tmp_path / "big")
+    with pytest.raises(UserError, match=r"abc/config.json: a link to .*/big, outside"):
+        load_teacher(ModelSource(str(snapshot)))
+
+
 @pytest.mark.parametrize("paths", [("1_Pooling", "1_Pooling"), ("1_Pooling", "./1_Pooling/.")])
 def test_modules_that_share_a_folder_each_get_their_own(
     tmp_path: Path, paths: tuple[str, str]

@@ -56,6 +56,20 @@ def test_a_new_repository_holds_the_students_folder(run: RunFolder, hub: FakeHub
     assert pushed.lines() == [f"4 files pushed: {hub.url}/owner/name/commit/{'c' * 40}"]
 
 
+@pytest.mark.parametrize("name", ["notes.json", "1_Pooling/more", "folder"])
+def test_a_link_is_not_followed_to_what_it_names(
+    run: RunFolder, hub: FakeHub, tmp_path: Path, name: str
+) -> None:
+    """The folder may be a stranger's."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key").write_text("SECRET")
+    (run.student / name).symlink_to(secret if name == "folder" else secret / "key")
+    with pytest.raises(UserError, match=rf"student/{name}: a link to .*secret.*, which a push"):
+        push_run(run, "owner/name")
+    assert not hub.files
+
+
 def test_the_command_says_what_it_did(
     run: RunFolder,
     hub: FakeHub,

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from fastkd.errors import UserError
 from fastkd.models.checking import not_loadable
+from fastkd.models.links import check_links
 from fastkd.models.modules import ListingError, first_folder
 from fastkd.types import ModelSource
 
@@ -25,15 +26,18 @@ def locate_model(name: str) -> str:
     Of a sentence-transformers folder of the old layout that is the folder of its first module.
 
     Raises:
-        UserError: the package that should carry the model is missing.
+        UserError: the package that should carry the model is missing, or a file of the folder is a
+            link to a place outside of it.
     """
     place = locate_source(name)
     listing = Path(place) / "modules.json"
     if listing.is_file() and not (Path(place) / "config.json").is_file():
         try:
-            return str(Path(place) / first_folder(listing))
+            folder = Path(place) / first_folder(listing)
         except ListingError as error:
             raise UserError(not_loadable(f"{listing}", error)) from error
+        check_links(folder, Path(place))
+        return str(folder)
     return place
 
 
@@ -41,9 +45,13 @@ def locate_source(name: str) -> str:
     """The folder or hub name that a model's name stands for.
 
     Raises:
-        UserError: the package that should carry the model is missing.
+        UserError: as `locate_model`.
     """
-    return _carried(name) if name.startswith("package:") else name
+    # how a package lies on the disk is its installer's choice
+    if name.startswith("package:"):
+        return _carried(name)
+    check_links(Path(name), Path(name))
+    return name
 
 
 def _carried(name: str) -> str:

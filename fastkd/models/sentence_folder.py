@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 
 from fastkd.head_spec import HEADS
 from fastkd.models.checking import optional_file
+from fastkd.models.links import require_inside
 from fastkd.models.locate import locate_source
 from fastkd.models.modules import ListingError, Module, read_modules
 from fastkd.types import Head, ModelSource
@@ -83,8 +84,16 @@ def module_file(source: ModelSource, module: Module, names: tuple[str, ...]) -> 
 
 
 def source_file(source: ModelSource, name: str) -> Path | None:
-    """A file of a model, `None` where there is none."""
-    return optional_file(locate_source(source.name), name, source.revision)
+    """A file of a model, `None` where there is none.
+
+    Raises:
+        UserError: it is a link to a place outside of the model's folder.
+    """
+    place = locate_source(source.name)
+    found = optional_file(place, name, source.revision)
+    if found is not None and Path(place).is_dir() and not source.name.startswith("package:"):
+        require_inside(found, Path(place))
+    return found
 
 
 def joined(path: str, name: str) -> str:

@@ -78,8 +78,9 @@ def push_run(
         overwrite: replace files also of a repository that fastkd did not push to before.
 
     Raises:
-        UserError: the run is not finished or has no card, there is no token or no connection, the
-            hub refuses, or the push would overwrite files of somebody else.
+        UserError: the run is not finished or has no card, its student's folder holds a link, there
+            is no token or no connection, the hub refuses, or the push would overwrite files of
+            somebody else.
     """
     run.read_finished()
     if not (run.student / "README.md").is_file():
@@ -88,6 +89,12 @@ def push_run(
             "make one without, or write a card"
         )
     _check(repo)
+    linked = next((path for path in sorted(run.student.rglob("*")) if path.is_symlink()), None)
+    if linked is not None:
+        raise UserError(
+            f"{linked}: a link to {linked.resolve()}, which a push would send; put a copy there, "
+            "or remove it"
+        )
     inside = [path.relative_to(run.student) for path in run.student.rglob("*") if path.is_file()]
     files = {path.as_posix() for path in inside if not any(p.startswith(".") for p in path.parts)}
     api = HfApi()

@@ -15,6 +15,7 @@ from tiny_exports import exported, save_sentences
 from tiny_models import save_teacher
 from tiny_training import save_classifier
 
+from fastkd.data.text import readers
 from fastkd.head_spec import HEADS
 from fastkd.recipe import parse_any_recipe
 from fastkd.reporting.html import fenced
@@ -146,6 +147,44 @@ def test_paths_are_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_only_what_is_a_path_loses_its_folders(given: str, expected: str) -> None:
     assert public_name(given) == expected
     assert public_tree({"a": [given, 1, None]}) == {"a": [expected, 1, None]}
+
+
+@pytest.fixture
+def mail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader called mail."""
+    monkeypatch.setattr(readers, "_readers", {})
+    readers.register_reader("mail")(write_licence)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("mail:/home/jane/mbox", "mail:mbox"),
+        ("mail:~/mbox", "mail:mbox"),
+        ("mail:jane/m.db?mail.body", "mail:m.db?mail.body"),
+        ("mail:m.db?mail.body", "mail:m.db?mail.body"),
+        ("mail:/", "mail:folder"),
+        # without a reader of that name
+        ("post:inbox", "post:inbox"),
+    ],
+)
+def test_a_path_behind_a_readers_name_loses_its_folders(
+    mail: None, given: str, expected: str
+) -> None:
+    assert public_name(given) == expected
+
+
+def test_what_a_reader_reads_is_no_data_set_of_the_hub(tmp_path: Path, mail: None) -> None:
+    train = ["mail:/home/jane/mbox", "mail:jane/box", "s3://org/jane", "org/text:part"]
+    notes = ["data: mail:/home/jane/mbox is long", "/home/jane/mbox is read twice"]
+    tree = {**TREE, "data": {"train": train[:2] + train[3:]}}
+    found = card(tmp_path / "small", tree, tiny_summary(notes=notes))
+    assert found.data.to_dict()["datasets"] == ["org/text"]
+    assert "jane" not in found.content
+    assert "- trained on: mail:mbox, mail:box, org/text:part\n" in found.text
+    assert "- data: mail:mbox is long\n- mbox is read twice\n" in found.text
+    tree = {**TREE, "data": {"train": train[2:]}}
+    assert card(tmp_path / "small", tree).data.to_dict()["datasets"] == ["org/text"]
 
 
 def test_a_path_that_begins_another_is_replaced_after_it() -> None:

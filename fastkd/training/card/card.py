@@ -322,7 +322,9 @@ def _has_modules(student: Path) -> bool:
 
 
 def _is_of_hub(name: str) -> bool:
-    return "/" in name and not name.startswith("package:") and not is_path(name)
+    # of a name on the hub a colon stands behind the slash: before it stands a reader or a scheme
+    owner, slash, _ = name.partition("/")
+    return bool(slash) and ":" not in owner and not is_path(name)
 
 
 def _plain(text: str) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from fastkd.data.text.readers import by_name
+
 _WRITTEN_AS_PATHS = ("/", "~", "./", "../")
 
 
@@ -15,8 +17,12 @@ def is_path(text: str) -> bool:
     """Whether a value of a recipe names a file or folder of this machine.
 
     A hub name that is a folder here, seen from the working folder, is that folder: transformers
-    takes it for one, too.
+    takes it for one, too. So is what stands behind the name of a registered reader, where it has
+    folders: only the reader knows what it says, as in `sqlite:FOLDER/FILE?TABLE`.
     """
+    form, place = _taken_apart(text)
+    if form:
+        return "/" in place or place.startswith(_WRITTEN_AS_PATHS)
     if "\n" in text or "\0" in text or len(text) > 4096:
         return False
     if text.startswith(_WRITTEN_AS_PATHS):
@@ -27,10 +33,15 @@ def is_path(text: str) -> bool:
 def public_name(text: str) -> str:
     """A value of a recipe as others may read it: of a path its last part, all else as it is.
 
-    A run's `student` folder is called as its run.
+    A run's `student` folder is called as its run, and the name of a reader stays.
     """
     if not is_path(text):
         return text
+    form, place = _taken_apart(text)
+    return form + _last_part(place)
+
+
+def _last_part(text: str) -> str:
     path = PurePath(text)
     if path.name == "student" and (Path(text).expanduser().parent / "recipe.yaml").is_file():
         path = path.parent
@@ -55,7 +66,11 @@ class PublicText:
     """
 
     def __init__(self, tree: Any) -> None:
-        paths = {text: public_name(text) for text in _strings(tree) if is_path(text)}
+        found = [text for text in _strings(tree) if is_path(text)]
+        # a sentence may quote what a reader read without the reader's name
+        places = [place for form, place in map(_taken_apart, found) if form]
+        paths = {place: _last_part(place) for place in places}
+        paths |= {text: public_name(text) for text in found}
         for folder, name in ((Path.cwd(), "."), (Path("~").expanduser(), "~")):
             # a root would be found in every path
             if len(folder.parts) > 1:
@@ -67,6 +82,15 @@ class PublicText:
         for path, name in self._paths:
             text = text.replace(path, name)
         return text
+
+
+def _taken_apart(text: str) -> tuple[str, str]:
+    """`FORMAT:` and what stands behind it, where a registered reader has the name of the format;
+    else nothing and all of it."""
+    if by_name(text) is None:
+        return "", text
+    form, colon, place = text.partition(":")
+    return form + colon, place
 
 
 def _strings(tree: Any) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -227,10 +228,34 @@ def test_a_licence_is_the_one_of_the_teachers_card(tmp_path: Path) -> None:
         "1: 2",
         "[" * 1200,
         "license: mit\n...\n\x00",
+        "license: mit\nlicense: apache-2.0",
+        "license: !!python/name:os.system",
+        "\n" * (1 << 19),
     ],
 )
 def test_a_licence_that_is_none_is_unknown(tmp_path: Path, metadata: str) -> None:
     assert write_licence(tmp_path / "teacher", metadata) == Licence()
+
+
+def test_metadata_that_grows_as_it_is_read_is_not_read(tmp_path: Path) -> None:
+    """A few hundred bytes of merge keys stand for 10^9 values."""
+    lines = ["a0: &a0 {k: v}"]
+    lines += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 10)]
+    began = time.process_time()
+    assert write_licence(tmp_path / "teacher", "\n".join([*lines, "license: mit"])) == Licence()
+    assert time.process_time() - began < 5
+
+
+def test_only_what_stands_between_the_first_fences_is_metadata(tmp_path: Path) -> None:
+    for text, expected in (
+        ("---\r\nlicense: mit\r\n---\r\nlicense: gpl\r\n", "mit"),
+        ("\n---\nlicense: mit\ndate: 2024-01-31\n---\n---\nlicense: gpl\n---\n", "mit"),
+        ("# Title\n---\nlicense: mit\n---\n", ""),
+        ("---\nlicense: mit\n", ""),
+        ("", ""),
+    ):
+        (tmp_path / "README.md").write_text(text, newline="")
+        assert licence_of(ModelSource(str(tmp_path))).identifier == expected
 
 
 def test_text_of_others_is_text(tmp_path: Path) -> None:

@@ -17,7 +17,17 @@ from tiny_exports import exported, made_student, save_sentences
 from tiny_models import WIDTH, save_teacher
 
 from fastkd.errors import UserError
-from fastkd.models import load_teacher, locate_model, resolve_model
+from fastkd.layer_map import make_layer_map
+from fastkd.models import (
+    build_student,
+    drawn_model,
+    load_student,
+    load_teacher,
+    locate_model,
+    read_config,
+    resolve_model,
+)
+from fastkd.recipe import Student
 from fastkd.training.export import export_notes
 from fastkd.types import ModelSource
 
@@ -280,3 +290,25 @@ def test_a_hostile_pickle_is_refused_in_one_line(tmp_path: Path, form: str) -> N
         load_teacher(ModelSource(str(folder)))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("asked", ["evil/kernel", "flash_attention_2", {"": "evil/kernel"}, 7])
+def test_a_recipe_says_which_attention_runs_and_no_folder(
+    tmp_path: Path, key: str, asked: Any
+) -> None:
+    """A name such as evil/kernel would be code that transformers fetches from the hub."""
+    save_teacher(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: asked}))
+    source = ModelSource(str(tmp_path))
+    found = load_teacher(source, attention="eager"), load_student(tmp_path, attention="sdpa")
+    assert [model.config._attn_implementation for model in found] == ["eager", "sdpa"]
+    # as the forecast of another GPU builds one
+    drawn = drawn_model(read_config(str(tmp_path), "teacher"), "none")
+    assert drawn.config._attn_implementation == "sdpa"
+    # a student that starts from it, whole or cut
+    for section in ({"init": str(tmp_path)}, {"init": str(tmp_path), "layers": 4}):
+        student = Student(**{**section, "attention": "eager"})
+        layers = make_layer_map("uniform", 4, 4)
+        assert build_student(found[1], student, layers)[0].config._attn_implementation == "eager"

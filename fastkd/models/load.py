@@ -129,7 +129,8 @@ def load_tokenizer(source: ModelSource, vocabulary: int) -> PreTrainedTokenizerB
 def read_config(
     name: str, given: str, revision: str | None = None, **changes: Any
 ) -> PreTrainedConfig:
-    """The configuration of a folder or hub model, with `changes`.
+    """The configuration of a folder or hub model, with `changes`; not the attention that it asks
+    for, as a recipe decides that.
 
     Args:
         name: folder or hub name.
@@ -147,6 +148,8 @@ def read_config(
     except LOADING_ERRORS as error:
         raise UserError(not_loadable(given, error)) from error
     check_stored(name, given, revision, config)
+    # it may be the name of a kernel, which transformers fetches from the hub
+    config._attn_implementation = None
     return config
 
 
@@ -158,7 +161,8 @@ def read_model(
     head: Head,
     config: PreTrainedConfig | None = None,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """A model on the CPU, and which weights of its head and pooler were drawn, not found.
+    """A model on the CPU, and which weights of its head and pooler were drawn, not found; with the
+    attention that transformers chooses where nobody asks, for `set_attention` to change.
 
     Args:
         name: folder or hub name.
@@ -173,7 +177,6 @@ def read_model(
     """
     model: PreTrainedModel
     own = read_config(name, given, revision)
-    options = {} if config is None else {"config": config, "ignore_mismatched_sizes": True}
     try:
         with warnings.catch_warnings():
             # torch tells a stranger's pickle by several lines before it refuses it
@@ -186,7 +189,8 @@ def read_model(
                 # a pickle may hold tensors and nothing else
                 weights_only=True,
                 output_loading_info=True,
-                **options,
+                config=own if config is None else config,
+                ignore_mismatched_sizes=config is not None,
             )
     except LOADING_ERRORS as error:
         raise UserError(not_loadable(given, error)) from error

@@ -7,7 +7,6 @@ is loaded but small files, and of text that is here the first row, which tells i
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from typing import Literal
@@ -25,6 +24,8 @@ from fastkd.layer_map import make_layer_map
 from fastkd.models import head_of_classes, read_config, resolve_model
 from fastkd.models.sentence_folder import list_modules
 from fastkd.plugins import load_plugins
+from fastkd.recipe.yaml_text import quoted
+from fastkd.section import check_place
 from fastkd.types import Head, ModelSource
 
 Job = Literal["embedding", "decoder", "encoder", "task"]
@@ -77,8 +78,14 @@ def first_recipe(teacher: str, data: str, *, layers: int | None, task: str | Non
 
     Raises:
         UserError: a teacher that can't be read, is no stack of layers or fits no job, more layers
-            than it has, an unknown task, or data of this machine without what is to be read.
+            than it has, an unknown task, a name that no recipe can hold, or data of this machine
+            without what is to be read.
     """
+    for field, name in (("teacher", teacher), ("data", data)):
+        try:
+            check_place(name)
+        except ValueError as error:
+            raise UserError(f"{field}: {error}") from error
     source = ModelSource(teacher)
     config = read_config(resolve_model(source), f"teacher {teacher}")
     depth = getattr(config, "num_hidden_layers", None)
@@ -97,14 +104,14 @@ def first_recipe(teacher: str, data: str, *, layers: int | None, task: str | Non
     )
     read = _data(job, data, task, _length(job, config))
     body = _BODY.format(
-        teacher=json.dumps(teacher),
+        teacher=quoted(teacher),
         layers=layers,
         copied=copied,
         head=f"\n  head: {_DECODER}" if job == "decoder" else "",
         losses=_losses(job, task),
         data=read,
         rate=_RATES[job],
-        output=json.dumps(f"runs/{_short(teacher)}-{layers}"),
+        output=quoted(f"runs/{_short(teacher)}-{layers}"),
     )
     return head + body
 
@@ -160,9 +167,9 @@ def _losses(job: Job, task: str | None) -> str:
 
 
 def _data(job: Job, data: str, task: str | None, length: int) -> str:
-    given = json.dumps(data)
+    given = quoted(data)
     if task is not None:
-        name = json.dumps(glue_task(task).name)
+        name = quoted(glue_task(task).name)
         if is_here(data) or not is_hub_name(data):
             _check_task(glue_task(task), data)
         return f"task:\n  name: {name}\n  source: {given}\n  max_length: {length}"
@@ -213,11 +220,11 @@ def _columns(data: str, *, all_of_them: bool) -> list[str]:
                 checked_text(value, name, where)
         raise UserError(f"{where}: no column holds text; it has {', '.join(map(repr, row))}")
     if all_of_them and len(found) > 1:
-        names = ", ".join(map(json.dumps, found))
+        names = ", ".join(map(quoted, found))
         return [f"  # the columns that hold texts: leave out what is none\n  columns: [{names}]"]
     name = "text" if "text" in found else max(found, key=lambda column: len(row[column]))
     others = ", ".join(printable(column) for column in row)
-    return [f"  # of {others} the one that holds the text\n  text_column: {json.dumps(name)}"]
+    return [f"  # of {others} the one that holds the text\n  text_column: {quoted(name)}"]
 
 
 def _is_prose(value: object) -> bool:

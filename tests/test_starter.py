@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -117,6 +118,20 @@ def test_columns_are_those_of_the_first_row(
         file.unlink()
 
 
+def test_names_of_any_writing_are_read_back(
+    teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON spells what lies beyond 16 bits as two halves, which are no YAML."""
+    column = 'texte \U0001f600\x7f\u2028"'
+    rows = tmp_path / "donn\u00e9es\U0001f600\u65e5.jsonl"
+    write_lines(rows, json.dumps({"id": 1, column: "w5 w6"}))
+    for teacher in ("encoder", "embedding/sentences"):
+        file = tmp_path / f"{Path(teacher).name}.yaml"
+        assert fastkd(monkeypatch, "init", teachers / teacher, rows, "--output", file) == 0
+        read = load_recipe(file).data
+        assert read is not None and read.train == (str(rows),) and read.text_column == column
+
+
 UNREAD = {
     "gone": ("encoder", None, "no file or folder 'rows.jsonl'"),
     "numbers": ("encoder", '{"id": 1}', "line 1: no column holds text; it has 'id'"),
@@ -144,6 +159,20 @@ def test_data_that_can_not_be_read_is_refused(
     assert fastkd(monkeypatch, "init", teachers / teacher, "rows.jsonl") == 2
     said = capsys.readouterr().err
     assert expected in said and said.count("\n") == 1
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_a_name_that_no_recipe_can_hold_is_refused(
+    teachers: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # as Python spells a byte that is no UTF-8
+    (tmp_path / "a\udcff.txt").write_text("w5 w6")
+    assert fastkd(monkeypatch, "init", teachers / "encoder", "a\udcff.txt") == 2
+    assert "data: expected a path, but half a surrogate pair is no" in capsys.readouterr().err
     assert not (tmp_path / "recipe.yaml").exists()
 
 

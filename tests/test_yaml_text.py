@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_training import fastkd
 
@@ -22,7 +22,7 @@ from fastkd.recipe import (
     read_tree,
     write_yaml,
 )
-from fastkd.recipe.yaml_text import YamlError, read_yaml
+from fastkd.recipe.yaml_text import YamlError, quoted, read_yaml
 from fastkd.study.spec import load_study
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -197,6 +197,16 @@ def test_what_is_written_reads_back_as_it_was(tree: object) -> None:
     assert read_yaml(text) == tree
     # and so it does elsewhere
     assert yaml.safe_load(text) == tree
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=300))
+@example("donn\u00e9es\U0001f600.txt")
+@example("\u2028\x85\x7f\ufeff \x00")
+def test_text_in_quotes_reads_back_as_it_was_on_one_line(text: str) -> None:
+    written = quoted(text)
+    assert len(written.splitlines()) == 1
+    assert read_yaml(f"a: [{written}, {written}]  # {len(text)}") == {"a": [text, text]}
 
 
 @pytest.mark.parametrize(

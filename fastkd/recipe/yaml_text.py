@@ -81,6 +81,14 @@ def write_yaml(tree: Any) -> str:
     return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False))
 
 
+def quoted(text: str) -> str:
+    """Text as `read_yaml` reads it back wherever a value may stand: in quotes, on one line."""
+    written = yaml.dump(
+        text, Dumper=_Dumper, default_style='"', allow_unicode=True, width=float("inf")
+    )
+    return str(written).rstrip("\n")
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's scanner and parser with the scalars of YAML 1.2."""
 

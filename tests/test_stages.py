@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_recipe import refusal, tree
 from tiny_training import (
     fastkd,
     run_whole,
@@ -44,6 +46,15 @@ def folder(tmp_path: Path) -> Path:
     save_encoder(tmp_path / "encoder")
     save_classifier(tmp_path / "classifier")
     return tmp_path
+
+
+def test_a_stage_is_no_deeper_than_other_sections() -> None:
+    """From Python, where no YAML bounds it: pydantic writes 255 levels and no more."""
+    deep: Any = 1
+    for _ in range(300):
+        deep = [deep]
+    expected = r"^stages\.0: more than 20 sections inside each other"
+    assert re.search(expected, refusal(tree(stages=[{"train": {"steps": 3}, "task": {"x": deep}}])))
 
 
 def test_stages_draw_apart_unless_they_say_how() -> None:

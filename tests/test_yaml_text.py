@@ -169,6 +169,20 @@ def test_aliases_nine_levels_deep_are_refused_before_they_are_written_out(form: 
     assert time.monotonic() - started < 2
 
 
+@pytest.mark.parametrize("form", ["[{}]", "{{<<: {}}}", "{{a: {}}}"])
+def test_aliases_inside_each_other_are_as_deep_as_they_are_written_out(form: str) -> None:
+    def chain(levels: int) -> str:
+        lines = [f"a{n}: &a{n} {form.format(f'*a{n - 1}')}" for n in range(1, levels)]
+        return "\n".join(["a0: &a0 {x: 1}", *lines])
+
+    # the mapping around, one a level, and what the first one holds
+    assert len(read_yaml(chain(48))) == 48
+    with pytest.raises(
+        YamlError, match=r"^line 1: its aliases stand for more than 50 sections ins"
+    ):
+        read_yaml(chain(49))
+
+
 def test_a_file_without_end_is_refused() -> None:
     with pytest.raises(UserError, match=r"not YAML|more than"):
         load_recipe("/dev/zero")

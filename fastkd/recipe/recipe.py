@@ -48,7 +48,7 @@ class Recipe(Section):
     """How it is trained."""
     run: RunOutput
     """Where it is written."""
-    stages: tuple[dict[str, Any], ...] = ()
+    stages: tuple[Extras, ...] = ()
     """Stages of the run, one after the other. What a stage says of `losses` or `layer_map` stands
     in place of all that the recipe says there, of `train` and `task` key by key. Stages after the
     first read the data in orders of their own, unless they give a seed."""

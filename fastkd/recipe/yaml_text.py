@@ -65,7 +65,7 @@ def read_yaml(text: str) -> Any:
             return None
         for key, first, second in _repeated(node, "", {}):
             raise YamlError(f"{key} is given twice, {_places(first, second)}; give it once")
-        _count(node, {})
+        _check_size(node, {})
         return loader.construct_document(node)
     # ValueError: a character that an escape can't make
     except (yaml.YAMLError, ValueError) as error:
@@ -203,8 +203,13 @@ def _repeated(
     seen[id(node)] = False
 
 
-def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for, its aliases written out."""
+def _check_size(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """How many values a node stands for, and how many are inside each other, its aliases written
+    out.
+
+    Raises:
+        YamlError: more than a file may have.
+    """
     if id(node) in known:
         return known[id(node)]
     inner: list[yaml.Node] = []
@@ -212,11 +217,16 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
         inner = node.value
     elif isinstance(node, yaml.MappingNode):
         inner = [value for _, value in node.value]
-    total = 1 + sum(_count(child, known) for child in inner)
+    sizes = [_check_size(child, known) for child in inner]
+    total = 1 + sum(count for count, _ in sizes)
+    depth = 1 + max((depth for _, depth in sizes), default=0)
     if total > _MOST_NODES:
         raise _refusal(node, f"its aliases stand for more than {_MOST_NODES:,} values")
-    known[id(node)] = total
-    return total
+    if depth > DEEPEST:
+        more = f"more than {DEEPEST} sections inside each other"
+        raise _refusal(node, f"its aliases stand for {more}")
+    known[id(node)] = total, depth
+    return total, depth
 
 
 def _refusal(node: yaml.Node, text: str) -> YamlError:

@@ -59,7 +59,7 @@ def licence_of(source: ModelSource) -> Licence:
 def _metadata(text: str) -> dict[str, Any]:
     """What stands between the two fences that a card begins with; empty where there are none.
 
-    By lines, not by huggingface_hub's pattern, which takes the square of a run of empty ones.
+    huggingface_hub's `ModelCard` would read it without a bound on what its aliases stand for.
 
     Raises:
         YamlError: it is no YAML, or stands for more than `read_yaml` takes.

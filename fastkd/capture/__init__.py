@@ -26,7 +26,13 @@ from fastkd.capture.recompute import RecomputedAttention, try_recomputing
 from fastkd.capture.recording import capture
 from fastkd.capture.routing import is_routed, route_attention, set_attention
 from fastkd.capture.states import Capture, PaddedStates
-from fastkd.capture.trial import hands_on_last_block, sees_ahead, try_model, vocabulary_size
+from fastkd.capture.trial import (
+    hands_on_last_block,
+    sees_ahead,
+    try_model,
+    usable_positions,
+    vocabulary_size,
+)
 
 __all__ = [
     "AttentionShape",
@@ -51,5 +57,6 @@ __all__ = [
     "try_model",
     "try_packed",
     "try_recomputing",
+    "usable_positions",
     "vocabulary_size",
 ]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastkd.capture.attention_traits import TAKE_OUT, AttentionTraits, Prober, Seen, traits_of
@@ -96,15 +96,29 @@ def try_model(
     return traits
 
 
+def usable_positions(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest text that a model has positions for, `None` where none are counted."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # models without a limit may say -1
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    for module in model.modules():
+        padding = getattr(module, "padding_idx", None)
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(padding, int) and isinstance(table, nn.Embedding):
+            # RoBERTa and its kin count from the place behind padding's
+            return positions - padding - 1
+    return positions
+
+
 def _check_positions(model: PreTrainedModel, tokens: int, field: str) -> None:
     """See that a model has positions for `tokens` tokens, which `field` of the recipe asks for.
 
     Raises:
         UserError: it has fewer; rotary models would run on, where they were never trained.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    # models without a limit may say -1
-    if positions is not None and 0 < positions < tokens:
+    positions = usable_positions(model)
+    if positions is not None and positions < tokens:
         raise UserError(
             f"{type(model).__name__} has {positions} positions, but {field} is {tokens}; give a "
             "smaller one"

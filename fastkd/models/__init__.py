@@ -51,6 +51,7 @@ from fastkd.models.student import (
 )
 from fastkd.models.vocabulary import (
     check_same_vocabulary,
+    check_saved,
     read_tokenizer,
     vocabulary_difference,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "build_student",
     "check_attention",
     "check_same_vocabulary",
+    "check_saved",
     "dropout_rates",
     "head_of_classes",
     "load_student",

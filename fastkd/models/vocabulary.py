@@ -8,9 +8,15 @@ Padding, truncation, framing and the names of classes don't count.
 from __future__ import annotations
 
 import logging
+from tempfile import TemporaryDirectory
 
-from tokenizers import normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, normalizers
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from fastkd.errors import UserError
 from fastkd.models.checking import LOADING_ERRORS, not_loadable, optional_file
@@ -71,17 +77,66 @@ def read_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     if len(tokenizer) <= len(special):
         return None
     if reading_settings(source).get("do_lower_case") is True:
-        _lower_case(tokenizer)
+        return _lower_case(tokenizer, source.name)
     return tokenizer
 
 
-def _lower_case(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Read text as sentence-transformers does, which makes it lower-case first."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    # Python's own tokenizers have none, and are no encoder's
-    if backend is not None:
-        then = [] if backend.normalizer is None else [backend.normalizer]
-        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *then])
+def _lower_case(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
+    """What reads text as sentence-transformers does, which makes it lower-case first.
+
+    Raises:
+        UserError: the tokenizer runs in Python, where nothing can be put in front.
+    """
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(
+            f"{name}: its sentence-transformers settings say do_lower_case, but its tokenizer "
+            f"({type(tokenizer).__name__}) has no tokenizer.json that could say so; give one that "
+            "has, or texts in lower case and a folder without do_lower_case"
+        )
+    there = backend.normalizer
+    each = [] if there is None else [there]
+    if isinstance(there, normalizers.Sequence):
+        each = [there[number] for number in range(len(there))]
+    if any(isinstance(one, normalizers.Lowercase) for one in each):
+        return tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *each])
+    if type(tokenizer) is PreTrainedTokenizerFast:
+        return tokenizer
+    # BertTokenizer and others make a normalizer of their own wherever they are loaded; the plain
+    # class takes that of tokenizer.json
+    inputs = list(tokenizer.model_input_names)
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        plain: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
+            folder, model_input_names=inputs
+        )
+    return plain
+
+
+def check_saved(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, given: str) -> None:
+    """See that a tokenizer reads text as the same ids where a model is loaded with it.
+
+    Args:
+        tokenizer: that a model is trained with.
+        config: of that model, by which transformers chooses the tokenizer's class.
+        given: what the user calls it.
+
+    Raises:
+        UserError: naming the first token or text that differs.
+    """
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        again = read_tokenizer(ModelSource(folder))
+    assert again is not None, "it has just been written"
+    difference = vocabulary_difference(again, tokenizer, "as it was read")
+    if difference is not None:
+        raise UserError(
+            f"{given}: whoever loads the student would read text otherwise than it was trained: "
+            f"{difference} once its tokenizer ({type(tokenizer).__name__}) is saved and loaded; "
+            "give the folder a tokenizer.json whose class stays as it is saved"
+        )
 
 
 def check_same_vocabulary(
@@ -112,20 +167,28 @@ def check_same_vocabulary(
 
 
 def vocabulary_difference(
-    own: PreTrainedTokenizerBase, teachers: PreTrainedTokenizerBase
+    own: PreTrainedTokenizerBase,
+    teachers: PreTrainedTokenizerBase,
+    where: str = "in the teacher's",
 ) -> str | None:
-    """The first token or text that two tokenizers read as other ids, `None` if there is none."""
+    """The first token or text that two tokenizers read as other ids, `None` if there is none.
+
+    Args:
+        own: of the student.
+        teachers: the other.
+        where: what people call that.
+    """
     mine, theirs = ({i: t for t, i in t.get_vocab().items()} for t in (own, teachers))
     for number in sorted(mine.keys() | theirs.keys()):
         if mine.get(number) != theirs.get(number):
             there, here = (_shown(table.get(number)) for table in (mine, theirs))
-            return f"id {number} is {there} there and {here} in the teacher's"
+            return f"id {number} is {there} there and {here} {where}"
     step = max(1, len(mine) // _SAMPLE)
     words = [own.convert_tokens_to_string([mine[number]]) for number in sorted(mine)[::step]]
     texts = [*_PROBE, *words]
     for text, ids, expected in zip(texts, _ids(own, texts), _ids(teachers, texts), strict=True):
         if ids != expected:
-            return f"{text!r} is {_some(ids)} there and {_some(expected)} in the teacher's"
+            return f"{text!r} is {_some(ids)} there and {_some(expected)} {where}"
     return None
 
 

@@ -68,7 +68,7 @@ def handed_on_notes(run: Run) -> list[str]:
     with whole_weights(run.engine, run.objective.parameters()):
         own = own_embedding(run.objective, run.prompts)
     directions = compares_directions(run.objective.losses, head)
-    return export_notes(student, theirs, run.source, head, own, directions)
+    return [*run.notes, *export_notes(student, theirs, run.source, head, own, directions)]
 
 
 def _not_compared(run: Run) -> list[str]:

@@ -140,7 +140,7 @@ def train(
             books.close_step(step, window, stop)
     books.steering.describe(step, reporter)
     summary = summarise(run, folder, cost, step, books.steering)
-    handed_on, best = (run.source, run.handed_on, run.tokenizer), books.steering.weights
+    handed_on, best = (run.source, run.handed_on, run.exported_tokenizer), books.steering.weights
     export_student(run.engine, *handed_on, folder, ranks, run.prompts, run.start, best)
     summary["disk_bytes"] = ranks.from_main(partial(disk_bytes, run, folder))
     if ranks.is_main:

@@ -7,7 +7,7 @@ run exported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,6 +50,7 @@ from fastkd.models import (
     Initialisation,
     UnknownModule,
     build_student,
+    check_saved,
     load_student,
     load_teacher,
     load_tokenizer,
@@ -75,7 +76,12 @@ from fastkd.training.memory import check_micro_batch
 from fastkd.training.others import ensemble_of, load_others
 from fastkd.training.precision import check_eight_bits, settle_precision
 from fastkd.training.run_folder import RunFolder
-from fastkd.training.vocabularies import Tokenizers, choose_tokenizers, share_token_types
+from fastkd.training.vocabularies import (
+    Tokenizers,
+    choose_tokenizers,
+    share_stops,
+    share_token_types,
+)
 from fastkd.types import Inputs, ModelSource
 
 R = TypeVar("R", Recipe, FinetuneRecipe)
@@ -95,6 +101,10 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     teacher_tokenizer: PreTrainedTokenizerBase | None
     """Of the teacher, where it has one of its own."""
+    exported_tokenizer: PreTrainedTokenizerBase
+    """What the student is handed on with."""
+    notes: Sequence[str]
+    """What of that, and of where its texts end, is another model's; one line each."""
     layers: LayerMap
     initialisation: Initialisation
     module: DistilledStudent
@@ -150,9 +160,13 @@ def gather(
         UserError: anything about the recipe that does not work on this machine.
     """
     recipe = settle_precision(recipe, ranks)
-    if isinstance(recipe, Recipe):
-        return _distillation(recipe, plan, ranks, progress, made)
-    return _finetuning(recipe, plan, ranks, progress, made)
+    make: Any = _distillation if isinstance(recipe, Recipe) else _finetuning
+    found: Parts = make(recipe, plan, ranks, progress, made)
+    if made is None:
+        config = found.module.student.config
+        given = f"model {(found.start or found.source).name}"
+        ranks.from_main(partial(check_saved, found.exported_tokenizer, config, given))
+    return found
 
 
 @dataclass
@@ -175,6 +189,8 @@ class _Models:
     """Of a student that is another model than its teacher."""
     prompts: Mapping[str, str]
     """That it is exported with."""
+    notes: Sequence[str]
+    """Of what it is exported with."""
 
 
 def _distillation(
@@ -211,6 +227,8 @@ def _distillation(
         datamodule=datamodule,
         tokenizer=tokenizers.student,
         teacher_tokenizer=tokenizers.teacher,
+        exported_tokenizer=tokenizers.exported,
+        notes=models.notes,
         layers=models.layers,
         initialisation=models.initialisation,
         module=DistilledStudent(models.student, objective),
@@ -237,6 +255,9 @@ def _models(recipe: Recipe, plan: BatchPlan, ranks: Ranks, made: RunFolder | Non
     if made is not None and start is not None:
         start = ModelSource(str(made.student))
     tokenizers = choose_tokenizers(recipe, student, teacher, start)
+    notes = list(tokenizers.notes)
+    if made is None and start is not None:
+        notes += share_stops(student, teacher, tokenizers, f"student.init {start.name}")
     compare_lengths(recipe, tokenizers.teacher or tokenizers.student)
     traits = _traits(student, recipe), teacher_traits
     if made is None:
@@ -265,6 +286,7 @@ def _models(recipe: Recipe, plan: BatchPlan, ranks: Ranks, made: RunFolder | Non
         configs=(first.config, typed.config),
         start=start if stands_apart(student.config, recipe.student, teacher.config) else None,
         prompts=prompts,
+        notes=notes,
     )
 
 
@@ -462,6 +484,8 @@ def _finetuning(
         datamodule=datamodule,
         tokenizer=tokenizer,
         teacher_tokenizer=None,
+        exported_tokenizer=tokenizer,
+        notes=(),
         layers=layers,
         initialisation=_nothing_drawn(model, tuned.new_head),
         module=DistilledStudent(model, objective),
@@ -482,11 +506,11 @@ def _padded(recipe: Recipe, datamodule: DataModule, models: _Models) -> dict[str
         return {}
     student, teacher, tokenizers = models.student, models.teacher, models.tokenizers
     if tokenizers.teacher is None:
-        kept = pad_alike(datamodule, tokenizers.student, student, teacher)
+        kept = pad_alike(datamodule, tokenizers.exported, student, teacher)
     else:
         assert isinstance(datamodule, RowDataModule), "rows alone are read by two tokenizers"
         teacher.config.pad_token_id = datamodule.teacher_pad_id
-        kept = pad_alike(datamodule, tokenizers.student, student)
+        kept = pad_alike(datamodule, tokenizers.exported, student)
     for other in models.others:
         other.model.config.pad_token_id = teacher.config.pad_token_id
     return kept

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from fastkd.capture import usable_positions
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.losses.pooling import Dense, EmbeddingModules
@@ -147,7 +148,7 @@ def write_modules(
     found: SentenceModules,
     teacher: ModelSource,
     folder: Path,
-    config: PreTrainedConfig,
+    student: PreTrainedModel,
     prompts: Mapping[str, str],
     start: ModelSource | None,
 ) -> None:
@@ -157,7 +158,7 @@ def write_modules(
         found: from `sentence_modules`.
         teacher: where the modules lie.
         folder: the student's, which holds its model and tokenizer.
-        config: the student's.
+        student: whose folder it is.
         prompts: further than the teacher's, by name; checked by `check_prompts`.
         start: the model that the student began as, where it is another one than the teacher.
     """
@@ -179,10 +180,10 @@ def write_modules(
         if module.kind == "Pooling" and found.own is not None and found.new_pooling:
             _write(place / "config.json", pooling_settings(found.own))
         else:
-            _carry(module, teacher, place, config.hidden_size)
+            _carry(module, teacher, place, student.config.hidden_size)
         if module.kind == "Pooling" and found.own is not None and found.own.projection is not None:
             _write_dense(found.own.projection, enter("Dense", _entry("Dense", "")))
-    _write_reading(teacher, found.kept[0], start, config, folder)
+    _write_reading(teacher, found.kept[0], start, usable_positions(student), folder)
     _write_library(teacher, prompts, folder, found)
     _write(folder / "modules.json", entries)
 
@@ -210,7 +211,7 @@ def _write_reading(
     teacher: ModelSource,
     first: Module,
     start: ModelSource | None,
-    config: PreTrainedConfig,
+    positions: int | None,
     folder: Path,
 ) -> None:
     """Write how texts are read: as the teacher reads them, but no longer ones than the student
@@ -224,9 +225,8 @@ def _write_reading(
     if start is not None:
         settings["max_seq_length"] = reading_settings(start).get("max_seq_length")
     longest = settings.pop("max_seq_length", None)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
-    # without it as many as the model and its tokenizer say
-    if isinstance(longest, int) and not 0 < positions < longest:
+    # without it as many as the tokenizer says
+    if isinstance(longest, int) and (positions is None or longest <= positions):
         settings["max_seq_length"] = longest
     _write(folder / path.name, settings)
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastkd.capture import usable_positions
 from fastkd.data.sequences import name_token_types, uses_token_types
 from fastkd.distributed import Ranks
 from fastkd.files.disk import (
@@ -86,7 +87,7 @@ def export_student(
         engine: around a `DistilledStudent`.
         source: the model that it was made from.
         rates: dropout rates that the student is handed on with.
-        tokenizer: of both.
+        tokenizer: that the student is handed on with.
         run: where to.
         ranks: this process among all.
         prompts: that the texts were read with, by name.
@@ -109,9 +110,7 @@ def export_student(
             for name, rate in rates.items():
                 setattr(module.student.config, name, rate)
             _write_model(module.student, folder)
-            if uses_token_types(module.student.config, tokenizer):
-                name_token_types(tokenizer)
-            tokenizer.save_pretrained(folder)
+            _write_tokenizer(module.student, tokenizer, folder)
             _write_around(module, source, prompts, start, folder)
             kept = {k: v.contiguous() for k, v in module.objective.kept().items()}
             save_file(kept, projections)
@@ -129,6 +128,18 @@ def _write_model(student: PreTrainedModel, folder: Path) -> None:
     student.save_pretrained(folder, state_dict=state)
 
 
+def _write_tokenizer(
+    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    if uses_token_types(student.config, tokenizer):
+        name_token_types(tokenizer)
+    positions = usable_positions(student)
+    if positions is not None:
+        # whoever cuts by it would give the model texts that it can't read
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    tokenizer.save_pretrained(folder)
+
+
 def _write_around(
     module: DistilledStudent,
     source: ModelSource,
@@ -142,7 +153,7 @@ def _write_around(
     teacher_config = read_config(locate_model(source.name), f"model {source.name}", source.revision)
     own = own_embedding(module.objective, prompts)
     modules = sentence_modules(source, teacher_config, student.config, head, own, directions)
-    write_modules(modules, source, folder, student.config, prompts, start)
+    write_modules(modules, source, folder, student, prompts, start)
 
 
 def load_projections(objective: Objective, run: RunFolder) -> None:

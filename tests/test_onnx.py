@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from sentence_transformers import SentenceTransformer, models
+from sentence_transformers import SentenceTransformer, SparseEncoder, models
 from tiny_exports import exported, save_sentences
 from tiny_models import save_teacher
 from tiny_training import fastkd, save_classifier
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from fastkd.errors import UserError
 from fastkd.publishing import onnx_graph
@@ -150,3 +155,28 @@ def test_what_has_no_graph_is_one_line(
     with pytest.raises(UserError, match="holds no finished run"):
         onnx_graph.export_onnx(run)
     assert not (student / "onnx").exists()
+
+
+def test_an_encoder_with_its_language_head_gives_both(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    teacher = save_sentences(tmp_path, models.Pooling(32), models.Normalize())
+    whole = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(teacher))
+    whole.save_pretrained(teacher)
+    run = finished(exported(tmp_path / "run", teacher, "masked_lm"), "masked_lm")
+    graph = onnx_graph.export_onnx(run)
+    assert graph.outputs == ("logits", "sentence_embedding") and not graph.left_out
+    expected = SentenceTransformer(str(run.student), device="cpu").encode(TEXTS)
+    np.testing.assert_allclose(
+        computed(graph.path, TEXTS)["sentence_embedding"], expected, atol=1e-5
+    )
+
+
+def test_vectors_that_are_not_known_are_left_out_with_a_word(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = save_teacher(tmp_path / "plain")
+    AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(plain)).save_pretrained(plain)
+    SparseEncoder(str(plain), device="cpu").save_pretrained(str(tmp_path / "sparse"))
+    run = finished(exported(tmp_path / "run", tmp_path / "sparse", "masked_lm"), "masked_lm")
+    graph = onnx_graph.export_onnx(run)
+    assert graph.outputs == ("logits",)
+    assert "; without sentence_embedding: model " in str(graph) and "SpladePooling" in str(graph)

@@ -27,7 +27,7 @@ from fastkd.extras import need
 from fastkd.files.disk import check_place, disk_errors, replace_folder, settle, temporary_of
 from fastkd.head_spec import HEADS
 from fastkd.losses.pooling import EmbeddingModules
-from fastkd.models import load_student, load_tokenizer, read_embedding
+from fastkd.models import UnknownModule, load_student, load_tokenizer, read_embedding
 from fastkd.recipe import AnyRecipe, Recipe
 from fastkd.training.run_folder import RunFolder
 from fastkd.types import Head, ModelSource
@@ -53,12 +53,14 @@ class OnnxGraph:
     outputs: tuple[str, ...]
     difference: float
     """To PyTorch, the largest, relative as `TOLERANCE`."""
+    left_out: str = ""
+    """Why the graph has no vectors, where the student's folder has modules that make some."""
 
     def __str__(self) -> str:
         taken, given = ", ".join(self.inputs), ", ".join(self.outputs)
         return (
             f"{self.path}: from {taken} to {given}; ONNX Runtime and PyTorch differ by at most "
-            f"{self.difference:.1e}"
+            f"{self.difference:.1e}{self.left_out and f'; without {_VECTOR}: {self.left_out}'}"
         )
 
 
@@ -88,7 +90,8 @@ def export_onnx(run: RunFolder, output: Path | None = None) -> OnnxGraph:
     check_place(folder, "--output", above=True)
     model = load_student(run.student, head=head)
     tokenizer = load_tokenizer(ModelSource(str(run.student)), vocabulary_size(model))
-    student = _ExportedStudent(model, _embedding(run, model, head))
+    embedding, left_out = _embedding(run, model, head)
+    student = _ExportedStudent(model, embedding)
     with disk_errors(folder, "give another --output"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = temporary_of(folder)
@@ -101,7 +104,7 @@ def export_onnx(run: RunFolder, output: Path | None = None) -> OnnxGraph:
             replace_folder(made, folder)
         finally:
             shutil.rmtree(made, ignore_errors=True)
-    return OnnxGraph(folder / GRAPH, *found)
+    return OnnxGraph(folder / GRAPH, *found, left_out)
 
 
 def head_of(recipe: AnyRecipe) -> Head:
@@ -109,11 +112,19 @@ def head_of(recipe: AnyRecipe) -> Head:
     return recipe.student.head if isinstance(recipe, Recipe) else recipe.task.kind
 
 
-def _embedding(run: RunFolder, model: PreTrainedModel, head: Head) -> EmbeddingModules | None:
-    """What makes vectors of the student's states, where it is handed on with that."""
+def _embedding(
+    run: RunFolder, model: PreTrainedModel, head: Head
+) -> tuple[EmbeddingModules | None, str]:
+    """What makes vectors of the student's states, where it is handed on with that, or why there is
+    none of a student that gives something else as well."""
     if HEADS[head].data == "task" or not (run.student / "modules.json").is_file():
-        return None
-    return read_embedding(ModelSource(str(run.student)), model.config, head)
+        return None, ""
+    try:
+        return read_embedding(ModelSource(str(run.student)), model.config, head), ""
+    except UnknownModule as error:
+        if head == "none":
+            raise
+        return None, str(error)
 
 
 class _ExportedStudent(nn.Module):
@@ -132,8 +143,11 @@ class _ExportedStudent(nn.Module):
         made = self.model(**inputs, return_dict=True)
         found = {name: made[name] for name in _OUTPUTS if made.get(name) is not None}
         if self.embedding is not None:
-            mask = inputs["attention_mask"].bool()
-            found[_VECTOR] = self.embedding(found["last_hidden_state"], mask)
+            states = found.get("last_hidden_state")
+            if states is None:
+                # a head hands on its logits alone; what is computed twice the runtime merges
+                states = self.model.base_model(**inputs, return_dict=True)["last_hidden_state"]
+            found[_VECTOR] = self.embedding(states, inputs["attention_mask"].bool())
         return found
 
     def forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastkd.files.disk import disk_errors, write_whole
@@ -207,9 +208,8 @@ def _steering(summary: dict[str, Any]) -> Rows:
         of = f" by stage {place}" if len(parts) > 1 else ""
         if part.get("stopped_early"):
             rows.append((f"stopped early{of}", f"after {part['steps']:,} steps"))
-        if kept := part.get("kept_best"):
-            best = f"whose {kept['metric']} is the best ({number(kept['value'])})"
-            rows.append((f"exported{of}", f"the student of step {part['exported_step']:,}, {best}"))
+        if exported := exported_step(part):
+            rows.append((f"exported{of}", exported))
     return rows
 
 
@@ -230,6 +230,15 @@ def _facts(summary: dict[str, Any]) -> Rows:
         ("time", f"{fixed(summary['seconds'])} s on {summary['world_size']} rank(s)"),
         ("run folder", summary["run"]),
     ]
+
+
+def exported_step(summary: Mapping[str, Any]) -> str | None:
+    """Which student was exported, of a run or stage that kept the best."""
+    kept = summary.get("kept_best")
+    if not kept:
+        return None
+    best = f"whose {kept['metric']} is the best ({number(kept['value'])})"
+    return f"the student of step {summary['exported_step']:,}, {best}"
 
 
 def _profile(summary: dict[str, Any]) -> list[tuple[str, tuple[str, ...], Rows]]:

@@ -7,22 +7,25 @@ a reader wants.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from fastkd.data.factory import task_of
 from fastkd.errors import printable
 from fastkd.files.disk import disk_errors, write_whole
-from fastkd.head_spec import HEADS
-from fastkd.models import ListingError, model_sources, read_modules
+from fastkd.models import model_sources
 from fastkd.recipe import AnyRecipe, Recipe, write_yaml
 from fastkd.reporting.html import fenced, markdown, markdown_table, shortened
-from fastkd.reporting.report import loss_rows, model_heads, model_rows, score_tables
+from fastkd.reporting.report import (
+    exported_step,
+    loss_rows,
+    model_heads,
+    model_rows,
+    score_tables,
+)
 from fastkd.training.card.licence import Licence, licence_of
+from fastkd.training.card.loading import SENTENCES, Loading, loading_of
 from fastkd.training.card.names import PublicText, is_path, public_tree
 from fastkd.training.environment import environment
 from fastkd.training.run_folder import RunFolder
@@ -30,10 +33,6 @@ from fastkd.types import Head, ModelSource
 
 CARD_TAG = "fastkd"
 """Tag of every card, by which `fastkd push` knows its own."""
-_SENTENCE_PIPELINES = {
-    "feature-extraction": "sentence-similarity",
-    "text-classification": "text-ranking",
-}
 # characters of a line, lines of the recipe, rows of a table
 _LINE = 400
 _RECIPE = 400
@@ -73,10 +72,10 @@ def make_card(
     public, said = public_tree(tree), PublicText(tree)
     sources = model_sources(recipe)
     licences = {field: licence_of(source) for field, source in sources.items()}
-    name, has_modules = said(run.path.resolve().name), _has_modules(run.student)
+    name, loading = said(run.path.resolve().name), loading_of(recipe, head, run.student)
     sections = {
         "": _introduction(public, recipe, made_on),
-        "Loading it": _loading(recipe, head, has_modules, run.student),
+        "Loading it": _loading(loading),
         "What is not as in its teacher": [f"- {_text(said(note))}" for note in summary["notes"]],
         "Held-out losses": _held_out(summary),
         "Scores": _scores(summary),
@@ -86,7 +85,7 @@ def make_card(
         "Limits": _limits(recipe, summary, said),
         "Recipe": _recipe(public, recipe, summary),
     }
-    metadata = _metadata(name, head, has_modules, recipe, licences, summary)
+    metadata = _metadata(name, loading, recipe, licences, summary)
     lines = [f"# {_text(name)}"]
     for title, section in sections.items():
         if section:
@@ -96,16 +95,13 @@ def make_card(
 
 def _metadata(
     name: str,
-    head: Head,
-    has_modules: bool,
+    loading: Loading,
     recipe: AnyRecipe,
     licences: Mapping[str, Licence],
     summary: Mapping[str, Any],
 ) -> ModelCardData:
     """What the hub reads: only what it can find there."""
-    task = HEADS[head].hub_task
-    if has_modules:
-        task = _SENTENCE_PIPELINES.get(task, task)
+    task, library = loading.hub_task, loading.library
     method = "knowledge-distillation" if isinstance(recipe, Recipe) else "fine-tuning"
     texts: Sequence[str] = [] if recipe.task is None else [recipe.task.source]
     if isinstance(recipe, Recipe) and recipe.data is not None:
@@ -114,9 +110,9 @@ def _metadata(
     return ModelCardData(
         base_model=[s.name for s in model_sources(recipe).values() if _is_of_hub(s.name)] or None,
         datasets=[text.partition(":")[0] for text in texts if _is_of_hub(text)] or None,
-        library_name="sentence-transformers" if has_modules else "transformers",
+        library_name=library,
         pipeline_tag=task,
-        tags=[CARD_TAG, method, *(["sentence-transformers"] if has_modules else [])],
+        tags=[CARD_TAG, method, *([SENTENCES] if library == SENTENCES else [])],
         # of several models the one that holds for all
         **(known.pop().metadata() if len(known) == 1 else {}),
         **_results(name, task, recipe, summary),
@@ -159,32 +155,11 @@ def _introduction(
     return [f"{name}, fine-tuned on {task} {by}."]
 
 
-def _loading(recipe: AnyRecipe, head: Head, has_modules: bool, student: Path) -> list[str]:
+def _loading(loading: Loading) -> list[str]:
     """Code that reads it; MODEL is its folder, or where it was pushed to."""
-    spec = HEADS[head]
-    if has_modules:
-        kind, use = "SentenceTransformer", 'print(model.encode(["a text", "another"]))'
-        if spec.data == "task":
-            kind, use = "CrossEncoder", 'print(model.predict([("a text", "another")]))'
-        lines = [f"from sentence_transformers import {kind}", "", f'model = {kind}("MODEL")', use]
-    elif spec.has_pipeline:
-        text = '"a text"'
-        if spec.hub_task == "fill-mask":
-            text = 'f"a {model.tokenizer.mask_token} text"'
-        elif recipe.task is not None and len(task_of(recipe.task).columns.texts) == 2:
-            text = '{"text": "a text", "text_pair": "another"}'
-        made = f'model = pipeline("{spec.hub_task}", "MODEL")'
-        lines = ["from transformers import pipeline", "", made, f"print(model({text}))"]
-    else:
-        lines = [
-            f"from transformers import AutoTokenizer, {spec.auto_model}",
-            "",
-            'tokenizer = AutoTokenizer.from_pretrained("MODEL")',
-            f'model = {spec.auto_model}.from_pretrained("MODEL")',
-        ]
-    found = fenced("\n".join(lines), "python")
+    found = fenced("\n".join(loading.code), "python")
     found += ["", "MODEL is the folder that holds this card, or the repository that it stands in."]
-    labels = _labels(student, head)
+    labels = loading.labels
     if labels:
         more = f", and {len(labels) - _ROWS} more" if len(labels) > _ROWS else ""
         found += ["", f"Labels, in order: {', '.join(map(_text, labels[:_ROWS]))}{more}."]
@@ -267,6 +242,8 @@ def _data(public: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
         key = f"train_{what}"
         if key in summary:
             lines.append(f"- {summary[key]:,} {what} in {summary['steps']:,} steps")
+    kept = exported_step(summary)
+    lines += [] if kept is None else [f"- exported: {_text(kept)}"]
     for part, digest in summary.get("data_digests", {}).items():
         lines.append(f"- digest of {_text(part)}: {_text(digest)}")
     return lines
@@ -303,22 +280,6 @@ def _recipe(public: Mapping[str, Any], recipe: AnyRecipe, summary: Mapping[str, 
         "",
         *fenced("\n".join(kept), "yaml"),
     ]
-
-
-def _labels(student: Path, head: Head) -> list[str]:
-    """What the outputs of a classifier are called, in order."""
-    if HEADS[head].data != "task":
-        return []
-    config = json.loads((student / "config.json").read_text(encoding="utf-8"))
-    labels = config.get("id2label") or {}
-    return [str(labels[key]) for key in sorted(labels, key=int)]
-
-
-def _has_modules(student: Path) -> bool:
-    try:
-        return bool(read_modules(student / "modules.json"))
-    except ListingError:
-        return False
 
 
 def _is_of_hub(name: str) -> bool:

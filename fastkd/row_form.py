@@ -7,7 +7,7 @@ transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 
@@ -34,6 +34,14 @@ class RowForm:
     paired: bool = False
     """Whether a sequence is the first text with one of the others, as a reranker reads them; else
     every text is one."""
+
+    def with_default(self, prompt: str) -> RowForm:
+        """The same, with a prompt before the texts of columns that have none of their own; of a
+        pair before the first text alone."""
+        if not prompt:
+            return self
+        columns = self.columns[:1] if self.paired else self.columns
+        return replace(self, prompts={**dict.fromkeys(columns, prompt), **self.prompts})
 
     @cached_property
     def texts(self) -> tuple[str, ...]:

@@ -12,9 +12,11 @@ import torch
 from sentence_transformers import SentenceTransformer, models
 from test_other_models import recipe_of as other_recipe
 from tiny_exports import save_sentences
-from tiny_models import POSITIONS, WIDTH, save_teacher
+from tiny_models import POSITIONS, WIDTH, save_teacher, tiny_config, tiny_tokenizer
 from tiny_others import save_other
-from tiny_rows import row_recipe
+from tiny_rows import row_recipe, write_rows
+from tiny_runs import make_recipe
+from transformers import AutoModelForCausalLM
 
 import fastkd
 from fastkd.distributed import start_ranks, stop_ranks
@@ -133,6 +135,74 @@ def test_similarities_that_read_lengths_are_kept_where_those_were_learned(
     assert (said in (student / "README.md").read_text()) == (expected == "cosine")
 
 
+def reported(tmp_path: Path, teacher: Path, **changes: Any) -> tuple[float, Path]:
+    """The cosine that a run says of its held-out texts, and its student."""
+    rows = [{"positive": f"w{number} w9 w{number + 1}"} for number in range(5, 25)]
+    write_rows(tmp_path / "held.jsonl", rows)
+    recipe = row_recipe(
+        tmp_path,
+        teacher={"model": str(teacher)},
+        losses=changes.pop("losses", {"embedding_output": {}}),
+        student={"layers": 2, "hidden_size": None, "intermediate_size": None},
+        data={"columns": ["positive"], "heldout": str(tmp_path / "held.jsonl"), "block_size": 40},
+    )
+    found = fastkd.distill(recipe, {"train.steps": 1, **changes}, quiet=True)
+    return found.summary["after"]["sentence_cosine"], found.folder / "student"
+
+
+def cosine_of(student: Path, teacher: Path) -> float:
+    """What whoever loads both folders finds for the same texts."""
+    texts = [f"w{number} w9 w{number + 1}" for number in range(5, 25)]
+    one, other = (encoder(folder).encode(texts).astype(float) for folder in (student, teacher))
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return float(((one * other).sum(axis=1) / lengths).mean())
+
+
+DEFAULT = {"prompts": {"query": "w30 w31 w32 "}, "default_prompt_name": "query"}
+
+
+@pytest.mark.parametrize("settings", [DEFAULT, {"truncate_dim": 8}, {**DEFAULT, "truncate_dim": 8}])
+def test_the_reported_cosine_is_that_of_both_folders(
+    tmp_path: Path, teacher: Path, settings: dict[str, Any]
+) -> None:
+    change(teacher, LIBRARY, **settings)
+    said, student = reported(tmp_path, teacher)
+    assert said == pytest.approx(cosine_of(student, teacher), abs=1e-5)
+    assert encoder(student).truncate_dim == settings.get("truncate_dim")
+    assert encoder(student).default_prompt_name == settings.get("default_prompt_name")
+    # a prompt of the recipe's own stands in for that of the folder
+    bare = {"data.prompts": {"positive": ""}, "run.output": str(tmp_path / "bare")}
+    plain, _ = reported(tmp_path, teacher, **bare)
+    assert (plain != pytest.approx(said, abs=1e-5)) == ("prompts" in settings)
+
+
+@pytest.mark.parametrize("size", [0, -1, "8", True])
+def test_a_truncation_to_nothing_is_refused(tmp_path: Path, teacher: Path, size: Any) -> None:
+    change(teacher, LIBRARY, truncate_dim=size)
+    with pytest.raises(UserError, match=r"its truncate_dim is .*, expected a number from 1 on"):
+        reported(tmp_path, teacher)
+
+
+@pytest.mark.parametrize("losses", [{"embedding_output": {}}, {"hidden": {}}], ids=str)
+def test_a_plain_decoder_is_pooled_as_the_library_pools_it(tmp_path: Path, losses: Any) -> None:
+    torch.manual_seed(0)
+    teacher = tmp_path / "decoder"
+    AutoModelForCausalLM.from_config(tiny_config("qwen3")).save_pretrained(teacher)
+    tiny_tokenizer().save_pretrained(teacher)
+    said, student = reported(tmp_path, teacher, losses=losses)
+    assert encoder(teacher)[1].pooling_mode == encoder(student)[1].pooling_mode == "lasttoken"
+    assert said == pytest.approx(cosine_of(student, teacher), abs=1e-5)
+
+
+def test_where_no_text_is_read_by_itself_the_default_prompt_is_missed(
+    tmp_path: Path, teacher: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    change(teacher, LIBRARY, **DEFAULT)
+    recipe = make_recipe(tmp_path, teacher={"model": str(teacher)})
+    fastkd.distill(recipe, {"train.steps": 3}, quiet=True)
+    assert "puts 'w30 w31 w32 ' before every text of teacher.model" in caplog.text
+
+
 def run_of(tmp_path: Path, teacher: Path, ranks: Any, **evaluate: Any) -> Run:
     recipe = row_recipe(
         tmp_path,
@@ -164,6 +234,12 @@ def test_tasks_are_read_and_compared_as_the_folders_say(tmp_path: Path, teacher:
                 prompt_type=kind,
             )
             np.testing.assert_allclose(made, expected, atol=1e-6)
+        # whatever is neither is read by the default prompt
+        change(teacher, LIBRARY, default_prompt_name="query")
+        plain = RunEncoder(run_of(tmp_path, teacher, ranks), "teacher").encode(
+            [{"text": ["w11", "w12"]}], task_metadata=None, hf_split="", hf_subset=""
+        )
+        np.testing.assert_allclose(plain, query, atol=1e-6)
         expected_pairs = own.similarity(query, document)
         torch.testing.assert_close(found.similarity(query, document), expected_pairs)
         pairwise = own.similarity_pairwise(query, document)

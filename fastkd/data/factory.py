@@ -63,6 +63,7 @@ def make_datamodule(
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     teacher_config: PreTrainedConfig | None = None,
     trains: bool = True,
+    default_prompt: str = "",
     progress: bool,
 ) -> DataModule:
     """Read, tokenise and store the data of a recipe, or open what an earlier run stored.
@@ -79,6 +80,7 @@ def make_datamodule(
         teacher_config: of that teacher.
         trains: whether anything is trained on; where not, what is held out alone is read, if that
             is data of its own and no weights are those of the rest.
+        default_prompt: what stands before texts of rows that have no prompt of their own.
         progress: whether to show bars.
 
     Raises:
@@ -106,7 +108,8 @@ def make_datamodule(
         if not trains and data.heldout is not None:
             data = replace(data, train=())
         if recipe.row_form is not None:
-            made = _row_datamodule(recipe, data, by, ranks, counts_padding, progress=progress)
+            form = recipe.row_form.with_default(default_prompt)
+            made = _row_datamodule(recipe, form, data, by, ranks, counts_padding, progress=progress)
         else:
             assert teacher_tokenizer is None, "blocks and examples are read by one tokenizer"
             made = _text_datamodule(data, tokenizer, masking, ranks, progress=progress)
@@ -187,6 +190,7 @@ def _text_datamodule(
 
 def _row_datamodule(
     recipe: Recipe,
+    form: RowForm,
     data: TextSettings,
     by: Sequence[tuple[PreTrainedTokenizerBase, PreTrainedConfig]],
     ranks: Ranks,
@@ -195,10 +199,7 @@ def _row_datamodule(
     progress: bool,
 ) -> RowDataModule:
     """Rows as each tokenizer reads them for a model of a configuration, the student's first."""
-    assert recipe.row_form is not None, "asked before"
-    own, *teachers = [
-        _encoded_rows(data, recipe.row_form, *one, ranks, progress=progress) for one in by
-    ]
+    own, *teachers = [_encoded_rows(data, form, *one, ranks, progress=progress) for one in by]
     for theirs in teachers:
         own = own.with_teacher(theirs)
     outputs = by[0][1].num_labels if HEADS[recipe.student.head].data == "task" else None

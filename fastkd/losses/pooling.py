@@ -119,7 +119,20 @@ class Normalize(nn.Module):
         return normalize(vectors, dim=-1)
 
 
-Step = Dense | LayerNorm | Normalize
+class Truncate(nn.Module):
+    """The first numbers of every vector."""
+
+    def __init__(self, size: int) -> None:
+        """Keep `size` of them, or all of fewer."""
+        super().__init__()
+        self.size = size
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """[batch, dim] to [batch, size]."""
+        return vectors[:, : self.size]
+
+
+Step = Dense | LayerNorm | Normalize | Truncate
 """What may stand behind the pooling."""
 
 
@@ -161,6 +174,9 @@ class EmbeddingModules(nn.Module):
         self.dim = self.pooled_dim
         for step in (*([] if projection is None else [projection]), *steps):
             if isinstance(step, Normalize):
+                continue
+            if isinstance(step, Truncate):
+                self.dim = min(self.dim, step.size)
                 continue
             kind, taken = type(step).__name__, step.weight.shape[-1]
             if taken != self.dim:
@@ -224,7 +240,8 @@ class EmbeddingModules(nn.Module):
         """
         pooling = self.pooling if pooling is None else pooling
         fits = projection is not None or width * len(pooling) == self.pooled_dim
-        kept = [step for step in self.given() if fits or isinstance(step, Normalize)]
+        free = (Normalize, Truncate)
+        kept = [step for step in self.given() if fits or isinstance(step, free)]
         return EmbeddingModules(width, pooling, kept, projection, alone=self.alone)
 
     def describe(self) -> str:
@@ -238,6 +255,8 @@ class EmbeddingModules(nn.Module):
             kind, sizes = type(step).__name__, ""
             if isinstance(step, Dense):
                 sizes = " {1} to {0}".format(*step.weight.shape)
+            elif isinstance(step, Truncate):
+                sizes = f" to {step.size}"
             parts.append(kind + sizes)
         return ", ".join(parts)
 

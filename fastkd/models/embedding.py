@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from fastkd.errors import UserError, one_line
-from fastkd.losses.pooling import Dense, EmbeddingModules, LayerNorm, Normalize, PoolingMode, Step
+from fastkd.losses.pooling import (
+    Dense,
+    EmbeddingModules,
+    LayerNorm,
+    Normalize,
+    PoolingMode,
+    Step,
+    Truncate,
+)
 from fastkd.models.checking import LOADING_ERRORS
 from fastkd.models.modules import Module
 from fastkd.models.sentence_folder import (
@@ -21,6 +29,7 @@ from fastkd.models.sentence_folder import (
     list_modules,
     module_file,
     read_object,
+    truncate_dim,
 )
 from fastkd.types import Head, ModelSource
 
@@ -52,7 +61,7 @@ def read_embedding(
     source: ModelSource,
     config: PreTrainedConfig,
     head: Head = "none",
-    pooling: PoolingMode = "mean",
+    pooling: PoolingMode | None = None,
 ) -> EmbeddingModules:
     """What makes embeddings of a model's final states, as `SentenceTransformer.encode` does.
 
@@ -61,7 +70,7 @@ def read_embedding(
         config: the model's configuration.
         head: what stands on the model; one with a classification head has none of an encoder's
             modules.
-        pooling: of a model without such modules; the library then takes the mean.
+        pooling: of a model without such modules; the library's where not given.
 
     Raises:
         UnknownModule: a module that fastkd doesn't know, or whose files can't be read.
@@ -71,7 +80,7 @@ def read_embedding(
     if reason is not None:
         raise UnknownModule(f"{given}: fastkd can't use its modules {reason}")
     if not modules:
-        return EmbeddingModules(config.hidden_size, (pooling,))
+        return EmbeddingModules(config.hidden_size, (pooling or _plain_pooling(config),))
     if len(modules) == 1 or modules[1].kind != "Pooling":
         kind = modules[1].kind if len(modules) > 1 else "nothing"
         raise UnknownModule(
@@ -81,9 +90,19 @@ def read_embedding(
     try:
         modes = pooling_modes(_settings(source, modules[1]))
         steps = [step for m in modules[2:] if (step := _step(source, m)) is not None]
+        size = truncate_dim(source)
+        steps += [] if size is None else [_truncation(size)]
         return EmbeddingModules(config.hidden_size, modes, steps)
     except ValueError as error:
         raise UnknownModule(f"{given}: {one_line(error, None)}") from error
+
+
+def _plain_pooling(config: PreTrainedConfig) -> PoolingMode:
+    """How the library pools what a model without modules gives: of a decoder that is saved with its
+    head the last token, else the mean."""
+    names = getattr(config, "architectures", None) or [""]
+    causal = names[0].endswith("ForCausalLM") and getattr(config, "is_causal", True)
+    return "last" if causal else "mean"
 
 
 def pooling_settings(modules: EmbeddingModules) -> dict[str, Any]:
@@ -184,6 +203,12 @@ def _normalize(source: ModelSource, module: Module) -> Step:
     path = module_file(source, module, CONFIGS)
     check_on_vectors("Normalize", {} if path is None else read_object(path) or {})
     return Normalize()
+
+
+def _truncation(size: object) -> Step:
+    if type(size) is not int or size < 1:
+        raise ValueError(f"its truncate_dim is {size!r:.100}, expected a number from 1 on")
+    return Truncate(size)
 
 
 def _nothing(_source: ModelSource, _module: Module) -> None:

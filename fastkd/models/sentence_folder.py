@@ -138,6 +138,20 @@ def known_prompts(source: ModelSource) -> dict[str, str]:
     return {name: text for name, text in given.items() if isinstance(text, str)}
 
 
+def default_prompt(source: ModelSource, head: Head) -> str:
+    """What the library puts before a text, or the first one of a pair, that is given no prompt."""
+    if not list_modules(source, head).modules:
+        # it then reads no settings
+        return ""
+    return known_prompts(source).get(str(_library_settings(source).get("default_prompt_name")), "")
+
+
+def truncate_dim(source: ModelSource) -> Any:
+    """What a folder says of how many numbers of an embedding the library gives out, `None` of
+    all."""
+    return _library_settings(source).get("truncate_dim")
+
+
 def similarity_name(source: ModelSource) -> str:
     """What a model's embeddings are compared by, in the library's words."""
     found = _library_settings(source).get("similarity_fn_name")

@@ -8,6 +8,7 @@ Padding, truncation, framing and the names of classes don't count.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tokenizers import Tokenizer, normalizers
@@ -126,7 +127,7 @@ def check_saved(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, gi
         UserError: naming the first token or text that differs.
     """
     with TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
+        config.to_json_file(Path(folder, "config.json"))
         tokenizer.save_pretrained(folder)
         again = read_tokenizer(ModelSource(folder))
     assert again is not None, "it has just been written"

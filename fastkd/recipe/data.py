@@ -58,7 +58,9 @@ class Data(Section):
     """With `row`, columns with a teacher's scores of the texts after the first: one for each text,
     or one that holds a list."""
     prompts: dict[Name, str] = Field(default_factory=dict)
-    """With `row`, what is put before the texts of a column, as `{query: "query: "}`."""
+    """With `row`, what is put before the texts of a column, as `{query: "query: "}`. Columns that
+    aren't named get what the teacher's folder puts before a text (`default_prompt_name`); an empty
+    prompt leaves it out."""
     batch_tokens: int | None = Field(default=None, ge=8, le=MOST_TOKENS)
     """With `row`, tokens of a micro-batch at most, padding included: a micro-batch has as many rows
     as that allows, and a step as many micro-batches as its rows take, in place of

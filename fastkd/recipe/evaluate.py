@@ -29,8 +29,9 @@ class SentencePairs(Section):
     """Column of the second text."""
     score: Name = "score"
     """Column of the score: the more alike, the larger; its scale does not matter."""
-    prompt: str = ""
-    """What is put before both texts."""
+    prompt: str | None = None
+    """What is put before both texts; where not given, what the teacher's folder puts before a text
+    (`default_prompt_name`)."""
 
 
 class Evaluate(Section):

@@ -13,6 +13,7 @@ from fastkd.losses.factory import embedding_losses
 from fastkd.losses.pooling import EmbeddingModules, PoolingMode
 from fastkd.models import UnknownModule, read_embedding, stands_apart
 from fastkd.models.sentence_folder import (
+    default_prompt,
     is_unsure,
     known_prompts,
     list_modules,
@@ -48,7 +49,7 @@ def find_embeddings(
     if recipe.evaluate is not None:
         asks.append("evaluate")
     stated = [config.pooling for config in readers.values() if config.pooling is not None]
-    default: PoolingMode = stated[0] if stated else "mean"
+    default: PoolingMode | None = stated[0] if stated else None
     source, head = recipe.teacher.source, recipe.student.head
     if asks and not stated and is_unsure(source):
         raise UserError(
@@ -91,6 +92,53 @@ def handed_on_prompts(recipe: Recipe) -> dict[str, str]:
             )
         found[name] = text
     return found
+
+
+def prompt_notes(recipe: Recipe) -> list[str]:
+    """What the user of a reranker must put before its texts, which no folder does for them.
+
+    Args:
+        recipe: of the run.
+    """
+    form = recipe.row_form
+    if form is None or not form.paired or not any(form.prompt_of):
+        return []
+    first, *others = form.prompt_of
+    if first == default_prompt(recipe.teacher.source, recipe.student.head) and not any(others):
+        return []
+    given = [(column, form.prompts.get(column)) for column in form.columns]
+    said = ", ".join(f"{column} {text!r:.100}" for column, text in given if text)
+    return [
+        f"data.prompts: the student was trained with {said} before its texts, and CrossEncoder "
+        "puts nothing there by itself; give it as in the code of the student's model card"
+    ]
+
+
+def find_default_prompt(recipe: Recipe) -> str:
+    """What is put before texts that are given no prompt, as the teacher's folder says; it is said
+    where texts are not read by themselves, and so without it.
+
+    Args:
+        recipe: of the run.
+    """
+    source, head = recipe.teacher.source, recipe.student.head
+    prompt = default_prompt(source, head)
+    if not prompt:
+        return ""
+    if recipe.row_form is None:
+        logger.warning(
+            "sentence-transformers puts %.100r before every text of teacher.model %s; blocks and "
+            "examples of a task are read without it",
+            *(prompt, source.name),
+        )
+    for other in recipe.teacher.others:
+        if default_prompt(other.source, head) != prompt:
+            logger.warning(
+                "teacher.others %s: reads texts with the prompt of the first teacher, %.100r, "
+                "which is not its own",
+                *(other.source.name, prompt),
+            )
+    return prompt
 
 
 def compare_lengths(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -148,7 +148,8 @@ class RunEncoder:
             hf_subset: and subset.
             prompt_type: `query` or `document` of retrieval, which decides what is put before.
         """
-        prompt = self._prompts.get(getattr(prompt_type, "value", prompt_type), "")
+        kind = getattr(prompt_type, "value", prompt_type)
+        prompt = self._prompts.get(kind, self._run.default_prompt)
         return self.embed([prompt + text for batch in inputs for text in batch["text"]])
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:

@@ -65,9 +65,11 @@ from fastkd.row_form import RowForm
 from fastkd.training.alike import check_alike
 from fastkd.training.embeddings import (
     compare_lengths,
+    find_default_prompt,
     find_embeddings,
     handed_on_prompts,
     own_pooling,
+    prompt_notes,
 )
 from fastkd.training.engine import OtherTeacher
 from fastkd.training.export import load_projections
@@ -123,6 +125,8 @@ class Parts:
     """Values of its configuration that the student is handed on with: dropout rates, padding."""
     prompts: Mapping[str, str]
     """What stands before the texts that are read, as the student is exported with it, by name."""
+    default_prompt: str
+    """What stands before texts that are given none."""
 
     @property
     def objective(self) -> Objective:
@@ -201,7 +205,8 @@ def _distillation(
     tasks = load_tasks(() if recipe.evaluate is None else recipe.evaluate.mteb, ranks)
     objective = _objective(recipe, models, made)
     tokenizers, configs = models.tokenizers, models.configs
-    pairs = _pairs(recipe, tokenizers, *configs, ranks)
+    prompt = find_default_prompt(recipe)
+    pairs = _pairs(recipe, tokenizers, *configs, ranks, prompt)
     datamodule = make_datamodule(
         recipe,
         tokenizers.student,
@@ -212,6 +217,7 @@ def _distillation(
         teacher_tokenizer=tokenizers.teacher,
         teacher_config=configs[1],
         trains=made is None,
+        default_prompt=prompt,
         progress=progress,
     )
     if made is None:
@@ -240,6 +246,7 @@ def _distillation(
         mteb_tasks=tasks,
         handed_on=handed_on,
         prompts=models.prompts,
+        default_prompt=prompt,
     )
 
 
@@ -255,7 +262,7 @@ def _models(recipe: Recipe, plan: BatchPlan, ranks: Ranks, made: RunFolder | Non
     if made is not None and start is not None:
         start = ModelSource(str(made.student))
     tokenizers = choose_tokenizers(recipe, student, teacher, start)
-    notes = list(tokenizers.notes)
+    notes = [*tokenizers.notes, *prompt_notes(recipe)]
     if made is None and start is not None:
         notes += share_stops(student, teacher, tokenizers, f"student.init {start.name}")
     compare_lengths(recipe, tokenizers.teacher or tokenizers.student)
@@ -360,6 +367,7 @@ def _pairs(
     config: PreTrainedConfig,
     teacher: PreTrainedConfig,
     ranks: Ranks,
+    prompt: str,
 ) -> dict[str, EncodedRows]:
     """Pairs of texts that embeddings are scored on, by name; the first rank reads their files.
 
@@ -369,13 +377,14 @@ def _pairs(
         config: of the model that the first tokenizer's inputs are made for.
         teacher: of the one that the teacher's own are made for.
         ranks: this process among all.
+        prompt: before texts of pairs that are given none.
     """
     given = {} if recipe.evaluate is None else recipe.evaluate.pairs
     data, found = recipe.data, {}
     for name, pairs in given.items():
         assert data is not None, "a recipe that evaluates embeddings has text"
         columns = pairs.sentence1, pairs.sentence2
-        prompts = dict.fromkeys(columns, pairs.prompt)
+        prompts = dict.fromkeys(columns, prompt if pairs.prompt is None else pairs.prompt)
         form = RowForm(columns=columns, named=True, scores=(pairs.score,), prompts=prompts)
         place = pairs.path, pairs.split, form, data.cache, f"evaluate.pairs.{name}"
         rows = ranks.from_main(partial(read_pairs, *place))
@@ -497,6 +506,7 @@ def _finetuning(
         mteb_tasks={},
         handed_on=handed_on,
         prompts={},
+        default_prompt="",
     )
 
 

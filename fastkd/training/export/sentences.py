@@ -46,10 +46,11 @@ from fastkd.models.sentence_folder import (
     settings_file,
     similarity_name,
     source_file,
+    truncate_dim,
 )
 from fastkd.types import Head, ModelSource
 
-_WEIGHTLESS = ("Pooling", "Normalize", "Dropout", "WordWeights", "SpladePooling")
+_WEIGHTLESS = ("Pooling", "Normalize", "Dropout", "WordWeights", "SpladePooling", "LogitScore")
 _WIDE = ("Dense", "LayerNorm", "CNN", "LSTM", "SparseAutoEncoder")
 _DEEP = ("WeightedLayerPooling",)
 
@@ -129,7 +130,9 @@ def sentence_modules(
             lost.append(f"{module.kind} ({why})")
     new = own is not None and own.pooling != read_embedding(teacher, teacher_config, head).pooling
     similarity = similarity_name(teacher)
-    lengths = not any(module.kind == "Normalize" for module in kept) and similarity != "cosine"
+    # of a vector that is cut it is no longer one
+    whole = any(module.kind == "Normalize" for module in kept) and truncate_dim(teacher) is None
+    lengths = similarity != "cosine" and not whole
     return SentenceModules(
         tuple(kept), tuple(lost), own, new, similarity, directions_only=directions and lengths
     )
@@ -240,8 +243,14 @@ def _write_library(
         changed["prompts"] = {**known_prompts(teacher), **prompts}
     if found.directions_only:
         changed["similarity_fn_name"] = "cosine"
-    if changed:
-        _write(folder / LIBRARY, {**(read_object(folder / LIBRARY) or {}), **changed})
+    settings = read_object(folder / LIBRARY) or {}
+    kept = settings
+    if found.kept in (_PLAIN, _OF_SEVERAL):
+        # nobody cut the vectors that it learned, and of a plain teacher nobody read these settings
+        left = ("truncate_dim", *(["default_prompt_name"] if found.kept == _PLAIN else []))
+        kept = {key: value for key, value in settings.items() if key not in left}
+    if changed or kept != settings:
+        _write(folder / LIBRARY, {**kept, **changed})
 
 
 def _write_dense(dense: Dense, place: Path) -> None:
@@ -288,6 +297,8 @@ def _why_not(
         return "its configuration is missing"
     if module.kind == "Pooling" and (config is None or read_object(config) is None):
         return "its configuration can't be read"
+    if module.kind == "LogitScore" and student_config.vocab_size != teacher_config.vocab_size:
+        return "its two tokens are of the teacher's vocabulary"
     if module.kind in _WEIGHTLESS:
         return None
     if module_file(teacher, module, WEIGHTS) is None:

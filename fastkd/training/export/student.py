@@ -65,9 +65,15 @@ def export_notes(
 
 
 def own_embedding(objective: Objective, prompts: Mapping[str, str]) -> EmbeddingModules | None:
-    """The student's embedding where its folder must say it, because losses decide it or prompts are
-    handed on; the objective's parameters must be whole."""
-    return objective.student_modules() or (objective.embedding("student") if prompts else None)
+    """The student's embedding where its folder must say it, because losses decide it, prompts are
+    handed on, or others would pool a plain transformer's otherwise; the objective's parameters must
+    be whole."""
+    stated = objective.student_modules()
+    if stated is not None:
+        return stated
+    found = objective.embedding("student")
+    plain = found is None or found.pooling == ("mean",) or objective.pair.head != "none"
+    return None if plain and not prompts else found
 
 
 def export_student(

@@ -107,6 +107,10 @@ def test_a_student_of_fewer_positions_is_cut_where_they_end(tmp_path: Path) -> N
         found.max_seq_length == table - 1 == AutoTokenizer.from_pretrained(student).model_max_length
     )
     assert found.encode(["w7 " * 2 * POSITIONS]).shape == (1, WIDTH)
+    # nor are they trained on longer ones
+    longer = {"data.block_size": table, "run.output": str(tmp_path / "longer")}
+    with pytest.raises(UserError, match=f"has {table - 1} positions, but data.block_size is"):
+        fastkd.distill(recipe, longer, quiet=True)
 
 
 def start_of(folder: Path, tokenizer: Any, **changes: Any) -> Path:

@@ -137,6 +137,15 @@ def test_pairs_are_told_apart_by_types(tmp_path: Path) -> None:
         assert torch.equal(batch[name], value), name
 
 
+def test_a_default_prompt_stands_before_what_has_none() -> None:
+    form = RowForm(columns=("a", "b", "c"), prompts={"b": "w9 ", "c": ""})
+    assert form.with_default("w5 ").prompt_of == ("w5 ", "w9 ", "")
+    assert RowForm(columns=("a", "b")).with_default("w5 ").prompt_of == ("w5 ", "w5 ")
+    # of a pair the library puts it before the first text alone
+    pair = RowForm(columns=("a", "b"), paired=True)
+    assert pair.with_default("w5 ").prompt_of == ("w5 ", "")
+
+
 def test_lines_of_plain_text_are_rows(tmp_path: Path) -> None:
     lines = [row["query"] for row in random_rows()]
     (tmp_path / "a.txt").write_text("\n\n".join(lines) + "\n", encoding="utf-8")

@@ -24,6 +24,7 @@ from fastkd.errors import UserError
 from fastkd.models.sentence_folder import is_unsure
 from fastkd.models.vocabulary import read_tokenizer
 from fastkd.recipe import load_recipe
+from fastkd.training.embeddings import find_default_prompt
 from fastkd.training.judging import RunEncoder
 from fastkd.training.setup import Run, set_up
 from fastkd.types import ModelSource
@@ -201,6 +202,20 @@ def test_where_no_text_is_read_by_itself_the_default_prompt_is_missed(
     recipe = make_recipe(tmp_path, teacher={"model": str(teacher)})
     fastkd.distill(recipe, {"train.steps": 3}, quiet=True)
     assert "puts 'w30 w31 w32 ' before every text of teacher.model" in caplog.text
+
+
+def test_a_further_teacher_that_has_another_default_prompt_is_named(
+    tmp_path: Path, teacher: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = save_sentences(tmp_path / "second", models.Pooling(WIDTH, "mean"))
+    for folder in (teacher, other):
+        change(folder, LIBRARY, **DEFAULT)
+        teachers = {"model": str(teacher), "others": [str(other)]}
+        recipe = row_recipe(tmp_path, teacher=teachers, losses={"embedding_output": {}})
+        caplog.clear()
+        assert find_default_prompt(load_recipe(recipe)) == "w30 w31 w32 "
+        said = f"teacher.others {other}: reads texts with the prompt of the first teacher"
+        assert (said in caplog.text) == (folder == teacher)
 
 
 def run_of(tmp_path: Path, teacher: Path, ranks: Any, **evaluate: Any) -> Run:

@@ -21,7 +21,7 @@ from fastkd.capture.modes import shared
 from fastkd.capture.routing import routed
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
-from fastkd.layer_map import Progress, make_layer_map
+from fastkd.layer_map import Progress, follows_epochs, make_layer_map
 from fastkd.layer_map.sections import Layers
 from fastkd.losses import DIVISORS, model_inputs
 from fastkd.losses.base import Setting
@@ -166,7 +166,7 @@ class Distiller(nn.Module):
         )
         self._rates_unread = bool(objective.parameter_rates())
         self._unmoved = objective.moving
-        self._by_epoch = any(one.moves_by_epoch for one in objective.maps.values())
+        self._by_epoch = any(map(follows_epochs, objective.maps.values()))
         parts = objective.all_layers("student")["logits"]
         # the models whose logits are made here, and what was tried of their last layers
         self._heads = [(m, head_traits(m)) for m in (student, teacher) if parts]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from types import MethodType
 from typing import Any
 
@@ -52,48 +51,37 @@ def recorded_head(model: PreTrainedModel, slot: Slot, *, record: bool) -> Iterat
             handle.remove()
         return
 
-    skip = _Skip(layer, slot, record=record)
+    labelled = False
 
     def look(_model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        skip.labelled = kwargs.get("labels") is not None
+        nonlocal labelled
+        labelled = kwargs.get("labels") is not None
 
+    def skip(self: nn.Linear, hidden: Tensor) -> Tensor:
+        if self is not layer:
+            # a copy that was made meanwhile multiplies with its own weight; nobody listens to it
+            return type(self).forward(self, hidden)
+        if slot.states is None:
+            return forward(hidden)
+        if record:
+            bias = None if layer.bias is None else _whole(layer.bias)
+            slot.states.logits = LogitsHead(hidden, _whole(layer.weight), bias)
+        # the model makes a loss of its own from labels
+        made: Tensor = forward(hidden) if labelled else hidden[..., :0]
+        return made
+
+    # an engine may have put a forward of its own on the layer
+    forward: Callable[[Tensor], Tensor] = layer.forward
     held = {k: v for k, v in layer.__dict__.items() if k == "forward"}
     handle = model.register_forward_pre_hook(look, with_kwargs=True)
-    layer.__dict__["forward"] = skip
+    # a method, which copy.deepcopy binds to the copy
+    layer.__dict__["forward"] = MethodType(skip, layer)
     try:
         yield
     finally:
         handle.remove()
         del layer.__dict__["forward"]
         layer.__dict__.update(held)
-
-
-class _Skip:
-    """What a last layer runs in place of its forward."""
-
-    def __init__(self, layer: nn.Linear, slot: Slot, *, record: bool) -> None:
-        self.layer = layer
-        self.slot = slot
-        self.record = record
-        self.labelled = False
-        # an engine may have put a forward of its own on the layer
-        self.forward: Callable[[Tensor], Tensor] = layer.forward
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        states, layer = self.slot.states, self.layer
-        if states is None:
-            return self.forward(hidden)
-        if self.record:
-            bias = None if layer.bias is None else _whole(layer.bias)
-            states.logits = LogitsHead(hidden, _whole(layer.weight), bias)
-        # the model makes a loss of its own from labels
-        made: Tensor = self.forward(hidden) if self.labelled else hidden[..., :0]
-        return made
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[[Tensor], Tensor]:
-        # a copy of the model multiplies with its own weight, and nobody listens to it
-        copied: nn.Linear = deepcopy(self.layer, memo)
-        return MethodType(type(copied).forward, copied)
 
 
 def head_traits(model: PreTrainedModel) -> tuple[object, ...]:

@@ -16,7 +16,7 @@ from fastkd.layer_map.base import (
     Link,
     Progress,
 )
-from fastkd.layer_map.checks import checked_links, foresee
+from fastkd.layer_map.checks import checked_links, follows_epochs, foresee
 from fastkd.layer_map.emd import Transport
 from fastkd.layer_map.factory import make_layer_map
 from fastkd.layer_map.many_to_one import AttentionMap, TransportMap
@@ -34,6 +34,7 @@ __all__ = [
     "Transport",
     "TransportMap",
     "checked_links",
+    "follows_epochs",
     "foresee",
     "make_layer_map",
     "register_layer_map",

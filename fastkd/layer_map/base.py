@@ -61,11 +61,6 @@ class LayerMap(ABC):
         """Whether the teacher layers of the links change over the run."""
         return False
 
-    @property
-    def moves_by_epoch(self) -> bool:
-        """Whether they change with the passes over the data, as seen of the first few."""
-        return self.moves and len({self.links(Progress(0, epoch)) for epoch in range(8)}) > 1
-
     def labels(self) -> tuple[str, ...]:
         """A name for every link, the same at every moment: `2-6`, `2-4..6`."""
         return tuple(f"{link.student}-{_span(link.teachers)}" for link in self.links(Progress()))

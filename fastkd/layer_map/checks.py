@@ -62,6 +62,16 @@ def foresee(layers: LayerMap, steps: int) -> None:
                 checked_links(layers, Progress(step))
 
 
+def follows_epochs(layers: LayerMap) -> bool:
+    """Whether links change with the passes over the data, as seen of the first few.
+
+    Raises:
+        UserError: as `checked_links`.
+    """
+    moments = (Progress(0, epoch) for epoch in range(8))
+    return layers.moves and len({checked_links(layers, moment) for moment in moments}) > 1
+
+
 def check_map(layers: LayerMap, called: object) -> None:
     """See that a mapping that was just made is whole.
 

@@ -184,6 +184,13 @@ class Distiller(nn.Module):
         """Names of the losses, as in `attention/1-2`: the keys of `parts`."""
         return self.objective.labels
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether a loss reads labels that a batch must hold; a causal model's are its ids where
+        not given."""
+        of = HEADS[self.objective.pair.head].labels
+        return self._labels_read is not None and of != "next_token"
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """All parameters, for an optimiser: `{"params": [...]}` first, then for each
         `projection_learning_rate` a group with that as its `lr`."""
@@ -422,8 +429,7 @@ class Distiller(nn.Module):
         shape = ids.shape[:1] if of == "example" else (len(ids), 2) if of == "span" else ids.shape
         if isinstance(labels, Tensor) and labels.shape == shape:
             return batch
-        # a causal model's are its ids where not given
-        if reader is None or (HEADS[head].labels == "next_token" and labels is None):
+        if reader is None or (labels is None and not self.needs_labels):
             return model_inputs(batch)
         given = f"a {type(labels).__name__}"
         if isinstance(labels, Tensor):

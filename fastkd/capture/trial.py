@@ -20,7 +20,7 @@ from fastkd.capture.blocks import check_single_stack, find_blocks, no_cache
 from fastkd.capture.lm_head import check_head, last_layer
 from fastkd.capture.modes import evaluating
 from fastkd.capture.recording import CalledAgain, capture
-from fastkd.capture.routing import listening, route_attention, runnable
+from fastkd.capture.routing import listening, route_attention, routed, runnable
 from fastkd.capture.states import Capture
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 
@@ -87,10 +87,10 @@ def try_model(
                 # a model that can't be captured is left as it came
                 model.config._attn_implementation = running
                 raise
-        routed = attention or (
+        stays_routed = attention or (
             deepest is not None and _takes_routes(model, inputs, deepest, plain.hidden.get(deepest))
         )
-    if routed:
+    if stays_routed:
         # `runnable` put the name of before back
         route_attention(model)
     return traits
@@ -428,15 +428,12 @@ def _takes_routes(
     mask = inputs.get("attention_mask")
     if state is None or state.ndim != 3 or not model._can_set_attn_implementation():
         return False
-    running = model.config._attn_implementation
-    route_attention(model)
-    try:
-        routed = _try(model, inputs, {deepest}, "its inputs through the listener").hidden[deepest]
-    except UserError:
-        return False
-    finally:
-        model.config._attn_implementation = running
-    return _near(routed, state, None if mask is None else mask.bool())
+    with routed(model):
+        try:
+            heard = _try(model, inputs, {deepest}, "its inputs through the listener")
+        except UserError:
+            return False
+    return _near(heard.hidden[deepest], state, None if mask is None else mask.bool())
 
 
 def _near(given: Tensor, expected: Tensor, valid: Tensor | None) -> bool:

@@ -33,7 +33,6 @@ from transformers import Trainer
 
 from fastkd.distiller import Distiller
 from fastkd.errors import UserError
-from fastkd.head_spec import HEADS
 from fastkd.integrations.beside import Beside, attached
 from fastkd.integrations.projections import read_projections, save_projections
 from fastkd.integrations.sentences import (
@@ -190,7 +189,8 @@ class DistillationMixin:
         loss, logits, labels = super().prediction_step(  # type: ignore[misc]
             model, prepared, prediction_loss_only, ignore_keys
         )
-        if loss is None and not self._lacks_labels(prepared):
+        lacks = self.distiller.needs_labels and prepared.get("labels") is None
+        if loss is None and not lacks:
             with torch.no_grad():
                 loss = self.compute_loss(model, prepared).detach()
         return loss, logits, labels
@@ -249,12 +249,6 @@ class DistillationMixin:
         features, _ = self.collect_features(inputs)  # type: ignore[attr-defined]
         check_padded(features)
         return [{key: f[key] for key in known if key in f} for f in features]
-
-    def _lacks_labels(self, inputs: dict[str, Any]) -> bool:
-        """Whether a loss reads labels that a batch doesn't have; a causal model's are its ids."""
-        of = HEADS[self.distiller.objective.pair.head].labels
-        reads = self.distiller._labels_read is not None and of != "next_token"
-        return reads and inputs.get("labels") is None
 
     def _counts(self, parts: list[Inputs]) -> Tensor:
         return torch.stack([self.distiller.count(part) for part in parts]).sum(dim=0)

@@ -70,7 +70,8 @@ class RunResult:
 
     @property
     def losses_after(self) -> dict[str, float]:
-        """The same after the last step."""
+        """The same of the student that was exported: after the last step, or with `run.keep_best`
+        at the best evaluation."""
         return dict(self.summary["after"]["losses"])
 
     @cached_property
@@ -106,13 +107,16 @@ def distill(
         resume: continue the run in `run.output`, if there is one; a finished one is left alone.
         quiet: say nothing but warnings.
         on_step: called on rank 0 every `train.log_every` steps with the step and the line that
-            `metrics.jsonl` has of it; what it raises ends the run, which can be resumed.
+            `metrics.jsonl` has of it; what it raises ends the run, which can be resumed from its
+            last checkpoint.
         on_evaluate: called on rank 0 after every held-out evaluation with the step and an
             `Evaluation`, likewise.
         dotted: more overrides, as in `distill(recipe, **{"train.steps": 10})`.
 
     Raises:
-        UserError: anything that the caller can mend, before anything is written.
+        UserError: anything that the caller can mend. What can be seen before the first step leaves
+            no run behind; one that ends later, as of a loss that is no number, can be resumed from
+            its last checkpoint.
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
         LostRank: another rank is gone or hangs.
     """
@@ -177,7 +181,8 @@ def evaluate(
 
     Args:
         run: its folder, or what `distill` or `finetune` returned.
-        overrides: values of `data`, `task`, `teacher` or `train` to replace, by dotted key, as in
+        overrides: values of `data`, `task`, `teacher`, `train`, `evaluate` or of how the student
+            attends (`student.attention`) to replace, by dotted key, as in
             `{"data.heldout": "other.txt"}`.
         quiet: print no table.
         dotted: more of them.

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 import textwrap
+from itertools import islice
 from typing import Literal
 
 from transformers import PreTrainedConfig
 
 from fastkd.data.tasks import Task, glue_task, read_examples
 from fastkd.data.text import TextSettings
-from fastkd.data.text.files import Records, checked_text
+from fastkd.data.text.files import Records, Source, TextFile, checked_text, text_lines
 from fastkd.data.text.hub import Table, is_hub_name
 from fastkd.data.text.sources import is_here, resolve
 from fastkd.errors import UserError, printable
@@ -65,6 +66,8 @@ _RATES: dict[Job, str] = {
     "encoder": "3.0e-4",
     "task": "1.0e-4",
 }
+# of a text file, among which a document should have ended
+_FIRST_LINES = 1000
 
 
 def first_recipe(teacher: str, data: str, *, layers: int | None, task: str | None) -> str:
@@ -128,6 +131,7 @@ teacher:
 student:
   # copies of the teacher's layers {copied}; fastkd inspect shows which are alike
   layers: {layers}{head}
+# student layer i learns from layer i M / N of the teacher's M
 layer_map: uniform
 losses:
 {losses}
@@ -135,11 +139,17 @@ losses:
 train:
   # a try: good students take thousands
   steps: 500
+  # rows of a step; micro_batch_size cuts it where memory ends, with the same result
   batch_size: 32
+  # its peak, after a tenth of the steps
   learning_rate: {rate}
   warmup_share: 0.1
+  # of held-out data; beside a line of metrics
   evaluate_every: 100
+  # what --resume goes on from after a crash; the newest two are kept
+  checkpoint_every: 100
 run:
+  # student/, summary.json, report.html; never overwritten
   output: {output}
 """
 
@@ -182,7 +192,8 @@ def _data(job: Job, data: str, task: str | None, length: int) -> str:
         lines.append("  # every row, or line, is a text by itself; sentence makes some of prose")
         lines.append(f"  documents: {'sentence' if data == 'python-docs' else 'row'}")
     # more than the default, so that little text has something to be judged by
-    lines.append(f"  heldout_fraction: 0.05\n  block_size: {length}")
+    lines.append("  heldout_fraction: 0.05")
+    lines.append(f"  # tokens that are read together\n  block_size: {length}")
     return "\n".join(lines)
 
 
@@ -202,10 +213,13 @@ def _columns(data: str, *, all_of_them: bool) -> list[str]:
     Raises:
         UserError: there is nothing, or no text in the first row.
     """
-    source = resolve((data,), TextSettings(train=(data,), documents="row"))[0]
+    sources = resolve((data,), TextSettings(train=(data,), documents="row"))
+    source = sources[0]
     if not isinstance(source, Records):
         if next(source.documents(), None) is None:
             raise UserError(f"{source.called()}: no text in it; give text to learn from")
+        if not all_of_them and len(sources) == 1 and _is_one_document(source):
+            return ["  # no empty line, which would end a document, is near", "  documents: line"]
         return []
     # a table gives the columns that it is asked for, a file all of them
     asked = source.rows.column_names if isinstance(source, Table) else ()
@@ -225,6 +239,15 @@ def _columns(data: str, *, all_of_them: bool) -> list[str]:
     name = "text" if "text" in found else max(found, key=lambda column: len(row[column]))
     others = ", ".join(printable(column) for column in row)
     return [f"  # of {others} the one that holds the text\n  text_column: {quoted(name)}"]
+
+
+def _is_one_document(source: Source) -> bool:
+    """Whether text has several lines and, among its first, no empty one between two of them."""
+    if not isinstance(source, TextFile):
+        return False
+    first = [bool(line.strip()) for line in islice(text_lines(source.path), _FIRST_LINES)]
+    filled = "".join("x" if line else " " for line in first).strip()
+    return len(filled) > 1 and " " not in filled
 
 
 def _is_prose(value: object) -> bool:

@@ -18,6 +18,9 @@ from tiny_runs import (
     run_variants,
 )
 
+import fastkd
+from fastkd.training.run_folder import RunFolder
+
 MOMENTS = (
     "before the first checkpoint",
     "between two checkpoints",
@@ -83,6 +86,25 @@ def test_killed_and_resumed_is_bit_identical(
     continued = f"continuing from {run}" in resumed
     assert continued == (moment != "before the first checkpoint")
     _assert_identical(run, whole)
+
+
+def test_steps_that_are_made_again_are_told(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that ended before its first checkpoint."""
+    given = {"run.output": str(recipe.parent / "no-checkpoint")}
+
+    def end(step: int, line: object) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fastkd.distill(recipe, given, on_step=end)
+    assert "made again" not in capsys.readouterr().out
+    again = fastkd.distill(recipe, given, resume=True)
+    said = capsys.readouterr().out
+    assert "its first 3 steps are made again; train.checkpoint_every=N writes one" in said
+    assert [line["step"] for line in RunFolder(again.folder).read_metrics()][-1] == 6
 
 
 def test_a_rank_that_dies_while_writing_costs_one_checkpoint(recipe: Path) -> None:

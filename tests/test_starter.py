@@ -77,7 +77,7 @@ def test_a_recipe_fits_its_teacher(
         assert recipe.data.block_size <= 64
         assert (recipe.data.documents == "row") == job.startswith("embedding")
     # nothing that a reader would have to look up goes without a word
-    assert file.read_text().count("#") >= 6
+    assert file.read_text().count("#") >= 9
 
 
 def test_it_runs_as_it_is(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +130,27 @@ def test_names_of_any_writing_are_read_back(
         assert fastkd(monkeypatch, "init", teachers / teacher, rows, "--output", file) == 0
         read = load_recipe(file).data
         assert read is not None and read.train == (str(rows),) and read.text_column == column
+
+
+def test_text_without_an_empty_line_is_a_document_a_line(
+    teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it is one document, of which nothing can be held out."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines = [f"w{number % 7} w{number % 11} w5" for number in range(600)]
+    write_lines(tmp_path / "lines.txt", *lines)
+    write_lines(tmp_path / "more" / "lines.txt", *lines)
+    write_lines(tmp_path / "more" / "others.txt", *lines)
+    write_lines(tmp_path / "one.txt", "w5")
+    for data, unit in (("lines.txt", "line"), ("more", "paragraph"), ("one.txt", "paragraph")):
+        assert fastkd(monkeypatch, "init", teachers / "encoder", data, "--output", "r.yaml") == 0
+        read = load_recipe("r.yaml").data
+        assert read is not None and read.documents == unit
+        if unit == "line":
+            given = ("train.steps=1", "train.batch_size=4", "run.output=run")
+            assert fastkd(monkeypatch, "distill", "r.yaml", *given) == 0
+        Path("r.yaml").unlink()
 
 
 UNREAD = {

@@ -167,11 +167,12 @@ class Student(Section):
     a model to start from."""
 
     init: Place = "teacher"
-    """`teacher` copies the mapped teacher layers where shapes agree, `importance` also takes the
-    most active of their channels, neurons and heads where the student has fewer, `random` draws
-    everything; or the folder, hub name or `package:NAME/FOLDER` of a model to start from. One of
-    another architecture or vocabulary is taken as it is, with its own tokenizer, and so is any
-    where `layers` is not given; numbers that are given must be its own."""
+    """`teacher` copies the mapped teacher layers where shapes agree, and the uniform map's where
+    this one gives a layer none or several; `importance` also takes the most active of their
+    channels, neurons and heads where the student has fewer, `random` draws everything; or the
+    folder, hub name or `package:NAME/FOLDER` of a model to start from. One of another architecture
+    or vocabulary is taken as it is, with its own tokenizer, and so is any where `layers` is not
+    given; numbers that are given must be its own."""
     layers: int | None = Field(default=None, gt=0, le=10_000, validate_default=True)
     """Transformer blocks; may be left out where `init` names a model."""
     hidden_size: int | None = Field(default=None, gt=0, le=_WIDEST)

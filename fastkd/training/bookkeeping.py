@@ -120,12 +120,22 @@ class Bookkeeper:
             if step:
                 folder.rewind_metrics(step)
             else:
-                folder.metrics.unlink(missing_ok=True)
+                self._begin_again()
             self._teacher_judged = any(x["kind"] == "teacher" for x in folder.read_metrics())
             if run.recipe.run.monitor == "trackio":
                 self.trackio = TrackioMonitor(folder.path, goes_on=step > 0)
         self._teacher_judged = run.ranks.from_main(lambda: self._teacher_judged)
         return step
+
+    def _begin_again(self) -> None:
+        """Put away the lines of a run that ended before its first checkpoint, with a word."""
+        lost = max((line["step"] for line in self.folder.read_metrics()), default=0)
+        if lost:
+            self.reporter.say(
+                f"{self.folder.path}: no checkpoint was written before it ended, so its first "
+                f"{lost} steps are made again; train.checkpoint_every=N writes one every N steps"
+            )
+        self.folder.metrics.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let the tracker write what it holds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastkd.layer_map import CONVENTION, LayerMap
 from fastkd.losses.factory import compares_directions
 from fastkd.models import UnknownModule, read_embedding
-from fastkd.recipe import Recipe, write_yaml
+from fastkd.recipe import Recipe, Student, write_yaml
 from fastkd.reporting.console import Reporter
 from fastkd.training.engine import NoTeacher, TeacherRunner, whole_weights
 from fastkd.training.export import export_notes, own_embedding
@@ -19,7 +19,7 @@ def introduce(run: Run, reporter: Reporter) -> None:
     size = f"{initialisation.total / 1e6:.1f} M parameters"
     if isinstance(recipe, Recipe):
         share = initialisation.copied / initialisation.total
-        origin = "the teacher" if recipe.student.starts_from is None else recipe.student.init
+        origin = _origin(recipe.student, run.layers)
         frozen = ", word embeddings frozen" if recipe.student.freeze_word_embeddings else ""
         reporter.say(
             f"student: {run.layers.student_layers} layers, {size}, {share:.0%} of them copied from "
@@ -88,6 +88,16 @@ def expanded(recipe: Recipe) -> str:
     tree = recipe.model_dump(mode="json", include={"layer_map", "losses"}, exclude_none=True)
     tree = {"student": {"head": recipe.student.head}, **tree}
     return write_yaml(tree).rstrip()
+
+
+def _origin(student: Student, layers: LayerMap) -> str:
+    """What a student's weights are copied from."""
+    if student.starts_from is not None:
+        return student.init
+    if student.init == "random":
+        return "the teacher"
+    # a map that names none or several for a layer says nothing of where it starts
+    return f"the teacher's layers {', '.join(map(str, layers.sources()))}"
 
 
 def _print_map(layers: LayerMap, title: str, reporter: Reporter) -> None:

@@ -1,6 +1,7 @@
 """What the command line turns into one line and an exit code."""
 
 import os
+from collections.abc import Sequence
 
 # characters of a message
 _LONGEST = 2000
@@ -40,6 +41,12 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def some_of(names: Sequence[str], most: int = 20) -> str:
+    """Names for a line of people, which does not end if there are very many."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def path_name(given: object, what: str, expected: str) -> str:

@@ -192,6 +192,12 @@ def test_glove_neighbours_are_nearest_by_cosine(tmp_path: Path) -> None:
     assert len(GloveFile(path).find(["aaa"], 99)["aaa"]) == 25
 
 
+def test_of_glove_neighbours_that_are_as_near_the_first_are_taken(tmp_path: Path) -> None:
+    lines = ["far -1 0", *(f"{name} 0 1" for name in ("a", "b", "c", "d")), "dog 1 0"]
+    found = GloveFile(write_lines(tmp_path / "glove.txt", *lines)).find({"dog"}, 3)
+    assert found == {"dog": ("a", "b", "c")}
+
+
 def test_a_word_of_several_cases_is_one_word_with_the_first_vector(tmp_path: Path) -> None:
     lines = ["The 1 0.1", "dog 0.9 0.3", "the -1 0", "THE 1 0.1", "cat 0.8 0.5"]
     found = GloveFile(write_lines(tmp_path / "glove.txt", *lines)).find({"the", "dog"}, 9)

@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from fastkd.data import sequences
 from fastkd.data.text import tokenize as encoding
 from fastkd.data.text.packing import Frame, Packer
 from fastkd.data.text.tokenize import (
@@ -176,3 +177,17 @@ def test_mistake_while_reading_ends_the_processes(monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(UserError, match="byte 7"):
         list(encode(Encoder(RecordsProcess(), ()), broken(), 2))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_texts_that_are_framed_together_change_nothing(
+    paired: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a tokenizer gives is many times as large as the ids."""
+    tokenizer = word_tokenizer("[CLS] $A [SEP]", cls_token="[CLS]", sep_token="[SEP]")
+    texts = [" ".join(f"w{(n + k) % 50}" for k in range(n % 7)) for n in range(11)]
+    others = texts[::-1] if paired else None
+    whole = sequences.tokenise(texts, others, tokenizer, 6)
+    monkeypatch.setattr(sequences, "_TEXTS_AT_ONCE", 2)
+    parts = sequences.tokenise(texts, others, tokenizer, 6)
+    assert [np.array_equal(*both) for both in zip(parts, whole, strict=True)] == [True] * 4

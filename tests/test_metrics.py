@@ -11,6 +11,7 @@ import torch
 
 from fastkd.data.tasks.metrics import (
     Metric,
+    constant_scores,
     f1_by_class,
     measure,
     predictions_of,
@@ -142,3 +143,16 @@ def test_the_score_of_a_task_is_the_mean_of_its_means() -> None:
 def test_predictions_and_labels_must_fit(found: list[int], labels: list[int]) -> None:
     with pytest.raises(ValueError, match="expected the same number of examples"):
         measure(["accuracy"], found, labels)
+
+
+@pytest.mark.parametrize("metrics", [("accuracy",), ("accuracy", "f1"), ("matthews", "f1")])
+def test_the_best_one_answer_is_the_best_of_all(metrics: tuple[Metric, ...]) -> None:
+    """Of which only some are tried: of very many classes each would be a pass over the labels."""
+    drawn = np.random.default_rng(0)
+    for classes in (2, 3, 7):
+        labels = {name: drawn.integers(0, classes, 30) for name in ("a", "b")}
+        every = [
+            {name: measure(metrics, np.full(30, answer), of) for name, of in labels.items()}
+            for answer in range(classes)
+        ]
+        assert constant_scores(metrics, labels, classes) == max(every, key=task_score)

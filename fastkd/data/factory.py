@@ -40,7 +40,7 @@ from fastkd.data.text.datamodule import TextDataModule
 from fastkd.data.text.mlm import Masking
 from fastkd.data.text.tokenize import stream_workers
 from fastkd.distributed import Ranks
-from fastkd.errors import UserError
+from fastkd.errors import UserError, some_of
 from fastkd.extras import need
 from fastkd.head_spec import HEADS, Labels
 from fastkd.recipe import AnyRecipe, Data, Recipe, TaskAugmentation, TaskData
@@ -166,7 +166,7 @@ def task_of(section: TaskData) -> Task:
     if isinstance(given, tuple) and len(given) != len(task.labels):
         raise UserError(
             f"task.class_weights has {len(given)} weights, expected {len(task.labels)}, one for "
-            f"each of {', '.join(task.labels)}"
+            f"each of {some_of(task.labels)}"
         )
     return task
 
@@ -360,7 +360,7 @@ def _warn_of_classes(train: _Read, task: Task) -> None:
     held = set(train.labels.tolist())
     absent = [label for number, label in enumerate(task.labels) if number not in held]
     if absent:
-        logger.warning("%s has no example of %s", train.name, ", ".join(absent))
+        logger.warning("%s has no example of %s", train.name, some_of(absent))
 
 
 def _nothing_augmented(section: TaskAugmentation, examples: int) -> str:

@@ -7,7 +7,7 @@ are both stored so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +32,7 @@ belongs to them; on the CPU, padded on the right, or packed."""
 PAD_MULTIPLE = 8
 """Lengths of batches are rounded up to this, which tensor cores like."""
 _TYPES = "token_type_ids"
+_TEXTS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,21 @@ def tokenise(
     field: str = "max_length",
 ) -> Tokenised:
     """Texts, or pairs of them, as `frame` frames them."""
-    return tokenised(frame(first, second, tokenizer, max_length, field))
+    # what a tokenizer gives takes many times the room of the ids that are kept of it
+    parts = [
+        tokenised(frame(*texts, tokenizer, max_length, field)) for texts in _chunks(first, second)
+    ]
+    *arrays, cuts = zip(*parts, strict=True)
+    return Tokenised(*map(np.concatenate, arrays), sum(cuts))
+
+
+def _chunks(
+    first: Sequence[str], second: Sequence[str] | None
+) -> Iterator[tuple[Sequence[str], Sequence[str] | None]]:
+    """Texts, or pairs of them, that are framed together."""
+    for start in range(0, len(first), _TEXTS_AT_ONCE):
+        end = start + _TEXTS_AT_ONCE
+        yield first[start:end], None if second is None else second[start:end]
 
 
 def tokenised(encoded: BatchEncoding) -> Tokenised:

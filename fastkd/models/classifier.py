@@ -18,7 +18,7 @@ from fastkd.data.tasks import (
     order_of,
     same_name,
 )
-from fastkd.errors import UserError
+from fastkd.errors import UserError, some_of
 from fastkd.models import check_attention, dropout_rates, read_config, read_model, resolve_model
 from fastkd.types import ModelSource
 
@@ -106,7 +106,7 @@ def fit_classifier(model: PreTrainedModel, task: Task, given: str) -> None:
     """
     config = model.config
     if config.num_labels != task.outputs:
-        what = "scores of a regression" if task.regression else ", ".join(task.labels)
+        what = "scores of a regression" if task.regression else some_of(task.labels)
         what = what or "the first and the last token of an answer"
         raise UserError(
             f"{given}: its head gives {config.num_labels} numbers, but task {task.name} needs "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from fastkd.errors import UserError, one_line
+from fastkd.errors import UserError, one_line, some_of
 from fastkd.training.card import CARD_TAG
 from fastkd.training.run_folder import RunFolder
 
@@ -45,7 +44,7 @@ class Pushed:
         said = [f"{self.files} files pushed: {self.url}"]
         for what, names in (("replaced", self.replaced), ("left as they were", self.left)):
             if names:
-                said.append(f"{what}: {_listed(names)}")
+                said.append(f"{what}: {some_of(names, _NAMED)}")
         return said
 
 
@@ -180,11 +179,6 @@ def _check_found(
     if replaced and not found.is_ours and not overwrite:
         raise UserError(
             f"{repo}: holds files that fastkd did not push and that would be replaced: "
-            f"{_listed(replaced)}; give another repository, or --overwrite"
+            f"{some_of(replaced, _NAMED)}; give another repository, or --overwrite"
         )
     return replaced
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

@@ -81,6 +81,13 @@ class SynonymList(Neighbours):
                 yield pair[0], pair[1]
 
 
+def _largest(row: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
+    """Places of the `count` largest numbers, the largest first, of equal ones the first."""
+    least = np.partition(row, -count)[-count]
+    found = np.flatnonzero(row >= least)
+    return found[np.argsort(-row[found], kind="stable")[:count]]
+
+
 @dataclass(frozen=True)
 class GloveFile(Neighbours):
     """A file of `word number number ...`: nearest by cosine, words of letters alone."""
@@ -98,10 +105,9 @@ class GloveFile(Neighbours):
             cosines = vectors[rows] @ vectors.T
             cosines[range(len(part)), rows] = -np.inf
             kept = min(count, len(vocabulary) - 1)
-            nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :kept]
-            for word, numbers in zip(part, nearest, strict=True):
+            for word, row in zip(part, cosines, strict=True):
                 if kept:
-                    found[word] = tuple(vocabulary[number] for number in numbers)
+                    found[word] = tuple(vocabulary[number] for number in _largest(row, kept))
         return found
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from torch import Tensor
 from fastkd.data.tasks.metrics import Judged, Scores
 from fastkd.data.tasks.task import Task
 from fastkd.data.tasks.token_outputs import TokenOutputs, first_metric, judged
-from fastkd.data.tasks.words import EncodedWords
+from fastkd.data.tasks.words import EncodedWords, TaggedTexts
 from fastkd.distributed import Ranks
 
 _Array = npt.NDArray[np.int64]
@@ -75,27 +75,49 @@ def measure_words(
         right: [words] classes.
         offsets: [texts + 1] where each text starts.
     """
-    hits = predicted == right
     if not task.names_entities:
-        names = list(task.labels)
-        counts = [(right == n, predicted == n) for n in range(len(names))]
-        by_class = {n: _f1(int((r & p).sum()), r, p) for n, (r, p) in enumerate(counts)}
-        found = {"token_accuracy": float(hits.mean())}
-    else:
-        starts = np.zeros(len(right), dtype=bool)
-        starts[offsets[:-1]] = True
-        there, said = (find_entities(task, of, starts) for of in (right, predicted))
-        matched = there.begins & said.begins
-        matched &= (there.ends == said.ends) & (there.types == said.types)
-        names = entity_types(task)
-        by_class = {}
-        for number in range(len(names)):
-            chosen = [of.begins & (of.types == number) for of in (there, said)]
-            by_class[number] = _f1(int((matched & chosen[0]).sum()), *chosen)
-        whole = _f1(int(matched.sum()), there.begins, said.begins)
-        found = {"entity_f1": whole, "token_accuracy": float(hits.mean())}
-    scores: Scores = {metric: found[metric] for metric in task.metrics}
-    return scores, {names[number]: value for number, value in by_class.items()}
+        counts = [(right == n, predicted == n) for n in range(len(task.labels))]
+        by_class = [_f1(int((r & p).sum()), r, p) for r, p in counts]
+        return _scores(task, predicted, right, None), dict(zip(task.labels, by_class, strict=True))
+    found = _found(task, predicted, right, offsets)
+    by_type = {}
+    for number, name in enumerate(entity_types(task)):
+        chosen = [of.begins & (of.types == number) for of in found[:2]]
+        by_type[name] = _f1(int((found.matched & chosen[0]).sum()), *chosen)
+    return _scores(task, predicted, right, found), by_type
+
+
+class _Found(NamedTuple):
+    """Entities of labels and of predictions, and where both begin the same one."""
+
+    there: Entities
+    said: Entities
+    matched: npt.NDArray[np.bool_]
+
+
+def _found(task: Task, predicted: _Array, right: _Array, offsets: _Array) -> _Found:
+    starts = np.zeros(len(right), dtype=bool)
+    starts[offsets[:-1]] = True
+    there, said = (find_entities(task, of, starts) for of in (right, predicted))
+    matched = there.begins & said.begins
+    matched &= (there.ends == said.ends) & (there.types == said.types)
+    return _Found(there, said, matched)
+
+
+def _scores(task: Task, predicted: _Array, right: _Array, found: _Found | None) -> Scores:
+    """Every metric of the task; what is found where it names entities."""
+    values = {"token_accuracy": float((predicted == right).mean())}
+    if found is not None:
+        hits = int(found.matched.sum())
+        values["entity_f1"] = _f1(hits, found.there.begins, found.said.begins)
+    return {metric: values[metric] for metric in task.metrics}
+
+
+def _constant_scores(task: Task, answer: int, words: TaggedTexts) -> Scores:
+    """What one class for every word scores."""
+    predicted, right = np.full_like(words.labels, answer), words.labels
+    found = _found(task, predicted, right, words.offsets) if task.names_entities else None
+    return _scores(task, predicted, right, found)
 
 
 def _f1(hits: int, right: npt.NDArray[np.bool_], predicted: npt.NDArray[np.bool_]) -> float:
@@ -143,12 +165,7 @@ class WordEvaluator:
         """What the best one class for every word scores."""
         sources = {name: examples.source for name, examples in self._evaluations.items()}
         found = [
-            {
-                name: measure_words(
-                    self._task, np.full_like(of.labels, answer), of.labels, of.offsets
-                )[0]
-                for name, of in sources.items()
-            }
+            {name: _constant_scores(self._task, answer, of) for name, of in sources.items()}
             for answer in range(self._task.outputs)
         ]
         best = max(found, key=lambda scores: first_metric(self._task, scores))

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from fastkd.data.tasks.task import Task
+from fastkd.errors import some_of
 
 # beside a letter only: -1 and 1, 1-2 and 12 are different names
 _SEPARATORS = re.compile(r"[\s_-]+(?=[^\W\d_])|(?<=[^\W\d_])[\s_-]+")
@@ -50,9 +51,9 @@ def are_numbers(task: Task) -> bool:
 def described(task: Task) -> str:
     """The labels of a task with their meanings, for people."""
     if not task.meanings:
-        return ", ".join(task.labels)
+        return some_of(task.labels)
     pairs = zip(task.labels, task.meanings, strict=True)
-    return ", ".join(f"{label} ({meaning[0]})" for label, meaning in pairs)
+    return some_of([f"{label} ({meaning[0]})" for label, meaning in pairs])
 
 
 def _order(names: Sequence[str], task: Task, spell: Callable[[str], str]) -> tuple[int, ...] | None:

@@ -114,9 +114,17 @@ def constant_scores(
     sets = {name: np.asarray(right, dtype=np.float64) for name, right in labels.items()}
     answers = (
         {n: measure(metrics, np.full_like(r, answer), r) for n, r in sets.items()}
-        for answer in range(outputs)
+        for answer in _worth_trying(list(sets.values()), outputs)
     )
     return max(answers, key=task_score)
+
+
+def _worth_trying(sets: Sequence[_Array], outputs: int) -> list[int]:
+    """Of one answer to everything: no metric but accuracy and the F1 of class 1 is ever above 0."""
+    if outputs == 1:
+        return [0]
+    shares = [np.bincount(right.astype(np.int64), minlength=outputs) / right.size for right in sets]
+    return sorted({1, int(np.argmax(sum(shares)))})
 
 
 def f1_by_class(

@@ -31,7 +31,7 @@ from fastkd.data.text.hub import (
     parquet_file,
     saved_folder,
 )
-from fastkd.errors import UserError
+from fastkd.errors import UserError, some_of
 from fastkd.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -230,12 +230,12 @@ def _texts(row: Row, task: Task) -> tuple[str, ...]:
 
 def _class(row: Row, task: Task) -> int:
     label = spelling_of(row.label)
-    if row.label is None or label not in task.labels:
+    if row.label is None or label not in task.numbers:
         raise UserError(
             f"{row.where}: label {label!r} of column {task.columns.label!r}, expected one of "
-            f"{', '.join(task.labels)}"
+            f"{some_of(task.labels)}"
         )
-    return task.labels.index(label)
+    return task.numbers[label]
 
 
 def _score(row: Row, task: Task) -> float:

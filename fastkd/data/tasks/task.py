@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import get_args
 
-from fastkd.errors import UserError
+from fastkd.errors import UserError, some_of
 from fastkd.head_spec import HEADS, TASK_HEAD, Labels
 from fastkd.types import LARGEST_SCORE, Metric, TaskKind
 
@@ -112,6 +113,11 @@ class Task:
         pairs = zip(self.labels, meanings, strict=True)
         return tuple((label, *meaning) for label, meaning in pairs)
 
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """The number of every label."""
+        return {label: number for number, label in enumerate(self.labels)}
+
     def _default_metrics(self) -> tuple[Metric, ...]:
         if self.labels_of == "example":
             return _CORRELATIONS if self.regression else ("accuracy",)
@@ -138,7 +144,7 @@ class Task:
         if not self.regression and len(set(self.labels)) < 2:
             found.append(f"labels {self.labels} given, expected two different ones at least")
         if len(set(self.labels)) < len(self.labels):
-            found.append(f"labels {self.labels} hold one twice, expected each once")
+            found.append(f"labels {some_of(self.labels)} hold one twice, expected each once")
         if self.meanings and len(self.meanings) != len(self.labels):
             found.append(
                 f"{len(self.meanings)} meanings given for {len(self.labels)} labels, expected one "
@@ -168,7 +174,7 @@ class Task:
             found.append(f"f1 scores two classes, but there are {len(self.labels)}; leave it out")
         if "entity_f1" in self.metrics and not self.names_entities:
             found.append(
-                f"entity_f1 scores entities, but labels are {', '.join(self.labels)}; expected O, "
+                f"entity_f1 scores entities, but labels are {some_of(self.labels)}; expected O, "
                 "and B-TYPE or I-TYPE, or leave it out"
             )
         return found

@@ -34,7 +34,7 @@ from fastkd.data.tasks.rows import Row, spelling_of
 from fastkd.data.tasks.task import Task
 from fastkd.data.tasks.tokenized import Beside, EncodedExamples
 from fastkd.data.text.files import checked_text
-from fastkd.errors import UserError
+from fastkd.errors import UserError, some_of
 from fastkd.types import IGNORE_INDEX
 
 _NO_WORD = -1
@@ -209,12 +209,12 @@ def _tagged(task: Task, row: Row) -> Example:
 def _number(given: object, task: Task, row: Row) -> int:
     """Which class of a task a cell names, by its spelling or its number."""
     spelled = spelling_of(given)
-    if given is not None and spelled in task.labels:
-        return task.labels.index(spelled)
+    if given is not None and spelled in task.numbers:
+        return task.numbers[spelled]
     whole = isinstance(given, int) and not isinstance(given, bool)
     if whole and isinstance(given, int) and 0 <= given < len(task.labels):
         return given
     raise UserError(
         f"{row.where}: class {given!r} in column {task.columns.label!r}, expected one of "
-        f"{', '.join(task.labels)}, or its number"
+        f"{some_of(task.labels)}, or its number"
     )

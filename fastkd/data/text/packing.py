@@ -66,8 +66,21 @@ class Packer:
 
     def __init__(self, frame: Frame) -> None:
         self.frame = frame
-        self.pending: IntArray = np.empty(0, dtype=np.int32)
+        self._parts: list[IntArray] = []
+        self._size = 0
         self.started = False
+
+    @property
+    def pending(self) -> IntArray:
+        """Tokens that no block has taken."""
+        # joined when they are asked for: many documents make a block
+        if len(self._parts) != 1:
+            self._parts = [np.concatenate([np.empty(0, dtype=np.int32), *self._parts])]
+        return self._parts[0]
+
+    @pending.setter
+    def pending(self, tokens: IntArray) -> None:
+        self._parts, self._size = [tokens], tokens.size
 
     def add(self, ids: IntArray) -> None:
         """Append documents, each with the separator in front of it (see `Encoder`)."""
@@ -75,11 +88,12 @@ class Packer:
             # nothing stands before the very first document
             ids = ids[len(self.frame.separator) :]
             self.started = True
-        self.pending = np.concatenate([self.pending, ids])
+        self._parts.append(ids)
+        self._size += ids.size
 
     def available(self) -> int:
         """Full blocks that `take` could give."""
-        return int(self.pending.size // self.frame.content)
+        return int(self._size // self.frame.content)
 
     def take(self, count: int) -> IntArray:
         """The next `count` blocks, [count, block_size]."""

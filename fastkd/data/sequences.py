@@ -164,8 +164,12 @@ def tokenise(
     parts = [
         tokenised(frame(*texts, tokenizer, max_length, field)) for texts in _chunks(first, second)
     ]
-    *arrays, cuts = zip(*parts, strict=True)
-    return Tokenised(*map(np.concatenate, arrays), sum(cuts))
+    return Tokenised(
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate([part.types for part in parts]),
+        np.concatenate([part.lengths for part in parts]),
+        sum(part.cut for part in parts),
+    )
 
 
 def _chunks(

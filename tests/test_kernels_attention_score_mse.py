@@ -51,7 +51,7 @@ def both(states: Any, **options: Any) -> tuple[list[Tensor], ...]:
 @BOTH
 @pytest.mark.parametrize("reduction", ["valid", "tinybert"])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("tokens", [1, 37, 150])
+@pytest.mark.parametrize("tokens", [1, 37, CHUNK + 3])
 @pytest.mark.parametrize(("kv_heads", "dims"), HEADS)
 def test_equals_its_definition_in_fp64(
     kv_heads: Any, dims: Any, tokens: int, causal: bool, reduction: str, algorithm: str
@@ -78,10 +78,10 @@ def test_causal_chunks_add_up(kv_heads: Any, dims: Any) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "reduction"),
-    [*((tokens, "valid") for tokens in (37, 128, 512, 2048)), (128, "tinybert"), (512, "tinybert")],
+    [*((tokens, "valid") for tokens in (37, 128, 512, 1024)), (128, "tinybert"), (512, "tinybert")],
 )
 def test_equals_its_definition_in_fp32_at_bert_sizes(tokens: int, reduction: str) -> None:
-    batch = heads = 2 if tokens < 2048 else 1
+    batch = heads = 2 if tokens < 1024 else 1
     states = attention_states(1, batch, heads, tokens, (26, 64), dtype=torch.float32)
     valid = masks(batch, tokens) if batch > 1 else torch.arange(tokens)[None] < tokens - 300
     for algorithm in ("tiles", "gram"):
@@ -278,8 +278,8 @@ def test_pairs_may_differ_in_their_heads(reduction: Any) -> None:
 @BOTH
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck(causal: bool, algorithm: str) -> None:
-    student, teacher = attention_states(2, 2, 2, 5, (3, 3), kv_heads=(1, 2))
-    valid = masks(2, 5)
+    student, teacher = attention_states(1, 2, 2, 4, (2, 2), kv_heads=(1, 2))
+    valid = masks(2, 4)
 
     def loss(*tensors: Tensor) -> Tensor:
         pairs = zip(tensors[::2], tensors[1::2], strict=True)
@@ -334,9 +334,9 @@ def test_choice_of_algorithm() -> None:
 
 @pytest.mark.parametrize("dims", [(26, 64), (64, 64)])
 def test_linear_time_and_memory_at_2048_tokens(dims: tuple[int, int]) -> None:
-    """At least 20 times faster than the definition in paired runs, and under 26 MB of memory (both
-    gradients twice, undivided and divided), where the definition takes over 600 MB."""
-    student, teacher = attention_states(1, 1, 12, 2048, dims, dtype=torch.float32)
+    """At least 20 times faster than the definition in paired runs, and under 13 MB of memory (both
+    gradients twice, undivided and divided), where the definition takes over 300 MB."""
+    student, teacher = attention_states(1, 1, 6, 2048, dims, dtype=torch.float32)
     leaves = leaves_of(student)
 
     def step(op: Callable[..., Tensor]) -> Callable[[], Any]:
@@ -348,8 +348,8 @@ def test_linear_time_and_memory_at_2048_tokens(dims: tuple[int, int]) -> None:
         return time.perf_counter() - start
 
     fast, direct = step(attention_score_mse), step(reference.attention_score_mse)
-    assert peak_bytes(fast) < 26e6
-    assert peak_bytes(direct) > 600e6
+    assert peak_bytes(fast) < 13e6
+    assert peak_bytes(direct) > 300e6
     ratios: list[float] = []
     # the median of three: two that agree are enough
     while len(ratios) < 3 and sum(ratio >= 20.0 for ratio in ratios) < 2:

@@ -158,8 +158,10 @@ class Common:
         self.generator = torch.Generator().manual_seed(self.draw.randint(0, 2**20))
         self.pairs = self.draw.randint(1, most)
         self.batch = self.draw.randint(1, most)
-        # 150 are several blocks or chunks
-        self.tokens = self.draw.choice(range(1, 7) if self.small else [*range(1, 21), *[150] * 5])
+        # 140 are several blocks or chunks
+        self.tokens = self.draw.choice(range(1, 7) if self.small else [*range(1, 21), *[140] * 5])
+        if self.tokens > 20:
+            self.pairs, self.batch = min(self.pairs, 2), min(self.batch, 2)
 
     def values(self, *shape: int) -> Tensor:
         return laid_out(shape, self.draw.choice(LAYOUTS), self.generator)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +11,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from tiny_runs import run_script
 from torch.autograd import DeviceType
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import recorder, report, stages, tests
+from benchmarks.gpu import recorder, report, tests
 from benchmarks.gpu.environment import version_of
 from benchmarks.gpu.stages import STAGES, Stage, limit_of, run_stages
 from benchmarks.training_step import MARK, TINY, counted, make_inputs, make_steps
@@ -56,14 +56,7 @@ def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     # a busy machine is no failure
     options = ["--device", "cpu", "--budget", "1800"]
     options += ["--case", "attention_score_mse llama", "--case", "hidden_mse bert"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--out", out, *options],
-        cwd=stages.ROOT,
-        env=stages.environment("cpu"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_script("forked_throughout.py", "benchmarks.gpu", "--out", str(out), *options)
     assert done.returncode == 0, done.stdout + done.stderr
     results = results_of(out, *(stage.name for stage in STAGES))
     assert [result["status"] for result in results] == ["done"] * len(STAGES)

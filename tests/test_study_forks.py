@@ -8,31 +8,83 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 
+from fastkd.study import forks
 from fastkd.study.forks import Fork
 from fastkd.study.locks import Claim
 from fastkd.study.worker import _kill_group
 
-# without a guard: a child that imports it would start a child
-CALLER = """
-from pathlib import Path
-from fastkd.study.forks import Fork
-from fastkd.study.locks import Claim
+# imported before and after all that the server imports: a driver that was asked anything in the
+# server answers no more in its forks
+TRAP = """
+import torch
 
-claim = Claim.take(Path("claim"))
-child = Fork(["evaluate", "nowhere"], Path("log.txt"), {"OMP_NUM_THREADS": "1"}, claim.handle)
-child.wait(100)
-print("ended with", child.returncode, flush=True)
+def asked(*given, **named):
+    raise SystemExit("a GPU was asked for")
+
+names = "is_available", "device_count", "init", "_lazy_init", "current_device"
+kept = {name: getattr(torch.cuda, name) for name in names}
+for name in names:
+    setattr(torch.cuda, name, asked)
 """
+TOLD = """
+import sys
+from pathlib import Path
+import torch
+import trap
+
+for name, function in trap.kept.items():
+    setattr(torch.cuda, name, function)
+Path(__file__).with_name("imported").write_text(str(sorted({"deepspeed"} & set(sys.modules))))
+"""
+
+
+class First(NamedTuple):
+    """The fork that a server was started for."""
+
+    code: int | None
+    said: list[str]
+    imported: str
+    """What its server has imported, of what it should not."""
 
 
 def started(folder: Path, *arguments: str) -> tuple[Fork, Claim]:
     claim = Claim.take(folder / "claim")
     assert claim is not None
     return Fork(arguments, folder / "log.txt", {}, claim.handle), claim
+
+
+@pytest.fixture(scope="module", autouse=True)
+def first(tmp_path_factory: pytest.TempPathFactory) -> First:
+    """A server of its own, started from a script without a guard, in a folder with files of the
+    names that it imports."""
+    work, modules = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("modules")
+    for name in ("sklearn", "typer", "yaml"):
+        (work / f"{name}.py").write_text("raise SystemExit('from the working folder')\n")
+    (modules / "trap.py").write_text(TRAP)
+    (modules / "told.py").write_text(TOLD)
+    caller = ModuleType("__main__")
+    caller.__file__ = str(work / "caller.py")
+    Path(caller.__file__).write_text("raise SystemExit('from the script of the caller')\n")
+    # one that an earlier test has left
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setitem(sys.modules, "__main__", caller)
+        changed.setenv("PYTHONPATH", str(modules), prepend=os.pathsep)
+        changed.syspath_prepend(modules)
+        changed.chdir(work)
+        changed.setattr(forks, "IMPORTED", ["trap", *forks.IMPORTED, "told"])
+        child, claim = started(work, "evaluate", "nowhere")
+        child.wait(120)
+    claim.release()
+    said = (work / "log.txt").read_text().splitlines()
+    return First(child.returncode, said, (modules / "imported").read_text())
 
 
 def waiting(folder: Path) -> tuple[Fork, Claim]:
@@ -97,38 +149,10 @@ def test_a_fork_is_killed_with_what_it_started(tmp_path: Path) -> None:
     _kill_group(child.pid)
 
 
-def test_a_fork_imports_neither_its_callers_script_nor_the_working_folder(tmp_path: Path) -> None:
-    place = tmp_path / "work"
-    place.mkdir()
-    for name in ("sklearn", "typer", "yaml"):
-        (place / f"{name}.py").write_text("raise SystemExit('from the working folder')\n")
-    script = tmp_path / "caller.py"
-    script.write_text(CALLER)
-    command = [sys.executable, str(script)]
-    made = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=120)
-    assert (made.stdout, made.returncode) == ("ended with 2\n", 0), made.stderr
-    (said,) = (place / "log.txt").read_text().splitlines()
-    assert said.startswith("fastkd: nowhere")
+def test_a_fork_imports_neither_its_callers_script_nor_the_working_folder(first: First) -> None:
+    (said,) = first.said
+    assert first.code == 2 and said.startswith("fastkd: nowhere")
 
 
-# a driver that was asked anything in the server answers no more in its forks
-LOOKING = """
-import sys
-import torch
-
-def asked(*given, **named):
-    raise SystemExit("a GPU was asked for")
-
-for name in ("is_available", "device_count", "init", "_lazy_init", "current_device"):
-    setattr(torch.cuda, name, asked)
-from importlib import import_module
-from fastkd.study.forks import IMPORTED
-list(map(import_module, IMPORTED))
-print(sorted({"deepspeed"} & set(sys.modules)), flush=True)
-"""
-
-
-def test_the_server_asks_no_gpu() -> None:
-    command = [sys.executable, "-c", LOOKING]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (made.stdout, made.returncode) == ("[]\n", 0), made.stderr
+def test_the_server_asks_no_gpu(first: First) -> None:
+    assert first.imported == "[]"

@@ -25,7 +25,12 @@ from soak_cases import (
 )
 from soak_processes import Ended, Launcher
 from soak_scenarios import Result
+from warm_server import LOSSES
 
+# all that a cache needs, also late, and no more
+IMPORTED = ("fastkd.cli", "fastkd.data.factory", "transformers.models.auto.modeling_auto")
+IMPORTED += ("transformers.models.bert.tokenization_bert",)
+IMPORTED += tuple(f"fastkd.losses.{name}" for name in LOSSES)
 LINE = "fastkd: run: the disk failed; continue with --resume"
 TRACE = "Traceback (most recent call last):\n  File x\nValueError: no"
 RESULT = Result({"a": torch.arange(3.0)}, {"run": [{"total": 1.0}]})
@@ -33,7 +38,7 @@ RESULT = Result({"a": torch.arange(3.0)}, {"run": [{"total": 1.0}]})
 
 @pytest.fixture(scope="module")
 def launcher() -> Iterator[Launcher]:
-    started = Launcher("fastkd.data.text")
+    started = Launcher(*IMPORTED)
     yield started
     started.close()
 

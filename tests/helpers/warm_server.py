@@ -22,7 +22,8 @@ import signal
 import socket
 import sys
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 LOSSES = ("attention", "embedding", "fsp", "hidden", "labels", "logits", "mlm", "relations", "rkd")
 LOSSES += ("contrastive", "embedding_output", "score", "similarity")
@@ -111,15 +112,20 @@ def become(asked: dict[str, Any]) -> None:
         runpy.run_path(first, run_name="__main__")
 
 
-def end(asked: dict[str, Any]) -> None:
-    """Run what is asked and end as an interpreter does, but for taking down its modules.
+def end(asked: dict[str, Any]) -> NoReturn:
+    """Run what is asked and end as an interpreter does, but for taking down its modules."""
+    leave(lambda: become(asked))
+
+
+def leave(work: Callable[[], None]) -> NoReturn:
+    """Do a piece of work and end the process so.
 
     Threads are waited for, functions of `atexit` run, and output that can't be written is an error.
     """
     code: Any = 0
     interrupted = False
     try:
-        become(asked)
+        work()
     except SystemExit as left:
         code = left.code or 0
         if not isinstance(code, int):

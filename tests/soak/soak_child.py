@@ -11,6 +11,7 @@ it. SOAK_CHILD in the environment is JSON, see `Orders`.
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import importlib
 import json
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from disk_changes import on_change, on_sync
+from warm_server import leave
 
 VARIABLE = "SOAK_CHILD"
 # a full disk still lets go of what it has
@@ -165,6 +167,9 @@ def _serve(modules: list[str]) -> list[str] | None:
     os.dup2(2, 1)
     for module in modules:
         importlib.import_module(module)
+    # a child that collected garbage would copy all of it
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         asked = json.loads(line)
         # through pipes: a limit on the size of files is none on what is said
@@ -209,8 +214,8 @@ def _copy(source: int, path: str) -> None:
 
 
 if __name__ == "__main__":
-    given: list[str] | None = sys.argv[1:]
-    if given[0] == "--serve":
-        given = _serve(given[1:])
-    if given is not None:
-        run(given)
+    if sys.argv[1] == "--serve":
+        asked = _serve(sys.argv[2:])
+        # modules that a child takes down are copies that it makes first
+        leave(lambda: run(asked) if asked is not None else None)
+    run(sys.argv[1:])

@@ -177,6 +177,13 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports of studies hold no pictures: drawing them takes longer than fake runs."""
+    monkeypatch.setattr("fastkd.study.report.png", lambda figure: b"")
+    monkeypatch.setattr("fastkd.study.report.inline_svg", lambda figure, title: "<svg></svg>")
+
+
 @pytest.fixture(autouse=True)
 def no_plans() -> None:
     """Tests replace what plans of kernels' calls are made with."""

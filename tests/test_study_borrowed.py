@@ -12,6 +12,8 @@ from fastkd.errors import UserError
 from fastkd.study import load_study
 from fastkd.study.plan import Plan, Run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TEACHER = {"command": "finetune", "recipe": TUNING, "per_task": True, "per_seed": True}
 ONCE = {**TEACHER, "per_seed": False, "overrides": {"model.name": "{shared.teacher}"}}
 TAUGHT = {"teacher.model": "{shared.teacher}/student"}

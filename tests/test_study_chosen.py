@@ -13,6 +13,8 @@ from fastkd.study import load_study
 from fastkd.study.chosen import read_chosen
 from fastkd.study.plan import Plan, Run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 WEIGHTS = {"field": "losses.hidden.weight", "values": [0.1, 1, 10]}
 SELECTED = {"task.selection": {"share": 0.5}}
 CHOSEN = {"study": "../first/study.yaml", "axis": "mapping"}

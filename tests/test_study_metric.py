@@ -23,6 +23,8 @@ from fastkd.study.statistics import Mean, Sample, decimals, estimate
 from fastkd.study.storage import Store, Work
 from fastkd.study.tables import _interval
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 RUNS = {f"mapping={m}/seed-{s}" for m in MAPPINGS for s in (0, 1)}
 RIGHT = {"path": "after.score", "direction": "maximize"}
 

@@ -25,12 +25,16 @@ import pytest
 from study_files import MAPPINGS, RECIPE, TASKS, TUNING, ended, journal, run, write_study
 
 from fastkd.errors import Interrupted, UserError
+from fastkd.reporting import plotting
 from fastkd.reporting.console import Reporter
+from fastkd.study import report as study_report
 from fastkd.study.contents import other_content
 from fastkd.study.locks import Claim
 from fastkd.study.plan import Plan
 from fastkd.study.progress import Watcher
 from fastkd.study.spec import load_study
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 RUNS = {f"mapping={m}/seed-{s}" for m in MAPPINGS for s in (0, 1)}
 
@@ -53,7 +57,11 @@ def _wait(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_every_run_once_and_a_report(tmp_path: Path, notes: Path) -> None:
+def test_every_run_once_and_a_report(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_report, "png", plotting.png)
+    monkeypatch.setattr(study_report, "inline_svg", plotting.inline_svg)
     path = write_study(
         tmp_path, controls={"alone": {"losses.hidden": None, "losses.embedding": {}}}
     )

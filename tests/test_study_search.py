@@ -17,6 +17,8 @@ from fastkd.study.plan import Plan
 from fastkd.study.search import importances, make_sampler
 from fastkd.study.storage import Store
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def _search(folder: Path, **changes: Any) -> Path:
     options = {"axes": None, "spaces": {"weight": WEIGHTS}, "search": {"trials": 3}, **changes}

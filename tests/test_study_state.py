@@ -13,6 +13,8 @@ from study_files import TUNING, ended, run, write_study
 from fastkd.errors import UserError
 from tools.study_state import pack, unpack
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TOOL = Path(__file__).parents[1] / "tools" / "study_state.py"
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ class Plan:
         self.path = path
         self.output = Path(spec.output)
         self.tasks: tuple[str | None, ...] = tuple(spec.tasks) or (None,)
+        self._read = cache(read_tree)
         self.steps = SharedSteps(spec, path)
         self._base = self._tree(spec.recipe)
         self.axes = self._axes()
@@ -245,7 +247,7 @@ class Plan:
                 )
 
     def _tree(self, recipe: str | dict[str, Any]) -> dict[str, Any]:
-        return read_tree(self.path.parent / recipe) if isinstance(recipe, str) else recipe
+        return self._read(self.path.parent / recipe) if isinstance(recipe, str) else recipe
 
     def _task(self, task: str | None) -> Mapping[str, Any]:
         return {} if task is None else self.spec.tasks[task]

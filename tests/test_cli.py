@@ -113,7 +113,7 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "no model": (_not_a_model, "empty: not loadable"),
     "missing package": (lambda _: ["teacher.model=package:nothing/model"], "not installed"),
-    "tokenizer of another model": (_another_tokenizer, "66 tokens, but the model embeds 64"),
+    "tokenizer of another model": (_another_tokenizer, "its tokenizer gives 'w65' the id 65"),
     "model outside the interface": (_outside_the_interface, "XLNetModel"),
     "damaged weights": (_damaged_weights, "expected aaaaaa"),
     "folder of another run": (_taken_folder, "already holds a run; continue it with --resume"),

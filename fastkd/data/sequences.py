@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedConfig, PreTrainedTokenizerBase
 
+from fastkd.data.known_ids import check_ids
 from fastkd.errors import UserError
 from fastkd.files.flat import flat_file, open_flat
 from fastkd.types import LENGTHS, STARTS
@@ -162,7 +163,8 @@ def tokenise(
     """Texts, or pairs of them, as `frame` frames them."""
     # what a tokenizer gives takes many times the room of the ids that are kept of it
     parts = [
-        tokenised(frame(*texts, tokenizer, max_length, field)) for texts in _chunks(first, second)
+        tokenised(frame(*texts, tokenizer, max_length, field), tokenizer)
+        for texts in _chunks(first, second)
     ]
     return Tokenised(
         np.concatenate([part.ids for part in parts]),
@@ -181,11 +183,17 @@ def _chunks(
         yield first[start:end], None if second is None else second[start:end]
 
 
-def tokenised(encoded: BatchEncoding) -> Tokenised:
-    """What a tokenizer made, on its way to a file."""
+def tokenised(encoded: BatchEncoding, tokenizer: PreTrainedTokenizerBase) -> Tokenised:
+    """What a tokenizer made, on its way to a file.
+
+    Raises:
+        UserError: ids that the models don't embed.
+    """
     ids = encoded["input_ids"]
+    flat = _flat(ids, np.int32)
+    check_ids(flat, tokenizer)
     return Tokenised(
-        _flat(ids, np.int32),
+        flat,
         _flat(encoded["token_type_ids"], np.uint8),
         np.fromiter(map(len, ids), dtype=np.int64),
         sum(bool(encoding.overflowing) for encoding in encoded.encodings),

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from fastkd.capture import set_attention
+from fastkd.data.known_ids import limit_ids
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.models.checking import (
@@ -111,18 +112,14 @@ def load_tokenizer(source: ModelSource, vocabulary: int) -> PreTrainedTokenizerB
         vocabulary: rows of the teacher's embedding.
 
     Raises:
-        UserError: there is none, or it makes ids that the embedding doesn't have.
+        UserError: there is none, or it needs ids that the embedding doesn't have, see `limit_ids`.
     """
     tokenizer = read_tokenizer(source)
     if tokenizer is None:
         raise UserError(
             f"{source.name}: holds no tokenizer; put the one there that the model was trained with"
         )
-    if len(tokenizer) > vocabulary:
-        raise UserError(
-            f"{source.name}: the tokenizer has {len(tokenizer)} tokens, but the model embeds "
-            f"{vocabulary}; give the folder the tokenizer that the model was trained with"
-        )
+    limit_ids(tokenizer, vocabulary, source.name)
     return tokenizer
 
 

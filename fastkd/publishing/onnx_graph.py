@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.capture import vocabulary_size
+from fastkd.data.known_ids import drawn_below
 from fastkd.data.sequences import has_token_types
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.extras import need
@@ -260,7 +261,8 @@ def _example(
 ) -> dict[str, Tensor]:
     """Random ids [batch, tokens]; of several sequences the last is padded by half."""
     generator = torch.Generator().manual_seed(batch * tokens)
-    ids = torch.randint(len(tokenizer), (batch, tokens), generator=generator)
+    known = drawn_below(tokenizer)
+    ids = torch.randint(known, (batch, tokens), generator=generator)
     pad = model.config.get_text_config().pad_token_id
     pad = tokenizer.pad_token_id if pad is None else pad
     mask = torch.ones_like(ids)
@@ -268,7 +270,7 @@ def _example(
         mask[-1, tokens - tokens // 2 :] = 0
     if pad is not None:
         # a sequence holds none, which some families count by
-        ids = torch.where(ids == pad, (pad + 1) % len(tokenizer), ids).masked_fill(mask == 0, pad)
+        ids = torch.where(ids == pad, (pad + 1) % known, ids).masked_fill(mask == 0, pad)
     second = torch.arange(tokens) >= tokens // 2
     types = second.long().expand_as(ids) * int(has_token_types(model.config))
     made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.capture import try_model, vocabulary_size
+from fastkd.data.known_ids import limit_ids
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.losses.ensemble import Ensemble
@@ -118,11 +119,7 @@ def _load(
         field="teacher.others",
     )
     check_weights(model, given)
-    if len(tokenizer) > vocabulary_size(model):
-        raise UserError(
-            f"{given}: embeds {vocabulary_size(model)} tokens, but its tokenizer has "
-            f"{len(tokenizer)}; give the model that the tokenizer is of"
-        )
+    limit_ids(tokenizer, vocabulary_size(model), given)
     if HEADS[head].labels == "example" and model.config.num_labels != teacher.config.num_labels:
         raise UserError(
             f"{given}: its head gives {model.config.num_labels} numbers, but the first teacher's "

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.capture import leave_types_out, vocabulary_size
+from fastkd.data.known_ids import limit_ids
 from fastkd.data.sequences import has_token_types
 from fastkd.errors import UserError
 from fastkd.losses.factory import token_losses
@@ -63,14 +64,11 @@ def choose_tokenizers(
     own = read_tokenizer(start)
     if own is None:
         logger.warning("%s: holds no tokenizer, so it is taken to share the teacher's", given)
-        if len(theirs) > vocabulary_size(student):
-            raise UserError(
-                f"{given}: embeds {vocabulary_size(student)} tokens, but the teacher's tokenizer "
-                f"has {len(theirs)}; give the folder the tokenizer that it was trained with"
-            )
+        limit_ids(theirs, vocabulary_size(student), given, "the teacher's tokenizer")
         return Tokenizers(theirs, None, theirs)
     difference = vocabulary_difference(own, theirs)
     if difference is None:
+        limit_ids(theirs, vocabulary_size(student), given)
         return Tokenizers(theirs, None, *_exported(own, theirs, given))
     differs = f"{given}: its tokenizer is not the teacher's: {difference}"
     if recipe.row_form is None:

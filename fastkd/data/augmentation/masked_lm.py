@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -16,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fastkd.capture import vocabulary_size
+from fastkd.data.known_ids import check_ids, limit_ids
 from fastkd.data.text.cache import tokenizer_digest
 from fastkd.errors import UserError
 from fastkd.models import LOADING_ERRORS, not_loadable, read_model
@@ -105,6 +108,7 @@ class MaskedWords:
                 "predicts no words; give a masked language model, or set augmentation.source to "
                 "neighbours and name a list"
             )
+        limit_ids(tokenizer, vocabulary_size(model), given)
         return cls(model, tokenizer, device=device, show_original=show_original)
 
     @cached_property
@@ -138,6 +142,7 @@ class MaskedWords:
             start += len(text[start:end]) - len(text[start:end].lstrip())
             known = len(numbers) == 1 and tokens.ids[numbers[0]] != self.tokenizer.unk_token_id
             places.append(Place(start, end, numbers[0] if known else None))
+        check_ids(np.asarray(tokens.ids), self.tokenizer)
         return Masked(tokens.ids, tokens.type_ids, places)
 
     @torch.no_grad()

@@ -125,7 +125,7 @@ class QuestionForm:
             numbers.append(number)
         beside = {"labels": labels, "spans": spans, "questions": numbers}
         # windows of a long context overflow, but nothing of it is lost
-        return tokenised(encoded)._replace(cut=0), beside
+        return tokenised(encoded, tokenizer)._replace(cut=0), beside
 
     def opened(
         self, found: EncodedExamples, beside: Mapping[str, npt.NDArray[Any]]

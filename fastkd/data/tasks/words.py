@@ -129,7 +129,7 @@ class WordForm:
             found = first_tokens(example.texts, offsets)
             words += found
             labels += [IGNORE_INDEX if n == _NO_WORD else example.label[n] for n in found]
-        return tokenised(encoded), {"labels": labels, "words": words}
+        return tokenised(encoded, tokenizer), {"labels": labels, "words": words}
 
     def opened(
         self, found: EncodedExamples, beside: Mapping[str, npt.NDArray[Any]]

@@ -29,6 +29,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
+from fastkd.data.known_ids import known_rows
 from fastkd.data.text.packing import IntArray
 from fastkd.errors import UserError
 from fastkd.files.sealed import (
@@ -96,6 +97,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     for name, usual in (("truncation_side", "right"), ("split_special_tokens", False)):
         if (given := getattr(tokenizer, name, usual)) != usual:
             text += f" {name} {given}"
+    if (rows := known_rows(tokenizer)) is not None:
+        # what was made for a larger table may hold ids that another model doesn't embed
+        text += f" rows {rows}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fastkd.data.known_ids import drawn_below
 from fastkd.errors import UserError
 from fastkd.types import IGNORE_INDEX
 
@@ -47,7 +48,7 @@ class Masking:
             )
         self.mask: int = tokenizer.mask_token_id
         self.special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
-        self.vocabulary = len(tokenizer)
+        self.vocabulary = drawn_below(tokenizer)
         self.probability = probability
         self.seed = seed
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
+from fastkd.data.known_ids import check_ids
 from fastkd.errors import UserError
 
 IntArray = npt.NDArray[np.int32]
@@ -53,6 +54,7 @@ class Frame:
             separator=() if separator is None else (separator,),
             block_size=block_size,
         )
+        check_ids(np.array([*frame.prefix, *frame.suffix]), tokenizer)
         if frame.content < 1:
             raise UserError(
                 f"data.block_size: {block_size} given, but this tokenizer's special tokens take "

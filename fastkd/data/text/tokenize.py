@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from fastkd.data.known_ids import check_ids
 from fastkd.data.text.packing import IntArray
 from fastkd.data.workers import Workers
 
@@ -53,7 +54,9 @@ class Encoder:
     def __call__(self, texts: Sequence[str]) -> IntArray:
         documents = self._without_places(texts) if self._is_plain else self._ids(texts)
         flat = chain.from_iterable(chain(self.separator, ids) for ids in documents)
-        return np.fromiter(flat, dtype=np.int32)
+        ids = np.fromiter(flat, dtype=np.int32)
+        check_ids(ids, self.tokenizer)
+        return ids
 
     @property
     def _is_plain(self) -> bool:

@@ -14,9 +14,10 @@ from tiny_models import CAUSAL, VOCABULARY, tiny_batch, tiny_config
 from torch import Tensor, nn
 from transformers import Gemma2Config, PreTrainedModel
 
+from benchmarks.family_models import family_model
 from fastkd import Distiller
 from fastkd.capture import capture, no_cache, route_attention, try_model
-from fastkd.capture.lm_head import last_hidden_state
+from fastkd.capture.lm_head import check_head, last_hidden_state
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.losses import DIVISORS, ModelPair, count_divisors, target_labels
@@ -93,6 +94,20 @@ def test_logits_that_are_changed_after_the_last_layer_are_refused() -> None:
     route_attention(model, "eager")
     with pytest.raises(UserError, match="Gemma2ForCausalLM changes its logits after the last"):
         try_model(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_that_are_handed_on_in_another_dtype_are_taken(dtype: torch.dtype) -> None:
+    """Nemotron-H makes them in its weights' dtype and hands them on in fp32."""
+    model = family_model("nemotron_h", "causal_lm").to(dtype).eval()
+    inputs = {"input_ids": torch.arange(8)[None]}
+    with torch.no_grad():
+        assert model(**inputs).logits.dtype == torch.float32
+    check_head(model, inputs)
+    scale = model.lm_head.register_forward_hook(lambda _layer, _given, made: made * 1.5)
+    with pytest.raises(UserError, match="changes its logits after the last"):
+        check_head(model, inputs)
+    scale.remove()
 
 
 class Adapted(nn.Module):

@@ -124,11 +124,20 @@ def check_head(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
             "that layer as it is when quantising, or losses.logits and student.head out"
         )
     made = nn.functional.linear(head.hidden, head.weight, head.bias)
-    if made.shape != given.shape or not torch.allclose(made, given, atol=1e-3, rtol=1e-3):
+    if made.shape != given.shape or not _same_logits(made, given):
         raise UserError(
             f"{type(model).__name__} changes its logits after the last layer (a soft cap, or a "
             "scale), which fastkd can't compute in parts; leave losses.logits and student.head out"
         )
+
+
+def _same_logits(made: Tensor, given: Tensor) -> bool:
+    """Whether a model's logits are what its last layer made, also where it handed them on in
+    another dtype, as Nemotron-H does."""
+    # the layer made both in one dtype: it is the model's own that may have fewer digits
+    rounded = torch.finfo(given.dtype).eps if given.dtype != made.dtype else 0.0
+    wide = torch.promote_types(made.dtype, given.dtype)
+    return torch.allclose(made.to(wide), given.to(wide), atol=1e-3, rtol=max(1e-3, rounded))
 
 
 def _check_parameters(model: PreTrainedModel) -> None:

@@ -27,6 +27,7 @@ from fastkd.data.tasks import Columns, Task, encode_examples, read_examples
 from fastkd.data.text import TextSettings, prepare_corpus
 from fastkd.data.text.mlm import Masking
 from fastkd.errors import UserError
+from fastkd.layer_similarity import inspect_layers
 from fastkd.models import load_tokenizer
 from fastkd.row_form import RowForm
 from fastkd.types import ModelSource
@@ -218,3 +219,18 @@ def test_a_student_to_start_from_embeds_what_its_tokenizer_makes(
         "the id 63; give the folder the tokenizer that the model was trained with"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_layers_of_models_with_unlike_tables_are_compared(tmp_path: Path) -> None:
+    """As Qwen2.5's: 151,936 and 152,064 rows, and fewer words than either."""
+    teacher = save_teacher(tmp_path / "teacher", vocab_size=72)
+    student = save_teacher(tmp_path / "student", seed=1, num_hidden_layers=2)
+    text = str(write_text(tmp_path / "text.txt"))
+    found = inspect_layers(teacher, student, text, blocks=2, block_size=16)
+    assert found.tokens == 32
+    with_image().save_pretrained(teacher)
+    with_image().save_pretrained(student)
+    text = str(lines_with_one(tmp_path))
+    inspect_layers(teacher, teacher, text, blocks=80, block_size=16)
+    with pytest.raises(UserError, match=REFUSED):
+        inspect_layers(teacher, student, text, blocks=80, block_size=16)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,11 @@ import torch
 from sentence_transformers import SentenceTransformer, models
 from test_recipe import refusal as recipe_refusal
 from test_recipe import tree
-from tiny_models import save_teacher, tiny_config, tiny_tokenizer
+from tiny_models import save_teacher, tiny_config, tiny_tokenizer, write_text
 from tiny_others import save_other
 from tiny_rows import random_rows, row_recipe, write_rows
 from tiny_training import write_recipe, write_task
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -297,6 +301,68 @@ def test_another_tokenizer_is_refused(tmp_path: Path, ranks: Ranks) -> None:
     first = save_teacher(tmp_path / "first")
     with pytest.raises(UserError, match=r"teacher.others .*: its tokenizer is not the teacher's"):
         run_of(recipe_of(tmp_path, [first, other], "mean"), ranks)
+
+
+def reframed(folder: Path, **given: Any) -> None:
+    """Let a folder's tokenizer put other tokens around texts."""
+    tokenizer = tiny_tokenizer()
+    post = TemplateProcessing(**given, special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.backend_tokenizer.post_processor = post
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("single", ["[CLS] $A", "$A [SEP]"])
+def test_a_teacher_that_would_read_other_tokens_around_a_text_is_refused(
+    tmp_path: Path, ranks: Ranks, single: str
+) -> None:
+    teachers = teachers_of(tmp_path)[::2]
+    reframed(teachers[1], single=single)
+    made = re.escape(single.replace("$A", "[UNK] [UNK]"))
+    expected = f"^teacher.others {teachers[1]}: its tokenizer makes '{made}' of 'a text', but all"
+    in_rows = recipe_of(tmp_path, teachers, "mean")
+    blocks = {"train": str(write_text(tmp_path / "text.txt")), "documents": "line", "columns": None}
+    for recipe in (in_rows, recipe_of(tmp_path, teachers, "mean", data=blocks)):
+        with pytest.raises(UserError, match=expected) as refused:
+            run_of(recipe, ranks)
+        assert "\n" not in str(refused.value)
+
+
+def changed(settings: Path, **given: Any) -> None:
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **given}))
+
+
+PAIR = "[CLS] $A [SEP] $B:1 [SEP]:1"
+
+
+def test_of_rerankers_the_frames_of_pairs_count(tmp_path: Path, ranks: Ranks) -> None:
+    recipe = rerankers(tmp_path, 1, 1)
+    single = "[CLS] $A [SEP]"
+    reframed(tmp_path / "r0", single=single, pair=PAIR)
+    with pytest.raises(UserError, match=r"of 'a text' and 'another', but all teachers read what"):
+        run_of(recipe, ranks)
+    # no text is read by itself
+    reframed(tmp_path / "r1", single="$A", pair=PAIR)
+    run_of(recipe, ranks)
+    names = ["input_ids", "attention_mask"]
+    changed(tmp_path / "r1" / "tokenizer_config.json", model_input_names=names)
+    with pytest.raises(UserError, match="token_type_ids are no part of its tokenizer's pairs, but"):
+        run_of(recipe, ranks)
+
+
+def test_a_further_teacher_that_reads_less_of_a_text_is_named(
+    tmp_path: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, _, last = teachers_of(tmp_path)
+    changed(last / "sentence_bert_config.json", max_seq_length=6)
+    with caplog.at_level(logging.WARNING):
+        run_of(recipe_of(tmp_path, [first, last], "mean"), ranks)
+    said = f"SentenceTransformer cuts texts of teacher.others {last} after 6 tokens: of longer ones"
+    assert said in caplog.text and "texts of teacher.model" not in caplog.text
+    caplog.clear()
+    changed(last / "tokenizer_config.json", truncation_side="left")
+    with caplog.at_level(logging.WARNING):
+        run_of(recipe_of(tmp_path, [first, last], "mean"), ranks)
+    assert f"{last}: reads long texts as the first teacher does, cut on the right" in caplog.text
 
 
 @pytest.mark.parametrize(

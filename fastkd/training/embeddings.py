@@ -141,14 +141,18 @@ def find_default_prompt(recipe: Recipe) -> str:
     return prompt
 
 
-def compare_lengths(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+def compare_lengths(
+    recipe: Recipe, source: ModelSource, tokenizer: PreTrainedTokenizerBase, field: str
+) -> None:
     """Say where embeddings are made of longer texts than those that their users get.
 
     Args:
         recipe: of the run.
-        tokenizer: the teacher's.
+        source: of one of its teachers.
+        tokenizer: of that.
+        field: of the recipe, which names it.
     """
-    source, head = recipe.teacher.source, recipe.student.head
+    head = recipe.student.head
     judged = recipe.evaluate is not None or embedding_losses(recipe.losses, head)
     if recipe.data is None or not judged or not list_modules(source, head).modules:
         return
@@ -156,9 +160,9 @@ def compare_lengths(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     longest = said if isinstance(said, int) else tokenizer.model_max_length
     if recipe.data.block_size > longest:
         logger.warning(
-            "data.block_size is %d, but SentenceTransformer cuts texts of teacher.model %s after "
-            "%d tokens: of longer ones fastkd reads more than that does",
-            *(recipe.data.block_size, source.name, longest),
+            "data.block_size is %d, but SentenceTransformer cuts texts of %s %s after %d tokens: "
+            "of longer ones fastkd reads more than that does",
+            *(recipe.data.block_size, field, source.name, longest),
         )
 
 

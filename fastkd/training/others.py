@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.capture import try_model, vocabulary_size
 from fastkd.data.known_ids import limit_ids
+from fastkd.data.sequences import has_token_types, uses_token_types
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.losses.ensemble import Ensemble
@@ -24,6 +25,7 @@ from fastkd.models import (
 from fastkd.models.classifier import follow_labels
 from fastkd.recipe import Recipe
 from fastkd.recipe.models import OtherTeacher as Section
+from fastkd.training.embeddings import compare_lengths
 from fastkd.training.engine import OtherTeacher
 from fastkd.training.finite import check_weights
 
@@ -41,8 +43,8 @@ def load_others(
         tokenizer: of that.
 
     Raises:
-        UserError: one that can't be read, reads text as other tokens, or gives another number of
-            scores; or losses that read nothing of them.
+        UserError: one that can't be read, reads text as other tokens or with others around it, or
+            gives another number of scores; or losses that read nothing of them.
     """
     if not recipe.teacher.others:
         return []
@@ -120,6 +122,9 @@ def _load(
     )
     check_weights(model, given)
     limit_ids(tokenizer, vocabulary_size(model), given)
+    if own is not None:
+        _check_frame(recipe, own, tokenizer, model, given)
+    compare_lengths(recipe, source, own or tokenizer, "teacher.others")
     if HEADS[head].labels == "example" and model.config.num_labels != teacher.config.num_labels:
         raise UserError(
             f"{given}: its head gives {model.config.num_labels} numbers, but the first teacher's "
@@ -135,3 +140,54 @@ def _load(
         return OtherTeacher(model, read_embedding(source, model.config, head))
     except UnknownModule as error:
         raise UserError(f"teacher.others: {error}") from error
+
+
+def _check_frame(
+    recipe: Recipe,
+    own: PreTrainedTokenizerBase,
+    first: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    given: str,
+) -> None:
+    """See that a further teacher would be given what the first one's tokenizer makes of a text, or
+    of a pair where pairs are read.
+
+    Args:
+        recipe: of the run.
+        own: the tokenizer of the further teacher.
+        first: of the first one, which reads for all.
+        model: the further teacher.
+        given: what the user calls it.
+
+    Raises:
+        UserError: its own tokenizer puts other tokens around texts, or tells those of a pair apart
+            where the first one's doesn't, or the other way round.
+    """
+    form = recipe.row_form
+    paired = form is not None and form.paired
+    texts = ("a text", "another") if paired else ("a text",)
+    made, read = (list(each(*texts)["input_ids"]) for each in (own, first))
+    if made != read:
+        found, expected = (" ".join(own.convert_ids_to_tokens(ids)) for ids in (made, read))
+        raise UserError(
+            f"{given}: its tokenizer makes {found!r:.200} of {' and '.join(map(repr, texts))}, but "
+            f"all teachers read what the first one's makes, {expected!r:.200}; give teachers whose "
+            "tokenizers put the same tokens around texts"
+        )
+    if paired and has_token_types(model.config):
+        told, tells = (uses_token_types(model.config, each) for each in (own, first))
+        if told != tells:
+            raise UserError(
+                f"{given}: token_type_ids are {_used(told)} of its tokenizer's pairs, but "
+                f"{_used(tells)} of those of the first teacher's, which reads for all; give "
+                "teachers whose tokenizers name the same model_input_names"
+            )
+    if form is not None and own.truncation_side != first.truncation_side:
+        logger.warning(
+            "%s: reads long texts as the first teacher does, cut on the %s, and not on the %s",
+            *(given, first.truncation_side, own.truncation_side),
+        )
+
+
+def _used(are: bool) -> str:
+    return "part" if are else "no part"

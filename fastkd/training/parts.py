@@ -265,13 +265,14 @@ def _models(recipe: Recipe, plan: BatchPlan, ranks: Ranks, made: RunFolder | Non
     notes = [*tokenizers.notes, *prompt_notes(recipe)]
     if made is None and start is not None:
         notes += share_stops(student, teacher, tokenizers, f"student.init {start.name}")
-    compare_lengths(recipe, tokenizers.teacher or tokenizers.student)
+    teachers = tokenizers.teacher or tokenizers.student
+    compare_lengths(recipe, recipe.teacher.source, teachers, "teacher.model")
     traits = _traits(student, recipe), teacher_traits
     if made is None:
         check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
     pooling = own_pooling(recipe, student, teacher, start)
     prompts = handed_on_prompts(recipe)
-    others = load_others(recipe, teacher, tokenizers.teacher or tokenizers.student)
+    others = load_others(recipe, teacher, teachers)
     # a folder may have another name on another machine
     read = {f"teacher.others.{number}": each.model for number, each in enumerate(others, start=1)}
     if recipe.teacher.placement == "replicate":

@@ -114,6 +114,18 @@ def byte_level_tokenizer(trimmed: bool) -> PreTrainedTokenizerFast:
     )
 
 
+def test_a_text_with_a_token_that_the_model_does_not_embed_is_refused(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer(False)
+    rows = len(tokenizer)
+    masked_model("roberta", vocab_size=rows, pad_token_id=1).save_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(tmp_path)
+    masked = MaskedWords.load(str(tmp_path))
+    assert masked.read("the dog").places
+    with pytest.raises(UserError, match=f"holds the token '<image>', whose id {rows} is behind"):
+        masked.read("the <image> dog")
+
+
 @pytest.mark.parametrize("trimmed", [True, False])
 def test_byte_level_tokenizers(trimmed: bool, tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer(trimmed)

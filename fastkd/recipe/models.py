@@ -73,7 +73,8 @@ class Teacher(Section):
     """Expected digest of `model.safetensors`, checked before use."""
     others: tuple[Annotated[OtherTeacher, BeforeValidator(_named)], ...] = ()
     """Further teachers, by name or as a section: what losses read of embeddings, or of a
-    classification head, is then what all of them give. Losses of layers read the first one."""
+    classification head, is then what all of them give. Losses of layers read the first one, and
+    all read what its tokenizer makes: theirs must put the same tokens around texts."""
     combine: Combine = "mean"
     """What the embeddings of several teachers come to, each scaled to length one: their mean, or
     all of them one behind the other. Of classification heads it is the mean of their outputs."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from tiny_runs import make_recipe, read_losses
+from tiny_runs import make_recipe, read_losses, run_variants
 
 import fastkd
 from fastkd.reporting.report import write_report
@@ -97,6 +97,37 @@ def stop_after_four(recipe: Path) -> None:
 
     with pytest.raises(RuntimeError, match="stopped"):
         fastkd.distill(recipe, quiet=True, on_step=stop)
+
+
+def rates_of(run: Path) -> list[float]:
+    """The learning rates that were written down, by step."""
+    lines = RunFolder(run).read_metrics()
+    return [line["train/learning_rate"] for line in lines if line["kind"] == "train"]
+
+
+# of six steps, two of which warm up, up to 1e-3
+SCHEDULE = [0.0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_rate_under_a_step_is_the_one_it_was_made_with(tmp_path: Path, optimizer: str) -> None:
+    losses = {"projection_learning_rate": 0.1}
+    recipe = make_recipe(
+        tmp_path, losses=losses, train={"checkpoint_every": 2, "optimizer": optimizer}
+    )
+    stop_after_four(recipe)
+    # the fourth step is made again
+    run = fastkd.distill(recipe, quiet=True, resume=True).folder
+    assert rates_of(run) == pytest.approx(SCHEDULE)
+
+
+def test_both_engines_write_down_the_rate_of_the_step(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, train={"log_every": 2})
+    runs = {"local": [], "deepspeed": ["deepspeed.wall_clock_breakdown=false"]}
+    outputs = {name: tmp_path / name for name in runs}
+    run_variants(recipe, [[f"run.output={outputs[n]}", *more] for n, more in runs.items()])
+    for output in outputs.values():
+        assert rates_of(output) == pytest.approx(SCHEDULE[1::2])
 
 
 def test_a_run_with_lines_of_old_is_reported_and_goes_on(run: RunFolder, tmp_path: Path) -> None:

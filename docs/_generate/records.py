@@ -91,7 +91,7 @@ class TrainLine(Section):
     weighted: dict[str, float]
     """What each adds to the sum."""
     learning_rate: float
-    """As the schedule has it after the step."""
+    """That the last step was made with."""
     gradient_norm: float | None
     """Of the last step, before clipping; null where the engine has none."""
     tokens_per_second: float | None = None

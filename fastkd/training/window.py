@@ -32,6 +32,7 @@ class Window:
     def __init__(self, run: Run, micro_batches: MicroBatches, step: int) -> None:
         self.run = run
         self.micro_batches = micro_batches
+        self._rate = self._next_rate = self._scheduled_rate()
         self._restart(step)
 
     def _restart(self, step: int) -> None:
@@ -52,8 +53,10 @@ class Window:
         return skipped
 
     def add(self, losses: Tensor) -> None:
-        """Add one step's losses."""
+        """Add the losses of a step whose update is made."""
         self.step += 1
+        # by now the schedule stands at the step after
+        self._rate, self._next_rate = self._next_rate, self._scheduled_rate()
         self.sum += losses
         fresh = (self.broken == 0) & ~torch.isfinite(losses)
         self.broken.masked_fill_(fresh, self.step)
@@ -92,12 +95,16 @@ class Window:
             "loss": total,
             "losses": losses,
             "weighted": weighted,
-            "learning_rate": run.engine.get_lr()[0],
+            "learning_rate": self._rate,
             "gradient_norm": norm,
             f"{counted}_per_second": rows * each / (time.perf_counter() - self.time),
         }
         self._restart(self.step)
         return record, stops > 0
+
+    def _scheduled_rate(self) -> float:
+        """The learning rate that the next step is made with, of the student's own groups."""
+        return float(self.run.engine.get_lr()[0])
 
     def _refuse_losses(self, losses: dict[str, float], weighted: dict[str, float]) -> NoReturn:
         step, places = self._first()

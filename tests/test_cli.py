@@ -248,7 +248,8 @@ def test_a_run_leaves_what_it_promises(recipe: Path) -> None:
     ]
     assert heldout == [0, 3, 6]
     page = (run / "report.html").read_text()
-    for title in ("Layers", "attention", "norm of the gradient", "tokens a second"):
+    panels = ["attention, logarithmic", "norm of the gradient, last step, logarithmic"]
+    for title in ("Layers", *panels, "learning rate, last step", "tokens a second"):
         assert f">{title}</" in page
     assert tracked(run) == written(run)
 

@@ -16,8 +16,10 @@ from tiny_runs import make_recipe
 import fastkd
 from fastkd.layer_similarity import write_similarity
 from fastkd.layer_similarity.compare import Similarity
+from fastkd.reporting.html import document
 from fastkd.reporting.report import write_report
 from fastkd.reporting.style import DARK, LIGHT, LINES
+from fastkd.reporting.svg import Line, Panel, chart
 from fastkd.study import load_study
 from fastkd.study.plan import Plan
 from fastkd.study.plots import make_plots
@@ -86,7 +88,12 @@ def pages(run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> list[Path
     cka = np.linspace(0.0, 1.0, 5 * 13).reshape(5, 13)
     alike = Similarity(cka, cka[1:, 1:], "js", None, (4, 4), 9999, (8, 8))
     write_similarity(alike, folder / "similarity")
-    return [run.report, grid, search, folder / "similarity" / "similarity.html"]
+    # steps of five to seven digits, whose labels reach beyond their ticks
+    ends = (20_000, 99_999, 150_000, 1_000_000, 2_000_000)
+    steps = [Panel([Line("", (0, end // 2, end), (1.0, 2.0, 3.0))]) for end in ends]
+    long = folder / "long.html"
+    long.write_text(document("long", [chart(steps)]))
+    return [run.report, grid, search, folder / "similarity" / "similarity.html", long]
 
 
 @needs_chromium
@@ -127,7 +134,7 @@ def test_a_pointer_is_told_every_value_of_a_run(run: RunFolder) -> None:
 
 
 def test_a_pointer_is_told_every_value_of_a_study(pages: list[Path]) -> None:
-    _, grid, search, _ = (page.read_text() for page in pages)
+    _, grid, search, *_ = (page.read_text() for page in pages)
     # three mappings or weights, as many panels as tasks and one for all
     assert len(re.findall(r"<title>[\w.]+, seed \d: 0\.\d+</title>", grid)) == (2 + 3) * 3 * 3
     assert len(re.findall(r"<title>[\w.]+: 0\.\d+ ± 0\.\d+</title>", grid)) == (2 + 3) * 3

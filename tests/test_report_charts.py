@@ -10,7 +10,7 @@ import pytest
 
 from fastkd.reporting.layer_figure import layer_figures
 from fastkd.reporting.numbers import number, tick_numbers
-from fastkd.reporting.svg import Bar, Line, Panel, bars, chart, make_axis
+from fastkd.reporting.svg import CHARACTER, WIDTH, Bar, Line, Panel, bars, chart, make_axis
 
 STEPS = (1.0, 2.0, 3.0, 4.0)
 
@@ -58,19 +58,32 @@ def test_a_point_stands_where_its_value_says(log: bool) -> None:
 
 
 def test_what_a_scale_can_not_show_is_a_gap() -> None:
-    line = Line("x", (1, 2, 3, 4, 5), (1.0, 0.0, 2.0, math.nan, 3.0))
+    line = Line("x", (1, 2, 3, 4, 5), (1.0, math.nan, 2.0, math.inf, 3.0))
     svg = chart([Panel([line], log=True)])
     (points,) = curves(svg)
     assert len(points) == 3
     assert re.search(r'class="line line-0" d="M[^L"]*M[^L"]*M[^L"]*"', svg)
-    # what the scale can't show is told all the same, but for what is no number
     assert told(svg) == [
-        *(["step 1", "x: 1"], ["step 2", "x: 0"], ["step 3", "x: 2"], ["step 4"]),
-        ["step 5", "x: 3"],
+        *(["step 1", "x: 1"], ["step 2"], ["step 3", "x: 2"], ["step 4"], ["step 5", "x: 3"]),
     ]
-    # without any value that it can show, the scale is linear
-    (zeros,) = curves(chart([Panel([Line("x", STEPS, (0.0,) * 4)], log=True)]))
-    assert len(zeros) == 4
+
+
+@pytest.mark.parametrize("values", [(0.0,) * 4, (4.0, 0.0, 2.0, 1.0), (1.0, 2.0, -3.0, 4.0)])
+def test_a_panel_of_values_without_a_logarithm_is_linear(values: tuple[float, ...]) -> None:
+    page = chart([Panel([Line("x", STEPS, values)], "loss", log=True)])
+    (points,) = curves(page)
+    assert len(points) == 4 and not any("logarithmic" in text for text in texts(page))
+    heights = [-y for _, y in points]
+    shares = [(v - min(values)) / (max(values) - min(values) or 1) for v in values]
+    for height, share in zip(heights, shares, strict=True):
+        expected = min(heights) + share * (max(heights) - min(heights))
+        assert height == pytest.approx(expected, abs=0.11)
+
+
+def test_a_panel_says_that_it_is_logarithmic() -> None:
+    page = chart([Panel([Line("x", STEPS, (4, 3, 2, 1))], "loss", log=True)])
+    assert "loss, logarithmic" in texts(page)
+    assert 'aria-label="loss, logarithmic by step: x' in page
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -93,7 +106,8 @@ def test_what_a_scale_can_not_show_is_a_gap() -> None:
 )
 def test_an_axis_holds_its_values_and_names_some(values: list[float], log: bool) -> None:
     axis = make_axis(values, log=log)
-    shown = [v for v in values if math.isfinite(v) and (v > 0 or not axis.log)]
+    shown = [v for v in values if math.isfinite(v)]
+    assert axis.log == (log and bool(shown) and min(shown) > 0)
     places = [axis.place(value) for value in shown]
     assert all(place is not None and -1e-6 <= place <= 1 + 1e-6 for place in places)
     assert 2 <= len(axis.ticks) <= 10 and list(axis.ticks) == sorted(set(axis.ticks))
@@ -192,6 +206,16 @@ def test_what_is_said_of_a_line_begins_and_ends_with_numbers() -> None:
 def test_steps_have_no_fractions() -> None:
     page = chart([Panel([Line("", (0, 1, 2), (1, 2, 3))])])
     assert {"0", "1", "2"} <= set(texts(page)) and "0.5" not in texts(page)
+
+
+@pytest.mark.parametrize("end", [20_000, 99_999, 150_000, 1_000_000, 2_000_000, 9_999_999])
+def test_no_label_of_a_step_is_cut(end: int) -> None:
+    page = chart([Panel([Line("", (0, end // 2, end), (1.0, 2.0, 3.0))])])
+    for label in elements(page, "text"):
+        if label.get("text-anchor") == "middle":
+            half = len(label.text or "") * CHARACTER / 2
+            assert float(label.get("x", "")) - half >= 0, label.text
+            assert float(label.get("x", "")) + half <= WIDTH, label.text
 
 
 def test_bars_are_as_long_as_what_they_say() -> None:

@@ -29,8 +29,10 @@ def training_panels(records: Sequence[Record]) -> list[Panel]:
     adds = [by_term(values_of(record, "weighted")) for record in records]
     terms = _lines(steps, adds)
     weighted = Panel([*terms, total], "loss, and what each term adds to it", log=True, legend="")
-    panels = [weighted, *loss_panels(records), _alone(records, "learning_rate", "learning rate")]
-    panels.append(_alone(records, "gradient_norm", "norm of the gradient", log=True))
+    # what is no mean says so
+    rate = _alone(records, "learning_rate", "learning rate, last step")
+    norm = _alone(records, "gradient_norm", "norm of the gradient, last step", log=True)
+    panels = [weighted, *loss_panels(records), rate, norm]
     speeds = dict.fromkeys(key for record in records for key in record if key.endswith("_second"))
     for key in speeds:
         name = key.partition("/")[2]
@@ -69,7 +71,6 @@ def loss_panels(records: Sequence[Record]) -> list[Panel]:
         # a term without layers is one line
         heading = "by student layer" if several else "student-teacher"
         legend = heading if pairs[0].label else None
-        # a student that starts from its teacher has losses of exactly zero
         panels.append(Panel(pairs, term, log=True, legend=legend))
     return panels
 

@@ -92,7 +92,10 @@ def write_report(run: RunFolder) -> None:
         *(html_table(columns, rows, "scores") for columns, rows in score_tables(summary)),
         *_section(_scores_title(summary), chart(scores) if scores else ""),
         *_section("Layers", f"<div class='panels'>{''.join(layers)}</div>" if layers else ""),
-        *_section("Training, mean over log_every steps", _panels(training_panels(training))),
+        *_section(
+            "Training, mean over log_every steps or of the last of them",
+            _panels(training_panels(training)),
+        ),
         *_section("Held-out losses over the run", _panels(heldout_panels(heldout))),
         *_profile_sections(summary),
         "<h2>Run</h2>",

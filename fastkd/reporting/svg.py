@@ -56,7 +56,7 @@ class Panel:
     title: str = ""
     x_label: str = "step"
     log: bool = False
-    """A logarithmic y axis; a linear one where no value is above 0."""
+    """A logarithmic y axis; a linear one where a value is 0 or below."""
     legend: str | None = None
     """Heading of the legend; `None`: there is none."""
 
@@ -83,7 +83,7 @@ class Axis:
 
     def place(self, value: float) -> float | None:
         """Between 0 for the low end and 1 for the high one; `None`: it has no place."""
-        if not _is_shown(value) or (self.log and value <= 0):
+        if not _is_shown(value):
             return None
         low, high, at = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
         return (at - low) / (high - low)
@@ -100,17 +100,15 @@ def make_axis(
     """An axis around values, a little longer than they reach.
 
     Args:
-        values: what is to be shown; those that are not finite, above 1e300, or not positive on a
-            logarithmic axis are left out.
-        log: logarithmic, if any value is positive.
+        values: what is to be shown; those that are not finite or above 1e300 are left out.
+        log: logarithmic, if all values are positive: what has no place there would be missing.
         margin: what is added at either end, as a share of the whole.
         parts: about as many ticks there are, linearly.
         whole: whether values between whole numbers have no tick.
     """
     shown = [value for value in values if _is_shown(value)]
-    positive = [value for value in shown if value > 0]
-    log = log and bool(positive)
-    known = [math.log10(value) for value in positive] if log else shown or [0.0]
+    log = log and bool(shown) and min(shown) > 0
+    known = [math.log10(value) for value in shown] if log else shown or [0.0]
     low, high = min(known), max(known)
     room = (high - low) * margin or (0.05 if log else abs(low) / 10 or 0.5)
     low, high = low - room, high + room
@@ -199,8 +197,10 @@ def tooltip(shown: str) -> str:
 
 def _figure(panel: Panel) -> str:
     said = "; ".join(map(_said, panel.lines[:_MARKED]))
-    drawn = picture(_HEIGHT, _draw(panel), f"{panel.title} by {panel.x_label}: {said}")
-    return figure(panel.title, drawn + _legend(panel))
+    y_axis = make_axis([y for line in panel.lines for y in line.y], log=panel.log)
+    title = ", ".join(filter(None, (panel.title, "logarithmic" if y_axis.log else "")))
+    drawn = picture(_HEIGHT, _draw(panel, y_axis), f"{title} by {panel.x_label}: {said}")
+    return figure(title, drawn + _legend(panel))
 
 
 def _said(line: Line) -> str:
@@ -211,16 +211,17 @@ def _said(line: Line) -> str:
     return f"{line.label} from {' to '.join(ends)}".lstrip()
 
 
-def _draw(panel: Panel) -> list[str]:
+def _draw(panel: Panel, y_axis: Axis) -> list[str]:
     """The elements of a panel."""
-    y_axis = make_axis([y for line in panel.lines for y in line.y], log=panel.log)
-    y_numbers = tick_numbers(y_axis.ticks)
-    left = max(map(len, y_numbers)) * CHARACTER + 12
-    right, bottom = WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     places = [x for line in panel.lines for x in line.x]
     longest = max((len(number(x)) for x in places), default=1)
     parts = 6 if longest < 4 else 4
     x_axis = make_axis(places, margin=0.02, parts=parts, whole=True)
+    y_numbers, x_numbers = tick_numbers(y_axis.ticks), tick_numbers(x_axis.ticks)
+    # a tick may stand at either end, and its label reaches beyond
+    halves = [len(shown) * CHARACTER / 2 for shown in x_numbers]
+    left = max(max(map(len, y_numbers)) * CHARACTER + 12, *halves[:1])
+    right, bottom = WIDTH - max(_RIGHT, *halves[-1:]), _HEIGHT - _BOTTOM
 
     def across(x: float) -> float | None:
         place = x_axis.place(x)
@@ -235,7 +236,7 @@ def _draw(panel: Panel) -> list[str]:
         at = up(tick) or 0.0
         found.append(f'<path class="grid" d="M{left:.1f} {at:.1f}H{right:g}"/>')
         found.append(text(left - 6, at + 4, shown, "end"))
-    for tick, shown in zip(x_axis.ticks, tick_numbers(x_axis.ticks), strict=True):
+    for tick, shown in zip(x_axis.ticks, x_numbers, strict=True):
         at = across(tick) or 0.0
         found.append(f'<path class="axis" d="M{at:.1f} {bottom:g}v4"/>')
         found.append(text(at, bottom + 17, shown, "middle"))

@@ -347,7 +347,18 @@ def test_prompts_of_the_data_are_handed_on_beside_the_teachers(tmp_path: Path) -
     assert own.prompts["query"] == "w9 w9 " and chain_of(own) == ["Transformer", "Pooling"]
 
 
-def test_a_stage_goes_on_with_the_projection_of_the_one_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("losses", "learned_by"),
+    [
+        ({"embedding_output": {}}, "embedding_output"),
+        # one projection for all layers, drawn otherwise than that of the first stage
+        ({"hidden": {"layer_map": "last", "projection": "own"}}, "hidden"),
+        ({"hidden": {"projection": "per_pair"}, "projection_bias": False}, "hidden"),
+    ],
+)
+def test_a_stage_goes_on_with_the_projection_of_the_one_before(
+    tmp_path: Path, losses: dict[str, Any], learned_by: str
+) -> None:
     torch.manual_seed(2)
     teacher = save_sentences(tmp_path, pooling("mean"), models.Normalize())
     recipe = make_recipe(
@@ -355,12 +366,38 @@ def test_a_stage_goes_on_with_the_projection_of_the_one_before(tmp_path: Path) -
         teacher={"model": str(teacher)},
         train={"steps": 2, "warmup_steps": 0},
     )
-    hidden = {"hidden": {}, "projection_bias": False}
-    stages = [{"losses": hidden}, {"losses": {"embedding_output": {}}}]
+    # a bias goes on where the later loss has one
+    first_bias = losses.get("projection_bias", "embedding_output" not in losses)
+    hidden = {"hidden": {}, "projection_bias": first_bias}
+    stages = [{"losses": hidden}, {"losses": losses}]
     result = fastkd.distill(recipe, {"stages": stages}, quiet=True)
     first, second = result.summary["stages"]
     assert second["before"]["sentence_cosine"] == pytest.approx(
         first["after"]["sentence_cosine"], abs=1e-6
     )
     said = (result.folder / "student" / "README.md").read_text()
-    assert "Dense 24 to 32 from losses.embedding_output, begun as that of student.init" in said
+    assert f"Dense 24 to 32 from losses.{learned_by}, begun as that of student.init" in said
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ({"hidden": {"kind": "cosine"}}, "its Dense 24 to 32 is left out: no loss here goes on wi"),
+        (
+            {"embedding_output": {"pooling": "cls"}},
+            "its Dense 24 to 32 doesn't fit the projection of losses.embedding_output, which",
+        ),
+    ],
+)
+def test_a_stage_that_leaves_a_projection_says_so(
+    tmp_path: Path, losses: dict[str, Any], expected: str
+) -> None:
+    recipe = make_recipe(
+        tmp_path,
+        teacher={"model": str(save_sentences(tmp_path, pooling("mean"), models.Normalize()))},
+        train={"steps": 1, "warmup_steps": 0},
+    )
+    stages = [{"losses": {"hidden": {}}}, {"losses": losses}]
+    summary = fastkd.distill(recipe, {"stages": stages}, quiet=True).summary
+    assert any(expected in note for note in summary["stages"][1]["notes"])
+    assert not any("its Dense" in note for note in summary["stages"][0]["notes"])

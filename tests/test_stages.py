@@ -22,6 +22,8 @@ from tiny_training import (
 from fastkd.losses.objective import Objective
 from fastkd.recipe import Train
 from fastkd.recipe.stages import stage_trees
+from fastkd.training.run_folder import RunFolder
+from fastkd.training.stages import join_summaries
 
 FIRST = {"losses": {"hidden": {}}, "train": {"steps": 1}}
 LATER: dict[str, tuple[dict[str, Any], str]] = {
@@ -125,3 +127,51 @@ def test_a_wrong_source_leaves_the_folder_to_the_corrected_recipe(
     # whoever may read the folder may read the student
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
     assert not [path for path in run.rglob(".*") if path.name != ".lock"]
+
+
+def judged_stage(before: dict[str, Any], after: dict[str, Any], data: str = "a") -> dict[str, Any]:
+    """What of a stage's summary says whether a run ended worse than it began."""
+    sides = {"before": {"total": 1.0, **before}, "after": {"total": 0.5, **after}}
+    return {**sides, "worse": [], "data_digests": {"train": data}} | {
+        "steps": 1,
+        "seconds": 1.0,
+        "peak_memory_bytes": 1,
+        "peak_memory_of": "process",
+    }
+
+
+SETS = {"dev": {"accuracy": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "data", "expected"),
+    [
+        # lost between the stages, so worse than no stage found it
+        (
+            {"sentence_cosine": 0.1150, "pairs": {"sts": 0.5}},
+            {"sentence_cosine": -0.1539, "pairs": {"sts": 0.25}},
+            "a",
+            ["sentence cosine -0.1539, before 0.1150", "sts 0.2500, before 0.5000"],
+        ),
+        (
+            {"score": 0.5, "scores": SETS},
+            {"score": 0.25, "scores": SETS},
+            "a",
+            ["score 0.2500, bef"],
+        ),
+        # what means something else in another stage
+        ({"score": 0.5, "scores": SETS}, {"score": 0.25, "scores": {"x": {"f1": 1}}}, "a", []),
+        ({"sentence_cosine": 0.5}, {"sentence_cosine": 0.25}, "b", []),
+        ({"total": 0.1, "pseudo_perplexity": 2.0}, {"pseudo_perplexity": 3.0}, "a", []),
+        ({"sentence_cosine": 0.25}, {"sentence_cosine": 0.5}, "a", []),
+        ({"sentence_cosine": 0.25}, {"sentence_cosine": None}, "a", []),
+    ],
+)
+def test_the_end_of_the_last_stage_is_held_against_the_first(
+    first: dict[str, Any], last: dict[str, Any], data: str, expected: list[str]
+) -> None:
+    stages = [judged_stage(first, {}), judged_stage({}, last, data)]
+    found = join_summaries(RunFolder(Path("run")), stages)["worse"]
+    assert len(found) == len(expected)
+    for said, one in zip(found, expected, strict=True):
+        assert said.startswith(f"stages 1 to 2: {one}")

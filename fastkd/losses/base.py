@@ -238,6 +238,12 @@ class Term(nn.Module):
         whole, and what is returned holds copies of them."""
         return None
 
+    def begin_from(self, start: EmbeddingModules) -> bool:
+        """Let the projection of the embedding begin as that of the model that the student starts
+        from, if it is one of the same vectors, so that a run goes on where another ended; a bias
+        that the term doesn't have is left out. Whether it does."""
+        return False
+
 
 class Loss(Term):
     """A loss of a recipe.

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from fastkd.errors import UserError
 from fastkd.losses.base import Batch, Captures, Loss, LossConfig, LossGroup, ModelPair, Shared
-from fastkd.losses.pooling import Dense, EmbeddingModules, Normalize, Pooling
+from fastkd.losses.pooling import BEGUN, Dense, EmbeddingModules, Normalize, Pooling
 from fastkd.types import Head
 
 if TYPE_CHECKING:
@@ -154,17 +154,16 @@ class EmbeddingGroup(LossGroup):
         dense = Dense(weight, learned_by=name + self._begun)
         return teacher.of_student(width, dense, self._pooling)
 
-    def begin_from(self, start: EmbeddingModules) -> None:
-        """Let the projection begin as that of the model that the student starts from, if it is one
-        of the same vectors, so that a run goes on where another ended; its bias is left out."""
-        first = next(iter(start.given()), None)
-        if self.projection is None or not isinstance(first, Dense) or first.activation is not None:
-            return
-        same = start.pooling == self._pooling
-        if same and first.weight.shape == self.projection.weight.shape:
-            with torch.no_grad():
-                self.projection.weight.copy_(first.weight)
-            self._begun = ", begun as that of student.init"
+    def begin_from(self, start: EmbeddingModules) -> bool:
+        first = start.linear_map
+        if self.projection is None or first is None or start.pooling != self._pooling:
+            return False
+        if first.weight.shape != self.projection.weight.shape:
+            return False
+        with torch.no_grad():
+            self.projection.weight.copy_(first.weight)
+        self._begun = BEGUN
+        return True
 
     def parameter_rates(self) -> dict[str, float]:
         rate = self.shared.projection_learning_rate

@@ -390,10 +390,20 @@ class Objective(nn.Module):
     def student_modules(self) -> EmbeddingModules | None:
         """The same of the student where its losses say it: those of embeddings or, without any, a
         hidden loss that projects its last layer to the teacher's; `None` elsewhere."""
-        terms = self.each()
-        deciding = [term for term in terms if term.embeds] or terms
-        made = (term.student_modules() for term in deciding)
+        made = (term.student_modules() for term in self._deciding())
         return next((found for found in made if found is not None), None)
+
+    def begin_from(self, start: EmbeddingModules) -> bool:
+        """Let the projection that the student is exported with begin as that of the model that the
+        student starts from; whether it does."""
+        made = (term for term in self._deciding() if term.student_modules() is not None)
+        deciding = next(made, None)
+        return deciding is not None and deciding.begin_from(start)
+
+    def _deciding(self) -> list[Term]:
+        """The terms that may say how the student's embedding is made."""
+        terms = self.each()
+        return [term for term in terms if term.embeds] or terms
 
     def kept(self) -> dict[str, Tensor]:
         """The weights that an evaluation needs later: projections, no log-variances."""

@@ -136,6 +136,10 @@ Step = Dense | LayerNorm | Normalize | Truncate
 """What may stand behind the pooling."""
 
 
+BEGUN = ", begun as that of student.init"
+"""What is said of a projection that goes on where another run ended."""
+
+
 class EmbeddingModules(nn.Module):
     """What makes one vector a sequence of a model's final states, as the model's user gets it.
 
@@ -215,6 +219,13 @@ class EmbeddingModules(nn.Module):
     def given(self) -> list[Step]:
         """The steps behind pooling and projection."""
         return [step for step in self.steps if isinstance(step, Step)]
+
+    @property
+    def linear_map(self) -> Dense | None:
+        """The linear layer right behind the pooling, which may be a projection that a run learned;
+        `None` where something else stands there."""
+        first = next(iter(self.given()), None)
+        return first if isinstance(first, Dense) and first.activation is None else None
 
     def pooled_by(self, pooling: Sequence[PoolingMode]) -> EmbeddingModules:
         """The same with another pooling.

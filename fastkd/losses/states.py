@@ -14,7 +14,7 @@ from fastkd.errors import UserError
 from fastkd.layer_map import AttentionMap, LayerMap, Progress
 from fastkd.losses.base import Batch, Loss, LossConfig, LossGroup, Shared
 from fastkd.losses.counts import Divisor
-from fastkd.losses.pooling import Dense, EmbeddingModules, first_tokens
+from fastkd.losses.pooling import BEGUN, Dense, EmbeddingModules, first_tokens
 
 if TYPE_CHECKING:
     from fastkd.capture import Capture
@@ -108,6 +108,7 @@ class StateGroup(LossGroup):
         # of every pair of all members, the number of its projection
         self.projection_of: list[int | None] = []
         self.rates: list[float | None] = []
+        self._begun = ""
         common: int | None = None
         for loss, mode in zip(self.losses, self.modes, strict=True):
             self.starts.append(len(self.projection_of))
@@ -137,22 +138,43 @@ class StateGroup(LossGroup):
     def student_modules(self) -> EmbeddingModules | None:
         """The embedding through the projection of the last layer. A linear map may stand before or
         behind a pooling whose weights add up to one; so it is exported as Dense behind it."""
+        found, known = self._of_embedding(), self.shared.pair.embeddings
+        if found is None or known is None:
+            return None
+        loss, weight, bias = found
+        copies = weight.detach().clone(), None if bias is None else bias.detach().clone()
+        made = Dense(*copies, learned_by=loss.name + self._begun)
+        return known[1].of_student(self.shared.pair.widths[0], made)
+
+    def _of_embedding(self) -> tuple[StateLoss, nn.Parameter, nn.Parameter | None] | None:
+        """The projection that the student is exported with, weight and bias, and whose it is."""
         pair = self.shared.pair
         if pair.embeddings is None or not pair.last_is_output:
             return None
-        teacher = pair.embeddings[1]
-        if len(teacher.pooling) > 1 or teacher.pooling[0] in ("max", "mean_sqrt_len"):
+        pooling = pair.embeddings[1].pooling
+        if len(pooling) > 1 or pooling[0] in ("max", "mean_sqrt_len"):
             return None
         for loss, start in zip(self.losses, self.starts, strict=True):
             place = loss.last_place
             number = None if place is None else self.projection_of[start + place]
             if number is not None:
                 own = dict(self.named_parameters())
-                weight, bias = own[f"weight_{number}"], own.get(f"bias_{number}")
-                copies = weight.detach().clone(), None if bias is None else bias.detach().clone()
-                made = Dense(*copies, learned_by=loss.name)
-                return teacher.of_student(pair.widths[0], made)
+                return loss, own[f"weight_{number}"], own.get(f"bias_{number}")
         return None
+
+    def begin_from(self, start: EmbeddingModules) -> bool:
+        found, known, first = self._of_embedding(), self.shared.pair.embeddings, start.linear_map
+        if found is None or known is None or first is None or start.pooling != known[1].pooling:
+            return False
+        _, weight, bias = found
+        if first.weight.shape != weight.shape:
+            return False
+        with torch.no_grad():
+            weight.copy_(first.weight)
+            if bias is not None:
+                bias.copy_(torch.zeros_like(bias) if first.bias is None else first.bias)
+        self._begun = BEGUN
+        return True
 
     def forward(self, student: Capture, teacher: Capture, batch: Batch) -> Tensor:
         """Losses [matches], fp32."""

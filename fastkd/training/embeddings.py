@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from fastkd.capture import sees_ahead
 from fastkd.errors import UserError
 from fastkd.losses.factory import embedding_losses
+from fastkd.losses.objective import Objective
 from fastkd.losses.pooling import EmbeddingModules, PoolingMode
 from fastkd.models import UnknownModule, read_embedding, stands_apart
 from fastkd.models.sentence_folder import (
@@ -139,6 +140,42 @@ def find_default_prompt(recipe: Recipe) -> str:
                 *(other.source.name, prompt),
             )
     return prompt
+
+
+def begin_projection(recipe: Recipe, objective: Objective, student: PreTrainedModel) -> list[str]:
+    """Let a student that starts from another model go on with the projection of that model's
+    embedding; what must be known where it can't, in a line.
+
+    Args:
+        recipe: of the run.
+        objective: its losses, whose parameters are whole.
+        student: as it starts.
+    """
+    start, head = recipe.student.starts_from, recipe.student.head
+    own = objective.student_modules()
+    if start is None or (own is None and (recipe.task is not None or not _has_modules(start))):
+        return []
+    try:
+        found = read_embedding(start, student.config, head)
+    except UnknownModule:
+        # one that ends otherwise has no such projection
+        return []
+    first = found.linear_map
+    if objective.begin_from(found) or first is None:
+        return []
+    given = f"student.init {start.name}: its Dense {first.weight.shape[1]} to {len(first.weight)}"
+    if own is not None and own.projection is not None:
+        return [
+            f"{given} doesn't fit the projection of losses.{own.projection.learned_by}, which is "
+            "drawn anew"
+        ]
+    widths = objective.pair.widths
+    # of a student as wide as its teacher it is the teacher's, which the student is given anyway
+    return [] if widths[0] == widths[1] else [f"{given} is left out: no loss here goes on with it"]
+
+
+def _has_modules(source: ModelSource) -> bool:
+    return bool(list_modules(source, "none").modules)
 
 
 def compare_lengths(

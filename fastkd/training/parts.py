@@ -37,7 +37,6 @@ from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, make_layer_map
-from fastkd.losses.embeddings import EmbeddingGroup
 from fastkd.losses.factory import (
     capture_needs,
     hard_objective,
@@ -48,13 +47,11 @@ from fastkd.losses.objective import DistilledStudent, Objective
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.models import (
     Initialisation,
-    UnknownModule,
     build_student,
     check_saved,
     load_student,
     load_teacher,
     load_tokenizer,
-    read_embedding,
     stands_apart,
     student_layers,
 )
@@ -64,6 +61,7 @@ from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, TaskData, resolve_s
 from fastkd.row_form import RowForm
 from fastkd.training.alike import check_alike
 from fastkd.training.embeddings import (
+    begin_projection,
     compare_lengths,
     find_default_prompt,
     find_embeddings,
@@ -204,6 +202,7 @@ def _distillation(
     # before the data, which takes long to read, and may tell how many steps there are
     tasks = load_tasks(() if recipe.evaluate is None else recipe.evaluate.mteb, ranks)
     objective = _objective(recipe, models, made)
+    begun = [] if made is not None else begin_projection(recipe, objective, models.student)
     tokenizers, configs = models.tokenizers, models.configs
     prompt = find_default_prompt(recipe)
     pairs = _pairs(recipe, tokenizers, *configs, ranks, prompt)
@@ -234,7 +233,7 @@ def _distillation(
         tokenizer=tokenizers.student,
         teacher_tokenizer=tokenizers.teacher,
         exported_tokenizer=tokenizers.exported,
-        notes=models.notes,
+        notes=[*models.notes, *begun],
         layers=models.layers,
         initialisation=models.initialisation,
         module=DistilledStudent(models.student, objective),
@@ -299,7 +298,7 @@ def _models(recipe: Recipe, plan: BatchPlan, ranks: Ranks, made: RunFolder | Non
 
 
 def _objective(recipe: Recipe, models: _Models, made: RunFolder | None) -> Objective:
-    """The losses, whose projections begin at random, as another model's, or as a run left them."""
+    """The losses, whose projections begin at random or as a run left them."""
     embeddings = models.embeddings
     both = models.student, models.teacher
     ends = None if embeddings is None else embeddings[1]
@@ -320,8 +319,6 @@ def _objective(recipe: Recipe, models: _Models, made: RunFolder | None) -> Objec
     )
     if made is not None:
         load_projections(objective, made)
-    else:
-        _begin_projection(recipe, objective, models.student)
     return objective
 
 
@@ -396,20 +393,6 @@ def _pairs(
             both = f"{found[name].fingerprint} {theirs.fingerprint}"
             found[name] = replace(found[name], teacher=theirs.sequences, fingerprint=both)
     return found
-
-
-def _begin_projection(recipe: Recipe, objective: Objective, student: PreTrainedModel) -> None:
-    """Let a student that starts from another model go on with that model's projection."""
-    start = recipe.student.starts_from
-    groups = [term for term in objective.each() if isinstance(term, EmbeddingGroup)]
-    if start is None or not groups:
-        return
-    try:
-        found = read_embedding(start, student.config, recipe.student.head)
-    except UnknownModule:
-        # one that ends otherwise has no such projection
-        return
-    groups[0].begin_from(found)
 
 
 def _masking(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Masking | None:

@@ -51,6 +51,13 @@ def judged_by(digests: Mapping[str, str]) -> dict[str, str]:
     return {part: digest for part, digest in digests.items() if part != "train" or not others}
 
 
+def judged_alike(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two evaluations are of the same data, by the digests of what their runs read; not
+    where there are none."""
+    parts = [{k: _content(v) for k, v in judged_by(each).items()} for each in (one, other)]
+    return bool(parts[0]) and parts[0] == parts[1]
+
+
 def field_of(part: str) -> str | None:
     """The field of `evaluate` that a part is of, `None` where it is of a recipe's data."""
     kind, _, name = part.partition(" ")

@@ -18,8 +18,9 @@ from fastkd.reporting.console import Reporter
 from fastkd.training.card import write_card
 from fastkd.training.rehearsal import check_recipe
 from fastkd.training.run_folder import RunFolder
-from fastkd.training.same_data import require_same_data, shared_parts
+from fastkd.training.same_data import judged_alike, require_same_data, shared_parts
 from fastkd.training.setup import Run
+from fastkd.training.summary import worsened_scores
 
 _ADDED_UP = ("steps", "seconds", "train_examples", "train_rows", "train_tokens")
 
@@ -125,9 +126,32 @@ def join_summaries(run: RunFolder, summaries: list[dict[str, Any]]) -> dict[str,
             f"stage {number}: {said}"
             for number, stage in enumerate(summaries, start=1)
             for said in stage.get("worse", [])
-        ],
+        ]
+        + _worse_in_the_end(summaries),
         "stages": summaries,
     }
+
+
+def _worse_in_the_end(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of what means the same in all stages, what the last one left worse than the first found it;
+    the losses of a stage are its own, and so are the tokens that it masks."""
+    first, last = summaries[0], summaries[-1]
+    before, after = first["before"], last["after"]
+    digests = (stage.get("data_digests", {}) for stage in (first, last))
+    if before is None or after is None or not judged_alike(*digests):
+        return []
+    own = {"pseudo_perplexity"}
+    if _metrics(before) != _metrics(after):
+        own.add("score")
+    found = worsened_scores(
+        *({k: v for k, v in x.items() if k not in own} for x in (before, after))
+    )
+    return [f"stages 1 to {len(summaries)}: {said}" for said in found]
+
+
+def _metrics(judged: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What a score is the mean of."""
+    return {name: sorted(values) for name, values in judged.get("scores", {}).items()}
 
 
 def _take_student(run: RunFolder, last: RunFolder) -> None:

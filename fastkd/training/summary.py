@@ -127,6 +127,12 @@ def worsened(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     found = []
     if after["total"] > before["total"] * (1 + _NOISE):
         found.append(f"held-out loss {after['total']:.4g}, before {before['total']:.4g}")
+    return found + worsened_scores(before, after)
+
+
+def worsened_scores(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """As `worsened`, of what doesn't depend on the losses."""
+    found = []
     if after.get("score", 0.0) < before.get("score", 0.0):
         found.append(f"score {after['score']:.4f}, before {before['score']:.4f}")
     given, left = ({**x, **x.get("agreement", {})} for x in (before, after))

@@ -375,6 +375,8 @@ def test_a_stage_goes_on_with_the_projection_of_the_one_before(
     assert second["before"]["sentence_cosine"] == pytest.approx(
         first["after"]["sentence_cosine"], abs=1e-6
     )
+    # the tokenizer of the stage before names token types, and frames a text as the teacher's
+    assert not any("other tokens around a text" in note for note in second["notes"])
     said = (result.folder / "student" / "README.md").read_text()
     assert f"Dense 24 to 32 from losses.{learned_by}, begun as that of student.init" in said
 

@@ -168,7 +168,6 @@ def study(folder: Path, name: str, **changes: Any) -> tuple[str, str]:
     return page.read_text(), page.with_suffix(".md").read_text()
 
 
-@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_study_shows_hostile_names_as_text(
     tmp_path: Path, name: str, plain_study: Structure

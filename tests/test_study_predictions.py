@@ -116,8 +116,14 @@ def test_all_tasks_are_drawn_as_they_are_compared(plan: Plan) -> None:
     results = Results(plan, kept(plan))
     row = next(row for row in results.axis("mapping") if row.level == "last")
     assert row.kept is not None
-    panel = make_plots(results, {})["axis-mapping"].axes[-1]
+    figure = make_plots(results, {})["axis-mapping"]
+    first, *_, panel = figure.axes
     assert panel.get_title() == "of the teacher, with 95 % intervals"
+    # no score, and its bars are no deviation
+    assert panel.get_ylabel() == "share kept of the teacher" != first.get_ylabel()
+    assert panel.get_legend_handles_labels()[1][-1] == "mean with its 95 % interval"
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"mean ± standard deviation", "mean with its 95 % interval"} <= set(said)
     (bars,) = panel.containers
     assert isinstance(bars, ErrorbarContainer)
     points, _, (ends,) = bars.lines

@@ -39,7 +39,7 @@ def write_similarity(similarity: Similarity, folder: Path) -> None:
         write_whole(folder / "similarity.csv", _csv(similarity))
         for view in views(similarity):
             figure = draw_view(similarity, view)
-            (folder / f"{view.name}.png").write_bytes(png(figure))
+            (folder / f"{view.name}.png").write_bytes(png(figure)[0])
             drawn = scrolling(inline_svg(figure, view.title), view.title)
             table = html_table(*_best(similarity, view), view.title)
             parts += [f"<h2>{escaped(view.title)}</h2>", table, f"<figure>{drawn}</figure>"]

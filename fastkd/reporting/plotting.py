@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from xml.etree import ElementTree
 
@@ -18,6 +20,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager, get_font
+from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from fastkd.errors import printable
@@ -35,6 +39,9 @@ _OF_THE_PAGE = {
 # black itself is left out of an SVG, where the page has a colour of its own for texts
 _BLACK = "#000001"
 _SAYS, _ON = "says ", "on "
+# of matplotlib
+_UPRIGHT = ("normal", 400)
+_GLYPH = re.compile(r"Glyph (\d+) .*missing from font")
 _METADATA = ("Creator", "Date", "Format", "Type")
 _SVG = "{http://www.w3.org/2000/svg}"
 ElementTree.register_namespace("", _SVG[1:-1])
@@ -97,13 +104,54 @@ def plain(text: str) -> str:
     return printable(shortened(text)).replace("$", r"\$")
 
 
-def png(figure: Figure) -> bytes:
-    """The picture; the same figure gives the same bytes, and keeps its layout from then on."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+def png(figure: Figure) -> tuple[bytes, frozenset[str]]:
+    """The picture, and the characters that stand in it as boxes, as no font here has them; the same
+    figure gives the same bytes, and keeps its layout from then on."""
+    picture, missing = _drawn(figure)
+    if missing and _give_fonts(figure, missing):
+        picture, missing = _drawn(figure)
     # another one would be much the same, and takes longer than drawing
     figure.set_layout_engine("none")
-    return buffer.getvalue()
+    return picture, missing
+
+
+def _drawn(figure: Figure) -> tuple[bytes, frozenset[str]]:
+    buffer = io.BytesIO()
+    with _noting_glyphs() as missing:
+        figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue(), frozenset(missing)
+
+
+@contextmanager
+def _noting_glyphs() -> Iterator[set[str]]:
+    """Collect the characters that a figure's fonts lack, in the place of a warning of each."""
+    missing: set[str] = set()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        yield missing
+    for one in found:
+        glyph = _GLYPH.match(str(one.message))
+        if glyph is None:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        else:
+            missing.add(chr(int(glyph[1])))
+
+
+def _give_fonts(figure: Figure, missing: Iterable[str]) -> bool:
+    """Let the texts of a figure fall back on fonts that have characters which theirs lack; whether
+    there are any."""
+    rest, families = set(map(ord, missing)), []
+    upright = {f.name: f.fname for f in fontManager.ttflist if (f.style, f.weight) == _UPRIGHT}
+    for name, path in sorted(upright.items()):
+        # the last resort has a box for every character
+        if rest and not name.startswith("Last Resort"):
+            known = get_font(path).get_charmap().keys()
+            if rest & known:
+                families.append(name)
+                rest -= known
+    for text in figure.findobj(Text) if families else ():
+        text.set_fontfamily([text.get_fontname(), *families])
+    return bool(families)
 
 
 @contextmanager
@@ -130,7 +178,8 @@ def inline_svg(figure: Figure, title: str) -> str:
     """
     buffer = io.StringIO()
     settings = {"svg.fonttype": "none", "svg.hashsalt": title, "svg.image_inline": True}
-    with matplotlib.rc_context(settings):
+    # a browser has fonts of its own
+    with matplotlib.rc_context(settings), _noting_glyphs():
         figure.savefig(buffer, format="svg", facecolor="none", metadata=dict.fromkeys(_METADATA))
     tree = ElementTree.fromstring(buffer.getvalue())
     for name in ("metadata", "defs"):

@@ -12,9 +12,20 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from fastkd.reporting.plotting import DOTS, POINT, REFERENCE, draw_map, plain, say, themed
+from fastkd.reporting.html import shortened
+from fastkd.reporting.plotting import (
+    DOTS,
+    INK,
+    POINT,
+    REFERENCE,
+    draw_map,
+    plain,
+    say,
+    themed,
+)
 from fastkd.study.naming import Level, axes_map, axis_table, shown
 from fastkd.study.results import Results, Row, differ
 from fastkd.study.statistics import (
@@ -27,6 +38,13 @@ from fastkd.study.statistics import (
 )
 
 _STYLES = ("--", ":", "-.", "-")
+# of the lines of further controls
+_COLOURS = (REFERENCE, INK, POINT)
+_DEVIATION, _INTERVAL = "mean ± standard deviation", "mean with its 95 % interval"
+# of a legend's entry, in inches: a character, the line before it with the gap behind, its height
+_CHARACTER, _LINE, _LINE_HEIGHT = 0.08, 0.7, 0.22
+# of a word at a tick
+_WORD = 24
 # where other axes are averaged over less than is planned
 _OF_FINISHED = "of what all levels have finished"
 
@@ -63,14 +81,27 @@ class _Marks(NamedTuple):
     said: str
 
 
+class _Panel(NamedTuple):
+    """One pair of axes of an axis' picture."""
+
+    title: str
+    marks: list[_Marks]
+    measure: str
+    """What stands along the y axis."""
+    errors: str
+    """What the bars are."""
+
+
 def _axis_plot(results: Results, axis: str) -> Figure:
     """One panel a task: mean and deviation of each level, its seeds as dots; and one of all."""
     rows, tasks = results.axis(axis), results.plan.tasks
+    metric = plain(results.plan.spec.metric.path)
     panels = [
-        (task or "", [_scored(row, _of_task(row.scores, task)) for row in rows]) for task in tasks
+        _Panel(task or "", [_scored(r, _of_task(r.scores, task)) for r in rows], metric, _DEVIATION)
+        for task in tasks
     ]
     if len(tasks) > 1:
-        panels.append(_together(rows, tasks))
+        panels.append(_together(rows, tasks, metric))
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
     width = max(3.6, 0.62 * sum(not row.is_control for row in rows) + 1.4)
@@ -78,24 +109,28 @@ def _axis_plot(results: Results, axis: str) -> Figure:
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    for axes, (title, marks) in zip(grid, panels, strict=False):
-        _draw_levels(axes, [mark for mark in marks if not mark.is_control])
-        _draw_controls(axes, [mark for mark in marks if mark.is_control])
-        axes.set_title(title, fontsize=10)
+    for axes, panel in zip(grid, panels, strict=False):
+        _draw_levels(axes, [mark for mark in panel.marks if not mark.is_control], panel.errors)
+        _draw_controls(axes, [mark for mark in panel.marks if mark.is_control])
+        if all(mark.mean is None for mark in panel.marks):
+            _say_empty(axes, _nothing(results))
+        axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel(axis)
-        if axes in grid[::columns]:
-            axes.set_ylabel(plain(results.plan.spec.metric.path))
+        if axes in grid[::columns] or panel.measure != metric:
+            axes.set_ylabel(panel.measure)
     _explain(figure, grid)
     if not results.others(axis).is_whole:
         figure.supxlabel(f"means {_OF_FINISHED}", fontsize=9)
     return figure
 
 
-def _together(rows: Sequence[Row], tasks: Sequence[str | None]) -> tuple[str, list[_Marks]]:
+def _together(rows: Sequence[Row], tasks: Sequence[str | None], metric: str) -> _Panel:
     """The panel of all tasks: what the tables compare them by."""
     if any(row.kept is not None for row in rows) and not differ(rows):
-        return "of the teacher, with 95 % intervals", list(map(_kept, rows))
-    return "all tasks", [_scored(row, of_all_tasks(row.scores, tasks)) for row in rows]
+        title = "of the teacher, with 95 % intervals"
+        return _Panel(title, list(map(_kept, rows)), "share kept of the teacher", _INTERVAL)
+    marks = [_scored(row, of_all_tasks(row.scores, tasks)) for row in rows]
+    return _Panel("all tasks", marks, metric, _DEVIATION)
 
 
 def _scored(row: Row, scores: Sequence[Score]) -> _Marks:
@@ -116,15 +151,22 @@ def _kept(row: Row) -> _Marks:
 
 
 def _draw_controls(axes: Axes, controls: Sequence[_Marks]) -> None:
-    """A line across for each, of its mean."""
-    for control, style in zip(controls, itertools.cycle(_STYLES), strict=False):
+    """A line across for each, of its mean; no two look alike."""
+    for number, control in enumerate(controls):
         if control.mean is not None:
-            label = plain(control.level)
-            line = axes.axhline(control.mean, color=REFERENCE, ls=style, lw=1.2, label=label)
+            colours, style = divmod(number, len(_STYLES))
+            rounds, colour = divmod(colours, len(_COLOURS))
+            line = axes.axhline(
+                control.mean,
+                color=_COLOURS[colour],
+                ls=_STYLES[style],
+                lw=1.2 * (1 + rounds),
+                label=plain(control.level),
+            )
             say(line, [control.said])
 
 
-def _draw_levels(axes: Axes, levels: Sequence[_Marks]) -> None:
+def _draw_levels(axes: Axes, levels: Sequence[_Marks], errors: str) -> None:
     """Points with errors; numbers stand by their logarithm with a line, other levels beside."""
     places, numbers = _places([mark.level for mark in levels])
     for place, mark in zip(places, levels, strict=True):
@@ -141,7 +183,7 @@ def _draw_levels(axes: Axes, levels: Sequence[_Marks]) -> None:
         color=POINT,
         capsize=4,
         ms=5,
-        label="mean ± standard deviation",
+        label=errors,
     )
     say(drawn.lines[0], [mark.said for _, mark in known])
     line = sorted((p, mark.mean or 0.0) for p, mark in known if p in numbers)
@@ -194,7 +236,10 @@ def _map_plot(results: Results, one: str, two: str) -> Figure:
         draw_map(axes, values, rows, columns, text=_form(means))
         axes.set(xlabel=two, ylabel=one)
         axes.set_title(task or "", fontsize=10)
-        figure.colorbar(axes.images[0], ax=axes, label=plain(results.plan.spec.metric.path))
+        if np.isfinite(values).any():
+            figure.colorbar(axes.images[0], ax=axes, label=plain(results.plan.spec.metric.path))
+        else:
+            _say_empty(axes, _nothing(results), y=False)
     whole = all(results.others(one, two, task=task).is_whole for task in tasks)
     figure.suptitle("mean over seeds" if whole else f"mean over seeds, {_OF_FINISHED}", fontsize=11)
     return figure
@@ -227,7 +272,7 @@ def _search_plot(results: Results) -> Figure:
         axes.set_axis_off()
     for axes, name in zip(grid, names, strict=False):
         drawn = axes.errorbar(
-            _along([row.levels[name] for row, _ in points]),
+            _along(axes, [row.levels[name] for row, _ in points], _order(results, name)),
             _numbers(mean.mean for _, mean in points),
             yerr=_numbers(mean.deviation for _, mean in points),
             fmt="o",
@@ -245,8 +290,10 @@ def _search_plot(results: Results) -> Figure:
             axes.set_xscale("log")
             # powers of ten have exponents too small to read
             axes.xaxis.set_major_formatter("{x:g}")
-        if name not in spaces:
-            axes.margins(x=0.3)
+        if not points:
+            _say_empty(axes, "no candidate is finished", y=all(c.mean is None for c in controls))
+            axes.set_xticks([])
+            axes.minorticks_off()
         axes.set_xlabel(name)
         if axes in grid[::columns]:
             axes.set_ylabel(plain(results.plan.spec.metric.path))
@@ -256,10 +303,25 @@ def _search_plot(results: Results) -> Figure:
     return figure
 
 
-def _along(levels: Sequence[Level]) -> list[str] | list[float]:
-    """Numbers as they are; beside words each is a place of its own."""
-    words = any(isinstance(level, str) for level in levels)
-    return [plain(shown(level)) for level in levels] if words else [float(v) for v in levels]
+def _order(results: Results, name: str) -> Sequence[Level]:
+    """The values of an axis or space in the order of the study's file, where it lists them."""
+    if name in results.plan.axes:
+        return list(results.plan.axes[name])
+    return results.plan.spec.spaces[name].values or ()
+
+
+def _along(axes: Axes, levels: Sequence[Level], order: Sequence[Level]) -> list[float]:
+    """Where values stand on the x axis, which names them: numbers as they are, beside words each
+    at a place of its own."""
+    if not any(isinstance(level, str) for level in levels):
+        if all(isinstance(level, int) for level in levels):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return [float(level) for level in levels]
+    places = {level: n for n, level in enumerate(one for one in order if one in levels)}
+    names = [plain(shortened(shown(level), _WORD)) for level in places]
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    return [float(places[level]) for level in levels]
 
 
 def _importance_plot(importances: Mapping[str, Mapping[str, float]]) -> Figure:
@@ -285,13 +347,33 @@ def _importance_plot(importances: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def _explain(figure: Figure, panels: Iterable[Axes]) -> None:
-    """A legend of what stands in any panel: one may lack a control that others have."""
+    """A legend of what stands in any panel, as wide as the figure: one may lack a control that
+    others have."""
     drawn: dict[str, Artist] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             drawn.setdefault(label, handle)
+    widest = max(map(len, drawn), default=0) * _CHARACTER + _LINE
+    columns = max(1, min(len(drawn), int(figure.get_figwidth() / widest)))
+    # there is room for one line
+    further = max(0, -(-len(drawn) // columns) - 1)
+    figure.set_figheight(figure.get_figheight() + further * _LINE_HEIGHT)
     place = "outside upper left"
-    figure.legend(list(drawn.values()), list(drawn), loc=place, ncols=len(drawn), frameon=False)
+    figure.legend(list(drawn.values()), list(drawn), loc=place, ncols=columns, frameon=False)
+
+
+def _say_empty(axes: Axes, shown: str, *, y: bool = True) -> None:
+    """Say why there is nothing; with `y` in the place of an axis around 0."""
+    if y:
+        axes.set_yticks([])
+    axes.text(0.5, 0.5, shown, transform=axes.transAxes, ha="center", va="center", color=INK)
+
+
+def _nothing(results: Results) -> str:
+    """Why no mean is known."""
+    if not any(record.value is not None for record in results.records):
+        return "no run is finished"
+    return "nothing to compare is finished"
 
 
 def _of_task(scores: Sequence[Score], task: str | None) -> list[Score]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from fastkd.errors import printable
 from fastkd.files.disk import write_whole
 from fastkd.reporting.html import (
     document,
@@ -18,11 +20,14 @@ from fastkd.reporting.html import (
     markdown,
     markdown_table,
     scrolling,
+    shortened,
 )
 from fastkd.reporting.plotting import inline_svg, png
 from fastkd.study.naming import shown
 from fastkd.study.plan import Plan
 from fastkd.study.tables import Table
+
+logger = logging.getLogger(__name__)
 
 
 def write_page(plan: Plan, tables: Iterable[Table], figures: Mapping[str, Figure]) -> Path:
@@ -35,9 +40,18 @@ def write_page(plan: Plan, tables: Iterable[Table], figures: Mapping[str, Figure
     tables = list(tables)
     for table in tables:
         write_whole(folder / f"{table.name}.csv", _csv(table))
-    pictures = {name: png(figure) for name, figure in figures.items()}
-    for name, picture in pictures.items():
-        (folder / f"{name}.png").write_bytes(picture)
+    pictures: dict[str, bytes] = {}
+    boxes: set[str] = set()
+    for name, figure in figures.items():
+        pictures[name], missing = png(figure)
+        (folder / f"{name}.png").write_bytes(pictures[name])
+        boxes |= missing
+    if boxes:
+        logger.warning(
+            "%s: no font here has %s, so the .png pictures show boxes there; report.html shows "
+            "them in the browser's fonts",
+            *(folder, printable(shortened("".join(sorted(boxes))))),
+        )
     write_whole(folder / "report.md", _markdown(plan, tables, pictures))
     page = folder / "report.html"
     write_whole(page, _html(plan, tables, figures))

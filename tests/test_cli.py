@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -281,8 +282,14 @@ def test_other_architectures_end_to_end(recipe: Path) -> None:
 
 
 def test_doctor_estimates_a_recipe_and_writes_no_run(recipe: Path) -> None:
-    done = run_command("doctor", str(recipe), "student.heads=4", "teacher.cache=exact")
+    one_step = ["train.steps=1", "train.warmup_steps=0", "train.batch_size=1"]
+    given = ["student.heads=4", "teacher.cache=exact", *one_step]
+    done = run_command("doctor", str(recipe), *given)
     assert done.returncode == 0, done.stderr
+    # of some hundred rows one is read, in less than a second
+    times = re.findall(r"read (0\.\d+) times", done.stdout)
+    assert len(times) == 2 and all(float(share) > 0 for share in times)
+    assert "0 min 0 s" not in done.stdout and "read 0.00 times" not in done.stdout
     for expected in (
         "deepspeed",
         "teacher parameters",

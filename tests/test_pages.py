@@ -135,6 +135,11 @@ def plain_report(tmp_path_factory: pytest.TempPathFactory) -> Structure:
     return check_harmless(report(tmp_path_factory.mktemp("report"), PLAIN))
 
 
+def test_the_page_of_a_stage_is_called_by_its_run_too(tmp_path: Path) -> None:
+    assert "<title>mine, stage-1</title>" in report(tmp_path / "mine", "stage-1")
+    assert "<title>stage</title>" in report(tmp_path / "mine", "stage")
+
+
 @pytest.fixture(scope="module")
 def plain_study(tmp_path_factory: pytest.TempPathFactory) -> Structure:
     return check_harmless(study(tmp_path_factory.mktemp("study"), PLAIN)[0])

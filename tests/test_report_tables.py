@@ -66,6 +66,15 @@ def test_losses_of_a_stage_stand_against_its_own() -> None:
     assert loss_rows(stage()) == [("labels", "1", "1"), ("total, weighted", "1", "1")]
 
 
+def test_the_pages_of_a_run_in_stages_are_named() -> None:
+    read = {"train_examples": 8, "task_examples": 8}
+    parts = [stage(**read, run=f"elsewhere/x/stage-{number}") for number in (1, 2)]
+    said = printed(join_summaries(RunFolder("runs/x"), parts))
+    pages = "stage-1/report.html, stage-2/report.html"
+    assert f"pages of the stages, in the run folder: {pages}\n" in said
+    assert "pages of the stages" not in printed(stage(**read))
+
+
 def test_passes_are_over_the_data_of_each_stage_and_the_peak_is_that_of_all() -> None:
     said = printed(staged())
     # 9,600 / 18,340 + 3,200 / 3,668 = 0.5234 + 0.8724

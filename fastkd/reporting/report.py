@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fastkd.files.disk import disk_errors, write_whole
@@ -25,6 +27,7 @@ from fastkd.reporting.profile import (
 )
 from fastkd.reporting.scores import one_class, score_table
 from fastkd.reporting.svg import Bar, Panel, bars, chart
+from fastkd.training.beginnings import STAGE
 from fastkd.training.run_folder import RunFolder
 
 TOTAL = "total, weighted"
@@ -104,7 +107,14 @@ def write_report(run: RunFolder) -> None:
         f"<h2>Recipe</h2><pre>{escaped(run.recipe.read_text(encoding='utf-8'))}</pre>",
     ]
     with disk_errors(run.path):
-        write_whole(run.report, document(run.path.name, body))
+        write_whole(run.report, document(_title(run.path), body))
+
+
+def _title(folder: Path) -> str:
+    """What a run is called: a stage by the whole run's folder, too."""
+    # also of a run in the working folder
+    there = Path(os.path.abspath(folder))
+    return f"{there.parent.name}, {there.name}" if STAGE.fullmatch(there.name) else there.name
 
 
 def loss_rows(summary: dict[str, Any]) -> Rows:
@@ -232,7 +242,17 @@ def _facts(summary: dict[str, Any]) -> Rows:
         ),
         ("time", f"{fixed(summary['seconds'])} s on {summary['world_size']} rank(s)"),
         ("run folder", summary["run"]),
+        *_pages(summary),
     ]
+
+
+def _pages(summary: dict[str, Any]) -> Rows:
+    """Where the pages are of a run in stages, which has none of its own; a lean one has none."""
+    stages = summary.get("stages", [])
+    if not stages or summary["before"] is None:
+        return []
+    pages = (f"{Path(stage['run']).name}/report.html" for stage in stages)
+    return [("pages of the stages, in the run folder", ", ".join(pages))]
 
 
 def exported_step(summary: Mapping[str, Any]) -> str | None:

@@ -16,6 +16,7 @@ import torch
 
 from fastkd.errors import Interrupted, UserError
 from fastkd.recipe import AnyRecipe
+from fastkd.reporting.numbers import fixed
 from fastkd.signals import stop_signals
 from fastkd.study.contents import read_value
 from fastkd.study.locks import Claim
@@ -116,7 +117,7 @@ class Runner:
         if ending.kind == "failed":
             raise UserError(f"{step.label} failed: {ending.message} (log: {step.place.log})")
         if ending.kind == "finished":
-            self.said.put(f"{step.label}: finished in {ending.seconds:.0f} s")
+            self.said.put(f"{step.label}: finished in {fixed(ending.seconds)} s")
         return True
 
     def _try_all(self, number: int) -> None:
@@ -171,7 +172,7 @@ class Runner:
         if ending.kind == "pruned":
             store.prune(work)
             _tidy(recipe, plan.spec.keep)
-            self.said.put(f"{run.key}: pruned after {ending.seconds:.0f} s")
+            self.said.put(f"{run.key}: pruned after {fixed(ending.seconds)} s")
             return None
         message = ending.message
         if ending.kind == "finished":
@@ -180,7 +181,7 @@ class Runner:
                 store.score(work, run, value, ending.seconds)
                 self.found += not ending.seconds
                 _tidy(recipe, plan.spec.keep)
-                return f"{run.key}: {value:.5g} in {ending.seconds:.0f} s"
+                return f"{run.key}: {value:.5g} in {fixed(ending.seconds)} s"
             message = value
             if is_missing(place.run, plan.spec.metric.path) and not store.has_scores():
                 # the trial stays as it is, and its run is read again

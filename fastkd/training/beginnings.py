@@ -22,7 +22,10 @@ FILES = (
 )
 """Names of a run's own files."""
 
-FOLDERS = re.compile(r"checkpoints|student|tensorboard|stage-\d+")
+STAGE = re.compile(r"stage-\d+")
+"""Names of the folders of a run's stages."""
+
+FOLDERS = re.compile(rf"checkpoints|student|tensorboard|{STAGE.pattern}")
 """Names of its folders."""
 
 
@@ -36,7 +39,7 @@ def _is_beginning(path: Path) -> bool:
     if kind == "folder":
         if path.name == "tensorboard":
             return all(found.name.startswith("events.out.tfevents.") for found in path.iterdir())
-        return re.fullmatch(r"stage-\d+", path.name) is not None and holds_beginnings(path)
+        return STAGE.fullmatch(path.name) is not None and holds_beginnings(path)
     if kind != "file":
         return False
     # fastkd 0.1 wrote it before the recipe

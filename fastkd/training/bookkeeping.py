@@ -17,6 +17,7 @@ from fastkd.data.prefetch import Prefetched
 from fastkd.errors import Interrupted, UserError
 from fastkd.recipe import AnyRecipe
 from fastkd.reporting.console import Reporter
+from fastkd.reporting.numbers import fixed
 from fastkd.reporting.scores import one_class
 from fastkd.signals import Signalled, stop_signals
 from fastkd.training.checkpoint import Checkpoints
@@ -295,4 +296,6 @@ def _parts(values: dict[str, Any]) -> list[str]:
     parts = [f"loss {values['loss']:.4g}"]
     parts += [f"{term} {value:.4g}" for term, value in by_term(values["weighted"]).items()]
     speeds = [name for name in values if name.endswith("_per_second")]
-    return parts + [f"{values[name]:,.0f} {name.removesuffix('_per_second')}/s" for name in speeds]
+    return parts + [
+        f"{fixed(values[name])} {name.removesuffix('_per_second')}/s" for name in speeds
+    ]

@@ -25,6 +25,7 @@ from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, Recipe, each_stage
 from fastkd.reporting.console import Reporter
+from fastkd.reporting.numbers import fixed
 from fastkd.reporting.profile import memory_rows, time_columns, time_rows
 from fastkd.training.chips import Chip
 from fastkd.training.cost import peak_memory
@@ -67,13 +68,13 @@ def describe_machine(reporter: Reporter) -> None:
     rows += [(name, str(version)) for name, version in found["packages"].items()]
     rows += [
         ("CPU cores", str(os.cpu_count())),
-        ("memory", f"{memory.total / _GIB:.1f} GiB, {memory.available / _GIB:.1f} GiB free"),
-        ("disk here", f"{disk.free / _GIB:.1f} GiB free"),
+        ("memory", f"{_gib(memory.total, 1)}, {_gib(memory.available, 1)} free"),
+        ("disk here", f"{_gib(disk.free, 1)} free"),
     ]
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
-        rows.append((f"GPU {index}", f"{name}, {total / _GIB:.1f} GiB, {free / _GIB:.1f} GiB free"))
+        rows.append((f"GPU {index}", f"{name}, {_gib(total, 1)}, {_gib(free, 1)} free"))
     gpu = torch.cuda.is_available()
     if not gpu:
         rows.append(("GPU", "none"))
@@ -154,7 +155,7 @@ def _forecast(recipe: Recipe, chip: Chip, ranks: int, reporter: Reporter) -> Non
             ("a step", f"{found.tokens:,} tokens, micro-batches of {plan.micro_batch_size} rows"),
             (f"computing, {EFFICIENCY:.0%} of the chip's rate", f"{found.computing:.3g} s"),
             ("moving weights and gradients", f"{found.moving:.3g} s"),
-            ("tokens a second", f"{found.speed:,.0f}, bound by {slower}"),
+            ("tokens a second", f"{fixed(found.speed)}, bound by {slower}"),
         ],
     )
     reporter.say(
@@ -187,8 +188,8 @@ def _models(passes: Passes) -> str:
     return f"{passes.teacher_numbers:,}, {passes.trained_numbers:,} with projections{frozen}"
 
 
-def _gib(size: int) -> str:
-    return f"{size / _GIB:,.2f} GiB"
+def _gib(size: int, places: int = 2) -> str:
+    return f"{fixed(size / _GIB, places)} GiB"
 
 
 def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
@@ -209,7 +210,7 @@ def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
             *_parameters(run),
             (f"{counted} to train on", f"{train.steps * step:,}"),
             (f"{counted} in the corpus", _passes(run)),
-            ("a step", f"{seconds:.3g} s, {step / seconds:,.0f} {counted}/s"),
+            ("a step", f"{seconds:.3g} s, {fixed(step / seconds)} {counted}/s"),
             ("training", _duration(seconds * train.steps)),
         ],
     )
@@ -295,10 +296,12 @@ def _passes(run: Run) -> str:
         return "unknown, streamed"
     train = run.recipe.train
     known = rows * run.datamodule.counted[1]
-    return f"{known:,}, read {train.steps * train.batch_size / rows:.2f} times"
+    return f"{known:,}, read {fixed(train.steps * train.batch_size / rows, 2)} times"
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{fixed(seconds, 1)} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -7,6 +7,7 @@ from fastkd.losses.factory import compares_directions
 from fastkd.models import UnknownModule, read_embedding
 from fastkd.recipe import Recipe, Student, write_yaml
 from fastkd.reporting.console import Reporter
+from fastkd.reporting.numbers import fixed
 from fastkd.training.engine import NoTeacher, TeacherRunner, whole_weights
 from fastkd.training.export import export_notes, own_embedding
 from fastkd.training.precision import describe_precision
@@ -16,7 +17,7 @@ from fastkd.training.setup import Run
 def introduce(run: Run, reporter: Reporter) -> None:
     """Print the student, the text, the batch, the terms, and every mapping in force."""
     recipe, plan, initialisation = run.recipe, run.plan, run.initialisation
-    size = f"{initialisation.total / 1e6:.1f} M parameters"
+    size = f"{fixed(initialisation.total / 1e6, 1)} M parameters"
     if isinstance(recipe, Recipe):
         share = initialisation.copied / initialisation.total
         origin = _origin(recipe.student, run.layers)

@@ -11,6 +11,7 @@ import torch
 
 from fastkd.errors import RankError, UserError
 from fastkd.recipe import AnyRecipe, Recipe
+from fastkd.reporting.numbers import fixed
 from fastkd.training.deepspeed_config import uses_deepspeed
 
 _GIB = 2**30
@@ -140,4 +141,4 @@ def _kind(device: torch.device) -> str:
 
 
 def _gib(size: int) -> str:
-    return f"{size / _GIB:,.1f} GiB"
+    return f"{fixed(size / _GIB, 1)} GiB"

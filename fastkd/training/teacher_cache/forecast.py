@@ -17,6 +17,7 @@ from fastkd.capture import RecomputedAttention, try_recomputing
 from fastkd.errors import UserError
 from fastkd.files.disk import disk_errors
 from fastkd.reporting.console import Reporter
+from fastkd.reporting.numbers import fixed
 from fastkd.training.engine import TeacherRunner
 from fastkd.training.setup import Run
 from fastkd.training.teacher_cache.plan import (
@@ -61,7 +62,8 @@ def describe(run: Run, plan: CachePlan, reporter: Reporter) -> None:
     times = train.steps * train.batch_size / rows
     reporter.say(
         f"teacher cache: 1,000 tokens take {1e6 * costs.teacher:.3g} ms of the teacher; the data "
-        f"is read {times:.2f} times, ahead of the steps, by a disk of {costs.rate / 1e9:.3g} GB/s"
+        f"is read {fixed(times, 2)} times, ahead of the steps, by a disk of "
+        f"{costs.rate / 1e9:.3g} GB/s"
     )
     reporter.table(
         "teacher cache, 1,000 tokens",

@@ -22,6 +22,8 @@ import fastkd
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 
 LOSSES = {"attention": {}, "hidden": {"weight": 2}, "logits": {}, "labels": {}}
+UNREAD = {"hidden": {"layer_map": [[1, 2]]}}
+"""Of the first of the student's two layers: the other one has no gradient."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -295,11 +297,30 @@ def test_held_out_losses_know_no_schedule_and_no_learned_weight(tmp_path: Path) 
     assert len({round(loss, 4) for loss in losses_of(made)}) == 3
 
 
-def test_ranks_change_nothing(whole: Any, tmp_path: Path) -> None:
-    done = run_script("ddp_trainer.py", str(tmp_path), ranks=2)
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two ranks of `ddp_trainer.py` found."""
+    done = run_script("ddp_trainer.py", str(tmp_path_factory.mktemp("ranks")), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert found["loss"] == pytest.approx(losses_of(whole), rel=1e-5)
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def test_ranks_change_nothing(whole: Any, ranks: dict[str, Any]) -> None:
+    assert ranks["loss"] == pytest.approx(losses_of(whole), rel=1e-5)
+    # nor does an evaluation before the first step
+    assert ranks["evaluated"] == pytest.approx(losses_of(whole), rel=1e-5)
+
+
+def test_ranks_look_for_weights_without_a_gradient(ranks: dict[str, Any], tmp_path: Path) -> None:
+    alone = trainer(tmp_path, student(), UNREAD)
+    alone.train()
+    assert ranks["recomputed"] == pytest.approx(losses_of(alone), rel=1e-5)
+    assert "ddp_find_unused_parameters is False, but no loss reads" in ranks["told"]
+
+
+def test_ranks_that_would_train_apart_are_refused(ranks: dict[str, Any]) -> None:
+    assert "is a BertForSequenceClassification, expected DistributedDataParallel" in ranks["bare"]
 
 
 def test_what_would_bypass_the_losses_is_refused(tmp_path: Path) -> None:

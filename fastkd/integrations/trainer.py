@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from fastkd.distiller import Distiller
@@ -109,9 +110,15 @@ class DistillationMixin:
         # accelerate's own states of a run have the student's weights without these
         self.accelerator.register_for_checkpointing(self.distiller.objective)
         self._depth = 0
+        # whether DDP's first gradients are still to be looked at
+        self._unreduced = False
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
         """As the trainer's own."""
+        self._unreduced = self.accelerator.num_processes > 1
+        if self._unreduced:
+            # an evaluation marks the model as prepared, which then would never be wrapped
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
         with self._distilling():
             return super().train(*arguments, **keywords)  # type: ignore[misc]
 
@@ -135,6 +142,13 @@ class DistillationMixin:
             f"{type(self).__name__}: hyperparameter_search makes a new student for each trial, but "
             "the losses are of one student; make a trainer for each trial, or use fastkd study"
         )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the trainer's own; DDP looks for weights that no loss reads, as those above the last
+        mapped layer, also where blocks are recomputed: transformers would leave it out there."""
+        if self.args.world_size > 1 and self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = True
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
 
     def get_batch_samples(self, *arguments: Any, **keywords: Any) -> tuple[list[Any], Any]:
         """The batches of a step, and what all of them on all ranks hold of what losses are means
@@ -164,6 +178,7 @@ class DistillationMixin:
         parts = self._parts(inputs)
         with self._distilling():
             if torch.is_grad_enabled() and not return_outputs:
+                self._check_wrapped(model)
                 # through the model as it is wrapped, so that DDP sees the pass
                 self._beside.asked = partial(self._step_loss, parts, num_items_in_batch)
                 return model(inputs)
@@ -173,6 +188,14 @@ class DistillationMixin:
             return loss
         sentences = isinstance(self.model, nn.Sequential)
         return loss, {} if sentences else model(**inputs)
+
+    def training_step(self, model: nn.Module, *arguments: Any, **keywords: Any) -> Tensor:
+        """As the trainer's own."""
+        loss: Tensor = super().training_step(model, *arguments, **keywords)  # type: ignore[misc]
+        if self._unreduced:
+            _check_reduced(model, type(self).__name__)
+            self._unreduced = False
+        return loss
 
     def prediction_step(
         self,
@@ -241,6 +264,20 @@ class DistillationMixin:
         super()._load_best_model()  # type: ignore[misc]
         self.distiller.objective.load_state_dict(kept)
 
+    def _check_wrapped(self, model: nn.Module) -> None:
+        """See that the gradients of a step are averaged over ranks.
+
+        Raises:
+            UserError: they would stay apart.
+        """
+        ranks = self.accelerator.num_processes
+        if ranks > 1 and not isinstance(model, DistributedDataParallel):
+            raise UserError(
+                f"{type(self).__name__}: the model of a step is a {type(model).__name__}, expected "
+                f"DistributedDataParallel, as each of {ranks} ranks would train apart; call train, "
+                "or give compute_loss the trainer's model_wrapped"
+            )
+
     def _parts(self, inputs: dict[str, Any]) -> list[Inputs]:
         """The batches of tokens in one of the trainer's: one, or one a text column."""
         if not isinstance(self.model, nn.Sequential):
@@ -294,6 +331,26 @@ class DistillationMixin:
 
 class DistillationTrainer(DistillationMixin, Trainer):  # type: ignore[misc]
     """A `Trainer` whose loss is what the student loses against a teacher."""
+
+
+def _check_reduced(model: nn.Module, trainer: str) -> None:
+    """See that DDP found every weight that it waits for: buckets with others stay apart.
+
+    Raises:
+        UserError: it was told not to look for those without a gradient.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    if model.find_unused_parameters or model.static_graph:
+        return
+    named = model.module.named_parameters()
+    unread = [name for name, p in named if p.requires_grad and p.grad is None]
+    if unread:
+        raise UserError(
+            f"{trainer}: ddp_find_unused_parameters is False, but no loss reads {len(unread)} "
+            f"weights of the student, such as {unread[0]}, so that ranks would train apart; leave "
+            "it out, or freeze these weights by requires_grad_(False)"
+        )
 
 
 def _give_rates(optimizer: Any, distiller: Distiller) -> None:

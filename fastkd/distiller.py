@@ -19,6 +19,7 @@ from fastkd.capture.compiled import check_not_compiled
 from fastkd.capture.lm_head import head_traits
 from fastkd.capture.modes import shared
 from fastkd.capture.routing import routed
+from fastkd.capture.sharding import check_not_sharded, check_sharding, check_whole_heads
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import Progress, follows_epochs, make_layer_map
@@ -83,7 +84,8 @@ class Distiller(nn.Module):
     What adds gradients up (as here) needs no more. What averages them, as DDP does over its ranks
     and `accelerate` over accumulated batches, is told over how many: `pieces=world_size`.
     DDP wraps the distiller itself, `DDP(distiller, find_unused_parameters=True)`: a student may
-    have weights that no loss reads, such as those above the last mapped layer.
+    have weights that no loss reads, such as those above the last mapped layer. So does FSDP2:
+    `fully_shard(layer)` for layers of the student, then `fully_shard(distiller)`.
     """
 
     def __init__(
@@ -127,6 +129,8 @@ class Distiller(nn.Module):
         depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
         layers = make_layer_map(given.layer_map, *depths, seed=seed)
         needs = capture_needs(section)
+        if needs["attention"]:
+            check_whole_heads(teacher)
         running = [model.config._attn_implementation for model in (student, teacher)]
         try:
             traits = (
@@ -174,6 +178,8 @@ class Distiller(nn.Module):
         self._rows = vocabulary_size(student), vocabulary_size(teacher)
         self._keywords = [set(signature(model.forward).parameters) for model in (student, teacher)]
         self._listening: list[ExitStack] = []
+        # `fully_shard` gives what it shards another class
+        self._kinds: tuple[type, type] | None = None
 
     @property
     def teacher(self) -> PreTrainedModel:
@@ -213,6 +219,7 @@ class Distiller(nn.Module):
             opening.enter_context(modes)
             self._listening.append(opening.pop_all())
         self._runs.append(TeacherRunner(self.teacher, self.objective))
+        self._kinds = None
         if self._compiled is not None:
             if len(self._runs) == 1:
                 for recorded in self._compiled:
@@ -333,13 +340,18 @@ class Distiller(nn.Module):
         """See that the models are those that were tried.
 
         Raises:
-            UserError: there is another student, or a last layer that was changed.
+            UserError: there is another student, one that was sharded alone, or a last layer that
+                was changed.
         """
         if self._pair[0].student is not self.student:
             raise UserError(
                 "distiller.student is not the model that the distiller was made for; make a new "
                 "Distiller for it"
             )
+        kinds = type(self), type(self.student)
+        if kinds != self._kinds:
+            check_sharding(self, self.student, self.objective.all_layers("student"))
+            self._kinds = kinds
         for model, tried in self._heads:
             if head_traits(model) != tried:
                 raise UserError(
@@ -496,6 +508,7 @@ def _check_models(student: object, teacher: object) -> None:
     assert isinstance(student, PreTrainedModel) and isinstance(teacher, PreTrainedModel)
     for model in (student, teacher):
         check_not_compiled(model)
+    check_not_sharded(student)
     training = [name for name, p in teacher.named_parameters() if p.requires_grad]
     if training:
         raise UserError(

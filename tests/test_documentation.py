@@ -66,7 +66,7 @@ def test_every_block_is_one_that_is_tested(name: str) -> None:
     assert len(blocks) == len(re.findall(r"^\s*(?:```|~~~)\S", read_page(name), flags=re.MULTILINE))
     assert {block.language for block in blocks} <= {"yaml", "python", "sh", "text"}
     for block in blocks:
-        assert block.notes.keys() <= {"not run", "needs", "output"}, block.place
+        assert block.notes.keys() <= {"not run", "ranks", "needs", "output"}, block.place
 
 
 def test_few_blocks_are_not_run() -> None:

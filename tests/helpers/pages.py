@@ -4,6 +4,7 @@ A block of code may have a title, which is the file that it stands for, and a co
 says what the tests should know:
 
     <!-- not run: WHY -->       it can't be run or read
+    <!-- ranks: 2 -->           `test_distiller_ranks.py` runs it, on so many
     <!-- needs: PACKAGE -->     of an extra, without which it is left out
     <!-- output: FILE -->       what fastkd prints of a committed summary
 """
@@ -20,7 +21,7 @@ from reference import pages
 
 ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(
-    r"(?:^<!-- (?P<note>[a-z ]+): (?P<said>.+) -->\n)?"
+    r"(?:^<!-- (?P<note>[a-z ]+): (?P<said>[^\n]+) -->\n)?"
     r"^```(?P<language>\w*)(?: title=\"(?P<title>[^\"]+)\")?[^\n]*\n(?P<text>.*?)^```$",
     flags=re.MULTILINE | re.DOTALL,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,11 @@ from sentence_transformers import (
     models,
 )
 from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
+from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 from test_integrations import classifier
 from tiny_exports import save_sentences
 from tiny_models import WIDTH, tiny_batch, tiny_tokenizer
+from transformers import TrainerCallback
 
 import fastkd
 from fastkd.integrations.sentences import check_padded
@@ -48,7 +51,14 @@ def sentences(folder: Path, *modules: Any, seed: int = 0, **changes: Any) -> Any
     return SentenceTransformer(str(found), device="cpu")
 
 
-def trainer(folder: Path, student: Any, teacher: Any, losses: Any, **changes: Any) -> Any:
+def trainer(
+    folder: Path,
+    student: Any,
+    teacher: Any,
+    losses: Any,
+    beside: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Any:
     from fastkd.integrations import DistillationMixin
 
     class SentenceDistillation(DistillationMixin, SentenceTransformerTrainer): ...
@@ -71,6 +81,7 @@ def trainer(folder: Path, student: Any, teacher: Any, losses: Any, **changes: An
         train_dataset=DATA,
         teacher=teacher.requires_grad_(False),
         losses=losses,
+        **(beside or {}),
     )
 
 
@@ -171,3 +182,89 @@ def test_texts_in_one_row_are_refused() -> None:
     check_padded([padded])
     with pytest.raises(fastkd.UserError, match=r"set model\[0\]\.unpad_inputs = False"):
         check_padded([padded, flat])
+
+
+def pair(tmp_path: Path) -> tuple[Any, Any]:
+    small = sentences(tmp_path / "small", num_hidden_layers=2, hidden_size=24)
+    return small, sentences(tmp_path / "large")
+
+
+def test_learning_rates_by_names_are_the_librarys(tmp_path: Path) -> None:
+    mapping = {r"embeddings\.": 1e-6, r"layer\.1\..*bias": 1e-2}
+    small, large = pair(tmp_path)
+    losses = {"attention": {}, "hidden": {}, "projection_learning_rate": 0.5}
+    made = trainer(
+        tmp_path / "run", small, large, losses, learning_rate_mapping=mapping, weight_decay=0.1
+    )
+    found = made.create_optimizer().param_groups
+    given = {
+        id(p): (group["lr"], group["weight_decay"]) for group in found for p in group["params"]
+    }
+    for name, parameter in small.named_parameters():
+        rate = 1e-6 if "embeddings." in name else 1e-3
+        rate = 1e-2 if "layer.1." in name and "bias" in name else rate
+        decays = "bias" not in name and "LayerNorm" not in name
+        assert given[id(parameter)] == (rate, 0.1 if decays else 0.0), name
+    own = made.distiller.objective.parameters()
+    assert {given[id(parameter)][0] for parameter in own} == {0.5}
+    assert len(given) == len([*made.distiller.parameters()])
+
+
+def test_learning_rates_of_no_name_are_refused(tmp_path: Path) -> None:
+    mapping = {"nothing": 1e-6}
+    made = trainer(tmp_path / "run", *pair(tmp_path), {"hidden": {}}, learning_rate_mapping=mapping)
+    with pytest.raises(fastkd.UserError, match="has 'nothing', which is in no name of a param"):
+        made.create_optimizer()
+
+
+def test_the_card_says_what_was_learned(tmp_path: Path) -> None:
+    losses = {"attention": {}, "hidden": {"weight": 7}}
+    made = trainer(tmp_path / "run", *pair(tmp_path), losses, max_steps=1)
+    made.train()
+    made.save_model(str(tmp_path / "saved"))
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "- loss:DistillationLoss\n" in card and "CoSENT" not in card
+    assert "fastkd.integrations.sentences.DistillationLoss" in card
+    assert '"weight": 7' in card and '"layer_map": "uniform"' in card
+    assert "@software{fastkd," in card
+    with pytest.raises(fastkd.UserError, match="made by its compute_loss"):
+        made.loss([], None)
+
+
+def test_a_loss_of_the_library_is_refused(tmp_path: Path) -> None:
+    small, large = pair(tmp_path)
+    with pytest.raises(fastkd.UserError, match="loss is given, which would never be called"):
+        trainer(tmp_path, small, large, {"hidden": {}}, {"loss": CoSENTLoss(small)})
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_best_student_is_read_or_refused(tmp_path: Path, damaged: bool) -> None:
+    class Best(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
+            if state.global_step == 2:
+                kept.update(copy.deepcopy(made.model.state_dict()))
+                file = tmp_path / "run" / "checkpoint-1" / "model.safetensors"
+                if damaged:
+                    file.write_bytes(file.read_bytes()[:100])
+
+    kept: dict[str, Any] = {}
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 2}
+    # a loss that rises: the first step is the best
+    best = {"load_best_model_at_end": True, "learning_rate": 10.0, "warmup_steps": 0}
+    made = trainer(
+        tmp_path / "run",
+        *pair(tmp_path),
+        {"hidden": {}},
+        {"eval_dataset": DATA, "callbacks": [Best()]},
+        **settings,
+        **best,
+    )
+    if damaged:
+        with pytest.raises(fastkd.UserError, match=r"student of .*checkpoint-1 can't be read"):
+            made.train()
+        return
+    made.train()
+    assert made.state.best_model_checkpoint.endswith("checkpoint-1")
+    first = SentenceTransformer(str(tmp_path / "run" / "checkpoint-1"), device="cpu").state_dict()
+    assert all(torch.equal(first[name], value) for name, value in made.model.state_dict().items())
+    assert any(not torch.equal(first[name], value) for name, value in kept.items())

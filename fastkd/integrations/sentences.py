@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from fastkd.losses.embeddings import EmbeddingConfig, EmbeddingGroup
 from fastkd.losses.factory import embedding_losses
 from fastkd.losses.objective import Objective
 from fastkd.models.embedding import check_on_vectors, pooling_modes
+from fastkd.section import Section
 
 
 def transformer_of(model: Any, field: str) -> PreTrainedModel:
@@ -31,6 +33,54 @@ def transformer_of(model: Any, field: str) -> PreTrainedModel:
             "SentenceTransformer with one"
         )
     return found
+
+
+class DistillationLoss(nn.Module):
+    """What a trainer of sentence-transformers holds as its loss, so that its model card says what
+    ran and its optimizer groups find the student. It is never called: the mixin makes the loss."""
+
+    citation = (
+        "@software{fastkd,\n    title = {fastkd: knowledge distillation of transformers from the "
+        "inside},\n    license = {Apache-2.0}\n}"
+    )
+
+    def __init__(self, model: nn.Module, losses: Any, layer_map: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._config = {"losses": losses, "layer_map": layer_map}
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The losses by their names with what was given of them, and which layers they compare."""
+        return {
+            key: value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
+            for key, value in self._config.items()
+        }
+
+    def forward(self, *_arguments: Any, **_keywords: Any) -> Any:
+        """None.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "the loss of a distilling trainer is made by its compute_loss, with the teacher; call "
+            "that"
+        )
+
+
+def check_rates(loss: nn.Module, args: Any) -> None:
+    """See that each pattern of `learning_rate_mapping` finds a parameter.
+
+    Raises:
+        UserError: one finds none.
+    """
+    names = [name for name, _ in loss.named_parameters()]
+    for pattern in args.learning_rate_mapping:
+        if not any(re.search(pattern, name) for name in names):
+            raise UserError(
+                f"learning_rate_mapping has {pattern!r}, which is in no name of a parameter, "
+                f"such as {names[0]} or {names[-1]}; take it out, or give a part of a name"
+            )
 
 
 def check_tokenized(model: Any) -> None:

@@ -33,16 +33,19 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from fastkd.distiller import Distiller
-from fastkd.errors import UserError
+from fastkd.errors import UserError, one_line
 from fastkd.integrations.beside import Beside, attached
 from fastkd.integrations.projections import read_projections, save_projections
 from fastkd.integrations.sentences import (
+    DistillationLoss,
     check_embeddings,
     check_padded,
+    check_rates,
     check_tokenized,
     transformer_of,
 )
 from fastkd.layer_map import Progress
+from fastkd.models.checking import LOADING_ERRORS
 from fastkd.types import Inputs
 
 
@@ -51,8 +54,8 @@ class DistillationMixin:
 
         class SentenceDistillation(DistillationMixin, SentenceTransformerTrainer): ...
 
-    Of a `SentenceTransformer` the transformer inside is distilled, on every text column; the
-    trainer's own `loss` is not used. Losses of embeddings compare what their `pooling` makes of its
+    Of a `SentenceTransformer` the transformer inside is distilled, on every text column; a `loss`
+    of the trainer's own is refused. Losses of embeddings compare what their `pooling` makes of its
     states, so both models must pool likewise, with a Normalize at most behind it.
     """
 
@@ -62,6 +65,7 @@ class DistillationMixin:
     state: Any
     accelerator: Any
     optimizer: Any
+    loss: nn.Module
     model_accepts_loss_kwargs: bool
 
     def __init__(
@@ -90,6 +94,13 @@ class DistillationMixin:
         if teacher is None or losses is None:
             missing = "teacher" if teacher is None else "losses"
             raise UserError(f"{type(self).__name__}: {missing} is not given; see fastkd.Distiller")
+        if isinstance(model, nn.Sequential):
+            if keywords.get("loss") is not None:
+                raise UserError(
+                    f"{type(self).__name__}: loss is given, which would never be called; leave it "
+                    "out, and say in losses what is learned"
+                )
+            keywords["loss"] = DistillationLoss(model, losses, layer_map)
         super().__init__(model, *arguments, **keywords)  # type: ignore[call-arg]
         _check_arguments(self)
         check_tokenized(self.model)
@@ -222,6 +233,8 @@ class DistillationMixin:
         """As the trainer's own, of the student and what trains beside it, also before `train`."""
         given = self.optimizer is not None
         with self._distilling():
+            if isinstance(self.model, nn.Sequential):
+                check_rates(self.loss, self.args)
             optimizer = super().create_optimizer(*arguments, **keywords)  # type: ignore[misc]
         if not given:
             _give_rates(optimizer, self.distiller)
@@ -238,14 +251,6 @@ class DistillationMixin:
         found = super().get_decay_parameter_names(model)  # type: ignore[misc]
         return [name for name in found if not name.endswith("log_variances")]
 
-    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
-        """As the trainer's own; sentence-transformers would take the weights of a loss's model."""
-        if isinstance(self.model, nn.Sequential):
-            found: tuple[Any, Any] = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        else:
-            found = super().get_optimizer_cls_and_kwargs(args, model)  # type: ignore[misc]
-        return found
-
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
         super()._save(output_dir, state_dict)  # type: ignore[misc]
@@ -260,9 +265,21 @@ class DistillationMixin:
         self.distiller.objective.load_state_dict(kept)
 
     def _load_best_model(self) -> None:
-        kept = read_projections(Path(self.state.best_model_checkpoint), self.distiller.objective)
-        super()._load_best_model()  # type: ignore[misc]
-        self.distiller.objective.load_state_dict(kept)
+        # those of the libraries log what they can't read, and keep the last student beside the
+        # best projections
+        best = self.state.best_model_checkpoint
+        try:
+            self._load_from_checkpoint(best)
+        except UserError:
+            raise
+        except LOADING_ERRORS as error:
+            raise UserError(
+                f"load_best_model_at_end: the student of {best} can't be read "
+                f"({one_line(error, None)}); the student of the last step is in the trainer's model"
+            ) from error
+        if isinstance(self.model, nn.Sequential):
+            card: Any = self.model.model_card_data
+            card.set_best_model_step(int(best.rpartition("-")[2]))
 
     def _check_wrapped(self, model: nn.Module) -> None:
         """See that the gradients of a step are averaged over ranks.

@@ -180,7 +180,7 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports of studies hold no pictures: drawing them takes longer than fake runs."""
-    monkeypatch.setattr("fastkd.study.report.png", lambda figure: b"")
+    monkeypatch.setattr("fastkd.study.report.png", lambda figure: (b"", frozenset()))
     monkeypatch.setattr("fastkd.study.report.inline_svg", lambda figure, title: "<svg></svg>")
 
 

@@ -224,7 +224,8 @@ def test_a_forecast_follows_the_layout(recipe: Recipe) -> None:
         *(passes, chip, 2),
     )
     assert not {"teacher weights", "optimiser"} & away.parts.keys()
-    assert away.machine == 2 * passes.teacher_numbers + 3 * weights // 2
+    # the optimiser's share of the gradients beside it
+    assert away.machine == 2 * passes.teacher_numbers + (3 + 1) * weights // 2
     assert away.parts["bucket of gradients"] == 4000
 
 
@@ -261,15 +262,43 @@ def test_what_is_offloaded_is_read_from_the_machine_from_its_stage_on(recipe: Re
     for stage in range(4):
         plain, away = (
             forecast(_laid_out(recipe, zero=given, zero_stage=stage), passes, chip, 1)
-            for given in ({"overlap_comm": True}, zero)
+            for given in ({"round_robin_gradients": True}, zero)
         )
         found[stage] = away.machine, (away.moving - plain.moving) * chip.host
-        assert away.total + away.machine == plain.total
+        # gradients are there twice: what adds up, at stages 1 and 3, and what the optimiser reads
+        twice = weights if stage in (1, 3) else 0
+        assert away.total + away.machine == plain.total + twice
     # fp32 weights of ZeRO's own and two moments; gradients go there and weights come back
     assert found[0] == (0, 0)
-    assert found[1] == found[2] == (3 * weights, pytest.approx(2 * weights))
-    # the weights as well, of which a forward and a backward pass read all
-    assert found[3] == (4 * weights, pytest.approx(4 * weights))
+    assert found[1] == found[2] == (4 * weights, pytest.approx(2 * weights))
+    # the weights as well, of which a forward and a backward pass read all; the sum of gradients
+    # goes there, comes back and is copied
+    assert found[3] == (6 * weights, pytest.approx(5 * weights))
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "zero", "each"),
+    [
+        (1, "fp32", {}, 4),
+        (1, "fp32", {"overlap_comm": True}, 8),
+        (1, "bf16", {"overlap_comm": True}, 0),
+        # another of DeepSpeed's optimisers, which adds up in fp32
+        (1, "bf16", {"offload_optimizer": {"device": "cpu"}}, 4),
+        (2, "bf16", {}, 2),
+        (2, "bf16", {"overlap_comm": True}, 4),
+        (2, "bf16", {"contiguous_gradients": False}, 0),
+        # of the dtype that gradients are reduced in
+        (3, "bf16", {"overlap_comm": True}, 4),
+    ],
+    ids=str,
+)
+def test_gradients_wait_in_a_bucket(
+    recipe: Recipe, stage: int, precision: str, zero: dict[str, Any], each: int
+) -> None:
+    given = {"reduce_bucket_size": 1000, **zero}
+    laid_out = _laid_out(recipe, zero=given, zero_stage=stage, precision=precision)
+    found = forecast(laid_out, run_dry(laid_out, 4), CHIPS["h100"], 2)
+    assert found.parts.get("bucket of gradients", 0) == each * 1000
 
 
 def test_one_process_needs_no_bucket_but_gradients_of_a_micro_batch(recipe: Recipe) -> None:

@@ -81,7 +81,8 @@ class Train(Section):
     """Whether time and memory of the steps are measured by phase and by part, for the summary and
     the report."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage of the student."""
+    """DeepSpeed ZeRO stage of the student. Stages 2 and 3 reduce gradients at every micro-batch,
+    0 and 1 once a step."""
     seed: Seed = 0
     """Seed of weights that are drawn and, unless they have one of their own, of the order of the
     data, of dropout and of layer maps that are drawn."""

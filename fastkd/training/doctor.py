@@ -179,8 +179,16 @@ def does_not_fit(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> str:
     for overrides, changed in layouts(recipe, ranks):
         total = forecast(changed, passes, chip, ranks).total
         if total <= room:
-            return f"{said}give {overrides} ({_gib(total)})"
+            return f"{said}give {overrides} ({_gib(total)}{_moved_more(recipe, changed, ranks)})"
     return f"{said}give more or larger GPUs, or student.gradient_checkpointing=true"
+
+
+def _moved_more(recipe: Recipe, changed: Recipe, ranks: int) -> str:
+    """What a layout costs that reduces gradients more than once a step."""
+    times = plan_batches(changed, ranks).accumulation
+    if recipe.train.zero_stage >= 2 or changed.train.zero_stage < 2 or times == 1:
+        return ""
+    return f", reduces gradients {times} times a step"
 
 
 def _models(passes: Passes) -> str:

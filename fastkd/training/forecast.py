@@ -34,7 +34,8 @@ from fastkd.training.deepspeed_config import student_config, uses_deepspeed
 from fastkd.training.dry_pass import DryPass, bytes_of, dry_pass, tensors_of
 from fastkd.training.embeddings import find_embeddings, handed_on_prompts
 from fastkd.training.engine import check_config, matrix_numbers
-from fastkd.training.memory import memory_parts, parts_on_cpu
+from fastkd.training.memory import apart, is_offloaded, memory_parts
+from fastkd.training.moving import host_bytes, link_bytes, reduced_bytes
 from fastkd.types import EightBits
 
 EFFICIENCY = 0.4
@@ -183,12 +184,11 @@ def forecast(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> Forecast
     times = plan.micro_batch_size / passes.rows
     sizes = passes.teacher_bytes, passes.trained_numbers
     kept = memory_parts(recipe, *sizes, ranks, passes.matrix_numbers, passes.frozen_numbers)
-    away = parts_on_cpu(recipe)
-    parts = {name: size for name, size in kept.items() if name not in away}
+    parts, machine = apart(recipe, kept, plan)
     parts |= _worked_with(recipe, passes, plan)
     return Forecast(
         parts=parts,
-        machine=sum(size for name, size in kept.items() if name in away),
+        machine=sum(machine.values()),
         computing=_operations_seconds(recipe, passes, chip, plan) * times * plan.accumulation,
         moving=_moving_seconds(recipe, passes, chip, plan),
         tokens=recipe.train.batch_size * passes.tokens,
@@ -299,7 +299,8 @@ def _check_multiplied(kind: EightBits | None, chip: Chip) -> None:
 def _worked_with(recipe: Recipe, passes: Passes, plan: BatchPlan) -> dict[str, int]:
     """Bytes that come and go within a step."""
     train, sizes = recipe.train, recipe.train.number_bytes
-    times, zero = plan.micro_batch_size / passes.rows, _zero_of(recipe, plan)
+    times, config = plan.micro_batch_size / passes.rows, _config_of(recipe, plan)
+    zero = config and config.zero_config
     student = tensors_of(passes.student.captured)
     # what is rounded to a byte is divided in fp32 before
     at_work = 3 if recipe.teacher.eight_bits is None else 4
@@ -311,7 +312,8 @@ def _worked_with(recipe: Recipe, passes: Passes, plan: BatchPlan) -> dict[str, i
         "captured of the teacher": int(captured * times),
         "the teacher at work": int(at_work * passes.teacher.largest * times),
     }
-    if train.precision == "bf16" and not (zero and train.zero_stage > 1):
+    added_at_once = zero and (train.zero_stage > 1 or is_offloaded(recipe))
+    if train.precision == "bf16" and not added_at_once:
         # beside the sum in fp32; one process keeps a micro-batch's own until it has added it
         each = 2 if zero or plan.accumulation == 1 else 6
         parts["gradients of a micro-batch"] = each * passes.trained_numbers
@@ -327,21 +329,40 @@ def _worked_with(recipe: Recipe, passes: Passes, plan: BatchPlan) -> dict[str, i
         gathered += sizes * min(passes.trained_numbers, most)
     if gathered:
         parts["weights gathered at a time"] = gathered
-    # stage 1 in bf16 has none
-    if zero and (train.zero_stage > 1 or (train.zero_stage, sizes) == (1, 4)):
-        parts["bucket of gradients"] = sizes * zero.reduce_bucket_size
+    bucket = _bucket(recipe, config)
+    if bucket:
+        parts["bucket of gradients"] = bucket
     return {**parts, "CUDA and NCCL, assumed": LIBRARIES}
 
 
-def _zero_of(recipe: Recipe, plan: BatchPlan) -> Any:
-    """What DeepSpeed reads of ZeRO's settings, its defaults with them; `None` without its engine.
+def _bucket(recipe: Recipe, config: Any) -> int:
+    """Bytes in which DeepSpeed gathers gradients until they are reduced."""
+    train = recipe.train
+    if config is None or train.zero_stage == 0:
+        return 0
+    zero, offloaded = config.zero_config, is_offloaded(recipe)
+    if not (zero.contiguous_gradients or (offloaded and train.zero_stage < 3)):
+        return 0
+    if train.zero_stage == 3:
+        return int(reduced_bytes(config) * zero.reduce_bucket_size)
+    if train.zero_stage == 1:
+        # in bf16 it has an optimiser that needs none, and no place for an offloaded one
+        each = 0 if train.precision == "bf16" and not offloaded else 4
+    else:
+        each = train.number_bytes
+    # one is filled while the other is reduced
+    return int(each * zero.reduce_bucket_size * (1 + zero.overlap_comm))
+
+
+def _config_of(recipe: Recipe, plan: BatchPlan) -> Any:
+    """What DeepSpeed reads of its section, its defaults with them; `None` without its engine.
 
     Raises:
         UserError: a run would refuse the `deepspeed` section.
     """
     if not uses_deepspeed(recipe, plan.world_size):
         return None
-    return check_config(student_config(recipe, plan)).zero_config
+    return check_config(student_config(recipe, plan))
 
 
 def _operations_seconds(recipe: Recipe, passes: Passes, chip: Chip, plan: BatchPlan) -> float:
@@ -374,27 +395,17 @@ def _head(found: DryPass) -> int:
 
 def _moving_seconds(recipe: Recipe, passes: Passes, chip: Chip, plan: BatchPlan) -> float:
     """Seconds that a rank receives or reads weights and gradients for in a step."""
-    ranks, train = plan.world_size, recipe.train
+    ranks, readings = plan.world_size, passes.readings(plan)
     link = chip.link if ranks <= NODE else min(chip.link, NETWORK)
-    passed = plan.accumulation * passes.readings(plan)
-    others = (ranks - 1) / ranks
-    student = passes.trained_numbers * train.number_bytes
-    # gradients are reduced, in fp32, and weights gathered
-    moved = (4 * passes.trained_numbers + student) * others
-    # before each forward and before the backward of each micro-batch
-    gathered = (student + passes.frozen_numbers * train.number_bytes) * (passed + plan.accumulation)
-    if train.zero_stage == 3:
-        moved += gathered * others
-    seconds = moved / link
+    numbers = passes.trained_numbers, passes.frozen_numbers
+    seconds = host_bytes(recipe, plan, *numbers, readings) / chip.host
+    config = _config_of(recipe, plan)
+    if config is not None:
+        seconds += link_bytes(recipe, config, plan, *numbers, readings) / link
+    passed = plan.accumulation * readings
     teacher = passes.teacher_numbers * recipe.teacher.number_bytes
     if recipe.teacher.placement != "replicate":
-        seconds += teacher * others * passed / link
+        seconds += teacher * (ranks - 1) / ranks * passed / link
     if recipe.teacher.placement == "offload":
         seconds += teacher / ranks * passed / chip.host
-    away = parts_on_cpu(recipe)
-    if "student weights" in away:
-        seconds += gathered / ranks / chip.host
-    if "optimiser" in away:
-        # gradients go there and weights come back
-        seconds += 2 * student / ranks / chip.host
     return seconds

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from fastkd.data.batching import BatchPlan
 from fastkd.errors import RankError, UserError
 from fastkd.recipe import AnyRecipe, Recipe
 from fastkd.reporting.numbers import fixed
@@ -134,6 +135,41 @@ def parts_on_cpu(recipe: AnyRecipe) -> set[str]:
         if given and recipe.train.zero_stage >= stage:
             found |= names
     return found
+
+
+def is_offloaded(recipe: AnyRecipe) -> bool:
+    """Whether the optimiser is in the memory of the machine where the work is a GPU's."""
+    return "optimiser" in parts_on_cpu(recipe)
+
+
+def apart(
+    recipe: AnyRecipe, parts: dict[str, int], plan: BatchPlan
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The bytes of `memory_parts` where the work is a GPU's: those on it, and those in the memory
+    of the machine.
+
+    An offloaded optimiser has its gradients beside it, whatever the GPU keeps of them.
+    """
+    away = parts_on_cpu(recipe)
+    device = {name: size for name, size in parts.items() if name not in away}
+    machine = {name: size for name, size in parts.items() if name in away}
+    if is_offloaded(recipe):
+        device["gradients"], machine["gradients"] = _gradients(recipe, parts["gradients"], plan)
+    return device, machine
+
+
+def _gradients(recipe: AnyRecipe, kept: int, plan: BatchPlan) -> tuple[int, int]:
+    """Bytes of gradients on the GPU and beside an offloaded optimiser, of those kept without it."""
+    stage, bf16 = recipe.train.zero_stage, recipe.train.precision == "bf16"
+    shard = kept if stage > 1 else kept // plan.world_size
+    if stage == 3:
+        # the sum of the micro-batches, and what the optimiser reads
+        return 0, 2 * shard
+    # micro-batches add up on the GPU, at stage 1 whole; in bf16 there is a sum of what is reduced
+    device = kept * (stage == 1) + shard * bf16
+    # at stage 2 in fp32 they do so there
+    sums = stage == 2 and not bf16 and plan.accumulation > 1
+    return device, shard * (1 + sums)
 
 
 def _kind(device: torch.device) -> str:

@@ -44,7 +44,7 @@ from fastkd.training.engine import (
 from fastkd.training.gathering import check_gathering, step_gathers
 from fastkd.training.graphs import GraphedStep, Record, check_graphs
 from fastkd.training.local_engine import LocalEngine
-from fastkd.training.memory import check_micro_batch, memory_parts, parts_on_cpu
+from fastkd.training.memory import apart, check_micro_batch, memory_parts
 from fastkd.training.parts import Parts, gather
 from fastkd.training.precision import settle_precision
 from fastkd.training.profile import NoProfile, Profile, clocks_of
@@ -110,8 +110,10 @@ class Run(Parts):
         world = self.ranks.world_size
         matrices = matrix_numbers(self.module.student, self.recipe.train)
         parts = memory_parts(self.recipe, self.teacher_bytes, trained, world, matrices, frozen)
-        away = parts_on_cpu(self.recipe) if self.ranks.device.type == "cuda" else set()
-        return {name: size for name, size in parts.items() if name not in away}
+        device, machine = apart(self.recipe, parts, self.plan)
+        if self.ranks.device.type == "cuda":
+            return device
+        return {name: device.get(name, 0) + machine.get(name, 0) for name in parts}
 
     def micro_batches(self) -> MicroBatches:
         """What this rank trains on, from the first step; every rank calls this."""

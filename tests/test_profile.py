@@ -199,6 +199,14 @@ def test_parts_that_are_computed_are_those_that_are_counted(
             assert parts[name] == pytest.approx(size, rel=0.08), name
 
 
+def test_a_parameter_that_no_step_reaches_has_a_gradient_too(
+    path: Path, ranks: Ranks, few_steps: None
+) -> None:
+    with counted(path, ranks, "losses={embedding: {}}") as (run, parts):
+        trained = sum(p.numel() for p in run.module.parameters() if p.requires_grad)
+        assert parts["gradients"] == 4 * trained
+
+
 @pytest.mark.parametrize("architecture", ["bert", "modernbert"])
 def test_activations_are_those_of_the_shapes(
     tmp_path: Path, ranks: Ranks, architecture: str, few_steps: None

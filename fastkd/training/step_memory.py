@@ -66,7 +66,8 @@ class StepMemory:
         if self._looking and isinstance(self._engine, LocalEngine):
             groups = self._engine.optimizer.param_groups
             updated = [p for group in groups for p in group["params"]]
-            self._count("gradients", [p.grad for p in updated if p.grad is not None])
+            # one that the step doesn't reach gets a gradient of zeros with the update
+            self._count("gradients", [p if p.grad is None else p.grad for p in updated])
 
     def looked(self) -> bool:
         """Whether the step that is done was looked at; then weights and moments are counted."""

@@ -290,7 +290,11 @@ def test_time_and_memory_are_those_of_all_processes(
     # until the checkpoint of the last step, and what came after that was gone on from
     assert more["seconds"] == (first["seconds"] - 1) + (next(ticks) - 1 - looked)
     assert more["peak_memory_bytes"] == first["peak_memory_bytes"] == 8_000_000_000
+    reset: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
     gpu = cost.Cost(Ranks(0, 1, torch.device("cuda")))
+    # what this process did before is none of its cost
+    assert reset == [torch.device("cuda")]
     gpu.load({"seconds": 2.0, "peak": 8_000_000_000, "peak_of": "process"})
     assert (gpu.peak, gpu.peak_of) == (5_000_000_000, "GPU")
 

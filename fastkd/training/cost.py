@@ -16,6 +16,7 @@ class Cost:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
+        reset_peak(ranks)
         self._started = time.perf_counter()
         self._seconds = 0.0
         self._peak = 0
@@ -46,8 +47,16 @@ class Cost:
         self._peak = state["peak"] if state["peak_of"] == self.peak_of else 0
 
 
+def reset_peak(ranks: Ranks) -> None:
+    """Let `peak_memory` tell of what follows, where that is a GPU's: a process has one peak, from
+    its start on."""
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(ranks.device)
+
+
 def peak_memory(ranks: Ranks) -> int:
-    """Peak bytes of this rank so far: of the GPU where there is one, else of the process."""
+    """Peak bytes of this rank: of the GPU, where there is one, since `reset_peak`, else of the
+    process since it started."""
     if ranks.device.type == "cuda":
         return torch.cuda.max_memory_allocated(ranks.device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

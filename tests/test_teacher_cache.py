@@ -28,6 +28,7 @@ from fastkd.reporting.console import Reporter
 from fastkd.training.engine import TeacherRunner
 from fastkd.training.evaluate import evaluate
 from fastkd.training.setup import Run, set_up
+from fastkd.training.teacher_cache import forecast
 from fastkd.training.teacher_cache.forecast import Costs, describe, verdict
 from fastkd.training.teacher_cache.layout import fields_of
 from fastkd.training.teacher_cache.plan import CachePlan, Form, check_room, plan_cache
@@ -513,6 +514,29 @@ def test_narrow_heads_take_no_less_room_when_they_are_recomputed(
     lines = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
     found = [line for line in lines if "no smaller" in line]
     assert len(found) == 2 and found == [line for line in lines if "attention recomputed" in line]
+
+
+def test_ranks_of_a_machine_share_its_disk(
+    tmp_path: Path,
+    ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(forecast, "disk_rate", lambda _folder: 6e9)
+    rates = []
+    monkeypatch.setattr(forecast, "verdict", lambda costs, *_, **__: rates.append(costs.rate) or "")
+    path = make_recipe(tmp_path, teacher={"cache_folder": str(tmp_path / "states")})
+    run = set_up(load_recipe(path), ranks, progress=False)
+    plan = plan_cache(run, EXACT)
+    for here, said in (
+        (1, "by a disk of 6 GB/s"),
+        (4, "by a disk of 1.5 GB/s for each of 4 ranks"),
+    ):
+        monkeypatch.setattr(Ranks, "here", here)
+        describe(run, plan, Reporter())
+        words = " ".join(capsys.readouterr().out.split())
+        assert said in words and ("for each of" in words) == (here > 1)
+    assert set(rates) == {6e9, 1.5e9}
 
 
 def test_what_is_not_read_twice_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Costs:
     recomputing: float | None
     """Of attention from the hidden states below it; `None` where it can't be made so."""
     rate: float
-    """Bytes a second that the disk reads."""
+    """Bytes a second that the disk reads for each rank of this machine."""
 
 
 def describe(run: Run, plan: CachePlan, reporter: Reporter) -> None:
@@ -60,10 +60,12 @@ def describe(run: Run, plan: CachePlan, reporter: Reporter) -> None:
     rows = run.datamodule.rows
     assert rows is not None, "a stream is refused before"
     times = train.steps * train.batch_size / rows
+    here = run.ranks.here
+    shared = f" for each of {here} ranks" if here > 1 else ""
     reporter.say(
         f"teacher cache: 1,000 tokens take {1e6 * costs.teacher:.3g} ms of the teacher; the data "
         f"is read {fixed(times, 2)} times, ahead of the steps, by a disk of "
-        f"{costs.rate / 1e9:.3g} GB/s"
+        f"{costs.rate / 1e9:.3g} GB/s{shared}"
     )
     reporter.table(
         "teacher cache, 1,000 tokens",
@@ -150,7 +152,8 @@ def _measured(run: Run, plan: CachePlan) -> Costs:
     making = None
     if recomputed is not None:
         making = _seconds(run, batches, lambda n: recomputed(batches[n], hidden[n], layers))
-    return Costs(passes, making, disk_rate(plan.folder.parent))
+    # ranks of a machine read at the same time
+    return Costs(passes, making, disk_rate(plan.folder.parent) / run.ranks.here)
 
 
 def _recomputed(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, tiny_config, tiny_model
+from tiny_models import VOCABULARY, WINDOW, tiny_config, tiny_model
 from tiny_runs import make_recipe
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig
@@ -62,8 +62,10 @@ def test_products_are_those_of_the_weights_and_of_attention(name: str) -> None:
         assert found.attention == 4 * 4 * ROWS * 4 * TOKENS * TOKENS * 8 // 2
         assert found.traits.causal and found.traits.shapes[0].kv_heads == 2
     if name == "modernbert":
-        # local attention sees few keys
-        assert found.attention < 4 * 4 * ROWS * 4 * TOKENS * TOKENS * 8
+        # two of four layers see all keys, two as many on either side as the window is wide
+        keys = 2 * TOKENS + 2 * (2 * WINDOW + 1)
+        assert found.attention == 4 * ROWS * 4 * TOKENS * keys * 8
+        assert 2 * WINDOW + 1 < TOKENS
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -224,6 +226,8 @@ def test_a_forecast_follows_the_layout(recipe: Recipe) -> None:
         *(passes, chip, 2),
     )
     assert not {"teacher weights", "optimiser"} & away.parts.keys()
+    # whichever rank holds what of it in the end
+    assert away.loading == plain.loading == 4 * passes.teacher_numbers
     # the optimiser's share of the gradients beside it
     assert away.machine == 2 * passes.teacher_numbers + (3 + 1) * weights // 2
     assert away.parts["bucket of gradients"] == 4000
@@ -370,6 +374,50 @@ def test_what_does_not_fit_is_one_line_with_a_layout_that_does(recipe: Recipe) -
     assert forecast(changed, passes, tight, 2).total < total
     none = Chip(**{**vars(tight), "memory": 1})
     assert "more or larger GPUs" in does_not_fit(recipe, passes, none, 2)
+
+
+@pytest.mark.parametrize(
+    "given", ["train.optimizer=muon", "train.compile=true", "student.gradient_checkpointing=true"]
+)
+def test_what_is_advised_is_what_the_recipe_takes(path: Path, given: str) -> None:
+    recipe = load_recipe(path, ["teacher.dtype=float32", "train.precision=fp32", given])
+    advised = [said for said, _ in layouts(recipe, 2)]
+    assert any("zero_stage=2" in said for said in advised)
+    for said in advised:
+        load_recipe(path, [given, *said.split()])
+    assert any("zero_stage=3" in said for said in advised) == ("checkpointing" in given)
+    none = Chip(**{**vars(CHIPS["l4"]), "memory": 1})
+    said = does_not_fit(recipe, run_dry(recipe, 4), none, 2)
+    assert ("student.gradient_checkpointing" in said) != ("checkpointing" in given)
+
+
+def test_advice_says_how_often_gradients_are_reduced(recipe: Recipe) -> None:
+    small = _laid_out(recipe, micro_batch_size=1, zero={"reduce_bucket_size": 1})
+    passes = run_dry(small, 1)
+    total = forecast(_laid_out(small, zero_stage=2), passes, CHIPS["l4"], 2).total
+    room = Chip(**{**vars(CHIPS["l4"]), "memory": total})
+    said = does_not_fit(small, passes, room, 2)
+    assert said.endswith("GiB, reduces gradients 4 times a step)") and "zero_stage=2" in said
+    whole = _laid_out(recipe, zero={"reduce_bucket_size": 1})
+    room = Chip(**{**vars(room), "memory": forecast(whole, passes, room, 2).total - 1})
+    assert "reduces" not in does_not_fit(whole, passes, room, 2)
+
+
+def test_a_head_that_losses_multiply_in_fp32_takes_three_products_of_tf32(tmp_path: Path) -> None:
+    student = {"layers": 2, "hidden_size": 32, "head": "causal_lm"}
+    path = make_recipe(tmp_path, "llama", student=student)
+    given = ["losses={logits: {}}"]
+    chip = CHIPS["l4"]
+    plain = load_recipe(path, [*given, "train.precision=fp32", "teacher.dtype=float32"])
+    passes = run_dry(plain, 8)
+    found = forecast(plain, passes, chip, 1).computing
+    rounded = load_recipe(path, [*given, "train.precision=bf16", "teacher.dtype=bfloat16"])
+    half = forecast(rounded, run_dry(rounded, 8), chip, 1).computing
+    # all else is twice as slow in TF32; a pass of the teacher, and of the student three
+    operations = (1 + 3) * 2 * 8 * 16 * VOCABULARY * 32
+    others = half * EFFICIENCY - operations / chip.half
+    expected = 2 * others + 3 * operations / chip.tf32
+    assert found * EFFICIENCY == pytest.approx(expected)
 
 
 def _doctor(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int | str | None:

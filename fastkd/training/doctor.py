@@ -28,7 +28,7 @@ from fastkd.reporting.console import Reporter
 from fastkd.reporting.numbers import fixed
 from fastkd.reporting.profile import memory_rows, time_columns, time_rows
 from fastkd.training.chips import Chip
-from fastkd.training.cost import peak_memory
+from fastkd.training.cost import peak_memory, reset_peak
 from fastkd.training.engine import NoTeacher
 from fastkd.training.environment import environment
 from fastkd.training.forecast import (
@@ -139,8 +139,8 @@ def _forecast(recipe: Recipe, chip: Chip, ranks: int, reporter: Reporter) -> Non
     room = int(chip.memory)
     rows = [(name, _gib(size)) for name, size in found.parts.items()]
     rows += [("in all", _gib(found.total)), (f"{chip.label} has", _gib(room))]
-    if found.machine:
-        rows.append(("in the machine's memory, each rank", _gib(found.machine)))
+    rows.append(("in the machine's memory, each rank", _gib(found.machine)))
+    rows.append(("there, each rank, while the teacher is loaded", _gib(found.loading)))
     reporter.table(
         f"memory of each of {ranks} GPUs" if ranks > 1 else "memory of the GPU",
         ("", "forecast"),
@@ -180,7 +180,10 @@ def does_not_fit(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> str:
         total = forecast(changed, passes, chip, ranks).total
         if total <= room:
             return f"{said}give {overrides} ({_gib(total)}{_moved_more(recipe, changed, ranks)})"
-    return f"{said}give more or larger GPUs, or student.gradient_checkpointing=true"
+    more = (
+        "" if recipe.student.gradient_checkpointing else ", or student.gradient_checkpointing=true"
+    )
+    return f"{said}give more or larger GPUs{more}"
 
 
 def _moved_more(recipe: Recipe, changed: Recipe, ranks: int) -> str:
@@ -201,6 +204,7 @@ def _gib(size: int, places: int = 2) -> str:
 
 
 def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
+    reset_peak(ranks)
     run = set_up(recipe, ranks, progress=not reporter.console.quiet)
     check_metrics(run)
     try_losses(run)

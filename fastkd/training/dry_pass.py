@@ -163,7 +163,9 @@ class _Attention:
         causal = bool(getattr(module, "is_causal", True))
         self.causal |= causal
         window = given.get("sliding_window")
-        seen = tokens if window is None else min(tokens, window)
+        # one that sees both sides gives half of its window
+        width = tokens if window is None else window if causal else 2 * window - 1
+        seen = min(tokens, width)
         pairs = batch * heads * tokens * seen // (2 if causal and seen == tokens else 1)
         if self._eager:
             pairs = batch * heads * tokens * tokens

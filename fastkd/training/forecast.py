@@ -28,7 +28,7 @@ from fastkd.models.load import auto_model, read_config
 from fastkd.models.locate import locate_model
 from fastkd.models.poolers import drop_pooler
 from fastkd.models.quantised import replace_linear
-from fastkd.recipe import Recipe, sequence_limit
+from fastkd.recipe import Recipe, parse_recipe, sequence_limit
 from fastkd.training.chips import Chip
 from fastkd.training.deepspeed_config import student_config, uses_deepspeed
 from fastkd.training.dry_pass import DryPass, bytes_of, dry_pass, tensors_of
@@ -88,6 +88,8 @@ class Forecast:
     """Bytes on the GPU."""
     machine: int
     """Bytes of this rank in the memory of the machine."""
+    loading: int
+    """Bytes of this rank there before: wherever it is placed, a rank loads the whole teacher."""
     computing: float
     """Seconds that matrix products of a step take, at `EFFICIENCY`."""
     moving: float
@@ -189,6 +191,7 @@ def forecast(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> Forecast
     return Forecast(
         parts=parts,
         machine=sum(machine.values()),
+        loading=passes.teacher_numbers * (4 if recipe.teacher.states == "float32" else 2),
         computing=_operations_seconds(recipe, passes, chip, plan) * times * plan.accumulation,
         moving=_moving_seconds(recipe, passes, chip, plan),
         tokens=recipe.train.batch_size * passes.tokens,
@@ -224,9 +227,18 @@ def layouts(recipe: Recipe, ranks: int) -> Iterator[tuple[str, Recipe]]:
                     said += [f"train.micro_batch_size={size}"] * (size != rows)
                     train["micro_batch_size"] = size
                 changed["train"] = recipe.train.model_copy(update=train)
-                if said:
-                    yield " ".join(said), recipe.model_copy(update=changed)
+                if said and _is_taken(made := recipe.model_copy(update=changed)):
+                    yield " ".join(said), made
                 size = size // 2 if size % 2 == 0 else 0
+
+
+def _is_taken(recipe: Recipe) -> bool:
+    """Whether a recipe that was changed is one that can be given."""
+    try:
+        parse_recipe(recipe.model_dump(mode="json", exclude_none=True))
+    except UserError:
+        return False
+    return True
 
 
 @contextmanager
@@ -369,17 +381,23 @@ def _operations_seconds(recipe: Recipe, passes: Passes, chip: Chip, plan: BatchP
     """Seconds of both models' passes over one micro-batch."""
     teacher, student, forward = passes.teacher, passes.student, passes.readings(plan)
     single = chip.tf32 if recipe.train.tf32 else chip.single
-    teaching = teacher.products - teacher.float8 + teacher.attention + _head(teacher)
-    seconds = teaching / (single if recipe.teacher.states == "float32" else chip.half)
+    rounded = recipe.teacher.states != "float32"
+    teaching = teacher.products - teacher.float8 + teacher.attention
+    seconds = teaching / (chip.half if rounded else single)
+    # kernels of the losses multiply fp32 as three products of TF32, whatever the recipe says
+    seconds += _head(teacher) / (chip.half if rounded else chip.tf32 / 3)
     if teacher.float8:
         assert chip.float8 is not None, "others are refused"
         seconds += teacher.float8 / chip.float8
     seconds *= forward
     again = 1.0 if recipe.student.gradient_checkpointing else 0.0
-    learning = (forward + _BACKWARD + again) * (student.products + _head(student))
+    learning = (forward + _BACKWARD + again) * student.products
     backward = _BACKWARD if recipe.student.attention == "eager" else _ATTENTION_BACKWARD
     learning += (forward + backward + again) * student.attention
-    seconds += learning / (chip.half if recipe.train.precision == "bf16" else single)
+    rounded = recipe.train.precision == "bf16"
+    seconds += learning / (chip.half if rounded else single)
+    # checkpointing makes blocks again, but no head
+    seconds += (forward + _BACKWARD) * _head(student) / (chip.half if rounded else chip.tf32 / 3)
     return seconds / EFFICIENCY
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -202,3 +203,16 @@ def test_the_command_reads_no_data_first(
     lines = [s for s in capsys.readouterr().err.splitlines() if s.startswith("fastkd:")]
     assert len(lines) == 1 and expected in lines[0]
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_recipe_that_its_folder_could_not_give_back_makes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(tmp_path, "run")
+    # written as six characters each
+    labels = f"task.labels=[no, yes, {chr(0x200B) * 200_000}]"
+    for command in ("distill", "doctor"):
+        assert fastkd(command, str(path), labels, monkeypatch=monkeypatch) == 2
+        said = capsys.readouterr().err
+        assert re.search(r"the recipe has, with every default written out, 1,2\d\d,\d+ char", said)
+    assert not (tmp_path / "run").exists()

@@ -190,6 +190,44 @@ def test_a_file_without_end_is_refused() -> None:
         load_recipe("a\0b")
 
 
+@pytest.mark.parametrize("form", ["[{}]", "{{a: [{}]}}"])
+def test_a_file_of_many_values_is_not_said_to_have_aliases(form: str) -> None:
+    with pytest.raises(YamlError, match=r"^line 1: more than 100,000 values$"):
+        read_yaml(form.format("1," * 100_000))
+
+
+def test_other_scripts_take_a_recipe_no_more_room_than_the_user_wrote() -> None:
+    words = [f"{'жук' * 8} {number}" for number in range(300)]
+    written = write_yaml({"labels": words})
+    assert len(written) < 1.2 * len(", ".join(words)) and read_yaml(written) == {"labels": words}
+
+
+def test_what_a_terminal_obeys_is_escaped() -> None:
+    # of its own, of lines, of the direction of writing, of no width
+    obeyed = "\x07\x1b\x7f\x85\x9b\u2028\u2029\u202e\u200b\ufeff\U000e0001\n\r\t"
+    for written in (write_yaml({"a": f"é{obeyed}\U0001f600"}), quoted(f"é{obeyed}\U0001f600")):
+        assert not set(obeyed) & set(written.rstrip("\n"))
+        assert "é" in written and "\U0001f600" in written
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        (["x" * 2**20], "1,048,579 characters, expected at most 1,048,576"),
+        ({"a": [1] * 99_999}, "100,001 values, expected at most 100,000"),
+    ],
+    ids=["characters", "values"],
+)
+def test_nothing_is_written_that_can_not_be_read(tree: object, expected: str) -> None:
+    with pytest.raises(YamlError, match=f"^{expected}$"):
+        write_yaml(tree)
+
+
+def test_as_much_as_can_be_written_is_read() -> None:
+    tree = {"a": [1] * 99_998}
+    assert read_yaml(write_yaml(tree)) == tree
+
+
 PLAIN = st.recursive(
     st.none()
     | st.booleans()

@@ -181,8 +181,17 @@ def _check_kind(tree: Mapping[str, Any], command: str) -> None:
 
 
 def dump_recipe(recipe: AnyRecipe) -> str:
-    """The recipe as YAML with every default written out."""
-    return write_yaml(recipe.model_dump(mode="json"))
+    """The recipe as YAML with every default written out.
+
+    Raises:
+        UserError: it is longer so than a recipe that can be read.
+    """
+    try:
+        return write_yaml(recipe.model_dump(mode="json"))
+    except YamlError as error:
+        raise UserError(
+            f"the recipe has, with every default written out, {error}; give shorter lists or names"
+        ) from error
 
 
 def _parted(override: str) -> tuple[str, str]:

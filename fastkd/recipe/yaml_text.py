@@ -24,9 +24,10 @@ from fastkd.section import LARGEST
 
 LONGEST = 1 << 20
 """Characters of a document."""
+MOST_VALUES = 100_000
+"""Values of a document, sections and lists among them, its aliases written out."""
 DEEPEST = 50
 """Sections and lists inside each other."""
-_MOST_NODES = 100_000
 _TAG = "tag:yaml.org,2002:"
 # of scalars, each with the characters that it may start with
 _CORE = (
@@ -77,16 +78,24 @@ def read_yaml(text: str) -> Any:
 
 
 def write_yaml(tree: Any) -> str:
-    """Plain values as YAML that `read_yaml` and readers of YAML 1.1 read back as they were."""
-    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False))
+    """Plain values as YAML that `read_yaml` and readers of YAML 1.1 read back as they were.
+
+    Raises:
+        YamlError: they are more than `read_yaml` takes.
+    """
+    text = str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    for found, most, what in (
+        (len(text), LONGEST, "characters"),
+        (_values(tree), MOST_VALUES, "values"),
+    ):
+        if found > most:
+            raise YamlError(f"{found:,} {what}, expected at most {most:,}")
+    return text
 
 
 def quoted(text: str) -> str:
     """Text as `read_yaml` reads it back wherever a value may stand: in quotes, on one line."""
-    written = yaml.dump(
-        text, Dumper=_Dumper, default_style='"', allow_unicode=True, width=float("inf")
-    )
-    return str(written).rstrip("\n")
+    return str(yaml.dump(text, Dumper=_Dumper, default_style='"', allow_unicode=True)).rstrip("\n")
 
 
 class _Loader(yaml.SafeLoader):
@@ -110,6 +119,23 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def write_double_quoted(self, text: str, split: bool = True) -> None:
+        # PyYAML escapes all of a script or leaves what turns a terminal's writing around
+        inner = "".join(
+            sign if sign.isprintable() and sign not in '"\\' else self._escaped(sign)
+            for sign in text
+        )
+        self.write_indicator(f'"{inner}"', True)
+
+    def _escaped(self, sign: str) -> str:
+        if sign in self.ESCAPE_REPLACEMENTS:
+            return f"\\{self.ESCAPE_REPLACEMENTS[sign]}"
+        code = ord(sign)
+        for letter, digits in (("x", 2), ("u", 4)):
+            if code < 16**digits:
+                return f"\\{letter}{code:0{digits}X}"
+        return f"\\U{code:08X}"
 
 
 # none of YAML 1.1's; the dumper keeps those beside its own
@@ -220,13 +246,22 @@ def _check_size(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int
     sizes = [_check_size(child, known) for child in inner]
     total = 1 + sum(count for count, _ in sizes)
     depth = 1 + max((depth for _, depth in sizes), default=0)
-    if total > _MOST_NODES:
-        raise _refusal(node, f"its aliases stand for more than {_MOST_NODES:,} values")
+    if total > MOST_VALUES:
+        # those of the file alone are as many as its nodes
+        stand = "its aliases stand for " if total > 1 + len(known) else ""
+        raise _refusal(node, f"{stand}more than {MOST_VALUES:,} values")
     if depth > DEEPEST:
         more = f"more than {DEEPEST} sections inside each other"
         raise _refusal(node, f"its aliases stand for {more}")
     known[id(node)] = total, depth
     return total, depth
+
+
+def _values(tree: Any) -> int:
+    """How many values plain ones are written as."""
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return 1 + sum(map(_values, tree)) if isinstance(tree, list | tuple) else 1
 
 
 def _refusal(node: yaml.Node, text: str) -> YamlError:

@@ -23,7 +23,7 @@ from fastkd.data.datamodule import MicroBatches
 from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
-from fastkd.recipe import AnyRecipe, Recipe, each_stage
+from fastkd.recipe import AnyRecipe, Recipe, dump_recipe, each_stage
 from fastkd.reporting.console import Reporter
 from fastkd.reporting.numbers import fixed
 from fastkd.reporting.profile import memory_rows, time_columns, time_rows
@@ -122,6 +122,8 @@ def forecast_run(recipe: AnyRecipe, chip: Chip, ranks: int, reporter: Reporter) 
 
 def _stages(recipe: AnyRecipe, reporter: Reporter) -> Iterator[AnyRecipe]:
     """What a run does one after the other, each said by its number where there are stages."""
+    # as a run does before it makes its folder
+    dump_recipe(recipe)
     stages = each_stage(recipe)
     for number, stage in enumerate(stages, start=1):
         if isinstance(recipe, Recipe) and recipe.stages:

@@ -14,7 +14,7 @@ from fastkd.data.datamodule import MicroBatches
 from fastkd.distributed import Ranks
 from fastkd.layer_map import Progress
 from fastkd.models import note_models, noted_models
-from fastkd.recipe import AnyRecipe, Recipe, stage_recipes
+from fastkd.recipe import AnyRecipe, Recipe, dump_recipe, stage_recipes
 from fastkd.reporting.console import Reporter
 from fastkd.training.bookkeeping import SILENT, Bookkeeper, Callbacks, stop_asked
 from fastkd.training.card import write_card
@@ -66,6 +66,8 @@ def run_recipe(
     """
     # before a run in stages makes its folder
     check_packages(recipe)
+    # what the folder is to hold
+    dump_recipe(recipe)
     folder = RunFolder(recipe.run.output)
     recipe = settle_precision(recipe, ranks, folder if resume else None)
     with hold_run(folder, recipe, ranks, resume=resume, reporter=reporter) as summary:

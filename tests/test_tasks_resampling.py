@@ -9,7 +9,14 @@ import pytest
 from numpy.typing import NDArray
 
 from fastkd.data.tasks.metrics import measure
-from fastkd.data.tasks.resampling import Draws, draw_weights, drawn_scores, mean_over_sets
+from fastkd.data.tasks.resampling import (
+    _KEPT,
+    DRAWS,
+    Draws,
+    draw_weights,
+    drawn_scores,
+    mean_over_sets,
+)
 from fastkd.types import Metric
 
 EXAMPLES = 41
@@ -75,6 +82,33 @@ def test_draws_come_in_blocks(kept: int, monkeypatch: pytest.MonkeyPatch) -> Non
         np.testing.assert_array_equal(np.concatenate(blocks), draw_weights(7, 10))
     assert ("_kept" in vars(draws)) == (kept == 70)
     assert [block.shape for block in Draws(40, 2)] == [(1, 40)] * 2
+
+
+@pytest.mark.parametrize("most", [255, 256, 70_000])
+def test_counts_are_kept_in_as_few_bytes_as_hold_them(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = np.array([[0.0, 3.0], [1.0, 2.0], [float(most), 0.0], [2.0, 1.0]])
+    given = iter(counts)
+    monkeypatch.setattr("fastkd.data.tasks.resampling._BLOCK", 2)
+    monkeypatch.setattr(
+        "fastkd.data.tasks.resampling.draw_weights", lambda *_: np.stack([next(given)])
+    )
+    draws = Draws(2, 4)
+    for _ in range(2):
+        blocks = list(draws)
+        assert {block.dtype for block in blocks} == {np.dtype(np.float64)}
+        np.testing.assert_array_equal(np.concatenate(blocks), counts)
+    assert draws._kept.itemsize == {255: 1, 256: 2, 70_000: 4}[most]
+
+
+def test_a_set_of_many_examples_is_drawn_once() -> None:
+    draws = Draws(2**17 - 1, 3)
+    first, again = np.concatenate(list(draws)), np.concatenate(list(draws))
+    np.testing.assert_array_equal(first, draw_weights(2**17 - 1, 3))
+    np.testing.assert_array_equal(again, first)
+    # as many as a thousand draws of a hundred thousand examples
+    assert _KEPT >= DRAWS * 100_000
 
 
 def test_every_metric_of_an_example_is_known() -> None:

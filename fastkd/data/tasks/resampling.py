@@ -20,8 +20,8 @@ Array = npt.NDArray[np.float64]
 
 DRAWS = 1000
 """Of a set: the spread of so many is known to about 2 %."""
-_KEPT = 2**24
-"""As many weights of a set are kept; those of a larger one are drawn anew every time."""
+_KEPT = 2**27
+"""As many weights of a set are kept, a byte each; those of more are drawn anew every time."""
 _BLOCK = 2**17
 """As many are given at a time: what a metric makes of them stays in a processor's cache."""
 
@@ -46,18 +46,33 @@ class Draws:
         self._examples, self._draws = examples, draws
 
     def __iter__(self) -> Iterator[Array]:
-        rows = max(1, _BLOCK // self._examples)
-        starts = range(0, self._draws, rows)
-        if self._examples * self._draws <= _KEPT:
-            yield from (self._kept[first : first + rows] for first in starts)
+        if self._examples * self._draws > _KEPT:
+            yield from self._drawn()
             return
+        rows = self._rows
+        for first in range(0, self._draws, rows):
+            yield self._kept[first : first + rows].astype(np.float64)
+
+    @property
+    def _rows(self) -> int:
+        return max(1, _BLOCK // self._examples)
+
+    def _drawn(self) -> Iterator[Array]:
         rng = np.random.default_rng(0)
-        for first in starts:
-            yield draw_weights(self._examples, min(rows, self._draws - first), rng)
+        for first in range(0, self._draws, self._rows):
+            yield draw_weights(self._examples, min(self._rows, self._draws - first), rng)
 
     @cached_property
-    def _kept(self) -> Array:
-        return draw_weights(self._examples, self._draws)
+    def _kept(self) -> npt.NDArray[np.unsignedinteger]:
+        kept = np.empty((self._draws, self._examples), dtype=np.uint8)
+        first = 0
+        for block in self._drawn():
+            # a byte holds what draws come to; should one ever be more, all become wider
+            needed = np.min_scalar_type(int(block.max()))
+            kept = kept.astype(np.promote_types(kept.dtype, needed), copy=False)
+            kept[first : first + len(block)] = block
+            first += len(block)
+        return kept
 
 
 def drawn_scores(

@@ -9,7 +9,7 @@ model that `torch.compile` compiles, `recompute.py` makes attention again from t
 below it. `packed_pass.py` and `packed_attention.py` let a model read sequences that follow each
 other in one row. `trial.py` runs a model once before a run and sees that all of it can be captured,
 `packed_trial.py` that it reads such rows, both in eval mode (`modes.py`); `attention_traits.py`
-says what its queries see.
+says what its queries see, `cheap_products.py` how that is seen of long sequences in little time.
 
 This folder may import `errors`, `types`, `packed_row`, transformers, and of the kernels the types
 of what is captured alone. It knows no loss and no recipe.

@@ -9,6 +9,7 @@ import torch
 from fastkd_kernels import AttentionState
 from torch import Tensor
 
+from fastkd.capture.cheap_products import CheapProducts
 from fastkd.capture.routing import AttentionCall
 from fastkd.errors import UserError
 
@@ -74,12 +75,45 @@ class Seen:
     sinks: bool
 
 
+class Errors:
+    """How far what attention functions make is from what captured states imply.
+
+    Args:
+        mask: of padding, [batch, tokens].
+        cheap: the open context of a pass in which only the numbers that are asked for here are the
+            model's: few tokens have shown what attends to all, and the others are asked once for
+            each kind.
+    """
+
+    def __init__(self, mask: Tensor | None, cheap: CheapProducts | None) -> None:
+        self._mask, self._cheap = mask, cheap
+        self._known: dict[tuple[bool, int, bool], float] = {}
+
+    def of(self, call: AttentionCall, told: Tensor, kind: tuple[bool, int, bool]) -> float:
+        """As a part of the largest value.
+
+        Args:
+            call: of the attention function.
+            told: keys that queries see for all that an op knows, bool [tokens, tokens].
+            kind: whether it is causal, the window, and whether they say all.
+        """
+        if self._cheap is None:
+            return _error(call, told, self._mask)
+        _, window, regular = kind
+        if regular and window >= len(told):
+            return 0.0
+        if kind not in self._known:
+            with self._cheap.exact():
+                self._known[kind] = _error(call, told, self._mask)
+        return self._known[kind]
+
+
 class Prober:
     """A listener that compares a call with what its captured state implies."""
 
-    def __init__(self, found: list[Seen], mask: Tensor | None) -> None:
+    def __init__(self, found: list[Seen], errors: Errors) -> None:
         self._found = found
-        self._mask = mask
+        self._errors = errors
 
     def __call__(self, call: AttentionCall) -> None:
         query, key = call.state.query, call.state.key
@@ -97,10 +131,9 @@ class Prober:
         window = int(distance[visible].max()) + 1 if visible.any() else 0
         told = _told(tokens, causal, window, visible.device)
         kept = None if window >= tokens else window
-        error = _error(call, told, self._mask)
-        self._found.append(
-            Seen(causal, kept, torch.equal(visible, told), error, given, shape, sinks)
-        )
+        regular = torch.equal(visible, told)
+        error = self._errors.of(call, told, (causal, window, regular))
+        self._found.append(Seen(causal, kept, regular, error, given, shape, sinks))
 
 
 def _is_bias(name: str, value: object) -> bool:

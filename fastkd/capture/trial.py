@@ -1,22 +1,32 @@
 """Try a model once before a run: whether it can be captured, and what its queries see.
 
 A flag or a setting says what a model should do; here the model is run and what its attention was
-given and what it made of that are compared with what the losses will assume.
+given and what it made of that are compared with what the losses will assume. A few tokens show what
+it computes; at full length, where windows and chunks and missing positions show, it runs once more
+without most of its arithmetic (`cheap_products.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkd.capture.attention_traits import TAKE_OUT, AttentionTraits, Prober, Seen, traits_of
+from fastkd.capture.attention_traits import (
+    TAKE_OUT,
+    AttentionTraits,
+    Errors,
+    Prober,
+    Seen,
+    traits_of,
+)
 from fastkd.capture.blocks import check_single_stack, find_blocks, no_cache
+from fastkd.capture.cheap_products import CheapProducts
 from fastkd.capture.lm_head import check_head, last_layer
 from fastkd.capture.modes import evaluating
 from fastkd.capture.recording import CalledAgain, capture
@@ -24,6 +34,8 @@ from fastkd.capture.routing import listening, route_attention, routed, runnable
 from fastkd.capture.states import Capture
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 
+# tokens that are read with all of a model's arithmetic; what depends on length is seen without
+_FEW = 32
 # standard deviation of what stands in for parameters that have learned
 _NOISE = 0.1
 
@@ -55,45 +67,89 @@ def try_model(
     """
     check_single_stack(model)
     _check_positions(model, tokens, field)
-    layers = range(len(find_blocks(model)) + 1) if attention or hidden else range(0)
-    deepest = _deepest(model)
-    traits = AttentionTraits()
+    needs = _Needs(field, attention, hidden, outputs)
+    few = min(tokens, _FEW)
     with evaluating(model), torch.no_grad(), runnable(model), _padded(model):
-        inputs = trial_inputs(model, tokens)
-        what = f"{tokens} tokens"
+        running = model.config._attn_implementation
         try:
-            heard = {*layers} if deepest is None else {*layers, deepest}
-            plain = _try(model, inputs, heard, what, field, outputs=outputs)
-        except CalledAgain:
-            if layers:
-                raise
-            # nobody reads its states
-            deepest = None
-            plain = _try(model, inputs, layers, what, field, outputs=outputs)
-        _check_states(model, plain, inputs, layers)
-        if layers and any(parameter.requires_grad for parameter in model.parameters()):
-            _check_no_skipping(model)
-        if outputs:
-            _check_outputs(model, plain, inputs)
-        if hidden and not attention:
-            _check_repeats(model, inputs, layers)
-        if last_layer(model) is not None:
-            _check_head(model, inputs)
-        if attention:
-            running = model.config._attn_implementation
-            try:
-                traits = _try_attention(model, inputs, plain)
-            except UserError:
-                # a model that can't be captured is left as it came
+            inputs = trial_inputs(model, few)
+            traits, stays_routed = _try_on(model, inputs, f"{few} tokens", needs)
+            if few < tokens and "input_ids" in inputs:
                 model.config._attn_implementation = running
-                raise
-        stays_routed = attention or (
-            deepest is not None and _takes_routes(model, inputs, deepest, plain.hidden.get(deepest))
-        )
+                with CheapProducts() as cheap:
+                    inputs = trial_inputs(model, tokens)
+                    long, stays = _try_on(model, inputs, f"{tokens} tokens", needs, cheap)
+                differs, unknown = traits.differs or long.differs, traits.unknown or long.unknown
+                traits = replace(long, differs=differs, unknown=unknown)
+                stays_routed = stays_routed and stays
+        except UserError:
+            # a model that can't be captured is left as it came
+            model.config._attn_implementation = running
+            raise
     if stays_routed:
         # `runnable` put the name of before back
         route_attention(model)
     return traits
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What a trial is for, see `try_model`."""
+
+    field: str
+    attention: bool
+    hidden: bool
+    outputs: bool
+
+
+def _try_on(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    what: str,
+    needs: _Needs,
+    cheap: CheapProducts | None = None,
+) -> tuple[AttentionTraits, bool]:
+    """What the queries of a model see of some inputs, and whether it can run routed.
+
+    Args:
+        model: in eval mode.
+        inputs: of the trial.
+        what: they are, for messages.
+        needs: what is seen to.
+        cheap: the open context where the numbers are not the model's, so that it is only seen what
+            they are not needed for.
+
+    Raises:
+        UserError: as `try_model`.
+    """
+    attention, hidden, outputs = needs.attention, needs.hidden, needs.outputs
+    layers = range(len(find_blocks(model)) + 1) if attention or hidden else range(0)
+    deepest = _deepest(model)
+    traits = AttentionTraits()
+    try:
+        heard = {*layers} if deepest is None else {*layers, deepest}
+        plain = _try(model, inputs, heard, what, needs.field, outputs=outputs)
+    except CalledAgain:
+        if layers:
+            raise
+        # nobody reads its states
+        deepest = None
+        plain = _try(model, inputs, layers, what, needs.field, outputs=outputs)
+    if cheap is None:
+        _check_states(model, plain, inputs, layers)
+        if layers and any(parameter.requires_grad for parameter in model.parameters()):
+            _check_no_skipping(model)
+        if hidden and not attention:
+            _check_repeats(model, inputs, layers)
+        if last_layer(model) is not None:
+            _check_head(model, inputs)
+    if outputs:
+        _check_outputs(model, plain, inputs)
+    if attention:
+        traits = _try_attention(model, inputs, plain, cheap)
+    return traits, attention or (
+        deepest is not None and _takes_routes(model, inputs, deepest, plain.hidden.get(deepest))
+    )
 
 
 def usable_positions(model: PreTrainedModel) -> int | None:
@@ -336,12 +392,15 @@ def _check_outputs(model: PreTrainedModel, states: Capture, inputs: Mapping[str,
 
 
 def _try_attention(
-    model: PreTrainedModel, inputs: dict[str, Tensor], plain: Capture
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    plain: Capture,
+    cheap: CheapProducts | None,
 ) -> AttentionTraits:
     name = type(model).__name__
     route_attention(model)
     mask = inputs.get("attention_mask")
-    routed, found = _probe(model, inputs, plain.hidden)
+    routed, found = _probe(model, inputs, plain.hidden, cheap)
     for layer, state in plain.hidden.items():
         if not _near(routed.hidden[layer], state, None if mask is None else mask.bool()):
             raise UserError(
@@ -366,7 +425,7 @@ def _try_attention(
     if traits.differs is None:
         with _moved_zeros(model) as moved:
             if moved:
-                _, found = _probe(model, inputs, ())
+                _, found = _probe(model, inputs, (), cheap)
                 later = traits_of(name, {layer: calls[0] for layer, calls in found.items()})
                 if later.differs is not None:
                     differs = f"{later.differs}, as soon as parameters that are 0 now have learned"
@@ -375,15 +434,18 @@ def _try_attention(
 
 
 def _probe(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], layers: Collection[int]
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    layers: Collection[int],
+    cheap: CheapProducts | None,
 ) -> tuple[Capture, dict[int, list[Seen]]]:
     """Run a routed model: the hidden states of some layers, and what every call of an attention
     function showed, by block."""
-    blocks, mask = find_blocks(model), inputs.get("attention_mask")
+    blocks, measure = find_blocks(model), Errors(inputs.get("attention_mask"), cheap)
     found: dict[int, list[Seen]] = {number: [] for number in range(1, len(blocks) + 1)}
     with ExitStack() as stack:
         for number, block in enumerate(blocks, start=1):
-            stack.enter_context(listening(block, Prober(found[number], mask)))
+            stack.enter_context(listening(block, Prober(found[number], measure)))
         states = _try(model, inputs, layers, "its inputs with its attention captured")
     return states, found
 

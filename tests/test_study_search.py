@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.storages import RDBStorage
 from study_files import MAPPINGS, RECIPE, TASKS, WEIGHTS, ended, journal, run, write_study
 
 from fastkd.errors import UserError
@@ -282,3 +283,33 @@ def _try(study: optuna.Study) -> None:
     trial = study.ask()
     much, little = trial.suggest_float("much", 0, 1), trial.suggest_float("little", 0, 1)
     study.tell(trial, 10 * much + 0.3 * little)
+
+
+def test_taking_a_run_reads_the_storage_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_study(tmp_path, seeds=5)
+    store = Store(Plan(load_study(path), path))
+    store.add_work()
+    reads: list[int] = []
+    read = RDBStorage._get_trials
+
+    def counted(self: RDBStorage, *place: Any, **given: Any) -> Any:
+        found = read(self, *place, **given)
+        reads.append(len(found))
+        return found
+
+    monkeypatch.setattr(RDBStorage, "_get_trials", counted)
+    taken = []
+    for left in (10, 9, 8):
+        work = store.take()
+        assert work is not None and reads == [left]
+        assert work.trial.datetime_start is not None
+        taken.append(work.name)
+        store.score(work, work.runs[0], 0.5, 1.0)
+        store.finish(work)
+        work.claim.release()
+        reads.clear()
+        assert not store.is_done() and len(reads) == 1
+        reads.clear()
+    assert taken == [run.key for run in store.plan.all_runs()][:3]

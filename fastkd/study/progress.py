@@ -45,10 +45,11 @@ class Watcher:
 
     def look(self) -> None:
         """Pass on what was said since the last look."""
-        news = not self.runner.said.empty()
+        news: list[str] = []
         while not self.runner.said.empty():
-            text = self.runner.said.get()
-            done, total = self.store.counts()
+            news.append(self.runner.said.get())
+        done, total = self.store.counts() if news else (0, 0)
+        for text in news:
             self.reporter.say(text if self._bar else f"{done}/{total}  {text}")
         if not news and time.monotonic() < self._next:
             return

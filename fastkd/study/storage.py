@@ -134,7 +134,11 @@ class Store:
         """The next piece of work, claimed; `None` while there is none to be had."""
         with self._alone():
             for study in self._studies():
-                for frozen in study.get_trials(False, (TrialState.RUNNING,)):
+                # once: every read has all trials that are not over
+                trials = study.get_trials(deepcopy=False)
+                for frozen in trials:
+                    if frozen.state != TrialState.RUNNING:
+                        continue
                     claim = Claim.take(self._claim_path(frozen))
                     if claim is None:
                         continue
@@ -142,11 +146,8 @@ class Store:
                     if study.get_trials(False)[frozen.number].state == TrialState.RUNNING:
                         return self._work(study, Trial(study, frozen._trial_id), claim)
                     claim.release()
-                if study.get_trials(False, (TrialState.WAITING,)) or self._wants_more(study):
-                    if study is self.search and self.plan.spec.search is not None:
-                        drawn = len(study.get_trials(deepcopy=False))
-                        study.sampler = make_sampler(self.plan.spec.search, drawn)
-                    trial = study.ask()
+                trial = self._next(study, trials)
+                if trial is not None:
                     if "name" not in trial.user_attrs:
                         trial.set_user_attr("name", candidate_name(trial.number))
                     claim = Claim.take(self._claim_path(trial))
@@ -154,13 +155,31 @@ class Store:
                     return self._work(study, trial, claim)
         return None
 
+    def _next(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> Trial | None:
+        """The next trial that nobody has begun, of all of a study; it runs from now on."""
+        waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+        if study is self.grid:
+            if not waiting:
+                return None
+            # as `ask` has it, which would read all trials again and has nothing to draw here
+            number = waiting[0]._trial_id
+            free = self._storage.set_trial_state_values(number, TrialState.RUNNING)
+            assert free, "nobody else takes one meanwhile"
+            return Trial(study, number)
+        if not waiting and not self._wants_more(study, trials):
+            return None
+        assert self.plan.spec.search is not None, "the other study is the search's"
+        study.sampler = make_sampler(self.plan.spec.search, len(trials))
+        return study.ask()
+
     def is_done(self) -> bool:
         """Whether nothing waits or runs, here or elsewhere."""
-        open_states = (TrialState.RUNNING, TrialState.WAITING)
-        return not any(
-            study.get_trials(False, open_states) or self._wants_more(study)
-            for study in self._studies()
-        )
+        for study in self._studies():
+            trials = study.get_trials(deepcopy=False)
+            over = all(trial.state.is_finished() for trial in trials)
+            if not over or self._wants_more(study, trials):
+                return False
+        return True
 
     def counts(self) -> tuple[int, int]:
         """Trials that are over, and all that there will be."""
@@ -275,6 +294,7 @@ class Store:
                 f"{self.path} holds the study {sorted(foreign)[0].removesuffix('/grid')!r}, not "
                 f"{spec.name!r}; give the study its own name back, or another output"
             )
+        self._storage = storage
         direction = spec.metric.direction
         options: dict[str, Any] = {"storage": storage, "direction": direction}
         self.grid = optuna.create_study(study_name=grid, load_if_exists=True, **options)
@@ -372,16 +392,15 @@ class Store:
 
     def _newest(self, study: optuna.Study) -> dict[str, FrozenTrial]:
         """The last trial of each name; earlier ones failed and were tried again."""
-        trials = study.get_trials(deepcopy=False)
-        return {_name(trial): trial for trial in trials}
+        return _by_name(study.get_trials(deepcopy=False))
 
     def _planned(self, study: optuna.Study, known: int) -> int:
         """How many trials there will be, of which some are known."""
         search = self.plan.spec.search if study is self.search else None
         return max(known, (search and search.trials) or 0)
 
-    def _wants_more(self, study: optuna.Study) -> bool:
-        known = len(self._newest(study))
+    def _wants_more(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> bool:
+        known = len(_by_name(trials))
         return known < self._planned(study, known)
 
     def _add(
@@ -430,6 +449,10 @@ def _records(trial: FrozenTrial | None, runs: Iterable[Run]) -> Iterator[Record]
             yield Record(run, "finished", value, seconds)
         else:
             yield Record(run, state, message=attributes.get("message", ""))
+
+
+def _by_name(trials: Iterable[FrozenTrial]) -> dict[str, FrozenTrial]:
+    return {_name(trial): trial for trial in trials}
 
 
 def _name(trial: FrozenTrial | Trial) -> str:

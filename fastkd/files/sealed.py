@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,10 @@ from typing import Any
 
 # more than a list of all files of ten thousand ranks
 _LIMIT = 1 << 26
+# a change shows in a file's times, on the coarsest of disks, where the last one is as old
+_SETTLED_SECONDS = 2.0
+# digests that this process has made, by what its file looked like then, wherever that lay
+_known: dict[tuple[int, ...], str] = {}
 
 
 class Damaged(ValueError):
@@ -31,13 +37,28 @@ class Written:
 
 
 def file_sha256(path: Path) -> str:
-    """Digest of a file's bytes, in hexadecimal.
+    """Digest of a file's bytes, in hexadecimal; a process reads a file once, unless it changes.
 
     Raises:
         OSError: it can't be read.
     """
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        status = os.fstat(file.fileno())
+        seen = _seen(status)
+        if seen in _known:
+            return _known[seen]
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        settled = time.time() - max(status.st_mtime, status.st_ctime) > _SETTLED_SECONDS
+        same = _seen(os.fstat(file.fileno())) == seen
+        if settled and same and stat.S_ISREG(status.st_mode):
+            _known[seen] = digest
+        return digest
+
+
+def _seen(status: os.stat_result) -> tuple[int, ...]:
+    """What tells one file from another, and from what it was; a time can't be put back in both."""
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, *times
 
 
 def look_at(path: Path) -> Written:

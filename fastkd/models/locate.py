@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import re
 import sys
@@ -12,6 +11,7 @@ from importlib.metadata import Distribution
 from pathlib import Path, PurePosixPath
 
 from fastkd.errors import UserError
+from fastkd.files.sealed import file_sha256
 from fastkd.models.checking import not_loadable
 from fastkd.models.links import check_links
 from fastkd.models.modules import ListingError, first_folder
@@ -85,8 +85,7 @@ def resolve_model(source: ModelSource) -> str:
                 f"sha256 is given, but {weights} does not exist; "
                 "a digest needs a local folder that holds model.safetensors"
             )
-        with weights.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_sha256(weights)
         if digest != source.sha256:
             raise UserError(
                 f"{weights}: sha256 is {digest}, expected {source.sha256}; "

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.errors import UserError, is_text
+from fastkd.files.sealed import file_sha256
 from fastkd.types import Unit
 
 DOCUMENT_LIMIT = 1 << 24
@@ -160,9 +161,9 @@ class PythonDocs(Source):
 def file_digest(path: Path, *, quick: bool) -> str:
     """sha256 of a file's bytes, or of its size and two ends."""
     try:
+        if not quick:
+            return file_sha256(path)
         with path.open("rb") as file:
-            if not quick:
-                return hashlib.file_digest(file, "sha256").hexdigest()
             size = path.stat().st_size
             head = file.read(QUICK_BYTES)
             file.seek(max(0, size - QUICK_BYTES))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sqlite3
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 from tiny_runs import make_recipe, read_losses, run_variants
 
 import fastkd
+from fastkd.errors import UserError
+from fastkd.files.disk import write_whole
 from fastkd.reporting.report import write_report
 from fastkd.training.metric_lines import (
     as_flat,
@@ -22,7 +25,7 @@ from fastkd.training.metric_lines import (
     numbers_of,
     values_of,
 )
-from fastkd.training.run_folder import RunFolder
+from fastkd.training.run_folder import MetricsFile, RunFolder
 
 EVALUATION: dict[str, Any] = {
     "losses": {"attention/1-2": 0.5, "hidden/2-4..6": 0.25, "logits": 2.0},
@@ -198,3 +201,44 @@ def test_trackio_is_told_every_number_here_and_nowhere_else(
     told = {(name, step, v) for _, step, text in rows for name, v in json.loads(text).items()}
     made = {(n, s, v) for line in run.read_metrics() for n, v, s in numbers_of(line)}
     assert told == made and len(made) > 20
+
+
+def test_a_file_that_grows_is_read_on_and_another_one_anew(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path)
+    assert list(file.new_lines()) == []
+
+    def append(text: str) -> list[int]:
+        with path.open("a") as out:
+            out.write(text)
+        return [line["step"] for line in file.new_lines()]
+
+    line = '{{"kind": "train", "step": {}}}\n'.format
+    assert append(line(1) + line(2)) == [1, 2]
+    assert append("") == []
+    # half of a line is not lost
+    assert append(line(3) + line(4)[:9]) == [3]
+    assert append(line(4)[9:] + line(5)) == [4, 5]
+    write_whole(path, [line(1), line(7)])
+    assert append("") == [1, 7]
+    path.write_text(line(8))
+    assert append("") == [8] and append(line(9)) == [9]
+    with pytest.raises(UserError, match="line 3 is damaged"):
+        append("{}\n")
+
+
+def test_long_metrics_are_rewound_and_gone_through_line_by_line(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    values = {f"train/losses/attention/{n}-{2 * n}": n / 7 for n in range(200)}
+    lines = [{"kind": "train", "step": step, **values} for step in range(1, 301)]
+    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    size = folder.metrics.stat().st_size
+    tracemalloc.start()
+    try:
+        folder.rewind_metrics(200)
+        assert sum(line["step"] for line in folder.each_metric()) == 200 * 201 // 2
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < size / 5
+    assert folder.read_metrics() == lines[:200]

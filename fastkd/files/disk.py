@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -17,12 +18,15 @@ _LOST = {errno.EROFS, errno.EIO, errno.ESTALE}
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+")
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step: readers see the old one or the new one, also after a crash."""
+def write_whole(path: Path, content: str | bytes | Iterable[str]) -> None:
+    """Replace a file in one step: readers see the old one or the new one, also after a crash; text
+    may come in parts, which may be made from the old one."""
+    parts = [content] if isinstance(content, str | bytes) else content
     temporary = temporary_of(path)
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            for part in parts:
+                file.write(part.encode() if isinstance(part, str) else part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -26,7 +26,7 @@ from fastkd.study.shared import SharedRun
 from fastkd.study.storage import Store, Work
 from fastkd.study.worker import Children, write_beside
 from fastkd.training.metric_lines import evaluation_of
-from fastkd.training.run_folder import RunFolder
+from fastkd.training.run_folder import MetricsFile, RunFolder
 from fastkd.training.stages import stage_folders
 
 # how often an idle worker looks for work that another process left
@@ -196,6 +196,7 @@ class _Watch:
 
     def __init__(self, work: Work, run: Run, store: Store, folder: RunFolder) -> None:
         self.work, self.run, self.store, self.folder = work, run, store, folder
+        self.metrics, self.values = MetricsFile(folder.metrics), dict[int, float]()
         self.path = store.plan.spec.metric.heldout
         search = store.plan.spec.search
         self.active = search is not None and search.pruner != "none" and work.study is store.search
@@ -208,14 +209,13 @@ class _Watch:
         if changed == self.seen:
             return False
         self.seen = changed
-        values = {}
-        for line in self.folder.read_metrics():
+        for line in self.metrics.new_lines():
             # before the first step all candidates are the same student
             if line["kind"] == "heldout" and line["step"] > 0:
                 value = follow(evaluation_of(line), self.path)
                 if isinstance(value, int | float) and math.isfinite(value):
-                    values[line["step"]] = float(value)
-        return bool(values) and self.store.report(self.work, self.run, values)
+                    self.values[line["step"]] = float(value)
+        return bool(self.values) and self.store.report(self.work, self.run, self.values)
 
 
 def _is_done(run: Path) -> bool:

@@ -122,7 +122,7 @@ class Bookkeeper:
                 folder.rewind_metrics(step)
             else:
                 self._begin_again()
-            self._teacher_judged = any(x["kind"] == "teacher" for x in folder.read_metrics())
+            self._teacher_judged = any(x["kind"] == "teacher" for x in folder.each_metric())
             if run.recipe.run.monitor == "trackio":
                 self.trackio = TrackioMonitor(folder.path, goes_on=step > 0)
         self._teacher_judged = run.ranks.from_main(lambda: self._teacher_judged)
@@ -130,7 +130,7 @@ class Bookkeeper:
 
     def _begin_again(self) -> None:
         """Put away the lines of a run that ended before its first checkpoint, with a word."""
-        lost = max((line["step"] for line in self.folder.read_metrics()), default=0)
+        lost = max((line["step"] for line in self.folder.each_metric()), default=0)
         if lost:
             self.reporter.say(
                 f"{self.folder.path}: no checkpoint was written before it ended, so its first "

@@ -12,7 +12,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,27 +240,17 @@ class RunFolder:
         Raises:
             UserError: a line is no record.
         """
-        if not self.metrics.is_file():
-            return []
-        lines = self.metrics.read_bytes().splitlines(keepends=True)
-        return [
-            as_flat(
-                _parsed(
-                    line,
-                    f"{self.metrics}, line {number}",
-                    "repair or remove that line",
-                    *("kind", "step"),
-                )
-            )
-            for number, line in enumerate(lines, start=1)
-            if line.endswith(b"\n")
-        ]
+        return list(self.each_metric())
+
+    def each_metric(self) -> Iterator[Line]:
+        """The same one by one: all lines of a long run may be gigabytes."""
+        return MetricsFile(self.metrics).new_lines()
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of steps after `step`, which will be run again."""
         with disk_errors(self.path):
-            kept = [line for line in self.read_metrics() if line["step"] <= step]
-            write_whole(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+            kept = (line for line in self.each_metric() if line["step"] <= step)
+            write_whole(self.metrics, (json.dumps(line) + "\n" for line in kept))
 
     def write_predictions(self, content: bytes) -> None:
         """Write predictions.npz."""
@@ -296,6 +286,37 @@ class RunFolder:
             return None
         remedy = "remove it and continue with --resume, which writes it again"
         return _parsed(self.summary.read_bytes(), f"{self.summary}", remedy)
+
+
+class MetricsFile:
+    """metrics.jsonl, of which each line is read once, also while another process writes it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode, self._read, self._lines = -1, 0, 0
+
+    def new_lines(self) -> Iterator[Line]:
+        """The whole lines behind those that were taken before; all of them of another file.
+
+        Raises:
+            UserError: a line is no record.
+        """
+        if not self._path.is_file():
+            return
+        # of all lines, whose columns are the same
+        columns: dict[str, str] = {}
+        with self._path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._read:
+                self._inode, self._read, self._lines = status.st_ino, 0, 0
+            file.seek(self._read)
+            for content in file:
+                if not content.endswith(b"\n"):
+                    return
+                self._read, self._lines = self._read + len(content), self._lines + 1
+                where = f"{self._path}, line {self._lines}"
+                line = _parsed(content, where, "repair or remove that line", "kind", "step")
+                yield {columns.setdefault(name, name): v for name, v in as_flat(line).items()}
 
 
 def _parsed(content: bytes, where: str, remedy: str, *keys: str) -> dict[str, Any]:

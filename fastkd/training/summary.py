@@ -51,7 +51,9 @@ def summarise(
     parameters = {"student": run.initialisation.total}
     if not isinstance(run.teacher, NoTeacher):
         parameters["teacher"] = run.first_teacher_parameters
-    lines = folder.read_metrics() if ranks.is_main else []
+    # those of the training may be gigabytes
+    every = folder.each_metric() if ranks.is_main else ()
+    lines = [line for line in every if line["kind"] != "train"]
     exported = steering.exported_step(steps)
     evaluated = [x for x in lines if x["kind"] == "heldout" and x["step"] <= exported]
     heldout = [evaluation_of(line) for line in evaluated]

@@ -10,6 +10,7 @@ if os.environ.get("FASTKD_GPU_TESTS") != "1":
 
 import contextlib
 import ctypes
+import gc
 import sys
 import time
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ with contextlib.suppress(AttributeError, OSError):
     # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
     for option, size in ((-3, 10**9), (-1, 2 * 10**9)):
         ctypes.CDLL(None).mallopt(option, size)
+
+# imports make nothing but what stays, and a run little that only a collection finds
+gc.set_threshold(10_000, 20, 20)
 
 # tiny tensors on few cores: threads would mostly wait for each other
 torch.set_num_threads(1)
@@ -130,6 +134,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Where slow tests are left out, their files aren't even imported."""
     left_out = config.option.markexpr == "not slow" and collection_path.stem in SLOW_FILES
     return True if left_out else None
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection of garbage goes through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """What was imported may be taken down."""
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

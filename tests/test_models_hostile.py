@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from sentence_transformers import models
 from tiny_exports import exported, made_student, save_sentences
 from tiny_models import WIDTH, save_teacher
+from tiny_runs import run_command
 
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
@@ -95,7 +95,9 @@ def test_what_lies_in_the_working_folder_is_not_installed(
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_recipe_runs_no_code_of_the_folder_that_it_is_started_in(tmp_path: Path) -> None:
+def test_a_recipe_runs_no_code_of_the_folder_that_it_is_started_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "evilpkg").mkdir()
     (tmp_path / "evilpkg" / "__init__.py").write_text(EVIL)
     recipe = {
@@ -107,8 +109,8 @@ def test_a_recipe_runs_no_code_of_the_folder_that_it_is_started_in(tmp_path: Pat
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     # the working folder is the first place that Python looks in
-    command = [sys.executable, "-m", "fastkd", "distill", "recipe.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    monkeypatch.chdir(tmp_path)
+    done = run_command("distill", "recipe.yaml")
     assert done.returncode == 2
     assert "package evilpkg.sub is not installed" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evilpkg", "recipe.yaml"]

@@ -22,8 +22,11 @@ from fastkd.training.engine import shard_teacher
 
 
 def test_a_second_group_reads_nothing_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun the store is the launcher's, and is there for both."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv(TIMEOUT, "20")
-    done = run_script("two_groups.py", ranks=2, fresh=True)
+    done = run_script("two_groups.py", ranks=2, port=store.port)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == ["turn 0: 3", "turn 1: 3"]
 

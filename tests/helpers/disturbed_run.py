@@ -120,9 +120,9 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "in the last evaluation": lambda: _at_call(2, bookkeeping, "evaluate", _die, after=True),
     "in the export": lambda: _at_call(1, loop, "export_student", _die),
     "Ctrl-C in step 3": lambda: _at_call(3, loop, "train_step", _press_ctrl_c),
-    # the first call tries the losses, and 78 held-out blocks are 10 parts
+    # the first call tries the losses, and 30 held-out blocks are 4 parts
     "teacher overflows in the evaluation": lambda: _overflow_from(2),
-    "teacher overflows in step 2": lambda: _overflow_from(13),
+    "teacher overflows in step 2": lambda: _overflow_from(7),
     "SIGINT while models load": lambda: _at_call(1, parts, "load_teacher", _stop_by(signal.SIGINT)),
     "SIGTERM while models load": lambda: _at_call(
         1, parts, "load_teacher", _stop_by(signal.SIGTERM)

@@ -33,6 +33,8 @@ def make_recipe(folder: Path, architecture: str = "bert", **sections: dict[str, 
         "data": {
             "train": str(write_text(folder / "corpus.txt", documents=60, words=60)),
             "heldout_fraction": 0.2,
+            # three batches and one that is not full, twice in every run
+            "heldout_blocks": 30,
             "block_size": 16,
             "workers": 0,
             "cache": str(folder / "cache"),
@@ -67,10 +69,14 @@ def run_command(
 
 
 def run_script(
-    name: str, *arguments: str, ranks: int = 1, gpu: bool = False, fresh: bool = False
+    name: str, *arguments: str, ranks: int = 1, gpu: bool = False, port: int | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script that stands beside the tests, likewise."""
-    return _run([str(Path(__file__).parent / name), *arguments], ranks, gpu, fresh)
+    """Run a script that stands beside the tests, likewise, but never in a new interpreter on CPUs.
+
+    Several ranks meet at a port where a store is, or at one of their own.
+    """
+    target = [str(Path(__file__).parent / name), *arguments]
+    return _run(target, ranks, gpu, fresh=False, port=port)
 
 
 def run_variants(recipe: Path, variants: list[list[str]], *, ranks: int = 1) -> str:
@@ -88,9 +94,11 @@ def refused_variants(recipe: Path, variants: list[list[str]]) -> list[str]:
     return [said[str(number)] for number in range(len(variants))]
 
 
-def _run(target: list[str], ranks: int, gpu: bool, fresh: bool) -> subprocess.CompletedProcess[str]:
+def _run(
+    target: list[str], ranks: int, gpu: bool, fresh: bool, port: int | None = None
+) -> subprocess.CompletedProcess[str]:
     if not gpu and not fresh:
-        return warm_processes.run(target, run_environment(), ranks=ranks)
+        return warm_processes.run(target, run_environment(), ranks=ranks, port=port)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.run(
         [sys.executable, *(launcher if ranks > 1 else []), *target],

@@ -19,7 +19,9 @@ from pathlib import Path
 SERVER = Path(__file__).with_name("warm_server.py")
 # what no import reads, and what imports leave behind: a server serves commands that differ in these
 _READ_LATE = ("PYTEST_", "FASTKD_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
-_READ_LATE += ("DS_ACCELERATOR", "KMP_")
+_READ_LATE += ("TORCHELASTIC_", "DS_ACCELERATOR", "KMP_", "PYTHONPATH")
+# where servers look for what they import; what a command's has more is added in its child
+_PATH = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
 
 
 class Server:
@@ -128,17 +130,20 @@ def start(arguments: list[str], environment: dict[str, str]) -> WarmProcess:
     """Start a command from the server of an environment."""
     read = frozenset(item for item in environment.items() if not item[0].startswith(_READ_LATE))
     if read not in _servers:
-        _servers[read] = Server(dict(read))
+        _servers[read] = Server({**dict(read), **_PATH})
         atexit.register(_servers[read].close)
     return _servers[read].start(arguments, environment)
 
 
-def start_ranks(arguments: list[str], environment: dict[str, str], ranks: int) -> list[WarmProcess]:
-    """Start ranks that know of each other, without a launcher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+def start_ranks(
+    arguments: list[str], environment: dict[str, str], ranks: int, port: int | None = None
+) -> list[WarmProcess]:
+    """Start ranks that know of each other, without a launcher; at a free port if none is given."""
+    if port is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     return [
         start(arguments, {**environment, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(ranks)
@@ -146,7 +151,12 @@ def start_ranks(arguments: list[str], environment: dict[str, str], ranks: int) -
 
 
 def run(
-    arguments: list[str], environment: dict[str, str], *, ranks: int = 1, timeout: float = 300
+    arguments: list[str],
+    environment: dict[str, str],
+    *,
+    ranks: int = 1,
+    port: int | None = None,
+    timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, on several ranks as torchrun does: one that fails ends the others.
 
@@ -155,7 +165,7 @@ def run(
     if ranks == 1:
         started = [start(arguments, environment)]
     else:
-        started = start_ranks(arguments, environment, ranks)
+        started = start_ranks(arguments, environment, ranks, port)
     try:
         if ranks > 1:
             _until_one_fails(started, timeout)

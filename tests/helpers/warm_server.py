@@ -53,6 +53,7 @@ def serve(modules: list[str]) -> dict[str, Any] | None:
     connection = socket.socket(fileno=os.dup(0))
     # what `start_ranks` says before DeepSpeed is imported; here there is no GPU
     os.environ["DS_ACCELERATOR"] = "cpu"
+    gc.disable()
     for module in modules:
         importlib.import_module(module)
     # the rules of names that a process makes before it reads its first model
@@ -62,6 +63,7 @@ def serve(modules: list[str]) -> dict[str, Any] | None:
     # a child that collected garbage would copy all of it
     gc.collect()
     gc.freeze()
+    gc.enable()
     # a Ctrl-C is for the children, whose terminal this is too
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
@@ -104,7 +106,12 @@ def become(asked: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(asked["environment"])
     first, *rest = asked["arguments"]
+    given = asked["environment"].get("PYTHONPATH", "").split(os.pathsep)
+    more = [os.path.abspath(path) for path in given if path]
+    sys.path[1:1] = [path for path in more if path not in sys.path]
     if first == "-m":
+        # a fresh interpreter looks there first
+        sys.path[0] = os.getcwd()
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:

@@ -120,6 +120,10 @@ def _package_folder(package: str, path: tuple[str, ...], here: Path) -> Path | N
 def _roots(distribution: Distribution) -> Iterator[Path]:
     """The folders that a distribution's packages lie in."""
     yield Path(str(distribution.locate_file("")))
+    # lists of thousands of files, which take a second to read as such
+    record = distribution.read_text("RECORD")
+    if record is not None and ".pth" not in record:
+        return
     # an editable one names a folder elsewhere
     for file in distribution.files or ():
         if file.suffix == ".pth" and len(file.parts) == 1:

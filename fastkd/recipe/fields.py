@@ -6,6 +6,7 @@ through, and a complaint about an unknown key looks here for where a recipe has 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from collections.abc import Iterator, Mapping
@@ -161,6 +162,15 @@ def _line(text: str | None) -> str:
 
 def _takes(field: FieldInfo) -> str:
     kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    try:
+        return _kind(kind)
+    except TypeError:
+        # of a plugin, with what has no hash
+        return _kind.__wrapped__(kind)
+
+
+@functools.cache
+def _kind(kind: Any) -> str:
     schema = TypeAdapter(kind).json_schema()
     return " or ".join(dict.fromkeys(_words(schema, schema.get("$defs", {}))))
 

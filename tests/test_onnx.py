@@ -34,7 +34,7 @@ def finished(student: Path, head: Head = "none") -> RunFolder:
     run = RunFolder(student.parent)
     tree = {
         "teacher": {"model": "org/large"},
-        "student": {"layers": 2, "head": head},
+        "student": {"layers": 1, "head": head},
         "losses": {"hidden": {}},
         "data": {"train": "python-docs"},
         "run": {"output": str(run.path)},
@@ -61,7 +61,7 @@ def sentences(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A student of a sentence-transformers model whose vectors go through a Dense."""
     folder = tmp_path_factory.mktemp("onnx")
     teacher = save_sentences(folder, models.Pooling(32), models.Dense(32, 6), models.Normalize())
-    return finished(exported(folder / "run", teacher))
+    return finished(exported(folder / "run", teacher, layers=1))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_a_classifier_gives_its_logits_to_the_folder_that_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     teacher = save_classifier(tmp_path / "t", num_labels=3)
-    student = exported(tmp_path / "run", teacher, "sequence_classification")
+    student = exported(tmp_path / "run", teacher, "sequence_classification", layers=1)
     run = finished(student, "sequence_classification")
     folder = tmp_path / "graph"
     given = ("export", str(run.path), "--onnx", "--output", str(folder))
@@ -162,7 +162,7 @@ def test_an_encoder_with_its_language_head_gives_both(tmp_path: Path) -> None:
     teacher = save_sentences(tmp_path, models.Pooling(32), models.Normalize())
     whole = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(teacher))
     whole.save_pretrained(teacher)
-    run = finished(exported(tmp_path / "run", teacher, "masked_lm"), "masked_lm")
+    run = finished(exported(tmp_path / "run", teacher, "masked_lm", layers=1), "masked_lm")
     graph = onnx_graph.export_onnx(run)
     assert graph.outputs == ("logits", "sentence_embedding") and not graph.left_out
     expected = SentenceTransformer(str(run.student), device="cpu").encode(TEXTS)
@@ -176,7 +176,9 @@ def test_vectors_that_are_not_known_are_left_out_with_a_word(tmp_path: Path) -> 
     plain = save_teacher(tmp_path / "plain")
     AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(plain)).save_pretrained(plain)
     SparseEncoder(str(plain), device="cpu").save_pretrained(str(tmp_path / "sparse"))
-    run = finished(exported(tmp_path / "run", tmp_path / "sparse", "masked_lm"), "masked_lm")
+    run = finished(
+        exported(tmp_path / "run", tmp_path / "sparse", "masked_lm", layers=1), "masked_lm"
+    )
     graph = onnx_graph.export_onnx(run)
     assert graph.outputs == ("logits",)
     assert "; without sentence_embedding: model " in str(graph) and "SpladePooling" in str(graph)

@@ -96,7 +96,8 @@ def tokenizer_of(case: Case) -> PreTrainedTokenizerFast:
 def classifier(name: str, pad: int | None, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     # drawn with a padding of its own, because that row of the embeddings would be zero
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(tiny_config(name))
+    config = tiny_config(name, num_hidden_layers=2)
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
     model.config.pad_token_id = pad
     with torch.no_grad():
         model.get_input_embeddings().weight[PAD] = 0.3
@@ -139,8 +140,12 @@ def in_batches(model: PreTrainedModel, data: TaskDataModule, size: int) -> Tenso
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", DECODERS)
+# GPT-2 looks for the last token with code of its own, and the others share theirs
+PAIRS = [("gpt2", case) for case in CASES]
+PAIRS += [(DECODERS[1 + number % 3], case) for number, case in enumerate(CASES)]
+
+
+@pytest.mark.parametrize(("name", "case"), PAIRS)
 def test_batches_of_any_size_say_what_the_model_says_without_padding(
     name: str, case: str, folder: Path
 ) -> None:

@@ -29,12 +29,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_tuned_model_beats_chance_and_teaches(folder: Path) -> None:
-    train = {"steps": None, "epochs": 12, "learning_rate": 2e-3, "warmup_share": 0.1}
+    train = {"steps": None, "epochs": 5, "learning_rate": 4e-3, "warmup_share": 0.1}
     recipe = write_recipe(folder, "tuned", train=train)
     said = run_whole("finetune", recipe)
-    assert "head drawn by train.seed" in said and "144 steps" in said
+    assert "head drawn by train.seed" in said and "60 steps" in said
     summary = summary_of(folder / "tuned")
-    assert summary["steps"] == 144
+    assert summary["steps"] == 60
     assert summary["layer_map"] is None and "teacher" not in summary
     assert summary["after"]["score"] > 0.9 > 0.7 > summary["before"]["score"]
     assert summary["after"]["scores"] == {"dev": {"accuracy": summary["after"]["score"]}}
@@ -53,7 +53,7 @@ def test_a_tuned_model_beats_chance_and_teaches(folder: Path) -> None:
         folder,
         "student",
         teacher={"model": str(folder / "tuned" / "student")},
-        train={"steps": None, "epochs": 6, "learning_rate": 3e-3, "evaluate_every": 30},
+        train={"steps": None, "epochs": 3, "learning_rate": 5e-3, "evaluate_every": 15},
     )
     run_whole("distill", student)
     found = summary_of(folder / "student")
@@ -65,7 +65,7 @@ def test_a_tuned_model_beats_chance_and_teaches(folder: Path) -> None:
     assert ">teacher<" in page[page.index("Score of the task") :]
     lines = (folder / "student" / "metrics.jsonl").read_text().splitlines()
     scored = [r["step"] for r in map(json.loads, lines) if r["kind"] == "heldout"]
-    assert scored == [0, 30, 60, 72]
+    assert scored == [0, 15, 30, 36]
 
 
 def test_a_head_of_the_right_shape_is_kept(folder: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_head_of_another_shape_is_drawn_by_the_seed(folder: Path) -> None:
 def test_regression_learns_and_teaches(folder: Path) -> None:
     write_task(folder / "task", scores=True)
     scores = {"labels": None, "bounds": [0, 5]}
-    train = {"steps": 100, "learning_rate": 2e-3, "log_every": 10}
+    train = {"steps": 60, "learning_rate": 4e-3, "log_every": 10}
     recipe = write_recipe(folder, "tuned", task=scores, train=train)
     run_whole("finetune", recipe)
     found = summary_of(folder / "tuned")["after"]
@@ -110,7 +110,7 @@ def test_regression_learns_and_teaches(folder: Path) -> None:
         task=scores,
         teacher={"model": str(folder / "tuned" / "student")},
         losses={"logits": {"kind": "mse"}},
-        train={"steps": 60, "learning_rate": 3e-3},
+        train={"steps": 40, "learning_rate": 4e-3},
     )
     run_whole("distill", student)
     losses = [loss["logits"] for loss in read_losses(folder / "student")]

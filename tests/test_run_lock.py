@@ -99,8 +99,8 @@ def test_many_at_once_are_never_inside_together(tmp_path: Path) -> None:
     for _ in range(4):
         child = os.fork()
         if child == 0:
-            code, deadline = 0, time.monotonic() + 3
-            while time.monotonic() < deadline:
+            code = 0
+            for _ in range(1000):
                 try:
                     with held(folder):
                         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -157,28 +158,52 @@ def test_what_has_no_graph_is_one_line(
     assert not (student / "onnx").exists()
 
 
-def test_an_encoder_with_its_language_head_gives_both(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunFolder]:
+    """A teacher that makes vectors and has a head of language, and the run of its student."""
+    folder = tmp_path_factory.mktemp("language")
     torch.manual_seed(0)
-    teacher = save_sentences(tmp_path, models.Pooling(32), models.Normalize())
+    teacher = save_sentences(folder, models.Pooling(32), models.Normalize())
     whole = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(teacher))
     whole.save_pretrained(teacher)
-    run = finished(exported(tmp_path / "run", teacher, "masked_lm", layers=1), "masked_lm")
-    graph = onnx_graph.export_onnx(run)
-    assert graph.outputs == ("logits", "sentence_embedding") and not graph.left_out
-    expected = SentenceTransformer(str(run.student), device="cpu").encode(TEXTS)
+    student = exported(folder / "run", teacher, "masked_lm", layers=1)
+    return teacher, finished(student, "masked_lm")
+
+
+@pytest.fixture(scope="module")
+def both(encoder: tuple[Path, RunFolder]) -> onnx_graph.OnnxGraph:
+    return onnx_graph.export_onnx(encoder[1])
+
+
+def test_an_encoder_with_its_language_head_gives_both(
+    encoder: tuple[Path, RunFolder], both: onnx_graph.OnnxGraph
+) -> None:
+    assert both.outputs == ("logits", "sentence_embedding") and not both.left_out
+    expected = SentenceTransformer(str(encoder[1].student), device="cpu").encode(TEXTS)
     np.testing.assert_allclose(
-        computed(graph.path, TEXTS)["sentence_embedding"], expected, atol=1e-5
+        computed(both.path, TEXTS)["sentence_embedding"], expected, atol=1e-5
     )
 
 
-def test_vectors_that_are_not_known_are_left_out_with_a_word(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    plain = save_teacher(tmp_path / "plain")
-    AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(plain)).save_pretrained(plain)
+def test_vectors_that_are_not_known_are_left_out_with_a_word(
+    encoder: tuple[Path, RunFolder],
+    both: onnx_graph.OnnxGraph,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is asked of the exporter, whose logits are those of the same student with vectors."""
+    plain, asked = tmp_path / "plain", []
+    shutil.copytree(encoder[0], plain)
+    for path in ("modules.json", "config_sentence_transformers.json"):
+        (plain / path).unlink()
     SparseEncoder(str(plain), device="cpu").save_pretrained(str(tmp_path / "sparse"))
-    run = finished(
-        exported(tmp_path / "run", tmp_path / "sparse", "masked_lm", layers=1), "masked_lm"
-    )
-    graph = onnx_graph.export_onnx(run)
-    assert graph.outputs == ("logits",)
+    student = exported(tmp_path / "run", tmp_path / "sparse", "masked_lm", layers=1)
+
+    def export(*_: Any, f: Path, output_names: tuple[str, ...], **__: Any) -> None:
+        asked.append(output_names)
+        f.write_bytes(both.path.read_bytes())
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    graph = onnx_graph.export_onnx(finished(student, "masked_lm"))
+    assert graph.outputs == ("logits",) and asked == [graph.outputs]
     assert "; without sentence_embedding: model " in str(graph) and "SpladePooling" in str(graph)

@@ -69,14 +69,18 @@ def run_command(
 
 
 def run_script(
-    name: str, *arguments: str, ranks: int = 1, gpu: bool = False, port: int | None = None
+    name: str,
+    *arguments: str,
+    ranks: int = 1,
+    gpu: bool = False,
+    fresh: bool = False,
+    port: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script that stands beside the tests, likewise, but never in a new interpreter on CPUs.
+    """Run a script that stands beside the tests, likewise.
 
-    Several ranks meet at a port where a store is, or at one of their own.
+    Ranks without a launcher meet at a port where a store is, or at one of their own.
     """
-    target = [str(Path(__file__).parent / name), *arguments]
-    return _run(target, ranks, gpu, fresh=False, port=port)
+    return _run([str(Path(__file__).parent / name), *arguments], ranks, gpu, fresh, port)
 
 
 def run_variants(recipe: Path, variants: list[list[str]], *, ranks: int = 1) -> str:

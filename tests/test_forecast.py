@@ -21,6 +21,7 @@ from fastkd import cli, training
 from fastkd.capture import capture, route_attention
 from fastkd.errors import UserError
 from fastkd.recipe import Recipe, load_recipe, parse_recipe
+from fastkd.reporting.numbers import gib
 from fastkd.training import doctor
 from fastkd.training.chips import CHIPS, Chip
 from fastkd.training.doctor import does_not_fit
@@ -450,7 +451,7 @@ def test_doctor_forecasts_without_weights(
 
 def test_what_is_small_is_not_said_to_be_nothing() -> None:
     mebibyte = 2**20
-    said = [doctor._gib(size) for size in (0, mebibyte, 40 * mebibyte, 2**31)]
+    said = [gib(size, 2) for size in (0, mebibyte, 40 * mebibyte, 2**31)]
     assert said == ["0.00 GiB", "0.00098 GiB", "0.04 GiB", "2.00 GiB"]
     seconds = (0.0, 0.0024, 0.31, 59.4, 60.0, 3599.0, 3600.0)
     assert [doctor._duration(one) for one in seconds] == [

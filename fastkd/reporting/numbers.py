@@ -39,6 +39,11 @@ def fixed(value: float, places: int = 0) -> str:
     return f"{value:,.{places}f}"
 
 
+def gib(size: int, places: int = 1) -> str:
+    """Bytes of memory or of a disk, in GiB."""
+    return f"{fixed(size / 2**30, places)} GiB"
+
+
 def percent(share: float, places: int = 0) -> str:
     """A share in percent; what is not none and not all does not read so: `<0.1%`, `>99.9%`."""
     text, least = f"{share:.{places}%}", 10.0**-places

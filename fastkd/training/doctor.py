@@ -25,7 +25,7 @@ from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.recipe import AnyRecipe, Recipe, dump_recipe, each_stage
 from fastkd.reporting.console import Reporter
-from fastkd.reporting.numbers import fixed
+from fastkd.reporting.numbers import fixed, gib
 from fastkd.reporting.profile import memory_rows, time_columns, time_rows
 from fastkd.training.chips import Chip
 from fastkd.training.cost import peak_memory, reset_peak
@@ -56,7 +56,6 @@ from fastkd.training.window import Window
 # as many steps as take so long, within these
 _TIMED_SECONDS = 1.0
 _FEWEST_STEPS, _MOST_STEPS = 3, 30
-_GIB = 2**30
 
 
 def describe_machine(reporter: Reporter) -> None:
@@ -68,13 +67,13 @@ def describe_machine(reporter: Reporter) -> None:
     rows += [(name, str(version)) for name, version in found["packages"].items()]
     rows += [
         ("CPU cores", str(os.cpu_count())),
-        ("memory", f"{_gib(memory.total, 1)}, {_gib(memory.available, 1)} free"),
-        ("disk here", f"{_gib(disk.free, 1)} free"),
+        ("memory", f"{gib(memory.total)}, {gib(memory.available)} free"),
+        ("disk here", f"{gib(disk.free)} free"),
     ]
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
-        rows.append((f"GPU {index}", f"{name}, {_gib(total, 1)}, {_gib(free, 1)} free"))
+        rows.append((f"GPU {index}", f"{name}, {gib(total)}, {gib(free)} free"))
     gpu = torch.cuda.is_available()
     if not gpu:
         rows.append(("GPU", "none"))
@@ -139,10 +138,10 @@ def _forecast(recipe: Recipe, chip: Chip, ranks: int, reporter: Reporter) -> Non
     passes = run_dry(recipe, plan.micro_batch_size)
     found = forecast(recipe, passes, chip, ranks)
     room = int(chip.memory)
-    rows = [(name, _gib(size)) for name, size in found.parts.items()]
-    rows += [("in all", _gib(found.total)), (f"{chip.label} has", _gib(room))]
-    rows.append(("in the machine's memory, each rank", _gib(found.machine)))
-    rows.append(("there, each rank, while the teacher is loaded", _gib(found.loading)))
+    rows = [(name, gib(size, 2)) for name, size in found.parts.items()]
+    rows += [("in all", gib(found.total, 2)), (f"{chip.label} has", gib(room, 2))]
+    rows.append(("in the machine's memory, each rank", gib(found.machine, 2)))
+    rows.append(("there, each rank, while the teacher is loaded", gib(found.loading, 2)))
     reporter.table(
         f"memory of each of {ranks} GPUs" if ranks > 1 else "memory of the GPU",
         ("", "forecast"),
@@ -162,8 +161,8 @@ def _forecast(recipe: Recipe, chip: Chip, ranks: int, reporter: Reporter) -> Non
     )
     reporter.say(
         f"chip: {chip.source}. Assumed: {EFFICIENCY:.0%} of its rate, {NODE} GPUs a machine, "
-        f"{NETWORK / 1e9:.0f} GB/s for each between machines, {_gib(LIBRARIES)} of CUDA and NCCL. "
-        "Losses and the optimiser are not counted."
+        f"{NETWORK / 1e9:.0f} GB/s for each between machines, "
+        f"{gib(LIBRARIES, 2)} of CUDA and NCCL. Losses and the optimiser are not counted."
     )
     if found.total > room:
         reporter.say(does_not_fit(recipe, passes, chip, ranks))
@@ -175,13 +174,13 @@ def does_not_fit(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> str:
     room = int(chip.memory)
     most = max(found.parts, key=lambda name: found.parts[name])
     said = (
-        f"does not fit: {_gib(found.total)} of {_gib(room)}, most of it {most} "
-        f"({_gib(found.parts[most])}); "
+        f"does not fit: {gib(found.total, 2)} of {gib(room, 2)}, most of it {most} "
+        f"({gib(found.parts[most], 2)}); "
     )
     for overrides, changed in layouts(recipe, ranks):
         total = forecast(changed, passes, chip, ranks).total
         if total <= room:
-            return f"{said}give {overrides} ({_gib(total)}{_moved_more(recipe, changed, ranks)})"
+            return f"{said}give {overrides} ({gib(total, 2)}{_moved_more(recipe, changed, ranks)})"
     more = (
         "" if recipe.student.gradient_checkpointing else ", or student.gradient_checkpointing=true"
     )
@@ -199,10 +198,6 @@ def _moved_more(recipe: Recipe, changed: Recipe, ranks: int) -> str:
 def _models(passes: Passes) -> str:
     frozen = f", {passes.frozen_numbers:,} frozen" if passes.frozen_numbers else ""
     return f"{passes.teacher_numbers:,}, {passes.trained_numbers:,} with projections{frozen}"
-
-
-def _gib(size: int, places: int = 2) -> str:
-    return f"{fixed(size / _GIB, places)} GiB"
 
 
 def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:

@@ -381,11 +381,11 @@ def _operations_seconds(recipe: Recipe, passes: Passes, chip: Chip, plan: BatchP
     """Seconds of both models' passes over one micro-batch."""
     teacher, student, forward = passes.teacher, passes.student, passes.readings(plan)
     single = chip.tf32 if recipe.train.tf32 else chip.single
-    rounded = recipe.teacher.states != "float32"
-    teaching = teacher.products - teacher.float8 + teacher.attention
-    seconds = teaching / (chip.half if rounded else single)
     # kernels of the losses multiply fp32 as three products of TF32, whatever the recipe says
-    seconds += _head(teacher) / (chip.half if rounded else chip.tf32 / 3)
+    exact, rounded = (single, chip.tf32 / 3), (chip.half, chip.half)
+    rate, of_head = exact if recipe.teacher.states == "float32" else rounded
+    teaching = teacher.products - teacher.float8 + teacher.attention
+    seconds = teaching / rate + _head(teacher) / of_head
     if teacher.float8:
         assert chip.float8 is not None, "others are refused"
         seconds += teacher.float8 / chip.float8
@@ -394,10 +394,9 @@ def _operations_seconds(recipe: Recipe, passes: Passes, chip: Chip, plan: BatchP
     learning = (forward + _BACKWARD + again) * student.products
     backward = _BACKWARD if recipe.student.attention == "eager" else _ATTENTION_BACKWARD
     learning += (forward + backward + again) * student.attention
-    rounded = recipe.train.precision == "bf16"
-    seconds += learning / (chip.half if rounded else single)
+    rate, of_head = rounded if recipe.train.precision == "bf16" else exact
     # checkpointing makes blocks again, but no head
-    seconds += (forward + _BACKWARD) * _head(student) / (chip.half if rounded else chip.tf32 / 3)
+    seconds += learning / rate + (forward + _BACKWARD) * _head(student) / of_head
     return seconds / EFFICIENCY
 
 

@@ -12,10 +12,9 @@ import torch
 from fastkd.data.batching import BatchPlan
 from fastkd.errors import RankError, UserError
 from fastkd.recipe import AnyRecipe, Recipe
-from fastkd.reporting.numbers import fixed
+from fastkd.reporting.numbers import gib
 from fastkd.training.deepspeed_config import uses_deepspeed
 
-_GIB = 2**30
 # from which stage on DeepSpeed heeds it, and what of
 _OFFLOADED = {
     "offload_optimizer": (1, {"optimiser"}),
@@ -50,8 +49,8 @@ def check_micro_batch(
     there = memory_of(device)
     if needed > there:
         raise UserError(
-            f"train.micro_batch_size: {rows:,} rows of {tokens} tokens need {_gib(needed)} for "
-            f"ids and hidden states alone, but this {_kind(device)} has {_gib(there)}; give a "
+            f"train.micro_batch_size: {rows:,} rows of {tokens} tokens need {gib(needed)} for "
+            f"ids and hidden states alone, but this {_kind(device)} has {gib(there)}; give a "
             "smaller train.micro_batch_size"
         )
 
@@ -65,7 +64,7 @@ def memory_errors(recipe: AnyRecipe, device: torch.device) -> Iterator[None]:
         refused = _CPU_REFUSAL.search(str(error))
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and refused is None:
             raise
-        asked = f" ({_gib(int(refused[1]))} asked at once)" if refused else ""
+        asked = f" ({gib(int(refused[1]))} asked at once)" if refused else ""
         if isinstance(error, torch.OutOfMemoryError):
             tried = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
             asked = f" ({tried[1]} asked at once)" if tried else ""
@@ -75,7 +74,7 @@ def memory_errors(recipe: AnyRecipe, device: torch.device) -> Iterator[None]:
         if isinstance(recipe, Recipe) and recipe.data and recipe.data.batch_tokens:
             size, field = f"up to {recipe.data.batch_tokens:,} tokens", "data.batch_tokens"
         raise RankError(
-            f"out of memory{asked}: this {_kind(device)} has {_gib(memory_of(device))}, and "
+            f"out of memory{asked}: this {_kind(device)} has {gib(memory_of(device))}, and "
             f"micro-batches are {size}; give a smaller {field}, or set gradient_checkpointing"
         ) from error
 
@@ -174,7 +173,3 @@ def _gradients(recipe: AnyRecipe, kept: int, plan: BatchPlan) -> tuple[int, int]
 
 def _kind(device: torch.device) -> str:
     return "GPU" if device.type == "cuda" else "machine"
-
-
-def _gib(size: int) -> str:
-    return f"{fixed(size / _GIB, 1)} GiB"

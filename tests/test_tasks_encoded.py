@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,16 +46,31 @@ def encode(
     return encode_examples(examples, tokenizer, **{**options, **changes})
 
 
+def elsewhere(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which fails in this process."""
+    here = os.getpid()
+
+    def call(*given: Any) -> Any:
+        assert os.getpid() != here
+        return function(*given)
+
+    return call
+
+
 @pytest.mark.parametrize("examples", [SINGLE, PAIRS], ids=["single", "pairs"])
-@pytest.mark.parametrize("chunk", [2, 2048])
+@pytest.mark.parametrize("way", ["at once", "one by one", "in processes"])
 def test_a_batch_is_what_the_tokenizer_makes(
     examples: Examples,
-    chunk: int,
+    way: str,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(encoded, "_CHUNK", chunk)
+    if way != "at once":
+        monkeypatch.setattr("fastkd.data.text.tokenize.BATCH_CHARACTERS", 1)
+    if way == "in processes":
+        monkeypatch.setattr("fastkd.data.text.tokenize.SMALL_BATCHES", 1)
+        monkeypatch.setattr(encoded, "_tokenised", elsewhere(encoded._tokenised))
     made = encode(examples, tokenizer, tmp_path, token_types=True)
     assert len(made) == 5
     batch = made.batch(range(5), multiple=1)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ from fastkd.data.text.files import Source
 from fastkd.data.text.settings import TextSettings
 from fastkd.data.text.sources import resolve
 from fastkd.data.text.split import content_hash, is_held_out
-from fastkd.data.text.tokenize import Part, in_order
+from fastkd.data.text.tokenize import Part, in_order, parted
 from fastkd.errors import UserError
 from fastkd.files.flat import flat_file, open_flat
 from fastkd.reporting.progress import progress_bar
@@ -292,8 +293,9 @@ def _build(
             for part in PARTS
             if settings.form.scores
         }
-        for part, made, of_rows in in_order(
-            encoder.batch, split, lambda row: row.characters, data.workers
+        batches = parted(split, lambda row: row.characters)
+        for part, made, of_rows in chain.from_iterable(
+            in_order(encoder.batch, batches, data.workers)
         ):
             writers[part].write(made)
             if scores:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -34,16 +34,12 @@ from fastkd.data.text.cache import (
     tokenizer_digest,
     write_meta,
 )
-from fastkd.files.flat import (
-    append,
-    flat_file,
-    open_flat,
-)
+from fastkd.data.text.tokenize import batched, in_order
+from fastkd.files.flat import flat_file, open_flat
 from fastkd.reporting.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 2048
 _FORMAT = 1
 _FIELD = "task.cache"
 
@@ -216,11 +212,11 @@ def _build(
                 name: files.enter_context(flat_file(temporary, name).open("wb"))
                 for name in form.files
             }
-            for chunk in _chunks(examples):
-                made, beside = form.tokenise(chunk, tokenizer, max_length)
+            tokenised = partial(_tokenised, form, tokenizer, max_length)
+            for made, beside in in_order(tokenised, batched(examples, _characters)):
                 writer.write(made)
-                for name, of in form.files.items():
-                    append(write[name], beside[name], of.dtype)
+                for name, numbers in beside.items():
+                    numbers.tofile(write[name])
                 bar.update(task, completed=writer.sequences)
         writer.close()
         meta = {
@@ -231,7 +227,17 @@ def _build(
         write_meta(temporary, meta)
 
 
-def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    source = iter(examples)
-    while chunk := list(islice(source, _CHUNK)):
-        yield chunk
+def _tokenised(
+    form: Form,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    chunk: Sequence[Example],
+) -> tuple[Tokenised, dict[str, npt.NDArray[Any]]]:
+    """What a form makes of some examples, as it is stored."""
+    made, beside = form.tokenise(chunk, tokenizer, max_length)
+    files = form.files.items()
+    return made, {name: np.fromiter(beside[name], dtype=of.dtype) for name, of in files}
+
+
+def _characters(example: Example) -> int:
+    return sum(map(len, example.texts))

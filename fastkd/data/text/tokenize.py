@@ -96,29 +96,25 @@ def encode(
     encoder: Encoder, documents: Iterable[tuple[Part, str]], workers: int | None
 ) -> Iterator[Encoded]:
     """Encode documents in their order; `workers` is one a core where not given, 0 for none."""
-    return in_order(encoder.batch, documents, len, workers)
+    batches = parted(documents, len)
+    return chain.from_iterable(in_order(encoder.batch, batches, workers))
 
 
 def in_order(
-    function: Callable[[dict[Part, list[T]]], list[R]],
-    texts: Iterable[tuple[Part, T]],
-    characters: Callable[[T], int],
-    workers: int | None,
+    function: Callable[[A], R], batches: Iterable[A], workers: int | None = None
 ) -> Iterator[R]:
-    """Call a function that tokenises on batches of texts, and give what it made in their order.
+    """Call a function that tokenises on batches, and give what it made in their order.
 
     Args:
-        function: of a batch, its parts apart.
-        texts: each with its part.
-        characters: of one.
+        function: of a batch.
+        batches: of about `BATCH_CHARACTERS` each.
         workers: processes; one a core where not given, 0 for none.
     """
-    batches = _batches(texts, characters)
+    batches = iter(batches)
     first = list(islice(batches, SMALL_BATCHES))
     workers = cores() if workers is None else workers
     if workers == 0 or len(first) < SMALL_BATCHES:
-        for batch in chain(first, batches):
-            yield from function(batch)
+        yield from map(function, chain(first, batches))
     else:
         yield from _in_processes(function, chain(first, batches), workers)
 
@@ -139,35 +135,41 @@ def stream_workers(ranks: int) -> int:
     return max(0, min(STREAM_WORKERS, cores() // ranks - 1))
 
 
-def _in_processes(
-    function: Callable[[dict[Part, list[T]]], list[R]],
-    batches: Iterable[dict[Part, list[T]]],
-    workers: int,
-) -> Iterator[R]:
-    waiting: deque[Future[list[R]]] = deque()
+def parted(
+    texts: Iterable[tuple[Part, T]], characters: Callable[[T], int]
+) -> Iterator[dict[Part, list[T]]]:
+    """Batches of texts, the parts of each apart; `characters` says how many a text has."""
+    for batch in batched(texts, lambda each: characters(each[1])):
+        apart: dict[Part, list[T]] = {}
+        for part, text in batch:
+            apart.setdefault(part, []).append(text)
+        yield apart
+
+
+def batched(texts: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
+    """Batches of texts that a process gets at a time; `characters` says how many one has."""
+    batch: list[T] = []
+    length = 0
+    for text in texts:
+        batch.append(text)
+        length += characters(text)
+        if length >= BATCH_CHARACTERS:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
+
+
+def _in_processes(function: Callable[[A], R], batches: Iterable[A], workers: int) -> Iterator[R]:
+    waiting: deque[Future[R]] = deque()
     with closing(tokenisers(function, workers)) as processes:
         for batch in batches:
             waiting.append(processes.submit(batch))
             # a bounded queue: the reader never runs far ahead of the writer
             if len(waiting) > 2 * workers:
-                yield from waiting.popleft().result()
+                yield waiting.popleft().result()
         while waiting:
-            yield from waiting.popleft().result()
-
-
-def _batches(
-    texts: Iterable[tuple[Part, T]], characters: Callable[[T], int]
-) -> Iterator[dict[Part, list[T]]]:
-    batch: dict[Part, list[T]] = {}
-    length = 0
-    for part, text in texts:
-        batch.setdefault(part, []).append(text)
-        length += characters(text)
-        if length >= BATCH_CHARACTERS:
-            yield batch
-            batch, length = {}, 0
-    if batch:
-        yield batch
+            yield waiting.popleft().result()
 
 
 def cores() -> int:

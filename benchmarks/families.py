@@ -35,7 +35,7 @@ from benchmarks.family_checks import (
     outputs_of,
 )
 from benchmarks.family_models import LAYERS, all_families, family_model, heads_of
-from fastkd.capture import AttentionTraits, capture, no_cache, try_model, try_recomputing
+from fastkd.capture import AttentionTraits, capture, capture_keywords, try_model, try_recomputing
 from fastkd.errors import UserError, one_line
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import make_layer_map
@@ -259,7 +259,7 @@ def _step(
             torch.set_grad_enabled(side == "student"),
             capture(model, **objective.layers(side)) as seen,
         ):
-            model(**inputs, **no_cache(model))
+            model(**inputs, **capture_keywords(model))
         states.append(seen)
     read = {**inputs, **_labels(recipe.student.head, inputs)}
     if "pixel_values" in inputs:

@@ -11,7 +11,7 @@ from fastkd_kernels import AttentionState
 from torch import Tensor
 from transformers import AutoModel, Cache, PreTrainedModel
 
-from fastkd.capture import AttentionTraits, Capture, capture, find_blocks, no_cache
+from fastkd.capture import AttentionTraits, Capture, capture, capture_keywords, find_blocks
 from fastkd.capture.trial import trial_inputs as inputs_of
 
 __all__ = [
@@ -30,7 +30,7 @@ _STATES = frozenset({"hidden_states", "prev_topk_indices"})
 def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """Every tensor that a model gives, detached."""
     with torch.no_grad():
-        output = model(**inputs, **no_cache(model))
+        output = model(**inputs, **capture_keywords(model))
     return [value for value in output.to_tuple() if isinstance(value, Tensor)]
 
 
@@ -38,7 +38,7 @@ def eager_maps(folder: Path, inputs: Mapping[str, Tensor]) -> list[Tensor] | Non
     """The attention maps that transformers itself gives, [batch, heads, tokens, tokens] a layer."""
     model = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():
-        output = model(**inputs, **no_cache(model), output_attentions=True)
+        output = model(**inputs, **capture_keywords(model), output_attentions=True)
     maps = getattr(output, "attentions", None)
     whole = maps and all(isinstance(m, Tensor) and m.ndim == 4 for m in maps)
     return list(maps) if whole else None
@@ -57,7 +57,7 @@ def check_maps(
     """
     layers = range(1, len(maps) + 1)
     with torch.no_grad(), capture(model, attention=layers) as states:
-        model(**inputs, **no_cache(model))
+        model(**inputs, **capture_keywords(model))
     mask = inputs.get("attention_mask")
     worst, largest = 0.0, 1.0
     for layer, expected in zip(layers, maps, strict=True):
@@ -171,7 +171,7 @@ def _calls(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[int, An
 
         handles.append(block.register_forward_hook(note, with_kwargs=True))
     with torch.no_grad():
-        model(**inputs, **no_cache(model))
+        model(**inputs, **capture_keywords(model))
     for handle in handles:
         handle.remove()
     return found

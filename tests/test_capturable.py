@@ -29,8 +29,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from fastkd.capture import (
     AttentionTraits,
+    capture_keywords,
     find_blocks,
-    no_cache,
     route_attention,
     try_model,
 )
@@ -155,7 +155,7 @@ def test_no_cache_only_where_there_would_be_one(
 ) -> None:
     model = nn.Module()
     model.config = config
-    assert no_cache(model) == expected  # type: ignore[arg-type]
+    assert capture_keywords(model) == expected  # type: ignore[arg-type]
 
 
 def test_blocks_that_were_replaced_are_found_again() -> None:

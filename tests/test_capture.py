@@ -28,8 +28,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fastkd.capture import (
     Capture,
     capture,
+    capture_keywords,
     find_blocks,
-    no_cache,
     route_attention,
     try_model,
 )
@@ -69,7 +69,7 @@ def visible(name: str, layer_type: str, valid: Tensor) -> Tensor:
 
 
 def run(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
-    state: Tensor = model(**(inputs or BATCH), **no_cache(model)).last_hidden_state
+    state: Tensor = model(**(inputs or BATCH), **capture_keywords(model)).last_hidden_state
     return state
 
 
@@ -148,7 +148,7 @@ def test_outputs_are_bit_for_bit_those_of_the_implementation(
 def test_hidden_states_are_numbered_from_the_embeddings(name: str) -> None:
     model = routed(tiny_model(name))
     with torch.no_grad(), capture(model, hidden=(0, *BLOCKS)) as states:
-        output = model(**BATCH, **no_cache(model), output_hidden_states=True)
+        output = model(**BATCH, **capture_keywords(model), output_hidden_states=True)
     own = output.hidden_states
     # decoders and ModernBERT report their last state after the final norm
     comparable = LAYERS if own[-1] is output.last_hidden_state else LAYERS + 1

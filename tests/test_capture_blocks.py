@@ -13,7 +13,7 @@ from transformers import AlbertConfig, AlbertModel, OPTConfig, OPTModel, PreTrai
 
 from benchmarks.family_models import family_model
 from fastkd import Distiller
-from fastkd.capture import at_depth, capture, find_blocks, no_cache, try_model
+from fastkd.capture import at_depth, capture, capture_keywords, find_blocks, try_model
 from fastkd.capture.trial import trial_inputs
 from fastkd.errors import UserError
 
@@ -121,13 +121,13 @@ def test_a_cut_model_has_its_first_blocks_whatever_its_configuration_counts(fami
     blocks = list(find_blocks(model))
     inputs = trial_inputs(model, 8)
     with torch.no_grad(), capture(model, hidden={1, 2}) as whole:
-        model(**inputs, **no_cache(model))
+        model(**inputs, **capture_keywords(model))
     with torch.no_grad(), at_depth(model, 2), capture(model, hidden={1, 2}) as cut:
         assert list(find_blocks(model)) == blocks[:2]
         with at_depth(model, 1):
             assert list(find_blocks(model)) == blocks[:1]
         assert list(find_blocks(model)) == blocks[:2]
-        model(**inputs, **no_cache(model))
+        model(**inputs, **capture_keywords(model))
     assert list(find_blocks(model)) == blocks
     assert all(torch.equal(cut.hidden[layer], whole.hidden[layer]) for layer in (1, 2))
 

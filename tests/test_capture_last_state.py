@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from benchmarks.family_models import family_model
 from fastkd import Distiller
-from fastkd.capture import capture, no_cache, try_model
+from fastkd.capture import capture, capture_keywords, try_model
 from fastkd.capture.lm_head import last_hidden_state
 from fastkd.capture.trial import hands_on_last_block, trial_inputs
 from fastkd.errors import UserError
@@ -63,7 +63,7 @@ def randomise_norms(model: nn.Module) -> None:
 
 def outputs_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     with torch.no_grad(), capture(model, outputs=True) as states:
-        model(**inputs, **no_cache(model))
+        model(**inputs, **capture_keywords(model))
     assert states.outputs is not None
     return states.outputs
 

@@ -14,8 +14,8 @@ from transformers import AutoModel, GPTNeoXConfig, GptOssConfig, PreTrainedModel
 from fastkd.capture import (
     Capture,
     capture,
+    capture_keywords,
     find_blocks,
-    no_cache,
     route_attention,
     try_recomputing,
 )
@@ -52,7 +52,7 @@ def routed(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 def whole_pass(model: PreTrainedModel, batch: dict[str, Tensor]) -> Capture:
     with torch.no_grad(), capture(model, attention=BLOCKS, hidden=range(LAYERS + 1)) as states:
-        model(**batch, **no_cache(model))
+        model(**batch, **capture_keywords(model))
     return states
 
 

@@ -17,8 +17,8 @@ from benchmarks.family_models import family_model
 from fastkd.capture import (
     AttentionShape,
     capture,
+    capture_keywords,
     find_blocks,
-    no_cache,
     route_attention,
     set_attention,
     try_model,
@@ -85,7 +85,7 @@ def test_soft_caps_and_sinks_are_captured(family: str) -> None:
     set_attention(model, "eager")
     assert try_model(model, TOKENS).differs is None
     with torch.no_grad(), capture(model, attention=[1]) as states:
-        model(input_ids=tiny_batch()["input_ids"], **no_cache(model))
+        model(input_ids=tiny_batch()["input_ids"], **capture_keywords(model))
     state = states.attention[1]
     assert (state.softcap is not None) == ("gemma" in family)
     assert (state.sinks is not None) == ("gemma" not in family)
@@ -177,14 +177,14 @@ def test_attention_that_can_t_be_captured_is_refused_and_left_as_it_came(
     model = family_model(family)
     ids = {"input_ids": tiny_batch()["input_ids"]}
     with torch.no_grad():
-        before = model(**ids, **no_cache(model)).last_hidden_state
+        before = model(**ids, **capture_keywords(model)).last_hidden_state
     with pytest.raises(UserError, match=message) as refused:
         try_model(model, TOKENS)
     assert "leave losses.attention and losses.relations out" in str(refused.value)
     # what does not need attention goes on
     try_model(model, TOKENS, attention=False)
     with torch.no_grad():
-        assert torch.equal(model(**ids, **no_cache(model)).last_hidden_state, before)
+        assert torch.equal(model(**ids, **capture_keywords(model)).last_hidden_state, before)
 
 
 class Inheriting(BertSelfAttention):
@@ -256,7 +256,7 @@ def test_attention_of_a_model_that_was_not_routed_is_not_captured() -> None:
 
 def earlier_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        state: Tensor = model(input_ids=ids, **no_cache(model)).last_hidden_state[:, :-1]
+        state: Tensor = model(input_ids=ids, **capture_keywords(model)).last_hidden_state[:, :-1]
     return state
 
 
@@ -282,7 +282,7 @@ def test_a_language_model_given_labels_makes_its_own_loss_under_capture(name: st
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     route_attention(model, "sdpa")
     ids = tiny_batch((12, 12))["input_ids"]
-    read = {"input_ids": ids, **no_cache(model)}
+    read = {"input_ids": ids, **capture_keywords(model)}
     expected = model(**read, labels=ids)
     with capture(model, attention=[1], logits=True) as states:
         given = model(**read, labels=ids)

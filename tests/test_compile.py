@@ -17,7 +17,14 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import fastkd
-from fastkd.capture import Capture, CompiledCapture, capture, compiled, no_cache, route_attention
+from fastkd.capture import (
+    Capture,
+    CompiledCapture,
+    capture,
+    capture_keywords,
+    compiled,
+    route_attention,
+)
 from fastkd.capture.compiled import check_compiler
 from fastkd.errors import UserError
 from fastkd.layer_map import Progress
@@ -50,7 +57,7 @@ def student() -> PreTrainedModel:
 
 def eager(model: PreTrainedModel, batch: dict[str, Tensor], wanted: dict[str, Any]) -> Capture:
     with capture(model, **wanted) as states:
-        model(**batch, **no_cache(model))
+        model(**batch, **capture_keywords(model))
     return states
 
 
@@ -76,7 +83,7 @@ def assert_same(
 ) -> None:
     for batch in batches:
         expected = eager(model, batch, wanted)
-        found = recorded({**batch, **no_cache(model)})
+        found = recorded({**batch, **capture_keywords(model)})
         assert list(found.attention) == list(expected.attention)
         assert [s.scale for s in found.attention.values()] == [
             s.scale for s in expected.attention.values()
@@ -106,7 +113,7 @@ def test_a_language_models_head_is_left_out_while_it_is_recorded() -> None:
             assert_same(model.train(), recorded, wanted, BATCHES)
             # outside of its passes the model makes its logits
             assert model(**BATCHES[0]).logits.shape[-1] == model.config.vocab_size
-    head = recorded.open()({**BATCHES[0], **no_cache(model)}).logits
+    head = recorded.open()({**BATCHES[0], **capture_keywords(model)}).logits
     recorded.close()
     assert isinstance(head, LogitsHead) and head.weight is model.lm_head.weight
     # one of the first shape, one of any

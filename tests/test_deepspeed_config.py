@@ -16,8 +16,8 @@ from fastkd.errors import UserError
 from fastkd.recipe import Recipe, parse_recipe
 from fastkd.training.deepspeed_config import (
     check_packages,
-    student_config,
-    teacher_config,
+    deepspeed_of_student,
+    deepspeed_of_teacher,
 )
 
 
@@ -37,7 +37,7 @@ def make_recipe(deepspeed: dict[str, Any] | None = None, **sections: dict[str, A
 
 def configure(deepspeed: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Any:
     recipe = make_recipe(deepspeed, **sections)
-    return student_config(recipe, plan_batches(recipe, 1))
+    return deepspeed_of_student(recipe, plan_batches(recipe, 1))
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_further_keys_are_passed_through() -> None:
 
 def test_the_recipe_is_not_changed_by_the_configuration() -> None:
     recipe = make_recipe({"zero_optimization": {"overlap_comm": True}})
-    config = student_config(recipe, plan_batches(recipe, 1))
+    config = deepspeed_of_student(recipe, plan_batches(recipe, 1))
     config["zero_optimization"]["overlap_comm"] = False
     assert recipe.deepspeed == {"zero_optimization": {"overlap_comm": True}}
 
@@ -306,7 +306,7 @@ def test_the_recipe_is_not_changed_by_the_configuration() -> None:
 def test_a_sharded_teacher_keeps_its_dtype_and_has_no_optimiser(
     placement: str, dtype: str, bf16: bool, fp16: bool
 ) -> None:
-    config = teacher_config(make_recipe(teacher={"placement": placement, "dtype": dtype}))
+    config = deepspeed_of_teacher(make_recipe(teacher={"placement": placement, "dtype": dtype}))
     zero = config["zero_optimization"]
     assert zero["stage"] == 3
     assert zero["memory_efficient_linear"] is False

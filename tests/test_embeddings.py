@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 import fastkd
-from fastkd.capture import capture, hands_on_last_block, no_cache
+from fastkd.capture import capture, capture_keywords, hands_on_last_block
 from fastkd.distributed import joined_ranks
 from fastkd.errors import UserError
 from fastkd.models import UnknownModule, read_embedding
@@ -85,7 +85,7 @@ def test_embeddings_are_those_of_sentence_transformers(
     modules = read_embedding(ModelSource(str(folder)), config)
     transformer = model[0].auto_model
     with torch.no_grad(), capture(transformer, outputs=True) as seen:
-        transformer(**inputs, **no_cache(transformer))
+        transformer(**inputs, **capture_keywords(transformer))
     assert seen.outputs is not None
     found = modules(seen.outputs, inputs["attention_mask"].bool())
     assert found.shape == (3, modules.dim) and found.dtype == torch.float32
@@ -102,7 +102,7 @@ def test_outputs_are_the_states_that_the_model_hands_on(name: str) -> None:
             if parameter.ndim == 1:
                 parameter.uniform_(0.5, 2)
         with capture(model, outputs=True, hidden={4}) as seen:
-            expected = model(**batch, **no_cache(model)).last_hidden_state
+            expected = model(**batch, **capture_keywords(model)).last_hidden_state
     assert seen.outputs is not None and torch.equal(seen.outputs, expected)
     assert torch.equal(seen.hidden[4], expected) == (name == "bert") == hands_on_last_block(model)
 

@@ -25,7 +25,7 @@ from fastkd.recipe.yaml_text import read_yaml
 from fastkd.study import StudySpec, load_study
 from fastkd.study.plan import Plan
 from fastkd.study.spec import parse_study
-from fastkd.training.deepspeed_config import student_config
+from fastkd.training.deepspeed_config import deepspeed_of_student
 
 RECIPES = ("text", "labelled", "staged", "tuned")
 STUDIES = ("study", "search")
@@ -34,7 +34,7 @@ STUDIES = ("study", "search")
 def use(recipe: AnyRecipe) -> None:
     """What is made of a recipe alone, before data or models are read."""
     assert parse_any_recipe(read_yaml(dump_recipe(recipe))) == recipe
-    student_config(recipe, plan_batches(recipe, 1))
+    deepspeed_of_student(recipe, plan_batches(recipe, 1))
     try:
         resolve_steps(recipe.train, 1000)
     except ValueError as error:
@@ -42,7 +42,7 @@ def use(recipe: AnyRecipe) -> None:
     if not isinstance(recipe, Recipe):
         return
     for stage in stage_recipes(recipe):
-        student_config(stage, plan_batches(stage, 1))
+        deepspeed_of_student(stage, plan_batches(stage, 1))
     make_layer_map(recipe.layer_map, min(recipe.student.layers, 64), 64, seed=recipe.train.seed)
 
 

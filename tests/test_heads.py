@@ -16,7 +16,7 @@ from transformers import Gemma2Config, PreTrainedModel
 
 from benchmarks.family_models import family_model
 from fastkd import Distiller
-from fastkd.capture import capture, no_cache, route_attention, try_model
+from fastkd.capture import capture, capture_keywords, route_attention, try_model
 from fastkd.capture.lm_head import check_head, last_hidden_state
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
@@ -46,10 +46,10 @@ def test_a_language_models_logits_are_those_of_what_is_recorded(name: str, head:
     model = model_with(name, head)
     try_model(model)
     with torch.no_grad():
-        given = model(**BATCH, **no_cache(model)).logits
+        given = model(**BATCH, **capture_keywords(model)).logits
         with capture(model, hidden=(2,), logits=True) as states:
-            skipped = model(**BATCH, **no_cache(model)).logits
-        again = model(**BATCH, **no_cache(model)).logits
+            skipped = model(**BATCH, **capture_keywords(model)).logits
+        again = model(**BATCH, **capture_keywords(model)).logits
     assert skipped.shape == (*BATCH["input_ids"].shape, 0)
     assert isinstance(states.logits, LogitsHead)
     assert states.logits.weight is model.get_output_embeddings().weight
@@ -62,9 +62,9 @@ def test_a_language_models_logits_are_those_of_what_is_recorded(name: str, head:
 def test_a_classifiers_logits_are_recorded_as_they_are(name: str) -> None:
     model = model_with(name, "AutoModelForSequenceClassification", num_labels=3)
     with torch.no_grad():
-        given = model(**BATCH, **no_cache(model)).logits
+        given = model(**BATCH, **capture_keywords(model)).logits
         with capture(model, logits=True) as states:
-            model(**BATCH, **no_cache(model))
+            model(**BATCH, **capture_keywords(model))
     assert isinstance(states.logits, Tensor)
     assert torch.equal(states.logits, given)
 
@@ -72,7 +72,7 @@ def test_a_classifiers_logits_are_recorded_as_they_are(name: str) -> None:
 @pytest.mark.parametrize(("name", "head"), [*LANGUAGE_MODELS[:2], ("bert", "AutoModel")])
 def test_the_state_below_the_head_is_that_of_the_base_model(name: str, head: str) -> None:
     model = model_with(name, head)
-    read = {**BATCH, **no_cache(model)}
+    read = {**BATCH, **capture_keywords(model)}
     with torch.no_grad():
         expected = model.base_model(**read).last_hidden_state
         assert torch.equal(last_hidden_state(model, model, read), expected)

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastkd.errors import UserError
-from fastkd.layer_map import LayerMap, MapKind, Progress, Transport, make_layer_map
-from fastkd.layer_map import sections as recipe
+from fastkd.layer_map import LayerMap, MapKind, Progress, Transport, make_layer_map, sections
 from fastkd.layer_map.emd import Matrix, exact_flow
 
 NOW = Progress()
@@ -159,14 +158,14 @@ def test_means_cut_the_teacher_into_blocks(
 
 
 def test_many_to_many_maps_link_every_pair() -> None:
-    links = make_layer_map(recipe.TransportMap(), 2, 3).links(NOW)
+    links = make_layer_map(sections.TransportSection(), 2, 3).links(NOW)
     assert [(link.student, link.teachers) for link in links] == [
         (s, (t,)) for s in (1, 2) for t in (1, 2, 3)
     ]
     assert sum(link.weight for link in links) == pytest.approx(1)
-    heavier = make_layer_map(recipe.TransportMap(total=2), 2, 3).links(NOW)
+    heavier = make_layer_map(sections.TransportSection(total=2), 2, 3).links(NOW)
     assert sum(link.weight for link in heavier) == pytest.approx(2)
-    mixed = make_layer_map(recipe.AttentionMap(), 2, 3).links(NOW)
+    mixed = make_layer_map(sections.AttentionSection(), 2, 3).links(NOW)
     assert [tuple(link) for link in mixed] == [(1, (1, 2, 3), 1.0), (2, (1, 2, 3), 1.0)]
 
 
@@ -180,10 +179,10 @@ def test_many_to_many_maps_link_every_pair() -> None:
             ["1-1", "1-2", "2-3", "2-4"],
             ["1..2, mean of losses", "3..4, mean of losses"],
         ),
-        (recipe.RandomMap(), ["1-*", "2-*"], ["random, drawn every epoch"] * 2),
-        (recipe.AttentionMap(), ["1-1..4", "2-1..4"], ["1..4, by attention"] * 2),
+        (sections.RandomSection(), ["1-*", "2-*"], ["random, drawn every epoch"] * 2),
+        (sections.AttentionSection(), ["1-1..4", "2-1..4"], ["1..4, by attention"] * 2),
         (
-            recipe.TransportMap(),
+            sections.TransportSection(),
             [f"{s}-{t}" for s in (1, 2) for t in (1, 2, 3, 4)],
             ["1..4, by transport"] * 2,
         ),
@@ -201,13 +200,13 @@ def test_every_map_names_its_links_and_says_what_it_is(
 
 @pytest.mark.parametrize("given", ["mean_target", "mean_loss", "random", "emd", "attention"])
 def test_students_of_many_layers_start_from_the_uniform_ones(given: str) -> None:
-    parsed = recipe.MAP_SECTIONS[given]() if given in recipe.MAP_SECTIONS else given
+    parsed = sections.MAP_SECTIONS[given]() if given in sections.MAP_SECTIONS else given
     assert make_layer_map(parsed, 3, 7).sources() == (2, 5, 7)
 
 
 @pytest.mark.parametrize("redraw", ["run", "epoch", "step"])
 def test_a_draw_is_sorted_distinct_and_changes_when_it_should(redraw: Any) -> None:
-    layers = make_layer_map(recipe.RandomMap(redraw=redraw, seed=3), 4, 12)
+    layers = make_layer_map(sections.RandomSection(redraw=redraw, seed=3), 4, 12)
     moments = [Progress(step, step // 10) for step in range(200)]
     draws = [tuple(link.teachers[0] for link in layers.links(m)) for m in moments]
     for draw in draws:
@@ -218,16 +217,16 @@ def test_a_draw_is_sorted_distinct_and_changes_when_it_should(redraw: Any) -> No
     assert redraw == "run" or changes >= {"epoch": 15, "step": 190}[redraw]
     if redraw == "epoch":
         assert changes <= 19
-    again = make_layer_map(recipe.RandomMap(redraw=redraw, seed=3), 4, 12)
+    again = make_layer_map(sections.RandomSection(redraw=redraw, seed=3), 4, 12)
     assert [tuple(link.teachers[0] for link in again.links(m)) for m in moments] == draws
-    of_run = make_layer_map(recipe.RandomMap(redraw=redraw), 4, 12, seed=3)
+    of_run = make_layer_map(sections.RandomSection(redraw=redraw), 4, 12, seed=3)
     assert [tuple(link.teachers[0] for link in of_run.links(m)) for m in moments] == draws
-    other = make_layer_map(recipe.RandomMap(redraw=redraw, seed=4), 4, 12, seed=3)
+    other = make_layer_map(sections.RandomSection(redraw=redraw, seed=4), 4, 12, seed=3)
     assert [tuple(link.teachers[0] for link in other.links(m)) for m in moments] != draws
 
 
 def test_every_layer_is_drawn_equally_often() -> None:
-    layers = make_layer_map(recipe.RandomMap(redraw="step"), 3, 12)
+    layers = make_layer_map(sections.RandomSection(redraw="step"), 3, 12)
     drawn = Counter(
         link.teachers[0] for step in range(4000) for link in layers.links(Progress(step))
     )
@@ -236,9 +235,9 @@ def test_every_layer_is_drawn_equally_often() -> None:
 
 
 def test_a_run_without_redraws_needs_the_teacher_no_deeper_than_its_draw() -> None:
-    kept = make_layer_map(recipe.RandomMap(redraw="run", seed=1), 2, 12)
+    kept = make_layer_map(sections.RandomSection(redraw="run", seed=1), 2, 12)
     assert kept.teacher_depth == max(link.teachers[0] for link in kept.links(NOW))
-    assert make_layer_map(recipe.RandomMap(), 2, 12).teacher_depth == 12
+    assert make_layer_map(sections.RandomSection(), 2, 12).teacher_depth == 12
     assert kept.sources() == tuple(link.teachers[0] for link in kept.links(NOW))
 
 

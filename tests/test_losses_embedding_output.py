@@ -14,9 +14,9 @@ from fastkd.capture import Capture
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.losses import DIVISORS, ModelPair
-from fastkd.losses.embeddings import EmbeddingGroup
 from fastkd.losses.objective import Objective
 from fastkd.losses.pooling import Dense, EmbeddingModules, LayerNorm, Normalize
+from fastkd.losses.sequence_embeddings import SequenceEmbeddingGroup
 from fastkd.recipe import Losses, parse_recipe
 
 NARROW, WIDE, DIM, BATCH, TOKENS = 5, 8, 6, 4, 5
@@ -260,7 +260,7 @@ def test_a_projection_begins_as_that_of_the_model_that_a_student_starts_from() -
     ):
         made = objective({"embedding_output": {}}, pair())
         (group,) = made.each()
-        assert isinstance(group, EmbeddingGroup)
+        assert isinstance(group, SequenceEmbeddingGroup)
         group.begin_from(start)
         weight = made.get_parameter("terms.0.projection.weight")
         assert torch.equal(weight, drawn(16, 10)) == kept
@@ -271,7 +271,7 @@ def test_a_projection_begins_as_that_of_the_model_that_a_student_starts_from() -
 def test_lengths_count_where_they_are_asked_for() -> None:
     made = objective({"embedding_output": {"kind": "vector_mse"}}, pair())
     group = made.terms[0]
-    assert isinstance(group, EmbeddingGroup)
+    assert isinstance(group, SequenceEmbeddingGroup)
     (loss,) = group.losses
     one, other = drawn(3, DIM, 1, seed=1)[..., 0], drawn(3, DIM, 1, seed=2)[..., 0]
     found = loss.compare(one, 2 * other, None)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastkd.capture import Capture
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
-from fastkd.layer_map.sections import PairsMap
+from fastkd.layer_map.sections import PairsSection
 from fastkd.losses import DIVISORS, ModelPair
 from fastkd.losses.factory import make_objective
 from fastkd.losses.objective import Objective
@@ -148,7 +148,7 @@ def test_pairs_are_weighted_one_by_one(given: Any) -> None:
 
 
 def test_a_map_of_pairs_says_what_it_is() -> None:
-    section = PairsMap.model_validate({"pairs": PAIRS})
+    section = PairsSection.model_validate({"pairs": PAIRS})
     layers = make_layer_map(section, 2, 4)
     assert layers.rows() == [(1, "2, 4"), (2, "3 (weight 0.5)")]
     # a layer with one teacher starts from it, another from the uniform one
@@ -188,7 +188,7 @@ def test_pairs_that_are_none_are_refused(given: Any, expected: str) -> None:
 )
 def test_pairs_outside_the_models_are_refused(pairs: Any, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
-        make_layer_map(PairsMap(pairs=pairs), 2, 4)
+        make_layer_map(PairsSection(pairs=pairs), 2, 4)
 
 
 def test_each_loss_projects_in_its_own_way() -> None:

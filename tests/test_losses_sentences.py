@@ -11,7 +11,7 @@ from test_recipe import refusal, tree
 from tiny_models import tiny_batch, tiny_model
 from torch import Tensor
 
-from fastkd.capture import Capture, capture, no_cache
+from fastkd.capture import Capture, capture, capture_keywords
 from fastkd.errors import UserError
 from fastkd.losses import DIVISORS
 from fastkd.losses.objective import Objective
@@ -176,7 +176,7 @@ def test_pooling_takes_all_tokens_where_nothing_is_padded() -> None:
 def test_outputs_are_the_states_after_the_final_norm(name: str) -> None:
     model, batch = tiny_model(name), tiny_batch((6, 4))
     with torch.no_grad(), capture(model, outputs=True) as seen:
-        expected = model(**batch, **no_cache(model)).last_hidden_state
+        expected = model(**batch, **capture_keywords(model)).last_hidden_state
     assert seen.outputs is not None
     assert torch.equal(seen.outputs, expected)
     assert not model._forward_hooks

@@ -22,7 +22,7 @@ from tiny_models import (
     tiny_tokenizer,
 )
 
-from fastkd.capture import at_depth, capture, find_blocks, no_cache, route_attention
+from fastkd.capture import at_depth, capture, capture_keywords, find_blocks, route_attention
 from fastkd.errors import UserError
 from fastkd.models import (
     load_teacher,
@@ -173,12 +173,12 @@ def test_a_cut_model_gives_the_same_states_and_is_whole_again(name: str, depth: 
         block.register_forward_hook(lambda *_, number=number: calls.append(number))
     with torch.no_grad():
         with capture(model, hidden=layers) as whole:
-            expected = model(**BATCH, **no_cache(model)).last_hidden_state
+            expected = model(**BATCH, **capture_keywords(model)).last_hidden_state
         calls.clear()
         with at_depth(model, depth), capture(model, hidden=layers) as cut:
-            model(**BATCH, **no_cache(model))
+            model(**BATCH, **capture_keywords(model))
         assert calls == list(range(1, depth + 1))
-        again = model(**BATCH, **no_cache(model)).last_hidden_state
+        again = model(**BATCH, **capture_keywords(model)).last_hidden_state
     assert all(torch.equal(whole.hidden[layer], cut.hidden[layer]) for layer in layers)
     assert find_blocks(model) is blocks
     assert model.config.num_hidden_layers == LAYERS

@@ -11,7 +11,7 @@ from tiny_runs import make_recipe
 from transformers import AutoModel
 
 from benchmarks.family_models import family_model
-from fastkd.capture import no_cache
+from fastkd.capture import capture_keywords
 from fastkd.distributed import joined_ranks
 from fastkd.errors import UserError
 from fastkd.models.half import check_rounding, round_buffers, round_parameters
@@ -38,7 +38,7 @@ def test_buffers_and_states_are_those_of_a_loaded_model(family: str, tmp_path: P
         assert torch.equal(buffer, expected[name]), name
     ids = torch.arange(2 * 20).view(2, 20) % 30 + 2
     with torch.no_grad():
-        ours, theirs = (m(input_ids=ids, **no_cache(m))[0] for m in (model, loaded))
+        ours, theirs = (m(input_ids=ids, **capture_keywords(m))[0] for m in (model, loaded))
     assert ours.dtype == BF16 and torch.equal(ours, theirs)
 
 

@@ -10,7 +10,7 @@ from tiny_runs import make_recipe, run_script
 
 from fastkd.data.batching import plan_batches
 from fastkd.recipe import load_recipe
-from fastkd.training.deepspeed_config import student_config
+from fastkd.training.deepspeed_config import deepspeed_of_student
 from fastkd.training.engine import check_config
 from fastkd.training.memory import apart, memory_parts
 from fastkd.training.moving import host_bytes, link_bytes
@@ -59,7 +59,7 @@ def test_ranks_receive_what_is_forecast(
     given, each = VARIANTS[name]
     recipe, found = load_recipe(path, given), counted[name]
     plan = plan_batches(recipe, 2)
-    config = check_config(student_config(recipe, plan))
+    config = check_config(deepspeed_of_student(recipe, plan))
     forecast = link_bytes(recipe, config, plan, int(found["trained"]), 0, 1)
     assert forecast == each * found["trained"] / 2
     # pieces are filled up to whole ones

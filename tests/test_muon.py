@@ -31,7 +31,7 @@ from fastkd.errors import UserError
 from fastkd.recipe import Train, load_recipe
 from fastkd.training import muon
 from fastkd.training.checkpoint.states import read_state
-from fastkd.training.deepspeed_config import student_config
+from fastkd.training.deepspeed_config import deepspeed_of_student
 from fastkd.training.engine import make_optimizer, parameter_groups
 from fastkd.training.local_engine import LocalEngine
 from fastkd.training.muon import Muon, block_matrices, orthogonal
@@ -294,6 +294,6 @@ def test_what_muon_cannot_do_is_refused(recipe: Path) -> None:
     offloaded = load_recipe(str(recipe), [f"deepspeed.zero_optimization={zero}"])
     plan: Any = SimpleNamespace(micro_batch_size=1, accumulation=1)
     with pytest.raises(UserError, match=r"offload_optimizer is given, and train.optimizer is muon"):
-        student_config(offloaded, plan)
+        deepspeed_of_student(offloaded, plan)
     with pytest.raises(UserError, match=r"train.optimizer"):
         load_recipe(str(recipe), ["train.optimizer=adam"])

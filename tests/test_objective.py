@@ -10,7 +10,7 @@ from tiny_models import LAYERS, WIDTH, tiny_batch, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkd.capture import Capture, capture, no_cache, route_attention, try_model
+from fastkd.capture import Capture, capture, capture_keywords, route_attention, try_model
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses import DIVISORS, LossInfo, ModelPair, count_divisors, model_inputs
@@ -57,7 +57,7 @@ class Pair(nn.Module):
     def captured(self, inputs: Inputs) -> tuple[Capture, Capture]:
         def run(model: PreTrainedModel, side: Literal["student", "teacher"]) -> Capture:
             with capture(model, **self.objective.layers(side)) as states:
-                model(**model_inputs(inputs), **no_cache(model))
+                model(**model_inputs(inputs), **capture_keywords(model))
             return states
 
         return run(self.student, "student"), run(self.teacher, "teacher")

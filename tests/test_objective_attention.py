@@ -10,7 +10,7 @@ from tiny_models import tiny_batch, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastkd.capture import capture, no_cache, try_model
+from fastkd.capture import capture, capture_keywords, try_model
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.losses import DIVISORS, ModelPair
@@ -30,7 +30,7 @@ def probabilities(model: PreTrainedModel) -> tuple[Tensor, ...]:
     model.set_attn_implementation("eager")
     with torch.no_grad():
         maps: tuple[Tensor, ...] = model(
-            **BATCH, **no_cache(model), output_attentions=True
+            **BATCH, **capture_keywords(model), output_attentions=True
         ).attentions
     return maps
 
@@ -78,7 +78,7 @@ def compared(name: str, layer_map: Any, losses: dict[str, Any], **changes: Any) 
     seen = []
     for model, side in ((student, "student"), (teacher, "teacher")):
         with torch.no_grad(), capture(model, **objective.layers(side)) as states:
-            model(**BATCH, **no_cache(model))
+            model(**BATCH, **capture_keywords(model))
         seen.append(states)
     raw = objective(*seen, BATCH, torch.ones(len(DIVISORS)))[1][0]
     return student, teacher, raw

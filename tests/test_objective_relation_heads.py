@@ -12,7 +12,7 @@ from tiny_models import HEADS, NAMES, tiny_batch, tiny_model
 from tiny_runs import make_recipe
 from tiny_training import fastkd
 
-from fastkd.capture import AttentionShape, capture, no_cache, try_model
+from fastkd.capture import AttentionShape, capture, capture_keywords, try_model
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.losses import check_relation_heads
@@ -31,7 +31,7 @@ def test_widths_are_those_of_the_captured_tensors(name: str, changes: dict[str, 
     model = tiny_model(name, **changes)
     (shape,) = try_model(model).shapes
     with torch.no_grad(), capture(model, attention=[1]) as states:
-        model(**BATCH, **no_cache(model))
+        model(**BATCH, **capture_keywords(model))
     state = states.attention[1]
     for letter, tensor in (("q", state.query), ("k", state.key), ("v", state.value)):
         assert tensor is not None
@@ -47,7 +47,7 @@ def test_the_check_refuses_exactly_what_the_op_refuses(relation: Any, count: int
     shapes = try_model(models[0]).shapes, try_model(models[1]).shapes
     for model in models:
         with torch.no_grad(), capture(model, attention=[1]) as found:
-            model(**BATCH, **no_cache(model))
+            model(**BATCH, **capture_keywords(model))
         states.append(found.attention[1])
     try:
         relation_divergence([states[0]], [states[1]], relation=relation, relation_heads=count)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fastkd.capture import Capture
 from fastkd.errors import UserError
-from fastkd.layer_map import Progress, make_layer_map
-from fastkd.layer_map import sections as recipe
+from fastkd.layer_map import Progress, make_layer_map, sections
 from fastkd.losses import DIVISORS, ModelPair
 from fastkd.losses.objective import Objective
 from fastkd.losses.weighting import Uncertainty, factor
@@ -253,7 +252,7 @@ def test_the_mean_of_losses_weighs_links_and_the_mean_of_targets_does_not() -> N
 
 
 def test_a_random_map_is_compared_in_its_present_draw() -> None:
-    run = Run(recipe.RandomMap(redraw="step"), embedding=None)
+    run = Run(sections.RandomSection(redraw="step"), embedding=None)
     seen = set()
     for step in range(12):
         run.objective.at(Progress(step))
@@ -268,7 +267,7 @@ def test_a_random_map_is_compared_in_its_present_draw() -> None:
 
 @pytest.mark.parametrize("layer_weights", ["cost", "softmax", "equal"])
 def test_a_transport_moves_the_weights_of_layers_as_it_is_told(layer_weights: Any) -> None:
-    run = Run(recipe.TransportMap(layer_weights=layer_weights, total=3), embedding=None)
+    run = Run(sections.TransportSection(layer_weights=layer_weights, total=3), embedding=None)
     raw = run()[1]
     run.objective.observe(raw)
     flows = []
@@ -285,7 +284,7 @@ def test_a_transport_moves_the_weights_of_layers_as_it_is_told(layer_weights: An
 
 
 def test_a_transport_comes_back_from_a_checkpoint_and_counts_in_the_total() -> None:
-    run = Run(recipe.TransportMap(), embedding=None)
+    run = Run(sections.TransportSection(), embedding=None)
     _, raw, before = run()
     torch.testing.assert_close(before, 2.0 * raw / 8)
     run.objective.observe(raw)
@@ -293,7 +292,7 @@ def test_a_transport_comes_back_from_a_checkpoint_and_counts_in_the_total() -> N
     flow = weighted / (2.0 * raw)
     assert flow.sum().item() == pytest.approx(1)
     torch.testing.assert_close(flow.view(2, 4).sum(0), torch.full((4,), 0.25).double())
-    other = Run(recipe.TransportMap(), embedding=None)
+    other = Run(sections.TransportSection(), embedding=None)
     other.objective.load_feedback(run.objective.feedback(), torch.device("cpu"))
     assert torch.equal(other()[2], weighted)
     # held-out numbers are transported on their own, between equal layers
@@ -315,7 +314,7 @@ def test_held_out_totals_know_no_schedule_and_no_balance() -> None:
     [
         ("mean_target", {"attention": {"kind": "kl"}}, "layer_map mean_target mixes several"),
         ("mean_target", {"relations": {}}, "losses.relations of this kind can't compare"),
-        (recipe.AttentionMap(), {"attention": {}}, "layer_map attention mixes several"),
+        (sections.AttentionSection(), {"attention": {}}, "layer_map attention mixes several"),
     ],
 )
 def test_maps_that_a_term_cannot_use_are_refused(

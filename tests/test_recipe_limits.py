@@ -16,9 +16,9 @@ from tiny_training import fastkd, save_classifier, write_recipe, write_task
 from fastkd.data.batching import plan_batches
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
-from fastkd.models import student_config as shrunk
+from fastkd.models import student_config
 from fastkd.recipe import Student, Train, parse_any_recipe, resolve_steps, write_yaml
-from fastkd.training.deepspeed_config import student_config
+from fastkd.training.deepspeed_config import deepspeed_of_student
 from fastkd.training.engine import check_config
 from fastkd.training.memory import (
     check_micro_batch,
@@ -99,9 +99,9 @@ def test_flex_attention_is_refused_the_dropout_of_a_teacher() -> None:
     layers = make_layer_map("uniform", 2, 4)
     expected = r"student\.attention is flex_attention, which has no dropout, but \w+ is 0\.1"
     with pytest.raises(UserError, match=expected):
-        shrunk(tiny_config("bert"), section, layers)
+        student_config(tiny_config("bert"), section, layers)
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    assert shrunk(tiny_config("bert", **rates), section, layers)
+    assert student_config(tiny_config("bert", **rates), section, layers)
 
 
 def test_more_steps_than_a_run_has_are_refused() -> None:
@@ -130,13 +130,13 @@ REFUSED = [
 def test_a_section_that_deepspeed_refuses_is_one_line(section: Tree) -> None:
     recipe = parse_any_recipe({**TEXT, "deepspeed": section})
     with pytest.raises(UserError, match=r"^deepspeed: DeepSpeed can't use the section") as refused:
-        check_config(student_config(recipe, plan_batches(recipe, 1)))
+        check_config(deepspeed_of_student(recipe, plan_batches(recipe, 1)))
     assert "\n" not in str(refused.value)
 
 
 def test_a_section_that_deepspeed_takes_is_left_alone() -> None:
     recipe = parse_any_recipe({**TEXT, "deepspeed": {"wall_clock_breakdown": True}})
-    config = student_config(recipe, plan_batches(recipe, 1))
+    config = deepspeed_of_student(recipe, plan_batches(recipe, 1))
     before = str(config)
     check_config(config)
     assert str(config) == before

@@ -22,7 +22,7 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from benchmarks.family_models import family_model
-from fastkd.capture import capture, find_blocks, no_cache, route_attention
+from fastkd.capture import capture, capture_keywords, find_blocks, route_attention
 from fastkd.distributed import joined_ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
@@ -71,7 +71,7 @@ def test_the_students_numbers_reach_its_modules(name: str) -> None:
     assert getattr(student.config, ARCHITECTURES[name].feed_forward) == 20
     route_attention(student)
     with torch.no_grad(), capture(student, attention=[1, 3]) as states:
-        assert student(**BATCH, **no_cache(student)).last_hidden_state.shape[-1] == 24
+        assert student(**BATCH, **capture_keywords(student)).last_hidden_state.shape[-1] == 24
     assert {state.query.shape[1::2] for state in states.attention.values()} == {(2, 12)}
     if name in GROUPED:
         assert states.attention[1].key.shape[1] == 1
@@ -172,7 +172,9 @@ def test_a_student_without_dropout_is_deterministic_in_training(name: str) -> No
     student, _ = student_of(pooled_out(name))
     assert student.training
     with torch.no_grad():
-        first, second = (student(**BATCH, **no_cache(student)).last_hidden_state for _ in range(2))
+        first, second = (
+            student(**BATCH, **capture_keywords(student)).last_hidden_state for _ in range(2)
+        )
     assert torch.equal(first, second)
 
 
@@ -207,8 +209,10 @@ def test_a_student_of_full_depth_is_its_teacher(name: str) -> None:
     student, start = student_of(teacher, layers=LAYERS)
     assert start.copied == start.total
     with torch.no_grad():
-        expected = teacher(**BATCH, **no_cache(teacher)).last_hidden_state
-        assert torch.equal(student.eval()(**BATCH, **no_cache(student)).last_hidden_state, expected)
+        expected = teacher(**BATCH, **capture_keywords(teacher)).last_hidden_state
+        assert torch.equal(
+            student.eval()(**BATCH, **capture_keywords(student)).last_hidden_state, expected
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -32,7 +32,7 @@ from transformers import (
 from fastkd.data.augmentation import Augmentation
 from fastkd.distributed import start_ranks, stop_ranks
 from fastkd.layer_map import make_layer_map
-from fastkd.layer_map.sections import RandomMap
+from fastkd.layer_map.sections import RandomSection
 from fastkd.recipe import TaskAugmentation, load_recipe, stage_recipes
 from fastkd.training.evaluate import evaluate_run
 from fastkd.training.run_folder import RunFolder
@@ -120,7 +120,7 @@ def test_scores_are_what_the_models_say(folder: Path) -> None:
 
 def test_a_random_map_follows_the_seed_of_the_run(folder: Path) -> None:
     def drawn(seed: int) -> list[tuple[int, int]]:
-        return make_layer_map(RandomMap(redraw="run"), 2, 4, seed=seed).pairs
+        return make_layer_map(RandomSection(redraw="run"), 2, 4, seed=seed).pairs
 
     seed = next(seed for seed in range(1, 100) if drawn(seed) != drawn(0))
     recipe = write_recipe(

@@ -12,7 +12,7 @@ from messages import refusals
 
 from fastkd.layer_map import LayerMap, Progress, make_layer_map
 from fastkd.layer_map.base import CONVENTION
-from fastkd.layer_map.sections import MAP_SECTIONS, LayerPair, MapConfig, MapKind, PairsMap
+from fastkd.layer_map.sections import MAP_SECTIONS, LayerPair, MapConfig, MapKind, PairsSection
 from fastkd.recipe.fields import fields_of
 
 FOLDER = "reference/maps"
@@ -81,7 +81,9 @@ def _built(name: str, student: int, teacher: int) -> LayerMap:
     elif name == "pairs":
         weights = (1.0, *(0.5 for _ in last[1:]))
         each = zip(range(1, student + 1), last, weights, strict=True)
-        given = PairsMap(pairs=tuple(LayerPair(student=s, teacher=t, weight=w) for s, t, w in each))
+        given = PairsSection(
+            pairs=tuple(LayerPair(student=s, teacher=t, weight=w) for s, t, w in each)
+        )
     elif name in MAP_SECTIONS:
         given = MAP_SECTIONS[name](kind=name)
     return make_layer_map(given, student, teacher)

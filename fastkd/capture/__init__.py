@@ -16,7 +16,7 @@ of what is captured alone. It knows no loss and no recipe.
 """
 
 from fastkd.capture.attention_traits import AttentionShape, AttentionTraits
-from fastkd.capture.blocks import at_depth, find_blocks, no_cache
+from fastkd.capture.blocks import at_depth, capture_keywords, find_blocks
 from fastkd.capture.compiled import CompiledCapture
 from fastkd.capture.modes import evaluating
 from fastkd.capture.modules import find_module
@@ -43,13 +43,13 @@ __all__ = [
     "RecomputedAttention",
     "at_depth",
     "capture",
+    "capture_keywords",
     "evaluating",
     "find_blocks",
     "find_module",
     "hands_on_last_block",
     "is_routed",
     "leave_types_out",
-    "no_cache",
     "reading",
     "route_attention",
     "sees_ahead",

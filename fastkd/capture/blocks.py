@@ -146,7 +146,7 @@ class Cut:
             _CUT[self._model] = self._before
 
 
-def no_cache(model: PreTrainedModel) -> dict[str, bool]:
+def capture_keywords(model: PreTrainedModel) -> dict[str, bool]:
     """Keywords of a pass that is captured: a decoder builds no key-value cache, and a model that is
     configured to give tuples names what it gives."""
     config = model.config

@@ -85,7 +85,7 @@ class CompiledCapture:
         """Run the model and give what was recorded.
 
         Args:
-            inputs: its keyword arguments, and those of `no_cache`.
+            inputs: its keyword arguments, and those of `capture_keywords`.
             wanted: what must have been recorded; all that was asked for where not given.
 
         Raises:

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkd.capture.blocks import holder_of_blocks, no_cache
+from fastkd.capture.blocks import capture_keywords, holder_of_blocks
 from fastkd.capture.routing import hiding_nothing, is_routed
 from fastkd.errors import UserError
 from fastkd.packed_row import PackedRow
@@ -44,14 +44,14 @@ def reading(model: PreTrainedModel, inputs: Inputs) -> Iterator[dict[str, Any]]:
     if model in _UNTYPED:
         read.pop("token_type_ids", None)
     if row is None:
-        keywords = no_cache(model)
+        keywords = capture_keywords(model)
         if "use_cache" in keywords and is_routed(model) and "attention_mask" not in read:
             read["attention_mask"] = hiding_nothing(read["input_ids"])
         yield {**read, **keywords}
         return
     assert model in _FIRST_POSITION, "a model is tried before it reads packed rows"
     with reading_row(model, read, row, _FIRST_POSITION[model]) as packed:
-        yield {**packed, **no_cache(model)}
+        yield {**packed, **capture_keywords(model)}
 
 
 @contextmanager

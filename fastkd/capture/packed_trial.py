@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastkd.capture.blocks import find_blocks, no_cache
+from fastkd.capture.blocks import capture_keywords, find_blocks
 from fastkd.capture.modes import evaluating
 from fastkd.capture.packed_attention import pack_attention
 from fastkd.capture.packed_pass import note_first_position, reading_row, reads_rows
@@ -43,7 +43,7 @@ def try_packed(model: PreTrainedModel, tokens: int = 8) -> None:
     """
     with evaluating(model), torch.no_grad(), runnable(model), _known_padding(model) as pad:
         padded = trial_inputs(model, tokens)
-        expected = _run(model, {**padded, **no_cache(model)}, None)
+        expected = _run(model, {**padded, **capture_keywords(model)}, None)
         inputs = in_one_row(padded)
         running = model.config._attn_implementation
         pack_attention(model)
@@ -105,7 +105,7 @@ def _differs(
     assert row is not None, "it is packed"
     try:
         with reading_row(model, model_inputs(inputs), row, first) as read:
-            found = _run(model, {**read, **no_cache(model)}, row)
+            found = _run(model, {**read, **capture_keywords(model)}, row)
     except UserError:
         raise
     except FOREIGN_ERRORS as error:

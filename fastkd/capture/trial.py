@@ -25,7 +25,7 @@ from fastkd.capture.attention_traits import (
     Seen,
     traits_of,
 )
-from fastkd.capture.blocks import check_single_stack, find_blocks, no_cache
+from fastkd.capture.blocks import capture_keywords, check_single_stack, find_blocks
 from fastkd.capture.cheap_products import CheapProducts
 from fastkd.capture.lm_head import check_head, last_layer
 from fastkd.capture.modes import evaluating
@@ -230,7 +230,7 @@ def sees_ahead(model: PreTrainedModel) -> bool:
     with evaluating(model), torch.no_grad(), runnable(model):
         for ids in (first, changed):
             with capture(model, outputs=True) as seen:
-                model(input_ids=ids[None], **no_cache(model))
+                model(input_ids=ids[None], **capture_keywords(model))
             assert seen.outputs is not None, "it was captured"
             states.append(seen.outputs[0, 0])
     return not torch.equal(*states)
@@ -242,7 +242,7 @@ def hands_on_last_block(model: PreTrainedModel) -> bool:
     depth = len(find_blocks(model))
     recorded = capture(model, hidden={depth}, outputs=True)
     with evaluating(model), torch.no_grad(), runnable(model), _padded(model), recorded as states:
-        model(**trial_inputs(model, 4), **no_cache(model))
+        model(**trial_inputs(model, 4), **capture_keywords(model))
     return states.outputs is not None and torch.equal(states.outputs, states.hidden[depth])
 
 
@@ -286,7 +286,7 @@ def _try(
     # what is missing is named below, with why
     with capture(model, hidden=layers, outputs=outputs, whole=False) as states:
         try:
-            model(**inputs, **no_cache(model))
+            model(**inputs, **capture_keywords(model))
         except UserError:
             raise
         except FOREIGN_ERRORS as error:
@@ -317,7 +317,7 @@ def _check_head(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
     # a few tokens of one sequence: [tokens, vocabulary] is made here
     few = {name: tensor[:1, :8] for name, tensor in inputs.items()}
     try:
-        check_head(model, {**few, **no_cache(model)})
+        check_head(model, {**few, **capture_keywords(model)})
     except UserError:
         raise
     except FOREIGN_ERRORS as error:

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastkd.errors import UserError
-from fastkd.losses.embeddings import EmbeddingConfig, EmbeddingGroup
 from fastkd.losses.factory import embedding_losses
 from fastkd.losses.objective import Objective
+from fastkd.losses.sequence_embeddings import SequenceEmbeddingConfig, SequenceEmbeddingGroup
 from fastkd.models.embedding import check_on_vectors, pooling_modes
 from fastkd.section import Section
 
@@ -130,7 +130,7 @@ def check_embeddings(student: Any, teacher: Any, objective: Objective) -> None:
                     f"but of {field} {reason}; use fastkd.distill, which reads modules, or give "
                     "models whose `encode` is this pooling"
                 )
-    groups = [term for term in objective.each() if isinstance(term, EmbeddingGroup)]
+    groups = [term for term in objective.each() if isinstance(term, SequenceEmbeddingGroup)]
     if isinstance(student, nn.Sequential) and any(g.projection is not None for g in groups):
         warnings.warn(
             "the student's embeddings are compared through a projection, which `encode` leaves "
@@ -139,7 +139,7 @@ def check_embeddings(student: Any, teacher: Any, objective: Objective) -> None:
         )
 
 
-def _strange(modules: Sequence[Any], config: EmbeddingConfig) -> str:
+def _strange(modules: Sequence[Any], config: SequenceEmbeddingConfig) -> str:
     """What makes embeddings of a transformer's states other than a loss does; empty: nothing."""
     pooling, *behind = modules or [nn.Identity()]
     if _kind(pooling) != "Pooling":

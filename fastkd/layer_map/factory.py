@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from fastkd.errors import UserError
-from fastkd.layer_map import sections as recipe
 from fastkd.layer_map.base import LayerMap
 from fastkd.layer_map.checks import check_map
 from fastkd.layer_map.many_to_one import (
@@ -27,8 +26,15 @@ from fastkd.layer_map.one_to_one import (
 from fastkd.layer_map.pairs import PairsMap
 from fastkd.layer_map.random_map import RandomMap
 from fastkd.layer_map.registry import build_registered
+from fastkd.layer_map.sections import (
+    AttentionSection,
+    MapConfig,
+    PairsSection,
+    RandomSection,
+    TransportSection,
+)
 
-Given: TypeAlias = str | Sequence[int] | recipe.MapConfig
+Given: TypeAlias = str | Sequence[int] | MapConfig
 
 _NAMED: dict[str, Callable[[int, int], LayerMap]] = {
     "uniform": UniformMap,
@@ -66,17 +72,17 @@ def make_layer_map(
             "give a student that is not deeper"
         )
     depths = student_layers, teacher_layers
-    if isinstance(given, recipe.RandomMap):
+    if isinstance(given, RandomSection):
         return RandomMap(*depths, given.redraw, seed if given.seed is None else given.seed)
-    if isinstance(given, recipe.TransportMap):
+    if isinstance(given, TransportSection):
         return TransportMap(*depths, given.layer_weights, given.temperature, given.total)
-    if isinstance(given, recipe.AttentionMap):
+    if isinstance(given, AttentionSection):
         return AttentionMap(*depths, given.temperature)
     layers: LayerMap
-    if isinstance(given, recipe.PairsMap):
+    if isinstance(given, PairsSection):
         pairs = tuple((pair.student, pair.teacher, pair.weight) for pair in given.pairs)
         layers = PairsMap(*depths, pairs)
-    elif isinstance(given, recipe.MapConfig):
+    elif isinstance(given, MapConfig):
         layers = build_registered(given, *depths)
     elif isinstance(given, str):
         layers = _NAMED[given](*depths)

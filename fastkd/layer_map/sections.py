@@ -50,7 +50,7 @@ class MapConfig(Section):
     """Name of the mapping."""
 
 
-class RandomMap(MapConfig):
+class RandomSection(MapConfig):
     """Sorted distinct teacher layers, drawn anew (RAIL-KD, arXiv 2109.10164)."""
 
     kind: Literal["random"] = "random"
@@ -61,7 +61,7 @@ class RandomMap(MapConfig):
     """Seed of the draws; `train.seed` where not given."""
 
 
-class TransportMap(MapConfig):
+class TransportSection(MapConfig):
     """All pairs, weighted by an exact transport (BERT-EMD, arXiv 2010.06133)."""
 
     kind: Literal["emd"] = "emd"
@@ -81,7 +81,7 @@ class TransportMap(MapConfig):
         return self
 
 
-class AttentionMap(MapConfig):
+class AttentionSection(MapConfig):
     """A softmax over teacher layers mixes their states (ALP-KD, arXiv 2012.14022)."""
 
     kind: Literal["attention"] = "attention"
@@ -113,7 +113,7 @@ class LayerPair(Section):
         return dict(zip(cls.model_fields, given, strict=False))
 
 
-class PairsMap(MapConfig):
+class PairsSection(MapConfig):
     """Pairs of layers, named one by one; a layer may stand in several."""
 
     kind: Literal["pairs"] = "pairs"
@@ -136,10 +136,10 @@ class PairsMap(MapConfig):
 
 
 MAP_SECTIONS: dict[str, type[MapConfig]] = {
-    "random": RandomMap,
-    "emd": TransportMap,
-    "attention": AttentionMap,
-    "pairs": PairsMap,
+    "random": RandomSection,
+    "emd": TransportSection,
+    "attention": AttentionSection,
+    "pairs": PairsSection,
 }
 """Mappings that may be sections, by name; `register_layer_map` adds to them."""
 

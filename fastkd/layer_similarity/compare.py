@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from fastkd.capture import AttentionTraits, Capture, capture, no_cache, try_model
+from fastkd.capture import AttentionTraits, Capture, capture, capture_keywords, try_model
 from fastkd.data.known_ids import limit_ids
 from fastkd.data.text import TextSettings, prepare_corpus
 from fastkd.errors import UserError, path_name
@@ -258,7 +258,7 @@ def _relation_heads(student_query: Tensor, teacher_query: Tensor) -> int:
 def _run(model: Any, inputs: Mapping[str, Tensor]) -> Capture:
     layers = range(1, model.config.num_hidden_layers + 1)
     with capture(model, attention=layers, hidden=(0, *layers)) as states:
-        model(**inputs, **no_cache(model))
+        model(**inputs, **capture_keywords(model))
     return states
 
 

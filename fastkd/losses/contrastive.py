@@ -10,14 +10,18 @@ from torch.nn.functional import cross_entropy, normalize
 
 from fastkd.layer_map.sections import Temperature
 from fastkd.losses.base import Batch, LossConfig, LossGroup, Setting
-from fastkd.losses.embeddings import EmbeddingConfig, EmbeddingGroup, EmbeddingLoss
 from fastkd.losses.gathering import gathered_value
 from fastkd.losses.pairs import check_pairs, divergence, queries_and_documents
 from fastkd.losses.registry import register_loss
+from fastkd.losses.sequence_embeddings import (
+    SequenceEmbeddingConfig,
+    SequenceEmbeddingGroup,
+    SequenceEmbeddingLoss,
+)
 
 
 @register_loss("contrastive")
-class ContrastiveLoss(EmbeddingLoss):
+class ContrastiveLoss(SequenceEmbeddingLoss):
     """InfoNCE with in-batch negatives (van den Oord et al., arXiv 1807.03748, eq. 4).
 
         - log(exp(cos(q, d) / temperature) / sum over documents d' of exp(cos(q, d') / temperature))
@@ -29,7 +33,7 @@ class ContrastiveLoss(EmbeddingLoss):
     choices of its own.
     """
 
-    class Config(EmbeddingConfig):
+    class Config(SequenceEmbeddingConfig):
         """Queries against the documents of all rows of a step."""
 
         temperature: Temperature = 0.05
@@ -41,7 +45,7 @@ class ContrastiveLoss(EmbeddingLoss):
         of the row's own document."""
 
     config: Config
-    group: type[LossGroup] | None = EmbeddingGroup
+    group: type[LossGroup] | None = SequenceEmbeddingGroup
     least_rows = 2
 
     @classmethod

@@ -11,7 +11,7 @@ from fastkd.losses.states import StateConfig, StateGroup, StateLoss
 
 
 @register_loss("embedding")
-class EmbeddingLoss(StateLoss):
+class EmbeddingLayerLoss(StateLoss):
     """Embeddings, layer 0 of both models (TinyBERT, arXiv 1909.10351, eq. 9).
 
     What enters the first block, compared as `hidden` compares the states of a layer: `mse`,

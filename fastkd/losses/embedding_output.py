@@ -9,12 +9,17 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from fastkd.losses.base import Batch, LossGroup
-from fastkd.losses.embeddings import EmbeddingConfig, EmbeddingGroup, EmbeddingLoss, ToTeacher
 from fastkd.losses.registry import register_loss
+from fastkd.losses.sequence_embeddings import (
+    SequenceEmbeddingConfig,
+    SequenceEmbeddingGroup,
+    SequenceEmbeddingLoss,
+    ToTeacher,
+)
 
 
 @register_loss("embedding_output")
-class EmbeddingOutputLoss(EmbeddingLoss):
+class EmbeddingOutputLoss(SequenceEmbeddingLoss):
     """The student's embedding against the teacher's, mean over examples.
 
     Of embeddings u and v of a sequence:
@@ -29,7 +34,7 @@ class EmbeddingOutputLoss(EmbeddingLoss):
     arXiv 2509.12539).
     """
 
-    class Config(EmbeddingConfig):
+    class Config(SequenceEmbeddingConfig):
         """Embeddings as the models give them out."""
 
         kind: Literal["cosine", "mse", "vector_mse"] = "cosine"
@@ -54,7 +59,7 @@ class EmbeddingOutputLoss(EmbeddingLoss):
             return self.kind == "vector_mse"
 
     config: Config
-    group: type[LossGroup] | None = EmbeddingGroup
+    group: type[LossGroup] | None = SequenceEmbeddingGroup
     wants_projection: ClassVar[bool] = True
 
     @property

@@ -9,12 +9,12 @@ from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, foresee, make_layer_map
 from fastkd.losses.base import ModelPair, Term
-from fastkd.losses.embeddings import EmbeddingConfig, EmbeddingLoss
 from fastkd.losses.ensemble import Ensemble
 from fastkd.losses.heads import HardLoss
 from fastkd.losses.objective import Objective
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.losses.registry import loss_class
+from fastkd.losses.sequence_embeddings import SequenceEmbeddingConfig, SequenceEmbeddingLoss
 from fastkd.losses.term_errors import key_of
 from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses
@@ -36,13 +36,13 @@ def capture_needs(losses: Losses) -> dict[str, bool]:
     }
 
 
-def embedding_losses(losses: Losses, head: Head) -> dict[str, EmbeddingConfig]:
+def embedding_losses(losses: Losses, head: Head) -> dict[str, SequenceEmbeddingConfig]:
     """The losses that compare embeddings of models with a head, by their names in the recipe."""
     found = {}
     for name, config in losses.terms.items():
         kind = loss_class(config.loss)
-        reads = issubclass(kind, EmbeddingLoss) and kind.reads_embeddings(head)
-        if reads and isinstance(config, EmbeddingConfig):
+        reads = issubclass(kind, SequenceEmbeddingLoss) and kind.reads_embeddings(head)
+        if reads and isinstance(config, SequenceEmbeddingConfig):
             found[name] = config
     return found
 
@@ -60,7 +60,7 @@ def score_losses(losses: Losses, head: Head) -> list[str]:
     found = []
     for name, config in losses.terms.items():
         kind = loss_class(config.loss)
-        scores = issubclass(kind, EmbeddingLoss) and not kind.reads_embeddings(head)
+        scores = issubclass(kind, SequenceEmbeddingLoss) and not kind.reads_embeddings(head)
         if scores or kind.captures.logits:
             found.append(name)
     return found

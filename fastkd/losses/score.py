@@ -14,9 +14,13 @@ from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap
 from fastkd.layer_map.sections import Temperature, check_temperature_read
 from fastkd.losses.base import Batch, Captures, LossConfig, LossGroup, Setting, Shared
-from fastkd.losses.embeddings import EmbeddingConfig, EmbeddingGroup, EmbeddingLoss
 from fastkd.losses.pairs import divergence, queries_and_documents
 from fastkd.losses.registry import register_loss
+from fastkd.losses.sequence_embeddings import (
+    SequenceEmbeddingConfig,
+    SequenceEmbeddingGroup,
+    SequenceEmbeddingLoss,
+)
 from fastkd.types import Head
 
 if TYPE_CHECKING:
@@ -26,7 +30,7 @@ _OF_EMBEDDINGS = ("similarity", "scale", "pooling", "dimensions")
 
 
 @register_loss("score")
-class ScoreLoss(EmbeddingLoss):
+class ScoreLoss(SequenceEmbeddingLoss):
     """Scores of a row's candidates, the student's against a teacher's; mean over rows.
 
     A reranker's score is the one output of its head, read of query and candidate together. A
@@ -36,7 +40,7 @@ class ScoreLoss(EmbeddingLoss):
     (ListNet, Cao et al., ICML 2007; RocketQAv2, arXiv 2110.07367, eq. 5).
     """
 
-    class Config(EmbeddingConfig):
+    class Config(SequenceEmbeddingConfig):
         """Scores of candidates."""
 
         kind: Literal["mse", "margin_mse", "listwise_kl"] = "mse"
@@ -66,7 +70,7 @@ class ScoreLoss(EmbeddingLoss):
             return self.similarity == "dot"
 
     config: Config
-    group: type[LossGroup] | None = EmbeddingGroup
+    group: type[LossGroup] | None = SequenceEmbeddingGroup
 
     def __init__(
         self, name: str, config: LossConfig, layer_map: LayerMap | None, shared: Shared

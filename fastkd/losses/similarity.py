@@ -10,14 +10,18 @@ from torch.nn.functional import mse_loss, normalize
 
 from fastkd.layer_map.sections import Temperature, check_temperature_read
 from fastkd.losses.base import Batch, LossConfig, LossGroup, Setting
-from fastkd.losses.embeddings import EmbeddingConfig, EmbeddingGroup, EmbeddingLoss
 from fastkd.losses.gathering import gathered_value
 from fastkd.losses.pairs import check_pairs, divergence, queries_and_documents
 from fastkd.losses.registry import register_loss
+from fastkd.losses.sequence_embeddings import (
+    SequenceEmbeddingConfig,
+    SequenceEmbeddingGroup,
+    SequenceEmbeddingLoss,
+)
 
 
 @register_loss("similarity")
-class SimilarityLoss(EmbeddingLoss):
+class SimilarityLoss(SequenceEmbeddingLoss):
     """Cosines of the embeddings of a step, the student's against the teacher's (Tung and Mori,
     arXiv 1907.09682; as distributions over the others: Fang et al., arXiv 2101.04731, eq. 3).
 
@@ -31,7 +35,7 @@ class SimilarityLoss(EmbeddingLoss):
     and gives zero.
     """
 
-    class Config(EmbeddingConfig):
+    class Config(SequenceEmbeddingConfig):
         """Cosines of the sequences of a step with each other."""
 
         kind: Literal["mse", "kl"] = "mse"
@@ -49,7 +53,7 @@ class SimilarityLoss(EmbeddingLoss):
             return self
 
     config: Config
-    group: type[LossGroup] | None = EmbeddingGroup
+    group: type[LossGroup] | None = SequenceEmbeddingGroup
     least_rows = 2
 
     @classmethod

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fastkd.capture import find_blocks, no_cache, route_attention
+from fastkd.capture import capture_keywords, find_blocks, route_attention
 from fastkd.capture.lm_head import overheard
 from fastkd.capture.routing import listening, runnable
 from fastkd.capture.trial import trial_inputs
@@ -85,7 +85,7 @@ def find_projections(model: PreTrainedModel) -> list[Projections]:
             for path, module in block.named_modules():
                 if isinstance(module, nn.Linear):
                     stack.callback(module.register_forward_hook(_noting(seen, path)).remove)
-        model(**trial_inputs(model, 4), **no_cache(model))
+        model(**trial_inputs(model, 4), **capture_keywords(model))
     found = []
     for number, seen in enumerate(events, start=1):
         place = seen.index("") if "" in seen else len(seen)
@@ -315,7 +315,7 @@ def _reordered(
 def _outputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """The last hidden state, and what the model gives first."""
     with overheard(model, "states") as heard:
-        output: Tensor = model(**inputs, **no_cache(model))[0]
+        output: Tensor = model(**inputs, **capture_keywords(model))[0]
     mask = inputs["attention_mask"].bool()
     # what stands at padding is anything
     given = output[mask] if output.shape[:2] == mask.shape else output

@@ -8,7 +8,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from fastkd.head_spec import HEADS, head_of_task
-from fastkd.layer_map.sections import Layers, PairsMap
+from fastkd.layer_map.sections import Layers, PairsSection
 from fastkd.plugins import plugin_errors
 from fastkd.recipe.data import Data
 from fastkd.recipe.evaluate import Evaluate
@@ -229,7 +229,7 @@ class Recipe(Section):
                     f"{field} names {len(layers)} teacher layers, but student.layers is "
                     f"{depth}; give one for each student layer, 0 for none"
                 )
-            if isinstance(layers, PairsMap):
+            if isinstance(layers, PairsSection):
                 deepest = max(pair.student for pair in layers.pairs)
                 if deepest > depth:
                     raise ValueError(

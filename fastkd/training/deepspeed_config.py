@@ -39,7 +39,7 @@ def uses_deepspeed(recipe: AnyRecipe, world_size: int) -> bool:
     return world_size > 1 or bool(recipe.deepspeed)
 
 
-def student_config(recipe: AnyRecipe, plan: BatchPlan) -> dict[str, Any]:
+def deepspeed_of_student(recipe: AnyRecipe, plan: BatchPlan) -> dict[str, Any]:
     """Configuration of the engine that trains.
 
     Args:
@@ -90,7 +90,7 @@ def student_config(recipe: AnyRecipe, plan: BatchPlan) -> dict[str, Any]:
     return merged
 
 
-def teacher_config(recipe: Recipe) -> dict[str, Any]:
+def deepspeed_of_teacher(recipe: Recipe) -> dict[str, Any]:
     """Configuration of the second engine, which holds a sharded teacher and never trains."""
     dtype = recipe.teacher.dtype
     zero: dict[str, Any] = {

@@ -18,7 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
-from fastkd.capture import AttentionShape, AttentionTraits, Capture, at_depth, capture, no_cache
+from fastkd.capture import (
+    AttentionShape,
+    AttentionTraits,
+    Capture,
+    at_depth,
+    capture,
+    capture_keywords,
+)
 from fastkd.capture.routing import PREFIX, eager_function, listening_function
 from fastkd.types import Inputs
 
@@ -79,7 +86,7 @@ def dry_pass(
     kept = torch.autograd.graph.saved_tensors_hooks(saved.note, lambda tensor: tensor)
     grad = torch.set_grad_enabled(train)
     with torch.device("meta"), cut, capture(model, **layers) as captured, counter, grad, kept:
-        model(**inputs, **no_cache(model))
+        model(**inputs, **capture_keywords(model))
     for hook in hooks:
         hook.remove()
     return DryPass(

@@ -37,7 +37,11 @@ from fastkd.models.quantised import Quantised
 from fastkd.packed_row import valid_tokens
 from fastkd.recipe import AnyRecipe, Recipe, Train
 from fastkd.training.checkpoint.layout import find_places
-from fastkd.training.deepspeed_config import student_config, teacher_config, uses_deepspeed
+from fastkd.training.deepspeed_config import (
+    deepspeed_of_student,
+    deepspeed_of_teacher,
+    uses_deepspeed,
+)
 from fastkd.training.local_engine import LocalEngine
 from fastkd.training.muon import Muon, Piece, block_matrices, is_bias
 from fastkd.types import STORED, Inputs, teacher_inputs
@@ -200,7 +204,7 @@ class NoTeacher:
 
 def shard_teacher(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
     """A second ZeRO-3 engine, without an optimiser, that holds the teacher's weights in shards."""
-    config, deepspeed = teacher_config(recipe), _deepspeed()
+    config, deepspeed = deepspeed_of_teacher(recipe), _deepspeed()
     # one weight at a time: of a model that is whole the engine puts all of it on each GPU first
     parts = deepspeed.zero.Init(module=model, config_dict_or_path=config)
     for buffer in model.buffers():
@@ -246,13 +250,13 @@ def make_engine(module: DistilledStudent, recipe: AnyRecipe, plan: BatchPlan, ra
             batch_size=train.batch_size,
             max_grad_norm=train.max_grad_norm,
             bf16=train.precision == "bf16",
-            monitor=_monitor(student_config(recipe, plan))
+            monitor=_monitor(deepspeed_of_student(recipe, plan))
             if recipe.run.monitor in ("tensorboard", "wandb")
             else None,
         )
     if train.zero_stage == 3:
         _lend_head(module)
-    config = student_config(recipe, plan)
+    config = deepspeed_of_student(recipe, plan)
     engine, *_ = _deepspeed().initialize(
         model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config
     )

@@ -30,7 +30,7 @@ from fastkd.models.poolers import drop_pooler
 from fastkd.models.quantised import replace_linear
 from fastkd.recipe import Recipe, parse_recipe, sequence_limit
 from fastkd.training.chips import Chip
-from fastkd.training.deepspeed_config import student_config, uses_deepspeed
+from fastkd.training.deepspeed_config import deepspeed_of_student, uses_deepspeed
 from fastkd.training.dry_pass import DryPass, bytes_of, dry_pass, tensors_of
 from fastkd.training.embeddings import find_embeddings, handed_on_prompts
 from fastkd.training.engine import check_config, matrix_numbers
@@ -374,7 +374,7 @@ def _config_of(recipe: Recipe, plan: BatchPlan) -> Any:
     """
     if not uses_deepspeed(recipe, plan.world_size):
         return None
-    return check_config(student_config(recipe, plan))
+    return check_config(deepspeed_of_student(recipe, plan))
 
 
 def _operations_seconds(recipe: Recipe, passes: Passes, chip: Chip, plan: BatchPlan) -> float:

@@ -30,7 +30,7 @@ from fastkd.packed_row import valid_tokens
 from fastkd.recipe import AnyRecipe, Recipe
 from fastkd.seeds import derived_seed
 from fastkd.training.ahead import TeacherAhead, check_overlap
-from fastkd.training.deepspeed_config import check_packages, student_config, uses_deepspeed
+from fastkd.training.deepspeed_config import check_packages, deepspeed_of_student, uses_deepspeed
 from fastkd.training.engine import (
     NoTeacher,
     TeacherRunner,
@@ -302,7 +302,7 @@ def check_layout(recipe: AnyRecipe, plan: BatchPlan, device: torch.device) -> No
     if isinstance(recipe, Recipe) and recipe.teacher.overlap:
         check_overlap(device, plan.accumulation)
     if by_deepspeed:
-        check_config(student_config(recipe, plan))
+        check_config(deepspeed_of_student(recipe, plan))
 
 
 def _gathered(recipe: AnyRecipe, ranks: Ranks, progress: bool) -> Parts:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ToTeacher = Literal["auto", "none", "own"]
 
 
-class EmbeddingConfig(LossConfig):
+class SequenceEmbeddingConfig(LossConfig):
     """Embeddings of whole sequences."""
 
     pooling: Pooling | None = None
@@ -39,10 +39,10 @@ class EmbeddingConfig(LossConfig):
         return False
 
 
-class EmbeddingLoss(Loss):
-    """A member of an `EmbeddingGroup`: it compares embeddings and makes none."""
+class SequenceEmbeddingLoss(Loss):
+    """A member of an `SequenceEmbeddingGroup`: it compares embeddings and makes none."""
 
-    config: EmbeddingConfig
+    config: SequenceEmbeddingConfig
     captures = Captures(outputs=True)
     wants_projection: ClassVar[bool] = False
     """Whether it reads the student in the teacher's space; others only see what there is."""
@@ -104,7 +104,7 @@ def prefix(embeddings: Tensor, size: int) -> Tensor:
     return normalize(embeddings[:, :size], dim=-1)
 
 
-class EmbeddingGroup(LossGroup):
+class SequenceEmbeddingGroup(LossGroup):
     """Both models' embeddings, made once, and what its members say of them.
 
     The student's are those that its exported folder gives: its own pooling, the projection to the
@@ -122,8 +122,8 @@ class EmbeddingGroup(LossGroup):
                 differ.
         """
         super().__init__(members, shared)
-        self.losses: list[EmbeddingLoss] = [
-            one for one in members if isinstance(one, EmbeddingLoss)
+        self.losses: list[SequenceEmbeddingLoss] = [
+            one for one in members if isinstance(one, SequenceEmbeddingLoss)
         ]
         teacher = _pooled(shared.pair, self.losses)
         self._pooling = teacher.pooling
@@ -195,7 +195,7 @@ class EmbeddingGroup(LossGroup):
         return torch.stack([loss.value(embedding, target, batch) for loss in self.losses])
 
 
-def _pooled(pair: ModelPair, losses: Sequence[EmbeddingLoss]) -> EmbeddingModules:
+def _pooled(pair: ModelPair, losses: Sequence[SequenceEmbeddingLoss]) -> EmbeddingModules:
     """The teacher's modules, with the pooling that the losses name.
 
     Raises:
@@ -218,7 +218,7 @@ def _pooled(pair: ModelPair, losses: Sequence[EmbeddingLoss]) -> EmbeddingModule
         raise UserError(f"losses.{name}.pooling is {pooling}: {error}; leave it out") from error
 
 
-def _projects(losses: Iterable[EmbeddingLoss], student: int, teacher: int) -> bool:
+def _projects(losses: Iterable[SequenceEmbeddingLoss], student: int, teacher: int) -> bool:
     """Whether the student's pooled vectors are projected.
 
     Raises:

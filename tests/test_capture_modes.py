@@ -13,7 +13,7 @@ from transformers import DebertaV2Config, DebertaV2Model, PreTrainedModel
 from benchmarks.family_models import family_model
 from fastkd import Distiller
 from fastkd.capture import evaluating, route_attention, try_model, try_packed
-from fastkd.capture.trial import hands_on_last_block, sees_ahead
+from fastkd.capture.facts import hands_on_last_block, sees_ahead
 from fastkd.errors import UserError
 
 

@@ -10,6 +10,7 @@ below it. `packed_pass.py` and `packed_attention.py` let a model read sequences 
 other in one row. `trial.py` runs a model once before a run and sees that all of it can be captured,
 `packed_trial.py` that it reads such rows, both in eval mode (`modes.py`); `attention_traits.py`
 says what its queries see, `cheap_products.py` how that is seen of long sequences in little time.
+`facts.py` answers what others ask of a model: its positions, its vocabulary, whether it sees ahead.
 
 This folder may import `errors`, `types`, `packed_row`, transformers, and of the kernels the types
 of what is captured alone. It knows no loss and no recipe.
@@ -18,6 +19,12 @@ of what is captured alone. It knows no loss and no recipe.
 from fastkd.capture.attention_traits import AttentionShape, AttentionTraits
 from fastkd.capture.blocks import at_depth, capture_keywords, find_blocks
 from fastkd.capture.compiled import CompiledCapture
+from fastkd.capture.facts import (
+    hands_on_last_block,
+    sees_ahead,
+    usable_positions,
+    vocabulary_size,
+)
 from fastkd.capture.modes import evaluating
 from fastkd.capture.modules import find_module
 from fastkd.capture.packed_pass import leave_types_out, reading
@@ -26,13 +33,7 @@ from fastkd.capture.recompute import RecomputedAttention, try_recomputing
 from fastkd.capture.recording import capture
 from fastkd.capture.routing import is_routed, route_attention, set_attention
 from fastkd.capture.states import Capture, PaddedStates
-from fastkd.capture.trial import (
-    hands_on_last_block,
-    sees_ahead,
-    try_model,
-    usable_positions,
-    vocabulary_size,
-)
+from fastkd.capture.trial import try_model
 
 __all__ = [
     "AttentionShape",

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastkd.capture.attention_traits import (
@@ -27,6 +28,7 @@ from fastkd.capture.attention_traits import (
 )
 from fastkd.capture.blocks import capture_keywords, check_single_stack, find_blocks
 from fastkd.capture.cheap_products import CheapProducts
+from fastkd.capture.facts import padded, trial_inputs, usable_positions
 from fastkd.capture.lm_head import check_head, last_layer
 from fastkd.capture.modes import evaluating
 from fastkd.capture.recording import CalledAgain, capture
@@ -67,18 +69,18 @@ def try_model(
     """
     check_single_stack(model)
     _check_positions(model, tokens, field)
-    needs = _Needs(field, attention, hidden, outputs)
+    try_on = partial(_try_on, model, field, attention=attention, hidden=hidden, outputs=outputs)
     few = min(tokens, _FEW)
-    with evaluating(model), torch.no_grad(), runnable(model), _padded(model):
+    with evaluating(model), torch.no_grad(), runnable(model), padded(model):
         running = model.config._attn_implementation
         try:
             inputs = trial_inputs(model, few)
-            traits, stays_routed = _try_on(model, inputs, f"{few} tokens", needs)
+            traits, stays_routed = try_on(inputs, f"{few} tokens")
             if few < tokens and "input_ids" in inputs:
                 model.config._attn_implementation = running
                 with CheapProducts() as cheap:
                     inputs = trial_inputs(model, tokens)
-                    long, stays = _try_on(model, inputs, f"{tokens} tokens", needs, cheap)
+                    long, stays = try_on(inputs, f"{tokens} tokens", cheap)
                 differs, unknown = traits.differs or long.differs, traits.unknown or long.unknown
                 traits = replace(long, differs=differs, unknown=unknown)
                 stays_routed = stays_routed and stays
@@ -92,49 +94,45 @@ def try_model(
     return traits
 
 
-@dataclass(frozen=True)
-class _Needs:
-    """What a trial is for, see `try_model`."""
-
-    field: str
-    attention: bool
-    hidden: bool
-    outputs: bool
-
-
 def _try_on(
     model: PreTrainedModel,
+    field: str,
     inputs: dict[str, Tensor],
     what: str,
-    needs: _Needs,
     cheap: CheapProducts | None = None,
+    *,
+    attention: bool,
+    hidden: bool,
+    outputs: bool,
 ) -> tuple[AttentionTraits, bool]:
     """What the queries of a model see of some inputs, and whether it can run routed.
 
     Args:
         model: in eval mode.
+        field: as `try_model`.
         inputs: of the trial.
         what: they are, for messages.
-        needs: what is seen to.
         cheap: the open context where the numbers are not the model's, so that it is only seen what
             they are not needed for.
+        attention: as `try_model`.
+        hidden: as `try_model`.
+        outputs: as `try_model`.
 
     Raises:
         UserError: as `try_model`.
     """
-    attention, hidden, outputs = needs.attention, needs.hidden, needs.outputs
     layers = range(len(find_blocks(model)) + 1) if attention or hidden else range(0)
     deepest = _deepest(model)
     traits = AttentionTraits()
     try:
         heard = {*layers} if deepest is None else {*layers, deepest}
-        plain = _try(model, inputs, heard, what, needs.field, outputs=outputs)
+        plain = _try(model, inputs, heard, what, field, outputs=outputs)
     except CalledAgain:
         if layers:
             raise
         # nobody reads its states
         deepest = None
-        plain = _try(model, inputs, layers, what, needs.field, outputs=outputs)
+        plain = _try(model, inputs, layers, what, field, outputs=outputs)
     if cheap is None:
         _check_states(model, plain, inputs, layers)
         if layers and any(parameter.requires_grad for parameter in model.parameters()):
@@ -150,21 +148,6 @@ def _try_on(
     return traits, attention or (
         deepest is not None and _takes_routes(model, inputs, deepest, plain.hidden.get(deepest))
     )
-
-
-def usable_positions(model: PreTrainedModel) -> int | None:
-    """Tokens of the longest text that a model has positions for, `None` where none are counted."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    # models without a limit may say -1
-    if not isinstance(positions, int) or positions <= 0:
-        return None
-    for module in model.modules():
-        padding = getattr(module, "padding_idx", None)
-        table = getattr(module, "position_embeddings", None)
-        if isinstance(padding, int) and isinstance(table, nn.Embedding):
-            # RoBERTa and its kin count from the place behind padding's
-            return positions - padding - 1
-    return positions
 
 
 def _check_positions(model: PreTrainedModel, tokens: int, field: str) -> None:
@@ -201,77 +184,6 @@ def _check_no_skipping(model: PreTrainedModel) -> None:
             f"{rates[name]:g}), and a skipped block has nothing to capture; set layerdrop to 0, "
             "in its configuration before it is made"
         )
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """Tokens that a model embeds.
-
-    Raises:
-        UserError: it has no table of embeddings.
-    """
-    try:
-        embeddings = model.get_input_embeddings()
-    except NotImplementedError:
-        embeddings = None
-    weight = getattr(embeddings, "weight", None)
-    if not isinstance(weight, Tensor):
-        raise UserError(
-            f"{type(model).__name__} has no table of token embeddings; give a model of tokens"
-        )
-    return int(weight.shape[0])
-
-
-def sees_ahead(model: PreTrainedModel) -> bool:
-    """Whether a model's first token sees the ones behind it; of one that reads tokens."""
-    first = trial_inputs(model, 4)["input_ids"][0]
-    changed = first.clone()
-    changed[-1] = first[first != first[-1]][0]
-    states = []
-    with evaluating(model), torch.no_grad(), runnable(model):
-        for ids in (first, changed):
-            with capture(model, outputs=True) as seen:
-                model(input_ids=ids[None], **capture_keywords(model))
-            assert seen.outputs is not None, "it was captured"
-            states.append(seen.outputs[0, 0])
-    return not torch.equal(*states)
-
-
-def hands_on_last_block(model: PreTrainedModel) -> bool:
-    """Whether a model's output is the state of its last block, with no norm behind it; of one whose
-    blocks can be captured."""
-    depth = len(find_blocks(model))
-    recorded = capture(model, hidden={depth}, outputs=True)
-    with evaluating(model), torch.no_grad(), runnable(model), _padded(model), recorded as states:
-        model(**trial_inputs(model, 4), **capture_keywords(model))
-    return states.outputs is not None and torch.equal(states.outputs, states.hidden[depth])
-
-
-def trial_inputs(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
-    """Two sequences, of which the second is half padding; of a vision model two images."""
-    config, name = model.config, type(model).__name__
-    generator = torch.Generator().manual_seed(0)
-    if model.main_input_name == "pixel_values" and hasattr(config, "image_size"):
-        size = config.image_size
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        shape = (2, getattr(config, "num_channels", 3), height, width)
-        images = torch.randn(shape, generator=generator)
-        return {"pixel_values": images.to(model.device, model.dtype)}
-    if model.main_input_name != "input_ids":
-        raise UserError(
-            f"{name} reads {model.main_input_name}, expected a model of tokens or images of one "
-            "size; give one of those"
-        )
-    # any id but the padding, whose positions some models don't count
-    known = torch.arange(vocabulary_size(model))
-    pad = getattr(config, "pad_token_id", None)
-    pad = None if pad == -1 else pad
-    known = known[known != (-1 if pad is None else pad)]
-    ids = known[torch.randint(len(known), (2, tokens), generator=generator)]
-    mask = torch.ones_like(ids)
-    mask[1, (tokens + 1) // 2 :] = 0
-    if pad is not None:
-        ids[mask == 0] = pad
-    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
 def _try(
@@ -326,20 +238,6 @@ def _check_head(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
             f"({type(error).__name__}: {one_line(error)}), so fastkd can't "
             "compute its logits in parts; leave losses.logits and student.head out"
         ) from error
-
-
-@contextmanager
-def _padded(model: PreTrainedModel) -> Iterator[None]:
-    """A decoder's classifier that knows of no padding reads one sequence at a time."""
-    config: Any = model.config
-    unset = getattr(config, "pad_token_id", 0) is None
-    if unset:
-        config.pad_token_id = -1
-    try:
-        yield
-    finally:
-        if unset:
-            config.pad_token_id = None
 
 
 def _check_states(

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -58,10 +58,15 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     return blocks
 
 
+def blocks_path(model: PreTrainedModel) -> str:
+    """Path of the list of a model's blocks, which the names of their parameters begin with."""
+    find_blocks(model)
+    return _PATHS[model]
+
+
 def holder_of_blocks(model: PreTrainedModel) -> nn.Module:
     """The module that runs the blocks one after another: an encoder, or the base model itself."""
-    find_blocks(model)
-    holder: nn.Module = model.get_submodule(_PATHS[model].rpartition(".")[0])
+    holder: nn.Module = model.get_submodule(blocks_path(model).rpartition(".")[0])
     return holder
 
 
@@ -144,6 +149,11 @@ class Cut:
             del _CUT[self._model]
         else:
             _CUT[self._model] = self._before
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The first tensor that a module is called with: its input, under whatever name."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 def capture_keywords(model: PreTrainedModel) -> dict[str, bool]:

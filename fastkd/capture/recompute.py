@@ -18,7 +18,7 @@ from fastkd_kernels import AttentionState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkd.capture.blocks import find_blocks
+from fastkd.capture.blocks import find_blocks, first_tensor
 from fastkd.capture.packed_pass import reading
 from fastkd.capture.recording import capture
 from fastkd.capture.routing import AttentionCall, listening
@@ -100,7 +100,7 @@ class RecomputedAttention:
 
     def _left_out(self, number: int) -> Callable[..., Any]:
         def left_out(*args: Any, **kwargs: Any) -> Any:
-            return self._output(number, _input_of(args, kwargs))
+            return self._output(number, first_tensor(args, kwargs))
 
         return left_out
 
@@ -174,16 +174,11 @@ def _in_place_of_forward(block: nn.Module, forward: Callable[..., Any]) -> Itera
         block.__dict__.update(held)
 
 
-def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """A block takes its input first, under whatever name."""
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-
-
 def _reading(
     state: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a block with another input."""
-    given = _input_of(args, kwargs)
+    given = first_tensor(args, kwargs)
     places = [place for place, value in enumerate(args) if value is given]
     if places:
         return (*args[: places[0]], state, *args[places[0] + 1 :]), kwargs

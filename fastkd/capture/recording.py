@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkd.capture.blocks import find_blocks
+from fastkd.capture.blocks import find_blocks, first_tensor
 from fastkd.capture.last_state import hearing_last_state
 from fastkd.capture.lm_head import recorded_head
 from fastkd.capture.modules import find_module, module_recorder
@@ -164,8 +164,6 @@ def _final_recorder(slot: Slot) -> Callable[[Tensor, bool], None]:
 def _input_hook(slot: Slot) -> Callable[..., None]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if slot.states is not None:
-            # a block takes its input first, under whatever name
-            given = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-            _note_state(slot.states, 0, given)
+            _note_state(slot.states, 0, first_tensor(args, kwargs))
 
     return hook

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkd.capture import find_blocks, reading
+from fastkd.capture import reading
+from fastkd.capture.blocks import blocks_path, first_tensor
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import LayerMap
@@ -33,6 +34,7 @@ from fastkd.models.pruning import (
     channels,
     check_roles,
     cut,
+    named_roles,
     read_roles,
 )
 from fastkd.packed_row import PackedRow
@@ -92,7 +94,7 @@ def start_by_importance(
     _check_scales(student, teacher)
     roles = read_roles(teacher, student, sources, widths)
     check_roles(teacher, roles, widths[1])
-    named = {role for dims in roles.values() for role in dims if role is not None}
+    named = named_roles(roles)
     kept: dict[Role, Tensor] = {}
     factors: dict[str, Tensor] = {}
     if named:
@@ -135,7 +137,7 @@ def measure(
                 row = PackedRow.of(inputs)
                 counted[0] = inputs.get("attention_mask") if row is None else row.mask
                 teacher(**read)
-    named = {role for dims in roles.values() for role in dims if role is not None}
+    named = named_roles(roles)
     silent = sorted(role for role in named - activity.channels.keys() if role[0] != "keys")
     if silent:
         reader = "norm weighs" if silent[0][0] == "hidden" else "linear layer reads"
@@ -162,7 +164,7 @@ def _hooks(
             activity.bases[path] = form.base
 
         def of_norm(_module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            states, given = (_tokens(t, counted[0]) for t in (_input(args, kwargs), output))
+            states, given = (_tokens(t, counted[0]) for t in (first_tensor(args, kwargs), output))
             activity.add(("hidden", HIDDEN), given.abs().sum(dim=0))
             if form is None:
                 return
@@ -178,16 +180,12 @@ def _hooks(
     if role is not None and role[0] in ("neurons", "heads"):
 
         def of_input(_module: nn.Module, args: Any, kwargs: Any, _output: Tensor) -> None:
-            states = _tokens(_input(args, kwargs), counted[0])
+            states = _tokens(first_tensor(args, kwargs), counted[0])
             if role[0] == "heads":
                 states = states.view(len(states), widths.heads, -1).norm(dim=2)
             activity.add(role, states.abs().sum(dim=0))
 
         yield of_input
-
-
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
 
 
 def _tokens(states: Tensor, mask: Tensor | None) -> Tensor:
@@ -300,8 +298,7 @@ def _copy(
     first = {id(parameter): name for name, parameter in parameters.items()}
     # what is tied has several names, one of which stands for it
     known = {n: first[id(p)] for n, p in teacher.named_parameters(remove_duplicate=False)}
-    theirs = find_blocks(teacher)
-    prefix = next(name for name, module in teacher.named_modules() if module is theirs) + "."
+    prefix = blocks_path(teacher) + "."
     copied = 0
     with torch.no_grad():
         for name, parameter in student.named_parameters():

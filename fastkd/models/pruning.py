@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastkd.capture import capture_keywords, find_blocks, route_attention
+from fastkd.capture.blocks import blocks_path
 from fastkd.capture.facts import trial_inputs
 from fastkd.capture.lm_head import overheard
 from fastkd.capture.routing import listening, runnable
@@ -137,9 +138,8 @@ def read_roles(
             f"each than the teacher's {large.heads} on {large.keys}; give more student.kv_heads"
         )
     reader = _Reader(teacher, small, large)
-    blocks = find_blocks(teacher)
     shapes = _shapes_in_blocks(student, sources)
-    prefix = next(name for name, module in teacher.named_modules() if module is blocks) + "."
+    prefix = blocks_path(teacher) + "."
     outside = {name: tuple(p.shape) for name, p in student.named_parameters()}
     roles: Roles = {}
     for name, parameter in teacher.named_parameters():
@@ -221,6 +221,11 @@ class _Reader:
         return HIDDEN if role == "hidden" else block
 
 
+def named_roles(roles: Roles) -> set[Role]:
+    """All roles that a dimension of any parameter has."""
+    return {role for dims in roles.values() for role in dims if role is not None}
+
+
 def cut(parameter: Tensor, roles: Sequence[Role | None], kept: Mapping[Role, Tensor]) -> Tensor:
     """The channels of a parameter that are kept, in order.
 
@@ -246,7 +251,7 @@ def check_roles(teacher: PreTrainedModel, roles: Roles, widths: Widths) -> None:
     Raises:
         UserError: it doesn't: some channels are not what they were taken for.
     """
-    named = {role for dims in roles.values() for role in dims if role is not None}
+    named = named_roles(roles)
     if not named:
         return
     order = _shuffled(named, widths)

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastkd.capture import find_blocks, set_attention
+from fastkd.capture.blocks import blocks_path
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap
@@ -452,9 +453,9 @@ def _copy_from_teacher(
     here, there = head_size(student.config), head_size(teacher.config)
     held = [set(weights_of_heads(target)) if here != there else set() for target, _ in pairs]
     copied = sum(_copy_matching(*pair, names) for pair, names in zip(pairs, held, strict=True))
-    prefix = next(name for name, module in student.named_modules() if module is student_blocks)
-    inside = {name for name, _ in student.named_parameters() if name.startswith(prefix + ".")}
-    inside |= {name for name, _ in student.named_buffers() if name.startswith(prefix + ".")}
+    prefix = blocks_path(student) + "."
+    inside = {name for name, _ in student.named_parameters() if name.startswith(prefix)}
+    inside |= {name for name, _ in student.named_buffers() if name.startswith(prefix)}
     copied += _copy_matching(student, teacher, inside)
     fits = any(_matching(*pair, names) for pair, names in zip(pairs, held, strict=True))
     said = f"its heads are {here} wide and the teacher's {there}, so its attention is drawn"

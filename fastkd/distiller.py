@@ -147,7 +147,7 @@ class Distiller(nn.Module):
             objective = make_objective(
                 section, layers, student, teacher, traits, head=head, seed=seed
             )
-        if objective.adapts:
+        if objective.weights.adapts:
             raise UserError(
                 "losses.balance ratio and layer_map emd follow the losses of whole steps, which a "
                 "Distiller does not see; give other ones, or use fastkd.distill"

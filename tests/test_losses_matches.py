@@ -144,7 +144,7 @@ def test_pairs_are_weighted_one_by_one(given: Any) -> None:
     torch.testing.assert_close(weighted, factors * expected)
     torch.testing.assert_close(total, (factors * expected).sum())
     by_label = dict(zip(made.labels, raw.tolist(), strict=True))
-    assert made.total(by_label) == pytest.approx(total.item())
+    assert made.weights.total(by_label) == pytest.approx(total.item())
 
 
 def test_a_map_of_pairs_says_what_it_is() -> None:

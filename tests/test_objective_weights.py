@@ -90,10 +90,10 @@ def test_a_schedule_moves_its_own_term_only() -> None:
 @pytest.mark.parametrize("reference", [None, "embedding"])
 def test_a_ratio_scales_terms_to_the_reference_by_detached_values(reference: str | None) -> None:
     run = Run(balance={"kind": "ratio", "reference": reference, "decay": 0.9})
-    assert run.objective.needs_look
+    assert run.objective.weights.needs_look
     _, raw, _ = run()
-    run.objective.observe(raw)
-    assert not run.objective.needs_look
+    run.objective.weights.observe(raw)
+    assert not run.objective.weights.needs_look
     hidden, embedding = float(raw[:2].sum()), float(raw[2])
     of = hidden if reference is None else embedding
     total, _, weighted = run()
@@ -110,20 +110,20 @@ def test_a_ratio_scales_terms_to_the_reference_by_detached_values(reference: str
 def test_a_ratio_follows_a_running_mean_and_comes_back_from_a_checkpoint() -> None:
     run = Run(balance={"kind": "ratio", "decay": 0.9})
     first, second = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([3.0, 3.0, 1.0])
-    run.objective.observe(first)
-    run.objective.observe(second)
+    run.objective.weights.observe(first)
+    run.objective.weights.observe(second)
     hidden, embedding = 0.9 * 3 + 0.1 * 6, 0.9 * 4 + 0.1 * 1
     _, raw, weighted = run()
     torch.testing.assert_close(weighted[2], 5 * hidden / embedding * raw[2])
     other = Run(balance={"kind": "ratio", "decay": 0.9})
-    other.objective.load_feedback(run.objective.feedback(), torch.device("cpu"))
+    other.objective.weights.load_feedback(run.objective.weights.feedback(), torch.device("cpu"))
     assert torch.equal(other()[2], weighted)
-    assert not other.objective.needs_look
+    assert not other.objective.weights.needs_look
 
 
 def test_a_term_that_is_zero_keeps_its_scale() -> None:
     run = Run(balance="ratio")
-    run.objective.observe(torch.tensor([1.0, 1.0, 0.0]))
+    run.objective.weights.observe(torch.tensor([1.0, 1.0, 0.0]))
     _, raw, weighted = run()
     torch.testing.assert_close(weighted[2], 5 * raw[2])
 
@@ -131,7 +131,7 @@ def test_a_term_that_is_zero_keeps_its_scale() -> None:
 def test_the_mean_of_a_term_begins_at_its_first_size() -> None:
     run = Run(balance={"kind": "ratio", "decay": 0.9})
     for last in (0.0, 0.0, 1e-6, 3e-6):
-        run.objective.observe(torch.tensor([1.0, 1.0, last], dtype=torch.float64))
+        run.objective.weights.observe(torch.tensor([1.0, 1.0, last], dtype=torch.float64))
     _, raw, weighted = run()
     mean = 0.9 * 1e-6 + 0.1 * 3e-6
     torch.testing.assert_close(weighted[2], 5 * 2 / mean * raw[2])
@@ -152,7 +152,7 @@ def test_a_reference_without_a_size_is_refused(
     run = Run(balance={"kind": "ratio", "reference": reference})
     said = f"all terms to {reference or 'hidden'}, which is 0 before the first step, .*; {use}$"
     with pytest.raises(UserError, match=said):
-        run.objective.observe(torch.tensor(first))
+        run.objective.weights.observe(torch.tensor(first))
 
 
 def test_uncertainty_has_the_loss_and_the_gradients_of_its_formula() -> None:
@@ -269,13 +269,13 @@ def test_a_random_map_is_compared_in_its_present_draw() -> None:
 def test_a_transport_moves_the_weights_of_layers_as_it_is_told(layer_weights: Any) -> None:
     run = Run(sections.TransportSection(layer_weights=layer_weights, total=3), embedding=None)
     raw = run()[1]
-    run.objective.observe(raw)
+    run.objective.weights.observe(raw)
     flows = []
     for _ in range(2):
         _, raw, weighted = run()
         flows.append((weighted / (2.0 * raw)).view(2, 4))
         assert flows[-1].sum().item() == pytest.approx(3)
-        run.objective.observe(raw)
+        run.objective.weights.observe(raw)
     parts = flows[-1].sum(0) / 3
     if layer_weights == "equal":
         torch.testing.assert_close(parts, torch.full((4,), 0.25).double())
@@ -287,17 +287,17 @@ def test_a_transport_comes_back_from_a_checkpoint_and_counts_in_the_total() -> N
     run = Run(sections.TransportSection(), embedding=None)
     _, raw, before = run()
     torch.testing.assert_close(before, 2.0 * raw / 8)
-    run.objective.observe(raw)
+    run.objective.weights.observe(raw)
     total, _, weighted = run()
     flow = weighted / (2.0 * raw)
     assert flow.sum().item() == pytest.approx(1)
     torch.testing.assert_close(flow.view(2, 4).sum(0), torch.full((4,), 0.25).double())
     other = Run(sections.TransportSection(), embedding=None)
-    other.objective.load_feedback(run.objective.feedback(), torch.device("cpu"))
+    other.objective.weights.load_feedback(run.objective.weights.feedback(), torch.device("cpu"))
     assert torch.equal(other()[2], weighted)
     # held-out numbers are transported on their own, between equal layers
     by_label = dict(zip(run.objective.labels, raw.tolist(), strict=True))
-    assert run.objective.total(by_label) == pytest.approx(total.item())
+    assert run.objective.weights.total(by_label) == pytest.approx(total.item())
 
 
 def test_held_out_totals_know_no_schedule_and_no_balance() -> None:
@@ -306,7 +306,7 @@ def test_held_out_totals_know_no_schedule_and_no_balance() -> None:
     by_label = {"hidden/1-2": 1.0, "hidden/2-4": 2.0, "embedding/0-0": 3.0}
     for step in (0, 80):
         run.objective.at(Progress(step))
-        assert run.objective.total(by_label) == pytest.approx(2 * 3 + 5 * 3)
+        assert run.objective.weights.total(by_label) == pytest.approx(2 * 3 + 5 * 3)
 
 
 @pytest.mark.parametrize(

@@ -332,9 +332,9 @@ def cost_attention(spent: np.ndarray, weights: np.ndarray, axis: int) -> np.ndar
 @torch.no_grad()
 def test_bert_emd_is_the_transport_of_an_exact_solver() -> None:
     c = case("bert-emd")
-    assert c.objective.needs_look
-    c.objective.observe(c.losses()[1])
-    assert not c.objective.needs_look
+    assert c.objective.weights.needs_look
+    c.objective.weights.observe(c.losses()[1])
+    assert not c.objective.weights.needs_look
     s, t = c.look()
     costs = emd_costs(c, s, t)
     mine, theirs = np.full(STUDENT, 1 / STUDENT), np.full(LAYERS, 1 / LAYERS)
@@ -352,7 +352,7 @@ def test_bert_emd_is_the_transport_of_an_exact_solver() -> None:
             np.mean([cost_attention(part, weights, axis) for part in spent], axis=0)
             for weights, axis in ((mine, 1), (theirs, 0))
         )
-        c.objective.observe(raw)
+        c.objective.weights.observe(raw)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -318,7 +318,7 @@ class DistillationMixin:
         return torch.stack(losses).sum()
 
     def _held_out_loss(self, parts: list[Inputs]) -> Tensor:
-        """The loss of a batch that can be compared over a run, see `Objective.total`: by the same
+        """The loss of a batch that can be compared over a run, see `StepWeights.total`: by the same
         layers, temperatures and weights at any step."""
         objective, counts = self.distiller.objective, self._counts(parts)
         moment = objective.moment
@@ -326,7 +326,7 @@ class DistillationMixin:
         try:
             found = [self.distiller(part, counts=counts)[1].values() for part in parts]
             raw = torch.stack([torch.stack(list(values)) for values in found]).sum(dim=0)
-            total = objective.total(dict(zip(objective.labels, raw.tolist(), strict=True)))
+            total = objective.weights.total(dict(zip(objective.labels, raw.tolist(), strict=True)))
         finally:
             objective.at(moment)
         return torch.tensor(total, device=raw.device)

@@ -5,10 +5,11 @@ section of a recipe (`Config`), what is captured (`captures`), what a value is a
 (`mean_over`), and the computation: `forward`, or a group that computes several losses in one call
 (`states.py`, `heads.py`, `embeddings.py`). `base.py` has the types, `registry.py` finds a loss by
 name, `objective.py` adds all of them up and knows none by name, `factory.py` makes it for two
-models, `counts.py` counts what values are means over, `weighting.py`, `temperature.py` and
-`transports.py` move factors, `comparable.py`, `relation_heads.py`, `pooling.py` and `pairs.py` are
-what several losses share, `gathering.py` what losses need that compare all rows of a step with each
-other, `term_errors.py` names the losses of what goes wrong.
+models, `counts.py` counts what values are means over, `step_weights.py` has what each loss is
+multiplied with, `weighting.py`, `temperature.py` and `transports.py` move factors, `comparable.py`,
+`relation_heads.py`, `pooling.py` and `pairs.py` are what several losses share, `gathering.py` what
+losses need that compare all rows of a step with each other, `term_errors.py` names the losses of
+what goes wrong.
 
 This folder alone calls the kernels. It may import `layer_map`, `recipe.weights`, `section`,
 `errors` and `types`; of `capture` all but the factory takes types only, so that a recipe is read

@@ -1,9 +1,10 @@
-"""All losses of a recipe, and how they add up; this file knows none of them by name."""
+"""All losses of a recipe, and how they add up; this file knows none of them by name.
+
+What each is multiplied with stands in `step_weights.py`.
+"""
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from fastkd.capture import Capture, CompiledCapture, PaddedStates, capture, reading
 from fastkd.capture.lm_head import last_hidden_state
 from fastkd.errors import UserError
-from fastkd.layer_map import LayerMap, Progress, TransportMap, checked_links
+from fastkd.layer_map import LayerMap, Progress, checked_links
 from fastkd.losses.base import (
     Batch,
     Loss,
@@ -36,9 +37,9 @@ from fastkd.losses.counts import (
 from fastkd.losses.gathering import Gather, Notes, alone, undeclared
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.losses.registry import loss_class
+from fastkd.losses.step_weights import StepWeights
 from fastkd.losses.term_errors import checked_values, errors_at, key_of
-from fastkd.losses.transports import Mapped, Transports
-from fastkd.losses.weighting import Ratio, Uncertainty, factor
+from fastkd.losses.weighting import Uncertainty
 from fastkd.packed_row import PackedRow, valid_tokens
 from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses
@@ -51,7 +52,7 @@ _RECOMPUTED = " (under gradient checkpointing with use_reentrant=False)"
 
 
 class Objective(nn.Module):
-    """All terms of a recipe, the projections that belong to them, and their weights."""
+    """All terms of a recipe, and the projections that belong to them."""
 
     def __init__(
         self,
@@ -95,26 +96,16 @@ class Objective(nn.Module):
         # how many losses each term gives, and what a step would call it
         self._counts = [len(term.matches) for term in self.each()]
         self._keys = [key_of(term) for term in self.each()]
-        self.names = tuple(dict.fromkeys(match.term for match in self.matches))
-        # how many losses each name has, in order
-        self._sizes = [
-            len(list(group)) for _, group in itertools.groupby(m.term for m in self.matches)
-        ]
+        self.weights = StepWeights(losses, self.matches, self.maps)
+        self.names = self.weights.names
         of = [DIVISORS.index(match.divisor) for match in self.matches]
         self._divisor_of: Tensor
         self.register_buffer("_divisor_of", torch.tensor(of), persistent=False)
-        self._transports = Transports(self._transported())
         balance = losses.balance
-        self.ratio = (
-            Ratio(self.names, balance.reference, balance.decay) if balance.kind == "ratio" else None
-        )
         self.uncertainty = (
             Uncertainty(len(self.names), balance.limit) if balance.kind == "uncertainty" else None
         )
         self._divisors: dict[object, Tensor] = {}
-        self._held: Tensor | None = None
-        self._factors = torch.empty(0)
-        self._factors_of: list[float] = []
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -137,10 +128,11 @@ class Objective(nn.Module):
 
     def at(self, moment: Progress) -> None:
         """Move to a moment of the run: random mappings and schedules follow it."""
-        self.moment = moment
+        self.moment, share = moment, moment.step / self.steps
+        self.weights.at(moment, share)
         for term, where in zip(self.each(), self._keys, strict=True):
             with errors_at(where, term):
-                term.at(moment, moment.step / self.steps)
+                term.at(moment, share)
 
     def layers(self, side: Side, moment: Progress | None = None) -> dict[str, Any]:
         """What `capture` must record of one model now, as its keyword arguments; or at a moment,
@@ -235,12 +227,12 @@ class Objective(nn.Module):
             self._check_gradients(values)
         losses = torch.cat(values)
         raw = losses * shares[self._divisor_of]
-        weights = self._weights(raw)
+        weights = self.weights.of_losses(raw, training=self.training)
         weighted = raw * weights
         if self.uncertainty is not None:
-            on = self._by_term(weights) > 0
-            total, scales = self.uncertainty(self._by_term(weighted), on)
-            weighted = weighted.detach() * self._spread(scales)
+            on = self.weights.by_term(weights) > 0
+            total, scales = self.uncertainty(self.weights.by_term(weighted), on)
+            weighted = weighted.detach() * self.weights.spread(scales)
         else:
             total = weighted.sum()
         return total, torch.stack([raw.detach(), weighted.detach()])
@@ -248,8 +240,10 @@ class Objective(nn.Module):
     def variance_total(self) -> Tensor:
         """What the log-variances of `uncertainty` are in the total of every micro-batch."""
         assert self.uncertainty is not None, "it is asked where they are learned"
-        on = self._by_term(self._weights(self.uncertainty.log_variances)) > 0
-        total: Tensor = self.uncertainty(torch.zeros_like(self.uncertainty.log_variances), on)[0]
+        learned = self.uncertainty.log_variances
+        weights = self.weights.of_losses(learned, training=self.training)
+        on = self.weights.by_term(weights) > 0
+        total: Tensor = self.uncertainty(torch.zeros_like(learned), on)[0]
         return total
 
     def condensed(self, teacher: Capture, mask: Tensor | None) -> Capture:
@@ -284,66 +278,6 @@ class Objective(nn.Module):
             return padded[0].of(term.layers("student")), padded[1].of(term.layers("teacher"))
 
         return of
-
-    @property
-    def adapts(self) -> bool:
-        """Whether the losses of a step change the weights of the next: see `observe`."""
-        return self.ratio is not None or bool(self._transports.groups)
-
-    @property
-    def needs_look(self) -> bool:
-        """Whether losses must be observed before the first step."""
-        unknown = self.ratio is not None and self.ratio.means is None
-        return unknown or not self._transports.observed
-
-    def observe(self, losses: Tensor) -> None:
-        """Adapt the weights of the next step.
-
-        Args:
-            losses: raw losses [labels] of a whole step, summed over micro-batches and ranks.
-        """
-        if self._transports.groups:
-            # an exact linear program runs on the host: see `transports.py`
-            costs = losses.tolist()
-            # of costs that are not finite there is none, and the run ends at its next metrics
-            if all(map(math.isfinite, costs)):
-                self._transports.observe(costs)
-        if self.ratio is not None:
-            values = losses.double()
-            links = torch.tensor(self._link_weights(), dtype=values.dtype)
-            links = links.to(values.device, non_blocking=True)
-            self.ratio.observe(self._by_term(values * links))
-
-    def feedback(self) -> dict[str, Any]:
-        """What `observe` has made, for a checkpoint; plain values."""
-        ratio = None if self.ratio is None else self.ratio.state()
-        return {"ratio": ratio, "transports": self._transports.state()}
-
-    def load_feedback(self, state: dict[str, Any], device: torch.device) -> None:
-        """Continue from what `feedback` gave."""
-        if self.ratio is not None:
-            self.ratio.load(state["ratio"], device)
-        self._transports.load(state["transports"])
-
-    def total(self, losses: Mapping[str, float]) -> float:
-        """One number for held-out losses that can be compared over a run and between runs.
-
-        The recipe's weights, without schedules and balance; a many-to-many mapping counts with the
-        transport that these losses have between equal layers.
-
-        Args:
-            losses: raw loss by label.
-        """
-        values = [losses[label] for label in self.labels]
-        even = Transports(self._transported())
-        if even.groups:
-            even.observe(values)
-        links = even.weigh(self._own_weights())
-        terms = self.losses.terms
-        return sum(
-            terms[match.term].weight * link * value
-            for match, link, value in zip(self.matches, links, values, strict=True)
-        )
 
     def parameter_rates(self) -> dict[str, float]:
         """Peak learning rates of those of its parameters that have another than the run's."""
@@ -439,46 +373,11 @@ class Objective(nn.Module):
         """The modules that compute the losses, in order."""
         return [term for term in self.terms if isinstance(term, Term)]
 
-    def _transported(self) -> list[Mapped]:
-        groups: list[Mapped] = []
-        start = 0
-        for group, members in itertools.groupby(self.matches, key=lambda match: match.group):
-            same = list(members)
-            stop = start + len(same)
-            layer_map = self.maps[same[0].term]
-            if same[0].mapped and isinstance(layer_map, TransportMap):
-                groups.append(Mapped(group, layer_map, start, stop))
-            start = stop
-        return groups
-
-    def _own_weights(self) -> list[float]:
-        """Of the links in force, one a loss."""
-        weights: list[float] = []
-        for _, members in itertools.groupby(self.matches, key=lambda match: match.group):
-            first, *rest = members
-            links = checked_links(self.maps[first.term], self.moment) if first.mapped else ()
-            weights += [link.weight for link in links] or [1.0] * (1 + len(rest))
-        return weights
-
-    def _link_weights(self) -> list[float]:
-        return self._transports.weigh(self._own_weights())
-
-    def hold_weights(self, like: Tensor) -> None:
-        """Keep the weights of steps of the training in one tensor from now on, in the dtype and on
-        the device of another: a recorded step reads it, and `refresh_weights` writes it."""
-        self._held = torch.zeros(len(self.matches), dtype=like.dtype, device=like.device)
-        self.refresh_weights()
-
-    def refresh_weights(self) -> None:
-        """Write the weights of the moment where a recorded step reads them."""
-        if self._held is not None:
-            self._held.copy_(self._weights_now(self._held))
-
     @property
     def changes_on_host(self) -> str | None:
         """What of a step is decided in Python anew, so that a recorded one would repeat it; `None`
-        where only weights are, which `refresh_weights` writes."""
-        if self._transports.groups:
+        where only weights are, which `StepWeights.refresh` writes."""
+        if self.weights.transports.groups:
             return "layer_map emd solves for its flow on the host"
         if any(layers.moves for layers in self.maps.values()):
             return "layer_map random draws other layers over the run"
@@ -505,35 +404,6 @@ class Objective(nn.Module):
             tuple((link.student, link.teachers) for link in checked_links(layers, self.moment))
             for layers in self.maps.values()
         )
-
-    def _weights(self, like: Tensor) -> Tensor:
-        if self._held is not None and self.training:
-            return self._held
-        return self._weights_now(like)
-
-    def _weights_now(self, like: Tensor) -> Tensor:
-        """Weight, schedule, link and ratio of every loss, [labels]; copied where they changed."""
-        terms, progress = self.losses.terms, self.moment.step / self.steps
-        of = {name: terms[name].weight * factor(terms[name].schedule, progress) for name in terms}
-        links = self._link_weights()
-        found = [of[m.term] * link for m, link in zip(self.matches, links, strict=True)]
-        kept = self._factors
-        same = (kept.dtype, kept.device) == (like.dtype, like.device)
-        # a tensor of inference mode is of no use to a step that trains
-        same &= torch.is_inference_mode_enabled() or not kept.is_inference()
-        if found != self._factors_of or not same:
-            self._factors = torch.tensor(found, dtype=like.dtype).to(like.device, non_blocking=True)
-            self._factors_of = found
-        scales = None if self.ratio is None else self.ratio.scales()
-        return self._factors if scales is None else self._factors * self._spread(scales).to(like)
-
-    def _by_term(self, values: Tensor) -> Tensor:
-        return torch.stack([part.sum() for part in torch.split(values, self._sizes)])
-
-    def _spread(self, scales: Tensor) -> Tensor:
-        """One value a term to one a loss."""
-        parts = zip(scales.unbind(), self._sizes, strict=True)
-        return torch.cat([scale.expand(size) for scale, size in parts])
 
 
 class DistilledStudent(nn.Module):

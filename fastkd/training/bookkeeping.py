@@ -103,7 +103,7 @@ class Bookkeeper:
                 require_same_data(state["data"], run.data_digests, str(folder.path), _PUT_BACK)
             if "cost" in state:
                 self.cost.load(state["cost"])
-            run.objective.load_feedback(state["objective"], run.ranks.device)
+            run.objective.weights.load_feedback(state["objective"], run.ranks.device)
             step = state["step"]
             if step < run.recipe.train.steps and state.get("before_last"):
                 state |= state["before_last"]
@@ -234,7 +234,7 @@ class Bookkeeper:
         position = {
             "step": step,
             "stream": self.micro_batches.state_dict(),
-            "objective": self.run.objective.feedback(),
+            "objective": self.run.objective.weights.feedback(),
             "data": self.run.data_digests,
             "cost": self.cost.state(),
             "before_last": self._before_last,

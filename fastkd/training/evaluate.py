@@ -74,7 +74,7 @@ class Evaluation:
     losses: dict[str, float]
     """Raw loss by label: the term, or `term/student layer-teacher layer`."""
     total: float
-    """Weighted sum of the losses, see `Objective.total`."""
+    """Weighted sum of the losses, see `StepWeights.total`."""
     judged: dict[str, Any]
     """Of text `sentence_cosine` (cosine of both models' embeddings, `None` where their lengths
     differ or fastkd can't make them), `blocks` and `tokens`, of a language model `perplexity` or,
@@ -181,7 +181,7 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
         of_alone |= judge_embeddings(run, "teacher")
     judged = evaluator.results(ranks) | tokens.results(ranks)
     judged |= judge_embeddings(run, "student")
-    total, outputs = objective.total(by_label), _outputs_of(evaluator)
+    total, outputs = objective.weights.total(by_label), _outputs_of(evaluator)
     result = Evaluation(by_label, total, judged, of_alone or None, outputs, _outputs_of(of_teacher))
     if broken := first_broken(result.of_student()):
         refuse(broken)

@@ -58,11 +58,11 @@ class GraphedStep:
                 "one of them out"
             )
         self._step = step
-        self._objective = objective
+        self._objective, self._weights = objective, objective.weights
         self._trained = list(trained)
         self._record = record or Recorder(self._trained[0].device)
         self._graphs: dict[object, tuple[Inputs, Tensor, Replay, Tensor]] = {}
-        objective.hold_weights(torch.zeros((), device=self._trained[0].device))
+        self._weights.hold(torch.zeros((), device=self._trained[0].device))
 
     def __call__(self, inputs: Inputs, scale: Tensor) -> Tensor:
         """Make a step; what it returns is overwritten by the next one.
@@ -77,14 +77,14 @@ class GraphedStep:
         key = self._key(inputs)
         if key not in self._graphs:
             if len(self._graphs) == MOST_SHAPES:
-                self._objective.refresh_weights()
+                self._weights.refresh()
                 return self._step(inputs, scale)
             self._graphs[key] = self._recorded(inputs, scale)
         given, its_scale, replay, parts = self._graphs[key]
         for name, tensor in inputs.items():
             given[name].copy_(tensor, non_blocking=True)
         its_scale.copy_(scale, non_blocking=True)
-        self._objective.refresh_weights()
+        self._weights.refresh()
         replay()
         return parts
 
@@ -98,7 +98,7 @@ class GraphedStep:
         given, its_scale = {name: t.clone() for name, t in inputs.items()}, scale.clone()
         gradients = [parameter.grad for parameter in self._trained]
         kept = [gradient.clone() for gradient in gradients if gradient is not None]
-        self._objective.refresh_weights()
+        self._weights.refresh()
         replay, parts = self._record(lambda: self._step(given, its_scale))
         # what the warm-up added
         for parameter, gradient, before in zip(self._trained, gradients, kept, strict=True):

@@ -177,7 +177,7 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
     objective, ranks, phase = run.objective, run.ranks, run.profile.phase
     micro_batches = [run.move(batch) for batch in step_batches]
     loss_scales = run.loss_scales(micro_batches)
-    if objective.needs_look:
+    if objective.weights.needs_look:
         _look(run, micro_batches, loss_scales)
     totals = torch.zeros(2, len(objective.labels), device=ranks.device)
     gathers = run.gathers(micro_batches, loss_scales)
@@ -201,8 +201,8 @@ def train_step(run: Run, step_batches: Sequence[Inputs]) -> Tensor:
         with phase("optimiser"):
             engine.step()
         totals += parts / run.plan.pieces
-    if objective.adapts:
-        objective.observe(ranks.sum(totals[0].clone()))
+    if objective.weights.adapts:
+        objective.weights.observe(ranks.sum(totals[0].clone()))
     return totals
 
 
@@ -216,7 +216,7 @@ def _look(run: Run, micro_batches: Sequence[Inputs], loss_scales: Tensor) -> Non
             for batch, scale, gather in zip(micro_batches, loss_scales, gathers, strict=True)
         ]
     run.engine.train()
-    run.objective.observe(run.ranks.sum(torch.stack(found).sum(dim=0)[0] / run.plan.pieces))
+    run.objective.weights.observe(run.ranks.sum(torch.stack(found).sum(dim=0)[0] / run.plan.pieces))
 
 
 def _claim(folder: RunFolder, recipe: AnyRecipe, run: Run, stage: Stage | None) -> None:

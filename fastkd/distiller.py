@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from inspect import signature
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -14,17 +13,17 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkd.capture import CompiledCapture, evaluating, is_routed, try_model, vocabulary_size
+from fastkd.batch_check import BatchCheck
+from fastkd.capture import AttentionTraits, CompiledCapture, evaluating, is_routed, try_model
 from fastkd.capture.compiled import check_not_compiled
 from fastkd.capture.lm_head import head_traits
 from fastkd.capture.modes import shared
 from fastkd.capture.routing import routed
 from fastkd.capture.sharding import check_not_sharded, check_sharding, check_whole_heads
 from fastkd.errors import UserError
-from fastkd.head_spec import HEADS
 from fastkd.layer_map import Progress, follows_epochs, make_layer_map
 from fastkd.layer_map.sections import Layers
-from fastkd.losses import DIVISORS, model_inputs
+from fastkd.losses import DIVISORS
 from fastkd.losses.base import Setting
 from fastkd.losses.factory import (
     capture_needs,
@@ -41,13 +40,9 @@ from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses, complain
 from fastkd.section import Section
 from fastkd.training.engine import TeacherRunner
-from fastkd.types import IGNORE_INDEX, Head, Inputs
+from fastkd.types import Head, Inputs
 
 _EXAMPLES = DIVISORS.index("examples")
-
-
-_WINDOWS = ("sliding_window", "local_attention", "attention_chunk_size", "window_size")
-"""What configurations call the tokens that local attention sees."""
 
 
 class Distiller(nn.Module):
@@ -131,16 +126,7 @@ class Distiller(nn.Module):
         needs = capture_needs(section)
         if needs["attention"]:
             check_whole_heads(teacher)
-        running = [model.config._attn_implementation for model in (student, teacher)]
-        try:
-            traits = (
-                try_model(student, tokens, "tokens", **needs),
-                try_model(teacher, tokens, "tokens", **needs),
-            )
-            heard = [model for model in (student, teacher) if is_routed(model)]
-        finally:
-            for model, name in zip((student, teacher), running, strict=True):
-                model.config._attn_implementation = name
+        traits, self._routed = _tried(student, teacher, tokens, needs)
         # those of GPUs are the caller's: nothing here is drawn there
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -161,22 +147,19 @@ class Distiller(nn.Module):
         self._pair = [DistilledStudent(student, objective)]
         self._runs: list[TeacherRunner] = []
         self._compiled = self._compile() if compile else None
-        self._routed = heard
-        of_heads = ((n, loss_class(c.loss)) for n, c in section.terms.items())
-        # the loss that learns from labels, or where they are
-        self._labels_read = next(
-            (n for n, kind in of_heads if issubclass(kind, HeadLoss) and kind.reads_labels(head)),
-            None,
-        )
         self._rates_unread = bool(objective.parameter_rates())
         self._unmoved = objective.moving
         self._by_epoch = any(map(follows_epochs, objective.maps.values()))
         parts = objective.all_layers("student")["logits"]
         # the models whose logits are made here, and what was tried of their last layers
         self._heads = [(m, head_traits(m)) for m in (student, teacher) if parts]
-        self._tokens = tokens if needs["attention"] else None
-        self._rows = vocabulary_size(student), vocabulary_size(teacher)
-        self._keywords = [set(signature(model.forward).parameters) for model in (student, teacher)]
+        self._batch_check = BatchCheck(
+            student,
+            teacher,
+            head,
+            tried=tokens if needs["attention"] else None,
+            reader=_label_reader(section, head),
+        )
         self._listening: list[ExitStack] = []
         # `fully_shard` gives what it shards another class
         self._kinds: tuple[type, type] | None = None
@@ -195,8 +178,7 @@ class Distiller(nn.Module):
     def needs_labels(self) -> bool:
         """Whether a loss reads labels that a batch must hold; a causal model's are its ids where
         not given."""
-        of = HEADS[self.objective.pair.head].labels
-        return self._labels_read is not None and of != "next_token"
+        return self._batch_check.needs_labels
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """All parameters, for an optimiser: `{"params": [...]}` first, then for each
@@ -274,7 +256,7 @@ class Distiller(nn.Module):
 
         On the batch's device; in the order of `fastkd.losses.DIVISORS`.
         """
-        return self.objective.divisors(self._checked(batch)).clone()
+        return self.objective.divisors(self._batch_check(batch)).clone()
 
     def forward(
         self, batch: Inputs, counts: Tensor | None = None, pieces: int = 1
@@ -300,7 +282,7 @@ class Distiller(nn.Module):
                 optimiser was told, losses that change over the run and `at` was not called, or a
                 model that was changed.
         """
-        inputs = self._checked(batch)
+        inputs = self._batch_check(batch)
         if not self._listening:
             raise UserError("the distiller is not listening; call it inside `with distiller:`")
         if self.training and torch.is_grad_enabled():
@@ -366,133 +348,6 @@ class Distiller(nn.Module):
         if teacher.device != device and getattr(teacher, "hf_device_map", None) is None:
             teacher.to(device)
 
-    def _check_length(self, tokens: int) -> None:
-        """See that what attention hides of so many tokens was tried.
-
-        Raises:
-            UserError: a window that the trial was too short to show.
-        """
-        if self._tokens is None or tokens <= self._tokens:
-            return
-        for model in (self.student, self.teacher):
-            config = model.config.get_text_config()
-            for field in _WINDOWS:
-                width = getattr(config, field, None)
-                # one more than the width may be seen, where it counts both sides apart
-                if isinstance(width, int) and self._tokens - 1 <= width < tokens:
-                    raise UserError(
-                        f"the batch has {tokens} tokens, of which {type(model).__name__} may hide "
-                        f"some ({field} {width}), but both models were tried on {self._tokens}; "
-                        f"give Distiller(tokens={tokens}), or the most that any batch has"
-                    )
-
-    def _check_ids(self, ids: Tensor) -> None:
-        """See that both models embed the ids, where one has more rows; on a GPU, where a look would
-        wait for all work before it, the smaller table's own lookup fails.
-
-        Raises:
-            UserError: naming an id that one model doesn't embed.
-        """
-        rows = min(self._rows)
-        if rows == max(self._rows) or ids.device.type != "cpu" or not ids.numel():
-            return
-        largest = int(ids.max())
-        if largest >= rows:
-            side = "student" if self._rows[0] == rows else "teacher"
-            raise UserError(
-                f"the batch holds the id {largest}, but the {side} embeds {rows} tokens (student "
-                f"and teacher: {self._rows[0]} and {self._rows[1]}); give ids that both embed"
-            )
-
-    def _checked(self, batch: Inputs) -> Inputs:
-        """The batch, once it is seen to hold what is read.
-
-        Raises:
-            UserError: naming what is missing, or what no model reads.
-        """
-        if not isinstance(batch, Mapping):
-            raise UserError(
-                f"the batch is a {type(batch).__name__}, expected a mapping with input_ids "
-                "[batch, tokens] and what goes with them"
-            )
-        ids = batch.get("input_ids")
-        if not isinstance(ids, Tensor) or ids.ndim != 2:
-            found = f"of shape {list(ids.shape)}" if isinstance(ids, Tensor) else "of none"
-            raise UserError(
-                f"the batch has the keys {', '.join(map(str, batch)) or 'none'}, and input_ids "
-                f"{found}; expected input_ids [batch, tokens]"
-            )
-        self._check_length(ids.shape[1])
-        self._check_ids(ids)
-        mask = batch.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
-            shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise UserError(
-                f"attention_mask is {shape}, expected {list(ids.shape)} as input_ids; losses read "
-                "from it which tokens are padding"
-            )
-        _check_one_text(batch)
-        for key, value in batch.items():
-            if key != "labels" and not isinstance(value, Tensor):
-                raise UserError(
-                    f"{key} of the batch is a {type(value).__name__}, expected tensors alone; take "
-                    "it out"
-                )
-        sides = ("student", self.student), ("teacher", self.teacher)
-        for (side, model), known in zip(sides, self._keywords, strict=True):
-            strange = [str(key) for key in batch if key != "labels" and key not in known]
-            if strange:
-                raise UserError(
-                    f"the {side} {type(model).__name__} reads no {', '.join(strange)}; take it out "
-                    "of the batch: both models read the same"
-                )
-        return self._labelled(batch)
-
-    def _labelled(self, batch: Inputs) -> Inputs:
-        """The batch with the labels that losses read, or without any.
-
-        Raises:
-            UserError: none, or of another shape than the head's outputs.
-        """
-        reader, head = self._labels_read, self.objective.pair.head
-        labels, ids = batch.get("labels"), batch["input_ids"]
-        of = HEADS[head].labels
-        # the first token of a span and the last one
-        shape = ids.shape[:1] if of == "example" else (len(ids), 2) if of == "span" else ids.shape
-        if isinstance(labels, Tensor) and labels.shape == shape:
-            return batch
-        if reader is None or (labels is None and not self.needs_labels):
-            return model_inputs(batch)
-        given = f"a {type(labels).__name__}"
-        if isinstance(labels, Tensor):
-            given = f"{list(labels.shape)}"
-        raise UserError(
-            f"losses.{reader} learns from labels of shape {list(shape)}, but those of the batch "
-            f"are {'missing' if labels is None else given}; give them, {IGNORE_INDEX} where there "
-            "is none"
-        )
-
-
-def _check_one_text(batch: Inputs) -> None:
-    """See that no row holds several texts, as of DataCollatorWithFlattening.
-
-    Raises:
-        UserError: one does.
-    """
-    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-    if not isinstance(positions, Tensor) or positions.ndim != 2:
-        return
-    again = positions.diff() < 0
-    if mask is not None and mask.shape == positions.shape:
-        # padding on the left has any
-        again &= mask[:, :-1].bool()
-    # a look at the device, at batches alone that come with positions
-    if bool(again.any()):
-        raise UserError(
-            "position_ids begin anew within a row, so it holds several texts, which losses would "
-            "read as one; give a padded batch with its attention_mask"
-        )
-
 
 def _check_models(student: object, teacher: object) -> None:
     for side, model in (("student", student), ("teacher", teacher)):
@@ -529,6 +384,24 @@ def _check_models(student: object, teacher: object) -> None:
         )
 
 
+def _tried(
+    student: PreTrainedModel, teacher: PreTrainedModel, tokens: int, needs: Mapping[str, bool]
+) -> tuple[tuple[AttentionTraits, AttentionTraits], list[PreTrainedModel]]:
+    """What the queries of both models see, and the models that can run routed; both are left as
+    they were."""
+    models = student, teacher
+    running = [model.config._attn_implementation for model in models]
+    try:
+        traits = (
+            try_model(student, tokens, "tokens", **needs),
+            try_model(teacher, tokens, "tokens", **needs),
+        )
+        return traits, [model for model in models if is_routed(model)]
+    finally:
+        for model, name in zip(models, running, strict=True):
+            model.config._attn_implementation = name
+
+
 class _Given(Section):
     """What the caller says, as a recipe would."""
 
@@ -551,6 +424,15 @@ def _common_head(student: PreTrainedModel, teacher: PreTrainedModel) -> Head:
     heads = _head_of(student), _head_of(teacher)
     # what stands on a model is only read where both have it
     return heads[0] if heads[0] == heads[1] else "none"
+
+
+def _label_reader(losses: Losses, head: Head) -> str | None:
+    """Name of the first loss that learns from labels, or where they are."""
+    for name, config in losses.terms.items():
+        kind = loss_class(config.loss)
+        if issubclass(kind, HeadLoss) and kind.reads_labels(head):
+            return name
+    return None
 
 
 def _check_pooling(losses: Losses, head: Head) -> None:

@@ -49,7 +49,7 @@ LEVELS: tuple[set[str], ...] = (
         "reporting.side_by_side",
         "layer_similarity",
     },
-    {"study", "api", "distiller", "publishing", "starter"},
+    {"study", "api", "batch_check", "distiller", "publishing", "starter"},
     {"integrations"},
     {"cli", "__main__"},
 )

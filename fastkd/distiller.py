@@ -39,7 +39,7 @@ from fastkd.models.classifier import check_same_outputs
 from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses, complain
 from fastkd.section import Section
-from fastkd.training.engine import TeacherRunner
+from fastkd.training.teacher import TeacherRunner
 from fastkd.types import Head, Inputs
 
 _EXAMPLES = DIVISORS.index("examples")

@@ -15,13 +15,13 @@ from tiny_runs import make_recipe, refused_variants, run_command, run_script
 from tiny_training import fastkd, save_classifier, save_encoder, write_recipe, write_task
 
 from fastkd.distributed import Ranks
-from fastkd.training.engine import NoTeacher
 from fastkd.training.finite import (
     blame,
     broken_weights,
     first_broken,
 )
 from fastkd.training.summary import worsened
+from fastkd.training.teacher import NoTeacher
 
 
 @pytest.fixture

@@ -34,9 +34,9 @@ LEVELS: tuple[set[str], ...] = (
     {"reporting", "data.tasks.metrics", "data.batching", "training.deepspeed_config"},
     {
         *("models", "data", "training.memory", "training.local_engine", "training.muon"),
-        "training.sharded",
+        *("training.sharded", "training.teacher"),
     },
-    {"training.engine", "training.finite", "training.checkpoint"},
+    {"training.engine", "training.finite", "training.checkpoint", "training.optimizer"},
     {
         *("training.run_folder", "training.beginnings", "training.continuation"),
         *("training.environment", "training.metric_lines"),

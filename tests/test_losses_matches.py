@@ -19,7 +19,7 @@ from fastkd.losses import DIVISORS, ModelPair
 from fastkd.losses.factory import make_objective
 from fastkd.losses.objective import Objective
 from fastkd.recipe import Losses, Train, load_recipe, parse_recipe
-from fastkd.training.engine import parameter_groups
+from fastkd.training.optimizer import parameter_groups
 
 NARROW, WIDE, TOKENS = 6, 8, 5
 PAIRS = [[1, 2], [1, 4], {"student": 2, "teacher": 3, "weight": 0.5}]

@@ -15,9 +15,9 @@ from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.losses import DIVISORS
 from fastkd.losses.factory import make_objective
+from fastkd.losses.objective import DistilledStudent
 from fastkd.models import build_student
 from fastkd.recipe import Losses, Student, parse_recipe
-from fastkd.training.engine import DistilledStudent
 
 BATCH = tiny_batch((7, 4))
 PATHS = {"student_module": "encoder.layer.0.output", "teacher_module": "encoder.layer.2.attention"}

@@ -32,9 +32,9 @@ from fastkd.recipe import Train, load_recipe
 from fastkd.training import muon
 from fastkd.training.checkpoint.states import read_state
 from fastkd.training.deepspeed_config import deepspeed_of_student
-from fastkd.training.engine import make_optimizer, parameter_groups
 from fastkd.training.local_engine import LocalEngine
 from fastkd.training.muon import Muon, block_matrices, orthogonal
+from fastkd.training.optimizer import make_optimizer, parameter_groups
 
 
 def by_hand(update: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from fastkd.losses import DIVISORS, ModelPair
 from fastkd.losses.objective import Objective
 from fastkd.losses.weighting import Uncertainty, factor
 from fastkd.recipe import Losses, Schedule, Train, parse_recipe
-from fastkd.training.engine import parameter_groups
+from fastkd.training.optimizer import parameter_groups
 
 WIDTH, TOKENS, STEPS = 6, 4, 100
 INPUTS = {"input_ids": torch.ones(2, TOKENS, dtype=torch.long)}

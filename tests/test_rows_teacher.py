@@ -22,7 +22,7 @@ from fastkd.losses.factory import make_objective
 from fastkd.losses.objective import DistilledStudent
 from fastkd.recipe import load_recipe
 from fastkd.row_form import RowForm
-from fastkd.training.engine import TeacherRunner
+from fastkd.training.teacher import TeacherRunner
 from fastkd.types import ROWS
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastkd.distributed import Ranks
 from fastkd.training import speed
-from fastkd.training.engine import NoTeacher
+from fastkd.training.teacher import NoTeacher
 from fastkd.types import LENGTHS, STARTS
 
 RANKS = Ranks(0, 1, torch.device("cpu"))

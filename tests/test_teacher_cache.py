@@ -25,9 +25,9 @@ from fastkd.errors import DiskError, UserError
 from fastkd.layer_map import Progress
 from fastkd.recipe import load_recipe
 from fastkd.reporting.console import Reporter
-from fastkd.training.engine import TeacherRunner
 from fastkd.training.evaluate import evaluate
 from fastkd.training.setup import Run, set_up
+from fastkd.training.teacher import TeacherRunner
 from fastkd.training.teacher_cache import forecast
 from fastkd.training.teacher_cache.forecast import Costs, describe, verdict
 from fastkd.training.teacher_cache.layout import fields_of

@@ -12,9 +12,9 @@ from tiny_runs import assert_same_run, keys, make_recipe, read_weights, run_vari
 from fastkd.distributed import Ranks, start_ranks, stop_ranks
 from fastkd.errors import UserError
 from fastkd.recipe import load_recipe
-from fastkd.training.engine import TeacherRunner
 from fastkd.training.finite import teacher_fault
 from fastkd.training.setup import Run, set_up
+from fastkd.training.teacher import TeacherRunner
 from fastkd.training.teacher_cache.layout import Field
 from fastkd.training.teacher_cache.plan import CachePlan, Form, plan_for_run
 

@@ -17,7 +17,7 @@ import torch
 from fastkd.capture import Capture
 from fastkd.errors import UserError
 from fastkd.training.dry_pass import tensors_of
-from fastkd.training.engine import TeacherRunner
+from fastkd.training.teacher import TeacherRunner
 from fastkd.types import Inputs
 
 

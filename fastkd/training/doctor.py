@@ -29,7 +29,6 @@ from fastkd.reporting.numbers import fixed, gib
 from fastkd.reporting.profile import memory_rows, time_columns, time_rows
 from fastkd.training.chips import Chip
 from fastkd.training.cost import peak_memory, reset_peak
-from fastkd.training.engine import NoTeacher
 from fastkd.training.environment import environment
 from fastkd.training.forecast import (
     EFFICIENCY,
@@ -49,6 +48,7 @@ from fastkd.training.setup import Run, check_layout, make_profile, set_up
 from fastkd.training.sharded import whole_numbers
 from fastkd.training.steering import check_metrics
 from fastkd.training.summary import profile_of
+from fastkd.training.teacher import NoTeacher
 from fastkd.training.teacher_cache.forecast import describe
 from fastkd.training.teacher_cache.plan import Form, plan_cache, plan_for_run
 from fastkd.training.window import Window

@@ -30,7 +30,6 @@ from fastkd.models.digests import NOTE, model_sources, require_same_models
 from fastkd.packed_row import valid_tokens
 from fastkd.recipe import AnyRecipe, Recipe, TaskSelection, each_stage
 from fastkd.training.deepspeed_config import check_packages
-from fastkd.training.engine import StoredStates, TeacherRunner
 from fastkd.training.finite import blame, first_broken, teacher_fault
 from fastkd.training.gathering import group_gathers
 from fastkd.training.judging import judge_embeddings
@@ -39,6 +38,7 @@ from fastkd.training.precision import tf32_products
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.same_data import READ_ALIKE, field_of, judged_by, require_same_data
 from fastkd.training.setup import Run, set_up_evaluation
+from fastkd.training.teacher import StoredStates, TeacherRunner
 from fastkd.types import Inputs, Reading, Side, teacher_inputs
 
 Outputs = dict[str, npt.NDArray[np.float32]]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastkd.capture import Capture
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
-from fastkd.training.engine import NoTeacher, TeacherRunner
+from fastkd.training.teacher import NoTeacher, TeacherRunner
 from fastkd.types import Inputs, teacher_inputs
 
 TEACHER_REMEDY = "give teacher.dtype float32, or a teacher whose weights are whole"

@@ -33,9 +33,10 @@ from fastkd.training.chips import Chip
 from fastkd.training.deepspeed_config import deepspeed_of_student, uses_deepspeed
 from fastkd.training.dry_pass import DryPass, bytes_of, dry_pass, tensors_of
 from fastkd.training.embeddings import find_embeddings, handed_on_prompts
-from fastkd.training.engine import check_config, matrix_numbers
+from fastkd.training.engine import check_config
 from fastkd.training.memory import apart, is_offloaded, memory_parts
 from fastkd.training.moving import host_bytes, link_bytes, reduced_bytes
+from fastkd.training.optimizer import matrix_numbers
 from fastkd.types import EightBits
 
 EFFICIENCY = 0.4

@@ -8,10 +8,11 @@ from fastkd.models import UnknownModule, read_embedding
 from fastkd.recipe import Recipe, Student, write_yaml
 from fastkd.reporting.console import Reporter
 from fastkd.reporting.numbers import fixed
-from fastkd.training.engine import NoTeacher, TeacherRunner, whole_weights
+from fastkd.training.engine import whole_weights
 from fastkd.training.export import export_notes, own_embedding
 from fastkd.training.precision import describe_precision
 from fastkd.training.setup import Run
+from fastkd.training.teacher import NoTeacher, TeacherRunner
 
 
 def introduce(run: Run, reporter: Reporter) -> None:

@@ -26,8 +26,8 @@ from fastkd.models.classifier import follow_labels
 from fastkd.recipe import Recipe
 from fastkd.recipe.models import OtherTeacher as Section
 from fastkd.training.embeddings import compare_lengths
-from fastkd.training.engine import OtherTeacher
 from fastkd.training.finite import check_weights
+from fastkd.training.teacher import OtherTeacher
 
 logger = logging.getLogger(__name__)
 

@@ -69,13 +69,13 @@ from fastkd.training.embeddings import (
     own_pooling,
     prompt_notes,
 )
-from fastkd.training.engine import OtherTeacher
 from fastkd.training.export import load_projections
 from fastkd.training.finite import check_weights
 from fastkd.training.memory import check_micro_batch
 from fastkd.training.others import ensemble_of, load_others
 from fastkd.training.precision import check_eight_bits, settle_precision
 from fastkd.training.run_folder import RunFolder
+from fastkd.training.teacher import OtherTeacher
 from fastkd.training.vocabularies import (
     Tokenizers,
     choose_tokenizers,

@@ -32,11 +32,8 @@ from fastkd.seeds import derived_seed
 from fastkd.training.ahead import TeacherAhead, check_overlap
 from fastkd.training.deepspeed_config import check_packages, deepspeed_of_student, uses_deepspeed
 from fastkd.training.engine import (
-    NoTeacher,
-    TeacherRunner,
     check_config,
     make_engine,
-    matrix_numbers,
     refusal,
     shard_teacher,
     whole_weights,
@@ -45,12 +42,14 @@ from fastkd.training.gathering import check_gathering, step_gathers
 from fastkd.training.graphs import GraphedStep, Record, check_graphs
 from fastkd.training.local_engine import LocalEngine
 from fastkd.training.memory import apart, check_micro_batch, memory_parts
+from fastkd.training.optimizer import matrix_numbers
 from fastkd.training.parts import Parts, gather
 from fastkd.training.precision import settle_precision
 from fastkd.training.profile import NoProfile, Profile, clocks_of
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.sharded import whole_numbers
 from fastkd.training.step_memory import StepMemory
+from fastkd.training.teacher import NoTeacher, TeacherRunner
 from fastkd.types import LENGTHS, ROWS, STORED, Inputs, Side, teacher_inputs
 
 

@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from fastkd.distributed import Ranks
-from fastkd.training.engine import NoTeacher
 from fastkd.training.setup import Run
+from fastkd.training.teacher import NoTeacher
 from fastkd.types import LENGTHS, STARTS, Inputs, teacher_inputs
 
 BATCHES = (1, 32)

@@ -8,7 +8,6 @@ from typing import Any
 from fastkd.models import model_bytes
 from fastkd.reporting.scores import score_parts
 from fastkd.training.cost import Cost
-from fastkd.training.engine import NoTeacher
 from fastkd.training.introduction import handed_on_notes
 from fastkd.training.metric_lines import evaluation_of
 from fastkd.training.profile import REST, Profile
@@ -16,6 +15,7 @@ from fastkd.training.run_folder import RunFolder
 from fastkd.training.setup import Run
 from fastkd.training.speed import measure_speed
 from fastkd.training.steering import Steering
+from fastkd.training.teacher import NoTeacher
 from fastkd.types import ModelSource
 
 # as much as two evaluations of the same weights may differ by, relatively

@@ -12,9 +12,9 @@ from torch import Tensor
 from fastkd.data.datamodule import MicroBatches
 from fastkd.errors import UserError
 from fastkd.layer_map import Progress
-from fastkd.training.engine import NoTeacher
 from fastkd.training.finite import blame, teacher_fault
 from fastkd.training.setup import Run
+from fastkd.training.teacher import NoTeacher
 
 SMALLER = "start again with a smaller train.learning_rate, in another run.output"
 

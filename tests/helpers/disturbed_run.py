@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from fastkd import distributed
 from fastkd.cli import main
 from fastkd.reporting import report
-from fastkd.training import bookkeeping, engine, loop, parts
+from fastkd.training import bookkeeping, loop, parts, teacher
 from fastkd.training.checkpoint import checkpoints
 from fastkd.training.export import student
 
@@ -85,7 +85,7 @@ def _half_written(number: int) -> None:
 
 def _overflow_from(number: int) -> None:
     """Let the teacher's states of one layer be infinite at one call, and at every look back."""
-    original = engine.TeacherRunner.__call__
+    original = teacher.TeacherRunner.__call__
     seen: list[int] = []
 
     def capture(self: Any, inputs: Any, **keywords: Any) -> Any:
@@ -96,7 +96,7 @@ def _overflow_from(number: int) -> None:
             states.hidden[2] = states.hidden[2] * float("inf")
         return states
 
-    engine.TeacherRunner.__call__ = capture
+    teacher.TeacherRunner.__call__ = capture
 
 
 def _work_alone() -> None:

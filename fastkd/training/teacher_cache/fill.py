@@ -27,8 +27,8 @@ from fastkd.errors import UserError
 from fastkd.files.flat import flat_file
 from fastkd.packed_row import PackedRow
 from fastkd.reporting.progress import progress_bar
-from fastkd.training.engine import TeacherRunner
 from fastkd.training.setup import Run
+from fastkd.training.teacher import TeacherRunner
 from fastkd.training.teacher_cache.layout import (
     Field,
     Layout,

@@ -18,8 +18,8 @@ from fastkd.errors import UserError
 from fastkd.files.disk import disk_errors
 from fastkd.reporting.console import Reporter
 from fastkd.reporting.numbers import fixed
-from fastkd.training.engine import TeacherRunner
 from fastkd.training.setup import Run
+from fastkd.training.teacher import TeacherRunner
 from fastkd.training.teacher_cache.plan import (
     CachePlan,
     Form,

@@ -24,8 +24,8 @@ from fastkd.models.digests import model_digests
 from fastkd.packed_row import PackedRow
 from fastkd.recipe import Recipe
 from fastkd.recipe.models import CacheAttention, CacheForm
-from fastkd.training.engine import TeacherRunner
 from fastkd.training.setup import Run
+from fastkd.training.teacher import TeacherRunner
 from fastkd.training.teacher_cache.fill import FIELD, epoch_batches, fill
 from fastkd.training.teacher_cache.layout import (
     Field,

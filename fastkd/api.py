@@ -35,7 +35,8 @@ from fastkd.recipe import (
 )
 from fastkd.reporting.report import print_evaluation, print_summary, write_report
 from fastkd.training.bookkeeping import Callbacks
-from fastkd.training.evaluate import Evaluation, evaluate_run
+from fastkd.training.evaluate import Evaluation
+from fastkd.training.evaluate_run import evaluate_run
 from fastkd.training.loop import run_recipe
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.session import quietened, session

@@ -139,7 +139,7 @@ def evaluate(
     if output is not None:
         _check_new(output)
     from fastkd.reporting.report import print_evaluation
-    from fastkd.training.evaluate import evaluate_run
+    from fastkd.training.evaluate_run import evaluate_run
     from fastkd.training.run_folder import RunFolder
     from fastkd.training.session import session
 

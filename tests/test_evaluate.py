@@ -25,12 +25,8 @@ from tiny_training import (
 from fastkd.distributed import start_ranks, stop_ranks
 from fastkd.errors import UserError
 from fastkd.recipe import load_any_recipe
-from fastkd.training.evaluate import (
-    Evaluation,
-    Kept,
-    check_overrides,
-    evaluate_run,
-)
+from fastkd.training.evaluate import Evaluation, Kept
+from fastkd.training.evaluate_run import check_overrides, evaluate_run
 from fastkd.training.run_folder import RunFolder
 
 EPOCHS = {"steps": None, "epochs": 0.5}

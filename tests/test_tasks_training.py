@@ -34,7 +34,7 @@ from fastkd.distributed import start_ranks, stop_ranks
 from fastkd.layer_map import make_layer_map
 from fastkd.layer_map.sections import RandomSection
 from fastkd.recipe import TaskAugmentation, load_recipe, stage_recipes
-from fastkd.training.evaluate import evaluate_run
+from fastkd.training.evaluate_run import evaluate_run
 from fastkd.training.run_folder import RunFolder
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NoReturn, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from fastkd.capture import Capture
 from fastkd.capture.lm_head import Overheard, overheard
@@ -31,6 +33,11 @@ from fastkd.training.teacher import StoredStates, TeacherRunner
 from fastkd.types import Inputs, Reading, Side, teacher_inputs
 
 Outputs = dict[str, npt.NDArray[np.float32]]
+_Compared = tuple[Tensor, Tensor | None]
+"""What an evaluator takes of a batch, of the student and of the teacher."""
+_ComparedOf = Callable[[Tensor, Tensor | None, Capture, Inputs], _Compared | None]
+"""Finds that from the student's output, the teacher's, what the losses read of the teacher, and the
+inputs; `None` where nothing can be compared."""
 _REMEDY = "train it with a smaller train.learning_rate, in another run.output"
 
 
@@ -106,16 +113,15 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
     batches = list(datamodule.heldout(run.plan.micro_batch_size, ranks, together))
     whole = ranks.sum(sum_divisors(objective, batches).to(ranks.device)).clamp(min=1)
     losses = torch.zeros(len(objective.labels), dtype=torch.float64, device=ranks.device)
-    compares, embeds = datamodule.compares, datamodule.reads == "embeddings"
-    heard: Reading = "states" if embeds else datamodule.reads
-    embeddings = [run.embedding(side) for side in get_args(Side)] if embeds else []
+    compares, reads = datamodule.compares, datamodule.reads
+    heard: Reading = "states" if reads == "embeddings" else reads
+    compared_of = _choose_compared(run)
     evaluator, of_teacher = datamodule.evaluator(ranks), None
     head = objective.pair.head
     with ExitStack() as stack:
-        student = run.module.student
-        tokens = stack.enter_context(heard_perplexity(student, head, ranks.device))
+        tokens = stack.enter_context(heard_perplexity(run.module.student, head, ranks.device))
         listeners = {"student": tokens}
-        student_heard = stack.enter_context(overheard(student, heard))
+        student_heard = stack.enter_context(overheard(run.module.student, heard))
         asks = compares or judge_teacher
         reads_teacher = stack.enter_context(_read_teacher(run, heard if asks else None))
         if isinstance(teacher, TeacherRunner) and asks:
@@ -135,14 +141,9 @@ def _evaluate(run: Run, judge_teacher: bool) -> Evaluation:
             for listener in listeners.values():
                 listener.expect(None)
             losses += float(len(batch.rows) > 0) * parts[0]
-            if isinstance(teacher, TeacherRunner) and teacher.others and compares:
-                given = embeddings[0] if embeds else None, student_heard.output, inputs
-                evaluator.add(batch.rows, *_beside_several(*given, teacher_states))
-            elif embeds:
-                if found := _embedded(embeddings, (student_heard.output, theirs), inputs):
-                    evaluator.add(batch.rows, *found)
-            else:
-                evaluator.add(batch.rows, student_heard.output, theirs if compares else None)
+            compared = compared_of(student_heard.output, theirs, teacher_states, inputs)
+            if compared is not None:
+                evaluator.add(batch.rows, *compared)
             if of_teacher and theirs is not None:
                 of_teacher.add(batch.rows, theirs, None)
     by_label = dict(zip(objective.labels, ranks.sum(losses).tolist(), strict=True))
@@ -207,12 +208,12 @@ class _TeacherReading:
             held_out = self.stored.beside(held_out, wanted)
         return self.run.move(held_out)
 
-    def __call__(self, inputs: Inputs) -> tuple[Capture, torch.Tensor | None]:
+    def __call__(self, inputs: Inputs) -> tuple[Capture, Tensor | None]:
         """What the losses read of it, and what it gives, where that is asked for."""
         # what it gives needs all of its layers, the losses perhaps not
         states = self.run.teacher(inputs, whole=self.heard is not None)
         if self.gives_scores:
-            assert isinstance(states.logits, torch.Tensor), "they are stored"
+            assert isinstance(states.logits, Tensor), "they are stored"
             return states, states.logits
         return states, None if self.heard is None else self.heard.output
 
@@ -238,34 +239,71 @@ def _outputs_of(evaluator: Evaluator | None) -> Outputs:
     return evaluator.outputs if isinstance(evaluator, ScoreEvaluator) else {}
 
 
+def _choose_compared(run: Run) -> _ComparedOf:
+    """What finds, batch by batch, the tensors that a run's evaluator takes; collective under
+    ZeRO-3."""
+    data, teacher = run.datamodule, run.teacher
+    embeddings: list[EmbeddingModules | None] = []
+    if data.reads == "embeddings":
+        embeddings = [run.embedding(side) for side in get_args(Side)]
+    if isinstance(teacher, TeacherRunner) and teacher.others and data.compares:
+        modules = embeddings[0] if embeddings else None
+        return _predicted_by_several if modules is None else partial(_embedded_by_several, modules)
+    if embeddings:
+        return partial(_embedded, embeddings)
+    return _given_by_both if data.compares else _given_by_student
+
+
+def _given_by_both(
+    student: Tensor, teacher: Tensor | None, _states: Capture, _inputs: Inputs
+) -> _Compared:
+    return student, teacher
+
+
+def _given_by_student(
+    student: Tensor, _teacher: Tensor | None, _states: Capture, _inputs: Inputs
+) -> _Compared:
+    return student, None
+
+
 def _embedded(
     modules: Sequence[EmbeddingModules | None],
-    outputs: Sequence[torch.Tensor | None],
+    student: Tensor,
+    teacher: Tensor | None,
+    _states: Capture,
     inputs: Inputs,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+) -> _Compared | None:
     """Embeddings of student and teacher of what both gave; `None` where they aren't known."""
     masks = valid_tokens(inputs), valid_tokens(teacher_inputs(inputs))
     made = [
         embed(given, mask)
-        for embed, given, mask in zip(modules, outputs, masks, strict=True)
+        for embed, given, mask in zip(modules, (student, teacher), masks, strict=True)
         if embed is not None and given is not None
     ]
     return (made[0], made[1]) if len(made) == 2 else None
 
 
-def _beside_several(
-    modules: EmbeddingModules | None, given: torch.Tensor, inputs: Inputs, teachers: Capture
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the student gives, and what several teachers come to: embeddings, or predictions where
-    no modules are given."""
-    if modules is None:
-        assert isinstance(teachers.logits, torch.Tensor), "a loss reads scores"
-        return given, teachers.logits
-    assert teachers.embedding is not None, "a loss reads embeddings"
-    return modules(given, valid_tokens(inputs)), teachers.embedding
+def _embedded_by_several(
+    modules: EmbeddingModules,
+    student: Tensor,
+    _teacher: Tensor | None,
+    states: Capture,
+    inputs: Inputs,
+) -> _Compared:
+    """Embeddings: the student's, and what those of several teachers come to."""
+    assert states.embedding is not None, "a loss reads embeddings"
+    return modules(student, valid_tokens(inputs)), states.embedding
 
 
-def sum_divisors(objective: Objective, batches: Sequence[EvalBatch]) -> torch.Tensor:
+def _predicted_by_several(
+    student: Tensor, _teacher: Tensor | None, states: Capture, _inputs: Inputs
+) -> _Compared:
+    """Predictions: the student's, and what those of several teachers come to."""
+    assert isinstance(states.logits, Tensor), "a loss reads scores"
+    return student, states.logits
+
+
+def sum_divisors(objective: Objective, batches: Sequence[EvalBatch]) -> Tensor:
     """What the batches that count hold of every divisor, fp64 [DIVISORS] on the CPU."""
     counts = [float(len(batch.rows) > 0) * objective.divisors(batch.inputs) for batch in batches]
     return torch.stack(counts).sum(dim=0)

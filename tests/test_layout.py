@@ -39,7 +39,8 @@ LEVELS: tuple[set[str], ...] = (
     {"training.engine", "training.finite", "training.checkpoint", "training.optimizer"},
     {
         *("training.run_folder", "training.beginnings", "training.continuation"),
-        *("training.environment", "training.metric_lines"),
+        *("training.environment", "training.metric_lines", "training.metrics_file"),
+        "training.started_paths",
     },
     {"training.export"},
     {

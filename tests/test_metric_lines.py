@@ -25,7 +25,8 @@ from fastkd.training.metric_lines import (
     numbers_of,
     values_of,
 )
-from fastkd.training.run_folder import MetricsFile, RunFolder
+from fastkd.training.metrics_file import MetricsFile
+from fastkd.training.run_folder import RunFolder
 
 EVALUATION: dict[str, Any] = {
     "losses": {"attention/1-2": 0.5, "hidden/2-4..6": 0.25, "logits": 2.0},

@@ -26,7 +26,8 @@ from fastkd.study.shared import SharedRun
 from fastkd.study.storage import Store, Work
 from fastkd.study.worker import Children, write_beside
 from fastkd.training.metric_lines import evaluation_of
-from fastkd.training.run_folder import MetricsFile, RunFolder
+from fastkd.training.metrics_file import MetricsFile
+from fastkd.training.run_folder import RunFolder
 from fastkd.training.stages import stage_folders
 
 # how often an idle worker looks for work that another process left

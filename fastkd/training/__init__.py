@@ -6,8 +6,8 @@ what is due between steps, by way of `window.py` (metrics), `evaluate.py`, `chec
 `summary.py` (`speed.py`: what its models take to run); `engine.py` is DeepSpeed, or
 `local_engine.py` in one process, `optimizer.py` what they step with, `teacher.py` runs beside them,
 `export/` what is handed on, `card/` what is said of it.
-`run_folder.py`, `hold.py`, `continuation.py` and `beginnings.py` know the folder, `session.py` what
-stands around a run in a process.
+`run_folder.py`, `metrics_file.py`, `started_paths.py`, `hold.py`, `continuation.py` and
+`beginnings.py` know the folder, `session.py` what stands around a run in a process.
 
 It may import data, models, losses, capture, recipe and reporting; not the command line or
 `fastkd.api`, which stand on it, and no loss by name. `tests/test_layout.py` has the levels.

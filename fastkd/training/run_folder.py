@@ -8,7 +8,6 @@ sees half of a file.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import shutil
@@ -23,7 +22,6 @@ from fastkd.files.disk import (
     write_whole,
 )
 from fastkd.recipe import AnyRecipe, dump_recipe, load_any_recipe, parse_any_recipe
-from fastkd.recipe.models import STARTS
 from fastkd.training.beginnings import (
     FILES,
     FOLDERS,
@@ -41,23 +39,9 @@ from fastkd.training.environment import (
     start_of,
     started_from,
 )
-from fastkd.training.metric_lines import Line, as_flat
-
-# fields that name files and folders, or something on the hub
-_PLACES = (
-    "model.name",
-    "teacher.model",
-    "teacher.others.model",
-    "student.init",
-    "data.train",
-    "data.heldout",
-    "data.cache",
-    "task.source",
-    "task.cache",
-    "task.augmentation.masked_model",
-    "task.augmentation.glove",
-    "task.augmentation.synonyms",
-)
+from fastkd.training.metric_lines import Line
+from fastkd.training.metrics_file import MetricsFile, parse_object
+from fastkd.training.started_paths import found_from
 
 _ELSEWHERE = "try again, or give a run.output that you may write to"
 
@@ -173,8 +157,8 @@ class RunFolder:
         there = self.started_in or Path.cwd()
         before = load_any_recipe(self.recipe)
         found = difference(
-            _found_from(before.model_dump(mode="json"), there),
-            _found_from(recipe.model_dump(mode="json"), Path.cwd()),
+            found_from(before.model_dump(mode="json"), there),
+            found_from(recipe.model_dump(mode="json"), Path.cwd()),
         )
         if found is not None:
             key, was, given = found
@@ -210,7 +194,7 @@ class RunFolder:
         """The working folder that the run was started from, if it is known and still there."""
         if not self.environment.is_file():
             return None
-        found = _parsed(self.environment.read_bytes(), f"{self.environment}", "put it back")
+        found = parse_object(self.environment.read_bytes(), f"{self.environment}", "put it back")
         return started_from(self.path, found)
 
     def read_recipe(self, overrides: Sequence[str] = ()) -> AnyRecipe:
@@ -226,7 +210,7 @@ class RunFolder:
         if started is None:
             return recipe
         given = [override.partition("=")[0] for override in overrides]
-        tree = _found_from(recipe.model_dump(mode="json"), started, given)
+        tree = found_from(recipe.model_dump(mode="json"), started, given)
         return parse_any_recipe(tree, str(self.recipe))
 
     def append_metrics(self, line: Line) -> None:
@@ -285,87 +269,4 @@ class RunFolder:
         if not self.summary.is_file():
             return None
         remedy = "remove it and continue with --resume, which writes it again"
-        return _parsed(self.summary.read_bytes(), f"{self.summary}", remedy)
-
-
-class MetricsFile:
-    """metrics.jsonl, of which each line is read once, also while another process writes it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._inode, self._read, self._lines = -1, 0, 0
-
-    def new_lines(self) -> Iterator[Line]:
-        """The whole lines behind those that were taken before; all of them of another file.
-
-        Raises:
-            UserError: a line is no record.
-        """
-        if not self._path.is_file():
-            return
-        # of all lines, whose columns are the same
-        columns: dict[str, str] = {}
-        with self._path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_ino != self._inode or status.st_size < self._read:
-                self._inode, self._read, self._lines = status.st_ino, 0, 0
-            file.seek(self._read)
-            for content in file:
-                if not content.endswith(b"\n"):
-                    return
-                self._read, self._lines = self._read + len(content), self._lines + 1
-                where = f"{self._path}, line {self._lines}"
-                line = _parsed(content, where, "repair or remove that line", "kind", "step")
-                yield {columns.setdefault(name, name): v for name, v in as_flat(line).items()}
-
-
-def _parsed(content: bytes, where: str, remedy: str, *keys: str) -> dict[str, Any]:
-    """A JSON object with some keys, in one line or a whole file."""
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is damaged ({error}); {remedy}") from error
-    if not isinstance(found, dict) or not found.keys() >= set(keys):
-        named = f" with {' and '.join(keys)}" if keys else ""
-        raise UserError(f"{where} is damaged (no JSON object{named}); {remedy}")
-    return found
-
-
-def _found_from(tree: Mapping[str, Any], folder: Path, given: Sequence[str] = ()) -> dict[str, Any]:
-    """A recipe whose relative paths are absolute where something is there, seen from a folder; any
-    other name is on the hub or nowhere. Keys in `given`, and what is below them, stay."""
-    found = dict(tree)
-    pairs = (tree.get("evaluate") or {}).get("pairs", ())
-    for place in (*_PLACES, *(f"evaluate.pairs.{name}.path" for name in pairs)):
-        if not any(f"{place}.".startswith(f"{key}.") for key in given):
-            found = _replaced(found, place, folder)
-    if found.get("stages"):
-        found["stages"] = [_found_from(stage, folder) for stage in found["stages"]]
-    return found
-
-
-def _replaced(section: dict[str, Any], key: str, folder: Path) -> dict[str, Any]:
-    head, _, rest = key.partition(".")
-    value = section.get(head)
-    if rest and isinstance(value, dict):
-        return {**section, head: _replaced(value, rest, folder)}
-    if rest and isinstance(value, list):
-        return {**section, head: [_replaced(one, rest, folder) for one in value]}
-    if rest or not value:
-        return section
-    if isinstance(value, list):
-        return {**section, head: [_absolute(name, folder) for name in value]}
-    # words, which the recipe reads before it looks for a folder
-    word = head == "init" and value in STARTS
-    return section if word else {**section, head: _absolute(value, folder)}
-
-
-def _absolute(name: str, folder: Path) -> str:
-    if name == "python-docs" or name.startswith("~"):
-        return name
-    path = folder / name
-    if os.path.lexists(path):
-        # one file, one name; a link may point elsewhere tomorrow, so it keeps its own
-        return str(path.resolve() if ".." in path.parts else path)
-    pattern = f"{glob.escape(str(folder))}/{name}"
-    return pattern if glob.has_magic(name) and glob.glob(pattern, recursive=True) else name
+        return parse_object(self.summary.read_bytes(), f"{self.summary}", remedy)

@@ -26,8 +26,9 @@ from fastkd.distributed import Ranks, start_ranks, stop_ranks
 from fastkd.errors import UserError
 from fastkd.models import own_model, vocabulary_difference
 from fastkd.recipe import Recipe, Student, load_recipe
+from fastkd.training.gather import gather
 from fastkd.training.judging import RunEncoder, judge_embeddings
-from fastkd.training.parts import Parts, gather
+from fastkd.training.parts import Parts
 from fastkd.training.setup import set_up
 from fastkd.types import TEACHER, Head
 

@@ -14,7 +14,8 @@ from fastkd.data.batching import plan_batches
 from fastkd.distributed import Ranks
 from fastkd.models import load_student
 from fastkd.recipe import load_any_recipe
-from fastkd.training.parts import Parts, gather
+from fastkd.training.gather import gather
+from fastkd.training.parts import Parts
 from fastkd.training.run_folder import RunFolder
 from fastkd.types import ModelSource
 

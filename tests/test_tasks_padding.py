@@ -31,7 +31,7 @@ from fastkd.data.tasks.padding import hand_on_padding, padding_id
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.recipe import parse_finetune_recipe
-from fastkd.training.parts import pad_alike
+from fastkd.training.padding import pad_alike
 
 DECODERS = ("gpt2", "llama", "qwen2", "mistral")
 ENCODERS = ("bert", "roberta", "distilbert", "modernbert")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +18,9 @@ from fastkd.data.sequences import sequences_of, uses_token_types
 from fastkd.data.text import TextSettings
 from fastkd.data.text.files import Records
 from fastkd.data.text.sources import resolve
+from fastkd.distributed import Ranks
 from fastkd.errors import UserError
+from fastkd.recipe.evaluate import SentencePairs
 from fastkd.row_form import RowForm
 
 logger = logging.getLogger(__name__)
@@ -87,3 +91,43 @@ def encode_pairs(
     for part in (sequences.offsets, sequences.tokens.astype(np.int64)):
         content.update(part.tobytes())
     return EncodedRows(sequences, each=2, scores=scores, fingerprint=content.hexdigest())
+
+
+def prepare_pairs(
+    given: Mapping[str, SentencePairs],
+    ranks: Ranks,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    teacher_config: PreTrainedConfig,
+    cache: str,
+    max_length: int,
+    prompt: str,
+) -> dict[str, EncodedRows]:
+    """Pairs of texts that embeddings are scored on, by name; the first rank reads their files.
+
+    Args:
+        given: sections of a recipe, by name.
+        ranks: this process among all.
+        tokenizer: of the student, and of the teacher where that has none of its own.
+        config: of the model that its inputs are made for.
+        teacher_tokenizer: of the teacher, where it has one of its own.
+        teacher_config: of the model that the inputs of that are made for.
+        cache: folder for what the hub sends.
+        max_length: tokens of a text, see `encode_pairs`.
+        prompt: before texts of pairs that are given none.
+    """
+    found = {}
+    for name, pairs in given.items():
+        columns, field = (pairs.sentence1, pairs.sentence2), f"evaluate.pairs.{name}"
+        prompts = dict.fromkeys(columns, prompt if pairs.prompt is None else pairs.prompt)
+        form = RowForm(columns=columns, named=True, scores=(pairs.score,), prompts=prompts)
+        rows = ranks.from_main(partial(read_pairs, pairs.path, pairs.split, form, cache, field))
+        read = partial(encode_pairs, rows, form, max_length=max_length, name=name)
+        found[name] = read(tokenizer, config)
+        if teacher_tokenizer is not None:
+            theirs = read(teacher_tokenizer, teacher_config)
+            both = f"{found[name].fingerprint} {theirs.fingerprint}"
+            found[name] = replace(found[name], teacher=theirs.sequences, fingerprint=both)
+    return found

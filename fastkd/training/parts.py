@@ -1,8 +1,6 @@
 """What a run is made of: models, data, objective; loaded, built and checked on the CPU.
 
-Training, evaluating, trying and estimating a run start here, of distillation and fine-tuning alike.
-They differ in where the student comes from: a run that trains builds it, an evaluation reads what a
-run exported.
+`gather.py` asks for them, of a distillation here, of a fine-tuning in `parts_finetune.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,17 +18,14 @@ from fastkd.capture import (
     hands_on_last_block,
     try_model,
     try_packed,
-    vocabulary_size,
 )
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import DataModule
 from fastkd.data.factory import make_datamodule, task_of
 from fastkd.data.mteb_tasks import load_tasks, task_digest
-from fastkd.data.pairs import encode_pairs, read_pairs
-from fastkd.data.rows.datamodule import RowDataModule
+from fastkd.data.pairs import prepare_pairs
 from fastkd.data.rows.tokenized import EncodedRows
-from fastkd.data.tasks import Task, hand_on_padding, reads_padding
-from fastkd.data.tasks.datamodule import TaskDataModule
+from fastkd.data.tasks import Task
 from fastkd.data.text.mlm import Masking
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
@@ -39,7 +33,6 @@ from fastkd.head_spec import HEADS
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.factory import (
     capture_needs,
-    hard_objective,
     make_objective,
 )
 from fastkd.losses.mlm import MlmLoss
@@ -48,17 +41,14 @@ from fastkd.losses.pooling import EmbeddingModules
 from fastkd.models import (
     Initialisation,
     build_student,
-    check_saved,
     load_student,
     load_teacher,
-    load_tokenizer,
     stands_apart,
     student_layers,
 )
-from fastkd.models.classifier import check_start, fit_classifier, load_tuned, name_outputs
+from fastkd.models.classifier import check_start, fit_classifier, name_outputs
 from fastkd.models.importance import start_by_importance
 from fastkd.recipe import AnyRecipe, FinetuneRecipe, Recipe, TaskData, resolve_steps
-from fastkd.row_form import RowForm
 from fastkd.training.alike import check_alike
 from fastkd.training.embeddings import (
     begin_projection,
@@ -73,7 +63,8 @@ from fastkd.training.export import load_projections
 from fastkd.training.finite import check_weights
 from fastkd.training.memory import check_micro_batch
 from fastkd.training.others import ensemble_of, load_others
-from fastkd.training.precision import check_eight_bits, settle_precision
+from fastkd.training.padding import pad_as_read
+from fastkd.training.precision import check_eight_bits
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.teacher import OtherTeacher
 from fastkd.training.vocabularies import (
@@ -141,36 +132,6 @@ class Parts:
         }
 
 
-def gather(
-    recipe: AnyRecipe,
-    plan: BatchPlan,
-    ranks: Ranks,
-    *,
-    progress: bool,
-    made: RunFolder | None = None,
-) -> Parts:
-    """Load, build and check the parts of a run; collective over the ranks.
-
-    Args:
-        recipe: of either kind; where a run has made the student, with its number of steps.
-        plan: how a step is cut.
-        ranks: this process among all.
-        progress: whether reading data shows bars.
-        made: a finished run, whose student and projections are read in place of new ones.
-
-    Raises:
-        UserError: anything about the recipe that does not work on this machine.
-    """
-    recipe = settle_precision(recipe, ranks)
-    make: Any = _distillation if isinstance(recipe, Recipe) else _finetuning
-    found: Parts = make(recipe, plan, ranks, progress, made)
-    if made is None:
-        config = found.module.student.config
-        given = f"model {(found.start or found.source).name}"
-        ranks.from_main(partial(check_saved, found.exported_tokenizer, config, given))
-    return found
-
-
 @dataclass
 class _Models:
     """What a distillation reads and trains, before there is data."""
@@ -195,9 +156,10 @@ class _Models:
     """Of what it is exported with."""
 
 
-def _distillation(
+def gather_distillation(
     recipe: Recipe, plan: BatchPlan, ranks: Ranks, progress: bool, made: RunFolder | None
 ) -> Parts:
+    """Load, build and check what a distillation is made of, see `gather`."""
     models = _models(recipe, plan, ranks, made)
     # before the data, which takes long to read, and may tell how many steps there are
     tasks = load_tasks(() if recipe.evaluate is None else recipe.evaluate.mteb, ranks)
@@ -205,7 +167,7 @@ def _distillation(
     begun = [] if made is not None else begin_projection(recipe, objective, models.student)
     tokenizers, configs = models.tokenizers, models.configs
     prompt = find_default_prompt(recipe)
-    pairs = _pairs(recipe, tokenizers, *configs, ranks, prompt)
+    pairs = _pairs(recipe, models, ranks, prompt)
     datamodule = make_datamodule(
         recipe,
         tokenizers.student,
@@ -220,9 +182,12 @@ def _distillation(
         progress=progress,
     )
     if made is None:
-        recipe = _resolved(recipe, datamodule)
+        recipe = resolve_recipe(recipe, datamodule)
     objective.steps = recipe.train.steps
-    handed_on = {**models.initialisation.rates, **_padded(recipe, datamodule, models)}
+    handed_on = dict(models.initialisation.rates)
+    if HEADS[recipe.student.head].data == "task":
+        others = [other.model for other in models.others]
+        handed_on |= pad_as_read(datamodule, tokenizers, models.student, models.teacher, others)
     if made is None and recipe.student.init == "importance":
         _choose_channels(recipe, models, first_inputs(datamodule, recipe, plan, ranks), ranks)
     return Parts(
@@ -268,7 +233,7 @@ def _models(recipe: Recipe, plan: BatchPlan, ranks: Ranks, made: RunFolder | Non
     compare_lengths(recipe, recipe.teacher.source, teachers, "teacher.model")
     traits = _traits(student, recipe), teacher_traits
     if made is None:
-        check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(student))
+        check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *size_of_model(student))
     pooling = own_pooling(recipe, student, teacher, start)
     prompts = handed_on_prompts(recipe)
     others = load_others(recipe, teacher, teachers)
@@ -359,40 +324,22 @@ def first_inputs(
             yield from micro_batches.next_step(step)
 
 
-def _pairs(
-    recipe: Recipe,
-    tokenizers: Tokenizers,
-    config: PreTrainedConfig,
-    teacher: PreTrainedConfig,
-    ranks: Ranks,
-    prompt: str,
-) -> dict[str, EncodedRows]:
-    """Pairs of texts that embeddings are scored on, by name; the first rank reads their files.
-
-    Args:
-        recipe: of the run.
-        tokenizers: of both models.
-        config: of the model that the first tokenizer's inputs are made for.
-        teacher: of the one that the teacher's own are made for.
-        ranks: this process among all.
-        prompt: before texts of pairs that are given none.
-    """
-    given = {} if recipe.evaluate is None else recipe.evaluate.pairs
-    data, found = recipe.data, {}
-    for name, pairs in given.items():
-        assert data is not None, "a recipe that evaluates embeddings has text"
-        columns = pairs.sentence1, pairs.sentence2
-        prompts = dict.fromkeys(columns, prompt if pairs.prompt is None else pairs.prompt)
-        form = RowForm(columns=columns, named=True, scores=(pairs.score,), prompts=prompts)
-        place = pairs.path, pairs.split, form, data.cache, f"evaluate.pairs.{name}"
-        rows = ranks.from_main(partial(read_pairs, *place))
-        read = partial(encode_pairs, rows, form, max_length=data.block_size, name=name)
-        found[name] = read(tokenizers.student, config)
-        if tokenizers.teacher is not None:
-            theirs = read(tokenizers.teacher, teacher)
-            both = f"{found[name].fingerprint} {theirs.fingerprint}"
-            found[name] = replace(found[name], teacher=theirs.sequences, fingerprint=both)
-    return found
+def _pairs(recipe: Recipe, models: _Models, ranks: Ranks, prompt: str) -> dict[str, EncodedRows]:
+    """Pairs of texts that embeddings are scored on, by name."""
+    if recipe.evaluate is None or not recipe.evaluate.pairs:
+        return {}
+    assert recipe.data is not None, "a recipe that evaluates embeddings has text"
+    return prepare_pairs(
+        recipe.evaluate.pairs,
+        ranks,
+        tokenizer=models.tokenizers.student,
+        config=models.configs[0],
+        teacher_tokenizer=models.tokenizers.teacher,
+        teacher_config=models.configs[1],
+        cache=recipe.data.cache,
+        max_length=recipe.data.block_size,
+        prompt=prompt,
+    )
 
 
 def _masking(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Masking | None:
@@ -438,101 +385,15 @@ def _made_student(
     )
     if task is not None:
         fit_classifier(student, task, f"student {made.student}")
-    return student, _nothing_drawn(student)
+    return student, nothing_drawn(student)
 
 
-def _finetuning(
-    recipe: FinetuneRecipe, plan: BatchPlan, ranks: Ranks, progress: bool, made: RunFolder | None
-) -> Parts:
-    task, section = task_of(recipe.task), recipe.model
-    source = section.source if made is None else ModelSource(str(made.student))
-    tuned = load_tuned(
-        source,
-        task,
-        dropout=section.dropout,
-        attention=section.attention,
-        gradient_checkpointing=section.gradient_checkpointing,
-    )
-    if made is not None and tuned.new_head:
-        raise UserError(f"{made.student} holds no head for task {task.name}; tune it again")
-    model = tuned.model
-    if made is None:
-        check_weights(model, f"model.name {source.name}")
-    try_model(model, recipe.task.max_length, "task.max_length", attention=False, hidden=False)
-    _try_packed(model, recipe.task)
-    tokenizer = load_tokenizer(source, vocabulary_size(model))
-    if made is None:
-        check_micro_batch(recipe, plan.micro_batch_size, ranks.device, *_size(model))
-    datamodule = make_datamodule(
-        recipe, tokenizer, model.config, ranks, trains=made is None, progress=progress
-    )
-    if made is None:
-        recipe = _resolved(recipe, datamodule)
-    handed_on = tuned.rates | pad_alike(datamodule, tokenizer, model)
-    objective, layers = hard_objective(model, task.kind, recipe.train.steps)
-    return Parts(
-        recipe=recipe,
-        ranks=ranks,
-        plan=plan,
-        datamodule=datamodule,
-        tokenizer=tokenizer,
-        teacher_tokenizer=None,
-        exported_tokenizer=tokenizer,
-        notes=(),
-        layers=layers,
-        initialisation=_nothing_drawn(model, tuned.new_head),
-        module=DistilledStudent(model, objective),
-        teacher_model=None,
-        others=[],
-        source=source,
-        start=None,
-        pairs={},
-        mteb_tasks={},
-        handed_on=handed_on,
-        prompts={},
-        default_prompt="",
-    )
+def resolve_recipe(recipe: R, datamodule: DataModule) -> R:
+    """The recipe with its numbers of steps written out.
 
-
-def _padded(recipe: Recipe, datamodule: DataModule, models: _Models) -> dict[str, Any]:
-    """`pad_alike` of all models that classify, each as its own tokenizer's sequences are padded."""
-    if HEADS[recipe.student.head].data != "task":
-        return {}
-    student, teacher, tokenizers = models.student, models.teacher, models.tokenizers
-    if tokenizers.teacher is None:
-        kept = pad_alike(datamodule, tokenizers.exported, student, teacher)
-    else:
-        assert isinstance(datamodule, RowDataModule), "rows alone are read by two tokenizers"
-        teacher.config.pad_token_id = datamodule.teacher_pad_id
-        kept = pad_alike(datamodule, tokenizers.exported, student)
-    for other in models.others:
-        other.model.config.pad_token_id = teacher.config.pad_token_id
-    return kept
-
-
-def pad_alike(
-    datamodule: DataModule, tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel
-) -> dict[str, Any]:
-    """Tell classifiers which token pads: a decoder's head reads the last token before it.
-
-    Returns:
-        What the configuration of the first of them is handed on with, see `hand_on_padding`.
+    Raises:
+        UserError: what `resolve_steps` raises.
     """
-    config = models[0].config
-    kept = getattr(config, "pad_token_id", None)
-    if isinstance(datamodule, TaskDataModule | RowDataModule):
-        pad = datamodule.pad_id
-        if reads_padding(models[0]):
-            kept = hand_on_padding(config, tokenizer, pad, datamodule.sets)
-    else:
-        # blocks of text have no padding, and a decoder that knows of none reads no batch
-        pad = -1 if kept is None else kept
-    for model in models:
-        model.config.pad_token_id = pad
-    return {"pad_token_id": kept}
-
-
-def _resolved(recipe: R, datamodule: DataModule) -> R:
     try:
         train = resolve_steps(recipe.train, datamodule.rows)
     except ValueError as error:
@@ -540,11 +401,13 @@ def _resolved(recipe: R, datamodule: DataModule) -> R:
     return recipe.model_copy(update={"train": train})
 
 
-def _size(model: PreTrainedModel) -> tuple[int, int]:
+def size_of_model(model: PreTrainedModel) -> tuple[int, int]:
+    """Width and layers of a model, as `check_micro_batch` takes them."""
     return model.config.hidden_size, model.config.num_hidden_layers
 
 
-def _nothing_drawn(model: PreTrainedModel, new_head: bool = False) -> Initialisation:
+def nothing_drawn(model: PreTrainedModel, new_head: bool = False) -> Initialisation:
+    """`Initialisation` of a model that was read, not made; `new_head`: but for its head."""
     total = sum(p.numel() for p in model.parameters())
     return Initialisation(total, total, new_head)
 
@@ -554,13 +417,13 @@ def _traits(model: PreTrainedModel, recipe: Recipe) -> AttentionTraits:
     needs = capture_needs(recipe.losses)
     if recipe.task is not None:
         traits = try_model(model, recipe.task.max_length, "task.max_length", **needs)
-        _try_packed(model, recipe.task)
+        try_without_padding(model, recipe.task)
         return traits
     assert recipe.data is not None, "a recipe has data or a task"
     return try_model(model, recipe.data.block_size, "data.block_size", **needs)
 
 
-def _try_packed(model: PreTrainedModel, task: TaskData) -> None:
+def try_without_padding(model: PreTrainedModel, task: TaskData) -> None:
     """See that a model reads examples without padding, where a task has none."""
     if task.padding == "none":
         try_packed(model, task.max_length)

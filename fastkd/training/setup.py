@@ -38,12 +38,13 @@ from fastkd.training.engine import (
     shard_teacher,
     whole_weights,
 )
+from fastkd.training.gather import gather
 from fastkd.training.gathering import check_gathering, step_gathers
 from fastkd.training.graphs import GraphedStep, Record, check_graphs
 from fastkd.training.local_engine import LocalEngine
 from fastkd.training.memory import apart, check_micro_batch, memory_parts
 from fastkd.training.optimizer import matrix_numbers
-from fastkd.training.parts import Parts, gather
+from fastkd.training.parts import Parts
 from fastkd.training.precision import settle_precision
 from fastkd.training.profile import NoProfile, Profile, clocks_of
 from fastkd.training.run_folder import RunFolder

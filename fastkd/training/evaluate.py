@@ -62,27 +62,29 @@ class Evaluation:
     total: float
     """Weighted sum of the losses, see `StepWeights.total`."""
     judged: dict[str, Any]
-    """Of text `sentence_cosine` (cosine of both models' embeddings, `None` where their lengths
-    differ or fastkd can't make them), `blocks` and `tokens`, of a language model `perplexity` or,
-    of masked tokens, `pseudo_perplexity`; of a task `score`, `scores` by set and metric, `class_f1`
-    by set and class, `baseline` (the scores of one answer to everything), `one_class`,
-    `examples`; of embeddings that are judged `pairs` and `mteb`, scores by name."""
+    """Results besides the losses: of text `sentence_cosine` (cosine of both models' embeddings,
+    `None` where their lengths differ or fastkd can't make them), `blocks` and `tokens`, of a
+    language model `perplexity` or, of masked tokens, `pseudo_perplexity`; of a task `score`,
+    `scores` by set and metric, `class_f1` by set and class, `baseline` (the scores of one answer to
+    everything), `one_class`, `examples`; of embeddings that are judged `pairs` and `mteb`, scores
+    by name."""
     teacher: dict[str, Any] | None = None
-    """The same of the teacher, where it was asked for."""
+    """`judged` of the teacher, where it was asked for."""
     outputs: Outputs = field(default_factory=dict, repr=False, compare=False)
     """What the student gives each example by set, [examples, outputs] in the order of its file, of
     a task with a class or score an example."""
     teacher_outputs: Outputs = field(default_factory=dict, repr=False, compare=False)
-    """The same of the teacher, where it was asked for."""
+    """`outputs` of the teacher, where it was asked for."""
     kept: Kept | None = None
-    """Of a task with a class or score an example, where the teacher was asked for."""
+    """Share that the student keeps of its teacher, where that was asked for and the task has a
+    class or score an example."""
 
     def of_student(self) -> dict[str, Any]:
-        """For JSON, without the teacher."""
+        """Numbers of the student alone, for JSON."""
         return {"losses": self.losses, "total": self.total, **self.judged}
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; `teacher` and `kept` stand in it where they are known."""
+        """All of it for JSON; `teacher` and `kept` stand in it where they are known."""
         teacher = {} if self.teacher is None else {"teacher": self.teacher}
         kept = {} if self.kept is None else {"kept": asdict(self.kept)}
         return self.of_student() | teacher | kept

@@ -91,11 +91,12 @@ class Parts:
     datamodule: DataModule
     tokenizer: PreTrainedTokenizerBase
     teacher_tokenizer: PreTrainedTokenizerBase | None
-    """Of the teacher, where it has one of its own."""
+    """Tokenizer of the teacher; `None` where it has none of its own."""
     exported_tokenizer: PreTrainedTokenizerBase
-    """What the student is handed on with."""
+    """Tokenizer that the student is exported with."""
     notes: Sequence[str]
-    """What of that, and of where its texts end, is another model's; one line each."""
+    """Lines for the user about what the student is exported with: its tokenizer, where its texts
+    end, prompts, the projection of its embedding."""
     layers: LayerMap
     initialisation: Initialisation
     module: DistilledStudent
@@ -109,7 +110,7 @@ class Parts:
     pairs: dict[str, EncodedRows]
     """Pairs of texts with scores, by name, that embeddings are judged by."""
     mteb_tasks: dict[str, Any]
-    """Tasks of mteb, likewise."""
+    """Tasks of mteb, by name, that embeddings are judged by."""
     handed_on: dict[str, Any]
     """Values of its configuration that the student is handed on with: dropout rates, padding."""
     prompts: Mapping[str, str]
@@ -143,17 +144,17 @@ class _Models:
     layers: LayerMap
     tokenizers: Tokenizers
     traits: tuple[AttentionTraits, AttentionTraits]
-    """Of the student and the teacher."""
+    """Traits of the attention of student and teacher."""
     embeddings: tuple[EmbeddingModules, EmbeddingModules] | None
-    """What makes embeddings of them, likewise."""
+    """Modules that make embeddings of student and teacher, see `find_embeddings`."""
     configs: tuple[PreTrainedConfig, PreTrainedConfig]
-    """Of the models that the student's and the teacher's inputs are made for."""
+    """Configurations of the models that the student's and the teacher's inputs are made for."""
     start: ModelSource | None
-    """Of a student that is another model than its teacher."""
+    """The model that the student began as, where it stands apart from its teacher."""
     prompts: Mapping[str, str]
-    """That it is exported with."""
+    """Prompts that the student is exported with, by name."""
     notes: Sequence[str]
-    """Of what it is exported with."""
+    """Lines for the user, as `Parts.notes`."""
 
 
 def gather_distillation(

@@ -84,18 +84,18 @@ class Run(Parts):
 
     @property
     def first_teacher_parameters(self) -> int:
-        """Of these numbers, in the first of several teachers."""
+        """Numbers in the first of several teachers, see `teacher_parameters`."""
         others = chain.from_iterable(other.model.parameters() for other in self.others)
         return self.teacher_parameters - whole_numbers(others)
 
     @property
     def teacher_bytes(self) -> int:
-        """Of these numbers, on all ranks together where they are sharded."""
+        """Bytes of `teacher_parameters`, on all ranks together where they are sharded."""
         weights = self._teacher_weights()
         return sum(whole_numbers([weight]) * weight.element_size() for weight in weights)
 
     def _teacher_weights(self) -> Iterator[nn.Parameter]:
-        """Of all teachers."""
+        """Weights of all teachers."""
         first = [] if self.teacher_model is None else [self.teacher_model]
         for model in (*first, *(other.model for other in self.others)):
             yield from model.parameters()
@@ -263,7 +263,7 @@ def make_profile(run: Run) -> Profile:
 
 
 def set_up_trial(recipe: Recipe, ranks: Ranks, *, progress: bool = True) -> Run:
-    """Set a run up whose losses are to be tried and that trains later, if at all; likewise."""
+    """Set a run up whose losses are to be tried and that trains later, if at all, see `set_up`."""
     # a sharded teacher may not fit on one device: both are tried where they were loaded
     if recipe.teacher.placement != "replicate":
         ranks = replace(ranks, device=torch.device("cpu"))

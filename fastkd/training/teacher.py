@@ -174,7 +174,7 @@ class TeacherRunner:
 
 
 class NoTeacher:
-    """In the place of a teacher where hard labels teach: it leaves nothing to be compared with."""
+    """Stands for a teacher where hard labels teach: it leaves nothing to be compared with."""
 
     def __call__(self, inputs: Inputs, *, whole: bool = False) -> Capture:
         return Capture()

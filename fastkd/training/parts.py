@@ -319,8 +319,8 @@ def first_inputs(
     """This rank's micro-batches of the first steps of a run, of some rows or one step at least."""
     train = recipe.train
     steps = range(-(-_READ_ROWS // train.batch_size))
-    order = train.batch_size, train.order, plan, ranks.rank
-    with closing(datamodule.micro_batches(*order)) as micro_batches:
+    found = datamodule.micro_batches(train.batch_size, train.order, plan, ranks.rank)
+    with closing(found) as micro_batches:
         for step in steps:
             yield from micro_batches.next_step(step)
 

@@ -255,10 +255,14 @@ def make_profile(run: Run) -> Profile:
     device, memory = run.ranks.device, None
     # its hooks would be recorded, and called no more
     if run.graphed is None:
-        computed = run.computed_parts()
-        models = run.module, run.teacher_model
-        captured = 1 if run.ahead is None else 2
-        memory = StepMemory(*models, run.engine, device, computed, captured=captured)
+        memory = StepMemory(
+            run.module,
+            run.teacher_model,
+            run.engine,
+            device,
+            run.computed_parts(),
+            captured=1 if run.ahead is None else 2,
+        )
     return Profile(clocks_of(device), run.objective, memory)
 
 

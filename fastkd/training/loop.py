@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -142,8 +142,7 @@ def train(
             books.close_step(step, window, stop)
     books.steering.describe(step, reporter)
     summary = summarise(run, folder, cost, step, books.steering)
-    handed_on, best = (run.source, run.handed_on, run.exported_tokenizer), books.steering.weights
-    export_student(run.engine, *handed_on, folder, ranks, run.prompts, run.start, best)
+    _export(run, folder, books.steering.weights)
     summary["disk_bytes"] = ranks.from_main(partial(disk_bytes, run, folder))
     if ranks.is_main:
         if not recipe.run.lean:
@@ -153,6 +152,21 @@ def train(
     # a launcher ends all ranks when one fails at its exit, so none leaves while the first writes
     ranks.barrier()
     return summary
+
+
+def _export(run: Run, folder: RunFolder, weights: Mapping[str, Tensor] | None) -> None:
+    """Write the student as it is now, or with weights of an earlier step."""
+    export_student(
+        run.engine,
+        source=run.source,
+        config_values=run.handed_on,
+        tokenizer=run.exported_tokenizer,
+        run=folder,
+        ranks=run.ranks,
+        prompts=run.prompts,
+        start=run.start,
+        weights=weights,
+    )
 
 
 def read_step(run: Run, micro_batches: MicroBatches, step: int) -> Sequence[Inputs]:

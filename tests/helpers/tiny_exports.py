@@ -51,7 +51,15 @@ def exported(folder: Path, teacher: Path, head: Head = "none", **numbers: Any) -
     run = RunFolder(str(folder))
     source = ModelSource(str(teacher))
     tokenizer = load_tokenizer(source, 2 * VOCABULARY)
-    export_student(engine, source, {}, tokenizer, run, ranks, prompts={})
+    export_student(
+        engine,
+        source=source,
+        config_values={},
+        tokenizer=tokenizer,
+        run=run,
+        ranks=ranks,
+        prompts={},
+    )
     tree = {
         "teacher": {"model": str(teacher)},
         "student": {"layers": 2, "head": head, **numbers},

@@ -78,8 +78,9 @@ def own_embedding(objective: Objective, prompts: Mapping[str, str]) -> Embedding
 
 def export_student(
     engine: Any,
+    *,
     source: ModelSource,
-    rates: Mapping[str, float],
+    config_values: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     run: RunFolder,
     ranks: Ranks,
@@ -92,7 +93,8 @@ def export_student(
     Args:
         engine: around a `DistilledStudent`.
         source: the model that it was made from.
-        rates: dropout rates that the student is handed on with.
+        config_values: values of its configuration that it is handed on with in place of those it
+            was trained with, by name: dropout rates, and the id of the padding token.
         tokenizer: that the student is handed on with.
         run: where to.
         ranks: this process among all.
@@ -112,9 +114,9 @@ def export_student(
                     parameter.data.copy_(weights[name])
             folder, projections = temporary_of(run.student), temporary_of(run.projections)
             shutil.rmtree(folder, ignore_errors=True)
-            # whoever trains on from here expects the usual rates
-            for name, rate in rates.items():
-                setattr(module.student.config, name, rate)
+            # whoever trains on from here expects the usual dropout rates and padding
+            for name, value in config_values.items():
+                setattr(module.student.config, name, value)
             _write_model(module.student, folder)
             _write_tokenizer(module.student, tokenizer, folder)
             _write_around(module, source, prompts, start, folder)

@@ -12,8 +12,7 @@ other in one row. `trial.py` runs a model once before a run and sees that all of
 says what its queries see, `cheap_products.py` how that is seen of long sequences in little time.
 `facts.py` answers what others ask of a model: its positions, its vocabulary, whether it sees ahead.
 
-This folder may import `errors`, `types`, `packed_row`, transformers, and of the kernels the types
-of what is captured alone. It knows no loss and no recipe.
+It knows no loss and no recipe.
 """
 
 from fastkd.capture.attention_traits import AttentionShape, AttentionTraits

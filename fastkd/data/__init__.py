@@ -8,7 +8,6 @@ recipe's section and builds either kind. `text/` goes from documents to packed b
 rows of texts to padded batches, `tasks/` from labelled examples to padded batches and scores,
 `augmentation/` makes more examples.
 
-May import recipes (`factory.py` and `batching.py` alone; all else takes plain arguments), `files`,
-`reporting`'s progress bar, transformers' tokenizers and `datasets`. Imports neither engine nor
-losses, and asks no loss what it wants.
+`factory.py` and `batching.py` alone read sections of a recipe; all else takes plain arguments, and
+asks no loss what it wants.
 """

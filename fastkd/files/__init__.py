@@ -4,6 +4,5 @@
 says how to go on; `sealed.py` is a file with its digest; `lock.py` lets one process write to a
 folder; `flat.py` appends arrays of plain numbers and maps them into memory.
 
-May import `errors` and the standard library, and NumPy for what they hold. Knows no recipe and no
-run: whoever writes says where.
+It knows no recipe and no run: whoever writes says where.
 """

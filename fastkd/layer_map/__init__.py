@@ -7,7 +7,7 @@ from it, `registry.py` takes mappings from outside, `checks.py` sees what these 
 solves the transport of BERT-EMD.
 
 A mapping is a pure function of two depths, its options and the moment: it knows no model and no
-tensor. This folder may import `errors`, `plugins` and `section`, and loads no torch.
+tensor, and loads no torch.
 """
 
 from fastkd.layer_map.base import (

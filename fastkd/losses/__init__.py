@@ -11,9 +11,8 @@ multiplied with, `weighting.py`, `temperature.py` and `transports.py` move facto
 losses need that compare all rows of a step with each other, `term_errors.py` names the losses of
 what goes wrong.
 
-This folder alone calls the kernels. It may import `layer_map`, `recipe.weights`, `section`,
-`errors` and `types`; of `capture` all but the factory takes types only, so that a recipe is read
-without loading transformers.
+A recipe is read by the losses that it names, so their files take of `capture` types alone and load
+no transformers.
 """
 
 from fastkd.losses.base import (

@@ -9,9 +9,7 @@ modules of sentence-transformers behind a model and `embedding.py` reads them. `
 chooses which of the teacher's channels a narrower student takes, `pruning.py` cuts them. Which
 heads there are is `fastkd/head_spec.py`.
 
-May import transformers, `capture` (to see that a model's attention can be recorded), `data.tasks`
-for what labels are called, `losses.pooling` for what makes embeddings, and of the recipe the
-student's section and the models that a run starts from. Trains nothing and knows no engine.
+It trains nothing and knows no engine.
 """
 
 from fastkd.models.checking import LOADING_ERRORS, not_loadable, optional_file

@@ -5,8 +5,7 @@ misread setting. One file a section; `loading.py` reads and overrides, `presets.
 published method, `stages.py` makes a recipe of each stage, `merge.py` lays one mapping over
 another.
 
-May import pydantic, PyYAML and what stands below: `errors`, `section`, `types`, `head_spec`,
-`layer_map`. Loads neither torch nor transformers, so that a mistake is told at once. Builders
+Importing it loads neither torch nor transformers, so that a mistake is told at once. Builders
 elsewhere take plain arguments: a section is read where a command begins, and never made to call
 another function.
 """

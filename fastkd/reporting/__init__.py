@@ -6,6 +6,5 @@ which layers are compared, `plotting.py` what needs matplotlib (extra `study`), 
 what a run came to, with the panels of `curves.py`. What comes from outside is text: never markup,
 never a control character.
 
-May import rich, and `files` to write; `report.py`, `curves.py` and `side_by_side.py` know runs.
-Imports no torch: what is shown are numbers and words.
+`report.py`, `curves.py` and `side_by_side.py` know runs; all else is given numbers and words.
 """

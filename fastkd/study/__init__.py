@@ -7,8 +7,8 @@ piece of work (`locks`). What its runs predicted (`predictions`) becomes interva
 its hypotheses (`statistics`, `results`), tables, pictures and a report (`tables`, `plots`,
 `report`).
 
-Of the extra `study`: may import Optuna, matplotlib and SciPy, recipes, tasks, `reporting` and
-`files`. Runs are `fastkd` commands in processes of their own, and are known by their folders.
+It needs the extra `study`. Runs are `fastkd` commands in processes of their own, and are known by
+their folders.
 """
 
 from fastkd.study.main import run_study

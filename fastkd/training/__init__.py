@@ -8,7 +8,4 @@ what is due between steps, by way of `window.py` (metrics), `evaluate.py`, `chec
 `export/` what is handed on, `card/` what is said of it.
 `run_folder.py`, `metrics_file.py`, `started_paths.py`, `hold.py`, `continuation.py` and
 `beginnings.py` know the folder, `session.py` what stands around a run in a process.
-
-It may import data, models, losses, capture, recipe and reporting; not the command line or
-`fastkd.api`, which stand on it, and no loss by name. `tests/test_layout.py` has the levels.
 """

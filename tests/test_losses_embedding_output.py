@@ -17,7 +17,7 @@ from fastkd.losses import DIVISORS, ModelPair
 from fastkd.losses.objective import Objective
 from fastkd.losses.pooling import Dense, EmbeddingModules, LayerNorm, Normalize
 from fastkd.losses.sequence_embeddings import SequenceEmbeddingGroup
-from fastkd.recipe import Losses, parse_recipe
+from fastkd.recipe import Losses
 
 NARROW, WIDE, DIM, BATCH, TOKENS = 5, 8, 6, 4, 5
 LENGTHS = (5, 2, 4, 1)
@@ -180,16 +180,7 @@ def test_one_student_is_not_both_projected_and_bare() -> None:
         objective(losses, pair(WIDE))
 
 
-def test_the_loss_of_earlier_releases_is_named() -> None:
-    expected = "losses.sentence: this loss is now called embedding_output; rename it"
-    assert refusal(tree(losses={"sentence": {}})) == expected
-    assert "sentence is now called embedding_output" in refusal(
-        tree(losses={"mine": {"loss": "sentence"}})
-    )
-    # a recipe that such a release wrote names the losses that are off
-    assert parse_recipe(tree(losses={"hidden": {}, "sentence": None})).losses.terms.keys() == {
-        "hidden"
-    }
+def test_dimensions_are_above_zero() -> None:
     assert refusal(tree(losses=own(dimensions=[0]))).startswith("losses.embedding_output.dim")
 
 

@@ -106,7 +106,7 @@ class AttentionLoss(Loss):
         if config.kind == "score_mse":
             return
         scores = f"give losses.{name} the kind score_mse"
-        check_visible(name, traits, f"{scores}, and leave losses.relations out")
+        check_visible(traits, f"{scores}, and leave losses.relations out")
         for found in traits:
             if found.differs:
                 raise UserError(

@@ -116,7 +116,7 @@ def check_directions(name: str, traits: tuple[AttentionTraits, AttentionTraits])
         )
 
 
-def check_visible(name: str, traits: tuple[AttentionTraits, AttentionTraits], use: str) -> None:
+def check_visible(traits: tuple[AttentionTraits, AttentionTraits], use: str) -> None:
     """See that an op can be told what the queries of two models see.
 
     Raises:

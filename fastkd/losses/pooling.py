@@ -98,17 +98,16 @@ class LayerNorm(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor, epsilon: float = 1e-5) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
         """Take weights over, both [width]."""
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
-        self.epsilon = epsilon
 
     def forward(self, vectors: Tensor) -> Tensor:
         """[batch, width], each to mean 0 and variance 1, scaled and shifted."""
         weight, bias = self.weight.to(vectors), self.bias.to(vectors)
-        return nn.functional.layer_norm(vectors, weight.shape, weight, bias, self.epsilon)
+        return nn.functional.layer_norm(vectors, weight.shape, weight, bias)
 
 
 class Normalize(nn.Module):

@@ -30,9 +30,6 @@ BUILT_IN = (
 )
 """Losses of fastkd, each a module of this folder; their order is that of terms and metrics."""
 
-RENAMED = {"sentence": "embedding_output"}
-"""Losses of earlier releases, and what took their place."""
-
 OTHER_KEYS = (
     "terms",
     "balance",
@@ -136,8 +133,6 @@ def loss_class(name: str) -> type[Loss]:
     """
     found = find_loss(name)
     if found is None:
-        if name in RENAMED:
-            raise ValueError(f"the loss {name} is now called {RENAMED[name]}; rename it")
         names = loss_names()
         raise ValueError(
             f"no loss {name!r}; {did_you_mean(name, names)}expected one of {', '.join(names)}"

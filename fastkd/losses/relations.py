@@ -100,7 +100,6 @@ class RelationsLoss(Loss):
     ) -> None:
         check_directions(name, traits)
         check_visible(
-            name,
             traits,
             f"give losses.attention the kind score_mse, and leave losses.{name} out",
         )

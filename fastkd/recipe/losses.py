@@ -55,10 +55,6 @@ def _read_term(given: object) -> object:
 
 
 def _unknown_key(key: str) -> str:
-    from fastkd.losses.registry import RENAMED
-
-    if key in RENAMED:
-        return f"this loss is now called {RENAMED[key]}; rename it"
     allowed = Losses.keys_of_a_file()
     return (
         f"unknown key; {did_you_mean(key, allowed)}expected one of {', '.join(allowed)}, or a name "
@@ -98,15 +94,15 @@ class Losses(Section):
         """Move the losses, which stand beside the other keys, into `terms`."""
         if not isinstance(given, Mapping):
             return given
-        from fastkd.losses.registry import RENAMED, find_loss
+        from fastkd.losses.registry import find_loss
 
         section: dict[Any, Any] = {}
         terms: dict[str, tuple[str, Any]] = {}
         for key, value in given.items():
             if not isinstance(key, str) or (key in cls.model_fields and key != "terms"):
                 section[key] = value
-            # a recipe that an earlier release wrote names the losses that are off
-            elif value is not None or (find_loss(key) is None and key not in RENAMED):
+            # a recipe that was written out names the losses that are off
+            elif value is not None or find_loss(key) is None:
                 terms[key] = (key, value)
         return {**section, "terms": terms}
 

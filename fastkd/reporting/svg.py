@@ -177,9 +177,9 @@ def figure(title: str, content: str) -> str:
     return f"<figure><figcaption>{escaped(title)}</figcaption>{content}</figure>"
 
 
-def picture(height: float, parts: Sequence[str], said: str, width: float = WIDTH) -> str:
+def picture(height: float, parts: Sequence[str], said: str) -> str:
     """An SVG of some height, and what is said of it to those who don't see it."""
-    head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escaped(said)}">'
+    head = f'<svg viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{escaped(said)}">'
     return "\n".join([head, *parts, "</svg>"])
 
 

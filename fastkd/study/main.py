@@ -69,7 +69,7 @@ def run_study(
         _work(plan, store, workers, retry_failed, program, reporter)
     records = store.records()
     page = _report(plan, store, records, reporter)
-    _complain_of_failures(plan, records)
+    _complain_of_failures(records)
     return page
 
 
@@ -135,7 +135,7 @@ def _without_brackets(cell: str) -> str:
     return re.split(r" [\[(]", cell)[0]
 
 
-def _complain_of_failures(plan: Plan, records: Sequence[Record]) -> None:
+def _complain_of_failures(records: Sequence[Record]) -> None:
     failed = [record for record in records if record.state == "failed"]
     if failed:
         raise UserError(

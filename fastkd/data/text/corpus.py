@@ -55,9 +55,6 @@ class Corpus:
 
     heldout: Tensor
     """[blocks, block_size] int64 on the CPU, never trained on."""
-    heldout_documents: int
-    """Documents held out; of a streamed corpus, those that were read to fill `heldout`."""
-    train_documents: int | None
     train_tokens: int | None
     """Tokens of the training documents, special tokens not counted."""
     train_blocks: int | None
@@ -136,8 +133,6 @@ def _open(folder: Path, data: TextSettings, key: str, digests: dict[str, str]) -
     tokens = heldout.with_format("numpy")[rows.tolist()][TOKENS]
     return Corpus(
         heldout=torch.from_numpy(np.asarray(tokens, dtype=np.int64)),
-        heldout_documents=meta["heldout_documents"],
-        train_documents=meta["train_documents"],
         train_tokens=meta["train_tokens"],
         train_blocks=meta["train_blocks"],
         fingerprint=key,
@@ -267,8 +262,6 @@ def _streamed(
 
     return Corpus(
         heldout=torch.from_numpy(heldout.astype(np.int64)),
-        heldout_documents=documents,
-        train_documents=None,
         train_tokens=None,
         train_blocks=None,
         fingerprint=key,

@@ -122,7 +122,7 @@ def test_a_hostile_split_is_a_row_of_the_summary(name: str) -> None:
     print_evaluation(judged, made)
     summary = {
         **{"before": judged, "after": judged, "steps": 1, "train_examples": 3, "task_examples": 3},
-        **{"parameters": {"student": 1}, "disk_bytes": {"student": 1}},
+        **{"parameters": {"student": 1}, "disk_bytes": {"student": 1}, "worse": []},
         **{"peak_memory_of": name, "peak_memory_bytes": 1, "seconds": 1.0, "world_size": 1},
         "run": f"runs/{name}",
     }

@@ -141,7 +141,7 @@ def test_doctor_estimates_a_fine_tuning_run(there: Path, monkeypatch: pytest.Mon
     assert not (there / "none").exists()
 
 
-def test_runs_that_do_not_say_where_they_started_are_read_as_before(
+def test_runs_whose_working_folder_is_gone_are_read_as_they_stand(
     there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFolder(there / "tuned")
@@ -149,11 +149,9 @@ def test_runs_that_do_not_say_where_they_started_are_read_as_before(
     assert said["folder"] == [".."] and str(there) not in run.environment.read_text()
     assert load_any_recipe(run.recipe).model_dump()["task"]["source"] == "task"
     monkeypatch.chdir(tmp_path)
-    old = {"python": said["python"]}
+    assert run.started_in == there
     try:
-        run.environment.write_text(json.dumps({**old, "folder": str(there)}))
-        assert run.started_in == there
-        for text in ({**old, "folder": "/nowhere"}, old, None):
+        for text in ({**said, "folder": ["/nowhere"]}, {**said, "folder_digest": "0"}, None):
             if text is None:
                 run.environment.unlink()
             else:

@@ -1,5 +1,4 @@
-"""metrics.jsonl: one flat table that pandas reads alone, the same names in trackers; files that
-fastkd 0.1 wrote are read, reported and continued."""
+"""metrics.jsonl: one flat table that pandas reads alone, the same names in trackers."""
 
 from __future__ import annotations
 
@@ -12,14 +11,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from tiny_runs import make_recipe, read_losses, run_variants
+from tiny_runs import make_recipe, run_variants
 
 import fastkd
 from fastkd.errors import UserError
 from fastkd.files.disk import write_whole
-from fastkd.reporting.report import write_report
 from fastkd.training.metric_lines import (
-    as_flat,
     evaluation_of,
     make_line,
     numbers_of,
@@ -60,12 +57,6 @@ def test_a_line_is_flat_and_gives_its_evaluation_back() -> None:
     assert all(isinstance(value, float) for value in told.values())
 
 
-def test_a_line_of_old_is_the_same_line() -> None:
-    old = {"kind": "heldout", "step": 7, "time": "then", **EVALUATION}
-    assert as_flat(old) == {**make_line("heldout", 7, EVALUATION), "time": "then"}
-    assert as_flat(as_flat(old)) == as_flat(old)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     recipe = make_recipe(
@@ -85,11 +76,6 @@ def test_pandas_alone_makes_a_table_of_a_run(run: RunFolder) -> None:
     columns += ["gradient_norm", "tokens_per_second"]
     for column in columns:
         assert by_step[f"train/{column}"].notna().tolist() == [False, True, True]
-
-
-def as_of_old(line: dict[str, Any]) -> dict[str, Any]:
-    """A line as fastkd 0.1 wrote it."""
-    return {"kind": line["kind"], "step": line["step"], **evaluation_of(line)}
 
 
 def stop_after_four(recipe: Path) -> None:
@@ -132,34 +118,6 @@ def test_both_engines_write_down_the_rate_of_the_step(tmp_path: Path) -> None:
     run_variants(recipe, [[f"run.output={outputs[n]}", *more] for n, more in runs.items()])
     for output in outputs.values():
         assert rates_of(output) == pytest.approx(SCHEDULE[1::2])
-
-
-def test_a_run_with_lines_of_old_is_reported_and_goes_on(run: RunFolder, tmp_path: Path) -> None:
-    recipe = make_recipe(
-        tmp_path, train={"steps": 4, "evaluate_every": 2, "log_every": 2, "checkpoint_every": 2}
-    )
-    stop_after_four(recipe)
-    cut = RunFolder(tmp_path / "run")
-    lines = cut.read_metrics()
-    old = [as_of_old(line) for line in lines]
-    assert all("losses" in line for line in old)
-    cut.metrics.write_text("".join(json.dumps(line) + "\n" for line in old))
-    fastkd.distill(recipe, quiet=True, resume=True)
-    again = [json.loads(line) for line in cut.metrics.read_text().splitlines()]
-    assert all("/" in key for line in again for key in line.keys() - {"kind", "step", "time"})
-    assert [(line["kind"], line["step"]) for line in again] == [
-        (line["kind"], line["step"]) for line in run.read_metrics()
-    ]
-    assert read_losses(cut.path) == read_losses(run.path)
-    summary, whole = cut.read_summary(), run.read_summary()
-    assert summary is not None and whole is not None
-    assert (summary["before"], summary["after"]) == (whole["before"], whole["after"])
-    page = cut.report
-    write_report(cut)
-    new = page.read_text()
-    cut.metrics.write_text("".join(json.dumps(as_of_old(line)) + "\n" for line in again))
-    write_report(cut)
-    assert page.read_text() == new and "step 4" in new
 
 
 @pytest.mark.skipif(

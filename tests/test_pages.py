@@ -28,6 +28,7 @@ from fastkd.study.report import write_page
 from fastkd.study.results import Results
 from fastkd.study.storage import Record
 from fastkd.study.tables import make_tables
+from fastkd.training.metric_lines import make_line
 from fastkd.training.run_folder import RunFolder
 
 HOSTILE = (
@@ -118,13 +119,11 @@ def report(folder: Path, name: str) -> str:
     summary = {
         **{"before": judged, "after": judged, "teacher": judged, "steps": 1, "seconds": 1.0},
         **{"train_examples": 3, "task_examples": 3, "world_size": 1, "parameters": models},
-        **{"disk_bytes": models, "peak_memory_of": name, "peak_memory_bytes": 1},
+        **{"disk_bytes": models, "worse": [], "peak_memory_of": name, "peak_memory_bytes": 1},
         "run": str(run.path),
     }
     run.summary.write_text(json.dumps(summary))
-    lines = [
-        {"kind": kind, "step": step, **judged} for kind in ("train", "heldout") for step in (0, 1)
-    ]
+    lines = [make_line(kind, step, judged) for kind in ("train", "heldout") for step in (0, 1)]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_report(run)
     return run.report.read_text()

@@ -21,8 +21,6 @@ from fastkd.files.lock import held
 from fastkd.recipe import AnyRecipe, load_any_recipe
 from fastkd.training.run_folder import RunFolder
 
-ENVIRONMENT = {"python": "3.11", "packages": {}, "machine": "x"}
-
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> AnyRecipe:
@@ -91,7 +89,6 @@ def test_what_runs_that_were_killed_left_is_removed_and_nothing_else(recipe: Any
         run.checkpoints / ".latest.99",
         checkpoint / ".manifest.json.3",
         run.path / ".student.12" / "model.safetensors",
-        run.path / ".student" / "config.json",
     ]
     theirs = [
         run.path / ".summary.json.bak",
@@ -115,9 +112,6 @@ def test_what_runs_that_were_killed_left_is_removed_and_nothing_else(recipe: Any
 
 BEGINNINGS: dict[str, Callable[[Path], object]] = {
     "half a recipe": lambda run: (run / ".recipe.yaml.4242").write_text("teach"),
-    "an environment, as 0.1 wrote it first": lambda run: (run / "environment.json").write_text(
-        json.dumps(ENVIRONMENT)
-    ),
     "the lock of a killed process": lambda run: (run / ".lock").write_text("1 host\n"),
     "a tracker's folder": lambda run: (
         (run / "tensorboard").mkdir(),
@@ -142,8 +136,7 @@ def test_a_runs_own_beginnings_are_no_bar(name: str, recipe: AnyRecipe) -> None:
 
 FOREIGN: dict[str, Callable[[Path], object]] = {
     "a file": lambda run: (run / "thesis.txt").write_text("x"),
-    "another environment": lambda run: (run / "environment.json").write_text("{}"),
-    "an environment that can't be read": lambda run: (run / "environment.json").write_text("{"),
+    "an environment without a recipe": lambda run: (run / "environment.json").write_text("{}"),
     "a tracker's folder with more in it": lambda run: (
         (run / "tensorboard").mkdir(),
         (run / "tensorboard" / "notes").write_text(""),

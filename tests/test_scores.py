@@ -83,7 +83,7 @@ def test_a_model_that_says_one_thing_is_named() -> None:
     print_evaluation(same, reporter)
     summary = {
         **{"before": same, "after": same, "steps": 1, "train_examples": 3, "task_examples": 3},
-        **{"parameters": {"student": 1}, "forward_tokens_per_second": {"student": 1.0}},
+        **{"parameters": {"student": 1}, "disk_bytes": {"student": 1}, "worse": []},
         **{"peak_memory_of": "process", "peak_memory_bytes": 1, "seconds": 1.0, "world_size": 1},
         "run": "runs/x",
     }

@@ -180,10 +180,9 @@ def model_rows(summary: dict[str, Any]) -> Rows:
     names = _model_names(summary)
     parameters = summary["parameters"]
     rows: Rows = [("parameters", *(f"{parameters[name]:,}" for name in names))]
-    # summaries of fastkd 0.1 hold neither
-    if "disk_bytes" in summary:
-        sizes = [f"{fixed(summary['disk_bytes'][name] / 2**20, 1)} MiB" for name in names]
-        rows.append(("size on disk", *sizes))
+    sizes = [f"{fixed(summary['disk_bytes'][name] / 2**20, 1)} MiB" for name in names]
+    rows.append(("size on disk", *sizes))
+    # lean runs don't measure it
     if "speed" in summary:
         rows += _speeds(summary["speed"], names)
     return rows
@@ -227,8 +226,7 @@ def _steering(summary: dict[str, Any]) -> Rows:
 
 
 def _facts(summary: dict[str, Any]) -> Rows:
-    # summaries of fastkd 0.1 don't say
-    worse = "; ".join(summary.get("worse", []))
+    worse = "; ".join(summary["worse"])
     same = one_class(summary["after"])
     return [
         ("trained on", _trained(summary)),

@@ -16,7 +16,7 @@ def score_values(judged: Judged) -> dict[str, str]:
     if "score" in judged:
         found["score"] = judged["score"]
         found |= _by_split(judged["scores"], "{}, {}")
-        # runs of fastkd 0.1 don't say
+        # of classes alone
         found |= _by_split(judged.get("class_f1", {}), "{}, F1 of {}")
     found |= {f"{name}, Spearman": value for name, value in judged.get("pairs", {}).items()}
     found |= judged.get("mteb", {})

@@ -78,10 +78,8 @@ def _require_same_data(plan: Plan, run: Run, other: Run, remedy: str) -> None:
 
 
 def _data_digests(plan: Plan, run: Run) -> Mapping[str, str]:
-    summary = RunFolder(plan.place(run).run).read_summary() or {}
-    # summaries of fastkd 0.1 hold none
-    digests: Mapping[str, str] = summary.get("data_digests", {})
-    return digests
+    summary = RunFolder(plan.place(run).run).read_summary()
+    return {} if summary is None else summary["data_digests"]
 
 
 def _noted(recipe: AnyRecipe) -> Mapping[str, Mapping[str, str]]:

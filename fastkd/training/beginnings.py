@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import stat
 from pathlib import Path
@@ -40,19 +39,7 @@ def _is_beginning(path: Path) -> bool:
         if path.name == "tensorboard":
             return all(found.name.startswith("events.out.tfevents.") for found in path.iterdir())
         return STAGE.fullmatch(path.name) is not None and holds_beginnings(path)
-    if kind != "file":
-        return False
-    # fastkd 0.1 wrote it before the recipe
-    ours = path.name == "environment.json" and _is_environment(path)
-    return ours or path.name == LOCK or is_temporary(path, *FILES)
-
-
-def _is_environment(path: Path) -> bool:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return isinstance(found, dict) and {"python", "packages", "machine"} <= found.keys()
+    return kind == "file" and (path.name == LOCK or is_temporary(path, *FILES))
 
 
 def kind_of(path: Path) -> str:

@@ -98,17 +98,14 @@ class Bookkeeper:
             seed = run.recipe.train.dropping
             state = self.checkpoints.load(run.engine, tag, seed, reporter.say)
             self.micro_batches.load_state_dict(state["stream"])
-            # checkpoints of fastkd 0.1 hold neither
-            if "data" in state:
-                require_same_data(state["data"], run.data_digests, str(folder.path), _PUT_BACK)
-            if "cost" in state:
-                self.cost.load(state["cost"])
+            require_same_data(state["data"], run.data_digests, str(folder.path), _PUT_BACK)
+            self.cost.load(state["cost"])
             run.objective.weights.load_feedback(state["objective"], run.ranks.device)
             step = state["step"]
-            if step < run.recipe.train.steps and state.get("before_last"):
+            if step < run.recipe.train.steps and state["before_last"]:
                 state |= state["before_last"]
-            self.steering.load(state.get("steering", {}))
-            predictions = state.get("predictions", {})
+            self.steering.load(state["steering"])
+            predictions = state["predictions"]
             reporter.say(f"continuing from {folder.checkpoints / tag}")
         # after what may still refuse
         longer = run.ranks.from_main(lambda: _take_over(folder, recipe, tag, stage))

@@ -62,11 +62,9 @@ def started_from(run: Path, said: Mapping[str, Any]) -> Path | None:
         run: folder of the run.
         said: what its environment.json holds.
     """
-    names, known = said.get("folder"), said.get("folder_digest")
-    # runs of fastkd 0.1 say nothing, or an absolute path without a digest
-    for name in [names] if isinstance(names, str) else names or []:
+    for name in said["folder"]:
         found = Path(os.path.normpath(run.resolve() / Path(name).expanduser()))
-        if found.is_dir() and known in (None, _digest(found)):
+        if found.is_dir() and said["folder_digest"] == _digest(found):
             return found
     return None
 

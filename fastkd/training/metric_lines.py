@@ -31,14 +31,6 @@ def make_line(kind: str, step: int, values: Mapping[str, Any]) -> Line:
     return {"kind": kind, "step": step, "time": time, **_flat(kind, values)}
 
 
-def as_flat(line: Line) -> Line:
-    """A line as `make_line` makes it, also of one from when lines were trees."""
-    values = {key: value for key, value in line.items() if key not in _HEAD}
-    if all("/" in key for key in values):
-        return line
-    return {key: line[key] for key in _HEAD if key in line} | _flat(line["kind"], values)
-
-
 def values_of(line: Line, section: str) -> dict[str, float]:
     """The values of a section of a line by name, as in `losses`."""
     start = f"{line['kind']}/{section}/"

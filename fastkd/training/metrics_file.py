@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.errors import UserError
-from fastkd.training.metric_lines import Line, as_flat
+from fastkd.training.metric_lines import Line
 
 
 class MetricsFile:
@@ -40,7 +40,7 @@ class MetricsFile:
                 self._read, self._lines = self._read + len(content), self._lines + 1
                 where = f"{self._path}, line {self._lines}"
                 line = parse_object(content, where, "repair or remove that line", "kind", "step")
-                yield {columns.setdefault(name, name): v for name, v in as_flat(line).items()}
+                yield {columns.setdefault(name, name): v for name, v in line.items()}
 
 
 def parse_object(content: bytes, where: str, remedy: str, *keys: str) -> dict[str, Any]:

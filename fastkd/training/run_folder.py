@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,9 +120,6 @@ class RunFolder:
         """Remove what killed processes left half-made; for the process that holds the folder."""
         with disk_errors(self.path):
             sweep(self.path, *FILES, self.student.name)
-            # as fastkd 0.1 called it
-            if self.holds_run:
-                shutil.rmtree(self.path / ".student", ignore_errors=True)
             sweep(self.checkpoints, "latest")
             for checkpoint in self.checkpoints.glob("step-*"):
                 sweep(checkpoint, "manifest.json")
@@ -194,7 +190,8 @@ class RunFolder:
         """The working folder that the run was started from, if it is known and still there."""
         if not self.environment.is_file():
             return None
-        found = parse_object(self.environment.read_bytes(), f"{self.environment}", "put it back")
+        content, where = self.environment.read_bytes(), str(self.environment)
+        found = parse_object(content, where, "put it back", "folder", "folder_digest")
         return started_from(self.path, found)
 
     def read_recipe(self, overrides: Sequence[str] = ()) -> AnyRecipe:

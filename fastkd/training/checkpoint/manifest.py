@@ -15,7 +15,6 @@ from fastkd.files.sealed import (
     Written,
     check_bytes,
     check_size,
-    read_json,
     read_sealed,
     sealed,
 )
@@ -23,8 +22,7 @@ from fastkd.training.checkpoint.states import NotAState, check_state
 
 MANIFEST = "manifest.json"
 FORMAT = 3
-"""Raised when checkpoints of before can't be continued; 1 were DeepSpeed's own, in pickles, 2 what
-it kept on each rank."""
+"""Raised when checkpoints of before can't be continued."""
 
 
 _GO_ON = "continue with the version that wrote it, or start again in another run.output"
@@ -51,14 +49,7 @@ def read_manifest(folder: Path) -> Manifest:
         Damaged: it is not as it was written.
         UserError: another version wrote it.
     """
-    path = folder / MANIFEST
-    old = read_json(path)
-    if isinstance(old, dict) and "format" not in old and {"files", "world_size"} <= old.keys():
-        raise UserError(
-            f"{folder} was written by an earlier fastkd, as pickles, which may run code when they "
-            f"are read; {_GO_ON}"
-        )
-    tree = read_sealed(path)
+    tree = read_sealed(folder / MANIFEST)
     if tree.get("format") != FORMAT:
         raise UserError(
             f"{folder} is a checkpoint of format {tree.get('format')}, expected {FORMAT}: another "

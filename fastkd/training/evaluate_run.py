@@ -89,8 +89,7 @@ def _check_same(
         require_same_models(folder.path, run.recipe, found, remedy)
     section, place = ("data", "train") if run.recipe.task is None else ("task", "source")
     if not is_given(section):
-        # summaries of fastkd 0.1 hold none
-        noted = judged_by(summary.get("data_digests", {}))
+        noted = judged_by(summary["data_digests"])
         same = {part: d for part, d in noted.items() if not is_given(field_of(part) or section)}
         remedy = f"put it back, or name what to judge by, as {section}.{place}=FOLDER"
         require_same_data(same, run.data_digests, str(folder.path), remedy)

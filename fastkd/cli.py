@@ -21,6 +21,7 @@ from fastkd.errors import Interrupted, LostRank, RankError, UserError
 from fastkd.extras import need
 from fastkd.files.disk import check_place, disk_errors, write_whole
 from fastkd.recipe import (
+    AnyRecipe,
     FinetuneRecipe,
     Recipe,
     load_any_recipe,
@@ -95,15 +96,7 @@ def distill(
     ] = False,
 ) -> None:
     """Distil a student as a recipe says."""
-    chosen = load_recipe(recipe, overrides or [])
-    from fastkd.reporting.report import print_summary, write_report
-    from fastkd.training.loop import run_recipe
-    from fastkd.training.session import session
-
-    with session(chosen) as (ranks, reporter):
-        summary = run_recipe(chosen, ranks, resume=resume, reporter=reporter, report=write_report)
-        if ranks.is_main:
-            print_summary(summary, reporter)
+    _run(load_recipe(recipe, overrides or []), resume)
 
 
 @app.command()
@@ -115,7 +108,12 @@ def finetune(
     ] = False,
 ) -> None:
     """Train a model on the labels of a task: a teacher for distill."""
-    chosen = load_finetune_recipe(recipe, overrides or [])
+    _run(load_finetune_recipe(recipe, overrides or []), resume)
+
+
+def _run(chosen: AnyRecipe, resume: bool) -> None:
+    """Run a recipe of either kind, and print what it came to."""
+    # loaded only once the recipe is read without a mistake
     from fastkd.reporting.report import print_summary, write_report
     from fastkd.training.loop import run_recipe
     from fastkd.training.session import session

@@ -197,6 +197,33 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastkd.study.report.inline_svg", lambda figure, title: "<svg></svg>")
 
 
+@pytest.fixture
+def unwritten_is_nan() -> Iterator[None]:
+    """Kernels' outputs that nobody writes show as NaN."""
+    from kernel_cases import fresh_tensors_are_nan
+
+    with fresh_tensors_are_nan():
+        yield
+
+
+@pytest.fixture
+def own_registries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """What a test registers and imports is gone after it."""
+    from own_registries import registries_apart
+
+    with registries_apart(monkeypatch, tmp_path):
+        yield
+
+
+@pytest.fixture(scope="module")
+def own_accelerator() -> Iterator[None]:
+    """Leave no precision and no device to the next module: accelerate keeps its first for all."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(autouse=True)
 def no_plans() -> None:
     """Tests replace what plans of kernels' calls are made with."""

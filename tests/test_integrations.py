@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,13 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import fastkd
 
+pytestmark = pytest.mark.usefixtures("own_accelerator")
+
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 
 LOSSES = {"attention": {}, "hidden": {"weight": 2}, "logits": {}, "labels": {}}
 UNREAD = {"hidden": {"layer_map": [[1, 2]]}}
 """Of the first of the student's two layers: the other one has no gradient."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_accelerator() -> Iterator[None]:
-    """Leave no precision and no device to the next module: accelerate keeps its first for all."""
-    from accelerate.state import AcceleratorState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def classifier(seed: int, **changes: Any) -> PreTrainedModel:

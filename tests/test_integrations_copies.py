@@ -23,7 +23,7 @@ pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate
 
 
 @pytest.fixture(autouse=True)
-def own_accelerator() -> Iterator[None]:
+def own_precision() -> Iterator[None]:
     """Leave no precision to the next test: accelerate keeps its first for all."""
     from accelerate.state import AcceleratorState
 

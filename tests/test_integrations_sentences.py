@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,14 @@ from transformers import TrainerCallback
 import fastkd
 from fastkd.integrations.sentences import check_padded
 
+pytestmark = pytest.mark.usefixtures("own_accelerator")
+
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 
 ROWS = [f"w{i} w{i + 3} " * (1 + i % 4) for i in range(5, 37)]
 DATA = datasets.Dataset.from_dict({"one": ROWS, "two": ROWS[::-1]})
 MEAN = {"embedding_output": {"pooling": "mean"}}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_accelerator() -> Iterator[None]:
-    """Leave no device to the next module: accelerate keeps its first for all."""
-    from accelerate.state import AcceleratorState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def sentences(folder: Path, *modules: Any, seed: int = 0, **changes: Any) -> Any:

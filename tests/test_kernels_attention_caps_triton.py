@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,8 +26,10 @@ from divergence_cases import KINDS, holes
 from fastkd_kernels import AttentionState, attention_divergence
 from fastkd_kernels.attention_divergence import triton_path
 from fastkd_kernels.common.autograd import inverse
-from kernel_cases import Counted, attention_states, errors, fresh_tensors_are_nan, masks
+from kernel_cases import Counted, attention_states, errors, masks
 from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -38,12 +39,6 @@ EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 EVERY_FORM = pytest.mark.parametrize("form", FORMS)
 BACKENDS = ["torch"] if GPU else ["torch", "triton"]
 EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
-
-
-@pytest.fixture(autouse=True)
-def unwritten_is_nan() -> Iterator[None]:
-    with fresh_tensors_are_nan():
-        yield
 
 
 @interpreted

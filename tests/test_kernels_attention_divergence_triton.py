@@ -1,6 +1,5 @@
 """The Triton kernels of attention_divergence against its definition, interpreted or on a GPU."""
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,24 +21,19 @@ from kernel_cases import (
     attention_states,
     cast,
     errors,
-    fresh_tensors_are_nan,
     leaves_of,
     loss_and_gradients,
     trained,
 )
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
+
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 interpreted = pytest.mark.skipif(GPU, reason="fp64 runs in the interpreter, without a GPU")
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(autouse=True)
-def unwritten_is_nan() -> Iterator[None]:
-    with fresh_tensors_are_nan():
-        yield
 
 
 def triton_both(states: Any, **options: Any) -> tuple[list[Tensor], list[Tensor]]:

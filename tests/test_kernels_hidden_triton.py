@@ -1,6 +1,6 @@
 """The Triton kernels of hidden states against their definitions, as `test_kernels_triton.py`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,12 +14,13 @@ from fastkd_kernels.hidden import triton_path
 from kernel_cases import (
     Counted,
     errors,
-    fresh_tensors_are_nan,
     hidden_case,
     loss_and_gradients,
     masks,
 )
 from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -32,12 +33,6 @@ DEFINITIONS = {
     hidden_cosine: reference.hidden_cosine,
     hidden_normalized_mse: reference.hidden_normalized_mse,
 }
-
-
-@pytest.fixture(autouse=True)
-def unwritten_is_nan() -> Iterator[None]:
-    with fresh_tensors_are_nan():
-        yield
 
 
 @interpreted

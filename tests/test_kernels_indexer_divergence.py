@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,8 +13,10 @@ from device_marks import no_wait
 from divergence_cases import holes
 from fastkd_kernels import AttentionState, IndexerState, indexer_divergence, reference
 from indexer_cases import IndexerCase, indexer_case, near_case, padded_with_nan
-from kernel_cases import errors, fresh_tensors_are_nan, masks, peak_bytes
+from kernel_cases import errors, masks, peak_bytes
 from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -23,12 +24,6 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 interpreted = pytest.mark.skipif(GPU, reason="fp64 runs in the interpreter, without a GPU")
 EVERY_BACKEND = pytest.mark.parametrize("backend", ["torch", "triton"])
 IN_FP64 = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted)])
-
-
-@pytest.fixture(autouse=True)
-def unwritten_is_nan() -> Iterator[None]:
-    with fresh_tensors_are_nan():
-        yield
 
 
 def device_of(backend: str) -> str:

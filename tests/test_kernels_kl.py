@@ -15,20 +15,15 @@ from fastkd_kernels.common import launch
 from kernel_cases import (
     attention_states,
     cast,
-    fresh_tensors_are_nan,
     leaves_of,
     loss_and_gradients,
     trained,
 )
 
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GAIN = 2**10
-
-
-@pytest.fixture(autouse=True)
-def unwritten_is_nan() -> Iterator[None]:
-    with fresh_tensors_are_nan():
-        yield
 
 
 @pytest.fixture(autouse=True)

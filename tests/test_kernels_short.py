@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,21 +19,16 @@ from kernel_cases import (
     attention_states,
     cast,
     errors,
-    fresh_tensors_are_nan,
     leaves_of,
     loss_and_gradients,
     trained,
 )
 
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
+
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 interpreted = pytest.mark.skipif(GPU, reason="fp64 runs in the interpreter, without a GPU")
-
-
-@pytest.fixture(autouse=True)
-def unwritten_is_nan() -> Iterator[None]:
-    with fresh_tensors_are_nan():
-        yield
 
 
 @pytest.fixture

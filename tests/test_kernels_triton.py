@@ -4,7 +4,6 @@ The interpreter is exact for fp16, fp32 and fp64 and wrong for bf16 products, so
 GPU only.
 """
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,7 +19,6 @@ from kernel_cases import (
     cast,
     defined_score_mse,
     errors,
-    fresh_tensors_are_nan,
     leaves_of,
     loss_and_gradients,
     masks,
@@ -28,6 +26,8 @@ from kernel_cases import (
     trained,
 )
 from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -49,12 +49,6 @@ ATTENTION = [
 EVERY_ALGORITHM = pytest.mark.parametrize(
     ("algorithm", "causal"), [("tiles", False), ("gram", False), ("gram", True)]
 )
-
-
-@pytest.fixture(autouse=True)
-def unwritten_is_nan() -> Iterator[None]:
-    with fresh_tensors_are_nan():
-        yield
 
 
 @pytest.fixture(autouse=True)

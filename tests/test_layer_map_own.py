@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from own_registries import registries_apart
 
 from fastkd.errors import UserError
 from fastkd.layer_map import (
@@ -24,12 +22,7 @@ from fastkd.layer_map import (
 )
 from fastkd.layer_map.one_to_one import FixedMap
 
-
-@pytest.fixture(autouse=True)
-def own_registries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """What a test registers is gone after it."""
-    with registries_apart(monkeypatch, tmp_path):
-        yield
+pytestmark = pytest.mark.usefixtures("own_registries")
 
 
 def map_of(links: Any, **more: Any) -> type[LayerMap]:

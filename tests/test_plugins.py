@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from own_registries import registries_apart
 from test_recipe import refusal, tree
 from tiny_runs import make_recipe, read_losses, run_command, run_variants
 
@@ -20,6 +18,8 @@ from fastkd.cli import main
 from fastkd.errors import Interrupted, LostRank, UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.recipe import load_any_recipe, parse_any_recipe, parse_recipe
+
+pytestmark = pytest.mark.usefixtures("own_registries")
 
 LOSS = '''
 from dataclasses import dataclass
@@ -73,13 +73,6 @@ class CrossedMap(LayerMap):
         last = self.teacher_layers - self.shift
         return tuple(Link(s, (last + 1 - s,)) for s in range(1, self.student_layers + 1))
 '''
-
-
-@pytest.fixture(autouse=True)
-def own_registries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """What a test registers and imports is gone after it."""
-    with registries_apart(monkeypatch, tmp_path):
-        yield
 
 
 def write(folder: Path, name: str, text: str) -> str:

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 
 from fastkd.errors import DiskError, UserError
 
@@ -137,12 +136,7 @@ class _DiskErrors(AbstractContextManager[None, None]):
         self.path = path
         self.then = then
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if error is None or isinstance(error, UserError):
             return
         number = _number(error)

@@ -44,6 +44,11 @@ def gib(size: int, places: int = 1) -> str:
     return f"{fixed(size / 2**30, places)} GiB"
 
 
+def size_of(size: int) -> str:
+    """Bytes in GiB, or in MiB where it is less than one."""
+    return f"{size / 2**30:,.3g} GiB" if size >= 2**30 else f"{size / 2**20:,.3g} MiB"
+
+
 def percent(share: float, places: int = 0) -> str:
     """A share in percent; what is not none and not all does not read so: `<0.1%`, `>99.9%`."""
     text, least = f"{share:.{places}%}", 10.0**-places

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.capture import Capture
+from fastkd.data.tasks.metrics import TEACHER_REMEDY
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.training.teacher import NoTeacher, TeacherRunner
 from fastkd.types import Inputs, teacher_inputs
-
-TEACHER_REMEDY = "give teacher.dtype float32, or a teacher whose weights are whole"
 
 
 def check_weights(model: nn.Module, name: str) -> None:

@@ -20,9 +20,10 @@ from fastkd.types import Metric
 
 Scores = dict[str, float]
 Judged = Literal["student", "teacher"]
+TEACHER_REMEDY = "give teacher.dtype float32, or a teacher whose weights are whole"
 _REMEDY: dict[Judged, str] = {
     "student": "continue from an earlier checkpoint with a smaller train.learning_rate",
-    "teacher": "give teacher.dtype float32, or a teacher whose weights are whole",
+    "teacher": TEACHER_REMEDY,
 }
 _Array = npt.NDArray[np.float64]
 

@@ -17,7 +17,7 @@ from fastkd.capture import RecomputedAttention, try_recomputing
 from fastkd.errors import UserError
 from fastkd.files.disk import disk_errors
 from fastkd.reporting.console import Reporter
-from fastkd.reporting.numbers import fixed
+from fastkd.reporting.numbers import fixed, size_of
 from fastkd.training.setup import Run
 from fastkd.training.teacher import TeacherRunner
 from fastkd.training.teacher_cache.plan import (
@@ -25,7 +25,6 @@ from fastkd.training.teacher_cache.plan import (
     Form,
     existing,
     first_batches,
-    size_of,
 )
 from fastkd.types import Inputs, teacher_inputs
 

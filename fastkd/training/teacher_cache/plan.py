@@ -24,6 +24,7 @@ from fastkd.models.digests import model_digests
 from fastkd.packed_row import PackedRow
 from fastkd.recipe import Recipe
 from fastkd.recipe.models import CacheAttention, CacheForm
+from fastkd.reporting.numbers import size_of
 from fastkd.training.setup import Run
 from fastkd.training.teacher import TeacherRunner
 from fastkd.training.teacher_cache.fill import FIELD, epoch_batches, fill
@@ -220,11 +221,6 @@ def first_batches(run: Run, count: int) -> list[Inputs]:
 def existing(folder: Path) -> Path:
     """A folder, or the nearest above it that there is."""
     return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-
-
-def size_of(size: int) -> str:
-    """Bytes, for people."""
-    return f"{size / _GIB:,.3g} GiB" if size >= _GIB else f"{size / 2**20:,.3g} MiB"
 
 
 def _recorded(wanted: Mapping[str, Any], recomputed: bool) -> dict[str, Any]:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastkd.capture import find_blocks
+from fastkd.capture import AttentionTraits, find_blocks
 from fastkd.data.batching import BatchPlan, plan_batches
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.layer_map import LayerMap, make_layer_map
 from fastkd.losses.factory import make_objective
+from fastkd.losses.objective import Objective
 from fastkd.models import outline_student, student_layers
 from fastkd.models.half import round_buffers, round_parameters
 from fastkd.models.load import auto_model, read_config
@@ -124,8 +125,7 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
             "teacher.others are given, but --gpu forecasts one teacher; leave --gpu out, which "
             "makes a few real steps"
         )
-    form, tokens = recipe.row_form, sequence_limit(recipe)
-    row = () if form is None else form.sequences
+    row, tokens = _sequences(recipe), sequence_limit(recipe)
     sequences = rows * max(1, len(row))
     source = recipe.teacher.source
     given, started = f"teacher.model {source.name}", f"student.init {recipe.student.init}"
@@ -136,11 +136,7 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
         seen = dry_pass(teacher, inputs, {}).traits
         with _without_numbers(started, student.config):
             traits = dry_pass(student, inputs, {}).traits, seen
-        # refused as a run would refuse them
-        handed_on_prompts(recipe)
-        embeddings = find_embeddings(recipe, config, student.config)
-        parts, head = (recipe.losses, layers, student, teacher, traits), recipe.student.head
-        objective = make_objective(*parts, head=head, embeddings=embeddings, row=row)
+        objective = _objective(recipe, config, layers, student, teacher, traits)
         if recipe.teacher.eight_bits is not None:
             replace_linear(teacher, recipe.teacher.eight_bits)
     depth = objective.teacher_depth
@@ -169,6 +165,34 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
     )
 
 
+def _sequences(recipe: Recipe) -> tuple[str, ...]:
+    """Names of the sequences that a row has beside each other, if any."""
+    form = recipe.row_form
+    return () if form is None else form.sequences
+
+
+def _objective(
+    recipe: Recipe,
+    config: Any,
+    layers: LayerMap,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    traits: tuple[AttentionTraits, AttentionTraits],
+) -> Objective:
+    """The objective of the recipe's losses, refused where a run would refuse it."""
+    handed_on_prompts(recipe)
+    return make_objective(
+        recipe.losses,
+        layers,
+        student,
+        teacher,
+        traits,
+        head=recipe.student.head,
+        embeddings=find_embeddings(recipe, config, student.config),
+        row=_sequences(recipe),
+    )
+
+
 def forecast(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> Forecast:
     """What a recipe needs on each of some GPUs.
 
@@ -185,8 +209,14 @@ def forecast(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> Forecast
     _check_multiplied(recipe.teacher.eight_bits, chip)
     plan = plan_batches(recipe, ranks)
     times = plan.micro_batch_size / passes.rows
-    sizes = passes.teacher_bytes, passes.trained_numbers
-    kept = memory_parts(recipe, *sizes, ranks, passes.matrix_numbers, passes.frozen_numbers)
+    kept = memory_parts(
+        recipe,
+        passes.teacher_bytes,
+        passes.trained_numbers,
+        ranks,
+        matrices=passes.matrix_numbers,
+        frozen=passes.frozen_numbers,
+    )
     parts, machine = apart(recipe, kept, plan)
     parts |= _worked_with(recipe, passes, plan)
     return Forecast(
@@ -415,11 +445,11 @@ def _moving_seconds(recipe: Recipe, passes: Passes, chip: Chip, plan: BatchPlan)
     """Seconds that a rank receives or reads weights and gradients for in a step."""
     ranks, readings = plan.world_size, passes.readings(plan)
     link = chip.link if ranks <= NODE else min(chip.link, NETWORK)
-    numbers = passes.trained_numbers, passes.frozen_numbers
-    seconds = host_bytes(recipe, plan, *numbers, readings) / chip.host
+    trained, frozen = passes.trained_numbers, passes.frozen_numbers
+    seconds = host_bytes(recipe, plan, trained, frozen, readings) / chip.host
     config = _config_of(recipe, plan)
     if config is not None:
-        seconds += link_bytes(recipe, config, plan, *numbers, readings) / link
+        seconds += link_bytes(recipe, config, plan, trained, frozen, readings) / link
     passed = plan.accumulation * readings
     teacher = passes.teacher_numbers * recipe.teacher.number_bytes
     if recipe.teacher.placement != "replicate":

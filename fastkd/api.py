@@ -71,8 +71,8 @@ class RunResult:
 
     @property
     def losses_after(self) -> dict[str, float]:
-        """The same of the student that was exported: after the last step, or with `run.keep_best`
-        at the best evaluation."""
+        """Losses by label of the student that was exported: after the last step, or with
+        `run.keep_best` at the best evaluation."""
         return dict(self.summary["after"]["losses"])
 
     @cached_property

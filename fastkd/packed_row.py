@@ -62,7 +62,7 @@ class PackedRow:
 
     @cached_property
     def _places(self) -> Tensor:
-        """Of each token of the row, where it stands in a padded view: int64 [total]."""
+        """Place of each token of the row in a padded view: int64 [total]."""
         starts = self.starts.long()
         shifts = torch.arange(len(self.lengths), device=starts.device) * self.longest - starts[:-1]
         # of a known size, which spares a wait for the device

@@ -36,7 +36,7 @@ class RowForm:
     every text is one."""
 
     def with_default(self, prompt: str) -> RowForm:
-        """The same, with a prompt before the texts of columns that have none of their own; of a
+        """This form, with a prompt before the texts of columns that have none of their own; of a
         pair before the first text alone."""
         if not prompt:
             return self

@@ -29,7 +29,7 @@ from fastkd.plugins import is_module_name, plugin_errors
 S = TypeVar("S", bound=BaseModel)
 
 LARGEST = 2**63 - 1
-"""Of any number, as of a signed one of 64 bits."""
+"""Largest value of any number, as of a signed one of 64 bits."""
 MOST_HEADS = 10_000
 """Attention heads of a layer."""
 LONGEST = 2**20

@@ -267,6 +267,6 @@ def _length(job: Job, config: PreTrainedConfig) -> int:
 
 
 def _short(teacher: str) -> str:
-    """Of a package its name, of a folder or hub name the last part."""
+    """Short name of a teacher: of a package its name, of a folder or hub name the last part."""
     name = teacher.removeprefix("package:").split("/")[0 if teacher.startswith("package:") else -1]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:100] or "student"

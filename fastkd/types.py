@@ -55,7 +55,7 @@ LABEL_WEIGHTS = "label_weights"
 """Key of a micro-batch: what each of its labels counts in a mean over labels, fp64 and of their
 shape; all alike where it is not there."""
 LARGEST_SCORE = 3.4028234663852886e38
-"""Of fp32, in which scores of data are kept."""
+"""Largest number of fp32, in which scores of data are kept."""
 SCORES = "scores"
 """Key of a micro-batch of rows of texts: a teacher's scores of each row's candidates, fp32 [rows,
 candidates], where the data has some."""

@@ -27,7 +27,7 @@ class AttentionShape:
     heads: int
     kv_heads: int
     key_size: int
-    """Of queries and keys."""
+    """Width of a head's queries and keys."""
     value_size: int
 
     def width(self, letter: str, relation: str) -> int:
@@ -48,13 +48,13 @@ class AttentionTraits:
     causal: bool = False
     """Whether queries see no later key."""
     windows: Mapping[int, int] = field(default_factory=dict)
-    """Of the layers with local attention: keys fewer than so many tokens away are seen."""
+    """Windows of the layers with local attention: keys fewer than so many tokens away are seen."""
     unknown: str | None = None
     """Why what a query sees is nothing that an op can be told."""
     differs: str | None = None
     """Why the model's probabilities are not the softmax of its captured queries and keys."""
     shapes: tuple[AttentionShape, ...] = ()
-    """Of the queries, keys and values of its layers, each once."""
+    """Shapes of the queries, keys and values of its layers, each once."""
     sinks: frozenset[int] = frozenset()
     """Layers with attention sinks."""
 
@@ -68,7 +68,7 @@ class Seen:
     regular: bool
     """Whether causality and window say all of what a query sees."""
     error: float
-    """Of the output that captured states imply, as a part of the largest value."""
+    """Error of the output that captured states imply, as a part of the largest value."""
     given: tuple[str, ...]
     """Tensors that the function was given besides."""
     shape: AttentionShape
@@ -151,7 +151,7 @@ def _visible(call: AttentionCall, tokens: int) -> Tensor:
 
 
 def _distances(tokens: int, device: torch.device) -> Tensor:
-    """Of every key from every query, [tokens, tokens]."""
+    """Distance of every key from every query, [tokens, tokens]."""
     position = torch.arange(tokens, device=device)
     return position - position[:, None]
 

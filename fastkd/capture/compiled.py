@@ -1,4 +1,4 @@
-"""The same capture of a model that `torch.compile` compiles.
+"""Capture of a model that `torch.compile` compiles.
 
 A hook that writes into a container is a side effect to the compiler: it is traced with the pass
 that it stood in, and one that came later is never called. So the hooks stand before anything is

@@ -24,7 +24,7 @@ from fastkd.packed_row import PackedRow
 from fastkd.types import Inputs, model_inputs
 
 _FIRST_POSITION: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""Of models that were tried packed, the number of a sequence's first position."""
+"""Number of a sequence's first position, of models that were tried packed."""
 _UNTYPED: WeakSet[nn.Module] = WeakSet()
 """Models that are given no token types."""
 

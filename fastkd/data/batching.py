@@ -19,8 +19,8 @@ class BatchPlan:
     engine divides, whatever there are."""
     world_size: int
     tokens: int | None = None
-    """Of a micro-batch at most, padding included, so that its rows and the number of micro-batches
-    differ from step to step; `None` where both are fixed."""
+    """Tokens of a micro-batch at most, padding included, so that its rows and the number of
+    micro-batches differ from step to step; `None` where both are fixed."""
 
     @property
     def pieces(self) -> int:

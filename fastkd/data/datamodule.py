@@ -54,7 +54,7 @@ class Evaluator(Protocol):
         """Take in what `DataModule.reads` of both models came to on a part; its rows are first."""
 
     def results(self, ranks: Ranks) -> dict[str, Any]:
-        """Of all parts of all ranks: numbers, and sections of numbers."""
+        """What was found on all parts of all ranks: numbers, and sections of numbers."""
 
 
 class DataModule(Protocol):

@@ -143,9 +143,9 @@ class Tokenised(NamedTuple):
     """Sequences on their way to a file."""
 
     ids: npt.NDArray[np.int32]
-    """Of all sequences, one after another."""
+    """Token ids of all sequences, one after another."""
     types: npt.NDArray[np.uint8]
-    """Of each of these tokens."""
+    """Type of each of these tokens."""
     lengths: npt.NDArray[np.int64]
     """[sequences]."""
     cut: int

@@ -70,7 +70,8 @@ class TransportSection(MapConfig):
     """How much of the flow each layer has: by what it costs, cheap ones more, as the official code
     divides it (`cost`) or by a `softmax`; or all as much (`equal`)."""
     temperature: Temperature = 1.0
-    """Of the `softmax`, whose scores are the layers' mean cost over the own one, of any depth."""
+    """Temperature of the `softmax`, whose scores are the layers' mean cost over the own one, of any
+    depth."""
     total: float = Field(default=1.0, gt=0, le=1e6)
     """What all weights of pairs add up to; with the number of student layers it weighs as much as
     a mapping of one teacher layer each."""

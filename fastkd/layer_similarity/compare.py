@@ -41,7 +41,8 @@ class Similarity:
     cka: Matrix
     """Linear CKA of hidden states, from layer 0, the embeddings; 1 is the same up to rotation."""
     divergence: Matrix
-    """Of attention probabilities, from layer 1; 0 is the same. NaN where they can't be compared."""
+    """Divergence of attention probabilities, from layer 1; 0 is the same. NaN where they can't be
+    compared."""
     kind: DivergenceKind
     """Which divergence."""
     relation_heads: int | None

@@ -43,7 +43,7 @@ class ModelPair:
     heads: tuple[int, int] = (1, 1)
     """Attention heads."""
     windows: tuple[Mapping[int, int], Mapping[int, int]] = field(default_factory=lambda: ({}, {}))
-    """Of the layers with local attention: keys fewer than so many tokens away are seen."""
+    """Windows of the layers with local attention: keys fewer than so many tokens away are seen."""
     head: Head = "none"
     """What stands on the blocks of both."""
     outputs: int = 2
@@ -52,7 +52,7 @@ class ModelPair:
     """What each model's `problem_type` is, where it says of a head for texts that its numbers are
     not classes of which one is right."""
     shapes: tuple[tuple[AttentionShape, ...], tuple[AttentionShape, ...]] = ((), ())
-    """Of the queries, keys and values of each model's layers."""
+    """Shapes of the queries, keys and values of each model's layers."""
     sinks: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
     """Layers with attention sinks."""
     embeddings: tuple[EmbeddingModules, EmbeddingModules] | None = None
@@ -76,7 +76,7 @@ class Shared:
     projection: Projection = "auto"
     projection_bias: bool = True
     projection_learning_rate: float | None = None
-    """Of projections that have none of their own; `None` is the run's."""
+    """Peak learning rate of projections that have none of their own; `None` is the run's."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Setting:
     """What of the rest of a recipe decides whether a loss fits."""
 
     head: Head
-    """Of the student and the teacher."""
+    """Head of the student and the teacher."""
     labelled: bool
     """Whether examples with labels are read, not text."""
     losses: frozenset[str]
@@ -106,7 +106,7 @@ class Batch:
     row: PackedRow | None = None
     """Where the sequences stand that were read packed, for a term that `reads_packed`."""
     gather: Gather = alone
-    """Of this micro-batch's [n, ...] makes the [N, ...] of the whole optimiser step: all ranks in
+    """Makes of this micro-batch's [n, ...] the [N, ...] of the whole optimiser step: all ranks in
     turn, of each all micro-batches, in the same order whatever is gathered. Its own n alone carry
     gradient, so return `gathered_value`. In an evaluation as many held-out rows are the whole, in a
     loop of one's own the batch at hand. It is for losses with `least_rows`, and takes what no

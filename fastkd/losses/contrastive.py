@@ -68,7 +68,7 @@ class ContrastiveLoss(SequenceEmbeddingLoss):
         return gathered_value(torch.stack(values).mean(), len(student), len(points))
 
     def _logits(self, points: Tensor) -> list[Tensor]:
-        """Of queries [rows, documents] and, where symmetric, of documents [rows, rows]."""
+        """Logits of queries [rows, documents] and, where symmetric, of documents [rows, rows]."""
         queries, documents = queries_and_documents(points, len(self.shared.pair.row))
         pairs = [(queries, documents.flatten(0, 1))]
         if self.config.symmetric:

@@ -14,7 +14,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 Gather: TypeAlias = Callable[[Tensor], Tensor]
-"""Of rows [n, ...] of a micro-batch makes those of the step, [N, ...]."""
+"""Makes of the rows [n, ...] of a micro-batch those of the step, [N, ...]."""
 
 
 def alone(rows: Tensor) -> Tensor:

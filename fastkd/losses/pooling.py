@@ -49,8 +49,8 @@ def pool_tokens(states: Tensor, mask: Tensor | None, pooling: PoolingMode) -> Te
 
 
 def first_tokens(states: Tensor, mask: Tensor | None) -> Tensor:
-    """Of states [batch, tokens, width] those of each row's first token that is no padding, by a
-    mask as of `pool_tokens`: [batch, width]."""
+    """State of each row's first token that is no padding, [batch, width], of states [batch, tokens,
+    width] and a mask as of `pool_tokens`."""
     if mask is None:
         return states[:, 0]
     places = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
@@ -227,7 +227,7 @@ class EmbeddingModules(nn.Module):
         return first if isinstance(first, Dense) and first.activation is None else None
 
     def pooled_by(self, pooling: Sequence[PoolingMode]) -> EmbeddingModules:
-        """The same with another pooling.
+        """These modules with another pooling.
 
         Raises:
             ValueError: what stands behind it takes vectors of another width.

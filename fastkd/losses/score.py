@@ -140,7 +140,7 @@ class ScoreLoss(SequenceEmbeddingLoss):
         return self._value(found, expected, batch)
 
     def _similarities(self, embeddings: Tensor) -> Tensor:
-        """Of each query with its candidates, [rows, candidates]."""
+        """Similarities of each query to its candidates, [rows, candidates]."""
         if self.config.similarity == "cosine":
             embeddings = normalize(embeddings, dim=-1)
         queries, candidates = queries_and_documents(embeddings, len(self.shared.pair.row))

@@ -76,7 +76,8 @@ class SimilarityLoss(SequenceEmbeddingLoss):
         return gathered_value(value, len(student), len(points))
 
     def _cosines(self, points: Tensor) -> Tensor:
-        """Of each sequence [n, dim], which has length one, with those it is compared with."""
+        """Cosines of each sequence [n, dim], which has length one, with those it is compared
+        with."""
         if self.config.between == "all":
             return without_diagonal(points @ points.mT)
         queries, documents = queries_and_documents(points, len(self.shared.pair.row))

@@ -66,7 +66,7 @@ class StateLoss(Loss):
 
     @property
     def last_place(self) -> int | None:
-        """Of its links the one that alone ties the student's last layer to the teacher's last, by
+        """Place of the link that alone ties the student's last layer to the teacher's last, by
         squared differences and at any time; `None` where there is none."""
         layers = self.layer_map
         if layers is None or layers.moves or self.config.kind != "mse" or not self.config.weight:
@@ -77,7 +77,7 @@ class StateLoss(Loss):
         return last[0][0] if tied else None
 
     def states(self, student: Capture, teacher: Capture) -> list[tuple[Tensor, list[Tensor]]]:
-        """Of every label the student's state, and the teacher's that make its target."""
+        """The student's state of every label, and the teacher's that make its target."""
         return [
             (student.hidden[link.student], [teacher.hidden[t] for t in link.teachers])
             for link in self.links

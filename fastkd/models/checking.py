@@ -113,7 +113,7 @@ def check_settings(given: str, config: PreTrainedConfig, model: PreTrainedModel)
 
 
 def unread_weights(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
-    """Of the weights that a checkpoint holds and a model has no place for, those below its head.
+    """Weights below its head that a checkpoint holds and a model has no place for.
 
     Heads and poolers of another class are left out, and so are buffers of older releases.
     """

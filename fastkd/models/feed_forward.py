@@ -93,7 +93,7 @@ def _highest(width: Any) -> int | None:
 
 
 def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Of the weights in blocks, without making them."""
+    """Shapes of the weights in blocks, without making them."""
     with no_init_weights(), torch.device("meta"):
         model = auto_model("none").from_config(config)
     return {name: tuple(weight.shape) for name, weight in find_blocks(model).named_parameters()}

@@ -25,7 +25,7 @@ class Pooler:
 
 
 class NoPooler(nn.Module):
-    """In the place of a pooler, where a model calls it without asking whether it is there."""
+    """Stand-in for a pooler, where a model calls it without asking whether it is there."""
 
     def forward(self, *_: Any) -> None:
         """Nothing."""

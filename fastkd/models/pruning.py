@@ -27,7 +27,7 @@ from fastkd.capture.routing import listening, runnable
 from fastkd.errors import UserError
 
 HIDDEN = -1
-"""In place of a block's number: what all blocks share."""
+"""Stand-in for a block's number, of what all blocks share."""
 Role = tuple[str, int]
 """What a dimension counts (`hidden`, `neurons`, `heads`, `keys`), and in which block, from 0."""
 Roles = dict[str, tuple[Role | None, ...]]
@@ -69,7 +69,7 @@ class Projections:
 
 
 def find_projections(model: PreTrainedModel) -> list[Projections]:
-    """Of every block, which layers run before its attention, and the first that runs behind it.
+    """Layers of every block that run before its attention, and the first that runs behind it.
 
     Raises:
         UserError: a block without.
@@ -188,7 +188,8 @@ class _Reader:
     def roles(
         self, name: str, parameter: Tensor, shape: tuple[int, ...], block: int, path: str
     ) -> tuple[Role | None, ...]:
-        """Of a parameter of the teacher, whose shape in the student is given."""
+        """What the dimensions of a parameter of the teacher count, whose shape in the student is
+        given."""
         module, inner, output = path.rpartition(".")[0], False, False
         if block != HIDDEN and self._projections is not None:
             projections = self._projections[block]

@@ -109,7 +109,7 @@ def _float8_product(
 def _int8_product(
     left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """The same in fp32."""
+    """Product of int8 matrices with their scales, in fp32."""
     made = torch._int_mm(left, right.t()).float().mul_(left_scales).mul_(right_scales)
     return made if bias is None else made.add_(bias)
 

@@ -23,12 +23,13 @@ SETTINGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-"""Of the transformer module, one for each kind of model that older releases told apart."""
+"""Settings of the transformer module, one file for each kind of model that older releases told
+apart."""
 
 
 LISTING = "modules.json"
 LIBRARY = "config_sentence_transformers.json"
-"""Of the whole model: its prompts, and what its embeddings are compared by."""
+"""Settings of the whole model: its prompts, and what its embeddings are compared by."""
 
 
 class Listed(NamedTuple):

@@ -35,7 +35,8 @@ from fastkd.types import Head, ModelSource
 
 GRAPH = "model.onnx"
 TOLERANCE = 1e-4
-"""Of the largest number of an output, or of 1 where all are smaller."""
+"""Largest difference, as a part of the largest number of an output, or of 1 where all are
+smaller."""
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _OUTPUTS = ("last_hidden_state", "logits", "start_logits", "end_logits")
 _VECTOR = "sentence_embedding"

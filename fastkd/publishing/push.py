@@ -31,9 +31,9 @@ class Pushed:
     """What a push came to."""
 
     url: str
-    """Of the commit."""
+    """Address of the commit."""
     files: int
-    """That were sent."""
+    """Number of files that were sent."""
     replaced: tuple[str, ...]
     """Files of the repository that were overwritten."""
     left: tuple[str, ...]
@@ -56,7 +56,7 @@ class _Found:
     is_ours: bool
     private: bool
     commit: str | None
-    """That the push must follow on; `None` where the revision is to be made."""
+    """Commit that the push must follow on; `None` where the revision is to be made."""
 
 
 def push_run(

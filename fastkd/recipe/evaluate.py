@@ -72,5 +72,5 @@ class Evaluate(Section):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of everything that has a score."""
+        """Names of everything that has a score."""
         return (*self.pairs, *self.mteb)

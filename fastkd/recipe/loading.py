@@ -41,7 +41,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_finetune_recipe(path: str | Path, overrides: Sequence[str] = ()) -> FinetuneRecipe:
-    """Read a recipe of a fine-tuning run, likewise."""
+    """Read a recipe of a fine-tuning run, as `load_recipe` reads one of a distillation."""
     return parse_finetune_recipe(_overridden(path, overrides), str(path))
 
 
@@ -152,7 +152,8 @@ def each_stage(recipe: AnyRecipe) -> list[AnyRecipe]:
 
 
 def parse_finetune_recipe(tree: Mapping[str, Any], name: str = "recipe") -> FinetuneRecipe:
-    """Validate a mapping as a recipe of a fine-tuning run, likewise."""
+    """Validate a mapping as a recipe of a fine-tuning run, as `parse_recipe` does one of a
+    distillation."""
     try:
         _check_kind(tree, "finetune")
         load_plugins(tree.get("plugins"))
@@ -164,7 +165,8 @@ def parse_finetune_recipe(tree: Mapping[str, Any], name: str = "recipe") -> Fine
 
 
 def parse_any_recipe(tree: Mapping[str, Any], name: str = "recipe") -> AnyRecipe:
-    """Validate a mapping as a recipe of either kind, likewise."""
+    """Validate a mapping as a recipe of either kind, as `parse_recipe` does one of a
+    distillation."""
     return parse_finetune_recipe(tree, name) if "model" in tree else parse_recipe(tree, name)
 
 

@@ -109,7 +109,7 @@ class Losses(Section):
     @field_validator("terms", mode="after")
     @classmethod
     def _in_order(cls, terms: dict[str, LossConfig]) -> dict[str, LossConfig]:
-        """In the registry's order: what a file's order was says nothing about checkpoints."""
+        """Sort by the registry: what a file's order was says nothing about checkpoints."""
         from fastkd.losses.registry import loss_names
 
         names = loss_names()

@@ -95,9 +95,9 @@ class Teacher(Section):
     read embeddings that is one vector a sequence, which `float16` and `int8`, with a scale a
     vector, round too."""
     cache_attention: CacheAttention = "stored"
-    """Of the attention that losses read, queries, keys and values are stored, or the hidden states
-    below their blocks, from which the teacher's own norms and projections make them in every step:
-    most often less room, for a part of the teacher's work."""
+    """What is stored of the attention that losses read: queries, keys and values, or the hidden
+    states below their blocks, from which the teacher's own norms and projections make them in every
+    step: most often less room, for a part of the teacher's work."""
     cache_states: CacheStates = "read"
     """Whether what the losses of this recipe read is stored, or with `cache_attention: recomputed`
     the states of all layers and what the head gives, which runs with other losses and mappings of
@@ -154,7 +154,7 @@ class Teacher(Section):
 
     @property
     def number_bytes(self) -> int:
-        """Of one of its numbers that is not rounded to eight bits."""
+        """Bytes of one of its numbers that is not rounded to eight bits."""
         return 4 if self.states == "float32" else 2
 
     @property

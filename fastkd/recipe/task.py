@@ -182,7 +182,7 @@ class TaskData(Section):
 
     @property
     def shared_tokens(self) -> int:
-        """That examples of one context have in common."""
+        """Tokens that examples of one context have in common."""
         return self.max_length // 3 if self.stride is None else self.stride
 
     def _check_kind(self) -> None:

@@ -113,7 +113,7 @@ class Train(Section):
 
     @property
     def number_bytes(self) -> int:
-        """Of a number of the student as it computes; `auto` is settled before."""
+        """Bytes of a number of the student as it computes; `auto` is settled before."""
         return 2 if self.precision == "bf16" else 4
 
     @model_validator(mode="before")

@@ -61,7 +61,7 @@ class Balance(Section):
     """Term that `ratio` scales the others to; the first one where not given. It must not be 0 at
     the first step."""
     decay: float = Field(default=0.99, ge=0, lt=1)
-    """Of the running means of `ratio`, per step."""
+    """Decay of the running means of `ratio`, per step."""
     limit: float = Field(default=5.0, gt=0)
     """Log-variances of `uncertainty` stay between minus and plus this."""
 

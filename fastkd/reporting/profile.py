@@ -9,7 +9,7 @@ from fastkd.reporting.numbers import fixed, percent
 
 Rows = list[tuple[str, ...]]
 Bars = list[tuple[str, float, str]]
-"""Of each bar its name, its size, and the size as text."""
+"""Name, size and size as text of each bar."""
 _SAID = {"data": "data, waiting for it", "student": "student, forward", "rest": "the rest"}
 # further columns that a profile may have, by their names in a summary
 _SLOWEST = "slowest_milliseconds"

@@ -171,7 +171,7 @@ def _model_names(summary: dict[str, Any]) -> list[str]:
 
 
 def model_heads(summary: dict[str, Any]) -> list[str]:
-    """Of the columns of `model_rows`, which are of the first of several teachers."""
+    """Heads of the columns of `model_rows`, which are of the first of several teachers."""
     first = f"first of {summary['teachers']} teachers" if "teachers" in summary else "teacher"
     return [first if name == "teacher" else name for name in _model_names(summary)]
 

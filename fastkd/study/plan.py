@@ -171,7 +171,7 @@ class Plan:
         return self._teachers[key]
 
     def shared_recipe(self, run: SharedRun) -> AnyRecipe:
-        """The recipe of a shared step, likewise."""
+        """The recipe of a shared step."""
         sources = self.steps.sources(run.step, run.task)
         where = f"{self.path}: {run.label}"
         tree = self._apply(self._tree(run.step.recipe), sources, run.task, run.seed, where)
@@ -226,7 +226,7 @@ class Plan:
         return digest(said)
 
     def shared_digest(self, run: SharedRun) -> str:
-        """Digest of what the study file says about a shared step, likewise."""
+        """Digest of what the study file says about a shared step."""
         sources = self.steps.sources(run.step, run.task)
         return digest([run.step.command, self._tree(run.step.recipe), sources, run.seed])
 

@@ -72,7 +72,8 @@ def _parts(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _map_holders(tree: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What may have a `layer_map`, likewise: a recipe, its stages, and the terms of each."""
+    """What may have a `layer_map`, each with what stands before its keys: a recipe, its stages, and
+    the terms of each."""
     for place, part in _parts(tree):
         yield place, part
         losses = part.get("losses")

@@ -34,7 +34,7 @@ class Place:
 
     @property
     def digest(self) -> Path:
-        """Of a shared step: the digest of what it was made with."""
+        """File with the digest of what a shared step was made with."""
         return self.folder / "digest.txt"
 
     @property
@@ -45,7 +45,8 @@ class Place:
 
 @dataclass(frozen=True)
 class SharedRun:
-    """A shared step, on one task where it is done once a task, with one seed likewise."""
+    """A shared step, on one task where it is done once a task, with one seed where it is done
+    once a seed."""
 
     name: str
     step: Step

@@ -142,7 +142,7 @@ class Metric(Section):
     direction: Literal["maximize", "minimize"]
     """Which way is better."""
     heldout: str | None = None
-    """The same number's dotted path in an evaluation, as in `sentence_cosine`, for a pruner."""
+    """Dotted path of the same number in an evaluation, as in `sentence_cosine`, for a pruner."""
 
     @property
     def is_of_examples(self) -> bool:

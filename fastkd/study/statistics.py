@@ -70,7 +70,7 @@ class Mean:
     mean: float | None
     """`None` without seeds."""
     deviation: float | None
-    """Of a sample, with n - 1; `None` with fewer than two seeds."""
+    """Standard deviation of a sample, with n - 1; `None` with fewer than two seeds."""
 
     def __str__(self) -> str:
         if self.mean is None:
@@ -106,7 +106,7 @@ class Estimate:
     by_seed: tuple[float, ...]
     """Its mean over tasks with every seed, two at least."""
     example_variance: float
-    """Of the mean, by the examples alone."""
+    """Variance of the mean by the examples alone."""
 
     @property
     def mean(self) -> float:
@@ -136,7 +136,7 @@ class Estimate:
         return float(quantiles.sum()) * self._error(number)
 
     def _variances(self, seeds: int) -> tuple[float, float]:
-        """Of the mean over so many seeds: what the seeds add, and all."""
+        """Variance of the mean over so many seeds: what the seeds add, and all."""
         of_seeds = float(np.var(self.by_seed, ddof=1)) / seeds
         return of_seeds, of_seeds + self.example_variance
 
@@ -201,7 +201,7 @@ def estimate(tasks: Sequence[Sample]) -> Estimate | None:
 
 
 def _example_variance(task: Sample) -> float:
-    """Of the mean over seeds, by the examples alone: without what a seed makes of them."""
+    """Variance of the mean over seeds by the examples alone: without what a seed makes of them."""
     if task.drawn is None:
         return 0.0
     of_mean = float(np.var(task.drawn.mean(axis=0), ddof=1))
@@ -333,7 +333,7 @@ def _cell(score: Score) -> _Cell:
 
 
 def _sample(by_seed: Sequence[Sequence[Score]], task: str | None) -> Sample:
-    """Of each seed the average of its runs on a task."""
+    """Sample of a task: the average of each seed's runs on it."""
     cells = [
         sorted((s for s in runs if s.task == task), key=lambda s: s.others) for runs in by_seed
     ]

@@ -47,7 +47,7 @@ def _digests(models: Mapping[str, PreTrainedModel]) -> dict[str, str]:
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """Of the configuration and the weights of a model."""
+    """Digest of the configuration and the weights of a model."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_ITS_OWN}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in model.named_parameters():
@@ -56,7 +56,7 @@ def model_digest(model: PreTrainedModel) -> str:
 
 
 def _sum(weight: Tensor) -> str:
-    """Of the bits of a weight as integers, and some of its numbers as they stand."""
+    """Sum of the bits of a weight as integers, and some of its numbers as they stand."""
     numbers = weight.detach().flatten()
     sample = numbers[:: max(1, len(numbers) // _SAMPLE)].contiguous().view(torch.uint8).numpy()
     bits = numbers.view(torch.uint8).numpy()

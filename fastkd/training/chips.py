@@ -18,9 +18,10 @@ class Chip:
     half: float
     """Dense operations a second of matrix products in bf16 or fp16."""
     float8: float | None
-    """The same in float8; `None` where it is not multiplied."""
+    """Dense operations a second in float8; `None` where it is not multiplied."""
     single: float
-    """The same in fp32, without tensor cores, as torch runs them where TF32 is off."""
+    """Dense operations a second in fp32, without tensor cores, as torch runs them where TF32 is
+    off."""
     link: float
     """Bytes a second to its neighbours in one direction: NVLink, or PCIe where there is none."""
     host: float
@@ -29,7 +30,8 @@ class Chip:
 
     @property
     def tf32(self) -> float:
-        """The same with operands read as TF32: half as many as in bf16, on all of these."""
+        """Dense operations a second with operands read as TF32: half as many as in bf16, on all of
+        these."""
         return self.half / 2
 
 

@@ -23,7 +23,8 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """Of this process, and of those before it up to the checkpoints that were gone on from."""
+        """Seconds of this process, and of those before it up to the checkpoints that were gone on
+        from."""
         return self._seconds + time.perf_counter() - self._started
 
     @property

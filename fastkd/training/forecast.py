@@ -65,17 +65,17 @@ class Passes:
     teacher_bytes: int
     trained_numbers: int
     frozen_numbers: int
-    """Of the student, beside those."""
+    """Further parameters of the student, which are not trained."""
     matrix_numbers: int
-    """Of those trained, what Muon updates."""
+    """Trained parameters that Muon updates."""
     teacher_block: int
     """Numbers of the largest module that ZeRO-3 gathers at a time."""
     student_block: int
     rows: int
     tokens: int
-    """Of a row."""
+    """Tokens of a row."""
     least_rows: int = 1
-    """That a micro-batch must have; more than one where losses compare rows with each other."""
+    """Rows of a micro-batch at least; more than one where losses compare rows with each other."""
 
     def readings(self, plan: BatchPlan) -> int:
         """Forward passes of both models over a micro-batch, see `fastkd.training.gathering`."""
@@ -97,7 +97,7 @@ class Forecast:
     moving: float
     """Seconds that weights and gradients of a step take to move."""
     tokens: int
-    """Of a step, all ranks together."""
+    """Tokens of a step, all ranks together."""
 
     @property
     def total(self) -> int:

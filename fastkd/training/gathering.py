@@ -65,7 +65,7 @@ def group_gathers(
 
 
 def _known(notes: Sequence[Notes], ranks: Ranks | None) -> Sequence[Gather]:
-    """Of what was taken down of each micro-batch, what gives it that of all of them; of all ranks
+    """What gives each micro-batch the rows of all of them, by what was taken down; of all ranks
     where these are given."""
     if len({len(note.rows) for note in notes}) > 1:
         raise UserError(

@@ -26,7 +26,7 @@ Replay = Callable[[], Any]
 Record = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 """Makes of a function what replays it, and the tensor that it returns at every replay."""
 MOST_SHAPES = 32
-"""That are recorded, those that come first; steps of others run from Python."""
+"""Shapes that are recorded, those that come first; steps of others run from Python."""
 _WARM_UP = 3
 
 

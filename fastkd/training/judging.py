@@ -124,7 +124,7 @@ class RunEncoder:
 
     @property
     def mteb_model_meta(self) -> Any:
-        """That nothing is known of it."""
+        """Description of the model for mteb: nothing is known of it."""
         from mteb.models import ModelMeta
 
         return ModelMeta.create_empty()
@@ -175,14 +175,14 @@ class RunEncoder:
         return found
 
     def similarity(self, one: npt.ArrayLike, other: npt.ArrayLike) -> Tensor:
-        """Of all pairs, [n, m]: cosines, or what the model's folder says."""
+        """Similarities of all pairs, [n, m]: cosines, or what the model's folder says."""
         ones, others = _rows(one), _rows(other)
         if self._by in _NORMS:
             return -torch.cdist(ones, others, p=_NORMS[self._by])
         return self._scaled(ones) @ self._scaled(others).T
 
     def similarity_pairwise(self, one: npt.ArrayLike, other: npt.ArrayLike) -> Tensor:
-        """Of the pairs at the same places, [n]."""
+        """Similarities of the pairs at the same places, [n]."""
         ones, others = _rows(one), _rows(other)
         if self._by in _NORMS:
             away: Tensor = torch.linalg.vector_norm(ones - others, _NORMS[self._by], dim=-1)

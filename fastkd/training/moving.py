@@ -74,7 +74,7 @@ def gathered_bytes(recipe: Recipe, trained: int, frozen: int) -> int:
 
 
 def reduced_bytes(config: Any) -> int:
-    """Of a gradient on its way between ranks."""
+    """Bytes of a number of a gradient on its way between ranks."""
     dtype: torch.dtype = config.communication_data_type or torch.float32
     return dtype.itemsize
 

@@ -45,7 +45,7 @@ class Piece:
     """The first of them, in the matrix."""
     length: int
     offset: int
-    """Of the first of them, in the flat tensor."""
+    """Place of the first of them in the flat tensor."""
     shared: bool
     """Whether other ranks have elements of it too."""
 
@@ -174,7 +174,7 @@ def _together(device: torch.device) -> int:
 
 
 def _summed(pieces: Sequence[Piece], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Of pieces that ranks share the matrices, flat."""
+    """Flat matrices of the pieces that ranks share, with the elements of all ranks."""
     sizes = [piece.shape.numel() for piece in pieces]
     flat = tensors[0].new_zeros(sum(sizes))
     matrices = list(torch.split(flat, sizes))

@@ -29,7 +29,7 @@ _Cuts = list[tuple[str | None, list[Any]]]
 
 
 class NoProfile:
-    """In the place of a `Profile` where none is asked for."""
+    """Stand-in for a `Profile` where none is asked for."""
 
     def step(self) -> AbstractContextManager[None]:
         return _NOTHING
@@ -127,7 +127,7 @@ class Profile:
         return self._told.steps
 
     def seconds(self) -> list[dict[str, float]]:
-        """Of a step, the mean, by phase and for the rest; one mapping a clock. There must be
+        """Mean seconds of a step by phase and for the rest; one mapping a clock. There must be
         `steps`."""
         told = self._told
         return [{name: s / told.steps for name, s in sums.items()} for sums in told.by_clock]

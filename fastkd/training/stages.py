@@ -31,7 +31,7 @@ class Stage:
 
     whole: RunFolder
     recipe: Recipe
-    """Of the whole run."""
+    """Recipe of the whole run."""
     number: int
     """From 1."""
     done: Sequence[Mapping[str, Any]]
@@ -39,7 +39,7 @@ class Stage:
 
     @property
     def first_folder(self) -> Path | None:
-        """Of the first stage, if this is a later one."""
+        """Folder of the first stage, if this is a later one."""
         return None if self.number == 1 else stage_folders(self.recipe)[0].path
 
     def claim(self, run: Run) -> None:
@@ -133,7 +133,7 @@ def join_summaries(run: RunFolder, summaries: list[dict[str, Any]]) -> dict[str,
 
 
 def _worse_in_the_end(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of what means the same in all stages, what the last one left worse than the first found it;
+    """What the last stage left worse than the first found it, of what means the same in all stages;
     the losses of a stage are its own, and so are the tokens that it masks."""
     first, last = summaries[0], summaries[-1]
     before, after = first["before"], last["after"]

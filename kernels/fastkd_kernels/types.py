@@ -14,8 +14,8 @@ AttentionDivergenceKind = Literal["kl", "reverse_kl", "js", "mse", "cross_entrop
 LogitsDivergenceKind = Literal["kl", "reverse_kl", "js", "skew_kl", "mse", "cross_entropy"]
 """What compares the logits of a row; "mse" is of raw logits, and a mean over the vocabulary."""
 AttentionReduction = Literal["tokens", "sequences"]
-"""Of the values of query rows: "tokens" is their mean over the batch; "sequences" is first the mean
-over the rows and heads of each sequence, then over the sequences that have rows."""
+"""How the values of query rows are averaged: "tokens" is their mean over the batch; "sequences" is
+first the mean over the rows and heads of each sequence, then over the sequences that have rows."""
 Relation = Literal["qq", "kk", "vv", "qk"]
 
 # our ops' place in torch.ops: the package's name, so that a copy loaded under another (as Hugging

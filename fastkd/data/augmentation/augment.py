@@ -60,7 +60,7 @@ class Augmentation:
     """File of `word TAB paraphrase`, plain or gzipped, in place of word vectors. Without either,
     words of several tokens stay."""
     seed: int = 0
-    """Of what is replaced by what."""
+    """Seed of what is replaced by what."""
     batch_size: int = 64
     """Masked texts in one forward pass; decides speed and memory alone."""
 

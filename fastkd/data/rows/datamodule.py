@@ -29,8 +29,8 @@ class RowDataModule:
     most_heldout: int
     """Rows that an evaluation reads, at most: spread over those that are held out."""
     outputs: int | None = None
-    """Of the models' classification heads; `None` where they have none, so that embeddings are
-    compared."""
+    """Outputs of the models' classification heads; `None` where they have none, so that embeddings
+    are compared."""
     counts_padding: bool = False
     """Whether losses are means over padding as well: then all of a step is padded alike."""
 

@@ -27,7 +27,7 @@ class TextRow(NamedTuple):
 
     @property
     def characters(self) -> int:
-        """Of all texts."""
+        """Characters of all texts."""
         return sum(map(len, self.texts))
 
 

@@ -82,7 +82,7 @@ class EncodedRows:
     fingerprint: str
     """Key of content, tokenizers and settings."""
     teacher: Sequences | None = None
-    """The same texts by a tokenizer of the teacher's own."""
+    """Sequences of the same texts by a tokenizer of the teacher's own."""
 
     def __len__(self) -> int:
         return len(self.sequences) // self.each
@@ -97,7 +97,7 @@ class EncodedRows:
         return longest
 
     def numbers(self, rows: Sequence[int]) -> npt.NDArray[np.int64]:
-        """Of the sequences of some rows, in order."""
+        """Numbers of the sequences of some rows, in order."""
         firsts = np.asarray(rows, dtype=np.int64) * self.each
         numbers: npt.NDArray[np.int64] = (firsts[:, None] + np.arange(self.each)).reshape(-1)
         return numbers
@@ -132,17 +132,17 @@ class RowSets(NamedTuple):
 
     @property
     def sequences(self) -> list[Sequences]:
-        """Of both."""
+        """Sequences of both sets."""
         return [part.sequences for part in self]
 
     def padded_with(self, pad: int) -> RowSets:
-        """The same, padded with another id."""
+        """These rows, padded with another id."""
         return RowSets(
             *(replace(rows, sequences=replace(rows.sequences, pad_id=pad)) for rows in self)
         )
 
     def with_teacher(self, teacher: RowSets) -> RowSets:
-        """The same, with what a tokenizer of the teacher's own made of these rows."""
+        """These rows, with what a tokenizer of the teacher's own made of them."""
         return RowSets(
             *(
                 replace(

@@ -143,7 +143,7 @@ class WordEvaluator:
 
     def results(self, ranks: Ranks) -> dict[str, Any]:
         """`score`, the mean over sets of the first metric, `scores` of each set by metric,
-        `baseline` and `class_f1` as of a `ScoreEvaluator`, `examples`; `one_class` likewise."""
+        `examples`, and `baseline`, `class_f1` and `one_class` as a `ScoreEvaluator` has them."""
         scores: dict[str, Scores] = {}
         class_f1: dict[str, Scores] = {}
         one_class, count = {}, 0

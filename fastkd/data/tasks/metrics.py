@@ -121,7 +121,8 @@ def constant_scores(
 
 
 def _worth_trying(sets: Sequence[_Array], outputs: int) -> list[int]:
-    """Of one answer to everything: no metric but accuracy and the F1 of class 1 is ever above 0."""
+    """Answers worth trying as the one to everything: no metric but accuracy and the F1 of class 1
+    is ever above 0."""
     if outputs == 1:
         return [0]
     shares = [np.bincount(right.astype(np.int64), minlength=outputs) / right.size for right in sets]

@@ -28,7 +28,7 @@ from fastkd.data.text.files import checked_text
 from fastkd.errors import UserError
 
 NO_PLACE = -1
-"""In place of the characters of a token that is none of the context."""
+"""Stand-in for the characters of a token that is none of the context."""
 Answers = tuple[tuple[str, int], ...]
 """Texts, and where each starts in the context, in characters; the first one is learned."""
 
@@ -42,7 +42,7 @@ class Questions:
     texts: list[tuple[str, ...]]
     """Question and context."""
     answers: list[Answers]
-    """Of each, at least one."""
+    """Answers to each question, at least one."""
     regression: bool = False
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class Questions:
 
     @cached_property
     def digest(self) -> str:
-        """The same wherever the split was read from."""
+        """Digest of the content, the same wherever the split was read from."""
         content = hashlib.sha256(b"questions")
         for row in zip(self.texts, self.answers, strict=True):
             content.update(json.dumps(row).encode())
@@ -158,7 +158,7 @@ class QuestionForm:
 
 
 def _spans_of(encoded: BatchEncoding, window: int) -> npt.NDArray[np.int64]:
-    """Of every token of a window its characters in the context, [tokens, 2]."""
+    """Characters in the context of every token of a window, [tokens, 2]."""
     spans = np.asarray(encoded["offset_mapping"][window], dtype=np.int64).reshape(-1, 2)
     texts = encoded.sequence_ids(window)
     spans[[text != 1 for text in texts]] = NO_PLACE

@@ -37,9 +37,9 @@ from fastkd.types import IGNORE_INDEX
 logger = logging.getLogger(__name__)
 
 ENDINGS = (".tsv", ".tsv.gz", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
-"""Of a split's file, of which there is one."""
+"""Endings of a split's file, of which there is one."""
 BROKEN_SHARE = 0.001
-"""Of a split's rows, at most, may be left out as broken."""
+"""Share of a split's rows that may at most be left out as broken."""
 
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ class Examples:
 
     @cached_property
     def digest(self) -> str:
-        """The same wherever the split was read from."""
+        """Digest of the content, the same wherever the split was read from."""
         content = hashlib.sha256(self.labels.tobytes())
         for texts in self.texts:
             content.update(json.dumps(texts).encode())

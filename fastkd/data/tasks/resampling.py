@@ -19,7 +19,7 @@ from fastkd.types import Metric
 Array = npt.NDArray[np.float64]
 
 DRAWS = 1000
-"""Of a set: the spread of so many is known to about 2 %."""
+"""Draws of a set: the spread of so many is known to about 2 %."""
 _KEPT = 2**27
 """As many weights of a set are kept, a byte each; those of more are drawn anew every time."""
 _BLOCK = 2**17
@@ -110,7 +110,8 @@ def _f1(found: Array, right: Array, weights: Array) -> Array:
 
 
 def _matthews(found: Array, right: Array, weights: Array) -> Array:
-    """Of any number of classes (Gorodkin, Computational Biology and Chemistry 28, 2004, eq. 8)."""
+    """Matthews correlation of any number of classes (Gorodkin, Computational Biology and Chemistry
+    28, 2004, eq. 8)."""
     classes = np.unique([found, right])
     said = np.stack([weights @ (found == c) for c in classes])
     there = np.stack([weights @ (right == c) for c in classes])

@@ -94,20 +94,20 @@ class Judge:
 
     @cached_property
     def floor(self) -> Number:
-        """Of the best one answer to everything."""
+        """Score of the best one answer to everything."""
         best = max(range(self._task.outputs), key=lambda answer: self._score(self._same(answer)))
         return self._number(self._same(best))
 
     def of_outputs(self, outputs: Mapping[str, AnyArray]) -> Number:
-        """Of what a model gives every example, [examples, outputs] of each set."""
+        """Score of what a model gives every example, [examples, outputs] of each set."""
         return self._number(self._predicted(outputs))
 
     def draws_of(self, outputs: Mapping[str, AnyArray]) -> Array:
-        """The same of resampled examples alone, where the score itself is known, [draws]."""
+        """Scores on resampled examples alone, where the score itself is known, [draws]."""
         return self._drawn(self._predicted(outputs))
 
     def of_teacher(self, outputs: Mapping[str, AnyArray]) -> Number:
-        """The same of outputs that many runs have, computed once."""
+        """Score of outputs that many runs have, computed once."""
         key = b"".join(array.tobytes() for array in outputs.values())
         if key not in self._teachers:
             self._teachers[key] = self.of_outputs(outputs)

@@ -48,14 +48,14 @@ class Task:
     name: str
     """Its folder's name where a folder holds several tasks."""
     columns: Columns
-    """In files."""
+    """Columns in files."""
     kind: TaskKind = TASK_HEAD
     """What is asked of a model."""
     labels: tuple[str, ...] = ()
     """Every label as the files spell it, class 0 first; empty for a regression."""
     meanings: tuple[tuple[str, ...], ...] = ()
-    """Of every label the names that models and data sets give it, where its spelling does not say;
-    empty where it does."""
+    """Names that models and data sets give to every label, where its spelling does not say; empty
+    where it does."""
     bounds: tuple[float, float] | None = None
     """Smallest and largest score of a regression; `None` for a classification."""
     metrics: tuple[Metric, ...] = ()
@@ -68,7 +68,7 @@ class Task:
     evaluations: tuple[str, ...] = ("dev",)
     """Splits that the task is scored on."""
     hub_columns: Columns | None = None
-    """In `datasets` form, where they have other names."""
+    """Columns in `datasets` form, where they have other names."""
     hub_name: str | None = None
     """Configuration of the hub data set, as in `nyu-mll/glue`; the task's name where not given."""
     hub_splits: Mapping[str, str] = field(default_factory=dict)
@@ -108,7 +108,7 @@ class Task:
 
     @property
     def spellings(self) -> tuple[tuple[str, ...], ...]:
-        """Of every label its own name and what it is called elsewhere."""
+        """Names of every label: its own, and what it is called elsewhere."""
         meanings = self.meanings or ((),) * len(self.labels)
         pairs = zip(self.labels, meanings, strict=True)
         return tuple((label, *meaning) for label, meaning in pairs)

@@ -64,7 +64,7 @@ class TokenOutputs(Generic[E]):
         self._kept[(self._offsets[rows, None] + places)[there]] = kept[there].to(self._kept.dtype)
 
     def sets(self, ranks: Ranks) -> Iterator[tuple[str, E, npt.NDArray[Any]]]:
-        """Of every set its name, its examples, and what was kept of its tokens.
+        """Name and examples of every set, and what was kept of its tokens.
 
         Raises:
             UserError: outputs that are not finite.

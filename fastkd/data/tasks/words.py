@@ -63,7 +63,7 @@ class TaggedTexts:
 
     @cached_property
     def digest(self) -> str:
-        """The same wherever the split was read from."""
+        """Digest of the content, the same wherever the split was read from."""
         content = hashlib.sha256(b"words" + self.labels.tobytes())
         for words in self.words:
             content.update(json.dumps(words).encode())
@@ -89,7 +89,7 @@ class EncodedWords(EncodedExamples):
         return {**batch, "labels": labels}
 
     def of_words(self, found: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Of classes of tokens those of words.
+        """Classes of words, from those of tokens.
 
         Args:
             found: [tokens of all examples].

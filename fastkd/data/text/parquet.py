@@ -47,7 +47,7 @@ class ParquetRows:
         return datasets.Features.from_arrow_schema(pa.schema(fields, self.schema.metadata))
 
     def select_columns(self, names: Sequence[str]) -> ParquetRows:
-        """The same rows with some columns alone."""
+        """These rows with some columns alone."""
         return replace(self, column_names=list(names))
 
     def iter(self, batch_size: int) -> Iterator[dict[str, list[Any]]]:

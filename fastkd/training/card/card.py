@@ -66,7 +66,7 @@ def make_card(
     summary: dict[str, Any],
     digests: Mapping[str, Mapping[str, str]],
 ) -> ModelCard:
-    """The card of a run's student, likewise."""
+    """Make the card that `write_card` writes, of the same arguments."""
     head: Head = recipe.student.head if isinstance(recipe, Recipe) else recipe.task.kind
     tree, made_on = recipe.model_dump(mode="json"), environment()
     public, said = public_tree(tree), PublicText(tree)

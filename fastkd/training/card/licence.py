@@ -20,7 +20,7 @@ _LINK = re.compile(r"(https://[\w./%~#?&=+:-]{1,300}|LICENSE(\.\w{1,8})?)", re.A
 
 @dataclass(frozen=True)
 class Licence:
-    """Of one model; all empty where nobody says."""
+    """Licence of one model; all empty where nobody says."""
 
     identifier: str = ""
     """As the hub spells it: `apache-2.0`, `other`, ..."""

@@ -28,7 +28,7 @@ _CLASS_OF_MODULE = {
     "SpladePooling": "SparseEncoder",
     "SparseAutoEncoder": "SparseEncoder",
 }
-"""Of folders that don't name their class."""
+"""Classes of folders that don't name theirs, by a module that they hold."""
 
 
 @dataclass(frozen=True)

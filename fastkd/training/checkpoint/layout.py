@@ -43,7 +43,8 @@ class Place:
     length: int = 0
     """0 where other ranks keep all of it."""
     offset: int | None = None
-    """Of these elements in `master`; `None` where that is the parameter, whole on every rank."""
+    """Place of the first of these elements in `master`; `None` where that is the parameter, whole
+    on every rank."""
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -63,7 +64,7 @@ class Place:
         return tensor.narrow(0, self.offset, self.length)
 
     def cut(self, value: Tensor) -> Tensor:
-        """The same elements of a value of the whole parameter."""
+        """These elements of a value of the whole parameter."""
         if self.offset is None:
             return value
         return value.reshape(-1).narrow(0, self.start, self.length)

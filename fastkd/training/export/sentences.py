@@ -60,7 +60,7 @@ class SentenceModules:
     """What a student is exported with, and what of its teacher's isn't."""
 
     kept: tuple[Module, ...] = ()
-    """In order, the transformer first; nothing of a student that is no such model."""
+    """Modules in order, the transformer first; nothing of a student that is no such model."""
     lost: tuple[str, ...] = ()
     """Each with the reason."""
     own: EmbeddingModules | None = None
@@ -144,7 +144,7 @@ def _entry(kind: str, path: str) -> dict[str, Any]:
 
 _PLAIN = (Module(_entry("Transformer", "")), Module(_entry("Pooling", "1_Pooling")))
 _OF_SEVERAL = (*_PLAIN, Module(_entry("Normalize", "2_Normalize")))
-"""Of a student of several teachers, of whose own modules it has none."""
+"""Modules of a student of several teachers, of whose own modules it has none."""
 
 
 def write_modules(

@@ -37,9 +37,10 @@ class Costs:
     """What was measured, in seconds of a token that is no padding."""
 
     teacher: float
-    """Of a pass."""
+    """Seconds of a pass of the teacher."""
     recomputing: float | None
-    """Of attention from the hidden states below it; `None` where it can't be made so."""
+    """Seconds of recomputing attention from the hidden states below it; `None` where it can't be
+    made so."""
     rate: float
     """Bytes a second that the disk reads for each rank of this machine."""
 
@@ -168,8 +169,8 @@ def _recomputed(
 
 
 def _seconds(run: Run, batches: list[Inputs], work: Callable[[int], object]) -> float:
-    """Of a token that is no padding, in the fastest batch after the first, which warms up: whatever
-    else a machine does only adds."""
+    """Seconds of a token that is no padding, in the fastest batch after the first, which warms up:
+    whatever else a machine does only adds."""
     work(0)
     _wait(run)
     each = []

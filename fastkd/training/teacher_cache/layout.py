@@ -34,29 +34,29 @@ class Field:
     """One tensor of a capture, as it is stored."""
 
     name: str
-    """Of its file, such as `query-2`."""
+    """Name of its file, such as `query-2`."""
     token_dim: int | None
     """Which dimension of the tensor counts tokens; `None` where a row has one entry."""
     shape: tuple[int, ...]
-    """Of an entry."""
+    """Shape of an entry."""
     dtype: torch.dtype
-    """In which the teacher gives it."""
+    """Type in which the teacher gives it."""
     stored: torch.dtype
-    """In which it lies on disk."""
+    """Type in which it lies on disk."""
 
     @property
     def numbers(self) -> int:
-        """Of an entry."""
+        """Numbers of one entry."""
         return int(torch.Size(self.shape).numel())
 
     @property
     def stored_numbers(self) -> int:
-        """Of an entry, on disk."""
+        """Numbers of one entry on disk, with the bytes of its scale."""
         return self.numbers + (_SCALE_BYTES if self.stored == torch.int8 else 0)
 
     @property
     def entry_bytes(self) -> int:
-        """Of an entry, on disk."""
+        """Bytes of one entry on disk."""
         return self.stored_numbers * self.stored.itemsize
 
     def encoded(self, numbers: Tensor) -> Tensor:
@@ -97,13 +97,14 @@ class Layout:
     recorded: Mapping[str, Any]
     """Keyword arguments of `capture` for the pass that fills it."""
     template: Capture
-    """Of one batch: what is the same for all rows, such as scales and the weights of a head."""
+    """One batch's capture: what is the same for all rows, such as scales and the weights of a
+    head."""
     recomputed: RecomputedAttention | None = None
     """What makes queries, keys and values, where they are not stored."""
 
     def names(self, wanted: Mapping[str, Any]) -> list[str]:
-        """Of the fields that are read for keyword arguments of `capture`; layers beyond these are
-        left on the disk."""
+        """Names of the fields that are read for keyword arguments of `capture`; layers beyond these
+        are left on the disk."""
         kept = {f"hidden-{n}" for n in self._below(wanted) | set(wanted["hidden"])}
         if self.recomputed is None:
             parts = ("query", "key", "value")

@@ -33,11 +33,11 @@ class Rows:
 
     @property
     def tokens(self) -> int:
-        """Of all rows."""
+        """Tokens of all rows."""
         return int(self.offsets[-1])
 
     def entries(self, field: Field) -> int:
-        """Of a field, in its whole file."""
+        """Entries of a field in its whole file."""
         return len(self) if field.token_dim is None else self.tokens
 
     def span(self, field: Field, row: int) -> tuple[int, int]:

@@ -218,7 +218,7 @@ def one_pass(
 
 
 def gradient_dtype(dtype: torch.dtype, algorithm: str) -> torch.dtype:
-    """Of what `one_pass` returns; gradients of "gram" are sums of two launches."""
+    """Type of the gradients that `one_pass` returns; those of "gram" are sums of two launches."""
     wide = torch.promote_types(dtype, torch.float32)
     return wide if algorithm == "gram" else waiting_dtype(dtype)
 
@@ -276,7 +276,7 @@ def _sweep(call: Call, causal: bool, need_grad: bool) -> Fill:
 
 
 def _tiles(call: Call, causal: bool, chunk: int, need_grad: bool) -> Fill:
-    """Of the entries inside chunks."""
+    """What launches the kernels on the entries inside chunks."""
     sizes, count = call.sizes, call.count
     by_key, by_query = (
         tile_launch(kernel, sizes["tokens"], call.dims, call.dtypes, platform(), large=is_large())
@@ -316,7 +316,8 @@ def _tiles(call: Call, causal: bool, chunk: int, need_grad: bool) -> Fill:
 
 
 def _between_chunks(call: Call, chunk: int, need_grad: bool) -> Fill:
-    """Of the entries whose key is in an earlier chunk; adds to the gradients."""
+    """What launches the kernels on the entries whose key is in an earlier chunk; adds to the
+    gradients."""
     of_queries, of_keys = (_grams(call, side, chunk) for side in (0, 1))
     to_queries, to_keys = (_apply(call, side, chunk, accumulate=True) for side in (0, 1))
     scale, teacher_scale = (column.view(-1, 1, 1, 1) for column in call.scales.unbind(1))

@@ -82,7 +82,7 @@ class Call:
         }
 
     def heads(self, columns: Sequence[Sequence[Tensor]], masks: Masks) -> Heads:
-        """Of queries, keys, the teacher's queries and keys, each a list over pairs."""
+        """Addresses of queries, keys, the teacher's queries and keys, each a list over pairs."""
         table, _, tensors = self.layout.addressed(
             [tensor for row in zip(*columns, strict=True) for tensor in row]
         )

@@ -73,7 +73,7 @@ def is_large() -> bool:
 
 @cache
 def architecture() -> int | str:
-    """Of the first GPU, 90 for an H100; without one, the oldest of the targets."""
+    """Architecture of the first GPU, 90 for an H100; without one, the oldest of the targets."""
     if not torch.cuda.is_available():
         return 80
     from triton.runtime import driver

@@ -382,7 +382,7 @@ def _chunks(rows: int, chunk: int) -> list[_Chunk]:
 
 
 def _programs(call: _Call, rows: int, normalize: bool) -> int:
-    """Of the kernel that sums squares, over the rows of a pair."""
+    """Programs of the kernel that sums squares, over the rows of a pair."""
     if normalize:
         return cdiv(rows, unit_launch(call.sizes["teacher_width"]).block("BLOCK_ROW"))
     columns = cdiv(call.sizes["teacher_width"], call.launch.block("BLOCK_COLUMN"))

@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of sums."""
+        """Type of sums."""
         return accumulator(*self[:5])
 
 

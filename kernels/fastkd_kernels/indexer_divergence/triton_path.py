@@ -154,7 +154,8 @@ class Call:
         }
 
     def read(self, columns: Sequence[Sequence[Tensor]], masks: Masks) -> "Given":
-        """Of queries, keys, weights, the teacher's queries and keys, each a list over pairs.
+        """Addresses of queries, keys, weights, the teacher's queries and keys, each a list over
+        pairs.
 
         Keys are `[batch, 1, tokens, dim]` or `[batch, tokens, dim]`, which lie alike.
         """

@@ -121,7 +121,7 @@ def make_datamodule(
 
 
 def _digests(made: DataModule, tokenizers: Sequence[PreTrainedTokenizerBase]) -> dict[str, str]:
-    """Of all that a rank reads, by what the user knows it as."""
+    """Digests of all that a rank reads, by what the user knows it as."""
     found = {"tokenizer": " ".join(map(tokenizer_digest, tokenizers))}
     for part, digest in made.digests.items():
         found[f"data ({part})"] = digest

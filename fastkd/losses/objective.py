@@ -84,7 +84,7 @@ class Objective(nn.Module):
         self.maps = {name: (own_layers or {}).get(name, layers) for name in losses.terms}
         self.reduction: Reduction = losses.reduction
         self.least_rows: dict[str, int] = {}
-        """Of the losses that compare rows, how many a batch must have."""
+        """Rows that a batch must have, of each loss that compares rows."""
         self.terms = nn.ModuleList(self._terms())
         self._check_rates()
         if losses.projection_learning_rate is not None and not self.parameter_rates():
@@ -322,8 +322,9 @@ class Objective(nn.Module):
         return self.student_modules() or known[0]
 
     def student_modules(self) -> EmbeddingModules | None:
-        """The same of the student where its losses say it: those of embeddings or, without any, a
-        hidden loss that projects its last layer to the teacher's; `None` elsewhere."""
+        """Modules of the student's embedding where its losses say it: those of embeddings or,
+        without any, a hidden loss that projects its last layer to the teacher's; `None`
+        elsewhere."""
         made = (term.student_modules() for term in self._deciding())
         return next((found for found in made if found is not None), None)
 

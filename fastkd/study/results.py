@@ -50,7 +50,7 @@ class Row:
     """The runs that its scores are of, once they are finished: not those of combinations of other
     axes that some level has not finished."""
     teachers: frozenset[tuple[str | None, str]] = frozenset()
-    """Of its runs, once it is compared: task, and which one it is."""
+    """Teachers of its runs, once it is compared: task, and which one it is."""
 
     @property
     def is_whole(self) -> bool:

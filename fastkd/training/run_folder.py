@@ -224,7 +224,7 @@ class RunFolder:
         return list(self.each_metric())
 
     def each_metric(self) -> Iterator[Line]:
-        """The same one by one: all lines of a long run may be gigabytes."""
+        """The lines of metrics one by one: all of a long run may be gigabytes."""
         return MetricsFile(self.metrics).new_lines()
 
     def rewind_metrics(self, step: int) -> None:

@@ -69,7 +69,7 @@ class CachePlan:
     folder: Path
     layout: Layout
     rows_of: Mapping[Form, Rows]
-    """Of every form in which these states may be stored."""
+    """Rows of every form in which these states may be stored."""
     sizes: Mapping[Form, int]
     """Bytes on disk of each of these."""
     settings: dict[str, Any]

@@ -355,7 +355,7 @@ def _keep(given: Named, made: tuple[Tensor, ...]) -> dict[str, Any]:
 
 
 def _gradient(kept: Named, upstream: Tensor) -> dict[str, Any]:
-    """Of queries, keys and, where there are some, sinks."""
+    """Gradients of queries, keys and, where there are some, sinks."""
     sinks = kept.sinks
     if kept.weights is None:
         query, key = rescaled(kept.query, kept.key, upstream, kept.dtype)

@@ -18,12 +18,12 @@ from tiny_models import VOCABULARY, tiny_tokenizer, write_text
 from tiny_training import write_task
 from transformers import PreTrainedTokenizerBase
 
-from fastkd.data.factory import task_of
 from fastkd.data.tasks import (
     EncodedExamples,
     encode_examples,
     read_examples,
 )
+from fastkd.data.tasks.prepare import task_of
 from fastkd.data.text import cache, prepare_corpus
 from fastkd.data.text.cache import (
     STALE_SECONDS,

@@ -9,8 +9,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from fastkd.data.factory import task_of
 from fastkd.data.tasks import Task
+from fastkd.data.tasks.prepare import task_of
 from fastkd.data.tasks.retention import AnyArray, Evidence, Judge, Number
 from fastkd.errors import UserError, one_line
 from fastkd.study.metric import follow

@@ -21,11 +21,12 @@ from fastkd.capture import (
 )
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import DataModule
-from fastkd.data.factory import make_datamodule, task_of
+from fastkd.data.factory import make_datamodule
 from fastkd.data.mteb_tasks import load_tasks, task_digest
 from fastkd.data.pairs import prepare_pairs
 from fastkd.data.rows.tokenized import EncodedRows
 from fastkd.data.tasks import Task
+from fastkd.data.tasks.prepare import task_of
 from fastkd.data.text.mlm import Masking
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastkd.capture import try_model, vocabulary_size
 from fastkd.data.batching import BatchPlan
-from fastkd.data.factory import make_datamodule, task_of
+from fastkd.data.factory import make_datamodule
+from fastkd.data.tasks.prepare import task_of
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.losses.factory import hard_objective

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastkd.data.factory import task_of
+from fastkd.data.tasks.prepare import task_of
 from fastkd.head_spec import HEADS
 from fastkd.models import ListingError, read_modules
 from fastkd.models.sentence_folder import LIBRARY, LISTING, read_object

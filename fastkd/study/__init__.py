@@ -4,8 +4,8 @@ A study is a YAML file (`spec`), worked out into conditions and runs (`plan`, `c
 may choose by in `choosing` and seeds in `seeding`), which queue
 in SQLite (`storage`) for child processes (`runner`, `worker`, `forks`), with one lock a
 piece of work (`locks`). What its runs predicted (`predictions`) becomes intervals and answers to
-its hypotheses (`statistics`, `results`), tables, pictures and a report (`tables`, `plots`,
-`report`).
+its hypotheses (`statistics`, `results`, `comparing`), tables, pictures and a report (`tables`,
+`plots`, `report`).
 
 It needs the extra `study`. Runs are `fastkd` commands in processes of their own, and are known by
 their folders.

@@ -26,8 +26,9 @@ from fastkd.reporting.plotting import (
     say,
     themed,
 )
+from fastkd.study.comparing import Row, differ
 from fastkd.study.naming import Level, axes_map, axis_table, shown
-from fastkd.study.results import Results, Row, differ
+from fastkd.study.results import Results
 from fastkd.study.statistics import (
     Mean,
     Score,

@@ -2,75 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
 from fastkd.data.tasks.retention import Evidence, Number
-from fastkd.study.naming import Level
-from fastkd.study.plan import Asked, Plan
+from fastkd.study.comparing import Answer, Comparison, Row, differ
+from fastkd.study.plan import Plan, Run
 from fastkd.study.predictions import Predictions
-from fastkd.study.statistics import (
-    Estimate,
-    Mean,
-    Sample,
-    Score,
-    estimate,
-    holm,
-    improvement,
-    mean_over_seeds,
-    paired_samples,
-    sampled,
-)
+from fastkd.study.statistics import Mean, Score, mean_over_seeds
 from fastkd.study.storage import Record
 
 # how many of a search's candidates are shown
 BEST = 10
 Tasks = Sequence[str | None]
-
-
-@dataclass
-class Row:
-    """A level of an axis, a condition or a control, with what it is compared with."""
-
-    level: str
-    scores: list[Score]
-    runs: tuple[int, int]
-    """Runs finished, and all of them."""
-    levels: Mapping[str, Level] = field(default_factory=dict)
-    """Level of each axis, where a row is one condition."""
-    is_control: bool = False
-    kept: Estimate | None = None
-    """Share of the teacher that is kept once chance is taken out."""
-    difference: Estimate | None = None
-    """To the baseline: of one task in its score, of several in that share where it is known and the
-    rows that are compared have the same teachers."""
-    records: Sequence[Record] = ()
-    """The runs that its scores are of, once they are finished: not those of combinations of other
-    axes that some level has not finished."""
-    teachers: frozenset[tuple[str | None, str]] = frozenset()
-    """Teachers of its runs, once it is compared: task, and which one it is."""
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all of its runs are finished."""
-        return self.runs[0] == self.runs[1]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A hypothesis and what the runs say of it."""
-
-    asked: Asked
-    difference: Estimate | None
-    """`None` while there are fewer than two seeds."""
-    improvement: float | None
-    """How often a run of the one is better than one of the other."""
-    p: float | None
-    """`None` while runs of either are open: who looks on the way finds more than there is."""
-    corrected: float | None = None
-    """By Holm's procedure over all hypotheses."""
 
 
 class Others(NamedTuple):
@@ -124,11 +69,7 @@ class Results:
         """One row a control, in the order of the study file, of all tasks or of one."""
         rows = []
         for name in self.plan.spec.controls:
-            records = [
-                r
-                for r in self.records
-                if r.run.condition.name == name and task in (None, r.run.task)
-            ]
+            records = [r for r in self._of(task) if r.run.condition.name == name]
             rows.append(self._row(name, records, is_control=True))
         return rows
 
@@ -148,9 +89,9 @@ class Results:
                 beside.setdefault(condition.at(axes), set()).add(condition.at(names))
         shared, found = set.intersection(*beside.values()), set.union(*beside.values())
         finished: dict[object, set[tuple[str, ...]]] = {}
-        for record in self.records:
+        for record in self._of(task):
             condition = record.run.condition
-            if record.value is not None and condition.levels and task in (None, record.run.task):
+            if record.value is not None and condition.levels:
                 place = condition.at(axes), record.run.task
                 finished.setdefault(place, set()).add(condition.at(names))
         # where levels share nothing by plan, each has an average of its own
@@ -170,13 +111,12 @@ class Results:
         for level in self.levels(axis):
             records = [
                 r
-                for r in self.records
+                for r in self._of(task)
                 if str(r.run.condition.levels.get(axis)) == level
-                and task in (None, r.run.task)
                 and r.run.condition.at(others.names) in others.planned
             ]
             rows.append(self._row(level, records, others))
-        self._compare(rows, str(self.plan.baseline_levels[axis]), task)
+        self._comparison.fill_in(rows, str(self.plan.baseline_levels[axis]), task)
         return rows
 
     def _asked_rows(self, axis: str) -> list[Row]:
@@ -189,7 +129,7 @@ class Results:
         rows = self._all_conditions()
         if self.plan.spec.search is not None:
             rows = self._ranked(rows)
-        self._compare(rows, self.baseline)
+        self._comparison.fill_in(rows, self.baseline)
         return rows
 
     def candidates(self) -> list[Row]:
@@ -200,61 +140,36 @@ class Results:
         """The runs of a task by the levels of two axes of a full grid, averaged as in `axis`."""
         others = self.others(one, two, task=task)
         found: dict[tuple[str, ...], list[Record]] = {}
-        for record in self.records:
+        for record in self._of(task):
             condition = record.run.condition
-            if not condition.levels or record.run.task != task:
-                continue
-            if condition.at(others.names) in others.finished:
+            if condition.levels and condition.at(others.names) in others.finished:
                 found.setdefault(condition.at((one, two)), []).append(record)
         return {key: self._scores(records, "", others.names) for key, records in found.items()}
 
     def floor(self, task: str | None) -> Mean:
         """What one answer to everything scores on a task, over the runs."""
         by_seed = {}
-        for record in self.records:
-            if record.run.task == task and record.value is not None:
-                floor = self.evidence[record.run.key].floor
-                if floor is not None:
-                    by_seed[record.run.seed] = floor.value
+        for run, evidence in self._evidence_of(task):
+            if evidence.floor is not None:
+                by_seed[run.seed] = evidence.floor.value
         return mean_over_seeds(Score("", (), task, seed, v) for seed, v in by_seed.items())
 
     def teacher(self, rows: Iterable[Row], task: str | None) -> Mean:
         """What the teachers of some rows score on a task, over the runs."""
         wanted = {teacher for row in rows for teacher in row.teachers}
         cells = {}
-        for record in self.records:
-            if record.run.task == task and record.value is not None:
-                teacher = self.evidence[record.run.key].teacher
-                which = self._teachers[record.run.condition.name, task]
-                if teacher is not None and (task, which) in wanted:
-                    cells[record.run.seed, which] = teacher.value
+        for run, evidence in self._evidence_of(task):
+            which = self._teachers[run.condition.name, task]
+            if evidence.teacher is not None and (task, which) in wanted:
+                cells[run.seed, which] = evidence.teacher.value
         return mean_over_seeds(
             Score("", (which,), task, seed, value) for (seed, which), value in cells.items()
         )
 
     def answers(self) -> list[Answer]:
         """What the runs say of the study's hypotheses, p corrected over all of them."""
-        rows = {axis: self._asked_rows(axis) for axis in {a.axis for a in self.plan.asked}}
-        found = []
-        for asked in self.plan.asked:
-            one, other = (
-                next(r for r in rows[asked.axis] if (r.level, r.is_control) == place)
-                for place in ((asked.level, False), (asked.against, asked.is_control))
-            )
-            pairs = self._pairs(one, other, None, own=differ(rows[asked.axis]))
-            made = estimate([ours - theirs for ours, theirs in pairs])
-            better, p = None, None
-            if made is not None:
-                better = improvement(
-                    [ours for ours, _ in pairs],
-                    [theirs for _, theirs in pairs],
-                    self.plan.spec.metric.direction,
-                )
-                if one.is_whole and other.is_whole:
-                    p = made.p_equivalence(asked.margin) if asked.margin else made.p_difference
-            found.append(Answer(asked, made, better, p))
-        corrected = holm([answer.p for answer in found])
-        return [replace(a, corrected=p) for a, p in zip(found, corrected, strict=True)]
+        axes = {asked.axis for asked in self.plan.asked}
+        return self._comparison.answers({axis: self._asked_rows(axis) for axis in axes})
 
     def is_own(self, axis: str) -> bool:
         """Whether hypotheses of an axis are of scores over several tasks, because its rows have
@@ -266,6 +181,20 @@ class Results:
         """The condition that leads, of those that are finished."""
         rows = self._ordered(self._all_conditions())
         return (rows[0].level, mean_over_seeds(rows[0].scores)) if rows else None
+
+    def _of(self, task: str | None) -> Iterator[Record]:
+        """Records of one task, or of all."""
+        return (record for record in self.records if task in (None, record.run.task))
+
+    def _evidence_of(self, task: str | None) -> Iterator[tuple[Run, Evidence]]:
+        """The finished runs of one task, or of all, and what each left."""
+        for record in self._of(task):
+            if record.value is not None:
+                yield record.run, self.evidence[record.run.key]
+
+    @cached_property
+    def _comparison(self) -> Comparison:
+        return Comparison(self.plan, self.evidence, self.comparable, self._teachers)
 
     @cached_property
     def _teachers(self) -> dict[tuple[str, str | None], str]:
@@ -344,50 +273,6 @@ class Results:
             if r.value is not None
         ]
 
-    def _compare(self, rows: list[Row], baseline: str, task: str | None = None) -> None:
-        """Fill in what all rows keep of the teacher, and their differences to the baseline."""
-        base = next((row for row in rows if row.level == baseline and not row.is_control), None)
-        tasks = self.comparable if task is None else (task,)
-        for row in rows:
-            runs = [record.run for record in row.records]
-            row.teachers = frozenset(
-                (r.task, self._teachers[r.condition.name, r.task]) for r in runs
-            )
-        own = differ(rows)
-        for row in rows:
-            if tasks and set(tasks) <= set(self.comparable):
-                row.kept = estimate(sampled(self._shares(row.scores), tasks))
-            if base is not None and row is not base:
-                pairs = self._pairs(row, base, task, own=own)
-                row.difference = estimate([ours - theirs for ours, theirs in pairs])
-
-    def _pairs(
-        self, row: Row, other: Row, task: str | None, *, own: bool
-    ) -> list[tuple[Sample, Sample]]:
-        """Both rows' numbers of every task that is compared, as `Row.difference` has them; of
-        scores where rows have teachers of their `own`."""
-        several = task is None and len(self.plan.tasks) > 1
-        shared = several and bool(self.comparable) and not own
-        made = self._shares if shared else self._drawn
-        tasks = self.plan.tasks if task is None else (task,)
-        tasks = self.comparable if shared else tasks
-        # a control has no levels that could match
-        apart = row.is_control or other.is_control
-        return paired_samples(made(row.scores), made(other.scores), tasks, match_others=not apart)
-
-    def _drawn(self, scores: Iterable[Score]) -> list[Score]:
-        """Scores, with those of resampled examples."""
-        return [replace(s, drawn=self.evidence[s.run].student.drawn) for s in scores]
-
-    def _shares(self, scores: Iterable[Score]) -> list[Score]:
-        """Shares of the teacher in place of scores, where they are known."""
-        found = []
-        for score in scores:
-            kept = self.evidence[score.run].kept
-            if kept is not None:
-                found.append(replace(score, value=kept.value, drawn=kept.drawn))
-        return found
-
     def _has_share(self, record: Record) -> bool:
         return record.value is None or self.evidence[record.run.key].kept is not None
 
@@ -396,8 +281,3 @@ def _agree(one: Mapping[int, Number], other: Mapping[int, Number]) -> bool:
     """Whether two teachers score alike with every seed that both have."""
     both = [(one[seed], other[seed]) for seed in one.keys() & other.keys()]
     return not any(a.is_above(b) or b.is_above(a) for a, b in both)
-
-
-def differ(rows: Sequence[Row]) -> bool:
-    """Whether rows have different teachers: a share of one is no share of the other."""
-    return len({row.teachers for row in rows if row.teachers}) > 1

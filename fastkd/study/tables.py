@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastkd.study.comparing import Answer, Row, differ
 from fastkd.study.naming import Level, axis_table, shown
-from fastkd.study.results import BEST, Answer, Results, Row, differ
+from fastkd.study.results import BEST, Results
 from fastkd.study.spec import BASELINE, CONSTANT, TEACHER
 from fastkd.study.statistics import (
     LEVEL,

@@ -282,6 +282,12 @@ def _pairs(lists: Sequence[Sequence[Any]], options: Sequence[Any]) -> list[Pair]
     return pairs_of(*lists, *(nothing if option is None else option for option in options))
 
 
+# where the op's arguments stand; lists are heads and scales
+HEADS, LISTS = slice(0, 4), slice(0, 6)
+REST = slice(6, None)
+MASKS, WEIGHTS, SINKS = slice(6, 8), 8, slice(14, 16)
+
+
 @planned
 def _divergence(
     query: Sequence[Tensor],
@@ -319,17 +325,17 @@ def _divergence(
     plan = triton_path.forward(pairs, masked, kind, causal, window, need_grad)
 
     def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        masks, weights = arguments[6:8], arguments[8]
-        sums, *made = plan(arguments[:4], arguments[14:16], masks, weights)
+        weights = arguments[WEIGHTS]
+        sums, *made = plan(arguments[HEADS], arguments[SINKS], arguments[MASKS], weights)
         return _weighed(sums, weights), made[0], made[1], made[2]
 
     return run
 
 
 def _torch_divergence(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    key_mask, row_mask, weights, kind, causal, window, *options, need_grad, _ = arguments[6:]
+    key_mask, row_mask, weights, kind, causal, window, *options, need_grad, _ = arguments[REST]
     sums, query, key, sinks = torch_path.forward(
-        _pairs(arguments[:6], options), key_mask, row_mask, kind, causal, window, need_grad
+        _pairs(arguments[LISTS], options), key_mask, row_mask, kind, causal, window, need_grad
     )
     return _weighed(sums, weights), query, key, sinks
 

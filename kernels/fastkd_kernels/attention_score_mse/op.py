@@ -252,6 +252,12 @@ def _path(backend: str) -> Any:
     return triton_path
 
 
+# where arguments of both forwards stand; lists are heads and scales
+HEADS, LISTS = slice(0, 4), slice(0, 6)
+REST = slice(6, None)
+MASKS, INVERSE_COUNT = slice(6, 8), 8
+
+
 @planned
 def _gram(
     query: Sequence[Tensor],
@@ -271,8 +277,8 @@ def _gram(
     plan = _path("triton").gram_forward(pairs, masked, need_grad)
 
     def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        squares, to_query, to_key = plan(arguments[:4], arguments[6:8])
-        return value_of(squares, arguments[8]), to_query, to_key
+        squares, to_query, to_key = plan(arguments[HEADS], arguments[MASKS])
+        return value_of(squares, arguments[INVERSE_COUNT]), to_query, to_key
 
     return run
 
@@ -284,6 +290,11 @@ def _gram_fake(given: Named) -> tuple[Tensor, Tensor, Tensor]:
     shape = (len(query), batch, groups, dim + given.teacher_query[0].shape[-1], dim)
     made = shape if given.need_grad else (0,)
     return new(len(query)), new(made), new(made)
+
+
+# where arguments of the backward stand
+BACKWARD_FACTORS = slice(0, 3)
+BACKWARD_HEADS, BACKWARD_MASKS = slice(3, 7), slice(9, 11)
 
 
 @planned
@@ -304,7 +315,13 @@ def _gram_backward(
     pairs = pairs_of(query, key, teacher_query, teacher_key, scale, teacher_scale)
     masked = key_mask is not None or query_mask is not None
     plan = _path("triton").gram_backward(pairs, masked)
-    return lambda *arguments: plan(*arguments[:3], arguments[3:7], arguments[9:])
+
+    def run(*arguments: Any) -> tuple[Tensor, Tensor]:
+        heads, masks = arguments[BACKWARD_HEADS], arguments[BACKWARD_MASKS]
+        made: tuple[Tensor, Tensor] = plan(*arguments[BACKWARD_FACTORS], heads, masks)
+        return made
+
+    return run
 
 
 def _gram_backward_fake(given: Named) -> tuple[Tensor, Tensor]:
@@ -360,17 +377,19 @@ def _one_pass(
     plan = _path(backend).one_pass(pairs, masked, causal, algorithm, need_grad)
 
     def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        columns, masks, inverse_count = arguments[:4], arguments[6:8], arguments[8]
-        squares, of_query, of_key = plan(columns, masks, inverse_count + inverse_count)
+        inverse_count = arguments[INVERSE_COUNT]
+        squares, of_query, of_key = plan(
+            arguments[HEADS], arguments[MASKS], inverse_count + inverse_count
+        )
         return value_of(squares, inverse_count), of_query, of_key
 
     return run
 
 
 def _torch_one_pass(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    key_mask, query_mask, inverse_count, causal, algorithm, need_grad, _ = arguments[6:]
+    key_mask, query_mask, inverse_count, causal, algorithm, need_grad, _ = arguments[REST]
     squares, query, key = torch_path.one_pass(
-        pairs_of(*arguments[:6]), key_mask, query_mask, causal, algorithm, need_grad
+        pairs_of(*arguments[LISTS]), key_mask, query_mask, causal, algorithm, need_grad
     )
     return value_of(squares, inverse_count), query, key
 

@@ -281,19 +281,46 @@ def _forward(
     needs = (need_input_grad, need_weight_grad and bool(weight))
     plan = hidden_forward(*states, mask is not None, inverse_count.dtype, normalize, *needs)
 
-    def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        inverse_count = arguments[5]
+    def run(
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        weight: Sequence[Tensor],
+        bias: Sequence[Tensor],
+        mask: Tensor | None,
+        inverse_count: Tensor,
+        *_: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         with without_autocast(inverse_count.device.type):
-            squares, *grads = plan(*arguments[:5], inverse_count + inverse_count)
+            twice = inverse_count + inverse_count
+            squares, *grads = plan(student, teacher, weight, bias, mask, twice)
         return squares.mul_(inverse_count), grads[0], grads[1], grads[2], inverse_count.new_empty(0)
 
     return run
 
 
-def _torch_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inverse_count = arguments[5]
-    tensors_and_needs: Any = (*arguments[:5], *arguments[6:9], inverse_count.dtype)
-    squares, *grads = torch_path.hidden_forward(*tensors_and_needs)
+def _torch_forward(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    mask: Tensor | None,
+    inverse_count: Tensor,
+    normalize: bool,
+    need_input_grad: bool,
+    need_weight_grad: bool,
+    _: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    squares, *grads = torch_path.hidden_forward(
+        student,
+        teacher,
+        weight,
+        bias,
+        mask,
+        normalize,
+        need_input_grad,
+        need_weight_grad,
+        inverse_count.dtype,
+    )
     return squares * inverse_count, grads[0], grads[1], grads[2], grads[3]
 
 

@@ -170,6 +170,12 @@ def _check_index_dim(dim: int) -> None:
         )
 
 
+# where the op's arguments stand; lists are tensors and the teacher's scales
+TENSORS, LISTS, KEYS = slice(0, 5), slice(0, 6), 1
+REST = slice(6, None)
+MASKS, INVERSE_COUNT, SINKS = slice(6, 8), 8, 11
+
+
 @planned
 def _forward(
     query: Sequence[Tensor],
@@ -201,17 +207,18 @@ def _forward(
     plan = triton_path.forward(pairs, masked, causal, need_grad)
 
     def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sums, units = plan(arguments[:5], arguments[11], arguments[6:8])
-        return value_of(sums, arguments[8]), *_like_keys(units, arguments[1])
+        sums, units = plan(arguments[TENSORS], arguments[SINKS], arguments[MASKS])
+        losses = value_of(sums, arguments[INVERSE_COUNT])
+        return losses, *_like_keys(units, arguments[KEYS])
 
     return run
 
 
 def _torch_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *masks, inverse_count, causal, caps, sinks, need_grad, _ = arguments[6:]
-    pairs = _pairs(arguments[:6], (caps, sinks))
+    *masks, inverse_count, causal, caps, sinks, need_grad, _ = arguments[REST]
+    pairs = _pairs(arguments[LISTS], (caps, sinks))
     sums, units = torch_path.forward(pairs, masks[0], masks[1], causal, need_grad)
-    return value_of(sums, inverse_count), *_like_keys(units, arguments[1])
+    return value_of(sums, inverse_count), *_like_keys(units, arguments[KEYS])
 
 
 def _like_keys(units: Units, keys: Sequence[Tensor]) -> Units:

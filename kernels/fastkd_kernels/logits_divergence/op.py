@@ -237,9 +237,16 @@ def _forward(
     needs = (need_states and labels is None, need_weight and labels is None)
     plan = _sweep(backend, student, teacher, mask, labels, inverse_counts, how, *needs)
 
-    def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sums, made = plan(*arguments[:5])
-        return sums * arguments[4], *made
+    def run(
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        mask: Tensor | None,
+        labels: Tensor | None,
+        inverse_counts: Tensor,
+        *_: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sums, made = plan(student, teacher, mask, labels, inverse_counts)
+        return sums * inverse_counts, *made
 
     return run
 
@@ -281,9 +288,15 @@ def _backward(
     needs = (need_states, need_weight)
     plan = _sweep(backend, student, teacher, mask, labels, factors, how, *needs)
 
-    def run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        made: tuple[Tensor, Tensor, Tensor] = plan(*arguments[1:5], arguments[0])[1]
-        return made
+    def run(
+        factors: Tensor,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        mask: Tensor | None,
+        labels: Tensor,
+        *_: Any,
+    ) -> Gradients:
+        return plan(student, teacher, mask, labels, factors)[1]
 
     return run
 

@@ -6,9 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from fastkd.data.batching import BatchPlan
+from fastkd.data.sequences import Sequences
 from fastkd.data.tasks.metrics import Judged
 from fastkd.distributed import Ranks
 from fastkd.types import Inputs, Reading
@@ -65,6 +68,14 @@ class DataModule(Protocol):
         """Blocks or examples in one pass; `None` where they are not counted."""
 
     @property
+    def pad_id(self) -> int | None:
+        """What sequences are padded with; `None` where all are of one length."""
+
+    @property
+    def sets(self) -> Sequence[Sequences]:
+        """All sequences that are read, of the models' own tokenizer; none of text in blocks."""
+
+    @property
     def counted(self) -> tuple[str, int]:
         """What throughput is counted in, and how many of those a row is."""
 
@@ -93,6 +104,18 @@ class DataModule(Protocol):
 
     def totals(self, rows: int) -> dict[str, Any]:
         """For the summary: what `rows` rows that were trained on come to, and what there is."""
+
+    @property
+    def stores_heldout(self) -> bool:
+        """Whether states of a teacher may be stored of held-out rows too: not where these are
+        judged by more than the losses read."""
+
+    def stored_rows(self, *, heldout: bool) -> npt.NDArray[np.int64]:
+        """[rows + 1] where each row of which a teacher's states are stored begins, in tokens; held
+        out ones, where they are asked for, stand behind those to train on."""
+
+    def cache_identity(self, *, heldout: bool) -> dict[str, Any]:
+        """What of these rows the name of a folder of a teacher's states is made of."""
 
     @property
     def digests(self) -> dict[str, str]:

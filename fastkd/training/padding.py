@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastkd.data.datamodule import DataModule
 from fastkd.data.rows.datamodule import RowDataModule
 from fastkd.data.tasks import hand_on_padding, reads_padding
-from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.training.vocabularies import Tokenizers
 
 
@@ -51,8 +50,8 @@ def pad_alike(
     """
     config = models[0].config
     kept = getattr(config, "pad_token_id", None)
-    if isinstance(datamodule, TaskDataModule | RowDataModule):
-        pad = datamodule.pad_id
+    pad = datamodule.pad_id
+    if pad is not None:
         if reads_padding(models[0]):
             kept = hand_on_padding(config, tokenizer, pad, datamodule.sets)
     else:

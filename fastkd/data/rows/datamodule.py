@@ -112,6 +112,18 @@ class RowDataModule:
         return {"train_rows": rows, "data_rows": len(self.encoded.train)}
 
     @property
+    def stores_heldout(self) -> bool:
+        return False
+
+    def stored_rows(self, *, heldout: bool) -> npt.NDArray[np.int64]:
+        # of each sequence apart, as the teacher reads it
+        train = self.encoded.train
+        return np.asarray((train.teacher or train.sequences).offsets)
+
+    def cache_identity(self, *, heldout: bool) -> dict[str, Any]:
+        return {"data": self.encoded.train.fingerprint}
+
+    @property
     def digests(self) -> dict[str, str]:
         train, heldout = self.encoded
         return {"train": train.fingerprint, "heldout": heldout.fingerprint}

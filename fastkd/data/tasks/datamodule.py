@@ -125,6 +125,20 @@ class TaskDataModule:
         return {"train_examples": rows, "task_examples": len(self.train)}
 
     @property
+    def stores_heldout(self) -> bool:
+        return True
+
+    def stored_rows(self, *, heldout: bool) -> npt.NDArray[np.int64]:
+        sets = self.sets if heldout else [self.train]
+        lengths = np.concatenate([np.diff(one.offsets) for one in sets])
+        return np.concatenate([[0], np.cumsum(lengths)])
+
+    def cache_identity(self, *, heldout: bool) -> dict[str, Any]:
+        sets = self.sets if heldout else [self.train]
+        # outputs of the teacher stand in the order of the task's labels
+        return {"data": [one.fingerprint for one in sets], "task": repr(self.task)}
+
+    @property
     def digests(self) -> dict[str, str]:
         sets = {"train": self.train, **self.evaluations}
         return {name: examples.fingerprint for name, examples in sets.items()}

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fastkd.data.batching import BatchPlan
 from fastkd.data.datamodule import EvalBatch
 from fastkd.data.sampler import shared_parts
+from fastkd.data.sequences import Sequences
 from fastkd.data.tasks.metrics import Judged
 from fastkd.data.text import BlockStream, Corpus
 from fastkd.data.text.mlm import Masking
@@ -37,6 +40,14 @@ class TextDataModule:
     @property
     def rows(self) -> int | None:
         return self.corpus.train_blocks
+
+    @property
+    def pad_id(self) -> int | None:
+        return None
+
+    @property
+    def sets(self) -> Sequence[Sequences]:
+        return ()
 
     @property
     def counted(self) -> tuple[str, int]:
@@ -69,6 +80,17 @@ class TextDataModule:
             "train_tokens": rows * self.block_size,
             "corpus_tokens": self.corpus.train_tokens,
         }
+
+    @property
+    def stores_heldout(self) -> bool:
+        return False
+
+    def stored_rows(self, *, heldout: bool) -> npt.NDArray[np.int64]:
+        assert self.rows is not None, "a stream is refused before"
+        return np.arange(self.rows + 1, dtype=np.int64) * self.block_size
+
+    def cache_identity(self, *, heldout: bool) -> dict[str, Any]:
+        return {"data": self.corpus.fingerprint}
 
     @property
     def digests(self) -> dict[str, str]:

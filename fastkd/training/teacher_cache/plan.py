@@ -8,15 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import transformers
 
 from fastkd.capture import Capture, try_recomputing
-from fastkd.data.rows.datamodule import RowDataModule
-from fastkd.data.tasks.datamodule import TaskDataModule
 from fastkd.data.text.cache import cache_key, is_complete
-from fastkd.data.text.datamodule import TextDataModule
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
 from fastkd.losses.factory import embedding_losses
@@ -156,9 +152,12 @@ def plan_cache(run: Run, form: Form) -> CachePlan:
         "states": [field.as_dict() for field in layout.fields],
         **_pooling_of(recipe),
         **_others_of(run, recipe),
-        **_data_of(run, heldout=_stores_heldout(run, layout.fields)),
+        **run.datamodule.cache_identity(heldout=_stores_heldout(run, layout.fields)),
     }
-    rows_of = {one: _rows_of(run, heldout=_stores_heldout(run, its)) for one, its in fields.items()}
+    rows_of = {}
+    for one, its in fields.items():
+        heldout = _stores_heldout(run, its)
+        rows_of[one] = Rows(run.datamodule.stored_rows(heldout=heldout), heldout)
     folder = Path(recipe.teacher.cache_folder).expanduser() / cache_key(settings)
     return CachePlan(
         form=form,
@@ -291,36 +290,9 @@ def _pooling_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def _stores_heldout(run: Run, fields: Iterable[Field]) -> bool:
-    """Whether held-out rows are stored as well: an evaluation must not read what was rounded, and
-    what is no task is judged by more than the losses read."""
+    """Whether held-out rows are stored as well: an evaluation must not read what was rounded."""
     exact = all(field.stored == field.dtype for field in fields)
-    return exact and isinstance(run.datamodule, TaskDataModule)
-
-
-def _data_of(run: Run, *, heldout: bool) -> dict[str, Any]:
-    data = run.datamodule
-    if isinstance(data, TaskDataModule):
-        sets = data.sets if heldout else [data.train]
-        # outputs of the teacher stand in the order of the task's labels
-        return {"data": [one.fingerprint for one in sets], "task": repr(data.task)}
-    if isinstance(data, RowDataModule):
-        return {"data": data.encoded.train.fingerprint}
-    assert isinstance(data, TextDataModule), "there are three kinds of data"
-    return {"data": data.corpus.fingerprint}
-
-
-def _rows_of(run: Run, *, heldout: bool) -> Rows:
-    data = run.datamodule
-    if isinstance(data, TaskDataModule):
-        sets = data.sets if heldout else [data.train]
-        lengths = np.concatenate([np.diff(one.offsets) for one in sets])
-        return Rows(np.concatenate([[0], np.cumsum(lengths)]), heldout)
-    if isinstance(data, RowDataModule):
-        # of each sequence apart, as the teacher reads it
-        train = data.encoded.train
-        return Rows(np.asarray((train.teacher or train.sequences).offsets))
-    assert isinstance(data, TextDataModule) and data.rows is not None, "a stream is refused before"
-    return Rows(np.arange(data.rows + 1, dtype=np.int64) * data.block_size)
+    return exact and run.datamodule.stores_heldout
 
 
 def _smaller(plan: CachePlan) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_exports import exported, made_student
+from tiny_exports import exported, made_student, notes_of
 from tiny_models import NAMES, VOCABULARY, save_teacher, tiny_batch, tiny_model
 from tiny_training import save_classifier
 from transformers import AlbertConfig, AutoModel, PreTrainedModel
@@ -16,7 +16,6 @@ from transformers import AlbertConfig, AutoModel, PreTrainedModel
 from fastkd.layer_map import make_layer_map
 from fastkd.models import build_student, load_student, load_teacher
 from fastkd.recipe import Student
-from fastkd.training.export import export_notes
 from fastkd.training.export.poolers import pooler_to_add
 from fastkd.types import ModelSource
 
@@ -106,7 +105,7 @@ def test_the_note_is_there_before_the_first_step(tmp_path: Path) -> None:
     student, teacher = made_student(folder)
     source = ModelSource(str(folder))
     expected = "pooler of the student (pooler_output): not trained, it is the teacher's, unchanged"
-    assert export_notes(student, teacher.config, source, "none") == [expected]
+    assert notes_of(student, teacher.config, source, "none") == [expected]
 
 
 def test_a_student_with_a_head_keeps_what_it_trained(tmp_path: Path) -> None:

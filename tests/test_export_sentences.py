@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer, models
-from tiny_exports import exported, made_student, save_sentences
+from tiny_exports import exported, made_student, notes_of, save_sentences
 from tiny_models import POSITIONS, WIDTH
 from tiny_training import save_classifier
 from torch import nn
@@ -18,7 +18,6 @@ from torch import nn
 from fastkd.errors import UserError
 from fastkd.models import load_teacher
 from fastkd.reporting.html import markdown
-from fastkd.training.export import export_notes
 from fastkd.types import ModelSource
 
 NARROW = {"hidden_size": 16, "intermediate_size": 20}
@@ -31,7 +30,7 @@ def chain(model: Any) -> list[str]:
 
 def notes(teacher: Path, head: Any = "none", **numbers: Any) -> list[str]:
     student, large = made_student(teacher, head, **numbers)
-    found = export_notes(student, large.config, ModelSource(str(teacher)), head)
+    found = notes_of(student, large.config, ModelSource(str(teacher)), head)
     return [note for note in found if not note.startswith("pooler")]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import models
-from tiny_exports import exported, made_student, save_sentences
+from tiny_exports import exported, made_student, notes_of, save_sentences
 from tiny_models import WIDTH, save_teacher
 from tiny_runs import run_command
 
@@ -27,7 +27,6 @@ from fastkd.models import (
     resolve_model,
 )
 from fastkd.recipe import Student
-from fastkd.training.export import export_notes
 from fastkd.types import ModelSource
 
 EVIL = "import pathlib\npathlib.Path('ran').touch()\n"
@@ -140,7 +139,7 @@ def test_a_module_outside_of_its_folder_is_left_out_and_said(tmp_path: Path, pat
     teacher = listing(tmp_path / "t", {"type": POOLING, "path": path})
     before = sorted((tmp_path / "t").rglob("*"))
     student, large = made_student(teacher)
-    note, *_ = export_notes(student, large.config, ModelSource(str(teacher)), "none")
+    note, *_ = notes_of(student, large.config, ModelSource(str(teacher)), "none")
     assert f"goes without Pooling (its path is {path!r})" in note and "\n" not in note
     folder = exported(tmp_path / "run", teacher)
     assert [entry["path"] for entry in json.loads((folder / "modules.json").read_text())] == [""]
@@ -257,7 +256,7 @@ def test_a_broken_listing_is_known_before_training(tmp_path: Path, content: byte
     teacher = save_teacher(tmp_path / "t")
     (teacher / "modules.json").write_bytes(content)
     student, large = made_student(teacher)
-    note, *_ = export_notes(student, large.config, ModelSource(str(teacher)), "none")
+    note, *_ = notes_of(student, large.config, ModelSource(str(teacher)), "none")
     assert "goes without all (modules.json can't be read: " in note and "\n" not in note
     (teacher / "config.json").unlink()
     with pytest.raises(UserError, match=r"modules\.json can't be read") as refused:

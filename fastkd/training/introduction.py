@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from fastkd.layer_map import CONVENTION, LayerMap
-from fastkd.losses.factory import compares_directions
 from fastkd.models import UnknownModule, read_embedding
 from fastkd.recipe import Recipe, Student, write_yaml
 from fastkd.reporting.console import Reporter
 from fastkd.reporting.numbers import fixed
 from fastkd.training.engine import whole_weights
-from fastkd.training.export import export_notes, own_embedding
+from fastkd.training.export import export_notes, exported_modules
 from fastkd.training.precision import describe_precision
 from fastkd.training.setup import Run
 from fastkd.training.teacher import NoTeacher, TeacherRunner
@@ -63,14 +62,15 @@ def introduce(run: Run, reporter: Reporter) -> None:
 
 def handed_on_notes(run: Run) -> list[str]:
     """What the student will be exported without."""
-    student, head = run.module.student, run.objective.pair.head
-    theirs = student.config
+    student = run.module.student
+    teacher_config = student.config
     if not isinstance(run.teacher, NoTeacher):
-        theirs = run.teacher.model.config
+        teacher_config = run.teacher.model.config
     with whole_weights(run.engine, run.objective.parameters()):
-        own = own_embedding(run.objective, run.prompts)
-    directions = compares_directions(run.objective.losses, head)
-    return [*run.notes, *export_notes(student, theirs, run.source, head, own, directions)]
+        modules = exported_modules(
+            run.objective, run.source, teacher_config, student.config, run.prompts
+        )
+    return [*run.notes, *export_notes(student, modules, run.source)]
 
 
 def _not_compared(run: Run) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from sentence_transformers import SentenceTransformer, models
 from tiny_cards import tiny_summary
 from tiny_models import POSITIONS, VOCABULARY, save_teacher
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastkd.head_spec import HEADS
 from fastkd.layer_map import make_layer_map
@@ -20,6 +20,7 @@ from fastkd.models import build_student, load_teacher, load_tokenizer
 from fastkd.recipe import Losses, Student, parse_recipe
 from fastkd.training.card import write_card
 from fastkd.training.export import export_notes, export_student
+from fastkd.training.export.sentences import sentence_modules
 from fastkd.training.run_folder import RunFolder
 from fastkd.types import Head, ModelSource
 
@@ -67,9 +68,17 @@ def exported(folder: Path, teacher: Path, head: Head = "none", **numbers: Any) -
         **_read(head),
         "run": {"output": str(folder)},
     }
-    notes = export_notes(student, large.config, source, head)
+    notes = notes_of(student, large.config, source, head)
     write_card(run, parse_recipe(tree), tiny_summary(notes=notes), {})
     return run.student
+
+
+def notes_of(
+    student: PreTrainedModel, teacher_config: PreTrainedConfig, source: ModelSource, head: Head
+) -> list[str]:
+    """What the user is told of a student whose losses say nothing of its embedding."""
+    modules = sentence_modules(source, teacher_config, student.config, head)
+    return export_notes(student, modules, source)
 
 
 def _read(head: Head) -> dict[str, Any]:

@@ -4,8 +4,14 @@ from fastkd.training.export.sentences import check_prompts
 from fastkd.training.export.student import (
     export_notes,
     export_student,
+    exported_modules,
     load_projections,
-    own_embedding,
 )
 
-__all__ = ["check_prompts", "export_notes", "export_student", "load_projections", "own_embedding"]
+__all__ = [
+    "check_prompts",
+    "export_notes",
+    "export_student",
+    "exported_modules",
+    "load_projections",
+]

@@ -63,7 +63,7 @@ class SentenceModules:
     """Modules in order, the transformer first; nothing of a student that is no such model."""
     lost: tuple[str, ...] = ()
     """Each with the reason."""
-    own: EmbeddingModules | None = None
+    student_embedding: EmbeddingModules | None = None
     """What the losses say of the student's embedding."""
     new_pooling: bool = False
     """Whether the pooling is theirs, not the teacher's."""
@@ -81,10 +81,11 @@ class SentenceModules:
                 f"teacher.model {teacher.name}: of its sentence-transformers modules the student "
                 f"goes without {'; '.join(self.lost)}"
             )
-        if self.own is not None and (self.new_pooling or self.own.projection is not None):
+        embedding = self.student_embedding
+        if embedding is not None and (self.new_pooling or embedding.projection is not None):
             other = self.new_pooling and self.kept not in (_PLAIN, _OF_SEVERAL)
             space = "; the teacher's own modules pool otherwise, to another space" if other else ""
-            found.append(f"embedding of the student: {self.own.describe()}{space}")
+            found.append(f"embedding of the student: {embedding.describe()}{space}")
         if self.directions_only:
             found.append(
                 f"teacher.model {teacher.name}: its embeddings are compared by {self.similarity}, "
@@ -100,7 +101,7 @@ def sentence_modules(
     teacher_config: PreTrainedConfig,
     student_config: PreTrainedConfig,
     head: Head,
-    own: EmbeddingModules | None = None,
+    student_embedding: EmbeddingModules | None = None,
     directions: bool = False,
 ) -> SentenceModules:
     """Which modules a student is exported with; reads small files alone.
@@ -110,17 +111,17 @@ def sentence_modules(
         teacher_config: the teacher's configuration.
         student_config: the student's.
         head: the student's.
-        own: what the losses say of the student's embedding.
+        student_embedding: what the losses say of the student's embedding.
         directions: whether these compare embeddings scaled to length one.
     """
-    if own is not None and own.alone:
-        return SentenceModules(_OF_SEVERAL, (), own, new_pooling=True)
+    if student_embedding is not None and student_embedding.alone:
+        return SentenceModules(_OF_SEVERAL, (), student_embedding, new_pooling=True)
     modules, reason = list_modules(teacher, head)
     if not modules:
-        if reason is None and own is not None and HEADS[head].data != "task":
-            return SentenceModules(_PLAIN, (), own, new_pooling=True)
+        if reason is None and student_embedding is not None and HEADS[head].data != "task":
+            return SentenceModules(_PLAIN, (), student_embedding, new_pooling=True)
         return SentenceModules(lost=() if reason is None else (reason,))
-    projected = own is not None and own.projection is not None
+    projected = student_embedding is not None and student_embedding.projection is not None
     kept, lost = [modules[0]], []
     for module in modules[1:]:
         why = _why_not(teacher, module, teacher_config, student_config, projected)
@@ -128,13 +129,20 @@ def sentence_modules(
             kept.append(module)
         else:
             lost.append(f"{module.kind} ({why})")
-    new = own is not None and own.pooling != read_embedding(teacher, teacher_config, head).pooling
+    new_pooling = student_embedding is not None and (
+        student_embedding.pooling != read_embedding(teacher, teacher_config, head).pooling
+    )
     similarity = similarity_name(teacher)
     # of a vector that is cut it is no longer one
     whole = any(module.kind == "Normalize" for module in kept) and truncate_dim(teacher) is None
     lengths = similarity != "cosine" and not whole
     return SentenceModules(
-        tuple(kept), tuple(lost), own, new, similarity, directions_only=directions and lengths
+        tuple(kept),
+        tuple(lost),
+        student_embedding,
+        new_pooling,
+        similarity,
+        directions_only=directions and lengths,
     )
 
 
@@ -168,6 +176,7 @@ def write_modules(
     if not found.kept:
         return
     entries: list[dict[str, Any]] = []
+    embedding = found.student_embedding
 
     def enter(kind: str, entry: Mapping[str, Any]) -> Path:
         # a folder of ours, whatever the teacher calls it
@@ -180,12 +189,12 @@ def write_modules(
         if place == folder:
             continue
         place.mkdir(parents=True)
-        if module.kind == "Pooling" and found.own is not None and found.new_pooling:
-            _write(place / "config.json", pooling_settings(found.own))
+        if module.kind == "Pooling" and embedding is not None and found.new_pooling:
+            _write(place / "config.json", pooling_settings(embedding))
         else:
             _carry(module, teacher, place, student.config.hidden_size)
-        if module.kind == "Pooling" and found.own is not None and found.own.projection is not None:
-            _write_dense(found.own.projection, enter("Dense", _entry("Dense", "")))
+        if module.kind == "Pooling" and embedding is not None and embedding.projection is not None:
+            _write_dense(embedding.projection, enter("Dense", _entry("Dense", "")))
     _write_reading(teacher, found.kept[0], start, usable_positions(student), folder)
     _write_library(teacher, prompts, folder, found)
     _write(folder / "modules.json", entries)

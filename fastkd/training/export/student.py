@@ -37,37 +37,54 @@ from fastkd.training.export.poolers import (
     pooler_note,
     pooler_to_add,
 )
-from fastkd.training.export.sentences import sentence_modules, write_modules
+from fastkd.training.export.sentences import SentenceModules, sentence_modules, write_modules
 from fastkd.training.run_folder import RunFolder
-from fastkd.types import Head, ModelSource
+from fastkd.types import ModelSource
 
 
 def export_notes(
-    student: PreTrainedModel,
-    teacher_config: PreTrainedConfig,
-    source: ModelSource,
-    head: Head,
-    own: EmbeddingModules | None = None,
-    directions: bool = False,
+    student: PreTrainedModel, modules: SentenceModules, source: ModelSource
 ) -> list[str]:
     """What a student will be handed on without, or with what is not its own, one line each.
 
     Args:
         student: as it is trained.
-        teacher_config: configuration of the model that it was made from.
-        source: that model.
-        head: what stands on the student.
-        own: from `own_embedding`.
-        directions: from `compares_directions`.
+        modules: from `exported_modules`.
+        source: the model that it was made from.
     """
-    found = sentence_modules(source, teacher_config, student.config, head, own, directions)
-    return [*found.notes(source), *pooler_note(student)]
+    return [*modules.notes(source), *pooler_note(student)]
 
 
-def own_embedding(objective: Objective, prompts: Mapping[str, str]) -> EmbeddingModules | None:
+def exported_modules(
+    objective: Objective,
+    source: ModelSource,
+    teacher_config: PreTrainedConfig,
+    student_config: PreTrainedConfig,
+    prompts: Mapping[str, str],
+) -> SentenceModules:
+    """The modules of a sentence-transformers model that a run's student is exported with.
+
+    Args:
+        objective: the run's, whose parameters must be whole.
+        source: the model that the student was made from.
+        teacher_config: that model's configuration.
+        student_config: the student's.
+        prompts: that the texts were read with, by name.
+    """
+    head = objective.pair.head
+    return sentence_modules(
+        source,
+        teacher_config,
+        student_config,
+        head,
+        _student_embedding(objective, prompts),
+        compares_directions(objective.losses, head),
+    )
+
+
+def _student_embedding(objective: Objective, prompts: Mapping[str, str]) -> EmbeddingModules | None:
     """The student's embedding where its folder must say it, because losses decide it, prompts are
-    handed on, or others would pool a plain transformer's otherwise; the objective's parameters must
-    be whole."""
+    handed on, or others would pool a plain transformer's otherwise."""
     stated = objective.student_modules()
     if stated is not None:
         return stated
@@ -156,11 +173,9 @@ def _write_around(
     folder: Path,
 ) -> None:
     """What other libraries read, and what people should."""
-    student, head = module.student, module.objective.pair.head
-    directions = compares_directions(module.objective.losses, head)
+    student = module.student
     teacher_config = read_config(locate_model(source.name), f"model {source.name}", source.revision)
-    own = own_embedding(module.objective, prompts)
-    modules = sentence_modules(source, teacher_config, student.config, head, own, directions)
+    modules = exported_modules(module.objective, source, teacher_config, student.config, prompts)
     write_modules(modules, source, folder, student, prompts, start)
 
 

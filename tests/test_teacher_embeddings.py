@@ -75,6 +75,16 @@ def test_eight_bits_are_off_by_half_a_step_at_most() -> None:
     assert (off <= steps * 0.5001).all() and off.max() > 0.4 * steps.max()
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("width", [29, 30, 31, 32])
+def test_eight_bits_of_any_width_are_read_row_by_row(width: int, rows: int) -> None:
+    vectors = torch.randn(rows, 1, width, generator=torch.Generator().manual_seed(0))
+    field = Field("embedding", None, (width,), torch.float32, torch.int8)
+    steps = vectors.abs().amax(dim=-1, keepdim=True) / 127
+    expected = (vectors / steps).round() * steps
+    torch.testing.assert_close(field.decoded(field.encoded(vectors)), expected)
+
+
 def test_a_run_learns_from_stored_vectors_what_it_learns_from_a_teacher(tmp_path: Path) -> None:
     """As much up to the rounding of other batches, and in int8 up to that of the vectors."""
     recipe = make_recipe(tmp_path, losses=LOSSES)

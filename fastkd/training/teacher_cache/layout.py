@@ -76,7 +76,9 @@ class Field:
         """What `encoded` was given, up to rounding."""
         if self.stored != torch.int8:
             return stored.to(self.dtype)
-        scales = stored[..., self.numbers :].contiguous().view(torch.float32)
+        # a copy: one entry alone is contiguous where it lies, at a byte that no fp32 begins at
+        last = stored[..., self.numbers :].clone(memory_format=torch.contiguous_format)
+        scales = last.view(torch.float32)
         return (stored[..., : self.numbers] * scales).to(self.dtype)
 
     def as_dict(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from fastkd.recipe import (
     load_finetune_recipe,
     load_recipe,
 )
+from fastkd.reporting.encoding import all_names_said
 from fastkd.section import Section
 from fastkd.signals import Signalled, signals_raised
 from fastkd.training.chips import CHIPS, ChipName
@@ -322,7 +323,7 @@ def _check_new(output: Path) -> None:
 def main() -> None:
     """Entry point of the `fastkd` command."""
     try:
-        with signals_raised(), disk_errors(None, "run the command again"):
+        with signals_raised(), disk_errors(None, "run the command again"), all_names_said():
             app(prog_name="fastkd")
     except RankError as error:
         _fail(str(error), 2, alone=True)

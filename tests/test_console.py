@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from study_files import run, write_study
 from tiny_training import (
     fastkd,
     run_whole,
@@ -21,16 +24,26 @@ from tiny_training import (
 
 from fastkd.errors import UserError, printable
 from fastkd.reporting.console import Reporter
+from fastkd.reporting.encoding import all_names_said
+from fastkd.reporting.progress import progress_bar
 from fastkd.reporting.report import print_evaluation, print_summary
+from fastkd.training.session import session
 
 HOSTILE = ("[/x]", "[bold]", "[link=https://e.org]a[/link]", ":smile:", "[", "\\[/x]", "[/]")
 CONTROL = {"\x1b[2Ja": "\\x1b[2Ja", "a\rb": "a\\rb", "a\x07": "a\\x07", "\u202ea": "\\u202ea"}
 
 
-def reporter(*, live: bool = False, width: int = 120) -> tuple[Reporter, io.StringIO]:
-    written = io.StringIO()
-    made = Reporter()
-    made.console = Console(file=written, width=width, highlight=False, force_terminal=live)
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def reporter(
+    *, live: bool = False, width: int = 120, **environment: str
+) -> tuple[Reporter, io.StringIO]:
+    written = Terminal() if live else io.StringIO()
+    made, known = Reporter(), {"TERM": "xterm", **environment}
+    made.console = Console(file=written, width=width, highlight=False, _environ=known)
     return made, written
 
 
@@ -54,6 +67,93 @@ def test_names_are_text_beside_a_bar(name: str) -> None:
         made.advance(2)
     assert CONTROL.get(name, name) in written.getvalue()
     assert "\x1b[2Ja" not in written.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("live", "environment"),
+    [
+        (False, {}),
+        (False, {"FORCE_COLOR": "1"}),
+        (False, {"TTY_COMPATIBLE": "1"}),
+        (True, {"TERM": "dumb"}),
+        (True, {"TTY_INTERACTIVE": "0"}),
+    ],
+)
+def test_where_no_cursor_moves_metrics_are_lines(live: bool, environment: dict[str, str]) -> None:
+    made, written = reporter(live=live, **environment)
+    with made.steps(0, 2):
+        for step in (1, 2):
+            made.advance(step)
+            made.metrics(step, 2, ["loss 0.5", "9 tokens/s"])
+    lines = [f"step {step}/2  loss 0.5  9 tokens/s" for step in (1, 2)]
+    assert written.getvalue().splitlines() == lines
+
+
+def test_a_bar_in_a_log_moves_no_cursor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.setenv(name, "1")
+    with progress_bar(True) as bar:
+        bar.advance(bar.add_task("tokenising", total=2), 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tokenising") and line.isprintable() and "2/2" in line
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Callable[[], str]]:
+    """Makes stdout one of an encoding; what it gives reads what was written."""
+
+    def set_up(encoding: str, errors: str) -> Callable[[], str]:
+        written = io.BytesIO()
+        stream = io.TextIOWrapper(written, encoding, errors)
+        monkeypatch.setattr(sys, "stdout", stream)
+
+        def read() -> str:
+            stream.flush()
+            assert stream.errors == errors
+            return written.getvalue().decode(encoding)
+
+        return read
+
+    return set_up
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_names_beyond_an_encoding_are_written_out(
+    errors: str,
+    narrow: Callable[[str, str], Callable[[], str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = narrow("ascii", errors)
+    with session() as (_, own):
+        own.say("läufe/東京")
+        own.table("±", ("", "é"), [("Ω", "1")])
+    monkeypatch.setattr("fastkd.__version__", "\u03b2")
+    assert fastkd("--version", monkeypatch=monkeypatch) == 0
+    text = said()
+    assert "l\\xe4ufe/\\u6771\\u4eac\n" in text and text.endswith("fastkd \\u03b2\n")
+    assert all(name in text for name in ("\\xb1", "\\xe9", "\\u03a9"))
+
+
+def test_a_study_writes_names_out(
+    tmp_path: Path,
+    narrow: Callable[[str, str], Callable[[], str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FAKE_JOURNAL", str(tmp_path / "journal"))
+    said = narrow("ascii", "strict")
+    run(write_study(tmp_path, output=str(tmp_path / "größe")), reporter=None)
+    assert said().count("gr\\xf6\\xdfe") > 1
+
+
+def test_who_chose_how_to_write_names_keeps_it(
+    narrow: Callable[[str, str], Callable[[], str]],
+) -> None:
+    said = narrow("ascii", "replace")
+    with all_names_said():
+        Reporter().say("é")
+    assert said() == "?\n"
 
 
 NAMES = [f"tinybert-losses-seed-{number}" for number in range(9)]

@@ -36,8 +36,11 @@ class Reporter:
 
     @property
     def is_live(self) -> bool:
-        """Whether someone is watching."""
-        return self.console.is_terminal and not self.console.quiet
+        """Whether someone is watching: FORCE_COLOR makes no terminal of a log, and a dumb terminal
+        moves no cursor."""
+        console = self.console
+        moves = console.is_interactive and not console.is_dumb_terminal
+        return moves and console.file.isatty() and not console.quiet
 
     def say(self, text: str) -> None:
         """One line, or several."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,7 +29,10 @@ def progress_bar(shown: bool, counts: str = "") -> Progress:
         else (MofNCompleteColumn(), TimeRemainingColumn())
     )
     columns = (TextColumn("{task.description}"), BarColumn(), *how_far)
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)
+    # FORCE_COLOR would move the cursor in a log
+    forced = None if sys.stderr.isatty() else False
+    console = Console(stderr=True, force_terminal=forced, force_interactive=forced)
+    return Progress(*columns, console=console, disable=not shown)
 
 
 def live_bar(what: str, console: Console) -> Progress:

@@ -10,6 +10,7 @@ from pathlib import Path
 from fastkd.errors import Interrupted, UserError
 from fastkd.files.disk import write_whole
 from fastkd.reporting.console import Reporter
+from fastkd.reporting.encoding import all_names_said
 from fastkd.study.chosen import read_chosen
 from fastkd.study.plan import Plan
 from fastkd.study.plots import make_plots
@@ -24,6 +25,7 @@ from fastkd.study.tables import make_tables
 from fastkd.study.worker import Children
 
 
+@all_names_said()
 def run_study(
     path: str | Path,
     *,

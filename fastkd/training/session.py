@@ -23,6 +23,7 @@ from fastkd.errors import Interrupted, UserError
 from fastkd.files.disk import disk_errors
 from fastkd.recipe import AnyRecipe
 from fastkd.reporting.console import Reporter
+from fastkd.reporting.encoding import all_names_said
 from fastkd.signals import Signalled
 from fastkd.training.memory import memory_errors
 
@@ -54,6 +55,7 @@ def session(
         )
     try:
         with ExitStack() as stack:
+            stack.enter_context(all_names_said())
             stack.enter_context(quietened())
             ranks = stack.enter_context(joined_ranks())
             # of this rank's GPU, which is chosen by now

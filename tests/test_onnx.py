@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,21 @@ def test_what_has_no_graph_is_one_line(
     with pytest.raises(UserError, match="holds no finished run"):
         onnx_graph.export_onnx(run)
     assert not (student / "onnx").exists()
+
+
+def test_what_the_exporter_prints_of_a_graph_that_it_gives_up_is_not_shown(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    teacher = save_teacher(tmp_path / "t", "llama", rope_parameters=rope)
+    run = finished(exported(tmp_path / "run", teacher, layers=1))
+    capfd.readouterr()
+    disabled = logging.root.manager.disable
+    with pytest.raises(UserError, match=r"no ONNX graph can be made of LlamaModel \(Could not"):
+        onnx_graph.export_onnx(run)
+    said = "".join(capfd.readouterr())
+    assert "torch/fx" not in said and "forward(" not in said and len(said.splitlines()) < 9
+    assert logging.root.manager.disable == disabled
 
 
 @pytest.fixture(scope="module")

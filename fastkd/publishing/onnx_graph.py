@@ -8,11 +8,12 @@ graph of a sentence-transformers student ends with its vectors, whatever makes t
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -291,13 +292,15 @@ def _bytes(model: PreTrainedModel) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter from telling what it skips and how it goes about its work."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep the exporter from telling what it skips and how it goes about its work, and from
+    printing whole graphs where it gives up: why stands in its error."""
+    below = logging.root.manager.disable
+    # many of torch's modules have loggers, each with a handler of its own
+    logging.disable(logging.ERROR)
+    nowhere = io.StringIO()
     try:
-        with warnings.catch_warnings():
+        with redirect_stdout(nowhere), redirect_stderr(nowhere), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(below)

@@ -11,7 +11,13 @@ from device_marks import on_cpu
 from tiny_models import tiny_batch, tiny_config, tiny_model
 from tiny_runs import make_recipe, read_losses
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 from transformers.pytorch_utils import Conv1D
 
 import fastkd
@@ -227,6 +233,26 @@ def test_the_head_of_a_language_model_stays_for_the_losses() -> None:
     assert states.logits is not None and states.logits.weight is model.lm_head.weight
 
 
+def test_experts_that_are_stacked_stay_with_a_word() -> None:
+    config = Qwen3MoeConfig(
+        **{"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_experts": 8},
+        **{"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8},
+        **{"moe_intermediate_size": 48, "num_experts_per_tok": 2},
+    )
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config).eval().requires_grad_(False)
+    route_attention(model)
+    before = [layer.mlp.experts.gate_up_proj for layer in model.layers]
+    found = quantise(model, "int8", CPU)
+    assert [layer.mlp.experts.gate_up_proj for layer in model.layers] == before
+    attention, experts, router = 4 * 32 * 32, 8 * 3 * 32 * 48, 8 * 32
+    norms = 2 * 32 + 2 * 8
+    whole = 64 * 32 + 2 * (attention + experts + router + norms) + 32
+    assert found.share == pytest.approx(2 * attention / whole)
+    said = f"int8 in 8 of 8 linear layers ({2 * attention / whole:.0%} of its weights; stacked"
+    assert str(found).startswith(f"{said} experts stay), which moves the last state of ")
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "modernbert"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_of_a_model_stay_near(kind: EightBits, name: str) -> None:
@@ -237,7 +263,8 @@ def test_states_of_a_model_stay_near(kind: EightBits, name: str) -> None:
     with capture(model, attention={1}, hidden={0, 4}) as before:
         model(**batch)
     found = quantise(model, kind, CPU)
-    assert f"{kind} in {found.layers} of {found.linear} linear layers, " in str(found)
+    assert f"{kind} in {found.layers} of {found.linear} linear layers (" in str(found)
+    assert "experts" not in str(found)
     with capture(model, attention={1}, hidden={0, 4}) as after:
         model(**batch)
     assert torch.equal(after.hidden[0], before.hidden[0])
@@ -373,11 +400,13 @@ def test_a_run_whose_teacher_is_in_eight_bits(
     # a CPU multiplies float8 too, slowly
     monkeypatch.setattr(parts, "check_eight_bits", lambda *_: None)
     losses = {}
+    matrices = 4 * (4 * 32 * 32 + 2 * 32 * 48)
+    share = matrices / opened(path).teacher_parameters
     for dtype in ("float32", "int8", "bfloat16", "float8"):
         output = tmp_path / dtype
         fastkd.distill(path, {"teacher.dtype": dtype, "run.output": output})
         losses[dtype] = read_losses(output)
-        said = f"teacher: {dtype} in 24 of 24 linear layers, which moves the last state of random"
+        said = f"teacher: {dtype} in 24 of 24 linear layers ({share:.0%} of its weights), which"
         assert (said in capsys.readouterr().out) == (dtype in KINDS)
         assert load_recipe(output / "recipe.yaml").teacher.dtype == dtype
     for dtype, plain, near in (("int8", "float32", 0.05), ("float8", "bfloat16", 0.15)):

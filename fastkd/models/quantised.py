@@ -3,9 +3,10 @@
 Every row is divided by its largest number, so that one outlier costs its own row and no other, and
 what is rounded is multiplied in eight bits: `float8` by `torch._scaled_mm` on GPUs, `int8` by
 `torch._int_mm` on CPUs. Sums are formed in fp32 and int32. Nothing is calibrated: activations are
-looked at as they come. What is no large product of matrices (embeddings, norms, attention, small
-heads) stays as it was, and so does the dtype of what the layers give. torch's `quantize_dynamic`
-has one scale for all tokens, and torchao, its successor, brings a package for these few lines.
+looked at as they come. What is no large linear layer (embeddings, norms, attention, experts stacked
+in one parameter, small heads) stays as it was, and so does the dtype of what the layers give.
+torch's `quantize_dynamic` has one scale for all tokens, and torchao, its successor, brings a
+package for these few lines.
 """
 
 from __future__ import annotations
@@ -121,14 +122,20 @@ class Quantised:
     kind: EightBits
     layers: int
     linear: int
-    """Linear layers of all sizes, the head of a language model left out."""
+    """Linear layers of all sizes, the last one of a language model left out."""
+    share: float
+    """Of the model's weights, what is rounded."""
+    stacked: bool
+    """Whether it has experts that are stacked in parameters, which stay."""
     difference: float
     """How far that moves the last state of a few random tokens, as a part of its norm."""
 
     def __str__(self) -> str:
+        stay = "; stacked experts stay" if self.stacked else ""
         return (
-            f"{self.kind} in {self.layers} of {self.linear} linear layers, which moves the last "
-            f"state of random tokens by {self.difference:.2g} of its norm"
+            f"{self.kind} in {self.layers} of {self.linear} linear layers ({self.share:.0%} of its "
+            f"weights{stay}), which moves the last state of random tokens by "
+            f"{self.difference:.2g} of its norm"
         )
 
 
@@ -174,7 +181,7 @@ def quantise(model: PreTrainedModel, kind: EightBits, device: torch.device) -> Q
             f"teacher.dtype is {kind}, which moves the last state of {name} on random tokens by "
             f"{difference:.2g} of its norm, expected less than {MOST_MOVED}; {remedy}"
         )
-    return Quantised(kind, layers, linear, difference)
+    return Quantised(kind, layers, linear, _share(model, kind), _has_stacked(model), difference)
 
 
 def replace_linear(model: PreTrainedModel, kind: EightBits) -> tuple[int, int]:
@@ -213,6 +220,21 @@ def _quantised(layer: nn.Module, kind: EightBits) -> QuantisedLinear:
     assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, nn.Parameter))
     # Conv1D, of GPT-2, keeps a column for each output
     return QuantisedLinear(weight.t() if isinstance(layer, Conv1D) else weight, bias, kind)
+
+
+def _share(model: PreTrainedModel, kind: EightBits) -> float:
+    weights: list[Tensor] = list(model.parameters())
+    coded = sum(weight.numel() for weight in weights if weight.dtype == CODES[kind])
+    return coded / sum(weight.numel() for weight in weights)
+
+
+def _has_stacked(model: PreTrainedModel) -> bool:
+    return any(
+        "expert" in f"{path} {type(module).__name__}".lower()
+        and not isinstance(module, nn.Linear | Conv1D | QuantisedLinear)
+        and any(weight.ndim > 1 for weight in module.parameters(recurse=False))
+        for path, module in model.named_modules()
+    )
 
 
 @torch.no_grad()

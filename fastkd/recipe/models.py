@@ -81,7 +81,7 @@ class Teacher(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float8", "int8"] = "auto"
     """Precision of the teacher's weights and activations; `auto` is bfloat16 on a GPU that computes
     in it, float32 elsewhere. In `float8` (GPUs) and `int8` (CPUs) its linear layers multiply eight
-    bits, and all else is bfloat16 and float32."""
+    bits, and all else, such as experts that are stacked, is bfloat16 and float32."""
     attention: Attention = "sdpa"
     """Attention implementation that the teacher runs."""
     placement: Literal["replicate", "shard", "offload"] = "replicate"

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from fastkd.reporting import svg
 from fastkd.reporting.layer_figure import layer_figures
 from fastkd.reporting.numbers import number, tick_numbers
 from fastkd.reporting.svg import CHARACTER, WIDTH, Bar, Line, Panel, bars, chart, make_axis
@@ -216,6 +217,15 @@ def test_no_label_of_a_step_is_cut(end: int) -> None:
             half = len(label.text or "") * CHARACTER / 2
             assert float(label.get("x", "")) - half >= 0, label.text
             assert float(label.get("x", "")) + half <= WIDTH, label.text
+
+
+def test_no_value_of_a_long_run_is_formatted_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    formatted: list[float] = []
+    monkeypatch.setattr(svg, "number", lambda x: formatted.append(x) or number(x))
+    steps = tuple(range(1, 20_001))
+    lines = [Line(str(n), steps, tuple(n / step for step in steps)) for n in range(1, 4)]
+    chart([Panel(lines)])
+    assert 0 < len(formatted) < 4000
 
 
 def test_bars_are_as_long_as_what_they_say() -> None:

@@ -213,9 +213,9 @@ def _said(line: Line) -> str:
 
 def _draw(panel: Panel, y_axis: Axis) -> list[str]:
     """The elements of a panel."""
-    places = [x for line in panel.lines for x in line.x]
-    longest = max((len(number(x)) for x in places), default=1)
-    parts = 6 if longest < 4 else 4
+    # lines of a run have the same x, of which there may be very many
+    places = tuple(dict.fromkeys(x for line in panel.lines for x in line.x))
+    parts = 6 if all(len(number(x)) < 4 for x in places) else 4
     x_axis = make_axis(places, margin=0.02, parts=parts, whole=True)
     y_numbers, x_numbers = tick_numbers(y_axis.ticks), tick_numbers(x_axis.ticks)
     # a tick may stand at either end, and its label reaches beyond

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastkd.layer_map import make_layer_map
 from fastkd.models import build_student, load_student, load_teacher
 from fastkd.recipe import Student
 from fastkd.training.export.poolers import pooler_to_add
+from fastkd.training.export.student import _write_model
 from fastkd.types import ModelSource
 
 POOLED = ("bert", "roberta")
@@ -68,6 +70,17 @@ def test_else_it_passes_the_first_token_on(tmp_path: Path, saved: bool) -> None:
     torch.testing.assert_close(out.pooler_output, out.last_hidden_state[:, 0].tanh())
     assert model.config.fastkd_pooler == "identity"
     assert "it passes the first token's state on" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("numbers", [{}, NARROW], ids=["teacher", "identity"])
+def test_a_students_folder_has_one_precision(tmp_path: Path, numbers: dict[str, Any]) -> None:
+    student, _ = made_student(save_teacher(tmp_path / "t"), **numbers)
+    _write_model(student.to(torch.bfloat16), tmp_path / "student")
+    found = load_file(tmp_path / "student" / "model.safetensors")
+    assert {weight.dtype for weight in found.values()} == {torch.bfloat16}
+    expected = torch.eye(16) if numbers else tiny_model("bert").pooler.dense.weight
+    assert torch.equal(found["pooler.dense.weight"], expected.bfloat16())
+    assert json.loads((tmp_path / "student" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_a_pooler_of_one_layer_alone_is_handed_on(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def pooler_to_add(student: PreTrainedModel) -> tuple[str, dict[str, Tensor]]:
         return "", {}
     width = student.config.hidden_size
     if aside.trained and all(w.shape[-1] == width for w in aside.weights.values()):
-        return "teacher", _named(aside.weights)
+        return "teacher", _named(aside.weights, student)
     # one layer from a state to a state
     matrices = [name for name, weight in aside.weights.items() if weight.ndim == 2]
     assert len(matrices) == 1, "a pooler of another form is not set aside"
@@ -39,7 +39,7 @@ def pooler_to_add(student: PreTrainedModel) -> tuple[str, dict[str, Tensor]]:
         name: torch.eye(width) if weight.ndim == 2 else torch.zeros(width)
         for name, weight in aside.weights.items()
     }
-    return "identity", _named(made)
+    return "identity", _named(made, student)
 
 
 def pooler_note(student: PreTrainedModel) -> list[str]:
@@ -61,5 +61,6 @@ def mark_pooler(student: PreTrainedModel, origin: str) -> None:
         setattr(student.config, POOLER_MARK, origin)
 
 
-def _named(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"pooler.{name}": w.detach().float().cpu() for name, w in weights.items()}
+def _named(weights: Mapping[str, Tensor], student: PreTrainedModel) -> dict[str, Tensor]:
+    # in the precision that the student's configuration names
+    return {f"pooler.{name}": w.detach().to("cpu", student.dtype) for name, w in weights.items()}

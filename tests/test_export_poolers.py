@@ -17,7 +17,7 @@ from transformers import AlbertConfig, AutoModel, PreTrainedModel
 from fastkd.layer_map import make_layer_map
 from fastkd.models import build_student, load_student, load_teacher
 from fastkd.recipe import Student
-from fastkd.training.export.poolers import pooler_to_add
+from fastkd.training.export.poolers import pooler_note, pooler_to_add
 from fastkd.training.export.student import _write_model
 from fastkd.types import ModelSource
 
@@ -81,6 +81,8 @@ def test_a_students_folder_has_one_precision(tmp_path: Path, numbers: dict[str, 
     expected = torch.eye(16) if numbers else tiny_model("bert").pooler.dense.weight
     assert torch.equal(found["pooler.dense.weight"], expected.bfloat16())
     assert json.loads((tmp_path / "student" / "config.json").read_text())["dtype"] == "bfloat16"
+    said = "passes the first token's state on" if numbers else "is the teacher's, rounded as the "
+    assert said in pooler_note(student)[0]
 
 
 def test_a_pooler_of_one_layer_alone_is_handed_on(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def start_by_importance(
     layers: LayerMap,
     batches: Iterable[Inputs],
     ranks: Ranks,
+    origin: PreTrainedModel | None = None,
 ) -> int:
     """Give a student the most active channels of the teacher's mapped layers; collective.
 
@@ -80,6 +81,8 @@ def start_by_importance(
         layers: which teacher layer each student layer starts from.
         batches: this rank's; read where the student is narrower.
         ranks: this process among all.
+        origin: the teacher before it was rounded, whose numbers are taken; the teacher itself where
+            not given.
 
     Returns:
         How many numbers were taken.
@@ -103,7 +106,7 @@ def start_by_importance(
         kept = ranks.from_main(lambda: choose(activity, named, sources, *widths))
         factors = ranks.from_main(lambda: norm_factors(activity, kept, *widths))
     bases = activity.bases if named else {}
-    return _copy(student, teacher, sources, roles, kept, factors, bases)
+    return _copy(student, origin or teacher, sources, roles, kept, factors, bases)
 
 
 def measure(

@@ -38,6 +38,7 @@ from fastkd.training.engine import check_config
 from fastkd.training.memory import apart, is_offloaded, memory_parts
 from fastkd.training.moving import host_bytes, link_bytes, reduced_bytes
 from fastkd.training.optimizer import matrix_numbers
+from fastkd.training.unrounded import is_rounded
 from fastkd.types import EightBits
 
 EFFICIENCY = 0.4
@@ -76,6 +77,8 @@ class Passes:
     """Tokens of a row."""
     least_rows: int = 1
     """Rows of a micro-batch at least; more than one where losses compare rows with each other."""
+    read_twice: bool = False
+    """Whether the student is made from the teacher's numbers in fp32, which are read beside it."""
 
     def readings(self, plan: BatchPlan) -> int:
         """Forward passes of both models over a micro-batch, see `fastkd.training.gathering`."""
@@ -130,6 +133,7 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
     source = recipe.teacher.source
     given, started = f"teacher.model {source.name}", f"student.init {recipe.student.init}"
     config = read_config(locate_model(source.name), given, source.revision)
+    read_twice = is_rounded(recipe, config)
     with _without_numbers(given, config), torch.device("meta"):
         teacher, student, layers = _outlined(recipe, config)
         inputs = {"input_ids": torch.zeros(sequences, tokens, dtype=torch.long)}
@@ -162,6 +166,7 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
         rows=rows,
         tokens=tokens * max(1, len(row)),
         least_rows=max(objective.least_rows.values(), default=1),
+        read_twice=read_twice,
     )
 
 
@@ -222,7 +227,7 @@ def forecast(recipe: Recipe, passes: Passes, chip: Chip, ranks: int) -> Forecast
     return Forecast(
         parts=parts,
         machine=sum(machine.values()),
-        loading=passes.teacher_numbers * (4 if recipe.teacher.states == "float32" else 2),
+        loading=passes.teacher_numbers * (recipe.teacher.number_bytes + 4 * passes.read_twice),
         computing=_operations_seconds(recipe, passes, chip, plan) * times * plan.accumulation,
         moving=_moving_seconds(recipe, passes, chip, plan),
         tokens=recipe.train.batch_size * passes.tokens,

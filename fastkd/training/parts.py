@@ -68,6 +68,7 @@ from fastkd.training.padding import pad_as_read
 from fastkd.training.precision import check_eight_bits
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.teacher import OtherTeacher
+from fastkd.training.unrounded import unrounded
 from fastkd.training.vocabularies import (
     Tokenizers,
     choose_tokenizers,
@@ -294,7 +295,9 @@ def _choose_channels(recipe: Recipe, models: _Models, read: Iterator[Inputs], ra
     teacher = models.teacher
     if recipe.teacher.placement == "replicate":
         teacher.to(ranks.device)
-    found = start_by_importance(models.student, teacher, models.layers, read, ranks)
+    # no head's settings are copied, only its weights
+    origin = unrounded(recipe, teacher, None)
+    found = start_by_importance(models.student, teacher, models.layers, read, ranks, origin)
     models.initialisation = replace(models.initialisation, copied=found)
 
 
@@ -372,7 +375,8 @@ def _student(
 def _new_student(
     recipe: Recipe, teacher: PreTrainedModel, layers: LayerMap, task: Task | None
 ) -> tuple[PreTrainedModel, Initialisation]:
-    student, initialisation = build_student(teacher, recipe.student, layers)
+    origin = unrounded(recipe, teacher, task)
+    student, initialisation = build_student(origin, recipe.student, layers)
     check_weights(student, f"student.init {recipe.student.init}")
     if task is not None:
         name_outputs(student.config, task)

@@ -47,8 +47,9 @@ def pooler_note(student: PreTrainedModel) -> list[str]:
     origin, _ = pooler_to_add(student)
     if not origin:
         return []
+    whole = student.dtype == torch.float32
     what = {
-        "teacher": "is the teacher's, unchanged",
+        "teacher": f"is the teacher's, {'unchanged' if whole else 'rounded as the student is'}",
         "identity": "passes the first token's state on",
     }
     return [f"pooler of the student (pooler_output): not trained, it {what[origin]}"]

@@ -57,11 +57,13 @@ class Train(Section):
     betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     """AdamW's decay rates."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up, the first of them at a rate of 0."""
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of all steps, in place of `warmup_steps`."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay after the warm-up, to zero at the last step."""
+    """Decay after the warm-up. `linear` and `cosine` come to zero at the step after the last, so
+    that the last one still learns: with `linear` at the peak divided by the steps that follow the
+    warm-up."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Global gradient norm is clipped to this; 0 switches clipping off."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from datasets import Dataset
 from sentence_transformers.sentence_transformer import modules
 from tiny_exports import save_sentences
 from tiny_models import WIDTH, save_teacher, tiny_config, tiny_tokenizer, write_text
-from tiny_tasks import write_lines
+from tiny_rows import Row, random_rows, write_rows
+from tiny_tasks import GLUE_FOLDER, needs_glue, write_lines
 from tiny_training import save_classifier
 from transformers import AutoModelForCausalLM, T5Config, T5Model
 
@@ -102,7 +104,7 @@ FILES: dict[str, tuple[str, str, tuple[str | None, tuple[str, ...] | None]]] = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_columns_are_those_of_the_first_row(
+def test_columns_are_those_with_text(
     case: str, teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher, row, (column, columns) = FILES[case]
@@ -116,6 +118,153 @@ def test_columns_are_those_of_the_first_row(
         if column is not None:
             assert read.text_column == column
         file.unlink()
+
+
+def _groups(count: int = 40) -> list[Row]:
+    """A query, lists of two other texts and of some, and what is no text."""
+    rows = random_rows(count)
+    return [
+        {
+            "id": number,
+            "genre": f"main captions {number % 2}",
+            "query": f"w5 {row['positive']}",
+            "passages": [f"w6 {row['negative']}", f"w7 {row['query']}"],
+            "labels": ["good", "bad"],
+            "day": f"{1 + number % 28}/11/2026 10:00",
+        }
+        for number, row in enumerate(rows)
+    ]
+
+
+def _with(**changes: Callable[[int], object]) -> list[Row]:
+    """Those with some columns changed, by the number of the row."""
+    return [
+        {**row, **{name: change(number) for name, change in changes.items()}}
+        for number, row in enumerate(_groups())
+    ]
+
+
+def _texts(number: int, count: int) -> list[str]:
+    return [f"w8 w9 text {number} of {each}" for each in range(count)]
+
+
+Read = tuple[tuple[str, ...] | str, int | None, tuple[str, ...]]
+GROUPS: dict[str, tuple[str, list[Row], Read]] = {
+    "groups": (
+        "embedding/sentences",
+        _groups(),
+        (
+            ("query", "passages"),
+            2,
+            (
+                *("id (no text)", "genre (2 different in 40 rows)", "day (no text)"),
+                "labels (2 different in 40 rows)",
+            ),
+        ),
+    ),
+    "the list before the query": (
+        "embedding/sentences",
+        [{"passages": row["passages"], "query": row["query"]} for row in _groups()],
+        (("query", "passages"), 2, ()),
+    ),
+    "lists of several lengths": (
+        "embedding/sentences",
+        _with(passages=lambda n: _texts(n, 2 + n % 3)),
+        ("query", None, ("passages (lists of 2 to 4 texts, expected as many in each)",)),
+    ),
+    # as of FlagEmbedding
+    "two lists": (
+        "embedding/sentences",
+        _with(more=lambda n: _texts(n, 7)),
+        (("query", "more"), 7, ("passages (lists of texts, of which one column is read)",)),
+    ),
+    "texts that most rows lack": (
+        "embedding/sentences",
+        _with(title=lambda n: None if n % 3 else f"title of w{n}"),
+        (("query", "passages"), 2, ("title (no text in 26 of 40 rows)",)),
+    ),
+    "a query in four rows": (
+        "embedding/sentences",
+        _with(query=lambda n: f"w5 w{n // 4}"),
+        (("query", "passages"), 2, ()),
+    ),
+    "one-word labels": (
+        "embedding/sentences",
+        _with(genre=lambda n: f"label-{n}"),
+        (("query", "passages"), 2, ("genre (single words)",)),
+    ),
+    # between whose words there is no blank
+    "Japanese": (
+        "embedding/sentences",
+        _with(query=lambda n: f"\u6771\u4eac\u306f\u5927\u304d\u3044{n}"),
+        (("query", "passages"), 2, ()),
+    ),
+    "one column of blocks": (
+        "encoder",
+        _groups(),
+        ("query", None, ("passages (lists of texts)", "genre (2 different in 40 rows)")),
+    ),
+    "beside a conversation": (
+        "decoder",
+        _with(passages=lambda n: [{"role": "user", "content": f"w{n}"}]),
+        ("query", None, ("passages (conversations)",)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_texts_and_lists_of_them_are_told_from_labels(
+    case: str, teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, rows, (columns, candidates, left) = GROUPS[case]
+    for data in ("rows.jsonl", "rows.parquet"):
+        write_rows(tmp_path / data, rows)
+        file = tmp_path / f"{data}.yaml"
+        given = (teachers / teacher, tmp_path / data, "--output", file)
+        assert fastkd(monkeypatch, "init", *given) == 0
+        read = load_recipe(file).data
+        assert read is not None and read.candidates == candidates
+        assert (read.columns or read.text_column) == columns
+        said = " ".join(line.strip().removeprefix("# ") for line in file.read_text().splitlines())
+        assert all(name in said for name in left), said
+        # nothing of the rows goes without a word
+        assert all(f"{name} (" in said for name in {*rows[0]} - {*columns, columns})
+
+
+def test_a_recipe_of_groups_runs_as_it_is(
+    teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_rows(tmp_path / "rows.jsonl", _groups(100))
+    assert fastkd(monkeypatch, "init", teachers / "embedding/sentences", "rows.jsonl") == 0
+    given = ("train.steps=1", "train.batch_size=4", "run.output=run")
+    assert fastkd(monkeypatch, "distill", "recipe.yaml", *given) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["data_rows"] < 100
+
+
+@needs_glue
+@pytest.mark.parametrize(
+    ("task", "columns"),
+    [
+        ("STS-B", ("sentence1", "sentence2")),
+        ("RTE", ("sentence1", "sentence2")),
+        ("MRPC", ("#1 String", "#2 String")),
+    ],
+)
+def test_pairs_of_glue_are_read_without_what_is_said_of_them(
+    task: str,
+    columns: tuple[str, ...],
+    teachers: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    given = (teachers / "embedding/sentences", GLUE_FOLDER / task / "train.tsv", "--output", file)
+    assert fastkd(monkeypatch, "init", *given) == 0
+    read = load_recipe(file).data
+    assert read is not None and read.columns == columns
 
 
 def test_names_of_any_writing_are_read_back(
@@ -157,6 +306,16 @@ UNREAD = {
     "gone": ("encoder", None, "no file or folder 'rows.jsonl'"),
     "numbers": ("encoder", '{"id": 1}', "line 1: no column holds text; it has 'id'"),
     "empty": ("embedding/sentences", "", "rows.jsonl: no rows in it; give text to learn from"),
+    "only lists": (
+        "embedding/sentences",
+        '{"id": 1, "set": ["w5 w6", "w7"]}',
+        "line 1: no column holds one text, and 'set' holds lists, which are read beside a query",
+    ),
+    "vectors": (
+        "embedding/sentences",
+        '{"id": 1, "vector": [0.5, 1]}',
+        "line 1: no column holds text; it has 'id', 'vector'",
+    ),
     "chat": (
         "decoder",
         '{"messages": [{"role": "user", "content": "w5"}]}',

@@ -207,7 +207,7 @@ def number_in(value: object) -> float:
 
 def checked_text(value: object, column: str, where: str) -> str:
     """The value, if it is text that UTF-8 can hold."""
-    if _is_conversation(value):
+    if is_conversation(value):
         raise UserError(
             f"{where}: column {column!r} holds a conversation, expected text; write what "
             "tokenizer.apply_chat_template(..., tokenize=False) makes of it into a column of text"
@@ -225,7 +225,7 @@ def checked_text(value: object, column: str, where: str) -> str:
     return value
 
 
-def _is_conversation(value: object) -> bool:
+def is_conversation(value: object) -> bool:
     """Whether it is a list of messages as chat templates take them."""
     return (
         isinstance(value, list)

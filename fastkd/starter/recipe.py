@@ -2,7 +2,7 @@
 
 What the teacher's folder says of itself decides: an embedding model is matched by what it gives
 out, a decoder by its logits, an encoder by what is inside, a classifier of a task by both. Nothing
-is loaded but small files, and of text that is here the first row, which tells its columns.
+is loaded but small files, and of text that is here the first rows, which tell its columns.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from transformers import PreTrainedConfig
 
 from fastkd.data.tasks import Task, glue_task, read_examples
 from fastkd.data.text import TextSettings
-from fastkd.data.text.files import Records, Source, TextFile, checked_text, text_lines
-from fastkd.data.text.hub import Table, is_hub_name
+from fastkd.data.text.files import Records, Source, TextFile, text_lines
+from fastkd.data.text.hub import is_hub_name
 from fastkd.data.text.sources import is_here, resolve
 from fastkd.errors import UserError, printable
 from fastkd.head_spec import HEADS
@@ -27,6 +27,7 @@ from fastkd.models.sentence_folder import list_modules
 from fastkd.plugins import load_plugins
 from fastkd.recipe.yaml_text import quoted
 from fastkd.section import check_place
+from fastkd.starter.columns import column_lines
 from fastkd.types import Head, ModelSource
 
 Job = Literal["embedding", "decoder", "encoder", "task"]
@@ -211,7 +212,7 @@ def _columns(data: str, *, all_of_them: bool) -> list[str]:
         all_of_them: whether every column with text is read, or one.
 
     Raises:
-        UserError: there is nothing, or no text in the first row.
+        UserError: there is nothing, or no text in the first rows.
     """
     sources = resolve((data,), TextSettings(train=(data,), documents="row"))
     source = sources[0]
@@ -221,24 +222,7 @@ def _columns(data: str, *, all_of_them: bool) -> list[str]:
         if not all_of_them and len(sources) == 1 and _is_one_document(source):
             return ["  # no empty line, which would end a document, is near", "  documents: line"]
         return []
-    # a table gives the columns that it is asked for, a file all of them
-    asked = source.rows.column_names if isinstance(source, Table) else ()
-    where, row = next(source.records(asked), (source.called(), None))
-    if row is None:
-        raise UserError(f"{where}: no rows in it; give text to learn from")
-    found = [name for name, value in row.items() if _is_prose(value)]
-    if not found:
-        for name, value in row.items():
-            if isinstance(value, list):
-                # it may be a conversation, which is told what to do
-                checked_text(value, name, where)
-        raise UserError(f"{where}: no column holds text; it has {', '.join(map(repr, row))}")
-    if all_of_them and len(found) > 1:
-        names = ", ".join(map(quoted, found))
-        return [f"  # the columns that hold texts: leave out what is none\n  columns: [{names}]"]
-    name = "text" if "text" in found else max(found, key=lambda column: len(row[column]))
-    others = ", ".join(printable(column) for column in row)
-    return [f"  # of {others} the one that holds the text\n  text_column: {quoted(name)}"]
+    return column_lines(source, several=all_of_them)
 
 
 def _is_one_document(source: Source) -> bool:
@@ -248,17 +232,6 @@ def _is_one_document(source: Source) -> bool:
     first = [bool(line.strip()) for line in islice(text_lines(source.path), _FIRST_LINES)]
     filled = "".join("x" if line else " " for line in first).strip()
     return len(filled) > 1 and " " not in filled
-
-
-def _is_prose(value: object) -> bool:
-    """Whether a cell is text and no number."""
-    if not isinstance(value, str) or not value.strip():
-        return False
-    try:
-        float(value)
-    except ValueError:
-        return True
-    return False
 
 
 def _length(job: Job, config: PreTrainedConfig) -> int:

@@ -1,0 +1,5 @@
+"""`fastkd init`: a first recipe for a teacher and some data."""
+
+from fastkd.starter.recipe import first_recipe
+
+__all__ = ["first_recipe"]

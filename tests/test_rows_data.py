@@ -422,3 +422,22 @@ def test_no_rows_are_said_to_be_none(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("query\nw5\n")
     with pytest.raises(UserError, match=r"no row is (held out|to train on) where data.heldout_fra"):
         prepared(tmp_path / "b.csv", RowForm(columns=("query",), named=True))
+    with pytest.raises(UserError, match=r"data.train: .*a\.csv: no rows in it"):
+        heldout = (str(tmp_path / "b.csv"),)
+        prepared(tmp_path / "a.csv", RowForm(columns=("query",), named=True), heldout=heldout)
+
+
+def test_too_few_first_texts_to_split_by_are_counted(tmp_path: Path) -> None:
+    genres = [f"genre {number}" for number in range(9)]
+    kept = [genre for genre in genres if not is_held_out({"query": genre})][:2]
+    rows = [{**row, "genre": kept[n % 2]} for n, row in enumerate(random_rows(60))]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    said = (
+        r"no row is held out where data.heldout_fraction is 0.3: rows are split by the first of "
+        r"data.columns, 'genre', with 2 different in 60 rows; give more rows that differ in it, "
+        r"another first column, another fraction, or data.heldout"
+    )
+    with pytest.raises(UserError, match=said):
+        prepared(path, RowForm(columns=("genre", "query"), named=True))
+    with pytest.raises(UserError, match="split by their text, with 2 different in 60 rows; give m"):
+        prepared(path, RowForm(columns=("genre",), named=True))

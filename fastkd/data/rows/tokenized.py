@@ -221,6 +221,9 @@ class _Split:
         self._heldout = heldout
         self._fraction = fraction
         self.dropped = 0
+        self._parts: set[Part] = set()
+        self.firsts: set[bytes] = set()
+        """Hashes of all first texts, as long as they are of one part."""
 
     def __iter__(self) -> Iterator[tuple[Part, TextRow]]:
         known = set()
@@ -229,12 +232,19 @@ class _Split:
             yield "heldout", row
         for row in read_rows(self._train, self._form):
             if self._heldout is None:
-                held_out = is_held_out(row.texts[0], self._fraction)
-                yield ("heldout" if held_out else "train"), row
+                yield self._part(row.texts[0]), row
             elif _content(row) in known:
                 self.dropped += 1
             else:
                 yield "train", row
+
+    def _part(self, first: str) -> Part:
+        """Which part the rows with a first text belong to."""
+        part: Part = "heldout" if is_held_out(first, self._fraction) else "train"
+        self._parts.add(part)
+        if len(self._parts) == 1:
+            self.firsts.add(content_hash(first))
+        return part
 
 
 def _content(row: TextRow) -> bytes:
@@ -310,16 +320,24 @@ def _build(
             meta[f"{part}_sequences"] = writer.sequences
             meta[f"{part}_tokens"] = writer.tokens
             meta[f"{part}_cut"] = writer.cut
-        _require_rows(meta, data)
+        _require_rows(meta, settings, len(split.firsts))
         write_meta(temporary, meta)
 
 
-def _require_rows(meta: dict[str, int], data: TextSettings) -> None:
-    """Raise where there is nothing to train on or nothing to evaluate on."""
+def _require_rows(meta: dict[str, int], settings: RowSettings, firsts: int) -> None:
+    """Raise where there is nothing to train on or nothing to evaluate on.
+
+    Args:
+        meta: counts of what was written.
+        settings: what was asked for.
+        firsts: different first texts of the rows, where these are all of one part.
+    """
+    data, form = settings.text, settings.form
     train, heldout = meta["train_sequences"], meta["heldout_sequences"]
     if heldout and (train or not data.train):
         return
-    if data.train and not train + heldout + meta["dropped"]:
+    of_train = train + meta["dropped"] + (heldout if data.heldout is None else 0)
+    if data.train and not of_train:
         raise UserError(f"data.train: {', '.join(data.train)}: no rows in it; give some")
     if data.heldout is not None and not heldout:
         raise UserError(f"data.heldout: {', '.join(data.heldout)}: no rows in it; give some")
@@ -328,9 +346,15 @@ def _require_rows(meta: dict[str, int], data: TextSettings) -> None:
             f"data.train: all {meta['dropped']} rows are also in data.heldout; give others"
         )
     side = "to train on" if not train else "held out"
+    rows = (train + heldout) // len(form.sequences)
+    by, more = "their text", "rows"
+    if len(form.columns) > 1:
+        by = f"the first of data.columns, {form.columns[0]!r}"
+        more = "rows that differ in it, another first column"
     raise UserError(
-        f"data.train: no row is {side} where data.heldout_fraction is {data.heldout_fraction:g}; "
-        "give more rows, another fraction, or data.heldout"
+        f"data.train: no row is {side} where data.heldout_fraction is {data.heldout_fraction:g}: "
+        f"rows are split by {by}, with {firsts:,} different in {rows:,} rows; give more {more}, "
+        "another fraction, or data.heldout"
     )
 
 

@@ -78,6 +78,10 @@ def test_a_recipe_fits_its_teacher(
     if recipe.data is not None:
         assert recipe.data.block_size <= 64
         assert (recipe.data.documents == "row") == job.startswith("embedding")
+    weights = {name: loss.weight for name, loss in recipe.losses.terms.items()}
+    if job == "encoder":
+        # those of recipes/demo.yaml
+        assert weights == {"attention": 1, "hidden": 10, "embedding": 10}
     # nothing that a reader would have to look up goes without a word
     assert file.read_text().count("#") >= 9
 

@@ -47,10 +47,11 @@ _LOSSES: dict[Job, str] = {
       hidden: {kind: cosine, weight: 1}
     """,
     "encoder": """
-      # scores of attention, hidden states and embeddings, as TinyBERT matches them
+      # scores of attention, hidden states and embeddings, as TinyBERT matches them; scores have
+      # the largest gradient at the start, in all-MiniLM about ten times that of hidden states
       attention: {kind: score_mse, weight: 1}
-      hidden: {weight: 1}
-      embedding: {weight: 1}
+      hidden: {weight: 10}
+      embedding: {weight: 10}
     """,
     "task": """
       # inside, and the teacher's answers; labels: {weight: 1} would add those of the file

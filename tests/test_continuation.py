@@ -49,7 +49,7 @@ TREE: dict[str, Any] = {
 TUNED: dict[str, Any] = {
     "model": "model",
     "task": {"name": "rte", "source": "glue"},
-    "train": TREE["train"],
+    "train": {**TREE["train"], "learning_rate": 3e-4, "warmup_share": 0},
     "run": TREE["run"],
 }
 
@@ -133,7 +133,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a share": (
         {"train": {"warmup_share": 0.1}},
         {"train": {"warmup_share": 0.1, "steps": 20}},
-        "train.warmup_share is a share",
+        "train.warmup_share is 0.1, a share of all steps; go on from its student in another run, "
+        "with student.init",
     ),
     "a weight that moves": (
         {"losses": {"hidden": {"schedule": {}}}},
@@ -165,6 +166,13 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 def test_what_would_end_otherwise_is_refused(case: str) -> None:
     before, now, said = REFUSED[case]
     assert said in (_said(_recipe(**before), _recipe(**now)) or "")
+
+
+def test_a_fine_tuning_run_warms_up_over_a_share_unless_told_otherwise() -> None:
+    train = {"schedule": "constant", "steps": 10}
+    before, now = (_recipe({**TUNED, "train": {**train, "steps": steps}}) for steps in (10, 20))
+    said = "train.warmup_share is 0.1, a share of all steps; go on from its student in another run"
+    assert f"{said}, with model" in (_said(before, now) or "")
 
 
 def test_the_last_stage_grows() -> None:
@@ -318,7 +326,7 @@ def test_the_teacher_of_a_lean_run_is_judged_once_there_is_an_evaluation(tmp_pat
 def test_a_tuned_model_is_made_longer(tmp_path: Path) -> None:
     write_task(tmp_path / "task")
     save_encoder(tmp_path / "encoder")
-    recipe = write_recipe(tmp_path, "tuned", train={"schedule": "constant"})
+    recipe = write_recipe(tmp_path, "tuned", train={"schedule": "constant", "warmup_share": 0})
     run, whole = tmp_path / "tuned", tmp_path / "whole"
     variants: list[dict[str, Any]] = [
         {"train.steps": 2},

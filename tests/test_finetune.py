@@ -20,6 +20,8 @@ from tiny_training import (
 )
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from fastkd.recipe import parse_finetune_recipe, resolve_steps
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -139,6 +141,28 @@ def test_interrupted_in_the_middle_of_an_epoch_ends_bit_for_bit_alike(folder: Pa
     assert read_losses(folder / "tuned-whole") == read_losses(folder / "tuned-cut")
 
 
+@pytest.mark.parametrize(
+    ("train", "rate", "warmup"),
+    [
+        ({}, 5e-5, 20),
+        ({"warmup_steps": 7}, 5e-5, 7),
+        ({"warmup_steps": 0}, 5e-5, 0),
+        ({"warmup_share": 0.2, "learning_rate": 1e-4}, 1e-4, 40),
+    ],
+)
+def test_it_learns_as_slowly_as_models_are_tuned(
+    train: dict[str, float], rate: float, warmup: int
+) -> None:
+    """BERT's rates (arXiv 1810.04805, appendix A.3), after a warm-up of a tenth of the steps."""
+    task = {"name": "rte", "source": "glue"}
+    tree = {"model": "m", "task": task, "train": {"steps": 200, **train}, "run": {"output": "r"}}
+    recipe = parse_finetune_recipe(tree)
+    found = resolve_steps(recipe.train, None)
+    assert (found.learning_rate, found.warmup_steps) == (rate, warmup)
+    # as a run's folder holds it
+    assert parse_finetune_recipe(recipe.model_dump(mode="json")) == recipe
+
+
 REFUSED = {
     "unknown key": ({"modl": "x"}, "modl: unknown key; did you mean 'model'?"),
     "a task that GLUE lacks": (
@@ -159,7 +183,7 @@ REFUSED = {
     "steps and epochs": ({"train": {"epochs": 2}}, "steps is 6 and epochs 2; give one of them"),
     "two warm-ups": (
         {"train": {"warmup_steps": 2, "warmup_share": 0.1}},
-        "warmup_steps and warmup_share are both given",
+        "warmup_steps is 2 and warmup_share 0.1; give one of them and set the other to 0",
     ),
     "no model": ({"model": "/nowhere"}, "model /nowhere: not loadable"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -49,6 +49,25 @@ def _short_model(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
+class FinetuneTrain(Train):
+    """The loop, with the learning rates of a model that is tuned."""
+
+    learning_rate: float = Field(default=5e-5, gt=0)
+    """Peak learning rate, of either optimiser. A model that is tuned takes a lower one than a
+    student, so that it keeps what it was pre-trained to: BERT 2e-5 to 5e-5 (arXiv 1810.04805,
+    appendix A.3)."""
+    warmup_share: float = Field(default=0.1, ge=0, lt=1)
+    """Share of all steps, in place of `warmup_steps`; 0 where those are given and this is not.
+    Without a warm-up a head that was just drawn moves the whole model at the peak rate."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_share(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and "warmup_steps" in tree:
+            return {"warmup_share": 0.0, **tree}
+        return tree
+
+
 class FinetuneRecipe(Section):
     """Everything about a fine-tuning run."""
 
@@ -58,7 +77,7 @@ class FinetuneRecipe(Section):
     """The model that is trained: its name, or a section."""
     task: TaskData
     """What it learns."""
-    train: Train = Train()
+    train: FinetuneTrain = FinetuneTrain()
     """How it is trained."""
     run: RunOutput
     """Where it is written."""

@@ -135,7 +135,10 @@ class Train(Section):
         if self.epochs is None and not self.steps:
             raise ValueError("steps is 0, expected more, or epochs in its place")
         if self.warmup_steps and self.warmup_share:
-            raise ValueError("warmup_steps and warmup_share are both given; give one of them")
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps} and warmup_share {self.warmup_share:g}; give "
+                "one of them and set the other to 0"
+            )
         return self
 
 

@@ -21,6 +21,7 @@ from fastkd.reporting.numbers import fixed
 from fastkd.reporting.scores import one_class
 from fastkd.signals import Signalled, stop_signals
 from fastkd.training.checkpoint import Checkpoints
+from fastkd.training.continuation import from_its_student
 from fastkd.training.cost import Cost
 from fastkd.training.evaluate import Evaluation, evaluate
 from fastkd.training.finite import broken_weights
@@ -265,8 +266,8 @@ def _take_over(
     longer = folder.longer(recipe)
     if longer is not None and tag is None and folder.read_summary() is not None:
         raise UserError(
-            f"{folder.path} is finished and its checkpoints are gone, so it can't be {longer}; go "
-            "on from its student in another run, with student.init"
+            f"{folder.path} is finished and its checkpoints are gone, so it can't be {longer}; "
+            f"{from_its_student(recipe)}"
         )
     if stage is not None:
         # first: else the whole would be finished while its last stage is not

@@ -133,8 +133,14 @@ def in_force(before: AnyRecipe, now: AnyRecipe) -> AnyRecipe:
     return parse_any_recipe(tree)
 
 
+def from_its_student(recipe: AnyRecipe) -> str:
+    """What is left to do with a run that can't be made longer."""
+    field = "student.init" if isinstance(recipe, Recipe) else "model"
+    return f"go on from its student in another run, with {field}"
+
+
 def _depends_on_length(recipe: AnyRecipe) -> str | None:
-    instead = "; go on from its student in another run, with student.init"
+    instead = f"; {from_its_student(recipe)}"
     train = recipe.train
     if train.schedule != "constant":
         return (
@@ -142,7 +148,7 @@ def _depends_on_length(recipe: AnyRecipe) -> str | None:
             f"depend on it, so only a constant one can be made longer{instead}"
         )
     if train.warmup_share:
-        return f"train.warmup_share is a share of all steps{instead}"
+        return f"train.warmup_share is {train.warmup_share:g}, a share of all steps{instead}"
     terms = recipe.losses.terms if isinstance(recipe, Recipe) else {}
     for name, term in terms.items():
         for field, value in term:

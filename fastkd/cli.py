@@ -17,9 +17,10 @@ from typing import Annotated, Literal
 import typer
 
 import fastkd
-from fastkd.errors import Interrupted, LostRank, RankError, UserError
+from fastkd.errors import Interrupted, LostRank, RankError, SharedError, UserError
 from fastkd.extras import need
 from fastkd.files.disk import check_place, disk_errors, write_whole
+from fastkd.launcher import as_said_here, is_first, is_first_here
 from fastkd.recipe import (
     AnyRecipe,
     FinetuneRecipe,
@@ -282,7 +283,7 @@ def doctor(
     from fastkd.training.session import session
 
     # the others would take memory of every GPU to ask for what they don't say
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         describe_machine(Reporter())
     if chosen is not None:
         with session() as (joined, reporter):
@@ -314,7 +315,7 @@ def fields(
 def _check_new(output: Path) -> None:
     """Refuse a file that is there or can't be made, before what takes long."""
     # of several ranks the first one writes
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         check_place(output, "--output")
     if output.exists():
         raise UserError(f"--output {output} exists already; give another file")
@@ -325,20 +326,22 @@ def main() -> None:
     try:
         with signals_raised(), disk_errors(None, "run the command again"), all_names_said():
             app(prog_name="fastkd")
+    except SharedError as error:
+        _fail(str(error), 2, says=is_first())
     except RankError as error:
-        _fail(str(error), 2, alone=True)
-    except UserError as error:
         _fail(str(error), 2)
+    except UserError as error:
+        # before ranks have met, those of one machine meet the same
+        _fail(as_said_here(error), 2, says=is_first_here())
     except Interrupted as error:
-        _fail(str(error), 130)
+        _fail(str(error), 130, says=is_first())
     except Signalled as error:
-        _fail(f"stopped by {error}", 130)
+        _fail(f"stopped by {error}", 130, says=is_first())
     except LostRank as error:
-        _fail(str(error), 1, alone=True)
+        _fail(str(error), 1)
 
 
-def _fail(message: str, code: int, *, alone: bool = False) -> None:
-    # with several ranks most fail alike, and one speaks
-    if alone or os.environ.get("RANK", "0") == "0":
+def _fail(message: str, code: int, *, says: bool = True) -> None:
+    if says:
         print(f"fastkd: {message}", file=sys.stderr)
     raise SystemExit(code)

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
-from fastkd.errors import LostRank, RankError, UserError
+from fastkd.errors import LostRank, RankError, SharedError, UserError
 from fastkd.signals import Signalled, stop_signals
 
 T = TypeVar("T")
@@ -200,17 +200,18 @@ def _said(others: Sequence[Peer], rank: int, error: str, then: str) -> str:
     while not gone and time.monotonic() < deadline:
         time.sleep(0.05)
         gone = [peer for peer in others if peer.is_gone]
-    if gone:
-        verb = "are" if len(gone) > 1 else "is"
-        return f"{of}: {', '.join(map(str, gone))} {verb} gone; {then}"
     there = ", ".join(map(str, others))
-    if "timed out" in error.lower() or "timeout" in error.lower():
+    if not gone and ("timed out" in error.lower() or "timeout" in error.lower()):
         return (
             f"{of}: no answer in time from {there}; end what hangs and {then}, or raise {TIMEOUT}"
         )
     # gloo's says no more than that; NCCL's may be of something else
     said = f" ({' '.join(error.split())[:_SAID]})" if error and "gloo/" not in error else ""
-    return f"{of}: the connection to another rank was lost ({there}){said}; {then}"
+    lost = f"the connection to another rank was lost ({there}){said}"
+    if gone:
+        lost = f"{', '.join(map(str, gone))} {'are' if len(gone) > 1 else 'is'} gone"
+    # a mistake of that rank would be met again
+    return f"{of}: {lost}; if it says why itself, mend that; {then}"
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,8 @@ class Ranks:
         return torch.cat(found)
 
     def from_main(self, function: Callable[[], T]) -> T:
-        """Run a function on rank 0 and give every rank its result, or its `UserError`."""
+        """Run a function on rank 0 and give every rank its result, or its `UserError` as a
+        `SharedError`."""
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -274,7 +276,7 @@ class Ranks:
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
-            raise UserError(outcome[1])
+            raise SharedError(outcome[1])
         result: T = outcome[0]
         return result
 
@@ -293,7 +295,7 @@ class Ranks:
             then: what to do where one differs.
 
         Raises:
-            UserError: naming the first rank whose digest isn't that of rank 0.
+            SharedError: naming the first rank whose digest isn't that of rank 0.
         """
         if self.world_size == 1:
             return
@@ -301,9 +303,12 @@ class Ranks:
         for name, digest in first.items():
             for rank, found in enumerate(others, start=1):
                 if found.get(name) != digest:
-                    raise UserError(f"{name}: {self._called(rank)} has another than rank 0; {then}")
+                    raise SharedError(
+                        f"{name}: {self.called(rank)} has another than rank 0; {then}"
+                    )
 
-    def _called(self, rank: int) -> str:
+    def called(self, rank: int) -> str:
+        """A rank, for people."""
         return next((str(peer) for peer in self.peers if peer.rank == rank), f"rank {rank}")
 
 

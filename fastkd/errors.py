@@ -24,6 +24,10 @@ class RankError(UserError):
     """A mistake that of several ranks perhaps one alone finds, which must say so."""
 
 
+class SharedError(UserError):
+    """A mistake that all ranks know of, which the first one says."""
+
+
 class DiskError(RankError):
     """A disk that failed this process."""
 

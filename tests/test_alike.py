@@ -1,4 +1,5 @@
-"""Ranks that read other data or another teacher than rank 0 are told so before the first step."""
+"""Ranks that read other data or another teacher than rank 0 are told so before the first step; who
+reads nothing says so."""
 
 from __future__ import annotations
 
@@ -18,12 +19,14 @@ from fastkd.training.alike import model_digest
 from fastkd.types import ModelSource
 
 
-def apart(folder: Path) -> Path:
+def apart(folder: Path, *, streaming: bool = True) -> Path:
     """A recipe that names its teacher and its text by where it is run, and both for two ranks."""
     recipe = make_recipe(folder)
     tree = yaml.safe_load(recipe.read_text())
     tree["teacher"] = {"model": "teacher"}
-    tree["data"] |= {"train": "corpus.txt", "streaming": True, "shuffle_buffer": 5}
+    tree["data"] |= {"train": "corpus.txt"}
+    if streaming:
+        tree["data"] |= {"streaming": True, "shuffle_buffer": 5}
     tree["train"]["steps"] = 3
     recipe.write_text(yaml.safe_dump(tree))
     for rank in ("0", "1"):
@@ -33,8 +36,8 @@ def apart(folder: Path) -> Path:
     return recipe
 
 
-def said(folder: Path, recipe: Path) -> list[str]:
-    done = run_script("run_apart.py", str(folder), str(recipe), ranks=2)
+def said(folder: Path, recipe: Path, *overrides: str) -> list[str]:
+    done = run_script("run_apart.py", str(folder), "distill", str(recipe), *overrides, ranks=2)
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     return [line for line in done.stderr.splitlines() if line.startswith("fastkd: ")]
 
@@ -61,6 +64,36 @@ def test_a_rank_that_reads_something_else_is_named(tmp_path: Path, what: str) ->
     assert lines and all(line.startswith(f"fastkd: {named}: rank 1 (") for line in lines), lines
     assert "another than rank 0; let every machine see the same" in lines[0]
     assert not (tmp_path / "run" / "student").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "why"),
+    [
+        ("teacher", "teacher.model teacher: "),
+        ("corpus.txt", "data: no file or folder 'corpus.txt'"),
+        ("cache", "data.cache: cache/"),
+    ],
+)
+def test_a_rank_that_reads_nothing_says_so(tmp_path: Path, missing: str, why: str) -> None:
+    recipe = apart(tmp_path, streaming=False)
+    given = ["data.cache=cache"] if missing == "cache" else []
+    if missing == "teacher":
+        shutil.rmtree(tmp_path / "1" / missing)
+    elif missing == "corpus.txt":
+        (tmp_path / "1" / missing).unlink()
+    lines = said(tmp_path, recipe, *given)
+    alone = [line for line in lines if line.startswith("fastkd: rank 1: ")]
+    assert len(alone) == 1 and why in alone[0], lines
+    others = [line for line in lines if line not in alone]
+    assert len(others) <= 1 and all("if it says why itself, mend that" in x for x in others), lines
+
+
+def test_what_no_rank_can_read_is_said_once(tmp_path: Path) -> None:
+    recipe = apart(tmp_path)
+    for rank in ("0", "1"):
+        shutil.rmtree(tmp_path / rank / "teacher")
+    (line,) = said(tmp_path, recipe)
+    assert line.startswith("fastkd: teacher.model teacher: ")
 
 
 def test_the_digest_of_a_model_is_of_its_weights_and_settings(tmp_path: Path) -> None:

@@ -126,8 +126,8 @@ def test_a_node_that_dies_ends_the_other(nodes: tuple[str, ...], tmp_path: Path)
     assert code == 1
     where = f"rank 1 (process {started[1].pid} on {nodes[1]})"
     assert lines == [
-        f"fastkd: rank 0 of 2: the connection to another rank was lost ({where}); start all ranks "
-        "again with --resume to continue"
+        f"fastkd: rank 0 of 2: the connection to another rank was lost ({where}); if it says why "
+        "itself, mend that; start all ranks again with --resume to continue"
     ]
 
 

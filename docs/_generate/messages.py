@@ -14,7 +14,7 @@ from typing import Any
 GAP = "…"
 # a message that is less than this is put together elsewhere
 _LEAST = 25
-_ERRORS = ("UserError", "ValueError", "RankError", "DiskError")
+_ERRORS = ("UserError", "ValueError", "RankError", "DiskError", "SharedError")
 _FOLDERS = ("fastkd.losses", "fastkd.layer_map")
 
 

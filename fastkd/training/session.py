@@ -21,6 +21,7 @@ from transformers.utils import logging
 from fastkd.distributed import Ranks, joined_ranks, lost_ranks, watched_ranks
 from fastkd.errors import Interrupted, UserError
 from fastkd.files.disk import disk_errors
+from fastkd.rank_errors import said_once
 from fastkd.recipe import AnyRecipe
 from fastkd.reporting.console import Reporter
 from fastkd.reporting.encoding import all_names_said
@@ -44,7 +45,8 @@ def session(
         This process among all, and what speaks for the first of them.
 
     Raises:
-        UserError: another run is going on in this process; a disk or a memory that is full.
+        UserError: another run is going on in this process; a disk or a memory that is full. Of
+            several ranks a `SharedError` where another one says it, else a `RankError`.
         Interrupted: SIGINT came twice, or before the first step.
         LostRank: another rank is gone.
     """
@@ -56,8 +58,11 @@ def session(
     try:
         with ExitStack() as stack:
             stack.enter_context(all_names_said())
+            # outermost: the first rank says its mistake as soon as the others know of it
+            meet = stack.enter_context(said_once())
             stack.enter_context(quietened())
             ranks = stack.enter_context(joined_ranks())
+            meet(ranks)
             # of this rank's GPU, which is chosen by now
             stack.enter_context(kept_random_numbers())
             again = "start all ranks again" + (" with --resume to continue" if recipe else "")

@@ -1,6 +1,7 @@
-"""Run a recipe in several ranks, each in a folder of its own, as on machines that share none.
+"""Run fastkd in several ranks, each in a folder of its own, as on machines that share none.
 
-Used as `python run_apart.py FOLDER recipe.yaml`, under a launcher; rank 1 stands in FOLDER/1.
+Used as `python run_apart.py FOLDER distill recipe.yaml ...`, under a launcher; rank 1 stands in
+FOLDER/1.
 """
 
 import os
@@ -9,7 +10,5 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    folder, recipe = sys.argv[1:]
-    os.chdir(Path(folder, os.environ["RANK"]))
-    sys.argv[1:] = ["distill", recipe]
+    os.chdir(Path(sys.argv.pop(1), os.environ["RANK"]))
     runpy.run_module("fastkd", run_name="__main__")

@@ -20,7 +20,7 @@ import fastkd
 from fastkd.errors import Interrupted, LostRank, RankError, SharedError, UserError
 from fastkd.extras import need
 from fastkd.files.disk import check_place, disk_errors, write_whole
-from fastkd.launcher import as_said_here, is_first, is_first_here
+from fastkd.launcher import as_said_here, is_first, is_first_here, require_one_process
 from fastkd.recipe import (
     AnyRecipe,
     FinetuneRecipe,
@@ -80,6 +80,7 @@ def init(
     ] = Path("recipe.yaml"),
 ) -> None:
     """Write a first recipe, with comments, for a teacher and some data."""
+    require_one_process("fastkd init")
     _check_new(output)
     from fastkd.starter import first_recipe
 
@@ -156,6 +157,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
 ) -> None:
     """Show what a finished run came to, or what several did, beside each other."""
+    require_one_process("fastkd report")
     from fastkd.reporting.console import Reporter
     from fastkd.reporting.side_by_side import report_runs
 
@@ -175,6 +177,7 @@ def push(
     ] = False,
 ) -> None:
     """Put the student of a finished run on the Hugging Face hub, with its model card."""
+    require_one_process("fastkd push")
     from fastkd.publishing.push import push_run
     from fastkd.reporting.console import Reporter
     from fastkd.training.run_folder import RunFolder
@@ -193,6 +196,7 @@ def export(
     ] = None,
 ) -> None:
     """Write the student of a finished run in another format, checked against what it computes."""
+    require_one_process("fastkd export")
     if not onnx:
         raise UserError("no format is given; give --onnx, which is the one there is")
     from fastkd.publishing.onnx_graph import export_onnx
@@ -239,6 +243,7 @@ def inspect(
     ] = None,
 ) -> None:
     """Show how alike the layers of two models are: CKA and attention divergence of all pairs."""
+    require_one_process("fastkd inspect")
     if output is not None:
         need("fastkd inspect --output", "study", "matplotlib")
         check_place(output / "similarity.csv", "--output", above=True)
@@ -269,6 +274,8 @@ def doctor(
         raise UserError(f"--ranks {ranks} is given without --gpu; give the GPU of these ranks, too")
     if gpu is not None and recipe is None:
         raise UserError(f"--gpu {gpu} is given without a recipe; give the one to forecast")
+    if gpu is not None:
+        require_one_process("fastkd doctor --gpu", "; --ranks N says how many to forecast")
     chosen = None if recipe is None else load_any_recipe(recipe, overrides or [])
     from fastkd.reporting.console import Reporter
 
@@ -300,6 +307,7 @@ def fields(
     ] = "distill",
 ) -> None:
     """List the fields of a recipe or a study: what they take, their defaults, and what they do."""
+    require_one_process("fastkd fields")
     from fastkd.plugins import load_plugins
     from fastkd.recipe.fields import fields_of
     from fastkd.reporting.fields import chosen_fields, listed

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from fastkd.errors import UserError, one_line
+from fastkd.launcher import without_launcher
 from fastkd.variables import variable
 
 _SERVER = multiprocessing.get_context("forkserver")
@@ -50,7 +51,7 @@ class Fork:
     def __init__(
         self, arguments: Sequence[str], log: Path, environment: Mapping[str, str], claim: int
     ) -> None:
-        shown = {**os.environ, **environment}
+        shown = {**without_launcher(os.environ), **environment}
         with _LOCK:
             _SERVER.set_forkserver_preload(IMPORTED)
             # the server imports nothing from the working folder

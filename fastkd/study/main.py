@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastkd.errors import Interrupted, UserError
 from fastkd.files.disk import write_whole
+from fastkd.launcher import require_one_process
 from fastkd.reporting.console import Reporter
 from fastkd.reporting.encoding import all_names_said
 from fastkd.study.chosen import read_chosen
@@ -51,11 +52,13 @@ def run_study(
         The report, an HTML file.
 
     Raises:
-        UserError: a mistake in the study file, found before anything is run; another study's
-            storage; runs or shared steps that were made with another recipe; a shared step that
-            failed; or runs that failed, after the report is written.
+        UserError: this process is one of several ranks, or a mistake in the study file, found
+            before anything is run; another study's storage; runs or shared steps that were made
+            with another recipe; a shared step that failed; or runs that failed, after the report is
+            written.
         Interrupted: after SIGINT or SIGTERM; the next call continues.
     """
+    require_one_process("fastkd study", "; --workers N makes N runs at a time")
     if workers < 1:
         raise UserError(f"--workers is {workers}, expected at least 1")
     reporter = reporter or Reporter()

@@ -18,6 +18,7 @@ from typing import Literal, Protocol
 
 from fastkd.errors import UserError
 from fastkd.files.disk import disk_errors, write_whole
+from fastkd.launcher import without_launcher
 from fastkd.recipe import AnyRecipe, dump_recipe
 from fastkd.study.forks import Fork
 from fastkd.study.locks import Claim
@@ -149,7 +150,7 @@ def _command(
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
+            env={**without_launcher(os.environ), **environment},
             pass_fds=(claim,),
             # Ctrl-C is for us; we pass it on
             start_new_session=True,

@@ -1,5 +1,5 @@
-"""Ranks that read other data or another teacher than rank 0 are told so before the first step; who
-reads nothing says so."""
+"""Ranks that are given another recipe than rank 0, or read other data or another teacher, are told
+so before the first step; who reads nothing says so."""
 
 from __future__ import annotations
 
@@ -94,6 +94,46 @@ def test_what_no_rank_can_read_is_said_once(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / rank / "teacher")
     (line,) = said(tmp_path, recipe)
     assert line.startswith("fastkd: teacher.model teacher: ")
+
+
+def test_ranks_are_asked_for_the_same(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, train={"steps": 1, "warmup_steps": 0})
+    one = ["distill", "run.output=" + str(tmp_path / "other")]
+    whole = ["distill"]
+    cases: dict[str, tuple[list[str], list[str]]] = {
+        "": (whole, [*whole, "data.workers=1"]),
+        "train.learning_rate: {} was given 0.01, rank 0 0.001; give all ranks the same recipe": (
+            one,
+            [*one, "train.learning_rate=0.01"],
+        ),
+        "losses.hidden.weight: {} was given 3.0, rank 0 2.0;": (
+            one,
+            [*one, "losses.hidden.weight=3"],
+        ),
+        'layer_map: {} was given "last", rank 0 "uniform";': (one, [*one, "layer_map=last"]),
+        "train.order_seed: {} was given 5, rank 0 null;": (one, [*one, "train.order_seed=5"]),
+        "run.output: {} was given ": (one, whole),
+        "resume: {} was given true, rank 0 false;": (one, ["resume", *one[1:]]),
+        'command: {} was given "doctor", rank 0 "distill";': (one, ["doctor", *one[1:]]),
+        "train.batch_size: {} was given 4, rank 0 8;": (
+            ["doctor"],
+            ["doctor", "train.batch_size=4"],
+        ),
+        "data.block_size: {} was given 8, rank 0 16;": (
+            ["evaluate"],
+            ["evaluate", "data.block_size=8"],
+        ),
+    }
+    done = run_script("asked_apart.py", str(recipe), json.dumps(list(cases.values())), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = json.loads(done.stdout.splitlines()[-1])
+    assert first == second and len(first) == len(cases)
+    for line, expected in zip(first, cases, strict=True):
+        start, _, end = expected.partition("{}")
+        assert line.startswith(start) and end in line and ("rank 1 (" in line) == bool(line), line
+        assert bool(line) == bool(expected), line
+    # nothing is begun
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_digest_of_a_model_is_of_its_weights_and_settings(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ from fastkd.training.loop import read_step, train_step
 from fastkd.training.precision import precision_on_gpus, products_of, settle_precision
 from fastkd.training.profile import NoProfile
 from fastkd.training.rehearsal import try_losses
+from fastkd.training.same_recipe import check_recipes
 from fastkd.training.setup import Run, check_layout, make_profile, set_up
 from fastkd.training.sharded import whole_numbers
 from fastkd.training.steering import check_metrics
@@ -90,6 +91,7 @@ def estimate_run(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
     Raises:
         UserError: whatever would stop the run itself.
     """
+    check_recipes("doctor", recipe, ranks)
     for stage in _stages(recipe, reporter):
         settled = settle_precision(stage, ranks)
         with products_of(settled, ranks.device):

@@ -20,6 +20,7 @@ from fastkd.training.evaluate import Evaluation, Kept, evaluate
 from fastkd.training.precision import tf32_products
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.same_data import READ_ALIKE, field_of, judged_by, require_same_data
+from fastkd.training.same_recipe import check_recipes
 from fastkd.training.setup import Run, set_up_evaluation
 
 # what an evaluation may replace
@@ -48,6 +49,7 @@ def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> E
     check_overrides(overrides)
     summary = folder.read_finished()
     made, recipe = folder.read_recipe(), folder.read_recipe(overrides)
+    check_recipes("evaluate", recipe, ranks, run=summary)
     check_packages(recipe)
     _check_selection(made, recipe)
     if isinstance(recipe, Recipe) and recipe.stages:

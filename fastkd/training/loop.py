@@ -26,6 +26,7 @@ from fastkd.training.introduction import introduce
 from fastkd.training.precision import products_of, settle_precision
 from fastkd.training.rehearsal import try_losses
 from fastkd.training.run_folder import RunFolder
+from fastkd.training.same_recipe import check_recipes
 from fastkd.training.setup import Run, set_up
 from fastkd.training.stages import Stage, check_later, finish_stages, stage_folders
 from fastkd.training.steering import check_metrics
@@ -64,10 +65,12 @@ def run_recipe(
         UserError: anything that the user can mend.
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
     """
-    # before a run in stages makes its folder
-    check_packages(recipe)
     # what the folder is to hold
     dump_recipe(recipe)
+    command = "distill" if isinstance(recipe, Recipe) else "finetune"
+    check_recipes(command, recipe, ranks, resume=resume)
+    # before a run in stages makes its folder
+    check_packages(recipe)
     folder = RunFolder(recipe.run.output)
     recipe = settle_precision(recipe, ranks, folder if resume else None)
     with hold_run(folder, recipe, ranks, resume=resume, reporter=reporter) as summary:

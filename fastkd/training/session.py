@@ -57,9 +57,9 @@ def session(
         )
     try:
         with ExitStack() as stack:
-            stack.enter_context(all_names_said())
             # outermost: the first rank says its mistake as soon as the others know of it
             meet = stack.enter_context(said_once())
+            stack.enter_context(all_names_said())
             stack.enter_context(quietened())
             ranks = stack.enter_context(joined_ranks())
             meet(ranks)

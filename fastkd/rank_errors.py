@@ -7,6 +7,7 @@ what another one has to say would wait for a rank that is at work.
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 import threading
 import time
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from fastkd.distributed import Ranks
-from fastkd.errors import RankError, SharedError, UserError
+from fastkd.errors import LostRank, RankError, SharedError, UserError
 from fastkd.signals import stop_signals
 
 _WAIT_SECONDS = 3.0
@@ -47,7 +48,7 @@ def said_once() -> Iterator[Callable[[Ranks], None]]:
 
     def meet(ranks: Ranks) -> None:
         if ranks.world_size > 1:
-            mistakes.append(_Mistakes(ranks.rank, next(_sessions)))
+            mistakes.append(_Mistakes(ranks.rank, ranks.world_size, next(_sessions)))
 
     try:
         yield meet
@@ -63,25 +64,40 @@ def said_once() -> Iterator[Callable[[Ranks], None]]:
         if said:
             raise SharedError(str(error)) from error
         raise RankError(f"rank {noted.rank}: {error}") from error
+    except LostRank:
+        # it says another thing than the first rank, which need not wait for it
+        for noted in mistakes:
+            noted.leave()
+        raise
 
 
 class _Mistakes:
     """What the ranks of a session have to say."""
 
-    def __init__(self, rank: int, session: int) -> None:
+    def __init__(self, rank: int, size: int, session: int) -> None:
         self.rank = rank
+        self._others = size - 1
         self._key = f"fastkd-mistake-{session}"
+        self._left = f"{self._key}-left"
         # lives on where the group is left
         self._store: Any = distributed_c10d._get_default_store()
 
     def is_said(self, message: str) -> bool:
         """Note a mistake of this rank; whether another one says it."""
+        return self._asked(self._tell if self.rank == 0 else self._listen, message)
+
+    def leave(self) -> None:
+        """Note that this rank asks no more."""
+        self._asked(self._count)
+
+    def _asked(self, function: Callable[..., bool], *given: str) -> bool:
+        """What the store says, or false where it says nothing."""
         answer: list[bool] = []
 
         def ask() -> None:
             # where the first rank keeps the store, that goes with it
             with suppress(dist.DistError):
-                answer.append(self._asked(message))
+                answer.append(function(*given))
 
         # a store behind a link that is cut never answers
         asking = threading.Thread(target=ask, name="fastkd-mistake", daemon=True)
@@ -89,16 +105,33 @@ class _Mistakes:
         asking.join(_WAIT_SECONDS + 1)
         return answer == [True]
 
-    def _asked(self, message: str) -> bool:
-        if self.rank == 0:
-            self._store.set(self._key, message)
+    def _tell(self, message: str) -> bool:
+        """Of the first rank, with which its store goes unless the launcher keeps that."""
+        self._store.set(self._key, message)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            _within(lambda: self._store.add(self._left, 0) >= self._others)
+        return False
+
+    def _listen(self, message: str) -> bool:
+        """Of any other rank."""
+        said = False
+        if _within(lambda: self._store.check([self._key])):
+            said = self._store.get(self._key).decode() == message
+        if not said:
+            of = hashlib.sha256(message.encode(errors="replace")).hexdigest()
+            said = self._store.add(f"{self._key}-{socket.gethostname()}-{of}", 1) > 1
+        self._count()
+        return said
+
+    def _count(self) -> bool:
+        return bool(self._store.add(self._left, 1))
+
+
+def _within(is_there: Callable[[], bool]) -> bool:
+    """Whether something comes while a rank waits for another one."""
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while not is_there():
+        if time.monotonic() > deadline:
             return False
-        deadline = time.monotonic() + _WAIT_SECONDS
-        while time.monotonic() < deadline:
-            if self._store.check([self._key]):
-                if self._store.get(self._key).decode() == message:
-                    return True
-                break
-            time.sleep(_LOOK_SECONDS)
-        of = hashlib.sha256(message.encode(errors="replace")).hexdigest()
-        return bool(self._store.add(f"{self._key}-{socket.gethostname()}-{of}", 1) > 1)
+        time.sleep(_LOOK_SECONDS)
+    return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.distributed import distributed_c10d
 
 from fastkd import cli, rank_errors
 from fastkd.distributed import Ranks
-from fastkd.errors import DiskError, RankError, SharedError, UserError
+from fastkd.errors import DiskError, LostRank, RankError, SharedError, UserError
 from fastkd.rank_errors import said_once
 
 
@@ -49,6 +51,24 @@ def test_a_mistake_that_the_first_does_not_meet_is_said_once(store: Any, first: 
     assert type(said) is RankError and str(said) == "rank 2: no such text"
     assert type(met_by(3, DiskError("no such text"))) is SharedError
     assert str(met_by(1, UserError("no space"))) == "rank 1: no space"
+
+
+def test_the_first_waits_for_who_still_asks(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its store goes with it, unless it is the launcher's."""
+    monkeypatch.setattr(rank_errors, "_WAIT_SECONDS", 20.0)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(met_by, 0, UserError("no text"), 3)
+        assert type(met_by(1, UserError("no text"), 3)) is SharedError
+        assert not first.done()
+        with pytest.raises(LostRank), said_once() as meet:
+            meet(Ranks(2, 3, torch.device("cpu")))
+            raise LostRank("rank 0 is gone")
+        assert type(first.result(timeout=10)) is UserError
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    start = time.monotonic()
+    met_by(0, UserError("no space"), 8)
+    assert time.monotonic() - start < 10
 
 
 def test_every_machine_says_its_own(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:

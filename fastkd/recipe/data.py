@@ -76,7 +76,7 @@ class Data(Section):
     """Processes that tokenise, of each rank when streaming; 0 for none. Where not given one a core,
     when streaming up to four of a rank that leave it a core."""
     cache: Place = "~/.cache/fastkd"
-    """Folder of tokenised data, shared by all runs."""
+    """Folder of tokenised data, shared by all runs and by all machines of one."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -140,7 +140,7 @@ class TaskData(Section):
     """How many examples of `train` are trained on, at most, of a task of texts: those whose texts
     come first by a hash, whatever the order of the file; all where not given."""
     cache: Place = "~/.cache/fastkd"
-    """Folder of tokenised examples, shared by all runs."""
+    """Folder of tokenised examples, shared by all runs and by all machines of one."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -156,3 +156,9 @@ def test_the_best_one_answer_is_the_best_of_all(metrics: tuple[Metric, ...]) -> 
             for answer in range(classes)
         ]
         assert constant_scores(metrics, labels, classes) == max(every, key=task_score)
+
+
+def test_the_best_one_answer_weighs_sets_alike_whatever_their_size() -> None:
+    labels = {"small": [0] * 3, "large": [2] * 8 + [0] * 4}
+    expected = {"small": {"accuracy": 1.0}, "large": {"accuracy": 1 / 3}}
+    assert constant_scores(["accuracy"], labels, 3) == expected

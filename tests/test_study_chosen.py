@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from study_files import MAPPINGS, TASKS, run, write_study
 
 from fastkd.errors import UserError
 from fastkd.study import load_study
-from fastkd.study.chosen import read_chosen
+from fastkd.study.chosen import _best, read_chosen
 from fastkd.study.plan import Plan, Run
+from fastkd.study.storage import Store
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -69,6 +71,14 @@ def test_best_is_best_on_each_task(done: Path) -> None:
     assert chosen.keys() == {(m, t) for m in ("uniform", "last", "alone") for t in TASKS}
     assert all(taken == {"losses.hidden.weight": 10} for taken in chosen.values())
     assert plan.selects
+
+
+@pytest.mark.parametrize(("direction", "weight"), [("maximize", 10), ("minimize", 0.1)])
+def test_best_is_lowest_where_lower_is_better(done: Path, direction: str, weight: float) -> None:
+    plan = plan_of(first(done))
+    metric: Any = SimpleNamespace(spec=SimpleNamespace(metric=SimpleNamespace(direction=direction)))
+    best = _best(metric, Store(plan).records(), "mapping", "uniform", "hard")
+    assert dict(best.sources)["weight"] == {"losses.hidden.weight": weight}
 
 
 def test_what_a_search_is_compared_with_takes_over_as_its_candidates_do(tmp_path: Path) -> None:

@@ -170,6 +170,11 @@ def test_signs_are_flipped_with_the_seed_as_the_unit() -> None:
         assert found is not None and found.p_difference == 2.0 ** (1 - seeds)
     many = estimate([Sample(1.0 + 1e-3 * np.arange(20))])
     assert many is not None and 0 < many.p_difference < 1e-4
+    # 17 signs are drawn: 11 or more of 17 alike, of 2^17, both ways
+    drawn = estimate([Sample(np.array([1.0] * 11 + [-1.0] * 6))])
+    assert drawn is not None
+    exact = 2 * sum(math.comb(17, n) for n in range(11, 18)) / 2**17
+    assert drawn._p_of_signs == pytest.approx(exact, rel=0.03)
 
 
 def test_equivalence_is_two_one_sided_tests() -> None:

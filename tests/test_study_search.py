@@ -251,6 +251,13 @@ def test_two_processes_never_draw_the_same_candidate(sampler: str, tmp_path: Pat
     assert len(drawn) > 4 and len(set(drawn)) == len(drawn)
 
 
+def test_a_search_for_what_is_low_is_one_for_its_sampler(tmp_path: Path) -> None:
+    path = _search(tmp_path, metric={"path": "after.score", "direction": "minimize"})
+    store = Store(Plan(load_study(path), path))
+    assert store.search is not None and store.search.direction.name == "MINIMIZE"
+    assert store.grid.direction.name == "MINIMIZE"
+
+
 def test_sampler_learns(tmp_path: Path) -> None:
     spec = load_study(_search(tmp_path, search={"trials": 40})).search
     assert spec is not None

@@ -325,8 +325,12 @@ def test_best_is_the_best_of_those_that_are_finished(
     direction: str, best: str, tmp_path: Path
 ) -> None:
     plan = _plan(tmp_path, metric={"path": "after.score", "direction": direction})
-    found = Results(plan, _records(plan)).best()
+    results = Results(plan, _records(plan))
+    found = results.best()
     assert found is not None and found[0] == best
+    better = "higher" if direction == "maximize" else "lower"
+    notes = " ".join(note for table in make_tables(results, {}) for note in table.notes)
+    assert f"after.score, {better} is better." in notes
     unfinished = Results(plan, _records(plan, lambda run: run.key.endswith(f"{best}/seed-1")))
     second = unfinished.best()
     assert second is not None and second[0] != best

@@ -46,6 +46,10 @@ def test_a_draw_scores_as_its_examples_do(metric: Metric) -> None:
         assert score == pytest.approx(measure([metric], predictions[rows], labels[rows])[metric])
     whole = drawn_scores([metric], predictions, labels, np.ones((1, EXAMPLES)))
     assert whole[0] == pytest.approx(measure([metric], predictions, labels)[metric])
+    if metric in SCORES:
+        # also of spreads far below 1
+        small = drawn_scores([metric], predictions / 100, labels / 100, weights)
+        assert small == pytest.approx(found)
 
 
 @pytest.mark.parametrize("metric", [*CLASSES[1:], *SCORES])

@@ -97,18 +97,23 @@ def rates_of(run: Path) -> list[float]:
 
 # of six steps, two of which warm up, up to 1e-3
 SCHEDULE = [0.0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4]
+CONSTANT = [*SCHEDULE[:3], 1e-3, 1e-3, 1e-3]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_rate_under_a_step_is_the_one_it_was_made_with(tmp_path: Path, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "schedule", "rates"),
+    [("adamw", "linear", SCHEDULE), ("muon", "constant", CONSTANT)],
+)
+def test_the_rate_under_a_step_is_the_one_it_was_made_with(
+    tmp_path: Path, optimizer: str, schedule: str, rates: list[float]
+) -> None:
     losses = {"projection_learning_rate": 0.1}
-    recipe = make_recipe(
-        tmp_path, losses=losses, train={"checkpoint_every": 2, "optimizer": optimizer}
-    )
+    train = {"checkpoint_every": 2, "optimizer": optimizer, "schedule": schedule}
+    recipe = make_recipe(tmp_path, losses=losses, train=train)
     stop_after_four(recipe)
     # the fourth step is made again
     run = fastkd.distill(recipe, quiet=True, resume=True).folder
-    assert rates_of(run) == pytest.approx(SCHEDULE)
+    assert rates_of(run) == pytest.approx(rates)
 
 
 def test_both_engines_write_down_the_rate_of_the_step(tmp_path: Path) -> None:

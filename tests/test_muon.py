@@ -195,7 +195,7 @@ def test_groups_keep_their_decay() -> None:
     student = tiny_model("bert")
     module: Any = torch.nn.ModuleDict({"student": student, "projection": torch.nn.Linear(3, 4)})
     module.student = student
-    optimizer = make_optimizer(module, Train(optimizer="muon", weight_decay=0.1))
+    optimizer = make_optimizer(module, Train(optimizer="muon", weight_decay=0.1, betas=(0.8, 0.9)))
     groups = {(group["muon"], group["weight_decay"]): group for group in optimizer.param_groups}
     assert groups.keys() == {(True, 0.1), (False, 0.1), (False, 0.0)}
     assert set(groups[True, 0.1]["params"]) == block_matrices(find_blocks(student))
@@ -203,14 +203,16 @@ def test_groups_keep_their_decay() -> None:
     assert module.projection.weight in others
     assert student.embeddings.word_embeddings.weight in others
     assert all(p.ndim <= 1 for p in groups[False, 0.0]["params"])
+    assert all(group["betas"] == (0.8, 0.9) for group in groups.values())
 
 
 def test_adamw_is_left_as_it_was() -> None:
     module: Any = SimpleNamespace(
         named_modules=lambda: [], named_parameters=torch.nn.Linear(2, 3).named_parameters
     )
-    optimizer = make_optimizer(module, Train())
+    optimizer = make_optimizer(module, Train(betas=(0.8, 0.9)))
     assert type(optimizer) is torch.optim.AdamW
+    assert all(group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
     assert all("muon" not in group for group in optimizer.param_groups)
 
 

@@ -17,6 +17,7 @@ from tiny_runs import make_recipe, read_losses
 from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import Ranks, joined_ranks
 from fastkd.errors import UserError
+from fastkd.layer_map import Progress
 from fastkd.recipe import load_recipe
 from fastkd.reporting.console import Reporter
 from fastkd.reporting.profile import memory_rows, time_columns, time_rows
@@ -93,7 +94,10 @@ def test_what_a_phase_takes_is_found_in_it(path: Path, ranks: Ranks) -> None:
         micro_batches.next_step = ticks.passing(1, micro_batches.next_step)  # type: ignore
         for step in range(3):
             with run.profile.step():
-                window.add(train_step(run, read_step(run, micro_batches, step)))
+                inputs = read_step(run, micro_batches, step)
+                # steps are counted from 0
+                assert run.objective.moment == Progress(step, micro_batches.epoch)
+                window.add(train_step(run, inputs))
             # what lies between steps is of none
             try_losses(run)
         assert profile_of(run) is None, "nothing is read before the window's end"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from tiny_runs import make_recipe, read_weights, run_command
 from tiny_training import save_classifier, save_encoder, summary_of, write_recipe, write_task
 
 import fastkd
+from fastkd.recipe.train import EarlyStopping
 from fastkd.training import steering
 from fastkd.training.steering import Best, Steering
 
@@ -36,6 +38,16 @@ def test_the_best_is_better_by_the_least_change(larger: bool) -> None:
     again = Best("total", larger, least=0.5)
     again.load(best.state())
     assert again == best
+
+
+def test_a_run_stops_by_the_least_change_of_its_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steering, "metric_directions", lambda run: {"total": False})
+    stopping = EarlyStopping(metric="total", patience=2, minimum_change=0.5)
+    train, kept = SimpleNamespace(early_stopping=stopping), SimpleNamespace(keep_best="total")
+    run: Any = SimpleNamespace(recipe=SimpleNamespace(train=train, run=kept))
+    made = Steering(run)
+    assert made._stopping == Best("total", larger=False, least=0.5)
+    assert made._best == Best("total", larger=False), "the best is kept, by however little"
 
 
 @pytest.fixture(scope="module")

@@ -168,6 +168,28 @@ def test_projections_of_half_precision_have_all_their_digits() -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in own)
 
 
+def test_a_seed_draws_projections_and_maps_and_nothing_else() -> None:
+    random: dict[str, Any] = {"kind": "random", "redraw": "run"}
+    # that of the distiller, and one of a loss
+    losses = {"hidden": {}, "attention": {"layer_map": random}}
+
+    def drawn(seed: int) -> tuple[Tensor, Any]:
+        student, teacher = models(num_hidden_layers=1)
+        torch.manual_seed(7)
+        before = torch.get_rng_state()
+        made = fastkd.Distiller(student, teacher, losses, random, seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        weights = torch.cat([p.detach().flatten() for p in made.objective.parameters()])
+        return weights, made.objective.linked
+
+    first, again = drawn(1), drawn(1)
+    assert torch.equal(first[0], again[0]) and first[1] == again[1]
+    others = [drawn(seed) for seed in range(2, 6)]
+    assert not any(torch.equal(first[0], weights) for weights, _ in others)
+    for place, links in enumerate(first[1]):
+        assert any(links != found[place] for _, found in others)
+
+
 def test_a_student_in_half_precision_weighs_the_teachers_layers() -> None:
     losses, batch = {"hidden": {}}, tiny_batch()
     student, teacher = models()

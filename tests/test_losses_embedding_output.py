@@ -270,3 +270,24 @@ def test_lengths_count_where_they_are_asked_for() -> None:
     assert "kind is vector_mse, but dimensions names" in refusal(
         tree(losses=own(kind="vector_mse", dimensions=[2]))
     )
+
+
+def test_a_student_keeps_the_pooling_that_it_starts_with() -> None:
+    """Where it starts from a model of its own, and no loss says another one."""
+    own, mean = EmbeddingModules(WIDE, ("cls",)), EmbeddingModules(WIDE)
+    models = ModelPair((WIDE, WIDE), embeddings=(own, mean))
+    state, target = drawn(BATCH, TOKENS, WIDE, seed=1), drawn(BATCH, TOKENS, WIDE, seed=2)
+    pairs = zip(state, target, LENGTHS, strict=True)
+    firsts = [compared(one[0], other[:n].mean(0), "cosine") for one, other, n in pairs]
+    made = objective({"embedding_output": {}}, models)
+    torch.testing.assert_close(run(made, state, target), torch.stack(firsts).mean())
+    found = {}
+    for name, losses in {
+        "as it was": {"embedding_output": {}},
+        "as told": {"embedding_output": {"pooling": "last"}},
+        "of no loss": {"attention": {}},
+    }.items():
+        modules = objective(losses, models).embedding("student")
+        assert modules is not None
+        found[name] = modules.pooling
+    assert found == {"as it was": ("cls",), "as told": ("last",), "of no loss": ("cls",)}

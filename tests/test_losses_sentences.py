@@ -15,7 +15,7 @@ from fastkd.capture import Capture, capture, capture_keywords
 from fastkd.errors import UserError
 from fastkd.losses import DIVISORS
 from fastkd.losses.objective import Objective
-from fastkd.losses.pooling import pool_tokens
+from fastkd.losses.pooling import PoolingMode, pool_tokens
 
 LENGTHS = (5, 2, 4, 3, 1)
 NARROW, WIDE = 6, 8
@@ -170,6 +170,40 @@ def test_pooling_takes_all_tokens_where_nothing_is_padded() -> None:
         ("last", states[:, -1]),
     ):
         torch.testing.assert_close(pool_tokens(states, None, pooling), expected)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_a_models_own_poolings_leave_padding_out(left: bool) -> None:
+    mask = inputs(left)["attention_mask"].bool()
+    # so that a padding token would be the largest
+    states = outputs(WIDE, 1).masked_fill(~mask.unsqueeze(-1), 9.0)
+    rows = [state[kept] for state, kept in zip(states, mask, strict=True)]
+    places = [torch.arange(1, len(row) + 1, dtype=torch.float64) for row in rows]
+    expected: dict[PoolingMode, list[Tensor]] = {
+        "max": [row.amax(0) for row in rows],
+        "weighted_mean": [n @ row / n.sum() for n, row in zip(places, rows, strict=True)],
+        "mean_sqrt_len": [row.sum(0) / len(row) ** 0.5 for row in rows],
+    }
+    for pooling, vectors in expected.items():
+        torch.testing.assert_close(pool_tokens(states, mask, pooling), torch.stack(vectors))
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("kind", ["mse", "cosine", "normalized_mse"])
+@pytest.mark.parametrize("tokens", ["mean", "cls"])
+def test_hidden_states_are_compared_by_one_vector_of_each_text(
+    tokens: str, kind: str, left: bool
+) -> None:
+    losses = {"hidden": {"tokens": tokens, "kind": kind, "layer_map": [2, 4]}}
+    student, teacher, given = outputs(WIDE, 1), outputs(WIDE, 2), inputs(left)
+    seen = (Capture(hidden=dict.fromkeys(range(5), states)) for states in (student, teacher))
+    found = objective(losses, (WIDE, WIDE))(*seen, given, WHOLE)[1][0]
+    points, targets = (torch.stack(embedded(x, given, tokens)) for x in (student, teacher))
+    cosine = 1 - torch.cosine_similarity(points, targets, dim=-1)
+    square = (points - targets).square().mean()
+    # |u - v|^2 of unit vectors is 2 - 2 cos
+    expected = {"mse": square, "cosine": cosine.mean(), "normalized_mse": 2 * cosine.mean()}
+    torch.testing.assert_close(found, expected[kind].expand(2))
 
 
 @pytest.mark.parametrize("name", ["bert", "qwen2", "modernbert"])

@@ -105,6 +105,21 @@ def test_local_attention_is_not_compared_with_global_attention() -> None:
     compared("modernbert", "mean_loss", {"attention": {}})
 
 
+@pytest.mark.parametrize("has", ["student", "teacher"])
+def test_attention_with_sinks_is_not_compared_with_attention_without(has: str) -> None:
+    first, none = frozenset({1}), frozenset[int]()
+    models = ModelPair((8, 8), sinks=(first, none) if has == "student" else (none, first))
+
+    def made(**section: Any) -> Objective:
+        losses = Losses.model_validate({"attention": section})
+        return Objective(losses, make_layer_map([1, 2], 2, 4), models)
+
+    with pytest.raises(UserError, match=r"layer 1 has .*sinks, so their"):
+        made(kind="kl")
+    # a sink takes its share in the softmax alone
+    assert made().labels == ("attention/1-1", "attention/2-2")
+
+
 def test_the_mean_of_scores_is_the_target_of_mean_target() -> None:
     student, teacher, raw = compared("bert", "mean_target", {"attention": {}})
 

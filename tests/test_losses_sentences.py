@@ -16,6 +16,7 @@ from fastkd.errors import UserError
 from fastkd.losses import DIVISORS
 from fastkd.losses.objective import Objective
 from fastkd.losses.pooling import PoolingMode, pool_tokens
+from fastkd.losses.rkd import angles
 
 LENGTHS = (5, 2, 4, 3, 1)
 NARROW, WIDE = 6, 8
@@ -162,6 +163,43 @@ def test_sentences_that_coincide_have_finite_gradients(kind: str) -> None:
     assert total.isfinite() and student.grad is not None and student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["distance", "angle"])
+def test_two_sentences_that_coincide_do_not_drown_the_others(kind: str) -> None:
+    """As of one text that the teacher reads as two: the student has no direction between them."""
+    made = objective({"rkd": {"kind": kind}}, (WIDE, WIDE))
+    states = outputs(WIDE, 1)[:, :1].repeat(1, 5, 1)
+    near = states.clone()
+    states[3], near[3] = states[1], states[1] + 1e-6
+    found = []
+    for given in (states, near):
+        given.requires_grad_()
+        run(made, given, outputs(WIDE, 2), inputs()).backward()
+        assert given.grad is not None
+        found.append(given.grad.norm(dim=(1, 2)))
+    assert found[0].max() < 1
+    # those that have nothing to do with the two learn as they would beside any other
+    torch.testing.assert_close(found[0][[0, 2, 4]], found[1][[0, 2, 4]], rtol=0.5, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_angles_of_a_point_with_itself_leave_no_rounding_in_gradients(dtype: torch.dtype) -> None:
+    points = outputs(WIDE, 1)[:, 0].to(dtype).requires_grad_()
+    weights = torch.linspace(-1, 1, 125, dtype=torch.float64).view(5, 5, 5)
+    (found,) = torch.autograd.grad((angles(points) * weights.to(dtype)).sum(), points)
+    exact = points.detach().double().requires_grad_()
+    number = range(5)
+    terms = []
+    for j in number:
+        for i in number:
+            for k in number:
+                if len({i, j, k}) == 3:
+                    one, other = exact[i] - exact[j], exact[k] - exact[j]
+                    terms.append(weights[j, i, k] * (one @ other) / (one.norm() * other.norm()))
+    (expected,) = torch.autograd.grad(torch.stack(terms).sum(), exact)
+    rounding = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=rounding)
+
+
 def test_pooling_takes_all_tokens_where_nothing_is_padded() -> None:
     states = outputs(WIDE, 1)
     for pooling, expected in (
@@ -194,9 +232,10 @@ def test_a_models_own_poolings_leave_padding_out(left: bool) -> None:
 def test_hidden_states_are_compared_by_one_vector_of_each_text(
     tokens: str, kind: str, left: bool
 ) -> None:
+    losses: dict[str, dict[str, Any]]
     losses = {"hidden": {"tokens": tokens, "kind": kind, "layer_map": [2, 4]}}
     student, teacher, given = outputs(WIDE, 1), outputs(WIDE, 2), inputs(left)
-    seen = (Capture(hidden=dict.fromkeys(range(5), states)) for states in (student, teacher))
+    seen = [Capture(hidden=dict.fromkeys(range(5), states)) for states in (student, teacher)]
     found = objective(losses, (WIDE, WIDE))(*seen, given, WHOLE)[1][0]
     points, targets = (torch.stack(embedded(x, given, tokens)) for x in (student, teacher))
     cosine = 1 - torch.cosine_similarity(points, targets, dim=-1)
@@ -204,6 +243,11 @@ def test_hidden_states_are_compared_by_one_vector_of_each_text(
     # |u - v|^2 of unit vectors is 2 - 2 cos
     expected = {"mse": square, "cosine": cosine.mean(), "normalized_mse": 2 * cosine.mean()}
     torch.testing.assert_close(found, expected[kind].expand(2))
+    if kind == "normalized_mse":
+        # two layers, of the teacher's width
+        losses["hidden"]["average"] = True
+        found = objective(losses, (WIDE, WIDE))(*seen, given, WHOLE)[1][0]
+        torch.testing.assert_close(found, (2 * cosine.mean() / (2 * WIDE)).expand(2))
 
 
 @pytest.mark.parametrize("name", ["bert", "qwen2", "modernbert"])

@@ -29,7 +29,8 @@ class RelationalLoss(Loss):
 
     Widths may differ, as each model is compared with itself. All sentences of an optimiser step
     meet, see `Batch.gather`; in an evaluation as many. Fewer than two sentences
-    (three for angles) have nothing to compare and give zero.
+    (three for angles) have nothing to compare and give zero, as does an angle at a point that
+    coincides, up to rounding, with one of the others.
     """
 
     class Config(LossConfig):
@@ -90,12 +91,18 @@ def angles(points: Tensor) -> Tensor:
         points: [batch, width].
 
     Returns:
-        [batch, batch, batch], the second of the points first; 0 where two of them are the same.
+        [batch, batch, batch], the second of the points first; 0 where two of them are the same,
+        and where the second coincides with another.
     """
-    batch = len(points)
-    # directions from the point of the first dimension to that of the second
-    directions = normalize(points[None] - points[:, None], dim=-1)
+    # from the point of the first dimension to that of the second
+    differences = points[None] - points[:, None]
+    directions = normalize(differences, dim=-1)
     cosines = directions @ directions.mT
-    same = torch.eye(batch, dtype=torch.bool, device=points.device)
+    with torch.no_grad():
+        # up to rounding, of which normalize would make a direction and a gradient of up to 1e12
+        sizes = points.norm(dim=-1)
+        rounding = 8 * torch.finfo(points.dtype).eps * torch.maximum(sizes[:, None], sizes)
+        coincide = differences.norm(dim=-1) <= rounding
+    same = torch.eye(len(points), dtype=torch.bool, device=points.device)
     # by a mask, as numbers that are picked out would be counted on the host
-    return cosines.masked_fill(same[:, :, None] | same[:, None, :] | same[None], 0)
+    return cosines.masked_fill(coincide[:, :, None] | coincide[:, None, :] | same[None], 0)

@@ -299,6 +299,19 @@ def test_layer_weights_stay_calm_on_costs_that_stay() -> None:
         assert transport.teacher.max() < 0.5 and transport.teacher.min() > 0.05
 
 
+def test_layer_weights_of_several_losses_are_the_mean_of_each_ones() -> None:
+    costs = [np.array([[1.0, 2.0, 4.0], [3.0, 1.0, 2.0]]), np.array([[5.0, 1, 1], [1, 2, 9]])]
+    both = Transport.even(2, 3)
+    flows = [both.flow(cost) for cost in costs]
+    both.attend(costs, flows)
+    each = [Transport.even(2, 3) for _ in costs]
+    for one, cost, flow in zip(each, costs, flows, strict=True):
+        one.attend([cost], [flow])
+    np.testing.assert_allclose(both.student, (each[0].student + each[1].student) / 2)
+    np.testing.assert_allclose(both.teacher, (each[0].teacher + each[1].teacher) / 2)
+    assert both.student.sum() == pytest.approx(1)
+
+
 @pytest.mark.parametrize("deeper", [1, 4])
 def test_the_softmax_of_cost_attention_does_not_sharpen_with_depth(deeper: int) -> None:
     cost = np.tile([1.0, 2.0, 4.0], deeper)[None]

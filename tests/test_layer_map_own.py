@@ -74,6 +74,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {},
         f"layer_map: {PLACE}.links at the start gives the weight -1.0; give a number from 0",
     ),
+    "a truth for a weight": (
+        lambda step: (Link(2, (4,), True),),
+        {},
+        f"layer_map: {PLACE}.links at the start gives the weight True; give a number from 0",
+    ),
     "no number": (
         lambda step: (Link(2, (4,), float("nan")),),
         {},
@@ -235,6 +240,13 @@ class Alternating(LayerMap):
 
     def labels(self) -> tuple[str, ...]:
         return ("2-*",)
+
+
+def test_the_last_step_of_a_run_is_seen_before_it() -> None:
+    layers = made(map_of(lambda step: (Link(2, (4 if step < 6 else 5,)),), **MOVING))
+    foresee(layers, 6)
+    with pytest.raises(UserError, match="teacher layer 5"):
+        foresee(layers, 7)
 
 
 def test_a_map_that_moves_and_says_so_moves() -> None:

@@ -170,6 +170,10 @@ def test_one_number_has_no_deviation() -> None:
             {"logits": {"kind": "total_variation"}},
             "losses.logits has kind: total_variation, which is computed for sequence_class",
         ),
+        (
+            {"logits": {"kind": "js", "beta": 1 - 1e-5}},
+            "losses.logits: beta is 0.99999, so near an end of the mixture that fp32 loses",
+        ),
         ({"logits": {"standardize": True}}, "losses.logits has standardize, which is computed"),
         (
             {"logits": {"temperature_schedule": {"last": 0}}},

@@ -20,8 +20,9 @@ from transformers import AutoModelForTokenClassification, pipeline
 import fastkd
 from fastkd.capture import Capture
 from fastkd.data.tasks import Columns, Task, encode_examples
-from fastkd.data.tasks.entities import measure_words
+from fastkd.data.tasks.entities import WordEvaluator, measure_words
 from fastkd.data.tasks.words import EncodedWords, WordForm, first_tokens, read_words
+from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.losses.base import ModelPair
@@ -144,6 +145,27 @@ def test_what_a_cut_text_lost_is_predicted_by_nobody(tmp_path: Path) -> None:
     examples = encoded(TEXTS, tmp_path, max_length=6)
     said = examples.of_words(np.asarray(examples.labels).astype(np.int64))
     assert said.tolist() == [0, 1, 0, -1, -1, 2, 0, 0]
+
+
+def test_words_are_judged_wherever_their_texts_stand(tmp_path: Path) -> None:
+    examples = encoded(TEXTS, tmp_path)
+    tokens = torch.from_numpy(np.asarray(examples.labels).astype(np.int64)).clamp(min=0)
+    first, second, third = tokens.split([len(tokens) - 7, 4, 3])
+    right = torch.nn.utils.rnn.pad_sequence([first, second, third], batch_first=True)
+
+    def judged(classes: torch.Tensor) -> dict[str, Any]:
+        evaluator = WordEvaluator(TASK, {"dev": examples}, torch.device("cpu"))
+        logits = torch.nn.functional.one_hot(classes, len(LABELS)).float()
+        evaluator.add(torch.tensor([2, 0]), logits[[2, 0]], None)
+        # the second row fills the batch up
+        evaluator.add(torch.tensor([1]), logits[[1, 0]], None)
+        return evaluator.results(Ranks(0, 1, torch.device("cpu")))
+
+    found = judged(right)
+    assert found["score"] == 1 and found["class_f1"] == {"dev": {"PER": 1, "LOC": 1}}
+    assert found["examples"] == 3 and found["one_class"] == {}
+    nothing = judged(torch.zeros_like(right))
+    assert nothing["score"] == 0 and nothing["one_class"] == {"dev": "O"}
 
 
 def test_words_that_a_tokenizer_leaves_out_or_joins_keep_the_others_in_place() -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -209,11 +210,15 @@ def test_rows_are_made_once_and_cuts_are_counted(
         prepared(path, replace(FORM, prompts={"query": "w7 "}))
 
 
+@pytest.mark.parametrize("saved", [False, True], ids=["file", "data set of another split"])
 def test_rows_held_out_by_name_are_not_trained_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, saved: bool
 ) -> None:
-    rows = random_rows()
-    held_out = write_rows(tmp_path / "b.csv", rows[:7])
+    rows, held_out = random_rows(), tmp_path / "b.csv"
+    if saved:
+        datasets.Dataset.from_list(rows[:7], split="validation").save_to_disk(held_out)
+    else:
+        write_rows(held_out, rows[:7])
     with caplog.at_level(logging.WARNING):
         sets = prepared(write_rows(tmp_path / "a.jsonl", rows), heldout=(str(held_out),))
     assert (len(sets.train), len(sets.heldout)) == (53, 7)

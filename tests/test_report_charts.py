@@ -117,6 +117,10 @@ def test_an_axis_holds_its_values_and_names_some(values: list[float], log: bool)
 
 def test_ticks_are_round() -> None:
     assert make_axis([0.0, 10.0]).ticks == (0, 2, 4, 6, 8, 10)
+    # of values that are all alike as much room as they are large
+    for value, room in ((2000.0, 200.0), (-0.01, 0.001), (0.0, 0.5)):
+        flat = make_axis([value, value])
+        assert (flat.low, flat.high) == (value - room, value + room)
     assert make_axis([1e-3, 1e2], log=True).ticks == pytest.approx((1e-3, 1e-2, 0.1, 1, 10, 100))
     assert make_axis([1.0, 60.0], log=True).ticks == pytest.approx((1, 2, 5, 10, 20, 50))
     assert make_axis([10.3, 11.9], log=True).ticks == pytest.approx((10.5, 11, 11.5))

@@ -17,7 +17,7 @@ from fastkd.data.tasks import Columns, EncodedExamples, Task
 from fastkd.data.tasks.datamodule import ScoreEvaluator
 from fastkd.reporting.console import Reporter
 from fastkd.reporting.report import print_evaluation, print_summary
-from fastkd.reporting.scores import score_table
+from fastkd.reporting.scores import score_parts, score_table
 
 RANKS: Any = SimpleNamespace(sum=lambda tensor: tensor)
 TASK = Task(
@@ -90,3 +90,13 @@ def test_a_model_that_says_one_thing_is_named() -> None:
     print_summary(summary, reporter)
     assert "warning: the model predicts yes for all of dev" in written.getvalue()
     assert "warning: the student predicts yes for all of dev" in written.getvalue()
+
+
+def test_a_line_of_scores_names_sets_where_there_are_several() -> None:
+    dev = {"accuracy": 0.5, "f1": 0.25}
+    assert score_parts({"score": 0.5, "scores": {"dev": dev}, "pairs": {"sts": 0.75}}) == [
+        *("score 0.5000", "accuracy 0.5000", "f1 0.2500", "sts 0.7500")
+    ]
+    assert score_parts({"scores": {"dev": dev, "test": {"f1": 0.125}}}) == [
+        *("dev accuracy 0.5000", "dev f1 0.2500", "test f1 0.1250")
+    ]

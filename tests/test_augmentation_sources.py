@@ -235,6 +235,19 @@ def test_glove_files_with_mistakes(content: list[str], expected: str, tmp_path: 
         GloveFile(path).find(["a"], 3)
 
 
+@pytest.mark.parametrize("kind", ["synonyms", "glove"])
+def test_a_list_that_changes_after_its_digest_is_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_text("dog\tcat\n" if kind == "synonyms" else "dog 1 0\ncat 0 1\n")
+    words = SynonymList(path, frozenset({"dog", "cat"})) if kind == "synonyms" else GloveFile(path)
+    key = words.digest
+    assert words.find({"dog"}, 1) == {"dog": ("cat",)}
+    path.write_text("dog\tdog\n" if kind == "synonyms" else "dog 1 0\ncow 0 1\n")
+    with pytest.raises(UserError, match=r"list\.txt: it changed while it was read"):
+        words.find({"dog"}, 1)
+    assert words.digest == key
+
+
 def test_lists_with_mistakes(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "l.tsv", "a\tb", "a b")
     with pytest.raises(UserError, match=r"l.tsv, line 2: 1 columns, expected a word, TAB and"):

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,35 @@ def test_what_another_caller_did_with_the_tokenizer_does_not_count() -> None:
     # which end of a long text is kept
     tokenizer.truncation_side = "left"
     assert cache.tokenizer_digest(tokenizer) != before
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_that_changes_while_it_is_read_is_refused(
+    streaming: bool,
+    data: TextSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = Path(data.train[0])
+    before = path.read_bytes()
+    data = changed(data, streaming=streaming)
+
+    def rewritten(split: Split) -> Iterator[Any]:
+        path.write_text("\n\n".join(f"Another document is {i}." for i in range(600)))
+        return iter(found(split))
+
+    name = "heldout" if streaming else "documents"
+    found = getattr(Split, name)
+    monkeypatch.setattr(Split, name, rewritten)
+    with pytest.raises(UserError, match=r"a\.txt: it changed while it was read"):
+        prepare_corpus(data, tokenizer, progress=False)
+    monkeypatch.undo()
+    path.write_bytes(before)
+    # the text as it was is not taken for the other one
+    alone = changed(data, cache=f"{data.cache}-of-its-own")
+    again, fresh = (prepare_corpus(each, tokenizer, progress=False) for each in (data, alone))
+    assert again.digests == fresh.digests
+    assert torch.equal(again.heldout, fresh.heldout)
 
 
 @pytest.mark.parametrize(

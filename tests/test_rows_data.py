@@ -210,6 +210,25 @@ def test_rows_are_made_once_and_cuts_are_counted(
         prepared(path, replace(FORM, prompts={"query": "w7 "}))
 
 
+@pytest.mark.parametrize("part", ["train", "heldout"])
+def test_rows_that_change_while_they_are_read_are_refused(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = random_rows()
+    train = write_rows(tmp_path / "a.jsonl", rows)
+    heldout = write_rows(tmp_path / "b.jsonl", random_rows(20, seed=1))
+    encode = tokenized.RowEncoder.batch
+
+    def rewritten(encoder: tokenized.RowEncoder, parts: Any) -> Any:
+        write_rows(tmp_path / ("a.jsonl" if part == "train" else "b.jsonl"), rows[:9])
+        return encode(encoder, parts)
+
+    monkeypatch.setattr(tokenized.RowEncoder, "batch", rewritten)
+    with pytest.raises(UserError, match="it changed while it was read"):
+        prepared(train, heldout=(str(heldout),))
+    assert not [*(tmp_path / "cache").iterdir()]
+
+
 @pytest.mark.parametrize("saved", [False, True], ids=["file", "data set of another split"])
 def test_rows_held_out_by_name_are_not_trained_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, saved: bool

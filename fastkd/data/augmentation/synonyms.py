@@ -7,13 +7,14 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from fastkd.data.text.files import file_digest, text_lines
+from fastkd.data.text.files import changed_meanwhile, file_digest, text_lines
 from fastkd.errors import UserError
 
 GLOVE_WORDS = 100_000
@@ -24,9 +25,10 @@ Found = dict[str, tuple[str, ...]]
 
 
 class Neighbours(ABC):
-    """Where neighbours come from."""
+    """A file that neighbours come from."""
 
-    @abstractmethod
+    path: Path
+
     def find(self, words: Collection[str], count: int) -> Found:
         """Up to `count` neighbours of each word that has some.
 
@@ -35,13 +37,26 @@ class Neighbours(ABC):
             count: of each.
 
         Raises:
-            UserError: the file can't be read, with the line.
+            UserError: the file can't be read, with the line, or is no longer what `digest` tells.
         """
+        before = self._content
+        found = self._find(words, count)
+        if file_digest(self.path, quick=False) != before:
+            raise changed_meanwhile(str(self.path))
+        return found
+
+    @abstractmethod
+    def _find(self, words: Collection[str], count: int) -> Found:
+        """`find`, of the file as it is."""
 
     @property
     @abstractmethod
     def digest(self) -> str:
-        """Key of the content."""
+        """Key of the content as it was when it was first asked for."""
+
+    @cached_property
+    def _content(self) -> str:
+        return file_digest(self.path, quick=False)
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,7 @@ class SynonymList(Neighbours):
     known: frozenset[str] = field(repr=False)
     """Words that a paraphrase may be, in lower case."""
 
-    def find(self, words: Collection[str], count: int) -> Found:
+    def _find(self, words: Collection[str], count: int) -> Found:
         found: dict[str, dict[str, None]] = {}
         for first, second in self._pairs():
             for word, other in ((first, second), (second, first)):
@@ -67,7 +82,7 @@ class SynonymList(Neighbours):
     @property
     def digest(self) -> str:
         known = hashlib.sha256(" ".join(sorted(self.known)).encode()).hexdigest()
-        return f"synonyms {file_digest(self.path, quick=False)} {known}"
+        return f"synonyms {self._content} {known}"
 
     def _pairs(self) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(text_lines(self.path), start=1):
@@ -94,7 +109,7 @@ class GloveFile(Neighbours):
 
     path: Path
 
-    def find(self, words: Collection[str], count: int) -> Found:
+    def _find(self, words: Collection[str], count: int) -> Found:
         vocabulary, vectors = self._read()
         place = {word: number for number, word in enumerate(vocabulary)}
         known = sorted(word for word in words if word in place)
@@ -112,7 +127,7 @@ class GloveFile(Neighbours):
 
     @property
     def digest(self) -> str:
-        return f"glove {file_digest(self.path, quick=False)}"
+        return f"glove {self._content}"
 
     def _read(self) -> tuple[list[str], npt.NDArray[np.float32]]:
         vocabulary: dict[str, None] = {}

@@ -7,10 +7,10 @@ the same in every run and for every tokenizer, and no query falls on both sides.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ from fastkd.data.text.cache import (
     tokenizer_digest,
     write_meta,
 )
-from fastkd.data.text.files import Source
+from fastkd.data.text.files import Source, require_unchanged
 from fastkd.data.text.settings import TextSettings
 from fastkd.data.text.sources import resolve
 from fastkd.data.text.split import content_hash, is_held_out
@@ -180,7 +180,7 @@ def prepare_rows(
     data, form = settings.text, settings.form
     train = resolve(data.train, data)
     heldout = None if data.heldout is None else resolve(data.heldout, data, heldout=True)
-    read = {
+    read: dict[str, Any] = {
         "rows": _FORMAT,
         "train": [source.digest(quick=False) for source in train],
         "heldout": None if heldout is None else [s.digest(quick=False) for s in heldout],
@@ -201,7 +201,14 @@ def prepare_rows(
     folder = data.cache_root / key
     if needs_build(folder, _FIELD, build=build):
         split = _Split(form, train, heldout, data.heldout_fraction)
-        _build(folder, settings, split, RowEncoder(tokenizer, form, data.block_size), progress)
+        encoder = RowEncoder(tokenizer, form, data.block_size)
+        unchanged = partial(
+            require_unchanged,
+            [*train, *(heldout or ())],
+            [*read["train"], *(read["heldout"] or ())],
+            quick=False,
+        )
+        _build(folder, settings, split, encoder, progress, unchanged)
     return _open(folder, settings, tokenizer, keys)
 
 
@@ -285,7 +292,12 @@ class RowEncoder:
 
 
 def _build(
-    folder: Path, settings: RowSettings, split: _Split, encoder: RowEncoder, progress: bool
+    folder: Path,
+    settings: RowSettings,
+    split: _Split,
+    encoder: RowEncoder,
+    progress: bool,
+    unchanged: Callable[[], None],
 ) -> None:
     kind, data = token_dtype(encoder.tokenizer), settings.text
     with ExitStack() as stack:
@@ -321,6 +333,8 @@ def _build(
             meta[f"{part}_tokens"] = writer.tokens
             meta[f"{part}_cut"] = writer.cut
         _require_rows(meta, settings, len(split.firsts))
+        # the folder's name says what was there before the first row was read
+        unchanged()
         write_meta(temporary, meta)
 
 

@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from fastkd.data.text.cache import (
     write_meta,
 )
 from fastkd.data.text.exchange import Exchange
-from fastkd.data.text.files import Source
+from fastkd.data.text.files import Source, require_unchanged
 from fastkd.data.text.packing import Frame, Packer
 from fastkd.data.text.settings import TextSettings
 from fastkd.data.text.sources import resolve
@@ -105,11 +106,19 @@ def prepare_corpus(
     }
     key = cache_key(settings)
     digests = {part: _joined(settings[part]) for part in ("train", "heldout") if settings[part]}
+    unchanged = partial(
+        require_unchanged,
+        [*train, *(heldout or ())],
+        [*settings["train"], *(settings["heldout"] or ())],
+        quick=data.streaming,
+    )
     if data.streaming:
-        return _streamed(data, split, encoder, frame, key, digests)
+        corpus = _streamed(data, split, encoder, frame, key, digests)
+        unchanged()
+        return corpus
     folder = data.cache_root / key
     if needs_build(folder, build=build):
-        _build(folder, data, split, encoder, frame, progress)
+        _build(folder, data, split, encoder, frame, progress, unchanged)
     return _open(folder, data, key, digests)
 
 
@@ -142,7 +151,13 @@ def _open(folder: Path, data: TextSettings, key: str, digests: dict[str, str]) -
 
 
 def _build(
-    folder: Path, data: TextSettings, split: Split, encoder: Encoder, frame: Frame, progress: bool
+    folder: Path,
+    data: TextSettings,
+    split: Split,
+    encoder: Encoder,
+    frame: Frame,
+    progress: bool,
+    unchanged: Callable[[], None],
 ) -> None:
     documents: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
@@ -173,6 +188,8 @@ def _build(
             "dropped": split.dropped,
         }
         _require_blocks(meta, data)
+        # the folder's name says what was there before the first word was read
+        unchanged()
         write_meta(temporary, meta)
 
 

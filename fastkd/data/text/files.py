@@ -172,6 +172,30 @@ def file_digest(path: Path, *, quick: bool) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def require_unchanged(sources: Sequence[Source], digests: Sequence[str], *, quick: bool) -> None:
+    """Raise unless sources that were read are what their digests were made of.
+
+    Args:
+        sources: as `digests` has them.
+        digests: made before they were read.
+        quick: as the digests were made.
+
+    Raises:
+        UserError: one of them was changed in between, so that nothing tells what was read.
+    """
+    for source, digest in zip(sources, digests, strict=True):
+        if source.digest(quick=quick) != digest:
+            raise changed_meanwhile(source.called())
+
+
+def changed_meanwhile(name: str) -> UserError:
+    """What is said of a file that another process wrote to while this one read it."""
+    return UserError(
+        f"{name}: it changed while it was read, so nothing of it was kept; run again once nothing "
+        "writes to it"
+    )
+
+
 def require_columns(columns: Sequence[str], names: Sequence[str], where: str, field: str) -> None:
     """Raise unless the columns are there, each once, which `field` of the recipe names."""
     require_once(columns, names, where)

@@ -331,6 +331,7 @@ def _check_new(output: Path) -> None:
 
 def main() -> None:
     """Entry point of the `fastkd` command."""
+    _open_closed_streams()
     try:
         with signals_raised(), disk_errors(None, "run the command again"), all_names_said():
             app(prog_name="fastkd")
@@ -347,6 +348,14 @@ def main() -> None:
         _fail(f"stopped by {error}", 130, says=is_first())
     except LostRank as error:
         _fail(str(error), 1)
+
+
+def _open_closed_streams() -> None:
+    """Let what is said go nowhere where a stream was closed (`>&-`), whose descriptor the next file
+    of a run would get."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 def _fail(message: str, code: int, *, says: bool = True) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -178,6 +179,29 @@ def test_a_failed_start_does_not_take_the_folder(
     """The mended recipe runs into the same folder, without --resume."""
     assert _fastkd("distill", str(recipe), "layer_map=[2,9]", monkeypatch=monkeypatch) == 2
     assert not (recipe.parent / "run").exists()
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_a_closed_stream_is_nowhere_and_no_file_of_a_run(closed: str, tmp_path: Path) -> None:
+    code = """
+import os, sys
+sys.argv = ["fastkd", "fields", "train.steps"]
+from fastkd.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+from fastkd.reporting.console import Reporter
+Reporter().say("a line")
+print("another", file=sys.stderr)
+with open("made", "w") as file:
+    file.write(str(file.fileno() > 2))
+"""
+    (tmp_path / "said.py").write_text(code)
+    command = f'exec "{sys.executable}" said.py {closed}'
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True, capture_output=True)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "said.py"] == ["made"]
+    assert (tmp_path / "made").read_text() == "True"
 
 
 def test_full_disk_leaves_earlier_checkpoints_whole(recipe: Path) -> None:

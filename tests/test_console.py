@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -194,6 +195,24 @@ def test_a_narrow_terminal_cuts_nothing(width: int) -> None:
         whole = ["".join(part.strip() for part in head) for head in zip(*heads, strict=True)]
         told += zip(whole, (cell.strip() for cell in row[1:]), strict=True)
     assert told == list(zip(NAMES, SPEEDS, strict=True))
+
+
+def test_a_reader_that_ends_is_not_the_end(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as stdout, monkeypatch.context() as piped:
+        piped.setattr(sys, "stdout", stdout)
+        reporter = Reporter()
+        for step in range(3):
+            reporter.say("a line that nobody reads")
+            with reporter.steps(0, 3):
+                reporter.metrics(step, 3, ["loss 1"])
+        reporter.table("a table", ["", "a"], [["b", "1"]])
+        # by others
+        print("more", flush=True)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_several_lines_stay_several() -> None:

@@ -6,6 +6,7 @@ a control character of a terminal.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,13 +26,24 @@ _NO_END = 1_000_000
 _FRAME, _HEAD, _TEXT = 3, 16, 24
 
 
+class _Console(Console):
+    """Falls silent where its reader ends, as `head` and `less` do: what it tells of goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # what is buffered, and what others print
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)
+
+
 class Reporter:
     """Speaks for rank 0; the other ranks hold one that is silent."""
 
     def __init__(self, *, silent: bool = False) -> None:
         # a log has no width: nothing in it may be folded or cut
         width = None if sys.stdout.isatty() else _NO_END
-        self.console = Console(quiet=silent, highlight=False, width=width, soft_wrap=True)
+        self.console = _Console(quiet=silent, highlight=False, width=width, soft_wrap=True)
         self._bar: tuple[Progress, TaskID] | None = None
 
     @property

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.storages import RDBStorage
 from study_files import MAPPINGS, RECIPE, TASKS, WEIGHTS, ended, journal, run, write_study
 
 from fastkd.errors import UserError
-from fastkd.study import load_study, worker
+from fastkd.study import load_study, search, worker
+from fastkd.study.locks import Claim
 from fastkd.study.plan import Plan
 from fastkd.study.search import importances, make_sampler
 from fastkd.study.storage import Store
@@ -33,6 +36,73 @@ def _rows(folder: Path, name: str) -> list[dict[str, str]]:
 
 def _optuna(folder: Path) -> optuna.Study:
     return optuna.load_study(study_name="tried", storage=f"sqlite:///{folder}/out/study.db")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "drawn"), [("random", 1), ("random", 2), ("tpe", 2), ("cmaes", 1)]
+)
+def test_a_candidate_whose_draw_was_stopped_is_the_one_that_it_would_have_been(
+    sampler: str, drawn: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spaces = {name: WEIGHTS | {"field": f"losses.{name}.weight"} for name in ("hidden", "logits")}
+    options = {"search": {"sampler": sampler, "trials": 3, "seed": 7}, "spaces": spaces}
+    axes = None if sampler == "cmaes" else {"mapping": MAPPINGS}
+
+    def taken(folder: Path, *, stopped_early: bool = False) -> dict[str, Any]:
+        folder.mkdir(exist_ok=True)
+        path = _search(folder, axes=axes, **options)
+        store = Store(Plan(load_study(path), path))
+        if stopped_early:
+            draw_one, calls = search._draw, itertools.count()
+
+            def stopped(*given: Any) -> Any:
+                if next(calls) == drawn - len(axes or ()):
+                    # as the end of the process would
+                    assert claims[-1] is not None
+                    claims[-1].release()
+                    raise KeyboardInterrupt
+                return draw_one(*given)
+
+            monkeypatch.setattr(search, "_draw", stopped)
+            take, claims = Claim.take, list[Claim | None]()
+
+            def noted(path: Path) -> Claim | None:
+                claims.append(claim := take(path))
+                return claim
+
+            monkeypatch.setattr(Claim, "take", noted)
+        work = store.take()
+        assert work is not None
+        return work.trial.params
+
+    whole = taken(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        taken(tmp_path / "cut", stopped_early=True)
+    monkeypatch.undo()
+    assert len(_optuna(tmp_path / "cut").trials[0].params) == drawn
+    assert taken(tmp_path / "cut") == whole and len(whole) > drawn
+
+
+@pytest.mark.usefixtures("notes")
+def test_a_study_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
+    statements = itertools.count()
+
+    def stop(*_: object) -> None:
+        # between the first tables and the last one
+        if next(statements) == 40:
+            raise KeyboardInterrupt
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(write_study(tmp_path))
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", stop)
+    (left,) = (path for path in (tmp_path / "out").iterdir() if path.name != "study.lock")
+    assert left.name.startswith(".study.db.")
+    run(tmp_path / "study.yaml")
+    assert not left.exists()
+    assert [row["state"] for row in _rows(tmp_path, "runs")] == ["finished"] * 4
 
 
 def test_candidates_run_on_every_task_and_seed_and_score_their_mean(

@@ -10,6 +10,7 @@ import optuna
 from optuna.trial import TrialState
 
 from fastkd.errors import UserError
+from fastkd.files.disk import is_temporary, sweep, sync_folder, temporary_of
 
 # how long a writer waits for another one's transaction
 BUSY_SECONDS = 120
@@ -20,7 +21,11 @@ def check_file(path: Path, output: Path) -> None:
     if not path.exists():
         # another study may have made what it borrows from this one
         ours = {"study.lock", "shared", "claims"}
-        others = [p.name for p in output.iterdir() if p.name not in ours]
+        others = [
+            p.name
+            for p in output.iterdir()
+            if p.name not in ours and not is_temporary(p, path.name)
+        ]
         if others:
             raise UserError(
                 f"{output} is not empty and holds no study ({others[0]}); give another output"
@@ -39,6 +44,27 @@ def check_file(path: Path, output: Path) -> None:
     tables = {name for (name,) in rows}
     if tables and not {"studies", "trials"} <= tables:
         raise UserError(f"{path} is a database of something else; give the study another output")
+
+
+def open_file(path: Path) -> optuna.storages.RDBStorage:
+    """The storage in a file, which gets its name once it has all tables; for who has the study's
+    lock."""
+    if not path.exists():
+        sweep(path.parent, path.name)
+        # a folder: SQLite writes beside its file
+        folder = temporary_of(path)
+        folder.mkdir()
+        _storage(folder / path.name).engine.dispose()
+        (folder / path.name).rename(path)
+        folder.rmdir()
+        sync_folder(path.parent)
+    return _storage(path)
+
+
+def _storage(path: Path) -> optuna.storages.RDBStorage:
+    return optuna.storages.RDBStorage(
+        f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": BUSY_SECONDS}}
+    )
 
 
 def check_same(

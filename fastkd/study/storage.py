@@ -24,7 +24,7 @@ from fastkd.study.contents import read_value
 from fastkd.study.locks import Claim, alone
 from fastkd.study.metric import read_metric
 from fastkd.study.naming import candidate_name
-from fastkd.study.opening import BUSY_SECONDS, check_file, check_same
+from fastkd.study.opening import check_file, check_same, open_file
 from fastkd.study.plan import Condition, Plan, Run, digest
 from fastkd.study.search import draw, make_pruner, make_sampler
 from fastkd.training.run_folder import RunFolder
@@ -144,7 +144,7 @@ class Store:
                         continue
                     # whoever held it may have finished since we looked
                     if study.get_trials(False)[frozen.number].state == TrialState.RUNNING:
-                        return self._work(study, Trial(study, frozen._trial_id), claim)
+                        return self._work(study, self._continued(study, frozen), claim)
                     claim.release()
                 trial = self._next(study, trials)
                 if trial is not None:
@@ -168,9 +168,25 @@ class Store:
             return Trial(study, number)
         if not waiting and not self._wants_more(study, trials):
             return None
-        assert self.plan.spec.search is not None, "the other study is the search's"
-        study.sampler = make_sampler(self.plan.spec.search, len(trials))
+        self._seed(study, waiting[0].number if waiting else len(trials))
         return study.ask()
+
+    def _continued(self, study: optuna.Study, frozen: FrozenTrial) -> Trial:
+        """A trial that was begun, maybe before it had all its levels: those that it lacks are drawn
+        as if it had not been stopped."""
+        if study is self.grid:
+            return Trial(study, frozen._trial_id)
+        self._seed(study, frozen.number)
+        trial = Trial(study, frozen._trial_id)
+        for name, distribution in frozen.distributions.items():
+            if not distribution.single():
+                study.sampler.sample_independent(study, frozen, name, distribution)
+        return trial
+
+    def _seed(self, search: optuna.Study, number: int) -> None:
+        """Let a search draw what the candidate of a number is."""
+        assert self.plan.spec.search is not None, "the other study is the search's"
+        search.sampler = make_sampler(self.plan.spec.search, number)
 
     def is_done(self) -> bool:
         """Whether nothing waits or runs, here or elsewhere."""
@@ -278,10 +294,7 @@ class Store:
         spec = self.plan.spec
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
-            storage = optuna.storages.RDBStorage(
-                f"sqlite:///{self.path}",
-                engine_kwargs={"connect_args": {"timeout": BUSY_SECONDS}},
-            )
+            storage = open_file(self.path)
             names = {s.study_name for s in optuna.get_all_study_summaries(storage)}
         except RuntimeError as error:
             raise UserError(

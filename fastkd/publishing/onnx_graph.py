@@ -13,7 +13,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,15 @@ from fastkd.data.known_ids import drawn_below
 from fastkd.data.sequences import has_token_types
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
 from fastkd.extras import need
-from fastkd.files.disk import check_place, disk_errors, replace_folder, settle, temporary_of
+from fastkd.files.disk import (
+    check_place,
+    disk_errors,
+    replace_folder,
+    settle,
+    sweep,
+    temporary_of,
+)
+from fastkd.files.lock import held
 from fastkd.head_spec import HEADS
 from fastkd.losses.pooling import EmbeddingModules
 from fastkd.models import UnknownModule, load_student, load_tokenizer, read_embedding
@@ -95,9 +103,15 @@ def export_onnx(run: RunFolder, output: Path | None = None) -> OnnxGraph:
     tokenizer = load_tokenizer(ModelSource(str(run.student)), vocabulary_size(model))
     embedding, left_out = _embedding(run, model, head)
     student = _ExportedStudent(model, embedding)
-    with disk_errors(folder, "give another --output"):
+    with (
+        held(run.path) if output is None else nullcontext(),
+        disk_errors(folder, "give another --output"),
+    ):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        made = temporary_of(folder)
+        if output is None:
+            # beside the student: what a killed export leaves there would be pushed with it
+            sweep(run.path, run.student.name)
+        made = temporary_of(folder if output is not None else run.student)
         try:
             made.mkdir()
             found = _make(student, tokenizer, made / GRAPH, str(run.path))

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that ask a process for an end."""
 
 
 class Signalled(BaseException):
@@ -37,7 +38,7 @@ def stop_signals(note: Callable[[int], None]) -> Iterator[None]:
             os.kill(os.getpid(), number)
 
     previous = {}
-    for number in _STOPPING:
+    for number in STOPPING:
         # nohup ignores it, and means so
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             previous[number] = signal.signal(number, handle)
@@ -53,7 +54,7 @@ def signals_raised() -> Iterator[None]:
     """Raise `Signalled` wherever the first signal finds the process; the next one ends it."""
 
     def note(number: int) -> None:
-        for each in _STOPPING:
+        for each in STOPPING:
             if signal.getsignal(each) != signal.SIG_IGN:
                 signal.signal(each, signal.SIG_DFL)
         raise Signalled(number)

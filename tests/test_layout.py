@@ -26,6 +26,7 @@ LEVELS: tuple[set[str], ...] = (
         "plugins",
         "seeds",
         "signals",
+        "own_session",
         "variables",
         "files",
         "layer_map",

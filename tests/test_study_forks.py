@@ -7,16 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import psutil
 import pytest
 
+from fastkd.signals import STOPPING
 from fastkd.study import forks
-from fastkd.study.forks import Fork
+from fastkd.study.forks import NOT_TOLD, Fork
 from fastkd.study.locks import Claim
 from fastkd.study.worker import _kill_group
 
@@ -60,6 +64,24 @@ def started(folder: Path, *arguments: str) -> tuple[Fork, Claim]:
     return Fork(arguments, folder / "log.txt", {}, claim.handle), claim
 
 
+def _signalled(start: Callable[[], None]) -> Callable[[], None]:
+    """A server's start, at which its group is told to end, as by a terminal that closes: it is in
+    the caller's for as long as it takes to start an interpreter."""
+
+    def started_and_told() -> None:
+        start()
+        for number in STOPPING:
+            os.kill(_server(), number)
+
+    return started_and_told
+
+
+def _server() -> int:
+    """Its process."""
+    pid: int = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    return pid
+
+
 @pytest.fixture(scope="module", autouse=True)
 def first(tmp_path_factory: pytest.TempPathFactory) -> First:
     """A server of its own, started from a script without a guard, in a folder with files of the
@@ -79,7 +101,8 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> First:
         changed.setenv("PYTHONPATH", str(modules), prepend=os.pathsep)
         changed.syspath_prepend(modules)
         changed.chdir(work)
-        changed.setattr(forks, "IMPORTED", ["trap", *forks.IMPORTED, "told"])
+        changed.setattr(forks, "IMPORTED", [forks.IMPORTED[0], "trap", *forks.IMPORTED[1:], "told"])
+        changed.setattr(forkserver, "ensure_running", _signalled(forkserver.ensure_running))
         child, claim = started(work, "evaluate", "nowhere")
         child.wait(120)
     claim.release()
@@ -122,6 +145,16 @@ def test_a_fork_holds_its_claim_and_stops_when_asked(tmp_path: Path) -> None:
     child.send_signal(signal.SIGTERM)
 
 
+def test_signals_to_the_group_are_the_callers_alone(tmp_path: Path) -> None:
+    child, claim = waiting(tmp_path)
+    assert len({os.getpgid(pid) for pid in (0, _server(), child.pid)}) == 3
+    # those of its own are not blocked
+    child.send_signal(signal.SIGHUP)
+    child.wait(60)
+    claim.release()
+    assert child.returncode == 130
+
+
 def test_many_threads_wait_for_the_ends_of_their_own(tmp_path: Path) -> None:
     def made(number: int) -> list[int | None]:
         codes = []
@@ -156,3 +189,18 @@ def test_a_fork_imports_neither_its_callers_script_nor_the_working_folder(first:
 
 def test_the_server_asks_no_gpu(first: First) -> None:
     assert first.imported == "[]"
+
+
+def test_a_fork_whose_server_was_killed_is_waited_for(tmp_path: Path) -> None:
+    child, claim = waiting(tmp_path)
+    os.kill(_server(), signal.SIGKILL)
+    for _ in range(2):
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(0.5)
+    assert psutil.pid_exists(child.pid)
+    child.send_signal(signal.SIGTERM)
+    while child.returncode is None:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(0.2)
+    claim.release()
+    assert child.returncode == NOT_TOLD

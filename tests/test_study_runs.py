@@ -170,6 +170,11 @@ def test_a_child_that_crashes_or_says_nothing_of_the_metric(tmp_path: Path, note
     crash = (sys.executable, "-c", "import os; print('hm', flush=True); os.kill(os.getpid(), 11)")
     with pytest.raises(UserError, match=r"ended by signal 11 \(SIGSEGV\); hm"):
         run(write_study(tmp_path), program=crash)
+    # what an earlier attempt said is in the same log
+    for words, said in (("raise SystemExit('fastkd: mend me')", "mend me"), ("0", "said nothing")):
+        silent = (sys.executable, "-c", f"{words}; raise SystemExit(3)")
+        with pytest.raises(UserError, match=said):
+            run(tmp_path / "study.yaml", program=silent, retry_failed=True)
     for metric, said in (
         ("after.scores", "summary.json has no number after.scores; it has after.score"),
         ("after.label", 'after.label is "x", expected a finite number'),

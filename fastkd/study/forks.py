@@ -1,7 +1,9 @@
 """Processes that make a run each and don't wait for their imports.
 
 A server imports what runs need and nothing else: no threads, no GPU. Every run is a fork of it, so
-it has a process of its own, as DeepSpeed and the process group want, and starts at once.
+it has a process of its own, as DeepSpeed and the process group want, and starts at once. Signals
+that a terminal or timeout(1) sends to the whole group are for the study, which passes them on: the
+server is in a session of its own, and ends once nobody is left who may ask it for a run.
 """
 
 from __future__ import annotations
@@ -13,23 +15,35 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import torch
 
 from fastkd.errors import UserError, one_line
 from fastkd.launcher import without_launcher
+from fastkd.signals import STOPPING
 from fastkd.variables import variable
 
 _SERVER = multiprocessing.get_context("forkserver")
-IMPORTED = ["fastkd.study.forks", "fastkd.cli", "fastkd.api", "sklearn.metrics", "scipy.stats"]
+IMPORTED = [
+    "fastkd.own_session",
+    "fastkd.study.forks",
+    "fastkd.cli",
+    "fastkd.api",
+    "sklearn.metrics",
+    "scipy.stats",
+]
 """What the server imports: what every run does, whatever its models are."""
+NOT_TOLD = 255
+"""Exit code of a run whose server ended before it, which alone could have told it."""
 # multiprocessing looks after all children whenever it starts one, and an exit code is read once: a
 # thread that waits for its child must not look at the same time
 _LOCK = threading.Lock()
@@ -55,7 +69,7 @@ class Fork:
         with _LOCK:
             _SERVER.set_forkserver_preload(IMPORTED)
             # the server imports nothing from the working folder
-            with variable("PYTHONSAFEPATH", "1"):
+            with variable("PYTHONSAFEPATH", "1"), _stop_signals_blocked():
                 forkserver.ensure_running()
             given = list(arguments), str(log), shown, _Held(claim)
             self._process = _SERVER.Process(target=_run, args=given)
@@ -69,8 +83,10 @@ class Fork:
                 ) from error
         assert self._process.pid is not None, "it was started"
         self.pid = self._process.pid
+        self._orphan: psutil.Process | None = None
         self.returncode: int | None = None
-        """Exit code, or a signal's number below 0; `None` until `wait` has seen its end."""
+        """Exit code, or a signal's number below 0, or `NOT_TOLD`; `None` until `wait` has seen its
+        end."""
 
     def wait(self, timeout: float) -> None:
         """Wait for its end.
@@ -78,11 +94,24 @@ class Fork:
         Raises:
             TimeoutExpired: it lives on after so many seconds.
         """
-        if not connection.wait([self._process.sentinel], timeout):
+        if self._orphan is None and not connection.wait([self._process.sentinel], timeout):
             raise subprocess.TimeoutExpired("fastkd", timeout)
         with _LOCK:
             self._process.join()
-            self.returncode = self._process.exitcode
+        if self._process.exitcode == NOT_TOLD:
+            self._wait_orphaned(timeout)
+        self.returncode = self._process.exitcode
+
+    def _wait_orphaned(self, timeout: float) -> None:
+        """`wait` for one that may live on without its server."""
+        try:
+            self._orphan = self._orphan or psutil.Process(self.pid)
+            # nobody may be there to bury it
+            if self._orphan.is_running() and self._orphan.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(timeout)
+                raise subprocess.TimeoutExpired("fastkd", timeout)
+        except psutil.NoSuchProcess:
+            pass
 
     def send_signal(self, number: int) -> None:
         """Send it a signal, if it is there still."""
@@ -104,9 +133,10 @@ class _Held:
 
 
 def _run(arguments: list[str], log: str, environment: dict[str, str], claim: _Held) -> None:
-    # Ctrl-C is for the study, which passes it on
     os.setsid()
+    # the server ignores Ctrl-C, and was started with all of them blocked
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     os.environ.clear()
     os.environ.update(environment)
     said = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -118,6 +148,20 @@ def _run(arguments: list[str], log: str, environment: dict[str, str], claim: _He
         torch.set_num_threads(int(threads))
     sys.argv = ["fastkd", *arguments]
     runpy.run_module("fastkd", run_name="__main__", alter_sys=True)
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """For this thread and for the server that it starts, until that has a session of its own; other
+    threads hear them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        # whoever starts this one unblocks two of them
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from fastkd.errors import UserError
 from fastkd.files.disk import disk_errors, write_whole
 from fastkd.launcher import without_launcher
 from fastkd.recipe import AnyRecipe, dump_recipe
-from fastkd.study.forks import Fork
+from fastkd.study.forks import NOT_TOLD, Fork
 from fastkd.study.locks import Claim
 from fastkd.study.shared import Place
 from fastkd.study.spec import Command
@@ -84,6 +84,8 @@ class Children:
         write_beside(place, place.recipe, dump_recipe(recipe))
         arguments = [command, str(place.recipe), "--resume"]
         environment = self.environments[worker]
+        # earlier attempts have said theirs
+        said_before = place.log.stat().st_size if place.log.exists() else 0
         child: _Child
         if self.program is None:
             child = Fork(arguments, place.log, environment, claim.handle)
@@ -91,7 +93,8 @@ class Children:
             child = _command([*self.program, *arguments], place.log, environment, claim.handle)
         asked = self._attend(child, watch)
         assert child.returncode is not None, "it has ended"
-        return _ending(child.returncode, asked, place, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return _ending(child.returncode, asked, place, said_before, seconds)
 
     def _attend(
         self, child: _Child, watch: Callable[[], bool]
@@ -167,27 +170,34 @@ def _kill_group(pid: int) -> None:
 
 
 def _ending(
-    code: int, asked: Literal["stopped", "pruned"] | None, place: Place, seconds: float
+    code: int,
+    asked: Literal["stopped", "pruned"] | None,
+    place: Place,
+    said_before: int,
+    seconds: float,
 ) -> Ending:
-    if code == 0 and RunFolder(place.run).summary.is_file():
+    if code in (0, NOT_TOLD) and RunFolder(place.run).summary.is_file():
         return Ending("finished", seconds)
     # 2 is a mistake, which stopping does not cause
     if asked and code != 2:
         return Ending(asked, seconds)
-    said = _last_words(place.log)
+    said = _last_words(place.log, said_before)
     if code == 0:
         said = f"ended without {RunFolder(place.run).summary.name}; {said}"
     elif code < 0:
         said = f"ended by signal {-code} ({signal.Signals(-code).name}); {said}"
+    elif code == NOT_TOLD:
+        said = f"ended after the process that starts the runs; {said}"
     elif code != 2:
         said = f"exit code {code}; {said}"
     return Ending("failed", seconds, said)
 
 
-def _last_words(log: Path) -> str:
-    """The message that the command ended with, or else the last line of its log."""
+def _last_words(log: Path, start: int) -> str:
+    """The message that a command ended with which began to write at a byte of its log, or else its
+    last line."""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        file.seek(max(start, log.stat().st_size - _TAIL_BYTES))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
     said = [line for line in lines if line]
     messages = [line.removeprefix("fastkd: ") for line in said if line.startswith("fastkd: ")]

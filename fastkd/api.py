@@ -63,10 +63,13 @@ class RunResult:
         stages those of its first, which may be others than `losses_after` has.
 
         Raises:
-            UserError: of a lean run, which left this evaluation out.
+            UserError: of a lean run, which left this evaluation out, or one whose metrics lost it.
         """
         if self.summary["before"] is None:
-            raise UserError(f"{self.folder} was not evaluated before its first step (run.lean)")
+            raise UserError(
+                f"{self.folder} was not evaluated before its first step (run.lean), or its "
+                "metrics.jsonl has lost that line"
+            )
         return dict(self.summary["before"]["losses"])
 
     @property

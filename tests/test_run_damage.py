@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastkd.errors import UserError
+from fastkd.reporting.report import loss_rows, score_tables
+from fastkd.training.metric_lines import make_line
 from fastkd.training.run_folder import RunFolder
+from fastkd.training.summary import _evaluations
 
 BROKEN = (b"{", b"[]", b"3", b"\xff\xfe{}", b"\0\0\0\0", b"[" * 100_000, b'{"step": 1')
 
@@ -40,3 +44,29 @@ def test_a_broken_environment(tmp_path: Path, content: bytes) -> None:
     run.environment.write_bytes(content)
     with pytest.raises(UserError, match=r"environment.json is damaged .*; put it back"):
         _ = run.started_in
+
+
+def test_a_lost_line_of_an_evaluation_is_missed_and_another_one_is_not_taken(
+    tmp_path: Path,
+) -> None:
+    def judged(step: int) -> dict[str, Any]:
+        scores = {"score": step / 10, "scores": {"dev": {"accuracy": step / 10}}}
+        return {"total": step + 0.5, "losses": {"hidden": step + 0.5}, **scores}
+
+    def found(*steps: int) -> tuple[Any, ...]:
+        run = RunFolder(tmp_path)
+        run.metrics.unlink(missing_ok=True)
+        for step in steps:
+            run.append_metrics(make_line("heldout", step, judged(step)))
+        return _evaluations(run, 4)
+
+    assert found(0, 2, 4, 6) == (judged(0), judged(4), None)
+    before, after, _ = found(2, 4, 6)
+    assert before is None and after == judged(4)
+    for steps in ((0, 2), (0, 2, 6), ()):
+        with pytest.raises(UserError, match="the evaluation of step 4 is missing, whose student"):
+            found(*steps)
+    # the tables of a run that lost its first one
+    lost = {"before": before, "after": after}
+    assert loss_rows(lost) == [("hidden", "-", "4.5"), ("total, weighted", "-", "4.5")]
+    assert [columns for columns, _ in score_tables(lost)] == [("", "after")]

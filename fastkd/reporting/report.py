@@ -135,7 +135,10 @@ def stages_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
     return summary.get("stages") or [summary]
 
 
-def _loss_rows(before: dict[str, Any], after: dict[str, Any]) -> Rows:
+def _loss_rows(before: dict[str, Any] | None, after: dict[str, Any]) -> Rows:
+    if before is None:
+        # its line of the metrics is lost
+        return [(label, "-", value) for label, _, value in _loss_rows(after, after)]
     rows: Rows = [
         (label, f"{before['losses'][label]:.4g}", f"{value:.4g}")
         for label, value in after["losses"].items()
@@ -160,8 +163,8 @@ def _loss_rows(before: dict[str, Any], after: dict[str, Any]) -> Rows:
 
 def score_tables(summary: dict[str, Any]) -> list[tuple[tuple[str, ...], Rows]]:
     """Heads and rows of the scores, where there are any."""
-    teacher = {"teacher": summary["teacher"]} if "teacher" in summary else {}
-    models = {**teacher, "before": summary["before"], "after": summary["after"]}
+    names = ("teacher", "before", "after")
+    models = {name: summary[name] for name in names if summary.get(name) is not None}
     columns, rows = score_table(models)
     return [(columns, rows)] if rows else []
 

@@ -238,6 +238,8 @@ class Bookkeeper:
             "before_last": self._before_last,
             **self._decided(),
         }
+        if self.run.ranks.is_main:
+            self.folder.sync_metrics()
         self.checkpoints.save(self.run.engine, step, position)
 
     def _decided(self) -> dict[str, Any]:

@@ -215,6 +215,11 @@ class RunFolder:
         with disk_errors(self.path), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def sync_metrics(self) -> None:
+        """See the lines of metrics.jsonl on disk, before a checkpoint that goes on behind them."""
+        with disk_errors(self.path), self.metrics.open("ab") as file:
+            os.fsync(file.fileno())
+
     def read_metrics(self) -> list[Line]:
         """All whole lines of metrics.jsonl, see `metric_lines`.
 

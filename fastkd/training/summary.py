@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastkd.errors import UserError
 from fastkd.models import model_bytes
 from fastkd.reporting.scores import score_parts
 from fastkd.training.cost import Cost
@@ -51,14 +52,8 @@ def summarise(
     parameters = {"student": run.initialisation.total}
     if not isinstance(run.teacher, NoTeacher):
         parameters["teacher"] = run.first_teacher_parameters
-    # those of the training may be gigabytes
-    every = folder.each_metric() if ranks.is_main else ()
-    lines = [line for line in every if line["kind"] != "train"]
     exported = steering.exported_step(steps)
-    evaluated = [x for x in lines if x["kind"] == "heldout" and x["step"] <= exported]
-    heldout = [evaluation_of(line) for line in evaluated]
-    teacher = [evaluation_of(line) for line in lines if line["kind"] == "teacher"]
-    before = heldout[0] if heldout and not evaluated[0]["step"] else None
+    before, after, teacher = ranks.from_main(lambda: _evaluations(folder, exported))
     profile = profile_of(run)
     has_layers = not isinstance(run.teacher, NoTeacher)
     return {
@@ -70,9 +65,9 @@ def summarise(
         "layer_map": run.layers.rows() if has_layers else None,
         "depths": [run.layers.student_layers, run.layers.teacher_layers] if has_layers else None,
         "before": before,
-        "after": heldout[-1] if heldout else None,
-        "worse": worsened(before, heldout[-1]) if before else [],
-        **({"teacher": teacher[0]} if teacher else {}),
+        "after": after,
+        "worse": worsened(before, after) if before else [],
+        **({"teacher": teacher} if teacher else {}),
         "parameters": parameters,
         **({"teachers": 1 + len(run.others)} if run.others else {}),
         "notes": handed_on_notes(run),
@@ -83,6 +78,27 @@ def summarise(
         "seconds": seconds,
         **({} if profile is None else {"profile": profile}),
     }
+
+
+def _evaluations(
+    folder: RunFolder, exported: int
+) -> tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any] | None]:
+    """Evaluations before the first step, where there is one, of the student of step `exported`, and
+    of the teacher, where there is one.
+
+    Raises:
+        UserError: that of the student is missing, which another one can't stand for.
+    """
+    # those of the training may be gigabytes
+    lines = [line for line in folder.each_metric() if line["kind"] != "train"]
+    heldout = {line["step"]: evaluation_of(line) for line in lines if line["kind"] == "heldout"}
+    teacher = [evaluation_of(line) for line in lines if line["kind"] == "teacher"]
+    if exported not in heldout:
+        raise UserError(
+            f"{folder.metrics}: the evaluation of step {exported} is missing, whose student is "
+            "handed on; put that line back and continue with --resume, or begin the run again"
+        )
+    return heldout.get(0), heldout[exported], teacher[0] if teacher else None
 
 
 def disk_bytes(run: Run, folder: RunFolder) -> dict[str, int]:

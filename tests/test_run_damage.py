@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_runs import make_recipe
 
+import fastkd
 from fastkd.errors import UserError
 from fastkd.reporting.report import loss_rows, score_tables
+from fastkd.training import loop
+from fastkd.training.checkpoint import Checkpoints
 from fastkd.training.metric_lines import make_line
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.summary import _evaluations
@@ -70,3 +75,33 @@ def test_a_lost_line_of_an_evaluation_is_missed_and_another_one_is_not_taken(
     lost = {"before": before, "after": after}
     assert loss_rows(lost) == [("hidden", "-", "4.5"), ("total, weighted", "-", "4.5")]
     assert [columns for columns, _ in score_tables(lost)] == [("", "after")]
+
+
+def test_a_run_that_lost_its_first_evaluation_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, made = make_recipe(tmp_path), list[str]()
+    given = {"train.steps": 2, "train.warmup_steps": 0, "train.checkpoint_every": 2}
+    sync, save = RunFolder.sync_metrics, Checkpoints.save
+
+    def noted(name: str, function: Callable[..., None]) -> Callable[..., None]:
+        return lambda *those: (made.append(name), function(*those))[1]
+
+    monkeypatch.setattr(RunFolder, "sync_metrics", noted("metrics", sync))
+    monkeypatch.setattr(Checkpoints, "save", noted("checkpoint", save))
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as once, pytest.raises(KeyboardInterrupt):
+        once.setattr(loop, "summarise", stopped)
+        fastkd.distill(recipe, given, quiet=True)
+    # a power cut takes no line that a checkpoint goes on from
+    assert made == ["metrics", "checkpoint"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    first, *others = metrics.read_text().splitlines(keepends=True)
+    assert '"heldout", "step": 0' in first
+    metrics.write_text("".join(others))
+    result = fastkd.distill(recipe, given, resume=True, quiet=True)
+    assert result.summary["before"] is None and result.losses_after
+    assert "<td>-</td>" in (tmp_path / "run" / "report.html").read_text()

@@ -92,7 +92,7 @@ PACKAGES: tuple[set[str], ...] = (
     },
     {
         *("torch", "numpy", "pydantic", "scipy", "matplotlib", "optuna", "rich", "transformers"),
-        *("huggingface_hub", "onnxruntime"),
+        *("huggingface_hub", "onnxruntime", "psutil"),
     },
     {"torch", "transformers", "safetensors"},
     {"typer"},

@@ -5,17 +5,17 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-import sqlalchemy
 from optuna.storages import RDBStorage
 from study_files import MAPPINGS, RECIPE, TASKS, WEIGHTS, ended, journal, run, write_study
 
 from fastkd.errors import UserError
-from fastkd.study import load_study, search, worker
+from fastkd.study import load_study, opening, search, worker
 from fastkd.study.locks import Claim
 from fastkd.study.plan import Plan
 from fastkd.study.search import importances, make_sampler
@@ -84,20 +84,17 @@ def test_a_candidate_whose_draw_was_stopped_is_the_one_that_it_would_have_been(
 
 
 @pytest.mark.usefixtures("notes")
-def test_a_study_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
-    statements = itertools.count()
+def test_a_study_is_made_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(path: Path) -> None:
+        # as a kill between two of Optuna's tables
+        sqlite3.connect(path).execute("create table studies (name)").connection.close()
+        raise KeyboardInterrupt
 
-    def stop(*_: object) -> None:
-        # between the first tables and the last one
-        if next(statements) == 40:
-            raise KeyboardInterrupt
-
-    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", stop)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run(write_study(tmp_path))
-    finally:
-        sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", stop)
+    with monkeypatch.context() as once, pytest.raises(KeyboardInterrupt):
+        once.setattr(opening, "_storage", stopped)
+        run(write_study(tmp_path))
     (left,) = (path for path in (tmp_path / "out").iterdir() if path.name != "study.lock")
     assert left.name.startswith(".study.db.")
     run(tmp_path / "study.yaml")

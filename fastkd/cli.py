@@ -22,7 +22,6 @@ from fastkd.extras import need
 from fastkd.files.disk import check_place, disk_errors, write_whole
 from fastkd.launcher import as_said_here, is_first, is_first_here, require_one_process
 from fastkd.recipe import (
-    AnyRecipe,
     FinetuneRecipe,
     Recipe,
     load_any_recipe,
@@ -99,7 +98,15 @@ def distill(
     ] = False,
 ) -> None:
     """Distil a student as a recipe says."""
-    _run(load_recipe(recipe, overrides or []), resume)
+    chosen = load_recipe(recipe, overrides or [])
+    from fastkd.reporting.report import print_summary, write_report
+    from fastkd.training.loop import run_recipe
+    from fastkd.training.session import session
+
+    with session(chosen) as (ranks, reporter):
+        summary = run_recipe(chosen, ranks, resume=resume, reporter=reporter, report=write_report)
+        if ranks.is_main:
+            print_summary(summary, reporter)
 
 
 @app.command()
@@ -111,12 +118,7 @@ def finetune(
     ] = False,
 ) -> None:
     """Train a model on the labels of a task: a teacher for distill."""
-    _run(load_finetune_recipe(recipe, overrides or []), resume)
-
-
-def _run(chosen: AnyRecipe, resume: bool) -> None:
-    """Run a recipe of either kind, and print what it came to."""
-    # loaded only once the recipe is read without a mistake
+    chosen = load_finetune_recipe(recipe, overrides or [])
     from fastkd.reporting.report import print_summary, write_report
     from fastkd.training.loop import run_recipe
     from fastkd.training.session import session

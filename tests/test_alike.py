@@ -98,10 +98,11 @@ def test_what_no_rank_can_read_is_said_once(tmp_path: Path) -> None:
 
 def test_ranks_are_asked_for_the_same(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, train={"steps": 1, "warmup_steps": 0})
+    (tmp_path / "there").symlink_to(tmp_path)
     one = ["distill", "run.output=" + str(tmp_path / "other")]
     whole = ["distill"]
     cases: dict[str, tuple[list[str], list[str]]] = {
-        "": (whole, [*whole, "data.workers=1"]),
+        "": (whole, [*whole, "data.workers=1", f"data.train={tmp_path / 'there/corpus.txt'}"]),
         "train.learning_rate: {} was given 0.01, rank 0 0.001; give all ranks the same recipe": (
             one,
             [*one, "train.learning_rate=0.01"],

@@ -13,9 +13,11 @@ from fastkd.distributed import Ranks
 from fastkd.errors import SharedError
 from fastkd.recipe import AnyRecipe
 from fastkd.training.continuation import flat
+from fastkd.training.started_paths import PLACES
 
-_APART = ("data.cache", "data.workers", "task.cache", "teacher.cache_folder")
-"""What says only where a machine keeps things, and how many processes it has for them."""
+_APART = (*PLACES, "data.workers", "teacher.cache_folder")
+"""What says only where a machine keeps things, and how many processes it has for them: what is read
+there is compared by its content, see `alike.py` and `data/factory.py`."""
 # characters of a value, for people
 _SHOWN = 100
 

@@ -11,7 +11,7 @@ from typing import Any
 from fastkd.recipe.models import STARTS
 
 # fields that name files and folders, or something on the hub
-_PLACES = (
+PLACES = (
     "model.name",
     "teacher.model",
     "teacher.others.model",
@@ -32,7 +32,7 @@ def found_from(tree: Mapping[str, Any], folder: Path, given: Sequence[str] = ())
     other name is on the hub or nowhere. Keys in `given`, and what is below them, stay."""
     found = dict(tree)
     pairs = (tree.get("evaluate") or {}).get("pairs", ())
-    for place in (*_PLACES, *(f"evaluate.pairs.{name}.path" for name in pairs)):
+    for place in (*PLACES, *(f"evaluate.pairs.{name}.path" for name in pairs)):
         if not any(f"{place}.".startswith(f"{key}.") for key in given):
             found = _replaced(found, place, folder)
     if found.get("stages"):

@@ -14,7 +14,7 @@ from fastkd.errors import UserError
 from fastkd.recipe import load_any_recipe
 from fastkd.reporting.console import Reporter
 from fastkd.training.doctor import estimate_run
-from fastkd.training.evaluate import evaluate_run
+from fastkd.training.evaluate_run import evaluate_run
 from fastkd.training.loop import run_recipe
 from fastkd.training.run_folder import RunFolder
 

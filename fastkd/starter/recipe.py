@@ -48,7 +48,7 @@ _LOSSES: dict[Job, str] = {
     """,
     "encoder": """
       # scores of attention, hidden states and embeddings, as TinyBERT matches them; scores have
-      # the largest gradient at the start, in all-MiniLM about ten times that of hidden states
+      # the largest gradient at the start, so the others weigh more
       attention: {kind: score_mse, weight: 1}
       hidden: {weight: 10}
       embedding: {weight: 10}

@@ -174,7 +174,11 @@ def run(
         for process in started:
             process.end()
     code = started[0].returncode if ranks == 1 else int(any(p.returncode for p in started))
-    stdout, stderr = ("".join(texts) for texts in zip(*said, strict=True))
+    stdout = "".join(out for out, _ in said)
+    # what is shown of it is its end: there stands why a rank failed that the others were ended for
+    ended = (0, -signal.SIGTERM)
+    whose = sorted(zip(started, said, strict=True), key=lambda of: of[0].returncode not in ended)
+    stderr = "".join(err for _, (_, err) in whose)
     return subprocess.CompletedProcess(arguments, code or 0, stdout, stderr)
 
 

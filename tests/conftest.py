@@ -216,6 +216,15 @@ def own_registries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
 
 
 @pytest.fixture(scope="module")
+def ranks() -> Iterator[Any]:
+    """This process as the only rank, for the tests of a module."""
+    from fastkd.distributed import joined_ranks
+
+    with joined_ranks() as joined:
+        yield joined
+
+
+@pytest.fixture(scope="module")
 def own_accelerator() -> Iterator[None]:
     """Leave no precision and no device to the next module: accelerate keeps its first for all."""
     from accelerate.state import AcceleratorState

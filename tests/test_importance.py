@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import fastkd
 from benchmarks.family_models import family_model
-from fastkd.distributed import Ranks, start_ranks, stop_ranks
+from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.models import build_student, importance, pruning
@@ -29,13 +28,6 @@ from fastkd.training.precision import precision_on_gpus
 from fastkd.types import Head, Inputs
 
 NARROW: dict[str, Any] = {"hidden_size": 16, "heads": 2, "intermediate_size": 24}
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    found = start_ranks()
-    yield found
-    stop_ranks()
 
 
 def pruned(

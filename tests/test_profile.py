@@ -15,7 +15,7 @@ import torch
 from tiny_runs import make_recipe, read_losses
 
 from fastkd.data.prefetch import Prefetched
-from fastkd.distributed import Ranks, joined_ranks
+from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import Progress
 from fastkd.recipe import load_recipe
@@ -39,12 +39,6 @@ WITHIN = 0.25
 # asks for DeepSpeed's engine
 ZERO = "{wall_clock_breakdown: false}"
 PROCESSOR = "processor_milliseconds"
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with joined_ranks() as joined:
-        yield joined
 
 
 @pytest.fixture(scope="module")

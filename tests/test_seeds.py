@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -13,19 +12,13 @@ from tiny_runs import make_recipe
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
-from fastkd.distributed import Ranks, joined_ranks
+from fastkd.distributed import Ranks
 from fastkd.recipe import load_recipe
 from fastkd.training.setup import set_up
 from fastkd.types import IGNORE_INDEX
 
 # the others, where `train.seed` alone is to change
 KEPT = ["train.order_seed=0", "train.dropout_seed=0"]
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with joined_ranks() as joined:
-        yield joined
 
 
 @pytest.fixture(scope="module")

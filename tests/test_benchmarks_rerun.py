@@ -33,8 +33,8 @@ def test_every_part_reads_figures_of_its_committed_result(name: str) -> None:
         assert len(found) == sum(3 + ("score_mse" in op) for op in quoted for _ in quoted[op])
     if name.startswith("step"):
         assert "output_attentions" in found and "trivial loss" not in found
-    # a result of two kinds has no quartiles yet
-    without = name.startswith(("step", "kernels"))
+    # the ops' result has no quartiles yet
+    without = name.startswith("kernels")
     assert all((figure.quartiles is None) == without for figure in found.values())
     for value, rounds, quartiles in found.values():
         if rounds is not None:
@@ -81,9 +81,12 @@ def test_a_figure_has_moved_if_its_rounds_lie_nearer(
 
 
 def test_a_step_moves_by_the_quartiles_of_its_rounds() -> None:
-    """Not by single rounds, of which the committed ones lie between 0.6 and 1.4."""
+    """Not by single rounds, which lie further apart."""
     part, name = PARTS["step-8x128"], "fastkd distill"
-    for by, expected in ((0.19, []), (0.21, [name])):
+    low, high = committed(part)["quartiles of the rounds"][name]
+    # twice the mean of what lies between the quartiles of either
+    bound = (high - low) + 0.1
+    for by, expected in ((bound - 0.01, []), (bound + 0.01, [name])):
         found = committed(part)
         medians = found["times the trivial step, median of paired rounds"]
         medians[name] += by
@@ -92,7 +95,7 @@ def test_a_step_moves_by_the_quartiles_of_its_rounds() -> None:
         }
         lines = [line for line, has_moved in compared(part, found) if has_moved]
         assert [line.partition(":")[0] for line in lines] == expected
-    assert lines == [f"{name}: 1.07 committed, 1.28 now (quartiles 1.23 to 1.33), MOVED"]
+    assert lines == [f"{name}: 1.08 committed, 1.24 now (quartiles 1.19 to 1.29), MOVED"]
 
 
 @pytest.mark.parametrize("name", ["kernels", "kernels-long"])

@@ -22,6 +22,7 @@ from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.models import build_student, importance, pruning
 from fastkd.models.importance import Activity, start_by_importance
+from fastkd.models.pruning import Widths
 from fastkd.recipe import Student, load_recipe
 from fastkd.training.forecast import run_dry
 from fastkd.training.precision import precision_on_gpus
@@ -200,6 +201,48 @@ def test_heads_are_chosen_with_their_key_heads(heads: tuple[int, int], ranks: Ra
             assert places == [0, 1] if heads[1] == 1 else [n // 2 for n in places] == [0, 1]
 
 
+@pytest.mark.parametrize(("wanted", "expected"), [(2, [2, 3]), (1, [0])])
+def test_of_groups_of_heads_those_with_the_best_heads_that_stay_are_chosen(
+    wanted: int, expected: list[int]
+) -> None:
+    """A group of two heads is worth as many of its heads as a student's group has."""
+    small, large = Widths(8, 8, wanted, 1, 1), Widths(8, 8, 4, 2, 1)
+    role = ("heads", 0)
+    activity = Activity({role: torch.tensor([3.0, 0.0, 2.0, 2.0])})
+    kept = importance.choose(activity, {role, ("keys", 0)}, [1], small, large)
+    assert kept[role].tolist() == expected and kept["keys", 0].tolist() == [expected[0] // 2]
+
+
+def test_batches_add_up_and_padding_counts_for_nothing(ranks: Ranks) -> None:
+    padded = tiny_batch(seed=2)
+    lengths = padded["attention_mask"].sum(dim=1).tolist()
+    assert len(set(lengths)) > 1
+    rows = [
+        {name: values[n : n + 1, :length] for name, values in padded.items()}
+        for n, length in enumerate(lengths)
+    ]
+    made = [
+        pruned(tiny_model("llama"), ranks, batches=batches, **NARROW).state_dict()
+        for batches in ([dict(padded)], rows)
+    ]
+    for name, weight in made[0].items():
+        torch.testing.assert_close(made[1][name], weight, msg=name)
+
+
+def test_heads_are_worth_the_lengths_of_their_outputs() -> None:
+    teacher, role = tiny_model("llama"), ("heads", 0)
+    heard: list[torch.Tensor] = []
+    reader = teacher.layers[0].self_attn.o_proj
+    handle = reader.register_forward_hook(lambda _, given, __: heard.append(given[0]))
+    roles = {"layers.0.self_attn.o_proj.weight": (None, role)}
+    widths = Widths.of(teacher.config, None)
+    found = importance.measure(teacher, roles, widths, [dict(tiny_batch())]).channels[role]
+    handle.remove()
+    states = heard[0][tiny_batch()["attention_mask"].bool()].double()
+    expected = states.unflatten(1, (widths.heads, -1)).norm(dim=2).sum(dim=0)
+    torch.testing.assert_close(found, expected)
+
+
 REFUSED = {
     "heads of another size": (
         "bert",
@@ -207,6 +250,7 @@ REFUSED = {
         "heads of the student would be 6 wide, those of the teacher are 8, and heads are kept "
         "whole; give student.heads=3",
     ),
+    "more key heads": ("llama", {"kv_heads": 4}, "student.kv_heads is 4, but the teacher has 2 to"),
     "wider": ("bert", {"intermediate_size": 64}, "student.intermediate_size is 64, but the teach"),
     "one matrix for three": ("modernbert", NARROW, "layers.0.attn.Wqkv.weight of ModernBertModel"),
     "a layer of its own kind": ("gpt2", NARROW, "no linear layer behind its attention"),

@@ -269,11 +269,24 @@ def test_trained_buffers_are_taken_over(start: str) -> None:
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(torch.randn_like(buffer))
     depth = teacher.config.num_hidden_layers
-    layers = make_layer_map("uniform", depth, depth)
-    student, _ = build_student(teacher, Student(layers=depth, init=start), layers)
-    if start == "importance":
-        with joined_ranks() as ranks:
-            start_by_importance(student, teacher, layers, [], ranks)
+
+    def started(sources: tuple[int, ...]) -> PreTrainedModel:
+        layers = make_layer_map(sources, len(sources), depth)
+        section = Student(layers=len(sources), init=start)
+        student, _ = build_student(teacher, section, layers)
+        if start == "importance":
+            with joined_ranks() as ranks:
+                start_by_importance(student, teacher, layers, [], ranks)
+        return student
+
+    # of the teacher's block that is mapped, not of the one in its place
+    for own, source in zip(
+        find_blocks(started((depth - 1, depth))), (depth - 1, depth), strict=True
+    ):
+        given = dict(find_blocks(teacher)[source - 1].named_buffers())
+        biases = {name: bias for name, bias in own.named_buffers() if name.endswith("_bias")}
+        assert biases and all(torch.equal(bias, given[name]) for name, bias in biases.items())
+    student = started(tuple(range(1, depth + 1)))
     ids = torch.arange(20).view(1, 20) + 3
     with torch.no_grad():
         ours, theirs = (m.eval()(input_ids=ids, use_cache=False)[0] for m in (student, teacher))

@@ -75,6 +75,10 @@ def test_only_what_counts_layers_is_cut() -> None:
     config = family_config("smollm3")
     config.something = [1, 2, 3]
     assert set(cut_layers(config, (2, 4))) == {"no_rope_layers", "layer_types"}
+    # of the last two layers, numbers 3 and 4
+    shared = family_config("gemma3n_text", num_kv_shared_layers=2)
+    for sources, expected in (((1, 3), 1), ((1, 2), 0), ((3, 4), 2)):
+        assert cut_layers(shared, sources)["num_kv_shared_layers"] == expected
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,8 @@ def test_heads_of_the_teachers_width_are_copied_where_they_fit() -> None:
     teacher = tiny_model("llama")
     _, started = student_of(teacher)
     assert started.copied == started.total and started.drawn == ()
+    # wider than their share of the hidden state, which no number asks to change
+    assert student_of(tiny_model("qwen3", head_dim=16))[0].config.head_dim == 16
     # nothing fits, so nothing has to be said
     assert student_of(teacher, hidden_size=16)[1].drawn == ()
     fewer, started = student_of(teacher, kv_heads=4)

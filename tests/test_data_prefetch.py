@@ -14,7 +14,7 @@ import torch
 
 from fastkd.data.prefetch import DEPTH, Prefetched
 from fastkd.errors import UserError
-from fastkd.types import Inputs
+from fastkd.types import ROWS, Inputs
 
 CPU = torch.device("cpu")
 
@@ -88,6 +88,19 @@ def test_position_and_epoch_are_those_of_the_steps_that_were_taken() -> None:
             settle(source, step + 1 + DEPTH)
             assert prefetched.state_dict() == {"position": step + 1}
             assert prefetched.epoch == (step + 1) // 10
+
+
+def test_a_mask_is_left_out_where_it_hides_nothing() -> None:
+    mask = torch.ones(2, 3, dtype=torch.int64)
+    source = Counted()
+    given = {"input_ids": mask + 4, "attention_mask": mask, ROWS: torch.arange(2)}
+    source.next_step = lambda step: [dict(given)]  # type: ignore[method-assign]
+    with closing(Prefetched(source, CPU)) as prefetched:
+        assert prefetched.next_step(0)[0].keys() == {"input_ids"}
+        mask[1, 2] = 0
+        (read,) = prefetched.next_step(1)
+        assert read.keys() == {"input_ids", "attention_mask"}
+        assert torch.equal(read["attention_mask"], mask)
 
 
 @pytest.mark.parametrize("depth", [0, DEPTH])

@@ -13,11 +13,15 @@ import yaml
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as models
 from tiny_exports import save_sentences
-from tiny_models import INTERMEDIATE, WIDTH, tiny_model
+from tiny_models import INTERMEDIATE, WIDTH, tiny_config, tiny_model, tiny_tokenizer
+from tiny_others import letter_tokenizer
 from tiny_runs import make_recipe
 from torch import nn
 
 import fastkd
+from fastkd.data.pairs import prepare_pairs
+from fastkd.distributed import Ranks
+from fastkd.recipe.evaluate import SentencePairs
 
 PROMPT = "w9 w9 "
 
@@ -128,6 +132,28 @@ def test_a_run_is_scored_on_other_pairs_from_elsewhere(
     here = fastkd.evaluate(result, given, quiet=True).judged["pairs"]
     assert here["json"] == other.judged["pairs"]["new"]
     assert here["csv"] == pytest.approx(found.judged["pairs"]["csv"], abs=1e-9)
+
+
+def test_a_digest_of_pairs_is_of_all_that_models_read(folder: Path, ranks: Ranks) -> None:
+    def digest(teacher: Any = None, vocabulary: int = 64, prompt: str = "") -> str:
+        config = tiny_config("bert")
+        found = prepare_pairs(
+            {"x": SentencePairs(path=str(folder / "data" / "b.jsonl"))},
+            ranks,
+            tokenizer=tiny_tokenizer(vocabulary),
+            config=config,
+            teacher_tokenizer=teacher,
+            teacher_config=config,
+            cache=str(folder / "cache"),
+            max_length=14,
+            prompt=prompt,
+        )
+        return found["x"].fingerprint
+
+    # words that a smaller vocabulary lacks are as many tokens
+    digests = [digest(), digest(vocabulary=32), digest(prompt=PROMPT)]
+    digests += [digest(tiny_tokenizer()), digest(letter_tokenizer())]
+    assert len(set(digests)) == len(digests) and digest() == digests[0]
 
 
 def test_pairs_choose_a_student(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_tokenizer
+from tiny_others import letter_tokenizer
 from tiny_rows import COLUMNS, Row, random_rows, write_rows
 from tiny_tasks import word_tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -199,6 +200,15 @@ def test_rows_are_made_once_and_cuts_are_counted(
     said = f"{long} of {3 * len(rows)} sequences are longer than {LENGTH} tokens and were cut"
     assert said in caplog.text
 
+    single = replace(FORM, columns=("query",))
+    prepared(path, single)
+    # what is held out by name is the same whatever is trained on
+    held_out = (str(write_rows(tmp_path / "b.jsonl", rows[:9])),)
+    apart = prepared(path, heldout=held_out)
+    other = prepared(write_rows(tmp_path / "c.jsonl", rows[9:]), heldout=held_out)
+    assert apart.heldout.fingerprint == other.heldout.fingerprint != first.heldout.fingerprint
+    assert apart.train.fingerprint != other.train.fingerprint
+
     def never(*_: object) -> None:
         raise AssertionError("rows were tokenised again")
 
@@ -206,8 +216,21 @@ def test_rows_are_made_once_and_cuts_are_counted(
     again = prepared(path)
     assert again.train.fingerprint == first.train.fingerprint
     assert isinstance(again.train.sequences.tokens, np.memmap)
-    with pytest.raises(AssertionError, match="tokenised again"):
-        prepared(path, replace(FORM, prompts={"query": "w7 "}))
+    prepared(path, heldout=held_out, heldout_fraction=FRACTION / 2)
+    # whatever changes the rows, or who reads them, makes them again
+    for form, changes in (
+        (replace(FORM, prompts={"query": "w7 "}), {}),
+        (replace(FORM, paired=True), {}),
+        (replace(FORM, columns=COLUMNS[:2]), {}),
+        (replace(FORM, scores=("good", "bad")), {}),
+        (replace(single, sentences=True), {"documents": "sentence"}),
+        (FORM, {"block_size": LENGTH - 1}),
+        (FORM, {"heldout_fraction": FRACTION / 2}),
+        (FORM, {"token_types": True}),
+        (FORM, {"tokenizer": tiny_tokenizer(32)}),
+    ):
+        with pytest.raises(AssertionError, match="tokenised again"):
+            prepared(path, form, **changes)
 
 
 @pytest.mark.parametrize("part", ["train", "heldout"])
@@ -343,14 +366,18 @@ def test_every_rank_reads_as_many_heldout_parts(tmp_path: Path) -> None:
     sets = prepared(write_rows(tmp_path / "a.jsonl", random_rows()), GROUPS)
     data = RowDataModule(sets, 11)
     seen: list[int] = []
-    counts = set()
+    counts, read = set(), []
     for rank in range(3):
         parts = list(data.heldout(2, Ranks(rank, 3, torch.device("cpu"))))
         counts.add(len(parts))
         seen += [number for part in parts for number in part.rows.tolist()]
+        read += _contents([part.inputs for part in parts])
         assert all(len(part.inputs["input_ids"]) >= 3 * len(part.rows) for part in parts)
     assert len(counts) == 1
     assert sorted(seen) == list(range(11))
+    # spread over all that is held out
+    ends = sets.heldout.batch([0, len(sets.heldout) - 1])
+    assert all(ids in read for ids in _contents([ends]))
 
 
 def test_a_teacher_reads_the_same_texts_by_its_own_tokenizer(tmp_path: Path) -> None:
@@ -363,8 +390,17 @@ def test_a_teacher_reads_the_same_texts_by_its_own_tokenizer(tmp_path: Path) -> 
     ids, mask = batch["teacher.input_ids"], batch["teacher.attention_mask"].bool()
     assert [row[own].tolist() for row, own in zip(ids, mask, strict=True)] == expected
     assert batch["input_ids"].shape[0] == ids.shape[0] == 6
-    alone = prepared(path, GROUPS).train.batch([2, 0])
-    assert all(torch.equal(batch[name], alone[name]) for name in alone)
+    alone = prepared(path, GROUPS)
+    read = alone.train.batch([2, 0])
+    assert all(torch.equal(batch[name], read[name]) for name in read)
+    letters = prepared(path, GROUPS, tokenizer=letter_tokenizer(), block_size=64)
+    sets = alone.with_teacher(letters)
+    # batches are made, and budgets of tokens kept, by the longer of the two
+    lengths = np.maximum(alone.train.lengths, letters.train.lengths)
+    assert sets.train.lengths.tolist() == lengths.tolist() != alone.train.lengths.tolist()
+    for name in ("train", "heldout"):
+        made, *parts = (getattr(each, name).fingerprint for each in (sets, alone, letters))
+        assert all(part in made for part in parts)
 
 
 GOOD = {"query": "w5", "passages": ["w6", "w7"], "scores": [1, 2.5], "good": 1, "bad": 2}

@@ -15,9 +15,11 @@ import pytest
 import torch
 from tiny_models import tiny_config
 from tiny_tasks import SENTENCES, WORDS, word_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fastkd.data.sequences import name_token_types, uses_token_types
+from fastkd.data.sequences import name_token_types, token_dtype, uses_token_types
 from fastkd.data.tasks import (
     EncodedExamples,
     Examples,
@@ -82,6 +84,13 @@ def test_a_batch_is_what_the_tokenizer_makes(
     assert (batch["token_type_ids"].sum() > 0) == (examples is PAIRS)
     assert batch["labels"].tolist() == examples.labels.tolist()
     assert made.lengths.tolist() == expected["attention_mask"].sum(1).tolist()
+
+
+def test_ids_are_stored_in_a_type_that_holds_the_largest() -> None:
+    for largest, dtype in ((65535, np.uint16), (65536, np.int32)):
+        table = {"[UNK]": 0, "last": largest}
+        backend = Tokenizer(WordLevel(table, unk_token="[UNK]"))
+        assert token_dtype(PreTrainedTokenizerFast(tokenizer_object=backend)) is dtype
 
 
 def test_scores_keep_their_fractions(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -18,12 +18,15 @@ from fastkd_kernels import (
     AttentionState,
     attention_divergence,
     attention_score_mse,
+    hidden_cosine,
     hidden_mse,
+    hidden_normalized_mse,
     indexer_divergence,
     logits_divergence,
 )
 from fastkd_kernels.common import autograd, quick_launch, remembered, tensor_table
-from fastkd_kernels.common.attention_call import valid_spans
+from fastkd_kernels.common.attention_call import Call, valid_spans
+from fastkd_kernels.common.head_groups import pairs_of
 from indexer_cases import indexer_case
 from kernel_cases import attention_states, hidden_case, leaves_of, masks
 from logits_cases import logits_case
@@ -237,15 +240,51 @@ def test_a_table_says_where_tensors_lie_now() -> None:
     memory = torch.zeros(64)
     wide, narrow = memory.view(4, 16), memory.view(8, 8)
     views = [wide, narrow, wide, narrow[:4], wide[:, :8], wide[:, :6], memory[1:33].view(2, 16)]
+    # rows of 4 that are 6 apart
+    views.append(memory[:24].view(4, 6)[:, :4])
     found = [tensor_table.addressed([[view]]) for view in views]
     tables = [made.table.tolist() for made in found]
     assert tables == [[[view.data_ptr(), *view.stride()[:-1]]] for view in views]
     # elements that divide 16 bytes, address, length and stride
-    assert [made.alignments for made in found] == [*[(4,)] * 5, (2,), (1,)]
+    assert [made.alignments for made in found] == [*[(4,)] * 5, (2,), (1,), (2,)]
+    # of a column, what all of its pairs have
+    pairs = tensor_table.addressed([[memory[:32].view(2, 16)], [memory[1:33].view(2, 16)]])
+    assert pairs.alignments == (1,)
     apart = narrow.mT
     table, _, (copy,) = tensor_table.addressed([[apart]])
     assert table.tolist() == [[copy.data_ptr(), 8]]
     assert torch.equal(copy, apart) and copy.is_contiguous()
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_call_is_as_aligned_as_the_worst_of_its_queries_and_keys(place: int) -> None:
+    memory = torch.zeros(97, device=DEVICE)
+    heads = [memory[:96].view(1, 2, 3, 16)] * 4
+    heads[place] = memory[1:].view(1, 2, 3, 16)
+    constants = Call(pairs_of(*([one] for one in heads), [1.0], [1.0]), masked=False).constants
+    found = constants["ALIGN"], constants["TEACHER_ALIGN"]
+    assert found == ((1, 4) if place < 2 else (4, 1))
+
+
+def test_what_is_remembered_of_a_mask_is_told_apart_by_options() -> None:
+    states = attention_states(1, BATCH, 2, TOKENS, (4, 4), dtype=torch.float32, device=DEVICE)
+    case = hidden_case(1, BATCH, TOKENS, (4, 4), "none", torch.float32).on(DEVICE)
+    sides = case.student, case.teacher
+    late = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0]], device=DEVICE).bool()
+    for mask in (None, late):
+        calls: list[Callable[[], Tensor]] = []
+        for causal in (False, True):
+            given: dict[str, Any] = {"key_mask": mask, "causal": causal}
+            for kind in ("valid", "tinybert"):
+                calls.append(partial(attention_score_mse, *states, reduction=kind, **given))
+            for kind, window in (("tokens", None), ("sequences", None), ("sequences", 2)):
+                options = {**given, "reduction": kind, "window": window}
+                calls.append(partial(attention_divergence, *states, **options))
+        for op in (hidden_mse, hidden_cosine, hidden_normalized_mse):
+            calls.append(partial(op, *sides, mask=mask))
+        found = [call() for call in calls]
+        with remembered.forgetting():
+            assert all(map(torch.equal, found, [call() for call in calls]))
 
 
 def test_tables_of_one_layout_differ_in_addresses_alone() -> None:

@@ -80,6 +80,11 @@ ATTENTION = [
         ValueError,
         "is on meta and the student is on cpu; move it",
     ),
+    (
+        _replace(1, key=torch.ones(2, 4, 6, 5, device="meta")),
+        ValueError,
+        r"teacher\[0\].key is on meta and the student is on cpu; move it",
+    ),
     (_options(key_mask=torch.ones(2, 6)), TypeError, "key_mask is torch.float32; .*bool"),
     (_options(query_mask=[1]), TypeError, "query_mask is list"),
     (_options(key_mask=torch.ones(6, 2).bool()), ValueError, r"\(6, 2\); expected .*\(2, 6\)"),

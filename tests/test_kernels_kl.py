@@ -12,6 +12,7 @@ from divergence_cases import exactly_defined, holes, near_states
 from fastkd_kernels import attention_divergence
 from fastkd_kernels.attention_divergence import triton_path
 from fastkd_kernels.common import launch
+from fastkd_kernels.common.head_groups import Pair
 from kernel_cases import (
     attention_states,
     cast,
@@ -107,3 +108,26 @@ def test_a_teacher_of_its_own_student_costs_nothing() -> None:
     _, teacher = attention_states(1, 1, 2, 150, (8, 8), dtype=torch.float16, device=DEVICE)
     same = trained(cast(teacher, torch.float16))
     assert all(not value.any() for value in triton_made((same, teacher), kind="kl"))
+
+
+def test_scores_that_are_capped_turned_or_with_sinks_are_left_to_other_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[str] = []
+    for name in ("_two_sweeps", "_long"):
+        run = getattr(triton_path, name)
+        monkeypatch.setattr(
+            triton_path, name, lambda *given, name=name, run=run: taken.append(name) or run(*given)
+        )
+    heads, sinks = torch.empty(1, 2, 300, 8, dtype=torch.float16, device=DEVICE), torch.zeros(2)
+    plain = Pair(heads, heads, heads, heads, 0.1, 0.2)
+    others = [
+        plain._replace(scale=-0.1),
+        plain._replace(teacher_scale=-0.2),
+        plain._replace(student_softcap=3.0),
+        plain._replace(teacher_softcap=3.0),
+        plain._replace(student_sinks=sinks, teacher_sinks=sinks),
+    ]
+    for pair in (plain, *others):
+        triton_path.forward([pair], False, "kl", False, 0, True)
+    assert taken == ["_two_sweeps", *["_long"] * len(others)]

@@ -138,6 +138,11 @@ ERRORS = [
     (call(skew=float("nan")), ValueError, "skew is nan; expected 0, or"),
     (call(skew=None), TypeError, "skew must be a float, got NoneType"),
     (call(head(vocabulary=1)), ValueError, "two shared columns, got 1, .*use kind='mse'"),
+    (
+        call(head(vocabulary=1), kind="js"),
+        ValueError,
+        "kind='js' needs at least two shared columns",
+    ),
     (call(backend="cuda"), ValueError, "backend='cuda' is not known"),
 ]
 

@@ -1,6 +1,7 @@
 """Plans: found for other tensors that look the same, for no others, and keeping no tensor."""
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -138,8 +139,16 @@ def test_other_options_take_other_plans(op: Any) -> None:
             plan._plans.clear()
             assert torch.equal(op(*given, backend=backend, **one), value)
         op(*given, backend=backend)
-        scaled = [state._replace(scale=2.0) for state in given[0]]
-        assert not torch.equal(op(scaled, given[1], backend=backend), found[0])
+        changes: list[dict[str, Any]] = [{"scale": 2.0}]
+        if op is attention_divergence:
+            changes.append({"softcap": 2.0})
+        for change, side in itertools.product(changes, (0, 1)):
+            other = [*given]
+            other[side] = [state._replace(**change) for state in given[side]]
+            value = op(*other, backend=backend)
+            plan._plans.clear()
+            assert torch.equal(op(*other, backend=backend), value)
+            assert not torch.equal(op(*given, backend=backend), value)
     # shapes, with and without gradients
     assert plans_made(lambda: op(*given, backend=backend)) == 1
     assert plans_made(lambda: op(*states(tokens=TOKENS + 1), backend=backend)) == 1

@@ -13,7 +13,7 @@ from fastkd_kernels.attention_divergence import triton_path as divergence_path
 from fastkd_kernels.attention_score_mse import triton_path as score_path
 from fastkd_kernels.common import launch
 from fastkd_kernels.common.rescale import rescaled, stacked_gradient
-from fastkd_kernels.common.short_sequences import heads_of_program, short_launch
+from fastkd_kernels.common.short_sequences import heads_of_program, short_launch, takes_short
 from kernel_cases import (
     Counted,
     attention_states,
@@ -154,6 +154,8 @@ def test_launches_keep_to_the_shared_memory_there_is(monkeypatch: pytest.MonkeyP
         stages[limit] = [one.num_stages for one in made]
         assert launch.is_large() == (limit > 101_376)
     assert stages == {101_376: [1, 1], 166_912: [2, 2], 232_448: [3, 2]}
+    # 129 tokens would take blocks of 256
+    assert takes_short(128, (26, 64), half) and not takes_short(129, (26, 64), half)
     for kernel in ("rows", "dq", "dk"):
         few = divergence_path.divergence_launch(kernel, "kl", (128, 128), half, large=False)
         assert few.num_stages == 1

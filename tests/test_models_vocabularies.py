@@ -16,7 +16,7 @@ from tiny_tasks import word_tokenizer
 from tiny_training import fastkd
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from tokenizers.normalizers import Lowercase
+from tokenizers.normalizers import Lowercase, Replace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastkd.errors import UserError
@@ -56,6 +56,13 @@ def test_exchanged_tokens_are_named() -> None:
     assert vocabulary_difference(exchanged, tiny_tokenizer()) == expected
     expected = "id 63 is no token there and 'w63' in the teacher's"
     assert vocabulary_difference(tiny_tokenizer(63), tiny_tokenizer()) == expected
+
+
+def test_a_word_that_no_usual_text_holds_is_read_alike_or_named() -> None:
+    own = tiny_tokenizer()
+    own.backend_tokenizer.normalizer = Replace("w7", "w8")
+    expected = "'w7' is [8] there and [7] in the teacher's"
+    assert vocabulary_difference(own, tiny_tokenizer()) == expected
 
 
 def test_other_normalisation_is_another_vocabulary() -> None:

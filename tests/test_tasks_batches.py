@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,11 @@ from tiny_tasks import encoded
 
 from fastkd.data.batching import BatchPlan
 from fastkd.data.sampler import ExampleStream, cut, evaluation_parts
+from fastkd.data.tasks import Columns, Task
+from fastkd.data.tasks.datamodule import TaskDataModule
+from fastkd.distributed import Ranks
 from fastkd.errors import UserError
+from fastkd.types import ROWS
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 SIZES = st.integers(1, 17)
@@ -167,6 +172,31 @@ def test_position_of_another_run_is_refused(changes: dict[str, Any], message: st
         other.load_state_dict(state)
     with pytest.raises(UserError, match="its data order has fingerprint 'other'"):
         ExampleStream(examples, 8, 3).load_state_dict({**state, "fingerprint": "other"})
+
+
+@pytest.mark.parametrize("counts_padding", [False, True])
+def test_examples_of_every_set_have_a_number_of_their_own_behind_those_to_train_on(
+    counts_padding: bool,
+) -> None:
+    """By which states of a teacher are stored and found again."""
+    lengths = [6] * 7, [5, 9, 3], [12, 4]
+    train, one, other = map(encoded, lengths)
+    task = Task(name="tiny", columns=Columns(texts=("a",), label="b"), labels=("x", "y"))
+    data = TaskDataModule(task, train, {"one": one, "other": other}, counts_padding)
+    stored = torch.from_numpy(np.diff(data.stored_rows(heldout=True)))
+    assert stored.tolist() == [*lengths[0], *lengths[1], *lengths[2]]
+    assert np.diff(data.stored_rows(heldout=False)).tolist() == lengths[0]
+    counted: list[int] = []
+    for part in data.heldout(2, Ranks(0, 1, torch.device("cpu"))):
+        numbers, mask = part.inputs[ROWS], part.inputs["attention_mask"]
+        assert mask.sum(dim=1).tolist() == stored[numbers].tolist()
+        assert numbers[: len(part.rows)].tolist() == (part.rows + len(train)).tolist()
+        counted += part.rows.tolist()
+        assert mask.shape[1] == 64 or not counts_padding
+    assert sorted(counted) == [*range(5)]
+    turned = replace(data, task=replace(task, labels=("y", "x")))
+    identities = [data.cache_identity(heldout=heldout) for heldout in (False, True)]
+    assert turned.cache_identity(heldout=True) not in identities and len(identities[1]["data"]) == 3
 
 
 @given(lengths=LENGTHS, size=SIZES, world=st.integers(1, 4), together=st.integers(1, 4))

@@ -10,12 +10,15 @@ import pytest
 import torch
 from tiny_models import tiny_batch, tiny_config
 from tiny_runs import assert_same_run
+from tiny_tasks import encoded
 from tiny_training import save_classifier, write_recipe
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import fastkd
 from fastkd.capture import Capture
+from fastkd.data.tasks import Columns, Task
+from fastkd.data.tasks.prepare import _class_weights
 from fastkd.losses.counts import DIVISORS, count_divisors
 from fastkd.losses.factory import hard_objective
 from fastkd.losses.objective import DistilledStudent
@@ -163,3 +166,10 @@ def test_weights_that_fit_nothing_are_refused(
     with pytest.raises(fastkd.UserError, match=said):
         fastkd.distill(path, quiet=True)
     assert not (folder / "refused").exists()
+
+
+def test_the_smallest_weight_counts_one() -> None:
+    """A mean depends on their ratios alone, and a step's sum is never small."""
+    task = Task(name="tiny", columns=Columns(texts=("a",), label="b"), labels=("x", "y"))
+    found = _class_weights((0.02, 0.01), task, encoded([3, 4]))
+    assert found is not None and found.tolist() == [2.0, 1.0]

@@ -28,6 +28,7 @@ from fastkd.data.tasks import (
 from fastkd.data.tasks import (
     tokenized as encoded,
 )
+from fastkd.data.tasks.questions import QuestionForm, Questions
 from fastkd.errors import UserError
 
 SINGLE = Examples("single", [(text,) for text in SENTENCES], np.arange(5, dtype=np.int64))
@@ -138,7 +139,7 @@ def test_second_run_reads_the_cache(
 def test_whatever_changes_the_tokens_makes_a_new_cache(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    def key(examples: Examples = PAIRS, **changes: Any) -> str:
+    def key(examples: Any = PAIRS, **changes: Any) -> str:
         return encode(
             examples, changes.pop("tokenizer", tokenizer), tmp_path, **changes
         ).fingerprint
@@ -154,6 +155,8 @@ def test_whatever_changes_the_tokens_makes_a_new_cache(
         key(replace(PAIRS, labels=np.ones(5, dtype=np.float32))),
         key(SINGLE),
     ]
+    asked = Questions("q", [("where", "the dog runs")], [(("dog", 4),)])
+    keys += [key(asked, form=QuestionForm(asked, shared)) for shared in (0, 1)]
     assert len(set(keys)) == len(keys)
     assert key(replace(PAIRS, name="another name")) == keys[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(keys)

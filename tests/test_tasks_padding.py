@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    LlamaConfig,
     MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -27,7 +28,7 @@ from fastkd.data.batching import BatchPlan
 from fastkd.data.factory import make_datamodule
 from fastkd.data.sampler import evaluation_parts
 from fastkd.data.tasks.datamodule import TaskDataModule
-from fastkd.data.tasks.padding import hand_on_padding, padding_id
+from fastkd.data.tasks.padding import hand_on_padding, own_padding, padding_id
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.recipe import parse_finetune_recipe
@@ -283,3 +284,8 @@ def test_a_student_that_is_handed_on_answers_in_batches_as_it_was_scored(tmp_pat
     right = said.argmax(dim=1) == torch.tensor([label == "yes" for label in labels])
     assert float(right.float().mean()) == pytest.approx(scores[1][1])
     run_whole("evaluate", tmp_path / "run-8")
+
+
+@pytest.mark.parametrize(("pad", "expected"), [(-1, None), (0, 0), (4, 4), (5, None)])
+def test_an_id_that_the_model_does_not_embed_pads_nothing(pad: int, expected: int | None) -> None:
+    assert own_padding(LlamaConfig(vocab_size=5, pad_token_id=pad)) == expected

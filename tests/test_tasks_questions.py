@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_runs import assert_same_run
+from tiny_tasks import encoded as examples_of
 from tiny_tasks import tuned_student, word_tokenizer, write_lines
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
@@ -21,7 +22,9 @@ import fastkd
 from fastkd.capture import Capture
 from fastkd.data.tasks import Columns, Task, encode_examples
 from fastkd.data.tasks.answers import answer_f1, answers_of, best_span, exact_match
-from fastkd.data.tasks.questions import EncodedQuestions, QuestionForm, read_questions
+from fastkd.data.tasks.questions import EncodedQuestions, QuestionForm, label_of, read_questions
+from fastkd.data.tasks.token_outputs import TokenOutputs
+from fastkd.distributed import Ranks
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
 from fastkd.losses.base import ModelPair
@@ -371,3 +374,23 @@ def test_what_does_not_go_together_is_refused(name: str, tmp_path: Path) -> None
     with pytest.raises(UserError) as refused:
         parse_recipe(tree)
     assert said in str(refused.value)
+
+
+def test_an_answer_has_thirty_tokens_at_most_and_none_that_only_touches_it() -> None:
+    start, end = np.zeros((2, 40), dtype=np.float32)
+    start[0] = end[30] = 9.0
+    _, first, last = best_span(start, end, np.ones(40, dtype=bool))
+    assert last - first < 30
+    # the token before ends where the answer begins, the one behind begins where it ends
+    assert label_of(np.array([[0, 3], [3, 6], [6, 9]]), 3, 6) == [1, 1]
+
+
+def test_what_stands_at_padding_may_be_anything() -> None:
+    outputs = TokenOutputs(
+        {"one": examples_of([2, 3])}, torch.device("cpu"), "student", dtype=torch.int64
+    )
+    logits = torch.arange(12.0).view(2, 3, 2)
+    logits[0, 2] = torch.nan
+    outputs.add(torch.arange(2), logits, torch.arange(6).view(2, 3))
+    ((_, _, kept),) = outputs.sets(Ranks(0, 1, torch.device("cpu")))
+    assert kept.tolist() == [0, 1, 3, 4, 5]

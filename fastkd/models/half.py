@@ -24,8 +24,7 @@ def round_buffers(model: PreTrainedModel) -> None:
     other angles once they are rounded, and what a model names that must stay fp32; and a few models
     multiply others with their states as they stand, which then must be of one precision.
     """
-    with torch.device("meta"):
-        twin = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.bfloat16)
+    twin = _in_half(model)
     half = {name for name, buffer in twin.named_buffers() if buffer.dtype == torch.bfloat16}
     for name, buffer in model.named_buffers():
         if name in half and not _stays_whole(model, name):
@@ -36,14 +35,26 @@ def check_rounding(model: PreTrainedModel) -> None:
     """See that all parameters of a model may be bf16.
 
     Raises:
-        UserError: transformers keeps some in fp32.
+        UserError: transformers keeps some in fp32: those that a model names, or makes so.
     """
-    whole = [name for name, _ in model.named_parameters() if _stays_whole(model, name)]
+    made = {
+        name
+        for name, parameter in _in_half(model).named_parameters()
+        if parameter.dtype != torch.bfloat16
+    }
+    names = [name for name, _ in model.named_parameters()]
+    whole = [name for name in names if name in made or _stays_whole(model, name)]
     if whole:
         raise UserError(
             f"train.precision is bf16, but {type(model).__name__} keeps {whole[0]} in fp32, of "
             f"{len(whole)} parameters; set train.precision to fp32"
         )
+
+
+def _in_half(model: PreTrainedModel) -> PreTrainedModel:
+    """Its like, without numbers, of the precisions in which transformers makes it in bf16."""
+    with torch.device("meta"):
+        return type(model)._from_config(copy.deepcopy(model.config), dtype=torch.bfloat16)
 
 
 def _stays_whole(model: PreTrainedModel, name: str) -> bool:

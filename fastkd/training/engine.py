@@ -59,7 +59,8 @@ def make_engine(module: DistilledStudent, recipe: AnyRecipe, plan: BatchPlan, ra
         ranks: this process among all.
 
     Raises:
-        UserError: a parameter that DeepSpeed can't hand from rank to rank.
+        UserError: a parameter that DeepSpeed can't hand from rank to rank, or one that stays in
+            fp32 where a student trains in bf16.
     """
     train = recipe.train
     for name, parameter in module.named_parameters():
@@ -71,12 +72,11 @@ def make_engine(module: DistilledStudent, recipe: AnyRecipe, plan: BatchPlan, ra
         schedule, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=train.steps
     )
     if train.precision == "bf16":
-        # either engine rounds the parameters
+        # either engine rounds all parameters
+        check_rounding(module.student)
         round_buffers(module.student)
     module.to(ranks.device)
     if not uses_deepspeed(recipe, ranks.world_size):
-        if train.precision == "bf16":
-            check_rounding(module.student)
         return LocalEngine(
             module,
             optimizer,

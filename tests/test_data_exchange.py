@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -25,7 +26,7 @@ from fastkd.data.text.sources import resolve
 from fastkd.data.text.split import Split
 from fastkd.data.text.stream import StreamedDocuments
 from fastkd.data.text.tokenize import Encoder
-from fastkd.distributed import Ranks
+from fastkd.distributed import Ranks, default_timeout
 from fastkd.errors import UserError
 from fastkd.types import Inputs
 
@@ -304,6 +305,15 @@ def test_a_run_of_two_ranks_streams_as_one_does(tmp_path: Path) -> None:
     done = run_command("distill", str(recipe), "--resume", ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(tmp_path / "run", whole, losses=1e-4, weights=1e-5)
+
+
+def test_an_exchange_waits_as_all_groups_do_and_warns_of_nothing(ranks: Ranks) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exchange = Exchange(ranks)
+    backend = exchange._group._get_backend(torch.device("cpu"))
+    assert backend.options._timeout == default_timeout()
+    exchange.close()
 
 
 def test_a_rank_that_is_killed_ends_the_other_in_its_exchange(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from fastkd.errors import UserError
 MEETING = datetime.timedelta(seconds=120)
 """For the connections to be made: ranks are called at the same moment."""
 _MISSING = -1
+# public from torch 2.15, which warns of the name before
+_set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
 
 
 class Exchange:
@@ -41,7 +43,7 @@ class Exchange:
                 "does not reach the others; name the network interface between the machines in "
                 "GLOO_SOCKET_IFNAME, or set data.streaming to false"
             ) from error
-        dist.distributed_c10d._set_pg_timeout(default_timeout(), self._group)
+        _set_timeout(default_timeout(), self._group)
 
     def __call__(self, arrays: Sequence[IntArray | None]) -> list[list[IntArray | None]]:
         """What every rank has given, in the order of ranks; collective.

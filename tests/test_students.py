@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from fastkd.models import (
     student_config,
 )
 from fastkd.models.importance import start_by_importance
+from fastkd.models.student import recompute_blocks
 from fastkd.recipe import Student
 
 BATCH = tiny_batch()
@@ -332,3 +334,14 @@ def test_an_exported_student_is_read_back_in_eval_mode(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = student(**BATCH).last_hidden_state
         assert torch.equal(loaded(**BATCH).last_hidden_state, expected)
+
+
+def test_blocks_are_computed_again_without_a_warning_or_the_model_is_refused() -> None:
+    model = tiny_model("bert")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        recompute_blocks(model)
+    assert model.is_gradient_checkpointing
+    said = "gradient_checkpointing is true, but CTRLModel of transformers can't compute its blocks"
+    with pytest.raises(UserError, match=said):
+        recompute_blocks(family_model("ctrl"))

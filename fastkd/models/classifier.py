@@ -20,6 +20,7 @@ from fastkd.data.tasks import (
 )
 from fastkd.errors import UserError, some_of
 from fastkd.models import check_attention, dropout_rates, read_config, read_model, resolve_model
+from fastkd.models.student import recompute_blocks
 from fastkd.types import ModelSource
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def load_tuned(
     name_outputs(model.config, task)
     set_attention(model, attention)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_blocks(model)
     return Tuned(model, bool(drawn), rates)
 
 

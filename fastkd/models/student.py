@@ -251,7 +251,23 @@ def _prepare(
     if student.freeze_word_embeddings:
         _freeze_word_embeddings(model, teacher, student)
     if student.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_blocks(model)
+
+
+def recompute_blocks(model: PreTrainedModel) -> None:
+    """Let the blocks of a model be computed again in its backward pass.
+
+    Raises:
+        UserError: its class can't.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"gradient_checkpointing is true, but {type(model).__name__} of transformers can't "
+            "compute its blocks again; set it to false"
+        )
+    # a newer name, for which transformers 6 drops the one that the oldest have
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _freeze_word_embeddings(

@@ -115,6 +115,17 @@ def _int8_product(
     return made if bias is None else made.add_(bias)
 
 
+def multiplies_int8() -> bool:
+    """Whether this CPU's products of int8 are exact.
+
+    Without VNNI oneDNN adds two of them up in sixteen bits, where they overflow (its developer
+    guide, "Nuances of int8 computations").
+    """
+    ends = torch.tensor([127, -127], dtype=torch.int8).repeat_interleave(8)
+    left, right = ends[:, None].repeat(1, 64), ends.repeat(64, 1)
+    return torch.equal(torch._int_mm(left, right), left.int() @ right.int())
+
+
 @dataclass(frozen=True)
 class Quantised:
     """What of a model is in eight bits."""

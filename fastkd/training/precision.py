@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
+from fastkd.models.quantised import multiplies_int8
 from fastkd.recipe import AnyRecipe, Recipe, load_any_recipe, sequence_limit
 from fastkd.training.run_folder import RunFolder
 from fastkd.types import EightBits
@@ -93,6 +94,11 @@ def check_eight_bits(kind: EightBits | None, device: torch.device) -> None:
         raise UserError(
             "teacher.dtype is int8, which CPUs multiply, but this run is on a GPU; give float8 or "
             "bfloat16"
+        )
+    if kind == "int8" and not multiplies_int8():
+        raise UserError(
+            "teacher.dtype is int8, but products of eight bits overflow on this processor, which "
+            "has no VNNI; give float32"
         )
     if kind != "float8":
         return

@@ -109,7 +109,8 @@ def test_channels_that_do_nothing_are_left_out_without_a_trace(
     inputs = tiny_batch(seed=1)
     expected = output(teacher, inputs)[:, kept]
     student = pruned(teacher, ranks, **NARROW)
-    torch.testing.assert_close(output(student, inputs), expected, atol=1e-5, rtol=1e-5)
+    # rounding of either model; what a wrong norm changes is a hundred times as much
+    torch.testing.assert_close(output(student, inputs), expected, atol=1e-4, rtol=1e-4)
     # a norm of fewer channels has another mean square
     monkeypatch.setattr(importance, "norm_factors", lambda *_: {})
     other = output(pruned(teacher, ranks, **NARROW), inputs)

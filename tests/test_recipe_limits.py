@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from tiny_training import fastkd, save_classifier, write_recipe, write_task
 from fastkd.data.batching import plan_batches
 from fastkd.errors import UserError
 from fastkd.layer_map import make_layer_map
+from fastkd.limits import Memory
 from fastkd.models import student_config
 from fastkd.recipe import Student, Train, parse_any_recipe, resolve_steps, write_yaml
 from fastkd.training.deepspeed_config import deepspeed_of_student
@@ -23,7 +23,6 @@ from fastkd.training.engine import check_config
 from fastkd.training.memory import (
     check_micro_batch,
     memory_errors,
-    memory_of,
 )
 
 CPU = torch.device("cpu")
@@ -142,13 +141,13 @@ def test_a_section_that_deepspeed_takes_is_left_alone() -> None:
     assert str(config) == before
 
 
-def test_a_micro_batch_that_can_not_fit_is_refused() -> None:
+def test_a_micro_batch_that_can_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     tree = replaced(TEXT, ("train",), {"batch_size": 2**24})
     recipe = parse_any_recipe(replaced(tree, ("data", "block_size"), 2**20))
-    there = f"{memory_of(CPU) / 2**30:,.1f} GiB"
+    monkeypatch.setattr("fastkd.training.memory.memory", lambda: Memory(2**34, 2**30))
     expected = (
         "train.micro_batch_size: 16,777,216 rows of 1048576 tokens need 196,608.0 GiB for ids and "
-        f"hidden states alone, but this machine has {there}; give a smaller train.micro_batch_size"
+        "hidden states alone, but this machine has 16.0 GiB; give a smaller train.micro_batch_size"
     )
     with pytest.raises(UserError) as refused:
         check_micro_batch(recipe, 2**24, CPU)
@@ -156,6 +155,9 @@ def test_a_micro_batch_that_can_not_fit_is_refused() -> None:
     check_micro_batch(recipe, 1, CPU)
     # ids, and 24 layers of 1024 numbers in fp32
     with pytest.raises(UserError, match=r"64 rows of 1048576 tokens need 6,144\.5 GiB"):
+        check_micro_batch(recipe, 64, CPU, 1024, 24)
+    monkeypatch.setattr("fastkd.training.memory.memory", lambda: Memory(2**31, 2**30, "ulimit -v"))
+    with pytest.raises(UserError, match=r"alone, but ulimit -v allows 2\.0 GiB; give a smaller"):
         check_micro_batch(recipe, 64, CPU, 1024, 24)
 
 
@@ -194,8 +196,7 @@ def test_the_command_reads_no_data_first(
     write_task(tmp_path / "task")
     save_classifier(tmp_path / "classifier", num_labels=2)
     # a machine of 1 GiB
-    small = SimpleNamespace(**{"SC_PHYS_PAGES": 2**18, "SC_PAGE_SIZE": 4096})
-    monkeypatch.setattr("fastkd.training.memory.os.sysconf", lambda name: getattr(small, name))
+    monkeypatch.setattr("fastkd.training.memory.memory", lambda: Memory(2**30, 2**29))
     path = write_recipe(tmp_path, "run", **changes)
     if "losses" in changes:
         path.write_text(write_yaml({**LABELLED, **changes}))

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from fastkd.errors import Interrupted, UserError
+from fastkd.limits import cores
 from fastkd.recipe import AnyRecipe
 from fastkd.reporting.numbers import fixed
 from fastkd.signals import stop_signals
@@ -240,7 +241,7 @@ def environments(workers: int) -> list[dict[str, str]]:
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     if devices == [""]:
         devices = [str(index) for index in range(torch.cuda.device_count())]
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, cores() // workers)
     common = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
     return [
         {**common, **({"CUDA_VISIBLE_DEVICES": devices[n % len(devices)]} if devices else {})}

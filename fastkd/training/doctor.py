@@ -7,7 +7,6 @@ under `train.profile`. Nothing is written but the tokenised corpus, which the ru
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from fastkd.data.batching import plan_batches
@@ -23,6 +21,7 @@ from fastkd.data.datamodule import MicroBatches
 from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
+from fastkd.limits import cores, memory
 from fastkd.recipe import AnyRecipe, Recipe, dump_recipe, each_stage
 from fastkd.reporting.console import Reporter
 from fastkd.reporting.numbers import fixed, gib
@@ -62,13 +61,14 @@ _FEWEST_STEPS, _MOST_STEPS = 3, 30
 def describe_machine(reporter: Reporter) -> None:
     """Print hardware and versions."""
     found = environment()
-    memory = psutil.virtual_memory()
+    room = memory()
+    limit = f" ({room.limit})" if room.limit else ""
     disk = shutil.disk_usage(Path.cwd())
     rows = [("Python", str(found["python"]))]
     rows += [(name, str(version)) for name, version in found["packages"].items()]
     rows += [
-        ("CPU cores", str(os.cpu_count())),
-        ("memory", f"{gib(memory.total)}, {gib(memory.available)} free"),
+        ("CPU cores", str(cores())),
+        ("memory", f"{gib(room.total)}{limit}, {gib(room.free)} free"),
         ("disk here", f"{gib(disk.free)} free"),
     ]
     for index in range(torch.cuda.device_count()):

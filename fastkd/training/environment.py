@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from fastkd.limits import cores
+
 _PACKAGES = ("fastkd", "torch", "triton", "transformers", "datasets", "deepspeed", "numpy")
 
 
@@ -33,7 +35,7 @@ def environment() -> dict[str, Any]:
         "packages": found,
         "gpu": gpu,
         "cuda": torch.version.cuda,
-        "cpus": os.cpu_count(),
+        "cpus": cores(),
         "machine": platform.machine(),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ import torch
 
 from fastkd.data.batching import BatchPlan
 from fastkd.errors import RankError, UserError
+from fastkd.limits import memory
 from fastkd.recipe import AnyRecipe, Recipe
 from fastkd.reporting.numbers import gib
 from fastkd.training.deepspeed_config import uses_deepspeed
@@ -46,12 +46,11 @@ def check_micro_batch(
     text = recipe.data if isinstance(recipe, Recipe) and recipe.row_form is None else None
     tokens = text.block_size if text else 1
     needed = rows * tokens * (8 + recipe.train.number_bytes * width * layers)
-    there = memory_of(device)
-    if needed > there:
+    if needed > memory_of(device):
         raise UserError(
             f"train.micro_batch_size: {rows:,} rows of {tokens} tokens need {gib(needed)} for "
-            f"ids and hidden states alone, but this {_kind(device)} has {gib(there)}; give a "
-            "smaller train.micro_batch_size"
+            f"ids and hidden states alone, but {_described(device)}; give a smaller "
+            "train.micro_batch_size"
         )
 
 
@@ -74,16 +73,16 @@ def memory_errors(recipe: AnyRecipe, device: torch.device) -> Iterator[None]:
         if isinstance(recipe, Recipe) and recipe.data and recipe.data.batch_tokens:
             size, field = f"up to {recipe.data.batch_tokens:,} tokens", "data.batch_tokens"
         raise RankError(
-            f"out of memory{asked}: this {_kind(device)} has {gib(memory_of(device))}, and "
+            f"out of memory{asked}: {_described(device)}, and "
             f"micro-batches are {size}; give a smaller {field}, or set gradient_checkpointing"
         ) from error
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of a GPU, or of the machine."""
+    """Bytes of a GPU, or of the machine, as far as this process may have them."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return memory().total
 
 
 def memory_parts(
@@ -171,5 +170,9 @@ def _gradients(recipe: AnyRecipe, kept: int, plan: BatchPlan) -> tuple[int, int]
     return device, shard * (1 + sums)
 
 
-def _kind(device: torch.device) -> str:
-    return "GPU" if device.type == "cuda" else "machine"
+def _described(device: torch.device) -> str:
+    there = gib(memory_of(device))
+    if device.type == "cuda":
+        return f"this GPU has {there}"
+    limit = memory().limit
+    return f"{limit} allows {there}" if limit else f"this machine has {there}"

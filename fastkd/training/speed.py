@@ -11,11 +11,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedConfig
 
 from fastkd.distributed import Ranks
+from fastkd.limits import memory
 from fastkd.training.setup import Run
 from fastkd.training.teacher import NoTeacher
 from fastkd.types import LENGTHS, STARTS, Inputs, teacher_inputs
@@ -139,7 +139,7 @@ def free_memory(ranks: Ranks) -> int:
     """Bytes that a GPU has free, or the machine, shared by the ranks on it."""
     if ranks.device.type == "cuda":
         return int(torch.cuda.mem_get_info(ranks.device)[0])
-    return int(psutil.virtual_memory().available) // max(1, ranks.here)
+    return memory().free // max(1, ranks.here)
 
 
 def _timed(run: Callable[[Inputs], object], inputs: Inputs, ranks: Ranks) -> float:

@@ -7,7 +7,6 @@ one array.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -22,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from fastkd.data.known_ids import check_ids
 from fastkd.data.text.packing import IntArray
 from fastkd.data.workers import Workers
+from fastkd.limits import cores
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -170,10 +170,3 @@ def _in_processes(function: Callable[[A], R], batches: Iterable[A], workers: int
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def cores() -> int:
-    """Cores that this process may use, where the system tells."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

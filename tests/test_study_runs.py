@@ -468,3 +468,16 @@ def test_a_claim_is_held_by_one_and_outlives_its_worker_in_a_child(tmp_path: Pat
     again = Claim.take(path)
     assert again is not None
     again.release()
+
+
+@pytest.mark.parametrize("name", ["50%3Dx", "a?b", "a#b", "{x}"])
+def test_an_output_may_have_signs_that_mean_something_in_a_url(
+    tmp_path: Path, notes: Path, name: str
+) -> None:
+    path = write_study(tmp_path, output=str(tmp_path / name / "out"))
+    run(path)
+    run(path)
+    # the second start found what the first one made
+    assert len(ended(notes)) == 4
+    assert (tmp_path / name / "out" / "study.db").is_file()
+    assert {made.name for made in tmp_path.iterdir()} <= {name, path.name, notes.name}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -32,7 +33,9 @@ def check_file(path: Path, output: Path) -> None:
             )
         return
     try:
-        connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=BUSY_SECONDS)
+        connection = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS
+        )
         try:
             rows = connection.execute("select name from sqlite_master").fetchall()
         finally:
@@ -62,9 +65,9 @@ def open_file(path: Path) -> optuna.storages.RDBStorage:
 
 
 def _storage(path: Path) -> optuna.storages.RDBStorage:
-    return optuna.storages.RDBStorage(
-        f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": BUSY_SECONDS}}
-    )
+    # text of a URL would be read again: Optuna looks for {}, SQLAlchemy for ? and %
+    connect = partial(sqlite3.connect, path, timeout=BUSY_SECONDS, check_same_thread=False)
+    return optuna.storages.RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect})
 
 
 def check_same(

@@ -11,8 +11,10 @@ break.
 from __future__ import annotations
 
 import datetime
+import errno
 import math
 import os
+import resource
 import socket
 import sys
 import threading
@@ -41,8 +43,10 @@ TIMEOUT = "FASTKD_RANK_TIMEOUT"
 _DEFAULT_SECONDS = 7200.0
 # of this process, one after the other
 _groups = count()
-# environment variables that `start_ranks` sets where they are not
-_SET = ("LOCAL_RANK", "DS_ACCELERATOR")
+# which network interface ranks talk by
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+# environment variables that `start_ranks` may change
+_CHANGED = ("LOCAL_RANK", "DS_ACCELERATOR", *_INTERFACES)
 # a process that was killed closes its sockets a moment before it is gone
 _GONE_WITHIN_SECONDS = 2.0
 # characters of what a library says of it
@@ -319,7 +323,8 @@ def start_ranks() -> Ranks:
 
     Raises:
         UserError: the environment gives a timeout that is none, see `fastkd.distributed`.
-        RankError: this rank has no GPU where the first has one, or shares one with another rank.
+        RankError: this rank has no GPU where the first has one, or shares one with another rank;
+            or gloo finds no network interface, or may start no thread.
     """
     gpu = torch.cuda.is_available()
     if not gpu:
@@ -349,12 +354,17 @@ def start_ranks() -> Ranks:
             store = dist.PrefixStore(f"fastkd-{next(_groups)}", store)  # type: ignore[attr-defined]
             if gpu:
                 _check_gpus(store, rank, size, device)
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=timeout
-            )
+            with _start_errors():
+                dist.init_process_group(
+                    backend, store=store, rank=rank, world_size=size, timeout=timeout
+                )
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+            for name in _INTERFACES:
+                # those of another node, perhaps, and this process has nobody to talk to
+                os.environ.pop(name, None)
+            with _start_errors():
+                dist.init_process_group(backend, store=store, rank=0, world_size=1)
     peers = meet() if dist.get_world_size() > 1 else ()
     return Ranks(dist.get_rank(), dist.get_world_size(), device, peers)
 
@@ -366,6 +376,31 @@ def _check_launcher() -> None:
             f"RANK is set in the environment, but not {', '.join(missing)}; start ranks with "
             "torchrun or deepspeed, or unset RANK to run alone"
         )
+
+
+@contextmanager
+def _start_errors() -> Iterator[None]:
+    """Say in one line what gloo lacks, which looks for an interface also for one process."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        name = os.environ.get(_INTERFACES[0])
+        if os.strerror(errno.EAGAIN) in text:
+            limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+            raise RankError(
+                f"the process group could start no thread ({os.strerror(errno.EAGAIN)}); raise "
+                f"the limit of processes and threads (ulimit -u is {limit})"
+            ) from error
+        if "gloo/transport" not in text:
+            raise
+        then = "bring the loopback interface up (ip link set lo up)"
+        if name is not None:
+            then = f"{_INTERFACES[0]} is {name!r}: give an interface of this machine, or unset it"
+        said = text.rpartition("] ifa != nullptr. ")[2]
+        raise RankError(
+            f"the process group found no network interface ({said.strip()}); {then}"
+        ) from error
 
 
 def _check_gpus(store: Any, rank: int, size: int, device: torch.device) -> None:
@@ -435,7 +470,7 @@ def joined_ranks() -> Iterator[Ranks]:
         UserError: as `start_ranks`.
     """
     had_group, had_deepspeed = dist.is_initialized(), _uses_deepspeed()
-    environment = {name: os.environ.get(name) for name in _SET}
+    environment = {name: os.environ.get(name) for name in _CHANGED}
     gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
     ended = False
     try:

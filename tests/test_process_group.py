@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -20,6 +21,8 @@ from fastkd.errors import RankError, UserError
 from fastkd.recipe import Recipe, load_recipe
 from fastkd.training.engine import shard_teacher
 
+NO_INTERFACE = "[enforce fail at gloo/transport/tcp/device.cc:84] ifa != nullptr. Unable to find {}"
+
 
 def test_a_second_group_reads_nothing_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under torchrun the store is the launcher's, and is there for both."""
@@ -29,6 +32,44 @@ def test_a_second_group_reads_nothing_of_the_first(monkeypatch: pytest.MonkeyPat
     done = run_script("two_groups.py", ranks=2, port=store.port)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == ["turn 0: 3", "turn 1: 3"]
+
+
+def test_one_process_needs_no_interface_of_a_launchers_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    with joined_ranks() as ranks:
+        assert ranks.world_size == 1 and dist.get_backend() == "gloo"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+@pytest.mark.parametrize(
+    ("said", "name", "expected"),
+    [
+        (NO_INTERFACE.format("interface for: [127.0.0.1]"), None, r"127.*\(ip link set lo up\)$"),
+        (NO_INTERFACE.format("address for: ib0"), "ib0", r"GLOO_SOCKET_IFNAME is 'ib0': give an"),
+        (os.strerror(errno.EAGAIN), None, r"could start no thread .*\(ulimit -u is -?\d+\)$"),
+        ("other", None, "^other$"),
+    ],
+)
+def test_what_gloo_lacks_is_said(
+    monkeypatch: pytest.MonkeyPatch, said: str, name: str | None, expected: str
+) -> None:
+    def begin(*_given: Any, **_options: Any) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(dist, "init_process_group", begin)
+    if name is not None:
+        # as torchrun starts ranks
+        for key, value in {"RANK": "0", "WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": name}.items():
+            monkeypatch.setenv(key, value)
+        for key in ("MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(key, "1")
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))
+    kind = RuntimeError if said == "other" else RankError
+    with pytest.raises(kind, match=expected), joined_ranks():
+        pass
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -82,6 +83,13 @@ def _server() -> int:
     return pid
 
 
+@pytest.mark.parametrize(
+    ("given", "threads"), [("4,2", 4), ("3", 3), (" 2 ,1", 2), ("", None), ("0", None), ("x", None)]
+)
+def test_a_fork_has_the_threads_of_the_outermost_level(given: str, threads: int | None) -> None:
+    assert forks._threads(given) == threads
+
+
 @pytest.fixture(scope="module", autouse=True)
 def first(tmp_path_factory: pytest.TempPathFactory) -> First:
     """A server of its own, started from a script without a guard, in a folder with files of the
@@ -103,6 +111,10 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> First:
         changed.chdir(work)
         changed.setattr(forks, "IMPORTED", [forks.IMPORTED[0], "trap", *forks.IMPORTED[1:], "told"])
         changed.setattr(forkserver, "ensure_running", _signalled(forkserver.ensure_running))
+        # too long for the path of a socket
+        changed.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("x" * 100)))
+        # and none made before
+        changed.setitem(multiprocessing.current_process()._config, "tempdir", None)  # type: ignore[attr-defined]
         child, claim = started(work, "evaluate", "nowhere")
         child.wait(120)
     claim.release()

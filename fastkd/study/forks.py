@@ -14,6 +14,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,8 @@ IMPORTED = [
 """What the server imports: what every run does, whatever its models are."""
 NOT_TOLD = 255
 """Exit code of a run whose server ended before it, which alone could have told it."""
+# a socket's path has 103 bytes on any system, and multiprocessing adds 32 to the folder's
+_SOCKET_FOLDER = 70
 # multiprocessing looks after all children whenever it starts one, and an exit code is read once: a
 # thread that waits for its child must not look at the same time
 _LOCK = threading.Lock()
@@ -59,7 +62,7 @@ class Fork:
         claim: file descriptor that it holds for as long as it lives.
 
     Raises:
-        UserError: the server has ended.
+        UserError: the server has ended, or has no place for its socket.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class Fork:
         with _LOCK:
             _SERVER.set_forkserver_preload(IMPORTED)
             # the server imports nothing from the working folder
-            with variable("PYTHONSAFEPATH", "1"), _stop_signals_blocked():
+            with variable("PYTHONSAFEPATH", "1"), _stop_signals_blocked(), _short_folder():
                 forkserver.ensure_running()
             given = list(arguments), str(log), shown, _Held(claim)
             self._process = _SERVER.Process(target=_run, args=given)
@@ -144,10 +147,41 @@ def _run(arguments: list[str], log: str, environment: dict[str, str], claim: _He
     for source, target in ((nothing, 0), (said, 1), (said, 2)):
         os.dup2(source, target)
     # OpenMP read its own variable when it was imported
-    if threads := environment.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(int(threads))
+    threads = _threads(environment.get("OMP_NUM_THREADS", ""))
+    if threads is not None:
+        torch.set_num_threads(threads)
     sys.argv = ["fastkd", *arguments]
     runpy.run_module("fastkd", run_name="__main__", alter_sys=True)
+
+
+def _threads(given: str) -> int | None:
+    """The threads that OpenMP would start; it has a number for each level of nesting, and ignores
+    what is none."""
+    first = given.partition(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) > 0 else None
+
+
+@contextmanager
+def _short_folder() -> Iterator[None]:
+    """Let the server's socket lie in /tmp where TMPDIR is too long for the path of one.
+
+    Raises:
+        UserError: no socket can be there.
+    """
+    given, before = tempfile.gettempdir(), tempfile.tempdir
+    long = len(os.fsencode(given)) > _SOCKET_FOLDER
+    try:
+        tempfile.tempdir = "/tmp" if long else before
+        yield
+    except OSError as error:
+        if not long:
+            raise
+        raise UserError(
+            f"TMPDIR {given} is too long for a socket, and /tmp has no place for it "
+            f"({one_line(error)}); give a TMPDIR of at most {_SOCKET_FOLDER} bytes"
+        ) from error
+    finally:
+        tempfile.tempdir = before
 
 
 @contextmanager

@@ -174,6 +174,19 @@ def test_a_link_out_of_a_models_folder_is_not_handed_on(tmp_path: Path, name: st
     assert exported(tmp_path / "run", tmp_path / "linked").is_dir()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_file_that_may_not_be_read_is_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = tmp_path / "t"
+    save_teacher(folder)
+    # the administrator may read everything
+    closed = str(folder / name)
+    monkeypatch.setattr("fastkd.models.links.os.access", lambda path, _how: str(path) != closed)
+    with pytest.raises(UserError, match=rf"/{name}: may not be read \(Permission denied\); get"):
+        locate_model(str(folder))
+
+
 @pytest.mark.parametrize("moved", ["1_Pooling", "2_Dense"])
 def test_a_folder_of_a_module_is_no_way_out_either(tmp_path: Path, moved: str) -> None:
     teacher = save_sentences(tmp_path / "t", models.Pooling(WIDTH), models.Dense(WIDTH, 8))

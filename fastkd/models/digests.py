@@ -16,6 +16,7 @@ from fastkd.errors import UserError
 from fastkd.files.disk import disk_errors, write_whole
 from fastkd.files.sealed import file_sha256
 from fastkd.models.checking import optional_file
+from fastkd.models.links import READ
 from fastkd.models.locate import locate_model, locate_source
 from fastkd.models.modules import ListingError, read_modules
 from fastkd.recipe import AnyRecipe, Recipe
@@ -23,22 +24,6 @@ from fastkd.types import ModelSource
 
 NOTE = "models.json"
 """File of a run that holds the digests."""
-_READ = (
-    "config.json",
-    "*_config.json",
-    "config_sentence_transformers.json",
-    "modules.json",
-    "*.safetensors",
-    "*.index.json",
-    "pytorch_model*.bin",
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-)
 _COMMIT = "commit"
 _PUT_BACK = "put back what was there, or give another run.output"
 
@@ -175,7 +160,7 @@ def _files(root: Path, source: ModelSource) -> Iterator[Path]:
     for folder in dict.fromkeys(folders):
         if folder.is_dir() and folder.is_relative_to(root):
             for path in sorted(folder.iterdir()):
-                if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _READ):
+                if path.is_file() and any(fnmatch(path.name, pattern) for pattern in READ):
                     yield path
 
 

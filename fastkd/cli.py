@@ -29,6 +29,7 @@ from fastkd.recipe import (
     load_recipe,
 )
 from fastkd.reporting.encoding import all_names_said
+from fastkd.reporting.streams import silence
 from fastkd.section import Section
 from fastkd.signals import Signalled, signals_raised
 from fastkd.training.chips import CHIPS, ChipName
@@ -362,5 +363,9 @@ def _open_closed_streams() -> None:
 
 def _fail(message: str, code: int, *, says: bool = True) -> None:
     if says:
-        print(f"fastkd: {message}", file=sys.stderr)
+        try:
+            print(f"fastkd: {message}", file=sys.stderr, flush=True)
+        except OSError:
+            # nobody is there to read it: the exit code says what it can
+            silence(sys.stderr)
     raise SystemExit(code)

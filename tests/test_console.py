@@ -197,10 +197,13 @@ def test_a_narrow_terminal_cuts_nothing(width: int) -> None:
     assert told == list(zip(NAMES, SPEEDS, strict=True))
 
 
+@pytest.mark.parametrize("opened", [os.pipe, os.openpty])
 def test_a_reader_that_ends_is_not_the_end(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    opened: Callable[[], tuple[int, int]],
 ) -> None:
-    reads, writes = os.pipe()
+    reads, writes = opened()
     os.close(reads)
     with os.fdopen(writes, "w") as stdout, monkeypatch.context() as piped:
         piped.setattr(sys, "stdout", stdout)
@@ -213,6 +216,16 @@ def test_a_reader_that_ends_is_not_the_end(
         # by others
         print("more", flush=True)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_mistake_that_no_terminal_can_show_is_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads, writes = os.openpty()
+    os.close(reads)
+    with os.fdopen(writes, "w") as stderr, monkeypatch.context() as closed:
+        closed.setattr(sys, "stderr", stderr)
+        assert fastkd("evaluate", "nowhere", monkeypatch=closed) == 2
 
 
 def test_several_lines_stay_several() -> None:

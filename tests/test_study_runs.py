@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import multiprocessing
 import os
@@ -468,6 +469,17 @@ def test_a_claim_is_held_by_one_and_outlives_its_worker_in_a_child(tmp_path: Pat
     again = Claim.take(path)
     assert again is not None
     again.release()
+
+
+def test_a_disk_without_locks_is_said_to_be_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_given: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fastkd.study.locks.fcntl.flock", flock)
+    with pytest.raises(UserError, match=r"study\.lock can't be locked \(No locks available\), "):
+        run(write_study(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["50%3Dx", "a?b", "a#b", "{x}"])

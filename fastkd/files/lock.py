@@ -20,7 +20,8 @@ from fastkd.errors import UserError
 from fastkd.files.disk import disk_errors
 
 LOCK = ".lock"
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What a file system without locks says."""
 
 # of this process, by folder: the handle, and how many blocks it is held by
 _held: dict[str, tuple[int, int]] = {}
@@ -77,7 +78,7 @@ def _take(folder: Path) -> int:
             raise UserError(_in_use(folder, said)) from None
         except OSError as error:
             os.close(handle)
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
             return -1
         return handle

@@ -6,35 +6,22 @@ a control character of a terminal.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.cells import cell_len
-from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
 from fastkd.errors import printable
-from fastkd.reporting.progress import live_bar
+from fastkd.reporting.progress import LastingConsole, live_bar
 
 # wider than any table
 _NO_END = 1_000_000
 # in characters: what a column has around its cells, and what heads and texts are folded to
 _FRAME, _HEAD, _TEXT = 3, 16, 24
-
-
-class _Console(Console):
-    """Falls silent where its reader ends, as `head` and `less` do: what it tells of goes on."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        # what is buffered, and what others print
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, sys.stdout.fileno())
-        os.close(nothing)
 
 
 class Reporter:
@@ -43,7 +30,7 @@ class Reporter:
     def __init__(self, *, silent: bool = False) -> None:
         # a log has no width: nothing in it may be folded or cut
         width = None if sys.stdout.isatty() else _NO_END
-        self.console = _Console(quiet=silent, highlight=False, width=width, soft_wrap=True)
+        self.console = LastingConsole(quiet=silent, highlight=False, width=width, soft_wrap=True)
         self._bar: tuple[Progress, TaskID] | None = None
 
     @property

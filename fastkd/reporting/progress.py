@@ -15,6 +15,25 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fastkd.reporting.streams import is_closed_terminal, silence
+
+
+class LastingConsole(Console):
+    """Falls silent where its reader ends, as `head` and `less` do, or its terminal is closed: what
+    it tells of goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        silence(self.file)
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            if not is_closed_terminal(error, self.file):
+                raise
+            self.on_broken_pipe()
+
 
 def progress_bar(shown: bool, counts: str = "") -> Progress:
     """The bar of work that is done once and then cached, on stderr; a task's description names it.
@@ -31,7 +50,7 @@ def progress_bar(shown: bool, counts: str = "") -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), *how_far)
     # FORCE_COLOR would move the cursor in a log
     forced = None if sys.stderr.isatty() else False
-    console = Console(stderr=True, force_terminal=forced, force_interactive=forced)
+    console = LastingConsole(stderr=True, force_terminal=forced, force_interactive=forced)
     return Progress(*columns, console=console, disable=not shown)
 
 

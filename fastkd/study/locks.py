@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastkd.errors import UserError
+from fastkd.files.lock import NO_LOCKS
+
 
 class Claim:
     """A claim on a piece of work, held until `release` or the end of all that hold it."""
@@ -28,7 +31,7 @@ class Claim:
         """The claim at `path`, or `None` where someone else holds it."""
         handle = _open(path)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(handle, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
             return None
@@ -46,10 +49,22 @@ def alone(path: Path) -> Iterator[None]:
     """Wait until no other thread or process is inside a block of the same path."""
     handle = _open(path)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        _lock(handle, path, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, path: Path, how: int) -> None:
+    try:
+        fcntl.flock(handle, how)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise UserError(
+            f"{path} can't be locked ({error.strerror}), which keeps runs from being made twice; "
+            "give the study an output on a file system that has locks (flock)"
+        ) from error
 
 
 def _open(path: Path) -> int:

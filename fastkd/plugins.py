@@ -15,7 +15,9 @@ import importlib.metadata
 import sys
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 from fastkd.errors import Interrupted, LostRank, UserError, one_line
@@ -33,9 +35,11 @@ def load_plugins(names: object = ()) -> None:
             left to the validation.
 
     Raises:
-        UserError: naming the plugin that can't be imported or registers what it can't, and why.
+        UserError: naming the plugin that can't be imported or registers what it can't, and why; or
+            one whose file was edited after this process had imported it.
     """
-    _load_installed()
+    for where, name in _load_installed():
+        _check_unedited(where, name)
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list | tuple):
         return
@@ -50,12 +54,64 @@ def place_of(registered: Any) -> str:
     return f"{registered.__module__}.{registered.__qualname__}"
 
 
+@dataclass(frozen=True)
+class _Source:
+    """The file of a module as it was when the module was imported."""
+
+    module: ModuleType
+    spec: object
+    """Another one once the module is reloaded."""
+    file: Path
+    stamp: tuple[int, int]
+    digest: str
+
+    @property
+    def is_edited(self) -> bool:
+        try:
+            return _stamp(self.file) != self.stamp and _digest(self.file) != self.digest
+        except OSError:
+            return True
+
+
+# by the names of modules
+_sources: dict[str, _Source] = {}
+
+
+def note_source(registered: Any) -> None:
+    """Keep what the file of a class's or function's module holds: called while the module is
+    imported, as later the file may hold other code than what runs."""
+    _noted(registered.__module__)
+
+
 def source_digest(registered: Any) -> str | None:
-    """sha256 of the file of a class's or function's module; `None` where it has none."""
-    file = getattr(sys.modules.get(registered.__module__), "__file__", None)
-    if file is None or not Path(file).is_file():
+    """sha256 of the file of a class's or function's module, as it was imported; `None` where it has
+    none."""
+    source = _noted(registered.__module__)
+    return None if source is None else source.digest
+
+
+def _noted(name: str) -> _Source | None:
+    module = sys.modules.get(name)
+    if module is None:
         return None
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    known, spec = _sources.get(name), getattr(module, "__spec__", None)
+    if known is not None and known.module is module and known.spec is spec:
+        return known
+    _sources.pop(name, None)
+    file = getattr(module, "__file__", None)
+    if file is not None and Path(file).is_file():
+        path = Path(file).absolute()
+        _sources[name] = _Source(module, spec, path, _stamp(path), _digest(path))
+    return _sources.get(name)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_mtime_ns, found.st_size
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -114,19 +170,40 @@ def _load(name: str) -> None:
     # as of plugin_errors; a module that exits must not end the command without a word
     except (Exception, SystemExit) as error:
         _refuse(f"plugins: {name}", error)
+    _check_unedited(f"plugins: {name}", name)
+
+
+def _check_unedited(where: str, name: str) -> None:
+    """See that a plugin's code is what its files say, and those of the modules of its package.
+
+    Raises:
+        UserError: the first file that isn't: its old code would run without a word.
+    """
+    package = name.partition(".")[0]
+    for each in [m for m in sys.modules if m == package or m.startswith(f"{package}.")]:
+        source = _noted(each)
+        if source is not None and source.is_edited:
+            raise UserError(
+                f"{where}: {source.file} was changed after this process had imported it, and its "
+                "old code would run; start the process (of a notebook, its kernel) again"
+            )
 
 
 @functools.cache
-def _load_installed() -> None:
+def _load_installed() -> tuple[tuple[str, str], ...]:
+    """Import what installed packages bring; what messages call each of it, and its module."""
+    loaded = []
     found = importlib.metadata.entry_points(group=GROUP)
     for entry in sorted(found, key=lambda entry: (entry.name, entry.value)):
+        package = "a package" if entry.dist is None else entry.dist.name
+        where = f"plugin {entry.name} ({entry.value}) of {package}"
         try:
             entry.load()
         # likewise
         except (Exception, SystemExit) as error:
-            package = "a package" if entry.dist is None else entry.dist.name
-            where = f"plugin {entry.name} ({entry.value}) of {package}"
             _refuse(where, error, "; mend or uninstall it")
+        loaded.append((where, entry.value.partition(":")[0].strip()))
+    return tuple(loaded)
 
 
 def _refuse(where: str, error: BaseException, remedy: str = "") -> NoReturn:

@@ -104,24 +104,31 @@ def test_the_cache_knows_content_and_reader(tmp_path: Path) -> None:
     assert digest(f"list:{path}") != before
 
 
-def test_the_cache_knows_what_the_module_of_a_reader_says(
+def test_the_cache_knows_what_the_module_of_a_reader_said_when_it_was_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = tmp_path / "readers_of_a_test.py"
-    module.write_text("def read(place):\n    return [open(place).read()]\n")
+    path = tmp_path / "readers_of_a_test.py"
+    path.write_text("def read(place):\n    return [open(place).read()]\n")
     monkeypatch.syspath_prepend(tmp_path)
-    register_reader(".md")(importlib.import_module(module.stem).read)
+    module = importlib.import_module(path.stem)
+    register_reader(".md")(module.read)
     (tmp_path / "a.md").write_text("a")
-    (source,) = resolve([str(tmp_path / "a.md")], settings(tmp_path))
-    before = source.digest(quick=False)
-    assert before == source.digest(quick=False)
-    module.write_text(module.read_text().replace("read()", "read().upper()"))
-    assert source.digest(quick=False) != before
+
+    def digest() -> str:
+        (source,) = resolve([str(tmp_path / "a.md")], settings(tmp_path))
+        return source.digest(quick=False)
+
+    before = digest()
+    # the code that runs is still the old one, and its text must not stand for the new one's
+    path.write_text(path.read_text().replace("read()", "read().upper()"))
+    assert digest() == before
+    register_reader(".md")(importlib.reload(module).read)
+    edited = digest()
     # code that lies in no file is known by what it gives
-    module.unlink()
-    without = source.digest(quick=False)
+    monkeypatch.delitem(vars(importlib.reload(module)), "__file__")
+    without = digest()
     (tmp_path / "a.md").write_text("b")
-    assert len({before, without, source.digest(quick=False)}) == 3
+    assert len({before, edited, without, digest()}) == 4
 
 
 @pytest.mark.parametrize("streaming", [False, True])

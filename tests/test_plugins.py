@@ -166,6 +166,29 @@ def test_a_plugin_that_fails_says_which_and_why(tmp_path: Path, text: str) -> No
         assert refusal(tree(plugins=["broken"])).startswith(BROKEN[text][1])
 
 
+def test_a_plugin_that_was_edited_since_its_import_is_refused(tmp_path: Path) -> None:
+    package = tmp_path / "edited_plugin"
+    package.mkdir()
+    write(package, "__init__", "from edited_plugin import losses")
+    write(package, "losses", LOSS)
+    given = tree(plugins=["edited_plugin"], losses={"norms": {}})
+    parse_recipe(given)
+    (package / "losses.py").touch()
+    parse_recipe(given)
+    for text in (LOSS.replace("square()", "abs()"), None):
+        (package / "losses.py").unlink()
+        if text is not None:
+            write(package, "losses", text)
+        assert refusal(given) == (
+            f"plugins: edited_plugin: {package / 'losses.py'} was changed after this process had "
+            "imported it, and its old code would run; start the process (of a notebook, its "
+            "kernel) again"
+        )
+    write(package, "losses", LOSS.replace("square()", "abs()"))
+    importlib.reload(sys.modules["edited_plugin.losses"])
+    parse_recipe(given)
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -189,7 +212,7 @@ def test_what_names_no_module_is_refused(given: Any, expected: str) -> None:
 class Entry:
     """An entry point of an installed package."""
 
-    name, value, dist = "losses", "their.losses", None
+    name, value, dist = "losses", "their_losses", None
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error, self.loaded = error, 0
@@ -198,9 +221,10 @@ class Entry:
         self.loaded += 1
         if self.error is not None:
             raise self.error
+        importlib.import_module(self.value)
 
 
-def test_installed_packages_bring_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_packages_bring_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def entry_points(group: str) -> list[Entry]:
@@ -210,12 +234,16 @@ def test_installed_packages_bring_plugins(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
     plugins._load_installed.cache_clear()
     entry = Entry()
+    write(tmp_path, entry.value, LOSS)
     plugins.load_plugins()
     plugins.load_plugins()
     assert (asked, entry.loaded) == (["fastkd.plugins"], 1)
+    write(tmp_path, entry.value, LOSS.replace("square()", "abs()"))
+    with pytest.raises(UserError, match=r"^plugin losses \(their_losses\) of a package: .* was c"):
+        plugins.load_plugins()
     plugins._load_installed.cache_clear()
     entry = Entry(ImportError("no"))
-    with pytest.raises(UserError, match=r"^plugin losses \(their.losses\) of a package fails"):
+    with pytest.raises(UserError, match=r"^plugin losses \(their_losses\) of a package fails"):
         plugins.load_plugins()
     plugins._load_installed.cache_clear()
 
@@ -223,8 +251,8 @@ def test_installed_packages_bring_plugins(monkeypatch: pytest.MonkeyPatch) -> No
 def test_fields_lists_what_installed_packages_bring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name, entry = write(tmp_path, "norms_plugin", LOSS), Entry()
-    monkeypatch.setattr(entry, "load", lambda: importlib.import_module(name))
+    entry = Entry()
+    write(tmp_path, entry.value, LOSS)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
     monkeypatch.setattr(sys, "argv", ["fastkd", "fields", "losses.norms"])
     plugins._load_installed.cache_clear()

@@ -9,7 +9,7 @@ from fastkd.errors import UserError
 from fastkd.layer_map.base import LayerMap
 from fastkd.layer_map.checks import map_errors
 from fastkd.layer_map.sections import MAP_SECTIONS, MapConfig, is_map_name
-from fastkd.plugins import place_of
+from fastkd.plugins import note_source, place_of
 from fastkd.section import check_annotations
 
 _MAPS: dict[str, type[LayerMap]] = {}
@@ -42,6 +42,7 @@ def register_layer_map(name: str) -> Callable[[M], M]:
                 f"{place_of(layer_map)} another name"
             )
         _MAPS[name] = layer_map
+        note_source(layer_map)
         MAP_SECTIONS[name] = _section(layer_map)
         return layer_map
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastkd.errors import UserError
-from fastkd.plugins import place_of
+from fastkd.plugins import note_source, place_of
 from fastkd.section import check_annotations, did_you_mean
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def register_loss(name: str) -> Callable[[L], L]:
         if name in OTHER_KEYS:
             raise UserError(f"losses.{name} is no loss; give {place_of(loss)} another name")
         _LOSSES[name] = loss
+        note_source(loss)
         return loss
 
     return register

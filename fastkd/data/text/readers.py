@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fastkd.data.text.files import Source, file_digest
 from fastkd.errors import UserError, is_text
-from fastkd.plugins import place_of, plugin_errors, source_digest
+from fastkd.plugins import note_source, place_of, plugin_errors, source_digest
 
 Reader = Callable[[str], Iterable[str]]
 """From a path, or from what stands behind `NAME:`, to documents: the same ones in the same order
@@ -65,6 +65,7 @@ def register_reader(form: str) -> Callable[[Reader], Reader]:
             by = "fastkd" if taken is None else place_of(taken)
             raise UserError(f"reader {form!r}: {by} reads it already; give another name")
         _readers[form] = reader
+        note_source(reader)
         return reader
 
     return register

@@ -5,8 +5,9 @@ the command line turns into a line and an exit code is an exception here: `UserE
 caller can mend, `Interrupted` after Ctrl-C or SIGTERM once a checkpoint is written, `LostRank`.
 
 A process is left as it was found. One that has initialised `torch.distributed` keeps its group and
-its ranks; any other gets a group of one for the time of the call. Signals are handled where Python
-allows it, in the main thread. One run at a time: a second one, in another thread, is refused.
+its ranks; any other gets a group of one for the time of the call. The caller's default dtype,
+autocast, `no_grad` or `inference_mode` change no number. Signals are handled where Python allows
+it, in the main thread. One run at a time: a second one, in another thread, is refused.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from fastkd.training.evaluate_run import evaluate_run
 from fastkd.training.loop import run_recipe
 from fastkd.training.run_folder import RunFolder
 from fastkd.training.session import quietened, session
+from fastkd.training.usual_modes import usual_modes
 from fastkd.types import AnyPath, Head
 
 OnStep = Callable[[int, dict[str, Any]], None]
@@ -51,7 +53,7 @@ class RunResult:
     """What a finished run left."""
 
     folder: Path
-    """Where it was written: the folder that `evaluate` takes."""
+    """Where it was written, from the root: the folder that `evaluate` takes."""
     summary: dict[str, Any] = field(repr=False)
     """As in its `summary.json`."""
     head: Head = "none"
@@ -81,16 +83,23 @@ class RunResult:
     @cached_property
     def student(self) -> PreTrainedModel:
         """The student, read from the folder that was exported: fp32, on the CPU, in eval mode."""
-        folder = str(self.folder / "student")
-        with quietened():
+        folder = self._student_folder()
+        with quietened(), usual_modes():
             model, _ = read_model(folder, f"student {folder}", torch.float32, None, self.head)
         return model.eval()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that was exported with it."""
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder / "student")
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._student_folder())
         return found
+
+    def _student_folder(self) -> str:
+        # what is no folder would be asked for on the hub
+        folder = (self.folder / "student").absolute()
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not there; make the run again, or move it back")
+        return str(folder)
 
 
 def distill(
@@ -157,6 +166,8 @@ def finetune(
 def _run(
     recipe: AnyRecipe, head: Head, resume: bool, quiet: bool, callbacks: Callbacks
 ) -> RunResult:
+    # the caller may go elsewhere
+    folder = Path(recipe.run.output).absolute()
     with session(recipe, quiet=quiet) as (ranks, reporter):
         summary = run_recipe(
             recipe,
@@ -170,7 +181,7 @@ def _run(
         summary = ranks.from_main(lambda: json.loads(json.dumps(summary)))
         if ranks.is_main:
             print_summary(summary, reporter)
-    return RunResult(Path(recipe.run.output), summary, head)
+    return RunResult(folder, summary, head)
 
 
 def evaluate(

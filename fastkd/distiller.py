@@ -40,6 +40,7 @@ from fastkd.plugins import plugin_errors
 from fastkd.recipe import Losses, complain
 from fastkd.section import Section
 from fastkd.training.teacher import TeacherRunner
+from fastkd.training.usual_modes import usual_modes
 from fastkd.types import Head, Inputs
 
 _EXAMPLES = DIVISORS.index("examples")
@@ -128,7 +129,7 @@ class Distiller(nn.Module):
             check_whole_heads(teacher)
         traits, self._routed = _tried(student, teacher, tokens, needs)
         # those of GPUs are the caller's: nothing here is drawn there
-        with torch.random.fork_rng(devices=[]):
+        with usual_modes(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             objective = make_objective(
                 section, layers, student, teacher, traits, head=head, seed=seed

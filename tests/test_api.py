@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +159,12 @@ def test_an_evaluation_repeats_what_the_run_said(
 
 def test_layers_are_inspected(recipe: Path, result: fastkd.RunResult) -> None:
     folder = recipe.parent
-    found = fastkd.inspect_layers(
-        folder / "teacher", folder / "teacher", folder / "corpus.txt", blocks=4, block_size=16
-    )
+    given = folder / "teacher", folder / "teacher", folder / "corpus.txt"
+    found = fastkd.inspect_layers(*given, blocks=4, block_size=16)
     assert found.cka.shape == (5, 5) and np.allclose(np.diag(found.cka), 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = fastkd.inspect_layers(*given, blocks=4, block_size=16)
+    assert np.array_equal(again.cka, found.cka)
 
 
 def test_a_model_is_tuned(tmp_path: Path) -> None:
@@ -290,13 +292,48 @@ def _state() -> list[Any]:
         logging.get_verbosity(),
         logging.is_progress_bar_enabled(),
         dist.is_initialized(),
+        torch.get_default_dtype(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
     ]
 
 
-def test_a_process_is_left_as_found(recipe: Path, result: fastkd.RunResult) -> None:
+@pytest.fixture
+def modes() -> Iterator[None]:
+    """What a caller may have set, and what no number of fastkd's is to follow."""
+    dtype = torch.get_default_dtype()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        torch.set_default_dtype(torch.bfloat16)
+        yield
+    torch.set_default_dtype(dtype)
+
+
+def test_a_process_is_left_as_found_and_changes_nothing(
+    recipe: Path, result: fastkd.RunResult, modes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(recipe.parent)
     before = _state()
-    run(recipe, "left", quiet=True)
+    found = fastkd.distill(recipe, STEPS, quiet=True, **{"run.output": "left"})
     assert _state() == before
+    monkeypatch.chdir("/")
+    assert found.folder == recipe.parent / "left"
+    assert found.losses_after == result.losses_after
+    assert fastkd.evaluate(found, quiet=True).losses == result.losses_after
+    weights = read_weights(result.folder)
+    assert all(torch.equal(w, weights[name]) for name, w in read_weights(found.folder).items())
+    tuned = found.student
+    assert {p.dtype for p in tuned.parameters()} == {torch.float32}
+    assert all(p.requires_grad and not p.is_inference() for p in tuned.parameters())
+
+
+def test_a_folder_that_is_gone_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    gone = fastkd.RunResult(Path("bert"), {})
+    for read in (lambda: gone.student, lambda: gone.tokenizer):
+        with pytest.raises(fastkd.UserError, match=rf"^{tmp_path}/bert/student is not there; make"):
+            read()
 
 
 def test_a_callers_process_group_stays(recipe: Path, result: fastkd.RunResult) -> None:

@@ -184,6 +184,11 @@ def test_a_seed_draws_projections_and_maps_and_nothing_else() -> None:
 
     first, again = drawn(1), drawn(1)
     assert torch.equal(first[0], again[0]) and first[1] == again[1]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(first[0], drawn(1)[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
     others = [drawn(seed) for seed in range(2, 6)]
     assert not any(torch.equal(first[0], weights) for weights, _ in others)
     for place, links in enumerate(first[1]):

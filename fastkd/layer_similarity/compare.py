@@ -29,6 +29,7 @@ from fastkd.models import (
 )
 from fastkd.section import check_place
 from fastkd.training.session import quietened
+from fastkd.training.usual_modes import usual_modes
 from fastkd.types import AnyPath, ModelSource, Side
 
 MAPS: tuple[MapKind, ...] = ("uniform", "last", "first")
@@ -123,6 +124,7 @@ def measure(
 
 
 @quietened()
+@usual_modes()
 def inspect_layers(
     teacher: AnyPath,
     student: AnyPath,

@@ -1,7 +1,7 @@
 """What stands around a run in one process: its ranks, what it says, and what its errors become.
 
-A process is left as it was found: its process group, if it had one, its random numbers, what its
-libraries print. A notebook may run one recipe after the other.
+A process is left as it was found: its process group, if it had one, its random numbers, torch's
+modes, what its libraries print. A notebook may run one recipe after the other.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fastkd.reporting.console import Reporter
 from fastkd.reporting.encoding import all_names_said
 from fastkd.signals import Signalled
 from fastkd.training.memory import memory_errors
+from fastkd.training.usual_modes import usual_modes
 
 _BUSY = threading.Lock()
 
@@ -61,6 +62,7 @@ def session(
             meet = stack.enter_context(said_once())
             stack.enter_context(all_names_said())
             stack.enter_context(quietened())
+            stack.enter_context(usual_modes())
             ranks = stack.enter_context(joined_ranks())
             meet(ranks)
             # of this rank's GPU, which is chosen by now

@@ -171,6 +171,40 @@ def test_a_log_has_no_width(capsys: pytest.CaptureFixture[str]) -> None:
     assert not any(len(line) > 1000 for line in lines)
 
 
+class WriteOnly:
+    """A caller's stdout, which can do no more."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+    def flush(self) -> None: ...
+
+
+def closed() -> io.TextIOWrapper:
+    stream = io.TextIOWrapper(io.BytesIO())
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("stream", [None, WriteOnly(), closed(), io.TextIOWrapper(io.BytesIO())])
+def test_any_stdout_will_do(stream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with session() as (_, made), made.steps(0, 1), progress_bar(True) as bar:
+        made.say("one line")
+        bar.advance(bar.add_task("tokenising", total=2), 2)
+        if isinstance(stream, io.TextIOWrapper):
+            # also in between
+            stream.close()
+        made.metrics(1, 1, ["loss 0.5"])
+        made.table("a table", ["", "a"], [["b", "1"]])
+    if isinstance(stream, WriteOnly):
+        assert "one line\n" in stream.text and "step 1/1  loss 0.5\n" in stream.text
+
+
 @pytest.mark.parametrize("width", [60, 25])
 def test_a_narrow_terminal_cuts_nothing(width: int) -> None:
     made, written = reporter(live=True, width=width)

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from fastkd.errors import printable
 from fastkd.reporting.progress import LastingConsole, live_bar
+from fastkd.reporting.streams import is_terminal
 
 # wider than any table
 _NO_END = 1_000_000
@@ -29,7 +30,7 @@ class Reporter:
 
     def __init__(self, *, silent: bool = False) -> None:
         # a log has no width: nothing in it may be folded or cut
-        width = None if sys.stdout.isatty() else _NO_END
+        width = None if is_terminal(sys.stdout) else _NO_END
         self.console = LastingConsole(quiet=silent, highlight=False, width=width, soft_wrap=True)
         self._bar: tuple[Progress, TaskID] | None = None
 
@@ -39,7 +40,7 @@ class Reporter:
         moves no cursor."""
         console = self.console
         moves = console.is_interactive and not console.is_dumb_terminal
-        return moves and console.file.isatty() and not console.quiet
+        return moves and is_terminal(console.file) and not console.quiet
 
     def say(self, text: str) -> None:
         """One line, or several."""

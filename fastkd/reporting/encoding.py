@@ -20,7 +20,7 @@ def all_names_said() -> Iterator[None]:
     """Write characters that stdout can't encode as escapes, `\\xe9`, while the context is open."""
     stream = sys.stdout
     # what a notebook or a live bar puts in its place encodes by itself
-    if not isinstance(stream, io.TextIOWrapper) or stream.errors not in _RAISING:
+    if not isinstance(stream, io.TextIOWrapper) or stream.closed or stream.errors not in _RAISING:
         yield
         return
     errors = stream.errors
@@ -28,7 +28,8 @@ def all_names_said() -> Iterator[None]:
     try:
         yield
     finally:
-        _set(stream, errors)
+        if not stream.closed:
+            _set(stream, errors)
 
 
 def _set(stream: io.TextIOWrapper, errors: str) -> None:

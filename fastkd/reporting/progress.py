@@ -15,10 +15,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fastkd.reporting.streams import is_closed_terminal, silence
+from fastkd.reporting.streams import OpenConsole, is_closed_terminal, is_terminal, silence
 
 
-class LastingConsole(Console):
+class LastingConsole(OpenConsole):
     """Falls silent where its reader ends, as `head` and `less` do, or its terminal is closed: what
     it tells of goes on."""
 
@@ -49,7 +49,7 @@ def progress_bar(shown: bool, counts: str = "") -> Progress:
     )
     columns = (TextColumn("{task.description}"), BarColumn(), *how_far)
     # FORCE_COLOR would move the cursor in a log
-    forced = None if sys.stderr.isatty() else False
+    forced = None if is_terminal(sys.stderr) else False
     console = LastingConsole(stderr=True, force_terminal=forced, force_interactive=forced)
     return Progress(*columns, console=console, disable=not shown)
 

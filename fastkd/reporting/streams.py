@@ -1,11 +1,16 @@
-"""Streams that nobody hears any more: a pipe whose reader has ended, a terminal that was closed."""
+"""Streams that say nothing: a pipe whose reader has ended, a terminal that was closed, and what a
+caller has put in the place of stdout and stderr: none, closed ones, and objects that can do little
+more than `write`. What is said there goes nowhere and ends nothing."""
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
-from typing import IO
+from typing import IO, Any
+
+from rich.console import Console
 
 
 def silence(stream: IO[str]) -> None:
@@ -19,3 +24,24 @@ def is_closed_terminal(error: OSError, stream: IO[str]) -> bool:
     """Whether a write failed as its terminal is gone, not as a disk failed."""
     # such a one no longer says that it is a terminal
     return error.errno == errno.EIO and stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
+
+
+class OpenConsole(Console):
+    """Says nothing where its stream is closed, also where that happens in between."""
+
+    @property
+    def file(self) -> IO[str]:
+        """What is written to now."""
+        found = super().file
+        return io.StringIO() if getattr(found, "closed", False) else found
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether someone watches a stream; what can't say so is no terminal."""
+    if not hasattr(stream, "isatty") or getattr(stream, "closed", False):
+        return False
+    return bool(stream.isatty())

@@ -472,11 +472,17 @@ def joined_ranks() -> Iterator[Ranks]:
     had_group, had_deepspeed = dist.is_initialized(), _uses_deepspeed()
     environment = {name: os.environ.get(name) for name in _CHANGED}
     gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+    hook = of_group = sys.excepthook
     ended = False
     try:
-        yield start_ranks()
+        ranks = start_ranks()
+        of_group = sys.excepthook
+        yield ranks
         ended = True
     finally:
+        # torch's, which writes the rank before each line; another one is the caller's
+        if sys.excepthook is of_group:
+            sys.excepthook = hook
         if had_group:
             if not had_deepspeed:
                 _forget_groups()

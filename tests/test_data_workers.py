@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -45,6 +46,20 @@ def test_large_arguments_and_results_pass_at_once() -> None:
     with closing(Workers(bytes.upper, 2, "lost")) as workers:
         futures = [workers.submit(b"a" * (1 << 21)) for _ in range(6)]
         assert all(future.result() == b"A" * (1 << 21) for future in futures)
+
+
+def test_a_process_that_may_have_no_children_does_the_work_itself() -> None:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        (found,) = pool.map(in_a_pool, [3])
+    assert found == (6, "seven", True)
+
+
+def in_a_pool(number: int) -> tuple[int, str, bool]:
+    """Twice the number, what 7 comes to, and whether both were worked out here."""
+    with closing(Workers(double, 2, "")) as workers:
+        done, failed = workers.submit(number), workers.submit(7)
+    doubled, pid = done.result()
+    return doubled, str(failed.exception()), pid == os.getpid()
 
 
 def test_an_error_of_the_function_is_raised_where_its_result_is_asked_for() -> None:

@@ -3,8 +3,10 @@
 They are forked, so that any function works, and fed through pipes by a thread each. They hold
 nothing, so they are ended by a kill; signals that ask a run for an end leave them alone, as the run
 decides when it needs them no more; and where their process is gone, even by a kill, they find
-their pipe closed and end. The road not taken: `ProcessPoolExecutor`, whose processes outlive a
-process that is killed, and which waits forever for some that don't heed SIGTERM.
+their pipe closed and end. A process that may have no children, such as one of a
+`multiprocessing.Pool`, does the work itself. The road not taken: `ProcessPoolExecutor`, whose
+processes outlive a process that is killed, and which waits forever for some that don't heed
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ class Workers(Generic[A, R]):
 
     def __init__(self, function: Callable[[A], R], count: int, lost: str) -> None:
         self._lost = lost
+        # what a pool started is daemonic
+        self._alone = function if multiprocessing.current_process().daemon else None
         self._idle: SimpleQueue[Connection] = SimpleQueue()
         self._threads = ThreadPoolExecutor(count, "fastkd-workers")
         context = multiprocessing.get_context("fork")
@@ -45,7 +49,7 @@ class Workers(Generic[A, R]):
         processes: list[BaseProcess] = []
         # tokenizers warns about a fork after its threads were used, unless told what is wanted
         with variable("TOKENIZERS_PARALLELISM", "false"):
-            for _ in range(count):
+            for _ in range(0 if self._alone else count):
                 here, there = context.Pipe()
                 ours.append(here)
                 # a copy of our end in a child would keep its pipe open when we are gone
@@ -62,7 +66,17 @@ class Workers(Generic[A, R]):
 
     def submit(self, argument: A) -> Future[R]:
         """Call the function; a process that is gone is a `UserError`."""
-        return self._threads.submit(self._ask, argument)
+        if self._alone is None:
+            return self._threads.submit(self._ask, argument)
+        # here and now: tokenizers bear no call of another thread meanwhile
+        done: Future[R] = Future()
+        result, error = _answer(self._alone, argument)
+        if error is not None:
+            done.set_exception(error)
+        else:
+            made: Any = result
+            done.set_result(made)
+        return done
 
     def close(self) -> None:
         """End the processes, whatever they do."""

@@ -60,6 +60,13 @@ def test_importing_the_package_loads_nothing() -> None:
     assert min(float(seconds) for seconds, _ in found) < 0.2
 
 
+def test_loading_a_name_draws_no_random_number() -> None:
+    code = "import random; random.seed(0); old = random.getstate(); import fastkd; fastkd.distill; "
+    code += "print(random.getstate() == old)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
 def test_every_public_name_is_there() -> None:
     assert all(getattr(fastkd, name) is not None for name in fastkd.__all__)
     assert set(fastkd.__all__) <= set(dir(fastkd))
@@ -292,6 +299,7 @@ def _state() -> list[Any]:
         logging.get_verbosity(),
         logging.is_progress_bar_enabled(),
         dist.is_initialized(),
+        sys.excepthook,
         torch.get_default_dtype(),
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu"),

@@ -8,7 +8,6 @@ Names are loaded when they are first used, so that `import fastkd` costs next to
 
 from __future__ import annotations
 
-import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -72,12 +71,7 @@ def __getattr__(name: str) -> Any:
         return version("fastkd")
     for module, names in _MODULES.items():
         if name in names:
-            # rich draws random numbers when it is imported, and they are the caller's
-            state = random.getstate()
-            try:
-                return getattr(import_module(module), name)
-            finally:
-                random.setstate(state)
+            return getattr(import_module(module), name)
     raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
 
 

@@ -9,3 +9,11 @@ text: never markup, never a control character.
 
 `report.py`, `curves.py` and `side_by_side.py` know runs; all else is given numbers and words.
 """
+
+import importlib
+import random
+
+# rich draws random numbers when it is imported, and they are the caller's
+_numbers = random.getstate()
+importlib.import_module("rich.console")
+random.setstate(_numbers)

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -276,15 +275,15 @@ def test_the_slower_of_two_builds_gives_way(tmp_path: Path) -> None:
 def test_full_disk(
     data: TextSettings, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = tempfile.mkdtemp
+    make = cache._own_folder
 
-    def on_a_full_disk(prefix: str, dir: Path) -> str:
-        folder = make(prefix=prefix, dir=dir)
-        (Path(folder) / "train.arrow").symlink_to("/dev/full")
-        return folder
+    def on_a_full_disk(root: Path, kind: str) -> tuple[Path, int | None]:
+        folder, lock = make(root, kind)
+        (folder / "train.arrow").symlink_to("/dev/full")
+        return folder, lock
 
     with monkeypatch.context() as patched:
-        patched.setattr(tempfile, "mkdtemp", on_a_full_disk)
+        patched.setattr(cache, "_own_folder", on_a_full_disk)
         with pytest.raises(UserError, match=r"no space left under .*cache"):
             prepare_corpus(data, tokenizer, progress=False)
     assert folders(data) == []

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +192,68 @@ def test_a_killed_build_is_removed_and_a_running_one_is_not(tmp_path: Path) -> N
         assert not is_complete(tmp_path / "key")
         assert list(tmp_path.iterdir()) == [running]
         write_meta(running, {"n": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_a_folder_is_open_to_whom_the_umask_leaves_it(tmp_path: Path) -> None:
+    tmp_path.chmod(0o2770)
+    before = os.umask(0o002)
+    try:
+        with new_folder(tmp_path / "cache" / "key") as folder:
+            write_meta(folder, {"n": 1})
+    finally:
+        os.umask(before)
+    paths = ("cache", "cache/key", "cache/key/meta.json")
+    modes = [stat.S_IMODE((tmp_path / path).stat().st_mode) for path in paths]
+    assert [oct(mode) for mode in modes] == ["0o2775", "0o2775", "0o664"]
+
+
+def as_another(work: Callable[[], None], place: Path) -> int | None:
+    """Exit status of what is done, in a folder, by one who is not root."""
+
+    def dropped() -> None:
+        # which leads into it, whatever the folders above allow
+        os.chdir(place)
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=dropped)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+@pytest.mark.parametrize("name", ["meta.json", "train.arrow", "."])
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path: Path, name: str) -> None:
+    tmp_path.chmod(0o777)
+    with new_folder(tmp_path / "key") as folder:
+        (folder / "train.arrow").write_bytes(b"blocks")
+        write_meta(folder, {"n": 1})
+    (tmp_path / "key" / name).chmod(0)
+
+    def use() -> None:
+        whose = r"key.* may not be read \(Permission denied\): .*key.* is owned by .*mode is 0"
+        with pytest.raises(UserError, match=rf"^data\.cache: {whose}; .*another folder"):
+            is_complete(Path("key"))
+
+    assert as_another(use, tmp_path) == 0
+    (tmp_path / "key").chmod(0o755)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["key", "meta.json", "train.arrow"]
+
+
+def test_what_is_damaged_and_may_not_be_replaced_is_said_first(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with new_folder(tmp_path / "key") as folder:
+        write_meta(folder, {"n": 1})
+    _flip(tmp_path / "key" / "meta.json", 0)
+    (tmp_path / "key").chmod(0o555)
+
+    def use() -> None:
+        with pytest.raises(UserError, match=r"key is damaged .*may not replace it"):
+            is_complete(Path("key"))
+
+    assert as_another(use, tmp_path) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 

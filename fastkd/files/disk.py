@@ -6,8 +6,9 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from fastkd.errors import DiskError, UserError
@@ -113,6 +114,24 @@ def settle(path: Path) -> None:
             os.fsync(file.fileno())
     for folder in folders:
         sync_folder(folder)
+
+
+def not_allowed(path: Path, error: PermissionError) -> str:
+    """What may not be read and by whom it is owned, the beginning of a message."""
+    # of what lies in a folder that may not be entered, nothing is known but the folder
+    for place in (path, *path.parents, *path.absolute().parents):
+        with suppress(OSError):
+            status = place.stat()
+            break
+    try:
+        owner = place.owner()
+    except (KeyError, OSError):
+        owner = str(status.st_uid)
+    mode = stat.S_IMODE(status.st_mode)
+    return (
+        f"{path} may not be read ({error.strerror}): {place} is owned by {owner} and its mode is "
+        f"{mode:o}; let its owner or an administrator grant you to read it"
+    )
 
 
 def disk_errors(

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastkd.errors import UserError
+from fastkd.files.disk import not_allowed
 
 
 def flat_file(folder: Path, name: str) -> Path:
@@ -28,13 +29,15 @@ def open_flat(
     """The array of a name, [size], read-only; `field` of the recipe says where the folder is.
 
     Raises:
-        UserError: it is not there, or has another size.
+        UserError: it is not there, may not be read, or has another size.
     """
     remedy = f"{field}: {folder} is damaged; delete it and run again"
     path = flat_file(folder, name)
     try:
         # an empty file can't be mapped
         stored = np.memmap(path, dtype=dtype, mode="r") if size else np.fromfile(path, dtype)
+    except PermissionError as error:
+        raise UserError(f"{field}: {not_allowed(path, error)}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{remedy} ({error})") from error
     if len(stored) != size:

@@ -16,12 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastkd.errors import UserError
+from fastkd.files.disk import not_allowed
+
 # more than a list of all files of ten thousand ranks
 _LIMIT = 1 << 26
 # a change shows in a file's times, on the coarsest of disks, where the last one is as old
 _SETTLED_SECONDS = 2.0
 # digests that this process has made, by what its file looked like then, wherever that lay
 _known: dict[tuple[int, ...], str] = {}
+
+
+class Forbidden(UserError):
+    """Something that this user may not read, which says nothing of what it holds."""
 
 
 class Damaged(ValueError):
@@ -71,11 +78,14 @@ def check_size(path: Path, written: Written) -> None:
 
     Raises:
         Damaged: there isn't.
+        Forbidden: it can't be told.
     """
     try:
         status = path.lstat()
     except FileNotFoundError as error:
         raise Damaged(f"{path.name} is missing") from error
+    except PermissionError as error:
+        raise Forbidden(not_allowed(path, error)) from error
     except OSError as error:
         raise Damaged(f"{path.name} can't be looked at ({error.strerror})") from error
     # a link, a folder, a device, a pipe that would never end
@@ -90,11 +100,14 @@ def check_bytes(path: Path, written: Written) -> None:
 
     Raises:
         Damaged: it isn't.
+        Forbidden: it can't be told.
     """
     check_size(path, written)
     try:
         if file_sha256(path) != written.sha256:
             raise Damaged(f"{path.name} is not what was written: its sha256 differs")
+    except PermissionError as error:
+        raise Forbidden(not_allowed(path, error)) from error
     except OSError as error:
         raise Damaged(f"{path.name} can't be read ({error.strerror})") from error
 
@@ -110,12 +123,15 @@ def read_json(path: Path) -> Any:
 
     Raises:
         Damaged: it is no file, or holds no JSON.
+        Forbidden: it may not be read.
     """
     try:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > _LIMIT:
             raise Damaged(f"{path.name} is another file")
         return json.loads(path.read_text(encoding="utf-8"))
+    except PermissionError as error:
+        raise Forbidden(not_allowed(path, error)) from error
     except (OSError, RecursionError) as error:
         raise Damaged(f"{path.name} can't be read") from error
     except Damaged:
@@ -129,6 +145,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
     Raises:
         Damaged: a byte of the file is another, or it can't be read.
+        Forbidden: it may not be read.
     """
     tree = read_json(path)
     if not isinstance(tree, dict) or "sha256" not in tree:

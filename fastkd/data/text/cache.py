@@ -15,8 +15,9 @@ import json
 import logging
 import os
 import platform
+import secrets
 import shutil
-import tempfile
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -32,8 +33,10 @@ from transformers import PreTrainedTokenizerBase
 from fastkd.data.known_ids import known_rows
 from fastkd.data.text.packing import IntArray
 from fastkd.errors import UserError
+from fastkd.files.disk import not_allowed
 from fastkd.files.sealed import (
     Damaged,
+    Forbidden,
     Written,
     check_bytes,
     check_size,
@@ -114,6 +117,9 @@ def is_complete(folder: Path, field: str = "data.cache", *, build: bool = True) 
         field: of the recipe, which says where it is.
         build: whether this process builds what is missing; the others look at names and sizes, as
             it has read the bytes. It also removes what killed builds left behind.
+
+    Raises:
+        UserError: it may not be read, or is damaged and may not be replaced.
     """
     if build:
         _remove_stale(folder.parent)
@@ -121,8 +127,15 @@ def is_complete(folder: Path, field: str = "data.cache", *, build: bool = True) 
         return False
     try:
         _check(folder, content=build)
+    except Forbidden as error:
+        raise UserError(f"{field}: {error}, or give another folder") from error
     except Damaged as error:
         if build:
+            if not _may_replace(folder):
+                raise UserError(
+                    f"{field}: {folder} is damaged ({error}), and you may not replace it; let who "
+                    "may write there remove it, or give another folder"
+                ) from error
             logger.warning("%s: %s is damaged (%s); it is built again", field, folder, error)
         return False
     return True
@@ -161,6 +174,15 @@ def _check(folder: Path, *, content: bool) -> None:
         for name, written in files.items():
             check_bytes(folder / name, written)
         _checked[folder] = seen
+
+
+def _may_replace(folder: Path) -> bool:
+    """Whether this user may move a folder away, which is known before another one is built."""
+    above, own, user = folder.parent.stat(), folder.lstat(), os.geteuid()
+    # a folder that moves into another one is written to itself
+    writable = os.access(folder, os.W_OK) if stat.S_ISDIR(own.st_mode) else True
+    ours = not above.st_mode & stat.S_ISVTX or user in (0, above.st_uid, own.st_uid)
+    return writable and ours and os.access(folder.parent, os.W_OK | os.X_OK)
 
 
 def _look(path: Path) -> tuple[str, int, int, int]:
@@ -206,6 +228,8 @@ def read_meta(folder: Path, field: str = "data.cache") -> dict[str, int]:
     """The counts of a complete folder; `field` of the recipe says where it is."""
     try:
         return _read_meta(folder)[0]
+    except Forbidden as error:
+        raise UserError(f"{field}: {error}") from error
     except Damaged as error:
         raise UserError(f"{field}: {folder} is damaged ({error}); run again") from error
 
@@ -223,6 +247,8 @@ def open_blocks(folder: Path, name: str, expected: int) -> Dataset:
     remedy = f"data.cache: {folder} is damaged; delete it and run again"
     try:
         blocks = Dataset.from_file(str(folder / name))
+    except PermissionError as error:
+        raise UserError(f"data.cache: {not_allowed(folder / name, error)}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{remedy} ({error})") from error
     if len(blocks) != expected:
@@ -247,18 +273,27 @@ def _rename(temporary: Path, folder: Path) -> None:
 def _put_aside(folder: Path) -> None:
     """Make room for a folder in place of a damaged one; who has that open keeps it."""
     aside, lock = _own_folder(folder.parent, _DAMAGED)
-    # another process may have been quicker
-    with suppress(FileNotFoundError):
-        os.rename(folder, aside / folder.name)
-    shutil.rmtree(aside, ignore_errors=True)
-    if lock is not None:
-        os.close(lock)
+    try:
+        # another process may have been quicker
+        with suppress(FileNotFoundError):
+            os.rename(folder, aside / folder.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def _own_folder(root: Path, kind: str) -> tuple[Path, int | None]:
-    """A new folder and a lock on it, which ends with this process; `None` where none can be had."""
+    """A new folder and a lock on it, which ends with this process; `None` where none can be had.
+
+    Its permissions are those of the umask: `mkdtemp` makes one for this user alone.
+    """
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f"{kind}{machine()}-", dir=root))
+        folder = root / f"{kind}{machine()}-{secrets.token_hex(6)}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
         try:
             lock = _lock(folder)
         except (BlockingIOError, FileNotFoundError):
@@ -292,7 +327,8 @@ def _lock(folder: Path) -> int:
 
 def _remove_stale(root: Path) -> None:
     """Remove what killed builds left: those of this machine at once, others when they are old."""
-    if not root.is_dir():
+    # which is `False` where it may not be looked for, too
+    if not os.path.isdir(root):
         return
     for leftover in [*root.glob(f"{_BUILDING}*"), *root.glob(f"{_DAMAGED}*")]:
         # gone meanwhile, or not ours to remove

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkd.errors import DiskError
+from fastkd.files.disk import not_allowed
 from fastkd.files.flat import flat_file
 from fastkd.training.teacher_cache.layout import BITS, Field
 
@@ -137,6 +138,9 @@ class StoredRows:
     def _errors_of(self, field: Field) -> Iterator[None]:
         try:
             yield
+        except PermissionError as error:
+            path = flat_file(self._folder, field.name)
+            raise DiskError(f"teacher.cache_folder: {not_allowed(path, error)}") from error
         except OSError as error:
             raise self._unreadable(field, str(error)) from error
 

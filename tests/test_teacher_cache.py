@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import tempfile
 import threading
 from contextlib import closing
 from dataclasses import replace
@@ -479,6 +482,9 @@ def test_no_room_is_refused_before_anything_is_written(
     smaller = r"take teacher\.cache=bfloat16 teacher\.cache_attention=recomputed \(\S+ GiB\), or l"
     with pytest.raises(UserError, match=smaller):
         check_room(huge, 1e30)
+    (folder / "states").touch()
+    with pytest.raises(UserError, match=r"^teacher\.cache_folder .* can't be made \(Not a dir"):
+        check_room(plan, 100)
 
 
 def test_what_pays_is_what_waits_less_than_the_teacher_takes() -> None:
@@ -494,6 +500,24 @@ def test_what_pays_is_what_waits_less_than_the_teacher_takes() -> None:
     assert said(costs, EXACT, 2e5, 5) == said(slow, SMALL, 1e4, 5) == "no"
     assert said(slow, EXACT, 1e4, 5) == "yes"
     assert said(never, SMALL, 1e4, 5) == "can't be made"
+    assert said(replace(costs, rate=None), EXACT, 1e4, 5) == "unknown"
+
+
+def test_a_filled_place_that_nobody_may_write_to_is_measured_by_what_is_there(
+    folder: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    run, _ = states_of(folder, ranks, EXACT)
+    plan = plan_cache(run, EXACT)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    for least, said in ((1, " GB/s"), (1 << 40, "can't be measured, as nothing may be written")):
+        monkeypatch.setattr(forecast, "_PROBE_BYTES", least)
+        check_room(plan, 100)
+        describe(run, plan, Reporter())
+        words = " ".join(capsys.readouterr().out.split())
+        assert said in words and ("unknown" in words) == (least > 1)
 
 
 def test_narrow_heads_take_no_less_room_when_they_are_recomputed(
@@ -522,7 +546,7 @@ def test_ranks_of_a_machine_share_its_disk(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(forecast, "disk_rate", lambda _folder: 6e9)
+    monkeypatch.setattr(forecast, "disk_rate", lambda _plan: 6e9)
     rates = []
     monkeypatch.setattr(forecast, "verdict", lambda costs, *_, **__: rates.append(costs.rate) or "")
     path = make_recipe(tmp_path, teacher={"cache_folder": str(tmp_path / "states")})

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastkd.capture import RecomputedAttention, try_recomputing
 from fastkd.errors import UserError
-from fastkd.files.disk import disk_errors
+from fastkd.files.flat import flat_file
 from fastkd.reporting.console import Reporter
 from fastkd.reporting.numbers import fixed, size_of
 from fastkd.training.setup import Run
@@ -41,8 +41,9 @@ class Costs:
     recomputing: float | None
     """Seconds of recomputing attention from the hidden states below it; `None` where it can't be
     made so."""
-    rate: float
-    """Bytes a second that the disk reads for each rank of this machine."""
+    rate: float | None
+    """Bytes a second that the disk reads for each rank of this machine; `None` where that can't be
+    measured."""
 
 
 def describe(run: Run, plan: CachePlan, reporter: Reporter) -> None:
@@ -62,10 +63,12 @@ def describe(run: Run, plan: CachePlan, reporter: Reporter) -> None:
     times = train.steps * train.batch_size / rows
     here = run.ranks.here
     shared = f" for each of {here} ranks" if here > 1 else ""
+    disk = "a disk whose speed can't be measured, as nothing may be written there"
+    if costs.rate is not None:
+        disk = f"a disk of {costs.rate / 1e9:.3g} GB/s{shared}"
     reporter.say(
         f"teacher cache: 1,000 tokens take {1e6 * costs.teacher:.3g} ms of the teacher; the data "
-        f"is read {fixed(times, 2)} times, ahead of the steps, by a disk of "
-        f"{costs.rate / 1e9:.3g} GB/s{shared}"
+        f"is read {fixed(times, 2)} times, ahead of the steps, by {disk}"
     )
     reporter.table(
         "teacher cache, 1,000 tokens",
@@ -89,6 +92,8 @@ def verdict(costs: Costs, form: Form, each: float, times: float, *, filled: bool
     """
     if form.attention == "recomputed" and costs.recomputing is None:
         return "can't be made"
+    if costs.rate is None:
+        return "unknown"
     made = costs.recomputing or 0.0 if form.attention == "recomputed" else 0.0
     waits = max(each / costs.rate, made)
     cached, passes = times * waits + (0 if filled else costs.teacher), times * costs.teacher
@@ -97,20 +102,32 @@ def verdict(costs: Costs, form: Form, each: float, times: float, *, filled: bool
     return "if shared by runs" if not filled and waits < costs.teacher else "no"
 
 
-def disk_rate(folder: Path) -> float:
-    """Bytes a second that are read where a folder is or will be, of a file that is not in memory;
-    the file is gone afterwards."""
-    place = existing(folder)
-    with disk_errors(place, "try again"), tempfile.TemporaryFile(dir=place) as file:
-        # what can't be compressed, and changes no generator of the run
-        file.write(np.random.default_rng(0).bytes(_PROBE_BYTES))
-        file.flush()
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file.seek(0)
-        start = time.perf_counter()
-        file.read()
-        return _PROBE_BYTES / (time.perf_counter() - start)
+def disk_rate(plan: CachePlan) -> float | None:
+    """Bytes a second that are read where the states are or will be, of a file that is not in
+    memory; `None` where there is none to read. No figure is worth the end of a run."""
+    stored = [flat_file(plan.folder, field.name) for field in plan.layout.fields]
+    try:
+        for path in stored if plan.filled else ():
+            if path.stat().st_size >= _PROBE_BYTES:
+                with path.open("rb", buffering=0) as file:
+                    return _rate_of(file)
+        # of files that are shorter, a read takes as long as to begin it
+        with tempfile.TemporaryFile(dir=existing(plan.folder.parent)) as file:
+            # what can't be compressed, and changes no generator of the run
+            file.write(np.random.default_rng(0).bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            return _rate_of(file)
+    except OSError:
+        return None
+
+
+def _rate_of(file: IO[bytes]) -> float:
+    """Bytes a second of a file that is open at its beginning."""
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    start = time.perf_counter()
+    return len(file.read(_PROBE_BYTES)) / (time.perf_counter() - start)
 
 
 def _row(plan: CachePlan, form: Form, costs: Costs, times: float) -> tuple[str, ...]:
@@ -123,7 +140,7 @@ def _row(plan: CachePlan, form: Form, costs: Costs, times: float) -> tuple[str, 
         str(form),
         f"{each:,.0f}",
         size_of(plan.sizes[form]),
-        f"{1e6 * each / costs.rate:.3g} ms",
+        "" if costs.rate is None else f"{1e6 * each / costs.rate:.3g} ms",
         f"{1e6 * made:.3g} ms" if form.attention == "recomputed" and made is not None else "",
         said,
     )
@@ -152,8 +169,9 @@ def _measured(run: Run, plan: CachePlan) -> Costs:
     making = None
     if recomputed is not None:
         making = _seconds(run, batches, lambda n: recomputed(batches[n], hidden[n], layers))
+    rate = disk_rate(plan)
     # ranks of a machine read at the same time
-    return Costs(passes, making, disk_rate(plan.folder.parent) / run.ranks.here)
+    return Costs(passes, making, None if rate is None else rate / run.ranks.here)
 
 
 def _recomputed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import transformers
 from fastkd.capture import Capture, try_recomputing
 from fastkd.data.text.cache import cache_key, is_complete
 from fastkd.errors import UserError
+from fastkd.files.disk import check_place
 from fastkd.head_spec import HEADS
 from fastkd.losses.factory import embedding_losses
 from fastkd.models.digests import model_digests
@@ -174,14 +176,14 @@ def plan_cache(run: Run, form: Form) -> CachePlan:
 
 
 def check_room(plan: CachePlan, limit: float) -> None:
-    """See that what is to be stored may be, and that the disk has room for it.
+    """See that what is to be stored may be, and that there is a place with room for it.
 
     Args:
         plan: of a run.
         limit: GiB, `teacher.cache_limit`.
 
     Raises:
-        UserError: either.
+        UserError: naming what is missing.
     """
     if plan.size > limit * _GIB:
         raise UserError(
@@ -195,6 +197,8 @@ def check_room(plan: CachePlan, limit: float) -> None:
             f"{FIELD}: {size_of(plan.size)} of states, but {root} has {size_of(free)} free; free "
             f"some, name another folder, {_smaller(plan)}or leave teacher.cache out"
         )
+    if not plan.filled:
+        check_place(plan.folder, FIELD, above=True)
 
 
 def plan_for_run(run: Run) -> CachePlan | None:
@@ -219,7 +223,8 @@ def first_batches(run: Run, count: int) -> list[Inputs]:
 
 def existing(folder: Path) -> Path:
     """A folder, or the nearest above it that there is."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    # `False` of one that may not be looked for, where `Path.is_dir` raises
+    return next(path for path in (folder, *folder.absolute().parents) if os.path.isdir(path))
 
 
 def _recorded(wanted: Mapping[str, Any], recomputed: bool) -> dict[str, Any]:

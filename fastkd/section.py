@@ -93,11 +93,11 @@ def check_annotations(called: str, section: type[BaseModel]) -> None:
         ) from error
 
 
-def check_place(text: str) -> str:
-    """Refuse text that can name no file, folder, or model on a hub.
+def _check_path(text: str) -> str:
+    """Refuse text that can name no file or folder.
 
     Raises:
-        ValueError: a NUL, half a surrogate pair, a part that is too long, or an unknown home.
+        ValueError: a NUL, half a surrogate pair, or a part that is too long.
     """
     if not is_text(text):
         raise ValueError("expected a path, but half a surrogate pair is no text")
@@ -110,12 +110,26 @@ def check_place(text: str) -> str:
             f"expected a path of at most {_PATH} bytes, {_PART} a part (given {len(encoded)} "
             f"bytes, {longest} in one part)"
         )
-    if text.startswith("~"):
+    return text
+
+
+def check_place(text: str) -> str:
+    """Refuse text that can name no file, folder, or model on a hub.
+
+    Raises:
+        ValueError: as `_check_path`, or an unknown home.
+    """
+    if _check_path(text).startswith("~"):
         try:
             Path(text).expanduser()
         except RuntimeError as error:
             raise ValueError(f"no such home folder (given {text[:100]!r})") from error
     return text
+
+
+def _check_cache(text: str) -> str:
+    # what lies in the user's own home may not be needed, so it is looked for where it is
+    return _check_path(text) if text.split(os.sep)[0] == "~" else check_place(text)
 
 
 def check_plain(value: Any, depth: int = 0) -> Any:
@@ -161,6 +175,7 @@ def _none_or_more(value: object) -> object:
 
 Name = Annotated[str, Field(min_length=1)]
 Place = Annotated[Name, AfterValidator(check_place)]
+CachePlace = Annotated[Name, AfterValidator(_check_cache)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 Places = Annotated[tuple[Place, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST)]

@@ -11,9 +11,9 @@ from fastkd.row_form import RowForm
 from fastkd.section import (
     LONGEST,
     MOST_TOKENS,
+    CachePlace,
     Name,
     Names,
-    Place,
     Places,
     Section,
 )
@@ -75,7 +75,7 @@ class Data(Section):
     workers: int | None = Field(default=None, ge=0, le=1024)
     """Processes that tokenise, of each rank when streaming; 0 for none. Where not given one a core,
     when streaming up to four of a rank that leave it a core."""
-    cache: Place = "~/.cache/fastkd"
+    cache: CachePlace = "~/.cache/fastkd"
     """Folder of tokenised data, shared by all runs and by all machines of one."""
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from fastkd.section import (
     MOST_HEADS,
+    CachePlace,
     Place,
     Section,
 )
@@ -102,7 +103,7 @@ class Teacher(Section):
     """Whether what the losses of this recipe read is stored, or with `cache_attention: recomputed`
     the states of all layers and what the head gives, which runs with other losses and mappings of
     the same teacher and data read as well."""
-    cache_folder: Place = "~/.cache/fastkd"
+    cache_folder: CachePlace = "~/.cache/fastkd"
     """Folder of stored states, shared by all runs and by all machines of one."""
     cache_limit: float = Field(default=100, gt=0, le=1e6)
     """GiB that the states of one run may take, at most."""

@@ -13,6 +13,7 @@ from fastkd.recipe.train import RunOutput, Train
 from fastkd.section import (
     LONGEST,
     MOST_ROWS,
+    CachePlace,
     Name,
     Names,
     Place,
@@ -139,7 +140,7 @@ class TaskData(Section):
     examples: int | None = Field(default=None, ge=1, le=MOST_ROWS)
     """How many examples of `train` are trained on, at most, of a task of texts: those whose texts
     come first by a hash, whatever the order of the file; all where not given."""
-    cache: Place = "~/.cache/fastkd"
+    cache: CachePlace = "~/.cache/fastkd"
     """Folder of tokenised examples, shared by all runs and by all machines of one."""
 
     @model_validator(mode="after")

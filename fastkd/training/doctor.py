@@ -21,6 +21,7 @@ from fastkd.data.datamodule import MicroBatches
 from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
+from fastkd.files.home import at_home
 from fastkd.limits import cores, memory
 from fastkd.recipe import AnyRecipe, Recipe, dump_recipe, each_stage
 from fastkd.reporting.console import Reporter
@@ -49,6 +50,7 @@ from fastkd.training.sharded import whole_numbers
 from fastkd.training.steering import check_metrics
 from fastkd.training.summary import profile_of
 from fastkd.training.teacher import NoTeacher
+from fastkd.training.teacher_cache.fill import FIELD
 from fastkd.training.teacher_cache.forecast import describe
 from fastkd.training.teacher_cache.plan import Form, plan_cache, plan_for_run
 from fastkd.training.window import Window
@@ -279,6 +281,12 @@ def _describe_cache(run: Run, reporter: Reporter) -> None:
         return
     plan = plan_for_run(run)
     if plan is None:
+        try:
+            at_home(run.recipe.teacher.cache_folder, FIELD)
+        except UserError as error:
+            # no field of a run without it
+            reporter.say(f"teacher.cache is none; {error}")
+            return
         plan = plan_cache(run, Form("exact"))
         reporter.say("teacher.cache is none; with teacher.cache=exact:")
     else:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fastkd.files.home import home_or_none
 from fastkd.limits import cores
 
 _PACKAGES = ("fastkd", "torch", "triton", "transformers", "datasets", "deepspeed", "numpy")
@@ -49,10 +50,10 @@ def start_of(run: Path) -> dict[str, Any]:
     other files of the same names.
     """
     here = Path.cwd()
-    home = Path("~").expanduser()
+    home = home_or_none()
     relative = os.path.relpath(here, run.resolve())
     names = [relative] if set(Path(relative).parts) <= {".."} else []
-    if home != Path(home.root) and here.is_relative_to(home):
+    if home is not None and home != Path(home.root) and here.is_relative_to(home):
         names.append(str("~" / here.relative_to(home)))
     return {"folder": names or [relative], "folder_digest": _digest(here)}
 
@@ -65,7 +66,8 @@ def started_from(run: Path, said: Mapping[str, Any]) -> Path | None:
         said: what its environment.json holds.
     """
     for name in said["folder"]:
-        found = Path(os.path.normpath(run.resolve() / Path(name).expanduser()))
+        # which leaves `~` as it is where there is no home
+        found = Path(os.path.normpath(run.resolve() / os.path.expanduser(name)))
         if found.is_dir() and said["folder_digest"] == _digest(found):
             return found
     return None

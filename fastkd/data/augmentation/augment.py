@@ -28,6 +28,7 @@ from fastkd.data.augmentation.synonyms import (
 from fastkd.data.tasks.read import Example, Examples
 from fastkd.data.text.cache import cache_key
 from fastkd.errors import UserError
+from fastkd.files.home import at_home
 
 _FORMAT = 2
 
@@ -204,7 +205,7 @@ def augment(
         neighbours = SynonymList(Path(settings.synonyms).expanduser(), known)
     if settings.glove is not None:
         neighbours = GloveFile(Path(settings.glove).expanduser())
-    folder = Path(cache).expanduser()
+    folder = at_home(cache, "task.cache")
     return Augmented(examples, settings, folder, masked, neighbours, progress)
 
 

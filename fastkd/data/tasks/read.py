@@ -32,6 +32,7 @@ from fastkd.data.text.hub import (
     saved_folder,
 )
 from fastkd.errors import UserError, some_of
+from fastkd.files.home import at_home
 from fastkd.types import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ def read_split(
     """
     examples: list[T] = []
     broken: list[str] = []
-    for row in _rows(task, source, split, Path(cache).expanduser(), others or {}):
+    for row in _rows(task, source, split, at_home(cache, "task.cache"), others or {}):
         problem = row.problem or _empty(row)
         if problem is None:
             examples.append(read(row))

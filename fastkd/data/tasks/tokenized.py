@@ -36,6 +36,7 @@ from fastkd.data.text.cache import (
 )
 from fastkd.data.text.tokenize import batched, in_order
 from fastkd.files.flat import flat_file, open_flat
+from fastkd.files.home import at_home
 from fastkd.reporting.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ def encode_examples(
         **form.settings,
     }
     key = cache_key(settings)
-    folder = Path(cache).expanduser() / key
+    folder = at_home(cache, _FIELD) / key
     if needs_build(folder, _FIELD, build=build):
         _build(folder, examples, tokenizer, max_length, token_types, progress, form)
     meta = read_meta(folder, _FIELD)

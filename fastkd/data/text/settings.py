@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastkd.files.home import at_home
 from fastkd.types import Unit
 
 
@@ -35,5 +36,9 @@ class TextSettings:
 
     @property
     def cache_root(self) -> Path:
-        """The folder of all cached data."""
-        return Path(self.cache).expanduser()
+        """The folder of all cached data.
+
+        Raises:
+            UserError: it is in a home folder, and there is none.
+        """
+        return at_home(self.cache, "data.cache")

@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from fastkd.data.text.readers import by_name
+from fastkd.files.home import home_or_none
 
 _WRITTEN_AS_PATHS = ("/", "~", "./", "../")
 
@@ -43,7 +44,7 @@ def public_name(text: str) -> str:
 
 def _last_part(text: str) -> str:
     path = PurePath(text)
-    if path.name == "student" and (Path(text).expanduser().parent / "recipe.yaml").is_file():
+    if path.name == "student" and Path(os.path.expanduser(text)).with_name("recipe.yaml").is_file():
         path = path.parent
     # a root, or the way to a parent, has no name
     return path.name if path.name not in ("", "..", "~") else "folder"
@@ -71,9 +72,9 @@ class PublicText:
         places = [place for form, place in map(_taken_apart, found) if form]
         paths = {place: _last_part(place) for place in places}
         paths |= {text: public_name(text) for text in found}
-        for folder, name in ((Path.cwd(), "."), (Path("~").expanduser(), "~")):
+        for folder, name in ((Path.cwd(), "."), (home_or_none(), "~")):
             # a root would be found in every path
-            if len(folder.parts) > 1:
+            if folder is not None and len(folder.parts) > 1:
                 paths.setdefault(str(folder), name)
         # the longest first: one path may begin another
         self._paths = sorted(paths.items(), key=lambda item: -len(item[0]))

@@ -16,6 +16,7 @@ from fastkd.capture import Capture, try_recomputing
 from fastkd.data.text.cache import cache_key, is_complete
 from fastkd.errors import UserError
 from fastkd.files.disk import check_place
+from fastkd.files.home import at_home
 from fastkd.head_spec import HEADS
 from fastkd.losses.factory import embedding_losses
 from fastkd.models.digests import model_digests
@@ -160,7 +161,7 @@ def plan_cache(run: Run, form: Form) -> CachePlan:
     for one, its in fields.items():
         heldout = _stores_heldout(run, its)
         rows_of[one] = Rows(run.datamodule.stored_rows(heldout=heldout), heldout)
-    folder = Path(recipe.teacher.cache_folder).expanduser() / cache_key(settings)
+    folder = at_home(recipe.teacher.cache_folder, FIELD) / cache_key(settings)
     return CachePlan(
         form=form,
         folder=folder,

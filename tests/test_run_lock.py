@@ -126,13 +126,28 @@ def test_a_file_system_without_locks_is_said(
         assert not locked
 
 
+@pytest.mark.parametrize("call", ["open", "mkdir"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_a_disk_that_fails_is_one_line(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder, above = tmp_path / "runs" / "run", tmp_path / "runs"
+    if call == "open":
+        above.mkdir()
+
     def fail(path: object, *_: object) -> int:
+        # as of a folder above the one that is asked for
+        if call == "mkdir" and path != above:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(os, "open", fail)
-    with pytest.raises(UserError, match=os.strerror(number)), held(tmp_path / "run"):
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(UserError, match=os.strerror(number)) as refused, held(folder):
         pass
+    said = str(refused.value)
+    if number != errno.ENOSPC:
+        failed = above if call == "mkdir" else folder / ".lock"
+        assert said.startswith(
+            f"{folder} can't be used: writing {failed} failed ({os.strerror(number)})"
+        )
+        assert said.endswith("see that you may write there, or give another run.output")

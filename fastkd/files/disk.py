@@ -7,13 +7,14 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from fastkd.errors import DiskError, UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _LOST = {errno.EROFS, errno.EIO, errno.ESTALE}
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+")
 
@@ -145,6 +146,27 @@ def disk_errors(
         then: what to do once the disk is mended.
     """
     return _DiskErrors(path, then)
+
+
+@contextmanager
+def place_errors(folder: Path, then: str) -> Iterator[None]:
+    """Turn what keeps a folder from being made, or from being written to, before anything was,
+    into a `DiskError`; a disk that is full or fails is said as `disk_errors` does.
+
+    Args:
+        folder: that is made, with those above it that are missing.
+        then: what to do.
+    """
+    with disk_errors(folder, then):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise
+            raise DiskError(
+                f"{folder} can't be used: writing {error.filename or folder} failed "
+                f"({os.strerror(error.errno)}); {then}"
+            ) from error
 
 
 class _DiskErrors(AbstractContextManager[None, None]):

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastkd.errors import UserError
-from fastkd.files.disk import disk_errors
+from fastkd.files.disk import place_errors
 
 LOCK = ".lock"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -28,10 +28,14 @@ _held: dict[str, tuple[int, int]] = {}
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[bool]:
+def held(folder: Path, elsewhere: str = "another run.output") -> Iterator[bool]:
     """Hold a folder for this process while the context is open; it is made where it is missing.
 
     A process may hold a folder several times. What was made and stayed empty is removed again.
+
+    Args:
+        folder: of a run.
+        elsewhere: what to give in place of a folder that can't be held.
 
     Yields:
         Whether the file system has locks; without, nobody is kept out.
@@ -43,9 +47,9 @@ def held(folder: Path) -> Iterator[bool]:
     handle, depth = _held.get(key, (-1, 0))
     made: list[Path] = []
     if not depth:
-        with disk_errors(folder, "try again"):
+        with place_errors(folder, f"see that you may write there, or give {elsewhere}"):
             made = _missing(folder)
-            handle = _take(folder)
+            handle = _take(folder, elsewhere)
     _held[key] = handle, depth + 1
     owner = os.getpid()
     try:
@@ -55,7 +59,7 @@ def held(folder: Path) -> Iterator[bool]:
             _leave(key, folder, made)
 
 
-def _take(folder: Path) -> int:
+def _take(folder: Path, elsewhere: str) -> int:
     """A locked handle; -1 where the file system has no locks."""
     path = folder / LOCK
     while True:
@@ -75,7 +79,7 @@ def _take(folder: Path) -> int:
         except BlockingIOError:
             said = os.pread(handle, 300, 0).decode(errors="replace").split()
             os.close(handle)
-            raise UserError(_in_use(folder, said)) from None
+            raise UserError(_in_use(folder, said, elsewhere)) from None
         except OSError as error:
             os.close(handle)
             if error.errno not in NO_LOCKS:
@@ -84,9 +88,9 @@ def _take(folder: Path) -> int:
         return handle
 
 
-def _in_use(folder: Path, said: list[str]) -> str:
+def _in_use(folder: Path, said: list[str], elsewhere: str) -> str:
     whose = f"process {said[0]} on {said[1]}" if len(said) == 2 else "another process"
-    return f"{folder} is in use by {whose}; wait for it or stop it, or give another run.output"
+    return f"{folder} is in use by {whose}; wait for it or stop it, or give {elsewhere}"
 
 
 def _is_there(handle: int, path: Path) -> bool:

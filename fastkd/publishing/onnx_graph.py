@@ -104,7 +104,7 @@ def export_onnx(run: RunFolder, output: Path | None = None) -> OnnxGraph:
     embedding, left_out = _embedding(run, model, head)
     student = _ExportedStudent(model, embedding)
     with (
-        held(run.path) if output is None else nullcontext(),
+        held(run.path, "an --output") if output is None else nullcontext(),
         disk_errors(folder, "give another --output"),
     ):
         folder.parent.mkdir(parents=True, exist_ok=True)

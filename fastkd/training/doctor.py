@@ -21,7 +21,9 @@ from fastkd.data.datamodule import MicroBatches
 from fastkd.data.prefetch import Prefetched
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
+from fastkd.files.disk import check_place
 from fastkd.files.home import at_home
+from fastkd.files.lock import LOCK
 from fastkd.limits import cores, memory
 from fastkd.recipe import AnyRecipe, Recipe, dump_recipe, each_stage
 from fastkd.reporting.console import Reporter
@@ -94,10 +96,17 @@ def estimate_run(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
         UserError: whatever would stop the run itself.
     """
     check_recipes("doctor", recipe, ranks)
+    ranks.from_main(lambda: _check_output(Path(recipe.run.output)))
     for stage in _stages(recipe, reporter):
         settled = settle_precision(stage, ranks)
         with products_of(settled, ranks.device):
             _estimate(settled, ranks, reporter)
+
+
+def _check_output(output: Path) -> None:
+    # a folder that is there is written into, another one is made
+    place = output / LOCK if os.path.isdir(output) else output
+    check_place(place, "run.output", above=True)
 
 
 def forecast_run(recipe: AnyRecipe, chip: Chip, ranks: int, reporter: Reporter) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from fastkd.errors import UserError
 from fastkd.files.disk import (
     disk_errors,
+    place_errors,
     sweep,
     write_whole,
 )
@@ -86,7 +87,7 @@ class RunFolder:
         Raises:
             UserError: the folder can't be made or written to.
         """
-        with disk_errors(self.path, _ELSEWHERE):
+        with place_errors(self.path, _ELSEWHERE):
             self.path.mkdir(parents=True, exist_ok=True)
             fresh = not self.holds_run
             if fresh:

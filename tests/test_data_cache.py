@@ -298,6 +298,12 @@ def test_cache_that_cannot_be_a_folder(
         prepare_corpus(changed(data, cache=str(tmp_path / "file")), tokenizer, progress=False)
 
 
+def test_what_is_read_elsewhere_is_not_said_of_the_cache(tmp_path: Path) -> None:
+    said = r"^data\.cache: can't be built: .*elsewhere"
+    with pytest.raises(UserError, match=said), cache.new_folder(tmp_path / "cache" / "key"):
+        (tmp_path / "elsewhere").open()
+
+
 def write(path: Path, *texts: str) -> str:
     path.write_text("\n\n".join(texts) + "\n")
     return str(path)

@@ -1,6 +1,7 @@
 """Processes that call a function: results, errors, kills, and nothing left behind."""
 
 import contextlib
+import errno
 import gc
 import multiprocessing
 import os
@@ -32,7 +33,7 @@ def children() -> set[int]:
 
 def test_every_call_gets_its_own_result() -> None:
     before = children()
-    with closing(Workers(double, 2, "lost")) as workers:
+    with closing(Workers(double, 2, "lost", "refused")) as workers:
         started = children() - before
         assert len(started) == 2
         futures = [workers.submit(100 + number) for number in range(40)]
@@ -43,7 +44,7 @@ def test_every_call_gets_its_own_result() -> None:
 
 
 def test_large_arguments_and_results_pass_at_once() -> None:
-    with closing(Workers(bytes.upper, 2, "lost")) as workers:
+    with closing(Workers(bytes.upper, 2, "lost", "refused")) as workers:
         futures = [workers.submit(b"a" * (1 << 21)) for _ in range(6)]
         assert all(future.result() == b"A" * (1 << 21) for future in futures)
 
@@ -63,7 +64,7 @@ def in_a_pool(number: int) -> tuple[int, str, bool]:
 
 
 def test_an_error_of_the_function_is_raised_where_its_result_is_asked_for() -> None:
-    with closing(Workers(double, 1, "lost")) as workers:
+    with closing(Workers(double, 1, "lost", "refused")) as workers:
         wrong, right = workers.submit(7), workers.submit(8)
         assert right.result()[0] == 16
         with pytest.raises(ValueError, match="seven"):
@@ -72,14 +73,42 @@ def test_an_error_of_the_function_is_raised_where_its_result_is_asked_for() -> N
 
 def test_a_killed_process_is_told_and_the_others_end() -> None:
     before = children()
-    workers = Workers(double, 2, "one of 2 was killed")
+    workers = Workers(double, 2, "one of 2 was killed", "refused")
     with closing(workers), pytest.raises(UserError, match=r"^one of 2 was killed$"):
         workers.submit(9).result()
     assert children() == before
 
 
+@pytest.mark.parametrize("what", ["process", "thread"])
+def test_what_the_system_does_not_start_is_told_and_the_others_end(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, fork, started = children(), os.fork, []
+
+    def limited() -> int:
+        started.append(1)
+        if len(started) > 2:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    if what == "process":
+        monkeypatch.setattr(os, "fork", limited)
+    else:
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+    said = r"^set it lower \((Resource temp|can't start new thread)"
+    with (
+        pytest.raises(UserError, match=said),
+        closing(Workers(double, 3, "lost", "set it lower")) as w,
+    ):
+        w.submit(1)
+    assert children() == before
+
+
 def test_signals_that_ask_the_run_for_an_end_leave_them_alone() -> None:
-    with closing(Workers(double, 1, "lost")) as workers:
+    with closing(Workers(double, 1, "lost", "refused")) as workers:
         (_, pid) = workers.submit(1).result()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(pid, number)
@@ -88,7 +117,7 @@ def test_signals_that_ask_the_run_for_an_end_leave_them_alone() -> None:
 
 def test_forgotten_ones_end() -> None:
     before = children()
-    workers = Workers(double, 2, "lost")
+    workers = Workers(double, 2, "lost", "refused")
     workers.submit(1).result()
     del workers
     assert children() == before
@@ -96,7 +125,7 @@ def test_forgotten_ones_end() -> None:
 
 def test_forgotten_ones_wait_for_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     before, joined = children(), []
-    workers = Workers(double, 1, "lost")
+    workers = Workers(double, 1, "lost", "refused")
     workers.submit(1).result()
     # in a cycle, so that the collector finds it: within a lock of threading's, if it likes
     cycle = [workers]
@@ -110,7 +139,7 @@ def test_forgotten_ones_wait_for_no_thread(monkeypatch: pytest.MonkeyPatch) -> N
 _ENDS = """
 import os, signal, sys, time
 from fastkd.data.workers import Workers
-first, second = Workers(abs, 2, "lost"), Workers(abs, 2, "lost")
+first, second = Workers(abs, 2, "lost", "refused"), Workers(abs, 2, "lost", "refused")
 assert first.submit(-1).result() == second.submit(-1).result() == 1
 import psutil
 print(*(child.pid for child in psutil.Process().children()), flush=True)

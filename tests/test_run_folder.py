@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from tiny_runs import make_recipe
 
+from fastkd.cli import doctor
 from fastkd.errors import UserError
 from fastkd.files.disk import disk_errors, settle
 from fastkd.files.lock import held
@@ -224,6 +225,12 @@ def test_an_output_that_may_not_be_looked_at_is_one_line(
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(UserError, match=r"run can't be used \(Permission denied\)"):
         start(recipe, resume=False)
+
+
+def test_doctor_says_that_an_output_can_not_be_made(recipe: AnyRecipe, tmp_path: Path) -> None:
+    output = tmp_path / "corpus.txt" / "run"
+    with pytest.raises(UserError, match=r"^run\.output .*run can't be made \(Not a directory\)"):
+        doctor(tmp_path / "recipe.yaml", [f"run.output={output}"])
 
 
 def test_errors_of_other_places_and_kinds_pass(tmp_path: Path) -> None:

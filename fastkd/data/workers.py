@@ -36,30 +36,39 @@ class Workers(Generic[A, R]):
         function: is called with what is submitted; what it is given and gives is pickled.
         count: processes.
         lost: what to tell a user whose process was killed, and what to do about it.
+        refused: likewise, of one that the system does not start.
+
+    Raises:
+        UserError: it does not start them.
     """
 
-    def __init__(self, function: Callable[[A], R], count: int, lost: str) -> None:
+    def __init__(self, function: Callable[[A], R], count: int, lost: str, refused: str) -> None:
         self._lost = lost
         # what a pool started is daemonic
         self._alone = function if multiprocessing.current_process().daemon else None
+        self._refused = refused
         self._idle: SimpleQueue[Connection] = SimpleQueue()
         self._threads = ThreadPoolExecutor(count, "fastkd-workers")
         context = multiprocessing.get_context("fork")
         ours: list[Connection] = []
         processes: list[BaseProcess] = []
         # tokenizers warns about a fork after its threads were used, unless told what is wanted
-        with variable("TOKENIZERS_PARALLELISM", "false"):
-            for _ in range(0 if self._alone else count):
-                here, there = context.Pipe()
-                ours.append(here)
-                # a copy of our end in a child would keep its pipe open when we are gone
-                process = context.Process(
-                    target=_serve, args=(function, there, list(ours)), daemon=True
-                )
-                process.start()
-                there.close()
-                processes.append(process)
-                self._idle.put(here)
+        try:
+            with variable("TOKENIZERS_PARALLELISM", "false"):
+                for _ in range(0 if self._alone else count):
+                    here, there = context.Pipe()
+                    ours.append(here)
+                    # a copy of our end in a child would keep its pipe open when we are gone
+                    process = context.Process(
+                        target=_serve, args=(function, there, list(ours)), daemon=True
+                    )
+                    with there:
+                        process.start()
+                    processes.append(process)
+                    self._idle.put(here)
+        except OSError as error:
+            _end(self._threads, processes, ours)
+            raise UserError(f"{refused} ({error.strerror})") from error
         self._processes = processes
         # before multiprocessing's own, which would wait for who heeds no SIGTERM
         self._end = Finalize(self, _end, (self._threads, processes, ours), exitpriority=10)
@@ -67,7 +76,7 @@ class Workers(Generic[A, R]):
     def submit(self, argument: A) -> Future[R]:
         """Call the function; a process that is gone is a `UserError`."""
         if self._alone is None:
-            return self._threads.submit(self._ask, argument)
+            return self._asked(argument)
         # here and now: tokenizers bear no call of another thread meanwhile
         done: Future[R] = Future()
         result, error = _answer(self._alone, argument)
@@ -77,6 +86,15 @@ class Workers(Generic[A, R]):
             made: Any = result
             done.set_result(made)
         return done
+
+    def _asked(self, argument: A) -> Future[R]:
+        try:
+            return self._threads.submit(self._ask, argument)
+        except RuntimeError as error:
+            # a thread counts as a process where these are limited
+            if "start new thread" not in str(error):
+                raise
+            raise UserError(f"{self._refused} ({error})") from error
 
     def close(self) -> None:
         """End the processes, whatever they do."""
@@ -135,6 +153,7 @@ def _end(threads: ThreadPoolExecutor, processes: list[BaseProcess], ours: list[C
     """
     _kill(processes)
     threads.shutdown(wait=False, cancel_futures=True)
-    for process, end in zip(processes, ours, strict=True):
+    for process in processes:
         process.join()
+    for end in ours:
         end.close()

@@ -7,6 +7,7 @@ under `train.profile`. Nothing is written but the tokenised corpus, which the ru
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator

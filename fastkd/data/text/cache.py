@@ -209,12 +209,21 @@ def new_folder(folder: Path, field: str = "data.cache") -> Iterator[Path]:
                 f"{field}: no space left under {root} while storing tokens; free some or name "
                 f"another folder{streamed}"
             ) from error
-        raise UserError(f"{field}: cannot write under {root}: {error}") from error
+        what = "can't be built" if _is_elsewhere(error, root) else f"cannot write under {root}"
+        raise UserError(f"{field}: {what}: {error}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _is_elsewhere(error: OSError, root: Path) -> bool:
+    """Whether an error names what is neither in a folder nor above it."""
+    if not isinstance(error.filename, str):
+        return False
+    place, here = Path(os.path.abspath(error.filename)), Path(os.path.abspath(root))
+    return not place.is_relative_to(here) and not here.is_relative_to(place)
 
 
 def write_meta(folder: Path, meta: Mapping[str, int]) -> None:

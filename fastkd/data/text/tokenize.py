@@ -126,6 +126,8 @@ def tokenisers(function: Callable[[A], R], count: int) -> Workers[A, R]:
         count,
         f"data: one of {count} tokenising processes was killed, probably for memory; set "
         "data.workers lower",
+        f"data.workers: the system does not start {count} tokenising processes; set it lower, or "
+        "raise the limit of processes (ulimit -u, or that of the container)",
     )
 
 

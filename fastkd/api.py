@@ -121,7 +121,7 @@ def distill(
         quiet: say nothing but warnings.
         on_step: called on rank 0 every `train.log_every` steps with the step and the line that
             `metrics.jsonl` has of it; what it raises ends the run, which can be resumed from its
-            last checkpoint.
+            last checkpoint. Other ranks raise a `UserError` then that says what it was.
         on_evaluate: called on rank 0 after every held-out evaluation with the step and an
             `Evaluation`, likewise.
         dotted: more overrides, as in `distill(recipe, **{"train.steps": 10})`.
@@ -179,8 +179,7 @@ def _run(
         )
         # the first rank has read the numbers, and every rank returns them as the file has them
         summary = ranks.from_main(lambda: json.loads(json.dumps(summary)))
-        if ranks.is_main:
-            print_summary(summary, reporter)
+        ranks.from_main(lambda: print_summary(summary, reporter))
     return RunResult(folder, summary, head)
 
 

@@ -268,21 +268,47 @@ class Ranks:
         dist.all_gather(found, rows.contiguous())
         return torch.cat(found)
 
-    def from_main(self, function: Callable[[], T]) -> T:
-        """Run a function on rank 0 and give every rank its result, or its `UserError` as a
-        `SharedError`."""
-        outcome: list[Any] = [None, None]
+    def from_main(self, function: Callable[[], T], what: str | None = None) -> T:
+        """Run a function on rank 0 and give every rank its result, or what it raises.
+
+        Args:
+            function: which talks to no other rank.
+            what: of rank 0's is called, for the other ranks, where that is the user's own code.
+
+        Raises:
+            SharedError: its `UserError`, on every rank; of anything else, or of code of the user's,
+                the ranks after the first, while the first raises it as it is.
+        """
         if self.is_main:
             try:
-                outcome[0] = function()
-            except UserError as error:
-                outcome[1] = str(error)
-        if self.world_size > 1:
-            dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise SharedError(outcome[1])
-        result: T = outcome[0]
+                result = function()
+            except Signalled:
+                # who was asked to end as well may not come here
+                raise
+            except BaseException as error:
+                shared = what is None and isinstance(error, UserError)
+                kind = type(error).__name__
+                said = str(error) if shared else f"{what or 'rank 0'} raised {kind}: {error}"
+                self._sent((None, said))
+                if shared:
+                    raise SharedError(said) from error
+                raise
+            self._sent((result, None))
+            return result
+        received, told = self._sent((None, None))
+        if told is not None:
+            raise SharedError(told)
+        result = received
         return result
+
+    def _sent(self, outcome: tuple[Any, str | None]) -> tuple[Any, str | None]:
+        """What rank 0 has, on every rank."""
+        if self.world_size == 1:
+            return outcome
+        found: list[Any] = [outcome]
+        dist.broadcast_object_list(found, src=0)
+        received: tuple[Any, str | None] = found[0]
+        return received
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in their order, on every rank."""

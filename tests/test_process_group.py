@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 from pathlib import Path
@@ -70,6 +71,20 @@ def test_what_gloo_lacks_is_said(
     kind = RuntimeError if said == "other" else RankError
     with pytest.raises(kind, match=expected), joined_ranks():
         pass
+
+
+def test_what_a_callback_raises_ends_the_run_on_every_rank(tmp_path: Path) -> None:
+    """At one step, so that the group of a script's own goes on in step: the ranks' sum is 3."""
+    train = {"steps": 4, "checkpoint_every": 1}
+    recipe = make_recipe(tmp_path, train=train, run={"output": str(tmp_path / "run"), "lean": True})
+    done = run_script("raising_callbacks.py", str(recipe), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = {k: v for line in done.stdout.splitlines() for k, v in json.loads(line).items()}
+    first, second = "KeyError: 'pruned'", "UserError: bad"
+    assert said["0"] == [[first, 3.0], [second, 3.0], ["", 3.0]]
+    raised = f"SharedError: rank 0's on_step raised {first}"
+    judged = f"SharedError: rank 0's on_evaluate raised {second}"
+    assert said["1"] == [[raised, 3.0], [judged, 3.0], ["", 3.0]]
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from fastkd.data.prefetch import Prefetched
@@ -41,12 +42,17 @@ _PUT_BACK = "put back what was there, or start again in another run.output"
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Functions of the user's that a run calls on rank 0; what they raise ends the run."""
+    """Functions of the user's that a run calls on rank 0; what they raise ends the run on every
+    rank."""
 
     on_step: Callable[[int, dict[str, Any]], None] | None = None
     """Called every `train.log_every` steps with the step and the line of `metrics.jsonl`."""
     on_evaluate: Callable[[int, Evaluation], None] | None = None
     """Called after every evaluation with the step and what was found."""
+
+    def given(self) -> set[str]:
+        """Names of those that there are."""
+        return {each.name for each in fields(self) if getattr(self, each.name) is not None}
 
 
 SILENT = Callbacks()
@@ -79,6 +85,8 @@ class Bookkeeper:
         self.micro_batches = Prefetched(run.micro_batches(), run.ranks.device)
         self.trackio: TrackioMonitor | None = None
         self._teacher_judged = False
+        # the others may have been given none
+        self._called = run.ranks.from_main(callbacks.given)
         # what was decided before the evaluation of a last step that a longer run would not make
         self._before_last: dict[str, Any] | None = None
 
@@ -112,19 +120,22 @@ class Bookkeeper:
         longer = run.ranks.from_main(lambda: _take_over(folder, recipe, tag, stage))
         if longer is not None:
             reporter.say(longer)
-        self.predictions.load(predictions)
-        if run.ranks.is_main:
-            if folder.metrics.exists():
-                rewind_tensorboard(run.engine.monitor, step if step else -1)
-            if step:
-                folder.rewind_metrics(step)
-            else:
-                self._begin_again()
-            self._teacher_judged = any(x["kind"] == "teacher" for x in folder.each_metric())
-            if run.recipe.run.monitor == "trackio":
-                self.trackio = TrackioMonitor(folder.path, goes_on=step > 0)
-        self._teacher_judged = run.ranks.from_main(lambda: self._teacher_judged)
+        self._teacher_judged = run.ranks.from_main(partial(self._take_up, step, predictions))
         return step
+
+    def _take_up(self, step: int, predictions: dict[str, Any]) -> bool:
+        """Let what rank 0 writes go on after a step; whether the teacher has been judged."""
+        run, folder = self.run, self.folder
+        self.predictions.load(predictions)
+        if folder.metrics.exists():
+            rewind_tensorboard(run.engine.monitor, step if step else -1)
+        if step:
+            folder.rewind_metrics(step)
+        else:
+            self._begin_again()
+        if run.recipe.run.monitor == "trackio":
+            self.trackio = TrackioMonitor(folder.path, goes_on=step > 0)
+        return any(line["kind"] == "teacher" for line in folder.each_metric())
 
     def _begin_again(self) -> None:
         """Put away the lines of a run that ended before its first checkpoint, with a word."""
@@ -187,6 +198,15 @@ class Bookkeeper:
         """
         result = evaluate(self.run, judge_teacher=not self._teacher_judged)
         self._teacher_judged = True
+        ranks = self.run.ranks
+        ranks.from_main(partial(self._write_evaluation, step, result))
+        self.steering.observe(step, result)
+        if self.run.recipe.run.predictions and self.steering.exported_step(step) == step:
+            ranks.from_main(partial(self.predictions.observe, step, result))
+        self._call("on_evaluate", step, result)
+
+    def _write_evaluation(self, step: int, result: Evaluation) -> None:
+        """Write down and say what was found, on rank 0."""
         if result.teacher is not None:
             self._note("teacher", step, result.teacher)
             self.reporter.say("  ".join(["teacher", *judged_parts(result.teacher)]))
@@ -194,27 +214,37 @@ class Bookkeeper:
         self._note("heldout", step, result.of_student())
         said = [f"held out at step {step}", f"loss {result.total:.4g}"]
         self.reporter.say("  ".join([*said, *judged_parts(result.judged)]))
-        self.steering.observe(step, result)
-        if self.steering.exported_step(step) == step:
-            self.predictions.observe(step, result)
-        if self.callbacks.on_evaluate is not None and self.run.ranks.is_main:
-            self.callbacks.on_evaluate(step, result)
 
-    def _note(self, kind: str, step: int, values: dict[str, Any]) -> Line:
-        """Write a line of metrics, here and in the tracker."""
-        line = make_line(kind, step, values)
-        if self.run.ranks.is_main:
-            self.folder.append_metrics(line)
-            for monitor in (self.run.engine.monitor, self.trackio):
-                if monitor is not None:
-                    monitor.write_events(list(numbers_of(line)))
-        return line
+    def _note(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        self._append(make_line(kind, step, values))
+
+    def _append(self, line: Line) -> None:
+        """Write a line of metrics, here and in the tracker, on rank 0."""
+        self.folder.append_metrics(line)
+        for monitor in (self.run.engine.monitor, self.trackio):
+            if monitor is not None:
+                monitor.write_events(list(numbers_of(line)))
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
-        line = self._note("train", step, values)
+        """Write down and say what the last steps came to."""
+        line = make_line("train", step, values)
+        # ranks meet here only for what is not fastkd's own
+        if self._called or self.run.recipe.run.monitor != "none":
+            self.run.ranks.from_main(partial(self._append, line))
+        elif self.run.ranks.is_main:
+            self._append(line)
         self.reporter.metrics(step, self.run.recipe.train.steps, _parts(values))
-        if self.callbacks.on_step is not None and self.run.ranks.is_main:
-            self.callbacks.on_step(step, line)
+        self._call("on_step", step, line)
+
+    def _call(self, name: str, step: int, found: Any) -> None:
+        """Call a function of rank 0's; what it raises ends the run on every rank."""
+
+        def call() -> None:
+            # what it returns is of no use to the others
+            getattr(self.callbacks, name)(step, found)
+
+        if name in self._called:
+            self.run.ranks.from_main(call, f"rank 0's {name}")
 
     def _save(self, step: int) -> None:
         """Write a checkpoint of weights that are finite.
@@ -238,8 +268,7 @@ class Bookkeeper:
             "before_last": self._before_last,
             **self._decided(),
         }
-        if self.run.ranks.is_main:
-            self.folder.sync_metrics()
+        self.run.ranks.from_main(self.folder.sync_metrics)
         self.checkpoints.save(self.run.engine, step, position)
 
     def _decided(self) -> dict[str, Any]:

@@ -79,9 +79,9 @@ def run_recipe(
         elif summary is None:
             with products_of(recipe, ranks.device):
                 summary = train(recipe, ranks, reporter, callbacks)
-        if report is not None and ranks.is_main and not recipe.run.lean:
+        if report is not None and not recipe.run.lean:
             for finished in stage_folders(recipe):
-                report(finished)
+                ranks.from_main(partial(report, finished))
     return summary
 
 
@@ -147,13 +147,8 @@ def train(
     summary = summarise(run, folder, cost, step, books.steering)
     _export(run, folder, books.steering.weights)
     summary["disk_bytes"] = ranks.from_main(partial(disk_bytes, run, folder))
-    if ranks.is_main:
-        if not recipe.run.lean:
-            write_card(folder, run.recipe, summary, noted_models(folder.path))
-        # last, because it is what makes the run finished
-        folder.write_summary(summary)
     # a launcher ends all ranks when one fails at its exit, so none leaves while the first writes
-    ranks.barrier()
+    ranks.from_main(partial(_finish, folder, run.recipe, summary))
     return summary
 
 
@@ -234,6 +229,13 @@ def _look(run: Run, micro_batches: Sequence[Inputs], loss_scales: Tensor) -> Non
         ]
     run.engine.train()
     run.objective.weights.observe(run.ranks.sum(torch.stack(found).sum(dim=0)[0] / run.plan.pieces))
+
+
+def _finish(folder: RunFolder, recipe: AnyRecipe, summary: dict[str, Any]) -> None:
+    if not recipe.run.lean:
+        write_card(folder, recipe, summary, noted_models(folder.path))
+    # last, because it is what makes the run finished
+    folder.write_summary(summary)
 
 
 def _claim(folder: RunFolder, recipe: AnyRecipe, run: Run, stage: Stage | None) -> None:

@@ -93,7 +93,8 @@ def finish_stages(recipe: Recipe, summaries: list[dict[str, Any]], ranks: Ranks)
     """Let the run's folder hold what its stages came to; its summary, on every rank."""
     folder = RunFolder(recipe.run.output)
     summary = join_summaries(folder, summaries)
-    if ranks.is_main:
+
+    def finish() -> None:
         folder.take_over(recipe)
         stages = stage_folders(recipe)
         _take_student(folder, stages[-1])
@@ -104,7 +105,8 @@ def finish_stages(recipe: Recipe, summaries: list[dict[str, Any]], ranks: Ranks)
             write_card(folder, recipe, summary, noted_models(stages[0].path))
         # last, because it is what makes the run finished
         folder.write_summary(summary)
-    ranks.barrier()
+
+    ranks.from_main(finish)
     return summary
 
 

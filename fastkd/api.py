@@ -112,7 +112,8 @@ def distill(
     on_evaluate: OnEvaluate | None = None,
     **dotted: Any,
 ) -> RunResult:
-    """Distil a student as a recipe says, as `fastkd distill` does.
+    """Distil a student as a recipe says, as `fastkd distill` does. Of several ranks every one calls
+    this, not the first alone.
 
     Args:
         recipe: path of a YAML file, the same as a mapping, or a `Recipe`; it is not changed.
@@ -131,7 +132,7 @@ def distill(
             no run behind; one that ends later, as of a loss that is no number, can be resumed from
             its last checkpoint.
         Interrupted: after SIGINT or SIGTERM, once a checkpoint is written.
-        LostRank: another rank is gone or hangs.
+        LostRank: another rank is gone, hangs or does not call this.
     """
     if isinstance(recipe, FinetuneRecipe):
         raise UserError("recipe is a FinetuneRecipe, expected a Recipe; call fastkd.finetune")
@@ -151,7 +152,8 @@ def finetune(
     on_evaluate: OnEvaluate | None = None,
     **dotted: Any,
 ) -> RunResult:
-    """Train a model on the labels of a task, as `fastkd finetune` does; see `distill`.
+    """Train a model on the labels of a task, as `fastkd finetune` does; see `distill`. Of several
+    ranks every one calls this, not the first alone.
 
     The result's `student` is the model that was trained.
     """
@@ -191,7 +193,7 @@ def evaluate(
     **dotted: Any,
 ) -> Evaluation:
     """Evaluate what a finished run made, and its teacher, on its held-out text or task, or on
-    another.
+    another. Of several ranks every one calls this, not the first alone.
 
     Args:
         run: its folder, or what `distill` or `finetune` returned.
@@ -203,6 +205,7 @@ def evaluate(
 
     Raises:
         UserError: the run is not finished, or an override does not fit.
+        LostRank: another rank is gone, hangs or does not call this.
     """
     place = run.folder if isinstance(run, RunResult) else run
     folder = RunFolder(path_name(place, "run", "the folder of a finished run, or a RunResult"))

@@ -11,10 +11,8 @@ break.
 from __future__ import annotations
 
 import datetime
-import errno
 import math
 import os
-import resource
 import socket
 import sys
 import threading
@@ -32,7 +30,8 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
-from fastkd.errors import LostRank, RankError, SharedError, UserError
+from fastkd.errors import LostRank, RankError, SharedError, UserError, some_of
+from fastkd.group_errors import INTERFACES, start_errors
 from fastkd.signals import Signalled, stop_signals
 
 T = TypeVar("T")
@@ -43,14 +42,15 @@ TIMEOUT = "FASTKD_RANK_TIMEOUT"
 _DEFAULT_SECONDS = 7200.0
 # of this process, one after the other
 _groups = count()
-# which network interface ranks talk by
-_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 # environment variables that `start_ranks` may change
-_CHANGED = ("LOCAL_RANK", "DS_ACCELERATOR", *_INTERFACES)
+_CHANGED = ("LOCAL_RANK", "DS_ACCELERATOR", *INTERFACES)
 # a process that was killed closes its sockets a moment before it is gone
 _GONE_WITHIN_SECONDS = 2.0
 # characters of what a library says of it
 _SAID = 200
+_ALL_CALL = "every rank must make the same call, outside of any `if rank == 0`"
+SLOW_SECONDS = 20.0
+"""That a rank waits to meet the others before it says so."""
 LOOK_SECONDS = 1.0
 """Between two looks at the processes of the others."""
 GRACE_SECONDS = 15.0
@@ -184,12 +184,16 @@ def watched_ranks(peers: Sequence[Peer], rank: int, then: str) -> Iterator[None]
 
 def _end(line: str) -> NoReturn:
     """End a process whose main thread may hear nothing."""
-    print(f"fastkd: {line}", file=sys.stderr, flush=True)
+    _say(line)
     # workers would wait for it for ever
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             child.kill()
     os._exit(1)
+
+
+def _say(line: str) -> None:
+    print(f"fastkd: {line}", file=sys.stderr, flush=True)
 
 
 def _is_of_group(error: RuntimeError) -> bool:
@@ -351,6 +355,7 @@ def start_ranks() -> Ranks:
         UserError: the environment gives a timeout that is none, see `fastkd.distributed`.
         RankError: this rank has no GPU where the first has one, or shares one with another rank;
             or gloo finds no network interface, or may start no thread.
+        LostRank: another rank is gone, or doesn't come.
     """
     gpu = torch.cuda.is_available()
     if not gpu:
@@ -375,24 +380,96 @@ def start_ranks() -> Ranks:
             _check_launcher()
             timeout = default_timeout()
             _let_groups_wait(timeout)
-            store, rank, size = next(rendezvous("env://", timeout=timeout))
-            # a launcher's store outlives a group, and the next one would read what that wrote
-            store = dist.PrefixStore(f"fastkd-{next(_groups)}", store)  # type: ignore[attr-defined]
-            if gpu:
-                _check_gpus(store, rank, size, device)
-            with _start_errors():
-                dist.init_process_group(
-                    backend, store=store, rank=rank, world_size=size, timeout=timeout
-                )
+            with _meeting(os.environ["RANK"], os.environ["WORLD_SIZE"]):
+                store, rank, size = _launchers_store(timeout)
+                store = _all_here(store, rank, size, timeout)
+                if gpu:
+                    _check_gpus(store, rank, size, device)
+                with start_errors():
+                    dist.init_process_group(
+                        backend, store=store, rank=rank, world_size=size, timeout=timeout
+                    )
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]
-            for name in _INTERFACES:
+            for name in INTERFACES:
                 # those of another node, perhaps, and this process has nobody to talk to
                 os.environ.pop(name, None)
-            with _start_errors():
+            with start_errors():
                 dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    peers = meet() if dist.get_world_size() > 1 else ()
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, peers)
+    elif dist.get_world_size() > 1:
+        # or a collective of the script's own could meet the first one of fastkd's
+        with _meeting(dist.get_rank(), dist.get_world_size()):
+            own = distributed_c10d._get_default_store()
+            _all_here(own, dist.get_rank(), dist.get_world_size(), default_timeout())
+    rank, size = dist.get_rank(), dist.get_world_size()
+    with _meeting(rank, size):
+        peers = meet() if size > 1 else ()
+    return Ranks(rank, size, device, peers)
+
+
+@contextmanager
+def _meeting(rank: int | str, size: int | str) -> Iterator[None]:
+    """Say in one line that the ranks can't meet.
+
+    Raises:
+        LostRank: another one is gone, or can't be reached.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if str(size) == "1" or not _is_of_group(error):
+            raise
+        raise LostRank(
+            f"rank {rank} of {size}: the ranks can't meet ({' '.join(str(error).split())[:_SAID]});"
+            " if another one says why itself, mend that; start all ranks again"
+        ) from error
+
+
+def _launchers_store(timeout: datetime.timedelta) -> tuple[Any, int, int]:
+    """The store that ranks meet at, this one's number and how many they are.
+
+    Where no launcher keeps the store, rank 0 does, and is waited for, as it waits for all.
+    """
+    of = f"rank {os.environ['RANK']} waits for others of {os.environ['WORLD_SIZE']} ranks"
+    slow = threading.Timer(SLOW_SECONDS, _say, [f"{of}; {_ALL_CALL}"])
+    slow.daemon = True
+    slow.start()
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        return store, rank, size
+    finally:
+        slow.cancel()
+
+
+def _all_here(store: Any, rank: int, size: int, timeout: datetime.timedelta) -> Any:
+    """Wait until every rank is here; what of a store is theirs for this one time.
+
+    Raises:
+        LostRank: one doesn't come in time.
+    """
+    # a store outlives a call, and the next one would read what this one wrote
+    store = dist.PrefixStore(f"fastkd-{next(_groups)}", store)  # type: ignore[attr-defined]
+    keys = [f"here/{each}" for each in range(size)]
+    store.set(keys[rank], "")
+    begun, pause, is_said = time.monotonic(), 0.001, False
+    while not store.check(keys):
+        time.sleep(pause)
+        waited = time.monotonic() - begun
+        late = waited > timeout.total_seconds()
+        if late or (waited > SLOW_SECONDS and not is_said):
+            missing = [each for each in range(size) if not store.check([keys[each]])]
+            names = some_of([f"rank {each}" for each in missing])
+            if late and missing:
+                raise LostRank(
+                    f"rank {rank} of {size}: {names} not there after {waited:.0f} s; {_ALL_CALL}; "
+                    f"end what hangs and start all ranks again, or raise {TIMEOUT}"
+                )
+            # one speaks for all that are here
+            if missing and missing[:rank] == list(range(rank)):
+                _say(f"rank {rank} waits for {len(missing)} of {size} ranks ({names}); {_ALL_CALL}")
+            is_said = True
+        pause = min(2 * pause, 0.1)
+    return store
 
 
 def _check_launcher() -> None:
@@ -402,31 +479,6 @@ def _check_launcher() -> None:
             f"RANK is set in the environment, but not {', '.join(missing)}; start ranks with "
             "torchrun or deepspeed, or unset RANK to run alone"
         )
-
-
-@contextmanager
-def _start_errors() -> Iterator[None]:
-    """Say in one line what gloo lacks, which looks for an interface also for one process."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        name = os.environ.get(_INTERFACES[0])
-        if os.strerror(errno.EAGAIN) in text:
-            limit, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-            raise RankError(
-                f"the process group could start no thread ({os.strerror(errno.EAGAIN)}); raise "
-                f"the limit of processes and threads (ulimit -u is {limit})"
-            ) from error
-        if "gloo/transport" not in text:
-            raise
-        then = "bring the loopback interface up (ip link set lo up)"
-        if name is not None:
-            then = f"{_INTERFACES[0]} is {name!r}: give an interface of this machine, or unset it"
-        said = text.rpartition("] ifa != nullptr. ")[2]
-        raise RankError(
-            f"the process group found no network interface ({said.strip()}); {then}"
-        ) from error
 
 
 def _check_gpus(store: Any, rank: int, size: int, device: torch.device) -> None:
@@ -493,7 +545,7 @@ def joined_ranks() -> Iterator[Ranks]:
     What ends one of several ranks on GPUs leaves its group to the end of the process.
 
     Raises:
-        UserError: as `start_ranks`.
+        UserError: as `start_ranks`, and so `LostRank`.
     """
     had_group, had_deepspeed = dist.is_initialized(), _uses_deepspeed()
     environment = {name: os.environ.get(name) for name in _CHANGED}

@@ -31,6 +31,7 @@ LEVELS: tuple[set[str], ...] = (
         "variables",
         "files",
         "layer_map",
+        "group_errors",
         "distributed",
         "rank_errors",
     },

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import socket
+from datetime import timedelta
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from tiny_runs import make_recipe, run_script
 
 from fastkd import distributed
 from fastkd.distributed import TIMEOUT, joined_ranks, start_ranks
-from fastkd.errors import RankError, UserError
+from fastkd.errors import LostRank, RankError, UserError
 from fastkd.recipe import Recipe, load_recipe
 from fastkd.training.engine import shard_teacher
 
@@ -87,6 +89,34 @@ def test_what_a_callback_raises_ends_the_run_on_every_rank(tmp_path: Path) -> No
     assert said["1"] == [[raised, 3.0], [judged, 3.0], ["", 3.0]]
 
 
+def test_who_waits_for_other_ranks_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first that is here speaks for all that are; in a script others may never come."""
+    monkeypatch.setattr(distributed, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(distributed, "_groups", repeat(7))
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]
+    for rank, late in ((1, r"rank 0, rank 2"), (0, "rank 2")):
+        with pytest.raises(LostRank, match=f"rank {rank} of 3: {late} not there after .* every"):
+            distributed._all_here(store, rank, 3, timedelta(seconds=0.2))
+    distributed._all_here(store, 2, 3, timedelta(seconds=0.2))
+    said = [line.partition("; every rank must")[0] for line in capsys.readouterr().err.splitlines()]
+    waits = "fastkd: rank {} waits for {} of 3 ranks ({})"
+    assert said == [waits.format(1, 2, "rank 0, rank 2"), waits.format(0, 1, "rank 2")]
+
+
+def test_ranks_that_do_not_meet_are_a_lost_rank(
+    two_gpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_given: Any, **_named: Any) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:152] x")
+
+    monkeypatch.setattr(dist, "init_process_group", gone)
+    with pytest.raises(LostRank, match=r"rank 1 of 2: the ranks can't meet \(Gloo .* x\); if"):
+        start_ranks()
+    assert "backend" not in two_gpus
+
+
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """This process as the second of two ranks of NCCL, each of which is shown one GPU; what it
@@ -124,6 +154,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     ended: Any = lambda: asked.update(ended=asked["ended"] + 1)  # noqa: E731
     monkeypatch.setattr(distributed, "stop_ranks", ended)
     first = dist.PrefixStore("fastkd-7", store)  # type: ignore[attr-defined]
+    first.set("here/0", "")
     first.set("gpu/0", f"{socket.gethostname()} GPU-0")
     asked["first"] = first
     return asked

@@ -124,26 +124,28 @@ def export_student(
         UserError: the disk is full, or failed.
     """
     module: DistilledStudent = engine.module
+
+    def write() -> None:
+        if weights is not None:
+            for name, parameter in module.named_parameters():
+                parameter.data.copy_(weights[name])
+        folder, projections = temporary_of(run.student), temporary_of(run.projections)
+        shutil.rmtree(folder, ignore_errors=True)
+        # whoever trains on from here expects the usual dropout rates and padding
+        for name, value in config_values.items():
+            setattr(module.student.config, name, value)
+        _write_model(module.student, folder)
+        _write_tokenizer(module.student, tokenizer, folder)
+        _write_around(module, source, prompts, start, folder)
+        kept = {k: v.contiguous() for k, v in module.objective.kept().items()}
+        save_file(kept, projections)
+        settle(projections)
+        settle(folder)
+        os.replace(projections, run.projections)
+        replace_folder(folder, run.student)
+
     with whole_weights(engine, module.parameters()), disk_errors(run.student):
-        if ranks.is_main:
-            if weights is not None:
-                for name, parameter in module.named_parameters():
-                    parameter.data.copy_(weights[name])
-            folder, projections = temporary_of(run.student), temporary_of(run.projections)
-            shutil.rmtree(folder, ignore_errors=True)
-            # whoever trains on from here expects the usual dropout rates and padding
-            for name, value in config_values.items():
-                setattr(module.student.config, name, value)
-            _write_model(module.student, folder)
-            _write_tokenizer(module.student, tokenizer, folder)
-            _write_around(module, source, prompts, start, folder)
-            kept = {k: v.contiguous() for k, v in module.objective.kept().items()}
-            save_file(kept, projections)
-            settle(projections)
-            settle(folder)
-            os.replace(projections, run.projections)
-            replace_folder(folder, run.student)
-    ranks.barrier()
+        ranks.from_main(write)
 
 
 def _write_model(student: PreTrainedModel, folder: Path) -> None:

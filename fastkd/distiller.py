@@ -224,6 +224,15 @@ class Distiller(nn.Module):
         self._listening.pop().close()
         return False
 
+    def __getstate__(self) -> dict[str, Any]:
+        # what hears the models is theirs, and no copy's
+        if self._listening:
+            raise UserError(
+                "the distiller is listening, so it can't be copied or pickled; do so outside of "
+                "`with distiller:`, or copy distiller.student, which can be at any time"
+            )
+        return self.__dict__
+
     def _compile(self) -> tuple[CompiledCapture, CompiledCapture]:
         student = CompiledCapture(self.student, self.objective.all_layers("student"))
         return student, CompiledCapture(self.teacher, self.objective.all_layers("teacher"))

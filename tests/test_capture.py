@@ -6,10 +6,12 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from fastkd_kernels import LogitsHead
 from tiny_models import (
     ARCHITECTURES,
     HEADS,
@@ -19,10 +21,11 @@ from tiny_models import (
     WIDTH,
     WINDOW,
     tiny_batch,
+    tiny_config,
     tiny_model,
 )
 from torch import Tensor, nn
-from transformers import PreTrainedModel, modeling_utils
+from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastkd.capture import (
@@ -33,6 +36,7 @@ from fastkd.capture import (
     route_attention,
     try_model,
 )
+from fastkd.errors import UserError
 from fastkd.models import dropout_rates
 
 BLOCKS = range(1, LAYERS + 1)
@@ -245,6 +249,28 @@ def test_a_capture_within_a_capture_hears_alone_and_hands_back() -> None:
         run(model)
     assert torch.equal(inner.attention[1].query, outer.attention[1].query)
     assert not list(traces(model))
+
+
+def test_a_pass_of_another_thread_is_refused_while_a_model_is_recorded() -> None:
+    model = tiny_model("bert")
+    with torch.no_grad(), ThreadPoolExecutor(1) as thread:
+        with capture(model, hidden=[1]) as states:
+            run(model)
+            with pytest.raises(UserError, match="is being recorded in another thread"):
+                thread.submit(run, model).result()
+        thread.submit(run, model).result()
+    assert list(states.hidden) == [1]
+
+
+def test_heads_may_be_left_in_any_order() -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", num_hidden_layers=2))
+    first, second = capture(model, logits=True), capture(model, logits=True)
+    states = first.__enter__(), second.__enter__()
+    model(**BATCH)
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert all(isinstance(found.logits, LogitsHead) for found in states)
+    assert "forward" not in model.lm_head.__dict__
 
 
 def test_a_module_that_stands_in_a_block_twice_is_left_clean() -> None:

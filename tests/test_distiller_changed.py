@@ -4,6 +4,10 @@ told where the run is."""
 from __future__ import annotations
 
 import copy
+import pickle
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -58,6 +62,64 @@ def test_a_copy_that_is_made_within_has_a_last_layer_of_its_own(
         assert torch.equal(kept(**batch).logits, expected)
     assert torch.equal(kept(**batch).logits, expected)
     assert not torch.allclose(student(**batch).logits, expected)
+
+
+@pytest.fixture
+def many_switches() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("many_switches")
+@pytest.mark.parametrize("losses", [{"logits": {}}, {"hidden": {}}], ids=["logits", "hidden"])
+def test_two_threads_may_distil_from_one_teacher(losses: dict[str, Any]) -> None:
+    student, teacher = decoders()
+    layers = {"layer_map": "first"} if "hidden" in losses else {}
+
+    def step(own: fastkd.Distiller, batch: dict[str, Tensor]) -> float:
+        with own, torch.no_grad():
+            return float(own(batch)[0])
+
+    owns = [fastkd.Distiller(copy.deepcopy(student), teacher, losses, **layers) for _ in range(2)]
+    batches = [tiny_batch(seed=seed) for seed in (1, 2)]
+    expected = list(map(step, owns, batches))
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(step, owns * 20, batches * 20))
+    assert found == expected * 20
+    assert teacher.config.num_hidden_layers == len(teacher.model.layers)
+
+
+def test_a_copy_that_is_made_within_is_nobodys() -> None:
+    student, teacher = models()
+    distiller = fastkd.Distiller(student, teacher, {"attention": {}})
+    with distiller:
+        kept = copy.deepcopy(student), pickle.loads(pickle.dumps(student))
+        for make in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(UserError, match="the distiller is listening, so it can't be copi"):
+                make(distiller)
+        # the student itself is still heard
+        distiller(tiny_batch())
+    assert [model.config._attn_implementation for model in kept] == ["sdpa", "sdpa"]
+    copy.deepcopy(distiller)
+
+
+def test_a_block_that_is_exchanged_within_is_the_one_that_runs() -> None:
+    student, teacher = models()
+    distiller = fastkd.Distiller(student, teacher, {"hidden": {}}, layer_map="first")
+    with distiller:
+        before = float(distiller(tiny_batch())[0].detach())
+        block = copy.deepcopy(teacher.encoder.layer[0]).train()
+        for parameter in block.parameters():
+            parameter.mul_(2)
+        teacher.encoder.layer[0] = block
+        found = float(distiller(tiny_batch())[0].detach())
+    with distiller:
+        expected = float(distiller(tiny_batch())[0].detach())
+    assert found == expected != before
+    assert teacher.encoder.layer[0] is block and len(teacher.encoder.layer) == 4
 
 
 def test_another_student_is_refused() -> None:

@@ -2,14 +2,15 @@
 
     set_attention -> try_model (-> route_attention) -> capture
 
-`recording.py` has `capture`, the one context in which hooks stand: attention (`routing.py`), states
-of blocks (`blocks.py`), what a head gives or reads (`lm_head.py`), the states after the final norm
-(`last_state.py`), and any submodule by its path (`modules.py`). `compiled.py` does the same of a
-model that `torch.compile` compiles, `recompute.py` makes attention again from the hidden states
-below it. `packed_pass.py` and `packed_attention.py` let a model read sequences that follow each
-other in one row. `trial.py` runs a model once before a run and sees that all of it can be captured,
-`packed_trial.py` that it reads such rows, both in eval mode (`modes.py`); `attention_traits.py`
-says what its queries see, `cheap_products.py` how that is seen of long sequences in little time.
+`recording.py` has `capture`, the one context in which hooks stand, of one thread at a time
+(`alone.py`): attention (`routing.py`), states of blocks (`blocks.py`), what a head gives or reads
+(`lm_head.py`), the states after the final norm (`last_state.py`), and any submodule by its path
+(`modules.py`). `compiled.py` does the same of a model that `torch.compile` compiles, `recompute.py`
+makes attention again from the hidden states below it. `packed_pass.py` and `packed_attention.py`
+let a model read sequences that follow each other in one row. `trial.py` runs a model once before a
+run and sees that all of it can be captured, `packed_trial.py` that it reads such rows, both in eval
+mode (`modes.py`); `attention_traits.py` says what its queries see, `cheap_products.py` how that is
+seen of long sequences in little time.
 `facts.py` answers what others ask of a model: its positions, its vocabulary, whether it sees ahead.
 
 It knows no loss and no recipe.

@@ -128,19 +128,27 @@ class Cut:
         self._config: Any = model.config
         self._blocks = find_blocks(model)
         self._before = _CUT.get(model)
-        self._parent, self._name = next(
-            (module, name)
-            for module in model.modules()
-            for name, child in module.named_children()
-            if child is self._blocks
-        )
+        path = next(path for path, module in model.named_modules() if module is self._blocks)
+        self._path, _, self._name = path.rpartition(".")
+        self._parent = model.get_submodule(self._path)
         self._depth, self._full = depth, model.config.num_hidden_layers
         self._first = self._blocks[:depth]
 
     def __enter__(self) -> None:
+        self._follow()
         setattr(self._parent, self._name, self._first)
         self._config.num_hidden_layers = self._depth
         _CUT[self._model] = self._first
+
+    def _follow(self) -> None:
+        """Take blocks that were exchanged since."""
+        self._parent = self._model.get_submodule(self._path)
+        blocks = getattr(self._parent, self._name)
+        if blocks is self._first:
+            return
+        pairs = zip(self._first, blocks, strict=False)
+        if blocks is not self._blocks or any(cut is not block for cut, block in pairs):
+            self._blocks, self._first = blocks, blocks[: self._depth]
 
     def __exit__(self, *_raised: object) -> None:
         setattr(self._parent, self._name, self._blocks)

@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 
+from fastkd.capture.alone import alone
 from fastkd.capture.recording import hooks
 from fastkd.capture.states import Capture, Slot, missing
 from fastkd.errors import UserError, one_line
@@ -66,12 +67,14 @@ class CompiledCapture:
 
     def open(self) -> Self:
         """Let the hooks stand, as on entering the context."""
-        self._stack.enter_context(hooks(self.model, self._slot, **self._wanted))
+        with alone(self.model, guarded=False):
+            self._stack.enter_context(hooks(self.model, self._slot, **self._wanted))
         return self
 
     def close(self) -> None:
         """Take them away, as on leaving it."""
-        self._stack.close()
+        with alone(self.model, guarded=False):
+            self._stack.close()
 
     def __enter__(self) -> Self:
         return self.open()
@@ -98,7 +101,8 @@ class CompiledCapture:
         name = type(self.model).__name__
         try:
             # blocks that are recomputed write to no slot the second time
-            with patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+            skips = patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+            with alone(self.model, guarded=False), skips:
                 found = self._run(self.model, self._slot, dict(inputs))
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             raise UserError(

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from fastkd_kernels import LogitsHead
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastkd.capture.alone import alone
 from fastkd.capture.last_state import hearing_last_state
 from fastkd.capture.states import Capture, Slot
 from fastkd.errors import UserError
@@ -51,37 +53,69 @@ def recorded_head(model: PreTrainedModel, slot: Slot, *, record: bool) -> Iterat
             handle.remove()
         return
 
-    labelled = False
-
-    def look(_model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal labelled
-        labelled = kwargs.get("labels") is not None
-
-    def skip(self: nn.Linear, hidden: Tensor) -> Tensor:
-        if self is not layer:
-            # a copy that was made meanwhile multiplies with its own weight; nobody listens to it
-            return type(self).forward(self, hidden)
-        if slot.states is None:
-            return forward(hidden)
-        if record:
-            bias = None if layer.bias is None else _whole(layer.bias)
-            slot.states.logits = LogitsHead(hidden, _whole(layer.weight), bias)
-        # the model makes a loss of its own from labels
-        made: Tensor = forward(hidden) if labelled else hidden[..., :0]
-        return made
-
-    # an engine may have put a forward of its own on the layer
-    forward: Callable[[Tensor], Tensor] = layer.forward
-    held = {k: v for k, v in layer.__dict__.items() if k == "forward"}
-    handle = model.register_forward_pre_hook(look, with_kwargs=True)
-    # a method, which copy.deepcopy binds to the copy
-    layer.__dict__["forward"] = MethodType(skip, layer)
+    skip = _SKIPPED.get(layer)
+    if skip is None:
+        skip = _SKIPPED[layer] = _Skip(layer)
+    listener = slot, record
+    handle = model.register_forward_pre_hook(skip.look, with_kwargs=True)
+    skip.listeners.append(listener)
     try:
         yield
     finally:
         handle.remove()
+        # slots of equal states are equal
+        skip.listeners[:] = [other for other in skip.listeners if other is not listener]
+        if not skip.listeners:
+            _SKIPPED.pop(layer, None)
+            skip.leave(layer)
+
+
+class _Skip:
+    """What stands in the place of a last layer's forward while anyone listens."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.listeners: list[tuple[Slot, bool]] = []
+        """Where each writes to, and whether it is given what the logits are made of."""
+        self._labelled = False
+        # an engine may have put a forward of its own on the layer
+        self._held = {k: v for k, v in layer.__dict__.items() if k == "forward"}
+        forward: Callable[[Tensor], Tensor] = layer.forward
+
+        def skip(called: nn.Linear, hidden: Tensor) -> Tensor:
+            if called is not layer:
+                # a copy that was made meanwhile multiplies with its own weight; nobody listens
+                return type(called).forward(called, hidden)
+            return self._skip(called, forward, hidden)
+
+        # a method, which copy.deepcopy binds to the copy
+        layer.__dict__["forward"] = MethodType(skip, layer)
+
+    def look(self, _model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See whether the model makes a loss of its own in a pass."""
+        self._labelled = kwargs.get("labels") is not None
+
+    def leave(self, layer: nn.Linear) -> None:
+        """Let the layer run as before."""
         del layer.__dict__["forward"]
-        layer.__dict__.update(held)
+        layer.__dict__.update(self._held)
+
+    def _skip(
+        self, layer: nn.Linear, forward: Callable[[Tensor], Tensor], hidden: Tensor
+    ) -> Tensor:
+        listening = False
+        for slot, record in self.listeners:
+            states = slot.heard
+            if states is None:
+                continue
+            listening = True
+            if record:
+                bias = None if layer.bias is None else _whole(layer.bias)
+                states.logits = LogitsHead(hidden, _whole(layer.weight), bias)
+        return forward(hidden) if self._labelled or not listening else hidden[..., :0]
+
+
+_SKIPPED: WeakKeyDictionary[nn.Module, _Skip] = WeakKeyDictionary()
+"""Last layers that someone listens to; contexts may be left in any order."""
 
 
 def head_traits(model: PreTrainedModel) -> tuple[object, ...]:
@@ -107,7 +141,7 @@ def check_head(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     """
     _check_parameters(model)
     states = Capture()
-    with torch.no_grad():
+    with torch.no_grad(), alone(model):
         given = model(**inputs).logits
         with recorded_head(model, Slot(states), record=True):
             model(**inputs)
@@ -172,7 +206,8 @@ def last_hidden_state(run: nn.Module, model: PreTrainedModel, inputs: dict[str, 
         model: the model itself.
         inputs: its keyword arguments.
     """
-    with overheard(model, "states") as heard, recorded_head(model, Slot(Capture()), record=False):
+    skipped = recorded_head(model, Slot(Capture()), record=False)
+    with alone(model), overheard(model, "states") as heard, skipped:
         run(**inputs)
     return heard.output
 
@@ -207,8 +242,9 @@ def overheard(model: PreTrainedModel, reading: Reading) -> Iterator[Overheard]:
 
 def _output_hook(slot: Slot) -> Any:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        if slot.states is not None:
-            slot.states.logits = _given(output)
+        states = slot.heard
+        if states is not None:
+            states.logits = _given(output)
 
     return hook
 

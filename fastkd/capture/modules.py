@@ -36,7 +36,8 @@ def module_recorder(slot: Slot, path: str) -> Callable[..., None]:
     """
 
     def hook(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        if slot.states is None:
+        states = slot.heard
+        if states is None:
             return
         given = output[0] if isinstance(output, tuple | list) else output
         if not isinstance(given, Tensor):
@@ -44,11 +45,11 @@ def module_recorder(slot: Slot, path: str) -> Callable[..., None]:
                 f"module {path} ({type(module).__name__}) gives {type(given).__name__}, expected a "
                 "tensor; name another module"
             )
-        if path in slot.states.modules:
+        if path in states.modules:
             raise UserError(
                 f"module {path} ({type(module).__name__}) is called more than once in a forward "
                 "pass, so its output can't be captured; name another module"
             )
-        slot.states.modules[path] = given
+        states.modules[path] = given
 
     return hook

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastkd.capture.alone import alone
 from fastkd.capture.blocks import find_blocks, first_tensor
 from fastkd.capture.last_state import hearing_last_state
 from fastkd.capture.lm_head import recorded_head
@@ -37,7 +39,8 @@ def capture(
 
     Hooks are attached on entry and removed on exit: ZeRO-3 needs them younger than its own. The
     logits of a language model, [tokens, vocabulary], are not computed meanwhile, unless it is
-    given `labels`, from which it makes a loss of its own.
+    given `labels`, from which it makes a loss of its own. Passes of the thread that opened it are
+    recorded; another thread's `capture` of the model waits for its end.
 
     Args:
         model: routed by `route_attention` where attention is recorded, possibly wrapped and sharded
@@ -51,7 +54,8 @@ def capture(
 
     Raises:
         UserError: attention is wanted of a model that is not routed, or it has no such submodule;
-            in a pass, that a block is called more than once; at the end, that something was not
+            in a pass, that a block is called more than once, or that another thread makes it; at
+            the end, that something was not
             recorded, as of a model that `torch.compile` traced without the hooks.
     """
     wanted: dict[str, Any] = {
@@ -62,7 +66,8 @@ def capture(
         "modules": modules,
     }
     states = Capture()
-    with hooks(model, Slot(states), **wanted):
+    slot = Slot(states, threading.get_ident())
+    with alone(model), hooks(model, slot, **wanted):
         yield states
     gone = missing(states, wanted) if whole else []
     if gone:
@@ -116,23 +121,25 @@ def hooks(
 
 def _recorder(slot: Slot, layer: int) -> Listener:
     def record(call: AttentionCall) -> None:
-        if slot.states is None:
+        states = slot.heard
+        if states is None:
             return
-        if layer in slot.states.attention:
+        if layer in states.attention:
             raise UserError(
                 f"block {layer} attends more than once in a forward pass, so its attention can't "
                 "be captured; leave losses.attention and losses.relations out"
             )
-        slot.states.attention[layer] = call.state
+        states.attention[layer] = call.state
 
     return record
 
 
 def _output_hook(slot: Slot, layer: int) -> Callable[..., None]:
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        if slot.states is not None:
+        states = slot.heard
+        if states is not None:
             given = output[0] if isinstance(output, tuple | list) else output
-            _note_state(slot.states, layer, given)
+            _note_state(states, layer, given)
 
     return hook
 
@@ -149,21 +156,23 @@ def _note_state(states: Capture, layer: int, state: Tensor) -> None:
 
 def _final_recorder(slot: Slot) -> Callable[[Tensor, bool], None]:
     def note(state: Tensor, first: bool) -> None:
-        if slot.states is None:
+        states = slot.heard
+        if states is None:
             return
-        if first and slot.states.outputs is not None:
+        if first and states.outputs is not None:
             raise UserError(
                 "the base model runs more than once in a forward pass, so its outputs can't be "
                 "captured; leave losses of embeddings out, or give a model that runs it once"
             )
-        slot.states.outputs = state
+        states.outputs = state
 
     return note
 
 
 def _input_hook(slot: Slot) -> Callable[..., None]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if slot.states is not None:
-            _note_state(slot.states, 0, first_tensor(args, kwargs))
+        states = slot.heard
+        if states is not None:
+            _note_state(states, 0, first_tensor(args, kwargs))
 
     return hook

@@ -5,7 +5,7 @@ function per implementation (`fastkd-sdpa`, `fastkd-flash_attention_2`, ...) tha
 and value of the blocks that someone listens to over and then calls the implementation itself: both
 models stay on their fast path, and outputs are bit for bit those without fastkd. Masks are made by
 transformers too, but never read to see whether they hide anything. Nothing global
-knows who is listening: a listener is an attribute of the attention module for the time of one
+knows who is listening: listeners are an attribute of the attention module for the time of one
 `with`, so recomputation under gradient checkpointing, which runs after it, is never recorded.
 
 The road not taken: `output_attentions=True` forces eager attention in all layers and stores
@@ -30,7 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from fastkd.errors import UserError, one_line
 
 PREFIX = "fastkd-"
-_LISTENER = "_fastkd_listener"
+_LISTENERS = "_fastkd_listeners"
 _AS_IT_IS = nullcontext()
 
 
@@ -106,15 +106,26 @@ def is_routed(model: PreTrainedModel) -> bool:
     return str(model.config._attn_implementation).startswith(PREFIX)
 
 
+class _LentName(str):
+    """The name of a listening function, of which copies and pickles are the model's own name: they
+    outlive the context, and another process knows no listener."""
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (self.removeprefix(PREFIX),)
+
+
 @contextmanager
 def routed(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model` run through the listener while the context is open.
+    """Let `model` run through the listener while the context is open; copies and pickles that are
+    made of it meanwhile run without.
 
     Raises:
         UserError: as `route_attention`.
     """
     running = model.config._attn_implementation
-    route_attention(model)
+    if not is_routed(model):
+        route_attention(model)
+        model.config._attn_implementation = _LentName(model.config._attn_implementation)
     try:
         yield
     finally:
@@ -124,28 +135,29 @@ def routed(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def listening(block: nn.Module, listener: Listener) -> Iterator[None]:
     """Let `listener` hear every attention inside a block while the context is open."""
-    parts = [module.__dict__ for module in _inside(block)]
-    before = [part.get(_LISTENER) for part in parts]
+    # a module may stand in a block twice
+    parts = {id(module): module.__dict__ for module in inside(block)}.values()
     for part in parts:
-        part[_LISTENER] = listener
+        part[_LISTENERS] = *part.get(_LISTENERS, ()), listener
     try:
         yield
     finally:
-        for part, earlier in zip(parts, before, strict=True):
-            if earlier is None:
-                # a module that stands in a block twice is left once
-                part.pop(_LISTENER, None)
+        # others may have come since, and leave later
+        for part in parts:
+            left = tuple(other for other in part[_LISTENERS] if other is not listener)
+            if left:
+                part[_LISTENERS] = left
             else:
-                part[_LISTENER] = earlier
+                del part[_LISTENERS]
 
 
-def _inside(module: nn.Module) -> list[nn.Module]:
+def inside(module: nn.Module) -> list[nn.Module]:
     """`module.modules()`, some perhaps twice: torch also makes the name of each, and a step asks
     for every block that it captures."""
     found = [module]
     for child in module._modules.values():
         if child is not None:
-            found += _inside(child)
+            found += inside(child)
     return found
 
 
@@ -188,9 +200,10 @@ def listening_function(implementation: str) -> Callable[..., tuple[Tensor, Tenso
         else:
             function = ALL_ATTENTION_FUNCTIONS[implementation]
         tensors = query, key, value, attention_mask
-        listener: Listener | None = module.__dict__.get(_LISTENER)
-        if listener is not None:
-            listener(_call(module, function, tensors, scaling, kwargs, implementation))
+        listeners: tuple[Listener, ...] = module.__dict__.get(_LISTENERS, ())
+        if listeners:
+            # the one that came last hears alone
+            listeners[-1](_call(module, function, tensors, scaling, kwargs, implementation))
         with _plain_name(module, implementation) if flash else _AS_IT_IS:
             result: tuple[Tensor, Tensor | None] = function(
                 module, *tensors, scaling=scaling, **kwargs
@@ -304,8 +317,9 @@ def _state(
 def _plain_name(module: nn.Module, implementation: str) -> Iterator[None]:
     """Flash attention looks up in the configuration which of its kernels to load."""
     config: Any = module.config
+    running = config._attn_implementation
     config._attn_implementation = implementation
     try:
         yield
     finally:
-        config._attn_implementation = PREFIX + implementation
+        config._attn_implementation = running

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,15 @@ class Slot:
     """Where hooks write to; `None` between passes, when they leave the model alone."""
 
     states: Capture | None = None
+    thread: int | None = None
+    """Whose passes are recorded; `None` for those of any thread, as of a compiled pass."""
+
+    @property
+    def heard(self) -> Capture | None:
+        """Where a hook that runs now writes to, if it is heard."""
+        if self.thread is None or self.thread == threading.get_ident():
+            return self.states
+        return None
 
 
 def missing(states: Capture, wanted: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastkd.capture.alone import alone
 from fastkd.capture.attention_traits import (
     TAKE_OUT,
     AttentionTraits,
@@ -71,7 +72,7 @@ def try_model(
     _check_positions(model, tokens, field)
     try_on = partial(_try_on, model, field, attention=attention, hidden=hidden, outputs=outputs)
     few = min(tokens, _FEW)
-    with evaluating(model), torch.no_grad(), runnable(model), padded(model):
+    with alone(model), evaluating(model), torch.no_grad(), runnable(model), padded(model):
         running = model.config._attn_implementation
         try:
             inputs = trial_inputs(model, few)

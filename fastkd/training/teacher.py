@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastkd.capture import Capture, CompiledCapture, at_depth, capture, reading
+from fastkd.capture.alone import alone
 from fastkd.capture.lm_head import last_hidden_state
+from fastkd.capture.routing import inside
 from fastkd.data.datamodule import MicroBatches
 from fastkd.layer_map import Progress
 from fastkd.losses.objective import Objective
@@ -111,32 +113,35 @@ class TeacherRunner:
         self.quantised = quantised
         self.others = tuple(others)
         self._run = model if engine is None else engine
-        self._parts = tuple(self._run.modules())
-        self._settle()
         self.compiled: CompiledCapture | None = None
         """What runs it while the objective is in training mode, where that is compiled."""
         self.stored: StoredStates | None = None
         """What gives its states of rows, where they are stored."""
-        self._cut = self._find_cut()
+        with alone(model):
+            self._settle()
+            self._cut = self._find_cut()
 
     def __call__(self, inputs: Inputs, *, whole: bool = False) -> Capture:
         """Run as deep as the objective ever needs, or all of it, and return what is needed now."""
         if self.stored is not None and not whole and any(n.startswith(STORED) for n in inputs):
             return self.stored(inputs, self.objective.layers("teacher"))
-        self._settle()
         wanted = self.objective.layers("teacher")
-        cut = nullcontext() if whole else self._cut
-        with torch.no_grad(), cut, reading(self.model, teacher_inputs(inputs)) as read:
-            if self.compiled is not None and self.objective.training and not whole:
-                states = self.compiled(read, wanted)
-            else:
-                with capture(self.model, **wanted) as states:
-                    self._run(**read)
+        compiled = self.compiled if self.objective.training and not whole else None
+        # other distillers may run it in threads of theirs
+        with alone(self.model, guarded=compiled is None), torch.no_grad():
+            self._settle()
+            cut = nullcontext() if whole else self._cut
+            with cut, reading(self.model, teacher_inputs(inputs)) as read:
+                if compiled is not None:
+                    states = compiled(read, wanted)
+                else:
+                    with capture(self.model, **wanted) as states:
+                        self._run(**read)
         return self._condensed(states, inputs)
 
     def _settle(self) -> None:
         """Put the teacher into eval mode, whatever a module that holds it was put into since."""
-        if any(module.training for module in self._parts):
+        if any(module.training for module in inside(self._run)):
             # of DeepSpeed's engine it returns nothing
             self._run.eval()
 
@@ -149,7 +154,7 @@ class TeacherRunner:
         cut = self._cut if depth is None or deepest <= depth else nullcontext()
         recorded = capture(self.model, **wanted)
         reads = reading(self.model, teacher_inputs(inputs))
-        with torch.no_grad(), cut, reads as read, recorded as states:
+        with alone(self.model), torch.no_grad(), cut, reads as read, recorded as states:
             self._run(**read)
         return self._condensed(states, inputs)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from inspect import signature
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastkd.capture import vocabulary_size
 from fastkd.errors import UserError
 from fastkd.head_spec import HEADS
+from fastkd.losses.counts import target_labels
 from fastkd.types import IGNORE_INDEX, Head, Inputs, model_inputs
 
 _WINDOWS = ("sliding_window", "local_attention", "attention_chunk_size", "window_size")
@@ -70,6 +72,11 @@ class BatchCheck:
                 f"the batch has the keys {', '.join(map(str, batch)) or 'none'}, and input_ids "
                 f"{found}; expected input_ids [batch, tokens]"
             )
+        if not ids.numel():
+            raise UserError(
+                f"input_ids of the batch are {list(ids.shape)}, expected tokens; leave empty "
+                "batches out"
+            )
         self._check_length(ids.shape[1])
         self._check_ids(ids)
         mask = batch.get("attention_mask")
@@ -124,7 +131,7 @@ class BatchCheck:
             UserError: naming an id that one model doesn't embed.
         """
         rows = min(self._rows)
-        if rows == max(self._rows) or ids.device.type != "cpu" or not ids.numel():
+        if rows == max(self._rows) or ids.device.type != "cpu":
             return
         largest = int(ids.max())
         if largest >= rows:
@@ -145,6 +152,8 @@ class BatchCheck:
         # the first token of a span and the last one
         shape = ids.shape[:1] if of == "example" else (len(ids), 2) if of == "span" else ids.shape
         if isinstance(labels, Tensor) and labels.shape == shape:
+            if reader is not None:
+                self._check_labels(reader, batch, labels)
             return batch
         if reader is None or (labels is None and not self.needs_labels):
             return model_inputs(batch)
@@ -156,6 +165,39 @@ class BatchCheck:
             f"are {'missing' if labels is None else given}; give them, {IGNORE_INDEX} where there "
             "is none"
         )
+
+    def _check_labels(self, reader: str, batch: Inputs, labels: Tensor) -> None:
+        """See that the labels that count are among what the head chooses from; on a GPU, where a
+        look would wait for all work before it, of what kind they are.
+
+        Raises:
+            UserError: naming a label that is none, or the dtype.
+        """
+        of = HEADS[self._head].labels
+        classes = int(getattr(self._student.config, "num_labels", 0))
+        if of == "example" and classes == 1:
+            # a number, of any kind
+            return
+        if labels.dtype != torch.int64:
+            raise UserError(
+                f"losses.{reader} learns from labels that are numbers of classes or tokens, but "
+                f"those of the batch are {labels.dtype}, expected torch.int64; give labels.long()"
+            )
+        if labels.device.type != "cpu":
+            return
+        choices, what = self._rows[0], "tokens of the student's vocabulary"
+        if of == "span":
+            choices, what = batch["input_ids"].shape[1], "places of the batch's tokens"
+        elif of in ("example", "token"):
+            choices, what = classes, "classes of the student"
+        counted = target_labels(batch, self._head)
+        assert counted is not None, "they are given"
+        wrong = counted[(counted != IGNORE_INDEX) & ((counted < 0) | (counted >= choices))]
+        if wrong.numel():
+            raise UserError(
+                f"losses.{reader} learns from the label {int(wrong[0])}, but there are {choices} "
+                f"{what}, from 0; give one of them, or {IGNORE_INDEX} where there is none"
+            )
 
 
 def _check_one_text(batch: Inputs) -> None:

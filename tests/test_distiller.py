@@ -468,6 +468,24 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: _classifier(lambda batch: {**batch, "labels": torch.zeros(3, 2)}),
         r"losses.labels learns from labels of shape \[3\], but those of the batch are \[3, 2\]",
     ),
+    "labels of another kind": (
+        lambda: _classifier(lambda batch: {**batch, "labels": torch.zeros(3).int()}),
+        r"losses.labels learns from labels .* torch.int32, expected torch.int64",
+    ),
+    "a label that is no class": (
+        lambda: _classifier(lambda batch: {**batch, "labels": torch.tensor([0, 2, -100])}),
+        "losses.labels learns from the label 2, but there are 2 classes",
+    ),
+    "a label that is no token": (
+        lambda: fastkd.Distiller(
+            *headed(AutoModelForCausalLM, "llama"), {"logits": {}, "labels": {}}
+        ).count({"input_ids": torch.ones(1, 3).long(), "labels": torch.tensor([[-1, 2, -1]])}),
+        "losses.logits learns from the label -1, but there are 64 tokens",
+    ),
+    "a batch of nothing": (
+        lambda: fastkd.Distiller(*models(), LOSSES).count({"input_ids": torch.ones(0, 5).long()}),
+        r"input_ids of the batch are \[0, 5\], expected tokens",
+    ),
     "a step that is none": (
         lambda: fastkd.Distiller(*models(), LOSSES).at(11, 10),
         "step 11 of 10",

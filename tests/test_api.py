@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -342,6 +343,15 @@ def test_a_folder_that_is_gone_is_not_looked_for_on_the_hub(
     for read in (lambda: gone.student, lambda: gone.tokenizer):
         with pytest.raises(fastkd.UserError, match=rf"^{tmp_path}/bert/student is not there; make"):
             read()
+
+
+def test_no_engine_of_deepspeed_is_left(recipe: Path) -> None:
+    changes = {"train.zero_stage": 1, "deepspeed": {"steps_per_print": 100}}
+    given = {**STEPS, "run.output": recipe.parent / "sharded", **changes}
+    fastkd.distill(recipe, given, quiet=True)
+    gc.collect()
+    left = [thing for thing in gc.get_objects() if type(thing).__name__ == "DeepSpeedEngine"]
+    assert not left
 
 
 def test_a_callers_process_group_stays(recipe: Path, result: fastkd.RunResult) -> None:

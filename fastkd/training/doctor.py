@@ -32,6 +32,7 @@ from fastkd.reporting.numbers import fixed, gib
 from fastkd.reporting.profile import memory_rows, time_columns, time_rows
 from fastkd.training.chips import Chip
 from fastkd.training.cost import peak_memory, reset_peak
+from fastkd.training.engine import engines_ended
 from fastkd.training.environment import environment
 from fastkd.training.forecast import (
     EFFICIENCY,
@@ -214,6 +215,7 @@ def _models(passes: Passes) -> str:
     return f"{passes.teacher_numbers:,}, {passes.trained_numbers:,} with projections{frozen}"
 
 
+@engines_ended()
 def _estimate(recipe: AnyRecipe, ranks: Ranks, reporter: Reporter) -> None:
     reset_peak(ranks)
     run = set_up(recipe, ranks, progress=not reporter.console.quiet)

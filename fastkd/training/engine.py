@@ -13,8 +13,8 @@ import copy
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 from torch import nn
@@ -36,6 +36,38 @@ from fastkd.training.local_engine import LocalEngine
 from fastkd.training.muon import Muon
 from fastkd.training.optimizer import flat_pieces, make_optimizer
 
+_MADE: list[Any] = []
+"""Engines of DeepSpeed that are not destroyed yet."""
+
+
+@contextmanager
+def engines_ended() -> Iterator[None]:
+    """Destroy the engines that are made in the context at its end, while their ranks are there:
+    DeepSpeed's hooks hold each, with its moments and its process group, for ever."""
+    before = len(_MADE)
+    try:
+        yield
+    except BaseException:
+        # what is said is the first error, not what a device that failed makes of this
+        with suppress(*FOREIGN_ERRORS):
+            _destroy_since(before)
+        raise
+    _destroy_since(before)
+
+
+def _destroy_since(before: int) -> None:
+    ended = _MADE[before:]
+    del _MADE[before:]
+    if not ended:
+        return
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    for engine in ended:
+        engine.destroy()
+    # ZeRO-3 puts each module that it shards below all of a pass, and never takes it away
+    modules = {id(engine.module) for engine in ended}
+    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if id(module) not in modules]
+
 
 def shard_teacher(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
     """A second ZeRO-3 engine, without an optimiser, that holds the teacher's weights in shards."""
@@ -45,6 +77,7 @@ def shard_teacher(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
     for buffer in model.buffers():
         buffer.data = buffer.data.to(parts.local_device)
     engine: nn.Module = deepspeed.initialize(model=model, config=config)[0]
+    _MADE.append(engine)
     return engine
 
 
@@ -95,6 +128,7 @@ def make_engine(module: DistilledStudent, recipe: AnyRecipe, plan: BatchPlan, ra
     engine, *_ = _deepspeed().initialize(
         model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config
     )
+    _MADE.append(engine)
     if isinstance(optimizer, Muon):
         optimizer.lie_flat(flat_pieces(engine, ranks))
     return engine

@@ -16,6 +16,7 @@ from fastkd.models import model_digests
 from fastkd.models.digests import NOTE, model_sources, require_same_models
 from fastkd.recipe import AnyRecipe, Recipe, TaskSelection, each_stage
 from fastkd.training.deepspeed_config import check_packages
+from fastkd.training.engine import engines_ended
 from fastkd.training.evaluate import Evaluation, Kept, evaluate
 from fastkd.training.precision import tf32_products
 from fastkd.training.run_folder import RunFolder
@@ -34,6 +35,7 @@ _OF_READING = ("workers", "cache", "shuffle_buffer", "heldout_blocks")
 logger = logging.getLogger(__name__)
 
 
+@engines_ended()
 def evaluate_run(folder: RunFolder, overrides: Sequence[str], ranks: Ranks) -> Evaluation:
     """Evaluate what a run exported, and its teacher, on its own held-out data or on another.
 

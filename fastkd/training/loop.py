@@ -20,6 +20,7 @@ from fastkd.training.bookkeeping import SILENT, Bookkeeper, Callbacks, stop_aske
 from fastkd.training.card import write_card
 from fastkd.training.cost import Cost
 from fastkd.training.deepspeed_config import check_packages
+from fastkd.training.engine import engines_ended
 from fastkd.training.export import export_student
 from fastkd.training.hold import hold_run
 from fastkd.training.introduction import introduce
@@ -104,6 +105,7 @@ def _run_stages(
     return finish_stages(recipe, summaries, ranks)
 
 
+@engines_ended()
 def train(
     recipe: AnyRecipe,
     ranks: Ranks,

@@ -57,7 +57,7 @@ def test_a_process_that_may_have_no_children_does_the_work_itself() -> None:
 
 def in_a_pool(number: int) -> tuple[int, str, bool]:
     """Twice the number, what 7 comes to, and whether both were worked out here."""
-    with closing(Workers(double, 2, "")) as workers:
+    with closing(Workers(double, 2, "lost", "refused")) as workers:
         done, failed = workers.submit(number), workers.submit(7)
     doubled, pid = done.result()
     return doubled, str(failed.exception()), pid == os.getpid()

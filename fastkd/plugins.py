@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib
 import importlib.metadata
 import sys
@@ -21,6 +20,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from fastkd.errors import Interrupted, LostRank, UserError, one_line
+from fastkd.files.sealed import file_sha256
 
 GROUP = "fastkd.plugins"
 # of torch, by name: what reads recipes loads no torch
@@ -62,13 +62,12 @@ class _Source:
     spec: object
     """Another one once the module is reloaded."""
     file: Path
-    stamp: tuple[int, int]
     digest: str
 
     @property
     def is_edited(self) -> bool:
         try:
-            return _stamp(self.file) != self.stamp and _digest(self.file) != self.digest
+            return file_sha256(self.file) != self.digest
         except OSError:
             return True
 
@@ -101,17 +100,8 @@ def _noted(name: str) -> _Source | None:
     file = getattr(module, "__file__", None)
     if file is not None and Path(file).is_file():
         path = Path(file).absolute()
-        _sources[name] = _Source(module, spec, path, _stamp(path), _digest(path))
+        _sources[name] = _Source(module, spec, path, file_sha256(path))
     return _sources.get(name)
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_mtime_ns, found.st_size
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -55,8 +55,8 @@ def capture(
     Raises:
         UserError: attention is wanted of a model that is not routed, or it has no such submodule;
             in a pass, that a block is called more than once, or that another thread makes it; at
-            the end, that something was not
-            recorded, as of a model that `torch.compile` traced without the hooks.
+            the end, that something was not recorded, as of a model that `torch.compile` traced
+            without the hooks.
     """
     wanted: dict[str, Any] = {
         "attention": attention,

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fastkd.errors import printable
-from fastkd.reporting.progress import LastingConsole, live_bar
-from fastkd.reporting.streams import is_terminal
+from fastkd.reporting.progress import live_bar
+from fastkd.reporting.streams import LastingConsole, is_terminal
 
 # wider than any table
 _NO_END = 1_000_000

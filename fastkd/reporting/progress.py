@@ -15,24 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fastkd.reporting.streams import OpenConsole, is_closed_terminal, is_terminal, silence
-
-
-class LastingConsole(OpenConsole):
-    """Falls silent where its reader ends, as `head` and `less` do, or its terminal is closed: what
-    it tells of goes on."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        silence(self.file)
-
-    def _check_buffer(self) -> None:
-        try:
-            super()._check_buffer()
-        except OSError as error:
-            if not is_closed_terminal(error, self.file):
-                raise
-            self.on_broken_pipe()
+from fastkd.reporting.streams import LastingConsole, is_terminal
 
 
 def progress_bar(shown: bool, counts: str = "") -> Progress:

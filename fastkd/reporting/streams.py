@@ -20,14 +20,15 @@ def silence(stream: IO[str]) -> None:
     os.close(nothing)
 
 
-def is_closed_terminal(error: OSError, stream: IO[str]) -> bool:
+def _is_closed_terminal(error: OSError, stream: IO[str]) -> bool:
     """Whether a write failed as its terminal is gone, not as a disk failed."""
     # such a one no longer says that it is a terminal
     return error.errno == errno.EIO and stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
 
 
-class OpenConsole(Console):
-    """Says nothing where its stream is closed, also where that happens in between."""
+class LastingConsole(Console):
+    """Falls silent where its reader ends, as `head` and `less` do, or its terminal or stream is
+    closed, also in between: what it tells of goes on."""
 
     @property
     def file(self) -> IO[str]:
@@ -38,6 +39,18 @@ class OpenConsole(Console):
     @file.setter
     def file(self, new_file: IO[str]) -> None:
         self._file = new_file
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        silence(self.file)
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            if not _is_closed_terminal(error, self.file):
+                raise
+            self.on_broken_pipe()
 
 
 def is_terminal(stream: Any) -> bool:

@@ -30,7 +30,7 @@ from ..common.rescale import waiting_dtype
 from ..common.short_sequences import heads_of_program, short_launch, takes_short
 from ..common.tensor_table import to_device
 from ..common.tl_types import TYPES
-from .kl_kernels import _dk_value_kernel, _rows_dq_kernel
+from .sweep_kernels import _dk_value_kernel, _rows_dq_kernel
 from .short_kernel import _short_kernel
 from .triton_kernels import _dk_kernel, _dq_kernel, _rows_kernel
 
@@ -106,7 +106,7 @@ def takes_two_sweeps(kind: str, dims: tuple[int, int], dtypes: tuple[torch.dtype
 
     On other chips than an H100 both tiles and the gradient leave the registers.
     """
-    return row_stats(kind) == 4 and is_half(*dtypes) and max(dims) <= 128 and is_hopper()
+    return kind != "js" and is_half(*dtypes) and max(dims) <= 128 and is_hopper()
 
 
 def sweep_launch(kernel: str, dims: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> Launch:
@@ -340,12 +340,16 @@ def _two_sweeps(call: Call, masks: _Masks, softmax: _Softmax, kind: str, need_gr
     }
     types = kernel_types(*call.dtypes)
     shared |= {name: types[name] for name in ("TYPE", "TEACHER_TYPE", "GRAD_TYPE")}
+    # of both sides one number stands for maximum and log
+    kept = row_stats(kind) - 2
     launch = sweep_launch("rows_dq", call.dims, call.dtypes)
     programs = cdiv(tokens, launch.block("BLOCK_QUERY")) * sizes["batch"] * heads
     of_queries = Quick(_rows_dq_kernel).bound(
         (programs, count),
         **shared,
         **launch.constants,
+        KIND=kind,
+        STATS=kept,
         QUERY_TOKENS_FIRST=call.tokens_first[0],
         **launch.options,
     )
@@ -356,13 +360,14 @@ def _two_sweeps(call: Call, masks: _Masks, softmax: _Softmax, kind: str, need_gr
         **shared,
         **launch.constants,
         KIND=kind,
+        STATS=kept,
         UNEVEN=tokens % launch.block("BLOCK_QUERY") > 0,
         KEY_TOKENS_FIRST=call.tokens_first[1],
         **launch.options,
     )
 
     def fill(given: _Given, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
-        stats = call.new(count, 2, sizes["batch"], heads, tokens)
+        stats = call.new(count, kept, sizes["batch"], heads, tokens)
         partials = call.new(count, key_programs)
         read = (*given.heads.read, given.heads.spans(), stats, given.weights)
         of_queries(*read, grads[0])

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from ..common.attention_jit import (
-    LN2,
     LOG2E,
     head_base,
     keys_seen,
@@ -29,71 +28,25 @@ from ..common.attention_jit import (
     valid_rows,
     visible,
 )
-from ..common.divergences_jit import below, log_sum, shift_of
-from .tile_jit import kl_terms
+from ..common.divergences_jit import below, divergence_slopes, log_sum, shift_of
+from .sweep_jit import (
+    load_block,
+    load_span,
+    moves,
+    other_start,
+    row_constant,
+    row_sums,
+    rows_there,
+    slope_divisor,
+    slopes_and_weights,
+    split_blocks,
+)
+from .tile_jit import outcome_terms
 
 # the log-sum-exp of a row that is not counted: no outcome has a share
 NEVER: tl.constexpr = tl.constexpr(1e30)
 # sums of exponentials above the first block's maximum that leave room for their products
 LARGEST_SUM: tl.constexpr = tl.constexpr(2.0**64)
-
-
-@triton.jit
-def load_span(spans, side: tl.constexpr, item, batch, tokens, HAS_MASK: tl.constexpr):
-    """The first run of valid rows of a batch item, from and to, and the end of the last row."""
-    if HAS_MASK:
-        entry = spans + (side * batch + item) * 3
-        return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    else:
-        return 0, tokens, tokens
-
-
-@triton.jit
-def split_blocks(first, end, whole_first, whole_end, BLOCK: tl.constexpr):
-    """Which blocks from `first` to `end` lie between `whole_first` and `whole_end`, from and to,
-    how many stand before these, and how many others there are in all."""
-    whole_first = min(tl.cdiv(max(first, whole_first), BLOCK), tl.cdiv(end, BLOCK)) * BLOCK
-    whole_end = max(whole_first, min(whole_end, end) // BLOCK * BLOCK)
-    before = (whole_first - first) // BLOCK
-    return whole_first, whole_end, before, before + tl.cdiv(max(end - whole_end, 0), BLOCK)
-
-
-@triton.jit
-def load_block(side, start, o_row, m_row, dim, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
-    """Rows `o_row` from `start` of one head, `[rows, BLOCK]`; a loop makes the offsets once."""
-    base, stride = side
-    return load_rows(base + start * stride, o_row, m_row, stride, dim, BLOCK, ALIGN)
-
-
-@triton.jit
-def rows_there(
-    valid,
-    side: tl.constexpr,
-    item,
-    batch,
-    tokens,
-    o_row,
-    HAS_MASK: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """`valid_rows`, which are all with WHOLE."""
-    if WHOLE:
-        return tl.full(o_row.shape, True, tl.int1)
-    else:
-        return valid_rows(valid, side, item, batch, tokens, o_row, HAS_MASK)
-
-
-@triton.jit
-def other_start(step, before, first, whole_end, BLOCK: tl.constexpr):
-    """Where the other block number `step` of `split_blocks` starts."""
-    later = whole_end + (step - before) * BLOCK
-    return tl.where(step < before, first + step * BLOCK, later)
-
-
-@triton.jit
-def ratio_of(student, teacher):
-    """`student / teacher` of sums, exactly 1 where they are equal; 1 where nothing was seen."""
-    return tl.exp2(log_sum(student, True) - log_sum(teacher, True))
 
 
 @triton.jit
@@ -108,6 +61,7 @@ def _query_step(
     dims,
     units,
     GRAD_TYPE: tl.constexpr,
+    KIND: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_TEACHER_DIM: tl.constexpr,
@@ -124,7 +78,7 @@ def _query_step(
 
     With WHOLE all are seen, and the maximum of the block at `first` stands for those of all.
     """
-    max_student, sum_student, max_teacher, sum_teacher, ratio, b_slopes, b_teacher = state
+    max_student, max_teacher, sums, constants, gradients = state
     valid, item, batch, tokens, window = masks
     o_key = tl.arange(0, BLOCK_KEY)
     m_key = rows_there(valid, 1, item, batch, tokens, start + o_key, HAS_MASK, WHOLE)
@@ -134,7 +88,7 @@ def _query_step(
     )
     scores = tl.dot(rows[0], tl.trans(b_key), input_precision=SCORE_PRECISION)
     teacher_scores = tl.dot(rows[1], tl.trans(b_teacher_key), input_precision=SCORE_PRECISION)
-    kept, teacher_kept = 1.0, 1.0
+    kept, teacher_kept, drift = 1.0, 1.0, 0.0
     if WHOLE:
         if start == first:
             max_student = tl.max(scores, 1) * units[0]
@@ -150,23 +104,32 @@ def _query_step(
         new_teacher = tl.maximum(max_teacher, tl.max(teacher_scores, 1) * units[1])
         shift, teacher_shift = shift_of(new_student), shift_of(new_teacher)
         kept, teacher_kept = tl.exp2(max_student - shift), tl.exp2(max_teacher - teacher_shift)
+        drift = (teacher_shift - shift_of(max_teacher)) - (shift - shift_of(max_student))
         max_student, max_teacher = new_student, new_teacher
-    p = tl.exp2(below(scores, units[0], shift[:, None]))
-    t = tl.exp2(below(teacher_scores, units[1], teacher_shift[:, None]))
-    sum_student = sum_student * kept + tl.sum(p, 1)
-    sum_teacher = sum_teacher * teacher_kept + tl.sum(t, 1)
-    new_ratio = ratio_of(sum_student, sum_teacher)
-    slopes = tl.fma(t, -new_ratio[:, None], p).to(GRAD_TYPE)
-    moved = ratio * kept - new_ratio * teacher_kept
-    if WHOLE:
-        b_slopes += b_teacher * moved[:, None]
-    else:
-        b_slopes = b_slopes * kept[:, None] + b_teacher * moved[:, None]
-        b_teacher *= teacher_kept[:, None]
+    log_p = below(scores, units[0], shift[:, None])
+    log_t = below(teacher_scores, units[1], teacher_shift[:, None])
+    p, t = tl.exp2(log_p), tl.exp2(log_t)
+    log_ratio = log_p - log_t
+    if not WHOLE:
+        log_ratio = tl.where(seen, log_ratio, 0.0)
+    sums, new_constants = row_sums(sums, p, t, log_ratio, kept, teacher_kept, drift, KIND)
+    slopes, weights, others = slopes_and_weights(p, t, log_ratio, new_constants, KIND)
+    scale, moved = moves(constants, new_constants, kept, teacher_kept, drift, KIND)
+    b_slopes, b_second, b_third = gradients
     b_values = b_key.to(GRAD_TYPE)
-    b_slopes = tl.dot(slopes, b_values, b_slopes, input_precision=GRAD_PRECISION)
-    b_teacher = tl.dot(t.to(GRAD_TYPE), b_values, b_teacher, input_precision=GRAD_PRECISION)
-    return max_student, sum_student, max_teacher, sum_teacher, new_ratio, b_slopes, b_teacher
+    if not WHOLE:
+        b_slopes *= scale[0][:, None]
+    b_slopes += b_second * moved[0][:, None]
+    if KIND == "mse":
+        b_slopes += b_third * moved[1][:, None]
+        if not WHOLE:
+            b_third *= scale[2][:, None]
+        b_third = tl.dot(others.to(GRAD_TYPE), b_values, b_third, input_precision=GRAD_PRECISION)
+    if not WHOLE:
+        b_second *= scale[1][:, None]
+    b_slopes = tl.dot(slopes.to(GRAD_TYPE), b_values, b_slopes, input_precision=GRAD_PRECISION)
+    b_second = tl.dot(weights.to(GRAD_TYPE), b_values, b_second, input_precision=GRAD_PRECISION)
+    return max_student, max_teacher, sums, new_constants, (b_slopes, b_second, b_third)
 
 
 @triton.jit
@@ -189,6 +152,8 @@ def _rows_dq_kernel(
     TYPE: tl.constexpr,
     TEACHER_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
+    KIND: tl.constexpr,
+    STATS: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -204,10 +169,8 @@ def _rows_dq_kernel(
 ):
     """One program: one block of query rows of one head, against all keys that it sees.
 
-    Writes `stats` and `query_grad`. With `r` the ratio of both sums of exponentials so far, it
-    keeps sums of `(e^a - r e^b) k` and of `e^b k`: the first is the gradient once `r` is final, of
-    numbers as small as the slopes, and the second moves it to the next `r`. Where a score lies so
-    far above those of the first block that a sum may overflow, the keys are swept once more.
+    Writes `stats` and `query_grad`, from the sums of `sweep_jit.py`. Where a score lies so far above
+    those of the first block that a sum may overflow, the keys are swept once more.
     """
     # what the compiler cannot see of an argument: it is a multiple of this
     dim = dim // ALIGN * ALIGN
@@ -252,7 +215,14 @@ def _rows_dq_kernel(
     nothing = tl.zeros([BLOCK_QUERY], tl.float32)
     lowest = tl.full([BLOCK_QUERY], float("-inf"), tl.float32)
     empty = tl.zeros([BLOCK_QUERY, BLOCK_DIM], tl.float32)
-    state = (lowest, nothing, lowest, nothing, nothing, empty, empty)
+    begun = (
+        lowest,
+        lowest,
+        (nothing, nothing, nothing, nothing),
+        (nothing, nothing),
+        (empty, empty, empty),
+    )
+    state = begun
     masks = (valid, item, batch, tokens, window)
     for start in range(whole_first, whole_end, BLOCK_KEY):
         state = _query_step(
@@ -266,6 +236,7 @@ def _rows_dq_kernel(
             (dim, teacher_dim),
             units,
             GRAD_TYPE,
+            KIND,
             BLOCK_KEY,
             BLOCK_DIM,
             BLOCK_TEACHER_DIM,
@@ -278,13 +249,12 @@ def _rows_dq_kernel(
             WINDOWED,
             WHOLE=True,
         )
-    max_student, sum_student, max_teacher, sum_teacher, ratio, b_slopes, b_teacher = state
-    if tl.max(tl.maximum(sum_student, sum_teacher), 0) > LARGEST_SUM:
+    sums = state[2]
+    room: tl.constexpr = LARGEST_SUM**0.5 if KIND == "mse" else LARGEST_SUM
+    if tl.max(tl.maximum(sums[0], sums[1]), 0) > room:
         before = tl.cdiv(end - first, BLOCK_KEY)
         others = before
-        max_student, sum_student, max_teacher, sum_teacher = lowest, nothing, lowest, nothing
-        ratio, b_slopes, b_teacher = nothing, empty, empty
-    state = (max_student, sum_student, max_teacher, sum_teacher, ratio, b_slopes, b_teacher)
+        state = begun
     for step in tl.range(0, others, num_stages=1):
         state = _query_step(
             state,
@@ -297,6 +267,7 @@ def _rows_dq_kernel(
             (dim, teacher_dim),
             units,
             GRAD_TYPE,
+            KIND,
             BLOCK_KEY,
             BLOCK_DIM,
             BLOCK_TEACHER_DIM,
@@ -309,14 +280,13 @@ def _rows_dq_kernel(
             WINDOWED,
             WHOLE=False,
         )
-    max_student, sum_student, max_teacher, sum_teacher, _, b_slopes, _ = state
-    divisor = tl.where(sum_student > 0.0, sum_student, 1.0)
-    scale = sizes[0][1] * tl.load(weights + item) / divisor
+    max_student, max_teacher, sums, constants, gradients = state
+    scale = sizes[0][1] * tl.load(weights + item) * slope_divisor(sums, KIND)
     m_row = o_query < tokens
     # rows that are not counted have queries of 0 on both sides, so no slope
     store_head(
         query_grad + (pair * batch + item) * heads * tokens * dim,
-        b_slopes * scale[:, None],
+        gradients[0] * scale[:, None],
         (o_query, m_row),
         head,
         heads,
@@ -326,12 +296,13 @@ def _rows_dq_kernel(
         ALIGN,
         QUERY_TOKENS_FIRST,
     )
-    out = stat_base(stats, pair, item, head, batch, heads, tokens, 2) + o_query
-    log_student = shift_of(max_student) + log_sum(sum_student, True)
-    log_teacher = shift_of(max_teacher) + log_sum(sum_teacher, True)
-    tl.store(out, log_student, mask=m_row)
-    out += stat_step(batch, heads, tokens)
-    tl.store(out, log_teacher, mask=m_row)
+    out = stat_base(stats, pair, item, head, batch, heads, tokens, STATS) + o_query
+    step = stat_step(batch, heads, tokens)
+    power: tl.constexpr = 0.5 if KIND == "cosine" else 1.0
+    tl.store(out, shift_of(max_student) + power * log_sum(sums[0], True), mask=m_row)
+    tl.store(out + step, shift_of(max_teacher) + power * log_sum(sums[1], True), mask=m_row)
+    if STATS == 3:
+        tl.store(out + 2 * step, row_constant(sums, constants, KIND), mask=m_row)
 
 
 @triton.jit
@@ -348,6 +319,7 @@ def _key_step(
     units,
     GRAD_TYPE: tl.constexpr,
     KIND: tl.constexpr,
+    STATS: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_TEACHER_DIM: tl.constexpr,
@@ -370,6 +342,9 @@ def _key_step(
     )
     log_student = tl.load(logs[0] + start + o_query, mask=m_query, other=NEVER)
     log_teacher = tl.load(logs[1] + start + o_query, mask=m_query, other=NEVER)
+    constant = log_student
+    if STATS == 3:
+        constant = tl.load(logs[2] + start + o_query, mask=m_query, other=0.0)
     scores = tl.dot(key_rows[0], tl.trans(b_query), input_precision=SCORE_PRECISION)
     teacher_scores = tl.dot(key_rows[1], tl.trans(b_teacher_query), input_precision=SCORE_PRECISION)
     log_p = below(scores, units[0], log_student[None, :])
@@ -380,12 +355,9 @@ def _key_step(
             start + o_query[None, :], o_key[:, None], m_key[:, None], window, CAUSAL, WINDOWED
         )
         log_p, log_t = tl.where(seen, log_p, -NEVER), tl.where(seen, log_t, -NEVER)
-    p, t = tl.exp2(log_p), tl.exp2(log_t)
-    slopes = p - t
-    if KIND == "kl":
-        value += tl.sum(kl_terms(p, t, slopes, log_p - log_t), 1)
-    else:
-        value -= LN2 * tl.sum(t * log_p, 1)
+    terms, _, point, p = outcome_terms(log_p, log_t, KIND, True)
+    value += tl.sum(terms, 1)
+    slopes = divergence_slopes(p, point, constant[None, :], (0.5, 0.5), KIND)
     b_gradient = tl.dot(
         slopes.to(GRAD_TYPE), b_query.to(GRAD_TYPE), b_gradient, input_precision=GRAD_PRECISION
     )
@@ -414,6 +386,7 @@ def _dk_value_kernel(
     TEACHER_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
     KIND: tl.constexpr,
+    STATS: tl.constexpr,
     BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -478,8 +451,9 @@ def _dk_value_kernel(
             TEACHER_ALIGN,
         )
         queries = query_sides(row, item, head, TYPE, TEACHER_TYPE)
-        log_base = stat_base(stats, pair, item, head, batch, heads, tokens, 2)
-        logs = (log_base, log_base + stat_step(batch, heads, tokens))
+        log_base = stat_base(stats, pair, item, head, batch, heads, tokens, STATS)
+        step = stat_step(batch, heads, tokens)
+        logs = (log_base, log_base + step, log_base + 2 * step)
         for start in range(whole_first, whole_end, BLOCK_QUERY):
             b_gradient, value = _key_step(
                 b_gradient,
@@ -494,6 +468,7 @@ def _dk_value_kernel(
                 units,
                 GRAD_TYPE,
                 KIND,
+                STATS,
                 BLOCK_QUERY,
                 BLOCK_DIM,
                 BLOCK_TEACHER_DIM,
@@ -507,7 +482,7 @@ def _dk_value_kernel(
                 WHOLE=True,
             )
         if HAS_MASK or UNEVEN or CAUSAL or WINDOWED:
-            for step in tl.range(0, others, num_stages=1):
+            for other in tl.range(0, others, num_stages=1):
                 b_gradient, value = _key_step(
                     b_gradient,
                     value,
@@ -515,12 +490,13 @@ def _dk_value_kernel(
                     queries,
                     logs,
                     masks,
-                    other_start(step, before, first, whole_end, BLOCK_QUERY),
+                    other_start(other, before, first, whole_end, BLOCK_QUERY),
                     (o_key, m_key),
                     (dim, teacher_dim),
                     units,
                     GRAD_TYPE,
                     KIND,
+                    STATS,
                     BLOCK_QUERY,
                     BLOCK_DIM,
                     BLOCK_TEACHER_DIM,

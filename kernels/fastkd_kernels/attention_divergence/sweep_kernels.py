@@ -26,110 +26,13 @@ from ..common.attention_jit import (
     stat_step,
     store_head,
     valid_rows,
-    visible,
 )
-from ..common.divergences_jit import below, divergence_slopes, log_sum, shift_of
-from .sweep_jit import (
-    load_block,
-    load_span,
-    moves,
-    other_start,
-    row_constant,
-    row_sums,
-    rows_there,
-    slope_divisor,
-    slopes_and_weights,
-    split_blocks,
-)
-from .tile_jit import outcome_terms
+from ..common.divergences_jit import log_sum, shift_of
+from .sweep_jit import finished_slopes, row_constant, slope_divisor
+from .sweep_steps import key_step, load_span, other_start, query_step, split_blocks
 
-# the log-sum-exp of a row that is not counted: no outcome has a share
-NEVER: tl.constexpr = tl.constexpr(1e30)
 # sums of exponentials above the first block's maximum that leave room for their products
 LARGEST_SUM: tl.constexpr = tl.constexpr(2.0**64)
-
-
-@triton.jit
-def _query_step(
-    state,
-    rows,
-    keys,
-    masks,
-    start,
-    first,
-    o_query,
-    dims,
-    units,
-    GRAD_TYPE: tl.constexpr,
-    KIND: tl.constexpr,
-    BLOCK_KEY: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_TEACHER_DIM: tl.constexpr,
-    SCORE_PRECISION: tl.constexpr,
-    GRAD_PRECISION: tl.constexpr,
-    ALIGN: tl.constexpr,
-    TEACHER_ALIGN: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """`state` of `_rows_dq_kernel` with one more block of keys, at `start`.
-
-    With WHOLE all are seen, and the maximum of the block at `first` stands for those of all.
-    """
-    max_student, max_teacher, sums, constants, gradients = state
-    valid, item, batch, tokens, window = masks
-    o_key = tl.arange(0, BLOCK_KEY)
-    m_key = rows_there(valid, 1, item, batch, tokens, start + o_key, HAS_MASK, WHOLE)
-    b_key = load_block(keys[0], start, o_key, m_key, dims[0], BLOCK_DIM, ALIGN)
-    b_teacher_key = load_block(
-        keys[1], start, o_key, m_key, dims[1], BLOCK_TEACHER_DIM, TEACHER_ALIGN
-    )
-    scores = tl.dot(rows[0], tl.trans(b_key), input_precision=SCORE_PRECISION)
-    teacher_scores = tl.dot(rows[1], tl.trans(b_teacher_key), input_precision=SCORE_PRECISION)
-    kept, teacher_kept, drift = 1.0, 1.0, 0.0
-    if WHOLE:
-        if start == first:
-            max_student = tl.max(scores, 1) * units[0]
-            max_teacher = tl.max(teacher_scores, 1) * units[1]
-        shift, teacher_shift = max_student, max_teacher
-    else:
-        seen = visible(
-            o_query[:, None], start + o_key[None, :], m_key[None, :], window, CAUSAL, WINDOWED
-        )
-        scores = tl.where(seen, scores, float("-inf"))
-        teacher_scores = tl.where(seen, teacher_scores, float("-inf"))
-        new_student = tl.maximum(max_student, tl.max(scores, 1) * units[0])
-        new_teacher = tl.maximum(max_teacher, tl.max(teacher_scores, 1) * units[1])
-        shift, teacher_shift = shift_of(new_student), shift_of(new_teacher)
-        kept, teacher_kept = tl.exp2(max_student - shift), tl.exp2(max_teacher - teacher_shift)
-        drift = (teacher_shift - shift_of(max_teacher)) - (shift - shift_of(max_student))
-        max_student, max_teacher = new_student, new_teacher
-    log_p = below(scores, units[0], shift[:, None])
-    log_t = below(teacher_scores, units[1], teacher_shift[:, None])
-    p, t = tl.exp2(log_p), tl.exp2(log_t)
-    log_ratio = log_p - log_t
-    if not WHOLE:
-        log_ratio = tl.where(seen, log_ratio, 0.0)
-    sums, new_constants = row_sums(sums, p, t, log_ratio, kept, teacher_kept, drift, KIND)
-    slopes, weights, others = slopes_and_weights(p, t, log_ratio, new_constants, KIND)
-    scale, moved = moves(constants, new_constants, kept, teacher_kept, drift, KIND)
-    b_slopes, b_second, b_third = gradients
-    b_values = b_key.to(GRAD_TYPE)
-    if not WHOLE:
-        b_slopes *= scale[0][:, None]
-    b_slopes += b_second * moved[0][:, None]
-    if KIND == "mse":
-        b_slopes += b_third * moved[1][:, None]
-        if not WHOLE:
-            b_third *= scale[2][:, None]
-        b_third = tl.dot(others.to(GRAD_TYPE), b_values, b_third, input_precision=GRAD_PRECISION)
-    if not WHOLE:
-        b_second *= scale[1][:, None]
-    b_slopes = tl.dot(slopes.to(GRAD_TYPE), b_values, b_slopes, input_precision=GRAD_PRECISION)
-    b_second = tl.dot(weights.to(GRAD_TYPE), b_values, b_second, input_precision=GRAD_PRECISION)
-    return max_student, max_teacher, sums, new_constants, (b_slopes, b_second, b_third)
 
 
 @triton.jit
@@ -219,13 +122,13 @@ def _rows_dq_kernel(
         lowest,
         lowest,
         (nothing, nothing, nothing, nothing),
-        (nothing, nothing),
+        nothing,
         (empty, empty, empty),
     )
     state = begun
     masks = (valid, item, batch, tokens, window)
     for start in range(whole_first, whole_end, BLOCK_KEY):
-        state = _query_step(
+        state = query_step(
             state,
             rows,
             keys,
@@ -250,13 +153,14 @@ def _rows_dq_kernel(
             WHOLE=True,
         )
     sums = state[2]
+    # squares are summed too
     room: tl.constexpr = LARGEST_SUM**0.5 if KIND == "mse" else LARGEST_SUM
     if tl.max(tl.maximum(sums[0], sums[1]), 0) > room:
         before = tl.cdiv(end - first, BLOCK_KEY)
         others = before
         state = begun
     for step in tl.range(0, others, num_stages=1):
-        state = _query_step(
+        state = query_step(
             state,
             rows,
             keys,
@@ -280,13 +184,14 @@ def _rows_dq_kernel(
             WINDOWED,
             WHOLE=False,
         )
-    max_student, max_teacher, sums, constants, gradients = state
+    max_student, max_teacher, sums, constant, gradients = state
+    constant = row_constant(sums, constant, KIND)
     scale = sizes[0][1] * tl.load(weights + item) * slope_divisor(sums, KIND)
     m_row = o_query < tokens
     # rows that are not counted have queries of 0 on both sides, so no slope
     store_head(
         query_grad + (pair * batch + item) * heads * tokens * dim,
-        gradients[0] * scale[:, None],
+        finished_slopes(gradients, sums, constant, KIND) * scale[:, None],
         (o_query, m_row),
         head,
         heads,
@@ -302,66 +207,7 @@ def _rows_dq_kernel(
     tl.store(out, shift_of(max_student) + power * log_sum(sums[0], True), mask=m_row)
     tl.store(out + step, shift_of(max_teacher) + power * log_sum(sums[1], True), mask=m_row)
     if STATS == 3:
-        tl.store(out + 2 * step, row_constant(sums, constants, KIND), mask=m_row)
-
-
-@triton.jit
-def _key_step(
-    b_gradient,
-    value,
-    key_rows,
-    queries,
-    logs,
-    masks,
-    start,
-    at,
-    dims,
-    units,
-    GRAD_TYPE: tl.constexpr,
-    KIND: tl.constexpr,
-    STATS: tl.constexpr,
-    BLOCK_QUERY: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_TEACHER_DIM: tl.constexpr,
-    SCORE_PRECISION: tl.constexpr,
-    GRAD_PRECISION: tl.constexpr,
-    ALIGN: tl.constexpr,
-    TEACHER_ALIGN: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """Sums of `_dk_value_kernel` with one more block of query rows; all see all with WHOLE."""
-    valid, item, batch, tokens, window = masks
-    o_query = tl.arange(0, BLOCK_QUERY)
-    m_query = rows_there(valid, 0, item, batch, tokens, start + o_query, HAS_MASK, WHOLE)
-    b_query = load_block(queries[0], start, o_query, m_query, dims[0], BLOCK_DIM, ALIGN)
-    b_teacher_query = load_block(
-        queries[1], start, o_query, m_query, dims[1], BLOCK_TEACHER_DIM, TEACHER_ALIGN
-    )
-    log_student = tl.load(logs[0] + start + o_query, mask=m_query, other=NEVER)
-    log_teacher = tl.load(logs[1] + start + o_query, mask=m_query, other=NEVER)
-    constant = log_student
-    if STATS == 3:
-        constant = tl.load(logs[2] + start + o_query, mask=m_query, other=0.0)
-    scores = tl.dot(key_rows[0], tl.trans(b_query), input_precision=SCORE_PRECISION)
-    teacher_scores = tl.dot(key_rows[1], tl.trans(b_teacher_query), input_precision=SCORE_PRECISION)
-    log_p = below(scores, units[0], log_student[None, :])
-    log_t = below(teacher_scores, units[1], log_teacher[None, :])
-    if not WHOLE and (CAUSAL or WINDOWED):
-        o_key, m_key = at
-        seen = visible(
-            start + o_query[None, :], o_key[:, None], m_key[:, None], window, CAUSAL, WINDOWED
-        )
-        log_p, log_t = tl.where(seen, log_p, -NEVER), tl.where(seen, log_t, -NEVER)
-    terms, _, point, p = outcome_terms(log_p, log_t, KIND, True)
-    value += tl.sum(terms, 1)
-    slopes = divergence_slopes(p, point, constant[None, :], (0.5, 0.5), KIND)
-    b_gradient = tl.dot(
-        slopes.to(GRAD_TYPE), b_query.to(GRAD_TYPE), b_gradient, input_precision=GRAD_PRECISION
-    )
-    return b_gradient, value
+        tl.store(out + 2 * step, constant, mask=m_row)
 
 
 @triton.jit
@@ -455,7 +301,7 @@ def _dk_value_kernel(
         step = stat_step(batch, heads, tokens)
         logs = (log_base, log_base + step, log_base + 2 * step)
         for start in range(whole_first, whole_end, BLOCK_QUERY):
-            b_gradient, value = _key_step(
+            b_gradient, value = key_step(
                 b_gradient,
                 value,
                 (b_key, b_teacher_key),
@@ -483,7 +329,7 @@ def _dk_value_kernel(
             )
         if HAS_MASK or UNEVEN or CAUSAL or WINDOWED:
             for other in tl.range(0, others, num_stages=1):
-                b_gradient, value = _key_step(
+                b_gradient, value = key_step(
                     b_gradient,
                     value,
                     (b_key, b_teacher_key),

@@ -109,11 +109,16 @@ def takes_two_sweeps(kind: str, dims: tuple[int, int], dtypes: tuple[torch.dtype
     return kind != "js" and is_half(*dtypes) and max(dims) <= 128 and is_hopper()
 
 
-def sweep_launch(kernel: str, dims: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> Launch:
-    """Blocks of the two sweeps of KL: "rows_dq" or "dk_value"."""
+def sweep_launch(
+    kernel: str, kind: str, dims: tuple[int, int], dtypes: tuple[torch.dtype, ...]
+) -> Launch:
+    """Blocks of the two sweeps: "rows_dq" or "dk_value"."""
     wide = max(dims) > 64
     if kernel == "rows_dq":
         query, key, warps = 128, 64 if wide else 128, 8
+        if kind == "mse":
+            # its third gradient takes the registers of the tiles
+            key = min(key, 4096 // power_of_two(dims[0]))
     else:
         query, key, warps = 64, 128, 8 if wide else 4
     return Launch(whole_head_blocks(query, key, dims, dtypes[0], "cuda"), warps, num_stages=2)
@@ -342,7 +347,7 @@ def _two_sweeps(call: Call, masks: _Masks, softmax: _Softmax, kind: str, need_gr
     shared |= {name: types[name] for name in ("TYPE", "TEACHER_TYPE", "GRAD_TYPE")}
     # of both sides one number stands for maximum and log
     kept = row_stats(kind) - 2
-    launch = sweep_launch("rows_dq", call.dims, call.dtypes)
+    launch = sweep_launch("rows_dq", kind, call.dims, call.dtypes)
     programs = cdiv(tokens, launch.block("BLOCK_QUERY")) * sizes["batch"] * heads
     of_queries = Quick(_rows_dq_kernel).bound(
         (programs, count),
@@ -353,7 +358,7 @@ def _two_sweeps(call: Call, masks: _Masks, softmax: _Softmax, kind: str, need_gr
         QUERY_TOKENS_FIRST=call.tokens_first[0],
         **launch.options,
     )
-    launch = sweep_launch("dk_value", call.dims, call.dtypes)
+    launch = sweep_launch("dk_value", kind, call.dims, call.dtypes)
     key_programs = cdiv(tokens, launch.block("BLOCK_KEY")) * sizes["batch"] * sizes["kv_heads"]
     of_keys = Quick(_dk_value_kernel).bound(
         (key_programs, count),

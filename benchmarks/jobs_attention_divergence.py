@@ -108,6 +108,8 @@ def sweep_loops(part: str, given: dict[str, Any]) -> tuple[tuple[Loop, ...], int
     # the first block alone gives maxima
     first_block = 1.0 / max(1.0, seen_whole) if of_rows else 1.0
     loops: tuple[Loop, ...] = (Loop(seen_whole, branched=first_block), Loop(every - seen_whole))
+    if of_rows and given["KIND"] == "js":
+        loops += (Loop(seen_whole), Loop(every - seen_whole))
     if not of_rows and given["repeat"] > 1:
         loops = (Loop(given["repeat"], loops),)
     return loops, step

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from conditioning import check_rounding, exactly
 from divergence_cases import exactly_defined, holes, near_states
-from fastkd_kernels import attention_divergence
+from fastkd_kernels import AttentionDivergenceKind, attention_divergence
 from fastkd_kernels.attention_divergence import triton_path
 from fastkd_kernels.common import launch
 from fastkd_kernels.common.head_groups import Pair
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GAIN = 2**10
-KINDS = ["kl", "cross_entropy", "reverse_kl", "mse", "cosine"]
+KINDS = get_args(AttentionDivergenceKind)
 
 
 @pytest.fixture(autouse=True)
@@ -95,17 +95,28 @@ def test_near_the_teacher(distance: float, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("place", [3, 140, 299])
-def test_scores_far_above_those_of_the_first_block(place: int, kind: str) -> None:
-    """2^200 times the first block's exponentials, where its maximum would let the sums overflow."""
+def test_scores_that_grow_from_block_to_block(kind: str) -> None:
+    """Where maxima move, each model's by its own, and blocks have a hidden key each."""
+    states = attention_states(1, 1, 1, 600, (8, 8), dtype=torch.float16, device=DEVICE)
+    position = torch.arange(600, device=DEVICE)
+    with torch.no_grad():
+        states[0][0].key.mul_((1.0 + position / 300)[:, None])
+        states[1][0].key.mul_((1.0 + position / 600)[:, None])
+    check(states, kind=kind, temperature=0.5, key_mask=position[None] % 128 != 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("place", "size"), [(3, 80.0), (140, 80.0), (299, 80.0), (140, 16.5)])
+def test_scores_far_above_those_of_the_first_block(place: int, size: float, kind: str) -> None:
+    """2^62 or 2^320 times the first block's exponentials, whose sums or squares would overflow."""
     student, teacher = attention_states(1, 1, 1, 300, (8, 8), dtype=torch.float16, device=DEVICE)
     # the teacher looks at one key, the student at two: of one alone, most kinds have no slope
     with torch.no_grad():
         student[0].query.fill_(1.0)
-        student[0].key[..., [place, 299 - place], :] = 80.0
+        student[0].key[..., [place, 299 - place], :] = size
         student[0].key[..., place, ::2] = student[0].key[..., 299 - place, 1::2] = 0.0
-        teacher[0].query.copy_(teacher[0].query.abs())
-        teacher[0].key[..., place, :] = 60.0
+        teacher[0].query.fill_(1.0)
+        teacher[0].key[..., place, :] = 0.5 * size
     states, options = (student, teacher), {"kind": kind, "temperature": 0.5, "gain": GAIN}
     define = exactly_defined(states, **options)
     loss, *gradients = triton_made(states, **options)
@@ -119,7 +130,8 @@ def test_scores_far_above_those_of_the_first_block(place: int, kind: str) -> Non
 def test_a_teacher_of_its_own_student_costs_nothing(kind: str) -> None:
     _, teacher = attention_states(1, 1, 2, 150, (8, 8), dtype=torch.float16, device=DEVICE)
     same = trained(cast(teacher, torch.float16))
-    assert all(not value.any() for value in triton_made((same, teacher), kind=kind))
+    made = triton_made((same, teacher), kind=kind, gain=2.0**40)
+    assert all(not value.any() for value in made)
 
 
 def test_scores_that_are_capped_turned_or_with_sinks_are_left_to_other_kernels(

@@ -2,20 +2,22 @@
 """What the two sweeps of attention divergences share, and the sums that each kind keeps of a row.
 
 `p` and `t` are exponentials of the student's and the teacher's scores below a shift of their row,
-in bits. A first sweep keeps `sums` of these, made again for new shifts, and from them `constants`
-of the slopes: with those so far, a slope is small where student and teacher are close, and so is
-the sum of slopes times keys, the first of `gradients`. The others move it to new constants, by as
-little as these change. What a kind does not keep stays 0.
+in bits. A first sweep keeps `sums` of these and from them a `constant` of the slopes: with that of
+the keys so far, a slope is small where student and teacher are close, and so is the sum of slopes
+times keys, the first of `gradients`. The second moves it to the next constant, by as little as that
+changes. What a kind does not keep stays 0.
 
-| kind | `sums` of | constants | slope | weights of the other gradients |
+| kind | `sums` of | `constant` | slope | weights of the other gradients |
 |---|---|---|---|---|
 | "kl", "cross_entropy" | p, t | r = sum p / sum t | p - r t | t |
 | "reverse_kl" | p, t, p y | c = sum p y / sum p | p (y - c) | p |
 | "mse" | p, t, p p, p t | r | p (p - r t) | p t, p |
 | "cosine" | p p, t t, p t | g = sum p t / sum p p | p (g p - t) | p p |
+| "js" | p, t, then p l | none | p l | p |
 
-with `y` the log of `p / t` in bits. Slopes lack what their row is divided by (`slope_divisor`), and those of
-"mse" the constant that `finished_slopes` takes off.
+with `y` the log of `p / t` in bits, and `l` that of `2 p / (p + t)` of probabilities: "js" sweeps
+the keys again, once it has both log-sum-exps. Slopes lack what their row is divided by
+(`slope_divisor`), and those of "mse" and "js" the constant that `finished_slopes` takes off.
 """
 
 import triton
@@ -106,20 +108,24 @@ def slope_divisor(sums, KIND: tl.constexpr):
         return 2.0 / first / first
     elif KIND == "reverse_kl":
         return 1.0 / first * LN2
+    elif KIND == "js":
+        return tl.full(first.shape, 0.5, first.dtype)
     else:
         return 1.0 / first
 
 
 @triton.jit
 def row_constant(sums, constant, KIND: tl.constexpr):
-    """The constant of a row that `divergence_slopes` takes, of final sums; 0 where there is none."""
+    """The constant that `divergence_slopes` takes, of final sums; 0 where a kind has none."""
     if KIND == "reverse_kl":
         return (constant - (log_sum(sums[0], True) - log_sum(sums[1], True))) * LN2
     elif KIND == "mse":
         first = tl.where(sums[0] > 0.0, sums[0], 1.0)
         return tl.fma(sums[3], -constant, sums[2]) / first / first
     elif KIND == "cosine":
-        return sums[2] * slope_divisor(sums, KIND)
+        # exactly 1 where all three are equal
+        lengths = 0.5 * (log_sum(sums[0], True) + log_sum(sums[1], True))
+        return tl.where(sums[2] > 0.0, tl.exp2(log_sum(sums[2], True) - lengths), 0.0)
     else:
         return sums[2]
 
@@ -129,5 +135,7 @@ def finished_slopes(gradients, sums, constant, KIND: tl.constexpr):
     """Sums of slopes times keys, from `gradients` and what `row_constant` gave."""
     if KIND == "mse":
         return gradients[0] - gradients[2] * (constant * sums[0])[:, None]
+    elif KIND == "js":
+        return gradients[0] - gradients[1] * constant[:, None]
     else:
         return gradients[0]

@@ -1,13 +1,15 @@
 # mypy: ignore-errors
-"""Triton kernels of KL and cross-entropy of long sequences in half precision: two sweeps.
+"""Triton kernels of divergences of long sequences in half precision: two sweeps.
 
-The slope of either is `p - t`, linear in both softmaxes, so that `dQ` comes out of the sweep that
-makes the log-sum-exps; `dK` and the value come out of the second. Arguments are those of
-`triton_kernels.py`, but all logs are in bits, `repeat` and `teacher_repeat` query heads share a key
-head, `stats` `[pairs, 2, batch, heads, tokens]` holds the student's and the teacher's log-sum-exp,
-and `spans` int32 `[2, batch, 3]`, of query rows and of keys, the first valid one, the hidden one
-after it and the end of the last. Blocks without a hidden entry take a loop of their own, which
-compares nothing; UNEVEN says that the last block has rows beyond the sequence.
+Slopes are combinations of the softmaxes and of few numbers of a row (`sweep_jit.py`), so that `dQ`
+comes out of the sweep that makes the log-sum-exps; `dK` and the value come out of the second.
+Arguments are those of `triton_kernels.py`, but all logs are in bits, `repeat` and `teacher_repeat`
+query heads share a key head, `stats` `[pairs, 2 or 3, batch, heads, tokens]` holds the student's
+and the teacher's log-sum-exp (cosine: half of that of doubled scores) and, where the gradient needs
+one, the row's constant, and `spans` int32 `[2, batch, 3]`, of query rows and of keys, the first
+valid one, the hidden one after it and the end of the last. Blocks without a hidden entry take a
+loop of their own, which compares nothing; UNEVEN says that the last block has rows beyond the
+sequence.
 """
 
 import triton
@@ -72,8 +74,9 @@ def _rows_dq_kernel(
 ):
     """One program: one block of query rows of one head, against all keys that it sees.
 
-    Writes `stats` and `query_grad`, from the sums of `sweep_jit.py`. Where a score lies so far above
-    those of the first block that a sum may overflow, the keys are swept once more.
+    Writes `stats` and `query_grad`, from the sums of `sweep_jit.py`. Where a score lies so far
+    above those of the first block that a sum may overflow, the keys are swept once more. "js" takes
+    its slopes from a sweep of their own.
     """
     # what the compiler cannot see of an argument: it is a multiple of this
     dim = dim // ALIGN * ALIGN
@@ -151,21 +154,23 @@ def _rows_dq_kernel(
             CAUSAL,
             WINDOWED,
             WHOLE=True,
+            KNOWN=False,
         )
     sums = state[2]
     # squares are summed too
     room: tl.constexpr = LARGEST_SUM**0.5 if KIND == "mse" else LARGEST_SUM
+    swept, swept_before = others, before
     if tl.max(tl.maximum(sums[0], sums[1]), 0) > room:
-        before = tl.cdiv(end - first, BLOCK_KEY)
-        others = before
+        swept = tl.cdiv(end - first, BLOCK_KEY)
+        swept_before = swept
         state = begun
-    for step in tl.range(0, others, num_stages=1):
+    for step in tl.range(0, swept, num_stages=1):
         state = query_step(
             state,
             rows,
             keys,
             masks,
-            other_start(step, before, first, whole_end, BLOCK_KEY),
+            other_start(step, swept_before, first, whole_end, BLOCK_KEY),
             whole_first,
             o_query,
             (dim, teacher_dim),
@@ -183,8 +188,67 @@ def _rows_dq_kernel(
             CAUSAL,
             WINDOWED,
             WHOLE=False,
+            KNOWN=False,
         )
     max_student, max_teacher, sums, constant, gradients = state
+    power: tl.constexpr = 0.5 if KIND == "cosine" else 1.0
+    log_student = shift_of(max_student) + power * log_sum(sums[0], True)
+    log_teacher = shift_of(max_teacher) + power * log_sum(sums[1], True)
+    if KIND == "js":
+        state = (log_student, log_teacher, sums, constant, gradients)
+        for start in range(whole_first, whole_end, BLOCK_KEY):
+            state = query_step(
+                state,
+                rows,
+                keys,
+                masks,
+                start,
+                whole_first,
+                o_query,
+                (dim, teacher_dim),
+                units,
+                GRAD_TYPE,
+                KIND,
+                BLOCK_KEY,
+                BLOCK_DIM,
+                BLOCK_TEACHER_DIM,
+                SCORE_PRECISION,
+                GRAD_PRECISION,
+                ALIGN,
+                TEACHER_ALIGN,
+                HAS_MASK,
+                CAUSAL,
+                WINDOWED,
+                WHOLE=True,
+                KNOWN=True,
+            )
+        for step in tl.range(0, others, num_stages=1):
+            state = query_step(
+                state,
+                rows,
+                keys,
+                masks,
+                other_start(step, before, first, whole_end, BLOCK_KEY),
+                whole_first,
+                o_query,
+                (dim, teacher_dim),
+                units,
+                GRAD_TYPE,
+                KIND,
+                BLOCK_KEY,
+                BLOCK_DIM,
+                BLOCK_TEACHER_DIM,
+                SCORE_PRECISION,
+                GRAD_PRECISION,
+                ALIGN,
+                TEACHER_ALIGN,
+                HAS_MASK,
+                CAUSAL,
+                WINDOWED,
+                WHOLE=False,
+                KNOWN=True,
+            )
+        _, _, sums, constant, gradients = state
     constant = row_constant(sums, constant, KIND)
     scale = sizes[0][1] * tl.load(weights + item) * slope_divisor(sums, KIND)
     m_row = o_query < tokens
@@ -203,9 +267,8 @@ def _rows_dq_kernel(
     )
     out = stat_base(stats, pair, item, head, batch, heads, tokens, STATS) + o_query
     step = stat_step(batch, heads, tokens)
-    power: tl.constexpr = 0.5 if KIND == "cosine" else 1.0
-    tl.store(out, shift_of(max_student) + power * log_sum(sums[0], True), mask=m_row)
-    tl.store(out + step, shift_of(max_teacher) + power * log_sum(sums[1], True), mask=m_row)
+    tl.store(out, log_student, mask=m_row)
+    tl.store(out + step, log_teacher, mask=m_row)
     if STATS == 3:
         tl.store(out + 2 * step, constant, mask=m_row)
 

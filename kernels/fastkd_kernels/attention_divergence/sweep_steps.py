@@ -92,12 +92,15 @@ def query_step(
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     WHOLE: tl.constexpr,
+    KNOWN: tl.constexpr,
 ):
     """`state` of `_rows_dq_kernel` with one more block of keys, at `start`.
 
-    With WHOLE all are seen, and the maximum of the block at `first` stands for those of all.
+    With WHOLE all are seen, and the maximum of the block at `first` stands for those of all. With
+    KNOWN both log-sum-exps stand in the place of maxima, for "js".
     """
     max_student, max_teacher, sums, constant, gradients = state
+    b_slopes, b_second, b_third = gradients
     valid, item, batch, tokens, window = masks
     o_key = tl.arange(0, BLOCK_KEY)
     m_key = rows_there(valid, 1, item, batch, tokens, start + o_key, HAS_MASK, WHOLE)
@@ -108,17 +111,20 @@ def query_step(
     scores = tl.dot(rows[0], tl.trans(b_key), input_precision=SCORE_PRECISION)
     teacher_scores = tl.dot(rows[1], tl.trans(b_teacher_key), input_precision=SCORE_PRECISION)
     kept, teacher_kept, drift = 1.0, 1.0, 0.0
-    if WHOLE:
-        if start == first:
-            max_student = tl.max(scores, 1) * units[0]
-            max_teacher = tl.max(teacher_scores, 1) * units[1]
-        shift, teacher_shift = max_student, max_teacher
-    else:
+    if not WHOLE:
         seen = visible(
             o_query[:, None], start + o_key[None, :], m_key[None, :], window, CAUSAL, WINDOWED
         )
         scores = tl.where(seen, scores, float("-inf"))
         teacher_scores = tl.where(seen, teacher_scores, float("-inf"))
+    if KNOWN:
+        shift, teacher_shift = max_student, max_teacher
+    elif WHOLE:
+        if start == first:
+            max_student = tl.max(scores, 1) * units[0]
+            max_teacher = tl.max(teacher_scores, 1) * units[1]
+        shift, teacher_shift = max_student, max_teacher
+    else:
         new_student = tl.maximum(max_student, tl.max(scores, 1) * units[0])
         new_teacher = tl.maximum(max_teacher, tl.max(teacher_scores, 1) * units[1])
         shift, teacher_shift = shift_of(new_student), shift_of(new_teacher)
@@ -127,27 +133,35 @@ def query_step(
         max_student, max_teacher = new_student, new_teacher
     log_p = below(scores, units[0], shift[:, None])
     log_t = below(teacher_scores, units[1], teacher_shift[:, None])
-    p, t = tl.exp2(log_p), tl.exp2(log_t)
-    log_ratio = log_p - log_t
-    if not WHOLE:
-        log_ratio = tl.where(seen, log_ratio, 0.0)
-    sums, new_constant = row_sums(sums, p, t, log_ratio, kept, teacher_kept, drift, KIND)
-    slopes, weights, others = slopes_and_weights(p, t, log_ratio, new_constant, KIND)
-    scale, moved = moves(constant, new_constant, kept, teacher_kept, drift, KIND)
-    b_slopes, b_second, b_third = gradients
     b_values = b_key.to(GRAD_TYPE)
-    if WHOLE:
-        b_slopes += b_second * moved[:, None]
-    else:
-        b_slopes = b_slopes * scale[0][:, None] + b_second * moved[:, None]
-        b_second *= scale[1][:, None]
-    b_slopes = tl.dot(slopes.to(GRAD_TYPE), b_values, b_slopes, input_precision=GRAD_PRECISION)
-    b_second = tl.dot(weights.to(GRAD_TYPE), b_values, b_second, input_precision=GRAD_PRECISION)
-    if KIND == "mse":
+    if KNOWN:
         if not WHOLE:
+            log_p, log_t = tl.where(seen, log_p, -NEVER), tl.where(seen, log_t, -NEVER)
+        _, slopes, _, weights = outcome_terms(log_p, log_t, KIND, True)
+        sums = (sums[0], sums[1], sums[2] + tl.sum(slopes, 1), sums[3])
+    else:
+        p, t = tl.exp2(log_p), tl.exp2(log_t)
+        log_ratio = log_p - log_t
+        if not WHOLE:
+            log_ratio = tl.where(seen, log_ratio, 0.0)
+        before = constant
+        sums, constant = row_sums(sums, p, t, log_ratio, kept, teacher_kept, drift, KIND)
+        slopes, weights, others = slopes_and_weights(p, t, log_ratio, constant, KIND)
+        scale, moved = moves(before, constant, kept, teacher_kept, drift, KIND)
+        if WHOLE:
+            b_slopes += b_second * moved[:, None]
+        else:
+            b_slopes = b_slopes * scale[0][:, None] + b_second * moved[:, None]
+            b_second *= scale[1][:, None]
             b_third *= scale[2][:, None]
-        b_third = tl.dot(others.to(GRAD_TYPE), b_values, b_third, input_precision=GRAD_PRECISION)
-    return max_student, max_teacher, sums, new_constant, (b_slopes, b_second, b_third)
+        if KIND == "mse":
+            b_third = tl.dot(
+                others.to(GRAD_TYPE), b_values, b_third, input_precision=GRAD_PRECISION
+            )
+    if KNOWN or KIND != "js":
+        b_slopes = tl.dot(slopes.to(GRAD_TYPE), b_values, b_slopes, input_precision=GRAD_PRECISION)
+        b_second = tl.dot(weights.to(GRAD_TYPE), b_values, b_second, input_precision=GRAD_PRECISION)
+    return max_student, max_teacher, sums, constant, (b_slopes, b_second, b_third)
 
 
 @triton.jit

@@ -30,8 +30,8 @@ from ..common.rescale import waiting_dtype
 from ..common.short_sequences import heads_of_program, short_launch, takes_short
 from ..common.tensor_table import to_device
 from ..common.tl_types import TYPES
-from .sweep_kernels import _dk_value_kernel, _rows_dq_kernel
 from .short_kernel import _short_kernel
+from .sweep_kernels import _dk_value_kernel, _rows_dq_kernel
 from .triton_kernels import _dk_kernel, _dq_kernel, _rows_kernel
 
 # kinds whose gradient needs a constant of each query row besides both softmax divisors
@@ -101,12 +101,12 @@ def divergence_launch(
     return Launch(constants, num_warps=4 if few or on == "hip" else 8, num_stages=1)
 
 
-def takes_two_sweeps(kind: str, dims: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Whether the kernels of `kl_kernels.py` take a kind, without soft caps and sinks.
+def takes_two_sweeps(dims: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether the kernels of `sweep_kernels.py` take a call, without soft caps and sinks.
 
     On other chips than an H100 both tiles and the gradient leave the registers.
     """
-    return kind != "js" and is_half(*dtypes) and max(dims) <= 128 and is_hopper()
+    return is_half(*dtypes) and max(dims) <= 128 and is_hopper()
 
 
 def sweep_launch(
@@ -121,6 +121,9 @@ def sweep_launch(
             key = min(key, 4096 // power_of_two(dims[0]))
     else:
         query, key, warps = 64, 128, 8 if wide else 4
+        if kind in ("js", "reverse_kl") and not wide:
+            # their terms would spill
+            query = 32
     return Launch(whole_head_blocks(query, key, dims, dtypes[0], "cuda"), warps, num_stages=2)
 
 
@@ -185,7 +188,7 @@ def forward(
         made_by = _short
     elif (
         need_grad
-        and takes_two_sweeps(kind, call.dims, call.dtypes)
+        and takes_two_sweeps(call.dims, call.dtypes)
         and not (softmax.has_sinks or any(softmax.flags.values()))
         # the largest scaled score is that of the largest score
         and all(min(pair.scale, pair.teacher_scale) > 0 for pair in pairs)

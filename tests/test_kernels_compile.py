@@ -48,11 +48,9 @@ SHORT = {
     "attention_score_mse._sweep_kernel",
 }
 # which take half precision, and the products of sm_90
-HOPPER = {
-    "hidden._fwd_dx_kernel",
-    "attention_divergence._rows_dq_kernel",
-    "attention_divergence._dk_value_kernel",
-}
+HOPPER = {"hidden._fwd_dx_kernel"}
+# which take half precision, and products that land in registers
+SWEEPS = {"attention_divergence._rows_dq_kernel", "attention_divergence._dk_value_kernel"}
 
 
 # one in so many is compiled again, whether or not the committed table has it
@@ -96,9 +94,10 @@ def test_every_kernel_compiles_for_every_target(rows: list[dict[str, Any]]) -> N
     for target in launch.SHARED_MEMORY:
         absent = IN_FP32_ONLY | (SHORT if target[0] == "hip" else set())
         absent |= HOPPER if target != ("cuda", 90) else set()
+        absent |= SWEEPS if target not in (("cuda", 80), ("cuda", 90)) else set()
         assert made[(*target, "bfloat16")] == written - absent
     for target in (("cuda", 80), ("hip", "gfx942")):
-        assert made[(*target, "float32")] == written - SHORT - HOPPER
+        assert made[(*target, "float32")] == written - SHORT - HOPPER - SWEEPS
 
 
 def test_kernels_fit_the_chip(rows: list[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ from ..common.launch import (
     Launch,
     cdiv,
     dot_precision,
+    holds_products,
     is_half,
     is_hopper,
     is_large,
@@ -101,29 +102,29 @@ def divergence_launch(
     return Launch(constants, num_warps=4 if few or on == "hip" else 8, num_stages=1)
 
 
-def takes_two_sweeps(dims: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Whether the kernels of `sweep_kernels.py` take a call, without soft caps and sinks.
-
-    On other chips than an H100 both tiles and the gradient leave the registers.
-    """
-    return is_half(*dtypes) and max(dims) <= 128 and is_hopper()
+def takes_two_sweeps(kind: str, dims: tuple[int, int], dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether the kernels of `sweep_kernels.py` take a call, without soft caps and sinks."""
+    # of three wide gradients, most would leave the registers of an A100
+    fits = is_hopper() or kind != "mse" or dims[0] <= 64
+    return is_half(*dtypes) and max(dims) <= 128 and holds_products() and fits
 
 
 def sweep_launch(
     kernel: str, kind: str, dims: tuple[int, int], dtypes: tuple[torch.dtype, ...]
 ) -> Launch:
-    """Blocks of the two sweeps: "rows_dq" or "dk_value"."""
+    """Blocks of the two sweeps, "rows_dq" or "dk_value": the largest that hardly spill."""
     wide = max(dims) > 64
-    if kernel == "rows_dq":
+    if kernel == "rows_dq" and is_hopper():
         query, key, warps = 128, 64 if wide else 128, 8
         if kind == "mse":
             # its third gradient takes the registers of the tiles
             key = min(key, 4096 // power_of_two(dims[0]))
+    elif kernel == "rows_dq":
+        query, key, warps = (128, 32, 8) if wide else (64, 64, 4)
     else:
-        query, key, warps = 64, 128, 8 if wide else 4
-        if kind in ("js", "reverse_kl") and not wide:
-            # their terms would spill
-            query = 32
+        # terms of kinds with a constant take registers too
+        few = not is_hopper() or (kind in CONSTANT_KINDS and not wide)
+        query, key, warps = 32 if few else 64, 128, 8 if wide else 4
     return Launch(whole_head_blocks(query, key, dims, dtypes[0], "cuda"), warps, num_stages=2)
 
 
@@ -188,7 +189,7 @@ def forward(
         made_by = _short
     elif (
         need_grad
-        and takes_two_sweeps(call.dims, call.dtypes)
+        and takes_two_sweeps(kind, call.dims, call.dtypes)
         and not (softmax.has_sinks or any(softmax.flags.values()))
         # the largest scaled score is that of the largest score
         and all(min(pair.scale, pair.teacher_scale) > 0 for pair in pairs)
@@ -332,7 +333,7 @@ def _long(call: Call, masks: _Masks, softmax: _Softmax, kind: str, need_grad: bo
 
 
 def _two_sweeps(call: Call, masks: _Masks, softmax: _Softmax, kind: str, need_grad: bool) -> Fill:
-    """KL and cross-entropy without caps and sinks: each gradient in one sweep."""
+    """Half precision without caps and sinks: each gradient in one sweep."""
     sizes, count = call.sizes, call.count
     tokens, heads = sizes["tokens"], sizes["heads"]
     shared = {

@@ -87,6 +87,13 @@ def is_hopper() -> bool:
     return architecture() == 90
 
 
+def holds_products() -> bool:
+    """Whether products land in registers, as from an A100 to an H100; newer chips of data centres
+    have a memory for them."""
+    chip = architecture()
+    return isinstance(chip, int) and 80 <= chip <= 90
+
+
 def stages_that_fit(most: int, stage: int, besides: int) -> int:
     """Pipeline stages of so many bytes, at most `most`; what stands `besides` them needs two."""
     fitting = [n for n in range(2, most + 1) if n * stage + besides <= shared_memory()]

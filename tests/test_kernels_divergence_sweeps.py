@@ -30,15 +30,21 @@ KINDS = get_args(AttentionDivergenceKind)
 
 @pytest.fixture(autouse=True)
 def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test here runs the two sweeps, which are for an H100 or, interpreted, for any chip."""
-    if torch.cuda.is_available() and not launch.is_hopper():
-        pytest.skip("needs an H100, or no GPU")
-    monkeypatch.setattr(launch, "architecture", lambda: 90)
+    """Every test here runs the two sweeps: on an A100 to an H100 or, interpreted, as on an H100."""
+    if torch.cuda.is_available() and not launch.holds_products():
+        pytest.skip("needs an A100 to an H100, or no GPU")
+    blocks_of(90, monkeypatch)
     calls = []
     run = triton_path._two_sweeps
     monkeypatch.setattr(triton_path, "_two_sweeps", lambda *given: calls.append(1) or run(*given))
     yield
     assert calls
+
+
+def blocks_of(chip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, those of a chip; on a GPU its own."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(launch, "architecture", lambda: chip)
 
 
 def triton_made(states: Any, **options: Any) -> list[torch.Tensor]:
@@ -59,19 +65,28 @@ def prefix(tokens: int, *lengths: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("kv_heads", "dims", "tokens", "causal", "window", "mask"),
+    ("chip", "kv_heads", "dims", "tokens", "causal", "window", "mask"),
     [
-        ((2, 2), (8, 20), 256, False, None, None),
-        ((1, 2), (26, 12), 300, False, None, "right"),
-        ((2, 1), (8, 6), 300, True, None, "left"),
-        ((2, 2), (8, 8), 270, True, 50, "holes"),
-        ((2, 2), (8, 8), 129, False, 9, None),
-        ((2, 2), (4, 70), 140, True, None, "none"),
+        (90, (2, 2), (8, 20), 256, False, None, None),
+        (80, (1, 2), (26, 12), 300, False, None, "right"),
+        (90, (2, 1), (8, 6), 300, True, None, "left"),
+        (80, (2, 2), (8, 8), 270, True, 50, "holes"),
+        (90, (2, 2), (8, 8), 129, False, 9, None),
+        (80, (2, 2), (4, 70), 140, True, None, "none"),
     ],
 )
 def test_equals_its_definition(
-    kv_heads: Any, dims: Any, tokens: int, causal: bool, window: Any, mask: Any, kind: str
+    chip: int,
+    kv_heads: Any,
+    dims: Any,
+    tokens: int,
+    causal: bool,
+    window: Any,
+    mask: Any,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    blocks_of(chip, monkeypatch)
     states = attention_states(
         1, 2, 2, tokens, dims, kv_heads=kv_heads, dtype=torch.float16, device=DEVICE
     )

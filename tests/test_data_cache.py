@@ -296,6 +296,9 @@ def test_cache_that_cannot_be_a_folder(
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache: cannot write under .*file"):
         prepare_corpus(changed(data, cache=str(tmp_path / "file")), tokenizer, progress=False)
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"cannot write under .*link: .* a link to nothing"):
+        prepare_corpus(changed(data, cache=str(tmp_path / "link")), tokenizer, progress=False)
 
 
 def test_what_is_read_elsewhere_is_not_said_of_the_cache(tmp_path: Path) -> None:

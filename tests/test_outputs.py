@@ -27,12 +27,14 @@ def test_a_place_that_can_not_be_written_is_named_before_the_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    for place in ("gone/n.json", "file/n.json", "n" * 300):
+    (tmp_path / "link").symlink_to("nowhere")
+    for place in ("gone/n.json", "file/n.json", "link/n.json", "link", "n" * 300):
         assert fastkd(*command, place, monkeypatch=monkeypatch) == 2
         said = capsys.readouterr().err
         assert said.startswith(f"fastkd: --output {place} can't be made (")
         assert str(os.getpid()) not in said and said.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_folders_above_a_place_may_be_made_later(
@@ -42,7 +44,11 @@ def test_folders_above_a_place_may_be_made_later(
     check_place(tmp_path / "a" / "b", "--output", above=True)
     with pytest.raises(UserError, match=r"x .*file/a/b can't be made \(Not a directory\)"):
         check_place(tmp_path / "file" / "a" / "b", "x", above=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "link").symlink_to("link")
+    for place in ("link", "link/a", "link/a/b"):
+        with pytest.raises(UserError, match=rf"x .*{place} can't be made \("):
+            check_place(tmp_path / place, "x", above=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
     output = str(tmp_path / "file" / "a")
     models = ("nowhere", "nothing", "--data", "text")
     assert fastkd("inspect", *models, "--output", output, monkeypatch=monkeypatch) == 2

@@ -197,16 +197,20 @@ def test_files_and_links_where_folders_should_be_are_found_at_the_start(
     assert str(refused.value).startswith(str(path)) and "\n" not in str(refused.value)
 
 
-OUTPUTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a file": (lambda p: p.write_text("x"), "Not a directory"),
-    "a link to nothing": (lambda p: p.symlink_to(p.parent / "nowhere"), "No such file or dir"),
+OUTPUTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "a file": ("run", lambda p: p.write_text("x"), "Not a directory"),
+    "a link to nothing": ("run", lambda p: p.symlink_to("nowhere"), "No such file or dir"),
+    "below a file": ("run/1/2", lambda p: p.write_text("x"), "Not a directory"),
+    # as where a disk isn't mounted
+    "below a link to nothing": ("run/1/2", lambda p: p.symlink_to("nowhere"), "a link to nothing"),
 }
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_an_output_of_another_kind_is_one_line(name: str, recipe: AnyRecipe) -> None:
-    make, expected = OUTPUTS[name]
-    make(Path(recipe.run.output))
+def test_an_output_of_another_kind_is_one_line(name: str, tmp_path: Path) -> None:
+    output, make, expected = OUTPUTS[name]
+    make(tmp_path / "run")
+    recipe = load_any_recipe(make_recipe(tmp_path, run={"output": str(tmp_path / output)}))
     with pytest.raises(UserError, match=expected) as refused:
         start(recipe, resume=False)
     assert "run.output" in str(refused.value)

@@ -14,7 +14,7 @@ from pathlib import Path
 from fastkd.errors import DiskError, UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 _LOST = {errno.EROFS, errno.EIO, errno.ESTALE}
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+")
 
@@ -41,6 +41,26 @@ def temporary_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, with those above it, where it is missing.
+
+    Raises:
+        OSError: it can't be made; of a link to nothing, as to a disk that isn't mounted, it says
+            that.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        _check_links(path)
+        raise
+
+
+def _check_links(path: Path) -> None:
+    for each in (path, *path.parents):
+        if each.is_symlink() and not each.exists():
+            raise NotADirectoryError(errno.ENOTDIR, "a link to nothing", str(each))
+
+
 def check_place(path: Path, field: str, *, above: bool = False) -> None:
     """See that a file or folder can be made, before what it is for; nothing is left of the trial.
 
@@ -54,8 +74,9 @@ def check_place(path: Path, field: str, *, above: bool = False) -> None:
     """
     place = path
     try:
-        while above and not place.parent.exists():
+        while above and not os.path.lexists(place.parent):
             place = place.parent
+        _check_links(place)
         trial = temporary_of(place)
         trial.touch()
         trial.unlink()
@@ -161,11 +182,11 @@ def place_errors(folder: Path, then: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if error.errno not in _REFUSED:
+            if error.errno not in _UNUSABLE:
                 raise
             raise DiskError(
                 f"{folder} can't be used: writing {error.filename or folder} failed "
-                f"({os.strerror(error.errno)}); {then}"
+                f"({error.strerror}); {then}"
             ) from error
 
 

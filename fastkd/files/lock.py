@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastkd.errors import UserError
-from fastkd.files.disk import place_errors
+from fastkd.files.disk import make_folder, place_errors
 
 LOCK = ".lock"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -63,7 +63,7 @@ def _take(folder: Path, elsewhere: str) -> int:
     """A locked handle; -1 where the file system has no locks."""
     path = folder / LOCK
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:

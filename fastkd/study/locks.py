@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastkd.errors import UserError
+from fastkd.files.disk import make_folder
 from fastkd.files.lock import NO_LOCKS
 
 
@@ -68,6 +69,6 @@ def _lock(handle: int, path: Path, how: int) -> None:
 
 
 def _open(path: Path) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # the file stays: removing one that another process has open would give two claims
     return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -17,6 +17,7 @@ from typing import Any
 from fastkd.errors import UserError
 from fastkd.files.disk import (
     disk_errors,
+    make_folder,
     place_errors,
     sweep,
     write_whole,
@@ -88,7 +89,7 @@ class RunFolder:
             UserError: the folder can't be made or written to.
         """
         with place_errors(self.path, _ELSEWHERE):
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             fresh = not self.holds_run
             if fresh:
                 # first, because it is what makes the folder a run

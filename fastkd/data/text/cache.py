@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from fastkd.data.known_ids import known_rows
 from fastkd.data.text.packing import IntArray
 from fastkd.errors import UserError
-from fastkd.files.disk import not_allowed
+from fastkd.files.disk import make_folder, not_allowed
 from fastkd.files.sealed import (
     Damaged,
     Forbidden,
@@ -198,7 +198,7 @@ def new_folder(folder: Path, field: str = "data.cache") -> Iterator[Path]:
     temporary: Path | None = None
     lock: int | None = None
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         temporary, lock = _own_folder(root, _BUILDING)
         yield temporary
         _rename(temporary, folder)

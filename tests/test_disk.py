@@ -48,7 +48,7 @@ def assert_one_line(moment: str, recipe: Path, *more: str) -> None:
     done = run_script("disturbed_run.py", moment, "0", str(recipe), *more)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("fastkd: ")]
-    assert "writing failed (" in said and "free some space and continue with --resume" in said
+    assert "writing failed (" in said and "(ulimit -f) and continue with --resume" in said
 
 
 def test_so_it_is_of_what_other_languages_write(tmp_path: Path) -> None:

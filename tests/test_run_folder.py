@@ -250,6 +250,7 @@ def _caused(error: BaseException, cause: BaseException) -> BaseException:
 
 FULL = [
     OSError(errno.EDQUOT, "x", "/elsewhere/cache"),
+    OSError(errno.EFBIG, "x"),
     shutil.Error([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'")]),
     # tokenizers, safetensors, torch and whoever wraps them
     Exception("No space left on device (os error 28)"),
@@ -266,6 +267,8 @@ def test_a_full_disk_is_known_in_whatever_form_it_comes(
         raise error
     where = "/elsewhere/cache" if error is FULL[0] else str(tmp_path)
     assert str(refused.value).startswith(f"{where}: ")
+    space = "limit of a file's size" if error is FULL[1] else "free some space"
+    assert f"{space}" in str(refused.value)
 
 
 def test_permissions_are_those_of_the_umask(tmp_path: Path) -> None:

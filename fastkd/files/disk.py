@@ -207,9 +207,13 @@ class _DiskErrors(AbstractContextManager[None, None]):
         place = (self.path or "the disk") if inside or named is None else named
         reason = os.strerror(number) if number else "the file could not be written"
         if number in _FULL or number == 0:
+            bounded = number == errno.EFBIG
+            remedy = (
+                "raise the limit of a file's size (ulimit -f)" if bounded else "free some space"
+            )
             raise DiskError(
-                f"{place}: writing failed ({reason}); what was finished before is whole: free some "
-                f"space and {self.then}"
+                f"{place}: writing failed ({reason}); what was finished before is whole: {remedy} "
+                f"and {self.then}"
             ) from error
         if number in _LOST:
             raise DiskError(

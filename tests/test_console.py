@@ -24,10 +24,12 @@ from tiny_training import (
 )
 
 from fastkd.errors import UserError, printable
+from fastkd.files.disk import disk_errors
 from fastkd.reporting.console import Reporter
 from fastkd.reporting.encoding import all_names_said
 from fastkd.reporting.progress import progress_bar
 from fastkd.reporting.report import print_evaluation, print_summary
+from fastkd.reporting.streams import silence
 from fastkd.training.session import session
 
 HOSTILE = ("[/x]", "[bold]", "[link=https://e.org]a[/link]", ":smile:", "[", "\\[/x]", "[/]")
@@ -250,6 +252,15 @@ def test_a_reader_that_ends_is_not_the_end(
         # by others
         print("more", flush=True)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_log_on_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with open("/dev/full", "w") as stdout, monkeypatch.context() as full:
+        full.setattr(sys, "stdout", stdout)
+        with pytest.raises(UserError, match=r"^/dev/full: writing failed"), disk_errors(tmp_path):
+            Reporter().say("a line that finds no room")
+        # what is buffered would be written as the file is closed
+        silence(stdout)
 
 
 def test_a_mistake_that_no_terminal_can_show_is_an_exit_code(

@@ -49,7 +49,9 @@ class LastingConsole(Console):
             super()._check_buffer()
         except OSError as error:
             if not _is_closed_terminal(error, self.file):
-                raise
+                # or the disk of the run would be said to be full
+                named = str(getattr(self.file, "name", "stdout"))
+                raise OSError(error.errno, error.strerror, named) from error
             self.on_broken_pipe()
 
 

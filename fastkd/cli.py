@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -63,6 +64,14 @@ def _launched(
     # the deepspeed launcher passes its rank as an option as well as in the environment
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    try:
+        # torch asks for one when it is imported
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{error.strerror}; free some space in one of them, or set TMPDIR to a folder that you "
+            "may write to"
+        ) from error
 
 
 @app.command()

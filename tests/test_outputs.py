@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,17 @@ def test_a_place_that_can_not_be_written_is_named_before_the_work(
         assert str(os.getpid()) not in said and said.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
     assert (tmp_path / "link").is_symlink()
+
+
+def test_no_folder_for_temporary_files_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = str(tmp_path / "gone")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [gone])
+    assert fastkd("evaluate", "nowhere", monkeypatch=monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert gone in said and "set TMPDIR to a folder" in said and said.count("\n") == 1
 
 
 def test_folders_above_a_place_may_be_made_later(

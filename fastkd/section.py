@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import reprlib
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -97,11 +98,17 @@ def _check_path(text: str) -> str:
     """Refuse text that can name no file or folder.
 
     Raises:
-        ValueError: a NUL, half a surrogate pair, or a part that is too long.
+        ValueError: a NUL, what this system can't write, or a part that is too long.
     """
     if not is_text(text):
         raise ValueError("expected a path, but half a surrogate pair is no text")
-    encoded = text.encode()
+    try:
+        encoded = text.encode(sys.getfilesystemencoding())
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"names of files are written in {error.encoding} here, which can't write "
+            f"{text[:100]!r}; set PYTHONUTF8=1"
+        ) from error
     if b"\0" in encoded:
         raise ValueError(f"expected a path, which holds no NUL (given {text[:100]!r})")
     longest = max(map(len, encoded.split(os.sep.encode())))

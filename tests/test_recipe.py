@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,9 @@ def test_a_path_that_is_no_file_is_refused(tmp_path: Path, name: str) -> None:
         ("data.train=a.txt", "data", "train", ("a.txt",)),
         ("student.dropout=null", "student", "dropout", None),
         ("run.output=runs/a=b", "run", "output", "runs/a=b"),
+        ("run.output='runs/a #2'", "run", "output", "runs/a #2"),
+        ("run.output=runs/a#2", "run", "output", "runs/a#2"),
+        ("train=steps: 7\n# of which\nwarmup_steps: 1\n", "train", "warmup_steps", 1),
         ("teacher.revision='1'", "teacher", "revision", "1"),
     ],
 )
@@ -261,9 +265,22 @@ def test_an_override_can_switch_a_term_off(file: Path) -> None:
     assert list(recipe.losses.terms) == ["embedding"]
 
 
+def test_a_name_that_the_file_system_can_not_hold_is_refused(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_recipe(file, ["run.output=café"]).run.output == "café"
+    # as with LC_ALL=C and PYTHONUTF8=0
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    with pytest.raises(UserError, match=r"run\.output: .* in ascii .*'café'; set PYTHONUTF8=1"):
+        load_recipe(file, ["run.output=café"])
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
+        ("run.output=runs/a #2", "override 'run.output=runs/a #2': YAML takes what follows #"),
+        ("run.output=#2", "override 'run.output=#2': YAML takes what follows #"),
+        ("run.output='a #1' #2", r"YAML takes what follows # for a comment"),
         ("train.steps", "override 'train.steps': expected dotted.key=value"),
         ("=3", "override '=3': expected dotted.key=value"),
         ("teacher.model.name=x", "override 'teacher.model.name': teacher.model is not a section"),

@@ -6,7 +6,9 @@ can say nothing that a file could not.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -219,7 +221,22 @@ def _apply(tree: dict[str, Any], key: str, text: str) -> None:
         value = read_yaml(text)
     except YamlError as error:
         raise UserError(f"override {override!r}: {error}") from error
+    if _ends_in_comment(text, value):
+        raise UserError(
+            f"override {override!r}: YAML takes what follows # for a comment; put quotes around "
+            f"the value, as in \"{key}='...'\""
+        )
     replace_value(tree, key, value)
+
+
+def _ends_in_comment(line: str, value: object) -> bool:
+    """Whether a line means the same without what follows a #."""
+    for found in re.finditer(r"(^|[ \t])#", "" if "\n" in line else line):
+        # inside of quotes the rest is no YAML
+        with suppress(YamlError):
+            if read_yaml(line[: found.start()]) == value:
+                return True
+    return False
 
 
 def replace_value(tree: dict[str, Any], key: str, value: object) -> None:

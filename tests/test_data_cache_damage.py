@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -159,6 +160,25 @@ def test_a_cache_of_an_earlier_version_is_built_again(
         read_meta(folder)
     prepare_corpus(data, tokenizer, progress=False)
     assert read_meta(folder)["train_blocks"] > 3
+
+
+def test_a_damaged_folder_of_a_containers_image_is_built_again(
+    data: TextSettings, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(data.cache) / prepare_corpus(data, tokenizer, progress=False).fingerprint
+    (folder / "meta.json").write_text("{}")
+    rename = os.rename
+
+    def of_an_overlay(source: Path, target: Path) -> None:
+        # its lower layers let no folder move, one that was made since may
+        if source == folder:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", of_an_overlay)
+    prepare_corpus(data, tokenizer, progress=False)
+    assert read_meta(folder)["train_blocks"] > 3
+    assert list(Path(data.cache).iterdir()) == [folder]
 
 
 def test_bytes_are_read_once_a_process(

@@ -286,6 +286,11 @@ def _put_aside(folder: Path) -> None:
         # another process may have been quicker
         with suppress(FileNotFoundError):
             os.rename(folder, aside / folder.name)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        # in a container a folder of the image can be removed, and not be moved
+        shutil.rmtree(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         if lock is not None:

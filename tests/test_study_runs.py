@@ -34,6 +34,7 @@ from fastkd.study.locks import Claim
 from fastkd.study.plan import Plan
 from fastkd.study.progress import Watcher
 from fastkd.study.spec import load_study
+from fastkd.study.storage import Store
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -469,6 +470,29 @@ def test_a_claim_is_held_by_one_and_outlives_its_worker_in_a_child(tmp_path: Pat
     again = Claim.take(path)
     assert again is not None
     again.release()
+
+
+def test_who_waits_for_another_process_says_so(tmp_path: Path, notes: Path) -> None:
+    path = write_study(tmp_path)
+    plan = Plan(load_study(path), path)
+    store = Store(plan)
+    store.add_work()
+    work = store.take()
+    assert work is not None
+    # as another process leaves it that is stopped by Ctrl-Z
+    os.pwrite(work.claim.handle, b"1\n".ljust(9), 0)
+    said = []
+
+    class Listener(Reporter):
+        def say(self, text: str) -> None:
+            said.append(text)
+            if "waiting" in text:
+                work.claim.release()
+
+    run(path, reporter=Listener(silent=True))
+    waiting = f"3/4  waiting for what another process has begun: {work.name} (process 1)"
+    assert [text for text in said if "waiting" in text] == [waiting]
+    _ended_once(notes, RUNS)
 
 
 def test_a_disk_without_locks_is_said_to_be_one(

@@ -40,6 +40,12 @@ class Claim:
         os.write(handle, f"{os.getpid()}\n".encode())
         return cls(handle)
 
+    @staticmethod
+    def taken_elsewhere(path: Path) -> str | None:
+        """Number of the process that took the claim at `path` last, unless it is this one."""
+        said = path.read_text().strip() if path.exists() else ""
+        return said if said not in ("", str(os.getpid())) else None
+
     def release(self) -> None:
         """Give the claim up, unless a child still holds it."""
         os.close(self.handle)

@@ -7,14 +7,14 @@ import os
 import queue
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from fastkd.errors import Interrupted, UserError
+from fastkd.errors import Interrupted, UserError, some_of
 from fastkd.limits import cores
 from fastkd.recipe import AnyRecipe
 from fastkd.reporting.numbers import fixed
@@ -60,6 +60,7 @@ class Runner:
         """When the first trial was started, by the monotonic clock: shared steps are not trials."""
         self.found = 0
         """Runs that were finished before, and took no time."""
+        self._is_waiting = False
 
     def run(self, look: Callable[[], None]) -> None:
         """Work until nothing is left, here or in other processes.
@@ -100,8 +101,11 @@ class Runner:
 
     def _share_one(self, owner: Plan, step: SharedRun, number: int) -> bool:
         each = (step.task or "all") + ("" if step.seed is None else f"-seed-{step.seed}")
-        claim = Claim.take(owner.output / "claims" / "shared" / step.name / each)
+        path = owner.output / "claims" / "shared" / step.name / each
+        claim = Claim.take(path)
         if claim is None:
+            process = Claim.taken_elsewhere(path)
+            self._say_waiting([f"{step.label} (process {process})"] if process else [])
             return False
         try:
             if _is_done(step.place.run):
@@ -131,7 +135,14 @@ class Runner:
             elif self.store.is_done():
                 return
             else:
+                self._say_waiting(self.store.begun_elsewhere())
                 stopping.wait(_IDLE_SECONDS)
+
+    def _say_waiting(self, others: Sequence[str]) -> None:
+        """Say once what of other processes is waited for: one of them may be stopped for good."""
+        if others and not self._is_waiting:
+            self._is_waiting = True
+            self.said.put(f"waiting for what another process has begun: {some_of(others)}")
 
     def _try(self, work: Work, number: int) -> None:
         """Run what a trial has left to run; a trial that is stopped is left as it is."""

@@ -188,6 +188,16 @@ class Store:
         assert self.plan.spec.search is not None, "the other study is the search's"
         search.sampler = make_sampler(self.plan.spec.search, number)
 
+    def begun_elsewhere(self) -> list[str]:
+        """Trials under way that another process took, for people."""
+        found = []
+        for study in self._studies():
+            for trial in study.get_trials(False, (TrialState.RUNNING,)):
+                process = Claim.taken_elsewhere(self._claim_path(trial))
+                if process is not None:
+                    found.append(f"{_name(trial)} (process {process})")
+        return found
+
     def is_done(self) -> bool:
         """Whether nothing waits or runs, here or elsewhere."""
         for study in self._studies():

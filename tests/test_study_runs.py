@@ -495,6 +495,37 @@ def test_who_waits_for_another_process_says_so(tmp_path: Path, notes: Path) -> N
     _ended_once(notes, RUNS)
 
 
+def test_a_database_that_is_held_or_finds_no_room_is_one_line(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_study(tmp_path)
+    run(path)
+    monkeypatch.setattr("fastkd.study.opening.BUSY_SECONDS", 0.1)
+    path = write_study(tmp_path, seeds=3)
+    # a reader lets nobody write, who writes with a journal beside it lets nobody read
+    for holds, words in (("begin", ["select * from trials"]), ("begin exclusive", [])):
+        other = sqlite3.connect(tmp_path / "out" / "study.db", isolation_level=None)
+        for statement in (holds, *words):
+            other.execute(statement).fetchall()
+        with pytest.raises(UserError, match=r"study\.db was held by another process for 0\.1 s "):
+            run(path)
+        other.close()
+    full = optuna.exceptions.StorageInternalError("the commit")
+    full.__cause__ = sqlite3.OperationalError("database or disk is full")
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"\(.* disk is full\)"):
+        patched.setattr(Store, "take", raising(full))
+        run(path)
+    run(path)
+    _ended_once(notes, RUNS | {f"mapping={m}/seed-2" for m in MAPPINGS})
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_given: object) -> None:
+        raise error
+
+    return fail
+
+
 def test_a_disk_without_locks_is_said_to_be_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.errors import UserError
+from fastkd.study.opening import StorageErrors
 from fastkd.study.plan import Chosen, Condition, Plan
 from fastkd.study.spec import StudySpec, Takeover, load_study
 from fastkd.study.storage import Record, Store
@@ -52,9 +53,10 @@ def _read(
     if not (other.output / "study.db").is_file():
         raise UserError(f"{given}: {other.output} holds no study yet; run it first")
     other.check_shared()
-    store = Store(other)
-    store.check_recipes()
-    records = store.records()
+    with StorageErrors(other.output / "study.db"):
+        store = Store(other)
+        store.check_recipes()
+        records = store.records()
     done = [record for record in records if record.value is not None]
     if len(done) < len(records):
         raise UserError(

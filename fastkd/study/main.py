@@ -13,6 +13,7 @@ from fastkd.launcher import require_one_process
 from fastkd.reporting.console import Reporter
 from fastkd.reporting.encoding import all_names_said
 from fastkd.study.chosen import read_chosen
+from fastkd.study.opening import StorageErrors
 from fastkd.study.plan import Plan
 from fastkd.study.plots import make_plots
 from fastkd.study.progress import Watcher
@@ -53,9 +54,9 @@ def run_study(
 
     Raises:
         UserError: this process is one of several ranks, or a mistake in the study file, found
-            before anything is run; another study's storage; runs or shared steps that were made
-            with another recipe; a shared step that failed; or runs that failed, after the report is
-            written.
+            before anything is run; another study's storage, or one that can't be written; runs or
+            shared steps that were made with another recipe; a shared step that failed; or runs that
+            failed, after the report is written.
         Interrupted: after SIGINT or SIGTERM; the next call continues.
     """
     require_one_process("fastkd study", "; --workers N makes N runs at a time")
@@ -67,12 +68,13 @@ def run_study(
     if report_only and not (plan.output / "study.db").is_file():
         raise UserError(f"{plan.output} holds no study yet; run it without --report-only")
     plan.check_shared()
-    store = _open(plan)
-    if report_only:
-        store.check_recipes()
-    else:
-        _work(plan, store, workers, retry_failed, program, reporter)
-    records = store.records()
+    with StorageErrors(plan.output / "study.db"):
+        store = _open(plan)
+        if report_only:
+            store.check_recipes()
+        else:
+            _work(plan, store, workers, retry_failed, program, reporter)
+        records = store.records()
     page = _report(plan, store, records, reporter)
     _complain_of_failures(records)
     return page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,37 @@ from fastkd.files.disk import is_temporary, sweep, sync_folder, temporary_of
 
 # how long a writer waits for another one's transaction
 BUSY_SECONDS = 120
+
+
+class StorageErrors(AbstractContextManager[None, None]):
+    """Turns a database that another process holds, or that can't be written, into one line; a
+    class, because it looks at what passes: Optuna wraps some errors of SQLAlchemy and not others.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, UserError):
+            return
+        cause = error
+        while cause is not None and not isinstance(cause, sqlite3.OperationalError):
+            cause = cause.__cause__
+        if cause is None:
+            return
+        if _is_busy(cause):
+            raise UserError(
+                f"{self.path} was held by another process for {BUSY_SECONDS} s ({cause}); let that "
+                "go on or end it, then run the same command again"
+            ) from error
+        raise UserError(
+            f"{self.path}: reading or writing failed ({cause}); see that you may write there and "
+            "that the disk has room, then run the same command again"
+        ) from error
+
+
+def _is_busy(error: sqlite3.Error) -> bool:
+    return "database is locked" in str(error)
 
 
 def check_file(path: Path, output: Path) -> None:
@@ -41,6 +73,8 @@ def check_file(path: Path, output: Path) -> None:
         finally:
             connection.close()
     except sqlite3.DatabaseError as error:
+        if _is_busy(error):
+            raise
         raise UserError(
             f"{path} can't be read as a storage ({error}); move it away, or give another output"
         ) from error

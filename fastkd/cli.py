@@ -64,8 +64,19 @@ def _launched(
     # the deepspeed launcher passes its rank as an option as well as in the environment
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    _check_surroundings()
+
+
+def _check_surroundings() -> None:
+    """See that there is what importing torch takes for granted."""
     try:
-        # torch asks for one when it is imported
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the working folder is not to be found ({error.strerror}), removed perhaps and made "
+            "again; change to one that is there (cd), and run the command again"
+        ) from error
+    try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
         raise UserError(

@@ -38,9 +38,16 @@ def test_a_place_that_can_not_be_written_is_named_before_the_work(
     assert (tmp_path / "link").is_symlink()
 
 
-def test_no_folder_for_temporary_files_is_one_line(
+def test_no_folder_to_work_in_or_for_temporary_files_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "removed").mkdir()
+    with monkeypatch.context() as inside:
+        inside.chdir(tmp_path / "removed")
+        (tmp_path / "removed").rmdir()
+        assert fastkd("evaluate", "nowhere", monkeypatch=inside) == 2
+    said = capsys.readouterr().err
+    assert "the working folder is not to be found" in said and said.count("\n") == 1
     gone = str(tmp_path / "gone")
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [gone])

@@ -30,7 +30,7 @@ from ..common.attention_jit import (
     valid_rows,
 )
 from ..common.divergences_jit import log_sum, shift_of
-from .sweep_jit import finished_slopes, row_constant, slope_divisor
+from .sweep_jit import row_constant, slope_divisor
 from .sweep_steps import key_step, load_span, other_start, query_step, split_blocks
 
 # sums of exponentials above the first block's maximum that leave room for their products
@@ -125,7 +125,7 @@ def _rows_dq_kernel(
         lowest,
         lowest,
         (nothing, nothing, nothing, nothing),
-        nothing,
+        (nothing, nothing),
         (empty, empty, empty),
     )
     state = begun
@@ -190,12 +190,12 @@ def _rows_dq_kernel(
             WHOLE=False,
             KNOWN=False,
         )
-    max_student, max_teacher, sums, constant, gradients = state
+    max_student, max_teacher, sums, constants, gradients = state
     power: tl.constexpr = 0.5 if KIND == "cosine" else 1.0
     log_student = shift_of(max_student) + power * log_sum(sums[0], True)
     log_teacher = shift_of(max_teacher) + power * log_sum(sums[1], True)
     if KIND == "js":
-        state = (log_student, log_teacher, sums, constant, gradients)
+        state = (log_student, log_teacher, sums, constants, gradients)
         for start in range(whole_first, whole_end, BLOCK_KEY):
             state = query_step(
                 state,
@@ -248,14 +248,14 @@ def _rows_dq_kernel(
                 WHOLE=False,
                 KNOWN=True,
             )
-        _, _, sums, constant, gradients = state
-    constant = row_constant(sums, constant, KIND)
+        _, _, sums, constants, gradients = state
+    constant = row_constant(sums, constants, KIND)
     scale = sizes[0][1] * tl.load(weights + item) * slope_divisor(sums, KIND)
     m_row = o_query < tokens
     # rows that are not counted have queries of 0 on both sides, so no slope
     store_head(
         query_grad + (pair * batch + item) * heads * tokens * dim,
-        finished_slopes(gradients, sums, constant, KIND) * scale[:, None],
+        gradients[0] * scale[:, None],
         (o_query, m_row),
         head,
         heads,

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..common.attention_jit import load_rows, valid_rows, visible
 from ..common.divergences_jit import below, divergence_slopes, shift_of
-from .sweep_jit import moves, row_sums, slopes_and_weights
+from .sweep_jit import known_sums, moves, row_sums, slopes_and_weights
 from .tile_jit import outcome_terms
 
 # the log-sum-exp of a row that is not counted: no outcome has a share
@@ -99,7 +99,7 @@ def query_step(
     With WHOLE all are seen, and the maximum of the block at `first` stands for those of all. With
     KNOWN both log-sum-exps stand in the place of maxima, for "js".
     """
-    max_student, max_teacher, sums, constant, gradients = state
+    max_student, max_teacher, sums, before, gradients = state
     b_slopes, b_second, b_third = gradients
     valid, item, batch, tokens, window = masks
     o_key = tl.arange(0, BLOCK_KEY)
@@ -133,35 +133,38 @@ def query_step(
         max_student, max_teacher = new_student, new_teacher
     log_p = below(scores, units[0], shift[:, None])
     log_t = below(teacher_scores, units[1], teacher_shift[:, None])
-    b_values = b_key.to(GRAD_TYPE)
     if KNOWN:
         if not WHOLE:
             log_p, log_t = tl.where(seen, log_p, -NEVER), tl.where(seen, log_t, -NEVER)
-        _, slopes, _, weights = outcome_terms(log_p, log_t, KIND, True)
-        sums = (sums[0], sums[1], sums[2] + tl.sum(slopes, 1), sums[3])
+        _, product, _, p = outcome_terms(log_p, log_t, KIND, True)
+        t = p
+        sums, constants = known_sums(sums, p, product)
     else:
         p, t = tl.exp2(log_p), tl.exp2(log_t)
         log_ratio = log_p - log_t
         if not WHOLE:
             log_ratio = tl.where(seen, log_ratio, 0.0)
-        before = constant
-        sums, constant = row_sums(sums, p, t, log_ratio, kept, teacher_kept, drift, KIND)
-        slopes, weights, others = slopes_and_weights(p, t, log_ratio, constant, KIND)
-        scale, moved = moves(before, constant, kept, teacher_kept, drift, KIND)
-        if WHOLE:
-            b_slopes += b_second * moved[:, None]
-        else:
-            b_slopes = b_slopes * scale[0][:, None] + b_second * moved[:, None]
+        product = p * log_ratio
+        sums, constants = row_sums(sums, p, t, product, kept, teacher_kept, drift, KIND)
+    if KNOWN or KIND != "js":
+        slopes, weights, others = slopes_and_weights(p, t, product, constants, KIND)
+        scale, moved = moves(before, constants, kept, teacher_kept, drift, KIND)
+        b_values = b_key.to(GRAD_TYPE)
+        if not (WHOLE or KNOWN):
+            b_slopes *= scale[0][:, None]
+        b_slopes += b_second * moved[0][:, None]
+        if KIND == "mse":
+            b_slopes += b_third * moved[1][:, None]
+        if not (WHOLE or KNOWN):
             b_second *= scale[1][:, None]
             b_third *= scale[2][:, None]
+        b_slopes = tl.dot(slopes.to(GRAD_TYPE), b_values, b_slopes, input_precision=GRAD_PRECISION)
+        b_second = tl.dot(weights.to(GRAD_TYPE), b_values, b_second, input_precision=GRAD_PRECISION)
         if KIND == "mse":
             b_third = tl.dot(
                 others.to(GRAD_TYPE), b_values, b_third, input_precision=GRAD_PRECISION
             )
-    if KNOWN or KIND != "js":
-        b_slopes = tl.dot(slopes.to(GRAD_TYPE), b_values, b_slopes, input_precision=GRAD_PRECISION)
-        b_second = tl.dot(weights.to(GRAD_TYPE), b_values, b_second, input_precision=GRAD_PRECISION)
-    return max_student, max_teacher, sums, constant, (b_slopes, b_second, b_third)
+    return max_student, max_teacher, sums, constants, (b_slopes, b_second, b_third)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ without an optimiser.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import sys
 from collections import defaultdict
@@ -61,12 +62,18 @@ def _destroy_since(before: int) -> None:
     if not ended:
         return
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     for engine in ended:
         engine.destroy()
     # ZeRO-3 puts each module that it shards below all of a pass, and never takes it away
     modules = {id(engine.module) for engine in ended}
     FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if id(module) not in modules]
+    # and keeps what to release after each module by its class; others look that up anew
+    for method in filter(inspect.isfunction, vars(PartitionedParameterCoordinator).values()):
+        for kept in inspect.getclosurevars(method).nonlocals.values():
+            if hasattr(kept, "cache_clear"):
+                kept.cache_clear()
 
 
 def shard_teacher(model: PreTrainedModel, recipe: Recipe) -> nn.Module:

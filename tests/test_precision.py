@@ -11,7 +11,9 @@ import torch
 from fastkd_kernels.common import autograd
 from fastkd_kernels.common.fp32_products import fp32_products
 from fastkd_kernels.hidden.op import _rows
+from tiny_models import tiny_model
 from tiny_runs import make_recipe
+from transformers import LlamaPreTrainedModel
 
 import fastkd
 from fastkd.distributed import joined_ranks
@@ -77,6 +79,25 @@ def test_a_gpu_computes_in_bf16(
     assert chosen(tuned()) == ("bf16",)
 
 
+@pytest.mark.usefixtures("gpu")
+def test_a_student_that_keeps_parameters_in_fp32_trains_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", ["o_proj"])
+    path = make_recipe(tmp_path, "llama", train={"steps": 1, "warmup_steps": 0})
+    # whose products a teacher in bf16 couldn't make
+    whole = {"teacher.dtype": "float32"}
+    kept = "LlamaModel keeps layers.0.self_attn.o_proj.weight in fp32, of 2 parameters"
+    with pytest.raises(fastkd.UserError, match=f"^train.precision is bf16, but {kept}; set train"):
+        fastkd.distill(path, {"train.precision": "bf16", **whole}, quiet=True)
+    fastkd.distill(path, whole)
+    said = f"precision: student fp32 ({kept}, which bf16 would round), teacher float32\n"
+    assert said in capsys.readouterr().out
+    task = {"source": "some/folder", "name": "mrpc"}
+    tuned = {"model": str(tmp_path / "teacher"), "task": task, "run": {"output": "x"}}
+    assert chosen(parse_finetune_recipe(tuned, "")) == ("fp32",)
+
+
 def test_a_run_keeps_what_it_was_started_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,7 +120,7 @@ def test_models_read_tf32_for_a_while(tmp_path: Path) -> None:
     before = MATMUL.fp32_precision, torch.get_float32_matmul_precision()
     with tf32_products(GPU, True):
         assert MATMUL.fp32_precision == "tf32"
-        assert describe_precision(recipe, GPU).endswith(
+        assert describe_precision(recipe, tiny_model("bert"), GPU).endswith(
             "; products of fp32 read TF32, those of the losses' kernels fp32"
         )
         with fp32_products():

@@ -31,12 +31,9 @@ def round_buffers(model: PreTrainedModel) -> None:
             buffer.data = buffer.data.to(torch.bfloat16)
 
 
-def check_rounding(model: PreTrainedModel) -> None:
-    """See that all parameters of a model may be bf16.
-
-    Raises:
-        UserError: transformers keeps some in fp32: those that a model names, or makes so.
-    """
+def kept_whole(model: PreTrainedModel) -> str | None:
+    """Which parameters of a model transformers keeps in fp32, in words: those that a model names,
+    or makes so; `None` where it keeps none, and all may be bf16."""
     made = {
         name
         for name, parameter in _in_half(model).named_parameters()
@@ -44,11 +41,20 @@ def check_rounding(model: PreTrainedModel) -> None:
     }
     names = [name for name, _ in model.named_parameters()]
     whole = [name for name in names if name in made or _stays_whole(model, name)]
-    if whole:
-        raise UserError(
-            f"train.precision is bf16, but {type(model).__name__} keeps {whole[0]} in fp32, of "
-            f"{len(whole)} parameters; set train.precision to fp32"
-        )
+    if not whole:
+        return None
+    return f"{type(model).__name__} keeps {whole[0]} in fp32, of {len(whole)} parameters"
+
+
+def check_rounding(model: PreTrainedModel) -> None:
+    """See that all parameters of a model may be bf16.
+
+    Raises:
+        UserError: transformers keeps some in fp32, see `kept_whole`.
+    """
+    whole = kept_whole(model)
+    if whole is not None:
+        raise UserError(f"train.precision is bf16, but {whole}; set train.precision to fp32")
 
 
 def _in_half(model: PreTrainedModel) -> PreTrainedModel:

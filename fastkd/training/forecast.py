@@ -20,14 +20,11 @@ from transformers import PreTrainedModel
 from fastkd.capture import AttentionTraits, find_blocks
 from fastkd.data.batching import BatchPlan, plan_batches
 from fastkd.errors import FOREIGN_ERRORS, UserError, one_line
-from fastkd.layer_map import LayerMap, make_layer_map
+from fastkd.layer_map import LayerMap
 from fastkd.losses.factory import make_objective
 from fastkd.losses.objective import Objective
-from fastkd.models import outline_student, student_layers
-from fastkd.models.half import round_buffers, round_parameters
-from fastkd.models.load import auto_model, read_config
+from fastkd.models.load import read_config
 from fastkd.models.locate import locate_model
-from fastkd.models.poolers import drop_pooler
 from fastkd.models.quantised import replace_linear
 from fastkd.recipe import Recipe, parse_recipe, sequence_limit
 from fastkd.training.chips import Chip
@@ -38,6 +35,7 @@ from fastkd.training.engine import check_config
 from fastkd.training.memory import apart, is_offloaded, memory_parts
 from fastkd.training.moving import host_bytes, link_bytes, reduced_bytes
 from fastkd.training.optimizer import matrix_numbers
+from fastkd.training.outlines import outlined
 from fastkd.training.unrounded import is_rounded
 from fastkd.types import EightBits
 
@@ -135,7 +133,7 @@ def run_dry(recipe: Recipe, rows: int) -> Passes:
     config = read_config(locate_model(source.name), given, source.revision)
     read_twice = is_rounded(recipe, config)
     with _without_numbers(given, config), torch.device("meta"):
-        teacher, student, layers = _outlined(recipe, config)
+        teacher, student, layers = outlined(recipe, config)
         inputs = {"input_ids": torch.zeros(sequences, tokens, dtype=torch.long)}
         seen = dry_pass(teacher, inputs, {}).traits
         with _without_numbers(started, student.config):
@@ -289,28 +287,6 @@ def _without_numbers(given: str, config: Any) -> Iterator[None]:
             f"{given}: --gpu can't run a {type(config).__name__} model without its numbers "
             f"({one_line(error)}); leave --gpu out, which makes a few real steps"
         ) from error
-
-
-def _outlined(recipe: Recipe, config: Any) -> tuple[PreTrainedModel, PreTrainedModel, LayerMap]:
-    """Teacher and student without numbers, and which of their layers are compared."""
-    teacher = _teacher(recipe, config)
-    depths = student_layers(recipe.student, config), config.num_hidden_layers
-    layers = make_layer_map(recipe.layer_map, *depths, seed=recipe.train.seed)
-    # others keep what sdpa keeps, but may not be installed here
-    attention = "eager" if recipe.student.attention == "eager" else "sdpa"
-    student = outline_student(teacher, recipe.student, layers, attention)
-    if recipe.train.precision == "bf16":
-        round_buffers(student)
-        round_parameters(student)
-    return teacher, student, layers
-
-
-def _teacher(recipe: Recipe, config: Any) -> PreTrainedModel:
-    dtype = getattr(torch, recipe.teacher.states)
-    model: PreTrainedModel = auto_model(recipe.student.head).from_config(config, dtype=dtype)
-    if recipe.student.head == "none":
-        drop_pooler(model)
-    return model.requires_grad_(False)
 
 
 def _numbers(module: torch.nn.Module) -> int:

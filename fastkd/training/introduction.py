@@ -33,7 +33,7 @@ def introduce(run: Run, reporter: Reporter) -> None:
     else:
         head = "drawn by train.seed" if initialisation.new_head else "its own"
         reporter.say(f"model: {recipe.model.name}, {size}, head {head}")
-    reporter.say(describe_precision(recipe, run.ranks.device))
+    reporter.say(describe_precision(recipe, run.module.student, run.ranks.device))
     if isinstance(run.teacher, TeacherRunner) and run.teacher.quantised is not None:
         reporter.say(f"teacher: {run.teacher.quantised}")
     several = run.objective.pair.ensemble

@@ -8,11 +8,14 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
 
 from fastkd.distributed import Ranks
 from fastkd.errors import UserError
+from fastkd.models.half import kept_whole
 from fastkd.models.quantised import multiplies_int8
 from fastkd.recipe import AnyRecipe, Recipe, load_any_recipe, sequence_limit
+from fastkd.training.outlines import trains_in_half
 from fastkd.training.run_folder import RunFolder
 from fastkd.types import EightBits
 
@@ -28,7 +31,8 @@ def settle_precision(recipe: R, ranks: Ranks, made: RunFolder | None = None) -> 
     """The recipe with a precision in place of every `auto`; collective over the ranks.
 
     bf16 on GPUs that compute in it, else fp32; fp32 also under ZeRO-0, which DeepSpeed does not
-    take bf16 with. A run that is there keeps what it was started with.
+    take bf16 with, and of a student that keeps parameters in fp32, as routers of experts. A run
+    that is there keeps what it was started with.
 
     Args:
         recipe: of either kind; comes back as it is where nothing is `auto`.
@@ -57,8 +61,10 @@ def precision_on_gpus(recipe: R) -> R:
 
 
 def _best(recipe: AnyRecipe, *, half: bool) -> tuple[str, str]:
-    precision = "bf16" if half and recipe.train.zero_stage else "fp32"
-    return precision, "bfloat16" if half else "float32"
+    rounds = half and recipe.train.precision == "auto" and recipe.train.zero_stage > 0
+    if rounds:
+        rounds = trains_in_half(_filled(recipe, "fp32", "float32"))
+    return "bf16" if rounds else "fp32", "bfloat16" if half else "float32"
 
 
 def _filled(recipe: R, precision: str, dtype: str) -> R:
@@ -167,11 +173,15 @@ def products_of(recipe: AnyRecipe, device: torch.device) -> Iterator[None]:
         yield
 
 
-def describe_precision(recipe: AnyRecipe, device: torch.device) -> str:
+def describe_precision(recipe: AnyRecipe, student: PreTrainedModel, device: torch.device) -> str:
     """The precisions of a run in a line; of a recipe without `auto`."""
-    said = f"precision: model {recipe.train.precision}"
+    trained = recipe.train.precision
+    whole = kept_whole(student) if trained == "fp32" and takes_bf16(device) else None
+    # the same of a resumed run, whose recipe no longer says that it was left open
+    reason = "" if whole is None else f" ({whole}, which bf16 would round)"
+    said = f"precision: model {trained}{reason}"
     if isinstance(recipe, Recipe):
-        said = f"precision: student {recipe.train.precision}, teacher {recipe.teacher.dtype}"
+        said = f"precision: student {trained}{reason}, teacher {recipe.teacher.dtype}"
     matmul: Any = torch.backends.cuda.matmul
     if device.type == "cuda":
         reads = "TF32" if matmul.fp32_precision == "tf32" else "fp32"
